@@ -1,0 +1,1 @@
+"""piecework: a stitching compiler and runtime for PyTorch inference."""

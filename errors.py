@@ -1,0 +1,63 @@
+"""Every error that piecework raises on purpose. In: what went wrong, where, and what to do next. Out: one readable message.
+
+Nothing here imports torch, so that any layer may raise these.
+"""
+
+from __future__ import annotations
+
+
+class PieceworkError(Exception):
+    """Base of all typed errors: ``message``, where it happened, and a hint.
+
+    Args:
+        message: what failed and why, one sentence.
+        where: the node, file, field or file:line that it concerns.
+        hint: the next thing to try.
+    """
+
+    def __init__(self, message: str, *, where: str | None = None, hint: str | None = None) -> None:
+        self.message = message
+        self.where = where
+        self.hint = hint
+        text = message if where is None else f"{message} ({where})"
+        super().__init__(text if hint is None else f"{text}. Hint: {hint}")
+
+
+class CaptureError(PieceworkError):
+    """The model could not be captured as one graph (a graph break, an unsupported output)."""
+
+
+class SplitError(PieceworkError):
+    """The graph could not be split (an unknown or unfit splitting op)."""
+
+
+class UnsupportedNode(PieceworkError):
+    """A node or an argument that cannot be written as source."""
+
+
+class EmitError(PieceworkError):
+    """Emitted source did not compile, or did not prove equal to its graph."""
+
+
+class BindError(PieceworkError):
+    """Callables, constants or weights do not fit the emitted source."""
+
+
+class InputError(PieceworkError):
+    """An input at run time breaks what the trace assumed of it."""
+
+
+class PieceCompileError(PieceworkError):
+    """A compiler failed on one piece."""
+
+
+class ConfigError(PieceworkError):
+    """A configuration field is unknown, out of range or in conflict with another."""
+
+
+class ArtifactError(PieceworkError):
+    """A saved artifact is missing, damaged or made for something else."""
+
+
+class UsageError(PieceworkError):
+    """The command line was used wrongly (exit code 2)."""
