@@ -1,0 +1,102 @@
+"""How a forward runs: in, a mode's name; out, the run-time mode of each kind of batch (none, piecewise, full).
+
+It never decides anything about one batch: that is the dispatcher's work.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from piecework.errors import ConfigError
+
+
+class CUDAGraphMode(enum.Enum):
+    """Which static graphs a model uses; the first three are also what one forward can run in.
+
+    The two composite modes name a pair: what a uniform decode batch uses, and what any other
+    (mixed) batch uses. The name is the field's; the CPU static graph obeys the same modes.
+
+    Example:
+        >>> CUDAGraphMode.parse("full_and_piecewise").mixed_mode()
+        <CUDAGraphMode.PIECEWISE: 1>
+    """
+
+    NONE = 0
+    PIECEWISE = 1
+    FULL = 2
+    FULL_DECODE_ONLY = (FULL, NONE)
+    FULL_AND_PIECEWISE = (FULL, PIECEWISE)
+
+    @classmethod
+    def parse(cls, value: CUDAGraphMode | str | int) -> CUDAGraphMode:
+        """The mode meant by ``value``: a mode, a name in any case, or the number of a single mode.
+
+        Raises:
+            ConfigError: nothing has that name or number; the message lists the names.
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, str) and value.upper() in cls.__members__:
+            return cls[value.upper()]
+        if isinstance(value, int) and not isinstance(value, bool) and value in (0, 1, 2):
+            return cls(value)
+        raise ConfigError(
+            f"no CUDA graph mode {value!r}",
+            where="cudagraph_mode",
+            hint="use one of " + ", ".join(cls.__members__),
+        )
+
+    def separate_routine(self) -> bool:
+        """Whether decode batches and mixed batches run in different modes."""
+        return isinstance(self.value, tuple)
+
+    def decode_mode(self) -> CUDAGraphMode:
+        """The mode of a batch in which every request has the same number of query tokens."""
+        return CUDAGraphMode(self.value[0]) if self.separate_routine() else self
+
+    def mixed_mode(self) -> CUDAGraphMode:
+        """The mode of every other batch."""
+        return CUDAGraphMode(self.value[1]) if self.separate_routine() else self
+
+    def has_mode(self, mode: CUDAGraphMode) -> bool:
+        """Whether some batch runs in the single mode ``mode``.
+
+        Raises:
+            ConfigError: ``mode`` is one of the two composite modes.
+        """
+        if mode.separate_routine():
+            raise ConfigError(
+                f"{mode.name} is a pair of modes, so no batch runs in it",
+                where="CUDAGraphMode.has_mode",
+                hint="ask for NONE, PIECEWISE or FULL",
+            )
+        return mode in (self.decode_mode(), self.mixed_mode())
+
+    def max_cudagraph_mode(self) -> CUDAGraphMode:
+        """The most that any batch captures: FULL over PIECEWISE over NONE."""
+        return max(self.decode_mode(), self.mixed_mode(), key=lambda mode: mode.value)
+
+    def without_piecewise(self) -> CUDAGraphMode:
+        """The same mode where the graph is not split: PIECEWISE becomes NONE."""
+        match self:
+            case CUDAGraphMode.PIECEWISE:
+                return CUDAGraphMode.NONE
+            case CUDAGraphMode.FULL_AND_PIECEWISE:
+                return CUDAGraphMode.FULL_DECODE_ONLY
+            case _:
+                return self
+
+    def requires_piecewise_compilation(self) -> bool:
+        """Whether the graph must be split for this mode to be possible."""
+        return self.has_mode(CUDAGraphMode.PIECEWISE)
+
+    def has_full_cudagraphs(self) -> bool:
+        """Whether some batch runs as one full graph."""
+        return self.has_mode(CUDAGraphMode.FULL)
+
+    def is_runtime_mode(self) -> bool:
+        """Whether one forward can run in it (NONE, PIECEWISE and FULL can)."""
+        return not self.separate_routine()
+
+    def __str__(self) -> str:
+        return self.name
