@@ -5,6 +5,8 @@ Nothing here imports torch, so that any layer may raise these.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 
 class PieceworkError(Exception):
     """Base of all typed errors: ``message``, where it happened, and a hint.
@@ -47,12 +49,38 @@ class InputError(PieceworkError):
     """An input at run time breaks what the trace assumed of it."""
 
 
+class StaticGraphError(PieceworkError):
+    """A static graph could not be captured, or would replay on memory that is no longer its input."""
+
+
 class PieceCompileError(PieceworkError):
     """A compiler failed on one piece."""
 
 
+@dataclass(frozen=True, slots=True)
+class ConfigProblem:
+    """One thing wrong with a configuration: the dotted field it concerns, and what is wrong."""
+
+    field: str
+    message: str
+
+
 class ConfigError(PieceworkError):
-    """A configuration field is unknown, out of range or in conflict with another."""
+    """A configuration field is unknown, out of range or in conflict with another.
+
+    ``problems`` lists everything found in one validation; it is empty where only ``message`` tells.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        where: str | None = None,
+        hint: str | None = None,
+        problems: tuple[ConfigProblem, ...] = (),
+    ) -> None:
+        self.problems = problems
+        super().__init__(message, where=where, hint=hint)
 
 
 class ArtifactError(PieceworkError):

@@ -1,0 +1,142 @@
+"""The nested groups and enumerations of the configuration: in, a name, number or mapping; out, a frozen value.
+
+It never looks at two groups together: conflicts between groups belong to `piecework.runtime.config`.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, Any
+
+from piecework.errors import ConfigError
+from piecework.runtime.config_model import KEY, FrozenModel, ignored
+from piecework.runtime.graphs.mode import CUDAGraphMode
+from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
+
+
+class CompilationMode(enum.IntEnum):
+    """How a model is compiled; the numbers and the first three names are the field's."""
+
+    NONE = 0
+    STOCK_TORCH_COMPILE = 1
+    DYNAMO_TRACE_ONCE = 2
+    PIECEWORK_COMPILE = 3
+
+    @classmethod
+    def parse(cls, value: CompilationMode | int | str) -> CompilationMode:
+        """The mode with this number or name (any case; VLLM_COMPILE is PIECEWORK_COMPILE).
+
+        Raises:
+            ConfigError: nothing has that name or number; the message lists both.
+        """
+        if isinstance(value, str):
+            name = value.strip().upper()
+            name = "PIECEWORK_COMPILE" if name == "VLLM_COMPILE" else name
+            if name in cls.__members__:
+                return cls[name]
+            value = int(name) if name.isdecimal() else value
+        if isinstance(value, int) and not isinstance(value, bool) and value in range(len(cls)):
+            return cls(value)
+        names = ", ".join(f"{mode.name} ({mode.value})" for mode in cls)
+        raise ConfigError(f"no compilation mode {value!r}; use {names}", where="mode")
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class DynamicShapesType(enum.StrEnum):
+    """How Dynamo represents a dynamic dimension."""
+
+    BACKED = "backed"
+    UNBACKED = "unbacked"
+    BACKED_SIZE_OBLIVIOUS = "backed_size_oblivious"
+
+
+def _mode(value: Any) -> CompilationMode:
+    try:
+        return CompilationMode.parse(value)
+    except ConfigError as error:
+        raise ValueError(error.message) from None
+
+
+def _cudagraph_mode(value: Any) -> CUDAGraphMode:
+    try:
+        return CUDAGraphMode.parse(value)
+    except ConfigError as error:
+        raise ValueError(f"{error.message}; {error.hint}") from None
+
+
+def _name(value: enum.Enum) -> str:
+    return value.name
+
+
+ModeField = Annotated[
+    CompilationMode,
+    BeforeValidator(_mode),
+    PlainSerializer(_name, when_used="json"),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "enum": [*CompilationMode.__members__, "VLLM_COMPILE"]},
+                {"type": "integer", "minimum": 0, "maximum": 3},
+            ]
+        }
+    ),
+]
+CUDAGraphModeField = Annotated[
+    CUDAGraphMode,
+    BeforeValidator(_cudagraph_mode),
+    PlainSerializer(_name, when_used="json"),
+    WithJsonSchema({"type": "string", "enum": list(CUDAGraphMode.__members__)}),
+]
+
+
+class StitchingConfig(FrozenModel):
+    """The levers of the stitched function and its entry; each one off is slower, never different."""
+
+    bind_weights: Annotated[bool, KEY] = Field(
+        True, description="Bind the weights once instead of fetching and passing them per call."
+    )
+    direct_splitting_ops: Annotated[bool, KEY] = Field(
+        True,
+        description="Call a splitting op's own implementation, without the dispatcher, where that is equivalent.",
+    )
+    direct_artifact_entry: Annotated[bool, KEY] = Field(
+        True, description="Call a compiled piece's inner entry instead of its public wrapper."
+    )
+    check_inputs: Annotated[bool, KEY] = Field(
+        True, description="Check each call's inputs against what the trace assumed of them."
+    )
+    emit_del: Annotated[bool, KEY] = Field(
+        True,
+        description="Write `del` after the last use of a value, so that memory is freed early.",
+    )
+
+
+class DynamicShapesConfig(FrozenModel):
+    """How dynamic dimensions are traced and what is done with the guards on them."""
+
+    type: Annotated[DynamicShapesType, KEY] = Field(
+        DynamicShapesType.BACKED,
+        description="backed: ordinary symbols with a hint; unbacked: no hint, no specialisation; backed_size_oblivious: a hint, but 0 and 1 are not special.",
+    )
+    evaluate_guards: Annotated[bool, KEY] = Field(
+        False, description="Keep Dynamo's shape guards and fail when one would recompile."
+    )
+
+
+class PassConfig(FrozenModel):
+    """Which of the built-in graph passes run after Inductor's own."""
+
+    eliminate_noops: Annotated[bool, KEY] = Field(
+        True, description="Remove reshapes, slices and slice_scatters that change nothing."
+    )
+    defunctionalize: Annotated[bool, KEY] = Field(
+        True, description="Turn auto-functionalised custom ops back into their in-place form."
+    )
+    clean_up: Annotated[bool, KEY] = Field(
+        True, description="Remove dead nodes and sort the graph after the other passes."
+    )
+    report_matches: Annotated[bool, ignored("it only adds a report")] = Field(
+        False, description="Report how often each pass matched."
+    )
