@@ -1,0 +1,64 @@
+"""The private corners of torch that piecework uses: in, plain values; out, what torch makes of them.
+
+It never patches torch; each function probes for what it needs and falls back to a public way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch.utils import _pytree
+
+
+def storage_at(pointer: int, device: torch.device, nbytes: int) -> torch.UntypedStorage:
+    """A storage over memory that it does not own.
+
+    The caller answers for the memory being there whenever the storage is read.
+
+    Args:
+        pointer: the address of the first byte; not zero.
+        device: where the memory is, with its index on CUDA.
+        nbytes: its length in bytes, more than zero.
+    """
+    construct = getattr(torch._C, "_construct_storage_from_data_pointer", None)
+    if construct is not None:
+        return construct(pointer, device, nbytes)
+    return _public_storage_at(pointer, device, nbytes)
+
+
+def _public_storage_at(pointer: int, device: torch.device, nbytes: int) -> torch.UntypedStorage:
+    """The fall-back of ``storage_at`` by the buffer protocol (CPU) or the CUDA array interface."""
+    if device.type == "cpu":
+        window = (ctypes.c_char * nbytes).from_address(pointer)
+        return torch.frombuffer(window, dtype=torch.uint8).untyped_storage()
+    return torch.as_tensor(_CudaBytes(pointer, nbytes), device=device).untyped_storage()
+
+
+class _CudaBytes:
+    """Device memory as bytes, in the form of the CUDA array interface."""
+
+    def __init__(self, pointer: int, nbytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (pointer, False),
+            "strides": None,
+            "version": 3,
+        }
+
+
+def negative_view(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` seen with its sign turned, without a copy where torch has such a view."""
+    view = getattr(torch, "_neg_view", None)
+    return -tensor if view is None else view(tensor)
+
+
+def flatten_tree(tree: object) -> tuple[list[object], _pytree.TreeSpec]:
+    """The leaves of nested containers in order, and what puts them together again."""
+    return _pytree.tree_flatten(tree)
+
+
+def unflatten_tree(leaves: list[object], spec: _pytree.TreeSpec) -> object:
+    """The containers of ``spec`` around ``leaves``."""
+    return _pytree.tree_unflatten(leaves, spec)
