@@ -1,0 +1,16 @@
+"""Code generation: a graph in, readable stitching source out. Pure: no environment, no files, no device, no global state."""
+
+from piecework.codegen.bind import compile_execution_fn
+from piecework.codegen.lower import LowerOptions
+from piecework.codegen.source import StitchedSource, generate_execution_code, generate_source
+from piecework.codegen.split import SplitItem, split_graph
+
+__all__ = [
+    "LowerOptions",
+    "SplitItem",
+    "StitchedSource",
+    "compile_execution_fn",
+    "generate_execution_code",
+    "generate_source",
+    "split_graph",
+]

@@ -1,0 +1,85 @@
+"""From text to function. In: emitted source, callables for its submodules and values for its constants. Out: `execution_fn`, ready to call.
+
+The text is executed as it is, under a file name that tracebacks and debuggers can show; nothing is rewritten.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import linecache
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
+
+from piecework.codegen.lower import ENTRY_NAME
+from piecework.codegen.render import numbered
+from piecework.errors import BindError, EmitError
+
+
+def compile_execution_fn(
+    code: str,
+    submod_callables: Mapping[str, Callable[..., object]],
+    submod_names: Sequence[str],
+    consts: Sequence[object] | None = None,
+    *,
+    bound: Mapping[str, object] | None = None,
+) -> Callable[..., object]:
+    """Execute ``code`` and return its ``execution_fn`` with submodules bound.
+
+    ``__vllm_submods__`` becomes a keyword default, so that a call costs nothing more; pass it explicitly to run with
+    another list (one per batch range).
+
+    Args:
+        code: what `generate_execution_code` returned, or an edited version of it.
+        submod_callables: submodule name → callable.
+        submod_names: order of ``__vllm_submods__``.
+        consts: values of ``__vllm_consts__``.
+        bound: module-level names to hold ready (weights).
+
+    Raises:
+        BindError: a submodule has no callable, or one is not callable.
+        EmitError: the code is not Python or defines no ``execution_fn``.
+    """
+    missing = [name for name in submod_names if name not in submod_callables]
+    if missing:
+        raise BindError(
+            f"no callable for submodule {missing[0]!a}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
+            hint="pass one callable for each name in submod_names",
+        )
+    submods = [submod_callables[name] for name in submod_names]
+    for name, submod in zip(submod_names, submods, strict=True):
+        if not callable(submod):
+            raise BindError(f"submodule {name!a} is bound to something that can't be called")
+    function = execute_source(code, {"__vllm_consts__": list(consts or ()), **(bound or {})})
+    function.__kwdefaults__ = {**(function.__kwdefaults__ or {}), "__vllm_submods__": submods}
+    return function
+
+
+def execute_source(code: str, namespace: Mapping[str, object]) -> FunctionType:
+    """Execute ``code`` in a fresh module namespace and return its ``execution_fn``."""
+    filename = f"<piecework:{hashlib.sha256(code.encode()).hexdigest()[:16]}>"
+    try:
+        compiled = compile(code, filename, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:
+        raise EmitError(f"stitching source does not compile: {error}\n{numbered(code)}") from error
+    scope: dict[str, object] = {"__name__": "piecework_stitched", **namespace}
+    exec(compiled, scope)
+    function = scope.get(ENTRY_NAME)
+    if not isinstance(function, FunctionType):
+        raise EmitError(f"stitching source defines no function {ENTRY_NAME}")
+    _show_in_tracebacks(filename, code, function)
+    return function
+
+
+def _show_in_tracebacks(filename: str, code: str, function: FunctionType) -> None:
+    """Register ``code`` with linecache for as long as ``function`` lives."""
+    entry = (len(code), None, code.splitlines(keepends=True), filename)
+    linecache.cache[filename] = entry
+
+    def forget() -> None:
+        # Another function may have been made from the same text meanwhile.
+        if linecache.cache.get(filename) is entry:
+            del linecache.cache[filename]
+
+    weakref.finalize(function, forget)

@@ -1,0 +1,182 @@
+"""Literals and constants of emitted source. In: Python values found in node arguments. Out: `Literal` or `Const` expressions and the consts table.
+
+A value is written inline only if its exact type has a literal that evaluates back to it; nothing is ever written by a
+user-defined ``repr``, and an FX node never becomes a constant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+import torch.fx
+from piecework.codegen import ir
+from piecework.errors import UnsupportedNode
+from torch.fx.immutable_collections import immutable_dict, immutable_list
+
+# int -> str conversion is limited by CPython (4300 digits by default); larger integers go to consts.
+_MAX_INLINE_BITS = 4096
+
+LIST_TYPES = (list, immutable_list)
+DICT_TYPES = (dict, immutable_dict)
+
+
+def is_inline_literal(value: object) -> bool:
+    """True if the scalar ``value`` may be written inline (row C3: by exact type, finite floats only)."""
+    kind = type(value)
+    if kind is int:
+        return value.bit_length() <= _MAX_INLINE_BITS  # type: ignore[attr-defined,no-any-return]
+    if kind is float:
+        return math.isfinite(value)  # type: ignore[arg-type]
+    if kind is complex:
+        return _complex_survives_repr(value)  # type: ignore[arg-type]
+    return kind in (bool, str, bytes) or value is None or value is Ellipsis
+
+
+def _complex_survives_repr(value: complex) -> bool:
+    if not (math.isfinite(value.real) and math.isfinite(value.imag)):
+        return False
+    # repr() drops the sign of a zero part: complex(-0.0, 1.0) reads back as (0.0, 1.0).
+    parts = (value.real, value.imag)
+    return all(part != 0 or math.copysign(1.0, part) > 0 for part in parts)
+
+
+class ConstTable:
+    """Collects constants in order of first use, deduplicated by identity."""
+
+    def __init__(self) -> None:
+        self._values: list[object] = []
+        self._index: dict[int, int] = {}
+        self._specs: list[ir.ConstSpec] = []
+
+    def add(self, value: object, *, attribute: str | None = None) -> ir.Const:
+        found = self._index.get(id(value))
+        if found is None:
+            found = len(self._values)
+            self._values.append(value)  # keeps the value alive, so its id stays its own
+            self._index[id(value)] = found
+            self._specs.append(ir.ConstSpec(found, describe(value), attribute))
+        return ir.Const(found)
+
+    @property
+    def values(self) -> list[object]:
+        return list(self._values)
+
+    @property
+    def specs(self) -> tuple[ir.ConstSpec, ...]:
+        return tuple(self._specs)
+
+
+def to_expr(
+    value: object,
+    refer: Callable[[torch.fx.Node], ir.Expr],
+    consts: ConstTable,
+    where: str,
+    literal: Callable[[object], ir.Expr] = ir.Literal,
+) -> ir.Expr:
+    """Turn a node argument into an expression; nodes in any nesting become what ``refer`` gives.
+
+    Inline literals are passed to ``literal``, in order of evaluation.
+
+    Raises:
+        UnsupportedNode: an FX node hides inside an object that FX itself does not look into.
+    """
+
+    def convert(item: object) -> ir.Expr:
+        if isinstance(item, torch.fx.Node):
+            return refer(item)
+        kind = type(item)
+        if kind in LIST_TYPES:
+            return ir.ListExpr(tuple(convert(each) for each in item))  # type: ignore[attr-defined]
+        if kind is tuple:
+            return ir.TupleExpr(tuple(convert(each) for each in item))  # type: ignore[attr-defined]
+        if kind in DICT_TYPES:
+            pairs = item.items()  # type: ignore[attr-defined]
+            return ir.DictExpr(tuple((convert(key), convert(each)) for key, each in pairs))
+        if kind is slice:
+            return ir.SliceExpr(
+                convert(item.start),  # type: ignore[attr-defined]
+                convert(item.stop),  # type: ignore[attr-defined]
+                convert(item.step),  # type: ignore[attr-defined]
+            )
+        if is_inline_literal(item):
+            return literal(item)
+        if isinstance(item, tuple) and hasattr(item, "_fields") and _holds_node(item):
+            return ir.Construct(consts.add(kind), tuple(convert(each) for each in item))
+        if _holds_node(item):
+            raise UnsupportedNode(
+                f"a {kind.__name__} that contains an FX node can't be written as source",
+                where=where,
+                hint="pass lists, tuples, dicts or slices of nodes",
+            )
+        return consts.add(item)
+
+    return convert(value)
+
+
+def _holds_node(value: object) -> bool:
+    """True if an FX node is reachable inside ``value`` through standard containers."""
+    stack, seen = [value], set()
+    while stack:
+        item = stack.pop()
+        if isinstance(item, torch.fx.Node):
+            return True
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, (list, tuple, set, frozenset)) and not isinstance(item, torch.Size):
+            stack.extend(item)
+        elif isinstance(item, dict):
+            stack.extend(item.keys())
+            stack.extend(item.values())
+        elif isinstance(item, slice):
+            stack.extend((item.start, item.stop, item.step))
+        elif isinstance(item, functools.partial):
+            stack.extend((*item.args, *item.keywords.values()))
+        elif dataclasses.is_dataclass(item) and not isinstance(item, type):
+            stack.extend(getattr(item, f.name, None) for f in dataclasses.fields(item))
+    return False
+
+
+def describe(value: object) -> str:
+    """One line about a constant for the consts table: no address, no time, nothing that varies by run."""
+    if isinstance(value, torch.Tensor):
+        return f"tensor {short_type(value)}"
+    if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format)):
+        return ascii(value)
+    if isinstance(value, float):
+        return ascii(float(value))
+    if isinstance(value, torch.Size):
+        return f"torch.Size of {len(value)} dimensions"
+    if isinstance(value, type):
+        return f"class {ascii(value.__qualname__)[1:-1]}"
+    if isinstance(value, torch.nn.Module):
+        return f"module {ascii(type(value).__name__)[1:-1]}"
+    name = getattr(value, "__qualname__", None) or getattr(value, "name", None)
+    kind = ascii(type(value).__qualname__)[1:-1]
+    return f"{kind} {ascii(name)[1:-1]}" if isinstance(name, str) else kind
+
+
+_SHORT_DTYPE = {
+    torch.float32: "f32",
+    torch.float64: "f64",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "b8",
+}
+
+
+def short_type(value: object, symbols: Callable[[object], str] = str) -> str:
+    """``f32[4, s0, 64]`` for a tensor, ``int`` and the like for anything else."""
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    dtype = _SHORT_DTYPE.get(value.dtype) or str(value.dtype).removeprefix("torch.")
+    return f"{dtype}[{', '.join(symbols(size) for size in value.shape)}]"

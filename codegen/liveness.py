@@ -1,0 +1,106 @@
+"""When a value dies. In: the statements of one function. Out: the same statements with `Delete`s after each value's last use.
+
+Parameters are borrowed from the caller and never deleted; a name that is returned is never deleted either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import assert_never
+
+from piecework.codegen import ir
+
+
+def names_in(expr: ir.Expr) -> Iterator[str]:
+    """The local names that ``expr`` reads, in order, repeats included."""
+    match expr:
+        case ir.Name(id):
+            yield id
+        case ir.Literal() | ir.Const() | ir.Global():
+            return
+        case ir.ListExpr(items) | ir.TupleExpr(items):
+            for item in items:
+                yield from names_in(item)
+        case ir.DictExpr(pairs):
+            for key, value in pairs:
+                yield from names_in(key)
+                yield from names_in(value)
+        case ir.SliceExpr(start, stop, step):
+            for part in (start, stop, step):
+                yield from names_in(part)
+        case ir.Construct(kind, items):
+            yield from names_in(kind)
+            for item in items:
+                yield from names_in(item)
+        case _:
+            assert_never(expr)
+
+
+def operands(stmt: ir.Stmt) -> tuple[ir.Expr, ...]:
+    """The expressions that ``stmt`` evaluates, in order of evaluation."""
+    match stmt:
+        case ir.CallSubmod(arguments=arguments) | ir.CallInlined(arguments=arguments):
+            return (*arguments.args, *(value for _, value in arguments.kwargs))
+        case ir.CallFunction(function=function, arguments=arguments):
+            return (function, *arguments.args, *(value for _, value in arguments.kwargs))
+        case ir.CallMethod(receiver=receiver, arguments=arguments):
+            return (receiver, *arguments.args, *(value for _, value in arguments.kwargs))
+        case ir.GetItem(value=value, index=index):
+            return (value, index)
+        case ir.GetAttr(value=value):
+            return (value,)
+        case ir.Infix(left=None, right=right):
+            return (right,)
+        case ir.Infix(left=left, right=right):
+            return (left, right)
+        case ir.Delete():
+            return ()
+        case ir.Return(value=value):
+            return (value,)
+        case _:
+            assert_never(stmt)
+
+
+def uses(stmt: ir.Stmt) -> Iterator[str]:
+    """The local names that ``stmt`` reads."""
+    for expr in operands(stmt):
+        yield from names_in(expr)
+
+
+def definitions(stmt: ir.Stmt) -> tuple[str, ...]:
+    """The local names that ``stmt`` binds."""
+    match stmt:
+        case ir.CallSubmod() | ir.CallInlined() | ir.CallFunction() | ir.CallMethod():
+            return stmt.targets
+        case ir.GetItem() | ir.GetAttr() | ir.Infix():
+            return () if stmt.target is None else (stmt.target,)
+        case ir.Delete() | ir.Return():
+            return ()
+        case _:
+            assert_never(stmt)
+
+
+def last_uses(body: Iterable[ir.Stmt]) -> dict[str, int]:
+    """Map each name to the index of the last statement that reads or binds it."""
+    last: dict[str, int] = {}
+    for index, stmt in enumerate(body):
+        for name in (*definitions(stmt), *uses(stmt)):
+            last[name] = index
+    return last
+
+
+def insert_deletes(body: tuple[ir.Stmt, ...], borrowed: frozenset[str]) -> tuple[ir.Stmt, ...]:
+    """Return ``body`` with a `Delete` after the last use of every name outside ``borrowed``."""
+    last = last_uses(body)
+    kept = borrowed | {name for stmt in body if isinstance(stmt, ir.Return) for name in uses(stmt)}
+    dying: dict[int, list[str]] = {}
+    for stmt in body:  # order of definition, so that the text is stable
+        for name in definitions(stmt):
+            if name not in kept:
+                dying.setdefault(last[name], []).append(name)
+    out: list[ir.Stmt] = []
+    for index, stmt in enumerate(body):
+        out.append(stmt)
+        if index in dying:
+            out.append(ir.Delete(tuple(dying[index])))
+    return tuple(out)

@@ -1,0 +1,505 @@
+"""From graph to plan. In: a stitching graph (`split_gm`). Out: an `ir.Module` and the values of its constants.
+
+Every FX node becomes at most one statement; what cannot be written is an `UnsupportedNode` that names the node and its
+source line. Nothing is executed and the graph is not changed.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.fx
+from piecework.codegen import ir
+from piecework.codegen.consts import LIST_TYPES, ConstTable, describe, short_type, to_expr
+from piecework.codegen.inline import Inlined, InlinePlan, plan_inlining
+from piecework.codegen.liveness import insert_deletes
+from piecework.codegen.names import NameTable, is_identifier
+from piecework.codegen.origin import (
+    SymbolNames,
+    node_where,
+    origin_of,
+    origin_of_piece,
+    value_of,
+)
+from piecework.codegen.structure import attribute_of, is_liftable
+from piecework.codegen.targets import INFIX, PREFIX, function_path
+from piecework.errors import UnsupportedNode
+
+ENTRY_NAME = "execution_fn"
+SEQUENCES = (*LIST_TYPES, tuple)
+
+
+@dataclass(frozen=True, slots=True)
+class LowerOptions:
+    """What may differ between two emissions of one graph.
+
+    Attributes:
+        submods: names of submodules to call through ``__vllm_submods__``; None means every submodule that is not a
+            plain GraphModule (those are inlined).
+        bound: placeholder name → path of the weight, for placeholders held as module-level names.
+        direct: operator → callable to use in its place (a splitting op's own implementation).
+        emit_del: write ``del`` after each last use.
+        line_numbers: put ``file:line`` rather than ``file`` into comments.
+        banner: lines of the header comment.
+    """
+
+    submods: Collection[str] | None = None
+    bound: Mapping[str, str] = field(default_factory=dict)
+    direct: Mapping[object, Callable[..., object]] = field(default_factory=dict)
+    emit_del: bool = True
+    line_numbers: bool = True
+    banner: tuple[str, ...] = ()
+
+
+def lower(
+    split_gm: torch.fx.GraphModule, options: LowerOptions | None = None
+) -> tuple[ir.Module, list[object]]:
+    """Lower ``split_gm`` to a module plan.
+
+    Returns:
+        The plan, and the values of ``__vllm_consts__`` in order.
+
+    Raises:
+        UnsupportedNode: a node that has no source form.
+    """
+    return _Lowering(split_gm, options or LowerOptions()).run()
+
+
+# What a graph's nodes stand for while it is lowered: a local, a constant, or the caller's expression.
+_Scope = dict[torch.fx.Node, ir.Expr]
+
+
+class _Lowering:
+    """State of one lowering: the module's constants, imports, aliases and functions."""
+
+    def __init__(self, split_gm: torch.fx.GraphModule, options: LowerOptions) -> None:
+        self.gm = split_gm
+        self.options = options
+        self.consts = ConstTable()
+        self.symbols = SymbolNames()
+        self.submod_index: dict[str, int] = {}
+        self.aliases: dict[str, ir.Alias] = {}
+        self.alias_of: dict[int, str] = {}
+        self.functions: list[ir.Function] = []
+        self.plan: InlinePlan = plan_inlining(split_gm, options.submods)
+        self.function_names: dict[str, str] = {}
+        self.function_params: dict[str, tuple[str, ...]] = {}
+        self.takes_submods: dict[str, bool] = {}
+        self.imports, roots = self._collect_imports()
+        self.module_names = NameTable(frozenset({*roots, ENTRY_NAME}))
+
+    def run(self) -> tuple[ir.Module, list[object]]:
+        for key, inlined in self.plan.shared.items():
+            self.function_names[key] = self.module_names.claim(inlined.name)
+        self._claim_aliases()
+        bound = self._bind_weights()
+        for inlined in self.plan.shared.values():
+            self._lower_shared(inlined)
+        entry = self._lower_entry({node: name for node, name, _ in bound})
+        module = ir.Module(
+            imports=tuple(self.imports),
+            aliases=tuple(self.aliases.values()),
+            functions=tuple(self.functions),
+            entry=entry,
+            submod_names=tuple(self.submod_index),
+            const_specs=self.consts.specs,
+            bound=tuple(row for _, _, row in bound),
+            banner=self.options.banner,
+        )
+        return module, self.consts.values
+
+    # --- before any function -------------------------------------------------------------------
+
+    def _collect_imports(self) -> tuple[list[str], set[str]]:
+        modules: dict[str, None] = {"torch": None}
+        for gm in (self.gm, *self.plan.graphs):
+            for node in gm.graph.nodes:
+                if node.op == "call_function":
+                    path = function_path(node.target)
+                    if path is not None and path.module is not None:
+                        modules[path.module] = None
+        modules = {
+            name: None for name in modules if name == "torch" or not name.startswith("torch.")
+        }
+        ordered = sorted(modules, key=lambda name: (name != "torch", name))
+        return ordered, {name.partition(".")[0] for name in ordered}
+
+    def _claim_aliases(self) -> None:
+        """One module-level name per operator that is called straight from a splitting submodule."""
+        for node in self.plan.direct_calls:
+            if id(node.target) in self.alias_of:
+                continue
+            implementation = self.options.direct.get(node.target)
+            short = getattr(node.target, "__name__", "op").partition(".")[0]
+            name = self.module_names.claim(short)
+            if implementation is not None:
+                value: ir.Expr = self.consts.add(implementation)
+                note = f"{node.target}: its own implementation, past the dispatcher"
+            else:
+                value, note = self._function(node), ""
+            self.aliases[name] = ir.Alias(name, value, note)
+            self.alias_of[id(node.target)] = name
+
+    def _bind_weights(self) -> list[tuple[torch.fx.Node, str, ir.BoundName]]:
+        rows = []
+        for node in self.gm.graph.nodes:
+            if node.op == "placeholder" and node.name in self.options.bound:
+                name = self.module_names.claim(node.name)
+                path = self.options.bound[node.name]
+                value = value_of(node)
+                kind = short_type(value, self.symbols) if isinstance(value, torch.Tensor) else ""
+                rows.append((node, name, ir.BoundName(name, path, kind)))
+        return rows
+
+    # --- functions -----------------------------------------------------------------------------
+
+    def _lower_entry(self, bound: Mapping[torch.fx.Node, str]) -> ir.Function:
+        names = NameTable(self.module_names.names())
+        scope: _Scope = {node: ir.Name(name) for node, name in bound.items()}
+        parameters = self._parameters(self.gm, names, scope, skip=bound.keys())
+        body = self._lower_graph(self.gm, names, scope, prefix="")
+        return self._finish(ENTRY_NAME, parameters, body, frozenset(bound.values()), True, "")
+
+    def _lower_shared(self, inlined: Inlined) -> None:
+        """Lower one function that several splitting submodules share; differing literals are its last parameters."""
+        gm, name = inlined.graph_module, self.function_names[inlined.key]
+        names = NameTable(self.module_names.names())
+        scope: _Scope = {}
+        parameters = list(self._parameters(gm, names, scope))
+        lifted: dict[tuple[int, int], str] = {}
+        for literal in inlined.lifted:
+            lifted[literal.node, literal.ordinal] = names.claim(literal.name)
+            parameters.append(ir.Parameter(lifted[literal.node, literal.ordinal]))
+        self.function_params[inlined.key] = tuple(lifted.values())
+        body = self._lower_graph(gm, names, scope, prefix=inlined.target, lifted=lifted)
+        takes = self.takes_submods[name] = any(_needs_submods(stmt) for stmt in body)
+        count = len(inlined.members)
+        note = f"shared by {count} submodules" if count > 1 else ""
+        self.functions.append(self._finish(name, tuple(parameters), body, frozenset(), takes, note))
+
+    def _finish(
+        self,
+        name: str,
+        parameters: tuple[ir.Parameter, ...],
+        body: list[ir.Stmt],
+        borrowed: frozenset[str],
+        takes_submods: bool,
+        note: str,
+    ) -> ir.Function:
+        stmts = tuple(body)
+        if self.options.emit_del:
+            stmts = insert_deletes(stmts, borrowed | {p.name for p in parameters})
+        return ir.Function(name, parameters, stmts, takes_submods, note)
+
+    def _parameters(
+        self,
+        gm: torch.fx.GraphModule,
+        names: NameTable,
+        scope: _Scope,
+        skip: Collection[torch.fx.Node] = (),
+    ) -> tuple[ir.Parameter, ...]:
+        parameters: list[ir.Parameter] = []
+        for node in gm.graph.find_nodes(op="placeholder"):
+            if node in skip:
+                continue
+            target = str(node.target)
+            prefix = "**" if target.startswith("**") else "*" if target.startswith("*") else ""
+            name = names.claim(node.name)
+            default = None
+            if node.args and not prefix:
+                default = to_expr(node.args[0], self._no_node, self.consts, node_where(node))
+            elif not prefix and parameters and parameters[-1].default is not None:
+                raise UnsupportedNode(
+                    "a placeholder without a default follows one with a default",
+                    where=node_where(node),
+                    hint="reorder the placeholders, or give this one a default",
+                )
+            scope[node] = ir.Name(name)
+            parameters.append(ir.Parameter(name, prefix, default))
+        return tuple(parameters)
+
+    @staticmethod
+    def _no_node(node: torch.fx.Node) -> ir.Expr:
+        raise UnsupportedNode("the default of a placeholder is a node", where=node_where(node))
+
+    # --- statements ----------------------------------------------------------------------------
+
+    def _lower_graph(
+        self,
+        gm: torch.fx.GraphModule,
+        names: NameTable,
+        scope: _Scope,
+        *,
+        prefix: str,
+        lifted: Mapping[tuple[int, int], str] | None = None,
+    ) -> list[ir.Stmt]:
+        body: list[ir.Stmt] = []
+        for number, node in enumerate(gm.graph.nodes):
+            if node.op == "placeholder" or node in scope:
+                continue
+            lower_node = _NodeLowering(self, gm, names, scope, prefix, lifted or {}, number)
+            stmt = lower_node.statement(node)
+            if stmt is not None:
+                body.append(stmt)
+        return body
+
+    def _function(self, node: torch.fx.Node) -> ir.Expr:
+        alias = self.alias_of.get(id(node.target))
+        if alias is not None:
+            return ir.Global(alias)
+        path = function_path(node.target)
+        return ir.Global(path.path) if path else self.consts.add(node.target)
+
+    def submod(self, target: str) -> int:
+        return self.submod_index.setdefault(target, len(self.submod_index))
+
+
+class _NodeLowering:
+    """Lowers one node, in one graph and scope."""
+
+    def __init__(
+        self,
+        module: _Lowering,
+        gm: torch.fx.GraphModule,
+        names: NameTable,
+        scope: _Scope,
+        prefix: str,
+        lifted: Mapping[tuple[int, int], str],
+        number: int,
+    ) -> None:
+        self.module = module
+        self.gm = gm
+        self.names = names
+        self.scope = scope
+        self.prefix = prefix
+        self.lifted = lifted
+        self.number = number
+        self.ordinal = 0
+
+    def statement(self, node: torch.fx.Node) -> ir.Stmt | None:
+        match node.op:
+            case "get_attr":
+                self.scope[node] = self._attribute(node)
+                return None
+            case "call_function":
+                return self._call_function(node)
+            case "call_method":
+                return self._call_method(node)
+            case "call_module":
+                return self._call_module(node)
+            case "output":
+                return ir.Return(self._expr(node.args[0], node), self._origin(node))
+            case _:
+                raise UnsupportedNode(f"node kind {node.op!a}", where=node_where(node))
+
+    def _attribute(self, node: torch.fx.Node) -> ir.Expr:
+        target = str(node.target)
+        try:
+            value = attribute_of(self.gm, target)
+        except AttributeError as error:
+            raise UnsupportedNode(
+                f"get_attr reads {target!a}, which the graph's module does not have",
+                where=node_where(node),
+            ) from error
+        path = f"{self.prefix}.{target}" if self.prefix else target
+        return self.module.consts.add(value, attribute=path)
+
+    def _call_function(self, node: torch.fx.Node) -> ir.Stmt:
+        args, target = node.args, node.target
+        if target is operator.getitem and len(args) == 2 and not node.kwargs:
+            value, index = self._expr(args[0], node), self._expr(args[1], node)
+            return ir.GetItem(self._target(node), value, index, self._origin(node))
+        if target is getattr and len(args) == 2 and not node.kwargs and is_identifier(args[1]):
+            value = self._expr(args[0], node)
+            return ir.GetAttr(self._target(node), value, str(args[1]), self._origin(node))
+        if target in INFIX and len(args) == 2 and not node.kwargs:
+            left, right = self._expr(args[0], node), self._expr(args[1], node)
+            sign = INFIX[target]  # type: ignore[index]
+            return ir.Infix(self._target(node), sign, left, right, self._origin(node))
+        if target in PREFIX and len(args) == 1 and not node.kwargs:
+            right = self._expr(args[0], node)
+            sign = PREFIX[target]  # type: ignore[index]
+            return ir.Infix(self._target(node), sign, None, right, self._origin(node))
+        if not callable(target):
+            raise UnsupportedNode(
+                f"call_function of {describe(target)}, which is not callable",
+                where=node_where(node),
+            )
+        function = self.module._function(node)
+        arguments = self._arguments(node)
+        targets, unpack = self._targets(node)
+        return ir.CallFunction(targets, unpack, function, arguments, self._origin(node))
+
+    def _call_method(self, node: torch.fx.Node) -> ir.Stmt:
+        if not node.args or not isinstance(node.target, str):
+            raise UnsupportedNode("call_method without a receiver", where=node_where(node))
+        receiver = self._expr(node.args[0], node)
+        arguments = self._arguments(node, skip=1)
+        targets, unpack = self._targets(node)
+        return ir.CallMethod(targets, unpack, receiver, node.target, arguments, self._origin(node))
+
+    def _call_module(self, node: torch.fx.Node) -> ir.Stmt:
+        path = f"{self.prefix}.{node.target}" if self.prefix else str(node.target)
+        inlined = self.module.plan.by_target.get(path)
+        if inlined is None:
+            try:
+                callee = attribute_of(self.gm, str(node.target))
+            except AttributeError as error:
+                raise UnsupportedNode(
+                    f"call_module of {node.target!a}, which the graph's module does not have",
+                    where=node_where(node),
+                ) from error
+            index = self.module.submod(path)
+            arguments = self._arguments(node)
+            targets, unpack = self._targets(node, callee)
+            return ir.CallSubmod(targets, unpack, index, arguments, self._origin(node, callee))
+        callee = inlined.graph_of[path]
+        if inlined.direct_call:
+            return self._call_direct(node, callee, path)
+        arguments = self._arguments(node)
+        values = inlined.lifted_values[path]
+        positional = (*arguments.args, *(ir.Literal(value) for value in values))
+        kwargs = arguments.kwargs
+        if kwargs and values:
+            names = self.module.function_params[inlined.key]
+            positional = arguments.args
+            kwargs = (*kwargs, *zip(names, map(ir.Literal, values), strict=True))
+        targets, unpack = self._targets(node, callee)
+        name = self.module.function_names[inlined.key]
+        passes = self.module.takes_submods[name]
+        return ir.CallInlined(
+            targets,
+            unpack,
+            name,
+            ir.Arguments(positional, kwargs),
+            passes,
+            self._origin(node, callee),
+        )
+
+    def _call_direct(self, node: torch.fx.Node, callee: torch.fx.GraphModule, path: str) -> ir.Stmt:
+        """Write the one call that ``callee`` consists of in place of a call of ``callee``."""
+        scope = self._scope_of_call(node, callee)
+        inside = _NodeLowering(self.module, callee, self.names, scope, path, {}, self.number)
+        for inner in callee.graph.find_nodes(op="get_attr"):
+            scope[inner] = inside._attribute(inner)
+        (call,) = (n for n in callee.graph.nodes if n.op == "call_function")
+        arguments = inside._arguments(call)
+        returned = callee.graph.output_node().args[0]
+        if returned is None:
+            targets: tuple[str, ...] = ()
+            unpack = False
+            self.scope[node] = ir.Literal(None)
+        else:
+            targets, unpack = self._targets(node, callee)
+        origin = origin_of(call, self.module.symbols, line_numbers=self.module.options.line_numbers)
+        function = self.module._function(call)
+        return ir.CallFunction(targets, unpack, function, arguments, origin)
+
+    def _scope_of_call(self, node: torch.fx.Node, callee: torch.fx.GraphModule) -> _Scope:
+        """What the placeholders of ``callee`` stand for when ``node`` calls it."""
+        placeholders = callee.graph.find_nodes(op="placeholder")
+        named = {str(placeholder.target): placeholder for placeholder in placeholders}
+        scope = dict(zip(placeholders, (self._expr(arg, node) for arg in node.args), strict=False))
+        scope.update(
+            {named[key]: self._expr(v, node) for key, v in node.kwargs.items() if key in named}
+        )
+        if len(scope) != len(placeholders) or len(scope) != len(node.args) + len(node.kwargs):
+            raise UnsupportedNode(
+                f"{node.target!a} takes {len(placeholders)} arguments and is called with "
+                f"{len(node.args) + len(node.kwargs)}",
+                where=node_where(node),
+            )
+        return scope
+
+    # --- operands and targets --------------------------------------------------------------------
+
+    def _expr(self, value: object, node: torch.fx.Node) -> ir.Expr:
+        literal = self._literal if self.lifted else ir.Literal
+        return to_expr(value, self._refer, self.module.consts, node_where(node), literal)
+
+    def _literal(self, value: object) -> ir.Expr:
+        """The literal itself, or the parameter that it was lifted to; counts as `structure_of` counts."""
+        if not is_liftable(value):
+            return ir.Literal(value)
+        lifted = self.lifted.get((self.number, self.ordinal))
+        self.ordinal += 1
+        return ir.Literal(value) if lifted is None else ir.Name(lifted)
+
+    def _refer(self, node: torch.fx.Node) -> ir.Expr:
+        try:
+            return self.scope[node]
+        except KeyError:
+            raise UnsupportedNode(
+                "a node is used before it is defined", where=node_where(node)
+            ) from None
+
+    def _arguments(self, node: torch.fx.Node, skip: int = 0) -> ir.Arguments:
+        args = tuple(self._expr(arg, node) for arg in node.args[skip:])
+        kwargs = tuple((key, self._expr(value, node)) for key, value in node.kwargs.items())
+        return ir.Arguments(args, kwargs)
+
+    def _target(self, node: torch.fx.Node) -> str | None:
+        if not node.users:
+            return None
+        name = self.names.claim(node.name)
+        self.scope[node] = ir.Name(name)
+        return name
+
+    def _targets(self, node: torch.fx.Node, callee: object = None) -> tuple[tuple[str, ...], bool]:
+        """Names for the results: one per element when every user picks an element, else one or none."""
+        if not node.users:
+            return (), False
+        arity = _arity(node, callee)
+        if arity is None or not all(_picks_element(user, node, arity) for user in node.users):
+            target = self._target(node)
+            assert target is not None
+            return (target,), False
+        by_index: dict[int, str] = {}
+        for user in node.users:
+            index = user.args[1]
+            assert isinstance(index, int)
+            if index not in by_index:
+                by_index[index] = self.names.claim(user.name)
+            self.scope[user] = ir.Name(by_index[index])
+        unused = [i for i in range(arity) if i not in by_index]
+        for index in unused:
+            by_index[index] = self.names.claim("unused")
+        return tuple(by_index[i] for i in range(arity)), True
+
+    def _origin(self, node: torch.fx.Node, callee: object = None) -> ir.Origin:
+        numbers = self.module.options.line_numbers
+        if isinstance(callee, torch.fx.GraphModule):
+            return origin_of_piece(callee, self.module.symbols, line_numbers=numbers)
+        return origin_of(node, self.module.symbols, line_numbers=numbers)
+
+
+def _needs_submods(stmt: ir.Stmt) -> bool:
+    return isinstance(stmt, ir.CallSubmod) or (
+        isinstance(stmt, ir.CallInlined) and stmt.passes_submods
+    )
+
+
+def _picks_element(user: torch.fx.Node, producer: torch.fx.Node, arity: int) -> bool:
+    return (
+        user.op == "call_function"
+        and user.target is operator.getitem
+        and len(user.args) == 2
+        and not user.kwargs
+        and user.args[0] is producer
+        and type(user.args[1]) is int
+        and 0 <= user.args[1] < arity
+    )
+
+
+def _arity(node: torch.fx.Node, callee: object) -> int | None:
+    """How many elements the tuple or list that ``node`` yields is known to have; None if unknown."""
+    if isinstance(callee, torch.fx.GraphModule):
+        returned = callee.graph.output_node().args[0]
+        if not isinstance(returned, torch.fx.Node):
+            return len(returned) if type(returned) in SEQUENCES else None
+        node = returned
+    value = value_of(node)
+    return len(value) if type(value) in SEQUENCES else None

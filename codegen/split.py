@@ -1,0 +1,339 @@
+"""Cut a graph at its splitting operators. In: a GraphModule and the operators to cut at. Out: a stitching graph and its pieces, in order.
+
+The order of nodes is kept exactly, so mutations stay where they were; the cost is linear in nodes. The given graph is not changed.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.fx
+from piecework.codegen.origin import node_where, value_of
+from piecework.codegen.sizes import decompose_sizes, is_size_read
+from piecework.codegen.structure import attribute_of
+from piecework.errors import SplitError
+from torch._ops import OpOverload, OpOverloadPacket
+
+SplittingOp = str | OpOverload | OpOverloadPacket | Callable[..., object]
+
+
+@dataclass(frozen=True, slots=True)
+class SplitItem:
+    """One submodule of the stitching graph.
+
+    Attributes:
+        submod_name: its name in ``split_gm``.
+        graph_id: its place in the order of execution.
+        is_splitting_graph: True if it holds splitting operators (it is not compiled).
+        graph: the submodule.
+    """
+
+    submod_name: str
+    graph_id: int
+    is_splitting_graph: bool
+    graph: torch.fx.GraphModule
+
+
+def split_graph(
+    graph: torch.fx.GraphModule, splitting_ops: Iterable[SplittingOp]
+) -> tuple[torch.fx.GraphModule, list[SplitItem]]:
+    """Cut ``graph`` at each call of a splitting operator.
+
+    Args:
+        graph: a captured graph, one level (submodules of higher-order operators stay whole).
+        splitting_ops: operators as ``"ns::op"`` (every overload), ``"ns::op.overload"``, overloads, packets or functions.
+
+    Returns:
+        ``(split_gm, items)``: the stitching graph, whose nodes call ``submod_0``, ``submod_1``, …, and the submodules
+        sorted by ``graph_id``. Compiled pieces return a tuple; a splitting submodule returns its value, or None.
+
+    Raises:
+        SplitError: an operator's name is malformed, or the graph uses a value before it defines it.
+
+    Example:
+        >>> split_gm, items = split_graph(gm, ["mylib::attention"])
+        >>> [item.submod_name for item in items if not item.is_splitting_graph]
+        ['submod_0', 'submod_2']
+    """
+    is_splitting = SplittingOps(splitting_ops)
+    work = torch.fx.GraphModule(graph, _copy_of(graph.graph))
+    work.meta.update(graph.meta)
+    decompose_sizes(work)
+    partitions = _merge_idle(_assign(work, is_splitting))
+    for number, partition in enumerate(partitions):
+        partition.number = number
+    return _build(work, partitions, graph)
+
+
+def _copy_of(graph: torch.fx.Graph) -> torch.fx.Graph:
+    copy = torch.fx.Graph()
+    mapping: dict[torch.fx.Node, torch.fx.Node] = {}
+    for node in graph.nodes:
+        mapping[node] = copy.node_copy(node, lambda n: mapping[n])
+    return copy
+
+
+class SplittingOps:
+    """Tells whether a node calls one of the given operators."""
+
+    def __init__(self, ops: Iterable[SplittingOp]) -> None:
+        self._names: set[str] = set()
+        self._targets: set[object] = set()
+        self.declared: list[str] = []
+        for op in ops:
+            op = getattr(op, "splitting_op_name", op)  # the handle of `piecework.splitting_op`
+            if isinstance(op, str):
+                if op.count("::") != 1 or not all(op.split("::")):
+                    raise SplitError(
+                        f"splitting op {op!a} is not of the form 'ns::op' or 'ns::op.overload'",
+                        hint="name it as in torch.ops.ns.op, or pass the operator itself",
+                    )
+                self._names.add(op)
+                self.declared.append(op)
+            elif isinstance(op, OpOverload):
+                self._names.add(f"{op._schema.name}.{op._overloadname}")
+                self.declared.append(f"{op._schema.name}.{op._overloadname}")
+            elif isinstance(op, OpOverloadPacket):
+                self._names.add(op._qualified_op_name)
+                self.declared.append(op._qualified_op_name)
+            elif callable(op):
+                self._targets.add(op)
+                self.declared.append(getattr(op, "__qualname__", repr(op)))
+            else:
+                raise SplitError(f"splitting op {op!r} is neither a name nor an operator")
+
+    def __call__(self, node: torch.fx.Node) -> bool:
+        if node.op != "call_function":
+            return False
+        return bool(self._names & names_of(node)) or node.target in self._targets
+
+    def missing_from(self, graph: torch.fx.Graph) -> list[str]:
+        """Declared operators that no node of ``graph`` calls."""
+        present: set[object] = set()
+        for node in graph.nodes:
+            if node.op == "call_function":
+                present |= names_of(node)
+                present.add(getattr(node.target, "__qualname__", None))
+        return [name for name in self.declared if name not in present]
+
+
+def names_of(node: torch.fx.Node) -> set[str]:
+    """The names under which the operator that ``node`` calls may be declared: ``ns::op`` and ``ns::op.overload``."""
+    target = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator) and node.args:
+        target = node.args[0]  # auto_functionalized(op, ...) runs op
+    if isinstance(target, OpOverload):
+        return {target._schema.name, f"{target._schema.name}.{target._overloadname}"}
+    if isinstance(target, OpOverloadPacket):
+        # FX may call a packet; which overload runs is decided by its arguments.
+        name = target._qualified_op_name
+        overloads = target.overloads()
+        return {name, f"{name}.{overloads[0]}"} if len(overloads) == 1 else {name}
+    return set()
+
+
+@dataclass(eq=False, slots=True)
+class _Partition:
+    splitting: bool
+    nodes: list[torch.fx.Node] = field(default_factory=list)
+    number: int = -1
+
+
+def _assign(gm: torch.fx.GraphModule, is_splitting: SplittingOps) -> list[_Partition]:
+    """Give each computing node a partition, in one pass over the nodes."""
+    partitions: list[_Partition] = []
+    home: dict[torch.fx.Node, _Partition] = {}
+    for node in gm.graph.nodes:
+        if node.op in ("placeholder", "output", "get_attr"):
+            continue
+        producer = node.args[0] if node.args else None
+        if (
+            node.target is operator.getitem
+            and isinstance(producer, torch.fx.Node)
+            and producer in home
+            and _returns_sequence(producer)
+        ):
+            partition = home[producer]
+        else:
+            splitting = is_splitting(node)
+            if not partitions or partitions[-1].splitting != splitting:
+                partitions.append(_Partition(splitting))
+            partition = partitions[-1]
+        partition.nodes.append(node)
+        home[node] = partition
+    return partitions
+
+
+def _returns_sequence(node: torch.fx.Node) -> bool:
+    """True if ``node`` yields a tuple or list, so that picking an element is not computation."""
+    value = value_of(node)
+    if value is not None:
+        return isinstance(value, (tuple, list)) and not isinstance(value, torch.Size)
+    schema = getattr(node.target, "_schema", None)
+    if schema is None and isinstance(node.target, OpOverloadPacket):
+        schema = getattr(node.target, node.target.overloads()[0])._schema
+    if schema is not None:
+        returns = schema.returns
+        return len(returns) > 1 or (len(returns) == 1 and "List" in str(returns[0].type))
+    return False
+
+
+# --- pieces with nothing to launch ---------------------------------------------------------------
+
+_ALLOCATIONS = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
+
+
+def _is_idle(node: torch.fx.Node) -> bool:
+    """True if ``node`` launches no kernel: it allocates, reads a size, or computes with sizes."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name.partition(".")[0] in _ALLOCATIONS or is_size_read(node):
+        return True
+    value = value_of(node)
+    return isinstance(value, (int, torch.SymInt, torch.SymBool)) and not _reads_data(node)
+
+
+def _reads_data(node: torch.fx.Node) -> bool:
+    return any(isinstance(value_of(source), torch.Tensor) for source in node.all_input_nodes)
+
+
+def _merge_idle(partitions: Sequence[_Partition]) -> list[_Partition]:
+    """Move partitions with nothing to launch into a neighbour (row S5).
+
+    The last piece before takes them if their inputs exist by then. Else a splitting submodule beside them does: it is not
+    compiled, and running there keeps the order.
+    """
+    kept: list[_Partition] = []
+    position: dict[torch.fx.Node, int] = {}  # of the partition that holds a node, in `kept`
+    last_piece = -1
+    waiting: list[torch.fx.Node] = []  # idle nodes before the first partition
+    for partition in partitions:
+        if partition.splitting or not all(map(_is_idle, partition.nodes)):
+            partition.nodes[:0] = waiting
+            waiting = []
+            kept.append(partition)
+            into = partition
+            last_piece = last_piece if partition.splitting else len(kept) - 1
+        elif not kept:
+            waiting = partition.nodes
+            continue
+        else:
+            sources = (source for node in partition.nodes for source in node.all_input_nodes)
+            ready = max((position.get(source, -1) for source in sources), default=-1)
+            into = kept[last_piece] if last_piece >= max(ready, 0) else kept[-1]
+            into.nodes.extend(partition.nodes)
+        index = last_piece if kept and into is kept[last_piece] else len(kept) - 1
+        position.update(dict.fromkeys(partition.nodes, index))
+    return kept or [p for p in partitions if p.nodes]
+
+
+# --- building ------------------------------------------------------------------------------------
+
+
+def _build(
+    gm: torch.fx.GraphModule, partitions: Sequence[_Partition], original: torch.fx.GraphModule
+) -> tuple[torch.fx.GraphModule, list[SplitItem]]:
+    home = {node: p for p in partitions for node in p.nodes}
+    outputs = _outputs(gm, partitions, home)
+    stitching = torch.fx.Graph()
+    attributes: dict[str, object] = {}
+    # What each node of `gm` is called in the stitching graph.
+    values: dict[torch.fx.Node, torch.fx.Node] = {}
+    for node in gm.graph.find_nodes(op="placeholder"):
+        values[node] = stitching.node_copy(node)
+    items: list[SplitItem] = []
+    for partition in partitions:
+        name = f"submod_{partition.number}"
+        inputs, piece = _build_piece(gm, partition, outputs[partition], home)
+        attributes[name] = piece
+        call = stitching.call_module(name, tuple(values[node] for node in inputs))
+        _unpack_call(stitching, call, partition, outputs[partition], values)
+        items.append(SplitItem(name, partition.number, partition.splitting, piece))
+    output_node = gm.graph.output_node()
+    for node in output_node.all_input_nodes:
+        if node.op == "get_attr":
+            values[node] = stitching.node_copy(node)
+            attributes[str(node.target)] = attribute_of(gm, str(node.target))
+    result = stitching.node_copy(output_node, lambda n: values[n])
+    result.meta.update(output_node.meta)
+    split_gm = torch.fx.GraphModule(attributes, stitching, type(original).__name__)
+    split_gm.meta.update(original.meta)
+    return split_gm, items
+
+
+def _outputs(
+    gm: torch.fx.GraphModule,
+    partitions: Sequence[_Partition],
+    home: dict[torch.fx.Node, _Partition],
+) -> dict[_Partition, list[torch.fx.Node]]:
+    """What each partition must return: nodes with a user outside, in order of execution."""
+    outputs: dict[_Partition, list[torch.fx.Node]] = {}
+    for partition in partitions:
+        outputs[partition] = [
+            node
+            for node in partition.nodes
+            if any(home.get(user) is not partition for user in node.users)
+        ]
+    return outputs
+
+
+def _build_piece(
+    gm: torch.fx.GraphModule,
+    partition: _Partition,
+    outputs: list[torch.fx.Node],
+    home: dict[torch.fx.Node, _Partition],
+) -> tuple[list[torch.fx.Node], torch.fx.GraphModule]:
+    """Build one submodule; returns its inputs (nodes of ``gm``, in order of first use) and itself."""
+    graph = torch.fx.Graph()
+    inside: dict[torch.fx.Node, torch.fx.Node] = {}
+    attributes: dict[str, object] = {}
+    members = set(partition.nodes)
+    inputs: list[torch.fx.Node] = []
+    for node in partition.nodes:
+        for source in node.all_input_nodes:
+            if source in members or source in inside:
+                continue
+            if source.op != "get_attr" and source.op != "placeholder" and source not in home:
+                raise SplitError("a node is used before it is defined", where=node_where(source))
+            if source.op != "get_attr":
+                inputs.append(source)
+                inside[source] = graph.placeholder(source.name)
+                inside[source].meta.update(source.meta)
+            else:
+                inside[source] = graph.node_copy(source)
+                attributes[str(source.target)] = attribute_of(gm, str(source.target))
+    for node in partition.nodes:
+        inside[node] = graph.node_copy(node, lambda n: inside[n])
+        if node.op == "call_module":
+            attributes[str(node.target)] = attribute_of(gm, str(node.target))
+    returned = [inside[node] for node in outputs]
+    if not partition.splitting:
+        graph.output(tuple(returned))
+    elif len(returned) == 1:
+        graph.output(returned[0])
+    else:
+        graph.output(tuple(returned) if returned else None)
+    name = f"submod_{partition.number}"
+    return inputs, torch.fx.GraphModule(attributes, graph, name)
+
+
+def _unpack_call(
+    stitching: torch.fx.Graph,
+    call: torch.fx.Node,
+    partition: _Partition,
+    outputs: list[torch.fx.Node],
+    values: dict[torch.fx.Node, torch.fx.Node],
+) -> None:
+    """Bind what ``call`` returns to the nodes that it stands for."""
+    if partition.splitting and len(outputs) == 1:
+        call.meta.update(outputs[0].meta)
+        values[outputs[0]] = call
+        return
+    call.meta["example_value"] = tuple(value_of(node) for node in outputs)
+    for index, node in enumerate(outputs):
+        element = stitching.call_function(operator.getitem, (call, index))
+        element.meta.update(node.meta)
+        element._rename(node.name)
+        values[node] = element

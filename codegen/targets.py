@@ -1,0 +1,115 @@
+"""Paths of functions in emitted source. In: the target of a ``call_function`` node. Out: a dotted path and its import, or None when the function has no name.
+
+A path is used only if looking it up gives the very same object at emission; nothing is found by name alone.
+"""
+
+from __future__ import annotations
+
+import builtins
+import math
+import operator
+import sys
+from dataclasses import dataclass
+
+from piecework.codegen.names import is_identifier
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+
+_TORCH_NAMESPACES = (
+    "torch",
+    "torch.nn.functional",
+    "torch._C._nn",
+    "torch._C._linalg",
+    "torch._C._fft",
+    "torch._C._special",
+    "torch._C",
+)
+
+# operator functions that have an operator sign with the same meaning, argument for argument.
+INFIX = {
+    operator.add: "+",
+    operator.sub: "-",
+    operator.mul: "*",
+    operator.truediv: "/",
+    operator.floordiv: "//",
+    operator.mod: "%",
+    operator.pow: "**",
+    operator.matmul: "@",
+    operator.lshift: "<<",
+    operator.rshift: ">>",
+    operator.and_: "&",
+    operator.or_: "|",
+    operator.xor: "^",
+    operator.eq: "==",
+    operator.ne: "!=",
+    operator.lt: "<",
+    operator.le: "<=",
+    operator.gt: ">",
+    operator.ge: ">=",
+}
+PREFIX = {operator.neg: "-", operator.pos: "+", operator.invert: "~", operator.not_: "not"}
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionPath:
+    """``path`` is what to write; ``module`` what to import first (None for builtins)."""
+
+    path: str
+    module: str | None
+
+    @property
+    def root(self) -> str:
+        return self.path.partition(".")[0]
+
+
+def function_path(target: object) -> FunctionPath | None:
+    """The dotted path under which ``target`` is found again, or None (then it goes to consts)."""
+    for module, path in _candidates(target):
+        if (
+            all(is_identifier(part) for part in path.split("."))
+            and _resolve(module, path) is target
+        ):
+            return FunctionPath(path, module)
+    return None
+
+
+def _candidates(target: object) -> list[tuple[str | None, str]]:
+    if isinstance(target, OpOverload):
+        packet = f"torch.ops.{target.namespace}.{target._schema.name.split('::')[-1]}"
+        return [("torch", f"{packet}.{target._overloadname}")]
+    if isinstance(target, OpOverloadPacket):
+        return [("torch", f"torch.ops.{target._qualified_op_name.replace('::', '.')}")]
+    if isinstance(target, HigherOrderOperator):
+        return [("torch", f"torch.ops.higher_order.{target._name}")]
+    name = getattr(target, "__name__", None)
+    if not isinstance(name, str):
+        return []
+    found: list[tuple[str | None, str]] = []
+    if getattr(builtins, name, None) is target:
+        found.append((None, name))
+    for module in (operator, math):
+        if getattr(module, name, None) is target:
+            found.append((module.__name__, f"{module.__name__}.{name}"))
+    found += [("torch", f"{namespace}.{name}") for namespace in _TORCH_NAMESPACES]
+    owner = getattr(target, "__module__", None)
+    qualname = getattr(target, "__qualname__", name)
+    if isinstance(owner, str) and owner not in ("__main__", "builtins") and owner in sys.modules:
+        found.append((owner, f"{owner}.{qualname}"))
+    return found
+
+
+def _resolve(module: str | None, path: str) -> object:
+    parts = path.split(".")
+    value: object
+    if module is None:
+        value, rest = builtins, parts
+    else:
+        value = sys.modules.get(parts[0])
+        rest = parts[1:]
+        if value is None:
+            return None
+    for part in rest:
+        try:
+            value = getattr(value, part)
+        except (AttributeError, RuntimeError):
+            return None
+    return value
