@@ -1,0 +1,165 @@
+"""Which compiled version serves a batch: in, endpoints, sizes and a batch size; out, the inclusive range it falls in.
+
+It never compiles anything, and it never reads a configuration object.
+"""
+
+from __future__ import annotations
+
+import sys
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+from piecework.errors import ConfigError, InputError
+
+# The end of a range without an upper limit; no tensor has a dimension this large.
+OPEN_END = sys.maxsize
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Range:
+    """Batch sizes from ``start`` to ``end``, both included; ordered by start.
+
+    Raises:
+        ConfigError: ``start`` is below 1 or above ``end``.
+
+    Example:
+        >>> 16 in Range(1, 16), str(Range(17, OPEN_END))
+        (True, '[17, …]')
+    """
+
+    start: int
+    end: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.start <= self.end:
+            raise ConfigError(
+                f"no batch size lies between {self.start} and {self.end}",
+                where="Range",
+                hint="a range is inclusive and starts at 1 or above",
+            )
+
+    def __contains__(self, size: int) -> bool:
+        return self.start <= size <= self.end
+
+    def is_single_size(self) -> bool:
+        """Whether exactly one size falls in it."""
+        return self.start == self.end
+
+    def is_open_ended(self) -> bool:
+        """Whether it has no upper limit."""
+        return self.end == OPEN_END
+
+    def __str__(self) -> str:
+        return f"[{self.start}, {'…' if self.is_open_ended() else self.end}]"
+
+
+def derive_ranges(
+    endpoints: Iterable[int], max_size: int | None, *, open_ended: bool = False
+) -> tuple[Range, ...]:
+    """Cut 1 to ``max_size`` after each endpoint: ``[1, e0] [e0+1, e1] … [en+1, max_size]``.
+
+    Args:
+        endpoints: last sizes of the ranges, in any order; ``max_size`` may be among them.
+        max_size: the largest batch; may be None when the last range is open-ended.
+        open_ended: the last range has no upper limit (encoders: their batches have no bound).
+
+    Raises:
+        ConfigError: an endpoint is not a positive integer, is given twice or lies beyond the
+            largest batch (its range would be empty). All of them are named.
+
+    Example:
+        >>> [str(each) for each in derive_ranges([16], 256)]
+        ['[1, 16]', '[17, 256]']
+    """
+    given = list(endpoints)
+    limit = None if open_ended else max_size
+    wrong = _endpoint_problems(given, limit)
+    if max_size is None and not open_ended:
+        wrong.append("the largest batch is not known")
+    elif max_size is not None and max_size < 1:
+        wrong.append(f"the largest batch is {max_size}")
+    if wrong:
+        raise ConfigError(
+            "; ".join(wrong),
+            where="compile_ranges_endpoints",
+            hint="give each endpoint once, between 1 and max_num_batched_tokens",
+        )
+    # With an open end the largest batch is no cut, whether or not it was written as an endpoint.
+    cuts = sorted(end for end in given if end != max_size)
+    last = OPEN_END if open_ended else max_size
+    assert last is not None
+    starts = [1, *(end + 1 for end in cuts)]
+    return tuple(Range(start, end) for start, end in zip(starts, [*cuts, last], strict=True))
+
+
+def _endpoint_problems(endpoints: list[int], limit: int | None) -> list[str]:
+    def listed(values: Iterable[object]) -> str:
+        return ", ".join(map(repr, values))
+
+    problems = []
+    # A bool is an int to Python, and never an endpoint.
+    whole = [each for each in endpoints if type(each) is int]
+    unfit = [each for each in endpoints if type(each) is not int or each < 1]
+    if unfit:
+        problems.append(f"endpoints must be positive whole numbers, not {listed(unfit)}")
+    if twice := sorted(each for each, times in Counter(whole).items() if times > 1):
+        problems.append(f"endpoints given more than once: {listed(twice)}")
+    if limit is not None and (beyond := sorted({each for each in whole if each > limit})):
+        problems.append(f"no batch reaches {listed(beyond)}; the largest batch is {limit}")
+    return problems
+
+
+class RangeTable:
+    """Compile sizes and ranges with one look-up: a single size wins over the range around it.
+
+    ``entries`` are what must be compiled, each once: the single sizes ascending, then the ranges.
+    A range that is itself a single size and a compile size of the same value are one entry.
+
+    Raises:
+        ConfigError: two ranges overlap.
+
+    Example:
+        >>> table = RangeTable(derive_ranges([16], 64), sizes=[8])
+        >>> str(table.find(8)), str(table.find(9)), table.index(17)
+        ('[8, 8]', '[1, 16]', 2)
+    """
+
+    __slots__ = ("_starts", "_wide", "entries", "single_sizes")
+
+    def __init__(self, ranges: Iterable[Range], sizes: Iterable[int] = ()) -> None:
+        ordered = sorted(ranges)
+        for left, right in pairwise(ordered):
+            if right.start <= left.end:
+                raise ConfigError(f"the ranges {left} and {right} overlap", where="RangeTable")
+        singles = set(sizes) | {each.start for each in ordered if each.is_single_size()}
+        exact = [Range(size, size) for size in sorted(singles)]
+        wide = [each for each in ordered if not each.is_single_size()]
+        self.entries: tuple[Range, ...] = (*exact, *wide)
+        self.single_sizes: dict[int, int] = {each.start: at for at, each in enumerate(exact)}
+        self._starts = [each.start for each in wide]
+        self._wide = len(exact)
+
+    def index(self, size: int) -> int:
+        """The position in ``entries`` of what serves ``size``, in O(log ranges).
+
+        Raises:
+            InputError: the size is outside every entry; they are listed.
+        """
+        exact = self.single_sizes.get(size)
+        if exact is not None:
+            return exact
+        at = bisect_right(self._starts, size) - 1
+        if at >= 0 and size in self.entries[self._wide + at]:
+            return self._wide + at
+        raise InputError(
+            f"a batch of {size} is outside every compiled range: "
+            + (", ".join(map(str, self.entries)) or "there is none"),
+            hint="raise max_num_batched_tokens, or add the size to compile_sizes",
+        )
+
+    def find(self, size: int) -> Range:
+        """The entry that serves ``size``; errors as :meth:`index`."""
+        return self.entries[self.index(size)]

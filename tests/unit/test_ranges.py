@@ -1,0 +1,116 @@
+"""Compile ranges: derivation from endpoints, their errors, and the look-up against a plain scan."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from piecework.errors import ConfigError, InputError
+from piecework.runtime.ranges import OPEN_END, Range, RangeTable, derive_ranges
+
+
+def pairs(ranges):
+    return [(each.start, each.end) for each in ranges]
+
+
+def test_range_is_inclusive_ordered_and_hashable():
+    single, wide = Range(4, 4), Range(1, 16)
+    assert 1 in wide and 16 in wide and 17 not in wide and 0 not in wide
+    assert single.is_single_size() and not wide.is_single_size()
+    assert sorted([Range(17, 20), wide]) == [wide, Range(17, 20)]
+    assert {Range(4, 4): "x"}[single] == "x"
+    assert pickle.loads(pickle.dumps(wide)) == wide
+    assert str(wide) == "[1, 16]" and str(Range(17, OPEN_END)) == "[17, …]"
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 4), (5, 4), (-1, -1)])
+def test_an_empty_range_is_an_error(start, end):
+    with pytest.raises(ConfigError, match=f"between {start} and {end}"):
+        Range(start, end)
+
+
+@pytest.mark.parametrize(
+    ("endpoints", "largest", "expected"),
+    [
+        ([], 64, [(1, 64)]),
+        ([16, 256], 2048, [(1, 16), (17, 256), (257, 2048)]),
+        ([256, 16], 2048, [(1, 16), (17, 256), (257, 2048)]),
+        ([16, 64], 64, [(1, 16), (17, 64)]),
+        ([1], 1, [(1, 1)]),
+        ([1, 2], 3, [(1, 1), (2, 2), (3, 3)]),
+    ],
+)
+def test_ranges_from_endpoints(endpoints, largest, expected):
+    assert pairs(derive_ranges(endpoints, largest)) == expected
+
+
+@pytest.mark.parametrize("endpoints", [[16], [16, 256]])
+def test_an_encoder_has_an_open_last_range(endpoints):
+    ranges = derive_ranges(endpoints, 256, open_ended=True)
+    assert pairs(ranges) == [(1, 16), (17, OPEN_END)]
+    assert ranges[-1].is_open_ended()
+
+
+def test_an_encoder_may_cut_beyond_the_largest_batch_and_needs_none():
+    assert pairs(derive_ranges([512], 256, open_ended=True)) == [(1, 512), (513, OPEN_END)]
+    assert pairs(derive_ranges([], None, open_ended=True)) == [(1, OPEN_END)]
+
+
+def test_every_bad_endpoint_is_named_at_once():
+    with pytest.raises(ConfigError) as caught:
+        derive_ranges([4, 4, 0, -3, 100, 2.5, True], 64)
+    text = str(caught.value)
+    assert "not 0, -3, 2.5, True" in text
+    assert "more than once: 4" in text
+    assert "no batch reaches 100; the largest batch is 64" in text
+    assert caught.value.where == "compile_ranges_endpoints"
+
+
+@pytest.mark.parametrize("largest", [None, 0])
+def test_the_largest_batch_must_be_known(largest):
+    with pytest.raises(ConfigError, match="the largest batch is"):
+        derive_ranges([], largest)
+
+
+def test_a_single_size_wins_and_entries_are_listed_once():
+    table = RangeTable(derive_ranges([1, 16], 64), sizes=[8, 1, 8])
+    assert pairs(table.entries) == [(1, 1), (8, 8), (2, 16), (17, 64)]
+    assert table.find(8) == Range(8, 8)
+    assert table.find(9) == Range(2, 16)
+    assert [table.index(size) for size in (1, 8, 2, 16, 17, 64)] == [0, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("size", [0, -1, 65])
+def test_a_size_outside_every_range_lists_them(size):
+    table = RangeTable(derive_ranges([16], 64), sizes=[8])
+    with pytest.raises(InputError) as caught:
+        table.find(size)
+    assert f"batch of {size} " in str(caught.value)
+    assert "[8, 8], [1, 16], [17, 64]" in str(caught.value)
+
+
+def test_a_gap_is_outside_and_an_empty_table_says_so():
+    with pytest.raises(InputError):
+        RangeTable([Range(1, 4), Range(8, 9)]).find(6)
+    with pytest.raises(InputError, match="there is none"):
+        RangeTable([]).find(1)
+
+
+def test_overlapping_ranges_are_an_error():
+    with pytest.raises(ConfigError, match=r"\[1, 8\] and \[8, 9\] overlap"):
+        RangeTable([Range(8, 9), Range(1, 8)])
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_lookup_agrees_with_a_scan_and_ranges_cover_every_size(data):
+    largest = data.draw(st.integers(1, 300))
+    endpoints = data.draw(st.sets(st.integers(1, largest), max_size=8))
+    sizes = data.draw(st.sets(st.integers(1, largest), max_size=5))
+    ranges = derive_ranges(endpoints, largest)
+    table = RangeTable(ranges, sizes)
+    for size in range(1, largest + 1):
+        (around,) = [each for each in ranges if size in each]
+        assert table.find(size) == (Range(size, size) if size in sizes else around)
