@@ -6,6 +6,7 @@ It never patches torch; each function probes for what it needs and falls back to
 from __future__ import annotations
 
 import ctypes
+import inspect
 
 import torch
 from torch.utils import _pytree
@@ -62,3 +63,17 @@ def flatten_tree(tree: object) -> tuple[list[object], _pytree.TreeSpec]:
 def unflatten_tree(leaves: list[object], spec: _pytree.TreeSpec) -> object:
     """The containers of ``spec`` around ``leaves``."""
     return _pytree.tree_unflatten(leaves, spec)
+
+
+def mark_unbacked(tensor: torch.Tensor, dim: int, *, shape_id: str | None = None) -> None:
+    """Declare dimension ``dim`` of an example input unbacked: captured for every size, zero and one included.
+
+    Args:
+        shape_id: dimensions with one id become one symbol; where torch can't say so, they stay two symbols and the
+            captured graph checks at run time that they are equal.
+    """
+    mark = torch._dynamo.decorators.mark_unbacked
+    if shape_id is not None and "shape_id" in inspect.signature(mark).parameters:
+        mark(tensor, dim, shape_id=shape_id)
+    else:
+        mark(tensor, dim)

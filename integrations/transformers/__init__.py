@@ -1,0 +1,8 @@
+"""Hugging Face transformers: in, a causal LM; out, the same model with its decoder stitched, ready for ``generate()``.
+
+It never patches transformers or changes the model's weights; ``unstitch`` gives back exactly the model that came in.
+"""
+
+from piecework.integrations.transformers.stitcher import stitch, stitched_module, unstitch
+
+__all__ = ["stitch", "stitched_module", "unstitch"]

@@ -1,0 +1,332 @@
+"""Admission of a model: in, a decoder; out, what serving it needs, or a typed error that says why it can't be stitched.
+
+It never compiles anything: it runs the model on a few tokens, as it is and flattened, and compares.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from piecework.errors import CaptureError
+from piecework.integrations.transformers.attention import LAYER_NAME, Discovery, through_piecework
+from piecework.integrations.transformers.flat import FlatForward
+from piecework.integrations.transformers.request import (
+    AttentionLayer,
+    PositionRule,
+    request_context,
+)
+from piecework.integrations.transformers.serving import Serving
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+Forward = Callable[..., object]
+
+# How far the flattened forward may be from the model's own, as the norm of the difference over the norm. Both run the
+# same kernels on the same numbers of rows, so this is room for another summation order and for little else.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+# What a foreign model may raise when it is run in a way that it was not written for.
+_MODEL_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    NotImplementedError,
+)
+
+
+def admit(model: nn.Module, decoder: nn.Module, forward: Forward) -> Serving:
+    """Find the decoder's attention layers and prove on a few tokens that it can be served flattened.
+
+    On success each attention module carries its layer name; ``forget_layers`` takes it away.
+
+    Args:
+        model: what the user stitches.
+        decoder: the module whose forward will be replaced.
+        forward: that forward, bound.
+
+    Raises:
+        CaptureError: the model is not fit, and why.
+    """
+    _refuse_at_sight(decoder, forward)
+    flat = FlatForward(decoder, forward, "input_ids")
+    layers = _discover(decoder, flat)
+    for layer in layers:
+        setattr(layer.module, LAYER_NAME, layer.name)
+    try:
+        with torch.no_grad():
+            return _prove(model, decoder, forward, flat, {layer.name: layer for layer in layers})
+    except BaseException:
+        forget_layers(decoder)
+        raise
+
+
+def forget_layers(decoder: nn.Module) -> None:
+    """Take the layer names off the modules of ``decoder``."""
+    for module in decoder.modules():
+        module.__dict__.pop(LAYER_NAME, None)
+
+
+def _refuse_at_sight(decoder: nn.Module, forward: Forward) -> None:
+    where = type(decoder).__name__
+    if decoder.training:
+        raise CaptureError(
+            "the model is in training mode", where=where, hint="call model.eval() first"
+        )
+    config = getattr(decoder, "config", None)
+    if config is None or not hasattr(decoder, "get_input_embeddings"):
+        raise CaptureError(
+            "this is not a transformers model",
+            where=where,
+            hint="use piecework.compile(model) with a splitting_op of your own",
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise CaptureError(
+            "encoder-decoder models attend to another sequence's states, which the splitting op does not carry",
+            where=where,
+            hint="leave this model unstitched",
+        )
+    accepted = inspect.signature(forward).parameters
+    for name in ("input_ids", "position_ids", "past_key_values"):
+        if name not in accepted:
+            raise CaptureError(
+                f"its forward takes no {name}, so a batch can't be flattened into one row of tokens",
+                where=where,
+                hint="leave this model unstitched",
+            )
+
+
+def _discover(decoder: nn.Module, flat: FlatForward) -> Sequence[AttentionLayer]:
+    """Run the flattened forward once without attention, to see who attends and how."""
+    names = {module: name for name, module in decoder.named_modules()}
+    config = decoder.config.get_text_config()
+    discovery = Discovery(names, getattr(config, "layer_types", None), [])
+    ids, _mask = _probe_tokens(decoder)
+    positions = torch.arange(ids.numel(), device=ids.device).unsqueeze(0)
+    with (
+        torch.no_grad(),
+        through_piecework(decoder),
+        request_context(discovery),
+        _as_refusal(decoder, "flattened"),
+    ):
+        flat(ids.reshape(1, -1), positions)
+    if not discovery.found:
+        raise CaptureError(
+            "none of its modules attends through transformers' attention-function registry",
+            where=type(decoder).__name__,
+            hint="leave this model unstitched",
+        )
+    return discovery.found
+
+
+def _prove(
+    model: nn.Module,
+    decoder: nn.Module,
+    forward: Forward,
+    flat: FlatForward,
+    layers: Mapping[str, AttentionLayer],
+) -> Serving:
+    ids, mask = _probe_tokens(decoder)
+    with _as_refusal(decoder, "as it is"):
+        seen, outputs, output_class = _reference(decoder, forward, layers, ids, mask)
+    serving = Serving(model, decoder, layers, PositionRule.AFTER_PAST, True, output_class)
+    _compare_masks(serving, seen, ids, mask)
+    with _as_refusal(decoder, "flattened"):
+        serving = _with_position_rule(serving, flat, outputs, ids, mask)
+        return _with_packing(serving, forward, flat, ids)
+
+
+def _reference(
+    decoder: nn.Module,
+    forward: Forward,
+    layers: Mapping[str, AttentionLayer],
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+) -> tuple[dict[str, object], list[torch.Tensor], type]:
+    """The model's own prefill and decode: the masks its layers saw, the hidden states, the output's class."""
+    with _watching_masks(layers) as seen:
+        prefill = forward(input_ids=ids, attention_mask=mask, use_cache=True, return_dict=True)
+        masks = dict(seen)
+    given = {name for name, value in prefill.items() if value is not None}
+    cache = prefill.get("past_key_values")
+    if given != {"last_hidden_state", "past_key_values"} or not hasattr(cache, "update"):
+        raise CaptureError(
+            f"its forward returns {', '.join(sorted(given))}; expected last_hidden_state and a KV cache",
+            where=type(decoder).__name__,
+            hint="leave this model unstitched",
+        )
+    decode = forward(
+        input_ids=ids[:, :1],
+        attention_mask=_one_more(mask),
+        past_key_values=cache,
+        use_cache=True,
+        return_dict=True,
+    )
+    return masks, [prefill.last_hidden_state, decode.last_hidden_state], type(prefill)
+
+
+@contextmanager
+def _watching_masks(layers: Mapping[str, AttentionLayer]) -> Iterator[dict[str, object]]:
+    """Note the ``attention_mask`` that each attention module is called with."""
+    seen: dict[str, object] = {}
+    handles = []
+    for layer in layers.values():
+        signature = inspect.signature(layer.module.forward)
+
+        def note(
+            _module: nn.Module,
+            args: tuple[object, ...],
+            kwargs: dict[str, object],
+            name: str = layer.name,
+            signature: inspect.Signature = signature,
+        ) -> None:
+            arguments = signature.bind_partial(*args, **kwargs).arguments
+            if "attention_mask" in arguments:
+                seen[name] = arguments["attention_mask"]
+
+        handles.append(layer.module.register_forward_pre_hook(note, with_kwargs=True))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _compare_masks(
+    serving: Serving, seen: Mapping[str, object], ids: torch.Tensor, mask: torch.Tensor
+) -> None:
+    """Each layer must get the mask that the model gives it, and layers must share masks as they do in the model.
+
+    The probe is far shorter than a sliding window, so that different masks may hold equal numbers here: which layers
+    share one tensor tells them apart.
+    """
+    cache = DynamicCache(config=serving.decoder.config)
+    masks = serving.masks(ids, mask, cache, None)
+    pairs = set()
+    for name, theirs in seen.items():
+        ours = serving.layers[name].mask_of(masks)
+        if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
+            equal = ours.shape == theirs.shape and torch.equal(ours, theirs)
+            pairs.add((ours.data_ptr(), theirs.data_ptr()))
+        else:
+            equal = ours is theirs
+        if not equal:
+            raise CaptureError(
+                "the model makes this layer's attention mask in a way of its own",
+                where=name,
+                hint="leave this model unstitched",
+            )
+    if not len(pairs) == len({ours for ours, _ in pairs}) == len({theirs for _, theirs in pairs}):
+        raise CaptureError(
+            "the model's layers share attention masks otherwise than config.layer_types says",
+            where=type(serving.decoder).__name__,
+            hint="leave this model unstitched",
+        )
+
+
+def _with_position_rule(
+    serving: Serving,
+    flat: FlatForward,
+    expected: Sequence[torch.Tensor],
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+) -> Serving:
+    """Find the rule by which the model numbers tokens: the first under which the flattened forward equals its own."""
+    distances = []
+    for rule in PositionRule:
+        candidate = replace(serving, position_rule=rule)
+        prefill = _serve(candidate, flat, input_ids=ids, attention_mask=mask, use_cache=True)
+        decode = _serve(
+            candidate,
+            flat,
+            input_ids=ids[:, :1],
+            attention_mask=_one_more(mask),
+            past_key_values=prefill.past_key_values,
+        )
+        keep = mask.bool()
+        distance = max(
+            _distance(prefill.last_hidden_state[keep], expected[0][keep]),
+            _distance(decode.last_hidden_state, expected[1]),
+        )
+        if distance <= _tolerance(expected[0]):
+            return candidate
+        distances.append(distance)
+    raise CaptureError(
+        "the flattened forward differs from the model's own on a few tokens "
+        f"(by {min(distances):.1e} of its norm): it mixes tokens outside attention, or keeps state outside the KV cache",
+        where=type(serving.decoder).__name__,
+        hint="leave this model unstitched",
+    )
+
+
+def _with_packing(
+    serving: Serving, forward: Forward, flat: FlatForward, ids: torch.Tensor
+) -> Serving:
+    """Find whether position ids that start anew separate sequences in the model's masks."""
+    positions = torch.tensor([[0, 1, 0]], device=ids.device).expand(ids.shape[0], 3)
+    given = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    expected = forward(**given, return_dict=True).last_hidden_state
+    for sees in (True, False):
+        candidate = replace(serving, masks_see_positions=sees)
+        hidden = _serve(candidate, flat, **given).last_hidden_state
+        if _distance(hidden, expected) <= _tolerance(expected):
+            return candidate
+    raise CaptureError(
+        "the flattened forward differs from the model's own when position_ids are given",
+        where=type(serving.decoder).__name__,
+        hint="leave this model unstitched",
+    )
+
+
+def _serve(serving: Serving, flat: FlatForward, **given: object) -> object:
+    def run(_entry: str, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        with through_piecework(flat.model):
+            return flat(tokens, positions)
+
+    return serving.serve({**given, "return_dict": True}, run)
+
+
+def _probe_tokens(decoder: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two rows of three tokens, the first padded on the left: ids and attention mask, both [2, 3]."""
+    embedding = decoder.get_input_embeddings().weight
+    ids = (torch.arange(1, 7, device=embedding.device) * 11) % embedding.shape[0]
+    mask = torch.ones(2, 3, dtype=torch.long, device=embedding.device)
+    mask[0, 0] = 0
+    return ids.view(2, 3), mask
+
+
+def _one_more(mask: torch.Tensor) -> torch.Tensor:
+    return torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
+
+
+def _distance(got: torch.Tensor, expected: torch.Tensor) -> float:
+    expected = expected.double()
+    if not bool(expected.isfinite().all()):
+        raise CaptureError(
+            "the model's own forward gives infinite or undefined values on a few tokens, so nothing can be compared",
+            hint="load or initialise its weights before stitching",
+        )
+    return float((got.double() - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def _tolerance(hidden: torch.Tensor) -> float:
+    return _TOLERANCE.get(hidden.dtype, 2e-2)
+
+
+@contextmanager
+def _as_refusal(decoder: nn.Module, how: str) -> Iterator[None]:
+    """Turn what a model raises on the probe into a refusal; piecework's own errors pass."""
+    try:
+        yield
+    except _MODEL_ERRORS as error:
+        raise CaptureError(
+            f"run {how} on a few tokens it raises {type(error).__name__}: {error}",
+            where=type(decoder).__name__,
+            hint="leave this model unstitched",
+        ) from error

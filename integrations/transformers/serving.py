@@ -1,0 +1,212 @@
+"""One forward of a stitched decoder: in, the arguments that transformers calls it with; out, the output that it expects back.
+
+It never decides how the tokens are computed: that is the ``run`` it is given, eager while a model is checked, stitched after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from piecework.errors import InputError
+from piecework.integrations.transformers.request import (
+    AttentionLayer,
+    Masks,
+    PositionRule,
+    RequestState,
+    registered_attention,
+    request_context,
+)
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_masks_for_generate
+
+Run = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
+
+_TAKEN = (
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+)
+_INERT = ("return_dict", "cache_position")
+_RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What is known of a decoder once it is admitted, and how a forward of it is served.
+
+    Attributes:
+        model: what the user stitched; it may have its own way of making masks.
+        decoder: the module whose forward is replaced.
+        layers: its attention layers by name.
+        position_rule: how it numbers tokens by default.
+        masks_see_positions: whether its masks separate sequences that ``position_ids`` pack into one row.
+        output_class: what its forward returns.
+    """
+
+    model: nn.Module
+    decoder: nn.Module
+    layers: Mapping[str, AttentionLayer]
+    position_rule: PositionRule
+    masks_see_positions: bool
+    output_class: Callable[..., object]
+
+    def serve(self, given: Mapping[str, object], run: Run) -> object:
+        """Run one forward.
+
+        Args:
+            given: the arguments of the decoder's forward, by name.
+            run: takes the entry's name, the flattened tokens and their positions; gives the hidden states [1, rows, hidden].
+
+        Raises:
+            InputError: the arguments ask for what a stitched decoder can't give.
+        """
+        self._refuse_unserved(given)
+        entry, tokens = self._tokens(given)
+        batch, length = tokens.shape[:2]
+        cache = self._cache(given)
+        attention_mask = given.get("attention_mask")
+        position_ids = given.get("position_ids")
+        if position_ids is None:
+            past = 0 if cache is None else cache.get_seq_length()
+            position_ids_given = None
+            position_ids = self.position_rule.positions(
+                attention_mask, past, (batch, length), tokens.device
+            )
+        else:
+            position_ids_given = position_ids
+        position_ids = self._checked_positions(position_ids, batch, length)
+        # Masks first: their sizes depend on the cache as it is before this forward's tokens enter it.
+        masks = self.masks(tokens, attention_mask, cache, position_ids_given)
+        state = RequestState(
+            layers=self.layers,
+            batch=batch,
+            tokens=length,
+            implementation=registered_attention(self.decoder.config._attn_implementation),
+            masks=masks,
+            cache=cache,
+            position_ids=position_ids,
+        )
+        rows = batch * length
+        flat = tokens.reshape(1, rows, *tokens.shape[2:])
+        with torch.no_grad(), request_context(state):
+            hidden = run(entry, flat, position_ids.reshape(1, rows))
+        output = self.output_class(
+            last_hidden_state=hidden[:, :rows].view(batch, length, hidden.shape[-1]),
+            past_key_values=cache,
+        )
+        return output.to_tuple() if self._wants_tuple(given) else output
+
+    def masks(
+        self,
+        tokens: torch.Tensor,
+        attention_mask: object,
+        cache: Cache | None,
+        position_ids: torch.Tensor | None,
+    ) -> Masks:
+        """The masks of all layers, made by transformers' own code."""
+        if isinstance(attention_mask, Mapping):
+            return attention_mask
+        create = getattr(self.model, "create_masks_for_generate", create_masks_for_generate)
+        batch, length = tokens.shape[:2]
+        dtype = self.decoder.get_input_embeddings().weight.dtype
+        # As generate() does: only the sizes, dtype and device of the embeddings are looked at.
+        sizes_only = torch.empty((batch, length, 0), dtype=dtype, device=tokens.device)
+        return create(
+            config=self.decoder.config,
+            inputs_embeds=sizes_only,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            position_ids=position_ids if self.masks_see_positions else None,
+        )
+
+    def _refuse_unserved(self, given: Mapping[str, object]) -> None:
+        config = self.decoder.config
+        for name in _RECORDED:
+            asked = given.get(name)
+            if asked or (asked is None and getattr(config, name, False)):
+                raise InputError(
+                    f"{name} is asked for, and a stitched model keeps no intermediate values",
+                    where=type(self.decoder).__name__,
+                    hint="unstitch(model) for this call",
+                )
+        known = (*_TAKEN, *_INERT, *_RECORDED)
+        strange = sorted(
+            k for k, v in given.items() if k not in known and v is not None and v is not False
+        )
+        if strange:
+            raise InputError(
+                f"a stitched model does not take {', '.join(strange)}",
+                where=type(self.decoder).__name__,
+                hint="unstitch(model) for this call",
+            )
+        if self.decoder.training:
+            raise InputError(
+                "a stitched model is for inference, and this one is in training mode",
+                where=type(self.decoder).__name__,
+                hint="call model.eval()",
+            )
+
+    def _tokens(self, given: Mapping[str, object]) -> tuple[str, torch.Tensor]:
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        if (ids is None) == (embeds is None):
+            raise InputError("give exactly one of input_ids and inputs_embeds", where="input_ids")
+        entry, tokens = ("input_ids", ids) if embeds is None else ("inputs_embeds", embeds)
+        ranks = 2 if embeds is None else 3
+        if tokens.ndim != ranks or 0 in tokens.shape:
+            raise InputError(
+                f"{entry} has shape {tuple(tokens.shape)}; expected {ranks} dimensions, none of them empty",
+                where=entry,
+            )
+        if torch.is_grad_enabled() and (
+            tokens.requires_grad or any(p.requires_grad for p in self.decoder.parameters())
+        ):
+            raise InputError(
+                "gradients are enabled, and a stitched model computes none",
+                where=type(self.decoder).__name__,
+                hint="call it under torch.no_grad(), or unstitch(model) to train",
+            )
+        if torch.is_autocast_enabled(tokens.device.type):
+            raise InputError(
+                "autocast is enabled, and a stitched model keeps the dtypes that it was captured with",
+                where=type(self.decoder).__name__,
+                hint="leave the autocast block, or load the model in the dtype you want before stitching",
+            )
+        return entry, tokens if embeds is not None else tokens.long()
+
+    def _cache(self, given: Mapping[str, object]) -> Cache | None:
+        cache = given.get("past_key_values")
+        if cache is not None and not isinstance(cache, Cache):
+            raise InputError(
+                f"past_key_values is a {type(cache).__name__}, not a transformers Cache",
+                where="past_key_values",
+                hint="pass a DynamicCache or a StaticCache",
+            )
+        use_cache = given.get("use_cache")
+        if use_cache is None:
+            use_cache = getattr(self.decoder.config, "use_cache", False)
+        if cache is None and use_cache:
+            return DynamicCache(config=self.decoder.config)
+        return cache
+
+    @staticmethod
+    def _checked_positions(position_ids: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+        if (
+            position_ids.ndim != 2
+            or position_ids.shape[1] != length
+            or position_ids.shape[0] not in (1, batch)
+        ):
+            raise InputError(
+                f"position_ids has shape {tuple(position_ids.shape)}; expected [{batch}, {length}]",
+                where="position_ids",
+            )
+        return position_ids.long().expand(batch, length)
+
+    def _wants_tuple(self, given: Mapping[str, object]) -> bool:
+        asked = given.get("return_dict")
+        return not (getattr(self.decoder.config, "return_dict", True) if asked is None else asked)

@@ -1,0 +1,154 @@
+"""stitch and unstitch: in, a causal LM of transformers; out, the same object, its decoder's forward replaced by a stitched one.
+
+They never change weights, config or the LM head, and leave nothing behind when they refuse a model.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from piecework.errors import CaptureError, UsageError
+from piecework.integrations.transformers.admission import admit, forget_layers
+from piecework.integrations.transformers.flat import FlatForward, compile_forward
+from piecework.integrations.transformers.serving import Serving
+from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def stitch(model: Model, *, config: object = None) -> Model:
+    """Stitch the decoder of a causal LM in place and return the model.
+
+    The decoder is captured whole, with every token of a batch in one row, so that one stitched function serves prefill
+    and decode of any batch. Attention stays the model's own implementation (``sdpa`` or ``eager``) behind the splitting
+    op ``piecework::attention``; KV cache and masks never enter the graph. ``generate()`` works as before.
+
+    Args:
+        model: a causal LM of transformers in eval mode, on its final device and in its final dtype.
+        config: a ``piecework.CompilationConfig``; the default compiles pieces with Inductor.
+
+    Raises:
+        CaptureError: the model can't be stitched, and why; it is left as it was.
+        UsageError: the model is stitched already.
+
+    Example:
+        >>> model = AutoModelForCausalLM.from_config(config).eval()
+        >>> stitch(model).generate(input_ids, max_new_tokens=32)
+    """
+    decoder = _decoder_of(model)
+    if _stitched_forward(decoder) is not None:
+        raise UsageError(
+            "the model is stitched already", where="stitch", hint="call unstitch(model) first"
+        )
+    forward = decoder.forward
+    serving = admit(model, decoder, forward)
+    try:
+        stitched = StitchedForward(serving, forward, config)
+        stitched.entry("input_ids")
+    except BaseException:
+        forget_layers(decoder)
+        raise
+    decoder.forward = stitched
+    return model
+
+
+def unstitch(model: Model) -> Model:
+    """Give a stitched model its own forward back, and return it.
+
+    Raises:
+        UsageError: the model is not stitched.
+    """
+    decoder = _decoder_of(model)
+    stitched = _required(decoder)
+    if inspect.ismethod(stitched.original) and stitched.original.__func__ is type(decoder).forward:
+        del decoder.forward
+    else:
+        decoder.forward = stitched.original
+    forget_layers(decoder)
+    return model
+
+
+def stitched_module(model: nn.Module, entry: str = "input_ids") -> Callable[..., torch.Tensor]:
+    """The stitched module behind a stitched model, with its ``.source``, ``.pieces`` and ``.report()``.
+
+    Args:
+        model: a stitched model.
+        entry: "input_ids", or "inputs_embeds" (compiled now if it was not needed before).
+
+    Raises:
+        UsageError: the model is not stitched, or there is no such entry.
+    """
+    if entry not in ("input_ids", "inputs_embeds"):
+        raise UsageError(
+            f"there is no entry {entry!r}", where="entry", hint="input_ids or inputs_embeds"
+        )
+    return _required(_decoder_of(model)).entry(entry)
+
+
+class StitchedForward:
+    """Stands in for a decoder's ``forward``: takes its arguments, serves them by the stitched function.
+
+    Args:
+        serving: how a forward of this decoder is served.
+        original: the forward that it replaces, bound.
+        config: handed to ``piecework.compile``.
+    """
+
+    def __init__(self, serving: Serving, original: Callable[..., object], config: object) -> None:
+        self.serving = serving
+        self.original = original
+        self.__signature__ = inspect.signature(original)
+        self._config = config
+        self._names = tuple(self.__signature__.parameters)
+        self._entries: dict[str, Callable[..., torch.Tensor]] = {}
+        self._compiling = threading.Lock()
+
+    @torch.compiler.disable
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        return self.serving.serve(
+            {**dict(zip(self._names, args, strict=False)), **kwargs}, self._run
+        )
+
+    def _run(self, entry: str, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        compiled = self._entries.get(entry)
+        if compiled is None:
+            compiled = self.entry(entry)
+        return compiled(tokens, positions)
+
+    def entry(self, name: str) -> Callable[..., torch.Tensor]:
+        """The stitched function for tokens that come as ``name``, compiled when first asked for."""
+        with self._compiling:
+            if name not in self._entries:
+                flat = FlatForward(self.serving.decoder, self.original, name)
+                self._entries[name] = compile_forward(flat, name, self._config)
+            return self._entries[name]
+
+
+def _decoder_of(model: nn.Module) -> nn.Module:
+    """The module that turns tokens into hidden states, below the LM head."""
+    find = getattr(model, "get_decoder", None)
+    if find is None:
+        raise CaptureError(
+            "this is not a transformers model",
+            where=type(model).__name__,
+            hint="use piecework.compile(model) with a splitting_op of your own",
+        )
+    return find()
+
+
+def _stitched_forward(decoder: nn.Module) -> StitchedForward | None:
+    forward = decoder.__dict__.get("forward")
+    return forward if isinstance(forward, StitchedForward) else None
+
+
+def _required(decoder: nn.Module) -> StitchedForward:
+    stitched = _stitched_forward(decoder)
+    if stitched is None:
+        raise UsageError(
+            "the model is not stitched", where=type(decoder).__name__, hint="call stitch(model)"
+        )
+    return stitched
