@@ -87,5 +87,9 @@ class ArtifactError(PieceworkError):
     """A saved artifact is missing, damaged or made for something else."""
 
 
+class CacheError(PieceworkError):
+    """A cache directory is unsafe or unusable, or was asked for something impossible."""
+
+
 class UsageError(PieceworkError):
     """The command line was used wrongly (exit code 2)."""
