@@ -1,0 +1,32 @@
+"""Which static graphs a device has: in, a device; out, the platform that captures on it.
+
+It never falls back from one device to another.
+"""
+
+from __future__ import annotations
+
+import torch
+from piecework.errors import StaticGraphError
+from piecework.runtime.graphs.cpu import CpuGraphPlatform
+from piecework.runtime.graphs.cuda import CudaGraphPlatform
+from piecework.runtime.graphs.static_graph import GraphPlatform
+
+
+def platform_for(device: torch.device | str) -> GraphPlatform:
+    """The platform that captures on ``device``.
+
+    Raises:
+        StaticGraphError: neither a CPU nor a CUDA device, or CUDA isn't available.
+    """
+    device = torch.device(device)
+    match device.type:
+        case "cpu":
+            return CpuGraphPlatform()
+        case "cuda":
+            return CudaGraphPlatform(device)
+        case _:
+            raise StaticGraphError(
+                f"no static graphs on {device.type!r} devices",
+                where=str(device),
+                hint="use cudagraph_mode NONE, or a CPU or CUDA device",
+            )

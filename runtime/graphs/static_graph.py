@@ -1,0 +1,95 @@
+"""What a static graph is: in, a callable and its inputs, once; out, a replay that reads and writes the same memory every time.
+
+This module only states the contract; ``cuda`` and ``cpu`` keep it, and ``platform`` picks one by device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+
+
+class StaticGraph(Protocol):
+    """One captured callable.
+
+    The contract, the same on every device:
+
+    - ``capture`` runs the callable's Python once. Nothing of what it computes may be relied on: outputs and
+      mutated inputs hold what they should only after the first ``replay``.
+    - ``replay`` reads the tensors given at capture at their addresses then, writes the output tensors made
+      at capture, and changes inputs in place where the callable does. Python values are frozen.
+    - Outputs are overwritten by the next replay, and, once nobody holds them strongly, by later captures
+      from the same pool.
+    """
+
+    @property
+    def captured(self) -> bool:
+        """Whether there is something to replay."""
+        ...
+
+    def capture(
+        self,
+        runnable: Callable[..., object],
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
+        *,
+        weak_output: bool = False,
+    ) -> object:
+        """Capture ``runnable(*args, **kwargs)`` and return its output, any pytree.
+
+        Args:
+            runnable: what to capture.
+            args: its positional arguments, any pytrees.
+            kwargs: its keyword arguments.
+            weak_output: let go of the output inside the capture, so that the next capture may reuse its memory;
+                what is returned then owns nothing.
+
+        Raises:
+            StaticGraphError: the output can't be static memory, or this graph is captured already.
+        """
+        ...
+
+    def replay(self) -> None:
+        """Do the captured work again on the memory as it is now."""
+        ...
+
+    def reset(self) -> None:
+        """Give up what was captured; a later ``capture`` may follow."""
+        ...
+
+
+class GraphPool(Protocol):
+    """The memory that the static graphs of one owner share."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for outputs (and, on CUDA, for intermediates and the graphs themselves)."""
+        ...
+
+    def clear(self) -> None:
+        """Give the memory back; every graph of the pool must have been reset."""
+        ...
+
+
+class GraphPlatform(Protocol):
+    """How graphs are made on one device."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def new_pool(self) -> GraphPool: ...
+
+    def new_graph(self, pool: GraphPool) -> StaticGraph: ...
+
+    def capture_scope(self, pool: GraphPool) -> AbstractContextManager[None]:
+        """Run a whole capture phase inside it: on CUDA, on the pool's own stream."""
+        ...
+
+    def release_cached_memory(self) -> None:
+        """Hand back what the device's allocator only caches, so that the pool can have it."""
+        ...
+
+    def synchronize(self) -> None: ...

@@ -1,0 +1,80 @@
+"""Weak references to tensors: in, any pytree of tensors; out, the same tree over the same memory without owning it.
+
+It never keeps memory alive: whoever reads a weak reference answers for the memory still being there.
+"""
+
+from __future__ import annotations
+
+import torch
+from piecework.runtime.torch_compat import (
+    flatten_tree,
+    negative_view,
+    storage_at,
+    unflatten_tree,
+)
+
+
+def weak_ref_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory, dtype, shape, strides and offset, in a tensor that does not keep the memory alive.
+
+    A tensor without plain memory (sparse, a subclass with inner tensors, on the meta device) is returned as it
+    is, a strong reference; a tensor without elements has no memory and becomes a new one.
+
+    Example:
+        >>> t = torch.arange(3)
+        >>> weak_ref_tensor(t).data_ptr() == t.data_ptr()
+        True
+    """
+    if not owns_plain_memory(tensor):
+        return tensor
+    if tensor.numel() == 0:
+        return torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+        )
+    storage = tensor.untyped_storage()
+    weak = view_of_storage(
+        storage_at(storage.data_ptr(), tensor.device, storage.nbytes()), like=tensor
+    )
+    if tensor.is_conj():
+        weak = weak.conj()
+    return negative_view(weak) if tensor.is_neg() else weak
+
+
+def weak_ref_tensors(tree: object) -> object:
+    """``weak_ref_tensor`` of every tensor in ``tree``; other leaves and the containers stay.
+
+    Tensors that shared a storage still overlap, but each has a storage object of its own.
+    """
+    leaves, spec = flatten_tree(tree)
+    weak = [weak_ref_tensor(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    return unflatten_tree(weak, spec)
+
+
+def owns_plain_memory(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is dense memory on a real device, so that an address describes it."""
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.layout is torch.strided
+        and tensor.device.type != "meta"
+        and not tensor.is_quantized
+    )
+
+
+def view_of_storage(
+    storage: torch.UntypedStorage, *, like: torch.Tensor, byte_shift: int = 0
+) -> torch.Tensor:
+    """A tensor with the shape, strides and dtype of ``like`` over ``storage``.
+
+    Args:
+        storage: where the elements are.
+        like: gives everything but the memory.
+        byte_shift: how many bytes earlier the elements lie than in the storage of ``like``.
+    """
+    offset = tensor_offset(like, byte_shift)
+    base = torch.empty(0, dtype=like.dtype, device=like.device)
+    return base.set_(storage, offset, like.shape, like.stride())
+
+
+def tensor_offset(tensor: torch.Tensor, byte_shift: int) -> int:
+    """The storage offset of ``tensor``, in elements, once its storage starts ``byte_shift`` bytes later."""
+    return tensor.storage_offset() - byte_shift // tensor.element_size()

@@ -1,0 +1,287 @@
+"""One suite for every static graph: what CUDA promises and how it fails, on the CPU and, where there is one, on a GPU."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+
+import pytest
+import torch
+from piecework.errors import StaticGraphError
+from piecework.runtime.forward_context import get_forward_context, set_forward_context
+from piecework.runtime.graphs.platform import platform_for
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+        ],
+    ),
+]
+Pair = namedtuple("Pair", "left right")
+
+
+@pytest.fixture(params=DEVICES)
+def platform(request):
+    return platform_for(request.param)
+
+
+@pytest.fixture
+def pool(platform):
+    return platform.new_pool()
+
+
+@pytest.fixture
+def ramp(platform):
+    def make(n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.arange(n, device=platform.device).to(dtype)
+
+    return make
+
+
+def captured(platform, pool, runnable, *args, weak_output=False, **kwargs):
+    graph = platform.new_graph(pool)
+    output = graph.capture(runnable, args, kwargs, weak_output=weak_output)
+    return graph, output
+
+
+def test_replay_reads_the_captured_input_and_writes_the_captured_output(platform, pool, ramp):
+    x = ramp(4)
+    graph, out = captured(platform, pool, lambda x: x * 2, x)
+    address = out.data_ptr()
+    for start in (0, 10):
+        x.copy_(ramp(4) + start)
+        graph.replay()
+        platform.synchronize()
+        assert out.tolist() == [2.0 * (start + i) for i in range(4)]
+    assert out.data_ptr() == address
+
+
+def test_a_value_at_another_address_is_not_seen(platform, pool, ramp):
+    x = ramp(3)
+    graph, out = captured(platform, pool, lambda x: x + 1, x)
+    x = ramp(3) + 100
+    graph.replay()
+    platform.synchronize()
+    assert out.tolist() == [1.0, 2.0, 3.0]
+    assert x.tolist() == [100.0, 101.0, 102.0]
+
+
+def test_outputs_are_overwritten_by_the_next_replay(platform, pool, ramp):
+    x = ramp(2)
+    graph, out = captured(platform, pool, lambda x: x + 1, x)
+    graph.replay()
+    kept = out
+    x.fill_(8)
+    graph.replay()
+    platform.synchronize()
+    assert kept.tolist() == [9.0, 9.0]
+
+
+def test_capturing_computes_nothing(platform, pool, ramp):
+    x = ramp(3)
+    graph, _ = captured(platform, pool, lambda x: x.add_(1), x)
+    platform.synchronize()
+    assert x.tolist() == [0.0, 1.0, 2.0]
+    graph.replay()
+    graph.replay()
+    platform.synchronize()
+    assert x.tolist() == [2.0, 3.0, 4.0]
+
+
+def test_an_output_that_is_an_input_keeps_its_address(platform, pool, ramp):
+    x = ramp(4)
+    graph, (same, tail) = captured(platform, pool, lambda x: (x.mul_(2), x[2:]), x)
+    graph.replay()
+    platform.synchronize()
+    assert same.data_ptr() == x.data_ptr()
+    assert tail.data_ptr() == x[2:].data_ptr()
+    assert tail.tolist() == [4.0, 6.0]
+
+
+def test_outputs_that_overlap_still_overlap(platform, pool, ramp):
+    def views(x):
+        y = x + 1
+        return y, y[1:3], y.view(2, 2).t()
+
+    x = ramp(4)
+    graph, (whole, middle, turned) = captured(platform, pool, views, x)
+    graph.replay()
+    platform.synchronize()
+    assert middle.data_ptr() == whole.data_ptr() + 4
+    assert (turned.data_ptr(), turned.stride()) == (whole.data_ptr(), (1, 2))
+    assert turned.tolist() == [[1.0, 3.0], [2.0, 4.0]]
+
+
+def test_inputs_may_be_strided_offset_and_overlapping(platform, pool, ramp):
+    base = ramp(24)
+    a, b, c = base.view(4, 6).t(), base[3:9], base[:1].expand(6)
+    graph, out = captured(platform, pool, lambda a, b, c: a[:, 0] + b + c, a, b, c)
+    base.copy_(ramp(24) * 2)
+    graph.replay()
+    platform.synchronize()
+    assert torch.equal(out, a[:, 0] + b + c)
+
+
+@pytest.mark.parametrize("weak", [False, True])
+def test_outputs_may_be_any_tree(platform, pool, ramp, weak):
+    def tree(x):
+        return {"a": [x + 1, None, 7], "b": Pair(x * 2, ("text", x[:0])), "c": ()}
+
+    x = ramp(2)
+    graph, out = captured(platform, pool, tree, x, weak_output=weak)
+    x.fill_(5)
+    graph.replay()
+    platform.synchronize()
+    assert out["a"][0].tolist() == [6.0, 6.0]
+    assert out["a"][1:] == [None, 7]
+    assert isinstance(out["b"], Pair)
+    assert out["b"].left.tolist() == [10.0, 10.0]
+    assert out["b"].right[0] == "text"
+    assert out["b"].right[1].shape == (0,)
+    assert out["c"] == ()
+
+
+def test_no_output_at_all(platform, pool, ramp):
+    def in_place(x):
+        x.add_(1)
+
+    x = ramp(2)
+    graph, out = captured(platform, pool, in_place, x)
+    graph.replay()
+    platform.synchronize()
+    assert out is None
+    assert x.tolist() == [1.0, 2.0]
+
+
+def test_keyword_and_nested_arguments(platform, pool, ramp):
+    x, y = ramp(2), ramp(2)
+    graph, out = captured(
+        platform,
+        pool,
+        lambda pair, *, scale: pair["x"] * scale + pair["y"],
+        {"x": x, "y": y},
+        scale=3,
+    )
+    x.fill_(1)
+    graph.replay()
+    platform.synchronize()
+    assert out.tolist() == [3.0, 4.0]
+
+
+def test_python_values_are_frozen(platform, pool, ramp):
+    settings = {"scale": 2}
+    x = ramp(3)
+    frozen = settings["scale"]
+    graph, out = captured(platform, pool, lambda x, scale: x * scale, x, frozen)
+    settings["scale"] = 50
+    graph.replay()
+    platform.synchronize()
+    assert out.tolist() == [0.0, 2.0, 4.0]
+
+
+def test_the_forward_context_is_frozen(platform, pool, ramp):
+    def scaled(x):
+        return x * get_forward_context().attn_metadata
+
+    x = ramp(3)
+    with set_forward_context(2):
+        graph, out = captured(platform, pool, scaled, x)
+    with set_forward_context(50):
+        graph.replay()
+    platform.synchronize()
+    assert out.tolist() == [0.0, 2.0, 4.0]
+
+
+def test_a_weak_output_gives_its_memory_to_the_next_capture(platform, pool, ramp):
+    x = ramp(256)
+    first, weak = captured(platform, pool, lambda x: x + 1, x, weak_output=True)
+    before = pool.nbytes
+    second, other = captured(platform, pool, lambda x: x + 2, x)
+    assert other.data_ptr() == weak.data_ptr()
+    if platform.device.type == "cpu":
+        assert pool.nbytes == before
+    first.replay()
+    second.replay()
+    platform.synchronize()
+    assert weak[0].item() == 2.0
+
+
+def test_a_strong_output_keeps_its_memory(platform, pool, ramp):
+    x = ramp(256)
+    _, kept = captured(platform, pool, lambda x: x + 1, x)
+    _, other = captured(platform, pool, lambda x: x + 2, x)
+    assert kept.data_ptr() != other.data_ptr()
+    address = kept.data_ptr()
+    del kept
+    _, reused = captured(platform, pool, lambda x: x + 3, x)
+    assert reused.data_ptr() == address
+
+
+def test_parameters_are_read_where_they_are(platform, pool, ramp):
+    weight = torch.nn.Parameter(ramp(3))
+    x = ramp(3)
+    graph, out = captured(platform, pool, lambda x, w: x * w, x, weight)
+    with torch.no_grad():
+        weight.fill_(10)
+    graph.replay()
+    platform.synchronize()
+    assert out.tolist() == [0.0, 10.0, 20.0]
+    assert not out.requires_grad
+
+
+def test_capture_and_replay_in_and_out_of_inference_mode(platform, pool, ramp):
+    x = ramp(3)
+    with torch.inference_mode():
+        graph, out = captured(platform, pool, lambda x: x + 1, x)
+        graph.replay()
+    x.fill_(4)
+    graph.replay()
+    platform.synchronize()
+    assert out.tolist() == [5.0, 5.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.uint8, torch.complex64]
+)
+def test_dtypes(platform, pool, ramp, dtype):
+    x = ramp(4).to(dtype)
+    graph, out = captured(platform, pool, lambda x: x.flip(0), x)
+    graph.replay()
+    platform.synchronize()
+    assert out.dtype == dtype
+    assert torch.equal(out, x.flip(0))
+
+
+def test_capture_twice_and_replay_of_nothing_are_errors(platform, pool, ramp):
+    x = ramp(2)
+    graph, _ = captured(platform, pool, lambda x: x + 1, x)
+    with pytest.raises(StaticGraphError, match="captured already"):
+        graph.capture(lambda x: x, (x,), {})
+    graph.reset()
+    assert not graph.captured
+    with pytest.raises(StaticGraphError, match="nothing was captured"):
+        graph.replay()
+    graph.capture(lambda x: x + 1, (x,), {})
+    assert graph.captured
+
+
+def test_a_failing_callable_leaves_a_graph_that_can_capture(platform, pool, ramp):
+    x = ramp(2)
+    graph = platform.new_graph(pool)
+
+    def fail(x):
+        x.add_(1)
+        raise ValueError("no such head")
+
+    with pytest.raises(ValueError, match="no such head"):
+        graph.capture(fail, (x,), {})
+    assert not graph.captured
+    platform.synchronize()
+    assert x.tolist() == [0.0, 1.0]
+    out = graph.capture(lambda x: x + 1, (x,), {})
+    graph.replay()
+    platform.synchronize()
+    assert out.tolist() == [1.0, 2.0]

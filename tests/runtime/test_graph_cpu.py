@@ -1,0 +1,93 @@
+"""What only the CPU static graph does: poison, blocks that come back, and errors where CUDA would be undefined."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from piecework.errors import StaticGraphError
+from piecework.runtime.graphs.cpu import CpuGraphPool, CpuStaticGraph
+from piecework.runtime.graphs.platform import platform_for
+
+
+def test_outputs_are_poison_until_the_first_replay():
+    pool = CpuGraphPool()
+    x = torch.ones(3)
+    graph = CpuStaticGraph(pool)
+    floats, halves, ints = graph.capture(lambda x: (x + 1, x.half(), x.long()), (x,), {})
+    assert floats.isnan().all()
+    assert halves.isnan().all()
+    assert (ints == -1).all()
+    graph.replay()
+    assert floats.tolist() == [2.0, 2.0, 2.0]
+
+
+def test_a_block_is_poisoned_again_when_it_changes_hands():
+    pool = CpuGraphPool()
+    x = torch.ones(3)
+    first, second = CpuStaticGraph(pool), CpuStaticGraph(pool)
+    weak = first.capture(lambda x: x + 1, (x,), {}, weak_output=True)
+    first.replay()
+    assert weak.tolist() == [2.0, 2.0, 2.0]
+    second.capture(lambda x: x + 2, (x,), {})
+    assert weak.isnan().all()
+
+
+def test_a_view_keeps_the_block():
+    pool = CpuGraphPool()
+    x = torch.ones(64)
+    out = CpuStaticGraph(pool).capture(lambda x: x + 1, (x,), {})
+    view = out[1:2].view(1, 1)
+    address = out.data_ptr()
+    del out
+    gc.collect()
+    other = CpuStaticGraph(pool).capture(lambda x: x + 1, (x,), {})
+    assert other.data_ptr() != address
+    del view
+    again = CpuStaticGraph(pool).capture(lambda x: x + 1, (x,), {})
+    assert again.data_ptr() == address
+
+
+def test_smaller_captures_reuse_larger_blocks():
+    pool = CpuGraphPool()
+    for size in (64, 32, 16, 8):
+        CpuStaticGraph(pool).capture(lambda x: x + 1, (torch.ones(size),), {}, weak_output=True)
+    assert pool.nbytes == 64 * 4
+
+
+def test_a_cleared_pool_does_not_take_old_blocks_back():
+    pool = CpuGraphPool()
+    out = CpuStaticGraph(pool).capture(lambda x: x + 1, (torch.ones(4),), {})
+    pool.clear()
+    assert pool.nbytes == 0
+    del out
+    assert pool.nbytes == 0
+    CpuStaticGraph(pool).capture(lambda x: x + 1, (torch.ones(4),), {})
+    assert pool.nbytes == 64
+
+
+def test_shapes_that_depend_on_values_are_an_error_on_replay():
+    x = torch.tensor([1.0, 0.0])
+    graph = CpuStaticGraph(CpuGraphPool())
+    graph.capture(lambda x: x[x > 0], (x,), {})
+    x.fill_(1)
+    with pytest.raises(StaticGraphError, match="output 0 came out with another layout"):
+        graph.replay()
+
+
+def test_a_sparse_output_is_an_error():
+    graph = CpuStaticGraph(CpuGraphPool())
+    with pytest.raises(StaticGraphError, match=r"output 0 is a .*sparse_coo Tensor"):
+        graph.capture(lambda x: x.to_sparse(), (torch.eye(2),), {})
+
+
+def test_a_device_without_static_graphs_is_an_error():
+    with pytest.raises(StaticGraphError, match="no static graphs on 'meta' devices"):
+        platform_for("meta")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_without_cuda_is_an_error():
+    with pytest.raises(StaticGraphError, match="CUDA is not available"):
+        platform_for("cuda:0")
