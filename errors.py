@@ -81,6 +81,8 @@ class ConfigError(PieceworkError):
     ) -> None:
         self.problems = problems
         super().__init__(message, where=where, hint=hint)
+        if problems and hint is not None:  # the message ends with a list, one problem a line
+            self.args = (f"{message}\nHint: {hint}",)
 
 
 class ArtifactError(PieceworkError):

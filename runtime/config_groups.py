@@ -9,7 +9,7 @@ import enum
 from typing import Annotated, Any
 
 from piecework.errors import ConfigError
-from piecework.runtime.config_model import KEY, FrozenModel, ignored
+from piecework.runtime.config_model import KEY, Conflict, FrozenModel, ignored
 from piecework.runtime.graphs.mode import CUDAGraphMode
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
@@ -118,15 +118,16 @@ class DynamicShapesConfig(FrozenModel):
 
     type: Annotated[DynamicShapesType, KEY] = Field(
         DynamicShapesType.BACKED,
-        description="backed: ordinary symbols with a hint; unbacked: no hint, no specialisation; backed_size_oblivious: a hint, but 0 and 1 are not special.",
+        description="`backed`: ordinary symbols with a hint; `unbacked`: no hint, so nothing can be "
+        "specialised; `backed_size_oblivious`: a hint, but sizes 0 and 1 are not special.",
     )
     evaluate_guards: Annotated[bool, KEY] = Field(
-        False, description="Keep Dynamo's shape guards and fail when one would recompile."
+        False, description="Keep Dynamo's shape guards and fail where one would recompile."
     )
 
 
 class PassConfig(FrozenModel):
-    """Which of the built-in graph passes run after Inductor's own."""
+    """Which graph passes run on a piece after Inductor's own."""
 
     eliminate_noops: Annotated[bool, KEY] = Field(
         True, description="Remove reshapes, slices and slice_scatters that change nothing."
@@ -137,6 +138,81 @@ class PassConfig(FrozenModel):
     clean_up: Annotated[bool, KEY] = Field(
         True, description="Remove dead nodes and sort the graph after the other passes."
     )
+    fuse_attn_quant: Annotated[bool, KEY] = Field(
+        False,
+        description="A user pass fuses attention with what follows, so attention stays in the graph.",
+    )
+    enable_sp: Annotated[bool, KEY] = Field(
+        False,
+        description="A user pass cuts the sequence over the tensor-parallel ranks, so captured "
+        "sizes are multiples of their number.",
+    )
     report_matches: Annotated[bool, ignored("it only adds a report")] = Field(
         False, description="Report how often each pass matched."
     )
+
+
+class RuntimeConfig(FrozenModel):
+    """What the parts read of the program around the model: batch limits, ranks, dtype, name."""
+
+    max_num_batched_tokens: Annotated[int, KEY] = Field(
+        8192, ge=1, description="The most tokens in one forward; the end of the last range."
+    )
+    max_num_seqs: Annotated[int, ignored("it only bounds the captured sizes")] = Field(
+        256, ge=1, description="The most requests in one forward."
+    )
+    uniform_decode_query_len: Annotated[int, ignored("it only shapes the captured sizes")] = Field(
+        1, ge=1, description="Query tokens of a request in a decode batch (1 plus the speculated)."
+    )
+    enable_lora: Annotated[bool, ignored("it only adds captured descriptors")] = Field(
+        False, description="Adapters may be active, so captured graphs are kept apart by it."
+    )
+    rank: Annotated[int, ignored("each rank has a folder of its own")] = Field(
+        0, ge=0, description="This process among the `world_size` of one replica."
+    )
+    dp_rank: Annotated[int, ignored("each rank has a folder of its own")] = Field(
+        0, ge=0, description="This replica's number among the data-parallel ones."
+    )
+    world_size: Annotated[int, KEY] = Field(
+        1, ge=1, description="Processes of one replica: collectives span them."
+    )
+    tensor_parallel_size: Annotated[int, KEY] = Field(
+        1, ge=1, description="Ranks that one layer is cut over."
+    )
+    data_parallel_size: Annotated[int, ignored("replicas run the same code")] = Field(
+        1, ge=1, description="How many replicas run side by side."
+    )
+    dtype: Annotated[str, KEY] = Field(
+        "float32", pattern=r"^[a-z][a-z0-9_]*$", description="The model's dtype, by torch's name."
+    )
+    model_name: Annotated[str, ignored("only a label; the key has the model's content")] = Field(
+        "", description="The model's name in reports and folders."
+    )
+
+    def conflicts(self) -> list[Conflict]:
+        found = []
+        if self.rank >= self.world_size:
+            found.append(Conflict(("rank", "world_size"), f"rank {self.rank} of {self.world_size}"))
+        if self.dp_rank >= self.data_parallel_size:
+            found.append(
+                Conflict(
+                    ("dp_rank", "data_parallel_size"),
+                    f"replica {self.dp_rank} of {self.data_parallel_size}",
+                )
+            )
+        if self.world_size % self.tensor_parallel_size:
+            found.append(
+                Conflict(
+                    ("world_size", "tensor_parallel_size"),
+                    f"{self.world_size} ranks are no multiple of {self.tensor_parallel_size}",
+                )
+            )
+        if self.max_num_seqs > self.max_num_batched_tokens:
+            found.append(
+                Conflict(
+                    ("max_num_seqs", "max_num_batched_tokens"),
+                    f"{self.max_num_seqs} requests of at least one token do not fit in "
+                    f"{self.max_num_batched_tokens} tokens",
+                )
+            )
+        return found

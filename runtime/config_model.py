@@ -5,7 +5,7 @@ It knows no field of piecework, and it never reads the environment or a file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, get_args
 
@@ -23,9 +23,12 @@ class HashRole:
 
     in_key: bool
     reason: str = ""
+    unordered: bool = False
 
 
 KEY = HashRole(in_key=True)
+# For a list whose order means nothing: two orders are one key.
+KEY_AS_SET = HashRole(in_key=True, unordered=True)
 
 
 def ignored(reason: str) -> HashRole:
@@ -57,6 +60,12 @@ class FrozenMap(Mapping[str, Any]):
 
     def __setattr__(self, name: str, value: object) -> None:
         raise ConfigError("a configuration is frozen", where=name, hint="make a changed copy")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mapping) and self._items == freeze(other)._items
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._items.items()))
 
     def __reduce__(self) -> tuple[type[FrozenMap], tuple[dict[str, Any]]]:
         return FrozenMap, (self._items,)
@@ -237,10 +246,15 @@ def _config_error(
                 for problem in more.problems
                 if not bad_fields & set(problem.field.split(", "))
             ]
+    return report(model.__name__, problems)
+
+
+def report(subject: str, problems: Sequence[ConfigProblem]) -> ConfigError:
+    """One error that lists every problem of ``subject``, one a line."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    lines = "".join(f"\n  {each.field or model.__name__}: {each.message}" for each in problems)
+    lines = "".join(f"\n  {each.field or subject}: {each.message}" for each in problems)
     return ConfigError(
-        f"{count} in {model.__name__}:{lines}\n",
+        f"{count} in {subject}:{lines}",
         hint="`piecework config schema` describes every field",
         problems=tuple(problems),
     )
