@@ -86,9 +86,8 @@ class StandaloneCompiledArtifacts:
                 if hashlib.sha256(data).hexdigest() != digest:
                     raise ArtifactError("its SHA-256 is not the one it was kept under")
                 self._loaded[digest] = loader(data)
-            except (
-                Exception
-            ) as error:  # noqa: BLE001  (whatever a loader raises is reported with its piece)
+            except Exception as error:  # noqa: BLE001
+                # Whatever a loader raises is reported with its piece.
                 failures.append((digest, error))
 
         with ThreadPoolExecutor(workers, thread_name_prefix="piecework-load") as pool:

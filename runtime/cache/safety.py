@@ -144,21 +144,28 @@ def read_regular(path: Path, limit: int) -> bytes:
         if os.path.isdir(path):
             raise UnsafeFile("it is a directory") from error
         raise
-    with os.fdopen(descriptor, "rb") as file:
-        info = os.fstat(file.fileno())
-        if not stat.S_ISREG(info.st_mode):
-            raise UnsafeFile("it is not a plain file")
-        if not _is_trusted_owner(info.st_uid):
-            raise UnsafeFile(f"it belongs to another user (uid {info.st_uid})")
-        if _has_posix_owners() and info.st_mode & _WRITABLE_BY_OTHERS:
-            raise UnsafeFile(f"others can write it (mode {stat.S_IMODE(info.st_mode):04o})")
-        if info.st_size > limit:
-            raise UnsafeFile(f"it is too large ({info.st_size} bytes, at most {limit})")
-        # Not `limit`: that may be a hostile number, and a read allocates what it is asked for.
-        data = file.read(info.st_size + 1)
+    try:
+        info = os.fstat(descriptor)
+        _check_regular(info, limit)
+        # Not up to `limit`: that may be a hostile number, and a read allocates what it is asked for.
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            data = file.read(info.st_size + 1)
+    finally:
+        os.close(descriptor)
     if len(data) > info.st_size:
         raise UnsafeFile("it grew while it was read")
     return data
+
+
+def _check_regular(info: os.stat_result, limit: int) -> None:
+    if not stat.S_ISREG(info.st_mode):
+        raise UnsafeFile("it is not a plain file")
+    if not _is_trusted_owner(info.st_uid):
+        raise UnsafeFile(f"it belongs to another user (uid {info.st_uid})")
+    if _has_posix_owners() and info.st_mode & _WRITABLE_BY_OTHERS:
+        raise UnsafeFile(f"others can write it (mode {stat.S_IMODE(info.st_mode):04o})")
+    if info.st_size > limit:
+        raise UnsafeFile(f"it is too large ({info.st_size} bytes, at most {limit})")
 
 
 def _check_link_owner(path: Path) -> None:

@@ -1,0 +1,161 @@
+"""Many processes, and processes that die, on one cache directory; each test starts real ones."""
+
+import hashlib
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from piecework.runtime.cache import CacheStore, KeyFactors, verify_cache
+
+CHILD = Path(__file__).with_name("cache_child.py")
+FACTORS = KeyFactors.collect(config={"dtype": "bf16"}, versions={"torch": "2.13.0"})
+
+
+def payload(name: str) -> bytes:
+    block = hashlib.sha256(name.encode()).digest()
+    return block * (1000 + block[0])
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(CHILD), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def warned() -> Iterator[list[str]]:
+    """What the cache warns of during the test."""
+    texts: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("piecework")
+    logger.addHandler(handler)
+    yield texts
+    logger.removeHandler(handler)
+
+
+def load_everything(root: Path, count: int) -> int:
+    """Open in this process, check every byte, and return how many artifacts had survived."""
+    entry = CacheStore.open(root, FACTORS)
+    compiled = 0
+    for index in range(count):
+        name = f"piece {index}"
+        result = entry.get_or_compile(name, lambda name=name: payload(name))
+        assert result.data == payload(name)
+        assert result.saved
+        compiled += result.compiled
+    text = entry.read_text_file("stitched.py")
+    assert text is None or text.startswith("# after piece ")
+    assert entry.write_text_files({"stitched.py": "x = 1\n"})
+    return count - compiled
+
+
+def assert_clean(root: Path) -> None:
+    """Nothing half-written lies about, nothing is damaged, nothing was taken for damaged."""
+    left = [path for path in root.rglob("*") if path.name.startswith(".tmp-")]
+    assert left == []
+    assert verify_cache(root).findings == ()
+    assert not (root / ".quarantine").exists()
+
+
+def test_eight_processes_compile_each_key_once(tmp_path: Path, root: Path) -> None:
+    gate, journal, count = tmp_path / "gate", tmp_path / "journal", 6
+    os.mkfifo(gate)
+    children = [start("share", root, journal, count, gate) for _ in range(8)]
+    with open(gate, "wb"):
+        time.sleep(0.4)  # most of them wait at the gate by now; the test holds if none does
+    outcomes = [child.communicate() for child in children]
+    assert [child.returncode for child in children] == [0] * 8, outcomes
+    for out, _ in outcomes:
+        assert json.loads(out) == {"right": True, "warnings": []}
+    compiled = journal.read_text().splitlines()
+    assert sorted(compiled) == [f"piece {index}" for index in range(count)]
+    assert verify_cache(root).artifacts == count
+    assert_clean(root)
+
+
+def test_killed_at_random_instants_then_loaded(tmp_path: Path, warned: list[str]) -> None:
+    count = 8
+    probe = tmp_path / "probe"
+    child = start("save", probe, count)
+    assert child.stdout is not None and child.stdout.readline() == "begin\n"
+    begin = time.monotonic()
+    child.communicate()
+    assert child.returncode == 0
+    duration = time.monotonic() - begin
+    instants = random.Random(5)
+    killed = 0
+    survived: set[int] = set()
+    for case in range(50):
+        root = tmp_path / f"cache {case}"
+        child = start("save", root, count)
+        assert child.stdout is not None and child.stdout.readline() == "begin\n"
+        time.sleep(instants.uniform(0.0, duration))
+        child.kill()
+        child.communicate()
+        killed += child.returncode == -signal.SIGKILL
+        survived.add(load_everything(root, count))
+        assert_clean(root)
+    assert killed >= 10, "the instants missed the saving; the child has become too fast"
+    assert len(survived) >= 3, "the kills did not fall at different stages"
+    assert warned == []
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(4, marks=pytest.mark.nightly)])
+def test_killed_at_every_file_operation(
+    tmp_path: Path,
+    warned: list[str],
+    count: int,
+    request: pytest.FixtureRequest,
+) -> None:
+    """No instant between two file operations of saving an artifact and a text is left out."""
+    if count > 1 and "nightly" not in (request.config.option.markexpr or ""):
+        pytest.skip("nightly: select it with -m nightly")
+    step = deaths = 0
+    while True:
+        step += 1
+        root = tmp_path / f"cache {step}"
+        child = start("save_and_die", root, count, step)
+        _, errors = child.communicate()
+        assert child.returncode in (0, -signal.SIGKILL), errors
+        deaths += child.returncode != 0
+        load_everything(root, count)
+        assert_clean(root)
+        if child.returncode == 0:
+            break
+    assert deaths > 30
+    assert warned == []
+
+
+def test_killed_while_it_holds_the_lock_frees_it(root: Path) -> None:
+    """The one that waits gets the lock of the one that was killed while compiling, and compiles."""
+    script = (
+        "import runpy, sys, time; sys.argv = ['child', 'use', sys.argv[1], '0'];"
+        f"child = runpy.run_path({str(CHILD)!r});"
+        "entry = child['CacheStore'].open(sys.argv[2], child['FACTORS']);"
+        "entry.get_or_compile('slow', lambda: (print('begin', flush=True), time.sleep(600)))"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", script, str(root)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == "begin\n"
+    holder.kill()
+    holder.communicate()
+    result = CacheStore.open(root, FACTORS).get_or_compile("slow", lambda: b"done")
+    assert (result.data, result.compiled, result.saved) == (b"done", True, True)
