@@ -1,0 +1,333 @@
+"""Dispatch: keys per mode and LoRA case, preference, purity, and the table of what is covered."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from piecework.errors import ConfigError, InputError, StaticGraphError
+from piecework.runtime.config import CompilationConfig, RuntimeConfig
+from piecework.runtime.dispatch import CudagraphDispatcher, LoraCases, Reason
+from piecework.runtime.graphs.coverage import (
+    coverage,
+    coverage_json,
+    coverage_table,
+    require_coverage,
+)
+from piecework.runtime.graphs.descriptor import BatchDescriptor
+from piecework.runtime.graphs.mode import CUDAGraphMode
+from rich.console import Console
+
+NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
+DECODE_ONLY, BOTH = CUDAGraphMode.FULL_DECODE_ONLY, CUDAGraphMode.FULL_AND_PIECEWISE
+SIZES = (1, 2, 4, 8)
+
+
+def dispatcher(mode, sizes=SIZES, max_num_seqs=8, **options):
+    return CudagraphDispatcher(mode, sizes, max_num_seqs=max_num_seqs, **options)
+
+
+# mode, tokens, uniform -> mode, descriptor, reason
+TABLE = [
+    (NONE, 3, False, NONE, BatchDescriptor(3), Reason.MODE),
+    (NONE, 3, True, NONE, BatchDescriptor(3), Reason.MODE),
+    (PIECEWISE, 3, False, PIECEWISE, BatchDescriptor(4), Reason.PADDED),
+    (PIECEWISE, 3, True, PIECEWISE, BatchDescriptor(4), Reason.PADDED),
+    (PIECEWISE, 8, False, PIECEWISE, BatchDescriptor(8), Reason.EXACT),
+    (PIECEWISE, 9, False, NONE, BatchDescriptor(9), Reason.TOO_LARGE),
+    (FULL, 3, False, FULL, BatchDescriptor(4), Reason.PADDED),
+    (FULL, 3, True, FULL, BatchDescriptor(4), Reason.PADDED),
+    (FULL, 9, True, NONE, BatchDescriptor(9), Reason.TOO_LARGE),
+    (DECODE_ONLY, 3, True, FULL, BatchDescriptor(4, 4, True), Reason.PADDED),
+    (DECODE_ONLY, 4, True, FULL, BatchDescriptor(4, 4, True), Reason.EXACT),
+    (DECODE_ONLY, 3, False, NONE, BatchDescriptor(3), Reason.MODE),
+    (DECODE_ONLY, 9, True, NONE, BatchDescriptor(9), Reason.TOO_LARGE),
+    (BOTH, 3, True, FULL, BatchDescriptor(4, 4, True), Reason.PADDED),
+    (BOTH, 3, False, PIECEWISE, BatchDescriptor(4), Reason.PADDED),
+    (BOTH, 9, False, NONE, BatchDescriptor(9), Reason.TOO_LARGE),
+]
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda r: f"{r[0].name}-{r[1]}-{'u' if r[2] else 'm'}")
+def test_modes(row):
+    mode, tokens, uniform, expected_mode, expected_key, reason = row
+    d = dispatcher(mode)
+    assert d.dispatch(tokens, uniform) == (expected_mode, expected_key)
+    found = d.explain(tokens, uniform)
+    assert found.reason is reason
+    assert found.padding == expected_key.num_tokens - tokens
+
+
+def test_decode_keys_stop_at_the_most_requests():
+    d = dispatcher(BOTH, max_num_seqs=3)
+    assert {key.num_tokens for key in d.cudagraph_keys[FULL]} == {1, 2}
+    assert {key.num_tokens for key in d.cudagraph_keys[PIECEWISE]} == set(SIZES)
+    assert d.dispatch(3, True) == (PIECEWISE, BatchDescriptor(4))
+
+
+def test_query_length():
+    d = dispatcher(BOTH, sizes=(2, 3, 6, 9), uniform_decode_query_len=3)
+    assert d.cudagraph_keys[FULL] == {
+        BatchDescriptor(3, 1, True),
+        BatchDescriptor(6, 2, True),
+        BatchDescriptor(9, 3, True),
+    }
+    assert d.dispatch(6, True) == (FULL, BatchDescriptor(6, 2, True))
+    # Five tokens are no whole number of requests of three.
+    assert d.dispatch(5, True) == (PIECEWISE, BatchDescriptor(6))
+
+
+@pytest.mark.parametrize(
+    ("valid", "invalid", "expected"),
+    [
+        (None, None, FULL),
+        ({FULL, NONE}, None, FULL),
+        ({PIECEWISE, NONE}, None, PIECEWISE),
+        (None, {FULL}, PIECEWISE),
+        (None, {FULL, PIECEWISE}, NONE),
+        ([FULL, PIECEWISE, NONE], (FULL,), PIECEWISE),
+        ({NONE}, None, NONE),
+        ({FULL}, None, FULL),
+    ],
+)
+def test_valid_and_invalid_modes(valid, invalid, expected):
+    before = copy.deepcopy((valid, invalid))
+    d = dispatcher(BOTH)
+    found = d.explain(3, True, valid_modes=valid, invalid_modes=invalid)
+    assert found.mode is expected
+    assert found.reason is (Reason.EXCLUDED if expected is NONE else Reason.PADDED)
+    assert (valid, invalid) == before
+
+
+def test_leaving_none_out_is_an_error_when_nothing_fits():
+    with pytest.raises(InputError, match="mode NONE is left out: larger than every captured size"):
+        dispatcher(BOTH).dispatch(9, valid_modes={FULL, PIECEWISE})
+
+
+# enabled, specialize, counts; has_lora, active -> captured pair or None
+LORA = [
+    (LoraCases(), False, 0, (False, 0)),
+    (LoraCases(), True, 1, None),
+    (LoraCases(True, True), False, 0, (False, 0)),
+    (LoraCases(True, True), True, 3, (True, 0)),
+    (LoraCases(True, False), False, 0, (True, 0)),
+    (LoraCases(True, False), True, 1, (True, 0)),
+    (LoraCases(True, True, (1, 4)), True, 1, (True, 1)),
+    (LoraCases(True, True, (1, 4)), True, 2, (True, 4)),
+    (LoraCases(True, True, (1, 4)), True, 5, None),
+    (LoraCases(True, False, (1, 4)), False, 0, (True, 1)),
+]
+
+
+@pytest.mark.parametrize("row", LORA, ids=range(len(LORA)))
+@pytest.mark.parametrize("mode", [PIECEWISE, FULL, BOTH])
+def test_lora(row, mode):
+    cases, has_lora, active, expected = row
+    found = dispatcher(mode, lora=cases).explain(3, True, has_lora, active)
+    if expected is None:
+        assert found.mode is NONE
+        assert found.reason is Reason.NO_LORA
+        assert found.is_fallback
+    else:
+        assert found.mode is mode.decode_mode()
+        key = found.descriptor
+        assert (key.has_lora, key.num_active_loras) == expected
+
+
+def test_lora_captures():
+    d = dispatcher(PIECEWISE, sizes=(1, 2), lora=LoraCases(True, True, (1, 2)))
+    [(mode, keys)] = d.get_capture_descs()
+    assert mode is PIECEWISE
+    assert [(k.num_tokens, k.has_lora, k.num_active_loras) for k in keys] == [
+        (2, True, 2),
+        (2, True, 1),
+        (2, False, 0),
+        (1, True, 2),
+        (1, True, 1),
+        (1, False, 0),
+    ]
+
+
+@pytest.mark.parametrize("counts", [(0,), (2, 1), (1, 1)])
+def test_bad_lora_counts(counts):
+    with pytest.raises(ConfigError, match="must ascend from 1"):
+        LoraCases(True, counts=counts)
+
+
+def test_what_is_captured_piecewise_first_largest_first():
+    descs = dispatcher(BOTH, max_num_seqs=4).get_capture_descs()
+    assert [(m.name, [k.num_tokens for k in keys]) for m, keys in descs] == [
+        ("PIECEWISE", [8, 4, 2, 1]),
+        ("FULL", [4, 2, 1]),
+    ]
+    assert dispatcher(NONE).get_capture_descs() == []
+    assert dispatcher(PIECEWISE, sizes=()).get_capture_descs() == []
+
+
+def test_extra_axes():
+    d = dispatcher(PIECEWISE, sizes=(2,), axes={"image": (False, True)})
+    assert len(d.cudagraph_keys[PIECEWISE]) == 2
+    assert d.dispatch(1)[1] == BatchDescriptor(2).with_axes(image=False)
+    assert d.dispatch(1, axes={"image": True})[1] == BatchDescriptor(2).with_axes(image=True)
+    assert d.explain(1, axes={"image": "both"}).reason is Reason.NOT_CAPTURED
+    with pytest.raises(InputError, match=r"no descriptor axis sound.*declared axes: image"):
+        d.dispatch(1, axes={"sound": True})
+    with pytest.raises(ConfigError, match="at least one value"):
+        dispatcher(PIECEWISE, axes={"image": ()})
+
+
+def test_a_key_that_was_given_up_is_never_dispatched_to():
+    d = dispatcher(BOTH)
+    d.give_up(FULL, BatchDescriptor(4, 4, True))
+    assert d.dispatch(3, True) == (FULL, BatchDescriptor(8, 8, True))
+    d.give_up(FULL, BatchDescriptor(8, 8, True))
+    assert d.dispatch(3, True) == (PIECEWISE, BatchDescriptor(4))
+    for size in SIZES:
+        d.give_up(PIECEWISE, BatchDescriptor(size))
+    found = d.explain(3, True)
+    assert (found.mode, found.reason, found.is_fallback) == (NONE, Reason.NOT_CAPTURED, True)
+
+
+def test_strict():
+    d = dispatcher(BOTH, strict=True)
+    assert d.dispatch(100) == (NONE, BatchDescriptor(100))
+    with pytest.raises(StaticGraphError, match="silently run uncaptured: larger than every"):
+        d.dispatch(100, True)
+    d.give_up(PIECEWISE, BatchDescriptor(8))
+    with pytest.raises(StaticGraphError, match=r"given up \(mixed batch, tokens=8\)"):
+        d.dispatch(8)
+    assert d.explain(8, strict=False).is_fallback
+    assert d.dispatch(8, invalid_modes={PIECEWISE})[0] is NONE
+    assert dispatcher(DECODE_ONLY, strict=True).dispatch(3)[0] is NONE
+
+
+@pytest.mark.parametrize("tokens", [0, -1])
+def test_no_tokens(tokens):
+    with pytest.raises(InputError, match=f"a batch has {tokens} tokens"):
+        dispatcher(PIECEWISE).dispatch(tokens)
+
+
+def test_wrong_construction():
+    with pytest.raises(ConfigError, match="must be positive"):
+        dispatcher(PIECEWISE, sizes=(0, 1))
+    with pytest.raises(ConfigError, match="0 tokens a request"):
+        dispatcher(PIECEWISE, uniform_decode_query_len=0)
+
+
+def test_starting_over_with_less():
+    d = dispatcher(BOTH)
+    d.initialize_cudagraph_keys(BOTH.without_piecewise())
+    assert d.dispatch(3) == (NONE, BatchDescriptor(3))
+    assert d.dispatch(3, True)[0] is FULL
+
+
+def test_from_configuration():
+    config = CompilationConfig(cudagraph_mode="FULL_AND_PIECEWISE")
+    limits = RuntimeConfig(max_num_seqs=8, max_num_batched_tokens=64, enable_lora=True)
+    d = CudagraphDispatcher.from_config(config.resolve(limits), limits)
+    assert d.capture_sizes == (1, 2, 4, 8, 16)
+    assert d.bs_to_padded_graph_size == (1, 1, 2, 4, 4, 8, 8, 8, 8, *[16] * 8)
+    assert d.dispatch(5, True, True, 2) == (FULL, BatchDescriptor(8, 8, True, True, 0))
+
+
+dispatchers = st.builds(
+    dispatcher,
+    st.sampled_from(list(CUDAGraphMode)),
+    sizes=st.sets(st.integers(1, 40), max_size=8),
+    max_num_seqs=st.integers(1, 40),
+    uniform_decode_query_len=st.integers(1, 4),
+    lora=st.sampled_from([LoraCases(), LoraCases(True), LoraCases(True, False, (1, 3))]),
+    axes=st.sampled_from([None, {"image": (False, True)}]),
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    dispatchers,
+    st.integers(1, 60),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 4),
+    st.sets(st.sampled_from([NONE, PIECEWISE, FULL])).map(lambda s: s | {NONE}),
+    st.sets(st.sampled_from([PIECEWISE, FULL])),
+    st.sets(st.integers(1, 40)),
+)
+def test_every_batch_gets_a_large_enough_captured_key_or_a_reason(
+    d, tokens, uniform, has_lora, active, valid, invalid, dropped
+):
+    for mode, keys in d.cudagraph_keys.items():
+        for key in list(keys):
+            if key.num_tokens in dropped:
+                d.give_up(mode, key)
+    before = copy.deepcopy((vars(d), valid, invalid))
+    found = d.explain(tokens, uniform, has_lora, active, valid_modes=valid, invalid_modes=invalid)
+    again = d.dispatch(tokens, uniform, has_lora, active, valid_modes=valid, invalid_modes=invalid)
+    assert again == (found.mode, found.descriptor)
+    assert (vars(d), valid, invalid) == before
+    if found.mode is NONE:
+        assert found.descriptor.num_tokens == tokens
+        assert found.padding == 0
+        assert found.reason not in (Reason.EXACT, Reason.PADDED)
+        return
+    assert found.mode in valid - invalid
+    assert found.descriptor in d.cudagraph_keys[found.mode]
+    assert found.descriptor.num_tokens == tokens + found.padding >= tokens
+    assert (found.reason is Reason.EXACT) == (found.padding == 0)
+    # Nothing smaller would have done.
+    same = [
+        key.num_tokens
+        for key in d.cudagraph_keys[found.mode]
+        if (key.uniform, key.has_lora, key.extra)
+        == (found.descriptor.uniform, found.descriptor.has_lora, found.descriptor.extra)
+    ]
+    assert found.descriptor.num_tokens == min(n for n in same if n >= tokens)
+
+
+@settings(deadline=None, max_examples=60)
+@given(dispatchers, st.integers(1, 50))
+def test_coverage_says_what_dispatch_does_for_every_size(d, maximum):
+    rows = coverage(d, maximum)
+    mixed = [
+        r for r in rows if not r.decode and not r.has_lora and all(v is False for _, v in r.axes)
+    ]
+    assert mixed[0].first == 1
+    assert mixed[-1].last == maximum
+    assert all(b.first == a.last + 1 for a, b in itertools.pairwise(mixed))
+    for row in rows:
+        for tokens in {row.first, row.last}:
+            found = d.explain(
+                tokens, row.decode, row.has_lora, row.num_active_loras, axes=dict(row.axes)
+            )
+            assert found.mode is row.mode
+            assert found.padding <= row.padding
+            if row.descriptor is not None:
+                assert found.descriptor == row.descriptor
+
+
+def test_coverage_table_and_json():
+    d = dispatcher(BOTH, sizes=(1, 4), max_num_seqs=8)
+    rows = coverage(d, 6)
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(coverage_table(rows))
+    text = console.export_text()
+    lines = [line for line in text.splitlines() if "decode" in line or "mixed" in line]
+    assert len(lines) == len(rows) == 6
+    assert "2-4" in lines[1]
+    assert "≤ 2" in lines[1]
+    assert "tokens=4 reqs=4 uniform" in lines[4]
+    assert coverage_json(rows)[2] == {
+        "kind": "mixed",
+        "first": 5,
+        "last": 6,
+        "mode": "NONE",
+        "graph": None,
+        "padding": 0,
+        "reason": "larger than every captured size",
+        "fallback": False,
+    }
+    with pytest.raises(StaticGraphError, match="decode 5-6: larger than every captured size"):
+        require_coverage(rows)
+    require_coverage(coverage(dispatcher(BOTH), 9))
