@@ -17,6 +17,8 @@ from piecework.codegen.consts import short_type
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"\n]+)", line (?P<line>\d+)', re.MULTILINE)
 _SUBSCRIPT = re.compile(r"\[['\"]?([^'\"\[\]]+)['\"]?\]")
 _ROOT = re.compile(r"^(L\['\w+'\]|L__\w+___|G\['\w+'\])\.?")
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_OWN_FRAMES = tuple(os.path.join(_PACKAGE, room) for room in ("runtime", "integrations"))
 _UNSAFE = re.compile(r"[^\w.\-:<>/ \[\]]")
 
 
@@ -50,7 +52,7 @@ def module_path(node: torch.fx.Node) -> str:
     entry = next(reversed(stack.values()))
     path = entry[0] if isinstance(entry, tuple) else str(entry)
     path = path.replace("._modules", "")
-    path = _ROOT.sub("", _SUBSCRIPT.sub(_dotted, path.replace("L['self']", "", 1)))
+    path = _SUBSCRIPT.sub(_dotted, _ROOT.sub("", path))
     return _comment_safe(path.strip("."))
 
 
@@ -66,7 +68,8 @@ def source_line(node: torch.fx.Node, *, line_numbers: bool = True) -> str:
     frames = _FRAME.findall(trace)
     if not frames:
         return ""
-    file, line = frames[-1]
+    # The call inside piecework itself says nothing about the model.
+    file, line = next((f for f in reversed(frames) if not f[0].startswith(_OWN_FRAMES)), frames[-1])
     name = _comment_safe(os.path.basename(file))
     return f"{name}:{line}" if line_numbers else name
 

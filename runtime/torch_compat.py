@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch.utils import _pytree
@@ -77,3 +78,59 @@ def mark_unbacked(tensor: torch.Tensor, dim: int, *, shape_id: str | None = None
         mark(tensor, dim, shape_id=shape_id)
     else:
         mark(tensor, dim)
+
+
+def standalone_compile(
+    graph: torch.fx.GraphModule,
+    example_inputs: list[object],
+    *,
+    dynamic_shapes: str,
+    config_patches: dict[str, object],
+) -> Callable[..., object]:
+    """Compile a flat graph with Inductor into an artifact of its own (``torch._inductor.standalone_compile``).
+
+    Args:
+        dynamic_shapes: ``"from_tracing_context"`` keeps the symbols of the capture, ``"from_example_inputs"`` takes
+            sizes as they are.
+    """
+    from torch._inductor import standalone_compile as compile_one
+
+    return compile_one(
+        graph,
+        example_inputs,
+        dynamic_shapes=dynamic_shapes,
+        options={"config_patches": config_patches},
+    )
+
+
+def inductor_key() -> str:
+    """A digest of the installed Inductor's sources; torch's version where there is none."""
+    try:
+        from torch._inductor.codecache import torch_key
+    except ImportError:
+        return str(torch.__version__)
+    return torch_key().hex()
+
+
+def tracing_context() -> object:
+    """Dynamo's tracing context while a backend runs; None outside."""
+    return torch._guards.TracingContext.try_get()
+
+
+def placeholder_source(node: torch.fx.Node) -> str:
+    """Dynamo's name of where a graph input comes from, such as ``L['x'].size()[0]``; "" when unknown."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", "")
+    return name() if callable(name) else str(name)
+
+
+def dynamo_failure(error: BaseException) -> bool:
+    """Whether Dynamo raised ``error`` because it could not capture the code."""
+    return isinstance(error, torch._dynamo.exc.TorchDynamoException)
+
+
+def backend_failure(error: BaseException) -> Exception | None:
+    """The exception that a Dynamo backend raised and Dynamo wrapped, if ``error`` is such a wrapper."""
+    if isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
+        return error.inner_exception
+    return None

@@ -1,0 +1,260 @@
+"""From one captured graph to one callable. In: a flat graph (Dynamo's, or any other). Out: split, compiled, stitched and bound.
+
+It keeps what it made for inspection and runs nothing on real data.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.fx
+from piecework.codegen import LowerOptions, SplitItem, StitchedSource, generate_source, split_graph
+from piecework.codegen.bind import compile_execution_fn
+from piecework.codegen.origin import SymbolNames, origin_of_piece, value_of
+from piecework.codegen.split import SplittingOp as SplittingOpLike
+from piecework.codegen.split import SplittingOps
+from piecework.errors import SplitError
+from piecework.runtime.config import CompilationConfig
+from piecework.runtime.counters import counters
+from piecework.runtime.piecewise import (
+    CompilerManager,
+    PiecewiseBackend,
+    PiecewiseCompileInterpreter,
+)
+from piecework.runtime.ranges import Range
+from piecework.runtime.report import Piece, Report, differences
+from piecework.runtime.splitting_op import registry
+
+
+class PieceworkBackend:
+    """A Dynamo backend: splits a graph, compiles its pieces, and emits and binds the stitching source.
+
+    Args:
+        config: what to do; the default configuration if None.
+        prefix: a label for the model, used in reports and the banner.
+        is_encoder: the last batch range is open-ended.
+
+    Attributes:
+        graph: the captured graph.
+        split_gm: the stitching graph.
+        piecewise_graphs: the submodules, splitting ones included, in order.
+        source: the emitted source.
+        backends: submodule name → `PiecewiseBackend`.
+        compiler_manager: compiles pieces, equal ones once.
+        phases: seconds per phase.
+    """
+
+    def __init__(
+        self,
+        config: CompilationConfig | None = None,
+        prefix: str = "",
+        is_encoder: bool = False,
+        *,
+        splitting_ops: Sequence[SplittingOpLike] | None = None,
+    ) -> None:
+        self.config = config or CompilationConfig()
+        self.prefix = prefix
+        self.is_encoder = is_encoder
+        self.declared_ops = (
+            splitting_ops if splitting_ops is not None else self.config.splitting_ops
+        )
+        self.compiler_manager = CompilerManager(self.config)
+        self.compile_ranges: tuple[Range | None, ...] = (None,)
+        self.phases: dict[str, float] = {}
+        self.graph: torch.fx.GraphModule | None = None
+        self.split_gm: torch.fx.GraphModule | None = None
+        self.piecewise_graphs: list[SplitItem] = []
+        self.backends: dict[str, PiecewiseBackend] = {}
+        self.source: StitchedSource | None = None
+
+    @property
+    def inductor_config(self) -> dict[str, object]:
+        return dict(self.config.inductor_compile_config)
+
+    def __call__(
+        self, graph: torch.fx.GraphModule, example_inputs: Sequence[object]
+    ) -> Callable[..., object]:
+        """Compile ``graph`` for Dynamo: the result takes the graph's inputs, weights included."""
+        counters.num_graphs_seen += 1
+        self.prepare(graph)
+        function = self.bind()
+        return _without_grad(function)
+
+    def prepare(self, graph: torch.fx.GraphModule, bound: Mapping[str, str] | None = None) -> None:
+        """Split ``graph``, compile its pieces and emit the source.
+
+        Must run while the tracing context of the capture is open, if there is one.
+
+        Args:
+            graph: flat placeholders with fake values, and a flat tuple of outputs.
+            bound: placeholder name → weight path, for weights to hold as module-level names.
+
+        Raises:
+            SplitError: a splitting op is unknown.
+            PieceCompileError: a compiler failed.
+            UnsupportedNode: a node can't be written as source.
+        """
+        self.graph = graph
+        with self._phase("split"):
+            ops = self._splitting_ops(graph)
+            self.split_gm, self.piecewise_graphs = split_graph(graph, ops)
+        counters.num_piecewise_graphs_seen += len(self.piecewise_graphs)
+        names = [i.submod_name for i in self.piecewise_graphs if not i.is_splitting_graph]
+        with self._phase("compile"):
+            interpreter = PiecewiseCompileInterpreter(self.split_gm, names, self.config, self)
+            interpreter.run(*map(value_of, self.split_gm.graph.find_nodes(op="placeholder")))
+            self.backends = interpreter.backends
+        with self._phase("emit"):
+            self.source = generate_source(self.split_gm, self._lower_options(names, bound or {}))
+
+    def bind(self, weights: Mapping[str, object] | None = None) -> Callable[..., object]:
+        """Execute the emitted source with the compiled pieces.
+
+        Args:
+            weights: values of the bound names.
+        """
+        assert self.source is not None
+        with self._phase("bind"):
+            return compile_execution_fn(
+                self.source.code,
+                self.callables(),
+                self.source.submod_names,
+                self.source.consts,
+                bound=weights,
+            )
+
+    def callables(self, compile_range: Range | None = None) -> dict[str, Callable[..., object]]:
+        """What each entry of ``__vllm_submods__`` is for one range of batch sizes."""
+        return {name: piece.runnable_for(compile_range) for name, piece in self.backends.items()}
+
+    def pieces(self) -> tuple[Piece, ...]:
+        found = []
+        for name, piece in self.backends.items():
+            assert piece.graph is not None and piece.structure is not None
+            origin = origin_of_piece(piece.graph, SymbolNames(), line_numbers=False)
+            runnable = piece.runnable_for(self.compile_ranges[0])
+            found.append(
+                Piece(
+                    name, piece.structure.key, origin.module, piece.seconds, runnable, piece.reused
+                )
+            )
+        return tuple(found)
+
+    def report(self) -> Report:
+        structures = [(n, p.structure) for n, p in self.backends.items() if p.structure is not None]
+        return Report(
+            model=self.prefix or "model",
+            compiler=self.compiler_manager.compiler.name,
+            pieces=len(self.backends),
+            unique=len({structure.key for _, structure in structures}),
+            splitting=sum(item.is_splitting_graph for item in self.piecewise_graphs),
+            phases=dict(self.phases),
+            differences=differences(structures),
+        )
+
+    # --- steps -----------------------------------------------------------------------------------
+
+    def _splitting_ops(self, graph: torch.fx.GraphModule) -> Sequence[SplittingOpLike]:
+        if self.declared_ops is None:
+            return registry.names()
+        declared = SplittingOps(self.declared_ops)
+        missing = declared.missing_from(graph.graph)
+        unknown = [name for name in missing if "::" in name and not _is_registered(name)]
+        if unknown:
+            raise SplitError(
+                f"splitting op {unknown[0]} is not registered with torch",
+                hint="check its spelling, and import the module that defines it first",
+            )
+        return self.declared_ops
+
+    def _lower_options(self, pieces: Sequence[str], bound: Mapping[str, str]) -> LowerOptions:
+        levers = self.config.stitching_config
+        report = self.report()
+        ops = sorted(_operator_names(self.piecewise_graphs))
+        banner = (
+            f"model: {self.prefix or 'model'}",
+            f"pieces: {report.pieces}, unique: {report.unique}, compiler: {report.compiler}",
+            f"splitting ops: {', '.join(ops) or 'none'} ({report.splitting} submodules)",
+        )
+        return LowerOptions(
+            submods=pieces,
+            bound=bound if levers.bind_weights else {},
+            direct=self._direct() if levers.direct_splitting_ops else {},
+            emit_del=levers.emit_del,
+            banner=banner,
+        )
+
+    def _direct(self) -> dict[object, Callable[..., object]]:
+        """Implementations that the stitched code may call past the dispatcher, by operator."""
+        direct: dict[object, Callable[..., object]] = {}
+        for item in self.piecewise_graphs:
+            for node in item.graph.graph.nodes if item.is_splitting_graph else ():
+                op = registry.find(node.target)
+                device = _device_of(node)
+                if op is not None and device is not None:
+                    direct[node.target] = op.implementation_for(device)
+        return direct
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
+
+
+def piecework_dynamo_backend(
+    graph: torch.fx.GraphModule, example_inputs: Sequence[object], **options: object
+) -> Callable[..., object]:
+    """The entry point behind ``torch.compile(model, backend="piecework")``.
+
+    Args:
+        options: fields of `CompilationConfig`, as in ``torch.compile(..., options={...})``.
+
+    Raises:
+        PieceworkError: as `PieceworkBackend`; Dynamo wraps it in ``BackendCompilerFailed``.
+    """
+    counters.num_models_seen += 1
+    return PieceworkBackend(CompilationConfig(**options))(graph, example_inputs)
+
+
+def _without_grad(function: Callable[..., object]) -> Callable[..., object]:
+    """``function`` for inference: under a grad mode that is on, it runs with it off."""
+
+    def run(*args: object) -> object:
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return function(*args)
+        return function(*args)
+
+    return run
+
+
+def _is_registered(name: str) -> bool:
+    namespace, _, rest = name.partition("::")
+    op, _, overload = rest.partition(".")
+    packet = getattr(getattr(torch.ops, namespace), op, None)
+    return packet is not None and (not overload or overload in packet.overloads())
+
+
+def _operator_names(items: Sequence[SplitItem]) -> set[str]:
+    names: set[str] = set()
+    for item in items:
+        if item.is_splitting_graph:
+            for node in item.graph.graph.nodes:
+                schema = getattr(node.target, "_schema", None)
+                name = getattr(node.target, "_qualified_op_name", None)
+                names |= {schema.name} if schema is not None else {name} if name else set()
+    return names
+
+
+def _device_of(node: torch.fx.Node) -> str | None:
+    for source in node.all_input_nodes:
+        value = value_of(source)
+        if isinstance(value, torch.Tensor):
+            return value.device.type
+    return None

@@ -1,0 +1,484 @@
+"""From a model to one graph. In: a callable and example arguments. Out: a `Capture`: the graph, where each of its inputs comes from, and how its outputs make the result.
+
+The model is traced once by Dynamo and never run on data; its weights and its state are left as they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.fx
+from piecework.errors import CaptureError, PieceworkError
+from piecework.runtime import torch_compat
+from piecework.runtime.counters import counters
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A graph input that is held by the model: a parameter, a buffer or another tensor found on it."""
+
+    path: str
+    tensor: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """A graph input that is the call's argument number ``leaf``, counted over the flattened arguments."""
+
+    leaf: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A graph input that is dimension ``dim`` of tensor argument ``leaf``."""
+
+    leaf: int
+    dim: int
+    name: str
+
+
+GraphInput = Weight | Argument | Size
+
+
+@dataclass(frozen=True, slots=True)
+class FromGraph:
+    """A leaf of the result that is output number ``index`` of the graph."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class FromArgument:
+    """A leaf of the result that is an argument passed through."""
+
+    leaf: int
+
+
+@dataclass(frozen=True, slots=True)
+class FromWeight:
+    """A leaf of the result that is a tensor of the model."""
+
+    tensor: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """A leaf of the result that did not depend on the arguments."""
+
+    value: object
+
+
+GraphCompiler = Callable[[torch.fx.GraphModule, tuple[GraphInput, ...]], None]
+
+ResultLeaf = FromGraph | FromArgument | FromWeight | Fixed
+
+
+@dataclass(slots=True)
+class Capture:
+    """One captured graph.
+
+    Attributes:
+        graph: flat placeholders (named after weights, parameters and sizes) and a flat tuple of outputs.
+        inputs: where each placeholder comes from, in order.
+        in_spec: structure of ``(args, kwargs)``.
+        leaves: the example arguments, flattened; tensors are kept as fake values only.
+        leaf_names: how errors call each flattened argument.
+        out_spec: structure of the result.
+        result: where each leaf of the result comes from.
+    """
+
+    graph: torch.fx.GraphModule
+    inputs: tuple[GraphInput, ...]
+    in_spec: pytree.TreeSpec
+    leaves: tuple[object, ...]
+    leaf_names: tuple[str, ...]
+    out_spec: pytree.TreeSpec
+    result: tuple[ResultLeaf, ...]
+
+
+@dataclass(slots=True)
+class _Trace:
+    """What the backend saw while Dynamo traced."""
+
+    graph: torch.fx.GraphModule | None = None
+    inputs: tuple[GraphInput, ...] = ()
+    stand_ins: list[object] = field(default_factory=list)
+
+
+def capture(
+    model: Callable[..., object],
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    compile_graph: GraphCompiler,
+    *,
+    dynamic: bool | None = None,
+) -> Capture:
+    """Trace ``model`` and hand its graph to ``compile_graph`` while Dynamo's tracing context is open.
+
+    Args:
+        model: a module or function; weights are the tensors that it holds.
+        args, kwargs: example arguments; any pytree of tensors, numbers and None.
+        compile_graph: called once with the graph and where its inputs come from.
+        dynamic: which dimensions become symbols: None takes all dimensions of the tensor arguments unless some are
+            marked (``torch._dynamo.mark_dynamic``, ``mark_unbacked``, ``mark_static``), then only those.
+
+    Raises:
+        CaptureError: a graph break, no tensor operation, no dynamic dimension, state changed by the forward, or an
+            input or output that cannot be traced back.
+    """
+    leaves, in_spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    names = _leaf_names(model, args, kwargs)
+    held = _tensors_of(model)
+    trace = _Trace()
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: list[object]) -> Callable[..., object]:
+        trace.graph = gm
+        trace.inputs = _trace_back(gm, example_inputs, leaves, names, held)
+        _rename(gm, trace.inputs)
+        _require_dynamic(gm, leaves)
+        compile_graph(gm, trace.inputs)
+        trace.stand_ins = _stand_ins(gm)
+        return lambda *_: list(trace.stand_ins)
+
+    state = _State(model)
+    try:
+        result = _run_dynamo(model, args, kwargs, backend, _dynamic(leaves, dynamic))
+    finally:
+        changed = state.restore()
+    if trace.graph is None:
+        raise CaptureError(
+            "the model has no tensor operation to capture", hint="call it with tensor arguments"
+        )
+    if changed:
+        raise CaptureError(
+            "forward changes the model's own state, which a captured graph would not do",
+            where=changed[0],
+            hint="keep such state in a registered buffer, or outside the model",
+        )
+    counters.num_graphs_seen += 1
+    result_leaves, out_spec = pytree.tree_flatten(result)
+    return Capture(
+        graph=trace.graph,
+        inputs=trace.inputs,
+        in_spec=in_spec,
+        leaves=tuple(leaves),
+        leaf_names=names,
+        out_spec=out_spec,
+        result=tuple(_result_leaf(leaf, trace.stand_ins, leaves, held) for leaf in result_leaves),
+    )
+
+
+def _run_dynamo(
+    model: Callable[..., object],
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    backend: Callable[..., object],
+    dynamic: bool | None,
+) -> object:
+    # Dynamo caches by code object; a copy of its own keeps captures independent of each other.
+    code = _call_model.__code__.replace()
+    entry = types.FunctionType(code, _call_model.__globals__, "piecework_capture")
+    compiled = torch.compile(entry, backend=backend, fullgraph=True, dynamic=dynamic)
+    try:
+        with torch.no_grad(), torch._dynamo.config.patch(specialize_float=True):
+            return compiled(model, *args, **kwargs)
+    except Exception as error:
+        own = _own_error(error)
+        if own is not None:
+            raise own from error
+        inner = torch_compat.backend_failure(error)
+        if inner is not None:
+            raise inner from None
+        if torch_compat.dynamo_failure(error):
+            raise _capture_error(error) from error
+        raise
+
+
+def _call_model(model, *args, **kwargs):  # type: ignore[no-untyped-def]
+    return model(*args, **kwargs)
+
+
+def _own_error(error: BaseException) -> PieceworkError | None:
+    """The typed error that Dynamo may have wrapped."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        if isinstance(current, PieceworkError):
+            return current
+        inner = getattr(current, "inner_exception", None)
+        current = inner or current.__cause__ or current.__context__
+    return None
+
+
+def _capture_error(error: BaseException) -> CaptureError:
+    text = str(error)
+    reason = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    frames = [line.strip() for line in text.splitlines() if line.strip().startswith("File ")]
+    return CaptureError(
+        f"the model can't be captured as one graph: {reason}",
+        where=_frame(frames[-1]) if frames else None,
+        hint="move the Python construct out of forward or behind a piecework.splitting_op; "
+        "the chained exception has Dynamo's full explanation",
+    )
+
+
+def _frame(line: str) -> str:
+    """``model.py:41 in forward`` from a traceback's ``File "…/model.py", line 41, in forward``."""
+    parts = line.split(", ")
+    file = parts[0].removeprefix("File ").strip('"').rpartition("/")[2]
+    number = parts[1].removeprefix("line ") if len(parts) > 1 else "?"
+    return f"{file}:{number}" + (f" {parts[2]}" if len(parts) > 2 else "")
+
+
+# --- inputs ----------------------------------------------------------------------------------------
+
+_MARKS = ("_dynamo_dynamic_indices", "_dynamo_unbacked_indices", "_dynamo_static_indices")
+
+
+def _dynamic(leaves: Sequence[object], wish: bool | None) -> bool | None:
+    if wish is not None:
+        return wish
+    marked = any(getattr(leaf, mark, None) for leaf in leaves for mark in _MARKS)
+    return None if marked else True
+
+
+def _require_dynamic(gm: torch.fx.GraphModule, leaves: Sequence[object]) -> None:
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    if not tensors or all(getattr(t, "_dynamo_static_indices", None) for t in tensors):
+        return
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.SymInt):
+            return
+        if isinstance(value, torch.Tensor) and any(
+            isinstance(s, torch.SymInt) for s in value.shape
+        ):
+            return
+    raise CaptureError(
+        "no dimension of the inputs is dynamic: the trace fixed every size",
+        hint="use example sizes of 2 or more and avoid constants that depend on them; to serve size 1 as well, mark "
+        "the dimension with torch._dynamo.decorators.mark_unbacked; if fixed sizes are wanted, say so with "
+        "torch._dynamo.mark_static",
+    )
+
+
+def _tensors_of(model: Callable[..., object]) -> dict[int, tuple[str, torch.Tensor]]:
+    """Tensors that ``model`` holds, by identity, with their paths."""
+    held: dict[int, tuple[str, torch.Tensor]] = {}
+    for prefix, module in _modules_of(model):
+        for source in (module.named_parameters, module.named_buffers):
+            for name, tensor in source(remove_duplicate=False):
+                held.setdefault(id(tensor), (f"{prefix}{name}", tensor))
+    return held
+
+
+def _modules_of(model: Callable[..., object]) -> list[tuple[str, torch.nn.Module]]:
+    """Modules reachable from ``model``: itself, its ``__self__``, or what it closes over."""
+    if isinstance(model, torch.nn.Module):
+        return [("", model)]
+    owner = getattr(model, "__self__", None)
+    if isinstance(owner, torch.nn.Module):
+        return [("", owner)]
+    found: list[tuple[str, torch.nn.Module]] = []
+    code = getattr(model, "__code__", None)
+    cells = getattr(model, "__closure__", None) or ()
+    for name, cell in zip(getattr(code, "co_freevars", ()), cells, strict=False):
+        with contextlib.suppress(ValueError):  # an empty cell holds nothing yet
+            if isinstance(cell.cell_contents, torch.nn.Module):
+                found.append((f"{name}.", cell.cell_contents))
+    return [("", found[0][1])] if len(found) == 1 else found
+
+
+def _leaf_names(
+    model: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
+) -> tuple[str, ...]:
+    """A name for each flattened argument: the parameter's, with a path into containers."""
+    function = model.forward if isinstance(model, torch.nn.Module) else model
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    positional = [p.name for p in parameters if p.kind in plain]
+    names: list[str] = []
+    for index, arg in enumerate(args):
+        base = positional[index] if index < len(positional) else f"args_{index}"
+        names += [base + suffix for suffix in _suffixes(arg)]
+    for key, value in kwargs.items():
+        names += [key + suffix for suffix in _suffixes(value)]
+    return tuple(names)
+
+
+def _suffixes(value: object) -> list[str]:
+    paths, _ = pytree.tree_flatten_with_path(value)
+    return [pytree.keystr(path) for path, _ in paths]
+
+
+def _trace_back(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[object],
+    leaves: Sequence[object],
+    names: Sequence[str],
+    held: dict[int, tuple[str, torch.Tensor]],
+) -> tuple[GraphInput, ...]:
+    """Where each placeholder of ``gm`` comes from."""
+    by_identity = {id(leaf): i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    found: list[GraphInput | None] = []
+    for node, example in zip(placeholders, example_inputs, strict=True):
+        if isinstance(example, torch.Tensor) and id(example) in by_identity:
+            leaf = by_identity[id(example)]
+            found.append(Argument(leaf, names[leaf]))
+        elif isinstance(example, torch.Tensor):
+            path, tensor = held.get(id(example), (torch_compat.placeholder_source(node), example))
+            found.append(Weight(path, tensor))
+        else:
+            found.append(None)
+    tensors = [
+        (g.leaf, node)
+        for g, node in zip(found, placeholders, strict=True)
+        if isinstance(g, Argument)
+    ]
+    sizes = _sizes(tensors)
+    count = 0
+    for index, node in enumerate(placeholders):
+        if found[index] is not None:
+            continue
+        found[index] = _size_or_int(node, sizes, leaves, names, f"s{count}")
+        count += 1
+    return tuple(g for g in found if g is not None)
+
+
+def _sizes(tensors: Sequence[tuple[int, torch.fx.Node]]) -> dict[str, tuple[int, int]]:
+    """Symbol → the first argument and dimension that it is the size of."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for leaf, node in tensors:
+        value = node.meta["example_value"]
+        for dim, size in enumerate(value.shape):
+            if isinstance(size, torch.SymInt):
+                sizes.setdefault(str(size.node._expr), (leaf, dim))
+    return sizes
+
+
+def _size_or_int(
+    node: torch.fx.Node,
+    sizes: dict[str, tuple[int, int]],
+    leaves: Sequence[object],
+    names: Sequence[str],
+    name: str,
+) -> GraphInput:
+    value = node.meta["example_value"]
+    expr = str(value.node._expr) if isinstance(value, torch.SymInt) else ""
+    if expr in sizes:
+        leaf, dim = sizes[expr]
+        return Size(leaf, dim, name)
+    source = torch_compat.placeholder_source(node)
+    numbers = [i for i, leaf in enumerate(leaves) if type(leaf) is int and names[i] in source]
+    if len(numbers) == 1:
+        return Argument(numbers[0], names[numbers[0]])
+    raise CaptureError(
+        f"input {source or node.name} of the graph is neither an argument, a size of one, nor a weight",
+        hint="pass it as a tensor, or make it a constant of the model",
+    )
+
+
+def _rename(gm: torch.fx.GraphModule, inputs: Sequence[GraphInput]) -> None:
+    """Name placeholders after what they are, so that emitted source reads well."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    others = {node.name: node for node in gm.graph.nodes if node.op != "placeholder"}
+    for node, source in zip(placeholders, inputs, strict=True):
+        wish = source.path if isinstance(source, Weight) else source.name
+        name = re.sub(r"\W", "_", wish).strip("_") or "input"
+        if name in others:
+            others.pop(name)._rename(f"{name}_1")
+        node._rename(name)
+
+
+# --- outputs ---------------------------------------------------------------------------------------
+
+
+class _StandInInt(int):
+    """An integer with an identity, in place of a size that the graph returns."""
+
+
+def _stand_ins(gm: torch.fx.GraphModule) -> list[object]:
+    """One distinguishable object per graph output, for Dynamo's code that packs the result."""
+    returned = gm.graph.output_node().args[0]
+    outputs = list(returned) if isinstance(returned, (list, tuple)) else [returned]
+    stand_ins: list[object] = []
+    for node in outputs:
+        value = node.meta.get("example_value") if isinstance(node, torch.fx.Node) else node
+        stand_ins.append(
+            _StandInInt(0) if isinstance(value, (int, torch.SymInt)) else torch.empty(0)
+        )
+    return stand_ins
+
+
+def _result_leaf(
+    leaf: object,
+    stand_ins: Sequence[object],
+    leaves: Sequence[object],
+    held: dict[int, tuple[str, torch.Tensor]],
+) -> ResultLeaf:
+    for index, stand_in in enumerate(stand_ins):
+        if leaf is stand_in:
+            return FromGraph(index)
+    if isinstance(leaf, torch.Tensor):
+        for index, argument in enumerate(leaves):
+            if leaf is argument:
+                return FromArgument(index)
+        if id(leaf) in held:
+            return FromWeight(leaf)
+    elif leaf is None or isinstance(
+        leaf, (int, float, complex, str, bytes, torch.dtype, torch.device)
+    ):
+        return Fixed(leaf)
+    raise CaptureError(
+        f"the model returns a {type(leaf).__qualname__}, which can't be rebuilt from the graph",
+        hint="return tensors, numbers and None in tuples, lists, dicts, or classes registered with "
+        "torch.utils._pytree.register_pytree_node",
+    )
+
+
+# --- the model's own state -------------------------------------------------------------------------
+
+
+class _State:
+    """A shallow record of a model's Python attributes, to notice and undo what tracing changed."""
+
+    def __init__(self, model: Callable[..., object]) -> None:
+        self._modules = [
+            (prefix + name, each, dict(each.__dict__), self._sizes(each))
+            for prefix, module in _modules_of(model)
+            for name, each in module.named_modules()
+        ]
+
+    @staticmethod
+    def _sizes(module: torch.nn.Module) -> dict[str, int]:
+        containers = (list, dict, set)
+        return {k: len(v) for k, v in module.__dict__.items() if isinstance(v, containers)}
+
+    def restore(self) -> list[str]:
+        """Put attributes back; returns the dotted names of those that had changed."""
+        changed: list[str] = []
+        for path, module, before, sizes in self._modules:
+            now = module.__dict__
+            for key in {**before, **now}:
+                if now.get(key) is not before.get(key) or (key in now) != (key in before):
+                    changed.append(f"{path}.{key}".lstrip("."))
+                    if key in before:
+                        now[key] = before[key]
+                    else:
+                        del now[key]
+            after = self._sizes(module)
+            changed += [f"{path}.{k}".lstrip(".") for k in sizes if after.get(k) != sizes[k]]
+        return changed

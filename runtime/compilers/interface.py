@@ -1,0 +1,61 @@
+"""What a compiler of pieces must offer. In: the graph of one piece and fake inputs. Out: a callable and, if it can be kept, its bytes.
+
+A compiler sees one piece at a time and knows nothing of the stitching graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch.fx
+from piecework.runtime.config import CompilationConfig
+from piecework.runtime.ranges import Range
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledPiece:
+    """What a compiler returns.
+
+    Attributes:
+        runnable: takes the piece's inputs positionally and returns a tuple or list of its outputs.
+        artifact: the compiler's own object, for serialisation; None if there is nothing to keep.
+    """
+
+    runnable: Callable[..., object]
+    artifact: object = None
+
+
+class CompilerInterface(Protocol):
+    """A compiler of pieces; see `make_compiler`.
+
+    Attributes:
+        name: what ``CompilationConfig.backend`` calls it.
+    """
+
+    name: str
+
+    def compute_hash(self, config: CompilationConfig) -> str:
+        """Everything about the compiler that changes its output, as a hex digest."""
+        ...
+
+    def compile(
+        self,
+        graph: torch.fx.GraphModule,
+        example_inputs: Sequence[object],
+        config: CompilationConfig,
+        compile_range: Range | None,
+    ) -> CompiledPiece:
+        """Compile one piece.
+
+        Args:
+            graph: flat inputs, and a tuple of outputs.
+            example_inputs: fake tensors and symbols (or integers, for a single size), one per placeholder.
+            config: the resolved configuration.
+            compile_range: batch sizes that the result must serve; None means all.
+
+        Raises:
+            Exception: whatever the compiler raises; the caller adds which piece it was.
+        """
+        ...

@@ -1,0 +1,76 @@
+"""What happened, in numbers. In: events of the runtime. Out: counters that a test or a user can read and expect changes of.
+
+Counting never decides anything: no code path reads a counter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+
+
+@dataclass(slots=True)
+class CompilationCounter:
+    """Counts since the process started.
+
+    Attributes:
+        num_models_seen: models given to `piecework.compile` or to the Dynamo backend.
+        num_graphs_seen: graphs captured.
+        num_piecewise_graphs_seen: submodules after splitting, splitting ones included.
+        num_piecewise_capturable_graphs_seen: pieces that are compiled (and may be captured).
+        num_backend_compilations: calls of a compiler, whichever it is.
+        num_inductor_compiles: calls of Inductor.
+        num_eager_compiles: pieces left as they are by the eager compiler.
+        num_cudagraph_captured: static graphs captured.
+        num_cache_entries_updated: cache entries written.
+        num_compiled_artifacts_saved: artifacts written.
+        num_compiled_artifacts_loaded: artifacts read.
+    """
+
+    num_models_seen: int = 0
+    num_graphs_seen: int = 0
+    num_piecewise_graphs_seen: int = 0
+    num_piecewise_capturable_graphs_seen: int = 0
+    num_backend_compilations: int = 0
+    num_inductor_compiles: int = 0
+    num_eager_compiles: int = 0
+    num_cudagraph_captured: int = 0
+    num_cache_entries_updated: int = 0
+    num_compiled_artifacts_saved: int = 0
+    num_compiled_artifacts_loaded: int = 0
+
+    def snapshot(self) -> dict[str, int]:
+        """The counts as a plain dictionary."""
+        return asdict(self)
+
+    @contextmanager
+    def expect(self, **deltas: int) -> Iterator[None]:
+        """Check that the block changes the named counters by exactly the given amounts.
+
+        Raises:
+            KeyError: a name is not a counter.
+            AssertionError: a counter changed by another amount; all of them are listed.
+
+        Example:
+            >>> with counters.expect(num_inductor_compiles=3):
+            ...     piecework.compile(model, (x,))
+        """
+        known = {field.name for field in fields(self)}
+        unknown = sorted(set(deltas) - known)
+        if unknown:
+            raise KeyError(f"no counter named {', '.join(unknown)}; there are {', '.join(known)}")
+        before = self.snapshot()
+        yield
+        after = self.snapshot()
+        wrong = [
+            f"{name}: expected {delta:+d}, was {after[name] - before[name]:+d}"
+            for name, delta in deltas.items()
+            if after[name] - before[name] != delta
+        ]
+        if wrong:
+            raise AssertionError("; ".join(wrong))
+
+
+#: The process's counters, also available as ``piecework.counters``.
+counters = CompilationCounter()

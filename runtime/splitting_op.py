@@ -1,0 +1,164 @@
+"""Operators to cut at. In: an annotated Python function. Out: a registered torch operator that the stitched code may call directly.
+
+The function is the implementation; nothing is compiled or captured here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Generic, ParamSpec, TypeVar
+
+import torch
+from piecework.errors import SplitError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class SplittingOp(Generic[P, R]):
+    """A registered splitting operator; calling it calls the operator through the dispatcher.
+
+    Attributes:
+        splitting_op_name: ``ns::name``.
+        overload: the operator, as it appears in graphs.
+        implementation: the function given to `splitting_op`.
+    """
+
+    def __init__(self, name: str, function: Callable[P, R], mutates_args: tuple[str, ...]) -> None:
+        self.splitting_op_name = name
+        self.implementation = function
+        namespace, _, short = name.partition("::")
+        self._library = torch.library.Library(namespace, "FRAGMENT")
+        schema = _schema_of(function, mutates_args, name)
+        self._library.define(f"{short}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        self._library.impl(short, function, "CompositeExplicitAutograd")
+        self.overload = getattr(getattr(torch.ops, namespace), short).default
+        self._by_device: dict[str, Callable[P, R]] = {}
+        self.has_fake = not self.overload._schema.returns
+        self.register_fake(self._default_fake)
+        self.has_fake = not self.overload._schema.returns
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self.overload(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<splitting op {self.splitting_op_name}>"
+
+    def _default_fake(self, *args: object, **kwargs: object) -> None:
+        if self.overload._schema.returns:
+            raise SplitError(
+                f"splitting op {self.splitting_op_name} returns a value and has no fake implementation",
+                hint=f"decorate a function that returns empty tensors of the right shape with "
+                f"@{self.implementation.__name__}.register_fake",
+            )
+
+    def register_fake(self, fake: Callable[P, R]) -> Callable[P, R]:
+        """Set the function that tells shapes and dtypes of the results while tracing; may be used as a decorator."""
+        torch.library.register_fake(
+            self.splitting_op_name, fake, lib=self._library, allow_override=True
+        )
+        self.has_fake = True
+        return fake
+
+    def register_kernel(self, device_type: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Set the implementation for one device type, ``"cpu"`` or ``"cuda"``; may be used as a decorator."""
+
+        def register(function: Callable[P, R]) -> Callable[P, R]:
+            key = torch.device(device_type).type.upper()
+            self._library.impl(self.splitting_op_name.partition("::")[2], function, key)
+            self._by_device[torch.device(device_type).type] = function
+            return function
+
+        return register
+
+    def implementation_for(self, device_type: str) -> Callable[P, R]:
+        """The Python function that the dispatcher would reach for plain tensors on ``device_type``."""
+        return self._by_device.get(device_type, self.implementation)
+
+    def close(self) -> None:
+        """Remove the operator from torch."""
+        self._library._destroy()
+
+
+class SplittingOpRegistry:
+    """The operators registered with `splitting_op`, by name; what ``splitting_ops=None`` means."""
+
+    def __init__(self) -> None:
+        self._ops: dict[str, SplittingOp[..., object]] = {}
+
+    def add(
+        self, name: str, function: Callable[P, R], mutates_args: tuple[str, ...]
+    ) -> SplittingOp[P, R]:
+        old = self._ops.get(name)
+        if old is not None:
+            if _identity(old.implementation) != _identity(function):
+                raise SplitError(
+                    f"splitting op {name} is already registered by {_identity(old.implementation)}",
+                    hint="choose another name",
+                )
+            old.close()  # the same definition again: a reloaded module or a notebook cell
+        op = SplittingOp(name, function, mutates_args)
+        self._ops[name] = op  # type: ignore[assignment]
+        return op
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._ops)
+
+    def find(self, target: object) -> SplittingOp[..., object] | None:
+        """The registered operator that a graph node's target is, if any."""
+        if isinstance(target, torch._ops.OpOverload):
+            return self._ops.get(target._schema.name)
+        if isinstance(target, torch._ops.OpOverloadPacket):
+            return self._ops.get(target._qualified_op_name)
+        return None
+
+
+def _identity(function: Callable[..., object]) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+#: Mirrors torch's own operator registry, which is one per process.
+registry = SplittingOpRegistry()
+
+
+def splitting_op(
+    name: str, *, mutates_args: Iterable[str] = ()
+) -> Callable[[Callable[P, R]], SplittingOp[P, R]]:
+    """Register the decorated function as an operator that graphs are cut at.
+
+    Args:
+        name: ``"namespace::name"``.
+        mutates_args: parameters that the function writes into.
+
+    Returns:
+        A decorator; the result is called like the function. If the function returns a value, give it a fake with
+        ``.register_fake``; one that returns nothing has a fitting fake already.
+
+    Raises:
+        SplitError: the name is malformed or taken, an annotation is missing or unsupported, or ``mutates_args`` names no
+            parameter.
+
+    Example:
+        >>> @piecework.splitting_op("demo::attention", mutates_args=("out",))
+        ... def attention(query: torch.Tensor, key: torch.Tensor, out: torch.Tensor) -> None:
+        ...     out.copy_(query @ key.mT)
+    """
+    parts = name.split("::")
+    if len(parts) != 2 or not all(part.isidentifier() for part in parts):
+        raise SplitError(f"operator name {name!a} is not of the form 'namespace::name'")
+
+    def register(function: Callable[P, R]) -> SplittingOp[P, R]:
+        return registry.add(name, function, tuple(mutates_args))
+
+    return register
+
+
+def _schema_of(function: Callable[..., object], mutates_args: tuple[str, ...], name: str) -> str:
+    try:
+        return torch.library.infer_schema(function, mutates_args=mutates_args)
+    except (ValueError, TypeError) as error:
+        raise SplitError(
+            f"no operator schema for {name}: {error}",
+            where=_identity(function),
+            hint="annotate every parameter and the result with types that torch.library knows",
+        ) from error
