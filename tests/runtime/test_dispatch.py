@@ -200,7 +200,7 @@ def test_strict():
     with pytest.raises(StaticGraphError, match=r"given up \(mixed batch, tokens=8\)"):
         d.dispatch(8)
     assert d.explain(8, strict=False).is_fallback
-    assert d.dispatch(8, invalid_modes={PIECEWISE})[0] is NONE
+    assert d.dispatch(4, invalid_modes={PIECEWISE})[0] is NONE
     assert dispatcher(DECODE_ONLY, strict=True).dispatch(3)[0] is NONE
 
 
