@@ -394,13 +394,21 @@ def _size_or_int(
 def _rename(gm: torch.fx.GraphModule, inputs: Sequence[GraphInput]) -> None:
     """Name placeholders after what they are, so that emitted source reads well."""
     placeholders = gm.graph.find_nodes(op="placeholder")
-    others = {node.name: node for node in gm.graph.nodes if node.op != "placeholder"}
+    named = {node.name: node for node in gm.graph.nodes}
     for node, source in zip(placeholders, inputs, strict=True):
         wish = source.path if isinstance(source, Weight) else source.name
         name = re.sub(r"\W", "_", wish).strip("_") or "input"
-        if name in others:
-            others.pop(name)._rename(f"{name}_1")
-        node._rename(name)
+        holder = named.get(name)
+        if holder is node:
+            continue
+        if holder is not None:  # an intermediate value gives way; a placeholder keeps its name
+            if holder.op == "placeholder":
+                node._rename(name)
+                continue
+            holder._rename(f"{name}_1")
+            named[holder.name] = holder
+        node.name = name
+        named[name] = node
 
 
 # --- outputs ---------------------------------------------------------------------------------------
