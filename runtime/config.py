@@ -180,14 +180,15 @@ class CompilationConfig(FrozenModel):
         self,
         runtime: RuntimeConfig,
         *,
-        registered_splitting_ops: Iterable[str] = (),
+        registered_splitting_ops: Iterable[str] | None = None,
         attention_ops: Iterable[str] = (),
     ) -> CompilationConfig:
         """A new configuration for ``runtime`` with nothing left open; resolving it again changes nothing.
 
         Args:
             runtime: batch limits and ranks.
-            registered_splitting_ops: what ``splitting_ops=None`` stands for.
+            registered_splitting_ops: what ``splitting_ops=None`` stands for. If None, the ops are not
+                known yet (no model is imported), and only ``splitting_ops`` stays open.
             attention_ops: which splitting ops are attention (for ``fuse_attn_quant``).
 
         Raises:
@@ -267,9 +268,8 @@ class CompilationConfig(FrozenModel):
     def range_table(self, max_size: int | None = None, *, is_encoder: bool = False) -> RangeTable:
         """Ranges and single sizes with one look-up; arguments and errors as ``get_compile_ranges``."""
         ranges = self.get_compile_ranges(max_size, is_encoder=is_encoder)
-        if not all(isinstance(size, int) for size in self.compile_sizes):
-            raise self._open("compile_sizes")
-        return RangeTable(ranges, (size for size in self.compile_sizes if isinstance(size, int)))
+        sizes = config_resolve.with_compile_sizes(self).compile_sizes
+        return RangeTable(ranges, (size for size in sizes if isinstance(size, int)))
 
     def custom_op_base(self) -> Literal["all", "none"]:
         """What holds for an op without a rule: the base given, or the one of mode and backend."""
@@ -333,7 +333,8 @@ class CompilationConfig(FrozenModel):
         """What Dynamo is given as its backend in this mode.
 
         Modes 1 and 2: the name of a torch backend, or the object that a qualified name points to.
-        Mode 3: a ``PieceworkBackend``.
+        Mode 3: a ``PieceworkBackend``, resolved against ``runtime`` and the registered splitting ops
+        if ``runtime`` is given.
 
         Raises:
             ConfigError: the mode is NONE, or the name can't be imported.
@@ -344,12 +345,14 @@ class CompilationConfig(FrozenModel):
         """What is hashed, as text by dotted name: the fields whose role is KEY, in canonical form.
 
         Raises:
-            ConfigError: an option or a pass has no stable form (an object, a pass that is missing).
+            ConfigError: an option or a pass has no stable form (an object, a pass that is missing), or
+                ``compile_sizes`` refers to capture sizes that are not chosen yet.
         """
         base = self.custom_op_base()
         mark = "-" if base == "all" else "+"
         rules = sorted(op for op in self.custom_ops if op[0] == mark)
-        return config_hash.factors_of(self) | {"custom_ops": ",".join([base, *rules])}
+        settled = config_resolve.with_compile_sizes(self)
+        return config_hash.factors_of(settled) | {"custom_ops": ",".join([base, *rules])}
 
     def compute_hash(self) -> str:
         """SHA-256 of what decides the compiled and emitted code; equal over processes and machines."""

@@ -12,6 +12,7 @@ import torch
 from piecework.errors import ConfigError
 from piecework.runtime.config_groups import CompilationMode, RuntimeConfig
 from piecework.runtime.qualified_name import import_qualified
+from piecework.runtime.splitting_op import registry
 
 if TYPE_CHECKING:
     from piecework.runtime.backend import PieceworkBackend
@@ -34,9 +35,11 @@ def backend_of(
         )
     if config.mode is CompilationMode.PIECEWORK_COMPILE:
         # The backend reads configurations, so it is imported only when one is made.
-        from piecework.runtime.backend import PieceworkBackend  # noqa: PLC0415
+        from piecework.runtime.backend import PieceworkBackend
 
-        return PieceworkBackend(config, runtime, prefix=prefix, is_encoder=is_encoder)
+        if runtime is not None:
+            config = config.resolve(runtime, registered_splitting_ops=registry.names())
+        return PieceworkBackend(config, prefix=prefix, is_encoder=is_encoder)
     if config.backend in torch.compiler.list_backends(exclude_tags=()):
         return config.backend
     if config.backend.isidentifier():

@@ -188,7 +188,7 @@ def nested_model(annotation: Any) -> type[FrozenModel] | None:
     return None
 
 
-def _other_names(model: type[FrozenModel]) -> dict[str, str]:
+def other_names(model: type[FrozenModel]) -> dict[str, str]:
     """Accepted aliases and the field that each one names."""
     names: dict[str, str] = {}
     for name, field in model.model_fields.items():
@@ -217,7 +217,7 @@ def _sentence(model: type[FrozenModel], detail: ErrorDetails, cause: object) -> 
     """One problem in words, with the near misses of an unknown name."""
     if detail["type"] == "extra_forbidden":
         name = str(detail["loc"][-1])
-        if len(detail["loc"]) == 1 and name in (aliases := _other_names(model)):
+        if len(detail["loc"]) == 1 and name in (aliases := other_names(model)):
             return f"is another name of {aliases[name]}, which is given too"
         return "is not a field of this configuration"
     if cause is not None:
@@ -233,7 +233,7 @@ def _config_error(
     problems = _problems(model, error)
     bad = {str(detail["loc"][0]) for detail in error.errors() if detail["loc"]}
     if bad:
-        aliases = _other_names(model)
+        aliases = other_names(model)
         bad_fields = {aliases.get(name, name) for name in bad}
         rest = {
             key: value for key, value in data.items() if aliases.get(key, key) not in bad_fields

@@ -105,6 +105,12 @@ def with_attention_inside(
                 hint="remove it from splitting_ops, or use use_inductor_graph_partition",
             )
         return config
+    if not attention:
+        raise ConfigError(
+            "fuse_attn_quant needs to know which splitting ops are attention",
+            where="pass_config.fuse_attn_quant",
+            hint="pass attention_ops, or list the other ops in splitting_ops",
+        )
     remaining = sorted(op for op in set(registered) if not has_op(attention, op))
     return _split_at(config, remaining, "fuse_attn_quant keeps attention in the graph")
 
@@ -145,8 +151,14 @@ def with_compile_sizes(config: CompilationConfig) -> CompilationConfig:
     """``config`` in which a reference to the capture sizes in ``compile_sizes`` is replaced by them."""
     if CAPTURE_SIZES not in config.compile_sizes:
         return config
+    if config.cudagraph_capture_sizes is None:
+        raise ConfigError(
+            "compile_sizes refers to the capture sizes, which are not chosen yet",
+            where="compile_sizes",
+            hint="call resolve() first",
+        )
     named = [size for size in config.compile_sizes if isinstance(size, int)]
-    return config.replace(compile_sizes=(*named, *(config.cudagraph_capture_sizes or ())))
+    return config.replace(compile_sizes=(*named, *config.cudagraph_capture_sizes))
 
 
 def with_spec_decode_sizes(
@@ -193,13 +205,11 @@ def with_reachable_sizes(config: CompilationConfig, runtime: RuntimeConfig) -> C
 def resolve(
     config: CompilationConfig,
     runtime: RuntimeConfig,
-    registered: Iterable[str],
+    registered: Iterable[str] | None,
     attention_ops: Iterable[str],
 ) -> CompilationConfig:
     """Every step on a copy; see ``CompilationConfig.resolve``. Problems of all steps are one error."""
     problems: list[ConfigProblem] = []
-    # A step may be run again on what another one left, so each sees a one-time list as a tuple.
-    ops, attention = tuple(registered), tuple(attention_ops)
 
     def step(
         current: CompilationConfig, change: Callable[[CompilationConfig], CompilationConfig]
@@ -212,7 +222,9 @@ def resolve(
             )
             return current
 
-    done = step(config, lambda each: with_splitting_ops(each, ops, attention))
+    done = config
+    if registered is not None:
+        done = step(done, lambda each: with_splitting_ops(each, registered, attention_ops))
     done = step(done, lambda each: with_capture_sizes(each, runtime))
     query_len = runtime.uniform_decode_query_len
     decodes_full = done.cudagraph_mode.decode_mode() is CUDAGraphMode.FULL
@@ -220,7 +232,8 @@ def resolve(
         done = step(
             done, lambda each: with_spec_decode_sizes(each, query_len, runtime.tensor_parallel_size)
         )
-    done = step(done, with_compile_sizes)
+    if done.cudagraph_capture_sizes is not None:  # else the step that chooses them has failed
+        done = step(done, with_compile_sizes)
     done = step(done, lambda each: with_reachable_sizes(each, runtime))
     done = step(done, lambda each: with_ranges(each, runtime))
     if problems:

@@ -133,7 +133,9 @@ CompileSizes = Annotated[
     tuple[CompileSize, ...], BeforeValidator(_as_list), AfterValidator(_sorted_unique)
 ]
 OpName = Annotated[
-    str, PlainValidator(_op_name), WithJsonSchema({"type": "string", "pattern": _OP_NAME.pattern})
+    str,
+    PlainValidator(_op_name),
+    WithJsonSchema({"type": "string", "pattern": f"^{_OP_NAME.pattern}$"}),
 ]
 OpNames = Annotated[tuple[OpName, ...], BeforeValidator(_as_list)]
 CustomOps = Annotated[tuple[str, ...], BeforeValidator(_as_list), AfterValidator(_custom_ops)]

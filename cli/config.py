@@ -1,0 +1,216 @@
+"""``piecework config``: in, a file and options; out, the configuration that they mean, its schema, or what is wrong with it.
+
+It never compiles anything, and it changes no file except the page that ``schema --update`` names.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from piecework.errors import ConfigError
+from piecework.runtime.config import CompilationConfig, RuntimeConfig
+from piecework.runtime.config_docs import field_rows, json_schema, markdown_table, update_page
+from piecework.runtime.config_model import FrozenModel
+from piecework.runtime.config_overrides import merge, parse_overrides, to_overrides
+from piecework.runtime.config_text import read_data, to_data, to_json, to_toml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+config_app = typer.Typer(
+    name="config",
+    help="Show, describe and check configurations.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+FileArgument = Annotated[
+    Path | None, typer.Argument(help="A .json or .toml file of CompilationConfig fields.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-O",
+        metavar=".FIELD=VALUE",
+        help="Set a field: -O.mode=0, -O3, -O.pass_config.clean_up=false.",
+    ),
+]
+RuntimeOverrides = Annotated[
+    list[str] | None,
+    typer.Option("-R", metavar=".FIELD=VALUE", help="Set a RuntimeConfig field, and resolve."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@config_app.command(epilog="Example: piecework config show piecework.toml -O.cudagraph_mode=FULL")
+def show(
+    file: FileArgument = None,
+    overrides: Overrides = None,
+    runtime: RuntimeOverrides = None,
+    resolve: Annotated[
+        bool, typer.Option("--resolve", help="Settle open fields for the default RuntimeConfig.")
+    ] = False,
+    changed: Annotated[
+        bool, typer.Option("--changed", help="Only what differs from the defaults.")
+    ] = False,
+    form: Annotated[
+        str, typer.Option("--format", help="toml, json or options (for a command line).")
+    ] = "toml",
+    as_json: AsJson = False,
+) -> None:
+    """Print the configuration that a file and options mean, its ranges and its hash."""
+    if form not in ("toml", "json", "options"):
+        _misuse(ConfigError(f"no format {form!r}", where="--format", hint="toml, json or options"))
+    try:
+        config = _read(file, overrides)
+        limits = RuntimeConfig.from_data(parse_overrides(RuntimeConfig, runtime or (), flag="-R"))
+        if resolve or runtime:
+            config = config.resolve(limits)
+            limits_used: RuntimeConfig | None = limits
+        else:
+            limits_used = None
+        if as_json:
+            _print_json(_report(config, limits_used))
+        elif form == "json":
+            typer.echo(to_json(config, only_changed=changed))
+        elif form == "options":
+            typer.echo("\n".join(to_overrides(config)))
+        else:
+            typer.echo(
+                _comments(config, limits_used) + to_toml(config, only_changed=changed), nl=False
+            )
+    except ConfigError as error:
+        _misuse(error)
+
+
+@config_app.command(epilog="Example: piecework config schema --json > piecework.schema.json")
+def schema(
+    runtime: Annotated[
+        bool, typer.Option("--runtime", help="Describe RuntimeConfig instead.")
+    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    update: Annotated[
+        Path | None, typer.Option("--update", help="Write the tables of this page anew.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Describe every field: type, default, meaning, and whether it is part of the cache key."""
+    model = RuntimeConfig if runtime else CompilationConfig
+    if update is not None:
+        _update(update)
+    elif as_json:
+        _print_json(json_schema(model))
+    elif markdown:
+        typer.echo(markdown_table(model), nl=False)
+    else:
+        _print_fields(model)
+
+
+@config_app.command(epilog="Example: piecework config check piecework.toml -R.max_num_seqs=64")
+def check(
+    file: FileArgument = None,
+    overrides: Overrides = None,
+    runtime: RuntimeOverrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a configuration, also against run-time limits; exit code 1 if something is wrong."""
+    try:
+        limits_data = parse_overrides(RuntimeConfig, runtime or (), flag="-R")
+        changes = parse_overrides(CompilationConfig, overrides or ())
+    except ConfigError as error:
+        _misuse(error)
+    if file is None and not changes:
+        _misuse(
+            ConfigError("there is nothing to check", hint="name a file, or give -O.field=value")
+        )
+    if file is not None and not file.is_file():
+        _misuse(ConfigError("there is no such file", where=str(file)))
+    try:
+        below = read_data(file) if file is not None else {}
+        config = CompilationConfig.from_data(merge(CompilationConfig, below, changes))
+        limits = RuntimeConfig.from_data(limits_data)
+        config.resolve(limits)
+    except ConfigError as error:
+        if as_json:
+            _print_json({"valid": False, "problems": _problems(error)})
+        else:
+            typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+    if as_json:
+        _print_json({"valid": True, "problems": []})
+    else:
+        typer.echo("The configuration is valid.")
+
+
+def _read(file: Path | None, overrides: list[str] | None) -> CompilationConfig:
+    below = read_data(file) if file is not None else {}
+    above = parse_overrides(CompilationConfig, overrides or ())
+    return CompilationConfig.from_data(merge(CompilationConfig, below, above))
+
+
+def _report(config: CompilationConfig, limits: RuntimeConfig | None) -> dict[str, Any]:
+    report: dict[str, Any] = {"config": to_data(config)}
+    if limits is not None:
+        report["runtime"] = to_data(limits)
+        report["ranges"] = [[each.start, each.end] for each in config.range_table().entries]
+        report["hash"] = config.compute_hash()
+    return report
+
+
+def _comments(config: CompilationConfig, limits: RuntimeConfig | None) -> str:
+    """What a resolved configuration leads to, as comments above its TOML."""
+    if limits is None:
+        return ""
+    ranges = " ".join(map(str, config.range_table().entries))
+    sizes = config.cudagraph_capture_sizes or ()
+    return (
+        f"# hash {config.compute_hash()}\n# compiled for {ranges}\n"
+        f"# captured sizes: {' '.join(map(str, sizes)) or 'none'}\n"
+    )
+
+
+def _update(page: Path) -> None:
+    try:
+        text = page.read_text(encoding="utf-8")
+        page.write_text(update_page(text), encoding="utf-8")
+    except OSError as error:
+        _misuse(ConfigError(f"the page can't be updated: {error}", where=str(page)))
+    except ConfigError as error:
+        _misuse(error)
+
+
+def _problems(error: ConfigError) -> list[dict[str, str]]:
+    if error.problems:
+        return [{"field": each.field, "message": each.message} for each in error.problems]
+    return [{"field": error.where or "", "message": error.message}]
+
+
+def _print_fields(model: type[FrozenModel]) -> None:
+    """A table on a terminal, one line a field elsewhere."""
+    console = Console()
+    rows = [
+        (row.name, row.type, row.default, row.role, row.description.replace("`", ""))
+        for row in field_rows(model)
+    ]
+    if not console.is_terminal:
+        for name, kind, default, role, meaning in rows:
+            typer.echo(f"{name} ({kind}; default {default}; in cache key: {role}): {meaning}")
+        return
+    table = Table(box=None, pad_edge=False)
+    for title in ("field", "default", "in cache key", "meaning"):
+        table.add_column(title, overflow="fold")
+    for name, _, default, role, meaning in rows:
+        table.add_row(*map(Text, (name, default, role, meaning)))
+    console.print(table)
+
+
+def _print_json(data: object) -> None:
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def _misuse(error: ConfigError) -> NoReturn:
+    typer.echo(f"error: {error}", err=True)
+    raise typer.Exit(2)
