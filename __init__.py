@@ -3,18 +3,24 @@
 Capture a model once, cut it at the operators that stay outside, compile the pieces, and read the one function that runs them.
 """
 
-from piecework.codegen import (
-    SplitItem,
-    StitchedSource,
-    compile_execution_fn,
-    generate_execution_code,
-    split_graph,
-)
-from piecework.errors import PieceworkError
-from piecework.runtime.config import CompilationConfig
-from piecework.runtime.counters import counters
-from piecework.runtime.splitting_op import splitting_op
-from piecework.runtime.stitched import StitchedModule, compile
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from piecework.codegen import (
+        SplitItem,
+        StitchedSource,
+        compile_execution_fn,
+        generate_execution_code,
+        split_graph,
+    )
+    from piecework.errors import PieceworkError
+    from piecework.runtime.config import CompilationConfig
+    from piecework.runtime.counters import counters
+    from piecework.runtime.splitting_op import splitting_op
+    from piecework.runtime.stitched import StitchedModule, compile
 
 __version__ = "0.1.0"
 
@@ -31,3 +37,33 @@ __all__ = [
     "split_graph",
     "splitting_op",
 ]
+
+# Names are loaded when they are first used, so that the command line and the cache start without torch.
+_HOME = {
+    "CompilationConfig": "piecework.runtime.config",
+    "PieceworkError": "piecework.errors",
+    "SplitItem": "piecework.codegen",
+    "StitchedModule": "piecework.runtime.stitched",
+    "StitchedSource": "piecework.codegen",
+    "compile": "piecework.runtime.stitched",
+    "compile_execution_fn": "piecework.codegen",
+    "counters": "piecework.runtime.counters",
+    "generate_execution_code": "piecework.codegen",
+    "split_graph": "piecework.codegen",
+    "splitting_op": "piecework.runtime.splitting_op",
+}
+_ROOMS = ("bench", "codegen", "errors", "golden", "integrations", "runtime")
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        value = getattr(import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    if name in _ROOMS:
+        return import_module(f"piecework.{name}")
+    raise AttributeError(f"module 'piecework' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_ROOMS})

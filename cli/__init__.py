@@ -1,0 +1,28 @@
+"""The command line. In: arguments. Out: text, JSON and an exit code: 0 done, 1 found a difference, 2 misuse.
+
+Commands parse, call the library and print; heavy modules are imported when a command runs.
+"""
+
+from __future__ import annotations
+
+import typer
+from piecework.cli.bundles import compile_command, run, show
+from piecework.cli.demo import demo
+
+app = typer.Typer(
+    name="piecework",
+    help="A stitching compiler and runtime for PyTorch inference.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command(epilog="Example: piecework demo")(demo)
+app.command("compile", epilog="Example: piecework compile config.json -o out")(compile_command)
+app.command(epilog="Example: piecework show out")(show)
+app.command(epilog="Example: piecework run out --tokens 16")(run)
+
+
+def main() -> None:
+    """Entry point of the ``piecework`` script."""
+    app()

@@ -1,0 +1,53 @@
+"""How the command line speaks. In: what a command has to say. Out: text, colour and progress on a terminal, plain lines elsewhere.
+
+Errors of piecework become one message and exit code 2; other exceptions are defects and keep their traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from piecework.errors import PieceworkError
+from rich.console import Console
+from rich.syntax import Syntax
+
+DONE, DIFFERS, MISUSE = 0, 1, 2
+
+
+def console() -> Console:
+    """A console on standard output; it wraps nothing where the output is not a terminal."""
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+@contextmanager
+def typed_errors() -> Iterator[None]:
+    """Print a `PieceworkError` and exit with code 2."""
+    try:
+        yield
+    except PieceworkError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(
+            f"{type(error).__name__}: {error}", style="red", markup=False
+        )
+        raise typer.Exit(MISUSE) from error
+
+
+@contextmanager
+def step(out: Console, text: str) -> Iterator[None]:
+    """Announce a step: a spinner on a terminal, one line elsewhere."""
+    if out.is_terminal:
+        with out.status(text):
+            yield
+    else:
+        out.print(text, markup=False)
+        yield
+
+
+def show_source(out: Console, code: str) -> None:
+    """Print Python source, highlighted on a terminal."""
+    if out.is_terminal:
+        out.print(Syntax(code, "python", line_numbers=True, word_wrap=False))
+    else:
+        print(code)

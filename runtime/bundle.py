@@ -1,0 +1,157 @@
+"""What `piecework compile` leaves behind. In: a stitched module. Out: a folder with its source, graph, report and manifest, or what such a folder says.
+
+A folder appears whole or not at all. Compiled kernels are not in it; running it compiles again and checks that the source is the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from piecework.errors import ArtifactError, UsageError
+from piecework.runtime.config import CompilationConfig
+from piecework.runtime.stitched import StitchedModule
+
+FORMAT = 1
+MANIFEST, SOURCE, GRAPH, MODEL_CONFIG = "manifest.json", "stitched.py", "graph.py", "config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a folder was made from.
+
+    Attributes:
+        format: version of this layout.
+        model: the MODEL argument (relative to the folder for a config that was copied into it).
+        seed: of random weights.
+        config: `CompilationConfig` as JSON data.
+        torch: version of torch.
+        source_sha256: digest of the emitted source.
+        report: the compilation report as text.
+    """
+
+    format: int
+    model: str
+    seed: int
+    config: dict[str, object]
+    torch: str
+    source_sha256: str
+    report: str
+
+
+def check_output(directory: Path) -> None:
+    """Raise `UsageError` unless ``directory`` can be created or is an empty, writable folder."""
+    if directory.exists():
+        if not directory.is_dir():
+            raise UsageError(f"{str(directory)!r} is not a folder")
+        if any(directory.iterdir()):
+            raise UsageError(
+                f"folder {str(directory)!r} is not empty",
+                hint="give a new folder, or remove it first",
+            )
+    parent = directory.absolute().parent
+    if not parent.is_dir():
+        raise UsageError(f"there is no folder {str(parent)!r} to write into")
+    for place in (parent, directory):
+        if place.exists() and not os.access(place, os.W_OK):
+            raise UsageError(f"folder {str(place)!r} is not writable")
+
+
+def save(
+    directory: Path,
+    stitched: StitchedModule,
+    *,
+    model: str,
+    seed: int,
+    config: CompilationConfig,
+    config_text: str | None = None,
+) -> Manifest:
+    """Write the folder; everything is written beside it first and moved into place at the end.
+
+    Raises:
+        UsageError: the folder is not empty or can't be written.
+    """
+    check_output(directory)
+    code = stitched.source.code
+    manifest = Manifest(
+        format=FORMAT,
+        model=MODEL_CONFIG if config_text is not None else model,
+        seed=seed,
+        config=json.loads(config.model_dump_json()),
+        torch=torch.__version__,
+        source_sha256=hashlib.sha256(code.encode()).hexdigest(),
+        report=str(stitched.report()),
+    )
+    files = {
+        SOURCE: code,
+        GRAPH: stitched.split_gm.print_readable(print_output=False),
+        MANIFEST: json.dumps(asdict(manifest), indent=2) + "\n",
+    }
+    if config_text is not None:
+        files[MODEL_CONFIG] = config_text
+    parent = directory.absolute().parent
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=parent))
+        try:
+            for name, text in files.items():
+                (staging / name).write_text(text, encoding="utf-8")
+            staging.chmod(0o755)
+            staging.replace(directory)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise UsageError(f"can't write folder {str(directory)!r}: {error.strerror}") from error
+    return manifest
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check a folder's manifest.
+
+    Raises:
+        UsageError: there is no such folder.
+        ArtifactError: it is not one of ours, damaged, or of another format.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise UsageError(
+            f"{str(directory)!r} is not a folder made by piecework compile",
+            hint=f"it has no {MANIFEST}",
+        )
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        manifest = Manifest(**fields)
+    except (OSError, ValueError, TypeError) as error:
+        raise ArtifactError(f"the manifest is damaged: {error}", where=path.name) from error
+    if manifest.format != FORMAT:
+        raise ArtifactError(
+            f"the folder has format {manifest.format!r}; this version reads {FORMAT}",
+            hint="compile the model again",
+        )
+    return manifest
+
+
+def read_source(directory: Path, manifest: Manifest, *, edited: bool = False) -> str:
+    """The stitching source in the folder.
+
+    Raises:
+        ArtifactError: it is missing, or changed and ``edited`` was not given.
+    """
+    path = directory / SOURCE
+    try:
+        code = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"can't read the source: {error}", where=path.name) from error
+    if not edited and hashlib.sha256(code.encode()).hexdigest() != manifest.source_sha256:
+        raise ArtifactError(
+            "the source is not the one that was generated",
+            where=path.name,
+            hint="run it as edited with --edited, or compile the model again",
+        )
+    return code
