@@ -133,14 +133,17 @@ class FrozenModel(BaseModel):
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     def __setattr__(self, name: str, value: object) -> None:
-        try:
-            super().__setattr__(name, value)
-        except (ValidationError, ValueError):
-            raise ConfigError(
-                "a configuration is frozen",
-                where=f"{type(self).__name__}.{name}",
-                hint=f"make a changed copy with .replace({name}=…)",
-            ) from None
+        raise self._frozen(name)
+
+    def __delattr__(self, name: str) -> None:
+        raise self._frozen(name)
+
+    def _frozen(self, name: str) -> ConfigError:
+        return ConfigError(
+            "a configuration is frozen",
+            where=f"{type(self).__name__}.{name}",
+            hint=f"make a changed copy with .replace({name}=…)",
+        )
 
     def conflicts(self) -> list[Conflict]:
         """Fields that are valid alone and not together; none by default."""
@@ -150,6 +153,14 @@ class FrozenModel(BaseModel):
         found = self.conflicts()
         if found:
             raise ConflictsFound(found)
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        """As pydantic's, with its errors as one ConfigError."""
+        try:
+            return super().model_validate(obj, **options)
+        except ValidationError as error:
+            raise _config_error(cls, error, obj if isinstance(obj, Mapping) else {}) from None
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Self:
@@ -166,6 +177,7 @@ class FrozenModel(BaseModel):
         Raises:
             ConfigError: the copy would not be valid.
         """
+        # Not model_copy(update=…): pydantic would take the changes unchecked.
         current = {name: getattr(self, name) for name in type(self).model_fields}
         return type(self)(**{**current, **changes})
 

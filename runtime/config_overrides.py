@@ -6,12 +6,15 @@ It never validates a value: the model does, together with everything else that w
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from piecework.errors import ConfigError, ConfigProblem
 from piecework.runtime.config_model import FrozenModel, nested_model, other_names, report
 from piecework.runtime.config_text import parse_json, to_data
+
+_DOTTED = re.compile(r"[\w-]+(\.[\w-]+)*")
 
 
 def parse_overrides(
@@ -147,10 +150,20 @@ def to_overrides(config: FrozenModel, *, flag: str = "-O") -> list[str]:
         ConfigError: an option or a pass can't be written as text.
     """
     changed = to_data(config, only_changed=True)
-    texts = []
-    for path, value in _leaves(type(config), changed):
-        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-        # Bare where that reads back as the same string, which is how a person would write it.
-        bare = isinstance(value, str) and _value(value) == value and value == value.strip()
-        texts.append(f"{flag}.{'.'.join(path)}={value if bare else text}")
-    return texts
+    return [_option(flag, path, value) for path, value in _leaves(type(config), changed)]
+
+
+def _option(flag: str, path: Sequence[str], value: Any) -> str:
+    dotted = ".".join(path)
+    if not _DOTTED.fullmatch(dotted):
+        # A table's key can be any text; one that dots and = can't carry goes as a JSON object.
+        for name in reversed(path):
+            value = {name: value}
+        return flag + _compact(value)
+    # Bare where that reads back as the same string, which is how a person would write it.
+    bare = isinstance(value, str) and _value(value) == value and value == value.strip()
+    return f"{flag}.{dotted}={value if bare else _compact(value)}"
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

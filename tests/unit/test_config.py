@@ -1,0 +1,352 @@
+"""CompilationConfig as an object: fields, what it accepts, its errors, and that nothing can change it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from piecework.errors import ConfigError
+from piecework.runtime.config import (
+    CompilationConfig,
+    CompilationMode,
+    CUDAGraphMode,
+    DynamicShapesConfig,
+    DynamicShapesType,
+    PassConfig,
+    RuntimeConfig,
+    StitchingConfig,
+)
+from piecework.runtime.config_model import FrozenMap, hash_roles
+
+MODELS = [
+    CompilationConfig,
+    RuntimeConfig,
+    PassConfig,
+    DynamicShapesConfig,
+    StitchingConfig,
+]
+
+# The row of the feature table, so that no field is lost by accident.
+REQUIRED_FIELDS = [
+    "mode",
+    "debug_dump_path",
+    "cache_dir",
+    "compile_cache_save_format",
+    "backend",
+    "custom_ops",
+    "splitting_ops",
+    "compile_mm_encoder",
+    "compile_sizes",
+    "compile_ranges_endpoints",
+    "inductor_compile_config",
+    "inductor_passes",
+    "cudagraph_mode",
+    "cudagraph_num_of_warmups",
+    "cudagraph_capture_sizes",
+    "max_cudagraph_capture_size",
+    "cudagraph_copy_inputs",
+    "cudagraph_specialize_lora",
+    "use_inductor_graph_partition",
+    "pass_config",
+    "dynamic_shapes_config",
+]
+
+
+def problems(error):
+    return {each.field: each.message for each in error.value.problems}
+
+
+def fails(*args, **fields):
+    with pytest.raises(ConfigError) as caught:
+        CompilationConfig(*args, **fields)
+    return problems(caught)
+
+
+def test_every_field_of_the_table_is_there():
+    assert set(REQUIRED_FIELDS) <= set(CompilationConfig.model_fields)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_field_has_a_description_a_default_and_a_hash_role(model):
+    for name, role in hash_roles(model).items():
+        field = model.model_fields[name]
+        assert role is not None, f"{model.__name__}.{name} declares no hash role"
+        assert role.in_key or role.reason, f"{model.__name__}.{name} is ignored without a reason"
+        assert field.description and field.description.endswith("."), name
+        assert not field.is_required(), name
+
+
+def test_defaults():
+    config = CompilationConfig()
+    assert config.mode is CompilationMode.PIECEWORK_COMPILE
+    assert config.backend == "inductor"
+    assert config.splitting_ops is None and config.cudagraph_capture_sizes is None
+    assert config.cudagraph_mode is CUDAGraphMode.NONE
+    assert config.dynamic_shapes_config.type is DynamicShapesType.BACKED
+    assert all(getattr(config.stitching_config, name) for name in StitchingConfig.model_fields)
+
+
+@pytest.mark.parametrize(
+    "given", [3, "3", "PIECEWORK_COMPILE", "piecework_compile", "VLLM_COMPILE", "vllm_compile"]
+)
+def test_mode_by_number_or_name(given):
+    assert CompilationConfig(mode=given).mode is CompilationMode.PIECEWORK_COMPILE
+
+
+@pytest.mark.parametrize("given", [4, -1, "4", "FAST", "", True, None, 3.0, [3]])
+def test_a_wrong_mode_lists_the_modes(given):
+    message = fails(mode=given)["mode"]
+    for mode in CompilationMode:
+        assert f"{mode.name} ({mode.value})" in message
+
+
+def test_modes_print_as_names():
+    assert str(CompilationMode.parse(2)) == "DYNAMO_TRACE_ONCE"
+    assert f"{CUDAGraphMode.FULL}" == "FULL"
+
+
+def test_a_wrong_cudagraph_mode_lists_the_names():
+    message = fails(cudagraph_mode="SOME")["cudagraph_mode"]
+    assert all(name in message for name in CUDAGraphMode.__members__)
+
+
+@pytest.mark.parametrize("given", ["backed", "unbacked", "backed_size_oblivious"])
+def test_dynamic_shapes_type_by_name(given):
+    config = CompilationConfig(dynamic_shapes_config={"type": given, "evaluate_guards": True})
+    assert config.dynamic_shapes_config.type == given
+    assert config.dynamic_shapes_config.evaluate_guards
+
+
+def test_the_other_name_of_the_endpoints():
+    config = CompilationConfig(compile_ranges_split_points=[256, 16])
+    assert config.compile_ranges_endpoints == (16, 256)
+    found = fails(compile_ranges_split_points=[1], compile_ranges_endpoints=[1])
+    assert found == {
+        "compile_ranges_split_points": "is another name of compile_ranges_endpoints, which is given too"
+    }
+
+
+def test_sizes_are_sorted_and_once_endpoints_must_be_given_once():
+    config = CompilationConfig(
+        compile_sizes=[8, 1, 8, "cudagraph_capture_sizes"], cudagraph_capture_sizes=[4, 2, 4]
+    )
+    assert config.compile_sizes == (1, 8, "cudagraph_capture_sizes")
+    assert config.cudagraph_capture_sizes == (2, 4)
+    found = fails(compile_ranges_endpoints=[16, 4, 16, 4])
+    assert found == {"compile_ranges_endpoints": "given more than once: 4, 16"}
+
+
+@pytest.mark.parametrize("field", ["compile_sizes", "cudagraph_capture_sizes"])
+@pytest.mark.parametrize("value", [0, -1, 2.0, True, "many"])
+def test_a_size_is_a_positive_whole_number(field, value):
+    assert list(fails(**{field: [1, value]})) == [f"{field}.1"]
+
+
+def test_lists_as_on_a_command_line():
+    config = CompilationConfig(
+        compile_sizes="1, 8", cudagraph_capture_sizes=4, custom_ops="none,+silu"
+    )
+    assert config.compile_sizes == (1, 8)
+    assert config.cudagraph_capture_sizes == (4,)
+    assert config.custom_ops == ("none", "+silu")
+
+
+def test_splitting_ops_by_name_overload_packet_or_handle():
+    class Handle:
+        splitting_op_name = "demo::attention"
+
+    relu, add = torch.ops.aten.relu, torch.ops.aten.add.Tensor
+    config = CompilationConfig(splitting_ops=["a::b.c", relu, relu.default, add, Handle()])
+    assert config.splitting_ops == (
+        "a::b.c",
+        "aten::relu",
+        "aten::relu.default",
+        "aten::add.Tensor",
+        "demo::attention",
+    )
+
+
+@pytest.mark.parametrize("op", ["attention", "a::", "::b", "a.b", "a::b.c.d", 3, None, len])
+def test_a_wrong_splitting_op_is_named(op):
+    found = fails(splitting_ops=["a::b", op])
+    assert list(found) == ["splitting_ops.1"]
+    assert "ns::op" in found["splitting_ops.1"]
+
+
+@pytest.mark.parametrize(
+    ("rules", "said"),
+    [
+        (["all", "none"], ["'all' and 'none' are both given"]),
+        (["all", "all"], ["given more than once: all"]),
+        (["+x", "-x"], ["'+x' and '-x' are both given"]),
+        (["silu"], ["'silu' is not 'all', 'none', '+op' or '-op'"]),
+        (["+"], ["'+' is not"]),
+        (["none", "all", "y", "+x", "-x"], ["'y' is not", "'all' and 'none'", "'+x' and '-x'"]),
+    ],
+)
+def test_custom_op_rules_that_contradict(rules, said):
+    message = fails(custom_ops=rules)["custom_ops"]
+    assert all(part in message for part in said)
+
+
+@pytest.mark.parametrize("backend", ["", "two words", "a..b", ".a", "a:", "1x"])
+def test_a_backend_is_a_name(backend):
+    assert list(fails(backend=backend)) == ["backend"]
+
+
+@pytest.mark.parametrize(
+    "backend", ["inductor", "eager", "pkg.module.Compiler", "pkg.module:Compiler"]
+)
+def test_backends_by_name(backend):
+    assert CompilationConfig(backend=backend).backend == backend
+
+
+def test_passes_are_callables_or_names():
+    config = CompilationConfig(inductor_passes={"a": len, "b": "pkg.module:fn"})
+    assert config.inductor_passes["a"] is len
+    assert "'c' must be a callable" in fails(inductor_passes={"c": 3})["inductor_passes"]
+    assert "'d' must be" in fails(inductor_passes={"d": "no name"})["inductor_passes"]
+
+
+def test_everything_wrong_is_reported_together():
+    found = fails(
+        mode="x",
+        compile_sizes=["a"],
+        pass_config={"eliminate_noops": "perhaps", "unknown": 1},
+        unknown=1,
+        custom_ops=["all", "none"],
+        use_inductor_graph_partition=True,
+        backend="eager",
+        cudagraph_capture_sizes=[1, 2],
+        max_cudagraph_capture_size=4,
+    )
+    assert set(found) == {
+        "mode",
+        "compile_sizes.0",
+        "pass_config.eliminate_noops",
+        "pass_config.unknown",
+        "unknown",
+        "custom_ops",
+        "use_inductor_graph_partition, backend",
+        "cudagraph_capture_sizes, max_cudagraph_capture_size",
+    }
+
+
+def test_the_message_has_a_line_for_each_problem_and_a_hint():
+    with pytest.raises(ConfigError) as caught:
+        CompilationConfig(compile_size=[1], mode=9)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "2 problems in CompilationConfig:"
+    assert lines[1].startswith("  mode: ") and lines[2].startswith("  compile_size: ")
+    assert lines[3].startswith("Hint: ")
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        (
+            {"use_inductor_graph_partition": True, "backend": "eager"},
+            "use_inductor_graph_partition, backend",
+        ),
+        ({"use_inductor_graph_partition": True, "mode": 0}, "use_inductor_graph_partition, mode"),
+        ({"cudagraph_mode": "PIECEWISE", "mode": 1}, "cudagraph_mode, mode"),
+        ({"cudagraph_mode": "FULL_AND_PIECEWISE", "mode": 2}, "cudagraph_mode, mode"),
+        ({"cudagraph_mode": "PIECEWISE", "splitting_ops": []}, "cudagraph_mode, splitting_ops"),
+        (
+            {"cudagraph_capture_sizes": [1, 2], "max_cudagraph_capture_size": 1},
+            "cudagraph_capture_sizes, max_cudagraph_capture_size",
+        ),
+    ],
+)
+def test_each_conflict(fields, expected):
+    assert list(fails(**fields)) == [expected]
+    for name in fields:
+        # Without any one of its fields the conflict is gone.
+        CompilationConfig(**{key: value for key, value in fields.items() if key != name})
+
+
+def test_a_conflict_is_not_blamed_on_a_field_that_is_itself_wrong():
+    found = fails(cudagraph_mode="NO_SUCH", splitting_ops=[], mode=1)
+    assert list(found) == ["cudagraph_mode"]
+
+
+def test_mode_none_may_capture_pieces_with_eager_breaks():
+    config = CompilationConfig(mode=0, cudagraph_mode="PIECEWISE", splitting_ops=["a::b"])
+    assert config.cudagraph_mode is CUDAGraphMode.PIECEWISE
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"rank": 2, "world_size": 2}, "rank, world_size"),
+        ({"dp_rank": 1}, "dp_rank, data_parallel_size"),
+        ({"world_size": 3, "tensor_parallel_size": 2}, "world_size, tensor_parallel_size"),
+        ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, "max_num_seqs, max_num_batched_tokens"),
+    ],
+)
+def test_each_conflict_of_the_runtime(fields, expected):
+    with pytest.raises(ConfigError) as caught:
+        RuntimeConfig(**fields)
+    assert list(problems(caught)) == [expected]
+
+
+def test_nothing_can_be_assigned_or_deleted():
+    config = CompilationConfig(inductor_compile_config={"a": [1, {"b": 2}]}, compile_sizes=[1])
+    before = copy.deepcopy(config)
+    for target, name in [(config, "mode"), (config.pass_config, "clean_up"), (config, "unknown")]:
+        with pytest.raises(ConfigError, match="frozen"):
+            setattr(target, name, 0)
+    with pytest.raises(ConfigError, match="frozen"):
+        del config.mode
+    options = config.inductor_compile_config
+    with pytest.raises(TypeError):
+        options["a"] = 1
+    with pytest.raises(ConfigError, match="frozen"):
+        options._items = {}
+    assert options["a"] == (1, FrozenMap({"b": 2}))
+    assert config == before
+
+
+def test_what_the_caller_keeps_is_not_what_the_config_holds():
+    sizes, options = [1], {"a": {"b": [1]}}
+    config = CompilationConfig(compile_sizes=sizes, inductor_compile_config=options)
+    sizes.append(2)
+    options["a"]["b"].append(2)
+    copied = config.inductor_compile_config.to_dict()
+    copied["a"]["b"].append(3)
+    assert config.compile_sizes == (1,)
+    assert config.inductor_compile_config.to_dict() == {"a": {"b": [1]}}
+    assert CompilationConfig().inductor_compile_config == {}
+
+
+def test_replace_makes_a_checked_copy():
+    config = CompilationConfig(cudagraph_mode="PIECEWISE")
+    changed = config.replace(mode=0, pass_config={"clean_up": False})
+    assert (config.mode, changed.mode) == (CompilationMode.PIECEWORK_COMPILE, CompilationMode.NONE)
+    assert not changed.pass_config.clean_up and config.pass_config.clean_up
+    with pytest.raises(ConfigError):
+        config.replace(mode=1)
+    with pytest.raises(ConfigError, match="unknown"):
+        config.replace(unknown=1)
+
+
+def test_pydantic_validation_raises_the_same_error():
+    with pytest.raises(ConfigError) as caught:
+        CompilationConfig.model_validate({"mode": 9, "unknown": 1})
+    assert set(problems(caught)) == {"mode", "unknown"}
+    with pytest.raises(ConfigError):
+        CompilationConfig.model_validate([])
+    assert CompilationConfig.model_validate({"mode": 0}) == CompilationConfig(mode=0)
+
+
+def test_configs_are_values():
+    config = CompilationConfig(
+        cache_dir=Path("somewhere"), inductor_compile_config={"a": [1]}, splitting_ops=["a::b"]
+    )
+    for copied in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config), config.replace()):
+        assert copied == config and hash(copied) == hash(config)
+    assert config != CompilationConfig()
+    assert FrozenMap({"a": [1]}) == {"a": [1]} != FrozenMap({"a": [2]})

@@ -1,0 +1,283 @@
+"""Resolution: what a configuration means in one program, as a new object, and the methods it is made of."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from piecework.errors import ConfigError, InputError
+from piecework.runtime.config import CompilationConfig, CUDAGraphMode, RuntimeConfig
+from piecework.runtime.ranges import OPEN_END, Range
+
+SMALL = RuntimeConfig(max_num_batched_tokens=64, max_num_seqs=4)
+ATTENTION = "demo::attention"
+
+
+def pairs(ranges):
+    return [(each.start, each.end) for each in ranges]
+
+
+def test_resolve_settles_everything_and_leaves_the_original_alone():
+    config = CompilationConfig(
+        cudagraph_mode="PIECEWISE",
+        compile_sizes=["cudagraph_capture_sizes", 6],
+        compile_ranges_endpoints=[16],
+    )
+    before = config.model_copy(deep=True)
+    resolved = config.resolve(SMALL, registered_splitting_ops=["b::y", ATTENTION, "b::y"])
+    assert config == before
+    assert resolved.splitting_ops == ("b::y", ATTENTION)
+    assert resolved.cudagraph_capture_sizes == (1, 2, 4, 8)
+    assert resolved.max_cudagraph_capture_size == 8
+    assert resolved.compile_sizes == (1, 2, 4, 6, 8)
+    assert resolved.compile_ranges_endpoints == (16, 64)
+    assert resolved.custom_ops == ("none",)
+    assert pairs(resolved.get_compile_ranges()) == [(1, 16), (17, 64)]
+    assert pairs(resolved.get_compile_ranges(is_encoder=True)) == [(1, 16), (17, OPEN_END)]
+
+
+def test_unknown_splitting_ops_stay_open():
+    resolved = CompilationConfig(cudagraph_mode="PIECEWISE").resolve(SMALL)
+    assert resolved.splitting_ops is None
+    assert resolved.cudagraph_mode is CUDAGraphMode.PIECEWISE
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    mode=st.sampled_from(CUDAGraphMode),
+    registered=st.lists(st.sampled_from(["a::b", "c::d", "e::f"])),
+    query_len=st.integers(1, 4),
+    sizes=st.none() | st.sets(st.integers(1, 64), max_size=4),
+    endpoints=st.sets(st.integers(1, 64), max_size=4),
+)
+def test_resolving_twice_changes_nothing(mode, registered, query_len, sizes, endpoints):
+    runtime = SMALL.replace(uniform_decode_query_len=query_len)
+    config = CompilationConfig(
+        cudagraph_mode=mode, cudagraph_capture_sizes=sizes, compile_ranges_endpoints=endpoints
+    )
+    try:
+        once = config.resolve(runtime, registered_splitting_ops=registered)
+    except ConfigError as error:
+        # The only thing that can be wrong here: no multiple of the query length is captured.
+        assert [each.field for each in error.problems] == ["cudagraph_capture_sizes"]
+        return
+    assert once.resolve(runtime, registered_splitting_ops=registered) == once
+    assert once.get_compile_ranges()[-1].end == 64
+
+
+def test_problems_of_all_steps_are_one_error():
+    config = CompilationConfig(
+        cudagraph_mode="FULL",
+        cudagraph_capture_sizes=[111],
+        compile_sizes=[100],
+        compile_ranges_endpoints=[99],
+        splitting_ops=[ATTENTION],
+        pass_config={"fuse_attn_quant": True},
+    )
+    with pytest.raises(ConfigError) as caught:
+        config.resolve(SMALL, registered_splitting_ops=[ATTENTION], attention_ops=[ATTENTION])
+    assert [each.field for each in caught.value.problems] == [
+        "splitting_ops",
+        "cudagraph_capture_sizes",
+        "compile_sizes",
+        "compile_ranges_endpoints",
+    ]
+
+
+def test_nothing_is_captured_in_mode_none(caplog):
+    config = CompilationConfig(
+        cudagraph_capture_sizes=[1, 2], compile_sizes=["cudagraph_capture_sizes"]
+    )
+    with caplog.at_level(logging.WARNING):
+        resolved = config.resolve(SMALL)
+    assert resolved.cudagraph_capture_sizes == () and resolved.max_cudagraph_capture_size == 0
+    assert resolved.compile_sizes == ()
+    assert "captures nothing" in caplog.text
+    assert resolved.bs_to_padded_graph_size == ()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("PIECEWISE", "NONE"), ("FULL_AND_PIECEWISE", "FULL_DECODE_ONLY")]
+)
+def test_without_ops_to_cut_at_pieces_are_not_captured(before, after, caplog):
+    config = CompilationConfig(cudagraph_mode=before)
+    with caplog.at_level(logging.WARNING):
+        resolved = config.resolve(SMALL, registered_splitting_ops=[])
+    assert resolved.splitting_ops == ()
+    assert resolved.cudagraph_mode is CUDAGraphMode[after]
+    assert f"cudagraph_mode {before} becomes {after}" in caplog.text
+
+
+def test_full_capture_needs_no_splitting_op(caplog):
+    resolved = CompilationConfig(cudagraph_mode="FULL").resolve(SMALL, registered_splitting_ops=[])
+    assert resolved.cudagraph_mode is CUDAGraphMode.FULL
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("mode", [1, 2])
+def test_whole_graph_modes_cut_nowhere_unless_told(mode):
+    assert CompilationConfig(mode=mode).set_splitting_ops_for_v1(["a::b"]).splitting_ops == ()
+    told = CompilationConfig(mode=mode, splitting_ops=["c::d"])
+    assert told.set_splitting_ops_for_v1(["a::b"]).splitting_ops == ("c::d",)
+
+
+@pytest.mark.parametrize("mode", [0, 3])
+def test_splitting_modes_take_the_registered_ops_unless_told(mode):
+    assert CompilationConfig(mode=mode).set_splitting_ops_for_v1(["a::b"]).splitting_ops == (
+        "a::b",
+    )
+    told = CompilationConfig(mode=mode, splitting_ops=["c::d"])
+    assert told.set_splitting_ops_for_v1(["a::b"]).splitting_ops == ("c::d",)
+
+
+def test_attention_fusion_keeps_attention_inside():
+    config = CompilationConfig(pass_config={"fuse_attn_quant": True})
+    registered = [ATTENTION, "demo::all_reduce"]
+    fused = config.set_splitting_ops_for_v1(registered, [ATTENTION])
+    assert fused.splitting_ops == ("demo::all_reduce",)
+    partition = config.replace(use_inductor_graph_partition=True)
+    assert ATTENTION in partition.set_splitting_ops_for_v1(registered, [ATTENTION]).splitting_ops
+    untouched = config.replace(splitting_ops=["demo::all_reduce"])
+    assert untouched.set_splitting_ops_for_attn_fusion(registered, [ATTENTION]) == untouched
+
+
+def test_attention_fusion_errors():
+    fusing = CompilationConfig(pass_config={"fuse_attn_quant": True})
+    with pytest.raises(ConfigError, match="cut at demo::attention"):
+        fusing.replace(splitting_ops=[ATTENTION]).set_splitting_ops_for_attn_fusion([], [ATTENTION])
+    with pytest.raises(ConfigError, match="which splitting ops are attention"):
+        fusing.set_splitting_ops_for_attn_fusion([ATTENTION], [])
+    with pytest.raises(ConfigError, match="only for a pass that fuses it"):
+        CompilationConfig().set_splitting_ops_for_attn_fusion([ATTENTION], [ATTENTION])
+
+
+def test_splitting_ops_contain_attention():
+    config = CompilationConfig(splitting_ops=["demo::attention", "demo::other.default"])
+    assert config.splitting_ops_contain_attention(["demo::attention"])
+    assert config.splitting_ops_contain_attention(["demo::attention.default"])
+    assert not config.splitting_ops_contain_attention(["demo::other"])
+    assert not config.splitting_ops_contain_attention(["demo::attention", "demo::mamba"])
+    assert not config.splitting_ops_contain_attention([])
+    with pytest.raises(ConfigError, match=r"resolve\(\)"):
+        CompilationConfig().splitting_ops_contain_attention(["demo::attention"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, True),
+        ({"mode": 0}, False),
+        ({"mode": 2}, False),
+        ({"splitting_ops": ["other::op"]}, False),
+        ({"use_inductor_graph_partition": True}, True),
+        ({"use_inductor_graph_partition": True, "mode": 2}, True),
+    ],
+)
+def test_is_attention_compiled_piecewise(fields, expected):
+    config = CompilationConfig(**{"splitting_ops": [ATTENTION], **fields})
+    assert config.is_attention_compiled_piecewise([ATTENTION]) is expected
+
+
+def test_maximum_alone_truncates_the_default_sizes():
+    config = CompilationConfig(cudagraph_mode="FULL", max_cudagraph_capture_size=20)
+    sized = config.post_init_cudagraph_sizes(RuntimeConfig())
+    assert sized.cudagraph_capture_sizes == (1, 2, 4, 8, 16, 20)
+    assert sized.bs_to_padded_graph_size[3] == 4
+    assert sized.bs_to_padded_graph_size[20] == 20
+    assert len(sized.bs_to_padded_graph_size) == 21
+
+
+def test_sizes_that_are_not_chosen_yet():
+    config = CompilationConfig(compile_sizes=["cudagraph_capture_sizes"])
+    for use in (
+        lambda: config.bs_to_padded_graph_size,
+        lambda: config.adjust_cudagraph_sizes_for_spec_decode(2),
+        lambda: config.range_table(8),
+        lambda: config.compute_hash(),
+    ):
+        with pytest.raises(ConfigError, match="resolve"):
+            use()
+
+
+def test_speculative_decoding_rounds_the_sizes():
+    config = CompilationConfig(cudagraph_mode="FULL", cudagraph_capture_sizes=[1, 2, 4, 8, 24])
+    adjusted = config.post_init_cudagraph_sizes(SMALL).adjust_cudagraph_sizes_for_spec_decode(3)
+    assert adjusted.cudagraph_capture_sizes == (3, 6, 9, 24)
+    assert adjusted.max_cudagraph_capture_size == 24
+    with_sp = config.replace(pass_config={"enable_sp": True}).post_init_cudagraph_sizes(SMALL)
+    assert with_sp.adjust_cudagraph_sizes_for_spec_decode(3, 2).cudagraph_capture_sizes == (
+        6,
+        12,
+        24,
+    )
+
+
+@pytest.mark.parametrize(("mode", "rounded"), [("FULL", True), ("PIECEWISE", False)])
+def test_only_full_decode_graphs_are_rounded(mode, rounded):
+    config = CompilationConfig(
+        cudagraph_mode=mode,
+        cudagraph_capture_sizes=[1, 8],
+        compile_sizes=["cudagraph_capture_sizes"],
+    )
+    resolved = config.resolve(SMALL.replace(uniform_decode_query_len=4))
+    assert resolved.cudagraph_capture_sizes == ((4, 8) if rounded else (1, 8))
+    assert resolved.compile_sizes == resolved.cudagraph_capture_sizes
+
+
+def test_ranges_without_the_largest_batch():
+    config = CompilationConfig()
+    with pytest.raises(ConfigError, match="largest batch is not known"):
+        config.get_compile_ranges()
+    assert pairs(config.get_compile_ranges(8)) == [(1, 8)]
+    assert pairs(config.get_compile_ranges(is_encoder=True)) == [(1, OPEN_END)]
+    with pytest.raises(ConfigError, match="no batch reaches 16"):
+        CompilationConfig(compile_ranges_endpoints=[16]).get_compile_ranges(8)
+
+
+def test_range_table_has_sizes_and_ranges():
+    table = CompilationConfig(compile_sizes=[1, 8], compile_ranges_endpoints=[16, 256]).range_table(
+        512
+    )
+    assert pairs(table.entries) == [(1, 1), (8, 8), (1, 16), (17, 256), (257, 512)]
+    assert table.find(8) == Range(8, 8) and table.find(300) == Range(257, 512)
+    with pytest.raises(InputError):
+        table.find(513)
+
+
+@pytest.mark.parametrize(
+    ("fields", "base"),
+    [
+        ({}, "none"),
+        ({"backend": "eager"}, "all"),
+        ({"mode": 0}, "all"),
+        ({"custom_ops": ["all"]}, "all"),
+        ({"custom_ops": ["none"], "backend": "eager"}, "none"),
+    ],
+)
+def test_custom_op_base(fields, base):
+    config = CompilationConfig(**fields)
+    assert config.custom_op_base() == base
+    assert config.is_custom_op_enabled("silu") is (base == "all")
+    resolved = config.resolve(SMALL)
+    assert base in resolved.custom_ops and resolved.is_custom_op_enabled("silu") is (base == "all")
+
+
+def test_custom_op_rules():
+    some = CompilationConfig(custom_ops=["none", "+silu"])
+    assert some.is_custom_op_enabled("silu") and not some.is_custom_op_enabled("norm")
+    most = CompilationConfig(custom_ops=["all", "-silu"])
+    assert not most.is_custom_op_enabled("silu") and most.is_custom_op_enabled("norm")
+
+
+def test_custom_op_log_check_names_rules_without_effect(caplog):
+    config = CompilationConfig(custom_ops=["none", "+silu", "+norm", "-rope"])
+    with caplog.at_level(logging.DEBUG):
+        notes = config.custom_op_log_check(["silu"], known=["silu", "norm"])
+    assert notes == (
+        "custom op rule '+norm' has no effect: the model has no such op",
+        "custom op rule '-rope' has no effect: no such op is registered",
+    )
+    assert "'silu': True" in caplog.text
+    assert all(note in caplog.text for note in notes)

@@ -1,0 +1,290 @@
+"""Configurations as JSON, TOML and options: round trips (also by hypothesis), merging, and unreadable input."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from piecework.errors import ConfigError
+from piecework.runtime.config import CompilationConfig, CUDAGraphMode, RuntimeConfig
+from piecework.runtime.config_overrides import merge, parse_overrides, to_overrides
+from piecework.runtime.config_text import (
+    from_json,
+    from_toml,
+    read_data,
+    to_data,
+    to_json,
+    to_toml,
+)
+
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+scalars = text | numbers | st.booleans()
+sizes = st.lists(st.integers(1, 4096), unique=True, max_size=5)
+op_names = st.lists(st.sampled_from(["a::b", "a::b.c", "demo::attention"]), unique=True, min_size=1)
+
+
+def nested(leaves):
+    return st.recursive(
+        leaves,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
+        max_leaves=6,
+    )
+
+
+@st.composite
+def configs(draw, leaves=scalars):
+    """Valid configurations that touch every field (and only sometimes the default)."""
+    fields = draw(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "backend": st.sampled_from(["inductor", "eager", "pkg.module:Compiler"]),
+                "debug_dump_path": st.sampled_from(["dumps", "a b/c", "12", "null"]),
+                "cache_dir": st.sampled_from(["cache", "true"]),
+                "compile_cache_save_format": st.sampled_from(["binary", "unpacked"]),
+                "custom_ops": st.sampled_from([["none"], ["all", "-silu"], ["+silu", "-norm"]]),
+                "splitting_ops": st.none() | op_names,
+                "compile_mm_encoder": st.booleans(),
+                "compile_sizes": sizes | st.just(["cudagraph_capture_sizes", 3]),
+                "compile_ranges_endpoints": sizes,
+                "inductor_compile_config": st.dictionaries(text, nested(leaves), max_size=3),
+                "inductor_passes": st.dictionaries(text, st.just("os.path:join"), max_size=2),
+                "cudagraph_mode": st.sampled_from(CUDAGraphMode),
+                "cudagraph_num_of_warmups": st.integers(0, 9),
+                "cudagraph_copy_inputs": st.booleans(),
+                "cudagraph_specialize_lora": st.booleans(),
+                "pass_config": st.fixed_dictionaries({}, optional={"clean_up": st.booleans()}),
+                "dynamic_shapes_config": st.fixed_dictionaries(
+                    {}, optional={"type": st.sampled_from(["backed", "unbacked"])}
+                ),
+                "stitching_config": st.fixed_dictionaries(
+                    {}, optional={"check_inputs": st.booleans(), "emit_del": st.booleans()}
+                ),
+            },
+        )
+    )
+    capturing = CUDAGraphMode.parse(fields.get("cudagraph_mode", "NONE"))
+    modes = [0, 3] if capturing.requires_piecewise_compilation() else [0, 1, 2, 3]
+    fields["mode"] = draw(st.sampled_from(modes))
+    if fields.get("backend", "inductor") == "inductor" and fields["mode"]:
+        fields["use_inductor_graph_partition"] = draw(st.booleans())
+    if draw(st.booleans()):
+        fields["cudagraph_capture_sizes"] = draw(sizes)
+    else:
+        fields["max_cudagraph_capture_size"] = draw(st.none() | st.integers(0, 512))
+    return CompilationConfig(**fields)
+
+
+@settings(deadline=None, max_examples=150)
+@given(configs(leaves=scalars | st.none()), st.booleans())
+def test_json_round_trip(config, only_changed):
+    assert from_json(CompilationConfig, to_json(config, only_changed=only_changed)) == config
+
+
+@settings(deadline=None, max_examples=150)
+@given(configs(), st.booleans())
+def test_toml_round_trip(config, only_changed):
+    assert from_toml(CompilationConfig, to_toml(config, only_changed=only_changed)) == config
+
+
+@settings(deadline=None, max_examples=150)
+@given(configs(leaves=scalars | st.none()))
+def test_option_round_trip(config):
+    options = to_overrides(config)
+    assert CompilationConfig.from_data(parse_overrides(CompilationConfig, options)) == config
+
+
+@settings(deadline=None)
+@given(st.dictionaries(text, nested(scalars), max_size=4))
+def test_toml_of_options_is_what_a_toml_parser_reads(options):
+    written = to_toml(CompilationConfig(inductor_compile_config=options), only_changed=True)
+    assert tomllib.loads(written).get("inductor_compile_config", {}) == options
+
+
+def test_the_runtime_round_trips_too():
+    runtime = RuntimeConfig(max_num_seqs=4, dtype="bfloat16", model_name='a "b" \\ c')
+    assert from_json(RuntimeConfig, to_json(runtime)) == runtime
+    assert from_toml(RuntimeConfig, to_toml(runtime)) == runtime
+    options = to_overrides(runtime, flag="-R")
+    assert RuntimeConfig.from_data(parse_overrides(RuntimeConfig, options, flag="-R")) == runtime
+
+
+def test_data_is_in_field_order_and_changed_data_is_minimal():
+    assert list(to_data(CompilationConfig())) == list(CompilationConfig.model_fields)
+    assert to_data(CompilationConfig(), only_changed=True) == {}
+    config = CompilationConfig(mode=0, pass_config={"clean_up": False})
+    assert to_data(config, only_changed=True) == {
+        "mode": "NONE",
+        "pass_config": {"clean_up": False},
+    }
+
+
+def test_only_none_by_default_can_be_none():
+    # TOML leaves a None out, so it must be what the field is by default.
+    for model in (CompilationConfig, RuntimeConfig):
+        for name, field in model.model_fields.items():
+            if type(None) in getattr(field.annotation, "__args__", ()):
+                assert field.default is None, name
+
+
+def test_a_named_pass_is_written_by_name():
+    config = CompilationConfig(inductor_passes={"slot": json.dumps})
+    assert to_data(config)["inductor_passes"] == {"slot": "json:dumps"}
+    again = from_json(CompilationConfig, to_json(config))
+    assert again.inductor_passes["slot"] == "json:dumps"
+    assert again.compute_hash() == config.compute_hash()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [float("inf"), float("nan"), {1, 2}, object(), json.dumps, b"x", "\ud800", [{"a": {3}}]],
+)
+def test_what_could_not_be_read_back_is_refused(value):
+    config = CompilationConfig(inductor_compile_config={"option": value})
+    for write in (to_json, to_toml, to_overrides):
+        with pytest.raises(ConfigError, match="can't be written") as caught:
+            write(config)
+        assert caught.value.where.startswith("inductor_compile_config.option")
+
+
+def test_a_pass_without_a_name_is_refused():
+    config = CompilationConfig(inductor_passes={"slot": lambda graph: None})
+    with pytest.raises(ConfigError, match="no importable name") as caught:
+        to_json(config)
+    assert caught.value.where == "inductor_passes.slot"
+
+
+def test_toml_has_no_null():
+    config = CompilationConfig(inductor_compile_config={"option": [None]})
+    with pytest.raises(ConfigError, match="null"):
+        to_toml(config)
+
+
+@pytest.mark.parametrize("bad", ["", "[]", "3", "{", '{"mode": 3, "mode": 0}', "[" * 100_000])
+def test_bad_json(bad):
+    with pytest.raises(ConfigError) as caught:
+        from_json(CompilationConfig, bad, where="file.json")
+    assert caught.value.where == "file.json"
+
+
+@pytest.mark.parametrize("bad", ["mode", "mode = ", "mode = 1\nmode = 2", "a = " + "[" * 100_000])
+def test_bad_toml(bad):
+    with pytest.raises(ConfigError, match="no valid TOML") as caught:
+        from_toml(CompilationConfig, bad, where="file.toml")
+    assert caught.value.where == "file.toml"
+
+
+def test_files_by_suffix(tmp_path):
+    (tmp_path / "a.toml").write_text("mode = 0\n[pass_config]\nclean_up = false\n")
+    (tmp_path / "a.json").write_text('{"mode": 0, "pass_config": {"clean_up": false}}')
+    assert read_data(tmp_path / "a.toml") == read_data(tmp_path / "a.json")
+    (tmp_path / "a.yaml").write_text("mode: 0")
+    (tmp_path / "bad.json").write_bytes(b"\xff\xfe")
+    for name in ("a.yaml", "absent.json", "bad.json"):
+        with pytest.raises(ConfigError) as caught:
+            read_data(tmp_path / name)
+        assert caught.value.where == str(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["3"], {"mode": 3}),
+        (["-O3"], {"mode": 3}),
+        ([".mode=VLLM_COMPILE"], {"mode": "VLLM_COMPILE"}),
+        (["-O.pass_config.clean_up=false"], {"pass_config": {"clean_up": False}}),
+        ([".compile_sizes=[1,8]"], {"compile_sizes": [1, 8]}),
+        ([".compile_sizes=1,8"], {"compile_sizes": "1,8"}),
+        ([".compile_ranges_split_points=[4]"], {"compile_ranges_endpoints": [4]}),
+        ([".backend=pkg:C=x"], {"backend": "pkg:C=x"}),
+        ([".cache_dir="], {"cache_dir": ""}),
+        ([".splitting_ops=null"], {"splitting_ops": None}),
+        (
+            [".inductor_compile_config.triton.cudagraphs=true"],
+            {"inductor_compile_config": {"triton.cudagraphs": True}},
+        ),
+        (
+            ['{"pass_config": {"clean_up": false}, "mode": 0}', ".pass_config.enable_sp=true"],
+            {"pass_config": {"clean_up": False, "enable_sp": True}, "mode": 0},
+        ),
+    ],
+)
+def test_options(given, expected):
+    assert parse_overrides(CompilationConfig, given) == expected
+
+
+def test_options_as_a_person_would_write_them():
+    config = CompilationConfig(
+        mode=0,
+        compile_sizes=[1, 8],
+        cache_dir="12",
+        pass_config={"clean_up": False},
+        inductor_compile_config={"triton.cudagraphs": True, "a = b": "x"},
+    )
+    assert to_overrides(config) == [
+        "-O.mode=NONE",
+        '-O.cache_dir="12"',
+        "-O.compile_sizes=[1,8]",
+        "-O.inductor_compile_config.triton.cudagraphs=true",
+        '-O{"inductor_compile_config":{"a = b":"x"}}',
+        "-O.pass_config.clean_up=false",
+    ]
+
+
+def test_every_bad_option_is_named():
+    with pytest.raises(ConfigError) as caught:
+        parse_overrides(
+            CompilationConfig,
+            ["3", ".mode=2", "mode=1", ".=2", ".a..b=3", ".backend", "{", '{"mode": 1}'],
+        )
+    assert [each.field for each in caught.value.problems] == [
+        "mode",
+        "-Omode=1",
+        "-O.=2",
+        "-O.a..b=3",
+        "-O.backend",
+        "{",
+        "mode",
+    ]
+
+
+def test_a_field_under_a_plain_field_and_a_whole_group_with_its_part_are_errors():
+    with pytest.raises(ConfigError, match="given more than once"):
+        parse_overrides(CompilationConfig, [".pass_config=3", ".pass_config.clean_up=true"])
+    data = parse_overrides(CompilationConfig, [".mode.deep=1", ".pass_config.deep.er=1"])
+    with pytest.raises(ConfigError) as caught:
+        CompilationConfig.from_data(data)
+    assert [each.field for each in caught.value.problems] == ["mode", "pass_config.deep"]
+
+
+def test_options_win_over_a_file_and_groups_merge():
+    below = {
+        "mode": 0,
+        "compile_ranges_split_points": [4],
+        "pass_config": {"clean_up": False},
+        "inductor_compile_config": {"a": 1, "b": {"c": 1}},
+    }
+    above = parse_overrides(
+        CompilationConfig,
+        [
+            "3",
+            ".compile_ranges_endpoints=[8]",
+            ".pass_config.enable_sp=true",
+            '.inductor_compile_config.b={"d":2}',
+        ],
+    )
+    config = CompilationConfig.from_data(merge(CompilationConfig, below, above))
+    assert config.mode == 3 and config.compile_ranges_endpoints == (8,)
+    assert not config.pass_config.clean_up and config.pass_config.enable_sp
+    assert config.inductor_compile_config == {"a": 1, "b": {"d": 2}}
+    assert below["mode"] == 0 and below["pass_config"] == {"clean_up": False}
+
+
+def test_both_names_of_a_field_in_one_file_are_still_an_error():
+    below = {"compile_ranges_split_points": [4], "compile_ranges_endpoints": [8]}
+    with pytest.raises(ConfigError, match="another name"):
+        CompilationConfig.from_data(merge(CompilationConfig, below, {}))
