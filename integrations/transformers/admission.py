@@ -11,23 +11,29 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from piecework.errors import CaptureError
-from piecework.integrations.transformers.attention import LAYER_NAME, Discovery, through_piecework
-from piecework.integrations.transformers.flat import FlatForward
+from piecework.errors import CaptureError, InputError
+from piecework.integrations.transformers.attention import LAYER_NAME, Discovery
+from piecework.integrations.transformers.flat import FlatForward, FlatIdsForward, as_traced
 from piecework.integrations.transformers.request import (
     AttentionLayer,
+    Masks,
     PositionRule,
     request_context,
 )
+from piecework.integrations.transformers.rope import changing_ropes
 from piecework.integrations.transformers.serving import Serving
 from torch import nn
 from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 
 Forward = Callable[..., object]
 
 # How far the flattened forward may be from the model's own, as the norm of the difference over the norm. Both run the
 # same kernels on the same numbers of rows, so this is room for another summation order and for little else.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+# The probe's rows have three tokens, so a window of two cuts one off.
+_PROBE_WINDOW = 2
 
 # What a foreign model may raise when it is run in a way that it was not written for.
 _MODEL_ERRORS = (
@@ -55,7 +61,7 @@ def admit(model: nn.Module, decoder: nn.Module, forward: Forward) -> Serving:
         CaptureError: the model is not fit, and why.
     """
     _refuse_at_sight(decoder, forward)
-    flat = FlatForward(decoder, forward, "input_ids")
+    flat = FlatIdsForward(decoder, forward)
     layers = _discover(decoder, flat)
     for layer in layers:
         setattr(layer.module, LAYER_NAME, layer.name)
@@ -79,14 +85,7 @@ def _refuse_at_sight(decoder: nn.Module, forward: Forward) -> None:
         raise CaptureError(
             "the model is in training mode", where=where, hint="call model.eval() first"
         )
-    config = getattr(decoder, "config", None)
-    if config is None or not hasattr(decoder, "get_input_embeddings"):
-        raise CaptureError(
-            "this is not a transformers model",
-            where=where,
-            hint="use piecework.compile(model) with a splitting_op of your own",
-        )
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(decoder.config, "is_encoder_decoder", False):
         raise CaptureError(
             "encoder-decoder models attend to another sequence's states, which the splitting op does not carry",
             where=where,
@@ -111,7 +110,7 @@ def _discover(decoder: nn.Module, flat: FlatForward) -> Sequence[AttentionLayer]
     positions = torch.arange(ids.numel(), device=ids.device).unsqueeze(0)
     with (
         torch.no_grad(),
-        through_piecework(decoder),
+        as_traced(decoder),
         request_context(discovery),
         _as_refusal(decoder, "flattened"),
     ):
@@ -133,13 +132,41 @@ def _prove(
     layers: Mapping[str, AttentionLayer],
 ) -> Serving:
     ids, mask = _probe_tokens(decoder)
-    with _as_refusal(decoder, "as it is"):
-        seen, outputs, output_class = _reference(decoder, forward, layers, ids, mask)
-    serving = Serving(model, decoder, layers, PositionRule.AFTER_PAST, True, output_class)
-    _compare_masks(serving, seen, ids, mask)
-    with _as_refusal(decoder, "flattened"):
-        serving = _with_position_rule(serving, flat, outputs, ids, mask)
-        return _with_packing(serving, forward, flat, ids)
+    ropes = changing_ropes(decoder)
+    with _narrow_windows(decoder):
+        with _as_refusal(decoder, "as it is"):
+            seen, outputs, output_class = _reference(decoder, forward, layers, ids, mask)
+        with _as_refusal(decoder, "flattened"):
+            create = _mask_maker(model, decoder, layers, seen, ids, mask)
+            serving = Serving(
+                decoder=decoder,
+                layers=layers,
+                ropes=ropes,
+                position_rule=PositionRule.AFTER_PAST,
+                create_masks=create,
+                masks_see_positions=True,
+                output_class=output_class,
+            )
+            serving = _with_position_rule(serving, flat, outputs, ids, mask)
+            return _with_packing(serving, forward, flat, ids)
+
+
+@contextmanager
+def _narrow_windows(decoder: nn.Module) -> Iterator[None]:
+    """Shrink attention windows below the probe's length for the block, so that windowed masks differ from full ones."""
+    config = decoder.config.get_text_config()
+    wide = {
+        name: value
+        for name in ("sliding_window", "attention_chunk_size")
+        if isinstance(value := getattr(config, name, None), int) and value > _PROBE_WINDOW
+    }
+    try:
+        for name in wide:
+            setattr(config, name, _PROBE_WINDOW)
+        yield
+    finally:
+        for name, value in wide.items():
+            setattr(config, name, value)
 
 
 def _reference(
@@ -198,36 +225,47 @@ def _watching_masks(layers: Mapping[str, AttentionLayer]) -> Iterator[dict[str, 
             handle.remove()
 
 
-def _compare_masks(
-    serving: Serving, seen: Mapping[str, object], ids: torch.Tensor, mask: torch.Tensor
-) -> None:
-    """Each layer must get the mask that the model gives it, and layers must share masks as they do in the model.
+def _mask_maker(
+    model: nn.Module,
+    decoder: nn.Module,
+    layers: Mapping[str, AttentionLayer],
+    seen: Mapping[str, object],
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+) -> Callable[..., Masks]:
+    """The function of transformers under which each layer gets the mask that the model's own forward gives it."""
+    makers = (
+        getattr(model, "create_masks_for_generate", create_masks_for_generate),
+        create_causal_mask,
+    )
+    wrong = None
+    for create in makers:
+        serving = Serving(decoder, layers, (), PositionRule.AFTER_PAST, create, True, tuple)
+        masks = serving.masks(ids, mask, DynamicCache(config=decoder.config), None)
+        wrong = _first_other_mask(layers, masks, seen)
+        if wrong is None:
+            return create
+    raise CaptureError(
+        "the model makes this layer's attention mask in a way of its own",
+        where=wrong,
+        hint="leave this model unstitched",
+    )
 
-    The probe is far shorter than a sliding window, so that different masks may hold equal numbers here: which layers
-    share one tensor tells them apart.
-    """
-    cache = DynamicCache(config=serving.decoder.config)
-    masks = serving.masks(ids, mask, cache, None)
-    pairs = set()
+
+def _first_other_mask(
+    layers: Mapping[str, AttentionLayer], masks: Masks, seen: Mapping[str, object]
+) -> str | None:
+    """The first layer whose mask among ``masks`` is not the one that it was seen with."""
     for name, theirs in seen.items():
-        ours = serving.layers[name].mask_of(masks)
+        if isinstance(masks, Mapping) and layers[name].layer_type not in masks:
+            return name
+        ours = layers[name].mask_of(masks)
         if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
-            equal = ours.shape == theirs.shape and torch.equal(ours, theirs)
-            pairs.add((ours.data_ptr(), theirs.data_ptr()))
-        else:
-            equal = ours is theirs
-        if not equal:
-            raise CaptureError(
-                "the model makes this layer's attention mask in a way of its own",
-                where=name,
-                hint="leave this model unstitched",
-            )
-    if not len(pairs) == len({ours for ours, _ in pairs}) == len({theirs for _, theirs in pairs}):
-        raise CaptureError(
-            "the model's layers share attention masks otherwise than config.layer_types says",
-            where=type(serving.decoder).__name__,
-            hint="leave this model unstitched",
-        )
+            if ours.shape != theirs.shape or not torch.equal(ours, theirs):
+                return name
+        elif ours is not theirs:
+            return name
+    return None
 
 
 def _with_position_rule(
@@ -286,7 +324,7 @@ def _with_packing(
 
 def _serve(serving: Serving, flat: FlatForward, **given: object) -> object:
     def run(_entry: str, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        with through_piecework(flat.model):
+        with as_traced(flat.model):
             return flat(tokens, positions)
 
     return serving.serve({**given, "return_dict": True}, run)
@@ -324,6 +362,10 @@ def _as_refusal(decoder: nn.Module, how: str) -> Iterator[None]:
     """Turn what a model raises on the probe into a refusal; piecework's own errors pass."""
     try:
         yield
+    except InputError as error:
+        raise CaptureError(
+            error.message, where=error.where, hint="leave this model unstitched"
+        ) from error
     except _MODEL_ERRORS as error:
         raise CaptureError(
             f"run {how} on a few tokens it raises {type(error).__name__}: {error}",

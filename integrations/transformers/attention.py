@@ -17,6 +17,7 @@ from piecework.integrations.transformers.request import (
     current_request,
 )
 from piecework.runtime.forward_context import current_forward_context
+from piecework.runtime.splitting_op import splitting_op
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # The name under which transformers finds our attention function. It has no mask function registered, which is
@@ -38,7 +39,7 @@ _INERT = (
 )
 
 
-@torch.library.custom_op(SPLITTING_OP, mutates_args=("out",))
+@splitting_op(SPLITTING_OP, mutates_args=("out",))
 def attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -77,11 +78,6 @@ def attention(
     out[:, :rows].view(batch, tokens, *out.shape[2:]).copy_(attended)
     if rows < out.shape[1]:
         out[:, rows:].zero_()  # padding of a captured batch: any finite value does
-
-
-@attention.register_fake
-def _(*_args: object, **_kwargs: object) -> None:
-    return None
 
 
 def _by_row(flat: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:
@@ -129,7 +125,7 @@ class Discovery:
         name = self.names.get(module, type(module).__name__)
         if any(layer.module is module for layer in self.found):
             raise CaptureError(
-                "the same attention module runs twice in one forward, so its cache slot is not its own",
+                "attention runs twice in this module in one forward, so its cache slot is not its own",
                 where=name,
                 hint="leave this model unstitched",
             )

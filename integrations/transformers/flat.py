@@ -5,11 +5,16 @@ It never sees a KV cache, a mask or the batch's shape; those belong to the reque
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-from piecework.errors import CaptureError, PieceworkError
-from piecework.integrations.transformers.attention import through_piecework
+from piecework.integrations.transformers.attention import attention, through_piecework
+from piecework.integrations.transformers.rope import frozen_ropes
+from piecework.runtime.config import CompilationConfig
+from piecework.runtime.stitched import StitchedModule
+from piecework.runtime.stitched import compile as piecework_compile
 from piecework.runtime.torch_compat import mark_unbacked
 from torch import nn
 
@@ -18,85 +23,94 @@ _TRACED_ROWS = 6
 
 
 class FlatForward(nn.Module):
-    """The decoder's own forward, called on one row of tokens without cache or mask.
+    """The decoder's own forward on one row of tokens, without cache or mask.
 
     Args:
         decoder: the module whose weights and layers are traced.
         forward: its original forward, bound.
-        entry: "input_ids" or "inputs_embeds", what the tokens come as.
     """
 
-    def __init__(self, decoder: nn.Module, forward: Callable[..., object], entry: str) -> None:
+    def __init__(self, decoder: nn.Module, forward: Callable[..., object]) -> None:
         super().__init__()
         self.model = decoder
-        self._forward = forward
-        self._entry = entry
+        # Unbound where it is the decoder's own, so that weights are traced, and named, by way of ``self.model``.
+        own = inspect.ismethod(forward) and forward.__self__ is decoder
+        self._function = forward.__func__ if own else None
+        self._bound = None if own else forward
 
-    def forward(self, tokens: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states [1, rows, hidden] of ``tokens`` [1, rows] (or [1, rows, hidden]) at ``position_ids`` [1, rows]."""
-        given = {self._entry: tokens}
-        return self._forward(**given, position_ids=position_ids, use_cache=False, return_dict=True)[
-            0
-        ]
+    def hidden_states(self, **given: torch.Tensor) -> torch.Tensor:
+        """The last hidden states [1, rows, hidden]."""
+        if self._function is not None:
+            output = self._function(self.model, **given, use_cache=False, return_dict=True)
+        else:
+            output = self._bound(**given, use_cache=False, return_dict=True)
+        return output[0]
 
 
-def example_inputs(decoder: nn.Module, entry: str) -> tuple[torch.Tensor, torch.Tensor]:
+class FlatIdsForward(FlatForward):
+    """``FlatForward`` of token ids [1, rows]."""
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return self.hidden_states(input_ids=input_ids, position_ids=position_ids)
+
+
+class FlatEmbedsForward(FlatForward):
+    """``FlatForward`` of embeddings [1, rows, hidden]."""
+
+    def forward(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return self.hidden_states(inputs_embeds=inputs_embeds, position_ids=position_ids)
+
+
+ENTRIES = {"input_ids": FlatIdsForward, "inputs_embeds": FlatEmbedsForward}
+
+
+@contextmanager
+def as_traced(decoder: nn.Module) -> Iterator[None]:
+    """Let the decoder's modules behave for the block as the graph has them: attention and rope stay outside."""
+    with through_piecework(decoder), frozen_ropes(decoder):
+        yield
+
+
+def example_inputs(decoder: nn.Module, entry: str) -> dict[str, torch.Tensor]:
     """Inputs to trace with; their number of tokens is the one dynamic dimension, and stands for any number."""
     embedding = decoder.get_input_embeddings().weight
     position_ids = torch.arange(_TRACED_ROWS, device=embedding.device).unsqueeze(0)
     if entry == "input_ids":
         tokens = torch.zeros_like(position_ids)
     else:
-        width = embedding.shape[1]
-        tokens = torch.zeros(1, _TRACED_ROWS, width, dtype=embedding.dtype, device=embedding.device)
+        shape = (1, _TRACED_ROWS, embedding.shape[1])
+        tokens = torch.zeros(shape, dtype=embedding.dtype, device=embedding.device)
     for tensor in (tokens, position_ids):
         mark_unbacked(tensor, 1, shape_id="tokens")
-    return tokens, position_ids
+    return {entry: tokens, "position_ids": position_ids}
 
 
-def compile_forward(flat: FlatForward, entry: str, config: object) -> Callable[..., torch.Tensor]:
-    """Capture ``flat`` whole and stitch it.
+def compile_forward(
+    decoder: nn.Module, forward: Callable[..., object], entry: str, config: CompilationConfig | None
+) -> StitchedModule:
+    """Capture the decoder's flattened forward whole and stitch it.
+
+    Args:
+        decoder: an admitted decoder, whose attention modules carry their layer names.
+        forward: its original forward, bound.
+        entry: what the tokens come as, "input_ids" or "inputs_embeds".
+        config: for ``piecework.compile``.
 
     Raises:
         CaptureError: the model's forward can't be captured as one graph; the message has Dynamo's reason.
     """
-    inputs = example_inputs(flat.model, entry)
-    try:
-        with torch.no_grad(), through_piecework(flat.model):
-            return _compile(flat, inputs, config)
-    except PieceworkError:
-        raise
-    except (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError) as error:
-        raise CaptureError(
-            f"the model's forward could not be captured as one graph: {_first_line(error)}",
-            where=type(flat.model).__name__,
-            hint="leave this model unstitched; TORCH_LOGS=graph_breaks says where it breaks",
-        ) from error
+    # The class's name labels the model in the emitted banner and in the report.
+    named = type(type(decoder).__name__, (ENTRIES[entry],), {})
+    flat = named(decoder, forward)
+    inputs = example_inputs(decoder, entry)
+    with torch.no_grad(), as_traced(decoder):
+        return piecework_compile(
+            flat, tuple(inputs.values()), splitting_ops=_splitting_ops(config), config=config
+        )
 
 
-def _compile(
-    flat: FlatForward, inputs: tuple[torch.Tensor, ...], config: object
-) -> Callable[..., torch.Tensor]:
-    captured: list[torch.fx.GraphModule] = []
-
-    def keep(gm: torch.fx.GraphModule, _example: object) -> Callable[..., object]:
-        captured.append(gm)
-        return gm
-
-    compiled = torch.compile(flat, fullgraph=True, backend=keep)
-
-    def run(*args: torch.Tensor) -> torch.Tensor:
-        for a in args:
-            mark_unbacked(a, 1, shape_id="tokens")
-        with through_piecework(flat.model):
-            out = compiled(*args)
-        assert len(captured) == 1, len(captured)
-        return out
-
-    run.captured = captured
-    return run
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def _splitting_ops(config: CompilationConfig | None) -> list[object] | None:
+    """The user's own ops with attention; None is every registered op, attention among them."""
+    if config is None or config.splitting_ops is None:
+        return None
+    return [*config.splitting_ops, attention]

@@ -18,9 +18,9 @@ from piecework.integrations.transformers.request import (
     registered_attention,
     request_context,
 )
+from piecework.integrations.transformers.rope import ChangingRope
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_masks_for_generate
 
 Run = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -41,18 +41,20 @@ class Serving:
     """What is known of a decoder once it is admitted, and how a forward of it is served.
 
     Attributes:
-        model: what the user stitched; it may have its own way of making masks.
         decoder: the module whose forward is replaced.
         layers: its attention layers by name.
+        ropes: its rotary embeddings that change with the length.
         position_rule: how it numbers tokens by default.
+        create_masks: transformers' function that makes this model's masks.
         masks_see_positions: whether its masks separate sequences that ``position_ids`` pack into one row.
         output_class: what its forward returns.
     """
 
-    model: nn.Module
     decoder: nn.Module
     layers: Mapping[str, AttentionLayer]
+    ropes: tuple[ChangingRope, ...]
     position_rule: PositionRule
+    create_masks: Callable[..., Masks]
     masks_see_positions: bool
     output_class: Callable[..., object]
 
@@ -95,6 +97,8 @@ class Serving:
         rows = batch * length
         flat = tokens.reshape(1, rows, *tokens.shape[2:])
         with torch.no_grad(), request_context(state):
+            for rope in self.ropes:
+                rope.update(position_ids, self._dtype())
             hidden = run(entry, flat, position_ids.reshape(1, rows))
         output = self.output_class(
             last_hidden_state=hidden[:, :rows].view(batch, length, hidden.shape[-1]),
@@ -112,18 +116,19 @@ class Serving:
         """The masks of all layers, made by transformers' own code."""
         if isinstance(attention_mask, Mapping):
             return attention_mask
-        create = getattr(self.model, "create_masks_for_generate", create_masks_for_generate)
         batch, length = tokens.shape[:2]
-        dtype = self.decoder.get_input_embeddings().weight.dtype
         # As generate() does: only the sizes, dtype and device of the embeddings are looked at.
-        sizes_only = torch.empty((batch, length, 0), dtype=dtype, device=tokens.device)
-        return create(
+        sizes_only = torch.empty((batch, length, 0), dtype=self._dtype(), device=tokens.device)
+        return self.create_masks(
             config=self.decoder.config,
             inputs_embeds=sizes_only,
             attention_mask=attention_mask,
             past_key_values=cache,
             position_ids=position_ids if self.masks_see_positions else None,
         )
+
+    def _dtype(self) -> torch.dtype:
+        return self.decoder.get_input_embeddings().weight.dtype
 
     def _refuse_unserved(self, given: Mapping[str, object]) -> None:
         config = self.decoder.config

@@ -13,14 +13,17 @@ from typing import TypeVar
 import torch
 from piecework.errors import CaptureError, UsageError
 from piecework.integrations.transformers.admission import admit, forget_layers
-from piecework.integrations.transformers.flat import FlatForward, compile_forward
+from piecework.integrations.transformers.flat import ENTRIES, compile_forward
 from piecework.integrations.transformers.serving import Serving
+from piecework.runtime.config import CompilationConfig
+from piecework.runtime.stitched import StitchedModule
 from torch import nn
+from transformers.modeling_utils import PreTrainedModel
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def stitch(model: Model, *, config: object = None) -> Model:
+def stitch(model: Model, *, config: CompilationConfig | None = None) -> Model:
     """Stitch the decoder of a causal LM in place and return the model.
 
     The decoder is captured whole, with every token of a batch in one row, so that one stitched function serves prefill
@@ -72,7 +75,7 @@ def unstitch(model: Model) -> Model:
     return model
 
 
-def stitched_module(model: nn.Module, entry: str = "input_ids") -> Callable[..., torch.Tensor]:
+def stitched_module(model: nn.Module, entry: str = "input_ids") -> StitchedModule:
     """The stitched module behind a stitched model, with its ``.source``, ``.pieces`` and ``.report()``.
 
     Args:
@@ -82,10 +85,8 @@ def stitched_module(model: nn.Module, entry: str = "input_ids") -> Callable[...,
     Raises:
         UsageError: the model is not stitched, or there is no such entry.
     """
-    if entry not in ("input_ids", "inputs_embeds"):
-        raise UsageError(
-            f"there is no entry {entry!r}", where="entry", hint="input_ids or inputs_embeds"
-        )
+    if entry not in ENTRIES:
+        raise UsageError(f"there is no entry {entry!r}", where="entry", hint=" or ".join(ENTRIES))
     return _required(_decoder_of(model)).entry(entry)
 
 
@@ -98,13 +99,15 @@ class StitchedForward:
         config: handed to ``piecework.compile``.
     """
 
-    def __init__(self, serving: Serving, original: Callable[..., object], config: object) -> None:
+    def __init__(
+        self, serving: Serving, original: Callable[..., object], config: CompilationConfig | None
+    ) -> None:
         self.serving = serving
         self.original = original
         self.__signature__ = inspect.signature(original)
         self._config = config
         self._names = tuple(self.__signature__.parameters)
-        self._entries: dict[str, Callable[..., torch.Tensor]] = {}
+        self._entries: dict[str, StitchedModule] = {}
         self._compiling = threading.Lock()
 
     @torch.compiler.disable
@@ -119,25 +122,34 @@ class StitchedForward:
             compiled = self.entry(entry)
         return compiled(tokens, positions)
 
-    def entry(self, name: str) -> Callable[..., torch.Tensor]:
+    def entry(self, name: str) -> StitchedModule:
         """The stitched function for tokens that come as ``name``, compiled when first asked for."""
         with self._compiling:
             if name not in self._entries:
-                flat = FlatForward(self.serving.decoder, self.original, name)
-                self._entries[name] = compile_forward(flat, name, self._config)
+                for rope in self.serving.ropes:
+                    rope.hold()
+                self._entries[name] = compile_forward(
+                    self.serving.decoder, self.original, name, self._config
+                )
             return self._entries[name]
 
 
 def _decoder_of(model: nn.Module) -> nn.Module:
     """The module that turns tokens into hidden states, below the LM head."""
-    find = getattr(model, "get_decoder", None)
-    if find is None:
+    if not isinstance(model, PreTrainedModel):
         raise CaptureError(
             "this is not a transformers model",
             where=type(model).__name__,
             hint="use piecework.compile(model) with a splitting_op of your own",
         )
-    return find()
+    for candidate in (model.get_decoder(), model.base_model, getattr(model, "model", None)):
+        if isinstance(candidate, PreTrainedModel) and candidate.get_output_embeddings() is None:
+            return candidate
+    raise CaptureError(
+        "no decoder was found below its head",
+        where=type(model).__name__,
+        hint="stitch the decoder module itself",
+    )
 
 
 def _stitched_forward(decoder: nn.Module) -> StitchedForward | None:

@@ -1,0 +1,284 @@
+"""What a request may bring to a stitched model: caches, masks, embeddings, beams; each must change nothing but the speed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from piecework.errors import InputError
+from piecework.integrations.transformers import stitch, stitched_module, unstitch
+from piecework.runtime.config import CompilationConfig
+
+transformers = pytest.importorskip("transformers")
+
+EAGER_PIECES = CompilationConfig(backend="eager")
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+
+
+def build(family: str = "gemma3_text", **changes: object) -> torch.nn.Module:
+    """By default a model with windowed and full layers, so that there are two masks and two kinds of cache slots."""
+    windows = {
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    }
+    extra = windows if family == "gemma3_text" else {}
+    config = transformers.CONFIG_MAPPING[family](**{**SHAPE, **extra, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+    return model
+
+
+class Pair:
+    """One model twice: as it is, and stitched."""
+
+    def __init__(self) -> None:
+        self.eager = build()
+        self.stitched = stitch(copy.deepcopy(self.eager), config=EAGER_PIECES)
+        self.ids = torch.randint(1, 97, (2, 9), generator=torch.Generator().manual_seed(5))
+        self.mask = torch.ones_like(self.ids)
+        self.mask[0, :3] = 0
+
+    def check_logits(self, **given: object) -> None:
+        with torch.no_grad():
+            ours, theirs = self.stitched(**given).logits, self.eager(**given).logits
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+    def check_generation(self, **how: object) -> None:
+        settings = {"max_new_tokens": 8, "do_sample": False, "attention_mask": self.mask, **how}
+        ours = self.stitched.generate(self.ids, **settings)
+        theirs = self.eager.generate(self.ids, **settings)
+        assert torch.equal(ours, theirs)
+        assert (
+            len(set(theirs[:, 9:].flatten().tolist())) > 2
+        ), "the model says the same token always"
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Pair]:
+    pair = Pair()
+    before = stitched_module(pair.stitched)
+    yield pair
+    assert stitched_module(pair.stitched) is before
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+        {"num_beams": 3},
+        {"num_return_sequences": 2, "num_beams": 2},
+        {"prefill_chunk_size": 4},
+        {"attention_mask": None},
+    ],
+    ids=lambda how: "-".join(how),
+)
+def test_generation_equals_eager(pair: Pair, how: dict[str, object]) -> None:
+    pair.check_generation(**how)
+
+
+def test_generation_under_inference_mode(pair: Pair) -> None:
+    with torch.inference_mode():
+        pair.check_generation()
+    pair.check_generation()
+
+
+def test_mask_forms(pair: Pair) -> None:
+    later = torch.ones(9, 9, dtype=torch.bool).tril()
+    four = later.expand(2, 1, 9, 9)
+    additive = torch.zeros(2, 1, 9, 9).masked_fill(~later, torch.finfo(torch.float32).min)
+    pair.check_logits(input_ids=pair.ids, attention_mask=pair.mask)
+    pair.check_logits(input_ids=pair.ids, attention_mask=pair.mask.bool())
+    pair.check_logits(input_ids=pair.ids, attention_mask=four)
+    pair.check_logits(input_ids=pair.ids, attention_mask=additive)
+    by_type = {"full_attention": four, "sliding_attention": additive}
+    pair.check_logits(input_ids=pair.ids, attention_mask=by_type)
+
+
+def test_given_positions_and_packed_sequences(pair: Pair) -> None:
+    pair.check_logits(input_ids=pair.ids, position_ids=torch.arange(5, 14).unsqueeze(0))
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
+    pair.check_logits(input_ids=pair.ids, position_ids=packed, use_cache=False)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_prefill_in_chunks_continues_the_cache(pair: Pair, kind: str) -> None:
+    def cache() -> transformers.Cache:
+        if kind == "dynamic":
+            return transformers.DynamicCache(config=pair.eager.config)
+        return transformers.StaticCache(config=pair.eager.config, max_cache_len=16)
+
+    ours, theirs = cache(), cache()
+    with torch.no_grad():
+        for start, stop in ((0, 4), (4, 8), (8, 9)):
+            ids, mask = pair.ids[:, start:stop], pair.mask[:, :stop]
+            got = pair.stitched(ids, attention_mask=mask, past_key_values=ours)
+            expected = pair.eager(ids, attention_mask=mask, past_key_values=theirs)
+            torch.testing.assert_close(got.logits, expected.logits, rtol=1e-4, atol=1e-4)
+            assert got.past_key_values is ours
+    for mine, other in zip(ours.layers, theirs.layers, strict=True):
+        torch.testing.assert_close(mine.keys, other.keys)
+        torch.testing.assert_close(mine.values, other.values)
+
+
+def test_embeddings_are_a_second_entry(pair: Pair) -> None:
+    ids_entry = stitched_module(pair.stitched)
+    with torch.no_grad():
+        embeds = pair.eager.get_input_embeddings()(pair.ids)
+    pair.check_logits(inputs_embeds=embeds, attention_mask=pair.mask)
+    entry = stitched_module(pair.stitched, "inputs_embeds")
+    assert entry is not ids_entry
+    pair.check_logits(inputs_embeds=embeds[:1, :4])
+    assert stitched_module(pair.stitched, "inputs_embeds") is entry
+
+
+def test_output_forms(pair: Pair) -> None:
+    with torch.no_grad():
+        ours, theirs = pair.stitched(pair.ids, return_dict=False), pair.eager(
+            pair.ids, return_dict=False
+        )
+        assert len(ours) == len(theirs) == 2
+        torch.testing.assert_close(ours[0], theirs[0])
+        assert pair.stitched(pair.ids, logits_to_keep=1).logits.shape == (2, 1, 97)
+        inner, other = pair.stitched.model(pair.ids), pair.eager.model(pair.ids)
+        assert type(inner) is type(other)
+        torch.testing.assert_close(inner.last_hidden_state, other.last_hidden_state)
+        assert inner.past_key_values.get_seq_length() == 9
+        loss = pair.stitched(pair.ids, labels=pair.ids).loss
+        torch.testing.assert_close(loss, pair.eager(pair.ids, labels=pair.ids).loss)
+        assert pair.stitched(pair.ids, use_cache=False).past_key_values is None
+
+
+def test_attention_implementation_can_change_after_stitching() -> None:
+    eager = build("llama")
+    stitched = stitch(copy.deepcopy(eager), config=EAGER_PIECES)
+    entry = stitched_module(stitched)
+    ids = torch.randint(1, 97, (2, 7), generator=torch.Generator().manual_seed(1))
+    for implementation in ("eager", "sdpa"):
+        for model in (eager, stitched):
+            model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                stitched(ids).logits, eager(ids).logits, rtol=1e-4, atol=1e-4
+            )
+    assert stitched_module(stitched) is entry
+
+
+def test_one_graph_serves_every_batch() -> None:
+    model = build("llama")
+    shapes = [(1, 1), (1, 2), (1, 17), (4, 1), (3, 5), (16, 1), (1, 64)]
+    generator = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(1, 97, shape, generator=generator) for shape in shapes]
+    with torch.no_grad():
+        expected = [model(ids).logits for ids in prompts]
+    stitch(model, config=EAGER_PIECES)
+    entry = stitched_module(model)
+    with torch.no_grad():
+        for ids, theirs in zip(prompts, expected, strict=True):
+            torch.testing.assert_close(model(ids).logits, theirs, rtol=1e-4, atol=1e-4)
+    assert stitched_module(model) is entry
+
+
+ROPES = {
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0, 3.0, 2.0, 2.0],
+        "original_max_position_embeddings": 8,
+        "factor": 8.0,
+    },
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("rope_type", ROPES)
+def test_rotary_frequencies_that_change_with_the_length(rope_type: str) -> None:
+    family, longest = ("phi3", 64) if rope_type == "longrope" else ("llama", 8)
+    eager = build(family, rope_parameters=ROPES[rope_type], max_position_embeddings=longest)
+    stitched = stitch(copy.deepcopy(eager), config=EAGER_PIECES)
+    generator = torch.Generator().manual_seed(4)
+    for length in (6, 20, 30, 6, 12):
+        ids = torch.randint(1, 97, (2, length), generator=generator)
+        with torch.no_grad():
+            ours, theirs = stitched(ids).logits, eager(ids).logits
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    grown = [
+        model.generate(ids[:, :5], max_new_tokens=12, do_sample=False)
+        for model in (stitched, eager)
+    ]
+    assert torch.equal(*grown)
+
+
+def test_unstitch_restores_the_model() -> None:
+    model = build("llama")
+    before = {id(module): dict(module.__dict__) for module in model.modules()}
+    config = copy.deepcopy(model.config)
+    ids = torch.randint(1, 97, (2, 5), generator=torch.Generator().manual_seed(6))
+    with torch.no_grad():
+        expected = model(ids).logits
+    stitch(model, config=EAGER_PIECES)
+    assert unstitch(model) is model
+    assert {id(m): set(m.__dict__) for m in model.modules()} == {
+        key: set(attributes) for key, attributes in before.items()
+    }
+    assert model.config == config
+    assert model.config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, expected)
+    assert model(ids).logits.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"output_hidden_states": True}, "output_hidden_states"),
+        ({"output_attentions": True}, "output_attentions"),
+        ({"token_type_ids": torch.zeros(2, 9, dtype=torch.long)}, "token_type_ids"),
+        ({"position_ids": torch.zeros(3, 2, 9, dtype=torch.long)}, "position_ids"),
+        ({"past_key_values": ((torch.zeros(1), torch.zeros(1)),)}, "past_key_values"),
+        ({"inputs_embeds": torch.zeros(2, 9, 32)}, "exactly one"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_requests_that_cannot_be_served(pair: Pair, given: dict[str, object], named: str) -> None:
+    with torch.no_grad(), pytest.raises(InputError, match=named) as caught:
+        pair.stitched.model(pair.ids, **given)
+    assert caught.value.where
+
+
+def test_gradients_training_and_autocast_are_refused(pair: Pair) -> None:
+    with pytest.raises(InputError, match="gradients are enabled"):
+        pair.stitched(pair.ids)
+    with torch.no_grad():
+        with pytest.raises(InputError, match="empty"):
+            pair.stitched(pair.ids[:, :0])
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match="autocast"):
+            pair.stitched(pair.ids)
+        pair.stitched.train()
+        try:
+            with pytest.raises(InputError, match="training mode"):
+                pair.stitched(pair.ids)
+        finally:
+            pair.stitched.eval()
+    frozen = copy.deepcopy(pair.eager).requires_grad_(False)
+    stitch(frozen, config=EAGER_PIECES)
+    assert frozen(pair.ids).logits.shape == (2, 9, 97)
