@@ -1,0 +1,108 @@
+"""The documented configuration: the page is current, its examples are true, and the schema describes every field."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from piecework.errors import ConfigError
+from piecework.runtime.config import CompilationConfig, CUDAGraphMode, RuntimeConfig
+from piecework.runtime.config_docs import (
+    DOCUMENTED,
+    field_rows,
+    json_schema,
+    markdown_table,
+    update_page,
+)
+from piecework.runtime.config_text import from_toml, to_data
+from piecework.runtime.ranges import Range
+
+PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
+
+
+def code_blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_page_is_current():
+    text = PAGE.read_text(encoding="utf-8")
+    assert update_page(text) == text, "run: piecework config schema --update docs/configuration.md"
+
+
+def test_every_field_has_a_row_with_all_cells():
+    for model in DOCUMENTED:
+        rows = list(field_rows(model))
+        top = {row.name.partition(".")[0] for row in rows}
+        assert top == set(model.model_fields)
+        for row in rows:
+            assert row.type and row.default and row.description and row.role != "?", row.name
+    table = markdown_table(CompilationConfig)
+    assert {line.count(" | ") for line in table.splitlines() if "---" not in line} == {4}
+
+
+def test_rows_show_what_a_file_would_hold():
+    rows = {row.name: row for row in field_rows(CompilationConfig)}
+    assert rows["mode"].default == "PIECEWORK_COMPILE"
+    assert rows["compile_sizes"].type == 'list of int or "cudagraph_capture_sizes"'
+    assert rows["cache_dir"].type == "path or none" and rows["cache_dir"].default == "none"
+    assert rows["pass_config.clean_up"].default == "true"
+    assert rows["dynamic_shapes_config.type"].type == "backed or unbacked or backed_size_oblivious"
+    assert rows["cudagraph_capture_sizes"].role.startswith("no: ")
+
+
+def test_a_page_with_other_markers_is_an_error():
+    with pytest.raises(ConfigError, match="tables for"):
+        update_page("nothing here")
+    with pytest.raises(ConfigError, match="Unknown"):
+        update_page("<!-- fields of Unknown -->\n<!-- end of fields -->")
+
+
+@pytest.mark.parametrize("model", DOCUMENTED)
+def test_the_schema_describes_every_field(model):
+    schema = json_schema(model)
+    groups = [schema] + [each for each in schema.get("$defs", {}).values() if "properties" in each]
+    defaults = to_data(model())
+    for group in groups:
+        assert group["additionalProperties"] is False
+        for name, entry in group["properties"].items():
+            assert entry["description"] and "default" in entry, name
+            assert entry["x-cache-key"] is True or isinstance(entry["x-cache-key"], str), name
+    for name, value in defaults.items():
+        assert schema["properties"][name]["default"] == value
+
+
+def test_the_schema_accepts_the_other_names():
+    properties = json_schema(CompilationConfig)["properties"]
+    assert properties["compile_ranges_split_points"]["deprecated"] is True
+    names = properties["mode"]["anyOf"][0]["enum"]
+    assert "PIECEWORK_COMPILE" in names and "VLLM_COMPILE" in names
+    assert properties["cudagraph_mode"]["enum"] == list(CUDAGraphMode.__members__)
+
+
+def test_the_toml_example_is_valid():
+    (example,) = code_blocks("toml")
+    config = from_toml(CompilationConfig, example)
+    assert config.inductor_compile_config["triton.unique_kernel_names"] is True
+    assert not config.pass_config.clean_up
+
+
+def test_the_resolve_example_is_true():
+    config = CompilationConfig(compile_ranges_endpoints=[16, 256], compile_sizes=[1])
+    runtime = RuntimeConfig(max_num_batched_tokens=2048, max_num_seqs=64)
+    resolved = config.resolve(runtime, registered_splitting_ops=["demo::attention"])
+    assert resolved.compile_ranges_endpoints == (16, 256, 2048)
+    assert resolved.range_table().find(17) == Range(17, 256)
+
+
+def test_the_example_of_an_error_is_what_is_printed():
+    with pytest.raises(ConfigError) as caught:
+        CompilationConfig(
+            compile_size=[1],
+            custom_ops=["+silu", "-silu"],
+            cudagraph_mode="PIECEWISE",
+            splitting_ops=[],
+        )
+    text = PAGE.read_text(encoding="utf-8")
+    for line in str(caught.value).splitlines():
+        assert line in text

@@ -1,0 +1,321 @@
+"""The configuration's part of the cache key: every field by its role, and equal wherever it is computed."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from piecework.errors import ConfigError
+from piecework.runtime.code_identity import canonical
+from piecework.runtime.config import CompilationConfig, RuntimeConfig
+from piecework.runtime.config_hash import digest, factors_of
+from piecework.runtime.config_model import FrozenModel, hash_roles, nested_model
+
+# A base without conflicts under any single change below, and one other value for each field.
+BASE = {"splitting_ops": ["a::b"], "cudagraph_mode": "FULL", "cudagraph_capture_sizes": [1, 4]}
+OTHER = {
+    "mode": 0,
+    "backend": "eager",
+    "debug_dump_path": "dumps",
+    "cache_dir": "cache",
+    "compile_cache_save_format": "unpacked",
+    "custom_ops": ["all"],
+    "splitting_ops": ["a::b", "c::d"],
+    "compile_mm_encoder": True,
+    "compile_sizes": [1],
+    "compile_ranges_endpoints": [16],
+    "inductor_compile_config": {"max_autotune": True},
+    "inductor_passes": {"post_grad_custom_post_pass": "textwrap:dedent"},
+    "cudagraph_mode": "PIECEWISE",
+    "cudagraph_num_of_warmups": 2,
+    "cudagraph_capture_sizes": [1, 8],
+    "max_cudagraph_capture_size": 4,
+    "cudagraph_copy_inputs": True,
+    "cudagraph_specialize_lora": False,
+    "use_inductor_graph_partition": True,
+}
+RUNTIME_OTHER = {
+    "max_num_batched_tokens": 4096,
+    "max_num_seqs": 8,
+    "uniform_decode_query_len": 2,
+    "enable_lora": True,
+    "rank": 1,
+    "dp_rank": 1,
+    "world_size": 4,
+    "tensor_parallel_size": 2,
+    "data_parallel_size": 4,
+    "dtype": "bfloat16",
+    "model_name": "other",
+}
+# What must never be in the key, by the cache's own rules: a change of role here is a decision.
+NEVER = {
+    "debug_dump_path",
+    "cache_dir",
+    "compile_cache_save_format",
+    "cudagraph_num_of_warmups",
+    "cudagraph_capture_sizes",
+    "max_cudagraph_capture_size",
+}
+
+
+def leaf_fields(model: type[FrozenModel], prefix=()):
+    for name, field in model.model_fields.items():
+        group = nested_model(field.annotation)
+        if group is None:
+            yield (*prefix, name), hash_roles(model)[name]
+        else:
+            yield from leaf_fields(group, (*prefix, name))
+
+
+def changed(config, path):
+    """``config`` with another valid value at ``path``."""
+    name, *rest = path
+    if rest:
+        group = getattr(config, name)
+        value = getattr(group, rest[0])
+        other = (not value) if isinstance(value, bool) else {"backed": "unbacked"}[value]
+        return config.replace(**{name: group.replace(**{rest[0]: other})})
+    return config.replace(**{name: OTHER[name]})
+
+
+@pytest.mark.parametrize(
+    ("path", "role"),
+    list(leaf_fields(CompilationConfig)),
+    ids=lambda each: ".".join(each) if isinstance(each, tuple) else "",
+)
+def test_a_change_of_a_field_changes_the_hash_exactly_if_its_role_says_so(path, role):
+    base = CompilationConfig(**BASE)
+    other = changed(base, path)
+    assert other != base
+    assert (other.compute_hash() != base.compute_hash()) is role.in_key
+    assert not (role.in_key and path[0] in NEVER)
+
+
+@pytest.mark.parametrize("name", RuntimeConfig.model_fields)
+def test_the_runtime_by_its_roles(name):
+    base = RuntimeConfig(world_size=2, data_parallel_size=2)
+    other = base.replace(**{name: RUNTIME_OTHER[name]})
+    in_key = hash_roles(RuntimeConfig)[name].in_key
+    assert (digest(factors_of(other)) != digest(factors_of(base))) is in_key
+
+
+def test_a_field_without_a_role_is_an_error():
+    class Careless(FrozenModel):
+        forgotten: int = 0
+
+    with pytest.raises(ConfigError, match="does not say") as caught:
+        factors_of(Careless())
+    assert caught.value.where == "Careless.forgotten"
+
+
+def test_what_means_the_same_has_one_hash():
+    def same(left, right):
+        return CompilationConfig(**left).compute_hash() == CompilationConfig(**right).compute_hash()
+
+    assert same({"splitting_ops": ["a::b", "c::d"]}, {"splitting_ops": ["c::d", "a::b", "c::d"]})
+    assert same({"custom_ops": ["none", "+a", "+b"]}, {"custom_ops": ["+b", "+a", "-c"]})
+    assert same({}, {"custom_ops": ["none"]})
+    assert not same({}, {"custom_ops": ["all"]})
+    assert same({"mode": 3}, {"mode": "VLLM_COMPILE"})
+    options = {"b": {"y": 1, "x": [2]}, "a": True}
+    backwards = {"a": True, "b": {"x": (2,), "y": 1}}
+    assert same({"inductor_compile_config": options}, {"inductor_compile_config": backwards})
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    list(itertools.combinations([True, 1, 1.0, "1", None, [1], {"1": 1}, "true", {1}], 2)),
+    ids=str,
+)
+def test_options_of_another_type_are_another_key(left, right):
+    hashes = {
+        CompilationConfig(inductor_compile_config={"option": each}).compute_hash()
+        for each in (left, right)
+    }
+    assert len(hashes) == 2
+
+
+KEYED = {
+    "mode": st.sampled_from([0, 3]),
+    "backend": st.sampled_from(["inductor", "eager"]),
+    "compile_sizes": st.sets(st.integers(1, 2)).map(sorted).map(tuple),
+    "compile_ranges_endpoints": st.sets(st.integers(1, 2)).map(sorted).map(tuple),
+    "cudagraph_copy_inputs": st.booleans(),
+    "splitting_ops": st.none() | st.frozensets(st.sampled_from(["a::b", "c::d"])),
+}
+IGNORED = {
+    "cache_dir": st.sampled_from(["a", "b"]),
+    "cudagraph_num_of_warmups": st.integers(0, 2),
+    "cudagraph_capture_sizes": st.none() | st.just((1, 2)),
+    "compile_cache_save_format": st.sampled_from(["binary", "unpacked"]),
+}
+
+
+@settings(deadline=None, max_examples=200)
+@given(*[st.fixed_dictionaries(KEYED)] * 2, *[st.fixed_dictionaries(IGNORED)] * 2)
+def test_neither_stale_hits_nor_needless_misses(key, other_key, rest, other_rest):
+    left = CompilationConfig(**key, **rest)
+    right = CompilationConfig(**other_key, **other_rest)
+    assert (left.compute_hash() == right.compute_hash()) is (key == other_key)
+    assert CompilationConfig(**key, **other_rest).compute_hash() == left.compute_hash()
+
+
+PASS_MODULE = """
+FACTOR = {factor}
+
+def helper(graph):
+    return FACTOR
+
+def unrelated(graph):
+    return {unrelated}
+
+def a_pass(graph):
+    def inner():
+        return helper(graph)
+    return inner()
+"""
+
+PRINT_HASH = """
+from piecework.runtime.config import CompilationConfig
+print(CompilationConfig(
+    splitting_ops={"a::b", "c::d", "e::f"},
+    inductor_compile_config={"a": {1, "x", (2, 3)}, "b": {"c": 1.5}},
+    inductor_passes={"slot": "my_passes:a_pass"},
+    cache_dir=".",
+).compute_hash())
+"""
+
+
+def hash_in_process(folder, seed, factor=1):
+    folder.mkdir(parents=True)
+    (folder / "my_passes.py").write_text(PASS_MODULE.format(factor=factor, unrelated=0))
+    environment = {**os.environ, "PYTHONHASHSEED": str(seed), "PYTHONPATH": str(folder)}
+    environment["HOME"] = str(folder)
+    command = [sys.executable, "-c", PRINT_HASH]
+    done = subprocess.run(
+        command, env=environment, cwd=folder, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def test_the_hash_is_the_same_in_every_process_and_place(tmp_path):
+    first = hash_in_process(tmp_path / "here", seed=0)
+    assert len(first) == 64
+    assert hash_in_process(tmp_path / "moved" / "there", seed=1) == first
+    assert hash_in_process(tmp_path / "changed", seed=0, factor=2) != first
+
+
+def pass_from(tmp_path, name, **values):
+    """A pass from a file of its own, as after an edit: another module object, the same module name."""
+    path = tmp_path / f"{name}.py"
+    path.write_text(PASS_MODULE.format(**{"factor": 1, "unrelated": 0, **values}))
+    spec = importlib.util.spec_from_file_location("my_passes", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.a_pass
+
+
+def hash_of(each):
+    return CompilationConfig(inductor_passes={"slot": each}).compute_hash()
+
+
+def test_a_pass_counts_by_its_source_and_what_it_uses(tmp_path):
+    base = hash_of(pass_from(tmp_path, "base"))
+    assert hash_of(pass_from(tmp_path, "elsewhere")) == base
+    assert hash_of(pass_from(tmp_path, "unrelated", unrelated=1)) == base
+    assert hash_of(pass_from(tmp_path, "constant", factor=2)) != base
+
+
+def test_a_pass_counts_by_its_state():
+    def make(state, default=0):
+        def a_pass(graph, extra=default):
+            return state, extra
+
+        return a_pass
+
+    def plain(graph, factor):
+        return factor
+
+    hashes = [
+        hash_of(each)
+        for each in (
+            make(1),
+            make(2),
+            make(1, default=1),
+            plain,
+            functools.partial(plain, factor=1),
+            functools.partial(plain, factor=2),
+        )
+    ]
+    assert len(set(hashes)) == len(hashes)
+    assert hash_of(make(1)) == hashes[0]
+    assert hash_of(functools.partial(plain, factor=1)) == hashes[4]
+
+
+def test_a_pass_may_name_itself():
+    class Pass:
+        def __init__(self, identity):
+            self.identity = identity
+
+        def __call__(self, graph):
+            return graph
+
+        def uuid(self):
+            return self.identity
+
+    assert hash_of(Pass("a")) == hash_of(Pass("a")) != hash_of(Pass("b"))
+
+
+def test_methods_and_functions_that_call_each_other():
+    class Holder:
+        def __init__(self, state):
+            self.state = state
+
+        def run(self, graph):
+            return self.state
+
+    assert hash_of(Holder(1).run) == hash_of(Holder(1).run) != hash_of(Holder(2).run)
+    assert hash_of(_even) == hash_of(_even) != hash_of(_odd)
+
+
+def _even(graph):
+    return graph == 0 or _odd(graph - 1)
+
+
+def _odd(graph):
+    return graph != 0 and _even(graph - 1)
+
+
+def test_an_object_without_a_stable_form_is_an_error():
+    class Opaque:
+        def __call__(self, graph):
+            return graph
+
+    with pytest.raises(ConfigError, match=r"Opaque has no stable form") as caught:
+        hash_of(Opaque())
+    assert caught.value.where == "inductor_passes.slot"
+    assert "uuid()" in caught.value.hint
+    with pytest.raises(ConfigError, match="no stable form"):
+        CompilationConfig(inductor_compile_config={"a": object()}).compute_hash()
+
+
+def test_a_pass_without_source_or_module_is_an_error():
+    space = {}
+    exec("def a_pass(graph): return graph", space)
+    with pytest.raises(ConfigError, match="source of a_pass can't be read"):
+        hash_of(space["a_pass"])
+    with pytest.raises(ConfigError, match="can't be imported") as caught:
+        hash_of("no_such_module:fn")
+    assert caught.value.where == "inductor_passes.slot"
+
+
+def test_canonical_data_has_no_order_and_no_address():
+    assert canonical({3, 1, 2}, "x") == canonical({2, 3, 1}, "x")
+    assert "0x" not in repr(canonical({"f": len, "g": functools.partial(len)}, "x"))
