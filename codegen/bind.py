@@ -11,8 +11,8 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 
-from piecework.codegen.lower import ENTRY_NAME
 from piecework.codegen.render import numbered
+from piecework.codegen.targets import ENTRY_NAME
 from piecework.errors import BindError, EmitError
 
 

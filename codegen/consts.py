@@ -20,6 +20,9 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 # int -> str conversion is limited by CPython (4300 digits by default); larger integers go to consts.
 _MAX_INLINE_BITS = 4096
 
+# CPython refuses 200 nested brackets; some are left for the statement around the argument.
+MAX_NESTING = 60
+
 LIST_TYPES = (list, immutable_list)
 DICT_TYPES = (dict, immutable_dict)
 
@@ -85,28 +88,35 @@ def to_expr(
         UnsupportedNode: an FX node hides inside an object that FX itself does not look into.
     """
 
-    def convert(item: object) -> ir.Expr:
+    def convert(item: object, depth: int = 0) -> ir.Expr:
         if isinstance(item, torch.fx.Node):
             return refer(item)
         kind = type(item)
+        if depth > MAX_NESTING:
+            raise UnsupportedNode(
+                f"an argument is nested more than {MAX_NESTING} levels deep, which Python's parser may refuse",
+                where=where,
+                hint="flatten the container",
+            )
+        inner = depth + 1
         if kind in LIST_TYPES:
-            return ir.ListExpr(tuple(convert(each) for each in item))  # type: ignore[attr-defined]
+            return ir.ListExpr(tuple(convert(each, inner) for each in item))  # type: ignore[attr-defined]
         if kind is tuple:
-            return ir.TupleExpr(tuple(convert(each) for each in item))  # type: ignore[attr-defined]
+            return ir.TupleExpr(tuple(convert(each, inner) for each in item))  # type: ignore[attr-defined]
         if kind in DICT_TYPES:
             pairs = item.items()  # type: ignore[attr-defined]
-            return ir.DictExpr(tuple((convert(key), convert(each)) for key, each in pairs))
-        if kind is slice:
-            return ir.SliceExpr(
-                convert(item.start),  # type: ignore[attr-defined]
-                convert(item.stop),  # type: ignore[attr-defined]
-                convert(item.step),  # type: ignore[attr-defined]
+            return ir.DictExpr(
+                tuple((convert(key, inner), convert(each, inner)) for key, each in pairs)
             )
+        if kind is slice:
+            parts = (item.start, item.stop, item.step)  # type: ignore[attr-defined]
+            start, stop, step = (convert(part, inner) for part in parts)
+            return ir.SliceExpr(start, stop, step)
         if is_inline_literal(item):
             return literal(item)
-        if isinstance(item, tuple) and hasattr(item, "_fields") and _holds_node(item):
-            return ir.Construct(consts.add(kind), tuple(convert(each) for each in item))
-        if _holds_node(item):
+        if isinstance(item, tuple) and hasattr(item, "_fields") and holds_node(item):
+            return ir.Construct(consts.add(kind), tuple(convert(each, inner) for each in item))
+        if holds_node(item):
             raise UnsupportedNode(
                 f"a {kind.__name__} that contains an FX node can't be written as source",
                 where=where,
@@ -117,7 +127,7 @@ def to_expr(
     return convert(value)
 
 
-def _holds_node(value: object) -> bool:
+def holds_node(value: object) -> bool:
     """True if an FX node is reachable inside ``value`` through standard containers."""
     stack, seen = [value], set()
     while stack:
@@ -147,8 +157,8 @@ def describe(value: object) -> str:
         return f"tensor {short_type(value)}"
     if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format)):
         return ascii(value)
-    if isinstance(value, float):
-        return ascii(float(value))
+    if isinstance(value, (float, complex)):
+        return f"{type(value).__name__} {complex.__repr__(value) if isinstance(value, complex) else float.__repr__(value)}"
     if isinstance(value, torch.Size):
         return f"torch.Size of {len(value)} dimensions"
     if isinstance(value, type):

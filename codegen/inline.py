@@ -11,8 +11,12 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.fx
+from piecework.codegen.consts import DICT_TYPES, LIST_TYPES, is_inline_literal
 from piecework.codegen.names import is_identifier
+from piecework.codegen.origin import node_where
 from piecework.codegen.structure import Hole, attribute_of, structure_of
+from piecework.errors import UnsupportedNode
+from torch.fx.graph import CodeGen
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +58,9 @@ def plan_inlining(split_gm: torch.fx.GraphModule, submods: Collection[str] | Non
     """Decide for every called GraphModule whether it is shared, written in place, or left to ``__vllm_submods__``."""
     plan = InlinePlan()
     groups: dict[str, Inlined] = {}
-    for path, gm in _inlinable(split_gm, submods, ""):
-        if path in plan.by_target:
-            continue
-        direct = _single_call(gm)
+    calls: dict[str, list[torch.fx.Node]] = {}
+    for path, gm in list(_inlinable(split_gm, submods, "", calls)):
+        direct = _single_call(gm) if not any(map(_passes_container, calls[path])) else None
         structure = structure_of(gm, open_literals=direct is None)
         nested = any(node.op == "call_module" for node in gm.graph.nodes)
         # A body with submodules of its own refers to them by path, so it is not shared.
@@ -79,10 +82,72 @@ def plan_inlining(split_gm: torch.fx.GraphModule, submods: Collection[str] | Non
     return plan
 
 
+def is_plain(callee: object) -> bool:
+    """True if calling ``callee`` is running its graph: no hooks, no own forward, no unusual signature."""
+    if not isinstance(callee, torch.fx.GraphModule) or "forward" in vars(callee):
+        return False
+    if (
+        callee._forward_hooks
+        or callee._forward_pre_hooks
+        or type(callee.graph._codegen) is not CodeGen
+    ):
+        return False
+    placeholders = callee.graph.find_nodes(op="placeholder")
+    if any(str(node.target).startswith("*") for node in placeholders):
+        return False
+    # A default that is a container is one object for all calls; only the module itself keeps it.
+    return len(callee.graph.find_nodes(op="output")) == 1 and all(
+        is_inline_literal(default) for node in placeholders for default in node.args
+    )
+
+
+def returned_value(graph: torch.fx.Graph) -> object:
+    """What ``graph`` returns: nodes in any nesting; None without an output node."""
+    outputs = graph.find_nodes(op="output")
+    return outputs[0].args[0] if outputs else None
+
+
+def bind_call(
+    node: torch.fx.Node, callee: torch.fx.GraphModule
+) -> list[tuple[torch.fx.Node, object]]:
+    """What each placeholder of a plain ``callee`` stands for when ``node`` calls it, in order of placeholders.
+
+    Raises:
+        UnsupportedNode: the call does not fit the signature.
+    """
+    placeholders = callee.graph.find_nodes(op="placeholder")
+    values = dict(zip(placeholders, node.args, strict=False))
+    named = {str(placeholder.target): placeholder for placeholder in placeholders}
+    fits = len(node.args) <= len(placeholders)
+    for key, value in node.kwargs.items():
+        fits = fits and key in named and named[key] not in values
+        if fits:
+            values[named[key]] = value
+    for placeholder in placeholders:
+        if placeholder not in values and placeholder.args:
+            values[placeholder] = placeholder.args[0]
+    if not fits or len(values) != len(placeholders):
+        raise UnsupportedNode(
+            f"{node.target!a} takes {len(placeholders)} arguments and is called with "
+            f"{len(node.args)} positional ones and {sorted(node.kwargs)!a}",
+            where=node_where(node),
+        )
+    return [(placeholder, values[placeholder]) for placeholder in placeholders]
+
+
+def _passes_container(node: torch.fx.Node) -> bool:
+    """A container that a call builds is one object; written in place of several uses it would be several."""
+    containers = (*LIST_TYPES, *DICT_TYPES, tuple)
+    return any(isinstance(value, containers) for value in (*node.args, *node.kwargs.values()))
+
+
 def _inlinable(
-    gm: torch.fx.GraphModule, submods: Collection[str] | None, prefix: str
+    gm: torch.fx.GraphModule,
+    submods: Collection[str] | None,
+    prefix: str,
+    calls: dict[str, list[torch.fx.Node]],
 ) -> Iterator[tuple[str, torch.fx.GraphModule]]:
-    """Called GraphModules with their dotted paths, callees before callers."""
+    """Called GraphModules with their dotted paths, callees before callers, each once; fills ``calls``."""
     for node in gm.graph.nodes:
         if node.op != "call_module":
             continue
@@ -93,9 +158,12 @@ def _inlinable(
             callee = attribute_of(gm, str(node.target))
         except AttributeError:
             continue  # reported with the node when it is lowered
-        if isinstance(callee, torch.fx.GraphModule):
-            yield from _inlinable(callee, submods, path)
-            yield path, callee
+        if is_plain(callee):
+            calls.setdefault(path, []).append(node)
+            if len(calls[path]) == 1:
+                assert isinstance(callee, torch.fx.GraphModule)
+                yield from _inlinable(callee, submods, path, calls)
+                yield path, callee
 
 
 def _single_call(gm: torch.fx.GraphModule) -> torch.fx.Node | None:
@@ -103,9 +171,7 @@ def _single_call(gm: torch.fx.GraphModule) -> torch.fx.Node | None:
     calls = [n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
     if len(calls) != 1 or calls[0].op != "call_function":
         return None
-    if any(n.args or str(n.target).startswith("*") for n in gm.graph.find_nodes(op="placeholder")):
-        return None
-    returned = gm.graph.output_node().args[0]
+    returned = returned_value(gm.graph)
     return calls[0] if returned is None or returned is calls[0] else None
 
 
@@ -134,7 +200,7 @@ def _same_literal(left: object, right: object) -> bool:
 def _parameter_name(nodes: list[torch.fx.Node], hole: Hole) -> str:
     """The argument's name in the operator's schema, if it has one."""
     if is_identifier(hole.argument):
-        return hole.argument
+        return str(hole.argument)
     schema = getattr(nodes[hole.node].target, "_schema", None)
     if (
         schema is not None

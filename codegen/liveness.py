@@ -49,10 +49,8 @@ def operands(stmt: ir.Stmt) -> tuple[ir.Expr, ...]:
             return (value, index)
         case ir.GetAttr(value=value):
             return (value,)
-        case ir.Infix(left=None, right=right):
-            return (right,)
         case ir.Infix(left=left, right=right):
-            return (left, right)
+            return (right,) if left is None else (left, right)
         case ir.Delete():
             return ()
         case ir.Return(value=value):
@@ -71,7 +69,7 @@ def definitions(stmt: ir.Stmt) -> tuple[str, ...]:
     """The local names that ``stmt`` binds."""
     match stmt:
         case ir.CallSubmod() | ir.CallInlined() | ir.CallFunction() | ir.CallMethod():
-            return stmt.targets
+            return tuple(stmt.targets)
         case ir.GetItem() | ir.GetAttr() | ir.Infix():
             return () if stmt.target is None else (stmt.target,)
         case ir.Delete() | ir.Return():

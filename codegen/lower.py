@@ -7,14 +7,21 @@ source line. Nothing is executed and the graph is not changed.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 import torch.fx
 from piecework.codegen import ir
-from piecework.codegen.consts import LIST_TYPES, ConstTable, describe, short_type, to_expr
-from piecework.codegen.inline import Inlined, InlinePlan, plan_inlining
+from piecework.codegen.consts import ConstTable, describe, short_type, to_expr
+from piecework.codegen.inline import (
+    Inlined,
+    InlinePlan,
+    bind_call,
+    is_plain,
+    plan_inlining,
+    returned_value,
+)
 from piecework.codegen.liveness import insert_deletes
 from piecework.codegen.names import NameTable, is_identifier
 from piecework.codegen.origin import (
@@ -25,11 +32,19 @@ from piecework.codegen.origin import (
     value_of,
 )
 from piecework.codegen.structure import attribute_of, is_liftable
-from piecework.codegen.targets import INFIX, PREFIX, function_path
+from piecework.codegen.targets import (
+    ENTRY_NAME,
+    INFIX,
+    PREFIX,
+    FunctionPath,
+    function_path,
+    sign_of,
+)
 from piecework.errors import UnsupportedNode
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch.fx.graph import CodeGen
 
-ENTRY_NAME = "execution_fn"
-SEQUENCES = (*LIST_TYPES, tuple)
+_OPS = (OpOverload, OpOverloadPacket, HigherOrderOperator)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +91,12 @@ class _Lowering:
     """State of one lowering: the module's constants, imports, aliases and functions."""
 
     def __init__(self, split_gm: torch.fx.GraphModule, options: LowerOptions) -> None:
+        if type(split_gm.graph._codegen) is not CodeGen:
+            raise UnsupportedNode(
+                "the graph takes its inputs as a pytree, which its emitted function would not",
+                where=type(split_gm.graph._codegen).__name__,
+                hint="flatten it first: gm.graph.set_codegen(torch.fx.graph.CodeGen())",
+            )
         self.gm = split_gm
         self.options = options
         self.consts = ConstTable()
@@ -86,10 +107,10 @@ class _Lowering:
         self.functions: list[ir.Function] = []
         self.plan: InlinePlan = plan_inlining(split_gm, options.submods)
         self.function_names: dict[str, str] = {}
-        self.function_params: dict[str, tuple[str, ...]] = {}
         self.takes_submods: dict[str, bool] = {}
-        self.imports, roots = self._collect_imports()
-        self.module_names = NameTable(frozenset({*roots, ENTRY_NAME}))
+        self.imports: set[str] = set()
+        self._paths: dict[int, FunctionPath | None] = {}
+        self.module_names = NameTable(frozenset({*self._possible_roots(), ENTRY_NAME}))
 
     def run(self) -> tuple[ir.Module, list[object]]:
         for key, inlined in self.plan.shared.items():
@@ -100,7 +121,7 @@ class _Lowering:
             self._lower_shared(inlined)
         entry = self._lower_entry({node: name for node, name, _ in bound})
         module = ir.Module(
-            imports=tuple(self.imports),
+            imports=("torch", *sorted(self.imports - {"torch"})),
             aliases=tuple(self.aliases.values()),
             functions=tuple(self.functions),
             entry=entry,
@@ -113,28 +134,32 @@ class _Lowering:
 
     # --- before any function -------------------------------------------------------------------
 
-    def _collect_imports(self) -> tuple[list[str], set[str]]:
-        modules: dict[str, None] = {"torch": None}
+    def _possible_roots(self) -> set[str]:
+        """First parts of every import that this lowering may need, whether it then does or not."""
+        roots = {"torch", "operator"}
         for gm in (self.gm, *self.plan.graphs):
             for node in gm.graph.nodes:
-                if node.op == "call_function":
-                    path = function_path(node.target)
-                    if path is not None and path.module is not None:
-                        modules[path.module] = None
-        modules = {
-            name: None for name in modules if name == "torch" or not name.startswith("torch.")
-        }
-        ordered = sorted(modules, key=lambda name: (name != "torch", name))
-        return ordered, {name.partition(".")[0] for name in ordered}
+                path = self.path_of(node.target) if node.op == "call_function" else None
+                if path is not None:
+                    roots.add(path.root)
+        return roots
+
+    def path_of(self, target: object) -> FunctionPath | None:
+        # The graphs keep their targets alive, so an id stays its own.
+        if id(target) not in self._paths:
+            self._paths[id(target)] = function_path(target)
+        return self._paths[id(target)]
 
     def _claim_aliases(self) -> None:
         """One module-level name per operator that is called straight from a splitting submodule."""
         for node in self.plan.direct_calls:
             if id(node.target) in self.alias_of:
                 continue
-            implementation = self.options.direct.get(node.target)
-            short = getattr(node.target, "__name__", "op").partition(".")[0]
-            name = self.module_names.claim(short)
+            implementation = self._implementation(node.target)
+            short = getattr(node.target, "__name__", None)
+            name = self.module_names.claim(
+                short.partition(".")[0] if isinstance(short, str) else "op"
+            )
             if implementation is not None:
                 value: ir.Expr = self.consts.add(implementation)
                 note = f"{node.target}: its own implementation, past the dispatcher"
@@ -142,6 +167,10 @@ class _Lowering:
                 value, note = self._function(node), ""
             self.aliases[name] = ir.Alias(name, value, note)
             self.alias_of[id(node.target)] = name
+
+    def _implementation(self, target: object) -> Callable[..., object] | None:
+        direct = self.options.direct
+        return direct.get(target) if isinstance(target, Hashable) else None
 
     def _bind_weights(self) -> list[tuple[torch.fx.Node, str, ir.BoundName]]:
         rows = []
@@ -173,7 +202,6 @@ class _Lowering:
         for literal in inlined.lifted:
             lifted[literal.node, literal.ordinal] = names.claim(literal.name)
             parameters.append(ir.Parameter(lifted[literal.node, literal.ordinal]))
-        self.function_params[inlined.key] = tuple(lifted.values())
         body = self._lower_graph(gm, names, scope, prefix=inlined.target, lifted=lifted)
         takes = self.takes_submods[name] = any(_needs_submods(stmt) for stmt in body)
         count = len(inlined.members)
@@ -209,16 +237,18 @@ class _Lowering:
             prefix = "**" if target.startswith("**") else "*" if target.startswith("*") else ""
             name = names.claim(node.name)
             default = None
-            if node.args and not prefix:
+            if node.args and not prefix and gm is self.gm:
                 default = to_expr(node.args[0], self._no_node, self.consts, node_where(node))
-            elif not prefix and parameters and parameters[-1].default is not None:
+            parameter = ir.Parameter(name, prefix, default)
+            problem = _misplaced(parameter, parameters)
+            if problem is not None:
                 raise UnsupportedNode(
-                    "a placeholder without a default follows one with a default",
+                    f"a placeholder {problem}",
                     where=node_where(node),
-                    hint="reorder the placeholders, or give this one a default",
+                    hint="reorder the placeholders",
                 )
             scope[node] = ir.Name(name)
-            parameters.append(ir.Parameter(name, prefix, default))
+            parameters.append(parameter)
         return tuple(parameters)
 
     @staticmethod
@@ -244,14 +274,21 @@ class _Lowering:
             stmt = lower_node.statement(node)
             if stmt is not None:
                 body.append(stmt)
+            if isinstance(stmt, ir.Return):
+                return body  # nodes after the output never run
+        body.append(ir.Return(ir.Literal(None), ir.Origin()))
         return body
 
     def _function(self, node: torch.fx.Node) -> ir.Expr:
         alias = self.alias_of.get(id(node.target))
         if alias is not None:
             return ir.Global(alias)
-        path = function_path(node.target)
-        return ir.Global(path.path) if path else self.consts.add(node.target)
+        path = self.path_of(node.target)
+        if path is None:
+            return self.consts.add(node.target)
+        if path.module is not None:
+            self.imports.add(path.module)
+        return ir.Global(path.path)
 
     def submod(self, target: str) -> int:
         return self.submod_index.setdefault(target, len(self.submod_index))
@@ -308,33 +345,47 @@ class _NodeLowering:
         return self.module.consts.add(value, attribute=path)
 
     def _call_function(self, node: torch.fx.Node) -> ir.Stmt:
-        args, target = node.args, node.target
-        if target is operator.getitem and len(args) == 2 and not node.kwargs:
-            value, index = self._expr(args[0], node), self._expr(args[1], node)
-            return ir.GetItem(self._target(node), value, index, self._origin(node))
-        if target is getattr and len(args) == 2 and not node.kwargs and is_identifier(args[1]):
-            value = self._expr(args[0], node)
-            return ir.GetAttr(self._target(node), value, str(args[1]), self._origin(node))
-        if target in INFIX and len(args) == 2 and not node.kwargs:
-            left, right = self._expr(args[0], node), self._expr(args[1], node)
-            sign = INFIX[target]  # type: ignore[index]
-            return ir.Infix(self._target(node), sign, left, right, self._origin(node))
-        if target in PREFIX and len(args) == 1 and not node.kwargs:
-            right = self._expr(args[0], node)
-            sign = PREFIX[target]  # type: ignore[index]
-            return ir.Infix(self._target(node), sign, None, right, self._origin(node))
-        if not callable(target):
+        if not callable(node.target):
             raise UnsupportedNode(
-                f"call_function of {describe(target)}, which is not callable",
+                f"call_function of {describe(node.target)}, which is not callable",
                 where=node_where(node),
             )
+        if node.kwargs or not any(isinstance(arg, torch.fx.Node) for arg in node.args):
+            return self._plain_call(node)
+        return self._with_sign(node) or self._plain_call(node)
+
+    def _with_sign(self, node: torch.fx.Node) -> ir.Stmt | None:
+        """``x[i]``, ``x.a``, ``x + y`` and ``-x`` for the functions that mean just that.
+
+        Only where an operand is a value: ``-(1)`` would read back as a literal, ``(1)[x]`` draws a warning.
+        """
+        args, target = node.args, node.target
+        on_value = isinstance(args[0], torch.fx.Node)
+        if len(args) == 2 and target is operator.getitem and on_value:
+            value, index = self._expr(args[0], node), self._expr(args[1], node)
+            return ir.GetItem(self._target(node), value, index, self._origin(node))
+        if len(args) == 2 and target is getattr and on_value and type(args[1]) is str:
+            if not is_identifier(args[1]):
+                return None
+            value = self._expr(args[0], node)
+            return ir.GetAttr(self._target(node), value, args[1], self._origin(node))
+        infix, prefix = sign_of(INFIX, target), sign_of(PREFIX, target)
+        if len(args) == 2 and infix is not None:
+            left, right = self._expr(args[0], node), self._expr(args[1], node)
+            return ir.Infix(self._target(node), infix, left, right, self._origin(node))
+        if len(args) == 1 and prefix is not None:
+            right = self._expr(args[0], node)
+            return ir.Infix(self._target(node), prefix, None, right, self._origin(node))
+        return None
+
+    def _plain_call(self, node: torch.fx.Node) -> ir.Stmt:
         function = self.module._function(node)
         arguments = self._arguments(node)
         targets, unpack = self._targets(node)
         return ir.CallFunction(targets, unpack, function, arguments, self._origin(node))
 
     def _call_method(self, node: torch.fx.Node) -> ir.Stmt:
-        if not node.args or not isinstance(node.target, str):
+        if not node.args or type(node.target) is not str:
             raise UnsupportedNode("call_method without a receiver", where=node_where(node))
         receiver = self._expr(node.args[0], node)
         arguments = self._arguments(node, skip=1)
@@ -359,14 +410,9 @@ class _NodeLowering:
         callee = inlined.graph_of[path]
         if inlined.direct_call:
             return self._call_direct(node, callee, path)
-        arguments = self._arguments(node)
-        values = inlined.lifted_values[path]
-        positional = (*arguments.args, *(ir.Literal(value) for value in values))
-        kwargs = arguments.kwargs
-        if kwargs and values:
-            names = self.module.function_params[inlined.key]
-            positional = arguments.args
-            kwargs = (*kwargs, *zip(names, map(ir.Literal, values), strict=True))
+        # Positional only: parameters may have got other names than their placeholders.
+        given = tuple(self._expr(value, node) for _, value in bind_call(node, callee))
+        lifted = tuple(ir.Literal(value) for value in inlined.lifted_values[path])
         targets, unpack = self._targets(node, callee)
         name = self.module.function_names[inlined.key]
         passes = self.module.takes_submods[name]
@@ -374,21 +420,20 @@ class _NodeLowering:
             targets,
             unpack,
             name,
-            ir.Arguments(positional, kwargs),
+            ir.Arguments((*given, *lifted)),
             passes,
             self._origin(node, callee),
         )
 
     def _call_direct(self, node: torch.fx.Node, callee: torch.fx.GraphModule, path: str) -> ir.Stmt:
         """Write the one call that ``callee`` consists of in place of a call of ``callee``."""
-        scope = self._scope_of_call(node, callee)
+        scope: _Scope = {inner: self._expr(v, node) for inner, v in bind_call(node, callee)}
         inside = _NodeLowering(self.module, callee, self.names, scope, path, {}, self.number)
         for inner in callee.graph.find_nodes(op="get_attr"):
             scope[inner] = inside._attribute(inner)
         (call,) = (n for n in callee.graph.nodes if n.op == "call_function")
         arguments = inside._arguments(call)
-        returned = callee.graph.output_node().args[0]
-        if returned is None:
+        if returned_value(callee.graph) is None:
             targets: tuple[str, ...] = ()
             unpack = False
             self.scope[node] = ir.Literal(None)
@@ -397,22 +442,6 @@ class _NodeLowering:
         origin = origin_of(call, self.module.symbols, line_numbers=self.module.options.line_numbers)
         function = self.module._function(call)
         return ir.CallFunction(targets, unpack, function, arguments, origin)
-
-    def _scope_of_call(self, node: torch.fx.Node, callee: torch.fx.GraphModule) -> _Scope:
-        """What the placeholders of ``callee`` stand for when ``node`` calls it."""
-        placeholders = callee.graph.find_nodes(op="placeholder")
-        named = {str(placeholder.target): placeholder for placeholder in placeholders}
-        scope = dict(zip(placeholders, (self._expr(arg, node) for arg in node.args), strict=False))
-        scope.update(
-            {named[key]: self._expr(v, node) for key, v in node.kwargs.items() if key in named}
-        )
-        if len(scope) != len(placeholders) or len(scope) != len(node.args) + len(node.kwargs):
-            raise UnsupportedNode(
-                f"{node.target!a} takes {len(placeholders)} arguments and is called with "
-                f"{len(node.args) + len(node.kwargs)}",
-                where=node_where(node),
-            )
-        return scope
 
     # --- operands and targets --------------------------------------------------------------------
 
@@ -444,7 +473,7 @@ class _NodeLowering:
     def _target(self, node: torch.fx.Node) -> str | None:
         if not node.users:
             return None
-        name = self.names.claim(node.name)
+        name = str(self.names.claim(node.name))
         self.scope[node] = ir.Name(name)
         return name
 
@@ -476,6 +505,18 @@ class _NodeLowering:
         return origin_of(node, self.module.symbols, line_numbers=numbers)
 
 
+def _misplaced(parameter: ir.Parameter, before: list[ir.Parameter]) -> str | None:
+    """Why Python does not allow ``parameter`` after ``before``, or does not allow to pass it by position."""
+    prefixes = [each.prefix for each in before]
+    if "**" in prefixes:
+        return "follows **kwargs"
+    if "*" in prefixes and parameter.prefix != "**":
+        return "follows *args, so that it could only be passed by a name that may have changed"
+    if not parameter.prefix and parameter.default is None and before and before[-1].default:
+        return "without a default follows one with a default"
+    return None
+
+
 def _needs_submods(stmt: ir.Stmt) -> bool:
     return isinstance(stmt, ir.CallSubmod) or (
         isinstance(stmt, ir.CallInlined) and stmt.passes_submods
@@ -496,10 +537,13 @@ def _picks_element(user: torch.fx.Node, producer: torch.fx.Node, arity: int) -> 
 
 def _arity(node: torch.fx.Node, callee: object) -> int | None:
     """How many elements the tuple or list that ``node`` yields is known to have; None if unknown."""
-    if isinstance(callee, torch.fx.GraphModule):
-        returned = callee.graph.output_node().args[0]
+    if is_plain(callee):
+        assert isinstance(callee, torch.fx.GraphModule)
+        returned = returned_value(callee.graph)
         if not isinstance(returned, torch.fx.Node):
-            return len(returned) if type(returned) in SEQUENCES else None
+            return len(returned) if isinstance(returned, (tuple, list)) else None
         node = returned
     value = value_of(node)
-    return len(value) if type(value) in SEQUENCES else None
+    if type(value) is not tuple and not (type(value) is list and isinstance(node.target, _OPS)):
+        return None  # a list that somebody else holds may have changed by the time an element is picked
+    return len(value)

@@ -9,7 +9,16 @@ import builtins
 import keyword
 import re
 
-_BUILTINS = frozenset(dir(builtins))
+
+def _is_language_builtin(name: str) -> bool:
+    """Leaves out what `site`, interactive shells and `gettext` add, so that names don't depend on how Python was started."""
+    value = getattr(builtins, name)
+    if name.startswith("_") or type(value).__module__ == "_sitebuiltins":
+        return False
+    return (getattr(value, "__module__", None) or "builtins") in ("builtins", "_io", "io")
+
+
+BUILTINS = frozenset(name for name in dir(builtins) if _is_language_builtin(name))
 _NOT_IDENTIFIER = re.compile(r"[^0-9A-Za-z_]")
 
 
@@ -27,7 +36,7 @@ class NameTable:
     """Gives out names for one scope; names of the enclosing module are reserved in it."""
 
     def __init__(self, reserved: frozenset[str] = frozenset()) -> None:
-        self._taken = set(reserved) | _BUILTINS
+        self._taken = set(reserved) | BUILTINS
         self._next_suffix: dict[str, int] = {}
 
     def claim(self, wish: str) -> str:

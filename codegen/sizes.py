@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.fx
@@ -135,8 +135,8 @@ def _replace_with(graph: torch.fx.Graph, user: torch.fx.Node, size: torch.fx.Nod
     graph.erase_node(user)
 
 
-def _swap(value: object, old: torch.fx.Node, new: object) -> object:
-    return torch.fx.node.map_arg(value, lambda n: new if n is old else n)  # type: ignore[arg-type,return-value]
+def _swap(value: object, old: torch.fx.Node, new: object) -> Any:
+    return torch.fx.node.map_arg(cast(Any, value), lambda n: cast(Any, new) if n is old else n)
 
 
 def _has_node(index: slice) -> bool:
@@ -149,7 +149,7 @@ def _substitute(value: object, node: torch.fx.Node, sizes: tuple[object, ...]) -
         return sizes
     if isinstance(value, tuple):
         items = tuple(_substitute(item, node, sizes) for item in value)
-        return type(value)(*items) if hasattr(value, "_fields") else items
+        return cast(Any, type(value))(*items) if hasattr(value, "_fields") else items
     if isinstance(value, list):
         return [_substitute(item, node, sizes) for item in value]
     if isinstance(value, dict):

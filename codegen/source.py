@@ -5,6 +5,7 @@ Emission is deterministic: the same graph gives the same bytes in every process.
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass
 
 import torch.fx
@@ -50,7 +51,7 @@ def generate_source(
         code=code,
         submod_names=module.submod_names,
         consts=tuple(consts),
-        lines=line_map(module, code),
+        lines=line_map(module, ast.parse(code)),
         module=module,
     )
 

@@ -122,7 +122,7 @@ class SplittingOps:
 
 def names_of(node: torch.fx.Node) -> set[str]:
     """The names under which the operator that ``node`` calls may be declared: ``ns::op`` and ``ns::op.overload``."""
-    target = node.target
+    target: object = node.target
     if isinstance(target, torch._ops.HigherOrderOperator) and node.args:
         target = node.args[0]  # auto_functionalized(op, ...) runs op
     if isinstance(target, OpOverload):
@@ -130,7 +130,7 @@ def names_of(node: torch.fx.Node) -> set[str]:
     if isinstance(target, OpOverloadPacket):
         # FX may call a packet; which overload runs is decided by its arguments.
         name = target._qualified_op_name
-        overloads = target.overloads()
+        overloads = list(target.overloads())  # type: ignore[no-untyped-call]
         return {name, f"{name}.{overloads[0]}"} if len(overloads) == 1 else {name}
     return set()
 
@@ -174,7 +174,8 @@ def _returns_sequence(node: torch.fx.Node) -> bool:
         return isinstance(value, (tuple, list)) and not isinstance(value, torch.Size)
     schema = getattr(node.target, "_schema", None)
     if schema is None and isinstance(node.target, OpOverloadPacket):
-        schema = getattr(node.target, node.target.overloads()[0])._schema
+        first = node.target.overloads()[0]  # type: ignore[no-untyped-call]
+        schema = getattr(node.target, first)._schema
     if schema is not None:
         returns = schema.returns
         return len(returns) > 1 or (len(returns) == 1 and "List" in str(returns[0].type))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.fx
-from piecework.codegen.consts import DICT_TYPES, LIST_TYPES, is_inline_literal
+from piecework.codegen.consts import DICT_TYPES, LIST_TYPES, holds_node, is_inline_literal
 from piecework.codegen.origin import value_of
 from piecework.codegen.targets import function_path
 
@@ -80,7 +80,10 @@ class _Writer:
         target = self._target(node)
         if node.op == "placeholder" and describe_input is not None:
             target = describe_input(node)
-        self.lines.append(f"%{number} {node.op} {target} ({args}) {{{kwargs}}}")
+        # Results are unpacked by their number, so it is part of the program.
+        result = value_of(node)
+        arity = f" -> {len(result)}" if isinstance(result, (tuple, list)) else ""
+        self.lines.append(f"%{number} {node.op} {target} ({args}) {{{kwargs}}}{arity}")
 
     def _target(self, node: torch.fx.Node) -> str:
         if node.op == "call_function":
@@ -129,9 +132,9 @@ class _Writer:
             return f"{kind.__name__}:{value!a}"
         if isinstance(value, torch.Size):
             return f"Size:{value!a}"
-        if isinstance(value, float):
+        if kind is float:
             return f"float:{value!a}"
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
+        if isinstance(value, tuple) and hasattr(value, "_fields") and holds_node(value):
             items = [self._value(item, node, argument) for item in value]
             return f"{self._object(kind)}({', '.join(items)})"
         return self._object(value)

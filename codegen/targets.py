@@ -9,10 +9,15 @@ import builtins
 import math
 import operator
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import BuiltinFunctionType
+from typing import Any
 
-from piecework.codegen.names import is_identifier
+from piecework.codegen.names import BUILTINS, is_identifier
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+
+ENTRY_NAME = "execution_fn"
 
 _TORCH_NAMESPACES = (
     "torch",
@@ -66,10 +71,21 @@ def function_path(target: object) -> FunctionPath | None:
     for module, path in _candidates(target):
         if (
             all(is_identifier(part) for part in path.split("."))
-            and _resolve(module, path) is target
+            and (module is None or _may_import(path.partition(".")[0]))
+            and resolve_path(module, path) is target
         ):
             return FunctionPath(path, module)
     return None
+
+
+def sign_of(table: Mapping[Any, str], target: object) -> str | None:
+    """The operator sign of ``target``, which may be any object, hashable or not."""
+    return table.get(target) if isinstance(target, BuiltinFunctionType) else None
+
+
+def _may_import(root: str) -> bool:
+    """An import may not hide a builtin or one of the emitted module's own names."""
+    return root not in BUILTINS and not root.startswith("__") and root != ENTRY_NAME
 
 
 def _candidates(target: object) -> list[tuple[str | None, str]]:
@@ -92,12 +108,15 @@ def _candidates(target: object) -> list[tuple[str | None, str]]:
     found += [("torch", f"{namespace}.{name}") for namespace in _TORCH_NAMESPACES]
     owner = getattr(target, "__module__", None)
     qualname = getattr(target, "__qualname__", name)
+    if not isinstance(qualname, str):
+        return found
     if isinstance(owner, str) and owner not in ("__main__", "builtins") and owner in sys.modules:
         found.append((owner, f"{owner}.{qualname}"))
     return found
 
 
-def _resolve(module: str | None, path: str) -> object:
+def resolve_path(module: str | None, path: str) -> object:
+    """What ``path`` means after ``import module`` (None: among the builtins); None if nothing."""
     parts = path.split(".")
     value: object
     if module is None:
@@ -110,6 +129,6 @@ def _resolve(module: str | None, path: str) -> object:
     for part in rest:
         try:
             value = getattr(value, part)
-        except (AttributeError, RuntimeError):
-            return None
+        except (AttributeError, ImportError, RuntimeError, TypeError, ValueError):
+            return None  # lazy modules raise what their import raises
     return value
