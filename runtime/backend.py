@@ -208,7 +208,10 @@ class PieceworkBackend:
 
 
 def piecework_dynamo_backend(
-    graph: torch.fx.GraphModule, example_inputs: Sequence[object], **options: object
+    graph: torch.fx.GraphModule,
+    example_inputs: Sequence[object],
+    *,
+    options: Mapping[str, object] | None = None,
 ) -> Callable[..., object]:
     """The entry point behind ``torch.compile(model, backend="piecework")``.
 
@@ -219,7 +222,7 @@ def piecework_dynamo_backend(
         PieceworkError: as `PieceworkBackend`; Dynamo wraps it in ``BackendCompilerFailed``.
     """
     counters.num_models_seen += 1
-    return PieceworkBackend(CompilationConfig(**options))(graph, example_inputs)
+    return PieceworkBackend(CompilationConfig(**(options or {})))(graph, example_inputs)
 
 
 def _without_grad(function: Callable[..., object]) -> Callable[..., object]:

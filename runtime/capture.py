@@ -136,12 +136,13 @@ def capture(
     """
     leaves, in_spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     names = _leaf_names(model, args, kwargs)
+    sources = {source: i for i, source in enumerate(_sources(args, kwargs))}
     held = _tensors_of(model)
     trace = _Trace()
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[object]) -> Callable[..., object]:
         trace.graph = gm
-        trace.inputs = _trace_back(gm, example_inputs, leaves, names, held)
+        trace.inputs = _trace_back(gm, example_inputs, leaves, names, sources, held)
         _rename(gm, trace.inputs)
         _require_dynamic(gm, leaves)
         compile_graph(gm, trace.inputs)
@@ -257,11 +258,8 @@ def _require_dynamic(gm: torch.fx.GraphModule, leaves: Sequence[object]) -> None
         return
     for node in gm.graph.find_nodes(op="placeholder"):
         value = node.meta.get("example_value")
-        if isinstance(value, torch.SymInt):
-            return
-        if isinstance(value, torch.Tensor) and any(
-            isinstance(s, torch.SymInt) for s in value.shape
-        ):
+        sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
+        if any(torch_compat.symbol_of(size) for size in sizes):
             return
     raise CaptureError(
         "no dimension of the inputs is dynamic: the trace fixed every size",
@@ -318,6 +316,14 @@ def _leaf_names(
     return tuple(names)
 
 
+def _sources(args: Sequence[object], kwargs: Mapping[str, object]) -> list[str]:
+    """What Dynamo calls each flattened argument of `_call_model`."""
+    found = [f"L['args'][{i}]{suffix}" for i, arg in enumerate(args) for suffix in _suffixes(arg)]
+    return found + [
+        f"L['kwargs'][{k!r}]{s}" for k, value in kwargs.items() for s in _suffixes(value)
+    ]
+
+
 def _suffixes(value: object) -> list[str]:
     paths, _ = pytree.tree_flatten_with_path(value)
     return [pytree.keystr(path) for path, _ in paths]
@@ -328,6 +334,7 @@ def _trace_back(
     example_inputs: Sequence[object],
     leaves: Sequence[object],
     names: Sequence[str],
+    sources: Mapping[str, int],
     held: dict[int, tuple[str, torch.Tensor]],
 ) -> tuple[GraphInput, ...]:
     """Where each placeholder of ``gm`` comes from."""
@@ -353,7 +360,7 @@ def _trace_back(
     for index, node in enumerate(placeholders):
         if found[index] is not None:
             continue
-        found[index] = _size_or_int(node, sizes, leaves, names, f"s{count}")
+        found[index] = _size_or_int(node, sizes, leaves, names, sources, f"s{count}")
         count += 1
     return tuple(g for g in found if g is not None)
 
@@ -364,8 +371,9 @@ def _sizes(tensors: Sequence[tuple[int, torch.fx.Node]]) -> dict[str, tuple[int,
     for leaf, node in tensors:
         value = node.meta["example_value"]
         for dim, size in enumerate(value.shape):
-            if isinstance(size, torch.SymInt):
-                sizes.setdefault(str(size.node._expr), (leaf, dim))
+            symbol = torch_compat.symbol_of(size)
+            if symbol is not None:
+                sizes.setdefault(symbol, (leaf, dim))
     return sizes
 
 
@@ -374,17 +382,18 @@ def _size_or_int(
     sizes: dict[str, tuple[int, int]],
     leaves: Sequence[object],
     names: Sequence[str],
+    sources: Mapping[str, int],
     name: str,
 ) -> GraphInput:
     value = node.meta["example_value"]
-    expr = str(value.node._expr) if isinstance(value, torch.SymInt) else ""
-    if expr in sizes:
-        leaf, dim = sizes[expr]
+    symbol = torch_compat.symbol_of(value)
+    if symbol in sizes:
+        leaf, dim = sizes[symbol]
         return Size(leaf, dim, name)
     source = torch_compat.placeholder_source(node)
-    numbers = [i for i, leaf in enumerate(leaves) if type(leaf) is int and names[i] in source]
-    if len(numbers) == 1:
-        return Argument(numbers[0], names[numbers[0]])
+    leaf = sources.get(source)
+    if leaf is not None and type(leaves[leaf]) is int:
+        return Argument(leaf, names[leaf])
     raise CaptureError(
         f"input {source or node.name} of the graph is neither an argument, a size of one, nor a weight",
         hint="pass it as a tensor, or make it a constant of the model",

@@ -134,3 +134,11 @@ def backend_failure(error: BaseException) -> Exception | None:
     if isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
         return error.inner_exception
     return None
+
+
+def symbol_of(size: object) -> str | None:
+    """The expression of a size that is still symbolic; None for a number, also one that the trace fixed."""
+    if not isinstance(size, torch.SymInt):
+        return None
+    expr = size.node.expr
+    return None if expr.is_number else str(expr)

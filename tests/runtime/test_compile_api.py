@@ -1,0 +1,270 @@
+"""piecework.compile: what it returns, what it serves without a retrace, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import piecework
+from piecework.errors import CaptureError, ConfigError, PieceCompileError, SplitError
+from piecework.runtime.config import CompilationConfig
+
+EAGER = CompilationConfig(backend="eager")
+
+
+@piecework.splitting_op("compile_api::mix", mutates_args=("out",))
+def mix(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, layer: str) -> None:
+    out.copy_(left - 2 * right)
+
+
+class Block(nn.Module):
+    def __init__(self, index: int, width: int = 8) -> None:
+        super().__init__()
+        self.name = f"layers.{index}"
+        self.enter = nn.Linear(8, 2 * width)
+        self.leave = nn.Linear(width, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left, right = self.enter(x).chunk(2, -1)
+        out = torch.empty_like(left)
+        mix(left, right, out, self.name)
+        return x + self.leave(out)
+
+
+class Stack(nn.Module):
+    def __init__(self, layers: int = 3, widths: dict[int, int] | None = None) -> None:
+        super().__init__()
+        widths = widths or {}
+        self.layers = nn.ModuleList(Block(i, widths.get(i, 8)) for i in range(layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_serves_other_batches_without_a_retrace() -> None:
+    model = Stack()
+    stitched = piecework.compile(model, (torch.randn(4, 8),), config=EAGER)
+    with piecework.counters.expect(num_graphs_seen=0, num_backend_compilations=0):
+        for batch in (2, 4, 9, 33):
+            x = torch.randn(batch, 8)
+            torch.testing.assert_close(stitched(x), model(x))
+
+
+def test_without_example_arguments_the_first_call_compiles() -> None:
+    model, x = Stack(), torch.randn(5, 8)
+    stitched = piecework.compile(model, config=EAGER)
+    with pytest.raises(piecework.PieceworkError, match="compiled at its first call"):
+        _ = stitched.source
+    torch.testing.assert_close(stitched(x), model(x))
+    assert "def execution_fn(" in stitched.source.code
+
+
+def test_the_source_unpacks_results_and_keeps_weights() -> None:
+    stitched = piecework.compile(Stack(), (torch.randn(4, 8),), config=EAGER)
+    code = stitched.source.code
+    assert "left, right, out = __vllm_submods__[0](" in code
+    deleted = {
+        name
+        for line in code.splitlines()
+        if line.strip().startswith("del ")
+        for name in line.split()[1:]
+    }
+    assert deleted and not any("weight" in name for name in deleted)
+    assert code.count("mix = ") == 1 and "layers.2" in code
+
+
+def test_equal_layers_are_compiled_once_at_any_depth() -> None:
+    for layers in (4, 12):
+        with piecework.counters.expect(num_backend_compilations=3, num_eager_compiles=3):
+            stitched = piecework.compile(Stack(layers), (torch.randn(4, 8),), config=EAGER)
+        report = stitched.report()
+        assert (report.pieces, report.unique, report.splitting) == (layers + 1, 3, layers)
+        assert f"{layers + 1} pieces, 3 unique" in str(report)
+
+
+def test_shared_pieces_run_with_their_own_weights() -> None:
+    model, x = Stack(6), torch.randn(4, 8)
+    stitched = piecework.compile(model, (x,), config=EAGER)
+    middle = [piece for piece in stitched.pieces if piece.reused]
+    assert len(middle) == 4 and len({piece.key for piece in middle}) == 1
+    torch.testing.assert_close(stitched(x), model(x))
+
+
+def test_the_report_says_why_near_equal_pieces_differ() -> None:
+    stitched = piecework.compile(Stack(4, {2: 16}), (torch.randn(4, 8),), config=EAGER)
+    text = str(stitched.report())
+    assert "not shared: submod_2 and submod_4" in text
+    assert "(16, 8)" in text or "(32, 8)" in text
+
+
+class Returns(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: torch.Tensor, flag: bool = True) -> dict[str, object]:
+        y = x * self.scale
+        return {"y": [y, (x, None)], "n": 3, "again": y, "rows": x.shape[0], "scale": self.scale}
+
+
+def test_any_structure_of_results() -> None:
+    model = Returns()
+    stitched = piecework.compile(model, (torch.randn(4, 8),), config=EAGER)
+    x = torch.randn(6, 8)
+    result, expected = stitched(x), model(x)
+    torch.testing.assert_close(result["y"][0], expected["y"][0])
+    assert result["y"][1][0] is x and result["y"][1][1] is None
+    assert result["again"] is result["y"][0]
+    assert (result["n"], result["rows"]) == (3, 6)
+    assert result["scale"] is model.scale
+
+
+def test_torch_compile_finds_the_backend_by_name() -> None:
+    model, x = Stack(), torch.randn(4, 8)
+    compiled = torch.compile(
+        model, backend="piecework", fullgraph=True, options={"backend": "eager"}
+    )
+    with piecework.counters.expect(num_graphs_seen=1):
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_two_compilations_of_one_model_are_independent() -> None:
+    model, x = Stack(), torch.randn(4, 8)
+    first = piecework.compile(model, (x,), config=EAGER)
+    second = piecework.compile(model, (x,), config=EAGER)
+    assert first.source.code == second.source.code
+    torch.testing.assert_close(first(x), second(x))
+
+
+def test_no_gradient_is_recorded() -> None:
+    stitched = piecework.compile(Stack(), (torch.randn(4, 8),), config=EAGER)
+    assert torch.is_grad_enabled()
+    assert not stitched(torch.randn(4, 8)).requires_grad
+
+
+# --- refusals --------------------------------------------------------------------------------------
+
+
+def test_a_graph_break_is_named() -> None:
+    class Breaks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.sum() > 0:
+                return x + 1
+            return x - 1
+
+    with pytest.raises(CaptureError, match=r"can't be captured as one graph.*test_compile_api\.py"):
+        piecework.compile(Breaks(), (torch.randn(4),), config=EAGER)
+
+
+def test_an_unknown_splitting_op_is_refused() -> None:
+    with pytest.raises(SplitError, match="compile_api::nothing is not registered"):
+        piecework.compile(
+            Stack(), (torch.randn(4, 8),), splitting_ops=["compile_api::nothing"], config=EAGER
+        )
+
+
+def test_a_malformed_splitting_op_is_refused() -> None:
+    with pytest.raises(SplitError, match="not of the form"):
+        piecework.compile(Stack(), (torch.randn(4, 8),), splitting_ops=["mix"], config=EAGER)
+
+
+def test_a_splitting_op_without_a_fake_is_refused() -> None:
+    @piecework.splitting_op("compile_api::twice_unfaked")
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    class Uses(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return twice(x) + 1
+
+    with pytest.raises(SplitError, match=r"twice_unfaked returns a value.*register_fake"):
+        piecework.compile(Uses(), (torch.randn(4),), config=EAGER)
+    twice.register_fake(lambda x: torch.empty_like(x))
+    x = torch.randn(4)
+    torch.testing.assert_close(piecework.compile(Uses(), (x,), config=EAGER)(x), x * 2 + 1)
+
+
+def test_a_model_without_a_dynamic_dimension_is_refused() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.ones(4, 8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.bias
+
+    with pytest.raises(CaptureError, match="no dimension of the inputs is dynamic"):
+        piecework.compile(Fixed(), (torch.randn(4, 8),), config=EAGER)
+
+
+def test_fixed_sizes_are_accepted_when_asked_for() -> None:
+    x = torch.randn(4, 8)
+    torch._dynamo.mark_static(x)
+    model = Stack()
+    torch.testing.assert_close(piecework.compile(model, (x,), config=EAGER)(x), model(x))
+
+
+def test_a_forward_that_changes_its_own_state_is_refused_and_left_as_it_was() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return x + 1
+
+    model = Counts()
+    with pytest.raises(CaptureError, match=r"changes the model's own state.*calls"):
+        piecework.compile(model, (torch.randn(4),), config=EAGER)
+    assert model.calls == 0
+
+
+def test_a_model_without_tensors_is_refused() -> None:
+    with pytest.raises(CaptureError, match="no tensor operation"):
+        piecework.compile(lambda x: 3, (torch.randn(4),), config=EAGER)
+
+
+def test_something_that_is_not_a_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match="must be callable"):
+        piecework.compile("model", (torch.randn(4),))  # type: ignore[arg-type]
+
+
+class Fails:
+    """A compiler that fails."""
+
+    name = "fails"
+
+    def compute_hash(self, config: object) -> str:
+        return "fails"
+
+    def compile(self, graph: object, *rest: object) -> object:
+        raise RuntimeError("no registers left")
+
+
+def test_a_compiler_of_ones_own_is_found_and_its_failure_names_the_piece() -> None:
+    config = CompilationConfig(backend=f"{__name__}.Fails") if "." in __name__ else None
+    import sys
+
+    sys.modules.setdefault("compile_api_fails", sys.modules[__name__])
+    config = CompilationConfig(backend="compile_api_fails:Fails")
+    with pytest.raises(PieceCompileError, match=r"submod_0.*no registers left.*layers\.0"):
+        piecework.compile(Stack(), (torch.randn(4, 8),), config=config)
+
+
+def test_an_unknown_compiler_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no compiler 'nope'"):
+        piecework.compile(Stack(), config=CompilationConfig(backend="nope"))
+
+
+@pytest.mark.inductor
+def test_inductor_compiles_each_unique_piece_once() -> None:
+    model, x = Stack(5), torch.randn(4, 8)
+    with piecework.counters.expect(num_inductor_compiles=3):
+        stitched = piecework.compile(model, (x,))
+    for batch in (2, 7):
+        x = torch.randn(batch, 8)
+        torch.testing.assert_close(stitched(x), model(x))
