@@ -66,6 +66,8 @@ def _type_text(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
     """A schema in a few words, such as ``list of integers`` or ``binary or unpacked``."""
     if "$ref" in schema:
         return _type_text(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    if "allOf" in schema:  # how pydantic before 2.9 writes a reference that has a description
+        return _type_text(schema["allOf"][0], definitions)
     if "enum" in schema:
         return " or ".join(map(str, schema["enum"]))
     if "const" in schema:

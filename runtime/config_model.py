@@ -43,6 +43,7 @@ class FrozenMap(Mapping[str, Any]):
     """
 
     __slots__ = ("_items",)
+    _items: dict[str, Any]
 
     def __init__(self, items: Mapping[str, Any] | None = None) -> None:
         object.__setattr__(
@@ -119,7 +120,11 @@ class FrozenModel(BaseModel):
     """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=True
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        arbitrary_types_allowed=True,
+        protected_namespaces=(),  # older pydantic warns about a field named model_name
     )
 
     def __init__(self, **data: Any) -> None:
