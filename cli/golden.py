@@ -1,0 +1,302 @@
+"""`piecework golden`: the command line of the snapshot tool. In: arguments. Out: lines, JSON or a page, and an exit code of 0, 1 or 2.
+
+It parses, calls `piecework.golden` and prints; nothing is decided here.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from piecework.errors import PieceworkError, UsageError
+from rich.console import Console
+from rich.text import Text
+
+golden_app = typer.Typer(
+    name="golden",
+    help="Compare, update and review golden snapshots of emitted source.",
+    no_args_is_help=True,
+)
+
+_DIFFERENT = 1
+_MISUSE = 2
+
+Names = Annotated[list[str] | None, typer.Argument(help="Names of cases; all by default.")]
+Root = Annotated[
+    Path | None,
+    typer.Option("--root", help="Folder of cases. Default: golden/cases.", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@golden_app.command(epilog="Example: piecework golden check straight_line")
+def check(names: Names = None, root: Root = None, as_json: AsJson = False) -> None:
+    """Compare what every case emits with its golden, and check that the text runs, names and repeats right.
+
+    Nothing is accepted. Where CI is set nothing is written; elsewhere each difference is left beside its golden as a .new file.
+    """
+    from piecework.golden import snapshot
+    from piecework.golden.check import check_cases
+
+    with _errors(), _progress() as step:
+        run = check_cases(_root(root), names or (), propose=not snapshot.in_ci(), progress=step)
+    _report_run(run, as_json)
+    raise typer.Exit(0 if run.passed else _DIFFERENT)
+
+
+@golden_app.command(epilog="Example: piecework golden update straight_line")
+def update(names: Names = None, root: Root = None, as_json: AsJson = False) -> None:
+    """Write every golden that differs and say what changed.
+
+    Exit code 1 if a golden changed, so that a run that should change nothing shows it. A text that fails another check is not written.
+    """
+    from piecework.golden import snapshot
+    from piecework.golden.check import update_cases
+
+    with _errors(), _progress() as step:
+        if snapshot.in_ci():
+            raise UsageError(
+                "goldens are not written in continuous integration (the variable CI is set)",
+                hint="update them on your machine, review and commit them",
+            )
+        run = update_cases(_root(root), names or (), progress=step)
+    _report_run(run, as_json)
+    raise typer.Exit(0 if run.passed else _DIFFERENT)
+
+
+@golden_app.command(epilog="Example: piecework golden review")
+def review(
+    places: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Goldens, .new files or folders. Default: all cases, and tests here."),
+    ] = None,
+    root: Root = None,
+    accept: Annotated[
+        list[Path] | None, typer.Option("--accept", help="Accept this one without asking.")
+    ] = None,
+    reject: Annotated[
+        list[Path] | None, typer.Option("--reject", help="Reject this one without asking.")
+    ] = None,
+) -> None:
+    """Decide on proposed goldens one by one: accept, reject or skip; capitals decide on all that follow.
+
+    Cases are checked first, so that the proposals are up to date. Without a terminal the commands are printed instead.
+    """
+    from piecework.golden import snapshot
+    from piecework.golden.check import shown
+
+    with _errors():
+        if snapshot.in_ci():
+            raise UsageError(
+                "nothing is reviewed in continuous integration (the variable CI is set)"
+            )
+        if accept or reject:
+            for path in accept or ():
+                snapshot.accept(snapshot.golden_of(path))
+                _say(f"accepted {shown(snapshot.golden_of(path))}")
+            for path in reject or ():
+                snapshot.reject(snapshot.golden_of(path))
+                _say(f"rejected {shown(snapshot.golden_of(path))}")
+            return
+        _review(places, root)
+
+
+def _review(places: Sequence[Path] | None, root: Path | None) -> None:
+    from piecework.golden.check import check_cases, default_root, shown
+    from piecework.golden.review import commands, load, review
+    from piecework.golden.snapshot import pending, proposal_of
+
+    cases = root or (None if places else default_root())
+    broken: dict[Path, tuple[str, ...]] = {}
+    if cases is not None:
+        with _progress() as step:
+            run = check_cases(cases, propose=True, progress=step)
+        broken = {r.case.expected.resolve(): r.problems for r in run.broken}
+    where = [_golden_place(place) for place in places] if places else [Path.cwd()]
+    found = pending([*where, *([cases] if cases is not None else [])])
+    goldens = list({golden.resolve(): golden for golden in found}.values())
+    if not goldens:
+        _say("nothing to review")
+        return
+    proposals = [load(golden, broken.get(golden.resolve(), ())) for golden in goldens]
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        _say(f"{len(proposals)} proposed; this is not a terminal. To see and accept each:")
+        for golden, command in zip(goldens, commands(goldens, shown), strict=True):
+            if golden.is_file():
+                _say(f"  piecework golden diff {shown(golden)} {shown(proposal_of(golden))}")
+            _say(f"  {command}")
+        raise typer.Exit(_DIFFERENT)
+    console = Console(highlight=False)
+    outcome = review(proposals, console.print, input, shown)
+    counts = (len(outcome.accepted), len(outcome.rejected), len(outcome.skipped))
+    _say("accepted {}, rejected {}, skipped {}".format(*counts))
+    raise typer.Exit(_DIFFERENT if outcome.skipped else 0)
+
+
+@golden_app.command(
+    epilog="Example: piecework golden diff old/stitched.py new/stitched.py --html changes.html"
+)
+def diff(
+    before: Annotated[
+        Path, typer.Argument(help="Emitted source, or a folder that holds stitched.py.")
+    ],
+    after: Annotated[Path, typer.Argument(help="The one to compare it with.")],
+    as_json: AsJson = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a page with both side by side.")
+    ] = None,
+    context: Annotated[int, typer.Option("--context", min=0, help="Equal lines to show.")] = 3,
+    summary: Annotated[bool, typer.Option("--summary", help="Leave out the text.")] = False,
+) -> None:
+    """Say what changed between two emitted sources: the meaning first, then the text.
+
+    Exit code 0 if they are the same text, 1 if they differ.
+    """
+    from piecework.golden.diff import compare_sources
+
+    with _errors():
+        left, right = _source_file(before), _source_file(after)
+        found = compare_sources(
+            _read(left), _read(right), before_name=str(before), after_name=str(after)
+        )
+        if html is not None:
+            from piecework.golden.report import Entry, write_page
+
+            write_page(html, [Entry(str(after), str(before), str(after), found)])
+    if as_json:
+        text = found.unified(str(before), str(after), context)
+        print(json.dumps({**found.as_json(), "unified": text}, indent=2))
+    else:
+        _show_diff(found, str(before), str(after), context, summary)
+        if html is not None:
+            _say(f"page: {html}")
+    raise typer.Exit(0 if found.same_text else _DIFFERENT)
+
+
+@golden_app.command(epilog="Example: piecework golden report -o report.html")
+def report(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path(
+        "golden-report.html"
+    ),
+    names: Names = None,
+    root: Root = None,
+) -> None:
+    """Write one page that shows every golden that differs from what its case emits, side by side.
+
+    No golden or proposal is written. Exit code 1 if any differs.
+    """
+    from piecework.golden.check import check_cases, shown
+    from piecework.golden.report import entries_of, write_page
+
+    with _errors():
+        with _progress() as step:
+            run = check_cases(_root(root), names or (), propose=False, progress=step)
+        entries = entries_of(run)
+        write_page(output, entries)
+    _say(f"{len(entries)} of {len(run.results)} goldens differ; page: {shown(output)}")
+    raise typer.Exit(0 if run.passed else _DIFFERENT)
+
+
+# --- printing ----------------------------------------------------------------------------------------
+
+
+def _report_run(run: object, as_json: bool) -> None:
+    from piecework.golden.check import CheckRun
+    from piecework.golden.run_text import run_as_json, run_lines
+
+    assert isinstance(run, CheckRun)
+    if as_json:
+        print(json.dumps(run_as_json(run), indent=2))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    for line in run_lines(run):
+        console.print(line)
+
+
+def _show_diff(found: object, before: str, after: str, context: int, summary: bool) -> None:
+    from piecework.golden.diff import SourceDiff
+    from piecework.golden.diff_text import summary_lines, unified_lines
+
+    assert isinstance(found, SourceDiff)
+    console = Console(highlight=False, soft_wrap=True)
+    for line in summary_lines(found):
+        console.print(line)
+    if not summary and not found.same_text:
+        console.print(Text(""))
+        for line in unified_lines(found, before, after, context):
+            console.print(line)
+
+
+def _say(text: str) -> None:
+    Console(highlight=False, soft_wrap=True).print(Text(text))
+
+
+@contextmanager
+def _progress() -> Iterator[object]:
+    """A status line on a terminal; nothing elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    with console.status("golden cases") as status:
+        yield lambda name: status.update(f"golden case {name}")
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Typed errors become one line on stderr and exit code 2."""
+    try:
+        yield
+    except PieceworkError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(Text(f"error: {error}"))
+        raise typer.Exit(_MISUSE) from error
+
+
+# --- arguments ---------------------------------------------------------------------------------------
+
+
+def _root(root: Path | None) -> Path:
+    from piecework.golden.check import default_root
+
+    found = root or default_root()
+    if found is None:
+        raise UsageError("there is no folder golden/cases here", hint="name the folder with --root")
+    return found
+
+
+def _golden_place(place: Path) -> Path:
+    from piecework.golden.snapshot import proposal_of
+
+    if not place.exists() and proposal_of(place).is_file():
+        return proposal_of(place)
+    if not place.exists():
+        raise UsageError("there is no such file or folder", where=str(place))
+    return proposal_of(place) if place.is_file() and place.suffix != ".new" else place
+
+
+def _source_file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    for name in ("stitched.py", "expected.py"):
+        if (path / name).is_file():
+            return path / name
+    raise UsageError(
+        "this folder holds no emitted source",
+        where=str(path),
+        hint="name the file, or a folder with a stitched.py or expected.py",
+    )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UsageError(f"this source cannot be read: {reason}", where=str(path)) from error
+    except UnicodeDecodeError as error:
+        raise UsageError("this source is not text", where=str(path)) from error

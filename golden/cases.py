@@ -1,0 +1,177 @@
+"""Golden cases on disk. In: a folder of cases. Out: what each case emits, its graph and its inputs.
+
+A case is a folder with a ``graph.py``; its golden lies beside it. Nothing is compared or written here.
+
+``graph.py`` defines either ``build() -> torch.fx.GraphModule`` (a stitching graph) with, optionally, ``options() -> LowerOptions``;
+or ``stitched() -> StitchedModule`` for a captured model. ``inputs()`` gives a list of argument tuples: for the graph's
+placeholders, weights included, in the first form; for the model in the second.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import torch.fx
+from piecework.codegen import LowerOptions, StitchedSource, generate_source
+from piecework.errors import UsageError
+from piecework.golden.captured import graph_arguments
+from piecework.golden.without_lines import without_line_numbers
+
+GRAPH_FILE = "graph.py"
+EXPECTED_FILE = "expected.py"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A case by name, not loaded yet."""
+
+    name: str
+    directory: Path
+
+    @property
+    def expected(self) -> Path:
+        return self.directory / EXPECTED_FILE
+
+    def load(self) -> LoadedCase:
+        """Import ``graph.py`` and emit.
+
+        Raises:
+            UsageError: ``graph.py`` defines neither ``build`` nor ``stitched``.
+            PieceworkError: the graph cannot be emitted.
+        """
+        module = _import(self.directory / GRAPH_FILE, self.name)
+        torch.manual_seed(0)
+        stitched = getattr(module, "stitched", None)
+        if stitched is not None:
+            return self._captured(stitched(), _inputs(module))
+        build = getattr(module, "build", None)
+        if build is None:
+            raise UsageError(
+                "a case must define build() or stitched()",
+                where=f"{self.name}/{GRAPH_FILE}",
+                hint="build() returns the stitching graph, a torch.fx.GraphModule",
+            )
+        gm = build()
+        options = module.options() if hasattr(module, "options") else LowerOptions()
+        bound = tuple(node.name for node in _placeholders(gm) if node.name in options.bound)
+        source = generate_source(gm, options)
+        return LoadedCase(self, gm, source, source.code, bound, _inputs(module))
+
+    def _captured(self, stitched: object, calls: Sequence[tuple[object, ...]]) -> LoadedCase:
+        from piecework.runtime.stitched import StitchedModule
+
+        if not isinstance(stitched, StitchedModule):
+            raise UsageError(
+                "stitched() must return what piecework.compile returns",
+                where=f"{self.name}/{GRAPH_FILE}",
+            )
+        source = stitched.source
+        bound = tuple(row.name for row in source.module.bound)
+        inputs = [graph_arguments(stitched, call) for call in calls]
+        code = without_line_numbers(source)
+        return LoadedCase(self, stitched.split_gm, source, code, bound, inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedCase:
+    """What a case emits.
+
+    Attributes:
+        gm: the stitching graph.
+        source: what was emitted from it.
+        code: the text to compare, free of line numbers of other files.
+        bound: placeholders that the source holds as module-level names, in the order of its bound names.
+        inputs: argument tuples for the placeholders of ``gm``.
+    """
+
+    case: Case
+    gm: torch.fx.GraphModule
+    source: StitchedSource
+    code: str
+    bound: tuple[str, ...]
+    inputs: Sequence[tuple[object, ...]]
+
+
+def discover(root: Path) -> list[Case]:
+    """The cases under ``root``, by name.
+
+    Raises:
+        UsageError: ``root`` is no folder.
+    """
+    if not root.is_dir():
+        raise UsageError(
+            "there is no such folder of golden cases",
+            where=str(root),
+            hint="run in the root of the repository, or name the folder with --root",
+        )
+    found = sorted(path.parent for path in root.glob(f"*/{GRAPH_FILE}"))
+    return [Case(directory.name, directory) for directory in found]
+
+
+def unreferenced(root: Path) -> list[Path]:
+    """Goldens that no case produces: folders without a graph, goldens outside of a case or by another name."""
+    found: list[Path] = []
+    for path in sorted(root.iterdir()):
+        if path.name.startswith((".", "__")):
+            continue
+        if path.is_file():
+            found += [path] if path.suffix in (".py", ".new") else []
+        elif not (path / GRAPH_FILE).is_file():
+            found.append(path)
+        else:
+            allowed = (EXPECTED_FILE, f"{EXPECTED_FILE}.new")
+            found += [p for p in sorted(path.glob("expected*")) if p.name not in allowed]
+    return found
+
+
+def select(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
+    """The cases named; all without names.
+
+    Raises:
+        UsageError: a name is no case.
+    """
+    known = {case.name: case for case in cases}
+    for name in names:
+        if name not in known:
+            close = ", ".join(sorted(known)[:8])
+            raise UsageError(f"there is no golden case {name!a}", hint=f"cases are {close} …")
+    return [known[name] for name in names] if names else list(cases)
+
+
+def _import(path: Path, name: str) -> ModuleType:
+    """Import ``path`` once for as long as it does not change: operators that it registers can be registered only once.
+
+    The module's name is in the emitted source if the graph calls its functions, so it depends on the case's name alone.
+    """
+    full_name = f"golden_case_{name}"
+    stamp = (str(path.resolve()), path.stat().st_mtime_ns)
+    known = sys.modules.get(full_name)
+    if known is not None and getattr(known, "__piecework_stamp__", None) == stamp:
+        return known
+    spec = importlib.util.spec_from_file_location(full_name, path)
+    if spec is None or spec.loader is None:
+        raise UsageError("a case cannot be imported", where=str(path))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[full_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[full_name]
+        raise
+    module.__dict__["__piecework_stamp__"] = stamp
+    return module
+
+
+def _placeholders(gm: torch.fx.GraphModule) -> list[torch.fx.Node]:
+    return list(gm.graph.find_nodes(op="placeholder"))
+
+
+def _inputs(module: ModuleType) -> list[tuple[object, ...]]:
+    inputs: Callable[[], list[tuple[object, ...]]] | None = getattr(module, "inputs", None)
+    return [] if inputs is None else inputs()

@@ -1,0 +1,196 @@
+"""The four checks of a golden case. In: a folder of cases. Out: a `CaseResult` for each, and goldens that no case refers to.
+
+A text is equal, has no undefined name, does what `torch.fx.Interpreter` does, and is the same under two hash seeds. `check_cases` writes
+proposals only where it is told to; goldens are written by `update_cases` alone, and only texts that passed the other checks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from piecework.errors import UsageError
+from piecework.golden import snapshot
+from piecework.golden.cases import Case, discover, select, unreferenced
+from piecework.golden.execute import differences
+from piecework.golden.scope import undefined_names
+from piecework.golden.seeds import emit_in_other_process
+from piecework.golden.snapshot import Comparison, State
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class CaseResult:
+    """What the checks said of one case.
+
+    Attributes:
+        comparison: golden and emitted text; None if nothing could be emitted.
+        problems: what is wrong with the emitted text itself, golden or not.
+        written: the golden was replaced.
+    """
+
+    case: Case
+    comparison: Comparison | None
+    problems: tuple[str, ...] = ()
+    written: bool = False
+
+    @property
+    def same(self) -> bool:
+        return self.comparison is not None and self.comparison.state is State.SAME
+
+    @property
+    def passed(self) -> bool:
+        return self.same and not self.problems
+
+    @property
+    def status(self) -> str:
+        """One word: same, changed, new, or broken."""
+        if self.problems or self.comparison is None:
+            return "broken"
+        return {State.SAME: "same", State.CHANGED: "changed", State.MISSING: "new"}[
+            self.comparison.state
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckRun:
+    """All results of one run over ``root``."""
+
+    root: Path
+    results: tuple[CaseResult, ...]
+    unreferenced: tuple[Path, ...] = ()
+    proposed: bool = field(default=False)
+
+    @property
+    def passed(self) -> bool:
+        return all(result.passed for result in self.results) and not self.unreferenced
+
+    @property
+    def changed(self) -> tuple[CaseResult, ...]:
+        """Cases whose golden differs from what is emitted, or is missing."""
+        return tuple(r for r in self.results if r.comparison is not None and not r.same)
+
+    @property
+    def broken(self) -> tuple[CaseResult, ...]:
+        return tuple(result for result in self.results if result.status == "broken")
+
+
+def check_cases(
+    root: Path,
+    names: Sequence[str] = (),
+    *,
+    propose: bool,
+    two_seeds: bool = True,
+    progress: Progress | None = None,
+) -> CheckRun:
+    """Check cases; leave a ``.new`` beside goldens that differ if ``propose`` is true.
+
+    Args:
+        root: the folder of cases.
+        names: cases to check; all by default. Unreferenced goldens are looked for only when all are checked.
+        propose: write proposals, and remove those that are out of date.
+        two_seeds: emit in a second process with another hash seed too.
+        progress: called with the name of each case before it is checked.
+
+    Raises:
+        UsageError: ``root`` is no folder, or a name is no case.
+    """
+    cases = select(discover(root), names)
+    if not cases and not names and not unreferenced(root):
+        raise UsageError(
+            "there are no golden cases here",
+            where=str(root),
+            hint="a case is a folder with a graph.py that defines build()",
+        )
+    elsewhere = emit_in_other_process(root, [case.name for case in cases]) if two_seeds else None
+    results: list[CaseResult] = []
+    for case in cases:
+        if progress is not None:
+            progress(case.name)
+        result = check_case(case, None if elsewhere is None else elsewhere[case.name])
+        if propose and result.comparison is not None:
+            snapshot.propose(result.comparison)
+        results.append(result)
+    strays = () if names else tuple(unreferenced(root))
+    return CheckRun(root, tuple(results), strays, propose)
+
+
+def check_case(case: Case, text_elsewhere: str | None = None) -> CaseResult:
+    """The four checks of one case; without ``text_elsewhere`` the last one is left out."""
+    try:
+        loaded = case.load()
+    except UsageError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a case's own code may raise anything
+        return CaseResult(case, None, (f"does not emit: {type(error).__name__}: {error}",))
+    problems: list[str] = []
+    try:
+        provided = [row.name for row in loaded.source.module.bound]
+        problems += undefined_names(loaded.code, provided)
+    except SyntaxError as error:
+        problems.append(f"does not parse: {error}")
+    else:
+        problems += differences(loaded)
+    if text_elsewhere is not None and text_elsewhere != loaded.code:
+        problems.append(
+            f"differs under another hash seed: {_first_difference(loaded.code, text_elsewhere)}"
+        )
+    return CaseResult(case, snapshot.compare(case.expected, loaded.code), tuple(problems))
+
+
+def update_cases(
+    root: Path, names: Sequence[str] = (), *, progress: Progress | None = None
+) -> CheckRun:
+    """Check, then write every golden that differs and whose text passed the other checks.
+
+    The results still say what differed before; `CaseResult.written` says what was replaced.
+    """
+    run = check_cases(root, names, propose=True, progress=progress)
+    results: list[CaseResult] = []
+    for result in run.results:
+        if result.comparison is not None and not result.same and not result.problems:
+            snapshot.accept(result.comparison.path)
+            result = replace(result, written=True)
+        results.append(result)
+    return replace(run, results=tuple(results))
+
+
+def update_command(result: CaseResult, root: Path) -> str:
+    """What to type to accept what ``result``'s case emits now."""
+    default = default_root()
+    where = (
+        ""
+        if default is not None and default.resolve() == root.resolve()
+        else f" --root {shown(root)}"
+    )
+    return f"piecework golden update {result.case.name}{where}"
+
+
+def default_root() -> Path | None:
+    """``golden/cases`` in the working folder, else that of an editable installation, else None."""
+    for base in (Path.cwd(), Path(__file__).parent.parent):
+        root = base / "golden" / "cases"
+        if root.is_dir():
+            return root
+    return None
+
+
+def shown(path: Path) -> str:
+    """``path`` relative to the working folder if it lies below it."""
+    absolute = path if path.is_absolute() else Path.cwd() / path
+    try:
+        return str(absolute.relative_to(Path.cwd()))
+    except ValueError:
+        return os.fspath(path)
+
+
+def _first_difference(here: str, there: str) -> str:
+    for number, (left, right) in enumerate(
+        zip(here.splitlines(), there.splitlines(), strict=False), 1
+    ):
+        if left != right:
+            return f"line {number} is {left.strip()!a} here and {right.strip()!a} there"
+    return f"{len(here.splitlines())} lines here, {len(there.splitlines())} there: {there[:200]!a}"

@@ -1,0 +1,45 @@
+"""A difference as lines for a terminal. In: a `SourceDiff`. Out: styled lines; where nothing is a terminal they come out plain.
+
+Nothing is printed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from piecework.golden.changes import COSMETIC, GROUPS
+from piecework.golden.diff import SourceDiff
+from rich.text import Text
+
+_MARK_STYLES = {"+": "bold cyan", "-": "bold yellow", "~": "bold magenta"}
+
+
+def summary_lines(diff: SourceDiff) -> Iterator[Text]:
+    """The semantic difference: one heading per group, one line per change."""
+    yield Text(diff.headline, style="bold")
+    for group, changes in diff.by_group().items():
+        style = "dim" if group in COSMETIC else ""
+        yield Text(f"  {GROUPS[group]}", style=f"{style} underline".strip())
+        for change in changes:
+            line = Text("    ", style=style)
+            line.append(change.mark, style=_MARK_STYLES.get(change.mark, "bold"))
+            line.append(f" {change.function}: " if change.function else " ")
+            line.append(change.message)
+            if change.lines:
+                line.append(f"  ({change.lines})", style="dim")
+            yield line
+
+
+def unified_lines(diff: SourceDiff, before: str, after: str, context: int = 3) -> Iterator[Text]:
+    """The textual difference in the unified format."""
+    for line in diff.unified(before, after, context).splitlines():
+        if line.startswith(("---", "+++")):
+            yield Text(line, style="bold")
+        elif line.startswith("@@"):
+            yield Text(line, style="dim")
+        elif line.startswith("+"):
+            yield Text(line, style="cyan")
+        elif line.startswith("-"):
+            yield Text(line, style="yellow")
+        else:
+            yield Text(line)

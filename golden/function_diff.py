@@ -1,0 +1,339 @@
+"""How one emitted function became another. In: two `FunctionOutline`s with their canons. Out: the paired statements and the changes.
+
+Values that only got another name are followed through, so that one renaming is one line and not fifty. Text is never compared.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from piecework.golden.align import Join, Pairs, align, find_joins
+from piecework.golden.canonical import Canon
+from piecework.golden.changes import Change
+from piecework.golden.liveness_diff import liveness_changes
+from piecework.golden.outline import FunctionOutline, Parameter, Step
+
+_NOUN = {"piece": "piece", "inlined": "call outside the pieces", "call": "statement"}
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionDiff:
+    """``pairs`` are positions of statements; ``merges`` have their whole after, ``splits`` have it before.
+
+    ``certain`` is False if values cannot be followed by their names (one is bound twice, or two became one); then equal
+    statements do not prove equal functions.
+    """
+
+    pairs: Pairs
+    merges: tuple[Join, ...]
+    splits: tuple[Join, ...]
+    changes: tuple[Change, ...]
+    certain: bool
+
+
+def compare_functions(
+    before: FunctionOutline, after: FunctionOutline, canon: Canon, canon_after: Canon, scope: str
+) -> FunctionDiff:
+    """Compare two functions; ``canon`` already maps the module-level names of the first to those of the second."""
+    return _FunctionComparison(before, after, canon, canon_after, scope).run()
+
+
+@dataclass(slots=True)
+class _FunctionComparison:
+    before: FunctionOutline
+    after: FunctionOutline
+    canon: Canon
+    canon_after: Canon
+    scope: str
+    pairs: Pairs = field(default_factory=list)
+    renamed: dict[str, str] = field(default_factory=dict)
+
+    def run(self) -> FunctionDiff:
+        signature = list(self._signature())
+        self._rename(self.renamed)
+        after_marks = [self.canon_after.mark(step) for step in self.after.steps]
+        self.pairs = align([self.canon.mark(step) for step in self.before.steps], after_marks)
+        self._follow_results()
+        before_marks = [self.canon.mark(step) for step in self.before.steps]
+        merges = find_joins(before_marks, after_marks, self.pairs)
+        splits = find_joins(after_marks, before_marks, sorted((j, i) for i, j in self.pairs))
+        changes = [
+            *signature,
+            *self._joins(merges, splits),
+            *self._unpaired(merges, splits),
+            *(change for i, j in self.pairs for change in self._pair(i, j, merges, splits)),
+            *self._renumbered(),
+            *liveness_changes(self.before, self.after, self.pairs, self.canon.name, self.scope),
+            *self._renamed_values(),
+            *self._comments(),
+        ]
+        return FunctionDiff(
+            self.pairs, tuple(merges), tuple(splits), tuple(changes), self._certain()
+        )
+
+    def _rename(self, more: dict[str, str]) -> None:
+        self.canon = replace(self.canon, rename={**self.canon.rename, **more})
+
+    def _change(
+        self, group: str, kind: str, message: str, before: Step | None, after: Step | None
+    ) -> Change:
+        return Change(
+            group,
+            kind,
+            message,
+            self.scope,
+            before.line if before is not None else None,
+            after.line if after is not None else None,
+        )
+
+    def _certain(self) -> bool:
+        bound = [_bound(function) for function in (self.before, self.after)]
+        names = [self.canon.name(name) for name in bound[0]]
+        return all(len(set(each)) == len(each) for each in (*bound, names))
+
+    # --- signature -------------------------------------------------------------------------------
+
+    def _signature(self) -> Iterator[Change]:
+        old = {p.name: p for p in self.before.parameters}
+        new = {p.name: p for p in self.after.parameters}
+        lines = (self.before.line, self.after.line)
+        removed = [p for p in self.before.parameters if p.name not in new]
+        added = [p for p in self.after.parameters if p.name not in old]
+        for old_parameter, new_parameter in self._renamed_parameters(removed, added):
+            removed.remove(old_parameter)
+            added.remove(new_parameter)
+            self.renamed[old_parameter.name] = new_parameter.name
+            message = f"parameter {old_parameter.name} is now called {new_parameter.name}"
+            yield Change("signature", "changed", message, self.scope, *lines)
+        for parameter in removed:
+            message = f"parameter {parameter.text} is gone"
+            yield Change("signature", "removed", message, self.scope, *lines)
+        for parameter in added:
+            yield Change("signature", "added", f"parameter {parameter.text}", self.scope, *lines)
+        for name in old.keys() & new.keys():
+            if (old[name].kind, old[name].default) != (new[name].kind, new[name].default):
+                message = f"parameter {old[name].text} is now {_described(new[name])}"
+                yield Change("signature", "changed", message, self.scope, *lines)
+        if (self.before.name, self.before.extras) != (self.after.name, self.after.extras):
+            old_head, new_head = _head(self.before), _head(self.after)
+            if self.scope == "" or self.before.extras != self.after.extras:
+                message = f"{old_head} is now {new_head}"
+                yield Change("signature", "changed", message, self.scope, *lines)
+        kept_before = [p.name for p in self.before.parameters if p.name in new]
+        kept_after = [p.name for p in self.after.parameters if p.name in old]
+        if kept_before != kept_after:
+            message = f"parameters are in another order: {', '.join(kept_after)}"
+            yield Change("signature", "moved", message, self.scope, *lines)
+
+    def _renamed_parameters(
+        self, removed: list[Parameter], added: list[Parameter]
+    ) -> list[tuple[Parameter, Parameter]]:
+        """Parameters at one position among those without a partner, alike in everything but the name."""
+        old_at = {p.name: i for i, p in enumerate(self.before.parameters)}
+        new_at = {p.name: i for i, p in enumerate(self.after.parameters)}
+        if len(removed) != len(added):
+            return []
+        return [
+            (old, new)
+            for old, new in zip(removed, added, strict=True)
+            if (old.kind, old.default) == (new.kind, new.default)
+            and old_at[old.name] == new_at[new.name]
+        ]
+
+    # --- values ------------------------------------------------------------------------------------
+
+    def _follow_results(self) -> None:
+        """Learn which value became which from the statements that were paired."""
+        found: dict[str, str] = {}
+        for i, j in self.pairs:
+            old, new = self.before.steps[i].results, self.after.steps[j].results
+            if len(old) == len(new) and set(old) != set(new):
+                found.update(zip(old, new, strict=True))
+            else:
+                found.update({name: name for name in old if name in new})
+        self.renamed = {**self.renamed, **{k: v for k, v in found.items() if k != v}}
+        self._rename(found)
+
+    def _renamed_values(self) -> Iterator[Change]:
+        parameters = {p.name for p in self.before.parameters}
+        values = {k: v for k, v in self.renamed.items() if k not in parameters}
+        if values:
+            shown = ", ".join(f"{old} → {new}" for old, new in list(values.items())[:6])
+            more = f" and {len(values) - 6} more" if len(values) > 6 else ""
+            message = f"{_count(len(values), 'value')} renamed: {shown}{more}"
+            yield Change("names", "changed", message, self.scope)
+
+    # --- statements ----------------------------------------------------------------------------------
+
+    def _joins(self, merges: list[Join], splits: list[Join]) -> Iterator[Change]:
+        for join in merges:
+            parts = [self.before.steps[i] for i in join.parts]
+            whole = self.after.steps[join.whole]
+            message = f"{_listed(parts)} became one: {whole.callee}"
+            yield self._change("pieces", "merged", message, parts[0], whole)
+        for join in splits:
+            parts = [self.after.steps[j] for j in join.parts]
+            whole = self.before.steps[join.whole]
+            message = f"{whole.callee} became {len(parts)}: {_listed(parts)}"
+            yield self._change("pieces", "split", message, whole, parts[0])
+
+    def _unpaired(self, merges: list[Join], splits: list[Join]) -> Iterator[Change]:
+        gone = [i for i in range(len(self.before.steps)) if i not in {i for i, _ in self.pairs}]
+        new = [j for j in range(len(self.after.steps)) if j not in {j for _, j in self.pairs}]
+        gone = [i for i in gone if not any(i in join.parts for join in merges)]
+        new = [j for j in new if not any(j in join.parts for join in splits)]
+        for i in gone:
+            step = self.before.steps[i]
+            moved = next((j for j in new if self._same(step, self.after.steps[j])), None)
+            if moved is not None:
+                new.remove(moved)
+                message = f"{label(step)} runs at another place"
+                yield self._change(_group(step), "moved", message, step, self.after.steps[moved])
+            else:
+                message = f"{_NOUN.get(step.kind, 'statement')} {label(step)} is gone"
+                yield self._change(_group(step), "removed", message, step, None)
+        for j in new:
+            step = self.after.steps[j]
+            message = f"{_NOUN.get(step.kind, 'statement')} {label(step)}"
+            yield self._change(_group(step), "added", message, None, step)
+
+    def _same(self, before: Step, after: Step) -> bool:
+        old, new = self.canon.mark(before), self.canon_after.mark(after)
+        return (old.kind, old.callee, old.reads, old.binds) == (
+            new.kind,
+            new.callee,
+            new.reads,
+            new.binds,
+        )
+
+    def _pair(self, i: int, j: int, merges: list[Join], splits: list[Join]) -> Iterator[Change]:
+        before, after = self.before.steps[i], self.after.steps[j]
+        joined = any(i in m.parts for m in merges) or any(j in s.parts for s in splits)
+        if before.kind == "other" and before.text != after.text:
+            message = f"{before.text.partition(chr(10))[0]} reads differently"
+            yield self._change("calls", "changed", message, before, after)
+        elif before.kind != "piece" and self.canon.callee(before) != after.callee:
+            message = f"{label(after)} calls {after.callee} and not {before.callee}"
+            yield self._change("calls", "changed", message, before, after)
+        if joined:
+            return  # said with the merge
+        yield from self._results(before, after)
+        yield from self._arguments(before, after)
+
+    def _results(self, before: Step, after: Step) -> Iterator[Change]:
+        old, new = self.canon.results(before), after.results
+        if (old, before.unpack) == (new, after.unpack):
+            return
+        group = "pieces" if after.kind == "piece" else "calls"
+        if set(old) == set(new) and before.unpack == after.unpack:
+            message = f"{label(after)} gives its results in another order: {', '.join(new)}"
+        else:
+            message = f"{label(after)} gives {_values(new, after.unpack)} and not {_values(old, before.unpack)}"
+        yield self._change(group, "changed", message, before, after)
+
+    def _arguments(self, before: Step, after: Step) -> Iterator[Change]:
+        old, new = self.canon.arguments(before), self.canon_after.arguments(after)
+        if old == new:
+            return
+        group = "signature" if after.kind == "return" else "arguments"
+        who = "the result" if after.kind == "return" else label(after)
+        if len(old) == len(new):
+            if sorted(old) == sorted(new) and len(old) > 1:
+                message = f"{who}: the same arguments in another order: {', '.join(new)}"
+                yield self._change(group, "moved", message, before, after)
+                return
+            for number, (left, right) in enumerate(zip(old, new, strict=True)):
+                if left != right:
+                    place = "" if after.kind == "return" else f" argument {number}"
+                    message = f"{who}:{place} {left} → {right}"
+                    yield self._change(group, "changed", message, before, after)
+            return
+        removed, added = Counter(old) - Counter(new), Counter(new) - Counter(old)
+        parts = [f"no longer takes {', '.join(removed.elements())}"] if removed else []
+        parts += [f"now takes {', '.join(added.elements())}"] if added else []
+        yield self._change(group, "changed", f"{who} {' and '.join(parts)}", before, after)
+
+    # --- what only counts or comments ------------------------------------------------------------------
+
+    def _renumbered(self) -> Iterator[Change]:
+        """Other submodule names of paired pieces: a renumbering if the order is kept, else other code runs."""
+        pieces = [
+            (self.before.steps[i], self.after.steps[j])
+            for i, j in self.pairs
+            if self.before.steps[i].kind == "piece"
+        ]
+        other = [(old, new) for old, new in pieces if old.callee != new.callee]
+        if not other:
+            return
+        mapping: dict[str, set[str]] = {}
+        for old, new in pieces:
+            mapping.setdefault(old.callee, set()).add(new.callee)
+        one_to_one = all(len(found) == 1 for found in mapping.values())
+        targets = [next(iter(found)) for found in mapping.values()]
+        existed = {step.callee for step in self.before.steps if step.kind == "piece"}
+        kept = {step.callee for step in self.after.steps if step.kind == "piece"}
+        if one_to_one and len(set(targets)) == len(targets) and existed != kept:
+            message = f"{_count(len(other), 'piece')} renumbered: " + ", ".join(
+                f"{old.callee} → {new.callee}" for old, new in other[:6]
+            )
+            message += f" and {len(other) - 6} more" if len(other) > 6 else ""
+            yield Change("names", "changed", message, self.scope)
+            return
+        for old, new in other:
+            message = f"{label(new)} runs where {old.callee} ran"
+            yield self._change("pieces", "changed", message, old, new)
+
+    def _comments(self) -> Iterator[Change]:
+        differ = [
+            (self.before.steps[i], self.after.steps[j])
+            for i, j in self.pairs
+            if self.before.steps[i].comment != self.after.steps[j].comment
+        ]
+        if differ:
+            message = f"comments differ on {_count(len(differ), 'statement')}"
+            yield self._change("provenance", "changed", message, *differ[0])
+
+
+def _bound(function: FunctionOutline) -> list[str]:
+    results = (name for step in function.steps for name in step.results)
+    return [*(p.name for p in function.parameters), *results]
+
+
+def _head(function: FunctionOutline) -> str:
+    return " ".join((function.name, *function.extras))
+
+
+def label(step: Step) -> str:
+    """How a statement is named in a sentence."""
+    if step.kind == "piece":
+        return step.callee
+    if step.kind == "return":
+        return "return"
+    if step.kind == "other":
+        return f"`{step.callee}`"
+    return f"{step.callee} (gives {', '.join(step.results)})" if step.results else step.callee
+
+
+def _group(step: Step) -> str:
+    return {"piece": "pieces"}.get(step.kind, "calls")
+
+
+def _values(names: tuple[str, ...], unpack: bool) -> str:
+    if not names:
+        return "nothing"
+    return f"({', '.join(names)})" if unpack else ", ".join(names)
+
+
+def _described(parameter: Parameter) -> str:
+    return parameter.text + (" (keyword only)" if parameter.kind == "keyword" else "")
+
+
+def _listed(steps: list[Step]) -> str:
+    names = [step.callee for step in steps]
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,144 @@
+"""One golden file and its proposal. In: a path and the text it should have. Out: whether they agree; a proposal lies beside as ``.new``.
+
+In continuous integration nothing is written; elsewhere a golden changes only by `accept` or `write`. Nothing here knows what the text means.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from piecework.errors import UsageError
+
+NEW_SUFFIX = ".new"
+STORE_NAME = "__stitched__"
+_SKIPPED = frozenset({"node_modules", "site-packages", "build", "dist"})
+
+
+class State(Enum):
+    """How a golden compares with what was emitted."""
+
+    SAME = "same"
+    CHANGED = "changed"
+    MISSING = "missing"
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """``before`` is "" where there is no golden yet."""
+
+    path: Path
+    state: State
+    before: str
+    after: str
+
+    @property
+    def proposal(self) -> Path:
+        return proposal_of(self.path)
+
+
+def proposal_of(golden: Path) -> Path:
+    """Where a proposal for ``golden`` lies."""
+    return golden.with_name(golden.name + NEW_SUFFIX)
+
+
+def in_ci(environment: Mapping[str, str] = os.environ) -> bool:
+    """True where nothing may be written: the variable CI is set, as every CI service does."""
+    return environment.get("CI", "").strip().lower() not in ("", "0", "false", "no")
+
+
+def compare(path: Path, text: str) -> Comparison:
+    """Compare the golden at ``path`` with ``text``; nothing is written."""
+    try:
+        before = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return Comparison(path, State.MISSING, "", text)
+    except UnicodeDecodeError:
+        before = path.read_text(encoding="utf-8", errors="replace")
+    return Comparison(path, State.SAME if before == text else State.CHANGED, before, text)
+
+
+def propose(comparison: Comparison) -> Path | None:
+    """Leave the emitted text beside a golden that differs; remove a proposal that is out of date.
+
+    Returns:
+        The proposal, or None if the texts are equal.
+    """
+    if comparison.state is State.SAME:
+        comparison.proposal.unlink(missing_ok=True)
+        return None
+    write(comparison.proposal, comparison.after)
+    return comparison.proposal
+
+
+def write(path: Path, text: str) -> None:
+    """Replace ``path`` in one step, so that an interrupted run leaves the old or the new text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8", newline="\n")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def accept(golden: Path) -> None:
+    """Make the proposal for ``golden`` the golden.
+
+    Raises:
+        UsageError: there is no proposal.
+    """
+    proposal = _existing(golden)
+    proposal.replace(golden)
+
+
+def reject(golden: Path) -> None:
+    """Delete the proposal for ``golden``.
+
+    Raises:
+        UsageError: there is no proposal.
+    """
+    _existing(golden).unlink()
+
+
+def _existing(golden: Path) -> Path:
+    proposal = proposal_of(golden)
+    if not proposal.is_file():
+        raise UsageError(
+            "there is no proposal to accept or reject",
+            where=str(proposal),
+            hint="run the check again; it leaves one for each golden that differs",
+        )
+    return proposal
+
+
+def pending(places: Iterable[Path]) -> list[Path]:
+    """Goldens with a proposal under ``places``: of cases, and of tests in folders named ``__stitched__``."""
+    found = {golden for place in places for golden in _pending_under(place)}
+    return sorted(found)
+
+
+def _pending_under(place: Path) -> Iterator[Path]:
+    if place.is_file():
+        yield from [golden_of(place)] if place.suffix == NEW_SUFFIX else []
+        return
+    for folder, subfolders, files in os.walk(place):
+        subfolders[:] = sorted(
+            name for name in subfolders if not name.startswith(".") and name not in _SKIPPED
+        )
+        in_store = STORE_NAME in Path(folder).parts
+        for name in files:
+            if name.endswith(f".py{NEW_SUFFIX}") and (
+                in_store or name == f"expected.py{NEW_SUFFIX}"
+            ):
+                yield golden_of(Path(folder) / name)
+
+
+def golden_of(proposal: Path) -> Path:
+    """The golden that ``proposal`` is for; a path without the suffix is the golden itself."""
+    if proposal.suffix == NEW_SUFFIX:
+        return proposal.with_name(proposal.name[: -len(NEW_SUFFIX)])
+    return proposal
