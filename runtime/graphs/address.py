@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from piecework.errors import ConfigError, StaticGraphError
@@ -62,30 +62,40 @@ class AddressPolicy(enum.Enum):
 class Placement:
     """Where one tensor is and how it is laid out; equal placements mean a replay reads the right memory.
 
-    A tensor without elements has no address.
+    A tensor without elements has no address. ``turned`` tells lazy conjugation and negation.
     """
 
     address: int
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    turned: tuple[bool, bool] = (False, False)
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Placement:
         if not owns_plain_memory(tensor) or tensor.numel() == 0:
             return cls(0, tensor.dtype, tuple(tensor.shape), ())
-        return cls(tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        turned = (tensor.is_conj(), tensor.is_neg())
+        return cls(tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), turned)
+
+    def same_layout(self, other: Placement) -> bool:
+        """Whether only the address differs, if anything does."""
+        return self == replace(other, address=self.address)
 
     def differs(self, other: Placement) -> str | None:
         """What is different, in words, or None."""
         if self == other:
             return None
-        if (self.dtype, self.shape, self.stride) != (other.dtype, other.shape, other.stride):
-            return (
-                f"was {self.dtype} {list(self.shape)} with strides {list(self.stride)}, "
-                f"is {other.dtype} {list(other.shape)} with strides {list(other.stride)}"
-            )
-        return "is at another address"
+        if self.same_layout(other):
+            return "is at another address"
+        return f"was {self.describe()}, is {other.describe()}"
+
+    def describe(self) -> str:
+        """The layout, in words."""
+        bits = [word for word, on in zip(("conjugated", "negated"), self.turned, strict=True) if on]
+        return " ".join(
+            [*bits, f"{self.dtype} {list(self.shape)} with strides {list(self.stride)}"]
+        )
 
 
 @dataclass(frozen=True, slots=True)

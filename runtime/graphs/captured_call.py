@@ -135,6 +135,7 @@ class CapturedCall:
         fresh = [i for i, slot in enumerate(slots) if slot.origin is ValueOrigin.FRESH]
         if fresh and graphs.address_policy is AddressPolicy.EAGER:
             reason = f"{slots[fresh[0]].describe(fresh[0])} enters it"
+            graphs.note_eager(request.name, request.mode, request.descriptor, reason)
             return cls(request, None, None, slots, (), reason), runnable(*args, **kwargs)
         if fresh and graphs.address_policy is AddressPolicy.REFUSE:
             raise _refusal(slots[fresh[0]].describe(fresh[0]), request)
@@ -268,6 +269,4 @@ def _replay_on(graph: StaticGraph, copies: tuple[StagedCopy, ...], leaves: list[
 def _same_layout(slot: InputSlot, leaf: object) -> bool:
     if slot.placement is None or not isinstance(leaf, torch.Tensor):
         return False
-    now = Placement.of(leaf)
-    before = slot.placement
-    return (now.dtype, now.shape, now.stride) == (before.dtype, before.shape, before.stride)
+    return slot.placement.same_layout(Placement.of(leaf))

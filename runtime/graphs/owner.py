@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from piecework.errors import StaticGraphError
 from piecework.runtime.graphs.address import AddressBook, AddressPolicy
 from piecework.runtime.graphs.descriptor import BatchDescriptor
 from piecework.runtime.graphs.mode import CUDAGraphMode
-from piecework.runtime.graphs.platform import platform_for
+from piecework.runtime.graphs.platforms import platform_for
 from piecework.runtime.graphs.static_graph import GraphPlatform, GraphPool, StaticGraph
 
 
@@ -30,6 +30,7 @@ class CaptureRecord:
         descriptor: the batch shape.
         nbytes: what it added to the pool.
         staged_bytes: static buffers for fresh inputs, outside the pool.
+        eager_reason: why this piece runs uncaptured in this shape, if the address policy said so.
     """
 
     name: str
@@ -37,6 +38,7 @@ class CaptureRecord:
     descriptor: BatchDescriptor
     nbytes: int
     staged_bytes: int = 0
+    eager_reason: str | None = None
 
 
 class StaticGraphs:
@@ -45,8 +47,9 @@ class StaticGraphs:
     Args:
         platform: where graphs are captured, or a device to look it up by.
         address_policy: what becomes of fresh tensors that enter a captured piece.
-        lazy: allow captures at any time until ``close()``; otherwise only inside ``capturing()``.
+        lazy: allow captures at any time, until capturing is closed; otherwise only inside ``capturing()``.
         check_addresses: check the inputs of every replay, not only of the first (debugging).
+        on_capture: called with the record of each capture, for counters and progress.
 
     Example:
         >>> graphs = StaticGraphs("cpu")
@@ -62,6 +65,7 @@ class StaticGraphs:
         address_policy: AddressPolicy | str = AddressPolicy.COPY,
         lazy: bool = False,
         check_addresses: bool = False,
+        on_capture: Callable[[CaptureRecord], None] | None = None,
     ) -> None:
         known = isinstance(platform, (str, torch.device))
         self.platform: GraphPlatform = platform_for(platform) if known else platform
@@ -70,6 +74,7 @@ class StaticGraphs:
         self.address_policy = AddressPolicy.parse(address_policy)
         self.check_addresses = check_addresses
         self.records: list[CaptureRecord] = []
+        self._on_capture = on_capture
         self.capture_lock = threading.RLock()
         self._open = lazy
         self._busy_with: str | None = None
@@ -90,9 +95,9 @@ class StaticGraphs:
         finally:
             self._open = False
 
-    def close(self) -> None:
-        """End a lazy capture phase."""
-        self._open = False
+    def allow_capturing(self, allowed: bool) -> None:
+        """Allow captures at any time, or close a lazy capture phase."""
+        self._open = allowed
 
     def require_open(self, mode: CUDAGraphMode, where: str) -> None:
         """Check that capturing is allowed now.
@@ -136,7 +141,16 @@ class StaticGraphs:
             finally:
                 self._busy_with = None
             added = self.pool.nbytes - before
-            self.records.append(CaptureRecord(name, mode, descriptor, added, staged_bytes))
+            record = CaptureRecord(name, mode, descriptor, added, staged_bytes)
+            self.records.append(record)
+            if self._on_capture is not None:
+                self._on_capture(record)
+
+    def note_eager(
+        self, name: str, mode: CUDAGraphMode, descriptor: BatchDescriptor, reason: str
+    ) -> None:
+        """Record that a piece runs uncaptured in this shape."""
+        self.records.append(CaptureRecord(name, mode, descriptor, 0, 0, reason))
 
     @property
     def nbytes(self) -> int:

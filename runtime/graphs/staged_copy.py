@@ -33,6 +33,8 @@ class _Member:
             and now.shape == static.shape
             and now.stride() == static.stride()
             and now.dtype == static.dtype
+            and now.is_conj() == static.is_conj()
+            and now.is_neg() == static.is_neg()
         ):
             return now
         what = f"{now.dtype} {list(now.shape)}" if isinstance(now, torch.Tensor) else repr(now)

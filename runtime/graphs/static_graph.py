@@ -1,6 +1,6 @@
 """What a static graph is: in, a callable and its inputs, once; out, a replay that reads and writes the same memory every time.
 
-This module only states the contract; ``cuda`` and ``cpu`` keep it, and ``platform`` picks one by device.
+This module only states the contract; ``cuda`` and ``cpu`` keep it, and ``platforms`` picks one by device.
 """
 
 from __future__ import annotations

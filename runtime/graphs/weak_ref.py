@@ -32,12 +32,8 @@ def weak_ref_tensor(tensor: torch.Tensor) -> torch.Tensor:
             tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
         )
     storage = tensor.untyped_storage()
-    weak = view_of_storage(
-        storage_at(storage.data_ptr(), tensor.device, storage.nbytes()), like=tensor
-    )
-    if tensor.is_conj():
-        weak = weak.conj()
-    return negative_view(weak) if tensor.is_neg() else weak
+    unowned = storage_at(storage.data_ptr(), tensor.device, storage.nbytes())
+    return view_of_storage(unowned, like=tensor)
 
 
 def weak_ref_tensors(tree: object) -> object:
@@ -63,18 +59,16 @@ def owns_plain_memory(tensor: torch.Tensor) -> bool:
 def view_of_storage(
     storage: torch.UntypedStorage, *, like: torch.Tensor, byte_shift: int = 0
 ) -> torch.Tensor:
-    """A tensor with the shape, strides and dtype of ``like`` over ``storage``.
+    """A tensor with the shape, strides, dtype and lazy conjugation of ``like`` over ``storage``.
 
     Args:
         storage: where the elements are.
         like: gives everything but the memory.
         byte_shift: how many bytes earlier the elements lie than in the storage of ``like``.
     """
-    offset = tensor_offset(like, byte_shift)
+    offset = like.storage_offset() - byte_shift // like.element_size()
     base = torch.empty(0, dtype=like.dtype, device=like.device)
-    return base.set_(storage, offset, like.shape, like.stride())
-
-
-def tensor_offset(tensor: torch.Tensor, byte_shift: int) -> int:
-    """The storage offset of ``tensor``, in elements, once its storage starts ``byte_shift`` bytes later."""
-    return tensor.storage_offset() - byte_shift // tensor.element_size()
+    view = base.set_(storage, offset, like.shape, like.stride())
+    if like.is_conj():
+        view = view.conj()
+    return negative_view(view) if like.is_neg() else view

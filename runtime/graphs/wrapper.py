@@ -5,6 +5,7 @@ It never picks the mode or the descriptor: the dispatcher does, and the context 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,6 +18,8 @@ from piecework.runtime.graphs.descriptor import BatchDescriptor
 from piecework.runtime.graphs.mode import CUDAGraphMode
 from piecework.runtime.graphs.owner import GraphHolder, StaticGraphs
 from piecework.runtime.torch_compat import flatten_tree
+
+_log = logging.getLogger(__name__)
 
 
 class GraphSettings(Protocol):
@@ -34,19 +37,17 @@ class CUDAGraphOptions:
     """How one wrapper captures.
 
     Attributes:
-        debug_log_enable: report each capture of this wrapper to ``on_capture``.
+        debug_log_enable: log each capture of this wrapper.
         gc_disable: don't collect garbage before capturing; only the first piece of a forward needs to.
         weak_ref_output: let go of the output inside the capture; right for the last piece, whose output
             no other piece reads.
         mutated_args: leaves of the arguments that the callable changes in place.
-        on_capture: called with the request after a capture, for progress and counters.
     """
 
     debug_log_enable: bool = True
     gc_disable: bool = False
     weak_ref_output: bool = False
     mutated_args: frozenset[int] = frozenset()
-    on_capture: Callable[[CaptureRequest], None] | None = None
 
 
 @dataclass(slots=True)
@@ -170,8 +171,8 @@ class CUDAGraphWrapper(GraphHolder):
             mutated_args=options.mutated_args,
         )
         entry.call, output = CapturedCall.make(self.runnable, args, kwargs, request, graphs)
-        if options.debug_log_enable and options.on_capture is not None:
-            options.on_capture(request)
+        if options.debug_log_enable:
+            _log.debug("captured %s", request.where)
         return output
 
     def _owner(self, args: tuple[object, ...], kwargs: dict[str, object]) -> StaticGraphs:

@@ -1,0 +1,429 @@
+"""Address safety: who owns what, the three policies, and everything that makes a replay read stale memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from piecework.errors import ConfigError, StaticGraphError
+from piecework.runtime.forward_context import set_forward_context
+from piecework.runtime.graphs.address import AddressBook, AddressPolicy, ValueOrigin
+from piecework.runtime.graphs.capture import frozen_garbage
+from piecework.runtime.graphs.captured_call import CapturedCall, CaptureRequest
+from piecework.runtime.graphs.descriptor import BatchDescriptor
+from piecework.runtime.graphs.mode import CUDAGraphMode
+from piecework.runtime.graphs.owner import StaticGraphs
+from piecework.runtime.graphs.weak_ref import view_of_storage
+from piecework.runtime.graphs.wrapper import CUDAGraphWrapper
+
+PIECEWISE = CUDAGraphMode.PIECEWISE
+DESCRIPTOR = BatchDescriptor(4)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imports_are_no_garbage():
+    """Captures collect garbage; without this each would walk through all of torch."""
+    with frozen_garbage():
+        yield
+
+
+def request(**options):
+    return CaptureRequest("submod_2", PIECEWISE, DESCRIPTOR, **options)
+
+
+def captured(runnable, *args, graphs=None, policy="copy", **options):
+    """A captured call with nothing vouched for, and the owner."""
+    graphs = graphs or StaticGraphs("cpu", address_policy=policy)
+    graphs.allow_capturing(True)
+    call, _ = CapturedCall.make(runnable, args, {}, request(**options), graphs)
+    graphs.allow_capturing(False)
+    return call
+
+
+# --- who owns what ---------------------------------------------------------------------------------
+
+
+def test_classes():
+    book = AddressBook()
+    weight, buffer, out, piece, fresh = (torch.ones(8) for _ in range(5))
+    book.register_weights({"w": weight})
+    book.register_persistent("ids", buffer)
+    book.register_persistent("attn", out, ValueOrigin.OUT_BUFFER)
+    book.register_captured("submod_0", [piece], DESCRIPTOR)
+    table = [
+        (weight, ValueOrigin.WEIGHT, "w"),
+        (weight[2:], ValueOrigin.WEIGHT, "w"),
+        (buffer.view(2, 4), ValueOrigin.PERSISTENT, "ids"),
+        (out, ValueOrigin.OUT_BUFFER, "attn"),
+        (piece[:3], ValueOrigin.CAPTURED, "submod_0"),
+        (fresh, ValueOrigin.FRESH, None),
+        (weight + 0, ValueOrigin.FRESH, None),
+        (torch.eye(2).to_sparse(), ValueOrigin.FRESH, None),
+    ]
+    for tensor, origin, name in table:
+        assert book.classify(tensor, DESCRIPTOR) is origin
+        assert book.name_of(tensor, DESCRIPTOR) == name
+        assert origin.stays is (origin is not ValueOrigin.FRESH)
+    # An output of one descriptor's capture is nobody's at another one's.
+    assert book.classify(piece, BatchDescriptor(8)) is ValueOrigin.FRESH
+    assert book.classify(piece) is ValueOrigin.FRESH
+    book.forget_captured(DESCRIPTOR)
+    assert book.classify(piece, DESCRIPTOR) is ValueOrigin.FRESH
+
+
+def test_registered_memory_is_held():
+    book = AddressBook()
+    weight = torch.ones(8)
+    address = weight.data_ptr()
+    book.register_weights({"w": weight})
+    del weight
+    others = [torch.ones(8) for _ in range(50)]
+    assert all(other.data_ptr() != address for other in others)
+    assert all(book.classify(other) is ValueOrigin.FRESH for other in others)
+
+
+def test_tied_weights_and_weights_that_are_replaced():
+    book = AddressBook()
+    one, two = torch.ones(4), torch.ones(4)
+    book.register_weights({"embed": one, "head": one, "norm": two})
+    assert book.changed_weights({"embed": one, "head": one, "norm": two}) == []
+    book.register_weights({"embed": two})
+    assert book.name_of(one) == "head"
+    assert book.changed_weights({"embed": two, "head": one, "norm": two}) == []
+
+
+def test_a_sparse_buffer_is_refused():
+    with pytest.raises(StaticGraphError, match=r"must be dense memory.*\(ids\)"):
+        AddressBook().register_persistent("ids", torch.eye(2).to_sparse())
+
+
+@pytest.mark.parametrize("value", ["refuse", "REFUSE", AddressPolicy.REFUSE])
+def test_policy_names(value):
+    assert AddressPolicy.parse(value) is AddressPolicy.REFUSE
+
+
+def test_a_bad_policy_lists_the_names():
+    with pytest.raises(ConfigError, match="use one of copy, refuse, eager"):
+        StaticGraphs("cpu", address_policy="hope")
+
+
+# --- the case that breaks the prior art ------------------------------------------------------------
+
+
+class Stitched:
+    """Two captured pieces with an attention between them that returns a new tensor every time."""
+
+    def __init__(self, policy, attention):
+        self.graphs = StaticGraphs("cpu", address_policy=policy)
+        self.ids = torch.zeros(4)
+        self.graphs.addresses.register_persistent("ids", self.ids)
+        self.attention = attention
+        self.before = CUDAGraphWrapper(
+            lambda x: x + 1, None, PIECEWISE, graphs=self.graphs, name="submod_0"
+        )
+        self.after = CUDAGraphWrapper(
+            lambda x: x * 10, None, PIECEWISE, graphs=self.graphs, name="submod_2"
+        )
+        self.keep = []
+
+    def __call__(self):
+        with set_forward_context(cudagraph_runtime_mode=PIECEWISE, batch_descriptor=DESCRIPTOR):
+            return self.after(self.attention(self.before(self.ids)))
+
+    def fresh(self, x):
+        # Kept alive, so that the allocator can't give the same address again by luck.
+        self.keep.append(x + 0.5)
+        return self.keep[-1]
+
+
+@pytest.mark.parametrize("policy", ["copy", "eager"])
+def test_a_splitting_op_with_fresh_outputs(policy):
+    model = Stitched(policy, None)
+    model.attention = model.fresh
+    with model.graphs.capturing():
+        assert model().tolist() == [15.0] * 4
+    for value in (1.0, 2.0, 3.0):
+        model.ids.fill_(value)
+        assert model().tolist() == [(value + 1.5) * 10] * 4
+    eager = [record for record in model.graphs.records if record.eager_reason]
+    if policy == "eager":
+        assert [(r.name, r.eager_reason) for r in eager] == [
+            ("submod_2", "argument 0 (fresh tensor) enters it")
+        ]
+    else:
+        assert eager == []
+        assert model.graphs.records[1].staged_bytes == 16
+
+
+def test_a_splitting_op_with_fresh_outputs_refused():
+    model = Stitched("refuse", None)
+    model.attention = model.fresh
+    with model.graphs.capturing(), pytest.raises(StaticGraphError) as error:
+        model()
+    text = str(error.value)
+    assert "argument 0 (fresh tensor) enters a captured piece" in text
+    assert "submod_2, PIECEWISE tokens=4" in text
+    assert "out-buffer" in text
+
+
+@pytest.mark.parametrize("policy", ["copy", "refuse", "eager"])
+def test_a_splitting_op_with_an_out_buffer_needs_no_policy(policy):
+    model = Stitched(policy, None)
+    buffer = torch.empty(4)
+    model.graphs.addresses.register_persistent("attn", buffer, ValueOrigin.OUT_BUFFER)
+    model.attention = lambda x: buffer.copy_(x + 0.5)
+    with model.graphs.capturing():
+        model()
+    model.ids.fill_(2)
+    assert model().tolist() == [35.0] * 4
+    assert all(r.staged_bytes == 0 and r.eager_reason is None for r in model.graphs.records)
+
+
+@pytest.mark.parametrize("policy", ["copy", "refuse", "eager"])
+def test_a_splitting_op_that_works_in_place_needs_no_policy(policy):
+    model = Stitched(policy, lambda x: x.mul_(2))
+    with model.graphs.capturing():
+        model()
+    model.ids.fill_(2)
+    assert model().tolist() == [60.0] * 4
+    assert all(r.staged_bytes == 0 and r.eager_reason is None for r in model.graphs.records)
+
+
+# --- the first replay checks -----------------------------------------------------------------------
+
+
+def vouched(*tensors):
+    graphs = StaticGraphs("cpu", address_policy="refuse")
+    for index, tensor in enumerate(tensors):
+        graphs.addresses.register_persistent(f"buffer {index}", tensor)
+    return graphs
+
+
+def test_a_moved_buffer_is_caught_at_the_first_replay():
+    x = torch.zeros(4)
+    call = captured(lambda x: x + 1, x, graphs=vouched(x))
+    with pytest.raises(StaticGraphError) as error:
+        call(None, (x.clone(),), {})
+    text = str(error.value)
+    assert "argument 0 (persistent buffer 'buffer 0') is at another address" in text
+    assert "submod_2, PIECEWISE tokens=4" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x[1:], r"was torch.float32 \[8\].* is torch.float32 \[7\]"),
+        (lambda x: x.view(2, 4), r"is torch.float32 \[2, 4\]"),
+        (lambda x: x.view(torch.int32), "is torch.int32"),
+        (lambda x: x[::2], r"with strides \[2\]"),
+        (lambda x: 3, "was a tensor, is a int"),
+    ],
+)
+def test_a_buffer_seen_differently_is_caught(change, message):
+    x = torch.zeros(8)
+    call = captured(lambda x: x + 1, x, graphs=vouched(x))
+    with pytest.raises(StaticGraphError, match=message):
+        call(None, (change(x),), {})
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        (4, 4, True),
+        (4, 5, False),
+        ("a", "a", True),
+        (None, None, True),
+        (1, True, False),
+        (4, None, False),
+    ],
+)
+def test_python_values_are_part_of_the_capture(first, second, same):
+    x = torch.zeros(2)
+    call = captured(lambda x, n: x + 1, x, first, graphs=vouched(x))
+    if same:
+        assert call(None, (x, second), {}).tolist() == [1.0, 1.0]
+    else:
+        with pytest.raises(StaticGraphError, match=r"argument 1 was .*, is"):
+            call(None, (x, second), {})
+
+
+def test_another_number_of_arguments_is_caught():
+    x = torch.zeros(2)
+    call = captured(lambda x: x + 1, x, graphs=vouched(x))
+    with pytest.raises(StaticGraphError, match="captured with 1 arguments, called with 2"):
+        call(None, (x, x), {})
+
+
+def test_only_the_first_replay_checks_unless_told_otherwise():
+    x, other = torch.zeros(2), torch.full((2,), 5.0)
+    for always in (False, True):
+        graphs = StaticGraphs("cpu", check_addresses=always)
+        graphs.addresses.register_persistent("x", x)
+        graphs.addresses.register_persistent("other", other)
+        call = captured(lambda x: x + 1, x, graphs=graphs)
+        call(None, (x,), {})
+        if always:
+            with pytest.raises(StaticGraphError, match="is at another address"):
+                call(None, (other,), {})
+        else:
+            # As on CUDA: stale, not an error.
+            assert call(None, (other,), {}).tolist() == [1.0, 1.0]
+
+
+# --- weights ---------------------------------------------------------------------------------------
+
+
+def test_weights_replaced_after_capture():
+    layer = torch.nn.Linear(2, 2, bias=False)
+    graphs = StaticGraphs("cpu")
+    x = torch.ones(1, 2)
+    graphs.addresses.register_persistent("x", x)
+    graphs.addresses.register_weights(dict(layer.named_parameters()))
+    call = captured(torch.nn.functional.linear, x, layer.weight, graphs=graphs)
+    with torch.no_grad():
+        layer.weight.fill_(1)
+    graphs.addresses.require_unchanged(dict(layer.named_parameters()))
+    assert call(None, (x, layer.weight), {}).tolist() == [[2.0, 2.0]]
+
+    layer.weight = torch.nn.Parameter(torch.zeros(2, 2))
+    with pytest.raises(
+        StaticGraphError, match="weights changed after capture: weight is at another"
+    ):
+        graphs.addresses.require_unchanged(dict(layer.named_parameters()))
+    layer.weight = torch.nn.Parameter(torch.zeros(3, 2))
+    with pytest.raises(StaticGraphError, match=r"weight was torch.float32 \[2, 2\]"):
+        graphs.addresses.require_unchanged(dict(layer.named_parameters()))
+    with pytest.raises(StaticGraphError, match="weight is gone"):
+        graphs.addresses.require_unchanged({})
+
+
+def test_many_changed_weights_are_counted():
+    book = AddressBook()
+    book.register_weights({f"w{i}": torch.ones(1) for i in range(6)})
+    with pytest.raises(StaticGraphError, match=r"w0 is gone; w1 is gone; w2 is gone and 3 more"):
+        book.require_unchanged({})
+
+
+def test_a_parameter_nobody_registered_is_a_weight():
+    graphs = StaticGraphs("cpu", address_policy="refuse")
+    weight = torch.nn.Parameter(torch.ones(2))
+    call = captured(lambda w: w * 2, weight, graphs=graphs)
+    assert call.slots[0].origin is ValueOrigin.WEIGHT
+    with pytest.raises(StaticGraphError, match=r"weight 'parameter 0'.*is at another address"):
+        call(None, (torch.nn.Parameter(torch.ones(2)),), {})
+
+
+# --- what is staged --------------------------------------------------------------------------------
+
+
+def moved(*tensors):
+    """The same tensors over new memory, sharing and laid out as before."""
+    memory = {t.untyped_storage().data_ptr(): t.untyped_storage().clone() for t in tensors}
+    return tuple(view_of_storage(memory[t.untyped_storage().data_ptr()], like=t) for t in tensors)
+
+
+BASE = torch.arange(24.0)
+LAYOUTS = {
+    "plain": (BASE.clone(),),
+    "transposed": (BASE.view(4, 6).t(),),
+    "offset": (BASE[5:9],),
+    "strided": (BASE[1::3],),
+    "expanded": (BASE[3:4].expand(6),),
+    "overlapping": (BASE.as_strided((5, 4), (2, 1), 3),),
+    "aliasing": (BASE[2:10], BASE[6:14]),
+    "same twice": (BASE[2:4], BASE[2:4]),
+    "two dtypes": (BASE[:4], BASE.view(torch.int32)[2:6]),
+    "scalar": (BASE[7],),
+    "empty": (BASE[:0], BASE[:4]),
+    "negated": (torch.complex(BASE[:4], BASE[4:8]).conj().imag,),
+    "conjugate": (torch.complex(BASE[:4], BASE[4:8]).conj(),),
+    "separate": (BASE[:4].clone(), BASE[4:8].clone()),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_staged_inputs_are_seen_as_they_are(layout):
+    def piece(*tensors):
+        return [t * 2 for t in tensors], [t.stride() for t in tensors]
+
+    tensors = LAYOUTS[layout]
+    call = captured(piece, *tensors)
+    for step in range(3):
+        now = moved(*tensors)
+        for storage in {t.untyped_storage() for t in now}:
+            new = torch.arange(storage.nbytes() // 4).add(step).float()
+            storage.copy_(new.untyped_storage())
+        values, strides = call(None, now, {})
+        for value, tensor in zip(values, now, strict=True):
+            assert torch.equal(value, tensor * 2)
+        assert strides == [t.stride() for t in now]
+
+
+def test_aliasing_inputs_alias_in_the_graph():
+    base = torch.zeros(6)
+
+    def piece(a, b):
+        a.add_(1)
+        return b * 2
+
+    call = captured(piece, base[:4], base[2:])
+    other = torch.zeros(6)
+    assert call(None, (other[:4], other[2:]), {}).tolist() == [2.0, 2.0, 0.0, 0.0]
+
+
+def test_inputs_that_stop_aliasing_are_caught():
+    base = torch.zeros(6)
+    call = captured(lambda a, b: a[:2] + b[:2], base[:4], base[2:])
+    with pytest.raises(StaticGraphError, match="arguments 0, 1 shared memory at capture"):
+        call(None, (torch.zeros(4), torch.zeros(4)), {})
+    again = torch.zeros(8)
+    with pytest.raises(StaticGraphError, match="arguments 0, 1 shared memory at capture"):
+        call(None, (again[:4], again[4:]), {})
+    assert call(None, (again[1:5], again[3:7]), {}).tolist() == [0.0, 0.0]
+
+
+def test_a_staged_input_of_another_shape_is_caught_at_every_replay():
+    call = captured(lambda x: x + 1, torch.zeros(4, 2))
+    call(None, (torch.zeros(4, 2),), {})
+    call(None, (torch.zeros(4, 2),), {})
+    for wrong in (torch.zeros(1, 2), torch.zeros(4, 2, dtype=torch.float64), torch.zeros(2, 4).t()):
+        with pytest.raises(StaticGraphError, match=r"argument 0.*\[4, 2\]"):
+            call(None, (wrong,), {})
+
+
+def test_changes_of_a_staged_input_are_brought_back_where_declared():
+    call = captured(lambda x: x.add_(1), torch.zeros(3), mutated_args=frozenset({0}))
+    x = torch.full((3,), 5.0)
+    call(None, (x,), {})
+    assert x.tolist() == [6.0] * 3
+    call = captured(lambda x: x.add_(1), torch.zeros(8)[::2], mutated_args=frozenset({0}))
+    y = torch.full((8,), 5.0)
+    call(None, (y[::2],), {})
+    assert y.tolist() == [6.0, 5.0] * 4
+
+
+def test_a_sparse_input_can_not_be_staged():
+    with pytest.raises(StaticGraphError, match="argument 0 is not dense memory"):
+        captured(lambda x: x, torch.eye(2).to_sparse())
+
+
+def test_none_and_nested_arguments():
+    x, y = torch.ones(2), torch.ones(2)
+    graphs = StaticGraphs("cpu", lazy=True)
+    call, _ = CapturedCall.make(
+        lambda pair, mask, *, extra: pair["x"] + extra[0],
+        ({"x": x}, None),
+        {"extra": [y, 3]},
+        request(),
+        graphs,
+    )
+    assert call(None, ({"x": x * 4}, None), {"extra": [y * 2, 3]}).tolist() == [6.0, 6.0]
+    with pytest.raises(StaticGraphError):
+        call(None, ({"x": x}, y), {"extra": [y, 3]})
+
+
+def test_a_call_that_was_reset_runs_its_callable():
+    x = torch.zeros(2)
+    call = captured(lambda x: x + 1, x, graphs=vouched(x))
+    call.reset()
+    assert call(lambda x: x + 7, (x,), {}).tolist() == [7.0, 7.0]
+    assert call.eager_reason == "the graph was reset"

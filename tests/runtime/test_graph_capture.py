@@ -1,0 +1,428 @@
+"""The capture phase on a small stitched model: order, warm-ups, interruption, failure, progress, memory, budget."""
+
+from __future__ import annotations
+
+import gc
+import io
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from piecework.errors import StaticGraphError
+from piecework.runtime.dispatch import CudagraphDispatcher
+from piecework.runtime.forward_context import get_forward_context, set_forward_context
+from piecework.runtime.graphs.capture import FailurePolicy, capture_graphs, frozen_garbage
+from piecework.runtime.graphs.descriptor import BatchDescriptor
+from piecework.runtime.graphs.memory import (
+    MemoryModel,
+    choose_within_budget,
+    cost_of,
+    estimate_memory,
+    fit_budget,
+    padding_of,
+)
+from piecework.runtime.graphs.mode import CUDAGraphMode
+from piecework.runtime.graphs.owner import StaticGraphs
+from piecework.runtime.graphs.progress import CaptureProgress
+from piecework.runtime.graphs.wrapper import CUDAGraphWrapper, wrap_with_cudagraph_if_needed
+from rich.console import Console
+
+NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
+BOTH = CUDAGraphMode.FULL_AND_PIECEWISE
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imports_are_no_garbage():
+    """Captures collect garbage; without this each would walk through all of torch."""
+    with frozen_garbage():
+        yield
+
+
+class Model:
+    """Three pieces around two splitting ops that return fresh tensors; serves batches of up to ``largest`` rows."""
+
+    def __init__(self, mode=BOTH, sizes=(1, 2, 4, 8), policy="copy", warmups=0, hidden=16):
+        torch.manual_seed(0)
+        self.largest = max(sizes)
+        self.graphs = StaticGraphs("cpu", address_policy=policy)
+        self.dispatcher = CudagraphDispatcher(mode, sizes, max_num_seqs=self.largest)
+        self.weights = {f"w{i}": torch.randn(hidden, hidden) / hidden**0.5 for i in range(3)}
+        self.graphs.addresses.register_weights(self.weights)
+        self.x = torch.zeros(self.largest, hidden)
+        self.graphs.addresses.register_persistent("x", self.x)
+        config = SimpleNamespace(cudagraph_mode=mode, cudagraph_num_of_warmups=warmups)
+        self.runs = []
+        self.pieces = [
+            wrap_with_cudagraph_if_needed(
+                self.piece, config, i == 0, i == 2, graphs=self.graphs, name=f"submod_{2 * i}"
+            )
+            for i in range(3)
+        ]
+        self.full = CUDAGraphWrapper(self.stitched, config, FULL, graphs=self.graphs)
+        self.kept = []
+
+    @staticmethod
+    def piece(x, w):
+        return torch.tanh(x @ w) + x
+
+    def attention(self, x):
+        self.kept = [*self.kept[-8:], x.flip(-1) * 0.5]
+        return self.kept[-1]
+
+    def stitched(self, x):
+        for i, piece in enumerate(self.pieces):
+            x = piece(x, self.weights[f"w{i}"])
+            if i < 2:
+                x = self.attention(x)
+        return x
+
+    def dummy(self, descriptor):
+        context = get_forward_context()
+        self.runs.append((context.cudagraph_runtime_mode, descriptor.num_tokens))
+        return self.full(self.x[: descriptor.num_tokens])
+
+    def eager(self, x):
+        for i in range(3):
+            x = self.piece(x, self.weights[f"w{i}"])
+            if i < 2:
+                x = x.flip(-1) * 0.5
+        return x
+
+    def serve(self, rows, uniform=False):
+        n = rows.shape[0]
+        mode, descriptor = self.dispatcher.dispatch(n, uniform)
+        if n > self.largest:
+            return mode, self.stitched(rows)
+        self.x[:n].copy_(rows)
+        # Whatever is beyond the batch must not reach it.
+        self.x[n:].fill_(float("nan"))
+        with set_forward_context(cudagraph_runtime_mode=mode, batch_descriptor=descriptor):
+            return mode, self.full(self.x[: descriptor.num_tokens])[:n].clone()
+
+    def capture(self, **options):
+        options.setdefault("dispatcher", self.dispatcher)
+        return capture_graphs(
+            self.dummy, self.dispatcher.get_capture_descs(), self.graphs, **options
+        )
+
+    def check(self):
+        """Every size, both kinds, equals the eager model; returns the modes that were used."""
+        modes = {}
+        for n in range(1, self.largest + 2):
+            for uniform in (False, True):
+                rows = torch.randn(n, self.x.shape[1])
+                mode, out = self.serve(rows, uniform)
+                torch.testing.assert_close(out, self.eager(rows))
+                modes[n, uniform] = mode
+        return modes
+
+
+def lines(**options):
+    return Console(file=io.StringIO(), force_terminal=False, width=200, **options)
+
+
+def test_everything_is_captured_largest_first_and_serves_every_size():
+    model = Model()
+    report = model.capture()
+    assert [(m, n) for m, n in model.runs] == [
+        (m, n) for m in (PIECEWISE, FULL) for n in (8, 4, 2, 1)
+    ]
+    assert [o.pieces for o in report.outcomes] == [3] * 4 + [1] * 4
+    assert len(report.captured) == 8
+    assert report.skipped == ()
+    assert not report.interrupted
+    assert not model.graphs.is_open
+    modes = model.check()
+    assert {m for (n, uniform), m in modes.items() if n <= 8 and uniform} == {FULL}
+    assert {m for (n, uniform), m in modes.items() if n <= 8 and not uniform} == {PIECEWISE}
+    assert {m for (n, _), m in modes.items() if n > 8} == {NONE}
+
+
+@pytest.mark.parametrize("policy", ["copy", "eager"])
+@pytest.mark.parametrize("mode", [PIECEWISE, FULL, CUDAGraphMode.FULL_DECODE_ONLY])
+def test_policies_and_modes_serve_every_size(policy, mode):
+    model = Model(mode=mode, policy=policy)
+    report = model.capture()
+    model.check()
+    eager = [note for outcome in report.outcomes for note in outcome.eager]
+    if policy == "eager" and mode is PIECEWISE:
+        assert sorted(set(eager)) == [
+            "submod_2: argument 0 (fresh tensor) enters it",
+            "submod_4: argument 0 (fresh tensor) enters it",
+        ]
+    else:
+        assert eager == []
+
+
+def test_warm_ups_run_uncaptured_before_each_capture():
+    model = Model(mode=PIECEWISE, sizes=(1, 2), warmups=2)
+    report = model.capture(warmups=2)
+    assert model.runs == [(m, n) for n in (2, 1) for m in (NONE, NONE, PIECEWISE)]
+    assert [o.pieces for o in report.outcomes] == [3, 3]
+
+
+def test_a_forward_that_captures_nothing_is_an_error():
+    model = Model(mode=PIECEWISE, sizes=(1,), warmups=2)
+    with pytest.raises(StaticGraphError, match="the forward captured nothing"):
+        model.capture(warmups=1)
+
+
+def test_interrupting_leaves_a_working_model():
+    model = Model()
+    attention, calls = model.attention, []
+
+    def interrupted(x):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return attention(x)
+
+    model.attention = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        model.capture()
+    assert not model.graphs.is_open
+    assert {(r.mode, r.descriptor.num_tokens) for r in model.graphs.records} == {(PIECEWISE, 8)}
+    modes = model.check()
+    # What was captured before is still used, also for the sizes that were not reached.
+    assert {m for (n, _), m in modes.items() if n <= 8} == {PIECEWISE}
+
+
+def test_interrupting_at_once_runs_everything_uncaptured():
+    model = Model()
+    model.attention = lambda x: (_ for _ in ()).throw(KeyboardInterrupt())
+    report = model.capture(raise_interrupt=False)
+    assert report.interrupted
+    assert report.captured == ()
+    assert len(report.skipped) == 8
+    assert "not reached" in rendered(report.table())
+    del model.attention
+    assert set(model.check().values()) == {NONE}
+    assert model.graphs.nbytes == 0 or model.graphs.records == []
+
+
+def test_a_failure_names_piece_and_descriptor_and_stops():
+    model = Model()
+    model.pieces[1].runnable = fail_at(4, model.piece)
+    with pytest.raises(StaticGraphError) as error:
+        model.capture()
+    assert "RuntimeError: out of memory (submod_2, PIECEWISE tokens=4)" in str(error.value)
+    model.pieces[1].runnable = model.piece
+    modes = model.check()
+    assert {m for (n, _), m in modes.items() if n <= 8} == {PIECEWISE}
+
+
+def test_a_failure_can_leave_one_size_uncaptured():
+    model = Model(mode=PIECEWISE)
+    model.pieces[1].runnable = fail_at(8, model.piece)
+    report = model.capture(on_failure=FailurePolicy.UNCAPTURED)
+    assert [o.captured for o in report.outcomes] == [False, True, True, True]
+    assert "out of memory" in rendered(report.table())
+    model.pieces[1].runnable = model.piece
+    modes = model.check()
+    assert {m for (n, _), m in modes.items() if n > 4} == {NONE}
+    assert {m for (n, _), m in modes.items() if n <= 4} == {PIECEWISE}
+
+
+def test_a_failing_splitting_op_is_explained():
+    model = Model(sizes=(2,))
+
+    def attention(x):
+        raise IndexError("no such slot")
+
+    model.attention = attention
+    with pytest.raises(StaticGraphError) as error:
+        model.capture()
+    assert "the forward failed while it was captured: IndexError: no such slot" in str(error.value)
+    assert "PIECEWISE tokens=2" in str(error.value)
+    assert isinstance(error.value.__cause__, IndexError)
+
+
+def fail_at(tokens, piece):
+    def run(x, w):
+        if x.shape[0] == tokens:
+            raise RuntimeError("out of memory")
+        return piece(x, w)
+
+    return run
+
+
+def test_the_context_of_a_run_can_be_the_integrations():
+    model = Model(mode=PIECEWISE, sizes=(2,))
+    seen = []
+
+    def context_for(mode, descriptor):
+        return set_forward_context(
+            {"len": descriptor.num_tokens}, cudagraph_runtime_mode=mode, batch_descriptor=descriptor
+        )
+
+    attention = model.attention
+    model.attention = lambda x: seen.append(get_forward_context().attn_metadata) or attention(x)
+    model.capture(context_for=context_for)
+    assert seen == [{"len": 2}] * 2
+
+
+def test_garbage_is_frozen_only_inside():
+    gc.unfreeze()
+    try:
+        with frozen_garbage():
+            assert gc.get_freeze_count() > 0
+            with frozen_garbage():
+                pass
+            assert gc.get_freeze_count() > 0
+        assert gc.get_freeze_count() == 0
+    finally:
+        gc.freeze()
+
+
+def test_progress_on_plain_output():
+    console = lines()
+    Model(mode=PIECEWISE, sizes=(1, 2)).capture(watcher=CaptureProgress(console))
+    text = console.file.getvalue().splitlines()
+    assert len(text) == 2
+    assert text[0].startswith("[1/2] PIECEWISE tokens=2: captured, ")
+    assert text[1].startswith("[2/2] PIECEWISE tokens=1: captured, ")
+    assert text[1].endswith(" held")
+
+
+def test_progress_on_a_terminal():
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, legacy_windows=False)
+    watcher = CaptureProgress(console)
+    Model(mode=PIECEWISE, sizes=(1, 2)).capture(watcher=watcher)
+    text = console.file.getvalue()
+    assert "2/2" in text
+    assert "PIECEWISE tokens=1" in text
+    assert watcher._bar is None
+
+
+def rendered(table):
+    console = lines(record=True)
+    console.print(table)
+    return console.export_text()
+
+
+def test_report_table():
+    text = rendered(Model(mode=PIECEWISE, sizes=(1, 2), policy="eager").capture().table())
+    assert "PIECEWISE" in text
+    assert "tokens=2" in text
+    assert "submod_2: argument 0 (fresh tensor) enters it" in text
+
+
+# --- memory ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [PIECEWISE, FULL, BOTH])
+@pytest.mark.parametrize("policy", ["copy", "eager"])
+def test_the_estimate_is_within_a_tenth(mode, policy):
+    sizes = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+    model = Model(mode=mode, sizes=sizes, policy=policy)
+    descs = model.dispatcher.get_capture_descs()
+    estimate = estimate_memory(model.dummy, descs, model.graphs)
+    assert (model.graphs.records, model.graphs.nbytes, model.graphs.is_open) == ([], 0, False)
+    assert len(estimate.rows) == sum(len(group) for _, group in descs)
+    assert len(estimate.measured) == 3 * len(descs)
+    actual = model.capture().nbytes
+    assert actual > 0
+    assert estimate.total == pytest.approx(actual, rel=0.1)
+    text = rendered(estimate.table())
+    assert "Captures will take" in text
+    assert text.count("measured") == 3 * len(descs)
+    model.check()
+
+
+def test_estimating_after_capturing_is_an_error():
+    model = Model(mode=PIECEWISE, sizes=(2,))
+    model.capture()
+    with pytest.raises(StaticGraphError, match="can't be estimated once graphs are captured"):
+        estimate_memory(model.dummy, model.dispatcher.get_capture_descs(), model.graphs)
+
+
+def test_a_failed_estimate_leaves_nothing_behind():
+    model = Model(mode=PIECEWISE)
+    model.pieces[1].runnable = fail_at(1, model.piece)
+    with pytest.raises(StaticGraphError, match="out of memory"):
+        estimate_memory(model.dummy, model.dispatcher.get_capture_descs(), model.graphs)
+    assert (model.graphs.records, model.graphs.nbytes) == ([], 0)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.6, 1.0])
+def test_a_budget_chooses_the_sizes(fraction):
+    model = Model(mode=BOTH, sizes=(1, 2, 4, 8, 16, 32))
+    descs = model.dispatcher.get_capture_descs()
+    estimate = estimate_memory(model.dummy, descs, model.graphs)
+    budget = int(estimate.total * fraction)
+    dropped = fit_budget(estimate, model.dispatcher, budget)
+    kept = sum(len(group) for _, group in model.dispatcher.get_capture_descs())
+    assert kept + len(dropped) == 12
+    assert (dropped == ()) is (fraction == 1.0)
+    report = model.capture()
+    assert report.nbytes <= budget
+    model.check()
+
+
+KINDS = [(mode, BatchDescriptor(0)) for mode in (PIECEWISE, FULL)]
+models = st.builds(
+    MemoryModel,
+    st.floats(0, 50),
+    st.dictionaries(st.integers(1, 64), st.integers(0, 500), max_size=4).map(
+        lambda d: tuple(sorted(d.items()))
+    ),
+)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.sets(st.integers(1, 64), max_size=8), min_size=2, max_size=2),
+    st.lists(models, min_size=2, max_size=2),
+    st.integers(0, 6000),
+)
+def test_sizes_within_a_budget(sizes, models, budget):
+    sizes, models = dict(zip(KINDS, sizes, strict=True)), dict(zip(KINDS, models, strict=True))
+    chosen = choose_within_budget(sizes, models, budget)
+    assert cost_of(chosen, models) <= budget
+    for kind, own in chosen.items():
+        assert own
+        assert set(own) <= sizes[kind]
+        assert list(own) == sorted(own)
+        # Nothing smaller that was left out would still fit.
+        for size in sizes[kind]:
+            if size < own[-1] and size not in own:
+                more = {**chosen, kind: (*own, size)}
+                assert cost_of(more, models) > budget
+    if not chosen:
+        smallest = [{kind: [min(own)]} for kind, own in sizes.items() if own][:1]
+        assert all(cost_of(one, models) > budget for one in smallest)
+
+
+@settings(deadline=None)
+@given(st.sets(st.integers(1, 64), min_size=1, max_size=12))
+def test_padding(sizes):
+    counts = range(1, max(sizes) + 1)
+    assert padding_of(sizes) == sum(min(s for s in sizes if s >= n) - n for n in counts)
+
+
+def test_a_model_of_nothing_is_an_error():
+    with pytest.raises(StaticGraphError, match="no size was measured"):
+        MemoryModel.fit({})
+
+
+def test_one_measured_size():
+    kind, model = KINDS[0], MemoryModel.fit({8: 800})
+    costs = [cost_of({kind: sizes}, {kind: model}) for sizes in ([8], [4, 2], [])]
+    assert costs == [800, 400, 0]
+
+
+def test_kinds_share_the_pool():
+    models = {KINDS[0]: MemoryModel(10.0, ((4, 5),)), KINDS[1]: MemoryModel(20.0)}
+    assert cost_of({KINDS[0]: [8], KINDS[1]: [2]}, models) == 80 + 5
+    assert cost_of({KINDS[0]: [8], KINDS[1]: [8]}, models) == 160 + 5
+
+
+def test_descriptors_of_one_size_are_kept_apart():
+    sizes = (2, 4)
+    model = Model(mode=BOTH, sizes=sizes)
+    estimate = estimate_memory(model.dummy, model.dispatcher.get_capture_descs(), model.graphs)
+    kinds = {(mode, kind.uniform) for mode, kind in estimate.models}
+    assert kinds == {(PIECEWISE, False), (FULL, True)}
+    assert BatchDescriptor(4, 4, True) in {key[1] for key, _ in estimate.rows}

@@ -1,0 +1,336 @@
+"""The wrapper: when it captures, replays or steps aside; warm-ups, nesting, phases, owners."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from piecework.errors import ConfigError, StaticGraphError
+from piecework.runtime.forward_context import set_forward_context
+from piecework.runtime.graphs.capture import frozen_garbage
+from piecework.runtime.graphs.descriptor import BatchDescriptor
+from piecework.runtime.graphs.mode import CUDAGraphMode
+from piecework.runtime.graphs.owner import StaticGraphs
+from piecework.runtime.graphs.wrapper import (
+    CUDAGraphOptions,
+    CUDAGraphWrapper,
+    wrap_with_cudagraph_if_needed,
+)
+
+NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imports_are_no_garbage():
+    """Captures collect garbage; without this each would walk through all of torch."""
+    with frozen_garbage():
+        yield
+
+
+class Counted:
+    """Adds one, and counts how often its Python runs."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, x, *rest):
+        self.calls += 1
+        return x + 1
+
+
+def context(mode, tokens, **options):
+    return set_forward_context(
+        cudagraph_runtime_mode=mode, batch_descriptor=BatchDescriptor(tokens), **options
+    )
+
+
+def settings(warmups=0, mode=PIECEWISE):
+    return SimpleNamespace(cudagraph_num_of_warmups=warmups, cudagraph_mode=mode)
+
+
+@pytest.fixture
+def graphs():
+    return StaticGraphs("cpu")
+
+
+@pytest.fixture
+def x(graphs):
+    x = torch.zeros(4)
+    graphs.addresses.register_persistent("x", x)
+    return x
+
+
+def is_static(wrapper, value, tokens):
+    entry = wrapper.concrete_cudagraph_entries.get(BatchDescriptor(tokens))
+    return (
+        entry is not None
+        and entry.call is not None
+        and (value.data_ptr() == entry.output.data_ptr())
+    )
+
+
+def test_capture_then_replay_per_descriptor(graphs, x):
+    wrapper = CUDAGraphWrapper(Counted(), None, PIECEWISE, graphs=graphs)
+    with graphs.capturing():
+        for n in (4, 2):
+            with context(PIECEWISE, n):
+                out = wrapper(x[:n])
+            assert out.tolist() == [1.0] * n
+            assert is_static(wrapper, out, n)
+    x.fill_(6)
+    for n in (2, 4):
+        with context(PIECEWISE, n):
+            assert wrapper(x[:n]).tolist() == [7.0] * n
+    assert len(graphs.records) == 2
+
+
+@pytest.mark.parametrize(
+    "enter",
+    [
+        lambda: context(NONE, 4),
+        lambda: context(FULL, 4),
+        lambda: context(PIECEWISE, 4, skip_cuda_graphs=True),
+        lambda: set_forward_context(),
+    ],
+    ids=["none", "other-mode", "skipped", "bare"],
+)
+def test_it_steps_aside(graphs, x, enter):
+    wrapper = CUDAGraphWrapper(Counted(), None, PIECEWISE, graphs=graphs)
+    with graphs.capturing(), enter():
+        fresh = wrapper(x)
+    assert fresh.tolist() == [1.0] * 4
+    assert graphs.records == []
+    with graphs.capturing(), context(PIECEWISE, 4):
+        wrapper(x)
+    with enter():
+        out = wrapper(x)
+    assert not is_static(wrapper, out, 4)
+    assert not is_static(wrapper, wrapper(x), 4)
+    assert len(graphs.records) == 1
+
+
+def test_warm_ups_come_first(graphs, x):
+    runnable = Counted()
+    wrapper = CUDAGraphWrapper(runnable, settings(warmups=2), PIECEWISE, graphs=graphs)
+    with graphs.capturing(), context(PIECEWISE, 4):
+        wrapper(x)
+        wrapper(x)
+        assert graphs.records == []
+        assert runnable.calls == 2
+        wrapper(x)
+        assert len(graphs.records) == 1
+
+
+def test_uncaptured_runs_of_the_capture_phase_are_warm_ups(graphs, x):
+    wrapper = CUDAGraphWrapper(Counted(), settings(warmups=1), PIECEWISE, graphs=graphs)
+    with context(NONE, 4):
+        wrapper(x)
+    with graphs.capturing():
+        with context(PIECEWISE, 4):
+            wrapper(x)
+        assert graphs.records == []
+        with context(NONE, 2):
+            wrapper(x[:2])
+        with context(PIECEWISE, 2):
+            wrapper(x[:2])
+    assert [record.descriptor.num_tokens for record in graphs.records] == [2]
+
+
+def test_capturing_outside_the_phase_is_an_error(graphs, x):
+    wrapper = CUDAGraphWrapper(Counted(), None, PIECEWISE, graphs=graphs, name="submod_3")
+    with context(PIECEWISE, 4), pytest.raises(StaticGraphError) as error:
+        wrapper(x)
+    assert "PIECEWISE capture outside the capture phase (submod_3, PIECEWISE tokens=4)" in str(
+        error.value
+    )
+    with context(NONE, 4):
+        assert wrapper(x).tolist() == [1.0] * 4
+
+
+def test_warm_up_does_not_hide_a_closed_phase(graphs, x):
+    wrapper = CUDAGraphWrapper(Counted(), settings(warmups=3), PIECEWISE, graphs=graphs)
+    with context(PIECEWISE, 4), pytest.raises(StaticGraphError, match="outside the capture phase"):
+        wrapper(x)
+
+
+def test_a_mode_without_a_descriptor_is_an_error(graphs, x):
+    wrapper = CUDAGraphWrapper(Counted(), None, PIECEWISE, graphs=graphs)
+    with (
+        graphs.capturing(),
+        set_forward_context(cudagraph_runtime_mode=PIECEWISE),
+        pytest.raises(StaticGraphError, match="PIECEWISE without a batch descriptor"),
+    ):
+        wrapper(x)
+
+
+def test_full_outside_piecewise_nest_and_the_context_picks(graphs, x):
+    inner = CUDAGraphWrapper(Counted(), None, PIECEWISE, graphs=graphs, name="inner")
+    outer = CUDAGraphWrapper(lambda x: inner(x) * 10, None, FULL, graphs=graphs, name="outer")
+    with graphs.capturing():
+        for mode in (PIECEWISE, FULL):
+            with context(mode, 4):
+                assert outer(x).tolist() == [10.0] * 4
+    assert [(r.name, r.mode) for r in graphs.records] == [("inner", PIECEWISE), ("outer", FULL)]
+    x.fill_(1)
+    for mode in (PIECEWISE, FULL, NONE):
+        with context(mode, 4):
+            out = outer(x)
+        assert out.tolist() == [20.0] * 4
+        assert is_static(outer, out, 4) is (mode is FULL)
+
+
+def test_the_same_mode_nested_is_an_error(graphs, x):
+    inner = CUDAGraphWrapper(Counted(), None, FULL, graphs=graphs, name="inner")
+    outer = CUDAGraphWrapper(lambda x: inner(x), None, FULL, graphs=graphs, name="outer")
+    with (
+        graphs.capturing(),
+        context(FULL, 4),
+        pytest.raises(StaticGraphError, match="a capture inside the capture of outer"),
+    ):
+        outer(x)
+
+
+def test_composite_and_none_modes_can_not_wrap(graphs):
+    for mode in (NONE, CUDAGraphMode.FULL_AND_PIECEWISE):
+        with pytest.raises(ConfigError, match=f"not {mode.name}"):
+            CUDAGraphWrapper(Counted(), None, mode, graphs=graphs)
+
+
+def test_a_failing_piece_is_named_and_can_be_captured_later(graphs, x):
+    broken = [True]
+
+    def runnable(x):
+        if broken[0]:
+            raise ValueError("no such head")
+        return x + 1
+
+    wrapper = CUDAGraphWrapper(runnable, None, PIECEWISE, graphs=graphs, name="submod_7")
+    with graphs.capturing(), context(PIECEWISE, 4):
+        with pytest.raises(StaticGraphError) as error:
+            wrapper(x)
+        assert "ValueError: no such head (submod_7, PIECEWISE tokens=4)" in str(error.value)
+        assert isinstance(error.value.__cause__, ValueError)
+        broken[0] = False
+        assert wrapper(x).tolist() == [1.0] * 4
+    assert len(graphs.records) == 1
+
+
+def test_interrupting_a_capture_leaves_the_wrapper_as_it_was(graphs, x):
+    def interrupted(x):
+        raise KeyboardInterrupt
+
+    wrapper = CUDAGraphWrapper(interrupted, None, PIECEWISE, graphs=graphs)
+    with graphs.capturing(), context(PIECEWISE, 4), pytest.raises(KeyboardInterrupt):
+        wrapper(x)
+    assert not graphs.is_open
+    wrapper.runnable = Counted()
+    with graphs.capturing(), context(PIECEWISE, 4):
+        assert wrapper(x).tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("weak", [False, True])
+def test_who_owns_the_output(graphs, x, weak):
+    options = CUDAGraphOptions(weak_ref_output=weak)
+    wrapper = CUDAGraphWrapper(Counted(), None, PIECEWISE, options, graphs=graphs)
+    other = CUDAGraphWrapper(Counted(), None, PIECEWISE, graphs=graphs)
+    with graphs.capturing(), context(PIECEWISE, 4):
+        out = wrapper(x)
+        address = out.data_ptr()
+        second = other(x)
+    assert (second.data_ptr() == address) is weak
+    entry = wrapper.concrete_cudagraph_entries[BatchDescriptor(4)]
+    assert entry.output.data_ptr() == address
+
+
+def test_only_who_should_collects_garbage(graphs, x, monkeypatch):
+    collections = []
+    monkeypatch.setattr(gc, "collect", lambda *args: collections.append(1))
+    first, middle, last = (
+        wrap_with_cudagraph_if_needed(
+            Counted(), settings(), i == 0, i == 2, graphs=graphs, name=f"submod_{i}"
+        )
+        for i in range(3)
+    )
+    assert [w.cudagraph_options.weak_ref_output for w in (first, middle, last)] == [
+        False,
+        False,
+        True,
+    ]
+    with graphs.capturing(), context(PIECEWISE, 4):
+        last(middle(first(x)))
+    assert collections == [1]
+    assert len(graphs.records) == 3
+
+
+@pytest.mark.parametrize("mode", [NONE, FULL, CUDAGraphMode.FULL_DECODE_ONLY])
+def test_pieces_are_not_wrapped_where_the_mode_captures_none(graphs, mode):
+    runnable = Counted()
+    assert (
+        wrap_with_cudagraph_if_needed(runnable, settings(mode=mode), True, True, graphs=graphs)
+        is runnable
+    )
+
+
+def test_an_owner_by_default(x):
+    wrapper = CUDAGraphWrapper(Counted(), None, FULL)
+    with context(FULL, 4):
+        first = wrapper(x)
+        x.fill_(2)
+        assert wrapper(x).tolist() == [3.0] * 4
+        # Nobody vouched for x, so it is staged: another tensor of the same layout works too.
+        assert wrapper(torch.full((4,), 9.0)).tolist() == [10.0] * 4
+    assert first.tolist() == [10.0] * 4
+
+
+def test_discard_and_clear(graphs, x):
+    wrapper = CUDAGraphWrapper(Counted(), None, PIECEWISE, graphs=graphs)
+    with graphs.capturing():
+        for n in (4, 2):
+            with context(PIECEWISE, n):
+                wrapper(x[:n])
+    graphs.discard(FULL, BatchDescriptor(4))
+    assert len(wrapper.concrete_cudagraph_entries) == 2
+    graphs.discard(PIECEWISE, BatchDescriptor(4))
+    assert list(wrapper.concrete_cudagraph_entries) == [BatchDescriptor(2)]
+    assert [record.descriptor.num_tokens for record in graphs.records] == [2]
+    graphs.clear_all_graphs()
+    assert wrapper.concrete_cudagraph_entries == {}
+    assert (graphs.records, graphs.nbytes) == ([], 0)
+    with context(PIECEWISE, 2), pytest.raises(StaticGraphError, match="outside the capture phase"):
+        wrapper(x[:2])
+
+
+def test_owners_do_not_keep_wrappers_alive(graphs):
+    CUDAGraphWrapper(Counted(), None, PIECEWISE, graphs=graphs)
+    gc.collect()
+    assert len(graphs._holders) == 0
+
+
+def test_captures_are_told(x):
+    told = []
+    graphs = StaticGraphs("cpu", on_capture=told.append)
+    graphs.addresses.register_persistent("x", x)
+    wrapper = CUDAGraphWrapper(Counted(), None, PIECEWISE, graphs=graphs, name="submod_0")
+    with graphs.capturing(), context(PIECEWISE, 4):
+        wrapper(x)
+    assert [(record.name, record.nbytes) for record in told] == [("submod_0", 64)]
+    assert graphs.bytes_by_descriptor() == {(PIECEWISE, BatchDescriptor(4)): 64}
+
+
+def test_another_thread_without_a_context_runs_uncaptured(graphs, x):
+    wrapper = CUDAGraphWrapper(Counted(), None, PIECEWISE, graphs=graphs)
+    with graphs.capturing(), context(PIECEWISE, 4):
+        static = wrapper(x)
+        results = []
+        thread = threading.Thread(target=lambda: results.append(wrapper(x)))
+        thread.start()
+        thread.join()
+    assert results[0].data_ptr() != static.data_ptr()
+
+
+def test_unwrap():
+    runnable = Counted()
+    assert CUDAGraphWrapper(runnable, None, FULL).unwrap() is runnable
