@@ -16,16 +16,17 @@ from piecework.codegen.bind import compile_execution_fn
 from piecework.codegen.origin import SymbolNames, origin_of_piece, value_of
 from piecework.codegen.split import SplittingOp as SplittingOpLike
 from piecework.codegen.split import SplittingOps
-from piecework.errors import SplitError
-from piecework.runtime.config import CompilationConfig
+from piecework.errors import ConfigError, SplitError
+from piecework.runtime import torch_compat
+from piecework.runtime.config import CompilationConfig, RuntimeConfig
 from piecework.runtime.counters import counters
 from piecework.runtime.piecewise import (
     CompilerManager,
     PiecewiseBackend,
     PiecewiseCompileInterpreter,
 )
-from piecework.runtime.ranges import Range
-from piecework.runtime.report import Piece, Report, differences
+from piecework.runtime.ranges import Range, RangeTable, derive_ranges
+from piecework.runtime.report import Piece, RangeRow, Report, differences
 from piecework.runtime.splitting_op import registry
 
 
@@ -36,6 +37,8 @@ class PieceworkBackend:
         config: what to do; the default configuration if None.
         prefix: a label for the model, used in reports and the banner.
         is_encoder: the last batch range is open-ended.
+        splitting_ops: where to cut; overrides the configuration's.
+        runtime_config: tells the largest batch; without it the last batch range is open-ended.
 
     Attributes:
         graph: the captured graph.
@@ -45,6 +48,11 @@ class PieceworkBackend:
         backends: submodule name → `PiecewiseBackend`.
         compiler_manager: compiles pieces, equal ones once.
         phases: seconds per phase.
+        range_table: batch ranges and single sizes; None when one compiled form serves every batch.
+        compile_ranges: its entries, or ``(None,)``.
+        batch_symbol: the symbol of the batch size: the first dynamic dimension of the first tensor input that has one.
+        batch_input: which graph input, and which of its dimensions (None for a size itself), is the batch size.
+        submod_lists: ``__vllm_submods__`` for each of ``compile_ranges``.
     """
 
     def __init__(
@@ -54,6 +62,7 @@ class PieceworkBackend:
         is_encoder: bool = False,
         *,
         splitting_ops: Sequence[SplittingOpLike] | None = None,
+        runtime_config: RuntimeConfig | None = None,
     ) -> None:
         self.config = config or CompilationConfig()
         self.prefix = prefix
@@ -62,7 +71,13 @@ class PieceworkBackend:
             splitting_ops if splitting_ops is not None else self.config.splitting_ops
         )
         self.compiler_manager = CompilerManager(self.config)
-        self.compile_ranges: tuple[Range | None, ...] = (None,)
+        self.range_table = self._range_table(runtime_config)
+        self.compile_ranges: tuple[Range | None, ...] = (
+            (None,) if self.range_table is None else self.range_table.entries
+        )
+        self.batch_symbol: str | None = None
+        self.batch_input: tuple[int, int | None] | None = None
+        self.submod_lists: tuple[list[Callable[..., object]], ...] = ()
         self.phases: dict[str, float] = {}
         self.graph: torch.fx.GraphModule | None = None
         self.split_gm: torch.fx.GraphModule | None = None
@@ -81,7 +96,11 @@ class PieceworkBackend:
         counters.num_graphs_seen += 1
         self.prepare(graph)
         function = self.bind()
-        return _without_grad(function)
+        if self.range_table is None:
+            return _without_grad(function)
+        return _without_grad(
+            lambda *args: function(*args, __vllm_submods__=self.submods_for(self.batch_size(args)))
+        )
 
     def prepare(self, graph: torch.fx.GraphModule, bound: Mapping[str, str] | None = None) -> None:
         """Split ``graph``, compile its pieces and emit the source.
@@ -98,6 +117,13 @@ class PieceworkBackend:
             UnsupportedNode: a node can't be written as source.
         """
         self.graph = graph
+        self.batch_symbol, self.batch_input = _batch_of(graph)
+        if self.range_table is not None and self.batch_symbol is None:
+            raise ConfigError(
+                "there are compile sizes or ranges, and no input has a dynamic batch dimension",
+                where="compile_sizes, compile_ranges_endpoints",
+                hint="mark the batch dimension with torch._dynamo.mark_dynamic",
+            )
         with self._phase("split"):
             ops = self._splitting_ops(graph)
             self.split_gm, self.piecewise_graphs = split_graph(graph, ops)
@@ -118,13 +144,29 @@ class PieceworkBackend:
         """
         assert self.source is not None
         with self._phase("bind"):
+            names = self.source.submod_names
+            per_range = [self.callables(each) for each in self.compile_ranges]
+            self.submod_lists = tuple([found[name] for name in names] for found in per_range)
             return compile_execution_fn(
-                self.source.code,
-                self.callables(),
-                self.source.submod_names,
-                self.source.consts,
-                bound=weights,
+                self.source.code, per_range[-1], names, self.source.consts, bound=weights
             )
+
+    def submods_for(self, batch: int) -> list[Callable[..., object]]:
+        """``__vllm_submods__`` for a batch size, in O(log ranges).
+
+        Raises:
+            InputError: the size is outside every compiled range; they are listed.
+        """
+        if self.range_table is None:
+            return self.submod_lists[0]
+        return self.submod_lists[self.range_table.index(batch)]
+
+    def batch_size(self, inputs: Sequence[object]) -> int:
+        """The batch size that graph inputs (weights included) have."""
+        assert self.batch_input is not None
+        index, dim = self.batch_input
+        value = inputs[index]
+        return value.size(dim) if isinstance(value, torch.Tensor) and dim is not None else value
 
     def callables(self, compile_range: Range | None = None) -> dict[str, Callable[..., object]]:
         """What each entry of ``__vllm_submods__`` is for one range of batch sizes."""
@@ -152,8 +194,28 @@ class PieceworkBackend:
             unique=len({structure.key for _, structure in structures}),
             splitting=sum(item.is_splitting_graph for item in self.piecewise_graphs),
             phases=dict(self.phases),
+            ranges=tuple(map(self._range_row, self.compile_ranges)),
             differences=differences(structures),
         )
+
+    def _range_row(self, compile_range: Range | None) -> RangeRow:
+        entries = [piece.entries[compile_range] for piece in self.backends.values()]
+        return RangeRow(
+            batches="all" if compile_range is None else str(compile_range),
+            compiles=sum(not entry.reused for entry in entries),
+            seconds=sum(entry.seconds for entry in entries),
+        )
+
+    def _range_table(self, runtime_config: RuntimeConfig | None) -> RangeTable | None:
+        if not (self.config.compile_sizes or self.config.compile_ranges_endpoints):
+            return None
+        largest = None if runtime_config is None else runtime_config.max_num_batched_tokens
+        ranges = derive_ranges(
+            self.config.compile_ranges_endpoints,
+            largest,
+            open_ended=self.is_encoder or largest is None,
+        )
+        return RangeTable(ranges, (s for s in self.config.compile_sizes if isinstance(s, int)))
 
     # --- steps -----------------------------------------------------------------------------------
 
@@ -261,3 +323,15 @@ def _device_of(node: torch.fx.Node) -> str | None:
         if isinstance(value, torch.Tensor):
             return value.device.type
     return None
+
+
+def _batch_of(graph: torch.fx.GraphModule) -> tuple[str | None, tuple[int, int | None] | None]:
+    """The batch symbol, and the graph input (and dimension) to read it from."""
+    for index, node in enumerate(graph.graph.find_nodes(op="placeholder")):
+        value = value_of(node)
+        sizes = tuple(value.shape) if isinstance(value, torch.Tensor) else (value,)
+        for dim, size in enumerate(sizes):
+            symbol = torch_compat.symbol_of(size)
+            if symbol is not None and symbol.isidentifier():
+                return symbol, (index, dim if isinstance(value, torch.Tensor) else None)
+    return None, None

@@ -15,6 +15,7 @@ import torch.fx
 from piecework.codegen.origin import SymbolNames, origin_of_piece, value_of
 from piecework.codegen.structure import Structure, input_signature, structure_of
 from piecework.errors import BindError, InputError, PieceCompileError, PieceworkError
+from piecework.runtime import torch_compat
 from piecework.runtime.compilers import CompiledPiece, make_compiler
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.counters import counters
@@ -101,6 +102,7 @@ class PieceCompiler(Protocol):
 
     compiler_manager: CompilerManager
     compile_ranges: tuple[Range | None, ...]
+    batch_symbol: str | None
 
 
 class PiecewiseBackend:
@@ -161,8 +163,12 @@ class PiecewiseBackend:
     def compile_all_ranges(self, backend: PieceCompiler) -> None:
         """Compile the piece once per range; equal pieces share the result."""
         assert self.graph is not None and self.structure is not None
-        inputs = get_fake_args_from_graph(self.graph)
         for compile_range in backend.compile_ranges:
+            if compile_range is not None and compile_range.is_single_size():
+                size = compile_range.start
+                inputs = create_concrete_args(self.graph, size, backend.batch_symbol)
+            else:
+                inputs = get_fake_args_from_graph(self.graph)
             self.entries[compile_range] = backend.compiler_manager.compile(
                 self.graph,
                 inputs,
@@ -204,6 +210,26 @@ class PiecewiseBackend:
 def get_fake_args_from_graph(graph: torch.fx.GraphModule) -> list[object]:
     """The fake value of each placeholder of ``graph``, in order."""
     return [value_of(node) for node in graph.graph.find_nodes(op="placeholder")]
+
+
+def create_concrete_args(
+    graph: torch.fx.GraphModule, size: int, batch_symbol: str | None
+) -> list[object]:
+    """Fake inputs of ``graph`` for one batch size: the batch symbol becomes ``size``, other symbols stay.
+
+    Args:
+        size: the batch size.
+        batch_symbol: the symbol that it is, such as ``"s0"``; None leaves everything symbolic.
+
+    Returns:
+        Integers, symbols and fake tensors with the same dtype, device, strides and storage offset.
+    """
+    if batch_symbol is None:
+        return get_fake_args_from_graph(graph)
+    return [
+        torch_compat.with_symbol(value, batch_symbol, size)
+        for value in get_fake_args_from_graph(graph)
+    ]
 
 
 class PiecewiseCompileInterpreter(torch.fx.Interpreter):

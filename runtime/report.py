@@ -33,6 +33,15 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class RangeRow:
+    """The compiled forms for one range of batch sizes: how many the compiler made, and the seconds that took."""
+
+    batches: str
+    compiles: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Difference:
     """The first place where two near-equal pieces differ."""
 
@@ -53,6 +62,7 @@ class Report:
         unique: number of different ones, which is how often the compiler ran per range.
         splitting: number of splitting submodules.
         phases: seconds per phase, in order.
+        ranges: one row per range of batch sizes; a single row for all sizes where there are no ranges.
         differences: why pieces of nearly the same form were not shared.
     """
 
@@ -62,6 +72,7 @@ class Report:
     unique: int
     splitting: int
     phases: Mapping[str, float]
+    ranges: tuple[RangeRow, ...]
     differences: tuple[Difference, ...]
 
     @property
@@ -74,6 +85,10 @@ class Report:
             f"compiler {self.compiler}, {self.seconds:.2f} s: "
             + ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self.phases.items()),
         ]
+        if len(self.ranges) > 1:
+            lines += [
+                f"batch {r.batches}: {r.compiles} compiles, {r.seconds:.2f} s" for r in self.ranges
+            ]
         for each in self.differences:
             lines.append(f"not shared: {each.left} and {each.right} differ first at")
             lines += [f"  {each.left_line}", f"  {each.right_line}"]

@@ -153,7 +153,12 @@ class StitchedModule:
             for source in captured.inputs
             if not (holds_weights and isinstance(source, Weight))
         ]
-        outputs = function(*inputs)
+        backend = self._backend
+        if backend.range_table is None:
+            outputs = function(*inputs)
+        else:  # one look-up per forward; nothing inside the function dispatches
+            batch = backend.batch_size([_input(source, leaves) for source in captured.inputs])
+            outputs = function(*inputs, __vllm_submods__=backend.submods_for(batch))
         return pytree.tree_unflatten(
             [_result(leaf, outputs, leaves) for leaf in captured.result], captured.out_spec
         )

@@ -5,6 +5,7 @@ It never patches torch; each function probes for what it needs and falls back to
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import inspect
 from collections.abc import Callable
@@ -142,3 +143,40 @@ def symbol_of(size: object) -> str | None:
         return None
     expr = size.node.expr
     return None if expr.is_number else str(expr)
+
+
+def with_symbol(value: object, symbol: str, size: int) -> object:
+    """``value`` (a size or a fake tensor) with ``symbol`` replaced by ``size`` in every expression.
+
+    Sizes without a symbol left become plain integers; strides and storage offset are kept.
+    """
+    if isinstance(value, torch.SymInt):
+        return _size_with(value, symbol, size)
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return value
+    sizes = [_size_with(each, symbol, size) for each in value.shape]
+    strides = [_size_with(each, symbol, size) for each in value.stride()]
+    offset = _size_with(value.storage_offset(), symbol, size)
+    fixed = all(
+        a is b for a, b in zip((*sizes, *strides), (*value.shape, *value.stride()), strict=True)
+    )
+    if fixed:
+        return value
+    empty = any(type(each) is int and each == 0 for each in sizes)
+    reach = 0 if empty else 1 + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
+    fake_mode = getattr(value, "fake_mode", None)
+    with contextlib.nullcontext() if fake_mode is None else fake_mode:
+        storage = torch.empty(offset + reach, dtype=value.dtype, device=value.device)
+        return storage.as_strided(sizes, strides, offset)
+
+
+def _size_with(value: object, symbol: str, size: int) -> object:
+    if not isinstance(value, torch.SymInt):
+        return value
+    expr = value.node.expr
+    replaced = expr.subs({each: size for each in expr.free_symbols if str(each) == symbol})
+    if replaced.is_number:
+        return int(replaced)
+    if replaced == expr:
+        return value
+    return value.node.shape_env.create_symintnode(replaced, hint=None)

@@ -1,0 +1,207 @@
+"""Batch ranges and single sizes: what is compiled for each, and which form a forward of each size runs."""
+
+from __future__ import annotations
+
+import sys
+from typing import ClassVar
+
+import piecework
+import pytest
+import torch
+from piecework.errors import BindError, ConfigError, InputError
+from piecework.runtime.backend import PieceworkBackend
+from piecework.runtime.compilers import CompiledPiece
+from piecework.runtime.config import CompilationConfig, RuntimeConfig
+from piecework.runtime.piecewise import PiecewiseBackend, create_concrete_args
+from piecework.runtime.ranges import Range
+from torch import nn
+
+sys.modules.setdefault("piece_ranges_compilers", sys.modules[__name__])
+
+
+class Recording:
+    """An eager compiler that records what it was given and which form of a piece runs."""
+
+    name = "recording"
+    inputs: ClassVar[list[tuple[str, list[object]]]] = []
+    ran: ClassVar[list[str]] = []
+
+    def compute_hash(self, config: object) -> str:
+        return self.name
+
+    def compile(self, graph, example_inputs, config, compile_range):  # type: ignore[no-untyped-def]
+        Recording.inputs.append((str(compile_range), list(example_inputs)))
+
+        def run(*args: object) -> object:
+            Recording.ran.append(str(compile_range))
+            return graph.forward(*args)
+
+        return CompiledPiece(run)
+
+
+@piecework.splitting_op("piece_ranges::cut", mutates_args=("out",))
+def cut(x: torch.Tensor, out: torch.Tensor) -> None:
+    out.copy_(x * 3)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(8, 8)
+        self.leave = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
+        y = self.enter(x)
+        out = torch.empty_like(y)
+        cut(y, out)
+        return self.leave(out) + side.sum()
+
+
+def compile_model(**fields: object) -> tuple[Model, piecework.StitchedModule]:
+    Recording.inputs.clear()
+    Recording.ran.clear()
+    model = Model()
+    config = CompilationConfig(backend="piece_ranges_compilers:Recording", **fields)
+    return model, piecework.compile(model, (torch.randn(4, 8), torch.randn(5)), config=config)
+
+
+@pytest.mark.parametrize(
+    ("batch", "served_by"),
+    [
+        (2, "[1, 16]"),
+        (8, "[8, 8]"),
+        (16, "[1, 16]"),
+        (17, "[17, 256]"),
+        (999, "[257, …]"),
+    ],
+)
+def test_each_batch_runs_its_form_in_every_piece(batch: int, served_by: str) -> None:
+    model, stitched = compile_model(compile_ranges_endpoints=[16, 256], compile_sizes=[1, 8])
+    x, side = torch.randn(batch, 8), torch.randn(3)
+    torch.testing.assert_close(stitched(x, side), model(x, side))
+    assert Recording.ran == [served_by] * 2
+
+
+def test_a_single_token_with_an_unbacked_dimension() -> None:
+    Recording.ran.clear()
+    model, x = Model(), torch.randn(4, 8)
+    torch._dynamo.decorators.mark_unbacked(x, 0)
+    config = CompilationConfig(
+        backend="piece_ranges_compilers:Recording", compile_ranges_endpoints=[16], compile_sizes=[1]
+    )
+    stitched = piecework.compile(model, (x, torch.randn(5)), config=config)
+    one, side = torch.randn(1, 8), torch.randn(5)
+    torch.testing.assert_close(stitched(one, side), model(one, side))
+    assert set(Recording.ran) == {"[1, 1]"}
+
+
+def test_the_report_lists_the_ranges() -> None:
+    _, stitched = compile_model(compile_ranges_endpoints=[16], compile_sizes=[8])
+    report = stitched.report()
+    assert [(row.batches, row.compiles) for row in report.ranges] == [
+        ("[8, 8]", 2),
+        ("[1, 16]", 2),
+        ("[17, …]", 2),
+    ]
+    assert "batch [8, 8]: 2 compiles" in str(report)
+
+
+def test_a_single_size_is_concrete_and_other_symbols_stay() -> None:
+    compile_model(compile_ranges_endpoints=[16], compile_sizes=[8])
+    last_single = [inputs for name, inputs in Recording.inputs if name == "[8, 8]"][-1]
+    shapes = [tuple(value.shape) for value in last_single if isinstance(value, torch.Tensor)]
+    assert (8, 8) in shapes
+    symbolic = [shape for shape in shapes if any(isinstance(s, torch.SymInt) for s in shape)]
+    assert len(symbolic) == 1 and len(symbolic[0]) == 1  # `side` keeps its own symbol
+    general = [inputs for name, inputs in Recording.inputs if name == "[1, 16]"][-1]
+    assert (
+        sum(
+            isinstance(s, torch.SymInt)
+            for v in general
+            if isinstance(v, torch.Tensor)
+            for s in v.shape
+        )
+        > 1
+    )
+
+
+def test_concrete_arguments_keep_strides_and_offset() -> None:
+    captured: list[torch.fx.GraphModule] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[object]) -> object:
+        captured.append(gm)
+        return gm.forward
+
+    base = torch.randn(6, 20)
+    torch.compile(lambda x: x + 1, backend=backend, dynamic=True)(base[1:5, 2:10])
+    symbol = PieceworkBackend(CompilationConfig(backend="eager"))
+    symbol.prepare(captured[0])
+    args = create_concrete_args(captured[0], 7, symbol.batch_symbol)
+    (tensor,) = [a for a in args if isinstance(a, torch.Tensor)]
+    assert tensor.shape[0] == 7
+    assert tensor.storage_offset() == base[1:5, 2:10].storage_offset()
+
+
+def test_a_batch_beyond_the_largest_is_refused_with_the_ranges() -> None:
+    model, x, side = Model(), torch.randn(4, 8), torch.randn(5)
+    backend = PieceworkBackend(
+        CompilationConfig(backend="eager", compile_ranges_endpoints=[16]),
+        runtime_config=RuntimeConfig(max_num_batched_tokens=64, max_num_seqs=8),
+    )
+    compiled = torch.compile(model, backend=backend, dynamic=True, fullgraph=True)
+    torch.testing.assert_close(compiled(x, side), model(x, side))
+    with pytest.raises(InputError, match=r"batch of 65 is outside .*\[1, 16\], \[17, 64\]"):
+        backend.submods_for(65)
+
+
+def test_an_encoder_has_an_open_end() -> None:
+    backend = PieceworkBackend(
+        CompilationConfig(backend="eager", compile_ranges_endpoints=[16]),
+        is_encoder=True,
+        runtime_config=RuntimeConfig(max_num_batched_tokens=64, max_num_seqs=8),
+    )
+    assert [str(each) for each in backend.compile_ranges] == ["[1, 16]", "[17, …]"]
+
+
+def test_ranges_without_a_batch_dimension_are_refused() -> None:
+    x, side = torch.randn(4, 8), torch.randn(5)
+    for tensor in (x, side):
+        torch._dynamo.mark_static(tensor)
+    config = CompilationConfig(backend="eager", compile_sizes=[4])
+    with pytest.raises(ConfigError, match="no input has a dynamic batch dimension"):
+        piecework.compile(Model(), (x, side), config=config)
+
+
+def test_a_piece_takes_a_graph_or_runnables_and_not_both() -> None:
+    config = CompilationConfig(backend="eager")
+    gm = torch.fx.symbolic_trace(lambda x: (x + 1,))
+    with pytest.raises(BindError, match="exactly one"):
+        PiecewiseBackend(None, config, 0, 1, [], None)
+    with pytest.raises(BindError, match="exactly one"):
+        PiecewiseBackend(gm, config, 0, 1, [], None, compiled_runnables={None: gm.forward})
+    with pytest.raises(BindError, match="needs a backend"):
+        PiecewiseBackend(gm, config, 0, 1, [], None)
+
+
+def test_a_loaded_piece_runs_what_it_was_given() -> None:
+    config = CompilationConfig(backend="eager")
+    forms = {Range(1, 4): lambda n, x: ("small", x), Range(5, 9): lambda n, x: ("large", x)}
+    piece = PiecewiseBackend(
+        None, config, 0, 1, [0], None, compiled_runnables=forms, submod_name="p"
+    )
+    assert piece(3, "x") == ("small", "x")
+    assert piece(9, "x") == ("large", "x")
+    with pytest.raises(InputError, match=r"batch size 10 is outside.*\[1, 4\], \[5, 9\]"):
+        piece(10, "x")
+
+
+@pytest.mark.inductor
+def test_inductor_compiles_sizes_and_ranges() -> None:
+    model = Model()
+    config = CompilationConfig(compile_ranges_endpoints=[16], compile_sizes=[8])
+    with piecework.counters.expect(num_inductor_compiles=6):
+        stitched = piecework.compile(model, (torch.randn(4, 8), torch.randn(5)), config=config)
+    with torch.no_grad():
+        for batch in (2, 8, 40):
+            x, side = torch.randn(batch, 8), torch.randn(3)
+            torch.testing.assert_close(stitched(x, side), model(x, side))
