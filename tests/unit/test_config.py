@@ -273,6 +273,13 @@ def test_a_conflict_is_not_blamed_on_a_field_that_is_itself_wrong():
     assert list(found) == ["cudagraph_mode"]
 
 
+def test_a_default_in_place_of_a_wrong_field_is_not_a_conflict():
+    # With world_size at its default of 1, rank 3 would be out of range.
+    with pytest.raises(ConfigError) as caught:
+        RuntimeConfig(rank=3, world_size="many")
+    assert list(problems(caught)) == ["world_size"]
+
+
 def test_mode_none_may_capture_pieces_with_eager_breaks():
     config = CompilationConfig(mode=0, cudagraph_mode="PIECEWISE", splitting_ops=["a::b"])
     assert config.cudagraph_mode is CUDAGraphMode.PIECEWISE

@@ -123,6 +123,8 @@ def test_what_means_the_same_has_one_hash():
     assert same({"custom_ops": ["none", "+a", "+b"]}, {"custom_ops": ["+b", "+a", "-c"]})
     assert same({}, {"custom_ops": ["none"]})
     assert not same({}, {"custom_ops": ["all"]})
+    assert same({"custom_ops": ["all"]}, {"custom_ops": ["+a", "all"]})
+    assert not same({"custom_ops": ["all"]}, {"custom_ops": ["all", "-a"]})
     assert same({"mode": 3}, {"mode": "VLLM_COMPILE"})
     options = {"b": {"y": 1, "x": [2]}, "a": True}
     backwards = {"a": True, "b": {"x": (2,), "y": 1}}

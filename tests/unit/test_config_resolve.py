@@ -157,6 +157,7 @@ def test_splitting_ops_contain_attention():
     config = CompilationConfig(splitting_ops=["demo::attention", "demo::other.default"])
     assert config.splitting_ops_contain_attention(["demo::attention"])
     assert config.splitting_ops_contain_attention(["demo::attention.default"])
+    assert config.splitting_ops_contain_attention(["demo::other.default"])
     assert not config.splitting_ops_contain_attention(["demo::other"])
     assert not config.splitting_ops_contain_attention(["demo::attention", "demo::mamba"])
     assert not config.splitting_ops_contain_attention([])
