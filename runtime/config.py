@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from piecework.errors import ConfigError
 from piecework.runtime import config_hash, config_resolve
-from piecework.runtime.config_backend import backend_of
 from piecework.runtime.config_groups import (
     CompilationMode,
     CUDAGraphModeField,
@@ -339,6 +338,9 @@ class CompilationConfig(FrozenModel):
         Raises:
             ConfigError: the mode is NONE, or the name can't be imported.
         """
+        # The rest needs no torch, so that a command line reads configurations at once.
+        from piecework.runtime.config_backend import backend_of
+
         return backend_of(self, runtime, prefix=prefix, is_encoder=is_encoder)
 
     def hash_factors(self) -> dict[str, str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+import sys
 
 import pytest
 from piecework.cli.config import config_app
@@ -160,6 +162,12 @@ def test_schema_updates_a_page(tmp_path):
     page.write_text("no markers")
     assert run("schema", "--update", page).exit_code == 2
     assert page.read_text() == "no markers"
+
+
+def test_configurations_are_read_without_torch():
+    code = "import sys, piecework.cli.config; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 @pytest.mark.parametrize("command", ["show", "schema", "check"])
