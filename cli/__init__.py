@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import typer
 from piecework.cli.bundles import compile_command, run, show
+from piecework.cli.config import config_app
 from piecework.cli.demo import demo
+from piecework.cli.golden import golden_app
 
 app = typer.Typer(
     name="piecework",
@@ -21,6 +23,8 @@ app.command(epilog="Example: piecework demo")(demo)
 app.command("compile", epilog="Example: piecework compile config.json -o out")(compile_command)
 app.command(epilog="Example: piecework show out")(show)
 app.command(epilog="Example: piecework run out --tokens 16")(run)
+app.add_typer(golden_app)
+app.add_typer(config_app)
 
 
 def main() -> None:
