@@ -1,0 +1,318 @@
+"""Staging: any dynamic dimension, any dtype, declared padding, and errors that say the sizes."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from piecework.errors import ConfigError, InputError
+from piecework.runtime.graphs.address import AddressBook, ValueOrigin
+from piecework.runtime.inputs import InputSpec, StaticInputs, make_copy_and_call
+
+DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.bool, torch.uint8]
+
+
+@st.composite
+def cases(draw):
+    """Inputs, their declarations, and a padded size they fit."""
+    maximum = draw(st.integers(1, 9))
+    padded = draw(st.integers(1, maximum))
+    specs, tensors = [], []
+    for index in range(draw(st.integers(1, 4))):
+        shape = draw(st.lists(st.integers(0, 3), min_size=1, max_size=4))
+        dim = draw(st.integers(-len(shape), len(shape) - 1))
+        shape[dim] = draw(st.integers(0, padded))
+        dtype = draw(st.sampled_from(DTYPES))
+        pad = draw(st.sampled_from([0, 1] if dtype in (torch.bool, torch.uint8) else [0, -1, 7]))
+        specs.append(InputSpec(f"input{index}", dim, pad))
+        tensors.append((torch.rand(shape) * 9).to(dtype))
+    return maximum, padded, specs, tensors
+
+
+def expected(tensor, spec, padded):
+    shape = list(tensor.shape)
+    shape[spec.dim] = padded
+    out = torch.full(shape, spec.pad, dtype=tensor.dtype)
+    out.narrow(spec.dim, 0, tensor.shape[spec.dim]).copy_(tensor)
+    return out
+
+
+@settings(deadline=None, max_examples=200)
+@given(cases())
+def test_staged_equals_padded(case):
+    maximum, padded, specs, tensors = case
+    examples = {spec.name: tensor for spec, tensor in zip(specs, tensors, strict=True)}
+    inputs = StaticInputs.allocate(examples, maximum, specs)
+    for buffer in inputs.buffers:
+        buffer.fill_(1)
+    static = inputs.stage(tensors, padded)
+    for spec, tensor, view, buffer in zip(specs, tensors, static, inputs.buffers, strict=True):
+        want = expected(tensor, spec, padded)
+        assert torch.equal(view, want)
+        assert view.stride() == want.stride()
+        assert view.numel() == 0 or view.data_ptr() == buffer.data_ptr()
+    # Equal content in another layout is staged alike.
+    again = inputs.stage([t.mT.contiguous().mT if t.dim() > 1 else t for t in tensors], padded)
+    assert all(a is b for a, b in zip(again, static, strict=True))
+    assert all(
+        torch.equal(view, expected(t, s, padded))
+        for view, t, s in zip(again, tensors, specs, strict=True)
+    )
+
+
+def test_a_smaller_batch_leaves_nothing_of_the_larger_one():
+    inputs = StaticInputs.allocate(
+        {"x": torch.zeros(1, 2), "positions": torch.zeros(3, 1, dtype=torch.long)},
+        8,
+        [InputSpec("positions", 1, -1)],
+    )
+    inputs.stage([torch.ones(8, 2), torch.ones(3, 8, dtype=torch.long)], 8)
+    x, positions = inputs.stage([torch.full((3, 2), 5.0), torch.full((3, 3), 6)], 4)
+    assert x.tolist() == [[5.0, 5.0]] * 3 + [[0.0, 0.0]]
+    assert positions.tolist() == [[6, 6, 6, -1]] * 3
+
+
+def test_views_are_the_same_objects_and_addresses():
+    inputs = StaticInputs.allocate({"x": torch.zeros(1, 2)}, 8)
+    (four,) = inputs.views(4)
+    assert inputs.stage([torch.ones(3, 2)], 4)[0] is four
+    assert inputs.stage([torch.ones(4, 2)], 4)[0] is four
+    assert four.data_ptr() == inputs.views(8)[0].data_ptr() == inputs.buffers[0].data_ptr()
+    assert four.is_contiguous()
+
+
+def test_registered_buffers_are_persistent():
+    book = AddressBook()
+    inputs = StaticInputs.allocate({"x": torch.zeros(2, 1)}, 8, [InputSpec("x", 1)])
+    inputs.register(book)
+    for padded in (1, 8):
+        assert book.classify(inputs.views(padded)[0]) is ValueOrigin.PERSISTENT
+    assert book.name_of(inputs.views(4)[0]) == "x"
+
+
+def test_poison_pads_floats_with_nan():
+    examples = {"x": torch.zeros(1), "ids": torch.zeros(1, dtype=torch.long)}
+    inputs = StaticInputs.allocate(examples, 4, [InputSpec("ids", pad=3)], poison=True)
+    x, ids = inputs.stage([torch.ones(2), torch.ones(2, dtype=torch.long)], 4)
+    assert x.isnan().tolist() == [False, False, True, True]
+    assert ids.tolist() == [1, 1, 3, 3]
+
+
+def test_infinite_and_rounded_padding():
+    specs = [InputSpec("a", pad=-math.inf), InputSpec("b", pad=0.1), InputSpec("c", pad=math.nan)]
+    examples = {name: torch.zeros(1, dtype=torch.float16) for name in "abc"}
+    inputs = StaticInputs.allocate(examples, 2, specs)
+    a, b, c = inputs.stage([torch.zeros(1, dtype=torch.float16)] * 3, 2)
+    assert a[1] == -math.inf
+    assert b[1].item() == pytest.approx(0.1, rel=1e-3)
+    assert c[1].isnan()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "padded", "message"),
+    [
+        (
+            torch.zeros(5, 2),
+            4,
+            r"has size 5 in dimension 0, more than the 4 .* holds 8\) \(input x\)",
+        ),
+        (
+            torch.zeros(9, 2),
+            9,
+            "has size 9 in dimension 0|can't be padded to 9; its buffer holds 8",
+        ),
+        (torch.zeros(2, 2), 9, "can't be padded to 9; its buffer holds 8 in dimension 0"),
+        (torch.zeros(2, 3), 4, r"has shape \[2, 3\], which does not fit its buffer \[8, 2\]"),
+        (torch.zeros(2), 4, r"has shape \[2\], which does not fit"),
+        (torch.zeros(()), 4, r"has shape \[\], which does not fit"),
+        (torch.zeros(2, 2, dtype=torch.int32), 4, "is torch.int32, its buffer torch.float32"),
+        (None, 4, "is NoneType, its buffer torch.float32"),
+    ],
+)
+def test_what_does_not_fit(tensor, padded, message):
+    inputs = StaticInputs.allocate({"x": torch.zeros(1, 2)}, 8)
+    before = inputs.buffers[0].clone()
+    with pytest.raises(InputError, match=message):
+        inputs.stage([tensor], padded)
+    assert torch.equal(inputs.buffers[0], before)
+
+
+def test_another_number_of_tensors():
+    inputs = StaticInputs.allocate({"x": torch.zeros(1)}, 8)
+    with pytest.raises(InputError, match="2 tensors for 1 staged inputs"):
+        inputs.stage([torch.zeros(1)] * 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("spec", "example", "message"),
+    [
+        (InputSpec("y"), torch.zeros(1), "no input y.*inputs: x"),
+        (InputSpec("x", 2), torch.zeros(1, 1), "dimension 2 of a tensor with 2 dimensions"),
+        (InputSpec("x"), torch.zeros(()), "dimension 0 of a tensor with 0 dimensions"),
+        (
+            InputSpec("x", pad=-1),
+            torch.zeros(1, dtype=torch.uint8),
+            "-1 can't be held by torch.uint8",
+        ),
+        (InputSpec("x", pad=0.5), torch.zeros(1, dtype=torch.int64), "0.5 can't be held"),
+        (
+            InputSpec("x", pad=2**40),
+            torch.zeros(1, dtype=torch.int32),
+            "can't be held by torch.int32",
+        ),
+        (InputSpec("x", pad=2), torch.zeros(1, dtype=torch.bool), "2 can't be held by torch.bool"),
+    ],
+)
+def test_wrong_declarations(spec, example, message):
+    with pytest.raises(ConfigError, match=message):
+        StaticInputs.allocate({"x": example}, 8, [spec])
+
+
+def test_wrong_buffers():
+    with pytest.raises(ConfigError, match="1 inputs are declared, 0 buffers"):
+        StaticInputs([InputSpec("x")], [])
+    with pytest.raises(ConfigError, match="must be contiguous"):
+        StaticInputs([InputSpec("x")], [torch.zeros(4, 2).t()])
+
+
+# --- make_copy_and_call ----------------------------------------------------------------------------
+
+
+def test_copy_and_call_passes_views_of_the_buffers():
+    buffers = [torch.zeros(8), torch.zeros(2, 8)]
+    seen = []
+    call = make_copy_and_call(
+        [0, 2], buffers, lambda *args: seen.append(args) or "out", dims=[0, 1]
+    )
+    assert call(torch.ones(3), "kept", torch.ones(2, 3)) == "out"
+    a, kept, b = seen[0]
+    assert (kept, a.shape, b.shape) == ("kept", (3,), (2, 3))
+    assert a.data_ptr() == buffers[0].data_ptr()
+    assert b.data_ptr() == buffers[1].data_ptr()
+    assert b.tolist() == [[1.0] * 3] * 2
+
+
+def test_copy_and_call_pads_and_tells_the_size():
+    buffer = torch.zeros(8, dtype=torch.long)
+    call = make_copy_and_call(
+        [1],
+        [buffer],
+        lambda n, x: (n, x.tolist()),
+        pads=[-1],
+        padded_size=lambda n: 4,
+        size_indices=[0],
+    )
+    assert call(3, torch.arange(3)) == (4, [0, 1, 2, -1])
+
+
+def test_copy_and_call_without_staged_arguments():
+    assert make_copy_and_call([], [], lambda *args: args)(1, 2) == (1, 2)
+
+
+def test_copy_and_call_errors():
+    with pytest.raises(
+        ConfigError, match="2 staged arguments, 1 buffers, 2 dimensions, 2 paddings"
+    ):
+        make_copy_and_call([0, 1], [torch.zeros(8)], print)
+    with pytest.raises(InputError, match=r"can't be padded to 9; its buffer holds 8.*argument 0"):
+        make_copy_and_call([0], [torch.zeros(8)], print)(torch.zeros(9))
+
+
+# --- the kernel ------------------------------------------------------------------------------------
+
+INTERPRETED = """
+    import random, torch
+    from piecework.runtime.inputs import InputSpec, StaticInputs
+
+    random.seed(int({seed})); torch.manual_seed(0)
+    dtypes = [torch.float32, torch.bfloat16, torch.float8_e5m2, torch.int64, torch.int32, torch.bool,
+              torch.uint8, torch.complex64, torch.float64]
+    for case in range(25):
+        maximum = random.randint(1, 9)
+        padded = random.randint(1, maximum)
+        count = random.randint(0, padded)
+        specs, tensors = [], []
+        for index in range(random.randint(1, 10)):
+            shape = [random.randint(1, 3) for _ in range(random.randint(1, 4))]
+            dim = random.randrange(len(shape))
+            shape[dim] = count
+            dtype = random.choice(dtypes)
+            pad = random.choice([0, 1] if dtype in (torch.bool, torch.uint8) else [0, -1, 7])
+            specs.append(InputSpec(str(index), dim, pad))
+            tensors.append((torch.rand(shape) * 9).to(dtype))
+        examples = {{s.name: t for s, t in zip(specs, tensors)}}
+        both = [StaticInputs.allocate(examples, maximum, specs, kernel=k) for k in ("triton", "reference")]
+        assert both[0]._launcher.fits(tensors, (count,) * len(tensors))
+        for inputs in both:
+            for buffer in inputs.buffers:
+                buffer.view(torch.uint8).fill_(1)
+        for one, other in zip(*(i.stage(tensors, padded) for i in both)):
+            assert torch.equal(one.view(torch.uint8), other.view(torch.uint8)), (case, one, other)
+        for one, other in zip(*(i.buffers for i in both)):
+            assert torch.equal(one.view(torch.uint8), other.view(torch.uint8)), (case, "beyond")
+    print("equal")
+"""
+
+
+def test_the_kernel_equals_the_reference_in_the_interpreter():
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(INTERPRETED.format(seed=0))],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.stdout.strip() == "equal", done.stderr
+
+
+def test_what_the_kernel_can_not_take_goes_the_other_way():
+    pytest.importorskip("triton")
+    inputs = StaticInputs.allocate(
+        {"a": torch.zeros(1, 2), "b": torch.zeros(1, 2)}, 8, kernel="triton"
+    )
+    fits = inputs._launcher.fits
+    dense = torch.zeros(4, 2)
+    assert fits([dense, dense], (4, 4))
+    assert not fits([dense, dense[:3]], (4, 3))
+    assert not fits([dense, torch.zeros(2, 4).t()], (4, 4))
+    wide = StaticInputs.allocate({"a": torch.zeros(1, dtype=torch.complex128)}, 8, kernel="triton")
+    assert not wide._launcher.fits([torch.zeros(4, dtype=torch.complex128)], (4,))
+    staged = wide.stage([torch.ones(2, dtype=torch.complex128)], 3)
+    assert staged[0].tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernel_compiles_for_gpus(capability):
+    pytest.importorskip("triton")
+    program = f"""
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from piecework.runtime.staging_kernel import SLOTS, _stage
+
+        words = ["*i32", "*i64", "*u8", "*i16"]
+        signature = {{f"s{{i}}": words[i] if i < 4 else words[0] for i in range(SLOTS)}}
+        signature |= {{"targets": tuple(words), "count": "i32", "padded": "i32"}}
+        constants = {{"OUTER": (1, 3, 1, 1), "INNER": (1, 1, 64, 7), "PADS": (0, -1, 255, -(2**15)), "BLOCK": 1024}}
+        signature |= dict.fromkeys(constants, "constexpr")
+        source = triton.compiler.ASTSource(_stage, signature=signature, constexprs=constants)
+        compiled = triton.compile(source, target=GPUTarget("cuda", {capability}, 32))
+        print(len(compiled.asm["cubin"]) > 0)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.stdout.strip() == "True", done.stderr
