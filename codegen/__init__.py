@@ -2,15 +2,23 @@
 
 from piecework.codegen.bind import compile_execution_fn
 from piecework.codegen.lower import LowerOptions
-from piecework.codegen.source import StitchedSource, generate_execution_code, generate_source
+from piecework.codegen.source import (
+    StitchedSource,
+    generate_execution_code,
+    generate_source,
+    verify,
+)
 from piecework.codegen.split import SplitItem, split_graph
+from piecework.codegen.verify import Proof
 
 __all__ = [
     "LowerOptions",
+    "Proof",
     "SplitItem",
     "StitchedSource",
     "compile_execution_fn",
     "generate_execution_code",
     "generate_source",
     "split_graph",
+    "verify",
 ]

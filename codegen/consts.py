@@ -43,6 +43,9 @@ def _complex_survives_repr(value: complex) -> bool:
     if not (math.isfinite(value.real) and math.isfinite(value.imag)):
         return False
     # repr() drops the sign of a zero part: complex(-0.0, 1.0) reads back as (0.0, 1.0).
+    # complex(0.0, -1.0) is written -1j, which is complex(-0.0, -1.0).
+    if value.real == 0 and value.imag < 0:
+        return False
     parts = (value.real, value.imag)
     return all(part != 0 or math.copysign(1.0, part) > 0 for part in parts)
 

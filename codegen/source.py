@@ -6,12 +6,15 @@ Emission is deterministic: the same graph gives the same bytes in every process.
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch.fx
 from piecework.codegen import ir
+from piecework.codegen.check import check_ir
 from piecework.codegen.lower import LowerOptions, lower
 from piecework.codegen.render import line_map, render
+from piecework.codegen.verify import Proof, verify_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,8 @@ class StitchedSource:
         consts: the values of ``__vllm_consts__``.
         lines: line number → origin of the statement on it.
         module: the plan that the text was rendered from.
+        options: what it was lowered with.
+        proof: what was proved of it against its graph.
     """
 
     code: str
@@ -31,6 +36,8 @@ class StitchedSource:
     consts: tuple[object, ...]
     lines: dict[int, ir.Origin]
     module: ir.Module
+    options: LowerOptions = field(default_factory=LowerOptions, repr=False, compare=False)
+    proof: Proof | None = None
 
     def __str__(self) -> str:
         return self.code
@@ -45,14 +52,81 @@ def generate_source(
         UnsupportedNode: a node has no source form.
         EmitError: the text did not prove equal to the graph.
     """
+    options = options or LowerOptions()
     module, consts = lower(split_gm, options)
+    check_ir(module, len(consts))
     code = render(module)
+    tree = ast.parse(code)
+    proof = verify_text(
+        code,
+        split_gm,
+        submod_names=module.submod_names,
+        consts=consts,
+        bound={row.name: row.path for row in module.bound},
+        bound_placeholders=options.bound,
+        direct=options.direct,
+        lifetimes=options.emit_del,
+        tree=tree,
+    )
     return StitchedSource(
         code=code,
         submod_names=module.submod_names,
         consts=tuple(consts),
-        lines=line_map(module, ast.parse(code)),
+        lines=line_map(module, tree),
         module=module,
+        options=options,
+        proof=proof,
+    )
+
+
+def verify(
+    source: StitchedSource | str,
+    split_gm: torch.fx.GraphModule,
+    options: LowerOptions | None = None,
+    *,
+    submod_names: Sequence[str] | None = None,
+    consts: Sequence[object] | None = None,
+    edited: str | None = None,
+) -> Proof:
+    """Prove that emitted source does what ``split_gm`` does (translation validation).
+
+    Args:
+        source: what `generate_source` returned, or the text alone.
+        split_gm: the stitching graph.
+        options: what the text was lowered with; a `StitchedSource` knows.
+        submod_names: order of ``__vllm_submods__``; a `StitchedSource` knows.
+        consts: values of ``__vllm_consts__``; a `StitchedSource` knows.
+        edited: a text to check in place of the one in ``source`` (an edited file); it may delete values when it likes.
+
+    Returns:
+        How much was proved.
+
+    Raises:
+        EmitError: the first difference, with the line of the text and the node of the graph.
+
+    Example:
+        >>> verify(source, split_gm)
+        Proof(events=33, statements=98)
+    """
+    if isinstance(source, str):
+        options = options or LowerOptions()
+        code, names, values = source, tuple(submod_names or ()), tuple(consts or ())
+        bound = dict(options.bound)
+    else:
+        options = options or source.options
+        code = source.code
+        names = source.submod_names if submod_names is None else tuple(submod_names)
+        values = source.consts if consts is None else tuple(consts)
+        bound = {row.name: row.path for row in source.module.bound}
+    return verify_text(
+        code if edited is None else edited,
+        split_gm,
+        submod_names=names,
+        consts=values,
+        bound=bound,
+        bound_placeholders=options.bound,
+        direct=options.direct,
+        lifetimes=options.emit_del and edited is None,
     )
 
 

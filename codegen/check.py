@@ -1,0 +1,183 @@
+"""Checks of a plan before it is written. In: an `ir.Module`. Out: nothing, or an `EmitError` that names the statement.
+
+The plan alone is checked here: that names, indices and functions fit together. Whether it says what the graph says is for `verify`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import assert_never
+
+from piecework.codegen import ir
+from piecework.codegen.consts import is_inline_literal
+from piecework.codegen.layout import stmt_text
+from piecework.codegen.liveness import definitions, operands, uses
+from piecework.codegen.names import BUILTINS, is_identifier
+from piecework.codegen.targets import ENTRY_NAME
+from piecework.errors import EmitError
+
+_OWN_NAMES = frozenset({"__vllm_submods__", "__vllm_consts__"})
+
+
+def check_ir(module: ir.Module, const_count: int) -> None:
+    """Check that every name is defined once, before its use and not after its ``del``; that nothing shadows; that
+    indices are in range; that functions exist and get what they take.
+
+    Raises:
+        EmitError: the first thing that does not fit.
+    """
+    _ModuleCheck(module, const_count).run()
+
+
+class _ModuleCheck:
+    def __init__(self, module: ir.Module, const_count: int) -> None:
+        self.module = module
+        self.const_count = const_count
+        self.globals: set[str] = set()
+        self.functions: dict[str, ir.Function] = {}
+
+    def run(self) -> None:
+        module = self.module
+        for imported in module.imports:
+            if not all(map(is_identifier, imported.split("."))):
+                raise EmitError(f"import of {imported!a}, which is no dotted name")
+            self.globals.add(imported.partition(".")[0])
+        for alias in module.aliases:
+            self._expressions((alias.value,), set(), f"alias {alias.name}")
+            self._define_global(alias.name)
+        for row in module.bound:
+            self._define_global(row.name)
+        for function in (*module.functions, module.entry):
+            self._function(function)
+            self._define_global(function.name)
+            self.functions[function.name] = function
+        if module.entry.name != ENTRY_NAME or not module.entry.takes_submods:
+            raise EmitError(f"the entry must be {ENTRY_NAME}(..., *, __vllm_submods__)")
+        if [spec.index for spec in module.const_specs] != list(range(self.const_count)):
+            raise EmitError("the consts table does not number the constants as they are")
+
+    def _define_global(self, name: str) -> None:
+        if name in self.globals or name in BUILTINS or not is_identifier(name):
+            raise EmitError(f"module-level name {name!a} is taken or not valid")
+        if name.startswith("__"):
+            raise EmitError(f"module-level name {name!a} is reserved")
+        self.globals.add(name)
+
+    def _function(self, function: ir.Function) -> None:
+        live = {row.name for row in self.module.bound}
+        ever: set[str] = set()
+        for parameter in function.parameters:
+            if parameter.default is not None:
+                self._expressions((parameter.default,), set(), function.name)
+            self._define_local(parameter.name, live, ever, function.name)
+        for number, stmt in enumerate(function.body):
+            where = f"{function.name}: {stmt_text(stmt)[:200]}"
+            for name in uses(stmt):
+                if name not in live:
+                    state = "after its del" if name in ever else "before it is defined"
+                    raise EmitError(f"{name!a} is used {state}", where=where)
+            self._expressions(operands(stmt), live, where)
+            self._statement(stmt, function, where)
+            for name in definitions(stmt):
+                self._define_local(name, live, ever, where)
+            if isinstance(stmt, ir.Delete):
+                for name in stmt.names:
+                    if name not in live or name not in ever:
+                        raise EmitError(f"del of {name!a}, which is not defined", where=where)
+                    live.discard(name)
+            if isinstance(stmt, ir.Return) != (number == len(function.body) - 1):
+                raise EmitError("a function must end with its only return", where=where)
+        if not function.body:
+            raise EmitError("a function must end with its only return", where=function.name)
+
+    def _define_local(self, name: str, live: set[str], ever: set[str], where: str) -> None:
+        if name in ever:
+            raise EmitError(f"{name!a} is defined twice", where=where)
+        if name in self.globals or name in BUILTINS or name.startswith("__"):
+            raise EmitError(f"{name!a} shadows a name of the module", where=where)
+        if not is_identifier(name) or name == ENTRY_NAME:
+            raise EmitError(f"{name!a} is no valid name for a value", where=where)
+        live.add(name)
+        ever.add(name)
+
+    def _statement(self, stmt: ir.Stmt, function: ir.Function, where: str) -> None:
+        match stmt:
+            case ir.CallSubmod():
+                if not 0 <= stmt.index < len(self.module.submod_names):
+                    raise EmitError(f"no submodule {stmt.index}", where=where)
+                self._passes(function.takes_submods, where)
+                self._targets(stmt.targets, stmt.unpack, where)
+            case ir.CallInlined():
+                callee = self.functions.get(stmt.function)
+                if callee is None:
+                    raise EmitError(
+                        f"{stmt.function!a} is called before it is defined", where=where
+                    )
+                if stmt.passes_submods != callee.takes_submods:
+                    raise EmitError("__vllm_submods__ is not passed as declared", where=where)
+                self._passes(function.takes_submods or not stmt.passes_submods, where)
+                if len(stmt.arguments.args) != len(callee.parameters) or stmt.arguments.kwargs:
+                    raise EmitError(f"{stmt.function!a} gets other arguments", where=where)
+                self._targets(stmt.targets, stmt.unpack, where)
+            case ir.CallFunction() | ir.CallMethod():
+                self._targets(stmt.targets, stmt.unpack, where)
+            case ir.GetAttr():
+                if not is_identifier(stmt.attribute):
+                    raise EmitError(f"attribute {stmt.attribute!a} is no identifier", where=where)
+            case ir.GetItem() | ir.Infix() | ir.Delete() | ir.Return():
+                pass
+            case _:
+                assert_never(stmt)
+
+    @staticmethod
+    def _passes(reachable: bool, where: str) -> None:
+        if not reachable:
+            raise EmitError("__vllm_submods__ is not a parameter of this function", where=where)
+
+    @staticmethod
+    def _targets(targets: tuple[str, ...], unpack: bool, where: str) -> None:
+        if (unpack and not targets) or (not unpack and len(targets) > 1):
+            raise EmitError("targets and unpacking do not fit together", where=where)
+
+    def _expressions(self, exprs: Iterable[ir.Expr], live: set[str], where: str) -> None:
+        for expr in exprs:
+            for leaf in _leaves(expr):
+                match leaf:
+                    case ir.Const(index) if not 0 <= index < self.const_count:
+                        raise EmitError(f"no constant {index}", where=where)
+                    case ir.Literal(value) if not is_inline_literal(value):
+                        raise EmitError(
+                            f"a {type(value).__name__} has no literal form", where=where
+                        )
+                    case ir.Global(path):
+                        root = path.partition(".")[0]
+                        if (
+                            root not in self.globals and root not in BUILTINS
+                        ) or root in _OWN_NAMES:
+                            raise EmitError(
+                                f"{path!a} is neither imported nor defined", where=where
+                            )
+                    case ir.Name(name) if name not in live:
+                        raise EmitError(f"{name!a} is used where it is not defined", where=where)
+
+
+def _leaves(expr: ir.Expr) -> Iterator[ir.Expr]:
+    match expr:
+        case ir.Name() | ir.Literal() | ir.Const() | ir.Global():
+            yield expr
+        case ir.ListExpr(items) | ir.TupleExpr(items):
+            for item in items:
+                yield from _leaves(item)
+        case ir.DictExpr(pairs):
+            for key, value in pairs:
+                yield from _leaves(key)
+                yield from _leaves(value)
+        case ir.SliceExpr(start, stop, step):
+            for part in (start, stop, step):
+                yield from _leaves(part)
+        case ir.Construct(kind, items):
+            yield from _leaves(kind)
+            for item in items:
+                yield from _leaves(item)
+        case _:
+            assert_never(expr)

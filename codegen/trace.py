@@ -1,0 +1,96 @@
+"""The values and events that two descriptions of one program are compared by. In: nothing; this is the vocabulary of `verify`.
+
+A trace knows neither nodes nor text. An event is whatever may do something when it runs: a call, a method, a submodule;
+building a container, naming a value and picking from a known tuple are none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Input(NamedTuple):
+    """A parameter of ``execution_fn``, by position."""
+
+    position: int
+
+
+class Bound(NamedTuple):
+    """A weight that the module holds, by its path."""
+
+    path: str
+
+
+class Result(NamedTuple):
+    """What an event yields, by the event's number."""
+
+    event: int
+
+
+class Element(NamedTuple):
+    """One element of what an event yields, where the number of elements is known."""
+
+    event: int
+    place: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Known:
+    """A Python object: a literal, a constant, or (``is_global``) something that a dotted path leads to."""
+
+    value: object
+    is_global: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Container:
+    """A tuple, list, dict (keys and values in turn), slice or namedtuple built at this point of the program.
+
+    ``serial`` tells one object from another equal one: lists and dicts can be changed.
+    """
+
+    kind: type
+    items: tuple[Value, ...]
+    serial: int
+
+
+Value = Input | Bound | Result | Element | Known | Container
+
+
+class Event(NamedTuple):
+    """``kind`` is "call" (target: the callable), "method" (its name) or "submod" (its name); ``line`` is for messages."""
+
+    kind: str
+    target: object
+    args: tuple[Value, ...]
+    kwargs: tuple[tuple[str, Value], ...]
+    line: int
+
+
+class Escapes:
+    """Which mutable containers were handed to an event: from then on their elements are not known any more."""
+
+    def __init__(self) -> None:
+        self._serials: set[int] = set()
+
+    def note(self, values: tuple[Value, ...]) -> None:
+        for value in values:
+            if type(value) is Container:
+                self._serials.add(value.serial)
+                self.note(value.items)
+
+    def elements_of(self, value: Value) -> tuple[Value, ...] | None:
+        """The elements of a sequence as far as they are certain, else None."""
+        if type(value) is not Container:
+            return None
+        if value.kind is tuple or (value.kind is list and value.serial not in self._serials):
+            return value.items
+        return None
+
+
+def picked(elements: tuple[Value, ...] | None, index: object) -> Value | None:
+    """The element at a literal ``index``, or None if that is not certain."""
+    if elements is None or type(index) is not int or not -len(elements) <= index < len(elements):
+        return None
+    return elements[index]

@@ -1,0 +1,375 @@
+"""Proof that emitted text does what its graph does. In: source text, or a `StitchedSource`, and the stitching graph. Out: a `Proof`, or an `EmitError`.
+
+The text is traced by `trace_text`, which knows nothing of how it was made; the graph is walked here, and each of its nodes must
+be the next event of the text: same callable, same operands in the same places, constants equal by type and bit. Nothing of the
+text is executed but its imports, and nothing of the lowering is relied on.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+import struct
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+import torch.fx
+from piecework.codegen.origin import node_where, value_of
+from piecework.codegen.structure import attribute_of
+from piecework.codegen.trace import (
+    Bound,
+    Container,
+    Element,
+    Escapes,
+    Event,
+    Input,
+    Known,
+    Result,
+    Value,
+    picked,
+)
+from piecework.codegen.trace_text import EntryParameter, TextTrace, trace_text
+from piecework.errors import EmitError
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What was proved equal: the number of events (calls), and of statements that were run abstractly to get them."""
+
+    events: int
+    statements: int
+
+
+def verify_text(
+    code: str,
+    split_gm: torch.fx.GraphModule,
+    *,
+    submod_names: Sequence[str],
+    consts: Sequence[object],
+    bound: Mapping[str, str] | None = None,
+    bound_placeholders: Mapping[str, str] | None = None,
+    direct: Mapping[object, object] | None = None,
+    lifetimes: bool = True,
+    tree: ast.Module | None = None,
+) -> Proof:
+    """Prove that ``code`` computes what ``split_gm`` computes, in the same order.
+
+    Args:
+        code: an emitted module, edited or not.
+        split_gm: the stitching graph.
+        submod_names: what ``__vllm_submods__`` holds, by name; those submodules are opaque, all others are looked into.
+        consts: what ``__vllm_consts__`` holds.
+        bound: name in the text → path of the weight that it holds.
+        bound_placeholders: name of a placeholder → path of the weight that is held for it.
+        direct: operator → the callable that the text may call in its place.
+        lifetimes: also require that each value is deleted right after its last use.
+        tree: ``code``, parsed.
+
+    Raises:
+        EmitError: the first difference, with the line of the text and the node of the graph.
+    """
+    if tree is None:
+        try:
+            tree = ast.parse(code)
+        except (SyntaxError, ValueError) as error:
+            raise EmitError(f"stitching source is not Python: {error}") from error
+    text = trace_text(
+        code,
+        tree,
+        submod_names=submod_names,
+        consts=consts,
+        bound=dict(bound or {}),
+        lifetimes=lifetimes,
+    )
+    matcher = _Matcher(code, text, submod_names, direct or {})
+    matcher.match(split_gm, dict(bound_placeholders or {}))
+    return Proof(events=len(text.events), statements=text.statements)
+
+
+class _Scope(NamedTuple):
+    gm: torch.fx.GraphModule
+    prefix: str
+    values: dict[torch.fx.Node, Value]
+
+
+class _Matcher:
+    """Walks the graph and holds each node against the next event of the text."""
+
+    def __init__(
+        self,
+        code: str,
+        text: TextTrace,
+        submod_names: Collection[str],
+        direct: Mapping[object, object],
+    ) -> None:
+        self.code = code
+        self.text = text
+        self.submod_names = frozenset(submod_names)
+        self.direct = direct
+        self.next = 0
+        self.escapes = Escapes()
+        self.serial = 0
+        # Containers of the graph and of the text that are the same object, both ways.
+        self.text_serial: dict[int, int] = {}
+        self.graph_serial: dict[int, int] = {}
+
+    def match(self, split_gm: torch.fx.GraphModule, bound: Mapping[str, str]) -> None:
+        scope = _Scope(split_gm, "", {})
+        passed: list[torch.fx.Node] = []
+        for node in split_gm.graph.find_nodes(op="placeholder"):
+            if node.name in bound:
+                scope.values[node] = Bound(bound[node.name])
+            else:
+                scope.values[node] = Input(len(passed))
+                passed.append(node)
+        self._match_signature(passed)
+        returned, at = self._walk(scope)
+        if self.next != len(self.text.events):
+            extra = self.text.events[self.next]
+            raise EmitError(
+                "the text does something that the graph does not", where=self._line(extra)
+            )
+        if not self._same(returned, self.text.returned):
+            raise EmitError(
+                "the text returns something else than the graph",
+                where=node_where(at) if at is not None else None,
+            )
+
+    def _match_signature(self, placeholders: Sequence[torch.fx.Node]) -> None:
+        parameters = self.text.parameters
+        for node, parameter in zip(placeholders, parameters, strict=False):
+            if not self._fits(node, parameter):
+                raise EmitError(
+                    f"parameter {parameter.prefix}{parameter.name} differs in kind or default",
+                    where=node_where(node),
+                )
+        if len(parameters) != len(placeholders):
+            raise EmitError(
+                f"the text takes {len(parameters)} inputs and the graph {len(placeholders)}"
+            )
+
+    def _fits(self, node: torch.fx.Node, parameter: EntryParameter) -> bool:
+        target = str(node.target)
+        stars = len(target) - len(target.lstrip("*"))
+        if "*" * min(stars, 2) != parameter.prefix:
+            return False
+        if parameter.default is None or not node.args:
+            return parameter.default is None and (not node.args or bool(stars))
+        return self._same(self._converted(node.args[0], {}), parameter.default)
+
+    # --- the graph -------------------------------------------------------------------------------
+
+    def _walk(self, scope: _Scope) -> tuple[Value, torch.fx.Node | None]:
+        for node in scope.gm.graph.nodes:
+            match node.op:
+                case "placeholder":
+                    pass
+                case "get_attr":
+                    scope.values[node] = Known(attribute_of(scope.gm, str(node.target)))
+                case "call_function":
+                    scope.values[node] = self._call_function(node, scope)
+                case "call_method":
+                    scope.values[node] = self._event(node, "method", node.target, scope)
+                case "call_module":
+                    scope.values[node] = self._call_module(node, scope)
+                case "output":
+                    return self._converted(node.args[0], scope.values), node
+        return Known(None), None
+
+    def _call_function(self, node: torch.fx.Node, scope: _Scope) -> Value:
+        if node.target is operator.getitem and len(node.args) == 2 and not node.kwargs:
+            source = node.args[0]
+            if isinstance(source, torch.fx.Node) or type(source) is tuple:
+                value = self._converted(source, scope.values)
+                element = self._element(value, node.args[1])
+                if element is not None:
+                    return element
+        return self._event(node, "call", node.target, scope)
+
+    def _element(self, value: Value, index: object) -> Value | None:
+        """What picking ``index`` yields, if the text has that element too without doing anything for it."""
+        if type(value) is Result and value.event in self.text.unpacked:
+            inside = type(index) is int and 0 <= index < self.text.unpacked[value.event]
+            return Element(value.event, cast(int, index)) if inside else None
+        return picked(self.escapes.elements_of(value), index)
+
+    def _call_module(self, node: torch.fx.Node, scope: _Scope) -> Value:
+        path = f"{scope.prefix}.{node.target}" if scope.prefix else str(node.target)
+        callee = attribute_of(scope.gm, str(node.target))
+        if path in self.submod_names:
+            return self._event(node, "submod", path, scope, callee)
+        if not isinstance(callee, torch.fx.GraphModule):
+            raise EmitError(
+                f"module {path!a} is not among the names of __vllm_submods__",
+                where=node_where(node),
+            )
+        placeholders = callee.graph.find_nodes(op="placeholder")
+        inner = _Scope(callee, path, {})
+        for placeholder, arg in zip(placeholders, node.args, strict=False):
+            inner.values[placeholder] = self._converted(arg, scope.values)
+        by_name = {str(placeholder.target): placeholder for placeholder in placeholders}
+        for key, arg in node.kwargs.items():
+            if key not in by_name or by_name[key] in inner.values:
+                raise EmitError(f"{path!a} does not take {key!a}", where=node_where(node))
+            inner.values[by_name[key]] = self._converted(arg, scope.values)
+        for placeholder in placeholders:
+            if placeholder not in inner.values and placeholder.args:
+                inner.values[placeholder] = self._converted(placeholder.args[0], {})
+        if len(inner.values) != len(placeholders) or len(node.args) > len(placeholders):
+            raise EmitError(f"{path!a} is called with other arguments", where=node_where(node))
+        return self._walk(inner)[0]
+
+    # --- one node against one event --------------------------------------------------------------
+
+    def _event(
+        self,
+        node: torch.fx.Node,
+        kind: str,
+        target: object,
+        scope: _Scope,
+        callee: object = None,
+    ) -> Value:
+        if self.next >= len(self.text.events):
+            raise EmitError("the text ends before this node", where=node_where(node))
+        number = self.next
+        event = self.text.events[number]
+        self.next += 1
+        if event.kind != kind or not self._same_target(kind, target, event.target):
+            self._differ(node, event, f"a {kind} of something else")
+        if len(event.args) != len(node.args) or len(event.kwargs) != len(node.kwargs):
+            self._differ(node, event, "another number of arguments")
+        args = tuple(self._converted(arg, scope.values) for arg in node.args)
+        for place, (ours, theirs) in enumerate(zip(args, event.args, strict=True)):
+            if not self._same(ours, theirs):
+                self._differ(node, event, f"another argument {place}")
+        kwargs = []
+        for (key, arg), (name, theirs) in zip(node.kwargs.items(), event.kwargs, strict=True):
+            kwargs.append(self._converted(arg, scope.values))
+            if key != name or not self._same(kwargs[-1], theirs):
+                self._differ(node, event, f"another argument {key!a}")
+        self.escapes.note(args)
+        self.escapes.note(tuple(kwargs))
+        if number in self.text.unpacked:
+            self._allow_unpacking(node, event, self.text.unpacked[number], callee)
+        return Result(number)
+
+    def _allow_unpacking(
+        self, node: torch.fx.Node, event: Event, count: int, callee: object
+    ) -> None:
+        """Unpacking is picking elements early: right if the result is known to have just so many and only elements are used."""
+        value: object = value_of(node)
+        if isinstance(callee, torch.fx.GraphModule):
+            returned = [each.args[0] for each in callee.graph.find_nodes(op="output")]
+            if returned and isinstance(returned[0], (tuple, list)):
+                value = returned[0]
+            elif returned and isinstance(returned[0], torch.fx.Node):
+                value = value_of(returned[0])
+        if not isinstance(value, (tuple, list)) or len(value) != count:
+            self._differ(
+                node, event, f"unpacks a result that is not known to have {count} elements"
+            )
+        for user in node.users:
+            index = user.args[1] if len(user.args) == 2 and not user.kwargs else None
+            picks = user.op == "call_function" and user.target is operator.getitem
+            if not picks or type(index) is not int or not 0 <= index < count:
+                self._differ(node, event, "unpacks a result that the graph uses as a whole")
+
+    def _same_target(self, kind: str, ours: object, theirs: object) -> bool:
+        if ours is theirs:
+            return True
+        if kind in ("method", "submod"):
+            return type(ours) is str and type(theirs) is str and ours == theirs
+        try:
+            return ours in self.direct and self.direct[ours] is theirs
+        except TypeError:  # not hashable, so it has no other implementation
+            return False
+
+    def _differ(self, node: torch.fx.Node, event: Event, what: str) -> None:
+        raise EmitError(
+            f"the text differs from the graph: {what}",
+            where=f"{self._line(event)}; {node_where(node)}",
+            hint="an edited file must still do what the graph does; a generated one that differs is a defect",
+        )
+
+    def _line(self, event: Event) -> str:
+        lines = self.code.splitlines()
+        text = lines[event.line - 1].strip() if event.line <= len(lines) else ""
+        return f"line {event.line}: {text}"
+
+    # --- values ----------------------------------------------------------------------------------
+
+    def _converted(self, arg: object, values: Mapping[torch.fx.Node, Value]) -> Value:
+        """A node's argument as a value; every container in it is a new object."""
+        if isinstance(arg, torch.fx.Node):
+            found = values.get(arg)
+            if found is None:
+                raise EmitError("a node is used before it is defined", where=node_where(arg))
+            return found
+        parts: list[object] | None = None
+        kind: type = type(arg)
+        if isinstance(arg, (tuple, list)) and (
+            kind in _SEQUENCES or (hasattr(arg, "_fields") and _holds_node(arg))
+        ):
+            parts = list(arg)
+        elif kind in _MAPPINGS:
+            parts = [each for pair in cast(dict[object, object], arg).items() for each in pair]
+        elif isinstance(arg, slice):
+            parts = [arg.start, arg.stop, arg.step]
+        if parts is None:
+            return Known(arg)
+        kind = _SEQUENCES.get(kind, dict if kind in _MAPPINGS else kind)
+        items = tuple(self._converted(part, values) for part in parts)
+        self.serial += 1
+        return Container(kind, items, self.serial)
+
+    def _same(self, ours: Value, theirs: Value) -> bool:
+        if type(ours) is not type(theirs):
+            return False
+        if isinstance(ours, Known):
+            return same_constant(ours.value, cast(Known, theirs).value)
+        if not isinstance(ours, Container):
+            return bool(ours == theirs)
+        other = cast(Container, theirs)
+        if ours.kind is not other.kind or len(ours.items) != len(other.items):
+            return False
+        if ours.kind in (list, dict):
+            if self.text_serial.setdefault(ours.serial, other.serial) != other.serial:
+                return False
+            if self.graph_serial.setdefault(other.serial, ours.serial) != ours.serial:
+                return False
+        return all(map(self._same, ours.items, other.items))
+
+
+_SEQUENCES: dict[type, type] = {
+    tuple: tuple,
+    list: list,
+    torch.fx.immutable_collections.immutable_list: list,
+}
+_MAPPINGS = frozenset({dict, torch.fx.immutable_collections.immutable_dict})
+
+
+def _holds_node(value: object) -> bool:
+    if isinstance(value, torch.fx.Node):
+        return True
+    if isinstance(value, slice):
+        return any(map(_holds_node, (value.start, value.stop, value.step)))
+    if isinstance(value, dict):
+        return any(map(_holds_node, value)) or any(map(_holds_node, value.values()))
+    return isinstance(value, (tuple, list)) and any(map(_holds_node, value))
+
+
+def same_constant(left: object, right: object) -> bool:
+    """The same object, or two that nothing but identity can tell apart: equal type and bits."""
+    if left is right:
+        return True
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, float) and isinstance(right, float):
+        return left == left and struct.pack("d", left) == struct.pack("d", right)
+    if isinstance(left, complex) and isinstance(right, complex):
+        return same_constant(left.real, right.real) and same_constant(left.imag, right.imag)
+    if type(left) in (int, bool, str, bytes, torch.device, torch.Size):
+        return bool(left == right)
+    return False
