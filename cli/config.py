@@ -16,6 +16,7 @@ from piecework.runtime.config_docs import field_rows, json_schema, markdown_tabl
 from piecework.runtime.config_model import FrozenModel
 from piecework.runtime.config_overrides import merge, parse_overrides, to_overrides
 from piecework.runtime.config_text import read_data, to_data, to_json, to_toml
+from piecework.runtime.ranges import Range
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -155,7 +156,7 @@ def _report(config: CompilationConfig, limits: RuntimeConfig | None) -> dict[str
     report: dict[str, Any] = {"config": to_data(config)}
     if limits is not None:
         report["runtime"] = to_data(limits)
-        report["ranges"] = [[each.start, each.end] for each in config.range_table().entries]
+        report["ranges"] = [[each.start, each.end] for each in _entries(config, limits)]
         report["hash"] = config.compute_hash()
     return report
 
@@ -164,12 +165,16 @@ def _comments(config: CompilationConfig, limits: RuntimeConfig | None) -> str:
     """What a resolved configuration leads to, as comments above its TOML."""
     if limits is None:
         return ""
-    ranges = " ".join(map(str, config.range_table().entries))
+    ranges = " ".join(map(str, _entries(config, limits)))
     sizes = config.cudagraph_capture_sizes or ()
     return (
         f"# hash {config.compute_hash()}\n# compiled for {ranges}\n"
         f"# captured sizes: {' '.join(map(str, sizes)) or 'none'}\n"
     )
+
+
+def _entries(config: CompilationConfig, limits: RuntimeConfig) -> tuple[Range, ...]:
+    return config.range_table(limits.max_num_batched_tokens).entries
 
 
 def _update(page: Path) -> None:

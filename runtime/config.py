@@ -254,15 +254,15 @@ class CompilationConfig(FrozenModel):
         """The ranges that are compiled, ascending, without the single sizes.
 
         Args:
-            max_size: the largest batch; by default the last endpoint, as ``resolve()`` leaves it.
-            is_encoder: the last range is open-ended.
+            max_size: the largest batch; if None it is not known, and the last range is open-ended.
+            is_encoder: the last range is open-ended in any case.
 
         Raises:
-            ConfigError: an endpoint lies beyond the largest batch, or that is not known.
+            ConfigError: an endpoint lies beyond the largest batch.
         """
-        if max_size is None:
-            max_size = max(self.compile_ranges_endpoints, default=None)
-        return derive_ranges(self.compile_ranges_endpoints, max_size, open_ended=is_encoder)
+        return derive_ranges(
+            self.compile_ranges_endpoints, max_size, open_ended=is_encoder or max_size is None
+        )
 
     def range_table(self, max_size: int | None = None, *, is_encoder: bool = False) -> RangeTable:
         """Ranges and single sizes with one look-up; arguments and errors as ``get_compile_ranges``."""

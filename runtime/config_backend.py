@@ -39,7 +39,7 @@ def backend_of(
 
         if runtime is not None:
             config = config.resolve(runtime, registered_splitting_ops=registry.names())
-        return PieceworkBackend(config, prefix=prefix, is_encoder=is_encoder)
+        return PieceworkBackend(config, prefix, is_encoder, runtime_config=runtime)
     if config.backend in torch.compiler.list_backends(exclude_tags=()):
         return config.backend
     if config.backend.isidentifier():

@@ -184,9 +184,10 @@ def with_spec_decode_sizes(
 
 
 def with_ranges(config: CompilationConfig, runtime: RuntimeConfig) -> CompilationConfig:
-    """``config`` whose last endpoint is the largest batch."""
-    ranges = derive_ranges(config.compile_ranges_endpoints, runtime.max_num_batched_tokens)
-    return config.replace(compile_ranges_endpoints=tuple(each.end for each in ranges))
+    """``config`` with the endpoints that cut something: the largest batch itself does not."""
+    largest = runtime.max_num_batched_tokens
+    ranges = derive_ranges(config.compile_ranges_endpoints, largest)
+    return config.replace(compile_ranges_endpoints=tuple(each.end for each in ranges[:-1]))
 
 
 def with_reachable_sizes(config: CompilationConfig, runtime: RuntimeConfig) -> CompilationConfig:

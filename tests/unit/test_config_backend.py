@@ -8,6 +8,7 @@ from piecework.errors import ConfigError
 from piecework.runtime.backend import PieceworkBackend
 from piecework.runtime.config import CompilationConfig, RuntimeConfig
 from piecework.runtime.qualified_name import import_qualified, qualified_name
+from piecework.runtime.ranges import OPEN_END, Range
 
 
 class Outer:
@@ -59,9 +60,19 @@ def test_piecework_mode_makes_its_backend():
 def test_a_runtime_resolves_the_backends_config():
     runtime = RuntimeConfig(max_num_batched_tokens=64, max_num_seqs=4)
     backend = CompilationConfig(backend="eager", cudagraph_mode="FULL").init_backend(runtime)
-    assert backend.config.compile_ranges_endpoints == (64,)
+    assert backend.range_table is None
     assert backend.config.cudagraph_capture_sizes == (1, 2, 4, 8)
     assert backend.config.splitting_ops is not None
+
+
+@pytest.mark.parametrize(("is_encoder", "end"), [(False, 64), (True, OPEN_END)])
+def test_the_backend_compiles_the_ranges_of_the_runtime(is_encoder, end):
+    runtime = RuntimeConfig(max_num_batched_tokens=64, max_num_seqs=4)
+    config = CompilationConfig(
+        backend="eager", compile_ranges_endpoints=[16, 64], compile_sizes=[1]
+    )
+    backend = config.init_backend(runtime, is_encoder=is_encoder)
+    assert backend.compile_ranges == (Range(1, 1), Range(1, 16), Range(17, end))
 
 
 def test_qualified_names_go_both_ways():

@@ -91,8 +91,8 @@ def test_the_resolve_example_is_true():
     config = CompilationConfig(compile_ranges_endpoints=[16, 256], compile_sizes=[1])
     runtime = RuntimeConfig(max_num_batched_tokens=2048, max_num_seqs=64)
     resolved = config.resolve(runtime, registered_splitting_ops=["demo::attention"])
-    assert resolved.compile_ranges_endpoints == (16, 256, 2048)
-    assert resolved.range_table().find(17) == Range(17, 256)
+    assert resolved.splitting_ops == ("demo::attention",)
+    assert resolved.range_table(2048).find(300) == Range(257, 2048)
 
 
 def test_the_example_of_an_error_is_what_is_printed():

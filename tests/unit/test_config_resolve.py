@@ -23,7 +23,7 @@ def test_resolve_settles_everything_and_leaves_the_original_alone():
     config = CompilationConfig(
         cudagraph_mode="PIECEWISE",
         compile_sizes=["cudagraph_capture_sizes", 6],
-        compile_ranges_endpoints=[16],
+        compile_ranges_endpoints=[16, 64],
     )
     before = config.model_copy(deep=True)
     resolved = config.resolve(SMALL, registered_splitting_ops=["b::y", ATTENTION, "b::y"])
@@ -32,10 +32,10 @@ def test_resolve_settles_everything_and_leaves_the_original_alone():
     assert resolved.cudagraph_capture_sizes == (1, 2, 4, 8)
     assert resolved.max_cudagraph_capture_size == 8
     assert resolved.compile_sizes == (1, 2, 4, 6, 8)
-    assert resolved.compile_ranges_endpoints == (16, 64)
+    assert resolved.compile_ranges_endpoints == (16,)
     assert resolved.custom_ops == ("none",)
-    assert pairs(resolved.get_compile_ranges()) == [(1, 16), (17, 64)]
-    assert pairs(resolved.get_compile_ranges(is_encoder=True)) == [(1, 16), (17, OPEN_END)]
+    assert pairs(resolved.get_compile_ranges(64)) == [(1, 16), (17, 64)]
+    assert pairs(resolved.get_compile_ranges(64, is_encoder=True)) == [(1, 16), (17, OPEN_END)]
 
 
 def test_unknown_splitting_ops_stay_open():
@@ -64,7 +64,7 @@ def test_resolving_twice_changes_nothing(mode, registered, query_len, sizes, end
         assert [each.field for each in error.problems] == ["cudagraph_capture_sizes"]
         return
     assert once.resolve(runtime, registered_splitting_ops=registered) == once
-    assert once.get_compile_ranges()[-1].end == 64
+    assert once.get_compile_ranges(64) == config.get_compile_ranges(64)
 
 
 def test_problems_of_all_steps_are_one_error():
@@ -229,9 +229,8 @@ def test_only_full_decode_graphs_are_rounded(mode, rounded):
 
 def test_ranges_without_the_largest_batch():
     config = CompilationConfig()
-    with pytest.raises(ConfigError, match="largest batch is not known"):
-        config.get_compile_ranges()
     assert pairs(config.get_compile_ranges(8)) == [(1, 8)]
+    assert pairs(config.get_compile_ranges()) == [(1, OPEN_END)]
     assert pairs(config.get_compile_ranges(is_encoder=True)) == [(1, OPEN_END)]
     with pytest.raises(ConfigError, match="no batch reaches 16"):
         CompilationConfig(compile_ranges_endpoints=[16]).get_compile_ranges(8)
