@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from piecework.errors import PieceworkError, UsageError
+from piecework.cli.console import DIFFERS, DONE, console, typed_errors
+from piecework.errors import UsageError
 from rich.console import Console
 from rich.text import Text
 
@@ -21,10 +22,8 @@ golden_app = typer.Typer(
     name="golden",
     help="Compare, update and review golden snapshots of emitted source.",
     no_args_is_help=True,
+    rich_markup_mode=None,
 )
-
-_DIFFERENT = 1
-_MISUSE = 2
 
 Names = Annotated[list[str] | None, typer.Argument(help="Names of cases; all by default.")]
 Root = Annotated[
@@ -43,10 +42,10 @@ def check(names: Names = None, root: Root = None, as_json: AsJson = False) -> No
     from piecework.golden import snapshot
     from piecework.golden.check import check_cases
 
-    with _errors(), _progress() as step:
+    with typed_errors(), _progress() as step:
         run = check_cases(_root(root), names or (), propose=not snapshot.in_ci(), progress=step)
     _report_run(run, as_json)
-    raise typer.Exit(0 if run.passed else _DIFFERENT)
+    raise typer.Exit(DONE if run.passed else DIFFERS)
 
 
 @golden_app.command(epilog="Example: piecework golden update straight_line")
@@ -58,7 +57,7 @@ def update(names: Names = None, root: Root = None, as_json: AsJson = False) -> N
     from piecework.golden import snapshot
     from piecework.golden.check import update_cases
 
-    with _errors(), _progress() as step:
+    with typed_errors(), _progress() as step:
         if snapshot.in_ci():
             raise UsageError(
                 "goldens are not written in continuous integration (the variable CI is set)",
@@ -66,7 +65,7 @@ def update(names: Names = None, root: Root = None, as_json: AsJson = False) -> N
             )
         run = update_cases(_root(root), names or (), progress=step)
     _report_run(run, as_json)
-    raise typer.Exit(0 if run.passed else _DIFFERENT)
+    raise typer.Exit(DONE if run.passed else DIFFERS)
 
 
 @golden_app.command(epilog="Example: piecework golden review")
@@ -90,7 +89,7 @@ def review(
     from piecework.golden import snapshot
     from piecework.golden.check import shown
 
-    with _errors():
+    with typed_errors():
         if snapshot.in_ci():
             raise UsageError(
                 "nothing is reviewed in continuous integration (the variable CI is set)"
@@ -130,12 +129,12 @@ def _review(places: Sequence[Path] | None, root: Path | None) -> None:
             if golden.is_file():
                 _say(f"  piecework golden diff {shown(golden)} {shown(proposal_of(golden))}")
             _say(f"  {command}")
-        raise typer.Exit(_DIFFERENT)
-    console = Console(highlight=False)
-    outcome = review(proposals, console.print, input, shown)
+        raise typer.Exit(DIFFERS)
+    out = console()
+    outcome = review(proposals, out.print, input, shown)
     counts = (len(outcome.accepted), len(outcome.rejected), len(outcome.skipped))
     _say("accepted {}, rejected {}, skipped {}".format(*counts))
-    raise typer.Exit(_DIFFERENT if outcome.skipped else 0)
+    raise typer.Exit(DIFFERS if outcome.skipped else DONE)
 
 
 @golden_app.command(
@@ -159,7 +158,7 @@ def diff(
     """
     from piecework.golden.diff import compare_sources
 
-    with _errors():
+    with typed_errors():
         left, right = _source_file(before), _source_file(after)
         found = compare_sources(
             _read(left), _read(right), before_name=str(before), after_name=str(after)
@@ -175,7 +174,7 @@ def diff(
         _show_diff(found, str(before), str(after), context, summary)
         if html is not None:
             _say(f"page: {html}")
-    raise typer.Exit(0 if found.same_text else _DIFFERENT)
+    raise typer.Exit(DONE if found.same_text else DIFFERS)
 
 
 @golden_app.command(epilog="Example: piecework golden report -o report.html")
@@ -193,13 +192,13 @@ def report(
     from piecework.golden.check import check_cases, shown
     from piecework.golden.report import entries_of, write_page
 
-    with _errors():
+    with typed_errors():
         with _progress() as step:
             run = check_cases(_root(root), names or (), propose=False, progress=step)
         entries = entries_of(run)
         write_page(output, entries)
     _say(f"{len(entries)} of {len(run.results)} goldens differ; page: {shown(output)}")
-    raise typer.Exit(0 if run.passed else _DIFFERENT)
+    raise typer.Exit(DONE if run.passed else DIFFERS)
 
 
 # --- printing ----------------------------------------------------------------------------------------
@@ -213,9 +212,9 @@ def _report_run(run: object, as_json: bool) -> None:
     if as_json:
         print(json.dumps(run_as_json(run), indent=2))
         return
-    console = Console(highlight=False, soft_wrap=True)
+    out = console()
     for line in run_lines(run):
-        console.print(line)
+        out.print(line)
 
 
 def _show_diff(found: object, before: str, after: str, context: int, summary: bool) -> None:
@@ -223,38 +222,28 @@ def _show_diff(found: object, before: str, after: str, context: int, summary: bo
     from piecework.golden.diff_text import summary_lines, unified_lines
 
     assert isinstance(found, SourceDiff)
-    console = Console(highlight=False, soft_wrap=True)
+    out = console()
     for line in summary_lines(found):
-        console.print(line)
+        out.print(line)
     if not summary and not found.same_text:
-        console.print(Text(""))
+        out.print(Text(""))
         for line in unified_lines(found, before, after, context):
-            console.print(line)
+            out.print(line)
 
 
 def _say(text: str) -> None:
-    Console(highlight=False, soft_wrap=True).print(Text(text))
+    console().print(Text(text))
 
 
 @contextmanager
 def _progress() -> Iterator[object]:
     """A status line on a terminal; nothing elsewhere."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    out = Console(stderr=True)
+    if not out.is_terminal:
         yield None
         return
-    with console.status("golden cases") as status:
+    with out.status("golden cases") as status:
         yield lambda name: status.update(f"golden case {name}")
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """Typed errors become one line on stderr and exit code 2."""
-    try:
-        yield
-    except PieceworkError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(Text(f"error: {error}"))
-        raise typer.Exit(_MISUSE) from error
 
 
 # --- arguments ---------------------------------------------------------------------------------------

@@ -4,15 +4,20 @@ A case is a folder with a ``graph.py``; its golden lies beside it. Nothing is co
 
 ``graph.py`` defines either ``build() -> torch.fx.GraphModule`` (a stitching graph) with, optionally, ``options() -> LowerOptions``;
 or ``stitched() -> StitchedModule`` for a captured model. ``inputs()`` gives a list of argument tuples: for the graph's
-placeholders, weights included, in the first form; for the model in the second.
+placeholders, weights included, in the first form; for the model in the second. A captured case may also define
+``around(stitched, call)``, a context to run a call in, and ``TEXT_MADE_WITH``, the versions that its golden was made with: Dynamo's
+names drift between releases, so under others the text is not compared and the other checks are.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -49,7 +54,7 @@ class Case:
         torch.manual_seed(0)
         stitched = getattr(module, "stitched", None)
         if stitched is not None:
-            return self._captured(stitched(), _inputs(module))
+            return self._captured(stitched(), module)
         build = getattr(module, "build", None)
         if build is None:
             raise UsageError(
@@ -63,7 +68,7 @@ class Case:
         source = generate_source(gm, options)
         return LoadedCase(self, gm, source, source.code, bound, _inputs(module))
 
-    def _captured(self, stitched: object, calls: Sequence[tuple[object, ...]]) -> LoadedCase:
+    def _captured(self, stitched: object, module: ModuleType) -> LoadedCase:
         from piecework.runtime.stitched import StitchedModule
 
         if not isinstance(stitched, StitchedModule):
@@ -72,10 +77,18 @@ class Case:
                 where=f"{self.name}/{GRAPH_FILE}",
             )
         source = stitched.source
-        bound = tuple(row.name for row in source.module.bound)
-        inputs = [graph_arguments(stitched, call) for call in calls]
-        code = without_line_numbers(source)
-        return LoadedCase(self, stitched.split_gm, source, code, bound, inputs)
+        calls = _inputs(module)
+        around = getattr(module, "around", None)
+        return LoadedCase(
+            self,
+            stitched.split_gm,
+            source,
+            without_line_numbers(source),
+            bound=tuple(row.name for row in source.module.bound),
+            inputs=[graph_arguments(stitched, call) for call in calls],
+            contexts=[partial(_as_stitched, around, stitched, call) for call in calls],
+            compared=_made_with_installed(getattr(module, "TEXT_MADE_WITH", {})),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +101,8 @@ class LoadedCase:
         code: the text to compare, free of line numbers of other files.
         bound: placeholders that the source holds as module-level names, in the order of its bound names.
         inputs: argument tuples for the placeholders of ``gm``.
+        contexts: for each of them, what makes the context to run it in; empty if none is needed.
+        compared: False if the golden was made with other versions, so that its text says nothing here.
     """
 
     case: Case
@@ -96,6 +111,12 @@ class LoadedCase:
     code: str
     bound: tuple[str, ...]
     inputs: Sequence[tuple[object, ...]]
+    contexts: Sequence[Callable[[], AbstractContextManager[None]]] = ()
+    compared: bool = True
+
+    def context(self, number: int) -> AbstractContextManager[None]:
+        """The context for ``inputs[number]``."""
+        return self.contexts[number]() if self.contexts else nullcontext()
 
 
 def discover(root: Path) -> list[Case]:
@@ -166,6 +187,29 @@ def _import(path: Path, name: str) -> ModuleType:
         raise
     module.__dict__["__piecework_stamp__"] = stamp
     return module
+
+
+@contextmanager
+def _as_stitched(
+    around: Callable[..., AbstractContextManager[None]] | None,
+    stitched: object,
+    call: tuple[object, ...],
+) -> Iterator[None]:
+    """A captured graph runs as its module runs it: without recording gradients, in the case's own context."""
+    with torch.no_grad(), nullcontext() if around is None else around(stitched, call):
+        yield
+
+
+def _made_with_installed(versions: Mapping[str, str]) -> bool:
+    """True if each package named is installed in the version named, as far as that goes (``2.13`` for any 2.13.x)."""
+    for package, wanted in versions.items():
+        try:
+            installed = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return False
+        if not f"{installed.partition('+')[0]}.".startswith(f"{wanted}."):
+            return False
+    return True
 
 
 def _placeholders(gm: torch.fx.GraphModule) -> list[torch.fx.Node]:

@@ -25,7 +25,7 @@ GROUPS = {
 # Groups that cannot change what the source does.
 COSMETIC = frozenset({"names", "provenance", "layout"})
 
-MARKS = {"added": "+", "removed": "-", "changed": "~", "merged": ">", "split": "<", "moved": "^"}
+MARKS = {"added": "+", "removed": "-", "changed": "~", "merged": "⇉", "split": "⇇", "moved": "↕"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ proposals only where it is told to; goldens are written by `update_cases` alone,
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,7 +40,9 @@ class CaseResult:
 
     @property
     def same(self) -> bool:
-        return self.comparison is not None and self.comparison.state is State.SAME
+        """True if the golden says what is emitted, or says nothing about these versions of torch and others."""
+        quiet = (State.SAME, State.NOT_COMPARED)
+        return self.comparison is not None and self.comparison.state in quiet
 
     @property
     def passed(self) -> bool:
@@ -47,12 +50,11 @@ class CaseResult:
 
     @property
     def status(self) -> str:
-        """One word: same, changed, new, or broken."""
+        """Same, changed, new, not compared, or broken."""
         if self.problems or self.comparison is None:
             return "broken"
-        return {State.SAME: "same", State.CHANGED: "changed", State.MISSING: "new"}[
-            self.comparison.state
-        ]
+        state = self.comparison.state
+        return "new" if state is State.MISSING else state.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,10 @@ def check_case(case: Case, text_elsewhere: str | None = None) -> CaseResult:
         problems.append(
             f"differs under another hash seed: {_first_difference(loaded.code, text_elsewhere)}"
         )
-    return CaseResult(case, snapshot.compare(case.expected, loaded.code), tuple(problems))
+    comparison = snapshot.compare(case.expected, loaded.code)
+    if not loaded.compared and comparison.state is State.CHANGED:
+        comparison = replace(comparison, state=State.NOT_COMPARED)
+    return CaseResult(case, comparison, tuple(problems))
 
 
 def update_cases(
@@ -158,15 +163,12 @@ def update_cases(
     return replace(run, results=tuple(results))
 
 
-def update_command(result: CaseResult, root: Path) -> str:
-    """What to type to accept what ``result``'s case emits now."""
+def update_command(names: Sequence[str], root: Path) -> str:
+    """What to type to accept what the cases named, or all, emit now."""
     default = default_root()
-    where = (
-        ""
-        if default is not None and default.resolve() == root.resolve()
-        else f" --root {shown(root)}"
-    )
-    return f"piecework golden update {result.case.name}{where}"
+    known = default is not None and default.resolve() == root.resolve()
+    words = ["piecework", "golden", "update", *names, *([] if known else ["--root", shown(root)])]
+    return shlex.join(words)
 
 
 def default_root() -> Path | None:

@@ -39,12 +39,14 @@ def differences(loaded: LoadedCase) -> list[str]:
     for number, arguments in enumerate(loaded.inputs):
         where = f"inputs[{number}]"
         try:
-            expected = _run(loaded.gm, torch.fx.Interpreter(loaded.gm).run, arguments)
+            with loaded.context(number):
+                expected = _run(loaded.gm, torch.fx.Interpreter(loaded.gm).run, arguments)
         except Exception as error:  # noqa: BLE001 - whatever an operator raises is the finding
             problems.append(f"{where}: the interpreter fails: {_one_line(error)}")
             continue
         try:
-            actual = _run(loaded.gm, _emitted(loaded), arguments)
+            with loaded.context(number):
+                actual = _run(loaded.gm, _emitted(loaded), arguments)
         except Exception as error:  # noqa: BLE001
             problems.append(f"{where}: the emitted function fails: {_one_line(error)}")
             continue

@@ -15,6 +15,9 @@ from piecework.golden.diff_text import summary_lines, unified_lines
 from piecework.golden.snapshot import State
 from rich.text import Text
 
+# More cases than this are accepted without naming each.
+_NAMED = 8
+
 
 def run_lines(run: CheckRun) -> Iterator[Text]:
     """What a check or an update found, ending with the commands that accept it."""
@@ -60,13 +63,13 @@ def _next_steps(run: CheckRun) -> Iterator[Text]:
         yield Text("Proposals lie beside the goldens; to go through them: piecework golden review")
     for path in run.unreferenced:
         yield Text(f"To remove what no case refers to: git rm -r {shown(path)}")
-    accepted = [r for r in left if not r.problems]
     if any(r.problems for r in run.results):
         yield Text("Broken cases are not accepted; repair what they report.")
+    accepted = [r for r in left if not r.problems]
     if accepted:
-        yield Text("To accept:")
-        for result in accepted:
-            yield Text(f"  {update_command(result, run.root)}")
+        everything = len(accepted) > _NAMED and len(accepted) == len(left)
+        names = [] if everything else [r.case.name for r in accepted]
+        yield Text(f"To accept: {update_command(names, run.root)}")
 
 
 def run_as_json(run: CheckRun) -> dict[str, object]:
@@ -89,7 +92,7 @@ def _case_as_json(result: CaseResult, run: CheckRun) -> dict[str, object]:
     }
     comparison = result.comparison
     if comparison is not None and not result.same and not result.problems:
-        entry["accept"] = update_command(result, run.root)
+        entry["accept"] = update_command([result.case.name], run.root)
     if comparison is not None and comparison.state is State.CHANGED:
         try:
             entry["diff"] = compare_sources(comparison.before, comparison.after).as_json()

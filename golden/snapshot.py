@@ -24,6 +24,7 @@ class State(Enum):
     SAME = "same"
     CHANGED = "changed"
     MISSING = "missing"
+    NOT_COMPARED = "not compared"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +66,9 @@ def propose(comparison: Comparison) -> Path | None:
     """Leave the emitted text beside a golden that differs; remove a proposal that is out of date.
 
     Returns:
-        The proposal, or None if the texts are equal.
+        The proposal, or None if there is nothing to propose.
     """
-    if comparison.state is State.SAME:
+    if comparison.state in (State.SAME, State.NOT_COMPARED):
         comparison.proposal.unlink(missing_ok=True)
         return None
     write(comparison.proposal, comparison.after)

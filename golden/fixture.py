@@ -1,0 +1,127 @@
+"""The value of the fixture `stitched_golden`. In: something that was stitched, in a test. Out: nothing, or a failure that says what changed.
+
+A golden is written only if the run asks for it, and the test that wrote one fails once.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from piecework.errors import UsageError
+from piecework.golden import snapshot
+from piecework.golden.diff import compare_sources
+from piecework.golden.diff_text import summary_lines, unified_lines
+from piecework.golden.references import References, golden_path
+from piecework.golden.scope import undefined_names
+from piecework.golden.snapshot import Comparison, State
+
+
+@dataclass(slots=True)
+class StitchedGolden:
+    """Compares emitted sources with the goldens of one test."""
+
+    test_file: Path
+    test_name: str
+    node_id: str
+    root: Path
+    update: bool
+    references: References
+    compared: set[Path] = field(default_factory=set)
+
+    def __call__(self, stitched: object, *, name: str | None = None) -> None:
+        """Compare ``stitched`` with its golden; fail the test if they differ.
+
+        Args:
+            stitched: what `piecework.compile` returned, a `StitchedSource`, a stitching graph, or the text itself.
+            name: tells apart several sources of one test.
+
+        Raises:
+            UsageError: this is nothing that has a source, or the golden was compared before.
+        """
+        __tracebackhide__ = True
+        text, bound = _text_of(stitched)
+        golden = golden_path(self.test_file, self.test_name, name)
+        self._claim(golden)
+        try:
+            problems = undefined_names(text, bound)
+        except SyntaxError as error:
+            problems = [f"it does not parse: {error}"]
+        comparison = snapshot.compare(golden, text)
+        if problems:
+            pytest.fail("the emitted source is wrong: " + "; ".join(problems), pytrace=False)
+        if comparison.state is State.SAME:
+            if not snapshot.in_ci():
+                snapshot.propose(comparison)  # removes a proposal that is out of date
+            return
+        pytest.fail(self._settle(comparison), pytrace=False)
+
+    def _claim(self, golden: Path) -> None:
+        owner = self.references.use(golden, self.node_id)
+        if owner != self.node_id or golden in self.compared:
+            raise UsageError(
+                "two sources have one golden",
+                where=self._shown(golden),
+                hint="give each a name: stitched_golden(source, name='prefill')",
+            )
+        self.compared.add(golden)
+
+    def _settle(self, comparison: Comparison) -> str:
+        """Write what may be written; returns why the test fails."""
+        golden = self._shown(comparison.path)
+        lines = self._explanation(comparison)
+        if self.update:
+            snapshot.write(comparison.path, comparison.after)
+            comparison.proposal.unlink(missing_ok=True)
+            return "\n".join(
+                [*lines, f"{golden} was written; run again, and review and commit it."]
+            )
+        if not snapshot.in_ci():
+            snapshot.propose(comparison)
+            lines.append(f"The emitted source lies beside it: {self._shown(comparison.proposal)}")
+        lines.append(f"To accept it: pytest {shlex.quote(self.node_id)} --piecework-update")
+        return "\n".join(lines)
+
+    def _explanation(self, comparison: Comparison) -> list[str]:
+        golden = self._shown(comparison.path)
+        if comparison.state is State.MISSING:
+            return [f"there is no golden yet: {golden}"]
+        head = f"the emitted source differs from {golden}"
+        try:
+            diff = compare_sources(comparison.before, comparison.after)
+        except UsageError:
+            return [head, "the golden is not Python; it would be replaced as a whole"]
+        body = [*summary_lines(diff), *unified_lines(diff, golden, "emitted")]
+        return [head, *(line.plain for line in body)]
+
+    def _shown(self, path: Path) -> str:
+        return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
+
+
+def _text_of(stitched: object) -> tuple[str, list[str]]:
+    """The text to compare, without line numbers of other files, and the names that it expects to be bound."""
+    if isinstance(stitched, str):
+        return stitched, _bound_names(stitched)
+    # Only now is torch needed; somebody who stitched something has it loaded.
+    import torch.fx
+    from piecework.codegen import LowerOptions, StitchedSource, generate_source
+    from piecework.golden.without_lines import without_line_numbers
+
+    source = getattr(stitched, "source", stitched)
+    if isinstance(stitched, torch.fx.GraphModule):
+        source = generate_source(stitched, LowerOptions(line_numbers=False))
+    if not isinstance(source, StitchedSource):
+        raise UsageError(
+            f"a {type(stitched).__qualname__} has no emitted source",
+            where="stitched_golden",
+            hint="pass what piecework.compile returned, its .source, or text",
+        )
+    return without_line_numbers(source), [row.name for row in source.module.bound]
+
+
+def _bound_names(text: str) -> list[str]:
+    from piecework.golden.outline import outline_of
+
+    return list(outline_of(text, "stitched_golden").bound)
