@@ -407,6 +407,8 @@ def _rename(gm: torch.fx.GraphModule, inputs: Sequence[GraphInput]) -> None:
     for node, source in zip(placeholders, inputs, strict=True):
         wish = source.path if isinstance(source, Weight) else source.name
         name = re.sub(r"\W", "_", wish).strip("_") or "input"
+        if name[0].isdigit():  # a child of a Sequential or ModuleList at the root
+            name = f"m_{name}"
         holder = named.get(name)
         if holder is node:
             continue
