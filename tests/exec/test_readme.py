@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import linecache
+import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,17 @@ README = (Path(piecework.__file__).parent / "README.md").read_text()
 
 
 @pytest.mark.inductor
-def test_the_first_example_becomes_the_function_shown() -> None:
+def test_the_first_example_becomes_the_function_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, shown = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[:2]
-    linecache.cache["model.py"] = (len(model), None, model.splitlines(keepends=True), "model.py")
-    scope: dict[str, object] = {"__name__": "readme_example"}
-    exec(compile(model, "model.py", "exec"), scope)
-    stitched = scope["stitched"]
-    assert isinstance(stitched, piecework.StitchedModule)
-    code = stitched.source.code
+    (tmp_path / "model.py").write_text(model)
+    spec = importlib.util.spec_from_file_location("readme_model", tmp_path / "model.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "readme_model", module)
+    spec.loader.exec_module(module)
+    code = module.stitched.source.code
     emitted = code[code.index("def execution_fn(") :].partition("\n\n\n")[0]
     assert emitted.strip() == shown.strip()
     assert len([line for line in model.splitlines() if line.strip()]) <= 12
