@@ -21,7 +21,7 @@ from piecework.integrations.transformers.request import (
     request_context,
 )
 from piecework.integrations.transformers.rope import changing_ropes
-from piecework.integrations.transformers.serving import Serving
+from piecework.integrations.transformers.serving import Serving, make_masks
 from torch import nn
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
@@ -140,6 +140,8 @@ def _prove(
             create = _mask_maker(model, decoder, layers, seen, ids, mask)
             serving = Serving(
                 decoder=decoder,
+                dtype=_embedding(decoder).dtype,
+                device=_embedding(decoder).device,
                 layers=layers,
                 ropes=ropes,
                 position_rule=PositionRule.AFTER_PAST,
@@ -240,8 +242,7 @@ def _mask_maker(
     )
     wrong = None
     for create in makers:
-        serving = Serving(decoder, layers, (), PositionRule.AFTER_PAST, create, True, tuple)
-        masks = serving.masks(ids, mask, DynamicCache(config=decoder.config), None)
+        masks = make_masks(create, decoder, ids, mask, DynamicCache(config=decoder.config))
         wrong = _first_other_mask(layers, masks, seen)
         if wrong is None:
             return create
@@ -332,11 +333,15 @@ def _serve(serving: Serving, flat: FlatForward, **given: object) -> object:
 
 def _probe_tokens(decoder: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """Two rows of three tokens, the first padded on the left: ids and attention mask, both [2, 3]."""
-    embedding = decoder.get_input_embeddings().weight
+    embedding = _embedding(decoder)
     ids = (torch.arange(1, 7, device=embedding.device) * 11) % embedding.shape[0]
     mask = torch.ones(2, 3, dtype=torch.long, device=embedding.device)
     mask[0, 0] = 0
     return ids.view(2, 3), mask
+
+
+def _embedding(decoder: nn.Module) -> torch.Tensor:
+    return decoder.get_input_embeddings().weight
 
 
 def _one_more(mask: torch.Tensor) -> torch.Tensor:

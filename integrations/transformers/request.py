@@ -38,11 +38,10 @@ class PositionRule(Enum):
         self,
         attention_mask: object,
         past: int | torch.Tensor,
-        shape: tuple[int, int],
+        tokens: int,
         device: torch.device,
     ) -> torch.Tensor:
         """Position ids of shape [batch, tokens] (or [1, tokens] where all rows agree)."""
-        _batch, tokens = shape
         if self is PositionRule.AFTER_PAST or attention_mask is None:
             return (torch.arange(tokens, device=device) + past).unsqueeze(0)
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
@@ -97,6 +96,7 @@ class RequestState:
         masks: made before the first cache update, one for all layers or one per layer type.
         cache: the request's KV cache, or None.
         position_ids: as the request has them, [batch, tokens].
+        paged: what continuous batching gives its attention functions, its paged cache among it; else empty.
     """
 
     layers: Mapping[str, AttentionLayer]
@@ -106,6 +106,7 @@ class RequestState:
     masks: Masks
     cache: Cache | None
     position_ids: torch.Tensor
+    paged: Mapping[str, object]
 
     def attend(
         self,
@@ -124,6 +125,7 @@ class RequestState:
             call["position_ids"] = self.position_ids
         if "dropout" in layer.passed:
             call["dropout"] = 0.0
+        call.update(self.paged)  # a dict for this layer alone: a paged cache writes into it
         return function(layer.module, query, key, value, layer.mask_of(self.masks), **call)[0]
 
 

@@ -33,6 +33,19 @@ _TAKEN = (
     "use_cache",
 )
 _INERT = ("return_dict", "cache_position")
+# What continuous batching passes along for its attention functions, and for the sampling behind the head.
+_PAGED = (
+    "cache",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+    "read_index",
+    "write_index",
+    "block_table",
+    "is_causal",
+)
+_SAMPLING = ("logits_indices", "logits_processor_args")
 _RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
@@ -42,6 +55,7 @@ class Serving:
 
     Attributes:
         decoder: the module whose forward is replaced.
+        dtype, device: of its embeddings when it was admitted, and so of everything that is captured.
         layers: its attention layers by name.
         ropes: its rotary embeddings that change with the length.
         position_rule: how it numbers tokens by default.
@@ -51,6 +65,8 @@ class Serving:
     """
 
     decoder: nn.Module
+    dtype: torch.dtype
+    device: torch.device
     layers: Mapping[str, AttentionLayer]
     ropes: tuple[ChangingRope, ...]
     position_rule: PositionRule
@@ -70,65 +86,42 @@ class Serving:
         """
         self._refuse_unserved(given)
         entry, tokens = self._tokens(given)
+        request = self._request(given, tokens)
+        rows = request.batch * request.tokens
+        positions = request.position_ids.reshape(1, rows)
+        with torch.no_grad(), request_context(request):
+            for rope in self.ropes:
+                rope.update(positions, self.dtype)
+            hidden = run(entry, tokens.reshape(1, rows, *tokens.shape[2:]), positions)
+        output = self.output_class(
+            last_hidden_state=hidden[:, :rows].view(
+                request.batch, request.tokens, hidden.shape[-1]
+            ),
+            past_key_values=request.cache,
+        )
+        return output.to_tuple() if self._wants_tuple(given) else output
+
+    def _request(self, given: Mapping[str, object], tokens: torch.Tensor) -> RequestState:
         batch, length = tokens.shape[:2]
-        cache = self._cache(given)
-        attention_mask = given.get("attention_mask")
-        position_ids = given.get("position_ids")
+        cache, attention_mask = self._cache(given), given.get("attention_mask")
+        asked = position_ids = given.get("position_ids")
         if position_ids is None:
             past = 0 if cache is None else cache.get_seq_length()
-            position_ids_given = None
-            position_ids = self.position_rule.positions(
-                attention_mask, past, (batch, length), tokens.device
-            )
-        else:
-            position_ids_given = position_ids
-        position_ids = self._checked_positions(position_ids, batch, length)
-        # Masks first: their sizes depend on the cache as it is before this forward's tokens enter it.
-        masks = self.masks(tokens, attention_mask, cache, position_ids_given)
-        state = RequestState(
+            position_ids = self.position_rule.positions(attention_mask, past, length, tokens.device)
+        # Masks before the forward: their sizes depend on the cache as it is before these tokens enter it.
+        packing = asked if self.masks_see_positions else None
+        return RequestState(
             layers=self.layers,
             batch=batch,
             tokens=length,
             implementation=registered_attention(self.decoder.config._attn_implementation),
-            masks=masks,
+            masks=make_masks(
+                self.create_masks, self.decoder, tokens, attention_mask, cache, packing
+            ),
             cache=cache,
-            position_ids=position_ids,
+            position_ids=self._checked_positions(position_ids, batch, length),
+            paged={name: given[name] for name in _PAGED if given.get(name) is not None},
         )
-        rows = batch * length
-        flat = tokens.reshape(1, rows, *tokens.shape[2:])
-        with torch.no_grad(), request_context(state):
-            for rope in self.ropes:
-                rope.update(position_ids, self._dtype())
-            hidden = run(entry, flat, position_ids.reshape(1, rows))
-        output = self.output_class(
-            last_hidden_state=hidden[:, :rows].view(batch, length, hidden.shape[-1]),
-            past_key_values=cache,
-        )
-        return output.to_tuple() if self._wants_tuple(given) else output
-
-    def masks(
-        self,
-        tokens: torch.Tensor,
-        attention_mask: object,
-        cache: Cache | None,
-        position_ids: torch.Tensor | None,
-    ) -> Masks:
-        """The masks of all layers, made by transformers' own code."""
-        if isinstance(attention_mask, Mapping):
-            return attention_mask
-        batch, length = tokens.shape[:2]
-        # As generate() does: only the sizes, dtype and device of the embeddings are looked at.
-        sizes_only = torch.empty((batch, length, 0), dtype=self._dtype(), device=tokens.device)
-        return self.create_masks(
-            config=self.decoder.config,
-            inputs_embeds=sizes_only,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            position_ids=position_ids if self.masks_see_positions else None,
-        )
-
-    def _dtype(self) -> torch.dtype:
-        return self.decoder.get_input_embeddings().weight.dtype
 
     def _refuse_unserved(self, given: Mapping[str, object]) -> None:
         config = self.decoder.config
@@ -141,6 +134,8 @@ class Serving:
                     hint="unstitch(model) for this call",
                 )
         known = (*_TAKEN, *_INERT, *_RECORDED)
+        if given.get("cache") is not None:
+            known = (*known, *_PAGED, *_SAMPLING)
         strange = sorted(
             k for k, v in given.items() if k not in known and v is not None and v is not False
         )
@@ -161,6 +156,13 @@ class Serving:
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         if (ids is None) == (embeds is None):
             raise InputError("give exactly one of input_ids and inputs_embeds", where="input_ids")
+        weight = self.decoder.get_input_embeddings().weight
+        if weight.dtype != self.dtype or weight.device != self.device:
+            raise InputError(
+                f"the model was stitched as {self.dtype} on {self.device} and is {weight.dtype} on {weight.device} now",
+                where=type(self.decoder).__name__,
+                hint="unstitch(model), then stitch it where it shall run",
+            )
         entry, tokens = ("input_ids", ids) if embeds is None else ("inputs_embeds", embeds)
         ranks = 2 if embeds is None else 3
         if tokens.ndim != ranks or 0 in tokens.shape:
@@ -215,3 +217,29 @@ class Serving:
     def _wants_tuple(self, given: Mapping[str, object]) -> bool:
         asked = given.get("return_dict")
         return not (getattr(self.decoder.config, "return_dict", True) if asked is None else asked)
+
+
+def make_masks(
+    create: Callable[..., Masks],
+    decoder: nn.Module,
+    tokens: torch.Tensor,
+    attention_mask: object,
+    cache: Cache | None,
+    position_ids: torch.Tensor | None = None,
+) -> Masks:
+    """The masks of all layers, made by transformers' own ``create``; a mask for each layer type is taken as it is.
+
+    Must run before the forward's tokens enter ``cache``: sizes and offsets are those of the cache as it is now.
+    """
+    if isinstance(attention_mask, Mapping):
+        return attention_mask
+    dtype = decoder.get_input_embeddings().weight.dtype
+    # As generate() does: only sizes, dtype and device of the embeddings are looked at.
+    sizes_only = torch.empty((*tokens.shape[:2], 0), dtype=dtype, device=tokens.device)
+    return create(
+        config=decoder.config,
+        inputs_embeds=sizes_only,
+        attention_mask=attention_mask,
+        past_key_values=cache,
+        position_ids=position_ids,
+    )

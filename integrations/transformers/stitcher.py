@@ -110,6 +110,13 @@ class StitchedForward:
         self._entries: dict[str, StitchedModule] = {}
         self._compiling = threading.Lock()
 
+    def __reduce_ex__(self, _protocol: object) -> object:
+        raise UsageError(
+            "a stitched model can't be copied or pickled, for its compiled pieces belong to this one",
+            where=type(self.serving.decoder).__name__,
+            hint="unstitch(model) first; save_pretrained works as it is",
+        )
+
     @torch.compiler.disable
     def __call__(self, *args: object, **kwargs: object) -> object:
         return self.serving.serve(

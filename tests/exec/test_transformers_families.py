@@ -6,6 +6,7 @@ import pytest
 import torch
 from piecework.integrations.transformers import stitch
 from piecework.runtime.config import CompilationConfig
+from piecework.runtime.counters import counters
 
 transformers = pytest.importorskip("transformers")
 
@@ -134,9 +135,10 @@ def test_family_equals_eager(family: str) -> None:
     expected = [logits(model, prompt) for prompt in prompts]
     expected_tokens, expected_logits = generate(model, ids, mask)
 
-    assert stitch(model, config=EAGER_PIECES) is model
-    got = [logits(model, prompt) for prompt in prompts]
-    got_tokens, got_logits = generate(model, ids, mask)
+    with counters.expect(num_graphs_seen=1):
+        assert stitch(model, config=EAGER_PIECES) is model
+        got = [logits(model, prompt) for prompt in prompts]
+        got_tokens, got_logits = generate(model, ids, mask)
 
     for ours, theirs in zip(got, expected, strict=True):
         assert ours.shape == theirs.shape

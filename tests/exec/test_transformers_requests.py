@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
-from piecework.errors import InputError
+from piecework.errors import InputError, UsageError
 from piecework.integrations.transformers import stitch, stitched_module, unstitch
 from piecework.runtime.config import CompilationConfig
+from piecework.runtime.counters import counters
 
 transformers = pytest.importorskip("transformers")
 
@@ -282,3 +286,71 @@ def test_gradients_training_and_autocast_are_refused(pair: Pair) -> None:
     frozen = copy.deepcopy(pair.eager).requires_grad_(False)
     stitch(frozen, config=EAGER_PIECES)
     assert frozen(pair.ids).logits.shape == (2, 9, 97)
+
+
+def test_continuous_batching_equals_eager() -> None:
+    """generate_batch packs all sequences into one row and keeps their KV in pages; both are request state."""
+    eager = build("llama")
+    stitched = stitch(copy.deepcopy(eager), config=EAGER_PIECES)
+    generator = torch.Generator().manual_seed(8)
+    prompts = [torch.randint(1, 97, (n,), generator=generator).tolist() for n in (5, 9, 3)]
+    pages = transformers.ContinuousBatchingConfig(
+        page_size=8, num_blocks=16, max_batch_tokens=32, max_requests_per_batch=4
+    )
+    how = transformers.GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0)
+
+    def answers(model: torch.nn.Module) -> list[list[int]]:
+        with counters.expect(num_graphs_seen=0):
+            done = model.generate_batch(
+                prompts, generation_config=how, continuous_batching_config=pages
+            )
+        return [done[key].generated_tokens for key in sorted(done)]
+
+    ours, theirs = answers(stitched), answers(eager)
+    assert all(len(tokens) == 6 for tokens in theirs)
+    assert ours == theirs
+
+
+def test_two_threads_share_one_stitched_model(pair: Pair) -> None:
+    generator = torch.Generator().manual_seed(9)
+    prompts = [torch.randint(1, 97, (1 + n % 3, 4 + n), generator=generator) for n in range(6)]
+
+    def answer(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+        return model.generate(ids, max_new_tokens=8, do_sample=False)
+
+    with ThreadPoolExecutor(2) as pool:
+        ours = list(pool.map(lambda ids: answer(pair.stitched, ids), prompts))
+    for ids, got in zip(prompts, ours, strict=True):
+        assert torch.equal(got, answer(pair.eager, ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    eager = build().to(dtype)
+    stitched = stitch(copy.deepcopy(eager), config=EAGER_PIECES)
+    ids = torch.randint(1, 97, (2, 9), generator=torch.Generator().manual_seed(10))
+    with torch.no_grad():
+        ours, theirs = stitched(ids).logits, eager(ids).logits
+    assert ours.dtype == dtype
+    assert float((ours - theirs).float().norm() / theirs.float().norm()) < 2e-2
+
+
+def test_a_moved_model_is_noticed() -> None:
+    model = stitch(build("llama"), config=EAGER_PIECES).to(torch.bfloat16)
+    ids = torch.ones(1, 3, dtype=torch.long)
+    with torch.no_grad(), pytest.raises(InputError, match="stitched as"):
+        model(ids)
+    stitch(unstitch(model), config=EAGER_PIECES)
+    with torch.no_grad():
+        assert model(ids).logits.dtype == torch.bfloat16
+
+
+def test_saving_and_copying(pair: Pair, tmp_path: Path) -> None:
+    pair.stitched.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(pair.ids).logits, pair.eager(pair.ids).logits)
+    assert set(pair.stitched.state_dict()) == set(pair.eager.state_dict())
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(UsageError, match="copied or pickled"):
+            copied(pair.stitched)
