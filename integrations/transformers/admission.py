@@ -112,7 +112,7 @@ def _discover(decoder: nn.Module, flat: FlatForward) -> Sequence[AttentionLayer]
         torch.no_grad(),
         as_traced(decoder),
         request_context(discovery),
-        _as_refusal(decoder, "flattened"),
+        _as_refusal(decoder, "flattened, without a mask outside attention,"),
     ):
         flat(ids.reshape(1, -1), positions)
     if not discovery.found:

@@ -18,6 +18,7 @@ from piecework.integrations.transformers.request import (
 )
 from piecework.runtime.forward_context import current_forward_context
 from piecework.runtime.splitting_op import splitting_op
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # The name under which transformers finds our attention function. It has no mask function registered, which is
@@ -170,10 +171,7 @@ def _discovering() -> Discovery | None:
 def through_piecework(model: torch.nn.Module) -> Iterator[None]:
     """Let the modules of ``model`` find ``attention_function`` for the block, and their own again afterwards."""
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, attention_function)
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    before = [
-        (c, c._attn_implementation) for c in configs.values() if hasattr(c, "_attn_implementation")
-    ]
+    before = [(config, config._attn_implementation) for config in _configs_of(model)]
     try:
         for config, _implementation in before:
             config._attn_implementation = IMPLEMENTATION
@@ -181,3 +179,16 @@ def through_piecework(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for config, implementation in before:
             config._attn_implementation = implementation
+
+
+def _configs_of(model: torch.nn.Module) -> list[PreTrainedConfig]:
+    """The configs that the modules of ``model`` hold, outer ones first: setting one's implementation sets its parts'."""
+    found: dict[int, PreTrainedConfig] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            parts = (getattr(config, name, None) for name in config.sub_configs)
+            for each in (config, *parts):
+                if isinstance(each, PreTrainedConfig):
+                    found.setdefault(id(each), each)
+    return list(found.values())
