@@ -6,9 +6,12 @@ It never patches torch; each function probes for what it needs and falls back to
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import inspect
-from collections.abc import Callable
+import re
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 
 import torch
 from torch.utils import _pytree
@@ -180,3 +183,486 @@ def _size_with(value: object, symbol: str, size: int) -> object:
     if replaced == expr:
         return value
     return value.node.shape_env.create_symintnode(replaced, hint=None)
+
+
+def storage_id(value: torch.Tensor) -> int:
+    """A number that tensors share exactly when they share memory; holds for fake tensors too, while they live."""
+    return int(value.untyped_storage()._cdata)
+
+
+def statically_equal(left: object, right: object) -> bool:
+    """Whether two sizes are equal for every value of their symbols; adds no guard."""
+    if isinstance(left, int) and isinstance(right, int):
+        return left == right
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(left == right))
+
+
+def as_inductor_graph_pass(
+    run: Callable[[torch.fx.Graph], object], identity: Callable[[], str]
+) -> Callable[[torch.fx.Graph], None]:
+    """``run`` in the form that Inductor's pass options take and its code cache knows by ``identity``."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class GraphPass(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            run(graph)
+
+        def uuid(self) -> str:
+            return identity()
+
+    return GraphPass()
+
+
+def auto_functionalized_ops() -> tuple[object, ...]:
+    """The higher-order operators that stand for a call of a mutating operator in a functional graph."""
+    higher_order = torch.ops.higher_order
+    names = ("auto_functionalized", "auto_functionalized_v2")
+    return tuple(getattr(higher_order, n) for n in names if hasattr(higher_order, n))
+
+
+def has_inductor_option(name: str) -> bool:
+    """Whether the installed Inductor has the option ``name``, such as ``max_autotune`` or ``cpp.threads``."""
+    import torch._inductor.config as inductor_config
+
+    try:
+        getattr(inductor_config, name)
+    except AttributeError:
+        return False
+    return True
+
+
+def compile_fx(
+    graph: torch.fx.GraphModule,
+    example_inputs: list[object],
+    *,
+    own_shapes: bool,
+    config_patches: dict[str, object],
+) -> Callable[..., object]:
+    """Compile a flat graph through ``torch._inductor.compile_fx``, on a copy of it.
+
+    Args:
+        own_shapes: take sizes as they are instead of keeping the symbols of the capture.
+    """
+    from torch._inductor.compile_fx import compile_fx as compile_one
+
+    if not own_shapes:
+        return compile_one(copy.deepcopy(graph), example_inputs, config_patches=config_patches)
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    context = torch._guards.TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
+    options: dict[str, object] = {"config_patches": config_patches}
+    if "ignore_shape_env" in inspect.signature(compile_one).parameters:
+        options["ignore_shape_env"] = True
+    with torch._guards.tracing(context):
+        return compile_one(copy.deepcopy(graph), example_inputs, **options)
+
+
+@contextlib.contextmanager
+def partition_wrapper(
+    wrap: Callable[[Callable[..., object], int, int], Callable[..., object]] | None,
+) -> Iterator[bool]:
+    """While active, Inductor gives each partition of compiled or loaded code to ``wrap(function, index, count)``.
+
+    What was set before is there again afterwards, also when the compilation raised. Yields whether this torch has
+    such a hook; without one nothing is wrapped.
+    """
+    from torch._inductor import utils as inductor_utils
+
+    holder = getattr(inductor_utils, "_unstable_customized_partition_wrapper", None)
+    install = getattr(inductor_utils, "set_customized_partition_wrappers", None)
+    if holder is None or install is None:
+        yield False
+        return
+    before = holder.wrapper
+    install(
+        None
+        if wrap is None
+        else lambda function, place: wrap(function, place.partition_index, place.num_partitions)
+    )
+    try:
+        yield True
+    finally:
+        install(before)
+
+
+# --- what an entry looks at before each call -------------------------------------------------------
+
+
+def autocast_probe() -> Callable[[], object]:
+    """A function that is true while autocast is on for any device type."""
+    probe = getattr(torch._C, "_is_any_autocast_enabled", None)
+    if probe is not None:
+        return probe
+    return lambda: any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+
+
+def dispatch_mode_probe() -> Callable[[], object]:
+    """A function that is true while a ``TorchDispatchMode`` is active."""
+    probe = getattr(torch._C, "_len_torch_dispatch_stack", None)
+    if probe is not None:
+        return probe
+    from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+    return _get_current_dispatch_mode
+
+
+def function_mode_probe() -> Callable[[], object]:
+    """A function that is true while a ``TorchFunctionMode`` is active."""
+    probe = getattr(torch._C, "_len_torch_function_stack", None)
+    if probe is not None:
+        return probe
+    from torch.overrides import _get_current_function_mode
+
+    return _get_current_function_mode
+
+
+def transform_probe() -> Callable[[], object]:
+    """A function that is true inside a transform of ``torch.func`` (vmap, grad and the like)."""
+    functorch = getattr(torch._C, "_functorch", None)
+    probe = getattr(functorch, "peek_interpreter_stack", None)
+    if probe is not None:
+        return probe
+    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+
+    return retrieve_all_functorch_interpreters
+
+
+def only_default_device_modes() -> bool:
+    """True if every active ``TorchFunctionMode`` is the one behind ``torch.set_default_device``."""
+    try:
+        from torch.overrides import _get_current_function_mode_stack
+        from torch.utils._device import DeviceContext
+    except ImportError:
+        return False
+    return all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+
+
+def registered_kernels() -> Sized | None:
+    """A collection that grows when ``torch.library`` registers a kernel; None where there is none to look at."""
+    found = getattr(torch.library, "_impls", None)
+    return found if isinstance(found, Sized) else None
+
+
+def kernel_table(name: str) -> str:
+    """The dispatcher's table of operator ``ns::op.overload``, as text to compare; "" where torch can't show it."""
+    dump = getattr(torch._C, "_dispatch_dump", None)
+    return "" if dump is None else str(dump(name))
+
+
+def custom_op_implementation(name: str, device_type: str) -> Callable[..., object] | None:
+    """The Python function behind a ``torch.library.custom_op``, for plain tensors on ``device_type``.
+
+    It is looked up afresh, so that two results tell whether the kernel was replaced or disabled meanwhile.
+    """
+    try:
+        from torch._library.custom_ops import OPDEFS
+    except ImportError:
+        return None
+    definition = OPDEFS.get(name)
+    kernels = getattr(definition, "_backend_fns", None)
+    disabled = getattr(definition, "_disabled_kernel", None)
+    if kernels is None or disabled is None or not hasattr(definition, "_init_fn"):
+        return None
+    key = device_type if device_type in kernels else None
+    if key not in kernels:
+        return None
+    if key in disabled:
+        return definition._init_fn
+    return inspect.unwrap(_innermost(kernels[key]))
+
+
+def _innermost(function: Callable[..., object]) -> Callable[..., object]:
+    """The function that ``CustomOpDef.register_kernel`` wrapped: its wrappers close over it as ``fn``."""
+    seen = 0
+    while isinstance(function, types.FunctionType) and seen < 4:
+        inner = _cells(function).get("fn")
+        if not callable(inner):
+            return function
+        if function.__module__ not in ("torch._library.custom_ops", *_DISABLED_BY):
+            return function
+        function, seen = inner, seen + 1
+    return function
+
+
+_DISABLED_BY = ("torch._compile", "torch._dynamo.eval_frame", "torch._dynamo.decorators")
+
+
+def _cells(function: Callable[..., object]) -> dict[str, object]:
+    """What a Python function closes over, by name; cells that are still empty are left out."""
+    found: dict[str, object] = {}
+    closure = getattr(function, "__closure__", None) or ()
+    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    for name, cell in zip(names, closure, strict=True):
+        with contextlib.suppress(ValueError):
+            found[name] = cell.cell_contents
+    return found
+
+
+def metadata_guard(tensors: Sequence[torch.Tensor]) -> Callable[[], bool]:
+    """A function that is true while each tensor has the type, dtype, device, sizes and strides that it has now.
+
+    It reads no data. Where torch has no fast check (the one behind Dynamo's guards), the tensors are compared one by one.
+    """
+    expected = [_metadata(tensor) for tensor in tensors]
+
+    def compare() -> bool:
+        return all(_metadata(t) == e for t, e in zip(tensors, expected, strict=True))
+
+    fast: dict[bool, Callable[..., bool]] = {}
+
+    def check() -> bool:
+        # The fast check includes thread-local state that inference mode changes, hence one for each.
+        known = fast.get(torch.is_inference_mode_enabled())
+        if known is not None and known(*tensors):
+            return True
+        if not compare():
+            return False
+        made = _tensor_guards(tensors)
+        if made is not None:
+            fast[torch.is_inference_mode_enabled()] = made
+        return True
+
+    return check
+
+
+def _metadata(tensor: torch.Tensor) -> tuple[object, ...]:
+    return (type(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride())
+
+
+def _tensor_guards(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | None:
+    guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+    make = getattr(guards, "TensorGuards", None)
+    if make is None:
+        return None
+    try:
+        check = make(
+            *tensors,
+            dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
+            dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
+        ).check
+        return check if check(*tensors) else None
+    except (TypeError, RuntimeError):
+        return None
+
+
+# --- symbols ---------------------------------------------------------------------------------------
+
+
+def size_text(size: object, names: Mapping[str, str]) -> int | str:
+    """A size as a number, or as Python text over ``names`` (torch's symbol → the name to write)."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)  # type: ignore[call-overload,no-any-return]
+    expr = size.node.expr
+    return int(expr) if expr.is_number else _expr_text(expr, names)
+
+
+def _expr_text(expr: object, names: Mapping[str, str]) -> str:
+    from torch.utils._sympy.printers import PythonPrinter
+
+    text = PythonPrinter().doprint(expr)
+    return re.sub(r"\b[A-Za-z_]\w*\b", lambda word: names.get(word.group(), word.group()), text)
+
+
+def symbols_of(size: object) -> tuple[str, ...]:
+    """The symbols in a size, as torch calls them."""
+    if not isinstance(size, torch.SymInt):
+        return ()
+    return tuple(sorted(str(symbol) for symbol in size.node.expr.free_symbols))
+
+
+def symbol_range(size: object) -> tuple[int | None, int | None]:
+    """The smallest and largest value that the trace allows a plain symbol; None where there is no bound."""
+    if not isinstance(size, torch.SymInt):
+        return None, None
+    ranges = getattr(size.node.shape_env, "var_to_range", {})
+    found = ranges.get(size.node.expr)
+    if found is None:
+        return None, None
+    return tuple(int(b) if _is_finite(b) else None for b in (found.lower, found.upper))  # type: ignore[return-value]
+
+
+def _is_finite(bound: object) -> bool:
+    # Bounds that stand for "unlimited" are infinities, or integers close to the largest that torch can hold.
+    if not getattr(bound, "is_Integer", isinstance(bound, int)):
+        return False
+    return abs(int(bound)) < 2**62  # type: ignore[call-overload,no-any-return]
+
+
+def guards_on(sizes: Sequence[object], names: Mapping[str, str]) -> tuple[str, ...]:
+    """Conditions over the symbols of ``sizes`` that the trace relied on beyond their ranges, as Python text."""
+    env = next((s.node.shape_env for s in sizes if isinstance(s, torch.SymInt)), None)
+    texts: dict[str, None] = {}
+    for guard in getattr(env, "guards", ()):
+        expr = env.simplify(guard.expr)
+        known = all(str(symbol) in names for symbol in expr.free_symbols)
+        if not known or not expr.free_symbols or _follows_from_ranges(env, expr):
+            continue
+        texts[_expr_text(expr, names)] = None
+    return tuple(texts)
+
+
+def _follows_from_ranges(env: object, expr: object) -> bool:
+    from torch.utils._sympy.value_ranges import bound_sympy
+
+    try:
+        bounds = bound_sympy(expr, env.var_to_range)  # type: ignore[attr-defined]
+    except (AttributeError, NotImplementedError, TypeError, ValueError):
+        return False
+    return bool(bounds.is_singleton() and bounds.lower)
+
+
+def is_traced_contiguous(fake: torch.Tensor) -> bool:
+    """Whether the strides that the trace recorded are those of a contiguous tensor for every size."""
+    expected: object = 1
+    for size, stride in reversed(list(zip(fake.shape, fake.stride(), strict=True))):
+        if _expr(stride) != expected and _expr(size) != 1:
+            return False
+        expected = expected * _expr(size)  # type: ignore[operator]
+    return True
+
+
+def _expr(size: object) -> object:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+# --- containers ------------------------------------------------------------------------------------
+
+
+def spec_parts(spec: _pytree.TreeSpec) -> tuple[type | None, object, list[_pytree.TreeSpec]]:
+    """Type, context and children of a structure; the type of a leaf is None."""
+    if spec.is_leaf():
+        return None, None, []
+    children = spec.children() if hasattr(spec, "children") else spec.children_specs
+    return spec.type, spec.context, list(children)
+
+
+def rebuilder(kind: type) -> Callable[[list[object], object], object] | None:
+    """What puts a container of a registered type together from its children and its context."""
+    node = getattr(_pytree, "SUPPORTED_NODES", {}).get(kind)
+    return getattr(node, "unflatten_fn", None)
+
+
+# --- inside a compiled artifact --------------------------------------------------------------------
+
+
+def direct_entry(
+    artifact: object, inputs: int, outputs: int
+) -> tuple[Callable[..., object] | None, str]:
+    """The innermost function of an Inductor artifact, past wrappers that do nothing for it.
+
+    The function takes one list, which it empties, and returns the outputs. Each wrapper between the artifact and it must
+    be one that is known, and the metadata that AOTAutograd recorded must say that there is nothing to do before or after
+    the call: no mutation to write back, no output to make an alias of an input, no tensor subclass, no random state, no
+    effect token, no change of grad mode. Copies of misaligned inputs and CUDA graphs, where there are any, are part of
+    what is returned.
+
+    Args:
+        inputs, outputs: how many the piece has.
+
+    Returns:
+        The function and ""; or None and why the artifact must be called as it is.
+    """
+    try:
+        return _Peeling(inputs, outputs).peel(artifact), ""
+    except _MustStay as reason:
+        return None, str(reason)
+
+
+class _MustStay(Exception):
+    """Why a wrapper can't be left out."""
+
+
+class _Peeling:
+    """Walks from an artifact to the function inside it, one known wrapper after the other."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        self.inputs = inputs
+        self.outputs = outputs
+        self.metadata: object = None
+
+    def peel(self, artifact: object) -> Callable[..., object]:
+        current: object = getattr(artifact, "_compiled_fn", None)
+        if current is None:
+            raise _MustStay(f"{type(artifact).__name__} shows no inner function")
+        for _ in range(12):
+            if type(current).__name__ == "CompiledFxGraph":
+                self._require_clean_metadata()
+                return self._of_graph(current)
+            current = self._inner(current)
+        raise _MustStay("too many wrappers")
+
+    def _inner(self, current: object) -> object:
+        if type(current).__name__ == "SerializableCompiledFunction":
+            self._remember(_cells(getattr(current, "serialize_fn", None)).get("entry"))
+            return current.compiled_fn  # type: ignore[attr-defined]
+        cells = _cells(current) if isinstance(current, types.FunctionType) else {}
+        name = getattr(current, "__qualname__", type(current).__name__)
+        if type(cells.get("self")).__name__ == "DisableContext" and "fn" in cells:
+            return cells["fn"]
+        if name == "aot_module_simplified.<locals>.forward":
+            if cells.get("params_buffers_flat"):
+                raise _MustStay("it holds parameters of its own")
+            return cells["compiled_fn"]
+        if name == "CacheCompiledArtifact._load_impl.<locals>.<lambda>":
+            return cells["compiled_fn"]
+        if name == "_create_runtime_wrapper.<locals>.runtime_wrapper":
+            return self._of_runtime_wrapper(cells)
+        raise _MustStay(f"unknown wrapper {name}")
+
+    def _of_runtime_wrapper(self, cells: dict[str, object]) -> object:
+        written = cells.get("_codegen_runtime_wrapper")
+        if not isinstance(written, types.FunctionType) or "_inner_compiled_fn" not in cells:
+            raise _MustStay("a runtime wrapper of an unknown form")
+        helpers = written.__globals__.keys() - {"torch", "_DisableAutocast_", "__builtins__"}
+        # Marks for Dynamo on dynamic outputs: they speak to graphs traced after a graph break, and there is none here.
+        helpers = {
+            name for name in helpers if not name.startswith(("_mark_dynamic_", "_dyn_dims_"))
+        }
+        if helpers - {written.__name__}:
+            raise _MustStay(
+                f"the runtime wrapper does more than call: {', '.join(sorted(helpers))}"
+            )
+        return cells["_inner_compiled_fn"]
+
+    def _remember(self, entry: object) -> None:
+        self.metadata = getattr(entry, "runtime_metadata", self.metadata)
+
+    def _require_clean_metadata(self) -> None:
+        meta = self.metadata
+        if meta is None:
+            raise _MustStay("AOTAutograd's record of the piece can't be found")
+        must_be_empty = (
+            "num_mutated_inp_runtime_indices",
+            "num_outputs_aliased",
+            "num_intermediate_bases",
+            "mutated_graph_handled_indices_seen_by_autograd",
+            "tokens",
+            "is_rng_op_functionalized",
+            "num_symints_saved_for_bw",
+        )
+        for name in must_be_empty:
+            if not hasattr(meta, name):
+                raise _MustStay(f"the record of the piece has no {name}")
+            if getattr(meta, name):
+                raise _MustStay(f"{name} is {getattr(meta, name)}")
+        if getattr(meta, "grad_enabled_mutation", 0) is not None:
+            raise _MustStay("it changes grad mode")
+        if getattr(meta, "traced_tangents", ()):
+            raise _MustStay("it is part of a backward pass")
+        for kind in ("subclass_inp_meta", "subclass_fw_graph_out_meta"):
+            if any(type(each).__name__ != "PlainTensorMeta" for each in getattr(meta, kind, (0,))):
+                raise _MustStay("it takes or returns a tensor subclass")
+        if len(meta.input_info) != self.inputs or meta.num_outputs != self.outputs:  # type: ignore[attr-defined]
+            raise _MustStay("its inputs or outputs are not those of the piece")
+
+    @staticmethod
+    def _of_graph(graph: object) -> Callable[..., object]:
+        call = getattr(graph, "current_callable", None)
+        if not callable(call):
+            raise _MustStay("the compiled graph shows no callable")
+        if getattr(graph, "_compile_context", None) is not None:
+            raise _MustStay("autotuning results are still to be written at its first call")
+        return call

@@ -1,0 +1,172 @@
+"""What a graph pass is. In: an Inductor graph. Out: the same graph, changed, and how often the pass matched.
+
+A pass is identified by its code and its state, never by its name or place in memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import pathlib
+import re
+import types
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.fx
+from piecework.errors import ConfigError
+from piecework.runtime.code_identity import canonical, text_of
+from piecework.runtime.qualified_name import import_qualified
+from piecework.runtime.ranges import Range
+
+PassFunction = Callable[[torch.fx.Graph], int | None]
+
+
+class InductorPass:
+    """Base of passes with settings; a plain function will do for the others (`as_inductor_pass`).
+
+    A pass changes the graph in place and returns how often it matched, or None if it does not count. It keeps no
+    results on itself: its attributes are settings, and they are part of its identity.
+
+    Example:
+        >>> class Swap(InductorPass):
+        ...     def __init__(self, old, new):
+        ...         self.old, self.new = old, new
+        ...     def __call__(self, graph):
+        ...         found = graph.find_nodes(op="call_function", target=self.old)
+        ...         for node in found:
+        ...             node.target = self.new
+        ...         return len(found)
+    """
+
+    def __call__(self, graph: torch.fx.Graph) -> int | None:
+        """Change ``graph`` in place; return the number of matches, or None."""
+        raise NotImplementedError(f"{type(self).__name__} does not define __call__")
+
+    @property
+    def name(self) -> str:
+        """What reports and errors call it."""
+        return type(self).__name__
+
+    def is_applicable_for_range(self, compile_range: Range | None) -> bool:
+        """Whether the pass runs for these batch sizes; None means all sizes."""
+        return True
+
+    def state(self) -> Mapping[str, object]:
+        """The settings that decide what the pass does: every attribute, unless a subclass says otherwise."""
+        slots = (name for cls in type(self).__mro__ for name in _slots_of(cls))
+        found = {name: getattr(self, name) for name in slots if hasattr(self, name)}
+        return found | getattr(self, "__dict__", {})
+
+    def uuid(self) -> str:
+        """SHA-256 over the source of the class, what its methods use of their module, and `state`.
+
+        Raises:
+            ConfigError: an attribute has no stable form, or the source can't be read; define ``uuid`` then.
+        """
+        where = f"pass {self.name}"
+        classes = [c for c in type(self).__mro__ if c not in (object, InductorPass)]
+        code = [[_plain(c), [_plain(f) for f in _functions_of(c)]] for c in classes]
+        return _digest({"code": code, "state": _plain(dict(self.state()))}, where)
+
+
+class CallableInductorPass(InductorPass):
+    """A function as a pass.
+
+    Args:
+        function: takes the graph; may return a number of matches.
+        name: what reports call it; the function's name by default.
+
+    Raises:
+        ConfigError: from `uuid`, if the function's source can't be read and it has no ``uuid()`` of its own.
+    """
+
+    def __init__(self, function: PassFunction, name: str | None = None) -> None:
+        self.function = function
+        self._name = name or getattr(function, "__name__", type(function).__name__)
+
+    def __call__(self, graph: torch.fx.Graph) -> int | None:
+        matches = self.function(graph)
+        return matches if type(matches) is int else None
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def uuid(self) -> str:
+        return _digest(_plain(self.function), f"pass {self.name}")
+
+
+def as_inductor_pass(value: object, *, where: str) -> InductorPass:
+    """The pass that a configuration means: a pass, a pass class, a function, or a qualified name of one.
+
+    Args:
+        value: as given in ``CompilationConfig.inductor_passes``.
+        where: the field, for the error.
+
+    Raises:
+        ConfigError: the name can't be imported, or it names nothing that can be called.
+    """
+    if isinstance(value, str):
+        value = import_qualified(value, where=where)
+    if isinstance(value, InductorPass):
+        return value
+    if isinstance(value, type):
+        try:
+            value = value()
+        except TypeError as error:
+            raise ConfigError(
+                f"pass {value.__qualname__} can't be made without arguments: {error}",
+                where=where,
+                hint="give an instance of it",
+            ) from error
+        return value if isinstance(value, InductorPass) else as_inductor_pass(value, where=where)
+    if not callable(value):
+        raise ConfigError(f"a pass must be callable, not a {type(value).__qualname__}", where=where)
+    return CallableInductorPass(value)
+
+
+def _slots_of(cls: type) -> tuple[str, ...]:
+    slots = cls.__dict__.get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def _functions_of(cls: type) -> list[types.FunctionType]:
+    """The functions defined in a class body: methods, properties, static and class methods."""
+    found: list[types.FunctionType] = []
+    for value in vars(cls).values():
+        inner = getattr(value, "fget", None) or getattr(value, "__func__", value)
+        if isinstance(inner, types.FunctionType):
+            found.append(inner)
+    return found
+
+
+def _digest(value: object, where: str) -> str:
+    return hashlib.sha256(text_of(canonical(value, where)).encode()).hexdigest()
+
+
+def _plain(value: object) -> object:
+    """``value`` with what graphs are made of (operators, dtypes, …) named, so that it has a stable form."""
+    match value:
+        case torch._ops.OpOverload() | torch._ops.OpOverloadPacket():
+            return f"operator {value}"
+        case torch.dtype() | torch.device() | torch.layout() | torch.memory_format():
+            return str(value)
+        case Range() | pathlib.PurePath():
+            return f"{type(value).__name__} {value}"
+        case re.Pattern():
+            return ["pattern", value.pattern, int(value.flags)]
+        case bytes():
+            return ["bytes", value.hex()]
+        case functools.partial():
+            return ["partial", _plain(value.func), _plain(value.args), _plain(value.keywords)]
+        case tuple() | list():
+            return [_plain(item) for item in value]
+        case set() | frozenset():
+            return {"set": sorted(text_of(canonical(_plain(each), "set")) for each in value)}
+        case Mapping():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case _ if not isinstance(value, type) and callable(getattr(value, "uuid", None)):
+            return ["uuid", _plain(value.uuid())]  # type: ignore[union-attr]
+        case _:
+            return value

@@ -1,0 +1,178 @@
+"""The passes that run on a piece inside Inductor. In: a configuration. Out: one pass that runs them all, and a report of what they matched.
+
+It decides which passes run and in what order; it never changes a graph itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch.fx
+from piecework.errors import PieceCompileError
+from piecework.runtime import torch_compat
+from piecework.runtime.code_identity import text_of
+from piecework.runtime.config import CompilationConfig
+from piecework.runtime.passes.cleanup import CleanUpPass
+from piecework.runtime.passes.context import get_pass_context
+from piecework.runtime.passes.defunctionalize import DefunctionalizationPass
+from piecework.runtime.passes.interface import InductorPass, as_inductor_pass
+from piecework.runtime.passes.noop import NoOpEliminationPass
+from piecework.runtime.ranges import Range
+
+#: Inductor's option that the manager goes into; user passes for it run inside the manager.
+POST_GRAD_SLOT = "post_grad_custom_post_pass"
+
+
+@dataclass(frozen=True, slots=True)
+class PassRun:
+    """One pass on one graph.
+
+    Attributes:
+        name: the pass.
+        compile_range: batch sizes of the code that is made; None means all.
+        matches: how often it matched; None when it does not count.
+        seconds: how long it took.
+    """
+
+    name: str
+    compile_range: Range | None
+    matches: int | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class PassRow:
+    """One pass over all graphs; ``matches`` is None for a pass that does not count."""
+
+    name: str
+    graphs: int
+    matches: int | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class PassReport:
+    """What the passes did; ``str()`` gives one line per pass.
+
+    Code that comes from a cache was changed by the passes when it was made, and is not counted again.
+    """
+
+    runs: tuple[PassRun, ...]
+
+    def rows(self) -> tuple[PassRow, ...]:
+        """The runs added up per pass, in order of first use."""
+        found = []
+        for name in dict.fromkeys(run.name for run in self.runs):
+            runs = [run for run in self.runs if run.name == name]
+            counts = [run.matches for run in runs if run.matches is not None]
+            matches = sum(counts) if counts else None
+            found.append(PassRow(name, len(runs), matches, sum(run.seconds for run in runs)))
+        return tuple(found)
+
+    def matches(self, name: str) -> int:
+        """How often the pass called ``name`` matched; 0 if it never ran."""
+        return sum(run.matches or 0 for run in self.runs if run.name == name)
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"pass {row.name}: "
+            + ("matches not counted" if row.matches is None else f"{row.matches} matches")
+            + f" in {row.graphs} graphs, {row.seconds:.3f} s"
+            for row in self.rows()
+        )
+
+
+class PostGradPassManager:
+    """Runs passes one after another on Inductor's graph, those that apply to the batch range at hand.
+
+    Args:
+        passes: in order of execution.
+
+    Example:
+        >>> manager = PostGradPassManager([NoOpEliminationPass(), CleanUpPass()])
+        >>> with pass_context(Range(1, 16)):
+        ...     manager(graph)
+        >>> print(manager.report())
+    """
+
+    def __init__(self, passes: Iterable[InductorPass] = ()) -> None:
+        self.passes = tuple(passes)
+        self._runs: list[PassRun] = []
+
+    @classmethod
+    def from_config(cls, config: CompilationConfig) -> PostGradPassManager:
+        """No-op elimination, the user's passes for this slot, de-functionalisation, clean-up: what ``config`` wants of it.
+
+        User passes see a functional graph without no-ops; what writes in place comes after them.
+
+        Raises:
+            ConfigError: a user pass can't be imported or called.
+        """
+        wish = config.pass_config
+        passes: list[InductorPass] = [NoOpEliminationPass()] if wish.eliminate_noops else []
+        if POST_GRAD_SLOT in config.inductor_passes:
+            where = f"inductor_passes.{POST_GRAD_SLOT}"
+            passes.append(as_inductor_pass(config.inductor_passes[POST_GRAD_SLOT], where=where))
+        if wish.defunctionalize:
+            passes.append(DefunctionalizationPass())
+        if wish.clean_up:
+            passes.append(CleanUpPass())
+        return cls(passes)
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        """Run the passes that apply to the current `pass_context`.
+
+        Raises:
+            PieceCompileError: a pass raised; names it.
+        """
+        compile_range = get_pass_context().compile_range
+        for each in self.applicable(compile_range):
+            start = time.perf_counter()
+            try:
+                matches = each(graph)
+            except Exception as error:
+                raise PieceCompileError(
+                    f"pass {each.name} failed: {type(error).__name__}: {error}",
+                    hint="leave it out of inductor_passes, or switch it off in pass_config",
+                ) from error
+            seconds = time.perf_counter() - start
+            self._runs.append(PassRun(each.name, compile_range, matches, seconds))
+
+    def applicable(self, compile_range: Range | None) -> tuple[InductorPass, ...]:
+        """The passes that run for these batch sizes."""
+        return tuple(p for p in self.passes if p.is_applicable_for_range(compile_range))
+
+    def uuid(self) -> str:
+        """SHA-256 over the passes that run now and the batch range, which a pass may read.
+
+        Raises:
+            ConfigError: a pass has no stable form.
+        """
+        compile_range = get_pass_context().compile_range
+        parts = [str(compile_range), *(each.uuid() for each in self.applicable(compile_range))]
+        return hashlib.sha256(text_of(parts).encode()).hexdigest()
+
+    def inductor_options(self, config: CompilationConfig) -> dict[str, object]:
+        """Inductor's pass options: this manager, and the user's passes for other slots."""
+        options: dict[str, object] = {}
+        if self.passes:
+            options[POST_GRAD_SLOT] = torch_compat.as_inductor_graph_pass(self, self.uuid)
+        for slot, value in config.inductor_passes.items():
+            if slot != POST_GRAD_SLOT:
+                options[slot] = self._recorded(
+                    as_inductor_pass(value, where=f"inductor_passes.{slot}")
+                )
+        return options
+
+    def report(self) -> PassReport:
+        """What the passes did so far."""
+        return PassReport(tuple(self._runs))
+
+    def _recorded(self, each: InductorPass) -> Callable[[torch.fx.Graph], None]:
+        """One user pass of another slot, range-gated, timed and counted as those here are."""
+        alone = PostGradPassManager([each])
+        alone._runs = self._runs
+        return torch_compat.as_inductor_graph_pass(alone, alone.uuid)
