@@ -5,6 +5,7 @@ It never decides when to capture: wrappers do. It never trusts an address that n
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -99,7 +100,10 @@ class CapturedCall:
         slots: the leaves of the arguments.
         copies: fresh inputs that are staged before each replay.
         eager_reason: why nothing was captured, if so.
+        checked: the arguments of a replay were checked once.
         trusted: the arguments were checked and nothing has to be copied: a replay may skip looking at them.
+        replay: the graph's own replay, bound once; for a trusted call it is all there is to do.
+        on_first_replay: told once, when the call is replayed after its capture.
     """
 
     request: CaptureRequest
@@ -108,8 +112,11 @@ class CapturedCall:
     slots: tuple[InputSlot, ...]
     copies: tuple[StagedCopy, ...]
     eager_reason: str | None = None
+    checked: bool = False
     trusted: bool = False
     always_check: bool = False
+    replay: Callable[[], None] | None = None
+    on_first_replay: Callable[[], None] | None = None
     _staged: frozenset[int] = field(default=frozenset())
 
     @classmethod
@@ -130,6 +137,7 @@ class CapturedCall:
             StaticGraphError: capturing is closed, the callable failed, or a fresh input is refused.
         """
         graphs.require_open(request.mode, request.where)
+        graphs.require_unused(request.mode, request.descriptor, request.where)
         leaves, spec = flatten_tree((args, dict(kwargs)))
         slots = _slots(leaves, request, graphs)
         fresh = [i for i, slot in enumerate(slots) if slot.origin is ValueOrigin.FRESH]
@@ -152,9 +160,11 @@ class CapturedCall:
             slots,
             copies,
             always_check=graphs.check_addresses,
+            replay=graph.replay_function(),
+            on_first_replay=functools.partial(graphs.mark_in_use, request.mode, request.descriptor),
             _staged=frozenset(fresh),
         )
-        _replay_on(graph, copies, leaves)
+        call._replay(leaves)
         tensors = [leaf for leaf in flatten_tree(call.output)[0] if isinstance(leaf, torch.Tensor)]
         graphs.addresses.register_captured(request.name, tensors, request.descriptor)
         return call, output
@@ -166,11 +176,25 @@ class CapturedCall:
         if self.graph is None:
             return runnable(*args, **kwargs)
         leaves, _ = flatten_tree((args, dict(kwargs)))
-        if self.always_check or not self.trusted:
+        if self.always_check or not self.checked:
             self.check(leaves)
+            self.checked = True
+            self.on_first_replay()
             self.trusted = not self.copies and not self.always_check
-        _replay_on(self.graph, self.copies, leaves)
+        self._replay(leaves)
         return self.output
+
+    @property
+    def static_inputs(self) -> dict[int, torch.Tensor]:
+        """The static stand-ins of staged arguments, by leaf; every other leaf is read where it was at capture."""
+        return {member.leaf: member.static for copy in self.copies for member in copy.members}
+
+    def _replay(self, leaves: list[object]) -> None:
+        for copy in self.copies:
+            copy.stage(leaves)
+        self.replay()
+        for copy in self.copies:
+            copy.bring_back(leaves)
 
     def check(self, leaves: list[object]) -> None:
         """Check that ``leaves`` are what was captured.
@@ -199,7 +223,7 @@ class CapturedCall:
         """Give the graph up."""
         if self.graph is not None:
             self.graph.reset()
-        self.graph, self.output, self.trusted = None, None, False
+        self.graph, self.replay, self.output, self.trusted = None, None, None, False
         self.eager_reason = "the graph was reset"
 
 
@@ -256,14 +280,6 @@ def _record(
                 hint="run this batch shape uncaptured to see whether the piece itself fails",
             ) from error
     return graph, output
-
-
-def _replay_on(graph: StaticGraph, copies: tuple[StagedCopy, ...], leaves: list[object]) -> None:
-    for copy in copies:
-        copy.stage(leaves)
-    graph.replay()
-    for copy in copies:
-        copy.bring_back(leaves)
 
 
 def _same_layout(slot: InputSlot, leaf: object) -> bool:

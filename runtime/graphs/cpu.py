@@ -179,6 +179,11 @@ class CpuStaticGraph:
             for copy in recording.copies:
                 copy.window.copy_(_bytes_of(leaves[copy.leaf].untyped_storage()))
 
+    def replay_function(self) -> Callable[[], None]:
+        if self._recording is None:
+            raise StaticGraphError("nothing was captured", hint="call capture() first")
+        return self.replay
+
     def reset(self) -> None:
         self._recording = None
 

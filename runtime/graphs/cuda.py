@@ -96,11 +96,6 @@ class CudaStaticGraph:
     def captured(self) -> bool:
         return self._graph is not None
 
-    @property
-    def cuda_graph(self) -> torch.cuda.CUDAGraph | None:
-        """The graph itself, for callers that bind its ``replay`` once."""
-        return self._graph
-
     def capture(
         self,
         runnable: Callable[..., object],
@@ -135,6 +130,12 @@ class CudaStaticGraph:
         if self._graph is None:
             raise StaticGraphError("nothing was captured", hint="call capture() before replay()")
         self._graph.replay()
+
+    def replay_function(self) -> Callable[[], None]:
+        if self._graph is None:
+            raise StaticGraphError("nothing was captured", hint="call capture() first")
+        # The base class's method is the driver call itself; the Python one only adds debugging.
+        return super(torch.cuda.CUDAGraph, self._graph).replay
 
     def reset(self) -> None:
         if self._graph is not None:

@@ -164,7 +164,7 @@ class CUDAPiecewiseBackend(GraphHolder):
         if call is None:
             return self._warm_up_or_capture(entry, args)
         if call.trusted:
-            call.graph.replay()
+            call.replay()
             return call.output
         return call(entry.runnable, args, {})
 

@@ -77,6 +77,7 @@ class StaticGraphs:
         self._on_capture = on_capture
         self.capture_lock = threading.RLock()
         self._open = lazy
+        self._in_use: set[tuple[CUDAGraphMode, BatchDescriptor]] = set()
         self._busy_with: str | None = None
         self._holders: weakref.WeakSet[GraphHolder] = weakref.WeakSet()
 
@@ -110,6 +111,29 @@ class StaticGraphs:
                 f"{mode.name} capture outside the capture phase",
                 where=where,
                 hint="capture this batch shape before serving, or dispatch it to a captured one or to NONE",
+            )
+
+    def mark_in_use(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
+        """A piece captured for this shape was replayed, so its capturing forward is over."""
+        self._in_use.add((mode, descriptor))
+
+    def require_unused(self, mode: CUDAGraphMode, descriptor: BatchDescriptor, where: str) -> None:
+        """Check that all pieces of a shape are captured in the same forward.
+
+        Later the pool counts the outputs of the earlier pieces as free, and would let a new capture write
+        over what this forward still reads.
+
+        Raises:
+            StaticGraphError: they are not; what was captured for the shape is forgotten, so that the next
+                forward can capture all of it.
+        """
+        if (mode, descriptor) in self._in_use:
+            self.platform.synchronize()
+            self.discard(mode, descriptor)
+            raise StaticGraphError(
+                "earlier pieces of this batch shape were captured in another forward",
+                where=where,
+                hint="capture all pieces of a shape in one forward; the next one may",
             )
 
     def register(self, holder: GraphHolder) -> None:
@@ -172,6 +196,7 @@ class StaticGraphs:
         """
         for holder in list(self._holders):
             holder.discard(mode, descriptor)
+        self._in_use.discard((mode, descriptor))
         self.addresses.forget_captured(descriptor)
         self.records = [r for r in self.records if (r.mode, r.descriptor) != (mode, descriptor)]
 
@@ -180,6 +205,7 @@ class StaticGraphs:
         self.platform.synchronize()
         for holder in list(self._holders):
             holder.clear_graphs()
+        self._in_use.clear()
         self.addresses.forget_captured()
         self.records.clear()
         self.pool.clear()

@@ -17,7 +17,7 @@ _GRAIN = 16
 
 
 @dataclass(frozen=True, slots=True)
-class _Member:
+class StagedMember:
     """One argument leaf of a buffer: its static view, and where it lies in the bytes that are copied."""
 
     leaf: int
@@ -56,7 +56,7 @@ class StagedCopy:
         writes_back: the piece changes it in place, so the caller's tensor is updated after a replay.
     """
 
-    members: tuple[_Member, ...]
+    members: tuple[StagedMember, ...]
     window: torch.Tensor | None
     writes_back: bool
 
@@ -141,7 +141,7 @@ def _stage_group(
                 first.shape, first.stride(), dtype=first.dtype, device=first.device
             )
         staged[indices[0]] = static
-        return StagedCopy((_Member(indices[0], static, 0),), None, writes_back)
+        return StagedCopy((StagedMember(indices[0], static, 0),), None, writes_back)
     extents = [_extent(leaves[index]) for index in indices]
     begin, end = min(e[0] for e in extents), max(e[1] for e in extents)
     aligned = begin // _GRAIN * _GRAIN
@@ -150,7 +150,7 @@ def _stage_group(
         memory = torch.empty(end - aligned, dtype=torch.uint8, device=first.device)
         for index, (own_begin, _) in zip(indices, extents, strict=True):
             view = view_of_storage(memory.untyped_storage(), like=leaves[index], byte_shift=aligned)
-            members.append(_Member(index, view, own_begin - begin))
+            members.append(StagedMember(index, view, own_begin - begin))
             staged[index] = view
     return StagedCopy(tuple(members), memory[begin - aligned :], writes_back)
 

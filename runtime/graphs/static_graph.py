@@ -56,6 +56,14 @@ class StaticGraph(Protocol):
         """Do the captured work again on the memory as it is now."""
         ...
 
+    def replay_function(self) -> Callable[[], None]:
+        """The quickest callable that replays, for callers that bind it once; invalid after ``reset``.
+
+        Raises:
+            StaticGraphError: nothing was captured.
+        """
+        ...
+
     def reset(self) -> None:
         """Give up what was captured; a later ``capture`` may follow."""
         ...

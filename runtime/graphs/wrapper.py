@@ -133,7 +133,7 @@ class CUDAGraphWrapper(GraphHolder):
         if call is None:
             return self._warm_up_or_capture(context, args, kwargs)
         if call.trusted:
-            call.graph.replay()
+            call.replay()
             return call.output
         return call(self.runnable, args, kwargs)
 

@@ -257,11 +257,18 @@ def test_dtypes(platform, pool, ramp, dtype):
 
 def test_capture_twice_and_replay_of_nothing_are_errors(platform, pool, ramp):
     x = ramp(2)
-    graph, _ = captured(platform, pool, lambda x: x + 1, x)
+    graph, out = captured(platform, pool, lambda x: x + 1, x)
     with pytest.raises(StaticGraphError, match="captured already"):
         graph.capture(lambda x: x, (x,), {})
+    replay = graph.replay_function()
+    x.fill_(5)
+    replay()
+    platform.synchronize()
+    assert out.tolist() == [6.0, 6.0]
     graph.reset()
     assert not graph.captured
+    with pytest.raises(StaticGraphError, match="nothing was captured"):
+        graph.replay_function()
     with pytest.raises(StaticGraphError, match="nothing was captured"):
         graph.replay()
     graph.capture(lambda x: x + 1, (x,), {})

@@ -285,6 +285,31 @@ def test_an_owner_by_default(x):
     assert first.tolist() == [10.0] * 4
 
 
+def test_pieces_of_a_shape_are_captured_in_one_forward():
+    graphs = StaticGraphs("cpu", lazy=True)
+    x = torch.zeros(4)
+    graphs.addresses.register_persistent("x", x)
+    one, two = (
+        CUDAGraphWrapper(Counted(), None, PIECEWISE, graphs=graphs, name=f"submod_{i}")
+        for i in (0, 2)
+    )
+
+    def forward():
+        with context(PIECEWISE, 4):
+            return two(one(x))
+
+    # A forward that fails between the two pieces leaves only the first captured.
+    with context(PIECEWISE, 4):
+        one(x)
+    with pytest.raises(StaticGraphError, match=r"captured in another forward \(submod_2, "):
+        forward()
+    assert graphs.records == []
+    assert forward().tolist() == [2.0] * 4
+    x.fill_(1)
+    assert forward().tolist() == [3.0] * 4
+    assert len(graphs.records) == 2
+
+
 def test_discard_and_clear(graphs, x):
     wrapper = CUDAGraphWrapper(Counted(), None, PIECEWISE, graphs=graphs)
     with graphs.capturing():
