@@ -160,6 +160,8 @@ class StandaloneCompiledArtifacts:
                 artifacts._data[digest] = data
                 position += size
             for submod, name, digest in table["entries"]:
+                if not (isinstance(submod, str) and isinstance(name, str)):
+                    raise TypeError("a submodule or a range is not text")
                 if digest not in artifacts._data:
                     raise _damaged(f"an artifact of {submod} is missing")
                 artifacts._digests[submod, name] = digest

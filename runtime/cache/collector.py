@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from piecework.errors import CacheError
 from piecework.runtime.cache.atomic import TEMPORARY_PREFIX
 from piecework.runtime.cache.files import (
     ARTIFACTS_DIRECTORY,
@@ -59,8 +60,22 @@ def collect_garbage(
     """Remove entries unused for longer than `max_age_s`, then the longest unused until `max_bytes` are left.
 
     Also removes what only takes space: artifacts that no index names, files of killed writers, and what has been in
-    quarantine for longer than `max_age_s` (all of it when no age is given). Raises `CacheError` for an unsafe directory.
+    quarantine for longer than `max_age_s` (all of it when no age is given). Raises `CacheError` for a directory that is
+    unsafe or cannot be changed.
     """
+    try:
+        return _collect(root, max_bytes, max_age_s, dry_run)
+    except OSError as error:
+        raise CacheError(
+            f"the cache cannot be cleaned up: {error}",
+            where=os.fspath(root),
+            hint="is it read-only, or full of what another user wrote?",
+        ) from error
+
+
+def _collect(
+    root: str | os.PathLike[str], max_bytes: int | None, max_age_s: float | None, dry_run: bool
+) -> CollectionReport:
     real = resolve_root(root)
     if not check_directory(real):
         return CollectionReport((), (), 0, 0, 0, 0, 0, dry_run)

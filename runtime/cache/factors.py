@@ -187,7 +187,7 @@ def content_key(*parts: str | bytes) -> str:
 
 def _as_bytes(parts: Iterable[str | bytes]) -> Iterable[bytes]:
     for part in parts:
-        yield b"s" + part.encode() if isinstance(part, str) else b"b" + part
+        yield b"s" + part.encode("utf-8", "surrogatepass") if isinstance(part, str) else b"b" + part
 
 
 def _short(value: str | None) -> str:

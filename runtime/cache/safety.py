@@ -218,8 +218,8 @@ def _is_trusted_owner(uid: int) -> bool:
 
 def _is_private_group(gid: int) -> bool:
     """Whether the group is the one many systems make for each user, with nobody else in it."""
-    import grp  # noqa: PLC0415  (POSIX only)
-    import pwd  # noqa: PLC0415
+    import grp
+    import pwd
 
     try:
         user = pwd.getpwuid(os.geteuid())

@@ -27,7 +27,8 @@ def stand_in(name: str, path: Path) -> None:
 stand_in("piecework", PACKAGE)
 stand_in("piecework.runtime", PACKAGE / "runtime")
 
-from piecework.runtime.cache import CacheStore, KeyFactors  # noqa: E402
+from piecework.errors import CacheError  # noqa: E402
+from piecework.runtime.cache import CacheStore, KeyFactors, collect_garbage  # noqa: E402
 
 FACTORS = KeyFactors.collect(config={"dtype": "bf16"}, versions={"torch": "2.13.0"})
 
@@ -139,6 +140,14 @@ def use_as_nobody(root: str, count: int) -> dict[str, object]:
     return use(root, count)
 
 
+def collect(root: str) -> dict[str, object]:
+    """Try to clean up; report the typed error."""
+    try:
+        return {"removed": collect_garbage(root, max_bytes=0).removed}
+    except CacheError as error:
+        return {"error": str(error)}
+
+
 def main() -> int:
     mode, root, *rest = sys.argv[1:]
     functions = {
@@ -147,6 +156,7 @@ def main() -> int:
         "save_and_die": lambda: save_and_die(root, int(rest[0]), int(rest[1])),
         "use": lambda: use(root, int(rest[0])),
         "use_with_small_files": lambda: use_with_small_files(root, int(rest[0]), int(rest[1])),
+        "collect": lambda: collect(root),
         "use_as_nobody": lambda: use_as_nobody(root, int(rest[0])),
     }
     print(json.dumps(functions[mode]()))

@@ -83,6 +83,14 @@ def test_damage_on_a_read_only_mount_is_ignored(tmp_path: Path) -> None:
     assert len(outcome["warnings"]) == 2  # type: ignore[arg-type]  # damaged, and read-only
 
 
+def test_collecting_on_a_read_only_mount_is_a_typed_error(tmp_path: Path) -> None:
+    root = tmp_path / "cache"
+    CacheStore.open(root, FACTORS).put("a", b"data")
+    script = f"mount --bind {root} {root} && mount -o remount,ro,bind {root}"
+    assert "cannot be cleaned up" in str(run_mounted(script, "collect", root)["error"])
+    assert run_child("collect", root) == {"removed": [f"{FACTORS.hash}/rank_0_0/backbone"]}
+
+
 @pytest.fixture
 def open_directory() -> Iterator[Path]:
     """A directory that every user can reach, unlike pytest's own."""
