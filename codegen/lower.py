@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.fx
 from piecework.codegen import ir
-from piecework.codegen.consts import ConstTable, describe, short_type, to_expr
+from piecework.codegen.consts import LIST_TYPES, ConstTable, describe, short_type, to_expr
 from piecework.codegen.inline import (
     Inlined,
     InlinePlan,
@@ -44,6 +44,7 @@ from piecework.errors import UnsupportedNode
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx.graph import CodeGen
 
+_SEQUENCES = (*LIST_TYPES, tuple)
 _OPS = (OpOverload, OpOverloadPacket, HigherOrderOperator)
 
 
@@ -541,7 +542,9 @@ def _arity(node: torch.fx.Node, callee: object) -> int | None:
         assert isinstance(callee, torch.fx.GraphModule)
         returned = returned_value(callee.graph)
         if not isinstance(returned, torch.fx.Node):
-            return len(returned) if isinstance(returned, (tuple, list)) else None
+            if isinstance(returned, (tuple, list)) and type(returned) in _SEQUENCES:
+                return len(returned)
+            return None
         node = returned
     value = value_of(node)
     if type(value) is not tuple and not (type(value) is list and isinstance(node.target, _OPS)):

@@ -16,11 +16,20 @@ from piecework.codegen.layout import (
     Layout,
     expr_text,
     format_source,
+    literal_text,
     numbered,
     signature_text,
 )
 
-__all__ = ["FORMAT_VERSION", "environment", "format_source", "line_map", "numbered", "render"]
+__all__ = [
+    "FORMAT_VERSION",
+    "environment",
+    "format_source",
+    "line_map",
+    "literal_text",
+    "numbered",
+    "render",
+]
 
 FORMAT_VERSION = 1
 
