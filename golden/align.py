@@ -6,7 +6,7 @@ module that they come from. Nothing is judged here: what differs within a pair i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
@@ -15,6 +15,8 @@ from piecework.golden.outline import Step
 # Cells of one alignment table; a larger gap is aligned by kind and arity alone.
 _MAX_CELLS = 60_000
 _THRESHOLD = 1.5
+# Neighbours on one side that are tried as parts of a merged piece.
+_MAX_PARTS = 16
 
 Pairs = list[tuple[int, int]]
 
@@ -28,10 +30,6 @@ class Mark:
     reads: tuple[str, ...]
     binds: tuple[str, ...]
     module: str
-
-    @property
-    def features(self) -> frozenset[tuple[str, str]]:
-        return frozenset([*(("reads", r) for r in self.reads), *(("binds", b) for b in self.binds)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +133,11 @@ def _share(before: tuple[str, ...], after: tuple[str, ...]) -> float:
 
 
 def find_joins(before: Sequence[Mark], after: Sequence[Mark], pairs: Pairs) -> list[Join]:
-    """Pieces of ``before`` that one piece of ``after`` took over, ends first; call it with the sides swapped for splits.
+    """Pieces of ``before`` that one piece of ``after`` took over; call it with the sides swapped for splits.
 
-    A neighbour that vanished was taken over if the new piece shows a value that only the neighbour had and one that only
-    its partner had, and if it takes whatever the parts take from outside of them. What lies between two such neighbours
-    was taken over with them.
+    Neighbours without a partner were taken over with a piece if the new one differs from that piece, takes all that the
+    parts take from outside of them, gives nothing that they did not give, and gives something of the last one. A piece that
+    was only left out brings values with it, its weights or its results, that then are missing.
     """
     pieces = [i for i, mark in enumerate(before) if mark.kind == "piece"]
     place = {position: number for number, position in enumerate(pieces)}
@@ -147,17 +145,34 @@ def find_joins(before: Sequence[Mark], after: Sequence[Mark], pairs: Pairs) -> l
     joins: list[Join] = []
     taken: set[int] = set()
     for i, j in pairs:
-        if before[i].kind != "piece":
+        if before[i].kind != "piece" or before[i] == after[j]:
             continue
         run = _free_run(pieces, place[i], paired | taken)
-        members = _taken_over([before[k] for k in run], run.index(i), after[j])
-        if members is None:
-            continue
-        parts = tuple(run[members[0] : members[1] + 1])
-        if _outside_reads(before, parts, paired) <= set(after[j].reads):
-            taken.update(parts)
-            joins.append(Join(parts, j))
+        for parts in _stretches(run, run.index(i)):
+            if _took_over(before, parts, after[j], paired):
+                taken.update(parts)
+                joins.append(Join(parts, j))
+                break
     return joins
+
+
+def _stretches(run: list[int], at: int) -> Iterator[tuple[int, ...]]:
+    """Contiguous stretches of ``run`` around ``at``, of two or more, longest first."""
+    count = len(run)
+    sizes = ((low, high) for low in range(at + 1) for high in range(at, count) if high > low)
+    for low, high in sorted(sizes, key=lambda ends: ends[0] - ends[1]):
+        yield tuple(run[low : high + 1])
+
+
+def _took_over(
+    before: Sequence[Mark], parts: tuple[int, ...], whole: Mark, paired: set[int]
+) -> bool:
+    given = {name for i in parts for name in before[i].binds}
+    return (
+        _outside_reads(before, parts, paired) <= set(whole.reads)
+        and set(whole.binds) <= given
+        and not set(whole.binds).isdisjoint(before[parts[-1]].binds)
+    )
 
 
 def _outside_reads(before: Sequence[Mark], parts: tuple[int, ...], paired: set[int]) -> set[str]:
@@ -170,26 +185,9 @@ def _outside_reads(before: Sequence[Mark], parts: tuple[int, ...], paired: set[i
 def _free_run(pieces: list[int], at: int, used: set[int]) -> list[int]:
     """``pieces[at]`` with its neighbours on both sides for as long as they have no partner."""
     low = at
-    while low > 0 and pieces[low - 1] not in used:
+    while low > 0 and pieces[low - 1] not in used and at - low < _MAX_PARTS:
         low -= 1
     high = at
-    while high + 1 < len(pieces) and pieces[high + 1] not in used:
+    while high + 1 < len(pieces) and pieces[high + 1] not in used and high - at < _MAX_PARTS:
         high += 1
     return pieces[low : high + 1]
-
-
-def _taken_over(run: list[Mark], at: int, whole: Mark) -> tuple[int, int] | None:
-    """First and last of ``run`` that contributed to ``whole``; None if only ``run[at]`` did."""
-    counts: dict[tuple[str, str], int] = {}
-    for mark in run:
-        for feature in mark.features:
-            counts[feature] = counts.get(feature, 0) + 1
-    own = [
-        any(counts[feature] == 1 and feature in whole.features for feature in mark.features)
-        for mark in run
-    ]
-    if not own[at]:
-        return None
-    contributors = [index for index, contributes in enumerate(own) if contributes]
-    first, last = contributors[0], contributors[-1]
-    return (first, last) if last > first else None

@@ -93,8 +93,8 @@ class _Comparison:
     def __init__(self, before: Outline, after: Outline) -> None:
         self.before = before
         self.after = after
-        self.canon = Canon(constant_names(before))
-        self.canon_after = Canon(constant_names(after))
+        self.canon = Canon(constant_names(before), tuple(before.submods.values()))
+        self.canon_after = Canon(constant_names(after), tuple(after.submods.values()))
 
     def run(self) -> SourceDiff:
         partner = self._pair_functions()
@@ -180,7 +180,7 @@ class _Comparison:
     def _module(self) -> Iterator[Change]:
         before, after = self.before, self.after
         yield from _table(
-            "module", "import", dict.fromkeys(before.imports, ""), dict.fromkeys(after.imports, "")
+            "module", "", dict.fromkeys(before.imports, ""), dict.fromkeys(after.imports, "")
         )
         rename = self.canon.rename
         old = {rename.get(n, n): self.canon.source(v) for n, v in before.aliases.items()}
@@ -228,10 +228,10 @@ def _table(
 ) -> Iterator[Change]:
     for key in before:
         if key not in after:
-            yield Change(group, "removed", f"{noun} {key} is gone")
+            yield Change(group, "removed", f"{noun} {key} is gone".lstrip())
         elif before[key] != after[key]:
             yield Change(group, "changed", f"{noun} {key}: {before[key]} → {after[key]}")
     for key in after:
         if key not in before:
             value = f" = {after[key]}" if after[key] else ""
-            yield Change(group, "added", f"{noun} {key}{value}")
+            yield Change(group, "added", f"{noun} {key}{value}".lstrip())

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from piecework.golden.align import Join, Pairs, align, find_joins
 from piecework.golden.canonical import Canon
@@ -64,7 +65,7 @@ class _FunctionComparison:
             *self._joins(merges, splits),
             *self._unpaired(merges, splits),
             *(change for i, j in self.pairs for change in self._pair(i, j, merges, splits)),
-            *self._renumbered(),
+            *self._renumbered(merges, splits),
             *liveness_changes(self.before, self.after, self.pairs, self.canon.name, self.scope),
             *self._renamed_values(),
             *self._comments(),
@@ -257,33 +258,38 @@ class _FunctionComparison:
 
     # --- what only counts or comments ------------------------------------------------------------------
 
-    def _renumbered(self) -> Iterator[Change]:
+    def _renumbered(self, merges: list[Join], splits: list[Join]) -> Iterator[Change]:
         """Other submodule names of paired pieces: a renumbering if the order is kept, else other code runs."""
+        said = {m.whole for m in merges}, {s.whole for s in splits}
         pieces = [
-            (self.before.steps[i], self.after.steps[j])
+            (self.before.steps[i], self.after.steps[j], j in said[0] or i in said[1])
             for i, j in self.pairs
             if self.before.steps[i].kind == "piece"
         ]
-        other = [(old, new) for old, new in pieces if old.callee != new.callee]
-        if not other:
+        if self._only_renumbered({(old.callee, new.callee) for old, new, _ in pieces}):
+            other = [
+                f"{old.callee} → {new.callee}"
+                for old, new, joined in pieces
+                if old.callee != new.callee and not joined
+            ]
+            if other:
+                shown = ", ".join(other[:6]) + (f" and {len(other) - 6} more" if other[6:] else "")
+                message = f"{_count(len(other), 'piece')} renumbered: {shown}"
+                yield Change("names", "changed", message, self.scope)
             return
-        mapping: dict[str, set[str]] = {}
-        for old, new in pieces:
-            mapping.setdefault(old.callee, set()).add(new.callee)
-        one_to_one = all(len(found) == 1 for found in mapping.values())
-        targets = [next(iter(found)) for found in mapping.values()]
-        existed = {step.callee for step in self.before.steps if step.kind == "piece"}
-        kept = {step.callee for step in self.after.steps if step.kind == "piece"}
-        if one_to_one and len(set(targets)) == len(targets) and existed != kept:
-            message = f"{_count(len(other), 'piece')} renumbered: " + ", ".join(
-                f"{old.callee} → {new.callee}" for old, new in other[:6]
-            )
-            message += f" and {len(other) - 6} more" if len(other) > 6 else ""
-            yield Change("names", "changed", message, self.scope)
-            return
-        for old, new in other:
-            message = f"{label(new)} runs where {old.callee} ran"
-            yield self._change("pieces", "changed", message, old, new)
+        for old, new, _ in pieces:
+            if old.callee != new.callee:
+                message = f"{label(new)} runs where {old.callee} ran"
+                yield self._change("pieces", "changed", message, old, new)
+
+    def _only_renumbered(self, names: set[tuple[str, str]]) -> bool:
+        """True if the tables differ and their common rows kept their order: a piece more or less shifts the numbers."""
+        old, new = self.canon.submods, self.canon_after.submods
+        if old == new or not all(left in old and right in new for left, right in names):
+            return False
+        places = sorted((old.index(left), new.index(right)) for left, right in names)
+        steps = pairwise(places)
+        return all(first[0] < next_[0] and first[1] < next_[1] for first, next_ in steps)
 
     def _comments(self) -> Iterator[Change]:
         differ = [
@@ -327,7 +333,8 @@ def _values(names: tuple[str, ...], unpack: bool) -> str:
 
 
 def _described(parameter: Parameter) -> str:
-    return parameter.text + (" (keyword only)" if parameter.kind == "keyword" else "")
+    note = {"keyword": " (by keyword only)", "/": " (by position only)"}.get(parameter.kind, "")
+    return parameter.text + note
 
 
 def _listed(steps: list[Step]) -> str:

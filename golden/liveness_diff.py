@@ -24,7 +24,7 @@ def liveness_changes(
     partner = dict(pairs)
     last_before, last_after = last_uses(before), last_uses(after)
     known = {*last_after, *(p.name for p in after.parameters)}
-    for name in [*(p.name for p in before.parameters), *last_before]:
+    for name in dict.fromkeys([*(p.name for p in before.parameters), *last_before]):
         new = name_after(name)
         if new not in known:
             continue
