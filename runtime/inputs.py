@@ -303,9 +303,9 @@ def make_copy_and_call(
     def copy_and_call(*args: object) -> object:
         if not indices:
             return callable_fn(*args)
-        tensors = [args[index] for index in indices]
+        tensors = [_tensor(args, index) for index in indices]
         largest = max(
-            tensor.shape[dim] if isinstance(tensor, torch.Tensor) and tensor.dim() else 0
+            tensor.shape[dim] if -tensor.dim() <= dim < tensor.dim() else 0
             for tensor, dim in zip(tensors, dims, strict=True)
         )
         padded = largest if padded_size is None else padded_size(largest)
@@ -317,6 +317,16 @@ def make_copy_and_call(
         return callable_fn(*staged)
 
     return copy_and_call
+
+
+def _tensor(args: tuple[object, ...], index: int) -> torch.Tensor:
+    value = args[index] if index < len(args) else None
+    if not isinstance(value, torch.Tensor):
+        raise InputError(
+            f"argument {index} must be a tensor, not a {type(value).__name__}",
+            where="make_copy_and_call",
+        )
+    return value
 
 
 class _TritonStaging:
@@ -341,6 +351,7 @@ class _TritonStaging:
                 tensor.detach().view(words.dtype), words.target, slot.outer, slot.inner, words.pad
             )
             for tensor, words, slot in zip(tensors, self._words, self._slots, strict=True)
+            if words is not None
         ]
         for first in range(0, len(staged), self._kernel.SLOTS):
             chunk = staged[first : first + self._kernel.SLOTS]

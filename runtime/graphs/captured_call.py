@@ -89,6 +89,10 @@ class InputSlot:
         return None if same else f"was {self.value!r}, is {leaf!r}"
 
 
+def _nothing_captured() -> None:
+    raise StaticGraphError("nothing is captured here", hint="look at eager_reason")
+
+
 @dataclass(slots=True)
 class CapturedCall:
     """A captured callable with its inputs' slots, or the reason why it runs uncaptured.
@@ -115,8 +119,8 @@ class CapturedCall:
     checked: bool = False
     trusted: bool = False
     always_check: bool = False
-    replay: Callable[[], None] | None = None
-    on_first_replay: Callable[[], None] | None = None
+    replay: Callable[[], None] = _nothing_captured
+    on_first_replay: Callable[[], None] = _nothing_captured
     _staged: frozenset[int] = field(default=frozenset())
 
     @classmethod
@@ -223,7 +227,8 @@ class CapturedCall:
         """Give the graph up."""
         if self.graph is not None:
             self.graph.reset()
-        self.graph, self.replay, self.output, self.trusted = None, None, None, False
+        self.graph, self.output, self.trusted = None, None, False
+        self.replay = _nothing_captured
         self.eager_reason = "the graph was reset"
 
 

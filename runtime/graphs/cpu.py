@@ -116,7 +116,7 @@ class _Layout:
             tensor.dtype,
             tuple(tensor.shape),
             tensor.stride(),
-            tensor.storage_offset(),
+            int(tensor.storage_offset()),
             tensor.untyped_storage().nbytes(),
         )
 

@@ -155,18 +155,19 @@ class CUDAPiecewiseBackend(GraphHolder):
         entry = self._entry(args)
         if entry is None:
             return self.compiled_graph_for_general_shape(*args)
-        if entry.runnable is None:
-            entry.runnable = self._runnable_for(entry, args)
+        runnable = entry.runnable
+        if runnable is None:
+            runnable = entry.runnable = self._runnable_for(entry, args)
         context = current_forward_context()
         if not entry.use_cudagraph or (context is not None and context.skip_cuda_graphs):
-            return entry.runnable(*args)
+            return runnable(*args)
         call = entry.call
         if call is None:
-            return self._warm_up_or_capture(entry, args)
+            return self._warm_up_or_capture(entry, runnable, args)
         if call.trusted:
             call.replay()
             return call.output
-        return call(entry.runnable, args, {})
+        return call(runnable, args, {})
 
     def _entry(self, args: tuple[object, ...]) -> ConcreteSizeEntry | None:
         if not self.sym_shape_indices:
@@ -196,10 +197,12 @@ class CUDAPiecewiseBackend(GraphHolder):
         if self.backend is not None and not self.to_be_compiled_sizes:
             self.backend.all_sizes_compiled(self.piecewise_compile_index)
 
-    def _warm_up_or_capture(self, entry: ConcreteSizeEntry, args: tuple[object, ...]) -> object:
+    def _warm_up_or_capture(
+        self, entry: ConcreteSizeEntry, runnable: Runnable, args: tuple[object, ...]
+    ) -> object:
         if entry.num_finished_warmup < self.num_warmups:
             entry.num_finished_warmup += 1
-            return entry.runnable(*args)
+            return runnable(*args)
         request = CaptureRequest(
             self.name,
             CUDAGraphMode.PIECEWISE,
@@ -208,7 +211,7 @@ class CUDAPiecewiseBackend(GraphHolder):
             weak_output=self.is_last_graph,
             mutated_args=self.mutated_args,
         )
-        entry.call, output = CapturedCall.make(entry.runnable, args, {}, request, self.graphs)
+        entry.call, output = CapturedCall.make(runnable, args, {}, request, self.graphs)
         return output
 
     def discard(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:

@@ -67,8 +67,9 @@ class StaticGraphs:
         check_addresses: bool = False,
         on_capture: Callable[[CaptureRecord], None] | None = None,
     ) -> None:
-        known = isinstance(platform, (str, torch.device))
-        self.platform: GraphPlatform = platform_for(platform) if known else platform
+        self.platform: GraphPlatform = (
+            platform_for(platform) if isinstance(platform, (str, torch.device)) else platform
+        )
         self.pool: GraphPool = self.platform.new_pool()
         self.addresses = AddressBook()
         self.address_policy = AddressPolicy.parse(address_policy)

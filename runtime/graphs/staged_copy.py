@@ -74,7 +74,7 @@ class StagedCopy:
         if self.window is None:
             self.members[0].static.copy_(self.members[0].source(leaves))
         else:
-            self.window.copy_(self._outside(leaves))
+            self.window.copy_(self._outside(leaves, self.window))
 
     def bring_back(self, leaves: list[object]) -> None:
         """Copy what the piece wrote back into the caller's tensors."""
@@ -83,9 +83,9 @@ class StagedCopy:
         if self.window is None:
             self.members[0].source(leaves).copy_(self.members[0].static)
         else:
-            self._outside(leaves).copy_(self.window)
+            self._outside(leaves, self.window).copy_(self.window)
 
-    def _outside(self, leaves: list[object]) -> torch.Tensor:
+    def _outside(self, leaves: list[object], window: torch.Tensor) -> torch.Tensor:
         """The callers' bytes that correspond to the window."""
         found = set()
         for member in self.members:
@@ -99,9 +99,9 @@ class StagedCopy:
                 hint="pass views of one tensor as at capture, or clone them before the piece",
             )
         _, start = found.pop()
-        storage = leaves[self.members[0].leaf].untyped_storage()
-        view = torch.empty(0, dtype=torch.uint8, device=self.window.device)
-        return view.set_(storage, start, (self.window.numel(),), (1,))
+        storage = self.members[0].source(leaves).untyped_storage()
+        view = torch.empty(0, dtype=torch.uint8, device=window.device)
+        return view.set_(storage, start, (window.numel(),), (1,))
 
 
 def stage_fresh(
@@ -114,7 +114,7 @@ def stage_fresh(
     Raises:
         StaticGraphError: a fresh leaf is not dense memory.
     """
-    groups: dict[int, list[int]] = {}
+    groups: dict[int, list[tuple[int, torch.Tensor]]] = {}
     for index in fresh:
         leaf = leaves[index]
         if not isinstance(leaf, torch.Tensor) or not owns_plain_memory(leaf):
@@ -122,34 +122,34 @@ def stage_fresh(
                 f"argument {index} is not dense memory, so it can't be copied into a static buffer",
                 hint="run this piece uncaptured",
             )
-        groups.setdefault(leaf.untyped_storage().data_ptr(), []).append(index)
+        groups.setdefault(leaf.untyped_storage().data_ptr(), []).append((index, leaf))
     staged = list(leaves)
     copies = []
     for members in groups.values():
-        writes_back = any(index in mutated for index in members)
-        copies.append(_stage_group(leaves, staged, members, writes_back))
+        writes_back = any(index in mutated for index, _ in members)
+        copies.append(_stage_group(members, staged, writes_back))
     return tuple(copies), staged
 
 
 def _stage_group(
-    leaves: list[object], staged: list[object], indices: list[int], writes_back: bool
+    group: list[tuple[int, torch.Tensor]], staged: list[object], writes_back: bool
 ) -> StagedCopy:
-    first = leaves[indices[0]]
-    if len(indices) == 1 and _is_plain(first):
+    index, first = group[0]
+    if len(group) == 1 and _is_plain(first):
         with torch.inference_mode(False):
             static = torch.empty_strided(
                 first.shape, first.stride(), dtype=first.dtype, device=first.device
             )
-        staged[indices[0]] = static
-        return StagedCopy((StagedMember(indices[0], static, 0),), None, writes_back)
-    extents = [_extent(leaves[index]) for index in indices]
+        staged[index] = static
+        return StagedCopy((StagedMember(index, static, 0),), None, writes_back)
+    extents = [_extent(tensor) for _, tensor in group]
     begin, end = min(e[0] for e in extents), max(e[1] for e in extents)
     aligned = begin // _GRAIN * _GRAIN
     members = []
     with torch.inference_mode(False):
         memory = torch.empty(end - aligned, dtype=torch.uint8, device=first.device)
-        for index, (own_begin, _) in zip(indices, extents, strict=True):
-            view = view_of_storage(memory.untyped_storage(), like=leaves[index], byte_shift=aligned)
+        for (index, tensor), (own_begin, _) in zip(group, extents, strict=True):
+            view = view_of_storage(memory.untyped_storage(), like=tensor, byte_shift=aligned)
             members.append(StagedMember(index, view, own_begin - begin))
             staged[index] = view
     return StagedCopy(tuple(members), memory[begin - aligned :], writes_back)
@@ -171,5 +171,5 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     """The first byte of ``tensor`` in its storage, and the byte after its last."""
     size = tensor.element_size()
     last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    begin = tensor.storage_offset() * size
+    begin = int(tensor.storage_offset()) * size
     return begin, begin + (last + 1) * size

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from piecework.errors import ConfigError, InputError, StaticGraphError
 from piecework.runtime.config import CompilationConfig, RuntimeConfig
 from piecework.runtime.dispatch import CudagraphDispatcher, LoraCases, Reason
-from piecework.runtime.graphs.coverage import (
+from piecework.runtime.graphs.covered import (
     coverage,
     coverage_json,
     coverage_table,
