@@ -58,6 +58,9 @@ class Target:
         return self.measured <= self.bound if self.at_most else self.measured >= self.bound
 
 
+_SCALE = {"µs a call": 1e6, "s": 1.0}
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """All figures of one benchmark run."""
@@ -67,6 +70,7 @@ class Result:
     targets: tuple[Target, ...]
     machine: dict[str, object]
     notes: tuple[str, ...] = ()
+    unit: str = "µs a call"
 
     @property
     def met(self) -> bool:
@@ -104,7 +108,7 @@ class Result:
         for name in settings:
             table.add_column(name, justify="right")
         table.add_column("contender")
-        table.add_column("µs a call", justify="right")
+        table.add_column(self.unit, justify="right")
         for name in references:
             table.add_column(f"× {name}", justify="right")
         table.add_column("note", style="dim")
@@ -116,7 +120,7 @@ class Result:
             table.add_row(
                 *(str(row.setting[name]) for name in settings),
                 row.contender,
-                f"{row.seconds * 1e6:.1f}",
+                f"{row.seconds * _SCALE[self.unit]:.1f}",
                 *(_ratio_text(row.ratios.get(name)) for name in references),
                 row.note,
             )
@@ -182,10 +186,12 @@ def _plot(result: Result, path: Path) -> bool:
         by_setting = {tuple(r.setting.items()): r for r in result.rows if r.contender == contender}
         found = [(i, by_setting[s]) for i, s in enumerate(settings) if s in by_setting]
         places = [i + (number - (len(contenders) - 1) / 2) * width for i, _ in found]
-        axes.bar(places, [row.seconds * 1e6 for _, row in found], width, label=contender)
+        axes.bar(
+            places, [row.seconds * _SCALE[result.unit] for _, row in found], width, label=contender
+        )
     labels = ["\n".join(f"{key} {value}" for key, value in setting) for setting in settings]
     axes.set_xticks(range(len(settings)), labels, fontsize=7)
-    axes.set_ylabel("µs a call")
+    axes.set_ylabel(result.unit)
     axes.set_yscale("log")
     axes.set_title(result.title)
     axes.legend(fontsize=7)

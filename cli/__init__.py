@@ -6,7 +6,9 @@ Commands parse, call the library and print; heavy modules are imported when a co
 from __future__ import annotations
 
 import typer
+from piecework.cli.bench import bench
 from piecework.cli.bundles import compile_command, run, show
+from piecework.cli.cache import cache_app
 from piecework.cli.config import config_app
 from piecework.cli.demo import demo
 from piecework.cli.golden import golden_app
@@ -23,7 +25,9 @@ app.command(epilog="Example: piecework demo")(demo)
 app.command("compile", epilog="Example: piecework compile config.json -o out")(compile_command)
 app.command(epilog="Example: piecework show out")(show)
 app.command(epilog="Example: piecework run out --tokens 16")(run)
+app.command(epilog="Example: piecework bench stitching --out figures")(bench)
 app.add_typer(golden_app)
+app.add_typer(cache_app)
 app.add_typer(config_app)
 
 

@@ -1,0 +1,176 @@
+"""Cold compile time against depth (B4). In: a Llama-shaped model at several depths. Out: seconds and compiles, piecework beside stock ``torch.compile``.
+
+Each figure is a process of its own with empty caches; importing torch is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import piecework
+import torch
+from piecework.bench.result import Result, Row, Target, machine
+
+DEPTHS = (4, 8, 16, 32)
+CONTENDERS = ("stock", "piecework")
+
+
+@piecework.splitting_op("bench_compile::attention", mutates_args=("out",))
+def attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, layer: str
+) -> None:
+    out.copy_(torch.softmax(query @ key.mT, -1) @ value)
+
+
+class Layer(torch.nn.Module):
+    """One transformer layer, hidden size 64: normalisation, attention behind the op, gated feed-forward."""
+
+    def __init__(self, index: int, hidden: int = 64) -> None:
+        super().__init__()
+        self.name = f"layers.{index}"
+        self.before, self.after = torch.nn.RMSNorm(hidden), torch.nn.RMSNorm(hidden)
+        self.qkv = torch.nn.Linear(hidden, 3 * hidden, bias=False)
+        self.project = torch.nn.Linear(hidden, hidden, bias=False)
+        self.gate = torch.nn.Linear(hidden, 2 * hidden, bias=False)
+        self.up = torch.nn.Linear(hidden, 2 * hidden, bias=False)
+        self.down = torch.nn.Linear(2 * hidden, hidden, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.qkv(self.before(x)).chunk(3, -1)
+        out = torch.empty_like(query)
+        attention(query, key, value, out, self.name)
+        x = x + self.project(out)
+        y = self.after(x)
+        return x + self.down(torch.nn.functional.silu(self.gate(y)) * self.up(y))
+
+
+def build(depth: int) -> tuple[torch.nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(Layer(i) for i in range(depth))).eval().requires_grad_(False)
+    return model, torch.randn(6, 64)
+
+
+def measure_here(contender: str, depth: int) -> dict[str, object]:
+    """Compile once in this process; the caller gives it empty caches."""
+    model, x = build(depth)
+    expected = model(x)
+    start = time.perf_counter()
+    if contender == "stock":
+        compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    else:
+        compiled = piecework.compile(model, (x,))
+    with torch.no_grad():
+        result = compiled(x)
+    seconds = time.perf_counter() - start
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+    return {"seconds": seconds, "compiles": piecework.counters.num_inductor_compiles}
+
+
+def measure(contender: str, depth: int) -> dict[str, object]:
+    """One cold compile in a process of its own."""
+    with tempfile.TemporaryDirectory(prefix="piecework-bench-") as folder:
+        environment = {
+            **os.environ,
+            "TORCHINDUCTOR_CACHE_DIR": str(Path(folder, "inductor")),
+            "TRITON_CACHE_DIR": str(Path(folder, "triton")),
+            "PIECEWORK_CACHE_DIR": str(Path(folder, "piecework")),
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", "piecework.bench.compile_time", "--one", contender, str(depth)],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=True,
+        )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run(depths: Sequence[int] = DEPTHS) -> Result:
+    rows: list[Row] = []
+    seconds: dict[tuple[str, int], float] = {}
+    compiles: dict[int, object] = {}
+    for depth in depths:
+        for contender in CONTENDERS:
+            found = measure(contender, depth)
+            seconds[contender, depth] = float(str(found["seconds"]))
+            if contender == "piecework":
+                compiles[depth] = found["compiles"]
+            note = f"{found['compiles']} compiles" if contender == "piecework" else "1 graph"
+            ratio = seconds[contender, depth] / seconds["stock", depth]
+            rows.append(
+                Row({"layers": depth}, contender, seconds[contender, depth], {"stock": ratio}, note)
+            )
+    first, last = min(depths), max(depths)
+
+    def growth(contender: str) -> float:
+        return (seconds[contender, last] - seconds[contender, first]) / (last - first)
+
+    targets = [
+        Target(
+            "B4",
+            "different compile counts over all depths",
+            1,
+            len(set(map(str, compiles.values()))),
+        ),
+        Target(
+            "B4",
+            f"growth per layer, of stock's ({first} to {last} layers)",
+            0.10,
+            growth("piecework") / growth("stock"),
+        ),
+    ]
+    if 32 in depths:
+        targets.append(
+            Target(
+                "B4",
+                "32 layers, of stock's time",
+                0.5,
+                seconds["piecework", 32] / seconds["stock", 32],
+            )
+        )
+    if 80 in depths:
+        targets.append(
+            Target(
+                "B4",
+                "80 layers, of stock's time",
+                0.28,
+                seconds["piecework", 80] / seconds["stock", 80],
+            )
+        )
+    return Result(
+        "Cold compile time against depth", tuple(rows), tuple(targets), machine(), unit="s"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, print, and write ``compile_time.json`` and a plot; 1 if a target is missed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m piecework.bench.compile_time", description=__doc__
+    )
+    parser.add_argument("--out", type=Path, default=None, help="folder for the JSON and the plot")
+    parser.add_argument("--layers", type=int, nargs="+", default=list(DEPTHS))
+    parser.add_argument(
+        "--one", nargs=2, metavar=("CONTENDER", "LAYERS"), help="measure in this process"
+    )
+    options = parser.parse_args(arguments)
+    if options.one:
+        print(json.dumps(measure_here(options.one[0], int(options.one[1]))))
+        return 0
+    result = run(options.layers)
+    result.print()
+    if options.out is not None:
+        for path in result.save(options.out, "compile_time"):
+            print(f"wrote {path}")
+    return 0 if result.met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

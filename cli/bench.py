@@ -1,0 +1,43 @@
+"""``piecework bench``: in, the name of a benchmark; out, its table, and a JSON file and a plot if a folder is given."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from piecework.cli.console import DIFFERS, typed_errors
+from piecework.errors import UsageError
+
+#: Name → what it measures. Each is a module of `piecework.bench` with ``main(arguments) -> exit code``.
+BENCHMARKS = {
+    "stitching": "B1: the stitching alone, over no-op pieces",
+    "host_overhead": "B2, B3: host overhead of a whole forward",
+    "compile_time": "B4: cold compile time against depth",
+    "emission": "B6: emission time against nodes",
+}
+
+
+def bench(
+    name: Annotated[
+        str, typer.Argument(help=f"One of {', '.join(BENCHMARKS)}, or all.", metavar="NAME")
+    ] = "all",
+    out: Annotated[Path | None, typer.Option(help="Folder for JSON and plots.")] = None,
+) -> None:
+    """Run a benchmark (or all): check correctness, measure ratios in one run, and print a table.
+
+    Exit code 1 if a target is missed.
+    """
+    with typed_errors():
+        if name != "all" and name not in BENCHMARKS:
+            raise UsageError(
+                f"there is no benchmark {name!r}", hint=f"there are {', '.join(BENCHMARKS)}"
+            )
+        arguments = [] if out is None else ["--out", str(out)]
+        missed = False
+        for each in BENCHMARKS if name == "all" else (name,):
+            typer.echo(f"{each}: {BENCHMARKS[each]}")
+            missed |= bool(import_module(f"piecework.bench.{each}").main(arguments))
+    if missed:
+        raise typer.Exit(DIFFERS)
