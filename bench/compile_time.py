@@ -15,8 +15,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import piecework
 import torch
+
+import piecework
 from piecework.bench.result import Result, Row, Target, machine
 
 DEPTHS = (4, 8, 16, 32)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.fx
+
 from piecework.bench.result import Result, Row, Target, machine
 from piecework.bench.timing import Timing, measure, ratio
 from piecework.codegen import LowerOptions, generate_source

@@ -6,6 +6,7 @@ Commands parse, call the library and print; heavy modules are imported when a co
 from __future__ import annotations
 
 import typer
+
 from piecework.cli.bench import bench
 from piecework.cli.bundles import compile_command, run, show
 from piecework.cli.cache import cache_app

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from piecework.cli.console import DIFFERS, typed_errors
 from piecework.errors import UsageError
 

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
+
 from piecework.cli.console import DIFFERS, console, show_source, step, typed_errors
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from piecework.integrations.loading import LoadedModel
     from piecework.runtime.bundle import Manifest
-    from rich.console import Console
 
 T = TypeVar("T")
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
+
 from piecework.cli.console import DIFFERS, console, typed_errors
 from piecework.errors import CacheError, UsageError
 from piecework.runtime.cache.collector import CollectionReport, collect_garbage
@@ -24,7 +26,6 @@ from piecework.runtime.cache.explanation import (
 )
 from piecework.runtime.cache.safety import default_root
 from piecework.runtime.cache.survey import EntrySummary, list_entries, verify_cache
-from rich.table import Table
 
 cache_app = typer.Typer(
     name="cache",

@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from piecework.errors import ConfigError
 from piecework.runtime.config import CompilationConfig, RuntimeConfig
 from piecework.runtime.config_docs import field_rows, json_schema, markdown_table, update_page
@@ -17,9 +21,6 @@ from piecework.runtime.config_model import FrozenModel
 from piecework.runtime.config_overrides import merge, parse_overrides, to_overrides
 from piecework.runtime.config_text import read_data, to_data, to_json, to_toml
 from piecework.runtime.ranges import Range
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 config_app = typer.Typer(
     name="config",

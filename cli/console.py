@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
-from piecework.errors import PieceworkError
 from rich.console import Console
 from rich.syntax import Syntax
+
+from piecework.errors import PieceworkError
 
 DONE, DIFFERS, MISUSE = 0, 1, 2
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from piecework.cli.console import DIFFERS, DONE, console, typed_errors
-from piecework.errors import UsageError
 from rich.console import Console
 from rich.text import Text
+
+from piecework.cli.console import DIFFERS, DONE, console, typed_errors
+from piecework.errors import UsageError
 
 golden_app = typer.Typer(
     name="golden",

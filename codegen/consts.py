@@ -13,9 +13,10 @@ from collections.abc import Callable
 
 import torch
 import torch.fx
+from torch.fx.immutable_collections import immutable_dict, immutable_list
+
 from piecework.codegen import ir
 from piecework.errors import UnsupportedNode
-from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 # int -> str conversion is limited by CPython (4300 digits by default); larger integers go to consts.
 _MAX_INLINE_BITS = 4096

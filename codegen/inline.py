@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.fx
+from torch.fx.graph import CodeGen
+
 from piecework.codegen.consts import DICT_TYPES, LIST_TYPES, is_inline_literal
 from piecework.codegen.names import is_identifier
 from piecework.codegen.origin import node_where
 from piecework.codegen.structure import Hole, attribute_of, structure_of
 from piecework.errors import UnsupportedNode
-from torch.fx.graph import CodeGen
 
 
 @dataclass(frozen=True, slots=True)

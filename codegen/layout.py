@@ -12,6 +12,7 @@ from typing import TypeAlias, assert_never
 
 import black
 from black.mode import TargetVersion
+
 from piecework.codegen import ir
 from piecework.codegen.names import is_identifier
 from piecework.errors import EmitError

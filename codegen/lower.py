@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.fx
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch.fx.graph import CodeGen
+
 from piecework.codegen import ir
 from piecework.codegen.consts import LIST_TYPES, ConstTable, describe, short_type, to_expr
 from piecework.codegen.inline import (
@@ -41,8 +44,6 @@ from piecework.codegen.targets import (
     sign_of,
 )
 from piecework.errors import UnsupportedNode
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
-from torch.fx.graph import CodeGen
 
 _SEQUENCES = (*LIST_TYPES, tuple)
 _OPS = (OpOverload, OpOverloadPacket, HigherOrderOperator)

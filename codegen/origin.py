@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.fx
+
 from piecework.codegen import ir
 from piecework.codegen.consts import short_type
 

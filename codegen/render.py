@@ -10,6 +10,7 @@ import re
 from functools import cache
 
 import jinja2
+
 from piecework.codegen import ir
 from piecework.codegen.layout import (
     LINE_LENGTH,

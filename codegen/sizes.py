@@ -11,9 +11,10 @@ from typing import Any, cast
 
 import torch
 import torch.fx
-from piecework.codegen.origin import value_of
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx.node import Argument
+
+from piecework.codegen.origin import value_of
 
 _SIZE_FUNCTIONS = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_size)
 

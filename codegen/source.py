@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch.fx
+
 from piecework.codegen import ir
 from piecework.codegen.check import check_ir
 from piecework.codegen.lower import LowerOptions, lower

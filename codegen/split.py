@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.fx
+from torch._ops import OpOverload, OpOverloadPacket
+
 from piecework.codegen.origin import node_where, value_of
 from piecework.codegen.sizes import decompose_sizes, is_size_read
 from piecework.codegen.structure import attribute_of
 from piecework.errors import SplitError
-from torch._ops import OpOverload, OpOverloadPacket
 
 SplittingOp = str | OpOverload | OpOverloadPacket | Callable[..., object]
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from types import BuiltinFunctionType
 from typing import Any
 
-from piecework.codegen.names import BUILTINS, is_identifier
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+
+from piecework.codegen.names import BUILTINS, is_identifier
 
 ENTRY_NAME = "execution_fn"
 

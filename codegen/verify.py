@@ -16,6 +16,7 @@ from typing import NamedTuple, cast
 
 import torch
 import torch.fx
+
 from piecework.codegen.origin import node_where, value_of
 from piecework.codegen.structure import attribute_of
 from piecework.codegen.trace import (

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 
 import torch
+
 from piecework.codegen.origin import value_of
 from piecework.codegen.structure import attribute_of
 from piecework.errors import UsageError

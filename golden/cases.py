@@ -23,6 +23,7 @@ from types import ModuleType
 
 import torch
 import torch.fx
+
 from piecework.codegen import LowerOptions, StitchedSource, generate_source
 from piecework.errors import UsageError
 from piecework.golden.captured import graph_arguments

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rich.text import Text
+
 from piecework.golden.changes import COSMETIC, GROUPS
 from piecework.golden.diff import SourceDiff
-from rich.text import Text
 
 _MARK_STYLES = {"+": "bold cyan", "-": "bold yellow", "~": "bold magenta"}
 

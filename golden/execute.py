@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.fx
+from torch.fx.immutable_collections import immutable_dict, immutable_list
+
 from piecework.codegen import compile_execution_fn
 from piecework.codegen.structure import attribute_of
 from piecework.golden.cases import LoadedCase
-from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 _SEED = 20
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+
 from piecework.errors import UsageError
 from piecework.golden import snapshot
 from piecework.golden.diff import compare_sources
@@ -106,6 +107,7 @@ def _text_of(stitched: object) -> tuple[str, list[str]]:
         return stitched, _bound_names(stitched)
     # Only now is torch needed; somebody who stitched something has it loaded.
     import torch.fx
+
     from piecework.codegen import LowerOptions, StitchedSource, generate_source
     from piecework.golden.without_lines import without_line_numbers
 

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rich.text import Text
+
 from piecework.errors import UsageError
 from piecework.golden import snapshot
 from piecework.golden.diff import SourceDiff, compare_sources
 from piecework.golden.diff_text import summary_lines, unified_lines
-from rich.text import Text
 
 Show = Callable[[Text], None]
 Ask = Callable[[str], str]

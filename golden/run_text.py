@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+from rich.text import Text
+
 from piecework.errors import UsageError
 from piecework.golden.check import CaseResult, CheckRun, shown, update_command
 from piecework.golden.diff import compare_sources
 from piecework.golden.diff_text import summary_lines, unified_lines
 from piecework.golden.snapshot import State
-from rich.text import Text
 
 # More cases than this are accepted without naming each.
 _NAMED = 8

@@ -9,9 +9,10 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch.utils import _pytree as pytree
+
 from piecework.integrations.loading import LoadedModel
 from piecework.runtime.stitched import StitchedModule
-from torch.utils import _pytree as pytree
 
 #: Largest accepted difference, relative to the largest value (float32, another order of summation).
 TOLERANCE = 1e-4

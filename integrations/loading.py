@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 from piecework.errors import UsageError
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.stitched import StitchedModule

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+
 from piecework.errors import ArtifactError, UsageError
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.stitched import StitchedModule

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from piecework.errors import ConfigError
 from piecework.runtime.config_groups import CompilationMode, RuntimeConfig
 from piecework.runtime.qualified_name import import_qualified

@@ -8,10 +8,11 @@ from __future__ import annotations
 import enum
 from typing import Annotated, Any
 
+from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
+
 from piecework.errors import ConfigError
 from piecework.runtime.config_model import KEY, Conflict, FrozenModel, ignored
 from piecework.runtime.graphs.mode import CUDAGraphMode
-from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
 
 class CompilationMode(enum.IntEnum):

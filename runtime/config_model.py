@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, get_args
 
-from piecework.errors import ConfigError, ConfigProblem
 from pydantic import AliasChoices, BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
+
+from piecework.errors import ConfigError, ConfigProblem
 
 
 @dataclass(frozen=True, slots=True)

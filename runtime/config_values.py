@@ -10,8 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any
 
-from piecework.runtime.config_model import FrozenMap, thaw
-from piecework.runtime.qualified_name import QUALIFIED_NAME, qualified_name
 from pydantic import (
     AfterValidator,
     BeforeValidator,
@@ -20,6 +18,9 @@ from pydantic import (
     PlainValidator,
     WithJsonSchema,
 )
+
+from piecework.runtime.config_model import FrozenMap, thaw
+from piecework.runtime.qualified_name import QUALIFIED_NAME, qualified_name
 
 CAPTURE_SIZES = "cudagraph_capture_sizes"
 _OP_NAME = re.compile(r"[A-Za-z_]\w*::[A-Za-z_]\w*(\.[A-Za-z_]\w*)?")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+
 from piecework.errors import ConfigError, InputError
 from piecework.runtime.graphs.address import AddressBook
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Generic, ParamSpec, TypeVar
 
 import torch
+
 from piecework.errors import SplitError
 
 P = ParamSpec("P")

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
+
 from piecework.integrations.transformers.attention import attention, through_piecework
 from piecework.integrations.transformers.rope import frozen_ropes
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
 from piecework.runtime.stitched import compile as piecework_compile
 from piecework.runtime.torch_compat import mark_unbacked
-from torch import nn
 
 # What stands for the number of tokens when a forward is traced; any number above one does.
 _TRACED_ROWS = 6

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 import torch
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
 from piecework.errors import CaptureError, InputError
 from piecework.runtime.forward_context import (
     ForwardContext,
@@ -19,8 +22,6 @@ from piecework.runtime.forward_context import (
     get_forward_context,
     override_forward_context,
 )
-from transformers.cache_utils import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 STATE_KEY = "piecework.integrations.transformers"
 

@@ -11,14 +11,15 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+
 from piecework.errors import CaptureError, UsageError
 from piecework.integrations.transformers.admission import admit, forget_layers
 from piecework.integrations.transformers.flat import ENTRIES, compile_forward
 from piecework.integrations.transformers.serving import Serving
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
-from torch import nn
-from transformers.modeling_utils import PreTrainedModel
 
 Model = TypeVar("Model", bound=nn.Module)
 

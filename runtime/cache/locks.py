@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
 from piecework.runtime.cache.manifest import Identity
 from piecework.runtime.cache.safety import FILE_MODE, UnsafeFile, make_directory
 

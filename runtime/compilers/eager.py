@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch.fx
+
 from piecework.runtime.compilers.interface import CompiledPiece
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.counters import counters

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
+
 from piecework.errors import ConfigError, StaticGraphError
 from piecework.runtime.graphs.descriptor import BatchDescriptor
 from piecework.runtime.graphs.weak_ref import owns_plain_memory

@@ -13,12 +13,13 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+from rich.table import Table
+
 from piecework.errors import PieceworkError, StaticGraphError
 from piecework.runtime.forward_context import set_forward_context
 from piecework.runtime.graphs.descriptor import BatchDescriptor
 from piecework.runtime.graphs.mode import CUDAGraphMode
 from piecework.runtime.graphs.owner import StaticGraphs
-from rich.table import Table
 
 Key = tuple[CUDAGraphMode, BatchDescriptor]
 Forward = Callable[[BatchDescriptor], object]

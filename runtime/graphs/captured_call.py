@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+
 from piecework.errors import StaticGraphError
 from piecework.runtime.graphs.address import AddressPolicy, Placement, ValueOrigin
 from piecework.runtime.graphs.descriptor import BatchDescriptor

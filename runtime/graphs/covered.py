@@ -9,11 +9,12 @@ import itertools
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from rich.table import Table
+
 from piecework.errors import StaticGraphError
 from piecework.runtime.dispatch import CudagraphDispatcher, Dispatch, Reason
 from piecework.runtime.graphs.descriptor import BatchDescriptor
 from piecework.runtime.graphs.mode import CUDAGraphMode
-from rich.table import Table
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+
 from piecework.errors import StaticGraphError
 from piecework.runtime.forward_context import (
     ForwardContext,

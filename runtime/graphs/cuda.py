@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+
 from piecework.errors import StaticGraphError
 from piecework.runtime.graphs.weak_ref import weak_ref_tensors
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch.fx
+
 from piecework.errors import InputError
 from piecework.runtime.forward_context import current_forward_context
 from piecework.runtime.graphs.captured_call import CapturedCall, CaptureRequest

@@ -9,6 +9,8 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from rich.table import Table
+
 from piecework.errors import StaticGraphError
 from piecework.runtime.graphs.capture import (
     ContextFor,
@@ -21,7 +23,6 @@ from piecework.runtime.graphs.capture import (
 from piecework.runtime.graphs.descriptor import BatchDescriptor
 from piecework.runtime.graphs.mode import CUDAGraphMode
 from piecework.runtime.graphs.owner import StaticGraphs
-from rich.table import Table
 
 Kind = tuple[CUDAGraphMode, BatchDescriptor]
 

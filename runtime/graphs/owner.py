@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+
 from piecework.errors import StaticGraphError
 from piecework.runtime.graphs.address import AddressBook, AddressPolicy
 from piecework.runtime.graphs.descriptor import BatchDescriptor

@@ -6,6 +6,7 @@ It never falls back from one device to another.
 from __future__ import annotations
 
 import torch
+
 from piecework.errors import StaticGraphError
 from piecework.runtime.graphs.cpu import CpuGraphPlatform
 from piecework.runtime.graphs.cuda import CudaGraphPlatform

@@ -5,10 +5,11 @@ It never decides anything: the capture loop runs the same without it.
 
 from __future__ import annotations
 
-from piecework.runtime.graphs.capture import CaptureOutcome, format_bytes
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.progress import TimeRemainingColumn as Remaining
+
+from piecework.runtime.graphs.capture import CaptureOutcome, format_bytes
 
 
 class CaptureProgress:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+
 from piecework.errors import StaticGraphError
 from piecework.runtime.graphs.weak_ref import owns_plain_memory, view_of_storage
 

@@ -6,6 +6,7 @@ It never keeps memory alive: whoever reads a weak reference answers for the memo
 from __future__ import annotations
 
 import torch
+
 from piecework.runtime.torch_compat import (
     flatten_tree,
     negative_view,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+
 from piecework.errors import ConfigError, StaticGraphError
 from piecework.runtime.forward_context import ForwardContext, current_forward_context
 from piecework.runtime.graphs.captured_call import CapturedCall, CaptureRequest

@@ -6,6 +6,7 @@ The order of nodes that are in order already is kept, and so are all writes.
 from __future__ import annotations
 
 import torch.fx
+
 from piecework.errors import PieceCompileError
 from piecework.runtime.passes.interface import InductorPass
 

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.fx
+from torch._ops import OpOverload
+
 from piecework.codegen.origin import value_of
 from piecework.runtime import torch_compat
 from piecework.runtime.passes.interface import InductorPass
 from piecework.runtime.passes.nodes import storages_of
-from torch._ops import OpOverload
 
 _aten = torch.ops.aten
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 import torch.fx
+
 from piecework.errors import ConfigError
 from piecework.runtime.code_identity import canonical, text_of
 from piecework.runtime.qualified_name import import_qualified

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch.fx
+
 from piecework.errors import PieceCompileError
 from piecework.runtime import torch_compat
 from piecework.runtime.code_identity import text_of

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import torch
 import torch.fx
+from torch._ops import OpOverload
+
 from piecework.codegen.origin import value_of
 from piecework.runtime import torch_compat
-from torch._ops import OpOverload
 
 
 def arguments_of(node: torch.fx.Node) -> dict[str, object]:

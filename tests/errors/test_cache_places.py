@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from piecework.errors import CacheError
 from piecework.runtime.cache import CacheStore, KeyFactors, default_root, verify_cache
 from piecework.runtime.cache.safety import resolve_root

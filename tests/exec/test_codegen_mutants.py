@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
 from piecework.codegen import verify
 from piecework.errors import EmitError
 from piecework.golden.cases import LoadedCase, discover

@@ -14,6 +14,7 @@ import torch
 import torch.fx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from piecework.codegen import LowerOptions, StitchedSource, generate_source, verify
 from piecework.codegen.layout import format_source
 from piecework.golden.cases import Case, LoadedCase

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from piecework.integrations.transformers import stitch
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.counters import counters

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from piecework.errors import InputError, UsageError
 from piecework.integrations.transformers import stitch, stitched_module, unstitch
 from piecework.runtime.config import CompilationConfig

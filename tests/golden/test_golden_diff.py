@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from piecework.errors import UsageError
 from piecework.golden.changes import COSMETIC
 from piecework.golden.diff import SourceDiff, compare_sources

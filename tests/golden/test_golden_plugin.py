@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import piecework
 import pytest
 import torch
+
+import piecework
 from piecework.golden.fixture import StitchedGolden
 from piecework.golden.references import References, golden_path
 

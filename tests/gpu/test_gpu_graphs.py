@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from piecework.runtime.dispatch import CudagraphDispatcher
 from piecework.runtime.forward_context import set_forward_context
 from piecework.runtime.graphs.address import ValueOrigin

@@ -6,12 +6,13 @@ import json
 import sys
 from pathlib import Path
 
-import piecework
 import pytest
 import torch
-from piecework.cli import app
 from torch import nn
 from typer.testing import CliRunner, Result
+
+import piecework
+from piecework.cli import app
 
 sys.modules.setdefault("cli_factories", sys.modules[__name__])
 

@@ -8,6 +8,8 @@ import itertools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
+
 from piecework.errors import ConfigError, InputError, StaticGraphError
 from piecework.runtime.config import CompilationConfig, RuntimeConfig
 from piecework.runtime.dispatch import CudagraphDispatcher, LoraCases, Reason
@@ -19,7 +21,6 @@ from piecework.runtime.graphs.covered import (
 )
 from piecework.runtime.graphs.descriptor import BatchDescriptor
 from piecework.runtime.graphs.mode import CUDAGraphMode
-from rich.console import Console
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 DECODE_ONLY, BOTH = CUDAGraphMode.FULL_DECODE_ONLY, CUDAGraphMode.FULL_AND_PIECEWISE

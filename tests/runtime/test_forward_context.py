@@ -7,6 +7,7 @@ import dataclasses
 import threading
 
 import pytest
+
 from piecework.errors import InputError
 from piecework.runtime.forward_context import (
     current_forward_context,

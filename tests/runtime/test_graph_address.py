@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from piecework.errors import ConfigError, StaticGraphError
 from piecework.runtime.forward_context import set_forward_context
 from piecework.runtime.graphs.address import AddressBook, AddressPolicy, ValueOrigin

@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
+
 from piecework.errors import StaticGraphError
 from piecework.runtime.dispatch import CudagraphDispatcher
 from piecework.runtime.forward_context import get_forward_context, set_forward_context
@@ -27,7 +29,6 @@ from piecework.runtime.graphs.mode import CUDAGraphMode
 from piecework.runtime.graphs.owner import StaticGraphs
 from piecework.runtime.graphs.progress import CaptureProgress
 from piecework.runtime.graphs.wrapper import CUDAGraphWrapper, wrap_with_cudagraph_if_needed
-from rich.console import Console
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 BOTH = CUDAGraphMode.FULL_AND_PIECEWISE

@@ -6,6 +6,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+
 from piecework.errors import StaticGraphError
 from piecework.runtime.forward_context import get_forward_context, set_forward_context
 from piecework.runtime.graphs.platforms import platform_for

@@ -6,6 +6,7 @@ import gc
 
 import pytest
 import torch
+
 from piecework.errors import StaticGraphError
 from piecework.runtime.graphs.cpu import CpuGraphPool, CpuStaticGraph
 from piecework.runtime.graphs.platforms import platform_for

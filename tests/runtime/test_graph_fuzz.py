@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from piecework.runtime.dispatch import CudagraphDispatcher
 from piecework.runtime.forward_context import set_forward_context
 from piecework.runtime.graphs.capture import capture_graphs, frozen_garbage

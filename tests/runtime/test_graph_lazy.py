@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.fx
+
 from piecework.errors import InputError, StaticGraphError
 from piecework.runtime.forward_context import set_forward_context
 from piecework.runtime.graphs.capture import frozen_garbage

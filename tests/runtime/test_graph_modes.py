@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+
 from piecework.errors import ConfigError
 from piecework.runtime.graphs.descriptor import BatchDescriptor
 from piecework.runtime.graphs.mode import CUDAGraphMode

@@ -7,6 +7,7 @@ import itertools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from piecework.errors import ConfigError
 from piecework.runtime.graphs.sizes import (
     adjust_sizes_for_spec_decode,

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+
 from piecework.runtime import torch_compat
 from piecework.runtime.graphs.weak_ref import weak_ref_tensor, weak_ref_tensors
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from piecework.errors import ConfigError, StaticGraphError
 from piecework.runtime.forward_context import set_forward_context
 from piecework.runtime.graphs.capture import frozen_garbage

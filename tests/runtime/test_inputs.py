@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from piecework.errors import ConfigError, InputError
 from piecework.runtime.graphs.address import AddressBook, ValueOrigin
 from piecework.runtime.inputs import InputSpec, StaticInputs, make_copy_and_call

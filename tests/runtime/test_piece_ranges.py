@@ -5,16 +5,17 @@ from __future__ import annotations
 import sys
 from typing import ClassVar
 
-import piecework
 import pytest
 import torch
+from torch import nn
+
+import piecework
 from piecework.errors import BindError, ConfigError, InputError
 from piecework.runtime.backend import PieceworkBackend
 from piecework.runtime.compilers import CompiledPiece
 from piecework.runtime.config import CompilationConfig, RuntimeConfig
 from piecework.runtime.piecewise import PiecewiseBackend, create_concrete_args
 from piecework.runtime.ranges import Range
-from torch import nn
 
 sys.modules.setdefault("piece_ranges_compilers", sys.modules[__name__])
 

@@ -6,6 +6,7 @@ import threading
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from piecework.errors import ArtifactError
 from piecework.runtime.cache import StandaloneCompiledArtifacts
 

@@ -5,10 +5,11 @@ import os
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner, Result
+
 from piecework.cli.cache import cache_app, parse_age, parse_size
 from piecework.errors import UsageError
 from piecework.runtime.cache import CacheStore, KeyFactors, list_entries
-from typer.testing import CliRunner, Result
 
 
 def factors(dtype: str) -> KeyFactors:

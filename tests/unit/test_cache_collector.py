@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from piecework.errors import CacheError
 from piecework.runtime.cache import (
     CacheEntry,

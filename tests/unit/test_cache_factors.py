@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from piecework.errors import CacheError
 from piecework.runtime.cache import CacheStore, Factor, KeyFactors, explain
 from piecework.runtime.cache.collect import (

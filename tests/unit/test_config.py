@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from piecework.errors import ConfigError
 from piecework.runtime.config import (
     CompilationConfig,

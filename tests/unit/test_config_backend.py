@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from piecework.errors import ConfigError
 from piecework.runtime.backend import PieceworkBackend
 from piecework.runtime.config import CompilationConfig, RuntimeConfig

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from piecework.errors import ConfigError
 from piecework.runtime.config import CompilationConfig, CUDAGraphMode, RuntimeConfig
 from piecework.runtime.config_docs import (

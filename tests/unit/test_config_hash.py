@@ -12,6 +12,7 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from piecework.errors import ConfigError
 from piecework.runtime.code_identity import canonical
 from piecework.runtime.config import CompilationConfig, RuntimeConfig

@@ -8,6 +8,7 @@ import tomllib
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from piecework.errors import ConfigError
 from piecework.runtime.config import CompilationConfig, CUDAGraphMode, RuntimeConfig
 from piecework.runtime.config_overrides import merge, parse_overrides, to_overrides

@@ -7,6 +7,7 @@ import pickle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from piecework.errors import ConfigError, InputError
 from piecework.runtime.ranges import OPEN_END, Range, RangeTable, derive_ranges
 
