@@ -26,13 +26,3 @@ def own_compile_cache(
     folder.chmod(0o700)
     monkeypatch.setenv("PIECEWORK_CACHE_DIR", str(folder))
     return folder
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip nightly tests unless the marker expression names them (``-m nightly``)."""
-    if "nightly" in (config.getoption("markexpr") or ""):
-        return
-    skip = pytest.mark.skip(reason="runs at night (select it with -m nightly)")
-    for item in items:
-        if item.get_closest_marker("nightly"):
-            item.add_marker(skip)
