@@ -16,8 +16,9 @@ if TYPE_CHECKING:
         generate_execution_code,
         split_graph,
     )
+    from piecework.codegen.source import verify
     from piecework.errors import PieceworkError
-    from piecework.runtime.config import CompilationConfig
+    from piecework.runtime.config import CompilationConfig, RuntimeConfig
     from piecework.runtime.counters import counters
     from piecework.runtime.splitting_op import splitting_op
     from piecework.runtime.stitched import StitchedModule, compile
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CompilationConfig",
     "PieceworkError",
+    "RuntimeConfig",
     "SplitItem",
     "StitchedModule",
     "StitchedSource",
@@ -36,12 +38,14 @@ __all__ = [
     "generate_execution_code",
     "split_graph",
     "splitting_op",
+    "verify",
 ]
 
 # Names are loaded when they are first used, so that the command line and the cache start without torch.
 _HOME = {
     "CompilationConfig": "piecework.runtime.config",
     "PieceworkError": "piecework.errors",
+    "RuntimeConfig": "piecework.runtime.config",
     "SplitItem": "piecework.codegen",
     "StitchedModule": "piecework.runtime.stitched",
     "StitchedSource": "piecework.codegen",
@@ -51,6 +55,7 @@ _HOME = {
     "generate_execution_code": "piecework.codegen",
     "split_graph": "piecework.codegen",
     "splitting_op": "piecework.runtime.splitting_op",
+    "verify": "piecework.codegen.source",
 }
 _ROOMS = ("bench", "codegen", "errors", "golden", "integrations", "runtime")
 
