@@ -11,6 +11,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
+
 from piecework.errors import CaptureError, InputError
 from piecework.integrations.transformers.attention import LAYER_NAME, Discovery
 from piecework.integrations.transformers.flat import FlatForward, FlatIdsForward, as_traced
@@ -22,9 +26,6 @@ from piecework.integrations.transformers.request import (
 )
 from piecework.integrations.transformers.rope import changing_ropes
 from piecework.integrations.transformers.serving import Serving, make_masks
-from torch import nn
-from transformers.cache_utils import DynamicCache
-from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 
 Forward = Callable[..., object]
 
@@ -91,6 +92,7 @@ def _refuse_at_sight(decoder: nn.Module, forward: Forward) -> None:
             where=where,
             hint="leave this model unstitched",
         )
+    _refuse_looping_experts(decoder)
     accepted = inspect.signature(forward).parameters
     for name in ("input_ids", "position_ids", "past_key_values"):
         if name not in accepted:
@@ -99,6 +101,18 @@ def _refuse_at_sight(decoder: nn.Module, forward: Forward) -> None:
                 where=where,
                 hint="leave this model unstitched",
             )
+
+
+def _refuse_looping_experts(decoder: nn.Module) -> None:
+    """The eager experts loop over those that were hit, which depends on the tokens; two other implementations don't."""
+    experts = getattr(decoder.config, "_experts_implementation", None)
+    routed = getattr(decoder, "_can_set_experts_implementation", lambda: False)
+    if experts == "eager" and routed():
+        raise CaptureError(
+            "its experts are run by a loop whose length depends on the tokens",
+            where="config._experts_implementation",
+            hint="call model.set_experts_implementation('grouped_mm') or ('batched_mm') first",
+        )
 
 
 def _discover(decoder: nn.Module, flat: FlatForward) -> Sequence[AttentionLayer]:

@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
 from piecework.errors import CaptureError
 from piecework.integrations.transformers.request import (
     STATE_KEY,
@@ -18,8 +21,6 @@ from piecework.integrations.transformers.request import (
 )
 from piecework.runtime.forward_context import current_forward_context
 from piecework.runtime.splitting_op import splitting_op
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # The name under which transformers finds our attention function. It has no mask function registered, which is
 # how transformers learns that the traced forward shall make no masks.
@@ -83,6 +84,8 @@ def attention(
 
 def _by_row(flat: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:
     """[1, heads, rows, dim] seen as [batch, heads, tokens, dim], strided as the model's own eager forward has it."""
+    if batch == 1 and flat.shape[2] == tokens:
+        return flat
     heads, dim = flat.shape[1], flat.shape[3]
     return flat[0, :, : batch * tokens].view(heads, batch, tokens, dim).transpose(0, 1)
 

@@ -9,6 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+
 from piecework.errors import InputError
 from piecework.integrations.transformers.request import (
     AttentionLayer,
@@ -19,8 +22,6 @@ from piecework.integrations.transformers.request import (
     request_context,
 )
 from piecework.integrations.transformers.rope import ChangingRope
-from torch import nn
-from transformers.cache_utils import Cache, DynamicCache
 
 Run = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -88,11 +89,13 @@ class Serving:
         entry, tokens = self._tokens(given)
         request = self._request(given, tokens)
         rows = request.batch * request.tokens
-        positions = request.position_ids.reshape(1, rows)
+        # Contiguous, as they were traced: a slice of the prompt or positions shared by all rows are not.
+        flat = tokens.reshape(1, rows, *tokens.shape[2:]).contiguous()
+        positions = request.position_ids.reshape(1, rows).contiguous()
         with torch.no_grad(), request_context(request):
             for rope in self.ropes:
                 rope.update(positions, self.dtype)
-            hidden = run(entry, tokens.reshape(1, rows, *tokens.shape[2:]), positions)
+            hidden = run(entry, flat, positions)
         output = self.output_class(
             last_hidden_state=hidden[:, :rows].view(
                 request.batch, request.tokens, hidden.shape[-1]

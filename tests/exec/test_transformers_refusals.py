@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from piecework.errors import CaptureError, UsageError
 from piecework.integrations.transformers import stitch, stitched_module, unstitch
 from piecework.runtime.config import CompilationConfig
-from torch import nn
 
 transformers = pytest.importorskip("transformers")
 
@@ -132,6 +133,22 @@ def test_recurrent_model() -> None:
 def test_encoder() -> None:
     model = from_config("bert", hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
     refused(model, "KV cache")
+
+
+def test_experts_in_a_loop() -> None:
+    model = from_config(
+        "mixtral",
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+    )
+    model.set_experts_implementation("eager")
+    assert "grouped_mm" in str(refused(model, "loop"))
+    model.set_experts_implementation("batched_mm")
+    stitch(model, config=EAGER_PIECES)
 
 
 def test_attention_with_more_than_the_op_carries() -> None:
