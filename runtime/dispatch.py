@@ -199,6 +199,7 @@ class CudagraphDispatcher:
                 f"a decode batch has {uniform_decode_query_len} tokens a request",
                 where="uniform_decode_query_len",
             )
+        self._known: dict[tuple[int, bool, bool, int], tuple[CUDAGraphMode, BatchDescriptor]] = {}
         self.cudagraph_mode = cudagraph_mode
         self.uniform_decode_query_len = uniform_decode_query_len
         self.cudagraph_keys: dict[CUDAGraphMode, set[BatchDescriptor]] = {
@@ -248,7 +249,14 @@ class CudagraphDispatcher:
         invalid_modes: Collection[CUDAGraphMode] | None = None,
         axes: Mapping[str, Hashable] | None = None,
     ) -> tuple[CUDAGraphMode, BatchDescriptor]:
-        """The mode and descriptor that a batch runs as; see ``explain`` for arguments and errors."""
+        """The mode and descriptor that a batch runs as; see ``explain`` for arguments and errors.
+
+        Plain questions are answered from memory, so that a serving step pays for one look-up.
+        """
+        plain = valid_modes is None and invalid_modes is None and axes is None
+        question = (num_tokens, uniform_decode, has_lora, num_active_loras)
+        if plain and question in self._known:
+            return self._known[question]
         found = self.explain(
             num_tokens,
             uniform_decode,
@@ -258,7 +266,10 @@ class CudagraphDispatcher:
             invalid_modes=invalid_modes,
             axes=axes,
         )
-        return found.mode, found.descriptor
+        answer = (found.mode, found.descriptor)
+        if plain:
+            self._known[question] = answer
+        return answer
 
     def explain(
         self,
@@ -384,6 +395,7 @@ class CudagraphDispatcher:
     def give_up(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
         """Never dispatch to this key again: its capture failed, was interrupted or does not fit in memory."""
         self.cudagraph_keys[mode].discard(descriptor)
+        self._known.clear()
 
 
 def _allowed(

@@ -5,8 +5,7 @@ It never outlives the ``with`` block that set it, and it never reaches another t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -49,7 +48,22 @@ class ForwardContext:
 _CURRENT: ContextVar[ForwardContext | None] = ContextVar("piecework_forward_context", default=None)
 
 
-@contextmanager
+class ForwardScope:
+    """The block in which a context is current; made by ``set_forward_context``. It may be entered once at a time."""
+
+    __slots__ = ("_token", "context")
+
+    def __init__(self, context: ForwardContext | None) -> None:
+        self.context = context
+
+    def __enter__(self) -> ForwardContext | None:
+        self._token = _CURRENT.set(self.context)
+        return self.context
+
+    def __exit__(self, *exception: object) -> None:
+        _CURRENT.reset(self._token)
+
+
 def set_forward_context(
     attn_metadata: object = None,
     *,
@@ -57,8 +71,8 @@ def set_forward_context(
     batch_descriptor: BatchDescriptor | None = None,
     skip_cuda_graphs: bool = False,
     state: Mapping[str, object] | None = None,
-) -> Iterator[ForwardContext]:
-    """Make a context current for the block; the outer one is back afterwards, also on an exception.
+) -> ForwardScope:
+    """Make a context current for a ``with`` block; the outer one is back afterwards, also on an exception.
 
     Args:
         attn_metadata: handed to the splitting ops unseen.
@@ -82,18 +96,12 @@ def set_forward_context(
         attn_metadata=attn_metadata,
         state=_NO_STATE if state is None else state,
     )
-    with override_forward_context(context):
-        yield context
+    return ForwardScope(context)
 
 
-@contextmanager
-def override_forward_context(context: ForwardContext | None) -> Iterator[None]:
-    """Make an existing context (or none at all) current for the block."""
-    token = _CURRENT.set(context)
-    try:
-        yield
-    finally:
-        _CURRENT.reset(token)
+def override_forward_context(context: ForwardContext | None) -> ForwardScope:
+    """Make an existing context (or none at all) current for a ``with`` block."""
+    return ForwardScope(context)
 
 
 def get_forward_context() -> ForwardContext:

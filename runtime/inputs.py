@@ -95,6 +95,7 @@ class _Slot:
 class _Plan:
     """How batches of one size reach one padded size: views that are made once and used every step."""
 
+    counts: tuple[int, ...]
     static: tuple[torch.Tensor, ...]
     heads: tuple[torch.Tensor, ...]
     tails: tuple[torch.Tensor | None, ...]
@@ -126,6 +127,7 @@ class StaticInputs:
     poison: bool = False
     _slots: tuple[_Slot, ...] = field(init=False)
     _plans: dict[tuple[int, tuple[int, ...]], _Plan] = field(init=False, default_factory=dict)
+    _checked: dict[tuple[object, ...], _Plan] = field(init=False, default_factory=dict)
     _launcher: _TritonStaging | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -205,18 +207,15 @@ class StaticInputs:
         Raises:
             InputError: an input has another dtype or shape, or does not fit; the message says the sizes.
         """
-        if len(tensors) != len(self._slots):
-            raise InputError(
-                f"{len(tensors)} tensors for {len(self._slots)} staged inputs", where="stage"
-            )
-        for slot, tensor in zip(self._slots, tensors, strict=True):
-            slot.check(tensor, padded)
-        counts = tuple(
-            tensor.shape[slot.dim] for slot, tensor in zip(self._slots, tensors, strict=True)
+        signature = (
+            padded,
+            *[(getattr(t, "shape", None), getattr(t, "dtype", None)) for t in tensors],
         )
-        plan = self._plan(padded, counts)
-        if self._launcher is not None and self._launcher.fits(tensors, counts):
-            self._launcher.launch(tensors, counts[0], padded)
+        plan = self._checked.get(signature)
+        if plan is None:
+            plan = self._checked[signature] = self._check(tensors, padded)
+        if self._launcher is not None and self._launcher.fits(tensors, plan.counts):
+            self._launcher.launch(tensors, plan.counts[0], padded)
             return plan.static
         for head, tail, slot, tensor in zip(
             plan.heads, plan.tails, self._slots, tensors, strict=True
@@ -225,6 +224,17 @@ class StaticInputs:
             if tail is not None:
                 tail.fill_(slot.pad)
         return plan.static
+
+    def _check(self, tensors: Sequence[torch.Tensor], padded: int) -> _Plan:
+        """The plan for tensors of shapes that were not seen before; what fits once fits again."""
+        if len(tensors) != len(self._slots):
+            raise InputError(
+                f"{len(tensors)} tensors for {len(self._slots)} staged inputs", where="stage"
+            )
+        pairs = list(zip(self._slots, tensors, strict=True))
+        for slot, tensor in pairs:
+            slot.check(tensor, padded)
+        return self._plan(padded, tuple(tensor.shape[slot.dim] for slot, tensor in pairs))
 
     def _plan(self, padded: int, counts: tuple[int, ...]) -> _Plan:
         plan = self._plans.get((padded, counts))
@@ -251,7 +261,7 @@ class StaticInputs:
             heads.append(view.narrow(slot.dim, 0, count))
             rest = padded - count
             tails.append(view.narrow(slot.dim, count, rest) if rest else None)
-        return _Plan(static, tuple(heads), tuple(tails))
+        return _Plan(counts, static, tuple(heads), tuple(tails))
 
 
 def make_copy_and_call(

@@ -192,6 +192,16 @@ def test_a_key_that_was_given_up_is_never_dispatched_to():
     assert (found.mode, found.reason, found.is_fallback) == (NONE, Reason.NOT_CAPTURED, True)
 
 
+def test_what_was_answered_before_is_forgotten_with_its_key():
+    d = dispatcher(PIECEWISE)
+    assert d.dispatch(3) == d.dispatch(3) == (PIECEWISE, BatchDescriptor(4))
+    d.give_up(PIECEWISE, BatchDescriptor(4))
+    assert d.dispatch(3) == d.dispatch(3) == (PIECEWISE, BatchDescriptor(8))
+    d.initialize_cudagraph_keys(FULL)
+    assert d.dispatch(3) == (FULL, BatchDescriptor(4))
+    assert d.dispatch(3, invalid_modes={FULL})[0] is NONE
+
+
 def test_strict():
     d = dispatcher(BOTH, strict=True)
     assert d.dispatch(100) == (NONE, BatchDescriptor(100))
@@ -263,11 +273,11 @@ def test_every_batch_gets_a_large_enough_captured_key_or_a_reason(
         for key in list(keys):
             if key.num_tokens in dropped:
                 d.give_up(mode, key)
-    before = copy.deepcopy((vars(d), valid, invalid))
+    before = copy.deepcopy((d.cudagraph_keys, valid, invalid))
     found = d.explain(tokens, uniform, has_lora, active, valid_modes=valid, invalid_modes=invalid)
     again = d.dispatch(tokens, uniform, has_lora, active, valid_modes=valid, invalid_modes=invalid)
     assert again == (found.mode, found.descriptor)
-    assert (vars(d), valid, invalid) == before
+    assert (d.cudagraph_keys, valid, invalid) == before
     if found.mode is NONE:
         assert found.descriptor.num_tokens == tokens
         assert found.padding == 0
