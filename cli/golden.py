@@ -31,11 +31,16 @@ Root = Annotated[
     Path | None,
     typer.Option("--root", help="Folder of cases. Default: golden/cases.", show_default=False),
 ]
+Fast = Annotated[
+    bool, typer.Option("--fast", help="Leave out the second process, with another hash seed.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @golden_app.command(epilog="Example: piecework golden check straight_line")
-def check(names: Names = None, root: Root = None, as_json: AsJson = False) -> None:
+def check(
+    names: Names = None, root: Root = None, fast: Fast = False, as_json: AsJson = False
+) -> None:
     """Compare what every case emits with its golden, and check that the text runs, names and repeats right.
 
     Nothing is accepted. Where CI is set nothing is written; elsewhere each difference is left beside its golden as a .new file.
@@ -44,13 +49,21 @@ def check(names: Names = None, root: Root = None, as_json: AsJson = False) -> No
     from piecework.golden.check import check_cases
 
     with typed_errors(), _progress() as step:
-        run = check_cases(_root(root), names or (), propose=not snapshot.in_ci(), progress=step)
+        run = check_cases(
+            _root(root),
+            names or (),
+            propose=not snapshot.in_ci(),
+            two_seeds=not fast,
+            progress=step,
+        )
     _report_run(run, as_json)
     raise typer.Exit(DONE if run.passed else DIFFERS)
 
 
 @golden_app.command(epilog="Example: piecework golden update straight_line")
-def update(names: Names = None, root: Root = None, as_json: AsJson = False) -> None:
+def update(
+    names: Names = None, root: Root = None, fast: Fast = False, as_json: AsJson = False
+) -> None:
     """Write every golden that differs and say what changed.
 
     Exit code 1 if a golden changed, so that a run that should change nothing shows it. A text that fails another check is not written.
@@ -64,7 +77,7 @@ def update(names: Names = None, root: Root = None, as_json: AsJson = False) -> N
                 "goldens are not written in continuous integration (the variable CI is set)",
                 hint="update them on your machine, review and commit them",
             )
-        run = update_cases(_root(root), names or (), progress=step)
+        run = update_cases(_root(root), names or (), two_seeds=not fast, progress=step)
     _report_run(run, as_json)
     raise typer.Exit(DONE if run.passed else DIFFERS)
 
@@ -115,7 +128,7 @@ def _review(places: Sequence[Path] | None, root: Path | None) -> None:
     broken: dict[Path, tuple[str, ...]] = {}
     if cases is not None:
         with _progress() as step:
-            run = check_cases(cases, propose=True, progress=step)
+            run = check_cases(cases, propose=True, two_seeds=False, progress=step)
         broken = {r.case.expected.resolve(): r.problems for r in run.broken}
     where = [_golden_place(place) for place in places] if places else [Path.cwd()]
     found = pending([*where, *([cases] if cases is not None else [])])
@@ -195,7 +208,9 @@ def report(
 
     with typed_errors():
         with _progress() as step:
-            run = check_cases(_root(root), names or (), propose=False, progress=step)
+            run = check_cases(
+                _root(root), names or (), propose=False, two_seeds=False, progress=step
+            )
         entries = entries_of(run)
         write_page(output, entries)
     _say(f"{len(entries)} of {len(run.results)} goldens differ; page: {shown(output)}")

@@ -147,13 +147,17 @@ def check_case(case: Case, text_elsewhere: str | None = None) -> CaseResult:
 
 
 def update_cases(
-    root: Path, names: Sequence[str] = (), *, progress: Progress | None = None
+    root: Path,
+    names: Sequence[str] = (),
+    *,
+    two_seeds: bool = True,
+    progress: Progress | None = None,
 ) -> CheckRun:
     """Check, then write every golden that differs and whose text passed the other checks.
 
     The results still say what differed before; `CaseResult.written` says what was replaced.
     """
-    run = check_cases(root, names, propose=True, progress=progress)
+    run = check_cases(root, names, propose=True, two_seeds=two_seeds, progress=progress)
     results: list[CaseResult] = []
     for result in run.results:
         if result.comparison is not None and not result.same and not result.problems:

@@ -291,11 +291,11 @@ class _FunctionReader:
             case ast.Attribute(value=operand, attr=name):
                 return "call", f".{name}", [Argument("", operand)]
             case ast.BinOp(left=left, op=sign, right=right):
-                return "call", type(sign).__name__, [Argument("", left), Argument("", right)]
+                return "call", _sign(sign), [Argument("", left), Argument("", right)]
             case ast.Compare(left=left, ops=[sign], comparators=[right]):
-                return "call", type(sign).__name__, [Argument("", left), Argument("", right)]
+                return "call", _sign(sign), [Argument("", left), Argument("", right)]
             case ast.UnaryOp(op=sign, operand=operand):
-                return "call", type(sign).__name__, [Argument("", operand)]
+                return "call", _sign(sign), [Argument("", operand)]
             case _:
                 return "call", type(value).__name__, [Argument("", value)]
 
@@ -304,6 +304,16 @@ class _FunctionReader:
         while isinstance(expr, ast.Attribute):
             expr = expr.value
         return isinstance(expr, ast.Name) and expr.id in self.roots
+
+
+def _sign(sign: ast.operator | ast.cmpop | ast.unaryop) -> str:
+    """The operator as it is written; a prefix operator has a space before it, so that it is not its infix twin."""
+    operand = ast.Name("x", ast.Load())
+    if isinstance(sign, ast.unaryop):
+        return f" {ast.unparse(ast.UnaryOp(sign, operand))[:-1].strip()}"
+    if isinstance(sign, ast.cmpop):
+        return ast.unparse(ast.Compare(operand, [sign], [operand]))[1:-1].strip()
+    return ast.unparse(ast.BinOp(operand, sign, operand))[1:-1].strip()
 
 
 def _binding(stmt: ast.stmt) -> tuple[tuple[str, ...], ast.expr | None]:

@@ -1,0 +1,243 @@
+"""`check` and `update` on folders of small cases: what is found, what is written, and what is not."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from piecework.cli.golden import golden_app
+from piecework.errors import UsageError
+from piecework.golden import snapshot
+from piecework.golden.cases import discover
+from piecework.golden.check import CheckRun, check_case, check_cases, update_cases
+from piecework.golden.seeds import emit_in_other_process
+
+GRAPH = """
+import operator
+
+import torch
+import torch.fx
+
+
+def build():
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    y = graph.call_function({operation})
+    graph.output(y)
+    return torch.fx.GraphModule(torch.nn.Module(), graph)
+
+
+def inputs():
+    return [(torch.arange(4.0),)]
+"""
+ADD = "operator.add, (x, 1)"
+MULTIPLY = "operator.mul, (x, 2)"
+
+MakeCase = Callable[[str, str], Path]
+
+
+@pytest.fixture(autouse=True)
+def _not_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CI", raising=False)
+
+
+@pytest.fixture
+def make_case(tmp_path: Path) -> MakeCase:
+    def make(name: str, text: str) -> Path:
+        directory = tmp_path / name
+        directory.mkdir(exist_ok=True)
+        (directory / "graph.py").write_text(text)
+        # A second version within the clock's resolution is a new version.
+        stamp = (directory / "graph.py").stat().st_mtime_ns
+        counter = len(list(tmp_path.rglob("*"))) + len(text)
+        os.utime(directory / "graph.py", ns=(stamp + counter, stamp + counter))
+        return directory
+
+    return make
+
+
+def check(root: Path, *names: str, propose: bool = True) -> CheckRun:
+    return check_cases(root, names, propose=propose, two_seeds=False)
+
+
+def update(root: Path) -> CheckRun:
+    return update_cases(root, two_seeds=False)
+
+
+def statuses(run: CheckRun) -> dict[str, str]:
+    return {result.case.name: result.status for result in run.results}
+
+
+def test_new_then_same_then_changed(make_case: MakeCase, tmp_path: Path) -> None:
+    directory = make_case("golden_a", GRAPH.format(operation=ADD))
+    expected, proposal = directory / "expected.py", directory / "expected.py.new"
+    assert statuses(check(tmp_path)) == {"golden_a": "new"}
+    assert "y = x + 1" in proposal.read_text().replace("add", "y") and not expected.exists()
+    snapshot.accept(expected)
+    assert not proposal.exists() and check(tmp_path).passed
+    make_case("golden_a", GRAPH.format(operation=MULTIPLY))
+    before = expected.read_text()
+    assert statuses(check(tmp_path)) == {"golden_a": "changed"}
+    assert expected.read_text() == before and proposal.is_file()
+    make_case("golden_a", GRAPH.format(operation=ADD))
+    assert check(tmp_path).passed
+    assert not proposal.exists(), "out of date, so removed"
+
+
+def test_without_permission_to_propose_nothing_is_written(
+    make_case: MakeCase, tmp_path: Path
+) -> None:
+    make_case("golden_b", GRAPH.format(operation=ADD))
+    before = sorted(p for p in tmp_path.rglob("*") if "__pycache__" not in p.parts)
+    assert not check(tmp_path, propose=False).passed
+    assert sorted(p for p in tmp_path.rglob("*") if "__pycache__" not in p.parts) == before
+
+
+def test_update_writes_and_says_what_changed_once(make_case: MakeCase, tmp_path: Path) -> None:
+    directory = make_case("golden_c", GRAPH.format(operation=ADD))
+    run = update(tmp_path)
+    assert not run.passed and [r.written for r in run.results] == [True]
+    assert (directory / "expected.py").is_file() and not (directory / "expected.py.new").exists()
+    run = update(tmp_path)
+    assert run.passed and [r.written for r in run.results] == [False]
+
+
+COUNTING = GRAPH.replace(
+    "def build",
+    "state = [0]\n\ndef count(x):\n    state[0] += 1\n    return x + state[0]\n\ndef build",
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (COUNTING.format(operation="count, (x,)"), "has other values"),
+        (GRAPH.format(operation="torch.mm, (x, x)"), "the interpreter fails: RuntimeError"),
+        (GRAPH.format(operation=ADD).partition("def inputs")[0], "inputs() gives nothing to run"),
+        ("raise OSError('gone')", "does not emit: OSError: gone"),
+        (GRAPH.format(operation="operator.add, (x, object)").replace("object", "type(x)(graph, 'n', 'call_function', print, (), {})"), "does not emit: UnsupportedNode"),
+    ],
+)  # fmt: skip
+def test_a_text_that_fails_a_check_is_never_accepted(
+    make_case: MakeCase, tmp_path: Path, text: str, problem: str
+) -> None:
+    directory = make_case("golden_d", text)
+    run = update(tmp_path)
+    assert statuses(run) == {"golden_d": "broken"} and not run.passed
+    assert problem in run.results[0].problems[0]
+    assert not (directory / "expected.py").exists()
+
+
+def test_text_that_depends_on_the_hash_seed_is_found(make_case: MakeCase, tmp_path: Path) -> None:
+    words = " ".join(f"word{n}" for n in range(12))
+    text = GRAPH.format(operation=ADD).replace(
+        "    graph.output", f"    for name in set('{words}'.split()): y = graph.call_function(operator.add, (y, name))\n    graph.output"
+    )  # fmt: skip
+    make_case("golden_e", text)
+    make_case("golden_f", GRAPH.format(operation=ADD))
+    elsewhere = emit_in_other_process(tmp_path, ["golden_e", "golden_f"])
+    depends, stable = (check_case(c, elsewhere[c.name]) for c in discover(tmp_path))
+    assert any("differs under another hash seed: line" in p for p in depends.problems)
+    assert stable.problems == ()
+
+
+def test_unreferenced_goldens_fail(make_case: MakeCase, tmp_path: Path) -> None:
+    directory = make_case("golden_g", GRAPH.format(operation=ADD))
+    update(tmp_path)
+    strays = [tmp_path / "gone" / "expected.py", tmp_path / "loose.py", directory / "expected_2.py"]
+    strays[0].parent.mkdir()
+    for stray in strays:
+        stray.write_text("")
+    run = check(tmp_path)
+    assert all(result.passed for result in run.results) and not run.passed
+    assert sorted(run.unreferenced) == sorted([strays[0].parent, *strays[1:]])
+    assert check(tmp_path, "golden_g").passed, "only looked for when everything is checked"
+
+
+def test_misuse_is_refused(make_case: MakeCase, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such folder"):
+        check(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="no golden cases here"):
+        check(tmp_path)
+    make_case("golden_h", "def something(): ...")
+    with pytest.raises(UsageError, match=r"must define build\(\) or stitched\(\)"):
+        check(tmp_path)
+    with pytest.raises(UsageError, match="no golden case 'other'"):
+        check(tmp_path, "other")
+
+
+def test_functions_of_the_case_are_imported_by_a_name_that_is_the_same_everywhere(
+    make_case: MakeCase, tmp_path: Path
+) -> None:
+    text = GRAPH.replace("def build", "def twice(x):\n    return x * 2\n\ndef build")
+    make_case("golden_i", text.format(operation="twice, (x,)"))
+    run = check(tmp_path)
+    assert run.results[0].problems == ()
+    assert "import golden_case_golden_i" in run.results[0].comparison.after
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(golden_app, list(arguments))
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def test_check_ends_with_the_command_that_accepts(
+    make_case: MakeCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_case("golden_j", GRAPH.format(operation=ADD))
+    root = ("--fast", "--root", str(tmp_path))
+    code, output = invoke("check", *root)
+    assert code == 1
+    command = output.strip().splitlines()[-1]
+    assert command.startswith("To accept: piecework golden update golden_j --root ")
+    arguments = command.removeprefix("To accept: piecework golden ").split()
+    code, output = invoke(*arguments)
+    assert code == 1 and "golden_j: updated" in output
+    assert invoke(*arguments, "--fast")[0] == 0
+    assert invoke("check", *root) == (0, "1 cases: 1 same\n")
+    make_case("golden_j", GRAPH.format(operation=MULTIPLY))
+    monkeypatch.setenv("CI", "true")
+    code, output = invoke("check", *root)
+    assert code == 1 and "+ statement * (gives mul)" in output and "+    mul = x * 2" in output
+    assert "Proposals" not in output and not list(tmp_path.rglob("*.new"))
+    code, output = invoke("update", *root)
+    assert code == 2 and "continuous integration" in output
+    assert "x + 1" in (tmp_path / "golden_j" / "expected.py").read_text()
+
+
+def test_check_as_json(make_case: MakeCase, tmp_path: Path) -> None:
+    make_case("golden_k", GRAPH.format(operation=ADD))
+    invoke("update", "--fast", "--root", str(tmp_path))
+    make_case("golden_k", GRAPH.format(operation=MULTIPLY))
+    code, output = invoke("check", "--json", "--fast", "--root", str(tmp_path))
+    data = json.loads(output)
+    (case,) = data["cases"]
+    assert (code, data["passed"], case["status"]) == (1, False, "changed")
+    assert (
+        case["diff"]["changes"][0]["group"] == "arguments" or case["diff"]["same_meaning"] is False
+    )
+    assert case["accept"].startswith("piecework golden update golden_k")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("check", "--root", "nowhere"), ("check", "--bad"), ("diff", "a"), ("report", "x")],
+)
+def test_misuse_has_exit_code_2(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    code, _ = invoke(*arguments, *(("--root", str(tmp_path)) if arguments[0] == "report" else ()))
+    assert code == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "in_ci"), [("true", True), ("1", True), ("", False), ("0", False), ("false", False)]
+)
+def test_what_counts_as_continuous_integration(value: str, in_ci: bool) -> None:
+    assert snapshot.in_ci({"CI": value}) is in_ci
+    assert snapshot.in_ci({}) is False
