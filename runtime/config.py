@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from pydantic import AliasChoices, Field
+
 from piecework.errors import ConfigError
 from piecework.runtime import config_hash, config_resolve
 from piecework.runtime.config_groups import (
@@ -37,7 +39,6 @@ from piecework.runtime.config_values import (
 from piecework.runtime.graphs.mode import CUDAGraphMode
 from piecework.runtime.graphs.sizes import padded_sizes
 from piecework.runtime.ranges import Range, RangeTable, derive_ranges
-from pydantic import AliasChoices, Field
 
 if TYPE_CHECKING:
     from piecework.runtime.backend import PieceworkBackend
@@ -123,6 +124,18 @@ class CompilationConfig(FrozenModel):
     )
     inductor_compile_config: Annotated[Options, KEY] = Field(
         {}, description="Options for Inductor, by its own names (`max_autotune`, …)."
+    )
+    single_size_inductor_config: Annotated[Options, KEY] = Field(
+        {},
+        description="Options for Inductor on top of those where code is made for one batch size, "
+        "such as `max_autotune` and `coordinate_descent_tuning`.",
+    )
+    compile_workers: Annotated[int, ignored("it decides who compiles, not what")] = Field(
+        1,
+        ge=1,
+        strict=True,
+        description="Processes that compile different pieces at the same time; 1 compiles one after "
+        "another. They are forked, so there is only one where CUDA is in use.",
     )
     inductor_passes: Annotated[Passes, KEY] = Field(
         {},

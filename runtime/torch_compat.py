@@ -9,9 +9,11 @@ import contextlib
 import copy
 import ctypes
 import inspect
+import os
 import re
+import tempfile
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 
 import torch
 from torch.utils import _pytree
@@ -549,7 +551,7 @@ def rebuilder(kind: type) -> Callable[[list[object], object], object] | None:
 
 
 def direct_entry(
-    artifact: object, inputs: int, outputs: int
+    artifact: object, inputs: int, outputs: int, *, vouched: bool = False
 ) -> tuple[Callable[..., object] | None, str]:
     """The innermost function of an Inductor artifact, past wrappers that do nothing for it.
 
@@ -561,12 +563,13 @@ def direct_entry(
 
     Args:
         inputs, outputs: how many the piece has.
+        vouched: the same program was found clean before it was saved; a loaded artifact has no record of its own.
 
     Returns:
         The function and ""; or None and why the artifact must be called as it is.
     """
     try:
-        return _Peeling(inputs, outputs).peel(artifact), ""
+        return _Peeling(inputs, outputs, vouched).peel(artifact), ""
     except _MustStay as reason:
         return None, str(reason)
 
@@ -578,9 +581,10 @@ class _MustStay(Exception):
 class _Peeling:
     """Walks from an artifact to the function inside it, one known wrapper after the other."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, vouched: bool) -> None:
         self.inputs = inputs
         self.outputs = outputs
+        self.vouched = vouched
         self.metadata: object = None
 
     def peel(self, artifact: object) -> Callable[..., object]:
@@ -596,7 +600,7 @@ class _Peeling:
 
     def _inner(self, current: object) -> object:
         if type(current).__name__ == "SerializableCompiledFunction":
-            self._remember(_cells(getattr(current, "serialize_fn", None)).get("entry"))
+            self._remember(current.serialize_fn)  # type: ignore[attr-defined]
             return current.compiled_fn  # type: ignore[attr-defined]
         cells = _cells(current) if isinstance(current, types.FunctionType) else {}
         name = getattr(current, "__qualname__", type(current).__name__)
@@ -627,11 +631,15 @@ class _Peeling:
             )
         return cells["_inner_compiled_fn"]
 
-    def _remember(self, entry: object) -> None:
-        self.metadata = getattr(entry, "runtime_metadata", self.metadata)
+    def _remember(self, serialize: object) -> None:
+        """Keep AOTAutograd's record, which is a part of what it would serialise."""
+        record = serialize() if callable(serialize) else None
+        self.metadata = getattr(record, "runtime_metadata", self.metadata)
 
     def _require_clean_metadata(self) -> None:
         meta = self.metadata
+        if meta is None and self.vouched:
+            return
         if meta is None:
             raise _MustStay("AOTAutograd's record of the piece can't be found")
         must_be_empty = (
@@ -666,3 +674,69 @@ class _Peeling:
         if getattr(graph, "_compile_context", None) is not None:
             raise _MustStay("autotuning results are still to be written at its first call")
         return call
+
+
+def artifact_to_bytes(artifact: object) -> bytes | None:
+    """A standalone Inductor artifact as bytes, kernels included; None if torch could not keep it."""
+    save = getattr(artifact, "save", None)
+    if save is None or not getattr(artifact, "is_saveable", lambda: True)():
+        return None
+    with tempfile.TemporaryDirectory(prefix="piecework-") as folder:
+        path = os.path.join(folder, "artifact")
+        save(path=path, format="binary")
+        with open(path, "rb") as file:
+            return file.read()
+
+
+def artifact_from_bytes(data: bytes) -> Callable[..., object]:
+    """What `artifact_to_bytes` kept, ready to call; raises whatever torch raises for bytes that it can't use."""
+    from torch._inductor import CompiledArtifact
+
+    with tempfile.TemporaryDirectory(prefix="piecework-") as folder:
+        path = os.path.join(folder, "artifact")
+        with open(path, "wb") as file:
+            file.write(data)
+        return CompiledArtifact.load(path=path, format="binary")
+
+
+def shape_facts(values: Iterable[object]) -> str:
+    """What the trace knows of the symbols in ``values`` (sizes and fake tensors): guards and ranges, as text.
+
+    A compiler may rely on them, so compiled code is kept under them.
+    """
+    for value in values:
+        sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
+        for size in sizes:
+            if isinstance(size, torch.SymInt):
+                return _facts_of(size.node.shape_env)
+    return ""
+
+
+def _facts_of(shape_env: object) -> str:
+    guards = sorted(str(guard.expr) for guard in getattr(shape_env, "guards", ()))
+    asserts = sorted(
+        f"{symbol}: {[str(each.expr) for each in found]}"
+        for symbol, found in getattr(shape_env, "deferred_runtime_asserts", {}).items()
+    )
+    ranges = sorted(
+        f"{symbol}: {found}" for symbol, found in getattr(shape_env, "var_to_range", {}).items()
+    )
+    return "\n".join((*guards, *asserts, *ranges))
+
+
+def autocast_state() -> tuple[tuple[str, torch.dtype], ...]:
+    """The device types for which autocast is on, with their dtypes."""
+    kinds = [kind for kind in ("cpu", "cuda", "xpu") if kind != "xpu" or hasattr(torch, "xpu")]
+    return tuple((k, torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k))
+
+
+def with_children(children: list[object], spec: _pytree.TreeSpec) -> object:
+    """A container of ``spec``'s kind around ``children`` that are put together already."""
+    leaf = _pytree.tree_structure(0)
+    shallow = _pytree.TreeSpec(spec.type, spec.context, [leaf for _ in children])
+    return _pytree.tree_unflatten(children, shallow)
+
+
+def has_standalone_compile() -> bool:
+    """Whether this torch compiles a graph into an artifact of its own."""
+    return hasattr(torch._inductor, "standalone_compile")

@@ -2,50 +2,61 @@
 
 from __future__ import annotations
 
-import importlib
-
 from piecework.errors import ConfigError
+from piecework.runtime import torch_compat
 from piecework.runtime.compilers.eager import EagerAdaptor
-from piecework.runtime.compilers.inductor import InductorStandaloneAdaptor
+from piecework.runtime.compilers.inductor import InductorAdaptor, InductorStandaloneAdaptor
 from piecework.runtime.compilers.interface import CompiledPiece, CompilerInterface
 from piecework.runtime.config import CompilationConfig
+from piecework.runtime.qualified_name import import_qualified
 
 __all__ = [
     "CompiledPiece",
     "CompilerInterface",
     "EagerAdaptor",
+    "InductorAdaptor",
     "InductorStandaloneAdaptor",
     "make_compiler",
 ]
 
-_BUILT_IN = {"eager": EagerAdaptor, "inductor": InductorStandaloneAdaptor}
-
 
 def make_compiler(config: CompilationConfig) -> CompilerInterface:
-    """The compiler that ``config.backend`` names: ``inductor``, ``eager``, or ``module:Class`` / ``module.Class``.
+    """The compiler that ``config.backend`` names.
+
+    ``inductor`` (through ``compile_fx`` where torch makes no standalone artifacts), ``inductor_compile_fx``, ``eager``,
+    or ``module:Class`` / ``module.Class``, which is called without arguments.
 
     Raises:
-        ConfigError: there is no such compiler, or it lacks a method of `CompilerInterface`.
+        ConfigError: there is no such compiler, it lacks a method of `CompilerInterface`, or the configuration has options
+            that it does not know.
     """
-    built_in = _BUILT_IN.get(config.backend)
-    if built_in is not None:
-        return built_in()
-    module_name, _, class_name = config.backend.replace(":", ".").rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module_name), class_name) if module_name else None
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"no compiler {config.backend!a}: {error}", where="backend", hint=_CHOICES
-        ) from error
-    if found is None:
+    match config.backend:
+        case "inductor" if torch_compat.has_standalone_compile():
+            return InductorStandaloneAdaptor(config)
+        case "inductor" | "inductor_compile_fx":
+            return InductorAdaptor(config)
+        case "eager":
+            return EagerAdaptor()
+    if config.backend.isidentifier():
         raise ConfigError(f"no compiler {config.backend!a}", where="backend", hint=_CHOICES)
+    found = import_qualified(config.backend, where="backend")
+    if not callable(found):
+        raise ConfigError(
+            f"compiler {config.backend!a} is a {type(found).__qualname__}, not a class",
+            where="backend",
+        )
     compiler = found()
     missing = [m for m in ("compile", "compute_hash") if not callable(getattr(compiler, m, None))]
+    missing += [] if isinstance(getattr(compiler, "name", None), str) else ["name"]
     if missing:
         raise ConfigError(
-            f"compiler {config.backend!a} has no method {', '.join(missing)}", where="backend"
+            f"compiler {config.backend!a} has no {', '.join(missing)}",
+            where="backend",
+            hint="see piecework.runtime.compilers.CompilerInterface",
         )
     return compiler
 
 
-_CHOICES = f"use {', '.join(sorted(_BUILT_IN))} or a qualified name such as mypackage.MyCompiler"
+_CHOICES = (
+    "use inductor, inductor_compile_fx, eager, or a qualified name such as mypackage:MyCompiler"
+)

@@ -1,4 +1,4 @@
-"""Inductor as a compiler of pieces. In: a piece and fake inputs. Out: a standalone compiled artifact.
+"""Inductor as a compiler of pieces. In: a piece and fake inputs. Out: compiled code, as an artifact of its own where torch makes one.
 
 The piece given is copied by Inductor and stays as it was.
 """
@@ -6,28 +6,85 @@ The piece given is copied by Inductor and stays as it was.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.fx
+
+from piecework.errors import ConfigError
 from piecework.runtime import torch_compat
+from piecework.runtime.code_identity import canonical, text_of
+from piecework.runtime.compilers.inductor_options import InductorOptions
 from piecework.runtime.compilers.interface import CompiledPiece
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.counters import counters
+from piecework.runtime.passes import PostGradPassManager, pass_context
 from piecework.runtime.ranges import Range
 
 
-class InductorStandaloneAdaptor:
-    """Compiles with ``torch._inductor.standalone_compile``: one artifact per piece, independent of Dynamo."""
+class _Inductor:
+    """What both ways into Inductor share.
+
+    Args:
+        config: the resolved configuration; its options and passes are settled here.
+
+    Attributes:
+        options: Inductor's options per batch range.
+        wrap_partition: with ``use_inductor_graph_partition``, turns each partition (function, index, count) into what is
+            called in its place, such as a static graph of it; None leaves partitions as they are.
+
+    Raises:
+        ConfigError: as `InductorOptions`.
+    """
 
     name = "inductor"
 
+    def __init__(self, config: CompilationConfig | None = None) -> None:
+        self.options = InductorOptions(config or CompilationConfig())
+        self.wrap_partition: PartitionWrapper | None = None
+
+    @property
+    def passes(self) -> PostGradPassManager:
+        """The passes that run on every piece; their report says what matched."""
+        return self.options.passes
+
     def compute_hash(self, config: CompilationConfig) -> str:
-        options = sorted(
-            (key, repr(value)) for key, value in config.inductor_compile_config.items()
-        )
+        options = text_of(canonical(InductorOptions(config).identity(), "inductor_compile_config"))
         text = f"{self.name} {torch.__version__} {torch_compat.inductor_key()} {options}"
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def options_for(self, compile_range: Range | None) -> dict[str, object]:
+        """Inductor's options for one batch range, complete."""
+        return self.options.for_range(
+            compile_range, wraps_partitions=self.wrap_partition is not None
+        )
+
+    @contextmanager
+    def partitions_wrapped(self) -> Iterator[None]:
+        """While active, partitions of compiled and of loaded code are wrapped; what was set before comes back.
+
+        Raises:
+            ConfigError: this torch can't wrap partitions.
+        """
+        if self.wrap_partition is None:
+            yield
+            return
+        with torch_compat.partition_wrapper(self.wrap_partition) as possible:
+            if not possible:
+                raise ConfigError(
+                    "this torch can't wrap the partitions of Inductor",
+                    where="use_inductor_graph_partition",
+                    hint="leave it out; the graph is cut before Inductor then",
+                )
+            yield
+
+
+PartitionWrapper = Callable[[Callable[..., object], int, int], Callable[..., object]]
+
+
+class InductorStandaloneAdaptor(_Inductor):
+    """Compiles with ``torch._inductor.standalone_compile``: one artifact per piece, independent of Dynamo."""
 
     def compile(
         self,
@@ -37,11 +94,81 @@ class InductorStandaloneAdaptor:
         compile_range: Range | None,
     ) -> CompiledPiece:
         counters.num_inductor_compiles += 1
-        single = compile_range is not None and compile_range.is_single_size()
-        artifact = torch_compat.standalone_compile(
-            graph,
-            list(example_inputs),
-            dynamic_shapes="from_example_inputs" if single else "from_tracing_context",
-            config_patches=dict(config.inductor_compile_config),
-        )
-        return CompiledPiece(artifact, artifact)
+        if compile_range is not None and compile_range.is_single_size():
+            shapes = "from_example_inputs"
+        elif torch_compat.tracing_context() is not None:
+            shapes = "from_tracing_context"
+        else:
+            shapes = "from_graph"
+        with self.partitions_wrapped(), pass_context(compile_range):
+            artifact = torch_compat.standalone_compile(
+                graph,
+                list(example_inputs),
+                dynamic_shapes=shapes,
+                config_patches=self.options_for(compile_range),
+            )
+        return _piece(artifact, graph)
+
+    def to_bytes(self, piece: CompiledPiece) -> bytes | None:
+        """The artifact with its kernels, for the cache; None if torch could not keep it."""
+        data = torch_compat.artifact_to_bytes(piece.artifact)
+        mark = _PUBLIC if piece.direct is None else _DIRECT
+        return None if data is None else mark + data
+
+    def from_bytes(self, data: bytes, graph: torch.fx.GraphModule) -> CompiledPiece:
+        """What `to_bytes` kept of ``graph``; raises whatever torch raises for bytes that it can't use."""
+        mark, rest = data[: len(_DIRECT)], data[len(_DIRECT) :]
+        return _piece(torch_compat.artifact_from_bytes(rest), graph, vouched=mark == _DIRECT)
+
+
+# A loaded artifact no longer has the record that says whether its wrappers have work to do; the mark keeps the finding.
+_DIRECT, _PUBLIC = b"direct\n", b"public\n"
+
+
+class InductorAdaptor(_Inductor):
+    """Compiles through ``torch._inductor.compile_fx``, for a torch without standalone artifacts; nothing can be kept.
+
+    Compiles as the other one does. It needs the tracing context of the capture, as a Dynamo backend has it.
+    """
+
+    name = "inductor_compile_fx"
+
+    def compile(
+        self,
+        graph: torch.fx.GraphModule,
+        example_inputs: Sequence[object],
+        config: CompilationConfig,
+        compile_range: Range | None,
+    ) -> CompiledPiece:
+        counters.num_inductor_compiles += 1
+        with self.partitions_wrapped(), pass_context(compile_range):
+            compiled = torch_compat.compile_fx(
+                graph,
+                list(example_inputs),
+                own_shapes=compile_range is not None and compile_range.is_single_size(),
+                config_patches=self.options_for(compile_range),
+            )
+        return CompiledPiece(compiled, indirect_because="compile_fx gives no artifact")
+
+
+def _piece(
+    artifact: Callable[..., object], graph: torch.fx.GraphModule, *, vouched: bool = False
+) -> CompiledPiece:
+    """The artifact, and its innermost function where nothing around it has anything to do."""
+    inputs = len(graph.graph.find_nodes(op="placeholder"))
+    returned = graph.graph.output_node().args[0]
+    outputs = len(returned) if isinstance(returned, (list, tuple)) else -1
+    call, reason = torch_compat.direct_entry(artifact, inputs, outputs, vouched=vouched)
+    direct = None if call is None else _positional(call, inputs)
+    return CompiledPiece(artifact, artifact, direct, reason)
+
+
+def _positional(call: Callable[..., object], inputs: int) -> Callable[..., object]:
+    """``call``, which takes one list, as a function of ``inputs`` parameters.
+
+    Written out for the number of parameters, which is half the cost of ``*args``.
+    """
+    names = ", ".join(f"a{i}" for i in range(inputs))
+    scope: dict[str, Callable[..., object]] = {"call": call}
+    exec(f"def piece({names}):\n    return call([{names}])", scope)
+    return scope["piece"]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch.fx
+
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.ranges import Range
 
@@ -21,14 +22,21 @@ class CompiledPiece:
     Attributes:
         runnable: takes the piece's inputs positionally and returns a tuple or list of its outputs.
         artifact: the compiler's own object, for serialisation; None if there is nothing to keep.
+        direct: does the same with less around it, for plain tensors without modes; None if nothing does.
+        indirect_because: why there is no ``direct``.
     """
 
     runnable: Callable[..., object]
     artifact: object = None
+    direct: Callable[..., object] | None = None
+    indirect_because: str = ""
 
 
 class CompilerInterface(Protocol):
     """A compiler of pieces; see `make_compiler`.
+
+    A compiler may also have ``to_bytes(piece) -> bytes | None`` and ``from_bytes(data) -> CompiledPiece``; then what it
+    makes is kept in the compile cache. One that runs graph passes has ``passes``, a `PostGradPassManager`.
 
     Attributes:
         name: what ``CompilationConfig.backend`` calls it.
@@ -47,7 +55,7 @@ class CompilerInterface(Protocol):
         config: CompilationConfig,
         compile_range: Range | None,
     ) -> CompiledPiece:
-        """Compile one piece.
+        """Compile one piece; runs without recording gradients. ``graph`` must stay as it is.
 
         Args:
             graph: flat inputs, and a tuple of outputs.
@@ -56,6 +64,6 @@ class CompilerInterface(Protocol):
             compile_range: batch sizes that the result must serve; None means all.
 
         Raises:
-            Exception: whatever the compiler raises; the caller adds which piece it was.
+            Exception: whatever the compiler raises; the caller adds which piece it was and keeps the graph.
         """
         ...

@@ -33,6 +33,8 @@ OTHER = {
     "compile_sizes": [1],
     "compile_ranges_endpoints": [16],
     "inductor_compile_config": {"max_autotune": True},
+    "single_size_inductor_config": {"max_autotune": True},
+    "compile_workers": 2,
     "inductor_passes": {"post_grad_custom_post_pass": "textwrap:dedent"},
     "cudagraph_mode": "PIECEWISE",
     "cudagraph_num_of_warmups": 2,

@@ -1,0 +1,108 @@
+"""What Inductor is told for one piece. In: a configuration and a batch range. Out: Inductor's options, complete.
+
+It never changes Inductor's own configuration; the options are handed to one compilation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from piecework.errors import ConfigError
+from piecework.runtime import torch_compat
+from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config_model import thaw
+from piecework.runtime.passes import PostGradPassManager
+from piecework.runtime.ranges import Range
+from piecework.runtime.splitting_op import registry
+
+#: Stands beside the real names where partitions are wrapped. Inductor's partitioning depends on whether a wrapper is set,
+#: which its cache key does not show; this name is in the key and matches no operator.
+_WRAPPED = "piecework::partitions_are_wrapped"
+
+
+class InductorOptions:
+    """The options of a configuration.
+
+    Args:
+        config: the resolved configuration.
+
+    Attributes:
+        passes: runs the passes on every piece.
+        partition_ops: where Inductor cuts the code itself; empty unless ``use_inductor_graph_partition``.
+
+    Raises:
+        ConfigError: Inductor has no option or pass slot of a name, a pass can't be imported, or options contradict the
+            graph partition.
+    """
+
+    def __init__(self, config: CompilationConfig) -> None:
+        self.config = config
+        self.passes = PostGradPassManager.from_config(config)
+        self._always = config.inductor_compile_config.to_dict() | self.passes.inductor_options(  # type: ignore[attr-defined]
+            config
+        )
+        self._single_size = {k: thaw(v) for k, v in config.single_size_inductor_config.items()}
+        self._check_names()
+
+    @property
+    def partition_ops(self) -> tuple[str, ...]:
+        if not self.config.use_inductor_graph_partition:
+            return ()
+        ops = self.config.splitting_ops
+        return registry.names() if ops is None else tuple(ops)
+
+    def for_range(
+        self, compile_range: Range | None, *, wraps_partitions: bool = False
+    ) -> dict[str, object]:
+        """The options for one batch range; a single size gets those of ``single_size_inductor_config`` on top.
+
+        Args:
+            compile_range: the batch sizes; None means all.
+            wraps_partitions: whether something is done to each partition (static graphs).
+        """
+        options = dict(self._always)
+        if compile_range is not None and compile_range.is_single_size():
+            options |= self._single_size
+        if self.config.use_inductor_graph_partition:
+            options["graph_partition"] = True
+            wrapped = [_WRAPPED] if wraps_partitions else []
+            options["custom_should_partition_ops"] = [*self.partition_ops, *wrapped]
+        return options
+
+    def identity(self) -> list[object]:
+        """Everything in the options that changes compiled code, in a stable form."""
+        plain = {**self.config.inductor_compile_config, "single size": self._single_size}
+        passes = [each.uuid() for each in self.passes.passes]
+        return [plain, passes, list(self.partition_ops)]
+
+    def _check_names(self) -> None:
+        fields = {
+            "inductor_compile_config": self.config.inductor_compile_config,
+            "single_size_inductor_config": self.config.single_size_inductor_config,
+            "inductor_passes": self.config.inductor_passes,
+        }
+        for field, names in fields.items():
+            unknown = [name for name in names if not torch_compat.has_inductor_option(name)]
+            if unknown:
+                raise ConfigError(
+                    f"this torch's Inductor has no option {', '.join(map(repr, unknown))}",
+                    where=f"{field}.{unknown[0]}",
+                    hint="torch._inductor.list_options() lists them",
+                )
+        partitioned = self.config.use_inductor_graph_partition
+        taken = self._named(("graph_partition", "custom_should_partition_ops"))
+        if partitioned and taken:
+            raise ConfigError(
+                f"use_inductor_graph_partition sets {taken} itself",
+                where=f"inductor_compile_config.{taken}",
+            )
+        if partitioned and (self._always | self._single_size).get("cpp_wrapper"):
+            raise ConfigError(
+                "Inductor does not partition code with a C++ wrapper",
+                where="inductor_compile_config.cpp_wrapper",
+                hint="leave cpp_wrapper or use_inductor_graph_partition out",
+            )
+
+    def _named(self, names: Sequence[str]) -> str | None:
+        given = self.config.inductor_compile_config, self.config.single_size_inductor_config
+        return next((name for name in names if any(name in each for each in given)), None)
