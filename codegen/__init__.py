@@ -2,6 +2,7 @@
 
 from piecework.codegen.bind import compile_execution_fn
 from piecework.codegen.lower import LowerOptions
+from piecework.codegen.op_check import OpReport, check_op
 from piecework.codegen.source import (
     StitchedSource,
     generate_execution_code,
@@ -13,9 +14,11 @@ from piecework.codegen.verify import Proof
 
 __all__ = [
     "LowerOptions",
+    "OpReport",
     "Proof",
     "SplitItem",
     "StitchedSource",
+    "check_op",
     "compile_execution_fn",
     "generate_execution_code",
     "generate_source",

@@ -6,19 +6,20 @@ The order of nodes is kept exactly, so mutations stay where they were; the cost 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.fx
 from torch._ops import OpOverload, OpOverloadPacket
+from torch.fx.graph import CodeGen
 
 from piecework.codegen.origin import node_where, value_of
+from piecework.codegen.regions import Regions
 from piecework.codegen.sizes import decompose_sizes, is_size_read
+from piecework.codegen.splitting import SplittingOp, SplittingOps, check_cuts
 from piecework.codegen.structure import attribute_of
 from piecework.errors import SplitError
-
-SplittingOp = str | OpOverload | OpOverloadPacket | Callable[..., object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,20 +40,28 @@ class SplitItem:
 
 
 def split_graph(
-    graph: torch.fx.GraphModule, splitting_ops: Iterable[SplittingOp]
+    graph: torch.fx.GraphModule,
+    splitting_ops: Iterable[SplittingOp],
+    *,
+    strict: bool | None = None,
+    required: Iterable[SplittingOp] = (),
 ) -> tuple[torch.fx.GraphModule, list[SplitItem]]:
     """Cut ``graph`` at each call of a splitting operator.
 
     Args:
         graph: a captured graph, one level (submodules of higher-order operators stay whole).
         splitting_ops: operators as ``"ns::op"`` (every overload), ``"ns::op.overload"``, overloads, packets or functions.
+        strict: what to do about splitting ops that the graph does not call, and about ``required`` ones that would
+            end inside a compiled piece: True raises, False warns, None keeps silent.
+        required: operators that must stay outside of compiled pieces, whether they are in ``splitting_ops`` or not.
 
     Returns:
         ``(split_gm, items)``: the stitching graph, whose nodes call ``submod_0``, ``submod_1``, …, and the submodules
         sorted by ``graph_id``. Compiled pieces return a tuple; a splitting submodule returns its value, or None.
 
     Raises:
-        SplitError: an operator's name is malformed, or the graph uses a value before it defines it.
+        SplitError: an operator's name is malformed, the graph uses a value before it defines it, its inputs are a
+            pytree, or ``strict`` found something.
 
     Example:
         >>> split_gm, items = split_graph(gm, ["mylib::attention"])
@@ -60,13 +69,21 @@ def split_graph(
         ['submod_0', 'submod_2']
     """
     is_splitting = SplittingOps(splitting_ops)
+    if type(graph.graph._codegen) is not CodeGen:
+        raise SplitError(
+            "the graph takes its inputs as a pytree, which a stitching graph would not",
+            where=type(graph.graph._codegen).__name__,
+            hint="flatten it first: gm.graph.set_codegen(torch.fx.graph.CodeGen())",
+        )
+    check_cuts(graph, is_splitting, SplittingOps(required), strict)
     work = torch.fx.GraphModule(graph, _copy_of(graph.graph))
     work.meta.update(graph.meta)
     decompose_sizes(work)
-    partitions = _merge_idle(_assign(work, is_splitting))
+    regions = Regions(work.graph)
+    partitions = _merge_idle(_assign(work, is_splitting, regions))
     for number, partition in enumerate(partitions):
         partition.number = number
-    return _build(work, partitions, graph)
+    return _build(work, partitions, regions, graph)
 
 
 def _copy_of(graph: torch.fx.Graph) -> torch.fx.Graph:
@@ -77,65 +94,6 @@ def _copy_of(graph: torch.fx.Graph) -> torch.fx.Graph:
     return copy
 
 
-class SplittingOps:
-    """Tells whether a node calls one of the given operators."""
-
-    def __init__(self, ops: Iterable[SplittingOp]) -> None:
-        self._names: set[str] = set()
-        self._targets: set[object] = set()
-        self.declared: list[str] = []
-        for op in ops:
-            op = getattr(op, "splitting_op_name", op)  # the handle of `piecework.splitting_op`
-            if isinstance(op, str):
-                if op.count("::") != 1 or not all(op.split("::")):
-                    raise SplitError(
-                        f"splitting op {op!a} is not of the form 'ns::op' or 'ns::op.overload'",
-                        hint="name it as in torch.ops.ns.op, or pass the operator itself",
-                    )
-                self._names.add(op)
-                self.declared.append(op)
-            elif isinstance(op, OpOverload):
-                self._names.add(f"{op._schema.name}.{op._overloadname}")
-                self.declared.append(f"{op._schema.name}.{op._overloadname}")
-            elif isinstance(op, OpOverloadPacket):
-                self._names.add(op._qualified_op_name)
-                self.declared.append(op._qualified_op_name)
-            elif callable(op):
-                self._targets.add(op)
-                self.declared.append(getattr(op, "__qualname__", repr(op)))
-            else:
-                raise SplitError(f"splitting op {op!r} is neither a name nor an operator")
-
-    def __call__(self, node: torch.fx.Node) -> bool:
-        if node.op != "call_function":
-            return False
-        return bool(self._names & names_of(node)) or node.target in self._targets
-
-    def missing_from(self, graph: torch.fx.Graph) -> list[str]:
-        """Declared operators that no node of ``graph`` calls."""
-        present: set[object] = set()
-        for node in graph.nodes:
-            if node.op == "call_function":
-                present |= names_of(node)
-                present.add(getattr(node.target, "__qualname__", None))
-        return [name for name in self.declared if name not in present]
-
-
-def names_of(node: torch.fx.Node) -> set[str]:
-    """The names under which the operator that ``node`` calls may be declared: ``ns::op`` and ``ns::op.overload``."""
-    target: object = node.target
-    if isinstance(target, torch._ops.HigherOrderOperator) and node.args:
-        target = node.args[0]  # auto_functionalized(op, ...) runs op
-    if isinstance(target, OpOverload):
-        return {target._schema.name, f"{target._schema.name}.{target._overloadname}"}
-    if isinstance(target, OpOverloadPacket):
-        # FX may call a packet; which overload runs is decided by its arguments.
-        name = target._qualified_op_name
-        overloads = list(target.overloads())  # type: ignore[no-untyped-call]
-        return {name, f"{name}.{overloads[0]}"} if len(overloads) == 1 else {name}
-    return set()
-
-
 @dataclass(eq=False, slots=True)
 class _Partition:
     splitting: bool
@@ -143,18 +101,21 @@ class _Partition:
     number: int = -1
 
 
-def _assign(gm: torch.fx.GraphModule, is_splitting: SplittingOps) -> list[_Partition]:
+def _assign(
+    gm: torch.fx.GraphModule, is_splitting: SplittingOps, regions: Regions
+) -> list[_Partition]:
     """Give each computing node a partition, in one pass over the nodes."""
     partitions: list[_Partition] = []
     home: dict[torch.fx.Node, _Partition] = {}
     for node in gm.graph.nodes:
-        if node.op in ("placeholder", "output", "get_attr"):
+        if node.op in ("placeholder", "output", "get_attr") or node in regions.borders:
             continue
         producer = node.args[0] if node.args else None
         if (
             node.target is operator.getitem
             and isinstance(producer, torch.fx.Node)
             and producer in home
+            and len(node.all_input_nodes) == 1  # an index that is computed may not exist yet there
             and _returns_sequence(producer)
         ):
             partition = home[producer]
@@ -188,13 +149,27 @@ def _returns_sequence(node: torch.fx.Node) -> bool:
 _ALLOCATIONS = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 
 
+# Where functions of integers live that do nothing but compute.
+_PURE_MODULES = ("_operator", "math", "builtins", "torch")
+
+
 def _is_idle(node: torch.fx.Node) -> bool:
-    """True if ``node`` launches no kernel: it allocates, reads a size, or computes with sizes."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if name.partition(".")[0] in _ALLOCATIONS or is_size_read(node):
+    """True if ``node`` launches no kernel and does nothing else: it allocates, reads a size, or computes with sizes."""
+    if is_size_read(node):
         return True
+    if node.op == "call_method":
+        return node.target in _ALLOCATIONS
+    if node.op != "call_function":
+        return False
+    target: object = node.target
+    owner = getattr(target, "__module__", None) or "torch"
+    if isinstance(target, (OpOverload, OpOverloadPacket)) or owner.partition(".")[0] == "torch":
+        name = getattr(target, "__name__", "").partition(".")[0]
+        if name in _ALLOCATIONS:
+            return True
     value = value_of(node)
-    return isinstance(value, (int, torch.SymInt, torch.SymBool)) and not _reads_data(node)
+    computes = isinstance(value, (int, torch.SymInt, torch.SymBool)) and owner in _PURE_MODULES
+    return computes and not _reads_data(node)
 
 
 def _reads_data(node: torch.fx.Node) -> bool:
@@ -216,7 +191,6 @@ def _merge_idle(partitions: Sequence[_Partition]) -> list[_Partition]:
             partition.nodes[:0] = waiting
             waiting = []
             kept.append(partition)
-            into = partition
             last_piece = last_piece if partition.splitting else len(kept) - 1
         elif not kept:
             waiting = partition.nodes
@@ -224,10 +198,11 @@ def _merge_idle(partitions: Sequence[_Partition]) -> list[_Partition]:
         else:
             sources = (source for node in partition.nodes for source in node.all_input_nodes)
             ready = max((position.get(source, -1) for source in sources), default=-1)
-            into = kept[last_piece] if last_piece >= max(ready, 0) else kept[-1]
-            into.nodes.extend(partition.nodes)
-        index = last_piece if kept and into is kept[last_piece] else len(kept) - 1
-        position.update(dict.fromkeys(partition.nodes, index))
+            index = last_piece if last_piece >= max(ready, 0) else len(kept) - 1
+            kept[index].nodes.extend(partition.nodes)
+            position.update(dict.fromkeys(partition.nodes, index))
+            continue
+        position.update(dict.fromkeys(partition.nodes, len(kept) - 1))
     return kept or [p for p in partitions if p.nodes]
 
 
@@ -235,7 +210,10 @@ def _merge_idle(partitions: Sequence[_Partition]) -> list[_Partition]:
 
 
 def _build(
-    gm: torch.fx.GraphModule, partitions: Sequence[_Partition], original: torch.fx.GraphModule
+    gm: torch.fx.GraphModule,
+    partitions: Sequence[_Partition],
+    regions: Regions,
+    original: torch.fx.GraphModule,
 ) -> tuple[torch.fx.GraphModule, list[SplitItem]]:
     home = {node: p for p in partitions for node in p.nodes}
     outputs = _outputs(gm, partitions, home)
@@ -248,7 +226,7 @@ def _build(
     items: list[SplitItem] = []
     for partition in partitions:
         name = f"submod_{partition.number}"
-        inputs, piece = _build_piece(gm, partition, outputs[partition], home)
+        inputs, piece = _build_piece(gm, partition, outputs[partition], home, regions)
         attributes[name] = piece
         call = stitching.call_module(name, tuple(values[node] for node in inputs))
         _unpack_call(stitching, call, partition, outputs[partition], values)
@@ -286,6 +264,7 @@ def _build_piece(
     partition: _Partition,
     outputs: list[torch.fx.Node],
     home: dict[torch.fx.Node, _Partition],
+    regions: Regions,
 ) -> tuple[list[torch.fx.Node], torch.fx.GraphModule]:
     """Build one submodule; returns its inputs (nodes of ``gm``, in order of first use) and itself."""
     graph = torch.fx.Graph()
@@ -306,10 +285,13 @@ def _build_piece(
             else:
                 inside[source] = graph.node_copy(source)
                 attributes[str(source.target)] = attribute_of(gm, str(source.target))
+    writer = regions.writer(graph)
     for node in partition.nodes:
+        writer.move_to(node)
         inside[node] = graph.node_copy(node, lambda n: inside[n])
         if node.op == "call_module":
             attributes[str(node.target)] = attribute_of(gm, str(node.target))
+    writer.close()
     returned = [inside[node] for node in outputs]
     if not partition.splitting:
         graph.output(tuple(returned))

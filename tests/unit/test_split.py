@@ -1,0 +1,565 @@
+"""Cutting a graph: every cut keeps what the graph computes, and nothing crosses a cut that can't."""
+
+from __future__ import annotations
+
+import operator
+import time
+import warnings
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.fx
+from torch.fx.graph import CodeGen
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from piecework.codegen import (
+    LowerOptions,
+    SplitItem,
+    check_op,
+    compile_execution_fn,
+    generate_source,
+    split_graph,
+)
+from piecework.errors import SplitError
+
+if not hasattr(torch.ops, "test_split") or not hasattr(torch.ops.test_split, "cut"):
+    torch.library.define("test_split::cut", "(Tensor x) -> Tensor")
+    torch.library.impl("test_split::cut", "CPU", lambda x: x * 2)
+    torch.library.register_fake("test_split::cut", lambda x: torch.empty_like(x))
+    torch.library.define("test_split::fill", "(Tensor x, Tensor(a!) out) -> ()")
+    torch.library.impl("test_split::fill", "CPU", lambda x, out: (out.copy_(x + 1), None)[1])
+    torch.library.register_fake("test_split::fill", lambda x, out: None)
+    torch.library.define("test_split::pair", "(Tensor x) -> (Tensor, Tensor)")
+    torch.library.impl("test_split::pair", "CPU", lambda x: (x + 1, x - 1))
+    torch.library.register_fake(
+        "test_split::pair", lambda x: (torch.empty_like(x), torch.empty_like(x))
+    )
+    torch.library.define("test_split::unfaked", "(Tensor x) -> Tensor")
+    torch.library.impl("test_split::unfaked", "CPU", lambda x: x * 2)
+
+CUT = torch.ops.test_split.cut.default
+FILL = torch.ops.test_split.fill.default
+PAIR = torch.ops.test_split.pair.default
+
+
+def graph_of(
+    build: Callable[[torch.fx.Graph, torch.fx.Node], object], *, rows: int = 4
+) -> torch.fx.GraphModule:
+    """A graph of one input ``x`` with shapes recorded, as Dynamo would leave it."""
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(build(graph, x))  # type: ignore[arg-type]
+    gm = torch.fx.GraphModule(torch.nn.Module(), graph)
+    FakeTensorProp(gm).propagate(torch.empty(rows, 6))
+    for node in gm.graph.nodes:
+        if "val" not in node.meta and node.op == "call_function" and node.target is getattr:
+            node.meta["val"] = torch.Size((rows, 6))
+    return gm
+
+
+def symbolic_graph_of(function: Callable[[torch.Tensor], object]) -> torch.fx.GraphModule:
+    """``function`` as Dynamo captures it with a dynamic first dimension."""
+    captured: list[torch.fx.GraphModule] = []
+
+    def backend(gm: torch.fx.GraphModule, _: Sequence[object]) -> torch.fx.GraphModule:
+        captured.append(gm)
+        return gm
+
+    torch._dynamo.reset()
+    x = torch.arange(24.0).reshape(4, 6)
+    torch._dynamo.mark_dynamic(x, 0)
+    torch.compile(function, backend=backend, fullgraph=True)(x)
+    return captured[0]
+
+
+def pieces(items: list[SplitItem]) -> list[str]:
+    return ["cut" if item.is_splitting_graph else "piece" for item in items]
+
+
+def run_all_ways(
+    gm: torch.fx.GraphModule, split_gm: torch.fx.GraphModule, *inputs: object
+) -> object:
+    """The graph, the stitching graph and the emitted function agree; returns what they return."""
+
+    def fresh() -> list[object]:
+        return [each.clone() if isinstance(each, torch.Tensor) else each for each in inputs]
+
+    expected = torch.fx.Interpreter(gm).run(*fresh())
+    torch.testing.assert_close(split_gm(*fresh()), expected, rtol=0, atol=0)
+    for submods in (None, [n.target for n in split_gm.graph.nodes if n.op == "call_module"]):
+        source = generate_source(split_gm, LowerOptions(submods=submods))
+        callables = {name: split_gm.get_submodule(name) for name in source.submod_names}
+        function = compile_execution_fn(source.code, callables, source.submod_names, source.consts)
+        torch.testing.assert_close(function(*fresh()), expected, rtol=0, atol=0)
+    return expected
+
+
+def crossing(split_gm: torch.fx.GraphModule) -> list[object]:
+    """The recorded values of what goes from one submodule to another."""
+    found = []
+    for node in split_gm.graph.nodes:
+        if node.op == "call_module":
+            for source in node.all_input_nodes:
+                found.append(source.meta.get("example_value", source.meta.get("val")))
+    return found
+
+
+# --- order and partitions ------------------------------------------------------------------------
+
+
+def test_each_cut_has_its_own_submodule_and_ids_follow_the_order() -> None:
+    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+        for _ in range(3):
+            x = g.call_function(torch.sin, (g.call_function(CUT, (x,)),))
+        return (x,)
+
+    gm = graph_of(build)
+    split_gm, items = split_graph(gm, ["test_split::cut"])
+    assert pieces(items) == ["cut", "piece"] * 3
+    assert [item.graph_id for item in items] == list(range(6))
+    assert [item.submod_name for item in items] == [f"submod_{i}" for i in range(6)]
+    assert [n.target for n in split_gm.graph.nodes if n.op == "call_module"] == [
+        item.submod_name for item in items
+    ]
+    run_all_ways(gm, split_gm, torch.randn(4, 6))
+
+
+def test_adjacent_splitting_ops_share_a_submodule() -> None:
+    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+        return (g.call_function(torch.sin, (g.call_function(CUT, (g.call_function(CUT, (x,)),)),)),)
+
+    gm = graph_of(build)
+    split_gm, items = split_graph(gm, [CUT])
+    assert pieces(items) == ["cut", "piece"]
+    run_all_ways(gm, split_gm, torch.randn(4, 6))
+
+
+def test_the_given_graph_is_not_changed() -> None:
+    gm = graph_of(
+        lambda g, x: (
+            g.call_function(CUT, (g.call_method("view", (x, g.call_method("size", (x,)))),)),
+        )
+    )
+    before = str(gm.graph)
+    split_graph(gm, [CUT])
+    assert str(gm.graph) == before
+
+
+def test_mutations_keep_their_order_around_a_cut() -> None:
+    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+        buffer = g.call_method("clone", (x,))
+        g.call_method("add_", (buffer, 1))
+        g.call_function(FILL, (x, buffer))
+        g.call_method("mul_", (buffer, 3))
+        again = g.call_function(CUT, (buffer,))
+        g.call_function(operator.setitem, (buffer, 0, -1.0))
+        return (buffer, again)
+
+    gm = graph_of(build)
+    split_gm, items = split_graph(gm, ["test_split::fill", "test_split::cut"])
+    assert pieces(items) == ["piece", "cut", "piece", "cut", "piece"]
+    order = [n.target for item in items for n in item.graph.graph.nodes if n.op.startswith("call")]
+    assert order == ["clone", "add_", FILL, "mul_", CUT, operator.setitem]
+    buffer, again = run_all_ways(gm, split_gm, torch.ones(4, 6))  # type: ignore[misc]
+    assert again[0, 0] == 12 and buffer[0, 0] == -1 and buffer[1, 0] == 6
+
+
+def test_a_getitem_follows_a_tuple_and_not_a_tensor() -> None:
+    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+        pair = g.call_function(PAIR, (x,))
+        other = g.call_function(torch.sin, (x,))
+        left = g.call_function(operator.getitem, (pair, 0))
+        cut = g.call_function(CUT, (left,))
+        row = g.call_function(operator.getitem, (cut, 0))
+        return (other, row, g.call_function(operator.getitem, (pair, 1)))
+
+    gm = graph_of(build)
+    split_gm, items = split_graph(gm, ["test_split::cut", "test_split::pair"])
+    assert pieces(items) == ["cut", "piece", "cut", "piece"]
+    assert not any(isinstance(value, (tuple, list)) for value in crossing(split_gm))
+    run_all_ways(gm, split_gm, torch.randn(4, 6))
+
+
+def test_a_computed_index_does_not_pull_a_getitem_back() -> None:
+    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+        rows = g.call_method("unbind", (x,))
+        cut = g.call_function(CUT, (x,))
+        index = g.call_function(len, (g.call_method("unbind", (cut,)),))
+        last = g.call_function(operator.sub, (index, 1))
+        return (g.call_function(operator.getitem, (rows, last)),)
+
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(build(graph, x))
+    gm = torch.fx.GraphModule(torch.nn.Module(), graph)
+    split_gm, _ = split_graph(gm, [CUT])
+    run_all_ways(gm, split_gm, torch.randn(4, 6))
+
+
+def test_a_getitem_of_a_tuple_literal() -> None:
+    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+        cut = g.call_function(CUT, (x,))
+        picked = g.call_function(operator.getitem, ((x, cut), 1))
+        return (g.call_function(torch.sin, (picked,)),)
+
+    gm = graph_of(build)
+    split_gm, items = split_graph(gm, [CUT])
+    assert pieces(items) == ["cut", "piece"]
+    run_all_ways(gm, split_gm, torch.randn(4, 6))
+
+
+# --- sizes across a cut --------------------------------------------------------------------------
+
+
+def _sliced(x: torch.Tensor) -> torch.Tensor:
+    n = x.shape[0]
+    return torch.ops.test_split.cut(x)[:n] + 1
+
+
+def _sliced_by_less(x: torch.Tensor) -> torch.Tensor:
+    return torch.ops.test_split.cut(x)[: x.shape[0] - 1] + 1
+
+
+def _reshaped(x: torch.Tensor) -> torch.Tensor:
+    return torch.reshape(torch.ops.test_split.cut(x).view(-1), x.size()) + 1
+
+
+def _filled(x: torch.Tensor) -> torch.Tensor:
+    return torch.full(x.size(), 2.0) + torch.ops.test_split.cut(x)
+
+
+def _emptied(x: torch.Tensor) -> torch.Tensor:
+    y = torch.ops.test_split.cut(x)
+    out = torch.empty(size=x.size())
+    return out.copy_(y) + 1
+
+
+def _splat(x: torch.Tensor) -> torch.Tensor:
+    return torch.ops.test_split.cut(x.view(-1)).view(*x.size()) + 1
+
+
+def _broadcast(x: torch.Tensor) -> torch.Tensor:
+    return torch.broadcast_to(torch.ops.test_split.cut(x)[0], x.shape) + 1
+
+
+def _part_of_shape(x: torch.Tensor) -> torch.Tensor:
+    return torch.ops.test_split.cut(x).reshape(*x.shape[:-1], 2, 3) + 1
+
+
+@pytest.mark.parametrize(
+    "function",
+    [_sliced, _sliced_by_less, _reshaped, _filled, _emptied, _splat, _broadcast, _part_of_shape],
+)
+def test_sizes_cross_a_cut_one_by_one(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    gm = symbolic_graph_of(function)
+    split_gm, items = split_graph(gm, ["test_split::cut"])
+    assert "cut" in pieces(items)
+    for value in crossing(split_gm):
+        assert value is None or isinstance(value, (torch.Tensor, int, torch.SymInt)), value
+    for rows in (4, 7):
+        x = torch.arange(6.0 * rows).reshape(rows, 6)
+        inputs = [
+            rows if n.meta["example_value"].__class__ is torch.SymInt else x
+            for n in gm.graph.find_nodes(op="placeholder")
+        ]
+        result = run_all_ways(gm, split_gm, *inputs)
+        torch.testing.assert_close(result[0], function(x))  # type: ignore[index]
+
+
+@pytest.mark.parametrize("form", ["splat", "sequence", "keyword", "nested"])
+def test_every_form_of_a_whole_shape_is_taken_apart(form: str) -> None:
+    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+        shape = g.call_method("size", (x,))
+        y = g.call_function(CUT, (x,))
+        if form == "splat":
+            return (g.call_method("view", (y, shape)),)
+        if form == "sequence":
+            return (g.call_function(torch.reshape, (y, shape)),)
+        if form == "keyword":
+            return (g.call_function(torch.zeros, (), {"size": shape}), y)
+        rows = g.call_function(operator.getitem, (shape, 0))
+        return ({"shape": [rows, (shape, 1)]}, y)
+
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["example_value"] = torch.empty(4, 6, device="meta")
+    graph.output(build(graph, x))
+    gm = torch.fx.GraphModule(torch.nn.Module(), graph)
+    split_gm, items = split_graph(gm, [CUT])
+    calls = [n for item in items for n in item.graph.graph.nodes if n.target == "size"]
+    assert not calls
+    run_all_ways(gm, split_gm, torch.randn(4, 6))
+
+
+def test_a_consumer_that_needs_the_whole_shape_reads_it_again() -> None:
+    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+        shape = g.call_method("size", (x,))
+        y = g.call_function(CUT, (x,))
+        return (g.call_method("numel", (shape,)), y)
+
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["example_value"] = torch.empty(4, 6, device="meta")
+    graph.output(build(graph, x))
+    gm = torch.fx.GraphModule(torch.nn.Module(), graph)
+    split_gm, _ = split_graph(gm, [CUT])
+    assert run_all_ways(gm, split_gm, torch.randn(4, 6))[0] == 24  # type: ignore[index]
+
+
+# --- pieces with nothing to launch ---------------------------------------------------------------
+
+
+def test_a_piece_of_sizes_and_allocations_is_merged() -> None:
+    def between(x: torch.Tensor) -> torch.Tensor:
+        y = torch.ops.test_split.cut(x.sin())
+        rows = y.shape[0]
+        out = torch.empty(rows, 6)
+        torch.ops.test_split.fill(y, out)
+        return out + 1
+
+    gm = symbolic_graph_of(between)
+    split_gm, items = split_graph(gm, ["test_split::cut", "test_split::fill"])
+    for item in items:
+        if not item.is_splitting_graph:
+            names = [n.name for n in item.graph.graph.nodes if n.op.startswith("call")]
+            assert any("sin" in name or "add" in name for name in names), names
+    x = torch.randn(4, 6)
+    inputs = [
+        4 if isinstance(n.meta["example_value"], torch.SymInt) else x
+        for n in gm.graph.find_nodes(op="placeholder")
+    ]
+    run_all_ways(gm, split_gm, *inputs)
+
+
+def test_leading_and_lonely_allocations_stay_valid() -> None:
+    def leading(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+        out = g.call_function(torch.empty_like, (x,))
+        g.call_function(FILL, (x, out))
+        return (out,)
+
+    gm = graph_of(leading)
+    split_gm, items = split_graph(gm, [FILL])
+    assert pieces(items) == ["cut"]
+    run_all_ways(gm, split_gm, torch.randn(4, 6))
+    only_sizes = graph_of(lambda g, x: (g.call_method("size", (x, 0)),))
+    _, items = split_graph(only_sizes, [FILL])
+    assert pieces(items) == ["piece"]
+
+
+def count_calls(value: int) -> int:
+    """An integer function with a side effect, which must stay where it is."""
+    SEEN.append(value)
+    return value
+
+
+SEEN: list[int] = []
+
+
+def test_a_function_of_integers_that_may_do_more_is_not_moved() -> None:
+    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+        first = g.call_function(torch.sin, (x,))
+        cut = g.call_function(CUT, (first,))
+        counted = g.call_function(count_calls, (7,))
+        counted.meta["example_value"] = 7
+        return (g.call_function(CUT, (cut,)), counted)
+
+    graph = torch.fx.Graph()
+    graph.output(build(graph, graph.placeholder("x")))
+    gm = torch.fx.GraphModule(torch.nn.Module(), graph)
+    _, items = split_graph(gm, [CUT])
+    assert pieces(items) == ["piece", "cut", "piece", "cut"]
+
+
+# --- autocast regions ----------------------------------------------------------------------------
+
+
+def test_an_autocast_region_is_opened_and_closed_in_every_piece_that_it_spans() -> None:
+    from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    before = graph.call_function(torch.matmul, (x, x))
+    region = graph.call_function(_enter_autocast, ("cpu", torch.bfloat16, True, None))
+    one = graph.call_function(torch.matmul, (x, x))
+    cut = graph.call_function(CUT, (one,))
+    two = graph.call_function(torch.matmul, (x, x))
+    graph.call_function(_exit_autocast, (region,))
+    after = graph.call_function(torch.matmul, (x, x))
+    graph.output((before, cut, two, after))
+    gm = torch.fx.GraphModule(torch.nn.Module(), graph)
+    split_gm, items = split_graph(gm, [CUT])
+    assert pieces(items) == ["piece", "cut", "piece"]
+    for item in items:
+        targets = [n.target for n in item.graph.graph.nodes]
+        assert targets.count(_enter_autocast) == targets.count(_exit_autocast) == 1
+    results = run_all_ways(gm, split_gm, torch.randn(6, 6))
+    assert [each.dtype for each in results] == [  # type: ignore[attr-defined]
+        torch.float32,
+        torch.bfloat16,
+        torch.bfloat16,
+        torch.float32,
+    ]
+    assert not torch.is_autocast_enabled("cpu")
+
+
+# --- naming the operators ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "op", ["test_split::cut", "test_split::cut.default", CUT, torch.ops.test_split.cut]
+)
+def test_an_operator_can_be_named_in_every_way(op: object) -> None:
+    for target in (CUT, torch.ops.test_split.cut):
+        gm = graph_of(
+            lambda g, x, t=target: (g.call_function(torch.sin, (g.call_function(t, (x,)),)),)
+        )
+        _, items = split_graph(gm, [op])  # type: ignore[list-item]
+        assert pieces(items) == ["cut", "piece"]
+
+
+def test_a_plain_function_can_be_a_splitting_op() -> None:
+    gm = graph_of(lambda g, x: (g.call_function(torch.sin, (g.call_function(torch.relu, (x,)),)),))
+    _, items = split_graph(gm, [torch.relu])
+    assert pieces(items) == ["cut", "piece"]
+
+
+def test_no_splitting_op_gives_one_piece() -> None:
+    gm = graph_of(lambda g, x: (g.call_function(torch.sin, (x,)),))
+    split_gm, items = split_graph(gm, [])
+    assert pieces(items) == ["piece"]
+    run_all_ways(gm, split_gm, torch.randn(4, 6))
+
+
+@pytest.mark.parametrize("name", ["attention", "ns::", "::op", "a::b::c", ""])
+def test_a_malformed_name_is_refused(name: str) -> None:
+    with pytest.raises(SplitError, match="not of the form"):
+        split_graph(graph_of(lambda g, x: (x,)), [name])
+
+
+def test_something_that_is_no_operator_is_refused() -> None:
+    with pytest.raises(SplitError, match="neither a name nor an operator"):
+        split_graph(graph_of(lambda g, x: (x,)), [3])  # type: ignore[list-item]
+
+
+def test_a_graph_with_a_pytree_signature_is_refused() -> None:
+    class Other(CodeGen):
+        pass
+
+    gm = graph_of(lambda g, x: (x,))
+    gm.graph.set_codegen(Other())
+    with pytest.raises(SplitError, match=r"pytree.*set_codegen"):
+        split_graph(gm, [CUT])
+
+
+# --- strictness (S6) -----------------------------------------------------------------------------
+
+
+def test_an_operator_that_is_not_in_the_graph_is_reported_as_strictly_as_asked() -> None:
+    gm = graph_of(lambda g, x: (g.call_function(CUT, (x,)),))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        split_graph(gm, [CUT, "test_split::absent"])
+    with pytest.warns(UserWarning, match="test_split::absent' is not in the graph"):
+        split_graph(gm, [CUT, "test_split::absent"], strict=False)
+    with pytest.raises(SplitError, match=r"test_split::absent.*Hint: check its spelling"):
+        split_graph(gm, [CUT, "test_split::absent"], strict=True)
+
+
+def test_a_required_operator_inside_a_piece_is_reported() -> None:
+    gm = graph_of(lambda g, x: (g.call_function(CUT, (x,)),))
+    with pytest.raises(
+        SplitError, match=r"test_split.cut.default must stay outside .*not cut at \(node %cut"
+    ):
+        split_graph(gm, [], strict=True, required=["test_split::cut"])
+    _, items = split_graph(gm, ["test_split::cut"], strict=True, required=["test_split::cut"])
+    assert pieces(items) == ["cut"]
+
+
+def test_a_required_operator_inside_a_subgraph_is_reported() -> None:
+    branch = torch.fx.Graph()
+    branch.output((branch.call_function(CUT, (branch.placeholder("x"),)),))
+    root = torch.nn.Module()
+    root.branch = torch.fx.GraphModule(torch.nn.Module(), branch)
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    first, second = graph.get_attr("branch"), graph.get_attr("branch")
+    graph.output((graph.call_function(torch.ops.higher_order.cond, (True, first, second, (x,))),))
+    gm = torch.fx.GraphModule(root, graph)
+    with pytest.warns(UserWarning, match="inside the subgraph of a higher-order operator"):
+        split_graph(gm, [], strict=False, required=[CUT])
+
+
+# --- fitness (S8) --------------------------------------------------------------------------------
+
+
+def test_fit_operators_and_what_is_known_of_them() -> None:
+    out_buffer = check_op("test_split::fill")
+    assert out_buffer.fit and out_buffer.mutates == ("out",) and out_buffer.style == "out-buffer"
+    fresh = check_op(torch.ops.test_split.pair)
+    assert fresh.fit and fresh.style == "fresh outputs" and fresh.returns == ("Tensor", "Tensor")
+    assert fresh.name == "test_split::pair.default" and "Tensor x" in fresh.schema
+
+
+def test_an_operator_without_a_fake_is_not_fit() -> None:
+    report = check_op("test_split::unfaked")
+    assert not report.fit and "no fake implementation" in report.problems[0]
+
+
+def test_an_operator_that_returns_an_alias_is_not_fit() -> None:
+    report = check_op(torch.ops.aten.add_.Tensor)
+    assert not report.fit and "alias" in report.problems[0] and report.style == "both"
+
+
+@pytest.mark.parametrize("op", ["test_split::nothing", "nowhere::nothing", "nothing"])
+def test_an_operator_that_does_not_exist_is_an_error(op: str) -> None:
+    with pytest.raises(SplitError, match="there is no operator"):
+        check_op(op)
+
+
+def test_an_ambiguous_operator_is_an_error() -> None:
+    with pytest.raises(SplitError, match=r"several overloads.*Tensor"):
+        check_op("aten::add")
+
+
+# --- size (S7) -----------------------------------------------------------------------------------
+
+
+def chain(length: int) -> torch.fx.GraphModule:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    for number in range(length):
+        target = CUT if number % 50 == 25 else torch.sin
+        x = graph.call_function(target, (x,))
+    graph.output((x,))
+    return torch.fx.GraphModule(torch.nn.Module(), graph)
+
+
+def test_work_grows_with_the_number_of_nodes_and_not_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Counted, not timed: how often the splitter looks at a node."""
+    looked = 0
+    original = torch.fx.Graph.node_copy
+
+    def counting(self: torch.fx.Graph, *args: object, **kwargs: object) -> torch.fx.Node:
+        nonlocal looked
+        looked += 1
+        return original(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.fx.Graph, "node_copy", counting)
+    counts = []
+    for length in (1_000, 4_000):
+        looked = 0
+        split_graph(chain(length), [CUT])
+        counts.append(looked)
+    assert counts[1] < 4.2 * counts[0]
+
+
+@pytest.mark.nightly
+def test_a_hundred_thousand_nodes_split_in_seconds() -> None:
+    gm = chain(100_000)
+    start = time.process_time()
+    _, items = split_graph(gm, [CUT])
+    assert len(items) == 4_001
+    assert time.process_time() - start < 60
