@@ -740,3 +740,95 @@ def with_children(children: list[object], spec: _pytree.TreeSpec) -> object:
 def has_standalone_compile() -> bool:
     """Whether this torch compiles a graph into an artifact of its own."""
     return hasattr(torch._inductor, "standalone_compile")
+
+
+@contextlib.contextmanager
+def watching_operators(
+    note: Callable[[torch._ops.OpOverload, tuple[object, ...], dict[str, object]], None],
+    values: Iterable[object],
+) -> Iterator[None]:
+    """While active, ``note(operator, args, kwargs)`` is called before each operator runs; nothing is computed on data.
+
+    Args:
+        note: told about every operator that reaches the dispatcher.
+        values: fake values whose mode the block runs under; symbols that it makes are forgotten.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            note(func, args, kwargs or {})
+            return func(*args, **(kwargs or {}))
+
+    modes = (getattr(value, "fake_mode", None) for value in values)
+    fake_mode = next((mode for mode in modes if mode is not None), None)
+    forget = getattr(
+        getattr(fake_mode, "shape_env", None),
+        "ignore_fresh_unbacked_symbols",
+        contextlib.nullcontext,
+    )
+    with forget(), fake_mode or contextlib.nullcontext(), torch.no_grad(), Watch():
+        yield
+
+
+def size_oblivious_tracing() -> contextlib.AbstractContextManager[object] | None:
+    """A context in which backed dimensions are traced without fixing sizes 0 and 1; None where torch has none."""
+    try:
+        from torch.fx.experimental import _config
+    except ImportError:
+        return None
+    if not hasattr(_config, "backed_size_oblivious"):
+        return None
+    return _config.patch(backed_size_oblivious=True)
+
+
+def size_value(size: object, values: Mapping[str, int]) -> int | None:
+    """The number that ``size`` has when its symbols have ``values``; None if a symbol is missing."""
+    if not isinstance(size, torch.SymInt):
+        return size if isinstance(size, int) else None
+    found = _evaluated(size.node.expr, values)
+    return None if found is None else int(found)
+
+
+def recorded_guards(
+    sizes: Sequence[object],
+) -> list[tuple[str, str, Callable[[Mapping[str, int]], bool | None]]]:
+    """The shape guards and ranges that the trace behind ``sizes`` recorded: text, origin, and a test.
+
+    A test takes values by symbol and returns None if one that it needs is missing (a size that the data decides).
+    """
+    env = next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
+    found: list[tuple[str, str, Callable[[Mapping[str, int]], bool | None]]] = []
+    for guard in getattr(env, "guards", ()):
+        expr = env.replace(guard.expr)
+        found.append((str(expr), str(getattr(guard, "sloc", "")), _test_of(expr)))
+    for symbol, bounds in getattr(env, "var_to_range", {}).items():
+        for text, bound, low in (("<=", bounds.lower, True), (">=", bounds.upper, False)):
+            if getattr(bound, "is_Integer", False):
+                test = _bound_test(str(symbol), int(bound), low)
+                found.append((f"{bound} {text} {symbol}", "", test))
+    return found
+
+
+def _bound_test(symbol: str, bound: int, low: bool) -> Callable[[Mapping[str, int]], bool | None]:
+    def test(values: Mapping[str, int]) -> bool | None:
+        value = values.get(symbol)
+        return None if value is None else (bound <= value if low else value <= bound)
+
+    return test
+
+
+def _test_of(expr: object) -> Callable[[Mapping[str, int]], bool | None]:
+    def test(values: Mapping[str, int]) -> bool | None:
+        found = _evaluated(expr, values)
+        return None if found is None else bool(found)
+
+    return test
+
+
+def _evaluated(expr: object, values: Mapping[str, int]) -> object:
+    """A symbolic expression or relation with numbers for its symbols; None if one is missing."""
+    symbols = getattr(expr, "free_symbols", ())
+    if any(str(each) not in values for each in symbols):
+        return None
+    return expr.subs({each: values[str(each)] for each in symbols})  # type: ignore[attr-defined]

@@ -1,0 +1,122 @@
+"""Which part of a program is being compiled. In: a tag for the block, and whom to tell when it is compiled. Out: both, to whoever compiles inside it.
+
+Both belong to the running thread or task and end with the ``with`` block; nothing is kept at module level.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from piecework.errors import ConfigError
+
+DEFAULT_TAG = "backbone"
+_FORM = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTag:
+    """A name that keeps the models of one program apart: in reports, in folders and in the cache.
+
+    Attributes:
+        tag: ``backbone`` unless said otherwise.
+        is_encoder: the model is an encoder: its last batch range is open-ended.
+    """
+
+    tag: str = DEFAULT_TAG
+    is_encoder: bool = False
+
+    def prefix(self, model_name: str) -> str:
+        """``model_name`` with the tag before it, where there is one: ``drafter.Llama``."""
+        return model_name if self.tag == DEFAULT_TAG else f"{self.tag}.{model_name}"
+
+
+# A ContextVar is a constant key; the value belongs to the running thread or task.
+_TAG: ContextVar[ModelTag | None] = ContextVar("piecework_model_tag", default=None)
+_ON_COMPLETE: ContextVar[Callable[[], object] | None] = ContextVar(
+    "piecework_on_compilation_complete", default=None
+)
+
+
+@contextmanager
+def set_model_tag(tag: str, is_encoder: bool = False) -> Iterator[ModelTag]:
+    """Tag every model that is made or compiled in the block; the outer tag is back afterwards.
+
+    Args:
+        tag: letters, digits, ``_``, ``.`` and ``-``; it becomes part of folder names.
+        is_encoder: the last batch range is open-ended.
+
+    Raises:
+        ConfigError: the tag can't be part of a folder name.
+
+    Example:
+        >>> with set_model_tag("drafter"):
+        ...     drafter = piecework.compile(draft_model, (tokens,))
+    """
+    if not isinstance(tag, str) or not _FORM.fullmatch(tag):
+        raise ConfigError(
+            f"{tag!r} can't be a model tag",
+            where="set_model_tag",
+            hint="use letters, digits, '_', '.' and '-', a letter or digit first",
+        )
+    made = ModelTag(tag, is_encoder)
+    token = _TAG.set(made)
+    try:
+        yield made
+    finally:
+        _TAG.reset(token)
+
+
+def current_model_tag() -> ModelTag:
+    """The tag of the innermost block, or the default one."""
+    return _TAG.get() or ModelTag()
+
+
+def model_tag_is_set() -> bool:
+    """Whether a block has set a tag; tells an explicit default from none."""
+    return _TAG.get() is not None
+
+
+@contextmanager
+def use_model_tag(tag: ModelTag) -> Iterator[None]:
+    """Make a tag that was kept current again, for a model that is compiled later than it was made."""
+    token = _TAG.set(tag)
+    try:
+        yield
+    finally:
+        _TAG.reset(token)
+
+
+@contextmanager
+def set_on_compilation_complete(callback: Callable[[], object]) -> Iterator[None]:
+    """Have ``callback()`` called each time that a model was compiled in the block, after its last piece.
+
+    What the callback raises leaves the call that compiled; the model is compiled nevertheless.
+
+    Raises:
+        ConfigError: ``callback`` can't be called.
+
+    Example:
+        >>> with set_on_compilation_complete(lambda: print("compiled")):
+        ...     model(tokens)
+    """
+    if not callable(callback):
+        raise ConfigError(
+            f"a callback must be callable; got a {type(callback).__qualname__}",
+            where="set_on_compilation_complete",
+        )
+    token = _ON_COMPLETE.set(callback)
+    try:
+        yield
+    finally:
+        _ON_COMPLETE.reset(token)
+
+
+def compilation_complete() -> None:
+    """Tell the innermost block's callback, if there is one, that a model is compiled."""
+    callback = _ON_COMPLETE.get()
+    if callback is not None:
+        callback()
