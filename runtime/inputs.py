@@ -201,6 +201,31 @@ class StaticInputs:
         """
         return self._plan(padded, (padded,) * len(self._slots)).static
 
+    def batch_size(self, tensors: Sequence[torch.Tensor]) -> int:
+        """The size that ``tensors`` have in their dynamic dimensions.
+
+        Raises:
+            InputError: there are none, one is no tensor of the right rank, or they disagree.
+        """
+        if len(tensors) != len(self._slots) or not tensors:
+            raise InputError(
+                f"{len(tensors)} tensors for {len(self._slots)} staged inputs", where="batch_size"
+            )
+        pairs = list(zip(self._slots, tensors, strict=True))
+        sizes = {
+            slot.spec.name: tensor.shape[slot.dim]
+            for slot, tensor in pairs
+            if getattr(tensor, "ndim", None) == slot.buffer.ndim
+        }
+        distinct = set(sizes.values())
+        if len(sizes) == len(pairs) and len(distinct) == 1:
+            return distinct.pop()
+        found = ", ".join(
+            f"{slot.spec.name}: {sizes.get(slot.spec.name, 'not a tensor of that rank')}"
+            for slot, _ in pairs
+        )
+        raise InputError(f"the inputs have no common batch size ({found})", where="batch_size")
+
     def stage(self, tensors: Sequence[torch.Tensor], padded: int) -> tuple[torch.Tensor, ...]:
         """Copy ``tensors`` into the buffers, pad to ``padded``, and return the static tensors.
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from piecework.runtime.graphs.owner import StaticGraphs
     from piecework.runtime.graphs.platforms import platform_for
     from piecework.runtime.graphs.progress import CaptureProgress
+    from piecework.runtime.graphs.runner import GraphRunner
     from piecework.runtime.graphs.weak_ref import weak_ref_tensor, weak_ref_tensors
     from piecework.runtime.graphs.wrapper import (
         CUDAGraphEntry,
@@ -40,6 +41,7 @@ _HOME = {
     "CaptureReport": "capture",
     "ConcreteSizeEntry": "lazy",
     "FailurePolicy": "capture",
+    "GraphRunner": "runner",
     "MemoryEstimate": "memory",
     "StaticGraphs": "owner",
     "ValueOrigin": "address",
@@ -68,6 +70,7 @@ __all__ = [
     "CaptureReport",
     "ConcreteSizeEntry",
     "FailurePolicy",
+    "GraphRunner",
     "MemoryEstimate",
     "StaticGraphs",
     "ValueOrigin",
