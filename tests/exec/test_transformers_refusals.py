@@ -90,10 +90,26 @@ class Branches(nn.Module):
         return self.inner(states) if float(states.sum()) < 1e9 else states
 
 
-def test_tokens_mixed_outside_attention() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_mixed_outside_attention(dtype: torch.dtype) -> None:
     model = llama()
     model.model.layers[1].mlp = TokenShift(model.model.layers[1].mlp)
-    refused(model, "mixes tokens outside attention")
+    refused(model.to(dtype), "mixes tokens outside attention")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_short_convolutions(dtype: torch.dtype) -> None:
+    """With its initial weights the convolution moves the states by less than bfloat16 shows."""
+    model = from_config(
+        "lfm2",
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+    )
+    refused(model.to(dtype), "mixes tokens outside attention")
 
 
 def test_state_outside_the_cache() -> None:
