@@ -31,38 +31,50 @@ Kind = tuple[CUDAGraphMode, BatchDescriptor]
 class MemoryModel:
     """What capturing sizes of one kind of batch takes, largest first, into an empty pool.
 
-    The largest size pays for the pool, in proportion to its tokens; each size pays a step of its own (graph
+    The largest size pays for the pool, a fixed part and one per token; each size pays a step of its own (graph
     objects, outputs that can't share), interpolated between the measured ones.
 
     Attributes:
         bytes_per_token: what the pool takes for each token of the largest size.
         steps: (size, bytes) of the measured steps, ascending.
+        fixed_bytes: what the pool takes whatever the size.
     """
 
     bytes_per_token: float
     steps: tuple[tuple[int, int], ...] = ()
+    fixed_bytes: float = 0.0
 
     @classmethod
-    def fit(cls, measured: Mapping[int, int]) -> MemoryModel:
+    def fit(cls, measured: Mapping[int, int], alone: tuple[int, int] | None = None) -> MemoryModel:
         """The model of measured sizes.
+
+        Args:
+            measured: bytes by size, captured largest first.
+            alone: another size with its bytes when captured alone; tells the fixed part from the one per token.
 
         Raises:
             StaticGraphError: nothing was measured.
 
         Example:
-            >>> MemoryModel.fit({8: 900, 4: 100, 1: 100})
-            MemoryModel(bytes_per_token=100.0, steps=((1, 100), (4, 100)))
+            >>> MemoryModel.fit({8: 900, 4: 100, 1: 100}, alone=(1, 200))
+            MemoryModel(bytes_per_token=100.0, steps=((1, 100), (4, 100)), fixed_bytes=0.0)
         """
         if not measured:
             raise StaticGraphError("no size was measured", where="memory estimate")
         largest = max(measured)
         steps = tuple(sorted((size, n) for size, n in measured.items() if size != largest))
-        own_step = _interpolate(steps, largest) if steps else 0
-        return cls(max(0.0, measured[largest] - own_step) / largest, steps)
+        pool = max(0, measured[largest] - (_interpolate(steps, largest) if steps else 0))
+        if alone is None or alone[0] == largest:
+            return cls(pool / largest, steps)
+        size, nbytes = alone
+        small = min(pool, max(0, nbytes - (_interpolate(steps, size) if steps else 0)))
+        slope = (pool - small) / (largest - size)
+        fixed = max(0.0, small - slope * size)
+        return cls((pool - fixed) / largest, steps, fixed)
 
     def pool(self, largest: int) -> float:
         """What the pool takes where ``largest`` is the largest size."""
-        return self.bytes_per_token * largest
+        return self.fixed_bytes + self.bytes_per_token * largest
 
     def step(self, size: int) -> int:
         """What ``size`` adds where a larger one is captured."""
@@ -122,7 +134,9 @@ def estimate_memory(
     warmups: int = 0,
     context_for: ContextFor | None = None,
 ) -> MemoryEstimate:
-    """Capture the largest, the middle and the smallest size of each mode, forget them, and tell what all will take.
+    """Capture the smallest size of each kind, then its largest, middle and smallest, and tell what all will take.
+
+    What was captured is forgotten again.
 
     Args:
         forward: as for ``capture_graphs``.
@@ -149,15 +163,20 @@ def estimate_memory(
     models = {}
     for kind, group in planned.items():
         probes = [group[at] for at in sorted({0, len(group) // 2, len(group) - 1})]
-        try:
-            plan = [(kind[0], probes)]
-            capture_graphs(forward, plan, graphs, warmups=warmups, context_for=context_for)
-            found = dict(graphs.bytes_by_descriptor())
-        finally:
-            graphs.clear_all_graphs()
-            graphs.allow_capturing(was_open)
-        measured |= found
-        models[kind] = MemoryModel.fit({d.num_tokens: n for (_, d), n in found.items()})
+        found: list[dict[Key, int]] = []
+        for plan in ([probes[-1]], probes):
+            try:
+                todo = [(kind[0], plan)]
+                capture_graphs(forward, todo, graphs, warmups=warmups, context_for=context_for)
+                found.append(dict(graphs.bytes_by_descriptor()))
+            finally:
+                graphs.clear_all_graphs()
+                graphs.allow_capturing(was_open)
+        [(smallest, alone)], together = found[0].items(), found[1]
+        measured |= together
+        models[kind] = MemoryModel.fit(
+            {d.num_tokens: n for (_, d), n in together.items()}, (smallest[1].num_tokens, alone)
+        )
     return MemoryEstimate(_rows(planned, models), frozenset(measured), models)
 
 

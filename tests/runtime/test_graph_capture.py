@@ -369,6 +369,7 @@ models = st.builds(
     st.dictionaries(st.integers(1, 64), st.integers(0, 500), max_size=4).map(
         lambda d: tuple(sorted(d.items()))
     ),
+    st.floats(0, 500),
 )
 
 
@@ -412,6 +413,15 @@ def test_one_measured_size():
     kind, model = KINDS[0], MemoryModel.fit({8: 800})
     costs = [cost_of({kind: sizes}, {kind: model}) for sizes in ([8], [4, 2], [])]
     assert costs == [800, 400, 0]
+
+
+def test_a_size_alone_tells_the_fixed_part():
+    model = MemoryModel.fit({8: 1050, 2: 50}, alone=(2, 450))
+    assert (model.bytes_per_token, model.fixed_bytes) == (100.0, 200.0)
+    assert cost_of({KINDS[0]: [4]}, {KINDS[0]: model}) == 650
+    assert MemoryModel.fit({8: 800}, alone=(8, 800)) == MemoryModel(100.0)
+    # A smaller size can't need more of the pool than the largest.
+    assert MemoryModel.fit({8: 800, 4: 0}, alone=(4, 900)) == MemoryModel(0.0, ((4, 0),), 800.0)
 
 
 def test_kinds_share_the_pool():
