@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import random
 import resource
 import signal
 import sys
@@ -140,6 +141,31 @@ def use_as_nobody(root: str, count: int) -> dict[str, object]:
     return use(root, count)
 
 
+def churn(root: str, rounds: int, seed: int) -> dict[str, object]:
+    """Read, replace, reject and compile a few artifacts at random, and count wrong bytes."""
+    warnings, chance, wrong = Warnings(), random.Random(seed), 0
+    entry = CacheStore.open(root, FACTORS)
+    for step in range(rounds):
+        name = f"piece {chance.randrange(5)}"
+        versions = [payload(f"{name} {number}") for number in range(3)]
+        chosen = chance.choice(versions)
+        match chance.randrange(5):
+            case 0:
+                entry = CacheStore.open(root, FACTORS)
+            case 1:
+                entry.put(name, chosen)
+            case 2:
+                text = f"# {seed} {step}\n" * chance.randrange(1, 50)
+                entry.write_text_files({"stitched.py": text})
+            case 3:
+                data = entry.get(name)
+                wrong += data is not None and data not in versions
+            case _:
+                result = entry.get_or_compile(name, lambda chosen=chosen: chosen)
+                wrong += result.data not in versions or not result.saved
+    return {"wrong": wrong, "warnings": warnings.texts}
+
+
 def collect(root: str) -> dict[str, object]:
     """Try to clean up; report the typed error."""
     try:
@@ -156,6 +182,7 @@ def main() -> int:
         "save_and_die": lambda: save_and_die(root, int(rest[0]), int(rest[1])),
         "use": lambda: use(root, int(rest[0])),
         "use_with_small_files": lambda: use_with_small_files(root, int(rest[0]), int(rest[1])),
+        "churn": lambda: churn(root, int(rest[0]), int(rest[1])),
         "collect": lambda: collect(root),
         "use_as_nobody": lambda: use_as_nobody(root, int(rest[0])),
     }

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from piecework.runtime.cache import CacheEntry, CacheStore, KeyFactors, verify_cache
 from piecework.runtime.cache.literal_index import INDEX_NAME
 from piecework.runtime.cache.manifest import (
@@ -147,11 +148,7 @@ def test_sampled_damage_of_every_file(saved: Path, tmp_path: Path, warned: list[
 
 
 @pytest.mark.nightly
-def test_all_damage_of_every_file(
-    saved: Path, tmp_path: Path, warned: list[str], request: pytest.FixtureRequest
-) -> None:
-    if "nightly" not in (request.config.option.markexpr or ""):
-        pytest.skip("nightly: select it with -m nightly")
+def test_all_damage_of_every_file(saved: Path, tmp_path: Path, warned: list[str]) -> None:
     for case in all_cases(saved):
         check_case(saved, tmp_path / "case", case, warned)
 
