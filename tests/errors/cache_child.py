@@ -60,10 +60,11 @@ def compile_and_count(name: str, journal: str) -> bytes:
     return payload(name)
 
 
-def share(root: str, journal: str, count: int, gate: str) -> dict[str, object]:
-    """Wait for the gate, then get or compile `count` artifacts."""
+def share(root: str, journal: str, count: int) -> dict[str, object]:
+    """Say that it is ready, wait for the end of the input, then get or compile `count` artifacts."""
     warnings = Warnings()
-    Path(gate).read_bytes()  # a FIFO: opens and ends for all readers at once
+    print("ready", flush=True)
+    sys.stdin.read()
     entry = CacheStore.open(root, FACTORS)
     right = all(
         entry.get_or_compile(name, lambda name=name: compile_and_count(name, journal)).data
@@ -177,7 +178,7 @@ def collect(root: str) -> dict[str, object]:
 def main() -> int:
     mode, root, *rest = sys.argv[1:]
     functions = {
-        "share": lambda: share(root, rest[0], int(rest[1]), rest[2]),
+        "share": lambda: share(root, rest[0], int(rest[1])),
         "save": lambda: save(root, int(rest[0])),
         "save_and_die": lambda: save_and_die(root, int(rest[0]), int(rest[1])),
         "use": lambda: use(root, int(rest[0])),

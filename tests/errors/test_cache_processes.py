@@ -28,6 +28,7 @@ def payload(name: str) -> bytes:
 def start(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(CHILD), *map(str, arguments)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -76,11 +77,14 @@ def assert_clean(root: Path) -> None:
 
 
 def test_eight_processes_compile_each_key_once(tmp_path: Path, root: Path) -> None:
-    gate, journal, count = tmp_path / "gate", tmp_path / "journal", 6
-    os.mkfifo(gate)
-    children = [start("share", root, journal, count, gate) for _ in range(8)]
-    with open(gate, "wb"):
-        time.sleep(0.4)  # most of them wait at the gate by now; the test holds if none does
+    journal, count = tmp_path / "journal", 6
+    children = [start("share", root, journal, count) for _ in range(8)]
+    for child in children:
+        assert child.stdout is not None and child.stdout.readline() == "ready\n"
+    for child in children:  # all wait at the line: let them go
+        assert child.stdin is not None
+        child.stdin.close()
+        child.stdin = None
     outcomes = [child.communicate() for child in children]
     assert [child.returncode for child in children] == [0] * 8, outcomes
     for out, _ in outcomes:
