@@ -42,13 +42,13 @@ def _reads_whole_shape(node: torch.fx.Node) -> bool:
     )
 
 
-def decompose_sizes(gm: torch.fx.GraphModule) -> None:
+def decompose_sizes(graph: torch.fx.Graph) -> None:
     """Replace each whole-shape read by one read per dimension, in place (row S4)."""
-    for node in list(gm.graph.nodes):
+    for node in list(graph.nodes):
         if _reads_whole_shape(node):
             rank = _rank(node)
             if rank is not None:
-                _decompose(gm.graph, node, rank)
+                _decompose(graph, node, rank)
 
 
 def _rank(node: torch.fx.Node) -> int | None:

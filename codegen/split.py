@@ -76,10 +76,9 @@ def split_graph(
             hint="flatten it first: gm.graph.set_codegen(torch.fx.graph.CodeGen())",
         )
     check_cuts(graph, is_splitting, SplittingOps(required), strict)
-    work = torch.fx.GraphModule(graph, _copy_of(graph.graph))
-    work.meta.update(graph.meta)
+    work = _copy_of(graph.graph)
     decompose_sizes(work)
-    regions = Regions(work.graph)
+    regions = Regions(work)
     partitions = _merge_idle(_assign(work, is_splitting, regions))
     for number, partition in enumerate(partitions):
         partition.number = number
@@ -102,12 +101,12 @@ class _Partition:
 
 
 def _assign(
-    gm: torch.fx.GraphModule, is_splitting: SplittingOps, regions: Regions
+    graph: torch.fx.Graph, is_splitting: SplittingOps, regions: Regions
 ) -> list[_Partition]:
     """Give each computing node a partition, in one pass over the nodes."""
     partitions: list[_Partition] = []
     home: dict[torch.fx.Node, _Partition] = {}
-    for node in gm.graph.nodes:
+    for node in graph.nodes:
         if node.op in ("placeholder", "output", "get_attr") or node in regions.borders:
             continue
         producer = node.args[0] if node.args else None
@@ -210,18 +209,18 @@ def _merge_idle(partitions: Sequence[_Partition]) -> list[_Partition]:
 
 
 def _build(
-    gm: torch.fx.GraphModule,
+    work: torch.fx.Graph,
     partitions: Sequence[_Partition],
     regions: Regions,
-    original: torch.fx.GraphModule,
+    gm: torch.fx.GraphModule,
 ) -> tuple[torch.fx.GraphModule, list[SplitItem]]:
     home = {node: p for p in partitions for node in p.nodes}
-    outputs = _outputs(gm, partitions, home)
+    outputs = _outputs(partitions, home)
     stitching = torch.fx.Graph()
     attributes: dict[str, object] = {}
     # What each node of `gm` is called in the stitching graph.
     values: dict[torch.fx.Node, torch.fx.Node] = {}
-    for node in gm.graph.find_nodes(op="placeholder"):
+    for node in work.find_nodes(op="placeholder"):
         values[node] = stitching.node_copy(node)
     items: list[SplitItem] = []
     for partition in partitions:
@@ -231,20 +230,19 @@ def _build(
         call = stitching.call_module(name, tuple(values[node] for node in inputs))
         _unpack_call(stitching, call, partition, outputs[partition], values)
         items.append(SplitItem(name, partition.number, partition.splitting, piece))
-    output_node = gm.graph.output_node()
+    output_node = work.output_node()
     for node in output_node.all_input_nodes:
         if node.op == "get_attr":
             values[node] = stitching.node_copy(node)
             attributes[str(node.target)] = attribute_of(gm, str(node.target))
     result = stitching.node_copy(output_node, lambda n: values[n])
     result.meta.update(output_node.meta)
-    split_gm = torch.fx.GraphModule(attributes, stitching, type(original).__name__)
-    split_gm.meta.update(original.meta)
+    split_gm = torch.fx.GraphModule(attributes, stitching, type(gm).__name__)
+    split_gm.meta.update(gm.meta)
     return split_gm, items
 
 
 def _outputs(
-    gm: torch.fx.GraphModule,
     partitions: Sequence[_Partition],
     home: dict[torch.fx.Node, _Partition],
 ) -> dict[_Partition, list[torch.fx.Node]]:
