@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from piecework.golden.align import Mark, mark_of
-from piecework.golden.outline import CONSTS, Argument, Outline, Step
+from piecework.golden.outline import Argument, Outline, Step
+from piecework.golden.tables import CONSTS
 
 
 def constant_names(outline: Outline) -> dict[int, str]:

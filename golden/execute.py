@@ -147,8 +147,9 @@ def _unequal(expected: object, actual: object, where: str) -> Iterator[str]:
 
 def _kind(value: object) -> type:
     """The type, with FX's immutable containers as the plain ones that they stand for."""
-    kind = type(value)
-    return {immutable_list: list, immutable_dict: dict}.get(kind, kind)
+    if type(value) is immutable_list:
+        return list
+    return dict if type(value) is immutable_dict else type(value)
 
 
 def _same_value(expected: object, actual: object) -> bool:
@@ -199,7 +200,7 @@ def _aliases(
             continue
         storage = storages.setdefault(tensor.untyped_storage()._cdata, name)
         same = objects.setdefault(id(tensor), name)
-        found[name] = (storage, same, tensor.storage_offset())
+        found[name] = (storage, same, int(tensor.storage_offset()))
     return found
 
 

@@ -14,7 +14,8 @@ from piecework.golden.align import Join, Pairs, align, find_joins
 from piecework.golden.canonical import Canon
 from piecework.golden.changes import Change
 from piecework.golden.liveness_diff import liveness_changes
-from piecework.golden.outline import FunctionOutline, Parameter, Step
+from piecework.golden.outline import FunctionOutline, Step
+from piecework.golden.signature_diff import renamed_parameters, signature_changes
 
 _NOUN = {"piece": "piece", "inlined": "call outside the pieces", "call": "statement"}
 
@@ -52,7 +53,9 @@ class _FunctionComparison:
     renamed: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> FunctionDiff:
-        signature = list(self._signature())
+        parameters = renamed_parameters(self.before, self.after)
+        signature = list(signature_changes(self.before, self.after, parameters, self.scope))
+        self.renamed.update(parameters)
         self._rename(self.renamed)
         after_marks = [self.canon_after.mark(step) for step in self.after.steps]
         self.pairs = align([self.canon.mark(step) for step in self.before.steps], after_marks)
@@ -94,55 +97,6 @@ class _FunctionComparison:
         names = [self.canon.name(name) for name in bound[0]]
         return all(len(set(each)) == len(each) for each in (*bound, names))
 
-    # --- signature -------------------------------------------------------------------------------
-
-    def _signature(self) -> Iterator[Change]:
-        old = {p.name: p for p in self.before.parameters}
-        new = {p.name: p for p in self.after.parameters}
-        lines = (self.before.line, self.after.line)
-        removed = [p for p in self.before.parameters if p.name not in new]
-        added = [p for p in self.after.parameters if p.name not in old]
-        for old_parameter, new_parameter in self._renamed_parameters(removed, added):
-            removed.remove(old_parameter)
-            added.remove(new_parameter)
-            self.renamed[old_parameter.name] = new_parameter.name
-            message = f"parameter {old_parameter.name} is now called {new_parameter.name}"
-            yield Change("signature", "changed", message, self.scope, *lines)
-        for parameter in removed:
-            message = f"parameter {parameter.text} is gone"
-            yield Change("signature", "removed", message, self.scope, *lines)
-        for parameter in added:
-            yield Change("signature", "added", f"parameter {parameter.text}", self.scope, *lines)
-        for name in old.keys() & new.keys():
-            if (old[name].kind, old[name].default) != (new[name].kind, new[name].default):
-                message = f"parameter {old[name].text} is now {_described(new[name])}"
-                yield Change("signature", "changed", message, self.scope, *lines)
-        if (self.before.name, self.before.extras) != (self.after.name, self.after.extras):
-            old_head, new_head = _head(self.before), _head(self.after)
-            if self.scope == "" or self.before.extras != self.after.extras:
-                message = f"{old_head} is now {new_head}"
-                yield Change("signature", "changed", message, self.scope, *lines)
-        kept_before = [p.name for p in self.before.parameters if p.name in new]
-        kept_after = [p.name for p in self.after.parameters if p.name in old]
-        if kept_before != kept_after:
-            message = f"parameters are in another order: {', '.join(kept_after)}"
-            yield Change("signature", "moved", message, self.scope, *lines)
-
-    def _renamed_parameters(
-        self, removed: list[Parameter], added: list[Parameter]
-    ) -> list[tuple[Parameter, Parameter]]:
-        """Parameters at one position among those without a partner, alike in everything but the name."""
-        old_at = {p.name: i for i, p in enumerate(self.before.parameters)}
-        new_at = {p.name: i for i, p in enumerate(self.after.parameters)}
-        if len(removed) != len(added):
-            return []
-        return [
-            (old, new)
-            for old, new in zip(removed, added, strict=True)
-            if (old.kind, old.default) == (new.kind, new.default)
-            and old_at[old.name] == new_at[new.name]
-        ]
-
     # --- values ------------------------------------------------------------------------------------
 
     def _follow_results(self) -> None:
@@ -181,10 +135,10 @@ class _FunctionComparison:
             yield self._change("pieces", "split", message, whole, parts[0])
 
     def _unpaired(self, merges: list[Join], splits: list[Join]) -> Iterator[Change]:
-        gone = [i for i in range(len(self.before.steps)) if i not in {i for i, _ in self.pairs}]
-        new = [j for j in range(len(self.after.steps)) if j not in {j for _, j in self.pairs}]
-        gone = [i for i in gone if not any(i in join.parts for join in merges)]
-        new = [j for j in new if not any(j in join.parts for join in splits)]
+        said = {i for i, _ in self.pairs} | {i for join in merges for i in join.parts}
+        said_after = {j for _, j in self.pairs} | {j for join in splits for j in join.parts}
+        gone = [i for i in range(len(self.before.steps)) if i not in said]
+        new = [j for j in range(len(self.after.steps)) if j not in said_after]
         for i in gone:
             step = self.before.steps[i]
             moved = next((j for j in new if self._same(step, self.after.steps[j])), None)
@@ -307,10 +261,6 @@ def _bound(function: FunctionOutline) -> list[str]:
     return [*(p.name for p in function.parameters), *results]
 
 
-def _head(function: FunctionOutline) -> str:
-    return " ".join((function.name, *function.extras))
-
-
 def label(step: Step) -> str:
     """How a statement is named in a sentence."""
     if step.kind == "piece":
@@ -330,11 +280,6 @@ def _values(names: tuple[str, ...], unpack: bool) -> str:
     if not names:
         return "nothing"
     return f"({', '.join(names)})" if unpack else ", ".join(names)
-
-
-def _described(parameter: Parameter) -> str:
-    note = {"keyword": " (by keyword only)", "/": " (by position only)"}.get(parameter.kind, "")
-    return parameter.text + note
 
 
 def _listed(steps: list[Step]) -> str:

@@ -6,20 +6,13 @@ The text is parsed, never executed, and never compared here; an edited or partly
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from piecework.errors import UsageError
+from piecework.golden.tables import SUBMODS, read_tables
 
 ENTRY_NAME = "execution_fn"
-SUBMODS = "__vllm_submods__"
-CONSTS = "__vllm_consts__"
-
-_FORMAT = re.compile(r"^# piecework .*\bformat (\d+)")
-_TABLE = re.compile(r"^# (__vllm_submods__|__vllm_consts__):$")
-_ROW = re.compile(r"^#\s+\[(\d+)\] (.*)$")
-_BOUND = re.compile(r"^#\s+(\w+): (.*)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +128,7 @@ def outline_of(text: str, where: str = "source") -> Outline:
             hint="pass a file that piecework emitted",
         )
     entry = next((node for node in functions if node.name == ENTRY_NAME), functions[-1])
-    tables = _tables(lines)
+    tables = read_tables(lines)
     aliases = {name: value for node in tree.body for name, value in _alias(node)}
     known = frozenset(node.name for node in functions) | frozenset(aliases)
     roots = known | {name for node in tree.body for name in _imported(node)}
@@ -159,41 +152,7 @@ def outline_of(text: str, where: str = "source") -> Outline:
     )
 
 
-# --- the module's head and foot --------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _Tables:
-    submods: dict[int, str] = field(default_factory=dict)
-    consts: dict[int, str] = field(default_factory=dict)
-    bound: dict[str, str] = field(default_factory=dict)
-    format_version: int | None = None
-    banner: tuple[str, ...] = ()
-
-
-def _tables(lines: list[str]) -> _Tables:
-    """Read the comment tables at the head and the bound names at the foot."""
-    tables = _Tables()
-    current: dict[int, str] | None = None
-    banner: list[str] = []
-    for line in lines:
-        if not line.startswith("#"):
-            break
-        if found := _FORMAT.match(line):
-            tables.format_version = int(found.group(1))
-        elif found := _TABLE.match(line):
-            current = tables.submods if found.group(1) == SUBMODS else tables.consts
-        elif current is not None and (found := _ROW.match(line)):
-            current[int(found.group(1))] = found.group(2)
-        elif current is None and line != "#":
-            banner.append(line[2:])
-    tables.banner = tuple(banner)
-    if any(line.startswith("# Bound names") for line in lines):
-        start = max(i for i, line in enumerate(lines) if line.startswith("# Bound names"))
-        for line in lines[start + 1 :]:
-            if found := _BOUND.match(line):
-                tables.bound[found.group(1)] = found.group(2)
-    return tables
+# --- the module -----------------------------------------------------------------------------------
 
 
 def _alias(node: ast.stmt) -> Iterator[tuple[str, str]]:

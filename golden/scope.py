@@ -36,7 +36,7 @@ def undefined_names(code: str, provided: Iterable[str] = ()) -> list[str]:
             _check(stmt, known, problems)
     for function in functions:  # their bodies run when the whole module is defined
         local = {arg.arg for arg in ast.walk(function.args) if isinstance(arg, ast.arg)}
-        hidden = local | {n.id for n in _walk(function.body) if _binds(n)}
+        hidden = local | set(_bound_in(function.body))
         bound = (known - hidden) | local
         for stmt in function.body:
             _check(stmt, bound, problems)
@@ -91,16 +91,15 @@ def _inner_names(stmt: ast.AST) -> Iterator[str]:
         elif isinstance(node, ast.comprehension):
             yield from (n.id for n in ast.walk(node.target) if isinstance(n, ast.Name))
         elif isinstance(node, ast.FunctionDef):
-            yield from (n.id for n in _walk(node.body) if _binds(n))
+            yield from _bound_in(node.body)
 
 
-def _walk(body: Iterable[ast.stmt]) -> Iterator[ast.AST]:
+def _bound_in(body: Iterable[ast.stmt]) -> Iterator[str]:
+    """Names that the statements bind or delete: in a function, its local ones."""
     for stmt in body:
-        yield from ast.walk(stmt)
-
-
-def _binds(node: ast.AST) -> bool:
-    return isinstance(node, ast.Name) and isinstance(node.ctx, (ast.Store, ast.Del))
+        for node in ast.walk(stmt):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, (ast.Store, ast.Del)):
+                yield node.id
 
 
 def _in_order(stmt: ast.AST) -> list[ast.AST]:
