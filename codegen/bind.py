@@ -56,8 +56,10 @@ def compile_execution_fn(
     return function
 
 
-def execute_source(code: str, namespace: Mapping[str, object]) -> FunctionType:
-    """Execute ``code`` in a fresh module namespace and return its ``execution_fn``."""
+def execute_source(
+    code: str, namespace: Mapping[str, object], name: str = ENTRY_NAME
+) -> FunctionType:
+    """Execute ``code`` in a fresh module namespace and return its function ``name``."""
     filename = f"<piecework:{hashlib.sha256(code.encode()).hexdigest()[:16]}>"
     try:
         compiled = compile(code, filename, "exec", dont_inherit=True)
@@ -65,9 +67,9 @@ def execute_source(code: str, namespace: Mapping[str, object]) -> FunctionType:
         raise EmitError(f"stitching source does not compile: {error}\n{numbered(code)}") from error
     scope: dict[str, object] = {"__name__": "piecework_stitched", **namespace}
     exec(compiled, scope)
-    function = scope.get(ENTRY_NAME)
+    function = scope.get(name)
     if not isinstance(function, FunctionType):
-        raise EmitError(f"stitching source defines no function {ENTRY_NAME}")
+        raise EmitError(f"stitching source defines no function {name}")
     _show_in_tracebacks(filename, code, function)
     return function
 

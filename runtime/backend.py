@@ -8,9 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from types import FunctionType
 
 import torch
 import torch.fx
+
 from piecework.codegen import LowerOptions, SplitItem, StitchedSource, generate_source, split_graph
 from piecework.codegen.bind import compile_execution_fn
 from piecework.codegen.origin import SymbolNames, origin_of_piece, value_of
@@ -20,6 +23,7 @@ from piecework.errors import ConfigError, SplitError
 from piecework.runtime import torch_compat
 from piecework.runtime.config import CompilationConfig, RuntimeConfig
 from piecework.runtime.counters import counters
+from piecework.runtime.direct_ops import DirectOps
 from piecework.runtime.piecewise import (
     CompilerManager,
     PiecewiseBackend,
@@ -53,6 +57,7 @@ class PieceworkBackend:
         batch_symbol: the symbol of the batch size: the first dynamic dimension of the first tensor input that has one.
         batch_input: which graph input, and which of its dimensions (None for a size itself), is the batch size.
         submod_lists: ``__vllm_submods__`` for each of ``compile_ranges``.
+        direct_ops: the splitting ops that the source calls past the dispatcher.
     """
 
     def __init__(
@@ -72,12 +77,18 @@ class PieceworkBackend:
         )
         self.compiler_manager = CompilerManager(self.config)
         self.range_table = self._range_table(runtime_config)
+        self._place = (
+            {}
+            if runtime_config is None
+            else {"rank": runtime_config.rank, "dp_rank": runtime_config.dp_rank}
+        )
         self.compile_ranges: tuple[Range | None, ...] = (
             (None,) if self.range_table is None else self.range_table.entries
         )
         self.batch_symbol: str | None = None
         self.batch_input: tuple[int, int | None] | None = None
         self.submod_lists: tuple[list[Callable[..., object]], ...] = ()
+        self.direct_ops = DirectOps()
         self.phases: dict[str, float] = {}
         self.graph: torch.fx.GraphModule | None = None
         self.split_gm: torch.fx.GraphModule | None = None
@@ -130,26 +141,69 @@ class PieceworkBackend:
         counters.num_piecewise_graphs_seen += len(self.piecewise_graphs)
         names = [i.submod_name for i in self.piecewise_graphs if not i.is_splitting_graph]
         with self._phase("compile"):
+            inputs = list(map(value_of, self.split_gm.graph.find_nodes(op="placeholder")))
+            self.compiler_manager.initialize_cache(graph, inputs, **self._place)
             interpreter = PiecewiseCompileInterpreter(self.split_gm, names, self.config, self)
-            interpreter.run(*map(value_of, self.split_gm.graph.find_nodes(op="placeholder")))
+            interpreter.run(*inputs)
             self.backends = interpreter.backends
         with self._phase("emit"):
             self.source = generate_source(self.split_gm, self._lower_options(names, bound or {}))
+        if self.compiler_manager.cache is not None:
+            self.compiler_manager.cache.write_texts(self.split_gm, self.source.code)
 
-    def bind(self, weights: Mapping[str, object] | None = None) -> Callable[..., object]:
+    def bind(
+        self, weights: Mapping[str, object] | None = None, *, code: str | None = None
+    ) -> FunctionType:
         """Execute the emitted source with the compiled pieces.
 
         Args:
             weights: values of the bound names.
+            code: an edited text to execute in its place.
         """
         assert self.source is not None
         with self._phase("bind"):
             names = self.source.submod_names
             per_range = [self.callables(each) for each in self.compile_ranges]
             self.submod_lists = tuple([found[name] for name in names] for found in per_range)
-            return compile_execution_fn(
-                self.source.code, per_range[-1], names, self.source.consts, bound=weights
+            text = self.source.code if code is None else code
+            function = compile_execution_fn(
+                text, per_range[-1], names, self.source.consts, bound=weights
             )
+            publish_submods(function, self.submod_lists[-1])
+            return function
+
+    def bind_safely(
+        self, weights: Mapping[str, object], *, code: str | None = None
+    ) -> tuple[Callable[..., object], Callable[[int], Sequence[Callable[..., object]]]]:
+        """The same graph stitched without shortcuts: operators through the dispatcher, pieces by their public form.
+
+        Args:
+            weights: weight path → tensor, for the names that the source binds.
+            code: an edited text to execute in place of the generated one.
+
+        Returns:
+            The function, and what gives its ``__vllm_submods__`` for a batch size.
+        """
+        assert self.source is not None and self.split_gm is not None
+        source, consts = self.source, self.source.consts
+        if code is not None:
+            operators = {id(value): op for op, value in source.options.direct.items()}
+            consts = tuple(operators.get(id(value), value) for value in consts)
+        elif source.options.direct:
+            source = generate_source(self.split_gm, replace(source.options, direct={}))
+            consts = source.consts
+        per_range = [self.callables(each, public=True) for each in self.compile_ranges]
+        lists = [tuple(found[name] for name in source.submod_names) for found in per_range]
+        bound = {row.name: weights[row.path] for row in source.module.bound}
+        function = compile_execution_fn(
+            source.code if code is None else code,
+            per_range[-1],
+            source.submod_names,
+            consts,
+            bound=bound,
+        )
+        table = self.range_table
+        return function, lambda batch: lists[0 if table is None else table.index(batch)]
 
     def submods_for(self, batch: int) -> list[Callable[..., object]]:
         """``__vllm_submods__`` for a batch size, in O(log ranges).
@@ -168,9 +222,19 @@ class PieceworkBackend:
         value = inputs[index]
         return value.size(dim) if isinstance(value, torch.Tensor) and dim is not None else value
 
-    def callables(self, compile_range: Range | None = None) -> dict[str, Callable[..., object]]:
-        """What each entry of ``__vllm_submods__`` is for one range of batch sizes."""
-        return {name: piece.runnable_for(compile_range) for name, piece in self.backends.items()}
+    def callables(
+        self, compile_range: Range | None = None, *, public: bool = False
+    ) -> dict[str, Callable[..., object]]:
+        """What each entry of ``__vllm_submods__`` is for one range of batch sizes.
+
+        Args:
+            public: the compiler's public callable, also where the piece may be entered past it.
+        """
+        if public or not self.config.stitching_config.direct_artifact_entry:
+            return {
+                name: piece.runnable_for(compile_range) for name, piece in self.backends.items()
+            }
+        return {n: piece.direct_runnable_for(compile_range) for n, piece in self.backends.items()}
 
     def pieces(self) -> tuple[Piece, ...]:
         found = []
@@ -251,14 +315,14 @@ class PieceworkBackend:
 
     def _direct(self) -> dict[object, Callable[..., object]]:
         """Implementations that the stitched code may call past the dispatcher, by operator."""
-        direct: dict[object, Callable[..., object]] = {}
-        for item in self.piecewise_graphs:
-            for node in item.graph.graph.nodes if item.is_splitting_graph else ():
-                op = registry.find(node.target)
-                device = _device_of(node)
-                if op is not None and device is not None:
-                    direct[node.target] = op.implementation_for(device)
-        return direct
+        self.direct_ops = DirectOps.of(
+            (node.target, _device_of(node))
+            for item in self.piecewise_graphs
+            if item.is_splitting_graph
+            for node in item.graph.graph.nodes
+            if node.op == "call_function"
+        )
+        return self.direct_ops.implementations
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -285,6 +349,16 @@ def piecework_dynamo_backend(
     """
     counters.num_models_seen += 1
     return PieceworkBackend(CompilationConfig(**(options or {})))(graph, example_inputs)
+
+
+def publish_submods(
+    function: Callable[..., object], submods: Sequence[Callable[..., object]]
+) -> None:
+    """Make ``submods`` the list that ``function`` uses when it is given none.
+
+    A tuple: CPython indexes it faster than a list, and the difference is a part of what stitching costs.
+    """
+    function.__kwdefaults__["__vllm_submods__"] = tuple(submods)  # type: ignore[attr-defined]
 
 
 def _without_grad(function: Callable[..., object]) -> Callable[..., object]:

@@ -14,10 +14,15 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.fx
+from torch.utils import _pytree as pytree
+
+from piecework.codegen.entry_plan import Parameter
 from piecework.errors import CaptureError, PieceworkError
 from piecework.runtime import torch_compat
+from piecework.runtime.arguments import parameters_of
+from piecework.runtime.assumptions import Assumptions
 from piecework.runtime.counters import counters
-from torch.utils import _pytree as pytree
+from piecework.runtime.weights import BoundWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,18 +93,18 @@ class Capture:
     Attributes:
         graph: flat placeholders (named after weights, parameters and sizes) and a flat tuple of outputs.
         inputs: where each placeholder comes from, in order.
-        in_spec: structure of ``(args, kwargs)``.
-        leaves: the example arguments, flattened; tensors are kept as fake values only.
-        leaf_names: how errors call each flattened argument.
+        parameters: the model's parameters, each with what the trace assumed of its argument.
+        assumptions: the symbols and guards behind them.
+        weights: where the model keeps the tensors that the graph reads.
         out_spec: structure of the result.
         result: where each leaf of the result comes from.
     """
 
     graph: torch.fx.GraphModule
     inputs: tuple[GraphInput, ...]
-    in_spec: pytree.TreeSpec
-    leaves: tuple[object, ...]
-    leaf_names: tuple[str, ...]
+    parameters: tuple[Parameter, ...]
+    assumptions: Assumptions
+    weights: BoundWeights
     out_spec: pytree.TreeSpec
     result: tuple[ResultLeaf, ...]
 
@@ -134,7 +139,7 @@ def capture(
         CaptureError: a graph break, no tensor operation, no dynamic dimension, state changed by the forward, or an
             input or output that cannot be traced back.
     """
-    leaves, in_spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
     names = _leaf_names(model, args, kwargs)
     sources = {source: i for i, source in enumerate(_sources(args, kwargs))}
     held = _tensors_of(model)
@@ -166,12 +171,14 @@ def capture(
         )
     counters.num_graphs_seen += 1
     result_leaves, out_spec = pytree.tree_flatten(result)
+    assumptions = _assumptions(trace, leaves, names)
+    weights = [(each.path, each.tensor) for each in trace.inputs if isinstance(each, Weight)]
     return Capture(
         graph=trace.graph,
         inputs=trace.inputs,
-        in_spec=in_spec,
-        leaves=tuple(leaves),
-        leaf_names=names,
+        parameters=parameters_of(model, args, kwargs, assumptions.assume),
+        assumptions=assumptions,
+        weights=BoundWeights.of(_modules_of(model), weights),
         out_spec=out_spec,
         result=tuple(_result_leaf(leaf, trace.stand_ins, leaves, held) for leaf in result_leaves),
     )
@@ -420,6 +427,21 @@ def _rename(gm: torch.fx.GraphModule, inputs: Sequence[GraphInput]) -> None:
             named[holder.name] = holder
         node.name = name
         named[name] = node
+
+
+def _assumptions(trace: _Trace, leaves: Sequence[object], names: Sequence[str]) -> Assumptions:
+    assert trace.graph is not None
+    placeholders = trace.graph.graph.find_nodes(op="placeholder")
+    fakes: dict[int, object] = {}
+    wished: dict[str, str] = {}
+    for node, source in zip(placeholders, trace.inputs, strict=True):
+        value = node.meta["example_value"]
+        if isinstance(source, Argument):
+            fakes[source.leaf] = value
+        symbol = torch_compat.symbol_of(value)
+        if isinstance(source, Size) and symbol is not None:
+            wished[symbol] = source.name
+    return Assumptions(fakes, wished, leaves, names)
 
 
 # --- outputs ---------------------------------------------------------------------------------------

@@ -6,19 +6,22 @@ A piece is compiled before it is ever called; nothing here decides per call more
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 import torch.fx
+
 from piecework.codegen.origin import SymbolNames, origin_of_piece, value_of
 from piecework.codegen.structure import Structure, input_signature, structure_of
 from piecework.errors import BindError, InputError, PieceCompileError, PieceworkError
 from piecework.runtime import torch_compat
 from piecework.runtime.compilers import CompiledPiece, make_compiler
+from piecework.runtime.compilers.reproducer import keep_reproducer
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.counters import counters
+from piecework.runtime.piece_cache import PieceCache, open_piece_cache
 from piecework.runtime.ranges import Range
 
 GENERAL = None  # the range of a piece that serves every batch size
@@ -26,12 +29,16 @@ GENERAL = None  # the range of a piece that serves every batch size
 
 @dataclass(frozen=True, slots=True)
 class RangeEntry:
-    """The compiled form of a piece for one range of batch sizes; ``compile_range`` None means all sizes."""
+    """The compiled form of a piece for one range of batch sizes; ``compile_range`` None means all sizes.
+
+    ``reused``: an equal piece was compiled before in this compilation; ``cached``: it was loaded from disk.
+    """
 
     compile_range: Range | None
     compiled: CompiledPiece
     seconds: float
     reused: bool
+    cached: bool = False
 
     @property
     def runnable(self) -> Callable[..., object]:
@@ -53,6 +60,38 @@ class CompilerManager:
 
     def __post_init__(self) -> None:
         self.compiler = make_compiler(self.config)
+        self.cache: PieceCache | None = None
+
+    def initialize_cache(
+        self,
+        graph: torch.fx.GraphModule,
+        inputs: Iterable[object],
+        *,
+        disable_cache: bool = False,
+        tag: str = "backbone",
+        rank: int = 0,
+        dp_rank: int = 0,
+    ) -> None:
+        """Open the on-disk cache for a captured graph, if the compiler's results can be kept.
+
+        Raises:
+            CacheError: the cache directory is not safe to use.
+        """
+        if hasattr(self.compiler, "to_bytes"):
+            self.cache = open_piece_cache(
+                self.config,
+                self.compute_hash(),
+                graph,
+                inputs,
+                rank=rank,
+                dp_rank=dp_rank,
+                tag=tag,
+                disabled=disable_cache,
+            )
+
+    def compute_hash(self) -> str:
+        """Everything about the compiler that changes its output."""
+        return self.compiler.compute_hash(self.config)
 
     def compile(
         self,
@@ -60,7 +99,7 @@ class CompilerManager:
         example_inputs: Sequence[object],
         compile_range: Range | None,
         *,
-        key: str,
+        structure: Structure,
         submod_name: str,
     ) -> RangeEntry:
         """Compile ``graph`` for ``compile_range``, or reuse what an equal piece was compiled to.
@@ -68,28 +107,67 @@ class CompilerManager:
         Raises:
             PieceCompileError: the compiler failed; names the piece and the modules that it holds.
         """
-        done = self._done.get((key, compile_range))
+        done = self._done.get((structure.key, compile_range))
         if done is not None:
             return RangeEntry(compile_range, done, 0.0, reused=True)
         start = time.perf_counter()
-        counters.num_backend_compilations += 1
+        cached = False
+
+        def compile_now() -> tuple[CompiledPiece, bytes | None]:
+            counters.num_backend_compilations += 1
+            piece = self.compiler.compile(graph, example_inputs, self.config, compile_range)
+            return piece, None if self.cache is None else self.compiler.to_bytes(piece)
+
         try:
             with torch.no_grad():
-                compiled = self.compiler.compile(graph, example_inputs, self.config, compile_range)
-        except PieceworkError:
-            raise
+                if self.cache is None:
+                    compiled = compile_now()[0]
+                else:
+                    compiled, cached = self.cache.get_or_compile(
+                        structure,
+                        compile_range,
+                        compile_now,
+                        lambda data: self.compiler.from_bytes(data, graph),
+                    )
         except Exception as error:
-            modules = origin_of_piece(graph, SymbolNames(), line_numbers=True).module
-            raise PieceCompileError(
-                f"{self.compiler.name} failed on {submod_name}: {_first_line(error)}",
-                where=modules or submod_name,
-                hint="CompilationConfig(backend='eager') runs the piece uncompiled, to tell a compiler's fault from "
-                "the model's",
-            ) from error
+            own = isinstance(error, PieceworkError) and not isinstance(error, PieceCompileError)
+            if own or torch_compat.asks_for_restart(error):
+                raise
+            raise self._failure(graph, example_inputs, compile_range, submod_name, error) from error
         seconds = time.perf_counter() - start
         self.seconds += seconds
-        self._done[key, compile_range] = compiled
-        return RangeEntry(compile_range, compiled, seconds, reused=False)
+        self._done[structure.key, compile_range] = compiled
+        return RangeEntry(compile_range, compiled, seconds, reused=False, cached=cached)
+
+    def _failure(
+        self,
+        graph: torch.fx.GraphModule,
+        example_inputs: Sequence[object],
+        compile_range: Range | None,
+        submod_name: str,
+        error: Exception,
+    ) -> PieceCompileError:
+        """The error for a piece that did not compile; its graph is kept as a file that compiles it again."""
+        modules = origin_of_piece(graph, SymbolNames(), line_numbers=True).module
+        try:
+            path = keep_reproducer(
+                graph,
+                example_inputs,
+                self.config,
+                compile_range,
+                submod_name=submod_name,
+                error=error,
+            )
+            kept = f"python {path} compiles it again"
+        except OSError as problem:
+            kept = f"its graph could not be kept ({problem})"
+        sizes = "" if compile_range is None else f" for batches {compile_range}"
+        return PieceCompileError(
+            f"{self.compiler.name} failed on {submod_name}{sizes}: {_first_line(error)}",
+            where=modules or submod_name,
+            hint=f"{kept}; CompilationConfig(backend='eager') runs the piece uncompiled, to tell a compiler's fault "
+            "from the model's",
+        )
 
 
 def _first_line(error: BaseException) -> str:
@@ -173,7 +251,7 @@ class PiecewiseBackend:
                 self.graph,
                 inputs,
                 compile_range,
-                key=self.structure.key,
+                structure=self.structure,
                 submod_name=self.submod_name,
             )
 
@@ -192,7 +270,13 @@ class PiecewiseBackend:
         return all(entry.reused for entry in self.entries.values())
 
     def runnable_for(self, compile_range: Range | None) -> Callable[..., object]:
+        """The compiler's public callable for one range."""
         return self.entries[compile_range].runnable
+
+    def direct_runnable_for(self, compile_range: Range | None) -> Callable[..., object]:
+        """The innermost callable for one range that is known to do the same as the public one."""
+        compiled = self.entries[compile_range].compiled
+        return compiled.runnable if compiled.direct is None else compiled.direct
 
     def __call__(self, *args: object) -> object:
         """Run the form that serves this batch; the stitched function is bound past this, to the runnable itself."""

@@ -6,31 +6,24 @@ The model's weights are shared, never copied; its Python code does not run again
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.fx
+
 from piecework.codegen import StitchedSource
+from piecework.codegen.entry import EntrySource
 from piecework.codegen.split import SplittingOp as SplittingOpLike
-from piecework.errors import BindError, ConfigError, InputError
+from piecework.errors import BindError, ConfigError
 from piecework.runtime.backend import PieceworkBackend
-from piecework.runtime.capture import (
-    Argument,
-    Capture,
-    Fixed,
-    FromArgument,
-    FromGraph,
-    FromWeight,
-    GraphInput,
-    ResultLeaf,
-    Size,
-    Weight,
-    capture,
-)
+from piecework.runtime.capture import Capture, GraphInput, Weight, capture
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.counters import counters
+from piecework.runtime.edited import EditedSource, check_edited
+from piecework.runtime.entry import Entry
+from piecework.runtime.failures import add_piece_note
 from piecework.runtime.report import Piece, Report
-from torch.utils import _pytree as pytree
 
 
 def compile(
@@ -93,35 +86,95 @@ class StitchedModule:
         self._backend = PieceworkBackend(
             self.config, _model_name(model), splitting_ops=splitting_ops
         )
-        self._capture: Capture | None = None
-        self._function: Callable[..., object] | None = None
+        self._entry: Entry | None = None
+        self._call: Callable[..., object] = self._prepare_and_call
 
     # --- use -------------------------------------------------------------------------------------
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Run the model. Shapes may differ from the example's in dynamic dimensions only.
 
+        Under a grad mode that is on, it runs with it off. Under a dispatch or function mode, or after a splitting op was
+        given another kernel, it runs through the dispatcher and the public artifacts.
+
         Raises:
-            InputError: the arguments break what the trace assumed.
+            InputError: the arguments break what the trace assumed, a weight was replaced or moved since it was bound,
+                autocast is not as it was in the trace, or a ``torch.func`` transform is active.
         """
-        if self._function is None:
-            self.prepare(*args, **kwargs)
-        if torch.is_grad_enabled():
-            with torch.no_grad():
-                return self._run(args, kwargs)
-        return self._run(args, kwargs)
+        try:
+            return self._call(*args, **kwargs)
+        except Exception as error:
+            if self._backend.source is not None:
+                add_piece_note(error, self._backend.source)
+            raise
+
+    def _prepare_and_call(self, *args: object, **kwargs: object) -> object:
+        self.prepare(*args, **kwargs)
+        return self._call(*args, **kwargs)
 
     def prepare(self, *args: object, **kwargs: object) -> None:
         """Capture, compile and stitch now, tracing with these arguments."""
-        if self._function is not None:
+        if self._entry is not None:
             raise BindError("this module is compiled already", hint="compile the model again")
         start = time.perf_counter()
         captured = capture(self.model, args, kwargs, self._compile_graph)
         tracing = time.perf_counter() - start - sum(self._backend.phases.values())
         self._backend.phases = {"capture": tracing, **self._backend.phases}
-        weights = self._bound_weights(captured)
-        self._function = self._backend.bind(weights)
-        self._capture = captured
+        self._entry = Entry(captured, self._backend)
+        self._call = self._entry.call
+
+    def rebind(self) -> None:
+        """Hold the weights that the model has now: call it after replacing a parameter or a submodule.
+
+        A call notices weights that were replaced, moved or converted and raises `InputError`; it never uses a stale one.
+        Values that were changed in place (``load_state_dict``, an optimizer's step) are seen without this.
+
+        Raises:
+            BindError: there is nothing to rebind yet; a weight is missing, or has another dtype, device or shape than
+                the trace had. What was bound stays bound then.
+
+        Example:
+            >>> model.load_state_dict(state, assign=True)
+            >>> stitched.rebind()
+        """
+        if self._entry is None:
+            raise self._not_yet("binding")
+        self._entry.rebind()
+        self._call = self._entry.call
+
+    def use_edited(self, code: str) -> EditedSource:
+        """Run an edited version of the stitching source from now on.
+
+        Args:
+            code: the edited text; it must keep the signature and the names of the generated one.
+
+        Returns:
+            The text with its proof, or with its first difference from the graph: an edit may mean to differ.
+
+        Raises:
+            EmitError: the text breaks the contract; what ran before still runs.
+        """
+        if self._entry is None:
+            raise self._not_yet("source to edit")
+        edited = check_edited(self.source, self.split_gm, code)
+        self._entry.use_source(edited.code)
+        self._call = self._entry.call
+        return edited
+
+    @contextmanager
+    def named_pieces(self) -> Iterator[None]:
+        """Show pieces and operators by name in ``torch.profiler`` for the block; costs nothing outside it.
+
+        Example:
+            >>> with torch.profiler.profile() as profile, stitched.named_pieces():
+            ...     stitched(x)
+        """
+        if self._entry is None:
+            raise self._not_yet("piece to name")
+        modules = {piece.name: piece.modules for piece in self.pieces}
+        labels = [f"{name} {modules[name]}".strip() for name in self.source.submod_names]
+        with self._entry.named_pieces(labels):
+            yield
 
     def _compile_graph(self, graph: torch.fx.GraphModule, inputs: Sequence[GraphInput]) -> None:
         placeholders = graph.graph.find_nodes(op="placeholder")
@@ -131,37 +184,6 @@ class StitchedModule:
             if isinstance(source, Weight)
         }
         self._backend.prepare(graph, bound)
-
-    def _bound_weights(self, captured: Capture) -> dict[str, torch.Tensor]:
-        """Values of the names that the emitted module holds."""
-        tensors = {s.path: s.tensor for s in captured.inputs if isinstance(s, Weight)}
-        return {row.name: tensors[row.path] for row in self.source.module.bound}
-
-    def _run(self, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        captured, function = self._capture, self._function
-        assert captured is not None and function is not None
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        if spec != captured.in_spec:
-            raise InputError(
-                "the arguments have another structure than those that the model was traced with",
-                hint="pass the same arguments by position and by name",
-            )
-        check_leaves(captured, leaves)
-        holds_weights = bool(self.source.module.bound)
-        inputs = [
-            _input(source, leaves)
-            for source in captured.inputs
-            if not (holds_weights and isinstance(source, Weight))
-        ]
-        backend = self._backend
-        if backend.range_table is None:
-            outputs = function(*inputs)
-        else:  # one look-up per forward; nothing inside the function dispatches
-            batch = backend.batch_size([_input(source, leaves) for source in captured.inputs])
-            outputs = function(*inputs, __vllm_submods__=backend.submods_for(batch))
-        return pytree.tree_unflatten(
-            [_result(leaf, outputs, leaves) for leaf in captured.result], captured.out_spec
-        )
 
     # --- what was made ---------------------------------------------------------------------------
 
@@ -174,6 +196,32 @@ class StitchedModule:
         return source
 
     @property
+    def entry_source(self) -> EntrySource:
+        """The emitted source of ``check_inputs`` and of the function behind a call, exactly what runs."""
+        if self._entry is None:
+            raise self._not_yet("entry_source")
+        return self._entry.source
+
+    @property
+    def entry(self) -> Callable[..., object]:
+        """The emitted function itself, with the model's own parameters; a call through it saves one Python call."""
+        if self._entry is None:
+            raise self._not_yet("entry")
+        return self._entry.call
+
+    @property
+    def backend(self) -> PieceworkBackend:
+        """What compiled the pieces and emitted the source."""
+        return self._backend
+
+    @property
+    def captured(self) -> Capture:
+        """What the trace gave."""
+        if self._entry is None:
+            raise self._not_yet("capture")
+        return self._entry.captured
+
+    @property
     def split_gm(self) -> torch.fx.GraphModule:
         """The stitching graph."""
         if self._backend.split_gm is None:
@@ -183,13 +231,13 @@ class StitchedModule:
     @property
     def pieces(self) -> tuple[Piece, ...]:
         """The compiled pieces, in order of execution."""
-        if self._function is None:
+        if self._entry is None:
             raise self._not_yet("pieces")
         return self._backend.pieces()
 
     def report(self) -> Report:
         """What the compilation did: pieces, unique pieces, seconds per phase."""
-        if self._function is None:
+        if self._entry is None:
             raise self._not_yet("report")
         return self._backend.report()
 
@@ -199,81 +247,6 @@ class StitchedModule:
             f"there is no {what} yet: the model is compiled at its first call",
             hint="pass example arguments to piecework.compile, or call the module once",
         )
-
-
-def check_leaves(captured: Capture, leaves: Sequence[object]) -> None:
-    """Raise `InputError` for the first argument that breaks what the trace assumed of it."""
-    sizes: dict[str, int] = {}
-    fakes = _fake_arguments(captured)
-    for index, (name, now) in enumerate(zip(captured.leaf_names, leaves, strict=True)):
-        fake = fakes.get(index)
-        if isinstance(fake, torch.Tensor):
-            _check_tensor(name, now, fake, sizes)
-        elif fake is None and not isinstance(captured.leaves[index], torch.Tensor):
-            expected = captured.leaves[index]
-            if type(now) is not type(expected) or now != expected:
-                raise InputError(
-                    f"argument {name} was {expected!r} when the model was traced and is {now!r} now",
-                    hint="compile the model again for another value",
-                )
-
-
-def _fake_arguments(captured: Capture) -> dict[int, object]:
-    placeholders = captured.graph.graph.find_nodes(op="placeholder")
-    return {
-        source.leaf: node.meta["example_value"]
-        for node, source in zip(placeholders, captured.inputs, strict=True)
-        if isinstance(source, Argument)
-    }
-
-
-def _check_tensor(name: str, now: object, fake: torch.Tensor, sizes: dict[str, int]) -> None:
-    if not isinstance(now, torch.Tensor):
-        raise InputError(f"argument {name} must be a tensor, not a {type(now).__qualname__}")
-    for what, expected, actual in (
-        ("dtype", fake.dtype, now.dtype),
-        ("device", fake.device, now.device),
-        ("rank", fake.dim(), now.dim()),
-    ):
-        if expected != actual:
-            raise InputError(
-                f"argument {name} has {what} {actual}; the model was traced with {expected}"
-            )
-    for dim, (expected, size) in enumerate(zip(fake.shape, now.shape, strict=True)):
-        if isinstance(expected, torch.SymInt):
-            known = sizes.setdefault(str(expected), size)
-            if known != size:
-                raise InputError(
-                    f"argument {name} has size {size} in dimension {dim}; another argument with the same "
-                    f"dimension has {known}"
-                )
-        elif expected != size:
-            raise InputError(
-                f"argument {name} has size {size} in dimension {dim}, which the trace fixed to {expected}",
-                hint="mark the dimension as dynamic with torch._dynamo.mark_dynamic and compile again",
-            )
-
-
-def _input(source: GraphInput, leaves: Sequence[object]) -> object:
-    if isinstance(source, Argument):
-        return leaves[source.leaf]
-    if isinstance(source, Size):
-        tensor = leaves[source.leaf]
-        assert isinstance(tensor, torch.Tensor)
-        return tensor.size(source.dim)
-    return source.tensor
-
-
-def _result(leaf: ResultLeaf, outputs: Sequence[object], leaves: Sequence[object]) -> object:
-    match leaf:
-        case FromGraph(index):
-            return outputs[index]
-        case FromArgument(index):
-            return leaves[index]
-        case FromWeight(tensor):
-            return tensor
-        case Fixed(value):
-            return value
 
 
 def _model_name(model: Callable[..., object]) -> str:

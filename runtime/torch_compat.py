@@ -832,3 +832,32 @@ def _evaluated(expr: object, values: Mapping[str, int]) -> object:
     if any(str(each) not in values for each in symbols):
         return None
     return expr.subs({each: values[str(each)] for each in symbols})  # type: ignore[attr-defined]
+
+
+def asks_for_restart(error: BaseException) -> bool:
+    """Whether ``error`` is how a compiler asks Dynamo to trace again (with a number fixed, for one)."""
+    restart = getattr(torch._dynamo.exc, "RestartAnalysis", None)
+    return restart is not None and isinstance(error, restart)
+
+
+def symbol_hints(size: object) -> dict[str, int]:
+    """The symbols in a size and what the example inputs had for them; 2 where nothing is known."""
+    if not isinstance(size, torch.SymInt):
+        return {}
+    env = size.node.shape_env
+    known = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", None) or {}
+    return {str(s): int(known.get(s, 2)) for s in size.node.expr.free_symbols}
+
+
+def marked_dims(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Dimensions of an example input that are marked dynamic, unbacked or static."""
+    names = ("_dynamo_dynamic_indices", "_dynamo_unbacked_indices", "_dynamo_static_indices")
+    return tuple(sorted({dim for name in names for dim in getattr(tensor, name, None) or ()}))
+
+
+def unmark_dynamic(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Take ``mark_dynamic``'s marks off ``tensor``; returns the dimensions that had one."""
+    found = tuple(sorted(getattr(tensor, "_dynamo_dynamic_indices", None) or ()))
+    for name in ("_dynamo_dynamic_indices", "_dynamo_dynamic_range"):
+        vars(tensor).pop(name, None)
+    return found

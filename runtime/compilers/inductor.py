@@ -118,7 +118,9 @@ class InductorStandaloneAdaptor(_Inductor):
     def from_bytes(self, data: bytes, graph: torch.fx.GraphModule) -> CompiledPiece:
         """What `to_bytes` kept of ``graph``; raises whatever torch raises for bytes that it can't use."""
         mark, rest = data[: len(_DIRECT)], data[len(_DIRECT) :]
-        return _piece(torch_compat.artifact_from_bytes(rest), graph, vouched=mark == _DIRECT)
+        with self.partitions_wrapped():
+            artifact = torch_compat.artifact_from_bytes(rest)
+        return _piece(artifact, graph, vouched=mark == _DIRECT)
 
 
 # A loaded artifact no longer has the record that says whether its wrappers have work to do; the mark keeps the finding.

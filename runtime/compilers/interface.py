@@ -35,8 +35,8 @@ class CompiledPiece:
 class CompilerInterface(Protocol):
     """A compiler of pieces; see `make_compiler`.
 
-    A compiler may also have ``to_bytes(piece) -> bytes | None`` and ``from_bytes(data) -> CompiledPiece``; then what it
-    makes is kept in the compile cache. One that runs graph passes has ``passes``, a `PostGradPassManager`.
+    A compiler may also have ``to_bytes(piece) -> bytes | None`` and ``from_bytes(data, graph) -> CompiledPiece``; then
+    what it makes is kept in the compile cache. One that runs graph passes has ``passes``, a `PostGradPassManager`.
 
     Attributes:
         name: what ``CompilationConfig.backend`` calls it.

@@ -1,0 +1,258 @@
+"""The ways to run one model that are compared. In: a model and an example batch. Out: callables that do the same, each with its own overhead.
+
+All of them but `eager` and `stock` run the same compiled pieces; nothing here is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.fx
+
+import piecework
+from piecework.codegen import LowerOptions, generate_source
+from piecework.codegen.bind import compile_execution_fn
+from piecework.errors import PieceworkError
+from piecework.runtime import torch_compat
+from piecework.runtime.backend import PieceworkBackend
+from piecework.runtime.capture import Argument, GraphInput, Size, Weight
+from piecework.runtime.config import CompilationConfig
+from piecework.runtime.stitched import StitchedModule
+
+Call = Callable[[torch.Tensor], torch.Tensor]
+Piece = Callable[..., Sequence[object]]
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The contenders of one setting, and the stitched module among them."""
+
+    calls: dict[str, Call]
+    stitched: StitchedModule
+
+
+def dynamic(example: torch.Tensor, *, unbacked: bool) -> torch.Tensor:
+    """``example`` with its batch marked so that one trace serves batch 1 as well; unmarked otherwise."""
+    if unbacked:
+        torch_compat.mark_unbacked(example, 0)
+    return example
+
+
+def prepare(
+    model: torch.nn.Module,
+    example: torch.Tensor,
+    operator: str,
+    body: Callable[..., None],
+    *,
+    unbacked: bool,
+    stock: bool = True,
+    config: CompilationConfig | None = None,
+) -> Ready:
+    """Compile ``model`` for every contender.
+
+    Args:
+        example: an example batch of two or more.
+        operator: the splitting op, ``ns::op``.
+        body: its raw Python function.
+        unbacked: trace without assuming that the batch is not 1.
+        stock: prepare ``torch.compile`` too, which takes longest.
+    """
+    stitched = piecework.compile(
+        model,
+        (dynamic(example.clone(), unbacked=unbacked),),
+        splitting_ops=[operator],
+        config=config,
+    )
+    graph = _Flat(stitched)
+    interpreter = torch.fx.Interpreter(graph.split_gm)
+    calls: dict[str, Call] = {
+        "eager": model,
+        "interpreter": lambda x: interpreter.run(*graph.inputs(x))[0],
+        "graph module": lambda x: graph.split_gm(*graph.inputs(x))[0],
+    }
+    if stock:
+        calls["stock"] = _traced_once(
+            torch.compile(model, fullgraph=True, dynamic=True), example, unbacked
+        )
+    calls["conventional"] = _conventional(model, example, operator, unbacked, config)
+    calls["piecework"] = stitched  # type: ignore[assignment]
+    calls |= {f"limit ({kind})": call for kind, call in _limits(graph, operator, body).items()}
+    return Ready(calls, stitched)
+
+
+def _traced_once(compiled: Call, example: torch.Tensor, unbacked: bool) -> Call:
+    compiled(dynamic(example.clone(), unbacked=unbacked))
+    return compiled
+
+
+class _Flat:
+    """The stitching graph of a stitched module, with compiled pieces, as the flat contenders call it."""
+
+    def __init__(self, stitched: StitchedModule) -> None:
+        self.stitched = stitched
+        self.captured = stitched.captured
+        self.public = stitched.backend.callables(public=True)
+        self.pieces = {piece.name: piece for piece in stitched.pieces}
+        self.split_gm = torch.fx.GraphModule(
+            {name: self._module(name) for name in self._targets(stitched.split_gm)},
+            stitched.split_gm.graph,
+        )
+
+    @staticmethod
+    def _targets(gm: torch.fx.GraphModule) -> list[str]:
+        return [str(node.target) for node in gm.graph.find_nodes(op="call_module")]
+
+    def _module(self, name: str) -> torch.nn.Module:
+        if name in self.pieces:
+            return _AsModule(self.public[name])
+        return self.stitched.split_gm.get_submodule(name)
+
+    def inputs(self, x: torch.Tensor) -> list[object]:
+        """Weights, sizes and the argument, in the order of the graph."""
+        return [self._input(source, x) for source in self.captured.inputs]
+
+    @staticmethod
+    def _input(source: GraphInput, x: torch.Tensor) -> object:
+        match source:
+            case Weight(tensor=tensor):
+                return tensor
+            case Size(dim=dim):
+                return x.size(dim)
+            case Argument():
+                return x
+
+
+class _AsModule(torch.nn.Module):
+    def __init__(self, function: Piece) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: object) -> Sequence[object]:
+        return self.function(*args)
+
+
+# --- 5: conventional piecewise compilation ------------------------------------------------------------
+
+
+class _PieceByRange:
+    """A piece that looks its range up in every call, as the field's piecewise backends do."""
+
+    def __init__(self, runnables: Mapping[tuple[int, int], Piece], size_at: int | None) -> None:
+        self.runnables = dict(runnables)
+        self.size_at = size_at
+
+    def __call__(self, *args: object) -> Sequence[object]:
+        size = 1 if self.size_at is None else args[self.size_at]
+        for (start, end), runnable in self.runnables.items():
+            if start <= size <= end:  # type: ignore[operator]
+                return runnable(*args)
+        raise PieceworkError(f"no range holds {size}")
+
+
+def _conventional(
+    model: torch.nn.Module,
+    example: torch.Tensor,
+    operator: str,
+    unbacked: bool,
+    config: CompilationConfig | None,
+) -> Call:
+    """Dynamo's guards and fetching of weights, generated stitching code, a range look-up and the public artifact per piece, the dispatcher around the op."""
+
+    def backend(gm: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
+        compiled = PieceworkBackend(config, "conventional", splitting_ops=[operator])
+        compiled.prepare(gm)
+        assert compiled.split_gm is not None
+        source = generate_source(compiled.split_gm, LowerOptions(submods=list(compiled.backends)))
+        pieces = {
+            name: _PieceByRange(
+                {(0, 1 << 30): piece.runnable_for(None)},
+                piece.sym_shape_indices[0] if piece.sym_shape_indices else None,
+            )
+            for name, piece in compiled.backends.items()
+        }
+        return compile_execution_fn(source.code, pieces, source.submod_names, source.consts)
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    return _traced_once(compiled, example, unbacked)
+
+
+# --- 6: the limit ---------------------------------------------------------------------------------------
+
+
+def _limits(graph: _Flat, operator: str, body: Callable[..., None]) -> dict[str, Call]:
+    """The same kernels and the op's raw function in a straight line, weights as globals or as locals."""
+    lines, names = _straight_lines(graph, operator, body)
+    values = dict(names)
+    text = "".join(f"    {line}\n" for line in lines)
+    defaults = ", ".join(f"{name}={name}" for name in values)
+    found: dict[str, Call] = {}
+    for kind, parameters in (("globals", "x"), ("locals", f"x, {defaults}")):
+        scope = dict(values)
+        exec(f"def straight({parameters}):\n    s0 = x.size(0)\n{text}", scope)
+        found[kind] = scope["straight"]  # type: ignore[assignment]
+    return found
+
+
+def _straight_lines(
+    graph: _Flat, operator: str, body: Callable[..., None]
+) -> tuple[list[str], dict[str, object]]:
+    values: dict[str, object] = {"op": body}
+    text: dict[torch.fx.Node, str] = {}
+    placeholders = graph.split_gm.graph.find_nodes(op="placeholder")
+    probe = torch.zeros(2, dtype=torch.int64)
+    for index, (node, value) in enumerate(zip(placeholders, graph.inputs(probe), strict=True)):
+        if value is probe:
+            text[node] = "x"
+        elif isinstance(value, torch.Tensor):
+            text[node] = f"w{index}"
+            values[f"w{index}"] = value
+        else:
+            text[node] = "s0"
+    lines: list[str] = []
+    for node in graph.split_gm.graph.nodes:
+        if node.op == "call_module" and str(node.target) in graph.pieces:
+            lines.append(_piece_line(node, graph, text, values))
+        elif node.op == "call_module":
+            lines.append(f"op({_op_arguments(node, graph, operator, text)})")
+        elif node.op == "output":
+            lines.append(f"return {text[node.args[0][0]]}")
+    return lines, values
+
+
+def _piece_line(
+    node: torch.fx.Node, graph: _Flat, text: dict[torch.fx.Node, str], values: dict[str, object]
+) -> str:
+    name = str(node.target)
+    piece = graph.stitched.split_gm.get_submodule(name)
+    outputs = len(piece.graph.output_node().args[0])  # type: ignore[union-attr]
+    inputs = len(piece.graph.find_nodes(op="placeholder"))  # type: ignore[union-attr]
+    artifact = graph.public[name]
+    call, reason = torch_compat.direct_entry(artifact, inputs, outputs, vouched=True)
+    if call is None:
+        raise PieceworkError(f"{name} shows no inner function: {reason}")
+    values[f"call_{name}"] = call
+    targets = [f"{name}_{i}" for i in range(outputs)]
+    for user in node.users:
+        text[user] = targets[user.args[1]]  # type: ignore[index]
+    arguments = ", ".join(text[arg] for arg in node.args)  # type: ignore[index]
+    return f"{', '.join(targets)}{',' if outputs == 1 else ''} = call_{name}([{arguments}])"
+
+
+def _op_arguments(
+    node: torch.fx.Node, graph: _Flat, operator: str, text: dict[torch.fx.Node, str]
+) -> str:
+    """The operator's arguments, as its submodule passes them."""
+    submod = graph.stitched.split_gm.get_submodule(str(node.target))
+    inner = dict(zip(submod.graph.find_nodes(op="placeholder"), node.args, strict=True))  # type: ignore[union-attr]
+    (call,) = submod.graph.find_nodes(op="call_function", target=_overload(operator))  # type: ignore[union-attr]
+    values = [*call.args, *call.kwargs.values()]
+    return ", ".join(
+        text[inner[value]] if isinstance(value, torch.fx.Node) else repr(value) for value in values
+    )
+
+
+def _overload(operator: str) -> object:
+    namespace, _, name = operator.partition("::")
+    return getattr(getattr(torch.ops, namespace), name).default

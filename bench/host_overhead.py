@@ -1,0 +1,236 @@
+"""B2 and B3: what lies between the kernels of a whole forward. In: a Llama-shaped model of several depths and batches. Out: the time of each way to run it.
+
+Every contender's result is compared with the model's before anything is timed; all run on one thread without recording gradients.
+
+Run it with ``python -m piecework.bench.host_overhead``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from piecework.bench.contenders import Call, prepare
+from piecework.bench.llama_shaped import (
+    OPERATOR_NAMES,
+    REGISTRATIONS,
+    attention_body,
+    build,
+    token_ids,
+)
+from piecework.bench.result import Result, Row, Target, machine
+from piecework.bench.timing import Timing, measure, ratio
+from piecework.errors import PieceworkError
+from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config_groups import StitchingConfig
+
+LAYERS = (4, 16, 32)
+BATCHES = (1, 4, 64)
+LEVERS = (
+    "bind_weights",
+    "direct_splitting_ops",
+    "direct_artifact_entry",
+    "check_inputs",
+    "emit_del",
+)
+B2 = 1.05
+B3 = {"custom_op": 1.65, "light": 1.08}
+WINDOW = 0.004
+
+Report = Callable[[str], None]
+
+
+def run(
+    layers: Sequence[int] = LAYERS,
+    batches: Sequence[int] = BATCHES,
+    registrations: Sequence[str] = tuple(REGISTRATIONS),
+    *,
+    rounds: int = 60,
+    stock: bool = True,
+    levers: bool = True,
+    report: Report = lambda text: None,
+) -> Result:
+    """Compare the contenders in every setting.
+
+    Args:
+        layers, batches, registrations: the settings.
+        rounds: how often a line-up is timed.
+        stock: take part in ``torch.compile`` too.
+        levers: also measure piecework with each lever off, at 16 layers and batch 4.
+        report: told what happens.
+
+    Raises:
+        PieceworkError: a contender returns something else than the model.
+    """
+    rows: list[Row] = []
+    targets: list[Target] = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            for registration in registrations:
+                for depth in layers:
+                    found = _depth(depth, batches, registration, rounds, stock, report)
+                    rows += found
+                    targets += _targets(found, registration, depth)
+                if levers:
+                    rows += _levers(16, 4, registration, rounds, report)
+    finally:
+        torch.set_num_threads(threads)
+    notes = (
+        f"{rounds} interleaved rounds per setting, one thread, no_grad; µs of the fastest round, ratios within rounds",
+    )
+    return Result("B2, B3: host overhead", tuple(rows), tuple(targets), machine(), notes)
+
+
+def _depth(
+    depth: int,
+    batches: Sequence[int],
+    registration: str,
+    rounds: int,
+    stock: bool,
+    report: Report,
+) -> list[Row]:
+    rows: list[Row] = []
+    # A trace takes sizes of 2 and more as one case; batch 1 needs one that assumes nothing of the batch.
+    for unbacked in (False, True):
+        mine = [batch for batch in batches if (batch == 1) == unbacked]
+        if not mine:
+            continue
+        torch.compiler.reset()
+        start = time.perf_counter()
+        calls = _calls(depth, registration, unbacked, stock)
+        report(
+            f"{registration}, {depth} layers{', any batch' if unbacked else ''}: compiled in {time.perf_counter() - start:.0f} s"
+        )
+        for batch in mine:
+            rows += _measure(calls, depth, batch, registration, rounds)
+    return rows
+
+
+def _calls(
+    depth: int,
+    registration: str,
+    unbacked: bool,
+    stock: bool,
+    config: CompilationConfig | None = None,
+) -> dict[str, Call]:
+    model = build(depth, REGISTRATIONS[registration]())
+    ready = prepare(
+        model,
+        token_ids(4),
+        OPERATOR_NAMES[registration],
+        attention_body,
+        unbacked=unbacked,
+        stock=stock,
+        config=config,
+    )
+    return ready.calls
+
+
+def _measure(
+    calls: dict[str, Call], depth: int, batch: int, registration: str, rounds: int
+) -> list[Row]:
+    setting: dict[str, object] = {"op": registration, "layers": depth, "batch": batch}
+    timings = _timings(calls, batch, rounds)
+    limit = timings["limit"]
+    rows = []
+    for name, timing in timings.items():
+        ratios = {"limit": ratio(timing, limit)}
+        if "stock" in timings:
+            ratios["stock"] = ratio(timing, timings["stock"])
+        rows.append(Row(setting, name, timing.best, ratios))
+    return rows
+
+
+def _timings(calls: dict[str, Call], batch: int, rounds: int) -> dict[str, Timing]:
+    ids = token_ids(batch)
+    expected = calls["eager"](ids)
+    for name, call in calls.items():
+        actual = call(ids)
+        if not torch.allclose(actual, expected, rtol=1e-4, atol=1e-4):
+            worst = (actual - expected).abs().max().item()
+            raise PieceworkError(f"contender {name} differs from the model by {worst:g}")
+    timings = measure(
+        {name: (lambda c=call: c(ids)) for name, call in calls.items()},
+        rounds=rounds,
+        window=WINDOW,
+    )
+    limits = {name: timings.pop(name) for name in list(timings) if name.startswith("limit")}
+    best = min(limits, key=lambda name: ratio(limits[name], timings["piecework"]))
+    return {**timings, "limit": limits[best]}
+
+
+def _targets(rows: Sequence[Row], registration: str, depth: int) -> list[Target]:
+    found = {row.contender: row for row in rows if row.setting["batch"] == 4 and depth in (16, 32)}
+    targets = []
+    if "piecework" in found:
+        over = found["piecework"].ratios["limit"]
+        targets.append(Target("B2", f"{registration}, {depth} layers: over the limit", B2, over))
+    if depth == 32 and "stock" in found:
+        faster = 1 / found["piecework"].ratios["stock"]
+        text = f"{registration}, {depth} layers: faster than torch.compile"
+        targets.append(Target("B3", text, B3[registration], faster, at_most=False))
+    return targets
+
+
+def _levers(depth: int, batch: int, registration: str, rounds: int, report: Report) -> list[Row]:
+    """piecework with each lever off in turn, and with all of them off."""
+    base = _calls(depth, registration, False, stock=False)
+    line_up: dict[str, Call] = {
+        name: call
+        for name, call in base.items()
+        if name in ("eager", "piecework", "limit (globals)")
+    }
+    for label, off in (*((f"without {name}", (name,)) for name in LEVERS), ("no lever", LEVERS)):
+        levers = StitchingConfig(**dict.fromkeys(off, False))
+        config = CompilationConfig(stitching_config=levers)
+        line_up[label] = _calls(depth, registration, False, stock=False, config=config)["piecework"]
+    report(f"{registration}: compiled with each lever off")
+    timings = _timings(line_up, batch, rounds)
+    limit = timings["limit"]
+    setting: dict[str, object] = {"op": registration, "layers": depth, "batch": f"{batch}, levers"}
+    return [
+        Row(setting, name, timing.best, {"limit": ratio(timing, limit)})
+        for name, timing in timings.items()
+        if name != "eager"
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, print, and write ``host_overhead.json`` and ``.png``; 1 if a target is missed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m piecework.bench.host_overhead", description=__doc__
+    )
+    parser.add_argument("--out", type=Path, default=None, help="folder for the JSON and the plot")
+    parser.add_argument("--layers", type=int, nargs="+", default=list(LAYERS))
+    parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
+    parser.add_argument("--ops", nargs="+", choices=sorted(REGISTRATIONS), default=None)
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--no-stock", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--no-levers", action="store_true", help="leave the breakdown out")
+    options = parser.parse_args(arguments)
+    console = Console(stderr=True)
+    result = run(
+        options.layers,
+        options.batches,
+        options.ops or tuple(REGISTRATIONS),
+        rounds=options.rounds,
+        stock=not options.no_stock,
+        levers=not options.no_levers,
+        report=lambda text: console.print(text, style="dim"),
+    )
+    result.print()
+    if options.out is not None:
+        for path in result.save(options.out, "host_overhead"):
+            print(f"wrote {path}")
+    return 0 if result.met else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

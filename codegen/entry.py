@@ -1,0 +1,438 @@
+"""The function that users call, as source. In: what a trace assumed of its arguments and how its result is packed. Out: an `EntrySource` with `check_inputs` and the entry.
+
+It decides nothing about the model: everything it writes was handed to it; nothing is executed here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import assert_never
+
+import torch
+
+from piecework.codegen.consts import is_inline_literal
+from piecework.codegen.entry_plan import (
+    EntryPlan,
+    FixedValue,
+    FromCall,
+    FromConst,
+    FromItems,
+    FromLeaf,
+    FromOutput,
+    FromSize,
+    FromSymbol,
+    FromWeights,
+    IntegerInput,
+    Items,
+    Leaf,
+    Node,
+    Packed,
+    Parameter,
+    Passed,
+    SameObject,
+    Size,
+    TensorInput,
+    Tree,
+    UnusedTensor,
+)
+from piecework.codegen.layout import literal_text
+from piecework.codegen.names import NameTable
+from piecework.codegen.render import environment, format_source
+
+_WORD = re.compile(r"\b[A-Za-z_]\w*\b")
+
+FORMAT_VERSION = 1
+FUNCTION_NAME = "entry"
+
+
+@dataclass(frozen=True, slots=True)
+class EntrySource:
+    """The emitted entry.
+
+    Attributes:
+        code: the Python text, exactly what is executed.
+        consts: name → value of the objects that the text mentions.
+        held: the names of owner and value for each row of the plan's ``held``.
+    """
+
+    code: str
+    consts: Mapping[str, object] = field(default_factory=dict)
+    held: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        return self.code
+
+
+#: What the runtime puts into the entry's module, beside its constants.
+PROVIDED = (
+    "execution_fn",
+    "submods_for",
+    "fetch_weights",
+    "entry_with_care",
+    "explain_inputs",
+    "explain_weights",
+    "weights_as_traced",
+    "same_kernels",
+    "autocast_enabled",
+    "dispatch_modes",
+    "function_modes",
+    "transforms",
+    "flatten",
+)
+
+
+def generate_entry(plan: EntryPlan) -> EntrySource:
+    """Write ``plan`` as Python source.
+
+    The module must be executed with the names of `PROVIDED` in its namespace, beside ``consts``.
+
+    Raises:
+        EmitError: the text is not Python (a defect of piecework).
+    """
+    return _Writer(plan).write()
+
+
+class _Writer:
+    """State of one emission: names, constants and the lines of ``check_inputs``."""
+
+    def __init__(self, plan: EntryPlan) -> None:
+        self.plan = plan
+        reserved = {*PROVIDED, "torch", "check_inputs", "check_weights", FUNCTION_NAME}
+        self.names = NameTable(frozenset(reserved))
+        self.parameters = {p.name: self.names.claim(p.name) for p in plan.parameters}
+        self.consts: dict[str, object] = {}
+        self.leaves: dict[int, str] = {}
+        self.labels: dict[str, str] = {}
+        self.symbols: dict[str, str] = {}
+        self.unpacked: list[str] = []
+        self.steps: list[dict[str, object]] = []
+        self.late: list[str] = []
+        self.held_names: list[tuple[str, str]] = []
+
+    def write(self) -> EntrySource:
+        plan = self.plan
+        for parameter in plan.parameters:
+            self._node(parameter.node, self.parameters[parameter.name])
+        self._symbol_conditions()
+        extras = self._extras()
+        outputs = [self.names.claim(wish) for wish in plan.outputs]
+        text = (
+            environment()
+            .get_template("entry.py.jinja")
+            .render(
+                format_version=FORMAT_VERSION,
+                banner=plan.banner,
+                parameters=self._signature(),
+                check_parameters=", ".join(self.parameters.values()),
+                forward=self._forwarded(),
+                steps=self.steps if plan.checks else [s for s in self.steps if s["assign"]],
+                checks=bool(plan.checks or extras),
+                explains=plan.checks,
+                extras=", ".join(extras),
+                unpacked=f"{', '.join(extras)} = " if extras else "",
+                fetches_weights=self._fetches_weights(),
+                held=self._held() if plan.checks else [],
+                metadata=plan.metadata and plan.checks,
+                arguments=", ".join(self._arguments()),
+                outputs=_targets(outputs),
+                result=self._packed(plan.result, outputs),
+            )
+        )
+        return EntrySource(format_source(text), self.consts, tuple(self.held_names))
+
+    # --- the signature -----------------------------------------------------------------------------
+
+    def _signature(self) -> str:
+        parts: list[str] = []
+        kinds = [p.kind for p in self.plan.parameters]
+        for index, parameter in enumerate(self.plan.parameters):
+            if parameter.kind == "k" and "*" not in kinds and "k" not in kinds[:index]:
+                parts.append("*")
+            name = self.parameters[parameter.name]
+            prefix = parameter.kind if parameter.kind in ("*", "**") else ""
+            default = "" if parameter.default is None else f"={self._value(parameter)}"
+            parts.append(f"{prefix}{name}{default}")
+            if parameter.kind == "/" and kinds[index + 1 : index + 2] != ["/"]:
+                parts.append("/")
+        return ", ".join(parts)
+
+    def _value(self, parameter: Parameter) -> str:
+        assert parameter.default is not None
+        value = parameter.default.value
+        if is_inline_literal(value):
+            return literal_text(value)
+        return self._const(f"default_{parameter.name}", value)
+
+    def _forwarded(self) -> str:
+        """The parameters as arguments of a call with the same signature."""
+        parts = []
+        for parameter in self.plan.parameters:
+            name = self.parameters[parameter.name]
+            match parameter.kind:
+                case "k":
+                    parts.append(f"{parameter.name}={name}")
+                case "*" | "**":
+                    parts.append(f"{parameter.kind}{name}")
+                case _:
+                    parts.append(name)
+        return ", ".join(parts)
+
+    def _const(self, wish: str, value: object) -> str:
+        name = self.names.claim(wish)
+        self.consts[name] = value
+        return name
+
+    # --- check_inputs --------------------------------------------------------------------------------
+
+    def _require(self, comment: str, conditions: Sequence[str]) -> None:
+        if conditions:
+            test = " and ".join(conditions)
+            self.steps.append({"comment": comment, "assign": "", "test": test})
+
+    def _assign(self, text: str) -> None:
+        self.steps.append({"comment": "", "assign": text, "test": ""})
+
+    def _node(self, node: Node, path: str) -> None:
+        match node:
+            case Leaf():
+                self._leaf(node, path)
+            case Items():
+                self._items(node, path)
+            case Tree():
+                leaves = self.names.claim("leaves")
+                structure = self.names.claim("structure")
+                expected = self._const("expected_structure", node.structure)
+                self._assign(f"{leaves}, {structure} = flatten({path})")
+                self._require(
+                    f"{node.label}: of the traced structure", [f"{structure} == {expected}"]
+                )
+                for number, child in enumerate(node.children):
+                    self._leaf(child, f"{leaves}[{number}]")
+            case _:
+                assert_never(node)
+
+    def _items(self, node: Items, path: str) -> None:
+        conditions = [f"type({path}) is {node.kind.__name__}", f"len({path}) == {len(node.keys)}"]
+        if node.kind is dict:
+            conditions += [f"{literal_text(key)} in {path}" for key in node.keys]
+        self._require(f"{node.label}: a {node.kind.__name__} of {len(node.keys)}", conditions)
+        for key, child in zip(node.keys, node.children, strict=True):
+            self._node(child, f"{path}[{literal_text(key)}]")
+
+    def _leaf(self, leaf: Leaf, path: str) -> None:
+        if not path.isidentifier():
+            name = self.names.claim(leaf.label)
+            self._assign(f"{name} = {path}")
+            self.unpacked.append(name)
+            path = name
+        self.leaves[leaf.index] = path
+        self.labels[leaf.label] = path
+        match leaf.assumption:
+            case TensorInput():
+                self._tensor(leaf.label, path, leaf.assumption)
+            case UnusedTensor(dtype, device, rank):
+                comment = f"{leaf.label}: not read by the graph"
+                self._require(comment, _kind_conditions(path, dtype, device, rank))
+            case SameObject(label):
+                same = self.labels[label]
+                self._require(f"{leaf.label}: the same tensor as {label}", [f"{path} is {same}"])
+            case IntegerInput(symbol):
+                self.symbols.setdefault(symbol, path)
+                self._require(f"{leaf.label}: an integer", [f"type({path}) is int"])
+            case FixedValue(value):
+                self._fixed(leaf.label, path, value)
+            case _:
+                assert_never(leaf.assumption)
+
+    def _fixed(self, label: str, path: str, value: object) -> None:
+        comment = f"{label}: fixed by the trace"
+        if value is None or isinstance(value, bool):
+            self._require(comment, [f"{path} is {value}"])
+        elif is_inline_literal(value):
+            kind = type(value).__name__
+            self._require(comment, [f"type({path}) is {kind}", f"{path} == {literal_text(value)}"])
+        else:
+            expected = self._const(f"traced_{label}", value)
+            self._require(comment, [f"({path} is {expected} or {path} == {expected})"])
+
+    def _tensor(self, label: str, path: str, tensor: TensorInput) -> None:
+        conditions = _kind_conditions(path, tensor.dtype, tensor.device, len(tensor.sizes))
+        layout = "contiguous" if tensor.strides is None else "strided as traced"
+        comment = f"{label}: {_short(tensor)} on {tensor.device}, {layout}"
+        if tensor.strides is None:
+            conditions.append(f"{path}.is_contiguous()")
+        if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+            conditions.append(f"not {path}.is_neg()")
+        if tensor.dtype.is_complex:
+            conditions.append(f"not {path}.is_conj()")
+        if tensor.sizes and all(type(size) is int for size in tensor.sizes):
+            conditions.append(f"{path}.shape == ({', '.join(map(str, tensor.sizes))},)")
+            self._require(comment, conditions)
+        else:
+            self._require(comment, conditions)
+            self._sizes(label, path, tensor.sizes)
+        for dim, stride in enumerate(tensor.strides or ()):
+            if stride is not None:
+                self.late.append(f"{path}.stride({dim}) == {self._size(stride)}")
+
+    def _sizes(self, label: str, path: str, sizes: Sequence[Size]) -> None:
+        """Unpack the shape; a symbol seen for the first time is defined by it, all else is compared."""
+        known = {symbol.name for symbol in self.plan.symbols}
+        targets: list[str] = []
+        conditions: list[str] = []
+        for dim, size in enumerate(sizes):
+            if isinstance(size, str) and size in known and size not in self.symbols:
+                self.symbols[size] = self.names.claim(size)
+                self.unpacked.append(self.symbols[size])
+                targets.append(self.symbols[size])
+                continue
+            targets.append(self.names.claim(f"{label}_{dim}"))
+            if isinstance(size, int) or size in self.symbols:
+                conditions.append(f"{targets[-1]} == {self._size(size)}")
+            else:
+                self.late.append(f"{targets[-1]} == {size}")  # its symbols are known in the end
+        if targets:
+            self._assign(f"{_targets(targets)}{path}.shape")
+        self._require("", conditions)
+
+    def _size(self, size: Size) -> str:
+        return str(size) if isinstance(size, int) else self._renamed(size)
+
+    def _renamed(self, text: str) -> str:
+        """An expression over symbols, with the names that they have here."""
+        return _WORD.sub(lambda word: self.symbols.get(word.group(), word.group()), text)
+
+    def _symbol_conditions(self) -> None:
+        ranges: list[str] = []
+        for symbol in self.plan.symbols:
+            name = self.symbols.get(symbol.name)
+            if name is None:
+                continue
+            if symbol.low is not None and symbol.high is not None:
+                ranges.append(f"{symbol.low} <= {name} <= {symbol.high}")
+            elif symbol.low is not None:
+                ranges.append(f"{name} >= {symbol.low}")
+            elif symbol.high is not None:
+                ranges.append(f"{name} <= {symbol.high}")
+        self._require("sizes that the trace allows", ranges)
+        relations = [self._renamed(text) for text in (*self.late, *self.plan.guards)]
+        self._require("relations that the trace relied on", relations)
+
+    # --- the entry -----------------------------------------------------------------------------------
+
+    def _fetches_weights(self) -> bool:
+        return any(isinstance(e, FromWeights) for e in self.plan.passed) or _has_weight(
+            self.plan.result
+        )
+
+    def _extras(self) -> list[str]:
+        """What ``check_inputs`` hands back: values that the entry uses and does not have as parameters."""
+        passed = (*self.plan.passed, *(() if self.plan.batch is None else (self.plan.batch,)))
+        used = {self._pass(each).partition(".")[0] for each in passed}
+        used |= set(self._leaves_of(self.plan.result))
+        return [name for name in self.unpacked if name in used]
+
+    def _leaves_of(self, packed: Packed) -> list[str]:
+        match packed:
+            case FromLeaf(index):
+                return [self.leaves[index]]
+            case FromItems(children=children) | FromCall(children=children):
+                return [name for child in children for name in self._leaves_of(child)]
+            case _:
+                return []
+
+    def _pass(self, value: Passed) -> str:
+        match value:
+            case FromLeaf(index):
+                return self.leaves[index]
+            case FromSymbol(name):
+                return self.symbols[name]
+            case FromSize(leaf, dim):
+                return f"{self.leaves[leaf]}.size({dim})"
+            case FromWeights(index):
+                return f"weights[{index}]"
+            case _:
+                assert_never(value)
+
+    def _arguments(self) -> list[str]:
+        arguments = [self._pass(each) for each in self.plan.passed]
+        if self.plan.batch is not None:
+            arguments.append(f"__vllm_submods__=submods_for({self._pass(self.plan.batch)})")
+        return arguments
+
+    def _packed(self, packed: Packed, outputs: Sequence[str]) -> str:
+        match packed:
+            case FromLeaf(index):
+                return self.leaves[index]
+            case FromOutput(index):
+                return outputs[index]
+            case FromWeights(index):
+                return f"weights[{index}]"
+            case FromConst(value):
+                if is_inline_literal(value):
+                    return literal_text(value)
+                return self._const("fixed", value)
+            case FromItems(kind, keys, children):
+                return _container(kind, keys, [self._packed(child, outputs) for child in children])
+            case FromCall(rebuild, context, type_name, children):
+                function = self._const(f"rebuild_{type_name}", rebuild)
+                about = self._const(f"context_{type_name}", context)
+                items = ", ".join(self._packed(child, outputs) for child in children)
+                return f"{function}([{items}], {about})"
+            case _:
+                assert_never(packed)
+
+    def _held(self) -> list[str]:
+        """One look-up per weight and submodule, by names that tell which."""
+        owners: dict[str, str] = {}
+        conditions = []
+        for row in self.plan.held:
+            if row.owner not in owners:
+                owners[row.owner] = self.names.claim(f"in_{row.owner}".rstrip("."))
+            value = self.names.claim(row.path)
+            self.held_names.append((owners[row.owner], value))
+            conditions.append(f"{owners[row.owner]}[{row.key!a}] is {value}")
+        return conditions
+
+
+def _has_weight(packed: Packed) -> bool:
+    children = packed.children if isinstance(packed, (FromItems, FromCall)) else ()
+    return isinstance(packed, FromWeights) or any(map(_has_weight, children))
+
+
+def _short(tensor: TensorInput) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}[{', '.join(map(str, tensor.sizes))}]"
+
+
+def _kind_conditions(path: str, dtype: torch.dtype, device: torch.device, rank: int) -> list[str]:
+    conditions = [
+        f"(type({path}) is torch.Tensor or type({path}) is torch.nn.Parameter)",
+        f"{path}.dtype is {dtype}",
+        f"{path}.layout is torch.strided",
+    ]
+    if device.type == "cpu":
+        conditions.append(f"{path}.is_cpu")
+    elif device.type == "cuda":
+        conditions.append(f"{path}.is_cuda and {path}.get_device() == {device.index or 0}")
+    else:
+        conditions.append(f"{path}.device == torch.device({str(device)!a})")
+    conditions.append(f"{path}.dim() == {rank}")
+    return conditions
+
+
+def _targets(names: Sequence[str]) -> str:
+    """``a, b = `` or ``(a,) = ``, or nothing."""
+    if not names:
+        return ""
+    return f"({names[0]},) = " if len(names) == 1 else f"{', '.join(names)} = "
+
+
+def _container(kind: type, keys: Sequence[object], items: Sequence[str]) -> str:
+    if kind is dict:
+        pairs = (f"{literal_text(key)}: {item}" for key, item in zip(keys, items, strict=True))
+        return f"{{{', '.join(pairs)}}}"
+    if kind is list:
+        return f"[{', '.join(items)}]"
+    return f"({items[0]},)" if len(items) == 1 else f"({', '.join(items)})"

@@ -1,0 +1,232 @@
+"""What an entry says, before it is text. In: nothing; this is the vocabulary between the runtime and `entry`.
+
+All classes are frozen and have no behaviour; nothing here is rendered or executed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# --- what was assumed of each input --------------------------------------------------------------
+
+Size = int | str  # a number, or an expression over symbols
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInput:
+    """A tensor argument, with what compiled code assumes of it.
+
+    Attributes:
+        sizes: one per dimension.
+        strides: None for a contiguous tensor; entries that nothing is known about are None.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    sizes: tuple[Size, ...]
+    strides: tuple[Size | None, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UnusedTensor:
+    """A tensor argument that the graph does not read; Python code of the model may have looked at its kind."""
+
+    dtype: torch.dtype
+    device: torch.device
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class SameObject:
+    """An argument that was the same tensor as another one."""
+
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class IntegerInput:
+    """An integer argument that stayed symbolic."""
+
+    symbol: str
+
+
+@dataclass(frozen=True, slots=True)
+class FixedValue:
+    """A Python value that the trace has built in."""
+
+    value: object
+
+
+Assumption = TensorInput | UnusedTensor | SameObject | IntegerInput | FixedValue
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One flattened argument."""
+
+    index: int
+    label: str
+    assumption: Assumption
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """A list, tuple or dict of arguments, by exact type; ``keys`` are positions or keys."""
+
+    kind: type
+    label: str
+    keys: tuple[object, ...]
+    children: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """A container of another type: flattened and compared by its structure."""
+
+    label: str
+    structure: object
+    children: tuple[Leaf, ...]
+
+
+Node = Leaf | Items | Tree
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of the entry.
+
+    Attributes:
+        kind: ``"/"`` positional only, ``""`` plain, ``"*"`` and ``"**"`` variadic, ``"k"`` keyword only.
+        default: present for a parameter with a default.
+    """
+
+    name: str
+    kind: str
+    node: Node
+    default: FixedValue | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Symbol:
+    """A symbolic size: its smallest and largest value; None where there is no bound."""
+
+    name: str
+    low: int | None = None
+    high: int | None = None
+
+
+# --- how the graph is called and what is returned ------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class FromLeaf:
+    """A flattened argument."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class FromSymbol:
+    """The value of a symbol."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class FromSize:
+    """A dimension of a flattened argument, for a size that is no plain symbol."""
+
+    leaf: int
+    dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class FromWeights:
+    """A weight that is fetched for every call."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class FromOutput:
+    """An output of the graph."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class FromConst:
+    """A value that did not depend on the arguments."""
+
+    value: object
+
+
+@dataclass(frozen=True, slots=True)
+class FromItems:
+    """A list, tuple or dict, by exact type."""
+
+    kind: type
+    keys: tuple[object, ...]
+    children: tuple[Packed, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FromCall:
+    """Another container, rebuilt by ``rebuild(children, context)``."""
+
+    rebuild: object
+    context: object
+    type_name: str
+    children: tuple[Packed, ...]
+
+
+Passed = FromLeaf | FromSymbol | FromSize | FromWeights
+Packed = FromLeaf | FromOutput | FromWeights | FromConst | FromItems | FromCall
+
+
+@dataclass(frozen=True, slots=True)
+class HeldWeight:
+    """A weight, a submodule or a flag of the model that must still be what was bound.
+
+    Attributes:
+        owner: dotted path of the module whose dictionary holds it, with the dictionary's name.
+        key: its key there.
+        path: its own dotted path.
+    """
+
+    owner: str
+    key: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class EntryPlan:
+    """Everything that the entry's source says.
+
+    Attributes:
+        banner: lines of the header comment.
+        parameters: the model's own.
+        symbols: in the order in which their values are found.
+        guards: conditions over symbols.
+        passed: arguments of ``execution_fn``, in order.
+        outputs: wished-for names of the graph's outputs.
+        result: how the result is packed.
+        batch: the size that chooses ``__vllm_submods__``; None if there is one list.
+        held: what must still be found in the model.
+        metadata: whether dtype, device, sizes and strides of the weights are checked too.
+        checks: write the checks; without them only values are unpacked.
+    """
+
+    banner: tuple[str, ...]
+    parameters: tuple[Parameter, ...]
+    symbols: tuple[Symbol, ...]
+    guards: tuple[str, ...]
+    passed: tuple[Passed, ...]
+    outputs: tuple[str, ...]
+    result: Packed
+    batch: Passed | None = None
+    held: tuple[HeldWeight, ...] = ()
+    metadata: bool = False
+    checks: bool = True

@@ -1,0 +1,124 @@
+"""What a trace assumed of its inputs. In: the captured graph's inputs and their fake values. Out: one assumption per argument, symbols with ranges, and guards.
+
+It reads what tracing recorded and adds nothing to it; no example tensor is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from piecework.codegen.entry_plan import (
+    Assumption,
+    FixedValue,
+    FromLeaf,
+    FromSize,
+    FromSymbol,
+    IntegerInput,
+    Passed,
+    SameObject,
+    Symbol,
+    TensorInput,
+    UnusedTensor,
+)
+from piecework.runtime import torch_compat
+
+
+class Assumptions:
+    """The assumptions of one trace.
+
+    Args:
+        fakes: number of the flattened argument → the fake value that stood for it.
+        wished: torch's symbol → how it should be called.
+        leaves: the flattened example arguments.
+        labels: how errors call them.
+    """
+
+    def __init__(
+        self,
+        fakes: Mapping[int, object],
+        wished: Mapping[str, str],
+        leaves: Sequence[object],
+        labels: Sequence[str],
+    ) -> None:
+        self._fakes = dict(fakes)
+        self._labels = tuple(labels)
+        self._sizes = [size for fake in self._fakes.values() for size in _sizes_of(fake)]
+        self._names = _names(self._sizes, wished)
+        self._first: dict[int, int] = {}
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor) and (
+                index in self._fakes or id(leaf) not in self._first
+            ):
+                self._first[id(leaf)] = index
+
+    def assume(self, index: int, example: object) -> Assumption:
+        """What the trace assumed of argument ``index``."""
+        fake = self._fakes.get(index)
+        if isinstance(fake, torch.Tensor):
+            return self._tensor(fake)
+        if isinstance(fake, torch.SymInt):
+            text = torch_compat.size_text(fake, self._names)
+            return FixedValue(text) if isinstance(text, int) else IntegerInput(text)
+        if isinstance(example, torch.Tensor):
+            first = self._first[id(example)]
+            if first != index:
+                return SameObject(self._labels[first])
+            return UnusedTensor(example.dtype, example.device, example.dim())
+        return FixedValue(example)
+
+    def symbols(self) -> tuple[Symbol, ...]:
+        """The symbols that sizes and integers are made of, with their ranges."""
+        found: dict[str, Symbol] = {}
+        for size in self._sizes:
+            names = torch_compat.symbols_of(size)
+            if len(names) == 1 and torch_compat.symbol_of(size) == names[0]:
+                name = self._names[names[0]]
+                found.setdefault(name, Symbol(name, *torch_compat.symbol_range(size)))
+        return tuple(found.values())
+
+    def guards(self) -> tuple[str, ...]:
+        return torch_compat.guards_on(self._sizes, self._names)
+
+    def passed(self, leaf: int, dim: int | None) -> Passed:
+        """How the entry finds argument ``leaf``, or dimension ``dim`` of it."""
+        if dim is None:
+            return FromLeaf(leaf)
+        fake = self._fakes[leaf]
+        assert isinstance(fake, torch.Tensor)
+        symbol = torch_compat.symbol_of(fake.shape[dim])
+        return FromSymbol(self._names[symbol]) if symbol in self._names else FromSize(leaf, dim)
+
+    def _tensor(self, fake: torch.Tensor) -> TensorInput:
+        strides = None
+        if not torch_compat.is_traced_contiguous(fake):
+            strides = tuple(
+                torch_compat.size_text(stride, self._names) if self._is_known(stride) else None
+                for stride in fake.stride()
+            )
+        sizes = tuple(torch_compat.size_text(size, self._names) for size in fake.shape)
+        return TensorInput(fake.dtype, fake.device, sizes, strides)
+
+    def _is_known(self, size: object) -> bool:
+        return all(symbol in self._names for symbol in torch_compat.symbols_of(size))
+
+
+def _sizes_of(fake: object) -> tuple[object, ...]:
+    return tuple(fake.shape) if isinstance(fake, torch.Tensor) else (fake,)
+
+
+def _names(sizes: Sequence[object], wished: Mapping[str, str]) -> dict[str, str]:
+    """A name for each symbol: the wished one, or the next free of ``s0, s1, …``."""
+    names: dict[str, str] = {}
+    taken = set(wished.values())
+    for size in sizes:
+        for symbol in torch_compat.symbols_of(size):
+            if symbol in names:
+                continue
+            number = len(names)
+            while f"s{number}" in taken:
+                number += 1
+            names[symbol] = wished.get(symbol) or f"s{number}"
+            taken.add(names[symbol])
+    return names

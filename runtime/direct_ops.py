@@ -1,0 +1,95 @@
+"""Splitting ops called past the dispatcher. In: the operators of a graph. Out: their Python functions, and whether these are still what the dispatcher would call.
+
+An operator whose function is not known, or is not alone in what it does, is left to the dispatcher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sized
+from dataclasses import dataclass, field
+
+import torch
+
+from piecework.runtime import torch_compat
+from piecework.runtime.splitting_op import registry
+
+Implementation = Callable[..., object]
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    look_up: Callable[[], Implementation | None]
+    implementation: Implementation
+    name: str
+    table: str
+
+
+@dataclass(slots=True)
+class DirectOps:
+    """The operators that stitched code calls by their own functions.
+
+    Attributes:
+        implementations: operator (as graphs hold it) → function.
+    """
+
+    implementations: dict[object, Implementation] = field(default_factory=dict)
+    _rows: list[_Row] = field(default_factory=list)
+    _kernels: Sized | None = field(default_factory=torch_compat.registered_kernels)
+    _count: int = 0
+
+    @classmethod
+    def of(cls, calls: Iterable[tuple[object, str | None]]) -> DirectOps:
+        """Look up each (operator, device type of its tensors); unknown ones are left out."""
+        found = cls()
+        for target, device in calls:
+            if device is not None and target not in found.implementations:
+                found._add(target, device)
+        found._count = 0 if found._kernels is None else len(found._kernels)
+        return found
+
+    def _add(self, target: object, device: str) -> None:
+        look_up = _look_up(target, device)
+        implementation = None if look_up is None else look_up()
+        if look_up is None or implementation is None:
+            return
+        name = _full_name(target)
+        self.implementations[target] = implementation
+        self._rows.append(_Row(look_up, implementation, name, torch_compat.kernel_table(name)))
+
+    def unchanged(self) -> bool:
+        """Whether each function is still the one that the dispatcher would reach.
+
+        Kernels that `register_kernel` or ``torch.library`` adds later are noticed at once; one that replaces a kernel
+        under the very same dispatch key through a raw ``torch.library.Library`` is noticed with the next new one.
+        """
+        for row in self._rows:
+            if row.look_up() is not row.implementation:
+                return False
+        if self._kernels is None or len(self._kernels) == self._count:
+            return True
+        return self._unchanged_tables()
+
+    def _unchanged_tables(self) -> bool:
+        """The slow look, after some kernel of some operator was registered or removed."""
+        if any(torch_compat.kernel_table(row.name) != row.table for row in self._rows):
+            return False
+        assert self._kernels is not None
+        self._count = len(self._kernels)
+        return True
+
+
+def _look_up(target: object, device: str) -> Callable[[], Implementation | None] | None:
+    op = registry.find(target)
+    if op is not None:
+        return lambda: op.implementation_for(device)
+    if isinstance(target, torch._ops.OpOverload):
+        name = target._schema.name
+        return lambda: torch_compat.custom_op_implementation(name, device)
+    return None
+
+
+def _full_name(target: object) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        overload = target._schema.overload_name
+        return f"{target._schema.name}.{overload}" if overload else target._schema.name
+    return str(getattr(target, "_qualified_op_name", target))

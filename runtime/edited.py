@@ -1,0 +1,133 @@
+"""Stitching source that a person edited. In: the generated source, its graph and the edited text. Out: an `EditedSource` that may run in its place.
+
+The text must keep the contract (signature, names, indices); whether it still means the graph is proved or said, never assumed.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch.fx
+
+from piecework.codegen import StitchedSource
+from piecework.codegen.lower import ENTRY_NAME
+from piecework.codegen.render import numbered
+from piecework.codegen.source import verify
+from piecework.codegen.verify import Proof
+from piecework.errors import EmitError
+
+
+@dataclass(frozen=True, slots=True)
+class EditedSource:
+    """An edited text that keeps the contract.
+
+    Attributes:
+        code: the text.
+        proof: what was proved against the graph; None if it means something else now.
+        difference: the first difference from the graph, when there is no proof.
+    """
+
+    code: str
+    proof: Proof | None
+    difference: str | None
+
+
+def check_edited(source: StitchedSource, split_gm: torch.fx.GraphModule, code: str) -> EditedSource:
+    """Check an edited version of ``source``.
+
+    Args:
+        source: what was generated.
+        split_gm: its graph.
+        code: the edited text.
+
+    Raises:
+        EmitError: the text is not Python, defines no ``execution_fn`` with the generated signature, reads a name that
+            nothing defines, or an index outside ``__vllm_submods__`` or ``__vllm_consts__``.
+    """
+    try:
+        tree = ast.parse(code)
+        compiled = compile(tree, "<edited>", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:
+        raise EmitError(f"the edited source is not Python: {error}\n{numbered(code)}") from error
+    _check_signature(tree, source)
+    _check_names(compiled, tree, source)
+    _check_indices(tree, source)
+    try:
+        return EditedSource(code, verify(source, split_gm, edited=code), None)
+    except EmitError as error:
+        return EditedSource(code, None, str(error))
+
+
+def _entry_of(tree: ast.Module) -> ast.FunctionDef | None:
+    found = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == ENTRY_NAME]
+    return found[-1] if found else None
+
+
+def _check_signature(tree: ast.Module, source: StitchedSource) -> None:
+    generated, edited = _entry_of(ast.parse(source.code)), _entry_of(tree)
+    assert generated is not None
+    if edited is None:
+        raise EmitError(f"the edited source defines no function {ENTRY_NAME}")
+    before, after = ast.unparse(generated.args), ast.unparse(edited.args)
+    if before != after:
+        raise EmitError(
+            f"the edited {ENTRY_NAME} takes ({after}); its callers pass ({before})",
+            hint="keep the signature as it was generated",
+        )
+
+
+def _check_names(compiled: types.CodeType, tree: ast.Module, source: StitchedSource) -> None:
+    defined = set(dir(builtins)) | {"__vllm_consts__", "__name__"}
+    defined |= {row.name for row in source.module.bound}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            defined |= {(a.asname or a.name).partition(".")[0] for a in node.names}
+    defined |= set(_stored_globals(tree))
+    for name in sorted(_read_globals(compiled)):
+        if name not in defined:
+            raise EmitError(f"the edited source reads the name {name!a}, which nothing defines")
+
+
+def _stored_globals(tree: ast.Module) -> Iterator[str]:
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            for each in ast.walk(node):
+                if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store):
+                    yield each.id
+
+
+def _read_globals(code: types.CodeType) -> set[str]:
+    import dis
+
+    loads = ("LOAD_GLOBAL", "LOAD_NAME")
+    found = {i.argval for i in dis.get_instructions(code) if i.opname in loads}
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found |= _read_globals(constant)
+    return found
+
+
+def _check_indices(tree: ast.Module, source: StitchedSource) -> None:
+    sizes = {"__vllm_submods__": len(source.submod_names), "__vllm_consts__": len(source.consts)}
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Subscript)
+            and isinstance(node.value, ast.Name)
+            and node.value.id in sizes
+        ):
+            index, size = node.slice, sizes[node.value.id]
+            if not (
+                isinstance(index, ast.Constant)
+                and type(index.value) is int
+                and 0 <= index.value < size
+            ):
+                raise EmitError(
+                    f"line {node.lineno}: {ast.unparse(node)} is not one of the {size} entries",
+                    hint=f"indices go from 0 to {size - 1}",
+                )

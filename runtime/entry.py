@@ -1,0 +1,309 @@
+"""From a capture to the function that users call. In: a `Capture`, a prepared backend and the bound weights. Out: an `Entry`, whose source is emitted and run as it is.
+
+Per call it does nothing itself: the emitted source does, and what is here runs once, or when something is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import FunctionType
+
+import torch
+from torch.utils import _pytree as pytree
+
+from piecework.codegen.bind import execute_source
+from piecework.codegen.entry import FUNCTION_NAME, EntrySource, generate_entry
+from piecework.codegen.entry_plan import (
+    EntryPlan,
+    FromCall,
+    FromConst,
+    FromItems,
+    FromLeaf,
+    FromOutput,
+    FromWeights,
+    Packed,
+    Passed,
+)
+from piecework.errors import InputError
+from piecework.runtime import torch_compat
+from piecework.runtime.backend import PieceworkBackend
+from piecework.runtime.capture import (
+    Argument,
+    Capture,
+    Fixed,
+    FromArgument,
+    FromGraph,
+    FromWeight,
+    ResultLeaf,
+    Size,
+    Weight,
+)
+from piecework.runtime.explain import input_error
+from piecework.runtime.profile_names import named_pieces
+
+
+class Entry:
+    """The emitted entry, bound and ready.
+
+    Args:
+        captured: what the model's trace gave.
+        backend: has compiled the pieces and emitted the stitching source.
+
+    Attributes:
+        source: the emitted text of ``check_inputs``, ``check_weights`` and ``entry``.
+        call: the entry: takes the model's arguments, returns the model's result.
+        execution_fn: the emitted stitching function, bound.
+        weights: what is bound.
+        captured: what the trace gave.
+    """
+
+    def __init__(self, captured: Capture, backend: PieceworkBackend) -> None:
+        self._backend = backend
+        self.captured = captured
+        self._plan = plan_entry(captured, backend)
+        self._careful: Callable[..., object] | None = None
+        self._unaware: Callable[..., object] | None = None
+        self._code: str | None = None  # an edited text in place of the generated one
+        self._autocast = torch_compat.autocast_state()
+        self.weights = captured.weights
+        self.source: EntrySource = generate_entry(self._plan)
+        self.execution_fn = backend.bind(self._bound())
+        self.call = self._execute(self._probes(), self.execution_fn, backend.submods_for)
+
+    def rebind(self) -> None:
+        """Hold the weights that the model has now.
+
+        Raises:
+            BindError: a weight is missing or differs in more than its values; what was bound stays bound.
+        """
+        self.weights.rebind()
+        self.execution_fn.__globals__.update(self._bound())
+        if self._plan.held and self.weights.held() != self._plan.held:
+            # Weights are tied, or held, in another way than before: other things are to be checked.
+            self._plan = replace(self._plan, held=self.weights.held())
+            self.source = generate_entry(self._plan)
+            self.call = self._execute(self._probes(), self.execution_fn, self._backend.submods_for)
+        self.call.__globals__.update(self.weights.namespace(self.source.held))
+        self._careful = self._unaware = None
+
+    def use_source(self, code: str) -> None:
+        """Run another text in place of the generated stitching source.
+
+        Raises:
+            EmitError: the text can't be executed; what ran before still runs.
+        """
+        function = self._backend.bind(self._bound(), code=code)
+        self.execution_fn = function
+        self.call.__globals__["execution_fn"] = function
+        self._code, self._careful, self._unaware = code, None, None
+
+    @contextmanager
+    def named_pieces(self, labels: Sequence[str]) -> Iterator[None]:
+        """Run every piece and every operator called directly inside a named profiler range, for the block."""
+        source = self._backend.source
+        assert source is not None
+        operators = {alias.name: alias.name for alias in source.module.aliases}
+        with named_pieces(self.execution_fn, self._backend.submod_lists, labels, operators):
+            yield
+
+    def _bound(self) -> dict[str, object]:
+        """Values of the names that the stitching source holds."""
+        source = self._backend.source
+        assert source is not None
+        by_path = {
+            w.path: t for w, t in zip(self.weights.traced, self.weights.tensors, strict=True)
+        }
+        return {row.name: by_path[row.path] for row in source.module.bound}
+
+    # --- execution of the emitted text -------------------------------------------------------------
+
+    def _execute(
+        self,
+        probes: dict[str, object],
+        execution_fn: Callable[..., object],
+        submods_for: Callable[[int], object],
+    ) -> FunctionType:
+        namespace: dict[str, object] = {
+            **self.source.consts,
+            **self.weights.namespace(self.source.held),
+            **probes,
+            "execution_fn": execution_fn,
+            "submods_for": submods_for,
+            "fetch_weights": self.weights.current,
+            "entry_with_care": self._with_care,
+            "explain_inputs": self._explain_inputs,
+            "explain_weights": self._explain_weights,
+            "weights_as_traced": self.weights.metadata_unchanged,
+            "flatten": torch_compat.flatten_tree,
+        }
+        return execute_source(self.source.code, namespace, FUNCTION_NAME)
+
+    def _probes(self) -> dict[str, object]:
+        return {
+            "autocast_enabled": torch_compat.autocast_probe(),
+            "dispatch_modes": torch_compat.dispatch_mode_probe(),
+            "function_modes": torch_compat.function_mode_probe(),
+            "transforms": torch_compat.transform_probe(),
+            "same_kernels": self._backend.direct_ops.unchanged,
+        }
+
+    def _explain_inputs(self, *values: object) -> None:
+        raise input_error(self._plan, values)
+
+    def _explain_weights(self) -> None:
+        raise self.weights.explain()
+
+    # --- when a shortcut does not hold ---------------------------------------------------------------
+
+    def _with_care(self, *args: object, **kwargs: object) -> object:
+        """A call while a mode, a transform or autocast is active, or after an operator was overridden.
+
+        It goes through the dispatcher and the public artifacts, whose wrappers do what is then needed.
+
+        Raises:
+            InputError: a ``torch.func`` transform is active, or autocast is not as it was in the trace.
+        """
+        if torch_compat.transform_probe()():
+            raise InputError(
+                "a torch.func transform is active, which compiled pieces know nothing about",
+                hint="transform the model itself, and compile the result",
+            )
+        autocast = torch_compat.autocast_state()
+        if autocast != self._autocast:
+            raise InputError(
+                f"autocast is {_autocast_text(autocast)}; the model was traced with it {_autocast_text(self._autocast)}",
+                hint="compile the model inside the same autocast context",
+            )
+        if self._only_a_default_device(autocast):
+            # torch.set_default_device is a mode for good, and changes nothing for compiled pieces.
+            if self._unaware is None:
+                probes = {**self._probes(), "function_modes": _never}
+                self._unaware = self._execute(probes, self.execution_fn, self._backend.submods_for)
+            return self._unaware(*args, **kwargs)
+        if self._careful is None:
+            self._careful = self._make_careful()
+        return self._careful(*args, **kwargs)
+
+    def _only_a_default_device(self, autocast: object) -> bool:
+        return (
+            not autocast
+            and not torch_compat.dispatch_mode_probe()()
+            and self._backend.direct_ops.unchanged()
+            and torch_compat.only_default_device_modes()
+        )
+
+    def _make_careful(self) -> Callable[..., object]:
+        """The same text, bound to the dispatcher and to public artifacts."""
+        by_path = {
+            w.path: t for w, t in zip(self.weights.traced, self.weights.tensors, strict=True)
+        }
+        function, submods_for = self._backend.bind_safely(by_path, code=self._code)
+        return self._execute({**_IDLE, "same_kernels": _always}, function, submods_for)
+
+
+def _never() -> bool:
+    return False
+
+
+def _always() -> bool:
+    return True
+
+
+_IDLE = {
+    "autocast_enabled": _never,
+    "dispatch_modes": _never,
+    "function_modes": _never,
+    "transforms": _never,
+}
+
+
+def _autocast_text(state: tuple[tuple[str, object], ...]) -> str:
+    return ", ".join(f"on for {device} ({dtype})" for device, dtype in state) or "off"
+
+
+# --- the plan ----------------------------------------------------------------------------------------
+
+
+def plan_entry(captured: Capture, backend: PieceworkBackend) -> EntryPlan:
+    """Say what the entry must check, pass and return."""
+    levers = backend.config.stitching_config
+    source = backend.source
+    assert source is not None
+    bound = {row.path for row in source.module.bound}
+    weights = [each for each in captured.inputs if isinstance(each, Weight)]
+    numbers = {each.path: number for number, each in enumerate(weights)}
+    passed: list[Passed] = []
+    for each in captured.inputs:
+        match each:
+            case Weight(path):
+                if path not in bound:
+                    passed.append(FromWeights(numbers[path]))
+            case Argument(leaf):
+                passed.append(captured.assumptions.passed(leaf, None))
+            case Size(leaf, dim):
+                passed.append(captured.assumptions.passed(leaf, dim))
+    weight_at = {id(each.tensor): number for number, each in enumerate(weights)}
+    held = captured.weights.held() if bound else ()
+    return EntryPlan(
+        banner=(f"model: {backend.prefix or 'model'}",),
+        parameters=captured.parameters,
+        symbols=captured.assumptions.symbols(),
+        guards=captured.assumptions.guards(),
+        passed=tuple(passed),
+        outputs=_output_names(captured),
+        result=_packed(captured.out_spec, list(captured.result), weight_at),
+        batch=_batch(captured, backend),
+        held=held,
+        metadata=bool(bound),
+        checks=levers.check_inputs,
+    )
+
+
+def _batch(captured: Capture, backend: PieceworkBackend) -> Passed | None:
+    if backend.range_table is None or backend.batch_input is None:
+        return None
+    index, dim = backend.batch_input
+    match captured.inputs[index]:
+        case Argument(leaf):
+            return captured.assumptions.passed(leaf, dim)
+        case Size(leaf, size_dim):
+            return captured.assumptions.passed(leaf, size_dim)
+        case Weight():
+            return None
+
+
+def _output_names(captured: Capture) -> tuple[str, ...]:
+    returned = captured.graph.graph.output_node().args[0]
+    outputs = list(returned) if isinstance(returned, (list, tuple)) else [returned]
+    return tuple(each.name if isinstance(each, torch.fx.Node) else "unused" for each in outputs)
+
+
+def _packed(spec: pytree.TreeSpec, leaves: list[ResultLeaf], weight_at: dict[int, int]) -> Packed:
+    """How ``spec`` is rebuilt; takes what it needs from the front of ``leaves``."""
+    kind, context, children = torch_compat.spec_parts(spec)
+    if kind is None:
+        return _packed_leaf(leaves.pop(0), weight_at)
+    items = tuple(_packed(child, leaves, weight_at) for child in children)
+    if kind in (list, tuple):
+        return FromItems(kind, tuple(range(len(items))), items)
+    if kind is dict:
+        return FromItems(dict, tuple(context), items)  # type: ignore[arg-type]
+    rebuild = torch_compat.rebuilder(kind)
+    if rebuild is not None:
+        return FromCall(rebuild, context, kind.__name__, items)
+    return FromCall(torch_compat.with_children, spec, kind.__name__, items)
+
+
+def _packed_leaf(leaf: ResultLeaf, weight_at: dict[int, int]) -> Packed:
+    match leaf:
+        case FromGraph(index):
+            return FromOutput(index)
+        case FromArgument(index):
+            return FromLeaf(index)
+        case FromWeight(tensor):
+            number = weight_at.get(id(tensor))
+            return FromConst(tensor) if number is None else FromWeights(number)
+        case Fixed(value):
+            return FromConst(value)
