@@ -39,6 +39,10 @@ def text_of(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
+# Types of torch whose text says all; by name, so that torch is not imported for them.
+_TORCH = ("OpOverload", "OpOverloadPacket", "dtype", "device", "layout", "memory_format")
+
+
 class _Reader:
     """One reading; it remembers the functions it has entered, which may call each other."""
 
@@ -76,6 +80,8 @@ class _Reader:
                 return {"builtin": f"{value.__module__}.{value.__qualname__}"}
             case type():
                 return {"source": self._source(value)}
+        if type(value).__module__ in ("torch", "torch._ops") and type(value).__name__ in _TORCH:
+            return {"torch": str(value)}
         raise ConfigError(
             f"an object of {type(value).__qualname__} has no stable form, so it can't be part of the "
             "cache key",
@@ -103,7 +109,9 @@ class _Reader:
         for name in sorted(_names_in(function.__code__)):
             value = function.__globals__.get(name)
             own = isinstance(value, (types.FunctionType, type))
-            if (own and value.__module__ == function.__module__) or isinstance(value, (bool, int, float, str, enum.Enum)):
+            if (own and value.__module__ == function.__module__) or isinstance(
+                value, (bool, int, float, str, enum.Enum)
+            ):
                 yield name, self.read(value)
 
     def _source(self, value: Any) -> str:

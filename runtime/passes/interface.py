@@ -12,7 +12,6 @@ import re
 import types
 from collections.abc import Callable, Mapping
 
-import torch
 import torch.fx
 
 from piecework.errors import ConfigError
@@ -147,12 +146,8 @@ def _digest(value: object, where: str) -> str:
 
 
 def _plain(value: object) -> object:
-    """``value`` with what graphs are made of (operators, dtypes, …) named, so that it has a stable form."""
+    """``value`` with what settings are often made of (ranges, paths, patterns, bytes) put into a stable form."""
     match value:
-        case torch._ops.OpOverload() | torch._ops.OpOverloadPacket():
-            return f"operator {value}"
-        case torch.dtype() | torch.device() | torch.layout() | torch.memory_format():
-            return str(value)
         case Range() | pathlib.PurePath():
             return f"{type(value).__name__} {value}"
         case re.Pattern():
