@@ -196,7 +196,8 @@ class _FunctionComparison:
         who = "the result" if after.kind == "return" else label(after)
         if len(old) == len(new):
             if sorted(old) == sorted(new) and len(old) > 1:
-                message = f"{who}: the same arguments in another order: {', '.join(new)}"
+                order = ", ".join(new[:6]) + (", …" if new[6:] else "")
+                message = f"{who}: the same arguments in another order: {order}"
                 yield self._change(group, "moved", message, before, after)
                 return
             for number, (left, right) in enumerate(zip(old, new, strict=True)):

@@ -5,7 +5,7 @@ The page has no script, fetches nothing and follows the reader's light or dark s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from piecework.codegen.render import environment
 from piecework.errors import UsageError
 from piecework.golden import snapshot
 from piecework.golden.changes import COSMETIC, GROUPS, Change
-from piecework.golden.check import CheckRun
+from piecework.golden.check import CaseResult, CheckRun
 from piecework.golden.diff import SourceDiff, compare_sources
 from piecework.golden.piece_map import piece_map
 from piecework.golden.side_by_side import side_by_side
@@ -26,30 +26,36 @@ _STATUS_OF_KIND = {"added": "added", "removed": "removed", "merged": "merged", "
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One pair of sources to show: its heading and the names of both sides."""
+    """One pair of sources to show: its heading and the names of both sides.
+
+    ``note`` stands in place of a comparison where the left side is none: ``left`` is its text then.
+    """
 
     title: str
     before: str
     after: str
     diff: SourceDiff
+    note: str = ""
+    left: str = ""
 
 
 def entries_of(run: CheckRun) -> list[Entry]:
-    """An entry for each case whose golden differs and can be compared; a new golden is compared with an empty function."""
-    entries: list[Entry] = []
-    for result in run.changed:
-        comparison = result.comparison
-        assert comparison is not None
-        before = comparison.before if comparison.state is State.CHANGED else _EMPTY
+    """An entry for each case whose golden differs, is missing, or is not Python."""
+    return [_entry_of(result) for result in run.changed]
+
+
+def _entry_of(result: CaseResult) -> Entry:
+    comparison = result.comparison
+    assert comparison is not None
+    note = "new golden"
+    if comparison.state is State.CHANGED:
         try:
-            diff = compare_sources(before, comparison.after)
-        except UsageError:  # a golden that is not Python: everything in it is replaced
-            diff = compare_sources(_EMPTY, comparison.after)
-        entries.append(Entry(result.case.name, "golden", "emitted", diff))
-    return entries
-
-
-_EMPTY = "def execution_fn(): ...\n"
+            diff = compare_sources(comparison.before, comparison.after)
+            return Entry(result.case.name, "golden", "emitted", diff)
+        except UsageError:
+            note = "the golden is not Python; it would be replaced as a whole"
+    same = compare_sources(comparison.after, comparison.after)
+    return Entry(result.case.name, "golden", "emitted", same, note, comparison.before)
 
 
 def page(entries: Sequence[Entry], title: str = "piecework: changes of emitted source") -> str:
@@ -86,7 +92,8 @@ def _fields(number: int, entry: Entry) -> dict[str, object]:
         "title": entry.title,
         "before": entry.before,
         "after": entry.after,
-        "headline": diff.headline,
+        "headline": entry.note or diff.headline,
+        "note": entry.note,
         "groups": [
             {
                 "title": GROUPS[group],
@@ -96,8 +103,7 @@ def _fields(number: int, entry: Entry) -> dict[str, object]:
             for group, changes in diff.by_group().items()
         ],
         "map": piece_map(diff, prefix),
-        "blocks": side_by_side(diff.before.text, diff.after.text),
-        "counts": _counts(diff.changes),
+        "blocks": side_by_side(entry.left if entry.note else diff.before.text, diff.after.text),
     }
 
 
@@ -112,7 +118,3 @@ def _change(change: Change, prefix: str) -> dict[str, object]:
         "lines": change.lines,
         "target": f"{prefix}{side}{line}" if line else "",
     }
-
-
-def _counts(changes: Iterable[Change]) -> int:
-    return sum(change.group not in COSMETIC for change in changes)

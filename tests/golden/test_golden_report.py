@@ -265,15 +265,21 @@ def test_diff_misuse(tmp_path: Path) -> None:
 def test_report_shows_only_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     root = tmp_path / "cases"
-    for name in ("report_a", "report_b"):
+    for name in ("report_a", "report_b", "report_new", "report_odd"):
         (root / name).mkdir(parents=True)
         (root / name / "graph.py").write_text((CASES / "straight_line" / "graph.py").read_text())
         golden = (CASES / "straight_line" / "expected.py").read_text()
         (root / name / "expected.py").write_text(golden)
     broken = (root / "report_b" / "expected.py").read_text().replace("return ", "return not ")
     (root / "report_b" / "expected.py").write_text(broken)
+    (root / "report_new" / "expected.py").unlink()
+    (root / "report_odd" / "expected.py").write_text("<this is not python>")
     result = CliRunner().invoke(golden_app, ["report", "-o", "out/page.html", "--root", str(root)])
-    assert (result.exit_code, result.output) == (1, "1 of 2 goldens differ; page: out/page.html\n")
+    assert (result.exit_code, result.output) == (1, "3 of 4 goldens differ; page: out/page.html\n")
     written = (tmp_path / "out" / "page.html").read_text()
     assert "report_b" in written and "report_a" not in written
+    assert written.count("<strong>new golden</strong>") == 1
+    assert "<strong>the golden is not Python" in written and "&lt;this" in written
+    reader = Reader(written)
+    assert reader.open == [] and {link[1:] for link in reader.links} <= set(reader.ids)
     assert not list(root.rglob("*.new"))
