@@ -112,6 +112,9 @@ def _candidates(target: object) -> list[tuple[str | None, str]]:
     if not isinstance(qualname, str):
         return found
     if isinstance(owner, str) and owner not in ("__main__", "builtins") and owner in sys.modules:
+        public = owner.lstrip("_")  # functools.reduce says that it is of _functools
+        if public != owner and public in sys.modules:
+            found.append((public, f"{public}.{qualname}"))
         found.append((owner, f"{owner}.{qualname}"))
     return found
 

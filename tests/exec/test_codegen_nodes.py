@@ -1,0 +1,682 @@
+"""Every kind of node and argument that FX runs: emitted source gives the same results, aliases and mutations."""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import enum
+import functools
+import math
+import operator
+import threading
+from collections import namedtuple
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torch.fx
+
+from piecework.codegen import LowerOptions, StitchedSource, compile_execution_fn, generate_source
+from piecework.codegen.layout import format_source
+from piecework.golden.cases import Case, LoadedCase
+from piecework.golden.execute import differences
+
+Args = tuple[object, ...]
+Pair = namedtuple("Pair", ["left", "right"])
+
+
+def graph_of(
+    build: Callable[..., object], *names: str, root: torch.nn.Module | None = None
+) -> torch.fx.GraphModule:
+    """A graph with the placeholders ``names``; ``build(graph, *placeholders)`` returns the output."""
+    graph = torch.fx.Graph()
+    placeholders = [graph.placeholder(name) for name in names]
+    graph.output(build(graph, *placeholders))  # type: ignore[arg-type]
+    gm = torch.fx.GraphModule(root or torch.nn.Module(), torch.fx.Graph())
+    for name, module in (root or torch.nn.Module())._modules.items():  # the same one twice, too
+        gm.add_module(name, module)
+    gm._graph = graph  # FX can interpret more than it can write
+    return gm
+
+
+def same(
+    gm: torch.fx.GraphModule, *inputs: Args, options: LowerOptions | None = None
+) -> StitchedSource:
+    """Emit ``gm`` and require what the interpreter does."""
+    source = generate_source(gm, options)
+    assert format_source(source.code) == source.code
+    loaded = LoadedCase(Case("node", Path(".")), gm, source, source.code, (), inputs)
+    assert differences(loaded) == [], source.code
+    return source
+
+
+X = torch.arange(12.0).reshape(4, 3)
+
+
+# --- functions -----------------------------------------------------------------------------------
+
+IN_PLACE = [
+    getattr(operator, name)
+    for name in dir(operator)
+    if name.startswith("i") and f"__{name}__" in dir(operator)
+]
+IN_PLACE = [
+    f
+    for f in IN_PLACE
+    if f.__name__
+    in ["iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"]
+]
+
+
+@pytest.mark.parametrize("function", IN_PLACE, ids=lambda f: f.__name__)
+def test_in_place_operators_change_their_operand(function: Callable[..., object]) -> None:
+    integers = function.__name__ in ("iand", "ior", "ixor")
+    x = torch.arange(1, 5) if integers else torch.arange(1.0, 5.0)
+
+    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+        view = g.call_function(operator.getitem, (x, slice(1, None)))
+        changed = g.call_function(function, (view, 2))
+        return (changed, x)
+
+    source = same(graph_of(build, "x"), (x,))
+    assert f"operator.{function.__name__}(" in source.code
+
+
+ONE_NUMBER = [
+    getattr(math, name)
+    for name in dir(math)
+    if name
+    in [
+        "ceil",
+        "floor",
+        "sqrt",
+        "sin",
+        "cos",
+        "exp",
+        "log2",
+        "trunc",
+        "fabs",
+        "isnan",
+        "isinf",
+        "degrees",
+        "gamma",
+        "erf",
+    ]
+]
+
+
+@pytest.mark.parametrize("function", ONE_NUMBER, ids=lambda f: f.__name__)
+def test_functions_of_math(function: Callable[..., object]) -> None:
+    source = same(graph_of(lambda g, n: g.call_function(function, (n,)), "n"), (2.5,), (3.0,))
+    assert "import math" in source.code and f"math.{function.__name__}(n)" in source.code
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [("len", ([1, 2],)), ("abs", (-3,)), ("sum", ([1, 2],)), ("max", (1, 2)), ("tuple", ([1],)), ("list", ((1, 2),)),
+     ("dict", ()), ("slice", (1, 2)), ("range", (3,)), ("str", (5,)), ("divmod", (7, 2)), ("pow", (2, 3)), ("sorted", ([2, 1],)),
+     ("complex", (1, 2)), ("bytes", (2,)), ("zip", ([1], [2])), ("any", ([0, 1],)), ("round", (2.567, 1)), ("getattr", (1j, "imag"))],
+)  # fmt: skip
+def test_builtins(name: str, args: Args) -> None:
+    function = getattr(builtins, name)
+    wrap = list if name == "zip" else lambda value: value
+
+    def build(g: torch.fx.Graph) -> object:
+        made = g.call_function(function, args)
+        return g.call_function(wrap, (made,)) if name == "zip" else made
+
+    assert f"{name}(" in same(graph_of(build), ()).code
+
+
+def test_a_function_of_an_importable_module_is_imported() -> None:
+    source = same(
+        graph_of(lambda g, x: g.call_function(functools.reduce, (operator.add, [x, x])), "x"), (X,)
+    )
+    assert "import functools" in source.code and "import operator" not in source.code
+
+
+def test_only_imports_that_are_used_are_written() -> None:
+    source = same(graph_of(lambda g, x: g.call_function(operator.add, (x, 1)), "x"), (X,))
+    assert "import operator" not in source.code and "add = x + 1" in source.code
+
+
+def test_a_module_named_like_a_builtin_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+    import types
+
+    module = types.ModuleType("slice")
+    exec("def double(x): return x * 2", module.__dict__)
+    module.double.__module__ = "slice"
+    monkeypatch.setitem(sys.modules, "slice", module)
+    source = same(
+        graph_of(lambda g, x: g.call_function(module.double, ([slice(None), x][1],)), "x"), (X,)
+    )
+    assert "import slice" not in source.code
+
+
+def test_a_function_that_lies_about_its_name_is_a_constant() -> None:
+    def liar(x: torch.Tensor) -> torch.Tensor:
+        return x - 5
+
+    liar.__name__, liar.__qualname__, liar.__module__ = "relu", "relu", "torch"
+    source = same(graph_of(lambda g, x: g.call_function(liar, (x,)), "x"), (X,))
+    assert "__vllm_consts__[0](x)" in source.code
+
+
+class Incomparable:
+    """A callable that compares in its own way."""
+
+    __hash__ = object.__hash__
+
+    __name__ = "incomparable"
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("do not compare")
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 7
+
+
+def test_a_callable_that_can_not_be_compared() -> None:
+    same(graph_of(lambda g, x: g.call_function(Incomparable(), (x,)), "x"), (X,))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        torch.nn.functional.gelu,
+        torch._C._nn.gelu,
+        torch.ops.aten.gelu,
+        torch.ops.aten.gelu.default,
+        torch.Tensor.relu,
+        torch.special.expit,
+        torch.fft.fft,
+    ],
+)
+def test_torch_functions_of_every_namespace(target: Callable[..., object]) -> None:
+    same(graph_of(lambda g, x: g.call_function(target, (x,)), "x"), (X,))
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+
+class Level(enum.IntEnum):
+    LOW = 1
+
+
+class Word(enum.StrEnum):
+    A = "a"
+
+
+class Subclassed(int):
+    def __repr__(self) -> str:
+        return "__import__('os').abort()"
+
+
+def types_of(*args: object, **kwargs: object) -> list[object]:
+    return [(type(each).__name__, each) for each in (*args, *kwargs.values())]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [math.inf, -math.inf, math.nan, Level.LOW, Word.A, Subclassed(3), torch.float16, torch.device("cpu"), torch.strided,
+     torch.channels_last, torch.Size([1, 2]), range(4), frozenset({1}), Pair(1, 2), 10**1500, complex(math.nan, 0),
+     complex(-0.0, 1), complex(0.0, -1.0), complex(1, -0.0), -0.0, bytearray(b"x"), NotImplemented, int, Level, torch.Tensor, print, "\udc80", b"\xff"],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_values_arrive_as_they_are(value: object) -> None:
+    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+        return g.call_function(types_of, (value, [value, (value,)]), {"key": {"k": value}})
+
+    gm = graph_of(build, "x")
+    source = generate_source(gm)
+    function = compile_execution_fn(source.code, {}, [], source.consts)
+    (kind, arrived), _, (_, nested) = function(X)  # type: ignore[misc]
+    value = next(n for n in gm.graph.nodes if n.op == "call_function").args[0]  # as FX took it
+    assert kind == type(value).__name__
+    if type(value) in (float, complex):
+        assert repr(arrived) == repr(value)
+    else:
+        assert arrived == value or arrived is value
+    assert repr(nested["k"]) == repr(value)
+
+
+def test_numpy_scalars_and_placements_are_constants() -> None:
+    numpy = pytest.importorskip("numpy")
+    values = [numpy.float32(1.5), numpy.int64(3), numpy.bool_(True)]
+    if torch.distributed.is_available():
+        from torch.distributed.tensor import Replicate, Shard
+
+        values += [Shard(0), Replicate()]
+    gm = graph_of(lambda g: g.call_function(types_of, tuple(values)))
+    source = generate_source(gm)
+    assert list(source.consts)[-len(values) :] == values or set(map(id, values)) <= set(
+        map(id, source.consts)
+    )
+
+
+def test_one_object_is_one_constant_in_all_functions() -> None:
+    device = torch.device("cpu")
+    inner = inner_graph(
+        lambda g, a: (g.call_method("to", (a, device)), g.call_method("to", (a, device))), "a"
+    )
+    root = torch.nn.Module()
+    root.inner = inner
+    gm = graph_of(
+        lambda g, x: (g.call_module("inner", (x,)), g.call_method("to", (x, device))),
+        "x",
+        root=root,
+    )
+    source = same(gm, (X,))
+    assert list(source.consts) == [device]
+
+
+def test_setitem_and_a_list_that_changes_before_an_element_is_picked() -> None:
+    def pair_of(x: torch.Tensor) -> list[torch.Tensor]:
+        return [x + 1, x + 2]
+
+    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+        made = g.call_function(pair_of, (x,))
+        made.meta["example_value"] = [X, X]
+        kept = g.call_function(types_of, (made,))
+        g.call_function(operator.setitem, (made, 0, x))
+        first = g.call_function(operator.getitem, (made, 0))
+        return (kept, first)
+
+    same(graph_of(build, "x"), (X,))
+
+
+def test_a_returned_list_that_somebody_keeps_is_not_unpacked_early() -> None:
+    kept: list[torch.Tensor] = [X, X]
+
+    def give(x: torch.Tensor) -> list[torch.Tensor]:
+        kept[:] = [x, x + 1]
+        return kept
+
+    def change(x: torch.Tensor) -> None:
+        kept[0] = x * 100
+
+    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+        made = g.call_function(give, (x,))
+        made.meta["example_value"] = [X, X]
+        g.call_function(change, (x,))
+        return (g.call_function(operator.getitem, (made, 0)),)
+
+    same(graph_of(build, "x"), (X,))
+
+
+# --- calls of graph modules ----------------------------------------------------------------------
+
+
+def inner_graph(
+    build: Callable[..., object], *placeholders: tuple[str, object] | str
+) -> torch.fx.GraphModule:
+    graph = torch.fx.Graph()
+    nodes = []
+    for each in placeholders:
+        if isinstance(each, str):
+            nodes.append(graph.placeholder(each))
+        else:
+            nodes.append(graph.placeholder(each[0], default_value=each[1]))
+    graph.output(build(graph, *nodes))  # type: ignore[arg-type]
+    return torch.fx.GraphModule(torch.nn.Module(), graph)
+
+
+def calling(
+    inner: torch.nn.Module,
+    args: Callable[[torch.fx.Node], Args],
+    kwargs: Callable[[torch.fx.Node], dict[str, object]] = lambda x: {},
+) -> torch.fx.GraphModule:
+    root = torch.nn.Module()
+    root.inner = inner
+    return graph_of(lambda g, x: (g.call_module("inner", args(x), kwargs(x)), x), "x", root=root)
+
+
+def two_calls(g: torch.fx.Graph, a: torch.fx.Node, b: torch.fx.Node) -> object:
+    return (g.call_function(torch.add, (a, b)), g.call_function(torch.sub, (a, b)))
+
+
+def test_a_graph_called_with_keywords_in_any_order() -> None:
+    gm = calling(inner_graph(two_calls, "a", "b"), lambda x: (), lambda x: {"b": 2, "a": x})
+    assert "inner(x, 2)" in same(gm, (X,)).code
+
+
+def test_a_graph_with_defaults() -> None:
+    gm = calling(inner_graph(two_calls, "a", ("b", 5)), lambda x: (x,))
+    assert "inner(x, 5)" in same(gm, (X,)).code
+
+
+def test_a_graph_whose_default_is_a_container_is_called_as_it_is() -> None:
+    def build(g: torch.fx.Graph, a: torch.fx.Node, b: torch.fx.Node) -> object:
+        return (g.call_function(len, (b,)), a)
+
+    gm = calling(inner_graph(build, "a", ("b", [1, 2])), lambda x: (x,))
+    assert "__vllm_submods__[0](x)" in same(gm, (X,)).code
+
+
+def test_a_graph_with_star_arguments_is_called_as_it_is() -> None:
+    def build(
+        g: torch.fx.Graph, a: torch.fx.Node, rest: torch.fx.Node, options: torch.fx.Node
+    ) -> object:
+        return (g.call_function(len, (rest,)), g.call_function(len, (options,)), a)
+
+    gm = calling(
+        inner_graph(build, "a", "*rest", "**options"), lambda x: (x, 1, 2), lambda x: {"k": 3}
+    )
+    assert "__vllm_submods__[0](x, 1, 2, k=3)" in same(gm, (X,)).code
+
+
+def test_a_graph_with_hooks_or_its_own_forward_is_called_as_it_is() -> None:
+    hooked = inner_graph(two_calls, "a", "b")
+    hooked.register_forward_hook(lambda module, args, output: (output[1], output[0]))
+    assert "__vllm_submods__[0](x, 1)" in same(calling(hooked, lambda x: (x, 1)), (X,)).code
+    replaced = inner_graph(two_calls, "a", "b")
+    replaced.forward = lambda a, b: (a, a)
+    assert "__vllm_submods__[0](x, 1)" in same(calling(replaced, lambda x: (x, 1)), (X,)).code
+
+
+def test_one_module_under_two_names_and_called_twice() -> None:
+    shared = torch.nn.Linear(3, 3)
+    root = torch.nn.Module()
+    root.one, root.two = shared, shared
+
+    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+        return (g.call_module("one", (x,)), g.call_module("two", (x,)), g.call_module("one", (x,)))
+
+    source = same(graph_of(build, "x", root=root), (X,))
+    assert source.submod_names == ("one", "two")
+
+
+def test_a_container_passed_to_a_single_call_stays_one_object() -> None:
+    def add_to(items: list[object], same_items: list[object]) -> list[object]:
+        items.append(len(same_items))
+        return [items, same_items]
+
+    inner = inner_graph(lambda g, a: g.call_function(add_to, (a, a)), "a")
+
+    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+        made = g.call_function(list, ((x,),))
+        return g.call_module("inner", (made,))
+
+    root = torch.nn.Module()
+    root.inner = inner
+    same(graph_of(build, "x", root=root), (X,))
+    literal = graph_of(lambda g, x: g.call_module("inner", ({"k": x},)), "x", root=root)
+    with pytest.raises(AttributeError):  # a dict has no append; but it is one dict, not two
+        torch.fx.Interpreter(literal).run(X)
+    assert "inner({" in generate_source(literal).code
+
+
+def test_a_shared_function_with_subgraphs_of_its_own() -> None:
+    def outer() -> torch.fx.GraphModule:
+        root = torch.nn.Module()
+        root.inner = inner_graph(two_calls, "a", "b")
+        root.act = torch.nn.ReLU()
+        graph = torch.fx.Graph()
+        x = graph.placeholder("x")
+        pair = graph.call_module("inner", (x, 1))
+        graph.output(
+            (graph.call_module("act", (graph.call_function(operator.getitem, (pair, 1)),)), pair)
+        )
+        return torch.fx.GraphModule(root, graph)
+
+    root = torch.nn.Module()
+    root.first, root.second = outer(), outer()
+    gm = graph_of(
+        lambda g, x: (g.call_module("first", (x,)), g.call_module("second", (x,))), "x", root=root
+    )
+    assert same(gm, (X,)).submod_names == ("first.act", "second.act")
+
+
+def test_literals_that_differ_become_parameters_and_equal_ones_stay() -> None:
+    def layer(scale: object, name: str) -> torch.fx.GraphModule:
+        def build(g: torch.fx.Graph, a: torch.fx.Node) -> object:
+            scaled = g.call_function(torch.mul, (a, scale))
+            shown = g.call_function(types_of, (name, 7, None), {"layer": name})
+            g.call_function(setattr, (scaled, "layer_name", name))
+            return (scaled, shown)
+
+        return inner_graph(build, "a")
+
+    root = torch.nn.Module()
+    for number, scale in enumerate((1, 2, 2.0, True)):
+        root.add_module(f"layer_{number}", layer(scale, f"layers.{number}"))
+
+    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+        return [g.call_module(f"layer_{number}", (x,)) for number in range(4)]
+
+    source = same(graph_of(build, "x", root=root), (X,))
+    assert source.code.count("def layer_") == 3  # int, float and bool are not one program
+    assert "7, None" in source.code
+
+
+def test_results_are_unpacked_by_their_own_number() -> None:
+    """Two layers that differ only in how many chunks they make are not one function."""
+
+    def layer(chunks: int) -> torch.fx.GraphModule:
+        def build(g: torch.fx.Graph, a: torch.fx.Node) -> object:
+            parts = g.call_method("chunk", (a, chunks))
+            parts.meta["example_value"] = tuple(X for _ in range(chunks))
+            return (
+                g.call_function(operator.getitem, (parts, 0)),
+                g.call_function(operator.getitem, (parts, 1)),
+            )
+
+        return inner_graph(build, "a")
+
+    root = torch.nn.Module()
+    root.two, root.four = layer(2), layer(4)
+    gm = graph_of(
+        lambda g, x: [g.call_module("two", (x,)), g.call_module("four", (x,))], "x", root=root
+    )
+    same(gm, (X,))
+
+
+# --- higher-order operators and regions, as Dynamo captures them ---------------------------------
+
+
+def captured(
+    function: Callable[..., object], *inputs: torch.Tensor
+) -> tuple[torch.fx.GraphModule, Args]:
+    found: list[tuple[torch.fx.GraphModule, Args]] = []
+
+    def backend(gm: torch.fx.GraphModule, examples: Sequence[object]) -> torch.fx.GraphModule:
+        found.append((gm, tuple(examples)))
+        return gm
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*inputs)
+    gm, _ = found[0]
+    return gm, inputs
+
+
+def _cond(x: torch.Tensor) -> torch.Tensor:
+    return torch.cond(x.sum() > 0, lambda x: x.sin() + 1, lambda x: x.cos(), (x,))
+
+
+def _nested_cond(x: torch.Tensor) -> torch.Tensor:
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        return torch.cond(x.max() > 3, lambda x: x + 1, lambda x: x - 1, (x,))
+
+    return torch.cond(x.sum() > 0, inner, lambda x: x * 2, (x,))
+
+
+def _while(x: torch.Tensor) -> torch.Tensor:
+    from torch._higher_order_ops.while_loop import while_loop
+
+    return while_loop(lambda n, x: n < 3, lambda n, x: (n + 1, x * 2), (torch.tensor(0), x))[1]
+
+
+def _map(x: torch.Tensor) -> torch.Tensor:
+    from torch._higher_order_ops.map import map as hop_map
+
+    return hop_map(lambda row, y: row.sin() + y, x, x[0].clone())
+
+
+def _scan(x: torch.Tensor) -> torch.Tensor:
+    from torch._higher_order_ops.scan import scan
+
+    return scan(lambda carry, row: (carry + row, carry * row), x[0].clone(), x)[1]
+
+
+def _flex(x: torch.Tensor) -> torch.Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    q = x.reshape(1, 1, 4, 3).repeat(1, 2, 1, 6)[..., :16]
+    return flex_attention(q, q, q, score_mod=lambda score, b, h, i, j: score + (i - j))
+
+
+def _checkpoint(x: torch.Tensor) -> torch.Tensor:
+    from torch.utils.checkpoint import checkpoint
+
+    return checkpoint(lambda x: x.sin().cos(), x, use_reentrant=False)
+
+
+def _autocast(x: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = x @ x.t()
+    return y.float() @ x
+
+
+def _no_grad(x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        y = x.sin()
+    return y + x
+
+
+@pytest.mark.parametrize(
+    "function", [_cond, _nested_cond, _while, _map, _scan, _flex, _checkpoint, _autocast, _no_grad]
+)
+def test_higher_order_operators_and_regions(
+    function: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    gm, inputs = captured(function, X.clone())
+    same(gm, inputs, (-X,))
+
+
+def test_auto_functionalized_is_a_call_like_any_other() -> None:
+    if not hasattr(torch.ops, "test_nodes") or not hasattr(torch.ops.test_nodes, "fill"):
+        torch.library.define("test_nodes::fill", "(Tensor x, Tensor(a!) out) -> ()")
+        torch.library.impl("test_nodes::fill", "CPU", lambda x, out: (out.copy_(x + 1), None)[1])
+        torch.library.register_fake("test_nodes::fill", lambda x, out: None)
+
+    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+        out = g.call_function(torch.zeros_like, (x,))
+        made = g.call_function(
+            torch.ops.higher_order.auto_functionalized,
+            (torch.ops.test_nodes.fill.default,),
+            {"x": x, "out": out},
+        )
+        return (g.call_function(operator.getitem, (made, 1)), out)
+
+    source = same(graph_of(build, "x"), (X,))
+    assert "torch.ops.higher_order.auto_functionalized(" in source.code
+
+
+def test_a_triton_kernel_call_is_emitted_and_proved() -> None:
+    pytest.importorskip("triton")
+    import torch._higher_order_ops.triton_kernel_wrap
+
+    wrapper = torch.ops.higher_order.triton_kernel_wrapper_mutation
+
+    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+        out = g.call_function(torch.empty_like, (x,))
+        grid = [(1, 1, 1)]
+        g.call_function(
+            wrapper,
+            (),
+            {
+                "kernel_idx": 0,
+                "constant_args_idx": 1,
+                "grid": grid,
+                "tma_descriptor_metadata": {},
+                "kwargs": {"in_ptr": x, "out_ptr": out},
+            },
+        )
+        return out
+
+    source = generate_source(graph_of(build, "x"))
+    assert source.proof is not None and source.proof.events == 2
+    assert "triton_kernel_wrapper_mutation(" in source.code
+    assert 'kwargs={"in_ptr": x, "out_ptr": empty_like}' in source.code
+
+
+# --- signatures and outputs ----------------------------------------------------------------------
+
+
+def test_a_graph_without_an_output_returns_none() -> None:
+    graph = torch.fx.Graph()
+    graph.call_method("add_", (graph.placeholder("x"), 1))
+    gm = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
+    gm._graph = graph
+    source = generate_source(gm)
+    x = X.clone()
+    assert compile_execution_fn(source.code, {}, [], source.consts)(x) is None
+    assert x[0, 0] == 1
+
+
+def test_nodes_after_the_output_do_not_run() -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    out = graph.output(x)
+    with graph.inserting_after(out):
+        graph.call_method("add_", (x, 1))
+    gm = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
+    gm._graph = graph
+    assert "add_" not in same(gm, (X,)).code
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    value: int
+
+
+@pytest.mark.parametrize(
+    "output",
+    [lambda x: None, lambda x: (), lambda x: [], lambda x: {}, lambda x: (x,), lambda x: Pair(x, None), lambda x: {"a": {"b": [x, (x,)]}},
+     lambda x: [slice(0, 3, None)], lambda x: 5, lambda x: "text", lambda x: -0.0, lambda x: 1 - 2j, lambda x: -3, lambda x: ..., lambda x: Pair((), [Pair(x, 1)]),
+     lambda x: Plain(3), lambda x: torch.float16, lambda x: math.inf, lambda x: b"'\"", lambda x: "'\"", lambda x: (x, x)],
+)  # fmt: skip
+def test_every_form_of_output(output: Callable[[torch.fx.Node], object]) -> None:
+    same(graph_of(lambda g, x: output(x), "x"), (X,))
+
+
+def test_defaults_stay_defaults() -> None:
+    graph = torch.fx.Graph()
+    a = graph.placeholder("a")
+    rest = [
+        graph.placeholder(name, default_value=value)
+        for name, value in (("b", None), ("c", -1.5), ("d", math.inf), ("e", "'"), ("f", (1, [2])))
+    ]
+    graph.output((a, rest))
+    gm = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
+    gm._graph = graph
+    same(gm, (X,), (X, 1), (X, 1, 2, 3, 4, 5))
+
+
+def test_star_arguments_arrive_as_python_gives_them() -> None:
+    graph = torch.fx.Graph()
+    a, rest, options = (
+        graph.placeholder("a"),
+        graph.placeholder("*rest"),
+        graph.placeholder("**options"),
+    )
+    graph.output((a, graph.call_function(types_of, (rest, options))))
+    gm = torch.fx.GraphModule(torch.nn.Module(), graph)
+    source = generate_source(gm)
+    function = compile_execution_fn(source.code, {}, [], source.consts)
+    assert function(1, 2, 3, k=4) == gm(1, 2, 3, k=4)
+
+
+def test_emission_is_the_same_from_many_threads() -> None:
+    gm = graph_of(two_calls, "a", "b")
+    texts: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: texts.append(generate_source(gm).code)) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(texts) == 4 and len(set(texts)) == 1
