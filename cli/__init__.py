@@ -8,7 +8,7 @@ from __future__ import annotations
 import typer
 
 from piecework.cli.bench import bench
-from piecework.cli.bundles import compile_command, run, show
+from piecework.cli.bundles import compile_command, run, show, verify
 from piecework.cli.cache import cache_app
 from piecework.cli.config import config_app
 from piecework.cli.demo import demo
@@ -26,6 +26,7 @@ app.command(epilog="Example: piecework demo")(demo)
 app.command("compile", epilog="Example: piecework compile config.json -o out")(compile_command)
 app.command(epilog="Example: piecework show out")(show)
 app.command(epilog="Example: piecework run out --tokens 16")(run)
+app.command(epilog="Example: piecework verify out")(verify)
 app.command(epilog="Example: piecework bench stitching --out figures")(bench)
 app.add_typer(golden_app)
 app.add_typer(cache_app)

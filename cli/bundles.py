@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from piecework.cli.console import DIFFERS, console, show_source, step, typed_errors
+from piecework.errors import EmitError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from piecework.integrations.loading import LoadedModel
     from piecework.runtime.bundle import Manifest
+    from piecework.runtime.stitched import StitchedModule
 
 T = TypeVar("T")
 
@@ -83,11 +85,15 @@ def show(directory: FolderArgument, as_json: AsJson = False) -> None:
 def run(
     directory: FolderArgument,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate (causal LM).")] = 32,
+    edited: Annotated[
+        bool, typer.Option("--edited", help="Run the folder's stitched.py as a person edited it.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compile a folder's model again, check that its source is the one in the folder, run it and compare with eager.
 
-    Exit code 1 if the source or the results differ.
+    With --edited the folder's source runs in place of the generated one, once it keeps the contract; how it differs is
+    said first. Exit code 1 if the source (without --edited) or the results differ.
     """
     with typed_errors():
         from piecework.integrations.comparing import compare, run_model
@@ -96,15 +102,20 @@ def run(
 
         out = console()
         manifest = bundle.read_manifest(directory)
-        code = bundle.read_source(directory, manifest)
+        code = bundle.read_source(directory, manifest, edited=edited)
         config = CompilationConfig(**manifest.config)
         loaded = _reload(directory, manifest)
         reference = _step(out, as_json, "Running eagerly", lambda: run_model(loaded, tokens))
         stitched = _step(out, as_json, "Compiling", lambda: loaded.stitch(config))
+        generated = stitched.source.code
+        changes = _use_edited(stitched, code) if edited else None
+        if changes is not None and not as_json:
+            out.print(*changes["lines"], sep="\n", markup=False)
         ours = _step(out, as_json, "Running", lambda: run_model(loaded, tokens, stitched))
         result = compare(reference, ours)
         report = {
-            "same_source": stitched.source.code == code,
+            "same_source": generated == code,
+            "edited": changes,
             "tokens": None if ours.tokens is None else ours.tokens.tolist(),
             "tokens_equal": result.tokens_equal,
             "relative_difference": result.difference,
@@ -114,8 +125,41 @@ def run(
             print(json.dumps(report))
         else:
             for key, value in report.items():
-                out.print(f"{key.replace('_', ' ')}: {value}", markup=False)
-    if not (report["same_source"] and result.agree):
+                if key != "edited":
+                    out.print(f"{key.replace('_', ' ')}: {value}", markup=False)
+    if not ((edited or report["same_source"]) and result.agree):
+        raise typer.Exit(DIFFERS)
+
+
+def verify(directory: FolderArgument, as_json: AsJson = False) -> None:
+    """Capture a folder's model again and prove that the folder's source means its graph; nothing is compiled.
+
+    Exit code 1 if it does not; the first difference is named.
+    """
+    with typed_errors():
+        from piecework.codegen.source import verify as prove
+        from piecework.runtime import bundle
+        from piecework.runtime.config import CompilationConfig
+
+        out = console()
+        manifest = bundle.read_manifest(directory)
+        code = bundle.read_source(directory, manifest, edited=True)
+        config = CompilationConfig(**{**manifest.config, "backend": "eager"})
+        loaded = _reload(directory, manifest)
+        stitched = _step(out, as_json, "Capturing", lambda: loaded.stitch(config))
+        try:
+            proof = prove(stitched.source, stitched.split_gm, edited=code)
+        except EmitError as error:
+            report = {"proved": False, "difference": str(error)}
+        else:
+            report = {"proved": True, "events": proof.events, "statements": proof.statements}
+        if as_json:
+            print(json.dumps(report))
+        elif report["proved"]:
+            out.print(f"proved: {report['events']} calls in {report['statements']} statements")
+        else:
+            out.print(f"not proved: {report['difference']}", markup=False)
+    if not report["proved"]:
         raise typer.Exit(DIFFERS)
 
 
@@ -135,3 +179,16 @@ def _reload(directory: Path, manifest: Manifest) -> LoadedModel:
     return load_model(
         str(directory / manifest.model) if copied else manifest.model, seed=manifest.seed
     )
+
+
+def _use_edited(stitched: StitchedModule, code: str) -> dict[str, object]:
+    """Put the edited text in place; returns how it differs from the generated one, as JSON and as lines."""
+    from piecework.golden.diff import compare_sources
+    from piecework.golden.diff_text import summary_lines
+
+    generated = stitched.source.code
+    edited = stitched.use_edited(code)
+    diff = compare_sources(generated, code, before_name="generated", after_name="edited")
+    meaning = "proved to mean the graph" if edited.proof else f"not the graph: {edited.difference}"
+    lines = [*(line.plain for line in summary_lines(diff)), f"edited source: {meaning}"]
+    return {"proved": edited.proof is not None, "difference": edited.difference, "lines": lines}

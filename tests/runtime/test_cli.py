@@ -163,6 +163,32 @@ def test_a_changed_source_is_not_run_as_generated(tmp_path: Path) -> None:
     assert result.exit_code == 2 and "not the one that was generated" in result.output
 
 
+def test_an_edited_source_runs_when_asked_and_says_how_it_differs(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    compiled(folder)
+    source = folder / "stitched.py"
+    generated = source.read_text()
+    source.write_text("# mine\n" + generated)
+    kept = invoke("run", folder, "--edited", "--json")
+    assert kept.exit_code == 0, kept.output
+    assert json.loads(kept.output)["edited"]["proved"]
+    verified = invoke("verify", folder)
+    assert verified.exit_code == 0 and "proved" in verified.output
+
+    lines = generated.splitlines()
+    (place,) = [i for i, line in enumerate(lines) if line.startswith("    return (")]
+    lines[place] = lines[place].replace("return (", "return (2 * ").replace(",)", ",)")
+    source.write_text("\n".join(lines) + "\n")
+    changed = invoke("run", folder, "--edited")
+    assert changed.exit_code == 1, changed.output
+    assert "edited source: not the graph" in changed.output and "agree: False" in changed.output
+    refuted = invoke("verify", folder)
+    assert refuted.exit_code == 1 and "not proved" in refuted.output
+
+    source.write_text("def execution_fn(: broken")
+    assert invoke("run", folder, "--edited").exit_code == 2
+
+
 @pytest.mark.parametrize("manifest", ["", "{}", "[]", '{"format": 99}'])
 def test_a_damaged_manifest_is_misuse(tmp_path: Path, manifest: str) -> None:
     folder = tmp_path / "out"
@@ -178,6 +204,6 @@ def test_a_folder_of_another_kind_is_misuse(tmp_path: Path) -> None:
 
 
 def test_every_command_has_help_with_an_example() -> None:
-    for command in ("demo", "compile", "show", "run"):
+    for command in ("demo", "compile", "show", "run", "verify", "bench"):
         result = invoke(command, "--help")
         assert result.exit_code == 0 and f"Example: piecework {command}" in result.output
