@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.fx
+
 from piecework.codegen.consts import DICT_TYPES, LIST_TYPES, holds_node, is_inline_literal
 from piecework.codegen.origin import value_of
 from piecework.codegen.targets import function_path
@@ -29,11 +30,15 @@ class Hole:
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """``key`` identifies the program; ``lines`` are its readable form, one per node; ``holes`` what was left open."""
+    """``key`` identifies the program; ``lines`` are its readable form, one per node; ``holes`` what was left open.
+
+    ``portable`` is True when the key means the same in another process: nothing in it was told apart by identity.
+    """
 
     key: str
     lines: tuple[str, ...]
     holes: tuple[Hole, ...]
+    portable: bool = True
 
 
 def structure_of(
@@ -54,7 +59,7 @@ def structure_of(
         writer.write(node, describe_input)
     text = "\n".join(writer.lines)
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    return Structure(digest, tuple(writer.lines), tuple(writer.holes))
+    return Structure(digest, tuple(writer.lines), tuple(writer.holes), writer.portable)
 
 
 class _Writer:
@@ -63,6 +68,7 @@ class _Writer:
         self.open_literals = open_literals
         self.lines: list[str] = []
         self.holes: list[Hole] = []
+        self.portable = True
         self._number: dict[torch.fx.Node, int] = {}
         self._ordinal = 0
         self._open = open_literals
@@ -88,7 +94,11 @@ class _Writer:
     def _target(self, node: torch.fx.Node) -> str:
         if node.op == "call_function":
             path = function_path(node.target)
-            return path.path if path else self._object(node.target)
+            if path is None:
+                return self._object(node.target)
+            # A function of the user's own may have another body in another process.
+            self.portable &= path.module in (None, "operator", "math") or path.root == "torch"
+            return str(path.path)
         if node.op == "call_method":
             return ascii(node.target)
         if node.op in ("get_attr", "call_module"):
@@ -98,11 +108,14 @@ class _Writer:
     def _attribute(self, target: str) -> str:
         value = attribute_of(self.gm, target)
         if isinstance(value, torch.fx.GraphModule):
-            return f"graph {structure_of(value, describe_input=input_signature).key}"
+            inner = structure_of(value, describe_input=input_signature)
+            self.portable &= inner.portable
+            return f"graph {inner.key}"
         return self._object(value)
 
     def _object(self, value: object) -> str:
         # Identity within this process: equal keys must mean the same object.
+        self.portable = False
         return f"{type(value).__qualname__}@{id(value):x}"
 
     def _value(self, value: object, node: int, argument: str) -> str:

@@ -1,0 +1,158 @@
+"""Seeing and changing what runs: notes on failures, the debugger, profiler names, and edited source."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import pdb
+import traceback
+
+import pytest
+import torch
+from torch import nn
+
+import piecework
+from piecework.errors import EmitError
+from piecework.runtime.config import CompilationConfig
+
+EAGER = CompilationConfig(backend="eager")
+
+
+@piecework.splitting_op("debugging::check", mutates_args=("out",))
+def check(x: torch.Tensor, out: torch.Tensor) -> None:
+    if x.max() > 100:
+        raise ValueError("too large")
+    out.copy_(x)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4, 8)
+
+    def forward(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(x)
+        check(x, out)
+        return out + self.table(index)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+
+    def forward(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x, index)
+        return x * 2
+
+
+def stitch() -> tuple[Model, piecework.StitchedModule]:
+    model = Model()
+    example = (torch.randn(3, 8), torch.tensor([0, 1, 2]))
+    return model, piecework.compile(model, example, config=EAGER)
+
+
+def test_a_failure_in_a_piece_names_it() -> None:
+    _, stitched = stitch()
+    with pytest.raises(IndexError) as failure:
+        stitched(torch.randn(2, 8), torch.tensor([0, 9]))
+    (note,) = failure.value.__notes__
+    assert note.startswith("in submod_") and "of layers.0" in note and "__vllm_submods__[" in note
+    shown = "".join(traceback.format_exception(failure.value))
+    assert "<piecework:" in shown and "__vllm_submods__[" in shown
+
+
+def test_a_failure_in_a_splitting_op_names_the_layer() -> None:
+    _, stitched = stitch()
+    with pytest.raises(ValueError, match="too large") as failure:
+        stitched(torch.full((2, 8), 200.0), torch.tensor([0, 1]))
+    (note,) = failure.value.__notes__
+    assert "in check" in note and "of layers.0" in note and "test_debugging.py" in note
+
+
+def test_an_input_error_has_no_note_about_pieces() -> None:
+    _, stitched = stitch()
+    with pytest.raises(piecework.PieceworkError) as failure:
+        stitched(torch.randn(2, 9), torch.tensor([0, 1]))
+    assert not any("submod_" in note for note in getattr(failure.value, "__notes__", ()))
+
+
+def test_the_debugger_steps_through_the_emitted_file() -> None:
+    model, stitched = stitch()
+    inputs = (torch.randn(2, 8), torch.tensor([0, 1]))
+    shown = io.StringIO()
+    typed = io.StringIO("step\n" * 400 + "continue\n")
+    debugger = pdb.Pdb(stdin=typed, stdout=shown, nosigint=True, readrc=False)
+    debugger.use_rawinput = False
+    result = debugger.runcall(stitched.entry, *inputs)
+    torch.testing.assert_close(result, model(*inputs))
+    lines = shown.getvalue().splitlines()
+    stops = [line for line in lines if line.startswith("> <piecework:") and "execution_fn" in line]
+    assert stops, shown.getvalue()
+    assert any("-> " in line and "__vllm_submods__[0](" in line for line in lines)
+
+
+def test_the_source_of_the_running_function_can_be_read() -> None:
+    _, stitched = stitch()
+    assert inspect.getsource(stitched.entry) in stitched.entry_source.code
+
+
+def test_pieces_have_names_in_a_profile_when_asked() -> None:
+    model, stitched = stitch()
+    inputs = (torch.randn(2, 8), torch.tensor([0, 1]))
+    with torch.profiler.profile() as named, stitched.named_pieces():
+        result = stitched(*inputs)
+    torch.testing.assert_close(result, model(*inputs))
+    keys = {event.key for event in named.key_averages()}
+    assert any(key.startswith("submod_") and "layers.0" in key for key in keys)
+    assert "check" in keys
+    with torch.profiler.profile() as plain:
+        stitched(*inputs)
+    assert not any(event.key.startswith("submod_") for event in plain.key_averages())
+
+
+def test_an_edit_that_keeps_the_meaning_is_proved_and_runs() -> None:
+    model, stitched = stitch()
+    edited = stitched.use_edited("# my own comment\n" + stitched.source.code)
+    assert edited.proof is not None and edited.difference is None
+    inputs = (torch.randn(2, 8), torch.tensor([0, 1]))
+    torch.testing.assert_close(stitched(*inputs), model(*inputs))
+
+
+def test_an_edit_that_changes_the_meaning_runs_and_says_so() -> None:
+    _, stitched = stitch()
+    inputs = (torch.randn(2, 8), torch.tensor([0, 1]))
+    before = stitched(*inputs)
+    changed = stitched.source.code.replace("return (mul,)", "return (mul + 1,)")
+    assert changed != stitched.source.code
+    edited = stitched.use_edited(changed)
+    assert edited.proof is None and edited.difference
+    torch.testing.assert_close(stitched(*inputs), before + 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda code: "def execution_fn(:\n", "not Python"),
+        (lambda code: code.replace("def execution_fn", "def other_fn"), "defines no function"),
+        (
+            lambda code: code.replace("def execution_fn(", "def execution_fn(extra, "),
+            "its callers pass",
+        ),
+        (
+            lambda code: code.replace("__vllm_submods__[0]", "__vllm_submods__[99]"),
+            "not one of the",
+        ),
+        (
+            lambda code: code.replace("return (mul,)", "return (undefined_name,)"),
+            "which nothing defines",
+        ),
+    ],
+)
+def test_an_edit_that_breaks_the_contract_is_refused(change: object, says: str) -> None:
+    model, stitched = stitch()
+    with pytest.raises(EmitError, match=says):
+        stitched.use_edited(change(stitched.source.code))  # type: ignore[operator]
+    inputs = (torch.randn(2, 8), torch.tensor([0, 1]))
+    torch.testing.assert_close(stitched(*inputs), model(*inputs))
