@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -241,3 +242,12 @@ def test_misuse_has_exit_code_2(arguments: tuple[str, ...], tmp_path: Path) -> N
 def test_what_counts_as_continuous_integration(value: str, in_ci: bool) -> None:
     assert snapshot.in_ci({"CI": value}) is in_ci
     assert snapshot.in_ci({}) is False
+
+
+def test_every_command_and_option_in_the_documentation_exists() -> None:
+    text = (Path(__file__).parent.parent.parent / "docs" / "golden.md").read_text()
+    words = set(re.findall(r"piecework golden ([a-z]+)", text))
+    assert words == {"check", "update", "review", "diff", "report"}
+    helps = "".join(invoke(word, "--help")[1] for word in words)
+    for option in set(re.findall(r"`(--[a-z]+)", text)) - {"--piecework"}:
+        assert option in helps, option
