@@ -6,6 +6,8 @@ It never patches torch or the garbage collector: it drives ``torch.cuda.CUDAGrap
 from __future__ import annotations
 
 import contextlib
+import gc
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -54,15 +56,26 @@ class CudaGraphPlatform:
 class CudaGraphPool:
     """A private memory pool with the one stream that all captures into it use.
 
-    Blocks of the caching allocator belong to a stream, so captures share memory only on the same one.
+    Blocks of the caching allocator belong to a stream, so captures share memory only on the same one. An empty
+    graph belongs to the pool from the start: the allocator gives a pool up for good once its last graph is gone,
+    and a failed or discarded first capture must not end it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         with torch.cuda.device(device):
             self.stream = torch.cuda.Stream(device)
-            self.handle = torch.cuda.graph_pool_handle()
         self._measured = 0
+        self._open()
+
+    def _open(self) -> None:
+        with torch.cuda.device(self.device):
+            self.handle = torch.cuda.graph_pool_handle()
+        self._anchor = torch.cuda.CUDAGraph()
+        with _on_stream(self.stream), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*CUDA Graph is empty.*")
+            self._anchor.capture_begin(pool=self.handle, capture_error_mode="thread_local")
+            self._anchor.capture_end()
 
     @property
     def nbytes(self) -> int:
@@ -70,10 +83,11 @@ class CudaGraphPool:
         return self._measured
 
     def clear(self) -> None:
+        self._anchor.reset()
         with torch.cuda.device(self.device):
-            self.handle = torch.cuda.graph_pool_handle()
             torch.cuda.empty_cache()
         self._measured = 0
+        self._open()
 
     @contextmanager
     def measured(self) -> Iterator[None]:
@@ -113,7 +127,12 @@ class CudaStaticGraph:
             )
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._pool.device)
-        with self._pool.measured(), _on_stream(self._pool.stream), torch.no_grad():
+        with (
+            self._pool.measured(),
+            _on_stream(self._pool.stream),
+            torch.no_grad(),
+            _without_collections(),
+        ):
             # Other threads may allocate meanwhile; only what this thread does is held to the capture's rules.
             graph.capture_begin(pool=self._pool.handle, capture_error_mode="thread_local")
             try:
@@ -157,6 +176,18 @@ def _on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
             yield
     finally:
         outer.wait_stream(stream)
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Keep the garbage collector from running by itself: what it destroys may call CUDA in ways a capture forbids."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _abandon(graph: torch.cuda.CUDAGraph) -> None:
