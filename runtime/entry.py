@@ -245,7 +245,8 @@ def plan_entry(captured: Capture, backend: PieceworkBackend) -> EntryPlan:
             case Size(leaf, dim):
                 passed.append(captured.assumptions.passed(leaf, dim))
     weight_at = {id(each.tensor): number for number, each in enumerate(weights)}
-    held = captured.weights.held() if bound else ()
+    # A model without weights has modes of its own to watch all the same.
+    held = captured.weights.held() if bound or not weights else ()
     return EntryPlan(
         banner=(f"model: {backend.prefix or 'model'}",),
         parameters=captured.parameters,
