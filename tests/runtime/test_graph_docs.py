@@ -1,0 +1,20 @@
+"""The page on static graphs: its examples run, one after the other."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+PAGE = Path(__file__).parents[2] / "docs" / "static-graphs.md"
+
+
+def test_the_examples_run(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    assert len(blocks) == 3
+    scope: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, str(PAGE), "exec"), scope)
+    assert scope["report"].captured
+    assert scope["why"].value == "larger than every captured size"
+    assert scope["again"].dropped
+    assert "What runs captured" in capsys.readouterr().out
