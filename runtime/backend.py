@@ -24,6 +24,7 @@ from piecework.runtime import torch_compat
 from piecework.runtime.config import CompilationConfig, RuntimeConfig
 from piecework.runtime.counters import counters
 from piecework.runtime.direct_ops import DirectOps
+from piecework.runtime.passes import PassReport, PostGradPassManager
 from piecework.runtime.piecewise import (
     CompilerManager,
     PiecewiseBackend,
@@ -75,7 +76,7 @@ class PieceworkBackend:
         self.declared_ops = (
             splitting_ops if splitting_ops is not None else self.config.splitting_ops
         )
-        self.compiler_manager = CompilerManager(self.config)
+        self.compiler_manager = CompilerManager(self._compiler_config())
         self.range_table = self._range_table(runtime_config)
         self._place = (
             {}
@@ -99,6 +100,10 @@ class PieceworkBackend:
     @property
     def inductor_config(self) -> dict[str, object]:
         return dict(self.config.inductor_compile_config)
+
+    def configure_post_pass(self) -> PostGradPassManager | None:
+        """The passes that run on every piece; None where the compiler runs none."""
+        return self.compiler_manager.passes
 
     def __call__(
         self, graph: torch.fx.GraphModule, example_inputs: Sequence[object]
@@ -260,7 +265,13 @@ class PieceworkBackend:
             phases=dict(self.phases),
             ranges=tuple(map(self._range_row, self.compile_ranges)),
             differences=differences(structures),
+            passes=self._pass_report(),
         )
+
+    def _pass_report(self) -> PassReport | None:
+        manager = self.compiler_manager.passes
+        wanted = self.config.pass_config.report_matches
+        return manager.report() if wanted and manager is not None else None
 
     def _range_row(self, compile_range: Range | None) -> RangeRow:
         entries = [piece.entries[compile_range] for piece in self.backends.values()]
@@ -284,8 +295,9 @@ class PieceworkBackend:
     # --- steps -----------------------------------------------------------------------------------
 
     def _splitting_ops(self, graph: torch.fx.GraphModule) -> Sequence[SplittingOpLike]:
+        inside = self.config.use_inductor_graph_partition  # Inductor cuts the compiled code instead
         if self.declared_ops is None:
-            return registry.names()
+            return () if inside else registry.names()
         declared = SplittingOps(self.declared_ops)
         missing = declared.missing_from(graph.graph)
         unknown = [name for name in missing if "::" in name and not _is_registered(name)]
@@ -294,7 +306,13 @@ class PieceworkBackend:
                 f"splitting op {unknown[0]} is not registered with torch",
                 hint="check its spelling, and import the module that defines it first",
             )
-        return self.declared_ops
+        return () if inside else self.declared_ops
+
+    def _compiler_config(self) -> CompilationConfig:
+        """The configuration with the splitting ops where the compiler itself cuts at them."""
+        if not self.config.use_inductor_graph_partition or self.declared_ops is None:
+            return self.config
+        return self.config.replace(splitting_ops=tuple(SplittingOps(self.declared_ops).declared))
 
     def _lower_options(self, pieces: Sequence[str], bound: Mapping[str, str]) -> LowerOptions:
         levers = self.config.stitching_config

@@ -21,6 +21,7 @@ from piecework.runtime.compilers import CompiledPiece, make_compiler
 from piecework.runtime.compilers.reproducer import keep_reproducer
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.counters import counters
+from piecework.runtime.passes import PostGradPassManager
 from piecework.runtime.piece_cache import PieceCache, open_piece_cache
 from piecework.runtime.ranges import Range
 
@@ -88,6 +89,11 @@ class CompilerManager:
                 tag=tag,
                 disabled=disable_cache,
             )
+
+    @property
+    def passes(self) -> PostGradPassManager | None:
+        """The graph passes that the compiler runs; None if it runs none."""
+        return getattr(self.compiler, "passes", None)
 
     def compute_hash(self) -> str:
         """Everything about the compiler that changes its output."""
@@ -337,6 +343,7 @@ class PiecewiseCompileInterpreter(torch.fx.Interpreter):
         backend: PieceCompiler,
     ) -> None:
         super().__init__(module)
+        self.extra_traceback = False  # our errors name the piece themselves
         self.compile_submod_names = tuple(compile_submod_names)
         self.config = config
         self.backend = backend

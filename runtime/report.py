@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from piecework.codegen.structure import Structure
+from piecework.runtime.passes.manager import PassReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class Report:
         phases: seconds per phase, in order.
         ranges: one row per range of batch sizes; a single row for all sizes where there are no ranges.
         differences: why pieces of nearly the same form were not shared.
+        passes: what the graph passes matched; None unless ``pass_config.report_matches``.
     """
 
     model: str
@@ -74,6 +76,7 @@ class Report:
     phases: Mapping[str, float]
     ranges: tuple[RangeRow, ...]
     differences: tuple[Difference, ...]
+    passes: PassReport | None = None
 
     @property
     def seconds(self) -> float:
@@ -89,6 +92,8 @@ class Report:
             lines += [
                 f"batch {r.batches}: {r.compiles} compiles, {r.seconds:.2f} s" for r in self.ranges
             ]
+        if self.passes is not None:
+            lines += str(self.passes).splitlines()
         for each in self.differences:
             lines.append(f"not shared: {each.left} and {each.right} differ first at")
             lines += [f"  {each.left_line}", f"  {each.right_line}"]

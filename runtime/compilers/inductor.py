@@ -51,7 +51,8 @@ class _Inductor:
 
     def compute_hash(self, config: CompilationConfig) -> str:
         options = text_of(canonical(InductorOptions(config).identity(), "inductor_compile_config"))
-        text = f"{self.name} {torch.__version__} {torch_compat.inductor_key()} {options}"
+        wrapped = self.wrap_partition is not None
+        text = f"{self.name} {torch.__version__} {torch_compat.inductor_key()} {options} {wrapped}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def options_for(self, compile_range: Range | None) -> dict[str, object]:

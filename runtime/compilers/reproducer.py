@@ -129,7 +129,7 @@ def reproducer_source(
             "INPUTS = [",
             *rows,
             "]",
-            f"CONFIG = {_config_text(config)}",
+            *_config_lines(config),
             f"COMPILE_RANGE = {limits}",
             "",
             'if __name__ == "__main__":',
@@ -146,26 +146,20 @@ def _one_line(text: str) -> str:
     return ascii(text.strip().partition("\n")[0])[1:-1][:160]
 
 
-def _config_text(config: CompilationConfig) -> str:
-    """What the compiler reads of the configuration, as a literal; what no file can hold is left out."""
+def _config_lines(config: CompilationConfig) -> list[str]:
+    """What the compiler reads of the configuration, as JSON text; what no file can hold is left out, and said so."""
     from piecework.runtime.config_text import to_data
 
-    fields = (
-        "backend",
-        "inductor_compile_config",
-        "single_size_inductor_config",
-        "inductor_passes",
-    )
-    kept: dict[str, object] = {}
+    fields = ("inductor_compile_config", "single_size_inductor_config", "inductor_passes")
+    kept: dict[str, object] = {"backend": config.backend}
+    left_out: list[str] = []
     for name in (*fields, "pass_config", "use_inductor_graph_partition", "splitting_ops"):
+        value = getattr(config, name)
         try:
-            one = CompilationConfig(
-                **{"backend": config.backend, name: getattr(config, name)}  # type: ignore[arg-type]
-            )
-            kept[name] = to_data(one)[name]
-        except PieceworkError:
-            continue  # a pass or an option without a name; the piece is compiled without it
-    return repr(json.dumps(kept))
+            kept[name] = to_data(CompilationConfig(**{name: value}))[name]  # type: ignore[arg-type]
+        except PieceworkError as error:
+            left_out.append(f"# left out: {_one_line(str(error))}")
+    return [*left_out, f"CONFIG = {json.dumps(kept)!r}"]
 
 
 def _write_module(
@@ -192,7 +186,7 @@ def _write_module(
         dict.fromkeys(filter(None, map(_import_line, *zip(*code.globals.items(), strict=True))))
     )
     body = ["def __init__(self):", "    super().__init__()", *(f"    {line}" for line in setup)]
-    source = "\n".join([*body, "", code.src.strip("\n")])
+    source = "\n".join([*body, "", code.src.strip("\n").rstrip()])
     classes.append(f"class {name}(torch.nn.Module):\n{indent(source, '    ')}\n\n")
 
 
