@@ -101,7 +101,7 @@ def review(
     Cases are checked first, so that the proposals are up to date. Without a terminal the commands are printed instead.
     """
     from piecework.golden import snapshot
-    from piecework.golden.check import shown
+    from piecework.golden.check import accept_golden, shown
 
     with typed_errors():
         if snapshot.in_ci():
@@ -110,7 +110,7 @@ def review(
             )
         if accept or reject:
             for path in accept or ():
-                snapshot.accept(snapshot.golden_of(path))
+                accept_golden(snapshot.golden_of(path))
                 _say(f"accepted {shown(snapshot.golden_of(path))}")
             for path in reject or ():
                 snapshot.reject(snapshot.golden_of(path))
@@ -122,7 +122,7 @@ def review(
 def _review(places: Sequence[Path] | None, root: Path | None) -> None:
     from piecework.golden.check import check_cases, default_root, shown
     from piecework.golden.review import commands, load, review
-    from piecework.golden.snapshot import pending, proposal_of
+    from piecework.golden.snapshot import pending
 
     cases = root or (None if places else default_root())
     broken: dict[Path, tuple[str, ...]] = {}
@@ -139,10 +139,8 @@ def _review(places: Sequence[Path] | None, root: Path | None) -> None:
     proposals = [load(golden, broken.get(golden.resolve(), ())) for golden in goldens]
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         _say(f"{len(proposals)} proposed; this is not a terminal. To see and accept each:")
-        for golden, command in zip(goldens, commands(goldens, shown), strict=True):
-            if golden.is_file():
-                _say(f"  piecework golden diff {shown(golden)} {shown(proposal_of(golden))}")
-            _say(f"  {command}")
+        for line in commands(proposals, shown):
+            _say(f"  {line}")
         raise typer.Exit(DIFFERS)
     out = console()
     outcome = review(proposals, out.print, input, shown)

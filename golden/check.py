@@ -14,7 +14,7 @@ from pathlib import Path
 
 from piecework.errors import UsageError
 from piecework.golden import snapshot
-from piecework.golden.cases import Case, discover, select, unreferenced
+from piecework.golden.cases import GRAPH_FILE, Case, discover, select, unreferenced
 from piecework.golden.execute import differences
 from piecework.golden.scope import undefined_names
 from piecework.golden.seeds import emit_in_other_process
@@ -165,6 +165,29 @@ def update_cases(
             result = replace(result, written=True)
         results.append(result)
     return replace(run, results=tuple(results))
+
+
+def accept_golden(golden: Path) -> None:
+    """Make the proposal for ``golden`` the golden; that of a case is checked first.
+
+    Raises:
+        UsageError: there is no proposal, its text is wrong, or it is not what the case emits now.
+    """
+    if not (golden.parent / GRAPH_FILE).is_file():
+        snapshot.accept(golden)
+        return
+    result = check_case(Case(golden.parent.name, golden.parent))
+    where = shown(golden)
+    if result.problems or result.comparison is None:
+        raise UsageError(
+            f"the text is wrong and was not accepted: {result.problems[0]}", where=where
+        )
+    proposal = snapshot.proposal_of(golden)
+    if proposal.is_file() and proposal.read_text(encoding="utf-8") != result.comparison.after:
+        raise UsageError(
+            "the proposal is out of date", where=where, hint="run piecework golden check again"
+        )
+    snapshot.accept(golden)
 
 
 def update_command(names: Sequence[str], root: Path) -> str:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from piecework.golden.changes import COSMETIC, GROUPS
 from piecework.golden.diff import SourceDiff
+from piecework.golden.visible import visible
 
 _MARK_STYLES = {"+": "bold cyan", "-": "bold yellow", "~": "bold magenta"}
 
@@ -25,7 +26,7 @@ def summary_lines(diff: SourceDiff) -> Iterator[Text]:
             line = Text("    ", style=style)
             line.append(change.mark, style=_MARK_STYLES.get(change.mark, "bold"))
             line.append(f" {change.function}: " if change.function else " ")
-            line.append(change.message)
+            line.append(visible(change.message))
             if change.lines:
                 line.append(f"  ({change.lines})", style="dim")
             yield line
@@ -33,7 +34,7 @@ def summary_lines(diff: SourceDiff) -> Iterator[Text]:
 
 def unified_lines(diff: SourceDiff, before: str, after: str, context: int = 3) -> Iterator[Text]:
     """The textual difference in the unified format."""
-    for line in diff.unified(before, after, context).splitlines():
+    for line in visible(diff.unified(before, after, context)).split("\n")[:-1]:
         if line.startswith(("---", "+++")):
             yield Text(line, style="bold")
         elif line.startswith("@@"):

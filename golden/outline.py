@@ -119,7 +119,7 @@ def outline_of(text: str, where: str = "source") -> Outline:
             where=where,
             hint="pass a file that piecework emitted",
         ) from error
-    lines = text.splitlines()
+    lines = text.split("\n")  # as Python counts them: a form feed ends no line
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     if not functions:
         raise UsageError(

@@ -16,6 +16,7 @@ from piecework.errors import UsageError
 from piecework.golden import snapshot
 from piecework.golden.diff import SourceDiff, compare_sources
 from piecework.golden.diff_text import summary_lines, unified_lines
+from piecework.golden.visible import visible
 
 Show = Callable[[Text], None]
 Ask = Callable[[str], str]
@@ -95,7 +96,7 @@ def describe(proposal: Proposal) -> Iterator[Text]:
         yield Text(f"  ! {problem}", style="bold red")
     if not proposal.before:
         yield Text("new golden", style="bold")
-        yield from (Text(f"  {line}") for line in proposal.after.splitlines())
+        yield from _whole(proposal)
         return
     diff = _diff(proposal)
     if diff is None:
@@ -104,6 +105,10 @@ def describe(proposal: Proposal) -> Iterator[Text]:
     yield from summary_lines(diff)
     yield Text("")
     yield from unified_lines(diff, proposal.golden.name, f"{proposal.golden.name}.new")
+
+
+def _whole(proposal: Proposal) -> Iterator[Text]:
+    yield from (Text(f"  {line}") for line in visible(proposal.after).splitlines())
 
 
 def _diff(proposal: Proposal) -> SourceDiff | None:
@@ -120,8 +125,8 @@ def _answer(proposal: Proposal, show: Show, ask: Ask) -> str:
         except EOFError:
             return "S"
         if answer == "d":
-            for line in proposal.after.splitlines():
-                show(Text(f"  {line}"))
+            for line in _whole(proposal):
+                show(line)
         elif answer in ("", "s"):
             return "s"
         elif answer in CHOICES and answer != "?":
@@ -147,6 +152,14 @@ def _decide(proposal: Proposal, answer: str, outcome: Outcome, show: Show) -> No
         outcome.skipped.append(proposal.golden)
 
 
-def commands(goldens: Sequence[Path], name: Callable[[Path], str] = str) -> list[str]:
-    """What to type to decide without a terminal."""
-    return [f"piecework golden review --accept {shlex.quote(name(golden))}" for golden in goldens]
+def commands(proposals: Sequence[Proposal], name: Callable[[Path], str] = str) -> Iterator[str]:
+    """What to type to see and accept each without a terminal; a proposal with problems has them in place of that."""
+    for proposal in proposals:
+        golden = shlex.quote(name(proposal.golden))
+        if proposal.before:
+            new = shlex.quote(name(snapshot.proposal_of(proposal.golden)))
+            yield f"piecework golden diff {golden} {new}"
+        if proposal.problems:
+            yield f"# {golden} can't be accepted: {proposal.problems[0]}"
+        else:
+            yield f"piecework golden review --accept {golden}"

@@ -55,7 +55,8 @@ def _totals(run: CheckRun) -> Iterator[Text]:
     if run.unreferenced:
         counts["unreferenced"] = len(run.unreferenced)
     words = ", ".join(f"{number} {word}" for word, number in counts.items())
-    yield Text(f"{len(run.results)} cases: {words}")
+    noun = "case" if len(run.results) == 1 else "cases"
+    yield Text(f"{len(run.results)} {noun}: {words}")
 
 
 def _next_steps(run: CheckRun) -> Iterator[Text]:

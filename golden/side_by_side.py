@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
+from piecework.golden.visible import visible
+
 _WORD = re.compile(r"\w+|\s+|[^\w\s]")
 _CONTEXT = 3
 _BUILTINS = frozenset(dir(builtins))
@@ -45,7 +47,8 @@ _Styles = list[str]
 
 
 def side_by_side(before: str, after: str) -> list[Block]:
-    """Align two texts line by line."""
+    """Align two texts line by line; characters that would not be seen are written as escapes."""
+    before, after = visible(before), visible(after)
     left, right = before.splitlines(), after.splitlines()
     left_styles, right_styles = token_styles(before), token_styles(after)
 

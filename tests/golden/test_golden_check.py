@@ -202,7 +202,7 @@ def test_check_ends_with_the_command_that_accepts(
     code, output = invoke(*arguments)
     assert code == 1 and "golden_j: updated" in output
     assert invoke(*arguments, "--fast")[0] == 0
-    assert invoke("check", *root) == (0, "1 cases: 1 same\n")
+    assert invoke("check", *root) == (0, "1 case: 1 same\n")
     make_case("golden_j", GRAPH.format(operation=MULTIPLY))
     monkeypatch.setenv("CI", "true")
     code, output = invoke("check", *root)
@@ -211,6 +211,21 @@ def test_check_ends_with_the_command_that_accepts(
     code, output = invoke("update", *root)
     assert code == 2 and "continuous integration" in output
     assert "x + 1" in (tmp_path / "golden_j" / "expected.py").read_text()
+
+
+def test_accepting_a_proposal_of_a_case_checks_it_first(
+    make_case: MakeCase, tmp_path: Path
+) -> None:
+    directory = make_case("golden_l", COUNTING.format(operation="count, (x,)"))
+    check(tmp_path)
+    code, output = invoke("review", "--accept", str(directory / "expected.py"))
+    assert code == 2 and "has other values" in output
+    make_case("golden_l", GRAPH.format(operation=ADD))
+    code, output = invoke("review", "--accept", str(directory / "expected.py"))
+    assert code == 2 and "out of date" in output
+    check(tmp_path)
+    assert invoke("review", "--accept", str(directory / "expected.py.new"))[0] == 0
+    assert check(tmp_path).passed
 
 
 def test_check_as_json(make_case: MakeCase, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from piecework.golden.diff import compare_sources
 from piecework.golden.piece_map import piece_map
 from piecework.golden.report import TEMPLATE, Entry, page
 from piecework.golden.side_by_side import side_by_side
+from piecework.golden.visible import visible
 
 CASES = Path(__file__).parent.parent.parent / "golden" / "cases"
 
@@ -145,6 +146,7 @@ def test_hostile_text_stays_text() -> None:
 @given(st.text(), st.text())
 def test_side_by_side_keeps_every_character(before: str, after: str) -> None:
     rows = [row for block in side_by_side(before, after) for row in block.rows]
+    before, after = visible(before), visible(after)
     left = [row for row in rows if row.before_number is not None]
     right = [row for row in rows if row.after_number is not None]
     assert [row.before_number for row in left] == list(range(1, len(before.splitlines()) + 1))
@@ -171,6 +173,22 @@ def test_every_golden_can_be_shown(golden: Path) -> None:
     source = golden.read_text()
     reader = Reader(page([entry(source, source.replace("return ", "return not "))]))
     assert reader.open == [] and {link[1:] for link in reader.links} <= set(reader.ids)
+
+
+def test_invisible_and_control_characters_are_shown(tmp_path: Path) -> None:
+    """A bidirectional override makes code look like other code; an escape sequence drives a terminal."""
+    after = "def execution_fn(x):\n    # \u202e\x1b[2J\u200b\n    return x\n"
+    assert visible(after).splitlines()[1] == r"    # \u202e\x1b[2J\u200b"
+    assert visible("tab\tand \N{LATIN SMALL LETTER E WITH ACUTE}\n") == "tab\tand \xe9\n"
+    old, new = tmp_path / "old.py", tmp_path / "new.py"
+    old.write_text("def execution_fn(x):\n    return x\n")
+    new.write_text(after)
+    html = tmp_path / "page.html"
+    output = (
+        CliRunner().invoke(golden_app, ["diff", str(old), str(new), "--html", str(html)]).output
+    )
+    for text in (output, html.read_text()):
+        assert r"\u202e\x1b" in text and not {"\u202e", "\x1b", "\u200b"} & set(text)
 
 
 # --- colours ---------------------------------------------------------------------------------------

@@ -155,10 +155,15 @@ def test_without_a_terminal_the_commands_are_printed_and_they_work(tmp_path: Pat
     assert result.exit_code == 1
     assert [said(g) for g in goldens] == [(ONE, True)] * 2
     lines = [line.strip() for line in result.output.splitlines()]
-    printed = [line for line in lines if "--accept" in line]
     names = [Path("__stitched__/test_own/a.py"), Path("__stitched__/test_own/with space.py")]
-    assert printed == commands(names)
-    assert f"piecework golden diff {names[0]} {names[0]}.new" in lines
+    assert lines[1:] == [
+        f"piecework golden diff {names[0]} {names[0]}.new",
+        f"piecework golden review --accept {names[0]}",
+        f"piecework golden diff '{names[1]}' '{names[1]}.new'",
+        f"piecework golden review --accept '{names[1]}'",
+    ]
+    (wrong,) = list(commands([load(goldens[0], ["it lies"])]))[1:]
+    assert wrong.startswith("# ") and wrong.endswith("can't be accepted: it lies")
     accepted = runner.invoke(golden_app, ["review", "--accept", str(names[0])])
     rejected = runner.invoke(golden_app, ["review", "--reject", f"{names[1]}.new"])
     assert (accepted.exit_code, rejected.exit_code) == (0, 0)
