@@ -93,8 +93,6 @@ def to_expr(
     """
 
     def convert(item: object, depth: int = 0) -> ir.Expr:
-        if isinstance(item, torch.fx.Node):
-            return refer(item)
         kind = type(item)
         if depth > MAX_NESTING:
             raise UnsupportedNode(
@@ -102,6 +100,8 @@ def to_expr(
                 where=where,
                 hint="flatten the container",
             )
+        if isinstance(item, torch.fx.Node):
+            return refer(item)
         inner = depth + 1
         if kind in LIST_TYPES:
             return ir.ListExpr(tuple(convert(each, inner) for each in item))  # type: ignore[attr-defined]

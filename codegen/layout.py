@@ -323,7 +323,9 @@ def signature_text(name: str, parameters: Sequence[str], *, known: bool) -> str:
     if known:
         if len(one_line) <= LINE_LENGTH:
             return one_line
-        broken = _broken(f"def {name}(", parameters, "):")
+        # Black writes a comma after an only parameter.
+        parts = [f"{parameters[0]},"] if len(parameters) == 1 else parameters
+        broken = _broken(f"def {name}(", parts, "):")
         if broken is not None:
             return broken
     return format_source(f"{one_line}\n    pass\n").removesuffix("\n    pass\n")

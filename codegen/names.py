@@ -42,7 +42,7 @@ class NameTable:
     def claim(self, wish: str) -> str:
         """Return ``wish`` if it can be used as it is, else the nearest free name."""
         name = wish if is_identifier(wish) else _sanitize(wish)
-        if name.startswith("__"):
+        if name.startswith("__") or not name.strip("_"):  # "_" would become "__1" when it is taken
             name = name.lstrip("_") or "value"
             name = name if is_identifier(name) else f"v_{name}"
         if name in self._taken:

@@ -69,7 +69,7 @@ def render(module: ir.Module) -> str:
     ]
     return template.render(
         format_version=FORMAT_VERSION,
-        banner=[_comment(line) for line in module.banner],
+        banner=[f"# {_comment(line)}".rstrip() for line in module.banner],
         submods=[f"[{index}] {_comment(name)}" for index, name in enumerate(module.submod_names)],
         consts=[_const_row(spec) for spec in module.const_specs],
         imports=module.imports,

@@ -1,0 +1,334 @@
+"""What can't be emitted, split, bound or proved is a typed error that names the node and its source line, and says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.fx
+
+from piecework.codegen import (
+    LowerOptions,
+    compile_execution_fn,
+    generate_execution_code,
+    generate_source,
+    verify,
+)
+from piecework.codegen.layout import format_source
+from piecework.errors import BindError, EmitError, PieceworkError, UnsupportedNode
+
+TRACE = '  File "/somewhere/else/model.py", line 41, in forward\n    return f(x)\n'
+
+
+def raw(build: Callable[[torch.fx.Graph, torch.fx.Node], object]) -> torch.fx.GraphModule:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(build(graph, x))  # type: ignore[arg-type]
+    gm = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
+    gm._graph = graph
+    return gm
+
+
+def traced(node: torch.fx.Node) -> torch.fx.Node:
+    node.meta["stack_trace"] = TRACE
+    return node
+
+
+def nested(depth: int, leaf: object) -> object:
+    for _ in range(depth):
+        leaf = [leaf]
+    return leaf
+
+
+def test_an_attribute_that_is_missing() -> None:
+    gm = raw(lambda g, x: traced(g.create_node("get_attr", "gone.away")))
+    with pytest.raises(
+        UnsupportedNode, match=r"get_attr reads 'gone.away'.*\(node %gone_away, model.py:41\)"
+    ):
+        generate_source(gm)
+
+
+def test_a_module_that_is_missing() -> None:
+    gm = raw(lambda g, x: traced(g.create_node("call_module", "gone", (x,))))
+    with pytest.raises(
+        UnsupportedNode, match=r"call_module of 'gone'.*\(node %gone, model.py:41\)"
+    ):
+        generate_source(gm)
+
+
+def test_an_argument_that_is_nested_too_deep() -> None:
+    gm = raw(lambda g, x: traced(g.call_function(len, (nested(61, x),))))
+    with pytest.raises(
+        UnsupportedNode, match=r"more than 60 levels deep.*model.py:41.*Hint: flatten"
+    ):
+        generate_source(gm)
+    assert (
+        generate_source(raw(lambda g, x: g.call_function(len, (nested(58, x),)))).proof is not None
+    )
+
+
+def test_a_method_without_a_receiver() -> None:
+    gm = raw(lambda g, x: traced(g.create_node("call_method", "sin", ())))
+    with pytest.raises(UnsupportedNode, match=r"without a receiver \(node %sin, model.py:41\)"):
+        generate_source(gm)
+
+
+def test_a_node_that_is_used_before_it_is_defined() -> None:
+    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+        late = g.call_function(torch.cos, (x,))
+        with g.inserting_before(late):
+            early = g.call_function(torch.sin, (x,))
+        early.args = (late,)
+        return traced(early)
+
+    with pytest.raises(UnsupportedNode, match=r"used before it is defined \(node %"):
+        generate_source(raw(build))
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (("*args", "y"), "follows \\*args"),
+        (("**kwargs", "y"), "follows \\*\\*kwargs"),
+        (("**kwargs", "*args"), "follows \\*\\*kwargs"),
+        (("*args", "*more"), "follows \\*args"),
+    ],
+)
+def test_placeholders_in_an_order_that_python_does_not_have(
+    names: tuple[str, ...], text: str
+) -> None:
+    graph = torch.fx.Graph()
+    for name in names:
+        traced(graph.placeholder(name))
+    graph.output(None)
+    gm = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
+    gm._graph = graph
+    with pytest.raises(UnsupportedNode, match=f"a placeholder {text}.*model.py:41.*Hint: reorder"):
+        generate_source(gm)
+
+
+def test_a_placeholder_without_a_default_after_one_with() -> None:
+    graph = torch.fx.Graph()
+    graph.placeholder("a", default_value=1)
+    graph.placeholder("b")
+    graph.output(None)
+    gm = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
+    gm._graph = graph
+    with pytest.raises(
+        UnsupportedNode, match=r"without a default follows one with a default \(node %b\)"
+    ):
+        generate_source(gm)
+
+
+@pytest.mark.parametrize("args", [(), (1, 2, 3)])
+def test_a_graph_that_is_called_with_other_arguments(args: tuple[object, ...]) -> None:
+    inner = torch.fx.Graph()
+    a, b = inner.placeholder("a"), inner.placeholder("b")
+    inner.output((a, b))
+    root = torch.nn.Module()
+    root.inner = torch.fx.GraphModule(torch.nn.Module(), inner)
+    graph = torch.fx.Graph()
+    graph.output(graph.call_module("inner", args))
+    gm = torch.fx.GraphModule(root, graph)
+    with pytest.raises(UnsupportedNode, match=r"'inner' takes 2 arguments and is called with"):
+        generate_source(gm)
+
+
+def test_a_graph_with_a_pytree_signature() -> None:
+    class Other(torch.fx.graph.CodeGen):
+        pass
+
+    gm = raw(lambda g, x: x)
+    gm.graph.set_codegen(Other())
+    with pytest.raises(UnsupportedNode, match=r"pytree.*Hint: flatten"):
+        generate_source(gm)
+
+
+# --- binding -------------------------------------------------------------------------------------
+
+
+def with_leaf() -> torch.fx.GraphModule:
+    root = torch.nn.Module()
+    root.act = torch.nn.ReLU()
+    graph = torch.fx.Graph()
+    graph.output(graph.call_module("act", (graph.placeholder("x"),)))
+    return torch.fx.GraphModule(root, graph)
+
+
+def test_a_submodule_without_a_callable() -> None:
+    code, names, consts = generate_execution_code(with_leaf())
+    with pytest.raises(
+        BindError, match=r"no callable for submodule 'act'.*Hint: pass one callable for each"
+    ):
+        compile_execution_fn(code, {}, names, consts)
+    with pytest.raises(BindError, match="'act' is bound to something that can't be called"):
+        compile_execution_fn(code, {"act": 3}, names, consts)  # type: ignore[dict-item]
+
+
+def test_code_that_is_not_python_is_shown_with_its_lines() -> None:
+    with pytest.raises(EmitError, match=r"does not compile(.|\n)*1 \| def execution_fn\(:"):
+        compile_execution_fn("def execution_fn(:", {}, [])
+    with pytest.raises(EmitError, match="defines no function execution_fn"):
+        compile_execution_fn("x = 1", {}, [])
+    with pytest.raises(EmitError, match=r"not Python(.|\n)*1 \| def"):
+        format_source("def (:")
+
+
+# --- proof ---------------------------------------------------------------------------------------
+
+
+def sample() -> torch.fx.GraphModule:
+    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+        a = traced(g.call_function(torch.sin, (x,)))
+        return g.call_function(torch.add, (a, x), {"alpha": 2})
+
+    return raw(build)
+
+
+def test_a_difference_names_the_line_and_the_node() -> None:
+    gm = sample()
+    source = generate_source(gm)
+    edited = source.code.replace("torch.sin(x)", "torch.cos(x)")
+    with pytest.raises(
+        EmitError,
+        match=r"differs from the graph: a call of something else \(line \d+: sin = torch.cos\(x\); node %sin, model.py:41\)",
+    ):
+        verify(source, gm, edited=edited)
+    with pytest.raises(
+        EmitError,
+        match=r"another argument 'alpha' \(line \d+: add = torch.add\(sin, x, alpha=3\); node %add\)",
+    ):
+        verify(source, gm, edited=source.code.replace("alpha=2", "alpha=3"))
+
+
+def test_an_edit_that_changes_nothing_is_proved() -> None:
+    """Comments, names, the moment of a ``del`` and the order of definition are the reader's to change."""
+    gm = sample()
+    source = generate_source(gm)
+    edited = (
+        source.code.replace("sin =", "sine =")
+        .replace("(sin,", "(sine,")
+        .replace("    del sin\n", "")
+    )
+    edited = edited.replace("def execution", "# my note\n\n\ndef execution")
+    assert edited != source.code and "sine" in edited
+    assert verify(source, gm, edited=edited).events == 2
+    nested_call = "import torch\ndef execution_fn(x, *, __vllm_submods__):\n    return torch.add(torch.sin(x), x, alpha=2)\n"
+    assert verify(source, gm, edited=nested_call).events == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("for i in x: pass", "For is not part of emitted functions"),
+        ("y = lambda: x", "Lambda is not part"),
+        ("y = x if x else x", "IfExp is not part"),
+        ("y = [i for i in x]", "ListComp is not part"),
+        ("import os", "Import is not part of emitted functions"),
+        ("x += 1", "AugAssign is not part"),
+        ("y = f'{x}'", "JoinedStr is not part"),
+        ("y = (z := x)", "NamedExpr is not part"),
+        ("y = unknown", "'unknown' is not defined"),
+        ("y = __vllm_submods__", "is used other than to call its entries"),
+        ("y = __vllm_submods__[0]", "is used other than to call its entries"),
+        ("y = __vllm_submods__[7](x)", "there is no submodule 7"),
+        ("y = __vllm_consts__[7]", "there is no constant 7"),
+        ("y = __vllm_consts__", "'__vllm_consts__' is not defined"),
+        ("y = execution_fn", "used other than to be called"),
+        ("execution_fn(x)", "gets too few arguments"),
+        ("y = x(1)", "a computed value is called"),
+        ("y = torch.no_such_function(x)", "'no_such_function' is not found"),
+        ("return x", "statements follow the return"),
+        ("del y", "deleted but not defined"),
+        ("a, a = torch.sin(x)", "only distinct names"),
+        ("a, b = (x,)", "1 elements are unpacked to 2 names"),
+        ("y = print(*x)", "Starred is not part"),
+        ("y = print(**x)", "something other than a dict in place"),
+        ("y = {**x}", "is not part of emitted expressions"),
+        ("y = 1 < x < 2", "this comparison is not part"),
+        ("y = x and x", "BoolOp is not part"),
+        ("y: int = x", "AnnAssign is not part"),
+        ("print(torch.sin(x))", "something else"),
+    ],
+)  # fmt: skip
+def test_text_outside_of_the_language_is_refused(text: str, message: str) -> None:
+    gm = sample()
+    source = generate_source(gm)
+    edited = source.code.replace("    sin = torch", f"    {text}\n    sin = torch")
+    with pytest.raises(EmitError, match=message) as caught:
+        verify(source, gm, edited=edited)
+    assert "line " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import torch as t", "import ... as"),
+        ("import no_such_module_anywhere", "import failed"),
+        ("from torch import sin", "ImportFrom is not part"),
+        ("print('hello')", "Expr is not part of emitted modules"),
+        ("class A: pass", "ClassDef is not part"),
+        ("alias = torch.sin(1)", "only paths and constants"),
+        ("@print\ndef f(x): return x", "decorators"),
+        ("def f(x, /): return x", "decorators"),
+        ("def f(x, *, y): return x", "the only keyword-only parameter"),
+        ("if True: pass", "If is not part of emitted modules"),
+    ],
+)
+def test_modules_outside_of_the_language_are_refused(text: str, message: str) -> None:
+    gm = sample()
+    source = generate_source(gm)
+    with pytest.raises(EmitError, match=message):
+        verify(
+            source, gm, edited=source.code.replace("\ndef execution", f"\n{text}\n\ndef execution")
+        )
+
+
+def test_text_that_is_not_python_or_has_no_entry_is_refused() -> None:
+    gm = sample()
+    source = generate_source(gm)
+    with pytest.raises(EmitError, match="is not Python"):
+        verify(source, gm, edited="def (")
+    with pytest.raises(EmitError, match="defines no function execution_fn"):
+        verify(source, gm, edited="import torch")
+
+
+def test_a_function_that_calls_itself_is_refused() -> None:
+    gm = sample()
+    code = "import torch\ndef f(x):\n    return f(x)\ndef execution_fn(x, *, __vllm_submods__):\n    return f(x)\n"
+    with pytest.raises(EmitError, match="f calls itself"):
+        verify(code, gm)
+
+
+def test_another_number_of_inputs_or_results_is_refused() -> None:
+    gm = sample()
+    source = generate_source(gm)
+    with pytest.raises(EmitError, match="takes 2 inputs and the graph 1"):
+        verify(source, gm, edited=source.code.replace("execution_fn(x,", "execution_fn(x, y,"))
+    with pytest.raises(EmitError, match="returns something else"):
+        verify(source, gm, edited=source.code.replace("return add", "return (add,)"))
+    with pytest.raises(EmitError, match=r"parameter x differs in kind or default \(node %x\)"):
+        verify(source, gm, edited=source.code.replace("execution_fn(x,", "execution_fn(x=None,"))
+
+
+def test_values_that_live_too_long_are_refused_unless_the_text_was_edited() -> None:
+    gm = sample()
+    source = generate_source(gm)
+    longer = source.code.replace("    del sin\n", "")
+    with pytest.raises(EmitError, match="'sin' is not deleted right after its last use"):
+        verify(longer, gm)
+    assert verify(longer, gm, LowerOptions(emit_del=False)).events == 2
+
+
+def test_the_graph_of_another_model_is_not_proved() -> None:
+    source = generate_source(sample())
+    with pytest.raises(EmitError, match=r"differs from the graph|text ends"):
+        verify(
+            source,
+            raw(lambda g, x: g.call_function(torch.add, (g.call_function(torch.cos, (x,)), x))),
+        )
+
+
+def test_every_error_is_of_piecework() -> None:
+    assert issubclass(UnsupportedNode, PieceworkError) and issubclass(EmitError, PieceworkError)

@@ -1,0 +1,165 @@
+"""No name, target, path, file, shape, banner or string of the input can change what the emitted module means."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+import torch.fx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from piecework.codegen import LowerOptions, compile_execution_fn, generate_source
+from piecework.codegen.layout import format_source
+from piecework.golden.cases import Case, LoadedCase
+from piecework.golden.execute import differences
+
+CORPUS = [
+    "",
+    " ",
+    "'",
+    '"',
+    '"""',
+    "'''",
+    "\\",
+    "\\'",
+    "\n",
+    "a\nimport os",
+    "\r\nraise SystemExit",
+    "\x00",
+    "\x0c",
+    "\u2028raise SystemExit",
+    "\u0085raise SystemExit",
+    "{{ 7 * 7 }}",
+    "{% raw %}",
+    "{# comment #}",
+    "}}",
+    "%}",
+    "*/",
+    "-->",
+    "#",
+    "# fmt: off",
+    "fmt: off",
+    "fmt: skip",
+    "yapf: disable",
+    "type: ignore",
+    "-*- coding: utf-7 -*-",
+    "coding=rot13",
+    "__vllm_submods__",
+    "__vllm_consts__",
+    "__builtins__",
+    "__import__",
+    "execution_fn",
+    "torch",
+    "operator",
+    "print",
+    "None",
+    "True",
+    "lambda",
+    "async",
+    "match",
+    "_",
+    "__",
+    "class",
+    "self",
+    "ｔｏｒｃｈ",
+    "сору",
+    "\u202egnirts",
+    "a" * 500,
+    "x y",
+    "1x",
+    "é",
+    "\ud800",
+    "x); raise SystemExit(",
+    "x, *, evil=1",
+    "x: int = 1",
+    "$(rm -rf)",
+]
+
+
+def returned(*args: object, **kwargs: object) -> tuple[object, ...]:
+    return (*args, *kwargs.items())
+
+
+def hostile_graph(texts: list[str]) -> tuple[torch.fx.GraphModule, LowerOptions]:
+    """A graph with ``texts`` in every place where text can be."""
+    graph = torch.fx.Graph()
+    gm = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
+    placeholders = [graph.placeholder(f"p{i}") for i in range(len(texts))]
+    inner = torch.fx.Graph()
+    a = inner.placeholder("a")
+    b = inner.call_function(torch.sin, (a,))
+    inner.output((b, inner.call_function(torch.cos, (a,))))
+    submod = torch.fx.GraphModule(torch.nn.Module(), inner)
+    results: list[object] = []
+    for i, text in enumerate(texts):
+        placeholders[i].name = text
+        node = graph.call_function(returned, (text, {text: [text]}, placeholders[i]), {text: text})
+        node.name = text
+        node.meta["stack_trace"] = f'  File "/a/{text}.py", line 3, in forward\n    {text}\n'
+        node.meta["nn_module_stack"] = {text: (f"L['self'].{text}", text)}
+        results.append(node)
+        attribute = f"w{text}" if "." not in text else f"w{i}"
+        gm.__dict__[attribute] = torch.ones(1)
+        results.append(graph.create_node("get_attr", attribute))
+        name = f"m{text}" if "." not in text else f"m{i}"
+        gm._modules[name] = submod
+        call = graph.create_node("call_module", name, (results[-1],))
+        call.name = text
+        results.append(call)
+        method = graph.create_node("call_method", "sum", (placeholders[i],))
+        method.name = f"{text}{text}"
+        method.meta["example_value"] = torch.ones(1)
+        results.append(method)
+    graph.output({texts[0]: results})
+    gm._graph = graph
+    bound = {placeholders[0].name: f"path {texts[0]}"}
+    return gm, LowerOptions(banner=tuple(texts), bound=bound)
+
+
+def check(texts: list[str], *, formatted: bool = True) -> None:
+    gm, options = hostile_graph(texts)
+    bound = tuple(options.bound)
+    source = generate_source(gm, options)  # proves the text equal to the graph
+    assert source.code.isascii() or source.code.replace("…", "").isascii()
+    tree = ast.parse(source.code)
+    kinds = {type(stmt).__name__ for stmt in tree.body}
+    assert kinds <= {"Import", "Assign", "FunctionDef"}
+    assert not formatted or format_source(source.code) == source.code
+    inputs = [tuple(torch.full((2,), float(i)) for i in range(len(texts)))]
+    loaded = LoadedCase(Case("hostile", Path(".")), gm, source, source.code, bound, inputs)
+    assert differences(loaded) == []
+    # Saved to a file, the first two lines may not declare an encoding.
+    assert not any("coding" in line for line in source.code.splitlines()[:2])
+
+
+@pytest.mark.parametrize("text", CORPUS, ids=range(len(CORPUS)))
+def test_a_hostile_text_everywhere(text: str) -> None:
+    check([text])
+
+
+def test_all_of_them_at_once() -> None:
+    check(list(CORPUS))
+
+
+@given(
+    st.lists(st.text(max_size=12) | st.sampled_from(CORPUS), min_size=1, max_size=3, unique=True)
+)
+@settings(max_examples=100, deadline=None)
+def test_any_text_everywhere(texts: list[str]) -> None:
+    check(texts, formatted=False)
+
+
+@given(st.text(max_size=40))
+@settings(max_examples=150, deadline=None)
+def test_a_string_arrives_as_it_is(text: str) -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    graph.output((text, [text, x], {text: text.encode("utf-8", "surrogatepass")}))
+    gm = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
+    gm._graph = graph
+    source = generate_source(gm)
+    result = compile_execution_fn(source.code, {}, [], source.consts)(1)
+    assert result == (text, [text, 1], {text: text.encode("utf-8", "surrogatepass")})
