@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
 from piecework.bench import gpu
+from piecework.runtime.graphs.capture import frozen_garbage
 
 
-def test_it_runs_on_the_cpu(tmp_path, capsys):
-    assert gpu.main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
-    found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-    assert sorted(found) == ["gpu_capture", "gpu_staging", "gpu_steps"]
-    assert {row["contender"] for row in found["gpu_steps"]["rows"]} == {
-        "bare loop",
-        "wrappers",
-        "one graph",
-    }
+def test_it_runs_on_the_cpu(capsys):
+    with frozen_garbage():
+        assert gpu.main(["--device", "cpu", "--quick"]) == 0
+    printed = capsys.readouterr().out
+    for text in ("bare loop", "wrappers", "one graph", "B10: staging", "B11"):
+        assert text in printed
 
 
 def test_a_failing_part_does_not_hide_the_others(monkeypatch, capsys):

@@ -293,22 +293,23 @@ def test_what_the_kernel_can_not_take_goes_the_other_way():
     assert staged[0].tolist() == [1, 1, 0]
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_the_kernel_compiles_for_gpus(capability):
+def test_the_kernel_compiles_for_gpus():
     pytest.importorskip("triton")
-    program = f"""
+    program = """
         import triton
         from triton.backends.compiler import GPUTarget
         from piecework.runtime.staging_kernel import SLOTS, _stage
 
         words = ["*i32", "*i64", "*u8", "*i16"]
-        signature = {{f"s{{i}}": words[i] if i < 4 else words[0] for i in range(SLOTS)}}
-        signature |= {{"targets": tuple(words), "count": "i32", "padded": "i32"}}
-        constants = {{"OUTER": (1, 3, 1, 1), "INNER": (1, 1, 64, 7), "PADS": (0, -1, 255, -(2**15)), "BLOCK": 1024}}
+        signature = {f"s{i}": words[i] if i < 4 else words[0] for i in range(SLOTS)}
+        signature |= {"targets": tuple(words), "count": "i32", "padded": "i32"}
+        constants = {"OUTER": (1, 3, 1, 1), "INNER": (1, 1, 64, 7), "PADS": (0, -1, 255, -(2**15)), "BLOCK": 1024}
         signature |= dict.fromkeys(constants, "constexpr")
         source = triton.compiler.ASTSource(_stage, signature=signature, constexprs=constants)
-        compiled = triton.compile(source, target=GPUTarget("cuda", {capability}, 32))
-        print(len(compiled.asm["cubin"]) > 0)
+        for capability in (80, 90):
+            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+            assert compiled.asm["cubin"]
+        print("compiled")
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
@@ -318,4 +319,4 @@ def test_the_kernel_compiles_for_gpus(capability):
         timeout=300,
         check=False,
     )
-    assert done.stdout.strip() == "True", done.stderr
+    assert done.stdout.strip() == "compiled", done.stderr
