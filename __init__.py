@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from piecework.errors import PieceworkError
     from piecework.runtime.config import CompilationConfig, RuntimeConfig
     from piecework.runtime.counters import counters
+    from piecework.runtime.decorators import ignore_torch_compile, support_torch_compile
     from piecework.runtime.splitting_op import splitting_op
     from piecework.runtime.stitched import StitchedModule, compile
 
@@ -53,8 +54,10 @@ _HOME = {
     "compile_execution_fn": "piecework.codegen",
     "counters": "piecework.runtime.counters",
     "generate_execution_code": "piecework.codegen",
+    "ignore_torch_compile": "piecework.runtime.decorators",
     "split_graph": "piecework.codegen",
     "splitting_op": "piecework.runtime.splitting_op",
+    "support_torch_compile": "piecework.runtime.decorators",
     "verify": "piecework.codegen.source",
 }
 _ROOMS = ("bench", "codegen", "errors", "golden", "integrations", "runtime")

@@ -23,6 +23,7 @@ from piecework.runtime.counters import counters
 from piecework.runtime.edited import EditedSource, check_edited
 from piecework.runtime.entry import Entry
 from piecework.runtime.failures import add_piece_note
+from piecework.runtime.model_tag import current_model_tag
 from piecework.runtime.report import Piece, Report
 
 
@@ -34,7 +35,7 @@ def compile(
     splitting_ops: Sequence[SplittingOpLike] | None = None,
     config: CompilationConfig | None = None,
 ) -> StitchedModule:
-    """Compile ``model`` piecewise and stitch it.
+    """Compile ``model`` piecewise and stitch it, or as ``config.mode`` says.
 
     Args:
         model: a module or function, captured whole.
@@ -45,7 +46,8 @@ def compile(
         config: see `CompilationConfig`.
 
     Returns:
-        A `StitchedModule`, called like ``model``. It serves inference: it runs without recording gradients.
+        A `StitchedModule`, called like ``model``. It serves inference: it runs without recording gradients. Modes ``NONE``
+        and ``STOCK_TORCH_COMPILE`` stitch nothing; what they return runs the model, and has no source to show.
 
     Raises:
         CaptureError: the model can't be captured as one graph, or has no dynamic dimension.
@@ -57,10 +59,12 @@ def compile(
         >>> print(stitched.source.code)
         >>> stitched(torch.randn(7, 64))
     """
-    stitched = StitchedModule(model, splitting_ops=splitting_ops, config=config)
-    if example_args or example_kwargs:
-        stitched.prepare(*example_args, **(example_kwargs or {}))
-    return stitched
+    # Modes are made of stitched modules, so they come after this module.
+    from piecework.runtime.modes import compile_with_mode
+
+    return compile_with_mode(
+        model, example_args, example_kwargs, splitting_ops=splitting_ops, config=config
+    )
 
 
 class StitchedModule:
@@ -83,8 +87,12 @@ class StitchedModule:
         self.model = model
         self.config = config or CompilationConfig()
         counters.num_models_seen += 1
+        tag = current_model_tag()
         self._backend = PieceworkBackend(
-            self.config, _model_name(model), splitting_ops=splitting_ops
+            self.config,
+            tag.prefix(_model_name(model)),
+            tag.is_encoder,
+            splitting_ops=splitting_ops,
         )
         self._entry: Entry | None = None
         self._call: Callable[..., object] = self._prepare_and_call

@@ -1,0 +1,316 @@
+"""Classes whose instances compile themselves. In: an ``nn.Module`` class and which dimensions are dynamic. Out: the same class, compiled per instance at its first call.
+
+The class stays the class: no base is added, no source is changed, and a trace around it sees the plain model.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TypeVar, overload
+
+import torch
+
+from piecework.errors import ConfigError
+from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config_groups import CompilationMode
+from piecework.runtime.dynamic_dims import DimsByName, dims_of, marked
+from piecework.runtime.failures import add_piece_note
+from piecework.runtime.model_tag import (
+    ModelTag,
+    current_model_tag,
+    model_tag_is_set,
+    use_model_tag,
+)
+from piecework.runtime.modes import UnstitchedModule, compile_with_mode
+from piecework.runtime.stitched import StitchedModule
+
+ModuleClass = TypeVar("ModuleClass", bound=type[torch.nn.Module])
+EnableIf = Callable[[CompilationConfig], bool]
+
+_SUPPORT = "_piecework_support"  # on classes
+_STATE = "_piecework_state"  # on instances
+_CONFIG = "compilation_config"
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """What a class was decorated with; the nearest one in the method resolution order holds."""
+
+    dynamic_arg_dims: DimsByName | None = None
+    mark_unbacked_dims: DimsByName | None = None
+    enable_if: EnableIf | None = None
+    ignored: bool = False
+
+
+@overload
+def support_torch_compile(cls: ModuleClass) -> ModuleClass: ...
+
+
+@overload
+def support_torch_compile(
+    cls: None = None,
+    *,
+    dynamic_arg_dims: DimsByName | None = None,
+    mark_unbacked_dims: DimsByName | None = None,
+    enable_if: EnableIf | None = None,
+) -> Callable[[ModuleClass], ModuleClass]: ...
+
+
+def support_torch_compile(
+    cls: ModuleClass | None = None,
+    *,
+    dynamic_arg_dims: DimsByName | None = None,
+    mark_unbacked_dims: DimsByName | None = None,
+    enable_if: EnableIf | None = None,
+) -> ModuleClass | Callable[[ModuleClass], ModuleClass]:
+    """Let instances of a module class compile themselves at their first call.
+
+    An instance is traced once, with its first call's arguments; later calls run the stitched function. Its configuration is
+    ``compilation_config``: a keyword of the constructor (whether ``__init__`` names it or not), or an attribute of the
+    instance or the class, read at the first call.
+
+    Args:
+        cls: the class, when the decorator is used without parentheses.
+        dynamic_arg_dims: parameter of ``forward`` → its dynamic dimension, or several; negative ones count from the end.
+            None infers them: the first dimension of every parameter annotated as a tensor, or as something that holds
+            tensors.
+        mark_unbacked_dims: the same for dimensions that must serve 0, 1 and every other size alike.
+        enable_if: told the configuration at the first call; False runs the instance as it is.
+
+    Returns:
+        The class itself. A subclass inherits the support, and infers from its own ``forward``; decorating it again replaces
+        what it inherits. A decorated module inside another that is being compiled becomes part of that one.
+
+    Raises:
+        ConfigError: not a module class; a name that is no parameter of ``forward``; nothing declared and nothing annotated.
+
+    Example:
+        >>> @piecework.support_torch_compile(dynamic_arg_dims={"x": 0})
+        ... class Model(torch.nn.Module): ...
+        >>> Model(compilation_config=piecework.CompilationConfig(mode="PIECEWORK_COMPILE"))(x)
+    """
+    if enable_if is not None and not callable(enable_if):
+        raise ConfigError("enable_if must be callable with a configuration", where="enable_if")
+    support = Support(dynamic_arg_dims, mark_unbacked_dims, enable_if)
+
+    def decorate(kind: ModuleClass) -> ModuleClass:
+        _require_module_class(kind, "support_torch_compile")
+        # Found wrong here, the declaration is an error at import and not at the first request.
+        dims_of(kind.forward, dynamic_arg_dims, mark_unbacked_dims, owner=kind)
+        setattr(kind, _SUPPORT, support)
+        _take_config_keyword(kind)
+        if not hasattr(kind.__call__, _SUPPORT):
+            kind.__call__ = _compiling_call(kind.__call__)  # type: ignore[method-assign]
+        return kind
+
+    return decorate if cls is None else decorate(cls)
+
+
+def ignore_torch_compile(cls: ModuleClass) -> ModuleClass:
+    """Run instances of a class as they are, although a base class was decorated with `support_torch_compile`.
+
+    Its subclasses are ignored too, until one is decorated. Modules inside are not: a decorated one compiles by itself.
+
+    Raises:
+        ConfigError: not a module class.
+    """
+    _require_module_class(cls, "ignore_torch_compile")
+    setattr(cls, _SUPPORT, Support(ignored=True))
+    return cls
+
+
+def stitched_of(model: torch.nn.Module) -> StitchedModule | None:
+    """What an instance of a decorated class was compiled to: its source, pieces and report.
+
+    Returns:
+        None before the first call, and where the instance runs unstitched (its mode, ``enable_if``, ignored).
+    """
+    state = vars(model).get(_STATE)
+    if not isinstance(state, _State) or state.model is not model:
+        return None
+    return None if isinstance(state.made, UnstitchedModule) else state.made
+
+
+def _require_module_class(cls: object, decorator: str) -> None:
+    if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
+        raise ConfigError(
+            f"{decorator} decorates classes of torch.nn.Module; got {cls!r}",
+            hint="use piecework.compile for a function or an instance",
+        )
+
+
+# --- construction --------------------------------------------------------------------------------
+
+
+def _take_config_keyword(kind: type[torch.nn.Module]) -> None:
+    """Make ``kind(…, compilation_config=…)`` set the attribute, and reach an ``__init__`` that asks for it."""
+    original = kind.__init__
+    passed_on = _wants_config(kind)
+
+    @functools.wraps(original)
+    def __init__(self: torch.nn.Module, *args: object, **kwargs: object) -> None:
+        if _CONFIG in kwargs:
+            given = kwargs[_CONFIG] if passed_on else kwargs.pop(_CONFIG)
+            if given is not None:
+                vars(self)[_CONFIG] = _as_config(given, type(self))
+        vars(self).setdefault(_STATE, _State(current_model_tag() if model_tag_is_set() else None))
+        original(self, *args, **kwargs)
+
+    kind.__init__ = __init__  # type: ignore[method-assign]
+
+
+def _wants_config(kind: type[torch.nn.Module]) -> bool:
+    """Whether the constructor takes the configuration itself: by name, or for a base class that does."""
+    for each in kind.__mro__:
+        init = vars(each).get("__init__")
+        if init is None or each is torch.nn.Module:
+            continue
+        parameters = inspect.signature(init).parameters
+        if _CONFIG in parameters or (init is not kind.__init__ and hasattr(each, _SUPPORT)):
+            return True
+        if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+            return False
+    return False
+
+
+def _as_config(given: object, kind: type) -> CompilationConfig:
+    if isinstance(given, CompilationConfig):
+        return given
+    if isinstance(given, Mapping):
+        return CompilationConfig.from_data(given)
+    raise ConfigError(
+        f"compilation_config must be a CompilationConfig or a mapping; got a {type(given).__qualname__}",
+        where=kind.__qualname__,
+        hint="pass piecework.CompilationConfig(...)",
+    )
+
+
+# --- calls -----------------------------------------------------------------------------------------
+
+
+class _State:
+    """What one instance was compiled to. It belongs to that instance only: a copy of the model gets a new one.
+
+    Attributes:
+        model: the instance; None until its first call.
+        call: what a call runs.
+        made: the compiled model behind it; None where the instance runs as it is.
+        tag: the model tag at construction.
+    """
+
+    __slots__ = ("call", "lock", "made", "model", "tag")
+
+    def __init__(self, tag: ModelTag | None = None) -> None:
+        self.tag = tag
+        self.lock = threading.RLock()
+        self.model: torch.nn.Module | None = None
+        self.call: Callable[..., object] | None = None
+        self.made: StitchedModule | None = None
+
+    def __copy__(self) -> _State:
+        return _State(self.tag)
+
+    def __deepcopy__(self, memo: object) -> _State:
+        return _State(self.tag)
+
+    def __reduce__(self) -> tuple[type[_State], tuple[ModelTag | None]]:
+        return _State, (self.tag,)
+
+
+def _compiling_call(original: Callable[..., object]) -> Callable[..., object]:
+    @functools.wraps(original)
+    def __call__(self: torch.nn.Module, *args: object, **kwargs: object) -> object:
+        if torch.compiler.is_compiling():  # a trace, ours or an outer one, takes the model itself
+            return original(self, *args, **kwargs)
+        state = self.__dict__.get(_STATE)
+        if state is None or state.model is not self or state.call is None:
+            return _first_call(self, original, args, kwargs)
+        try:
+            return state.call(*args, **kwargs)
+        except Exception as error:
+            if state.made is not None and not isinstance(state.made, UnstitchedModule):
+                add_piece_note(error, state.made.source)
+            raise
+
+    setattr(__call__, _SUPPORT, True)
+    return __call__
+
+
+def _first_call(
+    model: torch.nn.Module,
+    original: Callable[..., object],
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+) -> object:
+    state = vars(model).get(_STATE)
+    if state is None or state.model not in (None, model):  # unpickled bare, or a shallow copy
+        state = vars(model)[_STATE] = _State(state.tag if state is not None else None)
+    with state.lock:
+        if state.call is None:
+            _compile(state, model, original, args, kwargs)
+    return model(*args, **kwargs)
+
+
+def _compile(
+    state: _State,
+    model: torch.nn.Module,
+    original: Callable[..., object],
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+) -> None:
+    """Fill ``state``; on an exception it is as before, and the next call tries again."""
+    config = _config_of(model)
+    support = _support_of(type(model))
+    plain = functools.partial(original, model)
+    if (
+        support.ignored
+        or config.mode is CompilationMode.NONE
+        or not (support.enable_if is None or support.enable_if(config))
+    ):
+        state.call, state.model = plain, model
+        return
+    stock = config.mode is CompilationMode.STOCK_TORCH_COMPILE
+    made = _compiled(model, support, config, state.tag, args, kwargs, plain if stock else model)
+    state.made, state.model = made, model
+    # The emitted entry itself, unless each call has more to do than it says.
+    direct = not stock and not config.dynamic_shapes_config.evaluate_guards
+    state.call = made.entry if direct else made
+
+
+def _compiled(
+    model: torch.nn.Module,
+    support: Support,
+    config: CompilationConfig,
+    tag: ModelTag | None,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+    traced: Callable[..., object],
+) -> StitchedModule:
+    dims = dims_of(
+        type(model).forward,
+        support.dynamic_arg_dims,
+        support.mark_unbacked_dims,
+        owner=type(model),
+    )
+    arguments = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    with ExitStack() as stack:
+        if tag is not None and not model_tag_is_set():
+            stack.enter_context(use_model_tag(tag))
+        stack.enter_context(marked(dims, arguments, config.dynamic_shapes_config.type))
+        return compile_with_mode(traced, args, kwargs, config=config)
+
+
+def _config_of(model: torch.nn.Module) -> CompilationConfig:
+    found = getattr(model, _CONFIG, None)
+    return CompilationConfig() if found is None else _as_config(found, type(model))
+
+
+def _support_of(kind: type[torch.nn.Module]) -> Support:
+    found = getattr(kind, _SUPPORT)
+    assert isinstance(found, Support)
+    return found

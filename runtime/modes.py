@@ -1,0 +1,240 @@
+"""Compilation by mode. In: a model and a configuration. Out: the model as it is, torch's own compilation of it, one piece, or many.
+
+Each mode is chosen here and nowhere else; what a mode does is done by the objects that it makes.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+
+import torch
+import torch.fx
+from torch.utils import _pytree as pytree
+
+from piecework.codegen.split import SplittingOp as SplittingOpLike
+from piecework.errors import BindError, ConfigError
+from piecework.runtime import torch_compat
+from piecework.runtime.capture import GraphInput
+from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config_groups import CompilationMode, DynamicShapesType
+from piecework.runtime.dynamic_dims import set_mark, unmarked_afterwards
+from piecework.runtime.model_tag import compilation_complete
+from piecework.runtime.shape_guards import ShapeGuards
+from piecework.runtime.stitched import StitchedModule
+
+_UNSTITCHED = (CompilationMode.NONE, CompilationMode.STOCK_TORCH_COMPILE)
+
+
+def compile_with_mode(
+    model: Callable[..., object],
+    example_args: Sequence[object] = (),
+    example_kwargs: Mapping[str, object] | None = None,
+    *,
+    splitting_ops: Sequence[SplittingOpLike] | None = None,
+    config: CompilationConfig | None = None,
+) -> StitchedModule:
+    """What ``piecework.compile`` returns for ``config.mode``.
+
+    ``NONE``: an `UnstitchedModule` that runs the model as it is. ``STOCK_TORCH_COMPILE``: one that runs what
+    ``torch.compile`` makes of it, with its guards and retraces. ``DYNAMO_TRACE_ONCE``: a `StitchedModule` of one piece;
+    the model is traced once, and piecework's checks stand in for Dynamo's guards. ``PIECEWORK_COMPILE``: the same, cut at
+    the splitting ops.
+
+    Raises:
+        ConfigError: splitting ops are given in a mode that cuts nowhere, or the shape type is not to be had.
+        CaptureError, SplitError, PieceCompileError: as ``piecework.compile``.
+    """
+    if not callable(model):
+        raise ConfigError(f"a model must be callable; got a {type(model).__qualname__}")
+    config = config or CompilationConfig()
+    made: StitchedModule
+    if config.mode in _UNSTITCHED:
+        made = UnstitchedModule(model, config)
+    elif config.mode is CompilationMode.DYNAMO_TRACE_ONCE:
+        _require_no_cuts(config, splitting_ops)
+        made = ModeModule(model, splitting_ops=splitting_ops or (), config=config)
+    else:
+        made = ModeModule(model, splitting_ops=splitting_ops, config=config)
+    if example_args or example_kwargs:
+        made.prepare(*example_args, **(example_kwargs or {}))
+    return made
+
+
+def _require_no_cuts(
+    config: CompilationConfig, splitting_ops: Sequence[SplittingOpLike] | None
+) -> None:
+    declared = config.splitting_ops if splitting_ops is None else splitting_ops
+    if declared and not config.use_inductor_graph_partition:
+        raise ConfigError(
+            f"mode {config.mode} compiles the graph whole, and there are splitting ops",
+            where="splitting_ops",
+            hint="use PIECEWORK_COMPILE to cut there, or leave splitting_ops out",
+        )
+
+
+class ModeModule(StitchedModule):
+    """A `StitchedModule` that is traced with the configured shape type and, on request, evaluates the trace's guards."""
+
+    def __init__(
+        self,
+        model: Callable[..., object],
+        *,
+        splitting_ops: Sequence[SplittingOpLike] | None = None,
+        config: CompilationConfig | None = None,
+    ) -> None:
+        super().__init__(model, splitting_ops=splitting_ops, config=config)
+        self._guards: ShapeGuards | None = None
+        self._traced: tuple[torch.fx.GraphModule, Sequence[GraphInput]] | None = None
+
+    def prepare(self, *args: object, **kwargs: object) -> None:
+        """Capture, compile and stitch now, tracing with these arguments; then tell `set_on_compilation_complete`'s callback."""
+        shapes = self.config.dynamic_shapes_config
+        with tracing_shapes(shapes.type, (args, kwargs)):
+            super().prepare(*args, **kwargs)
+        if shapes.evaluate_guards:
+            assert self._traced is not None
+            self._guards = ShapeGuards(*self._traced)
+            self._call = _guarded(self._guards, self._call)
+        self._traced = None
+        compilation_complete()
+
+    @property
+    def shape_guards(self) -> ShapeGuards:
+        """The guards that each call evaluates.
+
+        Raises:
+            BindError: the configuration does not ask for them, or the model is not compiled yet.
+        """
+        if self._guards is None:
+            raise BindError(
+                "no shape guards are kept",
+                where="dynamic_shapes_config.evaluate_guards",
+                hint="set it, and compile the model",
+            )
+        return self._guards
+
+    def _compile_graph(self, graph: torch.fx.GraphModule, inputs: Sequence[GraphInput]) -> None:
+        if self.config.dynamic_shapes_config.evaluate_guards:
+            self._traced = (graph, inputs)
+        super()._compile_graph(graph, inputs)
+
+
+def _guarded(guards: ShapeGuards, call: Callable[..., object]) -> Callable[..., object]:
+    def guarded_call(*args: object, **kwargs: object) -> object:
+        guards.check(args, kwargs)
+        return call(*args, **kwargs)
+
+    return guarded_call
+
+
+@contextmanager
+def tracing_shapes(kind: DynamicShapesType, arguments: object) -> Iterator[None]:
+    """Trace with ``kind`` of symbols in the block.
+
+    Unbacked: the dimensions of ``arguments`` (a pytree) that are marked dynamic become unbacked; if nothing is marked, the
+    first dimension of each tensor does.
+
+    Raises:
+        ConfigError: this torch has no such shapes.
+    """
+    with ExitStack() as stack:
+        if kind is DynamicShapesType.BACKED_SIZE_OBLIVIOUS:
+            stack.enter_context(_size_oblivious())
+        elif kind is DynamicShapesType.UNBACKED:
+            tensors = [t for t in pytree.tree_leaves(arguments) if isinstance(t, torch.Tensor)]
+            stack.enter_context(unmarked_afterwards(tensors))
+            _make_unbacked(tensors)
+        yield
+
+
+def _size_oblivious() -> AbstractContextManager[object]:
+    found = torch_compat.size_oblivious_tracing()
+    if found is None:
+        raise ConfigError(
+            f"torch {torch.__version__} can't trace backed shapes without fixing sizes 0 and 1",
+            where="dynamic_shapes_config.type",
+            hint="use unbacked",
+        )
+    return found
+
+
+def _make_unbacked(tensors: Sequence[torch.Tensor]) -> None:
+    marked = any(torch_compat.marked_dims(tensor) for tensor in tensors)
+    for tensor in tensors:
+        first = (0,) if tensor.dim() else ()
+        for dim in torch_compat.unmark_dynamic(tensor) if marked else first:
+            set_mark(tensor, dim, unbacked=True)
+
+
+class UnstitchedModule(StitchedModule):
+    """A model in a mode that stitches nothing: it is called like the others, and has no source and no pieces."""
+
+    def __init__(self, model: Callable[..., object], config: CompilationConfig) -> None:
+        super().__init__(
+            model
+        )  # its backend stays empty: whatever asks for what was made gets `_not_yet`
+        self.config = config
+        self._call = model if config.mode is CompilationMode.NONE else self._compile_and_call
+
+    def prepare(self, *args: object, **kwargs: object) -> None:
+        """Mode NONE: nothing to do. STOCK_TORCH_COMPILE: run once on these arguments, which is when torch compiles."""
+        if self.config.mode is not CompilationMode.NONE:
+            self(*args, **kwargs)
+
+    def rebind(self) -> None:
+        """Nothing is bound: the model's weights are read at each call."""
+
+    def _compile_and_call(self, *args: object, **kwargs: object) -> object:
+        compiled = _stock(self.model, self.config, (args, kwargs))
+        kind = self.config.dynamic_shapes_config.type
+        with tracing_shapes(kind, (args, kwargs)):
+            result = compiled(*args, **kwargs)
+        oblivious = (
+            kind is DynamicShapesType.BACKED_SIZE_OBLIVIOUS
+        )  # a retrace may come at any call
+        self._call = _in_context(_size_oblivious, compiled) if oblivious else compiled
+        compilation_complete()
+        return result
+
+    def _not_yet(self, what: str) -> BindError:  # type: ignore[override]
+        return BindError(
+            f"mode {self.config.mode} stitches nothing, so there is no {what}",
+            where="mode",
+            hint="use DYNAMO_TRACE_ONCE or PIECEWORK_COMPILE",
+        )
+
+
+def _in_context(
+    make: Callable[[], AbstractContextManager[object]], call: Callable[..., object]
+) -> Callable[..., object]:
+    def run(*args: object, **kwargs: object) -> object:
+        with make():
+            return call(*args, **kwargs)
+
+    return run
+
+
+def _stock(
+    model: Callable[..., object], config: CompilationConfig, arguments: object
+) -> Callable[..., object]:
+    """``torch.compile`` of ``model`` with the configured backend; all dimensions are dynamic unless some are marked."""
+    leaves = pytree.tree_leaves(arguments)
+    marked = any(isinstance(t, torch.Tensor) and torch_compat.marked_dims(t) for t in leaves)
+    options = dict(config.inductor_compile_config) if config.backend == "inductor" else {}
+    # Dynamo caches by code object; one of its own keeps models independent of each other.
+    entry = types.FunctionType(
+        _call_model.__code__.replace(), _call_model.__globals__, "stock_torch_compile"
+    )
+    compiled = torch.compile(
+        entry,
+        backend=config.init_backend(),
+        dynamic=None if marked else True,
+        options=options or None,
+    )
+    return lambda *args, **kwargs: compiled(model, *args, **kwargs)
+
+
+def _call_model(model, *args, **kwargs):  # type: ignore[no-untyped-def]
+    return model(*args, **kwargs)

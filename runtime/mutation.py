@@ -1,0 +1,219 @@
+"""Writes to the model's own tensors inside captured pieces. In: a stitching graph with the fake values of its trace. Out: each write, with the operator and the line of the model.
+
+What an operator writes is read from its schema, and what it writes to from the memory that fake tensors share; no name is trusted, and no data is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.fx
+
+from piecework.codegen.origin import SymbolNames, origin_of, value_of
+from piecework.errors import StaticGraphError
+from piecework.runtime import torch_compat
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """One write to a tensor that outlives the call.
+
+    Attributes:
+        path: the tensor's path in the model, such as ``layers.0.cache``.
+        piece: the submodule that holds the write.
+        node: the graph's node.
+        op: the operator whose schema says so, such as ``aten.add_.Tensor``.
+        where: the model's file and line, as far as the trace knows it.
+    """
+
+    path: str
+    piece: str
+    node: str
+    op: str
+    where: str
+
+
+def mutations_in(
+    split_gm: torch.fx.GraphModule, pieces: Sequence[str], held: Mapping[str, str]
+) -> tuple[Mutation, ...]:
+    """The writes to held tensors, or views of them, inside ``pieces``.
+
+    A node is looked at only if it takes memory of a held tensor. An operator with a schema answers by it; any other
+    callable is run once on fake tensors, and the operators that it reaches answer. A user's Triton kernel has no schema:
+    its writes are not seen.
+
+    Args:
+        split_gm: the stitching graph (or a whole graph that holds the pieces as submodules), with fake values.
+        pieces: submodules that are captured.
+        held: placeholder of ``split_gm`` → path of the model's tensor behind it.
+    """
+    memory: dict[int, str] = {}
+    for node in split_gm.graph.find_nodes(op="placeholder"):
+        value = value_of(node)
+        if node.name in held and isinstance(value, torch.Tensor):
+            memory[torch_compat.storage_id(value)] = held[node.name]
+    found: list[Mutation] = []
+    for name in pieces:
+        piece = split_gm.get_submodule(name)
+        assert isinstance(piece, torch.fx.GraphModule)
+        for node in piece.graph.nodes:
+            for op, path in _writes(piece, node, memory):
+                found.append(Mutation(path, name, node.name, op, _where(node)))
+    return tuple(dict.fromkeys(found))
+
+
+def refuse_mutations(found: Sequence[Mutation]) -> None:
+    """Raise for writes to the model's own tensors inside captured pieces.
+
+    A static graph is warmed up and captured by running it, so a buffer that a piece advances would be advanced too often.
+
+    Raises:
+        StaticGraphError: there is one; the first is named and the others are counted.
+    """
+    if not found:
+        return
+    first, more = found[0], len(found) - 1
+    others = f" (and {more} more)" if more else ""
+    raise StaticGraphError(
+        f"{first.op} writes to {first.path} inside captured piece {first.piece}{others}; warm-up and capture would "
+        "write too",
+        where=first.where or f"node {first.node}",
+        hint="move the write into a piecework.splitting_op, keep the state in the forward context, or set "
+        "cudagraph_mode to NONE",
+    )
+
+
+def _where(node: torch.fx.Node) -> str:
+    origin = origin_of(node, SymbolNames(), line_numbers=True)
+    return ", ".join(part for part in (origin.module, origin.source) if part)
+
+
+def _writes(
+    module: torch.fx.GraphModule, node: torch.fx.Node, memory: Mapping[int, str]
+) -> list[tuple[str, str]]:
+    """``(operator, path)`` for each held tensor that ``node`` writes to."""
+    if node.op not in ("call_function", "call_method", "call_module"):
+        return []
+    if not any(_path(value_of(each), memory) for each in node.all_input_nodes):
+        return []
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return _writes_of_higher_order(module, node, memory)
+    notes = _Notes(memory)
+    _run(module, node, notes)
+    return notes.seen
+
+
+def _path(value: object, memory: Mapping[int, str]) -> str | None:
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return None
+    return memory.get(torch_compat.storage_id(value))
+
+
+def _writes_of_higher_order(
+    module: torch.fx.GraphModule, node: torch.fx.Node, memory: Mapping[int, str]
+) -> list[tuple[str, str]]:
+    """Writes in the graphs that a higher-order operator runs, whose placeholders carry its operands' memory."""
+    found: list[tuple[str, str]] = []
+    for each in node.all_input_nodes:
+        if each.op != "get_attr":
+            continue
+        body = _attribute(module, str(each.target))
+        if isinstance(body, torch.fx.GraphModule):
+            inner = {**memory, **_memory_of_operands(body, node, memory)}
+            for step in body.graph.nodes:
+                found += _writes(body, step, inner)
+    target = node.args[0] if node.args else None
+    if node.target in torch_compat.auto_functionalized_ops() and isinstance(
+        target, torch._ops.OpOverload
+    ):
+        for argument in target._schema.arguments:
+            path = _path(_fake(node.kwargs.get(argument.name)), memory)
+            if path is not None and _is_write(argument):
+                found.append((str(target), path))
+    return found
+
+
+def _attribute(module: torch.nn.Module, path: str) -> object:
+    value: object = module
+    for part in path.split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+def _memory_of_operands(
+    body: torch.fx.GraphModule, node: torch.fx.Node, memory: Mapping[int, str]
+) -> dict[int, str]:
+    """Memory of the body's placeholders: the operands come last among the operator's arguments, in their order."""
+    placeholders = body.graph.find_nodes(op="placeholder")
+    operands: list[torch.fx.Node] = []
+    torch.fx.node.map_arg(node.args, operands.append)
+    operands = [each for each in operands if each.op != "get_attr" or _path(value_of(each), memory)]
+    count = len(placeholders)
+    inner: dict[int, str] = {}
+    for placeholder, operand in zip(placeholders, operands[len(operands) - count :], strict=False):
+        path, value = _path(value_of(operand), memory), value_of(placeholder)
+        if path is not None and isinstance(value, torch.Tensor):
+            inner[torch_compat.storage_id(value)] = path
+    return inner
+
+
+def _fake(argument: object) -> object:
+    return value_of(argument) if isinstance(argument, torch.fx.Node) else argument
+
+
+def _is_write(argument: torch._C.Argument) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+# --- one node on fake tensors ----------------------------------------------------------------------
+
+
+class _Notes:
+    """Notes which operators write to held memory, by their schemas."""
+
+    def __init__(self, memory: Mapping[int, str]) -> None:
+        self._memory = memory
+        self.seen: list[tuple[str, str]] = []
+
+    def __call__(
+        self, op: torch._ops.OpOverload, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> None:
+        for index, argument in enumerate(op._schema.arguments):
+            if not _is_write(argument):
+                continue
+            given = args[index] if index < len(args) else kwargs.get(argument.name)
+            for each in given if isinstance(given, (list, tuple)) else (given,):
+                path = _path(each, self._memory)
+                if path is not None:
+                    self.seen.append((str(op), path))
+
+
+def _run(module: torch.fx.GraphModule, node: torch.fx.Node, notes: _Notes) -> None:
+    """Run one node on the fake values of its inputs, held apart from the recorded ones."""
+    args, kwargs = torch.fx.node.map_aggregate((node.args, dict(node.kwargs)), _stand_in(module))
+    fakes = [v for each in node.all_input_nodes if (v := value_of(each)) is not None]
+    with torch_compat.watching_operators(notes, fakes):
+        match node.op:
+            case "call_method":
+                getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            case "call_module":
+                module.get_submodule(str(node.target))(*args, **kwargs)
+            case _:
+                assert callable(node.target)
+                node.target(*args, **kwargs)
+
+
+def _stand_in(module: torch.fx.GraphModule) -> Callable[[object], object]:
+    def of(argument: object) -> object:
+        if not isinstance(argument, torch.fx.Node):
+            return argument
+        value = value_of(argument)
+        if isinstance(value, torch.Tensor):
+            # The same memory, so that writes are recognised; another tensor, so that a write that changes
+            # sizes or strides leaves the recorded value alone.
+            return value.data
+        return _attribute(module, str(argument.target)) if argument.op == "get_attr" else value
+
+    return of
