@@ -201,7 +201,7 @@ def _run_dynamo(
     except Exception as error:
         own = _own_error(error)
         if own is not None:
-            raise own from error
+            raise own from own.__cause__ or error
         inner = torch_compat.backend_failure(error)
         if inner is not None:
             raise inner from None
