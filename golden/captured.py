@@ -16,8 +16,10 @@ from piecework.errors import UsageError
 from piecework.runtime.stitched import StitchedModule
 
 
-def graph_arguments(stitched: StitchedModule, call: Sequence[object]) -> tuple[object, ...]:
-    """What ``stitched.split_gm`` takes when the model is called with ``call``.
+def graph_arguments(
+    stitched: StitchedModule, call: Sequence[object], where: str
+) -> tuple[object, ...]:
+    """What ``stitched.split_gm`` takes when the model is called with ``call``; ``where`` is for errors.
 
     Raises:
         UsageError: a placeholder cannot be traced back to a weight, an argument or a size.
@@ -40,8 +42,8 @@ def graph_arguments(stitched: StitchedModule, call: Sequence[object]) -> tuple[o
         else:
             raise UsageError(
                 f"placeholder {node.name!a} is neither a weight, an argument nor the size of one",
-                where="the inputs() of a captured golden case",
-                hint="give the model's arguments by position, one tensor each",
+                where=where,
+                hint="give the model's arguments by position, one tensor each, from inputs()",
             )
     return tuple(values)
 

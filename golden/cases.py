@@ -86,7 +86,7 @@ class Case:
             source,
             without_line_numbers(source),
             bound=tuple(row.name for row in source.module.bound),
-            inputs=[graph_arguments(stitched, call) for call in calls],
+            inputs=[graph_arguments(stitched, call, f"{self.name}/{GRAPH_FILE}") for call in calls],
             contexts=[partial(_as_stitched, around, stitched, call) for call in calls],
             compared=_made_with_installed(getattr(module, "TEXT_MADE_WITH", {})),
         )

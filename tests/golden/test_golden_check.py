@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from piecework.cli.golden import golden_app
@@ -178,6 +179,53 @@ def test_functions_of_the_case_are_imported_by_a_name_that_is_the_same_everywher
     run = check(tmp_path)
     assert run.results[0].problems == ()
     assert "import golden_case_golden_i" in run.results[0].comparison.after
+
+
+CAPTURED = """
+import piecework
+import torch
+
+TEXT_MADE_WITH = {"torch": "%s"}
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.count.add_(1)
+        return torch.tanh(x) * self.count + x.shape[0]
+
+
+def stitched():
+    config = piecework.CompilationConfig(backend="eager")
+    return piecework.compile(Scaled(), (torch.zeros(3, 2),), splitting_ops=[torch.tanh], config=config)
+
+
+def inputs():
+    return [%s]
+"""
+
+
+def test_a_captured_case_runs_with_weights_sizes_and_arguments(
+    make_case: MakeCase, tmp_path: Path
+) -> None:
+    version = ".".join(torch.__version__.split(".")[:2])
+    directory = make_case("golden_m", CAPTURED % (version, "(torch.randn(5, 2),)"))
+    assert statuses(update(tmp_path)) == {"golden_m": "new"}
+    assert check(tmp_path).passed
+    golden = directory / "expected.py"
+    assert ".py:" not in golden.read_text() and "graph.py" in golden.read_text()
+    golden.write_text(golden.read_text() + "# another torch named things differently\n")
+    assert statuses(check(tmp_path)) == {"golden_m": "changed"}
+    make_case("golden_m", CAPTURED % ("1.0", "(torch.randn(5, 2),)"))
+    run = check(tmp_path)
+    assert statuses(run) == {"golden_m": "not compared"} and run.passed
+    assert not (directory / "expected.py.new").exists()
+    make_case("golden_m", CAPTURED % ("1.0", "((torch.randn(5, 2), torch.randn(5, 2)),)"))
+    with pytest.raises(UsageError, match=r"placeholder 's0' is neither .*golden_m/graph\.py"):
+        check(tmp_path)
 
 
 # --- the command line ----------------------------------------------------------------------------

@@ -305,10 +305,14 @@ def test_a_compiled_model_is_compared_without_line_numbers(tmp_path: Path) -> No
         golden(update=False)(stitched.split_gm)
 
 
-def test_loading_the_plugin_imports_neither_torch_nor_the_rest() -> None:
+def test_a_run_that_does_not_use_the_fixture_imports_nothing_heavy(tmp_path: Path) -> None:
+    """The plugin is loaded by every pytest run of everybody who has piecework installed."""
+    (tmp_path / "test_other.py").write_text("def test_nothing(): pass\n")
     code = (
-        "import sys, piecework.golden.plugin\n"
+        "import sys, pytest\n"
+        f"assert pytest.main(['-q', '-p', 'no:cacheprovider', {str(tmp_path)!r}]) == 0\n"
+        "assert 'piecework.golden.plugin' in sys.modules\n"
         "heavy = {'torch', 'jinja2', 'black', 'pydantic', 'rich', 'transformers'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ})
+        "assert not heavy - before, heavy"
+    ).replace("import sys, pytest\n", "import sys, pytest\nbefore = set(sys.modules)\n", 1)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={**os.environ})
