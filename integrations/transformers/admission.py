@@ -39,6 +39,9 @@ _CHANGED = 2
 # The probe's rows have three tokens, so a window of two cuts one off.
 _PROBE_WINDOW = 2
 
+# How configs call the number of routed experts.
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
 # What a foreign model may raise when it is run in a way that it was not written for.
 _MODEL_ERRORS = (
     RuntimeError,
@@ -109,7 +112,8 @@ def _refuse_at_sight(decoder: nn.Module, forward: Forward) -> None:
 def _refuse_looping_experts(decoder: nn.Module) -> None:
     """The eager experts loop over those that were hit, which depends on the tokens; two other implementations don't."""
     experts = getattr(decoder.config, "_experts_implementation", None)
-    if experts == "eager" and _routes_experts(decoder):
+    selectable = getattr(decoder, "_can_set_experts_implementation", lambda: False)
+    if experts == "eager" and selectable():
         raise CaptureError(
             "its experts are run by a loop whose length depends on the tokens",
             where="config._experts_implementation",
@@ -118,7 +122,8 @@ def _refuse_looping_experts(decoder: nn.Module) -> None:
 
 
 def _routes_experts(decoder: nn.Module) -> bool:
-    return bool(getattr(decoder, "_can_set_experts_implementation", lambda: False)())
+    config = decoder.config.get_text_config()
+    return any((getattr(config, name, None) or 0) > 1 for name in _EXPERT_COUNTS)
 
 
 def _discover(model: nn.Module, decoder: nn.Module, flat: FlatForward) -> Sequence[AttentionLayer]:
