@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -123,6 +124,7 @@ class CapturedCall:
     replay: Callable[[], None] = _nothing_captured
     on_first_replay: Callable[[], None] = _nothing_captured
     _staged: frozenset[int] = field(default=frozenset())
+    _flat: bool = False
 
     @classmethod
     def make(
@@ -168,6 +170,7 @@ class CapturedCall:
             replay=graph.replay_function(),
             on_first_replay=functools.partial(graphs.mark_in_use, request.mode, request.descriptor),
             _staged=frozenset(fresh),
+            _flat=not kwargs and len(leaves) == len(args) and all(map(operator.is_, leaves, args)),
         )
         call._replay(leaves)
         tensors = [leaf for leaf in flatten_tree(call.output)[0] if isinstance(leaf, torch.Tensor)]
@@ -180,7 +183,8 @@ class CapturedCall:
         """Replay for these arguments, or run ``runnable`` where the policy said so."""
         if self.graph is None:
             return runnable(*args, **kwargs)
-        leaves, _ = flatten_tree((args, dict(kwargs)))
+        # What staging reads are positions; without containers the arguments are their own leaves.
+        leaves = args if self._flat and self.checked else flatten_tree((args, dict(kwargs)))[0]
         if self.always_check or not self.checked:
             self.check(leaves)
             self.checked = True
@@ -194,14 +198,14 @@ class CapturedCall:
         """The static stand-ins of staged arguments, by leaf; every other leaf is read where it was at capture."""
         return {member.leaf: member.static for copy in self.copies for member in copy.members}
 
-    def _replay(self, leaves: list[object]) -> None:
+    def _replay(self, leaves: Sequence[object]) -> None:
         for copy in self.copies:
             copy.stage(leaves)
         self.replay()
         for copy in self.copies:
             copy.bring_back(leaves)
 
-    def check(self, leaves: list[object]) -> None:
+    def check(self, leaves: Sequence[object]) -> None:
         """Check that ``leaves`` are what was captured.
 
         Raises:

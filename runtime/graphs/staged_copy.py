@@ -5,7 +5,7 @@ It never stages a tensor that somebody vouched for, and it never changes how ten
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ class StagedMember:
     static: torch.Tensor
     shift: int
 
-    def source(self, leaves: list[object]) -> torch.Tensor:
+    def source(self, leaves: Sequence[object]) -> torch.Tensor:
         """The argument as it is now, checked to be laid out as at capture (``copy_`` would broadcast)."""
         now = leaves[self.leaf]
         static = self.static
@@ -66,7 +66,7 @@ class StagedCopy:
         """Size of the static buffer."""
         return self.members[0].static.nbytes if self.window is None else self.window.nbytes
 
-    def stage(self, leaves: list[object]) -> None:
+    def stage(self, leaves: Sequence[object]) -> None:
         """Copy the arguments' present contents into the static buffer.
 
         Raises:
@@ -77,7 +77,7 @@ class StagedCopy:
         else:
             self.window.copy_(self._outside(leaves, self.window))
 
-    def bring_back(self, leaves: list[object]) -> None:
+    def bring_back(self, leaves: Sequence[object]) -> None:
         """Copy what the piece wrote back into the caller's tensors."""
         if not self.writes_back:
             return
@@ -86,7 +86,7 @@ class StagedCopy:
         else:
             self._outside(leaves, self.window).copy_(self.window)
 
-    def _outside(self, leaves: list[object], window: torch.Tensor) -> torch.Tensor:
+    def _outside(self, leaves: Sequence[object], window: torch.Tensor) -> torch.Tensor:
         """The callers' bytes that correspond to the window."""
         found = set()
         for member in self.members:
