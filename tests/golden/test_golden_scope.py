@@ -29,7 +29,7 @@ def body(*lines: str, parameters: str = "x") -> str:
         (body("return math.pi"), ["line 4: 'math' is not defined"]),
         (body("return [i for i in x] + [i]"), []),  # lambda and comprehension names are not followed
         (body("return (lambda z: z)(x)"), []),
-        (body("y = helper(x)", "return y") + "\ndef helper(a):\n    return a\n", []),
+        (body("y = other(x)", "return y") + "\ndef other(a):\n    return a\n", []),
         (body("torch = torch.float", "return torch"), ["line 4: 'torch' is not defined"]),
         ("alias = later\nlater = 1\n" + body("return later"), ["line 1: 'later' is not defined"]),
         (body("return x", parameters="x=missing"), ["line 3: 'missing' is not defined"]),
