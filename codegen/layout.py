@@ -288,7 +288,12 @@ def _broken(head: str, parts: Sequence[str], tail: str) -> str | None:
     middle = ", ".join(parts)
     if len(middle) <= room:
         return f"{head}\n    {middle}\n{tail}"
-    if len(parts) < 2 or any(len(part) + 1 > room for part in parts):
+    return _one_a_line(head, parts, tail)
+
+
+def _one_a_line(head: str, parts: Sequence[str], tail: str) -> str | None:
+    """What black does at once with a literal that does not fit, and with arguments that don't fit on one line."""
+    if len(parts) < 2 or any(BODY_INDENT + 4 + len(part) + 1 > LINE_LENGTH for part in parts):
         return None
     return "\n".join((head, *(f"    {part}," for part in parts), tail))
 
@@ -312,7 +317,7 @@ def _return_layout(value: ir.Expr) -> str | None:
             if text is not None or len(items) < 2:
                 return text
             opening, closing = "()" if isinstance(value, ir.TupleExpr) else "[]"
-            return _broken(f"return {opening}", [expr_text(item) for item in items], closing)
+            return _one_a_line(f"return {opening}", [expr_text(item) for item in items], closing)
         case _:
             return None
 

@@ -274,7 +274,7 @@ class _TextTracer:
             case ast.Expr(value=value):
                 self._value(value)
             case ast.Delete(targets=targets):
-                for target in targets:
+                for target in _flat(targets):
                     if not isinstance(target, ast.Name):
                         self._refuse(stmt, "only names are deleted")
                     if target.id not in values or target.id == SUBMODS:
@@ -521,6 +521,15 @@ class _TextTracer:
         return Result(len(self.trace.events) - 1)
 
 
+def _flat(targets: Sequence[ast.expr]) -> Iterator[ast.expr]:
+    """``del (a, b)``, as long lists of names are written, deletes both."""
+    for target in targets:
+        if isinstance(target, ast.Tuple):
+            yield from target.elts
+        else:
+            yield target
+
+
 def _local_names(function: ast.FunctionDef) -> Iterator[str]:
     """The names that ``function`` binds, by the statements that emitted functions may have; others are refused later."""
     arguments = function.args
@@ -530,10 +539,7 @@ def _local_names(function: ast.FunctionDef) -> Iterator[str]:
     for stmt in function.body:
         if not isinstance(stmt, (ast.Assign, ast.Delete)):
             continue
-        for target in stmt.targets:
-            for name in target.elts if isinstance(target, ast.Tuple) else (target,):
-                if isinstance(name, ast.Name):
-                    yield name.id
+        yield from (each.id for each in _flat(stmt.targets) if isinstance(each, ast.Name))
 
 
 def _builds(target: Known, count: int) -> bool:

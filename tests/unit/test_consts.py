@@ -1,0 +1,153 @@
+"""Which values are written inline, what goes to the consts table, and what the table says of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections import namedtuple
+
+import pytest
+import torch
+import torch.fx
+
+from piecework.codegen import ir
+from piecework.codegen.consts import (
+    ConstTable,
+    describe,
+    holds_node,
+    is_inline_literal,
+    short_type,
+    to_expr,
+)
+from piecework.errors import UnsupportedNode
+
+Pair = namedtuple("Pair", ["left", "right"])
+GRAPH = torch.fx.Graph()
+NODE = GRAPH.placeholder("x")
+
+
+@dataclasses.dataclass
+class Holder:
+    inside: object
+
+
+class Strange(tuple):
+    __slots__ = ()
+
+
+def convert(value: object) -> tuple[ir.Expr, list[object]]:
+    table = ConstTable()
+    return to_expr(value, lambda node: ir.Name(node.name), table, "here"), table.values
+
+
+@pytest.mark.parametrize(
+    "value", [0, -1, 2**4000, True, "s", b"b", None, ..., 0.0, -0.0, 1e308, 2j, 1 - 2j]
+)
+def test_literals(value: object) -> None:
+    assert is_inline_literal(value)
+    expr, consts = convert(value)
+    assert isinstance(expr, ir.Literal) and expr.value is value and not consts
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        2**5000,
+        math.inf,
+        math.nan,
+        complex(0, math.nan),
+        complex(-0.0, 1),
+        complex(0.0, -1.0),
+        complex(1, -0.0),
+        torch.float32,
+        range(3),
+        frozenset(),
+        object(),
+        int,
+    ],
+    ids=repr,
+)
+def test_constants(value: object) -> None:
+    assert not is_inline_literal(value)
+    expr, consts = convert([value, value])
+    assert (
+        expr == ir.ListExpr((ir.Const(0), ir.Const(0))) and consts[0] is value and len(consts) == 1
+    )
+
+
+def test_equal_objects_are_two_constants_and_their_order_is_that_of_use() -> None:
+    one, two = float("inf"), float("inf")
+    expr, consts = convert((two, [one], two))
+    assert consts[0] is two and consts[1] is one
+    assert expr == ir.TupleExpr((ir.Const(0), ir.ListExpr((ir.Const(1),)), ir.Const(0)))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda n: n,
+        lambda n: [n],
+        lambda n: (1, [n]),
+        lambda n: {"k": n},
+        lambda n: {"k": [(n,)]},
+        lambda n: slice(n, None),
+        lambda n: slice(None, (n,), None),
+        lambda n: Pair(1, [n]),
+    ],
+)
+def test_nodes_are_found_in_every_container(wrap: object) -> None:
+    value = wrap(NODE)  # type: ignore[operator]
+    assert holds_node(value)
+    _, consts = convert(value)
+    assert not any(isinstance(each, torch.fx.Node) or holds_node(each) for each in consts)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [Holder(NODE), Strange((NODE,)), {NODE}, functools.partial(print, NODE), [Holder([NODE])]],
+    ids=lambda v: type(v).__name__,
+)
+def test_a_node_where_fx_does_not_look_is_refused(value: object) -> None:
+    with pytest.raises(
+        UnsupportedNode, match=r"contains an FX node can't be written as source \(here\)"
+    ):
+        convert(value)
+
+
+def test_a_namedtuple_without_nodes_is_a_constant() -> None:
+    pair = Pair(1, 2)
+    assert convert(pair) == (ir.Const(0), [pair])
+
+
+def test_descriptions_have_no_addresses() -> None:
+    def local() -> None: ...
+
+    values = [
+        local,
+        lambda: 0,
+        object(),
+        torch.ones(2, 3),
+        torch.float16,
+        torch.device("cpu"),
+        torch.Size([1]),
+        int,
+        torch.nn.ReLU(),
+        functools.partial(print),
+        math.nan,
+        complex(-0.0, 1),
+        Pair(1, 2),
+    ]
+    texts = [describe(value) for value in values]
+    assert all("0x" not in text and "\n" not in text and text.isascii() for text in texts), texts
+    assert (
+        texts[3] == "tensor f32[2, 3]" and texts[4] == "torch.float16" and texts[7] == "class int"
+    )
+
+
+def test_short_types() -> None:
+    assert short_type(torch.ones(2, 3, dtype=torch.bfloat16)) == "bf16[2, 3]"
+    assert (
+        short_type(torch.ones((), dtype=torch.complex64)) == "complex64[]"
+        and short_type(3) == "int"
+    )
