@@ -24,6 +24,10 @@ from piecework.runtime import torch_compat
 from piecework.runtime.config import CompilationConfig, RuntimeConfig
 from piecework.runtime.counters import counters
 from piecework.runtime.direct_ops import DirectOps
+from piecework.runtime.graphs.mode import CUDAGraphMode
+from piecework.runtime.layer_names import NamedOp, share_layer_names
+from piecework.runtime.mutation import held_by_source, mutations_in, refuse_mutations
+from piecework.runtime.observe import trace
 from piecework.runtime.passes import PassReport, PostGradPassManager
 from piecework.runtime.piecewise import (
     CompilerManager,
@@ -59,6 +63,7 @@ class PieceworkBackend:
         batch_input: which graph input, and which of its dimensions (None for a size itself), is the batch size.
         submod_lists: ``__vllm_submods__`` for each of ``compile_ranges``.
         direct_ops: the splitting ops that the source calls past the dispatcher.
+        named_ops: operators that pieces call in place of those that are given a layer's name.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class PieceworkBackend:
         self.batch_input: tuple[int, int | None] | None = None
         self.submod_lists: tuple[list[Callable[..., object]], ...] = ()
         self.direct_ops = DirectOps()
+        self.named_ops: tuple[NamedOp, ...] = ()
         self.phases: dict[str, float] = {}
         self.graph: torch.fx.GraphModule | None = None
         self.split_gm: torch.fx.GraphModule | None = None
@@ -129,6 +135,7 @@ class PieceworkBackend:
 
         Raises:
             SplitError: a splitting op is unknown.
+            StaticGraphError: pieces are to be captured, and one writes to the model's own tensors.
             PieceCompileError: a compiler failed.
             UnsupportedNode: a node can't be written as source.
         """
@@ -143,8 +150,12 @@ class PieceworkBackend:
         with self._phase("split"):
             ops = self._splitting_ops(graph)
             self.split_gm, self.piecewise_graphs = split_graph(graph, ops)
+            if self.compiler_manager.may_share_names():
+                self.named_ops = share_layer_names(self.split_gm, self.piecewise_graphs)
         counters.num_piecewise_graphs_seen += len(self.piecewise_graphs)
         names = [i.submod_name for i in self.piecewise_graphs if not i.is_splitting_graph]
+        if self.config.cudagraph_mode is not CUDAGraphMode.NONE:
+            refuse_mutations(mutations_in(self.split_gm, names, bound or held_by_source(graph)))
         with self._phase("compile"):
             inputs = list(map(value_of, self.split_gm.graph.find_nodes(op="placeholder")))
             self.compiler_manager.initialize_cache(graph, inputs, **self._place)
@@ -153,6 +164,7 @@ class PieceworkBackend:
             self.backends = interpreter.backends
         with self._phase("emit"):
             self.source = generate_source(self.split_gm, self._lower_options(names, bound or {}))
+        trace.artifact("stitched_source", lambda: str(self.source))
         if self.compiler_manager.cache is not None:
             self.compiler_manager.cache.write_texts(self.split_gm, self.source.code)
 
@@ -346,7 +358,8 @@ class PieceworkBackend:
     def _phase(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
-            yield
+            with trace.timed(name):
+                yield
         finally:
             self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
 
@@ -367,6 +380,11 @@ def piecework_dynamo_backend(
     """
     counters.num_models_seen += 1
     return PieceworkBackend(CompilationConfig(**(options or {})))(graph, example_inputs)
+
+
+def readable_graph(graph: torch.fx.GraphModule | None) -> str:
+    """A graph and its submodules as Python that people can read; "" for none."""
+    return "" if graph is None else graph.print_readable(print_output=False)
 
 
 def publish_submods(

@@ -64,6 +64,19 @@ def mutations_in(
     return tuple(dict.fromkeys(found))
 
 
+def held_by_source(graph: torch.fx.GraphModule) -> dict[str, str]:
+    """Placeholders that are parameters or buffers of a module, by what Dynamo calls them; for graphs from ``torch.compile``."""
+    sources = {
+        node.name: torch_compat.placeholder_source(node)
+        for node in graph.graph.find_nodes(op="placeholder")
+    }
+    return {
+        name: source
+        for name, source in sources.items()
+        if "._buffers[" in source or "._parameters[" in source
+    }
+
+
 def refuse_mutations(found: Sequence[Mutation]) -> None:
     """Raise for writes to the model's own tensors inside captured pieces.
 

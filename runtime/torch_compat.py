@@ -861,3 +861,52 @@ def unmark_dynamic(tensor: torch.Tensor) -> tuple[int, ...]:
     for name in ("_dynamo_dynamic_indices", "_dynamo_dynamic_range"):
         vars(tensor).pop(name, None)
     return found
+
+
+def dynamo_backend(name: str) -> Callable[..., object]:
+    """The Dynamo backend that torch calls ``name``."""
+    from torch._dynamo.backends.registry import lookup_backend
+
+    return lookup_backend(name)
+
+
+def is_opaque_to_inductor(op: torch._ops.OpOverload) -> bool:
+    """Whether Inductor calls ``op`` as it is: it is no operator of torch, and nothing decomposes, lowers or orders it."""
+    if op.namespace in ("aten", "prims", "prim", "inductor", "quantized", "_c10d_functional"):
+        return False
+    implicit = torch._C.DispatchKey.CompositeImplicitAutograd
+    if op.has_kernel_for_dispatch_key(implicit):
+        return False
+    try:
+        from torch._inductor.decomposition import decompositions
+        from torch._inductor.lowering import fallbacks, lowerings
+    except ImportError:
+        return False
+    if op in decompositions or (op in lowerings and op not in fallbacks):
+        return False
+    try:
+        from torch._higher_order_ops.effects import has_effects
+    except ImportError:
+        return False
+    needs = inspect.signature(has_effects).parameters
+    return not (has_effects(op) if len(needs) == 1 else has_effects(op, (), {}))
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Add a named text to torch's structured trace (``TORCH_TRACE``); nothing where there is no such trace."""
+    trace = getattr(torch._logging, "trace_structured", None)
+    if trace is not None:
+        trace(
+            "artifact",
+            metadata_fn=lambda: {"name": name, "encoding": "string"},
+            payload_fn=text,
+        )
+
+
+def timed_scope(name: str) -> contextlib.AbstractContextManager[object]:
+    """A scope in Dynamo's compile-time events; an empty one where there are none."""
+    try:
+        from torch._dynamo.utils import dynamo_timed
+    except ImportError:
+        return contextlib.nullcontext()
+    return dynamo_timed(name)

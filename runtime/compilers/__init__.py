@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from piecework.errors import ConfigError
 from piecework.runtime import torch_compat
+from piecework.runtime.compilers.dynamo_backend import DynamoBackendAdaptor
 from piecework.runtime.compilers.eager import EagerAdaptor
 from piecework.runtime.compilers.inductor import InductorAdaptor, InductorStandaloneAdaptor
 from piecework.runtime.compilers.interface import CompiledPiece, CompilerInterface
 from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config_groups import CompilationMode
 from piecework.runtime.qualified_name import import_qualified
 
 __all__ = [
     "CompiledPiece",
     "CompilerInterface",
+    "DynamoBackendAdaptor",
     "EagerAdaptor",
     "InductorAdaptor",
     "InductorStandaloneAdaptor",
@@ -24,7 +27,8 @@ def make_compiler(config: CompilationConfig) -> CompilerInterface:
     """The compiler that ``config.backend`` names.
 
     ``inductor`` (through ``compile_fx`` where torch makes no standalone artifacts), ``inductor_compile_fx``, ``eager``,
-    or ``module:Class`` / ``module.Class``, which is called without arguments.
+    or ``module:Class`` / ``module.Class``, which is called without arguments. In mode ``DYNAMO_TRACE_ONCE`` also the name
+    of any backend that torch knows, or the qualified name of one.
 
     Raises:
         ConfigError: there is no such compiler, it lacks a method of `CompilerInterface`, or the configuration has options
@@ -37,9 +41,14 @@ def make_compiler(config: CompilationConfig) -> CompilerInterface:
             return InductorAdaptor(config)
         case "eager":
             return EagerAdaptor()
+    traced_whole = config.mode is CompilationMode.DYNAMO_TRACE_ONCE
     if config.backend.isidentifier():
+        if traced_whole:
+            return DynamoBackendAdaptor(config.init_backend())  # type: ignore[arg-type]
         raise ConfigError(f"no compiler {config.backend!a}", where="backend", hint=_CHOICES)
     found = import_qualified(config.backend, where="backend")
+    if traced_whole and not isinstance(found, type):
+        return DynamoBackendAdaptor(found)
     if not callable(found):
         raise ConfigError(
             f"compiler {config.backend!a} is a {type(found).__qualname__}, not a class",
