@@ -95,6 +95,14 @@ class CompilerManager:
         """The graph passes that the compiler runs; None if it runs none."""
         return getattr(self.compiler, "passes", None)
 
+    def may_share_names(self) -> bool:
+        """Whether pieces may be made equal by handing them names as inputs (`share_layer_names`).
+
+        The compiler must call custom operators as they are, and no user's pass may be looking for them.
+        """
+        opaque = getattr(self.compiler, "calls_custom_ops_as_they_are", False)
+        return bool(opaque) and not self.config.inductor_passes
+
     def compute_hash(self) -> str:
         """Everything about the compiler that changes its output."""
         return self.compiler.compute_hash(self.config)
