@@ -103,9 +103,11 @@ def literal_text(value: object) -> str:
 
 
 def _plain_literal(value: object) -> bool:
-    """False if black might spell ``value`` in another way than `literal_text`: quotes of both kinds."""
+    """False if black might write ``value`` in another way than `literal_text`: quotes of both kinds, a complex sum."""
     if isinstance(value, str):
         return not ("'" in value and '"' in value)
+    if isinstance(value, complex):
+        return not literal_text(value).startswith("(")
     return not (isinstance(value, bytes) and b"'" in value and b'"' in value)
 
 
@@ -131,14 +133,23 @@ def _is_value(expr: ir.Expr | None) -> bool:
 
 
 def operand_text(expr: ir.Expr) -> str:
-    """``expr`` where something binds to it: what is no name and no bracket gets parentheses."""
+    """``expr`` beside an operator's sign: what is no name, no bracket and no plain literal gets parentheses."""
+    if isinstance(expr, ir.Literal) and type(expr.value) in (int, float):
+        text = literal_text(expr.value)
+        return f"({text})" if text.startswith("-") else text
+    return receiver_text(expr)
+
+
+def receiver_text(expr: ir.Expr) -> str:
+    """``expr`` before a dot or a bracket: numbers get parentheses too."""
     text = expr_text(expr)
-    closed = isinstance(expr, (ir.Name, ir.Const, ir.Global, ir.ListExpr, ir.Construct))
     if isinstance(expr, ir.Literal):
         value = expr.value
-        natural = type(value) in (int, float) and not text.startswith("-")
-        closed = natural or type(value) in (bool, str, bytes) or value is None or value is Ellipsis
-    return text if closed or (isinstance(expr, ir.TupleExpr) and expr.items) else f"({text})"
+        closed = type(value) in (bool, str, bytes) or value is None or value is Ellipsis
+    else:
+        empty = isinstance(expr, ir.TupleExpr) and not expr.items
+        closed = not empty and not isinstance(expr, (ir.DictExpr, ir.SliceExpr))
+    return text if closed else f"({text})"
 
 
 def index_text(expr: ir.Expr) -> str:
@@ -347,9 +358,9 @@ def stmt_text(stmt: ir.Stmt) -> str:
             return _targets_text(stmt.targets, stmt.unpack) + call
         case ir.GetItem():
             index = index_text(stmt.index)
-            return _assign_one(stmt.target, f"{operand_text(stmt.value)}[{index}]")
+            return _assign_one(stmt.target, f"{receiver_text(stmt.value)}[{index}]")
         case ir.GetAttr():
-            return _assign_one(stmt.target, f"{operand_text(stmt.value)}.{stmt.attribute}")
+            return _assign_one(stmt.target, f"{receiver_text(stmt.value)}.{stmt.attribute}")
         case ir.Infix(left=None):
             space = " " if stmt.operator == "not" else ""
             return _assign_one(stmt.target, f"{stmt.operator}{space}{operand_text(stmt.right)}")
@@ -375,7 +386,7 @@ def _callee_text(stmt: Call) -> str:
             return expr_text(stmt.function)
         case ir.CallMethod():
             if is_identifier(stmt.method):
-                return f"{operand_text(stmt.receiver)}.{stmt.method}"
+                return f"{receiver_text(stmt.receiver)}.{stmt.method}"
             return f"getattr({expr_text(stmt.receiver)}, {literal_text(stmt.method)})"
         case _:
             assert_never(stmt)
