@@ -6,6 +6,7 @@ The attention is an operator that stays outside the compiled pieces, registered 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import nn
@@ -26,6 +27,7 @@ def attention_body(
     torch.addcmul(value, query, key, out=out)
 
 
+@cache  # torch keeps one registration per name and process
 def light_attention() -> Attention:
     """The operator as a light ``Library.define``, which is what `piecework.splitting_op` makes."""
     return piecework.splitting_op("piecework_bench::attention_light", mutates_args=("out",))(
@@ -33,6 +35,7 @@ def light_attention() -> Attention:
     )
 
 
+@cache
 def custom_op_attention() -> Attention:
     """The operator as ``torch.library.custom_op`` registers it."""
     return torch.library.custom_op("piecework_bench::attention_custom", mutates_args=("out",))(

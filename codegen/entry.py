@@ -54,12 +54,10 @@ class EntrySource:
     Attributes:
         code: the Python text, exactly what is executed.
         consts: name → value of the objects that the text mentions.
-        held: the names of owner and value for each row of the plan's ``held``.
     """
 
     code: str
     consts: Mapping[str, object] = field(default_factory=dict)
-    held: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         return self.code
@@ -73,7 +71,7 @@ PROVIDED = (
     "entry_with_care",
     "explain_inputs",
     "explain_weights",
-    "weights_as_traced",
+    "weights_as_bound",
     "same_kernels",
     "autocast_enabled",
     "dispatch_modes",
@@ -99,7 +97,7 @@ class _Writer:
 
     def __init__(self, plan: EntryPlan) -> None:
         self.plan = plan
-        reserved = {*PROVIDED, "torch", "check_inputs", "check_weights", FUNCTION_NAME}
+        reserved = {*PROVIDED, "torch", "check_inputs", FUNCTION_NAME}
         self.names = NameTable(frozenset(reserved))
         self.parameters = {p.name: self.names.claim(p.name) for p in plan.parameters}
         self.consts: dict[str, object] = {}
@@ -109,7 +107,6 @@ class _Writer:
         self.unpacked: list[str] = []
         self.steps: list[dict[str, object]] = []
         self.late: list[str] = []
-        self.held_names: list[tuple[str, str]] = []
 
     def write(self) -> EntrySource:
         plan = self.plan
@@ -133,14 +130,13 @@ class _Writer:
                 extras=", ".join(extras),
                 unpacked=f"{', '.join(extras)} = " if extras else "",
                 fetches_weights=self._fetches_weights(),
-                held=self._held() if plan.checks else [],
-                metadata=plan.metadata and plan.checks,
+                binds=plan.binds and plan.checks,
                 arguments=", ".join(self._arguments()),
                 outputs=_targets(outputs),
                 result=self._packed(plan.result, outputs),
             )
         )
-        return EntrySource(format_source(text), self.consts, tuple(self.held_names))
+        return EntrySource(format_source(text), self.consts)
 
     # --- the signature -----------------------------------------------------------------------------
 
@@ -383,18 +379,6 @@ class _Writer:
                 return f"{function}([{items}], {about})"
             case _:
                 assert_never(packed)
-
-    def _held(self) -> list[str]:
-        """One look-up per weight and submodule, by names that tell which."""
-        owners: dict[str, str] = {}
-        conditions = []
-        for row in self.plan.held:
-            if row.owner not in owners:
-                owners[row.owner] = self.names.claim(f"in_{row.owner}".rstrip("."))
-            value = self.names.claim(row.path)
-            self.held_names.append((owners[row.owner], value))
-            conditions.append(f"{owners[row.owner]}[{row.key!a}] is {value}")
-        return conditions
 
 
 def _has_weight(packed: Packed) -> bool:

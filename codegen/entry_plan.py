@@ -187,21 +187,6 @@ Packed = FromLeaf | FromOutput | FromWeights | FromConst | FromItems | FromCall
 
 
 @dataclass(frozen=True, slots=True)
-class HeldWeight:
-    """A weight, a submodule or a flag of the model that must still be what was bound.
-
-    Attributes:
-        owner: dotted path of the module whose dictionary holds it, with the dictionary's name.
-        key: its key there.
-        path: its own dotted path.
-    """
-
-    owner: str
-    key: str
-    path: str
-
-
-@dataclass(frozen=True, slots=True)
 class EntryPlan:
     """Everything that the entry's source says.
 
@@ -214,8 +199,7 @@ class EntryPlan:
         outputs: wished-for names of the graph's outputs.
         result: how the result is packed.
         batch: the size that chooses ``__vllm_submods__``; None if there is one list.
-        held: what must still be found in the model.
-        metadata: whether dtype, device, sizes and strides of the weights are checked too.
+        binds: the stitching source holds weights, so they must be watched.
         checks: write the checks; without them only values are unpacked.
     """
 
@@ -227,6 +211,5 @@ class EntryPlan:
     outputs: tuple[str, ...]
     result: Packed
     batch: Passed | None = None
-    held: tuple[HeldWeight, ...] = ()
-    metadata: bool = False
+    binds: bool = False
     checks: bool = True

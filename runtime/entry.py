@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from types import FunctionType
 
 import torch
@@ -52,7 +51,7 @@ class Entry:
         backend: has compiled the pieces and emitted the stitching source.
 
     Attributes:
-        source: the emitted text of ``check_inputs``, ``check_weights`` and ``entry``.
+        source: the emitted text of ``check_inputs`` and ``entry``.
         call: the entry: takes the model's arguments, returns the model's result.
         execution_fn: the emitted stitching function, bound.
         weights: what is bound.
@@ -80,12 +79,7 @@ class Entry:
         """
         self.weights.rebind()
         self.execution_fn.__globals__.update(self._bound())
-        if self._plan.held and self.weights.held() != self._plan.held:
-            # Weights are tied, or held, in another way than before: other things are to be checked.
-            self._plan = replace(self._plan, held=self.weights.held())
-            self.source = generate_entry(self._plan)
-            self.call = self._execute(self._probes(), self.execution_fn, self._backend.submods_for)
-        self.call.__globals__.update(self.weights.namespace(self.source.held))
+        self.call.__globals__["weights_as_bound"] = self.weights.unchanged
         self._careful = self._unaware = None
 
     def use_source(self, code: str) -> None:
@@ -127,7 +121,6 @@ class Entry:
     ) -> FunctionType:
         namespace: dict[str, object] = {
             **self.source.consts,
-            **self.weights.namespace(self.source.held),
             **probes,
             "execution_fn": execution_fn,
             "submods_for": submods_for,
@@ -135,7 +128,7 @@ class Entry:
             "entry_with_care": self._with_care,
             "explain_inputs": self._explain_inputs,
             "explain_weights": self._explain_weights,
-            "weights_as_traced": self.weights.metadata_unchanged,
+            "weights_as_bound": self.weights.unchanged,
             "flatten": torch_compat.flatten_tree,
         }
         return execute_source(self.source.code, namespace, FUNCTION_NAME)
@@ -245,8 +238,6 @@ def plan_entry(captured: Capture, backend: PieceworkBackend) -> EntryPlan:
             case Size(leaf, dim):
                 passed.append(captured.assumptions.passed(leaf, dim))
     weight_at = {id(each.tensor): number for number, each in enumerate(weights)}
-    # A model without weights has modes of its own to watch all the same.
-    held = captured.weights.held() if bound or not weights else ()
     return EntryPlan(
         banner=(f"model: {backend.prefix or 'model'}",),
         parameters=captured.parameters,
@@ -256,8 +247,8 @@ def plan_entry(captured: Capture, backend: PieceworkBackend) -> EntryPlan:
         outputs=_output_names(captured),
         result=_packed(captured.out_spec, list(captured.result), weight_at),
         batch=_batch(captured, backend),
-        held=held,
-        metadata=bool(bound),
+        # A model without weights has modes of its own to watch all the same.
+        binds=bool(bound) or not weights,
         checks=levers.check_inputs,
     )
 

@@ -134,8 +134,9 @@ class StitchedModule:
     def rebind(self) -> None:
         """Hold the weights that the model has now: call it after replacing a parameter or a submodule.
 
-        A call notices weights that were replaced, moved or converted and raises `InputError`; it never uses a stale one.
-        Values that were changed in place (``load_state_dict``, an optimizer's step) are seen without this.
+        A call notices weights that were replaced, moved or converted, and raises `InputError`; see
+        `piecework.runtime.weights` for how. Values changed in place (``load_state_dict``, an optimizer's step) are seen
+        without this.
 
         Raises:
             BindError: there is nothing to rebind yet; a weight is missing, or has another dtype, device or shape than
@@ -148,7 +149,6 @@ class StitchedModule:
         if self._entry is None:
             raise self._not_yet("binding")
         self._entry.rebind()
-        self._call = self._entry.call
 
     def use_edited(self, code: str) -> EditedSource:
         """Run an edited version of the stitching source from now on.

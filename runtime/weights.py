@@ -1,16 +1,27 @@
-"""Where a model keeps its weights. In: a model and the weights that a capture found in it. Out: what to look at to know that they are still the bound ones.
+"""Where a model keeps its weights, and whether they are still the bound ones. In: a model and the weights that a capture found in it. Out: a check for every call, and the weights of now.
 
 It holds the model's own dictionaries and tensors; it changes none of them and copies no weight.
+
+How a change is noticed, cheapest first, because looking at every dictionary of a model takes as long as several kernels:
+
+- A parameter, buffer or submodule that is assigned (``load_state_dict(assign=True)`` too): torch's registration hooks tell
+  at once, and the next call looks at everything.
+- A weight that is moved, converted or resized, by ``.to()`` or through ``.data``: every call compares dtype, device, sizes
+  and strides of all of them, in one call into torch.
+- A dictionary of a module that is written past `torch.nn.Module` (``torch.func.functional_call`` does): every call looks at
+  the first and last weight, at all buffers and at the training flag, and at a few others in turn.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 
 import torch
+from torch.nn.modules import module as registration
 
-from piecework.codegen.entry_plan import HeldWeight
 from piecework.errors import BindError, InputError
 from piecework.runtime import torch_compat
 
@@ -49,6 +60,9 @@ class Traced:
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
+_IN_TURN = 8  # how many dictionary entries a call looks at in turn
+
+
 @dataclass(slots=True)
 class _Step:
     """One look-up on the way to a weight: ``owner[key]`` must be ``value``."""
@@ -57,10 +71,9 @@ class _Step:
     key: str
     value: object
     path: str
-    holder: str
 
 
-@dataclass(slots=True)
+@dataclass(eq=False)
 class BoundWeights:
     """The weights that emitted code holds, and how to find them again in the model.
 
@@ -68,13 +81,16 @@ class BoundWeights:
         roots: modules reachable from the model, with the prefix of their paths.
         traced: the weights as traced, in order of the graph's inputs.
         tensors: the bound tensors, in the same order.
+        unchanged: whether the model still holds them, as they were traced; for every call.
     """
 
     roots: Sequence[tuple[str, torch.nn.Module]]
     traced: tuple[Traced, ...]
     tensors: list[torch.Tensor]
     _steps: dict[tuple[int, str], _Step] = field(default_factory=dict)
-    _metadata: Callable[[], bool] = field(default=lambda: True)
+    _owners: set[int] = field(default_factory=set)
+    _touched: bool = False
+    unchanged: Callable[[], bool] = field(default=lambda: True, repr=False)
 
     @classmethod
     def of(
@@ -86,6 +102,7 @@ class BoundWeights:
         traced = tuple(Traced.of(path, tensor) for path, tensor in weights)
         found = cls(roots, traced, [tensor for _, tensor in weights])
         found._look()
+        found.watch()
         return found
 
     def _look(self) -> None:
@@ -96,10 +113,58 @@ class BoundWeights:
             for step in (step for way in ways for step in way):
                 self._steps.setdefault((id(step.owner), step.key), step)
         for prefix, root in self.roots:
-            path = f"{prefix}training"
-            step = _Step(root.__dict__, "training", root.training, path, f"{prefix}model")
+            step = _Step(root.__dict__, "training", root.training, f"{prefix}training")
             self._steps.setdefault((id(step.owner), step.key), step)
-        self._metadata = torch_compat.metadata_guard(self.tensors)
+        self._owners = {id(module) for _, root in self.roots for module in root.modules()}
+        self._touched = False
+        self.unchanged = self._check()
+
+    def _check(self) -> Callable[[], bool]:
+        """The check of every call; see the module's docstring."""
+        rows = [(step.owner, step.key, step.value) for step in self._steps.values()]
+        tensors = [row for row in rows if isinstance(row[2], torch.Tensor)]
+        always = [row for row in rows if row[1] == "training" or _is_buffer(row)]
+        always += [*tensors[:1], *tensors[-1:]]
+        turns = cycle([rows[i : i + _IN_TURN] for i in range(0, len(rows), _IN_TURN)] or [[]])
+        metadata = torch_compat.metadata_guard(self.tensors)
+
+        def unchanged() -> bool:
+            if self._touched:
+                return self._look_again(rows, metadata)
+            for owner, key, value in always:
+                if owner.get(key) is not value:
+                    return False
+            for owner, key, value in next(turns):
+                if owner.get(key) is not value:
+                    return False
+            return metadata()
+
+        return unchanged
+
+    def _look_again(
+        self, rows: Sequence[tuple[dict[str, object], str, object]], metadata: Callable[[], bool]
+    ) -> bool:
+        """The full look, after something was assigned somewhere in the model."""
+        if all(owner.get(key) is value for owner, key, value in rows) and metadata():
+            self._touched = False
+            return True
+        return False
+
+    def watch(self) -> None:
+        """Have torch tell about assignments to the model's modules, for as long as this lives."""
+        seen = weakref.ref(self)
+
+        def assigned(module: torch.nn.Module, name: str, value: object) -> None:
+            weights = seen()
+            if weights is not None and id(module) in weights._owners:
+                weights._touched = True
+
+        for register in (
+            registration.register_module_parameter_registration_hook,
+            registration.register_module_buffer_registration_hook,
+            registration.register_module_module_registration_hook,
+        ):
+            weakref.finalize(self, register(assigned).remove)
 
     def _names(self) -> dict[int, list[list[_Step]]]:
         """Every way to every parameter and buffer, by identity: a tied weight has several."""
@@ -110,23 +175,7 @@ class BoundWeights:
                     ways.setdefault(id(tensor), []).append(_walk(root, path, prefix))
         return ways
 
-    # --- what the entry needs --------------------------------------------------------------------
-
-    def held(self) -> tuple[HeldWeight, ...]:
-        """The checks to emit."""
-        return tuple(HeldWeight(step.holder, step.key, step.path) for step in self._steps.values())
-
-    def namespace(self, names: Sequence[tuple[str, str]]) -> dict[str, object]:
-        """Values of the names (of owner and value, one pair per row of `held`) that the emitted checks use."""
-        found: dict[str, object] = {}
-        for (owner, value), step in zip(names, self._steps.values(), strict=True):
-            found[owner] = step.owner
-            found[value] = step.value
-        return found
-
-    def metadata_unchanged(self) -> bool:
-        """Whether dtype, device, sizes and strides of the bound tensors are those of the trace."""
-        return self._metadata()
+    # --- the weights of now ------------------------------------------------------------------------
 
     def current(self) -> list[torch.Tensor]:
         """The weights that the model holds now.
@@ -224,16 +273,12 @@ def _walk(root: torch.nn.Module, path: str, prefix: str) -> list[_Step]:
         child = children.get(name)
         if not isinstance(child, torch.nn.Module):
             return []
-        steps.append(_Step(children, name, child, f"{walked}{name}", f"{walked}modules"))
+        steps.append(_Step(children, name, child, f"{walked}{name}"))
         module, walked = child, f"{walked}{name}."
     held = module.__dict__
-    for holder, values in (
-        ("parameters", held["_parameters"]),
-        ("buffers", held["_buffers"]),
-        ("attributes", held),
-    ):
+    for values in (held["_parameters"], held["_buffers"], held):
         if isinstance(values.get(last), torch.Tensor):
-            step = _Step(values, last, values[last], f"{walked}{last}", f"{walked}{holder}")
+            step = _Step(values, last, values[last], f"{walked}{last}")
             return [*steps, step]
     return []
 
@@ -246,3 +291,7 @@ def _search(roots: Sequence[tuple[str, torch.nn.Module]], tensor: torch.Tensor) 
                 if value is tensor:
                     return _walk(root, f"{name}.{key}".lstrip("."), prefix)
     return []
+
+
+def _is_buffer(row: tuple[dict[str, object], str, object]) -> bool:
+    return isinstance(row[2], torch.Tensor) and not isinstance(row[2], torch.nn.Parameter)
