@@ -63,18 +63,17 @@ def share_layer_names(
     for item in items:
         holes = [] if item.is_splitting_graph else _holes_of(item.graph)
         if holes:
-            groups.setdefault(_form(item.graph, holes), []).append((item, holes))
+            form = (*_form(item.graph, holes), *_values(item.graph))
+            groups.setdefault(form, []).append((item, holes))
     used: dict[NamedOp, None] = {}
     for group in groups.values():
-        first, first_holes = group[0]
-        values = _values(first.graph)
-        equal = [(item, holes) for item, holes in group if _values(item.graph) == values]
+        first_holes = group[0][1]
         different = [
             index
             for index in range(len(first_holes))
-            if len({holes[index].text for _, holes in equal}) > 1
+            if len({holes[index].text for _, holes in group}) > 1
         ]
-        for item, holes in equal if different else ():
+        for item, holes in group if different else ():
             chosen = [(holes[i], first_holes[i].text) for i in different]
             used.update(dict.fromkeys(_take_names_as_inputs(split_gm, item, chosen)))
     if used:
