@@ -1,0 +1,213 @@
+"""Writes to the model's own tensors inside captured pieces: found by schema and memory, named, and refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import piecework
+from piecework.errors import StaticGraphError
+from piecework.runtime.config import CompilationConfig
+from piecework.runtime.mutation import Mutation, mutations_in
+
+EAGER = CompilationConfig(backend="eager")
+CAPTURED = CompilationConfig(backend="eager", cudagraph_mode="PIECEWISE")
+
+
+@piecework.splitting_op("mutation::mix", mutates_args=("out",))
+def mix(value: torch.Tensor, out: torch.Tensor) -> None:
+    out.copy_(value * 2)
+
+
+@torch.library.custom_op("mutation::advance", mutates_args=("counter",))
+def advance(counter: torch.Tensor, by: torch.Tensor) -> None:
+    counter.add_(by.sum())
+
+
+@advance.register_fake
+def _(counter: torch.Tensor, by: torch.Tensor) -> None:
+    return None
+
+
+class Model(nn.Module):
+    """Runs one statement on its buffer, then cuts."""
+
+    def __init__(self, statement: Callable[[nn.Module, torch.Tensor], object]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.inner = nn.Module()
+        self.inner.register_buffer("state", torch.zeros(8))
+        self._statement = [statement]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        got = self._statement[0](self.inner, y)
+        out = torch.empty_like(y)
+        mix(y, out)
+        return out if got is None else out + got
+
+
+def found_in(model: nn.Module) -> tuple[Mutation, ...]:
+    x = torch.randn(4, 8)
+    torch._dynamo.mark_dynamic(x, 0)
+    stitched = piecework.compile(model, (x,), config=EAGER)
+    pieces = [piece.name for piece in stitched.pieces]
+    bound = {row.name: row.path for row in stitched.source.module.bound}
+    return mutations_in(stitched.split_gm, pieces, bound)
+
+
+def assign_item(module: nn.Module, y: torch.Tensor) -> None:
+    module.state[0] = 1.0
+
+
+def through_out(module: nn.Module, y: torch.Tensor) -> None:
+    torch.add(module.state, 1.0, out=module.state)
+
+
+def augmented(module: nn.Module, y: torch.Tensor) -> None:
+    module.state += 1
+
+
+def foreach(module: nn.Module, y: torch.Tensor) -> None:
+    torch._foreach_add_([module.state], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("statement", "op"),
+    [
+        (lambda module, y: module.state.add_(1).sum(), "aten.add_"),
+        (lambda module, y: module.state[2:4].mul_(2).sum(), "aten.mul_"),
+        (lambda module, y: module.state.view(2, 4)[0].copy_(y[0, :4]).sum(), "aten.copy_"),
+        (lambda module, y: functional.relu(module.state, inplace=True), "aten.relu_"),
+        (lambda module, y: functional.dropout(module.state, 0.5, True, True), "aten.mul_"),
+        (
+            lambda module, y: module.state.index_copy_(0, torch.arange(2), y[0, :2]),
+            "aten.index_copy_",
+        ),
+        (lambda module, y: advance(module.state, y), "mutation.advance"),
+        (assign_item, "aten.copy_"),
+        (through_out, "aten.add.out"),
+        (augmented, "aten.add_"),
+        (foreach, "aten._foreach_add_"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_write_is_found_whatever_form_it_has(
+    statement: Callable[[nn.Module, torch.Tensor], object], op: str
+) -> None:
+    found = found_in(Model(statement))
+    assert found and {each.path for each in found} == {"inner.state"}
+    assert any(op in each.op for each in found), found
+    assert {each.piece for each in found} == {"submod_0"}
+    assert all("test_mutation.py:" in each.where for each in found)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        lambda module, y: module.state.add(1),
+        lambda module, y: module.state.clone().add_(1),
+        lambda module, y: y.add_(module.state),
+        lambda module, y: functional.relu(module.state),
+        lambda module, y: torch.cat([module.state, y[0]]).mul_(2).sum(),
+        lambda module, y: torch.empty(8).copy_(module.state),
+    ],
+)
+def test_reading_a_buffer_is_no_write(
+    statement: Callable[[nn.Module, torch.Tensor], object],
+) -> None:
+    assert found_in(Model(statement)) == ()
+
+
+def test_a_method_called_update_is_no_write() -> None:
+    """The name of a function says nothing about what it does."""
+
+    def update(module: nn.Module, y: torch.Tensor) -> torch.Tensor:
+        settings: dict[str, int] = {}
+        settings.update(a=1)
+        return module.state * settings["a"]
+
+    assert found_in(Model(update)) == ()
+
+
+class WritesInSplittingOp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("out", torch.zeros(4, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        mix(y[:4], self.out)
+        return self.out + y[:4]
+
+
+def test_a_write_in_a_splitting_op_is_outside_the_pieces() -> None:
+    assert found_in(WritesInSplittingOp()) == ()
+    piecework.compile(WritesInSplittingOp(), (torch.randn(6, 8),), config=CAPTURED)
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("state", torch.zeros(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def left(y: torch.Tensor) -> torch.Tensor:
+            return y + self.state
+
+        def right(y: torch.Tensor) -> torch.Tensor:
+            return y - self.state
+
+        return torch.cond(x.sum() > 0, left, right, (x,))
+
+
+def test_reading_in_a_branch_is_no_write() -> None:
+    assert found_in(Branches()) == ()
+
+
+def test_capturing_such_a_piece_is_refused_before_anything_is_compiled() -> None:
+    model = Model(lambda module, y: module.state.add_(1).sum())
+    refused = pytest.raises(
+        StaticGraphError,
+        match=r"aten\.add_.* writes to inner\.state inside captured piece submod_0",
+    )
+    with refused as caught, piecework.counters.expect(num_backend_compilations=0):
+        piecework.compile(model, (torch.randn(4, 8),), config=CAPTURED)
+    assert "test_mutation.py:" in str(caught.value) and "splitting_op" in str(caught.value)
+    assert not model.inner.state.any()
+
+
+def test_without_capture_the_write_is_served() -> None:
+    model = Model(lambda module, y: module.state.add_(1).sum())
+    stitched = piecework.compile(model, (torch.randn(4, 8),), config=EAGER)
+    for _ in range(3):
+        stitched(torch.randn(5, 8))
+    assert model.inner.state.tolist() == [3.0] * 8
+
+
+def test_the_dynamo_backend_refuses_it_too() -> None:
+    model = Model(lambda module, y: module.state.add_(1).sum())
+    options = {"backend": "eager", "cudagraph_mode": "PIECEWISE"}
+    compiled = torch.compile(model, backend="piecework", fullgraph=True, options=options)
+    with pytest.raises(Exception, match=r"writes to .*_buffers\['state'\]"):
+        compiled(torch.randn(4, 8))
+    clean = Model(lambda module, y: module.state.sum())
+    compiled = torch.compile(clean, backend="piecework", fullgraph=True, options=options)
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(compiled(x), clean(x))
+
+
+def test_looking_leaves_the_recorded_values_alone() -> None:
+    model = Model(lambda module, y: module.state.view(2, 4).t_().sum())
+    stitched = piecework.compile(model, (torch.randn(4, 8),), config=EAGER)
+    nodes = [n for n in stitched.split_gm.submod_0.graph.nodes if "example_value" in n.meta]
+    before = [getattr(n.meta["example_value"], "shape", None) for n in nodes]
+    bound = {row.name: row.path for row in stitched.source.module.bound}
+    first = mutations_in(stitched.split_gm, ["submod_0"], bound)
+    assert first == mutations_in(stitched.split_gm, ["submod_0"], bound)
+    assert [getattr(n.meta["example_value"], "shape", None) for n in nodes] == before
