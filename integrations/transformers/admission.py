@@ -15,9 +15,20 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 
-from piecework.errors import CaptureError, InputError
+from piecework.errors import CaptureError
 from piecework.integrations.transformers.attention import LAYER_NAME, Discovery
 from piecework.integrations.transformers.flat import FlatForward, FlatIdsForward, as_traced
+from piecework.integrations.transformers.probe import (
+    as_refusal,
+    distance,
+    embedding_of,
+    field_of,
+    narrow_windows,
+    one_more,
+    probe_tokens,
+    require_finite,
+    tolerance,
+)
 from piecework.integrations.transformers.request import (
     AttentionLayer,
     Masks,
@@ -29,29 +40,11 @@ from piecework.integrations.transformers.serving import Serving, make_masks
 
 Forward = Callable[..., object]
 
-# How far the flattened forward may be from the model's own, as the norm of the difference over the norm. Both run the
-# same kernels on the same numbers of rows, so this is room for another summation order and for little else.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-
 # Which of the probe's six tokens is changed to see whether others follow: one with neighbours on both sides.
 _CHANGED = 2
 
-# The probe's rows have three tokens, so a window of two cuts one off.
-_PROBE_WINDOW = 2
-
 # How configs call the number of routed experts.
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-
-# What a foreign model may raise when it is run in a way that it was not written for.
-_MODEL_ERRORS = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    NotImplementedError,
-)
 
 
 def admit(model: nn.Module, decoder: nn.Module, forward: Forward) -> Serving:
@@ -123,12 +116,12 @@ def _refuse_looping_experts(decoder: nn.Module) -> None:
 
 def _routes_experts(decoder: nn.Module) -> bool:
     config = decoder.config.get_text_config()
-    return any((getattr(config, name, None) or 0) > 1 for name in _EXPERT_COUNTS)
+    return any((field_of(config, name) or 0) > 1 for name in _EXPERT_COUNTS)
 
 
 def _discover(model: nn.Module, decoder: nn.Module, flat: FlatForward) -> Sequence[AttentionLayer]:
     """Run the flattened forward without attention: see who attends and how, and that nothing else joins tokens."""
-    ids, _mask = _probe_tokens(decoder)
+    ids, _mask = probe_tokens(decoder)
     row = ids.reshape(1, -1)
     hidden, layers = _without_attention(decoder, flat, row)
     if not layers:
@@ -137,14 +130,14 @@ def _discover(model: nn.Module, decoder: nn.Module, flat: FlatForward) -> Sequen
             where=type(decoder).__name__,
             hint="leave this model unstitched",
         )
-    _require_finite(hidden)
+    require_finite(hidden)
     other = row.clone()
-    other[0, _CHANGED] = (other[0, _CHANGED] + 1) % _embedding(decoder).shape[0]
+    other[0, _CHANGED] = (other[0, _CHANGED] + 1) % embedding_of(decoder).shape[0]
     changed, _layers = _without_attention(decoder, flat, other)
     hidden[0, _CHANGED] = changed[0, _CHANGED]
     # Routed experts and quantised layers put rows together in other ways when one changes, which may cost the last bits.
     grouped = _routes_experts(decoder) or getattr(model, "hf_quantizer", None) is not None
-    alike = _distance(changed, hidden) <= _tolerance(hidden) if grouped else changed.equal(hidden)
+    alike = distance(changed, hidden) <= tolerance(hidden) if grouped else changed.equal(hidden)
     if not alike:
         raise CaptureError(
             "with attention taken out, one token still changes the states of others: it mixes tokens outside attention",
@@ -159,14 +152,14 @@ def _without_attention(
 ) -> tuple[torch.Tensor, Sequence[AttentionLayer]]:
     """Hidden states of ``row`` where every attention gives zeros, and the layers that would have attended."""
     names = {module: name for name, module in decoder.named_modules()}
-    layer_types = getattr(decoder.config.get_text_config(), "layer_types", None)
+    layer_types = field_of(decoder.config.get_text_config(), "layer_types")
     discovery = Discovery(names, layer_types, [])
     positions = torch.arange(row.numel(), device=row.device).unsqueeze(0)
     with (
         torch.no_grad(),
         as_traced(decoder),
         request_context(discovery),
-        _as_refusal(decoder, "flattened, without a mask outside attention,"),
+        as_refusal(decoder, "flattened, without a mask outside attention,"),
     ):
         return flat(row, positions).clone(), discovery.found
 
@@ -178,17 +171,17 @@ def _prove(
     flat: FlatForward,
     layers: Mapping[str, AttentionLayer],
 ) -> Serving:
-    ids, mask = _probe_tokens(decoder)
+    ids, mask = probe_tokens(decoder)
     ropes = changing_ropes(decoder)
-    with _narrow_windows(decoder):
-        with _as_refusal(decoder, "as it is"):
+    with narrow_windows(decoder):
+        with as_refusal(decoder, "as it is"):
             seen, outputs, output_class = _reference(decoder, forward, layers, ids, mask)
-        with _as_refusal(decoder, "flattened"):
+        with as_refusal(decoder, "flattened"):
             create = _mask_maker(model, decoder, layers, seen, ids, mask)
             serving = Serving(
                 decoder=decoder,
-                dtype=_embedding(decoder).dtype,
-                device=_embedding(decoder).device,
+                dtype=embedding_of(decoder).dtype,
+                device=embedding_of(decoder).device,
                 layers=layers,
                 ropes=ropes,
                 position_rule=PositionRule.AFTER_PAST,
@@ -198,24 +191,6 @@ def _prove(
             )
             serving = _with_position_rule(serving, flat, outputs, ids, mask)
             return _with_packing(serving, forward, flat, ids)
-
-
-@contextmanager
-def _narrow_windows(decoder: nn.Module) -> Iterator[None]:
-    """Shrink attention windows below the probe's length for the block, so that windowed masks differ from full ones."""
-    config = decoder.config.get_text_config()
-    wide = {
-        name: value
-        for name in ("sliding_window", "attention_chunk_size")
-        if isinstance(value := getattr(config, name, None), int) and value > _PROBE_WINDOW
-    }
-    try:
-        for name in wide:
-            setattr(config, name, _PROBE_WINDOW)
-        yield
-    finally:
-        for name, value in wide.items():
-            setattr(config, name, value)
 
 
 def _reference(
@@ -239,7 +214,7 @@ def _reference(
         )
     decode = forward(
         input_ids=ids[:, :1],
-        attention_mask=_one_more(mask),
+        attention_mask=one_more(mask),
         past_key_values=cache,
         use_cache=True,
         return_dict=True,
@@ -332,17 +307,17 @@ def _with_position_rule(
             candidate,
             flat,
             input_ids=ids[:, :1],
-            attention_mask=_one_more(mask),
+            attention_mask=one_more(mask),
             past_key_values=prefill.past_key_values,
         )
         keep = mask.bool()
-        distance = max(
-            _distance(prefill.last_hidden_state[keep], expected[0][keep]),
-            _distance(decode.last_hidden_state, expected[1]),
+        apart = max(
+            distance(prefill.last_hidden_state[keep], expected[0][keep]),
+            distance(decode.last_hidden_state, expected[1]),
         )
-        if distance <= _tolerance(expected[0]):
+        if apart <= tolerance(expected[0]):
             return candidate
-        distances.append(distance)
+        distances.append(apart)
     raise CaptureError(
         "the flattened forward differs from the model's own on a few tokens "
         f"(by {min(distances):.1e} of its norm): it keeps state outside the KV cache, or uses the batch's shape",
@@ -361,7 +336,7 @@ def _with_packing(
     for sees in (True, False):
         candidate = replace(serving, masks_see_positions=sees)
         hidden = _serve(candidate, flat, **given).last_hidden_state
-        if _distance(hidden, expected) <= _tolerance(expected):
+        if distance(hidden, expected) <= tolerance(expected):
             return candidate
     raise CaptureError(
         "the flattened forward differs from the model's own when position_ids are given",
@@ -376,56 +351,3 @@ def _serve(serving: Serving, flat: FlatForward, **given: object) -> object:
             return flat(tokens, positions)
 
     return serving.serve({**given, "return_dict": True}, run)
-
-
-def _probe_tokens(decoder: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two rows of three tokens, the first padded on the left: ids and attention mask, both [2, 3]."""
-    embedding = _embedding(decoder)
-    ids = (torch.arange(1, 7, device=embedding.device) * 11) % embedding.shape[0]
-    mask = torch.ones(2, 3, dtype=torch.long, device=embedding.device)
-    mask[0, 0] = 0
-    return ids.view(2, 3), mask
-
-
-def _embedding(decoder: nn.Module) -> torch.Tensor:
-    return decoder.get_input_embeddings().weight
-
-
-def _one_more(mask: torch.Tensor) -> torch.Tensor:
-    return torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
-
-
-def _distance(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """The norm of the difference over the norm of ``expected``, which must be finite."""
-    _require_finite(expected)
-    expected = expected.double()
-    return float((got.double() - expected).norm() / expected.norm().clamp_min(1e-30))
-
-
-def _require_finite(hidden: torch.Tensor) -> None:
-    if not bool(hidden.isfinite().all()):
-        raise CaptureError(
-            "the model's own forward gives infinite or undefined values on a few tokens, so nothing can be compared",
-            hint="load or initialise its weights before stitching",
-        )
-
-
-def _tolerance(hidden: torch.Tensor) -> float:
-    return _TOLERANCE.get(hidden.dtype, 1e-2)
-
-
-@contextmanager
-def _as_refusal(decoder: nn.Module, how: str) -> Iterator[None]:
-    """Turn what a model raises on the probe into a refusal; piecework's own errors pass."""
-    try:
-        yield
-    except InputError as error:
-        raise CaptureError(
-            error.message, where=error.where, hint="leave this model unstitched"
-        ) from error
-    except _MODEL_ERRORS as error:
-        raise CaptureError(
-            f"run {how} on a few tokens it raises {type(error).__name__}: {error}",
-            where=type(decoder).__name__,
-            hint="leave this model unstitched",
-        ) from error

@@ -33,7 +33,8 @@ _TAKEN = (
     "past_key_values",
     "use_cache",
 )
-_INERT = ("return_dict", "cache_position")
+# Without meaning inside the decoder: for the output, the head or the loss.
+_INERT = ("return_dict", "cache_position", "logits_to_keep", "num_items_in_batch")
 # What continuous batching passes along for its attention functions, and for the sampling behind the head.
 _PAGED = (
     "cache",
