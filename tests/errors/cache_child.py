@@ -134,6 +134,13 @@ def use_with_small_files(root: str, count: int, limit: int) -> dict[str, object]
     return use(root, count)
 
 
+def put_small(root: str, limit: int) -> dict[str, object]:
+    """Save one artifact that fits under the limit although the manifest after it may not."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    return {"saved": CacheStore.open(root, FACTORS).put("a", b"x" * (limit // 2))}
+
+
 def use_as_nobody(root: str, count: int) -> dict[str, object]:
     """Like `use` after giving up root: permissions then count."""
     os.setgroups([])
@@ -184,6 +191,7 @@ def main() -> int:
         "use": lambda: use(root, int(rest[0])),
         "use_with_small_files": lambda: use_with_small_files(root, int(rest[0]), int(rest[1])),
         "churn": lambda: churn(root, int(rest[0]), int(rest[1])),
+        "put_small": lambda: put_small(root, int(rest[0])),
         "collect": lambda: collect(root),
         "use_as_nobody": lambda: use_as_nobody(root, int(rest[0])),
     }

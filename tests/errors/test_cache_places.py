@@ -166,6 +166,14 @@ def test_files_may_not_grow(tmp_path: Path, limit: int) -> None:
     assert run_child("use", root, COUNT)["warnings"] == []
 
 
+def test_artifact_is_removed_again_if_the_manifest_does_not_fit(tmp_path: Path) -> None:
+    root = tmp_path / "cache"
+    assert run_child("put_small", root, 300) == {"saved": False}
+    assert [path for path in root.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
+    assert run_child("put_small", root, 3000) == {"saved": True}
+    assert len(list(root.rglob("*.bin"))) == 1
+
+
 # --- directories that others control -----------------------------------------------------------
 
 

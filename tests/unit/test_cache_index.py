@@ -1,11 +1,14 @@
 """The index and the manifest as text: what is written is read back, and nothing else is read."""
 
+import json
 import random
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from piecework.runtime.cache import literal_index
 from piecework.runtime.cache.literal_index import Record, parse_index, render_index
 from piecework.runtime.cache.manifest import (
     Damaged,
@@ -106,6 +109,62 @@ def test_any_changed_byte_of_a_manifest_is_seen(
     changed = raw[:position] + bytes([value]) + raw[position + 1 :]
     with pytest.raises(Damaged):
         decode_manifest(changed, manifest.identity, hmac_key)
+
+
+@pytest.mark.parametrize("tail", [b"\n", b" ", b"\t"])
+def test_a_manifest_has_one_form(tail: bytes) -> None:
+    """JSON of the same meaning but other bytes is not what was written."""
+    identity = Identity(KEY, 0, 0, "backbone")
+    raw = encode_manifest(Manifest(identity, {"stitched.py": (None,)}, {}), None)
+    assert not decode_manifest(raw, identity, None).signed
+    forms = [
+        raw + tail,
+        tail + raw,
+        raw.replace(b"\n ", tail + b"\n ", 1),
+        raw.replace(b'"format": 1', b'"format": 1, "format": 1', 1),
+    ]
+    for form in forms:
+        assert json.loads(form) == json.loads(raw)
+        with pytest.raises(Damaged, match="the form in which it was written"):
+            decode_manifest(form, identity, None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(" * 5,
+        "{" * 100_000,
+        "-1",
+        "1+1",
+        "9" * 16,
+        "0x1",
+        "1.5",
+        "1_0",
+        "[]",
+        "None",
+        "f''",
+        "b''",
+        r"'\n'",
+        "'''\n'''",
+        "x",
+        "()()[0]",
+        "# comment",
+        "\t",
+        "\0",
+        ";",
+    ],
+)
+def test_pythons_parser_sees_nothing_but_the_grammar_of_an_index(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some releases of Python can be crashed by what they parse, so most texts never get there."""
+
+    def parsed(*arguments: object, **options: object) -> None:
+        raise AssertionError("handed to the parser")
+
+    monkeypatch.setattr(literal_index, "ast", SimpleNamespace(parse=parsed))
+    with pytest.raises(Damaged):
+        parse_index(text.encode(), KEY)
 
 
 @pytest.mark.nightly
