@@ -28,7 +28,6 @@ from piecework.runtime.graphs.mode import CUDAGraphMode
 from piecework.runtime.layer_names import NamedOp, share_layer_names
 from piecework.runtime.mutation import held_by_source, mutations_in, refuse_mutations
 from piecework.runtime.observe import trace
-from piecework.runtime.layer_names import NamedOp, share_layer_names
 from piecework.runtime.passes import PassReport, PostGradPassManager
 from piecework.runtime.piecewise import (
     CompilerManager,
@@ -65,7 +64,6 @@ class PieceworkBackend:
         submod_lists: ``__vllm_submods__`` for each of ``compile_ranges``.
         direct_ops: the splitting ops that the source calls past the dispatcher.
         named_ops: operators that pieces call in place of those that are given a layer's name.
-        named_ops: operators that pieces call in place of those that are given a layer's name.
     """
 
     def __init__(
@@ -97,7 +95,6 @@ class PieceworkBackend:
         self.batch_input: tuple[int, int | None] | None = None
         self.submod_lists: tuple[list[Callable[..., object]], ...] = ()
         self.direct_ops = DirectOps()
-        self.named_ops: tuple[NamedOp, ...] = ()
         self.named_ops: tuple[NamedOp, ...] = ()
         self.phases: dict[str, float] = {}
         self.graph: torch.fx.GraphModule | None = None
@@ -153,8 +150,6 @@ class PieceworkBackend:
         with self._phase("split"):
             ops = self._splitting_ops(graph)
             self.split_gm, self.piecewise_graphs = split_graph(graph, ops)
-            if self.compiler_manager.may_share_names():
-                self.named_ops = share_layer_names(self.split_gm, self.piecewise_graphs)
             if self.compiler_manager.may_share_names():
                 self.named_ops = share_layer_names(self.split_gm, self.piecewise_graphs)
         counters.num_piecewise_graphs_seen += len(self.piecewise_graphs)

@@ -21,6 +21,7 @@ from piecework.runtime.compilers import CompiledPiece, make_compiler
 from piecework.runtime.compilers.reproducer import keep_reproducer
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.counters import counters
+from piecework.runtime.observe import trace
 from piecework.runtime.passes import PostGradPassManager
 from piecework.runtime.piece_cache import PieceCache, open_piece_cache
 from piecework.runtime.ranges import Range
@@ -129,6 +130,10 @@ class CompilerManager:
 
         def compile_now() -> tuple[CompiledPiece, bytes | None]:
             counters.num_backend_compilations += 1
+            trace.artifact(
+                "piece_start", lambda: f"{submod_name} for batch {compile_range or 'all'}"
+            )
+            trace.artifact("piece_graph", lambda: graph.print_readable(print_output=False))
             piece = self.compiler.compile(graph, example_inputs, self.config, compile_range)
             return piece, None if self.cache is None else self.compiler.to_bytes(piece)
 
