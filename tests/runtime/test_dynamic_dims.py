@@ -1,0 +1,413 @@
+"""Dynamic dimensions: what annotations say, what a declaration may say, and how the first call's tensors are marked."""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Generic,
+    NamedTuple,
+    NewType,
+    Optional,
+    TypeVar,
+    Union,
+)
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from piecework.errors import ConfigError, InputError
+from piecework.runtime.annotations import read_annotations
+from piecework.runtime.config_groups import DynamicShapesType
+from piecework.runtime.dynamic_dims import dims_of, marked
+
+if TYPE_CHECKING:
+    from nowhere import Hidden
+
+Tokens = torch.Tensor
+MaybeTokens = Optional[Tokens]  # noqa: UP045
+Positions = NewType("Positions", torch.Tensor)
+AnyTensor = TypeVar("AnyTensor", bound=torch.Tensor)
+Item = TypeVar("Item")
+
+
+@dataclasses.dataclass
+class Intermediate:
+    tensors: dict[str, torch.Tensor]
+    label: str = ""
+
+
+class Plain:
+    tensors: dict[str, torch.Tensor]
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tensors = tensors
+
+
+class OnlyInit:
+    def __init__(self, hidden: torch.Tensor, scale: float) -> None:
+        self.hidden = hidden
+        self.scale = scale
+
+
+class Box(Generic[Item]):
+    item: Item
+
+    def __init__(self, item: Item) -> None:
+        self.item = item
+
+
+class Pair(NamedTuple):
+    left: torch.Tensor
+    right: int
+
+
+class Fields(typing.TypedDict):
+    hidden: torch.Tensor
+
+
+class Linked:
+    next: Linked | None
+    value: torch.Tensor
+
+
+class Settings:
+    width: int
+    names: list[str]
+
+
+class Derived(Intermediate):
+    pass
+
+
+def held(annotation: object) -> bool:
+    def forward(self: object, x: object) -> None: ...
+
+    forward.__annotations__ = {"x": annotation}
+    return "x" in read_annotations(forward).tensors
+
+
+@pytest.mark.parametrize(
+    "annotation",
+    [
+        torch.Tensor,
+        nn.Parameter,
+        torch.FloatTensor,
+        torch.LongTensor,
+        Optional[torch.Tensor],  # noqa: UP045
+        Union[torch.Tensor, int],  # noqa: UP007
+        torch.Tensor | None,
+        list[torch.Tensor],
+        tuple[torch.Tensor, ...],
+        Sequence[torch.Tensor],
+        dict[str, torch.Tensor],
+        Mapping[str, list[torch.Tensor | None]],
+        typing.List[torch.Tensor],  # noqa: UP006
+        Annotated[torch.Tensor, "tokens"],
+        Tokens,
+        MaybeTokens,
+        Positions,
+        AnyTensor,
+        Intermediate,
+        Derived,
+        Plain,
+        OnlyInit,
+        Box[torch.Tensor],
+        Pair,
+        Fields,
+        Linked,
+        Optional[Intermediate],  # noqa: UP045
+        "torch.Tensor",
+        "torch.Tensor | None",
+        "list[Tokens]",
+        "Plain | None",
+        "Optional['Intermediate']",
+        "Mapping[str, 'Positions']",
+    ],
+    ids=str,
+)
+def test_annotations_that_hold_tensors(annotation: object) -> None:
+    assert held(annotation)
+
+
+@pytest.mark.parametrize(
+    "annotation",
+    [
+        int,
+        str,
+        None,
+        bool | None,
+        list[int],
+        dict[str, float],
+        Any,
+        object,
+        type[torch.Tensor],
+        collections.abc.Callable[[torch.Tensor], torch.Tensor],
+        typing.Callable[..., torch.Tensor],
+        typing.Literal["torch.Tensor"],
+        torch.dtype,
+        torch.device,
+        nn.Module,
+        nn.Linear,
+        Settings,
+        Box[int],
+        "int | None",
+        "Sequence[str]",
+        TypeVar("Free"),
+    ],
+    ids=str,
+)
+def test_annotations_that_hold_none(annotation: object) -> None:
+    assert not held(annotation)
+
+
+@given(st.integers(0, 6), st.data())
+@settings(deadline=None, max_examples=60)
+def test_nesting_keeps_what_the_leaf_says(depth: int, data: st.DataObject) -> None:
+    leaf = data.draw(st.sampled_from([torch.Tensor, int, str, nn.Parameter]))
+    annotation: Any = leaf
+    for _ in range(depth):
+        wrap = data.draw(
+            st.sampled_from(
+                [
+                    lambda a: list[a],
+                    lambda a: dict[str, a],
+                    lambda a: tuple[a, ...],
+                    lambda a: Optional[a],  # noqa: UP045
+                    lambda a: Annotated[a, 1],
+                ]
+            )
+        )
+        annotation = wrap(annotation)
+    assert held(annotation) == issubclass(leaf, torch.Tensor)
+
+
+def test_a_name_for_type_checkers_only_is_left_to_the_first_call() -> None:
+    def forward(
+        self: object, x: torch.Tensor, y: Hidden, z: list[Hidden] | None, n: int
+    ) -> None: ...
+
+    reading = read_annotations(forward)
+    assert (reading.tensors, reading.unknown) == ({"x"}, {"y", "z"})
+    dims = dims_of(forward)
+    assert set(dims.dynamic) == {"x", "y", "z"}
+    x, y = torch.randn(4, 8), torch.randn(4)
+    with marked(dims, {"x": x, "y": y, "z": None, "n": 3}):
+        assert marks(x) == marks(y) == {0}
+    with marked(dims, {"x": x, "y": "text", "z": ["more"], "n": 3}):
+        assert marks(x) == {0}
+
+
+def test_names_of_the_enclosing_function_and_class_are_found() -> None:
+    local = torch.Tensor
+
+    class Model(nn.Module):
+        Alias = torch.Tensor | None
+
+        def forward(self, x: Alias, y: local) -> None:
+            _ = local
+
+    assert set(dims_of(Model.forward, owner=Model).dynamic) == {"x", "y"}
+
+
+def test_a_wrapped_forward_is_read_through() -> None:
+    import functools
+
+    def forward(self: object, x: torch.Tensor, n: int = 1) -> None: ...
+
+    @functools.wraps(forward)
+    def wrapper(*args: object, **kwargs: object) -> None: ...
+
+    assert dict(dims_of(wrapper).dynamic) == {"x": (0,)}
+
+
+# --- declarations ------------------------------------------------------------------------------------
+
+
+def example(
+    self: object, x: torch.Tensor, y: torch.Tensor | None = None, *, n: int = 1
+) -> None: ...
+
+
+def test_a_declaration_replaces_what_annotations_say() -> None:
+    dims = dims_of(example, {"y": [0, -1]}, {"x": -2})
+    assert dict(dims.dynamic) == {"y": (0, -1)} and dict(dims.unbacked) == {"x": (-2,)}
+    inferred = dims_of(example, None, {"x": 1})
+    assert dict(inferred.dynamic) == {"x": (0,), "y": (0,)}
+
+
+@pytest.mark.parametrize(
+    ("declaration", "message"),
+    [
+        ({"z": 0}, "names 'z', and forward has no such parameter"),
+        ({"self": 0}, "names 'self'"),
+        ({"x": 0, "w": 1, "v": 2}, "names 'w', 'v'"),
+        ({"x": "0"}, "must be a dimension or a list"),
+        ({"x": True}, "must be a dimension or a list"),
+        ({"x": 0.0}, "must be a dimension or a list"),
+        ({"x": []}, "must be a dimension or a list"),
+        ({"x": [0, None]}, "must be a dimension or a list"),
+        ({"x": [0, 0]}, "repeats a dimension"),
+        ({}, "names no parameter"),
+        (["x"], "must map parameter names"),
+        (0, "must map parameter names"),
+    ],
+)
+def test_a_wrong_declaration_is_an_error(declaration: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dims_of(example, declaration)
+
+
+def test_the_error_lists_the_parameters() -> None:
+    with pytest.raises(ConfigError, match=r"mark_unbacked_dims names 'q'.*parameters: x, y, n"):
+        dims_of(example, None, {"q": 0})
+
+
+def test_nothing_to_infer_is_an_error_that_says_why() -> None:
+    def forward(self: object, x, n: int) -> None: ...  # type: ignore[no-untyped-def]
+
+    with pytest.raises(
+        ConfigError, match=r"nothing is dynamic; parameters: x, n; x have no annotation"
+    ):
+        dims_of(forward)
+
+
+# --- marks -------------------------------------------------------------------------------------------
+
+
+def marks(tensor: torch.Tensor) -> set[int]:
+    return set(getattr(tensor, "_dynamo_dynamic_indices", ()))
+
+
+def unbacked_marks(tensor: torch.Tensor) -> set[int]:
+    return set(getattr(tensor, "_dynamo_unbacked_indices", ()))
+
+
+def test_marks_end_with_the_block_also_on_an_exception() -> None:
+    x, y = torch.randn(4, 8), torch.randn(3, 4)
+    torch._dynamo.mark_dynamic(y, 0)
+    before = {name: str(value) for name, value in vars(y).items()}
+    dims = dims_of(example, {"x": [0, -1], "y": [0, 1]})
+    with pytest.raises(ZeroDivisionError), marked(dims, {"x": x, "y": y}):
+        assert marks(x) == marks(y) == {0, 1}
+        _ = 1 / 0
+    assert not vars(x)
+    assert {name: str(value) for name, value in vars(y).items()} == before
+
+
+def test_unbacked_wins_and_the_shape_type_decides_the_rest() -> None:
+    x, y = torch.randn(4, 8), torch.randn(4)
+    dims = dims_of(example, {"x": [0, 1], "y": 0}, {"x": -1})
+    with marked(dims, {"x": x, "y": y}):
+        assert (marks(x), unbacked_marks(x), marks(y)) == ({0}, {1}, {0})
+    with marked(dims, {"x": x, "y": y}, DynamicShapesType.UNBACKED):
+        assert (marks(x), unbacked_marks(x), unbacked_marks(y)) == (set(), {0, 1}, {0})
+
+
+@pytest.mark.parametrize(("dim", "rank"), [(2, 2), (-3, 2), (0, 0), (-1, 0)])
+def test_a_declared_dimension_out_of_range_is_an_error(dim: int, rank: int) -> None:
+    x = torch.randn([4] * rank)
+    with (
+        pytest.raises(ConfigError, match=rf"dimension {dim} of x .* it has {rank} dimensions"),
+        marked(dims_of(example, {"x": dim}), {"x": x}),
+    ):
+        pass
+    assert not vars(x)
+
+
+def test_one_dimension_declared_from_both_ends_is_an_error() -> None:
+    with (
+        pytest.raises(ConfigError, match="the same one"),
+        marked(dims_of(example, {"x": [1, -1]}), {"x": torch.randn(4, 8)}),
+    ):
+        pass
+
+
+def test_a_declared_parameter_without_tensors_is_an_error_and_an_absent_one_is_not() -> None:
+    dims = dims_of(example, {"x": 0, "y": 0})
+    with marked(dims, {"x": torch.randn(4), "y": None}), marked(dims, {"x": torch.randn(4)}):
+        pass
+    with (
+        pytest.raises(ConfigError, match="passes a int without tensors"),
+        marked(dims, {"x": torch.randn(4), "y": 3}),
+    ):
+        pass
+
+
+def test_a_first_call_without_anything_dynamic_is_an_error() -> None:
+    with (
+        pytest.raises(InputError, match="no tensor for a dynamic parameter"),
+        marked(dims_of(example), {"x": torch.tensor(1.0)}),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_a_size_that_a_backed_trace_fixes_is_an_error(size: int) -> None:
+    arguments = {"x": torch.randn(4, size)}
+    dims = dims_of(example, {"x": [0, 1]})
+    with (
+        pytest.raises(InputError, match=f"x has size {size} in dynamic dimension 1"),
+        marked(dims, arguments),
+    ):
+        pass
+    for kind in (DynamicShapesType.UNBACKED, DynamicShapesType.BACKED_SIZE_OBLIVIOUS):
+        with marked(dims, arguments, kind):
+            pass
+    with marked(dims_of(example, {"x": 0}, {"x": 1}), arguments):
+        pass
+
+
+@pytest.mark.parametrize(
+    "make", [Intermediate, Plain, lambda t: [t], lambda t: (t, None), lambda t: t]
+)
+def test_tensors_inside_arguments_are_marked(make: Any) -> None:
+    def forward(
+        self: object, x: Intermediate | Plain | list[dict[str, torch.Tensor]] | None
+    ) -> None: ...
+
+    tensors = {"a": torch.randn(4, 8), "b": torch.randn(4)}
+    with marked(dims_of(forward), {"x": make(tensors)}):
+        assert marks(tensors["a"]) == marks(tensors["b"]) == {0}
+    assert not vars(tensors["a"])
+
+
+def test_errors_name_the_path_inside_an_argument() -> None:
+    def forward(self: object, x: Plain) -> None: ...
+
+    value = Plain({"h": torch.randn(1, 8)})
+    with (
+        pytest.raises(InputError, match=r"x\.tensors\['h'\] has size 1"),
+        marked(dims_of(forward), {"x": value}),
+    ):
+        pass
+
+
+def test_star_arguments_are_marked() -> None:
+    def forward(self: object, *tensors: torch.Tensor, **named: torch.Tensor) -> None: ...
+
+    a, b = torch.randn(4, 2), torch.randn(4, 3)
+    with marked(dims_of(forward), {"tensors": (a,), "named": {"b": b}}):
+        assert marks(a) == marks(b) == {0}
+
+
+def test_a_container_is_put_together_as_it_was() -> None:
+    from torch.utils import _pytree as pytree
+
+    def forward(self: object, x: Intermediate | OnlyInit) -> None: ...
+
+    values = [Intermediate({"h": torch.ones(2)}, "label"), OnlyInit(torch.ones(2), 0.5)]
+    for value in values:
+        with marked(dims_of(forward), {"x": value}):
+            leaves, spec = pytree.tree_flatten(value)
+        assert len(leaves) == 2
+        again = pytree.tree_unflatten(leaves, spec)
+        assert type(again) is type(value) and vars(again) == vars(value)
