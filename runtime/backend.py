@@ -152,6 +152,8 @@ class PieceworkBackend:
             self.split_gm, self.piecewise_graphs = split_graph(graph, ops)
             if self.compiler_manager.may_share_names():
                 self.named_ops = share_layer_names(self.split_gm, self.piecewise_graphs)
+        trace.artifact("config", self.config.to_json)
+        trace.artifact("split_graph", lambda: readable_graph(self.split_gm))
         counters.num_piecewise_graphs_seen += len(self.piecewise_graphs)
         names = [i.submod_name for i in self.piecewise_graphs if not i.is_splitting_graph]
         if self.config.cudagraph_mode is not CUDAGraphMode.NONE:
