@@ -21,6 +21,7 @@ from piecework.codegen.split import SplittingOp as SplittingOpLike
 from piecework.codegen.split import SplittingOps
 from piecework.errors import ConfigError, SplitError
 from piecework.runtime import torch_compat
+from piecework.runtime.ahead import compile_ahead, different_pieces
 from piecework.runtime.config import CompilationConfig, RuntimeConfig
 from piecework.runtime.counters import counters
 from piecework.runtime.direct_ops import DirectOps
@@ -152,7 +153,7 @@ class PieceworkBackend:
             self.split_gm, self.piecewise_graphs = split_graph(graph, ops)
             if self.compiler_manager.may_share_names():
                 self.named_ops = share_layer_names(self.split_gm, self.piecewise_graphs)
-        trace.artifact("config", self.config.to_json)
+        trace.artifact("config", lambda: self.config.model_dump_json(indent=2))
         trace.artifact("split_graph", lambda: readable_graph(self.split_gm))
         counters.num_piecewise_graphs_seen += len(self.piecewise_graphs)
         names = [i.submod_name for i in self.piecewise_graphs if not i.is_splitting_graph]
@@ -162,7 +163,8 @@ class PieceworkBackend:
             inputs = list(map(value_of, self.split_gm.graph.find_nodes(op="placeholder")))
             self.compiler_manager.initialize_cache(graph, inputs, **self._place)
             interpreter = PiecewiseCompileInterpreter(self.split_gm, names, self.config, self)
-            interpreter.run(*inputs)
+            with self._compiled_ahead(names):
+                interpreter.run(*inputs)
             self.backends = interpreter.backends
         with self._phase("emit"):
             self.source = generate_source(self.split_gm, self._lower_options(names, bound or {}))
@@ -307,6 +309,24 @@ class PieceworkBackend:
         return RangeTable(ranges, (s for s in self.config.compile_sizes if isinstance(s, int)))
 
     # --- steps -----------------------------------------------------------------------------------
+
+    @contextmanager
+    def _compiled_ahead(self, names: Sequence[str]) -> Iterator[None]:
+        """Show progress and use workers while the pieces are compiled, as far as somebody asked for that."""
+        manager = self.compiler_manager
+        if manager.progress is None and manager.config.compile_workers == 1:
+            yield
+            return
+        assert self.split_gm is not None
+        ahead = different_pieces(self.split_gm, names, self.compile_ranges, self.batch_symbol)
+        if manager.progress is not None:
+            manager.progress.started(len(ahead))
+        try:
+            compile_ahead(manager, ahead)
+            yield
+        finally:
+            if manager.progress is not None:
+                manager.progress.ended()
 
     def _splitting_ops(self, graph: torch.fx.GraphModule) -> Sequence[SplittingOpLike]:
         inside = self.config.use_inductor_graph_partition  # Inductor cuts the compiled code instead
