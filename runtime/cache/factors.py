@@ -56,7 +56,7 @@ class KeyFactors:
 
     Example:
         >>> KeyFactors.collect(config={"dtype": "bf16"}, versions={"torch": "2.13.0"}).hash
-        'd9cd2e0e1ae1e2b8…'
+        'df6a44f9d698b9f5f0bb36e09ad57c71'
     """
 
     factors: tuple[Factor, ...]
