@@ -6,7 +6,9 @@ Emission is deterministic: the same graph gives the same bytes in every process.
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch.fx
@@ -53,7 +55,11 @@ def generate_source(
         UnsupportedNode: a node has no source form.
         EmitError: the text did not prove equal to the graph.
     """
-    options = options or LowerOptions()
+    with collector_paused():
+        return _generate(split_gm, options or LowerOptions())
+
+
+def _generate(split_gm: torch.fx.GraphModule, options: LowerOptions) -> StitchedSource:
     module, consts = lower(split_gm, options)
     check_ir(module, len(consts))
     code = render(module)
@@ -78,6 +84,22 @@ def generate_source(
         options=options,
         proof=proof,
     )
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Hold back Python's cyclic garbage collector.
+
+    Emission allocates a great many small objects that live until its end and are no garbage; each full collection
+    meanwhile walks all of torch as well, which makes the time grow faster than the graph (measured: 3× at 10,000 nodes).
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def verify(

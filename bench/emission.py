@@ -1,0 +1,254 @@
+"""Emission time against the number of nodes (B6). In: graphs of several sizes. Out: seconds of each phase, and whether they grow in line.
+
+Nothing is compiled or captured: only lowering, checking, rendering and proving of source is measured.
+
+Run it with ``python -m piecework.bench.emission``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import itertools
+import operator
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.fx
+
+from piecework.bench.result import Result, Row, Target, machine
+from piecework.codegen import LowerOptions, Proof, generate_source, ir
+from piecework.codegen.check import check_ir
+from piecework.codegen.layout import format_source
+from piecework.codegen.lower import lower
+from piecework.codegen.render import render
+from piecework.codegen.source import collector_paused
+from piecework.codegen.verify import verify_text
+from piecework.errors import PieceworkError
+
+T = TypeVar("T")
+
+NODES = (1_000, 10_000, 100_000)
+LAYERS = 80
+WEIGHTS = ("self_attn_qkv", "self_attn_o", "mlp_gate_up", "mlp_down", "input_norm", "post_norm")
+# Black is timed up to here only: it takes over a millisecond a statement.
+BLACK_NODES = 1_000
+
+
+def flat_graph(nodes: int) -> torch.fx.GraphModule:
+    """One function of ``nodes`` calls: operators, methods, slices, unpacked results."""
+    graph = torch.fx.Graph()
+    x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    made = 0
+    while made < nodes:
+        y = graph.call_function(torch.nn.functional.linear, (x, weight))
+        y = graph.call_function(torch.ops.aten.add.Tensor, (y, x), {"alpha": 2})
+        parts = graph.call_method("chunk", (y, 2), {"dim": -1})
+        parts.meta["example_value"] = (torch.empty(2, 4), torch.empty(2, 4))
+        left = graph.call_function(operator.getitem, (parts, 0))
+        right = graph.call_function(operator.getitem, (parts, 1))
+        joined = graph.call_function(torch.cat, ([left, right],), {"dim": -1})
+        kept = graph.call_function(operator.getitem, (joined, (slice(None), slice(0, 8))))
+        x = graph.call_function(operator.add, (x, kept))
+        made += 8
+    graph.output((x,))
+    return torch.fx.GraphModule(torch.nn.Module(), graph)
+
+
+def layered_graph(layers: int) -> tuple[torch.fx.GraphModule, LowerOptions]:
+    """A stitching graph as a decoder of ``layers`` layers gives it, with names as long as Dynamo's."""
+    root = torch.nn.Module()
+    graph = torch.fx.Graph()
+    x = graph.placeholder("l_input_ids_")
+    submods, bound = [], {}
+    for layer in range(layers):
+        weights = []
+        for name in WEIGHTS:
+            target = f"l_self_modules_model_modules_layers_modules_{layer}_modules_{name}_parameters_weight_"
+            weights.append(graph.placeholder(target))
+            bound[weights[-1].name] = f"model.layers.{layer}.{name}.weight"
+        submods.append(f"submod_{2 * layer}")
+        root.add_module(submods[-1], _piece(len(weights)))
+        root.add_module(f"submod_{2 * layer + 1}", _splitting(f"model.layers.{layer}.self_attn"))
+        call = graph.call_module(submods[-1], (x, *weights))
+        q, out, x = (graph.call_function(operator.getitem, (call, index)) for index in range(3))
+        graph.call_module(f"submod_{2 * layer + 1}", (q, out))
+    graph.output((x,))
+    return torch.fx.GraphModule(root, graph), LowerOptions(submods=submods, bound=bound)
+
+
+def _piece(weights: int) -> torch.fx.GraphModule:
+    graph = torch.fx.Graph()
+    x, *rest = (graph.placeholder(f"p{index}") for index in range(weights + 1))
+    for weight in rest:
+        x = graph.call_function(torch.nn.functional.linear, (x, weight))
+    graph.output((x, graph.call_function(torch.empty_like, (x,)), x))
+    return torch.fx.GraphModule(torch.nn.Module(), graph)
+
+
+def _splitting(layer: str) -> torch.fx.GraphModule:
+    graph = torch.fx.Graph()
+    q, out = graph.placeholder("q"), graph.placeholder("out")
+    graph.call_function(print, (q, out, layer))
+    graph.output(None)
+    return torch.fx.GraphModule(torch.nn.Module(), graph)
+
+
+class Stopwatch:
+    """Seconds of named steps."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def time(self, name: str, call: Callable[[], T]) -> T:
+        start = time.perf_counter()
+        value = call()
+        self.seconds[name] = time.perf_counter() - start
+        return value
+
+
+def phases(gm: torch.fx.GraphModule, options: LowerOptions, *, black: bool) -> dict[str, float]:
+    """Seconds of each phase of one emission, and of the whole as it is called."""
+    watch = Stopwatch()
+    source = watch.time("emission", lambda: generate_source(gm, options))
+    if source.proof is None or source.proof.events == 0:
+        raise PieceworkError("the emitted source was not proved")
+    with collector_paused():
+        module, consts = watch.time("lower", lambda: lower(gm, options))
+        watch.time("check the plan", lambda: check_ir(module, len(consts)))
+        code = watch.time("render", lambda: render(module))
+        tree = watch.time("parse", lambda: ast.parse(code))
+        watch.time("verify", lambda: _verify(gm, options, module, consts, code, tree))
+    if code != source.code:
+        raise PieceworkError("two emissions of one graph differ")
+    if black and watch.time("black, in place of the layout", lambda: format_source(code)) != code:
+        raise PieceworkError("the emitted source is not in black's format")
+    return watch.seconds
+
+
+def _verify(
+    gm: torch.fx.GraphModule,
+    options: LowerOptions,
+    module: ir.Module,
+    consts: Sequence[object],
+    code: str,
+    tree: ast.Module,
+) -> Proof:
+    return verify_text(
+        code,
+        gm,
+        submod_names=module.submod_names,
+        consts=consts,
+        bound={row.name: row.path for row in module.bound},
+        bound_placeholders=options.bound,
+        tree=tree,
+    )
+
+
+def best_phases(
+    gm: torch.fx.GraphModule, options: LowerOptions, rounds: int, *, black: bool
+) -> dict[str, float]:
+    found = [phases(gm, options, black=black and number == 0) for number in range(rounds)]
+    names = list(found[0])
+    return {name: min(each[name] for each in found if name in each) for name in names}
+
+
+def run(nodes: Sequence[int] = NODES, rounds: int = 3) -> Result:
+    """Measure each size.
+
+    Args:
+        nodes: sizes of the flat graph.
+        rounds: emissions of each size up to 10,000 nodes; the fastest counts.
+
+    Raises:
+        PieceworkError: a source was not proved, differs between two emissions, or is not in black's format.
+    """
+    rows: list[Row] = []
+    totals: dict[int, float] = {}
+    for count in nodes:
+        times = rounds if count <= 10_000 else 1
+        seconds = best_phases(flat_graph(count), LowerOptions(), times, black=count <= BLACK_NODES)
+        totals[count] = seconds["emission"]
+        rows += _rows({"graph": f"{count} nodes"}, seconds)
+    gm, options = layered_graph(LAYERS)
+    layered = best_phases(gm, options, rounds, black=True)
+    rows += _rows({"graph": f"{LAYERS} layers"}, layered)
+    targets = [Target("B6", f"seconds for {LAYERS} layers", 1.0, layered["emission"])]
+    if 10_000 in totals:
+        targets.append(Target("B6", "seconds for 10,000 nodes", 3.0, totals[10_000]))
+    sizes = sorted(totals)
+    for small, large in itertools.pairwise(sizes):
+        growth = (totals[large] / large) / (totals[small] / small)
+        text = f"time a node at {large} nodes, of that at {small}"
+        targets.append(Target("B6", text, 1.5, growth))
+    notes = (
+        "emission is what generate_source takes, with checks and proof; the phases are timed again on their own",
+        "verify is the cost of the proof (row C11) once the text is parsed, which the line map needs anyway",
+    )
+    title = "B6: emission against nodes"
+    return Result(title, tuple(rows), tuple(targets), machine(), notes, unit="s")
+
+
+def _rows(setting: dict[str, object], seconds: dict[str, float]) -> list[Row]:
+    total = seconds["emission"]
+    return [
+        Row(setting, name, value, {"emission": value / total}) for name, value in seconds.items()
+    ]
+
+
+def plot(result: Result, path: Path) -> bool:
+    """Draw seconds against nodes on two logarithmic axes, where a straight line of slope one is linear."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.0, 4.5))
+    by_phase: dict[str, list[tuple[int, float]]] = {}
+    for row in result.rows:
+        count, _, unit = str(row.setting["graph"]).partition(" ")
+        if unit == "nodes":
+            by_phase.setdefault(row.contender, []).append((int(count), row.seconds))
+    for name, points in by_phase.items():
+        width = 2.5 if name == "emission" else 1.0
+        axes.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=width)
+    sizes = sorted(count for count, _ in by_phase["emission"])
+    start = dict(by_phase["emission"])[sizes[0]]
+    ideal = [start * count / sizes[0] for count in sizes]
+    axes.plot(sizes, ideal, linestyle=":", color="grey", label="linear")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("nodes")
+    axes.set_ylabel("seconds")
+    axes.set_title(result.title)
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return True
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, print, and write ``emission.json`` and ``emission.png``; 1 if a target is missed."""
+    parser = argparse.ArgumentParser(prog="python -m piecework.bench.emission", description=__doc__)
+    parser.add_argument("--out", type=Path, default=None, help="folder for the JSON and the plot")
+    parser.add_argument("--nodes", type=int, nargs="+", default=list(NODES))
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args(arguments)
+    result = run(options.nodes, options.rounds)
+    result.print()
+    if options.out is not None:
+        for path in result.save(options.out, "emission"):
+            print(f"wrote {path}")
+        plot(result, options.out / "emission.png")
+    return 0 if result.met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
