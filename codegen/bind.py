@@ -56,11 +56,16 @@ def compile_execution_fn(
     return function
 
 
+def filename_of(code: str) -> str:
+    """What tracebacks call emitted source, by its content."""
+    return f"<piecework:{hashlib.sha256(code.encode()).hexdigest()[:16]}>"
+
+
 def execute_source(
     code: str, namespace: Mapping[str, object], name: str = ENTRY_NAME
 ) -> FunctionType:
     """Execute ``code`` in a fresh module namespace and return its function ``name``."""
-    filename = f"<piecework:{hashlib.sha256(code.encode()).hexdigest()[:16]}>"
+    filename = filename_of(code)
     try:
         compiled = compile(code, filename, "exec", dont_inherit=True)
     except (SyntaxError, ValueError) as error:
