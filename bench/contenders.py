@@ -5,6 +5,7 @@ All of them but `eager` and `stock` run the same compiled pieces; nothing here i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -218,7 +219,23 @@ def _straight_lines(
             lines.append(f"op({_op_arguments(node, graph, operator, text)})")
         elif node.op == "output":
             lines.append(f"return {text[node.args[0][0]]}")
-    return lines, values
+    return (
+        _freeing(lines, [name for name in text.values() if name not in (*values, "x", "s0")]),
+        values,
+    )
+
+
+def _freeing(lines: Sequence[str], locals_: Sequence[str]) -> list[str]:
+    """``lines`` with each local deleted after the last line that reads it: memory that is used again stays in the cache."""
+    words = [set(re.findall(r"\w+", line)) for line in lines]
+    last = {name: max(i for i, found in enumerate(words) if name in found) for name in locals_}
+    freeing: list[str] = []
+    for index, line in enumerate(lines):
+        freeing.append(line)
+        dead = [name for name in locals_ if last[name] == index]
+        if dead and index + 1 < len(lines):
+            freeing.append(f"del {', '.join(dead)}")
+    return freeing
 
 
 def _piece_line(

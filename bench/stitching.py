@@ -20,6 +20,7 @@ from piecework.bench.timing import Timing, measure, ratio
 from piecework.codegen import LowerOptions, generate_source
 from piecework.codegen.bind import compile_execution_fn
 from piecework.errors import PieceworkError
+from piecework.runtime.backend import publish_submods
 
 PIECES = (65, 161)
 WEIGHTS = 8
@@ -118,13 +119,16 @@ def _piecework(
     """The stitching code of `piecework.compile`: weights are names of the emitted module."""
     bound = {f"w{i}": f"w{i}" for i in range(len(weights))}
     source = generate_source(split_gm, LowerOptions(bound=bound))
-    return compile_execution_fn(
+    callables = _callables(source.submod_names, functions)
+    function = compile_execution_fn(
         source.code,
-        _callables(source.submod_names, functions),
+        callables,
         source.submod_names,
         source.consts,
         bound={row.name: weights[int(row.path[1:])] for row in source.module.bound},
     )
+    publish_submods(function, [callables[name] for name in source.submod_names])
+    return function
 
 
 def _callables(

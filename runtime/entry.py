@@ -67,6 +67,7 @@ class Entry:
         self._code: str | None = None  # an edited text in place of the generated one
         self._autocast = torch_compat.autocast_state()
         self.weights = captured.weights
+        self.weights.trust(strict_weights(captured, backend))
         self.source: EntrySource = generate_entry(self._plan)
         self.execution_fn = backend.bind(self._bound())
         self.call = self._execute(self._probes(), self.execution_fn, backend.submods_for)
@@ -251,6 +252,26 @@ def plan_entry(captured: Capture, backend: PieceworkBackend) -> EntryPlan:
         binds=bool(bound) or not weights,
         checks=levers.check_inputs,
     )
+
+
+def strict_weights(captured: Capture, backend: PieceworkBackend) -> frozenset[str]:
+    """Weights that every reader compares by itself, by path; see `CompiledPiece.strict_inputs`."""
+    assert backend.split_gm is not None
+    placeholders = backend.split_gm.graph.find_nodes(op="placeholder")
+    return frozenset(
+        source.path
+        for node, source in zip(placeholders, captured.inputs, strict=True)
+        if isinstance(source, Weight)
+        and all(_is_strict(user, node, backend) for user in node.users)
+    )
+
+
+def _is_strict(user: torch.fx.Node, weight: torch.fx.Node, backend: PieceworkBackend) -> bool:
+    piece = backend.backends.get(str(user.target)) if user.op == "call_module" else None
+    if piece is None or user.kwargs:
+        return False
+    places = {index for index, arg in enumerate(user.args) if arg is weight}
+    return all(places <= entry.compiled.strict_inputs for entry in piece.entries.values())
 
 
 def _batch(captured: Capture, backend: PieceworkBackend) -> Passed | None:

@@ -15,10 +15,10 @@ import torch.fx
 from piecework.codegen import StitchedSource
 from piecework.codegen.entry import EntrySource
 from piecework.codegen.split import SplittingOp as SplittingOpLike
-from piecework.errors import BindError, ConfigError
+from piecework.errors import BindError, ConfigError, PieceworkError
 from piecework.runtime.backend import PieceworkBackend
 from piecework.runtime.capture import Capture, GraphInput, Weight, capture
-from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config import CompilationConfig, DynamicShapesType
 from piecework.runtime.counters import counters
 from piecework.runtime.edited import EditedSource, check_edited
 from piecework.runtime.entry import Entry
@@ -112,6 +112,9 @@ class StitchedModule:
         try:
             return self._call(*args, **kwargs)
         except Exception as error:
+            changed = None if self._entry is None else self._entry.weights.change()
+            if changed is not None and not isinstance(error, PieceworkError):
+                raise changed from error
             if self._backend.source is not None:
                 add_piece_note(error, self._backend.source)
             raise
@@ -125,7 +128,13 @@ class StitchedModule:
         if self._entry is not None:
             raise BindError("this module is compiled already", hint="compile the model again")
         start = time.perf_counter()
-        captured = capture(self.model, args, kwargs, self._compile_graph)
+        captured = capture(
+            self.model,
+            args,
+            kwargs,
+            self._compile_graph,
+            any_batch=self.config.dynamic_shapes_config.type is DynamicShapesType.AUTO,
+        )
         tracing = time.perf_counter() - start - sum(self._backend.phases.values())
         self._backend.phases = {"capture": tracing, **self._backend.phases}
         self._entry = Entry(captured, self._backend)

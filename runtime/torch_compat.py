@@ -910,3 +910,64 @@ def timed_scope(name: str) -> contextlib.AbstractContextManager[object]:
     except ImportError:
         return contextlib.nullcontext()
     return dynamo_timed(name)
+
+
+#: Matrix products that refuse operands of different dtypes or devices, by the names that generated code calls them.
+_STRICT_KERNEL = re.compile(r"extern_kernels\.(?:mm|addmm|bmm|baddbmm)\(")
+
+
+def strict_inputs(artifact: object, inputs: int) -> frozenset[int]:
+    """Which inputs of an Inductor artifact are read by nothing but ATen's matrix products.
+
+    Generated kernels read memory without looking at a dtype; ATen's products raise for an operand of another dtype or
+    device. Told from the generated text; an input that is used in any way that is not known here is left out.
+    """
+    current = getattr(artifact, "_compiled_fn", None)
+    for _ in range(12):
+        if current is None or type(current).__name__ == "CompiledFxGraph":
+            break
+        cells = _cells(current) if isinstance(current, types.FunctionType) else vars(current)
+        current = next(
+            (cells[n] for n in ("fn", "compiled_fn", "_inner_compiled_fn") if n in cells), None
+        )
+    return _strict_inputs(str(getattr(current, "source_code", "")), inputs)
+
+
+def _strict_inputs(source: str, inputs: int) -> frozenset[int]:
+    found = re.search(r"\n    def call\(self, args\):\n(.*?)\n        return ", source, re.DOTALL)
+    if found is None:
+        return frozenset()
+    lines = [line.strip() for line in found.group(1).splitlines()]
+    unpacking = [line for line in lines if line.endswith("= args")]
+    names = (
+        [each.strip() for each in unpacking[0].removesuffix("= args").split(",")]
+        if unpacking
+        else []
+    )
+    names = [name for name in names if name]
+    if len(names) != inputs:
+        return frozenset()
+    loose: set[str] = set()
+    returned = source[found.end() :].partition("\n")[0]
+    for line in [*lines, returned]:
+        harmless = line.startswith(("assert_size_stride(", "del ", "#")) or line.endswith("= args")
+        if not harmless and not _STRICT_KERNEL.match(line):
+            loose |= set(re.findall(r"\w+", line))
+    return frozenset(i for i, name in enumerate(names) if name not in loose)
+
+
+def data_dependent(error: BaseException) -> bool:
+    """Whether ``error`` comes from a decision on a size that the trace was not told."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    seen: set[int] = set()
+    stack: list[BaseException | None] = [error]
+    while stack:
+        each = stack.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, GuardOnDataDependentSymNode) or "data-dependent" in str(each):
+            return True
+        stack += [each.__cause__, each.__context__, getattr(each, "inner_exception", None)]
+    return False

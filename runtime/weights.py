@@ -7,7 +7,8 @@ How a change is noticed, cheapest first, because looking at every dictionary of 
 - A parameter, buffer or submodule that is assigned (``load_state_dict(assign=True)`` too): torch's registration hooks tell
   at once, and the next call looks at everything.
 - A weight that is moved, converted or resized, by ``.to()`` or through ``.data``: every call compares dtype, device, sizes
-  and strides of all of them, in one call into torch.
+  and strides, in one call into torch. Weights that only matrix products of ATen read are left out: the products refuse
+  another dtype or device, compiled code compares sizes and strides, and `explain` then tells which weight it was.
 - A dictionary of a module that is written past `torch.nn.Module` (``torch.func.functional_call`` does): every call looks at
   the first and last weight, at all buffers and at the training flag, and at a few others in turn.
 """
@@ -88,6 +89,7 @@ class BoundWeights:
     traced: tuple[Traced, ...]
     tensors: list[torch.Tensor]
     _steps: dict[tuple[int, str], _Step] = field(default_factory=dict)
+    _strict: frozenset[str] = frozenset()
     _owners: set[int] = field(default_factory=set)
     _touched: bool = False
     unchanged: Callable[[], bool] = field(default=lambda: True, repr=False)
@@ -126,11 +128,15 @@ class BoundWeights:
         always = [row for row in rows if row[1] == "training" or _is_buffer(row)]
         always += [*tensors[:1], *tensors[-1:]]
         turns = cycle([rows[i : i + _IN_TURN] for i in range(0, len(rows), _IN_TURN)] or [[]])
-        metadata = torch_compat.metadata_guard(self.tensors)
+        loose = [
+            t for w, t in zip(self.traced, self.tensors, strict=True) if w.path not in self._strict
+        ]
+        metadata = torch_compat.metadata_guard(loose)
+        thorough = torch_compat.metadata_guard(self.tensors)
 
         def unchanged() -> bool:
             if self._touched:
-                return self._look_again(rows, metadata)
+                return self._look_again(rows, thorough)
             for owner, key, value in always:
                 if owner.get(key) is not value:
                     return False
@@ -149,6 +155,11 @@ class BoundWeights:
             self._touched = False
             return True
         return False
+
+    def trust(self, paths: frozenset[str]) -> None:
+        """Leave weights out of the per-call comparison that nothing reads but operators which compare by themselves."""
+        self._strict = paths
+        self.unchanged = self._check()
 
     def watch(self) -> None:
         """Have torch tell about assignments to the model's modules, for as long as this lives."""
@@ -238,6 +249,12 @@ class BoundWeights:
 
     def explain(self) -> InputError:
         """What changed, for a call that found something changed."""
+        return self.change() or InputError(
+            "the weights changed since they were bound", hint="call rebind() on the stitched module"
+        )
+
+    def change(self) -> InputError | None:
+        """The first thing that is not as it was bound, if any."""
         for step in self._steps.values():
             if step.owner.get(step.key) is step.value:
                 continue
@@ -258,9 +275,7 @@ class BoundWeights:
                     f"weight {weight.path} {difference}",
                     hint="compiled pieces are made for one dtype, device and shape: compile the model again",
                 )
-        return InputError(
-            "the weights changed since they were bound", hint="call rebind() on the stitched module"
-        )
+        return None
 
 
 def _walk(root: torch.nn.Module, path: str, prefix: str) -> list[_Step]:

@@ -164,7 +164,8 @@ def _piece(
     outputs = len(returned) if isinstance(returned, (list, tuple)) else -1
     call, reason = torch_compat.direct_entry(artifact, inputs, outputs, vouched=vouched)
     direct = None if call is None else _positional(call, inputs)
-    return CompiledPiece(artifact, artifact, direct, reason)
+    strict = torch_compat.strict_inputs(artifact, inputs)
+    return CompiledPiece(artifact, artifact, direct, reason, strict)
 
 
 def _positional(call: Callable[..., object], inputs: int) -> Callable[..., object]:

@@ -24,12 +24,14 @@ class CompiledPiece:
         artifact: the compiler's own object, for serialisation; None if there is nothing to keep.
         direct: does the same with less around it, for plain tensors without modes; None if nothing does.
         indirect_because: why there is no ``direct``.
+        strict_inputs: inputs whose readers refuse a tensor of another dtype or device by themselves.
     """
 
     runnable: Callable[..., object]
     artifact: object = None
     direct: Callable[..., object] | None = None
     indirect_because: str = ""
+    strict_inputs: frozenset[int] = frozenset()
 
 
 class CompilerInterface(Protocol):
