@@ -1,0 +1,322 @@
+"""Compilation modes and shape types: the same results in each, what each serves, and guards evaluated on request."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import nn
+
+import piecework
+from piecework import CompilationConfig, counters, support_torch_compile
+from piecework.errors import BindError, ConfigError, InputError, PieceCompileError
+from piecework.runtime import torch_compat
+from piecework.runtime.decorators import stitched_of
+from piecework.runtime.modes import ModeModule, UnstitchedModule
+
+SHAPES = ("backed", "unbacked", "backed_size_oblivious")
+
+
+@piecework.splitting_op("shape_types::mix", mutates_args=("out",))
+def mix(value: torch.Tensor, out: torch.Tensor) -> None:
+    out.copy_(value * 2)
+
+
+@support_torch_compile
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        hidden = self.linear(x + y)
+        out = torch.empty_like(hidden)
+        mix(hidden, out)
+        return out.relu()
+
+
+def config(**fields: object) -> CompilationConfig:
+    shapes = {
+        "type": fields.pop("shapes", "backed"),
+        "evaluate_guards": fields.pop("guards", False),
+    }
+    return CompilationConfig(**{"backend": "eager", "dynamic_shapes_config": shapes, **fields})
+
+
+def pair(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(batch, 8), torch.randn(batch, 8)
+
+
+def same(made: Callable[..., object], model: nn.Module, *args: torch.Tensor) -> None:
+    torch.testing.assert_close(made(*args), model.forward(*args))
+
+
+# --- modes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decorated", [True, False], ids=["decorator", "compile"])
+@pytest.mark.parametrize(
+    "mode", [0, "STOCK_TORCH_COMPILE", 2, "dynamo_trace_once", 3, "VLLM_COMPILE"]
+)
+def test_each_mode_by_number_or_name(mode: int | str, decorated: bool) -> None:
+    made = config(mode=mode)
+    model = Model(compilation_config=made)
+    run = model if decorated else piecework.compile(model, config=made)
+    graphs = int(made.mode >= 2)
+    with counters.expect(num_graphs_seen=graphs, num_eager_compiles=2 * graphs - (made.mode == 2)):
+        for batch in (4, 9, 2):
+            same(run, model, *pair(batch))
+    stitched = stitched_of(model) if decorated else run
+    if made.mode >= 2:
+        report = stitched.report()
+        assert (report.pieces, report.splitting) == ((2, 1) if made.mode == 3 else (1, 0))
+        assert "def execution_fn(" in stitched.source.code
+
+
+@pytest.mark.parametrize("mode", ["NONE", "STOCK_TORCH_COMPILE"])
+def test_a_mode_that_stitches_nothing_says_so(mode: str) -> None:
+    made = piecework.compile(Model(), pair(4), config=config(mode=mode))
+    assert isinstance(made, UnstitchedModule)
+    for ask in (lambda: made.source, lambda: made.pieces, lambda: made.split_gm, made.report):
+        with pytest.raises(BindError, match=f"mode {mode} stitches nothing"):
+            ask()
+    made.rebind()
+
+
+def test_mode_none_runs_the_models_python_each_time() -> None:
+    seen: list[int] = []
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        return x + 1
+
+    made = piecework.compile(model, (torch.randn(1),), config=config(mode=0))
+    assert seen == []
+    made(torch.randn(2))
+    made(torch.randn(3))
+    assert seen == [2, 3]
+
+
+def test_stock_retraces_where_the_trace_does_not_hold() -> None:
+    @support_torch_compile
+    class Flag(nn.Module):
+        def forward(self, x: torch.Tensor, double: bool = False) -> torch.Tensor:
+            return x * 2 if double else x
+
+    model = Flag(compilation_config=config(mode=1))
+    x = torch.randn(4)
+    for double in (False, True, False):
+        same(model, model, x, double)  # type: ignore[arg-type]
+    once = Flag(compilation_config=config(mode=2))
+    same(once, once, x, True)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="double"):
+        once(x, False)
+
+
+def test_stock_instances_do_not_share_dynamos_cache() -> None:
+    limit = torch._dynamo.config.recompile_limit
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(limit + 1):
+            model = Model(compilation_config=config(mode=1))
+            for batch in (4, 5):
+                same(model, model, *pair(batch))
+
+
+@contextlib.contextmanager
+def as_module(name: str) -> Iterator[None]:
+    """Make this file importable by ``name``, as a user's own module is."""
+    sys.modules[name] = sys.modules[__name__]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+graphs_given: list[torch.fx.GraphModule] = []
+
+
+def own_backend(graph: torch.fx.GraphModule, inputs: list[object]) -> Callable[..., object]:
+    graphs_given.append(graph)
+    return graph.forward
+
+
+def no_backend(graph: torch.fx.GraphModule, inputs: list[object]) -> None:
+    return None
+
+
+@pytest.mark.parametrize("mode", [1, 2])
+@pytest.mark.parametrize("backend", ["aot_eager", "shape_types_module:own_backend"])
+def test_whole_graph_modes_take_any_torch_backend(mode: int, backend: str) -> None:
+    graphs_given.clear()
+    with as_module("shape_types_module"):
+        model = Model(compilation_config=config(mode=mode, backend=backend))
+        for batch in (4, 6):
+            same(model, model, *pair(batch))
+    if "own" in backend:
+        (graph,) = graphs_given
+        assert sum("mix" in str(node.target) for node in graph.graph.nodes) == 1
+
+
+def test_a_backend_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match="nonesuch"):
+        piecework.compile(Model(), pair(4), config=config(mode=2, backend="nonesuch"))
+    with as_module("shape_types_module"):
+        made = config(mode=2, backend="shape_types_module:no_backend")
+        with pytest.raises(PieceCompileError, match="returned a NoneType"):
+            piecework.compile(Model(), pair(4), config=made)
+
+
+def test_splitting_ops_and_a_mode_that_cuts_nowhere_conflict() -> None:
+    for made, ops in (
+        (config(mode=2), ["shape_types::mix"]),
+        (config(mode=2, splitting_ops=["shape_types::mix"]), None),
+    ):
+        with pytest.raises(ConfigError, match="compiles the graph whole"):
+            piecework.compile(Model(), pair(4), splitting_ops=ops, config=made)
+
+
+# --- shape types -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [1, 2, 3])
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_shape_types_give_the_same_results(shapes: str, mode: int) -> None:
+    model = Model(compilation_config=config(mode=mode, shapes=shapes))
+    for batch in (4, 2, 33):
+        same(model, model, *pair(batch))
+
+
+@pytest.mark.parametrize("decorated", [True, False], ids=["decorator", "compile"])
+@pytest.mark.parametrize("first", [1, 0, 4])
+@pytest.mark.parametrize("shapes", SHAPES[1:])
+def test_sizes_zero_and_one_are_served(shapes: str, first: int, decorated: bool) -> None:
+    made = config(shapes=shapes)
+    model = Model(compilation_config=made)
+    example = pair(first)
+    if not decorated:
+        for each in example:
+            torch._dynamo.mark_dynamic(each, 0)
+    run = model if decorated else piecework.compile(model, example, config=made)
+    with counters.expect(num_graphs_seen=int(decorated)):
+        for batch in (first, 1, 0, 5):
+            same(run, model, *pair(batch))
+    assert stitched_of(model) is None or not decorated or "s0" in stitched_of(model).source.code
+
+
+def test_a_backed_first_call_of_size_one_says_what_to_do() -> None:
+    with pytest.raises(InputError, match=r"size 1 in dynamic dimension 0.*unbacked"):
+        Model(compilation_config=config())(*pair(1))
+
+
+def test_unbacked_without_marks_takes_the_first_dimensions_and_leaves_no_mark() -> None:
+    model, example = Model(), pair(4)
+    made = piecework.compile(model, example, config=config(shapes="unbacked"))
+    for batch in (1, 0, 7):
+        same(made, model, *pair(batch))
+    with pytest.raises(InputError):
+        made(torch.randn(4, 9), torch.randn(4, 9))
+    assert not any(vars(each) for each in example)
+
+
+def test_unbacked_dimensions_of_one_size_are_one_dimension() -> None:
+    model = Model(compilation_config=config(shapes="unbacked"))
+    same(model, model, *pair(4))
+    with pytest.raises(InputError, match="argument y"):
+        model(torch.randn(4, 8), torch.randn(1, 8))
+
+
+def test_the_setting_ends_with_the_trace() -> None:
+    from torch.fx.experimental import _config
+
+    before = _config.backed_size_oblivious
+    for mode in (1, 3):
+        model = Model(compilation_config=config(shapes="backed_size_oblivious", mode=mode))
+        same(model, model, *pair(4))
+        assert _config.backed_size_oblivious is before
+
+
+def test_a_torch_without_the_setting_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_compat, "size_oblivious_tracing", lambda: None)
+    with pytest.raises(ConfigError, match="without fixing sizes 0 and 1"):
+        piecework.compile(Model(), pair(4), config=config(shapes="backed_size_oblivious"))
+
+
+def test_the_private_setting_is_there_in_this_torch() -> None:
+    assert torch_compat.size_oblivious_tracing() is not None
+
+
+# --- guards ------------------------------------------------------------------------------------------
+
+
+class Halves(nn.Module):
+    """The trace assumes more than 4 rows, an even number of them, and one size for both."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] > 4 and x.shape[0] % 2 == 0:
+            return (x + y).reshape(2, -1)
+        return x - y
+
+
+def guarded(*, check_inputs: bool, shapes: str = "backed") -> ModeModule:
+    made = config(guards=True, shapes=shapes, stitching_config={"check_inputs": check_inputs})
+    example = torch.randn(6), torch.randn(6)
+    stitched = piecework.compile(Halves(), example, config=made)
+    assert isinstance(stitched, ModeModule)
+    return stitched
+
+
+@pytest.mark.parametrize("check_inputs", [True, False])
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((4, 4), "the trace assumed"),
+        ((7, 7), "the trace assumed"),
+        ((1, 1), "the trace assumed"),
+        ((8, 6), "the trace assumed"),
+    ],
+)
+def test_guards_are_evaluated_at_each_call(
+    sizes: tuple[int, int], message: str, check_inputs: bool
+) -> None:
+    stitched = guarded(check_inputs=check_inputs)
+    for batch in (6, 8, 12):
+        x, y = torch.randn(batch), torch.randn(batch)
+        torch.testing.assert_close(stitched(x, y), Halves()(x, y))
+    with pytest.raises(InputError, match=message):
+        stitched(*map(torch.randn, sizes))
+
+
+def test_a_failed_guard_shows_itself_its_origin_and_the_sizes() -> None:
+    stitched = guarded(check_inputs=False)
+    assert any("Mod" in text or "%" in text for text in stitched.shape_guards.texts)
+    with pytest.raises(InputError, match=r"s\d+ = 7 \(.*test_shape_types\.py:\d+"):
+        stitched(torch.randn(7), torch.randn(7))
+
+
+def test_without_the_setting_nothing_is_kept() -> None:
+    stitched = piecework.compile(Model(), pair(4), config=config())
+    assert isinstance(stitched, ModeModule)
+    with pytest.raises(BindError, match="no shape guards are kept"):
+        _ = stitched.shape_guards
+
+
+def test_a_decorated_class_evaluates_guards_too() -> None:
+    decorated = support_torch_compile(type("Decorated", (Halves,), {}))
+    model = decorated(
+        compilation_config=config(guards=True, stitching_config={"check_inputs": False})
+    )
+    model(torch.randn(6), torch.randn(6))
+    with pytest.raises(InputError, match="the trace assumed"):
+        model(torch.randn(9), torch.randn(9))
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_inductor_serves_each_shape_type(shapes: str) -> None:
+    made = CompilationConfig(dynamic_shapes_config={"type": shapes, "evaluate_guards": True})
+    model = Model(compilation_config=made)
+    for batch in (4, 7) if shapes == "backed" else (4, 1, 7):
+        same(model, model, *pair(batch))
