@@ -547,3 +547,12 @@ def test_inductor_runs_a_decorated_class() -> None:
     with counters.expect(num_inductor_compiles=1):
         for batch in (4, 9):
             same(model, torch.randn(batch, 8))
+
+
+def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    from piecework.examples import decorated
+
+    model = decorated.main(backend="eager")
+    printed = capsys.readouterr().out
+    assert "def execution_fn(" in printed and "2 pieces, 2 unique" in printed
+    assert stitched(model).report().splitting == 1
