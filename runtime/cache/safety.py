@@ -189,7 +189,9 @@ def _check_parent(path: Path) -> None:
         return
     if not _has_posix_owners():
         return
-    hint = "choose a directory of your own with PIECEWORK_CACHE_DIR, or set PIECEWORK_DISABLE_CACHE=1"
+    hint = (
+        "choose a directory of your own with PIECEWORK_CACHE_DIR, or set PIECEWORK_DISABLE_CACHE=1"
+    )
     if not _is_trusted_owner(info.st_uid):
         raise CacheError(
             f"the cache lies in a directory of another user (uid {info.st_uid})",

@@ -3,10 +3,13 @@
 import hashlib
 import json
 import logging
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,8 +38,20 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "cache"
+def place(tmp_path: Path) -> Iterator[Path]:
+    """A directory in memory where there is one: thousands of flushes to a busy disk would take minutes."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    directory = Path(tempfile.mkdtemp(prefix="piecework-", dir=memory))
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture
+def root(place: Path) -> Path:
+    return place / "cache"
 
 
 @pytest.fixture
@@ -94,9 +109,9 @@ def test_eight_processes_compile_each_key_once(tmp_path: Path, root: Path) -> No
     assert_clean(root)
 
 
-def test_killed_at_random_instants_then_loaded(tmp_path: Path, warned: list[str]) -> None:
+def test_killed_at_random_instants_then_loaded(place: Path, warned: list[str]) -> None:
     count = 8
-    probe = tmp_path / "probe"
+    probe = place / "probe"
     child = start("save", probe, count)
     assert child.stdout is not None and child.stdout.readline() == "begin\n"
     begin = time.monotonic()
@@ -107,7 +122,7 @@ def test_killed_at_random_instants_then_loaded(tmp_path: Path, warned: list[str]
     killed = 0
     survived: set[int] = set()
     for case in range(50):
-        root = tmp_path / f"cache {case}"
+        root = place / f"cache {case}"
         child = start("save", root, count)
         assert child.stdout is not None and child.stdout.readline() == "begin\n"
         time.sleep(instants.uniform(0.0, duration))
@@ -122,12 +137,12 @@ def test_killed_at_random_instants_then_loaded(tmp_path: Path, warned: list[str]
 
 
 @pytest.mark.parametrize("count", [1, pytest.param(4, marks=pytest.mark.nightly)])
-def test_killed_at_every_file_operation(tmp_path: Path, warned: list[str], count: int) -> None:
+def test_killed_at_every_file_operation(place: Path, warned: list[str], count: int) -> None:
     """No instant between two file operations of saving an artifact and a text is left out."""
     step = deaths = 0
     while True:
         step += 1
-        root = tmp_path / f"cache {step}"
+        root = place / f"cache {step}"
         child = start("save_and_die", root, count, step)
         _, errors = child.communicate()
         assert child.returncode in (0, -signal.SIGKILL), errors
