@@ -29,6 +29,7 @@ from piecework.runtime.graphs.mode import CUDAGraphMode
 from piecework.runtime.layer_names import NamedOp, share_layer_names
 from piecework.runtime.mutation import held_by_source, mutations_in, refuse_mutations
 from piecework.runtime.observe import trace
+from piecework.runtime.observe.dump import Dump
 from piecework.runtime.passes import PassReport, PostGradPassManager
 from piecework.runtime.piecewise import (
     CompilerManager,
@@ -65,6 +66,7 @@ class PieceworkBackend:
         submod_lists: ``__vllm_submods__`` for each of ``compile_ranges``.
         direct_ops: the splitting ops that the source calls past the dispatcher.
         named_ops: operators that pieces call in place of those that are given a layer's name.
+        dump: writes the stages to ``debug_dump_path``, if there is one.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class PieceworkBackend:
         self.direct_ops = DirectOps()
         self.named_ops: tuple[NamedOp, ...] = ()
         self.phases: dict[str, float] = {}
+        self.dump = Dump(None)
         self.graph: torch.fx.GraphModule | None = None
         self.split_gm: torch.fx.GraphModule | None = None
         self.piecewise_graphs: list[SplitItem] = []
@@ -139,7 +142,17 @@ class PieceworkBackend:
             StaticGraphError: pieces are to be captured, and one writes to the model's own tensors.
             PieceCompileError: a compiler failed.
             UnsupportedNode: a node can't be written as source.
+            ConfigError: ``debug_dump_path`` can't be written to.
         """
+        self.dump = Dump.open(self.config, self.prefix or "model", **self._place)
+        try:
+            self._prepare(graph, bound)
+        except BaseException as error:
+            self.dump.finish(self.backends, self.phases, error)
+            raise
+
+    def _prepare(self, graph: torch.fx.GraphModule, bound: Mapping[str, str] | None) -> None:
+        self.dump.captured(graph)
         self.graph = graph
         self.batch_symbol, self.batch_input = _batch_of(graph)
         if self.range_table is not None and self.batch_symbol is None:
@@ -155,6 +168,7 @@ class PieceworkBackend:
                 self.named_ops = share_layer_names(self.split_gm, self.piecewise_graphs)
         trace.artifact("config", lambda: self.config.model_dump_json(indent=2))
         trace.artifact("split_graph", lambda: readable_graph(self.split_gm))
+        self.dump.split(self.split_gm, self.piecewise_graphs)
         counters.num_piecewise_graphs_seen += len(self.piecewise_graphs)
         names = [i.submod_name for i in self.piecewise_graphs if not i.is_splitting_graph]
         if self.config.cudagraph_mode is not CUDAGraphMode.NONE:
@@ -163,12 +177,13 @@ class PieceworkBackend:
             inputs = list(map(value_of, self.split_gm.graph.find_nodes(op="placeholder")))
             self.compiler_manager.initialize_cache(graph, inputs, **self._place)
             interpreter = PiecewiseCompileInterpreter(self.split_gm, names, self.config, self)
+            self.backends = interpreter.backends  # filled as it runs: a failure leaves what is made
             with self._compiled_ahead(names):
                 interpreter.run(*inputs)
-            self.backends = interpreter.backends
         with self._phase("emit"):
             self.source = generate_source(self.split_gm, self._lower_options(names, bound or {}))
         trace.artifact("stitched_source", lambda: str(self.source))
+        self.dump.stitched(self.source)
         if self.compiler_manager.cache is not None:
             self.compiler_manager.cache.write_texts(self.split_gm, self.source.code)
 
@@ -191,7 +206,9 @@ class PieceworkBackend:
                 text, per_range[-1], names, self.source.consts, bound=weights
             )
             publish_submods(function, self.submod_lists[-1])
-            return function
+        if code is None:
+            self.dump.finish(self.backends, self.phases)
+        return function
 
     def bind_safely(
         self, weights: Mapping[str, object], *, code: str | None = None

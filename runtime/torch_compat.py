@@ -971,3 +971,45 @@ def data_dependent(error: BaseException) -> bool:
             return True
         stack += [each.__cause__, each.__context__, getattr(each, "inner_exception", None)]
     return False
+
+
+def inductor_sources(compiled: object) -> tuple[str, ...]:
+    """The Python that Inductor generated for a compiled piece, found inside it; empty where this torch keeps none."""
+    graphs = []
+    waiting, seen = [(compiled, 0)], set()
+    while waiting:
+        current, depth = waiting.pop(0)
+        if id(current) in seen or len(seen) > 2000:
+            continue
+        seen.add(id(current))
+        if type(current).__name__ == "CompiledFxGraph":
+            graphs.append(current)
+        elif depth < 10:
+            waiting += [(each, depth + 1) for each in _held_by(current)]
+    return tuple(dict.fromkeys(text for text in map(_source_of_graph, graphs) if text))
+
+
+def _held_by(value: object) -> list[object]:
+    """What a wrapper of a compiled function holds, where another wrapper or the function may be."""
+    if isinstance(value, types.FunctionType):
+        return list(_cells(value).values())
+    if isinstance(value, types.MethodType):
+        return [value.__self__]
+    if isinstance(value, (tuple, list)):
+        return list(value) if len(value) < 20 else []
+    if type(value).__module__.startswith(("torch._inductor", "torch._functorch", "functools")):
+        parts = [getattr(value, "func", None), getattr(value, "__wrapped__", None)]
+        return [*vars(value).values(), *parts] if hasattr(value, "__dict__") else parts
+    return []
+
+
+def _source_of_graph(graph: object) -> str:
+    text = getattr(graph, "source_code", None)
+    if isinstance(text, str) and text:
+        return text
+    code = getattr(getattr(graph, "current_callable", None), "__code__", None)
+    try:
+        with open(getattr(code, "co_filename", ""), encoding="utf-8") as file:
+            return file.read()
+    except OSError:
+        return ""  # the folder that Inductor wrote to is gone

@@ -1,0 +1,296 @@
+"""The stages of one compilation as files (``debug_dump_path``). In: what the backend makes, as it makes it. Out: numbered files and a page that links them.
+
+Nothing here changes what is compiled, and a dump that can't go on says so once and stops; without a path nothing is done at all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.fx
+
+from piecework.codegen import SplitItem, StitchedSource
+from piecework.codegen.origin import SymbolNames, origin_of_piece
+from piecework.errors import ConfigError
+from piecework.runtime import torch_compat
+from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config_text import to_json
+from piecework.runtime.observe.dump_page import Page, PieceRow, RangeCell, Step, render_page
+from piecework.runtime.observe.plan_text import plan_text
+from piecework.runtime.ranges import Range
+
+if TYPE_CHECKING:
+    from piecework.runtime.piecewise import PiecewiseBackend, RangeEntry
+
+_log = logging.getLogger(__name__)
+
+_NOT_IN_A_NAME = re.compile(r"[^\w.-]+", re.ASCII)
+_LONGEST_NAME = 80
+
+
+class Dump:
+    """The files of one compilation; made by `Dump.open`.
+
+    Attributes:
+        folder: where they are; None if nothing is dumped, and then every method returns at once.
+    """
+
+    def __init__(self, folder: Path | None, model: str = "") -> None:
+        self.folder = folder
+        self.model = model
+        self._steps: tuple[Step, ...] = ()
+        self._rows: dict[str, PieceRow] = {}
+        self._source: StitchedSource | None = None
+
+    @classmethod
+    def open(
+        cls, config: CompilationConfig, name: str, *, rank: int | None = None, dp_rank: int = 0
+    ) -> Dump:
+        """Make the folder of one compilation, ``rank_<r>/<name>`` or the next free ``rank_<r>/<name>_<n>``, and begin.
+
+        Args:
+            config: its ``debug_dump_path`` says where; None dumps nothing.
+            name: the model's class or tag.
+            rank: this process among those that run the model; None asks ``torch.distributed``.
+            dp_rank: its data-parallel rank.
+
+        Raises:
+            ConfigError: the folder can't be made or written to.
+        """
+        if config.debug_dump_path is None:
+            return cls(None)
+        replica = f"_dp_{dp_rank}" if dp_rank else ""
+        place = Path(config.debug_dump_path) / f"rank_{_rank() if rank is None else rank}{replica}"
+        try:
+            folder = _new_folder(place, _file_name(name))
+            (folder / "00_config.json").write_text(_config_text(config), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"the stages of this compilation can't be written to {config.debug_dump_path}: "
+                f"{error.strerror or type(error).__name__}",
+                where="debug_dump_path",
+                hint="name a folder that can be made and written to, or leave it out",
+            ) from error
+        return cls(folder, name)
+
+    def captured(self, graph: torch.fx.GraphModule) -> None:
+        """Write the captured graph."""
+        if self.folder is not None:
+            self._write("01_captured.py", _readable(graph))
+
+    def split(self, split_gm: torch.fx.GraphModule, items: Sequence[SplitItem]) -> None:
+        """Write the stitching graph and the graph of each piece."""
+        if self.folder is None:
+            return
+        self._write("02_split.py", _readable(split_gm))
+        self._steps = tuple(
+            Step(i.submod_name, _operators(i), _modules(i.graph), _node(i)) for i in items
+        )
+        for item in items:
+            if not item.is_splitting_graph:
+                path = f"pieces/{_file_name(item.submod_name)}/graph.py"
+                self._write(path, _readable(item.graph))
+                self._rows[item.submod_name] = PieceRow(
+                    item.submod_name, "", _modules(item.graph), path
+                )
+
+    def stitched(self, source: StitchedSource) -> None:
+        """Write the plan of the emitted source, and the source exactly as it runs."""
+        if self.folder is None:
+            return
+        self._source = source
+        self._write("03_plan.txt", plan_text(source.module))
+        self._write("04_stitched.py", source.code)
+
+    def finish(
+        self,
+        backends: Mapping[str, PiecewiseBackend],
+        phases: Mapping[str, float],
+        error: BaseException | None = None,
+    ) -> None:
+        """Write what the compiler made of the pieces, the times, and the page.
+
+        Args:
+            backends: the pieces that are compiled, by name.
+            phases: seconds per phase so far.
+            error: what ended the compilation early.
+        """
+        if self.folder is None:
+            return
+        first: dict[str, str] = {}
+        for name, backend in backends.items():
+            if backend.structure is not None:
+                same_as = first.setdefault(backend.structure.key, name)
+                self._piece(name, backend, "" if same_as == name else same_as)
+        failure = "" if error is None else f"{type(error).__name__}: {error}"
+        self._write("times.json", self._times(phases, failure))
+        if self.folder is not None:
+            self._write("index.html", render_page(self._page(phases, failure)))
+
+    # --- parts -----------------------------------------------------------------------------------
+
+    def _piece(self, name: str, backend: PiecewiseBackend, same_as: str) -> None:
+        row = self._rows.get(name)
+        if row is None or row.key or backend.structure is None:
+            return  # not of this compilation, or written before
+        cells = []
+        for compile_range, entry in backend.entries.items():
+            code = ""
+            if not same_as and not entry.reused:
+                part = "" if compile_range is None else f"_{_range_part(compile_range)}"
+                code = f"pieces/{_file_name(name)}/inductor_output{part}.py"
+                code = code if self._write_inductor_output(code, entry) else ""
+            cells.append(
+                RangeCell(
+                    batches=_batches(compile_range),
+                    seconds=entry.seconds,
+                    origin=(
+                        same_as or ("reused" if entry.reused else "cache")
+                        if entry.reused or entry.cached
+                        else "compiled"
+                    ),
+                    code=code,
+                )
+            )
+        self._rows[name] = PieceRow(
+            name, backend.structure.key, row.modules, row.graph, tuple(cells), same_as
+        )
+
+    def _write_inductor_output(self, path: str, entry: RangeEntry) -> bool:
+        compiled = entry.compiled
+        held = compiled.runnable if compiled.artifact is None else compiled.artifact
+        texts = torch_compat.inductor_sources(held)
+        if texts:
+            self._write(path, "\n\n".join(texts))
+        return bool(texts)
+
+    def _times(self, phases: Mapping[str, float], failure: str) -> str:
+        data = {
+            "model": self.model,
+            "torch": torch.__version__,
+            "error": failure or None,
+            "phases": dict(phases),
+            "pieces": [
+                {
+                    "name": row.name,
+                    "key": row.key or None,
+                    "modules": row.modules,
+                    "same_as": row.same_as or None,
+                    "ranges": [
+                        {"batches": c.batches, "seconds": c.seconds, "from": c.origin}
+                        for c in row.ranges
+                    ],
+                }
+                for row in self._rows.values()
+            ],
+        }
+        return json.dumps(data, indent=2) + "\n"
+
+    def _page(self, phases: Mapping[str, float], failure: str) -> Page:
+        assert self.folder is not None
+        stages = sorted(p.name for p in self.folder.iterdir() if p.is_file())
+        return Page(
+            model=self.model,
+            place=f"{self.folder.parent.name}/{self.folder.name}",
+            versions=f"torch {torch.__version__}",
+            failure=failure,
+            stages=tuple(name for name in stages if name != "index.html"),
+            phases=dict(phases),
+            steps=self._steps,
+            rows=tuple(self._rows.values()),
+            source=self._source,
+        )
+
+    def _write(self, path: str, text: str) -> None:
+        """Write one file; the first that can't be written ends the dump, and not the compilation."""
+        if self.folder is None:
+            return
+        target = self.folder / path
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            _log.warning(
+                "the dump of %s stops: %s can't be written (%s)", self.model, target, error
+            )
+            self.folder = None
+
+
+def _new_folder(place: Path, name: str) -> Path:
+    """Make ``name`` in ``place``, or the first of ``name_1``, ``name_2``… that nobody has made."""
+    place.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count():
+        folder = place / (f"{name}_{number}" if number else name)
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError("itertools.count ended")
+
+
+def _file_name(name: str) -> str:
+    """``name`` as the name of a file or folder that is neither hidden nor a path."""
+    return _NOT_IN_A_NAME.sub("_", name)[:_LONGEST_NAME].strip("._") or "model"
+
+
+def _batches(compile_range: Range | None) -> str:
+    if compile_range is None:
+        return "all"
+    return str(compile_range.start if compile_range.is_single_size() else compile_range)
+
+
+def _range_part(compile_range: Range) -> str:
+    end = "up" if compile_range.is_open_ended() else str(compile_range.end)
+    return f"{compile_range.start}_{end}"
+
+
+def _rank() -> int:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank()
+    return int(os.environ.get("RANK", "0")) if os.environ.get("RANK", "").isdecimal() else 0
+
+
+def _config_text(config: CompilationConfig) -> str:
+    try:
+        return to_json(config)
+    except (
+        ConfigError
+    ) as error:  # it holds something that only this process has, such as a local function
+        fields = {name: repr(getattr(config, name)) for name in type(config).model_fields}
+        return json.dumps({"not_json_because": str(error), "repr": fields}, indent=2) + "\n"
+
+
+def _readable(graph: torch.fx.GraphModule) -> str:
+    return graph.print_readable(print_output=False, include_stride=True, include_device=True)
+
+
+def _modules(graph: torch.fx.GraphModule) -> str:
+    return origin_of_piece(graph, SymbolNames(), line_numbers=False).module
+
+
+def _operators(item: SplitItem) -> str:
+    """The names of the operators that run outside the pieces here; "" for a piece."""
+    if not item.is_splitting_graph:
+        return ""
+    names: dict[str, None] = {}
+    for node in item.graph.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op == "call_function":
+            names[schema.name if schema is not None else str(node.target)] = None
+    return ", ".join(names)
+
+
+def _node(item: SplitItem) -> str:
+    """What the emitted statement names as its origin: a piece, or the first operator of what is inlined."""
+    calls = item.graph.graph.nodes if item.is_splitting_graph else ()
+    return next((node.name for node in calls if node.op == "call_function"), item.submod_name)
