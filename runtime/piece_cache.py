@@ -69,7 +69,7 @@ class PieceCache:
         """
         if not (self.enabled and structure.portable):
             return compile_piece()[0], False
-        name = content_key("\n".join(structure.lines), str(compile_range), self._facts)
+        name = self._name(structure, compile_range)
         fresh: list[object] = []
 
         def compile_to_bytes() -> bytes:
@@ -94,6 +94,15 @@ class PieceCache:
             return compile_piece()[0], False
         counters.num_compiled_artifacts_loaded += 1
         return loaded, True
+
+    def holds(self, structure: Structure, compile_range: Range | None) -> bool:
+        """Whether a piece is listed in the index; it may still prove damaged when it is read."""
+        if not (self.enabled and structure.portable):
+            return False
+        return self._name(structure, compile_range) in self.entry.names()
+
+    def _name(self, structure: Structure, compile_range: Range | None) -> str:
+        return content_key("\n".join(structure.lines), str(compile_range), self._facts)
 
     def write_texts(self, graph: torch.fx.GraphModule, code: str) -> None:
         """Keep the split graph and the stitching source beside the artifacts, for people to read."""

@@ -17,11 +17,13 @@ from piecework.codegen.origin import SymbolNames, origin_of_piece, value_of
 from piecework.codegen.structure import Structure, input_signature, structure_of
 from piecework.errors import BindError, InputError, PieceCompileError, PieceworkError
 from piecework.runtime import torch_compat
+from piecework.runtime.compile_progress import CompileProgress
 from piecework.runtime.compilers import CompiledPiece, make_compiler
 from piecework.runtime.compilers.reproducer import keep_reproducer
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.counters import counters
 from piecework.runtime.observe import trace
+from piecework.runtime.parallel import JobResult
 from piecework.runtime.passes import PostGradPassManager
 from piecework.runtime.piece_cache import PieceCache, open_piece_cache
 from piecework.runtime.ranges import Range
@@ -54,10 +56,13 @@ class CompilerManager:
     Attributes:
         config: the resolved configuration.
         seconds: time spent in the compiler.
+        progress: told of each compilation, if there is one.
     """
 
     config: CompilationConfig
     seconds: float = 0.0
+    progress: CompileProgress | None = None
+    _elsewhere: dict[tuple[str, Range | None], JobResult] = field(default_factory=dict)
     _done: dict[tuple[str, Range | None], CompiledPiece] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -95,6 +100,20 @@ class CompilerManager:
     def passes(self) -> PostGradPassManager | None:
         """The graph passes that the compiler runs; None if it runs none."""
         return getattr(self.compiler, "passes", None)
+
+    def is_kept(self, structure: Structure, compile_range: Range | None) -> bool:
+        """Whether a piece is compiled or in the cache already, so that `compile` would not call the compiler."""
+        if (structure.key, compile_range) in self._done:
+            return True
+        return self.cache is not None and self.cache.holds(structure, compile_range)
+
+    def compiled_elsewhere(
+        self, structure: Structure, compile_range: Range | None, result: JobResult
+    ) -> None:
+        """Note that a worker has put a piece into the caches, where `compile` will find it."""
+        self._elsewhere[structure.key, compile_range] = result
+        if self.progress is not None and not result.error:
+            self.progress.finished(result.name, result.seconds, "in a worker")
 
     def may_share_names(self) -> bool:
         """Whether pieces may be made equal by handing them names as inputs (`share_layer_names`).
@@ -154,6 +173,12 @@ class CompilerManager:
                 raise
             raise self._failure(graph, example_inputs, compile_range, submod_name, error) from error
         seconds = time.perf_counter() - start
+        worker = self._elsewhere.pop((structure.key, compile_range), None)
+        if worker is not None and not worker.error:
+            seconds += worker.seconds
+        elif self.progress is not None:
+            name = submod_name + ("" if compile_range is None else f" {compile_range}")
+            self.progress.finished(name, seconds, "from the cache" if cached else "")
         self.seconds += seconds
         self._done[structure.key, compile_range] = compiled
         return RangeEntry(compile_range, compiled, seconds, reused=False, cached=cached)
@@ -261,14 +286,9 @@ class PiecewiseBackend:
         """Compile the piece once per range; equal pieces share the result."""
         assert self.graph is not None and self.structure is not None
         for compile_range in backend.compile_ranges:
-            if compile_range is not None and compile_range.is_single_size():
-                size = compile_range.start
-                inputs = create_concrete_args(self.graph, size, backend.batch_symbol)
-            else:
-                inputs = get_fake_args_from_graph(self.graph)
             self.entries[compile_range] = backend.compiler_manager.compile(
                 self.graph,
-                inputs,
+                inputs_for(self.graph, compile_range, backend.batch_symbol),
                 compile_range,
                 structure=self.structure,
                 submod_name=self.submod_name,
@@ -313,6 +333,15 @@ class PiecewiseBackend:
 def get_fake_args_from_graph(graph: torch.fx.GraphModule) -> list[object]:
     """The fake value of each placeholder of ``graph``, in order."""
     return [value_of(node) for node in graph.graph.find_nodes(op="placeholder")]
+
+
+def inputs_for(
+    graph: torch.fx.GraphModule, compile_range: Range | None, batch_symbol: str | None
+) -> list[object]:
+    """What a compiler is given for one batch range: concrete sizes for a single size, else what tracing recorded."""
+    if compile_range is not None and compile_range.is_single_size():
+        return create_concrete_args(graph, compile_range.start, batch_symbol)
+    return get_fake_args_from_graph(graph)
 
 
 def create_concrete_args(
