@@ -22,6 +22,7 @@ from piecework.runtime import torch_compat
 from piecework.runtime.arguments import parameters_of
 from piecework.runtime.assumptions import Assumptions
 from piecework.runtime.counters import counters
+from piecework.runtime.dynamic_dims import set_mark, unmarked_afterwards
 from piecework.runtime.weights import BoundWeights
 
 
@@ -125,6 +126,7 @@ def capture(
     compile_graph: GraphCompiler,
     *,
     dynamic: bool | None = None,
+    any_batch: bool = False,
 ) -> Capture:
     """Trace ``model`` and hand its graph to ``compile_graph`` while Dynamo's tracing context is open.
 
@@ -134,11 +136,34 @@ def capture(
         compile_graph: called once with the graph and where its inputs come from.
         dynamic: which dimensions become symbols: None takes all dimensions of the tensor arguments unless some are
             marked (``torch._dynamo.mark_dynamic``, ``mark_unbacked``, ``mark_static``), then only those.
+        any_batch: if nothing is marked, trace the first dimension of each tensor for every size, 0 and 1 included; where
+            the model's own code depends on it, trace as without this.
 
     Raises:
         CaptureError: a graph break, no tensor operation, no dynamic dimension, state changed by the forward, or an
             input or output that cannot be traced back.
     """
+    leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
+    if any_batch and dynamic is None and _dynamic(leaves, None):
+        tensors = [leaf for leaf in leaves if type(leaf) is torch.Tensor and leaf.dim()]
+        with unmarked_afterwards(tensors):
+            for tensor in tensors:
+                set_mark(tensor, 0, unbacked=True)
+            try:
+                return _capture_once(model, args, kwargs, compile_graph, True)
+            except PieceworkError as error:
+                if not torch_compat.data_dependent(error):
+                    raise
+    return _capture_once(model, args, kwargs, compile_graph, dynamic)
+
+
+def _capture_once(
+    model: Callable[..., object],
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    compile_graph: GraphCompiler,
+    dynamic: bool | None,
+) -> Capture:
     leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
     names = _leaf_names(model, args, kwargs)
     sources = {source: i for i, source in enumerate(_sources(args, kwargs))}
@@ -195,8 +220,10 @@ def _run_dynamo(
     code = _call_model.__code__.replace()
     entry = types.FunctionType(code, _call_model.__globals__, "piecework_capture")
     compiled = torch.compile(entry, backend=backend, fullgraph=True, dynamic=dynamic)
+    # What Dynamo remembers of sizes that other captures had must not decide which dimensions of this one are dynamic.
+    settings = {"specialize_float": True, "automatic_dynamic_shapes": False}
     try:
-        with torch.no_grad(), torch._dynamo.config.patch(specialize_float=True):
+        with torch.no_grad(), torch._dynamo.config.patch(settings):
             return compiled(model, *args, **kwargs)
     except Exception as error:
         own = _own_error(error)
@@ -345,7 +372,10 @@ def _trace_back(
     held: dict[int, tuple[str, torch.Tensor]],
 ) -> tuple[GraphInput, ...]:
     """Where each placeholder of ``gm`` comes from."""
-    by_identity = {id(leaf): i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+    by_identity: dict[int, int] = {}
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor):
+            by_identity.setdefault(id(leaf), index)
     placeholders = gm.graph.find_nodes(op="placeholder")
     found: list[GraphInput | None] = []
     for node, example in zip(placeholders, example_inputs, strict=True):

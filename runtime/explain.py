@@ -87,8 +87,9 @@ class _Search:
             )
         keys = tuple(value) if node.kind is dict else tuple(range(len(value)))  # type: ignore[arg-type]
         if set(keys) != set(node.keys):
+            listed = _keys if node.kind is dict else _count
             raise InputError(
-                f"argument {node.label} has {_listed(keys)}; the trace had {_listed(node.keys)}",
+                f"argument {node.label} has {listed(keys)}; the trace had {listed(node.keys)}",
                 hint="pass the same arguments by position and by name",
             )
         for key, child in zip(node.keys, node.children, strict=True):
@@ -235,10 +236,12 @@ def _same_device(left: torch.device, right: torch.device) -> bool:
     return left.type == right.type and (left.index or 0) == (right.index or 0)
 
 
-def _listed(keys: Sequence[object]) -> str:
-    if all(isinstance(key, int) for key in keys):
-        return f"{len(keys)} items"
+def _keys(keys: Sequence[object]) -> str:
     return "the keys " + (", ".join(map(str, keys)) or "(none)")
+
+
+def _count(keys: Sequence[object]) -> str:
+    return f"{len(keys)} items"
 
 
 def _assigned(symbols: Mapping[str, int]) -> str:

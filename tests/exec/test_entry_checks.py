@@ -1,0 +1,290 @@
+"""What the entry accepts and refuses. In: compiled functions and calls that keep or break an assumption. Out: results, or errors that name input, expectation and actual."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import piecework
+from piecework.errors import InputError
+
+EAGER = piecework.CompilationConfig(backend="eager")
+
+
+def compiled(function: Callable[..., object], *args: object, **kwargs: object):  # type: ignore[no-untyped-def]
+    return piecework.compile(function, args, kwargs, splitting_ops=[], config=EAGER)
+
+
+def error_of(call: Callable[[], object]) -> str:
+    with pytest.raises(InputError) as caught:
+        call()
+    return str(caught.value)
+
+
+# --- how a call is written -----------------------------------------------------------------------------
+
+
+def scaled(x: torch.Tensor, y: torch.Tensor | None = None, /, scale: float = 2.0, *, flag: bool = True):  # type: ignore[no-untyped-def]
+    out = x * scale
+    return out if flag else -out
+
+
+def test_arguments_go_by_position_or_name_and_defaults_hold() -> None:
+    def function(x: torch.Tensor, scale: float = 2.0, *, shift: float = 1.0) -> torch.Tensor:
+        return x * scale + shift
+
+    stitched = compiled(function, torch.randn(4, 3))
+    x = torch.randn(5, 3)
+    expected = function(x)
+    for result in (
+        stitched(x),
+        stitched(x=x),
+        stitched(x, 2.0),
+        stitched(scale=2.0, x=x, shift=1.0),
+    ):
+        torch.testing.assert_close(result, expected)
+
+
+def test_the_entry_has_the_models_own_signature() -> None:
+    stitched = compiled(scaled, torch.randn(4, 3))
+    assert "def entry(x, y=None, /, scale=2.0, *, flag=True):" in stitched.entry_source.code
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
+        stitched(torch.randn(4, 3), nonsense=1)
+
+
+def test_variadic_parameters() -> None:
+    def function(*tensors: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+        return sum(tensors) + named["bias"]
+
+    stitched = compiled(function, torch.randn(4, 3), torch.randn(4, 3), bias=torch.randn(4, 3))
+    x = torch.randn(6, 3)
+    torch.testing.assert_close(stitched(x, x, bias=x), 3 * x)
+    assert "tensors has 1 items; the trace had 2 items" in error_of(lambda: stitched(x, bias=x))
+    assert "named has the keys (none)" in error_of(lambda: stitched(x, x))
+
+
+# --- tensors -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pair():  # type: ignore[no-untyped-def]
+    """``x[a, 8]`` and ``y[a, b]``, rows equal in both."""
+
+    def function(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x.sum(-1, keepdim=True) + y
+
+    x, y = torch.randn(4, 8), torch.randn(4, 6)
+    torch._dynamo.mark_dynamic(x, 0)
+    torch._dynamo.mark_dynamic(y, 0)
+    torch._dynamo.mark_dynamic(y, 1)
+    return compiled(function, x, y)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "said"),
+    [
+        (torch.randn(5, 8).double(), torch.randn(5, 6), "argument x has dtype torch.float64; the model was traced with torch.float32"),
+        (torch.randn(5, 8, device="meta"), torch.randn(5, 6), "argument x has device meta; the model was traced with cpu"),
+        (torch.randn(5, 8, 1), torch.randn(5, 6), "argument x has rank 3; the model was traced with 2"),
+        (torch.randn(5, 9), torch.randn(5, 6), "argument x has size 9 in dimension 1, which the trace fixed to 8"),
+        (torch.randn(5, 8), torch.randn(6, 6), "argument y has size 6 in dimension 0; x has 5 in the same dimension"),
+        (torch.randn(8, 5).t(), torch.randn(5, 6), "argument x must be contiguous, and has strides (1, 5)"),
+        (torch.randn(1, 8), torch.randn(1, 6), "argument x has size 1 where the trace assumed at least 2"),
+        ([1.0], torch.randn(5, 6), "argument x must be a tensor, not a list"),
+        (torch.randn(5, 8), None, "argument y must be a tensor, not a NoneType"),
+        (torch.randn(5, 8).to_sparse(), torch.randn(5, 6), "argument x has layout torch.sparse_coo"),
+        (torch._neg_view(torch.randn(5, 8)), torch.randn(5, 6), "argument x is a lazily negated"),
+    ],
+)  # fmt: skip
+def test_a_broken_assumption_is_named(pair, x: object, y: object, said: str) -> None:  # type: ignore[no-untyped-def]
+    assert said in error_of(lambda: pair(x, y))
+
+
+def test_a_kept_assumption_passes(pair) -> None:  # type: ignore[no-untyped-def]
+    for rows, columns in ((2, 2), (5, 6), (64, 3)):
+        x, y = torch.randn(rows, 8), torch.randn(rows, columns)
+        torch.testing.assert_close(pair(x, y), x.sum(-1, keepdim=True) + y)
+    x = torch.nn.Parameter(torch.randn(5, 8))
+    assert not pair(x, torch.randn(5, 6)).requires_grad
+
+
+def test_a_subclass_is_refused(pair) -> None:  # type: ignore[no-untyped-def]
+    class Mine(torch.Tensor):
+        pass
+
+    x = torch.randn(5, 8).as_subclass(Mine)
+    assert "Mine, a tensor subclass; compiled pieces take plain tensors" in error_of(
+        lambda: pair(x, torch.randn(5, 6))
+    )
+
+
+def test_declared_maximum_is_kept() -> None:
+    x = torch.randn(4, 3)
+    torch._dynamo.mark_dynamic(x, 0, min=2, max=16)
+    stitched = compiled(lambda x: x + 1, x)
+    stitched(torch.randn(16, 3))
+    assert "has size 17 where the trace assumed at most 16" in error_of(
+        lambda: stitched(torch.randn(17, 3))
+    )
+
+
+def test_an_unbacked_batch_serves_one_row_and_none() -> None:
+    x = torch.randn(4, 3)
+    torch._dynamo.decorators.mark_unbacked(x, 0)
+    stitched = compiled(lambda x: x * 2 + 1, x)
+    for rows in (0, 1, 2, 9):
+        now = torch.randn(rows, 3)
+        torch.testing.assert_close(stitched(now), now * 2 + 1)
+
+
+def test_a_relation_between_sizes_is_kept() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        half = x.shape[0] // 2
+        return x[:half] + x[half:]
+
+    x = torch.randn(8, 3)
+    torch._dynamo.mark_dynamic(x, 0)
+    stitched = compiled(function, x)
+    now = torch.randn(12, 3)
+    torch.testing.assert_close(stitched(now), now[:6] + now[6:])
+    assert "break" in error_of(lambda: stitched(torch.randn(7, 3)))
+
+
+def test_strides_of_a_transposed_example_are_kept() -> None:
+    example = torch.randn(8, 4).t()
+    torch._dynamo.mark_dynamic(example, 0)
+    stitched = compiled(lambda x: x * 2, example)
+    stitched(torch.randn(8, 6).t())
+    assert "stride" in error_of(lambda: stitched(torch.randn(6, 8)))
+
+
+def test_the_same_tensor_twice_must_stay_the_same() -> None:
+    x = torch.randn(4, 3)
+    stitched = compiled(lambda x, y: x + y, x, x)
+    now = torch.randn(5, 3)
+    torch.testing.assert_close(stitched(now, now), 2 * now)
+    assert "was the same tensor as" in error_of(lambda: stitched(now, now.clone()))
+
+
+def test_an_argument_that_is_not_read_is_still_a_tensor() -> None:
+    stitched = compiled(lambda x, mask: x + 1, torch.randn(4, 3), torch.ones(4, dtype=torch.bool))
+    stitched(torch.randn(5, 3), torch.ones(5, dtype=torch.bool))
+    assert "argument mask must be a tensor" in error_of(lambda: stitched(torch.randn(5, 3), None))
+
+
+# --- Python values -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("traced", "now"),
+    [(True, False), (True, 1), (3, 4), (3, 3.0), ("mean", "sum"), (None, 0), (torch.float32, torch.float64)],
+)  # fmt: skip
+def test_a_python_value_is_fixed(traced: object, now: object) -> None:
+    stitched = compiled(lambda x, option: x + 1, torch.randn(4, 3), traced)
+    stitched(torch.randn(5, 3), traced)
+    if type(traced) is int and type(now) is int:
+        return  # an integer that the graph does not read stays free
+    said = error_of(lambda: stitched(torch.randn(5, 3), now))
+    assert "option" in said
+    assert f"{now!r}" in said or type(now).__name__ in said
+
+
+def test_a_default_is_checked_too() -> None:
+    def function(x: torch.Tensor, mode: str = "twice") -> torch.Tensor:
+        return x * 2 if mode == "twice" else x
+
+    stitched = compiled(function, torch.randn(4, 3))
+    assert "argument mode was 'twice' when the model was traced and is 'once' now" in error_of(
+        lambda: stitched(torch.randn(4, 3), mode="once")
+    )
+
+
+# --- containers and results ------------------------------------------------------------------------------
+
+
+Both = collections.namedtuple("Both", "first second")
+
+
+@dataclasses.dataclass
+class Output:
+    last: torch.Tensor
+    extra: dict[str, object]
+
+
+torch.utils._pytree.register_dataclass(Output)
+
+
+def test_nested_containers_are_unpacked_by_emitted_code() -> None:
+    def function(batch: dict[str, object]) -> torch.Tensor:
+        (a, b), c = batch["pair"], batch["rest"][0]  # type: ignore[index,misc]
+        return a + b * c
+
+    def example(rows: int) -> dict[str, object]:
+        return {
+            "pair": (torch.randn(rows, 3), torch.randn(rows, 3)),
+            "rest": [torch.randn(rows, 3)],
+        }
+
+    stitched = compiled(function, example(4))
+    batch = example(7)
+    torch.testing.assert_close(stitched(batch), function(batch))
+    reordered = {"rest": batch["rest"], "pair": batch["pair"]}
+    torch.testing.assert_close(stitched(reordered), function(batch))
+    assert "argument batch has the keys pair" in error_of(lambda: stitched({"pair": batch["pair"]}))
+    assert "must be a tuple, not a list" in error_of(
+        lambda: stitched({**batch, "pair": list(batch["pair"])})  # type: ignore[call-overload]
+    )
+
+
+def test_other_containers_are_compared_by_structure() -> None:
+    stitched = compiled(
+        lambda both: both.first + both.second, Both(torch.randn(4, 3), torch.randn(4, 3))
+    )
+    x = torch.randn(6, 3)
+    torch.testing.assert_close(stitched(Both(x, x)), 2 * x)
+    assert "another structure" in error_of(lambda: stitched((x, x)))
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [
+        lambda y, x: y,
+        lambda y, x: (y,),
+        lambda y, x: [y, (x, None, 3)],
+        lambda y, x: {"y": y, "nested": {"x": [x, "label"]}},
+        lambda y, x: Both(y, x),
+        lambda y, x: Output(y, {"x": x, "n": 1.5}),
+        lambda y, x: (y, y),
+    ],
+)
+def test_a_result_keeps_its_containers(pack: Callable[..., object]) -> None:
+    def function(x: torch.Tensor) -> object:
+        return pack(x + 1, x)
+
+    stitched = compiled(function, torch.randn(4, 3))
+    x = torch.randn(5, 3)
+    actual, expected = stitched(x), function(x)
+    assert type(actual) is type(expected)
+    left, spec = torch.utils._pytree.tree_flatten(actual)
+    right, expected_spec = torch.utils._pytree.tree_flatten(expected)
+    assert spec == expected_spec
+    for a, b in zip(left, right, strict=True):
+        if isinstance(b, torch.Tensor):
+            torch.testing.assert_close(a, b)
+            assert (a is x) == (b is x)
+        else:
+            assert a == b and type(a) is type(b)
+
+
+def test_without_checks_only_values_are_unpacked() -> None:
+    config = piecework.CompilationConfig(backend="eager", stitching_config={"check_inputs": False})
+    stitched = piecework.compile(
+        lambda x, n=3: x.sum() + x.shape[0], (torch.randn(4, 3),), splitting_ops=[], config=config
+    )
+    assert "explain" not in stitched.entry_source.code
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(stitched(x), x.sum() + 5)
