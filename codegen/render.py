@@ -62,22 +62,34 @@ def render(module: ir.Module) -> str:
     for function in (*module.functions, module.entry):
         for stmt in function.body:
             layout.add(stmt)
-    texts = iter(layout.finish())
-    functions = [
-        _function(function, [next(texts) for _ in function.body])
-        for function in (*module.functions, module.entry)
-    ]
     return template.render(
         format_version=FORMAT_VERSION,
         banner=[f"# {_comment(line)}".rstrip() for line in module.banner],
         submods=[f"[{index}] {_comment(name)}" for index, name in enumerate(module.submod_names)],
-        consts=[_const_row(spec) for spec in module.const_specs],
-        imports=module.imports,
-        aliases=[{"code": _alias(alias), "note": _comment(alias.note)} for alias in module.aliases],
-        functions=functions[:-1],
-        entry=functions[-1],
         bound=[_comment(f"{row.name}: {row.description} = {row.path}") for row in module.bound],
+        **render_parts(module, layout.finish()),
     )
+
+
+def render_parts(module: ir.Module, statements: list[str]) -> dict[str, object]:
+    """What every template around functions takes: constants, imports, aliases, functions and the entry.
+
+    ``statements`` are the laid-out statements of all functions, the entry's last.
+    """
+    texts = iter(statements)
+    functions = [
+        _function(function, [next(texts) for _ in function.body])
+        for function in (*module.functions, module.entry)
+    ]
+    return {
+        "consts": [_const_row(spec) for spec in module.const_specs],
+        "imports": module.imports,
+        "aliases": [
+            {"code": _alias(alias), "note": _comment(alias.note)} for alias in module.aliases
+        ],
+        "functions": functions[:-1],
+        "entry": functions[-1],
+    }
 
 
 def _function(function: ir.Function, texts: list[str]) -> str:

@@ -6,8 +6,9 @@ The model's weights are shared, never copied; its Python code does not run again
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 import torch.fx
@@ -25,6 +26,11 @@ from piecework.runtime.entry import Entry
 from piecework.runtime.failures import add_piece_note
 from piecework.runtime.model_tag import current_model_tag
 from piecework.runtime.report import Piece, Report
+
+if TYPE_CHECKING:
+    from piecework.runtime.captured import CapturedModel, MemoryReport
+    from piecework.runtime.graphs.capture import CaptureWatcher
+    from piecework.runtime.graphs.covered import CoverageRow
 
 
 def compile(
@@ -95,6 +101,7 @@ class StitchedModule:
             splitting_ops=splitting_ops,
         )
         self._entry: Entry | None = None
+        self._static: CapturedModel | None = None
         self._call: Callable[..., object] = self._prepare_and_call
 
     # --- use -------------------------------------------------------------------------------------
@@ -158,6 +165,8 @@ class StitchedModule:
         if self._entry is None:
             raise self._not_yet("binding")
         self._entry.rebind()
+        if self._static is not None:
+            self._static.weights_rebound()
 
     def use_edited(self, code: str) -> EditedSource:
         """Run an edited version of the stitching source from now on.
@@ -174,9 +183,81 @@ class StitchedModule:
         if self._entry is None:
             raise self._not_yet("source to edit")
         edited = check_edited(self.source, self.split_gm, code)
+        if self._static is not None:
+            self._static.release()
         self._entry.use_source(edited.code)
         self._call = self._entry.call
         return edited
+
+    def capture(
+        self,
+        sizes: Iterable[int] | None = None,
+        *,
+        memory_budget: int | None = None,
+        progress: bool | CaptureWatcher = True,
+        estimate: bool = True,
+        **options: object,
+    ) -> StitchedModule:
+        """Capture the pieces as static graphs, one set per batch size, and serve later calls from them.
+
+        A call is padded to the next captured size, replayed by emitted source (``static_graphs.source_for``), and trimmed; a
+        batch that no graph covers runs as before. Rows must not depend on rows behind them, except inside splitting ops that
+        know the batch's real size.
+
+        Args:
+            sizes: batch sizes; by default the configuration's ``cudagraph_capture_sizes``, or the usual steps.
+            memory_budget: bytes that the captures may take; sizes that don't fit are dropped.
+            progress: print the memory report and a progress bar; or a watcher of one's own.
+            estimate: measure a few captures first, for the memory report.
+            options: fields of `piecework.runtime.captured.CaptureOptions`.
+
+        Returns:
+            This module.
+
+        Raises:
+            StaticGraphError: the graph can't be captured, or a capture failed; what was captured before it serves.
+            KeyboardInterrupt: Ctrl-C, likewise.
+
+        Example:
+            >>> stitched = piecework.compile(model, (x,)).capture([1, 2, 4, 8])
+            >>> print(stitched.static_graphs.source_for(3))
+        """
+        from piecework.runtime.captured import CaptureOptions, capture_model
+
+        if self._entry is None:
+            raise self._not_yet("graph to capture")
+        if self._static is not None:
+            self._static.release()
+
+        def keep(static: CapturedModel) -> None:
+            self._static = static
+
+        capture_model(
+            self._entry,
+            self._backend,
+            sizes,
+            CaptureOptions(**options),  # type: ignore[arg-type]
+            memory_budget=memory_budget,
+            progress=progress,
+            estimate=estimate,
+            keep=keep,
+        )
+        return self
+
+    @property
+    def static_graphs(self) -> CapturedModel:
+        """The static graphs, after `capture`: coverage, memory, replay source."""
+        if self._static is None:
+            raise BindError("nothing is captured", hint="call capture(sizes) first")
+        return self._static
+
+    def coverage(self, max_num_batched_tokens: int | None = None) -> list[CoverageRow]:
+        """How each batch size runs: captured, padded or uncaptured, and why."""
+        return self.static_graphs.coverage(max_num_batched_tokens)
+
+    def memory_report(self) -> MemoryReport:
+        """What the static graphs were expected to take, and take."""
+        return self.static_graphs.memory_report()
 
     @contextmanager
     def named_pieces(self) -> Iterator[None]:

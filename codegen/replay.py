@@ -1,0 +1,303 @@
+"""From stitching source to replay source. In: a `StitchedSource`, its graph, and what was captured of each piece. Out: a straight-line function that replays one descriptor.
+
+Nothing is executed, and no tensor is touched; every place where the text relies on memory staying put is checked against the capture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch.fx
+
+from piecework.codegen import ir
+from piecework.codegen.layout import Layout
+from piecework.codegen.names import NameTable
+from piecework.codegen.render import FORMAT_VERSION, environment, render_parts
+from piecework.codegen.replay_check import ReplayProof, verify_replay
+from piecework.codegen.replay_plan import (
+    Buffer,
+    Frozen,
+    Held,
+    HeldBack,
+    HeldBuffer,
+    HeldInput,
+    HeldOutput,
+    HeldReplay,
+    HeldStage,
+    InPlace,
+    PieceFacts,
+    ReplayFacts,
+    ReplaySource,
+    Staged,
+)
+from piecework.codegen.source import StitchedSource
+from piecework.errors import EmitError
+
+REPLAY_NAME = "replay"
+
+
+def generate_replay(
+    source: StitchedSource, split_gm: torch.fx.GraphModule, facts: ReplayFacts
+) -> tuple[ReplaySource, ReplayProof]:
+    """Emit the replay function of one captured descriptor and prove it against the stitching graph.
+
+    The function takes the tuple of inputs that are staged, and returns what ``execution_fn`` returns for the captured
+    size: static memory, which the next replay overwrites.
+
+    Raises:
+        EmitError: the capture does not fit the graph: a piece reads memory that is not its operand's.
+    """
+    plan = _Planner(source, facts)
+    module = plan.module()
+    text = _render(module, plan, facts)
+    emitted = ReplaySource(text, plan.held, source.consts, module)
+    return emitted, verify_replay(emitted, source, split_gm, facts)
+
+
+class _Planner:
+    """Rewrites the stitching plan: calls of pieces become replays, what they return is held."""
+
+    def __init__(self, source: StitchedSource, facts: ReplayFacts) -> None:
+        stitched = source.module
+        if len(facts.pieces) != len(source.submod_names):
+            raise EmitError(
+                f"{len(facts.pieces)} pieces were captured, the graph has {len(source.submod_names)}"
+            )
+        self.source, self.facts = source, facts
+        taken = {"torch", REPLAY_NAME, "execution_fn", *(row.name for row in stitched.bound)}
+        taken |= {alias.name for alias in stitched.aliases}
+        taken |= {function.name for function in stitched.functions}
+        taken |= {parameter.name for parameter in stitched.entry.parameters}
+        for stmt in stitched.entry.body:
+            taken |= set(_targets(stmt))
+        taken |= {module.partition(".")[0] for module in stitched.imports}
+        self.names = NameTable(frozenset(taken))
+        self.held: dict[str, Held] = {}
+        self.stage = self.names.claim("stage")
+        self.inputs = self.names.claim("inputs")
+        self.buffers: dict[tuple[int, int], str] = {}
+        self.live: set[str] = set()
+        self._lists: set[str] = {row.name for row in stitched.bound}
+
+    def module(self) -> ir.Module:
+        stitched = self.source.module
+        body = list(self._body(stitched.entry.body))
+        used = _names_in([*body])
+        for name in [*self.facts.staged, *self.facts.places]:
+            if name in used:
+                self.held[name] = HeldInput(name)
+        entry = ir.Function(REPLAY_NAME, (ir.Parameter(self.inputs),), tuple(body), False)
+        return replace(stitched, entry=entry, submod_names=(), bound=())
+
+    def _body(self, body: tuple[ir.Stmt, ...]) -> Iterator[ir.Stmt]:
+        if self.facts.staged:
+            self.held[self.stage] = HeldStage()
+            what = ", ".join(self.facts.staged)
+            note = f"inputs: {what}, padded to {self.facts.tokens}"
+            yield _call(self.stage, (ir.Name(self.inputs),), note)
+        for stmt in body:
+            match stmt:
+                case ir.CallSubmod():
+                    yield from self._piece(stmt)
+                case ir.CallInlined(passes_submods=True):
+                    raise EmitError(
+                        f"function {stmt.function} calls pieces itself, which has no replay form",
+                        where=stmt.origin.source or stmt.function,
+                        hint="inline the nested graph, or run it uncaptured",
+                    )
+                case ir.Delete(names):
+                    kept = tuple(name for name in names if name in self.live)
+                    if kept:
+                        yield ir.Delete(kept)
+                case _:
+                    self.live.update(_targets(stmt))
+                    yield stmt
+
+    def _piece(self, stmt: ir.CallSubmod) -> Iterator[ir.Stmt]:
+        index, facts = stmt.index, self.facts.pieces[stmt.index]
+        submod = self.source.submod_names[index]
+        if facts.eager_reason is not None:
+            name = self.names.claim(submod)
+            self.held[name] = HeldReplay(index)
+            self.live.update(stmt.targets)
+            note = f"{stmt.origin.module}: runs uncaptured: {facts.eager_reason}"
+            yield ir.CallFunction(
+                stmt.targets,
+                stmt.unpack,
+                ir.Global(name),
+                stmt.arguments,
+                _noted(note.removeprefix(": ")),
+            )
+            return
+        leaves = leaves_of(stmt.arguments, submod)
+        for number, buffer in enumerate(facts.buffers):
+            yield self._fill(index, number, buffer, leaves)
+        replay = self.names.claim(f"replay_{index}")
+        self.held[replay] = HeldReplay(index)
+        yield _call(replay, (), _reads(stmt, facts, leaves))
+        for number, buffer in enumerate(facts.buffers):
+            if buffer.writes_back:
+                yield self._bring_back(index, number, buffer, leaves)
+        for element, target in enumerate(stmt.targets):
+            self.held[target] = HeldOutput(index, element if stmt.unpack else None)
+
+    def _fill(
+        self, index: int, number: int, buffer: Buffer, leaves: tuple[ir.Expr, ...]
+    ) -> ir.Stmt:
+        submod = self.source.submod_names[index]
+        values = tuple(leaves[leaf] for leaf in buffer.leaves)
+        note = f"fresh tensor: address policy {self.facts.policy!r} stages it for {submod}"
+        if buffer.plain:
+            name = self.names.claim(f"{submod}_in_{buffer.leaves[0]}")
+            target: ir.Stmt = ir.CallMethod(
+                (), False, ir.Name(name), "copy_", ir.Arguments(values), _noted(note)
+            )
+        else:
+            name = self.names.claim(f"stage_{submod}_in_{buffer.leaves[0]}")
+            target = _call(name, values, note)
+        self.held[name] = HeldBuffer(index, number)
+        self.buffers[index, number] = name
+        return target
+
+    def _bring_back(
+        self, index: int, number: int, buffer: Buffer, leaves: tuple[ir.Expr, ...]
+    ) -> ir.Stmt:
+        submod = self.source.submod_names[index]
+        values = tuple(leaves[leaf] for leaf in buffer.leaves)
+        note = f"{submod} changed it in place"
+        if buffer.plain:
+            copied = ir.Arguments((ir.Name(self.buffers[index, number]),))
+            return ir.CallMethod((), False, values[0], "copy_", copied, _noted(note))
+        name = self.names.claim(f"bring_back_{submod}_in_{buffer.leaves[0]}")
+        self.held[name] = HeldBack(index, number)
+        return _call(name, values, note)
+
+
+def leaves_of(arguments: ir.Arguments, submod: str) -> tuple[ir.Expr, ...]:
+    """The leaves of a piece's arguments, in the order in which a capture flattens them.
+
+    Raises:
+        EmitError: an argument is a container of another kind than list or tuple, or is passed by keyword.
+    """
+    if arguments.kwargs:
+        raise EmitError("a piece is called with keywords, which has no replay form", where=submod)
+
+    def walk(expr: ir.Expr) -> Iterator[ir.Expr]:
+        match expr:
+            case ir.TupleExpr(items) | ir.ListExpr(items):
+                for item in items:
+                    yield from walk(item)
+            case ir.Name() | ir.Literal() | ir.Const() | ir.Global():
+                yield expr
+            case _:
+                raise EmitError(
+                    f"a piece takes a {type(expr).__name__}, which has no replay form", where=submod
+                )
+
+    return tuple(leaf for arg in arguments.args for leaf in walk(arg))
+
+
+def _reads(stmt: ir.CallSubmod, facts: PieceFacts, leaves: tuple[ir.Expr, ...]) -> str:
+    """What the replay reads, and who keeps it in place, for the comment above it."""
+    if len(facts.reads) != len(leaves):
+        raise EmitError(
+            f"piece {stmt.index} was captured with {len(facts.reads)} arguments, the graph passes {len(leaves)}"
+        )
+    owners: dict[str, list[str]] = {}
+    for leaf, read in zip(leaves, facts.reads, strict=True):
+        match read:
+            case InPlace(owner=owner) if isinstance(leaf, ir.Name):
+                owners.setdefault(owner, []).append(leaf.id)
+            case Staged():
+                owners.setdefault("staged", []).append(getattr(leaf, "id", "a constant"))
+            case InPlace() | Frozen():
+                pass
+    shown = [f"{owner}: {', '.join(names)}" for owner, names in owners.items() if owner != "weight"]
+    weights = len(owners.get("weight", ()))
+    shown += [f"{weights} weight{'s' * (weights != 1)}"] if weights else []
+    head = stmt.origin.module or f"piece {stmt.index}"
+    return f"{head}  reads {'; '.join(shown) or 'nothing'}"
+
+
+def _call(name: str, args: tuple[ir.Expr, ...], note: str) -> ir.Stmt:
+    return ir.CallFunction((), False, ir.Global(name), ir.Arguments(args), _noted(note))
+
+
+def _noted(note: str) -> ir.Origin:
+    return ir.Origin(module=_one_line(note))
+
+
+def _one_line(text: str) -> str:
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def _targets(stmt: ir.Stmt) -> tuple[str, ...]:
+    match stmt:
+        case ir.GetItem(target=target) | ir.GetAttr(target=target) | ir.Infix(target=target):
+            return () if target is None else (target,)
+        case ir.Delete() | ir.Return():
+            return ()
+        case _:
+            return stmt.targets
+
+
+def _names_in(part: object) -> set[str]:
+    """Names that statements read."""
+    if isinstance(part, ir.Name):
+        return {part.id}
+    if isinstance(part, (tuple, list)):
+        return {name for each in part for name in _names_in(each)}
+    fields = getattr(part, "__dataclass_fields__", None)
+    return {n for f in fields for n in _names_in(getattr(part, f))} if fields else set()
+
+
+# --- text ------------------------------------------------------------------------------------------
+
+
+def _render(module: ir.Module, plan: _Planner, facts: ReplayFacts) -> str:
+    layout = Layout()
+    for function in (*module.functions, module.entry):
+        for stmt in function.body:
+            layout.add(stmt)
+    parts = render_parts(module, layout.finish())
+    return (
+        environment()
+        .get_template("replay.py.jinja")
+        .render(
+            format_version=FORMAT_VERSION,
+            banner=[
+                *map(_one_line, facts.banner),
+                f"graphs: {facts.title}, address policy: {facts.policy}",
+            ],
+            held=list(_rows(plan)),
+            consts=parts["consts"],
+            imports=parts["imports"],
+            aliases=parts["aliases"],
+            sizes=[f"{name} = {value}" for name, value in facts.sizes.items()],
+            functions=parts["functions"],
+            entry=parts["entry"],
+        )
+    )
+
+
+def _rows(plan: _Planner) -> Iterator[str]:
+    """One line for each held name, outputs of a piece together."""
+    outputs: dict[int, list[str]] = {}
+    submods = plan.source.submod_names
+    for name, held in plan.held.items():
+        match held:
+            case HeldOutput(piece):
+                outputs.setdefault(piece, []).append(name)
+            case HeldStage():
+                yield f"{name}: copies {', '.join(plan.facts.staged)} into persistent buffers"
+            case HeldBuffer(piece) | HeldBack(piece):
+                yield f"{name}: static buffer of {submods[piece]}"
+            case HeldReplay(piece):
+                eager = plan.facts.pieces[piece].eager_reason is not None
+                yield f"{name}: {'' if eager else 'static graph of '}{submods[piece]}"
+            case HeldInput():
+                kind = "persistent buffer" if name in plan.facts.staged else "weight"
+                yield f"{name}: {kind}"
+    for piece, names in outputs.items():
+        yield f"{', '.join(names)}: output of {submods[piece]}"
