@@ -96,13 +96,15 @@ def support_torch_compile(
     """
     if enable_if is not None and not callable(enable_if):
         raise ConfigError("enable_if must be callable with a configuration", where="enable_if")
-    support = Support(dynamic_arg_dims, mark_unbacked_dims, enable_if)
 
     def decorate(kind: ModuleClass) -> ModuleClass:
         _require_module_class(kind, "support_torch_compile")
         # Found wrong here, the declaration is an error at import and not at the first request.
         dims_of(kind.forward, dynamic_arg_dims, mark_unbacked_dims, owner=kind)
-        setattr(kind, _SUPPORT, support)
+        declared = (
+            None if each is None else dict(each) for each in (dynamic_arg_dims, mark_unbacked_dims)
+        )
+        setattr(kind, _SUPPORT, Support(*declared, enable_if))
         _take_config_keyword(kind)
         if not hasattr(kind.__call__, _SUPPORT):
             kind.__call__ = _compiling_call(kind.__call__)  # type: ignore[method-assign]
@@ -229,7 +231,7 @@ def _compiling_call(original: Callable[..., object]) -> Callable[..., object]:
             return original(self, *args, **kwargs)
         state = self.__dict__.get(_STATE)
         if state is None or state.model is not self or state.call is None:
-            return _first_call(self, original, args, kwargs)
+            state = _at_first_call(self, original, args, kwargs)
         try:
             return state.call(*args, **kwargs)
         except Exception as error:
@@ -241,19 +243,19 @@ def _compiling_call(original: Callable[..., object]) -> Callable[..., object]:
     return __call__
 
 
-def _first_call(
+def _at_first_call(
     model: torch.nn.Module,
     original: Callable[..., object],
     args: tuple[object, ...],
     kwargs: Mapping[str, object],
-) -> object:
-    state = vars(model).get(_STATE)
-    if state is None or state.model not in (None, model):  # unpickled bare, or a shallow copy
-        state = vars(model)[_STATE] = _State(state.tag if state is not None else None)
+) -> _State:
+    state = vars(model).setdefault(_STATE, _State())
+    if state.model not in (None, model):  # a shallow copy has the original's
+        state = vars(model)[_STATE] = _State(state.tag)
     with state.lock:
         if state.call is None:
             _compile(state, model, original, args, kwargs)
-    return model(*args, **kwargs)
+    return state
 
 
 def _compile(
@@ -266,7 +268,7 @@ def _compile(
     """Fill ``state``; on an exception it is as before, and the next call tries again."""
     config = _config_of(model)
     support = _support_of(type(model))
-    plain = functools.partial(original, model)
+    plain = _without_decorator(model, original)
     if (
         support.ignored
         or config.mode is CompilationMode.NONE
@@ -275,11 +277,26 @@ def _compile(
         state.call, state.model = plain, model
         return
     stock = config.mode is CompilationMode.STOCK_TORCH_COMPILE
-    made = _compiled(model, support, config, state.tag, args, kwargs, plain if stock else model)
+    # What a subclass's own __call__ does around this one happens at each call, so it is not traced.
+    whole = not stock and hasattr(type(model).__call__, _SUPPORT)
+    made = _compiled(model, support, config, state.tag, args, kwargs, model if whole else plain)
     state.made, state.model = made, model
     # The emitted entry itself, unless each call has more to do than it says.
     direct = not stock and not config.dynamic_shapes_config.evaluate_guards
     state.call = made.entry if direct else made
+
+
+def _without_decorator(
+    model: torch.nn.Module, original: Callable[..., object]
+) -> Callable[..., object]:
+    """The call that the decorator replaced, with the name and the parameters of ``forward``."""
+
+    def plain(*args: object, **kwargs: object) -> object:
+        return original(model, *args, **kwargs)
+
+    plain.__qualname__ = type(model).__name__
+    plain.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
+    return plain
 
 
 def _compiled(
@@ -292,7 +309,7 @@ def _compiled(
     traced: Callable[..., object],
 ) -> StitchedModule:
     dims = dims_of(
-        type(model).forward,
+        model.forward,
         support.dynamic_arg_dims,
         support.mark_unbacked_dims,
         owner=type(model),

@@ -63,7 +63,7 @@ def dims_of(
         ConfigError: a name is no parameter, a dimension is no int, or nothing is declared or annotated.
     """
     where = f"{owner.__qualname__}.forward" if owner is not None else forward.__qualname__
-    parameters = parameters_of(forward)
+    parameters = _parameters_of(forward, owner)
     if dynamic is None:
         reading = read_annotations(forward, owner)
         chosen = {name: (0,) for name in parameters if reading.counts(name)}
@@ -85,13 +85,15 @@ def dims_of(
     )
 
 
-def parameters_of(forward: Callable[..., object]) -> dict[str, inspect.Parameter]:
-    """The parameters of ``forward`` by name, without ``self``."""
+def _parameters_of(
+    forward: Callable[..., object], owner: type | None
+) -> dict[str, inspect.Parameter]:
+    """The parameters of ``forward`` by name, without the instance's."""
     found = dict(inspect.signature(forward).parameters)
-    if not inspect.ismethod(forward) and found:
-        first = next(iter(found))
-        if first == "self":
-            del found[first]
+    first = next(iter(found), None)
+    unbound = forward is getattr(owner, "forward", None) or first == "self"
+    if first is not None and unbound and not inspect.ismethod(forward):
+        del found[first]
     return found
 
 

@@ -421,7 +421,7 @@ def test_torch_compile_around_a_decorated_module_traces_the_model() -> None:
     assert stitched_of(model) is None
 
 
-def test_an_own_call_is_kept() -> None:
+def test_an_own_call_stays_around_what_is_compiled() -> None:
     calls: list[int] = []
 
     @support_torch_compile
@@ -434,13 +434,42 @@ def test_an_own_call_is_kept() -> None:
     class Logged(Counts):
         def __call__(self, *args: object, **kwargs: object) -> object:
             calls.append(1)
-            return super().__call__(*args, **kwargs)
+            return super().__call__(*args, **kwargs) * 10
 
     model = Logged()
+    model.register_forward_hook(lambda module, args, result: result + 5)
     with counters.expect(num_graphs_seen=1):
         for batch in (2, 3):
-            same(model, torch.randn(batch))
-    assert len(calls) >= 2
+            x = torch.randn(batch)
+            torch.testing.assert_close(model(x), (x + 6) * 10)
+    assert calls == [1, 1]
+    assert stitched(model).source.module.banner[0] == "model: Logged"
+
+
+def test_a_forward_put_on_the_instance_is_what_is_compiled() -> None:
+    model = Model()
+    plain = model.forward
+
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return plain(x) * 2
+
+    model.forward = twice  # type: ignore[method-assign]
+    with counters.expect(num_graphs_seen=1):
+        for batch in (2, 5):
+            same(model, torch.randn(batch, 8))
+
+
+def test_the_instance_may_have_any_name_in_forward() -> None:
+    @support_torch_compile
+    class Odd(nn.Module):
+        compilation_config = EAGER
+
+        def forward(this, x: torch.Tensor) -> torch.Tensor:
+            return x + 1
+
+    same(Odd(), torch.randn(3))
+    with pytest.raises(ConfigError, match="names 'this'"):
+        support_torch_compile(dynamic_arg_dims={"this": 0})(Odd)
 
 
 def test_forward_hooks_that_are_there_at_the_first_call_are_compiled_in() -> None:
