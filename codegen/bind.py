@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import linecache
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FunctionType
 
 from piecework.codegen.render import numbered
@@ -79,14 +79,28 @@ def execute_source(
     return function
 
 
+class _Lines(list[str]):
+    """Lines in linecache, and the functions that were made from them: the same text may be bound more than once."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        super().__init__(lines)
+        self.functions: weakref.WeakSet[FunctionType] = weakref.WeakSet()
+
+
 def _show_in_tracebacks(filename: str, code: str, function: FunctionType) -> None:
-    """Register ``code`` with linecache for as long as ``function`` lives."""
-    entry = (len(code), None, code.splitlines(keepends=True), filename)
-    linecache.cache[filename] = entry
+    """Register ``code`` with linecache for as long as a function made from it lives."""
+    known = linecache.cache.get(filename)
+    lines = known[2] if known is not None and len(known) == 4 else None
+    if not isinstance(lines, _Lines):
+        lines = _Lines(code.splitlines(keepends=True))
+        linecache.cache[filename] = (len(code), None, lines, filename)
+    lines.functions.add(function)
+    weakref.finalize(function, _forget, filename, lines)
 
-    def forget() -> None:
-        # Another function may have been made from the same text meanwhile.
-        if linecache.cache.get(filename) is entry:
-            del linecache.cache[filename]
 
-    weakref.finalize(function, forget)
+def _forget(filename: str, lines: _Lines) -> None:
+    entry = linecache.cache.get(filename)
+    # A dying function may still count in len(); iterating skips it.
+    alive = any(True for _ in lines.functions)
+    if not alive and entry is not None and len(entry) == 4 and entry[2] is lines:
+        del linecache.cache[filename]

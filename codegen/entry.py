@@ -158,7 +158,7 @@ class _Writer:
         assert parameter.default is not None
         value = parameter.default.value
         if is_inline_literal(value):
-            return literal_text(value)
+            return str(literal_text(value))
         return self._const(f"default_{parameter.name}", value)
 
     def _forwarded(self) -> str:
@@ -178,7 +178,7 @@ class _Writer:
     def _const(self, wish: str, value: object) -> str:
         name = self.names.claim(wish)
         self.consts[name] = value
-        return name
+        return str(name)
 
     # --- check_inputs --------------------------------------------------------------------------------
 
@@ -363,12 +363,12 @@ class _Writer:
             case FromLeaf(index):
                 return self.leaves[index]
             case FromOutput(index):
-                return outputs[index]
+                return str(outputs[index])
             case FromWeights(index):
                 return f"weights[{index}]"
             case FromConst(value):
                 if is_inline_literal(value):
-                    return literal_text(value)
+                    return str(literal_text(value))
                 return self._const("fixed", value)
             case FromItems(kind, keys, children):
                 return _container(kind, keys, [self._packed(child, outputs) for child in children])

@@ -365,6 +365,8 @@ def same_constant(left: object, right: object) -> bool:
     """The same object, or two that nothing but identity can tell apart: equal type and bits."""
     if left is right:
         return True
+    if isinstance(left, torch.fx.GraphModule) and isinstance(right, torch.fx.GraphModule):
+        return same_program(left, right)
     if type(left) is not type(right):
         return False
     if isinstance(left, float) and isinstance(right, float):
@@ -374,3 +376,44 @@ def same_constant(left: object, right: object) -> bool:
     if type(left) in (int, bool, str, bytes, torch.device, torch.Size):
         return bool(left == right)
     return False
+
+
+def same_program(left: torch.fx.GraphModule, right: torch.fx.GraphModule) -> bool:
+    """Two graphs, node by node: the same operations on the same operands, equal constants, the very same tensors."""
+    ours, theirs = list(left.graph.nodes), list(right.graph.nodes)
+    plain = not (left._forward_hooks or left._forward_pre_hooks or left.training != right.training)
+    plain = plain and not (right._forward_hooks or right._forward_pre_hooks)
+    if not plain or len(ours) != len(theirs):
+        return False
+    number = {node: Input(index) for index, node in enumerate(ours)}
+    values = {node: Input(index) for index, node in enumerate(theirs)}
+    for one, two in zip(ours, theirs, strict=True):
+        if one.op != two.op or list(one.kwargs) != list(two.kwargs):
+            return False
+        if one.op in ("get_attr", "call_module"):
+            first = attribute_of(left, str(one.target))
+            if not same_constant(first, attribute_of(right, str(two.target))):
+                return False
+        elif one.op == "placeholder":
+            if str(one.target).startswith("*") or str(two.target).startswith("*"):
+                return False
+        elif one.op == "call_method":
+            if one.target != two.target:
+                return False
+        elif one.op == "call_function" and one.target is not two.target:
+            return False
+        if not _same_arguments(one, number, two, values):
+            return False
+    return True
+
+
+def _same_arguments(
+    one: torch.fx.Node,
+    ours: Mapping[torch.fx.Node, Value],
+    two: torch.fx.Node,
+    theirs: Mapping[torch.fx.Node, Value],
+) -> bool:
+    matcher = _Matcher("", TextTrace(), (), {})
+    left = matcher._converted([*one.args, *one.kwargs.values()], ours)
+    right = matcher._converted([*two.args, *two.kwargs.values()], theirs)
+    return matcher._same(left, right)

@@ -17,8 +17,15 @@ import pytest
 import torch
 import torch.fx
 
-from piecework.codegen import LowerOptions, StitchedSource, compile_execution_fn, generate_source
+from piecework.codegen import (
+    LowerOptions,
+    StitchedSource,
+    compile_execution_fn,
+    generate_source,
+    verify,
+)
 from piecework.codegen.layout import format_source
+from piecework.errors import EmitError
 from piecework.golden.cases import Case, LoadedCase
 from piecework.golden.execute import differences
 
@@ -680,3 +687,37 @@ def test_emission_is_the_same_from_many_threads() -> None:
     for thread in threads:
         thread.join()
     assert len(texts) == 4 and len(set(texts)) == 1
+
+
+def test_equal_layers_with_subgraphs_of_their_own_share_a_function() -> None:
+    """A branch is a constant; two branches that are the same program are the same constant."""
+
+    def branch(function: Callable[..., object]) -> torch.fx.GraphModule:
+        return inner_graph(lambda g, a: (g.call_function(function, (a,)),), "a")
+
+    def layer(first: Callable[..., object]) -> torch.fx.GraphModule:
+        root = torch.nn.Module()
+        root.yes, root.no = branch(first), branch(torch.cos)
+        graph = torch.fx.Graph()
+        x = graph.placeholder("x")
+        positive = graph.call_method("gt", (graph.call_method("sum", (x,)), 0))
+        chosen = graph.call_function(
+            torch.ops.higher_order.cond,
+            (positive, graph.get_attr("yes"), graph.get_attr("no"), (x,)),
+        )
+        graph.output((graph.call_function(operator.getitem, (chosen, 0)), chosen))
+        return torch.fx.GraphModule(root, graph)
+
+    root = torch.nn.Module()
+    root.one, root.two, root.other = layer(torch.sin), layer(torch.sin), layer(torch.tanh)
+    gm = graph_of(
+        lambda g, x: [g.call_module(name, (x,)) for name in ("one", "two", "other")], "x", root=root
+    )
+    source = same(gm, (X,), (-X,))
+    assert source.code.count("def ") == 3 and "shared by 2 submodules" in source.code
+    # What a branch does is part of the proof.
+    consts = list(source.consts)
+    at = next(i for i, value in enumerate(consts) if value is root.one.yes)
+    consts[at] = branch(torch.tan)
+    with pytest.raises(EmitError, match="differs from the graph"):
+        verify(source, gm, consts=consts)
