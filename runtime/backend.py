@@ -166,7 +166,7 @@ class PieceworkBackend:
             self.split_gm, self.piecewise_graphs = split_graph(graph, ops)
             if self.compiler_manager.may_share_names():
                 self.named_ops = share_layer_names(self.split_gm, self.piecewise_graphs)
-        trace.artifact("config", lambda: self.config.model_dump_json(indent=2))
+        trace.artifact("config", lambda: repr(self.config))
         trace.artifact("split_graph", lambda: readable_graph(self.split_gm))
         self.dump.split(self.split_gm, self.piecewise_graphs)
         counters.num_piecewise_graphs_seen += len(self.piecewise_graphs)

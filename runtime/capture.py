@@ -276,6 +276,7 @@ def _frame(line: str) -> str:
 
 # --- inputs ----------------------------------------------------------------------------------------
 
+_SIZE_SOURCE = re.compile(r"(?P<tensor>.+)\.size\(\)\[(?P<dim>\d+)\]")
 _MARKS = ("_dynamo_dynamic_indices", "_dynamo_unbacked_indices", "_dynamo_static_indices")
 
 
@@ -428,6 +429,9 @@ def _size_or_int(
         leaf, dim = sizes[symbol]
         return Size(leaf, dim, name)
     source = torch_compat.placeholder_source(node)
+    read = _SIZE_SOURCE.fullmatch(source)
+    if read is not None and read["tensor"] in sources:  # a size that the trace fixed to a number
+        return Size(sources[read["tensor"]], int(read["dim"]), name)
     leaf = sources.get(source)
     if leaf is not None and type(leaves[leaf]) is int:
         return Argument(leaf, names[leaf])

@@ -48,6 +48,7 @@ class CompilationMode(enum.IntEnum):
 class DynamicShapesType(enum.StrEnum):
     """How Dynamo represents a dynamic dimension."""
 
+    AUTO = "auto"
     BACKED = "backed"
     UNBACKED = "unbacked"
     BACKED_SIZE_OBLIVIOUS = "backed_size_oblivious"
@@ -118,8 +119,9 @@ class DynamicShapesConfig(FrozenModel):
     """How dynamic dimensions are traced and what is done with the guards on them."""
 
     type: Annotated[DynamicShapesType, KEY] = Field(
-        DynamicShapesType.BACKED,
-        description="`backed`: ordinary symbols with a hint; `unbacked`: no hint, so nothing can be "
+        DynamicShapesType.AUTO,
+        description="`auto`: the first dimension of each tensor for every size, if nothing is marked and the model "
+        "allows it, else `backed`; `backed`: ordinary symbols with a hint; `unbacked`: no hint, so nothing can be "
         "specialised; `backed_size_oblivious`: a hint, but sizes 0 and 1 are not special.",
     )
     evaluate_guards: Annotated[bool, KEY] = Field(

@@ -146,7 +146,8 @@ def test_a_failure_names_the_piece_and_keeps_it(picky: CompilationConfig, monkey
     # ... and once the compiler is mended it runs, with the piece's results.
     monkeypatch.setattr(Picky, "refuses", "")
     (result,) = compile_again(space["Piece"](), *parts, picky, space["COMPILE_RANGE"])  # type: ignore[operator, arg-type, misc]
-    assert result.shape == (4, 8) and result.dtype == torch.float32
+    # A size traced for every batch has no example; the reproducer takes a small one.
+    assert result.shape[1:] == (8,) and result.dtype == torch.float32
 
 
 def test_a_failure_leaves_nothing_behind(picky: CompilationConfig, monkeypatch) -> None:  # type: ignore[no-untyped-def]

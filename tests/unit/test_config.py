@@ -86,7 +86,7 @@ def test_defaults():
     assert config.backend == "inductor"
     assert config.splitting_ops is None and config.cudagraph_capture_sizes is None
     assert config.cudagraph_mode is CUDAGraphMode.NONE
-    assert config.dynamic_shapes_config.type is DynamicShapesType.BACKED
+    assert config.dynamic_shapes_config.type is DynamicShapesType.AUTO
     assert all(getattr(config.stitching_config, name) for name in StitchingConfig.model_fields)
 
 

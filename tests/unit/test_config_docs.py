@@ -48,7 +48,8 @@ def test_rows_show_what_a_file_would_hold():
     assert rows["compile_sizes"].type == 'list of int or "cudagraph_capture_sizes"'
     assert rows["cache_dir"].type == "path or none" and rows["cache_dir"].default == "none"
     assert rows["pass_config.clean_up"].default == "true"
-    assert rows["dynamic_shapes_config.type"].type == "backed or unbacked or backed_size_oblivious"
+    shapes = "auto or backed or unbacked or backed_size_oblivious"
+    assert rows["dynamic_shapes_config.type"].type == shapes
     assert rows["cudagraph_capture_sizes"].role.startswith("no: ")
 
 

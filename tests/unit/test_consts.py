@@ -66,7 +66,7 @@ def test_literals(value: object) -> None:
         object(),
         int,
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_constants(value: object) -> None:
     assert not is_inline_literal(value)
