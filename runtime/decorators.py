@@ -22,8 +22,10 @@ from piecework.runtime.dynamic_dims import DimsByName, dims_of, marked
 from piecework.runtime.failures import add_piece_note
 from piecework.runtime.model_tag import (
     ModelTag,
+    compilation_complete,
     current_model_tag,
     model_tag_is_set,
+    set_on_compilation_complete,
     use_model_tag,
 )
 from piecework.runtime.modes import UnstitchedModule, compile_with_mode
@@ -279,11 +281,20 @@ def _compile(
     stock = config.mode is CompilationMode.STOCK_TORCH_COMPILE
     # What a subclass's own __call__ does around this one happens at each call, so it is not traced.
     whole = not stock and hasattr(type(model).__call__, _SUPPORT)
-    made = _compiled(model, support, config, state.tag, args, kwargs, model if whole else plain)
+    with set_on_compilation_complete(_tell_nobody):
+        made = _compiled(model, support, config, state.tag, args, kwargs, model if whole else plain)
     state.made, state.model = made, model
     # The emitted entry itself, unless each call has more to do than it says.
     direct = not stock and not config.dynamic_shapes_config.evaluate_guards
     state.call = made.entry if direct else made
+    if (
+        not stock
+    ):  # told now that the instance holds what was compiled; torch compiles in the call that follows
+        compilation_complete()
+
+
+def _tell_nobody() -> None:
+    """The callback while an instance does not hold yet what was compiled for it."""
 
 
 def _without_decorator(

@@ -176,20 +176,30 @@ class UnstitchedModule(StitchedModule):
             model
         )  # its backend stays empty: whatever asks for what was made gets `_not_yet`
         self.config = config
+        self._marks: list[dict[str, object]] = []
         self._call = model if config.mode is CompilationMode.NONE else self._compile_and_call
 
     def prepare(self, *args: object, **kwargs: object) -> None:
-        """Mode NONE: nothing to do. STOCK_TORCH_COMPILE: run once on these arguments, which is when torch compiles."""
-        if self.config.mode is not CompilationMode.NONE:
-            self(*args, **kwargs)
+        """Mode NONE: nothing to do. STOCK_TORCH_COMPILE: keep the marks on these arguments for torch, which compiles at
+        the first call."""
+        if self._call == self._compile_and_call:
+            leaves = pytree.tree_leaves((args, kwargs))
+            with tracing_shapes(self.config.dynamic_shapes_config.type, leaves):
+                self._marks = [dict(vars(t)) if isinstance(t, torch.Tensor) else {} for t in leaves]
 
     def rebind(self) -> None:
         """Nothing is bound: the model's weights are read at each call."""
 
     def _compile_and_call(self, *args: object, **kwargs: object) -> object:
-        compiled = _stock(self.model, self.config, (args, kwargs))
         kind = self.config.dynamic_shapes_config.type
-        with tracing_shapes(kind, (args, kwargs)):
+        leaves = pytree.tree_leaves((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        with unmarked_afterwards(tensors), tracing_shapes(kind, leaves):
+            if len(self._marks) == len(leaves):
+                for leaf, marks in zip(leaves, self._marks, strict=True):
+                    if isinstance(leaf, torch.Tensor):
+                        vars(leaf).update(marks)
+            compiled = _stock(self.model, self.config, tensors)
             result = compiled(*args, **kwargs)
         oblivious = (
             kind is DynamicShapesType.BACKED_SIZE_OBLIVIOUS
@@ -217,11 +227,10 @@ def _in_context(
 
 
 def _stock(
-    model: Callable[..., object], config: CompilationConfig, arguments: object
+    model: Callable[..., object], config: CompilationConfig, tensors: Sequence[torch.Tensor]
 ) -> Callable[..., object]:
     """``torch.compile`` of ``model`` with the configured backend; all dimensions are dynamic unless some are marked."""
-    leaves = pytree.tree_leaves(arguments)
-    marked = any(isinstance(t, torch.Tensor) and torch_compat.marked_dims(t) for t in leaves)
+    marked = any(torch_compat.marked_dims(tensor) for tensor in tensors)
     options = dict(config.inductor_compile_config) if config.backend == "inductor" else {}
     # Dynamo caches by code object; one of its own keeps models independent of each other.
     entry = types.FunctionType(

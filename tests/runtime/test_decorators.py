@@ -551,6 +551,21 @@ def test_completion_is_told_once_per_instance() -> None:
     assert heard == [1]
 
 
+def test_what_the_callback_raises_leaves_the_call_and_the_instance_is_compiled() -> None:
+    def fail() -> None:
+        raise ValueError("not now")
+
+    model = Model()
+    with (
+        set_on_compilation_complete(fail),
+        counters.expect(num_graphs_seen=1),
+        pytest.raises(ValueError, match="not now"),
+    ):
+        model(torch.randn(4, 8))
+    with counters.expect(num_graphs_seen=0):
+        same(model, torch.randn(5, 8))
+
+
 def test_a_failure_in_a_piece_carries_the_piece() -> None:
     @piecework.splitting_op("decorators::fails")
     def fails(x: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from piecework import CompilationConfig, counters, support_torch_compile
 from piecework.errors import BindError, ConfigError, InputError, PieceCompileError
 from piecework.runtime import torch_compat
 from piecework.runtime.decorators import stitched_of
+from piecework.runtime.model_tag import set_on_compilation_complete
 from piecework.runtime.modes import ModeModule, UnstitchedModule
 
 SHAPES = ("backed", "unbacked", "backed_size_oblivious")
@@ -98,6 +99,33 @@ def test_mode_none_runs_the_models_python_each_time() -> None:
     made(torch.randn(2))
     made(torch.randn(3))
     assert seen == [2, 3]
+
+
+def test_stock_runs_nothing_on_example_arguments_and_keeps_their_marks() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls.add_(1)
+            return x + 1
+
+    model, example = Counts(), torch.randn(4, 8)
+    torch._dynamo.mark_dynamic(example, 0)
+    heard: list[int] = []
+    with set_on_compilation_complete(lambda: heard.append(1)):
+        made = piecework.compile(model, (example,), config=config(mode=1))
+        assert (model.calls, heard) == (0, [])
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for batch in (5, 3, 7):
+                x = torch.randn(batch, 8)
+                torch.testing.assert_close(made(x), x + 1)
+                assert not vars(x)
+    assert (model.calls, heard) == (3, [1])
+    decorated = support_torch_compile(Counts)(compilation_config=config(mode=1))
+    decorated(torch.randn(4, 8))
+    assert decorated.calls == 1
 
 
 def test_stock_retraces_where_the_trace_does_not_hold() -> None:
