@@ -71,7 +71,13 @@ def execute_source(
     except (SyntaxError, ValueError) as error:
         raise EmitError(f"stitching source does not compile: {error}\n{numbered(code)}") from error
     scope: dict[str, object] = {"__name__": "piecework_stitched", **namespace}
-    exec(compiled, scope)
+    try:
+        exec(compiled, scope)
+    except ImportError as error:
+        raise BindError(
+            f"stitching source imports a module that is not here: {error}",
+            hint="install or import what the traced model called, by the same name",
+        ) from error
     function = scope.get(name)
     if not isinstance(function, FunctionType):
         raise EmitError(f"stitching source defines no function {name}")

@@ -118,6 +118,12 @@ def to_expr(
             return ir.SliceExpr(start, stop, step)
         if is_inline_literal(item):
             return literal(item)
+        if isinstance(item, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            raise UnsupportedNode(
+                f"the size {item} of the trace is an argument; it would be that of the traced example for ever",
+                where=where,
+                hint="pass the node that computes it (torch.ops.aten.sym_size.int)",
+            )
         if isinstance(item, tuple) and hasattr(item, "_fields") and holds_node(item):
             return ir.Construct(consts.add(kind), tuple(convert(each, inner) for each in item))
         if holds_node(item):

@@ -182,7 +182,7 @@ class _Matcher:
     def _call_function(self, node: torch.fx.Node, scope: _Scope) -> Value:
         if node.target is operator.getitem and len(node.args) == 2 and not node.kwargs:
             source = node.args[0]
-            if isinstance(source, torch.fx.Node) or type(source) is tuple:
+            if isinstance(source, (torch.fx.Node, tuple, list)):
                 value = self._converted(source, scope.values)
                 element = self._element(value, node.args[1])
                 if element is not None:

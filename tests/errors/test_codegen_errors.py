@@ -68,6 +68,23 @@ def test_an_argument_that_is_nested_too_deep() -> None:
     )
 
 
+def test_a_size_of_the_trace_as_an_argument() -> None:
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    x = torch.empty(5, 3)
+    torch._dynamo.mark_dynamic(x, 0)
+    fake = mode.from_tensor(x)
+    size = fake.shape[0]
+    assert isinstance(size, torch.SymInt)
+    gm = raw(lambda g, x: traced(g.call_function(torch.zeros, ([size, 2],))))
+    with pytest.raises(
+        UnsupportedNode, match=r"the size s\d+ of the trace is an argument.*model.py:41"
+    ):
+        generate_source(gm)
+
+
 def test_a_method_without_a_receiver() -> None:
     gm = raw(lambda g, x: traced(g.create_node("call_method", "sin", ())))
     with pytest.raises(UnsupportedNode, match=r"without a receiver \(node %sin, model.py:41\)"):
@@ -173,6 +190,14 @@ def test_code_that_is_not_python_is_shown_with_its_lines() -> None:
         compile_execution_fn("x = 1", {}, [])
     with pytest.raises(EmitError, match=r"not Python(.|\n)*1 \| def"):
         format_source("def (:")
+
+
+def test_an_import_that_is_not_here() -> None:
+    code = "import no_such_module_anywhere\n\n\ndef execution_fn(*, __vllm_submods__):\n    return None\n"
+    with pytest.raises(
+        BindError, match=r"a module that is not here.*no_such_module_anywhere.*Hint: install"
+    ):
+        compile_execution_fn(code, {}, [])
 
 
 # --- proof ---------------------------------------------------------------------------------------

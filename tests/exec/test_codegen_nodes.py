@@ -279,6 +279,21 @@ def test_one_object_is_one_constant_in_all_functions() -> None:
     assert list(source.consts) == [device]
 
 
+@pytest.mark.parametrize("kind", [tuple, list])
+@pytest.mark.parametrize("index", [0, -1, slice(0, 1), 5])
+def test_an_element_of_a_literal(kind: type, index: object) -> None:
+    def build(g: torch.fx.Graph, x: torch.fx.Node, n: torch.fx.Node) -> object:
+        chosen = g.call_function(operator.getitem, (kind([x, n]), index))
+        return (chosen, g.call_function(operator.getitem, (kind([x, n]), n)))
+
+    if index == 5:
+        source = generate_source(graph_of(build, "x", "n"))
+        with pytest.raises(IndexError):
+            compile_execution_fn(source.code, {}, [], source.consts)(X, 1)
+    else:
+        same(graph_of(build, "x", "n"), (X, 1))
+
+
 def test_setitem_and_a_list_that_changes_before_an_element_is_picked() -> None:
     def pair_of(x: torch.Tensor) -> list[torch.Tensor]:
         return [x + 1, x + 2]

@@ -280,6 +280,9 @@ class Program:
 
     def getitem(self) -> None:
         source = self.pick(self.nodes(torch.Tensor, tuple, list))
+        if self.draw(st.integers(0, 4)) == 0:  # of a literal
+            parts = [source, self.tensor(), self.argument(2)]
+            source = self.pick([tuple(parts), parts])
         self.add("call_function", operator.getitem, (source, self.index()))
 
     def split(self) -> None:
