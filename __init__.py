@@ -37,8 +37,10 @@ __all__ = [
     "compile_execution_fn",
     "counters",
     "generate_execution_code",
+    "ignore_torch_compile",
     "split_graph",
     "splitting_op",
+    "support_torch_compile",
     "verify",
 ]
 

@@ -23,10 +23,12 @@ from piecework.errors import ConfigError, SplitError
 from piecework.runtime import torch_compat
 from piecework.runtime.ahead import compile_ahead, different_pieces
 from piecework.runtime.config import CompilationConfig, RuntimeConfig
+from piecework.runtime.config_groups import CompilationMode
 from piecework.runtime.counters import counters
 from piecework.runtime.direct_ops import DirectOps
 from piecework.runtime.graphs.mode import CUDAGraphMode
 from piecework.runtime.layer_names import NamedOp, share_layer_names
+from piecework.runtime.model_tag import current_model_tag, model_tag_is_set
 from piecework.runtime.mutation import held_by_source, mutations_in, refuse_mutations
 from piecework.runtime.observe import trace
 from piecework.runtime.observe.dump import Dump
@@ -412,13 +414,26 @@ def piecework_dynamo_backend(
     """The entry point behind ``torch.compile(model, backend="piecework")``.
 
     Args:
-        options: fields of `CompilationConfig`, as in ``torch.compile(..., options={...})``.
+        options: fields of `CompilationConfig`, as in ``torch.compile(..., options={...})``. In mode ``DYNAMO_TRACE_ONCE``
+            the graph stays whole; Dynamo keeps its guards in any case.
 
     Raises:
         PieceworkError: as `PieceworkBackend`; Dynamo wraps it in ``BackendCompilerFailed``.
+        ConfigError: the mode is one in which piecework compiles nothing.
     """
     counters.num_models_seen += 1
-    return PieceworkBackend(CompilationConfig(**(options or {})))(graph, example_inputs)
+    config = CompilationConfig(**(options or {}))
+    if config.mode in (CompilationMode.NONE, CompilationMode.STOCK_TORCH_COMPILE):
+        raise ConfigError(
+            f"mode {config.mode} leaves nothing for the piecework backend to compile",
+            where="mode",
+            hint="call torch.compile with another backend, or not at all",
+        )
+    whole = config.mode is CompilationMode.DYNAMO_TRACE_ONCE and config.splitting_ops is None
+    tag = current_model_tag()
+    prefix = tag.tag if model_tag_is_set() else ""
+    backend = PieceworkBackend(config, prefix, tag.is_encoder, splitting_ops=() if whole else None)
+    return backend(graph, example_inputs)
 
 
 def readable_graph(graph: torch.fx.GraphModule | None) -> str:

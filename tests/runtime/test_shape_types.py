@@ -206,6 +206,22 @@ def test_splitting_ops_and_a_mode_that_cuts_nowhere_conflict() -> None:
             piecework.compile(Model(), pair(4), splitting_ops=ops, config=made)
 
 
+@pytest.mark.parametrize(("mode", "pieces"), [(2, 1), (3, 2)])
+def test_the_dynamo_backend_cuts_by_mode(mode: int, pieces: int) -> None:
+    model = Model()
+    options = {"backend": "eager", "mode": mode}
+    compiled = torch.compile(model.forward, backend="piecework", fullgraph=True, options=options)
+    with counters.expect(num_piecewise_capturable_graphs_seen=pieces):
+        same(compiled, model, *pair(4))
+
+
+def test_the_dynamo_backend_refuses_modes_that_compile_nothing() -> None:
+    options = {"backend": "eager", "mode": 1}
+    compiled = torch.compile(lambda x: x + 1, backend="piecework", options=options)
+    with pytest.raises(Exception, match="leaves nothing for the piecework backend"):
+        compiled(torch.randn(4))
+
+
 # --- shape types -------------------------------------------------------------------------------------
 
 
