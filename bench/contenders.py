@@ -49,6 +49,7 @@ def prepare(
     *,
     unbacked: bool,
     stock: bool = True,
+    conventional: bool = True,
     config: CompilationConfig | None = None,
 ) -> Ready:
     """Compile ``model`` for every contender.
@@ -59,6 +60,7 @@ def prepare(
         body: its raw Python function.
         unbacked: trace without assuming that the batch is not 1.
         stock: prepare ``torch.compile`` too, which takes longest.
+        conventional: prepare the conventional way too.
     """
     stitched = piecework.compile(
         model,
@@ -77,7 +79,8 @@ def prepare(
         calls["stock"] = _traced_once(
             torch.compile(model, fullgraph=True, dynamic=True), example, unbacked
         )
-    calls["conventional"] = _conventional(model, example, operator, unbacked, config)
+    if conventional:
+        calls["conventional"] = _conventional(model, example, operator, unbacked, config)
     calls["piecework"] = stitched  # type: ignore[assignment]
     calls |= {f"limit ({kind})": call for kind, call in _limits(graph, operator, body).items()}
     return Ready(calls, stitched)

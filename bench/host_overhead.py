@@ -128,6 +128,7 @@ def _calls(
         attention_body,
         unbacked=unbacked,
         stock=stock,
+        conventional=config is None,
         config=config,
     )
     return ready.calls
@@ -181,7 +182,8 @@ def _targets(rows: Sequence[Row], registration: str, depth: int) -> list[Target]
 
 def _levers(depth: int, batch: int, registration: str, rounds: int, report: Report) -> list[Row]:
     """piecework with each lever off in turn, and with all of them off."""
-    base = _calls(depth, registration, False, stock=False)
+    torch.compiler.reset()
+    base = _calls(depth, registration, False, stock=False, config=CompilationConfig())
     line_up: dict[str, Call] = {
         name: call
         for name, call in base.items()

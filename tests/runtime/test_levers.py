@@ -1,0 +1,360 @@
+"""The levers of the stitched function: each one off gives the same results, and where a lever's condition does not hold, the safe path is taken or a typed error raised."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import piecework
+from piecework.errors import InputError
+
+LEVERS = (
+    "bind_weights",
+    "direct_splitting_ops",
+    "direct_artifact_entry",
+    "check_inputs",
+    "emit_del",
+)
+calls: list[str] = []
+
+
+@piecework.splitting_op("levers::mix", mutates_args=("out",))
+def mix(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, scale: float) -> None:
+    calls.append("mix")
+    torch.add(left, right, alpha=scale, out=out)
+
+
+@torch.library.custom_op("levers::custom_mix", mutates_args=("out",))
+def custom_mix(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, scale: float) -> None:
+    calls.append("custom_mix")
+    torch.add(left, right, alpha=scale, out=out)
+
+
+class Layer(nn.Module):
+    def __init__(self, op: Callable[..., None]) -> None:
+        super().__init__()
+        self.op = op
+        self.norm = nn.Parameter(torch.rand(8) + 0.5)
+        self.enter = nn.Linear(8, 16)
+        self.leave = nn.Linear(8, 8)
+        self.register_buffer("shift", torch.rand(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left, right = self.enter(x * self.norm + self.shift).chunk(2, -1)
+        out = torch.empty_like(left)
+        self.op(left, right, out, 0.5)
+        return x + self.leave(out)
+
+
+class Model(nn.Module):
+    def __init__(self, op: Callable[..., None] = mix, layers: int = 2) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Layer(op) for _ in range(layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def stitch(model: nn.Module, backend: str = "eager", **levers: bool) -> piecework.StitchedModule:
+    config = piecework.CompilationConfig(backend=backend, stitching_config=levers)
+    ops = ["levers::mix", "levers::custom_mix"]
+    return piecework.compile(model, (torch.randn(4, 8),), splitting_ops=ops, config=config)
+
+
+def check(model: nn.Module, stitched: Callable[..., object]) -> None:
+    for rows in (2, 5):
+        x = torch.randn(rows, 8)
+        with torch.no_grad():
+            expected = model(x)
+        torch.testing.assert_close(stitched(x), expected)
+
+
+# --- levers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("off", [*itertools.combinations(LEVERS, 1), LEVERS])
+@pytest.mark.parametrize("op", [mix, custom_mix], ids=["splitting_op", "custom_op"])
+def test_a_lever_off_changes_nothing(op: Callable[..., None], off: tuple[str, ...]) -> None:
+    model = Model(op)
+    stitched = stitch(model, **dict.fromkeys(off, False))
+    with torch.no_grad():
+        check(model, stitched)
+    check(model, stitched)
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("off", [(), ("direct_artifact_entry",), LEVERS])
+def test_a_lever_off_changes_nothing_compiled(off: tuple[str, ...]) -> None:
+    model = Model()
+    stitched = stitch(model, "inductor", **dict.fromkeys(off, False))
+    with torch.no_grad():
+        check(model, stitched)
+
+
+def test_each_lever_shows_in_the_source() -> None:
+    model = Model()
+    everything = stitch(model)
+    assert "def execution_fn(s0, x, *, __vllm_submods__)" in everything.source.code
+    assert "past the dispatcher" in everything.source.code
+    assert "explain_inputs" in everything.entry_source.code
+    assert "    del " in everything.source.code
+    nothing = stitch(model, **dict.fromkeys(LEVERS, False))
+    assert (
+        "layers_0_enter_weight"
+        in nothing.source.code.partition("def execution_fn(")[2].partition(")")[0]
+    )
+    assert "past the dispatcher" not in nothing.source.code
+    assert "explain_inputs" not in nothing.entry_source.code
+    assert "    del " not in nothing.source.code
+
+
+@pytest.mark.parametrize("op", [mix, custom_mix], ids=["splitting_op", "custom_op"])
+def test_the_raw_function_is_called(op: Callable[..., None]) -> None:
+    """The dispatcher is not on the way: the emitted module holds the Python function itself."""
+    stitched = stitch(Model(op))
+    (implementation,) = stitched.backend.direct_ops.implementations.values()
+    expected = mix.implementation if op is mix else custom_mix._init_fn
+    assert implementation is expected
+
+
+# --- direct entry into compiled pieces -------------------------------------------------------------------
+
+
+@pytest.mark.inductor
+def test_pieces_are_entered_directly_only_where_nothing_is_left_out() -> None:
+    class Mutating(nn.Module):
+        def forward(self, x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+            state.add_(1)
+            out = torch.empty_like(x)
+            mix(x * 2, x + state, out, 0.5)
+            return out + 1
+
+    config = piecework.CompilationConfig(backend="inductor")
+    stitched = piecework.compile(
+        Mutating(),
+        (torch.randn(4, 8), torch.zeros(4, 8)),
+        splitting_ops=["levers::mix"],
+        config=config,
+    )
+    compiled = {
+        name: piece.entries[None].compiled for name, piece in stitched.backend.backends.items()
+    }
+    first, last = compiled["submod_0"], compiled["submod_2"]
+    assert first.direct is None and first.indirect_because
+    assert last.direct is not None and not last.indirect_because
+    state, expected = torch.zeros(5, 8), torch.zeros(5, 8)
+    x = torch.randn(5, 8)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(stitched(x, state), Mutating()(x, expected))
+    torch.testing.assert_close(state, expected)
+
+
+@pytest.mark.inductor
+def test_a_direct_piece_returns_what_the_artifact_returns() -> None:
+    stitched = stitch(Model(), "inductor")
+    piece = stitched.backend.backends["submod_0"].entries[None].compiled
+    assert piece.direct is not None
+    weights = dict(
+        zip(
+            [w.path for w in stitched.captured.weights.traced],
+            stitched.captured.weights.tensors,
+            strict=True,
+        )
+    )
+    node = next(n for n in stitched.split_gm.graph.nodes if n.target == "submod_0")
+    x = torch.randn(3, 8)
+    inputs = []
+    for arg in node.args:
+        value = arg.meta["example_value"]
+        by_name = {path.replace(".", "_"): tensor for path, tensor in weights.items()}
+        inputs.append(by_name.get(arg.name, x if isinstance(value, torch.Tensor) else 3))
+    with torch.no_grad():
+        direct, public = piece.direct(*inputs), piece.runnable(*inputs)
+    assert len(direct) == len(public)
+    for left, right in zip(direct, public, strict=True):
+        assert torch.equal(left, right)
+        assert (left.shape, left.stride(), left.dtype) == (right.shape, right.stride(), right.dtype)
+
+
+# --- when a condition does not hold ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model()
+
+
+@pytest.fixture(scope="module")
+def stitched(model: Model) -> piecework.StitchedModule:
+    return stitch(model)
+
+
+def test_grad_mode_is_turned_off_for_the_call(
+    model: Model, stitched: Callable[..., torch.Tensor]
+) -> None:
+    x = torch.randn(3, 8, requires_grad=True)
+    result = stitched(x)
+    assert torch.is_grad_enabled() and not result.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(result, model(x))
+    with torch.inference_mode():
+        inference = stitched(torch.ones(3, 8))
+    torch.testing.assert_close(inference.clone(), stitched(torch.ones(3, 8)))
+
+
+class Recording(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_sees_the_operators(model: Model, stitched: Callable[..., object]) -> None:
+    with torch.no_grad(), Recording() as mode:
+        check(model, stitched)
+        mode.seen.clear()
+        stitched(torch.randn(3, 8))
+    assert mode.seen.count("levers.mix.default") == 2
+
+
+class CountingFunctions(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[object] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_function_mode_sees_the_operators(stitched: Callable[..., object]) -> None:
+    with torch.no_grad(), CountingFunctions() as mode:
+        stitched(torch.randn(3, 8))
+    assert mode.seen.count(torch.ops.levers.mix.default) == 2
+
+
+def test_a_default_device_costs_no_shortcut(stitched: piecework.StitchedModule) -> None:
+    torch.set_default_device("cpu")
+    try:
+        stitched(torch.randn(3, 8))
+        assert stitched._entry is not None
+        assert stitched._entry._unaware is not None
+        with Recording() as mode:
+            stitched(torch.randn(3, 8))
+        assert "levers.mix.default" in mode.seen
+    finally:
+        torch.set_default_device(None)
+
+
+def test_autocast_must_be_as_it_was(model: Model, stitched: Callable[..., object]) -> None:
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(
+            InputError,
+            match=r"autocast is on for cpu \(torch.bfloat16\); the model was traced with it off",
+        ),
+    ):
+        stitched(torch.randn(3, 8))
+
+
+def test_autocast_in_the_trace_is_kept() -> None:
+    model = nn.Linear(8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        config = piecework.CompilationConfig(backend="eager")
+        stitched = piecework.compile(model, (torch.randn(4, 8),), splitting_ops=[], config=config)
+        x = torch.randn(3, 8)
+        result = stitched(x)
+        assert result.dtype is torch.bfloat16
+        torch.testing.assert_close(result, model(x))
+
+
+def test_a_function_transform_is_refused(stitched: Callable[..., torch.Tensor]) -> None:
+    for transform in (torch.func.vmap(stitched), torch.func.grad(lambda x: stitched(x).sum())):
+        with pytest.raises(InputError, match=r"torch\.func transform is active"):
+            transform(torch.randn(3, 8))
+
+
+# --- an operator overridden later ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh() -> Iterator[Callable[..., None]]:
+    """A splitting op of its own, so that overriding it disturbs nothing else."""
+
+    def double(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, scale: float) -> None:
+        torch.add(left, right, out=out)
+
+    op = piecework.splitting_op("levers::fresh", mutates_args=("out",))(double)
+    yield op
+    op.close()
+
+
+def other(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, scale: float) -> None:
+    torch.sub(left, right, out=out)
+
+
+def compiled_with(op: Callable[..., None], name: str) -> tuple[Model, piecework.StitchedModule]:
+    model = Model(op)
+    config = piecework.CompilationConfig(backend="eager")
+    return model, piecework.compile(
+        model, (torch.randn(4, 8),), splitting_ops=[name], config=config
+    )
+
+
+def test_a_kernel_registered_later_is_used(fresh) -> None:  # type: ignore[no-untyped-def]
+    model, stitched = compiled_with(fresh, "levers::fresh")
+    check(model, stitched)
+    x = torch.randn(3, 8)
+    before = stitched(x)
+    fresh.register_kernel("cpu")(other)
+    check(model, stitched)
+    assert not torch.allclose(stitched(x), before)
+
+
+def test_a_kernel_from_torch_library_is_used(fresh) -> None:  # type: ignore[no-untyped-def]
+    model, stitched = compiled_with(fresh, "levers::fresh")
+    check(model, stitched)
+    library = torch.library.Library("levers", "IMPL")
+    library.impl("fresh", other, "CPU")
+    check(model, stitched)
+    library._destroy()
+    check(model, stitched)
+
+
+def test_a_kernel_of_another_operator_changes_nothing(fresh) -> None:  # type: ignore[no-untyped-def]
+    model, stitched = compiled_with(fresh, "levers::fresh")
+    library = torch.library.Library("levers_elsewhere", "FRAGMENT")
+    library.define("nothing(Tensor x) -> Tensor")
+    library.impl("nothing", lambda x: x.clone(), "CPU")
+    assert stitched.backend.direct_ops.unchanged()
+    check(model, stitched)
+
+
+def test_a_kernel_of_a_custom_op_registered_later_is_used() -> None:
+    @torch.library.custom_op("levers::custom_fresh", mutates_args=("out",))
+    def custom_fresh(
+        left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, scale: float
+    ) -> None:
+        torch.add(left, right, out=out)
+
+    model, stitched = compiled_with(custom_fresh, "levers::custom_fresh")
+    assert stitched.backend.direct_ops.implementations
+    check(model, stitched)
+    x = torch.randn(3, 8)
+    before = stitched(x)
+    custom_fresh.register_kernel("cpu")(other)
+    check(model, stitched)
+    assert not torch.allclose(stitched(x), before)
