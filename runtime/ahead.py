@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch.fx
 
 from piecework.codegen.structure import Structure, input_signature, structure_of
-from piecework.runtime import parallel
-from piecework.runtime.piecewise import CompilerManager, inputs_for
+from piecework.runtime import parallel, torch_compat
+from piecework.runtime.piecewise import CompilerManager, RangeEntry, inputs_for
 from piecework.runtime.ranges import Range
 
 
@@ -65,7 +65,7 @@ def compile_ahead(manager: CompilerManager, requests: Sequence[Request]) -> None
     if parallel.why_not(workers):
         return
     first, *rest = missing
-    _compile(manager, first)
+    manager.compiled_ahead(first.structure, _compile(manager, first))
     by_name = {each.name: each for each in rest}
 
     def finished(result: parallel.JobResult) -> None:
@@ -75,15 +75,16 @@ def compile_ahead(manager: CompilerManager, requests: Sequence[Request]) -> None
     def job(request: Request) -> parallel.Job:
         def run() -> None:
             manager.progress = None  # in the worker; the terminal is the parent's
-            _compile(manager, request)
+            with torch_compat.without_compile_threads():
+                _compile(manager, request)
 
         return parallel.Job(request.name, run)
 
     parallel.run_in_workers([job(each) for each in rest], workers, finished)
 
 
-def _compile(manager: CompilerManager, request: Request) -> None:
-    manager.compile(
+def _compile(manager: CompilerManager, request: Request) -> RangeEntry:
+    return manager.compile(
         request.graph,
         request.inputs,
         request.compile_range,

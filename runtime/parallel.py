@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-_HANGS_AFTER_SECONDS = 1800.0
+_HANGS_AFTER_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,7 @@ class CompilerManager:
     config: CompilationConfig
     seconds: float = 0.0
     progress: CompileProgress | None = None
+    _ahead: dict[tuple[str, Range | None], RangeEntry] = field(default_factory=dict)
     _elsewhere: dict[tuple[str, Range | None], JobResult] = field(default_factory=dict)
     _done: dict[tuple[str, Range | None], CompiledPiece] = field(default_factory=dict)
 
@@ -107,6 +108,10 @@ class CompilerManager:
             return True
         return self.cache is not None and self.cache.holds(structure, compile_range)
 
+    def compiled_ahead(self, structure: Structure, entry: RangeEntry) -> None:
+        """Keep what `compile` returned before the piece was reached, for the first piece that asks for it."""
+        self._ahead[structure.key, entry.compile_range] = entry
+
     def compiled_elsewhere(
         self, structure: Structure, compile_range: Range | None, result: JobResult
     ) -> None:
@@ -141,6 +146,9 @@ class CompilerManager:
         Raises:
             PieceCompileError: the compiler failed; names the piece and the modules that it holds.
         """
+        ahead = self._ahead.pop((structure.key, compile_range), None)
+        if ahead is not None:
+            return ahead
         done = self._done.get((structure.key, compile_range))
         if done is not None:
             return RangeEntry(compile_range, done, 0.0, reused=True)

@@ -1013,3 +1013,10 @@ def _source_of_graph(graph: object) -> str:
             return file.read()
     except OSError:
         return ""  # the folder that Inductor wrote to is gone
+
+
+def without_compile_threads() -> contextlib.AbstractContextManager[object]:
+    """Inductor without threads and processes of its own, for a forked process: it inherits pools whose threads are gone."""
+    import torch._inductor.config as inductor_config
+
+    return inductor_config.patch(compile_threads=1)

@@ -1,0 +1,253 @@
+"""Compiling in workers: every piece once, in processes of their own, with results and errors as without them."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+import piecework
+from piecework.errors import PieceCompileError
+from piecework.runtime import parallel
+from piecework.runtime.ahead import compile_ahead, different_pieces
+from piecework.runtime.compile_progress import CompileProgress
+from piecework.runtime.compilers import CompiledPiece
+from piecework.runtime.config import CompilationConfig
+from piecework.runtime.parallel import Job, JobResult, run_in_workers
+from piecework.runtime.ranges import Range
+
+HERE = "parallel_under_test"
+sys.modules.setdefault(HERE, sys.modules[__name__])
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+@piecework.splitting_op("parallel_test::cut", mutates_args=("out",))
+def cut(x: torch.Tensor, out: torch.Tensor) -> None:
+    out.copy_(x * 3)
+
+
+class Model(nn.Module):
+    """Five pieces, all different."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4 + i, 5 + i) for i in range(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers[:-1]:
+            y = layer(x)
+            x = torch.empty_like(y)
+            cut(y, x)
+        return self.layers[-1](x)
+
+
+class Logging:
+    """Compiles nothing, keeps a byte, and writes down which process compiled what."""
+
+    name = "logging"
+    log: ClassVar[Path] = Path()
+    refuses: ClassVar[str] = ""
+
+    def compute_hash(self, config: object) -> str:
+        return "logging"
+
+    def compile(self, graph, example_inputs, config, compile_range):  # type: ignore[no-untyped-def]
+        first = next(each for each in example_inputs if isinstance(each, torch.Tensor))
+        width = str(first.shape[-1])
+        with Logging.log.open("a") as file:
+            file.write(f"{os.getpid()} {width} {compile_range}\n")
+        if width == Logging.refuses:
+            raise ValueError(f"no width {width}")
+        return CompiledPiece(graph.forward)
+
+    def to_bytes(self, piece: CompiledPiece) -> bytes:
+        return b"."
+
+    def from_bytes(self, data: bytes, graph: torch.fx.GraphModule) -> CompiledPiece:
+        return CompiledPiece(graph.forward)
+
+    @staticmethod
+    def lines() -> list[list[str]]:
+        return [line.split(" ", 2) for line in Logging.log.read_text().splitlines()]
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CompilationConfig:
+    monkeypatch.setattr(Logging, "log", tmp_path / "log")
+    monkeypatch.setattr(Logging, "refuses", "")
+    return CompilationConfig(
+        backend=f"{HERE}:Logging",
+        cache_dir=tmp_path / "cache",
+        debug_dump_path=tmp_path / "dump",
+        compile_workers=2,
+        compile_ranges_endpoints=[16],
+    )
+
+
+# --- the workers -------------------------------------------------------------------------------------
+
+
+def test_jobs_run_in_processes_of_their_own_at_most_n_at_a_time(tmp_path: Path) -> None:
+    def job(number: int) -> Job:
+        def run() -> None:
+            (tmp_path / f"{number}.start").write_text(repr(time.monotonic()))
+            time.sleep(0.05)
+            (tmp_path / f"{number}.end").write_text(f"{time.monotonic()!r} {os.getpid()}")
+
+        return Job(str(number), run)
+
+    seen: list[JobResult] = []
+    results = run_in_workers([job(n) for n in range(6)], 2, seen.append)
+    assert results == seen and sorted(r.name for r in results) == [str(n) for n in range(6)]
+    assert not any(r.error for r in results) and all(r.seconds >= 0.05 for r in results)
+    starts = [float((tmp_path / f"{n}.start").read_text()) for n in range(6)]
+    ends = [(tmp_path / f"{n}.end").read_text().split() for n in range(6)]
+    assert len({pid for _, pid in ends} | {str(os.getpid())}) == 7
+    for start in starts:
+        assert sum(a <= start < float(end) for a, (end, _) in zip(starts, ends, strict=True)) <= 2
+
+
+def test_a_failing_a_dying_and_a_hanging_worker_are_reported_and_the_rest_runs() -> None:
+    def fail() -> None:
+        raise ValueError("not\x00this\n“one”")
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def leave() -> None:
+        os._exit(3)
+
+    jobs = [
+        Job("fails", fail),
+        Job("dies", die),
+        Job("leaves", leave),
+        Job("hangs", lambda: time.sleep(600)),
+        Job("works", lambda: None),
+    ]
+    results = {r.name: r.error for r in run_in_workers(jobs, 3, hangs_after_s=1.0)}
+    assert results == {
+        "fails": "ValueError: not\x00this\n“one”",
+        "dies": "the worker ended early (signal 9)",
+        "leaves": "the worker ended early (exit code 3)",
+        "hangs": "the worker ended early (signal 9)",
+        "works": "",
+    }
+
+
+def test_an_interrupt_leaves_no_worker_behind(tmp_path: Path) -> None:
+    def linger() -> None:
+        (tmp_path / str(os.getpid())).touch()
+        time.sleep(600)
+
+    def interrupt(_: JobResult) -> None:
+        raise KeyboardInterrupt
+
+    jobs = [Job("quick", lambda: time.sleep(0.2)), Job("one", linger), Job("two", linger)]
+    with pytest.raises(KeyboardInterrupt):
+        run_in_workers(jobs, 3, interrupt)
+    for file in tmp_path.iterdir():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.name), 0)
+
+
+def test_why_not_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parallel.why_not(2) == ""
+    assert parallel.why_not(1) == "one worker"
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert "CUDA" in parallel.why_not(2)
+    monkeypatch.delattr(os, "fork")
+    assert "fork" in parallel.why_not(2)
+
+
+# --- pieces ------------------------------------------------------------------------------------------
+
+
+def test_each_piece_is_compiled_once_and_all_but_the_first_in_workers(
+    config: CompilationConfig,
+) -> None:
+    model = Model()
+    stitched = piecework.compile(model, (torch.randn(4, 4),), config=config)
+    lines = Logging.lines()
+    assert len(lines) == 10 == len({(width, sizes) for _, width, sizes in lines})
+    assert [pid for pid, _, _ in lines].count(str(os.getpid())) == 1
+    assert sum(row.compiles for row in stitched.report().ranges) == 10
+    for batch in (4, 20):
+        x = torch.randn(batch, 4)
+        torch.testing.assert_close(stitched(x), model(x))
+    # Everything is in the cache now: nothing is forked and nothing compiled.
+    again = piecework.compile(model, (torch.randn(4, 4),), config=config)
+    assert Logging.lines() == lines
+    torch.testing.assert_close(again(x), model(x))
+
+
+def test_a_piece_that_fails_in_a_worker_fails_as_it_does_without(
+    config: CompilationConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Logging, "refuses", "6")
+    with pytest.raises(PieceCompileError, match="no width 6") as caught:
+        piecework.compile(Model(), (torch.randn(4, 4),), config=config)
+    assert "layers.2" in str(caught.value.where)
+    widths = [(pid, width) for pid, width, _ in Logging.lines() if width == "6"]
+    assert str(os.getpid()) in dict(widths)  # the error is raised here, with its own traceback
+
+
+def test_without_a_cache_results_are_the_same(
+    config: CompilationConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(Logging, "to_bytes")
+    model, x = Model(), torch.randn(4, 4)
+    stitched = piecework.compile(model, (x,), config=config)
+    torch.testing.assert_close(stitched(x), model(x))
+
+
+def test_progress_shows_each_piece_with_its_time(config: CompilationConfig) -> None:
+    text = io.StringIO()
+    model, x = Model(), torch.randn(4, 4)
+    stitched = piecework.StitchedModule(model, config=config)
+    manager = stitched._backend.compiler_manager
+    manager.progress = CompileProgress(Console(file=text, width=200))
+    stitched.prepare(x)
+    lines = text.getvalue().splitlines()
+    assert [line.partition("]")[0] for line in lines] == [f"[{n}/10" for n in range(1, 11)]
+    assert sum(line.endswith(" s in a worker") for line in lines) == 9
+    assert lines[0].startswith("[1/10] submod_0 [1, 16]: ")
+
+
+def test_different_pieces_come_once_per_range() -> None:
+    split = piecework.compile(
+        Model(), (torch.randn(4, 4),), config=CompilationConfig(backend="eager")
+    ).split_gm
+    names = [node.target for node in split.graph.find_nodes(op="call_module")]
+    pieces = [name for name in names if "cut" not in split.get_submodule(name).code]
+    ranges = [Range(1, 16), Range(17, 32)]
+    found = different_pieces(split, [*pieces, *pieces], ranges, None)
+    assert [each.name for each in found[:2]] == ["submod_0 [1, 16]", "submod_0 [17, 32]"]
+    assert len(found) == 10
+
+
+def test_one_worker_compiles_nothing_ahead(config: CompilationConfig) -> None:
+    stitched = piecework.StitchedModule(Model(), config=config.replace(compile_workers=1))
+    compile_ahead(stitched._backend.compiler_manager, [])
+    stitched.prepare(torch.randn(4, 4))
+    assert {pid for pid, _, _ in Logging.lines()} == {str(os.getpid())}
+
+
+@pytest.mark.inductor
+def test_inductor_compiles_in_workers(tmp_path: Path) -> None:
+    model, x = Model(), torch.randn(4, 4)
+    config = CompilationConfig(cache_dir=tmp_path, compile_workers=2)
+    with piecework.counters.expect(num_inductor_compiles=1, num_compiled_artifacts_loaded=4):
+        stitched = piecework.compile(model, (x,), config=config)
+    for batch in (4, 9):
+        x = torch.randn(batch, 4)
+        torch.testing.assert_close(stitched(x), model(x))
