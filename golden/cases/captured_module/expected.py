@@ -21,7 +21,7 @@ attention = __vllm_consts__[0]
 def execution_fn(s0, x, *, __vllm_submods__):
     # layers.0.project … layers.0  -> f32[s0, 8], f32[s0, 8], f32[s0, 8]
     key, out, mul = __vllm_submods__[0](
-        x, layers_0_project_weight, layers_0_project_bias, layers_0_scale
+        s0, x, layers_0_project_weight, layers_0_project_bias, layers_0_scale
     )
     # layers.0  graph.py
     attention(mul, key, out)
@@ -34,7 +34,7 @@ def execution_fn(s0, x, *, __vllm_submods__):
     # layers.1  graph.py
     attention(mul_1, key_1, out_1)
     del key_1, mul_1
-    # layers.1  -> f32[s0 - 1, 8]
+    # layers.1  -> f32[s1, 8]
     (getitem_8,) = __vllm_submods__[2](x_2, out_1, s0)
     del x_2, out_1
     return (getitem_8,)
