@@ -6,7 +6,8 @@ Only classes that a user's annotation names are registered, and never one that t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -44,12 +45,12 @@ def _register(kind: type) -> None:
         names = _attribute_names(value)
         return [getattr(value, name) for name in names], names
 
-    def with_keys(value: object) -> tuple[list[tuple[object, object]], tuple[str, ...]]:
+    def with_keys(value: object) -> tuple[list[tuple[Any, object]], tuple[str, ...]]:
         found, names = children(value)
         return list(zip(map(pytree.GetAttrKey, names), found, strict=True)), names
 
-    def rebuilt(found: Sequence[object], names: tuple[str, ...]) -> object:
-        value = object.__new__(kind)
+    def rebuilt(found: Iterable[object], names: tuple[str, ...]) -> object:
+        value: object = object.__new__(kind)
         for name, child in zip(names, found, strict=True):
             object.__setattr__(value, name, child)
         return value

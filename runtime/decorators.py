@@ -103,10 +103,8 @@ def support_torch_compile(
         _require_module_class(kind, "support_torch_compile")
         # Found wrong here, the declaration is an error at import and not at the first request.
         dims_of(kind.forward, dynamic_arg_dims, mark_unbacked_dims, owner=kind)
-        declared = (
-            None if each is None else dict(each) for each in (dynamic_arg_dims, mark_unbacked_dims)
-        )
-        setattr(kind, _SUPPORT, Support(*declared, enable_if))
+        support = Support(_own(dynamic_arg_dims), _own(mark_unbacked_dims), enable_if)
+        setattr(kind, _SUPPORT, support)
         _take_config_keyword(kind)
         if not hasattr(kind.__call__, _SUPPORT):
             kind.__call__ = _compiling_call(kind.__call__)  # type: ignore[method-assign]
@@ -138,6 +136,11 @@ def stitched_of(model: torch.nn.Module) -> StitchedModule | None:
     if not isinstance(state, _State) or state.model is not model:
         return None
     return None if isinstance(state.made, UnstitchedModule) else state.made
+
+
+def _own(dims: DimsByName | None) -> DimsByName | None:
+    """A copy, so that the caller's mapping may change."""
+    return None if dims is None else dict(dims)
 
 
 def _require_module_class(cls: object, decorator: str) -> None:
@@ -235,7 +238,7 @@ def _compiling_call(original: Callable[..., object]) -> Callable[..., object]:
         if state is None or state.model is not self or state.call is None:
             state = _at_first_call(self, original, args, kwargs)
         try:
-            return state.call(*args, **kwargs)
+            return state.call(*args, **kwargs)  # type: ignore[misc]  # there since the first call
         except Exception as error:
             if state.made is not None and not isinstance(state.made, UnstitchedModule):
                 add_piece_note(error, state.made.source)

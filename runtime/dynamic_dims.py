@@ -66,7 +66,9 @@ def dims_of(
     parameters = _parameters_of(forward, owner)
     if dynamic is None:
         reading = read_annotations(forward, owner)
-        chosen = {name: (0,) for name in parameters if reading.counts(name)}
+        chosen: dict[str, tuple[int, ...]] = {
+            name: (0,) for name in parameters if reading.counts(name)
+        }
         if not chosen and not unbacked:
             raise _nothing_dynamic(where, parameters, reading)
     else:
@@ -131,7 +133,7 @@ def _declared(
 
 def _as_dims(value: object, name: str, where: str, argument: str) -> tuple[int, ...]:
     several = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-    dims = tuple(value) if several else (value,)  # type: ignore[arg-type]
+    dims = tuple(value) if several else (value,)  # type: ignore[arg-type,var-annotated]
     if not dims or any(type(each) is not int for each in dims):
         raise ConfigError(
             f"{argument}[{name!r}] must be a dimension or a list of them; got {value!r}",
@@ -139,7 +141,7 @@ def _as_dims(value: object, name: str, where: str, argument: str) -> tuple[int, 
         )
     if len(set(dims)) != len(dims):
         raise ConfigError(f"{argument}[{name!r}] repeats a dimension: {value!r}", where=where)
-    return dims
+    return tuple(each for each in dims if isinstance(each, int))
 
 
 # --- marks on the first call's tensors -----------------------------------------------------------

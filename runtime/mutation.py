@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.fx
@@ -218,8 +219,8 @@ def _run(module: torch.fx.GraphModule, node: torch.fx.Node, notes: _Notes) -> No
                 node.target(*args, **kwargs)
 
 
-def _stand_in(module: torch.fx.GraphModule) -> Callable[[object], object]:
-    def of(argument: object) -> object:
+def _stand_in(module: torch.fx.GraphModule) -> Callable[[Any], Any]:
+    def of(argument: Any) -> Any:  # whatever a node takes
         if not isinstance(argument, torch.fx.Node):
             return argument
         value = value_of(argument)
