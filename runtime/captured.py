@@ -6,7 +6,7 @@ It never captures while serving; a batch that no graph covers runs as it ran bef
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
@@ -242,6 +242,7 @@ class CapturedModel:
     ) -> None:
         self._entry, self._backend, self.options = entry, backend, options
         self.shape = batch_shape(entry.captured, backend)
+        self._weights = self._weights_by_name()
         self.sizes = self._sizes(sizes)
         self._forward: Callable[..., object] = entry.execution_fn
         self._counting = False
@@ -417,8 +418,8 @@ class CapturedModel:
         flat: list[object] = [size] * len(self.shape.names)
         for each, tensor in zip(self.shape.staged, tensors, strict=True):
             flat[each.position] = tensor
-        for position, (_, weight) in self.shape.weights.items():
-            flat[position] = weight
+        for position in self.shape.weights:
+            flat[position] = self._weights[self.shape.names[position]]
         return flat
 
     # --- replay source -----------------------------------------------------------------------------
@@ -439,13 +440,13 @@ class CapturedModel:
                 self.shape,
                 views,
                 [call for call in calls if call is not None],
-                self._weights_by_name(),
+                self._weights,
                 size,
                 self.graphs.address_policy.value,
                 f"model: {self._backend.prefix or 'model'}",
             )
             emitted, proof = generate_replay(source, split_gm, facts)
-            held = {**dict(zip(self._inputs.names, views, strict=True)), **self._weights_by_name()}
+            held = {**dict(zip(self._inputs.names, views, strict=True)), **self._weights}
             namespace = bind_replay(emitted, calls, wrapped, self._inputs.stager(size), held)
             function = execute_source(emitted.code, namespace, REPLAY_NAME)
         except PieceworkError as error:
@@ -463,8 +464,8 @@ class CapturedModel:
         assert source is not None
         by_path = {w.path: t for w, t in zip(weights.traced, weights.tensors, strict=True)}
         found = {row.name: by_path[row.path] for row in source.module.bound}
-        for position, (path, tensor) in self.shape.weights.items():
-            found[self.shape.names[position]] = by_path.get(path, tensor)
+        for position, path in self.shape.weights.items():
+            found[self.shape.names[position]] = by_path[path]
         return found
 
     # --- serving -----------------------------------------------------------------------------------
@@ -477,8 +478,8 @@ class CapturedModel:
         context = current_forward_context()
         if step is None or (context is not None and context.skip_cuda_graphs):
             return self._entry.execution_fn(*flat, **submods)
-        for position, (path, tensor) in self.shape.weights.items():
-            if flat[position] is not tensor:
+        for position, path in self.shape.weights.items():
+            if flat[position] is not self._weights[self.shape.names[position]]:
                 raise _replaced(path)
         replay, padded = step
         outputs = replay([flat[each.position] for each in self.shape.staged])
@@ -526,7 +527,9 @@ class CapturedModel:
 
     def coverage(self, max_num_batched_tokens: int | None = None) -> list[CoverageRow]:
         """How each batch size runs now, by default up to one more than the largest captured size."""
-        return coverage(self.dispatcher, max_num_batched_tokens or max(self.sizes) + 1)
+        low = self.shape.low  # smaller batches are refused where arguments are checked
+        rows = coverage(self.dispatcher, max_num_batched_tokens or max(self.sizes) + 1)
+        return [replace(row, first=max(row.first, low)) for row in rows if row.last >= low]
 
     def memory_report(self) -> MemoryReport:
         """What the captures were expected to take, and take."""

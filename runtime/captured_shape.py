@@ -39,7 +39,7 @@ class BatchShape:
         names: its parameters, in order.
         staged: tensor arguments.
         sizes: positions of arguments that are the batch size.
-        weights: position → path and tensor, for weights that are passed per call.
+        weights: position → path, for weights that are passed per call.
         output_dims: the batch dimension of each result; None for one that is no tensor.
         low, high: batch sizes that the trace allows; None where there is no bound.
         guards: further conditions on the batch size, as Python text over ``symbol``.
@@ -49,7 +49,7 @@ class BatchShape:
     names: tuple[str, ...]
     staged: tuple[StagedInput, ...]
     sizes: tuple[int, ...]
-    weights: Mapping[int, tuple[str, torch.Tensor]]
+    weights: Mapping[int, str]
     output_dims: tuple[int | None, ...]
     low: int
     high: int | None
@@ -104,7 +104,7 @@ def batch_shape(captured: Capture, backend: PieceworkBackend) -> BatchShape:
     for position, (each, node) in enumerate(passed):
         fake = value_of(node)
         if isinstance(each, Weight):
-            weights[position] = (each.path, each.tensor)
+            weights[position] = each.path
         elif isinstance(fake, torch.Tensor):
             staged.append(StagedInput(position, names[position], fake, _batch_dim(each, fake, symbol)))
         elif torch_compat.symbol_of(fake) == symbol:

@@ -1,0 +1,403 @@
+"""``piecework.compile(...).capture(sizes)``: any batch size in, the model's own results out, whatever was captured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import piecework
+from piecework.errors import BindError, ConfigError, InputError, StaticGraphError
+from piecework.runtime.config import CompilationConfig
+from piecework.runtime.forward_context import get_forward_context, set_forward_context
+from piecework.runtime.graphs import CUDAGraphMode, FailurePolicy, require_coverage
+from piecework.runtime.graphs.capture import frozen_garbage
+
+EAGER = CompilationConfig(backend="eager")
+SIZES = [2, 4, 8]  # the model broadcasts over its batch, which the trace takes to be 2 or more
+
+
+@piecework.splitting_op("capture_api::mix", mutates_args=("out",))
+def mix(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, layer: str) -> None:
+    out.copy_(left - 2 * right)
+
+
+@piecework.splitting_op("capture_api::fresh")
+def fresh(x: torch.Tensor) -> torch.Tensor:
+    return x * 3
+
+
+@fresh.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+@piecework.splitting_op("capture_api::breaks")
+def breaks(x: torch.Tensor) -> torch.Tensor:
+    if x.shape[0] == 4:
+        raise ValueError("four is too many")
+    return x + 1
+
+
+@breaks.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+@piecework.splitting_op("capture_api::scaled")
+def scaled(x: torch.Tensor) -> torch.Tensor:
+    return x * float(get_forward_context().attn_metadata or 1)
+
+
+@scaled.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+class Block(nn.Module):
+    def __init__(self, index: int, op) -> None:
+        super().__init__()
+        self.name, self.op = f"layers.{index}", op
+        self.enter, self.leave = nn.Linear(8, 16), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left, right = self.enter(x).chunk(2, -1)
+        out = torch.empty_like(left)
+        mix(left, right, out, self.name)
+        return x + self.leave(out if self.op is None else self.op(out))
+
+
+class Stack(nn.Module):
+    def __init__(self, layers: int = 2, op=fresh) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(i, op) for i in range(layers))
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, scale: torch.Tensor):
+        height, width, _ = positions.unbind(0)
+        x = x + (height - width).float()[:, None] * scale
+        for layer in self.layers:
+            x = layer(x)
+        return {"rows": x, "columns": x.t(), "sums": (x.sum(-1), None)}
+
+
+def batch(n: int) -> tuple[torch.Tensor, ...]:
+    return torch.randn(n, 8), torch.randint(0, 9, (3, n)), torch.randn(8)
+
+
+def compiled(config: CompilationConfig = EAGER, op=fresh, **options):
+    model = Stack(op=op).requires_grad_(False)
+    return model, piecework.compile(model, batch(5), config=config, **options)
+
+
+def captured(sizes=SIZES, op=fresh, **options):
+    options = {"progress": False, "estimate": False, "poison": True, **options}
+    model, stitched = compiled(op=op)
+    return model, stitched.capture(sizes, **options)
+
+
+def equal(stitched, model, n: int) -> None:
+    args = batch(n)
+    torch.testing.assert_close(stitched(*args), model(*args), rtol=1e-4, atol=1e-3)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imports_are_no_garbage():
+    """Captures collect garbage; without this each would walk through all of torch."""
+    with frozen_garbage():
+        yield
+
+
+# --- results ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["copy", "eager"])
+def test_every_size_gives_the_results_of_the_model_under_poisoned_padding(policy: str) -> None:
+    model, stitched = captured(address_policy=policy)
+    assert sorted(stitched.static_graphs.replays) == SIZES
+    for n in [*range(2, 11), 3, 8, 2]:
+        equal(stitched, model, n)
+
+
+@settings(deadline=None, max_examples=10)
+@given(
+    st.sets(st.integers(2, 9), min_size=1, max_size=3),
+    st.lists(st.integers(2, 11), min_size=1, max_size=6),
+)
+def test_any_sizes_serve_any_batches(sizes: set[int], batches: list[int]) -> None:
+    model, stitched = _SHARED
+    stitched.capture(sizes, progress=False, estimate=False, poison=True)
+    for n in batches:
+        equal(stitched, model, n)
+
+
+_SHARED = compiled()
+
+
+def test_replays_run_and_not_the_pieces() -> None:
+    model, stitched = captured([4])
+    expected = model(*(args := batch(3)))
+    names = stitched.source.submod_names
+    assert names
+    calls: list[str] = []
+    for wrapper in stitched.static_graphs._wrapped[0]:
+        entry = next(iter(wrapper.concrete_cudagraph_entries.values()))
+        wrapper.runnable = lambda *args, name=wrapper.name: calls.append(name)
+        assert entry.call.graph.captured
+    torch.testing.assert_close(stitched(*args), expected)
+    assert calls == []
+
+
+def test_results_are_the_callers_own_unless_it_wants_static_ones() -> None:
+    model, stitched = captured([2])
+    first = stitched(*batch(2))["rows"]
+    kept = first.clone()
+    stitched(*batch(2))
+    assert torch.equal(first, kept)
+    stitched.capture([2], clone_outputs=False, progress=False, estimate=False)
+    first = stitched(*batch(2))["rows"]
+    kept = first.clone()
+    second = stitched(*batch(2))["rows"]
+    assert first.data_ptr() == second.data_ptr() and not torch.equal(first, kept)
+
+
+def test_captures_are_counted_and_nothing_is_compiled() -> None:
+    _, stitched = compiled()
+    pieces = len(stitched.pieces)
+    with piecework.counters.expect(
+        num_cudagraph_captured=pieces * 2, num_graphs_seen=0, num_backend_compilations=0
+    ):
+        stitched.capture([2, 4], progress=False)
+        stitched(*batch(3))
+
+
+def test_splitting_ops_see_the_callers_forward_context() -> None:
+    model, stitched = captured([4], op=scaled, context_for=None)
+    args = batch(3)
+    for metadata in (2, 5):
+        with set_forward_context(metadata):
+            torch.testing.assert_close(stitched(*args), model(*args), rtol=1e-4, atol=1e-3)
+    with set_forward_context(3, skip_cuda_graphs=True):
+        torch.testing.assert_close(stitched(*args), model(*args), rtol=1e-4, atol=1e-3)
+
+
+def test_without_any_compiler_the_same_replay_source_serves_equal_results() -> None:
+    """The breakable graph: pieces run as captured, and the breaks are the splitting ops."""
+    model, stitched = captured([2, 4])
+    assert stitched.report().compiler == "eager"
+    code = stitched.static_graphs.source_for(3).code
+    body = code[code.index("def replay(") :]
+    assert body.count("replay_") == len(stitched.pieces)
+    assert "__vllm_submods__" not in code
+    equal(stitched, model, 3)
+
+
+@pytest.mark.inductor
+def test_compiled_and_uncompiled_pieces_have_the_same_replay_source() -> None:
+    torch.manual_seed(0)
+    model, eager = captured([2, 4])
+    inductor = piecework.compile(model, batch(5), config=CompilationConfig(backend="inductor"))
+    inductor.capture([2, 4], progress=False, estimate=False, poison=True)
+    assert inductor.static_graphs.source_for(3).code == eager.static_graphs.source_for(3).code
+    for n in range(2, 6):
+        equal(inductor, model, n)
+
+
+# --- address policies ------------------------------------------------------------------------------
+
+
+def test_policy_refuse_names_the_piece_that_a_fresh_tensor_enters() -> None:
+    _, stitched = compiled()
+    with pytest.raises(StaticGraphError, match="fresh tensor.*submod_2, PIECEWISE tokens=8"):
+        stitched.capture(SIZES, progress=False, estimate=False, address_policy="refuse")
+
+
+def test_policy_refuse_captures_what_only_out_buffers_connect() -> None:
+    model, stitched = captured(op=None, address_policy="refuse")
+    for n in range(2, 9):
+        equal(stitched, model, n)
+    assert "copy_" not in stitched.static_graphs.source_for(8).code
+
+
+def test_an_unknown_option_and_policy_are_refused() -> None:
+    _, stitched = compiled()
+    with pytest.raises(ConfigError, match="no address policy"):
+        stitched.capture([2], progress=False, address_policy="hope")
+    with pytest.raises(TypeError, match="colour"):
+        stitched.capture([2], progress=False, colour="red")
+    with pytest.raises(BindError, match="no padded input 'y'"):
+        stitched.capture([2], progress=False, pads={"y": 1})
+
+
+# --- weights ---------------------------------------------------------------------------------------
+
+
+def test_values_loaded_in_place_are_seen() -> None:
+    model, stitched = captured([4])
+    model.layers[0].enter.weight.copy_(torch.randn(16, 8))
+    equal(stitched, model, 3)
+
+
+@pytest.mark.parametrize("binds", [True, False])
+def test_replaced_weights_are_detected(binds: bool) -> None:
+    config = CompilationConfig(backend="eager", stitching_config={"bind_weights": binds})
+    model, stitched = compiled(config)
+    stitched.capture([4], progress=False, estimate=False)
+    equal(stitched, model, 3)
+    model.layers[1].leave.weight = nn.Parameter(torch.randn(8, 8), requires_grad=False)
+    with pytest.raises((InputError, StaticGraphError), match=r"layers\.1\.leave\.weight"):
+        stitched(*batch(3))
+    stitched.rebind()
+    assert all(row.mode is CUDAGraphMode.NONE for row in stitched.coverage())
+    equal(stitched, model, 3)
+    stitched.capture([4], progress=False, estimate=False)
+    assert stitched.coverage()[0].mode is CUDAGraphMode.PIECEWISE
+    equal(stitched, model, 3)
+
+
+def test_rebinding_the_same_weights_keeps_the_graphs() -> None:
+    model, stitched = captured([4])
+    stitched.rebind()
+    assert sorted(stitched.static_graphs.replays) == [4]
+    equal(stitched, model, 2)
+
+
+# --- stops and failures ----------------------------------------------------------------------------
+
+
+class StopAfter:
+    """A watcher that interrupts like Ctrl-C."""
+
+    def __init__(self, count: int) -> None:
+        self.left = count
+
+    def started(self, total: int) -> None: ...
+
+    def finished(self, outcome, held_bytes: int) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+    def ended(self) -> None: ...
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_an_interrupt_leaves_a_model_that_serves_every_size(count: int) -> None:
+    model, stitched = compiled()
+    with pytest.raises(KeyboardInterrupt):
+        stitched.capture(SIZES, progress=StopAfter(count), estimate=False)
+    assert sorted(stitched.static_graphs.replays) == SIZES[-count:]
+    modes = {row.last: row.mode for row in stitched.coverage(8)}
+    assert modes[8] is CUDAGraphMode.PIECEWISE
+    for n in range(2, 10):
+        equal(stitched, model, n)
+
+
+def test_a_failure_names_piece_or_shape_and_leaves_what_was_captured() -> None:
+    model, stitched = compiled(op=breaks)
+    with pytest.raises(StaticGraphError, match="four is too many") as raised:
+        stitched.capture(SIZES, progress=False, estimate=False)
+    assert "PIECEWISE tokens=4" in str(raised.value)
+    assert sorted(stitched.static_graphs.replays) == [8]
+    equal(stitched, model, 3)
+
+
+def test_by_policy_a_failed_size_runs_in_the_next_one() -> None:
+    model, stitched = compiled(op=breaks)
+    stitched.capture(SIZES, progress=False, on_failure=FailurePolicy.UNCAPTURED)
+    assert sorted(stitched.static_graphs.replays) == [2, 8]
+    equal(stitched, model, 3)
+    rows = {row.last: row.descriptor.num_tokens for row in stitched.coverage(8)}
+    assert rows == {2: 2, 8: 8}
+
+
+# --- reports ---------------------------------------------------------------------------------------
+
+
+def test_reports_say_what_runs_and_what_it_takes() -> None:
+    _, stitched = compiled()
+    stitched.capture(SIZES, progress=False)
+    require_coverage(stitched.coverage(8))
+    report = stitched.memory_report()
+    assert report.estimate is not None and report.total == sum(report.held.values()) > 0
+    assert {key[1].num_tokens for key in report.held} == set(SIZES)
+    assert report.as_json()["total"] == report.total
+
+
+def test_a_budget_drops_sizes_and_the_rest_serves() -> None:
+    model, stitched = compiled()
+    stitched.capture(SIZES, progress=False)
+    half = stitched.memory_report().total // 2
+    stitched.capture(SIZES, progress=False, memory_budget=half)
+    report = stitched.memory_report()
+    assert report.dropped and report.total <= half
+    for n in range(2, 9):
+        equal(stitched, model, n)
+
+
+def test_strict_refuses_a_silent_fall_back() -> None:
+    _, stitched = captured([2, 4], strict=True)
+    stitched(*batch(3))
+    stitched.static_graphs.release()
+    with pytest.raises(StaticGraphError, match="not captured"):
+        stitched(*batch(3))
+
+
+def test_every_address_can_be_checked_at_every_replay() -> None:
+    model, stitched = captured([4], check_addresses=True)
+    for n in (2, 4, 3):
+        equal(stitched, model, n)
+
+
+# --- what can't be captured ------------------------------------------------------------------------
+
+
+def refused(function, *args: torch.Tensor) -> StaticGraphError:
+    stitched = piecework.compile(function, args, config=EAGER)
+    with pytest.raises(StaticGraphError) as raised:
+        stitched.capture([2], progress=False)
+    return raised.value
+
+
+def test_a_result_without_a_batch_dimension_is_refused() -> None:
+    error = refused(lambda x: fresh(x @ torch.ones(3, 3)).mean(), torch.randn(4, 3))
+    assert "can't be trimmed" in str(error) and "result 0" in str(error)
+
+
+def test_a_second_dynamic_dimension_is_refused() -> None:
+    assert "beside the batch size" in str(refused(lambda x: fresh(x) + 1, torch.randn(4, 3)))
+
+
+def test_a_write_to_an_argument_is_refused() -> None:
+    linear = nn.Linear(8, 8)
+
+    def model(x, out):
+        mix(linear(x), x, out, "a")
+        return linear(out)
+
+    assert "writes to argument out" in str(refused(model, torch.randn(4, 8), torch.randn(4, 8)))
+
+
+def test_nothing_is_captured_before_the_first_call() -> None:
+    stitched = piecework.compile(Stack(), config=EAGER)
+    with pytest.raises(BindError, match="no graph to capture yet"):
+        stitched.capture([2])
+    with pytest.raises(BindError, match="nothing is captured"):
+        stitched.coverage()
+
+
+def test_a_size_that_the_trace_excludes_is_refused() -> None:
+    linear = nn.Linear(8, 8)
+    x = torch.randn(4, 8)
+    torch._dynamo.mark_dynamic(x, 0, min=2, max=6)
+    stitched = piecework.compile(lambda x: linear(x), (x,), config=EAGER)
+    with pytest.raises(ConfigError, match="size 8 can't be captured"):
+        stitched.capture([4, 8], progress=False)
+
+
+def test_an_edited_source_runs_uncaptured() -> None:
+    model, stitched = captured([4])
+    stitched.use_edited(stitched.source.code)
+    equal(stitched, model, 3)
+    assert stitched.coverage()[0].mode is CUDAGraphMode.NONE
