@@ -31,7 +31,7 @@ from piecework.runtime.layer_names import NamedOp, share_layer_names
 from piecework.runtime.model_tag import current_model_tag, model_tag_is_set
 from piecework.runtime.mutation import held_by_source, mutations_in, refuse_mutations
 from piecework.runtime.observe import trace
-from piecework.runtime.observe.dump import Dump
+from piecework.runtime.observe.dump import Dump, config_text
 from piecework.runtime.passes import PassReport, PostGradPassManager
 from piecework.runtime.piecewise import (
     CompilerManager,
@@ -168,7 +168,7 @@ class PieceworkBackend:
             self.split_gm, self.piecewise_graphs = split_graph(graph, ops)
             if self.compiler_manager.may_share_names():
                 self.named_ops = share_layer_names(self.split_gm, self.piecewise_graphs)
-        trace.artifact("config", lambda: repr(self.config))
+        trace.artifact("config", lambda: config_text(self.config))
         trace.artifact("split_graph", lambda: readable_graph(self.split_gm))
         self.dump.split(self.split_gm, self.piecewise_graphs)
         counters.num_piecewise_graphs_seen += len(self.piecewise_graphs)

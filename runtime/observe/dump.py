@@ -71,7 +71,7 @@ class Dump:
         place = Path(config.debug_dump_path) / f"rank_{_rank() if rank is None else rank}{replica}"
         try:
             folder = _new_folder(place, _file_name(name))
-            (folder / "00_config.json").write_text(_config_text(config), encoding="utf-8")
+            (folder / "00_config.json").write_text(config_text(config), encoding="utf-8")
         except OSError as error:
             raise ConfigError(
                 f"the stages of this compilation can't be written to {config.debug_dump_path}: "
@@ -260,12 +260,11 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0")) if os.environ.get("RANK", "").isdecimal() else 0
 
 
-def _config_text(config: CompilationConfig) -> str:
+def config_text(config: CompilationConfig) -> str:
+    """``config`` as JSON; what can't be read back by another process, such as a local function, is shown by its repr."""
     try:
         return to_json(config)
-    except (
-        ConfigError
-    ) as error:  # it holds something that only this process has, such as a local function
+    except ConfigError as error:
         fields = {name: repr(getattr(config, name)) for name in type(config).model_fields}
         return json.dumps({"not_json_because": str(error), "repr": fields}, indent=2) + "\n"
 
@@ -291,6 +290,6 @@ def _operators(item: SplitItem) -> str:
 
 
 def _node(item: SplitItem) -> str:
-    """What the emitted statement names as its origin: a piece, or the first operator of what is inlined."""
+    """What the emitted statement names as its origin: the first operator of what is inlined; "" for a piece."""
     calls = item.graph.graph.nodes if item.is_splitting_graph else ()
-    return next((node.name for node in calls if node.op == "call_function"), item.submod_name)
+    return next((node.name for node in calls if node.op == "call_function"), "")

@@ -18,7 +18,7 @@ TEMPLATE = "dump.html.jinja"
 class Step:
     """One submodule of the stitching graph, in order.
 
-    ``operators`` is "" for a piece; ``node`` is what the emitted statement says it stands for.
+    ``operators`` is "" for a piece; so is ``node``, which else is what the emitted statement says it stands for.
     """
 
     name: str
@@ -293,12 +293,12 @@ def _shortened(text: str, length: int) -> str:
 
 
 def _source_lines(page: Page) -> dict[str, int]:
-    """Step → the first line of its statement; steps and statements are in the same order."""
+    """Step outside the pieces → the first line of its statement; both are in the same order."""
     if page.source is None:
         return {}
     statements = iter(sorted(page.source.lines.items()))
     found: dict[str, int] = {}
-    for step in page.steps:
+    for step in filter(lambda each: each.node, page.steps):
         line = next((n for n, origin in statements if origin.node == step.node), None)
         if line is None:
             break

@@ -1,0 +1,412 @@
+"""`debug_dump_path`: the stages as files, the page that links them, failures, and that nothing happens without it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import logging
+import os
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import piecework
+from piecework.errors import ConfigError, PieceCompileError
+from piecework.runtime.backend import PieceworkBackend
+from piecework.runtime.compilers import CompiledPiece
+from piecework.runtime.config import CompilationConfig, RuntimeConfig
+from piecework.runtime.config_text import from_json
+from piecework.runtime.counters import counters
+from piecework.runtime.model_tag import set_model_tag
+from piecework.runtime.observe.dump import Dump
+from piecework.runtime.observe.dump_page import Page, PieceRow, RangeCell, Step, render_page
+from piecework.runtime.observe.plan_text import plan_text
+
+HERE = "dumps_under_test"
+sys.modules.setdefault(HERE, sys.modules[__name__])
+
+
+@piecework.splitting_op("observe_dump::mix", mutates_args=("out",))
+def mix(x: torch.Tensor, out: torch.Tensor) -> None:
+    out.copy_(x * 2)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(x)
+        mix(self.project(x).relu(), out)
+        return out + x
+
+
+class Model(nn.Module):
+    def __init__(self, layers: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Saboteur:
+    """Compiles as eager; before that it runs ``before`` with the number of the call."""
+
+    name = "saboteur"
+    calls: ClassVar[int] = 0
+
+    @staticmethod
+    def before(call: int) -> None:
+        """What a test does in the middle of the compilation."""
+
+    def compute_hash(self, config: CompilationConfig) -> str:
+        return "saboteur"
+
+    def compile(self, graph, example_inputs, config, compile_range):  # type: ignore[no-untyped-def]
+        Saboteur.calls += 1
+        type(self).before(Saboteur.calls)
+        return CompiledPiece(graph.forward)
+
+
+@pytest.fixture
+def sabotage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> CompilationConfig:
+    monkeypatch.setattr(Saboteur, "calls", 0)
+    return CompilationConfig(backend=f"{HERE}:Saboteur", debug_dump_path=tmp_path)
+
+
+class PageText(HTMLParser):
+    """Links, anchors, tags and text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = {name: value or "" for name, value in attrs}
+        self.tags.append(tag)
+        self.links += [given["href"]] if "href" in given else []
+        self.ids += [given["id"]] if "id" in given else []
+        self.sources += [given["src"]] if "src" in given else []
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def dumped(
+    path: Path, *, layers: int = 3, **fields: object
+) -> tuple[Path, piecework.StitchedModule]:
+    config = CompilationConfig(**{"backend": "eager", "debug_dump_path": path, **fields})
+    stitched = piecework.compile(Model(layers), (torch.randn(4, 8),), config=config)
+    return path / "rank_0" / "Model", stitched
+
+
+# --- the stages --------------------------------------------------------------------------------------
+
+
+def test_every_stage_is_a_file(tmp_path: Path) -> None:
+    folder, stitched = dumped(tmp_path)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "00_config.json",
+        "01_captured.py",
+        "02_split.py",
+        "03_plan.txt",
+        "04_stitched.py",
+        "index.html",
+        "pieces",
+        "times.json",
+    ]
+    assert (folder / "04_stitched.py").read_text() == stitched.source.code
+    assert (folder / "03_plan.txt").read_text() == plan_text(stitched.source.module)
+    read = from_json(CompilationConfig, (folder / "00_config.json").read_text())
+    assert read == stitched.config
+    captured, split = ((folder / f).read_text() for f in ("01_captured.py", "02_split.py"))
+    assert "torch.ops.observe_dump.mix" in captured and "submod_0" not in captured
+    for name in ("submod_0", "submod_1", "submod_2"):
+        assert f"class {name}(" in split
+    for text in (captured, split, stitched.source.code):
+        ast.parse(text)
+
+
+def test_each_piece_has_its_graph(tmp_path: Path) -> None:
+    folder, stitched = dumped(tmp_path)
+    names = [piece.name for piece in stitched.pieces]
+    assert sorted(p.name for p in (folder / "pieces").iterdir()) == sorted(names)
+    for name in names:
+        text = (folder / "pieces" / name / "graph.py").read_text()
+        ast.parse(text)
+        placeholders = stitched.split_gm.get_submodule(name).graph.find_nodes(op="placeholder")
+        assert all(node.name in text for node in placeholders)
+
+
+def test_the_plan_lists_every_statement_with_its_kind(tmp_path: Path) -> None:
+    folder, stitched = dumped(tmp_path)
+    rows = re.findall(r"^ +(\d+)  (\w+) +\S", (folder / "03_plan.txt").read_text(), re.MULTILINE)
+    body = stitched.source.module.entry.body
+    assert rows == [(str(i), type(stmt).__name__) for i, stmt in enumerate(body)]
+
+
+def test_times_are_those_of_the_report(tmp_path: Path) -> None:
+    folder, stitched = dumped(tmp_path)
+    times = json.loads((folder / "times.json").read_text())
+    assert times["error"] is None and times["phases"] == dict(stitched.report().phases)
+    pieces = [(p.name, p.key, p.modules, p.seconds) for p in stitched.pieces]
+    assert pieces == [
+        (p["name"], p["key"], p["modules"], sum(r["seconds"] for r in p["ranges"]))
+        for p in times["pieces"]
+    ]
+    assert {p["name"]: p["same_as"] for p in times["pieces"]} == {
+        "submod_0": None,
+        "submod_2": None,
+        "submod_4": "submod_2",
+        "submod_6": None,
+    }
+
+
+def test_ranges_are_listed(tmp_path: Path) -> None:
+    folder, _ = dumped(tmp_path, compile_sizes=[1, 8], compile_ranges_endpoints=[16])
+    first = json.loads((folder / "times.json").read_text())["pieces"][0]
+    assert [each["batches"] for each in first["ranges"]] == ["1", "8", "[1, 16]", "[17, …]"]
+    page = PageText((folder / "index.html").read_text())
+    assert "[17, …]" in page.text
+
+
+def test_the_dump_of_a_torch_compile_backend(tmp_path: Path) -> None:
+    options = {"backend": "eager", "debug_dump_path": str(tmp_path)}
+    model, x = Model(), torch.randn(4, 8)
+    compiled = torch.compile(model, backend="piecework", options=options, dynamic=True)
+    torch.testing.assert_close(compiled(x), model(x))
+    (folder,) = (tmp_path / "rank_0").iterdir()
+    assert (folder / "index.html").is_file() and (folder / "04_stitched.py").is_file()
+
+
+# --- folders -----------------------------------------------------------------------------------------
+
+
+def test_compilations_never_overwrite_each_other(tmp_path: Path) -> None:
+    first, _ = dumped(tmp_path, layers=1)
+    before = {p: p.read_bytes() for p in first.rglob("*") if p.is_file()}
+    dumped(tmp_path, layers=2)
+    with set_model_tag("drafter"):
+        dumped(tmp_path, layers=1)
+    names = {p.name for p in (tmp_path / "rank_0").iterdir()}
+    assert names == {"Model", "Model_1", "drafter.Model"}
+    assert before == {p: p.read_bytes() for p in first.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("rank", "dp_rank", "folder"), [(0, 0, "rank_0"), (3, 0, "rank_3"), (1, 2, "rank_1_dp_2")]
+)
+def test_ranks_have_folders_of_their_own(
+    tmp_path: Path, rank: int, dp_rank: int, folder: str
+) -> None:
+    config = CompilationConfig(debug_dump_path=tmp_path)
+    dump = Dump.open(config, "M", rank=rank, dp_rank=dp_rank)
+    assert dump.folder == tmp_path / folder / "M"
+
+
+def test_the_rank_of_a_launcher_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "5")
+    assert (
+        Dump.open(CompilationConfig(debug_dump_path=tmp_path), "M").folder == tmp_path / "rank_5/M"
+    )
+
+
+@given(name=st.text(max_size=120))
+@settings(deadline=None, max_examples=60)
+def test_no_name_leaves_the_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
+    place = tmp_path_factory.mktemp("dump")
+    folder = Dump.open(CompilationConfig(debug_dump_path=place), name, rank=0).folder
+    assert folder is not None and folder.resolve().parent == (place / "rank_0").resolve()
+    assert folder.is_dir() and not folder.name.startswith(".")
+
+
+def test_without_a_path_nothing_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    stitched = piecework.compile(
+        Model(1), (torch.randn(4, 8),), config=CompilationConfig(backend="eager")
+    )
+    assert stitched.backend.dump.folder is None and list(tmp_path.iterdir()) == []
+
+
+# --- what can go wrong -------------------------------------------------------------------------------
+
+
+def test_a_file_in_place_of_the_folder_is_an_error_before_compiling(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    before = counters.num_backend_compilations
+    with pytest.raises(ConfigError, match="can't be written to") as failure:
+        dumped(tmp_path / "taken")
+    assert failure.value.where == "debug_dump_path" and failure.value.hint
+    assert counters.num_backend_compilations == before
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_is_not_writable_is_an_error(tmp_path: Path) -> None:
+    place = tmp_path / "closed"
+    place.mkdir(mode=0o555)
+    with pytest.raises(ConfigError, match="Permission denied"):
+        dumped(place / "inside")
+
+
+def test_a_folder_that_can_never_be_made_is_an_error() -> None:
+    if not Path("/proc/self").is_dir():
+        pytest.skip("needs a file system that nobody can write to")
+    with pytest.raises(ConfigError, match="debug_dump_path"):
+        dumped(Path("/proc/self/dump"))
+
+
+def test_a_failed_compile_leaves_readable_stages(
+    sabotage: CompilationConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def second_fails(call: int) -> None:
+        if call == 2:
+            raise ValueError("<no rule> & nothing")
+
+    monkeypatch.setattr(Saboteur, "before", staticmethod(second_fails))
+    with pytest.raises(PieceCompileError):
+        piecework.compile(Model(), (torch.randn(4, 8),), config=sabotage)
+    folder = tmp_path / "rank_0" / "Model"
+    assert "torch.ops.observe_dump.mix" in (folder / "01_captured.py").read_text()
+    assert not (folder / "04_stitched.py").exists()
+    times = json.loads((folder / "times.json").read_text())
+    assert "PieceCompileError" in times["error"] and "submod_2" in times["error"]
+    keys = {p["name"]: p["key"] for p in times["pieces"]}
+    assert keys.pop("submod_0") and keys == {"submod_2": None, "submod_4": None, "submod_6": None}
+    page = PageText((folder / "index.html").read_text())
+    assert "The compilation failed." in page.text and "<no rule> & nothing" in page.text
+    assert page.text.count("not compiled") >= 3
+
+
+def test_a_dump_that_can_not_go_on_does_not_stop_the_compilation(
+    sabotage: CompilationConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = tmp_path / "rank_0" / "Model"
+    blocked = folder / "03_plan.txt"
+    monkeypatch.setattr(Saboteur, "before", staticmethod(lambda call: blocked.mkdir(exist_ok=True)))
+    model, x = Model(), torch.randn(4, 8)
+    with caplog.at_level(logging.WARNING, logger="piecework"):
+        stitched = piecework.compile(model, (x,), config=sabotage)
+    torch.testing.assert_close(stitched(x), model(x))
+    (record,) = [r for r in caplog.records if "the dump of Model stops" in r.getMessage()]
+    assert "03_plan.txt" in record.getMessage()
+    assert (folder / "02_split.py").is_file() and not (folder / "index.html").exists()
+
+
+def test_what_is_not_json_in_a_configuration_is_still_shown(tmp_path: Path) -> None:
+    def local_pass(graph: torch.fx.Graph) -> None:
+        """A pass that no other process could find by name."""
+
+    config = CompilationConfig(debug_dump_path=tmp_path, inductor_passes={"mine": local_pass})
+    folder = Dump.open(config, "M", rank=0).folder
+    assert folder is not None
+    shown = json.loads((folder / "00_config.json").read_text())
+    assert "local_pass" in shown["repr"]["inductor_passes"] and shown["not_json_because"]
+
+
+# --- the page ----------------------------------------------------------------------------------------
+
+
+def test_every_link_of_the_page_leads_somewhere(tmp_path: Path) -> None:
+    folder, _ = dumped(tmp_path)
+    text = (folder / "index.html").read_text()
+    page = PageText(text)
+    assert len(page.ids) == len(set(page.ids))
+    for link in page.links:
+        assert link[1:] in page.ids if link.startswith("#") else (folder / link).is_file(), link
+    linked = {link for link in page.links if not link.startswith("#")}
+    files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert linked == files - {"index.html"}
+
+
+def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
+    folder, _ = dumped(tmp_path)
+    text = (folder / "index.html").read_text()
+    page = PageText(text)
+    assert "svg" in page.tags and not {"link", "script", "img", "iframe"} & set(page.tags)
+    assert not page.sources and "http" not in text and "url(" not in text and "@import" not in text
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_a_box_outside_the_pieces_links_to_its_line(tmp_path: Path) -> None:
+    folder, stitched = dumped(tmp_path)
+    text = (folder / "index.html").read_text()
+    lines = stitched.source.code.splitlines()
+    targets = re.findall(r'<a href="#L(\d+)"><g class="outside">', text)
+    assert len(targets) == 3 and len(set(targets)) == 3
+    assert all(lines[int(target) - 1].strip().startswith("mix(") for target in targets)
+
+
+def test_a_deep_model_is_folded_in_the_map_and_whole_in_the_table(tmp_path: Path) -> None:
+    folder, stitched = dumped(tmp_path, layers=9)
+    text = (folder / "index.html").read_text()
+    assert "more times: observe_dump::mix, B" in text
+    for piece in stitched.pieces:
+        assert f'<tbody id="piece-{piece.name}">' in text
+
+
+def test_no_text_of_a_model_is_markup() -> None:
+    evil = "<script>alert('1')</script>&\"'"
+    cell = RangeCell(evil, 1.0, evil, evil)
+    row = PieceRow(evil, evil, evil, evil, (cell,))
+    page = Page(
+        evil, evil, evil, evil, (evil,), {evil: 1.0}, (Step(evil, evil, evil, evil),), (row,), None
+    )
+    shown = PageText(render_page(page))
+    assert "script" not in shown.tags and shown.text.count(evil) >= 8
+
+
+@given(marks=st.lists(st.sampled_from("abc"), max_size=40), more=st.integers(0, 40))
+@settings(deadline=None, max_examples=80)
+def test_the_map_accounts_for_every_step(marks: list[str], more: int) -> None:
+    operators = [*marks, *["a", "b"] * more]
+    steps = tuple(Step(f"s{i}", op, "", "") for i, op in enumerate(operators))
+    text = render_page(Page("M", "p", "v", "", (), {}, steps, (), None))
+    boxes = text.count('<g class="outside">')
+    folds = re.findall(r"&#8942; (\d+) more times: ([^<]+)<", text)
+    hidden = sum(int(count) * len(what.split(", ")) for count, what in folds)
+    assert boxes + hidden == len(operators)
+
+
+# --- Inductor ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.inductor
+def test_the_code_of_inductor_is_there_compiled_or_cached(tmp_path: Path) -> None:
+    for number, origin in (("", "compiled"), ("_1", "cache")):
+        dumped(tmp_path / "dump", layers=2, backend="inductor", cache_dir=tmp_path / "cache")
+        folder = tmp_path / "dump" / "rank_0" / f"Model{number}"
+        pieces = json.loads((folder / "times.json").read_text())["pieces"]
+        assert [p["ranges"][0]["from"] for p in pieces] == [origin] * 3
+        for piece in pieces:
+            text = (folder / "pieces" / piece["name"] / "inductor_output.py").read_text()
+            ast.parse(text)
+            assert "def call(" in text
+
+
+def test_a_backend_says_its_rank(tmp_path: Path) -> None:
+    config = CompilationConfig(backend="eager", debug_dump_path=tmp_path)
+    backend = PieceworkBackend(config, runtime_config=RuntimeConfig(rank=2, world_size=4))
+    compiled = torch.compile(Model(1), backend=backend, dynamic=True)
+    compiled(torch.randn(4, 8))
+    assert (tmp_path / "rank_2" / "model" / "04_stitched.py").is_file()
