@@ -1,0 +1,27 @@
+"""The examples of a compiler and of a pass do what they say."""
+
+from __future__ import annotations
+
+import pytest
+
+from piecework.examples import own_compiler, own_pass
+
+
+def test_own_compiler(capsys: pytest.CaptureFixture[str]) -> None:
+    pieces = own_compiler.main()
+    # three different pieces for two ranges; equal layers share one, so the middle one is called more often
+    assert [(each.batches, each.count) for each in pieces] == [
+        ("[1, 16]", 2),
+        ("[17, …]", 1),
+        ("[1, 16]", 6),
+        ("[17, …]", 3),
+        ("[1, 16]", 2),
+        ("[17, …]", 1),
+    ]
+    assert capsys.readouterr().out.count(" calls, ") == 6
+
+
+@pytest.mark.inductor
+def test_own_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    own_pass.main()
+    assert "pass GatePass: 1 matches in 1 graphs" in capsys.readouterr().out
