@@ -1,0 +1,131 @@
+"""What a call keeps alive: nothing afterwards, and during it never more than the interpreter (target B7)."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import piecework
+
+alive: list[int] = []
+seen: list[weakref.ref[torch.UntypedStorage]] = []
+
+
+@piecework.splitting_op("lifetimes::mix", mutates_args=("out",))
+def mix(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
+    """Copies, and counts the bytes of all activations handed to it so far that are still there."""
+    torch.add(left, right, out=out)
+    known = {ref() for ref in seen} - {None}
+    for tensor in (left, right, out):
+        if tensor.untyped_storage() not in known:
+            known.add(tensor.untyped_storage())
+            seen.append(weakref.ref(tensor.untyped_storage()))
+    alive.append(sum(s.nbytes() for ref in seen if (s := ref()) is not None))
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(8, 16)
+        self.leave = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left, right = self.enter(x).chunk(2, -1)
+        out = torch.empty_like(left)
+        mix(left, right, out)
+        return x + self.leave(out)
+
+
+class Model(nn.Module):
+    def __init__(self, layers: int = 6) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Layer() for _ in range(layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def peaks(call: Callable[[], object]) -> list[int]:
+    """Bytes of activations alive at each operator of one call."""
+    alive.clear()
+    seen.clear()
+    with torch.no_grad():
+        call()
+    return list(alive)
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+def test_no_more_is_alive_than_under_the_interpreter(backend: str) -> None:
+    config = piecework.CompilationConfig(backend=backend)
+    stitched = piecework.compile(
+        Model(), (torch.randn(4, 8),), splitting_ops=["lifetimes::mix"], config=config
+    )
+    x = torch.randn(16, 8)
+    inputs = []
+    for node, source in zip(
+        stitched.split_gm.graph.find_nodes(op="placeholder"), stitched.captured.inputs, strict=True
+    ):
+        tensor = getattr(source, "tensor", None)
+        symbolic = isinstance(node.meta["example_value"], torch.SymInt)
+        inputs.append(tensor if tensor is not None else 16 if symbolic else x)
+    interpreter = torch.fx.Interpreter(stitched.split_gm, garbage_collect_values=True)
+    reference = peaks(lambda: interpreter.run(*inputs))
+    ours = peaks(lambda: stitched(x))
+    assert len(ours) == len(reference) == 6
+    assert all(mine <= theirs for mine, theirs in zip(ours, reference, strict=True)), (
+        ours,
+        reference,
+    )
+    assert max(ours) < 3 * min(ours), "activations pile up with depth"
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+def test_nothing_is_alive_after_the_call(backend: str) -> None:
+    config = piecework.CompilationConfig(backend=backend)
+    stitched = piecework.compile(
+        Model(), (torch.randn(4, 8),), splitting_ops=["lifetimes::mix"], config=config
+    )
+    batch = [torch.randn(16, 8)]
+    arrived = weakref.ref(batch[0])
+    gc.disable()
+    try:
+        peaks(lambda: stitched(batch[0]))
+        assert [ref() for ref in seen if ref() is not None] == []
+        batch.clear()
+        assert arrived() is None
+    finally:
+        gc.enable()
+
+
+def test_the_trace_keeps_no_example_tensor() -> None:
+    x = torch.randn(4, 8)
+    arrived = weakref.ref(x)
+    config = piecework.CompilationConfig(backend="eager")
+    stitched = piecework.compile(Model(2), (x,), splitting_ops=["lifetimes::mix"], config=config)
+    del x
+    torch.compiler.reset()
+    gc.collect()
+    assert arrived() is None
+    stitched(torch.randn(5, 8))
+
+
+@pytest.mark.inductor
+def test_artifacts_hold_no_weights() -> None:
+    """What is left when all but the compiled pieces is gone does not include the weights."""
+    model = Model(2)
+    stitched = piecework.compile(model, (torch.randn(4, 8),), splitting_ops=["lifetimes::mix"])
+    pieces = [p.entries[None].compiled for p in stitched.backend.backends.values()]
+    weights = [weakref.ref(parameter) for parameter in model.parameters()]
+    del model, stitched
+    torch.compiler.reset()
+    gc.collect()
+    assert len(pieces) == 3
+    assert [ref for ref in weights if ref() is not None] == []
