@@ -21,6 +21,7 @@ from piecework.errors import CaptureError, PieceworkError
 from piecework.runtime import torch_compat
 from piecework.runtime.arguments import parameters_of
 from piecework.runtime.assumptions import Assumptions
+from piecework.runtime.containers import leaves_of
 from piecework.runtime.counters import counters
 from piecework.runtime.dynamic_dims import set_mark, unmarked_afterwards
 from piecework.runtime.weights import BoundWeights
@@ -360,8 +361,7 @@ def _sources(args: Sequence[object], kwargs: Mapping[str, object]) -> list[str]:
 
 
 def _suffixes(value: object) -> list[str]:
-    paths, _ = pytree.tree_flatten_with_path(value)
-    return [pytree.keystr(path) for path, _ in paths]
+    return [suffix for suffix, _ in leaves_of(value)]
 
 
 def _trace_back(

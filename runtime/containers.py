@@ -17,10 +17,18 @@ def tensors_in(value: object, name: str) -> list[tuple[str, torch.Tensor]]:
     """The tensors in ``value`` with their paths, such as ``hidden.tensors['h']``."""
     if isinstance(value, torch.Tensor):  # the common case, also for tensor subclasses
         return [(name, value)]
-    found, _ = pytree.tree_flatten_with_path(value)
     return [
-        (name + pytree.keystr(path), leaf) for path, leaf in found if isinstance(leaf, torch.Tensor)
+        (name + suffix, leaf) for suffix, leaf in leaves_of(value) if isinstance(leaf, torch.Tensor)
     ]
+
+
+def leaves_of(value: object) -> list[tuple[str, object]]:
+    """The leaves of nested containers with their paths, such as ``['h'][0]``; "" for a value that is none."""
+    try:
+        found, _ = pytree.tree_flatten_with_path(value)
+    except ValueError:  # a class was registered without names for its children, which is allowed
+        return [(f" (leaf {i})", leaf) for i, leaf in enumerate(pytree.tree_leaves(value))]
+    return [(pytree.keystr(path), leaf) for path, leaf in found]
 
 
 def register_containers(values: Sequence[object], classes: Sequence[type]) -> None:

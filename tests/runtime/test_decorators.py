@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import register_pytree_node
 
 import piecework
 from piecework import CompilationConfig, counters, ignore_torch_compile, support_torch_compile
@@ -175,6 +176,32 @@ def test_containers_of_tensors_are_dynamic_in_and_out() -> None:
             result = model(x, before=Intermediate({"hidden": hidden}))
             assert type(result) is Intermediate and result.tensors["x"] is x
             torch.testing.assert_close(result.tensors["hidden"], x + hidden)
+
+
+class Unnamed:
+    """Registered with torch's pytree by its author, without names for its children."""
+
+    hidden: torch.Tensor
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self.hidden = hidden
+
+
+def test_a_class_registered_without_names_is_served() -> None:
+    register_pytree_node(Unnamed, lambda v: ([v.hidden], None), lambda found, _: Unnamed(*found))
+
+    @support_torch_compile
+    class Takes(nn.Module):
+        compilation_config = EAGER
+
+        def forward(self, x: Unnamed) -> torch.Tensor:
+            return x.hidden + 1
+
+    model = Takes()
+    for batch in (4, 2):
+        same(model, Unnamed(torch.randn(batch, 8)))
+    with pytest.raises(InputError, match=r"argument x \(leaf 0\)"):
+        model(Unnamed(torch.randn(4, 9)))
 
 
 def test_declared_dimensions_are_the_only_dynamic_ones() -> None:
