@@ -10,6 +10,7 @@ import typer
 from piecework.cli.bench import bench
 from piecework.cli.bundles import compile_command, run, show, verify
 from piecework.cli.cache import cache_app
+from piecework.cli.capture import coverage
 from piecework.cli.config import config_app
 from piecework.cli.demo import demo
 from piecework.cli.golden import golden_app
@@ -28,6 +29,7 @@ app.command(epilog="Example: piecework show out")(show)
 app.command(epilog="Example: piecework run out --tokens 16")(run)
 app.command(epilog="Example: piecework verify out")(verify)
 app.command(epilog="Example: piecework bench stitching --out figures")(bench)
+app.command(epilog="Example: piecework coverage out --sizes 1,2,4,8")(coverage)
 app.add_typer(golden_app)
 app.add_typer(cache_app)
 app.add_typer(config_app)

@@ -49,8 +49,8 @@ def compile_command(
         out = console()
         bundle.check_output(output)
         config = CompilationConfig(backend=backend)
-        loaded = _step(out, as_json, f"Loading {model}", lambda: load_model(model, seed=seed))
-        stitched = _step(out, as_json, f"Compiling with {backend}", lambda: loaded.stitch(config))
+        loaded = run_step(out, as_json, f"Loading {model}", lambda: load_model(model, seed=seed))
+        stitched = run_step(out, as_json, f"Compiling with {backend}", lambda: loaded.stitch(config))
         manifest = bundle.save(
             output,
             stitched,
@@ -104,14 +104,14 @@ def run(
         manifest = bundle.read_manifest(directory)
         code = bundle.read_source(directory, manifest, edited=edited)
         config = CompilationConfig(**manifest.config)
-        loaded = _reload(directory, manifest)
-        reference = _step(out, as_json, "Running eagerly", lambda: run_model(loaded, tokens))
-        stitched = _step(out, as_json, "Compiling", lambda: loaded.stitch(config))
+        loaded = reload_model(directory, manifest)
+        reference = run_step(out, as_json, "Running eagerly", lambda: run_model(loaded, tokens))
+        stitched = run_step(out, as_json, "Compiling", lambda: loaded.stitch(config))
         generated = stitched.source.code
         changes = _use_edited(stitched, code) if edited else None
         if changes is not None and not as_json:
             out.print(*changes["lines"], sep="\n", markup=False)
-        ours = _step(out, as_json, "Running", lambda: run_model(loaded, tokens, stitched))
+        ours = run_step(out, as_json, "Running", lambda: run_model(loaded, tokens, stitched))
         result = compare(reference, ours)
         report = {
             "same_source": generated == code,
@@ -145,8 +145,8 @@ def verify(directory: FolderArgument, as_json: AsJson = False) -> None:
         manifest = bundle.read_manifest(directory)
         code = bundle.read_source(directory, manifest, edited=True)
         config = CompilationConfig(**{**manifest.config, "backend": "eager"})
-        loaded = _reload(directory, manifest)
-        stitched = _step(out, as_json, "Capturing", lambda: loaded.stitch(config))
+        loaded = reload_model(directory, manifest)
+        stitched = run_step(out, as_json, "Capturing", lambda: loaded.stitch(config))
         try:
             proof = prove(stitched.source, stitched.split_gm, edited=code)
         except EmitError as error:
@@ -163,14 +163,14 @@ def verify(directory: FolderArgument, as_json: AsJson = False) -> None:
         raise typer.Exit(DIFFERS)
 
 
-def _step(out: Console, quiet: bool, text: str, work: Callable[[], T]) -> T:
+def run_step(out: Console, quiet: bool, text: str, work: Callable[[], T]) -> T:
     if quiet:
         return work()
     with step(out, text):
         return work()
 
 
-def _reload(directory: Path, manifest: Manifest) -> LoadedModel:
+def reload_model(directory: Path, manifest: Manifest) -> LoadedModel:
     """The model that a folder was made from; a copied config is read from the folder."""
     from piecework.integrations.loading import load_model
     from piecework.runtime import bundle

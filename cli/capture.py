@@ -1,0 +1,66 @@
+"""``piecework coverage``: in, a compiled folder and batch sizes; out, how every batch size runs and what its graphs take."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from piecework.cli.bundles import AsJson, FolderArgument, reload_model, run_step
+from piecework.cli.console import console, typed_errors
+
+
+def coverage(
+    directory: FolderArgument,
+    sizes: Annotated[str, typer.Option(help="Batch sizes to capture, such as 1,2,4,8.")],
+    maximum: Annotated[
+        int | None, typer.Option("--max", min=1, help="Largest batch size to list.")
+    ] = None,
+    budget: Annotated[
+        int | None, typer.Option(min=1, help="Bytes that the graphs may take.")
+    ] = None,
+    policy: Annotated[
+        str, typer.Option(help="What becomes of fresh tensors: copy, refuse or eager.")
+    ] = "copy",
+    as_json: AsJson = False,
+) -> None:
+    """Capture a folder's model for some batch sizes; list how each batch size runs and what the graphs take."""
+    with typed_errors():
+        from piecework.integrations.transformers.dry_request import dry_request
+        from piecework.runtime import bundle
+        from piecework.runtime.config import CompilationConfig
+        from piecework.runtime.graphs.covered import coverage_json, coverage_table
+
+        chosen = _parse(sizes)
+        out = console()
+        manifest = bundle.read_manifest(directory)
+        config = CompilationConfig(**manifest.config)
+        loaded = reload_model(directory, manifest)
+        stitched = run_step(out, as_json, "Compiling", lambda: loaded.stitch(config))
+        context = {"context_for": dry_request} if loaded.causal_lm else {}
+        run_step(
+            out,
+            as_json,
+            "Capturing",
+            lambda: stitched.capture(
+                chosen, memory_budget=budget, progress=False, address_policy=policy, **context
+            ),
+        )
+        rows, memory = stitched.coverage(maximum), stitched.memory_report()
+        if as_json:
+            print(json.dumps({"coverage": coverage_json(rows), "memory": memory.as_json()}))
+            return
+        out.print(coverage_table(rows))
+        out.print(memory.table())
+
+
+def _parse(text: str) -> list[int]:
+    from piecework.errors import UsageError
+
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise UsageError(
+            f"{text!r} is no list of batch sizes", where="--sizes", hint="write it like 1,2,4,8"
+        ) from error
