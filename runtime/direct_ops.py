@@ -19,7 +19,7 @@ Implementation = Callable[..., object]
 @dataclass(frozen=True, slots=True)
 class _Row:
     look_up: Callable[[], Implementation | None]
-    implementation: Implementation
+    found: Implementation
     name: str
     table: str
 
@@ -49,12 +49,13 @@ class DirectOps:
 
     def _add(self, target: object, device: str) -> None:
         look_up = _look_up(target, device)
-        implementation = None if look_up is None else look_up()
-        if look_up is None or implementation is None:
+        found = None if look_up is None else look_up()
+        if look_up is None or found is None:
             return
         name = _full_name(target)
-        self.implementations[target] = implementation
-        self._rows.append(_Row(look_up, implementation, name, torch_compat.kernel_table(name)))
+        known = registry.find(target) is not None
+        self.implementations[target] = found if known else torch_compat.custom_op_function(found)
+        self._rows.append(_Row(look_up, found, name, torch_compat.kernel_table(name)))
 
     def unchanged(self) -> bool:
         """Whether each function is still the one that the dispatcher would reach.
@@ -63,7 +64,7 @@ class DirectOps:
         under the very same dispatch key through a raw ``torch.library.Library`` is noticed with the next new one.
         """
         for row in self._rows:
-            if row.look_up() is not row.implementation:
+            if row.look_up() is not row.found:
                 return False
         if self._kernels is None or len(self._kernels) == self._count:
             return True
@@ -84,7 +85,7 @@ def _look_up(target: object, device: str) -> Callable[[], Implementation | None]
         return lambda: op.implementation_for(device)
     if isinstance(target, torch._ops.OpOverload):
         name = target._schema.name
-        return lambda: torch_compat.custom_op_implementation(name, device)
+        return lambda: torch_compat.custom_op_kernel(name, device)
     return None
 
 

@@ -354,26 +354,25 @@ def kernel_table(name: str) -> str:
     return "" if dump is None else str(dump(name))
 
 
-def custom_op_implementation(name: str, device_type: str) -> Callable[..., object] | None:
-    """The Python function behind a ``torch.library.custom_op``, for plain tensors on ``device_type``.
+def custom_op_kernel(name: str, device_type: str) -> Callable[..., object] | None:
+    """What a ``torch.library.custom_op`` runs for plain tensors on ``device_type``, with the wrappers around it; None for any other operator.
 
     It is looked up afresh, so that two results tell whether the kernel was replaced or disabled meanwhile.
     """
-    try:
-        from torch._library.custom_ops import OPDEFS
-    except ImportError:
-        return None
-    definition = OPDEFS.get(name)
+    definitions = getattr(getattr(torch, "_library", None), "custom_ops", None)
+    definition = getattr(definitions, "OPDEFS", {}).get(name)
     kernels = getattr(definition, "_backend_fns", None)
-    disabled = getattr(definition, "_disabled_kernel", None)
-    if kernels is None or disabled is None or not hasattr(definition, "_init_fn"):
+    if not kernels or not hasattr(definition, "_disabled_kernel"):
         return None
     key = device_type if device_type in kernels else None
-    if key not in kernels:
-        return None
-    if key in disabled:
+    if key in definition._disabled_kernel:
         return definition._init_fn
-    return inspect.unwrap(_innermost(kernels[key]))
+    return kernels.get(key)
+
+
+def custom_op_function(kernel: Callable[..., object]) -> Callable[..., object]:
+    """The user's function inside a result of `custom_op_kernel`."""
+    return inspect.unwrap(_innermost(kernel))
 
 
 def _innermost(function: Callable[..., object]) -> Callable[..., object]:
