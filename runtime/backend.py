@@ -83,6 +83,7 @@ class PieceworkBackend:
         self.config = config or CompilationConfig()
         self.prefix = prefix
         self.is_encoder = is_encoder
+        self._tag = current_model_tag().tag
         self.declared_ops = (
             splitting_ops if splitting_ops is not None else self.config.splitting_ops
         )
@@ -177,7 +178,7 @@ class PieceworkBackend:
             refuse_mutations(mutations_in(self.split_gm, names, bound or held_by_source(graph)))
         with self._phase("compile"):
             inputs = list(map(value_of, self.split_gm.graph.find_nodes(op="placeholder")))
-            self.compiler_manager.initialize_cache(graph, inputs, **self._place)
+            self.compiler_manager.initialize_cache(graph, inputs, tag=self._tag, **self._place)
             interpreter = PiecewiseCompileInterpreter(self.split_gm, names, self.config, self)
             self.backends = interpreter.backends  # filled as it runs: a failure leaves what is made
             with self._compiled_ahead(names):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from piecework.errors import ConfigError
 
 DEFAULT_TAG = "backbone"
-_FORM = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_FORM = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def set_model_tag(tag: str, is_encoder: bool = False) -> Iterator[ModelTag]:
     """Tag every model that is made or compiled in the block; the outer tag is back afterwards.
 
     Args:
-        tag: letters, digits, ``_``, ``.`` and ``-``; it becomes part of folder names.
+        tag: up to 100 letters, digits, ``_``, ``.`` and ``-``; it becomes part of folder names.
         is_encoder: the last batch range is open-ended.
 
     Raises:
@@ -60,7 +60,7 @@ def set_model_tag(tag: str, is_encoder: bool = False) -> Iterator[ModelTag]:
         raise ConfigError(
             f"{tag!r} can't be a model tag",
             where="set_model_tag",
-            hint="use letters, digits, '_', '.' and '-', a letter or digit first",
+            hint="use up to 100 letters, digits, '_', '.' and '-', a letter or digit first",
         )
     made = ModelTag(tag, is_encoder)
     token = _TAG.set(made)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_tasks_keep_their_own_tags() -> None:
     assert asyncio.run(both()) == ["a", "b"]
 
 
-@pytest.mark.parametrize("tag", ["", "../up", "a/b", "a b", ".hidden", "-x", 3])
+@pytest.mark.parametrize("tag", ["", "../up", "a/b", "a b", ".hidden", "-x", "x" * 101, 3])
 def test_a_tag_that_is_no_folder_name_is_refused(tag: object) -> None:
     with pytest.raises(ConfigError, match="can't be a model tag"), set_model_tag(tag):  # type: ignore[arg-type]
         pass
@@ -79,6 +80,18 @@ def test_the_tag_labels_what_is_compiled() -> None:
     assert "# model: drafter.Model\n" in drafter.source.code
     assert "# model: Model\n" in target.source.code
     assert (drafter.report().model, target.report().model) == ("drafter.Model", "Model")
+
+
+@pytest.mark.inductor
+def test_two_models_of_one_process_have_cache_folders_of_their_own(tmp_path: Path) -> None:
+    config = CompilationConfig(cache_dir=str(tmp_path))
+    for tag in ("target", "drafter"):
+        with set_model_tag(tag):
+            stitched = piecework.compile(Model(), config=config)
+        stitched(
+            torch.randn(4, 8)
+        )  # compiled after the block; the tag is the one that it was made under
+    assert {path.parent.name for path in tmp_path.rglob("stitched.py")} == {"target", "drafter"}
 
 
 def test_an_encoders_last_range_is_open() -> None:
