@@ -5,22 +5,18 @@ Every character of the input is escaped; nothing is fetched, and nothing is said
 
 from __future__ import annotations
 
-import builtins
 import difflib
-import io
-import keyword
 import re
-import tokenize
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
+from piecework.codegen.highlight import Styles, line_html, token_styles
 from piecework.golden.visible import visible
 
 _WORD = re.compile(r"\w+|\s+|[^\w\s]")
 _CONTEXT = 3
-_BUILTINS = frozenset(dir(builtins))
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +38,14 @@ class Block:
     rows: tuple[Row, ...]
 
 
-# What a character of a line looks like: the class of its token, and whether it differs.
-_Styles = list[str]
-
-
 def side_by_side(before: str, after: str) -> list[Block]:
     """Align two texts line by line; characters that would not be seen are written as escapes."""
     before, after = visible(before), visible(after)
     left, right = before.splitlines(), after.splitlines()
     left_styles, right_styles = token_styles(before), token_styles(after)
 
-    def cell(lines: Sequence[str], styles: Sequence[_Styles], at: int, marks: set[int]) -> Markup:
-        return _cell(lines[at], styles[at], marks)
+    def cell(lines: Sequence[str], styles: Sequence[Styles], at: int, marks: set[int]) -> Markup:
+        return line_html(lines[at], styles[at], marks)
 
     none = Markup("")
     blocks: list[Block] = []
@@ -156,62 +148,3 @@ def _differing(before: str, after: str) -> tuple[set[int], set[int]]:
                 start = sum(map(len, words[:low]))
                 marks[side].update(range(start, start + sum(map(len, words[low:high]))))
     return marks
-
-
-# --- colours -----------------------------------------------------------------------------------------
-
-
-def token_styles(text: str) -> list[_Styles]:
-    """For each line, the class of each of its characters: k(eyword), s(tring), c(omment), n(umber), b(uiltin) or ""."""
-    lines = text.splitlines()
-    styles: list[_Styles] = [[""] * len(line) for line in lines]
-    try:
-        tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
-    except (tokenize.TokenError, SyntaxError):
-        return styles  # an edited file that is not Python is shown without colours
-    for token in tokens:
-        style = _style(token)
-        if not style:
-            continue
-        (first, start), (last, end) = token.start, token.end
-        for number in range(first - 1, min(last, len(lines))):
-            low = start if number == first - 1 else 0
-            high = end if number == last - 1 else len(lines[number])
-            for column in range(low, min(high, len(lines[number]))):
-                styles[number][column] = style
-    return styles
-
-
-def _style(token: tokenize.TokenInfo) -> str:
-    if token.type == tokenize.COMMENT:
-        return "c"
-    if token.type == tokenize.STRING:
-        return "s"
-    if token.type == tokenize.NUMBER:
-        return "n"
-    if token.type == tokenize.NAME:
-        if keyword.iskeyword(token.string):
-            return "k"
-        return "v" if token.string.startswith("__vllm_") else "b" * (token.string in _BUILTINS)
-    return ""
-
-
-def _cell(line: str, styles: _Styles, marks: set[int]) -> Markup:
-    """``line`` as HTML: one element per run of equally styled characters."""
-    parts: list[Markup] = []
-    start = 0
-    for column in range(1, len(line) + 1):
-        if column < len(line) and (styles[column], column in marks) == (
-            styles[start],
-            start in marks,
-        ):
-            continue
-        text = escape(line[start:column])
-        inner = (
-            Markup('<span class="{}">{}</span>').format(styles[start], text)
-            if styles[start]
-            else text
-        )
-        parts.append(Markup("<mark>{}</mark>").format(inner) if start in marks else inner)
-        start = column
-    return Markup("").join(parts)

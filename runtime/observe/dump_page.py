@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from markupsafe import Markup
+
 from piecework.codegen import StitchedSource
+from piecework.codegen.highlight import line_html, token_styles
 from piecework.codegen.render import environment
 
 TEMPLATE = "dump.html.jinja"
@@ -88,7 +91,7 @@ def render_page(page: Page) -> str:
             phases=_bars(page.phases),
             map=_Map(page, letters).layout(),
             rows=[_row(row, letters) for row in page.rows],
-            lines=[] if page.source is None else page.source.code.splitlines(),
+            lines=[] if page.source is None else _coloured(page.source.code),
         )
     )
 
@@ -110,6 +113,11 @@ def _headline(page: Page, compiled: int, unique: int) -> str:
     total = len(page.rows)
     done = "" if compiled == total else f", {compiled} of them compiled"
     return f"{total} pieces{done}, {unique} different, between {outside} splitting submodules"
+
+
+def _coloured(code: str) -> list[Markup]:
+    lines = code.splitlines()
+    return [line_html(*each) for each in zip(lines, token_styles(code), strict=True)]
 
 
 def _letters(rows: Sequence[PieceRow]) -> dict[str, str]:

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from piecework.cli.golden import golden_app
-from piecework.codegen.render import environment
 from piecework.golden.diff import compare_sources
 from piecework.golden.piece_map import piece_map
-from piecework.golden.report import TEMPLATE, Entry, page
+from piecework.golden.report import Entry, page
 from piecework.golden.side_by_side import side_by_side
 from piecework.golden.visible import visible
 
@@ -206,7 +205,7 @@ PAIRS = [
 
 
 def _themes() -> dict[str, dict[str, str]]:
-    source = environment().loader.get_source(environment(), TEMPLATE)[0]
+    source = page([])
     light, dark = re.findall(r":root \{(.*?)\}", source, re.DOTALL)
     return {
         name: dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
