@@ -156,9 +156,7 @@ def _work(job: Job, pipe: int, inherited: Sequence[int]) -> None:
         error = ""
         try:
             job.run()
-        except (
-            Exception
-        ) as problem:  # noqa: BLE001 - reported to the parent, which meets it again itself
+        except Exception as problem:  # noqa: BLE001 - the parent meets it again itself
             error = f"{type(problem).__name__}: {problem}"
         os.write(pipe, json.dumps({"error": error[:4000]}).encode("ascii"))
         code = 0
