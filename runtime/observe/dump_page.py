@@ -111,8 +111,8 @@ def _headline(page: Page, compiled: int, unique: int) -> str:
     if not page.steps:
         return "not split yet"
     total = len(page.rows)
-    done = "" if compiled == total else f", {compiled} of them compiled"
-    return f"{total} pieces{done}, {unique} different, between {outside} splitting submodules"
+    done = f"{unique} different" if compiled == total else f"{compiled} of them compiled"
+    return f"{total} pieces, {done}, between {outside} splitting submodules"
 
 
 def _coloured(code: str) -> list[Markup]:
