@@ -153,7 +153,7 @@ class PieceworkBackend:
         except BaseException as error:
             self.dump.finish(self.backends, self.phases, error)
             raise
-        self.dump.finish(self.backends, self.phases)  # once more with the last times, when it is bound
+        self.dump.finish(self.backends, self.phases)  # again when it is bound
 
     def _prepare(self, graph: torch.fx.GraphModule, bound: Mapping[str, str] | None) -> None:
         self.dump.captured(graph)
