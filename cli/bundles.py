@@ -50,7 +50,9 @@ def compile_command(
         bundle.check_output(output)
         config = CompilationConfig(backend=backend)
         loaded = run_step(out, as_json, f"Loading {model}", lambda: load_model(model, seed=seed))
-        stitched = run_step(out, as_json, f"Compiling with {backend}", lambda: loaded.stitch(config))
+        stitched = run_step(
+            out, as_json, f"Compiling with {backend}", lambda: loaded.stitch(config)
+        )
         manifest = bundle.save(
             output,
             stitched,

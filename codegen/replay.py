@@ -295,7 +295,8 @@ def _rows(plan: _Planner) -> Iterator[str]:
                 yield f"{name}: static buffer of {submods[piece]}"
             case HeldReplay(piece):
                 eager = plan.facts.pieces[piece].eager_reason is not None
-                yield f"{name}: {'' if eager else 'static graph of '}{submods[piece]}"
+                what = "runs uncaptured" if eager else f"static graph of {submods[piece]}"
+                yield f"{name}: {what}"
             case HeldInput():
                 kind = "persistent buffer" if name in plan.facts.staged else "weight"
                 yield f"{name}: {kind}"

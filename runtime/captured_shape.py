@@ -106,7 +106,9 @@ def batch_shape(captured: Capture, backend: PieceworkBackend) -> BatchShape:
         if isinstance(each, Weight):
             weights[position] = each.path
         elif isinstance(fake, torch.Tensor):
-            staged.append(StagedInput(position, names[position], fake, _batch_dim(each, fake, symbol)))
+            staged.append(
+                StagedInput(position, names[position], fake, _batch_dim(each, fake, symbol))
+            )
         elif torch_compat.symbol_of(fake) == symbol:
             sizes.append(position)
         elif torch_compat.symbols_of(fake):

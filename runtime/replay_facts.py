@@ -59,9 +59,11 @@ def replay_facts(
     places: dict[str, Hashable] = {name: Placement.of(w) for name, w in weights.items()}
     places |= {name: Placement.of(view) for name, view in zip(staged, views, strict=True)}
     return ReplayFacts(
-        title=f"{calls[0].request.mode.name} {calls[0].request.descriptor.describe()}"
-        if calls
-        else "none",
+        title=(
+            f"{calls[0].request.mode.name} {calls[0].request.descriptor.describe()}"
+            if calls
+            else "none"
+        ),
         tokens=size,
         policy=policy,
         staged=staged,

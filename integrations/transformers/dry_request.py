@@ -21,7 +21,9 @@ from piecework.runtime.graphs.mode import CUDAGraphMode
 
 
 @contextmanager
-def dry_request(mode: CUDAGraphMode, descriptor: BatchDescriptor) -> Iterator[ForwardContext | None]:
+def dry_request(
+    mode: CUDAGraphMode, descriptor: BatchDescriptor
+) -> Iterator[ForwardContext | None]:
     """The context of a run on dummy tokens; the ``context_for`` of a capture.
 
     Example:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from typer.testing import CliRunner
 
 import piecework
+from piecework.cli import app
 from piecework.errors import BindError, ConfigError, InputError, StaticGraphError
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.forward_context import get_forward_context, set_forward_context
@@ -16,6 +22,7 @@ from piecework.runtime.graphs import CUDAGraphMode, FailurePolicy, require_cover
 from piecework.runtime.graphs.capture import frozen_garbage
 
 EAGER = CompilationConfig(backend="eager")
+sys.modules.setdefault("capture_factories", sys.modules[__name__])
 SIZES = [2, 4, 8]  # the model broadcasts over its batch, which the trace takes to be 2 or more
 
 
@@ -150,7 +157,7 @@ def test_replays_run_and_not_the_pieces() -> None:
 
 
 def test_results_are_the_callers_own_unless_it_wants_static_ones() -> None:
-    model, stitched = captured([2])
+    _, stitched = captured([2])
     first = stitched(*batch(2))["rows"]
     kept = first.clone()
     stitched(*batch(2))
@@ -209,7 +216,7 @@ def test_compiled_and_uncompiled_pieces_have_the_same_replay_source() -> None:
 
 def test_policy_refuse_names_the_piece_that_a_fresh_tensor_enters() -> None:
     _, stitched = compiled()
-    with pytest.raises(StaticGraphError, match="fresh tensor.*submod_2, PIECEWISE tokens=8"):
+    with pytest.raises(StaticGraphError, match=r"fresh tensor.*submod_2, PIECEWISE tokens=8"):
         stitched.capture(SIZES, progress=False, estimate=False, address_policy="refuse")
 
 
@@ -401,3 +408,32 @@ def test_an_edited_source_runs_uncaptured() -> None:
     stitched.use_edited(stitched.source.code)
     equal(stitched, model, 3)
     assert stitched.coverage()[0].mode is CUDAGraphMode.NONE
+
+
+# --- the command line ------------------------------------------------------------------------------
+
+
+def stack() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    return Stack(), batch(5)
+
+
+def invoke(*args: object):
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def test_the_command_line_shows_coverage_and_memory(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    made = invoke("compile", "capture_factories:stack", "-o", folder, "--backend", "eager")
+    assert made.exit_code == 0, made.output
+    result = invoke("coverage", folder, "--sizes", "2,4,8", "--max", 9, "--json")
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    spans = [(row["first"], row["last"], row["mode"]) for row in said["coverage"]]
+    assert spans[-1] == (9, 9, "NONE") and spans[0] == (2, 2, "PIECEWISE")
+    assert [each["tokens"] for each in said["memory"]["graphs"]] == [8, 4, 2]
+    shown = invoke("coverage", folder, "--sizes", "2,4")
+    assert shown.exit_code == 0 and "What runs captured" in shown.output
+    assert "Static graphs hold" in shown.output
+    for bad in ("2,x", "0"):
+        refused = invoke("coverage", folder, "--sizes", bad)
+        assert refused.exit_code == 2 and "Error" in refused.output

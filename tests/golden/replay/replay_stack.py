@@ -1,0 +1,47 @@
+"""The model whose replay source is pinned: out-buffers and fresh tensors, an alias of memory, a passed-through input."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import piecework
+
+
+@piecework.splitting_op("replay_golden::mix", mutates_args=("out",))
+def mix(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, layer: str) -> None:
+    out.copy_(left - 2 * right)
+
+
+@piecework.splitting_op("replay_golden::fresh")
+def fresh(x: torch.Tensor) -> torch.Tensor:
+    return x * 3
+
+
+@fresh.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+class Block(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.enter, self.leave = nn.Linear(8, 16), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left, right = self.enter(x).chunk(2, -1)
+        out = torch.empty_like(left)
+        mix(left, right, out, self.name)
+        return x + self.leave(fresh(out))
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(f"layers.{index}") for index in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x

@@ -1,0 +1,295 @@
+"""Replay source: proved against its graph and its capture, in every way a text or a capture can be wrong."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import black
+import pytest
+import torch
+from torch import nn
+
+import piecework
+from piecework.codegen.layout import MODE
+from piecework.codegen.replay_check import verify_replay
+from piecework.codegen.replay_plan import Frozen, InPlace, ReplayFacts, ReplaySource
+from piecework.errors import EmitError
+from piecework.runtime import captured as captured_module
+from piecework.runtime.config import CompilationConfig
+from piecework.runtime.forward_context import set_forward_context
+from piecework.runtime.graphs.capture import frozen_garbage
+
+EAGER = CompilationConfig(backend="eager")
+GOLDEN = Path(__file__).parent.parent / "golden" / "replay"
+
+
+def load_stack():
+    spec = importlib.util.spec_from_file_location("replay_stack", GOLDEN / "replay_stack.py")
+    module = sys.modules["replay_stack"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+stack = load_stack()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imports_are_no_garbage():
+    with frozen_garbage():
+        yield
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    torch.manual_seed(0)
+    model = stack.Stack().requires_grad_(False)
+    return model, piecework.compile(model, (torch.randn(4, 8),), config=EAGER)
+
+
+def capture(stitched, sizes=(4,), **options):
+    return stitched.capture(sizes, progress=False, estimate=False, poison=True, **options)
+
+
+def facts_of(stitched, size: int) -> ReplayFacts:
+    """The facts of a capture, as `CapturedModel` hands them to the emitter."""
+    kept: list[ReplayFacts] = []
+    real = captured_module.generate_replay
+
+    def keep(source, split_gm, facts):
+        kept.append(facts)
+        return real(source, split_gm, facts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(captured_module, "generate_replay", keep)
+        capture(stitched, [size])
+    return kept[0]
+
+
+# --- the text --------------------------------------------------------------------------------------
+
+
+def test_every_size_from_one_equals_the_uncaptured_run(compiled) -> None:
+    model, stitched = compiled
+    capture(stitched, [1, 2, 4, 8])
+    for n in range(1, 11):
+        x = torch.randn(n, 8)
+        with set_forward_context(skip_cuda_graphs=True):
+            uncaptured = stitched(x)
+        torch.testing.assert_close(stitched(x), uncaptured, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(stitched(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["copy", "eager"])
+def test_the_text_is_the_pinned_one(compiled, policy: str) -> None:
+    """After a change that is meant, write the new text into tests/golden/replay/."""
+    _, stitched = compiled
+    capture(stitched, [8], address_policy=policy)
+    code = stitched.static_graphs.source_for(8).code
+    pinned = (GOLDEN / f"stack_{policy}.golden").read_text(encoding="utf-8")
+    assert re.sub(r"\.py:\d+", ".py", code) == pinned
+
+
+@pytest.mark.parametrize("policy", ["copy", "eager"])
+def test_the_text_is_in_blacks_format_and_defines_what_it_reads(compiled, policy: str) -> None:
+    _, stitched = compiled
+    capture(stitched, [8], address_policy=policy)
+    source = stitched.static_graphs.source_for(8)
+    assert black.format_str(source.code, mode=MODE) == source.code
+    tree = ast.parse(source.code)
+    stored = {
+        n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and n.ctx.__class__ is ast.Store
+    }
+    defined = stored | set(source.held) | {"torch", "__vllm_consts__"}
+    defined |= {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
+    defined |= {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)}
+    read = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    assert read <= defined
+
+
+def test_the_address_decision_is_visible(compiled) -> None:
+    _, stitched = compiled
+    capture(stitched, [4])
+    staged = stitched.static_graphs.source_for(4).code
+    assert (
+        "# fresh tensor: address policy 'copy' stages it for submod_2\n    submod_2_in_0.copy_("
+        in staged
+    )
+    capture(stitched, [4], address_policy="eager")
+    eager = stitched.static_graphs.source_for(4).code
+    assert "runs uncaptured: argument 0 (fresh tensor) enters it" in eager
+    assert "submod_2(" in eager and ".copy_(" not in eager and "replay_0()" in eager
+
+
+# --- the proof -------------------------------------------------------------------------------------
+
+
+def proved(stitched, facts: ReplayFacts, change: Callable[[str], str] = str):
+    source = stitched.static_graphs.source_for(4)
+    edited = change(source.code)
+    return verify_replay(replace(source, code=edited), stitched.source, stitched.split_gm, facts)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "why"),
+    [
+        ("    replay_1()\n", "", "stages or brings back an operand|differs from the graph"),
+        ("    replay_0()\n", "    replay_0()\n    replay_0()\n", "differs from the graph"),
+        ("    submod_2_in_0.copy_(submod_1_1)\n", "", r"operands \[0\] are not staged before it"),
+        (
+            "submod_2_in_0.copy_(submod_1_1)",
+            "submod_2_in_0.copy_(left)",
+            "are not staged before it",
+        ),
+        ("submod_2_in_0.copy_(submod_1_1)", "submod_4_in_0.copy_(submod_1_1)", "not staged"),
+        ('submod_1(left, right, out, "', 'submod_1(right, left, out, "', "another argument 0"),
+        ('"layers.0")', '"layers.1")', "another argument"),
+        ("    stage(inputs)\n", "", "not staged first"),
+        ("s0 = 4\n", "s0 = 8\n", "s0 is 4 in this capture"),
+        ("replay_0()", "replay_0(left)", "takes no arguments"),
+        ("return (x_1,)", "return (x_2,)", "returns something else"),
+        ("    replay_1()\n", "    replay_2()\n", "not staged before it"),
+        (
+            "    replay_2()\n",
+            "    replay_2()\n    submod_4_in_0.copy_(submod_3)\n",
+            "stages or brings",
+        ),
+    ],
+)
+def test_a_text_that_differs_is_refused(compiled, before: str, after: str, why: str) -> None:
+    _, stitched = compiled
+    facts = facts_of(stitched, 4)
+    assert proved(stitched, facts).replays == len(stitched.pieces)
+    code = stitched.static_graphs.source_for(4).code
+    assert before in code
+    with pytest.raises(EmitError, match=why):
+        proved(stitched, facts, lambda text: text.replace(before, after, 1))
+
+
+def with_read(facts: ReplayFacts, piece: int, leaf: int, read) -> ReplayFacts:
+    pieces = list(facts.pieces)
+    reads = list(pieces[piece].reads)
+    reads[leaf] = read
+    pieces[piece] = replace(pieces[piece], reads=tuple(reads))
+    return replace(facts, pieces=tuple(pieces))
+
+
+def test_a_capture_that_reads_other_memory_is_refused(compiled) -> None:
+    _, stitched = compiled
+    facts = facts_of(stitched, 4)
+    for piece, each in enumerate(facts.pieces):
+        for leaf, read in enumerate(each.reads):
+            if isinstance(read, InPlace):
+                wrong = with_read(facts, piece, leaf, InPlace("elsewhere", read.owner))
+                with pytest.raises(EmitError, match="reads other memory"):
+                    proved(stitched, wrong)
+            elif isinstance(read, Frozen):
+                with pytest.raises(EmitError, match=r"operand .* is 4, and was 5"):
+                    proved(stitched, with_read(facts, piece, leaf, Frozen(5)))
+
+
+def test_every_operand_is_accounted_for(compiled) -> None:
+    _, stitched = compiled
+    facts = facts_of(stitched, 4)
+    proof = proved(stitched, facts)
+    assert proof.operands == sum(len(piece.reads) for piece in facts.pieces)
+    assert proof.vouched == 0 and proof.stitched.events > 0
+
+
+# --- memory that operands share --------------------------------------------------------------------
+
+
+@piecework.splitting_op("replay_source::halves")
+def halves(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x, 2 * x], -1)
+
+
+@halves.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[0], 2 * x.shape[1])
+
+
+@piecework.splitting_op("replay_source::transposed")
+def transposed(x: torch.Tensor) -> torch.Tensor:
+    return (x * 2).t().contiguous().t()
+
+
+@transposed.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[1], x.shape[0]).t()
+
+
+def test_strides_of_a_fresh_tensor_are_kept() -> None:
+    leave = nn.Linear(8, 8)
+    model = lambda x: leave(transposed(leave(x)))  # noqa: E731
+    stitched = piecework.compile(model, (torch.randn(4, 8),), config=EAGER)
+    capture(stitched, [2, 4])
+    for n in (1, 2, 3, 4):
+        x = torch.randn(n, 8)
+        torch.testing.assert_close(stitched(x), model(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_wide_fresh_tensor_is_staged_once_for_several_readers() -> None:
+    leave = nn.Linear(16, 8)
+
+    def model(x):
+        wide = halves(x @ torch.ones(8, 8))
+        return leave(wide) + wide[:, 8:]
+
+    stitched = piecework.compile(model, (torch.randn(4, 8),), config=EAGER)
+    capture(stitched, [4])
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(stitched(x), model(x).detach(), rtol=1e-4, atol=1e-4)
+    assert stitched.static_graphs.source_for(4).code.count(".copy_(") == 1
+
+
+def test_source_is_data_without_tensors(compiled) -> None:
+    _, stitched = compiled
+    capture(stitched, [4])
+    source: ReplaySource = stitched.static_graphs.source_for(4)
+    assert str(source) == source.code
+    assert not any(isinstance(value, torch.Tensor) for value in source.held.values())
+
+
+# --- a real model ----------------------------------------------------------------------------------
+
+
+def test_llama_generates_through_replays() -> None:
+    transformers = pytest.importorskip("transformers")
+    from piecework.integrations.transformers import stitch, stitched_module
+    from piecework.integrations.transformers.dry_request import dry_request
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    prompts = [torch.randint(0, 64, (1, n)) for n in (1, 3, 4, 7, 8, 11)]
+
+    @torch.no_grad()
+    def texts():
+        return [model.generate(p, max_new_tokens=4, do_sample=False) for p in prompts]
+
+    expected = texts()
+    stitch(model, config=EAGER)
+    stitched = stitched_module(model)
+    capture(stitched, [1, 4, 8], context_for=dry_request)
+    assert all(map(torch.equal, texts(), expected))
+    for prompt in prompts[:5]:
+        with torch.no_grad():
+            captured = model(prompt).logits
+            with set_forward_context(skip_cuda_graphs=True):
+                uncaptured = model(prompt).logits
+        torch.testing.assert_close(captured, uncaptured, rtol=1e-5, atol=1e-5)
+    code = stitched.static_graphs.source_for(3).code
+    assert ".copy_(" not in code and code.count("    replay_") == len(stitched.pieces)
