@@ -107,11 +107,13 @@ class Result:
         table = Table(title=self.title)
         for name in settings:
             table.add_column(name, justify="right")
-        table.add_column("contender")
+        table.add_column("contender", no_wrap=True)
         table.add_column(self.unit, justify="right")
         for name in references:
             table.add_column(f"× {name}", justify="right")
-        table.add_column("note", style="dim")
+        with_notes = any(row.note for row in self.rows)
+        if with_notes:
+            table.add_column("note", style="dim")
         before: dict[str, object] | None = None
         for row in self.rows:
             if before is not None and row.setting != before:
@@ -122,7 +124,7 @@ class Result:
                 row.contender,
                 f"{row.seconds * _SCALE[self.unit]:.1f}",
                 *(_ratio_text(row.ratios.get(name)) for name in references),
-                row.note,
+                *((row.note,) if with_notes else ()),
             )
         return table
 

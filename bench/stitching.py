@@ -161,7 +161,9 @@ def run(pieces: Sequence[int] = PIECES, *, rounds: int = 400) -> Result:
             rows.append(Row({"pieces": count}, name, timing.best, ratios, note))
         text = f"stitching of {count} no-op pieces over the straight line"
         targets.append(Target("B1", text, TARGET, ratio(timings["piecework"], limit)))
-    notes = (f"{WEIGHTS} weights a piece; {rounds} interleaved rounds, garbage collection off",)
+    notes = (
+        f"{WEIGHTS} weights a piece; {rounds} interleaved rounds, garbage collection off; processor time of the thread",
+    )
     return Result("B1: the stitching alone", tuple(rows), tuple(targets), machine(), notes)
 
 

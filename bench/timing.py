@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+Clock = Callable[[], float]
+
 SLOW = 8  # a contender that needs this many windows for one call takes part in few rounds
 SPARSE = 10
 
@@ -36,13 +38,17 @@ class Timing:
 
 
 def ratio(timing: Timing, reference: Timing) -> float:
-    """How many times as long as ``reference``: the median over rounds of the quotient within a round.
+    """How many times as long as ``reference``: the quotient of the means of each one's fastest tenth of rounds.
 
-    A round is short, so whatever else the machine does slows both of its sides alike; of two identical contenders this
-    comes out within half a percent of 1 on a machine that is busy otherwise, where minima and medians do not.
+    Whatever else the machine does only ever adds time (it takes the core, or the caches), so the fast rounds tell what
+    the code costs; a tenth of them, and not the single fastest, so that one lucky round decides nothing.
     """
-    shared = timing.rounds.keys() & reference.rounds.keys()
-    return statistics.median(timing.rounds[i] / reference.rounds[i] for i in shared)
+    return _undisturbed(timing) / _undisturbed(reference)
+
+
+def _undisturbed(timing: Timing) -> float:
+    ordered = sorted(timing.rounds.values())
+    return statistics.fmean(ordered[: max(1, len(ordered) // 10)])
 
 
 def measure(
@@ -50,16 +56,23 @@ def measure(
     *,
     rounds: int = 400,
     window: float = 0.0004,
+    clock: Clock = time.thread_time,
 ) -> dict[str, Timing]:
     """Time each contender in turn, ``rounds`` times over, with garbage collection off.
+
+    Each window follows an untimed call of the same contender, so that none is timed on the caches of its neighbour.
 
     Args:
         contenders: name → callable without arguments; each has been called before (warm).
         rounds: how often the whole line-up is repeated; the order alternates.
         window: about how many seconds one contender is called in one round; shorter than a time slice of the system, so
             that most windows are not interrupted.
+        clock: seconds; by default the processor time of this thread, which other programs on the machine don't add to.
+            Everything compared must run in this one thread then.
     """
-    once = {name: min(_per_call(call, 1) for _ in range(5)) for name, call in contenders.items()}
+    once = {
+        name: min(_per_call(call, 1, clock) for _ in range(5)) for name, call in contenders.items()
+    }
     counts = {name: max(1, round(window / max(seconds, 1e-8))) for name, seconds in once.items()}
     slow = {name for name, seconds in once.items() if seconds > SLOW * window}
     found: dict[str, dict[int, float]] = {name: {} for name in contenders}
@@ -71,16 +84,17 @@ def measure(
         for index in range(rounds):
             for name in order if index % 2 == 0 else reversed(order):
                 if name not in slow or index % SPARSE == 0:
-                    found[name][index] = _per_call(contenders[name], counts[name])
+                    contenders[name]()
+                    found[name][index] = _per_call(contenders[name], counts[name], clock)
     finally:
         if was_enabled:
             gc.enable()
     return {name: Timing(values) for name, values in found.items()}
 
 
-def _per_call(call: Callable[[], object], count: int) -> float:
+def _per_call(call: Callable[[], object], count: int, clock: Clock) -> float:
     repeat = range(count)
-    start = time.perf_counter()
+    start = clock()
     for _ in repeat:
         call()
-    return (time.perf_counter() - start) / count
+    return (clock() - start) / count

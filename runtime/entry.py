@@ -125,7 +125,7 @@ class Entry:
             **probes,
             "execution_fn": execution_fn,
             "submods_for": submods_for,
-            "fetch_weights": self.weights.current,
+            "fetch_weights": self.weights.fetch,
             "entry_with_care": self._with_care,
             "explain_inputs": self._explain_inputs,
             "explain_weights": self._explain_weights,

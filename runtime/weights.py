@@ -186,6 +186,10 @@ class BoundWeights:
                     ways.setdefault(id(tensor), []).append(_walk(root, path, prefix))
         return ways
 
+    def fetch(self) -> list[torch.Tensor]:
+        """The weights of now, for a stitched function that takes them in every call."""
+        return self.tensors if self.unchanged() else self.current()
+
     # --- the weights of now ------------------------------------------------------------------------
 
     def current(self) -> list[torch.Tensor]:
