@@ -239,7 +239,7 @@ def _targets(stmt: ir.Stmt) -> tuple[str, ...]:
         case ir.Delete() | ir.Return():
             return ()
         case _:
-            return stmt.targets
+            return tuple(stmt.targets)
 
 
 def _names_in(part: object) -> set[str]:
@@ -261,7 +261,7 @@ def _render(module: ir.Module, plan: _Planner, facts: ReplayFacts) -> str:
         for stmt in function.body:
             layout.add(stmt)
     parts = render_parts(module, layout.finish())
-    return (
+    text: str = (
         environment()
         .get_template("replay.py.jinja")
         .render(
@@ -279,6 +279,7 @@ def _render(module: ir.Module, plan: _Planner, facts: ReplayFacts) -> str:
             entry=parts["entry"],
         )
     )
+    return text
 
 
 def _rows(plan: _Planner) -> Iterator[str]:
