@@ -40,7 +40,7 @@ LEVERS = (
 )
 B2 = 1.05
 B3 = {"custom_op": 1.65, "light": 1.08}
-WINDOW = 0.0005
+WINDOW = 0.002
 
 Report = Callable[[str], None]
 

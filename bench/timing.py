@@ -15,6 +15,7 @@ Clock = Callable[[], float]
 
 SLOW = 8  # a contender that needs this many windows for one call takes part in few rounds
 SPARSE = 10
+WARM = 3  # untimed calls before each window
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ def measure(
 ) -> dict[str, Timing]:
     """Time each contender in turn, ``rounds`` times over, with garbage collection off.
 
-    Each window follows an untimed call of the same contender, so that none is timed on the caches of its neighbour.
+    Each window follows a few untimed calls of the same contender: none is timed on the caches of its neighbour.
 
     Args:
         contenders: name → callable without arguments; each has been called before (warm).
@@ -84,7 +85,8 @@ def measure(
         for index in range(rounds):
             for name in order if index % 2 == 0 else reversed(order):
                 if name not in slow or index % SPARSE == 0:
-                    contenders[name]()
+                    for _ in range(min(WARM, counts[name])):
+                        contenders[name]()
                     found[name][index] = _per_call(contenders[name], counts[name], clock)
     finally:
         if was_enabled:

@@ -1,0 +1,153 @@
+"""The emitted entry as text: a plan written by hand, and every character that it becomes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import torch
+
+from piecework.codegen.entry import generate_entry
+from piecework.codegen.entry_plan import (
+    EntryPlan,
+    FixedValue,
+    FromConst,
+    FromItems,
+    FromLeaf,
+    FromOutput,
+    FromSize,
+    FromSymbol,
+    Items,
+    Leaf,
+    Parameter,
+    Symbol,
+    TensorInput,
+)
+
+CPU = torch.device("cpu")
+GPU = torch.device("cuda", 1)
+
+PLAN = EntryPlan(
+    banner=("model: Demo",),
+    parameters=(
+        Parameter("ids", "", Leaf(0, "ids", TensorInput(torch.int64, CPU, ("s0",)))),
+        Parameter(
+            "cache",
+            "",
+            Items(
+                tuple,
+                "cache",
+                (0, 1),
+                (
+                    Leaf(
+                        1,
+                        "cache[0]",
+                        TensorInput(torch.float16, GPU, ("s1", 2, "s0"), (2, None, 1)),
+                    ),
+                    Leaf(2, "cache[1]", FixedValue("mean")),
+                ),
+            ),
+        ),
+        Parameter("flag", "k", Leaf(3, "flag", FixedValue(True)), FixedValue(True)),
+    ),
+    symbols=(Symbol("s0", 2), Symbol("s1", 0, 64)),
+    guards=("s0 % 2 == 0",),
+    passed=(FromSymbol("s1"), FromLeaf(0), FromLeaf(1), FromSize(1, 2)),
+    outputs=("logits",),
+    result=FromItems(dict, ("logits", "n"), (FromOutput(0), FromConst(3))),
+    batch=FromSymbol("s0"),
+    binds=True,
+)
+
+EXPECTED = """\
+# piecework entry, format 1
+# model: Demo
+
+import torch
+
+
+def check_inputs(ids, cache, flag):
+    # ids: int64[s0] on cpu, contiguous
+    if not (
+        (type(ids) is torch.Tensor or type(ids) is torch.nn.Parameter)
+        and ids.dtype is torch.int64
+        and ids.layout is torch.strided
+        and ids.is_cpu
+        and ids.dim() == 1
+        and ids.is_contiguous()
+    ):
+        explain_inputs(ids, cache, flag)
+    (s0,) = ids.shape
+    # cache: a tuple of 2
+    if not (type(cache) is tuple and len(cache) == 2):
+        explain_inputs(ids, cache, flag)
+    cache_0_ = cache[0]
+    # cache[0]: float16[s1, 2, s0] on cuda:1, strided as traced
+    if not (
+        (type(cache_0_) is torch.Tensor or type(cache_0_) is torch.nn.Parameter)
+        and cache_0_.dtype is torch.float16
+        and cache_0_.layout is torch.strided
+        and cache_0_.is_cuda
+        and cache_0_.get_device() == 1
+        and cache_0_.dim() == 3
+        and not cache_0_.is_neg()
+    ):
+        explain_inputs(ids, cache, flag)
+    s1, cache_0__1, cache_0__2 = cache_0_.shape
+    if not (cache_0__1 == 2 and cache_0__2 == s0):
+        explain_inputs(ids, cache, flag)
+    cache_1_ = cache[1]
+    # cache[1]: fixed by the trace
+    if not (type(cache_1_) is str and cache_1_ == "mean"):
+        explain_inputs(ids, cache, flag)
+    # flag: fixed by the trace
+    if not (flag is True):
+        explain_inputs(ids, cache, flag)
+    # sizes that the trace allows
+    if not (s0 >= 2 and 0 <= s1 <= 64):
+        explain_inputs(ids, cache, flag)
+    # relations that the trace relied on
+    if not (cache_0_.stride(0) == 2 and cache_0_.stride(2) == 1 and s0 % 2 == 0):
+        explain_inputs(ids, cache, flag)
+    return s0, cache_0_, s1
+
+
+def entry(ids, cache, *, flag=True):
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return entry(ids, cache, flag=flag)
+    if (
+        autocast_enabled()
+        or dispatch_modes()
+        or function_modes()
+        or transforms()
+        or not same_kernels()
+    ):
+        return entry_with_care(ids, cache, flag=flag)
+    s0, cache_0_, s1 = check_inputs(ids, cache, flag)
+    if not weights_as_bound():
+        explain_weights()
+    (logits,) = execution_fn(s1, ids, cache_0_, cache_0_.size(2), __vllm_submods__=submods_for(s0))
+    return {"logits": logits, "n": 3}
+"""
+
+
+def test_the_text_is_this() -> None:
+    assert generate_entry(PLAN).code == EXPECTED
+
+
+def test_the_text_does_not_depend_on_the_process() -> None:
+    program = (
+        f"import runpy; m = runpy.run_path({__file__!r}); "
+        "print(m['generate_entry'](m['PLAN']).code, end='')"
+    )
+    for seed in ("0", "1"):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout == EXPECTED
