@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from piecework.runtime.cache.collect import (
     host_factors,
     installed_versions,
     source_factors,
+    tree_digest,
 )
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.counters import counters
@@ -139,7 +141,10 @@ def open_piece_cache(
     off = disabled or cache_disabled()
     factors = KeyFactors.collect(
         config={**config.hash_factors(), "compiler": compiler_hash},
-        versions=installed_versions(("torch", "triton", "piecework")),
+        versions={
+            **installed_versions(("torch", "triton", "piecework")),
+            "piecework sources": "" if off else _own_sources(),
+        },
         device={**host_factors(), **_accelerator(), "threads": str(torch.get_num_threads())},
         environment=environment_factors(),
         sources={} if off else source_factors(_traced_files(graph)),
@@ -148,10 +153,21 @@ def open_piece_cache(
     return PieceCache(entry, torch_compat.shape_facts(inputs))
 
 
+_PACKAGE = Path(__file__).resolve().parents[1]
+_ROOMS = ("codegen", "templates", "runtime")
+
+
+@cache
+def _own_sources() -> str:
+    """A digest of the parts of piecework that decide what is compiled and how, for an installation that is worked on."""
+    return content_key(*(tree_digest(_PACKAGE / room) for room in _ROOMS))
+
+
 def _traced_files(graph: torch.fx.GraphModule) -> list[str]:
-    """The source files that Dynamo traced through, torch's own excepted (its version is in the key)."""
+    """The source files that Dynamo traced through; torch's and piecework's own are in the key otherwise."""
     found: dict[str, None] = {}
-    own = os.path.dirname(os.path.abspath(torch.__file__))
+    rooms = (str(_PACKAGE / room) + os.sep for room in (*_ROOMS, "integrations"))
+    own = (os.path.dirname(os.path.abspath(torch.__file__)) + os.sep, *rooms)
     for node in graph.graph.nodes:
         trace = node.meta.get("stack_trace")
         for file in _FRAME_FILE.findall(trace) if isinstance(trace, str) else ():
