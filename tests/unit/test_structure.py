@@ -1,0 +1,120 @@
+"""What makes two graphs one program: names don't count, everything that changes what runs does."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.fx
+
+from piecework.codegen.structure import Structure, input_signature, structure_of
+
+Pair = namedtuple("Pair", ["left", "right"])
+
+
+def graph(build: Callable[..., object], *names: str) -> torch.fx.GraphModule:
+    made = torch.fx.Graph()
+    nodes = [made.placeholder(name) for name in names]
+    made.output(build(made, *nodes))  # type: ignore[arg-type]
+    return torch.fx.GraphModule(torch.nn.Module(), made)
+
+
+def of(build: Callable[..., object], *names: str, open_literals: bool = False) -> Structure:
+    return structure_of(graph(build, *(names or ("x",))), open_literals=open_literals)
+
+
+def test_names_do_not_count() -> None:
+    assert (
+        of(lambda g, a: g.call_function(torch.sin, (a,)), "a").key
+        == of(lambda g, b: g.call_function(torch.sin, (b,)), "b").key
+    )
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        (
+            lambda g, x: g.call_function(torch.sin, (x,)),
+            lambda g, x: g.call_function(torch.cos, (x,)),
+        ),
+        (
+            lambda g, x: g.call_function(torch.add, (x, 1)),
+            lambda g, x: g.call_function(torch.add, (x, True)),
+        ),
+        (
+            lambda g, x: g.call_function(torch.add, (x, 0.0)),
+            lambda g, x: g.call_function(torch.add, (x, -0.0)),
+        ),
+        (
+            lambda g, x: g.call_function(torch.add, (x, 1)),
+            lambda g, x: g.call_function(torch.add, (x, 1.0)),
+        ),
+        (lambda g, x: g.call_function(len, ("%0",)), lambda g, x: g.call_function(len, (x,))),
+        (lambda g, x: g.call_function(len, ([x],)), lambda g, x: g.call_function(len, ((x,),))),
+        (lambda g, x: g.call_method("sin", (x,)), lambda g, x: g.call_function(torch.sin, (x,))),
+        (
+            lambda g, x: g.call_function(torch.sum, (x,), {"dim": 0, "keepdim": True}),
+            lambda g, x: g.call_function(torch.sum, (x,), {"keepdim": True, "dim": 0}),
+        ),
+        (lambda g, x: (x, x), lambda g, x: [x, x]),
+        (lambda g, x: x, lambda g, x: None),
+    ],
+)
+def test_what_runs_counts(one: Callable[..., object], two: Callable[..., object]) -> None:
+    assert of(one).key != of(two).key
+    assert of(one).key == of(one).key
+
+
+def test_open_literals_are_holes_and_their_types_are_not() -> None:
+    one = of(lambda g, x: g.call_function(torch.add, (x, 1), {"alpha": 2}), open_literals=True)
+    two = of(lambda g, x: g.call_function(torch.add, (x, 3), {"alpha": 4}), open_literals=True)
+    assert one.key == two.key and [hole.value for hole in two.holes] == [3, 4]
+    assert [(hole.argument, hole.ordinal) for hole in one.holes] == [("1", 0), ("alpha", 1)]
+    other = of(lambda g, x: g.call_function(torch.add, (x, 3.0), {"alpha": 4}), open_literals=True)
+    assert other.key != one.key
+
+
+def test_a_constant_namedtuple_opens_no_holes() -> None:
+    """It is one constant, so its parts are no literals of the text."""
+    found = of(lambda g, x: g.call_function(len, (Pair(1, 2), 5)), open_literals=True)
+    assert [(hole.value, hole.ordinal) for hole in found.holes] == [(5, 0)]
+
+
+def test_the_number_of_results_counts() -> None:
+    def build(count: int) -> Callable[..., object]:
+        def chunked(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+            parts = g.call_method("chunk", (x, 2))
+            parts.meta["example_value"] = tuple(torch.empty(1) for _ in range(count))
+            return parts
+
+        return chunked
+
+    assert of(build(2)).key != of(build(3)).key
+
+
+def test_inputs_count_as_they_are_described() -> None:
+    one, two = graph(lambda g, x: x, "x"), graph(lambda g, x: x, "x")
+    for gm, dtype in ((one, torch.float32), (two, torch.float16)):
+        next(iter(gm.graph.nodes)).meta["example_value"] = torch.empty(2, 3, dtype=dtype)
+    assert structure_of(one).key == structure_of(two).key
+    assert (
+        structure_of(one, describe_input=input_signature).key
+        != structure_of(two, describe_input=input_signature).key
+    )
+
+
+def test_tensors_that_a_graph_reads_are_told_apart_by_identity() -> None:
+    def reading(weight: torch.Tensor) -> torch.fx.GraphModule:
+        root = torch.nn.Module()
+        root.weight = torch.nn.Parameter(weight)
+        made = torch.fx.Graph()
+        made.output(made.call_function(torch.add, (made.placeholder("x"), made.get_attr("weight"))))
+        gm = torch.fx.GraphModule(root, made)
+        return gm
+
+    one, two = reading(torch.ones(2)), reading(torch.ones(2))
+    assert structure_of(one).key == structure_of(one).key
+    assert structure_of(one).key != structure_of(two).key
+    assert not structure_of(one).portable and structure_of(graph(lambda g, x: x, "x")).portable
