@@ -82,7 +82,7 @@ def prepare(
     if conventional:
         calls["conventional"] = _conventional(model, example, operator, unbacked, config)
     calls["piecework"] = stitched  # type: ignore[assignment]
-    calls |= {f"limit ({kind})": call for kind, call in _limits(graph, operator, body).items()}
+    calls["limit"] = _limit(graph, operator, body)
     return Ready(calls, stitched)
 
 
@@ -185,18 +185,18 @@ def _conventional(
 # --- 6: the limit ---------------------------------------------------------------------------------------
 
 
-def _limits(graph: _Flat, operator: str, body: Callable[..., None]) -> dict[str, Call]:
-    """The same kernels and the op's raw function in a straight line, weights as globals or as locals."""
-    lines, names = _straight_lines(graph, operator, body)
-    values = dict(names)
+def _limit(graph: _Flat, operator: str, body: Callable[..., None]) -> Call:
+    """The same kernels and the op's raw function in a straight line.
+
+    Weights and kernels are locals as far as CPython has short names for them (256), and globals in a larger model.
+    """
+    lines, values = _straight_lines(graph, operator, body)
     text = "".join(f"    {line}\n" for line in lines)
-    defaults = ", ".join(f"{name}={name}" for name in values)
-    found: dict[str, Call] = {}
-    for kind, parameters in (("globals", "x"), ("locals", f"x, {defaults}")):
-        scope = dict(values)
-        exec(f"def straight({parameters}):\n    s0 = x.size(0)\n{text}", scope)
-        found[kind] = scope["straight"]  # type: ignore[assignment]
-    return found
+    few = len(values) < 250
+    parameters = ", ".join(["x", *(f"{name}={name}" for name in values if few)])
+    scope = dict(values)
+    exec(f"def straight({parameters}):\n    s0 = x.size(0)\n{text}", scope)
+    return scope["straight"]  # type: ignore[return-value]
 
 
 def _straight_lines(

@@ -157,14 +157,11 @@ def _timings(calls: dict[str, Call], batch: int, rounds: int) -> dict[str, Timin
         if not torch.allclose(actual, expected, rtol=1e-4, atol=1e-4):
             worst = (actual - expected).abs().max().item()
             raise PieceworkError(f"contender {name} differs from the model by {worst:g}")
-    timings = measure(
+    return measure(
         {name: (lambda c=call: c(ids)) for name, call in calls.items()},
         rounds=rounds,
         window=WINDOW,
     )
-    limits = {name: timings.pop(name) for name in list(timings) if name.startswith("limit")}
-    best = min(limits, key=lambda name: ratio(limits[name], timings["piecework"]))
-    return {**timings, "limit": limits[best]}
 
 
 def _targets(rows: Sequence[Row], registration: str, depth: int) -> list[Target]:
@@ -185,9 +182,7 @@ def _levers(depth: int, batch: int, registration: str, rounds: int, report: Repo
     torch.compiler.reset()
     base = _calls(depth, registration, False, stock=False, config=CompilationConfig())
     line_up: dict[str, Call] = {
-        name: call
-        for name, call in base.items()
-        if name in ("eager", "piecework", "limit (globals)")
+        name: call for name, call in base.items() if name in ("eager", "piecework", "limit")
     }
     for label, off in (*((f"without {name}", (name,)) for name in LEVERS), ("no lever", LEVERS)):
         levers = StitchingConfig(**dict.fromkeys(off, False))

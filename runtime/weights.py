@@ -61,7 +61,7 @@ class Traced:
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
-_IN_TURN = 8  # how many dictionary entries a call looks at in turn
+_IN_TURN = 4  # how many dictionary entries a call looks at in turn
 
 
 @dataclass(slots=True)
