@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -160,3 +161,12 @@ def test_texts_lie_beside_the_artifacts(own_compile_cache: Path) -> None:
     assert (text.parent / "computation_graph.py").read_text()
     assert len(list(list_entries(own_compile_cache))) == 1
     shutil.rmtree(own_compile_cache)
+
+
+@pytest.mark.nightly
+def test_eight_processes_compile_each_piece_once(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    with ThreadPoolExecutor(8) as pool:
+        done = list(pool.map(lambda i: run(tmp_path / f"process_{i}", cache), range(8)))
+    assert sum(int(str(each["num_inductor_compiles"])) for each in done) == 3
+    assert all(float(str(each["error"])) < 1e-5 for each in done)
