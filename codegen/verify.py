@@ -111,6 +111,7 @@ class _Matcher:
         self.direct = direct
         self.next = 0
         self.escapes = Escapes()
+        self.arities: dict[int, set[int]] = {}
         self.serial = 0
         # Containers of the graph and of the text that are the same object, both ways.
         self.text_serial: dict[int, int] = {}
@@ -127,6 +128,7 @@ class _Matcher:
                 passed.append(node)
         self._match_signature(passed)
         returned, at = self._walk(scope)
+        self._check_arities()
         if self.next != len(self.text.events):
             extra = self.text.events[self.next]
             raise EmitError(
@@ -220,7 +222,11 @@ class _Matcher:
                 inner.values[placeholder] = self._converted(placeholder.args[0], {})
         if len(inner.values) != len(placeholders) or len(node.args) > len(placeholders):
             raise EmitError(f"{path!a} is called with other arguments", where=node_where(node))
-        return self._walk(inner)[0]
+        value, _ = self._walk(inner)
+        if type(value) is Result and value.event in self.text.unpacked:
+            self._only_picked(node, value.event, scope)
+            self._note_arity(value.event, value_of(node), _returned_by(callee))
+        return value
 
     # --- one node against one event --------------------------------------------------------------
 
@@ -253,29 +259,38 @@ class _Matcher:
         self.escapes.note(args)
         self.escapes.note(tuple(kwargs))
         if number in self.text.unpacked:
-            self._allow_unpacking(node, event, self.text.unpacked[number], callee)
+            self._only_picked(node, number, scope)
+            self._note_arity(number, value_of(node), _returned_by(callee))
         return Result(number)
 
-    def _allow_unpacking(
-        self, node: torch.fx.Node, event: Event, count: int, callee: object
-    ) -> None:
-        """Unpacking is picking elements early: right if the result is known to have just so many and only elements are used."""
-        value: object = value_of(node)
-        if isinstance(callee, torch.fx.GraphModule):
-            returned = [each.args[0] for each in callee.graph.find_nodes(op="output")]
-            if returned and isinstance(returned[0], (tuple, list)):
-                value = returned[0]
-            elif returned and isinstance(returned[0], torch.fx.Node):
-                value = value_of(returned[0])
-        if not isinstance(value, (tuple, list)) or len(value) != count:
-            self._differ(
-                node, event, f"unpacks a result that is not known to have {count} elements"
-            )
+    def _only_picked(self, node: torch.fx.Node, number: int, scope: _Scope) -> None:
+        """Unpacking is picking elements early, which is right only if nothing but elements is ever used.
+
+        A called graph may return the result as it is; then the same is asked of the call.
+        """
+        count = self.text.unpacked[number]
         for user in node.users:
+            if user.op == "output" and user.args[0] is node and scope.prefix:
+                continue
             index = user.args[1] if len(user.args) == 2 and not user.kwargs else None
             picks = user.op == "call_function" and user.target is operator.getitem
             if not picks or type(index) is not int or not 0 <= index < count:
+                event = self.text.events[number]
                 self._differ(node, event, "unpacks a result that the graph uses as a whole")
+
+    def _note_arity(self, number: int, *values: object) -> None:
+        """What is recorded of a result says how many elements it has."""
+        for value in values:
+            if isinstance(value, (tuple, list)):
+                self.arities.setdefault(number, set()).add(len(value))
+
+    def _check_arities(self) -> None:
+        for number, count in self.text.unpacked.items():
+            if self.arities.get(number) != {count}:
+                raise EmitError(
+                    f"unpacks a result that is not known to have {count} elements",
+                    where=self._line(self.text.events[number]),
+                )
 
     def _same_target(self, kind: str, ours: object, theirs: object) -> bool:
         if ours is theirs:
@@ -341,6 +356,15 @@ class _Matcher:
             if self.graph_serial.setdefault(other.serial, ours.serial) != ours.serial:
                 return False
         return all(map(self._same, ours.items, other.items))
+
+
+def _returned_by(callee: object) -> object:
+    """The container that a called graph returns, or what is recorded of the node that it returns."""
+    if not isinstance(callee, torch.fx.GraphModule):
+        return None
+    outputs = callee.graph.find_nodes(op="output")
+    returned = outputs[0].args[0] if outputs else None
+    return value_of(returned) if isinstance(returned, torch.fx.Node) else returned
 
 
 _SEQUENCES: dict[type, type] = {

@@ -473,6 +473,32 @@ def test_literals_that_differ_become_parameters_and_equal_ones_stay() -> None:
     assert "7, None" in source.code
 
 
+@pytest.mark.parametrize("meta_inside", [True, False])
+def test_a_result_that_a_graph_hands_on_is_unpacked_by_its_caller(meta_inside: bool) -> None:
+    def build(g: torch.fx.Graph, a: torch.fx.Node, b: torch.fx.Node) -> object:
+        parts = g.call_method("chunk", (g.call_function(torch.add, (a, b)), 2))
+        if meta_inside:
+            parts.meta["example_value"] = (X, X)
+        return parts
+
+    middle = torch.nn.Module()
+    middle.inner = inner_graph(build, "a", "b")
+    passing = torch.fx.Graph()
+    call = passing.call_module("inner", (passing.placeholder("a"), 1))
+    call.meta["example_value"] = (X, X)
+    passing.output(call)
+    root = torch.nn.Module()
+    root.middle = torch.fx.GraphModule(middle, passing)
+
+    def outer(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+        made = g.call_module("middle", (x,))
+        picked = [g.call_function(operator.getitem, (made, index)) for index in (1, 0)]
+        return (picked, g.call_function(torch.neg, (picked[0],)))
+
+    source = same(graph_of(outer, "x", root=root), (X,))
+    assert "getitem_1, getitem = middle(x)" in source.code
+
+
 def test_results_are_unpacked_by_their_own_number() -> None:
     """Two layers that differ only in how many chunks they make are not one function."""
 

@@ -376,7 +376,8 @@ class Program:
             name = f"graph_{len(known)}"
             self.root.add_module(name, callee)
         call = self.pick(["positional", "keyword"])
-        a, b = self.tensor(), self.pick([self.tensor(), self.scalar()])
+        # Tensors only: integers that are raised to each other inside would grow without end.
+        a, b = self.tensor(), self.tensor()
         args, kwargs = ((a, b), {}) if call == "positional" else ((a,), {"b": b})
         made = self.add("call_module", name, args, kwargs)
         if made is not None and isinstance(self.values[made], (tuple, list)):
