@@ -96,7 +96,8 @@ class InductorStandaloneAdaptor(_Inductor):
         compile_range: Range | None,
     ) -> CompiledPiece:
         counters.num_inductor_compiles += 1
-        if compile_range is not None and compile_range.is_single_size():
+        single = compile_range is not None and compile_range.is_single_size()
+        if single and not _has_symbols(example_inputs):
             shapes = "from_example_inputs"
         elif torch_compat.tracing_context() is not None:
             shapes = "from_tracing_context"
@@ -177,3 +178,12 @@ def _positional(call: Callable[..., object], inputs: int) -> Callable[..., objec
     scope: dict[str, Callable[..., object]] = {"call": call}
     exec(f"def piece({names}):\n    return call([{names}])", scope)
     return scope["piece"]
+
+
+def _has_symbols(values: Sequence[object]) -> bool:
+    """Whether a size is still symbolic: a single batch size leaves the other dynamic dimensions as they were."""
+    return any(
+        torch_compat.symbol_of(size) is not None
+        for value in values
+        for size in (value.shape if isinstance(value, torch.Tensor) else (value,))
+    )
