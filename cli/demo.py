@@ -38,10 +38,12 @@ def demo(
         with step(out, "Building an 8-layer Llama with seeded random weights"):
             model = load_model(spec)
         with step(out, f"Generating {tokens} tokens eagerly"):
+            run_model(model, 2)  # the first call of anything is slow
             eager = run_model(model, tokens)
         with step(out, f"Capturing, splitting and compiling with {backend}"):
             stitched = model.stitch(config)
         with step(out, f"Generating {tokens} tokens with the stitched model"):
+            run_model(model, 2, stitched)
             ours = run_model(model, tokens, stitched)
         bundle.save(
             target,
