@@ -5,13 +5,13 @@ The plan alone is checked here: that names, indices and functions fit together. 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import assert_never
 
 from piecework.codegen import ir
 from piecework.codegen.consts import is_inline_literal
 from piecework.codegen.layout import stmt_text
-from piecework.codegen.liveness import definitions, operands, uses
+from piecework.codegen.liveness import definitions, leaves_of, operands, uses
 from piecework.codegen.names import BUILTINS, is_identifier
 from piecework.codegen.targets import ENTRY_NAME
 from piecework.errors import EmitError
@@ -141,7 +141,7 @@ class _ModuleCheck:
 
     def _expressions(self, exprs: Iterable[ir.Expr], live: set[str], where: str) -> None:
         for expr in exprs:
-            for leaf in _leaves(expr):
+            for leaf in leaves_of(expr):
                 match leaf:
                     case ir.Const(index) if not 0 <= index < self.const_count:
                         raise EmitError(f"no constant {index}", where=where)
@@ -159,25 +159,3 @@ class _ModuleCheck:
                             )
                     case ir.Name(name) if name not in live:
                         raise EmitError(f"{name!a} is used where it is not defined", where=where)
-
-
-def _leaves(expr: ir.Expr) -> Iterator[ir.Expr]:
-    match expr:
-        case ir.Name() | ir.Literal() | ir.Const() | ir.Global():
-            yield expr
-        case ir.ListExpr(items) | ir.TupleExpr(items):
-            for item in items:
-                yield from _leaves(item)
-        case ir.DictExpr(pairs):
-            for key, value in pairs:
-                yield from _leaves(key)
-                yield from _leaves(value)
-        case ir.SliceExpr(start, stop, step):
-            for part in (start, stop, step):
-                yield from _leaves(part)
-        case ir.Construct(kind, items):
-            yield from _leaves(kind)
-            for item in items:
-                yield from _leaves(item)
-        case _:
-            assert_never(expr)

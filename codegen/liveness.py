@@ -11,29 +11,32 @@ from typing import assert_never
 from piecework.codegen import ir
 
 
-def names_in(expr: ir.Expr) -> Iterator[str]:
-    """The local names that ``expr`` reads, in order, repeats included."""
+def leaves_of(expr: ir.Expr) -> Iterator[ir.Expr]:
+    """The names, literals, constants and paths in ``expr``, in order of evaluation, repeats included."""
     match expr:
-        case ir.Name(id):
-            yield id
-        case ir.Literal() | ir.Const() | ir.Global():
-            return
+        case ir.Name() | ir.Literal() | ir.Const() | ir.Global():
+            yield expr
         case ir.ListExpr(items) | ir.TupleExpr(items):
             for item in items:
-                yield from names_in(item)
+                yield from leaves_of(item)
         case ir.DictExpr(pairs):
             for key, value in pairs:
-                yield from names_in(key)
-                yield from names_in(value)
+                yield from leaves_of(key)
+                yield from leaves_of(value)
         case ir.SliceExpr(start, stop, step):
             for part in (start, stop, step):
-                yield from names_in(part)
+                yield from leaves_of(part)
         case ir.Construct(kind, items):
-            yield from names_in(kind)
+            yield from leaves_of(kind)
             for item in items:
-                yield from names_in(item)
+                yield from leaves_of(item)
         case _:
             assert_never(expr)
+
+
+def names_in(expr: ir.Expr) -> Iterator[str]:
+    """The local names that ``expr`` reads, in order, repeats included."""
+    return (leaf.id for leaf in leaves_of(expr) if isinstance(leaf, ir.Name))
 
 
 def operands(stmt: ir.Stmt) -> tuple[ir.Expr, ...]:
