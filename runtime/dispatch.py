@@ -6,19 +6,15 @@ It never captures, never rounds down, and never changes what it is asked with.
 from __future__ import annotations
 
 import enum
-import itertools
 from bisect import bisect_left
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from piecework.errors import ConfigError, InputError, StaticGraphError
-from piecework.runtime.graphs.descriptor import BatchDescriptor
+from piecework.errors import InputError, StaticGraphError
+from piecework.runtime.dispatch_keys import CAPTURING, CapturedKeys, LoraCases
+from piecework.runtime.graphs.descriptor import Axes, BatchDescriptor, BatchKind
 from piecework.runtime.graphs.mode import CUDAGraphMode
-from piecework.runtime.graphs.sizes import padded_sizes
-
-_CAPTURING = (CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL)
-Axes = tuple[tuple[str, Hashable], ...]
 
 
 class Reason(enum.Enum):
@@ -31,10 +27,12 @@ class Reason(enum.Enum):
     TOO_LARGE = "larger than every captured size"
     NO_LORA = "no graph is captured for this many adapters"
     NOT_CAPTURED = "its graph was not captured, or was given up"
+    NOT_EXACT = "a result takes all rows together, so no padding is right"
+    AXIS = "nothing is captured for this value of an axis"
 
 
 # What nobody asked for: the batch could have run captured.
-_FALLBACKS = frozenset({Reason.NO_LORA, Reason.NOT_CAPTURED})
+_FALLBACKS = frozenset({Reason.NO_LORA, Reason.NOT_CAPTURED, Reason.NOT_EXACT, Reason.AXIS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,49 +52,6 @@ class Dispatch:
     padding: int
     reason: Reason
     is_fallback: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class LoraCases:
-    """What is captured for adapters.
-
-    Attributes:
-        enabled: adapters may be active.
-        specialize: capture a separate graph for batches without adapters; otherwise they run in the one with.
-        counts: numbers of active adapters to capture for, ascending; empty means one graph for any number.
-
-    Example:
-        >>> LoraCases(enabled=True, counts=(1, 4)).key(True, 3)
-        (True, 4)
-    """
-
-    enabled: bool = False
-    specialize: bool = True
-    counts: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if list(self.counts) != sorted(set(self.counts)) or any(n < 1 for n in self.counts):
-            raise ConfigError(
-                f"numbers of active adapters must ascend from 1, not {list(self.counts)}",
-                where="LoraCases.counts",
-            )
-
-    def captured(self) -> tuple[tuple[bool, int], ...]:
-        """The (has_lora, num_active_loras) pairs that get graphs."""
-        if not self.enabled:
-            return ((False, 0),)
-        active = tuple((True, count) for count in self.counts) or ((True, 0),)
-        return ((False, 0), *active) if self.specialize else active
-
-    def key(self, has_lora: bool, num_active_loras: int) -> tuple[bool, int] | None:
-        """The captured pair that a batch runs in, or None."""
-        if not has_lora and (not self.enabled or self.specialize):
-            return (False, 0)
-        if not self.enabled:
-            return None
-        if not self.counts:
-            return (True, 0)
-        return next(((True, n) for n in self.counts if n >= num_active_loras), None)
 
 
 class DispatchSettings(Protocol):
@@ -125,7 +80,7 @@ class BatchLimits(Protocol):
     def enable_lora(self) -> bool: ...
 
 
-class CudagraphDispatcher:
+class CudagraphDispatcher(CapturedKeys):
     """The captured shapes of one model, and which of them a batch runs as.
 
     Args:
@@ -136,6 +91,7 @@ class CudagraphDispatcher:
         lora: which cases are captured for adapters.
         axes: further axes of the descriptor, each with the values to capture; the first is the default.
         strict: a fall-back to NONE that nobody asked for is an error.
+        exact: never pad: a batch runs captured only in its own size.
 
     Example:
         >>> d = CudagraphDispatcher(CUDAGraphMode.PIECEWISE, [1, 8], max_num_seqs=8)
@@ -154,20 +110,18 @@ class CudagraphDispatcher:
         lora: LoraCases | None = None,
         axes: Mapping[str, Sequence[Hashable]] | None = None,
         strict: bool = False,
+        exact: bool = False,
     ) -> None:
-        self.capture_sizes = tuple(sorted(set(capture_sizes)))
-        if any(size < 1 for size in self.capture_sizes):
-            raise ConfigError(
-                f"capture sizes must be positive: {list(self.capture_sizes)}",
-                where="cudagraph_capture_sizes",
-            )
-        self.max_num_seqs = max_num_seqs
-        self.lora = LoraCases() if lora is None else lora
-        self.axes = {name: tuple(values) for name, values in (axes or {}).items()}
-        if any(not values for values in self.axes.values()):
-            raise ConfigError("every axis needs at least one value", where="axes")
         self.strict = strict
-        self.initialize_cudagraph_keys(mode, uniform_decode_query_len)
+        self.exact = exact
+        super().__init__(
+            mode,
+            capture_sizes,
+            max_num_seqs=max_num_seqs,
+            uniform_decode_query_len=uniform_decode_query_len,
+            lora=lora,
+            axes=axes,
+        )
 
     @classmethod
     def from_config(
@@ -193,50 +147,12 @@ class CudagraphDispatcher:
     def initialize_cudagraph_keys(
         self, cudagraph_mode: CUDAGraphMode, uniform_decode_query_len: int = 1
     ) -> None:
-        """Start over with another mode, for an attention backend that can't do what was configured."""
-        if uniform_decode_query_len < 1:
-            raise ConfigError(
-                f"a decode batch has {uniform_decode_query_len} tokens a request",
-                where="uniform_decode_query_len",
-            )
         self._known: dict[tuple[int, bool, bool, int], tuple[CUDAGraphMode, BatchDescriptor]] = {}
-        self.cudagraph_mode = cudagraph_mode
-        self.uniform_decode_query_len = uniform_decode_query_len
-        self.cudagraph_keys: dict[CUDAGraphMode, set[BatchDescriptor]] = {
-            mode: set() for mode in _CAPTURING
-        }
-        self.bs_to_padded_graph_size = padded_sizes(self.capture_sizes)
-        largest_decode = self.max_num_seqs * uniform_decode_query_len
-        self._uniform_sizes = tuple(
-            size
-            for size in self.capture_sizes
-            if size <= largest_decode and size % uniform_decode_query_len == 0
-        )
-        for (has_lora, loras), axes in itertools.product(self.lora.captured(), self._all_axes()):
-            if cudagraph_mode.mixed_mode() in _CAPTURING:
-                for size in self.capture_sizes:
-                    key = BatchDescriptor(size, None, False, has_lora, loras, axes)
-                    self.cudagraph_keys[cudagraph_mode.mixed_mode()].add(key)
-            if self._separate_decode:
-                for size in self._uniform_sizes:
-                    key = self._uniform_descriptor(size, has_lora, loras, axes)
-                    self.cudagraph_keys[cudagraph_mode.decode_mode()].add(key)
+        super().initialize_cudagraph_keys(cudagraph_mode, uniform_decode_query_len)
 
-    @property
-    def _separate_decode(self) -> bool:
-        mode = self.cudagraph_mode
-        return mode.separate_routine() and mode.decode_mode() is CUDAGraphMode.FULL
-
-    def _uniform_descriptor(
-        self, size: int, has_lora: bool, num_active_loras: int, axes: Axes
-    ) -> BatchDescriptor:
-        reqs = size // self.uniform_decode_query_len
-        return BatchDescriptor(size, reqs, True, has_lora, num_active_loras, axes)
-
-    def _all_axes(self) -> list[Axes]:
-        names = sorted(self.axes)
-        values = itertools.product(*(self.axes[name] for name in names))
-        return [tuple(zip(names, each, strict=True)) for each in values]
+    def give_up(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
+        super().give_up(mode, descriptor)
+        self._known.clear()
 
     def dispatch(
         self,
@@ -320,11 +236,28 @@ class CudagraphDispatcher:
                 return Dispatch(mode, key, padding, Reason.PADDED if padding else Reason.EXACT)
             excluded = True
         own = BatchDescriptor(num_tokens, None, False, *lora, extra)
-        if excluded or considered:
-            reason = Reason.EXCLUDED if excluded else Reason.NOT_CAPTURED
+        if excluded:
+            reason = Reason.EXCLUDED
+        elif considered:
+            known = all(value in self.axes[name] for name, value in extra)
+            reason = Reason.NOT_CAPTURED if known else Reason.AXIS
+        elif not self._promises_graph(uniform_decode):
+            reason = Reason.MODE
         else:
-            reason = Reason.TOO_LARGE if self._promises_graph(uniform_decode) else Reason.MODE
+            fits = self.exact and num_tokens <= max(self.capture_sizes, default=0)
+            reason = Reason.NOT_EXACT if fits else Reason.TOO_LARGE
         return self._uncaptured(own, reason, uniform_decode, allowed, strict)
+
+    def ask(self, num_tokens: int, kind: BatchKind) -> Dispatch:
+        """``explain`` for a batch of ``kind``."""
+        return self.explain(
+            num_tokens,
+            kind.uniform_decode,
+            kind.has_lora,
+            kind.num_active_loras,
+            invalid_modes=kind.invalid_modes or None,
+            axes=dict(kind.axes),
+        )
 
     def _candidates(
         self, num_tokens: int, uniform: bool, lora: tuple[bool, int], extra: Axes
@@ -333,17 +266,23 @@ class CudagraphDispatcher:
 
         The larger sizes follow the nearest one, for the case that it was given up.
         """
-        if uniform and self._separate_decode:
-            for size in _at_least(self._uniform_sizes, num_tokens):
-                yield CUDAGraphMode.FULL, self._uniform_descriptor(size, *lora, extra)
+        if uniform and self.has_decode_graphs:
+            for size in self._fitting(self.uniform_sizes, num_tokens):
+                yield CUDAGraphMode.FULL, self.uniform_descriptor(size, *lora, extra)
         mixed = self.cudagraph_mode.mixed_mode()
-        if mixed in _CAPTURING:
-            for size in _at_least(self.capture_sizes, num_tokens):
+        if mixed in CAPTURING:
+            for size in self._fitting(self.capture_sizes, num_tokens):
                 yield mixed, BatchDescriptor(size, None, False, *lora, extra)
+
+    def _fitting(self, sizes: Sequence[int], num_tokens: int) -> Sequence[int]:
+        first = bisect_left(sizes, num_tokens)
+        if not self.exact:
+            return sizes[first:]
+        return (num_tokens,) if num_tokens in sizes[first : first + 1] else ()
 
     def _promises_graph(self, uniform: bool) -> bool:
         mode = self.cudagraph_mode
-        return (mode.decode_mode() if uniform else mode.mixed_mode()) in _CAPTURING
+        return (mode.decode_mode() if uniform else mode.mixed_mode()) in CAPTURING
 
     def _uncaptured(
         self,
@@ -384,31 +323,10 @@ class CudagraphDispatcher:
             )
         return tuple((name, given.get(name, self.axes[name][0])) for name in sorted(self.axes))
 
-    def get_capture_descs(self) -> list[tuple[CUDAGraphMode, list[BatchDescriptor]]]:
-        """What to capture, PIECEWISE before FULL, largest first (smaller ones reuse the memory)."""
-        return [
-            (mode, sorted(self.cudagraph_keys[mode], key=_capture_order))
-            for mode in _CAPTURING
-            if self.cudagraph_keys[mode]
-        ]
-
-    def give_up(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
-        """Never dispatch to this key again: its capture failed, was interrupted or does not fit in memory."""
-        self.cudagraph_keys[mode].discard(descriptor)
-        self._known.clear()
-
 
 def _allowed(
     valid: Collection[CUDAGraphMode] | None, invalid: Collection[CUDAGraphMode] | None
 ) -> frozenset[CUDAGraphMode]:
-    every = frozenset((CUDAGraphMode.NONE, *_CAPTURING))
+    every = frozenset((CUDAGraphMode.NONE, *CAPTURING))
     chosen = every if valid is None else every.intersection(valid)
     return chosen if invalid is None else chosen.difference(invalid)
-
-
-def _at_least(sizes: Sequence[int], num_tokens: int) -> Sequence[int]:
-    return sizes[bisect_left(sizes, num_tokens) :]
-
-
-def _capture_order(key: BatchDescriptor) -> tuple[object, ...]:
-    return (-key.num_tokens, -key.num_active_loras, not key.has_lora, repr(key.extra))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from piecework.errors import InputError
-from piecework.runtime.graphs.descriptor import BatchDescriptor
+from piecework.runtime.graphs.descriptor import BatchDescriptor, BatchKind
 from piecework.runtime.graphs.mode import CUDAGraphMode
 
 _NO_STATE: Mapping[str, object] = MappingProxyType({})
@@ -27,6 +27,7 @@ class ForwardContext:
         skip_cuda_graphs: run everything uncaptured, whatever the mode (profiling, warm-up).
         attn_metadata: whatever the attention implementation reads; piecework never looks inside.
         state: named objects of an integration, such as the request's KV cache.
+        batch: what kind of batch it is, for a model that dispatches by itself; None is a plain one.
     """
 
     cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE
@@ -34,6 +35,7 @@ class ForwardContext:
     skip_cuda_graphs: bool = False
     attn_metadata: object = None
     state: Mapping[str, object] = field(default_factory=lambda: _NO_STATE)
+    batch: BatchKind | None = None
 
     def __post_init__(self) -> None:
         if not self.cudagraph_runtime_mode.is_runtime_mode():
@@ -71,6 +73,7 @@ def set_forward_context(
     batch_descriptor: BatchDescriptor | None = None,
     skip_cuda_graphs: bool = False,
     state: Mapping[str, object] | None = None,
+    batch: BatchKind | None = None,
 ) -> ForwardScope:
     """Make a context current for a ``with`` block; the outer one is back afterwards, also on an exception.
 
@@ -80,6 +83,7 @@ def set_forward_context(
         batch_descriptor: the descriptor that the dispatcher chose.
         skip_cuda_graphs: run uncaptured whatever the mode says.
         state: named objects for an integration; kept as given, not copied.
+        batch: what kind of batch it is, where the model that is called dispatches by itself.
 
     Raises:
         InputError: the mode is a composite one.
@@ -95,6 +99,7 @@ def set_forward_context(
         skip_cuda_graphs=skip_cuda_graphs,
         attn_metadata=attn_metadata,
         state=_NO_STATE if state is None else state,
+        batch=batch,
     )
     return ForwardScope(context)
 

@@ -1,4 +1,4 @@
-"""The key of one captured batch shape: in, what a batch looks like; out, a frozen, hashable descriptor.
+"""What a batch is, and the key of one captured batch shape: in, what a batch looks like; out, frozen, hashable values.
 
 It never pads or rounds: the dispatcher chooses which descriptor a batch runs as.
 """
@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
+
+from piecework.runtime.graphs.mode import CUDAGraphMode
+
+Axes = tuple[tuple[str, Hashable], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +31,7 @@ class BatchDescriptor:
     uniform: bool = False
     has_lora: bool = False
     num_active_loras: int = 0
-    extra: tuple[tuple[str, Hashable], ...] = ()
+    extra: Axes = ()
 
     def relaxed(self) -> BatchDescriptor:
         """The same batch for a graph that reads neither the number of requests nor uniformity.
@@ -57,3 +61,22 @@ class BatchDescriptor:
             parts.append(f"loras={self.num_active_loras}")
         parts += [f"{name}={value}" for name, value in self.extra]
         return " ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchKind:
+    """What kind of batch a call is, as far as only the caller knows it; its size is read from the inputs.
+
+    Attributes:
+        uniform_decode: every request has the same number of query tokens.
+        has_lora: adapters are active.
+        num_active_loras: how many.
+        axes: values of the extra axes, as (name, value) pairs.
+        invalid_modes: modes that this batch can't run in.
+    """
+
+    uniform_decode: bool = False
+    has_lora: bool = False
+    num_active_loras: int = 0
+    axes: Axes = ()
+    invalid_modes: frozenset[CUDAGraphMode] = frozenset()

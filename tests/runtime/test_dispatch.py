@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -12,14 +13,15 @@ from rich.console import Console
 
 from piecework.errors import ConfigError, InputError, StaticGraphError
 from piecework.runtime.config import CompilationConfig, RuntimeConfig
-from piecework.runtime.dispatch import CudagraphDispatcher, LoraCases, Reason
+from piecework.runtime.dispatch import CudagraphDispatcher, Reason
+from piecework.runtime.dispatch_keys import LoraCases
 from piecework.runtime.graphs.covered import (
     coverage,
     coverage_json,
     coverage_table,
     require_coverage,
 )
-from piecework.runtime.graphs.descriptor import BatchDescriptor
+from piecework.runtime.graphs.descriptor import BatchDescriptor, BatchKind
 from piecework.runtime.graphs.mode import CUDAGraphMode
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
@@ -173,7 +175,7 @@ def test_extra_axes():
     assert len(d.cudagraph_keys[PIECEWISE]) == 2
     assert d.dispatch(1)[1] == BatchDescriptor(2).with_axes(image=False)
     assert d.dispatch(1, axes={"image": True})[1] == BatchDescriptor(2).with_axes(image=True)
-    assert d.explain(1, axes={"image": "both"}).reason is Reason.NOT_CAPTURED
+    assert d.explain(1, axes={"image": "both"}).reason is Reason.AXIS
     with pytest.raises(InputError, match=r"no descriptor axis sound.*declared axes: image"):
         d.dispatch(1, axes={"sound": True})
     with pytest.raises(ConfigError, match="at least one value"):
@@ -342,3 +344,24 @@ def test_coverage_table_and_json():
     with pytest.raises(StaticGraphError, match="decode 5-6: larger than every captured size"):
         require_coverage(rows)
     require_coverage(coverage(dispatcher(BOTH), 9))
+
+
+def test_an_exact_dispatcher_never_pads():
+    d = dispatcher(PIECEWISE, sizes=(2, 4), exact=True)
+    assert d.explain(4).reason is Reason.EXACT
+    found = d.explain(3)
+    assert (found.mode, found.reason, found.is_fallback) == (NONE, Reason.NOT_EXACT, True)
+    assert d.explain(5).reason is Reason.TOO_LARGE
+    with pytest.raises(StaticGraphError, match="no padding is right"):
+        d.explain(3, strict=True)
+
+
+def test_a_kind_of_batch_is_asked_for_like_its_parts():
+    d = dispatcher(
+        CUDAGraphMode.FULL_AND_PIECEWISE, sizes=(2, 4), lora=LoraCases(True), axes={"a": (1, 2)}
+    )
+    kind = BatchKind(True, True, 3, (("a", 2),))
+    assert d.ask(3, kind) == d.explain(3, True, True, 3, axes={"a": 2})
+    assert d.ask(3, kind).mode is CUDAGraphMode.FULL
+    without = replace(kind, invalid_modes=frozenset({CUDAGraphMode.FULL}))
+    assert d.ask(3, without).mode is PIECEWISE
