@@ -1,0 +1,151 @@
+"""Capturing. In: example inputs, nodes, errors. Out: Dynamo's marks on them, its context, its sources, its failures told apart, its traces."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+
+def mark_unbacked(tensor: torch.Tensor, dim: int, *, shape_id: str | None = None) -> None:
+    """Declare dimension ``dim`` of an example input unbacked: captured for every size, zero and one included.
+
+    Args:
+        shape_id: dimensions with one id become one symbol; where torch can't say so, they stay two symbols and the
+            captured graph checks at run time that they are equal.
+    """
+    mark = torch._dynamo.decorators.mark_unbacked
+    if shape_id is not None and "shape_id" in inspect.signature(mark).parameters:
+        mark(tensor, dim, shape_id=shape_id)
+    else:
+        mark(tensor, dim)
+
+
+def marked_dims(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Dimensions of an example input that are marked dynamic, unbacked or static."""
+    names = ("_dynamo_dynamic_indices", "_dynamo_unbacked_indices", "_dynamo_static_indices")
+    return tuple(sorted({dim for name in names for dim in getattr(tensor, name, None) or ()}))
+
+
+def unmark_dynamic(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Take ``mark_dynamic``'s marks off ``tensor``; returns the dimensions that had one."""
+    found = tuple(sorted(getattr(tensor, "_dynamo_dynamic_indices", None) or ()))
+    for name in ("_dynamo_dynamic_indices", "_dynamo_dynamic_range"):
+        vars(tensor).pop(name, None)
+    return found
+
+
+def tracing_context() -> object:
+    """Dynamo's tracing context while a backend runs; None outside."""
+    return torch._guards.TracingContext.try_get()
+
+
+def placeholder_source(node: torch.fx.Node) -> str:
+    """Dynamo's name of where a graph input comes from, such as ``L['x'].size()[0]``; "" when unknown."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", "")
+    return name() if callable(name) else str(name)
+
+
+def dynamo_failure(error: BaseException) -> bool:
+    """Whether Dynamo raised ``error`` because it could not capture the code."""
+    return isinstance(error, torch._dynamo.exc.TorchDynamoException)
+
+
+def backend_failure(error: BaseException) -> Exception | None:
+    """The exception that a Dynamo backend raised and Dynamo wrapped, if ``error`` is such a wrapper."""
+    if isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
+        return error.inner_exception
+    return None
+
+
+def asks_for_restart(error: BaseException) -> bool:
+    """Whether ``error`` is how a compiler asks Dynamo to trace again (with a number fixed, for one)."""
+    restart = getattr(torch._dynamo.exc, "RestartAnalysis", None)
+    return restart is not None and isinstance(error, restart)
+
+
+def data_dependent(error: BaseException) -> bool:
+    """Whether ``error`` comes from a decision on a size that the trace was not told."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    seen: set[int] = set()
+    stack: list[BaseException | None] = [error]
+    while stack:
+        each = stack.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, GuardOnDataDependentSymNode) or "data-dependent" in str(each):
+            return True
+        stack += [each.__cause__, each.__context__, getattr(each, "inner_exception", None)]
+    return False
+
+
+def dynamo_backend(name: str) -> Callable[..., object]:
+    """The Dynamo backend that torch calls ``name``."""
+    from torch._dynamo.backends.registry import lookup_backend
+
+    return lookup_backend(name)
+
+
+def size_oblivious_tracing() -> contextlib.AbstractContextManager[object] | None:
+    """A context in which backed dimensions are traced without fixing sizes 0 and 1; None where torch has none."""
+    try:
+        from torch.fx.experimental import _config
+    except ImportError:
+        return None
+    if not hasattr(_config, "backed_size_oblivious"):
+        return None
+    return _config.patch(backed_size_oblivious=True)
+
+
+@contextlib.contextmanager
+def watching_operators(
+    note: Callable[[torch._ops.OpOverload, tuple[object, ...], dict[str, object]], None],
+    values: Iterable[object],
+) -> Iterator[None]:
+    """While active, ``note(operator, args, kwargs)`` is called before each operator runs; nothing is computed on data.
+
+    Args:
+        note: told about every operator that reaches the dispatcher.
+        values: fake values whose mode the block runs under; symbols that it makes are forgotten.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            note(func, args, kwargs or {})
+            return func(*args, **(kwargs or {}))
+
+    modes = (getattr(value, "fake_mode", None) for value in values)
+    fake_mode = next((mode for mode in modes if mode is not None), None)
+    forget = getattr(
+        getattr(fake_mode, "shape_env", None),
+        "ignore_fresh_unbacked_symbols",
+        contextlib.nullcontext,
+    )
+    with forget(), fake_mode or contextlib.nullcontext(), torch.no_grad(), Watch():
+        yield
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Add a named text to torch's structured trace (``TORCH_TRACE``); nothing where there is no such trace."""
+    trace = getattr(torch._logging, "trace_structured", None)
+    if trace is not None:
+        trace(
+            "artifact",
+            metadata_fn=lambda: {"name": name, "encoding": "string"},
+            payload_fn=text,
+        )
+
+
+def timed_scope(name: str) -> contextlib.AbstractContextManager[object]:
+    """A scope in Dynamo's compile-time events; an empty one where there are none."""
+    try:
+        from torch._dynamo.utils import dynamo_timed
+    except ImportError:
+        return contextlib.nullcontext()
+    return dynamo_timed(name)

@@ -1,0 +1,190 @@
+"""Compiling. In: a flat graph and options. Out: Inductor's artifact, its bytes, and what the installed Inductor can do."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+
+import torch
+
+
+def standalone_compile(
+    graph: torch.fx.GraphModule,
+    example_inputs: list[object],
+    *,
+    dynamic_shapes: str,
+    config_patches: dict[str, object],
+) -> Callable[..., object]:
+    """Compile a flat graph with Inductor into an artifact of its own (``torch._inductor.standalone_compile``).
+
+    Args:
+        dynamic_shapes: ``"from_tracing_context"`` keeps the symbols of the capture, ``"from_example_inputs"`` takes
+            sizes as they are.
+    """
+    from torch._inductor import standalone_compile as compile_one
+
+    return compile_one(
+        graph,
+        example_inputs,
+        dynamic_shapes=dynamic_shapes,
+        options={"config_patches": config_patches},
+    )
+
+
+def compile_fx(
+    graph: torch.fx.GraphModule,
+    example_inputs: list[object],
+    *,
+    own_shapes: bool,
+    config_patches: dict[str, object],
+) -> Callable[..., object]:
+    """Compile a flat graph through ``torch._inductor.compile_fx``, on a copy of it.
+
+    Args:
+        own_shapes: take sizes as they are instead of keeping the symbols of the capture.
+    """
+    from torch._inductor.compile_fx import compile_fx as compile_one
+
+    if not own_shapes:
+        return compile_one(copy.deepcopy(graph), example_inputs, config_patches=config_patches)
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    context = torch._guards.TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
+    options: dict[str, object] = {"config_patches": config_patches}
+    if "ignore_shape_env" in inspect.signature(compile_one).parameters:
+        options["ignore_shape_env"] = True
+    with torch._guards.tracing(context):
+        return compile_one(copy.deepcopy(graph), example_inputs, **options)
+
+
+def has_standalone_compile() -> bool:
+    """Whether this torch compiles a graph into an artifact of its own."""
+    return hasattr(torch._inductor, "standalone_compile")
+
+
+def has_inductor_option(name: str) -> bool:
+    """Whether the installed Inductor has the option ``name``, such as ``max_autotune`` or ``cpp.threads``."""
+    import torch._inductor.config as inductor_config
+
+    try:
+        getattr(inductor_config, name)
+    except AttributeError:
+        return False
+    return True
+
+
+def inductor_key() -> str:
+    """A digest of the installed Inductor's sources; torch's version where there is none."""
+    try:
+        from torch._inductor.codecache import torch_key
+    except ImportError:
+        return str(torch.__version__)
+    return torch_key().hex()
+
+
+def as_inductor_graph_pass(
+    run: Callable[[torch.fx.Graph], object], identity: Callable[[], str]
+) -> Callable[[torch.fx.Graph], None]:
+    """``run`` in the form that Inductor's pass options take and its code cache knows by ``identity``."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class GraphPass(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            run(graph)
+
+        def uuid(self) -> str:
+            return identity()
+
+    return GraphPass()
+
+
+def auto_functionalized_ops() -> tuple[object, ...]:
+    """The higher-order operators that stand for a call of a mutating operator in a functional graph."""
+    higher_order = torch.ops.higher_order
+    names = ("auto_functionalized", "auto_functionalized_v2")
+    return tuple(getattr(higher_order, n) for n in names if hasattr(higher_order, n))
+
+
+def is_opaque_to_inductor(op: torch._ops.OpOverload) -> bool:
+    """Whether Inductor calls ``op`` as it is: it is no operator of torch, and nothing decomposes, lowers or orders it."""
+    if op.namespace in ("aten", "prims", "prim", "inductor", "quantized", "_c10d_functional"):
+        return False
+    implicit = torch._C.DispatchKey.CompositeImplicitAutograd
+    if op.has_kernel_for_dispatch_key(implicit):
+        return False
+    try:
+        from torch._inductor.decomposition import decompositions
+        from torch._inductor.lowering import fallbacks, lowerings
+    except ImportError:
+        return False
+    if op in decompositions or (op in lowerings and op not in fallbacks):
+        return False
+    try:
+        from torch._higher_order_ops.effects import has_effects
+    except ImportError:
+        return False
+    needs = inspect.signature(has_effects).parameters
+    return not (has_effects(op) if len(needs) == 1 else has_effects(op, (), {}))
+
+
+@contextlib.contextmanager
+def partition_wrapper(
+    wrap: Callable[[Callable[..., object], int, int], Callable[..., object]] | None,
+) -> Iterator[bool]:
+    """While active, Inductor gives each partition of compiled or loaded code to ``wrap(function, index, count)``.
+
+    What was set before is there again afterwards, also when the compilation raised. Yields whether this torch has
+    such a hook; without one nothing is wrapped.
+    """
+    from torch._inductor import utils as inductor_utils
+
+    holder = getattr(inductor_utils, "_unstable_customized_partition_wrapper", None)
+    install = getattr(inductor_utils, "set_customized_partition_wrappers", None)
+    if holder is None or install is None:
+        yield False
+        return
+    before = holder.wrapper
+    install(
+        None
+        if wrap is None
+        else lambda function, place: wrap(function, place.partition_index, place.num_partitions)
+    )
+    try:
+        yield True
+    finally:
+        install(before)
+
+
+def without_compile_threads() -> contextlib.AbstractContextManager[object]:
+    """Inductor without threads and processes of its own, for a forked process: it inherits pools whose threads are gone."""
+    import torch._inductor.config as inductor_config
+
+    return inductor_config.patch(compile_threads=1)
+
+
+def artifact_to_bytes(artifact: object) -> bytes | None:
+    """A standalone Inductor artifact as bytes, kernels included; None if torch could not keep it."""
+    save = getattr(artifact, "save", None)
+    if save is None or not getattr(artifact, "is_saveable", lambda: True)():
+        return None
+    with tempfile.TemporaryDirectory(prefix="piecework-") as folder:
+        path = os.path.join(folder, "artifact")
+        save(path=path, format="binary")
+        with open(path, "rb") as file:
+            return file.read()
+
+
+def artifact_from_bytes(data: bytes) -> Callable[..., object]:
+    """What `artifact_to_bytes` kept, ready to call; raises whatever torch raises for bytes that it can't use."""
+    from torch._inductor import CompiledArtifact
+
+    with tempfile.TemporaryDirectory(prefix="piecework-") as folder:
+        path = os.path.join(folder, "artifact")
+        with open(path, "wb") as file:
+            file.write(data)
+        return CompiledArtifact.load(path=path, format="binary")

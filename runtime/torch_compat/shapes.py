@@ -1,0 +1,226 @@
+"""Symbolic sizes. In: sizes and fake tensors of a trace. Out: their expressions as text, their ranges and guards, numbers for symbols."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+
+
+def symbol_of(size: object) -> str | None:
+    """The expression of a size that is still symbolic; None for a number, also one that the trace fixed."""
+    if not isinstance(size, torch.SymInt):
+        return None
+    expr = size.node.expr
+    return None if expr.is_number else str(expr)
+
+
+def symbols_of(size: object) -> tuple[str, ...]:
+    """The symbols in a size, as torch calls them."""
+    if not isinstance(size, torch.SymInt):
+        return ()
+    return tuple(sorted(str(symbol) for symbol in size.node.expr.free_symbols))
+
+
+def symbol_range(size: object) -> tuple[int | None, int | None]:
+    """The smallest and largest value that the trace allows a plain symbol; None where there is no bound."""
+    if not isinstance(size, torch.SymInt):
+        return None, None
+    ranges = getattr(size.node.shape_env, "var_to_range", {})
+    found = ranges.get(size.node.expr)
+    if found is None:
+        return None, None
+    return tuple(int(b) if _is_finite(b) else None for b in (found.lower, found.upper))  # type: ignore[return-value]
+
+
+def _is_finite(bound: object) -> bool:
+    # Bounds that stand for "unlimited" are infinities, or integers close to the largest that torch can hold.
+    if not getattr(bound, "is_Integer", isinstance(bound, int)):
+        return False
+    return abs(int(bound)) < 2**62  # type: ignore[call-overload,no-any-return]
+
+
+def symbol_hints(size: object) -> dict[str, int]:
+    """The symbols in a size and what the example inputs had for them; 2 where nothing is known."""
+    if not isinstance(size, torch.SymInt):
+        return {}
+    env = size.node.shape_env
+    known = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", None) or {}
+    return {str(s): int(known.get(s, 2)) for s in size.node.expr.free_symbols}
+
+
+def size_text(size: object, names: Mapping[str, str]) -> int | str:
+    """A size as a number, or as Python text over ``names`` (torch's symbol → the name to write)."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)  # type: ignore[call-overload,no-any-return]
+    expr = size.node.expr
+    return int(expr) if expr.is_number else _expr_text(expr, names)
+
+
+def _expr_text(expr: object, names: Mapping[str, str]) -> str:
+    from torch.utils._sympy.printers import PythonPrinter
+
+    text = PythonPrinter().doprint(expr)
+    return re.sub(r"\b[A-Za-z_]\w*\b", lambda word: names.get(word.group(), word.group()), text)
+
+
+def size_value(size: object, values: Mapping[str, int]) -> int | None:
+    """The number that ``size`` has when its symbols have ``values``; None if a symbol is missing."""
+    if not isinstance(size, torch.SymInt):
+        return size if isinstance(size, int) else None
+    found = _evaluated(size.node.expr, values)
+    return None if found is None else int(found)
+
+
+def with_symbol(value: object, symbol: str, size: int) -> object:
+    """``value`` (a size or a fake tensor) with ``symbol`` replaced by ``size`` in every expression.
+
+    Sizes without a symbol left become plain integers; strides and storage offset are kept.
+    """
+    if isinstance(value, torch.SymInt):
+        return _size_with(value, symbol, size)
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return value
+    sizes = [_size_with(each, symbol, size) for each in value.shape]
+    strides = [_size_with(each, symbol, size) for each in value.stride()]
+    offset = _size_with(value.storage_offset(), symbol, size)
+    fixed = all(
+        a is b for a, b in zip((*sizes, *strides), (*value.shape, *value.stride()), strict=True)
+    )
+    if fixed:
+        return value
+    empty = any(type(each) is int and each == 0 for each in sizes)
+    reach = 0 if empty else 1 + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
+    fake_mode = getattr(value, "fake_mode", None)
+    with contextlib.nullcontext() if fake_mode is None else fake_mode:
+        storage = torch.empty(offset + reach, dtype=value.dtype, device=value.device)
+        return storage.as_strided(sizes, strides, offset)
+
+
+def _size_with(value: object, symbol: str, size: int) -> object:
+    if not isinstance(value, torch.SymInt):
+        return value
+    expr = value.node.expr
+    replaced = expr.subs({each: size for each in expr.free_symbols if str(each) == symbol})
+    if replaced.is_number:
+        return int(replaced)
+    if replaced == expr:
+        return value
+    return value.node.shape_env.create_symintnode(replaced, hint=None)
+
+
+def statically_equal(left: object, right: object) -> bool:
+    """Whether two sizes are equal for every value of their symbols; adds no guard."""
+    if isinstance(left, int) and isinstance(right, int):
+        return left == right
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(left == right))
+
+
+def is_traced_contiguous(fake: torch.Tensor) -> bool:
+    """Whether the strides that the trace recorded are those of a contiguous tensor for every size."""
+    expected: object = 1
+    for size, stride in reversed(list(zip(fake.shape, fake.stride(), strict=True))):
+        if _expr(stride) != expected and _expr(size) != 1:
+            return False
+        expected = expected * _expr(size)  # type: ignore[operator]
+    return True
+
+
+def _expr(size: object) -> object:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def guards_on(sizes: Sequence[object], names: Mapping[str, str]) -> tuple[str, ...]:
+    """Conditions over the symbols of ``sizes`` that the trace relied on beyond their ranges, as Python text."""
+    env = next((s.node.shape_env for s in sizes if isinstance(s, torch.SymInt)), None)
+    texts: dict[str, None] = {}
+    for guard in getattr(env, "guards", ()):
+        expr = env.simplify(guard.expr)
+        known = all(str(symbol) in names for symbol in expr.free_symbols)
+        if not known or not expr.free_symbols or _follows_from_ranges(env, expr):
+            continue
+        texts[_expr_text(expr, names)] = None
+    return tuple(texts)
+
+
+def _follows_from_ranges(env: object, expr: object) -> bool:
+    from torch.utils._sympy.value_ranges import bound_sympy
+
+    try:
+        bounds = bound_sympy(expr, env.var_to_range)  # type: ignore[attr-defined]
+    except (AttributeError, NotImplementedError, TypeError, ValueError):
+        return False
+    return bool(bounds.is_singleton() and bounds.lower)
+
+
+def shape_facts(values: Iterable[object]) -> str:
+    """What the trace knows of the symbols in ``values`` (sizes and fake tensors): guards and ranges, as text.
+
+    A compiler may rely on them, so compiled code is kept under them.
+    """
+    for value in values:
+        sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
+        for size in sizes:
+            if isinstance(size, torch.SymInt):
+                return _facts_of(size.node.shape_env)
+    return ""
+
+
+def _facts_of(shape_env: object) -> str:
+    guards = sorted(str(guard.expr) for guard in getattr(shape_env, "guards", ()))
+    asserts = sorted(
+        f"{symbol}: {[str(each.expr) for each in found]}"
+        for symbol, found in getattr(shape_env, "deferred_runtime_asserts", {}).items()
+    )
+    ranges = sorted(
+        f"{symbol}: {found}" for symbol, found in getattr(shape_env, "var_to_range", {}).items()
+    )
+    return "\n".join((*guards, *asserts, *ranges))
+
+
+def recorded_guards(
+    sizes: Sequence[object],
+) -> list[tuple[str, str, Callable[[Mapping[str, int]], bool | None]]]:
+    """The shape guards and ranges that the trace behind ``sizes`` recorded: text, origin, and a test.
+
+    A test takes values by symbol and returns None if one that it needs is missing (a size that the data decides).
+    """
+    env = next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
+    found: list[tuple[str, str, Callable[[Mapping[str, int]], bool | None]]] = []
+    for guard in getattr(env, "guards", ()):
+        expr = env.replace(guard.expr)
+        found.append((str(expr), str(getattr(guard, "sloc", "")), _test_of(expr)))
+    for symbol, bounds in getattr(env, "var_to_range", {}).items():
+        for text, bound, low in (("<=", bounds.lower, True), (">=", bounds.upper, False)):
+            if getattr(bound, "is_Integer", False):
+                test = _bound_test(str(symbol), int(bound), low)
+                found.append((f"{bound} {text} {symbol}", "", test))
+    return found
+
+
+def _bound_test(symbol: str, bound: int, low: bool) -> Callable[[Mapping[str, int]], bool | None]:
+    def test(values: Mapping[str, int]) -> bool | None:
+        value = values.get(symbol)
+        return None if value is None else (bound <= value if low else value <= bound)
+
+    return test
+
+
+def _test_of(expr: object) -> Callable[[Mapping[str, int]], bool | None]:
+    def test(values: Mapping[str, int]) -> bool | None:
+        found = _evaluated(expr, values)
+        return None if found is None else bool(found)
+
+    return test
+
+
+def _evaluated(expr: object, values: Mapping[str, int]) -> object:
+    """A symbolic expression or relation with numbers for its symbols; None if one is missing."""
+    symbols = getattr(expr, "free_symbols", ())
+    if any(str(each) not in values for each in symbols):
+        return None
+    return expr.subs({each: values[str(each)] for each in symbols})  # type: ignore[attr-defined]

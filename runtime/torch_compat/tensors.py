@@ -1,0 +1,103 @@
+"""Tensors and the memory they lie in. In: tensors, addresses. Out: storages, views, and a fast check that tensors are as they were."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+def storage_at(pointer: int, device: torch.device, nbytes: int) -> torch.UntypedStorage:
+    """A storage over memory that it does not own.
+
+    The caller answers for the memory being there whenever the storage is read.
+
+    Args:
+        pointer: the address of the first byte; not zero.
+        device: where the memory is, with its index on CUDA.
+        nbytes: its length in bytes, more than zero.
+    """
+    construct = getattr(torch._C, "_construct_storage_from_data_pointer", None)
+    if construct is not None:
+        return construct(pointer, device, nbytes)
+    return _public_storage_at(pointer, device, nbytes)
+
+
+def _public_storage_at(pointer: int, device: torch.device, nbytes: int) -> torch.UntypedStorage:
+    """The fall-back of ``storage_at`` by the buffer protocol (CPU) or the CUDA array interface."""
+    if device.type == "cpu":
+        window = (ctypes.c_char * nbytes).from_address(pointer)
+        return torch.frombuffer(window, dtype=torch.uint8).untyped_storage()
+    return torch.as_tensor(_CudaBytes(pointer, nbytes), device=device).untyped_storage()
+
+
+class _CudaBytes:
+    """Device memory as bytes, in the form of the CUDA array interface."""
+
+    def __init__(self, pointer: int, nbytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (pointer, False),
+            "strides": None,
+            "version": 3,
+        }
+
+
+def negative_view(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` seen with its sign turned, without a copy where torch has such a view."""
+    view = getattr(torch, "_neg_view", None)
+    return -tensor if view is None else view(tensor)
+
+
+def storage_id(value: torch.Tensor) -> int:
+    """A number that tensors share exactly when they share memory; holds for fake tensors too, while they live."""
+    return int(value.untyped_storage()._cdata)
+
+
+def metadata_guard(tensors: Sequence[torch.Tensor]) -> Callable[[], bool]:
+    """A function that is true while each tensor has the type, dtype, device, sizes and strides that it has now.
+
+    It reads no data. Where torch has no fast check (the one behind Dynamo's guards), the tensors are compared one by one.
+    """
+    expected = [_metadata(tensor) for tensor in tensors]
+
+    def compare() -> bool:
+        return all(_metadata(t) == e for t, e in zip(tensors, expected, strict=True))
+
+    fast: dict[bool, Callable[..., bool]] = {}
+
+    def check() -> bool:
+        # The fast check includes thread-local state that inference mode changes, hence one for each.
+        known = fast.get(torch.is_inference_mode_enabled())
+        if known is not None and known(*tensors):
+            return True
+        if not compare():
+            return False
+        made = _tensor_guards(tensors)
+        if made is not None:
+            fast[torch.is_inference_mode_enabled()] = made
+        return True
+
+    return check
+
+
+def _metadata(tensor: torch.Tensor) -> tuple[object, ...]:
+    return (type(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride())
+
+
+def _tensor_guards(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | None:
+    guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+    make = getattr(guards, "TensorGuards", None)
+    if make is None:
+        return None
+    try:
+        check = make(
+            *tensors,
+            dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
+            dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
+        ).check
+        return check if check(*tensors) else None
+    except (TypeError, RuntimeError):
+        return None

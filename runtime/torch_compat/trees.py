@@ -1,0 +1,38 @@
+"""Nested containers. In: a pytree or its structure. Out: its parts, and containers put together again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch.utils import _pytree
+
+
+def flatten_tree(tree: object) -> tuple[list[object], _pytree.TreeSpec]:
+    """The leaves of nested containers in order, and what puts them together again."""
+    return _pytree.tree_flatten(tree)
+
+
+def unflatten_tree(leaves: list[object], spec: _pytree.TreeSpec) -> object:
+    """The containers of ``spec`` around ``leaves``."""
+    return _pytree.tree_unflatten(leaves, spec)
+
+
+def spec_parts(spec: _pytree.TreeSpec) -> tuple[type | None, object, list[_pytree.TreeSpec]]:
+    """Type, context and children of a structure; the type of a leaf is None."""
+    if spec.is_leaf():
+        return None, None, []
+    children = spec.children() if hasattr(spec, "children") else spec.children_specs
+    return spec.type, spec.context, list(children)
+
+
+def rebuilder(kind: type) -> Callable[[list[object], object], object] | None:
+    """What puts a container of a registered type together from its children and its context."""
+    node = getattr(_pytree, "SUPPORTED_NODES", {}).get(kind)
+    return getattr(node, "unflatten_fn", None)
+
+
+def with_children(children: list[object], spec: _pytree.TreeSpec) -> object:
+    """A container of ``spec``'s kind around ``children`` that are put together already."""
+    leaf = _pytree.tree_structure(0)
+    shallow = _pytree.TreeSpec(spec.type, spec.context, [leaf for _ in children])
+    return _pytree.tree_unflatten(children, shallow)
