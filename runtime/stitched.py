@@ -223,6 +223,7 @@ class StitchedModule:
             >>> print(stitched.static_graphs.source_for(3))
         """
         from piecework.runtime.captured import CaptureOptions, capture_model
+        from piecework.runtime.partitioned import capture_partitions
 
         if self._entry is None:
             raise self._not_yet("graph to capture")
@@ -232,7 +233,8 @@ class StitchedModule:
         def keep(static: CapturedModel) -> None:
             self._static = static
 
-        capture_model(
+        cut_inside = self.config.use_inductor_graph_partition
+        (capture_partitions if cut_inside else capture_model)(
             self._entry,
             self._backend,
             sizes,

@@ -17,6 +17,7 @@ from piecework.runtime import torch_compat
 from piecework.runtime.code_identity import canonical, text_of
 from piecework.runtime.compilers.inductor_options import InductorOptions
 from piecework.runtime.compilers.interface import CompiledPiece
+from piecework.runtime.compilers.partitions import wrap_partition
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.counters import counters
 from piecework.runtime.passes import PostGradPassManager, pass_context
@@ -31,8 +32,9 @@ class _Inductor:
 
     Attributes:
         options: Inductor's options per batch range.
-        wrap_partition: with ``use_inductor_graph_partition``, turns each partition (function, index, count) into what is
-            called in its place, such as a static graph of it; None leaves partitions as they are.
+        wrap_partition: turns each partition (function, index, count) into what is called in its place. With
+            ``use_inductor_graph_partition`` that is a `Partition`, which a captured model replays; None leaves partitions
+            as they are.
 
     Raises:
         ConfigError: as `InductorOptions`.
@@ -44,6 +46,8 @@ class _Inductor:
     def __init__(self, config: CompilationConfig | None = None) -> None:
         self.options = InductorOptions(config or CompilationConfig())
         self.wrap_partition: PartitionWrapper | None = None
+        if self.options.config.use_inductor_graph_partition and _can_wrap():
+            self.wrap_partition = wrap_partition
 
     @property
     def passes(self) -> PostGradPassManager:
@@ -83,6 +87,11 @@ class _Inductor:
 
 
 PartitionWrapper = Callable[[Callable[..., object], int, int], Callable[..., object]]
+
+
+def _can_wrap() -> bool:
+    with torch_compat.partition_wrapper(None) as possible:
+        return possible
 
 
 class InductorStandaloneAdaptor(_Inductor):

@@ -7,19 +7,28 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch._inductor import scheduler
 from torch._inductor import utils as inductor_utils
 
 import piecework
-from piecework.errors import ConfigError, SplitError
+from piecework.errors import ConfigError, SplitError, StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.backend import PieceworkBackend
 from piecework.runtime.compilers import InductorStandaloneAdaptor
+from piecework.runtime.compilers.partitions import (
+    Partition,
+    partitions_taken_by,
+    wrap_partition,
+)
 from piecework.runtime.config import CompilationConfig
+from piecework.runtime.forward_context import current_forward_context, set_forward_context
 
 
 @piecework.splitting_op("partition_test::mix", mutates_args=("out",))
 def mix(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, name: str) -> None:
-    out.copy_(left - 2 * right)
+    context = current_forward_context()
+    metadata = None if context is None else context.attn_metadata
+    out.copy_(left - (2 if metadata is None else metadata) * right)
 
 
 class Model(nn.Module):
@@ -120,7 +129,8 @@ def test_splitting_ops_given_to_the_call_reach_inductor() -> None:
         CompilationConfig(use_inductor_graph_partition=True), splitting_ops=[mix]
     )
     options = backend.compiler_manager.compiler.options_for(None)  # type: ignore[attr-defined]
-    assert options["custom_should_partition_ops"] == ["partition_test::mix"]
+    wanted = ["partition_test::mix", "piecework::partitions_are_wrapped"]
+    assert options["custom_should_partition_ops"] == wanted
     assert options["graph_partition"] is True
 
 
@@ -136,3 +146,154 @@ def test_without_the_hook_wrapping_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     compiler.wrap_partition = keep
     with pytest.raises(ConfigError, match="can't wrap"), compiler.partitions_wrapped():
         pass
+
+
+# --- a static graph per partition ----------------------------------------------------------------
+
+
+@pytest.fixture
+def partitions_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make Inductor cut CPU code as it cuts GPU code; it would leave it whole, since only a GPU replays graphs."""
+    original = scheduler.Scheduler.should_partition
+
+    def should_partition(self: object, node: object) -> str | None:
+        reason = original(self, node)
+        return None if reason == "cpu ops" else reason
+
+    monkeypatch.setattr(scheduler.Scheduler, "should_partition", should_partition)
+
+
+PARTITIONS = 3  # before, between and after two splitting ops
+# Inductor's cache can't know of the fixture: an option that does no harm keeps what is compiled under it apart.
+CUT = INSIDE.replace(inductor_compile_config={"comprehensive_padding": False})
+
+
+@pytest.mark.inductor
+@pytest.mark.usefixtures("partitions_on_the_cpu")
+def test_each_partition_is_captured_and_the_ops_between_run_live() -> None:
+    model, x = Model(), torch.randn(4, 8)
+    stitched = piecework.compile(model, (x,), config=CUT)
+    sizes = (1, 2, 4, 8)
+    with piecework.counters.expect(num_cudagraph_captured=PARTITIONS * len(sizes)):
+        stitched.capture(sizes, progress=False)
+    names = {record.name for record in stitched.static_graphs.graphs.records}
+    assert names == {f"partition {index} of {PARTITIONS}" for index in range(PARTITIONS)}
+    assert all(r.staged_bytes == 0 for r in stitched.static_graphs.graphs.records)
+    with torch.no_grad(), piecework.counters.expect(num_cudagraph_captured=0):
+        for batch in (1, 2, 3, 4, 5, 8, 11):
+            x = torch.randn(batch, 8)
+            torch.testing.assert_close(stitched(x), model(x))
+            with set_forward_context(5):  # request state is read at each call, not at the capture
+                torch.testing.assert_close(stitched(x), model(x))
+    modes = {row.last: row.mode.name for row in stitched.coverage()}
+    assert modes == {1: "PIECEWISE", 2: "PIECEWISE", 4: "PIECEWISE", 8: "PIECEWISE", 9: "NONE"}
+    assert stitched.memory_report().total > 0
+    with pytest.raises(StaticGraphError, match="no replay source"):
+        stitched.static_graphs.source_for(4)
+
+
+@pytest.mark.inductor
+@pytest.mark.usefixtures("partitions_on_the_cpu")
+def test_partitions_replay_and_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Model(), torch.randn(4, 8)
+    stitched = piecework.compile(model, (x,), config=CUT).capture([4], progress=False)
+    ran: list[int] = []
+    original = Partition.__call__
+
+    def count(self: Partition, args: list[object]) -> object:
+        ran.append(self.index)
+        return original(self, args)
+
+    monkeypatch.setattr(Partition, "__call__", count)
+    expected = model(x)
+    torch.testing.assert_close(stitched(x), expected)
+    assert ran == [0, 1, 2]
+    wrappers = stitched.static_graphs._wrappers.values()  # type: ignore[attr-defined]
+    calls = [each.call for w in wrappers for each in w.concrete_cudagraph_entries.values()]
+    assert len(calls) == PARTITIONS
+    for call in calls:
+        call.replay = lambda: None
+    torch.testing.assert_close(stitched(torch.randn(4, 8)), expected)  # nothing else computes
+
+
+@pytest.mark.inductor
+@pytest.mark.usefixtures("partitions_on_the_cpu")
+def test_two_models_with_equal_code_keep_their_graphs_apart() -> None:
+    models = [Model(), Model()]
+    x = torch.randn(4, 8)
+    compiled = [piecework.compile(model, (x,), config=CUT) for model in models]
+    for stitched in compiled:  # the second came from the cache
+        stitched.capture([4], progress=False)
+    with torch.no_grad():
+        for _ in range(2):
+            x = torch.randn(3, 8)
+            for model, stitched in zip(models, compiled, strict=True):
+                torch.testing.assert_close(stitched(x), model(x))
+    compiled[0].static_graphs.release()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled[0](x), models[0](x))
+        torch.testing.assert_close(compiled[1](x), models[1](x))
+
+
+@pytest.mark.inductor
+@pytest.mark.usefixtures("partitions_on_the_cpu")
+def test_a_single_size_has_partitions_of_its_own() -> None:
+    model, x = Model(), torch.randn(4, 8)
+    config = CUT.replace(compile_sizes=[4])
+    stitched = piecework.compile(model, (x,), config=config).capture([2, 4], progress=False)
+    assert len(stitched.static_graphs._wrappers) == 2 * PARTITIONS  # type: ignore[attr-defined]
+    with torch.no_grad():
+        for batch in (1, 2, 3, 4, 6):
+            x = torch.randn(batch, 8)
+            torch.testing.assert_close(stitched(x), model(x))
+
+
+@pytest.mark.inductor
+@pytest.mark.usefixtures("partitions_on_the_cpu")
+def test_replaced_weights_give_the_graphs_up() -> None:
+    model, x = Model(), torch.randn(4, 8)
+    stitched = piecework.compile(model, (x,), config=CUT).capture([4], progress=False)
+    model.leave.weight = nn.Parameter(torch.randn(8, 8))
+    stitched.rebind()
+    with torch.no_grad():
+        torch.testing.assert_close(stitched(x), model(x))
+    assert stitched.coverage(4)[-1].mode.name == "NONE"
+
+
+@pytest.mark.inductor
+def test_without_partitions_capturing_is_an_error_and_the_model_still_runs() -> None:
+    model, x = Model(), torch.randn(4, 8)
+    stitched = piecework.compile(model, (x,), config=INSIDE)
+    with pytest.raises(StaticGraphError, match="made no partitions"):
+        stitched.capture([4], progress=False)
+    with torch.no_grad():
+        torch.testing.assert_close(stitched(x), model(x))
+
+
+def test_a_partition_that_two_models_share_is_run_by_the_one_that_runs() -> None:
+    class Taker:
+        def __init__(self) -> None:
+            self.seen: list[tuple[object, ...]] = []
+
+        def run_partition(self, partition: Partition, values: tuple[object, ...]) -> object:
+            self.seen.append(values)
+            return partition.run(*values)
+
+    def generated(args: list[int]) -> tuple[int, ...]:
+        taken = tuple(args)
+        args.clear()
+        return (sum(taken),)
+
+    partition = wrap_partition(generated, 0, 1)
+    assert wrap_partition(partition, 0, 1) is partition  # Inductor keeps one module per text
+    first, second = Taker(), Taker()
+    args = [1, 2]
+    assert partition(args) == (3,) and args == []
+    with partitions_taken_by(first):
+        args = [3, 4]
+        assert partition(args) == (7,) and args == []
+        with partitions_taken_by(second):
+            assert partition([5]) == (5,)
+        assert partition([6]) == (6,)
+    assert (first.seen, second.seen) == ([(3, 4), (6,)], [(5,)])
+    assert partition([7]) == (7,)
