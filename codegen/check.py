@@ -5,13 +5,14 @@ The plan alone is checked here: that names, indices and functions fit together. 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import assert_never
 
 from piecework.codegen import ir
 from piecework.codegen.consts import is_inline_literal
 from piecework.codegen.layout import stmt_text
-from piecework.codegen.liveness import definitions, leaves_of, operands, uses
+from piecework.codegen.liveness import definitions, operands, parts_of
 from piecework.codegen.names import BUILTINS, is_identifier
 from piecework.codegen.targets import ENTRY_NAME
 from piecework.errors import EmitError
@@ -43,7 +44,8 @@ class _ModuleCheck:
                 raise EmitError(f"import of {imported!a}, which is no dotted name")
             self.globals.add(imported.partition(".")[0])
         for alias in module.aliases:
-            self._expressions((alias.value,), set(), f"alias {alias.name}")
+            with _at(f"alias {alias.name}"):
+                self._expression(alias.value, set(), set())
             self._define_global(alias.name)
         for row in module.bound:
             self._define_global(row.name)
@@ -66,96 +68,108 @@ class _ModuleCheck:
     def _function(self, function: ir.Function) -> None:
         live = {row.name for row in self.module.bound}
         ever: set[str] = set()
-        for parameter in function.parameters:
-            if parameter.default is not None:
-                self._expressions((parameter.default,), set(), function.name)
-            self._define_local(parameter.name, live, ever, function.name)
-        for number, stmt in enumerate(function.body):
-            where = f"{function.name}: {stmt_text(stmt)[:200]}"
-            for name in uses(stmt):
-                if name not in live:
-                    state = "after its del" if name in ever else "before it is defined"
-                    raise EmitError(f"{name!a} is used {state}", where=where)
-            self._expressions(operands(stmt), live, where)
-            self._statement(stmt, function, where)
-            for name in definitions(stmt):
-                self._define_local(name, live, ever, where)
-            if isinstance(stmt, ir.Delete):
-                for name in stmt.names:
-                    if name not in live or name not in ever:
-                        raise EmitError(f"del of {name!a}, which is not defined", where=where)
-                    live.discard(name)
-            if isinstance(stmt, ir.Return) != (number == len(function.body) - 1):
-                raise EmitError("a function must end with its only return", where=where)
-        if not function.body:
-            raise EmitError("a function must end with its only return", where=function.name)
+        with _at(function.name):
+            for parameter in function.parameters:
+                if parameter.default is not None:
+                    self._expression(parameter.default, set(), set())
+                self._define_local(parameter.name, live, ever)
+            if not function.body:
+                raise EmitError("a function must end with its only return")
+        for number, stmt in enumerate(function.body, 1):
+            try:
+                self._statement(stmt, function, live, ever)
+                if isinstance(stmt, ir.Return) != (number == len(function.body)):
+                    raise EmitError("a function must end with its only return")
+            except EmitError as error:
+                where = f"{function.name}: {stmt_text(stmt)[:200]}"
+                raise EmitError(error.message, where=where) from None
 
-    def _define_local(self, name: str, live: set[str], ever: set[str], where: str) -> None:
+    def _define_local(self, name: str, live: set[str], ever: set[str]) -> None:
         if name in ever:
-            raise EmitError(f"{name!a} is defined twice", where=where)
+            raise EmitError(f"{name!a} is defined twice")
         if name in self.globals or name in BUILTINS or name.startswith("__"):
-            raise EmitError(f"{name!a} shadows a name of the module", where=where)
+            raise EmitError(f"{name!a} shadows a name of the module")
         if not is_identifier(name) or name == ENTRY_NAME:
-            raise EmitError(f"{name!a} is no valid name for a value", where=where)
+            raise EmitError(f"{name!a} is no valid name for a value")
         live.add(name)
         ever.add(name)
 
-    def _statement(self, stmt: ir.Stmt, function: ir.Function, where: str) -> None:
+    def _statement(
+        self, stmt: ir.Stmt, function: ir.Function, live: set[str], ever: set[str]
+    ) -> None:
+        if isinstance(stmt, ir.Delete):
+            for name in stmt.names:
+                if name not in live or name not in ever:
+                    raise EmitError(f"del of {name!a}, which is not defined")
+                live.discard(name)
+            return
+        for expr in operands(stmt):
+            self._expression(expr, live, ever)
         match stmt:
+            case ir.CallFunction() | ir.CallMethod():
+                self._targets(stmt.targets, stmt.unpack)
             case ir.CallSubmod():
                 if not 0 <= stmt.index < len(self.module.submod_names):
-                    raise EmitError(f"no submodule {stmt.index}", where=where)
-                self._passes(function.takes_submods, where)
-                self._targets(stmt.targets, stmt.unpack, where)
+                    raise EmitError(f"no submodule {stmt.index}")
+                self._passes(function.takes_submods)
+                self._targets(stmt.targets, stmt.unpack)
             case ir.CallInlined():
-                callee = self.functions.get(stmt.function)
-                if callee is None:
-                    raise EmitError(
-                        f"{stmt.function!a} is called before it is defined", where=where
-                    )
-                if stmt.passes_submods != callee.takes_submods:
-                    raise EmitError("__vllm_submods__ is not passed as declared", where=where)
-                self._passes(function.takes_submods or not stmt.passes_submods, where)
-                if len(stmt.arguments.args) != len(callee.parameters) or stmt.arguments.kwargs:
-                    raise EmitError(f"{stmt.function!a} gets other arguments", where=where)
-                self._targets(stmt.targets, stmt.unpack, where)
-            case ir.CallFunction() | ir.CallMethod():
-                self._targets(stmt.targets, stmt.unpack, where)
+                self._call_inlined(stmt, function)
             case ir.GetAttr():
                 if not is_identifier(stmt.attribute):
-                    raise EmitError(f"attribute {stmt.attribute!a} is no identifier", where=where)
-            case ir.GetItem() | ir.Infix() | ir.Delete() | ir.Return():
+                    raise EmitError(f"attribute {stmt.attribute!a} is no identifier")
+            case ir.GetItem() | ir.Infix() | ir.Return():
                 pass
             case _:
                 assert_never(stmt)
+        for name in definitions(stmt):
+            self._define_local(name, live, ever)
+
+    def _call_inlined(self, stmt: ir.CallInlined, function: ir.Function) -> None:
+        callee = self.functions.get(stmt.function)
+        if callee is None:
+            raise EmitError(f"{stmt.function!a} is called before it is defined")
+        if stmt.passes_submods != callee.takes_submods:
+            raise EmitError("__vllm_submods__ is not passed as declared")
+        self._passes(function.takes_submods or not stmt.passes_submods)
+        if len(stmt.arguments.args) != len(callee.parameters) or stmt.arguments.kwargs:
+            raise EmitError(f"{stmt.function!a} gets other arguments")
+        self._targets(stmt.targets, stmt.unpack)
 
     @staticmethod
-    def _passes(reachable: bool, where: str) -> None:
+    def _passes(reachable: bool) -> None:
         if not reachable:
-            raise EmitError("__vllm_submods__ is not a parameter of this function", where=where)
+            raise EmitError("__vllm_submods__ is not a parameter of this function")
 
     @staticmethod
-    def _targets(targets: tuple[str, ...], unpack: bool, where: str) -> None:
+    def _targets(targets: tuple[str, ...], unpack: bool) -> None:
         if (unpack and not targets) or (not unpack and len(targets) > 1):
-            raise EmitError("targets and unpacking do not fit together", where=where)
+            raise EmitError("targets and unpacking do not fit together")
 
-    def _expressions(self, exprs: Iterable[ir.Expr], live: set[str], where: str) -> None:
-        for expr in exprs:
-            for leaf in leaves_of(expr):
-                match leaf:
-                    case ir.Const(index) if not 0 <= index < self.const_count:
-                        raise EmitError(f"no constant {index}", where=where)
-                    case ir.Literal(value) if not is_inline_literal(value):
-                        raise EmitError(
-                            f"a {type(value).__name__} has no literal form", where=where
-                        )
-                    case ir.Global(path):
-                        root = path.partition(".")[0]
-                        if (
-                            root not in self.globals and root not in BUILTINS
-                        ) or root in _OWN_NAMES:
-                            raise EmitError(
-                                f"{path!a} is neither imported nor defined", where=where
-                            )
-                    case ir.Name(name) if name not in live:
-                        raise EmitError(f"{name!a} is used where it is not defined", where=where)
+    def _expression(self, expr: ir.Expr, live: set[str], ever: set[str]) -> None:
+        match expr:
+            case ir.Name(name):
+                if name not in live:
+                    state = "after its del" if name in ever else "before it is defined"
+                    raise EmitError(f"{name!a} is used {state}")
+            case ir.Literal(value):
+                if not is_inline_literal(value):
+                    raise EmitError(f"a {type(value).__name__} has no literal form")
+            case ir.Global(path):
+                root = path.partition(".")[0]
+                if (root not in self.globals and root not in BUILTINS) or root in _OWN_NAMES:
+                    raise EmitError(f"{path!a} is neither imported nor defined")
+            case ir.Const(index):
+                if not 0 <= index < self.const_count:
+                    raise EmitError(f"no constant {index}")
+            case _:
+                for part in parts_of(expr):
+                    self._expression(part, live, ever)
+
+
+@contextmanager
+def _at(where: str) -> Iterator[None]:
+    try:
+        yield
+    except EmitError as error:
+        raise EmitError(error.message, where=where) from None

@@ -11,32 +11,30 @@ from typing import assert_never
 from piecework.codegen import ir
 
 
-def leaves_of(expr: ir.Expr) -> Iterator[ir.Expr]:
-    """The names, literals, constants and paths in ``expr``, in order of evaluation, repeats included."""
+def parts_of(expr: ir.Expr) -> tuple[ir.Expr, ...]:
+    """The expressions directly in ``expr``, in order of evaluation."""
     match expr:
         case ir.Name() | ir.Literal() | ir.Const() | ir.Global():
-            yield expr
+            return ()
         case ir.ListExpr(items) | ir.TupleExpr(items):
-            for item in items:
-                yield from leaves_of(item)
+            return tuple(items)
         case ir.DictExpr(pairs):
-            for key, value in pairs:
-                yield from leaves_of(key)
-                yield from leaves_of(value)
+            return tuple(each for pair in pairs for each in pair)
         case ir.SliceExpr(start, stop, step):
-            for part in (start, stop, step):
-                yield from leaves_of(part)
+            return (start, stop, step)
         case ir.Construct(kind, items):
-            yield from leaves_of(kind)
-            for item in items:
-                yield from leaves_of(item)
+            return (kind, *items)
         case _:
             assert_never(expr)
 
 
 def names_in(expr: ir.Expr) -> Iterator[str]:
     """The local names that ``expr`` reads, in order, repeats included."""
-    return (leaf.id for leaf in leaves_of(expr) if isinstance(leaf, ir.Name))
+    if isinstance(expr, ir.Name):
+        yield expr.id
+    else:
+        for part in parts_of(expr):
+            yield from names_in(part)
 
 
 def operands(stmt: ir.Stmt) -> tuple[ir.Expr, ...]:

@@ -1,7 +1,8 @@
 """The values and events that two descriptions of one program are compared by. In: nothing; this is the vocabulary of `verify`.
 
 A trace knows neither nodes nor text. An event is whatever may do something when it runs: a call, a method, a submodule;
-building a container, naming a value and picking from a known tuple are none.
+building a container, naming a value and picking from a known tuple are none. What an event yields is written as the event itself,
+so that two values are the same if they are the same object.
 """
 
 from __future__ import annotations
@@ -22,20 +23,29 @@ class Bound(NamedTuple):
     path: str
 
 
-class Result(NamedTuple):
-    """What an event yields, by the event's number."""
+@dataclass(slots=True, eq=False)
+class Event:
+    """``kind`` is "call" (target: the callable), "method" (its name) or "submod" (its name); ``line`` is for messages.
 
-    event: int
+    ``parts`` are the elements of what it yields, if the text unpacks that.
+    """
+
+    kind: str
+    target: object
+    args: tuple[Value, ...]
+    kwargs: tuple[tuple[str, Value], ...]
+    line: int
+    parts: tuple[Element, ...] | None = None
 
 
-class Element(NamedTuple):
-    """One element of what an event yields, where the number of elements is known."""
+@dataclass(slots=True, eq=False)
+class Element:
+    """One element of what ``event`` yields."""
 
-    event: int
-    place: int
+    event: Event
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Known:
     """A Python object: a literal, a constant, or (``is_global``) something that a dotted path leads to."""
 
@@ -43,7 +53,7 @@ class Known:
     is_global: bool = False
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Container:
     """A tuple, list, dict (keys and values in turn), slice or namedtuple built at this point of the program.
 
@@ -55,17 +65,7 @@ class Container:
     serial: int
 
 
-Value = Input | Bound | Result | Element | Known | Container
-
-
-class Event(NamedTuple):
-    """``kind`` is "call" (target: the callable), "method" (its name) or "submod" (its name); ``line`` is for messages."""
-
-    kind: str
-    target: object
-    args: tuple[Value, ...]
-    kwargs: tuple[tuple[str, Value], ...]
-    line: int
+Value = Input | Bound | Event | Element | Known | Container
 
 
 class Escapes:
@@ -74,11 +74,12 @@ class Escapes:
     def __init__(self) -> None:
         self._serials: set[int] = set()
 
-    def note(self, values: tuple[Value, ...]) -> None:
-        for value in values:
-            if type(value) is Container:
-                self._serials.add(value.serial)
-                self.note(value.items)
+    def note(self, value: Value) -> None:
+        """``value`` was handed on, with everything in it."""
+        if type(value) is Container:
+            self._serials.add(value.serial)
+            for item in value.items:
+                self.note(item)
 
     def elements_of(self, value: Value) -> tuple[Value, ...] | None:
         """The elements of a sequence as far as they are certain, else None."""

@@ -22,12 +22,10 @@ from piecework.codegen.structure import attribute_of
 from piecework.codegen.trace import (
     Bound,
     Container,
-    Element,
     Escapes,
     Event,
     Input,
     Known,
-    Result,
     Value,
     picked,
 )
@@ -111,7 +109,8 @@ class _Matcher:
         self.direct = direct
         self.next = 0
         self.escapes = Escapes()
-        self.arities: dict[int, set[int]] = {}
+        # How many elements an unpacked event has, by what is recorded in the graph.
+        self.arities: dict[Event, set[int]] = {}
         self.serial = 0
         # Containers of the graph and of the text that are the same object, both ways.
         self.text_serial: dict[int, int] = {}
@@ -165,37 +164,37 @@ class _Matcher:
     # --- the graph -------------------------------------------------------------------------------
 
     def _walk(self, scope: _Scope) -> tuple[Value, torch.fx.Node | None]:
+        values = scope.values
         for node in scope.gm.graph.nodes:
-            match node.op:
-                case "placeholder":
-                    pass
-                case "get_attr":
-                    scope.values[node] = Known(attribute_of(scope.gm, str(node.target)))
-                case "call_function":
-                    scope.values[node] = self._call_function(node, scope)
-                case "call_method":
-                    scope.values[node] = self._event(node, "method", node.target, scope)
-                case "call_module":
-                    scope.values[node] = self._call_module(node, scope)
-                case "output":
-                    return self._converted(node.args[0], scope.values), node
+            op = node.op
+            if op == "call_function":
+                target = node.target
+                element = self._picked(node, scope) if target is operator.getitem else None
+                values[node] = element or self._event(node, "call", target, scope)
+            elif op == "call_method":
+                values[node] = self._event(node, "method", node.target, scope)
+            elif op == "call_module":
+                values[node] = self._call_module(node, scope)
+            elif op == "get_attr":
+                values[node] = Known(attribute_of(scope.gm, str(node.target)))
+            elif op == "output":
+                return self._converted(node.args[0], values), node
         return Known(None), None
 
-    def _call_function(self, node: torch.fx.Node, scope: _Scope) -> Value:
-        if node.target is operator.getitem and len(node.args) == 2 and not node.kwargs:
-            source = node.args[0]
-            if isinstance(source, (torch.fx.Node, tuple, list)):
-                value = self._converted(source, scope.values)
-                element = self._element(value, node.args[1])
-                if element is not None:
-                    return element
-        return self._event(node, "call", node.target, scope)
+    def _picked(self, node: torch.fx.Node, scope: _Scope) -> Value | None:
+        """The element that ``node`` picks, if the text has it too without doing anything for it."""
+        if len(node.args) != 2 or node.kwargs:
+            return None
+        source = node.args[0]
+        if isinstance(source, (torch.fx.Node, tuple, list)):
+            return self._element(self._converted(source, scope.values), node.args[1])
+        return None
 
     def _element(self, value: Value, index: object) -> Value | None:
         """What picking ``index`` yields, if the text has that element too without doing anything for it."""
-        if type(value) is Result and value.event in self.text.unpacked:
-            inside = type(index) is int and 0 <= index < self.text.unpacked[value.event]
-            return Element(value.event, cast(int, index)) if inside else None
+        if type(value) is Event and value.parts is not None:
+            inside = type(index) is int and 0 <= index < len(value.parts)
+            return value.parts[cast(int, index)] if inside else None
         return picked(self.escapes.elements_of(value), index)
 
     def _call_module(self, node: torch.fx.Node, scope: _Scope) -> Value:
@@ -223,9 +222,8 @@ class _Matcher:
         if len(inner.values) != len(placeholders) or len(node.args) > len(placeholders):
             raise EmitError(f"{path!a} is called with other arguments", where=node_where(node))
         value, _ = self._walk(inner)
-        if type(value) is Result and value.event in self.text.unpacked:
-            self._only_picked(node, value.event, scope)
-            self._note_arity(value.event, value_of(node), _returned_by(callee))
+        if type(value) is Event and value.parts is not None:
+            self._check_unpacked(node, value, scope, callee)
         return value
 
     # --- one node against one event --------------------------------------------------------------
@@ -240,56 +238,57 @@ class _Matcher:
     ) -> Value:
         if self.next >= len(self.text.events):
             raise EmitError("the text ends before this node", where=node_where(node))
-        number = self.next
-        event = self.text.events[number]
+        event = self.text.events[self.next]
         self.next += 1
-        if event.kind != kind or not self._same_target(kind, target, event.target):
+        if event.target is not target and not self._same_target(kind, target, event.target):
             self._differ(node, event, f"a {kind} of something else")
-        if len(event.args) != len(node.args) or len(event.kwargs) != len(node.kwargs):
+        args, kwargs, values = node.args, node.kwargs, scope.values
+        if event.kind != kind:
+            self._differ(node, event, f"a {kind} of something else")
+        if len(event.args) != len(args) or len(event.kwargs) != len(kwargs):
             self._differ(node, event, "another number of arguments")
-        args = tuple(self._converted(arg, scope.values) for arg in node.args)
-        for place, (ours, theirs) in enumerate(zip(args, event.args, strict=True)):
-            if not self._same(ours, theirs):
+        for place, (arg, theirs) in enumerate(zip(args, event.args, strict=True)):
+            if not self._is(arg, theirs, values):
                 self._differ(node, event, f"another argument {place}")
-        kwargs = []
-        for (key, arg), (name, theirs) in zip(node.kwargs.items(), event.kwargs, strict=True):
-            kwargs.append(self._converted(arg, scope.values))
-            if key != name or not self._same(kwargs[-1], theirs):
-                self._differ(node, event, f"another argument {key!a}")
-        self.escapes.note(args)
-        self.escapes.note(tuple(kwargs))
-        if number in self.text.unpacked:
-            self._only_picked(node, number, scope)
-            self._note_arity(number, value_of(node), _returned_by(callee))
-        return Result(number)
+        if kwargs:
+            for (key, arg), (name, theirs) in zip(kwargs.items(), event.kwargs, strict=True):
+                if key != name or not self._is(arg, theirs, values):
+                    self._differ(node, event, f"another argument {key!a}")
+        if event.parts is not None:
+            self._check_unpacked(node, event, scope, callee)
+        return event
 
-    def _only_picked(self, node: torch.fx.Node, number: int, scope: _Scope) -> None:
+    def _check_unpacked(
+        self, node: torch.fx.Node, event: Event, scope: _Scope, callee: object
+    ) -> None:
         """Unpacking is picking elements early, which is right only if nothing but elements is ever used.
 
         A called graph may return the result as it is; then the same is asked of the call.
         """
-        count = self.text.unpacked[number]
+        assert event.parts is not None
+        count = len(event.parts)
         for user in node.users:
-            if user.op == "output" and user.args[0] is node and scope.prefix:
+            args = user.args
+            if user.op == "output" and args[0] is node and scope.prefix:
                 continue
-            index = user.args[1] if len(user.args) == 2 and not user.kwargs else None
-            picks = user.op == "call_function" and user.target is operator.getitem
+            index = args[1] if len(args) == 2 and not user.kwargs else None
+            picks = user.target is operator.getitem and user.op == "call_function"
             if not picks or type(index) is not int or not 0 <= index < count:
-                event = self.text.events[number]
                 self._differ(node, event, "unpacks a result that the graph uses as a whole")
+        self._note_arity(event, value_of(node), _returned_by(callee))
 
-    def _note_arity(self, number: int, *values: object) -> None:
+    def _note_arity(self, event: Event, *values: object) -> None:
         """What is recorded of a result says how many elements it has."""
         for value in values:
             if isinstance(value, (tuple, list)):
-                self.arities.setdefault(number, set()).add(len(value))
+                self.arities.setdefault(event, set()).add(len(value))
 
     def _check_arities(self) -> None:
-        for number, count in self.text.unpacked.items():
-            if self.arities.get(number) != {count}:
+        for event in self.text.events:
+            if event.parts is not None and self.arities.get(event) != {len(event.parts)}:
                 raise EmitError(
-                    f"unpacks a result that is not known to have {count} elements",
-                    where=self._line(self.text.events[number]),
+                    f"unpacks a result that is not known to have {len(event.parts)} elements",
+                    where=self._line(event),
                 )
 
     def _same_target(self, kind: str, ours: object, theirs: object) -> bool:
@@ -323,22 +322,40 @@ class _Matcher:
             if found is None:
                 raise EmitError("a node is used before it is defined", where=node_where(arg))
             return found
-        parts: list[object] | None = None
-        kind: type = type(arg)
-        if isinstance(arg, (tuple, list)) and (
-            kind in _SEQUENCES or (hasattr(arg, "_fields") and _holds_node(arg))
-        ):
-            parts = list(arg)
-        elif kind in _MAPPINGS:
-            parts = [each for pair in cast(dict[object, object], arg).items() for each in pair]
-        elif isinstance(arg, slice):
-            parts = [arg.start, arg.stop, arg.step]
-        if parts is None:
+        opened = _opened(arg)
+        if opened is None:
             return Known(arg)
-        kind = _SEQUENCES.get(kind, dict if kind in _MAPPINGS else kind)
-        items = tuple(self._converted(part, values) for part in parts)
+        kind, parts = opened
+        items = tuple([self._converted(part, values) for part in parts])
         self.serial += 1
         return Container(kind, items, self.serial)
+
+    def _is(self, arg: object, theirs: Value, values: Mapping[torch.fx.Node, Value]) -> bool:
+        """True if a node's argument is ``theirs``: what `_converted` makes of it would be the same, and was handed on."""
+        kind: type = type(arg)
+        if kind in _SCALARS:
+            return type(theirs) is Known and same_constant(arg, theirs.value)
+        if isinstance(arg, torch.fx.Node):
+            if values.get(arg) is theirs:
+                return True
+            ours = self._converted(arg, values)
+            self.escapes.note(ours)
+            return self._same(ours, theirs)
+        opened = _opened(arg)
+        if opened is None:
+            return type(theirs) is Known and same_constant(arg, theirs.value)
+        kind, parts = opened
+        if type(theirs) is not Container or theirs.kind is not kind:
+            return False
+        if len(parts) != len(theirs.items):
+            return False
+        self.serial += 1
+        if not self._is_one_object(kind, self.serial, theirs.serial):
+            return False
+        for part, item in zip(parts, theirs.items, strict=True):
+            if not self._is(part, item, values):
+                return False
+        return True
 
     def _same(self, ours: Value, theirs: Value) -> bool:
         if type(ours) is not type(theirs):
@@ -346,16 +363,36 @@ class _Matcher:
         if isinstance(ours, Known):
             return same_constant(ours.value, cast(Known, theirs).value)
         if not isinstance(ours, Container):
-            return bool(ours == theirs)
+            return ours is theirs or (isinstance(ours, (Input, Bound)) and ours == theirs)
         other = cast(Container, theirs)
         if ours.kind is not other.kind or len(ours.items) != len(other.items):
             return False
-        if ours.kind in (list, dict):
-            if self.text_serial.setdefault(ours.serial, other.serial) != other.serial:
-                return False
-            if self.graph_serial.setdefault(other.serial, ours.serial) != ours.serial:
-                return False
+        if not self._is_one_object(ours.kind, ours.serial, other.serial):
+            return False
         return all(map(self._same, ours.items, other.items))
+
+    def _is_one_object(self, kind: type, ours: int, theirs: int) -> bool:
+        """A list or dict of the graph is always the same one of the text, and the other way round."""
+        if kind is not list and kind is not dict:
+            return True
+        if self.text_serial.setdefault(ours, theirs) != theirs:
+            return False
+        return self.graph_serial.setdefault(theirs, ours) == ours
+
+
+def _opened(arg: object) -> tuple[type, Sequence[object]] | None:
+    """The kind and the parts of an argument that the text builds anew; None for a constant."""
+    kind: type = type(arg)
+    if kind in _SEQUENCES:
+        return _SEQUENCES[kind], cast(Sequence[object], arg)
+    if kind is slice:
+        cut = cast(slice, arg)
+        return slice, (cut.start, cut.stop, cut.step)
+    if kind in _MAPPINGS:
+        return dict, [each for pair in cast(dict[object, object], arg).items() for each in pair]
+    if isinstance(arg, (tuple, list)) and hasattr(arg, "_fields") and _holds_node(arg):
+        return kind, arg
+    return None
 
 
 def _returned_by(callee: object) -> object:
@@ -372,6 +409,7 @@ _SEQUENCES: dict[type, type] = {
     list: list,
     torch.fx.immutable_collections.immutable_list: list,
 }
+_SCALARS = frozenset({int, float, bool, str, type(None)})
 _MAPPINGS = frozenset({dict, torch.fx.immutable_collections.immutable_dict})
 
 

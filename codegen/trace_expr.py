@@ -1,0 +1,414 @@
+"""What one expression of emitted text does, by Python's rules of evaluation. In: a syntax tree and what names mean. Out: its value, and events in order.
+
+Nothing of the text is executed. What is not part of emitted expressions is an `EmitError` that names the line.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from piecework.codegen.trace import Container, Escapes, Event, Known, Value, picked
+from piecework.errors import EmitError
+
+SUBMODS, CONSTS = "__vllm_submods__", "__vllm_consts__"
+
+_BINARY: dict[type[ast.operator], object] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+    ast.MatMult: operator.matmul,
+    ast.LShift: operator.lshift,
+    ast.RShift: operator.rshift,
+    ast.BitAnd: operator.and_,
+    ast.BitOr: operator.or_,
+    ast.BitXor: operator.xor,
+}
+_COMPARE: dict[type[ast.cmpop], object] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+_UNARY: dict[type[ast.unaryop], object] = {
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+    ast.Invert: operator.invert,
+    ast.Not: operator.not_,
+}
+
+
+class Submods:
+    """``__vllm_submods__`` itself: it can be indexed for a call and handed on, nothing else."""
+
+
+THE_SUBMODS = Submods()
+
+
+@dataclass(slots=True)
+class Frame:
+    """Names of the function that is run; at module level there are none.
+
+    Attributes:
+        locals: every name that the function binds anywhere.
+        values: those that are bound now.
+        statement: number of the statement; deletes count with the one that they follow.
+        last_use: for names bound by a statement, the statement that used them last.
+        deleted: the statement after which a name was deleted.
+    """
+
+    locals: frozenset[str] = frozenset()
+    values: dict[str, Value | Submods] = field(default_factory=dict)
+    statement: int = 0
+    last_use: dict[str, int] = field(default_factory=dict)
+    deleted: dict[str, int] = field(default_factory=dict)
+
+
+Arguments = tuple[tuple[Value, ...], tuple[tuple[str, Value], ...]]
+
+
+class Expressions:
+    """Evaluates the expressions of one module.
+
+    Attributes:
+        module: what names mean at module level; a function is its definition.
+        frame: what they mean in the function that is run.
+        events: what was done so far.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        module: dict[str, Value | ast.FunctionDef],
+        submod_names: Sequence[str],
+        consts: Sequence[object],
+        enter: Callable[[ast.Call, ast.FunctionDef], Value],
+    ) -> None:
+        self.code = code
+        self.module = module
+        self.submod_names = submod_names
+        self.consts = [Known(value) for value in consts]
+        self.enter = enter
+        self.frame = Frame()
+        self.events: list[Event] = []
+        self.escapes = Escapes()
+        self.serial = 0
+        # Dotted paths that were looked up; who changes `module` clears it.
+        self.paths: dict[tuple[str, ...], Known] = {}
+
+    def error(self, node: ast.AST, why: str) -> EmitError:
+        """What to raise about ``node``: an error that shows its line."""
+        line = getattr(node, "lineno", 0)
+        lines = self.code.splitlines()
+        text = lines[line - 1].strip() if 0 < line <= len(lines) else ""
+        return EmitError(why, where=f"line {line}: {text}" if line else None)
+
+    def value(self, node: ast.expr) -> Value:
+        """Evaluate an operand: a nested call of ``slice`` or of a namedtuple builds one."""
+        return _EVALUATE[type(node)](self, node)
+
+    def statement_value(self, node: ast.expr) -> Value:
+        """Evaluate what a statement consists of: a call is an event."""
+        return self.call(node) if type(node) is ast.Call else _EVALUATE[type(node)](self, node)
+
+    def unknown(self, node: ast.expr) -> Value:
+        """What every expression is that emitted text does not have."""
+        raise self.error(node, f"{type(node).__name__} is not part of emitted expressions")
+
+    # --- names -----------------------------------------------------------------------------------
+
+    def _name(self, node: ast.Name) -> Value:
+        name = node.id
+        frame = self.frame
+        if name in frame.locals:
+            value = frame.values.get(name)
+            if value is None:
+                raise self.error(node, f"{name!a} is used before it is defined or after its del")
+            if name in frame.last_use:
+                frame.last_use[name] = frame.statement
+            if value is THE_SUBMODS:
+                raise self.error(node, f"{SUBMODS} is used other than to call its entries")
+            assert not isinstance(value, Submods)
+            return value
+        found = self.module.get(name)
+        if found is not None:
+            if isinstance(found, ast.FunctionDef):
+                raise self.error(node, f"function {name!a} is used other than to be called")
+            return found
+        if name in (SUBMODS, CONSTS) or not hasattr(builtins, name):
+            raise self.error(node, f"{name!a} is not defined")
+        return Known(getattr(builtins, name), is_global=True)
+
+    def _is_builtin(self, name: str) -> bool:
+        """True if ``name`` means what it does in every Python module."""
+        return name not in self.module and name not in self.frame.locals
+
+    def _path(self, node: ast.Attribute) -> Known | None:
+        """What a dotted path leads to that starts at an import or a builtin; None if it starts at anything else."""
+        names = [node.attr]
+        base = node.value
+        while type(base) is ast.Attribute:
+            names.append(base.attr)
+            base = base.value
+        if type(base) is not ast.Name or base.id in self.frame.locals:
+            return None
+        key = (base.id, *names)
+        known = self.paths.get(key)
+        if known is None:
+            value = self._name(base)
+            if type(value) is not Known or not value.is_global:
+                return None
+            for name in reversed(names):
+                value = self._attribute_of(node, value.value, name)
+            known = self.paths[key] = value
+        return known
+
+    def _attribute_of(self, node: ast.expr, owner: object, attribute: str) -> Known:
+        try:
+            return Known(getattr(owner, attribute), is_global=True)
+        except (AttributeError, ImportError, RuntimeError) as error:
+            raise self.error(node, f"{attribute!a} is not found: {error}") from error
+
+    def _attribute(self, node: ast.Attribute) -> Value:
+        known = self._path(node)
+        if known is not None:
+            return known
+        owner = self.value(node.value)
+        if type(owner) is Known and owner.is_global:
+            return self._attribute_of(node, owner.value, node.attr)
+        return self._event(node, "call", getattr, (owner, Known(node.attr)))
+
+    # --- literals, containers, operators ---------------------------------------------------------
+
+    def _constant(self, node: ast.Constant) -> Value:
+        return Known(node.value)
+
+    def _tuple(self, node: ast.Tuple) -> Value:
+        return self._container(tuple, [self.value(each) for each in node.elts])
+
+    def _list(self, node: ast.List) -> Value:
+        return self._container(list, [self.value(each) for each in node.elts])
+
+    def _dict(self, node: ast.Dict) -> Value:
+        items: list[Value] = []
+        for key, value in zip(node.keys, node.values, strict=True):
+            if key is None:
+                raise self.error(node, "** in a dict is not part of emitted expressions")
+            items += (self.value(key), self.value(value))
+        return self._container(dict, items)
+
+    def _slice(self, node: ast.Slice) -> Value:
+        parts = (node.lower, node.upper, node.step)
+        values = [Known(None) if part is None else self.value(part) for part in parts]
+        return self._container(slice, values)
+
+    def _container(self, kind: type, items: Sequence[Value]) -> Container:
+        self.serial += 1
+        return Container(kind, tuple(items), self.serial)
+
+    def _subscript(self, node: ast.Subscript) -> Value:
+        base, index = node.value, node.slice
+        if type(base) is ast.Name and base.id == CONSTS and self._is_builtin(CONSTS):
+            place = index.value if type(index) is ast.Constant else None
+            if type(place) is not int or not 0 <= place < len(self.consts):
+                raise self.error(node, f"there is no constant {ast.unparse(index)}")
+            return self.consts[place]
+        # The base is evaluated first.
+        return self._event(node, "call", operator.getitem, (self.value(base), self.value(index)))
+
+    def _unary(self, node: ast.UnaryOp) -> Value:
+        value = self.value(node.operand)
+        number = _number(node.operand, value)
+        if type(node.op) is ast.USub and number is not None:
+            return Known(-number)
+        return self._event(node, "call", _UNARY[type(node.op)], (value,))
+
+    def _binary(self, node: ast.BinOp) -> Value:
+        left, right = self.value(node.left), self.value(node.right)
+        folded = _complex_literal(node, left, right)
+        if folded is not None:
+            return Known(folded)
+        return self._event(node, "call", _BINARY[type(node.op)], (left, right))
+
+    def _compare(self, node: ast.Compare) -> Value:
+        target = _COMPARE.get(type(node.ops[0]))
+        if target is None or len(node.ops) != 1:
+            raise self.error(node, "this comparison is not part of emitted expressions")
+        left, right = self.value(node.left), self.value(node.comparators[0])
+        return self._event(node, "call", target, (left, right))
+
+    # --- calls -----------------------------------------------------------------------------------
+
+    def _nested_call(self, node: ast.Call) -> Value:
+        return self.call(node, nested=True)
+
+    def call(self, node: ast.Call, *, nested: bool = False) -> Value:
+        """Evaluate a call; a nested one of a container's type builds the container."""
+        func = node.func
+        target: Value | None
+        if type(func) is ast.Attribute:
+            target = self._path(func)
+            if target is None:
+                owner = self.value(func.value)
+                if type(owner) is not Known or not owner.is_global:
+                    return self._method(node, owner, func.attr)
+                target = self._attribute_of(func, owner.value, func.attr)
+        elif type(func) is ast.Name:
+            function = None if func.id in self.frame.locals else self.module.get(func.id)
+            if isinstance(function, ast.FunctionDef):
+                return self.enter(node, function)
+            target = self._name(func)
+        elif type(func) is ast.Subscript and _is_name(func.value, SUBMODS):
+            return self._submod(node, func)
+        elif type(func) is ast.Call and self._is_method_look_up(func):
+            name = func.args[1]
+            assert isinstance(name, ast.Constant)
+            return self._method(node, self.value(func.args[0]), name.value)
+        else:
+            target = self.value(func)
+        if type(target) is not Known:
+            raise self.error(node, "a computed value is called")
+        args, kwargs = self.arguments(node)
+        if nested and not kwargs and _builds(target, len(args)):
+            assert isinstance(target.value, type)
+            return self._container(target.value, args)
+        return self._event(node, "call", target.value, args, kwargs)
+
+    def _submod(self, node: ast.Call, func: ast.Subscript) -> Value:
+        """``__vllm_submods__[i](...)``."""
+        if self.frame.values.get(SUBMODS) is not THE_SUBMODS:
+            raise self.error(node, f"{SUBMODS} is not what was passed")
+        index = func.slice.value if type(func.slice) is ast.Constant else None
+        if type(index) is not int or not 0 <= index < len(self.submod_names):
+            raise self.error(node, f"there is no submodule {ast.unparse(func.slice)}")
+        args, kwargs = self.arguments(node)
+        return self._event(node, "submod", self.submod_names[index], args, kwargs)
+
+    def _is_method_look_up(self, func: ast.Call) -> bool:
+        """``getattr(x, "name")``, as the name of a method is written that is no identifier."""
+        return (
+            _is_name(func.func, "getattr")
+            and self._is_builtin("getattr")
+            and len(func.args) == 2
+            and not func.keywords
+            and type(func.args[1]) is ast.Constant
+            and type(func.args[1].value) is str
+        )
+
+    def _method(self, node: ast.Call, receiver: Value, method: object) -> Value:
+        args, kwargs = self.arguments(node)
+        return self._event(node, "method", method, (receiver, *args), kwargs)
+
+    def arguments(self, node: ast.Call) -> Arguments:
+        """Evaluate the arguments of a call, in order."""
+        args = tuple([_EVALUATE[type(each)](self, each) for each in node.args])
+        if not node.keywords:
+            return args, ()
+        kwargs: list[tuple[str, Value]] = []
+        for keyword in node.keywords:
+            if keyword.arg is not None:
+                kwargs.append((keyword.arg, self.value(keyword.value)))
+                continue
+            if not isinstance(keyword.value, ast.Dict):
+                raise self.error(node, "** of something other than a dict in place")
+            for key, value in zip(keyword.value.keys, keyword.value.values, strict=True):
+                if not isinstance(key, ast.Constant) or type(key.value) is not str:
+                    raise self.error(node, "** of a dict whose keys are not strings")
+                kwargs.append((key.value, self.value(value)))
+        if len(kwargs) > 1 and len({name for name, _ in kwargs}) != len(kwargs):
+            raise self.error(node, "a keyword is given twice")
+        return args, tuple(kwargs)
+
+    def _event(
+        self,
+        node: ast.expr,
+        kind: str,
+        target: object,
+        args: tuple[Value, ...],
+        kwargs: tuple[tuple[str, Value], ...] = (),
+    ) -> Value:
+        if target is operator.getitem and len(args) == 2 and not kwargs:
+            index = args[1].value if type(args[1]) is Known else None
+            element = picked(self.escapes.elements_of(args[0]), index)
+            if element is not None:
+                return element
+        for value in args:
+            if type(value) is Container:
+                self.escapes.note(value)
+        for _, value in kwargs:
+            if type(value) is Container:
+                self.escapes.note(value)
+        event = Event(kind, target, args, kwargs, node.lineno)
+        self.events.append(event)
+        return event
+
+
+class _Evaluators(dict[type[ast.expr], Callable[..., Value]]):
+    """What evaluates a node of each type; no other type is part of emitted expressions."""
+
+    def __missing__(self, kind: type[ast.expr]) -> Callable[..., Value]:
+        return Expressions.unknown
+
+
+_EVALUATE = _Evaluators(
+    {
+        ast.Name: Expressions._name,
+        ast.Constant: Expressions._constant,
+        ast.Call: Expressions._nested_call,
+        ast.Attribute: Expressions._attribute,
+        ast.Subscript: Expressions._subscript,
+        ast.Tuple: Expressions._tuple,
+        ast.List: Expressions._list,
+        ast.Dict: Expressions._dict,
+        ast.Slice: Expressions._slice,
+        ast.UnaryOp: Expressions._unary,
+        ast.BinOp: Expressions._binary,
+        ast.Compare: Expressions._compare,
+    }
+)
+
+
+def _is_name(node: ast.expr, name: str) -> bool:
+    return type(node) is ast.Name and node.id == name
+
+
+def _builds(target: Known, count: int) -> bool:
+    """True if a nested call of ``target`` is how a slice or a namedtuple is written."""
+    if target.is_global:
+        return target.value is slice and count == 3
+    kind = target.value
+    return isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields")
+
+
+def _number(node: ast.expr, value: Value) -> int | float | complex | None:
+    if not isinstance(node, ast.Constant) or not isinstance(value, Known):
+        return None
+    number = value.value
+    if type(number) in (int, float, complex):
+        assert isinstance(number, (int, float, complex))
+        return number
+    return None
+
+
+def _complex_literal(node: ast.BinOp, first: Value, second: Value) -> complex | None:
+    """``1 - 2j`` is one literal; its real part may have a sign."""
+    number = _number(node.right, second)
+    if type(number) is not complex:
+        return None
+    bare = node.left.operand if isinstance(node.left, ast.UnaryOp) else node.left
+    real = first.value if isinstance(first, Known) and isinstance(bare, ast.Constant) else None
+    if type(real) not in (int, float):
+        return None
+    assert isinstance(real, (int, float))
+    if isinstance(node.op, ast.Add):
+        return real + number
+    return real - number if isinstance(node.op, ast.Sub) else None
