@@ -10,12 +10,15 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.fx
 from torch.fx.immutable_collections import immutable_dict, immutable_list
+from torch.fx.node import Argument, Target
 
 from piecework.codegen import compile_execution_fn
+from piecework.codegen.inline import is_plain
 from piecework.codegen.structure import attribute_of
 from piecework.golden.cases import LoadedCase
 
@@ -32,6 +35,40 @@ class _Outcome:
     aliases: dict[str, tuple[str, str, int]]
 
 
+class Interpreter(torch.fx.Interpreter):
+    """`torch.fx.Interpreter` all the way down: graphs that are called are interpreted too.
+
+    What FX writes as source for a called graph differs in places (``operator.setitem`` yields its first operand, ``operator.iadd`` of a
+    number changes its operand), and some graphs it can't write at all.
+    """
+
+    def __init__(self, gm: torch.fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.extra_traceback = False
+
+    def call_module(
+        self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, object]
+    ) -> object:
+        return run_module(attribute_of(self.module, str(target)), *args, **kwargs)
+
+
+def run_module(module: object, /, *args: object, **kwargs: object) -> object:
+    """Call ``module``; a graph without hooks or an unusual signature is interpreted."""
+    if not isinstance(module, torch.fx.GraphModule) or not is_plain(module):
+        assert callable(module)
+        return module(*args, **kwargs)
+    placeholders = module.graph.find_nodes(op="placeholder")
+    given = list(args)
+    for node in placeholders[len(args) :]:
+        if node.target in kwargs:
+            given.append(kwargs.pop(str(node.target)))
+        elif node.args:
+            given.append(node.args[0])
+    if kwargs or len(given) != len(placeholders):
+        raise TypeError(f"a graph of {len(placeholders)} inputs is called with others")
+    return Interpreter(module).run(*given)
+
+
 def differences(loaded: LoadedCase) -> list[str]:
     """Run every input through both; an input that the interpreter itself cannot run is a difference too."""
     problems: list[str] = []
@@ -41,7 +78,7 @@ def differences(loaded: LoadedCase) -> list[str]:
         where = f"inputs[{number}]"
         try:
             with loaded.context(number):
-                expected = _run(loaded.gm, torch.fx.Interpreter(loaded.gm).run, arguments)
+                expected = _run(loaded.gm, Interpreter(loaded.gm).run, arguments)
         except Exception as error:  # noqa: BLE001 - whatever an operator raises is the finding
             problems.append(f"{where}: the interpreter fails: {_one_line(error)}")
             continue
@@ -60,7 +97,7 @@ def _emitted(loaded: LoadedCase) -> Callable[..., object]:
     placeholders = [node.name for node in loaded.gm.graph.find_nodes(op="placeholder")]
     rows = dict(zip(loaded.bound, loaded.source.module.bound, strict=True))
     names = loaded.source.submod_names
-    callables = {name: attribute_of(loaded.gm, name) for name in names}
+    callables = {name: partial(run_module, attribute_of(loaded.gm, name)) for name in names}
 
     def call(*arguments: object) -> object:
         given = list(zip(placeholders, arguments, strict=False))

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from piecework.codegen import LowerOptions, StitchedSource, generate_source, verify
 from piecework.codegen.layout import format_source
 from piecework.golden.cases import Case, LoadedCase
-from piecework.golden.execute import differences
+from piecework.golden.execute import differences, run_module
 
 EXAMPLES = int(os.environ.get("PIECEWORK_RANDOM_GRAPHS", "2000"))
 Pair = namedtuple("Pair", ["left", "right"])
@@ -111,7 +111,6 @@ OBJECTS: list[object] = [
     range(3),
     Pair(1, 2),
 ]
-PLAIN_KEYWORDS = ["alpha", "dim"]  # FX writes the source of graphs that are called
 KEYWORDS = ["alpha", "from", "a-b", "dim", "self", "print", "{{ x }}"]
 
 
@@ -164,8 +163,7 @@ class Program:
             elif op == "call_method":
                 value = getattr(real_args[0], str(target))(*real_args[1:], **real_kwargs)
             elif op == "call_module":
-                # Not through __call__, which writes a long message about each failure.
-                value = self.root.get_submodule(str(target)).forward(*real_args, **real_kwargs)
+                value = run_module(self.root.get_submodule(str(target)), *real_args, **real_kwargs)
             else:
                 value = self.root
                 for part in str(target).split("."):
@@ -187,7 +185,7 @@ class Program:
         if choice <= 3 and self.values:
             return self.pick(list(self.values))
         if choice == 4:
-            return self.pick(OBJECTS if self.depth == 0 else OBJECTS[:-1])
+            return self.pick(OBJECTS)
         if choice <= 5:
             return self.pick(LITERALS)
         items = [self.argument(depth + 1) for _ in range(int(self.draw(st.integers(0, 3))))]  # type: ignore[call-overload]
@@ -197,7 +195,7 @@ class Program:
             return items
         if choice == 8:
             return {self.pick(["k", 1, "'", None, "l"]): item for item in items}
-        if self.flip() and self.depth == 0:
+        if self.flip():
             return Pair(*[*items, 1, 2][:2])
         if not self.shown:
             return slice(None, 1)
@@ -335,7 +333,7 @@ class Program:
     def anything(self) -> None:
         self.shown = True
         args = tuple(self.argument() for _ in range(int(self.draw(st.integers(0, 3)))))  # type: ignore[call-overload]
-        names = list(dict.fromkeys(str(self.pick(KEYWORDS if self.depth == 0 else PLAIN_KEYWORDS)) for _ in range(int(self.draw(st.integers(0, 3))))))  # type: ignore[call-overload]
+        names = list(dict.fromkeys(str(self.pick(KEYWORDS)) for _ in range(int(self.draw(st.integers(0, 3))))))  # type: ignore[call-overload]
         kwargs = {name: self.argument() for name in names}
         self.add("call_function", self.pick([gather, first_tensor, first_tensor]), args, kwargs)
         self.shown = False
@@ -378,6 +376,8 @@ class Program:
         call = self.pick(["positional", "keyword"])
         # Tensors only: integers that are raised to each other inside would grow without end.
         a, b = self.tensor(), self.tensor()
+        if any(self.values[each].shape != (4, 3) for each in (a, b)):  # type: ignore[attr-defined]
+            _forget_values(self.root.get_submodule(name))
         args, kwargs = ((a, b), {}) if call == "positional" else ((a,), {"b": b})
         made = self.add("call_module", name, args, kwargs)
         if made is not None and isinstance(self.values[made], (tuple, list)):
@@ -389,6 +389,13 @@ STEPS = [
     "unary", "binary", "numbers", "sizes", "views", "getitem", "getitem", "split", "mutate", "lists", "anything",
     "anything", "get_attr", "leaf", "graph_module", "graph_module",
 ]  # fmt: skip
+
+
+def _forget_values(module: torch.nn.Module) -> None:
+    """What was recorded for inputs of one shape is not true of others."""
+    for each in module.modules():
+        for node in each.graph.nodes if isinstance(each, torch.fx.GraphModule) else ():
+            node.meta.pop("example_value", None)
 
 
 def _callee(parent: Program, kind: str) -> torch.fx.GraphModule:
@@ -414,7 +421,21 @@ def _callee(parent: Program, kind: str) -> torch.fx.GraphModule:
             inner.step()
         result = inner.argument()
     inner.graph.output(result)  # type: ignore[arg-type]
-    return torch.fx.GraphModule(inner.root, inner.graph)
+    return _module_of(inner)
+
+
+def _module_of(program: Program) -> torch.fx.GraphModule:
+    """FX cannot write all of these graphs as source, so that it is not asked to; it can interpret them."""
+    gm = torch.fx.GraphModule(program.root, torch.fx.Graph())
+    for name, child in program.root.named_children():
+        gm.add_module(name, child)
+    for name, value in vars(program.root).items():
+        if name.startswith("attribute_"):
+            setattr(gm, name, value)
+    for name, parameter in program.root.named_parameters(recurse=False):
+        gm.register_parameter(name, parameter)
+    gm._graph = program.graph
+    return gm
 
 
 @st.composite
@@ -427,16 +448,7 @@ def programs(
     for _ in range(int(draw(st.integers(1, 9)))):  # type: ignore[call-overload]
         program.step()
     program.graph.output(program.argument())  # type: ignore[arg-type]
-    # FX cannot write all of these graphs as source; it can interpret them.
-    gm = torch.fx.GraphModule(program.root, torch.fx.Graph())
-    for name, child in program.root.named_children():
-        gm.add_module(name, child)
-    for name, value in vars(program.root).items():
-        if name.startswith("attribute_"):
-            setattr(gm, name, value)
-    for name, parameter in program.root.named_parameters(recurse=False):
-        gm.register_parameter(name, parameter)
-    gm._graph = program.graph
+    gm = _module_of(program)
     modules = [str(node.target) for node in program.graph.nodes if node.op == "call_module"]
     submods = [name for name in modules if program.flip()] if program.flip() else None
     bound = {"y": "weights.y"} if program.flip() else {}
