@@ -23,6 +23,7 @@ from piecework.runtime.cache import (
     KeyFactors,
     cache_disabled,
     content_key,
+    default_root,
 )
 from piecework.runtime.cache.collect import (
     environment_factors,
@@ -151,6 +152,18 @@ def open_piece_cache(
     )
     entry = CacheStore.open(config.cache_dir, factors, rank, dp_rank, tag, disabled=off)
     return PieceCache(entry, torch_compat.shape_facts(inputs))
+
+
+def keeps_pieces(config: CompilationConfig) -> bool:
+    """Whether the cache directory holds anything, whatever it was compiled for."""
+    if cache_disabled():
+        return False
+    root = config.cache_dir or default_root()
+    try:
+        with os.scandir(root) as found:
+            return any(each.is_dir() for each in found)
+    except OSError:
+        return False  # it is not there yet; one that can't be used is refused when it is opened
 
 
 _PACKAGE = Path(__file__).resolve().parents[1]

@@ -25,7 +25,7 @@ from piecework.runtime.counters import counters
 from piecework.runtime.observe import trace
 from piecework.runtime.parallel import JobResult
 from piecework.runtime.passes import PostGradPassManager
-from piecework.runtime.piece_cache import PieceCache, open_piece_cache
+from piecework.runtime.piece_cache import PieceCache, keeps_pieces, open_piece_cache
 from piecework.runtime.ranges import Range
 
 GENERAL = None  # the range of a piece that serves every batch size
@@ -69,6 +69,16 @@ class CompilerManager:
     def __post_init__(self) -> None:
         self.compiler = make_compiler(self.config)
         self.cache: PieceCache | None = None
+
+    def get_ready(self, values: Iterable[object]) -> None:
+        """Let the compiler begin what can run while the model is being traced, unless the cache may have it all.
+
+        Args:
+            values: the example inputs, tensors and anything else.
+        """
+        begin = getattr(self.compiler, "get_ready", None)
+        if begin is not None and not keeps_pieces(self.config):
+            begin(values)
 
     def initialize_cache(
         self,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.fx
+from torch.utils import _pytree as pytree
 
 from piecework.codegen import StitchedSource
 from piecework.codegen.entry import EntrySource
@@ -28,7 +29,8 @@ from piecework.runtime.model_tag import current_model_tag
 from piecework.runtime.report import Piece, Report
 
 if TYPE_CHECKING:
-    from piecework.runtime.captured import CapturedModel, MemoryReport
+    from piecework.runtime.captured import CapturedModel
+    from piecework.runtime.captured_report import CallRow, MemoryReport
     from piecework.runtime.graphs.capture import CaptureWatcher
     from piecework.runtime.graphs.covered import CoverageRow
 
@@ -135,6 +137,7 @@ class StitchedModule:
         if self._entry is not None:
             raise BindError("this module is compiled already", hint="compile the model again")
         start = time.perf_counter()
+        self._backend.compiler_manager.get_ready(pytree.tree_leaves((args, kwargs)))
         captured = capture(
             self.model,
             args,
@@ -198,18 +201,19 @@ class StitchedModule:
         estimate: bool = True,
         **options: object,
     ) -> StitchedModule:
-        """Capture the pieces as static graphs, one set per batch size, and serve later calls from them.
+        """Capture the pieces, the whole forward, or both as static graphs, per batch size, and serve later calls from them.
 
         A call is padded to the next captured size, replayed by emitted source (``static_graphs.source_for``), and trimmed; a
         batch that no graph covers runs as before. Rows must not depend on rows behind them, except inside splitting ops that
-        know the batch's real size.
+        know the batch's real size; where the graph shows that they do, nothing is padded, and only batches of a captured
+        size are replayed.
 
         Args:
             sizes: batch sizes; by default the configuration's ``cudagraph_capture_sizes``, or the usual steps.
             memory_budget: bytes that the captures may take; sizes that don't fit are dropped.
             progress: print the memory report and a progress bar; or a watcher of one's own.
             estimate: measure a few captures first, for the memory report.
-            options: fields of `piecework.runtime.captured.CaptureOptions`.
+            options: fields of `piecework.runtime.captured_options.CaptureOptions`, such as ``mode="FULL_AND_PIECEWISE"``.
 
         Returns:
             This module.
@@ -222,28 +226,21 @@ class StitchedModule:
             >>> stitched = piecework.compile(model, (x,)).capture([1, 2, 4, 8])
             >>> print(stitched.static_graphs.source_for(3))
         """
-        from piecework.runtime.captured import CaptureOptions, capture_model
-        from piecework.runtime.partitioned import capture_partitions
+        from piecework.runtime.captured import CapturedModel
+        from piecework.runtime.captured_options import CaptureOptions
+        from piecework.runtime.partitioned import PartitionedModel
 
         if self._entry is None:
             raise self._not_yet("graph to capture")
         if self._static is not None:
             self._static.release()
 
-        def keep(static: CapturedModel) -> None:
-            self._static = static
-
         cut_inside = self.config.use_inductor_graph_partition
-        (capture_partitions if cut_inside else capture_model)(
-            self._entry,
-            self._backend,
-            sizes,
-            CaptureOptions(**options),  # type: ignore[arg-type]
-            memory_budget=memory_budget,
-            progress=progress,
-            estimate=estimate,
-            keep=keep,
-        )
+        kind = PartitionedModel if cut_inside else CapturedModel
+        wish = CaptureOptions(**options)  # type: ignore[arg-type]
+        # Kept before it captures, so that a stop leaves what was captured usable.
+        self._static = kind(self._entry, self._backend, sizes, wish)
+        self._static.capture(memory_budget=memory_budget, progress=progress, estimate=estimate)
         return self
 
     @property
@@ -256,6 +253,10 @@ class StitchedModule:
     def coverage(self, max_num_batched_tokens: int | None = None) -> list[CoverageRow]:
         """How each batch size runs: captured, padded or uncaptured, and why."""
         return self.static_graphs.coverage(max_num_batched_tokens)
+
+    def call_report(self) -> list[CallRow]:
+        """What the calls since `capture` ran as, how many, and why."""
+        return self.static_graphs.calls()
 
     def memory_report(self) -> MemoryReport:
         """What the static graphs were expected to take, and take."""

@@ -6,7 +6,7 @@ The piece given is copied by Inductor and stays as it was.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,6 +18,7 @@ from piecework.runtime.code_identity import canonical, text_of
 from piecework.runtime.compilers.inductor_options import InductorOptions
 from piecework.runtime.compilers.interface import CompiledPiece
 from piecework.runtime.compilers.partitions import wrap_partition
+from piecework.runtime.compilers.vector_isa import await_search, start_search, takes_cpu_tensors
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.counters import counters
 from piecework.runtime.passes import PostGradPassManager, pass_context
@@ -53,6 +54,11 @@ class _Inductor:
     def passes(self) -> PostGradPassManager:
         """The passes that run on every piece; their report says what matched."""
         return self.options.passes
+
+    def get_ready(self, values: Iterable[object]) -> None:
+        """Begin, in the background, what code for the CPU will need; returns at once."""
+        if takes_cpu_tensors(values):
+            start_search()
 
     def compute_hash(self, config: CompilationConfig) -> str:
         options = text_of(canonical(InductorOptions(config).identity(), "inductor_compile_config"))
@@ -105,6 +111,7 @@ class InductorStandaloneAdaptor(_Inductor):
         compile_range: Range | None,
     ) -> CompiledPiece:
         counters.num_inductor_compiles += 1
+        await_search(example_inputs)
         single = compile_range is not None and compile_range.is_single_size()
         if single and not _has_symbols(example_inputs):
             shapes = "from_example_inputs"
@@ -155,6 +162,7 @@ class InductorAdaptor(_Inductor):
         compile_range: Range | None,
     ) -> CompiledPiece:
         counters.num_inductor_compiles += 1
+        await_search(example_inputs)
         with self.partitions_wrapped(), pass_context(compile_range):
             compiled = torch_compat.compile_fx(
                 graph,
