@@ -118,7 +118,7 @@ class Expressions:
 
     def statement_value(self, node: ast.expr) -> Value:
         """Evaluate what a statement consists of: a call is an event."""
-        return self.call(node) if type(node) is ast.Call else _EVALUATE[type(node)](self, node)
+        return _EVALUATE_STATEMENT[type(node)](self, node)
 
     def unknown(self, node: ast.expr) -> Value:
         """What every expression is that emitted text does not have."""
@@ -129,12 +129,13 @@ class Expressions:
     def _name(self, node: ast.Name) -> Value:
         name = node.id
         frame = self.frame
+        value = frame.values.get(name)
+        if name in frame.last_use and value is not None:  # most are of this kind
+            frame.last_use[name] = frame.statement
+            return value  # a statement never binds __vllm_submods__ itself
         if name in frame.locals:
-            value = frame.values.get(name)
             if value is None:
                 raise self.error(node, f"{name!a} is used before it is defined or after its del")
-            if name in frame.last_use:
-                frame.last_use[name] = frame.statement
             if value is THE_SUBMODS:
                 raise self.error(node, f"{SUBMODS} is used other than to call its entries")
             assert not isinstance(value, Submods)
@@ -193,10 +194,10 @@ class Expressions:
         return Known(node.value)
 
     def _tuple(self, node: ast.Tuple) -> Value:
-        return self._container(tuple, [self.value(each) for each in node.elts])
+        return self._container(tuple, [_EVALUATE[type(each)](self, each) for each in node.elts])
 
     def _list(self, node: ast.List) -> Value:
-        return self._container(list, [self.value(each) for each in node.elts])
+        return self._container(list, [_EVALUATE[type(each)](self, each) for each in node.elts])
 
     def _dict(self, node: ast.Dict) -> Value:
         items: list[Value] = []
@@ -208,7 +209,7 @@ class Expressions:
 
     def _slice(self, node: ast.Slice) -> Value:
         parts = (node.lower, node.upper, node.step)
-        values = [Known(None) if part is None else self.value(part) for part in parts]
+        values = [_NONE if part is None else _EVALUATE[type(part)](self, part) for part in parts]
         return self._container(slice, values)
 
     def _container(self, kind: type, items: Sequence[Value]) -> Container:
@@ -222,8 +223,9 @@ class Expressions:
             if type(place) is not int or not 0 <= place < len(self.consts):
                 raise self.error(node, f"there is no constant {ast.unparse(index)}")
             return self.consts[place]
-        # The base is evaluated first.
-        return self._event(node, "call", operator.getitem, (self.value(base), self.value(index)))
+        owner = _EVALUATE[type(base)](self, base)
+        key = _EVALUATE[type(index)](self, index)
+        return self._event(node, "call", operator.getitem, (owner, key))
 
     def _unary(self, node: ast.UnaryOp) -> Value:
         value = self.value(node.operand)
@@ -352,29 +354,27 @@ class Expressions:
         return event
 
 
-class _Evaluators(dict[type[ast.expr], Callable[..., Value]]):
-    """What evaluates a node of each type; no other type is part of emitted expressions."""
-
-    def __missing__(self, kind: type[ast.expr]) -> Callable[..., Value]:
-        return Expressions.unknown
-
-
-_EVALUATE = _Evaluators(
-    {
-        ast.Name: Expressions._name,
-        ast.Constant: Expressions._constant,
-        ast.Call: Expressions._nested_call,
-        ast.Attribute: Expressions._attribute,
-        ast.Subscript: Expressions._subscript,
-        ast.Tuple: Expressions._tuple,
-        ast.List: Expressions._list,
-        ast.Dict: Expressions._dict,
-        ast.Slice: Expressions._slice,
-        ast.UnaryOp: Expressions._unary,
-        ast.BinOp: Expressions._binary,
-        ast.Compare: Expressions._compare,
-    }
-)
+# What evaluates a node of each type.
+_EVALUATE: dict[type[ast.expr], Callable[..., Value]] = {
+    **{kind: Expressions.unknown for kind in ast.expr.__subclasses__()},
+    ast.Name: Expressions._name,
+    ast.Constant: Expressions._constant,
+    ast.Call: Expressions._nested_call,
+    ast.Attribute: Expressions._attribute,
+    ast.Subscript: Expressions._subscript,
+    ast.Tuple: Expressions._tuple,
+    ast.List: Expressions._list,
+    ast.Dict: Expressions._dict,
+    ast.Slice: Expressions._slice,
+    ast.UnaryOp: Expressions._unary,
+    ast.BinOp: Expressions._binary,
+    ast.Compare: Expressions._compare,
+}
+_EVALUATE_STATEMENT: dict[type[ast.expr], Callable[..., Value]] = {
+    **_EVALUATE,
+    ast.Call: Expressions.call,
+}
+_NONE = Known(None)
 
 
 def _is_name(node: ast.expr, name: str) -> bool:
