@@ -78,6 +78,10 @@ class Assumptions:
                 found.setdefault(name, Symbol(name, *torch_compat.symbol_range(size)))
         return tuple(found.values())
 
+    def name_of(self, symbol: str) -> str:
+        """What a symbol of torch's is called; "" for one that no size or integer is made of."""
+        return self._names.get(symbol, "")
+
     def guards(self) -> tuple[str, ...]:
         return torch_compat.guards_on(self._sizes, self._names)
 

@@ -1,202 +1,48 @@
-"""A stitched model with static graphs. In: a compiled entry and sizes to capture. Out: the same function, served from replays where a size is captured.
+"""A stitched model with static graphs. In: a compiled entry and sizes to capture. Out: the same function, served from replays where a batch is captured.
 
 It never captures while serving; a batch that no graph covers runs as it ran before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from piecework.codegen.bind import execute_source
-from piecework.codegen.replay import REPLAY_NAME, generate_replay
-from piecework.codegen.replay_check import ReplayProof
 from piecework.codegen.replay_plan import ReplaySource
-from piecework.errors import BindError, PieceworkError, StaticGraphError
+from piecework.errors import PieceworkError, StaticGraphError
 from piecework.runtime.backend import PieceworkBackend
-from piecework.runtime.captured_shape import BatchShape, StagedInput, batch_shape, require_sizes
+from piecework.runtime.captured_calls import Calls, Step
+from piecework.runtime.captured_inputs import CapturedInputs
+from piecework.runtime.captured_options import CaptureOptions, plan_capture
+from piecework.runtime.captured_replay import Replay, ReplayMaker
+from piecework.runtime.captured_report import CallRow, MemoryReport
+from piecework.runtime.captured_shape import batch_shape
 from piecework.runtime.counters import counters
-from piecework.runtime.dispatch import CudagraphDispatcher
 from piecework.runtime.entry import Entry
-from piecework.runtime.forward_context import (
-    current_forward_context,
-    set_forward_context,
-)
-from piecework.runtime.graphs.address import AddressPolicy
+from piecework.runtime.forward_context import current_forward_context, set_forward_context
 from piecework.runtime.graphs.capture import (
     CaptureOutcome,
     CaptureReport,
     CaptureWatcher,
-    ContextFor,
     FailurePolicy,
     Key,
     capture_graphs,
-    format_bytes,
 )
+from piecework.runtime.graphs.captured_call import CapturedCall
 from piecework.runtime.graphs.covered import CoverageRow, coverage
-from piecework.runtime.graphs.descriptor import BatchDescriptor
+from piecework.runtime.graphs.descriptor import BatchDescriptor, BatchKind
 from piecework.runtime.graphs.memory import MemoryEstimate, estimate_memory, fit_budget
 from piecework.runtime.graphs.mode import CUDAGraphMode
 from piecework.runtime.graphs.owner import CaptureRecord, StaticGraphs
 from piecework.runtime.graphs.progress import CaptureProgress
-from piecework.runtime.graphs.sizes import default_capture_sizes
 from piecework.runtime.graphs.wrapper import CUDAGraphOptions, CUDAGraphWrapper
-from piecework.runtime.inputs import InputSpec, Number, StaticInputs
-from piecework.runtime.replay_facts import bind_replay, replay_facts
+from piecework.runtime.mutation import written_inputs
 
-_PIECEWISE = CUDAGraphMode.PIECEWISE
-_WORTH_CAPTURING = 512
-
-
-@dataclass(frozen=True, slots=True)
-class CaptureOptions:
-    """How a stitched model is captured.
-
-    Attributes:
-        address_policy: what becomes of fresh tensors that enter a captured piece.
-        warmups: uncaptured runs before each capture; by default the configuration's, and at least one on CUDA.
-        on_failure: what a failed capture does.
-        raise_interrupt: raise ``KeyboardInterrupt`` again after Ctrl-C; what was captured serves either way.
-        clone_outputs: return copies; otherwise the next call overwrites what this one returned.
-        strict: a batch that falls back to running uncaptured although its size was to be captured is an error.
-        pads: what fills the tail of each padded input, by its parameter's name; 0 by default.
-        poison: pad floating inputs with NaN, to find out what reads beyond the batch (debugging).
-        context_for: makes the forward context of runs on dummy inputs.
-        check_addresses: serve through pieces that check every address instead of through replay source (debugging).
-    """
-
-    address_policy: AddressPolicy | str = AddressPolicy.COPY
-    warmups: int | None = None
-    on_failure: FailurePolicy = FailurePolicy.RAISE
-    raise_interrupt: bool = True
-    clone_outputs: bool = True
-    strict: bool = False
-    pads: Mapping[str, Number] | None = None
-    poison: bool = False
-    context_for: ContextFor | None = None
-    check_addresses: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryReport:
-    """What captures take.
-
-    Attributes:
-        estimate: what was expected before the capture; None if it was not asked for.
-        held: bytes that each captured shape added.
-        dropped: shapes that were given up for the budget.
-    """
-
-    estimate: MemoryEstimate | None
-    held: Mapping[Key, int]
-    dropped: tuple[Key, ...]
-
-    @property
-    def total(self) -> int:
-        return sum(self.held.values())
-
-    def table(self) -> Table:
-        """The report for a terminal: expected and held memory of each shape."""
-        expected = {} if self.estimate is None else dict(self.estimate.rows)
-        table = Table(title=f"Static graphs hold {format_bytes(self.total)}", title_justify="left")
-        for heading in ("mode", "graph", "expected", "held", "note"):
-            right = heading in ("expected", "held")
-            table.add_column(heading, justify="right" if right else "left")
-        for key in dict.fromkeys([*expected, *self.held]):
-            table.add_row(
-                key[0].name,
-                key[1].describe(),
-                format_bytes(expected[key]) if key in expected else "",
-                format_bytes(self.held[key]) if key in self.held else "",
-                "dropped for the budget" if key in self.dropped else "",
-            )
-        return table
-
-    def as_json(self) -> dict[str, object]:
-        """The report as plain values."""
-        expected = {} if self.estimate is None else dict(self.estimate.rows)
-        return {
-            "total": self.total,
-            "graphs": [
-                {
-                    "mode": mode.name,
-                    "tokens": descriptor.num_tokens,
-                    "expected": expected.get((mode, descriptor)),
-                    "held": self.held.get((mode, descriptor)),
-                    "dropped": (mode, descriptor) in self.dropped,
-                }
-                for mode, descriptor in dict.fromkeys([*expected, *self.held])
-            ],
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Replay:
-    """The replay of one captured size: its source, its proof, and the function itself."""
-
-    source: ReplaySource
-    proof: ReplayProof
-    call: Callable[[Sequence[torch.Tensor]], object]
-
-
-class _Inputs:
-    """Persistent buffers for every tensor argument, with and without a batch dimension."""
-
-    def __init__(self, shape: BatchShape, maximum: int, options: CaptureOptions) -> None:
-        self._dynamic = [n for n, each in enumerate(shape.staged) if each.dim is not None]
-        pads = dict(options.pads or {})
-        unknown = sorted(set(pads) - {each.name for each in shape.dynamic})
-        if unknown:
-            raise BindError(
-                f"no padded input {unknown[0]!r}",
-                where="pads",
-                hint=f"inputs: {', '.join(each.name for each in shape.dynamic)}",
-            )
-        self.static = StaticInputs.allocate(
-            {each.name: _example(each) for each in shape.dynamic},
-            maximum,
-            [InputSpec(e.name, e.dim or 0, pads.get(e.name, 0)) for e in shape.dynamic],
-            poison=options.poison,
-        )
-        self._fixed = {
-            n: torch.zeros_like(_example(each))
-            for n, each in enumerate(shape.staged)
-            if each.dim is None
-        }
-        self.names = tuple(each.name for each in shape.staged)
-
-    def register(self, graphs: StaticGraphs) -> None:
-        self.static.register(graphs.addresses)
-        for number, buffer in self._fixed.items():
-            graphs.addresses.register_persistent(self.names[number], buffer)
-
-    def views(self, padded: int) -> tuple[torch.Tensor, ...]:
-        views = dict(zip(self._dynamic, self.static.views(padded), strict=True))
-        return tuple({**views, **self._fixed}[n] for n in range(len(self.names)))
-
-    def stager(self, padded: int) -> Callable[[Sequence[torch.Tensor]], None]:
-        """What copies all tensor arguments into the buffers, padded to ``padded``."""
-        stage, fixed, dynamic = self.static.stage, tuple(self._fixed.items()), self._dynamic
-        if not fixed:
-            return lambda inputs: stage(inputs, padded) and None
-
-        def stage_all(inputs: Sequence[torch.Tensor]) -> None:
-            stage([inputs[n] for n in dynamic], padded)
-            for number, buffer in fixed:
-                buffer.copy_(inputs[number], non_blocking=True)
-
-        return stage_all
-
-
-def _example(each: StagedInput) -> torch.Tensor:
-    fake = each.fake
-    shape = [1 if dim == each.dim else int(size) for dim, size in enumerate(fake.shape)]
-    with torch.inference_mode(False):
-        return torch.zeros(shape, dtype=fake.dtype, device=fake.device)
+_FULL, _PIECEWISE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
 
 
 class _Recorder:
@@ -225,12 +71,13 @@ class CapturedModel:
 
     Attributes:
         shape: how the graph depends on the batch size.
+        sizes: the batch sizes that were to be captured.
         graphs: the owner of what is captured.
         dispatcher: which batch runs as what.
         options: how it was captured.
         report: what the last capture phase did; None if it was stopped.
-        replays: captured size → its replay.
-        failures: captured sizes whose checked replay failed, with the reason.
+        replays: mode and descriptor → its replay.
+        failures: descriptors whose checked replay failed, with the reason.
     """
 
     def __init__(
@@ -242,30 +89,38 @@ class CapturedModel:
     ) -> None:
         self._entry, self._backend, self.options = entry, backend, options
         self.shape = batch_shape(entry.captured, backend)
-        self._weights = self._weights_by_name()
-        self.sizes = self._sizes(sizes)
+        plan = plan_capture(self.shape, backend.config, sizes, options)
+        self.sizes, self.dispatcher = plan.sizes, plan.dispatcher
         self._forward: Callable[..., object] = entry.execution_fn
         self._counting = False
-        self._inputs = _Inputs(self.shape, max(self.sizes), options)
+        self._inputs = {
+            tuple(values.items()): CapturedInputs(
+                self.shape, max(self.sizes), values, options.pads, options.poison
+            )
+            for values in plan.others
+        }
         self.graphs = StaticGraphs(
-            self.shape.dynamic[0].fake.device,
+            self.shape.device,
             address_policy=options.address_policy,
             check_addresses=options.check_addresses,
             on_capture=self._count,
         )
-        self._inputs.register(self.graphs)
-        traced = zip(entry.weights.traced, entry.weights.tensors, strict=True)
-        self.graphs.addresses.register_weights({each.path: tensor for each, tensor in traced})
-        self.dispatcher = CudagraphDispatcher(
-            _PIECEWISE, self.sizes, max_num_seqs=max(self.sizes), strict=options.strict
+        for inputs in self._inputs.values():
+            inputs.register(self.graphs)
+        self._weights = self._weights_now()
+        self.graphs.addresses.register_weights(self._weights)
+        self._maker = ReplayMaker(
+            self.shape, backend, self._weights, self.graphs.address_policy.value
         )
         self._wrapped = [self._wrap(submods, n) for n, submods in enumerate(backend.submod_lists)]
+        self._whole = [self._wrap_whole(number) for number in range(len(backend.submod_lists))]
         self.report: CaptureReport | None = None
         self.estimate: MemoryEstimate | None = None
         self.dropped: tuple[Key, ...] = ()
-        self.replays: dict[int, Replay] = {}
-        self.failures: dict[int, PieceworkError] = {}
-        self._steps: dict[int, tuple[Callable[..., object], int] | None] = {}
+        self.replays: dict[Key, Replay] = {}
+        self.failures: dict[Key, PieceworkError] = {}
+        self._ready: dict[Key, Step] = {}
+        self._calls = Calls(self.shape, self.dispatcher, self._ready, options)
 
     # --- capture -----------------------------------------------------------------------------------
 
@@ -303,10 +158,7 @@ class CapturedModel:
             )
         finally:
             self._counting = False
-            for outcome in recorder.outcomes:
-                if outcome.captured:
-                    self._make_replay(outcome.descriptor)
-            self._install()
+            self._make_ready([(o.mode, o.descriptor) for o in recorder.outcomes if o.captured])
 
     def _estimate(self, warmups: int, *, required: bool) -> None:
         """Measure what capturing takes; a failure there is one of capturing, and follows the policy for those."""
@@ -321,9 +173,29 @@ class CapturedModel:
                 self.release()
                 raise
 
-    def _install(self) -> None:
-        self._steps.clear()
-        self._entry.call.__globals__["execution_fn"] = self
+    def _make_ready(self, captured: Sequence[Key]) -> None:
+        """Check and bind what was captured; what a stop or a failure leaves undone is given up."""
+        waiting = list(captured)
+        try:
+            while waiting:
+                key = waiting[0]
+                try:
+                    self._ready[key] = self._step_of(*key)
+                except PieceworkError as error:
+                    self.failures[key] = error
+                    self._give_up(key)
+                    if self.options.on_failure is FailurePolicy.RAISE:
+                        raise
+                waiting.pop(0)
+        finally:
+            for key in waiting:
+                self._give_up(key)
+            self._calls.forget()
+            self._entry.serve_with(self)
+
+    def _give_up(self, key: Key) -> None:
+        self.graphs.discard(*key)
+        self.dispatcher.give_up(*key)
 
     def release(self) -> None:
         """Give all graphs up: the model runs uncaptured again."""
@@ -331,7 +203,8 @@ class CapturedModel:
             for descriptor in group:
                 self.dispatcher.give_up(mode, descriptor)
         self.replays.clear()
-        self._steps.clear()
+        self._ready.clear()
+        self._calls.forget()
         self.graphs.clear_all_graphs()
 
     def weights_rebound(self) -> bool:
@@ -340,39 +213,31 @@ class CapturedModel:
         Returns:
             Whether graphs were given up.
         """
-        weights = self._entry.weights
-        traced = zip(weights.traced, weights.tensors, strict=True)
-        now = {each.path: tensor for each, tensor in traced}
-        if not self.graphs.addresses.changed_weights(now):
+        if not self.graphs.addresses.changed_weights(self._weights_now()):
             return False
         self.release()
         return True
 
-    def _sizes(self, sizes: Iterable[int] | None) -> tuple[int, ...]:
-        config = self._backend.config
-        chosen = config.cudagraph_capture_sizes if sizes is None else sizes
-        if chosen is not None:
-            found = tuple(sorted(set(chosen)))
-            require_sizes(self.shape, found)
-        else:
-            largest = config.max_cudagraph_capture_size or _WORTH_CAPTURING
-            defaults = default_capture_sizes(largest)
-            found = tuple(size for size in defaults if self.shape.refusal(size) is None)
-        if not found:
-            raise StaticGraphError("there is no size to capture", where="capture sizes")
-        return found
+    def _weights_now(self) -> dict[str, torch.Tensor]:
+        """Path → tensor, as the entry holds them now."""
+        weights = self._entry.weights
+        return {w.path: t for w, t in zip(weights.traced, weights.tensors, strict=True)}
 
     def _warmups(self) -> int:
         if self.options.warmups is not None:
             return self.options.warmups
-        on_cuda = self.shape.dynamic[0].fake.device.type == "cuda"
-        return max(self._backend.config.cudagraph_num_of_warmups, int(on_cuda))
+        return max(
+            self._backend.config.cudagraph_num_of_warmups, int(self.shape.device.type == "cuda")
+        )
+
+    # --- what is captured --------------------------------------------------------------------------
 
     def _wrap(
         self, submods: Sequence[Callable[..., object]], number: int
-    ) -> list[CUDAGraphWrapper]:
-        source = self._backend.source
-        assert source is not None
+    ) -> Sequence[Callable[..., object]]:
+        """The pieces of one batch range, each captured by itself."""
+        source, split_gm = self._backend.source, self._backend.split_gm
+        assert source is not None and split_gm is not None
         last = len(submods) - 1
         return [
             CUDAGraphWrapper(
@@ -383,16 +248,28 @@ class CapturedModel:
                     debug_log_enable=index == 0,
                     gc_disable=index > 0,
                     weak_ref_output=index == last,
+                    mutated_args=written_inputs(split_gm.get_submodule(name)),  # type: ignore[arg-type]
                 ),
                 graphs=self.graphs,
-                name=source.submod_names[index] + (f" of range {number}" if number else ""),
+                name=name + (f" of range {number}" if number else ""),
             )
-            for index, submod in enumerate(submods)
+            for index, (submod, name) in enumerate(zip(submods, source.submod_names, strict=True))
         ]
 
-    def _wrapped_for(self, size: int) -> list[CUDAGraphWrapper]:
+    def _wrap_whole(self, number: int) -> CUDAGraphWrapper:
+        """The whole forward of one batch range, splitting ops included; the pieces' own wrappers stand aside in it."""
+        return CUDAGraphWrapper(
+            partial(self._forward, __vllm_submods__=tuple(self._wrapped[number])),
+            None,
+            _FULL,
+            CUDAGraphOptions(weak_ref_output=True),
+            graphs=self.graphs,
+            name="the whole forward" + (f" of range {number}" if number else ""),
+        )
+
+    def _range_of(self, size: int) -> int:
         table = self._backend.range_table
-        return self._wrapped[0 if table is None else table.index(size)]
+        return 0 if table is None else table.index(size)
 
     def _count(self, record: CaptureRecord) -> None:
         if self._counting:
@@ -404,122 +281,119 @@ class CapturedModel:
             return make(mode, descriptor)
         return set_forward_context(cudagraph_runtime_mode=mode, batch_descriptor=descriptor)
 
+    def _others(self, descriptor: BatchDescriptor) -> dict[str, int]:
+        """The sizes beside the batch size that a descriptor was captured for."""
+        axes = dict(descriptor.extra)
+        return {other.label: axes[other.label] for other in self.shape.others}  # type: ignore[misc]
+
+    def _inputs_of(self, descriptor: BatchDescriptor) -> CapturedInputs:
+        return self._inputs[tuple(self._others(descriptor).items())]
+
     def _dummy(self, descriptor: BatchDescriptor) -> object:
+        """One forward on the static inputs, whatever they hold; the context's mode says which wrapper acts."""
         size = descriptor.num_tokens
+        views = self._inputs_of(descriptor).views(size)
         with torch.no_grad():
-            return self._run_wrapped(self._inputs.views(size), size)
+            return self._run(self._flat(views, descriptor), self._range_of(size))
 
-    def _run_wrapped(self, tensors: Sequence[torch.Tensor], size: int) -> object:
-        """The stitching function on static tensors, with wrapped pieces."""
-        flat = self._flat(tensors, size)
-        return self._forward(*flat, __vllm_submods__=tuple(self._wrapped_for(size)))
+    def _run(self, flat: Sequence[object], number: int) -> object:
+        return self._whole[number](*flat)
 
-    def _flat(self, tensors: Sequence[torch.Tensor], size: int) -> list[object]:
-        flat: list[object] = [size] * len(self.shape.names)
+    def _flat(self, tensors: Sequence[torch.Tensor], descriptor: BatchDescriptor) -> list[object]:
+        others = self._others(descriptor)
+        flat: list[object] = [descriptor.num_tokens] * len(self.shape.names)
         for each, tensor in zip(self.shape.staged, tensors, strict=True):
             flat[each.position] = tensor
-        for position in self.shape.weights:
-            flat[position] = self._weights[self.shape.names[position]]
+        for position, label in self.shape.numbers.items():
+            flat[position] = others[label]
+        for position, path in self.shape.weights.items():
+            flat[position] = self._weights[path]
         return flat
 
-    # --- replay source -----------------------------------------------------------------------------
+    # --- what serves it ----------------------------------------------------------------------------
 
-    def _make_replay(self, descriptor: BatchDescriptor) -> None:
-        """Replay once through the wrappers, which check every address; then emit, prove and bind the source."""
-        source, split_gm = self._backend.source, self._backend.split_gm
-        assert source is not None and split_gm is not None
-        size = descriptor.num_tokens
-        try:
-            with self._context_for(_PIECEWISE, descriptor):
-                self._dummy(descriptor)
-            wrapped = self._wrapped_for(size)
-            calls = [each.concrete_cudagraph_entries[descriptor].call for each in wrapped]
-            views = self._inputs.views(size)
-            facts = replay_facts(
-                source,
-                self.shape,
-                views,
-                [call for call in calls if call is not None],
-                self._weights,
-                size,
-                self.graphs.address_policy.value,
-                f"model: {self._backend.prefix or 'model'}",
-            )
-            emitted, proof = generate_replay(source, split_gm, facts)
-            held = {**dict(zip(self._inputs.names, views, strict=True)), **self._weights}
-            namespace = bind_replay(emitted, calls, wrapped, self._inputs.stager(size), held)
-            function = execute_source(emitted.code, namespace, REPLAY_NAME)
-        except PieceworkError as error:
-            self.graphs.discard(_PIECEWISE, descriptor)
-            self.dispatcher.give_up(_PIECEWISE, descriptor)
-            self.failures[size] = error
-            if self.options.on_failure is FailurePolicy.RAISE:
-                raise
-            return
-        self.replays[size] = Replay(emitted, proof, function)
+    def _step_of(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> Step:
+        """What serves a captured descriptor: its replay source, after one replay through the wrappers, which check every address.
 
-    def _weights_by_name(self) -> dict[str, torch.Tensor]:
-        """Tensors of the names that the stitching source holds or is passed."""
-        source, weights = self._backend.source, self._entry.weights
-        assert source is not None
-        by_path = {w.path: t for w, t in zip(weights.traced, weights.tensors, strict=True)}
-        found = {row.name: by_path[row.path] for row in source.module.bound}
-        for position, path in self.shape.weights.items():
-            found[self.shape.names[position]] = by_path[path]
-        return found
+        Raises:
+            PieceworkError: an address is not what was captured, or the source did not prove.
+        """
+        with self._context_for(mode, descriptor):
+            self._dummy(descriptor)
+        inputs, padded = self._inputs_of(descriptor), descriptor.num_tokens
+        call = self._emit(mode, descriptor)
+        if self.options.check_addresses:
+            call = self._checked_call(mode, descriptor)
+        return Step(call, padded, mode, descriptor, bring_back=inputs.bringer(padded))
 
-    # --- serving -----------------------------------------------------------------------------------
+    def _emit(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> Callable[..., object]:
+        size, inputs = descriptor.num_tokens, self._inputs_of(descriptor)
+        number, others = self._range_of(size), self._others(descriptor)
+        views, stage = inputs.views(size), inputs.stager(size)
+        if mode is _FULL:
+            call = _captured(self._whole[number], descriptor)
+            made = self._maker.of_whole(call, views, stage, others)
+        else:
+            calls = [_captured(each, descriptor) for each in self._wrapped[number]]
+            pieces = self._backend.submod_lists[number]
+            made = self._maker.of_pieces(calls, pieces, views, stage, others)
+        self.replays[mode, descriptor] = made
+        return made.call
 
-    def __call__(self, *flat: object, **submods: object) -> object:
-        """What the entry calls in place of ``execution_fn``."""
-        first = self.shape.dynamic[0]
-        count = flat[first.position].shape[first.dim]  # type: ignore[attr-defined]
-        step = self._steps[count] if count in self._steps else self._step(count)
-        context = current_forward_context()
-        if step is None or (context is not None and context.skip_cuda_graphs):
-            return self._entry.execution_fn(*flat, **submods)
-        for position, path in self.shape.weights.items():
-            if flat[position] is not self._weights[self.shape.names[position]]:
-                raise _replaced(path)
-        replay, padded = step
-        outputs = replay([flat[each.position] for each in self.shape.staged])
-        return self._trimmed(outputs, count, padded)
+    def _checked_call(
+        self, mode: CUDAGraphMode, descriptor: BatchDescriptor
+    ) -> Callable[..., object]:
+        """Serves through the wrappers, which check every address where the owner says so."""
+        inputs, size = self._inputs_of(descriptor), descriptor.num_tokens
+        stage, flat = inputs.stager(size), self._flat(inputs.views(size), descriptor)
+        number = self._range_of(size)
 
-    def _step(self, count: int) -> tuple[Callable[..., object], int] | None:
-        mode, descriptor = self.dispatcher.dispatch(count)
-        found = self.replays.get(descriptor.num_tokens) if mode is _PIECEWISE else None
-        step = None
-        if found is not None:
-            padded = descriptor.num_tokens
-            call = self._checked_call(descriptor) if self.options.check_addresses else found.call
-            step = (call, padded)
-        self._steps[count] = step
-        return step
-
-    def _checked_call(self, descriptor: BatchDescriptor) -> Callable[..., object]:
-        stage, size = self._inputs.stager(descriptor.num_tokens), descriptor.num_tokens
-
-        def run(inputs: Sequence[torch.Tensor]) -> object:
-            stage(inputs)
+        def run(tensors: Sequence[torch.Tensor]) -> object:
+            stage(tensors)
             outer = current_forward_context()
             with set_forward_context(
                 None if outer is None else outer.attn_metadata,
-                cudagraph_runtime_mode=_PIECEWISE,
+                cudagraph_runtime_mode=mode,
                 batch_descriptor=descriptor,
                 state=None if outer is None else outer.state,
             ):
-                return self._run_wrapped(self._inputs.views(size), size)
+                return self._run(flat, number)
 
         return run
+
+    def __call__(self, *flat: object, **submods: object) -> object:
+        """What the entry calls in place of ``execution_fn``."""
+        step, count = self._calls.step_for(flat)
+        call = step.call
+        if call is None:
+            step.calls += 1
+            return self._entry.execution_fn(*flat, **submods)
+        for position, path in self.shape.weights.items():
+            if flat[position] is not self._weights[path]:
+                raise _replaced(path)
+        inputs = [flat[each.position] for each in self.shape.staged]
+        bring_back = step.bring_back
+        if bring_back is not None and self._inputs_of(step.descriptor).shares_what_is_written(inputs):  # type: ignore[arg-type]
+            self._calls.shared.calls += 1
+            return self._entry.execution_fn(*flat, **submods)
+        step.calls += 1
+        outputs = call(inputs)
+        if bring_back is not None:
+            bring_back(inputs, count)  # type: ignore[arg-type]
+        return self._trimmed(outputs, count, step.padded)
 
     def _trimmed(self, outputs: object, count: int, padded: int) -> object:
         assert isinstance(outputs, (tuple, list))
         clone = self.options.clone_outputs
         trimmed = []
-        for output, dim in zip(outputs, self.shape.output_dims, strict=True):
-            if dim is not None:
-                output = output if count == padded else output.narrow(dim, 0, count)
+        for output, rule in zip(outputs, self.shape.results, strict=True):
+            if isinstance(output, torch.Tensor):
+                if count != padded:
+                    for dim in rule.dims:
+                        output = output.narrow(dim, 0, count)
                 output = output.clone() if clone else output
+            elif rule.is_count:
+                output = count
             trimmed.append(output)
         return tuple(trimmed)
 
@@ -531,21 +405,40 @@ class CapturedModel:
         rows = coverage(self.dispatcher, max_num_batched_tokens or max(self.sizes) + 1)
         return [replace(row, first=max(row.first, low)) for row in rows if row.last >= low]
 
+    def calls(self) -> list[CallRow]:
+        """What the calls since the capture ran as, and why, most frequent first."""
+        rows = [
+            *self._calls.rows(),
+            *(CallRow("NONE", "", why, n) for why, n in self._entry.careful_calls.items()),
+        ]
+        return sorted(rows, key=lambda row: (-row.calls, row.mode, row.graph, row.reason))
+
     def memory_report(self) -> MemoryReport:
         """What the captures were expected to take, and take."""
         return MemoryReport(self.estimate, self.graphs.bytes_by_descriptor(), self.dropped)
 
-    def source_for(self, size: int) -> ReplaySource:
+    def source_for(self, size: int, kind: BatchKind | None = None) -> ReplaySource:
         """The replay source that serves a batch of ``size``.
 
+        Args:
+            kind: what kind of batch; a plain one by default.
+
         Raises:
-            StaticGraphError: that size runs uncaptured.
+            StaticGraphError: that batch runs uncaptured.
         """
-        found = self.dispatcher.explain(size, strict=False)
-        replay = self.replays.get(found.descriptor.num_tokens)
-        if found.mode is not _PIECEWISE or replay is None:
+        found = self.dispatcher.ask(size, kind or BatchKind(), strict=False)
+        replay = self.replays.get((found.mode, found.descriptor))
+        if replay is None:
             raise StaticGraphError(f"size {size} runs uncaptured: {found.reason.value}")
         return replay.source
+
+
+def _captured(wrapper: Callable[..., object], descriptor: BatchDescriptor) -> CapturedCall:
+    assert isinstance(wrapper, CUDAGraphWrapper)
+    call = wrapper.concrete_cudagraph_entries[descriptor].call
+    if call is None:
+        raise StaticGraphError("was not captured", where=wrapper.name)
+    return call
 
 
 def _replaced(path: str) -> StaticGraphError:
@@ -554,20 +447,3 @@ def _replaced(path: str) -> StaticGraphError:
         where="weights",
         hint="load new values in place (param.copy_), or rebind and capture again",
     )
-
-
-def capture_model(
-    entry: Entry,
-    backend: PieceworkBackend,
-    sizes: Iterable[int] | None,
-    options: CaptureOptions,
-    *,
-    memory_budget: int | None,
-    progress: bool | CaptureWatcher,
-    estimate: bool,
-    keep: Callable[[CapturedModel], None],
-) -> None:
-    """Capture a compiled model; ``keep`` gets the result before capturing starts, so that a stop leaves it usable."""
-    model = CapturedModel(entry, backend, sizes, options)
-    keep(model)
-    model.capture(memory_budget=memory_budget, progress=progress, estimate=estimate)

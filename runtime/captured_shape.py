@@ -1,10 +1,11 @@
-"""How a stitched graph depends on its batch size. In: a capture and its backend. Out: which inputs are staged along which dimension, which are frozen, and how outputs are trimmed.
+"""How a stitched graph depends on its batch size. In: a capture and its backend. Out: which inputs are staged along which dimension, which numbers are frozen, and how outputs are trimmed.
 
 It refuses what a captured graph can't serve at another size than its own; it runs nothing.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Mapping, Sequence
@@ -19,16 +20,69 @@ from piecework.runtime import torch_compat
 from piecework.runtime.backend import PieceworkBackend
 from piecework.runtime.capture import Argument, Capture, Size, Weight
 from piecework.runtime.mutation import held_by_source, mutations_in, refuse_mutations
+from piecework.runtime.padding import padding_changes
 
 
 @dataclass(frozen=True, slots=True)
 class StagedInput:
-    """A tensor argument; ``dim`` is its batch dimension, None if its shape is fixed."""
+    """A tensor argument.
+
+    Attributes:
+        position: among the parameters of ``execution_fn``.
+        name: its parameter's name.
+        fake: what it was traced as.
+        dim: its batch dimension; None if it has none.
+        others: its dimensions with another symbol, each with that symbol's label.
+        order: its dimensions from the outermost in memory to the innermost; None for a contiguous tensor.
+        written: the graph writes to it.
+    """
 
     position: int
     name: str
     fake: torch.Tensor
     dim: int | None
+    others: Mapping[int, str]
+    order: tuple[int, ...] | None = None
+    written: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class OtherSize:
+    """A dynamic size, or an integer argument, beside the batch size; a captured graph has it fixed.
+
+    Attributes:
+        label: how it is named: ``x.1`` is dimension 1 of argument ``x``, ``n`` an integer argument.
+        labels: all its names, where several dimensions are equal.
+        symbol: what guards call it.
+        position, dim: where a call has it; ``dim`` is None for a number.
+        low, high: values that the trace allows; None where there is no bound.
+    """
+
+    label: str
+    labels: tuple[str, ...]
+    symbol: str
+    position: int
+    dim: int | None
+    low: int | None
+    high: int | None
+
+    def of(self, flat: Sequence[object]) -> int:
+        """Its value in a call."""
+        value = flat[self.position]
+        return value if self.dim is None else value.shape[self.dim]  # type: ignore[return-value, attr-defined]
+
+
+@dataclass(frozen=True, slots=True)
+class ResultRule:
+    """How one result of a padded replay becomes the result of the batch.
+
+    Attributes:
+        dims: dimensions to trim to the batch size; none for a result that does not depend on it.
+        is_count: it is the batch size itself.
+    """
+
+    dims: tuple[int, ...] = ()
+    is_count: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +93,24 @@ class BatchShape:
         names: its parameters, in order.
         staged: tensor arguments.
         sizes: positions of arguments that are the batch size.
+        numbers: position → label, for arguments that are another size.
+        others: the other sizes.
         weights: position → path, for weights that are passed per call.
-        output_dims: the batch dimension of each result; None for one that is no tensor.
+        results: one rule per result.
+        mixes: why no batch can be padded, if so: a result would change with the padding.
         low, high: batch sizes that the trace allows; None where there is no bound.
-        guards: further conditions on the batch size, as Python text over ``symbol``.
-        symbol: what they call it.
+        guards: further conditions on sizes, as Python text over the symbols.
+        symbol: what they call the batch size.
     """
 
     names: tuple[str, ...]
     staged: tuple[StagedInput, ...]
     sizes: tuple[int, ...]
+    numbers: Mapping[int, str]
+    others: tuple[OtherSize, ...]
     weights: Mapping[int, str]
-    output_dims: tuple[int | None, ...]
+    results: tuple[ResultRule, ...]
+    mixes: str | None
     low: int
     high: int | None
     guards: tuple[str, ...]
@@ -60,13 +120,23 @@ class BatchShape:
     def dynamic(self) -> tuple[StagedInput, ...]:
         return tuple(each for each in self.staged if each.dim is not None)
 
-    def refusal(self, size: int) -> str | None:
-        """Why no batch of ``size`` is served, or None."""
-        if size < self.low or (self.high is not None and size > self.high):
-            most = "" if self.high is None else f" to {self.high}"
-            return f"the trace allows sizes from {self.low}{most}"
+    @property
+    def device(self) -> torch.device:
+        return self.dynamic[0].fake.device
+
+    def refusal(self, size: int, others: Mapping[str, int]) -> str | None:
+        """Why no batch of ``size`` is served with these other sizes, or None."""
+        values = {self.symbol: size}
+        bounds = [("sizes", size, self.low, self.high)]
+        for other in self.others:
+            values[other.symbol] = others[other.label]
+            bounds.append((other.label, others[other.label], other.low, other.high))
+        for what, value, low, high in bounds:
+            if (low is not None and value < low) or (high is not None and value > high):
+                most = "" if high is None else f" to {high}"
+                return f"the trace allows {what} from {low or 0}{most}"
         for guard in self.guards:
-            if not eval(guard, {"__builtins__": {}, **_GUARD_NAMES}, {self.symbol: size}):
+            if not eval(guard, {"__builtins__": {}, **_GUARD_NAMES}, dict(values)):
                 return f"the trace requires {guard}"
         return None
 
@@ -80,148 +150,219 @@ def batch_shape(captured: Capture, backend: PieceworkBackend) -> BatchShape:
     """Read ``captured`` for capturing static graphs.
 
     Raises:
-        StaticGraphError: something writes to an argument or, inside a piece, to a weight; a second dimension is dynamic;
-            or a result has no batch dimension, so that padding would reach it.
+        StaticGraphError: something writes to a weight inside a piece, or an input can't be held in a static buffer.
     """
-    source, split_gm, symbol = backend.source, backend.split_gm, backend.batch_symbol
-    assert source is not None and split_gm is not None
-    if symbol is None:
+    if backend.batch_symbol is None:
         raise StaticGraphError(
             "no input has a dynamic batch dimension, so there is nothing to capture sizes of",
             where="capture",
             hint="mark the batch dimension with torch._dynamo.mark_dynamic",
         )
-    _refuse_writes(captured, backend)
-    bound = {row.path for row in source.module.bound}
-    names = tuple(parameter.name for parameter in source.module.entry.parameters)
-    nodes = split_gm.graph.find_nodes(op="placeholder")
-    passed = [
-        (each, node)
-        for each, node in zip(captured.inputs, nodes, strict=True)
-        if not (isinstance(each, Weight) and each.path in bound)
-    ]
-    staged, sizes, weights = [], [], {}
-    for position, (each, node) in enumerate(passed):
-        fake = value_of(node)
-        if isinstance(each, Weight):
-            weights[position] = each.path
-        elif isinstance(fake, torch.Tensor):
-            staged.append(
-                StagedInput(position, names[position], fake, _batch_dim(each, fake, symbol))
-            )
-        elif torch_compat.symbol_of(fake) == symbol:
-            sizes.append(position)
-        elif torch_compat.symbols_of(fake):
-            raise _second_dimension(names[position], each)
-        else:
+    return _Reader(captured, backend, backend.batch_symbol).read()
+
+
+class _Reader:
+    """Goes through the inputs and results of one graph."""
+
+    def __init__(self, captured: Capture, backend: PieceworkBackend, symbol: str) -> None:
+        source, split_gm, graph = backend.source, backend.split_gm, backend.graph
+        assert source is not None and split_gm is not None and graph is not None
+        self.captured, self.symbol = captured, symbol
+        self.split_gm, self.source, self.graph = split_gm, source, graph
+        self.every = [item.submod_name for item in backend.piecewise_graphs]
+        nodes = split_gm.graph.find_nodes(op="placeholder")
+        self.pairs = list(zip(nodes, captured.inputs, strict=True))
+        self.known = {each.name: each for each in captured.assumptions.symbols()}
+        self.others: dict[str, OtherSize] = {}
+
+    def read(self) -> BatchShape:
+        self._refuse_writes_to_weights()
+        bound = {row.path for row in self.source.module.bound}
+        names = tuple(parameter.name for parameter in self.source.module.entry.parameters)
+        written = self._written()
+        staged, sizes, numbers, weights = [], [], {}, {}
+        passed = (
+            pair
+            for pair in self.pairs
+            if not (isinstance(pair[1], Weight) and pair[1].path in bound)
+        )
+        for position, (node, each) in enumerate(passed):
+            fake, name = value_of(node), names[position]
+            if isinstance(each, Weight):
+                weights[position] = each.path
+            elif isinstance(fake, torch.Tensor):
+                staged.append(self._staged(position, name, each, fake, node.name in written))
+            elif torch_compat.symbol_of(fake) == self.symbol:
+                sizes.append(position)
+            else:
+                numbers[position] = self._number(position, name, each, fake)
+        batch = self.known.get(self.captured.assumptions.name_of(self.symbol))
+        rules, mixes = self._results(written)
+        return BatchShape(
+            names=names,
+            staged=tuple(staged),
+            sizes=tuple(sizes),
+            numbers=numbers,
+            others=tuple(self.others.values()),
+            weights=weights,
+            results=rules,
+            mixes=mixes,
+            low=max(1, (batch.low if batch is not None else None) or 1),
+            high=None if batch is None else batch.high,
+            guards=self.captured.assumptions.guards(),
+            symbol="" if batch is None else batch.name,
+        )
+
+    # --- inputs ------------------------------------------------------------------------------------
+
+    def _staged(
+        self, position: int, name: str, each: Argument | Size, fake: torch.Tensor, written: bool
+    ) -> StagedInput:
+        found: list[int] = []
+        others: dict[int, str] = {}
+        for dim, size in enumerate(fake.shape):
+            symbol = torch_compat.symbol_of(size)
+            if symbol == self.symbol:
+                found.append(dim)
+            elif torch_compat.symbols_of(size):
+                others[dim] = self._other(f"{each.name}.{dim}", symbol, position, dim)
+        if len(found) > 1:
             raise StaticGraphError(
-                "is a number that is passed per call, which a captured graph freezes",
-                where=f"input {names[position]}",
+                f"has the batch size in dimensions {found}; one can be padded",
+                where=f"input {each.name}",
+                hint="compute the larger tensor inside a splitting op",
+            )
+        order = _memory_order(fake, each.name)
+        return StagedInput(
+            position, name, fake, found[0] if found else None, others, order, written
+        )
+
+    def _number(self, position: int, name: str, each: Argument | Size, fake: object) -> str:
+        if not torch_compat.symbols_of(fake):
+            raise StaticGraphError(
+                f"is a {type(fake).__name__} that is passed per call, which a captured graph freezes",
+                where=f"input {name}",
                 hint="make it a constant of the model, or a tensor",
             )
-    found = [s for s in captured.assumptions.symbols() if _is_batch(captured, backend, s.name)]
-    limits = found[0] if found else None
-    return BatchShape(
-        names,
-        tuple(staged),
-        tuple(sizes),
-        weights,
-        _output_dims(split_gm, symbol),
-        max(1, (limits.low if limits is not None else None) or 1),
-        None if limits is None else limits.high,
-        captured.assumptions.guards(),
-        limits.name if limits is not None else "",
-    )
-
-
-def _is_batch(captured: Capture, backend: PieceworkBackend, name: str) -> bool:
-    assert backend.batch_input is not None
-    index, dim = backend.batch_input
-    each = captured.inputs[index]
-    if isinstance(each, Argument):
-        return getattr(captured.assumptions.passed(each.leaf, dim), "name", None) == name
-    if isinstance(each, Size):
-        return getattr(captured.assumptions.passed(each.leaf, each.dim), "name", None) == name
-    return False
-
-
-def _batch_dim(each: Argument | Size, fake: torch.Tensor, symbol: str) -> int | None:
-    found = []
-    for dim, size in enumerate(fake.shape):
-        if torch_compat.symbol_of(size) == symbol:
-            found.append(dim)
-        elif torch_compat.symbols_of(size):
-            raise _second_dimension(f"{each.name}, dimension {dim}", each)
-    if len(found) > 1:
-        raise StaticGraphError(
-            f"has the batch size in dimensions {found}; one can be padded",
-            where=f"input {each.name}",
-            hint="compute the larger tensor inside a splitting op",
-        )
-    if not torch_compat.is_traced_contiguous(fake):
-        raise StaticGraphError(
-            "was traced with other strides than a contiguous tensor's, and its static buffer is contiguous",
-            where=f"input {each.name}",
-            hint="trace with contiguous example arguments",
-        )
-    return found[0] if found else None
-
-
-def _second_dimension(where: str, each: Argument | Size) -> StaticGraphError:
-    return StaticGraphError(
-        "is dynamic beside the batch size, and a captured graph fixes it",
-        where=f"input {where}",
-        hint="mark only the batch dimension with torch._dynamo.mark_dynamic, or the other with mark_static",
-    )
-
-
-def _output_dims(split_gm: torch.fx.GraphModule, symbol: str) -> tuple[int | None, ...]:
-    returned = split_gm.graph.output_node().args[0]
-    outputs = returned if isinstance(returned, (list, tuple)) else [returned]
-    dims: list[int | None] = []
-    for index, node in enumerate(outputs):
-        value = value_of(node) if isinstance(node, torch.fx.Node) else node
-        if value is None:
-            dims.append(None)
-            continue
-        shape: Sequence[object] = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
-        found = [dim for dim, size in enumerate(shape) if torch_compat.symbol_of(size) == symbol]
-        other = [size for size in shape if torch_compat.symbols_of(size)]
-        if len(found) != 1 or len(other) != 1:
-            what = f"has shape {list(map(str, shape))}" if shape else "is a scalar or a number"
-            raise StaticGraphError(
-                f"{what}, which can't be trimmed from a padded batch to its own size",
-                where=f"result {index}",
-                hint="return tensors with the batch size in exactly one dimension",
+        label = each.name
+        if isinstance(each, Size):
+            owner = next(
+                (
+                    a.name
+                    for a in self.captured.inputs
+                    if isinstance(a, Argument) and a.leaf == each.leaf
+                ),
+                each.name,
             )
-        dims.append(found[0])
-    return tuple(dims)
+            label = f"{owner}.{each.dim}"
+        return self._other(label, torch_compat.symbol_of(fake), position, None)
 
-
-def _refuse_writes(captured: Capture, backend: PieceworkBackend) -> None:
-    split_gm, source = backend.split_gm, backend.source
-    assert split_gm is not None and source is not None and backend.graph is not None
-    nodes = split_gm.graph.find_nodes(op="placeholder")
-    pairs = list(zip(nodes, captured.inputs, strict=True))
-    held = {node.name: each.path for node, each in pairs if isinstance(each, Weight)}
-    refuse_mutations(mutations_in(split_gm, source.submod_names, held or held_by_source(split_gm)))
-    arguments = {node.name: each.name for node, each in pairs if isinstance(each, Argument)}
-    every = [item.submod_name for item in backend.piecewise_graphs]
-    for write in mutations_in(split_gm, every, arguments):
-        raise StaticGraphError(
-            f"{write.op} writes to argument {write.path}, of which captured graphs see a copy",
-            where=write.where or write.piece,
-            hint="keep what is written in a buffer of the model or in the forward context",
+    def _other(self, label: str, symbol: str | None, position: int, dim: int | None) -> str:
+        """The label of a symbol beside the batch size; the first place that has it names it."""
+        name = self.captured.assumptions.name_of(symbol or "")
+        if symbol is None or name not in self.known:
+            raise StaticGraphError(
+                "has a size that is computed from several, which can't be staged",
+                where=f"input {label}",
+                hint="pass sizes that don't depend on each other",
+            )
+        before = self.others.get(symbol)
+        if before is None:
+            row = self.known[name]
+            self.others[symbol] = OtherSize(label, (label,), name, position, dim, row.low, row.high)
+            return label
+        labels = tuple(dict.fromkeys((*before.labels, label)))
+        # A number is read faster than a shape.
+        place = (position, None) if dim is None else (before.position, before.dim)
+        self.others[symbol] = OtherSize(
+            before.label, labels, name, place[0], place[1], before.low, before.high
         )
+        return before.label
+
+    # --- results -----------------------------------------------------------------------------------
+
+    def _results(self, written: frozenset[str]) -> tuple[tuple[ResultRule, ...], str | None]:
+        returned = self.split_gm.graph.output_node().args[0]
+        outputs = returned if isinstance(returned, (list, tuple)) else [returned]
+        reasons = padding_changes(self.graph, self.symbol, sorted(written))
+        rules, mixes = [], []
+        for index, node in enumerate(outputs):
+            value = value_of(node) if isinstance(node, torch.fx.Node) else node
+            rule = self._rule(value)
+            reason = "its size is computed from the batch size" if rule is None else reasons[index]
+            rules.append(rule or ResultRule())
+            if reason is not None and not (rule is not None and rule.is_count):
+                mixes.append(f"result {index}: {reason}")
+        mixes += [
+            f"argument {name}, which is written to: {reason}"
+            for name, reason in zip(sorted(written), reasons[len(outputs) :], strict=True)
+            if reason is not None
+        ]
+        return tuple(rules), mixes[0] if mixes else None
+
+    def _rule(self, value: object) -> ResultRule | None:
+        """None where only a batch of the captured size has this result."""
+        if isinstance(value, torch.Tensor):
+            sizes = list(value.shape)
+            dims = [
+                d for d, size in enumerate(sizes) if torch_compat.symbol_of(size) == self.symbol
+            ]
+            held = [d for d, size in enumerate(sizes) if self._holds_batch(size)]
+            return ResultRule(tuple(dims)) if held == dims else None
+        if torch_compat.symbol_of(value) == self.symbol:
+            return ResultRule(is_count=True)
+        return None if self._holds_batch(value) else ResultRule()
+
+    def _holds_batch(self, size: object) -> bool:
+        return self.symbol in torch_compat.symbols_of(size)
+
+    # --- writes ------------------------------------------------------------------------------------
+
+    def _refuse_writes_to_weights(self) -> None:
+        held = {node.name: each.path for node, each in self.pairs if isinstance(each, Weight)}
+        pieces = self.source.submod_names
+        found = mutations_in(self.split_gm, pieces, held or held_by_source(self.split_gm))
+        refuse_mutations(found)
+
+    def _written(self) -> frozenset[str]:
+        """Names of the placeholders of arguments that something writes to."""
+        arguments = {
+            node.name: node.name for node, each in self.pairs if isinstance(each, Argument)
+        }
+        return frozenset(write.path for write in mutations_in(self.split_gm, self.every, arguments))
 
 
-def require_sizes(shape: BatchShape, sizes: Sequence[int]) -> None:
-    """Check that every size can be captured.
+def _memory_order(fake: torch.Tensor, name: str) -> tuple[int, ...] | None:
+    """The dimensions in the order in which they lie in memory; None if that is the usual one.
+
+    Raises:
+        StaticGraphError: the tensor has gaps or overlaps, which a static buffer would not have.
+    """
+    if torch_compat.is_traced_contiguous(fake):
+        return None
+    for order in itertools.permutations(range(fake.dim())):
+        if torch_compat.is_traced_contiguous(fake.permute(order)):
+            return order
+    raise StaticGraphError(
+        "was traced with gaps or overlaps in memory, and its static buffer is dense",
+        where=f"input {name}",
+        hint="trace with dense example arguments",
+    )
+
+
+def require_sizes(
+    shape: BatchShape, sizes: Sequence[int], others: Sequence[Mapping[str, int]]
+) -> None:
+    """Check that every size can be captured, with every combination of other sizes.
 
     Raises:
         ConfigError: one can't; the message says why.
     """
     for size in sizes:
-        why = shape.refusal(size)
-        if why is not None:
-            raise ConfigError(f"size {size} can't be captured: {why}", where="capture sizes")
+        for values in others:
+            why = shape.refusal(size, values)
+            if why is not None:
+                told = "".join(f" with {label}={value}" for label, value in values.items())
+                raise ConfigError(
+                    f"size {size}{told} can't be captured: {why}", where="capture sizes"
+                )

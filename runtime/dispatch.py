@@ -248,7 +248,7 @@ class CudagraphDispatcher(CapturedKeys):
             reason = Reason.NOT_EXACT if fits else Reason.TOO_LARGE
         return self._uncaptured(own, reason, uniform_decode, allowed, strict)
 
-    def ask(self, num_tokens: int, kind: BatchKind) -> Dispatch:
+    def ask(self, num_tokens: int, kind: BatchKind, *, strict: bool | None = None) -> Dispatch:
         """``explain`` for a batch of ``kind``."""
         return self.explain(
             num_tokens,
@@ -257,6 +257,7 @@ class CudagraphDispatcher(CapturedKeys):
             kind.num_active_loras,
             invalid_modes=kind.invalid_modes or None,
             axes=dict(kind.axes),
+            strict=strict,
         )
 
     def _candidates(

@@ -56,6 +56,7 @@ class Entry:
         execution_fn: the emitted stitching function, bound.
         weights: what is bound.
         captured: what the trace gave.
+        careful_calls: how many calls went past every shortcut, static graphs included, by what made them.
     """
 
     def __init__(self, captured: Capture, backend: PieceworkBackend) -> None:
@@ -66,10 +67,12 @@ class Entry:
         self._unaware: Callable[..., object] | None = None
         self._code: str | None = None  # an edited text in place of the generated one
         self._autocast = torch_compat.autocast_state()
+        self.careful_calls: dict[str, int] = {}
         self.weights = captured.weights
         self.weights.trust(strict_weights(captured, backend))
         self.source: EntrySource = generate_entry(self._plan)
         self.execution_fn = backend.bind(self._bound())
+        self._serving: Callable[..., object] = self.execution_fn
         self.call = self._execute(self._probes(), self.execution_fn, backend.submods_for)
 
     def rebind(self) -> None:
@@ -91,8 +94,13 @@ class Entry:
         """
         function = self._backend.bind(self._bound(), code=code)
         self.execution_fn = function
+        self.serve_with(function)
+        self._code, self._careful = code, None
+
+    def serve_with(self, function: Callable[..., object]) -> None:
+        """Let the entry call ``function`` where its source says ``execution_fn``, such as one that replays static graphs."""
+        self._serving, self._unaware = function, None
         self.call.__globals__["execution_fn"] = function
-        self._code, self._careful, self._unaware = code, None, None
 
     @contextmanager
     def named_pieces(self, labels: Sequence[str]) -> Iterator[None]:
@@ -174,11 +182,20 @@ class Entry:
             # torch.set_default_device is a mode for good, and changes nothing for compiled pieces.
             if self._unaware is None:
                 probes = {**self._probes(), "function_modes": _never}
-                self._unaware = self._execute(probes, self.execution_fn, self._backend.submods_for)
+                self._unaware = self._execute(probes, self._serving, self._backend.submods_for)
             return self._unaware(*args, **kwargs)
         if self._careful is None:
             self._careful = self._make_careful()
+        reason = self._why_careful(autocast)
+        self.careful_calls[reason] = self.careful_calls.get(reason, 0) + 1
         return self._careful(*args, **kwargs)
+
+    def _why_careful(self, autocast: object) -> str:
+        if torch_compat.dispatch_mode_probe()():
+            return "a torch dispatch mode is active"
+        if not self._backend.direct_ops.unchanged():
+            return "an operator was given another kernel"
+        return "autocast is on" if autocast else "a torch function mode is active"
 
     def _only_a_default_device(self, autocast: object) -> bool:
         return (
@@ -238,7 +255,7 @@ def plan_entry(captured: Capture, backend: PieceworkBackend) -> EntryPlan:
                 passed.append(captured.assumptions.passed(leaf, None))
             case Size(leaf, dim):
                 passed.append(captured.assumptions.passed(leaf, dim))
-    weight_at = {id(each.tensor): number for number, each in enumerate(weights)}
+    weight_at = {id(tensor): number for number, tensor in enumerate(captured.weights.tensors)}
     return EntryPlan(
         banner=(f"model: {backend.prefix or 'model'}",),
         parameters=captured.parameters,
@@ -316,7 +333,6 @@ def _packed_leaf(leaf: ResultLeaf, weight_at: dict[int, int]) -> Packed:
         case FromArgument(index):
             return FromLeaf(index)
         case FromWeight(tensor):
-            number = weight_at.get(id(tensor))
-            return FromConst(tensor) if number is None else FromWeights(number)
+            return FromWeights(weight_at[id(tensor)])
         case Fixed(value):
             return FromConst(value)

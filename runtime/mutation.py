@@ -65,6 +65,19 @@ def mutations_in(
     return tuple(dict.fromkeys(found))
 
 
+def written_inputs(piece: torch.fx.GraphModule) -> frozenset[int]:
+    """Which placeholders of a graph, by number, it writes to, or to a view of; arguments that share memory with one too."""
+    memory: dict[int, str] = {}
+    numbers: dict[str, set[int]] = {}
+    for number, node in enumerate(piece.graph.find_nodes(op="placeholder")):
+        value = value_of(node)
+        if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+            path = memory.setdefault(torch_compat.storage_id(value), str(number))
+            numbers.setdefault(path, set()).add(number)
+    paths = {path for node in piece.graph.nodes for _, path in _writes(piece, node, memory)}
+    return frozenset(number for path in paths for number in numbers[path])
+
+
 def held_by_source(graph: torch.fx.GraphModule) -> dict[str, str]:
     """Placeholders that are parameters or buffers of a module, by what Dynamo calls them; for graphs from ``torch.compile``."""
     sources = {

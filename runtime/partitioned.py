@@ -8,15 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
-import torch
-
-from piecework.errors import PieceworkError, StaticGraphError
+from piecework.errors import StaticGraphError
 from piecework.runtime.backend import PieceworkBackend
-from piecework.runtime.captured import CapturedModel, CaptureOptions
+from piecework.runtime.captured import CapturedModel
+from piecework.runtime.captured_calls import Step
+from piecework.runtime.captured_options import CaptureOptions
 from piecework.runtime.compilers.partitions import Partition, partitions_taken_by
 from piecework.runtime.entry import Entry
-from piecework.runtime.graphs.capture import CaptureWatcher, FailurePolicy
-from piecework.runtime.graphs.descriptor import BatchDescriptor
+from piecework.runtime.graphs.descriptor import BatchDescriptor, BatchKind
 from piecework.runtime.graphs.mode import CUDAGraphMode
 from piecework.runtime.graphs.wrapper import CUDAGraphOptions, CUDAGraphWrapper
 
@@ -38,12 +37,13 @@ class PartitionedModel(CapturedModel):
         options: CaptureOptions,
     ) -> None:
         self._wrappers: dict[Partition, CUDAGraphWrapper] = {}
-        self._ready: set[int] = set()
         super().__init__(entry, backend, sizes, options)
-        smallest = BatchDescriptor(min(self.sizes))
-        with self._context_for(CUDAGraphMode.NONE, smallest):
-            self._dummy(smallest)  # meets the partitions, and captures nothing
-        if not self._wrappers:
+        pieces = self.dispatcher.cudagraph_keys[_PIECEWISE]
+        if pieces:
+            smallest = min(pieces, key=lambda each: each.num_tokens)
+            with self._context_for(CUDAGraphMode.NONE, smallest):
+                self._dummy(smallest)  # meets the partitions, and captures nothing
+        if pieces and not self._wrappers:
             raise StaticGraphError(
                 "Inductor made no partitions of this model's code",
                 where="use_inductor_graph_partition",
@@ -72,11 +72,7 @@ class PartitionedModel(CapturedModel):
             name=f"partition {partition.index} of {partition.count}",
         )
 
-    def release(self) -> None:
-        self._ready.clear()
-        super().release()
-
-    def source_for(self, size: int) -> NoReturn:
+    def source_for(self, size: int, kind: BatchKind | None = None) -> NoReturn:
         """There is none: Inductor's own code calls the replays.
 
         Raises:
@@ -92,44 +88,16 @@ class PartitionedModel(CapturedModel):
     def _wrap(self, submods: Sequence[Callable[..., object]], number: int) -> list:  # type: ignore[type-arg]
         return list(submods)  # they hold splitting ops; only the partitions inside are captured
 
-    def _run_wrapped(self, tensors: Sequence[torch.Tensor], size: int) -> object:
+    def _run(self, flat: Sequence[object], number: int) -> object:
         with partitions_taken_by(self):
-            return super()._run_wrapped(tensors, size)
+            return super()._run(flat, number)
 
-    def _make_replay(self, descriptor: BatchDescriptor) -> None:
-        """Replay once, which checks every address."""
-        try:
-            with self._context_for(_PIECEWISE, descriptor):
-                self._dummy(descriptor)
-        except PieceworkError as error:
-            self.graphs.discard(_PIECEWISE, descriptor)
-            self.dispatcher.give_up(_PIECEWISE, descriptor)
-            self.failures[descriptor.num_tokens] = error
-            if self.options.on_failure is FailurePolicy.RAISE:
-                raise
-            return
-        self._ready.add(descriptor.num_tokens)
-
-    def _step(self, count: int) -> tuple[Callable[..., object], int] | None:
-        mode, descriptor = self.dispatcher.dispatch(count)
-        served = mode is _PIECEWISE and descriptor.num_tokens in self._ready
-        step = (self._checked_call(descriptor), descriptor.num_tokens) if served else None
-        self._steps[count] = step
-        return step
-
-
-def capture_partitions(
-    entry: Entry,
-    backend: PieceworkBackend,
-    sizes: Iterable[int] | None,
-    options: CaptureOptions,
-    *,
-    memory_budget: int | None,
-    progress: bool | CaptureWatcher,
-    estimate: bool,
-    keep: Callable[[CapturedModel], None],
-) -> None:
-    """As `piecework.runtime.captured.capture_model`, for a model that Inductor cut itself."""
-    model = PartitionedModel(entry, backend, sizes, options)
-    keep(model)
-    model.capture(memory_budget=memory_budget, progress=progress, estimate=estimate)
+    def _step_of(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> Step:
+        """Inductor's code calls the replays, so nothing is emitted; one replay checks every address."""
+        if mode is not _PIECEWISE:
+            return super()._step_of(mode, descriptor)
+        with self._context_for(mode, descriptor):
+            self._dummy(descriptor)
+        padded, inputs = descriptor.num_tokens, self._inputs_of(descriptor)
+        call = self._checked_call(mode, descriptor)
+        return Step(call, padded, mode, descriptor, bring_back=inputs.bringer(padded))

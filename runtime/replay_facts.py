@@ -31,7 +31,6 @@ from piecework.runtime.captured_shape import BatchShape
 from piecework.runtime.graphs.address import Placement, ValueOrigin
 from piecework.runtime.graphs.captured_call import CapturedCall
 from piecework.runtime.graphs.staged_copy import StagedCopy
-from piecework.runtime.graphs.wrapper import CUDAGraphWrapper
 
 
 def replay_facts(
@@ -40,34 +39,34 @@ def replay_facts(
     views: Sequence[torch.Tensor],
     calls: Sequence[CapturedCall],
     weights: Mapping[str, torch.Tensor],
-    size: int,
+    others: Mapping[str, int],
     policy: str,
     banner: str,
 ) -> ReplayFacts:
-    """What was captured for one size.
+    """What was captured for one descriptor.
 
     Args:
+        source: the stitching source, of the pieces or of the whole forward; its parameters are those of ``shape``, in order.
         views: the static inputs, in the order of ``shape.staged``.
         calls: one per piece.
-        weights: by their names in the stitching source.
+        weights: by their names in ``source``.
+        others: the sizes beside the batch size, by label.
     """
-    if len(calls) != len(source.submod_names):
-        raise StaticGraphError(
-            f"{len(calls)} of {len(source.submod_names)} pieces were captured", where=f"size {size}"
-        )
-    staged = tuple(each.name for each in shape.staged)
+    if not calls or len(calls) != len(source.submod_names):
+        raise StaticGraphError(f"{len(calls)} of {len(source.submod_names)} pieces were captured")
+    request = calls[0].request
+    size = request.descriptor.num_tokens
+    names = [parameter.name for parameter in source.module.entry.parameters]
+    staged = tuple(names[each.position] for each in shape.staged)
     places: dict[str, Hashable] = {name: Placement.of(w) for name, w in weights.items()}
     places |= {name: Placement.of(view) for name, view in zip(staged, views, strict=True)}
+    numbers = {names[position]: others[label] for position, label in shape.numbers.items()}
     return ReplayFacts(
-        title=(
-            f"{calls[0].request.mode.name} {calls[0].request.descriptor.describe()}"
-            if calls
-            else "none"
-        ),
+        title=f"{request.mode.name} {request.descriptor.describe()}",
         tokens=size,
         policy=policy,
         staged=staged,
-        sizes={shape.names[position]: size for position in shape.sizes},
+        sizes={**{names[position]: size for position in shape.sizes}, **numbers},
         places=places,
         pieces=tuple(map(_piece, calls)),
         banner=(banner,),
@@ -108,15 +107,15 @@ def _places_of(output: object) -> Hashable:
 def bind_replay(
     replay: ReplaySource,
     calls: Sequence[CapturedCall | None],
-    wrapped: Sequence[CUDAGraphWrapper],
-    stage: Callable[[Sequence[torch.Tensor]], None],
+    uncaptured: Sequence[Callable[..., object]],
+    stage: Callable[[Sequence[torch.Tensor]], object],
     held: Mapping[str, torch.Tensor],
 ) -> dict[str, object]:
     """The namespace that replay source is executed in.
 
     Args:
         calls: the captured call of each piece.
-        wrapped: the wrapped pieces, for those that run uncaptured.
+        uncaptured: the pieces themselves, for those that run uncaptured.
         stage: fills the input buffers.
         held: static inputs and weights, by name.
     """
@@ -129,8 +128,7 @@ def bind_replay(
                 namespace[name] = held[known]
             case HeldReplay(piece):
                 call = _call(calls, piece)
-                uncaptured = call.graph is None
-                namespace[name] = wrapped[piece].unwrap() if uncaptured else call.replay
+                namespace[name] = uncaptured[piece] if call.graph is None else call.replay
             case HeldOutput(piece, element):
                 output = _call(calls, piece).output
                 namespace[name] = output if element is None else output[element]  # type: ignore[index]

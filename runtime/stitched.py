@@ -149,6 +149,8 @@ class StitchedModule:
         self._backend.phases = {"capture": tracing, **self._backend.phases}
         self._entry = Entry(captured, self._backend)
         self._call = self._entry.call
+        if self._backend.compiler_manager.cache is not None:
+            self._backend.compiler_manager.cache.write_entry(self._entry.source.code)
 
     def rebind(self) -> None:
         """Hold the weights that the model has now: call it after replacing a parameter or a submodule.

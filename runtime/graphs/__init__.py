@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from piecework.runtime.graphs.address import AddressBook, AddressPolicy, ValueOrigin
     from piecework.runtime.graphs.capture import CaptureReport, FailurePolicy, capture_graphs
     from piecework.runtime.graphs.covered import coverage, coverage_table, require_coverage
-    from piecework.runtime.graphs.descriptor import BatchDescriptor
+    from piecework.runtime.graphs.descriptor import BatchDescriptor, BatchKind
     from piecework.runtime.graphs.lazy import ConcreteSizeEntry, CUDAPiecewiseBackend
     from piecework.runtime.graphs.memory import MemoryEstimate, estimate_memory, fit_budget
     from piecework.runtime.graphs.mode import CUDAGraphMode
@@ -32,6 +32,7 @@ _HOME = {
     "AddressBook": "address",
     "AddressPolicy": "address",
     "BatchDescriptor": "descriptor",
+    "BatchKind": "descriptor",
     "CUDAGraphEntry": "wrapper",
     "CUDAGraphMode": "mode",
     "CUDAGraphOptions": "wrapper",
@@ -61,6 +62,7 @@ __all__ = [
     "AddressBook",
     "AddressPolicy",
     "BatchDescriptor",
+    "BatchKind",
     "CUDAGraphEntry",
     "CUDAGraphMode",
     "CUDAGraphOptions",

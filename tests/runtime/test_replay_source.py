@@ -20,7 +20,7 @@ from piecework.codegen.layout import MODE
 from piecework.codegen.replay_check import verify_replay
 from piecework.codegen.replay_plan import Frozen, InPlace, ReplayFacts, ReplaySource
 from piecework.errors import EmitError
-from piecework.runtime import captured as captured_module
+from piecework.runtime import captured_replay as captured_module
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.forward_context import set_forward_context
 from piecework.runtime.graphs.capture import frozen_garbage

@@ -1,0 +1,188 @@
+"""What is captured of a model, and how. In: a configuration, sizes and options. Out: a plan with nothing left open.
+
+It captures nothing, and changes neither the configuration nor the model.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from piecework.errors import ConfigError, StaticGraphError
+from piecework.runtime.captured_shape import BatchShape, require_sizes
+from piecework.runtime.config import CompilationConfig, RuntimeConfig
+from piecework.runtime.dispatch import CudagraphDispatcher
+from piecework.runtime.dispatch_keys import LoraCases
+from piecework.runtime.graphs.address import AddressPolicy
+from piecework.runtime.graphs.capture import ContextFor, FailurePolicy
+from piecework.runtime.graphs.descriptor import BatchKind
+from piecework.runtime.graphs.mode import CUDAGraphMode
+from piecework.runtime.graphs.sizes import default_capture_sizes
+from piecework.runtime.inputs import Number
+
+_WORTH_CAPTURING = 512
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureOptions:
+    """How a stitched model is captured.
+
+    Attributes:
+        mode: what is captured: the pieces, the whole forward, or both; by default the configuration's ``cudagraph_mode``, and
+            PIECEWISE where that is NONE.
+        runtime: the program's limits: largest batch, most requests, query length of a decode batch, adapters. Sizes are
+            resolved against it as by ``CompilationConfig.resolve``.
+        lora_counts: numbers of active adapters to capture for; none means one graph for any number.
+        axes: further axes of the descriptor, each with the values to capture.
+        other_sizes: for each dynamic size beside the batch size (``x.1``: dimension 1 of argument ``x``; ``n``: an integer
+            argument), the values to capture.
+        kind_of: tells from the call's tensor arguments, by name, what kind of batch it is; by default the forward context's
+            ``batch`` tells.
+        address_policy: what becomes of fresh tensors that enter a captured piece.
+        warmups: uncaptured runs before each capture; by default the configuration's, and at least one on CUDA.
+        on_failure: what a failed capture does.
+        raise_interrupt: raise ``KeyboardInterrupt`` again after Ctrl-C; what was captured serves either way.
+        clone_outputs: return copies; otherwise the next call overwrites what this one returned.
+        strict: a batch that falls back to running uncaptured although its size was to be captured is an error.
+        pads: what fills the tail of each padded input, by its parameter's name; 0 by default.
+        poison: pad floating inputs with NaN, to find out what reads beyond the batch (debugging).
+        context_for: makes the forward context of runs on dummy inputs.
+        check_addresses: serve through pieces that check every address instead of through replay source (debugging).
+    """
+
+    mode: CUDAGraphMode | str | None = None
+    runtime: RuntimeConfig | None = None
+    lora_counts: tuple[int, ...] = ()
+    axes: Mapping[str, Sequence[Hashable]] = field(default_factory=dict)
+    other_sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    kind_of: Callable[..., BatchKind] | None = None
+    address_policy: AddressPolicy | str = AddressPolicy.COPY
+    warmups: int | None = None
+    on_failure: FailurePolicy = FailurePolicy.RAISE
+    raise_interrupt: bool = True
+    clone_outputs: bool = True
+    strict: bool = False
+    pads: Mapping[str, Number] = field(default_factory=dict)
+    poison: bool = False
+    context_for: ContextFor | None = None
+    check_addresses: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CapturePlan:
+    """What is captured.
+
+    Attributes:
+        mode: what decode and mixed batches use.
+        sizes: batch sizes, ascending.
+        others: combinations of other sizes, by label; one empty one if there are none.
+        dispatcher: which batch runs as what.
+    """
+
+    mode: CUDAGraphMode
+    sizes: tuple[int, ...]
+    others: tuple[Mapping[str, int], ...]
+    dispatcher: CudagraphDispatcher
+
+
+def plan_capture(
+    shape: BatchShape,
+    config: CompilationConfig,
+    sizes: Iterable[int] | None,
+    options: CaptureOptions,
+) -> CapturePlan:
+    """Settle what ``capture(sizes, …)`` means for one model.
+
+    Raises:
+        ConfigError: a size can't be reached or served, or sizes and limits disagree.
+        StaticGraphError: nothing is left to capture, or a dynamic size has no values to capture.
+    """
+    mode = _mode(config, options)
+    values = _other_values(shape, options.other_sizes)
+    others = tuple(
+        dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())
+    )
+    chosen = _sizes(shape, config, mode, sizes, others, options.runtime)
+    clash = sorted(set(values) & set(options.axes))
+    if clash:
+        raise ConfigError(f"axis {clash[0]!r} is a size of the model", where="axes")
+    runtime = options.runtime
+    lora = LoraCases(
+        (runtime is not None and runtime.enable_lora) or bool(options.lora_counts),
+        config.cudagraph_specialize_lora,
+        tuple(options.lora_counts),
+    )
+    dispatcher = CudagraphDispatcher(
+        mode,
+        chosen,
+        max_num_seqs=max(chosen) if runtime is None else runtime.max_num_seqs,
+        uniform_decode_query_len=1 if runtime is None else runtime.uniform_decode_query_len,
+        lora=lora,
+        axes={**options.axes, **values},
+        strict=options.strict,
+        exact=shape.mixes is not None,
+    )
+    return CapturePlan(mode, chosen, others, dispatcher)
+
+
+def _mode(config: CompilationConfig, options: CaptureOptions) -> CUDAGraphMode:
+    if options.mode is None:
+        unset = config.cudagraph_mode is CUDAGraphMode.NONE
+        return CUDAGraphMode.PIECEWISE if unset else config.cudagraph_mode
+    mode = CUDAGraphMode.parse(options.mode)
+    if mode is CUDAGraphMode.NONE:
+        raise ConfigError("mode NONE captures nothing", where="mode", hint="don't call capture()")
+    return mode
+
+
+def _sizes(
+    shape: BatchShape,
+    config: CompilationConfig,
+    mode: CUDAGraphMode,
+    sizes: Iterable[int] | None,
+    others: Sequence[Mapping[str, int]],
+    runtime: RuntimeConfig | None,
+) -> tuple[int, ...]:
+    named = config.cudagraph_capture_sizes if sizes is None else tuple(sorted(set(sizes)))
+    wanted = named
+    if runtime is not None:
+        largest = None if named is not None else config.max_cudagraph_capture_size
+        asked = config.replace(
+            cudagraph_mode=mode, cudagraph_capture_sizes=named, max_cudagraph_capture_size=largest
+        )
+        wanted = asked.resolve(runtime).cudagraph_capture_sizes
+    elif named is None:
+        wanted = default_capture_sizes(config.max_cudagraph_capture_size or _WORTH_CAPTURING)
+    found = tuple(wanted or ())
+    if named is not None:
+        require_sizes(shape, found, others)
+    else:  # steps that nobody asked for one by one
+        found = tuple(n for n in found if all(shape.refusal(n, each) is None for each in others))
+    if not found:
+        raise StaticGraphError("there is no size to capture", where="capture sizes")
+    return found
+
+
+def _other_values(
+    shape: BatchShape, given: Mapping[str, Sequence[int]]
+) -> dict[str, tuple[int, ...]]:
+    """The values to capture of each other size, by its first label."""
+    first = {label: each.label for each in shape.others for label in each.labels}
+    unknown = sorted(set(given) - set(first))
+    if unknown:
+        raise ConfigError(
+            f"no dynamic size {unknown[0]!r} beside the batch size",
+            where="other_sizes",
+            hint=f"there are: {', '.join(sorted(first)) or 'none'}",
+        )
+    found = {first[label]: tuple(dict.fromkeys(values)) for label, values in given.items()}
+    for other in shape.others:
+        if not found.get(other.label):
+            raise StaticGraphError(
+                "is dynamic beside the batch size, and a captured graph fixes it",
+                where=f"input {other.label}",
+                hint=f"pass the values to capture, such as other_sizes={{{other.label!r}: [16]}}, or mark the dimension "
+                "with torch._dynamo.mark_static",
+            )
+    return {each.label: found[each.label] for each in shape.others}

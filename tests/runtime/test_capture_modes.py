@@ -1,0 +1,365 @@
+"""``capture(sizes, mode=…)``: every mode, adapters, decode batches and speculation, served equal to the model at every size."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import piecework
+from piecework.codegen.replay_check import verify_replay
+from piecework.errors import ConfigError, EmitError, StaticGraphError
+from piecework.runtime import captured_replay
+from piecework.runtime.config import CompilationConfig, RuntimeConfig
+from piecework.runtime.forward_context import current_forward_context, set_forward_context
+from piecework.runtime.graphs import BatchDescriptor, BatchKind, CUDAGraphMode, FailurePolicy
+from piecework.runtime.graphs.capture import frozen_garbage
+
+EAGER = CompilationConfig(backend="eager")
+NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
+DECODE = BatchKind(uniform_decode=True)
+
+
+@piecework.splitting_op("capture_modes::mix", mutates_args=("out",))
+def mix(x: torch.Tensor, out: torch.Tensor, layer: str) -> None:
+    out.copy_(x * 2 + 1)
+
+
+@piecework.splitting_op("capture_modes::fresh")
+def fresh(x: torch.Tensor) -> torch.Tensor:
+    return x - 3
+
+
+@fresh.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+@piecework.splitting_op("capture_modes::adapted")
+def adapted(x: torch.Tensor) -> torch.Tensor:
+    """Adds the number of adapters that the context says, as kernels launched for that many would."""
+    context = current_forward_context()
+    descriptor = None if context is None else context.batch_descriptor
+    if context is not None and context.batch is not None:
+        return x + context.batch.num_active_loras
+    return x + (0 if descriptor is None else descriptor.num_active_loras)
+
+
+@adapted.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+@piecework.splitting_op("capture_modes::uncapturable")
+def uncapturable(x: torch.Tensor) -> torch.Tensor:
+    context = current_forward_context()
+    if context is not None and context.cudagraph_runtime_mode is FULL:
+        raise RuntimeError("this kernel synchronizes")
+    return x * 1
+
+
+@uncapturable.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+class Model(nn.Module):
+    def __init__(self, op=fresh) -> None:
+        super().__init__()
+        self.first, self.second, self.op = nn.Linear(8, 8), nn.Linear(8, 8), op
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor):
+        y = self.first(x) + positions[:, None]
+        out = torch.empty_like(y)
+        mix(y, out, "0")
+        return self.second(self.op(out)) + x, positions * 2
+
+
+def batch(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(n, 8), torch.arange(n)
+
+
+def compiled(op=fresh, **config):
+    torch.manual_seed(0)
+    model = Model(op).requires_grad_(False)
+    chosen = EAGER.replace(**config) if config else EAGER
+    x, positions = batch(5)
+    for each in (x, positions):
+        torch._dynamo.decorators.mark_unbacked(each, 0)
+    return model, piecework.compile(model, (x, positions), config=chosen)
+
+
+def captured(sizes=(1, 2, 4, 8), op=fresh, **options):
+    model, stitched = compiled(op)
+    options = {"progress": False, "estimate": False, "poison": True, **options}
+    return model, stitched.capture(sizes, **options)
+
+
+def served(stitched, args, kind: BatchKind | None = None):
+    with set_forward_context(batch=kind):
+        return stitched(*args)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imports_are_no_garbage():
+    with frozen_garbage():
+        yield
+
+
+# --- modes -----------------------------------------------------------------------------------------
+
+# mode → what a plain batch and a decode batch of a captured size run as
+MODES = {
+    "PIECEWISE": (PIECEWISE, PIECEWISE),
+    "FULL": (FULL, FULL),
+    "FULL_DECODE_ONLY": (NONE, FULL),
+    "FULL_AND_PIECEWISE": (PIECEWISE, FULL),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_size_of_every_kind_equals_the_model(mode: str) -> None:
+    model, stitched = captured(mode=mode)
+    plain, decode = MODES[mode]
+    for kind, expected in ((None, plain), (BatchKind(), plain), (DECODE, decode)):
+        for n in range(1, 11):
+            args = batch(n)
+            torch.testing.assert_close(served(stitched, args, kind), model(*args))
+            found = stitched.static_graphs.dispatcher.ask(n, kind or BatchKind())
+            assert found.mode is (expected if n <= 8 else NONE)
+    modes = {mode for mode, _ in stitched.static_graphs.replays}
+    assert modes == {plain, decode} - {NONE}
+    # each call is counted as what the dispatcher says
+    counts = {row.mode: 0 for row in stitched.call_report()}
+    for row in stitched.call_report():
+        counts[row.mode] += row.calls
+    assert sum(counts.values()) == 30
+    assert counts.get("FULL", 0) == 8 * [plain, plain, decode].count(FULL)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_mode_comes_from_the_configuration(mode: str) -> None:
+    _, stitched = compiled(cudagraph_mode=mode, cudagraph_capture_sizes=[2])
+    stitched.capture(progress=False)
+    assert stitched.static_graphs.dispatcher.cudagraph_mode is CUDAGraphMode.parse(mode)
+    assert stitched.static_graphs.sizes == (2,)
+
+
+def test_a_mode_that_captures_nothing_or_does_not_exist_is_refused() -> None:
+    _, stitched = compiled()
+    with pytest.raises(ConfigError, match="captures nothing"):
+        stitched.capture([2], mode="NONE")
+    with pytest.raises(ConfigError, match=r"no CUDA graph mode 'HALF'.*FULL_AND_PIECEWISE"):
+        stitched.capture([2], mode="HALF")
+
+
+def test_a_full_graph_runs_no_python_of_the_model() -> None:
+    model, stitched = captured(mode="FULL")
+    expected = model(*(args := batch(3)))
+    runs: list[str] = []
+    whole = stitched.static_graphs._whole[0]
+    whole.runnable = lambda *args: runs.append("model")
+    torch.testing.assert_close(stitched(*args), expected)
+    assert runs == []
+
+
+def test_a_full_graph_freezes_what_a_splitting_op_reads_of_its_context() -> None:
+    """As on a GPU: the op is inside the graph; its state has to live in memory that is written in place."""
+    _, stitched = captured([4], op=adapted, mode="FULL")
+    args = batch(4)
+    before = stitched(*args)
+    with set_forward_context(batch=BatchKind(num_active_loras=9)):
+        torch.testing.assert_close(stitched(*args), before)
+
+
+def test_an_op_that_can_not_be_captured_fails_by_policy() -> None:
+    model, stitched = compiled(op=uncapturable)
+    with pytest.raises(StaticGraphError, match=r"this kernel synchronizes") as raised:
+        stitched.capture([2, 4], mode="FULL", progress=False, estimate=False)
+    assert "the whole forward, FULL tokens=4" in str(raised.value)
+    stitched.capture(
+        [2, 4],
+        mode="FULL_AND_PIECEWISE",
+        progress=False,
+        on_failure=FailurePolicy.UNCAPTURED,
+    )
+    for kind in (None, DECODE):
+        args = batch(3)
+        torch.testing.assert_close(served(stitched, args, kind), model(*args))
+    assert {mode for mode, _ in stitched.static_graphs.replays} == {PIECEWISE}
+
+
+# --- who says what runs ----------------------------------------------------------------------------
+
+
+def test_the_kind_of_batch_can_come_from_the_arguments() -> None:
+    def kind_of(x: torch.Tensor, positions: torch.Tensor) -> BatchKind:
+        return BatchKind(uniform_decode=bool(positions[0] == 0))
+
+    model, stitched = captured([2, 4], mode="FULL_AND_PIECEWISE", kind_of=kind_of)
+    for start, mode in ((0, "FULL"), (5, "PIECEWISE")):
+        args = torch.randn(3, 8), torch.arange(start, start + 3)
+        before = {row.mode: row.calls for row in stitched.call_report()}
+        torch.testing.assert_close(stitched(*args), model(*args))
+        after = {row.mode: row.calls for row in stitched.call_report()}
+        assert after[mode] == before.get(mode, 0) + 1
+
+
+def test_a_caller_that_dispatched_by_itself_is_obeyed() -> None:
+    model, stitched = captured([2, 4], mode="FULL_AND_PIECEWISE")
+    dispatcher = stitched.static_graphs.dispatcher
+    args = batch(3)
+    expected = model(*args)
+    for uniform in (False, True):
+        mode, descriptor = dispatcher.dispatch(3, uniform)
+        with set_forward_context(cudagraph_runtime_mode=mode, batch_descriptor=descriptor):
+            torch.testing.assert_close(stitched(*args), expected)
+    with set_forward_context(batch_descriptor=BatchDescriptor(3)):
+        torch.testing.assert_close(stitched(*args), expected)
+    rows = {(row.mode, row.reason) for row in stitched.call_report()}
+    assert rows == {
+        ("PIECEWISE", "the forward context chose it"),
+        ("FULL", "the forward context chose it"),
+        ("NONE", "the forward context says mode NONE for this descriptor"),
+    }
+    for wrong, why in ((BatchDescriptor(8), "is not captured"), (BatchDescriptor(2), "a batch of")):
+        scope = set_forward_context(cudagraph_runtime_mode=PIECEWISE, batch_descriptor=wrong)
+        with scope, pytest.raises(StaticGraphError, match=why):
+            stitched(*args)
+
+
+def test_a_batch_may_leave_modes_out() -> None:
+    model, stitched = captured([4], mode="FULL_AND_PIECEWISE")
+    args = batch(3)
+    kind = BatchKind(uniform_decode=True, invalid_modes=frozenset({FULL}))
+    torch.testing.assert_close(served(stitched, args, kind), model(*args))
+    assert [row.mode for row in stitched.call_report()] == ["PIECEWISE"]
+
+
+# --- adapters, decode batches, speculation, further axes -------------------------------------------
+
+
+@pytest.mark.parametrize("specialize", [True, False])
+@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_AND_PIECEWISE"])
+def test_adapters_have_graphs_of_their_own(mode: str, specialize: bool) -> None:
+    model, stitched = compiled(op=adapted, cudagraph_specialize_lora=specialize)
+    stitched.capture([2, 4], mode=mode, lora_counts=(1, 3), progress=False, estimate=False)
+    keys = stitched.static_graphs.replays
+    cases = {(key.has_lora, key.num_active_loras) for _, key in keys}
+    assert cases == {(True, 1), (True, 3)} | ({(False, 0)} if specialize else set())
+    for loras in (0, 1, 2, 3):
+        for n in (1, 3, 4):
+            args = batch(n)
+            kind = BatchKind(has_lora=loras > 0, num_active_loras=loras)
+            with set_forward_context(batch=kind):
+                torch.testing.assert_close(stitched(*args), model(*args))
+    # more adapters than any graph was captured for: uncaptured, and said so
+    with set_forward_context(batch=BatchKind(has_lora=True, num_active_loras=4)):
+        args = batch(2)
+        torch.testing.assert_close(stitched(*args), model(*args))
+    assert "no graph is captured for this many adapters" in {
+        row.reason for row in stitched.call_report()
+    }
+
+
+def test_in_a_full_graph_adapters_are_those_of_its_key() -> None:
+    """The op adds what its key says; two actives run in the graph for three, as kernels launched for three would."""
+    _, stitched = captured([2], op=adapted, mode="FULL", lora_counts=(1, 3))
+    args = batch(2)
+    results = {}
+    for loras in (0, 1, 2, 3):
+        kind = BatchKind(has_lora=loras > 0, num_active_loras=loras)
+        results[loras] = served(stitched, args, kind)[0]
+    weight = stitched.model.second.weight.sum(1)
+    for loras, launched in ((1, 1), (2, 3), (3, 3)):
+        torch.testing.assert_close(results[loras] - results[0], (launched * weight).expand(2, 8))
+
+
+def test_limits_choose_sizes_and_decode_batches() -> None:
+    model, stitched = compiled()
+    runtime = RuntimeConfig(
+        max_num_seqs=3, max_num_batched_tokens=16, uniform_decode_query_len=3, enable_lora=True
+    )
+    stitched.capture(
+        [1, 4, 8, 16], mode="FULL_AND_PIECEWISE", runtime=runtime, progress=False, estimate=False
+    )
+    static = stitched.static_graphs
+    # multiples of three up to the largest, and no decode batch beyond three requests
+    assert static.sizes == (3, 6, 9)
+    assert {d.num_reqs for mode, d in static.replays if mode is FULL} == {1, 2, 3}
+    for n in (3, 4, 6, 9):
+        args = batch(n)
+        torch.testing.assert_close(served(stitched, args, DECODE), model(*args))
+    rows = {(row.mode, row.graph) for row in stitched.call_report()}
+    assert ("PIECEWISE", "tokens=6") in rows  # four tokens are no whole number of requests
+    assert {graph for mode, graph in rows if mode == "FULL"} == {
+        f"tokens={n} reqs={n // 3} uniform" for n in (3, 6, 9)
+    }
+
+
+def test_sizes_that_the_program_never_reaches_are_refused() -> None:
+    _, stitched = compiled()
+    with pytest.raises(ConfigError, match="no batch reaches 64 tokens"):
+        stitched.capture(
+            [64], runtime=RuntimeConfig(max_num_batched_tokens=32, max_num_seqs=8), progress=False
+        )
+
+
+def test_declared_axes_have_graphs_of_their_own() -> None:
+    model, stitched = captured([2], axes={"image": (False, True)})
+    for value in (False, True):
+        args = batch(1)
+        kind = BatchKind(axes=(("image", value),))
+        torch.testing.assert_close(served(stitched, args, kind), model(*args))
+    graphs = {row.graph for row in stitched.call_report()}
+    assert graphs == {"tokens=2 image=False", "tokens=2 image=True"}
+
+
+# --- replay source of a full graph -----------------------------------------------------------------
+
+
+def test_the_text_of_a_full_graph_is_stage_replay_return() -> None:
+    _, stitched = captured([4], mode="FULL")
+    code = stitched.static_graphs.source_for(4).code
+    assert "graphs: FULL tokens=4" in code
+    body = [
+        line.strip()
+        for line in code[code.index("def replay(") :].splitlines()[1:]
+        if line.strip() and not line.strip().startswith("#")
+    ]
+    assert body[:2] == ["stage(inputs)", "replay_0()"]
+    assert re.fullmatch(r"return \(\w+, \w+\)", body[2]) and len(body) == 3
+    assert "__vllm_submods__" not in code
+
+
+def test_the_proof_of_a_full_graph() -> None:
+    kept = []
+    real = captured_replay.generate_replay
+
+    def keep(source, split_gm, facts):
+        kept.append((source, split_gm, facts))
+        return real(source, split_gm, facts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(captured_replay, "generate_replay", keep)
+        _, stitched = captured([4], mode="FULL")
+    [(source, split_gm, facts)] = kept
+    replay = next(iter(stitched.static_graphs.replays.values()))
+    assert replay.proof.replays == 1
+    assert replay.proof.operands == len(facts.pieces[0].reads) and replay.proof.vouched == 0
+    text = replay.source.code
+    names = re.search(r"return \((\w+), (\w+)\)", text)
+    assert names is not None
+    for before, after, why in (
+        ("    replay_0()\n", "", "is not defined"),
+        ("    replay_0()\n", "    replay_0()\n    replay_0()\n", "unpacks a result|differs"),
+        ("    stage(inputs)\n", "", "not staged first"),
+        (names[0], f"return ({names[2]}, {names[1]})", "returns something else"),
+    ):
+        edited = replace(replay.source, code=text.replace(before, after, 1))
+        assert edited.code != text
+        with pytest.raises(EmitError, match=why):
+            verify_replay(edited, source, split_gm, facts)
