@@ -24,15 +24,21 @@ from piecework.runtime.assumptions import Assumptions
 from piecework.runtime.containers import leaves_of
 from piecework.runtime.counters import counters
 from piecework.runtime.dynamic_dims import set_mark, unmarked_afterwards
-from piecework.runtime.weights import BoundWeights
+from piecework.runtime.places import readable
+from piecework.runtime.weights import BoundWeights, Found
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A graph input that is held by the model: a parameter, a buffer or another tensor found on it."""
+    """A graph input that is held by the model: a parameter, a buffer or another tensor found on it.
+
+    Attributes:
+        source: what Dynamo calls it, which tells how the model's code reached it.
+    """
 
     path: str
     tensor: torch.Tensor
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +103,7 @@ class Capture:
         inputs: where each placeholder comes from, in order.
         parameters: the model's parameters, each with what the trace assumed of its argument.
         assumptions: the symbols and guards behind them.
-        weights: where the model keeps the tensors that the graph reads.
+        weights: where the model keeps the tensors that the graph reads, and those that the model returns.
         out_spec: structure of the result.
         result: where each leaf of the result comes from.
     """
@@ -198,16 +204,34 @@ def _capture_once(
     counters.num_graphs_seen += 1
     result_leaves, out_spec = pytree.tree_flatten(result)
     assumptions = _assumptions(trace, leaves, names)
-    weights = [(each.path, each.tensor) for each in trace.inputs if isinstance(each, Weight)]
+    results = tuple(_result_leaf(leaf, trace.stand_ins, leaves, held) for leaf in result_leaves)
     return Capture(
         graph=trace.graph,
         inputs=trace.inputs,
         parameters=parameters_of(model, args, kwargs, assumptions.assume),
         assumptions=assumptions,
-        weights=BoundWeights.of(_modules_of(model), weights),
+        weights=BoundWeights.of(model, _modules_of(model), _found(trace.inputs, results, held)),
         out_spec=out_spec,
-        result=tuple(_result_leaf(leaf, trace.stand_ins, leaves, held) for leaf in result_leaves),
+        result=results,
     )
+
+
+def _found(
+    inputs: Sequence[GraphInput],
+    results: Sequence[ResultLeaf],
+    held: Mapping[int, tuple[str, torch.Tensor]],
+) -> list[Found]:
+    """The weights that the graph reads, then those that are only returned."""
+    found = {
+        id(each.tensor): Found(each.path, each.tensor, each.source)
+        for each in inputs
+        if isinstance(each, Weight)
+    }
+    for leaf in results:
+        if isinstance(leaf, FromWeight):
+            path, tensor = held[id(leaf.tensor)]
+            found.setdefault(id(tensor), Found(path, tensor))
+    return list(found.values())
 
 
 def _run_dynamo(
@@ -384,8 +408,9 @@ def _trace_back(
             leaf = by_identity[id(example)]
             found.append(Argument(leaf, names[leaf]))
         elif isinstance(example, torch.Tensor):
-            path, tensor = held.get(id(example), (torch_compat.placeholder_source(node), example))
-            found.append(Weight(path, tensor))
+            source = torch_compat.placeholder_source(node)
+            path, tensor = held.get(id(example), (readable(source), example))
+            found.append(Weight(path, tensor, source))
         else:
             found.append(None)
     tensors = [

@@ -10,6 +10,7 @@ from piecework.runtime.torch_compat.artifact import (
     inductor_sources,
     strict_inputs,
 )
+from piecework.runtime.torch_compat.dictionaries import dict_guard, dict_versions
 from piecework.runtime.torch_compat.dynamo import (
     asks_for_restart,
     backend_failure,
@@ -69,6 +70,7 @@ from piecework.runtime.torch_compat.shapes import (
     with_symbol,
 )
 from piecework.runtime.torch_compat.tensors import (
+    is_lazy,
     metadata_guard,
     negative_view,
     storage_at,
@@ -99,6 +101,8 @@ __all__ = [
     "custom_op_function",
     "custom_op_kernel",
     "data_dependent",
+    "dict_guard",
+    "dict_versions",
     "direct_entry",
     "dispatch_mode_probe",
     "dynamo_backend",
@@ -111,6 +115,7 @@ __all__ = [
     "has_standalone_compile",
     "inductor_key",
     "inductor_sources",
+    "is_lazy",
     "is_opaque_to_inductor",
     "is_traced_contiguous",
     "kernel_table",

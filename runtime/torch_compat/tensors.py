@@ -57,10 +57,11 @@ def storage_id(value: torch.Tensor) -> int:
 
 
 def metadata_guard(tensors: Sequence[torch.Tensor]) -> Callable[[], bool]:
-    """A function that is true while each tensor has the type, dtype, device, sizes and strides that it has now.
+    """A function that is true while each tensor has the type, dtype, layout, device, sizes and strides that it has now.
 
     It reads no data. Where torch has no fast check (the one behind Dynamo's guards), the tensors are compared one by one.
     """
+    tensors = tuple(tensors)
     expected = [_metadata(tensor) for tensor in tensors]
 
     def compare() -> bool:
@@ -84,7 +85,21 @@ def metadata_guard(tensors: Sequence[torch.Tensor]) -> Callable[[], bool]:
 
 
 def _metadata(tensor: torch.Tensor) -> tuple[object, ...]:
-    return (type(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride())
+    strided = tensor.layout is torch.strided
+    return (
+        type(tensor),
+        tensor.dtype,
+        tensor.layout,
+        tensor.device,
+        tensor.shape,
+        tensor.stride() if strided else None,
+        is_lazy(tensor),
+    )
+
+
+def is_lazy(tensor: torch.Tensor) -> bool:
+    """Whether the values differ from those in memory: a view that is yet to be negated or conjugated."""
+    return bool(tensor.is_neg() or tensor.is_conj())
 
 
 def _tensor_guards(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | None:
