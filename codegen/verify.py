@@ -185,10 +185,25 @@ class _Matcher:
         """The element that ``node`` picks, if the text has it too without doing anything for it."""
         if len(node.args) != 2 or node.kwargs:
             return None
-        source = node.args[0]
-        if isinstance(source, (torch.fx.Node, tuple, list)):
-            return self._element(self._converted(source, scope.values), node.args[1])
-        return None
+        source, index = node.args
+        if not isinstance(source, (torch.fx.Node, tuple, list)):
+            return None
+        value = self._converted(source, scope.values)
+        return None if self._is_picked_here(value, index) else self._element(value, index)
+
+    def _is_picked_here(self, value: Value, index: object) -> bool:
+        """True if the text picks this element now, although it is unpacked somewhere else: a result is handed on by the
+        function that picks from it."""
+        if type(value) is not Event or self.next >= len(self.text.events):
+            return False
+        event = self.text.events[self.next]
+        return (
+            event.target is operator.getitem
+            and len(event.args) == 2
+            and event.args[0] is value
+            and type(event.args[1]) is Known
+            and same_constant(index, event.args[1].value)
+        )
 
     def _element(self, value: Value, index: object) -> Value | None:
         """What picking ``index`` yields, if the text has that element too without doing anything for it."""
