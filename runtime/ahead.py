@@ -60,7 +60,11 @@ def compile_ahead(manager: CompilerManager, requests: Sequence[Request]) -> None
     The first one is compiled here: what Inductor prepares once per process (its patterns, the compiler's precompiled
     headers) is then there before the workers are forked, instead of being made in each of them.
     """
-    missing = [each for each in requests if not manager.is_kept(each.structure, each.compile_range)]
+    missing = [
+        each
+        for each in requests
+        if not manager.is_kept(each.graph, each.structure, each.compile_range)
+    ]
     workers = min(manager.config.compile_workers, len(missing) - 1)
     if parallel.why_not(workers):
         return

@@ -6,16 +6,18 @@ are verified by the cache before they are given out.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable
-from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.fx
 
 from piecework.codegen.structure import Structure
+from piecework.errors import CacheError
 from piecework.runtime import torch_compat
 from piecework.runtime.cache import (
     CacheEntry,
@@ -32,10 +34,15 @@ from piecework.runtime.cache.collect import (
     source_factors,
     tree_digest,
 )
+from piecework.runtime.code_identity import canonical, text_of
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.counters import counters
+from piecework.runtime.piece_operators import operator_facts
 from piecework.runtime.ranges import Range
+from piecework.runtime.torch_compat.settings import global_inductor_passes, torch_settings
 
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
 _FRAME_FILE = re.compile(r'^\s*File "([^"\n]+)", line \d+', re.MULTILINE)
 
 
@@ -57,27 +64,31 @@ class PieceCache:
 
     def get_or_compile(
         self,
+        graph: torch.fx.GraphModule,
         structure: Structure,
         compile_range: Range | None,
-        compile_piece: Callable[[], tuple[object, bytes | None]],
-        load: Callable[[bytes], object],
-    ) -> tuple[object, bool]:
+        compile_piece: Callable[[], T],
+        to_bytes: Callable[[T], bytes | None],
+        load: Callable[[bytes], T],
+    ) -> tuple[T, bool]:
         """The compiled form of a piece, and whether it came from the cache.
 
         Args:
-            structure: the piece's canonical form.
+            graph: the piece.
+            structure: its canonical form.
             compile_range: the batch sizes that it serves.
-            compile_piece: compiles it; returns the compiled form and its bytes (None if it can't be kept).
+            compile_piece: compiles it.
+            to_bytes: what to keep of the compiled form; None if it can't be kept.
             load: turns bytes into the compiled form.
         """
-        if not (self.enabled and structure.portable):
-            return compile_piece()[0], False
-        name = self._name(structure, compile_range)
-        fresh: list[object] = []
+        name = self._name(graph, structure, compile_range)
+        if name is None:
+            return compile_piece(), False
+        fresh: list[T] = []
 
         def compile_to_bytes() -> bytes:
-            compiled, data = compile_piece()
-            fresh.append(compiled)
+            fresh.append(compile_piece())
+            data = to_bytes(fresh[0])
             if data is None:
                 raise _NotKept
             return data
@@ -94,24 +105,39 @@ class PieceCache:
             loaded = load(result.data)
         except Exception as error:  # noqa: BLE001 - torch raises anything
             self.entry.reject(name, f"{type(error).__name__}: {error}")
-            return compile_piece()[0], False
+            return compile_piece(), False
         counters.num_compiled_artifacts_loaded += 1
         return loaded, True
 
-    def holds(self, structure: Structure, compile_range: Range | None) -> bool:
+    def holds(
+        self, graph: torch.fx.GraphModule, structure: Structure, compile_range: Range | None
+    ) -> bool:
         """Whether a piece is listed in the index; it may still prove damaged when it is read."""
-        if not (self.enabled and structure.portable):
-            return False
-        return self._name(structure, compile_range) in self.entry.names()
+        name = self._name(graph, structure, compile_range)
+        return name is not None and name in self.entry.names()
 
-    def _name(self, structure: Structure, compile_range: Range | None) -> str:
-        return content_key("\n".join(structure.lines), str(compile_range), self._facts)
+    def _name(
+        self, graph: torch.fx.GraphModule, structure: Structure, compile_range: Range | None
+    ) -> str | None:
+        """What a piece is kept under: its content. None if it can't be kept."""
+        if not (self.enabled and structure.portable):
+            return None
+        operators, reason = operator_facts(graph)
+        if reason:
+            _log.info("a piece is not kept in the compile cache: %s", reason)
+            return None
+        return content_key("\n".join(structure.lines), str(compile_range), self._facts, operators)
 
     def write_texts(self, graph: torch.fx.GraphModule, code: str) -> None:
         """Keep the split graph and the stitching source beside the artifacts, for people to read."""
         if self.enabled:
             readable = graph.print_readable(print_output=False)
             self.entry.write_text_files({"computation_graph.py": readable, "stitched.py": code})
+
+    def write_entry(self, code: str) -> None:
+        """Keep the source of the entry, which a call runs in place of the model's forward, for people to read."""
+        if self.enabled:
+            self.entry.write_text_files({"transformed_code.py": code})
 
 
 class _NotKept(Exception):
@@ -140,15 +166,17 @@ def open_piece_cache(
         CacheError: the cache directory is not safe to use.
     """
     off = disabled or cache_disabled()
+    sources = {} if off else _sources(graph)
+    off = off or sources is None
     factors = KeyFactors.collect(
-        config={**config.hash_factors(), "compiler": compiler_hash},
+        config={**config.hash_factors(), "compiler": compiler_hash, **({} if off else _settings())},
         versions={
             **installed_versions(("torch", "triton", "piecework")),
-            "piecework sources": "" if off else _own_sources(),
+            "piecework sources": _OWN_SOURCES,
         },
         device={**host_factors(), **_accelerator(), "threads": str(torch.get_num_threads())},
         environment=environment_factors(),
-        sources={} if off else source_factors(_traced_files(graph)),
+        sources=sources or {},
     )
     entry = CacheStore.open(config.cache_dir, factors, rank, dp_rank, tag, disabled=off)
     return PieceCache(entry, torch_compat.shape_facts(inputs))
@@ -170,10 +198,31 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _ROOMS = ("codegen", "templates", "runtime")
 
 
-@cache
-def _own_sources() -> str:
-    """A digest of the parts of piecework that decide what is compiled and how, for an installation that is worked on."""
-    return content_key(*(tree_digest(_PACKAGE / room) for room in _ROOMS))
+# The parts of piecework that decide what is compiled and how, for an installation that is worked on: as they are when they
+# are loaded, since what is edited later does not run in this process.
+_OWN_SOURCES = content_key(*(tree_digest(_PACKAGE / room) for room in _ROOMS))
+
+
+def _settings() -> dict[str, str]:
+    """Torch's settings of this process, and passes that somebody has put into Inductor's own configuration.
+
+    Raises:
+        ConfigError: such a pass has no stable form.
+    """
+    passes = {
+        f"_inductor.config.{slot}": text_of(canonical(each, f"torch._inductor.config.{slot}"))
+        for slot, each in global_inductor_passes().items()
+    }
+    return {**torch_settings(), **passes}
+
+
+def _sources(graph: torch.fx.GraphModule) -> dict[str, str] | None:
+    """The source files of the key; None if one can't be read: its changes would go unseen, so nothing may be kept."""
+    try:
+        return source_factors(_traced_files(graph))
+    except CacheError as error:
+        _log.warning("compile cache: %s; this model is compiled without it", error)
+        return None
 
 
 def _traced_files(graph: torch.fx.GraphModule) -> list[str]:
@@ -184,7 +233,7 @@ def _traced_files(graph: torch.fx.GraphModule) -> list[str]:
     for node in graph.graph.nodes:
         trace = node.meta.get("stack_trace")
         for file in _FRAME_FILE.findall(trace) if isinstance(trace, str) else ():
-            if not file.startswith(own) and (file.startswith("<") or Path(file).is_file()):
+            if not file.startswith(own):
                 found[file] = None
     return list(found)
 

@@ -112,11 +112,13 @@ class CompilerManager:
         """The graph passes that the compiler runs; None if it runs none."""
         return getattr(self.compiler, "passes", None)
 
-    def is_kept(self, structure: Structure, compile_range: Range | None) -> bool:
+    def is_kept(
+        self, graph: torch.fx.GraphModule, structure: Structure, compile_range: Range | None
+    ) -> bool:
         """Whether a piece is compiled or in the cache already, so that `compile` would not call the compiler."""
         if (structure.key, compile_range) in self._done:
             return True
-        return self.cache is not None and self.cache.holds(structure, compile_range)
+        return self.cache is not None and self.cache.holds(graph, structure, compile_range)
 
     def compiled_ahead(self, structure: Structure, entry: RangeEntry) -> None:
         """Keep what `compile` returned before the piece was reached, for the first piece that asks for it."""
@@ -165,24 +167,25 @@ class CompilerManager:
         start = time.perf_counter()
         cached = False
 
-        def compile_now() -> tuple[CompiledPiece, bytes | None]:
+        def compile_now() -> CompiledPiece:
             counters.num_backend_compilations += 1
             trace.artifact(
                 "piece_start", lambda: f"{submod_name} for batch {compile_range or 'all'}"
             )
             trace.artifact("piece_graph", lambda: graph.print_readable(print_output=False))
-            piece = self.compiler.compile(graph, example_inputs, self.config, compile_range)
-            return piece, None if self.cache is None else self.compiler.to_bytes(piece)
+            return self.compiler.compile(graph, example_inputs, self.config, compile_range)
 
         try:
             with torch.no_grad():
                 if self.cache is None:
-                    compiled = compile_now()[0]
+                    compiled = compile_now()
                 else:
                     compiled, cached = self.cache.get_or_compile(
+                        graph,
                         structure,
                         compile_range,
                         compile_now,
+                        self.compiler.to_bytes,
                         lambda data: self.compiler.from_bytes(data, graph),
                     )
         except Exception as error:

@@ -22,6 +22,7 @@ from piecework.runtime.compilers.vector_isa import await_search, start_search, t
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.counters import counters
 from piecework.runtime.passes import PostGradPassManager, pass_context
+from piecework.runtime.piece_operators import operator_facts
 from piecework.runtime.ranges import Range
 
 
@@ -66,11 +67,16 @@ class _Inductor:
         text = f"{self.name} {torch.__version__} {torch_compat.inductor_key()} {options} {wrapped}"
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def options_for(self, compile_range: Range | None) -> dict[str, object]:
-        """Inductor's options for one batch range, complete."""
-        return self.options.for_range(
-            compile_range, wraps_partitions=self.wrap_partition is not None
-        )
+    def options_for(
+        self, compile_range: Range | None, graph: torch.fx.GraphModule | None = None
+    ) -> dict[str, object]:
+        """Inductor's options for one batch range, complete; for one piece, where its graph is given."""
+        wraps = self.wrap_partition is not None
+        options = self.options.for_range(compile_range, wraps_partitions=wraps)
+        if graph is not None and operator_facts(graph)[1]:
+            # Inductor's own caches know operators by name alone, and would give out another body's code.
+            options["force_disable_caches"] = True
+        return options
 
     @contextmanager
     def partitions_wrapped(self) -> Iterator[None]:
@@ -124,7 +130,7 @@ class InductorStandaloneAdaptor(_Inductor):
                 graph,
                 list(example_inputs),
                 dynamic_shapes=shapes,
-                config_patches=self.options_for(compile_range),
+                config_patches=self.options_for(compile_range, graph),
             )
         return _piece(artifact, graph)
 
@@ -168,7 +174,7 @@ class InductorAdaptor(_Inductor):
                 graph,
                 list(example_inputs),
                 own_shapes=compile_range is not None and compile_range.is_single_size(),
-                config_patches=self.options_for(compile_range),
+                config_patches=self.options_for(compile_range, graph),
             )
         return CompiledPiece(compiled, indirect_because="compile_fx gives no artifact")
 

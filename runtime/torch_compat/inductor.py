@@ -124,12 +124,25 @@ def is_opaque_to_inductor(op: torch._ops.OpOverload) -> bool:
         return False
     if op in decompositions or (op in lowerings and op not in fallbacks):
         return False
+    if _is_decomposed_by_rule(op):
+        return False
     try:
         from torch._higher_order_ops.effects import has_effects
     except ImportError:
         return False
     needs = inspect.signature(has_effects).parameters
     return not (has_effects(op) if len(needs) == 1 else has_effects(op, (), {}))
+
+
+def _is_decomposed_by_rule(op: torch._ops.OpOverload) -> bool:
+    """Whether tracing replaces ``op`` by its body, as it does with ``torch.library.triton_op``."""
+    try:
+        from torch._library.simple_registry import singleton
+        from torch._subclasses.functional_tensor import FunctionalTensorMode
+    except ImportError:
+        return True
+    known = singleton.find(op._schema.name)
+    return known.torch_dispatch_rules.find(FunctionalTensorMode) is not None
 
 
 @contextlib.contextmanager
