@@ -88,7 +88,7 @@ class CapturedModel:
         options: CaptureOptions,
     ) -> None:
         self._entry, self._backend, self.options = entry, backend, options
-        self.shape = batch_shape(entry.captured, backend)
+        self.shape = batch_shape(entry.captured, backend, options.same_as_batch)
         plan = plan_capture(self.shape, backend.config, sizes, options)
         self.sizes, self.dispatcher = plan.sizes, plan.dispatcher
         self._forward: Callable[..., object] = entry.execution_fn

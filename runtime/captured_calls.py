@@ -68,13 +68,14 @@ class Calls:
         self._kind_of = options.kind_of
         first = shape.dynamic[0]
         self._place = (first.position, first.dim)
-        self._asks = bool(shape.others) or options.kind_of is not None
+        self._asks = bool(shape.others or shape.equal) or options.kind_of is not None
         self._steps: dict[object, Step] = {}
         self._finished: list[Step] = []
         self.shared = _uncaptured("an argument that is written to shares memory with another")
         self._skipped = _uncaptured("the forward context skips graphs")
         self._told = _uncaptured("the forward context says mode NONE for this descriptor")
         self._empty = _uncaptured("the batch is empty")
+        self._unequal = _uncaptured("a size that was declared to equal the batch size doesn't")
 
     def step_for(self, flat: Sequence[object]) -> tuple[Step, int]:
         """What serves a call, and its batch size."""
@@ -87,6 +88,8 @@ class Calls:
         return self._asked(count, context, flat), count
 
     def _asked(self, count: int, context: ForwardContext | None, flat: Sequence[object]) -> Step:
+        if any(each.of(flat) != count for each in self._shape.equal):
+            return self._unequal
         kind = _PLAIN
         if context is not None:
             if context.skip_cuda_graphs:
@@ -152,7 +155,7 @@ class Calls:
 
     def rows(self) -> Iterator[CallRow]:
         """The counts so far, one row for each graph and reason."""
-        always = (self.shared, self._skipped, self._told, self._empty)
+        always = (self.shared, self._skipped, self._told, self._empty, self._unequal)
         totals: dict[tuple[str, str, str], int] = {}
         for step in (*self._finished, *self._steps.values(), *always):
             graph = "" if step.call is None else step.descriptor.describe()

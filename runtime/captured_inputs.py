@@ -106,8 +106,23 @@ class CapturedInputs:
 
     def shares_what_is_written(self, inputs: Tensors) -> bool:
         """Whether a tensor that is written to shares memory with another argument, which static buffers don't."""
-        stores = [tensor.untyped_storage().data_ptr() for tensor in inputs]
-        return any(stores.count(stores[n]) > 1 for n in self._written)
+        spans = [_span(tensor) for tensor in inputs]
+        return any(
+            _overlap(spans[n], span)
+            for n in self._written
+            for number, span in enumerate(spans)
+            if number != n
+        )
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """First and last byte of a dense tensor."""
+    start = tensor.data_ptr()
+    return start, start + tensor.numel() * tensor.element_size()
+
+
+def _overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    return max(one[0], other[0]) < min(one[1], other[1])
 
 
 def _example(each: StagedInput, others: Mapping[str, int]) -> torch.Tensor:

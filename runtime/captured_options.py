@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from piecework.errors import ConfigError, StaticGraphError
 from piecework.runtime.captured_shape import BatchShape, require_sizes
@@ -36,7 +37,7 @@ class CaptureOptions:
         lora_counts: numbers of active adapters to capture for; none means one graph for any number.
         axes: further axes of the descriptor, each with the values to capture.
         other_sizes: for each dynamic size beside the batch size (``x.1``: dimension 1 of argument ``x``; ``n``: an integer
-            argument), the values to capture.
+            argument), the values to capture; or ``"batch"``, where it always equals the batch size and the trace did not see it.
         kind_of: tells from the call's tensor arguments, by name, what kind of batch it is; by default the forward context's
             ``batch`` tells.
         address_policy: what becomes of fresh tensors that enter a captured piece.
@@ -55,7 +56,7 @@ class CaptureOptions:
     runtime: RuntimeConfig | None = None
     lora_counts: tuple[int, ...] = ()
     axes: Mapping[str, Sequence[Hashable]] = field(default_factory=dict)
-    other_sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    other_sizes: Mapping[str, Sequence[int] | Literal["batch"]] = field(default_factory=dict)
     kind_of: Callable[..., BatchKind] | None = None
     address_policy: AddressPolicy | str = AddressPolicy.COPY
     warmups: int | None = None
@@ -67,6 +68,23 @@ class CaptureOptions:
     poison: bool = False
     context_for: ContextFor | None = None
     check_addresses: bool = False
+
+    @property
+    def same_as_batch(self) -> frozenset[str]:
+        """Labels of the sizes that were declared to equal the batch size.
+
+        Raises:
+            ConfigError: a size is declared as another word.
+        """
+        words = {k: v for k, v in self.other_sizes.items() if isinstance(v, str)}
+        wrong = sorted(label for label, word in words.items() if word != "batch")
+        if wrong:
+            raise ConfigError(
+                f"{wrong[0]} is {words[wrong[0]]!r}",
+                where="other_sizes",
+                hint="give the values to capture, or 'batch'",
+            )
+        return frozenset(words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +117,8 @@ def plan_capture(
         StaticGraphError: nothing is left to capture, or a dynamic size has no values to capture.
     """
     mode = _mode(config, options)
-    values = _other_values(shape, options.other_sizes)
+    given = {label: v for label, v in options.other_sizes.items() if not isinstance(v, str)}
+    values = _other_values(shape, given)
     others = tuple(
         dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())
     )
@@ -182,7 +201,7 @@ def _other_values(
             raise StaticGraphError(
                 "is dynamic beside the batch size, and a captured graph fixes it",
                 where=f"input {other.label}",
-                hint=f"pass the values to capture, such as other_sizes={{{other.label!r}: [16]}}, or mark the dimension "
-                "with torch._dynamo.mark_static",
+                hint=f"pass the values to capture, such as other_sizes={{{other.label!r}: [16]}}, or 'batch' for a size that "
+                "always equals the batch size, or mark the dimension with torch._dynamo.mark_static",
             )
     return {each.label: found[each.label] for each in shape.others}

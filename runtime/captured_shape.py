@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +95,7 @@ class BatchShape:
         sizes: positions of arguments that are the batch size.
         numbers: position → label, for arguments that are another size.
         others: the other sizes.
+        equal: sizes that were declared to equal the batch size; a call in which one doesn't is not served from graphs.
         weights: position → path, for weights that are passed per call.
         results: one rule per result.
         mixes: why no batch can be padded, if so: a result would change with the padding.
@@ -108,6 +109,7 @@ class BatchShape:
     sizes: tuple[int, ...]
     numbers: Mapping[int, str]
     others: tuple[OtherSize, ...]
+    equal: tuple[OtherSize, ...]
     weights: Mapping[int, str]
     results: tuple[ResultRule, ...]
     mixes: str | None
@@ -126,7 +128,7 @@ class BatchShape:
 
     def refusal(self, size: int, others: Mapping[str, int]) -> str | None:
         """Why no batch of ``size`` is served with these other sizes, or None."""
-        values = {self.symbol: size}
+        values = {self.symbol: size, **{each.symbol: size for each in self.equal}}
         bounds = [("sizes", size, self.low, self.high)]
         for other in self.others:
             values[other.symbol] = others[other.label]
@@ -146,8 +148,13 @@ _GUARD_NAMES = {
 }  # fmt: skip
 
 
-def batch_shape(captured: Capture, backend: PieceworkBackend) -> BatchShape:
+def batch_shape(
+    captured: Capture, backend: PieceworkBackend, same: Collection[str] = ()
+) -> BatchShape:
     """Read ``captured`` for capturing static graphs.
+
+    Args:
+        same: labels of sizes that always equal the batch size, although the trace gave them symbols of their own.
 
     Raises:
         StaticGraphError: something writes to a weight inside a piece, or an input can't be held in a static buffer.
@@ -158,22 +165,26 @@ def batch_shape(captured: Capture, backend: PieceworkBackend) -> BatchShape:
             where="capture",
             hint="mark the batch dimension with torch._dynamo.mark_dynamic",
         )
-    return _Reader(captured, backend, backend.batch_symbol).read()
+    return _Reader(captured, backend, backend.batch_symbol, same).read()
 
 
 class _Reader:
     """Goes through the inputs and results of one graph."""
 
-    def __init__(self, captured: Capture, backend: PieceworkBackend, symbol: str) -> None:
+    def __init__(
+        self, captured: Capture, backend: PieceworkBackend, symbol: str, same: Collection[str]
+    ) -> None:
         source, split_gm, graph = backend.source, backend.split_gm, backend.graph
         assert source is not None and split_gm is not None and graph is not None
-        self.captured, self.symbol = captured, symbol
+        self.captured, self.symbol, self.same = captured, symbol, frozenset(same)
         self.split_gm, self.source, self.graph = split_gm, source, graph
         self.every = [item.submod_name for item in backend.piecewise_graphs]
         nodes = split_gm.graph.find_nodes(op="placeholder")
         self.pairs = list(zip(nodes, captured.inputs, strict=True))
         self.known = {each.name: each for each in captured.assumptions.symbols()}
         self.others: dict[str, OtherSize] = {}
+        self.equal: dict[str, OtherSize] = {}
+        self.symbols = {symbol} | self._same_symbols()
 
     def read(self) -> BatchShape:
         self._refuse_writes_to_weights()
@@ -192,8 +203,9 @@ class _Reader:
                 weights[position] = each.path
             elif isinstance(fake, torch.Tensor):
                 staged.append(self._staged(position, name, each, fake, node.name in written))
-            elif torch_compat.symbol_of(fake) == self.symbol:
+            elif torch_compat.symbol_of(fake) in self.symbols:
                 sizes.append(position)
+                self._note_same(self._number_label(each), fake, position, None)
             else:
                 numbers[position] = self._number(position, name, each, fake)
         batch = self.known.get(self.captured.assumptions.name_of(self.symbol))
@@ -204,6 +216,7 @@ class _Reader:
             sizes=tuple(sizes),
             numbers=numbers,
             others=tuple(self.others.values()),
+            equal=tuple(self.equal.values()),
             weights=weights,
             results=rules,
             mixes=mixes,
@@ -222,8 +235,9 @@ class _Reader:
         others: dict[int, str] = {}
         for dim, size in enumerate(fake.shape):
             symbol = torch_compat.symbol_of(size)
-            if symbol == self.symbol:
+            if symbol in self.symbols:
                 found.append(dim)
+                self._note_same(f"{each.name}.{dim}", size, position, dim)
             elif torch_compat.symbols_of(size):
                 others[dim] = self._other(f"{each.name}.{dim}", symbol, position, dim)
         if len(found) > 1:
@@ -244,18 +258,57 @@ class _Reader:
                 where=f"input {name}",
                 hint="make it a constant of the model, or a tensor",
             )
-        label = each.name
-        if isinstance(each, Size):
-            owner = next(
-                (
-                    a.name
-                    for a in self.captured.inputs
-                    if isinstance(a, Argument) and a.leaf == each.leaf
-                ),
-                each.name,
+        return self._other(self._number_label(each), torch_compat.symbol_of(fake), position, None)
+
+    def _number_label(self, each: Argument | Size) -> str:
+        """An integer argument is named by itself, a size by its tensor."""
+        if isinstance(each, Argument):
+            return each.name
+        arguments = (a for a in self.captured.inputs if isinstance(a, Argument))
+        owner = next((a.name for a in arguments if a.leaf == each.leaf), each.name)
+        return f"{owner}.{each.dim}"
+
+    def _same_symbols(self) -> set[str]:
+        """The symbols of the sizes that were declared to equal the batch size.
+
+        Raises:
+            ConfigError: a label names no size.
+        """
+        found: dict[str, str | None] = {}
+        for node, each in self.pairs:
+            value = value_of(node)
+            if isinstance(each, Weight):
+                continue
+            if isinstance(value, torch.Tensor):
+                for dim, size in enumerate(value.shape):
+                    found[f"{each.name}.{dim}"] = torch_compat.symbol_of(size)
+            else:
+                found[self._number_label(each)] = torch_compat.symbol_of(value)
+        wrong = sorted(label for label in self.same if found.get(label) is None)
+        if wrong:
+            raise ConfigError(
+                f"no dynamic size {wrong[0]!r}",
+                where="other_sizes",
+                hint=f"there are: {', '.join(sorted(k for k, v in found.items() if v)) or 'none'}",
             )
-            label = f"{owner}.{each.dim}"
-        return self._other(label, torch_compat.symbol_of(fake), position, None)
+        return {symbol for label in self.same if (symbol := found[label]) is not None}
+
+    def _note_same(self, label: str, size: object, position: int, dim: int | None) -> None:
+        """Remember where a call has a size that must equal the batch size."""
+        symbol = torch_compat.symbol_of(size)
+        if symbol is not None and symbol != self.symbol:
+            self.equal.setdefault(
+                symbol,
+                OtherSize(
+                    label,
+                    (label,),
+                    self.captured.assumptions.name_of(symbol),
+                    position,
+                    dim,
+                    None,
+                    None,
+                ),
+            )
 
     def _other(self, label: str, symbol: str | None, position: int, dim: int | None) -> str:
         """The label of a symbol beside the batch size; the first place that has it names it."""
@@ -284,7 +337,7 @@ class _Reader:
     def _results(self, written: frozenset[str]) -> tuple[tuple[ResultRule, ...], str | None]:
         returned = self.split_gm.graph.output_node().args[0]
         outputs = returned if isinstance(returned, (list, tuple)) else [returned]
-        reasons = padding_changes(self.graph, self.symbol, sorted(written))
+        reasons = padding_changes(self.graph, self.symbols, sorted(written))
         rules, mixes = [], []
         for index, node in enumerate(outputs):
             value = value_of(node) if isinstance(node, torch.fx.Node) else node
@@ -304,17 +357,15 @@ class _Reader:
         """None where only a batch of the captured size has this result."""
         if isinstance(value, torch.Tensor):
             sizes = list(value.shape)
-            dims = [
-                d for d, size in enumerate(sizes) if torch_compat.symbol_of(size) == self.symbol
-            ]
+            dims = [d for d, n in enumerate(sizes) if torch_compat.symbol_of(n) in self.symbols]
             held = [d for d, size in enumerate(sizes) if self._holds_batch(size)]
             return ResultRule(tuple(dims)) if held == dims else None
-        if torch_compat.symbol_of(value) == self.symbol:
+        if torch_compat.symbol_of(value) in self.symbols:
             return ResultRule(is_count=True)
         return None if self._holds_batch(value) else ResultRule()
 
     def _holds_batch(self, size: object) -> bool:
-        return self.symbol in torch_compat.symbols_of(size)
+        return not self.symbols.isdisjoint(torch_compat.symbols_of(size))
 
     # --- writes ------------------------------------------------------------------------------------
 
@@ -338,7 +389,9 @@ def _memory_order(fake: torch.Tensor, name: str) -> tuple[int, ...] | None:
     Raises:
         StaticGraphError: the tensor has gaps or overlaps, which a static buffer would not have.
     """
-    if torch_compat.is_traced_contiguous(fake):
+    if torch_compat.is_traced_contiguous(fake) or any(
+        type(size) is int and size == 0 for size in fake.shape
+    ):
         return None
     for order in itertools.permutations(range(fake.dim())):
         if torch_compat.is_traced_contiguous(fake.permute(order)):

@@ -6,7 +6,7 @@ splitting op is trusted to keep rows apart, or to know the batch's real size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +57,7 @@ _NOTHING = _State()
 
 
 def padding_changes(
-    graph: torch.fx.GraphModule, symbol: str, written: Iterable[str] = ()
+    graph: torch.fx.GraphModule, symbols: Collection[str], written: Iterable[str] = ()
 ) -> tuple[str | None, ...]:
     """Why a padded batch would change each result, or None for those that nothing found would change.
 
@@ -66,10 +66,10 @@ def padding_changes(
 
     Args:
         graph: flat, with fake values.
-        symbol: torch's symbol of the batch size.
+        symbols: torch's symbols of the batch size.
         written: placeholders that the graph writes to; they are results too, after the others.
     """
-    walk = _Walk(symbol)
+    walk = _Walk(frozenset(symbols))
     placeholders = {}
     for node in graph.graph.nodes:
         if node.op == "placeholder":
@@ -89,8 +89,8 @@ def padding_changes(
 class _Walk:
     """States of values and of the memory that they lie in, in the order of execution."""
 
-    def __init__(self, symbol: str) -> None:
-        self.symbol = symbol
+    def __init__(self, symbols: frozenset[str]) -> None:
+        self.symbols = symbols
         self.states: dict[torch.fx.Node, _State] = {}
         self.memory: dict[int, _State] = {}
 
@@ -188,12 +188,12 @@ class _Walk:
 
     def _batch_dim(self, tensor: torch.Tensor) -> int | None:
         """The dimension that is the batch size and nothing else."""
-        dims = [d for d, n in enumerate(tensor.shape) if torch_compat.symbol_of(n) == self.symbol]
+        dims = [d for d, n in enumerate(tensor.shape) if torch_compat.symbol_of(n) in self.symbols]
         return dims[0] if len(dims) == 1 else None
 
     def _holds_batch(self, value: object) -> bool:
         sizes = value.shape if isinstance(value, torch.Tensor) else _flat(value)
-        return any(self.symbol in torch_compat.symbols_of(size) for size in sizes)
+        return any(not self.symbols.isdisjoint(torch_compat.symbols_of(size)) for size in sizes)
 
 
 def operator_name(node: torch.fx.Node) -> str:

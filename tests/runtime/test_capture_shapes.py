@@ -1,0 +1,392 @@
+"""``capture``: arguments and results of every shape: several dynamic sizes, numbers, results without a batch, writes to arguments, layouts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import piecework
+from piecework.errors import ConfigError, InputError, StaticGraphError
+from piecework.runtime.config import CompilationConfig
+from piecework.runtime.graphs import BatchKind, CUDAGraphMode
+from piecework.runtime.graphs.capture import frozen_garbage
+
+EAGER = CompilationConfig(backend="eager")
+MODES = ["PIECEWISE", "FULL"]
+
+
+@piecework.splitting_op("capture_shapes::add", mutates_args=("out",))
+def add(x: torch.Tensor, out: torch.Tensor) -> None:
+    out.add_(x)
+
+
+@piecework.splitting_op("capture_shapes::fresh")
+def fresh(x: torch.Tensor) -> torch.Tensor:
+    return x * 3
+
+
+@fresh.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def capture(
+    model: Callable[..., object], args: tuple[object, ...], sizes, unbacked=True, **options
+):
+    if unbacked:
+        for each in args:
+            if isinstance(each, torch.Tensor) and each.dim() and each.shape[0] == 5:
+                torch._dynamo.decorators.mark_unbacked(each, 0)
+    stitched = piecework.compile(model, args, config=EAGER)
+    return stitched.capture(
+        sizes, **{"progress": False, "estimate": False, "poison": True, **options}
+    )
+
+
+def same(stitched, model, *args: object) -> None:
+    mine = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+    theirs = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+    with torch.no_grad():
+        torch.testing.assert_close(stitched(*mine), model(*theirs))
+    torch.testing.assert_close(mine, theirs)
+
+
+def reasons(stitched) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for row in stitched.call_report():
+        found[row.reason] += row.calls
+    return dict(found)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imports_are_no_garbage():
+    with frozen_garbage():
+        yield
+
+
+# --- results ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_results_that_do_not_depend_on_the_batch_are_returned_as_they_are(mode: str) -> None:
+    weight = nn.Parameter(torch.randn(8, 8), requires_grad=False)
+
+    def model(x, scale):
+        rows = fresh(x @ weight)
+        return {
+            "rows": (rows, [rows.t(), rows[:, :2]]),
+            "nothing": None,
+            "constant": 7,
+            "norm": weight.sum() * 2,
+            "scale": scale * 3,
+            "grid": x @ x.t(),
+            "size": x.shape[0],
+            "x": x,
+        }
+
+    stitched = capture(model, (torch.randn(5, 8), torch.ones(3)), [2, 4], mode=mode)
+    for n in range(1, 6):
+        same(stitched, model, torch.randn(n, 8), torch.randn(3))
+    assert stitched.static_graphs.shape.mixes is None
+    served = {"its size is captured": 2, "padded to the next captured size": 2}
+    assert reasons(stitched).items() >= served.items()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_result_that_takes_all_rows_is_replayed_for_captured_sizes_only(mode: str) -> None:
+    def model(x):
+        y = fresh(x + 1)
+        return y, y.sum(), (y * 2).mean(0)
+
+    stitched = capture(model, (torch.randn(5, 8),), [2, 4], mode=mode)
+    assert "result 1: sum (test_capture_shapes.py" in str(stitched.static_graphs.shape.mixes)
+    for n in (1, 2, 3, 4, 5):
+        same(stitched, model, torch.randn(n, 8))
+    assert reasons(stitched) == {
+        "its size is captured": 2,
+        "a result takes all rows together, so no padding is right": 2,
+        "larger than every captured size": 1,
+    }
+    rows = {(row.first, row.last): row.mode for row in stitched.coverage(4)}
+    assert rows[2, 2] is rows[4, 4] is CUDAGraphMode[mode]
+    assert rows[3, 3] is CUDAGraphMode.NONE
+
+
+def test_strict_refuses_what_can_not_be_padded() -> None:
+    stitched = capture(lambda x: fresh(x).sum(), (torch.randn(5, 8),), [4], strict=True)
+    stitched(torch.randn(4, 8))
+    with pytest.raises(StaticGraphError, match="no padding is right"):
+        stitched(torch.randn(3, 8))
+
+
+def test_the_batch_size_as_a_number_is_never_padded() -> None:
+    def model(x):
+        return fresh(x) / x.shape[0]
+
+    stitched = capture(model, (torch.randn(5, 8),), [2, 4])
+    assert "uses the batch size as a number" in str(stitched.static_graphs.shape.mixes)
+    for n in range(1, 6):
+        same(stitched, model, torch.randn(n, 8))
+
+
+def test_a_result_of_twice_the_batch_is_never_padded() -> None:
+    def model(x):
+        return torch.cat([x, fresh(x)])
+
+    stitched = capture(model, (torch.randn(5, 8),), [2, 4])
+    assert "computed from the batch size" in str(stitched.static_graphs.shape.mixes)
+    for n in range(1, 6):
+        same(stitched, model, torch.randn(n, 8))
+
+
+# --- several dynamic sizes, and numbers ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_other_sizes_have_graphs_of_their_own(mode: str) -> None:
+    def model(x, mask, n):
+        return fresh(x * mask) + n, x.shape[1]
+
+    args = torch.randn(5, 6), torch.ones(6), 3
+    stitched = piecework.compile(model, args, config=EAGER)
+    stitched.capture(
+        [2, 4],
+        mode=mode,
+        other_sizes={"x.1": [6, 9], "n": [3]},
+        progress=False,
+        estimate=True,
+        poison=True,
+    )
+    assert len(stitched.static_graphs.replays) == 4
+    for rows in (2, 3, 4):
+        for columns in (6, 7, 9):
+            for n in (3, 4):
+                same(stitched, model, torch.randn(rows, columns), torch.randn(columns), n)
+    assert reasons(stitched) == {
+        "its size is captured": 4,
+        "padded to the next captured size": 2,
+        "nothing is captured for this value of an axis": 12,
+    }
+    spans = {(row.kind, row.mode.name) for row in stitched.coverage(4)}
+    assert ("mixed, n=3, x.1=9", mode) in spans
+    code = stitched.static_graphs.source_for(4, BatchKind(axes=(("n", 3), ("x.1", 9)))).code
+    assert "x.1=9" in code
+
+
+def test_a_size_may_be_named_by_each_argument_that_has_it() -> None:
+    def model(x, mask):
+        return fresh(x * mask)
+
+    args = torch.randn(5, 6), torch.ones(6)
+    stitched = piecework.compile(model, args, config=EAGER)
+    stitched.capture([4], other_sizes={"mask.0": [6]}, progress=False, estimate=False)
+    same(stitched, model, torch.randn(3, 6), torch.randn(6))
+    assert list(reasons(stitched)) == ["padded to the next captured size"]
+
+
+@pytest.mark.parametrize(
+    ("other", "error", "why"),
+    [
+        ({}, StaticGraphError, r"is dynamic beside the batch size.*input x\.1.*other_sizes="),
+        ({"x.1": []}, StaticGraphError, "is dynamic beside the batch size"),
+        ({"y": [3]}, ConfigError, r"no dynamic size 'y'.*there are: x\.1"),
+        ({"x.1": [1]}, ConfigError, r"size 4 with x\.1=1 can't be captured"),
+    ],
+)
+def test_other_sizes_are_checked(other, error, why: str) -> None:
+    stitched = piecework.compile(lambda x: fresh(x) + 1, (torch.randn(5, 6),), config=EAGER)
+    with pytest.raises(error, match=why):
+        stitched.capture([4], other_sizes=other, progress=False)
+
+
+def test_sizes_that_equal_the_batch_size_are_checked_at_every_call() -> None:
+    def model(x, y):
+        return fresh(x) + 1, y * 2
+
+    args = torch.randn(5, 8), torch.randn(5, 3)
+    stitched = capture(model, args, [2, 4], other_sizes={"y.0": "batch"})
+    for rows, others in ((3, 3), (4, 4), (3, 4), (1, 9)):
+        same(stitched, model, torch.randn(rows, 8), torch.randn(others, 3))
+    assert reasons(stitched) == {
+        "its size is captured": 1,
+        "padded to the next captured size": 1,
+        "a size that was declared to equal the batch size doesn't": 2,
+    }
+    for wrong, why in (({"y.1": "batch"}, "no dynamic size 'y.1'"), ({"y.0": "all"}, "is 'all'")):
+        with pytest.raises(ConfigError, match=why):
+            stitched.capture([4], progress=False, other_sizes=wrong)
+
+
+def test_an_empty_batch_runs_uncaptured() -> None:
+    def model(x):
+        return fresh(x) + 1
+
+    stitched = capture(model, (torch.randn(5, 8),), [2])
+    same(stitched, model, torch.randn(0, 8))
+    assert reasons(stitched) == {"the batch is empty": 1}
+
+
+# --- writes to arguments ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_writes_to_arguments_reach_the_caller(mode: str) -> None:
+    """By a splitting op and by a piece, with and without a batch dimension; rows beyond the batch stay as they are."""
+
+    def model(x, cache, total, steps):
+        add(x, cache)
+        total.mul_(2)
+        steps += 1
+        return fresh(cache) + 1
+
+    args = torch.randn(5, 8), torch.zeros(5, 8), torch.zeros(5, 2), torch.zeros(3)
+    same_size = {"cache.0": "batch", "total.0": "batch"}
+    stitched = capture(model, args, [2, 4], mode=mode, other_sizes=same_size)
+    written = [each.name for each in stitched.static_graphs.shape.staged if each.written]
+    assert sorted(written) == ["cache", "steps", "total"]
+    for n in range(1, 6):
+        same(stitched, model, *(torch.randn(n, w) for w in (8, 8, 2)), torch.randn(3))
+    backing = torch.ones(6, 8)
+    x, rest = torch.randn(3, 8), (torch.zeros(3, 2), torch.zeros(3))
+    stitched(x, backing[:3], *rest)
+    torch.testing.assert_close(backing[:3], x + 1)
+    assert torch.equal(backing[3:], torch.ones(3, 8))
+
+
+def test_a_written_argument_that_shares_memory_with_another_runs_uncaptured() -> None:
+    def model(x, cache):
+        add(x, cache)
+        return fresh(x) + 1
+
+    args = torch.randn(5, 8), torch.zeros(5, 8)
+    stitched = capture(model, args, [4], other_sizes={"cache.0": "batch"})
+    one = torch.randn(8, 8)
+    other = one.clone()
+    for second in (slice(0, 4), slice(4, 8)):
+        with torch.no_grad():
+            got = stitched(one[:4], one[second]), one
+            want = model(other[:4], other[second]), other
+        torch.testing.assert_close(got, want)
+    assert reasons(stitched) == {
+        "an argument that is written to shares memory with another": 1,
+        "its size is captured": 1,
+    }
+
+
+def test_what_a_piece_writes_to_a_fresh_tensor_is_brought_back() -> None:
+    """The tensor comes from a splitting op, a captured piece changes it, and the next op reads it."""
+    linear = nn.Linear(8, 8)
+
+    def model(x):
+        y = fresh(x)
+        z = linear(y.mul_(2))
+        add(z, y)
+        return y + 1
+
+    stitched = capture(model, (torch.randn(5, 8),), [2, 4])
+    code = stitched.static_graphs.source_for(4).code
+    assert "changed it in place" in code
+    for n in range(1, 6):
+        same(stitched, model, torch.randn(n, 8))
+
+
+# --- layouts and padding ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_arguments_that_are_not_contiguous_are_staged_as_traced(mode: str) -> None:
+    def model(columns, images):
+        return fresh(columns.t()) + 1, images.sum((1, 2))
+
+    def batch(n: int):
+        images = torch.randn(n, 3, 2, 2).to(memory_format=torch.channels_last)
+        return torch.randn(n, 8).t(), images
+
+    args = batch(5)
+    torch._dynamo.mark_dynamic(args[0], 1)
+    torch._dynamo.mark_dynamic(args[1], 0)
+    stitched = capture(
+        model, args, [2, 4], unbacked=False, mode=mode, other_sizes={"images.0": "batch"}
+    )
+    orders = [each.order for each in stitched.static_graphs.shape.staged]
+    assert orders == [(1, 0), (0, 2, 3, 1)]
+    for n in range(2, 6):
+        same(stitched, model, *batch(n))
+    with pytest.raises(InputError, match="columns has stride"):
+        stitched(torch.randn(8, 3), batch(3)[1])
+
+
+def test_gaps_in_memory_are_refused() -> None:
+    stitched = piecework.compile(
+        lambda x: fresh(x) + 1, (_marked(torch.randn(5, 1).expand(5, 8)),), config=EAGER
+    )
+    with pytest.raises(StaticGraphError, match="gaps or overlaps"):
+        stitched.capture([4], progress=False)
+
+
+def _marked(x: torch.Tensor) -> torch.Tensor:
+    torch._dynamo.mark_dynamic(x, 0)
+    return x
+
+
+def test_tails_are_padded_with_what_was_declared() -> None:
+    seen: list[list[int]] = []
+
+    @piecework.splitting_op("capture_shapes::look")
+    def look(ids: torch.Tensor) -> torch.Tensor:
+        seen.append(ids.tolist())
+        return ids * 1
+
+    look.register_fake(torch.empty_like)
+    table = torch.randn(9, 4)
+
+    def model(ids):
+        return table[look(ids + 0) + 1]
+
+    stitched = capture(model, (torch.arange(5),), [4], pads={"ids": -1}, poison=False)
+    seen.clear()
+    same(stitched, model, torch.tensor([3, 5]))
+    assert seen[0] == [3, 5, -1, -1]
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.bool, torch.uint8],
+)
+def test_inputs_of_every_dtype_are_staged(dtype: torch.dtype) -> None:
+    def model(x):
+        return fresh(torch.where(x != 0, 1.0, 2.0)) + 1, x
+
+    stitched = capture(model, (torch.ones(5, 3).to(dtype),), [4], poison=False)
+    for n in (1, 3, 4):
+        same(stitched, model, torch.randint(0, 2, (n, 3)).to(dtype))
+
+
+def test_an_argument_of_another_dtype_is_refused_and_not_converted() -> None:
+    stitched = capture(lambda x: fresh(x) + 1, (torch.randn(5, 8),), [4])
+    with pytest.raises(InputError, match="float64"):
+        stitched(torch.randn(3, 8, dtype=torch.float64))
+
+
+def test_inputs_without_elements_are_staged() -> None:
+    def model(x, nothing):
+        return fresh(x) + 1, torch.cat([x, nothing], -1)
+
+    stitched = capture(model, (torch.randn(5, 8), torch.randn(5, 0)), [2, 4])
+    for n in (1, 2, 3, 4):
+        same(stitched, model, torch.randn(n, 8), torch.randn(n, 0))
+
+
+def test_the_same_tensor_and_overlapping_views_as_several_arguments() -> None:
+    def model(x, y):
+        return fresh(x) - y
+
+    stitched = capture(model, (torch.randn(5, 8), torch.randn(5, 8)), [4])
+    big = torch.randn(6, 8)
+    with torch.no_grad():
+        for args in ((big[:3], big[:3]), (big[1:4], big[2:5]), (big[2:], big[2:])):
+            torch.testing.assert_close(stitched(*args), model(*args))
