@@ -190,11 +190,12 @@ def _capture_once(
     try:
         result = _run_dynamo(model, args, kwargs, backend, _dynamic(leaves, dynamic))
     finally:
-        changed = state.restore()
+        changes = state.restore()
     if trace.graph is None:
         raise CaptureError(
             "the model has no tensor operation to capture", hint="call it with tensor arguments"
         )
+    changed = [each.path for each in changes if not _is_written_in_place(each, trace)]
     if changed:
         raise CaptureError(
             "forward changes the model's own state, which a captured graph would not do",
@@ -552,33 +553,59 @@ def _result_leaf(
 # --- the model's own state -------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """An attribute that tracing changed; ``before`` and ``now`` are None where there was or is nothing."""
+
+    path: str
+    before: object = None
+    now: object = None
+
+
 class _State:
-    """A shallow record of a model's Python attributes, to notice and undo what tracing changed."""
+    """A shallow record of a model's Python attributes, parameters and buffers, to notice and undo what tracing changed."""
 
     def __init__(self, model: Callable[..., object]) -> None:
-        self._modules = [
-            (prefix + name, each, dict(each.__dict__), self._sizes(each))
-            for prefix, module in _modules_of(model)
-            for name, each in module.named_modules()
+        self._kept = [
+            (prefix + name, values, dict(values), self._sizes(values))
+            for prefix, root in _modules_of(model)
+            for name, module in root.named_modules()
+            for values in (module.__dict__, module._parameters, module._buffers, module._modules)
         ]
 
     @staticmethod
-    def _sizes(module: torch.nn.Module) -> dict[str, int]:
+    def _sizes(values: Mapping[str, object]) -> dict[str, int]:
         containers = (list, dict, set)
-        return {k: len(v) for k, v in module.__dict__.items() if isinstance(v, containers)}
+        return {k: len(v) for k, v in values.items() if isinstance(v, containers)}
 
-    def restore(self) -> list[str]:
-        """Put attributes back; returns the dotted names of those that had changed."""
-        changed: list[str] = []
-        for path, module, before, sizes in self._modules:
-            now = module.__dict__
+    def restore(self) -> list[_Change]:
+        """Put attributes back; returns what had changed."""
+        changed: list[_Change] = []
+        for path, now, before, sizes in self._kept:
             for key in {**before, **now}:
                 if now.get(key) is not before.get(key) or (key in now) != (key in before):
-                    changed.append(f"{path}.{key}".lstrip("."))
+                    name = f"{path}.{key}".lstrip(".")
+                    changed.append(_Change(name, before.get(key), now.get(key)))
                     if key in before:
                         now[key] = before[key]
                     else:
                         del now[key]
-            after = self._sizes(module)
-            changed += [f"{path}.{k}".lstrip(".") for k in sizes if after.get(k) != sizes[k]]
+            after = self._sizes(now)
+            own = [k for k in sizes if k not in ("_parameters", "_buffers", "_modules")]
+            changed += [_Change(f"{path}.{k}".lstrip(".")) for k in own if after.get(k) != sizes[k]]
         return changed
+
+
+def _is_written_in_place(change: _Change, trace: _Trace) -> bool:
+    """Whether what was assigned is the very weight, as ``self.state += 1`` does: the graph writes it in place already."""
+    index = next((i for i, each in enumerate(trace.stand_ins) if each is change.now), None)
+    if index is None or trace.graph is None:
+        return False
+    returned = trace.graph.graph.output_node().args[0]
+    written = returned[index].meta.get("example_value")  # type: ignore[index, union-attr]
+    for node, source in zip(
+        trace.graph.graph.find_nodes(op="placeholder"), trace.inputs, strict=True
+    ):
+        if isinstance(source, Weight) and source.tensor is change.before:
+            return torch_compat.is_same_view(node.meta["example_value"], written)
+    return False

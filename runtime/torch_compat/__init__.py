@@ -71,6 +71,7 @@ from piecework.runtime.torch_compat.shapes import (
 )
 from piecework.runtime.torch_compat.tensors import (
     is_lazy,
+    is_same_view,
     metadata_guard,
     negative_view,
     storage_at,
@@ -117,6 +118,7 @@ __all__ = [
     "inductor_sources",
     "is_lazy",
     "is_opaque_to_inductor",
+    "is_same_view",
     "is_traced_contiguous",
     "kernel_table",
     "mark_unbacked",

@@ -56,6 +56,16 @@ def storage_id(value: torch.Tensor) -> int:
     return int(value.untyped_storage()._cdata)
 
 
+def is_same_view(left: object, right: object) -> bool:
+    """Whether two tensors are the same elements of the same memory; holds for fake tensors too."""
+    if not isinstance(left, torch.Tensor) or not isinstance(right, torch.Tensor):
+        return False
+    return storage_id(left) == storage_id(right) and all(
+        getattr(left, each)() == getattr(right, each)()
+        for each in ("size", "stride", "storage_offset")
+    )
+
+
 def metadata_guard(tensors: Sequence[torch.Tensor]) -> Callable[[], bool]:
     """A function that is true while each tensor has the type, dtype, layout, device, sizes and strides that it has now.
 

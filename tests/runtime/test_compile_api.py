@@ -223,6 +223,44 @@ def test_a_forward_that_changes_its_own_state_is_refused_and_left_as_it_was() ->
     assert model.calls == 0
 
 
+class Counting(nn.Module):
+    """A buffer that the forward writes in place, by ``+=``, or replaces."""
+
+    def __init__(self, replaces: bool) -> None:
+        super().__init__()
+        self.replaces = replaces
+        self.register_buffer("calls", torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.replaces:
+            self.calls = self.calls + 1
+        else:
+            self.calls += 1
+        return x + self.calls
+
+
+def test_a_forward_that_replaces_a_buffer_is_refused_and_left_as_it_was() -> None:
+    model = Counting(replaces=True)
+    buffer = model.calls
+    with pytest.raises(CaptureError, match=r"changes the model's own state.*calls"):
+        piecework.compile(model, (torch.randn(3, 4),), config=EAGER)
+    assert model.calls is buffer
+    assert buffer.tolist() == [0.0] * 4
+
+
+def test_a_buffer_written_in_place_stays_the_models() -> None:
+    model, reference = Counting(replaces=False), Counting(replaces=False)
+    buffer = model.calls
+    stitched = piecework.compile(model, (torch.randn(3, 4),), config=EAGER)
+    assert model.calls is buffer
+    assert buffer.tolist() == [0.0] * 4
+    for rows in (2, 5):
+        x = torch.randn(rows, 4)
+        torch.testing.assert_close(stitched(x), reference(x))
+    assert model.calls is buffer
+    assert buffer.tolist() == [2.0] * 4
+
+
 def test_a_model_without_tensors_is_refused() -> None:
     with pytest.raises(CaptureError, match="no tensor operation"):
         piecework.compile(lambda x: 3, (torch.randn(4),), config=EAGER)
