@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from piecework.cli.console import DIFFERS, typed_errors
+from piecework.cli.console import DIFFERS, compile_progress, typed_errors
 from piecework.errors import UsageError
 
 #: Name → what it measures. Each is a module of `piecework.bench` with ``main(arguments) -> exit code``.
@@ -39,6 +39,7 @@ def bench(
         missed = False
         for each in BENCHMARKS if name == "all" else (name,):
             typer.echo(f"{each}: {BENCHMARKS[each]}")
-            missed |= bool(import_module(f"piecework.bench.{each}").main(arguments))
+            with compile_progress():
+                missed |= bool(import_module(f"piecework.bench.{each}").main(arguments))
     if missed:
         raise typer.Exit(DIFFERS)

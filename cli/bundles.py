@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from piecework.cli.console import DIFFERS, console, show_source, step, typed_errors
+from piecework.cli.console import DIFFERS, compile_step, console, show_source, step, typed_errors
 from piecework.errors import EmitError
 
 if TYPE_CHECKING:
@@ -50,9 +50,8 @@ def compile_command(
         bundle.check_output(output)
         config = CompilationConfig(backend=backend)
         loaded = run_step(out, as_json, f"Loading {model}", lambda: load_model(model, seed=seed))
-        stitched = run_step(
-            out, as_json, f"Compiling with {backend}", lambda: loaded.stitch(config)
-        )
+        text = f"Compiling with {backend}"
+        stitched = run_compile_step(out, as_json, text, lambda: loaded.stitch(config))
         manifest = bundle.save(
             output,
             stitched,
@@ -108,7 +107,7 @@ def run(
         config = CompilationConfig(**manifest.config)
         loaded = reload_model(directory, manifest)
         reference = run_step(out, as_json, "Running eagerly", lambda: run_model(loaded, tokens))
-        stitched = run_step(out, as_json, "Compiling", lambda: loaded.stitch(config))
+        stitched = run_compile_step(out, as_json, "Compiling", lambda: loaded.stitch(config))
         generated = stitched.source.code
         changes = _use_edited(stitched, code) if edited else None
         if changes is not None and not as_json:
@@ -169,6 +168,14 @@ def run_step(out: Console, quiet: bool, text: str, work: Callable[[], T]) -> T:
     if quiet:
         return work()
     with step(out, text):
+        return work()
+
+
+def run_compile_step(out: Console, quiet: bool, text: str, work: Callable[[], T]) -> T:
+    """As `run_step`, for a step that compiles."""
+    if quiet:
+        return work()
+    with compile_step(out, text):
         return work()
 
 

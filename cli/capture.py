@@ -1,4 +1,4 @@
-"""``piecework coverage``: in, a compiled folder and batch sizes; out, how every batch size runs and what its graphs take."""
+"""``piecework coverage``: in, a compiled folder and batch sizes; out, how every batch size runs, what calls ran as, and what the graphs take."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from piecework.cli.bundles import AsJson, FolderArgument, reload_model, run_step
+from piecework.cli.bundles import AsJson, FolderArgument, reload_model, run_compile_step, run_step
 from piecework.cli.console import console, typed_errors
 
 
@@ -23,12 +23,23 @@ def coverage(
     policy: Annotated[
         str, typer.Option(help="What becomes of fresh tensors: copy, refuse or eager.")
     ] = "copy",
+    mode: Annotated[
+        str, typer.Option(help="What is captured: PIECEWISE, FULL, FULL_DECODE_ONLY, …")
+    ] = "PIECEWISE",
+    tokens: Annotated[
+        int, typer.Option(min=0, help="Run the model too, for so many tokens, and count its calls.")
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Capture a folder's model for some batch sizes; list how each batch size runs and what the graphs take."""
+    """Capture a folder's model for some batch sizes; list how each batch size runs and what the graphs take.
+
+    With --tokens the model is then run as `piecework run` does, and its calls are counted by what served them, and why.
+    """
     with typed_errors():
+        from piecework.integrations.comparing import run_model
         from piecework.integrations.transformers.dry_request import dry_request
         from piecework.runtime import bundle
+        from piecework.runtime.captured_report import calls_json, calls_table
         from piecework.runtime.config import CompilationConfig
         from piecework.runtime.graphs.covered import coverage_json, coverage_table
 
@@ -37,21 +48,32 @@ def coverage(
         manifest = bundle.read_manifest(directory)
         config = CompilationConfig(**manifest.config)
         loaded = reload_model(directory, manifest)
-        stitched = run_step(out, as_json, "Compiling", lambda: loaded.stitch(config))
+        stitched = run_compile_step(out, as_json, "Compiling", lambda: loaded.stitch(config))
         context = {"context_for": dry_request} if loaded.causal_lm else {}
         run_step(
             out,
             as_json,
             "Capturing",
             lambda: stitched.capture(
-                chosen, memory_budget=budget, progress=False, address_policy=policy, **context
+                chosen,
+                mode=mode,
+                memory_budget=budget,
+                progress=False,
+                address_policy=policy,
+                **context,
             ),
         )
+        if tokens:
+            run_step(out, as_json, "Running", lambda: run_model(loaded, tokens, stitched))
         rows, memory = stitched.coverage(maximum), stitched.memory_report()
+        calls = stitched.call_report()
         if as_json:
-            print(json.dumps({"coverage": coverage_json(rows), "memory": memory.as_json()}))
+            said = {"coverage": coverage_json(rows), "calls": calls_json(calls)}
+            print(json.dumps({**said, "memory": memory.as_json()}))
             return
         out.print(coverage_table(rows))
+        if tokens:
+            out.print(calls_table(calls))
         out.print(memory.table())
 
 

@@ -46,6 +46,27 @@ def step(out: Console, text: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def compile_step(out: Console, text: str) -> Iterator[None]:
+    """Announce a step that compiles; on a terminal, standard error shows the pieces as they are done."""
+    out.print(text, markup=False)
+    with compile_progress():
+        yield
+
+
+@contextmanager
+def compile_progress() -> Iterator[None]:
+    """Show a bar of compiled pieces on standard error if that is a terminal; nothing elsewhere."""
+    from piecework.runtime.compile_progress import CompileProgress, show_progress
+
+    screen = Console(stderr=True)
+    if not screen.is_terminal:
+        yield
+        return
+    with show_progress(CompileProgress(screen)):
+        yield
+
+
 def show_source(out: Console, code: str) -> None:
     """Print Python source, highlighted on a terminal."""
     if out.is_terminal:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from piecework.cli.console import DIFFERS, console, show_source, step, typed_errors
+from piecework.cli.console import DIFFERS, compile_step, console, show_source, step, typed_errors
 
 
 def demo(
@@ -40,7 +40,7 @@ def demo(
         with step(out, f"Generating {tokens} tokens eagerly"):
             run_model(model, 2)  # the first call of anything is slow
             eager = run_model(model, tokens)
-        with step(out, f"Capturing, splitting and compiling with {backend}"):
+        with compile_step(out, f"Capturing, splitting and compiling with {backend}"):
             stitched = model.stitch(config)
         with step(out, f"Generating {tokens} tokens with the stitched model"):
             run_model(model, 2, stitched)

@@ -5,9 +5,14 @@ It never decides anything: compilation is the same without it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
-from rich.progress import TimeElapsedColumn as Elapsed
+from rich.progress import TimeElapsedColumn
+
+from piecework.runtime.step_bar import StepBar
 
 
 class CompileProgress:
@@ -17,47 +22,39 @@ class CompileProgress:
         console: where to draw.
 
     Example:
-        >>> backend.compiler_manager.progress = CompileProgress(Console(stderr=True))
+        >>> with show_progress(CompileProgress(Console(stderr=True))):
+        ...     stitched = piecework.compile(model, (x,))
     """
 
     def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
-        self._total = 0
-        self._done = 0
+        # A thread that redraws would be in the way of forked workers.
+        self._bar = StepBar(console, "compiling", TimeElapsedColumn(), auto_refresh=False)
 
     def started(self, total: int) -> None:
         """``total`` compilations lie ahead: different pieces times batch ranges."""
-        self._total, self._done = total, 0
-        if not self._console.is_terminal or total == 0:
-            return
-        self._bar = Progress(
-            TextColumn("compiling {task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            Elapsed(),
-            console=self._console,
-            transient=True,
-            auto_refresh=False,  # its thread would be in the way of forked workers
-        )
-        self._bar.start()
-        self._task = self._bar.add_task("", total=total)
+        self._bar.started(total)
 
     def finished(self, name: str, seconds: float, how: str = "") -> None:
         """One is done: ``how`` says where, such as "in a worker" or "from the cache"."""
-        self._done += 1
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, advance=1, description=name, refresh=True)
-            return
-        self._console.print(
-            f"[{self._done}/{self._total}] {name}: {seconds:.2f} s{f' {how}' if how else ''}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        self._bar.finished(name, f"{name}: {seconds:.2f} s{f' {how}' if how else ''}")
 
     def ended(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar, self._task = None, None
+        self._bar.ended()
+
+
+_SHOWN: ContextVar[CompileProgress | None] = ContextVar("piecework_compile_progress", default=None)
+
+
+def current_progress() -> CompileProgress | None:
+    """What `show_progress` has set in this context."""
+    return _SHOWN.get()
+
+
+@contextmanager
+def show_progress(progress: CompileProgress) -> Iterator[None]:
+    """For the block, ``progress`` is told of the pieces of every model that is compiled in this context."""
+    token = _SHOWN.set(progress)
+    try:
+        yield
+    finally:
+        _SHOWN.reset(token)

@@ -17,7 +17,7 @@ from piecework.codegen.origin import SymbolNames, origin_of_piece, value_of
 from piecework.codegen.structure import Structure, input_signature, structure_of
 from piecework.errors import BindError, InputError, PieceCompileError, PieceworkError
 from piecework.runtime import torch_compat
-from piecework.runtime.compile_progress import CompileProgress
+from piecework.runtime.compile_progress import CompileProgress, current_progress
 from piecework.runtime.compilers import CompiledPiece, make_compiler
 from piecework.runtime.compilers.reproducer import keep_reproducer
 from piecework.runtime.config import CompilationConfig
@@ -56,12 +56,12 @@ class CompilerManager:
     Attributes:
         config: the resolved configuration.
         seconds: time spent in the compiler.
-        progress: told of each compilation, if there is one.
+        progress: told of each compilation, if there is one; that of `show_progress` by default.
     """
 
     config: CompilationConfig
     seconds: float = 0.0
-    progress: CompileProgress | None = None
+    progress: CompileProgress | None = field(default_factory=current_progress)
     _ahead: dict[tuple[str, Range | None], RangeEntry] = field(default_factory=dict)
     _elsewhere: dict[tuple[str, Range | None], JobResult] = field(default_factory=dict)
     _done: dict[tuple[str, Range | None], CompiledPiece] = field(default_factory=dict)

@@ -5,6 +5,8 @@ It holds no weights and no data: inputs are made anew from their sizes, strides 
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import math
 import os
@@ -59,16 +61,27 @@ def keep_reproducer(
         folder = Path(config.debug_dump_path) / "failed"
         folder.mkdir(parents=True, exist_ok=True)
     sizes = "" if compile_range is None else f"_{_file_part(compile_range)}"
-    target = folder / f"{submod_name}{sizes}.py"
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{target.stem}.", suffix=".tmp")
+    return _write_beside(folder, f"{submod_name}{sizes}", text)
+
+
+def _write_beside(folder: Path, stem: str, text: str) -> Path:
+    """Write ``text``, whole or not at all, to ``stem.py``, or to ``stem-2.py`` and so on where another text lies there."""
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{stem}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
-        os.replace(temporary, target)
-    except BaseException:
+        for number in itertools.count(1):
+            target = folder / (f"{stem}.py" if number == 1 else f"{stem}-{number}.py")
+            if not target.exists():
+                with contextlib.suppress(FileExistsError):  # another process was faster
+                    os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+                    os.replace(temporary, target)
+                    return target
+            elif target.is_file() and target.read_text(encoding="utf-8") == text:
+                return target  # the same failure, kept before
+    finally:
         Path(temporary).unlink(missing_ok=True)
-        raise
-    return target
+    raise AssertionError("there is always a next number")
 
 
 def _file_part(compile_range: Range) -> str:

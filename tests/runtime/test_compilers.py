@@ -33,10 +33,10 @@ def mix(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
 
 
 class Model(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.enter = nn.Linear(8, 16)
-        self.leave = nn.Linear(8, 8)
+        self.enter = nn.Linear(width, 2 * width)
+        self.leave = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         left, right = self.enter(x).chunk(2, -1)
@@ -187,6 +187,23 @@ def test_the_reproducer_runs_as_a_file(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "compiled and ran\n"
+
+
+def test_failures_of_pieces_with_one_name_are_kept_beside_each_other(
+    picky: CompilationConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Picky, "refuses", "masked_fill")
+    paths = []
+    for width in (8, 8, 16):  # the second is the first once more
+        with pytest.raises(PieceCompileError) as caught:
+            piecework.compile(Model(width), (torch.randn(4, width),), config=picky)
+        paths.append(reproducer_in(caught.value))
+    assert [path.name for path in paths] == ["submod_2.py", "submod_2.py", "submod_2-2.py"]
+    assert "[16]" in paths[2].read_text() or "'16'" in paths[2].read_text()
+    assert sorted(each.name for each in paths[0].parent.iterdir()) == [
+        "submod_2-2.py",
+        "submod_2.py",
+    ]
 
 
 def test_a_piece_that_cant_be_kept_is_still_named(picky: CompilationConfig, monkeypatch) -> None:  # type: ignore[no-untyped-def]

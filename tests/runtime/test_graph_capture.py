@@ -294,7 +294,7 @@ def test_progress_on_a_terminal():
     text = console.file.getvalue()
     assert "2/2" in text
     assert "PIECEWISE tokens=1" in text
-    assert watcher._bar is None
+    assert not watcher._bar.is_shown
 
 
 def rendered(table):

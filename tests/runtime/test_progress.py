@@ -1,0 +1,87 @@
+"""Progress while pieces compile: a bar on a terminal, plain lines elsewhere, for every model of a block."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+import piecework
+from piecework.runtime.compile_progress import CompileProgress, current_progress, show_progress
+from piecework.runtime.step_bar import StepBar
+
+
+def test_plain_lines_where_there_is_no_terminal() -> None:
+    text = io.StringIO()
+    bar = StepBar(Console(file=text, width=20), "doing")
+    bar.started(2)
+    bar.finished("one", "one [not markup] and a line that is longer than the console is wide")
+    bar.finished("two", "two")
+    bar.ended()
+    assert text.getvalue().splitlines() == [
+        "[1/2] one [not markup] and a line that is longer than the console is wide",
+        "[2/2] two",
+    ]
+
+
+def test_a_bar_on_a_terminal_goes_away_at_the_end() -> None:
+    text = io.StringIO()
+    bar = StepBar(Console(file=text, width=80, force_terminal=True), "doing", auto_refresh=False)
+    bar.started(2)
+    bar.finished("first", "never shown")
+    bar.finished("second", "never shown")
+    bar.ended()
+    bar.ended()  # as often as one likes
+    drawn = text.getvalue()
+    assert "doing first" in drawn and "1/2" in drawn and "never shown" not in drawn
+    assert drawn.rstrip().endswith("\x1b[2K")  # erased
+    bar.started(0)
+    bar.ended()
+
+
+def test_every_model_of_a_block_is_shown_and_none_after_it() -> None:
+    text = io.StringIO()
+    config = piecework.CompilationConfig(backend="eager")
+    with show_progress(CompileProgress(Console(file=text, width=200))):
+        piecework.compile(torch.nn.Linear(4, 4), (torch.randn(2, 4),), config=config)
+        piecework.compile(torch.nn.Linear(8, 4), (torch.randn(2, 8),), config=config)
+    assert [line.partition(":")[0] for line in text.getvalue().splitlines()] == [
+        "[1/1] submod_0",
+        "[1/1] submod_0",
+    ]
+    assert current_progress() is None
+
+
+MODEL = """
+import torch
+
+def make():
+    return torch.nn.Linear(4, 4), (torch.randn(2, 4),)
+"""
+
+
+def test_the_command_line_shows_a_bar_on_a_terminal_and_nothing_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "progress_model.py").write_text(MODEL)
+    command = [sys.executable, "-m", "piecework", "compile", "progress_model:make", "--backend"]
+
+    def run(number: int, stderr: int) -> None:
+        arguments = [*command, "eager", "-o", str(tmp_path / f"out_{number}")]
+        subprocess.run(
+            arguments, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=stderr, check=True
+        )
+
+    reader, writer = pty.openpty()
+    run(1, writer)
+    os.close(writer)
+    seen = os.read(reader, 1 << 16).decode()
+    os.close(reader)
+    assert "compiling submod_0" in seen and "1/1" in seen
+    with (tmp_path / "plain").open("w") as plain:
+        run(2, plain.fileno())
+    assert (tmp_path / "plain").read_text() == ""
