@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
+from piecework.errors import StaticGraphError
 from piecework.integrations.transformers.request import (
     AttentionLayer,
     RequestState,
@@ -29,7 +30,16 @@ def dry_request(
     Example:
         >>> stitched_module(model).capture([1, 2, 4], context_for=dry_request)
         >>> model.generate(ids)  # decoding steps replay
+
+    Raises:
+        StaticGraphError: the mode is FULL: the graph would hold the attention of the dummy request.
     """
+    if mode is CUDAGraphMode.FULL:
+        raise StaticGraphError(
+            "a full graph would freeze the attention of a dummy request",
+            where=descriptor.describe(),
+            hint="capture in mode PIECEWISE, in which attention runs between the graphs",
+        )
     state = RequestState(
         layers=_EveryLayer(),
         batch=1,

@@ -1,0 +1,136 @@
+"""What calls of a captured model ran as: counted by graph and reason, whatever made them run uncaptured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import piecework
+from piecework.runtime.captured_report import calls_json, calls_table
+from piecework.runtime.config import CompilationConfig
+from piecework.runtime.forward_context import set_forward_context
+from piecework.runtime.graphs.capture import frozen_garbage
+
+EAGER = CompilationConfig(backend="eager")
+
+
+@piecework.splitting_op("capture_calls::fresh")
+def fresh(x: torch.Tensor) -> torch.Tensor:
+    return x * 3
+
+
+@fresh.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+class Dispatch(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class Function(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imports_are_no_garbage():
+    with frozen_garbage():
+        yield
+
+
+@pytest.fixture
+def stitched():
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    model = piecework.compile(lambda x: second(fresh(first(x))), (torch.randn(5, 4),), config=EAGER)
+    return model.capture([2, 4], progress=False, estimate=False)
+
+
+def counted(stitched) -> dict[str, int]:
+    return {row.reason: row.calls for row in stitched.call_report()}
+
+
+@pytest.mark.parametrize(
+    ("scope", "reason"),
+    [
+        (Dispatch, "a torch dispatch mode is active"),
+        (Function, "a torch function mode is active"),
+        (lambda: set_forward_context(skip_cuda_graphs=True), "the forward context skips graphs"),
+    ],
+)
+def test_calls_that_a_mode_keeps_from_the_graphs_are_counted(stitched, scope, reason: str) -> None:
+    x = torch.randn(4, 4)
+    expected = stitched(x)
+    with scope():
+        for _ in range(3):
+            torch.testing.assert_close(stitched(x), expected)
+    assert counted(stitched) == {reason: 3, "its size is captured": 1}
+
+
+def test_autocast_as_in_the_trace_is_counted() -> None:
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        model = piecework.compile(
+            lambda x: second(fresh(first(x))), (torch.randn(5, 4),), config=EAGER
+        )
+        model.capture([4], progress=False, estimate=False)
+        model(torch.randn(4, 4))
+    assert counted(model) == {"autocast is on": 1}
+
+
+def test_recording_gradients_and_a_default_device_keep_nothing_from_the_graphs(stitched) -> None:
+    x = torch.randn(4, 4, requires_grad=True)
+    with torch.enable_grad():
+        stitched(x)
+    with torch.device("cpu"):
+        stitched(x)
+        stitched(x)
+    assert counted(stitched) == {"its size is captured": 3}
+    stitched.capture([4], progress=False, estimate=False)
+    with torch.device("cpu"):
+        stitched(x)
+    assert counted(stitched)["its size is captured"] == 1
+
+
+def test_counts_survive_what_changes_the_answer(stitched) -> None:
+    x = torch.randn(3, 4)
+    stitched(x)
+    stitched(x)
+    stitched.static_graphs.release()
+    stitched(x)
+    stitched(torch.randn(9, 4))
+    assert counted(stitched) == {
+        "padded to the next captured size": 2,
+        "its graph was not captured, or was given up": 1,
+        "larger than every captured size": 1,
+    }
+
+
+def test_the_counts_as_a_table_and_as_plain_values(stitched) -> None:
+    for n in (3, 3, 9):
+        stitched(torch.randn(n, 4))
+    rows = stitched.call_report()
+    assert calls_json(rows) == [
+        {
+            "mode": "PIECEWISE",
+            "graph": "tokens=4",
+            "reason": "padded to the next captured size",
+            "calls": 2,
+        },
+        {
+            "mode": "NONE",
+            "graph": None,
+            "reason": "larger than every captured size",
+            "calls": 1,
+        },
+    ]
+    console = Console(width=100, record=True, file=None, quiet=True)
+    console.quiet = False
+    with console.capture() as shown:
+        console.print(calls_table(rows))
+    assert "What calls ran as" in shown.get() and "larger than every captured" in shown.get()
