@@ -129,7 +129,7 @@ def _review(places: Sequence[Path] | None, root: Path | None) -> None:
     if cases is not None:
         with _progress() as step:
             run = check_cases(cases, propose=True, two_seeds=False, progress=step)
-        broken = {r.case.expected.resolve(): r.problems for r in run.broken}
+        broken = {r.golden.resolve(): r.problems for r in run.broken}
     where = [_golden_place(place) for place in places] if places else [Path.cwd()]
     found = pending([*where, *([cases] if cases is not None else [])])
     goldens = list({golden.resolve(): golden for golden in found}.values())

@@ -1,21 +1,25 @@
 """Golden cases on disk. In: a folder of cases. Out: what each case emits, its graph and its inputs.
 
-A case is a folder with a ``graph.py``; its golden lies beside it. Nothing is compared or written here.
+A case is a folder with a ``graph.py``; its goldens lie beside it. Nothing is compared or written here.
 
 ``graph.py`` defines either ``build() -> torch.fx.GraphModule`` (a stitching graph) with, optionally, ``options() -> LowerOptions``;
 or ``stitched() -> StitchedModule`` for a captured model. ``inputs()`` gives a list of argument tuples: for the graph's
 placeholders, weights included, in the first form; for the model in the second. A captured case may also define
 ``around(stitched, call)``, a context to run a call in, and ``TEXT_MADE_WITH``, the versions that its golden was made with: Dynamo's
 names drift between releases, so under others the text is not compared and the other checks are.
+
+A case may emit texts of other kinds than stitching source. A captured one always emits its entry; ``texts(stitched)`` (``texts()`` in a case
+that has neither ``build`` nor ``stitched``) gives more by kind, such as the replay source of a captured size.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -27,10 +31,12 @@ import torch.fx
 from piecework.codegen import LowerOptions, StitchedSource, generate_source
 from piecework.errors import UsageError
 from piecework.golden.captured import graph_arguments
-from piecework.golden.without_lines import without_line_numbers
+from piecework.golden.snapshot import NEW_SUFFIX
+from piecework.golden.texts import STITCHED, EmittedText, text_of
 
 GRAPH_FILE = "graph.py"
-EXPECTED_FILE = "expected.py"
+ENTRY = "entry"
+_GOLDEN = re.compile(r"expected(?:_([a-z][a-z0-9_]*))?\.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,30 +46,48 @@ class Case:
     name: str
     directory: Path
 
-    @property
-    def expected(self) -> Path:
-        return self.directory / EXPECTED_FILE
+    def golden(self, kind: str = STITCHED) -> Path:
+        """Where the golden of one of its texts lies."""
+        return self.directory / ("expected.py" if kind == STITCHED else f"expected_{kind}.py")
 
-    def load(self) -> LoadedCase:
+    def load(self) -> CaseTexts:
         """Import ``graph.py`` and emit.
 
         Raises:
-            UsageError: ``graph.py`` defines neither ``build`` nor ``stitched``.
+            UsageError: ``graph.py`` defines none of ``build``, ``stitched`` and ``texts``, or names a kind that can't be a file's.
             PieceworkError: the graph cannot be emitted.
         """
-        module = _import(self.directory / GRAPH_FILE, self.name)
+        module = import_graph(self)
         torch.manual_seed(0)
-        stitched = getattr(module, "stitched", None)
-        if stitched is not None:
-            return self._captured(stitched(), module)
-        build = getattr(module, "build", None)
-        if build is None:
+        texts = getattr(module, "texts", None)
+        if hasattr(module, "stitched"):
+            stitched = module.stitched()
+            loaded = self._captured(stitched, module)
+            sources = {ENTRY: stitched.entry_source, **(texts(stitched) if texts else {})}
+            return CaseTexts(loaded, self._more(sources), loaded.compared)
+        if hasattr(module, "build"):
+            return CaseTexts(self._built(module))
+        if texts is None:
             raise UsageError(
-                "a case must define build() or stitched()",
+                "a case must define build(), stitched() or texts()",
                 where=f"{self.name}/{GRAPH_FILE}",
                 hint="build() returns the stitching graph, a torch.fx.GraphModule",
             )
-        gm = build()
+        return CaseTexts(None, self._more(texts()))
+
+    def _more(self, sources: Mapping[str, object]) -> dict[str, EmittedText]:
+        where = f"{self.name}/{GRAPH_FILE}"
+        for kind in sources:
+            if kind == STITCHED or kind_of(self.golden(kind)) != kind:
+                raise UsageError(
+                    f"{kind!a} can't be a kind of text",
+                    where=where,
+                    hint="use lower-case letters, digits and underscores, such as replay_8",
+                )
+        return {kind: text_of(source, where) for kind, source in sources.items()}
+
+    def _built(self, module: ModuleType) -> LoadedCase:
+        gm = module.build()
         options = module.options() if hasattr(module, "options") else LowerOptions()
         bound = tuple(node.name for node in _placeholders(gm) if node.name in options.bound)
         source = generate_source(gm, options)
@@ -84,17 +108,38 @@ class Case:
             self,
             stitched.split_gm,
             source,
-            without_line_numbers(source),
+            text_of(source, self.name).code,
             bound=tuple(row.name for row in source.module.bound),
             inputs=[graph_arguments(stitched, call, f"{self.name}/{GRAPH_FILE}") for call in calls],
             contexts=[partial(_as_stitched, around, stitched, call) for call in calls],
             compared=_made_with_installed(getattr(module, "TEXT_MADE_WITH", {})),
+            calls=[partial(stitched, *call) for call in calls],
         )
 
 
 @dataclass(frozen=True, slots=True)
+class CaseTexts:
+    """All texts of a case: its stitching source with what is needed to run it, and those of other kinds.
+
+    ``compared`` is False if the goldens were made with other versions, so that the texts say nothing here.
+    """
+
+    stitched: LoadedCase | None
+    more: Mapping[str, EmittedText] = field(default_factory=dict)
+    compared: bool = True
+
+    @property
+    def by_kind(self) -> dict[str, EmittedText]:
+        """Every text, stitching source first."""
+        if self.stitched is None:
+            return dict(self.more)
+        names = tuple(row.name for row in self.stitched.source.module.bound)
+        return {STITCHED: EmittedText(self.stitched.code, names), **self.more}
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedCase:
-    """What a case emits.
+    """The stitching source of a case.
 
     Attributes:
         gm: the stitching graph.
@@ -104,6 +149,7 @@ class LoadedCase:
         inputs: argument tuples for the placeholders of ``gm``.
         contexts: for each of them, what makes the context to run it in; empty if none is needed.
         compared: False if the golden was made with other versions, so that its text says nothing here.
+        calls: for each of them, the same call of the captured model; empty if none was captured.
     """
 
     case: Case
@@ -114,6 +160,7 @@ class LoadedCase:
     inputs: Sequence[tuple[object, ...]]
     contexts: Sequence[Callable[[], AbstractContextManager[None]]] = ()
     compared: bool = True
+    calls: Sequence[Callable[[], object]] = ()
 
     def context(self, number: int) -> AbstractContextManager[None]:
         """The context for ``inputs[number]``."""
@@ -136,8 +183,19 @@ def discover(root: Path) -> list[Case]:
     return [Case(directory.name, directory) for directory in found]
 
 
-def unreferenced(root: Path) -> list[Path]:
-    """Goldens that no case produces: folders without a graph, goldens outside of a case or by another name."""
+def kind_of(golden: Path) -> str | None:
+    """The kind of text that a golden (or ``.new``) of a case holds, by its name; None if that is no golden's."""
+    found = _GOLDEN.fullmatch(golden.name.removesuffix(NEW_SUFFIX))
+    return None if found is None else found.group(1) or STITCHED
+
+
+def unreferenced(root: Path, produced: Mapping[str, Collection[str]] | None = None) -> list[Path]:
+    """Goldens that no case produces: folders without a graph, goldens outside of a case or by another name.
+
+    Args:
+        root: the folder of cases.
+        produced: case → the kinds of text that it emits; of a case that is not in it every kind counts as emitted.
+    """
     found: list[Path] = []
     for path in sorted(root.iterdir()):
         if path.name.startswith((".", "__")):
@@ -147,8 +205,11 @@ def unreferenced(root: Path) -> list[Path]:
         elif not (path / GRAPH_FILE).is_file():
             found.append(path)
         else:
-            allowed = (EXPECTED_FILE, f"{EXPECTED_FILE}.new")
-            found += [p for p in sorted(path.glob("expected*")) if p.name not in allowed]
+            kinds = (produced or {}).get(path.name)
+            for golden in sorted(path.glob("expected*")):
+                kind = kind_of(golden)
+                if kind is None or (kinds is not None and kind not in kinds):
+                    found.append(golden)
     return found
 
 
@@ -166,12 +227,13 @@ def select(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
     return [known[name] for name in names] if names else list(cases)
 
 
-def _import(path: Path, name: str) -> ModuleType:
-    """Import ``path`` once for as long as it does not change: operators that it registers can be registered only once.
+def import_graph(case: Case) -> ModuleType:
+    """Import ``graph.py`` once for as long as it does not change: operators that it registers can be registered only once.
 
     The module's name is in the emitted source if the graph calls its functions, so it depends on the case's name alone.
     """
-    full_name = f"golden_case_{name}"
+    path = case.directory / GRAPH_FILE
+    full_name = f"golden_case_{case.name}"
     stamp = (str(path.resolve()), path.stat().st_mtime_ns)
     known = sys.modules.get(full_name)
     if known is not None and getattr(known, "__piecework_stamp__", None) == stamp:

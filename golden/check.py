@@ -1,4 +1,4 @@
-"""The four checks of a golden case. In: a folder of cases. Out: a `CaseResult` for each, and goldens that no case refers to.
+"""The four checks of a golden case. In: a folder of cases. Out: a `CaseResult` for each of their texts, and goldens that no case refers to.
 
 A text is equal, has no undefined name, does what `torch.fx.Interpreter` does, and is the same under two hash seeds. `check_cases` writes
 proposals only where it is told to; goldens are written by `update_cases` alone, and only texts that passed the other checks.
@@ -8,35 +8,56 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from piecework.errors import UsageError
 from piecework.golden import snapshot
-from piecework.golden.cases import GRAPH_FILE, Case, discover, select, unreferenced
-from piecework.golden.execute import differences
+from piecework.golden.cases import (
+    ENTRY,
+    GRAPH_FILE,
+    Case,
+    CaseTexts,
+    discover,
+    kind_of,
+    select,
+    unreferenced,
+)
+from piecework.golden.execute import call_differences, differences
 from piecework.golden.scope import undefined_names
 from piecework.golden.seeds import emit_in_other_process
 from piecework.golden.snapshot import Comparison, State
+from piecework.golden.texts import STITCHED, EmittedText
 
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class CaseResult:
-    """What the checks said of one case.
+    """What the checks said of one text of a case.
 
     Attributes:
         comparison: golden and emitted text; None if nothing could be emitted.
         problems: what is wrong with the emitted text itself, golden or not.
         written: the golden was replaced.
+        kind: which text; "stitched" is the stitching source.
     """
 
     case: Case
     comparison: Comparison | None
     problems: tuple[str, ...] = ()
     written: bool = False
+    kind: str = STITCHED
+
+    @property
+    def name(self) -> str:
+        """The case, and the kind of text if it is not stitching source."""
+        return self.case.name if self.kind == STITCHED else f"{self.case.name}: {self.kind}"
+
+    @property
+    def golden(self) -> Path:
+        return self.case.golden(self.kind)
 
     @property
     def same(self) -> bool:
@@ -112,38 +133,56 @@ def check_cases(
     for case in cases:
         if progress is not None:
             progress(case.name)
-        result = check_case(case, None if elsewhere is None else elsewhere[case.name])
-        if propose and result.comparison is not None:
-            snapshot.propose(result.comparison)
-        results.append(result)
-    strays = () if names else tuple(unreferenced(root))
+        found = check_case(case, None if elsewhere is None else elsewhere[case.name])
+        for result in found:
+            if propose and result.comparison is not None:
+                snapshot.propose(result.comparison)
+        results += found
+    emitted: dict[str, set[str]] = {}
+    for result in results:
+        if result.comparison is not None:
+            emitted.setdefault(result.case.name, set()).add(result.kind)
+    strays = () if names else tuple(unreferenced(root, emitted))
     return CheckRun(root, tuple(results), strays, propose)
 
 
-def check_case(case: Case, text_elsewhere: str | None = None) -> CaseResult:
-    """The four checks of one case; without ``text_elsewhere`` the last one is left out."""
+def check_case(
+    case: Case, texts_elsewhere: Mapping[str, str] | None = None
+) -> tuple[CaseResult, ...]:
+    """The four checks of each text of one case; without ``texts_elsewhere``, by kind, the last one is left out."""
     try:
         loaded = case.load()
     except UsageError:
         raise
     except Exception as error:  # noqa: BLE001 - a case's own code may raise anything
-        return CaseResult(case, None, (f"does not emit: {type(error).__name__}: {error}",))
-    problems: list[str] = []
+        problem = f"does not emit: {type(error).__name__}: {error}"
+        return (CaseResult(case, None, (problem,)),)
+    results: list[CaseResult] = []
+    for kind, text in loaded.by_kind.items():
+        problems = _problems_of(loaded, kind, text)
+        if texts_elsewhere is not None and texts_elsewhere.get(kind) != text.code:
+            there = texts_elsewhere.get(kind) or next(iter(texts_elsewhere.values()), "nothing")
+            problems.append(
+                f"differs under another hash seed: {_first_difference(text.code, there)}"
+            )
+        comparison = snapshot.compare(case.golden(kind), text.code)
+        if not loaded.compared and comparison.state is State.CHANGED:
+            comparison = replace(comparison, state=State.NOT_COMPARED)
+        results.append(CaseResult(case, comparison, tuple(problems), kind=kind))
+    return tuple(results)
+
+
+def _problems_of(loaded: CaseTexts, kind: str, text: EmittedText) -> list[str]:
+    """What is wrong with a text by itself: undefined names, or other results than its graph's."""
     try:
-        provided = [row.name for row in loaded.source.module.bound]
-        problems += undefined_names(loaded.code, provided)
+        problems = undefined_names(text.code, text.provided)
     except SyntaxError as error:
-        problems.append(f"does not parse: {error}")
-    else:
-        problems += differences(loaded)
-    if text_elsewhere is not None and text_elsewhere != loaded.code:
-        problems.append(
-            f"differs under another hash seed: {_first_difference(loaded.code, text_elsewhere)}"
-        )
-    comparison = snapshot.compare(case.expected, loaded.code)
-    if not loaded.compared and comparison.state is State.CHANGED:
-        comparison = replace(comparison, state=State.NOT_COMPARED)
-    return CaseResult(case, comparison, tuple(problems))
+        return [f"does not parse: {error}"]
+    if loaded.stitched is not None and kind == STITCHED:
+        problems += differences(loaded.stitched)
+    elif loaded.stitched is not None and kind == ENTRY:
+        problems += call_differences(loaded.stitched)
+    return problems
 
 
 def update_cases(
@@ -176,8 +215,12 @@ def accept_golden(golden: Path) -> None:
     if not (golden.parent / GRAPH_FILE).is_file():
         snapshot.accept(golden)
         return
-    result = check_case(Case(golden.parent.name, golden.parent))
     where = shown(golden)
+    kind = kind_of(golden)
+    results = check_case(Case(golden.parent.name, golden.parent))
+    result = next((each for each in results if each.kind == kind), None)
+    if result is None:
+        raise UsageError("the case emits no such text", where=where)
     if result.problems or result.comparison is None:
         raise UsageError(
             f"the text is wrong and was not accepted: {result.problems[0]}", where=where

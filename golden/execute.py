@@ -92,6 +92,34 @@ def differences(loaded: LoadedCase) -> list[str]:
     return problems
 
 
+def call_differences(loaded: LoadedCase) -> list[str]:
+    """Call the captured model with every input: each tensor that it returns must be one that the graph returns.
+
+    Its entry may have chosen another way through, such as the replay of a captured size with padding, so values may differ by rounding.
+    """
+    problems: list[str] = []
+    for number, (arguments, call) in enumerate(zip(loaded.inputs, loaded.calls, strict=True)):
+        where = f"inputs[{number}]"
+        try:
+            with loaded.context(number):
+                graph = _run(loaded.gm, Interpreter(loaded.gm).run, arguments)
+            with loaded.context(number):
+                result = call()
+        except Exception as error:  # noqa: BLE001 - whatever is raised is the finding
+            problems.append(f"{where}: the call fails: {_one_line(error)}")
+            continue
+        made = [tensor for _, tensor in _named(graph.result, "")]
+        for name, tensor in _named(result, "result"):
+            if not any(_close(tensor, each) for each in made):
+                problems.append(f"{where}: {name} is none of what the graph returns")
+    return problems
+
+
+def _close(left: torch.Tensor, right: torch.Tensor) -> bool:
+    same = left.shape == right.shape and left.dtype == right.dtype
+    return same and torch.allclose(left, right, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
 def _emitted(loaded: LoadedCase) -> Callable[..., object]:
     """The emitted function, called like the graph: with its bound placeholders in their places."""
     placeholders = [node.name for node in loaded.gm.graph.find_nodes(op="placeholder")]

@@ -36,21 +36,24 @@ class StitchedGolden:
         """Compare ``stitched`` with its golden; fail the test if they differ.
 
         Args:
-            stitched: what `piecework.compile` returned, a `StitchedSource`, a stitching graph, or the text itself.
+            stitched: what `piecework.compile` returned, its source, that of its entry or of a replay, a stitching graph, or text.
             name: tells apart several sources of one test.
 
         Raises:
             UsageError: this is nothing that has a source, or the golden was compared before.
         """
         __tracebackhide__ = True
-        text, bound = _text_of(stitched)
+        # Only now is torch needed; somebody who stitched something has it loaded.
+        from piecework.golden.texts import text_of
+
+        emitted = text_of(stitched, "stitched_golden")
         golden = golden_path(self.test_file, self.test_name, name)
         self._claim(golden)
         try:
-            problems = undefined_names(text, bound)
+            problems = undefined_names(emitted.code, emitted.provided)
         except SyntaxError as error:
             problems = [f"it does not parse: {error}"]
-        comparison = snapshot.compare(golden, text)
+        comparison = snapshot.compare(golden, emitted.code)
         if problems:
             pytest.fail("the emitted source is wrong: " + "; ".join(problems), pytrace=False)
         if comparison.state is State.SAME:
@@ -99,31 +102,3 @@ class StitchedGolden:
 
     def _shown(self, path: Path) -> str:
         return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
-
-
-def _text_of(stitched: object) -> tuple[str, list[str]]:
-    """The text to compare, without line numbers of other files, and the names that it expects to be bound."""
-    if isinstance(stitched, str):
-        return stitched, _bound_names(stitched)
-    # Only now is torch needed; somebody who stitched something has it loaded.
-    import torch.fx
-
-    from piecework.codegen import LowerOptions, StitchedSource, generate_source
-    from piecework.golden.without_lines import without_line_numbers
-
-    source = getattr(stitched, "source", stitched)
-    if isinstance(stitched, torch.fx.GraphModule):
-        source = generate_source(stitched, LowerOptions(line_numbers=False))
-    if not isinstance(source, StitchedSource):
-        raise UsageError(
-            f"a {type(stitched).__qualname__} has no emitted source",
-            where="stitched_golden",
-            hint="pass what piecework.compile returned, its .source, or text",
-        )
-    return without_line_numbers(source), [row.name for row in source.module.bound]
-
-
-def _bound_names(text: str) -> list[str]:
-    from piecework.golden.outline import outline_of
-
-    return list(outline_of(text, "stitched_golden").bound)

@@ -51,11 +51,11 @@ def _entry_of(result: CaseResult) -> Entry:
     if comparison.state is State.CHANGED:
         try:
             diff = compare_sources(comparison.before, comparison.after)
-            return Entry(result.case.name, "golden", "emitted", diff)
+            return Entry(result.name, "golden", "emitted", diff)
         except UsageError:
             note = "the golden is not Python; it would be replaced as a whole"
     same = compare_sources(comparison.after, comparison.after)
-    return Entry(result.case.name, "golden", "emitted", same, note, comparison.before)
+    return Entry(result.name, "golden", "emitted", same, note, comparison.before)
 
 
 def page(entries: Sequence[Entry], title: str = "piecework: changes of emitted source") -> str:

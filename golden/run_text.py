@@ -26,7 +26,7 @@ def run_lines(run: CheckRun) -> Iterator[Text]:
         if result.passed:
             continue
         word = "updated" if result.written else result.status
-        yield Text(f"{result.case.name}: {word}", style="bold")
+        yield Text(f"{result.name}: {word}", style="bold")
         for problem in result.problems:
             yield Text(f"  ! {problem}", style="bold red")
         yield from (Text("  ").append_text(line) for line in _case_summary(result))
@@ -70,7 +70,7 @@ def _next_steps(run: CheckRun) -> Iterator[Text]:
     accepted = [r for r in left if not r.problems]
     if accepted:
         everything = len(accepted) > _NAMED and len(accepted) == len(left)
-        names = [] if everything else [r.case.name for r in accepted]
+        names = [] if everything else list(dict.fromkeys(r.case.name for r in accepted))
         yield Text(f"To accept: {update_command(names, run.root)}")
 
 
@@ -87,10 +87,11 @@ def run_as_json(run: CheckRun) -> dict[str, object]:
 def _case_as_json(result: CaseResult, run: CheckRun) -> dict[str, object]:
     entry: dict[str, object] = {
         "name": result.case.name,
+        "kind": result.kind,
         "status": result.status,
         "written": result.written,
         "problems": list(result.problems),
-        "golden": str(result.case.expected),
+        "golden": str(result.golden),
     }
     comparison = result.comparison
     if comparison is not None and not result.same and not result.problems:

@@ -132,9 +132,7 @@ def _pending_under(place: Path) -> Iterator[Path]:
         )
         in_store = STORE_NAME in Path(folder).parts
         for name in files:
-            if name.endswith(f".py{NEW_SUFFIX}") and (
-                in_store or name == f"expected.py{NEW_SUFFIX}"
-            ):
+            if name.endswith(f".py{NEW_SUFFIX}") and (in_store or name.startswith("expected")):
                 yield golden_of(Path(folder) / name)
 
 

@@ -20,11 +20,9 @@ CASES = Path(__file__).parents[2] / "golden" / "cases"
 @cache
 def loaded_cases() -> tuple[LoadedCase, ...]:
     """The hand-written graphs; captured models need a capture, and have the same kinds of statements."""
-    return tuple(
-        case.load()
-        for case in discover(CASES)
-        if "def build(" in (case.directory / "graph.py").read_text()
-    )
+    written = [c for c in discover(CASES) if "def build(" in (c.directory / "graph.py").read_text()]
+    loaded = [case.load().stitched for case in written]
+    return tuple(each for each in loaded if each is not None)
 
 
 Edit = Callable[[ast.AST], None]

@@ -14,7 +14,13 @@ from piecework.cli.golden import golden_app
 from piecework.errors import UsageError
 from piecework.golden import snapshot
 from piecework.golden.cases import discover
-from piecework.golden.check import CheckRun, check_case, check_cases, update_cases
+from piecework.golden.check import (
+    CheckRun,
+    accept_golden,
+    check_case,
+    check_cases,
+    update_cases,
+)
 from piecework.golden.seeds import emit_in_other_process
 
 GRAPH = """
@@ -39,6 +45,7 @@ ADD = "operator.add, (x, 1)"
 MULTIPLY = "operator.mul, (x, 2)"
 
 MakeCase = Callable[[str, str], Path]
+CASES = Path(__file__).parents[2] / "golden" / "cases"
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +77,7 @@ def update(root: Path) -> CheckRun:
 
 
 def statuses(run: CheckRun) -> dict[str, str]:
-    return {result.case.name: result.status for result in run.results}
+    return {result.case.name: result.status for result in run.results if result.kind == "stitched"}
 
 
 def test_new_then_same_then_changed(make_case: MakeCase, tmp_path: Path) -> None:
@@ -141,9 +148,81 @@ def test_text_that_depends_on_the_hash_seed_is_found(make_case: MakeCase, tmp_pa
     make_case("golden_e", text)
     make_case("golden_f", GRAPH.format(operation=ADD))
     elsewhere = emit_in_other_process(tmp_path, ["golden_e", "golden_f"])
-    depends, stable = (check_case(c, elsewhere[c.name]) for c in discover(tmp_path))
+    (depends,), (stable,) = (check_case(c, elsewhere[c.name]) for c in discover(tmp_path))
     assert any("differs under another hash seed: line" in p for p in depends.problems)
     assert stable.problems == ()
+
+
+TEXTS = """
+def texts():
+    return {{"replay_8": "def replay():\\n    return {value}\\n", "other": "def replay(): pass\\n"}}
+"""
+
+
+def test_a_case_may_emit_texts_of_other_kinds(make_case: MakeCase, tmp_path: Path) -> None:
+    directory = make_case("golden_k", TEXTS.format(value=1))
+    run = check(tmp_path)
+    assert {result.name: result.status for result in run.results} == {
+        "golden_k: replay_8": "new",
+        "golden_k: other": "new",
+    }
+    golden = directory / "expected_replay_8.py"
+    assert snapshot.pending([tmp_path]) == [directory / "expected_other.py", golden]
+    accept_golden(golden)
+    assert "return 1" in golden.read_text()
+    update(tmp_path)
+    assert check(tmp_path).passed
+    make_case("golden_k", TEXTS.format(value="undefined"))
+    (broken,) = update(tmp_path).broken
+    assert broken.problems == ("line 2: 'undefined' is not defined",) and not broken.written
+    with pytest.raises(UsageError, match="the text is wrong"):
+        accept_golden(golden)
+    make_case("golden_k", TEXTS.format(value=2).replace("other", "another"))
+    run = check(tmp_path)
+    assert (
+        run.unreferenced
+        == (directory / "expected_other.py", directory / "expected_other.py.new")[:1]
+    )
+    with pytest.raises(UsageError, match="emits no such text"):
+        accept_golden(directory / "expected_other.py")
+
+
+def test_a_text_of_another_kind_that_depends_on_the_hash_seed_is_found(
+    make_case: MakeCase, tmp_path: Path
+) -> None:
+    words = " ".join(f"word{n}" for n in range(12))
+    make_case(
+        "golden_l",
+        f"def texts():\n    return {{'replay': 'def replay(): return ' + repr(list(set('{words}'.split())))}}\n",
+    )
+    elsewhere = emit_in_other_process(tmp_path, ["golden_l"])
+    ((result,),) = (check_case(c, elsewhere[c.name]) for c in discover(tmp_path))
+    assert any("differs under another hash seed: line" in p for p in result.problems)
+
+
+@pytest.mark.parametrize("kind", ["stitched", "a b", "../x", "Replay", "", 1])
+def test_a_kind_that_can_not_be_a_files_name_is_refused(
+    make_case: MakeCase, tmp_path: Path, kind: object
+) -> None:
+    make_case("golden_m", f"def texts():\n    return {{{kind!r}: 'def replay(): pass'}}\n")
+    with pytest.raises(UsageError, match="can't be a kind of text"):
+        check(tmp_path)
+
+
+def test_an_entry_that_returns_something_else_is_found(make_case: MakeCase, tmp_path: Path) -> None:
+    graph = (
+        (CASES / "captured_module" / "graph.py")
+        .read_text()
+        .replace("golden_captured_module", "golden_n")
+    )
+    make_case(
+        "golden_n",
+        graph
+        + "\n\ninner = stitched\n\ndef stitched():\n    module = inner()\n    module.entry.__globals__['execution_fn'] = lambda *a, **k: (torch.zeros(1),)\n    return module\n",
+    )
+    broken = [result for result in check(tmp_path).results if result.problems]
+    assert [result.kind for result in broken] == ["entry"]
+    assert "is none of what the graph returns" in broken[0].problems[0]
 
 
 def test_unreferenced_goldens_fail(make_case: MakeCase, tmp_path: Path) -> None:
@@ -165,7 +244,7 @@ def test_misuse_is_refused(make_case: MakeCase, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no golden cases here"):
         check(tmp_path)
     make_case("golden_h", "def something(): ...")
-    with pytest.raises(UsageError, match=r"must define build\(\) or stitched\(\)"):
+    with pytest.raises(UsageError, match=r"must define build\(\), stitched\(\) or texts\(\)"):
         check(tmp_path)
     with pytest.raises(UsageError, match="no golden case 'other'"):
         check(tmp_path, "other")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
-import re
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,23 +17,17 @@ from piecework.codegen.layout import MODE
 from piecework.codegen.replay_check import verify_replay
 from piecework.codegen.replay_plan import Frozen, InPlace, ReplayFacts, ReplaySource
 from piecework.errors import EmitError
+from piecework.golden.cases import Case, import_graph
 from piecework.runtime import captured_replay as captured_module
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.forward_context import set_forward_context
 from piecework.runtime.graphs.capture import frozen_garbage
 
 EAGER = CompilationConfig(backend="eager")
-GOLDEN = Path(__file__).parent.parent / "golden" / "replay"
+CASES = Path(__file__).parent.parent.parent / "golden" / "cases"
 
 
-def load_stack():
-    spec = importlib.util.spec_from_file_location("replay_stack", GOLDEN / "replay_stack.py")
-    module = sys.modules["replay_stack"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-stack = load_stack()
+stack = import_graph(Case("captured_replay", CASES / "captured_replay"))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -83,16 +74,6 @@ def test_every_size_from_one_equals_the_uncaptured_run(compiled) -> None:
             uncaptured = stitched(x)
         torch.testing.assert_close(stitched(x), uncaptured, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(stitched(x), model(x), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("policy", ["copy", "eager"])
-def test_the_text_is_the_pinned_one(compiled, policy: str) -> None:
-    """After a change that is meant, write the new text into tests/golden/replay/."""
-    _, stitched = compiled
-    capture(stitched, [8], address_policy=policy)
-    code = stitched.static_graphs.source_for(8).code
-    pinned = (GOLDEN / f"stack_{policy}.golden").read_text(encoding="utf-8")
-    assert re.sub(r"\.py:\d+", ".py", code) == pinned
 
 
 @pytest.mark.parametrize("policy", ["copy", "eager"])

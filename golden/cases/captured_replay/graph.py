@@ -1,11 +1,10 @@
-"""The model whose replay source is pinned: out-buffers and fresh tensors, an alias of memory, a passed-through input."""
+"""Captured, with static graphs: out-buffers and fresh tensors, an alias of memory, a passed-through input; replayed with copies and without."""
 
-from __future__ import annotations
-
+import piecework
 import torch
 from torch import nn
 
-import piecework
+TEXT_MADE_WITH = {"torch": "2.13"}
 
 
 @piecework.splitting_op("replay_golden::mix", mutates_args=("out",))
@@ -45,3 +44,24 @@ class Stack(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return x
+
+
+def stitched() -> piecework.StitchedModule:
+    torch.manual_seed(0)
+    model = Stack().requires_grad_(False)
+    config = piecework.CompilationConfig(backend="eager")
+    return piecework.compile(model, (torch.randn(4, 8),), config=config)
+
+
+def texts(module: piecework.StitchedModule) -> dict[str, object]:
+    """The replay of one size under both address policies; calls after this are served by the second."""
+    sources = {}
+    for policy in ("eager", "copy"):
+        module.capture([8], progress=False, estimate=False, poison=True, address_policy=policy)
+        sources[f"replay_{policy}"] = module.static_graphs.source_for(8)
+    return sources
+
+
+def inputs() -> list[tuple[object, ...]]:
+    torch.manual_seed(1)
+    return [(torch.randn(rows, 8),) for rows in (8, 5, 9)]
