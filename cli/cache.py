@@ -73,7 +73,8 @@ def list_command(cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
         )
     out = console()
     out.print(table)
-    out.print(f"{root}: {len(entries)} entries, {_size(sum(entry.bytes for entry in entries))}")
+    count = f"{len(entries)} {'entry' if len(entries) == 1 else 'entries'}"
+    out.print(f"{root}: {count}, {_size(sum(entry.bytes for entry in entries))}")
 
 
 @cache_app.command(epilog="Example: piecework cache explain 3fd6 --to 91c0")
@@ -109,7 +110,7 @@ def explain(
             raise CacheError("the cache has no readable key", where=str(_root(cache_dir)))
         if to is not None:
             others = (_find(keys, to),)
-        explanation = compare(current, others)
+        explanation = compare(current, others, is_saved=factors is None)
     if as_json:
         _print_json(_explanation_data(explanation))
     else:
@@ -259,6 +260,7 @@ def _explanation_data(explanation: Explanation) -> dict[str, object]:
     ]
     return {
         "current": explanation.current,
+        "is_saved": explanation.is_saved,
         "found": explanation.found,
         "nearest": None if explanation.nearest is None else explanation.nearest.hash,
         "keys_seen": explanation.keys_seen,

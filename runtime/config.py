@@ -56,6 +56,7 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 _A_PATH = "a path does not change what is compiled"
+_A_BATCH_RANGE = "each compiled form is kept under its own batch range"
 _A_CAPTURE_SIZE = "captured graphs are not cached, and the code is the same for every size"
 
 
@@ -111,12 +112,12 @@ class CompilationConfig(FrozenModel):
     compile_mm_encoder: Annotated[
         bool, ignored("it decides whether an encoder is compiled, not how")
     ] = Field(False, description="Compile a multimodal model's encoder too.")
-    compile_sizes: Annotated[CompileSizes, KEY] = Field(
+    compile_sizes: Annotated[CompileSizes, ignored(_A_BATCH_RANGE)] = Field(
         (),
         description="Batch sizes that get code for exactly that size, which wins over a range. "
         '`"cudagraph_capture_sizes"` stands for those.',
     )
-    compile_ranges_endpoints: Annotated[Endpoints, KEY] = Field(
+    compile_ranges_endpoints: Annotated[Endpoints, ignored(_A_BATCH_RANGE)] = Field(
         (),
         validation_alias=AliasChoices("compile_ranges_endpoints", "compile_ranges_split_points"),
         description="Last sizes of the compiled ranges: `[1, e0] [e0+1, e1] …` up to the largest "

@@ -28,12 +28,21 @@ class SavedKey:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """How the current key relates to the cache; `nearest` is ``None`` when there is nothing to compare with."""
+    """How the current key relates to others in the cache.
+
+    Attributes:
+        current: its hash.
+        nearest: the key that differs in the fewest factors; ``None`` when there is nothing to compare with.
+        differences: those factors.
+        keys_seen: how many keys it was compared with.
+        is_saved: whether the current key is itself one of the cache's, and was compared with the others.
+    """
 
     current: str
     nearest: SavedKey | None
     differences: tuple[Difference, ...]
     keys_seen: int
+    is_saved: bool = False
 
     @property
     def found(self) -> bool:
@@ -41,13 +50,18 @@ class Explanation:
         return self.nearest is not None and not self.differences
 
     def __str__(self) -> str:
+        current = _short(self.current)
+        place = "is in the cache" if self.is_saved else "is not in the cache"
+        other = "other key" if self.is_saved else "key"
         if self.nearest is None:
-            return f"{self.current}: the cache has no other key to compare with"
+            return f"{current} {place}, which has no {other} to compare it with"
         if self.found:
-            return f"{self.current}: the cache has this key"
-        lines = [
-            f"{self.current}: not in the cache; nearest of {self.keys_seen} is {self.nearest.hash}"
-        ]
+            return f"{current} is in the cache"
+        if self.keys_seen == 1:
+            others = f"The only {other} is {_short(self.nearest.hash)}"
+        else:
+            others = f"The nearest of {self.keys_seen} {other}s is {_short(self.nearest.hash)}"
+        lines = [f"{current} {place}. {others}; from that one to this one:"]
         return "\n".join([*lines, *(f"  {difference}" for difference in self.differences)])
 
 
@@ -56,13 +70,15 @@ def explain(current_factors: KeyFactors, root: str | os.PathLike[str]) -> Explan
     return compare(current_factors, saved_keys(root))
 
 
-def compare(current_factors: KeyFactors, keys: tuple[SavedKey, ...]) -> Explanation:
-    """The same over keys that are already read."""
+def compare(
+    current_factors: KeyFactors, keys: tuple[SavedKey, ...], *, is_saved: bool = False
+) -> Explanation:
+    """The same over keys that are already read; ``is_saved``: the current key is in the cache too, and not among them."""
     if not keys:
-        return Explanation(current_factors.hash, None, (), 0)
+        return Explanation(current_factors.hash, None, (), 0, is_saved)
     compared = [(current_factors.differences(key.factors), key) for key in keys]
     differences, nearest = min(compared, key=lambda pair: (len(pair[0]), -pair[1].last_used))
-    return Explanation(current_factors.hash, nearest, differences, len(keys))
+    return Explanation(current_factors.hash, nearest, differences, len(keys), is_saved)
 
 
 def saved_keys(root: str | os.PathLike[str]) -> tuple[SavedKey, ...]:
@@ -92,3 +108,8 @@ def read_factors_file(path: str | os.PathLike[str]) -> KeyFactors:
     except OSError as error:
         raise CacheError(f"cannot be read: {error.strerror}", where=str(path)) from error
     return KeyFactors.from_json(raw, where=str(path))
+
+
+def _short(key: str) -> str:
+    """As much of a hash as `piecework cache ls` shows."""
+    return key[:12]

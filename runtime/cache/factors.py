@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from piecework.errors import CacheError
 FORMAT = 1
 HASH_DIGITS = 32
 MAX_FACTORS_BYTES = 16 << 20
+_DIGEST = re.compile(r"[0-9a-f]{32,}")
 GROUPS = ("versions", "device", "config", "environment", "sources", "model", "signing")
 
 
@@ -45,7 +47,7 @@ class Difference:
             return f"{title} is new ({_short(self.current)})"
         if self.current is None:
             return f"{title} is gone (was {_short(self.cached)})"
-        if self.group == "sources":
+        if _DIGEST.fullmatch(self.cached) and _DIGEST.fullmatch(self.current):
             return f"{title} has changed"
         return f"{title}: {_short(self.cached)} -> {_short(self.current)}"
 
@@ -192,4 +194,6 @@ def _as_bytes(parts: Iterable[str | bytes]) -> Iterable[bytes]:
 
 def _short(value: str | None) -> str:
     text = "" if value is None else value
+    if _DIGEST.fullmatch(text):
+        return text[:12]
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -85,6 +85,7 @@ def test_the_key_ignores_what_does_not_change_the_code() -> None:
     assert key(cudagraph_capture_sizes=[1, 2, 4]) == base
     assert key(cudagraph_num_of_warmups=3) == base
     assert key(debug_dump_path="/tmp/anywhere") == base
+    assert key(compile_sizes=[1, 8], compile_ranges_endpoints=[16]) == base
     assert key(inductor_compile_config={"max_autotune": True}) != base
 
 
@@ -168,6 +169,18 @@ def test_a_source_file_that_is_read_is_in_the_key(tmp_path: Path) -> None:
         return opened(trace).entry.directory
 
     assert factors("one") == factors("one") != factors("two")
+
+
+@pytest.mark.inductor
+def test_one_more_batch_size_compiles_that_size_only(own_compile_cache: Path) -> None:
+    model, x = torch.nn.Linear(8, 8), torch.randn(4, 8)
+    for sizes, new in (((), 1), ((2,), 2), ((2, 3), 1)):  # [1, up] and "all" are told apart
+        config = CompilationConfig(compile_sizes=list(sizes))
+        with piecework.counters.expect(num_inductor_compiles=new):
+            stitched = piecework.compile(model, (x,), config=config)
+        for batch in (2, 3, 5):
+            x = torch.randn(batch, 8)
+            torch.testing.assert_close(stitched(x), model(x))
 
 
 @pytest.mark.inductor

@@ -82,7 +82,7 @@ def test_explain_factors_of_a_run(root: Path, tmp_path: Path) -> None:
     path.write_bytes(factors("bf16").to_json())
     result = run("explain", "--factors", path, "--cache-dir", root)
     assert result.exit_code == 0
-    assert "has this key" in result.output
+    assert "is in the cache" in result.output
 
 
 def test_verify(root: Path) -> None:

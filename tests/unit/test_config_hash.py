@@ -62,6 +62,8 @@ NEVER = {
     "debug_dump_path",
     "cache_dir",
     "compile_cache_save_format",
+    "compile_ranges_endpoints",
+    "compile_sizes",
     "cudagraph_num_of_warmups",
     "cudagraph_capture_sizes",
     "max_cudagraph_capture_size",
@@ -150,13 +152,13 @@ def test_options_of_another_type_are_another_key(left, right):
 KEYED = {
     "mode": st.sampled_from([0, 3]),
     "backend": st.sampled_from(["inductor", "eager"]),
-    "compile_sizes": st.sets(st.integers(1, 2)).map(sorted).map(tuple),
-    "compile_ranges_endpoints": st.sets(st.integers(1, 2)).map(sorted).map(tuple),
     "cudagraph_copy_inputs": st.booleans(),
     "splitting_ops": st.none() | st.frozensets(st.sampled_from(["a::b", "c::d"])),
 }
 IGNORED = {
     "cache_dir": st.sampled_from(["a", "b"]),
+    "compile_sizes": st.sets(st.integers(1, 2)).map(sorted).map(tuple),
+    "compile_ranges_endpoints": st.sets(st.integers(1, 2)).map(sorted).map(tuple),
     "cudagraph_num_of_warmups": st.integers(0, 2),
     "cudagraph_capture_sizes": st.none() | st.just((1, 2)),
     "compile_cache_save_format": st.sampled_from(["binary", "unpacked"]),
