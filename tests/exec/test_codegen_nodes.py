@@ -640,34 +640,6 @@ def test_auto_functionalized_is_a_call_like_any_other() -> None:
     assert "torch.ops.higher_order.auto_functionalized(" in source.code
 
 
-def test_a_triton_kernel_call_is_emitted_and_proved() -> None:
-    pytest.importorskip("triton")
-    import torch._higher_order_ops.triton_kernel_wrap
-
-    wrapper = torch.ops.higher_order.triton_kernel_wrapper_mutation
-
-    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
-        out = g.call_function(torch.empty_like, (x,))
-        grid = [(1, 1, 1)]
-        g.call_function(
-            wrapper,
-            (),
-            {
-                "kernel_idx": 0,
-                "constant_args_idx": 1,
-                "grid": grid,
-                "tma_descriptor_metadata": {},
-                "kwargs": {"in_ptr": x, "out_ptr": out},
-            },
-        )
-        return out
-
-    source = generate_source(graph_of(build, "x"))
-    assert source.proof is not None and source.proof.events == 2
-    assert "triton_kernel_wrapper_mutation(" in source.code
-    assert 'kwargs={"in_ptr": x, "out_ptr": empty_like}' in source.code
-
-
 # --- signatures and outputs ----------------------------------------------------------------------
 
 
