@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -40,9 +41,22 @@ LEVERS = (
 )
 B2 = 1.05
 B3 = {"custom_op": 1.65, "light": 1.08}
+B3_CPP = 1.2
+CPP = "piecework, cpp_wrapper"
 WINDOW = 0.002
+SECONDS = (
+    13.0  # for one setting; all of them and their compilation are done in ten minutes on two cores
+)
 
 Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How long a line-up is timed: until it had so many rounds, or took so many seconds."""
+
+    rounds: int
+    seconds: float
 
 
 def run(
@@ -53,15 +67,17 @@ def run(
     rounds: int = 300,
     stock: bool = True,
     levers: bool = True,
+    seconds: float = SECONDS,
     report: Report = lambda text: None,
 ) -> Result:
     """Compare the contenders in every setting.
 
     Args:
         layers, batches, registrations: the settings.
-        rounds: how often a line-up is timed.
+        rounds: how often a line-up is timed, at most.
         stock: take part in ``torch.compile`` too.
         levers: also measure piecework with each lever off, at 16 layers and batch 4.
+        seconds: how long a line-up is timed, at most.
         report: told what happens.
 
     Raises:
@@ -69,21 +85,23 @@ def run(
     """
     rows: list[Row] = []
     targets: list[Target] = []
+    effort = Effort(rounds, seconds)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.no_grad():
             for registration in registrations:
                 for depth in layers:
-                    found = _depth(depth, batches, registration, rounds, stock, report)
+                    found = _depth(depth, batches, registration, effort, stock, report)
                     rows += found
                     targets += _targets(found, registration, depth)
                 if levers:
-                    rows += _levers(16, 4, registration, rounds, report)
+                    rows += _levers(16, 4, registration, effort, report)
     finally:
         torch.set_num_threads(threads)
     notes = (
-        f"{rounds} interleaved rounds per setting, one thread, no_grad; processor time, µs of the fastest round, ratios of the fastest tenth",
+        f"at most {rounds} interleaved rounds and {seconds:g} s per setting, one thread, no_grad",
+        "processor time, µs of the fastest round, ratios of the fastest tenth",
     )
     return Result("B2, B3: host overhead", tuple(rows), tuple(targets), machine(), notes)
 
@@ -92,7 +110,7 @@ def _depth(
     depth: int,
     batches: Sequence[int],
     registration: str,
-    rounds: int,
+    effort: Effort,
     stock: bool,
     report: Report,
 ) -> list[Row]:
@@ -104,22 +122,27 @@ def _depth(
             continue
         torch.compiler.reset()
         start = time.perf_counter()
-        calls = _calls(depth, registration, unbacked, stock)
+        calls = calls_for(depth, registration, unbacked, stock)
+        if stock and (depth, registration, unbacked) == (32, "light", False):
+            cpp = CompilationConfig(inductor_compile_config={"cpp_wrapper": True})
+            calls[CPP] = calls_for(depth, registration, False, False, cpp)["piecework"]
         report(
             f"{registration}, {depth} layers{', any batch' if unbacked else ''}: compiled in {time.perf_counter() - start:.0f} s"
         )
         for batch in mine:
-            rows += _measure(calls, depth, batch, registration, rounds)
+            rows += _measure(calls, depth, batch, registration, effort)
+            report(f"{registration}, {depth} layers, batch {batch}: measured")
     return rows
 
 
-def _calls(
+def calls_for(
     depth: int,
     registration: str,
-    unbacked: bool,
-    stock: bool,
+    unbacked: bool = False,
+    stock: bool = False,
     config: CompilationConfig | None = None,
 ) -> dict[str, Call]:
+    """The contenders of one setting by name, compiled; see `prepare`."""
     model = build(depth, REGISTRATIONS[registration]())
     ready = prepare(
         model,
@@ -135,10 +158,10 @@ def _calls(
 
 
 def _measure(
-    calls: dict[str, Call], depth: int, batch: int, registration: str, rounds: int
+    calls: dict[str, Call], depth: int, batch: int, registration: str, effort: Effort
 ) -> list[Row]:
     setting: dict[str, object] = {"op": registration, "layers": depth, "batch": batch}
-    timings = _timings(calls, batch, rounds)
+    timings = _timings(calls, batch, effort)
     limit = timings["limit"]
     rows = []
     for name, timing in timings.items():
@@ -149,7 +172,7 @@ def _measure(
     return rows
 
 
-def _timings(calls: dict[str, Call], batch: int, rounds: int) -> dict[str, Timing]:
+def _timings(calls: dict[str, Call], batch: int, effort: Effort) -> dict[str, Timing]:
     ids = token_ids(batch)
     expected = calls["eager"](ids)
     for name, call in calls.items():
@@ -159,7 +182,8 @@ def _timings(calls: dict[str, Call], batch: int, rounds: int) -> dict[str, Timin
             raise PieceworkError(f"contender {name} differs from the model by {worst:g}")
     return measure(
         {name: (lambda c=call: c(ids)) for name, call in calls.items()},
-        rounds=rounds,
+        rounds=effort.rounds,
+        seconds=effort.seconds,
         window=WINDOW,
     )
 
@@ -174,22 +198,28 @@ def _targets(rows: Sequence[Row], registration: str, depth: int) -> list[Target]
         faster = 1 / found["piecework"].ratios["stock"]
         text = f"{registration}, {depth} layers: faster than torch.compile"
         targets.append(Target("B3", text, B3[registration], faster, at_most=False))
+    if depth == 32 and CPP in found:
+        faster = 1 / found[CPP].ratios["stock"]
+        text = f"{registration}, {depth} layers, cpp_wrapper: faster than torch.compile"
+        targets.append(Target("B3", text, B3_CPP, faster, at_most=False))
     return targets
 
 
-def _levers(depth: int, batch: int, registration: str, rounds: int, report: Report) -> list[Row]:
+def _levers(depth: int, batch: int, registration: str, effort: Effort, report: Report) -> list[Row]:
     """piecework with each lever off in turn, and with all of them off."""
     torch.compiler.reset()
-    base = _calls(depth, registration, False, stock=False, config=CompilationConfig())
+    base = calls_for(depth, registration, False, stock=False, config=CompilationConfig())
     line_up: dict[str, Call] = {
         name: call for name, call in base.items() if name in ("eager", "piecework", "limit")
     }
     for label, off in (*((f"without {name}", (name,)) for name in LEVERS), ("no lever", LEVERS)):
         levers = StitchingConfig(**dict.fromkeys(off, False))
         config = CompilationConfig(stitching_config=levers)
-        line_up[label] = _calls(depth, registration, False, stock=False, config=config)["piecework"]
+        line_up[label] = calls_for(depth, registration, False, stock=False, config=config)[
+            "piecework"
+        ]
     report(f"{registration}: compiled with each lever off")
-    timings = _timings(line_up, batch, rounds)
+    timings = _timings(line_up, batch, effort)
     limit = timings["limit"]
     setting: dict[str, object] = {"op": registration, "layers": depth, "batch": f"{batch}, levers"}
     return [
@@ -208,21 +238,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, nargs="+", default=list(LAYERS))
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--ops", nargs="+", choices=sorted(REGISTRATIONS), default=None)
-    parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--rounds", type=int, default=300, help="of each setting, at most")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of each setting, at most")
     parser.add_argument("--no-stock", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-levers", action="store_true", help="leave the breakdown out")
     options = parser.parse_args(arguments)
     console = Console(stderr=True)
+    start = time.monotonic()
     result = run(
         options.layers,
         options.batches,
         options.ops or tuple(REGISTRATIONS),
         rounds=options.rounds,
+        seconds=options.seconds,
         stock=not options.no_stock,
         levers=not options.no_levers,
-        report=lambda text: console.print(text, style="dim"),
+        report=lambda text: console.print(
+            f"{time.monotonic() - start:4.0f} s  {text}", style="dim"
+        ),
     )
-    result.print()
+    result.print(Console(width=110))
     if options.out is not None:
         for path in result.save(options.out, "host_overhead"):
             print(f"wrote {path}")

@@ -6,6 +6,7 @@ It never judges a result: correctness is checked by the caller, before anything 
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ Clock = Callable[[], float]
 SLOW = 8  # a contender that needs this many windows for one call takes part in few rounds
 SPARSE = 10
 WARM = 3  # untimed calls before each window
+FEWEST = 20  # rounds, however long they take
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +60,9 @@ def measure(
     rounds: int = 400,
     window: float = 0.0004,
     clock: Clock = time.thread_time,
+    seconds: float = math.inf,
 ) -> dict[str, Timing]:
-    """Time each contender in turn, ``rounds`` times over, with garbage collection off.
+    """Time each contender in turn, ``rounds`` times over or for so many ``seconds``, with garbage collection off.
 
     Each window follows a few untimed calls of the same contender: none is timed on the caches of its neighbour.
 
@@ -70,6 +73,7 @@ def measure(
             that most windows are not interrupted.
         clock: seconds; by default the processor time of this thread, which other programs on the machine don't add to.
             Everything compared must run in this one thread then.
+        seconds: after these no further round begins, once there are `FEWEST` of them.
     """
     once = {
         name: min(_per_call(call, 1, clock) for _ in range(5)) for name, call in contenders.items()
@@ -82,7 +86,10 @@ def measure(
     gc.collect()
     gc.disable()
     try:
+        end = time.monotonic() + seconds
         for index in range(rounds):
+            if index >= FEWEST and time.monotonic() > end:
+                break
             for name in order if index % 2 == 0 else reversed(order):
                 if name not in slow or index % SPARSE == 0:
                     for _ in range(min(WARM, counts[name])):
