@@ -140,7 +140,7 @@ class _AsModule(torch.nn.Module):
 # --- 5: conventional piecewise compilation ------------------------------------------------------------
 
 
-class _PieceByRange:
+class PieceByRange:
     """A piece that looks its range up in every call, as the field's piecewise backends do."""
 
     def __init__(self, runnables: Mapping[tuple[int, int], Piece], size_at: int | None) -> None:
@@ -170,7 +170,7 @@ def _conventional(
         assert compiled.split_gm is not None
         source = generate_source(compiled.split_gm, LowerOptions(submods=list(compiled.backends)))
         pieces = {
-            name: _PieceByRange(
+            name: PieceByRange(
                 {(0, 1 << 30): piece.runnable_for(None)},
                 piece.sym_shape_indices[0] if piece.sym_shape_indices else None,
             )

@@ -1,123 +1,99 @@
-"""A piecewise model for the GPU benchmarks. In: layers, width, sizes, a device. Out: the same forward run plainly, by wrappers, bare or as one graph.
+"""A decoder for the GPU benchmarks. In: a shape, a device. Out: a module with Llama's operations per layer, in the sizes of a real model.
 
-It compiles nothing: what is measured is how captured pieces are put together, not how fast they are.
+Attention is one launch that reads and writes what attention reads and writes; what is measured is how captured pieces are put
+together, not how fast they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from types import SimpleNamespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 
 import torch
+from torch import nn
 
-from piecework.runtime.dispatch import CudagraphDispatcher
-from piecework.runtime.forward_context import set_forward_context
-from piecework.runtime.graphs.address import ValueOrigin
-from piecework.runtime.graphs.capture import CaptureReport, capture_graphs
-from piecework.runtime.graphs.descriptor import BatchDescriptor
-from piecework.runtime.graphs.memory import MemoryEstimate, estimate_memory
-from piecework.runtime.graphs.mode import CUDAGraphMode
-from piecework.runtime.graphs.owner import StaticGraphs
-from piecework.runtime.graphs.wrapper import CUDAGraphWrapper, wrap_with_cudagraph_if_needed
-from piecework.runtime.inputs import StaticInputs
+import piecework
 
-MODE = CUDAGraphMode.FULL_AND_PIECEWISE
+OPERATOR = "piecework_bench_gpu::attention"
 
 
-class PiecewiseForward:
-    """``layers`` attention stand-ins between ``layers + 1`` pieces, each capturable.
+@dataclass(frozen=True, slots=True)
+class DecoderShape:
+    """Sizes of a decoder; ``EIGHT_B`` has those of an 8B Llama."""
 
-    The stand-in writes into a persistent out-buffer and is never captured by itself, as attention in serving.
-    """
-
-    def __init__(self, layers: int, width: int, sizes: Sequence[int], device: str) -> None:
-        generator = torch.Generator(device=device).manual_seed(0)
-        self.graphs = StaticGraphs(device, address_policy="refuse")
-        self.largest = max(sizes)
-        self.weights = [
-            torch.randn(width, width, device=device, generator=generator) / width
-            for _ in range(layers + 1)
-        ]
-        names = {f"w{i}": weight for i, weight in enumerate(self.weights)}
-        self.graphs.addresses.register_weights(names)
-        example = {"x": torch.zeros(1, width, device=device)}
-        self.inputs = StaticInputs.allocate(example, self.largest)
-        self.inputs.register(self.graphs.addresses)
-        self.attended = torch.zeros(self.largest, width, device=device)
-        self.graphs.addresses.register_persistent("attended", self.attended, ValueOrigin.OUT_BUFFER)
-        config = SimpleNamespace(cudagraph_mode=MODE, cudagraph_num_of_warmups=1)
-        self.pieces = [
-            wrap_with_cudagraph_if_needed(
-                _piece, config, i == 0, i == layers, graphs=self.graphs, name=f"submod_{2 * i}"
-            )
-            for i in range(layers + 1)
-        ]
-        self.whole = CUDAGraphWrapper(
-            self._stitched, config, CUDAGraphMode.FULL, graphs=self.graphs
-        )
-        self.dispatcher = CudagraphDispatcher(MODE, sizes, max_num_seqs=self.largest)
-
-    def _attend(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.mul(x, 0.5, out=self.attended[: x.shape[0]])
-
-    def _stitched(self, x: torch.Tensor) -> torch.Tensor:
-        for index, (piece, weight) in enumerate(zip(self.pieces, self.weights, strict=True)):
-            x = piece(x, weight)
-            if index + 1 < len(self.pieces):
-                x = self._attend(x)
-        return x
-
-    def plain(self, x: torch.Tensor) -> torch.Tensor:
-        """The forward without any graph."""
-        for index, weight in enumerate(self.weights):
-            x = _piece(x, weight)
-            if index + 1 < len(self.weights):
-                x = x * 0.5
-        return x
-
-    def _dummy(self, descriptor: BatchDescriptor) -> object:
-        return self.whole(*self.inputs.views(descriptor.num_tokens))
-
-    def estimate(self) -> MemoryEstimate:
-        descs = self.dispatcher.get_capture_descs()
-        return estimate_memory(self._dummy, descs, self.graphs, warmups=1)
-
-    def capture(self) -> CaptureReport:
-        descs = self.dispatcher.get_capture_descs()
-        return capture_graphs(
-            self._dummy, descs, self.graphs, warmups=1, dispatcher=self.dispatcher
-        )
-
-    def by_wrappers(self, batch: int, *, whole: bool) -> Callable[[], torch.Tensor]:
-        """A step as a runtime without replay source does it: dispatch, context, and a look-up per piece."""
-
-        def step() -> torch.Tensor:
-            mode, descriptor = self.dispatcher.dispatch(batch, whole)
-            scope = set_forward_context(cudagraph_runtime_mode=mode, batch_descriptor=descriptor)
-            with scope:
-                return self.whole(*self.inputs.views(descriptor.num_tokens))
-
-        return step
-
-    def bare(self, batch: int) -> Callable[[], torch.Tensor]:
-        """The limit: nothing but replays and the stand-in, everything else bound beforehand."""
-        _, descriptor = self.dispatcher.dispatch(batch)
-        calls = [piece.concrete_cudagraph_entries[descriptor].call for piece in self.pieces]
-        replays = [call.replay for call in calls]
-        sources = [call.output for call in calls[:-1]]
-        target = self.attended[: descriptor.num_tokens]
-        last, result, multiply = replays.pop(), calls[-1].output, torch.mul
-        pairs = list(zip(replays, sources, strict=True))
-
-        def step() -> torch.Tensor:
-            for replay, source in pairs:
-                replay()
-                multiply(source, 0.5, out=target)
-            last()
-            return result
-
-        return step
+    hidden: int
+    intermediate: int
+    key_value: int
+    vocabulary: int
+    dtype: torch.dtype
 
 
-def _piece(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return torch.tanh(x @ weight) + x
+EIGHT_B = DecoderShape(4096, 14336, 1024, 32000, torch.bfloat16)
+TINY = DecoderShape(16, 32, 8, 16, torch.float32)
+
+
+def attention_body(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, layer: int
+) -> None:
+    """One kernel; keys and values are narrower than queries, so only their first column takes part."""
+    torch.addcmul(query, key[:, :1], value[:, :1], out=out)
+
+
+@cache  # torch keeps one registration per name and process
+def attention() -> Callable[..., None]:
+    return piecework.splitting_op(OPERATOR, mutates_args=("out",))(attention_body)
+
+
+class Layer(nn.Module):
+    def __init__(self, index: int, shape: DecoderShape) -> None:
+        super().__init__()
+        self.index, self.shape, self.attention = index, shape, attention()
+        wide = shape.hidden + 2 * shape.key_value
+        self.input_norm, self.post_norm = nn.RMSNorm(shape.hidden), nn.RMSNorm(shape.hidden)
+        self.qkv_proj = nn.Linear(shape.hidden, wide, bias=False)
+        self.o_proj = nn.Linear(shape.hidden, shape.hidden, bias=False)
+        self.gate_up_proj = nn.Linear(shape.hidden, 2 * shape.intermediate, bias=False)
+        self.down_proj = nn.Linear(shape.intermediate, shape.hidden, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        sizes = [self.shape.hidden, self.shape.key_value, self.shape.key_value]
+        query, key, value = self.qkv_proj(self.input_norm(x)).split(sizes, dim=-1)
+        out = torch.empty_like(x)
+        self.attention(query, key, value, out, self.index)
+        x = x + self.o_proj(out)
+        gate, up = self.gate_up_proj(self.post_norm(x)).chunk(2, dim=-1)
+        return x + self.down_proj(nn.functional.silu(gate) * up)
+
+
+class Decoder(nn.Module):
+    """Token ids ``[batch]`` to logits ``[batch, vocabulary]``, one token per request."""
+
+    def __init__(self, layers: int, shape: DecoderShape) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(shape.vocabulary, shape.hidden)
+        self.layers = nn.ModuleList(Layer(index, shape) for index in range(layers))
+        self.norm = nn.RMSNorm(shape.hidden)
+        self.lm_head = nn.Linear(shape.hidden, shape.vocabulary, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(self.norm(x))
+
+
+def build(layers: int, shape: DecoderShape, device: str) -> Decoder:
+    """The model with seeded weights, made on the device, for inference."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(shape.dtype)
+    try:
+        with torch.device(device):
+            return Decoder(layers, shape).requires_grad_(False).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def token_ids(batch: int, shape: DecoderShape, device: str) -> torch.Tensor:
+    return torch.arange(batch, device=device) % shape.vocabulary

@@ -267,6 +267,10 @@ class CapturedModel:
             name="the whole forward" + (f" of range {number}" if number else ""),
         )
 
+    def pieces_for(self, size: int) -> Sequence[Callable[..., object]]:
+        """The wrapped pieces of a batch size, in order."""
+        return self._wrapped[self._range_of(size)]
+
     def _range_of(self, size: int) -> int:
         table = self._backend.range_table
         return 0 if table is None else table.index(size)

@@ -7,10 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from piecework.bench.gpu_contenders import stitch
+from piecework.bench.gpu_model import TINY, build, token_ids
 from piecework.runtime.dispatch import CudagraphDispatcher
 from piecework.runtime.forward_context import set_forward_context
 from piecework.runtime.graphs.address import ValueOrigin
 from piecework.runtime.graphs.capture import capture_graphs
+from piecework.runtime.graphs.descriptor import BatchKind
 from piecework.runtime.graphs.memory import estimate_memory
 from piecework.runtime.graphs.mode import CUDAGraphMode
 from piecework.runtime.graphs.owner import StaticGraphs
@@ -158,3 +161,21 @@ def test_the_kernel_equals_the_reference(dtype):
             kernel.stage(tensors, padded), reference.stage(tensors, padded), strict=True
         ):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("policy", ["copy", "eager"])
+@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL", "FULL_AND_PIECEWISE", "FULL_DECODE_ONLY"])
+def test_a_compiled_model_serves_every_size(mode, policy):
+    model = build(3, TINY, "cuda")
+    ids = token_ids(9, TINY, "cuda")
+    stitched = stitch(model, ids, "eager")
+    stitched.capture([1, 2, 4, 8], mode=mode, address_policy=policy, progress=False)
+    for n in range(1, 10):
+        for kind in (None, BatchKind(uniform_decode=True)):
+            batch = torch.randint(0, TINY.vocabulary, (n,), device="cuda")
+            with torch.no_grad(), set_forward_context(batch=kind):
+                torch.testing.assert_close(stitched(batch), model(batch), rtol=1e-3, atol=1e-3)
+    report = stitched.memory_report()
+    assert report.total > 0 and report.estimate is not None
+    stitched.static_graphs.release()
+    torch.testing.assert_close(stitched(ids), model(ids), rtol=1e-3, atol=1e-3)

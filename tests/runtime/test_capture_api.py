@@ -424,6 +424,11 @@ def test_the_command_line_shows_coverage_and_memory(tmp_path: Path) -> None:
     shown = invoke("coverage", folder, "--sizes", "2,4")
     assert shown.exit_code == 0 and "What runs captured" in shown.output
     assert "Static graphs hold" in shown.output
+    counted = invoke("coverage", folder, "--sizes", "8", "--mode", "FULL", "--tokens", 1, "--json")
+    assert counted.exit_code == 0, counted.output
+    [row] = json.loads(counted.stdout)["calls"]
+    assert row["mode"] == "FULL" and row["calls"] >= 1
+    assert row["reason"] == "padded to the next captured size"
     for bad in ("2,x", "0"):
         refused = invoke("coverage", folder, "--sizes", bad)
         assert refused.exit_code == 2 and "Error" in refused.output
