@@ -6,7 +6,7 @@ Only classes that a user's annotation names are registered, and never one that t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,12 +22,18 @@ def tensors_in(value: object, name: str) -> list[tuple[str, torch.Tensor]]:
     ]
 
 
-def leaves_of(value: object) -> list[tuple[str, object]]:
-    """The leaves of nested containers with their paths, such as ``['h'][0]``; "" for a value that is none."""
+def leaves_of(
+    value: object, is_leaf: Callable[[object], bool] | None = None
+) -> list[tuple[str, object]]:
+    """The leaves of nested containers with their paths, such as ``['h'][0]``; "" for a value that is none.
+
+    Args:
+        is_leaf: containers to take as leaves.
+    """
     try:
-        found, _ = pytree.tree_flatten_with_path(value)
+        found, _ = pytree.tree_flatten_with_path(value, is_leaf)
     except ValueError:  # a class was registered without names for its children, which is allowed
-        return [(f" (leaf {i})", leaf) for i, leaf in enumerate(pytree.tree_leaves(value))]
+        return [(f" (leaf {i})", leaf) for i, leaf in enumerate(pytree.tree_leaves(value, is_leaf))]
     return [(pytree.keystr(path), leaf) for path, leaf in found]
 
 

@@ -320,14 +320,26 @@ def _packed(spec: pytree.TreeSpec, leaves: list[ResultLeaf], weight_at: dict[int
         return FromItems(kind, tuple(range(len(items))), items)
     if kind is dict:
         return FromItems(dict, tuple(context), items)  # type: ignore[arg-type]
+    if kind is torch.Size:  # which pytree would make a tuple of
+        return FromCall(_size, None, "Size", items)
     rebuild = torch_compat.rebuilder(kind)
     if rebuild is not None:
         return FromCall(rebuild, context, kind.__name__, items)
     return FromCall(torch_compat.with_children, spec, kind.__name__, items)
 
 
+def _size(items: Sequence[int], _: object) -> torch.Size:
+    return torch.Size(items)
+
+
+def _number(items: Sequence[torch.Tensor], _: object) -> object:
+    return items[0].item()
+
+
 def _packed_leaf(leaf: ResultLeaf, weight_at: dict[int, int]) -> Packed:
     match leaf:
+        case FromGraph(index, number=True):
+            return FromCall(_number, None, "number", (FromOutput(index),))
         case FromGraph(index):
             return FromOutput(index)
         case FromArgument(index):

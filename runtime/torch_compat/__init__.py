@@ -69,6 +69,10 @@ from piecework.runtime.torch_compat.shapes import (
     symbols_of,
     with_symbol,
 )
+from piecework.runtime.torch_compat.side_effects import (
+    no_replay,
+    writes_of_trace,
+)
 from piecework.runtime.torch_compat.tensors import (
     is_lazy,
     is_same_view,
@@ -125,6 +129,7 @@ __all__ = [
     "marked_dims",
     "metadata_guard",
     "negative_view",
+    "no_replay",
     "only_default_device_modes",
     "partition_wrapper",
     "placeholder_source",
@@ -156,4 +161,5 @@ __all__ = [
     "with_children",
     "with_symbol",
     "without_compile_threads",
+    "writes_of_trace",
 ]

@@ -1,0 +1,96 @@
+"""Why a model can't be captured. In: what was raised while Dynamo traced. Out: a typed error with the user's own words and line.
+
+It tells apart errors of piecework's own, of the model's code, and of Dynamo; it hides none: each is chained.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+import torch
+
+from piecework.errors import CaptureError, PieceworkError
+from piecework.runtime import torch_compat
+
+_REMEDY = (
+    "move the Python construct out of forward or behind a piecework.splitting_op; "
+    "the chained exception has Dynamo's full explanation"
+)
+_OWN_FAULT = "call the model itself with the example arguments: it has to run with them"
+_OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+
+
+def own_error(error: BaseException) -> PieceworkError | None:
+    """The typed error that Dynamo may have wrapped."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        if isinstance(current, PieceworkError):
+            return current
+        inner = getattr(current, "inner_exception", None)
+        current = inner or current.__cause__ or current.__context__
+    return None
+
+
+def capture_error(error: BaseException) -> CaptureError:
+    """What Dynamo's ``error`` means for somebody who wants a model captured."""
+    text = str(error).strip()
+    line, code = _user_line(text)
+    raised = _raised_by_model(error, text)
+    if raised is None and text.startswith("Data-dependent assertion failed"):
+        raised = f"AssertionError at {code}"
+    if raised is not None:
+        return CaptureError(f"the model's own forward raises {raised}", where=line, hint=_OWN_FAULT)
+    reason = text.splitlines()[0] if text else type(error).__name__
+    if not torch_compat.dynamo_failure(error):
+        reason = f"{type(error).__name__}: {reason}"
+    explained = re.search(r"^  Explanation: (.+)$", text, re.MULTILINE)
+    if explained is not None:
+        reason += f". {explained[1].rstrip('.')}"
+    return CaptureError(
+        f"the model can't be captured as one graph: {reason}", where=line, hint=_REMEDY
+    )
+
+
+def _raised_by_model(error: BaseException, text: str) -> str | None:
+    """The exception that the model's code raised, as ``ValueError: text``; None if it raised none."""
+    found = re.search(r"Developer debug context: raised exception (\w+)\((.*)\)$", text, re.M)
+    if found is not None:
+        return f"{found[1]}: {_unquoted(found[2])}".removesuffix(": ")
+    found = re.search(r"\): got (\w+)\((.*)\)$", text, re.M)
+    if found is not None and "with fake tensors" in text:
+        return f"{found[1]}: {_unquoted(found[2])}"
+    return None
+
+
+def _unquoted(text: str) -> str:
+    """The text of a string literal that stands for a single argument; anything else as it is."""
+    text = text.rstrip(",")
+    for quote in ("'", '"'):
+        if len(text) > 1 and text[0] == text[-1] == quote:
+            return text[1:-1].replace(f"\\{quote}", quote).replace("\\n", " ")
+    return text
+
+
+def _user_line(text: str) -> tuple[str | None, str]:
+    """``model.py:41 in forward`` of the innermost of the user's lines in a traceback, and that line's code.
+
+    Lines of torch's own modules count only if there are no others.
+    """
+    lines = text.splitlines()
+    frames = [
+        (number, found)
+        for number, line in enumerate(lines)
+        if (found := re.match(r'\s*File "(.+)", line (\d+)(?:, in (.+))?$', line))
+        and not found[1].startswith(_OURS)
+    ]
+    if not frames:
+        return None, ""
+    own = [each for each in frames if not each[1][1].startswith(_TORCH)]
+    number, found = (own or frames)[-1]
+    code = lines[number + 1].strip() if number + 1 < len(lines) else ""
+    inside = f" in {found[3]}" if found[3] else ""
+    return f"{os.path.basename(found[1])}:{found[2]}{inside}", code

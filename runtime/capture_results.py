@@ -1,0 +1,147 @@
+"""How a graph's outputs make the model's result. In: a captured graph and the result that Dynamo's code packed from stand-ins. Out: where each leaf of it comes from.
+
+Nothing is computed: each output of the graph is stood in for by an object that is recognised again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.fx
+
+from piecework.errors import CaptureError
+
+
+@dataclass(frozen=True, slots=True)
+class FromGraph:
+    """A leaf of the result that is output number ``index`` of the graph; its only element as a number if ``number``."""
+
+    index: int
+    number: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FromArgument:
+    """A leaf of the result that is an argument passed through."""
+
+    leaf: int
+
+
+@dataclass(frozen=True, slots=True)
+class FromWeight:
+    """A leaf of the result that is a tensor of the model."""
+
+    tensor: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """A leaf of the result that did not depend on the arguments."""
+
+    value: object
+
+
+ResultLeaf = FromGraph | FromArgument | FromWeight | Fixed
+
+
+def sizes_from_graph(result):  # type: ignore[no-untyped-def]
+    """``result`` with every integer computed, so that the graph returns it; traced by Dynamo, behind the model's forward.
+
+    Dynamo reads an integer that it knows a place for (an argument, ``x.shape``) at that place while the model is traced,
+    which would give the example's number for good. A sum with 0 is a value of the graph's own; an integer that the trace fixed stays one.
+    """
+    kind = type(result)
+    if kind is int:
+        return result + 0
+    if kind is torch.Size:
+        return torch.Size([sizes_from_graph(each) for each in result])
+    if kind is tuple:
+        return tuple([sizes_from_graph(each) for each in result])
+    if kind is list:
+        return [sizes_from_graph(each) for each in result]
+    if kind is dict:
+        return {key: sizes_from_graph(each) for key, each in result.items()}
+    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+        return kind(*[sizes_from_graph(each) for each in result])
+    return result
+
+
+# --- stand-ins -------------------------------------------------------------------------------------
+
+
+class _StandInInt(int):
+    """An integer with an identity, in place of a size that the graph returns."""
+
+
+class _StandInFloat(float):
+    """A float with an identity, in place of one that is an element of the graph's output ``index``."""
+
+    index: int
+
+
+class _StandInScalar:
+    """In place of an output of one float: Dynamo hands a float on as ``tensor.item()``."""
+
+    def __init__(self, index: int) -> None:
+        self._float = _StandInFloat(math.nan)
+        self._float.index = index
+
+    def item(self) -> float:
+        return self._float
+
+
+def stand_ins(gm: torch.fx.GraphModule) -> list[object]:
+    """One distinguishable object per graph output, for Dynamo's code that packs the result."""
+    returned = gm.graph.output_node().args[0]
+    outputs = list(returned) if isinstance(returned, (list, tuple)) else [returned]
+    return [_stand_in(index, node) for index, node in enumerate(outputs)]
+
+
+def _stand_in(index: int, node: object) -> object:
+    value = node.meta.get("example_value") if isinstance(node, torch.fx.Node) else node
+    if isinstance(value, (int, torch.SymInt)):
+        return _StandInInt(0)
+    if isinstance(value, torch.Tensor) and value.dtype is torch.float64 and value.dim() == 0:
+        return _StandInScalar(index)
+    return torch.empty(0)
+
+
+def result_leaf(
+    leaf: object,
+    standing_in: Sequence[object],
+    leaves: Sequence[object],
+    held: Mapping[int, tuple[str, torch.Tensor]],
+) -> ResultLeaf:
+    """Where ``leaf`` comes from.
+
+    Args:
+        standing_in: what `stand_ins` made.
+        leaves: the flattened example arguments.
+        held: the model's tensors, by identity.
+
+    Raises:
+        CaptureError: nothing of these can give it.
+    """
+    for index, stand_in in enumerate(standing_in):
+        if leaf is stand_in:
+            return FromGraph(index)
+    if isinstance(leaf, _StandInFloat):
+        return FromGraph(leaf.index, number=True)
+    if isinstance(leaf, torch.Tensor):
+        for index, argument in enumerate(leaves):
+            if leaf is argument:
+                return FromArgument(index)
+        if id(leaf) in held:
+            return FromWeight(leaf)
+    elif leaf is None or isinstance(
+        leaf, (int, float, complex, str, bytes, torch.dtype, torch.device)
+    ):
+        return Fixed(leaf)
+    raise CaptureError(
+        f"the model returns a {type(leaf).__qualname__}, which can't be rebuilt from the graph",
+        hint="return tensors, numbers and None in tuples, lists, dicts, or classes registered with "
+        "torch.utils._pytree.register_pytree_node",
+    )

@@ -1,0 +1,81 @@
+"""What a callable holds. In: a module, a function, a method, a partial. Out: the modules that its code can reach, and their tensors.
+
+It follows attributes, closures, globals that the code names, and bound arguments; it runs nothing of the user's.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+
+import torch
+
+
+def modules_of(model: Callable[..., object]) -> list[tuple[str, torch.nn.Module]]:
+    """Modules reachable from ``model``, each once, with the prefix that the paths of its weights get.
+
+    A module itself has none, and neither has the single module that a function or method holds.
+    """
+    if isinstance(model, torch.nn.Module):
+        return [("", model)]
+    owner = getattr(model, "__self__", None)
+    if isinstance(owner, torch.nn.Module):
+        return [("", owner)]
+    found: dict[int, tuple[str, torch.nn.Module]] = {}
+    for name, value in reachable(model):
+        if isinstance(value, torch.nn.Module):
+            found.setdefault(id(value), (f"{name}.", value))
+    if len(found) == 1:
+        return [("", module) for _, module in found.values()]
+    return list(found.values())
+
+
+def reachable(model: Callable[..., object]) -> Iterator[tuple[str, object]]:
+    """What a callable that is no module reaches by name: bound arguments, closure cells, globals, its object's attributes."""
+    if isinstance(model, functools.partial):
+        for index, value in enumerate(model.args):
+            yield f"args_{index}", value
+        yield from model.keywords.items()
+        yield from _inner(model.func)
+        return
+    owner = getattr(model, "__self__", None)
+    if owner is not None and not inspect.ismodule(owner):
+        yield from _attributes(owner)
+    function = inspect.unwrap(getattr(model, "__func__", model))
+    if not inspect.isfunction(function):  # an object that is called
+        if not inspect.isroutine(model) and not inspect.isclass(model):
+            yield from _attributes(model)
+        return
+    names = function.__code__.co_freevars
+    for name, cell in zip(names, function.__closure__ or (), strict=True):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # nothing is in it yet
+            continue
+    for name in function.__code__.co_names:
+        if name in function.__globals__:
+            yield name, function.__globals__[name]
+
+
+def _inner(model: object) -> Iterator[tuple[str, object]]:
+    if isinstance(model, torch.nn.Module):
+        yield "func", model
+    elif callable(model):
+        yield from reachable(model)
+
+
+def _attributes(owner: object) -> Iterator[tuple[str, object]]:
+    held = getattr(owner, "__dict__", None)
+    if isinstance(held, dict):
+        yield from held.items()
+
+
+def tensors_of(model: Callable[..., object]) -> dict[int, tuple[str, torch.Tensor]]:
+    """Parameters and buffers that ``model`` holds, by identity, with their paths."""
+    held: dict[int, tuple[str, torch.Tensor]] = {}
+    for prefix, module in modules_of(model):
+        for source in (module.named_parameters, module.named_buffers):
+            for name, tensor in source(remove_duplicate=False):
+                held.setdefault(id(tensor), (f"{prefix}{name}", tensor))
+    return held
