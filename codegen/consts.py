@@ -6,9 +6,11 @@ user-defined ``repr``, and an FX node never becomes a constant.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import math
+import types
 from collections.abc import Callable
 
 import torch
@@ -23,6 +25,9 @@ _MAX_INLINE_BITS = 4096
 
 # CPython refuses 200 nested brackets; some are left for the statement around the argument.
 MAX_NESTING = 60
+
+_SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_TRACED = (torch.fx.Node, *_SIZES)
 
 LIST_TYPES = (list, immutable_list)
 DICT_TYPES = (dict, immutable_dict)
@@ -109,6 +114,12 @@ def to_expr(
             return ir.TupleExpr(tuple(convert(each, inner) for each in item))  # type: ignore[attr-defined]
         if kind in DICT_TYPES:
             pairs = item.items()  # type: ignore[attr-defined]
+            if any(type(key) is not str and holds_node(key) for key, _ in pairs):
+                raise UnsupportedNode(
+                    "an FX node is the key of a dict, where FX does not look for nodes",
+                    where=where,
+                    hint="build the dict in a function that the graph calls",
+                )
             return ir.DictExpr(
                 tuple((convert(key, inner), convert(each, inner)) for key, each in pairs)
             )
@@ -118,15 +129,16 @@ def to_expr(
             return ir.SliceExpr(start, stop, step)
         if is_inline_literal(item):
             return literal(item)
-        if isinstance(item, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        hidden = _first_inside(item, _TRACED)
+        if isinstance(hidden, _SIZES):
             raise UnsupportedNode(
-                f"the size {item} of the trace is an argument; it would be that of the traced example for ever",
+                f"the size {hidden} of the trace is an argument; it would be that of the traced example for ever",
                 where=where,
                 hint="pass the node that computes it (torch.ops.aten.sym_size.int)",
             )
-        if isinstance(item, tuple) and hasattr(item, "_fields") and holds_node(item):
+        if hidden is not None and isinstance(item, tuple) and hasattr(item, "_fields"):
             return ir.Construct(consts.add(kind), tuple(convert(each, inner) for each in item))
-        if holds_node(item):
+        if hidden is not None:
             raise UnsupportedNode(
                 f"a {kind.__name__} that contains an FX node can't be written as source",
                 where=where,
@@ -139,26 +151,33 @@ def to_expr(
 
 def holds_node(value: object) -> bool:
     """True if an FX node is reachable inside ``value`` through standard containers."""
+    return _first_inside(value, (torch.fx.Node,)) is not None
+
+
+def _first_inside(value: object, kinds: tuple[type, ...]) -> object | None:
+    """An object of one of ``kinds`` that is reachable inside ``value`` through standard containers, or None."""
     stack, seen = [value], set()
     while stack:
         item = stack.pop()
-        if isinstance(item, torch.fx.Node):
-            return True
+        if isinstance(item, kinds):
+            return item
         if id(item) in seen:
             continue
         seen.add(id(item))
-        if isinstance(item, (list, tuple, set, frozenset)) and not isinstance(item, torch.Size):
+        if isinstance(item, (list, tuple, set, frozenset, collections.deque)):
             stack.extend(item)
-        elif isinstance(item, dict):
+        elif isinstance(item, (dict, types.MappingProxyType)):
             stack.extend(item.keys())
             stack.extend(item.values())
         elif isinstance(item, slice):
             stack.extend((item.start, item.stop, item.step))
         elif isinstance(item, functools.partial):
             stack.extend((*item.args, *item.keywords.values()))
+        elif isinstance(item, types.SimpleNamespace):
+            stack.extend(vars(item).values())
         elif dataclasses.is_dataclass(item) and not isinstance(item, type):
             stack.extend(getattr(item, f.name, None) for f in dataclasses.fields(item))
-    return False
+    return None
 
 
 def describe(value: object) -> str:

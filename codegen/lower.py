@@ -16,7 +16,14 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx.graph import CodeGen
 
 from piecework.codegen import ir
-from piecework.codegen.consts import LIST_TYPES, ConstTable, describe, short_type, to_expr
+from piecework.codegen.consts import (
+    LIST_TYPES,
+    ConstTable,
+    describe,
+    is_inline_literal,
+    short_type,
+    to_expr,
+)
 from piecework.codegen.inline import (
     Inlined,
     InlinePlan,
@@ -343,6 +350,13 @@ class _NodeLowering:
                 f"get_attr reads {target!a}, which the graph's module does not have",
                 where=node_where(node),
             ) from error
+        again = attribute_of(self.gm, target)
+        if again is not value and not (is_inline_literal(value) and again == value):
+            raise UnsupportedNode(
+                f"get_attr reads {target!a}, which is another object at each reading (a property or a parametrization)",
+                where=node_where(node),
+                hint="call the module that computes it, or remove the parametrization",
+            )
         path = f"{self.prefix}.{target}" if self.prefix else target
         return self.module.consts.add(value, attribute=path)
 

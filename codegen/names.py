@@ -29,6 +29,8 @@ def is_identifier(text: object) -> bool:
         and text.isascii()
         and text.isidentifier()
         and not keyword.iskeyword(text)
+        and text
+        != "__debug__"  # a constant that no syntax may bind, not even as a keyword argument
     )
 
 

@@ -26,6 +26,7 @@ from piecework.codegen import (
 )
 from piecework.codegen.layout import format_source
 from piecework.errors import EmitError
+from piecework.errors import UnsupportedNode
 from piecework.golden.cases import Case, LoadedCase
 from piecework.golden.execute import differences
 
@@ -357,6 +358,16 @@ def calling(
 
 def two_calls(g: torch.fx.Graph, a: torch.fx.Node, b: torch.fx.Node) -> object:
     return (g.call_function(torch.add, (a, b)), g.call_function(torch.sub, (a, b)))
+
+
+def test_an_attribute_that_is_computed_at_each_reading_is_refused() -> None:
+    root = torch.nn.Module()
+    root.linear = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(3, 3))
+    gm = graph_of(lambda g, x: (x, g.get_attr("linear.weight")), "x", root=root)
+    with pytest.raises(
+        UnsupportedNode, match=r"'linear.weight', which is another object at each.*%linear_weight"
+    ):
+        generate_source(gm)
 
 
 def test_a_graph_called_with_keywords_in_any_order() -> None:

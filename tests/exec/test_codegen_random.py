@@ -111,7 +111,7 @@ OBJECTS: list[object] = [
     range(3),
     Pair(1, 2),
 ]
-KEYWORDS = ["alpha", "from", "a-b", "dim", "self", "print", "{{ x }}"]
+KEYWORDS = ["alpha", "from", "a-b", "dim", "self", "print", "{{ x }}", "__debug__", "None"]
 
 
 @dataclass

@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections import namedtuple
+import types
+from collections import deque, namedtuple
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from piecework.codegen import ir
 from piecework.codegen.consts import (
@@ -105,7 +109,16 @@ def test_nodes_are_found_in_every_container(wrap: object) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [Holder(NODE), Strange((NODE,)), {NODE}, functools.partial(print, NODE), [Holder([NODE])]],
+    [
+        Holder(NODE),
+        Strange((NODE,)),
+        {NODE},
+        functools.partial(print, NODE),
+        [Holder([NODE])],
+        deque([NODE]),
+        types.SimpleNamespace(inside=[NODE]),
+        types.MappingProxyType({1: NODE}),
+    ],
     ids=lambda v: type(v).__name__,
 )
 def test_a_node_where_fx_does_not_look_is_refused(value: object) -> None:
@@ -113,6 +126,30 @@ def test_a_node_where_fx_does_not_look_is_refused(value: object) -> None:
         UnsupportedNode, match=r"contains an FX node can't be written as source \(here\)"
     ):
         convert(value)
+
+
+@pytest.mark.parametrize("key", [NODE, (1, NODE)], ids=["node", "tuple"])
+def test_a_node_as_the_key_of_a_dict_is_refused(key: object) -> None:
+    with pytest.raises(UnsupportedNode, match=r"key of a dict, where FX does not look.*\(here\)"):
+        convert([{key: 1}])
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda size: size,
+        lambda size: [1, size],
+        lambda size: Pair(1, size),
+        lambda size: torch.Size([size]),
+        lambda size: functools.partial(print, size),
+        lambda size: Holder({"k": size}),
+    ],
+)
+def test_a_size_of_the_trace_never_becomes_a_constant(wrap: Callable[[object], object]) -> None:
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    size = mode.shape_env.create_unbacked_symint()
+    with pytest.raises(UnsupportedNode, match=f"the size {size} of the trace is an argument"):
+        convert(wrap(size))
 
 
 def test_a_namedtuple_without_nodes_is_a_constant() -> None:

@@ -58,6 +58,7 @@ def test_what_a_session_adds_to_builtins_reserves_nothing(monkeypatch: pytest.Mo
 
 def test_an_identifier_is_ascii_and_no_keyword() -> None:
     assert is_identifier("x_1") and not any(map(is_identifier, keyword.kwlist))
+    assert not is_identifier("__debug__"), "f(__debug__=1) is no Python"
     assert (
         not is_identifier("é")
         and not is_identifier("")
