@@ -38,7 +38,7 @@ from piecework.runtime.piecewise import (
     PiecewiseBackend,
     PiecewiseCompileInterpreter,
 )
-from piecework.runtime.ranges import Range, RangeTable, derive_ranges
+from piecework.runtime.ranges import Range, RangeTable
 from piecework.runtime.report import Piece, RangeRow, Report, differences
 from piecework.runtime.splitting_op import registry
 
@@ -165,6 +165,8 @@ class PieceworkBackend:
                 where="compile_sizes, compile_ranges_endpoints",
                 hint="mark the batch dimension with torch._dynamo.mark_dynamic",
             )
+        if self.range_table is not None:
+            self.range_table.require_reachable(*_bounds_of(graph, self.batch_input))
         with self._phase("split"):
             ops = self._splitting_ops(graph)
             self.split_gm, self.piecewise_graphs = split_graph(graph, ops)
@@ -322,12 +324,7 @@ class PieceworkBackend:
         if not (self.config.compile_sizes or self.config.compile_ranges_endpoints):
             return None
         largest = None if runtime_config is None else runtime_config.max_num_batched_tokens
-        ranges = derive_ranges(
-            self.config.compile_ranges_endpoints,
-            largest,
-            open_ended=self.is_encoder or largest is None,
-        )
-        return RangeTable(ranges, (s for s in self.config.compile_sizes if isinstance(s, int)))
+        return self.config.range_table(largest, is_encoder=self.is_encoder)
 
     # --- steps -----------------------------------------------------------------------------------
 
@@ -489,6 +486,16 @@ def _device_of(node: torch.fx.Node) -> str | None:
         if isinstance(value, torch.Tensor):
             return value.device.type
     return None
+
+
+def _bounds_of(
+    graph: torch.fx.GraphModule, batch_input: tuple[int, int | None] | None
+) -> tuple[int | None, int | None]:
+    """The smallest and the largest batch that the trace allows; None where there is no bound."""
+    assert batch_input is not None
+    index, dim = batch_input
+    value = value_of(graph.graph.find_nodes(op="placeholder")[index])
+    return torch_compat.symbol_range(value if dim is None else value.shape[dim])
 
 
 def _batch_of(graph: torch.fx.GraphModule) -> tuple[str | None, tuple[int, int | None] | None]:

@@ -49,7 +49,7 @@ def _each_once(values: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _size_or_capture_sizes(value: Any) -> int | str:
-    if value == CAPTURE_SIZES or (type(value) is int and value > 0):
+    if value == CAPTURE_SIZES or (type(value) is int and 0 < value < 2**63):
         return value
     raise ValueError(f"must be a positive whole number or {CAPTURE_SIZES!r}, not {value!r}")
 

@@ -163,3 +163,22 @@ class RangeTable:
     def find(self, size: int) -> Range:
         """The entry that serves ``size``; errors as :meth:`index`."""
         return self.entries[self.index(size)]
+
+    def require_reachable(self, low: int | None, high: int | None) -> None:
+        """Check that each entry serves some batch from ``low`` to ``high``; None is no bound.
+
+        Raises:
+            ConfigError: one would be compiled for nothing; all such are named.
+        """
+        idle = [
+            each
+            for each in self.entries
+            if (high is not None and each.start > high) or (low is not None and each.end < low)
+        ]
+        if idle:
+            allowed = f"from {low or 0}" + ("" if high is None else f" to {high}")
+            raise ConfigError(
+                f"the trace allows batches {allowed}, and none of them is in {', '.join(map(str, idle))}",
+                where="compile_sizes, compile_ranges_endpoints",
+                hint="leave these out, or give the batch dimension other bounds when it is marked as dynamic",
+            )

@@ -115,3 +115,22 @@ def test_lookup_agrees_with_a_scan_and_ranges_cover_every_size(data):
     for size in range(1, largest + 1):
         (around,) = [each for each in ranges if size in each]
         assert table.find(size) == (Range(size, size) if size in sizes else around)
+
+
+@pytest.mark.parametrize(("low", "high"), [(None, None), (0, None), (1, 64), (8, 17), (4, 20)])
+def test_entries_that_some_batch_reaches(low: int | None, high: int | None) -> None:
+    RangeTable(derive_ranges([16], None, open_ended=True), [8]).require_reachable(low, high)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "named"),
+    [(9, None, "8, 8"), (0, 16, "17, …"), (17, None, "8, 8], [1, 16"), (0, 7, "8, 8], [17, …")],
+)
+def test_entries_that_no_batch_reaches_are_named(
+    low: int | None, high: int | None, named: str
+) -> None:
+    table = RangeTable(derive_ranges([16], None, open_ended=True), [8])
+    with pytest.raises(ConfigError) as caught:
+        table.require_reachable(low, high)
+    assert f"none of them is in [{named}]" in str(caught.value)
+    assert f"from {low}" in str(caught.value)
