@@ -25,8 +25,7 @@ from piecework.codegen import (
     verify,
 )
 from piecework.codegen.layout import format_source
-from piecework.errors import EmitError
-from piecework.errors import UnsupportedNode
+from piecework.errors import EmitError, UnsupportedNode
 from piecework.golden.cases import Case, LoadedCase
 from piecework.golden.execute import differences
 
