@@ -12,7 +12,8 @@ import torch
 from piecework.errors import BindError
 from piecework.runtime.captured_shape import BatchShape, StagedInput
 from piecework.runtime.graphs.owner import StaticGraphs
-from piecework.runtime.inputs import InputSpec, Number, StaticInputs
+from piecework.runtime.input_slots import InputSpec, Number
+from piecework.runtime.inputs import StaticInputs
 
 Tensors = Sequence[torch.Tensor]
 

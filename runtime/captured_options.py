@@ -20,7 +20,7 @@ from piecework.runtime.graphs.capture import ContextFor, FailurePolicy
 from piecework.runtime.graphs.descriptor import BatchKind
 from piecework.runtime.graphs.mode import CUDAGraphMode
 from piecework.runtime.graphs.sizes import default_capture_sizes
-from piecework.runtime.inputs import Number
+from piecework.runtime.input_slots import Number
 
 _WORTH_CAPTURING = 512
 

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from piecework.errors import ConfigError, InputError
+from piecework.runtime.copy_inputs import make_copy_and_call
 from piecework.runtime.graphs.address import AddressBook, ValueOrigin
-from piecework.runtime.inputs import InputSpec, StaticInputs, make_copy_and_call
+from piecework.runtime.inputs import InputSpec, StaticInputs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.bool, torch.uint8]
 

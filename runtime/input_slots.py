@@ -1,0 +1,119 @@
+"""One persistent buffer each. In: a buffer and what was declared of it. Out: its memory as a tensor of any padded size, and checks of what is copied in.
+
+It copies nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from piecework.errors import ConfigError, InputError
+
+Number = bool | int | float | complex
+
+
+@dataclass(frozen=True, slots=True)
+class InputSpec:
+    """What is declared about one staged input.
+
+    Attributes:
+        name: for errors, and in the address book.
+        dim: its dynamic dimension; may be negative.
+        pad: what fills the tail.
+    """
+
+    name: str
+    dim: int = 0
+    pad: Number = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One persistent buffer: flat memory that is seen as (outer, padded, inner) for each padded size.
+
+    A padded size uses the head of the memory, densely, so that the strides are those of a plain tensor of that
+    shape and the address is the same for every size.
+    """
+
+    spec: InputSpec
+    buffer: torch.Tensor
+    dim: int
+    pad: Number
+
+    @property
+    def maximum(self) -> int:
+        return self.buffer.shape[self.dim]
+
+    @property
+    def outer(self) -> int:
+        return math.prod(self.buffer.shape[: self.dim])
+
+    @property
+    def inner(self) -> int:
+        return math.prod(self.buffer.shape[self.dim + 1 :])
+
+    def view(self, padded: int) -> torch.Tensor:
+        """The static tensor that a graph captured for ``padded`` reads."""
+        shape = (*self.buffer.shape[: self.dim], padded, *self.buffer.shape[self.dim + 1 :])
+        return self.buffer.view(-1)[: math.prod(shape)].view(shape)
+
+    def check(self, tensor: torch.Tensor, padded: int) -> None:
+        where = f"input {self.spec.name}"
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype != self.buffer.dtype:
+            found = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise InputError(f"is {found}, its buffer {self.buffer.dtype}", where=where)
+        fixed = list(tensor.shape)
+        fixed[self.dim : self.dim + 1] = [self.maximum] if self.dim < tensor.dim() else []
+        if tensor.dim() != self.buffer.dim() or fixed != list(self.buffer.shape):
+            raise InputError(
+                f"has shape {list(tensor.shape)}, which does not fit its buffer {list(self.buffer.shape)} "
+                f"(dimension {self.dim} may be smaller)",
+                where=where,
+            )
+        count = tensor.shape[self.dim]
+        if count > padded:
+            raise InputError(
+                f"has size {count} in dimension {self.dim}, more than the {padded} it is staged for "
+                f"(the buffer holds {self.maximum})",
+                where=where,
+                hint="dispatch to a captured size of at least that, or run uncaptured",
+            )
+
+
+def dimension_of(spec: InputSpec, tensor: torch.Tensor) -> int:
+    if not -tensor.dim() <= spec.dim < tensor.dim():
+        raise ConfigError(
+            f"dimension {spec.dim} of a tensor with {tensor.dim()} dimensions",
+            where=f"input {spec.name}",
+            hint="a staged input needs a dynamic dimension",
+        )
+    return spec.dim % tensor.dim()
+
+
+def slot_for(spec: InputSpec, buffer: torch.Tensor, poison: bool) -> Slot:
+    dim = dimension_of(spec, buffer)
+    if not buffer.is_contiguous():
+        raise ConfigError(
+            f"a buffer must be contiguous; this one has strides {list(buffer.stride())}",
+            where=f"input {spec.name}",
+        )
+    pad = spec.pad
+    try:
+        held = torch.tensor([pad], dtype=buffer.dtype).item()
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise _unfit_pad(spec, buffer) from error
+    same = held == pad or (held != held and pad != pad)
+    if not same and not (buffer.is_floating_point() or buffer.is_complex()):
+        raise _unfit_pad(spec, buffer)
+    return Slot(spec, buffer, dim, math.nan if poison and buffer.is_floating_point() else pad)
+
+
+def _unfit_pad(spec: InputSpec, buffer: torch.Tensor) -> ConfigError:
+    return ConfigError(
+        f"{spec.pad!r} can't be held by {buffer.dtype}",
+        where=f"input {spec.name}",
+        hint="declare a padding value of the input's own type",
+    )
