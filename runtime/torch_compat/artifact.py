@@ -72,7 +72,11 @@ class _Peeling:
         if name == "CacheCompiledArtifact._load_impl.<locals>.<lambda>":
             return cells["compiled_fn"]
         if name == "_create_runtime_wrapper.<locals>.runtime_wrapper":
-            return self._of_runtime_wrapper(cells)
+            written = "_codegen_runtime_wrapper" in cells
+            return (self._of_runtime_wrapper if written else self._of_plain_wrapper)(cells)
+        if name == "FunctionalizedRngRuntimeWrapper.post_compile.<locals>.wrapper":
+            self.metadata = cells["runtime_metadata"]  # it says whether there is random state
+            return cells["compiled_fn"]
         raise _MustStay(f"unknown wrapper {name}")
 
     def _of_runtime_wrapper(self, cells: dict[str, object]) -> object:
@@ -89,6 +93,15 @@ class _Peeling:
                 f"the runtime wrapper does more than call: {', '.join(sorted(helpers))}"
             )
         return cells["_inner_compiled_fn"]
+
+    def _of_plain_wrapper(self, cells: dict[str, object]) -> object:
+        """The wrapper of torch 2.11, which looks at AOTAutograd's record in each call."""
+        if cells.get("epilogue_args_idx") or cells.get("trace_joint") or cells.get("disable_amp"):
+            raise _MustStay("the runtime wrapper does more than call")
+        if "runtime_metadata" not in cells or "compiled_fn" not in cells:
+            raise _MustStay("a runtime wrapper of an unknown form")
+        self.metadata = cells["runtime_metadata"]
+        return cells["compiled_fn"]
 
     def _remember(self, serialize: object) -> None:
         """Keep AOTAutograd's record, which is a part of what it would serialise."""
