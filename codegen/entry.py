@@ -72,6 +72,7 @@ PROVIDED = (
     "explain_inputs",
     "explain_weights",
     "weights_as_bound",
+    "memory_apart",
     "same_kernels",
     "autocast_enabled",
     "dispatch_modes",
@@ -113,6 +114,7 @@ class _Writer:
         for parameter in plan.parameters:
             self._node(parameter.node, self.parameters[parameter.name])
         self._symbol_conditions()
+        self._apart_conditions()
         extras = self._extras()
         outputs = [self.names.claim(wish) for wish in plan.outputs]
         text = (
@@ -251,7 +253,8 @@ class _Writer:
             self._require(comment, [f"type({path}) is {kind}", f"{path} == {literal_text(value)}"])
         else:
             expected = self._const(f"traced_{label}", value)
-            self._require(comment, [f"({path} is {expected} or {path} == {expected})"])
+            same = f"type({path}) is type({expected}) and {path} == {expected}"
+            self._require(comment, [f"({path} is {expected} or ({same}))"])
 
     def _tensor(self, label: str, path: str, tensor: TensorInput) -> None:
         conditions = _kind_conditions(path, tensor.dtype, tensor.device, len(tensor.sizes))
@@ -315,6 +318,12 @@ class _Writer:
         self._require("sizes that the trace allows", ranges)
         relations = [self._renamed(text) for text in (*self.late, *self.plan.guards)]
         self._require("relations that the trace relied on", relations)
+
+    def _apart_conditions(self) -> None:
+        for written, others in self.plan.apart:
+            names = ", ".join(self.leaves[leaf] for leaf in (written, *others))
+            comment = f"{self.leaves[written]}: written, so no other argument may share its memory"
+            self._require(comment, [f"memory_apart({names})"])
 
     # --- the entry -----------------------------------------------------------------------------------
 

@@ -195,6 +195,7 @@ class EntryPlan:
         parameters: the model's own.
         symbols: in the order in which their values are found.
         guards: conditions over symbols.
+        apart: flattened arguments that a piece writes, each with the other ones; compiled code assumes that they share no memory.
         passed: arguments of ``execution_fn``, in order.
         outputs: wished-for names of the graph's outputs.
         result: how the result is packed.
@@ -211,5 +212,6 @@ class EntryPlan:
     outputs: tuple[str, ...]
     result: Packed
     batch: Passed | None = None
+    apart: tuple[tuple[int, tuple[int, ...]], ...] = ()
     binds: bool = False
     checks: bool = True

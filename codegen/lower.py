@@ -6,54 +6,22 @@ source line. Nothing is executed and the graph is not changed.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 import torch.fx
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx.graph import CodeGen
 
 from piecework.codegen import ir
-from piecework.codegen.consts import (
-    LIST_TYPES,
-    ConstTable,
-    describe,
-    is_inline_literal,
-    short_type,
-    to_expr,
-)
-from piecework.codegen.inline import (
-    Inlined,
-    InlinePlan,
-    bind_call,
-    is_plain,
-    plan_inlining,
-    returned_value,
-)
+from piecework.codegen.consts import short_type, to_expr
+from piecework.codegen.inline import Inlined, InlinePlan, plan_inlining
 from piecework.codegen.liveness import insert_deletes
-from piecework.codegen.names import NameTable, is_identifier
-from piecework.codegen.origin import (
-    SymbolNames,
-    node_where,
-    origin_of,
-    origin_of_piece,
-    value_of,
-)
-from piecework.codegen.structure import attribute_of, is_liftable
-from piecework.codegen.targets import (
-    ENTRY_NAME,
-    INFIX,
-    PREFIX,
-    FunctionPath,
-    function_path,
-    sign_of,
-)
+from piecework.codegen.lower_node import ModuleState, NodeLowering, Scope
+from piecework.codegen.names import NameTable
+from piecework.codegen.origin import node_where, value_of
+from piecework.codegen.targets import ENTRY_NAME
 from piecework.errors import UnsupportedNode
-
-_SEQUENCES = (*LIST_TYPES, tuple)
-_OPS = (OpOverload, OpOverloadPacket, HigherOrderOperator)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +60,8 @@ def lower(
     return _Lowering(split_gm, options or LowerOptions()).run()
 
 
-# What a graph's nodes stand for while it is lowered: a local, a constant, or the caller's expression.
-_Scope = dict[torch.fx.Node, ir.Expr]
-
-
 class _Lowering:
-    """State of one lowering: the module's constants, imports, aliases and functions."""
+    """Lowers one stitching graph: names first, then the shared functions, then the entry."""
 
     def __init__(self, split_gm: torch.fx.GraphModule, options: LowerOptions) -> None:
         if type(split_gm.graph._codegen) is not CodeGen:
@@ -108,38 +72,31 @@ class _Lowering:
             )
         self.gm = split_gm
         self.options = options
-        self.consts = ConstTable()
-        self.symbols = SymbolNames()
-        self.submod_index: dict[str, int] = {}
-        self.aliases: dict[str, ir.Alias] = {}
-        self.alias_of: dict[int, str] = {}
-        self.functions: list[ir.Function] = []
         self.plan: InlinePlan = plan_inlining(split_gm, options.submods)
-        self.function_names: dict[str, str] = {}
-        self.takes_submods: dict[str, bool] = {}
-        self.imports: set[str] = set()
-        self._paths: dict[int, FunctionPath | None] = {}
+        self.state = ModuleState(self.plan, line_numbers=options.line_numbers)
+        self.aliases: dict[str, ir.Alias] = {}
+        self.functions: list[ir.Function] = []
         self.module_names = NameTable(frozenset({*self._possible_roots(), ENTRY_NAME}))
 
     def run(self) -> tuple[ir.Module, list[object]]:
         for key, inlined in self.plan.shared.items():
-            self.function_names[key] = self.module_names.claim(inlined.name)
+            self.state.function_names[key] = self.module_names.claim(inlined.name)
         self._claim_aliases()
         bound = self._bind_weights()
         for inlined in self.plan.shared.values():
             self._lower_shared(inlined)
         entry = self._lower_entry({node: name for node, name, _ in bound})
         module = ir.Module(
-            imports=("torch", *sorted(self.imports - {"torch"})),
+            imports=("torch", *sorted(self.state.imports - {"torch"})),
             aliases=tuple(self.aliases.values()),
             functions=tuple(self.functions),
             entry=entry,
-            submod_names=tuple(self.submod_index),
-            const_specs=self.consts.specs,
+            submod_names=tuple(self.state.submod_index),
+            const_specs=self.state.consts.specs,
             bound=tuple(row for _, _, row in bound),
             banner=self.options.banner,
         )
-        return module, self.consts.values
+        return module, self.state.consts.values
 
     # --- before any function -------------------------------------------------------------------
 
@@ -148,21 +105,15 @@ class _Lowering:
         roots = {"torch", "operator"}
         for gm in (self.gm, *self.plan.graphs):
             for node in gm.graph.nodes:
-                path = self.path_of(node.target) if node.op == "call_function" else None
+                path = self.state.path_of(node.target) if node.op == "call_function" else None
                 if path is not None:
                     roots.add(path.root)
         return roots
 
-    def path_of(self, target: object) -> FunctionPath | None:
-        # The graphs keep their targets alive, so an id stays its own.
-        if id(target) not in self._paths:
-            self._paths[id(target)] = function_path(target)
-        return self._paths[id(target)]
-
     def _claim_aliases(self) -> None:
         """One module-level name per operator that is called straight from a splitting submodule."""
         for node in self.plan.direct_calls:
-            if id(node.target) in self.alias_of:
+            if id(node.target) in self.state.alias_of:
                 continue
             implementation = self._implementation(node.target)
             short = getattr(node.target, "__name__", None)
@@ -170,12 +121,12 @@ class _Lowering:
                 short.partition(".")[0] if isinstance(short, str) else "op"
             )
             if implementation is not None:
-                value: ir.Expr = self.consts.add(implementation)
+                value: ir.Expr = self.state.consts.add(implementation)
                 note = f"{node.target}: its own implementation, past the dispatcher"
             else:
-                value, note = self._function(node), ""
+                value, note = self.state.function(node), ""
             self.aliases[name] = ir.Alias(name, value, note)
-            self.alias_of[id(node.target)] = name
+            self.state.alias_of[id(node.target)] = name
 
     def _implementation(self, target: object) -> Callable[..., object] | None:
         direct = self.options.direct
@@ -188,7 +139,9 @@ class _Lowering:
                 name = self.module_names.claim(node.name)
                 path = self.options.bound[node.name]
                 value = value_of(node)
-                kind = short_type(value, self.symbols) if isinstance(value, torch.Tensor) else ""
+                kind = (
+                    short_type(value, self.state.symbols) if isinstance(value, torch.Tensor) else ""
+                )
                 rows.append((node, name, ir.BoundName(name, path, kind)))
         return rows
 
@@ -196,23 +149,23 @@ class _Lowering:
 
     def _lower_entry(self, bound: Mapping[torch.fx.Node, str]) -> ir.Function:
         names = NameTable(self.module_names.names())
-        scope: _Scope = {node: ir.Name(name) for node, name in bound.items()}
+        scope: Scope = {node: ir.Name(name) for node, name in bound.items()}
         parameters = self._parameters(self.gm, names, scope, skip=bound.keys())
         body = self._lower_graph(self.gm, names, scope, prefix="")
         return self._finish(ENTRY_NAME, parameters, body, frozenset(bound.values()), True, "")
 
     def _lower_shared(self, inlined: Inlined) -> None:
         """Lower one function that several splitting submodules share; differing literals are its last parameters."""
-        gm, name = inlined.graph_module, self.function_names[inlined.key]
+        gm, name = inlined.graph_module, self.state.function_names[inlined.key]
         names = NameTable(self.module_names.names())
-        scope: _Scope = {}
+        scope: Scope = {}
         parameters = list(self._parameters(gm, names, scope))
         lifted: dict[tuple[int, int], str] = {}
         for literal in inlined.lifted:
             lifted[literal.node, literal.ordinal] = names.claim(literal.name)
             parameters.append(ir.Parameter(lifted[literal.node, literal.ordinal]))
         body = self._lower_graph(gm, names, scope, prefix=inlined.target, lifted=lifted)
-        takes = self.takes_submods[name] = any(_needs_submods(stmt) for stmt in body)
+        takes = self.state.takes_submods[name] = any(_needs_submods(stmt) for stmt in body)
         count = len(inlined.members)
         note = f"shared by {count} submodules" if count > 1 else ""
         self.functions.append(self._finish(name, tuple(parameters), body, frozenset(), takes, note))
@@ -235,7 +188,7 @@ class _Lowering:
         self,
         gm: torch.fx.GraphModule,
         names: NameTable,
-        scope: _Scope,
+        scope: Scope,
         skip: Collection[torch.fx.Node] = (),
     ) -> tuple[ir.Parameter, ...]:
         parameters: list[ir.Parameter] = []
@@ -247,7 +200,7 @@ class _Lowering:
             name = names.claim(node.name)
             default = None
             if node.args and not prefix and gm is self.gm:
-                default = to_expr(node.args[0], self._no_node, self.consts, node_where(node))
+                default = to_expr(node.args[0], self._no_node, self.state.consts, node_where(node))
             parameter = ir.Parameter(name, prefix, default)
             problem = _misplaced(parameter, parameters)
             if problem is not None:
@@ -270,7 +223,7 @@ class _Lowering:
         self,
         gm: torch.fx.GraphModule,
         names: NameTable,
-        scope: _Scope,
+        scope: Scope,
         *,
         prefix: str,
         lifted: Mapping[tuple[int, int], str] | None = None,
@@ -279,7 +232,7 @@ class _Lowering:
         for number, node in enumerate(gm.graph.nodes):
             if node.op == "placeholder" or node in scope:
                 continue
-            lower_node = _NodeLowering(self, gm, names, scope, prefix, lifted or {}, number)
+            lower_node = NodeLowering(self.state, gm, names, scope, prefix, lifted or {}, number)
             stmt = lower_node.statement(node)
             if stmt is not None:
                 body.append(stmt)
@@ -287,238 +240,6 @@ class _Lowering:
                 return body  # nodes after the output never run
         body.append(ir.Return(ir.Literal(None), ir.Origin()))
         return body
-
-    def _function(self, node: torch.fx.Node) -> ir.Expr:
-        alias = self.alias_of.get(id(node.target))
-        if alias is not None:
-            return ir.Global(alias)
-        path = self.path_of(node.target)
-        if path is None:
-            return self.consts.add(node.target)
-        if path.module is not None:
-            self.imports.add(path.module)
-        return ir.Global(path.path)
-
-    def submod(self, target: str) -> int:
-        return self.submod_index.setdefault(target, len(self.submod_index))
-
-
-class _NodeLowering:
-    """Lowers one node, in one graph and scope."""
-
-    def __init__(
-        self,
-        module: _Lowering,
-        gm: torch.fx.GraphModule,
-        names: NameTable,
-        scope: _Scope,
-        prefix: str,
-        lifted: Mapping[tuple[int, int], str],
-        number: int,
-    ) -> None:
-        self.module = module
-        self.gm = gm
-        self.names = names
-        self.scope = scope
-        self.prefix = prefix
-        self.lifted = lifted
-        self.number = number
-        self.ordinal = 0
-
-    def statement(self, node: torch.fx.Node) -> ir.Stmt | None:
-        match node.op:
-            case "get_attr":
-                self.scope[node] = self._attribute(node)
-                return None
-            case "call_function":
-                return self._call_function(node)
-            case "call_method":
-                return self._call_method(node)
-            case "call_module":
-                return self._call_module(node)
-            case "output":
-                return ir.Return(self._expr(node.args[0], node), self._origin(node))
-            case _:
-                raise UnsupportedNode(f"node kind {node.op!a}", where=node_where(node))
-
-    def _attribute(self, node: torch.fx.Node) -> ir.Expr:
-        target = str(node.target)
-        try:
-            value = attribute_of(self.gm, target)
-        except AttributeError as error:
-            raise UnsupportedNode(
-                f"get_attr reads {target!a}, which the graph's module does not have",
-                where=node_where(node),
-            ) from error
-        again = attribute_of(self.gm, target)
-        if again is not value and not (is_inline_literal(value) and again == value):
-            raise UnsupportedNode(
-                f"get_attr reads {target!a}, which is another object at each reading (a property or a parametrization)",
-                where=node_where(node),
-                hint="call the module that computes it, or remove the parametrization",
-            )
-        path = f"{self.prefix}.{target}" if self.prefix else target
-        return self.module.consts.add(value, attribute=path)
-
-    def _call_function(self, node: torch.fx.Node) -> ir.Stmt:
-        if not callable(node.target):
-            raise UnsupportedNode(
-                f"call_function of {describe(node.target)}, which is not callable",
-                where=node_where(node),
-            )
-        if node.kwargs or not any(isinstance(arg, torch.fx.Node) for arg in node.args):
-            return self._plain_call(node)
-        return self._with_sign(node) or self._plain_call(node)
-
-    def _with_sign(self, node: torch.fx.Node) -> ir.Stmt | None:
-        """``x[i]``, ``x.a``, ``x + y`` and ``-x`` for the functions that mean just that.
-
-        Only where an operand is a value: ``-(1)`` would read back as a literal, ``(1)[x]`` draws a warning.
-        """
-        args, target = node.args, node.target
-        on_value = isinstance(args[0], torch.fx.Node)
-        if len(args) == 2 and target is operator.getitem and on_value:
-            value, index = self._expr(args[0], node), self._expr(args[1], node)
-            return ir.GetItem(self._target(node), value, index, self._origin(node))
-        if len(args) == 2 and target is getattr and on_value and type(args[1]) is str:
-            if not is_identifier(args[1]):
-                return None
-            value = self._expr(args[0], node)
-            return ir.GetAttr(self._target(node), value, args[1], self._origin(node))
-        infix, prefix = sign_of(INFIX, target), sign_of(PREFIX, target)
-        if len(args) == 2 and infix is not None:
-            left, right = self._expr(args[0], node), self._expr(args[1], node)
-            return ir.Infix(self._target(node), infix, left, right, self._origin(node))
-        if len(args) == 1 and prefix is not None:
-            right = self._expr(args[0], node)
-            return ir.Infix(self._target(node), prefix, None, right, self._origin(node))
-        return None
-
-    def _plain_call(self, node: torch.fx.Node) -> ir.Stmt:
-        function = self.module._function(node)
-        arguments = self._arguments(node)
-        targets, unpack = self._targets(node)
-        return ir.CallFunction(targets, unpack, function, arguments, self._origin(node))
-
-    def _call_method(self, node: torch.fx.Node) -> ir.Stmt:
-        if not node.args or type(node.target) is not str:
-            raise UnsupportedNode("call_method without a receiver", where=node_where(node))
-        receiver = self._expr(node.args[0], node)
-        arguments = self._arguments(node, skip=1)
-        targets, unpack = self._targets(node)
-        return ir.CallMethod(targets, unpack, receiver, node.target, arguments, self._origin(node))
-
-    def _call_module(self, node: torch.fx.Node) -> ir.Stmt:
-        path = f"{self.prefix}.{node.target}" if self.prefix else str(node.target)
-        inlined = self.module.plan.by_target.get(path)
-        if inlined is None:
-            try:
-                callee = attribute_of(self.gm, str(node.target))
-            except AttributeError as error:
-                raise UnsupportedNode(
-                    f"call_module of {node.target!a}, which the graph's module does not have",
-                    where=node_where(node),
-                ) from error
-            index = self.module.submod(path)
-            arguments = self._arguments(node)
-            targets, unpack = self._targets(node, callee)
-            return ir.CallSubmod(targets, unpack, index, arguments, self._origin(node, callee))
-        callee = inlined.graph_of[path]
-        if inlined.direct_call:
-            return self._call_direct(node, callee, path)
-        # Positional only: parameters may have got other names than their placeholders.
-        given = tuple(self._expr(value, node) for _, value in bind_call(node, callee))
-        lifted = tuple(ir.Literal(value) for value in inlined.lifted_values[path])
-        targets, unpack = self._targets(node, callee)
-        name = self.module.function_names[inlined.key]
-        passes = self.module.takes_submods[name]
-        return ir.CallInlined(
-            targets,
-            unpack,
-            name,
-            ir.Arguments((*given, *lifted)),
-            passes,
-            self._origin(node, callee),
-        )
-
-    def _call_direct(self, node: torch.fx.Node, callee: torch.fx.GraphModule, path: str) -> ir.Stmt:
-        """Write the one call that ``callee`` consists of in place of a call of ``callee``."""
-        scope: _Scope = {inner: self._expr(v, node) for inner, v in bind_call(node, callee)}
-        inside = _NodeLowering(self.module, callee, self.names, scope, path, {}, self.number)
-        for inner in callee.graph.find_nodes(op="get_attr"):
-            scope[inner] = inside._attribute(inner)
-        (call,) = (n for n in callee.graph.nodes if n.op == "call_function")
-        arguments = inside._arguments(call)
-        if returned_value(callee.graph) is None:
-            targets: tuple[str, ...] = ()
-            unpack = False
-            self.scope[node] = ir.Literal(None)
-        else:
-            targets, unpack = self._targets(node, callee)
-        origin = origin_of(call, self.module.symbols, line_numbers=self.module.options.line_numbers)
-        function = self.module._function(call)
-        return ir.CallFunction(targets, unpack, function, arguments, origin)
-
-    # --- operands and targets --------------------------------------------------------------------
-
-    def _expr(self, value: object, node: torch.fx.Node) -> ir.Expr:
-        literal = self._literal if self.lifted else ir.Literal
-        return to_expr(value, self._refer, self.module.consts, node_where(node), literal)
-
-    def _literal(self, value: object) -> ir.Expr:
-        """The literal itself, or the parameter that it was lifted to; counts as `structure_of` counts."""
-        if not is_liftable(value):
-            return ir.Literal(value)
-        lifted = self.lifted.get((self.number, self.ordinal))
-        self.ordinal += 1
-        return ir.Literal(value) if lifted is None else ir.Name(lifted)
-
-    def _refer(self, node: torch.fx.Node) -> ir.Expr:
-        try:
-            return self.scope[node]
-        except KeyError:
-            raise UnsupportedNode(
-                "a node is used before it is defined", where=node_where(node)
-            ) from None
-
-    def _arguments(self, node: torch.fx.Node, skip: int = 0) -> ir.Arguments:
-        args = tuple(self._expr(arg, node) for arg in node.args[skip:])
-        kwargs = tuple((key, self._expr(value, node)) for key, value in node.kwargs.items())
-        return ir.Arguments(args, kwargs)
-
-    def _target(self, node: torch.fx.Node) -> str | None:
-        if not node.users:
-            return None
-        name = str(self.names.claim(node.name))
-        self.scope[node] = ir.Name(name)
-        return name
-
-    def _targets(self, node: torch.fx.Node, callee: object = None) -> tuple[tuple[str, ...], bool]:
-        """Names for the results: one per element when every user picks an element, else one or none."""
-        if not node.users:
-            return (), False
-        arity = _arity(node, callee)
-        if arity is None or not all(_picks_element(user, node, arity) for user in node.users):
-            target = self._target(node)
-            assert target is not None
-            return (target,), False
-        by_index: dict[int, str] = {}
-        for user in node.users:
-            index = user.args[1]
-            assert isinstance(index, int)
-            if index not in by_index:
-                by_index[index] = self.names.claim(user.name)
-            self.scope[user] = ir.Name(by_index[index])
-        unused = [i for i in range(arity) if i not in by_index]
-        for index in unused:
-            by_index[index] = self.names.claim("unused")
-        return tuple(by_index[i] for i in range(arity)), True
-
-    def _origin(self, node: torch.fx.Node, callee: object = None) -> ir.Origin:
-        numbers = self.module.options.line_numbers
-        if isinstance(callee, torch.fx.GraphModule):
-            return origin_of_piece(callee, self.module.symbols, line_numbers=numbers)
-        return origin_of(node, self.module.symbols, line_numbers=numbers)
 
 
 def _misplaced(parameter: ir.Parameter, before: list[ir.Parameter]) -> str | None:
@@ -537,31 +258,3 @@ def _needs_submods(stmt: ir.Stmt) -> bool:
     return isinstance(stmt, ir.CallSubmod) or (
         isinstance(stmt, ir.CallInlined) and stmt.passes_submods
     )
-
-
-def _picks_element(user: torch.fx.Node, producer: torch.fx.Node, arity: int) -> bool:
-    return (
-        user.op == "call_function"
-        and user.target is operator.getitem
-        and len(user.args) == 2
-        and not user.kwargs
-        and user.args[0] is producer
-        and type(user.args[1]) is int
-        and 0 <= user.args[1] < arity
-    )
-
-
-def _arity(node: torch.fx.Node, callee: object) -> int | None:
-    """How many elements the tuple or list that ``node`` yields is known to have; None if unknown."""
-    if is_plain(callee):
-        assert isinstance(callee, torch.fx.GraphModule)
-        returned = returned_value(callee.graph)
-        if not isinstance(returned, torch.fx.Node):
-            if isinstance(returned, (tuple, list)) and type(returned) in _SEQUENCES:
-                return len(returned)
-            return None
-        node = returned
-    value = value_of(node)
-    if type(value) is not tuple and not (type(value) is list and isinstance(node.target, _OPS)):
-        return None  # a list that somebody else holds may have changed by the time an element is picked
-    return len(value)

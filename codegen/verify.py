@@ -109,8 +109,9 @@ class _Matcher:
         self.direct = direct
         self.next = 0
         self.escapes = Escapes()
-        # How many elements an unpacked event has, by what is recorded in the graph.
-        self.arities: dict[Event, set[int]] = {}
+        # For unpacked events: what is recorded of their results in the graph, and a node that uses one as a whole.
+        self.recorded: dict[Event, list[Sequence[object]]] = {}
+        self.whole: dict[Event, torch.fx.Node] = {}
         self.serial = 0
         # Containers of the graph and of the text that are the same object, both ways.
         self.text_serial: dict[int, int] = {}
@@ -127,7 +128,7 @@ class _Matcher:
                 passed.append(node)
         self._match_signature(passed)
         returned, at = self._walk(scope)
-        self._check_arities()
+        self._judge_unpacking()
         if self.next != len(self.text.events):
             extra = self.text.events[self.next]
             raise EmitError(
@@ -238,7 +239,7 @@ class _Matcher:
             raise EmitError(f"{path!a} is called with other arguments", where=node_where(node))
         value, _ = self._walk(inner)
         if type(value) is Event and value.parts is not None:
-            self._check_unpacked(node, value, scope, callee)
+            self._note_unpacked(node, value, scope, callee)
         return value
 
     # --- one node against one event --------------------------------------------------------------
@@ -270,40 +271,40 @@ class _Matcher:
                 if key != name or not self._is(arg, theirs, values):
                     self._differ(node, event, f"another argument {key!a}")
         if event.parts is not None:
-            self._check_unpacked(node, event, scope, callee)
+            self._note_unpacked(node, event, scope, callee)
         return event
 
-    def _check_unpacked(
+    def _note_unpacked(
         self, node: torch.fx.Node, event: Event, scope: _Scope, callee: object
     ) -> None:
-        """Unpacking is picking elements early, which is right only if nothing but elements is ever used.
-
-        A called graph may return the result as it is; then the same is asked of the call.
-        """
-        assert event.parts is not None
-        count = len(event.parts)
+        """Note how a result is used that the text unpacks, and what is recorded of it; a called graph may hand it on."""
         for user in node.users:
             args = user.args
             if user.op == "output" and args[0] is node and scope.prefix:
                 continue
             index = args[1] if len(args) == 2 and not user.kwargs else None
             picks = user.target is operator.getitem and user.op == "call_function"
-            if not picks or type(index) is not int or not 0 <= index < count:
-                self._differ(node, event, "unpacks a result that the graph uses as a whole")
-        self._note_arity(event, value_of(node), _returned_by(callee))
-
-    def _note_arity(self, event: Event, *values: object) -> None:
-        """What is recorded of a result says how many elements it has."""
-        for value in values:
+            if not picks or type(index) is not int or index < 0:
+                self.whole.setdefault(event, node)
+        for value in (value_of(node), _returned_by(callee)):
             if isinstance(value, (tuple, list)):
-                self.arities.setdefault(event, set()).add(len(value))
+                self.recorded.setdefault(event, []).append(value)
 
-    def _check_arities(self) -> None:
+    def _judge_unpacking(self) -> None:
+        """Unpacking is picking elements early. That needs a known number of elements; and, unless it is a tuple, which
+        nobody can change, that nothing but elements is ever used."""
         for event in self.text.events:
-            if event.parts is not None and self.arities.get(event) != {len(event.parts)}:
+            if event.parts is None:
+                continue
+            recorded = self.recorded.get(event, [])
+            if not recorded or any(len(value) != len(event.parts) for value in recorded):
                 raise EmitError(
                     f"unpacks a result that is not known to have {len(event.parts)} elements",
                     where=self._line(event),
+                )
+            if event in self.whole and any(type(value) is not tuple for value in recorded):
+                self._differ(
+                    self.whole[event], event, "unpacks a result that the graph uses as a whole"
                 )
 
     def _same_target(self, kind: str, ours: object, theirs: object) -> bool:

@@ -8,6 +8,7 @@ import enum
 import functools
 import math
 import operator
+import re
 import threading
 from collections import namedtuple
 from collections.abc import Callable, Sequence
@@ -525,6 +526,31 @@ def test_a_result_is_picked_from_where_it_is_made_and_unpacked_where_it_is_hande
     root.add_module("inner", graph_of(inside, "a"))
     code = same(graph_of(outside, "x", root=root), (X,)).code
     assert "= chunk[0]" in code and " = inner(x)" in code
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_a_tuple_may_be_used_as_a_whole_and_unpacked_elsewhere(kind: type) -> None:
+    def inside(g: torch.fx.Graph, a: torch.fx.Node) -> object:
+        made = g.call_function(kind, ((a, 1),))
+        made.meta["example_value"] = kind((X, 1))
+        g.call_function(operator.getitem, (made, -1))
+        g.call_function(len, (made,))
+        return made
+
+    def outside(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+        made = g.call_module("inner", (x,))
+        return [g.call_function(operator.getitem, (made, index)) for index in (1, 0)]
+
+    root = torch.nn.Module()
+    root.add_module("inner", graph_of(inside, "a"))
+    gm = graph_of(outside, "x", root=root)
+    source = same(gm, (X,))
+    assert ("getitem_1, getitem = inner(x)" in source.code) is (kind is tuple)
+    unpacked = source.code.replace("inner_1 = inner(x)", "getitem_1, getitem = inner(x)")
+    unpacked = re.sub(r"\n    (getitem\w* = inner_1|del inner_1).*", "", unpacked)
+    if kind is list:
+        with pytest.raises(EmitError, match="uses as a whole"):
+            verify(source, gm, edited=unpacked)
 
 
 def test_results_are_unpacked_by_their_own_number() -> None:
