@@ -5,9 +5,8 @@ It never captures while serving; a batch that no graph covers runs as it ran bef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from rich.console import Console
@@ -16,14 +15,10 @@ from piecework.codegen.replay_plan import ReplaySource
 from piecework.errors import PieceworkError, StaticGraphError
 from piecework.runtime.backend import PieceworkBackend
 from piecework.runtime.captured_calls import Calls, Step
-from piecework.runtime.captured_inputs import CapturedInputs
-from piecework.runtime.captured_options import CaptureOptions, plan_capture
-from piecework.runtime.captured_replay import Replay, ReplayMaker
+from piecework.runtime.captured_graphs import CapturedGraphs
+from piecework.runtime.captured_options import CaptureOptions
 from piecework.runtime.captured_report import CallRow, MemoryReport
-from piecework.runtime.captured_shape import batch_shape
-from piecework.runtime.counters import counters
 from piecework.runtime.entry import Entry
-from piecework.runtime.forward_context import current_forward_context, set_forward_context
 from piecework.runtime.graphs.capture import (
     CaptureOutcome,
     CaptureReport,
@@ -32,17 +27,10 @@ from piecework.runtime.graphs.capture import (
     Key,
     capture_graphs,
 )
-from piecework.runtime.graphs.captured_call import CapturedCall
 from piecework.runtime.graphs.covered import CoverageRow, coverage
-from piecework.runtime.graphs.descriptor import BatchDescriptor, BatchKind
+from piecework.runtime.graphs.descriptor import BatchKind
 from piecework.runtime.graphs.memory import MemoryEstimate, estimate_memory, fit_budget
-from piecework.runtime.graphs.mode import CUDAGraphMode
-from piecework.runtime.graphs.owner import CaptureRecord, StaticGraphs
 from piecework.runtime.graphs.progress import CaptureProgress
-from piecework.runtime.graphs.wrapper import CUDAGraphOptions, CUDAGraphWrapper
-from piecework.runtime.mutation import written_inputs
-
-_FULL, _PIECEWISE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
 
 
 class _Recorder:
@@ -66,17 +54,11 @@ class _Recorder:
             self.inner.ended()
 
 
-class CapturedModel:
-    """Static graphs of one stitched model; stands where its entry calls ``execution_fn``.
+class CapturedModel(CapturedGraphs):
+    """A stitched model with static graphs; stands where its entry calls ``execution_fn``.
 
-    Attributes:
-        shape: how the graph depends on the batch size.
-        sizes: the batch sizes that were to be captured.
-        graphs: the owner of what is captured.
-        dispatcher: which batch runs as what.
-        options: how it was captured.
+    Attributes, besides those of `CapturedGraphs`:
         report: what the last capture phase did; None if it was stopped.
-        replays: mode and descriptor → its replay.
         failures: descriptors whose checked replay failed, with the reason.
     """
 
@@ -87,37 +69,10 @@ class CapturedModel:
         sizes: Iterable[int] | None,
         options: CaptureOptions,
     ) -> None:
-        self._entry, self._backend, self.options = entry, backend, options
-        self.shape = batch_shape(entry.captured, backend, options.same_as_batch)
-        plan = plan_capture(self.shape, backend.config, sizes, options)
-        self.sizes, self.dispatcher = plan.sizes, plan.dispatcher
-        self._forward: Callable[..., object] = entry.execution_fn
-        self._counting = False
-        self._inputs = {
-            tuple(values.items()): CapturedInputs(
-                self.shape, max(self.sizes), values, options.pads, options.poison
-            )
-            for values in plan.others
-        }
-        self.graphs = StaticGraphs(
-            self.shape.device,
-            address_policy=options.address_policy,
-            check_addresses=options.check_addresses,
-            on_capture=self._count,
-        )
-        for inputs in self._inputs.values():
-            inputs.register(self.graphs)
-        self._weights = self._weights_now()
-        self.graphs.addresses.register_weights(self._weights)
-        self._maker = ReplayMaker(
-            self.shape, backend, self._weights, self.graphs.address_policy.value
-        )
-        self._wrapped = [self._wrap(submods, n) for n, submods in enumerate(backend.submod_lists)]
-        self._whole = [self._wrap_whole(number) for number in range(len(backend.submod_lists))]
+        super().__init__(entry, backend, sizes, options)
         self.report: CaptureReport | None = None
         self.estimate: MemoryEstimate | None = None
         self.dropped: tuple[Key, ...] = ()
-        self.replays: dict[Key, Replay] = {}
         self.failures: dict[Key, PieceworkError] = {}
         self._ready: dict[Key, Step] = {}
         self._calls = Calls(self.shape, self.dispatcher, self._ready, options)
@@ -218,11 +173,6 @@ class CapturedModel:
         self.release()
         return True
 
-    def _weights_now(self) -> dict[str, torch.Tensor]:
-        """Path → tensor, as the entry holds them now."""
-        weights = self._entry.weights
-        return {w.path: t for w, t in zip(weights.traced, weights.tensors, strict=True)}
-
     def _warmups(self) -> int:
         if self.options.warmups is not None:
             return self.options.warmups
@@ -230,140 +180,7 @@ class CapturedModel:
             self._backend.config.cudagraph_num_of_warmups, int(self.shape.device.type == "cuda")
         )
 
-    # --- what is captured --------------------------------------------------------------------------
-
-    def _wrap(
-        self, submods: Sequence[Callable[..., object]], number: int
-    ) -> Sequence[Callable[..., object]]:
-        """The pieces of one batch range, each captured by itself."""
-        source, split_gm = self._backend.source, self._backend.split_gm
-        assert source is not None and split_gm is not None
-        last = len(submods) - 1
-        return [
-            CUDAGraphWrapper(
-                submod,
-                None,
-                _PIECEWISE,
-                CUDAGraphOptions(
-                    debug_log_enable=index == 0,
-                    gc_disable=index > 0,
-                    weak_ref_output=index == last,
-                    mutated_args=written_inputs(split_gm.get_submodule(name)),  # type: ignore[arg-type]
-                ),
-                graphs=self.graphs,
-                name=name + (f" of range {number}" if number else ""),
-            )
-            for index, (submod, name) in enumerate(zip(submods, source.submod_names, strict=True))
-        ]
-
-    def _wrap_whole(self, number: int) -> CUDAGraphWrapper:
-        """The whole forward of one batch range, splitting ops included; the pieces' own wrappers stand aside in it."""
-        return CUDAGraphWrapper(
-            partial(self._forward, __vllm_submods__=tuple(self._wrapped[number])),
-            None,
-            _FULL,
-            CUDAGraphOptions(weak_ref_output=True),
-            graphs=self.graphs,
-            name="the whole forward" + (f" of range {number}" if number else ""),
-        )
-
-    def pieces_for(self, size: int) -> Sequence[Callable[..., object]]:
-        """The wrapped pieces of a batch size, in order."""
-        return self._wrapped[self._range_of(size)]
-
-    def _range_of(self, size: int) -> int:
-        table = self._backend.range_table
-        return 0 if table is None else table.index(size)
-
-    def _count(self, record: CaptureRecord) -> None:
-        if self._counting:
-            counters.num_cudagraph_captured += 1
-
-    def _context_for(self, mode: CUDAGraphMode, descriptor: BatchDescriptor):  # type: ignore[no-untyped-def]
-        make = self.options.context_for
-        if make is not None:
-            return make(mode, descriptor)
-        return set_forward_context(cudagraph_runtime_mode=mode, batch_descriptor=descriptor)
-
-    def _others(self, descriptor: BatchDescriptor) -> dict[str, int]:
-        """The sizes beside the batch size that a descriptor was captured for."""
-        axes = dict(descriptor.extra)
-        return {other.label: axes[other.label] for other in self.shape.others}  # type: ignore[misc]
-
-    def _inputs_of(self, descriptor: BatchDescriptor) -> CapturedInputs:
-        return self._inputs[tuple(self._others(descriptor).items())]
-
-    def _dummy(self, descriptor: BatchDescriptor) -> object:
-        """One forward on the static inputs, whatever they hold; the context's mode says which wrapper acts."""
-        size = descriptor.num_tokens
-        views = self._inputs_of(descriptor).views(size)
-        with torch.no_grad():
-            return self._run(self._flat(views, descriptor), self._range_of(size))
-
-    def _run(self, flat: Sequence[object], number: int) -> object:
-        return self._whole[number](*flat)
-
-    def _flat(self, tensors: Sequence[torch.Tensor], descriptor: BatchDescriptor) -> list[object]:
-        others = self._others(descriptor)
-        flat: list[object] = [descriptor.num_tokens] * len(self.shape.names)
-        for each, tensor in zip(self.shape.staged, tensors, strict=True):
-            flat[each.position] = tensor
-        for position, label in self.shape.numbers.items():
-            flat[position] = others[label]
-        for position, path in self.shape.weights.items():
-            flat[position] = self._weights[path]
-        return flat
-
-    # --- what serves it ----------------------------------------------------------------------------
-
-    def _step_of(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> Step:
-        """What serves a captured descriptor: its replay source, after one replay through the wrappers, which check every address.
-
-        Raises:
-            PieceworkError: an address is not what was captured, or the source did not prove.
-        """
-        with self._context_for(mode, descriptor):
-            self._dummy(descriptor)
-        inputs, padded = self._inputs_of(descriptor), descriptor.num_tokens
-        call = self._emit(mode, descriptor)
-        if self.options.check_addresses:
-            call = self._checked_call(mode, descriptor)
-        return Step(call, padded, mode, descriptor, bring_back=inputs.bringer(padded))
-
-    def _emit(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> Callable[..., object]:
-        size, inputs = descriptor.num_tokens, self._inputs_of(descriptor)
-        number, others = self._range_of(size), self._others(descriptor)
-        views, stage = inputs.views(size), inputs.stager(size)
-        if mode is _FULL:
-            call = _captured(self._whole[number], descriptor)
-            made = self._maker.of_whole(call, views, stage, others)
-        else:
-            calls = [_captured(each, descriptor) for each in self._wrapped[number]]
-            pieces = self._backend.submod_lists[number]
-            made = self._maker.of_pieces(calls, pieces, views, stage, others)
-        self.replays[mode, descriptor] = made
-        return made.call
-
-    def _checked_call(
-        self, mode: CUDAGraphMode, descriptor: BatchDescriptor
-    ) -> Callable[..., object]:
-        """Serves through the wrappers, which check every address where the owner says so."""
-        inputs, size = self._inputs_of(descriptor), descriptor.num_tokens
-        stage, flat = inputs.stager(size), self._flat(inputs.views(size), descriptor)
-        number = self._range_of(size)
-
-        def run(tensors: Sequence[torch.Tensor]) -> object:
-            stage(tensors)
-            outer = current_forward_context()
-            with set_forward_context(
-                None if outer is None else outer.attn_metadata,
-                cudagraph_runtime_mode=mode,
-                batch_descriptor=descriptor,
-                state=None if outer is None else outer.state,
-            ):
-                return self._run(flat, number)
-
-        return run
+    # --- serving -----------------------------------------------------------------------------------
 
     def __call__(self, *flat: object, **submods: object) -> object:
         """What the entry calls in place of ``execution_fn``."""
@@ -435,14 +252,6 @@ class CapturedModel:
         if replay is None:
             raise StaticGraphError(f"size {size} runs uncaptured: {found.reason.value}")
         return replay.source
-
-
-def _captured(wrapper: Callable[..., object], descriptor: BatchDescriptor) -> CapturedCall:
-    assert isinstance(wrapper, CUDAGraphWrapper)
-    call = wrapper.concrete_cudagraph_entries[descriptor].call
-    if call is None:
-        raise StaticGraphError("was not captured", where=wrapper.name)
-    return call
 
 
 def _replaced(path: str) -> StaticGraphError:

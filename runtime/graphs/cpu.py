@@ -19,6 +19,7 @@ from piecework.runtime.forward_context import (
     current_forward_context,
     override_forward_context,
 )
+from piecework.runtime.graphs.static_graph import CapturedOnce
 from piecework.runtime.graphs.weak_ref import owns_plain_memory, view_of_storage, weak_ref_tensors
 from piecework.runtime.torch_compat import flatten_tree, unflatten_tree
 
@@ -134,7 +135,7 @@ class _Recording:
     copies: tuple[_OutputCopy, ...]
 
 
-class CpuStaticGraph:
+class CpuStaticGraph(CapturedOnce[_Recording]):
     """A callable re-run on the inputs of its capture, its results written to the outputs of its capture.
 
     The inputs are held strongly, where a CUDA graph would read freed memory: the error is the same (stale values),
@@ -142,12 +143,8 @@ class CpuStaticGraph:
     """
 
     def __init__(self, pool: CpuGraphPool) -> None:
+        super().__init__()
         self._pool = pool
-        self._recording: _Recording | None = None
-
-    @property
-    def captured(self) -> bool:
-        return self._recording is not None
 
     def capture(
         self,
@@ -157,23 +154,18 @@ class CpuStaticGraph:
         *,
         weak_output: bool = False,
     ) -> object:
-        if self._recording is not None:
-            raise StaticGraphError("this static graph is captured already", hint="reset() it first")
+        self.require_new()
         inputs = _storages(flatten_tree((args, kwargs))[0])
         with torch.no_grad(), _contents_kept(inputs):
             output = runnable(*args, **kwargs)
             leaves, spec = flatten_tree(output)
         static, layouts, copies = self._make_static(leaves, {s.data_ptr() for s in inputs})
-        self._recording = _Recording(
-            runnable, args, kwargs, current_forward_context(), layouts, copies
-        )
+        self._held = _Recording(runnable, args, kwargs, current_forward_context(), layouts, copies)
         result = unflatten_tree(static, spec)
         return weak_ref_tensors(result) if weak_output else result
 
     def replay(self) -> None:
-        recording = self._recording
-        if recording is None:
-            raise StaticGraphError("nothing was captured", hint="call capture() before replay()")
+        recording = self.require_captured()
         with torch.no_grad(), override_forward_context(recording.context):
             leaves, _ = flatten_tree(recording.runnable(*recording.args, **recording.kwargs))
             self._check_layouts(leaves, recording.layouts)
@@ -181,12 +173,11 @@ class CpuStaticGraph:
                 copy.window.copy_(_bytes_of(leaves[copy.leaf].untyped_storage()))
 
     def replay_function(self) -> Callable[[], None]:
-        if self._recording is None:
-            raise StaticGraphError("nothing was captured", hint="call capture() first")
+        self.require_captured()
         return self.replay
 
     def reset(self) -> None:
-        self._recording = None
+        self._held = None
 
     def _make_static(
         self, leaves: list[object], input_pointers: set[int]

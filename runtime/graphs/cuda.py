@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 
 from piecework.errors import StaticGraphError
+from piecework.runtime.graphs.static_graph import CapturedOnce
 from piecework.runtime.graphs.weak_ref import weak_ref_tensors
 
 
@@ -100,16 +101,12 @@ class CudaGraphPool:
             self._measured += max(0, before - after)
 
 
-class CudaStaticGraph:
+class CudaStaticGraph(CapturedOnce["torch.cuda.CUDAGraph"]):
     """One ``torch.cuda.CUDAGraph``."""
 
     def __init__(self, pool: CudaGraphPool) -> None:
+        super().__init__()
         self._pool = pool
-        self._graph: torch.cuda.CUDAGraph | None = None
-
-    @property
-    def captured(self) -> bool:
-        return self._graph is not None
 
     def capture(
         self,
@@ -119,8 +116,7 @@ class CudaStaticGraph:
         *,
         weak_output: bool = False,
     ) -> object:
-        if self._graph is not None:
-            raise StaticGraphError("this static graph is captured already", hint="reset() it first")
+        self.require_new()
         if torch.cuda.is_current_stream_capturing():
             raise StaticGraphError(
                 "a CUDA graph is being captured already", hint="captures can't be nested"
@@ -143,24 +139,20 @@ class CudaStaticGraph:
                 _abandon(graph)
                 raise
             graph.capture_end()
-        self._graph = graph
+        self._held = graph
         return output
 
     def replay(self) -> None:
-        if self._graph is None:
-            raise StaticGraphError("nothing was captured", hint="call capture() before replay()")
-        self._graph.replay()
+        self.require_captured().replay()
 
     def replay_function(self) -> Callable[[], None]:
-        if self._graph is None:
-            raise StaticGraphError("nothing was captured", hint="call capture() first")
         # The base class's method is the driver call itself; the Python one only adds debugging.
-        return super(torch.cuda.CUDAGraph, self._graph).replay
+        return super(torch.cuda.CUDAGraph, self.require_captured()).replay
 
     def reset(self) -> None:
-        if self._graph is not None:
-            self._graph.reset()
-            self._graph = None
+        if self._held is not None:
+            self._held.reset()
+            self._held = None
 
 
 @contextmanager

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
+
+from piecework.errors import StaticGraphError
+
+T = TypeVar("T")
 
 
 class StaticGraph(Protocol):
@@ -67,6 +71,36 @@ class StaticGraph(Protocol):
     def reset(self) -> None:
         """Give up what was captured; a later ``capture`` may follow."""
         ...
+
+
+class CapturedOnce(Generic[T]):
+    """The part of a static graph that is the same on every device: it holds one capture, or none."""
+
+    def __init__(self) -> None:
+        self._held: T | None = None
+
+    @property
+    def captured(self) -> bool:
+        return self._held is not None
+
+    def require_new(self) -> None:
+        """Check that nothing was captured yet.
+
+        Raises:
+            StaticGraphError: something was.
+        """
+        if self._held is not None:
+            raise StaticGraphError("this static graph is captured already", hint="reset() it first")
+
+    def require_captured(self) -> T:
+        """What was captured.
+
+        Raises:
+            StaticGraphError: nothing was.
+        """
+        if self._held is None:
+            raise StaticGraphError("nothing was captured", hint="call capture() first")
+        return self._held
 
 
 class GraphPool(Protocol):
