@@ -25,6 +25,7 @@ from piecework.codegen.entry_plan import (
     Packed,
     Passed,
 )
+from piecework.codegen.origin import value_of
 from piecework.errors import InputError
 from piecework.runtime import torch_compat
 from piecework.runtime.backend import PieceworkBackend
@@ -40,6 +41,7 @@ from piecework.runtime.capture import (
     Weight,
 )
 from piecework.runtime.explain import input_error
+from piecework.runtime.mutation import mutations_in
 from piecework.runtime.profile_names import named_pieces
 
 
@@ -138,6 +140,7 @@ class Entry:
             "explain_inputs": self._explain_inputs,
             "explain_weights": self._explain_weights,
             "weights_as_bound": self.weights.unchanged,
+            "memory_apart": torch_compat.memory_apart,
             "flatten": torch_compat.flatten_tree,
         }
         return execute_source(self.source.code, namespace, FUNCTION_NAME)
@@ -265,6 +268,7 @@ def plan_entry(captured: Capture, backend: PieceworkBackend) -> EntryPlan:
         outputs=_output_names(captured),
         result=_packed(captured.out_spec, list(captured.result), weight_at),
         batch=_batch(captured, backend),
+        apart=_apart(captured, backend),
         # A model without weights has modes of its own to watch all the same.
         binds=bool(bound) or not weights,
         checks=levers.check_inputs,
@@ -302,6 +306,20 @@ def _batch(captured: Capture, backend: PieceworkBackend) -> Passed | None:
             return captured.assumptions.passed(leaf, size_dim)
         case Weight():
             return None
+
+
+def _apart(captured: Capture, backend: PieceworkBackend) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Arguments that a compiled piece writes, each with all others that the graph reads."""
+    assert backend.split_gm is not None
+    placeholders = backend.split_gm.graph.find_nodes(op="placeholder")
+    leaves = {
+        node.name: source.leaf
+        for node, source in zip(placeholders, captured.inputs, strict=True)
+        if isinstance(source, Argument) and isinstance(value_of(node), torch.Tensor)
+    }
+    writes = mutations_in(backend.split_gm, list(backend.backends), {n: n for n in leaves})
+    written = dict.fromkeys(leaves[write.path] for write in writes)
+    return tuple((leaf, tuple(x for x in leaves.values() if x != leaf)) for leaf in written)
 
 
 def _output_names(captured: Capture) -> tuple[str, ...]:

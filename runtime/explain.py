@@ -44,6 +44,7 @@ class _Search:
         self.symbols: dict[str, int] = {}
         self.origin: dict[str, str] = {}
         self.tensors: dict[str, object] = {}
+        self.leaves: dict[int, tuple[str, object]] = {}
         self.later: list[tuple[str, str, int]] = []
 
     def run(self, values: Sequence[object]) -> InputError:
@@ -53,6 +54,7 @@ class _Search:
             for symbol in self.plan.symbols:
                 self._range(symbol)
             self._relations()
+            self._apart()
         except InputError as error:
             return error
         return InputError(
@@ -64,8 +66,9 @@ class _Search:
 
     def _node(self, node: Node, value: object) -> None:
         match node:
-            case Leaf(_, label, assumption):
+            case Leaf(index, label, assumption):
                 self._leaf(label, assumption, value)
+                self.leaves[index] = (label, value)
             case Items():
                 self._items(node, value)
             case Tree(label, structure, children):
@@ -120,7 +123,7 @@ class _Search:
                     type(value) is not type(expected) or value != expected
                 ):
                     raise InputError(
-                        f"argument {label} was {expected!r} when the model was traced and is {value!r} now",
+                        f"argument {label} was {_shown(expected)} when the model was traced and is {_shown(value)} now",
                         hint="compile the model again for another value",
                     )
 
@@ -130,7 +133,7 @@ class _Search:
         if tensor.is_neg() or tensor.is_conj():
             raise InputError(
                 f"argument {label} is a lazily negated or conjugated view",
-                hint="pass x.resolve_neg() or x.resolve_conj()",
+                hint=f"pass {label}.resolve_neg() or {label}.resolve_conj()",
             )
         for dim, (size, now) in enumerate(zip(expected.sizes, tensor.shape, strict=True)):
             self._size(f"size {now} in dimension {dim}", label, size, now)
@@ -201,6 +204,17 @@ class _Search:
                     hint="compile the model again with example arguments of such sizes",
                 )
 
+    def _apart(self) -> None:
+        for leaf, others in self.plan.apart:
+            written, target = self.leaves[leaf]
+            for other, value in (self.leaves[each] for each in others):
+                if not torch_compat.memory_apart(target, value):  # type: ignore[arg-type]
+                    raise InputError(
+                        f"arguments {written} and {other} share memory, and the model writes to {written}; compiled pieces "
+                        f"expect arguments that don't",
+                        hint=f"pass {other}.clone()",
+                    )
+
 
 def evaluate(text: str, symbols: Mapping[str, int]) -> object:
     """An emitted expression over symbols; the text is piecework's own."""
@@ -234,6 +248,14 @@ def _kind(
 
 def _same_device(left: torch.device, right: torch.device) -> bool:
     return left.type == right.type and (left.index or 0) == (right.index or 0)
+
+
+def _shown(value: object) -> str:
+    """A value in one short line; of a tensor or array its kind."""
+    if isinstance(getattr(value, "shape", None), tuple):
+        return f"a {type(value).__qualname__} of shape {tuple(value.shape)}"  # type: ignore[attr-defined]
+    text = repr(value)
+    return text if len(text) < 100 and "\n" not in text else f"a {type(value).__qualname__}"
 
 
 def _keys(keys: Sequence[object]) -> str:

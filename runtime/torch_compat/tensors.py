@@ -56,6 +56,25 @@ def storage_id(value: torch.Tensor) -> int:
     return int(value.untyped_storage()._cdata)
 
 
+def memory_apart(written: torch.Tensor, *others: torch.Tensor) -> bool:
+    """Whether no other tensor reaches into the span of memory from the first to the last element of ``written``."""
+    start = written.data_ptr()
+    end = start + _span(written)
+    for other in others:
+        first = other.data_ptr()
+        if first < end and start < first + _span(other):
+            return False
+    return True
+
+
+def _span(tensor: torch.Tensor) -> int:
+    """Bytes from the first to the last element."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return (1 + sum((size - 1) * stride for size, stride in steps)) * tensor.itemsize
+
+
 def is_same_view(left: object, right: object) -> bool:
     """Whether two tensors are the same elements of the same memory; holds for fake tensors too."""
     if not isinstance(left, torch.Tensor) or not isinstance(right, torch.Tensor):

@@ -6,8 +6,10 @@ import collections
 import dataclasses
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import piecework
 from piecework.errors import InputError
@@ -98,6 +100,13 @@ def pair():  # type: ignore[no-untyped-def]
         (torch.randn(5, 8), None, "argument y must be a tensor, not a NoneType"),
         (torch.randn(5, 8).to_sparse(), torch.randn(5, 6), "argument x has layout torch.sparse_coo"),
         (torch._neg_view(torch.randn(5, 8)), torch.randn(5, 6), "argument x is a lazily negated"),
+        (torch.randn(5, 8, dtype=torch.cfloat).conj().imag, torch.randn(5, 6), "argument x is a lazily negated"),
+        (torch.randn(5, 8), torch.randn(1).expand(5, 6), "argument y must be contiguous, and has strides (0, 0)"),
+        (torch.tensor(1.0), torch.randn(5, 6), "argument x has rank 0; the model was traced with 2"),
+        (torch.randn(5, 8).to_sparse_csr(), torch.randn(5, 6), "argument x has layout torch.sparse_csr"),
+        (torch.randn(5, 8).to_mkldnn(), torch.randn(5, 6), "argument x has layout torch._mkldnn"),
+        (torch.randn(5, 8).numpy(), torch.randn(5, 6), "argument x must be a tensor, not a ndarray"),
+        (FakeTensorMode().from_tensor(torch.randn(5, 8)), torch.randn(5, 6), "argument x is a FakeTensor, a tensor subclass"),
     ],
 )  # fmt: skip
 def test_a_broken_assumption_is_named(pair, x: object, y: object, said: str) -> None:  # type: ignore[no-untyped-def]
@@ -110,6 +119,12 @@ def test_a_kept_assumption_passes(pair) -> None:  # type: ignore[no-untyped-def]
         torch.testing.assert_close(pair(x, y), x.sum(-1, keepdim=True) + y)
     x = torch.nn.Parameter(torch.randn(5, 8))
     assert not pair(x, torch.randn(5, 6)).requires_grad
+    one = torch.randn(8, 8)
+    torch.testing.assert_close(
+        pair(one, one), one.sum(-1, keepdim=True) + one
+    )  # read only: may be one tensor
+    shifted = torch.randn(41)[1:].view(5, 8)  # at another address than the allocator's
+    torch.testing.assert_close(pair(shifted, shifted), shifted.sum(-1, keepdim=True) + shifted)
 
 
 def test_a_subclass_is_refused(pair) -> None:  # type: ignore[no-untyped-def]
@@ -176,12 +191,51 @@ def test_an_argument_that_is_not_read_is_still_a_tensor() -> None:
     assert "argument mask must be a tensor" in error_of(lambda: stitched(torch.randn(5, 3), None))
 
 
+# --- memory that arguments share ------------------------------------------------------------------------
+
+
+def advance(x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """A compiled piece may read ``x`` before or after it writes ``state``."""
+    state.add_(1)
+    return x * 2 + state
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+def test_a_written_argument_shares_no_memory(backend: str) -> None:
+    config = piecework.CompilationConfig(backend=backend)
+    example = (torch.randn(4, 8), torch.randn(4, 8))
+    stitched = piecework.compile(advance, example, splitting_ops=[], config=config)
+    assert "memory_apart(state, x)" in stitched.entry_source.code
+    both = torch.randn(10, 8)
+    for x, state in ((both, both), (both[1:], both[:-1]), (both[:5], both[4:9])):
+        said = error_of(lambda x=x, state=state: stitched(x, state))  # type: ignore[misc]
+        assert "arguments state and x share memory, and the model writes to state" in said
+        assert "pass x.clone()" in said
+    for rows in (slice(0, 5), slice(5, 10), slice(0, 0)):  # side by side in one storage
+        ours, theirs = both.clone(), both.clone()
+        other = slice(10 - rows.stop, 10 - rows.start)
+        result = stitched(ours[rows], ours[other])
+        torch.testing.assert_close(result, advance(theirs[rows], theirs[other]))
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_arguments_that_are_only_read_may_share_memory() -> None:
+    stitched = compiled(lambda x, y: x * 2 + y, torch.randn(4, 8), torch.randn(4, 8))
+    assert "memory_apart" not in stitched.entry_source.code
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(stitched(x, x), x * 3)
+
+
 # --- Python values -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("traced", "now"),
-    [(True, False), (True, 1), (3, 4), (3, 3.0), ("mean", "sum"), (None, 0), (torch.float32, torch.float64)],
+    [
+        (True, False), (True, 1), (3, 4), (3, 3.0), (3, True), ("mean", "sum"), (None, 0), (None, torch.ones(3)),
+        (torch.float32, torch.float64), (torch.float32, torch.ones(3)), (torch.float32, np.ones(3)), ("mean", np.ones(3)),
+    ],
+    ids=str,
 )  # fmt: skip
 def test_a_python_value_is_fixed(traced: object, now: object) -> None:
     stitched = compiled(lambda x, option: x + 1, torch.randn(4, 3), traced)
@@ -191,6 +245,7 @@ def test_a_python_value_is_fixed(traced: object, now: object) -> None:
     said = error_of(lambda: stitched(torch.randn(5, 3), now))
     assert "option" in said
     assert f"{now!r}" in said or type(now).__name__ in said
+    assert "\n" not in said
 
 
 def test_a_default_is_checked_too() -> None:

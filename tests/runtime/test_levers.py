@@ -186,6 +186,25 @@ def test_a_direct_piece_returns_what_the_artifact_returns() -> None:
         assert (left.shape, left.stride(), left.dtype) == (right.shape, right.stride(), right.dtype)
 
 
+@pytest.mark.inductor
+def test_cpp_wrappers_inside_the_pieces_are_entered_directly_too() -> None:
+    model = Model()
+    config = piecework.CompilationConfig(
+        backend="inductor", inductor_compile_config={"cpp_wrapper": True}
+    )
+    stitched = piecework.compile(
+        model, (torch.randn(4, 8),), splitting_ops=["levers::mix"], config=config
+    )
+    for each in stitched.backend.backends.values():
+        assert each.entries[None].compiled.direct is not None
+    with torch.no_grad():
+        check(model, stitched)
+    # Nothing in C++ looks at a dtype, so every call does, for every weight.
+    model.layers[1].enter.weight.data = model.layers[1].enter.weight.data.double()
+    with pytest.raises(InputError, match=r"layers.1.enter.weight has dtype torch.float64"):
+        stitched(torch.randn(3, 8))
+
+
 # --- when a condition does not hold ------------------------------------------------------------------------
 
 

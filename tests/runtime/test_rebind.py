@@ -525,6 +525,21 @@ def test_data_of_another_shape_is_refused(model: Model, stitched: piecework.Stit
     assert_refused(stitched, r"blocks.3.linear.weight has shape \(9, 8\); the trace had \(8, 8\)")
 
 
+def test_data_of_another_layout_or_lazily_negated_is_refused(
+    model: Model, stitched: piecework.StitchedModule
+) -> None:
+    weight = model.blocks[3].linear.weight
+    kept = weight.data
+    for data, said in (
+        (torch.rand(8, 8).t(), r"has stride \(1, 8\); the trace had \(8, 1\)"),
+        (torch._neg_view(torch.rand(8, 8)), "is a lazily negated or conjugated view now"),
+    ):
+        weight.data = data
+        assert_refused(stitched, f"blocks.3.linear.weight {said}")
+        weight.data = kept
+        assert_current(model, stitched)
+
+
 def test_another_training_mode_is_refused(model: Model, stitched: piecework.StitchedModule) -> None:
     model.eval()
     assert_refused(stitched, "the model was traced with training=True and has False now")
