@@ -12,7 +12,8 @@ import torch.fx
 
 from piecework.codegen.structure import Structure, input_signature, structure_of
 from piecework.runtime import parallel, torch_compat
-from piecework.runtime.piecewise import CompilerManager, RangeEntry, inputs_for
+from piecework.runtime.compiler_manager import CompilerManager, RangeEntry
+from piecework.runtime.piecewise import inputs_for
 from piecework.runtime.ranges import Range
 
 

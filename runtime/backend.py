@@ -22,6 +22,7 @@ from piecework.codegen.split import SplittingOps
 from piecework.errors import ConfigError, SplitError
 from piecework.runtime import torch_compat
 from piecework.runtime.ahead import compile_ahead, different_pieces
+from piecework.runtime.compiler_manager import CompilerManager
 from piecework.runtime.config import CompilationConfig, RuntimeConfig
 from piecework.runtime.config_groups import CompilationMode
 from piecework.runtime.counters import counters
@@ -33,11 +34,7 @@ from piecework.runtime.mutation import held_by_source, mutations_in, refuse_muta
 from piecework.runtime.observe import trace
 from piecework.runtime.observe.dump import Dump, config_text
 from piecework.runtime.passes import PassReport, PostGradPassManager
-from piecework.runtime.piecewise import (
-    CompilerManager,
-    PiecewiseBackend,
-    PiecewiseCompileInterpreter,
-)
+from piecework.runtime.piecewise import PiecewiseBackend, PiecewiseCompileInterpreter
 from piecework.runtime.ranges import Range, RangeTable
 from piecework.runtime.report import Piece, RangeRow, Report, differences
 from piecework.runtime.splitting_op import registry

@@ -54,9 +54,18 @@ def make_compiler(config: CompilationConfig) -> CompilerInterface:
             f"compiler {config.backend!a} is a {type(found).__qualname__}, not a class",
             where="backend",
         )
-    compiler = found()
+    try:
+        compiler = found()
+    except Exception as error:
+        raise ConfigError(
+            f"compiler {config.backend!a} can't be made: {type(error).__name__}: {error}",
+            where="backend",
+            hint="it is called without arguments",
+        ) from error
     missing = [m for m in ("compile", "compute_hash") if not callable(getattr(compiler, m, None))]
     missing += [] if isinstance(getattr(compiler, "name", None), str) else ["name"]
+    keeping = [m for m in ("to_bytes", "from_bytes") if not callable(getattr(compiler, m, None))]
+    missing += keeping if len(keeping) == 1 else []  # one is of no use without the other
     if missing:
         raise ConfigError(
             f"compiler {config.backend!a} has no {', '.join(missing)}",

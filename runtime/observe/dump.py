@@ -28,7 +28,8 @@ from piecework.runtime.observe.plan_text import plan_text
 from piecework.runtime.ranges import Range
 
 if TYPE_CHECKING:
-    from piecework.runtime.piecewise import PiecewiseBackend, RangeEntry
+    from piecework.runtime.compiler_manager import RangeEntry
+    from piecework.runtime.piecewise import PiecewiseBackend
 
 _log = logging.getLogger(__name__)
 

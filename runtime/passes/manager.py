@@ -127,11 +127,12 @@ class PostGradPassManager:
         """Run the passes that apply to the current `pass_context`.
 
         Raises:
-            PieceCompileError: a pass raised; names it.
+            PieceCompileError: a pass raised, or changed the number of the graph's results; names it.
         """
         compile_range = get_pass_context().compile_range
         for each in self.applicable(compile_range):
             start = time.perf_counter()
+            results = _results(graph)
             try:
                 matches = each(graph)
             except Exception as error:
@@ -139,6 +140,11 @@ class PostGradPassManager:
                     f"pass {each.name} failed: {type(error).__name__}: {error}",
                     hint="leave it out of inductor_passes, or switch it off in pass_config",
                 ) from error
+            if _results(graph) != results:
+                raise PieceCompileError(
+                    f"pass {each.name} left a graph with {_results(graph)} results in place of {results}",
+                    hint="a pass may change how results are computed, and not how many there are",
+                )
             seconds = time.perf_counter() - start
             self._runs.append(PassRun(each.name, compile_range, matches, seconds))
 
@@ -177,3 +183,9 @@ class PostGradPassManager:
         alone = PostGradPassManager([each])
         alone._runs = self._runs
         return torch_compat.as_inductor_graph_pass(alone, alone.uuid)
+
+
+def _results(graph: torch.fx.Graph) -> int:
+    """How many results a graph has."""
+    returned = graph.output_node().args[0]
+    return len(returned) if isinstance(returned, (list, tuple)) else 1

@@ -205,6 +205,7 @@ def test_without_a_cache_results_are_the_same(
     config: CompilationConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(Logging, "to_bytes")
+    monkeypatch.delattr(Logging, "from_bytes")
     model, x = Model(), torch.randn(4, 4)
     stitched = piecework.compile(model, (x,), config=config)
     torch.testing.assert_close(stitched(x), model(x))
