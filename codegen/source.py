@@ -18,6 +18,7 @@ from piecework.codegen.check import check_ir
 from piecework.codegen.lower import LowerOptions, lower
 from piecework.codegen.render import line_map, render
 from piecework.codegen.verify import Proof, verify_text
+from piecework.errors import EmitError
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +54,19 @@ def generate_source(
 
     Raises:
         UnsupportedNode: a node has no source form.
-        EmitError: the text did not prove equal to the graph.
+        EmitError: the text did not prove equal to the graph, or ``split_gm`` is no graph.
     """
+    _require_graph(split_gm)
     with collector_paused():
         return _generate(split_gm, options or LowerOptions())
+
+
+def _require_graph(split_gm: object) -> None:
+    if not isinstance(split_gm, torch.fx.GraphModule):
+        raise EmitError(
+            f"split_gm must be a torch.fx.GraphModule; got a {type(split_gm).__qualname__}",
+            hint="pass the first of the two values that split_graph returns",
+        )
 
 
 def _generate(split_gm: torch.fx.GraphModule, options: LowerOptions) -> StitchedSource:
@@ -131,6 +141,12 @@ def verify(
         >>> verify(source, split_gm)
         Proof(events=33, statements=98)
     """
+    _require_graph(split_gm)
+    if not isinstance(source, (str, StitchedSource)):
+        raise EmitError(
+            f"source must be a StitchedSource or a text; got a {type(source).__qualname__}",
+            hint="pass stitched.source, or its code",
+        )
     if isinstance(source, str):
         options = options or LowerOptions()
         code, names, values = source, tuple(submod_names or ()), tuple(consts or ())
@@ -166,6 +182,7 @@ def generate_execution_code(
 
     Raises:
         UnsupportedNode: a node has no source form; the message names it and its source line.
+        EmitError: ``split_gm`` is no graph.
 
     Example:
         >>> code, submod_names, consts = generate_execution_code(split_gm)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.fx
 from torch._ops import OpOverload, OpOverloadPacket
+from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.fx.graph import CodeGen
 
 from piecework.codegen.origin import node_where, value_of
@@ -57,10 +58,11 @@ def split_graph(
 
     Returns:
         ``(split_gm, items)``: the stitching graph, whose nodes call ``submod_0``, ``submod_1``, …, and the submodules
-        sorted by ``graph_id``. Compiled pieces return a tuple; a splitting submodule returns its value, or None.
+        sorted by ``graph_id``. Compiled pieces return a tuple; a splitting submodule returns its value, or None. A piece
+        takes the sizes that its inputs' shapes are made of before everything else, as far as the graph takes them.
 
     Raises:
-        SplitError: an operator's name is malformed, the graph uses a value before it defines it, its inputs are a
+        SplitError: an operator's name is malformed, ``graph`` is no graph, it uses a value before it defines it, its inputs are a
             pytree, or ``strict`` found something.
 
     Example:
@@ -69,6 +71,11 @@ def split_graph(
         ['submod_0', 'submod_2']
     """
     is_splitting = SplittingOps(splitting_ops)
+    if not isinstance(graph, torch.fx.GraphModule):
+        raise SplitError(
+            f"graph must be a torch.fx.GraphModule; got a {type(graph).__qualname__}",
+            hint="capture the model first, with torch.fx.symbolic_trace for one, or use piecework.compile",
+        )
     if type(graph.graph._codegen) is not CodeGen:
         raise SplitError(
             "the graph takes its inputs as a pytree, which a stitching graph would not",
@@ -222,10 +229,11 @@ def _build(
     values: dict[torch.fx.Node, torch.fx.Node] = {}
     for node in work.find_nodes(op="placeholder"):
         values[node] = stitching.node_copy(node)
+    sizes = _size_inputs(work)
     items: list[SplitItem] = []
     for partition in partitions:
         name = f"submod_{partition.number}"
-        inputs, piece = _build_piece(gm, partition, outputs[partition], home, regions)
+        inputs, piece = _build_piece(gm, partition, outputs[partition], home, regions, sizes)
         attributes[name] = piece
         call = stitching.call_module(name, tuple(values[node] for node in inputs))
         _unpack_call(stitching, call, partition, outputs[partition], values)
@@ -257,32 +265,63 @@ def _outputs(
     return outputs
 
 
+def _size_inputs(graph: torch.fx.Graph) -> dict[object, torch.fx.Node]:
+    """Symbol → the placeholder that is its value."""
+    found: dict[object, torch.fx.Node] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        value = value_of(node)
+        if isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
+            found.setdefault(value.node.expr, node)
+    return found
+
+
+def _inputs_of(
+    partition: _Partition,
+    home: dict[torch.fx.Node, _Partition],
+    sizes: dict[object, torch.fx.Node],
+) -> tuple[list[torch.fx.Node], list[torch.fx.Node]]:
+    """What a submodule takes, in order of first use, and the attributes that it reads.
+
+    A piece takes the sizes in its inputs' shapes as well, before the rest. Compilers need them even where no node reads
+    them: to make views of a written input again, and for arithmetic that they bring in (the N / (N - 1) of a variance).
+    """
+    members = set(partition.nodes)
+    inputs: dict[torch.fx.Node, None] = {}
+    attributes: dict[torch.fx.Node, None] = {}
+    for node in partition.nodes:
+        for source in node.all_input_nodes:
+            if source in members:
+                continue
+            if source.op != "get_attr" and source.op != "placeholder" and source not in home:
+                raise SplitError("a node is used before it is defined", where=node_where(source))
+            (attributes if source.op == "get_attr" else inputs)[source] = None
+    if partition.splitting or not sizes:
+        return list(inputs), list(attributes)
+    shapes = [value for value in map(value_of, inputs) if isinstance(value, torch.Tensor)]
+    needed = {sizes[symbol] for symbol in free_symbols(shapes) if symbol in sizes}
+    leading = {node: None for node in sizes.values() if node in needed or node in inputs}
+    return list(leading | inputs), list(attributes)
+
+
 def _build_piece(
     gm: torch.fx.GraphModule,
     partition: _Partition,
     outputs: list[torch.fx.Node],
     home: dict[torch.fx.Node, _Partition],
     regions: Regions,
+    sizes: dict[object, torch.fx.Node],
 ) -> tuple[list[torch.fx.Node], torch.fx.GraphModule]:
-    """Build one submodule; returns its inputs (nodes of ``gm``, in order of first use) and itself."""
+    """Build one submodule; returns its inputs (nodes of ``gm``) and itself."""
     graph = torch.fx.Graph()
     inside: dict[torch.fx.Node, torch.fx.Node] = {}
     attributes: dict[str, object] = {}
-    members = set(partition.nodes)
-    inputs: list[torch.fx.Node] = []
-    for node in partition.nodes:
-        for source in node.all_input_nodes:
-            if source in members or source in inside:
-                continue
-            if source.op != "get_attr" and source.op != "placeholder" and source not in home:
-                raise SplitError("a node is used before it is defined", where=node_where(source))
-            if source.op != "get_attr":
-                inputs.append(source)
-                inside[source] = graph.placeholder(source.name)
-                inside[source].meta.update(source.meta)
-            else:
-                inside[source] = graph.node_copy(source)
-                attributes[str(source.target)] = attribute_of(gm, str(source.target))
+    inputs, read = _inputs_of(partition, home, sizes)
+    for source in inputs:
+        inside[source] = graph.placeholder(source.name)
+        inside[source].meta.update(source.meta)
+    for source in read:
+        inside[source] = graph.node_copy(source)
+        attributes[str(source.target)] = attribute_of(gm, str(source.target))
     writer = regions.writer(graph)
     for node in partition.nodes:
         writer.move_to(node)

@@ -26,6 +26,10 @@ class SplittingOps:
         self._names: set[str] = set()
         self._targets: list[object] = []
         self.declared: list[str] = []
+        if isinstance(ops, str):  # whose characters would be taken for operators
+            raise SplitError(
+                f"splitting ops must be a list; got the text {ops!a}", hint=f"pass [{ops!a}]"
+            )
         for op in ops:
             op = getattr(op, "splitting_op_name", op)  # the handle of `piecework.splitting_op`
             if isinstance(op, str):

@@ -406,17 +406,26 @@ def piecework_dynamo_backend(
     example_inputs: Sequence[object],
     *,
     options: Mapping[str, object] | None = None,
+    mode: str | None = None,
 ) -> Callable[..., object]:
     """The entry point behind ``torch.compile(model, backend="piecework")``.
 
     Args:
         options: fields of `CompilationConfig`, as in ``torch.compile(..., options={...})``. In mode ``DYNAMO_TRACE_ONCE``
             the graph stays whole; Dynamo keeps its guards in any case.
+        mode: Inductor's presets of ``torch.compile(..., mode=...)``, which piecework has none of.
 
     Raises:
         PieceworkError: as `PieceworkBackend`; Dynamo wraps it in ``BackendCompilerFailed``.
-        ConfigError: the mode is one in which piecework compiles nothing.
+        ConfigError: the options hold a mode in which piecework compiles nothing, or ``mode`` is given.
     """
+    if mode is not None:
+        raise ConfigError(
+            f"torch.compile's mode {mode!r} is a preset of Inductor's, and the backend is piecework",
+            where="mode",
+            hint="pass options={...} with fields of piecework.CompilationConfig: inductor_compile_config takes Inductor's "
+            "own, and cudagraph_mode captures static graphs",
+        )
     counters.num_models_seen += 1
     config = CompilationConfig(**(options or {}))
     if config.mode in (CompilationMode.NONE, CompilationMode.STOCK_TORCH_COMPILE):

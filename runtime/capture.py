@@ -152,17 +152,24 @@ def _capture_once(
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[object]) -> Callable[..., object]:
         trace.graph = gm
+        refuse_writes(gm, example_inputs, _argument_names(model, args, kwargs))
         trace.inputs = trace_back(gm, example_inputs, leaves, names, sources, held)
-        refuse_writes(gm, trace.inputs, leaves, _argument_names(model, args, kwargs))
         rename(gm, trace.inputs)
         require_dynamic(gm, leaves)
         compile_graph(gm, trace.inputs)
         trace.standing_in = stand_ins(gm)
-        return lambda *_: list(trace.standing_in)
+        return _returning(trace.standing_in)
 
     before = Snapshot([*modules_of(model), ("args", list(args)), ("kwargs", dict(kwargs))])
+    weights = [tensor for _, tensor in held.values()]
+    wish = dynamic_wish(leaves, dynamic)
     try:
-        result = _run_dynamo(model, args, kwargs, backend, dynamic_wish(leaves, dynamic))
+        with unmarked_afterwards(weights):
+            for (
+                weight
+            ) in weights:  # Dynamo takes those of a module that it saw changed for arguments
+                torch._dynamo.mark_static(weight)
+            result = _run_dynamo(model, args, kwargs, backend, wish)
     finally:
         changed = before.restore()
     if trace.graph is None:
@@ -244,9 +251,10 @@ def _run_dynamo(
     backend: Callable[..., object],
     dynamic: bool | None,
 ) -> object:
-    # Dynamo caches by code object; a copy of its own keeps captures independent of each other.
+    # Dynamo caches by code object, and puts what it compiles into the function's globals: with copies of its own, captures
+    # are independent of each other, and nothing outlives them.
     code = _call_model.__code__.replace()
-    entry = types.FunctionType(code, _call_model.__globals__, "piecework_capture")
+    entry = types.FunctionType(code, dict(_call_model.__globals__), "piecework_capture")
     lent = _Lent(backend)
     compiled = torch.compile(entry, backend=lent, fullgraph=True, dynamic=dynamic)
     settings = {
@@ -268,6 +276,11 @@ def _run_dynamo(
         raise capture_error(error) from error
     finally:
         lent.give_back()
+
+
+def _returning(values: list[object]) -> Callable[..., object]:
+    """A function that returns ``values``; it holds nothing else, since Dynamo keeps it for a while."""
+    return lambda *_: list(values)
 
 
 class _Lent:

@@ -44,6 +44,9 @@ def capture_error(error: BaseException) -> CaptureError:
         raised = f"AssertionError at {code}"
     if raised is not None:
         return CaptureError(f"the model's own forward raises {raised}", where=line, hint=_OWN_FAULT)
+    opaque = re.search(r"\(reason: (.+)\)$", text, re.MULTILINE)
+    if text.startswith("Skip inlining") and opaque is not None:
+        return CaptureError(f"the model can't be captured as one graph: {opaque[1]}", where=line)
     reason = text.splitlines()[0] if text else type(error).__name__
     if not torch_compat.dynamo_failure(error):
         reason = f"{type(error).__name__}: {reason}"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.fx
+from torch.utils import _pytree as pytree
 
 from piecework.errors import CaptureError
 
@@ -66,7 +67,13 @@ def sizes_from_graph(result):  # type: ignore[no-untyped-def]
         return {key: sizes_from_graph(each) for key, each in result.items()}
     if issubclass(kind, tuple) and hasattr(kind, "_fields"):
         return kind(*[sizes_from_graph(each) for each in result])
+    if kind in pytree.SUPPORTED_NODES:
+        return pytree.tree_map(sizes_from_graph, result, is_leaf=_is_size)
     return result
+
+
+def _is_size(value):  # type: ignore[no-untyped-def]
+    return type(value) is torch.Size
 
 
 # --- stand-ins -------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ import torch.fx
 
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
-from piecework.runtime.capture_inputs import Argument, GraphInput, Weight
 from piecework.runtime.places import readable
 
 HINT = (
@@ -25,27 +24,20 @@ HINT = (
 
 
 def refuse_writes(
-    gm: torch.fx.GraphModule,
-    inputs: Sequence[GraphInput],
-    leaves: Sequence[object],
-    arguments: Mapping[str, str],
+    gm: torch.fx.GraphModule, example_inputs: Sequence[object], arguments: Mapping[str, str]
 ) -> None:
     """Raise if the trace that is running wrote something that its graph does not write.
 
     Args:
-        gm, inputs: the graph and where its inputs come from.
-        leaves: the flattened example arguments.
+        gm, example_inputs: as Dynamo gave them to its backend.
         arguments: Dynamo's names of the arguments → their own.
 
     Raises:
         CaptureError: it did; the first such place is named.
     """
-    fakes = {}
-    for node, each in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
-        if isinstance(each, Weight):
-            fakes[id(each.tensor)] = node.meta["example_value"]
-        elif isinstance(each, Argument):
-            fakes[id(leaves[each.leaf])] = node.meta["example_value"]
+    nodes = gm.graph.find_nodes(op="placeholder")
+    pairs = zip(nodes, example_inputs, strict=True)
+    fakes = {id(each): node.meta["example_value"] for node, each in pairs}
 
     def same(fake: object, now: object) -> bool:
         return torch_compat.is_same_view(fakes.get(id(now)), fake)
@@ -63,6 +55,7 @@ _ARGUMENT = re.compile(r"L\['(?:args|kwargs)'\]\[(?:\d+|'[^']*')\]")
 
 def place_text(place: str, arguments: Mapping[str, str]) -> str:
     """A place as a person would call it: ``the model's own state: calls`` for ``L['model'].calls``."""
+    place = re.sub(r"\.__dict__\['(\w+)'\]", r".\1", place)
     if place.startswith("L['model']"):
         return f"the model's own state: {readable(place)}"
     start = _ARGUMENT.match(place)

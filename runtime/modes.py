@@ -33,7 +33,7 @@ def compile_with_mode(
     example_kwargs: Mapping[str, object] | None = None,
     *,
     splitting_ops: Sequence[SplittingOpLike] | None = None,
-    config: CompilationConfig | None = None,
+    config: CompilationConfig | Mapping[str, object] | None = None,
 ) -> StitchedModule:
     """What ``piecework.compile`` returns for ``config.mode``.
 
@@ -43,23 +43,54 @@ def compile_with_mode(
     the splitting ops.
 
     Raises:
-        ConfigError: splitting ops are given in a mode that cuts nowhere, or the shape type is not to be had.
+        ConfigError: an argument is of another kind, splitting ops are given in a mode that cuts nowhere, or the shape type
+            is not to be had.
         CaptureError, SplitError, PieceCompileError: as ``piecework.compile``.
     """
     if not callable(model):
         raise ConfigError(f"a model must be callable; got a {type(model).__qualname__}")
-    config = config or CompilationConfig()
+    config = _configuration(config)
+    _require_arguments(example_args, example_kwargs)
     made: StitchedModule
     if config.mode in _UNSTITCHED:
         made = UnstitchedModule(model, config)
-    elif config.mode is CompilationMode.DYNAMO_TRACE_ONCE:
-        _require_no_cuts(config, splitting_ops)
-        made = ModeModule(model, splitting_ops=splitting_ops or (), config=config)
     else:
-        made = ModeModule(model, splitting_ops=splitting_ops, config=config)
+        if config.mode is CompilationMode.DYNAMO_TRACE_ONCE:
+            _require_no_cuts(config, splitting_ops)
+            splitting_ops = splitting_ops or ()
+        # What torch.compile made of a model can't be traced; the model can.
+        original = torch_compat.original_of(model)
+        made = ModeModule(original, splitting_ops=splitting_ops, config=config)
     if example_args or example_kwargs:
         made.prepare(*example_args, **(example_kwargs or {}))
     return made
+
+
+def _configuration(config: object) -> CompilationConfig:
+    """``config`` itself, its fields from a mapping, or the defaults."""
+    if config is None:
+        return CompilationConfig()
+    if isinstance(config, Mapping):
+        return CompilationConfig(**config)
+    if not isinstance(config, CompilationConfig):
+        raise ConfigError(
+            f"config must be a CompilationConfig or a dict of its fields; got a {type(config).__qualname__}"
+        )
+    return config
+
+
+def _require_arguments(args: object, kwargs: object) -> None:
+    if not isinstance(args, (tuple, list)):
+        raise ConfigError(
+            f"example_args must be a tuple with one item per argument; got a {type(args).__qualname__}",
+            where="example_args",
+            hint="a single argument x is passed as (x,)",
+        )
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise ConfigError(
+            f"example_kwargs must be a dict of arguments by name; got a {type(kwargs).__qualname__}",
+            where="example_kwargs",
+        )
 
 
 def _require_no_cuts(

@@ -18,6 +18,7 @@ from piecework.codegen import StitchedSource
 from piecework.codegen.entry import EntrySource
 from piecework.codegen.split import SplittingOp as SplittingOpLike
 from piecework.errors import BindError, ConfigError, PieceworkError
+from piecework.runtime import torch_compat
 from piecework.runtime.backend import PieceworkBackend
 from piecework.runtime.capture import Capture, GraphInput, Weight, capture
 from piecework.runtime.config import CompilationConfig, DynamicShapesType
@@ -35,13 +36,16 @@ if TYPE_CHECKING:
     from piecework.runtime.graphs.covered import CoverageRow
 
 
+OPAQUE = "it calls a stitched module, which is compiled already; leave that call out, or allow graph breaks"
+
+
 def compile(
     model: Callable[..., object],
     example_args: Sequence[object] = (),
     example_kwargs: Mapping[str, object] | None = None,
     *,
     splitting_ops: Sequence[SplittingOpLike] | None = None,
-    config: CompilationConfig | None = None,
+    config: CompilationConfig | Mapping[str, object] | None = None,
 ) -> StitchedModule:
     """Compile ``model`` piecewise and stitch it, or as ``config.mode`` says.
 
@@ -51,7 +55,7 @@ def compile(
             dimension becomes dynamic unless some are marked with ``torch._dynamo.mark_dynamic`` or ``mark_unbacked``;
             then only those do. Without example arguments the first call's arguments are used.
         splitting_ops: where to cut; None means every op registered with `splitting_op`.
-        config: see `CompilationConfig`.
+        config: a `CompilationConfig`, or a dict of its fields.
 
     Returns:
         A `StitchedModule`, called like ``model``. It serves inference: it runs without recording gradients. Modes ``NONE``
@@ -127,6 +131,17 @@ class StitchedModule:
             if self._backend.source is not None:
                 add_piece_note(error, self._backend.source)
             raise
+
+    def __reduce_ex__(self, protocol: object) -> object:
+        """Refused: compiled pieces belong to this process, and a copy would share the weights of ``model``.
+
+        Raises:
+            BindError: always.
+        """
+        raise BindError(
+            "a stitched module can't be copied or pickled: it holds compiled code and the weights of its model",
+            hint="copy or pickle the model, and compile it again: what was compiled once comes from the cache",
+        )
 
     def _prepare_and_call(self, *args: object, **kwargs: object) -> object:
         self.prepare(*args, **kwargs)
@@ -350,6 +365,9 @@ class StitchedModule:
             f"there is no {what} yet: the model is compiled at its first call",
             hint="pass example arguments to piecework.compile, or call the module once",
         )
+
+
+torch_compat.keep_out_of_traces(StitchedModule.__call__, OPAQUE)  # type: ignore[arg-type]
 
 
 def _model_name(model: Callable[..., object]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import types
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -91,6 +92,31 @@ def dynamo_backend(name: str) -> Callable[..., object]:
     return lookup_backend(name)
 
 
+def keep_out_of_traces(function: types.FunctionType, reason: str) -> None:
+    """Let Dynamo call ``function`` and never trace it, nor what it calls: as ``torch.compiler.disable`` does, without a wrapper in the way.
+
+    Args:
+        reason: what Dynamo says where it must trace everything (``fullgraph=True``).
+    """
+    marks = {"_torchdynamo_disable": True, "_torchdynamo_disable_msg": reason}
+    function.__dict__.update(marks)
+    frames = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+    names = ("_FrameAction", "_FrameExecStrategy", "set_code_exec_strategy")
+    if all(hasattr(frames, name) for name in names):
+        skip = frames._FrameAction.SKIP
+        frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+
+
+def original_of(model: Callable[..., object]) -> Callable[..., object]:
+    """What ``torch.compile`` was given, if ``model`` is its result; ``model`` otherwise."""
+    if isinstance(model, torch.nn.Module):
+        kind = getattr(torch._dynamo, "OptimizedModule", None)
+        return model._orig_mod if kind is not None and isinstance(model, kind) else model
+    if getattr(model, "_torchdynamo_disable", False):  # by torch.compiler.disable, which means it
+        return model
+    return getattr(model, "_torchdynamo_orig_callable", model)
+
+
 def size_oblivious_tracing() -> contextlib.AbstractContextManager[object] | None:
     """A context in which backed dimensions are traced without fixing sizes 0 and 1; None where torch has none."""
     try:
@@ -113,6 +139,7 @@ def watching_operators(
         note: told about every operator that reaches the dispatcher.
         values: fake values whose mode the block runs under; symbols that it makes are forgotten.
     """
+    from torch._dispatch.python import enable_python_dispatcher
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Watch(TorchDispatchMode):
@@ -127,7 +154,9 @@ def watching_operators(
         "ignore_fresh_unbacked_symbols",
         contextlib.nullcontext,
     )
-    with forget(), fake_mode or contextlib.nullcontext(), torch.no_grad(), Watch():
+    # With the decompositions that a trace runs: composite kernels may read sizes that are symbols.
+    fakes = fake_mode or contextlib.nullcontext()
+    with forget(), fakes, torch.no_grad(), enable_python_dispatcher(), Watch():
         yield
 
 
