@@ -44,6 +44,8 @@ from piecework.runtime.explain import input_error
 from piecework.runtime.mutation import mutations_in
 from piecework.runtime.profile_names import named_pieces
 
+OPAQUE = "it calls a stitched module, which is compiled already; leave that call out, or allow graph breaks"
+
 
 class Entry:
     """The emitted entry, bound and ready.
@@ -143,7 +145,9 @@ class Entry:
             "memory_apart": torch_compat.memory_apart,
             "flatten": torch_compat.flatten_tree,
         }
-        return execute_source(self.source.code, namespace, FUNCTION_NAME)
+        entry = execute_source(self.source.code, namespace, FUNCTION_NAME)
+        torch_compat.keep_out_of_traces(entry, OPAQUE)
+        return entry
 
     def _probes(self) -> dict[str, object]:
         return {
@@ -172,7 +176,7 @@ class Entry:
         """
         if torch_compat.transform_probe()():
             raise InputError(
-                "a torch.func transform is active, which compiled pieces know nothing about",
+                "a torch.func transform or forward-mode differentiation is active, which compiled pieces know nothing about",
                 hint="transform the model itself, and compile the result",
             )
         autocast = torch_compat.autocast_state()

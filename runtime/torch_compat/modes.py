@@ -42,14 +42,17 @@ def function_mode_probe() -> Callable[[], object]:
 
 
 def transform_probe() -> Callable[[], object]:
-    """A function that is true inside a transform of ``torch.func`` (vmap, grad and the like)."""
+    """A function that is true inside a transform of ``torch.func`` (vmap, grad and the like) or forward-mode differentiation."""
     functorch = getattr(torch._C, "_functorch", None)
-    probe = getattr(functorch, "peek_interpreter_stack", None)
-    if probe is not None:
-        return probe
-    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+    transforms = getattr(functorch, "peek_interpreter_stack", None)
+    if transforms is None:
+        from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
-    return retrieve_all_functorch_interpreters
+        transforms = retrieve_all_functorch_interpreters
+    forward_ad = torch.autograd.forward_ad
+    if not hasattr(forward_ad, "_current_level"):
+        return transforms
+    return lambda: transforms() or forward_ad._current_level >= 0
 
 
 def only_default_device_modes() -> bool:

@@ -302,8 +302,21 @@ def test_autocast_in_the_trace_is_kept() -> None:
 
 def test_a_function_transform_is_refused(stitched: Callable[..., torch.Tensor]) -> None:
     for transform in (torch.func.vmap(stitched), torch.func.grad(lambda x: stitched(x).sum())):
-        with pytest.raises(InputError, match=r"torch\.func transform is active"):
+        with pytest.raises(InputError, match=r"torch\.func transform or forward-mode .* is active"):
             transform(torch.randn(3, 8))
+
+
+def test_forward_mode_differentiation_is_refused(
+    stitched: Callable[..., torch.Tensor],
+) -> None:
+    """Compiled pieces would drop the tangent without a word."""
+    x = torch.randn(3, 8)
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(InputError, match="forward-mode differentiation is active"),
+    ):
+        stitched(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+    stitched(x)
 
 
 # --- an operator overridden later ------------------------------------------------------------------------
