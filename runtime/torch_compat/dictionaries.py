@@ -49,7 +49,7 @@ def _dict_guard(dicts: Sequence[object]) -> Callable[[], bool]:
     at_owner.mark_tag_safe_root()
     check = root.check
     check(start)  # it notes the dictionaries in its first call
-    return lambda: check(start)
+    return functools.partial(check, start)
 
 
 @functools.cache
