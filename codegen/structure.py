@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.fx
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from piecework.codegen.consts import DICT_TYPES, LIST_TYPES, holds_node, is_inline_literal
 from piecework.codegen.origin import value_of
@@ -70,6 +71,7 @@ class _Writer:
         self.holes: list[Hole] = []
         self.portable = True
         self._number: dict[torch.fx.Node, int] = {}
+        self._memory: dict[StorageWeakRef, int] = {}
         self._ordinal = 0
         self._open = open_literals
 
@@ -85,11 +87,19 @@ class _Writer:
         )
         target = self._target(node)
         if node.op == "placeholder" and describe_input is not None:
-            target = describe_input(node)
+            target = describe_input(node) + self._sharing(node, number)
         # Results are unpacked by their number, so it is part of the program.
         result = value_of(node)
         arity = f" -> {len(result)}" if isinstance(result, (tuple, list)) else ""
         self.lines.append(f"%{number} {node.op} {target} ({args}) {{{kwargs}}}{arity}")
+
+    def _sharing(self, node: torch.fx.Node, number: int) -> str:
+        """Which earlier input lies in the same memory: writing to one of two means something else then."""
+        value = value_of(node)
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            return ""
+        first = self._memory.setdefault(StorageWeakRef(value.untyped_storage()), number)  # type: ignore[no-untyped-call]
+        return "" if first == number else f" in the memory of %{first}"
 
     def _target(self, node: torch.fx.Node) -> str:
         if node.op == "call_function":

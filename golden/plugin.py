@@ -40,6 +40,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_KEY] = References()
 
 
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Goldens are named after tests, ``test_*.py`` among them; they are no test files."""
+    return True if collection_path.name == "__stitched__" else None
+
+
 @pytest.fixture
 def stitched_golden(request: pytest.FixtureRequest) -> StitchedGolden:
     """Compare an emitted source with the golden beside the test.

@@ -42,8 +42,8 @@ def mutations_in(
     """The writes to held tensors, or views of them, inside ``pieces``.
 
     A node is looked at only if it takes memory of a held tensor. An operator with a schema answers by it; any other
-    callable is run once on fake tensors, and the operators that it reaches answer. A user's Triton kernel has no schema:
-    its writes are not seen.
+    callable is run once on fake tensors, and the operators that it reaches answer; one that can't be run counts as writing.
+    A user's Triton kernel has no schema: its writes are not seen.
 
     Args:
         split_gm: the stitching graph (or a whole graph that holds the pieces as submodules), with fake values.
@@ -76,6 +76,18 @@ def written_inputs(piece: torch.fx.GraphModule) -> frozenset[int]:
             numbers.setdefault(path, set()).add(number)
     paths = {path for node in piece.graph.nodes for _, path in _writes(piece, node, memory)}
     return frozenset(number for path in paths for number in numbers[path])
+
+
+def written_aliases(piece: torch.fx.GraphModule) -> frozenset[int]:
+    """Those of `written_inputs` that share their memory with another input."""
+    placeholders = piece.graph.find_nodes(op="placeholder")
+    memory: dict[int, set[int]] = {}
+    for number, node in enumerate(placeholders):
+        value = value_of(node)
+        if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+            memory.setdefault(torch_compat.storage_id(value), set()).add(number)
+    shared = frozenset().union(*(each for each in memory.values() if len(each) > 1))
+    return shared & written_inputs(piece) if shared else shared
 
 
 def held_by_source(graph: torch.fx.GraphModule) -> dict[str, str]:
@@ -128,7 +140,12 @@ def _writes(
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return _writes_of_higher_order(module, node, memory)
     notes = _Notes(memory)
-    _run(module, node, notes)
+    try:
+        _run(module, node, notes)
+    except Exception:  # noqa: BLE001 - user code and torch raise anything
+        # What can't be run again may write to all that it takes.
+        paths = (_path(value_of(each), memory) for each in node.all_input_nodes)
+        return [(str(node.target), path) for path in dict.fromkeys(paths) if path is not None]
     return notes.seen
 
 

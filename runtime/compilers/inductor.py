@@ -6,12 +6,15 @@ The piece given is copied by Inductor and stays as it was.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.fx
 
+from piecework.codegen.origin import value_of
 from piecework.errors import ConfigError
 from piecework.runtime import torch_compat
 from piecework.runtime.code_identity import canonical, text_of
@@ -21,9 +24,12 @@ from piecework.runtime.compilers.partitions import wrap_partition
 from piecework.runtime.compilers.vector_isa import await_search, start_search, takes_cpu_tensors
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.counters import counters
+from piecework.runtime.mutation import written_aliases
 from piecework.runtime.passes import PostGradPassManager, pass_context
 from piecework.runtime.piece_operators import operator_facts
 from piecework.runtime.ranges import Range
+
+_log = logging.getLogger(__name__)
 
 
 class _Inductor:
@@ -116,6 +122,9 @@ class InductorStandaloneAdaptor(_Inductor):
         config: CompilationConfig,
         compile_range: Range | None,
     ) -> CompiledPiece:
+        aliases = _Aliases.of(graph)
+        if aliases.symbolic:
+            return _uncompiled(graph)
         counters.num_inductor_compiles += 1
         await_search(example_inputs)
         single = compile_range is not None and compile_range.is_single_size()
@@ -128,7 +137,7 @@ class InductorStandaloneAdaptor(_Inductor):
         with self.partitions_wrapped(), pass_context(compile_range):
             artifact = torch_compat.standalone_compile(
                 graph,
-                list(example_inputs),
+                aliases.detached(example_inputs),
                 dynamic_shapes=shapes,
                 config_patches=self.options_for(compile_range, graph),
             )
@@ -167,16 +176,71 @@ class InductorAdaptor(_Inductor):
         config: CompilationConfig,
         compile_range: Range | None,
     ) -> CompiledPiece:
+        aliases = _Aliases.of(graph)
+        if aliases.symbolic:
+            return _uncompiled(graph)
         counters.num_inductor_compiles += 1
         await_search(example_inputs)
         with self.partitions_wrapped(), pass_context(compile_range):
             compiled = torch_compat.compile_fx(
                 graph,
-                list(example_inputs),
+                aliases.detached(example_inputs),
                 own_shapes=compile_range is not None and compile_range.is_single_size(),
                 config_patches=self.options_for(compile_range, graph),
             )
-        return CompiledPiece(compiled, indirect_because="compile_fx gives no artifact")
+        return CompiledPiece(
+            aliases.around(compiled), indirect_because="compile_fx gives no artifact"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Aliases:
+    """Inputs of a piece that share memory which the piece writes to.
+
+    AOTAutograd rebuilds them from one base. It takes autograd's, which is the model's tensor while tracing, and in a call whatever
+    made the inputs; so they are given to it as views of nothing, and it takes the memory itself at both times. For memory of
+    a symbolic size it can't.
+
+    Attributes:
+        indices: which inputs.
+        symbolic: a size, stride or offset of one is not a number.
+    """
+
+    indices: frozenset[int]
+    symbolic: bool
+
+    @classmethod
+    def of(cls, graph: torch.fx.GraphModule) -> _Aliases:
+        indices = written_aliases(graph)
+        placeholders = graph.graph.find_nodes(op="placeholder")
+        tensors = [value_of(placeholders[index]) for index in indices]
+        geometry = [
+            part
+            for tensor in tensors
+            for part in (*tensor.shape, *tensor.stride(), tensor.storage_offset())
+        ]
+        return cls(indices, any(isinstance(part, torch.SymInt) for part in geometry))
+
+    def detached(self, values: Sequence[object]) -> list[object]:
+        """``values``, those that share memory without their base."""
+        found = list(values)
+        for index in self.indices:
+            found[index] = found[index].detach()  # type: ignore[attr-defined]
+        return found
+
+    def around(self, function: Callable[..., object]) -> Callable[..., object]:
+        """``function``, given its arguments `detached`."""
+        if not self.indices:
+            return function
+        return lambda *args: function(*self.detached(args))
+
+
+def _uncompiled(graph: torch.fx.GraphModule) -> CompiledPiece:
+    """A piece as FX wrote it, because what Inductor would make of it is wrong."""
+    reason = "it writes to memory of a dynamic size that several of its inputs share"
+    _log.warning("%s is not compiled: %s, which Inductor gets wrong", graph._get_name(), reason)
+    counters.num_eager_compiles += 1
+    return CompiledPiece(graph.forward, indirect_because=reason)
 
 
 def _piece(
@@ -189,7 +253,8 @@ def _piece(
     call, reason = torch_compat.direct_entry(artifact, inputs, outputs, vouched=vouched)
     direct = None if call is None else _positional(call, inputs)
     strict = torch_compat.strict_inputs(artifact, inputs)
-    return CompiledPiece(artifact, artifact, direct, reason, strict)
+    runnable = _Aliases.of(graph).around(artifact)
+    return CompiledPiece(runnable, artifact, direct, reason, strict)
 
 
 def _positional(call: Callable[..., object], inputs: int) -> Callable[..., object]:

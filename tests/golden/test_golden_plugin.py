@@ -316,3 +316,13 @@ def test_a_run_that_does_not_use_the_fixture_imports_nothing_heavy(tmp_path: Pat
         "assert not heavy - before, heavy"
     ).replace("import sys, pytest\n", "import sys, pytest\nbefore = set(sys.modules)\n", 1)
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={**os.environ})
+
+
+def test_goldens_are_not_collected_as_tests(pytester: pytest.Pytester) -> None:
+    text = TEST.replace("return y", "return __vllm_consts__[0](y)").replace(
+        'SOURCE = """', 'SOURCE = """\nname = __vllm_consts__[0]\n', 1
+    )
+    _write_test(pytester, "1", text)
+    _run(pytester, "--piecework-update")
+    assert "__vllm_consts__" in _golden(pytester).read_text()
+    _run(pytester).assert_outcomes(passed=1)

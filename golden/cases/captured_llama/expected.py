@@ -43,8 +43,8 @@ def execution_fn(s0, input_ids, position_ids, *, __vllm_submods__):
     del value_states, q_embed, k_embed
     # model.layers.0.self_attn … model.layers.1.self_attn  -> f32[1, s0, 16], f32[1, 1, s0, 8], f32[1, 2, s0, 8], f32[1, 1, s0, 8], f32[1, s0, 2, 8]
     hidden_states_7, value_states_1, q_embed_1, k_embed_1, out_1 = __vllm_submods__[1](
-        out,
         s0,
+        out,
         model_layers_0_self_attn_o_proj_weight,
         inputs_embeds,
         model_layers_0_post_attention_layernorm_weight,
@@ -71,8 +71,8 @@ def execution_fn(s0, input_ids, position_ids, *, __vllm_submods__):
     del value_states_1, q_embed_1, k_embed_1
     # model.layers.1.self_attn … model.norm  -> f32[1, s0, 16]
     (hidden_states_18,) = __vllm_submods__[2](
-        out_1,
         s0,
+        out_1,
         model_layers_1_self_attn_o_proj_weight,
         hidden_states_7,
         model_layers_1_post_attention_layernorm_weight,

@@ -28,14 +28,14 @@ def execution_fn(s0, x, *, __vllm_submods__):
     del key, mul
     # layers.0 … layers.1  -> f32[s0, 8], f32[s0, 8], f32[s0, 8], f32[s0, 8]
     x_2, key_1, out_1, mul_1 = __vllm_submods__[1](
-        x, out, layers_1_project_weight, layers_1_project_bias, layers_1_scale
+        s0, x, out, layers_1_project_weight, layers_1_project_bias, layers_1_scale
     )
     del out
     # layers.1  graph.py
     attention(mul_1, key_1, out_1)
     del key_1, mul_1
     # layers.1  -> f32[s1, 8]
-    (getitem_8,) = __vllm_submods__[2](x_2, out_1, s0)
+    (getitem_8,) = __vllm_submods__[2](s0, x_2, out_1)
     del x_2, out_1
     return (getitem_8,)
 

@@ -29,6 +29,7 @@ def execution_fn(s0, x, *, __vllm_submods__):
     del left, right, out
     # layers.0.leave … layers.1  -> f32[s0, 8], f32[s0, 8], f32[s0, 8], f32[s0, 8]
     x_2, left_1, right_1, out_1 = __vllm_submods__[1](
+        s0,
         submod_1_1,
         layers_0_leave_weight,
         layers_0_leave_bias,
@@ -41,7 +42,7 @@ def execution_fn(s0, x, *, __vllm_submods__):
     submod_3 = submod_1(left_1, right_1, out_1, "layers.1")
     del left_1, right_1, out_1
     # layers.1.leave … layers.1  -> f32[s0, 8]
-    (x_1,) = __vllm_submods__[2](submod_3, layers_1_leave_weight, layers_1_leave_bias, x_2)
+    (x_1,) = __vllm_submods__[2](s0, submod_3, layers_1_leave_weight, layers_1_leave_bias, x_2)
     del x_2, submod_3
     return (x_1,)
 

@@ -6,9 +6,9 @@
 # Held by this module; each is the same memory at every replay:
 #   stage: copies x into persistent buffers
 #   replay_0: static graph of submod_0
-#   submod_2_in_0: static buffer of submod_2
+#   submod_2_in_1: static buffer of submod_2
 #   replay_1: static graph of submod_2
-#   submod_4_in_0: static buffer of submod_4
+#   submod_4_in_1: static buffer of submod_4
 #   replay_2: static graph of submod_4
 #   left, right, out: output of submod_0
 #   x_2, left_1, right_1, out_1: output of submod_2
@@ -36,14 +36,14 @@ def replay(inputs):
     # layers.0  -> f32[s0, 8]
     submod_1_1 = submod_1(left, right, out, "layers.0")
     # fresh tensor: address policy 'copy' stages it for submod_2
-    submod_2_in_0.copy_(submod_1_1)
+    submod_2_in_1.copy_(submod_1_1)
     # layers.0.leave … layers.1  reads staged: submod_1_1; persistent buffer: x; 4 weights
     replay_1()
     del submod_1_1
     # layers.1  -> f32[s0, 8]
     submod_3 = submod_1(left_1, right_1, out_1, "layers.1")
     # fresh tensor: address policy 'copy' stages it for submod_4
-    submod_4_in_0.copy_(submod_3)
+    submod_4_in_1.copy_(submod_3)
     # layers.1.leave … layers.1  reads staged: submod_3; output of an earlier captured piece: x_2; 2 weights
     replay_2()
     del submod_3
