@@ -248,6 +248,9 @@ class _Writer:
         comment = f"{label}: fixed by the trace"
         if value is None or isinstance(value, bool):
             self._require(comment, [f"{path} is {value}"])
+        elif isinstance(value, float) and (value != value or value == 0):
+            # Two NaNs are unequal and the two zeros equal, where the model's code may tell zeros apart.
+            self._require(comment, [f"type({path}) is float", f'repr({path}) == "{value!r}"'])
         elif is_inline_literal(value):
             kind = type(value).__name__
             self._require(comment, [f"type({path}) is {kind}", f"{path} == {literal_text(value)}"])

@@ -27,7 +27,11 @@ from piecework.codegen.entry_plan import (
 from piecework.errors import InputError
 from piecework.runtime import torch_compat
 
-_DYNAMIC = "mark the dimension as dynamic with torch._dynamo.mark_dynamic and compile again"
+_DYNAMIC = (
+    "the example may have been special (a size of 0 or 1, or equal to another), or the model's own code fixes the size, "
+    "as math.log(x.shape[0]) does: mark the dimension with torch._dynamo.mark_dynamic and compile again, and it is served, "
+    "or torch says what fixes it"
+)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -119,9 +123,7 @@ class _Search:
                     )
                 self._found(symbol, label, value)
             case FixedValue(expected):
-                if value is not expected and (
-                    type(value) is not type(expected) or value != expected
-                ):
+                if value is not expected and not _equal(value, expected):
                     raise InputError(
                         f"argument {label} was {_shown(expected)} when the model was traced and is {_shown(value)} now",
                         hint="compile the model again for another value",
@@ -248,6 +250,13 @@ def _kind(
 
 def _same_device(left: torch.device, right: torch.device) -> bool:
     return left.type == right.type and (left.index or 0) == (right.index or 0)
+
+
+def _equal(value: object, expected: object) -> bool:
+    if type(value) is not type(expected):
+        return False
+    # NaN is NaN, and 0.0 is not -0.0, to a model that was traced with it.
+    return repr(value) == repr(expected) if type(value) is float else bool(value == expected)
 
 
 def _shown(value: object) -> str:

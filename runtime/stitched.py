@@ -24,7 +24,7 @@ from piecework.runtime.capture import Capture, GraphInput, Weight, capture
 from piecework.runtime.config import CompilationConfig, DynamicShapesType
 from piecework.runtime.counters import counters
 from piecework.runtime.edited import EditedSource, check_edited
-from piecework.runtime.entry import Entry
+from piecework.runtime.entry import OPAQUE, Entry
 from piecework.runtime.failures import add_piece_note
 from piecework.runtime.model_tag import current_model_tag
 from piecework.runtime.report import Piece, Report
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from piecework.runtime.captured_report import CallRow, MemoryReport
     from piecework.runtime.graphs.capture import CaptureWatcher
     from piecework.runtime.graphs.covered import CoverageRow
-
-
-OPAQUE = "it calls a stitched module, which is compiled already; leave that call out, or allow graph breaks"
 
 
 def compile(
@@ -120,7 +117,7 @@ class StitchedModule:
 
         Raises:
             InputError: the arguments break what the trace assumed, a weight was replaced or moved since it was bound,
-                autocast is not as it was in the trace, or a ``torch.func`` transform is active.
+                autocast is not as it was in the trace, or a ``torch.func`` transform or forward-mode differentiation is active.
         """
         try:
             return self._call(*args, **kwargs)

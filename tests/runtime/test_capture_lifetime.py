@@ -1,0 +1,143 @@
+"""Stitched modules among others: nothing of theirs outlives them, Dynamo leaves their calls alone, and nobody copies them."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import piecework
+from piecework.errors import BindError, CaptureError
+
+EAGER = piecework.CompilationConfig(backend="eager")
+
+
+@piecework.splitting_op("capture_lifetime::twice")
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+@twice.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return twice(self.enter(x)) + 1
+
+
+def compiled(model=None):
+    return piecework.compile(
+        Model() if model is None else model, (torch.randn(4, 8),), config=EAGER
+    )
+
+
+# --- lifetimes -------------------------------------------------------------------------------------
+
+
+def test_model_weights_and_example_die_with_the_stitched_module() -> None:
+    model, example = Model(), torch.randn(4, 8)
+    stitched = piecework.compile(model, (example,), config=EAGER)
+    stitched(torch.randn(3, 8))
+    watched = {
+        "model": weakref.ref(model),
+        "weight": weakref.ref(model.enter.weight),
+        "example": weakref.ref(example),
+        "stitched": weakref.ref(stitched),
+        "entry": weakref.ref(stitched.entry),
+        "graph": weakref.ref(stitched.split_gm),
+    }
+    del model, example, stitched
+    gc.collect()
+    assert {name for name, each in watched.items() if each() is not None} == set()
+
+
+def test_a_captured_model_dies_with_its_graphs() -> None:
+    model = Model().requires_grad_(False)
+    stitched = compiled(model).capture([2, 4], progress=False, estimate=False)
+    stitched(torch.randn(3, 8))
+    watched = weakref.ref(model.enter.weight), weakref.ref(stitched)
+    del model, stitched
+    gc.collect()
+    assert [each() for each in watched] == [None, None]
+
+
+def test_a_refused_model_dies_too() -> None:
+    model = Model()
+    model.forward = lambda x: x if x.sum() > 0 else -x
+    watched = weakref.ref(model.enter.weight)
+    with pytest.raises(CaptureError):
+        compiled(model)
+    del model
+    gc.collect()
+    assert watched() is None
+
+
+def test_the_model_lives_on_without_its_stitched_module() -> None:
+    model = Model()
+    x = torch.randn(3, 8)
+    expected = compiled(model)(x)
+    gc.collect()
+    torch.testing.assert_close(model(x), expected)
+
+
+# --- other tracers ---------------------------------------------------------------------------------
+
+
+class Outer(nn.Module):
+    def __init__(self, inner) -> None:
+        super().__init__()
+        self.inner, self.leave = inner, nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.leave(self.inner(self.leave(x)))
+
+
+@pytest.mark.parametrize("how", ["called", "entry", "not compiled yet"])
+def test_dynamo_leaves_a_stitched_call_alone(how: str) -> None:
+    lazy = how == "not compiled yet"
+    stitched = piecework.compile(Model(), config=EAGER) if lazy else compiled()
+    call = stitched.entry if how == "entry" else stitched
+    outer = Outer(call)
+    through = torch.compile(outer, backend="eager")
+    for rows in (4, 6, 2):
+        x = torch.randn(rows, 8)
+        torch.testing.assert_close(through(x), outer(x))
+
+
+def test_a_full_graph_with_a_stitched_call_is_refused_with_the_reason() -> None:
+    outer = Outer(compiled())
+    torch._dynamo.reset()  # what it made of this forward with graph breaks would serve this call
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="calls a stitched module"):
+        torch.compile(outer, backend="eager", fullgraph=True)(torch.randn(4, 8))
+    with pytest.raises(CaptureError, match=r"calls a stitched module.*in forward"):
+        compiled(outer)
+
+
+@pytest.mark.parametrize("kind", ["module", "function"])
+def test_what_torch_compiled_is_compiled_from_its_original(kind: str) -> None:
+    model = Model()
+    original = model if kind == "module" else lambda x: model(x) - 1
+    stitched = compiled(torch.compile(original, backend="eager"))
+    assert stitched.model is original
+    x = torch.randn(6, 8)
+    torch.testing.assert_close(stitched(x), original(x))
+
+
+# --- copies ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_stitched_module_is_neither_copied_nor_pickled(duplicate) -> None:
+    with pytest.raises(BindError, match="can't be copied or pickled"):
+        duplicate(compiled())

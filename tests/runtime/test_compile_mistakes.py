@@ -1,0 +1,187 @@
+"""Easy mistakes with ``piecework.compile`` and its neighbours: each is a typed error that says what was wanted and what came."""
+
+from __future__ import annotations
+
+import math
+import runpy
+
+import pytest
+import torch
+from torch import nn
+
+import piecework
+from piecework.errors import CaptureError, ConfigError, EmitError, InputError, SplitError
+
+EAGER = piecework.CompilationConfig(backend="eager")
+X = torch.randn(4, 8)
+
+
+def compiled(function, *args, **options):
+    return piecework.compile(function, args, config=EAGER, **options)
+
+
+# --- arguments of compile --------------------------------------------------------------------------
+
+
+def test_an_example_that_is_no_tuple_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"must be a tuple.*got a Tensor.*\(x,\)"):
+        piecework.compile(nn.Linear(8, 8), X)
+    with pytest.raises(ConfigError, match="by name; got a tuple"):
+        piecework.compile(nn.Linear(8, 8), (X,), ("x",))
+
+
+def test_a_dict_is_taken_for_fields_of_the_configuration() -> None:
+    stitched = piecework.compile(nn.Linear(8, 8), (X,), config={"backend": "eager"})
+    assert stitched.config == EAGER
+    with pytest.raises(ConfigError, match="colour"):
+        piecework.compile(nn.Linear(8, 8), (X,), config={"colour": "red"})
+    with pytest.raises(ConfigError, match=r"must be a CompilationConfig or a dict.*got a str"):
+        piecework.compile(nn.Linear(8, 8), (X,), config="eager")
+
+
+def test_splitting_ops_as_one_text_are_refused() -> None:
+    with pytest.raises(SplitError, match=r"must be a list; got the text 'aten::add'.*pass \["):
+        compiled(nn.Linear(8, 8), X, splitting_ops="aten::add")
+
+
+def test_arguments_that_do_not_fit_the_signature_are_refused() -> None:
+    with pytest.raises(CaptureError, match="unexpected keyword argument 'colour'"):
+        piecework.compile(nn.Linear(8, 8), (X,), {"colour": 1}, config=EAGER)
+    with pytest.raises(CaptureError, match="don't fit the model: too many positional"):
+        compiled(nn.Linear(8, 8), X, X)
+
+
+def test_arguments_that_torch_traces_wrongly_are_refused() -> None:
+    numpy = pytest.importorskip("numpy")
+    with pytest.raises(CaptureError, match=r"n\['a'\] is a numpy.ndarray.*as_tensor\(n\['a'\]\)"):
+        compiled(lambda x, n: x + n["a"], X, {"a": numpy.ones(8)})
+    with pytest.raises(CaptureError, match=r"size is a torch.Size.*pass tuple\(size\)"):
+        compiled(lambda x, size: x.expand(size), X, X.shape)
+
+
+def test_torchs_presets_are_refused() -> None:
+    preset = torch.compile(nn.Linear(8, 8), backend="piecework", mode="reduce-overhead")
+    with pytest.raises(Exception, match="preset of Inductor's") as raised:
+        preset(X)
+    assert isinstance(raised.value.inner_exception, ConfigError)
+
+
+# --- arguments of the code generation --------------------------------------------------------------
+
+
+def test_what_is_no_graph_is_refused() -> None:
+    with pytest.raises(SplitError, match=r"must be a torch.fx.GraphModule; got a int"):
+        piecework.split_graph(3, ["aten::add"])
+    with pytest.raises(EmitError, match=r"must be a torch.fx.GraphModule; got a int"):
+        piecework.generate_execution_code(3)
+    graph = torch.fx.symbolic_trace(nn.Linear(8, 8))
+    with pytest.raises(EmitError, match=r"source must be a StitchedSource or a text; got a int"):
+        piecework.verify(3, graph)
+    with pytest.raises(EmitError, match=r"must be a torch.fx.GraphModule; got a Linear"):
+        piecework.verify("", nn.Linear(8, 8))
+
+
+# --- errors of the model's own ---------------------------------------------------------------------
+
+
+def raises(x):
+    raise ValueError("my own text")
+
+
+def misses_key(x):
+    return x + {}["key"]
+
+
+def misses_attribute(x):
+    return x.colour
+
+
+def adds_ranks(x):
+    return torch.cat([x, x[0]])
+
+
+def multiplies(x):
+    return x @ torch.ones(9, 9)
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (raises, "ValueError: my own text"),
+        (misses_key, "KeyError: key"),
+        (misses_attribute, "AttributeError: 'Tensor' object has no attribute 'colour'"),
+        (adds_ranks, "RuntimeError: Number of dimensions of tensors must match"),
+        (multiplies, "RuntimeError: a and b must have same reduction dim"),
+    ],
+    ids=lambda each: getattr(each, "__name__", ""),
+)
+def test_an_error_of_the_models_own_keeps_its_words_and_line(function, text: str) -> None:
+    with pytest.raises(CaptureError) as raised:
+        compiled(function, X)
+    assert raised.value.message.startswith(f"the model's own forward raises {text}")
+    line = function.__code__.co_firstlineno + 1
+    assert raised.value.where == f"test_compile_mistakes.py:{line} in {function.__name__}"
+
+
+def test_an_assertion_of_the_models_own_is_shown(tmp_path) -> None:
+    path = tmp_path / "asserting.py"  # pytest rewrites the assertions in this file
+    path.write_text("def forward(x):\n    assert x.dim() == 3, 'three wanted'\n    return x + 1\n")
+    forward = runpy.run_path(str(path))["forward"]
+    with pytest.raises(
+        CaptureError, match=r"AssertionError at assert x\.dim\(\) == 3, 'three wanted'"
+    ):
+        compiled(forward, X)
+
+
+def test_the_users_line_is_named_rather_than_torchs() -> None:
+    class Wrong(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(9, 9)
+
+        def forward(self, x):
+            return self.linear(x)
+
+    with pytest.raises(CaptureError, match=r"test_compile_mistakes\.py:\d+ in forward"):
+        compiled(Wrong(), X)
+
+
+def test_whatever_else_dynamo_raises_is_typed() -> None:
+    with pytest.raises(CaptureError, match=r"can't be captured as one graph: .*print"):
+        compiled(lambda x: (print("hi"), x + 1)[1], X)
+    with pytest.raises(CaptureError, match="one graph: IndexError"):
+        compiled(lambda x: (x + 1)[:, x.sum().item()], X)
+
+
+# --- values that the trace fixed -------------------------------------------------------------------
+
+
+def test_equal_floats_are_no_change_and_the_two_zeros_are() -> None:
+    def function(x, scale):
+        return x * scale
+
+    assert compiled(function, X, math.nan)(X, float("nan")).isnan().all()
+    assert compiled(function, X, 0.5)(X, 0.5).equal(X * 0.5)
+    for traced, passed in ((0.0, -0.0), (-0.0, 0.0), (math.nan, 1.0), (1.0, math.nan)):
+        with pytest.raises(InputError, match=f"scale was {traced!r} .* and is {passed!r} now"):
+            compiled(function, X, traced)(X, passed)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x * math.log(x.shape[0] + 1),
+        lambda x: x + torch.linspace(0, 1, x.shape[0]).unsqueeze(1),
+    ],
+    ids=["log", "linspace"],
+)
+def test_a_batch_that_the_model_fixes_is_said_with_a_hint_that_helps(function) -> None:
+    stitched = compiled(function, torch.randn(4, 8))
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(stitched(x), function(x))
+    with pytest.raises(InputError, match=r"fixed to 4.*the model's own code.*mark_dynamic"):
+        stitched(torch.randn(5, 8))
+    example = torch.randn(4, 8)
+    torch._dynamo.mark_dynamic(example, 0)
+    with pytest.raises(CaptureError, match=r"specialized|constant|marked"):
+        compiled(function, example)
