@@ -1,0 +1,136 @@
+"""A real entry, with what Inductor made of a model, damaged anywhere: one warning, right results, and whole again afterwards."""
+
+from __future__ import annotations
+
+import logging
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import piecework
+from piecework.runtime.cache import verify_cache
+
+UNIQUE = 3
+
+
+@piecework.splitting_op("piece_damage::mix", mutates_args=("out",))
+def mix(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
+    out.copy_(left - right)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.ModuleList(nn.Linear(8, 16) for _ in range(2))
+        self.leave = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for enter in self.enter:
+            left, right = enter(x).chunk(2, -1)
+            out = torch.empty_like(left)
+            mix(left, right, out)
+            x = x + self.leave(out)
+        return x
+
+
+def flip(data: bytes, begin: int, end: int) -> bytes:
+    return data[:begin] + bytes([data[begin] ^ 0x10]) + data[begin + 1 :]
+
+
+def cut(data: bytes, begin: int, end: int) -> bytes:
+    return data[:begin]
+
+
+def zero(data: bytes, begin: int, end: int) -> bytes:
+    return data[:begin] + bytes(end - begin) + data[end:]
+
+
+def grow(data: bytes, begin: int, end: int) -> bytes:
+    return data[:end] + b"\0" + data[end:]
+
+
+Case = tuple[Path, Callable[[bytes, int, int], bytes], int, int]
+
+
+def files_of(root: Path) -> list[Path]:
+    inside = (path for path in root.rglob("*") if path.is_file() and ".locks" not in path.parts)
+    return sorted(path.relative_to(root) for path in inside)
+
+
+def cases_of(root: Path, regions: int) -> list[Case]:
+    """Each kind of damage in each of ``regions`` parts of each file."""
+    found: list[Case] = []
+    for file in files_of(root):
+        size = (root / file).stat().st_size
+        step = max(1, -(-size // regions))
+        spans = [(begin, min(begin + step, size)) for begin in range(0, size, step)]
+        found += [(file, kind, *span) for span in spans for kind in (flip, cut, zero, grow)]
+    return found
+
+
+@pytest.fixture
+def warned() -> Iterator[list[str]]:
+    texts: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("piecework")
+    logger.addHandler(handler)
+    yield texts
+    logger.removeHandler(handler)
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("count", [9, pytest.param(500, marks=pytest.mark.nightly)])
+def test_damage_anywhere_costs_at_most_a_compilation(
+    own_compile_cache: Path, tmp_path: Path, warned: list[str], count: int
+) -> None:
+    model, x = Model(), torch.randn(4, 8)
+
+    def compiled() -> int:
+        """Compile, check the results, and return how many pieces the compiler made."""
+        torch._dynamo.reset()
+        before = piecework.counters.snapshot()
+        stitched = piecework.compile(model, (x,))
+        with torch.no_grad():
+            torch.testing.assert_close(stitched(x[:3]), model(x[:3]))
+        after = piecework.counters.snapshot()
+        new = after["num_inductor_compiles"] - before["num_inductor_compiles"]
+        found = after["num_compiled_artifacts_loaded"] - before["num_compiled_artifacts_loaded"]
+        assert new + found == UNIQUE
+        return new
+
+    assert compiled() == UNIQUE
+    saved = tmp_path / "saved"
+    shutil.copytree(own_compile_cache, saved)
+    files = files_of(saved)
+    assert len(files) == UNIQUE + 6  # three texts, factors, index, manifest
+    chance = random.Random(count)
+    cases = cases_of(saved, regions=20)
+    if count < len(files) * 4:  # one of each file, in turn
+        picked = [chance.choice([case for case in cases if case[0] == file]) for file in files]
+    else:
+        picked = chance.sample(cases, count)
+        assert {case[0] for case in picked} == set(files)
+    for file, damage, begin, end in picked:
+        shutil.rmtree(own_compile_cache)
+        shutil.copytree(saved, own_compile_cache)
+        target = own_compile_cache / file
+        whole = target.read_bytes()
+        target.write_bytes(damage(whole, begin, end))
+        is_damaged = target.read_bytes() != whole
+        new = compiled()
+        # An artifact costs itself, what says where artifacts lie all of them, and a text nothing.
+        if target.suffix == ".bin":
+            assert new == is_damaged
+        else:
+            assert new in (0, UNIQUE)
+        assert len(warned) == is_damaged, (file, damage.__name__, begin, warned)
+        assert (own_compile_cache / ".quarantine").exists() == is_damaged
+        warned.clear()
+        assert compiled() == 0
+        assert warned == [] and verify_cache(own_compile_cache).findings == ()
