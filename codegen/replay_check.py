@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch.fx
 
+from piecework.codegen.operands import same_constant
 from piecework.codegen.replay_plan import (
     Frozen,
     HeldBack,
@@ -27,7 +28,7 @@ from piecework.codegen.replay_plan import (
 )
 from piecework.codegen.source import StitchedSource
 from piecework.codegen.targets import ENTRY_NAME
-from piecework.codegen.verify import Proof, same_constant, verify_text
+from piecework.codegen.verify import Proof, verify_text
 from piecework.errors import EmitError
 
 _SUBMODS = "__vllm_submods__"

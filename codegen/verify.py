@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import operator
-import struct
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -17,12 +16,11 @@ from typing import NamedTuple, cast
 import torch
 import torch.fx
 
+from piecework.codegen.operands import Operands, same_constant
 from piecework.codegen.origin import node_where, value_of
 from piecework.codegen.structure import attribute_of
 from piecework.codegen.trace import (
     Bound,
-    Container,
-    Escapes,
     Event,
     Input,
     Known,
@@ -108,14 +106,10 @@ class _Matcher:
         self.submod_names = frozenset(submod_names)
         self.direct = direct
         self.next = 0
-        self.escapes = Escapes()
+        self.operands = Operands()
         # For unpacked events: what is recorded of their results in the graph, and a node that uses one as a whole.
         self.recorded: dict[Event, list[Sequence[object]]] = {}
         self.whole: dict[Event, torch.fx.Node] = {}
-        self.serial = 0
-        # Containers of the graph and of the text that are the same object, both ways.
-        self.text_serial: dict[int, int] = {}
-        self.graph_serial: dict[int, int] = {}
 
     def match(self, split_gm: torch.fx.GraphModule, bound: Mapping[str, str]) -> None:
         scope = _Scope(split_gm, "", {})
@@ -134,7 +128,7 @@ class _Matcher:
             raise EmitError(
                 "the text does something that the graph does not", where=self._line(extra)
             )
-        if not self._same(returned, self.text.returned):
+        if not self.operands.same(returned, self.text.returned):
             raise EmitError(
                 "the text returns something else than the graph",
                 where=node_where(at) if at is not None else None,
@@ -160,7 +154,8 @@ class _Matcher:
             return False
         if parameter.default is None or not node.args:
             return parameter.default is None and (not node.args or bool(stars))
-        return self._same(self._converted(node.args[0], {}), parameter.default)
+        default = self.operands.value(node.args[0], {})
+        return bool(self.operands.same(default, parameter.default))
 
     # --- the graph -------------------------------------------------------------------------------
 
@@ -179,7 +174,7 @@ class _Matcher:
             elif op == "get_attr":
                 values[node] = Known(attribute_of(scope.gm, str(node.target)))
             elif op == "output":
-                return self._converted(node.args[0], values), node
+                return self.operands.value(node.args[0], values), node
         return Known(None), None
 
     def _picked(self, node: torch.fx.Node, scope: _Scope) -> Value | None:
@@ -189,7 +184,7 @@ class _Matcher:
         source, index = node.args
         if not isinstance(source, (torch.fx.Node, tuple, list)):
             return None
-        value = self._converted(source, scope.values)
+        value = self.operands.value(source, scope.values)
         return None if self._is_picked_here(value, index) else self._element(value, index)
 
     def _is_picked_here(self, value: Value, index: object) -> bool:
@@ -211,7 +206,7 @@ class _Matcher:
         if type(value) is Event and value.parts is not None:
             inside = type(index) is int and 0 <= index < len(value.parts)
             return value.parts[cast(int, index)] if inside else None
-        return picked(self.escapes.elements_of(value), index)
+        return picked(self.operands.escapes.elements_of(value), index)
 
     def _call_module(self, node: torch.fx.Node, scope: _Scope) -> Value:
         path = f"{scope.prefix}.{node.target}" if scope.prefix else str(node.target)
@@ -226,15 +221,15 @@ class _Matcher:
         placeholders = callee.graph.find_nodes(op="placeholder")
         inner = _Scope(callee, path, {})
         for placeholder, arg in zip(placeholders, node.args, strict=False):
-            inner.values[placeholder] = self._converted(arg, scope.values)
+            inner.values[placeholder] = self.operands.value(arg, scope.values)
         by_name = {str(placeholder.target): placeholder for placeholder in placeholders}
         for key, arg in node.kwargs.items():
             if key not in by_name or by_name[key] in inner.values:
                 raise EmitError(f"{path!a} does not take {key!a}", where=node_where(node))
-            inner.values[by_name[key]] = self._converted(arg, scope.values)
+            inner.values[by_name[key]] = self.operands.value(arg, scope.values)
         for placeholder in placeholders:
             if placeholder not in inner.values and placeholder.args:
-                inner.values[placeholder] = self._converted(placeholder.args[0], {})
+                inner.values[placeholder] = self.operands.value(placeholder.args[0], {})
         if len(inner.values) != len(placeholders) or len(node.args) > len(placeholders):
             raise EmitError(f"{path!a} is called with other arguments", where=node_where(node))
         value, _ = self._walk(inner)
@@ -264,11 +259,11 @@ class _Matcher:
         if len(event.args) != len(args) or len(event.kwargs) != len(kwargs):
             self._differ(node, event, "another number of arguments")
         for place, (arg, theirs) in enumerate(zip(args, event.args, strict=True)):
-            if not self._is(arg, theirs, values):
+            if not self.operands.is_same(arg, theirs, values):
                 self._differ(node, event, f"another argument {place}")
         if kwargs:
             for (key, arg), (name, theirs) in zip(kwargs.items(), event.kwargs, strict=True):
-                if key != name or not self._is(arg, theirs, values):
+                if key != name or not self.operands.is_same(arg, theirs, values):
                     self._differ(node, event, f"another argument {key!a}")
         if event.parts is not None:
             self._note_unpacked(node, event, scope, callee)
@@ -329,87 +324,6 @@ class _Matcher:
         text = lines[event.line - 1].strip() if event.line <= len(lines) else ""
         return f"line {event.line}: {text}"
 
-    # --- values ----------------------------------------------------------------------------------
-
-    def _converted(self, arg: object, values: Mapping[torch.fx.Node, Value]) -> Value:
-        """A node's argument as a value; every container in it is a new object."""
-        if isinstance(arg, torch.fx.Node):
-            found = values.get(arg)
-            if found is None:
-                raise EmitError("a node is used before it is defined", where=node_where(arg))
-            return found
-        opened = _opened(arg)
-        if opened is None:
-            return Known(arg)
-        kind, parts = opened
-        items = tuple([self._converted(part, values) for part in parts])
-        self.serial += 1
-        return Container(kind, items, self.serial)
-
-    def _is(self, arg: object, theirs: Value, values: Mapping[torch.fx.Node, Value]) -> bool:
-        """True if a node's argument is ``theirs``: what `_converted` makes of it would be the same, and was handed on."""
-        kind: type = type(arg)
-        if kind in _SCALARS:
-            return type(theirs) is Known and same_constant(arg, theirs.value)
-        if isinstance(arg, torch.fx.Node):
-            if values.get(arg) is theirs:
-                return True
-            ours = self._converted(arg, values)
-            self.escapes.note(ours)
-            return self._same(ours, theirs)
-        opened = _opened(arg)
-        if opened is None:
-            return type(theirs) is Known and same_constant(arg, theirs.value)
-        kind, parts = opened
-        if type(theirs) is not Container or theirs.kind is not kind:
-            return False
-        if len(parts) != len(theirs.items):
-            return False
-        self.serial += 1
-        if not self._is_one_object(kind, self.serial, theirs.serial):
-            return False
-        for part, item in zip(parts, theirs.items, strict=True):
-            if not self._is(part, item, values):
-                return False
-        return True
-
-    def _same(self, ours: Value, theirs: Value) -> bool:
-        if type(ours) is not type(theirs):
-            return False
-        if isinstance(ours, Known):
-            return same_constant(ours.value, cast(Known, theirs).value)
-        if not isinstance(ours, Container):
-            return ours is theirs or (isinstance(ours, (Input, Bound)) and ours == theirs)
-        other = cast(Container, theirs)
-        if ours.kind is not other.kind or len(ours.items) != len(other.items):
-            return False
-        if not self._is_one_object(ours.kind, ours.serial, other.serial):
-            return False
-        return all(map(self._same, ours.items, other.items))
-
-    def _is_one_object(self, kind: type, ours: int, theirs: int) -> bool:
-        """A list or dict of the graph is always the same one of the text, and the other way round."""
-        if kind is not list and kind is not dict:
-            return True
-        if self.text_serial.setdefault(ours, theirs) != theirs:
-            return False
-        return self.graph_serial.setdefault(theirs, ours) == ours
-
-
-def _opened(arg: object) -> tuple[type, Sequence[object]] | None:
-    """The kind and the parts of an argument that the text builds anew; None for a constant."""
-    kind: type = type(arg)
-    if kind in _SEQUENCES:
-        return _SEQUENCES[kind], cast(Sequence[object], arg)
-    if kind is slice:
-        cut = cast(slice, arg)
-        return slice, (cut.start, cut.stop, cut.step)
-    if kind in _MAPPINGS:
-        return dict, [each for pair in cast(dict[object, object], arg).items() for each in pair]
-    if isinstance(arg, (tuple, list)) and hasattr(arg, "_fields") and _holds_node(arg):
-        return kind, arg
-    return None
-
 
 def _returned_by(callee: object) -> object:
     """The container that a called graph returns, or what is recorded of the node that it returns."""
@@ -418,80 +332,3 @@ def _returned_by(callee: object) -> object:
     outputs = callee.graph.find_nodes(op="output")
     returned = outputs[0].args[0] if outputs else None
     return value_of(returned) if isinstance(returned, torch.fx.Node) else returned
-
-
-_SEQUENCES: dict[type, type] = {
-    tuple: tuple,
-    list: list,
-    torch.fx.immutable_collections.immutable_list: list,
-}
-_SCALARS = frozenset({int, float, bool, str, type(None)})
-_MAPPINGS = frozenset({dict, torch.fx.immutable_collections.immutable_dict})
-
-
-def _holds_node(value: object) -> bool:
-    if isinstance(value, torch.fx.Node):
-        return True
-    if isinstance(value, slice):
-        return any(map(_holds_node, (value.start, value.stop, value.step)))
-    if isinstance(value, dict):
-        return any(map(_holds_node, value)) or any(map(_holds_node, value.values()))
-    return isinstance(value, (tuple, list)) and any(map(_holds_node, value))
-
-
-def same_constant(left: object, right: object) -> bool:
-    """The same object, or two that nothing but identity can tell apart: equal type and bits."""
-    if left is right:
-        return True
-    if isinstance(left, torch.fx.GraphModule) and isinstance(right, torch.fx.GraphModule):
-        return same_program(left, right)
-    if type(left) is not type(right):
-        return False
-    if isinstance(left, float) and isinstance(right, float):
-        return left == left and struct.pack("d", left) == struct.pack("d", right)
-    if isinstance(left, complex) and isinstance(right, complex):
-        return same_constant(left.real, right.real) and same_constant(left.imag, right.imag)
-    if type(left) in (int, bool, str, bytes, torch.device, torch.Size):
-        return bool(left == right)
-    return False
-
-
-def same_program(left: torch.fx.GraphModule, right: torch.fx.GraphModule) -> bool:
-    """Two graphs, node by node: the same operations on the same operands, equal constants, the very same tensors."""
-    ours, theirs = list(left.graph.nodes), list(right.graph.nodes)
-    plain = not (left._forward_hooks or left._forward_pre_hooks or left.training != right.training)
-    plain = plain and not (right._forward_hooks or right._forward_pre_hooks)
-    if not plain or len(ours) != len(theirs):
-        return False
-    number = {node: Input(index) for index, node in enumerate(ours)}
-    values = {node: Input(index) for index, node in enumerate(theirs)}
-    for one, two in zip(ours, theirs, strict=True):
-        if one.op != two.op or list(one.kwargs) != list(two.kwargs):
-            return False
-        if one.op in ("get_attr", "call_module"):
-            first = attribute_of(left, str(one.target))
-            if not same_constant(first, attribute_of(right, str(two.target))):
-                return False
-        elif one.op == "placeholder":
-            if str(one.target).startswith("*") or str(two.target).startswith("*"):
-                return False
-        elif one.op == "call_method":
-            if one.target != two.target:
-                return False
-        elif one.op == "call_function" and one.target is not two.target:
-            return False
-        if not _same_arguments(one, number, two, values):
-            return False
-    return True
-
-
-def _same_arguments(
-    one: torch.fx.Node,
-    ours: Mapping[torch.fx.Node, Value],
-    two: torch.fx.Node,
-    theirs: Mapping[torch.fx.Node, Value],
-) -> bool:
-    matcher = _Matcher("", TextTrace(), (), {})
-    left = matcher._converted([*one.args, *one.kwargs.values()], ours)
-    right = matcher._converted([*two.args, *two.kwargs.values()], theirs)
-    return matcher._same(left, right)
