@@ -43,6 +43,8 @@ PLAN = EntryPlan(
                 ),
             ),
         ),
+        Parameter("state", "", Leaf(4, "state", TensorInput(torch.float16, GPU, ("s1", 2)))),
+        Parameter("dtype", "", Leaf(5, "dtype", FixedValue(torch.float16))),
         Parameter("flag", "k", Leaf(3, "flag", FixedValue(True)), FixedValue(True)),
     ),
     symbols=(Symbol("s0", 2), Symbol("s1", 0, 64)),
@@ -51,6 +53,7 @@ PLAN = EntryPlan(
     outputs=("logits",),
     result=FromItems(dict, ("logits", "n"), (FromOutput(0), FromConst(3))),
     batch=FromSymbol("s0"),
+    apart=((4, (0, 1)),),
     binds=True,
 )
 
