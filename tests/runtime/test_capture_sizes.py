@@ -1,0 +1,166 @@
+"""Which sizes ``capture`` captures: tables of what the field documents, from configuration, limits and arguments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import piecework
+from piecework.errors import ConfigError, StaticGraphError
+from piecework.runtime.captured_options import CaptureOptions, plan_capture
+from piecework.runtime.captured_shape import BatchShape, ResultRule, StagedInput
+from piecework.runtime.config import CompilationConfig, RuntimeConfig
+from piecework.runtime.graphs import BatchKind, CUDAGraphMode
+
+NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
+STEPS = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
+
+
+def shape(low: int = 1, high: int | None = None, mixes: str | None = None) -> BatchShape:
+    x = StagedInput(0, "x", torch.zeros(1), 0, {})
+    return BatchShape(
+        ("x",), (x,), (), {}, (), (), {}, (ResultRule((0,)),), mixes, low, high, (), "s0"
+    )
+
+
+def plan(sizes=None, at=None, config=None, **options):
+    chosen = CompilationConfig(backend="eager", **(config or {}))
+    return plan_capture(at or shape(), chosen, sizes, CaptureOptions(**options))
+
+
+def limits(**fields: object) -> RuntimeConfig:
+    return RuntimeConfig(**fields)
+
+
+# configuration, sizes given, limits → sizes
+TABLE = [
+    ({}, None, None, STEPS),
+    ({"max_cudagraph_capture_size": 20}, None, None, [1, 2, 4, 8, 16, 20]),
+    ({"cudagraph_capture_sizes": [8, 2, 8]}, None, None, [2, 8]),
+    ({"cudagraph_capture_sizes": [8, 2]}, [5, 3, 5], None, [3, 5]),
+    # the largest is min(2 * max_num_seqs * query length, 512, max_num_batched_tokens)
+    ({}, None, {"max_num_seqs": 8}, [1, 2, 4, 8, 16]),
+    ({}, None, {"max_num_seqs": 1024}, STEPS),
+    ({}, None, {"max_num_seqs": 16, "max_num_batched_tokens": 16}, [1, 2, 4, 8, 16]),
+    ({"max_cudagraph_capture_size": 8}, None, {"max_num_seqs": 64}, [1, 2, 4, 8]),
+    ({"cudagraph_capture_sizes": [1, 24]}, None, {"max_num_seqs": 8}, [1, 24]),
+    # speculation: multiples of the query length, none above the maximum, where decode batches run whole
+    (
+        {"cudagraph_mode": "FULL"},
+        None,
+        {"max_num_seqs": 4, "uniform_decode_query_len": 3},
+        [3, 6, 9, 18, 24],
+    ),
+    (
+        {"cudagraph_mode": "FULL_AND_PIECEWISE"},
+        [1, 2, 3, 10],
+        {"max_num_seqs": 4, "uniform_decode_query_len": 4},
+        [4],  # ten rounds up to twelve, which is above ten
+    ),
+    (
+        {"cudagraph_mode": "PIECEWISE"},
+        [1, 2, 3],
+        {"max_num_seqs": 4, "uniform_decode_query_len": 4},
+        [1, 2, 3],
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "sizes", "runtime", "expected"), TABLE)
+def test_sizes(config, sizes, runtime, expected) -> None:
+    options = {} if runtime is None else {"runtime": limits(**runtime)}
+    assert list(plan(sizes, config=config, **options).sizes) == expected
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "why"),
+    [
+        (lambda: plan([]), StaticGraphError, "no size to capture"),
+        (lambda: plan([0]), ConfigError, "allows sizes from 1"),
+        (lambda: plan([4, 9], shape(2, 8)), ConfigError, "size 9 can't be captured.*from 2 to 8"),
+        (lambda: plan(None, shape(600)), StaticGraphError, "no size to capture"),
+        (
+            lambda: plan([9000], runtime=limits()),
+            ConfigError,
+            "no batch reaches 9000 tokens",
+        ),
+        (
+            lambda: plan(
+                [2], runtime=limits(max_num_seqs=1, uniform_decode_query_len=4), mode=FULL
+            ),
+            ConfigError,
+            "multiple of 4",
+        ),
+        (lambda: plan([2], axes={"a": ()}), ConfigError, "every axis needs at least one value"),
+        (lambda: plan([2], lora_counts=(2, 1)), ConfigError, "must ascend"),
+    ],
+)
+def test_what_can_not_be_captured_is_said(call, error, why: str) -> None:
+    with pytest.raises(error, match=why):
+        call()
+
+
+def test_default_steps_leave_out_what_the_trace_excludes() -> None:
+    assert plan(None, shape(3, 40)).sizes == (4, 8, 16, 24, 32, 40)
+
+
+MODES = ["PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"]
+
+
+@given(
+    mode=st.sampled_from(MODES),
+    sizes=st.sets(st.integers(1, 40), min_size=1, max_size=5),
+    query_len=st.integers(1, 4),
+    loras=st.sampled_from([(), (1,), (2, 5)]),
+    tokens=st.integers(1, 50),
+    uniform=st.booleans(),
+    active=st.integers(0, 6),
+    exact=st.booleans(),
+)
+@settings(deadline=None, max_examples=100)
+def test_every_batch_has_a_graph_of_at_least_its_size_or_a_reason(
+    mode, sizes, query_len, loras, tokens, uniform, active, exact
+) -> None:
+    runtime = limits(max_num_seqs=16, uniform_decode_query_len=query_len)
+    try:
+        made = plan(
+            sizes,
+            shape(mixes="a sum" if exact else None),
+            mode=mode,
+            runtime=runtime,
+            lora_counts=loras,
+        )
+    except ConfigError as error:
+        assert "multiple of" in str(error)
+        return
+    kind = BatchKind(uniform, active > 0, active)
+    keys = {m: set(found) for m, found in made.dispatcher.cudagraph_keys.items()}
+    found = made.dispatcher.ask(tokens, kind)
+    assert made.dispatcher.cudagraph_keys == keys
+    if found.mode is NONE:
+        assert found.descriptor.num_tokens == tokens and found.reason.name not in (
+            "EXACT",
+            "PADDED",
+        )
+        return
+    descriptor = found.descriptor
+    assert descriptor in keys[found.mode] and descriptor.num_tokens >= tokens
+    assert not exact or descriptor.num_tokens == tokens
+    # no captured size in between was passed over
+    assert not any(tokens <= size < descriptor.num_tokens for size in made.sizes) or (
+        descriptor.uniform
+    )
+    assert descriptor.num_active_loras >= active or not loras
+    if descriptor.uniform:
+        assert uniform and descriptor.num_tokens == descriptor.num_reqs * query_len
+        assert descriptor.num_reqs <= 16
+
+
+def test_an_option_that_does_not_exist_is_refused() -> None:
+    model = piecework.compile(
+        lambda x: x * 2, (torch.randn(4, 2),), config=CompilationConfig(backend="eager")
+    )
+    with pytest.raises(TypeError, match="colour"):
+        model.capture([2], colour="red")
