@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from piecework.codegen import (
         SplitItem,
         StitchedSource,
+        check_op,
         compile_execution_fn,
         generate_execution_code,
         split_graph,
@@ -33,6 +34,7 @@ __all__ = [
     "SplitItem",
     "StitchedModule",
     "StitchedSource",
+    "check_op",
     "compile",
     "compile_execution_fn",
     "counters",
@@ -52,6 +54,7 @@ _HOME = {
     "SplitItem": "piecework.codegen",
     "StitchedModule": "piecework.runtime.stitched",
     "StitchedSource": "piecework.codegen",
+    "check_op": "piecework.codegen",
     "compile": "piecework.runtime.stitched",
     "compile_execution_fn": "piecework.codegen",
     "counters": "piecework.runtime.counters",

@@ -1,10 +1,12 @@
-"""Is an operator fit to be cut at? In: a registered operator. Out: an `OpReport` with its mutations, results and what is wrong with it.
+"""Is an operator fit to be cut at? In: a registered operator, and arguments to try it with. Out: an `OpReport` with its mutations, results and what is wrong with it.
 
-The operator's fake implementation is run once on meta tensors to see that there is one; its real implementation never runs.
+The operator's fake implementation is run once on meta tensors to see that there is one. Its real implementation runs only on copies of
+arguments that were given.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,11 +45,17 @@ class OpReport:
         return styles.get((bool(self.mutates), bool(self.returns)), "none")
 
 
-def check_op(op: SplittingOp) -> OpReport:
+def check_op(
+    op: SplittingOp,
+    args: Sequence[object] | None = None,
+    kwargs: Mapping[str, object] | None = None,
+) -> OpReport:
     """Tell whether ``op`` is fit to be a splitting op (row S8): schema, fake implementation, mutation, results.
 
     Args:
         op: ``"ns::op"``, ``"ns::op.overload"``, an overload, a packet, or what `piecework.splitting_op` returned.
+        args, kwargs: arguments to run it with, on copies. Only a run can tell that it changes an argument or returns one
+            against its schema, or that its fake implementation has other shapes than the real one (`torch.library.opcheck`).
 
     Raises:
         SplitError: there is no such operator, or its overload is not clear.
@@ -68,6 +76,8 @@ def check_op(op: SplittingOp) -> OpReport:
         problems.append("it neither returns nor changes anything, so that a compiler may drop it")
     if not _has_fake(overload):
         problems.append("it has no fake implementation, so that graphs with it can not be traced")
+    elif args is not None or kwargs is not None:
+        problems += _problems_of_a_run(overload, tuple(args or ()), dict(kwargs or {}))
     return OpReport(
         name=f"{schema.name}.{schema.overload_name or 'default'}",
         schema=str(schema),
@@ -75,6 +85,22 @@ def check_op(op: SplittingOp) -> OpReport:
         returns=tuple(str(each.type) for each in schema.returns),
         problems=tuple(problems),
     )
+
+
+def _problems_of_a_run(
+    overload: OpOverload, args: tuple[object, ...], kwargs: dict[str, object]
+) -> list[str]:
+    """What ``torch.library.opcheck`` says, one line each."""
+    results = torch.library.opcheck(
+        overload, args, kwargs, test_utils=_TESTS, raise_exception=False
+    )
+    said = (" ".join(str(result).split()) for result in results.values() if result != "SUCCESS")
+    return [
+        f"it does not do what its schema and fake say: {text[:300]}" for text in dict.fromkeys(said)
+    ]
+
+
+_TESTS = ("test_schema", "test_faketensor")
 
 
 def _overload(op: SplittingOp) -> OpOverload:

@@ -37,6 +37,16 @@ if not hasattr(torch.ops, "test_split") or not hasattr(torch.ops.test_split, "cu
     )
     torch.library.define("test_split::unfaked", "(Tensor x) -> Tensor")
     torch.library.impl("test_split::unfaked", "CPU", lambda x: x * 2)
+    # Operators whose schema or fake implementation does not say what they do.
+    for name, body in {
+        "hides": lambda x: (x.add_(1), x.clone())[1],
+        "returns": lambda x: x,
+        "shrinks": lambda x: x[:1].clone(),
+    }.items():
+        made = torch.library.custom_op(
+            f"test_split::{name}", body, mutates_args=(), schema="(Tensor x) -> Tensor"
+        )
+        made.register_fake(torch.empty_like)
 
 CUT = torch.ops.test_split.cut.default
 FILL = torch.ops.test_split.fill.default
@@ -509,6 +519,27 @@ def test_an_operator_without_a_fake_is_not_fit() -> None:
 def test_an_operator_that_returns_an_alias_is_not_fit() -> None:
     report = check_op(torch.ops.aten.add_.Tensor)
     assert not report.fit and "alias" in report.problems[0] and report.style == "both"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hides", "Argument x is not defined as mutable but was mutated"),
+        ("returns", "must not also be an input"),
+        ("shrinks", "Shapes torch.Size([1]) and torch.Size([3]) are not equal"),
+    ],
+)
+def test_a_run_tells_what_a_schema_hides(name: str, text: str) -> None:
+    kept = torch.ones(3)
+    assert check_op(f"test_split::{name}").fit
+    report = check_op(f"test_split::{name}", (kept,))
+    assert text in report.problems[0]
+    assert torch.equal(kept, torch.ones(3))
+
+
+def test_a_run_of_an_honest_operator_finds_nothing() -> None:
+    x = torch.ones(3)
+    assert check_op("test_split::fill", (x, x.clone())).fit
 
 
 @pytest.mark.parametrize("op", ["test_split::nothing", "nowhere::nothing", "nothing"])
