@@ -13,13 +13,13 @@ import torch.fx
 from piecework.codegen.lower import LowerOptions
 from piecework.codegen.source import StitchedSource, generate_source
 
-WHOLE = "whole"
+WHOLE = "whole_forward"
 
 
 def whole_forward(
     split_gm: torch.fx.GraphModule, source: StitchedSource
 ) -> tuple[torch.fx.GraphModule, StitchedSource]:
-    """The graph ``return whole(<parameters of source>)``, and its stitching source.
+    """The graph ``return whole_forward(<parameters of source>)``, and its stitching source.
 
     Weights that ``source`` holds as names of its module are no parameters here either; a full graph has them built in.
 

@@ -1,4 +1,4 @@
-"""Captured, with static graphs: out-buffers and fresh tensors, an alias of memory, a passed-through input; replayed with copies and without."""
+"""Captured, with static graphs: out-buffers and fresh tensors, an alias of memory, a passed-through input; replayed as one graph, and with copies and without."""
 
 import piecework
 import torch
@@ -54,8 +54,9 @@ def stitched() -> piecework.StitchedModule:
 
 
 def texts(module: piecework.StitchedModule) -> dict[str, object]:
-    """The replay of one size under both address policies; calls after this are served by the second."""
-    sources = {}
+    """The replay of one size as one graph, and of its pieces under both address policies; calls after this are served by the last."""
+    module.capture([8], progress=False, estimate=False, poison=True, mode="FULL")
+    sources = {"replay_full": module.static_graphs.source_for(8)}
     for policy in ("eager", "copy"):
         module.capture([8], progress=False, estimate=False, poison=True, address_policy=policy)
         sources[f"replay_{policy}"] = module.static_graphs.source_for(8)
