@@ -98,12 +98,12 @@ def test_the_address_decision_is_visible(compiled) -> None:
     capture(stitched, [4])
     staged = stitched.static_graphs.source_for(4).code
     assert (
-        "# fresh tensor: address policy 'copy' stages it for submod_2\n    submod_2_in_0.copy_("
+        "# fresh tensor: address policy 'copy' stages it for submod_2\n    submod_2_in_1.copy_("
         in staged
     )
     capture(stitched, [4], address_policy="eager")
     eager = stitched.static_graphs.source_for(4).code
-    assert "runs uncaptured: argument 0 (fresh tensor) enters it" in eager
+    assert "runs uncaptured: argument 1 (fresh tensor) enters it" in eager
     assert "submod_2(" in eager and ".copy_(" not in eager and "replay_0()" in eager
 
 
@@ -121,13 +121,13 @@ def proved(stitched, facts: ReplayFacts, change: Callable[[str], str] = str):
     [
         ("    replay_1()\n", "", "stages or brings back an operand|differs from the graph"),
         ("    replay_0()\n", "    replay_0()\n    replay_0()\n", "differs from the graph"),
-        ("    submod_2_in_0.copy_(submod_1_1)\n", "", r"operands \[0\] are not staged before it"),
+        ("    submod_2_in_1.copy_(submod_1_1)\n", "", r"operands \[1\] are not staged before it"),
         (
-            "submod_2_in_0.copy_(submod_1_1)",
-            "submod_2_in_0.copy_(left)",
+            "submod_2_in_1.copy_(submod_1_1)",
+            "submod_2_in_1.copy_(left)",
             "are not staged before it",
         ),
-        ("submod_2_in_0.copy_(submod_1_1)", "submod_4_in_0.copy_(submod_1_1)", "not staged"),
+        ("submod_2_in_1.copy_(submod_1_1)", "submod_4_in_1.copy_(submod_1_1)", "not staged"),
         ('submod_1(left, right, out, "', 'submod_1(right, left, out, "', "another argument 0"),
         ('"layers.0")', '"layers.1")', "another argument"),
         ("    stage(inputs)\n", "", "not staged first"),
@@ -137,7 +137,7 @@ def proved(stitched, facts: ReplayFacts, change: Callable[[str], str] = str):
         ("    replay_1()\n", "    replay_2()\n", "not staged before it"),
         (
             "    replay_2()\n",
-            "    replay_2()\n    submod_4_in_0.copy_(submod_3)\n",
+            "    replay_2()\n    submod_4_in_1.copy_(submod_3)\n",
             "stages or brings",
         ),
     ],
