@@ -55,7 +55,7 @@ def _totals(run: CheckRun) -> Iterator[Text]:
     if run.unreferenced:
         counts["unreferenced"] = len(run.unreferenced)
     words = ", ".join(f"{number} {word}" for word, number in counts.items())
-    noun = "case" if len(run.results) == 1 else "cases"
+    noun = "text" if len(run.results) == 1 else "texts"
     yield Text(f"{len(run.results)} {noun}: {words}")
 
 

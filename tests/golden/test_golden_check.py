@@ -329,7 +329,7 @@ def test_check_ends_with_the_command_that_accepts(
     code, output = invoke(*arguments)
     assert code == 1 and "golden_j: updated" in output
     assert invoke(*arguments, "--fast")[0] == 0
-    assert invoke("check", *root) == (0, "1 case: 1 same\n")
+    assert invoke("check", *root) == (0, "1 text: 1 same\n")
     make_case("golden_j", GRAPH.format(operation=MULTIPLY))
     monkeypatch.setenv("CI", "true")
     code, output = invoke("check", *root)
