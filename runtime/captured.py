@@ -5,7 +5,7 @@ It never captures while serving; a batch that no graph covers runs as it ran bef
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -29,7 +29,7 @@ from piecework.runtime.graphs.capture import (
 )
 from piecework.runtime.graphs.covered import CoverageRow, coverage
 from piecework.runtime.graphs.descriptor import BatchKind
-from piecework.runtime.graphs.memory import MemoryEstimate, estimate_memory, fit_budget
+from piecework.runtime.graphs.memory import MemoryEstimate, estimate_memory, fit_budget, kind_of
 from piecework.runtime.graphs.progress import CaptureProgress
 
 
@@ -110,10 +110,27 @@ class CapturedModel(CapturedGraphs):
                 on_failure=self.options.on_failure,
                 raise_interrupt=self.options.raise_interrupt,
                 watcher=recorder,
+                affordable=self._affordable(memory_budget),
             )
         finally:
             self._counting = False
             self._make_ready([(o.mode, o.descriptor) for o in recorder.outcomes if o.captured])
+
+    def _affordable(self, budget: int | None) -> Callable[[Key], bool] | None:
+        """Whether a capture still fits the budget, in view of what the captures before it took."""
+        estimate = self.estimate
+        if budget is None or estimate is None:
+            return None
+
+        def fits(key: Key) -> bool:
+            held = self.graphs.nbytes
+            step = estimate.models[kind_of(*key)].step(key[1].num_tokens)
+            if held == 0 or held + step <= budget:
+                return True
+            self.dropped = (*self.dropped, key)
+            return False
+
+        return fits
 
     def _estimate(self, warmups: int, *, required: bool) -> None:
         """Measure what capturing takes; a failure there is one of capturing, and follows the policy for those."""

@@ -10,7 +10,9 @@ from functools import partial
 
 import torch
 
+from piecework.codegen.origin import value_of
 from piecework.errors import StaticGraphError
+from piecework.runtime import torch_compat
 from piecework.runtime.backend import PieceworkBackend
 from piecework.runtime.batch_reader import batch_shape
 from piecework.runtime.captured_calls import Step
@@ -75,6 +77,7 @@ class CapturedGraphs:
         self._maker = ReplayMaker(
             self.shape, backend, self._weights, self.graphs.address_policy.value
         )
+        self._writes: dict[tuple[str, tuple[int, ...]], frozenset[int]] = {}
         self._wrapped = [self._wrap(submods, n) for n, submods in enumerate(backend.submod_lists)]
         self._whole = [self._wrap_whole(number) for number in range(len(backend.submod_lists))]
         self.replays: dict[Key, Replay] = {}
@@ -90,9 +93,10 @@ class CapturedGraphs:
         self, submods: Sequence[Callable[..., object]], number: int
     ) -> Sequence[Callable[..., object]]:
         """The pieces of one batch range, each captured by itself."""
-        source, split_gm = self._backend.source, self._backend.split_gm
-        assert source is not None and split_gm is not None
+        source = self._backend.source
+        assert source is not None
         last = len(submods) - 1
+        written = [self._written_by(name) for name in source.submod_names]
         return [
             CUDAGraphWrapper(
                 submod,
@@ -102,13 +106,25 @@ class CapturedGraphs:
                     debug_log_enable=index == 0,
                     gc_disable=index > 0,
                     weak_ref_output=index == last,
-                    mutated_args=written_inputs(split_gm.get_submodule(name)),  # type: ignore[arg-type]
+                    mutated_args=written[index],
                 ),
                 graphs=self.graphs,
                 name=name + (f" of range {number}" if number else ""),
             )
             for index, (submod, name) in enumerate(zip(submods, source.submod_names, strict=True))
         ]
+
+    def _written_by(self, name: str) -> frozenset[int]:
+        """Which arguments a piece writes to; pieces of one structure whose inputs share memory alike write alike."""
+        backend = self._backend.backends[name]
+        piece, structure = backend.graph, backend.structure
+        assert piece is not None and structure is not None
+        values = map(value_of, piece.graph.find_nodes(op="placeholder"))
+        stores = [torch_compat.storage_id(v) if isinstance(v, torch.Tensor) else -1 for v in values]
+        key = (structure.key, tuple(map(stores.index, stores)))
+        if key not in self._writes:
+            self._writes[key] = written_inputs(piece)
+        return self._writes[key]
 
     def _wrap_whole(self, number: int) -> CUDAGraphWrapper:
         """The whole forward of one batch range, splitting ops included; the pieces' own wrappers stand aside in it."""
@@ -214,6 +230,7 @@ class CapturedGraphs:
                 cudagraph_runtime_mode=mode,
                 batch_descriptor=descriptor,
                 state=None if outer is None else outer.state,
+                batch=None if outer is None else outer.batch,
             ):
                 return self._run(flat, number)
 

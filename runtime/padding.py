@@ -69,7 +69,7 @@ def padding_changes(
         symbols: torch's symbols of the batch size.
         written: placeholders that the graph writes to; they are results too, after the others.
     """
-    walk = _Walk(frozenset(symbols))
+    walk = _Walk(graph, frozenset(symbols))
     placeholders = {}
     for node in graph.graph.nodes:
         if node.op == "placeholder":
@@ -89,8 +89,8 @@ def padding_changes(
 class _Walk:
     """States of values and of the memory that they lie in, in the order of execution."""
 
-    def __init__(self, symbols: frozenset[str]) -> None:
-        self.symbols = symbols
+    def __init__(self, graph: torch.fx.GraphModule, symbols: frozenset[str]) -> None:
+        self.graph, self.symbols = graph, symbols
         self.states: dict[torch.fx.Node, _State] = {}
         self.memory: dict[int, _State] = {}
 
@@ -101,6 +101,8 @@ class _Walk:
         return found
 
     def visit(self, node: torch.fx.Node) -> None:
+        if node.op == "output":
+            return
         value = value_of(node)
         if node.op in ("placeholder", "get_attr"):
             held = self._holds_batch(value)
@@ -128,15 +130,31 @@ class _Walk:
             return _State(
                 inputs.rows, inputs.count or self._holds_batch(value), inputs.mixed or mixed
             )
-        mixed = inputs.mixed
+        mixed = inputs.mixed or self._inside(node)
         if mixed is None and inputs.count and not self._takes_sizes(node, name):
             mixed = f"{_told(node, name)} uses the batch size as a number"
         if mixed is None and inputs.rows:
             mixed = self._mixing(node, name, tensors)
         return _State(inputs.rows or any(map(self._holds_batch, tensors)), False, mixed)
 
+    def _inside(self, node: torch.fx.Node) -> str | None:
+        """What mixes rows in the graphs that a higher-order operator runs, whatever its inputs are."""
+        if not isinstance(node.target, torch._ops.HigherOrderOperator):
+            return None
+        for each in node.all_input_nodes:
+            body = getattr(self.graph, str(each.target), None) if each.op == "get_attr" else None
+            if isinstance(body, torch.fx.GraphModule):
+                walk = _Walk(body, self.symbols)
+                for step in body.graph.nodes:
+                    walk.visit(step)
+                reasons = (state.mixed for state in (*walk.states.values(), *walk.memory.values()))
+                found = next((reason for reason in reasons if reason is not None), None)
+                if found is not None:
+                    return found
+        return None
+
     def _takes_sizes(self, node: torch.fx.Node, name: str) -> bool:
-        if _is_own(node):
+        if _is_own(node) or isinstance(node.target, torch._ops.HigherOrderOperator):
             return True
         if name == "arange":  # positions from 0 are right for every row; from elsewhere they move
             return len(node.args) < 2 and "start" not in node.kwargs

@@ -132,6 +132,7 @@ def capture_graphs(
     on_failure: FailurePolicy = FailurePolicy.RAISE,
     raise_interrupt: bool = True,
     watcher: CaptureWatcher | None = None,
+    affordable: Callable[[Key], bool] | None = None,
 ) -> CaptureReport:
     """Capture every descriptor, largest first, and close capturing.
 
@@ -148,6 +149,7 @@ def capture_graphs(
         on_failure: what a failed capture does.
         raise_interrupt: raise ``KeyboardInterrupt`` again after cleaning up; otherwise the report tells.
         watcher: shows progress.
+        affordable: asked before each capture; what it refuses is given up.
 
     Raises:
         StaticGraphError: a capture failed under ``FailurePolicy.RAISE``; it names piece and descriptor, and
@@ -171,13 +173,18 @@ def capture_graphs(
         (mode, each) for mode, group in descs for each in sorted(group, key=lambda d: -d.num_tokens)
     ]
     outcomes: list[CaptureOutcome] = []
+    left = list(keys)
     stop: BaseException | None = None
     if watcher is not None:
         watcher.started(len(keys))
     try:
         with graphs.capturing(), frozen_garbage():
             for mode, descriptor in keys:
+                if affordable is not None and not affordable((mode, descriptor)):
+                    _give_up(dispatcher, [left.pop(0)])
+                    continue
                 outcome = run.capture(mode, descriptor)
+                left.pop(0)
                 outcomes.append(outcome)
                 if watcher is not None:
                     watcher.finished(outcome, graphs.nbytes)
@@ -188,7 +195,7 @@ def capture_graphs(
     except (PieceworkError, KeyboardInterrupt) as error:
         stop = error
     finally:
-        skipped = tuple(keys[len(outcomes) :])
+        skipped = tuple(left)
         _give_up(dispatcher, skipped)
         if watcher is not None:
             watcher.ended()

@@ -65,6 +65,13 @@ class CpuGraphPool:
         self._blocks.clear()
         self._free.clear()
 
+    def owns(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` lies in a block, which stays until the pool is cleared."""
+        start = tensor.untyped_storage().data_ptr()
+        return any(
+            block.data_ptr() <= start < block.data_ptr() + block.nbytes for block in self._blocks
+        )
+
     def take(self, nbytes: int) -> tuple[torch.UntypedStorage, torch.Tensor]:
         """A poisoned storage of ``nbytes``, and the same bytes as a tensor that stays usable after it is freed."""
         block = self._smallest_free(nbytes)
@@ -138,8 +145,8 @@ class _Recording:
 class CpuStaticGraph(CapturedOnce[_Recording]):
     """A callable re-run on the inputs of its capture, its results written to the outputs of its capture.
 
-    The inputs are held strongly, where a CUDA graph would read freed memory: the error is the same (stale values),
-    the process survives it. The forward context is frozen too, as what Python read from it would be on CUDA.
+    Inputs outside the pool are held strongly, where a CUDA graph would read freed memory: the error is the same (stale
+    values), the process survives it. Inputs in the pool are not: their memory goes to later captures. The forward context is frozen too, as what Python read from it would be on CUDA.
     """
 
     def __init__(self, pool: CpuGraphPool) -> None:
@@ -160,7 +167,10 @@ class CpuStaticGraph(CapturedOnce[_Recording]):
             output = runnable(*args, **kwargs)
             leaves, spec = flatten_tree(output)
         static, layouts, copies = self._make_static(leaves, {s.data_ptr() for s in inputs})
-        self._held = _Recording(runnable, args, kwargs, current_forward_context(), layouts, copies)
+        held_args, held_kwargs = self._unowned((args, kwargs))
+        self._held = _Recording(
+            runnable, held_args, held_kwargs, current_forward_context(), layouts, copies
+        )
         result = unflatten_tree(static, spec)
         return weak_ref_tensors(result) if weak_output else result
 
@@ -178,6 +188,22 @@ class CpuStaticGraph(CapturedOnce[_Recording]):
 
     def reset(self) -> None:
         self._held = None
+
+    def _unowned(self, inputs: object) -> tuple[tuple[object, ...], Mapping[str, object]]:
+        """``inputs`` with weak references to what lies in the pool: a later capture may use that memory, as on CUDA."""
+        leaves, spec = flatten_tree(inputs)
+        held = [
+            (
+                weak_ref_tensors(leaf)
+                if isinstance(leaf, torch.Tensor) and self._is_pooled(leaf)
+                else leaf
+            )
+            for leaf in leaves
+        ]
+        return unflatten_tree(held, spec)  # type: ignore[return-value]
+
+    def _is_pooled(self, tensor: torch.Tensor) -> bool:
+        return owns_plain_memory(tensor) and tensor.numel() > 0 and self._pool.owns(tensor)
 
     def _make_static(
         self, leaves: list[object], input_pointers: set[int]

@@ -159,7 +159,7 @@ def estimate_memory(
     planned: dict[Kind, list[BatchDescriptor]] = {}
     for mode, group in descs:
         for descriptor in sorted(group, key=lambda d: -d.num_tokens):
-            planned.setdefault(_kind(mode, descriptor), []).append(descriptor)
+            planned.setdefault(kind_of(mode, descriptor), []).append(descriptor)
     models = {}
     for kind, group in planned.items():
         probes = [group[at] for at in sorted({0, len(group) // 2, len(group) - 1})]
@@ -262,17 +262,18 @@ def fit_budget(
     """Give up the descriptors that do not fit ``budget_bytes``, and return them."""
     planned: dict[Kind, list[int]] = {}
     for key, _ in estimate.rows:
-        planned.setdefault(_kind(*key), []).append(key[1].num_tokens)
+        planned.setdefault(kind_of(*key), []).append(key[1].num_tokens)
     chosen = choose_within_budget(planned, estimate.models, budget_bytes)
     dropped = [
-        key for key, _ in estimate.rows if key[1].num_tokens not in chosen.get(_kind(*key), ())
+        key for key, _ in estimate.rows if key[1].num_tokens not in chosen.get(kind_of(*key), ())
     ]
     for mode, descriptor in dropped:
         dispatcher.give_up(mode, descriptor)
     return tuple(dropped)
 
 
-def _kind(mode: CUDAGraphMode, descriptor: BatchDescriptor) -> Kind:
+def kind_of(mode: CUDAGraphMode, descriptor: BatchDescriptor) -> Kind:
+    """The kind of a descriptor: what it is besides its size."""
     return mode, replace(descriptor, num_tokens=0, num_reqs=None)
 
 

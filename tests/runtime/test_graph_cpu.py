@@ -92,3 +92,22 @@ def test_a_device_without_static_graphs_is_an_error():
 def test_cuda_without_cuda_is_an_error():
     with pytest.raises(StaticGraphError, match="CUDA is not available"):
         platform_for("cuda:0")
+
+
+def test_memory_of_an_earlier_output_goes_to_later_captures_though_a_graph_reads_it():
+    """As in CUDA's private pools: what a graph reads of the pool it does not keep."""
+    pool = (platform := platform_for("cpu")).new_pool()
+    first, second, later = (platform.new_graph(pool) for _ in range(3))
+    x = torch.ones(4, 16)
+    output = first.capture(lambda x: x + 1, (x,), {})
+    second.capture(lambda y: y * 2, (output,), {}, weak_output=True)
+    taken = pool.nbytes
+    address = output.data_ptr()
+    del output
+    again = later.capture(lambda x: (x - 1, x - 2), (x,), {})
+    assert pool.nbytes == taken
+    assert address in {each.data_ptr() for each in again}
+    first.replay()
+    second.replay()
+    later.replay()
+    assert [each[0, 0].item() for each in again] == [0.0, -1.0]

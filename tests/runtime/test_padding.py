@@ -27,6 +27,11 @@ def _(x: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.empty_like(x)
 
 
+def region(x: torch.Tensor, body: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return body(x)
+
+
 def said(model: Callable[..., object], *args: torch.Tensor) -> tuple[str | None, ...]:
     for each in args:
         torch._dynamo.mark_dynamic(each, 0)
@@ -52,6 +57,7 @@ KEEP: dict[str, Callable[[torch.Tensor], object]] = {
     "own op": lambda x: own(x, x.shape[0]) + 1,
     "sorted columns": lambda x: x.sort(-1).values.flip(1),
     "running sum": lambda x: x.cumsum(0),
+    "autocast region": lambda x: region(x, lambda y: y @ W + 1),
 }
 CHANGE: dict[str, tuple[Callable[[torch.Tensor], object], str]] = {
     "mean": (lambda x: x - x.mean(0), "mean .* takes all rows together"),
@@ -78,6 +84,10 @@ CHANGE: dict[str, tuple[Callable[[torch.Tensor], object], str]] = {
     "in place": (lambda x: (x * 1).sub_(x.mean()), "mean .* takes all rows"),
     "through memory": (
         lambda x: torch.empty_like(x).copy_(x.mean(0)) + 1,
+        "mean .* takes all rows",
+    ),
+    "mean in an autocast region": (
+        lambda x: region(x, lambda y: y - y.mean(0)),
         "mean .* takes all rows",
     ),
     "sum of positions": (lambda x: x + torch.arange(x.shape[0]).sum(), "sum .* takes all rows"),
@@ -117,6 +127,18 @@ def test_each_result_is_told_by_itself() -> None:
 
     reasons = said(model, torch.randn(5, 4), torch.randn(5, 4))
     assert [reason is None for reason in reasons] == [True, False, True, False]
+
+
+def test_what_a_higher_order_operator_runs_is_looked_into() -> None:
+    def model(x, flag):
+        y = torch.cond(flag, lambda z: z - z.mean(0), lambda z: z + 1, (x,))
+        return y * 2, torch.cond(flag, lambda z: z * 2, lambda z: z + 1, (x,))
+
+    x, flag = torch.randn(5, 4), torch.tensor(True)
+    torch._dynamo.mark_dynamic(x, 0)
+    backend = piecework.compile(model, (x, flag), config=EAGER).backend
+    mixed, kept = padding_changes(backend.graph, {backend.batch_symbol})
+    assert mixed is not None and "mean" in mixed and kept is None
 
 
 def test_writes_reach_every_view_of_the_memory() -> None:
