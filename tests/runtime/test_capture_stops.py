@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 import piecework
 from piecework.errors import EmitError, StaticGraphError
-from piecework.runtime import captured_replay
+from piecework.runtime import captured, captured_replay
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.forward_context import get_forward_context, set_forward_context
 from piecework.runtime.graphs import BatchKind, CUDAGraphMode, FailurePolicy
@@ -315,3 +316,38 @@ def test_replay_source_is_the_same_under_every_hash_seed() -> None:
         texts.add(done.stdout)
     [text] = texts
     assert text.count("def replay(inputs):") == 2 * 2 * 3 * 2
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+def test_a_budget_holds_over_several_modes(share: float) -> None:
+    model, stitched = small()
+    options = {"mode": "FULL_AND_PIECEWISE", "progress": False, "address_policy": "copy"}
+    stitched.capture([1, 2, 4, 16], **options)
+    budget = int(stitched.memory_report().total * share)
+    stitched.capture([1, 2, 4, 16], memory_budget=budget, **options)
+    report = stitched.memory_report()
+    assert report.dropped and report.total <= budget
+    assert {key for key, _ in report.held.items()}.isdisjoint(report.dropped)
+    served(stitched, model)
+
+
+def test_what_turns_out_too_expensive_is_given_up_while_capturing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The estimate was far too low, as on a GPU that somebody else uses meanwhile."""
+    real = captured.estimate_memory
+
+    def far_too_low(*args, **kwargs):
+        found = real(*args, **kwargs)
+        models = {
+            kind: replace(model, bytes_per_token=0.0, fixed_bytes=0.0)
+            for kind, model in found.models.items()
+        }
+        return replace(found, models=models)
+
+    monkeypatch.setattr(captured, "estimate_memory", far_too_low)
+    model, stitched = small()
+    stitched.capture([1, 2, 4], memory_budget=100, progress=False)
+    assert sizes_of(stitched) == [4]  # the first tells what captures really take
+    assert {key[1].num_tokens for key in stitched.memory_report().dropped} == {1, 2}
+    served(stitched, model)
