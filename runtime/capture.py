@@ -46,6 +46,7 @@ from piecework.runtime.capture_results import (
 from piecework.runtime.capture_state import HINT, Snapshot, refuse_writes
 from piecework.runtime.counters import counters
 from piecework.runtime.dynamic_dims import set_mark, unmarked_afterwards
+from piecework.runtime.facts import facts_of
 from piecework.runtime.held import modules_of, tensors_of
 from piecework.runtime.weights import BoundWeights, Found
 
@@ -95,6 +96,7 @@ class _Trace:
 
     graph: torch.fx.GraphModule | None = None
     inputs: tuple[GraphInput, ...] = ()
+    places: list[tuple[str, str]] = field(default_factory=list)
     standing_in: list[object] = field(default_factory=list)
 
 
@@ -152,6 +154,7 @@ def _capture_once(
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[object]) -> Callable[..., object]:
         trace.graph = gm
+        trace.places = torch_compat.guarded_places()
         refuse_writes(gm, example_inputs, _argument_names(model, args, kwargs))
         trace.inputs = trace_back(gm, example_inputs, leaves, names, sources, held)
         rename(gm, trace.inputs)
@@ -186,12 +189,14 @@ def _capture_once(
     result_leaves, out_spec = pytree.tree_flatten(result)
     assumptions = _assumptions(trace, leaves, names)
     results = tuple(result_leaf(leaf, trace.standing_in, leaves, held) for leaf in result_leaves)
+    found = _found(trace.inputs, results, held)
+    facts = facts_of(model, trace.places)
     return Capture(
         graph=trace.graph,
         inputs=trace.inputs,
         parameters=parameters_of(model, args, kwargs, assumptions.assume),
         assumptions=assumptions,
-        weights=BoundWeights.of(model, modules_of(model), _found(trace.inputs, results, held)),
+        weights=BoundWeights.of(model, modules_of(model), found, facts),
         out_spec=out_spec,
         result=results,
     )

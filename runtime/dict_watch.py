@@ -7,11 +7,13 @@ test looks at every entry.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from piecework.runtime import torch_compat
 from piecework.runtime.places import Step
 
+WATCHED = (dict, OrderedDict)  # others may override what a look-up does
 QUIET = 8  # tests without a write, after which the numbers are trusted again: trusting costs milliseconds once
 BUSY = (
     8  # tests that found a dictionary written, after which its entries are looked at in every test
@@ -31,11 +33,13 @@ class DictWatch:
     def __init__(self, steps: Sequence[Step]) -> None:
         owners: dict[int, dict[object, object]] = {}
         for step in steps:
-            if type(step.owner) is dict:
+            if type(step.owner) in WATCHED:
                 owners[id(step.owner)] = step.owner
         self._dicts = list(owners.values())
-        self._rows = [(s.owner, s.key, s.value) for s in steps if type(s.owner) is dict]
-        self._others = [step for step in steps if type(step.owner) is not dict]
+        held = [step for step in steps if type(step.owner) in WATCHED]
+        self._rows = [(s.owner, s.key, s.value) for s in held if s.kind != "size"]
+        self._sizes = [(s.owner, s.value) for s in held if s.kind == "size"]
+        self._others = [step for step in steps if type(step.owner) not in WATCHED]
         self._written = [0] * len(self._dicts)
         self._quiet = 0
         self._numbers = torch_compat.dict_versions(self._dicts)
@@ -52,6 +56,9 @@ class DictWatch:
     def _same(self) -> bool:
         for owner, key, value in self._rows:
             if owner.get(key) is not value:  # type: ignore[attr-defined]
+                return False
+        for owner, size in self._sizes:
+            if len(owner) != size:  # type: ignore[arg-type]
                 return False
         return all(step.holds() for step in self._others)
 
@@ -77,14 +84,16 @@ class DictWatch:
         if same is None or not self._same():  # another thread may write while the test is made
             return _unknown
         rows = [row for row in self._rows if id(row[0]) in busy]
+        sizes = [row for row in self._sizes if id(row[0]) in busy]
         others = self._others
-        if not rows and not others:
+        if not rows and not sizes and not others:
             return same
 
         def untouched() -> bool:
             return (
                 same()
                 and all(owner.get(key) is value for owner, key, value in rows)  # type: ignore[attr-defined]
+                and all(len(owner) == size for owner, size in sizes)  # type: ignore[arg-type]
                 and all(step.holds() for step in others)
             )
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import ast
 import sys
+import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-Kind = Literal["entry", "attribute", "item"]
+Kind = Literal["entry", "attribute", "item", "size"]
 Key = tuple[Literal["attribute", "item"], object]
 
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -25,7 +26,8 @@ class Step:
     """One look-up: ``owner`` held ``value`` under ``key``.
 
     Attributes:
-        kind: ``"entry"`` of a dictionary (an instance's attributes are one), a computed ``"attribute"``, or an ``"item"``.
+        kind: ``"entry"`` of a dictionary (an instance's attributes are one), a computed ``"attribute"``, an ``"item"``, or the
+            ``"size"`` of a dictionary.
         path: what errors call it.
     """
 
@@ -44,10 +46,13 @@ class Step:
                 return getattr(self.owner, str(self.key), _NOTHING)
             case "item":
                 return _item(self.owner, self.key)
+            case "size":
+                return len(self.owner)  # type: ignore[arg-type]
 
     def holds(self) -> bool:
         """Whether the same object is still there."""
-        return self.now() is self.value
+        now = self.now()
+        return now is self.value or (self.kind == "size" and now == self.value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +95,19 @@ def named(root: torch.nn.Module, path: str, prefix: str) -> Way:
 
 def traced(source: str, model: object) -> Way | None:
     """The way that Dynamo's name of a tensor describes, such as ``L['model'].tables[0]``; None for what is no plain look-up."""
+    found = parsed(source)
+    if found is None:
+        return None
+    root, keys = found
+    (_, first), rest = keys[0], _without_tables(keys[1:])
+    if (root, first) == ("L", "model"):
+        return Way(model, rest, _text(rest).lstrip("."))
+    module = imported(str(first)) if root == "G" else None
+    return None if module is None else Way(module, rest, module.__name__ + _text(rest))
+
+
+def parsed(source: str) -> tuple[str, list[Key]] | None:
+    """Dynamo's name of a value as the dictionary that it starts in (``L`` or ``G``) and the look-ups from there."""
     keys: list[Key] = []
     try:
         node: ast.expr = ast.parse(source, mode="eval").body
@@ -103,13 +121,7 @@ def traced(source: str, model: object) -> Way | None:
         else:
             return None
         node = node.value
-    if not keys:
-        return None
-    (_, first), rest = keys[0], _without_tables(keys[1:])
-    if (node.id, first) == ("L", "model"):
-        return Way(model, rest, _text(rest).lstrip("."))
-    module = _imported(str(first)) if node.id == "G" else None
-    return None if module is None else Way(module, rest, module.__name__ + _text(rest))
+    return (node.id, keys) if keys else None
 
 
 def readable(source: str) -> str:
@@ -129,7 +141,7 @@ def _without_tables(keys: Sequence[Key]) -> tuple[Key, ...]:
     return tuple(found)
 
 
-def _imported(alias: str) -> object:
+def imported(alias: str) -> types.ModuleType | None:
     """The module that Dynamo calls ``__import_a_dot_b``."""
     for name, module in list(sys.modules.items()):
         if alias == f"__import_{name.replace('.', '_dot_')}":

@@ -23,6 +23,7 @@ import torch
 from piecework.errors import BindError, CaptureError, InputError
 from piecework.runtime import torch_compat
 from piecework.runtime.dict_watch import DictWatch
+from piecework.runtime.facts import Fact
 from piecework.runtime.places import Step, Way, named, traced
 
 
@@ -60,6 +61,7 @@ class Traced:
         return "is a lazily negated or conjugated view now" if torch_compat.is_lazy(tensor) else ""
 
 
+_FIXED = "the graph has it as it was traced: put it back, or compile the model again"
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
@@ -92,8 +94,10 @@ class BoundWeights:
     tensors: list[torch.Tensor]
     _roots: Sequence[tuple[str, torch.nn.Module]]
     _ways: tuple[tuple[Way, ...], ...]
+    _facts: tuple[Fact, ...] = ()
     _steps: list[Step] = field(default_factory=list)
     _strict: frozenset[str] = frozenset()
+    _own: int = 0
     unchanged: Callable[[], bool] = field(default=lambda: True, repr=False)
 
     @classmethod
@@ -102,8 +106,12 @@ class BoundWeights:
         model: object,
         roots: Sequence[tuple[str, torch.nn.Module]],
         weights: Sequence[Found],
+        facts: tuple[Fact, ...] = (),
     ) -> BoundWeights:
         """Find each of ``weights`` in ``model``, and by all its names under ``roots``, with the prefixes of their paths.
+
+        Args:
+            facts: what else the trace took for given; a call watches it like the weights.
 
         Raises:
             CaptureError: there is no way to look a weight up again.
@@ -115,6 +123,7 @@ class BoundWeights:
             [each.tensor for each in weights],
             roots,
             ways,
+            facts,
         )
         found._look()
         return found
@@ -130,6 +139,9 @@ class BoundWeights:
                 path = f"{name}.training".lstrip(".")
                 step = Step(module.__dict__, "training", module.training, path)
                 steps.setdefault((id(step.owner), step.key), step)
+        self._own = len(steps)
+        for step in (s for fact in self._facts for s in fact.steps()):
+            steps.setdefault((id(step.owner), step.key), step)
         self._steps = list(steps.values())
         self.unchanged = self._check()
 
@@ -143,9 +155,22 @@ class BoundWeights:
         thorough = torch_compat.metadata_guard(self.tensors)
 
         def unchanged() -> bool:
-            return (watch.untouched() and metadata()) or (watch.compare() and thorough())
+            if (watch.untouched() and metadata()) or (watch.compare() and thorough()):
+                return True
+            return self._is_as_good() and thorough()
 
         return unchanged
+
+    def _is_as_good(self) -> bool:
+        """Whether only such objects were replaced that the graph is right about all the same; then watch the new ones."""
+        if all(step.holds() for step in self._steps):
+            return False  # it is the tensors that changed
+        if not all(s.holds() for s in self._steps[: self._own]) or not all(
+            f.holds() for f in self._facts
+        ):
+            return False
+        self._look()
+        return True
 
     def trust(self, paths: frozenset[str]) -> None:
         """Leave weights out of the per-call comparison that nothing reads but operators which compare by themselves."""
@@ -204,7 +229,11 @@ class BoundWeights:
         Raises:
             BindError: as `current`; nothing has changed then.
         """
-        self.tensors = self.current()
+        found = self.current()
+        changed = next((fact for fact in self._facts if not fact.holds()), None)
+        if changed is not None:
+            raise BindError(changed.difference(), hint=_FIXED)
+        self.tensors = found
         self._look()
 
     def explain(self) -> InputError:
@@ -215,9 +244,12 @@ class BoundWeights:
 
     def change(self) -> InputError | None:
         """The first thing that is not as it was bound, if any."""
-        for step in self._steps:
+        for step in self._steps[: self._own]:
             if not step.holds():
                 return _changed_flag(step) if step.key == "training" else _replaced(step)
+        for fact in self._facts:
+            if not fact.holds():
+                return InputError(fact.difference(), hint=_FIXED)
         for weight, tensor in zip(self.traced, self.tensors, strict=True):
             difference = weight.difference(tensor)
             if difference:

@@ -38,6 +38,18 @@ def unmark_dynamic(tensor: torch.Tensor) -> tuple[int, ...]:
     return found
 
 
+def guarded_places() -> list[tuple[str, str]]:
+    """What the trace that is running read of Python objects, for a backend to ask: Dynamo's name of the place, and what it guards there.
+
+    Empty where torch doesn't show its guards.
+    """
+    context = torch._guards.TracingContext.try_get()
+    guards = getattr(getattr(context, "guards_context", None), "dynamo_guards", None)
+    if guards is None:
+        return []
+    return sorted({(str(each.name), str(each.create_fn_name())) for each in guards})
+
+
 def tracing_context() -> object:
     """Dynamo's tracing context while a backend runs; None outside."""
     return torch._guards.TracingContext.try_get()
