@@ -134,7 +134,8 @@ class InductorStandaloneAdaptor(_Inductor):
             shapes = "from_tracing_context"
         else:
             shapes = "from_graph"
-        with self.partitions_wrapped(), pass_context(compile_range):
+        facts = torch_compat.shape_facts(example_inputs)
+        with self.partitions_wrapped(), pass_context(compile_range, facts):
             artifact = torch_compat.standalone_compile(
                 graph,
                 aliases.detached(example_inputs),
@@ -181,7 +182,8 @@ class InductorAdaptor(_Inductor):
             return _uncompiled(graph)
         counters.num_inductor_compiles += 1
         await_search(example_inputs)
-        with self.partitions_wrapped(), pass_context(compile_range):
+        facts = torch_compat.shape_facts(example_inputs)
+        with self.partitions_wrapped(), pass_context(compile_range, facts):
             compiled = torch_compat.compile_fx(
                 graph,
                 aliases.detached(example_inputs),

@@ -15,9 +15,15 @@ from piecework.runtime.ranges import Range
 
 @dataclass(frozen=True, slots=True)
 class PassContext:
-    """Attributes: ``compile_range``: the batch sizes of the code that is made; None means all of them."""
+    """What a pass may read while it runs.
+
+    Attributes:
+        compile_range: the batch sizes of the code that is made; None means all of them.
+        facts: what the trace knows of its symbols, as text.
+    """
 
     compile_range: Range | None = None
+    facts: str = ""
 
 
 # A ContextVar is a constant key; the value belongs to the running thread or task.
@@ -25,14 +31,14 @@ _CURRENT: ContextVar[PassContext | None] = ContextVar("piecework_pass_context", 
 
 
 @contextmanager
-def pass_context(compile_range: Range | None) -> Iterator[PassContext]:
-    """Tell the passes that run inside which batch range is compiled.
+def pass_context(compile_range: Range | None, facts: str = "") -> Iterator[PassContext]:
+    """Tell the passes that run inside which batch range is compiled, and under which facts.
 
     Example:
         >>> with pass_context(Range(1, 16)):
         ...     manager(graph)
     """
-    context = PassContext(compile_range)
+    context = PassContext(compile_range, facts)
     token = _CURRENT.set(context)
     try:
         yield context

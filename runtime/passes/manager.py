@@ -153,20 +153,24 @@ class PostGradPassManager:
         return tuple(p for p in self.passes if p.is_applicable_for_range(compile_range))
 
     def uuid(self) -> str:
-        """SHA-256 over the passes that run now and the batch range, which a pass may read.
+        """SHA-256 over the passes that run now and what they may read: the batch range, and the facts of the trace.
+
+        Inductor keeps code under it. Code that was made under other facts would bring its own along: a guard that this trace
+        does not have.
 
         Raises:
             ConfigError: a pass has no stable form.
         """
-        compile_range = get_pass_context().compile_range
-        parts = [str(compile_range), *(each.uuid() for each in self.applicable(compile_range))]
+        context = get_pass_context()
+        passes = self.applicable(context.compile_range)
+        parts = [str(context.compile_range), context.facts, *(each.uuid() for each in passes)]
         return hashlib.sha256(text_of(parts).encode()).hexdigest()
 
     def inductor_options(self, config: CompilationConfig) -> dict[str, object]:
         """Inductor's pass options: this manager, and the user's passes for other slots."""
-        options: dict[str, object] = {}
-        if self.passes:
-            options[POST_GRAD_SLOT] = torch_compat.as_inductor_graph_pass(self, self.uuid)
+        options: dict[str, object] = {
+            POST_GRAD_SLOT: torch_compat.as_inductor_graph_pass(self, self.uuid)
+        }
         for slot, value in config.inductor_passes.items():
             if slot != POST_GRAD_SLOT:
                 options[slot] = self._recorded(
