@@ -151,6 +151,8 @@ class _Peeling:
 #: Matrix products that refuse operands of different dtypes or devices, by the names that generated code calls them.
 _STRICT_KERNEL = re.compile(r"extern_kernels\.(?:mm|addmm|bmm|baddbmm)\(")
 
+_HARMLESS = ("assert_size_stride(", "assert_size_stride_grouped(", "del ", "#")
+
 
 def strict_inputs(artifact: object, inputs: int) -> frozenset[int]:
     """Which inputs of an Inductor artifact are read by nothing but ATen's matrix products.
@@ -186,7 +188,7 @@ def _strict_inputs(source: str, inputs: int) -> frozenset[int]:
     loose: set[str] = set()
     returned = source[found.end() :].partition("\n")[0]
     for line in [*lines, returned]:
-        harmless = line.startswith(("assert_size_stride(", "del ", "#")) or line.endswith("= args")
+        harmless = line.startswith(_HARMLESS) or line.endswith("= args")
         if not harmless and not _STRICT_KERNEL.match(line):
             loose |= set(re.findall(r"\w+", line))
     return frozenset(i for i, name in enumerate(names) if name not in loose)
