@@ -90,6 +90,12 @@ class Entry:
         self.call.__globals__["weights_as_bound"] = self.weights.unchanged
         self._careful = self._unaware = None
 
+    def accept_settings(self) -> None:
+        """Take what the model holds in Python now for as good as what it held in the trace."""
+        self.weights.accept()
+        self.call.__globals__["weights_as_bound"] = self.weights.unchanged
+        self._careful = self._unaware = None
+
     def use_source(self, code: str) -> None:
         """Run another text in place of the generated stitching source.
 

@@ -185,6 +185,19 @@ class StitchedModule:
         if self._static is not None:
             self._static.weights_rebound()
 
+    def accept_settings(self) -> None:
+        """Stop refusing calls over attributes that are not as they were while the model was traced.
+
+        For who sets something for the trace alone, as the transformers integration sets the attention implementation: call it
+        after setting it back.
+
+        Raises:
+            BindError: the model is not compiled yet.
+        """
+        if self._entry is None:
+            raise self._not_yet("trace to compare with")
+        self._entry.accept_settings()
+
     def use_edited(self, code: str) -> EditedSource:
         """Run an edited version of the stitching source from now on.
 

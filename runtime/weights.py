@@ -129,7 +129,11 @@ class BoundWeights:
         return found
 
     def _look(self) -> None:
-        """Note the look-ups of now, weights first and the training flags of all modules behind them."""
+        self._note_steps()
+        self.unchanged = self._check()
+
+    def _note_steps(self) -> None:
+        """Note the look-ups of now: weights, the training flags of all modules, and then what facts rest on."""
         steps: dict[tuple[int, object], Step] = {}
         for step in (s for ways in self._ways for way in ways for s in way.walk()):
             if type(step.owner) is not tuple:  # what never changes
@@ -143,7 +147,6 @@ class BoundWeights:
         for step in (s for fact in self._facts for s in fact.steps()):
             steps.setdefault((id(step.owner), step.key), step)
         self._steps = list(steps.values())
-        self.unchanged = self._check()
 
     def _check(self) -> Callable[[], bool]:
         """The check of every call; see the module's docstring."""
@@ -155,22 +158,26 @@ class BoundWeights:
         thorough = torch_compat.metadata_guard(self.tensors)
 
         def unchanged() -> bool:
+            nonlocal watch
             if (watch.untouched() and metadata()) or (watch.compare() and thorough()):
                 return True
-            return self._is_as_good() and thorough()
+            if not self._is_as_good():
+                return False
+            self._note_steps()
+            watch = DictWatch(self._steps)
+            return thorough()
 
         return unchanged
 
     def _is_as_good(self) -> bool:
-        """Whether only such objects were replaced that the graph is right about all the same; then watch the new ones."""
-        if all(step.holds() for step in self._steps):
-            return False  # it is the tensors that changed
-        if not all(s.holds() for s in self._steps[: self._own]) or not all(
-            f.holds() for f in self._facts
-        ):
-            return False
+        """Whether at most such objects were replaced that the graph is right about all the same."""
+        own = self._steps[: self._own]
+        return all(step.holds() for step in own) and all(fact.holds() for fact in self._facts)
+
+    def accept(self) -> None:
+        """Stop watching the facts that don't hold now: the caller had set them for the trace alone."""
+        self._facts = tuple(fact for fact in self._facts if fact.holds())
         self._look()
-        return True
 
     def trust(self, paths: frozenset[str]) -> None:
         """Leave weights out of the per-call comparison that nothing reads but operators which compare by themselves."""

@@ -105,9 +105,11 @@ def compile_forward(
     flat = named(decoder, forward)
     inputs = example_inputs(decoder, entry)
     with torch.no_grad(), as_traced(decoder):
-        return piecework_compile(
+        stitched = piecework_compile(
             flat, tuple(inputs.values()), splitting_ops=_splitting_ops(config), config=config
         )
+    stitched.accept_settings()  # those of `as_traced`
+    return stitched
 
 
 def _splitting_ops(config: CompilationConfig | None) -> list[object] | None:

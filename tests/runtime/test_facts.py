@@ -82,7 +82,8 @@ def test_values_put_back_and_objects_that_are_as_good_serve_again() -> None:
     model.scale = 2.0
     torch.testing.assert_close(stitched(x), expected)
     model.options, model.drop, model.scale = Options(), nn.Dropout(0.5).eval(), float("2")
-    torch.testing.assert_close(stitched(x), expected)
+    for _ in range(12):
+        torch.testing.assert_close(stitched(x), expected)
     handle = model.linear.register_forward_hook(lambda *_: None)
     with pytest.raises(InputError):
         stitched(x)
@@ -92,6 +93,39 @@ def test_values_put_back_and_objects_that_are_as_good_serve_again() -> None:
     torch.testing.assert_close(stitched(x), expected)
     model.options.factor = 9
     with pytest.raises(InputError, match="factor was 3"):
+        stitched(x)
+
+
+def test_what_was_set_for_the_trace_alone_can_be_accepted() -> None:
+    model = Model().eval()
+    model.scale = 4.0
+    stitched, x = compiled(model), torch.randn(5, 3)
+    expected = model(x)
+    model.scale = 2.0
+    with pytest.raises(InputError, match=r"scale was 4\.0"):
+        stitched(x)
+    stitched.accept_settings()
+    torch.testing.assert_close(stitched(x), expected)
+    model.options.factor = 7
+    with pytest.raises(InputError, match="factor was 3"):
+        stitched(x)
+    with pytest.raises(BindError, match="no trace"):
+        piecework.compile(Model(), config=EAGER).accept_settings()
+
+
+def test_a_model_may_run_its_stitched_self_behind_its_own_hooks() -> None:
+    model = Model().eval()
+    stitched, x, seen = compiled(model), torch.randn(5, 3), []
+    expected = model(x)
+    model.forward = lambda x: stitched(x)
+    torch.testing.assert_close(model(x), expected)
+    model.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(model(x), expected)
+    assert seen == [1]
+    del model.forward
+    with pytest.raises(
+        InputError, match="module model has another forward, or other forward hooks"
+    ):
         stitched(x)
 
 
