@@ -5,6 +5,7 @@ It never captures while serving; a batch that no graph covers runs as it ran bef
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
@@ -75,6 +76,8 @@ class CapturedModel(CapturedGraphs):
         self.dropped: tuple[Key, ...] = ()
         self.failures: dict[Key, PieceworkError] = {}
         self._ready: dict[Key, Step] = {}
+        # Inputs, results and what lies between have one place each: one call at a time.
+        self._in_use = threading.Lock()
         self._calls = Calls(self.shape, self.dispatcher, self._ready, options)
 
     # --- capture -----------------------------------------------------------------------------------
@@ -214,11 +217,17 @@ class CapturedModel(CapturedGraphs):
         if bring_back is not None and self._inputs_of(step.descriptor).shares_what_is_written(inputs):  # type: ignore[arg-type]
             self._calls.shared.calls += 1
             return self._entry.execution_fn(*flat, **submods)
-        step.calls += 1
-        outputs = call(inputs)
-        if bring_back is not None:
-            bring_back(inputs, count)  # type: ignore[arg-type]
-        return self._trimmed(outputs, count, step.padded)
+        if not self._in_use.acquire(blocking=False):
+            self._calls.busy.calls += 1
+            return self._entry.execution_fn(*flat, **submods)
+        try:
+            step.calls += 1
+            outputs = call(inputs)
+            if bring_back is not None:
+                bring_back(inputs, count)  # type: ignore[arg-type]
+            return self._trimmed(outputs, count, step.padded)
+        finally:
+            self._in_use.release()
 
     def _trimmed(self, outputs: object, count: int, padded: int) -> object:
         assert isinstance(outputs, (tuple, list))

@@ -95,7 +95,7 @@ class CompilerManager:
         Raises:
             CacheError: the cache directory is not safe to use.
         """
-        if hasattr(self.compiler, "to_bytes"):
+        if self.makes_bytes:
             self.cache = open_piece_cache(
                 self.config,
                 self.compute_hash(),
@@ -106,6 +106,11 @@ class CompilerManager:
                 tag=tag,
                 disabled=disable_cache,
             )
+
+    @property
+    def makes_bytes(self) -> bool:
+        """Whether what the compiler makes can be kept."""
+        return hasattr(self.compiler, "to_bytes")
 
     @property
     def passes(self) -> PostGradPassManager | None:
@@ -182,7 +187,7 @@ class CompilerManager:
             raise self._misbehaves("compile changed the graph that it was given; it must copy it")
         return piece
 
-    def _to_bytes(self, piece: CompiledPiece) -> bytes | None:
+    def to_bytes(self, piece: CompiledPiece) -> bytes | None:
         """What the cache keeps of a piece; None, with a warning, where the compiler can't give it."""
         try:
             data = self.compiler.to_bytes(piece)
@@ -241,7 +246,7 @@ class CompilerManager:
                         structure,
                         compile_range,
                         compile_now,
-                        self._to_bytes,
+                        self.to_bytes,
                         lambda data: self._from_bytes(data, graph),
                     )
         except Exception as error:

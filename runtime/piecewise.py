@@ -78,6 +78,7 @@ class PiecewiseBackend:
         self.returns_tuple = returns_tuple
         self.submod_name = submod_name
         self.structure: Structure | None = None
+        self._manager = None if backend is None else backend.compiler_manager
         self.entries: dict[Range | None, RangeEntry] = {}
         if graph is not None:
             if backend is None:
@@ -104,6 +105,26 @@ class PiecewiseBackend:
         for compile_range, runnable in runnables.items():
             entry = RangeEntry(compile_range, CompiledPiece(runnable), 0.0, reused=True)
             self.entries[compile_range] = entry
+
+    def to_bytes(self) -> dict[Range | None, bytes]:
+        """The compiled form of each range as bytes, as the compile cache keeps it; ranges that can't be kept are left out.
+
+        Raises:
+            BindError: the piece was loaded, or its compiler makes nothing that can be kept.
+        """
+        if self._manager is None or not self._manager.makes_bytes:
+            raise BindError(
+                (
+                    "a piece that was loaded has no bytes"
+                    if self._manager is None
+                    else f"compiler {self._manager.compiler.name} makes nothing that can be kept"
+                ),
+                where=self.submod_name or None,
+            )
+        kept = {
+            each: self._manager.to_bytes(entry.compiled) for each, entry in self.entries.items()
+        }
+        return {compile_range: data for compile_range, data in kept.items() if data is not None}
 
     @property
     def seconds(self) -> float:

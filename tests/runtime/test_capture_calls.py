@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from rich.console import Console
@@ -134,3 +136,61 @@ def test_the_counts_as_a_table_and_as_plain_values(stitched) -> None:
     with console.capture() as shown:
         console.print(calls_table(rows))
     assert "What calls ran as" in shown.get() and "larger than every captured" in shown.get()
+
+
+BUSY = "another call is using the graphs, in a thread or around this one"
+
+
+def test_threads_share_a_captured_model(stitched) -> None:
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        x = torch.full((3, 4), float(number))
+        expected = stitched.model(x)
+        for _ in range(200):
+            if not torch.allclose(stitched(x), expected, atol=1e-5):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert sum(row.calls for row in stitched.call_report()) == 800
+
+
+@piecework.splitting_op("capture_calls::again")
+def again(x: torch.Tensor) -> torch.Tensor:
+    return x + INNER["call"](x) if INNER else x + x
+
+
+@again.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+INNER: dict[str, object] = {}
+
+
+def test_a_call_from_inside_a_splitting_op_leaves_the_graphs_alone() -> None:
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    model = piecework.compile(lambda x: second(again(first(x))), (torch.randn(5, 4),), config=EAGER)
+    captured = model.capture([2], progress=False, estimate=False)
+    x = torch.randn(2, 4)
+
+    def inner(value: torch.Tensor) -> torch.Tensor:
+        call = INNER.pop("call")  # the call inside runs the operator without one
+        try:
+            return captured(value)
+        finally:
+            INNER["call"] = call
+
+    hidden = first(x)
+    expected = second(hidden + second(2 * first(hidden)))
+    INNER["call"] = inner
+    try:
+        torch.testing.assert_close(captured(x), expected)
+    finally:
+        INNER.clear()
+    assert counted(captured)[BUSY] == 1

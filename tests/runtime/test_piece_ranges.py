@@ -194,6 +194,8 @@ def test_a_loaded_piece_runs_what_it_was_given() -> None:
     assert piece(9, "x") == ("large", "x")
     with pytest.raises(InputError, match=r"batch size 10 is outside.*\[1, 4\], \[5, 9\]"):
         piece(10, "x")
+    with pytest.raises(BindError, match="a piece that was loaded has no bytes"):
+        piece.to_bytes()
 
 
 @pytest.mark.inductor
@@ -206,6 +208,10 @@ def test_inductor_compiles_sizes_and_ranges() -> None:
         for batch in (2, 8, 40):
             x, side = torch.randn(batch, 8), torch.randn(3)
             torch.testing.assert_close(stitched(x, side), model(x, side))
+    for piece in stitched.backend.backends.values():
+        kept = piece.to_bytes()
+        assert list(kept) == list(stitched.backend.compile_ranges)
+        assert all(kept.values())
 
 
 def test_sizes_that_the_trace_excludes_are_an_error() -> None:
