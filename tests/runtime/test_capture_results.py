@@ -39,7 +39,7 @@ FUNCTIONS = {
     "rows": lambda x: (x * 2, len(x)),
     "part of a shape": lambda x: (x * 2, x.shape[:1], x.shape[1:]),
     "plain containers": lambda x: {"y": x * 2, "s": [x.shape, (x.shape[0], list(x.shape))]},
-    "a shape of the result": lambda x: (lambda y: (y, y.shape, y[1:].shape))(x * 2),
+    "a shape of the result": lambda x: (y := x * 2, y.shape, y[1:].shape),
     "arithmetic": lambda x: (x * 2, x.shape[0] * 2 + 1, x.numel(), x.shape[0] // 2),
     "float": lambda x: (x * 2, x.shape[0] * 0.5, x.shape[0] / 3),
     "float and tensor": lambda x: (

@@ -219,7 +219,7 @@ def test_closures_are_left_as_they_were() -> None:
         count += 1
         return x + 1
 
-    with pytest.raises(CaptureError, match="own state: .*cell_contents"):
+    with pytest.raises(CaptureError, match=r"own state: .*cell_contents"):
         piecework.compile(forward, (X,), config=EAGER)
     assert count == 0
 
