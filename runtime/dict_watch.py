@@ -39,6 +39,13 @@ class DictWatch:
         held = [step for step in steps if type(step.owner) in WATCHED]
         self._rows = [(s.owner, s.key, s.value) for s in held if s.kind != "size"]
         self._sizes = [(s.owner, s.value) for s in held if s.kind == "size"]
+        # Dictionaries of hooks that are empty: registering any hook moves torch's count, which is one number to look at.
+        empty = {id(owner) for owner, size in self._sizes if not size} - {
+            id(owner) for owner, _, _ in self._rows
+        }
+        self._dicts = [each for each in self._dicts if id(each) not in empty]
+        self._counts_hooks = bool(empty)
+        self._hooks = torch_compat.hooks_registered()
         self._others = [step for step in steps if type(step.owner) not in WATCHED]
         self._written = [0] * len(self._dicts)
         self._quiet = 0
@@ -47,10 +54,17 @@ class DictWatch:
 
     def compare(self) -> bool:
         """Look at every entry."""
-        self.untouched = _unknown
+        trusted, self.untouched = self.untouched, _unknown
+        hooks = torch_compat.hooks_registered()
         if not self._same():
             return False
-        self._learn()
+        self._hooks, before = hooks, self._hooks
+        if (
+            hooks != before and trusted()
+        ):  # a hook was registered elsewhere, and nothing was written
+            self.untouched = trusted
+        else:
+            self._learn()
         return True
 
     def _same(self) -> bool:
@@ -86,12 +100,16 @@ class DictWatch:
         rows = [row for row in self._rows if id(row[0]) in busy]
         sizes = [row for row in self._sizes if id(row[0]) in busy]
         others = self._others
-        if not rows and not sizes and not others:
+        if not (rows or sizes or others or self._counts_hooks):
             return same
+        registered = torch_compat.hooks_registered
+        if not (rows or sizes or others):
+            return lambda: registered() == self._hooks and same()
 
         def untouched() -> bool:
             return (
-                same()
+                registered() == self._hooks
+                and same()
                 and all(owner.get(key) is value for owner, key, value in rows)  # type: ignore[attr-defined]
                 and all(len(owner) == size for owner, size in sizes)  # type: ignore[arg-type]
                 and all(step.holds() for step in others)

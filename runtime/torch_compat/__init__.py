@@ -10,7 +10,11 @@ from piecework.runtime.torch_compat.artifact import (
     inductor_sources,
     strict_inputs,
 )
-from piecework.runtime.torch_compat.dictionaries import dict_guard, dict_versions
+from piecework.runtime.torch_compat.dictionaries import (
+    dict_guard,
+    dict_versions,
+    hooks_registered,
+)
 from piecework.runtime.torch_compat.dynamo import (
     asks_for_restart,
     backend_failure,
@@ -123,6 +127,7 @@ __all__ = [
     "guards_on",
     "has_inductor_option",
     "has_standalone_compile",
+    "hooks_registered",
     "inductor_key",
     "inductor_sources",
     "is_lazy",
