@@ -172,6 +172,9 @@ def _processor() -> str:
     return platform.processor() or "unknown"
 
 
+_PER_LINE = 6  # settings beside each other
+
+
 def _plot(result: Result, path: Path) -> bool:
     try:
         import matplotlib
@@ -182,22 +185,35 @@ def _plot(result: Result, path: Path) -> bool:
 
     settings = list(dict.fromkeys(tuple(row.setting.items()) for row in result.rows))
     contenders = list(dict.fromkeys(row.contender for row in result.rows))
-    figure, axes = pyplot.subplots(figsize=(max(7.0, 1.6 * len(settings)), 4.5))
-    width = 0.8 / len(contenders)
-    for number, contender in enumerate(contenders):
-        by_setting = {tuple(r.setting.items()): r for r in result.rows if r.contender == contender}
-        found = [(i, by_setting[s]) for i, s in enumerate(settings) if s in by_setting]
-        places = [i + (number - (len(contenders) - 1) / 2) * width for i, _ in found]
-        axes.bar(
-            places, [row.seconds * _SCALE[result.unit] for _, row in found], width, label=contender
-        )
-    labels = ["\n".join(f"{key} {value}" for key, value in setting) for setting in settings]
-    axes.set_xticks(range(len(settings)), labels, fontsize=7)
-    axes.set_ylabel(result.unit)
-    axes.set_yscale("log")
-    axes.set_title(result.title)
-    axes.legend(fontsize=7)
-    figure.tight_layout()
+    colours = {name: pyplot.get_cmap("tab20")(i % 20) for i, name in enumerate(contenders)}
+    lines = [settings[i : i + _PER_LINE] for i in range(0, len(settings), _PER_LINE)]
+    figure, grid = pyplot.subplots(
+        len(lines), figsize=(10.0, 1.5 + 3.0 * len(lines)), sharey=True, squeeze=False
+    )
+    times = [row.seconds for row in result.rows]
+    for axes, line in zip(grid[:, 0], lines, strict=True):
+        for place, setting in enumerate(line):
+            found = [row for row in result.rows if tuple(row.setting.items()) == setting]
+            width = 0.8 / len(found)
+            for number, row in enumerate(found):
+                axes.bar(
+                    place + (number - (len(found) - 1) / 2) * width,
+                    row.seconds * _SCALE[result.unit],
+                    width,
+                    color=colours[row.contender],
+                )
+        labels = ["\n".join(f"{key} {value}" for key, value in setting) for setting in line]
+        axes.set_xticks(range(len(line)), labels, fontsize=7)
+        axes.set_xlim(-0.6, len(lines[0]) - 0.4)
+        axes.set_ylabel(result.unit)
+        if max(times) > 20 * min(
+            times
+        ):  # bars from zero are fairer, as long as all of them are seen
+            axes.set_yscale("log")
+    grid[0, 0].set_title(result.title)
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
+    figure.legend(handles, list(colours), fontsize=7, loc="lower center", ncols=5)
+    figure.tight_layout(rect=(0, 0.25 / len(lines) if len(contenders) > 5 else 0.06, 1, 1))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return True
