@@ -5,8 +5,11 @@ Commands parse, call the library and print; heavy modules are imported when a co
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from piecework import __version__
 from piecework.cli.bench import bench
 from piecework.cli.bundles import compile_command, run, show, verify
 from piecework.cli.cache import cache_app
@@ -17,12 +20,31 @@ from piecework.cli.golden import golden_app
 
 app = typer.Typer(
     name="piecework",
-    help="A stitching compiler and runtime for PyTorch inference.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"piecework {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """A stitching compiler and runtime for PyTorch inference."""
+
+
 app.command(epilog="Example: piecework demo")(demo)
 app.command("compile", epilog="Example: piecework compile config.json -o out")(compile_command)
 app.command(epilog="Example: piecework show out")(show)

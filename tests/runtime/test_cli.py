@@ -207,3 +207,9 @@ def test_every_command_has_help_with_an_example() -> None:
     for command in ("demo", "compile", "show", "run", "verify", "bench"):
         result = invoke(command, "--help")
         assert result.exit_code == 0 and f"Example: piecework {command}" in result.output
+
+
+def test_the_version() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert result.output == f"piecework {piecework.__version__}\n"
