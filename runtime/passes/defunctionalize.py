@@ -17,6 +17,7 @@ from torch._ops import OpOverload
 from piecework.codegen.origin import value_of
 from piecework.runtime import torch_compat
 from piecework.runtime.passes.interface import InductorPass
+from piecework.runtime.passes.memory import Memory
 from piecework.runtime.passes.nodes import storages_of
 
 _aten = torch.ops.aten
@@ -62,7 +63,7 @@ class DefunctionalizationPass(InductorPass):
             for node in graph.nodes
             if node.op == "call_function" and node.target in torch_compat.auto_functionalized_ops()
         ]
-        memory = _Memory(graph) if found else None
+        memory = Memory(graph) if found else None
         matches = 0
         for node in found:
             call = _read(node.args[0] if node.args else None, node.kwargs)
@@ -141,50 +142,7 @@ def _take_view(rest: dict[str, object], prefix: str) -> _View | None:
 # --- whether it may write in place -------------------------------------------------------------------
 
 
-class _Memory:
-    """Which nodes lie in the same memory, kept true while calls are put in place.
-
-    A node whose value is not recorded counts as lying wherever its inputs do.
-    """
-
-    def __init__(self, graph: torch.fx.Graph) -> None:
-        self.order: dict[torch.fx.Node, int] = {}
-        self._merged: dict[int, int] = {}
-        self._of: dict[torch.fx.Node, frozenset[int]] = {}
-        self._in: dict[int, list[torch.fx.Node]] = {}
-        for place, node in enumerate(graph.nodes):
-            self.order[node] = place
-            self.add(node)
-
-    def add(self, node: torch.fx.Node) -> None:
-        known = storages_of(node)
-        if known is None:
-            known = frozenset().union(*(self._of[source] for source in node.all_input_nodes))
-        self._of[node] = known
-        for storage in known:
-            self._in.setdefault(self._find(storage), []).append(node)
-
-    def of(self, node: torch.fx.Node) -> frozenset[int]:
-        return frozenset(map(self._find, self._of[node]))
-
-    def nodes_in(self, storage: int) -> list[torch.fx.Node]:
-        return self._in[self._find(storage)]
-
-    def merge(self, left: frozenset[int], right: frozenset[int]) -> None:
-        """The two memories are one from now on."""
-        for each in map(self._find, right):
-            for into in map(self._find, left):
-                if into != each:
-                    self._merged[each] = into
-                    self._in[into] = self._in[into] + self._in.pop(each, [])
-
-    def _find(self, storage: int) -> int:
-        while storage in self._merged:
-            storage = self._merged[storage]
-        return storage
-
-
-def _is_safe(node: torch.fx.Node, call: _Call, memory: _Memory) -> bool:
+def _is_safe(node: torch.fx.Node, call: _Call, memory: Memory) -> bool:
     if not all(u.target is operator.getitem and type(u.args[1]) is int for u in node.users):
         return False
     read = frozenset().union(*(memory.of(each) for each in _nodes_in(call.arguments)))
@@ -262,9 +220,7 @@ def _nodes_in(value: object) -> Iterator[torch.fx.Node]:
 # --- the rewrite -------------------------------------------------------------------------------------
 
 
-def _call_in_place(
-    node: torch.fx.Node, call: _Call, graph: torch.fx.Graph, memory: _Memory
-) -> None:
+def _call_in_place(node: torch.fx.Node, call: _Call, graph: torch.fx.Graph, memory: Memory) -> None:
     before = node.prev
     with graph.inserting_before(node):
         written = {name: _insert_view(view, call, graph) for name, view in call.written.items()}

@@ -10,6 +10,7 @@ import torch.fx
 
 from piecework.codegen.origin import value_of
 from piecework.runtime.passes.interface import InductorPass
+from piecework.runtime.passes.memory import Memory
 from piecework.runtime.passes.nodes import arguments_of, outputs_of, same_layout, storages_of
 
 _aten = torch.ops.aten
@@ -34,10 +35,12 @@ class NoOpEliminationPass(InductorPass):
 
     def __call__(self, graph: torch.fx.Graph) -> int:
         outputs = outputs_of(graph)
+        memory = Memory(graph)
         matches = 0
         for node in list(graph.nodes):
             source = _unchanged_source(node)
-            if source is not None and _may_stand_for(source, node, graph, outputs):
+            if source is not None and _may_stand_for(source, node, graph, outputs, memory):
+                memory.merge(memory.of(source), memory.of(node))
                 node.replace_all_uses_with(source)
                 graph.erase_node(node)
                 outputs = [source if each is node else each for each in outputs]
@@ -71,6 +74,7 @@ def _may_stand_for(
     node: torch.fx.Node,
     graph: torch.fx.Graph,
     outputs: list[torch.fx.Node],
+    memory: Memory,
 ) -> bool:
     """Whether giving ``source`` to every user of ``node`` keeps which values share memory at the graph's border.
 
@@ -78,19 +82,19 @@ def _may_stand_for(
     """
     if node in outputs and (source.op == "placeholder" or source in outputs):
         return False
-    own, given = storages_of(node), storages_of(source)
-    if own is None or given is None:
+    if storages_of(node) is None or storages_of(source) is None:
         return node not in outputs and node.target is _aten.slice.Tensor  # a slice is always a view
+    own, given = memory.of(node), memory.of(source)
     if own == given:
         return True
     # A copy is replaced by what it copied: wrong if the copy is seen outside and the original is too, and if one
     # of the two is written to later.
     border = [*graph.find_nodes(op="placeholder"), *outputs]
-    seen = frozenset().union(*(storages_of(each) or frozenset() for each in border))
-    return not (own & seen and given & seen) and not _is_written(own | given, graph)
+    seen = frozenset().union(*map(memory.of, border))
+    return not (own & seen and given & seen) and not _is_written(own | given, graph, memory)
 
 
-def _is_written(storages: frozenset[int], graph: torch.fx.Graph) -> bool:
+def _is_written(storages: frozenset[int], graph: torch.fx.Graph, memory: Memory) -> bool:
     """Whether an operator of ``graph`` writes into this memory."""
     for node in graph.nodes:
         schema = getattr(node.target, "_schema", None)
@@ -99,9 +103,10 @@ def _is_written(storages: frozenset[int], graph: torch.fx.Graph) -> bool:
         arguments = arguments_of(node)
         for each in schema.arguments:
             target = arguments.get(each.name)
-            written = each.alias_info is not None and each.alias_info.is_write
-            if written and isinstance(target, torch.fx.Node):
-                touched = storages_of(target)
-                if touched is None or touched & storages:
-                    return True
+            if each.alias_info is None or not each.alias_info.is_write:
+                continue
+            if not isinstance(target, torch.fx.Node):
+                continue
+            if storages_of(target) is None or memory.of(target) & storages:
+                return True
     return False

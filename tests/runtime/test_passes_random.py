@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch._functorch.aot_autograd import aot_function, make_boxed_func
 
@@ -140,7 +140,19 @@ def check(chosen: list[tuple[str, int, int, int]]) -> None:
     torch.testing.assert_close(run(module, INPUTS), before)
 
 
+# A view of a copy that was replaced by what it copied: it is recorded in the copy's memory, and reads the original's.
+STALE_VIEW = [
+    *[("fresh", 0, 0, 0)] * 3,
+    ("clone", 3, 0, 0),
+    ("fill", 0, 4, 0),
+    ("view", 0, 0, 0),
+    ("clone", 0, 0, 0),
+    ("fill", 0, 1, 0),
+]
+
+
 @given(steps)
+@example(STALE_VIEW)
 @settings(deadline=None, max_examples=60)
 def test_passes_keep_results_and_written_inputs(chosen: list[tuple[str, int, int, int]]) -> None:
     check(chosen)
