@@ -67,27 +67,30 @@ def mutations_in(
 
 def written_inputs(piece: torch.fx.GraphModule) -> frozenset[int]:
     """Which placeholders of a graph, by number, it writes to, or to a view of; arguments that share memory with one too."""
-    memory: dict[int, str] = {}
-    numbers: dict[str, set[int]] = {}
-    for number, node in enumerate(piece.graph.find_nodes(op="placeholder")):
-        value = value_of(node)
-        if isinstance(value, torch.Tensor) and value.layout == torch.strided:
-            path = memory.setdefault(torch_compat.storage_id(value), str(number))
-            numbers.setdefault(path, set()).add(number)
-    paths = {path for node in piece.graph.nodes for _, path in _writes(piece, node, memory)}
-    return frozenset(number for path in paths for number in numbers[path])
+    return _written(piece, _inputs_by_memory(piece))
 
 
 def written_aliases(piece: torch.fx.GraphModule) -> frozenset[int]:
     """Those of `written_inputs` that share their memory with another input."""
-    placeholders = piece.graph.find_nodes(op="placeholder")
-    memory: dict[int, set[int]] = {}
-    for number, node in enumerate(placeholders):
+    shared = {key: held for key, held in _inputs_by_memory(piece).items() if len(held) > 1}
+    return _written(piece, shared) if shared else frozenset()
+
+
+def _inputs_by_memory(piece: torch.fx.GraphModule) -> dict[int, list[int]]:
+    """Memory → the placeholders, by number, that lie in it."""
+    found: dict[int, list[int]] = {}
+    for number, node in enumerate(piece.graph.find_nodes(op="placeholder")):
         value = value_of(node)
         if isinstance(value, torch.Tensor) and value.layout == torch.strided:
-            memory.setdefault(torch_compat.storage_id(value), set()).add(number)
-    shared = frozenset().union(*(each for each in memory.values() if len(each) > 1))
-    return shared & written_inputs(piece) if shared else shared
+            found.setdefault(torch_compat.storage_id(value), []).append(number)
+    return found
+
+
+def _written(piece: torch.fx.GraphModule, inputs: Mapping[int, list[int]]) -> frozenset[int]:
+    """Those of ``inputs`` whose memory a node writes to."""
+    memory = {key: str(key) for key in inputs}
+    paths = {path for node in piece.graph.nodes for _, path in _writes(piece, node, memory)}
+    return frozenset(number for path in paths for number in inputs[int(path)])
 
 
 def held_by_source(graph: torch.fx.GraphModule) -> dict[str, str]:

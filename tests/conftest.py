@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,3 +28,15 @@ def own_compile_cache(
     folder.chmod(0o700)
     monkeypatch.setenv("PIECEWORK_CACHE_DIR", str(folder))
     return folder
+
+
+@pytest.fixture
+def warned() -> Iterator[list[str]]:
+    """What piecework warns of during the test."""
+    texts: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("piecework")
+    logger.addHandler(handler)
+    yield texts
+    logger.removeHandler(handler)

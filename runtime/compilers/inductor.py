@@ -142,7 +142,7 @@ class InductorStandaloneAdaptor(_Inductor):
                 dynamic_shapes=shapes,
                 config_patches=self.options_for(compile_range, graph),
             )
-        return _piece(artifact, graph)
+        return _piece(artifact, graph, aliases)
 
     def to_bytes(self, piece: CompiledPiece) -> bytes | None:
         """The artifact with its kernels, for the cache; None if torch could not keep it."""
@@ -155,7 +155,7 @@ class InductorStandaloneAdaptor(_Inductor):
         mark, rest = data[: len(_DIRECT)], data[len(_DIRECT) :]
         with self.partitions_wrapped():
             artifact = torch_compat.artifact_from_bytes(rest)
-        return _piece(artifact, graph, vouched=mark == _DIRECT)
+        return _piece(artifact, graph, _Aliases.of(graph), vouched=mark == _DIRECT)
 
 
 # A loaded artifact no longer has the record that says whether its wrappers have work to do; the mark keeps the finding.
@@ -246,7 +246,11 @@ def _uncompiled(graph: torch.fx.GraphModule) -> CompiledPiece:
 
 
 def _piece(
-    artifact: Callable[..., object], graph: torch.fx.GraphModule, *, vouched: bool = False
+    artifact: Callable[..., object],
+    graph: torch.fx.GraphModule,
+    aliases: _Aliases,
+    *,
+    vouched: bool = False,
 ) -> CompiledPiece:
     """The artifact, and its innermost function where nothing around it has anything to do."""
     inputs = len(graph.graph.find_nodes(op="placeholder"))
@@ -255,8 +259,7 @@ def _piece(
     call, reason = torch_compat.direct_entry(artifact, inputs, outputs, vouched=vouched)
     direct = None if call is None else _positional(call, inputs)
     strict = torch_compat.strict_inputs(artifact, inputs)
-    runnable = _Aliases.of(graph).around(artifact)
-    return CompiledPiece(runnable, artifact, direct, reason, strict)
+    return CompiledPiece(aliases.around(artifact), artifact, direct, reason, strict)
 
 
 def _positional(call: Callable[..., object], inputs: int) -> Callable[..., object]:

@@ -1,6 +1,5 @@
 """Every byte region of every file, flipped, cut, zeroed or grown: quarantine, one warning, right bytes. Nothing is mocked."""
 
-import logging
 import os
 import random
 import shutil
@@ -91,18 +90,6 @@ def place(tmp_path: Path) -> Iterator[Path]:
     directory = Path(tempfile.mkdtemp(prefix="piecework-", dir=memory))
     yield directory
     shutil.rmtree(directory)
-
-
-@pytest.fixture
-def warned() -> Iterator[list[str]]:
-    """What the cache warns of during the test."""
-    texts: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("piecework")
-    logger.addHandler(handler)
-    yield texts
-    logger.removeHandler(handler)
 
 
 def all_cases(saved: Path) -> list[tuple[str, str, int, int]]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import os
 import random
 import shutil
@@ -52,18 +51,6 @@ def place(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def root(place: Path) -> Path:
     return place / "cache"
-
-
-@pytest.fixture
-def warned() -> Iterator[list[str]]:
-    """What the cache warns of during the test."""
-    texts: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("piecework")
-    logger.addHandler(handler)
-    yield texts
-    logger.removeHandler(handler)
 
 
 def load_everything(root: Path, count: int) -> int:

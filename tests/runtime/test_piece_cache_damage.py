@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -71,17 +70,6 @@ def cases_of(root: Path, regions: int) -> list[Case]:
         spans = [(begin, min(begin + step, size)) for begin in range(0, size, step)]
         found += [(file, kind, *span) for span in spans for kind in (flip, cut, zero, grow)]
     return found
-
-
-@pytest.fixture
-def warned() -> Iterator[list[str]]:
-    texts: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("piecework")
-    logger.addHandler(handler)
-    yield texts
-    logger.removeHandler(handler)
 
 
 @pytest.mark.inductor
