@@ -46,7 +46,16 @@ class BindError(PieceworkError):
 
 
 class InputError(PieceworkError):
-    """An input at run time breaks what the trace assumed of it."""
+    """An input at run time breaks what the trace assumed of it.
+
+    Attributes:
+        refused_by: the entry that looked at the arguments and refused them before anything ran; None for any other error.
+        places: what another trace could serve: the arguments (numbers of flattened ones) and dimensions (None for
+            a tensor's strides, identity or kind) whose sizes the trace does not allow; None if it is not about sizes.
+    """
+
+    refused_by: object = None
+    places: frozenset[tuple[int, int | None]] | None = None
 
 
 class StaticGraphError(PieceworkError):

@@ -38,13 +38,14 @@ from piecework.codegen.entry_plan import (
     UnusedTensor,
 )
 from piecework.codegen.layout import literal_text
-from piecework.codegen.names import NameTable
+from piecework.codegen.names import BUILTINS, NameTable
 from piecework.codegen.render import environment, format_source
 
 _WORD = re.compile(r"\b[A-Za-z_]\w*\b")
 
 FORMAT_VERSION = 1
 FUNCTION_NAME = "entry"
+_USED = ("id", "len", "repr", "type")  # builtins that checks call
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,22 +99,30 @@ class _Writer:
 
     def __init__(self, plan: EntryPlan) -> None:
         self.plan = plan
-        reserved = {*PROVIDED, "torch", "check_inputs", FUNCTION_NAME}
-        self.names = NameTable(frozenset(reserved))
+        reserved = {*PROVIDED, *_USED, "torch", "check_inputs", FUNCTION_NAME}
+        self.names = NameTable(frozenset(reserved), builtins=frozenset())
         self.parameters = {p.name: self.names.claim(p.name) for p in plan.parameters}
+        for (
+            name
+        ) in (
+            BUILTINS
+        ):  # a parameter may have a builtin's name, which callers use; nothing else does
+            self.names.reserve(name)
         self.consts: dict[str, object] = {}
         self.leaves: dict[int, str] = {}
-        self.labels: dict[str, str] = {}
         self.symbols: dict[str, str] = {}
         self.unpacked: list[str] = []
         self.steps: list[dict[str, object]] = []
         self.late: list[str] = []
+        self.tensors: list[str] = []
+        self.same: list[tuple[str, str, SameObject]] = []
 
     def write(self) -> EntrySource:
         plan = self.plan
         for parameter in plan.parameters:
             self._node(parameter.node, self.parameters[parameter.name])
         self._symbol_conditions()
+        self._identity_conditions()
         self._apart_conditions()
         extras = self._extras()
         outputs = [self.names.claim(wish) for wish in plan.outputs]
@@ -123,9 +132,12 @@ class _Writer:
             .render(
                 format_version=FORMAT_VERSION,
                 banner=plan.banner,
-                parameters=self._signature(),
+                parameters=self._signature(self.parameters),
+                named_parameters=self._by_their_own_names(),
+                inner=self.names.claim("entry_with_other_names"),
+                renamed=self._forwarded({n: n for n in self.parameters}, self.parameters),
                 check_parameters=", ".join(self.parameters.values()),
-                forward=self._forwarded(),
+                forward=self._forwarded(self.parameters, {n: n for n in self.parameters}),
                 steps=self.steps if plan.checks else [s for s in self.steps if s["assign"]],
                 checks=bool(plan.checks or extras),
                 explains=plan.checks,
@@ -142,13 +154,18 @@ class _Writer:
 
     # --- the signature -----------------------------------------------------------------------------
 
-    def _signature(self) -> str:
+    def _by_their_own_names(self) -> str:
+        """The signature with the model's names for the parameters, where some of them had to be renamed; "" otherwise."""
+        own = {name: name for name in self.parameters}
+        return "" if own == self.parameters else self._signature(own)
+
+    def _signature(self, names: Mapping[str, str]) -> str:
         parts: list[str] = []
         kinds = [p.kind for p in self.plan.parameters]
         for index, parameter in enumerate(self.plan.parameters):
             if parameter.kind == "k" and "*" not in kinds and "k" not in kinds[:index]:
                 parts.append("*")
-            name = self.parameters[parameter.name]
+            name = names[parameter.name]
             prefix = parameter.kind if parameter.kind in ("*", "**") else ""
             default = "" if parameter.default is None else f"={self._value(parameter)}"
             parts.append(f"{prefix}{name}{default}")
@@ -161,16 +178,19 @@ class _Writer:
         value = parameter.default.value
         if is_inline_literal(value):
             return str(literal_text(value))
+        for name, known in self.consts.items():
+            if known is value:
+                return name
         return self._const(f"default_{parameter.name}", value)
 
-    def _forwarded(self) -> str:
-        """The parameters as arguments of a call with the same signature."""
+    def _forwarded(self, values: Mapping[str, str], keywords: Mapping[str, str]) -> str:
+        """The parameters, called ``values`` here, as arguments of a call whose keyword parameters are called ``keywords``."""
         parts = []
         for parameter in self.plan.parameters:
-            name = self.parameters[parameter.name]
+            name = values[parameter.name]
             match parameter.kind:
                 case "k":
-                    parts.append(f"{parameter.name}={name}")
+                    parts.append(f"{keywords[parameter.name]}={name}")
                 case "*" | "**":
                     parts.append(f"{parameter.kind}{name}")
                 case _:
@@ -226,16 +246,15 @@ class _Writer:
             self.unpacked.append(name)
             path = name
         self.leaves[leaf.index] = path
-        self.labels[leaf.label] = path
         match leaf.assumption:
             case TensorInput():
                 self._tensor(leaf.label, path, leaf.assumption)
             case UnusedTensor(dtype, device, rank):
-                comment = f"{leaf.label}: not read by the graph"
-                self._require(comment, _kind_conditions(path, dtype, device, rank))
-            case SameObject(label):
-                same = self.labels[label]
-                self._require(f"{leaf.label}: the same tensor as {label}", [f"{path} is {same}"])
+                comment = f"{leaf.label}: not read by the model"
+                self.tensors.append(path)
+                self._require(comment, [_A_TENSOR.format(path), *_kind(path, dtype, device, rank)])
+            case SameObject():
+                self.same.append((leaf.label, path, leaf.assumption))
             case IntegerInput(symbol):
                 self.symbols.setdefault(symbol, path)
                 self._require(f"{leaf.label}: an integer", [f"type({path}) is int"])
@@ -260,13 +279,17 @@ class _Writer:
             self._require(comment, [f"({path} is {expected} or ({same}))"])
 
     def _tensor(self, label: str, path: str, tensor: TensorInput) -> None:
-        conditions = _kind_conditions(path, tensor.dtype, tensor.device, len(tensor.sizes))
+        self.tensors.append(path)
+        named = "Tensor" if tensor.kind is torch.Tensor else "nn.Parameter"
+        conditions = [f"type({path}) is torch.{named}"]
+        conditions += _kind(path, tensor.dtype, tensor.device, len(tensor.sizes))
         layout = "contiguous" if tensor.strides is None else "strided as traced"
         comment = f"{label}: {_short(tensor)} on {tensor.device}, {layout}"
         if tensor.strides is None:
             conditions.append(f"{path}.is_contiguous()")
         if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
             conditions.append(f"not {path}.is_neg()")
+            conditions.append(f"{'' if tensor.requires_grad else 'not '}{path}.requires_grad")
         if tensor.dtype.is_complex:
             conditions.append(f"not {path}.is_conj()")
         if tensor.sizes and all(type(size) is int for size in tensor.sizes):
@@ -321,6 +344,18 @@ class _Writer:
         self._require("sizes that the trace allows", ranges)
         relations = [self._renamed(text) for text in (*self.late, *self.plan.guards)]
         self._require("relations that the trace relied on", relations)
+
+    def _identity_conditions(self) -> None:
+        """Tensors that were one are one, and others are others: the model's code may ask with ``is``."""
+        for label, path, same in self.same:
+            comment = f"{label}: the same tensor as {same.label}"
+            self._require(comment, [f"{path} is {self.leaves[same.index]}"])
+        names = self.tensors
+        if len(names) == 2:
+            self._require("two tensors", [f"{names[0]} is not {names[1]}"])
+        elif len(names) > 2:
+            numbers = ", ".join(f"id({name})" for name in names)
+            self._require(f"{len(names)} tensors", [f"len({{{numbers}}}) == {len(names)}"])
 
     def _apart_conditions(self) -> None:
         for written, others in self.plan.apart:
@@ -402,12 +437,11 @@ def _short(tensor: TensorInput) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}[{', '.join(map(str, tensor.sizes))}]"
 
 
-def _kind_conditions(path: str, dtype: torch.dtype, device: torch.device, rank: int) -> list[str]:
-    conditions = [
-        f"(type({path}) is torch.Tensor or type({path}) is torch.nn.Parameter)",
-        f"{path}.dtype is {dtype}",
-        f"{path}.layout is torch.strided",
-    ]
+_A_TENSOR = "(type({0}) is torch.Tensor or type({0}) is torch.nn.Parameter)"
+
+
+def _kind(path: str, dtype: torch.dtype, device: torch.device, rank: int) -> list[str]:
+    conditions = [f"{path}.dtype is {dtype}", f"{path}.layout is torch.strided"]
     if device.type == "cpu":
         conditions.append(f"{path}.is_cpu")
     elif device.type == "cuda":

@@ -21,17 +21,21 @@ class TensorInput:
     Attributes:
         sizes: one per dimension.
         strides: None for a contiguous tensor; entries that nothing is known about are None.
+        kind: ``torch.Tensor`` or ``torch.nn.Parameter``, which the model's code may tell apart.
+        requires_grad: whether it recorded gradients, likewise.
     """
 
     dtype: torch.dtype
     device: torch.device
     sizes: tuple[Size, ...]
     strides: tuple[Size | None, ...] | None = None
+    kind: type = torch.Tensor
+    requires_grad: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class UnusedTensor:
-    """A tensor argument that the graph does not read; Python code of the model may have looked at its kind."""
+    """A tensor argument that the trace did not come across; Python code that it did not follow may look at its kind."""
 
     dtype: torch.dtype
     device: torch.device
@@ -40,8 +44,9 @@ class UnusedTensor:
 
 @dataclass(frozen=True, slots=True)
 class SameObject:
-    """An argument that was the same tensor as another one."""
+    """An argument that was the same tensor as flattened argument ``index``, which errors call ``label``."""
 
+    index: int
     label: str
 
 

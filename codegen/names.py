@@ -37,9 +37,15 @@ def is_identifier(text: object) -> bool:
 class NameTable:
     """Gives out names for one scope; names of the enclosing module are reserved in it."""
 
-    def __init__(self, reserved: frozenset[str] = frozenset()) -> None:
-        self._taken = set(reserved) | BUILTINS
+    def __init__(
+        self, reserved: frozenset[str] = frozenset(), builtins: frozenset[str] = BUILTINS
+    ) -> None:
+        self._taken = set(reserved) | builtins
         self._next_suffix: dict[str, int] = {}
+
+    def reserve(self, name: str) -> None:
+        """Never give out ``name`` from now on."""
+        self._taken.add(name)
 
     def claim(self, wish: str) -> str:
         """Return ``wish`` if it can be used as it is, else the nearest free name."""

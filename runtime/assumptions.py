@@ -48,23 +48,21 @@ class Assumptions:
         self._names = _names(self._sizes, wished)
         self._first: dict[int, int] = {}
         for index, leaf in enumerate(leaves):
-            if isinstance(leaf, torch.Tensor) and (
-                index in self._fakes or id(leaf) not in self._first
-            ):
-                self._first[id(leaf)] = index
+            if isinstance(leaf, torch.Tensor):
+                self._first.setdefault(id(leaf), index)
 
     def assume(self, index: int, example: object) -> Assumption:
         """What the trace assumed of argument ``index``."""
         fake = self._fakes.get(index)
+        if isinstance(example, torch.Tensor) and self._first[id(example)] != index:
+            first = self._first[id(example)]
+            return SameObject(first, self._labels[first])
         if isinstance(fake, torch.Tensor):
-            return self._tensor(fake)
+            return self._tensor(fake, example)
         if isinstance(fake, torch.SymInt):
             text = torch_compat.size_text(fake, self._names)
             return FixedValue(text) if isinstance(text, int) else IntegerInput(text)
         if isinstance(example, torch.Tensor):
-            first = self._first[id(example)]
-            if first != index:
-                return SameObject(self._labels[first])
             return UnusedTensor(example.dtype, example.device, example.dim())
         return FixedValue(example)
 
@@ -94,7 +92,7 @@ class Assumptions:
         symbol = torch_compat.symbol_of(fake.shape[dim])
         return FromSymbol(self._names[symbol]) if symbol in self._names else FromSize(leaf, dim)
 
-    def _tensor(self, fake: torch.Tensor) -> TensorInput:
+    def _tensor(self, fake: torch.Tensor, example: object) -> TensorInput:
         strides = None
         if not torch_compat.is_traced_contiguous(fake):
             strides = tuple(
@@ -102,7 +100,8 @@ class Assumptions:
                 for stride in fake.stride()
             )
         sizes = tuple(torch_compat.size_text(size, self._names) for size in fake.shape)
-        return TensorInput(fake.dtype, fake.device, sizes, strides)
+        grad = isinstance(example, torch.Tensor) and example.requires_grad
+        return TensorInput(fake.dtype, fake.device, sizes, strides, type(example), grad)
 
     def _is_known(self, size: object) -> bool:
         return all(symbol in self._names for symbol in torch_compat.symbols_of(size))

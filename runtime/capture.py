@@ -6,9 +6,11 @@ The model is traced once by Dynamo and never run on data; its weights and its st
 from __future__ import annotations
 
 import inspect
+import logging
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.fx
@@ -29,7 +31,6 @@ from piecework.runtime.capture_inputs import (
     leaf_names,
     leaf_sources,
     rename,
-    require_dynamic,
     require_traceable,
     trace_back,
 )
@@ -45,7 +46,8 @@ from piecework.runtime.capture_results import (
 )
 from piecework.runtime.capture_state import HINT, Snapshot, refuse_writes
 from piecework.runtime.counters import counters
-from piecework.runtime.dynamic_dims import set_mark, unmarked_afterwards
+from piecework.runtime.dynamic_dims import unmarked_afterwards
+from piecework.runtime.example_sizes import SizePolicy, with_other_batch
 from piecework.runtime.facts import facts_of
 from piecework.runtime.held import modules_of, tensors_of
 from piecework.runtime.weights import BoundWeights, Found
@@ -65,6 +67,9 @@ __all__ = [
 ]
 
 GraphCompiler = Callable[[torch.fx.GraphModule, tuple[GraphInput, ...]], None]
+Admits = Callable[[torch.fx.GraphModule], str | None]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -96,6 +101,7 @@ class _Trace:
 
     graph: torch.fx.GraphModule | None = None
     inputs: tuple[GraphInput, ...] = ()
+    fakes: dict[int, object] = field(default_factory=dict)
     places: list[tuple[str, str]] = field(default_factory=list)
     standing_in: list[object] = field(default_factory=list)
 
@@ -107,36 +113,116 @@ def capture(
     compile_graph: GraphCompiler,
     *,
     dynamic: bool | None = None,
-    any_batch: bool = False,
+    sizes: SizePolicy | None = None,
+    admits: Admits | None = None,
 ) -> Capture:
     """Trace ``model`` and hand its graph to ``compile_graph`` while Dynamo's tracing context is open.
 
     Args:
         model: a module or function; weights are the tensors that it holds.
         args, kwargs: example arguments; any pytree of tensors, numbers and None.
-        compile_graph: called once with the graph and where its inputs come from.
-        dynamic: which dimensions become symbols: None takes all dimensions of the tensor arguments unless some are
+        compile_graph: called with the graph and where its inputs come from; again if what it made of the first graph can't be used.
+        dynamic: without ``sizes``: which dimensions become symbols. None takes all dimensions of the tensor arguments unless some are
             marked (``torch._dynamo.mark_dynamic``, ``mark_unbacked``, ``mark_static``), then only those.
-        any_batch: if nothing is marked, trace the first dimension of each tensor for every size, 0 and 1 included; where
-            the model's own code depends on it, trace as without this.
+        sizes: which dimensions are dynamic. The trace serves every size at once where ``admits`` allows it; else
+            sizes of 2 and more (or the example's 0 or 1). None is fixed because the example's size happens to equal another number.
+        admits: why a graph may not be compiled for 0, 1 and every other size at once; None if it may.
 
     Raises:
-        CaptureError: a graph break, no tensor operation, no dynamic dimension, state that the forward changes in Python,
-            an error of the model's own, or an input or output that cannot be traced back.
+        CaptureError: a graph break, no tensor operation, state that the forward changes in Python, an error of the model's
+            own, or an input or output that cannot be traced back.
     """
     _require_fitting(model, args, kwargs)
-    leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
-    if any_batch and dynamic is None and dynamic_wish(leaves, None):
-        tensors = [leaf for leaf in leaves if type(leaf) is torch.Tensor and leaf.dim()]
-        with unmarked_afterwards(tensors):
-            for tensor in tensors:
-                set_mark(tensor, 0, unbacked=True)
-            try:
-                return _capture_once(model, args, kwargs, compile_graph, True)
-            except PieceworkError as error:
-                if not torch_compat.data_dependent(error):
-                    raise
-    return _capture_once(model, args, kwargs, compile_graph, dynamic)
+    if sizes is None:
+        leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
+        return _capture_once(model, args, kwargs, compile_graph, dynamic_wish(leaves, dynamic))
+    if admits is not None:
+        try:
+            with sizes.every_size(args, kwargs) as marked:
+                if marked:
+                    check = partial(_require_admitted, admits)
+                    return _capture_once(model, args, kwargs, compile_graph, sizes.dynamic, check)
+        except PieceworkError as error:
+            _log.info("not traced for every size at once: %s", error)
+    once = partial(_capture_larger, model, sizes, compile_graph)
+    try:
+        return once(args, kwargs, partial(_require_free_batch, sizes))
+    except _FixedBatch as fixed:
+        weights = {size for _, tensor in tensors_of(model).values() for size in tensor.shape}
+        others = with_other_batch(args, kwargs, fixed.sizes, avoid=weights)
+    if others is not None:
+        try:
+            leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
+            return once(*others, partial(_require_free_and_serving, sizes, leaves))
+        except PieceworkError as error:
+            _log.info("the batch size is fixed: %s", error)
+    return once(args, kwargs)
+
+
+def _capture_larger(
+    model: Callable[..., object],
+    sizes: SizePolicy,
+    compile_graph: GraphCompiler,
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    check: Callable[[torch.fx.GraphModule, Mapping[int, object]], None] | None = None,
+) -> Capture:
+    with sizes.larger_sizes(args, kwargs):
+        return _capture_once(model, args, kwargs, compile_graph, sizes.dynamic, check)
+
+
+class _NotAdmitted(CaptureError):
+    """A graph that may not be traced for every batch size at once."""
+
+
+class _FixedBatch(CaptureError):
+    """A trace that fixed the first dimension of an argument, which the example's size may have caused."""
+
+    def __init__(self, sizes: frozenset[int]) -> None:
+        super().__init__(f"the trace fixed a first dimension to {sorted(sizes)}")
+        self.sizes = sizes
+
+
+def _require_admitted(
+    admits: Admits, gm: torch.fx.GraphModule, fakes: Mapping[int, object]
+) -> None:
+    reason = admits(gm)
+    if reason is not None:
+        raise _NotAdmitted(reason)
+
+
+def _require_free_batch(
+    policy: SizePolicy, gm: torch.fx.GraphModule, fakes: Mapping[int, object]
+) -> None:
+    sizes = [
+        each.shape[0]
+        for leaf, each in fakes.items()
+        if isinstance(each, torch.Tensor) and each.dim() and policy.may_differ(leaf, 0)
+    ]
+    fixed = frozenset(int(n) for n in sizes if torch_compat.symbol_of(n) is None and n > 1)
+    if fixed:
+        raise _FixedBatch(fixed)
+
+
+def _require_free_and_serving(
+    policy: SizePolicy,
+    leaves: Sequence[object],
+    gm: torch.fx.GraphModule,
+    fakes: Mapping[int, object],
+) -> None:
+    """Raise if a trace with other sizes would not serve the arguments that it was made for."""
+    _require_free_batch(policy, gm, fakes)
+    values: dict[str, int] = {}
+    sizes: list[object] = []
+    for index, fake in fakes.items():
+        leaf = leaves[index]
+        if isinstance(fake, torch.Tensor) and isinstance(leaf, torch.Tensor):
+            sizes += fake.shape
+            pairs = zip(map(torch_compat.symbol_of, fake.shape), leaf.shape, strict=True)
+            values.update((symbol, size) for symbol, size in pairs if symbol is not None)
+    for text, _, holds in torch_compat.recorded_guards(sizes):
+        if holds(values) is False:
+            raise CaptureError(f"the model's code decides by the example's sizes: {text}")
 
 
 def _capture_once(
@@ -145,6 +231,7 @@ def _capture_once(
     kwargs: Mapping[str, object],
     compile_graph: GraphCompiler,
     dynamic: bool | None,
+    check: Callable[[torch.fx.GraphModule, Mapping[int, object]], None] | None = None,
 ) -> Capture:
     leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
     names = leaf_names(model, args, kwargs)
@@ -157,28 +244,28 @@ def _capture_once(
         trace.places = torch_compat.guarded_places()
         refuse_writes(gm, example_inputs, _argument_names(model, args, kwargs))
         trace.inputs = trace_back(gm, example_inputs, leaves, names, sources, held)
+        trace.fakes = _fakes(leaves, sources)
+        if check is not None:
+            check(gm, trace.fakes)
         rename(gm, trace.inputs)
-        require_dynamic(gm, leaves)
         compile_graph(gm, trace.inputs)
         trace.standing_in = stand_ins(gm)
         return _returning(trace.standing_in)
 
     before = Snapshot([*modules_of(model), ("args", list(args)), ("kwargs", dict(kwargs))])
     weights = [tensor for _, tensor in held.values()]
-    wish = dynamic_wish(leaves, dynamic)
     try:
         with unmarked_afterwards(weights):
             for (
                 weight
             ) in weights:  # Dynamo takes those of a module that it saw changed for arguments
                 torch._dynamo.mark_static(weight)
-            result = _run_dynamo(model, args, kwargs, backend, wish)
+            result = _run_dynamo(_call_model, model, args, kwargs, backend, dynamic)
+            if trace.graph is None:
+                result, _ = _run_dynamo(_call_idle, model, args, kwargs, backend, dynamic)  # type: ignore[misc]
     finally:
         changed = before.restore()
-    if trace.graph is None:
-        raise CaptureError(
-            "the model has no tensor operation to capture", hint="call it with tensor arguments"
-        )
+    assert trace.graph is not None
     if changed is not None:
         raise CaptureError(
             "forward changes Python state, which a captured graph would not do",
@@ -250,6 +337,7 @@ def _found(
 
 
 def _run_dynamo(
+    traced: types.FunctionType,
     model: Callable[..., object],
     args: Sequence[object],
     kwargs: Mapping[str, object],
@@ -258,18 +346,21 @@ def _run_dynamo(
 ) -> object:
     # Dynamo caches by code object, and puts what it compiles into the function's globals: with copies of its own, captures
     # are independent of each other, and nothing outlives them.
-    code = _call_model.__code__.replace()
-    entry = types.FunctionType(code, dict(_call_model.__globals__), "piecework_capture")
+    code = traced.__code__.replace()
+    entry = types.FunctionType(code, dict(traced.__globals__), "piecework_capture")
     lent = _Lent(backend)
     compiled = torch.compile(entry, backend=lent, fullgraph=True, dynamic=dynamic)
     settings = {
         # What Dynamo remembers of sizes that other captures had must not decide which dimensions of this one are dynamic.
         "automatic_dynamic_shapes": False,
         "specialize_float": True,
+        # An argument may be a parameter; weights are marked one by one.
+        "force_parameter_static_shapes": False,
         **torch_compat.no_replay(),
     }
+    own_symbols = torch_compat.own_symbol_per_dimension()
     try:
-        with torch.no_grad(), torch._dynamo.config.patch(settings):
+        with torch.no_grad(), torch._dynamo.config.patch(settings), own_symbols:
             return compiled(model, *args, **kwargs)
     except Exception as error:
         own = own_error(error)
@@ -306,10 +397,29 @@ def _call_model(model, *args, **kwargs):  # type: ignore[no-untyped-def]
     return sizes_from_graph(model(*args, **kwargs))
 
 
+def _call_idle(model, *args, **kwargs):  # type: ignore[no-untyped-def]
+    """The same with an operator that nobody needs: Dynamo asks no backend about a model that computes nothing."""
+    return sizes_from_graph(model(*args, **kwargs)), torch.zeros(())
+
+
+def _fakes(leaves: Sequence[object], sources: Mapping[str, int]) -> dict[int, object]:
+    """What stands for each flattened argument in the trace that is running, whether the graph reads it or not."""
+    found = {
+        sources[name]: value
+        for name, value in torch_compat.traced_inputs().items()
+        if name in sources
+    }
+    by_id = {id(leaves[i]): value for i, value in found.items()}
+    for index, leaf in enumerate(leaves):  # an argument that is passed twice is traced once
+        if isinstance(leaf, torch.Tensor) and id(leaf) in by_id:
+            found.setdefault(index, by_id[id(leaf)])
+    return found
+
+
 def _assumptions(trace: _Trace, leaves: Sequence[object], names: Sequence[str]) -> Assumptions:
     assert trace.graph is not None
     placeholders = trace.graph.graph.find_nodes(op="placeholder")
-    fakes: dict[int, object] = {}
+    fakes = dict(trace.fakes)
     wished: dict[str, str] = {}
     for node, source in zip(placeholders, trace.inputs, strict=True):
         value = node.meta["example_value"]

@@ -50,6 +50,9 @@ def capture_error(error: BaseException) -> CaptureError:
     reason = text.splitlines()[0] if text else type(error).__name__
     if not torch_compat.dynamo_failure(error):
         reason = f"{type(error).__name__}: {reason}"
+    violated = re.search(r"^\s*- (.+?\.)(?:\s|$)", text, re.MULTILINE)
+    if "Constraints violated" in reason and violated is not None:
+        reason = violated[1].rstrip(".")
     explained = re.search(r"^  Explanation: (.+)$", text, re.MULTILINE)
     if explained is not None:
         reason += f". {explained[1].rstrip('.')}"

@@ -64,24 +64,6 @@ def dynamic_wish(leaves: Sequence[object], wish: bool | None) -> bool | None:
     return None if marked else True
 
 
-def require_dynamic(gm: torch.fx.GraphModule, leaves: Sequence[object]) -> None:
-    """Raise `CaptureError` if the trace fixed every size, though nobody marked all tensors as static."""
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    if not tensors or all(getattr(t, "_dynamo_static_indices", None) for t in tensors):
-        return
-    for node in gm.graph.find_nodes(op="placeholder"):
-        value = node.meta.get("example_value")
-        sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
-        if any(torch_compat.symbol_of(size) for size in sizes):
-            return
-    raise CaptureError(
-        "no dimension of the inputs is dynamic: the trace fixed every size",
-        hint="use example sizes of 2 or more and avoid constants that depend on them; to serve size 1 as well, mark "
-        "the dimension with torch._dynamo.decorators.mark_unbacked; if fixed sizes are wanted, say so with "
-        "torch._dynamo.mark_static",
-    )
-
-
 def leaf_names(
     model: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
 ) -> tuple[str, ...]:
@@ -93,9 +75,11 @@ def leaf_names(
         parameters = []
     plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     positional = [p.name for p in parameters if p.kind in plain]
+    rest = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_POSITIONAL), "args")
     names: list[str] = []
     for index, arg in enumerate(args):
-        base = positional[index] if index < len(positional) else f"args_{index}"
+        beyond = index - len(positional)
+        base = positional[index] if beyond < 0 else f"{rest}[{beyond}]"
         names += [base + suffix for suffix in _suffixes(arg)]
     for key, value in kwargs.items():
         names += [key + suffix for suffix in _suffixes(value)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.fx
@@ -79,14 +80,33 @@ def _is_size(value):  # type: ignore[no-untyped-def]
 # --- stand-ins -------------------------------------------------------------------------------------
 
 
-class _StandInInt(int):
-    """An integer with an identity, in place of a size that the graph returns."""
+def _refuse(*_: object, **__: object) -> NoReturn:
+    raise CaptureError(
+        "the result holds something that Python computes from a number or a tensor of the graph: text, a dictionary's key, a comparison",
+        hint="return the number or the tensor itself, and compute the rest from what the stitched model returns",
+    )
 
 
-class _StandInFloat(float):
-    """A float with an identity, in place of one that is an element of the graph's output ``index``."""
+# What a value may be asked for. Dynamo's code that packs a result moves stand-ins about, and may do nothing else with them.
+_QUESTIONS = (
+    "__abs__", "__add__", "__and__", "__bool__", "__ceil__", "__complex__", "__divmod__", "__eq__", "__float__", "__floor__",
+    "__floordiv__", "__format__", "__ge__", "__gt__", "__hash__", "__index__", "__int__", "__invert__", "__le__", "__lshift__",
+    "__lt__", "__mod__", "__mul__", "__ne__", "__neg__", "__or__", "__pos__", "__pow__", "__radd__", "__rand__", "__rdivmod__",
+    "__repr__", "__rfloordiv__", "__rlshift__", "__rmod__", "__rmul__", "__ror__", "__round__", "__rpow__", "__rrshift__",
+    "__rshift__", "__rsub__", "__rtruediv__", "__rxor__", "__str__", "__sub__", "__truediv__", "__trunc__", "__xor__",
+)  # fmt: skip
+_REFUSED = dict.fromkeys(_QUESTIONS, _refuse)
 
-    index: int
+_StandInInt: type[int] = type("_StandInInt", (int,), dict(_REFUSED))
+_StandInFloat: type[float] = type("_StandInFloat", (float,), {**_REFUSED, "index": None})
+
+
+class _StandInTensor(torch.Tensor):
+    """In place of a tensor that the graph returns."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        _refuse()
 
 
 class _StandInScalar:
@@ -94,7 +114,7 @@ class _StandInScalar:
 
     def __init__(self, index: int) -> None:
         self._float = _StandInFloat(math.nan)
-        self._float.index = index
+        self._float.index = index  # type: ignore[attr-defined]
 
     def item(self) -> float:
         return self._float
@@ -111,9 +131,11 @@ def _stand_in(index: int, node: object) -> object:
     value = node.meta.get("example_value") if isinstance(node, torch.fx.Node) else node
     if isinstance(value, (int, torch.SymInt)):
         return _StandInInt(0)
+    if isinstance(value, (float, torch.SymFloat)):
+        return _StandInFloat(0.0)
     if isinstance(value, torch.Tensor) and value.dtype is torch.float64 and value.dim() == 0:
         return _StandInScalar(index)
-    return torch.empty(0)
+    return torch.empty(0).as_subclass(_StandInTensor)
 
 
 def result_leaf(
@@ -135,8 +157,8 @@ def result_leaf(
     for index, stand_in in enumerate(standing_in):
         if leaf is stand_in:
             return FromGraph(index)
-    if isinstance(leaf, _StandInFloat):
-        return FromGraph(leaf.index, number=True)
+    if type(leaf) is _StandInFloat:
+        return FromGraph(leaf.index, number=True)  # type: ignore[attr-defined]
     if isinstance(leaf, torch.Tensor):
         for index, argument in enumerate(leaves):
             if leaf is argument:

@@ -17,8 +17,9 @@ import torch
 
 from piecework.errors import ConfigError
 from piecework.runtime.config import CompilationConfig
-from piecework.runtime.config_groups import CompilationMode
+from piecework.runtime.config_groups import CompilationMode, DynamicShapesType
 from piecework.runtime.dynamic_dims import DimsByName, dims_of, marked
+from piecework.runtime.example_sizes import DeclaredDimensions
 from piecework.runtime.failures import add_piece_note
 from piecework.runtime.model_tag import (
     ModelTag,
@@ -287,9 +288,7 @@ def _compile(
     with set_on_compilation_complete(_tell_nobody):
         made = _compiled(model, support, config, state.tag, args, kwargs, model if whole else plain)
     state.made, state.model = made, model
-    # The emitted entry itself, unless each call has more to do than it says.
-    direct = not stock and not config.dynamic_shapes_config.evaluate_guards
-    state.call = made.entry if direct else made
+    state.call = made
     if (
         not stock
     ):  # told now that the instance holds what was compiled; torch compiles in the call that follows
@@ -329,10 +328,15 @@ def _compiled(
         owner=type(model),
     )
     arguments = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    shapes = config.dynamic_shapes_config.type
+    stitches = config.mode is not CompilationMode.STOCK_TORCH_COMPILE
     with ExitStack() as stack:
         if tag is not None and not model_tag_is_set():
             stack.enter_context(use_model_tag(tag))
-        stack.enter_context(marked(dims, arguments, config.dynamic_shapes_config.type))
+        if shapes is DynamicShapesType.AUTO and stitches:
+            sizes = DeclaredDimensions(dims, model.forward)
+            return compile_with_mode(traced, args, kwargs, config=config, sizes=sizes)
+        stack.enter_context(marked(dims, arguments, shapes))
         return compile_with_mode(traced, args, kwargs, config=config)
 
 

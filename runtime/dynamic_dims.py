@@ -148,7 +148,7 @@ def _as_dims(value: object, name: str, where: str, argument: str) -> tuple[int, 
 
 
 @dataclass(frozen=True, slots=True)
-class _Mark:
+class Mark:
     tensor: torch.Tensor
     dim: int
     label: str
@@ -160,10 +160,11 @@ def marked(
     dims: DynamicDims,
     arguments: Mapping[str, object],
     shapes: DynamicShapesType = DynamicShapesType.BACKED,
-) -> Iterator[None]:
-    """Mark the dynamic dimensions of a call's arguments for the trace in the block.
+) -> Iterator[list[Mark]]:
+    """Mark the dynamic dimensions of a call's arguments for the trace in the block; yields the marks.
 
-    Unbacked dimensions of one size share one symbol, as backed ones do.
+    Unbacked dimensions of one size share one symbol. Under ``AUTO``, which serves other sizes by other traces, backed dimensions
+    of 0 and 1 are left to be fixed.
 
     Args:
         dims: what is dynamic.
@@ -185,8 +186,10 @@ def marked(
         _require_two(dims, marks)
     with unmarked_afterwards([mark.tensor for mark in marks]):
         for mark in marks:
-            set_mark(mark.tensor, mark.dim, unbacked=mark.unbacked)
-        yield
+            small = mark.tensor.size(mark.dim) < 2 and not mark.unbacked
+            if not (small and shapes is DynamicShapesType.AUTO):
+                set_mark(mark.tensor, mark.dim, unbacked=mark.unbacked)
+        yield marks
 
 
 def set_mark(tensor: torch.Tensor, dim: int, *, unbacked: bool) -> None:
@@ -215,9 +218,9 @@ def _copied(value: object) -> object:
     return value.copy() if type(value) in (set, dict) else value  # type: ignore[attr-defined]
 
 
-def _marks(dims: DynamicDims, arguments: Mapping[str, object], all_unbacked: bool) -> list[_Mark]:
+def _marks(dims: DynamicDims, arguments: Mapping[str, object], all_unbacked: bool) -> list[Mark]:
     register_containers(list(arguments.values()), dims.containers)
-    found: dict[tuple[int, int], _Mark] = {}
+    found: dict[tuple[int, int], Mark] = {}
     for unbacked, table in ((False, dims.dynamic), (True, dims.unbacked)):
         for name, wanted in table.items():
             argument = arguments.get(name)
@@ -232,7 +235,7 @@ def _marks(dims: DynamicDims, arguments: Mapping[str, object], all_unbacked: boo
             for label, tensor in tensors:
                 for dim in _in_range(dims.where, label, tensor, wanted, must):
                     key = (id(tensor), dim)
-                    found[key] = _Mark(tensor, dim, label, unbacked or all_unbacked)
+                    found[key] = Mark(tensor, dim, label, unbacked or all_unbacked)
     return list(found.values())
 
 
@@ -257,7 +260,7 @@ def _in_range(
     return positive
 
 
-def _require_two(dims: DynamicDims, marks: Sequence[_Mark]) -> None:
+def _require_two(dims: DynamicDims, marks: Sequence[Mark]) -> None:
     for mark in marks:
         size = mark.tensor.size(mark.dim)
         if size < 2 and not mark.unbacked:

@@ -165,7 +165,9 @@ class Entry:
         }
 
     def _explain_inputs(self, *values: object) -> None:
-        raise input_error(self._plan, values)
+        error = input_error(self._plan, values)
+        error.refused_by = self
+        raise error
 
     def _explain_weights(self) -> None:
         raise self.weights.explain()

@@ -5,7 +5,7 @@ It runs only after an emitted check has failed, so it may take its time; it neve
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import assert_never
 
 import torch
@@ -33,6 +33,7 @@ _DYNAMIC = (
     "or torch says what fixes it"
 )
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+Place = tuple[int, int | None]
 
 
 def input_error(plan: EntryPlan, values: Sequence[object]) -> InputError:
@@ -47,9 +48,11 @@ class _Search:
         self.plan = plan
         self.symbols: dict[str, int] = {}
         self.origin: dict[str, str] = {}
+        self.places: dict[str, Place] = {}
         self.tensors: dict[str, object] = {}
+        self.same: list[tuple[str, object, SameObject]] = []
         self.leaves: dict[int, tuple[str, object]] = {}
-        self.later: list[tuple[str, str, int]] = []
+        self.later: list[tuple[str, str, Place, int]] = []
 
     def run(self, values: Sequence[object]) -> InputError:
         try:
@@ -58,6 +61,7 @@ class _Search:
             for symbol in self.plan.symbols:
                 self._range(symbol)
             self._relations()
+            self._identities()
             self._apart()
         except InputError as error:
             return error
@@ -71,7 +75,7 @@ class _Search:
     def _node(self, node: Node, value: object) -> None:
         match node:
             case Leaf(index, label, assumption):
-                self._leaf(label, assumption, value)
+                self._leaf(index, label, assumption, value)
                 self.leaves[index] = (label, value)
             case Items():
                 self._items(node, value)
@@ -104,73 +108,77 @@ class _Search:
 
     # --- leaves ----------------------------------------------------------------------------------
 
-    def _leaf(self, label: str, assumption: object, value: object) -> None:
+    def _leaf(self, index: int, label: str, assumption: object, value: object) -> None:
         match assumption:
             case TensorInput():
-                self._tensor(label, assumption, value)
+                self._tensor(index, label, assumption, value)
             case UnusedTensor(dtype, device, rank):
-                _kind(label, value, dtype, device, rank)
-            case SameObject(other):
-                if value is not self.tensors.get(other):
-                    raise InputError(
-                        f"argument {label} was the same tensor as {other} when the model was traced, and is another now",
-                        hint="trace with two tensors to be free to pass two",
-                    )
+                self.tensors[label] = _kind(label, value, dtype, device, rank)
+            case SameObject():
+                self.same.append((label, value, assumption))
             case IntegerInput(symbol):
                 if type(value) is not int:
                     raise InputError(
                         f"argument {label} must be an int, not a {type(value).__qualname__}"
                     )
-                self._found(symbol, label, value)
+                self._found(symbol, label, (index, None), value)
             case FixedValue(expected):
                 if value is not expected and not _equal(value, expected):
-                    raise InputError(
+                    integers = type(value) is int and type(expected) is int
+                    special = integers and (value in (0, 1) or expected in (0, 1))
+                    raise _refusal(
                         f"argument {label} was {_shown(expected)} when the model was traced and is {_shown(value)} now",
-                        hint="compile the model again for another value",
+                        "compile the model again for another value",
+                        {(index, None)} if special else None,
                     )
 
-    def _tensor(self, label: str, expected: TensorInput, value: object) -> None:
+    def _tensor(self, index: int, label: str, expected: TensorInput, value: object) -> None:
         tensor = _kind(label, value, expected.dtype, expected.device, len(expected.sizes))
         self.tensors[label] = tensor
+        _python_kind(index, label, expected, tensor)
         if tensor.is_neg() or tensor.is_conj():
             raise InputError(
                 f"argument {label} is a lazily negated or conjugated view",
                 hint=f"pass {label}.resolve_neg() or {label}.resolve_conj()",
             )
         for dim, (size, now) in enumerate(zip(expected.sizes, tensor.shape, strict=True)):
-            self._size(f"size {now} in dimension {dim}", label, size, now)
+            self._size(f"size {now} in dimension {dim}", label, (index, dim), size, now)
         if expected.strides is None and not tensor.is_contiguous():
-            raise InputError(
+            raise _refusal(
                 f"argument {label} must be contiguous, and has strides {tensor.stride()} for shape {tuple(tensor.shape)}",
-                hint=f"pass {label}.contiguous()",
+                f"pass {label}.contiguous()",
+                {(index, None)},
             )
         for dim, stride in enumerate(expected.strides or ()):
             if stride is not None:
                 now = tensor.stride(dim)
-                self._size(f"stride {now} in dimension {dim}", label, stride, now)
+                self._size(f"stride {now} in dimension {dim}", label, (index, None), stride, now)
 
-    def _size(self, what: str, label: str, expected: Size, now: int) -> None:
+    def _size(self, what: str, label: str, place: Place, expected: Size, now: int) -> None:
         if isinstance(expected, int):
             if expected != now:
-                raise InputError(
+                raise _refusal(
                     f"argument {label} has {what}, which the trace fixed to {expected}",
-                    hint=_DYNAMIC,
+                    _DYNAMIC,
+                    {place},
                 )
         elif expected.isidentifier():
             known = self.symbols.get(expected, now)
             if known != now:
-                raise InputError(
+                raise _refusal(
                     f"argument {label} has {what}; {self.origin[expected]} has {known} in the same dimension, and the "
                     f"trace took them as equal",
-                    hint="trace with different sizes to make them independent",
+                    "trace with different sizes to make them independent",
+                    {place},
                 )
-            self._found(expected, label, now)
+            self._found(expected, label, place, now)
         else:
-            self.later.append((expected, f"argument {label} has {what}", now))
+            self.later.append((expected, f"argument {label} has {what}", place, now))
 
-    def _found(self, symbol: str, label: str, value: int) -> None:
+    def _found(self, symbol: str, label: str, place: Place, value: int) -> None:
         self.symbols.setdefault(symbol, value)
         self.origin.setdefault(symbol, label)
+        self.places.setdefault(symbol, place)
 
     # --- symbols ---------------------------------------------------------------------------------
 
@@ -179,31 +187,54 @@ class _Search:
         if value is None:
             return
         label = self.origin[symbol.name]
+        place = {self.places[symbol.name]}
         if symbol.low is not None and value < symbol.low:
-            raise InputError(
+            raise _refusal(
                 f"argument {label} has size {value} where the trace assumed at least {symbol.low}",
-                hint="sizes 0 and 1 are special to tracing; mark the dimension with "
+                "sizes 0 and 1 are special to tracing; mark the dimension with "
                 "torch._dynamo.decorators.mark_unbacked and compile again to serve them too",
+                place,
             )
         if symbol.high is not None and value > symbol.high:
-            raise InputError(
+            raise _refusal(
                 f"argument {label} has size {value} where the trace assumed at most {symbol.high}",
-                hint="compile the model again with a larger maximum",
+                "compile the model again with a larger maximum",
+                place,
             )
 
     def _relations(self) -> None:
-        for text, what, now in self.later:
+        for text, what, place, now in self.later:
             if evaluate(text, self.symbols) != now:
-                raise InputError(
+                raise _refusal(
                     f"{what}; the trace expects {text} with {_assigned(self.symbols)}",
-                    hint=_DYNAMIC,
+                    _DYNAMIC,
+                    {place},
                 )
         for guard in self.plan.guards:
             if not evaluate(guard, self.symbols):
                 names = ", ".join(sorted(set(self.origin.values())))
-                raise InputError(
+                raise _refusal(
                     f"the sizes {_assigned(self.symbols)} of {names} break {guard}, which the trace relied on",
-                    hint="compile the model again with example arguments of such sizes",
+                    "compile the model again with example arguments of such sizes",
+                    set(self.places.values()),
+                )
+
+    def _identities(self) -> None:
+        for label, value, same in self.same:
+            if value is not self.leaves[same.index][1]:
+                raise _refusal(
+                    f"argument {label} was the same tensor as {same.label} when the model was traced, and is another now",
+                    "trace with two tensors to be free to pass two",
+                    frozenset(),
+                )
+        names: dict[int, str] = {}
+        for label, value in self.tensors.items():
+            first = names.setdefault(id(value), label)
+            if first != label:
+                raise _refusal(
+                    f"arguments {first} and {label} are one tensor, and were two when the model was traced",
+                    f"pass {label}.clone(), or trace with one tensor",
+                    frozenset(),
                 )
 
     def _apart(self) -> None:
@@ -246,6 +277,31 @@ def _kind(
                 f"argument {label} has {what} {actual}; the model was traced with {expected}"
             )
     return value
+
+
+def _refusal(message: str, hint: str | None, places: Collection[Place] | None) -> InputError:
+    """An error that another trace may serve the call of, if ``places`` tells what it is about."""
+    error = InputError(message, hint=hint)
+    error.places = None if places is None else frozenset(places)
+    return error
+
+
+def _python_kind(index: int, label: str, expected: TensorInput, tensor: torch.Tensor) -> None:
+    """What only the model's Python may have asked."""
+    if type(tensor) is not expected.kind:
+        raise _refusal(
+            f"argument {label} is a {type(tensor).__qualname__}; the model was traced with a {expected.kind.__qualname__}",
+            None,
+            {(index, None)},
+        )
+    records = tensor.dtype.is_floating_point or tensor.dtype.is_complex
+    if records and tensor.requires_grad != expected.requires_grad:
+        raise _refusal(
+            f"argument {label} has requires_grad={tensor.requires_grad}; the model was traced with "
+            f"{expected.requires_grad}",
+            f"pass {label}.detach()" if tensor.requires_grad else "compile the model again",
+            {(index, None)},
+        )
 
 
 def _same_device(left: torch.device, right: torch.device) -> bool:

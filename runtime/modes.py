@@ -16,10 +16,10 @@ from torch.utils import _pytree as pytree
 from piecework.codegen.split import SplittingOp as SplittingOpLike
 from piecework.errors import BindError, ConfigError
 from piecework.runtime import torch_compat
-from piecework.runtime.capture import GraphInput
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.config_groups import CompilationMode, DynamicShapesType
 from piecework.runtime.dynamic_dims import set_mark, unmarked_afterwards
+from piecework.runtime.example_sizes import SizePolicy
 from piecework.runtime.model_tag import compilation_complete
 from piecework.runtime.shape_guards import ShapeGuards
 from piecework.runtime.stitched import StitchedModule
@@ -34,6 +34,7 @@ def compile_with_mode(
     *,
     splitting_ops: Sequence[SplittingOpLike] | None = None,
     config: CompilationConfig | Mapping[str, object] | None = None,
+    sizes: SizePolicy | None = None,
 ) -> StitchedModule:
     """What ``piecework.compile`` returns for ``config.mode``.
 
@@ -60,7 +61,7 @@ def compile_with_mode(
             splitting_ops = splitting_ops or ()
         # What torch.compile made of a model can't be traced; the model can.
         original = torch_compat.original_of(model)
-        made = ModeModule(original, splitting_ops=splitting_ops, config=config)
+        made = ModeModule(original, splitting_ops=splitting_ops, config=config, sizes=sizes)
     if example_args or example_kwargs:
         made.prepare(*example_args, **(example_kwargs or {}))
     return made
@@ -108,27 +109,10 @@ def _require_no_cuts(
 class ModeModule(StitchedModule):
     """A `StitchedModule` that is traced with the configured shape type and, on request, evaluates the trace's guards."""
 
-    def __init__(
-        self,
-        model: Callable[..., object],
-        *,
-        splitting_ops: Sequence[SplittingOpLike] | None = None,
-        config: CompilationConfig | None = None,
-    ) -> None:
-        super().__init__(model, splitting_ops=splitting_ops, config=config)
-        self._guards: ShapeGuards | None = None
-        self._traced: tuple[torch.fx.GraphModule, Sequence[GraphInput]] | None = None
-
     def prepare(self, *args: object, **kwargs: object) -> None:
         """Capture, compile and stitch now, tracing with these arguments; then tell `set_on_compilation_complete`'s callback."""
-        shapes = self.config.dynamic_shapes_config
-        with tracing_shapes(shapes.type, (args, kwargs)):
+        with tracing_shapes(self.config.dynamic_shapes_config.type, (args, kwargs)):
             super().prepare(*args, **kwargs)
-        if shapes.evaluate_guards:
-            assert self._traced is not None
-            self._guards = ShapeGuards(*self._traced)
-            self._call = _guarded(self._guards, self._call)
-        self._traced = None
         compilation_complete()
 
     @property
@@ -138,26 +122,14 @@ class ModeModule(StitchedModule):
         Raises:
             BindError: the configuration does not ask for them, or the model is not compiled yet.
         """
-        if self._guards is None:
+        guards = self.traces[0].guards if self.traces else None
+        if guards is None:
             raise BindError(
                 "no shape guards are kept",
                 where="dynamic_shapes_config.evaluate_guards",
                 hint="set it, and compile the model",
             )
-        return self._guards
-
-    def _compile_graph(self, graph: torch.fx.GraphModule, inputs: Sequence[GraphInput]) -> None:
-        if self.config.dynamic_shapes_config.evaluate_guards:
-            self._traced = (graph, inputs)
-        super()._compile_graph(graph, inputs)
-
-
-def _guarded(guards: ShapeGuards, call: Callable[..., object]) -> Callable[..., object]:
-    def guarded_call(*args: object, **kwargs: object) -> object:
-        guards.check(args, kwargs)
-        return call(*args, **kwargs)
-
-    return guarded_call
+        return guards
 
 
 @contextmanager

@@ -5,9 +5,11 @@ The model's weights are shared, never copied; its Python code does not run again
 
 from __future__ import annotations
 
-import time
+import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,17 +19,30 @@ from torch.utils import _pytree as pytree
 from piecework.codegen import StitchedSource
 from piecework.codegen.entry import EntrySource
 from piecework.codegen.split import SplittingOp as SplittingOpLike
-from piecework.errors import BindError, ConfigError, PieceworkError
+from piecework.errors import BindError, ConfigError, InputError, PieceworkError
 from piecework.runtime import torch_compat
 from piecework.runtime.backend import PieceworkBackend
-from piecework.runtime.capture import Capture, GraphInput, Weight, capture
+from piecework.runtime.capture import Admits, Capture
+from piecework.runtime.captured_options import CaptureOptions
 from piecework.runtime.config import CompilationConfig, DynamicShapesType
 from piecework.runtime.counters import counters
-from piecework.runtime.edited import EditedSource, check_edited
-from piecework.runtime.entry import OPAQUE, Entry
+from piecework.runtime.edited import EditedSource
+from piecework.runtime.entry import OPAQUE
+from piecework.runtime.example_sizes import AllDimensions, KeptMarks, SizePolicy, shapes_of
 from piecework.runtime.failures import add_piece_note
 from piecework.runtime.model_tag import current_model_tag
 from piecework.runtime.report import Piece, Report
+from piecework.runtime.traced_model import TracedModel
+
+
+def admits_every_size(graph):  # replaced below
+    return None
+
+
+MAX_TRACES = 8
+"""How many traces one model may have; torch's own limit for a function."""
+
+_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from piecework.runtime.captured import CapturedModel
@@ -90,6 +105,7 @@ class StitchedModule:
         *,
         splitting_ops: Sequence[SplittingOpLike] | None = None,
         config: CompilationConfig | None = None,
+        sizes: SizePolicy | None = None,
     ) -> None:
         if not callable(model):
             raise ConfigError(f"a model must be callable; got a {type(model).__qualname__}")
@@ -97,14 +113,20 @@ class StitchedModule:
         self.config = config or CompilationConfig()
         counters.num_models_seen += 1
         tag = current_model_tag()
-        self._backend = PieceworkBackend(
+        self._new_backend = partial(
+            PieceworkBackend,
             self.config,
             tag.prefix(_model_name(model)),
             tag.is_encoder,
             splitting_ops=splitting_ops,
         )
-        self._entry: Entry | None = None
-        self._static: CapturedModel | None = None
+        self._empty = self._new_backend()
+        self._declared = sizes
+        self._sizes: SizePolicy | None = None
+        self._admits: Admits | None = None
+        self._traces: tuple[TracedModel, ...] = ()
+        self._hopeless: set[object] = set()
+        self._tracing = threading.RLock()
         self._call: Callable[..., object] = self._prepare_and_call
 
     # --- use -------------------------------------------------------------------------------------
@@ -121,13 +143,39 @@ class StitchedModule:
         """
         try:
             return self._call(*args, **kwargs)
+        except InputError as error:
+            refusing = next((each for each in self._traces if each.refused(error)), None)
+            if refusing is None:
+                raise
+            refusals = {refusing: error}
         except Exception as error:
-            changed = None if self._entry is None else self._entry.weights.change()
-            if changed is not None and not isinstance(error, PieceworkError):
-                raise changed from error
-            if self._backend.source is not None:
-                add_piece_note(error, self._backend.source)
-            raise
+            told = self._told(error)
+            if told is error:
+                raise
+            raise told from error
+        return self._call_another(refusals, args, kwargs)
+
+    def _call_another(
+        self,
+        refusals: dict[TracedModel, InputError],
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+    ) -> object:
+        """Serve a call that one trace refused by another; by one that is made now, if the first says that its sizes are why."""
+        while True:
+            for each in (trace for trace in self._traces if trace not in refusals):
+                try:
+                    result = each.call(*args, **kwargs)
+                except InputError as error:
+                    if not each.refused(error):
+                        raise
+                    refusals[each] = error
+                else:
+                    self._call = each.call
+                    return result
+            refused = refusals[self._traces[0]]
+            if not self._trace_another(refused, len(refusals), args, kwargs):
+                raise refused
 
     def __reduce_ex__(self, protocol: object) -> object:
         """Refused: compiled pieces belong to this process, and a copy would share the weights of ``model``.
@@ -144,25 +192,53 @@ class StitchedModule:
         self.prepare(*args, **kwargs)
         return self._call(*args, **kwargs)
 
+    def _told(self, error: Exception) -> Exception:
+        """``error`` with what piecework knows of where it came from."""
+        for each in self._traces:
+            changed = each.entry.weights.change()
+            if changed is not None and not isinstance(error, PieceworkError):
+                return changed
+            if each.backend.source is not None:
+                add_piece_note(error, each.backend.source)
+        return error
+
     def prepare(self, *args: object, **kwargs: object) -> None:
         """Capture, compile and stitch now, tracing with these arguments."""
-        if self._entry is not None:
-            raise BindError("this module is compiled already", hint="compile the model again")
-        start = time.perf_counter()
-        self._backend.compiler_manager.get_ready(pytree.tree_leaves((args, kwargs)))
-        captured = capture(
-            self.model,
-            args,
-            kwargs,
-            self._compile_graph,
-            any_batch=self.config.dynamic_shapes_config.type is DynamicShapesType.AUTO,
-        )
-        tracing = time.perf_counter() - start - sum(self._backend.phases.values())
-        self._backend.phases = {"capture": tracing, **self._backend.phases}
-        self._entry = Entry(captured, self._backend)
-        self._call = self._entry.call
-        if self._backend.compiler_manager.cache is not None:
-            self._backend.compiler_manager.cache.write_entry(self._entry.source.code)
+        with self._tracing:
+            if self._traces:
+                raise BindError("this module is compiled already", hint="compile the model again")
+            if self.config.dynamic_shapes_config.type is DynamicShapesType.AUTO:
+                self._sizes = self._declared or _policy_of(args, kwargs)
+                self._admits = admits_every_size
+            self._trace(args, kwargs)
+        self._call = self._traces[0].call
+
+    def _trace(self, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+        made = TracedModel(self.model, args, kwargs, self._new_backend, self._sizes, self._admits)
+        self._traces = (*self._traces, made)
+
+    def _trace_another(
+        self, refused: InputError, tried: int, args: Sequence[object], kwargs: Mapping[str, object]
+    ) -> bool:
+        """Trace the model for sizes that no trace serves; False if that is not why the call was refused, or can't be done."""
+        sizes, places = self._sizes, refused.places
+        if sizes is None or places is None:
+            return False
+        if any(dim is not None and not sizes.may_differ(leaf, dim) for leaf, dim in places):
+            return False
+        with self._tracing:
+            if len(self._traces) > tried:  # somebody else's call was first
+                return True
+            shapes = shapes_of(args, kwargs)
+            if shapes in self._hopeless or len(self._traces) >= MAX_TRACES:
+                return False
+            self._hopeless.add(shapes)  # unless it gets a trace now
+            _log.info("tracing the model again: %s", refused)
+            try:
+                self._trace(args, kwargs)
+            except PieceworkError as error:
+                raise refused from error
+            return True
 
     def rebind(self) -> None:
         """Hold the weights that the model has now: call it after replacing a parameter or a submodule.
@@ -179,11 +255,8 @@ class StitchedModule:
             >>> model.load_state_dict(state, assign=True)
             >>> stitched.rebind()
         """
-        if self._entry is None:
-            raise self._not_yet("binding")
-        self._entry.rebind()
-        if self._static is not None:
-            self._static.weights_rebound()
+        for each in self._require_traced("binding"):
+            each.rebind()
 
     def accept_settings(self) -> None:
         """Stop refusing calls over attributes that are not as they were while the model was traced.
@@ -194,9 +267,8 @@ class StitchedModule:
         Raises:
             BindError: the model is not compiled yet.
         """
-        if self._entry is None:
-            raise self._not_yet("trace to compare with")
-        self._entry.accept_settings()
+        for each in self._require_traced("trace to compare with"):
+            each.entry.accept_settings()
 
     def use_edited(self, code: str) -> EditedSource:
         """Run an edited version of the stitching source from now on.
@@ -210,13 +282,9 @@ class StitchedModule:
         Raises:
             EmitError: the text breaks the contract; what ran before still runs.
         """
-        if self._entry is None:
-            raise self._not_yet("source to edit")
-        edited = check_edited(self.source, self.split_gm, code)
-        if self._static is not None:
-            self._static.release()
-        self._entry.use_source(edited.code)
-        self._call = self._entry.call
+        first, *_ = self._require_traced("source to edit")
+        edited = first.use_edited(code)
+        self._call = first.call
         return edited
 
     def capture(
@@ -253,29 +321,22 @@ class StitchedModule:
             >>> stitched = piecework.compile(model, (x,)).capture([1, 2, 4, 8])
             >>> print(stitched.static_graphs.source_for(3))
         """
-        from piecework.runtime.captured import CapturedModel
-        from piecework.runtime.captured_options import CaptureOptions
-        from piecework.runtime.partitioned import PartitionedModel
-
-        if self._entry is None:
-            raise self._not_yet("graph to capture")
-        if self._static is not None:
-            self._static.release()
-
-        cut_inside = self.config.use_inductor_graph_partition
-        kind = PartitionedModel if cut_inside else CapturedModel
-        wish = CaptureOptions(**options)  # type: ignore[arg-type]
-        # Kept before it captures, so that a stop leaves what was captured usable.
-        self._static = kind(self._entry, self._backend, sizes, wish)
-        self._static.capture(memory_budget=memory_budget, progress=progress, estimate=estimate)
+        first, *_ = self._require_traced("graph to capture")
+        first.capture_graphs(
+            sizes,
+            CaptureOptions(**options),  # type: ignore[arg-type]
+            memory_budget=memory_budget,
+            progress=progress,
+            estimate=estimate,
+        )
         return self
 
     @property
     def static_graphs(self) -> CapturedModel:
         """The static graphs, after `capture`: coverage, memory, replay source."""
-        if self._static is None:
+        if not self._traces:
             raise BindError("nothing is captured", hint="call capture(sizes) first")
-        return self._static
+        return self._traces[0].static_graphs
 
     def coverage(self, max_num_batched_tokens: int | None = None) -> list[CoverageRow]:
         """How each batch size runs: captured, padded or uncaptured, and why."""
@@ -297,77 +358,72 @@ class StitchedModule:
             >>> with torch.profiler.profile() as profile, stitched.named_pieces():
             ...     stitched(x)
         """
-        if self._entry is None:
-            raise self._not_yet("piece to name")
-        modules = {piece.name: piece.modules for piece in self.pieces}
-        labels = [f"{name} {modules[name]}".strip() for name in self.source.submod_names]
-        with self._entry.named_pieces(labels):
+        with ExitStack() as stack:
+            for each in self._require_traced("piece to name"):
+                stack.enter_context(each.named_pieces())
             yield
-
-    def _compile_graph(self, graph: torch.fx.GraphModule, inputs: Sequence[GraphInput]) -> None:
-        placeholders = graph.graph.find_nodes(op="placeholder")
-        bound = {
-            node.name: source.path
-            for node, source in zip(placeholders, inputs, strict=True)
-            if isinstance(source, Weight)
-        }
-        self._backend.prepare(graph, bound)
 
     # --- what was made ---------------------------------------------------------------------------
 
     @property
     def source(self) -> StitchedSource:
         """The emitted source, exactly what runs."""
-        source = self._backend.source
-        if source is None:
-            raise self._not_yet("source")
+        source = self._require_traced("source")[0].backend.source
+        assert source is not None
         return source
 
     @property
     def entry_source(self) -> EntrySource:
         """The emitted source of ``check_inputs`` and of the function behind a call, exactly what runs."""
-        if self._entry is None:
-            raise self._not_yet("entry_source")
-        return self._entry.source
+        return self._require_traced("entry_source")[0].entry.source
 
     @property
     def entry(self) -> Callable[..., object]:
-        """The emitted function itself, with the model's own parameters; a call through it saves one Python call."""
-        if self._entry is None:
-            raise self._not_yet("entry")
-        return self._entry.call
+        """The emitted function itself, with the model's own parameters; a call through it saves one Python call.
+
+        It serves the sizes of the first trace only.
+        """
+        return self._require_traced("entry")[0].entry.call
 
     @property
     def backend(self) -> PieceworkBackend:
         """What compiled the pieces and emitted the source."""
-        return self._backend
+        return self._traces[0].backend if self._traces else self._empty
 
     @property
     def captured(self) -> Capture:
         """What the trace gave."""
-        if self._entry is None:
-            raise self._not_yet("capture")
-        return self._entry.captured
+        return self._require_traced("capture")[0].entry.captured
 
     @property
     def split_gm(self) -> torch.fx.GraphModule:
         """The stitching graph."""
-        if self._backend.split_gm is None:
-            raise self._not_yet("split_gm")
-        return self._backend.split_gm
+        found = self._require_traced("split_gm")[0].backend.split_gm
+        assert found is not None
+        return found
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
         """The compiled pieces, in order of execution."""
-        if self._entry is None:
-            raise self._not_yet("pieces")
-        return self._backend.pieces()
+        return self._require_traced("pieces")[0].backend.pieces()
+
+    @property
+    def traces(self) -> tuple[TracedModel, ...]:
+        """The traces that serve calls, each with its entry, source and static graphs, in the order in which they were made.
+
+        There is one, unless calls came whose sizes need a trace of their own: 0 or 1 where the first one has more, or arguments
+        that are one tensor. What this module shows of itself (`source`, `pieces`, …) is the first one's.
+        """
+        return self._traces
 
     def report(self) -> Report:
         """What the compilation did: pieces, unique pieces, seconds per phase."""
-        if self._entry is None:
-            raise self._not_yet("report")
-        return self._backend.report()
+        return self._require_traced("report")[0].backend.report()
+
+    def _require_traced(self, what: str) -> tuple[TracedModel, ...]:
+        if not self._traces:
+            raise self._not_yet(what)
+        return self._traces
 
     @staticmethod
     def _not_yet(what: str) -> BindError:
@@ -378,6 +434,11 @@ class StitchedModule:
 
 
 torch_compat.keep_out_of_traces(StitchedModule.__call__, OPAQUE)  # type: ignore[arg-type]
+
+
+def _policy_of(args: Sequence[object], kwargs: Mapping[str, object]) -> SizePolicy:
+    marks = KeptMarks(pytree.tree_leaves((tuple(args), dict(kwargs))))
+    return marks if marks.any else AllDimensions()
 
 
 def _model_name(model: Callable[..., object]) -> str:

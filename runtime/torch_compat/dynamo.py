@@ -6,6 +6,8 @@ import contextlib
 import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -30,6 +32,45 @@ def marked_dims(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(sorted({dim for name in names for dim in getattr(tensor, name, None) or ()}))
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """One mark of Dynamo's on a dimension of an example; ``low`` and ``high`` bound a dynamic one."""
+
+    kind: Literal["dynamic", "unbacked", "static"]
+    dim: int
+    low: int | None = None
+    high: int | None = None
+
+    def put_on(self, tensor: torch.Tensor) -> None:
+        """Mark ``tensor`` likewise; a dynamic dimension of 0 or 1 as static."""
+        if self.dim >= tensor.dim():
+            return
+        if self.kind == "unbacked":
+            mark_unbacked(tensor, self.dim)
+        elif self.kind == "static" or tensor.size(self.dim) < 2:
+            torch._dynamo.mark_static(tensor, self.dim)
+        else:
+            torch._dynamo.mark_dynamic(tensor, self.dim, min=self.low, max=self.high)
+
+
+def marks_of(value: object) -> tuple[Mark, ...]:
+    """The marks on an example; none where it is no tensor."""
+    if not isinstance(value, torch.Tensor):
+        return ()
+    ranges = {each.dim: each for each in getattr(value, "_dynamo_dynamic_range", None) or ()}
+    found = []
+    for dim in sorted(getattr(value, "_dynamo_dynamic_indices", None) or ()):
+        bounds = ranges.get(dim)
+        found.append(
+            Mark("dynamic", dim, getattr(bounds, "min", None), getattr(bounds, "max", None))
+        )
+    for dim in sorted(getattr(value, "_dynamo_unbacked_indices", None) or ()):
+        found.append(Mark("unbacked", dim))
+    for dim in sorted(getattr(value, "_dynamo_static_indices", None) or ()):
+        found.append(Mark("static", dim))
+    return tuple(found)
+
+
 def unmark_dynamic(tensor: torch.Tensor) -> tuple[int, ...]:
     """Take ``mark_dynamic``'s marks off ``tensor``; returns the dimensions that had one."""
     found = tuple(sorted(getattr(tensor, "_dynamo_dynamic_indices", None) or ()))
@@ -48,6 +89,20 @@ def guarded_places() -> list[tuple[str, str]]:
     if guards is None:
         return []
     return sorted({(str(each.name), str(each.create_fn_name())) for each in guards})
+
+
+def traced_inputs() -> dict[str, object]:
+    """The fake tensor or symbol that stands for each input of the trace that is running, by Dynamo's name of where it came from.
+
+    Also inputs that the graph does not read: the model's Python may have looked at their kind, sizes or strides.
+    """
+    context = torch._guards.TracingContext.try_get()
+    env = getattr(getattr(context, "fake_mode", None), "shape_env", None)
+    found = {}
+    for each in getattr(env, "tracked_fakes", None) or ():
+        name = each.source.name
+        found[str(name() if callable(name) else name)] = each.fake
+    return found
 
 
 def tracing_context() -> object:
@@ -138,6 +193,20 @@ def size_oblivious_tracing() -> contextlib.AbstractContextManager[object] | None
     if not hasattr(_config, "backed_size_oblivious"):
         return None
     return _config.patch(backed_size_oblivious=True)
+
+
+def own_symbol_per_dimension() -> contextlib.AbstractContextManager[object]:
+    """A context in which backed dimensions that happen to be equal in the example are not taken for one.
+
+    Nothing where torch can't be told.
+    """
+    try:
+        from torch.fx.experimental import _config
+    except ImportError:
+        return contextlib.nullcontext()
+    if not hasattr(_config, "use_duck_shape"):
+        return contextlib.nullcontext()
+    return _config.patch(use_duck_shape=False)
 
 
 @contextlib.contextmanager

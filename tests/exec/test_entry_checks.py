@@ -110,7 +110,9 @@ def pair():  # type: ignore[no-untyped-def]
     ],
 )  # fmt: skip
 def test_a_broken_assumption_is_named(pair, x: object, y: object, said: str) -> None:  # type: ignore[no-untyped-def]
-    assert said in error_of(lambda: pair(x, y))
+    assert said in error_of(
+        lambda: pair.entry(x, y)
+    )  # what the first trace says, before another is made
 
 
 def test_a_kept_assumption_passes(pair) -> None:  # type: ignore[no-untyped-def]
@@ -119,6 +121,7 @@ def test_a_kept_assumption_passes(pair) -> None:  # type: ignore[no-untyped-def]
         torch.testing.assert_close(pair(x, y), x.sum(-1, keepdim=True) + y)
     x = torch.nn.Parameter(torch.randn(5, 8))
     assert not pair(x, torch.randn(5, 6)).requires_grad
+    assert "is a Parameter" in error_of(lambda: pair.entry(x, torch.randn(5, 6)))
     one = torch.randn(8, 8)
     torch.testing.assert_close(
         pair(one, one), one.sum(-1, keepdim=True) + one
@@ -145,6 +148,7 @@ def test_declared_maximum_is_kept() -> None:
     assert "has size 17 where the trace assumed at most 16" in error_of(
         lambda: stitched(torch.randn(17, 3))
     )
+    assert len(stitched.traces) == 1
 
 
 def test_an_unbacked_batch_serves_one_row_and_none() -> None:
@@ -174,7 +178,7 @@ def test_strides_of_a_transposed_example_are_kept() -> None:
     torch._dynamo.mark_dynamic(example, 0)
     stitched = compiled(lambda x: x * 2, example)
     stitched(torch.randn(8, 6).t())
-    assert "stride" in error_of(lambda: stitched(torch.randn(6, 8)))
+    assert "stride" in error_of(lambda: stitched.entry(torch.randn(6, 8)))
 
 
 def test_the_same_tensor_twice_must_stay_the_same() -> None:
@@ -182,7 +186,9 @@ def test_the_same_tensor_twice_must_stay_the_same() -> None:
     stitched = compiled(lambda x, y: x + y, x, x)
     now = torch.randn(5, 3)
     torch.testing.assert_close(stitched(now, now), 2 * now)
-    assert "was the same tensor as" in error_of(lambda: stitched(now, now.clone()))
+    assert "was the same tensor as" in error_of(lambda: stitched.entry(now, now.clone()))
+    torch.testing.assert_close(stitched(now, now + 1), 2 * now + 1)
+    assert len(stitched.traces) == 2
 
 
 def test_an_argument_that_is_not_read_is_still_a_tensor() -> None:
@@ -207,7 +213,12 @@ def test_a_written_argument_shares_no_memory(backend: str) -> None:
     stitched = piecework.compile(advance, example, splitting_ops=[], config=config)
     assert "memory_apart(state, x)" in stitched.entry_source.code
     both = torch.randn(10, 8)
-    for x, state in ((both, both), (both[1:], both[:-1]), (both[:5], both[4:9])):
+    ours, theirs = both.clone(), both.clone()
+    torch.testing.assert_close(
+        stitched(ours, ours), advance(theirs, theirs)
+    )  # by a trace of one tensor
+    torch.testing.assert_close(ours, theirs)
+    for x, state in ((both[1:], both[:-1]), (both[:5], both[4:9])):
         said = error_of(lambda x=x, state=state: stitched(x, state))  # type: ignore[misc]
         assert "arguments state and x share memory, and the model writes to state" in said
         assert "pass x.clone()" in said

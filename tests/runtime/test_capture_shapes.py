@@ -317,7 +317,7 @@ def test_arguments_that_are_not_contiguous_are_staged_as_traced(mode: str) -> No
     for n in range(2, 6):
         same(stitched, model, *batch(n))
     with pytest.raises(InputError, match="columns has stride"):
-        stitched(torch.randn(8, 3), batch(3)[1])
+        stitched.entry(torch.randn(8, 3), batch(3)[1])
 
 
 def test_gaps_in_memory_are_refused() -> None:

@@ -7,7 +7,13 @@ import torch
 from torch import nn
 
 import piecework
-from piecework.errors import CaptureError, ConfigError, PieceCompileError, SplitError
+from piecework.errors import (
+    CaptureError,
+    ConfigError,
+    InputError,
+    PieceCompileError,
+    SplitError,
+)
 from piecework.runtime.config import CompilationConfig
 
 EAGER = CompilationConfig(backend="eager")
@@ -187,7 +193,7 @@ def test_a_splitting_op_without_a_fake_is_refused() -> None:
     torch.testing.assert_close(piecework.compile(Uses(), (x,), config=EAGER)(x), x * 2 + 1)
 
 
-def test_a_model_without_a_dynamic_dimension_is_refused() -> None:
+def test_a_model_without_a_dynamic_dimension_is_compiled_as_it_is() -> None:
     class Fixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -196,8 +202,11 @@ def test_a_model_without_a_dynamic_dimension_is_refused() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + self.bias
 
-    with pytest.raises(CaptureError, match="no dimension of the inputs is dynamic"):
-        piecework.compile(Fixed(), (torch.randn(4, 8),), config=EAGER)
+    x = torch.randn(4, 8)
+    stitched = piecework.compile(Fixed(), (x,), config=EAGER)
+    torch.testing.assert_close(stitched(x), x + 1)
+    with pytest.raises(InputError, match="size 5 in dimension 0, which the trace fixed to 4"):
+        stitched(torch.randn(5, 8))
 
 
 def test_fixed_sizes_are_accepted_when_asked_for() -> None:
@@ -261,9 +270,13 @@ def test_a_buffer_written_in_place_stays_the_models() -> None:
     assert buffer.tolist() == [2.0] * 4
 
 
-def test_a_model_without_tensors_is_refused() -> None:
-    with pytest.raises(CaptureError, match="no tensor operation"):
-        piecework.compile(lambda x: 3, (torch.randn(4),), config=EAGER)
+def test_a_model_that_computes_nothing_returns_what_it_returns() -> None:
+    x = torch.randn(4)
+    assert piecework.compile(lambda x: 3, (x,), config=EAGER)(x) == 3
+    stitched = piecework.compile(lambda x, y: y if x.shape[0] > 4 else x, (x, x + 1), config=EAGER)
+    longer = torch.randn(5)
+    assert stitched(x, longer) is x
+    assert stitched(longer, x) is x
 
 
 def test_something_that_is_not_a_model_is_refused() -> None:

@@ -180,7 +180,12 @@ def test_a_batch_that_the_model_fixes_is_said_with_a_hint_that_helps(function) -
     x = torch.randn(4, 8)
     torch.testing.assert_close(stitched(x), function(x))
     with pytest.raises(InputError, match=r"fixed to 4.*the model's own code.*mark_dynamic"):
-        stitched(torch.randn(5, 8))
+        stitched.entry(torch.randn(5, 8))
+    for rows in range(5, 12):  # a trace each, up to the limit
+        x = torch.randn(rows, 8)
+        torch.testing.assert_close(stitched(x), function(x))
+    with pytest.raises(InputError, match="fixed to 4"):
+        stitched(torch.randn(12, 8))
     example = torch.randn(4, 8)
     torch._dynamo.mark_dynamic(example, 0)
     with pytest.raises(CaptureError, match=r"specialized|constant|marked"):

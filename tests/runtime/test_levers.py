@@ -269,8 +269,7 @@ def test_a_default_device_costs_no_shortcut(stitched: piecework.StitchedModule) 
     torch.set_default_device("cpu")
     try:
         stitched(torch.randn(3, 8))
-        assert stitched._entry is not None
-        assert stitched._entry._unaware is not None
+        assert stitched.traces[0].entry._unaware is not None
         with Recording() as mode:
             stitched(torch.randn(3, 8))
         assert "levers.mix.default" in mode.seen

@@ -1,0 +1,159 @@
+"""One trace of a model, compiled. In: a model and example arguments of one class of sizes. Out: its backend, its entry, and the static graphs captured of it.
+
+It serves the calls that its trace allows; which trace serves a call, and when another is made, is its owner's business.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.fx
+from torch.utils import _pytree as pytree
+
+from piecework.errors import BindError, InputError
+from piecework.runtime.backend import PieceworkBackend
+from piecework.runtime.capture import Admits, GraphInput, Weight, capture
+from piecework.runtime.captured import CapturedModel
+from piecework.runtime.captured_options import CaptureOptions
+from piecework.runtime.edited import EditedSource, check_edited
+from piecework.runtime.entry import Entry
+from piecework.runtime.example_sizes import SizePolicy
+from piecework.runtime.graphs.capture import CaptureWatcher
+from piecework.runtime.partitioned import PartitionedModel
+from piecework.runtime.shape_guards import ShapeGuards
+
+NewBackend = Callable[[], PieceworkBackend]
+
+
+class TracedModel:
+    """A model as one trace has it.
+
+    Args:
+        model: what is traced.
+        args, kwargs: the example call.
+        new_backend: makes a backend for each graph that is tried.
+        sizes: which dimensions are dynamic; None: those that are marked, or all.
+        admits: see `piecework.runtime.capture.capture`.
+
+    Attributes:
+        backend: compiled the pieces and emitted the stitching source.
+        entry: the emitted function behind a call.
+        guards: the trace's shape guards, where the configuration asks to evaluate them.
+        call: what serves a call.
+        static: the static graphs, after `capture_graphs`.
+
+    Raises:
+        PieceworkError: as ``piecework.compile``.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., object],
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+        new_backend: NewBackend,
+        sizes: SizePolicy | None,
+        admits: Admits | None,
+    ) -> None:
+        self._new_backend = new_backend
+        self.backend = new_backend()
+        self.static: CapturedModel | None = None
+        self.guards: ShapeGuards | None = None
+        self._traced: tuple[torch.fx.GraphModule, Sequence[GraphInput]] | None = None
+        start = time.perf_counter()
+        self.backend.compiler_manager.get_ready(pytree.tree_leaves((args, kwargs)))
+        captured = capture(model, args, kwargs, self._compile_graph, sizes=sizes, admits=admits)
+        tracing = time.perf_counter() - start - sum(self.backend.phases.values())
+        self.backend.phases = {"capture": tracing, **self.backend.phases}
+        self.entry = Entry(captured, self.backend)
+        self.call: Callable[..., object] = self.entry.call
+        if self.backend.config.dynamic_shapes_config.evaluate_guards:
+            assert self._traced is not None
+            self.guards = ShapeGuards(*self._traced)
+        self._traced = None
+        self._serve_entry()
+        if self.backend.compiler_manager.cache is not None:
+            self.backend.compiler_manager.cache.write_entry(self.entry.source.code)
+
+    def _compile_graph(self, graph: torch.fx.GraphModule, inputs: Sequence[GraphInput]) -> None:
+        if self.backend.graph is not None:  # what was made of an earlier trace is not used
+            self.backend = self._new_backend()
+        self._traced = (graph, inputs)
+        placeholders = graph.graph.find_nodes(op="placeholder")
+        bound = {
+            node.name: source.path
+            for node, source in zip(placeholders, inputs, strict=True)
+            if isinstance(source, Weight)
+        }
+        self.backend.prepare(graph, bound)
+
+    def _serve_entry(self) -> None:
+        self.call = (
+            self.entry.call if self.guards is None else _guarded(self.guards, self.entry.call)
+        )
+
+    def refused(self, error: BaseException) -> bool:
+        """Whether ``error`` is this trace's refusal of a call's arguments, made before anything ran."""
+        return isinstance(error, InputError) and error.refused_by is self.entry
+
+    def rebind(self) -> None:
+        """Hold the weights that the model has now."""
+        self.entry.rebind()
+        if self.static is not None:
+            self.static.weights_rebound()
+
+    @contextmanager
+    def named_pieces(self) -> Iterator[None]:
+        """Show pieces and operators by name in ``torch.profiler`` for the block."""
+        source = self.backend.source
+        assert source is not None
+        modules = {piece.name: piece.modules for piece in self.backend.pieces()}
+        labels = [f"{name} {modules[name]}".strip() for name in source.submod_names]
+        with self.entry.named_pieces(labels):
+            yield
+
+    def use_edited(self, code: str) -> EditedSource:
+        """Run an edited version of the stitching source from now on."""
+        source, split_gm = self.backend.source, self.backend.split_gm
+        assert source is not None and split_gm is not None
+        edited = check_edited(source, split_gm, code)
+        if self.static is not None:
+            self.static.release()
+        self.entry.use_source(edited.code)
+        self._serve_entry()
+        return edited
+
+    def capture_graphs(
+        self,
+        sizes: Iterable[int] | None,
+        options: CaptureOptions,
+        *,
+        memory_budget: int | None,
+        progress: bool | CaptureWatcher,
+        estimate: bool,
+    ) -> None:
+        """Capture static graphs, in place of those that there are; see `StitchedModule.capture`."""
+        if self.static is not None:
+            self.static.release()
+        cut_inside = self.backend.config.use_inductor_graph_partition
+        kind = PartitionedModel if cut_inside else CapturedModel
+        # Kept before it captures, so that a stop leaves what was captured usable.
+        self.static = kind(self.entry, self.backend, sizes, options)
+        self.static.capture(memory_budget=memory_budget, progress=progress, estimate=estimate)
+
+    @property
+    def static_graphs(self) -> CapturedModel:
+        if self.static is None:
+            raise BindError("nothing is captured", hint="call capture(sizes) first")
+        return self.static
+
+
+def _guarded(guards: ShapeGuards, call: Callable[..., object]) -> Callable[..., object]:
+    def guarded_call(*args: object, **kwargs: object) -> object:
+        guards.check(args, kwargs)
+        return call(*args, **kwargs)
+
+    return guarded_call
