@@ -138,7 +138,7 @@ def capture(
         return _capture_once(model, args, kwargs, compile_graph, dynamic_wish(leaves, dynamic))
     if admits is not None:
         try:
-            with sizes.every_size(args, kwargs) as marked:
+            with torch_compat.quiet_trial(), sizes.every_size(args, kwargs) as marked:
                 if marked:
                     check = partial(_require_admitted, admits)
                     return _capture_once(model, args, kwargs, compile_graph, sizes.dynamic, check)

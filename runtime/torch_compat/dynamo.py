@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
+import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -193,6 +195,28 @@ def size_oblivious_tracing() -> contextlib.AbstractContextManager[object] | None
     if not hasattr(_config, "backed_size_oblivious"):
         return None
     return _config.patch(backed_size_oblivious=True)
+
+
+@contextlib.contextmanager
+def quiet_trial() -> Iterator[None]:
+    """A trace in the block may fail without being reported on the log: another one is tried then. Other threads' reports pass."""
+    mine = threading.get_ident()
+    loggers = [logging.getLogger(name) for name in _REPORTING]
+
+    def passes(record: logging.LogRecord) -> bool:
+        return record.thread != mine
+
+    for each in loggers:
+        each.addFilter(passes)
+    try:
+        yield
+    finally:
+        for each in loggers:
+            each.removeFilter(passes)
+
+
+# Where torch reports an operator that has no answer for a symbolic size.
+_REPORTING = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 
 
 def own_symbol_per_dimension() -> contextlib.AbstractContextManager[object]:

@@ -1,0 +1,348 @@
+"""Every size by as many traces as it takes. In: models, examples and calls of other sizes. Out: eager's results, and how many traces there are."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import piecework
+from piecework.errors import CaptureError, InputError, PieceworkError
+from piecework.runtime import stitched as stitched_module
+
+EAGER = piecework.CompilationConfig(backend="eager")
+
+
+@pytest.fixture
+def nothing_admitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace for sizes of 2 and more, whatever the graph is."""
+    monkeypatch.setattr(stitched_module, "admits_every_size", lambda graph: "not in this test")
+
+
+def compiled(model: Callable[..., object], *args: object, **kwargs: object):  # type: ignore[no-untyped-def]
+    return piecework.compile(model, args, kwargs, config=EAGER)
+
+
+def same(
+    stitched: Callable[..., object], model: Callable[..., object], *args: object, **kwargs: object
+) -> None:
+    with torch.no_grad():
+        torch.testing.assert_close(stitched(*args, **kwargs), model(*args, **kwargs))
+
+
+class Image(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.up = nn.ConvTranspose2d(8, 4, 2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(self.norm(self.conv(x)).relu())
+
+
+def attended(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return ATTENTION(x, x, x)
+
+
+ATTENTION = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+SHAPES = {
+    "convolutions": (Image().eval(), (3, 8, 8)),
+    "attention": (attended, (5, 8)),
+    "encoder layer": (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), (5, 8)),
+    "transposed": (lambda x: (x.t().contiguous(), (torch.ones(4, 6) @ x.t()).t() * 2), (6,)),
+    "square": (nn.Linear(4, 4), (4,)),
+    "gated": (nn.GLU(), (6,)),
+    "pooled": (nn.AdaptiveAvgPool2d(2), (3, 8, 8)),
+    "batch norm": (nn.BatchNorm1d(4).eval(), (4,)),
+}
+
+
+@pytest.mark.parametrize("first", [4, 1])
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_model_serves_every_batch(name: str, first: int) -> None:
+    model, rest = SHAPES[name]
+    stitched = compiled(model, torch.randn(first, *rest))
+    for batch in (first, 4, 1, 2, 5, 1, 3):
+        same(stitched, model, torch.randn(batch, *rest))
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("name", ["convolutions", "attention", "transposed"])
+def test_inductor_serves_every_batch(name: str) -> None:
+    model, rest = SHAPES[name]
+    stitched = piecework.compile(model, (torch.randn(4, *rest),))
+    for batch in (4, 1, 2, 5):
+        same(stitched, model, torch.randn(batch, *rest))
+
+
+@pytest.mark.inductor
+def test_an_operator_gets_the_layout_that_the_model_made() -> None:
+    strides = []
+
+    @piecework.splitting_op("traces::read_layout", mutates_args=("out",))
+    def read_layout(x: torch.Tensor, out: torch.Tensor) -> None:
+        strides.append(x.is_contiguous())
+        out.copy_(x)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        rows = x.t().contiguous()
+        read_layout(rows, out := torch.empty_like(rows))
+        return out
+
+    stitched = piecework.compile(model, (torch.randn(4, 8),))
+    for batch in (4, 1, 5, 2):
+        same(stitched, model, torch.randn(batch, 8))
+    assert all(strides)
+
+
+def test_an_index_beyond_the_rows_is_refused() -> None:
+    stitched = compiled(lambda x, n: x[n], torch.randn(9, 3), 4)
+    x = torch.randn(9, 3)
+    for n in (0, 1, 5, 8, -1, -9):
+        assert torch.equal(stitched(x, n), x[n])
+    for n in (9, 12, -10):
+        with pytest.raises(InputError):
+            stitched(x, n)
+
+
+def test_a_reduction_of_no_rows_is_refused() -> None:
+    stitched = compiled(lambda x: x.max(0).values, torch.randn(4, 3))
+    same(stitched, lambda x: x.max(0).values, torch.randn(1, 3))
+    with pytest.raises(PieceworkError):
+        stitched(torch.randn(0, 3))
+
+
+def test_no_rows_are_served_where_the_model_can() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    stitched = compiled(model, torch.randn(4, 4))
+    same(stitched, model, torch.randn(0, 4))
+
+
+# --- what an example must not decide ---------------------------------------------------------------------
+
+
+def test_equal_sizes_of_the_example_are_no_relation(nothing_admitted: None) -> None:
+    def model(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return a * 2, b.sum(1)
+
+    stitched = compiled(model, torch.randn(4, 4), torch.randn(4, 4))
+    for sizes in ((2, 3, 4, 5), (5, 4, 3, 2), (4, 4, 4, 4)):
+        same(stitched, model, torch.randn(sizes[:2]), torch.randn(sizes[2:]))
+    assert len(stitched.traces) == 1
+
+
+def test_a_batch_that_equals_a_number_of_the_model_stays_free(nothing_admitted: None) -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.shape[0] != 1 else x + 1
+
+    stitched = compiled(nn.Linear(4, 4), torch.randn(4, 4))
+    assert "s0" in stitched.entry_source.code
+    for batch in (4, 1, 5):
+        same(compiled(model, torch.randn(4, 3)), model, torch.randn(batch, 3))
+
+
+def test_what_the_model_decides_by_its_batch_is_traced_for_each_answer() -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.shape[0] == 4 else x * 3
+
+    stitched = compiled(model, torch.randn(4, 3))
+    for batch in (4, 5, 1, 4, 6):
+        same(stitched, model, torch.randn(batch, 3))
+
+
+# --- what the graph does not read --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "others"),
+    [
+        (lambda x, m: x * 2 if m is not None else x, [torch.randn(2, 2), torch.randn(7, 3)]),
+        (lambda x, m: x * 2 if m.shape[0] > 4 else x, [torch.randn(3, 3), torch.randn(7, 3)]),
+        (lambda x, m: x * 2 if m.size(-1) > 4 else x, [torch.randn(6, 3), torch.randn(6, 5)]),
+        (lambda x, m: x * 2 if m.stride(0) == 1 else x, [torch.randn(3, 6).t(), torch.randn(3, 6)]),
+        (lambda x, m: x * 2 if m.is_contiguous() else x, [torch.randn(3, 6).t(), torch.randn(3, 6)]),
+        (lambda x, m: x * 2 if m.requires_grad else x, [torch.randn(6, 3, requires_grad=True)]),
+        (lambda x, m: x * 2 if isinstance(m, nn.Parameter) else x, [nn.Parameter(torch.randn(6, 3))]),
+        (lambda x, m: x * 2 if x is m else x, [torch.randn(4, 3)]),
+        (lambda x, m: (x * 2, m), [torch.randn(2, 3)]),
+        (lambda x, m: torch.arange(m.shape[1]), [torch.randn(2, 9), torch.randn(2, 1)]),
+    ],
+    ids=["presence", "rows", "columns", "stride", "contiguous", "grad", "parameter", "identity", "returned", "size"],
+)  # fmt: skip
+def test_an_argument_that_is_only_asked_about_counts(
+    model: Callable[..., object], others: list[torch.Tensor]
+) -> None:
+    example = torch.randn(6, 6)
+    stitched = compiled(model, torch.randn(4, 3), example)
+    x = torch.randn(5, 3)
+    for other in (example, *others, example):
+        same(stitched, model, x, other)
+    same(stitched, model, x, x)
+
+
+def test_tensors_in_containers_count_too() -> None:
+    def model(x: torch.Tensor, batch: dict[str, list[torch.Tensor]]) -> torch.Tensor:
+        return x * 2 if batch["mask"][0].shape[0] > 4 else x
+
+    stitched = compiled(model, torch.randn(4, 3), {"mask": [torch.randn(6, 2)]})
+    for rows in (6, 3, 1, 9):
+        same(stitched, model, torch.randn(5, 3), {"mask": [torch.randn(rows, 2)]})
+
+
+def test_one_tensor_for_two_arguments_is_traced_by_itself() -> None:
+    def model(*tensors: torch.Tensor) -> torch.Tensor:
+        return tensors[0] + tensors[1]
+
+    x, y = torch.randn(4, 3), torch.randn(4, 3)
+    for first, second in ((x, x), (x, y)):
+        stitched = compiled(model, first, second)
+        same(stitched, model, x, x)
+        same(stitched, model, x, y)
+
+
+# --- how arguments are named -------------------------------------------------------------------------------
+
+
+def test_arguments_that_were_traced_by_keyword_are_taken_by_keyword() -> None:
+    model = nn.Linear(6, 4)
+    stitched = compiled(model, input=torch.randn(4, 6))
+    for batch in (4, 1, 5):
+        same(stitched, model, input=torch.randn(batch, 6))
+        same(stitched, model, torch.randn(batch, 6))
+
+
+def test_parameters_keep_names_that_the_entry_uses_itself() -> None:
+    def model(x, type=None, flatten=True, *, torch=3, entry=1, check_inputs=2):  # type: ignore[no-untyped-def]
+        return x * torch + (entry if flatten else check_inputs)
+
+    stitched = compiled(model, torch.randn(4, 6), flatten=True, torch=3)
+    x = torch.randn(5, 6)
+    with torch.enable_grad():
+        torch.testing.assert_close(stitched(x, torch=3, flatten=True), model(x, torch=3))
+    torch.testing.assert_close(stitched(x, None, True), model(x))
+    with pytest.raises(InputError, match="flatten"):
+        stitched(x, flatten=False)
+
+
+# --- models without a dynamic dimension --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [(nn.ReLU(), ()), (nn.ReLU(), (1,)), (nn.LSTMCell(4, 3), (4,)), (nn.Linear(4, 2), (4,)), (nn.Identity(), (3,))],
+    ids=["scalar", "one", "cell", "row", "identity"],
+)  # fmt: skip
+def test_a_model_without_a_batch_is_compiled_as_it_is(
+    model: nn.Module, shape: tuple[int, ...]
+) -> None:
+    stitched = compiled(model, torch.randn(shape))
+    same(stitched, model, torch.randn(shape))
+
+
+# --- numbers in results ------------------------------------------------------------------------------------
+
+
+def test_text_made_from_a_size_is_that_of_each_call() -> None:
+    def model(x: torch.Tensor) -> tuple[torch.Tensor, str, dict[str, torch.Tensor]]:
+        return x * 2, f"{x.shape[0]} rows", {f"of {x.shape[0]}": x + 1}
+
+    stitched = compiled(model, torch.randn(4, 3))
+    for batch in (4, 5, 1):
+        x = torch.randn(batch, 3)
+        _, text, table = stitched(x)
+        assert text == f"{batch} rows"
+        assert list(table) == [f"of {batch}"]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda x: (x * 2, f"{x.sum().item()}"),
+        lambda x: {x.sum().item(): x},
+        lambda x: (x, x.sum().item() > 3),
+        lambda x: (x, int(x.sum().item()) % 2),
+    ],
+    ids=["text", "key", "comparison", "arithmetic"],
+)
+def test_what_python_computes_from_data_is_right_or_refused(model: Callable[..., object]) -> None:
+    try:
+        stitched = compiled(model, torch.ones(4, 3))
+    except CaptureError:
+        return
+    for x in (torch.ones(4, 3), torch.full((2, 3), 0.25)):
+        assert repr(stitched(x)) == repr(model(x))
+
+
+# --- several traces ----------------------------------------------------------------------------------------
+
+
+def test_what_a_trace_can_serve_makes_no_other(nothing_admitted: None) -> None:
+    model = nn.Linear(4, 2)
+    stitched = compiled(model, torch.randn(4, 4))
+    for batch in (2, 9, 1, 7, 1, 0, 3, 1):
+        same(stitched, model, torch.randn(batch, 4))
+    assert len(stitched.traces) == 3  # more, one, none
+    assert stitched.source is stitched.traces[0].backend.source
+
+
+def test_threads_that_need_a_trace_at_once_make_one(nothing_admitted: None) -> None:
+    model = nn.Linear(4, 2)
+    stitched = compiled(model, torch.randn(4, 4))
+    inputs = [torch.randn(1 if n % 2 else 3, 4) for n in range(16)]
+    results: list[object] = [None] * len(inputs)
+
+    def call(number: int) -> None:
+        with torch.no_grad():
+            results[number] = stitched(inputs[number])
+
+    threads = [threading.Thread(target=call, args=(n,)) for n in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    for x, result in zip(inputs, results, strict=True):
+        torch.testing.assert_close(result, model(x).detach())
+    assert len(stitched.traces) == 2
+
+
+def test_weights_are_bound_anew_in_every_trace(nothing_admitted: None) -> None:
+    model = nn.Linear(4, 2)
+    stitched = compiled(model, torch.randn(4, 4))
+    same(stitched, model, torch.randn(1, 4))
+    model.weight = nn.Parameter(torch.randn(2, 4))
+    for batch in (1, 3):
+        with pytest.raises(InputError, match="weight"):
+            stitched(torch.randn(batch, 4))
+    stitched.rebind()
+    for batch in (1, 3):
+        same(stitched, model, torch.randn(batch, 4))
+
+
+def test_a_call_that_the_model_refuses_is_refused_in_the_first_trace_s_words() -> None:
+    stitched = compiled(lambda x, y: x + y, torch.randn(4, 3), torch.randn(4, 3))
+    for _ in range(2):
+        with pytest.raises(InputError, match="took them as equal"):
+            stitched(torch.randn(5, 3), torch.randn(6, 3))
+    assert len(stitched.traces) == 1
+
+
+def test_dimensions_that_are_marked_are_the_ones_that_may_differ() -> None:
+    example = torch.randn(4, 4)
+    torch._dynamo.mark_dynamic(example, 0)
+    stitched = compiled(lambda x: x * 2, example)
+    for batch in (4, 1, 0, 6):
+        same(stitched, lambda x: x * 2, torch.randn(batch, 4))
+    with pytest.raises(InputError, match="fixed to 4"):
+        stitched(torch.randn(4, 5))
+
+
+def test_one_trace_is_all_there_is_where_its_kind_was_chosen() -> None:
+    config = piecework.CompilationConfig(backend="eager", dynamic_shapes_config={"type": "backed"})
+    stitched = piecework.compile(nn.Linear(4, 2), (torch.randn(4, 4),), config=config)
+    with pytest.raises(InputError, match="at least 2"):
+        stitched(torch.randn(1, 4))
+    assert len(stitched.traces) == 1
