@@ -12,10 +12,13 @@ from typing import assert_never
 from piecework.codegen import ir
 from piecework.codegen.consts import is_inline_literal
 from piecework.codegen.layout import stmt_text
-from piecework.codegen.liveness import definitions, operands, parts_of
+from piecework.codegen.liveness import definitions, operands, parts_of, uses
 from piecework.codegen.names import BUILTINS, is_identifier
 from piecework.codegen.targets import ENTRY_NAME
 from piecework.errors import EmitError
+
+#: Python nests at most twenty blocks.
+MAX_REGIONS = 16
 
 _OWN_NAMES = frozenset({"__vllm_submods__", "__vllm_consts__"})
 
@@ -75,14 +78,40 @@ class _ModuleCheck:
                 self._define_local(parameter.name, live, ever)
             if not function.body:
                 raise EmitError("a function must end with its only return")
+        regions: list[frozenset[str]] = []  # the names that live where each open region began
+        before: ir.Stmt | None = None
         for number, stmt in enumerate(function.body, 1):
             try:
+                self._region(stmt, before, live, regions)
                 self._statement(stmt, function, live, ever)
+                before = stmt
                 if isinstance(stmt, ir.Return) != (number == len(function.body)):
                     raise EmitError("a function must end with its only return")
             except EmitError as error:
                 where = f"{function.name}: {stmt_text(stmt)[:200]}"
                 raise EmitError(error.message, where=where) from None
+
+    @staticmethod
+    def _region(
+        stmt: ir.Stmt, before: ir.Stmt | None, live: set[str], regions: list[frozenset[str]]
+    ) -> None:
+        """A region begins after the call that enters it, and can be left at any time: what that takes exists from its beginning."""
+        opens = isinstance(before, ir.CallFunction) and not before.unpack
+        if isinstance(stmt, ir.Try):
+            if not opens:
+                raise EmitError("a region begins without a call that enters it")
+            if len(regions) == MAX_REGIONS:
+                raise EmitError(f"more than {MAX_REGIONS} regions are nested")
+            regions.append(frozenset(live))
+        elif isinstance(stmt, ir.Finally):
+            if not regions:
+                raise EmitError("a region ends that has not begun")
+            if stmt.call.targets or not regions.pop().issuperset(uses(stmt)):
+                raise EmitError(
+                    "a region is left with a value that may not exist yet, or to get one"
+                )
+        elif isinstance(stmt, ir.Return) and regions:
+            raise EmitError("a region does not end before the return")
 
     def _define_local(self, name: str, live: set[str], ever: set[str]) -> None:
         if name in ever:
@@ -118,7 +147,7 @@ class _ModuleCheck:
             case ir.GetAttr():
                 if not is_identifier(stmt.attribute):
                     raise EmitError(f"attribute {stmt.attribute!a} is no identifier")
-            case ir.GetItem() | ir.Infix() | ir.Return():
+            case ir.GetItem() | ir.Infix() | ir.Try() | ir.Finally() | ir.Return():
                 pass
             case _:
                 assert_never(stmt)

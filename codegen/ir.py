@@ -170,6 +170,18 @@ class Infix:
 
 
 @dataclass(frozen=True, slots=True)
+class Try:
+    """``try:``, after the statement that opens a region; what follows, up to its `Finally`, is inside."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finally:
+    """``finally: call``, which closes the region that the last open `Try` began."""
+
+    call: CallFunction
+
+
+@dataclass(frozen=True, slots=True)
 class Delete:
     names: tuple[str, ...]
 
@@ -188,6 +200,8 @@ Stmt = (
     | GetItem
     | GetAttr
     | Infix
+    | Try
+    | Finally
     | Delete
     | Return
 )

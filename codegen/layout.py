@@ -40,18 +40,26 @@ def format_source(text: str) -> str:
         ) from error
 
 
-def format_statements(statements: Sequence[str]) -> list[str]:
-    """Each statement as black lays it out in a function's body, without its indentation; one call of black for all."""
+def format_statements(statements: Sequence[str], depth: int = 0) -> list[str]:
+    """Each statement as black lays it out in a function's body, without its indentation; one call of black for all.
+
+    ``depth`` is the number of blocks around them in that body.
+    """
     if not statements:
         return []
-    body = "".join(f"{' ' * BODY_INDENT}{each}\n" for each in statements)
-    text = format_source(f"def function():\n{body}")
+    indent = BODY_INDENT + 4 * depth
+    heads = "".join(f"{' ' * (4 * level)}if block:\n" for level in range(1, depth + 1))
+    body = "".join(f"{' ' * indent}{each}\n" for each in statements)
+    text = format_source(f"def function():\n{heads}{body}")
     lines = text.splitlines()
-    function = ast.parse(text).body[0]
-    assert isinstance(function, ast.FunctionDef)
+    block: ast.stmt = ast.parse(text).body[0]
+    for _ in range(depth):
+        assert isinstance(block, (ast.FunctionDef, ast.If))
+        block = block.body[0]
+    assert isinstance(block, (ast.FunctionDef, ast.If))
     return [
-        "\n".join(line[BODY_INDENT:] for line in lines[each.lineno - 1 : each.end_lineno])
-        for each in function.body
+        "\n".join(line[indent:] for line in lines[each.lineno - 1 : each.end_lineno])
+        for each in block.body
     ]
 
 
@@ -206,56 +214,59 @@ class Layout:
 
     def __init__(self) -> None:
         self._texts: list[str] = []
-        self._odd: dict[str, list[int]] = {}
+        self._odd: dict[int, dict[str, list[int]]] = {}  # by the number of blocks around them
 
-    def add(self, stmt: ir.Stmt) -> None:
+    def add(self, stmt: ir.Stmt, depth: int = 0) -> None:
+        """Take the next statement, which stands in ``depth`` blocks of its function's body."""
         place = len(self._texts)
-        text = self._laid_out(stmt)
+        call = stmt.call if isinstance(stmt, ir.Finally) else stmt
+        text = self._laid_out(call, BODY_INDENT + 4 * depth)
         if text is None:
-            one_line = stmt_text(stmt)
-            self._odd.setdefault(one_line, []).append(place)
-            text = one_line
+            text = stmt_text(call)
+            self._odd.setdefault(depth, {}).setdefault(text, []).append(place)
         self._texts.append(text)
 
     def finish(self) -> list[str]:
-        """The text of each statement added, in order."""
-        for formatted, places in zip(
-            format_statements(list(self._odd)), self._odd.values(), strict=True
-        ):
-            for place in places:
-                self._texts[place] = formatted
+        """The text of each statement added, in order; of a `Finally` its call."""
+        for depth, odd in self._odd.items():
+            texts = format_statements(list(odd), depth)
+            for formatted, places in zip(texts, odd.values(), strict=True):
+                for place in places:
+                    self._texts[place] = formatted
         self._odd.clear()
         return self._texts
 
-    def _laid_out(self, stmt: ir.Stmt) -> str | None:
-        """``stmt`` in black's layout, or None if that is for black to say."""
+    def _laid_out(self, stmt: ir.Stmt, indent: int) -> str | None:
+        """``stmt`` in black's layout behind ``indent`` columns, or None if that is for black to say."""
         match stmt:
             case ir.CallSubmod() | ir.CallInlined() | ir.CallFunction() | ir.CallMethod():
-                return _call_layout(stmt)
+                return _call_layout(stmt, indent)
+            case ir.Try() | ir.Finally():
+                return stmt_text(stmt)
             case ir.GetItem(value=value, index=index):
                 known = _is_value(value) and _plain_index(index)
             case ir.GetAttr(value=value):
                 known = _is_value(value)
             case ir.Infix():
-                return _infix_layout(stmt)
+                return _infix_layout(stmt, indent)
             case ir.Delete(names):
-                return _bracketed("del ", "", names, " ") if names else None
+                return _bracketed("del ", names, indent) if names else None
             case ir.Return(value):
-                return _return_layout(value)
+                return _return_layout(value, indent)
             case _:
                 assert_never(stmt)
-        return _if_fits(stmt_text(stmt)) if known else None
+        return _if_fits(stmt_text(stmt), indent) if known else None
 
 
-def _infix_layout(stmt: ir.Infix) -> str | None:
+def _infix_layout(stmt: ir.Infix, indent: int) -> str | None:
     operands = [each for each in (stmt.left, stmt.right) if each is not None]
     if stmt.operator == "**":
         # Black hugs simple powers; what counts as simple is its own affair.
         if not all(isinstance(each, ir.Name) for each in operands):
             return None
-        return _if_fits(_assign_one(stmt.target, "**".join(map(expr_text, operands))))
+        return _if_fits(_assign_one(stmt.target, "**".join(map(expr_text, operands))), indent)
     if all(_is_value(each) or _is_plain_operand(each) for each in operands):
-        return _if_fits(stmt_text(stmt))
+        return _if_fits(stmt_text(stmt), indent)
     return None
 
 
@@ -263,14 +274,14 @@ def _is_plain_operand(expr: ir.Expr) -> bool:
     return isinstance(expr, ir.Literal) and plain(expr) and not operand_text(expr).startswith("(")
 
 
-def _if_fits(text: str) -> str | None:
-    return text if BODY_INDENT + len(text) <= LINE_LENGTH else None
+def _if_fits(text: str, indent: int) -> str | None:
+    return text if indent + len(text) <= LINE_LENGTH else None
 
 
 Call: TypeAlias = ir.CallSubmod | ir.CallInlined | ir.CallFunction | ir.CallMethod
 
 
-def _call_layout(stmt: Call) -> str | None:
+def _call_layout(stmt: Call, indent: int) -> str | None:
     if isinstance(stmt, ir.CallMethod) and not (
         _is_value(stmt.receiver) and is_identifier(stmt.method)
     ):
@@ -281,54 +292,55 @@ def _call_layout(stmt: Call) -> str | None:
     if not all(_plain_literal(key) for key, _ in arguments.kwargs):
         return None
     head = _targets_text(stmt.targets, stmt.unpack) + _callee_text(stmt)
-    return call_layout(head, _argument_texts(stmt))
+    return call_layout(head, _argument_texts(stmt), indent)
 
 
-def call_layout(head: str, parts: Sequence[str]) -> str | None:
+def call_layout(head: str, parts: Sequence[str], indent: int = BODY_INDENT) -> str | None:
     """``head(parts)``: on one line, else the arguments on one line, else one argument a line."""
     one_line = f"{head}({', '.join(parts)})"
-    if BODY_INDENT + len(one_line) <= LINE_LENGTH:
+    if indent + len(one_line) <= LINE_LENGTH:
         return one_line
-    if BODY_INDENT + len(head) + 1 > LINE_LENGTH or not parts:
+    if indent + len(head) + 1 > LINE_LENGTH or not parts:
         return None
-    return _broken(f"{head}(", parts, ")")
+    return _broken(f"{head}(", parts, ")", indent)
 
 
-def _broken(head: str, parts: Sequence[str], tail: str) -> str | None:
-    room = LINE_LENGTH - BODY_INDENT - 4
+def _broken(head: str, parts: Sequence[str], tail: str, indent: int) -> str | None:
+    room = LINE_LENGTH - indent - 4
     middle = ", ".join(parts)
     if len(middle) <= room:
         return f"{head}\n    {middle}\n{tail}"
-    return _one_a_line(head, parts, tail)
+    return _one_a_line(head, parts, tail, indent)
 
 
-def _one_a_line(head: str, parts: Sequence[str], tail: str) -> str | None:
+def _one_a_line(head: str, parts: Sequence[str], tail: str, indent: int) -> str | None:
     """What black does at once with a literal that does not fit, and with arguments that don't fit on one line."""
-    if len(parts) < 2 or any(BODY_INDENT + 4 + len(part) + 1 > LINE_LENGTH for part in parts):
+    if len(parts) < 2 or any(indent + 4 + len(part) + 1 > LINE_LENGTH for part in parts):
         return None
     return "\n".join((head, *(f"    {part}," for part in parts), tail))
 
 
-def _bracketed(word: str, opening: str, parts: Sequence[str], closing: str) -> str | None:
+def _bracketed(word: str, parts: Sequence[str], indent: int) -> str | None:
     """``word`` and a list of names; black adds parentheses when they do not fit."""
     one_line = f"{word}{', '.join(parts)}"
-    if BODY_INDENT + len(one_line) <= LINE_LENGTH:
+    if indent + len(one_line) <= LINE_LENGTH:
         return one_line
-    return _broken(f"{word}(", parts, ")") if len(parts) > 1 else None
+    return _broken(f"{word}(", parts, ")", indent) if len(parts) > 1 else None
 
 
-def _return_layout(value: ir.Expr) -> str | None:
+def _return_layout(value: ir.Expr, indent: int) -> str | None:
     match value:
         case ir.Name() | ir.Const():
-            return _if_fits(f"return {expr_text(value)}")
+            return _if_fits(f"return {expr_text(value)}", indent)
         case ir.Literal(literal) if literal is None or type(literal) in (bool, str):
-            return _if_fits(f"return {expr_text(value)}") if plain(value) else None
+            return _if_fits(f"return {expr_text(value)}", indent) if plain(value) else None
         case ir.TupleExpr(items) | ir.ListExpr(items) if all(map(plain, items)):
-            text = _if_fits(f"return {expr_text(value)}")
+            text = _if_fits(f"return {expr_text(value)}", indent)
             if text is not None or len(items) < 2:
                 return text
             opening, closing = "()" if isinstance(value, ir.TupleExpr) else "[]"
-            return _one_a_line(f"return {opening}", [expr_text(item) for item in items], closing)
+            parts = [expr_text(item) for item in items]
+            return _one_a_line(f"return {opening}", parts, closing, indent)
         case _:
             return None
 
@@ -341,7 +353,7 @@ def signature_text(name: str, parameters: Sequence[str], *, known: bool) -> str:
             return one_line
         # Black writes a comma after an only parameter.
         parts = [f"{parameters[0]},"] if len(parameters) == 1 else parameters
-        broken = _broken(f"def {name}(", parts, "):")
+        broken = _broken(f"def {name}(", parts, "):", BODY_INDENT)
         if broken is not None:
             return broken
     return format_source(f"{one_line}\n    pass\n").removesuffix("\n    pass\n")
@@ -368,6 +380,10 @@ def stmt_text(stmt: ir.Stmt) -> str:
             assert left is not None
             text = f"{operand_text(left)} {stmt.operator} {operand_text(right)}"
             return _assign_one(stmt.target, text)
+        case ir.Try():
+            return "try:"
+        case ir.Finally(call):
+            return f"finally: {stmt_text(call)}"
         case ir.Delete(names):
             return f"del {', '.join(names)}"
         case ir.Return(value):

@@ -52,7 +52,9 @@ def operands(stmt: ir.Stmt) -> tuple[ir.Expr, ...]:
             return (value,)
         case ir.Infix(left=left, right=right):
             return (right,) if left is None else (left, right)
-        case ir.Delete():
+        case ir.Finally(call=call):
+            return operands(call)
+        case ir.Try() | ir.Delete():
             return ()
         case ir.Return(value=value):
             return (value,)
@@ -73,7 +75,7 @@ def definitions(stmt: ir.Stmt) -> tuple[str, ...]:
             return tuple(stmt.targets)
         case ir.GetItem() | ir.GetAttr() | ir.Infix():
             return () if stmt.target is None else (stmt.target,)
-        case ir.Delete() | ir.Return():
+        case ir.Try() | ir.Finally() | ir.Delete() | ir.Return():
             return ()
         case _:
             assert_never(stmt)
@@ -100,6 +102,8 @@ def insert_deletes(body: tuple[ir.Stmt, ...], borrowed: frozenset[str]) -> tuple
     out: list[ir.Stmt] = []
     for index, stmt in enumerate(body):
         out.append(stmt)
-        if index in dying:
-            out.append(ir.Delete(tuple(dying[index])))
+        opens = index + 1 < len(body) and isinstance(body[index + 1], ir.Try)
+        after = index - 1 if isinstance(stmt, ir.Try) else index  # nothing stands before a `try`
+        if after in dying and not opens:
+            out.append(ir.Delete(tuple(dying[after])))
     return tuple(out)

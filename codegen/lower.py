@@ -20,6 +20,7 @@ from piecework.codegen.liveness import insert_deletes
 from piecework.codegen.lower_node import ModuleState, NodeLowering, Scope
 from piecework.codegen.names import NameTable
 from piecework.codegen.origin import node_where, value_of
+from piecework.codegen.regions import has_regions, regions_in
 from piecework.codegen.targets import ENTRY_NAME
 from piecework.errors import UnsupportedNode
 
@@ -55,7 +56,7 @@ def lower(
         The plan, and the values of ``__vllm_consts__`` in order.
 
     Raises:
-        UnsupportedNode: a node that has no source form.
+        UnsupportedNode: a node that has no source form, or a region of autocast or the like that does not end.
     """
     return _Lowering(split_gm, options or LowerOptions()).run()
 
@@ -229,13 +230,20 @@ class _Lowering:
         lifted: Mapping[tuple[int, int], str] | None = None,
     ) -> list[ir.Stmt]:
         body: list[ir.Stmt] = []
+        regions = regions_in(gm.graph) if has_regions(gm.graph) else {}
+        closing = set(regions.values())
         for number, node in enumerate(gm.graph.nodes):
             if node.op == "placeholder" or node in scope:
                 continue
             lower_node = NodeLowering(self.state, gm, names, scope, prefix, lifted or {}, number)
             stmt = lower_node.statement(node)
+            if node in closing:
+                assert isinstance(stmt, ir.CallFunction)
+                stmt = ir.Finally(stmt)
             if stmt is not None:
                 body.append(stmt)
+            if node in regions:
+                body.append(ir.Try())
             if isinstance(stmt, ir.Return):
                 return body  # nodes after the output never run
         body.append(ir.Return(ir.Literal(None), ir.Origin()))

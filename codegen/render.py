@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import jinja2
@@ -58,29 +59,24 @@ def render(module: ir.Module) -> str:
         EmitError: black could not parse a statement (a defect of piecework; the numbered text is in the message).
     """
     template = environment().get_template("module.py.jinja")
-    layout = Layout()
-    for function in (*module.functions, module.entry):
-        for stmt in function.body:
-            layout.add(stmt)
     return template.render(
         format_version=FORMAT_VERSION,
         banner=[f"# {_comment(line)}".rstrip() for line in module.banner],
         submods=[f"[{index}] {_comment(name)}" for index, name in enumerate(module.submod_names)],
         bound=[_comment(f"{row.name}: {row.description} = {row.path}") for row in module.bound],
-        **render_parts(module, layout.finish()),
+        **render_parts(module),
     )
 
 
-def render_parts(module: ir.Module, statements: list[str]) -> dict[str, object]:
-    """What every template around functions takes: constants, imports, aliases, functions and the entry.
-
-    ``statements`` are the laid-out statements of all functions, the entry's last.
-    """
-    texts = iter(statements)
-    functions = [
-        _function(function, [next(texts) for _ in function.body])
-        for function in (*module.functions, module.entry)
-    ]
+def render_parts(module: ir.Module) -> dict[str, object]:
+    """What every template around functions takes: constants, imports, aliases, functions and the entry."""
+    layout = Layout()
+    every = (*module.functions, module.entry)
+    for function in every:
+        for stmt, depth in with_depth(function.body):
+            layout.add(stmt, depth)
+    texts = iter(layout.finish())
+    functions = [_function(function, [next(texts) for _ in function.body]) for function in every]
     return {
         "consts": [_const_row(spec) for spec in module.const_specs],
         "imports": module.imports,
@@ -106,12 +102,31 @@ def _function(function: ir.Function, texts: list[str]) -> str:
         .render(
             signature=signature_text(function.name, parameters, known=known),
             note=_comment(function.note),
-            statements=[
-                {"comment": comment_text(stmt), "code": text}
-                for stmt, text in zip(function.body, texts, strict=True)
-            ],
+            statements=list(_lines_of(function.body, texts)),
         )
     )
+
+
+def with_depth(body: Sequence[ir.Stmt]) -> Iterator[tuple[ir.Stmt, int]]:
+    """Each statement, and the number of blocks around it: ``try:`` stands where its region was entered, the call of its ``finally:`` inside."""
+    depth = 0
+    for stmt in body:
+        yield stmt, depth
+        depth += isinstance(stmt, ir.Try) - isinstance(stmt, ir.Finally)
+
+
+def _lines_of(body: Sequence[ir.Stmt], texts: Sequence[str]) -> Iterator[dict[str, str]]:
+    """The comment and the code of each statement, indented by the blocks around it."""
+    before: ir.Stmt | None = None
+    for (stmt, depth), text in zip(with_depth(body), texts, strict=True):
+        pad = " " * (4 * depth)
+        comment = comment_text(stmt)
+        code = pad + text.replace("\n", f"\n{pad}")
+        if isinstance(stmt, ir.Finally):
+            empty = f"{pad}pass\n" if isinstance(before, ir.Try) else ""
+            code = f"{empty}{pad[4:]}finally:\n{code}"
+        yield {"comment": f"{pad}# {comment}" if comment else "", "code": code}
+        before = stmt
 
 
 def _parameter(parameter: ir.Parameter) -> str:
@@ -137,7 +152,7 @@ def _comment(text: str) -> str:
 
 def comment_text(stmt: ir.Stmt) -> str:
     """``layers.0.self_attn  modeling.py:41  -> f32[1, s0, 64]``, as far as known."""
-    if isinstance(stmt, (ir.Delete, ir.Return)):
+    if isinstance(stmt, (ir.Delete, ir.Return, ir.Try, ir.Finally)):
         return ""
     origin = stmt.origin
     shapes = f"-> {origin.shapes}" if origin.shapes else ""
@@ -156,9 +171,21 @@ def line_map(module: ir.Module, tree: ast.Module) -> dict[int, ir.Origin]:
     functions = [*module.functions, module.entry]
     defined = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     for function, node in zip(functions, defined, strict=True):
-        for stmt, written in zip(function.body, node.body, strict=True):
-            if isinstance(stmt, ir.Delete):
+        said = [stmt for stmt in function.body if not isinstance(stmt, ir.Try)]
+        for stmt, written in zip(said, _flat(node.body), strict=True):
+            if isinstance(stmt, (ir.Delete, ir.Try)):
                 continue
+            origin = stmt.call.origin if isinstance(stmt, ir.Finally) else stmt.origin
             for line in range(written.lineno, (written.end_lineno or written.lineno) + 1):
-                lines[line] = stmt.origin
+                lines[line] = origin
     return lines
+
+
+def _flat(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements of ``body`` and of the blocks in it, in order."""
+    for stmt in body:
+        if isinstance(stmt, ast.Try):
+            yield from _flat([each for each in stmt.body if not isinstance(each, ast.Pass)])
+            yield from stmt.finalbody
+        else:
+            yield stmt

@@ -11,7 +11,6 @@ from dataclasses import replace
 import torch.fx
 
 from piecework.codegen import ir
-from piecework.codegen.layout import Layout
 from piecework.codegen.names import NameTable
 from piecework.codegen.render import FORMAT_VERSION, environment, render_parts
 from piecework.codegen.replay_check import ReplayProof, verify_replay
@@ -236,7 +235,7 @@ def _targets(stmt: ir.Stmt) -> tuple[str, ...]:
     match stmt:
         case ir.GetItem(target=target) | ir.GetAttr(target=target) | ir.Infix(target=target):
             return () if target is None else (target,)
-        case ir.Delete() | ir.Return():
+        case ir.Delete() | ir.Return() | ir.Try() | ir.Finally():
             return ()
         case _:
             return tuple(stmt.targets)
@@ -256,11 +255,7 @@ def _names_in(part: object) -> set[str]:
 
 
 def _render(module: ir.Module, plan: _Planner, facts: ReplayFacts) -> str:
-    layout = Layout()
-    for function in (*module.functions, module.entry):
-        for stmt in function.body:
-            layout.add(stmt)
-    parts = render_parts(module, layout.finish())
+    parts = render_parts(module)
     text: str = (
         environment()
         .get_template("replay.py.jinja")

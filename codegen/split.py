@@ -63,7 +63,7 @@ def split_graph(
 
     Raises:
         SplitError: an operator's name is malformed, ``graph`` is no graph, it uses a value before it defines it, its inputs are a
-            pytree, or ``strict`` found something.
+            pytree, it enters a state and does not leave it, a cut would go through ``torch.vmap``, or ``strict`` found something.
 
     Example:
         >>> split_gm, items = split_graph(gm, ["mylib::attention"])
@@ -85,7 +85,8 @@ def split_graph(
     check_cuts(graph, is_splitting, SplittingOps(required), strict)
     work = _copy_of(graph.graph)
     decompose_sizes(work)
-    regions = Regions(work)
+    regions = Regions.of(work)
+    regions.refuse_cuts(filter(is_splitting, work.nodes))
     partitions = _merge_idle(_assign(work, is_splitting, regions))
     for number, partition in enumerate(partitions):
         partition.number = number

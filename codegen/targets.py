@@ -11,9 +11,10 @@ import operator
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import BuiltinFunctionType
+from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, ModuleType
 from typing import Any
 
+import torch
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 from piecework.codegen.names import BUILTINS, is_identifier
@@ -119,20 +120,58 @@ def _candidates(target: object) -> list[tuple[str | None, str]]:
     return found
 
 
+ABSENT = object()
+
+
 def resolve_path(module: str | None, path: str) -> object:
-    """What ``path`` means after ``import module`` (None: among the builtins); None if nothing."""
+    """What ``path`` means after ``import module`` (None: among the builtins); `ABSENT` if nothing, or if only code can tell."""
     parts = path.split(".")
     value: object
     if module is None:
         value, rest = builtins, parts
     else:
-        value = sys.modules.get(parts[0])
+        value = sys.modules.get(parts[0], ABSENT)
         rest = parts[1:]
-        if value is None:
-            return None
     for part in rest:
-        try:
-            value = getattr(value, part)
-        except (AttributeError, ImportError, RuntimeError, TypeError, ValueError):
-            return None  # lazy modules raise what their import raises
+        value = attribute_at_rest(value, part)
     return value
+
+
+def attribute_at_rest(owner: object, name: str) -> object:
+    """The attribute of a module, a class or an operator of torch, without running code of the owner; else `ABSENT`.
+
+    A module's ``__getattr__``, properties and other descriptors are code. Those of ``torch.ops`` are torch's own, and look
+    operators up.
+    """
+    if isinstance(owner, _OPERATORS):
+        return _operator_at(owner, name)
+    if isinstance(owner, ModuleType):
+        return ModuleType.__getattribute__(owner, "__dict__").get(name, ABSENT)
+    if isinstance(owner, type):
+        for base in type.__dict__["__mro__"].__get__(owner):
+            found = type.__dict__["__dict__"].__get__(base).get(name, ABSENT)
+            if found is not ABSENT:
+                return _from_class(found)
+    return ABSENT
+
+
+def _from_class(found: object) -> object:
+    """What a class attribute is when it is read from the class."""
+    if isinstance(found, staticmethod):
+        return found.__func__
+    plain = isinstance(found, (FunctionType, BuiltinFunctionType, MethodDescriptorType, type))
+    return found if plain or not hasattr(type(found), "__get__") else ABSENT
+
+
+def _operator_at(owner: object, name: str) -> object:
+    try:
+        return getattr(owner, name)
+    except (AttributeError, ImportError, RuntimeError, TypeError, ValueError):
+        return ABSENT
+
+
+# ``torch.ops``, its namespaces, and operators with overloads.
+_OPERATORS = (
+    *{type(o) for o in (torch.ops, torch.ops.aten, torch.ops.higher_order)},
+    OpOverloadPacket,
+)

@@ -1,6 +1,7 @@
 """What one expression of emitted text does, by Python's rules of evaluation. In: a syntax tree and what names mean. Out: its value, and events in order.
 
-Nothing of the text is executed. What is not part of emitted expressions is an `EmitError` that names the line.
+Nothing of the text is executed. `grammar` has refused what is not part of emitted expressions; what is wrong with the rest is an
+`EmitError` that names the line.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from piecework.codegen.names import BUILTINS
+from piecework.codegen.targets import ABSENT, attribute_at_rest
 from piecework.codegen.trace import Container, Escapes, Event, Known, Value, picked
 from piecework.errors import EmitError
 
@@ -120,10 +123,6 @@ class Expressions:
         """Evaluate what a statement consists of: a call is an event."""
         return _EVALUATE_STATEMENT[type(node)](self, node)
 
-    def unknown(self, node: ast.expr) -> Value:
-        """What every expression is that emitted text does not have."""
-        raise self.error(node, f"{type(node).__name__} is not part of emitted expressions")
-
     # --- names -----------------------------------------------------------------------------------
 
     def _name(self, node: ast.Name) -> Value:
@@ -145,7 +144,7 @@ class Expressions:
             if isinstance(found, ast.FunctionDef):
                 raise self.error(node, f"function {name!a} is used other than to be called")
             return found
-        if name in (SUBMODS, CONSTS) or not hasattr(builtins, name):
+        if name not in BUILTINS:
             raise self.error(node, f"{name!a} is not defined")
         return Known(getattr(builtins, name), is_global=True)
 
@@ -174,10 +173,10 @@ class Expressions:
         return known
 
     def _attribute_of(self, node: ast.expr, owner: object, attribute: str) -> Known:
-        try:
-            return Known(getattr(owner, attribute), is_global=True)
-        except (AttributeError, ImportError, RuntimeError) as error:
-            raise self.error(node, f"{attribute!a} is not found: {error}") from error
+        found = attribute_at_rest(owner, attribute)
+        if found is ABSENT:
+            raise self.error(node, f"{attribute!a} is not found, or only code can tell what it is")
+        return Known(found, is_global=True)
 
     def _attribute(self, node: ast.Attribute) -> Value:
         known = self._path(node)
@@ -354,9 +353,8 @@ class Expressions:
         return event
 
 
-# What evaluates a node of each type.
+# What evaluates a node of each type that `grammar` lets through.
 _EVALUATE: dict[type[ast.expr], Callable[..., Value]] = {
-    **{kind: Expressions.unknown for kind in ast.expr.__subclasses__()},
     ast.Name: Expressions._name,
     ast.Constant: Expressions._constant,
     ast.Call: Expressions._nested_call,

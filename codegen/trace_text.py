@@ -1,17 +1,17 @@
 """What emitted text does, read from the text alone. In: Python source of an emitted module. Out: its events in order, and what it returns.
 
-The text is run abstractly, statement by statement, functions looked into where they are called; nothing of it is executed but its
-imports. What is not in the small language of emitted modules is an `EmitError` that names the line.
+The text is run abstractly, statement by statement, functions looked into where they are called; nothing of it is executed, and
+nothing imported. Its grammar has been checked by `grammar`; what it may not do or mean is an `EmitError` that names the line.
 """
 
 from __future__ import annotations
 
 import ast
-import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from piecework.codegen.regions import Kind, entered_by, left_by
 from piecework.codegen.targets import ENTRY_NAME
 from piecework.codegen.trace import Bound, Element, Event, Input, Known, Value
 from piecework.codegen.trace_expr import SUBMODS, THE_SUBMODS, Expressions, Frame, Submods
@@ -70,6 +70,10 @@ class _TextTracer:
         self.local_names: dict[str, frozenset[str]] = {}
         self.trace = TextTrace(self.expressions.events)
         self.active: list[str] = []
+        # The call that opened a region, until the `try` after it; the kinds that are open; how many events were looked at.
+        self.opened: Event | None = None
+        self.regions: list[Kind] = []
+        self.looked_at = 0
 
     def run(self, tree: ast.Module) -> TextTrace:
         for stmt in tree.body:
@@ -90,35 +94,36 @@ class _TextTracer:
         match stmt:
             case ast.Import(names=names):
                 for each in names:
-                    if each.asname is not None:
-                        raise self._error(stmt, "import ... as is not part of emitted modules")
-                    try:
-                        importlib.import_module(each.name)
-                    except ImportError as error:
-                        raise self._error(stmt, f"import failed: {error}") from error
-                    root = each.name.partition(".")[0]
-                    self.module[root] = Known(sys.modules[root], is_global=True)
+                    self._import(stmt, each.name)
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
                 resolved = self.expressions.value(value)
                 if not isinstance(resolved, Known) or self.trace.events:
                     raise self._error(stmt, "only paths and constants may be named at module level")
-                self.module[name] = resolved
+                self._bind(stmt, name, resolved)
             case ast.FunctionDef(name=name):
                 self._define(stmt)
-                self.module[name] = stmt
+                self._bind(stmt, name, stmt)
             case _:
                 raise self._error(stmt, f"{type(stmt).__name__} is not part of emitted modules")
 
+    def _bind(self, stmt: ast.stmt, name: str, value: Value | ast.FunctionDef) -> None:
+        if name in self.module:
+            raise self._error(stmt, f"{name!a} is imported, held for a weight or defined already")
+        self.module[name] = value
+
+    def _import(self, stmt: ast.stmt, name: str) -> None:
+        """The graph calls what it calls, so the modules of that are here; another one would be executed by importing it."""
+        root = name.partition(".")[0]
+        if name not in sys.modules or root not in sys.modules:
+            raise self._error(stmt, f"import failed: nothing has imported {name} before")
+        known = self.module.get(root)
+        if known is None:
+            self.module[root] = Known(sys.modules[root], is_global=True)
+        elif not (isinstance(known, Known) and known.value is sys.modules[root]):
+            raise self._error(stmt, f"{root!a} is held for a weight or defined already")
+
     def _define(self, function: ast.FunctionDef) -> None:
         arguments = function.args
-        if function.decorator_list or arguments.posonlyargs or function.returns:
-            raise self._error(
-                function, "decorators and annotations are not part of emitted modules"
-            )
-        if any(each.arg != SUBMODS for each in arguments.kwonlyargs):
-            raise self._error(function, f"the only keyword-only parameter is {SUBMODS}")
-        if any(default is not None for default in arguments.kw_defaults):
-            raise self._error(function, f"{SUBMODS} has no default")
         named = arguments.args[len(arguments.args) - len(arguments.defaults) :]
         self.defaults[function.name] = {
             each.arg: self.expressions.value(default)
@@ -182,26 +187,99 @@ class _TextTracer:
         outer = self.expressions.frame
         frame = self.expressions.frame = Frame(self.local_names[function.name], values)
         self.active.append(function.name)
-        returned: Value = Known(None)
         body = function.body
-        for number, stmt in enumerate(body, 1):
-            run = _RUN.get(type(stmt))
-            if run is not None:
-                run(self, stmt, frame)
-            elif isinstance(stmt, ast.Return):
-                if number != len(body):
-                    raise self._error(stmt, "statements follow the return")
-                frame.statement += 1
-                if stmt.value is not None:
-                    returned = self.expressions.value(stmt.value)
-            else:
-                raise self._error(stmt, f"{type(stmt).__name__} is not part of emitted functions")
-        self.trace.statements += len(body)
+        ends = isinstance(body[-1], ast.Return)
+        self._run_block(body[:-1] if ends else body, frame)
+        returned: Value = Known(None)
+        last = body[-1]
+        if isinstance(last, ast.Return):
+            frame.statement += 1
+            self.trace.statements += 1
+            if last.value is not None:
+                returned = self.expressions.value(last.value)
+            self._note_regions()
+            self._require_closed()
         self.active.pop()
         if self.lifetimes:
             self._check_lifetimes(function, frame)
         self.expressions.frame = outer
         return returned
+
+    def _run_block(self, body: Sequence[ast.stmt], frame: Frame) -> None:
+        """Run statements; one that opens a region is followed by the ``try`` that closes it."""
+        for stmt in body:
+            run = _RUN.get(type(stmt))
+            if run is None:
+                raise self._error(stmt, f"{type(stmt).__name__} is not part of emitted functions")
+            if type(stmt) is not ast.Try:
+                self._require_closed()
+            run(self, stmt, frame)
+            self._note_regions()
+        self.trace.statements += len(body)
+        self._require_closed()
+
+    # --- regions ---------------------------------------------------------------------------------
+
+    def _note_regions(self) -> None:
+        """Look at what was done since the last look: note a region that was opened, and refuse one that was closed elsewhere.
+
+        A setting may be set again inside of its region.
+        """
+        events = self.trace.events
+        for event in events[self.looked_at :]:
+            opens, closes = entered_by(event.target), left_by(event.target)
+            kind = opens or closes
+            if kind is None or event.kind != "call":
+                continue
+            if kind.is_setting and any(each is kind for each in self.regions):
+                continue
+            if opens is None or event is not events[-1]:
+                raise self._left_open(event)
+            self.opened = event
+        self.looked_at = len(events)
+
+    def _require_closed(self) -> None:
+        if self.opened is not None:
+            raise self._left_open(self.opened)
+
+    def _left_open(self, event: Event) -> EmitError:
+        kind = entered_by(event.target) or left_by(event.target)
+        assert kind is not None
+        return EmitError(
+            f"a region of {kind.name} is not closed by `finally` right after it is opened, or is closed elsewhere",
+            where=f"line {event.line}",
+        )
+
+    def _try(self, stmt: ast.Try, frame: Frame) -> None:
+        """``try: ... finally: exit(...)`` after a call that entered: without an exception it is those calls one after another."""
+        entered, self.opened = self.opened, None
+        kind = None if entered is None else entered_by(entered.target)
+        if entered is None or kind is None:
+            raise self._error(stmt, "`try` does not follow a call that opens a region")
+        before = dict(frame.values)
+        self.regions.append(kind)
+        if type(stmt.body[0]) is not ast.Pass:
+            self._run_block(stmt.body, frame)
+        self.regions.pop()
+        last = stmt.finalbody[0]
+        assert isinstance(last, ast.Expr)
+        names = {node.id for node in ast.walk(last) if isinstance(node, ast.Name)}
+        if any(frame.values.get(n) is not before.get(n) for n in names & frame.locals):
+            raise self._error(last, "a region is closed with a value that may not exist yet")
+        done = len(self.trace.events)
+        self._expression(last, frame)
+        self._require_exit(last, kind, entered, self.trace.events[done:])
+
+    def _require_exit(
+        self, last: ast.Expr, kind: Kind, entered: Event, events: Sequence[Event]
+    ) -> None:
+        """One call, of the function that closes this kind of region, with what the region was entered with."""
+        event = events[0] if len(events) == 1 else None
+        if event is None or event.kind != "call" or left_by(event.target) is not kind:
+            raise self._error(last, f"`finally` does not close the region of {kind.name}")
+        if kind.passes and not (event.args[:1] == (entered,) and len(event.args) == 1):
+            raise self._error(last, f"`finally` closes another region of {kind.name}")
+        self.looked_at = len(self.trace.events)
 
     def _check_lifetimes(self, function: ast.FunctionDef, frame: Frame) -> None:
         ends = function.body and isinstance(function.body[-1], ast.Return)
@@ -265,6 +343,7 @@ _RUN: dict[type[ast.stmt], Callable[..., None]] = {
     ast.Assign: _TextTracer._assign,
     ast.Expr: _TextTracer._expression,
     ast.Delete: _TextTracer._delete,
+    ast.Try: _TextTracer._try,
 }
 
 
@@ -273,11 +352,16 @@ def _local_names(function: ast.FunctionDef) -> frozenset[str]:
     arguments = function.args
     found = {each.arg for each in (*arguments.args, *arguments.kwonlyargs)}
     found |= {each.arg for each in (arguments.vararg, arguments.kwarg) if each is not None}
-    for stmt in function.body:
-        if type(stmt) is ast.Assign:
-            for target in stmt.targets:
-                if type(target) is ast.Name:
-                    found.add(target.id)
-                elif isinstance(target, ast.Tuple):
-                    found.update([each.id for each in target.elts if isinstance(each, ast.Name)])
+    blocks = [function.body]
+    while blocks:
+        for stmt in blocks.pop():
+            if type(stmt) is ast.Try:
+                blocks.append(stmt.body)
+            elif type(stmt) is ast.Assign:
+                for target in stmt.targets:
+                    if type(target) is ast.Name:
+                        found.add(target.id)
+                    elif isinstance(target, ast.Tuple):
+                        names = [each.id for each in target.elts if isinstance(each, ast.Name)]
+                        found.update(names)
     return frozenset(found)

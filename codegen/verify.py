@@ -2,7 +2,7 @@
 
 The text is traced by `trace_text`, which knows nothing of how it was made; the graph is walked here, and each of its nodes must
 be the next event of the text: same callable, same operands in the same places, constants equal by type and bit. Nothing of the
-text is executed but its imports, and nothing of the lowering is relied on.
+text is executed or imported, and nothing of the lowering is relied on.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import NamedTuple, cast
 import torch
 import torch.fx
 
+from piecework.codegen.grammar import check_grammar, parse_text
 from piecework.codegen.operands import Operands, same_constant
 from piecework.codegen.origin import node_where, value_of
 from piecework.codegen.structure import attribute_of
@@ -68,20 +69,21 @@ def verify_text(
         EmitError: the first difference, with the line of the text and the node of the graph.
     """
     if tree is None:
-        try:
-            tree = ast.parse(code)
-        except (SyntaxError, ValueError) as error:
-            raise EmitError(f"stitching source is not Python: {error}") from error
-    text = trace_text(
-        code,
-        tree,
-        submod_names=submod_names,
-        consts=consts,
-        bound=dict(bound or {}),
-        lifetimes=lifetimes,
-    )
-    matcher = _Matcher(code, text, submod_names, direct or {})
-    matcher.match(split_gm, dict(bound_placeholders or {}))
+        tree = parse_text(code)
+    check_grammar(code, tree)
+    try:
+        text = trace_text(
+            code,
+            tree,
+            submod_names=submod_names,
+            consts=consts,
+            bound=dict(bound or {}),
+            lifetimes=lifetimes,
+        )
+        matcher = _Matcher(code, text, submod_names, direct or {})
+        matcher.match(split_gm, dict(bound_placeholders or {}))
+    except RecursionError as error:
+        raise EmitError("functions of the text, or graphs, call each other too deeply") from error
     return Proof(events=len(text.events), statements=text.statements)
 
 

@@ -31,6 +31,10 @@ def _function(function: ir.Function) -> ir.Function:
 
 
 def _statement(stmt: ir.Stmt) -> ir.Stmt:
-    if isinstance(stmt, ir.Delete):
+    if isinstance(stmt, (ir.Delete, ir.Try)):
         return stmt
+    if isinstance(stmt, ir.Finally):
+        call = _statement(stmt.call)
+        assert isinstance(call, ir.CallFunction)
+        return ir.Finally(call)
     return replace(stmt, origin=replace(stmt.origin, source=_LINE.sub("", stmt.origin.source)))

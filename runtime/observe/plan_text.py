@@ -74,6 +74,7 @@ def _function(title: str, function: ir.Function, module: ir.Module) -> Iterator[
 def _origin(stmt: ir.Stmt, module: ir.Module) -> str:
     """What stands behind a statement: its piece, its node, and where in the model that comes from."""
     piece = module.submod_names[stmt.index] if isinstance(stmt, ir.CallSubmod) else ""
-    node = "" if isinstance(stmt, ir.Delete) else stmt.origin.node
+    stmt = stmt.call if isinstance(stmt, ir.Finally) else stmt
+    node = "" if isinstance(stmt, (ir.Delete, ir.Try)) else stmt.origin.node
     named = f"%{node}" if node and node != piece else ""
     return "  ".join(part for part in (piece, named, comment_text(stmt)) if part)
