@@ -62,6 +62,11 @@ from piecework.runtime.torch_compat.modes import (
     only_default_device_modes,
     transform_probe,
 )
+from piecework.runtime.torch_compat.refake import (
+    Refaked,
+    free_symbols,
+    size_expr,
+)
 from piecework.runtime.torch_compat.shapes import (
     guards_on,
     is_traced_contiguous,
@@ -102,6 +107,7 @@ from piecework.runtime.torch_compat.vector_isa import (
 )
 
 __all__ = [
+    "Refaked",
     "artifact_from_bytes",
     "artifact_to_bytes",
     "as_inductor_graph_pass",
@@ -122,6 +128,7 @@ __all__ = [
     "dynamo_failure",
     "find_vector_isa",
     "flatten_tree",
+    "free_symbols",
     "function_mode_probe",
     "guarded_places",
     "guards_on",
@@ -150,6 +157,7 @@ __all__ = [
     "recorded_guards",
     "registered_kernels",
     "shape_facts",
+    "size_expr",
     "size_oblivious_tracing",
     "size_text",
     "size_value",
