@@ -6,7 +6,7 @@ The function is the implementation; nothing is compiled or captured here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Generic, ParamSpec, TypeVar
+from typing import Generic, Literal, ParamSpec, TypeVar, get_args
 
 import torch
 
@@ -14,6 +14,10 @@ from piecework.errors import SplitError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+#: What an operator says of the rows of a batch: row ``i`` of all that it returns or writes depends on row ``i`` of its arguments
+#: alone, whatever the batch size; or it reads the batch's real size from the forward context and leaves rows beyond it alone.
+RowsOf = Literal["independent", "context"]
 
 
 class SplittingOp(Generic[P, R]):
@@ -86,6 +90,7 @@ class SplittingOpRegistry:
 
     def __init__(self) -> None:
         self._ops: dict[str, SplittingOp[..., object]] = {}
+        self._rows: dict[str, RowsOf] = {}
 
     def add(
         self, name: str, function: Callable[P, R], mutates_args: tuple[str, ...]
@@ -105,6 +110,22 @@ class SplittingOpRegistry:
     def names(self) -> tuple[str, ...]:
         return tuple(self._ops)
 
+    def declare(self, name: str, rows: RowsOf | None) -> None:
+        """Note what an operator says of its rows; None takes back what was said."""
+        if rows is None:
+            self._rows.pop(name, None)
+        elif rows in get_args(RowsOf):
+            self._rows[name] = rows
+        else:
+            raise SplitError(
+                f"rows={rows!r} of {name} is not known",
+                hint=f"say one of {', '.join(map(repr, get_args(RowsOf)))}, or nothing",
+            )
+
+    def rows_of(self, op: torch._ops.OpOverload) -> RowsOf | None:
+        """What an operator says of its rows; None if it was not said."""
+        return self._rows.get(op._schema.name)
+
     def find(self, target: object) -> SplittingOp[..., object] | None:
         """The registered operator that a graph node's target is, if any."""
         if isinstance(target, torch._ops.OpOverload):
@@ -122,14 +143,50 @@ def _identity(function: Callable[..., object]) -> str:
 registry = SplittingOpRegistry()
 
 
+def declare_rows(
+    op: str | torch._ops.OpOverload | torch._ops.OpOverloadPacket | SplittingOp[..., object],
+    rows: RowsOf | None,
+) -> None:
+    """Say what an operator that piecework did not register does with the rows of a batch, so that batches may be padded around it.
+
+    Args:
+        op: ``"namespace::name"``, the operator, or what ``torch.library.custom_op`` made.
+        rows: ``"independent"``, ``"context"``, or None to take it back; as for `splitting_op`.
+
+    Raises:
+        SplitError: ``op`` names no operator, or ``rows`` is another word.
+
+    Example:
+        >>> declare_rows("my::rotate", "independent")
+    """
+    name = getattr(op, "splitting_op_name", None) or getattr(op, "_qualname", None)
+    if isinstance(op, torch._ops.OpOverload):
+        name = op._schema.name
+    elif isinstance(op, torch._ops.OpOverloadPacket):
+        name = op._qualified_op_name
+    elif isinstance(op, str):
+        name = op
+    _require_name(str(op) if name is None else name)
+    registry.declare(str(name), rows)
+
+
+def _require_name(name: str) -> None:
+    parts = name.split("::")
+    if len(parts) != 2 or not all(part.isidentifier() for part in parts):
+        raise SplitError(f"operator name {name!a} is not of the form 'namespace::name'")
+
+
 def splitting_op(
-    name: str, *, mutates_args: Iterable[str] = ()
+    name: str, *, mutates_args: Iterable[str] = (), rows: RowsOf | None = None
 ) -> Callable[[Callable[P, R]], SplittingOp[P, R]]:
     """Register the decorated function as an operator that graphs are cut at.
 
     Args:
         name: ``"namespace::name"``.
         mutates_args: parameters that the function writes into.
+        rows: what it does with the rows of a batch. ``"independent"``: row ``i`` of all that it returns or writes depends on row
+            ``i`` of its arguments alone. ``"context"``: it reads the batch's real size from the forward context, and touches no
+            row beyond it. Unless it says so, captured graphs serve exactly the captured sizes: nothing is padded around it.
 
     Returns:
         A decorator; the result is called like the function. If the function returns a value, give it a fake with
@@ -144,12 +201,12 @@ def splitting_op(
         ... def attention(query: torch.Tensor, key: torch.Tensor, out: torch.Tensor) -> None:
         ...     out.copy_(query @ key.mT)
     """
-    parts = name.split("::")
-    if len(parts) != 2 or not all(part.isidentifier() for part in parts):
-        raise SplitError(f"operator name {name!a} is not of the form 'namespace::name'")
+    _require_name(name)
 
     def register(function: Callable[P, R]) -> SplittingOp[P, R]:
-        return registry.add(name, function, tuple(mutates_args))
+        op = registry.add(name, function, tuple(mutates_args))
+        registry.declare(name, rows)
+        return op
 
     return register
 

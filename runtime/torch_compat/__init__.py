@@ -66,6 +66,11 @@ from piecework.runtime.torch_compat.modes import (
     only_default_device_modes,
     transform_probe,
 )
+from piecework.runtime.torch_compat.refake import (
+    Refaked,
+    free_symbols,
+    size_expr,
+)
 from piecework.runtime.torch_compat.shapes import (
     guards_on,
     is_traced_contiguous,
@@ -106,6 +111,7 @@ from piecework.runtime.torch_compat.vector_isa import (
 )
 
 __all__ = [
+    "Refaked",
     "artifact_from_bytes",
     "artifact_to_bytes",
     "as_inductor_graph_pass",
@@ -126,6 +132,7 @@ __all__ = [
     "dynamo_failure",
     "find_vector_isa",
     "flatten_tree",
+    "free_symbols",
     "function_mode_probe",
     "guarded_places",
     "guards_on",
@@ -157,6 +164,7 @@ __all__ = [
     "recorded_guards",
     "registered_kernels",
     "shape_facts",
+    "size_expr",
     "size_oblivious_tracing",
     "size_text",
     "size_value",

@@ -1,0 +1,35 @@
+"""All rules. In: an ATen operator. Out: its rule, or None for one that is not known to keep rows apart.
+
+It is an allow-list: what is not here mixes rows.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from piecework.runtime.analysis import along, indexing, layers, pointwise, products, views
+from piecework.runtime.analysis.call import base_name
+from piecework.runtime.analysis.rule import Rule
+
+RULES: dict[str, Rule] = {
+    **pointwise.RULES,
+    **views.RULES,
+    **along.RULES,
+    **products.RULES,
+    **layers.RULES,
+    **indexing.RULES,
+}
+
+
+def rule_for(op: torch._ops.OpOverload) -> Rule | None:
+    """The rule of one operator; torch's own tag says which are pointwise."""
+    name = base_name(op)
+    if op.namespace not in ("aten", "prims") or name in pointwise.NOT_POINTWISE:
+        return None
+    if torch.Tag.pointwise in op.tags:
+        return pointwise.POINTWISE
+    return RULES.get(name)
+
+
+def is_random(op: torch._ops.OpOverload) -> bool:
+    return torch.Tag.nondeterministic_seeded in op.tags

@@ -1,0 +1,109 @@
+"""Whether a graph may be compiled with a batch size that has no number behind it. In: a traced graph, whole or a piece. Out: why not, or None.
+
+Compilers lose copies, strides and checks on such sizes in more operators than anybody listed, so this is an allow-list: every operator
+is in the table and marked plain, every value has the batch in one dimension alone, and no stride, index or number is made of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+import torch.fx
+from torch._ops import HigherOrderOperator
+
+from piecework.codegen.origin import value_of
+from piecework.runtime.analysis.call import Call, is_own
+from piecework.runtime.analysis.rows import rows_of
+from piecework.runtime.analysis.rule import Rule
+from piecework.runtime.analysis.state import Batch, Mixes, Rows, symbols_in
+from piecework.runtime.analysis.table import is_random
+
+
+def admits_unbacked(
+    graph: torch.fx.GraphModule, symbols: Collection[str], *, outside: Collection[str] = ()
+) -> str | None:
+    """Why ``graph`` may not be compiled with the sizes ``symbols`` unbacked; None if it may.
+
+    Args:
+        graph: with fake values in its nodes, as a Dynamo backend gets it, or a piece of it.
+        symbols: torch's names of the batch size, such as ``{"s0"}``; other symbols stay as they are.
+        outside: operators that the graph is cut at, ``"namespace::name"``; they are not compiled, and may be anything.
+
+    Example:
+        >>> reason = admits_unbacked(graph, {"s0"}, outside=("my::attention",))
+        >>> reason is None or "max" in reason
+        True
+    """
+    held = Batch(symbols)
+    for node in graph.graph.nodes:
+        value = value_of(node)
+        if node.op == "placeholder" and isinstance(value, torch.Tensor):
+            said = _of_value(value, held)
+            if said is not None:
+                return f"argument {node.name} {said}"
+        if isinstance(node.target, HigherOrderOperator):
+            return f"{node.target.name()} runs a graph of its own"
+    names = frozenset(outside)
+    verdict = rows_of(graph, symbols, lambda *call: _of_call(names, *call), outside=names)
+    return next(iter(verdict.complaints), None) or verdict.refused
+
+
+def _of_call(
+    outside: frozenset[str], call: Call, rule: Rule | None, answers: Sequence[Rows]
+) -> str | None:
+    """What is wrong with one operator."""
+    if call.op._schema.name in outside:
+        return _of_results(call)
+    if is_own(call.op):
+        return "is not torch's own"
+    if is_random(call.op):
+        return "draws random numbers"
+    tensors = (*call.inputs(), *call.results, *call.written)
+    if not any(map(call.batch.held_by, tensors)):
+        return _of_numbers(call, frozenset())
+    if rule is None or not rule.plain:
+        return "is not known to be compiled right where the batch size has no number behind it"
+    mixed = next((each.mixed for each in answers if each.mixed is not None), None)
+    if mixed is not None:
+        return f"mixes rows: {mixed}"
+    return _of_numbers(call, rule.sizes) or _of_results(call)
+
+
+def _of_numbers(call: Call, sizes: frozenset[str]) -> str | None:
+    """Symbolic numbers that are no sizes, and dimensions that go by what a symbol happens to be."""
+    if call.name == "_local_scalar_dense":
+        return "makes a number of data"
+    if call.name == "squeeze" and "dim" not in call.args and call.batch.held_by(call.results):
+        return "drops dimensions that happen to be one"
+    for name, value in call.args.items():
+        if name in sizes and call.name != "slice":
+            continue
+        listed = value if isinstance(value, (list, tuple)) else [value]
+        for each in listed:
+            if not isinstance(each, torch.Tensor) and any(True for _ in symbols_in(each)):
+                return f"takes a symbolic {name}"
+    return None
+
+
+def _of_results(call: Call) -> str | None:
+    for each in call.results:
+        said = _of_value(each, call.batch)
+        if said is not None:
+            return f"gives a value that {said}"
+    return None
+
+
+def _of_value(value: torch.Tensor, batch: Batch) -> str | None:
+    """The batch in one dimension, alone or times whole numbers, and in no stride."""
+    try:
+        rows = batch.plain_rows(value)
+    except Mixes as reason:
+        return f"has {reason}"
+    if len(rows.dims) > 1:
+        return "has the batch size in several dimensions"
+    if value.layout != torch.strided:
+        return f"has layout {value.layout}"
+    if batch.held_by(tuple(value.stride())) or batch.held_by(value.storage_offset()):
+        return "has a stride that is made of the batch size"
+    return None
