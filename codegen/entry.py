@@ -66,13 +66,11 @@ class EntrySource:
 
 #: What the runtime puts into the entry's module, beside its constants.
 PROVIDED = (
-    "execution_fn",
+    "bound",
     "submods_for",
-    "fetch_weights",
     "entry_with_care",
     "explain_inputs",
     "explain_weights",
-    "weights_as_bound",
     "memory_apart",
     "same_kernels",
     "autocast_enabled",
@@ -81,6 +79,10 @@ PROVIDED = (
     "transforms",
     "flatten",
 )
+
+
+#: What ``bound`` holds, in order: a call takes all of it in one step, so that it never mixes two bindings.
+HELD = ("execution_fn", "weights_as_bound", "fetch_weights")
 
 
 def generate_entry(plan: EntryPlan) -> EntrySource:
@@ -99,7 +101,7 @@ class _Writer:
 
     def __init__(self, plan: EntryPlan) -> None:
         self.plan = plan
-        reserved = {*PROVIDED, *_USED, "torch", "check_inputs", FUNCTION_NAME}
+        reserved = {*PROVIDED, *HELD, *_USED, "torch", "check_inputs", FUNCTION_NAME}
         self.names = NameTable(frozenset(reserved), builtins=frozenset())
         self.parameters = {p.name: self.names.claim(p.name) for p in plan.parameters}
         for (
@@ -143,6 +145,7 @@ class _Writer:
                 explains=plan.checks,
                 extras=", ".join(extras),
                 unpacked=f"{', '.join(extras)} = " if extras else "",
+                held=", ".join(HELD),
                 fetches_weights=self._fetches_weights(),
                 binds=plan.binds and plan.checks,
                 arguments=", ".join(self._arguments()),

@@ -5,7 +5,6 @@ It never captures while serving; a batch that no graph covers runs as it ran bef
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
@@ -20,6 +19,7 @@ from piecework.runtime.captured_graphs import CapturedGraphs
 from piecework.runtime.captured_options import CaptureOptions
 from piecework.runtime.captured_report import CallRow, MemoryReport
 from piecework.runtime.entry import Entry
+from piecework.runtime.execution import by_path_of
 from piecework.runtime.graphs.capture import (
     CaptureOutcome,
     CaptureReport,
@@ -32,6 +32,7 @@ from piecework.runtime.graphs.covered import CoverageRow, coverage
 from piecework.runtime.graphs.descriptor import BatchKind
 from piecework.runtime.graphs.memory import MemoryEstimate, estimate_memory, fit_budget, kind_of
 from piecework.runtime.graphs.progress import CaptureProgress
+from piecework.runtime.weights import BoundWeights
 
 
 class _Recorder:
@@ -76,8 +77,10 @@ class CapturedModel(CapturedGraphs):
         self.dropped: tuple[Key, ...] = ()
         self.failures: dict[Key, PieceworkError] = {}
         self._ready: dict[Key, Step] = {}
-        # Inputs, results and what lies between have one place each: one call at a time.
-        self._in_use = threading.Lock()
+        # Inputs, results and what lies between have one place each: one call at a time. Who is in them stands under 0:
+        # taking and leaving are single steps of the interpreter, so that an interrupt never leaves them taken.
+        self._user: dict[int, object] = {}
+        self._retired = False
         self._calls = Calls(self.shape, self.dispatcher, self._ready, options)
 
     # --- capture -----------------------------------------------------------------------------------
@@ -173,25 +176,25 @@ class CapturedModel(CapturedGraphs):
         self.dispatcher.give_up(*key)
 
     def release(self) -> None:
-        """Give all graphs up: the model runs uncaptured again."""
+        """Give all graphs up, once no call is in them: the model runs uncaptured again."""
+        self._retired = True
         for mode, group in self.dispatcher.get_capture_descs():
             for descriptor in group:
                 self.dispatcher.give_up(mode, descriptor)
-        self.replays.clear()
         self._ready.clear()
         self._calls.forget()
-        self.graphs.clear_all_graphs()
+        self._free()
 
-    def weights_rebound(self) -> bool:
-        """Told after a rebind: graphs that read memory of weights that were replaced are given up.
+    def _free(self) -> None:
+        """Give the memory back, unless a call is in it: that call does it when it leaves. No call gets in any more."""
+        mine = object()
+        if self._user.setdefault(0, mine) is mine:
+            self.replays.clear()
+            self.graphs.clear_all_graphs()
 
-        Returns:
-            Whether graphs were given up.
-        """
-        if not self.graphs.addresses.changed_weights(self._weights_now()):
-            return False
-        self.release()
-        return True
+    def still_reads(self, weights: BoundWeights) -> bool:
+        """Whether the captured graphs read the memory of these weights, which are the tensors of their capture."""
+        return not self.graphs.addresses.changed_weights(by_path_of(weights))
 
     def _warmups(self) -> int:
         if self.options.warmups is not None:
@@ -208,7 +211,7 @@ class CapturedModel(CapturedGraphs):
         call = step.call
         if call is None:
             step.calls += 1
-            return self._entry.execution_fn(*flat, **submods)
+            return self._forward(*flat, **submods)
         for position, path in self.shape.weights.items():
             if flat[position] is not self._weights[path]:
                 raise _replaced(path)
@@ -216,18 +219,26 @@ class CapturedModel(CapturedGraphs):
         bring_back = step.bring_back
         if bring_back is not None and self._inputs_of(step.descriptor).shares_what_is_written(inputs):  # type: ignore[arg-type]
             self._calls.shared.calls += 1
-            return self._entry.execution_fn(*flat, **submods)
-        if not self._in_use.acquire(blocking=False):
-            self._calls.busy.calls += 1
-            return self._entry.execution_fn(*flat, **submods)
+            return self._forward(*flat, **submods)
+        mine = object()
+        user = self._user
         try:
-            step.calls += 1
-            outputs = call(inputs)
-            if bring_back is not None:
-                bring_back(inputs, count)  # type: ignore[arg-type]
-            return self._trimmed(outputs, count, step.padded)
+            if user.setdefault(0, mine) is mine and not self._retired:
+                step.calls += 1
+                outputs = call(inputs)
+                if bring_back is not None:
+                    bring_back(inputs, count)  # type: ignore[arg-type]
+                return self._trimmed(outputs, count, step.padded)
         finally:
-            self._in_use.release()
+            try:
+                if user[0] is mine:
+                    del user[0]
+            except KeyError:  # another call left meanwhile
+                pass
+            if self._retired:
+                self._free()
+        self._calls.busy.calls += 1
+        return self._forward(*flat, **submods)
 
     def _trimmed(self, outputs: object, count: int, padded: int) -> object:
         assert isinstance(outputs, (tuple, list))

@@ -152,7 +152,7 @@ class Calls:
 
     def forget(self) -> None:
         """Ask again from now on: what is captured has changed. Counts stay."""
-        self._finished += [step for step in self._steps.values() if step.calls]
+        self._finished += [step for step in tuple(self._steps.values()) if step.calls]
         self._steps.clear()
 
     def rows(self) -> Iterator[CallRow]:

@@ -21,6 +21,7 @@ from piecework.runtime.captured_options import CaptureOptions, plan_capture
 from piecework.runtime.captured_replay import Replay, ReplayMaker
 from piecework.runtime.counters import counters
 from piecework.runtime.entry import Entry
+from piecework.runtime.execution import by_path_of
 from piecework.runtime.forward_context import current_forward_context, set_forward_context
 from piecework.runtime.graphs.capture import Key
 from piecework.runtime.graphs.captured_call import CapturedCall
@@ -56,6 +57,7 @@ class CapturedGraphs:
         self.shape = batch_shape(entry.captured, backend, options.same_as_batch)
         plan = plan_capture(self.shape, backend.config, sizes, options)
         self.sizes, self.dispatcher = plan.sizes, plan.dispatcher
+        # The weights and the function of one execution; a change retires these graphs instead of reaching them.
         self._forward: Callable[..., object] = entry.execution_fn
         self._counting = False
         self._inputs = {
@@ -72,7 +74,7 @@ class CapturedGraphs:
         )
         for inputs in self._inputs.values():
             inputs.register(self.graphs)
-        self._weights = self._weights_now()
+        self._weights = by_path_of(entry.weights)
         self.graphs.addresses.register_weights(self._weights)
         self._maker = ReplayMaker(
             self.shape, backend, self._weights, self.graphs.address_policy.value
@@ -81,11 +83,6 @@ class CapturedGraphs:
         self._wrapped = [self._wrap(submods, n) for n, submods in enumerate(backend.submod_lists)]
         self._whole = [self._wrap_whole(number) for number in range(len(backend.submod_lists))]
         self.replays: dict[Key, Replay] = {}
-
-    def _weights_now(self) -> dict[str, torch.Tensor]:
-        """Path → tensor, as the entry holds them now."""
-        weights = self._entry.weights
-        return {w.path: t for w, t in zip(weights.traced, weights.tensors, strict=True)}
 
     # --- what is captured --------------------------------------------------------------------------
 

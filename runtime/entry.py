@@ -5,8 +5,10 @@ Per call it does nothing itself: the emitted source does, and what is here runs 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FunctionType
 
 import torch
@@ -26,7 +28,7 @@ from piecework.codegen.entry_plan import (
     Passed,
 )
 from piecework.codegen.origin import value_of
-from piecework.errors import InputError
+from piecework.errors import InputError, StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.backend import PieceworkBackend
 from piecework.runtime.capture import (
@@ -40,9 +42,11 @@ from piecework.runtime.capture import (
     Size,
     Weight,
 )
+from piecework.runtime.execution import Execution, by_path_of, is_running
 from piecework.runtime.explain import input_error
 from piecework.runtime.mutation import mutations_in
 from piecework.runtime.profile_names import named_pieces
+from piecework.runtime.weights import BoundWeights
 
 OPAQUE = "it calls a stitched module, which is compiled already; leave that call out, or allow graph breaks"
 
@@ -59,6 +63,7 @@ class Entry:
         call: the entry: takes the model's arguments, returns the model's result.
         execution_fn: the emitted stitching function, bound.
         weights: what is bound.
+        serves: what the entry calls: ``execution_fn``, or static graphs.
         captured: what the trace gave.
         careful_calls: how many calls went past every shortcut, static graphs included, by what made them.
     """
@@ -67,34 +72,60 @@ class Entry:
         self._backend = backend
         self.captured = captured
         self._plan = plan_entry(captured, backend)
-        self._careful: Callable[..., object] | None = None
-        self._unaware: Callable[..., object] | None = None
-        self._code: str | None = None  # an edited text in place of the generated one
         self._autocast = torch_compat.autocast_state()
         self.careful_calls: dict[str, int] = {}
-        self.weights = captured.weights
-        self.weights.trust(strict_weights(captured, backend))
+        weights = captured.weights
+        weights.trust(strict_weights(captured, backend))
         self.source: EntrySource = generate_entry(self._plan)
-        self.execution_fn = backend.bind(self._bound())
-        self._serving: Callable[..., object] = self.execution_fn
-        self.call = self._execute(self._probes(), self.execution_fn, backend.submods_for)
+        function = backend.bind(self._bound(weights))
+        self._now = Execution(weights, function, function)
+        self.call = self._execute(self._probes(), self._now, self._now.serves, backend.submods_for)
 
-    def rebind(self) -> None:
-        """Hold the weights that the model has now.
+    @property
+    def execution_fn(self) -> FunctionType:
+        return self._now.function
+
+    @property
+    def weights(self) -> BoundWeights:
+        return self._now.weights
+
+    @property
+    def serves(self) -> Callable[..., object]:
+        return self._now.serves
+
+    def require_idle(self, what: str) -> None:
+        """Check that this thread is not inside a call of this entry, as a splitting op is.
 
         Raises:
-            BindError: a weight is missing or differs in more than its values; what was bound stays bound.
+            StaticGraphError: it is.
         """
-        self.weights.rebind()
-        self.execution_fn.__globals__.update(self._bound())
-        self.call.__globals__["weights_as_bound"] = self.weights.unchanged
-        self._careful = self._unaware = None
+        if is_running(self):
+            raise StaticGraphError(
+                f"{what} was called from inside a call of the same model, such as by a splitting op",
+                hint="call it between calls",
+            )
+
+    # --- changes: each publishes another execution, and calls that run keep theirs --------------------
+
+    def rebound(self, still_fit: Callable[[BoundWeights], bool]) -> Execution:
+        """An execution with the weights that the model has now; it serves once it is published.
+
+        Args:
+            still_fit: whether the static graphs that serve may go on, where every weight is the very tensor that was bound.
+
+        Raises:
+            BindError: a weight is missing or differs in more than its values.
+        """
+        now = self._now
+        weights = now.weights.rebound()
+        if all(map(operator.is_, weights.tensors, now.weights.tensors)) and still_fit(weights):
+            return replace(now, weights=weights, variants={})
+        function = self._backend.bind(self._bound(weights), code=self._text(now.code))
+        return Execution(weights, function, function, now.code)
 
     def accept_settings(self) -> None:
         """Take what the model holds in Python now for as good as what it held in the trace."""
-        self.weights.accept()
-        self.call.__globals__["weights_as_bound"] = self.weights.unchanged
-        self._careful = self._unaware = None
+        self.publish(replace(self._now, weights=self._now.weights.accepted(), variants={}))
 
     def use_source(self, code: str) -> None:
         """Run another text in place of the generated stitching source.
@@ -102,15 +133,26 @@ class Entry:
         Raises:
             EmitError: the text can't be executed; what ran before still runs.
         """
-        function = self._backend.bind(self._bound(), code=code)
-        self.execution_fn = function
-        self.serve_with(function)
-        self._code, self._careful = code, None
+        weights = self._now.weights
+        function = self._backend.bind(self._bound(weights), code=code)
+        self.publish(Execution(weights, function, function, code))
 
     def serve_with(self, function: Callable[..., object]) -> None:
         """Let the entry call ``function`` where its source says ``execution_fn``, such as one that replays static graphs."""
-        self._serving, self._unaware = function, None
-        self.call.__globals__["execution_fn"] = function
+        self.publish(replace(self._now, serves=function, variants={}))
+
+    def publish(self, execution: Execution) -> None:
+        """Serve calls by ``execution`` from now on, in one step; those that run keep theirs."""
+        self._now = execution
+        self.captured = replace(self.captured, weights=execution.weights)  # lets go of the old ones
+        self.call.__globals__["bound"] = self._published(execution, execution.serves)
+
+    def _published(self, execution: Execution, serves: Callable[..., object]) -> tuple[object, ...]:
+        """What emitted text unpacks; see `piecework.codegen.entry.HELD`."""
+        weights = execution.weights
+        # Beside weights that the function holds, those that are passed or returned are of the same binding.
+        fetch = weights.held if self._plan.binds else weights.fetch
+        return serves, weights.unchanged, fetch
 
     @contextmanager
     def named_pieces(self, labels: Sequence[str]) -> Iterator[None]:
@@ -121,13 +163,16 @@ class Entry:
         with named_pieces(self.execution_fn, self._backend.submod_lists, labels, operators):
             yield
 
-    def _bound(self) -> dict[str, object]:
+    def _text(self, edited: str | None) -> str:
+        """The text that runs."""
+        assert self._backend.source is not None
+        return self._backend.source.code if edited is None else edited
+
+    def _bound(self, weights: BoundWeights) -> dict[str, object]:
         """Values of the names that the stitching source holds."""
         source = self._backend.source
         assert source is not None
-        by_path = {
-            w.path: t for w, t in zip(self.weights.traced, self.weights.tensors, strict=True)
-        }
+        by_path = by_path_of(weights)
         return {row.name: by_path[row.path] for row in source.module.bound}
 
     # --- execution of the emitted text -------------------------------------------------------------
@@ -135,19 +180,18 @@ class Entry:
     def _execute(
         self,
         probes: dict[str, object],
-        execution_fn: Callable[..., object],
+        execution: Execution,
+        serves: Callable[..., object],
         submods_for: Callable[[int], object],
     ) -> FunctionType:
         namespace: dict[str, object] = {
             **self.source.consts,
             **probes,
-            "execution_fn": execution_fn,
+            "bound": self._published(execution, serves),
             "submods_for": submods_for,
-            "fetch_weights": self.weights.fetch,
             "entry_with_care": self._with_care,
             "explain_inputs": self._explain_inputs,
             "explain_weights": self._explain_weights,
-            "weights_as_bound": self.weights.unchanged,
             "memory_apart": torch_compat.memory_apart,
             "flatten": torch_compat.flatten_tree,
         }
@@ -193,17 +237,21 @@ class Entry:
                 f"autocast is {_autocast_text(autocast)}; the model was traced with it {_autocast_text(self._autocast)}",
                 hint="compile the model inside the same autocast context",
             )
+        now = self._now
         if self._only_a_default_device(autocast):
             # torch.set_default_device is a mode for good, and changes nothing for compiled pieces.
-            if self._unaware is None:
+            unaware = now.variants.get("unaware")
+            if unaware is None:
                 probes = {**self._probes(), "function_modes": _never}
-                self._unaware = self._execute(probes, self._serving, self._backend.submods_for)
-            return self._unaware(*args, **kwargs)
-        if self._careful is None:
-            self._careful = self._make_careful()
+                unaware = self._execute(probes, now, now.serves, self._backend.submods_for)
+                now.variants["unaware"] = unaware
+            return unaware(*args, **kwargs)
+        careful = now.variants.get("careful")
+        if careful is None:
+            careful = now.variants["careful"] = self._make_careful(now)
         reason = self._why_careful(autocast)
         self.careful_calls[reason] = self.careful_calls.get(reason, 0) + 1
-        return self._careful(*args, **kwargs)
+        return careful(*args, **kwargs)
 
     def _why_careful(self, autocast: object) -> str:
         if torch_compat.dispatch_mode_probe()():
@@ -220,13 +268,10 @@ class Entry:
             and torch_compat.only_default_device_modes()
         )
 
-    def _make_careful(self) -> Callable[..., object]:
+    def _make_careful(self, now: Execution) -> Callable[..., object]:
         """The same text, bound to the dispatcher and to public artifacts."""
-        by_path = {
-            w.path: t for w, t in zip(self.weights.traced, self.weights.tensors, strict=True)
-        }
-        function, submods_for = self._backend.bind_safely(by_path, code=self._code)
-        return self._execute({**_IDLE, "same_kernels": _always}, function, submods_for)
+        function, submods_for = self._backend.bind_safely(by_path_of(now.weights), code=now.code)
+        return self._execute({**_IDLE, "same_kernels": _always}, now, function, submods_for)
 
 
 def _never() -> bool:

@@ -29,6 +29,7 @@ from piecework.runtime.counters import counters
 from piecework.runtime.edited import EditedSource
 from piecework.runtime.entry import OPAQUE
 from piecework.runtime.example_sizes import AllDimensions, KeptMarks, SizePolicy, shapes_of
+from piecework.runtime.execution import Changes
 from piecework.runtime.failures import add_piece_note
 from piecework.runtime.model_tag import current_model_tag
 from piecework.runtime.report import Piece, Report
@@ -127,6 +128,7 @@ class StitchedModule:
         self._traces: tuple[TracedModel, ...] = ()
         self._hopeless: set[object] = set()
         self._tracing = threading.RLock()
+        self._changes = Changes()
         self._call: Callable[..., object] = self._prepare_and_call
 
     # --- use -------------------------------------------------------------------------------------
@@ -189,7 +191,9 @@ class StitchedModule:
         )
 
     def _prepare_and_call(self, *args: object, **kwargs: object) -> object:
-        self.prepare(*args, **kwargs)
+        with self._tracing:
+            if not self._traces:  # another thread may have been first
+                self.prepare(*args, **kwargs)
         return self._call(*args, **kwargs)
 
     def _told(self, error: Exception) -> Exception:
@@ -255,8 +259,11 @@ class StitchedModule:
             >>> model.load_state_dict(state, assign=True)
             >>> stitched.rebind()
         """
-        for each in self._require_traced("binding"):
-            each.rebind()
+        self._require_traced("binding")
+        with self._changes.one("rebind()"), self._tracing:
+            ready = [each.rebound() for each in self._traces]  # all of them, or none
+            for each, execution in zip(self._traces, ready, strict=True):
+                each.serve(execution)
 
     def accept_settings(self) -> None:
         """Stop refusing calls over attributes that are not as they were while the model was traced.
@@ -267,8 +274,10 @@ class StitchedModule:
         Raises:
             BindError: the model is not compiled yet.
         """
-        for each in self._require_traced("trace to compare with"):
-            each.entry.accept_settings()
+        self._require_traced("trace to compare with")
+        with self._changes.one("accept_settings()"), self._tracing:
+            for each in self._traces:
+                each.entry.accept_settings()
 
     def use_edited(self, code: str) -> EditedSource:
         """Run an edited version of the stitching source from now on.
@@ -283,8 +292,9 @@ class StitchedModule:
             EmitError: the text breaks the contract; what ran before still runs.
         """
         first, *_ = self._require_traced("source to edit")
-        edited = first.use_edited(code)
-        self._call = first.call
+        with self._changes.one("use_edited()"):
+            edited = first.use_edited(code)
+            self._call = first.call
         return edited
 
     def capture(
@@ -314,7 +324,8 @@ class StitchedModule:
             This module.
 
         Raises:
-            StaticGraphError: the graph can't be captured, or a capture failed; what was captured before it serves.
+            StaticGraphError: the graph can't be captured, or a capture failed; what was captured before it serves. Or a splitting
+                op of this model calls it: a capture would write to the state of the request that is running.
             KeyboardInterrupt: Ctrl-C, likewise.
 
         Example:
@@ -322,13 +333,16 @@ class StitchedModule:
             >>> print(stitched.static_graphs.source_for(3))
         """
         first, *_ = self._require_traced("graph to capture")
-        first.capture_graphs(
-            sizes,
-            CaptureOptions(**options),  # type: ignore[arg-type]
-            memory_budget=memory_budget,
-            progress=progress,
-            estimate=estimate,
-        )
+        for each in self._traces:
+            each.entry.require_idle("capture()")
+        with self._changes.one("capture()"):
+            first.capture_graphs(
+                sizes,
+                CaptureOptions(**options),  # type: ignore[arg-type]
+                memory_budget=memory_budget,
+                progress=progress,
+                estimate=estimate,
+            )
         return self
 
     @property

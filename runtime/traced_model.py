@@ -5,6 +5,7 @@ It serves the calls that its trace allows; which trace serves a call, and when a
 
 from __future__ import annotations
 
+import contextvars
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import torch
 import torch.fx
 from torch.utils import _pytree as pytree
 
-from piecework.errors import BindError, InputError
+from piecework.errors import BindError, InputError, StaticGraphError
 from piecework.runtime.backend import PieceworkBackend
 from piecework.runtime.capture import Admits, GraphInput, Weight, capture
 from piecework.runtime.captured import CapturedModel
@@ -21,6 +22,7 @@ from piecework.runtime.captured_options import CaptureOptions
 from piecework.runtime.edited import EditedSource, check_edited
 from piecework.runtime.entry import Entry
 from piecework.runtime.example_sizes import SizePolicy
+from piecework.runtime.execution import Execution
 from piecework.runtime.graphs.capture import CaptureWatcher
 from piecework.runtime.partitioned import PartitionedModel
 from piecework.runtime.shape_guards import ShapeGuards
@@ -62,6 +64,7 @@ class TracedModel:
         self.backend = new_backend()
         self.static: CapturedModel | None = None
         self.guards: ShapeGuards | None = None
+        self._edited: EditedSource | None = None
         self._traced: tuple[torch.fx.GraphModule, Sequence[GraphInput]] | None = None
         start = time.perf_counter()
         self.backend.compiler_manager.get_ready(pytree.tree_leaves((args, kwargs)))
@@ -69,12 +72,13 @@ class TracedModel:
         tracing = time.perf_counter() - start - sum(self.backend.phases.values())
         self.backend.phases = {"capture": tracing, **self.backend.phases}
         self.entry = Entry(captured, self.backend)
-        self.call: Callable[..., object] = self.entry.call
         if self.backend.config.dynamic_shapes_config.evaluate_guards:
             assert self._traced is not None
             self.guards = ShapeGuards(*self._traced)
         self._traced = None
-        self._serve_entry()
+        self.call: Callable[..., object] = (
+            self.entry.call if self.guards is None else _guarded(self.guards, self.entry.call)
+        )
         if self.backend.compiler_manager.cache is not None:
             self.backend.compiler_manager.cache.write_entry(self.entry.source.code)
 
@@ -90,20 +94,23 @@ class TracedModel:
         }
         self.backend.prepare(graph, bound)
 
-    def _serve_entry(self) -> None:
-        self.call = (
-            self.entry.call if self.guards is None else _guarded(self.guards, self.entry.call)
-        )
-
     def refused(self, error: BaseException) -> bool:
         """Whether ``error`` is this trace's refusal of a call's arguments, made before anything ran."""
         return isinstance(error, InputError) and error.refused_by is self.entry
 
-    def rebind(self) -> None:
-        """Hold the weights that the model has now."""
-        self.entry.rebind()
-        if self.static is not None:
-            self.static.weights_rebound()
+    def rebound(self) -> Execution:
+        """What calls will use once they have the weights that the model has now; nothing has changed before `serve`."""
+        return self.entry.rebound(lambda now: self.static is None or self.static.still_reads(now))
+
+    def serve(self, execution: Execution) -> None:
+        """Serve calls by ``execution`` from now on; those that run keep theirs."""
+        self.entry.publish(execution)
+        self._retire()
+
+    def _retire(self) -> None:
+        """Give static graphs that calls no longer come to up, once the last one has left them."""
+        if self.static is not None and self.entry.serves is not self.static:
+            self.static.release()
 
     @contextmanager
     def named_pieces(self) -> Iterator[None]:
@@ -119,12 +126,10 @@ class TracedModel:
         """Run an edited version of the stitching source from now on."""
         source, split_gm = self.backend.source, self.backend.split_gm
         assert source is not None and split_gm is not None
-        edited = check_edited(source, split_gm, code)
-        if self.static is not None:
-            self.static.release()
-        self.entry.use_source(edited.code)
-        self._serve_entry()
-        return edited
+        self._edited = check_edited(source, split_gm, code)
+        self.entry.use_source(code)
+        self._retire()
+        return self._edited
 
     def capture_graphs(
         self,
@@ -136,13 +141,21 @@ class TracedModel:
         estimate: bool,
     ) -> None:
         """Capture static graphs, in place of those that there are; see `StitchedModule.capture`."""
-        if self.static is not None:
-            self.static.release()
+        if self._edited is not None and self._edited.difference is not None:
+            raise StaticGraphError(
+                f"the edited source means something else than the graph, which replays follow: {self._edited.difference}",
+                hint="use_edited(stitched.source.code) goes back to the generated source",
+            )
+        self.entry.serve_with(self.entry.execution_fn)
+        self._retire()
         cut_inside = self.backend.config.use_inductor_graph_partition
         kind = PartitionedModel if cut_inside else CapturedModel
         # Kept before it captures, so that a stop leaves what was captured usable.
         self.static = kind(self.entry, self.backend, sizes, options)
-        self.static.capture(memory_budget=memory_budget, progress=progress, estimate=estimate)
+        # In a context of its own: whatever stops it, no forward context stays behind in this thread.
+        contextvars.copy_context().run(
+            self.static.capture, memory_budget=memory_budget, progress=progress, estimate=estimate
+        )
 
     @property
     def static_graphs(self) -> CapturedModel:

@@ -15,8 +15,9 @@ every call, and completely:
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -61,6 +62,7 @@ class Traced:
         return "is a lazily negated or conjugated view now" if torch_compat.is_lazy(tensor) else ""
 
 
+_TRIES = 16
 _FIXED = "the graph has it as it was traced: put it back, or compile the model again"
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
@@ -174,15 +176,24 @@ class BoundWeights:
         own = self._steps[: self._own]
         return all(step.holds() for step in own) and all(fact.holds() for fact in self._facts)
 
-    def accept(self) -> None:
-        """Stop watching the facts that don't hold now: the caller had set them for the trace alone."""
-        self._facts = tuple(fact for fact in self._facts if fact.holds())
-        self._look()
+    def accepted(self) -> BoundWeights:
+        """The same, less the facts that don't hold now: the caller had set them for the trace alone."""
+        return self._with(_facts=tuple(fact for fact in self._facts if fact.holds()))
+
+    def _with(self, **changes: object) -> BoundWeights:
+        """Another binding, with a check of its own: calls may still use this one."""
+        other = replace(self, **changes)  # type: ignore[arg-type]
+        other._look()
+        return other
 
     def trust(self, paths: frozenset[str]) -> None:
         """Leave weights out of the per-call comparison that nothing reads but operators which compare by themselves."""
         self._strict = paths
         self.unchanged = self._check()
+
+    def held(self) -> list[torch.Tensor]:
+        """The weights as bound, for a stitched function that holds others of them; it has compared before."""
+        return self.tensors
 
     def fetch(self) -> list[torch.Tensor]:
         """The weights of now, for a stitched function that takes them in every call."""
@@ -230,18 +241,27 @@ class BoundWeights:
                     hint="tie them again (most models have tie_weights()), or compile the model again",
                 )
 
-    def rebind(self) -> None:
-        """Take what the model holds now.
+    def rebound(self) -> BoundWeights:
+        """What the model holds now, as another binding.
 
         Raises:
-            BindError: as `current`; nothing has changed then.
+            BindError: as `current`; or another thread keeps replacing weights.
         """
         found = self.current()
-        changed = next((fact for fact in self._facts if not fact.holds()), None)
-        if changed is not None:
-            raise BindError(changed.difference(), hint=_FIXED)
-        self.tensors = found
-        self._look()
+        for _ in range(_TRIES):
+            changed = next((fact for fact in self._facts if not fact.holds()), None)
+            if changed is not None:
+                raise BindError(changed.difference(), hint=_FIXED)
+            other = self._with(tensors=found)
+            # The check was made after the weights were read: between the two another thread may have replaced some.
+            found, before = self.current(), found
+            if all(map(operator.is_, found, before)):
+                return other
+        raise BindError(
+            "weights were replaced by another thread all the while",
+            where="rebind",
+            hint="rebind when all weights are in place",
+        )
 
     def explain(self) -> InputError:
         """What changed, for a call that found something changed."""

@@ -5,6 +5,7 @@ It never adapts to moved inputs or changed contexts: it fails in the ways a CUDA
 
 from __future__ import annotations
 
+import contextvars
 import ctypes
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -175,7 +176,10 @@ class CpuStaticGraph(CapturedOnce[_Recording]):
         return weak_ref_tensors(result) if weak_output else result
 
     def replay(self) -> None:
-        recording = self.require_captured()
+        # In a copy of the context variables: an interrupt can't leave the capture's forward context to the caller.
+        contextvars.copy_context().run(self._run_again, self.require_captured())
+
+    def _run_again(self, recording: _Recording) -> None:
         with torch.no_grad(), override_forward_context(recording.context):
             leaves, _ = flatten_tree(recording.runnable(*recording.args, **recording.kwargs))
             self._check_layouts(leaves, recording.layouts)

@@ -218,7 +218,7 @@ def test_an_entry_that_returns_something_else_is_found(make_case: MakeCase, tmp_
     make_case(
         "golden_n",
         graph
-        + "\n\ninner = stitched\n\ndef stitched():\n    module = inner()\n    module.entry.__globals__['execution_fn'] = lambda *a, **k: (torch.zeros(1),)\n    return module\n",
+        + "\n\ninner = stitched\n\ndef stitched():\n    module = inner()\n    scope = module.entry.__globals__\n    scope['bound'] = (lambda *a, **k: (torch.zeros(1),), *scope['bound'][1:])\n    return module\n",
     )
     broken = [result for result in check(tmp_path).results if result.problems]
     assert [result.kind for result in broken] == ["entry"]

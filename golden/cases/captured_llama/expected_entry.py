@@ -7,7 +7,7 @@ import torch
 def check_inputs(input_ids, position_ids):
     # input_ids: int64[1, s0] on cpu, contiguous
     if not (
-        (type(input_ids) is torch.Tensor or type(input_ids) is torch.nn.Parameter)
+        type(input_ids) is torch.Tensor
         and input_ids.dtype is torch.int64
         and input_ids.layout is torch.strided
         and input_ids.is_cpu
@@ -20,7 +20,7 @@ def check_inputs(input_ids, position_ids):
         explain_inputs(input_ids, position_ids)
     # position_ids: int64[1, s0] on cpu, contiguous
     if not (
-        (type(position_ids) is torch.Tensor or type(position_ids) is torch.nn.Parameter)
+        type(position_ids) is torch.Tensor
         and position_ids.dtype is torch.int64
         and position_ids.layout is torch.strided
         and position_ids.is_cpu
@@ -33,6 +33,9 @@ def check_inputs(input_ids, position_ids):
         explain_inputs(input_ids, position_ids)
     # sizes that the trace allows
     if not (s0 >= 0):
+        explain_inputs(input_ids, position_ids)
+    # two tensors
+    if not (input_ids is not position_ids):
         explain_inputs(input_ids, position_ids)
     return s0
 
@@ -50,6 +53,9 @@ def entry(input_ids, position_ids):
     ):
         return entry_with_care(input_ids, position_ids)
     s0 = check_inputs(input_ids, position_ids)
+    execution_fn, weights_as_bound, fetch_weights = (
+        bound  # for all of this call, whatever is bound meanwhile
+    )
     if not weights_as_bound():
         explain_weights()
     (hidden_states_18,) = execution_fn(s0, input_ids, position_ids)

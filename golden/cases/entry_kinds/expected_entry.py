@@ -7,7 +7,7 @@ import torch
 def check_inputs(ids, cache, state, dtype, flag):
     # ids: int64[s0] on cpu, contiguous
     if not (
-        (type(ids) is torch.Tensor or type(ids) is torch.nn.Parameter)
+        type(ids) is torch.Tensor
         and ids.dtype is torch.int64
         and ids.layout is torch.strided
         and ids.is_cpu
@@ -22,13 +22,14 @@ def check_inputs(ids, cache, state, dtype, flag):
     cache_0_ = cache[0]
     # cache[0]: float16[s1, 2, s0] on cuda:1, strided as traced
     if not (
-        (type(cache_0_) is torch.Tensor or type(cache_0_) is torch.nn.Parameter)
+        type(cache_0_) is torch.Tensor
         and cache_0_.dtype is torch.float16
         and cache_0_.layout is torch.strided
         and cache_0_.is_cuda
         and cache_0_.get_device() == 1
         and cache_0_.dim() == 3
         and not cache_0_.is_neg()
+        and not cache_0_.requires_grad
     ):
         explain_inputs(ids, cache, state, dtype, flag)
     s1, cache_0__1, cache_0__2 = cache_0_.shape
@@ -40,7 +41,7 @@ def check_inputs(ids, cache, state, dtype, flag):
         explain_inputs(ids, cache, state, dtype, flag)
     # state: float16[s1, 2] on cuda:1, contiguous
     if not (
-        (type(state) is torch.Tensor or type(state) is torch.nn.Parameter)
+        type(state) is torch.Tensor
         and state.dtype is torch.float16
         and state.layout is torch.strided
         and state.is_cuda
@@ -48,6 +49,7 @@ def check_inputs(ids, cache, state, dtype, flag):
         and state.dim() == 2
         and state.is_contiguous()
         and not state.is_neg()
+        and not state.requires_grad
     ):
         explain_inputs(ids, cache, state, dtype, flag)
     state_0, state_1 = state.shape
@@ -66,6 +68,9 @@ def check_inputs(ids, cache, state, dtype, flag):
         explain_inputs(ids, cache, state, dtype, flag)
     # relations that the trace relied on
     if not (cache_0_.stride(0) == 2 and cache_0_.stride(2) == 1 and s0 % 2 == 0):
+        explain_inputs(ids, cache, state, dtype, flag)
+    # 3 tensors
+    if not (len({id(ids), id(cache_0_), id(state)}) == 3):
         explain_inputs(ids, cache, state, dtype, flag)
     # state: written, so no other argument may share its memory
     if not (memory_apart(state, ids, cache_0_)):
@@ -86,6 +91,9 @@ def entry(ids, cache, state, dtype, *, flag=True):
     ):
         return entry_with_care(ids, cache, state, dtype, flag=flag)
     s0, cache_0_, s1 = check_inputs(ids, cache, state, dtype, flag)
+    execution_fn, weights_as_bound, fetch_weights = (
+        bound  # for all of this call, whatever is bound meanwhile
+    )
     if not weights_as_bound():
         explain_weights()
     (logits,) = execution_fn(s1, ids, cache_0_, cache_0_.size(2), __vllm_submods__=submods_for(s0))
