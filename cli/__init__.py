@@ -50,7 +50,10 @@ app.command("compile", epilog="Example: piecework compile config.json -o out")(c
 app.command(epilog="Example: piecework show out")(show)
 app.command(epilog="Example: piecework run out --tokens 16")(run)
 app.command(epilog="Example: piecework verify out")(verify)
-app.command(epilog="Example: piecework bench stitching --out figures")(bench)
+app.command(
+    epilog="Example: piecework bench stitching --out figures",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(bench)
 app.command(epilog="Example: piecework coverage out --sizes 1,2,4,8")(coverage)
 app.add_typer(golden_app)
 app.add_typer(cache_app)

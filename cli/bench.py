@@ -18,11 +18,14 @@ BENCHMARKS = {
     "compile_time": "B4: cold compile time against depth",
     "emission": "B6: emission time against nodes",
     "gpu": "B8 to B11: captured pieces on a GPU; needs one",
+    "models": "ordinary models beside eager and torch.compile; takes hours",
 }
 NEEDS_GPU = "gpu"
+TAKES_HOURS = "models"
 
 
 def bench(
+    context: typer.Context,
     name: Annotated[
         str, typer.Argument(help=f"One of {', '.join(BENCHMARKS)}, or all.", metavar="NAME")
     ] = "all",
@@ -30,14 +33,19 @@ def bench(
 ) -> None:
     """Run a benchmark (or all): check correctness, measure ratios in one run, and print a table.
 
-    All leaves out what needs a GPU where there is none. Exit code 1 if a target is missed, 2 if a GPU is missing.
+    All leaves out what needs a GPU where there is none, and models. What follows the name is handed on (models --help).
+    Exit code 1 if a target is missed, 2 if a GPU is missing.
     """
     with typed_errors():
         if name != "all" and name not in BENCHMARKS:
             raise UsageError(
                 f"there is no benchmark {name!r}", hint=f"there are {', '.join(BENCHMARKS)}"
             )
-        arguments = [] if out is None else ["--out", str(out)]
+        if name == "all" and context.args:
+            raise UsageError(
+                f"no benchmark is named to hand {context.args[0]} on to", hint="name one of them"
+            )
+        arguments = [*([] if out is None else ["--out", str(out)]), *context.args]
         codes = set()
         for each in _all() if name == "all" else (name,):
             typer.echo(f"{each}: {BENCHMARKS[each]}")
@@ -50,4 +58,5 @@ def bench(
 def _all() -> list[str]:
     import torch
 
-    return [name for name in BENCHMARKS if name != NEEDS_GPU or torch.cuda.is_available()]
+    left_out = {TAKES_HOURS} | (set() if torch.cuda.is_available() else {NEEDS_GPU})
+    return [name for name in BENCHMARKS if name not in left_out]

@@ -36,6 +36,7 @@ from piecework.runtime.observe.dump import Dump, config_text
 from piecework.runtime.passes import PassReport, PostGradPassManager
 from piecework.runtime.piecewise import PiecewiseBackend, PiecewiseCompileInterpreter
 from piecework.runtime.ranges import Range, RangeTable
+from piecework.runtime.recurrent import recurrent_layers
 from piecework.runtime.report import Piece, RangeRow, Report, differences
 from piecework.runtime.splitting_op import registry
 
@@ -165,7 +166,7 @@ class PieceworkBackend:
         if self.range_table is not None:
             self.range_table.require_reachable(*_bounds_of(graph, self.batch_input))
         with self._phase("split"):
-            ops = self._splitting_ops(graph)
+            ops = [*self._splitting_ops(graph), *recurrent_layers(graph.graph)]
             self.split_gm, self.piecewise_graphs = split_graph(graph, ops)
             if self.compiler_manager.may_share_names():
                 self.named_ops = share_layer_names(self.split_gm, self.piecewise_graphs)

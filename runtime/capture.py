@@ -357,6 +357,7 @@ def _run_dynamo(
         # An argument may be a parameter; weights are marked one by one.
         "force_parameter_static_shapes": False,
         **torch_compat.no_replay(),
+        **torch_compat.recurrent_layers_traced(),
     }
     own_symbols = torch_compat.own_symbol_per_dimension()
     try:

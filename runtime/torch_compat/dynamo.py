@@ -7,7 +7,7 @@ import inspect
 import logging
 import threading
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,6 +79,12 @@ def unmark_dynamic(tensor: torch.Tensor) -> tuple[int, ...]:
     for name in ("_dynamo_dynamic_indices", "_dynamo_dynamic_range"):
         vars(tensor).pop(name, None)
     return found
+
+
+def recurrent_layers_traced() -> Mapping[str, bool]:
+    """Settings under which Dynamo traces a recurrent layer as one call; empty where it always does, or never."""
+    name = "allow_rnn"
+    return {name: True} if hasattr(torch._dynamo.config, name) else {}
 
 
 def guarded_places() -> list[tuple[str, str]]:

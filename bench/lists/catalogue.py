@@ -1,0 +1,35 @@
+"""All lists. In: the name of a list. Out: its rows.
+
+A list whose package isn't installed says so.
+"""
+
+from __future__ import annotations
+
+from piecework.bench.lists.families import families
+from piecework.bench.lists.plain import plain_models
+from piecework.bench.lists.sample import Row
+from piecework.bench.lists.torch_modules import torch_modules
+from piecework.errors import UsageError
+
+LISTS = {
+    "module_db": (torch_modules, "torch's own list of modules; needs expecttest"),
+    "transformers": (families, "small models of transformers' families; needs transformers"),
+    "plain torch": (plain_models, "models written by hand"),
+}
+
+
+def rows_of(source: str) -> list[Row]:
+    """The rows of one list.
+
+    Raises:
+        UsageError: a package that the list needs isn't installed.
+    """
+    make, text = LISTS[source]
+    try:
+        return make()
+    except ImportError as error:
+        raise UsageError(f"the list {source!r} can't be read: {error}", hint=text) from error
+
+
+def find(source: str, name: str) -> Row:
+    return next(row for row in rows_of(source) if row.name == name)

@@ -1,0 +1,92 @@
+"""What is tried: in, a model of a list; out, samples (how to build the model, and arguments for a batch size), and arguments of other batch sizes made from an example's.
+
+It runs no model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils import _pytree as pytree
+
+Call = tuple[tuple[object, ...], dict[str, object]]
+
+#: Sizes that every model is called at, the example's first; 0 only where the model itself runs with it.
+BATCHES = (4, 1, 2, 5, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One model with arguments.
+
+    Attributes:
+        label: which sample of its row this is.
+        build: makes the model; each call gives an equal, independent one.
+        arguments: batch size → positional and keyword arguments, equal at each call.
+        example: the batch size to trace with; -1 where the arguments have no batch dimension.
+        others: further batch sizes; those that eager can't run are left out.
+    """
+
+    label: str
+    build: Callable[[], Callable[..., object]]
+    arguments: Callable[[int], Call]
+    example: int = BATCHES[0]
+    others: Sequence[int] = BATCHES[1:]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table: a model of a list, with its samples.
+
+    Attributes:
+        source: the list.
+        name: what the list calls it.
+        samples: makes its samples, evenly spread where there are more than the given number (0: all).
+        kind: what it is for, as far as the list tells.
+    """
+
+    source: str
+    name: str
+    samples: Callable[[int], Sequence[Sample]]
+    kind: str = ""
+
+
+def spread(items: Sequence[Sample], limit: int) -> list[Sample]:
+    """At most ``limit`` of ``items``, evenly spread, first and last among them; all of them if ``limit`` is 0."""
+    if limit <= 0 or len(items) <= limit:
+        return list(items)
+    if limit == 1:
+        return [items[0]]
+    step = (len(items) - 1) / (limit - 1)
+    return [items[round(step * index)] for index in range(limit)]
+
+
+def resized(
+    args: Sequence[object], kwargs: Mapping[str, object]
+) -> tuple[int, Callable[[int], Call]]:
+    """The batch size of example arguments, and a function that makes equal ones of another size.
+
+    The batch size is the first dimension of the first tensor. Every tensor with that first dimension follows it: its rows are repeated
+    or dropped. Without such a tensor the size is -1, and the arguments are always the example's.
+    """
+    call = (tuple(args), dict(kwargs))
+    tensors = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
+    first = next((tensor for tensor in tensors if tensor.dim()), None)
+    if first is None or first.size(0) == 0:
+        return -1, lambda _: copy.deepcopy(call)
+    batch = first.size(0)
+
+    def at(size: int) -> Call:
+        def follow(leaf: object) -> object:
+            if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.size(0) == batch != size:
+                if leaf.stride(0) == 0:
+                    return leaf[:1].expand(size, *leaf.shape[1:])
+                return leaf[torch.arange(size) % batch]
+            return copy.deepcopy(leaf)
+
+        return pytree.tree_map(follow, call)  # type: ignore[no-any-return]
+
+    return batch, at

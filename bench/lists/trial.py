@@ -1,0 +1,287 @@
+"""One sample, tried. In: a sample and who compiles. Out: what `torch.compile(fullgraph=True)` and piecework made of it, beside eager.
+
+Batch 0 is judged apart from the others: it may be refused by name.
+"""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+
+import piecework
+from piecework.bench.lists.judge import Answer, difference, kept, outputs_with_strides_of
+from piecework.bench.lists.sample import Sample
+from piecework.errors import PieceworkError
+from piecework.runtime.config import CompilationConfig
+from piecework.runtime.stitched import StitchedModule
+
+Status = Literal["equal", "refused", "failed", "wrong"]
+#: From good to bad: what is said of a row with several samples is the worst of them.
+STATUSES: tuple[Status, ...] = ("equal", "refused", "failed", "wrong")
+
+#: Sizes to capture, and to call then: captured, padded, and beyond.
+CAPTURED = (1, 2, 4, 8)
+CALLED = (4, 1, 3, 5, 2, 9)
+SEED = 7
+
+Contender = Callable[..., object]
+Heard = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a sample is tried.
+
+    Attributes:
+        backend: what compiles, for stock and for piecework's pieces.
+        shapes: how piecework traces dynamic dimensions; "" is the default.
+        cut: try it with a splitting op and captured as well.
+    """
+
+    backend: str = "inductor"
+    shapes: str = ""
+    cut: bool = False
+
+    def config(self) -> CompilationConfig:
+        shapes = {"dynamic_shapes_config": {"type": self.shapes}} if self.shapes else {}
+        return CompilationConfig.model_validate({"backend": self.backend, **shapes})
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one contender did with one sample.
+
+    Attributes:
+        status: equal to eager; refused by name; failed with an error that nobody meant; or wrong.
+        why: the first error or difference, one line.
+        zero: what became of batch 0: "" (not tried), "equal", or how it went wrong.
+        trace: the traceback of an error.
+    """
+
+    status: Status
+    why: str = ""
+    zero: str = ""
+    trace: str = ""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Verdicts by contender: ``stock``, ``piecework``, ``split``, ``captured``."""
+
+    label: str
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    skipped: str = ""
+
+
+def try_sample(sample: Sample, options: Options, heard: Heard = lambda _: None) -> Outcome:
+    """Run ``sample`` eagerly and by each contender.
+
+    Args:
+        heard: told the name of each contender before it starts.
+    """
+    return _Trial(sample, options, heard).run()
+
+
+class _Trial:
+    """One sample with what was found so far."""
+
+    def __init__(self, sample: Sample, options: Options, heard: Heard) -> None:
+        self._sample = sample
+        self._options = options
+        self._heard = heard
+        self._outcome = Outcome(sample.label)
+        self._expected: dict[int, Answer] = {}
+        self._stock: dict[int, Answer] = {}
+
+    def run(self) -> Outcome:
+        self._heard("eager")
+        sizes = [self._sample.example, *self._sample.others]
+        self._expected, problem = _eager(self._sample, sizes)
+        if self._sample.example not in self._expected:
+            self._outcome.skipped = f"eager can't run the example: {problem}"
+            return self._outcome
+        self._try("stock", self._make_stock)
+        made: list[StitchedModule] = []
+        self._try("piecework", lambda: _kept_in(made, self._compiled()))
+        if made and self._options.cut and self._outcome.verdicts["piecework"].status == "equal":
+            self._cut(made[0])
+        return self._outcome
+
+    def _cut(self, whole: StitchedModule) -> None:
+        """Try it cut at an operator in the middle of its graph, then that with static graphs."""
+        op = splitting_op_for(whole)
+        if op is None:
+            return
+        made: list[StitchedModule] = []
+        self._try("split", lambda: _kept_in(made, self._compiled([op])))
+        if (
+            not made
+            or self._outcome.verdicts["split"].status != "equal"
+            or self._sample.example < 1
+        ):
+            return
+        more, _ = _eager(self._sample, [size for size in CALLED if size not in self._expected])
+        self._expected = {size: found for size, found in (self._expected | more).items() if size}
+        self._try("captured", lambda: made[0].capture(CAPTURED, progress=False, estimate=False))
+
+    # --- contenders --------------------------------------------------------------------------------
+
+    def _make_stock(self) -> Contender:
+        torch._dynamo.reset()
+        return torch.compile(self._sample.build(), backend=self._options.backend, fullgraph=True)
+
+    def _compiled(
+        self, splitting_ops: Sequence[Callable[..., object]] | None = None
+    ) -> StitchedModule:
+        torch._dynamo.reset()
+        args, kwargs = self._sample.arguments(self._sample.example)
+        return piecework.compile(
+            self._sample.build(),
+            args,
+            kwargs,
+            config=self._options.config(),
+            splitting_ops=splitting_ops,
+        )
+
+    # --- judging -----------------------------------------------------------------------------------
+
+    def _try(self, name: str, make: Callable[[], Contender]) -> None:
+        self._heard(name)
+        with _equal_random_numbers():
+            verdict, answers = self._judged(name, make)
+        if name == "stock":
+            self._stock = answers
+        self._outcome.verdicts[name] = verdict
+
+    def _judged(
+        self, name: str, make: Callable[[], Contender]
+    ) -> tuple[Verdict, dict[int, Answer]]:
+        answers: dict[int, Answer] = {}
+        try:
+            contender = make()
+        except Exception as error:  # noqa: BLE001 - the error is the finding
+            return _verdict_of(name, error), answers
+        found: list[Verdict] = []
+        for size in self._expected:
+            if size == 0:
+                continue
+            try:
+                answers[size] = _ask(contender, self._sample, size)
+            except Exception as error:  # noqa: BLE001 - the error is the finding
+                found.append(_verdict_of(name, error, f"batch {size}: "))
+        zero = self._zero(name, contender, answers)
+        for size, answer in answers.items():
+            wrong = self._difference(size, answer)
+            if wrong and (size != 0 or self._stock_serves_zero()):
+                found.append(Verdict("wrong", f"batch {size}: {wrong}"))
+        if zero.startswith("failed") and self._stock_serves_zero():
+            found.append(Verdict("failed", f"batch 0: {zero}"))
+        worst = max(found, key=lambda each: STATUSES.index(each.status), default=Verdict("equal"))
+        return replace(worst, zero=zero), answers
+
+    def _zero(self, name: str, contender: Contender, answers: dict[int, Answer]) -> str:
+        if 0 not in self._expected:
+            return ""
+        try:
+            answers[0] = _ask(contender, self._sample, 0)
+        except Exception as error:  # noqa: BLE001 - the error is the finding
+            return f"{_verdict_of(name, error).status}: {_line(error)}"
+        found = self._difference(0, answers[0])
+        return f"wrong: {found}" if found else "equal"
+
+    def _stock_serves_zero(self) -> bool:
+        stock = self._outcome.verdicts.get("stock")
+        return stock is not None and stock.zero == "equal"
+
+    def _difference(self, size: int, answer: Answer) -> str:
+        expected, stock = self._expected[size], self._stock.get(size)
+        strided = outputs_with_strides_of(stock, expected) if stock is not None else set()
+        return difference(answer, expected, stock, strided)
+
+
+def splitting_op_for(stitched: StitchedModule) -> Callable[..., object] | None:
+    """The function that is called nearest to the middle of the graph and gives a tensor; None if it calls none."""
+    targets = [
+        node.target
+        for node in stitched.captured.graph.graph.nodes
+        if node.op == "call_function"
+        and isinstance(node.meta.get("example_value"), torch.Tensor)
+        and getattr(node.target, "__module__", "") != "_operator"
+    ]
+    return targets[len(targets) // 2] if targets else None
+
+
+def _kept_in(made: list[StitchedModule], stitched: StitchedModule) -> StitchedModule:
+    made.append(stitched)
+    return stitched
+
+
+def _eager(sample: Sample, sizes: Sequence[int]) -> tuple[dict[int, Answer], str]:
+    """Batch size → eager's answer for the sizes that eager can run, and why it can't run the first that it can't.
+
+    A size at which eager returns memory that nobody wrote is left out: torch fills such memory in the second run.
+    """
+    found: dict[int, Answer] = {}
+    problem = ""
+    model = sample.build()
+    for size in sizes:
+        try:
+            answer = _ask(model, sample, size)
+            with _filled_memory():
+                again = _ask(model, sample, size)
+        except (
+            Exception
+        ) as error:
+            problem = problem or _line(error)
+            continue
+        unstable = difference(again, answer)
+        if unstable:
+            problem = problem or f"two runs differ: {unstable}"
+        else:
+            found[size] = answer
+    return found, problem
+
+
+@contextmanager
+def _filled_memory() -> Iterator[None]:
+    """Fill new memory with NaN for the block, as torch does under deterministic algorithms."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+def _ask(model: Contender, sample: Sample, size: int) -> Answer:
+    args, kwargs = sample.arguments(size)
+    torch.manual_seed(SEED)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        result = model(*args, **kwargs)
+    return Answer(kept(result), (args, kwargs))
+
+
+def _equal_random_numbers() -> AbstractContextManager[object]:
+    """Compiled code draws eager's random numbers in the block."""
+    import torch._inductor.config as inductor
+
+    return inductor.patch(fallback_random=True)  # type: ignore[attr-defined,no-any-return]
+
+
+def _verdict_of(name: str, error: Exception, where: str = "") -> Verdict:
+    trace = "".join(traceback.format_exception(error))[-6000:]
+    by_name = name == "stock" or isinstance(error, PieceworkError)
+    return Verdict("refused" if by_name else "failed", where + _line(error), "", trace)
+
+
+def _line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

@@ -1,0 +1,113 @@
+"""Ordinary models, run by piecework and by ``torch.compile``. In: lists of models that others made. Out: a table, a JSON file, and the page of the documentation.
+
+Nothing is timed. The exit code is 1 if piecework refuses, or gets wrong, what stock serves.
+
+Run it with ``piecework bench models``, or ``python -m piecework.bench.models``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from piecework.bench.lists.catalogue import LISTS, rows_of
+from piecework.bench.lists.isolated import RowResult, Task, run_rows
+from piecework.bench.lists.page import CONTENDERS, behind, markdown, summary
+from piecework.bench.lists.trial import Options
+from piecework.bench.result import machine
+
+SAMPLES = 6
+CUT_EVERY = 3
+
+
+def tasks_of(arguments: argparse.Namespace) -> list[Task]:
+    """The rows that were asked for; every third is also cut and captured."""
+    found = []
+    for source in arguments.list or LISTS:
+        for index, row in enumerate(rows_of(source)):
+            if re.search(arguments.only, row.name):
+                options = Options(arguments.backend, arguments.shapes, index % CUT_EVERY == 0)
+                found.append(Task(source, row.name, row.kind, arguments.samples, options))
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the rows; returns 1 if something that stock serves is refused or wrong."""
+    chosen = _parser().parse_args(arguments)
+    console = Console(soft_wrap=True)
+    tasks = tasks_of(chosen)
+    results: list[RowResult] = []
+    start = time.monotonic()
+    for result in run_rows(tasks, jobs=chosen.jobs, limit=chosen.limit):
+        results.append(result)
+        console.print(f"{len(results)}/{len(tasks)} {_line(result)}", highlight=False, markup=False)
+    order = {(task.source, task.name): number for number, task in enumerate(tasks)}
+    results.sort(key=lambda each: order[each.source, each.name])
+    console.print(f"{time.monotonic() - start:.0f} s")
+    if chosen.out is not None:
+        chosen.out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(
+            {"machine": machine(), "rows": [asdict(each) for each in results]}, indent=1
+        )
+        (chosen.out / "models.json").write_text(text + "\n")
+    if chosen.page is not None:
+        chosen.page.write_text(markdown(results, _settings(chosen)))
+    missing = [line for result in results for line in behind(result)]
+    for line in missing:
+        console.print(line, highlight=False, markup=False)
+    console.print(f"{len(missing)} that stock serves and piecework does not")
+    return 1 if missing else 0
+
+
+def _line(result: RowResult) -> str:
+    cells = [f"{result.source}: {result.name}"]
+    for contender in CONTENDERS:
+        verdict = summary(result, contender)
+        if verdict is not None:
+            cells.append(f"{contender} {verdict.status}")
+    return ", ".join([*cells, result.problem, f"{result.seconds:.0f} s"]).replace(", ,", ",")
+
+
+def _settings(chosen: argparse.Namespace) -> list[str]:
+    about = machine()
+    samples = (
+        "all samples" if chosen.samples == 0 else f"at most {chosen.samples} samples, evenly spread"
+    )
+    return [
+        f"torch {about['torch']}, Python {about['python']}, {about['processor']}",
+        f"pieces and stock compiled by `{chosen.backend}`; {samples} of each model",
+    ]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="piecework bench models", description=__doc__)
+    parser.add_argument("--out", type=Path, default=None, help="folder for the JSON")
+    parser.add_argument("--page", type=Path, default=None, help="Markdown file to write")
+    parser.add_argument(
+        "--list", action="append", choices=list(LISTS), help="only this list; may be repeated"
+    )
+    parser.add_argument(
+        "--only", default="", help="only models whose name this regular expression finds"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=SAMPLES, help="of each model at most; 0 for all"
+    )
+    parser.add_argument("--backend", default="inductor", help="what compiles; eager is quick")
+    parser.add_argument(
+        "--shapes", default="", help="type of dynamic shapes in place of the default's"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time")
+    parser.add_argument("--limit", type=float, default=900.0, help="seconds for one model")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
