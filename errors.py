@@ -94,6 +94,10 @@ class ConfigError(PieceworkError):
             self.args = (f"{message}\nHint: {hint}",)
 
 
+class Unidentifiable(ConfigError):
+    """Something that decides what is compiled can't be told from another in a stable form, so nothing made with it is kept."""
+
+
 class ArtifactError(PieceworkError):
     """A saved artifact is missing, damaged or made for something else."""
 

@@ -1,37 +1,51 @@
-"""What a piece of Python does, as data that can be hashed: in, a function, class or object; out, digests of its source and state.
+"""The identity of Python values. In: data, a function, a class, an object, an operator. Out: plain JSON data that is equal exactly where they are.
 
-It never uses an address or a path, and it never guesses: an object without a stable form is an error.
+It never uses an address or a path, never compares by ``==``, and never guesses: what is not on the list of kinds that it knows is an error.
+
+Each value is written with its exact type, so that no two kinds meet: ``True``, ``1``, ``1.0`` and ``"1"``; a tuple, a list and a set; an
+enum's member and an equal string. A mutable value that comes twice is written once and referred to by its number. Code counts by its
+compiled form (instructions, constants, names) and by everything that it reaches by name, see `piecework.runtime.code_reader`.
 """
 
 from __future__ import annotations
 
-import enum
-import functools
 import hashlib
-import inspect
 import json
+import math
+import struct
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from piecework.errors import ConfigError
+from piecework.errors import Unidentifiable
+from piecework.runtime.code_kinds import KINDS, plain_base
+from piecework.runtime.code_libraries import Libraries
+
+_MAX_VALUES = 200_000
 
 
 def canonical(value: Any, where: str) -> Any:
-    """``value`` as plain JSON data that is equal wherever and whenever the value is.
-
-    Data stands for itself, sets are sorted, enum members are their names. A callable counts by its
-    ``uuid()`` if it has one, else by its source, its defaults, what it closes over, and the
-    functions and constants of its own module that it uses.
+    """``value`` as plain JSON data: equal for equal content in any process, different for any other type or content.
 
     Args:
-        value: data, a callable, or an object with ``uuid()``.
+        value: data, a callable, a class, an operator, an object made of these, or one with a method ``uuid()``, which
+            then speaks for it.
         where: the field it comes from, for the error.
 
     Raises:
-        ConfigError: the value, or something in it, has no stable form.
+        Unidentifiable: the value, or something in it, has no stable form: a tensor, a lock, an open file, code that reads
+            what this can't see (``eval``, the environment, a module as a value).
+
+    Example:
+        >>> canonical((1, True, 1.0, "1"), "x")
+        [1, True, 1.0, '1']
     """
-    return _Reader(where).read(value)
+    try:
+        return Reader(where).read(value)
+    except RecursionError:
+        raise Unidentifiable(
+            "it is nested too deeply to have a stable form", where=where, hint=Reader.HINT
+        ) from None
 
 
 def text_of(value: Any) -> str:
@@ -39,101 +53,131 @@ def text_of(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
-# Types of torch whose text says all; by name, so that torch is not imported for them.
-_TORCH = ("OpOverload", "OpOverloadPacket", "dtype", "device", "layout", "memory_format")
+def digest_of(value: Any, where: str) -> str:
+    """SHA-256 of `canonical`; raises as it does."""
+    return hashlib.sha256(text_of(canonical(value, where)).encode()).hexdigest()
 
 
-class _Reader:
-    """One reading; it remembers the functions it has entered, which may call each other."""
+class Reader:
+    """One reading of one value; it numbers the mutable values that it has met, which may hold each other."""
 
-    def __init__(self, where: str) -> None:
+    HINT = "give it a method uuid() that returns a string"
+
+    def __init__(self, where: str, libraries: Libraries | None = None) -> None:
         self.where = where
-        self.entered: dict[types.FunctionType, str] = {}
+        self.libraries = libraries or Libraries()
+        self._numbers: dict[int, int] = {}
+        self._alive: list[object] = []  # so that no address is used twice while this reads
+        self._read = 0
 
     def read(self, value: Any) -> Any:
-        match value:
-            case enum.Enum():
-                return value.name
-            case None | bool() | str() | int() | float():
-                return value
-            case tuple() | list():
-                return [self.read(item) for item in value]
-            case set() | frozenset():
-                return {"set": sorted(text_of(self.read(item)) for item in value)}
-            case Mapping():
-                return {str(key): self.read(item) for key, item in value.items()}
-            case _:
-                return self._code(value)
+        """``value`` as plain JSON data; a JSON object always has one key, which says what it stands for.
 
-    def _code(self, value: Any) -> Any:
-        uuid = getattr(value, "uuid", None)
-        if callable(uuid) and not isinstance(value, type):
-            return {"uuid": self.read(uuid())}
-        match value:
-            case functools.partial():
-                return {"partial": self.read([value.func, value.args, value.keywords])}
-            case types.MethodType():
-                return {"method": self.read([value.__func__, vars(value.__self__)])}
-            case types.FunctionType():
-                return self._function(value)
-            case types.BuiltinFunctionType():
-                return {"builtin": f"{value.__module__}.{value.__qualname__}"}
-            case type():
-                return {"source": self._source(value)}
-        if type(value).__module__ in ("torch", "torch._ops") and type(value).__name__ in _TORCH:
-            return {"torch": str(value)}
-        raise ConfigError(
-            f"an object of {type(value).__qualname__} has no stable form, so it can't be part of the "
-            "cache key",
-            where=self.where,
-            hint="give it a method uuid() that returns a string, or name a function",
+        Raises:
+            Unidentifiable: as `canonical`.
+        """
+        self._read += 1
+        if self._read > _MAX_VALUES:
+            raise self.unknown("it reaches too much to have a stable form")
+        kind = type(value)
+        if value is None or kind is bool:
+            return value
+        if kind in _PLAIN:
+            return _PLAIN[kind](value)
+        if kind is tuple:
+            return [self.read(item) for item in value]
+        for known, read in KINDS:
+            if known(value):
+                return read(self, value)
+        return self._object(value)
+
+    def once(self, value: object, tag: str, content: Callable[[], Any]) -> Any:
+        """``{tag: content()}`` where ``value`` is met first, its number after that."""
+        known = self._numbers.get(id(value))
+        if known is not None:
+            return {"seen": known}
+        self._numbers[id(value)] = len(self._numbers)
+        self._alive.append(value)
+        return {tag: content()}
+
+    def unordered(self, values: Iterable[object]) -> list[Any]:
+        """Items of a set, in the order of what they are and not of their hashes."""
+        alone = [
+            (text_of(Reader(self.where, self.libraries).read(value)), value) for value in values
+        ]
+        return [self.read(value) for _, value in sorted(alone, key=lambda pair: pair[0])]
+
+    def pairs(self, items: Iterable[tuple[object, object]]) -> list[Any]:
+        """Keys and values, in their order."""
+        return [[self.read(key), self.read(value)] for key, value in items]
+
+    def unknown(self, why: str, hint: str = HINT) -> Unidentifiable:
+        return Unidentifiable(
+            f"{why}, so it can't be part of the cache key", where=self.where, hint=hint
         )
 
-    def _function(self, function: types.FunctionType) -> Any:
-        if function in self.entered:
-            return {"seen": self.entered[function]}
-        self.entered[function] = function.__qualname__
-        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-        return {
-            "source": self._source(function),
-            "defaults": self.read([function.__defaults__, function.__kwdefaults__]),
-            "closure": {name: self.read(_content(cell)) for name, cell in cells},
-            "uses": dict(self._globals(function)),
-        }
+    # --- objects -----------------------------------------------------------------------------------
 
-    def _globals(self, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-        """Functions of the same module and constants that ``function`` reads by name.
+    def _object(self, value: object) -> Any:
+        """An instance of a class written in Python: the class, what a built-in base holds, and every attribute."""
+        kind = type(value)
+        uuid = getattr(value, "uuid", None)
+        if callable(uuid):
+            return {"uuid": [kind.__module__, kind.__qualname__, self._own_uuid(value, uuid)]}
+        if not self.libraries.keeps_all_in_attributes(kind):
+            raise self.unknown(f"an object of {kind.__qualname__} has no stable form")
 
-        Imported modules count by their versions elsewhere; loggers and the like do not count.
-        """
-        for name in sorted(_names_in(function.__code__)):
-            value = function.__globals__.get(name)
-            own = isinstance(value, (types.FunctionType, type))
-            if (own and value.__module__ == function.__module__) or isinstance(
-                value, (bool, int, float, str, enum.Enum)
-            ):
-                yield name, self.read(value)
+        def content() -> list[Any]:
+            base = plain_base(self, value)
+            return [self.read(kind), base, self.pairs(attributes_of(value))]
 
-    def _source(self, value: Any) -> str:
-        try:
-            source = inspect.getsource(value)
-        except (OSError, TypeError):
-            raise ConfigError(
-                f"the source of {value.__qualname__} can't be read, so it can't be part of the cache key",
-                where=self.where,
-                hint="define it in a file, or give it a method uuid()",
-            ) from None
-        return hashlib.sha256(source.encode()).hexdigest()
+        return self.once(value, "object", content)
+
+    def _own_uuid(self, value: object, uuid: Callable[[], object]) -> Any:
+        found = uuid()
+        if found is None:
+            raise self.unknown(f"uuid() of a {type(value).__qualname__} returned None")
+        return self.read(found)
 
 
-def _content(cell: types.CellType) -> Any:
+def attributes_of(value: object) -> list[tuple[str, object]]:
+    """What an instance holds: its slots, from the base class on, then its ``__dict__``, in order."""
+    found: list[tuple[str, object]] = []
+    for kind in reversed(type(value).__mro__):
+        for name, slot in vars(kind).items():
+            if isinstance(slot, types.MemberDescriptorType):
+                try:
+                    found.append((f"{kind.__qualname__}.{name}", slot.__get__(value)))
+                except AttributeError:
+                    continue  # it was never set
+    return found + list(getattr(value, "__dict__", {}).items())
+
+
+def _float(value: float) -> Any:
+    return value if math.isfinite(value) else {"float": struct.pack(">d", value).hex()}
+
+
+def _int(value: int) -> Any:
+    return value if -(2**63) <= value < 2**63 else {"int": hex(value)}
+
+
+def _str(value: str) -> Any:
     try:
-        return cell.cell_contents
-    except ValueError:  # the enclosing function has not assigned it
-        return None
+        value.encode()
+    except (
+        UnicodeEncodeError
+    ):  # lone surrogates: JSON would write two of them as the character that they spell
+        return {"str": value.encode("utf-32-be", "surrogatepass").hex()}
+    return value
 
 
-def _names_in(code: types.CodeType) -> set[str]:
-    """Global names that a function's code mentions, its inner functions included."""
-    inner = (each for each in code.co_consts if isinstance(each, types.CodeType))
-    return set(code.co_names).union(*map(_names_in, inner))
+_PLAIN: dict[type, Callable[[Any], Any]] = {
+    float: _float,
+    int: _int,
+    str: _str,
+    complex: lambda value: {"complex": [_float(value.real), _float(value.imag)]},
+    bytes: lambda value: {"bytes": value.hex()},
+    type(...): lambda value: {"constant": "..."},
+    type(NotImplemented): lambda value: {"constant": "NotImplemented"},
+    range: lambda value: {"range": [_int(value.start), _int(value.stop), _int(value.step)]},
+}

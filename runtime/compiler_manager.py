@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.fx
 
-from piecework.codegen.origin import SymbolNames, origin_of_piece
-from piecework.codegen.structure import Structure, input_signature, structure_of
+from piecework.codegen.origin import SymbolNames, origin_of_piece, value_of
+from piecework.codegen.structure import Structure, structure_of
 from piecework.errors import ConfigError, PieceCompileError, PieceworkError
 from piecework.runtime import torch_compat
 from piecework.runtime.compile_progress import CompileProgress, current_progress
@@ -49,6 +49,14 @@ class RangeEntry:
         return self.compiled.runnable
 
 
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """A compiled piece; its graph is kept so that no object that a key tells apart by its address goes away."""
+
+    compiled: CompiledPiece
+    graph: torch.fx.GraphModule
+
+
 @dataclass
 class CompilerManager:
     """Compiles pieces through one compiler and keeps what it compiled, by content.
@@ -64,7 +72,7 @@ class CompilerManager:
     progress: CompileProgress | None = field(default_factory=current_progress)
     _ahead: dict[tuple[str, Range | None], RangeEntry] = field(default_factory=dict)
     _elsewhere: dict[tuple[str, Range | None], JobResult] = field(default_factory=dict)
-    _done: dict[tuple[str, Range | None], CompiledPiece] = field(default_factory=dict)
+    _done: dict[tuple[object, ...], _Done] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.compiler = make_compiler(self.config)
@@ -98,7 +106,7 @@ class CompilerManager:
         if self.makes_bytes:
             self.cache = open_piece_cache(
                 self.config,
-                self.compute_hash(),
+                self.compute_hash,
                 graph,
                 inputs,
                 rank=rank,
@@ -121,7 +129,7 @@ class CompilerManager:
         self, graph: torch.fx.GraphModule, structure: Structure, compile_range: Range | None
     ) -> bool:
         """Whether a piece is compiled or in the cache already, so that `compile` would not call the compiler."""
-        if (structure.key, compile_range) in self._done:
+        if _slot(graph, structure, compile_range) in self._done:
             return True
         return self.cache is not None and self.cache.holds(graph, structure, compile_range)
 
@@ -173,9 +181,9 @@ class CompilerManager:
         graph: torch.fx.GraphModule,
         example_inputs: Sequence[object],
         compile_range: Range | None,
-        structure: Structure,
     ) -> CompiledPiece:
         """Run the compiler on a piece, and see that it kept to its interface."""
+        before = _content(graph)
         piece = self.compiler.compile(graph, example_inputs, self.config, compile_range)
         if not isinstance(piece, CompiledPiece):
             raise self._misbehaves(f"compile returned {_kind(piece)}, not a CompiledPiece")
@@ -183,7 +191,7 @@ class CompilerManager:
             raise self._misbehaves(
                 f"what it compiled is {_kind(piece.runnable)} and can't be called"
             )
-        if structure_of(graph, describe_input=input_signature).key != structure.key:
+        if _content(graph) != before:
             raise self._misbehaves("compile changed the graph that it was given; it must copy it")
         return piece
 
@@ -222,9 +230,10 @@ class CompilerManager:
         ahead = self._ahead.pop((structure.key, compile_range), None)
         if ahead is not None:
             return ahead
-        done = self._done.get((structure.key, compile_range))
+        slot = _slot(graph, structure, compile_range)
+        done = self._done.get(slot)
         if done is not None:
-            return RangeEntry(compile_range, done, 0.0, reused=True)
+            return RangeEntry(compile_range, done.compiled, 0.0, reused=True)
         start = time.perf_counter()
         cached = False
 
@@ -234,7 +243,7 @@ class CompilerManager:
                 "piece_start", lambda: f"{submod_name} for batch {compile_range or 'all'}"
             )
             trace.artifact("piece_graph", lambda: graph.print_readable(print_output=False))
-            return self._compile_checked(graph, example_inputs, compile_range, structure)
+            return self._compile_checked(graph, example_inputs, compile_range)
 
         try:
             with torch.no_grad():
@@ -262,7 +271,7 @@ class CompilerManager:
             name = submod_name + ("" if compile_range is None else f" {compile_range}")
             self.progress.finished(name, seconds, "from the cache" if cached else "")
         self.seconds += seconds
-        self._done[structure.key, compile_range] = compiled
+        self._done[slot] = _Done(compiled, graph)
         return RangeEntry(compile_range, compiled, seconds, reused=False, cached=cached)
 
     def _failure(
@@ -300,6 +309,20 @@ class CompilerManager:
             where=modules or submod_name,
             hint=f"{kept}; {hint}",
         )
+
+
+def _slot(
+    graph: torch.fx.GraphModule, structure: Structure, compile_range: Range | None
+) -> tuple[object, ...]:
+    """What a compiled piece is right for in this process. Symbols mean nothing outside of the trace that they belong to."""
+    env = torch_compat.shape_env_of(map(value_of, graph.graph.find_nodes(op="placeholder")))
+    return structure.key, compile_range, id(env)
+
+
+def _content(graph: torch.fx.GraphModule) -> tuple[object, ...]:
+    """A graph and the values recorded for its inputs. A compiler may find out more about a size; it may not exchange it."""
+    inputs = graph.graph.find_nodes(op="placeholder")
+    return structure_of(graph).key, tuple(id(value_of(node)) for node in inputs)
 
 
 def _own_failure(error: BaseException | None) -> PieceCompileError | None:

@@ -17,10 +17,11 @@ from piecework.runtime.qualified_name import import_qualified
 def factors_of(model: FrozenModel) -> dict[str, str]:
     """Each field whose role is KEY as canonical JSON, by dotted name; groups and options one level down.
 
-    A pass counts by what it does and not by its name, see `piecework.runtime.code_identity`.
+    A value counts with its exact type and a pass by what it does, see `piecework.runtime.code_identity`.
 
     Raises:
-        ConfigError: a field declares no role, or a value has no stable form.
+        ConfigError: a field declares no role.
+        Unidentifiable: a value has no stable form.
     """
     factors: dict[str, str] = {}
     for name, role in hash_roles(type(model)).items():
@@ -40,13 +41,19 @@ def factors_of(model: FrozenModel) -> dict[str, str]:
                 where = f"{name}.{key}"
                 if name == "inductor_passes" and isinstance(each, str):
                     each = import_qualified(each, where=where)
-                factors[where] = text_of(canonical(each, where))
+                factors[where] = _shown(text_of(canonical(each, where)))
         else:
-            plain = canonical(value, name)
-            if role.unordered and isinstance(plain, list):
-                plain = sorted(set(plain))
-            factors[name] = text_of(plain)
+            if role.unordered and isinstance(value, tuple):
+                value = tuple(sorted(set(value)))
+            factors[name] = _shown(text_of(canonical(value, name)))
     return factors
+
+
+def _shown(text: str) -> str:
+    """``text`` if people can read it, else its digest, which no such text begins like."""
+    return (
+        text if len(text) <= 200 else f"sha256:{hashlib.sha256(text.encode('ascii')).hexdigest()}"
+    )
 
 
 def digest(factors: Mapping[str, str]) -> str:

@@ -6,6 +6,7 @@ are verified by the cache before they are given out.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -16,8 +17,9 @@ from typing import TypeVar
 import torch
 import torch.fx
 
+from piecework.codegen.origin import value_of
 from piecework.codegen.structure import Structure
-from piecework.errors import CacheError
+from piecework.errors import CacheError, Unidentifiable
 from piecework.runtime import torch_compat
 from piecework.runtime.cache import (
     CacheEntry,
@@ -34,12 +36,11 @@ from piecework.runtime.cache.collect import (
     source_factors,
     tree_digest,
 )
-from piecework.runtime.code_identity import canonical, text_of
+from piecework.runtime.compile_settings import settings_factors
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.counters import counters
 from piecework.runtime.piece_operators import operator_facts
 from piecework.runtime.ranges import Range
-from piecework.runtime.torch_compat.settings import global_inductor_passes, torch_settings
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -49,14 +50,19 @@ _FRAME_FILE = re.compile(r'^\s*File "([^"\n]+)", line \d+', re.MULTILINE)
 class PieceCache:
     """The cache entry of one compilation.
 
+    What a compilation finds out about sizes (Inductor takes 16-bit indices below 32768 rows, and adds a guard) is kept with the
+    code and made known again when it is loaded, so that the checks of a call are the same whether a piece was compiled or loaded.
+
     Args:
         entry: where bytes are kept.
-        facts: what the trace knows of its symbols.
+        sizes: the environment of the trace's symbols; None for a trace that has none.
     """
 
-    def __init__(self, entry: CacheEntry, facts: str) -> None:
+    def __init__(self, entry: CacheEntry, sizes: object = None) -> None:
         self.entry = entry
-        self._facts = facts
+        self._sizes = sizes
+        self._known = torch_compat.known_sizes(sizes)
+        self._facts = torch_compat.sizes_text(sizes)
 
     @property
     def enabled(self) -> bool:
@@ -84,14 +90,30 @@ class PieceCache:
         name = self._name(graph, structure, compile_range)
         if name is None:
             return compile_piece(), False
+        # What was learned from other example sizes may not hold for these; then there is a form for exactly these.
+        for each in (name, content_key(name, torch_compat.hints_text(self._sizes))):
+            try:
+                return self._through_entry(each, compile_piece, to_bytes, load)
+            except _OtherSizes:
+                continue
+        return compile_piece(), False
+
+    def _through_entry(
+        self,
+        name: str,
+        compile_piece: Callable[[], T],
+        to_bytes: Callable[[T], bytes | None],
+        load: Callable[[bytes], T],
+    ) -> tuple[T, bool]:
+        """`get_or_compile` under one name; raises `_OtherSizes` if what is kept there is not right for these sizes."""
         fresh: list[T] = []
 
         def compile_to_bytes() -> bytes:
             fresh.append(compile_piece())
-            data = to_bytes(fresh[0])
-            if data is None:
+            data, learned = to_bytes(fresh[0]), self._learned()
+            if data is None or learned is None:
                 raise _NotKept
-            return data
+            return json.dumps(learned).encode("ascii") + b"\n" + data
 
         try:
             result = self.entry.get_or_compile(name, compile_to_bytes)
@@ -102,12 +124,25 @@ class PieceCache:
             counters.num_compiled_artifacts_saved += int(result.saved)
             return fresh[0], False
         try:
-            loaded = load(result.data)
+            head, _, data = result.data.partition(b"\n")
+            learned = json.loads(head)
+            loaded = load(data)
         except Exception as error:  # noqa: BLE001 - torch raises anything
             self.entry.reject(name, f"{type(error).__name__}: {error}")
             return compile_piece(), False
+        if learned and not torch_compat.learn_again(self._sizes, learned):
+            raise _OtherSizes
         counters.num_compiled_artifacts_loaded += 1
         return loaded, True
+
+    def _learned(self) -> tuple[str, ...] | None:
+        """What compiling found out about sizes since the cache was opened; None if it can't be kept."""
+        learned = torch_compat.learned_since(self._sizes, self._known)
+        if learned is None:
+            _log.info(
+                "a piece is not kept in the compile cache: compiling it added a condition on a size that the data decides"
+            )
+        return learned
 
     def holds(
         self, graph: torch.fx.GraphModule, structure: Structure, compile_range: Range | None
@@ -140,13 +175,17 @@ class PieceCache:
             self.entry.write_text_files({"transformed_code.py": code})
 
 
+class _OtherSizes(Exception):
+    """What is kept was compiled for other sizes than those of the example inputs."""
+
+
 class _NotKept(Exception):
     """The compiler's result has no bytes; it is used and not saved."""
 
 
 def open_piece_cache(
     config: CompilationConfig,
-    compiler_hash: str,
+    compiler_hash: Callable[[], str],
     graph: torch.fx.GraphModule,
     inputs: Iterable[object],
     *,
@@ -157,8 +196,10 @@ def open_piece_cache(
 ) -> PieceCache:
     """Open the cache entry for one captured graph.
 
+    Where something that decides the code has no stable form, there is one warning, and nothing is kept.
+
     Args:
-        compiler_hash: everything about the compiler that changes its output.
+        compiler_hash: says everything about the compiler that changes its output.
         graph: the captured graph; the source files that it was traced from are part of the key.
         inputs: its fake inputs.
 
@@ -166,20 +207,37 @@ def open_piece_cache(
         CacheError: the cache directory is not safe to use.
     """
     off = disabled or cache_disabled()
-    sources = {} if off else _sources(graph)
-    off = off or sources is None
-    factors = KeyFactors.collect(
-        config={**config.hash_factors(), "compiler": compiler_hash, **({} if off else _settings())},
-        versions={
-            **installed_versions(("torch", "triton", "piecework")),
-            "piecework sources": _OWN_SOURCES,
-        },
-        device={**host_factors(), **_accelerator(), "threads": str(torch.get_num_threads())},
-        environment=environment_factors(),
-        sources=sources or {},
+    factors = None if off else _factors(config, compiler_hash, graph)
+    nothing = KeyFactors.collect(config={}, versions={})
+    entry = CacheStore.open(
+        config.cache_dir, factors or nothing, rank, dp_rank, tag, disabled=factors is None
     )
-    entry = CacheStore.open(config.cache_dir, factors, rank, dp_rank, tag, disabled=off)
-    return PieceCache(entry, torch_compat.shape_facts(inputs))
+    sizes = torch_compat.shape_env_of((*inputs, *(value_of(node) for node in graph.graph.nodes)))
+    return PieceCache(entry, sizes)
+
+
+def _factors(
+    config: CompilationConfig, compiler_hash: Callable[[], str], graph: torch.fx.GraphModule
+) -> KeyFactors | None:
+    """Everything that decides the code of a graph's pieces; None, with a warning, if a part of it can't be told."""
+    try:
+        return KeyFactors.collect(
+            config={
+                **config.hash_factors(),
+                "compiler": compiler_hash(),
+                **settings_factors(),
+            },
+            versions={
+                **installed_versions(("torch", "triton", "piecework")),
+                "piecework sources": _OWN_SOURCES,
+            },
+            device={**host_factors(), **_accelerator(), "threads": str(torch.get_num_threads())},
+            environment=environment_factors(),
+            sources=source_factors(_traced_files(graph)),
+        )
+    except (CacheError, Unidentifiable) as error:
+        _log.warning("compile cache: %s; this model is compiled without it", error)
+        return None
 
 
 def keeps_pieces(config: CompilationConfig) -> bool:
@@ -201,28 +259,6 @@ _ROOMS = ("codegen", "templates", "runtime")
 # The parts of piecework that decide what is compiled and how, for an installation that is worked on: as they are when they
 # are loaded, since what is edited later does not run in this process.
 _OWN_SOURCES = content_key(*(tree_digest(_PACKAGE / room) for room in _ROOMS))
-
-
-def _settings() -> dict[str, str]:
-    """Torch's settings of this process, and passes that somebody has put into Inductor's own configuration.
-
-    Raises:
-        ConfigError: such a pass has no stable form.
-    """
-    passes = {
-        f"_inductor.config.{slot}": text_of(canonical(each, f"torch._inductor.config.{slot}"))
-        for slot, each in global_inductor_passes().items()
-    }
-    return {**torch_settings(), **passes}
-
-
-def _sources(graph: torch.fx.GraphModule) -> dict[str, str] | None:
-    """The source files of the key; None if one can't be read: its changes would go unseen, so nothing may be kept."""
-    try:
-        return source_factors(_traced_files(graph))
-    except CacheError as error:
-        _log.warning("compile cache: %s; this model is compiled without it", error)
-        return None
 
 
 def _traced_files(graph: torch.fx.GraphModule) -> list[str]:

@@ -13,11 +13,10 @@ import torch.fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 from piecework.codegen.origin import value_of
+from piecework.errors import Unidentifiable
 from piecework.runtime import torch_compat
+from piecework.runtime.code_identity import digest_of
 
-_OF_TORCH = frozenset(
-    {"aten", "prims", "prim", "inductor", "quantized", "_c10d_functional", "c10d_functional"}
-)
 # Higher-order operators that hold all they do as subgraphs and literals. Others look things up in tables of the process,
 # as those for Triton kernels do.
 _SELF_CONTAINED = frozenset(
@@ -46,8 +45,9 @@ def operator_facts(graph: torch.fx.GraphModule) -> tuple[str, str]:
         graph: the piece; graphs inside it count.
 
     Returns:
-        The schema of each operator that is not torch's, with what its fake implementation says of the results; and why
-        the compiled form holds for this process only, "" if it does not.
+        The identity of each operator that is not torch's (schema, tags, fake implementation, see
+        `piecework.runtime.operator_identity`), with what the fake says of the results; and why the compiled form holds for
+        this process only, "" if it does not.
     """
     lines: list[str] = []
     for node in _calls(graph):
@@ -61,11 +61,15 @@ def operator_facts(graph: torch.fx.GraphModule) -> tuple[str, str]:
             case _:
                 continue
         for op in overloads:
-            if op.namespace in _OF_TORCH:
+            if torch_compat.is_torch_operator(op):
                 continue
             if not torch_compat.is_opaque_to_inductor(op):
                 return "", f"{op} is compiled with its body"
-            lines.append(f"{op} {op._schema} -> {_results(node)}")
+            try:
+                identity = digest_of(op, str(op))
+            except Unidentifiable as error:
+                return "", error.message
+            lines.append(f"{op} {op._schema} {identity} -> {_results(node)}")
     return "\n".join(lines), ""
 
 

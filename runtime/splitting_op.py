@@ -40,7 +40,7 @@ class SplittingOp(Generic[P, R]):
         self.overload = getattr(getattr(torch.ops, namespace), short).default
         self._by_device: dict[str, Callable[P, R]] = {}
         self.has_fake = not self.overload._schema.returns
-        self.register_fake(self._default_fake)
+        self.register_fake(self._no_fake if self.overload._schema.returns else _returns_nothing)
         self.has_fake = not self.overload._schema.returns
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -49,13 +49,12 @@ class SplittingOp(Generic[P, R]):
     def __repr__(self) -> str:
         return f"<splitting op {self.splitting_op_name}>"
 
-    def _default_fake(self, *args: object, **kwargs: object) -> None:
-        if self.overload._schema.returns:
-            raise SplitError(
-                f"splitting op {self.splitting_op_name} returns a value and has no fake implementation",
-                hint=f"decorate a function that returns empty tensors of the right shape with "
-                f"@{self.implementation.__name__}.register_fake",
-            )
+    def _no_fake(self, *args: object, **kwargs: object) -> None:
+        raise SplitError(
+            f"splitting op {self.splitting_op_name} returns a value and has no fake implementation",
+            hint=f"decorate a function that returns empty tensors of the right shape with "
+            f"@{self.implementation.__name__}.register_fake",
+        )
 
     def register_fake(self, fake: Callable[P, R]) -> Callable[P, R]:
         """Set the function that tells shapes and dtypes of the results while tracing; may be used as a decorator."""
@@ -133,6 +132,10 @@ class SplittingOpRegistry:
         if isinstance(target, torch._ops.OpOverloadPacket):
             return self._ops.get(target._qualified_op_name)
         return None
+
+
+def _returns_nothing(*args: object, **kwargs: object) -> None:
+    """The fake implementation of an operator that returns nothing."""
 
 
 def _identity(function: Callable[..., object]) -> str:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import sys
 
-import torch
-
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.call import Call, placed
 from piecework.runtime.analysis.rule import Rule, rules

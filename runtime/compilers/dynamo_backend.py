@@ -12,7 +12,7 @@ import torch.fx
 
 from piecework.errors import ConfigError, PieceCompileError
 from piecework.runtime import torch_compat
-from piecework.runtime.code_identity import text_of
+from piecework.runtime.code_identity import digest_of
 from piecework.runtime.compilers.interface import CompiledPiece
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.ranges import Range
@@ -36,7 +36,7 @@ class DynamoBackendAdaptor:
         self.name = backend if isinstance(backend, str) else str(getattr(known, "__name__", known))
 
     def compute_hash(self, config: CompilationConfig) -> str:
-        return text_of(self._backend)
+        return digest_of(self._backend, "backend")
 
     def compile(
         self,

@@ -15,9 +15,10 @@ import torch
 import torch.fx
 
 from piecework.codegen.origin import value_of
-from piecework.errors import ConfigError
+from piecework.errors import ConfigError, Unidentifiable
 from piecework.runtime import torch_compat
-from piecework.runtime.code_identity import canonical, text_of
+from piecework.runtime.code_identity import digest_of, text_of
+from piecework.runtime.compile_settings import settings_factors
 from piecework.runtime.compilers.inductor_options import InductorOptions
 from piecework.runtime.compilers.interface import CompiledPiece
 from piecework.runtime.compilers.partitions import wrap_partition
@@ -68,7 +69,7 @@ class _Inductor:
             start_search()
 
     def compute_hash(self, config: CompilationConfig) -> str:
-        options = text_of(canonical(InductorOptions(config).identity(), "inductor_compile_config"))
+        options = digest_of(InductorOptions(config).identity(), "inductor_compile_config")
         wrapped = self.wrap_partition is not None
         text = f"{self.name} {torch.__version__} {torch_compat.inductor_key()} {options} {wrapped}"
         return hashlib.sha256(text.encode()).hexdigest()
@@ -79,10 +80,27 @@ class _Inductor:
         """Inductor's options for one batch range, complete; for one piece, where its graph is given."""
         wraps = self.wrap_partition is not None
         options = self.options.for_range(compile_range, wraps_partitions=wraps)
-        if graph is not None and operator_facts(graph)[1]:
+        if graph is not None and self.facts_for(graph) is None:
             # Inductor's own caches know operators by name alone, and would give out another body's code.
             options["force_disable_caches"] = True
         return options
+
+    def facts_for(self, graph: torch.fx.GraphModule) -> str | None:
+        """What code for ``graph`` depends on besides the graph: what is known of its sizes, its operators, torch's settings.
+
+        Inductor keeps code under it, so that its own caches tell apart what this one does. The example sizes count there: which
+        guards a compilation adds depends on them. None where something has no stable form.
+        """
+        operators, reason = operator_facts(graph)
+        if reason:
+            return None
+        try:
+            settings = settings_factors()
+        except Unidentifiable:
+            return None
+        env = torch_compat.shape_env_of(value_of(node) for node in graph.graph.nodes)
+        sizes = torch_compat.sizes_text(env), torch_compat.hints_text(env)
+        return text_of([*sizes, operators, settings])
 
     @contextmanager
     def partitions_wrapped(self) -> Iterator[None]:
@@ -134,7 +152,7 @@ class InductorStandaloneAdaptor(_Inductor):
             shapes = "from_tracing_context"
         else:
             shapes = "from_graph"
-        facts = torch_compat.shape_facts(example_inputs)
+        facts = self.facts_for(graph) or ""
         with self.partitions_wrapped(), pass_context(compile_range, facts):
             artifact = torch_compat.standalone_compile(
                 graph,
@@ -182,7 +200,7 @@ class InductorAdaptor(_Inductor):
             return _uncompiled(graph)
         counters.num_inductor_compiles += 1
         await_search(example_inputs)
-        facts = torch_compat.shape_facts(example_inputs)
+        facts = self.facts_for(graph) or ""
         with self.partitions_wrapped(), pass_context(compile_range, facts):
             compiled = torch_compat.compile_fx(
                 graph,

@@ -5,17 +5,12 @@ A pass is identified by its code and its state, never by its name or place in me
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import pathlib
-import re
-import types
 from collections.abc import Callable, Mapping
 
 import torch.fx
 
 from piecework.errors import ConfigError
-from piecework.runtime.code_identity import canonical, text_of
+from piecework.runtime.code_identity import digest_of
 from piecework.runtime.qualified_name import import_qualified
 from piecework.runtime.ranges import Range
 
@@ -59,15 +54,12 @@ class InductorPass:
         return found | getattr(self, "__dict__", {})
 
     def uuid(self) -> str:
-        """SHA-256 over the source of the class, what its methods use of their module, and `state`.
+        """SHA-256 over the class (its code, its attributes, and all that they reach) and `state`.
 
         Raises:
-            ConfigError: an attribute has no stable form, or the source can't be read; define ``uuid`` then.
+            Unidentifiable: an attribute has no stable form, or the code reads what can't be seen; define ``uuid`` then.
         """
-        where = f"pass {self.name}"
-        classes = [c for c in type(self).__mro__ if c not in (object, InductorPass)]
-        code = [[_plain(c), [_plain(f) for f in _functions_of(c)]] for c in classes]
-        return _digest({"code": code, "state": _plain(dict(self.state()))}, where)
+        return digest_of((type(self), dict(self.state())), f"pass {self.name}")
 
 
 class CallableInductorPass(InductorPass):
@@ -78,7 +70,7 @@ class CallableInductorPass(InductorPass):
         name: what reports call it; the function's name by default.
 
     Raises:
-        ConfigError: from `uuid`, if the function's source can't be read and it has no ``uuid()`` of its own.
+        Unidentifiable: from `uuid`, if the function reads what can't be seen and has no ``uuid()`` of its own.
     """
 
     def __init__(self, function: PassFunction, name: str | None = None) -> None:
@@ -94,7 +86,7 @@ class CallableInductorPass(InductorPass):
         return self._name
 
     def uuid(self) -> str:
-        return _digest(_plain(self.function), f"pass {self.name}")
+        return digest_of(self.function, f"pass {self.name}")
 
 
 def as_inductor_pass(value: object, *, where: str) -> InductorPass:
@@ -129,40 +121,3 @@ def as_inductor_pass(value: object, *, where: str) -> InductorPass:
 def _slots_of(cls: type) -> tuple[str, ...]:
     slots = cls.__dict__.get("__slots__", ())
     return (slots,) if isinstance(slots, str) else tuple(slots)
-
-
-def _functions_of(cls: type) -> list[types.FunctionType]:
-    """The functions defined in a class body: methods, properties, static and class methods."""
-    found: list[types.FunctionType] = []
-    for value in vars(cls).values():
-        inner = getattr(value, "fget", None) or getattr(value, "__func__", value)
-        if isinstance(inner, types.FunctionType):
-            found.append(inner)
-    return found
-
-
-def _digest(value: object, where: str) -> str:
-    return hashlib.sha256(text_of(canonical(value, where)).encode()).hexdigest()
-
-
-def _plain(value: object) -> object:
-    """``value`` with what settings are often made of (ranges, paths, patterns, bytes) put into a stable form."""
-    match value:
-        case Range() | pathlib.PurePath():
-            return f"{type(value).__name__} {value}"
-        case re.Pattern():
-            return ["pattern", value.pattern, int(value.flags)]
-        case bytes():
-            return ["bytes", value.hex()]
-        case functools.partial():
-            return ["partial", _plain(value.func), _plain(value.args), _plain(value.keywords)]
-        case tuple() | list():
-            return [_plain(item) for item in value]
-        case set() | frozenset():
-            return {"set": sorted(text_of(canonical(_plain(each), "set")) for each in value)}
-        case Mapping():
-            return {str(key): _plain(item) for key, item in value.items()}
-        case _ if not isinstance(value, type) and callable(getattr(value, "uuid", None)):
-            return ["uuid", _plain(value.uuid())]  # type: ignore[union-attr]
-        case _:
-            return value

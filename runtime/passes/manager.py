@@ -5,16 +5,15 @@ It decides which passes run and in what order; it never changes a graph itself.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch.fx
 
-from piecework.errors import PieceCompileError
+from piecework.errors import PieceCompileError, Unidentifiable
 from piecework.runtime import torch_compat
-from piecework.runtime.code_identity import text_of
+from piecework.runtime.code_identity import digest_of
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.passes.cleanup import CleanUpPass
 from piecework.runtime.passes.context import get_pass_context
@@ -159,17 +158,24 @@ class PostGradPassManager:
         does not have.
 
         Raises:
-            ConfigError: a pass has no stable form.
+            Unidentifiable: a pass has no stable form.
         """
         context = get_pass_context()
         passes = self.applicable(context.compile_range)
         parts = [str(context.compile_range), context.facts, *(each.uuid() for each in passes)]
-        return hashlib.sha256(text_of(parts).encode()).hexdigest()
+        return digest_of(parts, "passes")
+
+    def uuid_for_inductor(self) -> str | None:
+        """`uuid`; None, which keeps Inductor from caching, where a pass has no stable form."""
+        try:
+            return self.uuid()
+        except Unidentifiable:
+            return None
 
     def inductor_options(self, config: CompilationConfig) -> dict[str, object]:
         """Inductor's pass options: this manager, and the user's passes for other slots."""
         options: dict[str, object] = {
-            POST_GRAD_SLOT: torch_compat.as_inductor_graph_pass(self, self.uuid)
+            POST_GRAD_SLOT: torch_compat.as_inductor_graph_pass(self, self.uuid_for_inductor)
         }
         for slot, value in config.inductor_passes.items():
             if slot != POST_GRAD_SLOT:
@@ -186,7 +192,7 @@ class PostGradPassManager:
         """One user pass of another slot, range-gated, timed and counted as those here are."""
         alone = PostGradPassManager([each])
         alone._runs = self._runs
-        return torch_compat.as_inductor_graph_pass(alone, alone.uuid)
+        return torch_compat.as_inductor_graph_pass(alone, alone.uuid_for_inductor)
 
 
 def _results(graph: torch.fx.Graph) -> int:

@@ -88,16 +88,16 @@ def inductor_key() -> str:
 
 
 def as_inductor_graph_pass(
-    run: Callable[[torch.fx.Graph], object], identity: Callable[[], str]
+    run: Callable[[torch.fx.Graph], object], identity: Callable[[], str | None]
 ) -> Callable[[torch.fx.Graph], None]:
-    """``run`` in the form that Inductor's pass options take and its code cache knows by ``identity``."""
+    """``run`` in the form that Inductor's pass options take and its code cache knows by ``identity``; None switches that off."""
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
     class GraphPass(CustomGraphPass):
         def __call__(self, graph: torch.fx.Graph) -> None:
             run(graph)
 
-        def uuid(self) -> str:
+        def uuid(self) -> str | None:
             return identity()
 
     return GraphPass()

@@ -1,78 +1,187 @@
-"""Settings of torch that a program changes while it runs. In: nothing. Out: those that change what Inductor makes of a graph, as text.
+"""Settings of torch that a program changes while it runs. In: nothing. Out: those that change what a compiler makes of a graph, as values.
 
-It never changes one.
+It never changes one. What torch can set and get counts without being named here, so that a new setting of a new torch counts too.
 """
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 
 import torch
 
-# Slots of Inductor's configuration that hold passes; torch leaves them out of what it can write down.
-_PASS_SLOTS = (
-    "pre_grad_custom_pass",
-    "joint_custom_pre_pass",
-    "joint_custom_post_pass",
-    "post_grad_custom_pre_pass",
-    "post_grad_custom_post_pass",
-    "custom_partitioner_fn",
+# Slots of Inductor's and AOTAutograd's configuration that hold code; torch leaves them out of what it can write down.
+_PASS_SLOTS = {
+    "torch._inductor.config": (
+        "pre_grad_custom_pass",
+        "joint_custom_pre_pass",
+        "joint_custom_post_pass",
+        "post_grad_custom_pre_pass",
+        "post_grad_custom_post_pass",
+        "custom_partitioner_fn",
+        "_fuse_ddp_communication_passes",
+        "_pre_fusion_custom_pass",
+        "_post_fusion_custom_pass",
+        "inductor_choices_class",
+    ),
+    "torch._functorch.config": (
+        "joint_custom_pass",
+        "activation_memory_budget_runtime_estimator",
+        "activation_memory_budget_solver",
+    ),
+}
+_CONFIGURATIONS = (
+    "torch._inductor.config",
+    "torch._inductor.config_comms",
+    "torch._functorch.config",
+    "torch.fx.experimental._config",
+)
+# Pairs of a getter and a setter in torch's C++ that do not change what is compiled: whom they warn, and what runs now.
+_NO_EFFECT = frozenset(
+    {
+        "autograd_fallback_mode",
+        "backcompat_broadcast_warn",
+        "backcompat_keepdim_warn",
+        "dispatch_mode",
+        "graph_exec_group",
+    }
+    | {
+        "graph_executor_optimize",
+        "sm_carveout_experimental",
+        "tensor_metadata",
+        "thread_name",
+        "torch_function_state",
+    }
+    | {"tracing_state", "value_trace", "warnAlways"}
+)
+_BACKENDS = (
+    "cudnn",
+    "cudnn.conv",
+    "cudnn.rnn",
+    "mkldnn",
+    "mkldnn.matmul",
+    "mkldnn.conv",
+    "mkldnn.rnn",
 )
 
 
-def torch_settings() -> dict[str, str]:
-    """Setting → value: default dtype, determinism, precision of products, and what was changed in torch's configurations.
+def torch_settings() -> dict[str, object]:
+    """Setting → value: autocast, modes, default dtype and device, determinism, precisions, preferred kernels, the number of threads.
 
-    What an environment variable set is not listed; it counts as one.
+    Example:
+        >>> torch_settings()["default dtype"]
+        torch.float32
     """
-    matmul = torch.backends.cuda.matmul
-    found = {
-        "default dtype": str(torch.get_default_dtype()),
-        "float32 matmul precision": torch.get_float32_matmul_precision(),
-        "reduced precision": f"{matmul.allow_fp16_reduced_precision_reduction} "
-        f"{matmul.allow_bf16_reduced_precision_reduction}",
-        "mkldnn": str(torch.backends.mkldnn.enabled),
-        "deterministic": f"{torch.are_deterministic_algorithms_enabled()} "
-        f"{torch.is_deterministic_algorithms_warn_only_enabled()} "
-        f"{torch.utils.deterministic.fill_uninitialized_memory}",
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "autocast": _autocast(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "deterministic": [
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,
+        ],
+        "xnnpack": torch._C._is_xnnpack_enabled(),
+        "attention kernels": _attention_kernels(),
+        "mha fast path": torch.backends.mha.get_fastpath_enabled(),
+        "opt_einsum": [torch.backends.opt_einsum.enabled, torch.backends.opt_einsum.strategy],
+        **dict(_pairs()),
+        **dict(_precisions()),
     }
-    return found | dict(_changed_options())
 
 
-def global_inductor_passes() -> dict[str, object]:
-    """Passes that somebody has put into Inductor's own configuration, by slot."""
-    import torch._inductor.config as inductor_config
-
-    slots = {name: getattr(inductor_config, name, None) for name in _PASS_SLOTS}
-    return {name: value for name, value in slots.items() if value is not None}
-
-
-def _changed_options() -> Iterator[tuple[str, str]]:
-    import torch._functorch.config as functorch_config
-    import torch._inductor.config as inductor_config
-
-    for module in (inductor_config, functorch_config):
-        counts = _options_that_count(module)
-        for line in module.codegen_config().splitlines():
-            path, equals, value = line.partition(" = ")
-            name = path.removeprefix(module.__name__ + ".")
-            if not equals or name == path or _was_put_back(module, name):
-                continue
-            if counts is None or name in counts:
-                yield path.removeprefix("torch."), value
+def _autocast() -> list[object]:
+    """The device types for which autocast is on, with their dtypes, and whether it keeps what it cast."""
+    kinds = getattr(torch._C, "_autocast_supported_devices", lambda: ["cpu", "cuda"])()
+    on = [[k, torch.get_autocast_dtype(k)] for k in sorted(kinds) if torch.is_autocast_enabled(k)]
+    return [*on, torch.is_autocast_cache_enabled()] if on else []
 
 
-def _was_put_back(module: ModuleType, name: str) -> bool:
-    """Whether an option was changed and has its default again; False where torch does not tell."""
-    entry = getattr(module, "_config", {}).get(name)
-    from_environment = isinstance(getattr(entry, "env_value_default", None), (bool, str))
-    if entry is None or from_environment:
-        return False
-    return bool(getattr(module, name) == entry.default)
+def _attention_kernels() -> list[object]:
+    cuda = torch.backends.cuda
+    names = ("flash_sdp", "mem_efficient_sdp", "math_sdp", "cudnn_sdp")
+    return [getattr(cuda, f"{each}_enabled", bool)() for each in names]
 
 
-def _options_that_count(module: ModuleType) -> set[str] | None:
-    """Options that torch's own cache keys hold; None where torch does not tell."""
+def _pairs() -> Iterator[tuple[str, object]]:
+    """Everything that torch's C++ has both a getter and a setter for."""
+    for name in dir(torch._C):
+        short = name.removeprefix("_get_")
+        if short == name or short in _NO_EFFECT or not hasattr(torch._C, f"_set_{short}"):
+            continue
+        value = getattr(torch._C, name)()
+        # Enumerations of C++ are not Python's; their text is type, name and number.
+        yield short, value if isinstance(value, (bool, int, str, list, tuple)) else str(value)
+
+
+def _precisions() -> Iterator[tuple[str, object]]:
+    for name in ("", "cuda.matmul", *_BACKENDS):
+        place: object = torch.backends
+        for part in name.split(".") if name else ():
+            place = getattr(place, part, None)
+        found = getattr(place, "fp32_precision", None)
+        if found is not None:
+            yield f"fp32 precision {name}".strip(), found
+
+
+def global_passes() -> dict[str, object]:
+    """Code that somebody has put into torch's own configurations or registered with Inductor, by place."""
+    found: dict[str, object] = {}
+    for module, slots in _PASS_SLOTS.items():
+        config = importlib.import_module(module)
+        found |= {f"{module.removeprefix('torch.')}.{s}": getattr(config, s, None) for s in slots}
+    return {k: v for k, v in found.items() if v is not None} | dict(_registered())
+
+
+def _registered() -> Iterator[tuple[str, object]]:
+    """Lowerings, decompositions and passes that are not torch's own."""
+    common = sys.modules.get("torch._inductor.codegen.common")
+    for name in ("custom_backend_passes", "custom_backend_codegen_configs"):
+        table = getattr(common, name, None) or {}
+        yield from ((f"{name}.{key}", each) for key, each in table.items() if each is not None)
+    tables = {
+        "torch._inductor.lowering": "lowerings",
+        "torch._inductor.decomposition": "decompositions",
+    }
+    for module, name in tables.items():
+        # What is not loaded was not added to; loading it costs a second.
+        for op, each in getattr(sys.modules.get(module), name, {}).items():
+            if not _is_of_torch(each):
+                yield f"{name}.{op}", each
+
+
+def _is_of_torch(function: object) -> bool:
+    inner = getattr(function, "func", function)  # a partial
+    return str(getattr(inner, "__module__", "torch")).partition(".")[0] in ("torch", "functools")
+
+
+def torch_options() -> tuple[dict[str, object], dict[str, object]]:
+    """What torch's configurations hold that its own cache keys count, whatever set it: all of it, and what is not at its default."""
+    every: dict[str, object] = {}
+    changed: dict[str, object] = {}
+    for name in _CONFIGURATIONS:
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            continue
+        for option, value in _options_of(module).items():
+            full = f"{name.removeprefix('torch.')}.{option}"
+            every[full] = value
+            entry = getattr(module, "_config", {}).get(option)
+            if entry is not None and value != entry.default:
+                changed[full] = value
+    return every, changed
+
+
+def _options_of(module: ModuleType) -> dict[str, object]:
     portable = getattr(module, "save_config_portable", None)
-    return None if portable is None else set(portable())
+    if portable is None:
+        return {}
+    try:
+        found = portable(ignore_private_configs=False)
+    except TypeError:  # older torch has no such choice
+        found = portable()
+    return {key: value for key, value in found.items() if not key.startswith(("_save_", "_cache_"))}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -47,7 +47,8 @@ def symbol_hints(size: object) -> dict[str, int]:
     if not isinstance(size, torch.SymInt):
         return {}
     env = size.node.shape_env
-    known = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", None) or {}
+    known = getattr(env, "backed_var_to_val", None)
+    known = getattr(env, "var_to_val", {}) if known is None else known
     return {str(s): int(known.get(s, 2)) for s in size.node.expr.free_symbols}
 
 
@@ -155,31 +156,6 @@ def _follows_from_ranges(env: object, expr: object) -> bool:
     except (AttributeError, NotImplementedError, TypeError, ValueError):
         return False
     return bool(bounds.is_singleton() and bounds.lower)
-
-
-def shape_facts(values: Iterable[object]) -> str:
-    """What the trace knows of the symbols in ``values`` (sizes and fake tensors): guards and ranges, as text.
-
-    A compiler may rely on them, so compiled code is kept under them.
-    """
-    for value in values:
-        sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
-        for size in sizes:
-            if isinstance(size, torch.SymInt):
-                return _facts_of(size.node.shape_env)
-    return ""
-
-
-def _facts_of(shape_env: object) -> str:
-    guards = sorted(str(guard.expr) for guard in getattr(shape_env, "guards", ()))
-    asserts = sorted(
-        f"{symbol}: {[str(each.expr) for each in found]}"
-        for symbol, found in getattr(shape_env, "deferred_runtime_asserts", {}).items()
-    )
-    ranges = sorted(
-        f"{symbol}: {found}" for symbol, found in getattr(shape_env, "var_to_range", {}).items()
-    )
-    return "\n".join((*guards, *asserts, *ranges))
 
 
 def recorded_guards(

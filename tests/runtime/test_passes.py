@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 import textwrap
 from collections.abc import Callable, Iterator
 
@@ -459,16 +460,17 @@ def test_the_uuid_follows_source(tmp_path, monkeypatch, kind: str) -> None:  # t
         "what it calls": ("len(graph.nodes) + LIMIT", "len(graph.nodes) - LIMIT"),
         "constant": ("LIMIT = 3", "LIMIT = 4"),
     }
-    versions = [f"{version}_{kind.replace(' ', '_')}" for version in ("one", "same", "other")]
-    for version in versions:
-        changed = text.replace(*edits[kind]) if version.startswith("other") else text
-        write_module(tmp_path, version, changed)
-    monkeypatch.syspath_prepend(str(tmp_path))
     name = "as_function" if kind == "function" else "AsClass"
-    ids = [
-        as_inductor_pass(import_qualified(f"{module}:{name}", where=""), where="").uuid()
-        for module in versions
-    ]
+    ids = []
+    for version in ("one", "same", "other"):  # a module counts with its name
+        folder = tmp_path / version
+        folder.mkdir()
+        write_module(folder, "a_module", text.replace(*edits[kind]) if version == "other" else text)
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(str(folder))
+            patch.delitem(sys.modules, "a_module", raising=False)
+            found = import_qualified(f"a_module:{name}", where="")
+            ids.append(as_inductor_pass(found, where="").uuid())
     assert ids[0] == ids[1] != ids[2]
 
 
