@@ -19,7 +19,8 @@ from piecework.codegen.bind import compile_execution_fn
 from piecework.codegen.origin import SymbolNames, origin_of_piece, value_of
 from piecework.codegen.split import SplittingOp as SplittingOpLike
 from piecework.codegen.split import SplittingOps
-from piecework.errors import ConfigError, SplitError
+from piecework.codegen.structure import input_signature, structure_of
+from piecework.errors import ConfigError, PieceworkError, SplitError
 from piecework.runtime import torch_compat
 from piecework.runtime.ahead import compile_ahead, different_pieces
 from piecework.runtime.compiler_manager import CompilerManager
@@ -39,6 +40,12 @@ from piecework.runtime.ranges import Range, RangeTable
 from piecework.runtime.recurrent import recurrent_layers
 from piecework.runtime.report import Piece, RangeRow, Report, differences
 from piecework.runtime.splitting_op import registry
+
+Admits = Callable[[torch.fx.GraphModule], str | None]
+
+
+class NotAdmitted(PieceworkError):
+    """A piece may not be compiled as it was traced; the caller traces it in another way."""
 
 
 class PieceworkBackend:
@@ -129,7 +136,12 @@ class PieceworkBackend:
             lambda *args: function(*args, __vllm_submods__=self.submods_for(self.batch_size(args)))
         )
 
-    def prepare(self, graph: torch.fx.GraphModule, bound: Mapping[str, str] | None = None) -> None:
+    def prepare(
+        self,
+        graph: torch.fx.GraphModule,
+        bound: Mapping[str, str] | None = None,
+        admits: Admits | None = None,
+    ) -> None:
         """Split ``graph``, compile its pieces and emit the source.
 
         Must run while the tracing context of the capture is open, if there is one.
@@ -137,8 +149,10 @@ class PieceworkBackend:
         Args:
             graph: flat placeholders with fake values, and a flat tuple of outputs.
             bound: placeholder name → weight path, for weights to hold as module-level names.
+            admits: why a piece may not be compiled; None if it may. Asked for each different piece, before any is compiled.
 
         Raises:
+            NotAdmitted: ``admits`` gave a reason; nothing was compiled, and no dump is left.
             SplitError: a splitting op is unknown.
             StaticGraphError: pieces are to be captured, and one writes to the model's own tensors.
             PieceCompileError: a compiler failed.
@@ -147,13 +161,21 @@ class PieceworkBackend:
         """
         self.dump = Dump.open(self.config, self.prefix or "model", **self._place)
         try:
-            self._prepare(graph, bound)
+            self._prepare(graph, bound, admits)
+        except NotAdmitted:
+            self.dump.discard()
+            raise
         except BaseException as error:
             self.dump.finish(self.backends, self.phases, error)
             raise
         self.dump.finish(self.backends, self.phases)  # again when it is bound
 
-    def _prepare(self, graph: torch.fx.GraphModule, bound: Mapping[str, str] | None) -> None:
+    def _prepare(
+        self,
+        graph: torch.fx.GraphModule,
+        bound: Mapping[str, str] | None,
+        admits: Admits | None,
+    ) -> None:
         self.dump.captured(graph)
         self.graph = graph
         self.batch_symbol, self.batch_input = _batch_of(graph)
@@ -170,11 +192,13 @@ class PieceworkBackend:
             self.split_gm, self.piecewise_graphs = split_graph(graph, ops)
             if self.compiler_manager.may_share_names():
                 self.named_ops = share_layer_names(self.split_gm, self.piecewise_graphs)
+        names = [i.submod_name for i in self.piecewise_graphs if not i.is_splitting_graph]
+        if admits is not None:
+            self._require_admitted(names, admits)
         trace.artifact("config", lambda: config_text(self.config))
         trace.artifact("split_graph", lambda: readable_graph(self.split_gm))
         self.dump.split(self.split_gm, self.piecewise_graphs)
         counters.num_piecewise_graphs_seen += len(self.piecewise_graphs)
-        names = [i.submod_name for i in self.piecewise_graphs if not i.is_splitting_graph]
         if self.config.cudagraph_mode is not CUDAGraphMode.NONE:
             refuse_mutations(mutations_in(self.split_gm, names, bound or held_by_source(graph)))
         with self._phase("compile"):
@@ -343,6 +367,18 @@ class PieceworkBackend:
         finally:
             if manager.progress is not None:
                 manager.progress.ended()
+
+    def _require_admitted(self, names: Sequence[str], admits: Admits) -> None:
+        assert self.split_gm is not None
+        seen: set[str] = set()
+        for name in names:
+            piece = self.split_gm.get_submodule(name)
+            assert isinstance(piece, torch.fx.GraphModule)
+            key = structure_of(piece, describe_input=input_signature).key
+            reason = None if key in seen else admits(piece)
+            seen.add(key)
+            if reason is not None:
+                raise NotAdmitted(f"{name}: {reason}")
 
     def _splitting_ops(self, graph: torch.fx.GraphModule) -> Sequence[SplittingOpLike]:
         inside = self.config.use_inductor_graph_partition  # Inductor cuts the compiled code instead

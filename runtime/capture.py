@@ -67,7 +67,6 @@ __all__ = [
 ]
 
 GraphCompiler = Callable[[torch.fx.GraphModule, tuple[GraphInput, ...]], None]
-Admits = Callable[[torch.fx.GraphModule], str | None]
 
 _log = logging.getLogger(__name__)
 
@@ -114,7 +113,6 @@ def capture(
     *,
     dynamic: bool | None = None,
     sizes: SizePolicy | None = None,
-    admits: Admits | None = None,
 ) -> Capture:
     """Trace ``model`` and hand its graph to ``compile_graph`` while Dynamo's tracing context is open.
 
@@ -124,9 +122,9 @@ def capture(
         compile_graph: called with the graph and where its inputs come from; again if what it made of the first graph can't be used.
         dynamic: without ``sizes``: which dimensions become symbols. None takes all dimensions of the tensor arguments unless some are
             marked (``torch._dynamo.mark_dynamic``, ``mark_unbacked``, ``mark_static``), then only those.
-        sizes: which dimensions are dynamic. The trace serves every size at once where ``admits`` allows it; else
-            sizes of 2 and more (or the example's 0 or 1). None is fixed because the example's size happens to equal another number.
-        admits: why a graph may not be compiled for 0, 1 and every other size at once; None if it may.
+        sizes: which dimensions are dynamic. A trace that serves every size at once comes first; where it fails, or ``compile_graph``
+            raises a `PieceworkError` of it, one that serves sizes of 2 and more (or the example's 0 or 1). No size is fixed
+            because the example's happens to equal another number.
 
     Raises:
         CaptureError: a graph break, no tensor operation, state that the forward changes in Python, an error of the model's
@@ -136,14 +134,12 @@ def capture(
     if sizes is None:
         leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
         return _capture_once(model, args, kwargs, compile_graph, dynamic_wish(leaves, dynamic))
-    if admits is not None:
-        try:
-            with torch_compat.quiet_trial(), sizes.every_size(args, kwargs) as marked:
-                if marked:
-                    check = partial(_require_admitted, admits)
-                    return _capture_once(model, args, kwargs, compile_graph, sizes.dynamic, check)
-        except PieceworkError as error:
-            _log.info("not traced for every size at once: %s", error)
+    try:
+        with torch_compat.quiet_trial(), sizes.every_size(args, kwargs) as marked:
+            if marked:
+                return _capture_once(model, args, kwargs, compile_graph, sizes.dynamic)
+    except PieceworkError as error:
+        _log.info("not traced for every size at once: %s", error)
     once = partial(_capture_larger, model, sizes, compile_graph)
     try:
         return once(args, kwargs, partial(_require_free_batch, sizes))
@@ -171,24 +167,12 @@ def _capture_larger(
         return _capture_once(model, args, kwargs, compile_graph, sizes.dynamic, check)
 
 
-class _NotAdmitted(CaptureError):
-    """A graph that may not be traced for every batch size at once."""
-
-
 class _FixedBatch(CaptureError):
     """A trace that fixed the first dimension of an argument, which the example's size may have caused."""
 
     def __init__(self, sizes: frozenset[int]) -> None:
         super().__init__(f"the trace fixed a first dimension to {sorted(sizes)}")
         self.sizes = sizes
-
-
-def _require_admitted(
-    admits: Admits, gm: torch.fx.GraphModule, fakes: Mapping[int, object]
-) -> None:
-    reason = admits(gm)
-    if reason is not None:
-        raise _NotAdmitted(reason)
 
 
 def _require_free_batch(

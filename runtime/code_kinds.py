@@ -179,9 +179,7 @@ _SENTINELS = (
     getattr(dataclasses, "_HAS_DEFAULT_FACTORY_CLASS", type(dataclasses.MISSING)),
 )
 _FORMS = tuple(
-    {
-        type(each) for each in (typing.Any, typing.Union, list, typing.Optional[int])
-    }
+    {type(each) for each in (typing.Any, typing.Union, list, typing.Optional[int])}
     | {type(each) for each in (typing.Callable[[int], int], typing.Literal[1])}
     | {typing.ForwardRef, typing.TypeVar, typing.ParamSpec, types.GenericAlias, types.UnionType}
 )

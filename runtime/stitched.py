@@ -22,7 +22,7 @@ from piecework.codegen.split import SplittingOp as SplittingOpLike
 from piecework.errors import BindError, ConfigError, InputError, PieceworkError
 from piecework.runtime import torch_compat
 from piecework.runtime.backend import PieceworkBackend
-from piecework.runtime.capture import Admits, Capture
+from piecework.runtime.capture import Capture
 from piecework.runtime.captured_options import CaptureOptions
 from piecework.runtime.config import CompilationConfig, DynamicShapesType
 from piecework.runtime.counters import counters
@@ -34,11 +34,6 @@ from piecework.runtime.failures import add_piece_note
 from piecework.runtime.model_tag import current_model_tag
 from piecework.runtime.report import Piece, Report
 from piecework.runtime.traced_model import TracedModel
-
-
-def admits_every_size(graph):  # replaced below
-    return None
-
 
 MAX_TRACES = 8
 """How many traces one model may have; torch's own limit for a function."""
@@ -124,7 +119,6 @@ class StitchedModule:
         self._empty = self._new_backend()
         self._declared = sizes
         self._sizes: SizePolicy | None = None
-        self._admits: Admits | None = None
         self._traces: tuple[TracedModel, ...] = ()
         self._hopeless: set[object] = set()
         self._tracing = threading.RLock()
@@ -213,12 +207,11 @@ class StitchedModule:
                 raise BindError("this module is compiled already", hint="compile the model again")
             if self.config.dynamic_shapes_config.type is DynamicShapesType.AUTO:
                 self._sizes = self._declared or _policy_of(args, kwargs)
-                self._admits = admits_every_size
             self._trace(args, kwargs)
         self._call = self._traces[0].call
 
     def _trace(self, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-        made = TracedModel(self.model, args, kwargs, self._new_backend, self._sizes, self._admits)
+        made = TracedModel(self.model, args, kwargs, self._new_backend, self._sizes)
         self._traces = (*self._traces, made)
 
     def _trace_another(

@@ -9,19 +9,23 @@ import contextvars
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.fx
 from torch.utils import _pytree as pytree
 
+from piecework.codegen.origin import value_of
 from piecework.errors import BindError, InputError, StaticGraphError
+from piecework.runtime import torch_compat
+from piecework.runtime.analysis.unbacked import admits_unbacked
 from piecework.runtime.backend import PieceworkBackend
-from piecework.runtime.capture import Admits, GraphInput, Weight, capture
+from piecework.runtime.capture import GraphInput, Weight, capture
 from piecework.runtime.captured import CapturedModel
 from piecework.runtime.captured_options import CaptureOptions
 from piecework.runtime.edited import EditedSource, check_edited
 from piecework.runtime.entry import Entry
-from piecework.runtime.example_sizes import SizePolicy
+from piecework.runtime.example_sizes import KeptMarks, SizePolicy
 from piecework.runtime.execution import Execution
 from piecework.runtime.graphs.capture import CaptureWatcher
 from piecework.runtime.partitioned import PartitionedModel
@@ -38,7 +42,6 @@ class TracedModel:
         args, kwargs: the example call.
         new_backend: makes a backend for each graph that is tried.
         sizes: which dimensions are dynamic; None: those that are marked, or all.
-        admits: see `piecework.runtime.capture.capture`.
 
     Attributes:
         backend: compiled the pieces and emitted the stitching source.
@@ -58,9 +61,9 @@ class TracedModel:
         kwargs: Mapping[str, object],
         new_backend: NewBackend,
         sizes: SizePolicy | None,
-        admits: Admits | None,
     ) -> None:
         self._new_backend = new_backend
+        self._as_marked = sizes is None or isinstance(sizes, KeptMarks)
         self.backend = new_backend()
         self.static: CapturedModel | None = None
         self.guards: ShapeGuards | None = None
@@ -68,7 +71,7 @@ class TracedModel:
         self._traced: tuple[torch.fx.GraphModule, Sequence[GraphInput]] | None = None
         start = time.perf_counter()
         self.backend.compiler_manager.get_ready(pytree.tree_leaves((args, kwargs)))
-        captured = capture(model, args, kwargs, self._compile_graph, sizes=sizes, admits=admits)
+        captured = capture(model, args, kwargs, self._compile_graph, sizes=sizes)
         tracing = time.perf_counter() - start - sum(self.backend.phases.values())
         self.backend.phases = {"capture": tracing, **self.backend.phases}
         self.entry = Entry(captured, self.backend)
@@ -92,7 +95,11 @@ class TracedModel:
             for node, source in zip(placeholders, inputs, strict=True)
             if isinstance(source, Weight)
         }
-        self.backend.prepare(graph, bound)
+        symbols = torch_compat.unbacked_symbols(map(value_of, placeholders))
+        admits = (
+            None if self._as_marked or not symbols else partial(admits_unbacked, symbols=symbols)
+        )
+        self.backend.prepare(graph, bound, admits)
 
     def refused(self, error: BaseException) -> bool:
         """Whether ``error`` is this trace's refusal of a call's arguments, made before anything ran."""

@@ -79,10 +79,14 @@ def rows_of(
     with fresh.watching(walk.operator):
         try:
             results = follower.run(*inputs)
-        except Exception as error:  # noqa: BLE001 - torch and user code raise anything, on fake values too
+        except (
+            Exception
+        ) as error:
             return Verdict(f"{_told(follower.node)} can't be followed: {_line(error)}")
     if fresh.fixed(frozenset(symbols)):
-        return Verdict("an operator asks for the batch size as a number, or takes it for another size")
+        return Verdict(
+            "an operator asks for the batch size as a number, or takes it for another size"
+        )
     listed = results if isinstance(results, (list, tuple)) else [results]
     written = {
         node.name: walk.state_of(value).mixed
@@ -262,13 +266,15 @@ class _Walk:
 
     def _of_own(self, tensor: torch.Tensor, call: Call, declared: str) -> Rows:
         rows = self.batch.plain_rows(tensor)
-        if declared == "independent" and not rows.dims and not all(map(self.is_same, call.inputs())):
+        if (
+            declared == "independent"
+            and not rows.dims
+            and not all(map(self.is_same, call.inputs()))
+        ):
             raise Mixes(f"{self.told(call.op)} takes all rows together")
         return rows
 
-    def _written_value(
-        self, call: Call, tensor: torch.Tensor, answers: Sequence[Rows]
-    ) -> Rows:
+    def _written_value(self, call: Call, tensor: torch.Tensor, answers: Sequence[Rows]) -> Rows:
         """What an operator wrote to a tensor."""
         for result, answer in zip(call.results, answers, strict=True):
             if result is tensor:
@@ -301,10 +307,19 @@ class _Walk:
     def _numbers(self, call: Call) -> None:
         """Numbers that an operator read from rows stand for more than the batch size."""
         listed = call.out if isinstance(call.out, (list, tuple)) else [call.out]
-        numbers = [each for each in listed if each is not None and not isinstance(each, torch.Tensor)]
+        numbers = [
+            each for each in listed if each is not None and not isinstance(each, torch.Tensor)
+        ]
         if call.results or not numbers or all(map(self.is_same, call.inputs())):
             return
-        if call.name in ("sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "is_contiguous", "dim"):
+        if call.name in (
+            "sym_size",
+            "sym_stride",
+            "sym_numel",
+            "sym_storage_offset",
+            "is_contiguous",
+            "dim",
+        ):
             return
         self._read |= set(symbols_in(numbers))
         if not set(symbols_in(numbers)):

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,6 +111,12 @@ class Dump:
         self._source = source
         self._write("03_plan.txt", plan_text(source.module))
         self._write("04_stitched.py", source.code)
+
+    def discard(self) -> None:
+        """Remove what was written: this compilation was a trial, and another takes its place."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder = None
 
     def finish(
         self,

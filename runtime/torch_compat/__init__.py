@@ -96,6 +96,7 @@ from piecework.runtime.torch_compat.shapes import (
     symbol_of,
     symbol_range,
     symbols_of,
+    unbacked_symbols,
     with_symbol,
 )
 from piecework.runtime.torch_compat.side_effects import (
@@ -206,6 +207,7 @@ __all__ = [
     "traced_inputs",
     "tracing_context",
     "transform_probe",
+    "unbacked_symbols",
     "unflatten_tree",
     "unmark_dynamic",
     "vector_isa_unknown",

@@ -63,6 +63,7 @@ class Refaked:
             ConstantSource(f"rows_{name}"),
             dynamic_dim=DimDynamic.DYNAMIC,
             constraint_dim=None,
+            positive=True if number >= 0 else None,
             do_not_specialize_zero_one=True,
         )
 
@@ -162,7 +163,9 @@ def _numbers(sizes: Sequence[object], batch: frozenset[str]) -> dict[Any, int]:
             hints = symbol_hints(size)
             for symbol in size.node.expr.free_symbols:
                 found.setdefault(symbol, hints[str(symbol)])
-    tests = [test for _, _, test in recorded_guards([s for s in sizes if isinstance(s, torch.SymInt)])]
+    tests = [
+        test for _, _, test in recorded_guards([s for s in sizes if isinstance(s, torch.SymInt)])
+    ]
     fixed = {size for size in sizes if type(size) is int}
     chosen = [symbol for symbol in found if str(symbol) in batch]
     for number in _TRIED:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -22,6 +22,17 @@ def symbols_of(size: object) -> tuple[str, ...]:
     if not isinstance(size, torch.SymInt):
         return ()
     return tuple(sorted(str(symbol) for symbol in size.node.expr.free_symbols))
+
+
+def unbacked_symbols(values: Iterable[object]) -> frozenset[str]:
+    """The symbols in sizes and fake tensors that no number of an example stands behind."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    found: set[str] = set()
+    for value in values:
+        if isinstance(value, (torch.Tensor, torch.SymInt)):
+            found |= {str(symbol) for symbol in free_unbacked_symbols(value)}
+    return frozenset(found)
 
 
 def symbol_range(size: object) -> tuple[int | None, int | None]:
