@@ -6,11 +6,13 @@ It refuses what a captured graph can't serve at another size than its own; it ru
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.fx
 
+from piecework.codegen.entry_plan import Symbol
 from piecework.codegen.origin import value_of
 from piecework.errors import ConfigError, StaticGraphError
 from piecework.runtime import torch_compat
@@ -21,17 +23,45 @@ from piecework.runtime.mutation import held_by_source, mutations_in, refuse_muta
 from piecework.runtime.padding import padding_changes
 
 
+@dataclass(frozen=True, slots=True)
+class FixedBatch:
+    """A batch size that a trace has as a number: ``dims`` says of which dimension of each flattened argument."""
+
+    size: int
+    dims: Mapping[int, int]
+
+
+def batch_dims(captured: Capture, backend: PieceworkBackend) -> dict[int, int]:
+    """The batch dimension of each flattened argument that has one."""
+    found = {}
+    for node, each in zip(
+        captured.graph.graph.find_nodes(op="placeholder"), captured.inputs, strict=True
+    ):
+        value = value_of(node)
+        if isinstance(each, Argument) and isinstance(value, torch.Tensor):
+            symbols = [torch_compat.symbol_of(size) for size in value.shape]
+            if backend.batch_symbol in symbols:
+                found[each.leaf] = symbols.index(backend.batch_symbol)
+    return found
+
+
 def batch_shape(
-    captured: Capture, backend: PieceworkBackend, same: Collection[str] = ()
+    captured: Capture,
+    backend: PieceworkBackend,
+    same: Collection[str] = (),
+    fixed: FixedBatch | None = None,
 ) -> BatchShape:
     """Read ``captured`` for capturing static graphs.
 
     Args:
         same: labels of sizes that always equal the batch size, although the trace gave them symbols of their own.
+        fixed: the batch size, if the trace has it as a number.
 
     Raises:
         StaticGraphError: something writes to a weight inside a piece, or an input can't be held in a static buffer.
     """
+    if fixed is not None:
+        return _Reader(captured, backend, "", same, fixed).read()
     if backend.batch_symbol is None:
         raise StaticGraphError(
             "no input has a dynamic batch dimension, so there is nothing to capture sizes of",
@@ -45,11 +75,17 @@ class _Reader:
     """Goes through the inputs and results of one graph."""
 
     def __init__(
-        self, captured: Capture, backend: PieceworkBackend, symbol: str, same: Collection[str]
+        self,
+        captured: Capture,
+        backend: PieceworkBackend,
+        symbol: str,
+        same: Collection[str],
+        fixed: FixedBatch | None = None,
     ) -> None:
         source, split_gm, graph = backend.source, backend.split_gm, backend.graph
         assert source is not None and split_gm is not None and graph is not None
         self.captured, self.symbol, self.same = captured, symbol, frozenset(same)
+        self.fixed = fixed
         self.split_gm, self.source, self.graph = split_gm, source, graph
         self.every = [item.submod_name for item in backend.piecewise_graphs]
         nodes = split_gm.graph.find_nodes(op="placeholder")
@@ -57,7 +93,7 @@ class _Reader:
         self.known = {each.name: each for each in captured.assumptions.symbols()}
         self.others: dict[str, OtherSize] = {}
         self.equal: dict[str, OtherSize] = {}
-        self.symbols = {symbol} | self._same_symbols()
+        self.symbols = ({symbol} if fixed is None else set()) | self._same_symbols()
 
     def read(self) -> BatchShape:
         self._refuse_writes_to_weights()
@@ -82,6 +118,8 @@ class _Reader:
             else:
                 numbers[position] = self._number(position, name, each, fake)
         batch = self.known.get(self.captured.assumptions.name_of(self.symbol))
+        if self.fixed is not None:
+            batch = Symbol("", self.fixed.size, self.fixed.size)
         rules, mixes = self._results(written)
         return BatchShape(
             names=names,
@@ -105,6 +143,8 @@ class _Reader:
         self, position: int, name: str, each: Argument | Size, fake: torch.Tensor, written: bool
     ) -> StagedInput:
         found: list[int] = []
+        if self.fixed is not None and isinstance(each, Argument) and each.leaf in self.fixed.dims:
+            found.append(self.fixed.dims[each.leaf])
         others: dict[int, str] = {}
         for dim, size in enumerate(fake.shape):
             symbol = torch_compat.symbol_of(size)

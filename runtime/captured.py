@@ -14,6 +14,7 @@ from rich.console import Console
 from piecework.codegen.replay_plan import ReplaySource
 from piecework.errors import PieceworkError, StaticGraphError
 from piecework.runtime.backend import PieceworkBackend
+from piecework.runtime.batch_reader import FixedBatch
 from piecework.runtime.captured_calls import Calls, Step
 from piecework.runtime.captured_graphs import CapturedGraphs
 from piecework.runtime.captured_options import CaptureOptions
@@ -70,8 +71,9 @@ class CapturedModel(CapturedGraphs):
         backend: PieceworkBackend,
         sizes: Iterable[int] | None,
         options: CaptureOptions,
+        fixed: FixedBatch | None = None,
     ) -> None:
-        super().__init__(entry, backend, sizes, options)
+        super().__init__(entry, backend, sizes, options, fixed)
         self.report: CaptureReport | None = None
         self.estimate: MemoryEstimate | None = None
         self.dropped: tuple[Key, ...] = ()

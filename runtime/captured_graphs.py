@@ -14,7 +14,7 @@ from piecework.codegen.origin import value_of
 from piecework.errors import StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.backend import PieceworkBackend
-from piecework.runtime.batch_reader import batch_shape
+from piecework.runtime.batch_reader import FixedBatch, batch_shape
 from piecework.runtime.captured_calls import Step
 from piecework.runtime.captured_inputs import CapturedInputs
 from piecework.runtime.captured_options import CaptureOptions, plan_capture
@@ -52,9 +52,10 @@ class CapturedGraphs:
         backend: PieceworkBackend,
         sizes: Iterable[int] | None,
         options: CaptureOptions,
+        fixed: FixedBatch | None = None,
     ) -> None:
         self._entry, self._backend, self.options = entry, backend, options
-        self.shape = batch_shape(entry.captured, backend, options.same_as_batch)
+        self.shape = batch_shape(entry.captured, backend, options.same_as_batch, fixed)
         plan = plan_capture(self.shape, backend.config, sizes, options)
         self.sizes, self.dispatcher = plan.sizes, plan.dispatcher
         # The weights and the function of one execution; a change retires these graphs instead of reaching them.

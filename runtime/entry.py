@@ -5,8 +5,9 @@ Per call it does nothing itself: the emitted source does, and what is here runs 
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import FunctionType
@@ -207,6 +208,18 @@ class Entry:
             "transforms": torch_compat.transform_probe(),
             "same_kernels": self._backend.direct_ops.unchanged,
         }
+
+    def accepts(self, args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
+        """Whether the trace serves a call with these arguments; runs nothing but the emitted check."""
+        check = self.call.__globals__.get("check_inputs")
+        given = inspect.signature(self.call).bind(*args, **kwargs)
+        given.apply_defaults()
+        try:
+            if check is not None:
+                check(*given.arguments.values())
+        except InputError:
+            return False
+        return True
 
     def _explain_inputs(self, *values: object) -> None:
         error = input_error(self._plan, values)

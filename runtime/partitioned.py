@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from piecework.errors import StaticGraphError
 from piecework.runtime.backend import PieceworkBackend
+from piecework.runtime.batch_reader import FixedBatch
 from piecework.runtime.captured import CapturedModel
 from piecework.runtime.captured_calls import Step
 from piecework.runtime.captured_options import CaptureOptions
@@ -35,9 +36,10 @@ class PartitionedModel(CapturedModel):
         backend: PieceworkBackend,
         sizes: Iterable[int] | None,
         options: CaptureOptions,
+        fixed: FixedBatch | None = None,
     ) -> None:
         self._wrappers: dict[Partition, CUDAGraphWrapper] = {}
-        super().__init__(entry, backend, sizes, options)
+        super().__init__(entry, backend, sizes, options, fixed)
         pieces = self.dispatcher.cudagraph_keys[_PIECEWISE]
         if pieces:
             smallest = min(pieces, key=lambda each: each.num_tokens)

@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -328,34 +329,80 @@ class StitchedModule:
         first, *_ = self._require_traced("graph to capture")
         for each in self._traces:
             each.entry.require_idle("capture()")
+        wish = CaptureOptions(**options)  # type: ignore[arg-type]
+        wanted = None if sizes is None else sorted(set(sizes))
         with self._changes.one("capture()"):
-            first.capture_graphs(
-                sizes,
-                CaptureOptions(**options),  # type: ignore[arg-type]
-                memory_budget=memory_budget,
-                progress=progress,
-                estimate=estimate,
-            )
+            single = self._trace_of_one(wanted, wish)
+            if single is not None:
+                single.capture_graphs(
+                    [1],
+                    wish,
+                    memory_budget=memory_budget,
+                    progress=progress,
+                    estimate=estimate,
+                    fixed=first.batch_of_one(),
+                )
+                wanted = None if wanted is None else [size for size in wanted if size != 1]
+                memory_budget = memory_budget and memory_budget - single.static_graphs.graphs.nbytes
+            if wanted != []:
+                first.capture_graphs(
+                    wanted,
+                    wish,
+                    memory_budget=memory_budget,
+                    progress=progress,
+                    estimate=estimate,
+                )
         return self
+
+    def _trace_of_one(
+        self, sizes: Sequence[int] | None, options: CaptureOptions
+    ) -> TracedModel | None:
+        """The trace that serves a batch of one, if it is to be captured and the first trace does not serve it."""
+        if sizes is None:
+            sizes = self.config.cudagraph_capture_sizes
+        if self._sizes is None or (sizes is not None and 1 not in sizes):
+            return None
+        call = self._traces[0].call_of_one(options)
+        if call is None:
+            return None
+        with self._tracing:
+            found = next((each for each in self._traces if each.entry.accepts(*call)), None)
+            if found is None:
+                self._trace(*call)
+            return found or self._traces[-1]
 
     @property
     def static_graphs(self) -> CapturedModel:
-        """The static graphs, after `capture`: coverage, memory, replay source."""
-        if not self._traces:
+        """The static graphs, after `capture`: coverage, memory, replay source.
+
+        Those of the first trace that has some; a batch of one may have a trace, and static graphs, of its own (`traces`).
+        """
+        return self._captured()[0]
+
+    def _captured(self) -> list[CapturedModel]:
+        found = [each.static for each in self._traces if each.static is not None]
+        if not found:
             raise BindError("nothing is captured", hint="call capture(sizes) first")
-        return self._traces[0].static_graphs
+        return found
 
     def coverage(self, max_num_batched_tokens: int | None = None) -> list[CoverageRow]:
         """How each batch size runs: captured, padded or uncaptured, and why."""
-        return self.static_graphs.coverage(max_num_batched_tokens)
+        rows = [row for each in self._captured() for row in each.coverage(max_num_batched_tokens)]
+        return sorted(rows, key=lambda row: row.first)
 
     def call_report(self) -> list[CallRow]:
         """What the calls since `capture` ran as, how many, and why."""
-        return self.static_graphs.calls()
+        rows = [row for each in self._captured() for row in each.calls()]
+        return sorted(rows, key=lambda row: -row.calls)
 
     def memory_report(self) -> MemoryReport:
         """What the static graphs were expected to take, and take."""
-        return self.static_graphs.memory_report()
+        first, *others = (each.memory_report() for each in self._captured())
+        for other in others:
+            first = replace(
+                first, held={**other.held, **first.held}, dropped=(*first.dropped, *other.dropped)
+            )
+        return first
 
     @contextmanager
     def named_pieces(self) -> Iterator[None]:

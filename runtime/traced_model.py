@@ -20,17 +20,20 @@ from piecework.errors import BindError, InputError, StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.unbacked import admits_unbacked
 from piecework.runtime.backend import PieceworkBackend
+from piecework.runtime.batch_reader import FixedBatch, batch_dims, batch_shape
 from piecework.runtime.capture import GraphInput, Weight, capture
 from piecework.runtime.captured import CapturedModel
 from piecework.runtime.captured_options import CaptureOptions
 from piecework.runtime.edited import EditedSource, check_edited
 from piecework.runtime.entry import Entry
+from piecework.runtime.example_call import example_call
 from piecework.runtime.example_sizes import KeptMarks, SizePolicy
 from piecework.runtime.execution import Execution
 from piecework.runtime.graphs.capture import CaptureWatcher
 from piecework.runtime.partitioned import PartitionedModel
 from piecework.runtime.shape_guards import ShapeGuards
 
+Call = tuple[tuple[object, ...], dict[str, object]]
 NewBackend = Callable[[], PieceworkBackend]
 
 
@@ -146,8 +149,13 @@ class TracedModel:
         memory_budget: int | None,
         progress: bool | CaptureWatcher,
         estimate: bool,
+        fixed: FixedBatch | None = None,
     ) -> None:
-        """Capture static graphs, in place of those that there are; see `StitchedModule.capture`."""
+        """Capture static graphs, in place of those that there are; see `StitchedModule.capture`.
+
+        Args:
+            fixed: the batch size, where the trace has it as a number.
+        """
         if self._edited is not None and self._edited.difference is not None:
             raise StaticGraphError(
                 f"the edited source means something else than the graph, which replays follow: {self._edited.difference}",
@@ -158,11 +166,36 @@ class TracedModel:
         cut_inside = self.backend.config.use_inductor_graph_partition
         kind = PartitionedModel if cut_inside else CapturedModel
         # Kept before it captures, so that a stop leaves what was captured usable.
-        self.static = kind(self.entry, self.backend, sizes, options)
+        self.static = kind(self.entry, self.backend, sizes, options, fixed)
         # In a context of its own: whatever stops it, no forward context stays behind in this thread.
         contextvars.copy_context().run(
             self.static.capture, memory_budget=memory_budget, progress=progress, estimate=estimate
         )
+
+    def call_of_one(self, options: CaptureOptions) -> Call | None:
+        """A call with a batch of one, which this trace does not serve; None if it does, or has no batch at all."""
+        if (
+            self.backend.batch_symbol is None
+            or not self.backend.config.stitching_config.check_inputs
+        ):
+            return None  # without checks, nothing tells which trace serves a call
+        captured = self.entry.captured
+        shape = batch_shape(captured, self.backend, options.same_as_batch)
+        if shape.low < 2:
+            return None
+        symbols = {each.name: max(each.low or 0, 2) for each in captured.assumptions.symbols()}
+        for other in shape.others:
+            values = next(
+                (options.other_sizes[x] for x in other.labels if x in options.other_sizes), None
+            )
+            if values is not None and not isinstance(values, str):
+                symbols[other.symbol] = next(iter(values))
+        symbols |= {name: 1 for name in (shape.symbol, *(each.symbol for each in shape.equal))}
+        return example_call(captured.parameters, symbols)
+
+    def batch_of_one(self) -> FixedBatch:
+        """Where a trace of a single row has its batch, as this one has a larger one."""
+        return FixedBatch(1, batch_dims(self.entry.captured, self.backend))
 
     @property
     def static_graphs(self) -> CapturedModel:

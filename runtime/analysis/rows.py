@@ -79,9 +79,7 @@ def rows_of(
     with fresh.watching(walk.operator):
         try:
             results = follower.run(*inputs)
-        except (
-            Exception
-        ) as error:
+        except Exception as error:
             return Verdict(f"{_told(follower.node)} can't be followed: {_line(error)}")
     if fresh.fixed(frozenset(symbols)):
         return Verdict(

@@ -346,3 +346,31 @@ def test_one_trace_is_all_there_is_where_its_kind_was_chosen() -> None:
     with pytest.raises(InputError, match="at least 2"):
         stitched(torch.randn(1, 4))
     assert len(stitched.traces) == 1
+
+
+def test_a_batch_of_one_is_captured_by_a_trace_of_its_own(nothing_admitted: None) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    for sizes, expected in (([1, 2, 4], 2), ([1], 2), ([2, 4], 1), (None, 2)):
+        config = piecework.CompilationConfig(backend="eager", max_cudagraph_capture_size=4)
+        stitched = piecework.compile(model, (torch.randn(4, 4),), config=config)
+        stitched.capture(sizes, progress=False)
+        assert len(stitched.traces) == expected
+        for batch in (1, 2, 4, 1, 3):
+            same(stitched, model, torch.randn(batch, 4))
+        served = sum(row.calls for row in stitched.call_report() if row.mode != "NONE")
+        assert served == (2 if sizes == [1] else 5 if sizes != [2, 4] else 3)
+        assert [row.first for row in stitched.coverage()][0] == (2 if sizes == [2, 4] else 1)
+        assert stitched.memory_report().total > 0
+
+
+def test_a_captured_batch_of_one_has_the_other_sizes_that_were_asked_for(
+    nothing_admitted: None,
+) -> None:
+    def model(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x * 2 + y.mean()
+
+    stitched = compiled(model, torch.randn(4, 6), torch.randn(3))
+    stitched.capture([1, 2], other_sizes={"x.1": [6], "y.0": [3, 5]}, progress=False)
+    for batch, others in ((1, 3), (2, 5), (1, 5), (1, 3)):
+        same(stitched, model, torch.randn(batch, 6), torch.randn(others))
+    assert all(row.mode != "NONE" for row in stitched.call_report())
