@@ -120,9 +120,9 @@ class DynamicShapesConfig(FrozenModel):
 
     type: Annotated[DynamicShapesType, KEY] = Field(
         DynamicShapesType.AUTO,
-        description="`auto`: the first dimension of each tensor for every size, if nothing is marked and the model "
-        "allows it, else `backed`; `backed`: ordinary symbols with a hint; `unbacked`: no hint, so nothing can be "
-        "specialised; `backed_size_oblivious`: a hint, but sizes 0 and 1 are not special.",
+        description="`auto`: every size is served, by one trace where that is known to be right, else by several, made when "
+        "a call first needs them; the others make one trace: `backed`: symbols with a hint, sizes 0 and 1 are not served; "
+        "`unbacked`: no hint, so nothing can be specialised; `backed_size_oblivious`: a hint, but sizes 0 and 1 are not special.",
     )
     evaluate_guards: Annotated[bool, KEY] = Field(
         False, description="Keep Dynamo's shape guards and fail where one would recompile."
