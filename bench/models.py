@@ -12,17 +12,24 @@ import json
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 
 from piecework.bench.lists.catalogue import LISTS, rows_of
-from piecework.bench.lists.isolated import RowResult, Task, run_rows
+from piecework.bench.lists.isolated import (
+    RowResult,
+    Task,
+    quiet_libraries,
+    run_rows,
+    run_together,
+)
 from piecework.bench.lists.page import CONTENDERS, behind, markdown, summary
 from piecework.bench.lists.trial import Options
 from piecework.bench.result import machine
+from piecework.errors import UsageError
 
 SAMPLES = 6
 CUT_EVERY = 3
@@ -36,7 +43,22 @@ def tasks_of(arguments: argparse.Namespace) -> list[Task]:
             if re.search(arguments.only, row.name):
                 options = Options(arguments.backend, arguments.shapes, index % CUT_EVERY == 0)
                 found.append(Task(source, row.name, row.kind, arguments.samples, options))
-    return found
+    part, of = _part(arguments.part)
+    return found[part - 1 :: of]
+
+
+def _part(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise UsageError(f"{text!r} is no part", hint="write 2/4 for the second of four")
+    return int(found[1]), int(found[2])
+
+
+def _results(tasks: Sequence[Task], chosen: argparse.Namespace) -> Iterator[RowResult]:
+    if chosen.together:
+        quiet_libraries()
+        return run_together(tasks)
+    return run_rows(tasks, jobs=chosen.jobs, limit=chosen.limit)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tasks = tasks_of(chosen)
     results: list[RowResult] = []
     start = time.monotonic()
-    for result in run_rows(tasks, jobs=chosen.jobs, limit=chosen.limit):
+    for result in _results(tasks, chosen):
         results.append(result)
         console.print(f"{len(results)}/{len(tasks)} {_line(result)}", highlight=False, markup=False)
     order = {(task.source, task.name): number for number, task in enumerate(tasks)}
@@ -103,6 +125,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", default="inductor", help="what compiles; eager is quick")
     parser.add_argument(
         "--shapes", default="", help="type of dynamic shapes in place of the default's"
+    )
+    parser.add_argument("--part", default="1/1", help="every so-manieth model only, such as 2/4")
+    parser.add_argument(
+        "--together", action="store_true", help="all in this process, without a time limit"
     )
     parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds for one model")

@@ -10,10 +10,11 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 
-from piecework.bench.lists.trial import Options, Outcome, Verdict
+from piecework.bench.lists.trial import Heard, Options, Outcome, Verdict
 
 _MODULES = ["torch", "torch._dynamo", "torch._inductor", "piecework.bench.lists.catalogue"]
 
@@ -141,28 +142,71 @@ class _Running:
         self.receiver.close()
 
 
-def _work(task: Task, sender: Connection) -> None:
-    """Run one row; tells the other side what it does, each outcome, and the end."""
-    import logging
-    import warnings
+def run_together(tasks: Sequence[Task]) -> Iterator[RowResult]:
+    """Run the tasks one after another in this process: quicker than `run_rows`, and stopped by what one of them does."""
+    for task in tasks:
+        start = time.monotonic()
+        result = RowResult(task.source, task.name, task.kind)
+        try:
+            result.outcomes = list(_outcomes(task, lambda _: None))
+        except _NotBuilt as error:
+            result.problem = str(error)
+        result.seconds = time.monotonic() - start
+        yield result
 
-    import torch
 
+class _NotBuilt(Exception):
+    """A row whose model or arguments can't be made."""
+
+
+def _outcomes(task: Task, heard: Heard) -> Iterator[Outcome]:
+    """Try the samples of one row, with a compile cache of its own."""
     from piecework.bench.lists.catalogue import find
     from piecework.bench.lists.trial import try_sample
 
-    warnings.simplefilter("ignore")
-    logging.disable(logging.CRITICAL)
-    torch.set_num_threads(1)
+    with own_cache():
+        try:
+            samples = find(task.source, task.name).samples(task.samples)
+        except Exception as error:
+            raise _NotBuilt(f"not built: {error}") from error
+        for sample in samples:
+            yield try_sample(sample, task.options, heard)
+
+
+@contextmanager
+def own_cache() -> Iterator[None]:
+    """A fresh compile cache for the block, so that nothing is taken from an earlier run."""
+    before = os.environ.get("PIECEWORK_CACHE_DIR")
     with tempfile.TemporaryDirectory(prefix="piecework-models-") as folder:
         os.environ["PIECEWORK_CACHE_DIR"] = folder
         try:
-            samples = find(task.source, task.name).samples(task.samples)
-        except Exception as error:  # noqa: BLE001 - the reason is reported
-            sender.send(("problem", f"not built: {error}"))
-            return
-        for sample in samples:
-            sender.send(
-                try_sample(sample, task.options, lambda doing: sender.send(("doing", doing)))
-            )
+            yield
+        finally:
+            if before is None:
+                del os.environ["PIECEWORK_CACHE_DIR"]
+            else:
+                os.environ["PIECEWORK_CACHE_DIR"] = before
+
+
+def _work(task: Task, sender: Connection) -> None:
+    """Run one row; tells the other side what it does, each outcome, and the end."""
+    import torch
+
+    quiet_libraries()
+    torch.set_num_threads(1)
+    try:
+        for outcome in _outcomes(task, lambda doing: sender.send(("doing", doing))):
+            sender.send(outcome)
+    except _NotBuilt as error:
+        sender.send(("problem", str(error)))
+        return
     sender.send("complete")
+
+
+def quiet_libraries() -> None:
+    """Keep warnings and logs of compilers and libraries out of the report, for the rest of the process."""
+    import logging
+    import warnings
+
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 
 import torch
 from torch.utils import _pytree as pytree
@@ -82,6 +82,8 @@ def _tree_difference(
 def _leaf_difference(got: object, wanted: object, stock: object, with_strides: bool) -> str:
     if type(got) is not type(wanted):
         return f"{type(got).__name__} instead of {type(wanted).__name__}"
+    if is_dataclass(wanted) and not isinstance(wanted, type):
+        return _tree_difference(vars(got), vars(wanted), None, (), "field")
     if not isinstance(wanted, torch.Tensor):
         same = got == wanted or (got != got and wanted != wanted)
         return "" if same else f"{got!r} instead of {wanted!r}"

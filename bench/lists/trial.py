@@ -235,9 +235,7 @@ def _eager(sample: Sample, sizes: Sequence[int]) -> tuple[dict[int, Answer], str
             answer = _ask(model, sample, size)
             with _filled_memory():
                 again = _ask(model, sample, size)
-        except (
-            Exception
-        ) as error:
+        except Exception as error:  # noqa: BLE001 - what eager can't run is left out
             problem = problem or _line(error)
             continue
         unstable = difference(again, answer)
