@@ -209,6 +209,11 @@ marked.limit = {attribute}
 def local(g):
     from helpers import scale
     return scale(g)
+def module(g):
+    import helpers
+    def inner():
+        return helpers.scale(g)
+    return inner()
 def missing(g):
     try:
         return NOT_THERE
@@ -276,10 +281,10 @@ EDITS = {
     ("kwdefault", "'1'"): {"default"},
     ("attribute", "2"): {"marked"},
     ("extra", "NOT_THERE = 1"): {"missing"},
-    ("scale", "3"): {"Pass", "local"},
+    ("scale", "3"): {"Pass", "local", "module"},
     ("offsets", "[2]"): {"Pass"},
     ("size", "2"): {"Pass"},
-    ("twice", "3"): {"Pass", "local"},
+    ("twice", "3"): {"Pass", "local", "module"},
     ("extra", "# a comment"): set(),
     ("extra", "UNRELATED = 1"): set(),
 }
@@ -309,7 +314,7 @@ def identities(module: types.ModuleType) -> dict[str, str]:
         "Pass": module.Pass(module.Level.HIGH),
         **{
             name: getattr(module, name)
-            for name in ("first", "second", "default", "marked", "local")
+            for name in ("first", "second", "default", "marked", "local", "module")
         },
         "missing": module.missing,
     }
@@ -459,6 +464,18 @@ def looks_up_a_module(graph: object) -> object:
     return getattr(this_module, "anything")  # noqa: B009
 
 
+def imports_a_module_as_a_value(graph: object) -> object:
+    import tests.unit.test_code_identity as itself
+
+    return itself
+
+
+def imports_what_is_not_there_yet(graph: object) -> object:
+    import surely_not_imported_yet  # type: ignore[import-not-found]
+
+    return surely_not_imported_yet.value
+
+
 this_module = sys.modules[__name__]
 
 
@@ -472,6 +489,8 @@ this_module = sys.modules[__name__]
         reads_the_environment,
         runs_text,
         looks_up_a_module,
+        imports_a_module_as_a_value,
+        imports_what_is_not_there_yet,
         this_module,
         [object()],
         {1: threading.Lock()},

@@ -285,7 +285,7 @@ def test_a_default_in_place_of_a_wrong_field_is_not_a_conflict():
     "captures", ["PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"]
 )
 def test_mode_none_captures_nothing(captures):
-    with pytest.raises(ConfigError, match="mode NONE traces nothing.*backend 'eager'") as caught:
+    with pytest.raises(ConfigError, match=r"mode NONE traces nothing.*backend 'eager'") as caught:
         CompilationConfig(mode=0, cudagraph_mode=captures, splitting_ops=["a::b"])
     assert [each.field for each in caught.value.problems] == ["cudagraph_mode, mode"]
 
