@@ -93,6 +93,7 @@ class PieceworkBackend:
             splitting_ops if splitting_ops is not None else self.config.splitting_ops
         )
         self.compiler_manager = CompilerManager(self._compiler_config())
+        self._runtime = runtime_config
         self.range_table = self._range_table(runtime_config)
         self._place = (
             {}
@@ -203,7 +204,9 @@ class PieceworkBackend:
             refuse_mutations(mutations_in(self.split_gm, names, bound or held_by_source(graph)))
         with self._phase("compile"):
             inputs = list(map(value_of, self.split_gm.graph.find_nodes(op="placeholder")))
-            self.compiler_manager.initialize_cache(graph, inputs, tag=self._tag, **self._place)
+            self.compiler_manager.initialize_cache(
+                graph, inputs, tag=self._tag, runtime_config=self._runtime
+            )
             interpreter = PiecewiseCompileInterpreter(self.split_gm, names, self.config, self)
             self.backends = interpreter.backends  # filled as it runs: a failure leaves what is made
             with self._compiled_ahead(names):

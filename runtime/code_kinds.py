@@ -178,10 +178,19 @@ _SENTINELS = (
     type(dataclasses.MISSING),
     getattr(dataclasses, "_HAS_DEFAULT_FACTORY_CLASS", type(dataclasses.MISSING)),
 )
-_FORMS = tuple(
-    {type(each) for each in (typing.Any, typing.Union, list, typing.Optional[int])}
-    | {type(each) for each in (typing.Callable[[int], int], typing.Literal[1])}
-    | {typing.ForwardRef, typing.TypeVar, typing.ParamSpec, types.GenericAlias, types.UnionType}
+# Special forms of typing have no public types.
+_FORMS = (
+    type(typing.Any),
+    type(typing.ClassVar),
+    type(typing.Callable[[int], int]),
+    type(typing.Literal[1]),
+    type(typing.ClassVar[int]),
+    type(typing.Generic[typing.TypeVar("_T")]),  # type: ignore[index]
+    typing.ForwardRef,
+    typing.TypeVar,
+    typing.ParamSpec,
+    types.GenericAlias,
+    types.UnionType,
 )
 
 #: Who reads what; the first that fits.

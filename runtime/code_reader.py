@@ -10,14 +10,22 @@ import enum
 import importlib.util
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from piecework.runtime.code_identity import Reader
 
-_MISSING = {"missing": True}
+_MISSING = object()
 _GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
+_LOCAL = (
+    "LOAD_FAST",
+    "LOAD_NAME",
+    "LOAD_DEREF",
+    "LOAD_CLASSDEREF",
+    "LOAD_FROM_DICT_OR_DEREF",
+    "STORE_FAST_LOAD_FAST",
+)
 _ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
 
 
@@ -47,7 +55,7 @@ def read_cell(reader: Reader, cell: types.CellType) -> Any:
     try:
         value = cell.cell_contents
     except ValueError:  # the enclosing function has not assigned it
-        return _MISSING
+        return {"missing": True}
     return reader.read(value)
 
 
@@ -172,49 +180,45 @@ def _annotations(reader: Reader, owner: Any) -> Any:
 
 
 def _uses(reader: Reader, function: types.FunctionType) -> list[Any]:
-    """Each global (with the attributes that are read of a module) and each import of a function, with what it is now."""
+    """Each global and each import of a function, with the attributes that are read of a module at once, and what that is now."""
+    code = function.__code__
+    imports = sorted(set(_imports(code, str(function.__globals__.get("__package__") or ""))))
     found: list[Any] = []
-    for chain in sorted(set(_chains(function.__code__))):
-        found.append([list(chain), _resolved(reader, function, chain)])
-    package = function.__globals__.get("__package__") or ""
-    for name, parts in sorted(set(_imports(function.__code__, str(package)))):
-        found.append([[name, *parts], _imported(reader, name, parts)])
+    for chain in sorted(set(_chains(code, _GLOBAL))):
+        found.append([list(chain), _resolved(reader, _global(function, chain[0]), chain[1:])])
+    for name, parts, bound in imports:
+        chains = [(bound, each) for each in parts]
+        if not parts:
+            chains = sorted({c for c in _chains(code, _LOCAL) if c[0] == bound}) or [(bound,)]
+        module = _imported(reader, name if parts else name.partition(".")[0])
+        found += [[name, list(c), _resolved(reader, module, c[1:])] for c in chains]
     return found
 
 
-def _resolved(reader: Reader, function: types.FunctionType, chain: tuple[str, ...]) -> Any:
-    name, *attributes = chain
-    if name in function.__globals__:
-        value = function.__globals__[name]
-    elif name in function.__builtins__:
-        value = function.__builtins__[name]
-    else:
-        return _MISSING
+def _global(function: types.FunctionType, name: str) -> object:
+    scopes = (function.__globals__, function.__builtins__)
+    return next((scope[name] for scope in scopes if name in scope), _MISSING)
+
+
+def _imported(reader: Reader, name: str) -> object:
+    module = sys.modules.get(name)
+    if module is None and reader.libraries.library_of(name) is None:
+        raise reader.unknown(
+            f"code imports {name} where it runs, and it is not imported yet",
+            hint="import it at the top of the module",
+        )
+    return _MISSING if module is None else module
+
+
+def _resolved(reader: Reader, value: object, attributes: Sequence[str]) -> Any:
     for attribute in attributes:
         if not isinstance(value, types.ModuleType):
             break
         try:
             value = getattr(value, attribute)
         except AttributeError:
-            return _MISSING
-    return reader.read(value)
-
-
-def _imported(reader: Reader, name: str, parts: tuple[str, ...]) -> Any:
-    library = reader.libraries.library_of(name)
-    module = sys.modules.get(name)
-    if module is None:
-        if library is not None:
-            return {"import": library}
-        raise reader.unknown(
-            f"code imports {name} where it runs, and it is not imported yet",
-            hint="import it at the top of the module",
-        )
-    if not parts:
-        return reader.read(module)
-    return [
-        reader.read(getattr(module, each)) if hasattr(module, each) else _MISSING for each in parts
-    ]
+            value = _MISSING
+    return {"missing": True} if value is _MISSING else reader.read(value)
 
 
 def _inner(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -224,8 +228,8 @@ def _inner(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _inner(each)
 
 
-def _chains(code: types.CodeType) -> Iterator[tuple[str, ...]]:
-    """Global names that are loaded, each with the attributes that are read of it at once: ``("math", "pi")``."""
+def _chains(code: types.CodeType, loads: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Names that are loaded, each with the attributes that are read of it at once: ``("math", "pi")``."""
     for each in _inner(code):
         chain: list[str] = []
         for instruction in dis.get_instructions(each):
@@ -234,11 +238,16 @@ def _chains(code: types.CodeType) -> Iterator[tuple[str, ...]]:
                 continue
             if chain:
                 yield tuple(chain)
-            chain = [str(instruction.argval)] if instruction.opname in _GLOBAL else []
+            chain = []
+            if instruction.opname.startswith(loads):
+                found = instruction.argval
+                *others, last = found if isinstance(found, tuple) else (found,)
+                yield from ((str(other),) for other in others)  # two loads in one instruction
+                chain = [str(last)]
 
 
-def _imports(code: types.CodeType, package: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Imports that run inside the code: the module's full name and the names that are taken from it."""
+def _imports(code: types.CodeType, package: str) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    """Imports that run inside the code: the module's full name, what is taken from it, and the name that ``import`` binds."""
     for each in _inner(code):
         steps = list(dis.get_instructions(each))
         for index, step in enumerate(steps):
@@ -248,4 +257,6 @@ def _imports(code: types.CodeType, package: str) -> Iterator[tuple[str, tuple[st
             name = str(step.argval)
             if level:
                 name = importlib.util.resolve_name("." * int(level) + name, package)
-            yield name, tuple(parts or ())
+            stored = steps[index + 1]
+            bound = str(stored.argval) if stored.opname.startswith("STORE") else ""
+            yield name, tuple(parts or ()), bound

@@ -20,7 +20,7 @@ from piecework.runtime import torch_compat
 from piecework.runtime.compile_progress import CompileProgress, current_progress
 from piecework.runtime.compilers import CompiledPiece, make_compiler
 from piecework.runtime.compilers.reproducer import keep_reproducer
-from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config import CompilationConfig, RuntimeConfig
 from piecework.runtime.counters import counters
 from piecework.runtime.observe import trace
 from piecework.runtime.parallel import JobResult
@@ -95,10 +95,12 @@ class CompilerManager:
         *,
         disable_cache: bool = False,
         tag: str = "backbone",
-        rank: int = 0,
-        dp_rank: int = 0,
+        runtime_config: RuntimeConfig | None = None,
     ) -> None:
         """Open the on-disk cache for a captured graph, if the compiler's results can be kept.
+
+        Args:
+            runtime_config: the program's limits; its ranks are part of the path.
 
         Raises:
             CacheError: the cache directory is not safe to use.
@@ -109,9 +111,8 @@ class CompilerManager:
                 self.compute_hash,
                 graph,
                 inputs,
-                rank=rank,
-                dp_rank=dp_rank,
                 tag=tag,
+                runtime_config=runtime_config,
                 disabled=disable_cache,
             )
 

@@ -42,6 +42,14 @@ def conflicts_of(config: CompilationConfig) -> list[Conflict]:
                     "mode NONE compiles nothing, so Inductor has nothing to partition",
                 )
             )
+    if mode is CompilationMode.NONE and captures is not CUDAGraphMode.NONE:
+        found.append(
+            Conflict(
+                ("cudagraph_mode", "mode"),
+                f"mode NONE traces nothing, so there is nothing that {captures} could capture; use PIECEWORK_COMPILE, with "
+                "backend 'eager' to compile nothing",
+            )
+        )
     if captures.requires_piecewise_compilation():
         if mode in (CompilationMode.STOCK_TORCH_COMPILE, CompilationMode.DYNAMO_TRACE_ONCE):
             found.append(

@@ -17,7 +17,7 @@ import torch
 
 from piecework.errors import ConfigError
 from piecework.runtime.config import CompilationConfig
-from piecework.runtime.config_groups import CompilationMode, DynamicShapesType
+from piecework.runtime.config_groups import CompilationMode, DynamicShapesType, RuntimeConfig
 from piecework.runtime.dynamic_dims import DimsByName, dims_of, marked
 from piecework.runtime.example_sizes import DeclaredDimensions
 from piecework.runtime.failures import add_piece_note
@@ -38,6 +38,7 @@ EnableIf = Callable[[CompilationConfig], bool]
 _SUPPORT = "_piecework_support"  # on classes
 _STATE = "_piecework_state"  # on instances
 _CONFIG = "compilation_config"
+_RUNTIME = "runtime_config"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def support_torch_compile(
 
     An instance is traced once, with its first call's arguments; later calls run the stitched function. Its configuration is
     ``compilation_config``: a keyword of the constructor (whether ``__init__`` names it or not), or an attribute of the
-    instance or the class, read at the first call.
+    instance or the class, read at the first call. ``runtime_config``, the program's limits, is given in the same ways.
 
     Args:
         cls: the class, when the decorator is used without parentheses.
@@ -156,34 +157,48 @@ def _require_module_class(cls: object, decorator: str) -> None:
 
 
 def _take_config_keyword(kind: type[torch.nn.Module]) -> None:
-    """Make ``kind(…, compilation_config=…)`` set the attribute, and reach an ``__init__`` that asks for it."""
+    """Make ``kind(…, compilation_config=…, runtime_config=…)`` set the attributes, and reach an ``__init__`` that asks for them."""
     original = kind.__init__
-    passed_on = _wants_config(kind)
+    passed_on = {name: _wants(kind, name) for name in (_CONFIG, _RUNTIME)}
 
     @functools.wraps(original)
     def __init__(self: torch.nn.Module, *args: object, **kwargs: object) -> None:
-        if _CONFIG in kwargs:
-            given = kwargs[_CONFIG] if passed_on else kwargs.pop(_CONFIG)
+        for name, read in ((_CONFIG, _as_config), (_RUNTIME, _as_runtime)):
+            if name not in kwargs:
+                continue
+            given = kwargs[name] if passed_on[name] else kwargs.pop(name)
             if given is not None:
-                vars(self)[_CONFIG] = _as_config(given, type(self))
+                vars(self)[name] = read(given, type(self))
         vars(self).setdefault(_STATE, _State(current_model_tag() if model_tag_is_set() else None))
         original(self, *args, **kwargs)
 
     kind.__init__ = __init__  # type: ignore[method-assign]
 
 
-def _wants_config(kind: type[torch.nn.Module]) -> bool:
-    """Whether the constructor takes the configuration itself: by name, or for a base class that does."""
+def _wants(kind: type[torch.nn.Module], name: str) -> bool:
+    """Whether the constructor takes a configuration itself: by name, or for a base class that does."""
     for each in kind.__mro__:
         init = vars(each).get("__init__")
         if init is None or each is torch.nn.Module:
             continue
         parameters = inspect.signature(init).parameters
-        if _CONFIG in parameters or (init is not kind.__init__ and hasattr(each, _SUPPORT)):
+        if name in parameters or (init is not kind.__init__ and hasattr(each, _SUPPORT)):
             return True
         if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
             return False
     return False
+
+
+def _as_runtime(given: object, kind: type) -> RuntimeConfig:
+    if isinstance(given, RuntimeConfig):
+        return given
+    if isinstance(given, Mapping):
+        return RuntimeConfig.from_data(given)
+    raise ConfigError(
+        f"runtime_config must be a RuntimeConfig or a mapping; got a {type(given).__qualname__}",
+        where=kind.__qualname__,
+        hint="pass piecework.runtime.config.RuntimeConfig(...)",
+    )
 
 
 def _as_config(given: object, kind: type) -> CompilationConfig:
@@ -328,21 +343,28 @@ def _compiled(
         owner=type(model),
     )
     arguments = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    shapes = config.dynamic_shapes_config.type
+    shapes, runtime = config.dynamic_shapes_config.type, _runtime_of(model)
     stitches = config.mode is not CompilationMode.STOCK_TORCH_COMPILE
     with ExitStack() as stack:
         if tag is not None and not model_tag_is_set():
             stack.enter_context(use_model_tag(tag))
         if shapes is DynamicShapesType.AUTO and stitches:
             sizes = DeclaredDimensions(dims, model.forward)
-            return compile_with_mode(traced, args, kwargs, config=config, sizes=sizes)
+            return compile_with_mode(
+                traced, args, kwargs, config=config, runtime_config=runtime, sizes=sizes
+            )
         stack.enter_context(marked(dims, arguments, shapes))
-        return compile_with_mode(traced, args, kwargs, config=config)
+        return compile_with_mode(traced, args, kwargs, config=config, runtime_config=runtime)
 
 
 def _config_of(model: torch.nn.Module) -> CompilationConfig:
     found = getattr(model, _CONFIG, None)
     return CompilationConfig() if found is None else _as_config(found, type(model))
+
+
+def _runtime_of(model: torch.nn.Module) -> RuntimeConfig | None:
+    found = getattr(model, _RUNTIME, None)
+    return None if found is None else _as_runtime(found, type(model))
 
 
 def _support_of(kind: type[torch.nn.Module]) -> Support:

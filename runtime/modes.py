@@ -17,7 +17,7 @@ from piecework.codegen.split import SplittingOp as SplittingOpLike
 from piecework.errors import BindError, ConfigError
 from piecework.runtime import torch_compat
 from piecework.runtime.config import CompilationConfig
-from piecework.runtime.config_groups import CompilationMode, DynamicShapesType
+from piecework.runtime.config_groups import CompilationMode, DynamicShapesType, RuntimeConfig
 from piecework.runtime.dynamic_dims import set_mark, unmarked_afterwards
 from piecework.runtime.example_sizes import SizePolicy
 from piecework.runtime.model_tag import compilation_complete
@@ -35,6 +35,7 @@ def compile_with_mode(
     splitting_ops: Sequence[SplittingOpLike] | None = None,
     config: CompilationConfig | Mapping[str, object] | None = None,
     sizes: SizePolicy | None = None,
+    runtime_config: RuntimeConfig | Mapping[str, object] | None = None,
 ) -> StitchedModule:
     """What ``piecework.compile`` returns for ``config.mode``.
 
@@ -44,13 +45,16 @@ def compile_with_mode(
     the splitting ops.
 
     Raises:
-        ConfigError: an argument is of another kind, splitting ops are given in a mode that cuts nowhere, or the shape type
-            is not to be had.
+        ConfigError: an argument is of another kind, splitting ops are given in a mode that cuts nowhere, the shape type is not
+            to be had, or something does not fit the program's limits.
         CaptureError, SplitError, PieceCompileError: as ``piecework.compile``.
     """
     if not callable(model):
         raise ConfigError(f"a model must be callable; got a {type(model).__qualname__}")
     config = _configuration(config)
+    runtime = _runtime(runtime_config)
+    if runtime is not None:
+        config = _within(config, runtime)
     _require_arguments(example_args, example_kwargs)
     made: StitchedModule
     if config.mode in _UNSTITCHED:
@@ -61,7 +65,13 @@ def compile_with_mode(
             splitting_ops = splitting_ops or ()
         # What torch.compile made of a model can't be traced; the model can.
         original = torch_compat.original_of(model)
-        made = ModeModule(original, splitting_ops=splitting_ops, config=config, sizes=sizes)
+        made = ModeModule(
+            original,
+            splitting_ops=splitting_ops,
+            config=config,
+            sizes=sizes,
+            runtime_config=runtime,
+        )
     if example_args or example_kwargs:
         made.prepare(*example_args, **(example_kwargs or {}))
     return made
@@ -78,6 +88,26 @@ def _configuration(config: object) -> CompilationConfig:
             f"config must be a CompilationConfig or a dict of its fields; got a {type(config).__qualname__}"
         )
     return config
+
+
+def _runtime(given: object) -> RuntimeConfig | None:
+    """``given`` itself, or its fields from a mapping."""
+    if isinstance(given, Mapping):
+        return RuntimeConfig.from_data(given)
+    if given is None or isinstance(given, RuntimeConfig):
+        return given
+    raise ConfigError(
+        f"runtime_config must be a RuntimeConfig or a dict of its fields; got a {type(given).__qualname__}"
+    )
+
+
+def _within(config: CompilationConfig, runtime: RuntimeConfig) -> CompilationConfig:
+    """``config`` with the compile sizes and ranges that it has in this program; what is captured is settled by ``capture``."""
+    settled = config.resolve(runtime)
+    return config.replace(
+        compile_sizes=settled.compile_sizes,
+        compile_ranges_endpoints=settled.compile_ranges_endpoints,
+    )
 
 
 def _require_arguments(args: object, kwargs: object) -> None:

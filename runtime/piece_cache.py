@@ -37,7 +37,8 @@ from piecework.runtime.cache.collect import (
     tree_digest,
 )
 from piecework.runtime.compile_settings import settings_factors
-from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config import CompilationConfig, RuntimeConfig
+from piecework.runtime.config_hash import factors_of
 from piecework.runtime.counters import counters
 from piecework.runtime.piece_operators import operator_facts
 from piecework.runtime.ranges import Range
@@ -189,9 +190,8 @@ def open_piece_cache(
     graph: torch.fx.GraphModule,
     inputs: Iterable[object],
     *,
-    rank: int = 0,
-    dp_rank: int = 0,
     tag: str = "backbone",
+    runtime_config: RuntimeConfig | None = None,
     disabled: bool = False,
 ) -> PieceCache:
     """Open the cache entry for one captured graph.
@@ -202,22 +202,32 @@ def open_piece_cache(
         compiler_hash: says everything about the compiler that changes its output.
         graph: the captured graph; the source files that it was traced from are part of the key.
         inputs: its fake inputs.
+        runtime_config: the program's limits; its ranks are part of the path.
 
     Raises:
         CacheError: the cache directory is not safe to use.
     """
     off = disabled or cache_disabled()
-    factors = None if off else _factors(config, compiler_hash, graph)
+    runtime = RuntimeConfig() if runtime_config is None else runtime_config
+    factors = None if off else _factors(config, compiler_hash, graph, runtime_config)
     nothing = KeyFactors.collect(config={}, versions={})
     entry = CacheStore.open(
-        config.cache_dir, factors or nothing, rank, dp_rank, tag, disabled=factors is None
+        config.cache_dir,
+        factors or nothing,
+        runtime.rank,
+        runtime.dp_rank,
+        tag,
+        disabled=factors is None,
     )
     sizes = torch_compat.shape_env_of((*inputs, *(value_of(node) for node in graph.graph.nodes)))
     return PieceCache(entry, sizes)
 
 
 def _factors(
-    config: CompilationConfig, compiler_hash: Callable[[], str], graph: torch.fx.GraphModule
+    config: CompilationConfig,
+    compiler_hash: Callable[[], str],
+    graph: torch.fx.GraphModule,
+    runtime: RuntimeConfig | None,
 ) -> KeyFactors | None:
     """Everything that decides the code of a graph's pieces; None, with a warning, if a part of it can't be told."""
     try:
@@ -226,6 +236,7 @@ def _factors(
                 **config.hash_factors(),
                 "compiler": compiler_hash(),
                 **settings_factors(),
+                **({} if runtime is None else _limits(runtime)),
             },
             versions={
                 **installed_versions(("torch", "triton", "piecework")),
@@ -238,6 +249,10 @@ def _factors(
     except (CacheError, Unidentifiable) as error:
         _log.warning("compile cache: %s; this model is compiled without it", error)
         return None
+
+
+def _limits(runtime: RuntimeConfig) -> dict[str, str]:
+    return {f"runtime.{name}": text for name, text in factors_of(runtime).items()}
 
 
 def keeps_pieces(config: CompilationConfig) -> bool:

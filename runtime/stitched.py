@@ -25,7 +25,7 @@ from piecework.runtime import torch_compat
 from piecework.runtime.backend import PieceworkBackend
 from piecework.runtime.capture import Capture
 from piecework.runtime.captured_options import CaptureOptions
-from piecework.runtime.config import CompilationConfig, DynamicShapesType
+from piecework.runtime.config import CompilationConfig, DynamicShapesType, RuntimeConfig
 from piecework.runtime.counters import counters
 from piecework.runtime.edited import EditedSource
 from piecework.runtime.entry import OPAQUE
@@ -55,6 +55,7 @@ def compile(
     *,
     splitting_ops: Sequence[SplittingOpLike] | None = None,
     config: CompilationConfig | Mapping[str, object] | None = None,
+    runtime_config: RuntimeConfig | Mapping[str, object] | None = None,
 ) -> StitchedModule:
     """Compile ``model`` piecewise and stitch it, or as ``config.mode`` says.
 
@@ -65,6 +66,9 @@ def compile(
             then only those do. Without example arguments the first call's arguments are used.
         splitting_ops: where to cut; None means every op registered with `splitting_op`.
         config: a `CompilationConfig`, or a dict of its fields.
+        runtime_config: the program's limits, a `RuntimeConfig` or a dict of its fields: the last batch range ends at its largest
+            batch, `StitchedModule.capture` goes by it, and its ranks are part of the cache's path. Without it the last range is
+            open-ended, and the rank is 0.
 
     Returns:
         A `StitchedModule`, called like ``model``. It serves inference: it runs without recording gradients. Modes ``NONE``
@@ -72,6 +76,7 @@ def compile(
 
     Raises:
         CaptureError: the model can't be captured as one graph, or has no dynamic dimension.
+        ConfigError: the configuration does not fit ``runtime_config``, such as a compile size beyond the largest batch.
         SplitError: a splitting op is unknown or has no fake implementation.
         PieceCompileError: a compiler failed on a piece.
 
@@ -84,7 +89,12 @@ def compile(
     from piecework.runtime.modes import compile_with_mode
 
     return compile_with_mode(
-        model, example_args, example_kwargs, splitting_ops=splitting_ops, config=config
+        model,
+        example_args,
+        example_kwargs,
+        splitting_ops=splitting_ops,
+        config=config,
+        runtime_config=runtime_config,
     )
 
 
@@ -94,6 +104,7 @@ class StitchedModule:
     Attributes:
         model: the model that was given; it holds the weights.
         config: the configuration.
+        runtime_config: the program's limits; None if they are not known.
     """
 
     def __init__(
@@ -103,19 +114,22 @@ class StitchedModule:
         splitting_ops: Sequence[SplittingOpLike] | None = None,
         config: CompilationConfig | None = None,
         sizes: SizePolicy | None = None,
+        runtime_config: RuntimeConfig | None = None,
     ) -> None:
         if not callable(model):
             raise ConfigError(f"a model must be callable; got a {type(model).__qualname__}")
         self.model = model
+        self.runtime_config = runtime_config
         self.config = config or CompilationConfig()
         counters.num_models_seen += 1
         tag = current_model_tag()
         self._new_backend = partial(
             PieceworkBackend,
             self.config,
-            tag.prefix(_model_name(model)),
+            tag.prefix((runtime_config and runtime_config.model_name) or _model_name(model)),
             tag.is_encoder,
             splitting_ops=splitting_ops,
+            runtime_config=runtime_config,
         )
         self._empty = self._new_backend()
         self._declared = sizes
@@ -312,7 +326,8 @@ class StitchedModule:
             memory_budget: bytes that the captures may take; sizes that don't fit are dropped.
             progress: print the memory report and a progress bar; or a watcher of one's own.
             estimate: measure a few captures first, for the memory report.
-            options: fields of `piecework.runtime.captured_options.CaptureOptions`, such as ``mode="FULL_AND_PIECEWISE"``.
+            options: fields of `piecework.runtime.captured_options.CaptureOptions`, such as ``mode="FULL_AND_PIECEWISE"``;
+                ``runtime`` is what the model was compiled with by default.
 
         Returns:
             This module.
@@ -327,6 +342,7 @@ class StitchedModule:
             >>> print(stitched.static_graphs.source_for(3))
         """
         first, *_ = self._require_traced("graph to capture")
+        options.setdefault("runtime", self.runtime_config)
         for each in self._traces:
             each.entry.require_idle("capture()")
         wish = CaptureOptions(**options)  # type: ignore[arg-type]

@@ -105,7 +105,7 @@ def learn_again(env: Any, texts: Iterable[str]) -> bool:
     except (KeyError, SyntaxError, TypeError, ValueError):
         return False
     hints = _hints(env)
-    if not all(each.xreplace(hints) == _true() for each in conditions):
+    if not all(_is_condition(each) and each.xreplace(hints) == _true() for each in conditions):
         return False
     return all(bool(env.evaluate_expr(each)) for each in conditions)
 
@@ -128,6 +128,12 @@ def _of_symbol(symbol: object, now: KnownSizes, before: KnownSizes) -> list[Any]
 def _hints(env: Any) -> dict[Any, Any]:
     found = getattr(env, "backed_var_to_val", None)
     return dict(getattr(env, "var_to_val", {}) if found is None else found)
+
+
+def _is_condition(value: object) -> bool:
+    from sympy.logic.boolalg import Boolean
+
+    return isinstance(value, Boolean)
 
 
 def _true() -> Any:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -113,6 +115,176 @@ def test_settings_of_torch_that_change_code_are_in_the_key() -> None:
     with inductor_config.patch({"compile_threads": 3, "trace.enabled": True}):
         assert key() == base
     assert key() == base
+
+
+SETTINGS = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast to float16": lambda: torch.autocast("cpu", torch.float16),
+    "inference mode": torch.inference_mode,
+    "default device": lambda: torch.device("meta"),
+    "mkldnn": lambda: torch.backends.mkldnn.flags(enabled=False),
+    "cudnn": lambda: torch.backends.cudnn.flags(enabled=True, benchmark=True),
+    "attention kernels": lambda: torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    "half precision sums": lambda: switched(
+        torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False
+    ),
+    "einsum": lambda: switched(torch.backends.opt_einsum, "enabled", None),
+    "fill of empty memory": lambda: switched(
+        torch.utils.deterministic, "fill_uninitialized_memory", False
+    ),
+    "sizes 0 and 1": lambda: switched(
+        importlib.import_module("torch.fx.experimental._config"), "backed_size_oblivious", True
+    ),
+    "a private option": lambda: inductor_patch("_micro_pipeline_tp", True),
+    "fusion pass": lambda: inductor_patch("_post_fusion_custom_pass", _global_pass),
+    "a decomposition": lambda: entered("torch._inductor.decomposition", "decompositions"),
+    "a lowering": lambda: entered("torch._inductor.lowering", "lowerings"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_is_ambient_is_in_the_key(name: str) -> None:
+    importlib.import_module("torch._inductor.lowering")
+    base = key()
+    with SETTINGS[name]():
+        changed = key()
+        assert key() == changed != base
+    assert key() == base
+
+
+@contextmanager
+def switched(place: object, name: str, value: object) -> Iterator[None]:
+    before = getattr(place, name)
+    other = (not before) if value is None else value
+    setattr(place, name, other)
+    try:
+        yield
+    finally:
+        setattr(place, name, before)
+
+
+def inductor_patch(name: str, value: object) -> AbstractContextManager[None]:
+    return importlib.import_module("torch._inductor.config").patch({name: value})
+
+
+@contextmanager
+def entered(module: str, table: str) -> Iterator[None]:
+    """An entry of the user's own for an operator of torch."""
+    entries = getattr(importlib.import_module(module), table)
+    op = torch.ops.aten.relu.default
+    missing = object()
+    before = entries.get(op, missing)
+    entries[op] = _global_pass
+    try:
+        yield
+    finally:
+        del entries[op]
+        if before is not missing:
+            entries[op] = before
+
+
+@pytest.mark.inductor
+def test_autocast_around_a_model_is_not_the_model_without_it(own_compile_cache: Path) -> None:
+    model, x = torch.nn.Linear(8, 8), torch.randn(4, 8)
+    for cast in (False, True, False, True):
+        torch._dynamo.reset()
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast), torch.no_grad():
+            found = piecework.compile(model, (x,))(x)
+            assert found.dtype is (torch.bfloat16 if cast else torch.float32)
+            torch.testing.assert_close(found, model(x))
+
+
+def test_what_has_no_stable_form_switches_the_cache_off_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def reads_outside(graph: torch.fx.Graph) -> None:
+        os.environ.get("ANYTHING")
+
+    cache = opened(inductor_passes={"post_grad_custom_post_pass": reads_outside})
+    assert not cache.enabled
+    (record,) = caplog.records
+    assert "inductor_passes.post_grad_custom_post_pass" in record.getMessage()
+    assert "uuid()" in record.getMessage()
+    caplog.clear()
+    with inductor_patch("post_grad_custom_pre_pass", reads_outside):
+        assert not opened().enabled
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.inductor
+def test_a_pass_without_a_stable_form_compiles_and_is_kept_nowhere(own_compile_cache: Path) -> None:
+    lock = threading.Lock()
+    calls: list[int] = []
+
+    def locked(graph: torch.fx.Graph) -> None:
+        with lock:
+            calls.append(1)
+
+    model, x = torch.nn.Linear(8, 8), torch.randn(4, 8)
+    for times in (1, 2):
+        torch._dynamo.reset()
+        config = CompilationConfig(inductor_passes={"post_grad_custom_post_pass": locked})
+        with piecework.counters.expect(num_inductor_compiles=1, num_compiled_artifacts_saved=0):
+            torch.testing.assert_close(piecework.compile(model, (x,), config=config)(x), model(x))
+        assert len(calls) == times  # Inductor's own caches did not answer either
+    assert not list(own_compile_cache.rglob("*.bin"))
+
+
+PASSES = """
+import torch
+from factors import Scale, table
+
+class Scaled:
+    scale = Scale.{member}
+
+    def __call__(self, graph):
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default):
+            with graph.inserting_after(node):
+                made = graph.call_function(torch.ops.aten.mul.Tensor, (node, self.scale.value * table["by"]))
+            made.meta.update(node.meta)
+            node.replace_all_uses_with(made)
+            made.args = (node, made.args[1])
+"""
+FACTORS = """
+import enum
+class Scale(enum.Enum):
+    LOW, HIGH = 1, {high}
+table = {{"by": {by}}}
+"""
+SCRIPT = """
+import sys, json, torch
+sys.path.insert(0, sys.argv[1])
+import piecework, passes
+if len(sys.argv) > 2:
+    exec(sys.argv[2])
+config = piecework.CompilationConfig(inductor_passes={"post_grad_custom_post_pass": passes.Scaled()})
+x = torch.ones(4, 8)
+print(json.dumps([piecework.compile(torch.relu, (x,), config=config)(x)[0, 0].item(),
+                  piecework.counters.num_inductor_compiles]))
+"""
+
+
+@pytest.mark.inductor
+def test_a_pass_that_was_edited_between_two_processes_runs_as_it_is_now(tmp_path: Path) -> None:
+    def run_with(at_run_time: str = "", **edits: object) -> list[float]:
+        values = {"member": "HIGH", "high": 2, "by": 10, **edits}
+        (tmp_path / "passes.py").write_text(PASSES.format(**values))
+        (tmp_path / "factors.py").write_text(FACTORS.format(**values))
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT, str(tmp_path), at_run_time],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")},
+            check=True,
+        )
+        return json.loads(done.stdout.splitlines()[-1])
+
+    assert run_with() == [20, 1]
+    assert run_with() == [20, 0]
+    assert run_with(high=5) == [50, 1]  # the value of an enumeration in another module
+    assert run_with(by=11) == [22, 1]  # an item of a module-level dict in another module
+    assert run_with("passes.Scaled.scale = passes.Scale.LOW") == [10, 1]  # a class attribute
+    assert run_with(member="LOW") == [10, 0]  # the same, however it came to be
 
 
 def _global_pass(graph: torch.fx.Graph) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -83,6 +84,72 @@ def test_a_higher_order_operator_that_looks_things_up_is_not_kept() -> None:
         in operator_facts(graph_of(triton_kernel_wrapper_mutation))[1]
     )
     assert operator_facts(graph_of(torch.ops.higher_order.cond))[1] == ""
+
+
+def facts_of(
+    library: torch.library.Library,
+    name: str,
+    fake: Callable[..., object] | None = None,
+    tags: tuple[torch.Tag, ...] = (),
+    meta: Callable[..., object] | None = None,
+) -> tuple[str, str]:
+    library.define(f"{name}(Tensor x) -> Tensor", tags=tags)
+    library.impl(name, lambda x: x.clone(), "CPU")
+    if fake is not None:
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    if meta is not None:
+        library.impl(name, meta, "Meta")
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    rows, reason = operator_facts(graph_of(op, result=torch.empty(2)))
+    return rows.replace(name, "op"), reason
+
+
+def test_tags_and_the_fake_body_are_an_operators_identity() -> None:
+    def like(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(x)
+
+    def halves(x: torch.Tensor) -> torch.Tensor:
+        return x.new_empty(x.shape[0] // 2)
+
+    found = []
+    for fake, tags in (
+        (like, ()),
+        (like, ()),
+        (halves, ()),
+        (like, (torch.Tag.needs_fixed_stride_order,)),
+        (like, (torch.Tag.flexible_layout,)),
+    ):
+        with torch.library._scoped_library(NAMESPACE, "FRAGMENT") as library:
+            rows, reason = facts_of(library, "tagged", fake, tags)
+            assert rows and not reason
+            found.append(rows)
+    assert found[0] == found[1] and len(set(found)) == 4
+
+
+def test_an_operator_whose_fake_or_body_can_not_be_read_is_not_kept(
+    library: torch.library.Library,
+) -> None:
+    def like(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(x)
+
+    lock = threading.Lock()
+
+    def locked(x: torch.Tensor) -> torch.Tensor:
+        with lock:
+            return torch.empty_like(x)
+
+    assert "fake implementation" in facts_of(library, "none", meta=like)[1]
+    assert "lock" in facts_of(library, "locked", fake=locked)[1]
+    # Inductor runs an operator that it may fold, where all its operands are constants.
+    assert "body" in facts_of(library, "folded", fake=like, tags=(torch.Tag.pointwise,))[1]
+
+
+def test_an_operator_that_a_program_adds_to_torchs_namespaces_is_the_programs() -> None:
+    with torch.library._scoped_library("aten", "FRAGMENT") as library:
+        library.define("piecework_test_added(Tensor x) -> Tensor")
+        library.impl("piecework_test_added", lambda x: x.clone(), "CPU")
+        rows, reason = operator_facts(graph_of(torch.ops.aten.piecework_test_added.default))
+        assert reason or "piecework_test_added" in rows
 
 
 @pytest.mark.inductor

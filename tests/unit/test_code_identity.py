@@ -58,7 +58,7 @@ class Words(enum.StrEnum):
     HIGH = "high"
 
 
-Pair = collections.namedtuple("Pair", "x y")  # noqa: PYI024
+Pair = collections.namedtuple("Pair", "x y")
 
 
 def test_values_that_python_takes_for_equal_are_told_apart() -> None:
@@ -209,6 +209,11 @@ marked.limit = {attribute}
 def local(g):
     from helpers import scale
     return scale(g)
+def module(g):
+    import helpers
+    def inner():
+        return helpers.scale(g)
+    return inner()
 def missing(g):
     try:
         return NOT_THERE
@@ -276,10 +281,10 @@ EDITS = {
     ("kwdefault", "'1'"): {"default"},
     ("attribute", "2"): {"marked"},
     ("extra", "NOT_THERE = 1"): {"missing"},
-    ("scale", "3"): {"Pass", "local"},
+    ("scale", "3"): {"Pass", "local", "module"},
     ("offsets", "[2]"): {"Pass"},
     ("size", "2"): {"Pass"},
-    ("twice", "3"): {"Pass", "local"},
+    ("twice", "3"): {"Pass", "local", "module"},
     ("extra", "# a comment"): set(),
     ("extra", "UNRELATED = 1"): set(),
 }
@@ -309,7 +314,7 @@ def identities(module: types.ModuleType) -> dict[str, str]:
         "Pass": module.Pass(module.Level.HIGH),
         **{
             name: getattr(module, name)
-            for name in ("first", "second", "default", "marked", "local")
+            for name in ("first", "second", "default", "marked", "local", "module")
         },
         "missing": module.missing,
     }
@@ -404,35 +409,14 @@ def test_callables_count_with_their_kind_and_state() -> None:
         return factor
 
     a, b = lambda g: g + 1, lambda g: g - 1
-    assert_all_differ(
-        [Holder(1), Holder(2), Holder(1).run, Holder(2).run, Holder(1).other, Holder.run]
-        + [
-            plain,
-            functools.partial(plain),
-            functools.partial(plain, 1),
-            functools.partial(plain, factor=1),
-        ]
-        + [
-            functools.partial(plain, True),
-            functools.lru_cache(plain),
-            functools.lru_cache(8)(plain),
-        ]
-        + [
-            a,
-            b,
-            len,
-            abs,
-            operator.itemgetter(1),
-            operator.itemgetter("1"),
-            operator.attrgetter("a"),
-        ]
-        + [
-            operator.methodcaller("a"),
-            operator.methodcaller("a", 1),
-            operator.methodcaller("a", x=1),
-        ]
-        + [str.upper, str.lower, "a".upper, "b".upper, [].append, dict.fromkeys]
-    )
+    made = [Holder(1), Holder(2), Holder(1).run, Holder(2).run, Holder(1).other, Holder.run]
+    made += [plain, functools.lru_cache(plain), functools.lru_cache(8)(plain), a, b, len, abs]
+    for args in ((), (1,), (True,)):
+        made.append(functools.partial(plain, *args))
+    made += [functools.partial(plain, factor=1), operator.itemgetter(1), operator.itemgetter("1")]
+    made += [operator.attrgetter("a"), operator.methodcaller("a"), operator.methodcaller("a", 1)]
+    made += [operator.methodcaller("a", x=1), str.upper, str.lower, "a".upper, "b".upper]
+    assert_all_differ([*made, [].append, dict.fromkeys])
 
 
 def test_classes_made_by_one_function_count_by_what_they_hold() -> None:
@@ -473,11 +457,23 @@ def reads_the_environment(graph: object) -> object:
 
 
 def runs_text(graph: object) -> object:
-    return eval("graph")  # noqa: S307
+    return eval("graph")
 
 
 def looks_up_a_module(graph: object) -> object:
     return getattr(this_module, "anything")  # noqa: B009
+
+
+def imports_a_module_as_a_value(graph: object) -> object:
+    import tests.unit.test_code_identity as itself
+
+    return itself
+
+
+def imports_what_is_not_there_yet(graph: object) -> object:
+    import surely_not_imported_yet  # type: ignore[import-not-found]
+
+    return surely_not_imported_yet.value
 
 
 this_module = sys.modules[__name__]
@@ -493,6 +489,8 @@ this_module = sys.modules[__name__]
         reads_the_environment,
         runs_text,
         looks_up_a_module,
+        imports_a_module_as_a_value,
+        imports_what_is_not_there_yet,
         this_module,
         [object()],
         {1: threading.Lock()},

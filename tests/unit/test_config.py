@@ -281,9 +281,13 @@ def test_a_default_in_place_of_a_wrong_field_is_not_a_conflict():
     assert list(problems(caught)) == ["world_size"]
 
 
-def test_mode_none_may_capture_pieces_with_eager_breaks():
-    config = CompilationConfig(mode=0, cudagraph_mode="PIECEWISE", splitting_ops=["a::b"])
-    assert config.cudagraph_mode is CUDAGraphMode.PIECEWISE
+@pytest.mark.parametrize(
+    "captures", ["PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"]
+)
+def test_mode_none_captures_nothing(captures):
+    with pytest.raises(ConfigError, match=r"mode NONE traces nothing.*backend 'eager'") as caught:
+        CompilationConfig(mode=0, cudagraph_mode=captures, splitting_ops=["a::b"])
+    assert [each.field for each in caught.value.problems] == ["cudagraph_mode, mode"]
 
 
 @pytest.mark.parametrize(
@@ -331,12 +335,12 @@ def test_what_the_caller_keeps_is_not_what_the_config_holds():
 
 
 def test_replace_makes_a_checked_copy():
-    config = CompilationConfig(cudagraph_mode="PIECEWISE")
+    config = CompilationConfig(backend="eager")
     changed = config.replace(mode=0, pass_config={"clean_up": False})
     assert (config.mode, changed.mode) == (CompilationMode.PIECEWORK_COMPILE, CompilationMode.NONE)
     assert not changed.pass_config.clean_up and config.pass_config.clean_up
     with pytest.raises(ConfigError):
-        config.replace(mode=1)
+        config.replace(mode=1, cudagraph_mode="PIECEWISE")
     with pytest.raises(ConfigError, match="unknown"):
         config.replace(unknown=1)
 

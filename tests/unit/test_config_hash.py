@@ -23,7 +23,7 @@ from piecework.runtime.config_model import FrozenModel, hash_roles, nested_model
 # A base without conflicts under any single change below, and one other value for each field.
 BASE = {"splitting_ops": ["a::b"], "cudagraph_mode": "FULL", "cudagraph_capture_sizes": [1, 4]}
 OTHER = {
-    "mode": 0,
+    "mode": 2,
     "backend": "eager",
     "debug_dump_path": "dumps",
     "cache_dir": "cache",

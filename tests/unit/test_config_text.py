@@ -69,7 +69,8 @@ def configs(draw, leaves=scalars):
         )
     )
     capturing = CUDAGraphMode.parse(fields.get("cudagraph_mode", "NONE"))
-    modes = [0, 3] if capturing.requires_piecewise_compilation() else [0, 1, 2, 3]
+    modes = [3] if capturing.requires_piecewise_compilation() else [1, 2, 3]
+    modes += [0] if capturing is CUDAGraphMode.NONE else []
     fields["mode"] = draw(st.sampled_from(modes))
     if fields.get("backend", "inductor") == "inductor" and fields["mode"]:
         fields["use_inductor_graph_partition"] = draw(st.booleans())
