@@ -98,5 +98,3 @@ class Follower(torch.fx.Interpreter):
         value, other = self._body(yes, operands), self._body(no, operands)
         self._walk.joined(value, other, why)
         return value
-
-

@@ -63,9 +63,7 @@ def permuted(call: Call) -> Rows:
 
 def unsqueezed(call: Call) -> Rows:
     at = call.front(call.number("dim"), call.tensor("self").dim() + 1)
-    return call.rows("self").moved(
-        {d: d + (d >= at) for d in range(call.tensor("self").dim())}
-    )
+    return call.rows("self").moved({d: d + (d >= at) for d in range(call.tensor("self").dim())})
 
 
 def squeezed(call: Call) -> Rows:
@@ -216,7 +214,9 @@ RULES: dict[str, Rule] = {
     **rules("slice", sliced, sizes=("end",), plain=True),
     **rules("select", selected, plain=True),
     **rules("unbind", unbound, plain=True),
-    **rules("split split_with_sizes unsafe_split unsafe_split_with_sizes chunk", parted, plain=True),
+    **rules(
+        "split split_with_sizes unsafe_split unsafe_split_with_sizes chunk", parted, plain=True
+    ),
     **rules("unfold", unfolded),
     **rules("diagonal", diagonal),
     **rules("cat concat", joined, plain=True),
