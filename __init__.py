@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from piecework.runtime.config import CompilationConfig, RuntimeConfig
     from piecework.runtime.counters import counters
     from piecework.runtime.decorators import ignore_torch_compile, support_torch_compile
-    from piecework.runtime.splitting_op import splitting_op
+    from piecework.runtime.splitting_op import declare_rows, splitting_op
     from piecework.runtime.stitched import StitchedModule, compile
 
 __version__ = "0.1.0"
@@ -38,6 +38,7 @@ __all__ = [
     "compile",
     "compile_execution_fn",
     "counters",
+    "declare_rows",
     "generate_execution_code",
     "ignore_torch_compile",
     "split_graph",
@@ -58,6 +59,7 @@ _HOME = {
     "compile": "piecework.runtime.stitched",
     "compile_execution_fn": "piecework.codegen",
     "counters": "piecework.runtime.counters",
+    "declare_rows": "piecework.runtime.splitting_op",
     "generate_execution_code": "piecework.codegen",
     "ignore_torch_compile": "piecework.runtime.decorators",
     "split_graph": "piecework.codegen",

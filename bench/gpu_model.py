@@ -42,7 +42,9 @@ def attention_body(
 
 @cache  # torch keeps one registration per name and process
 def attention() -> Callable[..., None]:
-    return piecework.splitting_op(OPERATOR, mutates_args=("out",))(attention_body)
+    return piecework.splitting_op(OPERATOR, mutates_args=("out",), rows="independent")(
+        attention_body
+    )
 
 
 class Layer(nn.Module):

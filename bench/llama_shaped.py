@@ -30,15 +30,16 @@ def attention_body(
 @cache  # torch keeps one registration per name and process
 def light_attention() -> Attention:
     """The operator as a light ``Library.define``, which is what `piecework.splitting_op` makes."""
-    return piecework.splitting_op("piecework_bench::attention_light", mutates_args=("out",))(
-        attention_body
-    )
+    return piecework.splitting_op(
+        "piecework_bench::attention_light", mutates_args=("out",), rows="independent"
+    )(attention_body)
 
 
 @cache
 def custom_op_attention() -> Attention:
     """The operator as ``torch.library.custom_op`` registers it."""
-    return torch.library.custom_op("piecework_bench::attention_custom", mutates_args=("out",))(
+    piecework.declare_rows(OPERATOR_NAMES["custom_op"], "independent")
+    return torch.library.custom_op(OPERATOR_NAMES["custom_op"], mutates_args=("out",))(
         attention_body
     )
 

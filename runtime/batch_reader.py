@@ -16,11 +16,11 @@ from piecework.codegen.entry_plan import Symbol
 from piecework.codegen.origin import value_of
 from piecework.errors import ConfigError, StaticGraphError
 from piecework.runtime import torch_compat
+from piecework.runtime.analysis.rows import rows_of
 from piecework.runtime.backend import PieceworkBackend
 from piecework.runtime.capture import Argument, Capture, Size, Weight
 from piecework.runtime.captured_shape import BatchShape, OtherSize, ResultRule, StagedInput
 from piecework.runtime.mutation import held_by_source, mutations_in, refuse_mutations
-from piecework.runtime.padding import padding_changes
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +94,7 @@ class _Reader:
         self.others: dict[str, OtherSize] = {}
         self.equal: dict[str, OtherSize] = {}
         self.symbols = ({symbol} if fixed is None else set()) | self._same_symbols()
+        self.verdict = rows_of(graph, self.symbols)
 
     def read(self) -> BatchShape:
         self._refuse_writes_to_weights()
@@ -131,6 +132,8 @@ class _Reader:
             weights=weights,
             results=rules,
             mixes=mixes,
+            undeclared=self.verdict.undeclared,
+            by_context=self.verdict.by_context,
             low=max(1, (batch.low if batch is not None else None) or 1),
             high=None if batch is None else batch.high,
             guards=self.captured.assumptions.guards(),
@@ -250,8 +253,8 @@ class _Reader:
     def _results(self, written: frozenset[str]) -> tuple[tuple[ResultRule, ...], str | None]:
         returned = self.split_gm.graph.output_node().args[0]
         outputs = returned if isinstance(returned, (list, tuple)) else [returned]
-        reasons = padding_changes(self.graph, self.symbols, sorted(written))
-        rules, mixes = [], []
+        reasons = self.verdict.results or (self.verdict.refused,) * len(outputs)
+        rules, mixes = [], [self.verdict.refused]
         for index, node in enumerate(outputs):
             value = value_of(node) if isinstance(node, torch.fx.Node) else node
             rule = self._rule(value)
@@ -259,12 +262,13 @@ class _Reader:
             rules.append(rule or ResultRule())
             if reason is not None and not (rule is not None and rule.is_count):
                 mixes.append(f"result {index}: {reason}")
+        said = self.verdict.written
         mixes += [
             f"argument {name}, which is written to: {reason}"
-            for name, reason in zip(sorted(written), reasons[len(outputs) :], strict=True)
-            if reason is not None
+            for name in sorted(written | said.keys())
+            if (reason := said.get(name, "nobody knows what is written")) is not None
         ]
-        return tuple(rules), mixes[0] if mixes else None
+        return tuple(rules), next((each for each in mixes if each is not None), None)
 
     def _rule(self, value: object) -> ResultRule | None:
         """None where only a batch of the captured size has this result."""
@@ -293,7 +297,8 @@ class _Reader:
         arguments = {
             node.name: node.name for node, each in self.pairs if isinstance(each, Argument)
         }
-        return frozenset(write.path for write in mutations_in(self.split_gm, self.every, arguments))
+        inside = {write.path for write in mutations_in(self.split_gm, self.every, arguments)}
+        return frozenset(inside | (self.verdict.written.keys() & arguments.keys()))
 
 
 def _memory_order(fake: torch.Tensor, name: str) -> tuple[int, ...] | None:

@@ -5,6 +5,7 @@ It never captures while serving; a batch that no graph covers runs as it ran bef
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from piecework.runtime.captured_calls import Calls, Step
 from piecework.runtime.captured_graphs import CapturedGraphs
 from piecework.runtime.captured_options import CaptureOptions
 from piecework.runtime.captured_report import CallRow, MemoryReport
+from piecework.runtime.dispatch import Reason
 from piecework.runtime.entry import Entry
 from piecework.runtime.execution import by_path_of
 from piecework.runtime.graphs.capture import (
@@ -32,8 +34,12 @@ from piecework.runtime.graphs.capture import (
 from piecework.runtime.graphs.covered import CoverageRow, coverage
 from piecework.runtime.graphs.descriptor import BatchKind
 from piecework.runtime.graphs.memory import MemoryEstimate, estimate_memory, fit_budget, kind_of
+from piecework.runtime.graphs.mode import CUDAGraphMode
 from piecework.runtime.graphs.progress import CaptureProgress
+from piecework.runtime.padding_check import padding_difference, sizes_to_try
 from piecework.runtime.weights import BoundWeights
+
+_log = logging.getLogger(__name__)
 
 
 class _Recorder:
@@ -97,6 +103,7 @@ class CapturedModel(CapturedGraphs):
             KeyboardInterrupt: likewise, on Ctrl-C.
         """
         console = Console(stderr=True)
+        self._settle_padding()
         warmups = self._warmups()
         if estimate or memory_budget is not None:
             self._estimate(warmups, required=memory_budget is not None)
@@ -123,6 +130,50 @@ class CapturedModel(CapturedGraphs):
         finally:
             self._counting = False
             self._make_ready([(o.mode, o.descriptor) for o in recorder.outcomes if o.captured])
+
+    def _settle_padding(self) -> None:
+        """Say why nothing is padded, if so; else try it once on random data, and believe what comes out."""
+        reason = self.shape.mixes
+        if reason is None and self.options.check_padding and not self.shape.by_context:
+            try:
+                reason = self._tried_padding()
+            except (
+                Exception
+            ) as error:
+                _log.info("capture: padding was not tried (%s: %s)", type(error).__name__, error)
+            if reason is not None:
+                self.dispatcher.exact = Reason.CHECKED
+                reason = f"{reason} is another one in a padded run, although rows were thought to stay apart"
+        if reason is not None:
+            hint = (
+                "; say splitting_op(..., rows=...) or declare_rows(op, ...)"
+                if self.shape.undeclared
+                else ""
+            )
+            _log.warning(
+                "capture: only batches of a captured size are replayed, none is padded: %s%s",
+                reason,
+                hint,
+            )
+
+    def _tried_padding(self) -> str | None:
+        """What one padded run changed, or None."""
+        groups = [group for _, group in self.dispatcher.get_capture_descs()]
+        smallest = min((each for group in groups for each in group), key=lambda d: d.num_tokens)
+        others = self._others(smallest)
+        sizes = sizes_to_try(self.shape, self.sizes, others)
+        if sizes is None:
+            return None
+
+        def run(tensors: Sequence[torch.Tensor], size: int) -> Sequence[object]:
+            descriptor = replace(smallest, num_tokens=size)
+            submods = tuple(self._backend.submod_lists[self._range_of(size)])
+            flat = self._flat(tensors, descriptor)
+            with self._context_for(CUDAGraphMode.NONE, descriptor), torch.no_grad():
+                results = self._forward(*flat, __vllm_submods__=submods)
+            return results if isinstance(results, (tuple, list)) else (results,)
+
+        return padding_difference(self.shape, others, self.options.pads, *sizes, run)
 
     def _affordable(self, budget: int | None) -> Callable[[Key], bool] | None:
         """Whether a capture still fits the budget, in view of what the captures before it took."""

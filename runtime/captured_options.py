@@ -13,7 +13,7 @@ from typing import Literal
 from piecework.errors import ConfigError, StaticGraphError
 from piecework.runtime.captured_shape import BatchShape, require_sizes
 from piecework.runtime.config import CompilationConfig, RuntimeConfig
-from piecework.runtime.dispatch import CudagraphDispatcher
+from piecework.runtime.dispatch import CudagraphDispatcher, Reason
 from piecework.runtime.dispatch_keys import LoraCases
 from piecework.runtime.graphs.address import AddressPolicy
 from piecework.runtime.graphs.capture import ContextFor, FailurePolicy
@@ -48,6 +48,8 @@ class CaptureOptions:
         strict: a batch that falls back to running uncaptured although its size was to be captured is an error.
         pads: what fills the tail of each padded input, by its parameter's name; 0 by default.
         poison: pad floating inputs with NaN, to find out what reads beyond the batch (debugging).
+        check_padding: run one small batch on random data alone, padded, and padded with NaN before anything is captured; where rows
+            differ, nothing is padded. It costs three uncaptured forwards.
         context_for: makes the forward context of runs on dummy inputs.
         check_addresses: serve through pieces that check every address instead of through replay source (debugging).
     """
@@ -66,6 +68,7 @@ class CaptureOptions:
     strict: bool = False
     pads: Mapping[str, Number] = field(default_factory=dict)
     poison: bool = False
+    check_padding: bool = True
     context_for: ContextFor | None = None
     check_addresses: bool = False
 
@@ -140,9 +143,15 @@ def plan_capture(
         lora=lora,
         axes={**options.axes, **values},
         strict=options.strict,
-        exact=shape.mixes is not None,
+        exact=_never_padded(shape),
     )
     return CapturePlan(mode, chosen, others, dispatcher)
+
+
+def _never_padded(shape: BatchShape) -> Reason | None:
+    if shape.mixes is None:
+        return None
+    return Reason.UNDECLARED if shape.undeclared else Reason.NOT_EXACT
 
 
 def _mode(config: CompilationConfig, options: CaptureOptions) -> CUDAGraphMode:

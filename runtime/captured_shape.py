@@ -91,7 +91,9 @@ class BatchShape:
         equal: sizes that were declared to equal the batch size; a call in which one doesn't is not served from graphs.
         weights: position → path, for weights that are passed per call.
         results: one rule per result.
-        mixes: why no batch can be padded, if so: a result would change with the padding.
+        mixes: why no batch can be padded, if so: a result would change with the padding, or nobody knows that it would not.
+        undeclared: that is so as an operator does not say what it does with rows.
+        by_context: operators read the batch's real size from the forward context.
         low, high: batch sizes that the trace allows; None where there is no bound.
         guards: further conditions on sizes, as Python text over the symbols.
         symbol: what they call the batch size.
@@ -106,6 +108,8 @@ class BatchShape:
     weights: Mapping[int, str]
     results: tuple[ResultRule, ...]
     mixes: str | None
+    undeclared: bool
+    by_context: bool
     low: int
     high: int | None
     guards: tuple[str, ...]

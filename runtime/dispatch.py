@@ -27,12 +27,23 @@ class Reason(enum.Enum):
     TOO_LARGE = "larger than every captured size"
     NO_LORA = "no graph is captured for this many adapters"
     NOT_CAPTURED = "its graph was not captured, or was given up"
-    NOT_EXACT = "a result takes all rows together, so no padding is right"
+    NOT_EXACT = "rows are not known to stay apart, so nothing is padded"
+    UNDECLARED = "an operator does not say what it does with rows, so nothing is padded around it"
+    CHECKED = "a padded run at the capture gave other rows, so nothing is padded"
     AXIS = "nothing is captured for this value of an axis"
 
 
 # What nobody asked for: the batch could have run captured.
-_FALLBACKS = frozenset({Reason.NO_LORA, Reason.NOT_CAPTURED, Reason.NOT_EXACT, Reason.AXIS})
+_FALLBACKS = frozenset(
+    {
+        Reason.NO_LORA,
+        Reason.NOT_CAPTURED,
+        Reason.NOT_EXACT,
+        Reason.UNDECLARED,
+        Reason.CHECKED,
+        Reason.AXIS,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +102,7 @@ class CudagraphDispatcher(CapturedKeys):
         lora: which cases are captured for adapters.
         axes: further axes of the descriptor, each with the values to capture; the first is the default.
         strict: a fall-back to NONE that nobody asked for is an error.
-        exact: never pad: a batch runs captured only in its own size.
+        exact: why nothing is padded, if so: a batch then runs captured only in its own size.
 
     Example:
         >>> d = CudagraphDispatcher(CUDAGraphMode.PIECEWISE, [1, 8], max_num_seqs=8)
@@ -110,7 +121,7 @@ class CudagraphDispatcher(CapturedKeys):
         lora: LoraCases | None = None,
         axes: Mapping[str, Sequence[Hashable]] | None = None,
         strict: bool = False,
-        exact: bool = False,
+        exact: Reason | None = None,
     ) -> None:
         self.strict = strict
         self.exact = exact
@@ -244,8 +255,8 @@ class CudagraphDispatcher(CapturedKeys):
         elif not self._promises_graph(uniform_decode):
             reason = Reason.MODE
         else:
-            fits = self.exact and num_tokens <= max(self.capture_sizes, default=0)
-            reason = Reason.NOT_EXACT if fits else Reason.TOO_LARGE
+            fits = num_tokens <= max(self.capture_sizes, default=0)
+            reason = self.exact if self.exact is not None and fits else Reason.TOO_LARGE
         return self._uncaptured(own, reason, uniform_decode, allowed, strict)
 
     def ask(self, num_tokens: int, kind: BatchKind, *, strict: bool | None = None) -> Dispatch:
@@ -277,7 +288,7 @@ class CudagraphDispatcher(CapturedKeys):
 
     def _fitting(self, sizes: Sequence[int], num_tokens: int) -> Sequence[int]:
         first = bisect_left(sizes, num_tokens)
-        if not self.exact:
+        if self.exact is None:
             return sizes[first:]
         return (num_tokens,) if num_tokens in sizes[first : first + 1] else ()
 

@@ -41,7 +41,7 @@ _INERT = (
 )
 
 
-@splitting_op(SPLITTING_OP, mutates_args=("out",))
+@splitting_op(SPLITTING_OP, mutates_args=("out",), rows="context")
 def attention(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -69,12 +69,13 @@ def by_matrix(call: Call) -> Rows:
 
 
 _REDUCED = (
-    "sum mean amax amin max min prod any all argmax argmin var std var_mean std_mean logsumexp linalg_vector_norm norm median "
-    "nanmedian mode kthvalue count_nonzero nansum nanmean aminmax"
+    "sum mean amax amin max min prod any all argmax argmin var std linalg_vector_norm median mode kthvalue"
 )
+_REDUCED_TOO = "var_mean std_mean logsumexp norm nanmedian count_nonzero nansum nanmean aminmax"
 
 RULES: dict[str, Rule] = {
     **rules(_REDUCED, reduced, plain=True),
+    **rules(_REDUCED_TOO, reduced),
     **rules("_softmax _log_softmax _safe_softmax softmax log_softmax", along, plain=True),
     **rules("sort argsort topk glu", along),
     **rules("flip roll", along_several),

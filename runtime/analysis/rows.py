@@ -35,12 +35,16 @@ class Verdict:
         results: for each value that the graph returns, why it would change.
         written: placeholders that something writes to, each with why what it holds afterwards would change.
         complaints: what ``inspect`` said.
+        undeclared: an operator does not say what it does with rows, which is why nothing may be padded.
+        by_context: an operator reads the batch's real size from the forward context.
     """
 
     refused: str | None
     results: tuple[str | None, ...] = ()
     written: Mapping[str, str | None] = field(default_factory=dict)
     complaints: tuple[str, ...] = ()
+    undeclared: bool = False
+    by_context: bool = False
 
     @property
     def reason(self) -> str | None:
@@ -92,7 +96,12 @@ def rows_of(
         if isinstance(value, torch.Tensor) and walk.memory_of(value).written
     }
     return Verdict(
-        walk.refused, tuple(map(walk.reason_of, listed)), written, tuple(walk.complaints)
+        walk.refused,
+        tuple(map(walk.reason_of, listed)),
+        written,
+        tuple(walk.complaints),
+        walk.undeclared,
+        walk.by_context,
     )
 
 
@@ -109,10 +118,12 @@ class _Walk:
         self.fresh, self.batch, self.inspect, self.outside = fresh, batch, inspect, outside
         self.node: torch.fx.Node | None = None
         self.refused: str | None = None
+        self.undeclared = self.by_context = False
         self.complaints: list[str] = []
         # Held here, so that no tensor dies and hands its identity to another.
         self._states: dict[int, tuple[torch.Tensor, Rows]] = {}
         self._memory: dict[int, Memory] = {}
+        self._arguments: set[int] = set()
         self._read: set[str] = set()  # symbols that stand for numbers read from rows
 
     # --- values ------------------------------------------------------------------------------------
@@ -128,6 +139,7 @@ class _Walk:
         known = self._memory.get(self.fresh.memory_of(value))
         if known is not None:
             known.shared = True
+        self._arguments.add(id(value))
         self.set(value, rows)
 
     def state_of(self, tensor: torch.Tensor) -> Rows:
@@ -181,6 +193,8 @@ class _Walk:
             return run()
         named, written = bound(op, args, kwargs)
         if is_metadata_only(op):  # its argument will have another shape
+            if id(named["self"]) in self._arguments:
+                self.refused = self.refused or f"{self.told(op)} changes the shape of an argument"
             named["self"] = self._alias(named["self"])
         places = [self.state_of(each) for each in written]
         out = run()
@@ -252,9 +266,11 @@ class _Walk:
         """Somebody's own operator: what it was declared to do."""
         declared, told = registry.rows_of(call.op), self.told(call.op)
         if declared is None:
-            reason = f"{told} does not say whether it keeps rows apart"
+            reason = f"{told} does not say what it does with rows"
+            self.undeclared = self.undeclared or self.refused is None
             self.refused = self.refused or reason
             raise Mixes(reason)
+        self.by_context = self.by_context or declared == "context"
         for each in call.inputs():
             mixed = self.state_of(each).mixed
             if mixed is not None:

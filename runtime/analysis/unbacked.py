@@ -76,6 +76,8 @@ def _of_numbers(call: Call, sizes: frozenset[str]) -> str | None:
         return "makes a number of data"
     if call.name == "squeeze" and "dim" not in call.args and call.batch.held_by(call.results):
         return "drops dimensions that happen to be one"
+    if call.name == "expand" and _count(call, call.results[0]) > _count(call, call.tensor("self")):
+        return "lists one element as often as the batch has rows"
     for name, value in call.args.items():
         if name in sizes and call.name != "slice":
             continue
@@ -84,6 +86,10 @@ def _of_numbers(call: Call, sizes: frozenset[str]) -> str | None:
             if not isinstance(each, torch.Tensor) and any(True for _ in symbols_in(each)):
                 return f"takes a symbolic {name}"
     return None
+
+
+def _count(call: Call, tensor: torch.Tensor) -> int:
+    return len(call.batch.dims_of(tensor))
 
 
 def _of_results(call: Call) -> str | None:

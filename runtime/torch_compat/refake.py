@@ -6,6 +6,7 @@ fixed on the way is told.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -144,9 +145,25 @@ class Refaked:
                 return run(func, args, kwargs or {}, lambda: func(*args, **(kwargs or {})))
 
         with ExitStack() as stack:
+            stack.enter_context(_quiet("torch._subclasses.fake_tensor"))
             for each in (self.mode, torch.no_grad(), enable_python_dispatcher(), Watch()):
                 stack.enter_context(each)
             yield
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Keep a logger of torch's from reporting what is caught and told elsewhere."""
+    logger = logging.getLogger(name)
+    logger.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
 
 
 def _sizes(value: object) -> list[object]:

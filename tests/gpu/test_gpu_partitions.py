@@ -16,7 +16,7 @@ pytestmark = [
 ]
 
 
-@piecework.splitting_op("gpu_partitions::mix", mutates_args=("out",))
+@piecework.splitting_op("gpu_partitions::mix", mutates_args=("out",), rows="independent")
 def mix(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, name: str) -> None:
     context = current_forward_context()
     scale = 2 if context is None or context.attn_metadata is None else context.attn_metadata

@@ -26,12 +26,12 @@ sys.modules.setdefault("capture_factories", sys.modules[__name__])
 SIZES = [2, 4, 8]  # the model broadcasts over its batch, which the trace takes to be 2 or more
 
 
-@piecework.splitting_op("capture_api::mix", mutates_args=("out",))
+@piecework.splitting_op("capture_api::mix", mutates_args=("out",), rows="independent")
 def mix(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, layer: str) -> None:
     out.copy_(left - 2 * right)
 
 
-@piecework.splitting_op("capture_api::fresh")
+@piecework.splitting_op("capture_api::fresh", rows="independent")
 def fresh(x: torch.Tensor) -> torch.Tensor:
     return x * 3
 
@@ -41,7 +41,7 @@ def _(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-@piecework.splitting_op("capture_api::breaks")
+@piecework.splitting_op("capture_api::breaks", rows="independent")
 def breaks(x: torch.Tensor) -> torch.Tensor:
     if x.shape[0] == 4:
         raise ValueError("four is too many")
@@ -53,7 +53,7 @@ def _(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-@piecework.splitting_op("capture_api::scaled")
+@piecework.splitting_op("capture_api::scaled", rows="independent")
 def scaled(x: torch.Tensor) -> torch.Tensor:
     return x * float(get_forward_context().attn_metadata or 1)
 

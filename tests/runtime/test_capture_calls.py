@@ -20,7 +20,7 @@ from piecework.runtime.graphs.capture import frozen_garbage
 EAGER = CompilationConfig(backend="eager")
 
 
-@piecework.splitting_op("capture_calls::fresh")
+@piecework.splitting_op("capture_calls::fresh", rows="independent")
 def fresh(x: torch.Tensor) -> torch.Tensor:
     return x * 3
 
@@ -160,7 +160,7 @@ def test_threads_share_a_captured_model(stitched) -> None:
     assert sum(row.calls for row in stitched.call_report()) == 800
 
 
-@piecework.splitting_op("capture_calls::again")
+@piecework.splitting_op("capture_calls::again", rows="independent")
 def again(x: torch.Tensor) -> torch.Tensor:
     return x + INNER["call"](x) if INNER else x + x
 

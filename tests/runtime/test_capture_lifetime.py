@@ -17,7 +17,7 @@ from piecework.errors import BindError, CaptureError
 EAGER = piecework.CompilationConfig(backend="eager")
 
 
-@piecework.splitting_op("capture_lifetime::twice")
+@piecework.splitting_op("capture_lifetime::twice", rows="independent")
 def twice(x: torch.Tensor) -> torch.Tensor:
     return x * 2
 

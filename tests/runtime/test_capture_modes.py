@@ -23,12 +23,12 @@ NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMo
 DECODE = BatchKind(uniform_decode=True)
 
 
-@piecework.splitting_op("capture_modes::mix", mutates_args=("out",))
+@piecework.splitting_op("capture_modes::mix", mutates_args=("out",), rows="independent")
 def mix(x: torch.Tensor, out: torch.Tensor, layer: str) -> None:
     out.copy_(x * 2 + 1)
 
 
-@piecework.splitting_op("capture_modes::fresh")
+@piecework.splitting_op("capture_modes::fresh", rows="independent")
 def fresh(x: torch.Tensor) -> torch.Tensor:
     return x - 3
 
@@ -38,7 +38,7 @@ def _(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-@piecework.splitting_op("capture_modes::adapted")
+@piecework.splitting_op("capture_modes::adapted", rows="independent")
 def adapted(x: torch.Tensor) -> torch.Tensor:
     """Adds the number of adapters that the context says, as kernels launched for that many would."""
     context = current_forward_context()
@@ -53,7 +53,7 @@ def _(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-@piecework.splitting_op("capture_modes::uncapturable")
+@piecework.splitting_op("capture_modes::uncapturable", rows="independent")
 def uncapturable(x: torch.Tensor) -> torch.Tensor:
     context = current_forward_context()
     if context is not None and context.cudagraph_runtime_mode is FULL:

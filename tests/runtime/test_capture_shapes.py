@@ -19,12 +19,12 @@ EAGER = CompilationConfig(backend="eager")
 MODES = ["PIECEWISE", "FULL"]
 
 
-@piecework.splitting_op("capture_shapes::add", mutates_args=("out",))
+@piecework.splitting_op("capture_shapes::add", mutates_args=("out",), rows="independent")
 def add(x: torch.Tensor, out: torch.Tensor) -> None:
     out.add_(x)
 
 
-@piecework.splitting_op("capture_shapes::fresh")
+@piecework.splitting_op("capture_shapes::fresh", rows="independent")
 def fresh(x: torch.Tensor) -> torch.Tensor:
     return x * 3
 
@@ -108,7 +108,7 @@ def test_a_result_that_takes_all_rows_is_replayed_for_captured_sizes_only(mode: 
         same(stitched, model, torch.randn(n, 8))
     assert reasons(stitched) == {
         "its size is captured": 2,
-        "a result takes all rows together, so no padding is right": 2,
+        "rows are not known to stay apart, so nothing is padded": 2,
         "larger than every captured size": 1,
     }
     rows = {(row.first, row.last): row.mode for row in stitched.coverage(4)}
@@ -119,7 +119,7 @@ def test_a_result_that_takes_all_rows_is_replayed_for_captured_sizes_only(mode: 
 def test_strict_refuses_what_can_not_be_padded() -> None:
     stitched = capture(lambda x: fresh(x).sum(), (torch.randn(5, 8),), [4], strict=True)
     stitched(torch.randn(4, 8))
-    with pytest.raises(StaticGraphError, match="no padding is right"):
+    with pytest.raises(StaticGraphError, match="nothing is padded"):
         stitched(torch.randn(3, 8))
 
 
@@ -336,7 +336,7 @@ def _marked(x: torch.Tensor) -> torch.Tensor:
 def test_tails_are_padded_with_what_was_declared() -> None:
     seen: list[list[int]] = []
 
-    @piecework.splitting_op("capture_shapes::look")
+    @piecework.splitting_op("capture_shapes::look", rows="independent")
     def look(ids: torch.Tensor) -> torch.Tensor:
         seen.append(ids.tolist())
         return ids * 1

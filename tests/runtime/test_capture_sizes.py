@@ -21,7 +21,21 @@ STEPS = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
 def shape(low: int = 1, high: int | None = None, mixes: str | None = None) -> BatchShape:
     x = StagedInput(0, "x", torch.zeros(1), 0, {})
     return BatchShape(
-        ("x",), (x,), (), {}, (), (), {}, (ResultRule((0,)),), mixes, low, high, (), "s0"
+        ("x",),
+        (x,),
+        (),
+        {},
+        (),
+        (),
+        {},
+        (ResultRule((0,)),),
+        mixes,
+        False,
+        False,
+        low,
+        high,
+        (),
+        "s0",
     )
 
 

@@ -193,7 +193,7 @@ def test_a_budget_chooses_sizes_and_memory_stays_in_it(llama) -> None:
 # --- failures that name piece and descriptor --------------------------------------------------------
 
 
-@piecework.splitting_op("capture_stops::fresh")
+@piecework.splitting_op("capture_stops::fresh", rows="independent")
 def fresh(x: torch.Tensor) -> torch.Tensor:
     if get_forward_context().attn_metadata == "stop":
         raise KeyboardInterrupt

@@ -347,12 +347,12 @@ def test_coverage_table_and_json():
 
 
 def test_an_exact_dispatcher_never_pads():
-    d = dispatcher(PIECEWISE, sizes=(2, 4), exact=True)
+    d = dispatcher(PIECEWISE, sizes=(2, 4), exact=Reason.NOT_EXACT)
     assert d.explain(4).reason is Reason.EXACT
     found = d.explain(3)
     assert (found.mode, found.reason, found.is_fallback) == (NONE, Reason.NOT_EXACT, True)
     assert d.explain(5).reason is Reason.TOO_LARGE
-    with pytest.raises(StaticGraphError, match="no padding is right"):
+    with pytest.raises(StaticGraphError, match="nothing is padded"):
         d.explain(3, strict=True)
 
 

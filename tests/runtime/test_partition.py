@@ -24,7 +24,7 @@ from piecework.runtime.config import CompilationConfig
 from piecework.runtime.forward_context import current_forward_context, set_forward_context
 
 
-@piecework.splitting_op("partition_test::mix", mutates_args=("out",))
+@piecework.splitting_op("partition_test::mix", mutates_args=("out",), rows="independent")
 def mix(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, name: str) -> None:
     context = current_forward_context()
     metadata = None if context is None else context.attn_metadata

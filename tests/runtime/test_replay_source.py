@@ -185,7 +185,7 @@ def test_every_operand_is_accounted_for(compiled) -> None:
 # --- memory that operands share --------------------------------------------------------------------
 
 
-@piecework.splitting_op("replay_source::halves")
+@piecework.splitting_op("replay_source::halves", rows="independent")
 def halves(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([x, 2 * x], -1)
 
@@ -195,7 +195,7 @@ def _(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(x.shape[0], 2 * x.shape[1])
 
 
-@piecework.splitting_op("replay_source::transposed")
+@piecework.splitting_op("replay_source::transposed", rows="independent")
 def transposed(x: torch.Tensor) -> torch.Tensor:
     return (x * 2).t().contiguous().t()
 

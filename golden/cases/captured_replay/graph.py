@@ -7,12 +7,12 @@ from torch import nn
 TEXT_MADE_WITH = {"torch": "2.13"}
 
 
-@piecework.splitting_op("replay_golden::mix", mutates_args=("out",))
+@piecework.splitting_op("replay_golden::mix", mutates_args=("out",), rows="independent")
 def mix(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, layer: str) -> None:
     out.copy_(left - 2 * right)
 
 
-@piecework.splitting_op("replay_golden::fresh")
+@piecework.splitting_op("replay_golden::fresh", rows="independent")
 def fresh(x: torch.Tensor) -> torch.Tensor:
     return x * 3
 
