@@ -68,6 +68,7 @@ from piecework.runtime.torch_compat.modes import (
 from piecework.runtime.torch_compat.shapes import (
     guards_on,
     is_traced_contiguous,
+    number_at,
     recorded_guards,
     shape_facts,
     size_text,
@@ -76,6 +77,7 @@ from piecework.runtime.torch_compat.shapes import (
     symbol_hints,
     symbol_of,
     symbol_range,
+    symbols_in,
     symbols_of,
     with_symbol,
 )
@@ -146,6 +148,7 @@ __all__ = [
     "metadata_guard",
     "negative_view",
     "no_replay",
+    "number_at",
     "only_default_device_modes",
     "original_of",
     "own_symbol_per_dimension",
@@ -167,6 +170,7 @@ __all__ = [
     "symbol_hints",
     "symbol_of",
     "symbol_range",
+    "symbols_in",
     "symbols_of",
     "timed_scope",
     "trace_artifact",
