@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch.fx
 
 from piecework.codegen import ir
+from piecework.codegen.consts import is_inline_literal
 from piecework.codegen.names import NameTable
 from piecework.codegen.render import FORMAT_VERSION, environment, render_parts
 from piecework.codegen.replay_check import ReplayProof, verify_replay
@@ -76,6 +77,9 @@ class _Planner:
         self.stage = self.names.claim("stage")
         self.inputs = self.names.claim("inputs")
         self.buffers: dict[tuple[int, int], str] = {}
+        self.numbers: dict[str, object] = (
+            {}
+        )  # results of pieces that follow from the captured sizes
         self.live: set[str] = set()
         self._lists: set[str] = {row.name for row in stitched.bound}
 
@@ -83,6 +87,7 @@ class _Planner:
         stitched = self.source.module
         body = list(self._body(stitched.entry.body))
         used = _names_in([*body])
+        self.numbers = {name: number for name, number in self.numbers.items() if name in used}
         for name in [*self.facts.staged, *self.facts.places]:
             if name in used:
                 self.held[name] = HeldInput(name)
@@ -139,7 +144,11 @@ class _Planner:
             if buffer.writes_back:
                 yield self._bring_back(index, number, buffer, leaves)
         for element, target in enumerate(stmt.targets):
-            self.held[target] = HeldOutput(index, element if stmt.unpack else None)
+            output = facts.output(element if stmt.unpack else None)
+            if isinstance(output, Frozen) and is_inline_literal(output.value):
+                self.numbers[target] = output.value
+            else:
+                self.held[target] = HeldOutput(index, element if stmt.unpack else None)
 
     def _fill(
         self, index: int, number: int, buffer: Buffer, leaves: tuple[ir.Expr, ...]
@@ -269,7 +278,9 @@ def _render(module: ir.Module, plan: _Planner, facts: ReplayFacts) -> str:
             consts=parts["consts"],
             imports=parts["imports"],
             aliases=parts["aliases"],
-            sizes=[f"{name} = {value}" for name, value in facts.sizes.items()],
+            sizes=[
+                f"{name} = {value!r}" for name, value in {**facts.sizes, **plan.numbers}.items()
+            ],
             functions=parts["functions"],
             entry=parts["entry"],
         )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ast
 import copy
-from collections.abc import Hashable, Mapping, Sequence
+import operator
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch.fx
@@ -21,7 +22,6 @@ from piecework.codegen.replay_plan import (
     HeldReplay,
     HeldStage,
     InPlace,
-    PieceFacts,
     ReplayFacts,
     ReplaySource,
     Staged,
@@ -68,11 +68,13 @@ class _Checker:
         self.replay, self.source, self.facts = replay, source, facts
         self.places: dict[str, Hashable] = dict(facts.places)
         self.calls = _piece_calls(source)
+        self.written: dict[str, object] = {}
         self.filled: dict[tuple[int, int], tuple[str, ...]] = {}
         self.due: dict[tuple[int, int], tuple[str, ...]] = {}
         self.replays = self.operands = self.vouched = 0
 
     def check(self, split_gm: torch.fx.GraphModule) -> ReplayProof:
+        self.graph = _GraphCalls(split_gm, self.source.submod_names)
         tree = ast.parse(self.replay.code)
         body: list[ast.stmt] = []
         for stmt in tree.body:
@@ -80,6 +82,10 @@ class _Checker:
                 body.append(self._put_back(stmt))
             elif not self._is_size(stmt):
                 body.append(stmt)
+        for name, value in self.written.items():
+            known = self.places.get(name)
+            if not (isinstance(known, Frozen) and same_constant(known.value, value)):
+                raise EmitError(f"the replay differs from the graph: {name} = {value!r} is nowhere")
         code = ast.unparse(ast.fix_missing_locations(ast.Module(body, type_ignores=[])))
         proof = verify_text(
             code,
@@ -95,11 +101,14 @@ class _Checker:
 
     def _is_size(self, stmt: ast.stmt) -> bool:
         match stmt:
-            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant(value=value)):
+            case ast.Assign(targets=[ast.Name(id=name)], value=text) if _is_literal(text):
+                value = ast.literal_eval(text)
                 if name in self.facts.sizes:
-                    if self.facts.sizes[name] != value:
+                    if not same_constant(self.facts.sizes[name], value):
                         raise _differs(stmt, f"{name} is {self.facts.sizes[name]} in this capture")
-                    return True
+                else:
+                    self.written[name] = value  # a piece's result, which is looked at there
+                return True
         return False
 
     # --- the function ------------------------------------------------------------------------------
@@ -191,7 +200,7 @@ class _Checker:
         inner = original.value
         assert isinstance(inner, ast.Call)
         self._check_operands(stmt, piece, _leaves(inner.args, stmt))
-        self._place_outputs(original, self.facts.pieces[piece])
+        self._place_outputs(original, piece)
         self.replays += 1
         return original
 
@@ -216,7 +225,7 @@ class _Checker:
                 case InPlace():
                     self._check_place(stmt, index, leaf, read)
                 case Frozen():
-                    self._check_frozen(stmt, index, leaf, read)
+                    self._check_frozen(stmt, piece, index, read)
 
     def _check_place(self, stmt: ast.stmt, index: int, leaf: ast.expr, read: InPlace) -> None:
         name = leaf.id if isinstance(leaf, ast.Name) else None
@@ -230,34 +239,90 @@ class _Checker:
         else:
             self.operands += 1
 
-    def _check_frozen(self, stmt: ast.stmt, index: int, leaf: ast.expr, read: Frozen) -> None:
-        match leaf:
-            case ast.Name(id=name) if name in self.facts.sizes:
-                known: object = self.facts.sizes[name]
-            case ast.Name(id=name) if name in self.places:
-                raise _differs(stmt, f"operand {index} is {name}, and was captured as a number")
-            case ast.Constant(value=known):
-                pass
-            case _:
+    def _check_frozen(self, stmt: ast.stmt, piece: int, index: int, read: Frozen) -> None:
+        """What is built into the graph must be what the operand is at the captured sizes, whatever the data."""
+        operand = self.graph.operand(piece, index)
+        known: object = operand
+        if isinstance(operand, torch.fx.Node):
+            if operand.op == "get_attr":  # an object that the graph holds
                 self.vouched += 1
                 return
-        if not same_constant(known, read.value):
+            if operand.name in self.facts.sizes:
+                known = self.facts.sizes[operand.name]
+            elif operand.name in self.facts.numbers:
+                known = self.facts.numbers[operand.name]
+            else:
+                raise _differs(
+                    stmt,
+                    f"operand {index} is {operand.name}, which does not follow from the captured sizes, and was captured as "
+                    f"{read.value!r}",
+                )
+        if known is not read.value and not same_constant(known, read.value):
             raise _differs(stmt, f"operand {index} is {known!r}, and was {read.value!r}")
         self.operands += 1
 
-    def _place_outputs(self, stmt: ast.Assign | ast.Expr, facts: PieceFacts) -> None:
+    def _check_number(
+        self, stmt: ast.stmt, piece: int, element: int | None, output: Frozen
+    ) -> None:
+        """A number that a piece returned at the capture must be what the graph says that it is at these sizes."""
+        for node in self.graph.results(piece, element):
+            known = self.facts.numbers.get(node.name)
+            if known is None and output.value is None:
+                continue
+            if known is None or not same_constant(known, output.value):
+                raise _differs(
+                    stmt,
+                    f"{node.name} was {output.value!r} at the capture, and is {known!r} by the graph",
+                )
+
+    def _place_outputs(self, stmt: ast.Assign | ast.Expr, piece: int) -> None:
         if not isinstance(stmt, ast.Assign):
             return
-        target = stmt.targets[0]
+        facts, target = self.facts.pieces[piece], stmt.targets[0]
         if isinstance(target, ast.Name):
-            self.places[target.id] = facts.outputs
+            self._place(stmt, piece, None, target.id)
         elif isinstance(target, ast.Tuple) and isinstance(facts.outputs, tuple):
             names = [each.id for each in target.elts if isinstance(each, ast.Name)]
             if len(names) != len(facts.outputs):
                 raise _differs(
                     stmt, f"{len(facts.outputs)} outputs were captured, not {len(names)}"
                 )
-            self.places |= zip(names, facts.outputs, strict=True)
+            for element, name in enumerate(names):
+                self._place(stmt, piece, element, name)
+
+    def _place(self, stmt: ast.stmt, piece: int, element: int | None, name: str) -> None:
+        output = self.facts.pieces[piece].output(element)
+        if isinstance(output, Frozen):
+            self._check_number(stmt, piece, element, output)
+        self.places[name] = output
+
+
+class _GraphCalls:
+    """The calls of pieces in a stitching graph: their operands, flattened, and what takes their results."""
+
+    def __init__(self, split_gm: torch.fx.GraphModule, names: Sequence[str]) -> None:
+        calls = split_gm.graph.find_nodes(op="call_module")
+        self._calls = {names.index(c.target): c for c in calls if c.target in names}
+
+    def operand(self, piece: int, index: int) -> object:
+        return list(_flat(self._calls[piece].args))[index]
+
+    def results(self, piece: int, element: int | None) -> Iterator[torch.fx.Node]:
+        call = self._calls[piece]
+        if element is None:
+            yield call
+            return
+        for user in call.users:
+            if user.target is operator.getitem and user.args[1] == element:
+                yield user
+
+
+def _flat(argument: object) -> Iterator[object]:
+    if isinstance(argument, (tuple, list)):
+        for each in argument:
+            yield from _flat(each)
+    else:
+        yield argument
 
 
 def _piece_calls(source: StitchedSource) -> Mapping[int, ast.Assign | ast.Expr]:
@@ -281,6 +346,13 @@ def _entry_of(source: StitchedSource) -> ast.FunctionDef:
         if isinstance(stmt, ast.FunctionDef) and stmt.name == ENTRY_NAME:
             return stmt
     raise EmitError(f"stitching source defines no function {ENTRY_NAME}")
+
+
+def _is_literal(text: ast.expr) -> bool:
+    """Whether ``text`` is a number or another single constant."""
+    if isinstance(text, ast.UnaryOp) and isinstance(text.op, ast.USub):
+        text = text.operand
+    return isinstance(text, ast.Constant)
 
 
 def _bare_call(stmt: ast.stmt) -> ast.Call | None:

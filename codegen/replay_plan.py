@@ -1,6 +1,6 @@
 """What was captured of each piece, as far as its replay is concerned. In: nothing; this is the vocabulary between the runtime and `replay`.
 
-All classes are frozen and have no behaviour; a place is any value that is equal for equal memory, and is never looked into.
+All classes are frozen; a place is any value that is equal for equal memory, and is never looked into.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class PieceFacts:
     Attributes:
         reads: one per leaf of its arguments.
         buffers: its static buffers.
-        outputs: places of its results; a bare place if it returns no tuple or list.
+        outputs: places of its results, `Frozen` for a number; a bare one if it returns no tuple or list.
         eager_reason: why it runs uncaptured in this shape, if so; the rest is empty then.
     """
 
@@ -77,6 +77,13 @@ class PieceFacts:
     buffers: tuple[Buffer, ...] = ()
     outputs: Hashable = ()
     eager_reason: str | None = None
+
+    def output(self, element: int | None) -> Hashable:
+        """The place of one result, or of the only one."""
+        if element is None or not isinstance(self.outputs, tuple):
+            return self.outputs
+        found: Hashable = self.outputs[element]
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +97,7 @@ class ReplayFacts:
         staged: parameters of the stitching function that are copied into persistent buffers, in order.
         sizes: parameters that are numbers, frozen at the captured size.
         places: where the other parameters and the bound weights are, by name.
+        numbers: numbers of the stitching graph that follow from the captured sizes, by the name of their node.
         pieces: one per entry of ``__vllm_submods__``.
         banner: further lines for the header.
     """
@@ -101,6 +109,7 @@ class ReplayFacts:
     sizes: Mapping[str, int]
     places: Mapping[str, Hashable]
     pieces: tuple[PieceFacts, ...]
+    numbers: Mapping[str, bool | int | float] = field(default_factory=dict)
     banner: tuple[str, ...] = ()
 
 

@@ -9,14 +9,17 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
+import torch.fx
 
 from piecework.codegen.origin import value_of
 from piecework.errors import StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.backend import PieceworkBackend
 from piecework.runtime.batch_reader import FixedBatch, batch_shape
+from piecework.runtime.capture import Weight
 from piecework.runtime.captured_calls import Step
 from piecework.runtime.captured_inputs import CapturedInputs
+from piecework.runtime.captured_numbers import require_sizes_only, sizes_of
 from piecework.runtime.captured_options import CaptureOptions, plan_capture
 from piecework.runtime.captured_replay import Replay, ReplayMaker
 from piecework.runtime.counters import counters
@@ -58,6 +61,7 @@ class CapturedGraphs:
         self.shape = batch_shape(entry.captured, backend, options.same_as_batch, fixed)
         plan = plan_capture(self.shape, backend.config, sizes, options)
         self.sizes, self.dispatcher = plan.sizes, plan.dispatcher
+        self._parameters = self._check_numbers()
         # The weights and the function of one execution; a change retires these graphs instead of reaching them.
         self._forward: Callable[..., object] = entry.execution_fn
         self._counting = False
@@ -84,6 +88,18 @@ class CapturedGraphs:
         self._wrapped = [self._wrap(submods, n) for n, submods in enumerate(backend.submod_lists)]
         self._whole = [self._wrap_whole(number) for number in range(len(backend.submod_lists))]
         self.replays: dict[Key, Replay] = {}
+
+    def _check_numbers(self) -> list[torch.fx.Node]:
+        """Refuse numbers that captured code reads from data; the inputs of the graph that are passed per call."""
+        source, split_gm = self._backend.source, self._backend.split_gm
+        assert source is not None and split_gm is not None
+        whole = bool(self.dispatcher.cudagraph_keys[_FULL])
+        captured = [i.submod_name for i in self._backend.piecewise_graphs]
+        require_sizes_only(split_gm, captured if whole else source.submod_names)
+        bound = {row.path for row in source.module.bound}
+        nodes = split_gm.graph.find_nodes(op="placeholder")
+        pairs = zip(nodes, self._entry.captured.inputs, strict=True)
+        return [n for n, each in pairs if not (isinstance(each, Weight) and each.path in bound)]
 
     # --- what is captured --------------------------------------------------------------------------
 
@@ -202,13 +218,14 @@ class CapturedGraphs:
         size, inputs = descriptor.num_tokens, self._inputs_of(descriptor)
         number, others = self._range_of(size), self._others(descriptor)
         views, stage = inputs.views(size), inputs.stager(size)
+        symbols = sizes_of(self._parameters, self._flat(views, descriptor))
         if mode is _FULL:
             call = _captured(self._whole[number], descriptor)
-            made = self._maker.of_whole(call, views, stage, others)
+            made = self._maker.of_whole(call, views, stage, others, symbols)
         else:
             calls = [_captured(each, descriptor) for each in self._wrapped[number]]
             pieces = self._backend.submod_lists[number]
-            made = self._maker.of_pieces(calls, pieces, views, stage, others)
+            made = self._maker.of_pieces(calls, pieces, views, stage, others, symbols)
         self.replays[mode, descriptor] = made
         return made.call
 

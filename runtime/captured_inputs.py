@@ -58,9 +58,7 @@ class CapturedInputs:
             poison=poison,
         )
         self._fixed = {
-            n: torch.zeros_like(_example(each, others))
-            for n, each in enumerate(shape.staged)
-            if each.dim is None
+            n: _example(each, others) for n, each in enumerate(shape.staged) if each.dim is None
         }
         self._written = [n for n, each in enumerate(shape.staged) if each.written]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from piecework.errors import ConfigError, StaticGraphError
-from piecework.runtime.captured_shape import BatchShape, require_sizes
+from piecework.runtime.captured_shape import BatchShape, OtherSize, require_sizes
 from piecework.runtime.config import CompilationConfig, RuntimeConfig
 from piecework.runtime.dispatch import CudagraphDispatcher, Reason
 from piecework.runtime.dispatch_keys import LoraCases
@@ -192,6 +192,17 @@ def _sizes(
     return found
 
 
+def _marked(other: OtherSize) -> str:
+    """How to fix a dimension; the batch then has to be marked as well, since only marked dimensions are dynamic."""
+    argument, dot, dim = other.label.rpartition(".")
+    if not dot:
+        return ""
+    return (
+        f": torch._dynamo.mark_static({argument}, {dim}), and the batch dimension with "
+        "torch._dynamo.decorators.mark_unbacked"
+    )
+
+
 def _other_values(
     shape: BatchShape, given: Mapping[str, Sequence[int]]
 ) -> dict[str, tuple[int, ...]]:
@@ -211,6 +222,6 @@ def _other_values(
                 "is dynamic beside the batch size, and a captured graph fixes it",
                 where=f"input {other.label}",
                 hint=f"pass the values to capture, such as other_sizes={{{other.label!r}: [16]}}, or 'batch' for a size that "
-                "always equals the batch size, or mark the dimension with torch._dynamo.mark_static",
+                f"always equals the batch size; or compile for one value of it{_marked(other)}",
             )
     return {each.label: found[each.label] for each in shape.others}

@@ -18,6 +18,7 @@ from piecework.codegen.replay_plan import ReplaySource
 from piecework.codegen.source import StitchedSource
 from piecework.codegen.whole import whole_forward
 from piecework.runtime.backend import PieceworkBackend
+from piecework.runtime.captured_numbers import Numbers, numbers_of
 from piecework.runtime.captured_shape import BatchShape
 from piecework.runtime.graphs.captured_call import CapturedCall
 from piecework.runtime.replay_facts import bind_replay, replay_facts
@@ -63,6 +64,7 @@ class ReplayMaker:
         views: Sequence[torch.Tensor],
         stage: Callable[[Sequence[torch.Tensor]], object],
         others: Mapping[str, int],
+        sizes: Mapping[str, int],
     ) -> Replay:
         """The replay of captured pieces, with the splitting ops between them.
 
@@ -72,11 +74,13 @@ class ReplayMaker:
             views: the static inputs that the pieces read.
             stage: fills them.
             others: the sizes beside the batch size.
+            sizes: what each symbol of the trace is.
 
         Raises:
             EmitError: the text did not prove to do what the graph does on the memory that was captured.
         """
-        return self._make(*self._pieces, calls, uncaptured, views, stage, others)
+        known = numbers_of(self._pieces[0], sizes)
+        return self._make(*self._pieces, calls, uncaptured, views, stage, others, known)
 
     def of_whole(
         self,
@@ -84,11 +88,13 @@ class ReplayMaker:
         views: Sequence[torch.Tensor],
         stage: Callable[[Sequence[torch.Tensor]], object],
         others: Mapping[str, int],
+        sizes: Mapping[str, int],
     ) -> Replay:
         """The replay of the whole forward, captured as one graph; as ``of_pieces``."""
         if self._whole is None:
             self._whole = whole_forward(*self._pieces)
-        return self._make(*self._whole, [call], [], views, stage, others)
+        known = numbers_of(self._whole[0], sizes)
+        return self._make(*self._whole, [call], [], views, stage, others, known)
 
     def _make(
         self,
@@ -99,10 +105,11 @@ class ReplayMaker:
         views: Sequence[torch.Tensor],
         stage: Callable[[Sequence[torch.Tensor]], object],
         others: Mapping[str, int],
+        known: Numbers,
     ) -> Replay:
         weights = self._weights_in(source)
         facts = replay_facts(
-            source, self._shape, views, calls, weights, others, self._policy, self._banner
+            source, self._shape, views, calls, weights, others, known, self._policy, self._banner
         )
         emitted, proof = generate_replay(source, split_gm, facts)
         held = {**dict(zip(facts.staged, views, strict=True)), **weights}

@@ -158,6 +158,9 @@ def require_sizes(
             why = shape.refusal(size, values)
             if why is not None:
                 told = "".join(f" with {label}={value}" for label, value in values.items())
+                one = "for size 1 too, mark the batch dimension with torch._dynamo.decorators.mark_unbacked and compile again"
                 raise ConfigError(
-                    f"size {size}{told} can't be captured: {why}", where="capture sizes"
+                    f"size {size}{told} can't be captured: {why}",
+                    where="capture sizes",
+                    hint=one if size == 1 else "capture sizes that the trace allows",
                 )

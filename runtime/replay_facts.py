@@ -27,6 +27,7 @@ from piecework.codegen.replay_plan import (
 )
 from piecework.codegen.source import StitchedSource
 from piecework.errors import StaticGraphError
+from piecework.runtime.captured_numbers import Numbers
 from piecework.runtime.captured_shape import BatchShape
 from piecework.runtime.graphs.address import Placement, ValueOrigin
 from piecework.runtime.graphs.captured_call import CapturedCall
@@ -40,6 +41,7 @@ def replay_facts(
     calls: Sequence[CapturedCall],
     weights: Mapping[str, torch.Tensor],
     others: Mapping[str, int],
+    known: Numbers,
     policy: str,
     banner: str,
 ) -> ReplayFacts:
@@ -51,6 +53,7 @@ def replay_facts(
         calls: one per piece.
         weights: by their names in ``source``.
         others: the sizes beside the batch size, by label.
+        known: numbers of the graph at these sizes, by node.
     """
     if not calls or len(calls) != len(source.submod_names):
         raise StaticGraphError(f"{len(calls)} of {len(source.submod_names)} pieces were captured")
@@ -69,6 +72,7 @@ def replay_facts(
         sizes={**{names[position]: size for position in shape.sizes}, **numbers},
         places=places,
         pieces=tuple(map(_piece, calls)),
+        numbers=known,
         banner=(banner,),
     )
 
@@ -101,7 +105,7 @@ def _owner(origin: ValueOrigin) -> str:
 def _places_of(output: object) -> Hashable:
     if isinstance(output, (tuple, list)):
         return tuple(map(_places_of, output))
-    return Placement.of(output) if isinstance(output, torch.Tensor) else ("value", repr(output))
+    return Placement.of(output) if isinstance(output, torch.Tensor) else Frozen(output)
 
 
 def bind_replay(

@@ -29,9 +29,10 @@ def weak_ref_tensor(tensor: torch.Tensor) -> torch.Tensor:
     if not owns_plain_memory(tensor):
         return tensor
     if tensor.numel() == 0:
-        return torch.empty_strided(
-            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
-        )
+        with torch.inference_mode(False):
+            return torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+            )
     storage = tensor.untyped_storage()
     unowned = storage_at(storage.data_ptr(), tensor.device, storage.nbytes())
     return view_of_storage(unowned, like=tensor)
@@ -62,14 +63,18 @@ def view_of_storage(
 ) -> torch.Tensor:
     """A tensor with the shape, strides, dtype and lazy conjugation of ``like`` over ``storage``.
 
+    It is never an inference tensor, whatever ``like`` is and wherever it is made: graphs that were captured under
+    ``torch.inference_mode`` are replayed outside of it too, and operators write into their results there.
+
     Args:
         storage: where the elements are.
         like: gives everything but the memory.
         byte_shift: how many bytes earlier the elements lie than in the storage of ``like``.
     """
     offset = like.storage_offset() - byte_shift // like.element_size()
-    base = torch.empty(0, dtype=like.dtype, device=like.device)
-    view = base.set_(storage, offset, like.shape, like.stride())
-    if like.is_conj():
-        view = view.conj()
-    return negative_view(view) if like.is_neg() else view
+    with torch.inference_mode(False):
+        base = torch.empty(0, dtype=like.dtype, device=like.device)
+        view = base.set_(storage, offset, like.shape, like.stride())
+        if like.is_conj():
+            view = view.conj()
+        return negative_view(view) if like.is_neg() else view

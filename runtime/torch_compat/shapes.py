@@ -33,6 +33,28 @@ def unbacked_symbols(values: Iterable[object]) -> frozenset[str]:
         if isinstance(value, (torch.Tensor, torch.SymInt)):
             found |= {str(symbol) for symbol in free_unbacked_symbols(value)}
     return frozenset(found)
+def symbols_in(value: object) -> tuple[str, ...]:
+    """The symbols in an integer, float or truth value of a trace; none in anything else."""
+    if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return ()
+    return tuple(sorted(str(symbol) for symbol in value.node.expr.free_symbols))
+
+
+def number_at(value: object, sizes: Mapping[str, int]) -> bool | int | float | None:
+    """The number that ``value`` is where symbols have ``sizes``; None if it is no number, or does not follow from them."""
+    if isinstance(value, (bool, int, float)):
+        return value
+    if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return None
+    found = _evaluated(value.node.expr, sizes)
+    if isinstance(value, torch.SymBool):
+        known = {"True": True, "False": False}
+        return known.get(str(found))
+    if found is None or not getattr(found, "is_number", False):
+        return None
+    if isinstance(value, torch.SymFloat):
+        return float(found)  # type: ignore[arg-type]
+    return int(found) if getattr(found, "is_integer", False) else None  # type: ignore[call-overload,no-any-return]
 
 
 def symbol_range(size: object) -> tuple[int | None, int | None]:

@@ -1,0 +1,99 @@
+"""Numbers of a captured graph. In: a stitching graph with the symbols of its trace, and the sizes of one capture. Out: what each of its numbers is then.
+
+A capture freezes numbers, so each must follow from the sizes that the capture is for; one that is read from data is refused. Nothing is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+import torch.fx
+
+from piecework.codegen.origin import SymbolNames, origin_of, value_of
+from piecework.errors import StaticGraphError
+from piecework.runtime import torch_compat
+
+Numbers = Mapping[str, bool | int | float]
+
+
+def require_sizes_only(split_gm: torch.fx.GraphModule, captured: Iterable[str]) -> None:
+    """Check that no captured submodule has a size or number that is read from data, such as ``n.item()`` or the rows of ``nonzero``.
+
+    Raises:
+        StaticGraphError: one has; operator and line are named.
+    """
+    known = set(_symbols_of_inputs(split_gm))
+    for name in captured:
+        piece = split_gm.get_submodule(name)
+        assert isinstance(piece, torch.fx.GraphModule)
+        for node in piece.graph.nodes:
+            unknown = sorted(set(_symbols(value_of(node))) - known)
+            if unknown and node.op != "output":
+                origin = origin_of(node, SymbolNames(), line_numbers=True)
+                where = ", ".join(part for part in (origin.module, origin.source) if part)
+                raise StaticGraphError(
+                    f"{node.name} in {name} depends on {unknown[0]}, which is read from data or made by an operator; a captured "
+                    "graph would keep the value that it had at the capture",
+                    where=where or f"node {node.name}",
+                    hint="make the size an argument of the model, keep the data-dependent part inside a splitting op, or run "
+                    "it uncaptured",
+                )
+
+
+def _symbols_of_inputs(split_gm: torch.fx.GraphModule) -> Iterator[str]:
+    for node in split_gm.graph.find_nodes(op="placeholder"):
+        yield from _symbols(value_of(node))
+
+
+def _symbols(value: object) -> Iterator[str]:
+    if isinstance(value, (tuple, list)):
+        for each in value:
+            yield from _symbols(each)
+    elif isinstance(value, torch.Tensor):
+        for size in (*value.shape, *(value.stride() if value.layout is torch.strided else ())):
+            yield from torch_compat.symbols_in(size)
+    else:
+        yield from torch_compat.symbols_in(value)
+
+
+def sizes_of(inputs: Sequence[torch.fx.Node], values: Sequence[object]) -> dict[str, int]:
+    """Symbol → its number, where ``inputs`` of a graph have ``values``."""
+    found: dict[str, int] = {}
+    for node, value in zip(inputs, values, strict=True):
+        fake = value_of(node)
+        if isinstance(fake, torch.Tensor) and isinstance(value, torch.Tensor):
+            pairs = list(zip(fake.shape, value.shape, strict=True))
+        else:
+            pairs = [(fake, value)] if isinstance(value, int) else []
+        for size, number in pairs:
+            symbol = torch_compat.symbol_of(size)
+            if symbol is not None:
+                found[symbol] = number
+    return found
+
+
+def numbers_of(split_gm: torch.fx.GraphModule, sizes: Mapping[str, int]) -> Numbers:
+    """Node name → number, for every node of a stitching graph that is a number and follows from ``sizes``."""
+    found = {}
+    for node in split_gm.graph.nodes:
+        number = torch_compat.number_at(_value(split_gm, node), sizes)
+        if number is not None:
+            found[node.name] = number
+    return found
+
+
+def _value(split_gm: torch.fx.GraphModule, node: torch.fx.Node) -> object:
+    """What was traced for ``node``; for an element of a submodule's results, what that submodule has there."""
+    value = value_of(node)
+    if value is not None or node.op != "call_function" or len(node.args) != 2:
+        return value
+    call, index = node.args
+    if not isinstance(call, torch.fx.Node) or call.op != "call_module" or type(index) is not int:
+        return value
+    inner = split_gm.get_submodule(str(call.target))
+    assert isinstance(inner, torch.fx.GraphModule)
+    returned = inner.graph.output_node().args[0]
+    results = returned if isinstance(returned, (tuple, list)) else [returned]
+    result = results[index] if index < len(results) else None
+    return value_of(result) if isinstance(result, torch.fx.Node) else result

@@ -1,0 +1,189 @@
+"""Sizes that one piece computes and another uses: fixed per captured size, proved to follow from it, refused where data decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import piecework
+from piecework.errors import ConfigError, StaticGraphError
+from piecework.runtime.config import CompilationConfig
+
+EAGER = CompilationConfig(backend="eager")
+Number = int | float
+
+
+@piecework.splitting_op("numbers::halve", mutates_args=("out",))
+def halve(x: torch.Tensor, out: torch.Tensor) -> None:
+    out.copy_(x / 2)
+
+
+@piecework.splitting_op("numbers::scale")
+def scale(x: torch.Tensor, by: int) -> torch.Tensor:
+    return x * by
+
+
+@scale.register_fake
+def _(x: torch.Tensor, by: int) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+OPS = [halve, scale]
+
+
+def halved(x: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(x)
+    halve(x, out)
+    return out
+
+
+EXPRESSIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], Number]] = {
+    "product": lambda x, y: x.shape[1] * x.shape[1],
+    "sum": lambda x, y: x.shape[1] + y.shape[1] + 3,
+    "difference": lambda x, y: x.shape[1] - 100,
+    "floor": lambda x, y: (x.shape[1] * 7) // (y.shape[1] + 1),
+    "remainder": lambda x, y: (x.shape[1] * 5 + 1) % (y.shape[1] + 2),
+    "smaller": lambda x, y: torch.sym_min(x.shape[1] * 2, y.shape[1] + 4),
+    "larger": lambda x, y: torch.sym_max(x.shape[1] + 1, y.shape[1]),
+    "joined": lambda x, y: torch.cat([x[0], y[0]]).shape[0] * 2,
+    "float": lambda x, y: x.shape[1] / (y.shape[1] + 1),
+    "root": lambda x, y: 1 / torch.sym_sqrt(y.shape[1] + 1),
+    "batch": lambda x, y: x.shape[0] * 2 - x.shape[1],
+}
+
+
+def compiled(
+    forward: Callable[..., object], *args: torch.Tensor, dims: tuple[int, ...] = (0, 1)
+) -> piecework.StitchedModule:
+    for arg in args:
+        for dim in dims[: arg.dim()]:
+            torch._dynamo.mark_dynamic(arg, dim)
+    return piecework.compile(forward, args, splitting_ops=OPS, config=EAGER)
+
+
+@pytest.mark.parametrize("name", EXPRESSIONS)
+def test_an_expression_of_sizes_crosses_pieces(name: str) -> None:
+    of = EXPRESSIONS[name]
+
+    def forward(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        z = halved(x + 1)
+        number = of(x, y)
+        z = halved(z * 2 + number)  # the number is made in this piece,
+        return (
+            scale(halved(z * 3), 2) + number + y.sum(1, keepdim=True) * number
+        )  # used in later ones
+
+    stitched = compiled(forward, torch.randn(4, 6), torch.randn(4, 9))
+    others = {"x.1": [5, 6], "y.1": [7, 9]}
+    for mode in ("PIECEWISE", "FULL"):
+        stitched.capture([2, 4], mode=mode, other_sizes=others, progress=False, estimate=False)
+        for batch, wide, long in ((4, 6, 9), (2, 5, 7), (4, 5, 9), (4, 6, 7), (2, 6, 9)):
+            x, y = torch.randn(batch, wide), torch.randn(batch, long)
+            torch.testing.assert_close(stitched(x, y), forward(x, y))
+        assert {row.mode for row in stitched.call_report()} == {mode}
+
+
+def test_numbers_stand_in_the_replay_source_and_go_to_operators() -> None:
+    def forward(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        number = halved(x).shape[1] * 7
+        return scale(x * 2, number) + 1, number
+
+    stitched = compiled(forward, torch.randn(4, 6))
+    stitched.capture([4], other_sizes={"x.1": [6]}, progress=False, estimate=False)
+    text = stitched.static_graphs.source_for(4).code
+    assert "\nmul = 42\n" in text and ", mul)\n" in text
+    x = torch.randn(4, 6)
+    result, number = stitched(x)
+    assert number == 42 and type(number) is int
+    torch.testing.assert_close(result, forward(x)[0])
+
+
+def _item_in_a_piece(x: torch.Tensor, n: torch.Tensor) -> object:
+    return halved(x) * 2 + n.item()
+
+
+def _item_returned(x: torch.Tensor, n: torch.Tensor) -> object:
+    return halved(x) * 2, (n + 1).item()
+
+
+def _item_of_a_piece_used_in_another(x: torch.Tensor, n: torch.Tensor) -> object:
+    number = (n * 2).item()
+    return halved(halved(x) * 2) + number
+
+
+def _rows_by_data(x: torch.Tensor, n: torch.Tensor) -> object:
+    return halved(x) * 2 + (n.reshape(1) > 0).nonzero().shape[0]
+
+
+@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL"])
+@pytest.mark.parametrize(
+    "forward", [_item_in_a_piece, _item_returned, _item_of_a_piece_used_in_another, _rows_by_data]
+)
+def test_numbers_that_are_read_from_data_are_refused(
+    forward: Callable[..., object], mode: str
+) -> None:
+    with torch._dynamo.config.patch(
+        capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True
+    ):
+        x, n = torch.randn(4, 6), torch.tensor(3)
+        torch._dynamo.mark_dynamic(x, 0)
+        stitched = piecework.compile(forward, (x, n), splitting_ops=OPS, config=EAGER)
+    with pytest.raises(StaticGraphError, match="read from data or made by an operator"):
+        stitched.capture([4], mode=mode, progress=False, estimate=False)
+    for value in (3, 5):
+        got, expected = stitched(x, torch.tensor(value)), forward(x, torch.tensor(value))
+        torch.testing.assert_close(got, expected)
+
+
+@piecework.splitting_op("numbers::count")
+def count(x: torch.Tensor) -> int:
+    return int((x > 0).sum())
+
+
+@count.register_fake
+def _(x: torch.Tensor) -> int:
+    return torch.library.get_ctx().new_dynamic_size()
+
+
+def test_a_number_that_an_operator_makes_is_refused() -> None:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return x * 2 + count(x)
+
+    x = torch.randn(4, 6)
+    torch._dynamo.mark_dynamic(x, 0)
+    stitched = piecework.compile(forward, (x,), splitting_ops=[count], config=EAGER)
+    with pytest.raises(StaticGraphError, match="read from data or made by an operator"):
+        stitched.capture([4], progress=False, estimate=False)
+    for _ in range(2):
+        x = torch.randn(4, 6)
+        torch.testing.assert_close(stitched(x), forward(x))
+
+
+def test_hints_lead_to_a_capture_of_every_size() -> None:
+    """From another dynamic size to a static one, to a batch that serves 1 as well."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x) * x.shape[1]
+
+    def compile_with(*marks: tuple[Callable[..., None], int]) -> piecework.StitchedModule:
+        x = torch.randn(4, 6)
+        for mark, dim in marks:
+            mark(x, dim)
+        return piecework.compile(forward, (x,), splitting_ops=[], config=EAGER)
+
+    mark_unbacked = torch._dynamo.decorators.mark_unbacked
+    dynamic, static = torch._dynamo.mark_dynamic, torch._dynamo.mark_static
+    with pytest.raises(StaticGraphError, match=r"mark_static\(x, 1\).*mark_unbacked"):
+        compile_with((dynamic, 0), (dynamic, 1)).capture([1, 2], progress=False)
+    with pytest.raises(StaticGraphError, match="mark_unbacked"):
+        compile_with((static, 0), (static, 1)).capture([1, 2], progress=False)
+    with pytest.raises(ConfigError, match="mark_unbacked"):
+        compile_with((dynamic, 0), (static, 1)).capture([1, 2], progress=False)
+    stitched = compile_with((mark_unbacked, 0), (static, 1))
+    stitched.capture([1, 2], progress=False, estimate=False)
+    for batch in (1, 2):
+        x = torch.randn(batch, 6)
+        torch.testing.assert_close(stitched(x), forward(x))
+    assert {row.mode for row in stitched.call_report()} == {"PIECEWISE"}
