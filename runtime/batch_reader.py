@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.fx
@@ -155,7 +155,7 @@ class _Reader:
                 found.append(dim)
                 self._note_same(f"{each.name}.{dim}", size, position, dim)
             elif torch_compat.symbols_of(size):
-                others[dim] = self._other(f"{each.name}.{dim}", symbol, position, dim)
+                others[dim] = self._other(f"{each.name}.{dim}", size, position, dim)
         if len(found) > 1:
             raise StaticGraphError(
                 f"has the batch size in dimensions {found}; one can be padded",
@@ -174,7 +174,7 @@ class _Reader:
                 where=f"input {name}",
                 hint="make it a constant of the model, or a tensor",
             )
-        return self._other(self._number_label(each), torch_compat.symbol_of(fake), position, None)
+        return self._other(self._number_label(each), fake, position, None)
 
     def _number_label(self, each: Argument | Size) -> str:
         """An integer argument is named by itself, a size by its tensor."""
@@ -226,8 +226,9 @@ class _Reader:
                 ),
             )
 
-    def _other(self, label: str, symbol: str | None, position: int, dim: int | None) -> str:
-        """The label of a symbol beside the batch size; the first place that has it names it."""
+    def _other(self, label: str, size: object, position: int, dim: int | None) -> str:
+        """The label of a size beside the batch size; the first place that has it names it."""
+        symbol = torch_compat.symbol_of(size)
         name = self.captured.assumptions.name_of(symbol or "")
         if symbol is None or name not in self.known:
             raise StaticGraphError(
@@ -238,14 +239,15 @@ class _Reader:
         before = self.others.get(symbol)
         if before is None:
             row = self.known[name]
-            self.others[symbol] = OtherSize(label, (label,), name, position, dim, row.low, row.high)
+            example = torch_compat.example_of(size)
+            self.others[symbol] = OtherSize(
+                label, (label,), name, position, dim, row.low, row.high, example
+            )
             return label
         labels = tuple(dict.fromkeys((*before.labels, label)))
         # A number is read faster than a shape.
         place = (position, None) if dim is None else (before.position, before.dim)
-        self.others[symbol] = OtherSize(
-            before.label, labels, name, place[0], place[1], before.low, before.high
-        )
+        self.others[symbol] = replace(before, labels=labels, position=place[0], dim=place[1])
         return before.label
 
     # --- results -----------------------------------------------------------------------------------

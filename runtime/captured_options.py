@@ -217,6 +217,8 @@ def _other_values(
         )
     found = {first[label]: tuple(dict.fromkeys(values)) for label, values in given.items()}
     for other in shape.others:
+        if other.label not in found and other.example is not None:
+            found[other.label] = (other.example,)
         if not found.get(other.label):
             raise StaticGraphError(
                 "is dynamic beside the batch size, and a captured graph fixes it",

@@ -49,6 +49,7 @@ class OtherSize:
         symbol: what guards call it.
         position, dim: where a call has it; ``dim`` is None for a number.
         low, high: values that the trace allows; None where there is no bound.
+        example: what the example had, which is captured if nothing else is asked for; None if the trace was not told.
     """
 
     label: str
@@ -58,6 +59,7 @@ class OtherSize:
     dim: int | None
     low: int | None
     high: int | None
+    example: int | None = None
 
     def of(self, flat: Sequence[object]) -> int:
         """Its value in a call."""

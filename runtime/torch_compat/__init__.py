@@ -86,6 +86,7 @@ from piecework.runtime.torch_compat.shape_record import (
     sizes_text,
 )
 from piecework.runtime.torch_compat.shapes import (
+    example_of,
     guards_on,
     is_traced_contiguous,
     number_at,
@@ -146,6 +147,7 @@ __all__ = [
     "dispatch_mode_probe",
     "dynamo_backend",
     "dynamo_failure",
+    "example_of",
     "find_vector_isa",
     "flatten_tree",
     "free_symbols",

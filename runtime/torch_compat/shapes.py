@@ -24,6 +24,13 @@ def symbols_of(size: object) -> tuple[str, ...]:
     return tuple(sorted(str(symbol) for symbol in size.node.expr.free_symbols))
 
 
+def example_of(size: object) -> int | None:
+    """The number that the example had for a size; None if the trace was not told."""
+    if not isinstance(size, torch.SymInt):
+        return size if isinstance(size, int) else None
+    return None if unbacked_symbols([size]) else size_value(size, symbol_hints(size))
+
+
 def unbacked_symbols(values: Iterable[object]) -> frozenset[str]:
     """The symbols in sizes and fake tensors that no number of an example stands behind."""
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
@@ -33,6 +40,8 @@ def unbacked_symbols(values: Iterable[object]) -> frozenset[str]:
         if isinstance(value, (torch.Tensor, torch.SymInt)):
             found |= {str(symbol) for symbol in free_unbacked_symbols(value)}
     return frozenset(found)
+
+
 def symbols_in(value: object) -> tuple[str, ...]:
     """The symbols in an integer, float or truth value of a trace; none in anything else."""
     if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):

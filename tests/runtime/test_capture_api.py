@@ -372,8 +372,11 @@ def refused(function, *args: torch.Tensor) -> StaticGraphError:
     return raised.value
 
 
-def test_a_second_dynamic_dimension_is_refused() -> None:
-    assert "beside the batch size" in str(refused(lambda x: fresh(x) + 1, torch.randn(4, 3)))
+def test_a_second_dynamic_dimension_that_the_trace_was_told_no_size_of_is_refused() -> None:
+    x = torch.randn(4, 3)
+    for dim in (0, 1):
+        torch._dynamo.decorators.mark_unbacked(x, dim)
+    assert "beside the batch size" in str(refused(lambda x: fresh(x) + 1, x))
 
 
 def test_nothing_is_captured_before_the_first_call() -> None:

@@ -188,11 +188,27 @@ def test_a_size_may_be_named_by_each_argument_that_has_it() -> None:
     assert list(reasons(stitched)) == ["padded to the next captured size"]
 
 
+def test_other_sizes_are_those_of_the_example_by_default() -> None:
+    def model(x, n):
+        return fresh(x) * n
+
+    stitched = piecework.compile(model, (torch.randn(5, 6), 3), config=EAGER)
+    stitched.capture([4], progress=False, estimate=False)
+    for rows, columns, n in ((4, 6, 3), (4, 7, 3), (4, 6, 2)):
+        same(stitched, model, torch.randn(rows, columns), n)
+    assert (
+        sum(count for why, count in reasons(stitched).items() if "its size is captured" in why) == 1
+    )
+
+
 @pytest.mark.parametrize(
     ("other", "error", "why"),
     [
-        ({}, StaticGraphError, r"is dynamic beside the batch size.*input x\.1.*other_sizes="),
-        ({"x.1": []}, StaticGraphError, "is dynamic beside the batch size"),
+        (
+            {"x.1": []},
+            StaticGraphError,
+            r"is dynamic beside the batch size.*input x\.1.*other_sizes=",
+        ),
         ({"y": [3]}, ConfigError, r"no dynamic size 'y'.*there are: x\.1"),
         ({"x.1": [1]}, ConfigError, r"size 4 with x\.1=1 can't be captured"),
     ],
