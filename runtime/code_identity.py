@@ -121,9 +121,10 @@ class Reader:
     def _object(self, value: object) -> Any:
         """An instance of a class written in Python: the class, what a built-in base holds, and every attribute."""
         kind = type(value)
-        uuid = getattr(value, "uuid", None)
-        if callable(uuid):
-            return {"uuid": [kind.__module__, kind.__qualname__, self._own_uuid(value, uuid)]}
+        # Looked up in the classes: an object that answers for every name does not speak for itself.
+        if any(callable(vars(base).get("uuid")) for base in kind.__mro__):
+            own = self._own_uuid(value, value.uuid)  # type: ignore[attr-defined]
+            return {"uuid": [kind.__module__, kind.__qualname__, own]}
         if not self.libraries.keeps_all_in_attributes(kind):
             raise self.unknown(f"an object of {kind.__qualname__} has no stable form")
 

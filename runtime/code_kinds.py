@@ -40,12 +40,19 @@ def an(*kinds: type) -> Callable[[Any], bool]:
 
 
 def _of_torch(value: Any) -> bool:
-    return type(value).__module__ in ("torch", "torch._ops")
+    return type(value).__module__ in ("torch", "torch._ops") or _is_higher_order(value)
+
+
+def _is_higher_order(value: Any) -> bool:
+    return any(
+        (base.__module__, base.__name__) == ("torch._ops", "HigherOrderOperator")
+        for base in type(value).__mro__
+    )
 
 
 def _torch(reader: Reader, value: Any) -> Any:
     name = type(value).__name__
-    if name in ("OpOverload", "OpOverloadPacket", "HigherOrderOperator"):
+    if name in ("OpOverload", "OpOverloadPacket") or _is_higher_order(value):
         # torch is imported where such a thing exists; nothing else here needs it.
         from piecework.runtime.operator_identity import read_operator
 

@@ -71,7 +71,6 @@ _PYTHON = frozenset(
         "struct",
         "textwrap",
         "time",
-        "timeit",
         "token",
         "traceback",
         "types",

@@ -520,6 +520,17 @@ def test_an_object_speaks_for_itself_with_a_uuid() -> None:
         identity(Named(None))
 
 
+def test_an_object_that_answers_for_every_name_does_not_speak_for_itself() -> None:
+    class Magic:
+        def __init__(self, state: object) -> None:
+            self.state = state
+
+        def __getattr__(self, name: str) -> object:
+            return lambda *args: "same"
+
+    assert_all_differ([Magic(1), Magic(2)])
+
+
 def test_functions_of_libraries_count_by_name_and_a_patched_one_by_content(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
