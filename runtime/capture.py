@@ -25,6 +25,7 @@ from piecework.runtime.capture_errors import capture_error, own_error
 from piecework.runtime.capture_inputs import (
     Argument,
     GraphInput,
+    Layout,
     Size,
     Weight,
     dynamic_wish,
@@ -60,6 +61,7 @@ __all__ = [
     "FromGraph",
     "FromWeight",
     "GraphInput",
+    "Layout",
     "ResultLeaf",
     "Size",
     "Weight",
