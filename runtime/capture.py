@@ -41,6 +41,7 @@ from piecework.runtime.capture_results import (
     FromGraph,
     FromWeight,
     ResultLeaf,
+    opened,
     result_leaf,
     sizes_from_graph,
     stand_ins,
@@ -259,7 +260,7 @@ def _capture_once(
             hint=HINT,
         )
     counters.num_graphs_seen += 1
-    result_leaves, out_spec = pytree.tree_flatten(result)
+    result_leaves, out_spec = pytree.tree_flatten(opened(result))
     assumptions = _assumptions(trace, leaves, names)
     results = tuple(result_leaf(leaf, trace.standing_in, leaves, held) for leaf in result_leaves)
     found = _found(trace.inputs, results, held)
