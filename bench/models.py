@@ -41,7 +41,11 @@ def tasks_of(arguments: argparse.Namespace) -> list[Task]:
     for source in arguments.list or LISTS:
         for index, row in enumerate(rows_of(source)):
             if re.search(arguments.only, row.name):
-                options = Options(arguments.backend, arguments.shapes, index % CUT_EVERY == 0)
+                options = Options(
+                    arguments.backend,
+                    arguments.shapes,
+                    index % CUT_EVERY == 0 and not arguments.no_cut,
+                )
                 found.append(Task(source, row.name, row.kind, arguments.samples, options))
     part, of = _part(arguments.part)
     return found[part - 1 :: of]
@@ -126,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shapes", default="", help="type of dynamic shapes in place of the default's"
     )
+    parser.add_argument("--no-cut", action="store_true", help="don't cut or capture any")
     parser.add_argument("--part", default="1/1", help="every so-manieth model only, such as 2/4")
     parser.add_argument(
         "--together", action="store_true", help="all in this process, without a time limit"

@@ -20,6 +20,8 @@ from piecework.codegen.entry_plan import (
     FromConst,
     FromItems,
     FromLeaf,
+    FromNumber,
+    FromOffset,
     FromOutput,
     FromSize,
     FromSymbol,
@@ -302,8 +304,7 @@ class _Writer:
             self._require(comment, conditions)
             self._sizes(label, path, tensor.sizes)
         for dim, stride in enumerate(tensor.strides or ()):
-            if stride is not None:
-                self.late.append(f"{path}.stride({dim}) == {self._size(stride)}")
+            self.late.append(f"{path}.stride({dim}) == {self._size(stride)}")
 
     def _sizes(self, label: str, path: str, sizes: Sequence[Size]) -> None:
         """Unpack the shape; a symbol seen for the first time is defined by it, all else is compared."""
@@ -397,6 +398,10 @@ class _Writer:
                 return self.symbols[name]
             case FromSize(leaf, dim):
                 return f"{self.leaves[leaf]}.size({dim})"
+            case FromOffset(leaf):
+                return f"{self.leaves[leaf]}.storage_offset()"
+            case FromNumber(value):
+                return str(value)
             case FromWeights(index):
                 return f"weights[{index}]"
             case _:

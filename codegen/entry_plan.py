@@ -20,7 +20,7 @@ class TensorInput:
 
     Attributes:
         sizes: one per dimension.
-        strides: None for a contiguous tensor; entries that nothing is known about are None.
+        strides: None for a contiguous tensor.
         kind: ``torch.Tensor`` or ``torch.nn.Parameter``, which the model's code may tell apart.
         requires_grad: whether it recorded gradients, likewise.
     """
@@ -28,7 +28,7 @@ class TensorInput:
     dtype: torch.dtype
     device: torch.device
     sizes: tuple[Size, ...]
-    strides: tuple[Size | None, ...] | None = None
+    strides: tuple[Size, ...] | None = None
     kind: type = torch.Tensor
     requires_grad: bool = False
 
@@ -148,6 +148,20 @@ class FromSize:
 
 
 @dataclass(frozen=True, slots=True)
+class FromOffset:
+    """Where a flattened argument begins in its storage."""
+
+    leaf: int
+
+
+@dataclass(frozen=True, slots=True)
+class FromNumber:
+    """A number that the entry's checks fix, such as a stride."""
+
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
 class FromWeights:
     """A weight that is fetched for every call."""
 
@@ -187,7 +201,7 @@ class FromCall:
     children: tuple[Packed, ...]
 
 
-Passed = FromLeaf | FromSymbol | FromSize | FromWeights
+Passed = FromLeaf | FromSymbol | FromSize | FromOffset | FromNumber | FromWeights
 Packed = FromLeaf | FromOutput | FromWeights | FromConst | FromItems | FromCall
 
 

@@ -13,6 +13,8 @@ from piecework.codegen.entry_plan import (
     Assumption,
     FixedValue,
     FromLeaf,
+    FromNumber,
+    FromOffset,
     FromSize,
     FromSymbol,
     IntegerInput,
@@ -92,19 +94,35 @@ class Assumptions:
         symbol = torch_compat.symbol_of(fake.shape[dim])
         return FromSymbol(self._names[symbol]) if symbol in self._names else FromSize(leaf, dim)
 
+    def layout(self, leaf: int, dim: int | None) -> Passed:
+        """How the entry finds the stride of a dimension, which is the example's, or the storage offset (None)."""
+        if dim is None:
+            return FromOffset(leaf)
+        fake = self._fakes[leaf]
+        assert isinstance(fake, torch.Tensor)
+        stride = self._stride(fake.stride(dim))
+        assert isinstance(stride, int)
+        return FromNumber(stride)
+
+    def _stride(self, stride: object) -> int | str:
+        """A stride over the known sizes. A symbol that only strides have is the example's number: another call's stride may
+        mean another order in memory, which the trace may have relied on.
+        """
+        fixed = {
+            symbol: str(hint)
+            for symbol, hint in torch_compat.symbol_hints(stride).items()
+            if symbol not in self._names
+        }
+        text = torch_compat.size_text(stride, {**self._names, **fixed})
+        return int(text) if isinstance(text, str) and text.isdecimal() else text
+
     def _tensor(self, fake: torch.Tensor, example: object) -> TensorInput:
         strides = None
         if not torch_compat.is_traced_contiguous(fake):
-            strides = tuple(
-                torch_compat.size_text(stride, self._names) if self._is_known(stride) else None
-                for stride in fake.stride()
-            )
+            strides = tuple(map(self._stride, fake.stride()))
         sizes = tuple(torch_compat.size_text(size, self._names) for size in fake.shape)
         grad = isinstance(example, torch.Tensor) and example.requires_grad
         return TensorInput(fake.dtype, fake.device, sizes, strides, type(example), grad)
-
-    def _is_known(self, size: object) -> bool:
-        return all(symbol in self._names for symbol in torch_compat.symbols_of(size))
 
 
 def _sizes_of(fake: object) -> tuple[object, ...]:

@@ -18,7 +18,7 @@ from piecework.errors import ConfigError, StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.rows import rows_of
 from piecework.runtime.backend import PieceworkBackend
-from piecework.runtime.capture import Argument, Capture, Size, Weight
+from piecework.runtime.capture import Argument, Capture, Layout, Size, Weight
 from piecework.runtime.captured_shape import BatchShape, OtherSize, ResultRule, StagedInput
 from piecework.runtime.mutation import held_by_source, mutations_in, refuse_mutations
 
@@ -111,6 +111,12 @@ class _Reader:
             fake, name = value_of(node), names[position]
             if isinstance(each, Weight):
                 weights[position] = each.path
+            elif isinstance(each, Layout):
+                raise StaticGraphError(
+                    "was traced strided or inside a larger tensor, and its static buffer is dense",
+                    where=f"input {self._owner(each)}",
+                    hint="trace with dense example arguments",
+                )
             elif isinstance(fake, torch.Tensor):
                 staged.append(self._staged(position, name, each, fake, node.name in written))
             elif torch_compat.symbol_of(fake) in self.symbols:
@@ -180,9 +186,11 @@ class _Reader:
         """An integer argument is named by itself, a size by its tensor."""
         if isinstance(each, Argument):
             return each.name
+        return f"{self._owner(each)}.{each.dim}"
+
+    def _owner(self, each: Size | Layout) -> str:
         arguments = (a for a in self.captured.inputs if isinstance(a, Argument))
-        owner = next((a.name for a in arguments if a.leaf == each.leaf), each.name)
-        return f"{owner}.{each.dim}"
+        return next((a.name for a in arguments if a.leaf == each.leaf), each.name)
 
     def _same_symbols(self) -> set[str]:
         """The symbols of the sizes that were declared to equal the batch size.
@@ -193,7 +201,7 @@ class _Reader:
         found: dict[str, str | None] = {}
         for node, each in self.pairs:
             value = value_of(node)
-            if isinstance(each, Weight):
+            if isinstance(each, (Weight, Layout)):
                 continue
             if isinstance(value, torch.Tensor):
                 for dim, size in enumerate(value.shape):

@@ -25,6 +25,7 @@ from piecework.runtime.capture_errors import capture_error, own_error
 from piecework.runtime.capture_inputs import (
     Argument,
     GraphInput,
+    Layout,
     Size,
     Weight,
     dynamic_wish,
@@ -40,6 +41,7 @@ from piecework.runtime.capture_results import (
     FromGraph,
     FromWeight,
     ResultLeaf,
+    opened,
     result_leaf,
     sizes_from_graph,
     stand_ins,
@@ -60,6 +62,7 @@ __all__ = [
     "FromGraph",
     "FromWeight",
     "GraphInput",
+    "Layout",
     "ResultLeaf",
     "Size",
     "Weight",
@@ -257,7 +260,7 @@ def _capture_once(
             hint=HINT,
         )
     counters.num_graphs_seen += 1
-    result_leaves, out_spec = pytree.tree_flatten(result)
+    result_leaves, out_spec = pytree.tree_flatten(opened(result))
     assumptions = _assumptions(trace, leaves, names)
     results = tuple(result_leaf(leaf, trace.standing_in, leaves, held) for leaf in result_leaves)
     found = _found(trace.inputs, results, held)

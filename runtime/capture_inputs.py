@@ -49,10 +49,20 @@ class Size:
     name: str
 
 
-GraphInput = Weight | Argument | Size
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A graph input that tells how tensor argument ``leaf`` lies in memory: the stride of ``dim``, or where it begins (None)."""
+
+    leaf: int
+    dim: int | None
+    name: str
+
+
+GraphInput = Weight | Argument | Size | Layout
 
 
 _SIZE_SOURCE = re.compile(r"(?P<tensor>.+)\.size\(\)\[(?P<dim>\d+)\]")
+_LAYOUT_SOURCE = re.compile(r"(?P<tensor>.+)\.(?:stride\(\)\[(?P<dim>\d+)\]|storage_offset\(\))")
 _MARKS = ("_dynamo_dynamic_indices", "_dynamo_unbacked_indices", "_dynamo_static_indices")
 
 
@@ -191,6 +201,10 @@ def _size_or_int(
     read = _SIZE_SOURCE.fullmatch(source)
     if read is not None and read["tensor"] in sources:  # a size that the trace fixed to a number
         return Size(sources[read["tensor"]], int(read["dim"]), name)
+    read = _LAYOUT_SOURCE.fullmatch(source)
+    if read is not None and read["tensor"] in sources:
+        dim = None if read["dim"] is None else int(read["dim"])
+        return Layout(sources[read["tensor"]], dim, name)
     leaf = sources.get(source)
     if leaf is not None and type(leaves[leaf]) is int:
         return Argument(leaf, names[leaf])

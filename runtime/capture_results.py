@@ -5,8 +5,10 @@ Nothing is computed: each output of the graph is stood in for by an object that 
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -70,11 +72,55 @@ def sizes_from_graph(result):  # type: ignore[no-untyped-def]
         return kind(*[sizes_from_graph(each) for each in result])
     if kind in pytree.SUPPORTED_NODES:
         return pytree.tree_map(sizes_from_graph, result, is_leaf=_is_size)
+    if dataclasses.is_dataclass(kind):  # an instance that the model made
+        for name in kind.__dataclass_fields__:
+            value = getattr(result, name)
+            if type(value) not in (torch.Tensor, float, str, bool, type(None)):
+                object.__setattr__(result, name, sizes_from_graph(value))
     return result
 
 
 def _is_size(value):  # type: ignore[no-untyped-def]
     return type(value) is torch.Size
+
+
+# --- instances of the user's classes ---------------------------------------------------------------
+
+
+class _Instance:
+    """In place of an instance of a dataclass that pytree doesn't know: its attributes, which pytree sees into."""
+
+    def __init__(self, kind: type, names: tuple[str, ...], values: list[object]) -> None:
+        self.kind = kind
+        self.names = names
+        self.values = values
+
+
+def opened(result: object) -> object:
+    """``result`` with instances of dataclasses made visible to pytree; what pytree knows already is left as it is."""
+    return pytree.tree_map(_opened, result)
+
+
+def _opened(leaf: object) -> object:
+    if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
+        return leaf
+    fields = [each.name for each in dataclasses.fields(leaf) if hasattr(leaf, each.name)]
+    names = tuple(dict.fromkeys([*fields, *getattr(leaf, "__dict__", ())]))
+    return _Instance(type(leaf), names, [opened(getattr(leaf, name)) for name in names])
+
+
+def _instance(values: Iterable[object], context: tuple[type, tuple[str, ...]]) -> object:
+    """An instance with these attributes; nothing of the class's own runs, as it ran while the model was traced."""
+    kind, names = context
+    made: object = object.__new__(kind)
+    for name, value in zip(names, values, strict=True):
+        object.__setattr__(made, name, value)
+    return made
+
+
+pytree.register_pytree_node(
+    _Instance, lambda each: (each.values, (each.kind, each.names)), _instance
+)
 
 
 # --- stand-ins -------------------------------------------------------------------------------------
@@ -166,7 +212,7 @@ def result_leaf(
         if id(leaf) in held:
             return FromWeight(leaf)
     elif leaf is None or isinstance(
-        leaf, (int, float, complex, str, bytes, torch.dtype, torch.device)
+        leaf, (int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device)
     ):
         return Fixed(leaf)
     raise CaptureError(

@@ -39,6 +39,7 @@ from piecework.runtime.capture import (
     FromArgument,
     FromGraph,
     FromWeight,
+    Layout,
     ResultLeaf,
     Size,
     Weight,
@@ -328,6 +329,8 @@ def plan_entry(captured: Capture, backend: PieceworkBackend) -> EntryPlan:
                 passed.append(captured.assumptions.passed(leaf, None))
             case Size(leaf, dim):
                 passed.append(captured.assumptions.passed(leaf, dim))
+            case Layout(leaf, stride):
+                passed.append(captured.assumptions.layout(leaf, stride))
     weight_at = {id(tensor): number for number, tensor in enumerate(captured.weights.tensors)}
     return EntryPlan(
         banner=(f"model: {backend.prefix or 'model'}",),
@@ -374,7 +377,7 @@ def _batch(captured: Capture, backend: PieceworkBackend) -> Passed | None:
             return captured.assumptions.passed(leaf, dim)
         case Size(leaf, size_dim):
             return captured.assumptions.passed(leaf, size_dim)
-        case Weight():
+        case Weight() | Layout():
             return None
 
 

@@ -32,4 +32,12 @@ def rows_of(source: str) -> list[Row]:
 
 
 def find(source: str, name: str) -> Row:
-    return next(row for row in rows_of(source) if row.name == name)
+    """One row.
+
+    Raises:
+        UsageError: the list has no row of that name, or can't be read.
+    """
+    for row in rows_of(source):
+        if row.name == name:
+            return row
+    raise UsageError(f"there is no model {name!r} in the list {source!r}")

@@ -20,14 +20,20 @@ def summary(row: RowResult, contender: str) -> Verdict | None:
 
 
 def behind(row: RowResult) -> list[str]:
-    """What stock serves in this row and piecework doesn't, or a splitting op or a capture breaks: one line each."""
+    """What stock serves in this row and piecework doesn't, or a splitting op or a capture breaks: one line each.
+
+    A capture may be refused by name; it may not be wrong.
+    """
     found = []
     for outcome in row.outcomes:
         stock = outcome.verdicts.get("stock")
+        served = stock is None or stock.status == "equal"
         for contender, verdict in outcome.verdicts.items():
             if contender == "stock" or verdict.status == "equal":
                 continue
-            if stock is None or stock.status == "equal" or contender != "piecework":
+            if (contender, verdict.status) == ("captured", "refused"):
+                continue
+            if served or contender != "piecework":
                 label = f" sample {outcome.label}" if outcome.label else ""
                 found.append(
                     f"{row.source}: {row.name}{label}: {contender} {verdict.status}: {verdict.why}"
@@ -46,7 +52,7 @@ def markdown(rows: Sequence[RowResult], settings: Iterable[str]) -> str:
         "batch size, 1, 2, 5, and 0 where the model itself can. *Equal* means: every output and every argument written in place "
         "has eager's values (by torch's tolerance for the dtype, or as near as stock), dtype, shape and structure, and eager's "
         "strides where stock has them. *split* is the same cut at the operator in the middle of its graph, *captured* that with "
-        "static graphs for 1, 2, 4 and 8; every third model is tried so.",
+        "static graphs for 2, 4 and 8, the batch's dimensions marked; every third model is tried so.",
         "",
         *[f"- {line}" for line in settings],
         "",

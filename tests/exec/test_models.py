@@ -1,0 +1,84 @@
+"""Ordinary models: a sample of the lists that others made, by `torch.compile` and by piecework beside eager. Whole lists run at night.
+
+The lists are read in processes of their own: torch's own list comes with its test suite's settings.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("expecttest")
+pytest.importorskip("transformers")
+
+PARTS = 4
+BOTH = {"stock": "equal", "piecework": "equal"}
+
+
+def run(folder: Path, *arguments: str, limit: float = 600) -> dict[str, dict[str, str]]:
+    """Row → contender → status, as the command reports them; fails where it says that stock serves more."""
+    command = [sys.executable, "-m", "piecework.bench.models", "--out", str(folder), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    rows = json.loads((folder / "models.json").read_text())["rows"]
+    return {
+        row["name"]: {
+            name: verdict["status"]
+            for outcome in row["outcomes"]
+            for name, verdict in outcome["verdicts"].items()
+        }
+        for row in rows
+    }
+
+
+@pytest.mark.parametrize("part", range(1, PARTS + 1))
+def test_torch_modules(part: int, tmp_path: Path) -> None:
+    found = run(
+        tmp_path,
+        *("--list", "module_db", "--backend", "eager", "--samples", "1", "--no-cut"),
+        *("--together", "--part", f"{part}/{PARTS}"),
+    )
+    assert len(found) >= 25
+    assert sum(each.get("piecework") == "equal" for each in found.values()) >= 25
+
+
+def test_models_cut_and_captured(tmp_path: Path) -> None:
+    found = run(
+        tmp_path,
+        *("--list", "plain torch", "--backend", "eager", "--together", "--part", "1/9"),
+    )
+    captured = {name: each["captured"] for name, each in found.items()}
+    # The recommender's list of items has a size of its own, which a captured graph would fix.
+    assert captured.pop("recommender with bags") == "refused"
+    assert set(captured.values()) == {"equal"} and len(captured) >= 2
+
+
+def test_families(tmp_path: Path) -> None:
+    found = run(
+        tmp_path,
+        *("--list", "transformers", "--backend", "eager", "--together", "--no-cut"),
+        *("--only", "^(bert|convnext|wav2vec2)$"),
+    )
+    assert found == {name: BOTH for name in found}
+    assert len(found) == 3
+
+
+@pytest.mark.inductor
+def test_models_compiled_by_inductor(tmp_path: Path) -> None:
+    found = run(
+        tmp_path,
+        *("--list", "plain torch", "--together", "--no-cut"),
+        *("--only", "^(MLP with batch norm|GAN generator)$"),
+    )
+    assert found == {name: BOTH for name in found}
+    assert len(found) == 2
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_all_lists(backend: str, tmp_path: Path) -> None:
+    run(tmp_path, "--backend", backend, "--jobs", "2", limit=24 * 3600)

@@ -1,0 +1,61 @@
+"""How arguments lie in memory: in, examples that are strided, offset or transposed; each call equals eager, whatever the layout of its own arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import piecework
+from piecework.errors import StaticGraphError
+from piecework.runtime.config import CompilationConfig
+
+EAGER = CompilationConfig(backend="eager")
+
+LAYOUTS: dict[str, Callable[[int], torch.Tensor]] = {
+    "dense": lambda n: torch.randn(n, 6),
+    "every second column": lambda n: torch.randn(n, 12)[:, ::2],
+    "every third column": lambda n: torch.randn(n, 18)[:, ::3],
+    "every second row": lambda n: torch.randn(2 * n, 6)[::2],
+    "inside a larger tensor": lambda n: torch.randn(n + 3, 6)[3:],
+    "inside, farther": lambda n: torch.randn(n + 5, 6)[5:],
+    "columns inside": lambda n: torch.randn(n, 9)[:, 3:],
+    "transposed": lambda n: torch.randn(6, n).t(),
+    "expanded": lambda n: torch.randn(1, 6).expand(n, 6),
+}
+
+
+def branching(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Takes another way by layout, and returns a view."""
+    y = x + 1 if x.is_contiguous() else x - 1
+    return y * x.stride(1), x[:, 1:], y.contiguous()
+
+
+@pytest.mark.parametrize("example", LAYOUTS)
+def test_call_with_any_layout_after_any_example(example: str) -> None:
+    stitched = piecework.compile(branching, (LAYOUTS[example](4),), config=EAGER)
+    check(stitched, [example, *LAYOUTS])
+
+
+@pytest.mark.inductor
+def test_call_with_any_layout_compiled_by_inductor() -> None:
+    stitched = piecework.compile(branching, (LAYOUTS["every second column"](4),))
+    check(stitched, ["every second column", "dense", "inside a larger tensor"])
+
+
+def check(stitched: piecework.StitchedModule, layouts: list[str]) -> None:
+    for layout in layouts:
+        for batch in (4, 3):
+            x = LAYOUTS[layout](batch)
+            for got, expected in zip(stitched(x), branching(x), strict=True):
+                torch.testing.assert_close(got, expected)
+                assert got.stride() == expected.stride(), layout
+
+
+def test_strided_example_is_not_captured() -> None:
+    x = LAYOUTS["columns inside"](4)
+    torch._dynamo.mark_dynamic(x, 0)
+    stitched = piecework.compile(lambda x: x * 2, (x,), config=EAGER)
+    with pytest.raises(StaticGraphError, match="dense"):
+        stitched.capture([2, 4], progress=False, estimate=False)

@@ -1,0 +1,94 @@
+"""Results in classes of the user's own: in, forwards that return dataclasses; out, equal instances at every call, sizes included."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+import piecework
+from piecework.runtime.config import CompilationConfig
+
+EAGER = CompilationConfig(backend="eager")
+
+
+class Kind(enum.Enum):
+    WARM = 1
+
+
+@dataclass
+class Scores:
+    values: torch.Tensor
+    rows: int = 0
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def total(self) -> torch.Tensor:
+        return self.values.sum()
+
+
+@dataclass(frozen=True)
+class Frozen:
+    scores: Scores
+    shape: tuple[int, ...]
+    kind: Kind = Kind.WARM
+
+
+@dataclass(slots=True)
+class Slotted:
+    first: torch.Tensor
+    second: torch.Tensor | None = None
+
+
+@dataclass
+class Derived(Scores):
+    """Has an attribute that is no field."""
+
+    def __post_init__(self) -> None:
+        self.doubled = self.values * 2
+
+
+FORWARDS = {
+    "plain": lambda x: Scores(x * 2, x.shape[0], ["a"]),
+    "in a list": lambda x: [Scores(x * 2, 3), {"b": Slotted(x + 1)}],
+    "frozen, nested": lambda x: Frozen(Scores(x.relu(), x.size(0) + 1), tuple(x.shape)),
+    "with slots": lambda x: Slotted(x + 1, x[:, 0]),
+    "with more than fields": lambda x: Derived(x + 1, x.shape[0]),
+    "argument inside": lambda x: Scores(x, 0),
+}
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_dataclass_is_returned(name: str) -> None:
+    forward = FORWARDS[name]
+    stitched = piecework.compile(forward, (torch.randn(4, 3),), config=EAGER)
+    for rows in (4, 2, 7, 1):
+        x = torch.randn(rows, 3)
+        got, expected = stitched(x), forward(x)
+        same(got, expected)
+        assert stitched(x) is not got
+
+
+def same(got: object, expected: object) -> None:
+    assert type(got) is type(expected)
+    if isinstance(expected, torch.Tensor):
+        torch.testing.assert_close(got, expected)
+    elif isinstance(expected, (list, tuple)):
+        for one, two in zip(got, expected, strict=True):
+            same(one, two)
+    elif isinstance(expected, dict):
+        assert list(got) == list(expected)
+        same(list(got.values()), list(expected.values()))
+    elif hasattr(expected, "__dataclass_fields__"):
+        names = [*expected.__dataclass_fields__, *getattr(expected, "__dict__", {})]
+        for name in names:
+            same(getattr(got, name), getattr(expected, name))
+    else:
+        assert got == expected
+
+
+def test_methods_of_a_returned_dataclass_work() -> None:
+    stitched = piecework.compile(lambda x: Scores(x * 2), (torch.randn(4, 3),), config=EAGER)
+    assert stitched(torch.ones(2, 3)).total == 12

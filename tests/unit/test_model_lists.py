@@ -1,0 +1,144 @@
+"""The harness behind the table of ordinary models: what counts as a difference, how arguments follow a batch size, how a row that hangs is told."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from piecework.bench.lists.isolated import RowResult, Task, run_rows
+from piecework.bench.lists.judge import Answer, difference
+from piecework.bench.lists.page import behind, markdown
+from piecework.bench.lists.sample import Sample, resized, spread
+from piecework.bench.lists.shrink import LEVELS, shrink
+from piecework.bench.lists.trial import Options, Outcome, Verdict, try_sample
+
+
+@dataclass
+class Box:
+    value: torch.Tensor
+
+
+ROWS = torch.arange(6.0).view(2, 3)
+DIFFERENT = {
+    "a value": (ROWS, ROWS + 1e-3),
+    "a dtype": (ROWS, ROWS.double()),
+    "a shape": (ROWS, ROWS.view(3, 2)),
+    "a number": (3, 4),
+    "a number's type": (3, 3.0),
+    "structure": ((ROWS,), [ROWS]),
+    "order of keys": (OrderedDict(a=1, b=2), OrderedDict(b=2, a=1)),
+    "none": (ROWS, None),
+    "a field": (Box(ROWS), Box(ROWS * 2)),
+    "a parameter": (ROWS, torch.nn.Parameter(ROWS)),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_difference_is_told(what: str) -> None:
+    one, two = DIFFERENT[what]
+    assert difference(Answer(one, ()), Answer(two, ()))
+    assert difference(Answer(0, one), Answer(0, two))
+    assert not difference(Answer(one, two), Answer(one, two))
+
+
+def test_strides_count_where_stock_has_them() -> None:
+    one, two = Answer(ROWS, ()), Answer(ROWS.t().contiguous().t(), ())
+    assert not difference(one, two)
+    assert difference(one, two, strided={0}) == "output 0: strides (3, 1) instead of (1, 2)"
+
+
+def test_values_may_be_twice_as_far_as_stock() -> None:
+    expected, stock = Answer(ROWS, ()), Answer(ROWS + 1e-3, ())
+    assert not difference(Answer(ROWS - 1.9e-3, ()), expected, stock)
+    assert difference(Answer(ROWS - 2.1e-3, ()), expected, stock)
+    assert difference(Answer(ROWS * float("nan"), ()), expected, stock)
+
+
+def test_arguments_follow_the_batch_size() -> None:
+    mask, weight = torch.tensor([True, False]), torch.ones(3)
+    batch, at = resized((ROWS, weight), {"mask": mask})
+    assert batch == 2
+    (rows, same), kwargs = at(5)
+    assert rows.shape == (5, 3) and torch.equal(rows[2:4], ROWS)
+    assert torch.equal(same, weight) and kwargs["mask"].tolist() == [True, False, True, False, True]
+    assert at(0)[0][0].shape == (0, 3)
+    assert resized((torch.ones(()),), {})[0] == -1
+
+
+def test_spread_keeps_first_and_last() -> None:
+    samples = [Sample(str(n), torch.nn.Identity, lambda n: ((), {})) for n in range(10)]
+    assert [each.label for each in spread(samples, 4)] == ["0", "3", "6", "9"]
+    assert len(spread(samples, 0)) == 10
+
+
+def test_shrink_keeps_proportions_and_small_numbers() -> None:
+    config = SimpleNamespace(
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_channels=3,
+        depths=[3, 4, 6],
+        hidden_sizes=[96, 192, 384],
+        pad_token_id=50257,
+        layer_norm_eps=1e-5,
+    )
+    shrink(config, 0)
+    assert (config.hidden_size, config.num_hidden_layers, config.num_channels) == (32, 2, 3)
+    assert config.depths == [1, 1, 1] and config.hidden_sizes == [16, 32, 64]
+    assert config.pad_token_id < 99 and config.layer_norm_eps == 1e-5
+    assert len(LEVELS) > 1
+
+
+class Picky(torch.nn.Module):
+    """Runs for at least two rows."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.size(0) < 2:
+            raise ValueError("too few")
+        return x * 2
+
+
+def test_sizes_that_eager_refuses_are_left_out() -> None:
+    sample = Sample("", Picky, lambda n: ((torch.ones(n, 3),), {}))
+    outcome = try_sample(sample, Options(backend="eager"))
+    assert {name: each.status for name, each in outcome.verdicts.items()} == {
+        "stock": "equal",
+        "piecework": "equal",
+    }
+    assert outcome.verdicts["piecework"].zero == ""
+
+
+def test_unwritten_memory_is_no_answer() -> None:
+    sample = Sample(
+        "", lambda: lambda x: torch.empty(64) + x.sum(), lambda n: ((torch.ones(n),), {})
+    )
+    outcome = try_sample(sample, Options(backend="eager"))
+    assert "two runs differ" in outcome.skipped and not outcome.verdicts
+
+
+def test_row_that_takes_too_long_is_stopped_and_one_without_model_is_told() -> None:
+    options = Options(backend="eager")
+    tasks = [Task("plain torch", "small CNN", "", 1, options)]
+    (stopped,) = run_rows(tasks, limit=0.0)
+    assert "stopped after 0 s" in stopped.problem
+    (unknown,) = run_rows([Task("plain torch", "nothing", "", 1, options)])
+    assert "nothing" in unknown.problem and not unknown.outcomes
+
+
+def test_page_tells_what_stock_serves_and_piecework_does_not() -> None:
+    refused = Verdict("refused", "CaptureError: a | b. Hint: c", "", "")
+    good = Outcome("0", {"stock": Verdict("equal"), "piecework": Verdict("equal")})
+    bad = Outcome("1", {"stock": Verdict("equal"), "piecework": refused})
+    both = Outcome("", {"stock": Verdict("refused", "Unsupported: x"), "piecework": refused})
+    rows = [
+        RowResult("list", "mixed", "", [good, bad]),
+        RowResult("list", "neither", "", [both]),
+        RowResult("list", "missing", "", [], "not built: no package"),
+    ]
+    assert behind(rows[0]) and not behind(rows[1])
+    text = markdown(rows, ["how"])
+    assert "| mixed |  | equal | refused (1 of 2) |  |  | CaptureError: a \\| b. |" in text
+    assert "- list: missing: not built: no package" in text
