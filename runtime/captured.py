@@ -189,11 +189,14 @@ class CapturedModel(CapturedGraphs):
 
         def run(tensors: Sequence[torch.Tensor], size: int) -> Sequence[object]:
             descriptor = replace(smallest, num_tokens=size)
-            submods = tuple(self._backend.submod_lists[self._range_of(size)])
+            submods = self._as_called(self._backend.submod_lists[self._range_of(size)])
             flat = self._flat(tensors, descriptor)
-            with self._context_for(CUDAGraphMode.NONE, descriptor), torch.no_grad():
+            scope = self._context_for(CUDAGraphMode.NONE, descriptor)
+            with scope, torch.no_grad(), self._without_traces():
                 results = self._forward(*flat, __vllm_submods__=submods)
-            return results if isinstance(results, (tuple, list)) else (results,)
+                found = results if isinstance(results, (tuple, list)) else (results,)
+                # Copies: a result may lie in memory that is put back.
+                return [each.clone() if isinstance(each, torch.Tensor) else each for each in found]
 
         return padding_difference(self.shape, others, self.options.pads, *sizes, run)
 

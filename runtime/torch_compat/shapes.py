@@ -33,8 +33,6 @@ def unbacked_symbols(values: Iterable[object]) -> frozenset[str]:
         if isinstance(value, (torch.Tensor, torch.SymInt)):
             found |= {str(symbol) for symbol in free_unbacked_symbols(value)}
     return frozenset(found)
-
-
 def symbols_in(value: object) -> tuple[str, ...]:
     """The symbols in an integer, float or truth value of a trace; none in anything else."""
     if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):

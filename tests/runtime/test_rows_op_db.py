@@ -15,14 +15,7 @@ pytest.importorskip("expecttest")  # torch's list needs it
 from torch.testing._internal.common_methods_invocations import op_db
 
 # Their results are whatever memory holds.
-_UNDEFINED = (
-    "empty",
-    "empty_like",
-    "empty_permuted",
-    "empty_strided",
-    "new_empty",
-    "new_empty_strided",
-)
+_UNDEFINED = ("empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided")
 _DTYPES = (torch.float32, torch.int64, torch.bool)
 # Families that are padded wrongly as soon as a dimension is mistaken for another.
 _SAMPLE = (
@@ -49,9 +42,7 @@ def cases_of(op: Any, dtype: torch.dtype, limit: int | None) -> Iterator[Case]:
         tree = (sample.input, sample.args, sample.kwargs)
         leaves, spec = pytree.tree_flatten(tree)
         leaves = [each.detach() if isinstance(each, torch.Tensor) else each for each in leaves]
-        tensors = [
-            n for n, each in enumerate(leaves) if isinstance(each, torch.Tensor) and each.dim()
-        ]
+        tensors = [n for n, each in enumerate(leaves) if isinstance(each, torch.Tensor) and each.dim()]
         if any(leaves[n].layout != torch.strided for n in tensors):
             continue
         first = next((n for n in tensors if leaves[n].shape[0] > 1), None)
