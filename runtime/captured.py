@@ -14,12 +14,14 @@ from rich.console import Console
 
 from piecework.codegen.replay_plan import ReplaySource
 from piecework.errors import PieceworkError, StaticGraphError
+from piecework.runtime import torch_compat
 from piecework.runtime.backend import PieceworkBackend
 from piecework.runtime.batch_reader import FixedBatch
 from piecework.runtime.captured_calls import Calls, Step
 from piecework.runtime.captured_graphs import CapturedGraphs
 from piecework.runtime.captured_options import CaptureOptions
 from piecework.runtime.captured_report import CallRow, MemoryReport
+from piecework.runtime.captured_writes import acting_unseen
 from piecework.runtime.dispatch import Reason
 from piecework.runtime.entry import Entry
 from piecework.runtime.execution import by_path_of
@@ -88,6 +90,7 @@ class CapturedModel(CapturedGraphs):
         # Inputs, results and what lies between have one place each: one call at a time. Who is in them stands under 0:
         # taking and leaving are single steps of the interpreter, so that an interrupt never leaves them taken.
         self._user: dict[int, object] = {}
+        self._in_place = self._watch_weights()
         self._retired = False
         self._calls = Calls(self.shape, self.dispatcher, self._ready, options)
 
@@ -102,6 +105,27 @@ class CapturedModel(CapturedGraphs):
             StaticGraphError: a capture failed under ``FailurePolicy.RAISE``; what was captured before it serves.
             KeyboardInterrupt: likewise, on Ctrl-C.
         """
+        try:
+            self._tell_of_unseen()
+            self._capture(memory_budget, progress, estimate)
+        finally:
+            self._dry_writes.forget()
+
+    def _tell_of_unseen(self) -> None:
+        """Warn of operators of which nobody can tell what they do to whom."""
+        split_gm = self._backend.split_gm
+        assert split_gm is not None
+        between = [i.submod_name for i in self._backend.piecewise_graphs if i.is_splitting_graph]
+        for name in acting_unseen(split_gm, between):
+            _log.warning(
+                "%s declares neither a result nor a write: capturing runs it on dummy inputs, and only what it writes through "
+                "torch's operators is put back. Let it look at get_forward_context().dry",
+                name,
+            )
+
+    def _capture(
+        self, memory_budget: int | None, progress: bool | CaptureWatcher, estimate: bool
+    ) -> None:
         console = Console(stderr=True)
         self._settle_padding()
         warmups = self._warmups()
@@ -165,11 +189,14 @@ class CapturedModel(CapturedGraphs):
 
         def run(tensors: Sequence[torch.Tensor], size: int) -> Sequence[object]:
             descriptor = replace(smallest, num_tokens=size)
-            submods = tuple(self._backend.submod_lists[self._range_of(size)])
+            submods = self._as_called(self._backend.submod_lists[self._range_of(size)])
             flat = self._flat(tensors, descriptor)
-            with self._context_for(CUDAGraphMode.NONE, descriptor), torch.no_grad():
+            scope = self._context_for(CUDAGraphMode.NONE, descriptor)
+            with scope, torch.no_grad(), self._without_traces():
                 results = self._forward(*flat, __vllm_submods__=submods)
-            return results if isinstance(results, (tuple, list)) else (results,)
+                found = results if isinstance(results, (tuple, list)) else (results,)
+                # Copies: a result may lie in memory that is put back.
+                return [each.clone() if isinstance(each, torch.Tensor) else each for each in found]
 
         return padding_difference(self.shape, others, self.options.pads, *sizes, run)
 
@@ -247,6 +274,25 @@ class CapturedModel(CapturedGraphs):
         """Whether the captured graphs read the memory of these weights, which are the tensors of their capture."""
         return not self.graphs.addresses.changed_weights(by_path_of(weights))
 
+    def _watch_weights(self) -> Callable[[], bool] | None:
+        """Whether the weights are where the graphs read them, for every call; None where graphs read them by other means.
+
+        Graphs on the CPU run on the tensors themselves, so there it is looked at only with ``check_addresses``, or where
+        torch does it quickly.
+        """
+        tensors = list(self._weights.values())
+        in_place, quick = torch_compat.places_guard(tensors)
+        needed = self.shape.device.type != "cpu" or self.options.check_addresses
+        return in_place if tensors and (needed or quick) else None
+
+    def _moved(self) -> StaticGraphError:
+        changes = self.graphs.addresses.changed_weights(self._weights)
+        return StaticGraphError(
+            f"weight {changes[0].name if changes else ''} was moved after the capture, which reads its old memory",
+            where="weights",
+            hint="load new values in place (param.copy_) instead of setting .data, or rebind and capture again",
+        )
+
     def _warmups(self) -> int:
         if self.options.warmups is not None:
             return self.options.warmups
@@ -266,6 +312,8 @@ class CapturedModel(CapturedGraphs):
         for position, path in self.shape.weights.items():
             if flat[position] is not self._weights[path]:
                 raise _replaced(path)
+        if self._in_place is not None and not self._in_place():
+            raise self._moved()
         inputs = [flat[each.position] for each in self.shape.staged]
         bring_back = step.bring_back
         if bring_back is not None and self._inputs_of(step.descriptor).shares_what_is_written(inputs):  # type: ignore[arg-type]

@@ -5,7 +5,9 @@ It says what one capture is; when captures happen, and which of them serves a ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -22,17 +24,23 @@ from piecework.runtime.captured_inputs import CapturedInputs
 from piecework.runtime.captured_numbers import require_sizes_only, sizes_of
 from piecework.runtime.captured_options import CaptureOptions, plan_capture
 from piecework.runtime.captured_replay import Replay, ReplayMaker
+from piecework.runtime.captured_writes import DryWrites
 from piecework.runtime.counters import counters
 from piecework.runtime.entry import Entry
 from piecework.runtime.execution import by_path_of
-from piecework.runtime.forward_context import current_forward_context, set_forward_context
+from piecework.runtime.forward_context import (
+    current_forward_context,
+    override_forward_context,
+    set_forward_context,
+)
+from piecework.runtime.graphs.address import ValueOrigin
 from piecework.runtime.graphs.capture import Key
 from piecework.runtime.graphs.captured_call import CapturedCall
 from piecework.runtime.graphs.descriptor import BatchDescriptor
 from piecework.runtime.graphs.mode import CUDAGraphMode
 from piecework.runtime.graphs.owner import CaptureRecord, StaticGraphs
 from piecework.runtime.graphs.wrapper import CUDAGraphOptions, CUDAGraphWrapper
-from piecework.runtime.mutation import written_inputs
+from piecework.runtime.mutation import mutations_in, written_inputs
 
 _FULL, _PIECEWISE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
 
@@ -48,6 +56,8 @@ class CapturedGraphs:
         options: how it was captured.
         replays: mode and descriptor → its replay.
     """
+
+    _watches = True  # whether runs on dummy inputs look at each operator
 
     def __init__(
         self,
@@ -85,6 +95,8 @@ class CapturedGraphs:
             self.shape, backend, self._weights, self.graphs.address_policy.value
         )
         self._writes: dict[tuple[str, tuple[int, ...]], frozenset[int]] = {}
+        weights = list(self._weights.values())
+        self._dry_writes = DryWrites(self._is_own, weights, self._written_weights())
         self._wrapped = [self._wrap(submods, n) for n, submods in enumerate(backend.submod_lists)]
         self._whole = [self._wrap_whole(number) for number in range(len(backend.submod_lists))]
         self.replays: dict[Key, Replay] = {}
@@ -143,13 +155,37 @@ class CapturedGraphs:
     def _wrap_whole(self, number: int) -> CUDAGraphWrapper:
         """The whole forward of one batch range, splitting ops included; the pieces' own wrappers stand aside in it."""
         return CUDAGraphWrapper(
-            partial(self._forward, __vllm_submods__=tuple(self._wrapped[number])),
+            partial(self._forward, __vllm_submods__=self._as_called(self._wrapped[number])),
             None,
             _FULL,
             CUDAGraphOptions(weak_ref_output=True),
             graphs=self.graphs,
             name="the whole forward" + (f" of range {number}" if number else ""),
         )
+
+    def _written_weights(self) -> list[torch.Tensor]:
+        """The model's tensors that the graph writes, by the schemas of its operators."""
+        split_gm = self._backend.split_gm
+        assert split_gm is not None
+        nodes = split_gm.graph.find_nodes(op="placeholder")
+        pairs = zip(nodes, self._entry.captured.inputs, strict=True)
+        held = {node.name: each.path for node, each in pairs if isinstance(each, Weight)}
+        every = [item.submod_name for item in self._backend.piecewise_graphs]
+        paths = dict.fromkeys(write.path for write in mutations_in(split_gm, every, held))
+        return [self._weights[path] for path in paths]
+
+    def _as_called(
+        self, pieces: Sequence[Callable[..., object]]
+    ) -> tuple[Callable[..., object], ...]:
+        """The pieces as the stitching source calls them in runs on dummy inputs."""
+        return tuple(map(self._dry_writes.unwatched, pieces))
+
+    def _is_own(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` lies in a static input or a captured result."""
+        context = current_forward_context()
+        descriptor = None if context is None else context.batch_descriptor
+        own = (ValueOrigin.PERSISTENT, ValueOrigin.CAPTURED)
+        return self.graphs.addresses.classify(tensor, descriptor) in own
 
     def pieces_for(self, size: int) -> Sequence[Callable[..., object]]:
         """The wrapped pieces of a batch size, in order."""
@@ -181,8 +217,22 @@ class CapturedGraphs:
         """One forward on the static inputs, whatever they hold; the context's mode says which wrapper acts."""
         size = descriptor.num_tokens
         views = self._inputs_of(descriptor).views(size)
-        with torch.no_grad():
+        with torch.no_grad(), self._without_traces():
             return self._run(self._flat(views, descriptor), self._range_of(size))
+
+    @contextmanager
+    def _without_traces(self) -> Iterator[None]:
+        """Put back what a run on dummy inputs writes, and tell splitting ops that it is one."""
+        context = current_forward_context()
+        full = context is not None and context.cudagraph_runtime_mode is _FULL
+        # What is captured must not be dry; and nothing can be copied while a GPU captures.
+        dry = context if context is None or full else replace(context, dry=True)
+        watched = self._watches and not (full and self.shape.device.type == "cuda")
+        with ExitStack() as stack:
+            if self.options.put_back:
+                stack.enter_context(self._dry_writes.put_back(watched=watched))
+            stack.enter_context(override_forward_context(dry))
+            yield
 
     def _run(self, flat: Sequence[object], number: int) -> object:
         return self._whole[number](*flat)

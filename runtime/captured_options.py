@@ -51,6 +51,8 @@ class CaptureOptions:
         check_padding: run one small batch on random data alone, padded, and padded with NaN before anything is captured; where rows
             differ, nothing is padded. It costs three uncaptured forwards.
         context_for: makes the forward context of runs on dummy inputs.
+        put_back: copy what splitting ops write in runs on dummy inputs, and put it back after each; turn it off where the copies
+            take too much memory and nothing is in those buffers yet.
         check_addresses: serve through pieces that check every address instead of through replay source (debugging).
     """
 
@@ -70,6 +72,7 @@ class CaptureOptions:
     poison: bool = False
     check_padding: bool = True
     context_for: ContextFor | None = None
+    put_back: bool = True
     check_addresses: bool = False
 
     @property

@@ -28,6 +28,8 @@ class ForwardContext:
         attn_metadata: whatever the attention implementation reads; piecework never looks inside.
         state: named objects of an integration, such as the request's KV cache.
         batch: what kind of batch it is, for a model that dispatches by itself; None is a plain one.
+        dry: it runs on dummy inputs, to warm up or to capture the pieces around the splitting ops: an op that keeps state in a way
+            that torch does not see must leave it alone. False inside a full graph's capture, whose replays do what is captured.
     """
 
     cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE
@@ -36,6 +38,7 @@ class ForwardContext:
     attn_metadata: object = None
     state: Mapping[str, object] = field(default_factory=lambda: _NO_STATE)
     batch: BatchKind | None = None
+    dry: bool = False
 
     def __post_init__(self) -> None:
         if not self.cudagraph_runtime_mode.is_runtime_mode():

@@ -30,6 +30,8 @@ class PartitionedModel(CapturedModel):
         StaticGraphError: there are no partitions to capture.
     """
 
+    _watches = False  # splitting ops run inside Inductor's code
+
     def __init__(
         self,
         entry: Entry,

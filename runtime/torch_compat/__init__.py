@@ -126,8 +126,15 @@ from piecework.runtime.torch_compat.vector_isa import (
     find_vector_isa,
     vector_isa_unknown,
 )
+from piecework.runtime.torch_compat.watch import (
+    OperatorWatch,
+    places_guard,
+    storage_mark,
+    written_operands,
+)
 
 __all__ = [
+    "OperatorWatch",
     "Refaked",
     "artifact_from_bytes",
     "artifact_to_bytes",
@@ -184,6 +191,7 @@ __all__ = [
     "own_symbol_per_dimension",
     "partition_wrapper",
     "placeholder_source",
+    "places_guard",
     "python_kernels",
     "quiet_trial",
     "rebuilder",
@@ -202,6 +210,7 @@ __all__ = [
     "statically_equal",
     "storage_at",
     "storage_id",
+    "storage_mark",
     "strict_inputs",
     "symbol_hints",
     "symbol_of",
@@ -222,4 +231,5 @@ __all__ = [
     "with_symbol",
     "without_compile_threads",
     "writes_of_trace",
+    "written_operands",
 ]
