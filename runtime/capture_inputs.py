@@ -52,6 +52,10 @@ class Size:
 GraphInput = Weight | Argument | Size
 
 
+class UnreachableInput(CaptureError):
+    """The graph takes a number that no emitted code could find again, such as an attribute of an argument."""
+
+
 _SIZE_SOURCE = re.compile(r"(?P<tensor>.+)\.size\(\)\[(?P<dim>\d+)\]")
 _MARKS = ("_dynamo_dynamic_indices", "_dynamo_unbacked_indices", "_dynamo_static_indices")
 
@@ -194,7 +198,7 @@ def _size_or_int(
     leaf = sources.get(source)
     if leaf is not None and type(leaves[leaf]) is int:
         return Argument(leaf, names[leaf])
-    raise CaptureError(
+    raise UnreachableInput(
         f"input {source or node.name} of the graph is neither an argument, a size of one, nor a weight",
         hint="pass it as a tensor, or make it a constant of the model",
     )

@@ -137,9 +137,7 @@ class CapturedModel(CapturedGraphs):
         if reason is None and self.options.check_padding and not self.shape.by_context:
             try:
                 reason = self._tried_padding()
-            except (
-                Exception
-            ) as error:
+            except Exception as error:
                 _log.info("capture: padding was not tried (%s: %s)", type(error).__name__, error)
             if reason is not None:
                 self.dispatcher.exact = Reason.CHECKED

@@ -68,9 +68,7 @@ def by_matrix(call: Call) -> Rows:
     return rows
 
 
-_REDUCED = (
-    "sum mean amax amin max min prod any all argmax argmin var std linalg_vector_norm median mode kthvalue"
-)
+_REDUCED = "sum mean amax amin max min prod any all argmax argmin var std linalg_vector_norm median mode kthvalue"
 _REDUCED_TOO = "var_mean std_mean logsumexp norm nanmedian count_nonzero nansum nanmean aminmax"
 
 RULES: dict[str, Rule] = {
