@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 import warnings
 from collections import Counter
@@ -24,8 +25,6 @@ class Run:
         self.case = case
         self.module = types.ModuleType(f"python_state_case_{number}")
         # Dynamo finds a module's globals by its name.
-        import sys
-
         sys.modules[self.module.__name__] = self.module
         exec(compile(case.source, f"<{self.module.__name__}>", "exec"), self.module.__dict__)
         torch.manual_seed(0)
@@ -36,8 +35,6 @@ class Run:
         self.x = torch.randn(5, 4)
 
     def close(self) -> None:
-        import sys
-
         sys.modules.pop(self.module.__name__, None)
         torch.set_default_dtype(torch.float32)
 
@@ -49,7 +46,7 @@ class Run:
         """Run a statement; False if it can't be done to what the case holds."""
         try:
             exec(statement, self.space)
-        except Exception:
+        except Exception:  # noqa: BLE001
             return False
         return True
 
@@ -61,7 +58,7 @@ def outcomes(number: int) -> list[str]:
     try:
         try:
             run.call(run.model, run.x)
-        except Exception:
+        except Exception:  # noqa: BLE001
             return ["not a model"]
         try:
             stitched = piecework.compile(
@@ -92,7 +89,7 @@ def compared(run: Run, stitched, case: Case, number: int, where: str) -> str:
     told = f"case {number}, after: {where}\n{case}"
     try:
         expected = run.call(run.model, run.x)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         raise AssertionError(f"served what the model raises {error!r} for: {told}") from None
     same = torch.allclose(actual, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
     assert actual.dtype == expected.dtype and same, f"differs: {told}"
@@ -110,7 +107,7 @@ def run_cases(numbers: range) -> Counter[str]:
                 counts.update(outcomes(number))
             except AssertionError as error:
                 failures.append(str(error))
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001
                 failures.append(f"case {number}: {error!r}\n{make_case(number)}")
             if number % 50 == 49:
                 torch.compiler.reset()
