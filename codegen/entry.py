@@ -38,6 +38,7 @@ from piecework.codegen.entry_plan import (
     TensorInput,
     Tree,
     UnusedTensor,
+    WatchedObject,
 )
 from piecework.codegen.layout import literal_text
 from piecework.codegen.names import BUILTINS, NameTable
@@ -73,6 +74,7 @@ PROVIDED = (
     "entry_with_care",
     "explain_inputs",
     "explain_weights",
+    "arguments_as_traced",
     "memory_apart",
     "same_kernels",
     "autocast_enabled",
@@ -128,6 +130,10 @@ class _Writer:
         self._symbol_conditions()
         self._identity_conditions()
         self._apart_conditions()
+        if plan.watches_arguments:
+            everything = ", ".join(self.parameters.values())
+            comment = "what else the trace read of the arguments"
+            self._require(comment, [f"arguments_as_traced({everything})"])
         extras = self._extras()
         outputs = [self.names.claim(wish) for wish in plan.outputs]
         text = (
@@ -265,6 +271,8 @@ class _Writer:
                 self._require(f"{leaf.label}: an integer", [f"type({path}) is int"])
             case FixedValue(value):
                 self._fixed(leaf.label, path, value)
+            case WatchedObject():
+                pass
             case _:
                 assert_never(leaf.assumption)
 

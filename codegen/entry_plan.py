@@ -64,7 +64,12 @@ class FixedValue:
     value: object
 
 
-Assumption = TensorInput | UnusedTensor | SameObject | IntegerInput | FixedValue
+@dataclass(frozen=True, slots=True)
+class WatchedObject:
+    """An object of a class of its own: what the trace read of it is compared by ``arguments_as_traced``."""
+
+
+Assumption = TensorInput | UnusedTensor | SameObject | IntegerInput | FixedValue | WatchedObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +225,7 @@ class EntryPlan:
         result: how the result is packed.
         batch: the size that chooses ``__vllm_submods__``; None if there is one list.
         binds: the stitching source holds weights, so they must be watched.
+        watches_arguments: the trace relied on more of the arguments than can be written down here.
         checks: write the checks; without them only values are unpacked.
     """
 
@@ -233,4 +239,5 @@ class EntryPlan:
     batch: Passed | None = None
     apart: tuple[tuple[int, tuple[int, ...]], ...] = ()
     binds: bool = False
+    watches_arguments: bool = False
     checks: bool = True

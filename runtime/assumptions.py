@@ -23,8 +23,10 @@ from piecework.codegen.entry_plan import (
     Symbol,
     TensorInput,
     UnusedTensor,
+    WatchedObject,
 )
 from piecework.runtime import torch_compat
+from piecework.runtime.facts import is_fixed
 
 
 class Assumptions:
@@ -66,7 +68,7 @@ class Assumptions:
             return FixedValue(text) if isinstance(text, int) else IntegerInput(text)
         if isinstance(example, torch.Tensor):
             return UnusedTensor(example.dtype, example.device, example.dim())
-        return FixedValue(example)
+        return FixedValue(example) if is_fixed(example) else WatchedObject()
 
     def symbols(self) -> tuple[Symbol, ...]:
         """The symbols that sizes and integers are made of, with their ranges."""

@@ -27,6 +27,7 @@ from piecework.runtime.capture_inputs import (
     GraphInput,
     Layout,
     Size,
+    UnreachableInput,
     Weight,
     dynamic_wish,
     leaf_names,
@@ -50,8 +51,9 @@ from piecework.runtime.capture_state import HINT, Snapshot, refuse_writes
 from piecework.runtime.counters import counters
 from piecework.runtime.dynamic_dims import unmarked_afterwards
 from piecework.runtime.example_sizes import SizePolicy, with_other_batch
-from piecework.runtime.facts import facts_of
 from piecework.runtime.held import modules_of, tensors_of
+from piecework.runtime.places import readable, traced
+from piecework.runtime.traced_state import TracedState, TraceGuards
 from piecework.runtime.weights import BoundWeights, Found
 
 __all__ = [
@@ -104,7 +106,6 @@ class _Trace:
     graph: torch.fx.GraphModule | None = None
     inputs: tuple[GraphInput, ...] = ()
     fakes: dict[int, object] = field(default_factory=dict)
-    places: list[tuple[str, str]] = field(default_factory=list)
     standing_in: list[object] = field(default_factory=list)
 
 
@@ -220,15 +221,48 @@ def _capture_once(
     dynamic: bool | None,
     check: Callable[[torch.fx.GraphModule, Mapping[int, object]], None] | None = None,
 ) -> Capture:
+    try:
+        return _capture_with(model, args, kwargs, compile_graph, dynamic, check, {})
+    except UnreachableInput:  # then it is a constant like any other that the trace read
+        fixed = {"specialize_int": True}
+        return _capture_with(model, args, kwargs, compile_graph, dynamic, check, fixed)
+
+
+def _capture_with(
+    model: Callable[..., object],
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    compile_graph: GraphCompiler,
+    dynamic: bool | None,
+    check: Callable[[torch.fx.GraphModule, Mapping[int, object]], None] | None,
+    settings: Mapping[str, object],
+) -> Capture:
     leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
     names = leaf_names(model, args, kwargs)
     sources = {source: i for i, source in enumerate(leaf_sources(args, kwargs))}
     held = tensors_of(model)
     trace = _Trace()
 
-    def backend(gm: torch.fx.GraphModule, example_inputs: list[object]) -> Callable[..., object]:
+    def run(traced: types.FunctionType) -> tuple[object, TracedState]:
+        # Dynamo caches by code object, and puts what it compiles into the function's globals: with copies of its own, captures
+        # are independent of each other, and nothing outlives them.
+        code = traced.__code__.replace()
+        function = types.FunctionType(code, dict(traced.__globals__), "piecework_capture")
+        guards = TraceGuards(model, args, kwargs, function.__globals__)
+        called = partial(backend, guards)
+        try:
+            result = _run_dynamo(
+                function, (model, *args), kwargs, called, guards, dynamic, settings
+            )
+            return result, guards.state(code, _argument_names(model, args, kwargs))
+        finally:
+            guards.give_back()
+
+    def backend(
+        guards: TraceGuards, gm: torch.fx.GraphModule, example_inputs: list[object]
+    ) -> Callable[..., object]:
         trace.graph = gm
-        trace.places = torch_compat.guarded_places()
+        guards.look_inside()
         refuse_writes(gm, example_inputs, _argument_names(model, args, kwargs))
         trace.inputs = trace_back(gm, example_inputs, leaves, names, sources, held)
         trace.fakes = _fakes(leaves, sources)
@@ -247,9 +281,10 @@ def _capture_once(
                 weight
             ) in weights:  # Dynamo takes those of a module that it saw changed for arguments
                 torch._dynamo.mark_static(weight)
-            result = _run_dynamo(_call_model, model, args, kwargs, backend, dynamic)
+            result, state = run(_call_model)
             if trace.graph is None:
-                result, _ = _run_dynamo(_call_idle, model, args, kwargs, backend, dynamic)  # type: ignore[misc]
+                result, state = run(_call_idle)
+                result = result[0]  # type: ignore[index]
     finally:
         changed = before.restore()
     assert trace.graph is not None
@@ -264,13 +299,13 @@ def _capture_once(
     assumptions = _assumptions(trace, leaves, names)
     results = tuple(result_leaf(leaf, trace.standing_in, leaves, held) for leaf in result_leaves)
     found = _found(trace.inputs, results, held)
-    facts = facts_of(model, trace.places)
+    found += _only_looked_at(model, state, {id(each.tensor) for each in found}, held)
     return Capture(
         graph=trace.graph,
         inputs=trace.inputs,
         parameters=parameters_of(model, args, kwargs, assumptions.assume),
         assumptions=assumptions,
-        weights=BoundWeights.of(model, modules_of(model), found, facts),
+        weights=BoundWeights.of(model, modules_of(model), found, state),
         out_spec=out_spec,
         result=results,
     )
@@ -323,20 +358,43 @@ def _found(
     return list(found.values())
 
 
-def _run_dynamo(
-    traced: types.FunctionType,
+def _only_looked_at(
     model: Callable[..., object],
+    state: TracedState,
+    known: set[int],
+    held: Mapping[int, tuple[str, torch.Tensor]],
+) -> list[Found]:
+    """Tensors of the model that the trace saw and the graph does not read: their shape may be in it."""
+    found: dict[int, Found] = {}
+    for place, tensor in state.tensors:
+        if id(tensor) in known:
+            continue
+        way = traced(place.name, model)
+        if id(tensor) in held or (way is not None and way.tensor() is tensor):
+            path = held.get(id(tensor), (readable(place.name), tensor))[0]
+            found.setdefault(id(tensor), Found(path, tensor, place.name))
+        else:
+            state.watch_tensor(place, tensor)
+    return list(found.values())
+
+
+def _run_dynamo(
+    function: types.FunctionType,
     args: Sequence[object],
     kwargs: Mapping[str, object],
     backend: Callable[..., object],
+    guards: TraceGuards,
     dynamic: bool | None,
+    extra: Mapping[str, object],
 ) -> object:
-    # Dynamo caches by code object, and puts what it compiles into the function's globals: with copies of its own, captures
-    # are independent of each other, and nothing outlives them.
-    code = traced.__code__.replace()
-    entry = types.FunctionType(code, dict(traced.__globals__), "piecework_capture")
     lent = _Lent(backend)
-    compiled = torch.compile(entry, backend=lent, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(
+        function,
+        backend=lent,
+        fullgraph=True,
+        dynamic=dynamic,
+        options={"guard_filter_fn": guards.reader.choose},
+    )
     settings = {
         # What Dynamo remembers of sizes that other captures had must not decide which dimensions of this one are dynamic.
         "automatic_dynamic_shapes": False,
@@ -345,11 +403,13 @@ def _run_dynamo(
         "force_parameter_static_shapes": False,
         **torch_compat.no_replay(),
         **torch_compat.recurrent_layers_traced(),
+        **torch_compat.guard_settings(),
+        **extra,
     }
     own_symbols = torch_compat.own_symbol_per_dimension()
     try:
         with torch.no_grad(), torch._dynamo.config.patch(settings), own_symbols:
-            return compiled(model, *args, **kwargs)
+            return compiled(*args, **kwargs)
     except Exception as error:
         own = own_error(error)
         if own is not None:

@@ -61,6 +61,10 @@ class Layout:
 GraphInput = Weight | Argument | Size | Layout
 
 
+class UnreachableInput(CaptureError):
+    """The graph takes a number that no emitted code could find again, such as an attribute of an argument."""
+
+
 _SIZE_SOURCE = re.compile(r"(?P<tensor>.+)\.size\(\)\[(?P<dim>\d+)\]")
 _LAYOUT_SOURCE = re.compile(r"(?P<tensor>.+)\.(?:stride\(\)\[(?P<dim>\d+)\]|storage_offset\(\))")
 _MARKS = ("_dynamo_dynamic_indices", "_dynamo_unbacked_indices", "_dynamo_static_indices")
@@ -208,7 +212,7 @@ def _size_or_int(
     leaf = sources.get(source)
     if leaf is not None and type(leaves[leaf]) is int:
         return Argument(leaf, names[leaf])
-    raise CaptureError(
+    raise UnreachableInput(
         f"input {source or node.name} of the graph is neither an argument, a size of one, nor a weight",
         hint="pass it as a tensor, or make it a constant of the model",
     )

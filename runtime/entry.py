@@ -74,6 +74,7 @@ class Entry:
         self._backend = backend
         self.captured = captured
         self._plan = plan_entry(captured, backend)
+        self._arguments = captured.weights.state.argument_check(captured.parameters)
         self._autocast = torch_compat.autocast_state()
         self.careful_calls: dict[str, int] = {}
         weights = captured.weights
@@ -194,6 +195,7 @@ class Entry:
             "entry_with_care": self._with_care,
             "explain_inputs": self._explain_inputs,
             "explain_weights": self._explain_weights,
+            "arguments_as_traced": self._arguments,
             "memory_apart": torch_compat.memory_apart,
             "flatten": torch_compat.flatten_tree,
         }
@@ -223,7 +225,8 @@ class Entry:
         return True
 
     def _explain_inputs(self, *values: object) -> None:
-        error = input_error(self._plan, values)
+        otherwise = "" if self._arguments is None else self._arguments.difference(values)
+        error = input_error(self._plan, values, otherwise)
         error.refused_by = self
         raise error
 
@@ -344,6 +347,7 @@ def plan_entry(captured: Capture, backend: PieceworkBackend) -> EntryPlan:
         apart=_apart(captured, backend),
         # A model without weights has modes of its own to watch all the same.
         binds=bool(bound) or not weights,
+        watches_arguments=captured.weights.state.argument_check(captured.parameters) is not None,
         checks=levers.check_inputs,
     )
 

@@ -23,6 +23,7 @@ from piecework.codegen.entry_plan import (
     TensorInput,
     Tree,
     UnusedTensor,
+    WatchedObject,
 )
 from piecework.errors import InputError
 from piecework.runtime import torch_compat
@@ -36,9 +37,13 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 Place = tuple[int, int | None]
 
 
-def input_error(plan: EntryPlan, values: Sequence[object]) -> InputError:
-    """The first assumption that ``values`` (one per parameter) break, as an error."""
-    return _Search(plan).run(values)
+def input_error(plan: EntryPlan, values: Sequence[object], otherwise: str = "") -> InputError:
+    """The first assumption that ``values`` (one per parameter) break, as an error.
+
+    Args:
+        otherwise: what is wrong if no assumption of the plan is broken.
+    """
+    return _Search(plan).run(values, otherwise)
 
 
 class _Search:
@@ -54,7 +59,7 @@ class _Search:
         self.leaves: dict[int, tuple[str, object]] = {}
         self.later: list[tuple[str, str, Place, int]] = []
 
-    def run(self, values: Sequence[object]) -> InputError:
+    def run(self, values: Sequence[object], otherwise: str) -> InputError:
         try:
             for parameter, value in zip(self.plan.parameters, values, strict=True):
                 self._node(parameter.node, value)
@@ -66,7 +71,7 @@ class _Search:
         except InputError as error:
             return error
         return InputError(
-            "the arguments break what the trace assumed of them",
+            otherwise or "the arguments break what the trace assumed of them",
             hint="compare them with the example arguments, or compile the model again",
         )
 
@@ -122,6 +127,8 @@ class _Search:
                         f"argument {label} must be an int, not a {type(value).__qualname__}"
                     )
                 self._found(symbol, label, (index, None), value)
+            case WatchedObject():
+                pass
             case FixedValue(expected):
                 if value is not expected and not _equal(value, expected):
                     integers = type(value) is int and type(expected) is int

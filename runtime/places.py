@@ -6,19 +6,21 @@ It reads attributes and items and changes nothing; it knows no tensor by its val
 from __future__ import annotations
 
 import ast
+import operator
 import sys
 import types
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-Kind = Literal["entry", "attribute", "item", "size"]
+Kind = Literal["entry", "attribute", "item", "keys", "items", "members", "type", "class"]
 Key = tuple[Literal["attribute", "item"], object]
 
 _TABLES = ("_parameters", "_buffers", "_modules")
-_NOTHING = object()
+NOTHING = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +28,9 @@ class Step:
     """One look-up: ``owner`` held ``value`` under ``key``.
 
     Attributes:
-        kind: ``"entry"`` of a dictionary (an instance's attributes are one), a computed ``"attribute"``, an ``"item"``, or the
-            ``"size"`` of a dictionary.
+        kind: ``"entry"`` of a dictionary (an instance's attributes are one), an ``"attribute"`` that is no entry, a computed ``"item"``;
+            the ``"keys"`` of a dictionary with what they hold, in order; the ``"items"`` of a list, the ``"members"`` of a set, the
+            ``"type"`` of an object, or what a ``"class"`` holds.
         path: what errors call it.
     """
 
@@ -37,22 +40,46 @@ class Step:
     path: str
     kind: Kind = "entry"
 
+    @classmethod
+    def of(cls, owner: object, key: object, path: str, kind: Kind = "entry") -> Step:
+        """The look-up with what it finds now."""
+        return cls(owner, key, _found(owner, key, kind), path, kind)
+
     def now(self) -> object:
         """What is there now; a value of its own if nothing is."""
-        match self.kind:
-            case "entry":
-                return self.owner.get(self.key, _NOTHING)  # type: ignore[attr-defined]
-            case "attribute":
-                return getattr(self.owner, str(self.key), _NOTHING)
-            case "item":
-                return _item(self.owner, self.key)
-            case "size":
-                return len(self.owner)  # type: ignore[arg-type]
+        return _found(self.owner, self.key, self.kind)
 
     def holds(self) -> bool:
-        """Whether the same object is still there."""
+        """Whether the same objects are still there."""
         now = self.now()
-        return now is self.value or (self.kind == "size" and now == self.value)
+        if self.kind in _WHOLE:
+            return len(now) == len(self.value) and all(map(operator.is_, now, self.value))  # type: ignore[arg-type, call-overload]
+        return now == self.value if self.kind == "members" else now is self.value
+
+
+_WHOLE = ("keys", "items", "class")
+
+
+def _found(owner: Any, key: object, kind: str) -> object:
+    match kind:
+        case "entry":
+            return dict.get(owner, key, NOTHING)
+        case "attribute":
+            return getattr(owner, str(key), NOTHING)
+        case "item":
+            return _item(owner, key)
+        case "keys":
+            if isinstance(owner, OrderedDict):
+                return (*OrderedDict.keys(owner), *OrderedDict.values(owner))
+            return (*dict.keys(owner), *dict.values(owner))
+        case "items":
+            return tuple(owner)
+        case "members":
+            return frozenset(owner)
+        case "type":
+            return type(owner)
+        case _:
+            return (*owner.__dict__, *owner.__dict__.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +104,7 @@ class Way:
             rest = _text(self.keys[number + 1 :])
             steps += _steps(value, kind, key, self.path.removesuffix(rest))
             value = steps[-1].value
-            if value is _NOTHING:
+            if value is NOTHING:
                 return []
         return steps
 
@@ -169,14 +196,15 @@ def _steps(owner: object, kind: str, key: object, path: str) -> Iterator[Step]:
             values = held[table]
             if values.get(key) is not None:
                 where = f"{path.rpartition('.')[0]}.{table}".lstrip(".")
+                yield Step(held, key, NOTHING, path)
                 yield Step(held, table, values, where)
                 yield Step(values, key, values[key], path)
                 return
-    yield Step(owner, key, getattr(owner, str(key), _NOTHING), path, "attribute")
+    yield Step(owner, key, getattr(owner, str(key), NOTHING), path, "attribute")
 
 
 def _item(owner: object, key: object) -> object:
     try:
         return owner[key]  # type: ignore[index]
     except (LookupError, TypeError):
-        return _NOTHING
+        return NOTHING

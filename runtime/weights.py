@@ -24,8 +24,8 @@ import torch
 from piecework.errors import BindError, CaptureError, InputError
 from piecework.runtime import torch_compat
 from piecework.runtime.dict_watch import DictWatch
-from piecework.runtime.facts import Fact
 from piecework.runtime.places import Step, Way, named, traced
+from piecework.runtime.traced_state import TracedState
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +96,11 @@ class BoundWeights:
     tensors: list[torch.Tensor]
     _roots: Sequence[tuple[str, torch.nn.Module]]
     _ways: tuple[tuple[Way, ...], ...]
-    _facts: tuple[Fact, ...] = ()
+    state: TracedState
     _steps: list[Step] = field(default_factory=list)
     _strict: frozenset[str] = frozenset()
     _own: int = 0
+    _always: Callable[[], bool] | None = None
     unchanged: Callable[[], bool] = field(default=lambda: True, repr=False)
 
     @classmethod
@@ -108,12 +109,12 @@ class BoundWeights:
         model: object,
         roots: Sequence[tuple[str, torch.nn.Module]],
         weights: Sequence[Found],
-        facts: tuple[Fact, ...] = (),
+        state: TracedState,
     ) -> BoundWeights:
         """Find each of ``weights`` in ``model``, and by all its names under ``roots``, with the prefixes of their paths.
 
         Args:
-            facts: what else the trace took for given; a call watches it like the weights.
+            state: what else the trace took for given; a call watches it like the weights.
 
         Raises:
             CaptureError: there is no way to look a weight up again.
@@ -125,7 +126,7 @@ class BoundWeights:
             [each.tensor for each in weights],
             roots,
             ways,
-            facts,
+            state,
         )
         found._look()
         return found
@@ -135,7 +136,7 @@ class BoundWeights:
         self.unchanged = self._check()
 
     def _note_steps(self) -> None:
-        """Note the look-ups of now: weights, the training flags of all modules, and then what facts rest on."""
+        """Note the look-ups of now: weights, the training flags of all modules, and then what else the trace took for given."""
         steps: dict[tuple[int, object], Step] = {}
         for step in (s for ways in self._ways for way in ways for s in way.walk()):
             if type(step.owner) is not tuple:  # what never changes
@@ -146,9 +147,8 @@ class BoundWeights:
                 step = Step(module.__dict__, "training", module.training, path)
                 steps.setdefault((id(step.owner), step.key), step)
         self._own = len(steps)
-        for step in (s for fact in self._facts for s in fact.steps()):
-            steps.setdefault((id(step.owner), step.key), step)
-        self._steps = list(steps.values())
+        others, self._always = self.state.look()
+        self._steps = [*steps.values(), *others]
 
     def _check(self) -> Callable[[], bool]:
         """The check of every call; see the module's docstring."""
@@ -159,8 +159,13 @@ class BoundWeights:
         metadata = torch_compat.metadata_guard(loose)
         thorough = torch_compat.metadata_guard(self.tensors)
 
+        same_process = self.state.same_process()
+
         def unchanged() -> bool:
             nonlocal watch
+            always = self._always
+            if not same_process() or (always is not None and not always()):
+                return False
             if (watch.untouched() and metadata()) or (watch.compare() and thorough()):
                 return True
             if not self._is_as_good():
@@ -174,11 +179,11 @@ class BoundWeights:
     def _is_as_good(self) -> bool:
         """Whether at most such objects were replaced that the graph is right about all the same."""
         own = self._steps[: self._own]
-        return all(step.holds() for step in own) and all(fact.holds() for fact in self._facts)
+        return all(step.holds() for step in own) and self.state.holds()
 
     def accepted(self) -> BoundWeights:
-        """The same, less the facts that don't hold now: the caller had set them for the trace alone."""
-        return self._with(_facts=tuple(fact for fact in self._facts if fact.holds()))
+        """The same, less what is not as it was: the caller had set it for the trace alone."""
+        return self._with(state=self.state.accepted())
 
     def _with(self, **changes: object) -> BoundWeights:
         """Another binding, with a check of its own: calls may still use this one."""
@@ -249,9 +254,9 @@ class BoundWeights:
         """
         found = self.current()
         for _ in range(_TRIES):
-            changed = next((fact for fact in self._facts if not fact.holds()), None)
-            if changed is not None:
-                raise BindError(changed.difference(), hint=_FIXED)
+            changed = self.state.difference()
+            if changed:
+                raise BindError(changed, hint=_FIXED)
             other = self._with(tensors=found)
             # The check was made after the weights were read: between the two another thread may have replaced some.
             found, before = self.current(), found
@@ -274,9 +279,9 @@ class BoundWeights:
         for step in self._steps[: self._own]:
             if not step.holds():
                 return _changed_flag(step) if step.key == "training" else _replaced(step)
-        for fact in self._facts:
-            if not fact.holds():
-                return InputError(fact.difference(), hint=_FIXED)
+        changed = self.state.difference()
+        if changed:
+            return InputError(changed, hint=_FIXED)
         for weight, tensor in zip(self.traced, self.tensors, strict=True):
             difference = weight.difference(tensor)
             if difference:

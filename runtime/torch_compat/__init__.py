@@ -13,7 +13,6 @@ from piecework.runtime.torch_compat.artifact import (
 from piecework.runtime.torch_compat.dictionaries import (
     dict_guard,
     dict_versions,
-    hooks_registered,
 )
 from piecework.runtime.torch_compat.dynamo import (
     asks_for_restart,
@@ -21,7 +20,6 @@ from piecework.runtime.torch_compat.dynamo import (
     data_dependent,
     dynamo_backend,
     dynamo_failure,
-    guarded_places,
     keep_out_of_traces,
     mark_unbacked,
     marked_dims,
@@ -38,6 +36,18 @@ from piecework.runtime.torch_compat.dynamo import (
     tracing_context,
     unmark_dynamic,
     watching_operators,
+)
+from piecework.runtime.torch_compat.guards import (
+    Guarded,
+    GuardReader,
+    Place,
+    class_dict,
+    failing_guard,
+    guard_settings,
+    identity_guard,
+    kept_guards,
+    ordered_places,
+    traced_code,
 )
 from piecework.runtime.torch_compat.inductor import (
     artifact_from_bytes,
@@ -134,7 +144,10 @@ from piecework.runtime.torch_compat.watch import (
 )
 
 __all__ = [
+    "GuardReader",
+    "Guarded",
     "OperatorWatch",
+    "Place",
     "Refaked",
     "artifact_from_bytes",
     "artifact_to_bytes",
@@ -144,6 +157,7 @@ __all__ = [
     "autocast_probe",
     "autocast_state",
     "backend_failure",
+    "class_dict",
     "compile_fx",
     "custom_op_function",
     "custom_op_kernel",
@@ -155,16 +169,17 @@ __all__ = [
     "dynamo_backend",
     "dynamo_failure",
     "example_of",
+    "failing_guard",
     "find_vector_isa",
     "flatten_tree",
     "free_symbols",
     "function_mode_probe",
-    "guarded_places",
+    "guard_settings",
     "guards_on",
     "has_inductor_option",
     "has_standalone_compile",
     "hints_text",
-    "hooks_registered",
+    "identity_guard",
     "inductor_key",
     "inductor_sources",
     "is_lazy",
@@ -173,6 +188,7 @@ __all__ = [
     "is_torch_operator",
     "is_traced_contiguous",
     "keep_out_of_traces",
+    "kept_guards",
     "kernel_table",
     "kinds_of_kernels",
     "known_sizes",
@@ -187,6 +203,7 @@ __all__ = [
     "no_replay",
     "number_at",
     "only_default_device_modes",
+    "ordered_places",
     "original_of",
     "own_symbol_per_dimension",
     "partition_wrapper",
@@ -219,6 +236,7 @@ __all__ = [
     "symbols_of",
     "timed_scope",
     "trace_artifact",
+    "traced_code",
     "traced_inputs",
     "tracing_context",
     "transform_probe",

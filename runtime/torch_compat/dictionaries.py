@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils.hooks import RemovableHandle
 
 
 def dict_versions(dicts: Sequence[object]) -> list[int] | None:
@@ -23,11 +22,6 @@ def dict_guard(dicts: Sequence[object]) -> Callable[[], bool] | None:
     takes about a nanosecond each (since CPython 3.12, a write raises one flag instead, and a call reads the flag).
     """
     return _dict_guard(dicts) if _has_dict_guards() else None
-
-
-def hooks_registered() -> int:
-    """A number that grows with each hook that is registered, on any module or tensor."""
-    return RemovableHandle.next_id
 
 
 class _Owner:

@@ -87,18 +87,6 @@ def recurrent_layers_traced() -> Mapping[str, bool]:
     return {name: True} if hasattr(torch._dynamo.config, name) else {}
 
 
-def guarded_places() -> list[tuple[str, str]]:
-    """What the trace that is running read of Python objects, for a backend to ask: Dynamo's name of the place, and what it guards there.
-
-    Empty where torch doesn't show its guards.
-    """
-    context = torch._guards.TracingContext.try_get()
-    guards = getattr(getattr(context, "guards_context", None), "dynamo_guards", None)
-    if guards is None:
-        return []
-    return sorted({(str(each.name), str(each.create_fn_name())) for each in guards})
-
-
 def traced_inputs() -> dict[str, object]:
     """The fake tensor or symbol that stands for each input of the trace that is running, by Dynamo's name of where it came from.
 

@@ -1,0 +1,127 @@
+"""Models whose Python state or arguments change between calls: the stitched model gives what the model gives, or refuses."""
+
+from __future__ import annotations
+
+import sys
+import types
+import warnings
+from collections import Counter
+
+import pytest
+import torch
+from python_state_cases import Case, make_case
+
+import piecework
+from piecework.errors import PieceworkError
+
+EAGER = piecework.CompilationConfig(backend="eager")
+SERVED = "served"
+
+
+class Run:
+    """One case: the model, the stitched model, and the arguments of the next call."""
+
+    def __init__(self, case: Case, number: int) -> None:
+        self.case = case
+        self.module = types.ModuleType(f"python_state_case_{number}")
+        # Dynamo finds a module's globals by its name.
+        sys.modules[self.module.__name__] = self.module
+        exec(compile(case.source, f"<{self.module.__name__}>", "exec"), self.module.__dict__)
+        torch.manual_seed(0)
+        self.model = self.module.Model().eval()
+        self.space = self.module.__dict__
+        self.space["m"] = self.model
+        self.space["args"] = {k: eval(v, self.space) for k, v in case.arguments.items()}
+        self.x = torch.randn(5, 4)
+
+    def close(self) -> None:
+        sys.modules.pop(self.module.__name__, None)
+        torch.set_default_dtype(torch.float32)
+
+    def call(self, model, x):
+        with torch.no_grad():
+            return model(x, **self.space["args"])
+
+    def change(self, statement: str) -> bool:
+        """Run a statement; False if it can't be done to what the case holds."""
+        try:
+            exec(statement, self.space)
+        except Exception:  # noqa: BLE001
+            return False
+        return True
+
+
+def outcomes(number: int) -> list[str]:
+    """What became of each call of a case; raises AssertionError for a silent difference."""
+    case = make_case(number)
+    run = Run(case, number)
+    try:
+        try:
+            run.call(run.model, run.x)
+        except Exception:  # noqa: BLE001
+            return ["not a model"]
+        try:
+            stitched = piecework.compile(
+                run.model, (torch.randn(3, 4),), dict(run.space["args"]), config=EAGER
+            )
+        except PieceworkError:
+            return ["refused at capture"]
+        found = [compared(run, stitched, case, number, "before any change")]
+        assert found == [SERVED], f"refuses an unchanged model: case {number}\n{case}"
+        for statement in case.steps:
+            if run.change(statement):
+                found.append(compared(run, stitched, case, number, statement))
+                compared(run, stitched, case, number, f"{statement} (again)")
+        return found
+    finally:
+        run.close()
+
+
+def compared(run: Run, stitched, case: Case, number: int, where: str) -> str:
+    state = torch.random.get_rng_state()
+    before = {k: repr(v) for k, v in run.space["args"].items()}
+    try:
+        actual = run.call(stitched, run.x)
+    except PieceworkError:
+        return "refused"
+    assert before == {k: repr(v) for k, v in run.space["args"].items()}
+    torch.random.set_rng_state(state)
+    told = f"case {number}, after: {where}\n{case}"
+    try:
+        expected = run.call(run.model, run.x)
+    except Exception as error:  # noqa: BLE001
+        raise AssertionError(f"served what the model raises {error!r} for: {told}") from None
+    same = torch.allclose(actual, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert actual.dtype == expected.dtype and same, f"differs: {told}"
+    return SERVED
+
+
+def run_cases(numbers: range) -> Counter[str]:
+    """Run cases and count outcomes of calls; all failures are reported together."""
+    counts: Counter[str] = Counter()
+    failures = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for number in numbers:
+            try:
+                counts.update(outcomes(number))
+            except AssertionError as error:
+                failures.append(str(error))
+            except Exception as error:  # noqa: BLE001
+                failures.append(f"case {number}: {error!r}\n{make_case(number)}")
+            if number % 50 == 49:
+                torch.compiler.reset()
+    assert not failures, f"{len(failures)} cases; the first: {failures[0]}"
+    return counts
+
+
+@pytest.mark.parametrize("start", range(0, 300, 50))
+def test_random_python_state_is_equal_to_eager_or_refused(start: int) -> None:
+    counts = run_cases(range(start, start + 50))
+    assert counts[SERVED] > 40  # not by refusing everything
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("start", range(0, 20_000, 500))
+def test_twenty_thousand_random_models_are_equal_to_eager_or_refused(start: int) -> None:
+    run_cases(range(start, start + 500))
