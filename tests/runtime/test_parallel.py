@@ -215,7 +215,7 @@ def test_progress_shows_each_piece_with_its_time(config: CompilationConfig) -> N
     text = io.StringIO()
     model, x = Model(), torch.randn(4, 4)
     stitched = piecework.StitchedModule(model, config=config)
-    manager = stitched._backend.compiler_manager
+    manager = stitched.backend.compiler_manager
     manager.progress = CompileProgress(Console(file=text, width=200))
     stitched.prepare(x)
     lines = text.getvalue().splitlines()
@@ -238,7 +238,7 @@ def test_different_pieces_come_once_per_range() -> None:
 
 def test_one_worker_compiles_nothing_ahead(config: CompilationConfig) -> None:
     stitched = piecework.StitchedModule(Model(), config=config.replace(compile_workers=1))
-    compile_ahead(stitched._backend.compiler_manager, [])
+    compile_ahead(stitched.backend.compiler_manager, [])
     stitched.prepare(torch.randn(4, 4))
     assert {pid for pid, _, _ in Logging.lines()} == {str(os.getpid())}
 
