@@ -19,7 +19,7 @@ from piecework.codegen.origin import value_of
 from piecework.errors import BindError, InputError, StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.unbacked import admits_unbacked
-from piecework.runtime.backend import PieceworkBackend
+from piecework.runtime.backend import Admits, NotAdmitted, PieceworkBackend
 from piecework.runtime.batch_reader import FixedBatch, batch_dims, batch_shape
 from piecework.runtime.capture import GraphInput, Weight, capture
 from piecework.runtime.captured import CapturedModel
@@ -98,10 +98,7 @@ class TracedModel:
             for node, source in zip(placeholders, inputs, strict=True)
             if isinstance(source, Weight)
         }
-        symbols = torch_compat.unbacked_symbols(map(value_of, placeholders))
-        admits = (
-            None if self._as_marked or not symbols else partial(admits_unbacked, symbols=symbols)
-        )
+        admits = None if self._as_marked else _admission(list(map(value_of, placeholders)))
         self.backend.prepare(graph, bound, admits)
 
     def refused(self, error: BaseException) -> bool:
@@ -202,6 +199,21 @@ class TracedModel:
         if self.static is None:
             raise BindError("nothing is captured", hint="call capture(sizes) first")
         return self.static
+
+
+def _admission(inputs: Sequence[object]) -> Admits | None:
+    """What may be compiled of a graph with these fake inputs; None for one whose sizes all have numbers behind them.
+
+    Raises:
+        NotAdmitted: nothing of it: it would only find out when it runs that sizes are not as it takes them.
+    """
+    symbols = torch_compat.unbacked_symbols(inputs)
+    if not symbols:
+        return None
+    assumed = torch_compat.left_to_the_run(inputs)
+    if assumed:
+        raise NotAdmitted(f"the trace takes it that {assumed[0]}")
+    return partial(admits_unbacked, symbols=symbols)
 
 
 def _guarded(guards: ShapeGuards, call: Callable[..., object]) -> Callable[..., object]:

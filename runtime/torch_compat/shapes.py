@@ -31,6 +31,16 @@ def example_of(size: object) -> int | None:
     return None if unbacked_symbols([size]) else size_value(size, symbol_hints(size))
 
 
+def left_to_the_run(values: Iterable[object]) -> tuple[str, ...]:
+    """What the trace behind fake values took for true of its sizes and left to be asserted when the graph runs."""
+    for value in values:
+        for size in value.shape if isinstance(value, torch.Tensor) else (value,):
+            if isinstance(size, torch.SymInt):
+                asserts = getattr(size.node.shape_env, "deferred_runtime_asserts", {})
+                return tuple(sorted(str(each.expr) for found in asserts.values() for each in found))
+    return ()
+
+
 def unbacked_symbols(values: Iterable[object]) -> frozenset[str]:
     """The symbols in sizes and fake tensors that no number of an example stands behind."""
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
