@@ -192,6 +192,22 @@ def _require_free_batch(
         raise _FixedBatch(fixed)
 
 
+def _require_own_example(leaves: Sequence[object], fakes: Mapping[int, object]) -> None:
+    """Raise if the trace took sizes for one that differ in the example: it could not serve its own."""
+    numbers: dict[str, int] = {}
+    for index, fake in fakes.items():
+        leaf = leaves[index]
+        if isinstance(fake, torch.Tensor) and isinstance(leaf, torch.Tensor):
+            for symbol, size in zip(
+                map(torch_compat.symbol_of, fake.shape), leaf.shape, strict=True
+            ):
+                if symbol is not None and numbers.setdefault(symbol, size) != size:
+                    raise CaptureError(
+                        f"the model takes sizes {numbers[symbol]} and {size} of its arguments as equal",
+                        hint="call the model itself with these arguments: it has to run with them",
+                    )
+
+
 def _require_free_and_serving(
     policy: SizePolicy,
     leaves: Sequence[object],
@@ -266,6 +282,7 @@ def _capture_with(
         refuse_writes(gm, example_inputs, _argument_names(model, args, kwargs))
         trace.inputs = trace_back(gm, example_inputs, leaves, names, sources, held)
         trace.fakes = _fakes(leaves, sources)
+        _require_own_example(leaves, trace.fakes)
         if check is not None:
             check(gm, trace.fakes)
         rename(gm, trace.inputs)

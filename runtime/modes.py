@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 import torch.fx
@@ -35,6 +35,7 @@ def compile_with_mode(
     splitting_ops: Sequence[SplittingOpLike] | None = None,
     config: CompilationConfig | Mapping[str, object] | None = None,
     sizes: SizePolicy | None = None,
+    around: Callable[[], AbstractContextManager[object]] = nullcontext,
     runtime_config: RuntimeConfig | Mapping[str, object] | None = None,
 ) -> StitchedModule:
     """What ``piecework.compile`` returns for ``config.mode``.
@@ -43,6 +44,10 @@ def compile_with_mode(
     ``torch.compile`` makes of it, with its guards and retraces. ``DYNAMO_TRACE_ONCE``: a `StitchedModule` of one piece;
     the model is traced once, and piecework's checks stand in for Dynamo's guards. ``PIECEWORK_COMPILE``: the same, cut at
     the splitting ops.
+
+    Args:
+        sizes: which dimensions are dynamic, where the shape type leaves that open.
+        around: entered for each trace; what it sets for the trace alone is no reason to refuse calls later.
 
     Raises:
         ConfigError: an argument is of another kind, splitting ops are given in a mode that cuts nowhere, the shape type is not
@@ -70,6 +75,7 @@ def compile_with_mode(
             splitting_ops=splitting_ops,
             config=config,
             sizes=sizes,
+            around=around,
             runtime_config=runtime,
         )
     if example_args or example_kwargs:

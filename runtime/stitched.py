@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -114,6 +114,7 @@ class StitchedModule:
         splitting_ops: Sequence[SplittingOpLike] | None = None,
         config: CompilationConfig | None = None,
         sizes: SizePolicy | None = None,
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
         runtime_config: RuntimeConfig | None = None,
     ) -> None:
         if not callable(model):
@@ -133,6 +134,7 @@ class StitchedModule:
         )
         self._empty = self._new_backend()
         self._declared = sizes
+        self._around = around
         self._sizes: SizePolicy | None = None
         self._traces: tuple[TracedModel, ...] = ()
         self._hopeless: set[object] = set()
@@ -226,7 +228,10 @@ class StitchedModule:
         self._call = self._traces[0].call
 
     def _trace(self, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-        made = TracedModel(self.model, args, kwargs, self._new_backend, self._sizes)
+        with self._around():
+            made = TracedModel(self.model, args, kwargs, self._new_backend, self._sizes)
+        if self._around is not nullcontext:
+            made.entry.accept_settings()
         self._traces = (*self._traces, made)
 
     def _trace_another(

@@ -19,7 +19,7 @@ from piecework.codegen.origin import value_of
 from piecework.errors import BindError, InputError, StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.unbacked import admits_unbacked
-from piecework.runtime.backend import Admits, NotAdmitted, PieceworkBackend
+from piecework.runtime.backend import Admits, PieceworkBackend
 from piecework.runtime.batch_reader import FixedBatch, batch_dims, batch_shape
 from piecework.runtime.capture import GraphInput, Weight, capture
 from piecework.runtime.captured import CapturedModel
@@ -202,18 +202,9 @@ class TracedModel:
 
 
 def _admission(inputs: Sequence[object]) -> Admits | None:
-    """What may be compiled of a graph with these fake inputs; None for one whose sizes all have numbers behind them.
-
-    Raises:
-        NotAdmitted: nothing of it: it would only find out when it runs that sizes are not as it takes them.
-    """
+    """What may be compiled of a graph with these fake inputs; None for one whose sizes all have numbers behind them."""
     symbols = torch_compat.unbacked_symbols(inputs)
-    if not symbols:
-        return None
-    assumed = torch_compat.left_to_the_run(inputs)
-    if assumed:
-        raise NotAdmitted(f"the trace takes it that {assumed[0]}")
-    return partial(admits_unbacked, symbols=symbols)
+    return partial(admits_unbacked, symbols=symbols) if symbols else None
 
 
 def _guarded(guards: ShapeGuards, call: Callable[..., object]) -> Callable[..., object]:

@@ -6,8 +6,9 @@ It never sees a KV cache, a mask or the batch's shape; those belong to the reque
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -15,8 +16,9 @@ from torch import nn
 from piecework.integrations.transformers.attention import attention, through_piecework
 from piecework.integrations.transformers.rope import frozen_ropes
 from piecework.runtime.config import CompilationConfig
+from piecework.runtime.dynamic_dims import unmarked_afterwards
+from piecework.runtime.modes import compile_with_mode
 from piecework.runtime.stitched import StitchedModule
-from piecework.runtime.stitched import compile as piecework_compile
 from piecework.runtime.torch_compat import mark_unbacked
 
 # What stands for the number of tokens when a forward is traced; any number above one does.
@@ -73,7 +75,7 @@ def as_traced(decoder: nn.Module) -> Iterator[None]:
 
 
 def example_inputs(decoder: nn.Module, entry: str) -> dict[str, torch.Tensor]:
-    """Inputs to trace with; their number of tokens is the one dynamic dimension, and stands for any number."""
+    """Inputs to trace with; their number of tokens stands for any number above one."""
     embedding = decoder.get_input_embeddings().weight
     position_ids = torch.arange(_TRACED_ROWS, device=embedding.device).unsqueeze(0)
     if entry == "input_ids":
@@ -81,9 +83,31 @@ def example_inputs(decoder: nn.Module, entry: str) -> dict[str, torch.Tensor]:
     else:
         shape = (1, _TRACED_ROWS, embedding.shape[1])
         tokens = torch.zeros(shape, dtype=embedding.dtype, device=embedding.device)
-    for tensor in (tokens, position_ids):
-        mark_unbacked(tensor, 1, shape_id="tokens")
     return {entry: tokens, "position_ids": position_ids}
+
+
+class TokenDimension:
+    """Which dimension of a flattened forward's arguments is dynamic: the tokens', the second of each."""
+
+    dynamic: bool | None = None
+
+    @contextmanager
+    def every_size(self, args: Sequence[object], kwargs: Mapping[str, object]) -> Iterator[int]:
+        with unmarked_afterwards(list(args)):
+            for tensor in args:
+                mark_unbacked(tensor, 1, shape_id="tokens")
+            yield len(args)
+
+    @contextmanager
+    def larger_sizes(self, args: Sequence[object], kwargs: Mapping[str, object]) -> Iterator[None]:
+        with unmarked_afterwards(list(args)):
+            for tensor in args:
+                if tensor.size(1) > 1:
+                    torch._dynamo.mark_dynamic(tensor, 1)
+            yield
+
+    def may_differ(self, leaf: int, dim: int) -> bool:
+        return dim == 1
 
 
 def compile_forward(
@@ -104,12 +128,15 @@ def compile_forward(
     named = type(type(decoder).__name__, (ENTRIES[entry],), {})
     flat = named(decoder, forward)
     inputs = example_inputs(decoder, entry)
-    with torch.no_grad(), as_traced(decoder):
-        stitched = piecework_compile(
-            flat, tuple(inputs.values()), splitting_ops=_splitting_ops(config), config=config
+    with torch.no_grad():
+        return compile_with_mode(
+            flat,
+            tuple(inputs.values()),
+            splitting_ops=_splitting_ops(config),
+            config=config,
+            sizes=TokenDimension(),
+            around=partial(as_traced, decoder),
         )
-    stitched.accept_settings()  # those of `as_traced`
-    return stitched
 
 
 def _splitting_ops(config: CompilationConfig | None) -> list[object] | None:

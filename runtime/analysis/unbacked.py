@@ -110,6 +110,8 @@ def _of_value(value: torch.Tensor, batch: Batch) -> str | None:
         return "has the batch size in several dimensions"
     if value.layout != torch.strided:
         return f"has layout {value.layout}"
-    if batch.held_by(tuple(value.stride())) or batch.held_by(value.storage_offset()):
+    pairs = zip(value.shape, value.stride(), strict=True)
+    strides = tuple(step for size, step in pairs if not (type(size) is int and size == 1))
+    if batch.held_by(strides) or batch.held_by(value.storage_offset()):
         return "has a stride that is made of the batch size"
     return None

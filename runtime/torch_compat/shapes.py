@@ -31,16 +31,6 @@ def example_of(size: object) -> int | None:
     return None if unbacked_symbols([size]) else size_value(size, symbol_hints(size))
 
 
-def left_to_the_run(values: Iterable[object]) -> tuple[str, ...]:
-    """What the trace behind fake values took for true of its sizes and left to be asserted when the graph runs."""
-    for value in values:
-        for size in value.shape if isinstance(value, torch.Tensor) else (value,):
-            if isinstance(size, torch.SymInt):
-                asserts = getattr(size.node.shape_env, "deferred_runtime_asserts", {})
-                return tuple(sorted(str(each.expr) for found in asserts.values() for each in found))
-    return ()
-
-
 def unbacked_symbols(values: Iterable[object]) -> frozenset[str]:
     """The symbols in sizes and fake tensors that no number of an example stands behind."""
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
@@ -188,10 +178,14 @@ def _expr(size: object) -> object:
 
 
 def guards_on(sizes: Sequence[object], names: Mapping[str, str]) -> tuple[str, ...]:
-    """Conditions over the symbols of ``sizes`` that the trace relied on beyond their ranges, as Python text."""
+    """Conditions over the symbols of ``sizes`` that the trace relied on beyond their ranges, as Python text.
+
+    Also those that torch leaves to be asserted when the graph runs, where the inputs' sizes decide them.
+    """
     env = next((s.node.shape_env for s in sizes if isinstance(s, torch.SymInt)), None)
     texts: dict[str, None] = {}
-    for guard in getattr(env, "guards", ()):
+    asserted = getattr(env, "deferred_runtime_asserts", {}).values()
+    for guard in (*getattr(env, "guards", ()), *(each for found in asserted for each in found)):
         expr = env.simplify(guard.expr)
         known = all(str(symbol) in names for symbol in expr.free_symbols)
         if not known or not expr.free_symbols or _follows_from_ranges(env, expr):
