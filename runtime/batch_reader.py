@@ -66,7 +66,7 @@ def batch_shape(
         raise StaticGraphError(
             "no input has a dynamic batch dimension, so there is nothing to capture sizes of",
             where="capture",
-            hint="mark the batch dimension with torch._dynamo.decorators.mark_unbacked and compile again",
+            hint="mark the batch dimension with torch._dynamo.mark_dynamic and compile again",
         )
     return _Reader(captured, backend, backend.batch_symbol, same).read()
 

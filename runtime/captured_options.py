@@ -202,7 +202,7 @@ def _marked(other: OtherSize) -> str:
         return ""
     return (
         f": torch._dynamo.mark_static({argument}, {dim}), and the batch dimension with "
-        "torch._dynamo.decorators.mark_unbacked"
+        "torch._dynamo.mark_dynamic"
     )
 
 
