@@ -83,7 +83,7 @@ def rows_of(
     with fresh.watching(walk.operator):
         try:
             results = follower.run(*inputs)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - on fakes anything is raised
             return Verdict(f"{_told(follower.node)} can't be followed: {_line(error)}")
     if fresh.fixed(frozenset(symbols)):
         return Verdict(
@@ -125,11 +125,13 @@ class _Walk:
         self._memory: dict[int, Memory] = {}
         self._arguments: set[int] = set()
         self._read: set[str] = set()  # symbols that stand for numbers read from rows
+        self._sizes: set[str] = set()  # symbols that arguments have
 
     # --- values ------------------------------------------------------------------------------------
 
     def enter(self, value: object) -> None:
         """Take in an argument."""
+        self._sizes |= set(symbols_in(value))
         if not isinstance(value, torch.Tensor):
             return
         try:
@@ -166,7 +168,10 @@ class _Walk:
     def reason_of(self, value: object) -> str | None:
         """Why padding would change a value that the graph returns."""
         if isinstance(value, torch.Tensor):
-            return self.state_of(value).mixed
+            rows = self.state_of(value)
+            if rows.mixed is None and any(blocks != 1 for blocks in rows.dims.values()):
+                return "a result lists the rows several times"
+            return rows.mixed
         if isinstance(value, (list, tuple)):
             return next((r for each in value if (r := self.reason_of(each)) is not None), None)
         if not self._read.isdisjoint(symbols_in(value)):
@@ -206,7 +211,10 @@ class _Walk:
                 value = self._written_value(call, tensor, answers)
                 self.memory_of(tensor).write(place, value, self.told(op))
         for tensor, answer in zip(results, answers, strict=True):
-            self.set(tensor, self._checked(op, tensor, answer))
+            found = self._checked(op, tensor, answer)
+            self.set(tensor, found)
+            if found.mixed is not None:  # as many elements as the rows made it
+                self._read |= set(symbols_in(tensor)) - self._sizes
         self._numbers(call)
         return out
 
