@@ -44,7 +44,7 @@ def _encoder_layer(x: torch.Tensor) -> torch.Tensor:
 def _write(place: Callable[[torch.Tensor], torch.Tensor], what: str) -> Callable[..., Any]:
     """Write through a view, and give what it is a view of."""
 
-    def write(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def write(x: torch.Tensor, y: torch.Tensor, dim: int, number: int) -> torch.Tensor:
         base = x * 1
         view = place(base)
         match what:
@@ -277,7 +277,7 @@ BINARY: dict[str, Callable[..., Any]] = {
     "cdist": lambda x, y, d, k: torch.cdist(x, y),
     "lerp": lambda x, y, d, k: torch.lerp(x, y, 0.3),
     **{
-        f"{what} {name}": (lambda x, y, d, k, write=_write(place, what): write(x, y))
+        f"{what} {name}": _write(place, what)
         for name, place in _PLACES.items()
         for what in ("zero", "add", "copy", "scale")
     },

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import piecework
-from piecework.runtime.config import CompilationConfig
 from piecework.runtime.analysis.rows import Verdict, rows_of
+from piecework.runtime.config import CompilationConfig
 
 EAGER = CompilationConfig(backend="eager")
 W = torch.randn(4, 4)
