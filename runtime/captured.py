@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -34,11 +35,12 @@ from piecework.runtime.graphs.capture import (
     capture_graphs,
 )
 from piecework.runtime.graphs.covered import CoverageRow, coverage
-from piecework.runtime.graphs.descriptor import BatchKind
+from piecework.runtime.graphs.descriptor import BatchDescriptor, BatchKind
 from piecework.runtime.graphs.memory import MemoryEstimate, estimate_memory, fit_budget, kind_of
 from piecework.runtime.graphs.mode import CUDAGraphMode
 from piecework.runtime.graphs.progress import CaptureProgress
-from piecework.runtime.padding_check import padding_difference, sizes_to_try
+from piecework.runtime.padding_check import padding_difference
+from piecework.runtime.splitting_op import HOW_TO_DECLARE
 from piecework.runtime.weights import BoundWeights
 
 _log = logging.getLogger(__name__)
@@ -159,46 +161,32 @@ class CapturedModel(CapturedGraphs):
         """Say why nothing is padded, if so; else try it once on random data, and believe what comes out."""
         reason = self.shape.mixes
         if reason is None and self.options.check_padding and not self.shape.by_context:
-            try:
-                reason = self._tried_padding()
-            except Exception as error:
-                _log.info("capture: padding was not tried (%s: %s)", type(error).__name__, error)
+            groups = [group for _, group in self.dispatcher.get_capture_descs()]
+            smallest = min((each for group in groups for each in group), key=lambda d: d.num_tokens)
+            others = self._others(smallest)
+            run = partial(self._run_uncaptured, smallest)
+            reason = padding_difference(self.shape, self.sizes, others, self.options.pads, run)
             if reason is not None:
                 self.dispatcher.exact = Reason.CHECKED
-                reason = f"{reason} is another one in a padded run, although rows were thought to stay apart"
         if reason is not None:
-            hint = (
-                "; say splitting_op(..., rows=...) or declare_rows(op, ...)"
-                if self.shape.undeclared
-                else ""
-            )
+            hint = "; " + HOW_TO_DECLARE if self.shape.undeclared else ""
             _log.warning(
-                "capture: only batches of a captured size are replayed, none is padded: %s%s",
-                reason,
-                hint,
+                "capture: only batches of a captured size are replayed: %s%s", reason, hint
             )
 
-    def _tried_padding(self) -> str | None:
-        """What one padded run changed, or None."""
-        groups = [group for _, group in self.dispatcher.get_capture_descs()]
-        smallest = min((each for group in groups for each in group), key=lambda d: d.num_tokens)
-        others = self._others(smallest)
-        sizes = sizes_to_try(self.shape, self.sizes, others)
-        if sizes is None:
-            return None
-
-        def run(tensors: Sequence[torch.Tensor], size: int) -> Sequence[object]:
-            descriptor = replace(smallest, num_tokens=size)
-            submods = self._as_called(self._backend.submod_lists[self._range_of(size)])
-            flat = self._flat(tensors, descriptor)
-            scope = self._context_for(CUDAGraphMode.NONE, descriptor)
-            with scope, torch.no_grad(), self._without_traces():
-                results = self._forward(*flat, __vllm_submods__=submods)
-                found = results if isinstance(results, (tuple, list)) else (results,)
-                # Copies: a result may lie in memory that is put back.
-                return [each.clone() if isinstance(each, torch.Tensor) else each for each in found]
-
-        return padding_difference(self.shape, others, self.options.pads, *sizes, run)
+    def _run_uncaptured(
+        self, like: BatchDescriptor, tensors: Sequence[torch.Tensor], size: int
+    ) -> Sequence[object]:
+        """One forward on tensors of a batch of ``size``; the rest of the batch is ``like`` a captured one."""
+        descriptor = replace(like, num_tokens=size)
+        submods = self._as_called(self._backend.submod_lists[self._range_of(size)])
+        flat = self._flat(tensors, descriptor)
+        scope = self._context_for(CUDAGraphMode.NONE, descriptor)
+        with scope, torch.no_grad(), self._without_traces():
+            results = self._forward(*flat, __vllm_submods__=submods)
+            found = results if isinstance(results, (tuple, list)) else (results,)
+            # Copies: a result may lie in memory that is put back.
+            return [each.clone() if isinstance(each, torch.Tensor) else each for each in found]
 
     def _affordable(self, budget: int | None) -> Callable[[Key], bool] | None:
         """Whether a capture still fits the budget, in view of what the captures before it took."""

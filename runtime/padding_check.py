@@ -6,6 +6,7 @@ captures nothing, and runs on tensors of its own.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -14,11 +15,40 @@ import torch
 from piecework.runtime.captured_shape import BatchShape, StagedInput
 from piecework.runtime.input_slots import Number
 
+_log = logging.getLogger(__name__)
 _POISON = math.nan
 Run = Callable[[Sequence[torch.Tensor], int], Sequence[object]]
 
 
 def padding_difference(
+    shape: BatchShape,
+    sizes: Sequence[int],
+    others: Mapping[str, int],
+    pads: Mapping[str, Number],
+    run: Run,
+) -> str | None:
+    """What differs between a small batch alone and the same batch padded; None if nothing does, or if it can't be tried.
+
+    Args:
+        sizes: the captured sizes.
+        others: the other sizes, by label.
+        pads: what fills tails, by the input's name; 0 by default.
+        run: runs the model uncaptured on the staged tensors of a batch of a size, and returns its flat results.
+    """
+    chosen = _sizes_to_try(shape, sizes, others)
+    if chosen is None:
+        return None
+    try:
+        found = _difference(shape, others, pads, *chosen, run)
+    except Exception as error:  # noqa: BLE001
+        _log.info("capture: padding was not tried (%s: %s)", type(error).__name__, error)
+        return None
+    if found is None:
+        return None
+    return f"{found} is another one in a padded run, although rows were said to stay apart"
+
+
+def _difference(
     shape: BatchShape,
     others: Mapping[str, int],
     pads: Mapping[str, Number],
@@ -26,43 +56,34 @@ def padding_difference(
     padded: int,
     run: Run,
 ) -> str | None:
-    """What differs between a batch of ``count`` rows alone and padded to ``padded``.
-
-    Args:
-        others: the other sizes, by label.
-        pads: what fills tails, by the input's name; 0 by default.
-        run: runs the model uncaptured on the staged tensors of a batch of a size, and returns its flat results.
-    """
     rows = [_random(each, others, count) for each in shape.staged]
-    alone = _copies(rows)
-    expected = run(alone, count)
-    runs = []
+    alone = [each.clone(memory_format=torch.preserve_format) for each in rows]
+    results, places = [run(alone, count)], [alone]
     for poison in (False, True):
+        tails = [_POISON if poison else pads.get(each.name, 0) for each in shape.staged]
         inputs = [
-            _with_tail(x, each, padded - count, _POISON if poison else pads.get(each.name, 0))
-            for x, each in zip(rows, shape.staged, strict=True)
+            _with_tail(x, each, padded - count, tail)
+            for x, each, tail in zip(rows, shape.staged, tails, strict=True)
         ]
-        runs.append((run(inputs, padded), inputs))
-    (quiet, quiet_inputs), (poisoned, poisoned_inputs) = runs
+        results.append(run(inputs, padded))
+        places.append(inputs)
     for index, rule in enumerate(shape.results):
-        found = [_front(each[index], rule.dims, count) for each in (expected, quiet, poisoned)]
-        if not rule.is_count and _differ(*found):
+        if not rule.is_count and _differ(
+            *(_front(each[index], rule.dims, count) for each in results)
+        ):
             return f"result {index}"
     for number, each in enumerate(shape.staged):
-        if each.written:
-            dims = () if each.dim is None else (each.dim,)
-            places = (alone, quiet_inputs, poisoned_inputs)
-            if _differ(*[_front(place[number], dims, count) for place in places]):
-                return f"argument {each.name}, which is written to"
+        dims = () if each.dim is None else (each.dim,)
+        if each.written and _differ(*(_front(place[number], dims, count) for place in places)):
+            return f"argument {each.name}, which is written to,"
     return None
 
 
-def sizes_to_try(
+def _sizes_to_try(
     shape: BatchShape, sizes: Sequence[int], others: Mapping[str, int]
 ) -> tuple[int, int] | None:
     """A batch and a captured size that it is padded to, both small and, where there is a choice, above one."""
-    large_first = sorted(sizes, key=lambda size: (size < 3, size))
-    for padded in large_first:
+    for padded in sorted(sizes, key=lambda size: (size < 3, size)):
         for count in range(padded - 1, max(shape.low, 1) - 1, -1):
             if shape.refusal(count, others) is None:
                 return count, padded

@@ -18,6 +18,7 @@ R = TypeVar("R")
 #: What an operator says of the rows of a batch: row ``i`` of all that it returns or writes depends on row ``i`` of its arguments
 #: alone, whatever the batch size; or it reads the batch's real size from the forward context and leaves rows beyond it alone.
 RowsOf = Literal["independent", "context"]
+HOW_TO_DECLARE = "say splitting_op(..., rows=...), or piecework.declare_rows(op, ...)"
 
 
 class SplittingOp(Generic[P, R]):

@@ -12,7 +12,7 @@ import torch.fx
 from torch._ops import HigherOrderOperator
 
 
-class Walk(Protocol):
+class Watcher(Protocol):
     """Who is told."""
 
     node: torch.fx.Node | None
@@ -31,7 +31,7 @@ class Follower(torch.fx.Interpreter):
         node: the one that runs.
     """
 
-    def __init__(self, module: torch.fx.GraphModule, walk: Walk) -> None:
+    def __init__(self, module: torch.fx.GraphModule, walk: Watcher) -> None:
         super().__init__(module, garbage_collect_values=False)
         self.extra_traceback = False
         self.node: torch.fx.Node | None = None

@@ -81,7 +81,7 @@ def complex_parts(call: Call) -> Rows:
 _UNTAGGED = (
     "_to_copy alias clone detach lift lift_fresh lift_fresh_copy masked_fill _conj _neg_view resolve_conj resolve_neg real imag "
     "_prelu_kernel complex polar lerp where isclose log_sigmoid_forward positive conj contiguous square "
-    "special_entr special_i0e special_i1e special_log_ndtr xlogy special_xlog1py logit nan_to_num"
+    "special_entr special_i0e special_i1e special_log_ndtr xlogy special_xlog1py logit nan_to_num hardswish floor_divide"
 )
 _MADE = "empty zeros ones empty_strided empty_permuted new_empty new_zeros new_ones new_empty_strided eye scalar_tensor"
 _LIKE = "empty_like zeros_like ones_like full_like"

@@ -109,6 +109,6 @@ RULES: dict[str, Rule] = {
     **rules("addmm baddbmm", product_and_sum, plain=True),
     **rules("mv addmv", vector_product),
     **rules("linear mkldnn_linear _weight_int8pack_mm", linear, plain=True),
-    **rules("_cdist_forward", distances),
+    **rules("_cdist_forward _euclidean_dist", distances),
     **rules(_ATTENTION, attention),
 }

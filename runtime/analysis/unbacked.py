@@ -57,12 +57,10 @@ def _of_call(
         return _of_results(call)
     if is_own(call.op):
         return "is not torch's own"
-    if is_random(call.op):
-        return "draws random numbers"
     tensors = (*call.inputs(), *call.results, *call.written)
-    if not any(map(call.batch.held_by, tensors)):
+    if not any(map(call.batch.held_by, tensors)) and not is_random(call.op):
         return _of_numbers(call, frozenset())
-    if rule is None or not rule.plain:
+    if is_random(call.op) or rule is None or not rule.plain:
         return "is not known to be compiled right where the batch size has no number behind it"
     mixed = next((each.mixed for each in answers if each.mixed is not None), None)
     if mixed is not None:
