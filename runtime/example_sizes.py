@@ -27,10 +27,14 @@ class SizePolicy(Protocol):
 
     Attributes:
         dynamic: what ``torch.compile`` is told of dimensions that are not marked.
+        rows_in_one: the batch is the second dimension of ``[1, rows, …]``; see `piecework.runtime.analysis.unbacked`.
     """
 
     @property
     def dynamic(self) -> bool | None: ...
+
+    @property
+    def rows_in_one(self) -> bool: ...
 
     def every_size(self, args: Args, kwargs: Kwargs) -> AbstractContextManager[int]:
         """Marks for a trace that serves 0, 1 and every other size at once; yields how many there are."""
@@ -46,6 +50,7 @@ class AllDimensions:
     """Every dimension is dynamic; the first of each tensor is one that a batch has."""
 
     dynamic: bool | None = True
+    rows_in_one = False
 
     @contextmanager
     def every_size(self, args: Args, kwargs: Kwargs) -> Iterator[int]:
@@ -75,6 +80,7 @@ class DeclaredDimensions:
     """
 
     dynamic: bool | None = None
+    rows_in_one = False
 
     def __init__(self, dims: DynamicDims, forward: Callable[..., object]) -> None:
         self._dims = dims
@@ -114,6 +120,7 @@ class KeptMarks:
     """
 
     dynamic: bool | None = None
+    rows_in_one = False
 
     def __init__(self, leaves: Sequence[object]) -> None:
         self._marks = {index: torch_compat.marks_of(leaf) for index, leaf in enumerate(leaves)}

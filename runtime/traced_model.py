@@ -67,6 +67,7 @@ class TracedModel:
     ) -> None:
         self._new_backend = new_backend
         self._as_marked = sizes is None or isinstance(sizes, KeptMarks)
+        self._rows_in_one = sizes is not None and sizes.rows_in_one
         self.backend = new_backend()
         self.static: CapturedModel | None = None
         self.guards: ShapeGuards | None = None
@@ -98,7 +99,9 @@ class TracedModel:
             for node, source in zip(placeholders, inputs, strict=True)
             if isinstance(source, Weight)
         }
-        admits = None if self._as_marked else _admission(list(map(value_of, placeholders)))
+        admits = None
+        if not self._as_marked:
+            admits = _admission(list(map(value_of, placeholders)), self._rows_in_one)
         self.backend.prepare(graph, bound, admits)
 
     def refused(self, error: BaseException) -> bool:
@@ -201,10 +204,12 @@ class TracedModel:
         return self.static
 
 
-def _admission(inputs: Sequence[object]) -> Admits | None:
+def _admission(inputs: Sequence[object], rows_in_one: bool) -> Admits | None:
     """What may be compiled of a graph with these fake inputs; None for one whose sizes all have numbers behind them."""
     symbols = torch_compat.unbacked_symbols(inputs)
-    return partial(admits_unbacked, symbols=symbols) if symbols else None
+    if not symbols:
+        return None
+    return partial(admits_unbacked, symbols=symbols, rows_in_one=rows_in_one)
 
 
 def _guarded(guards: ShapeGuards, call: Callable[..., object]) -> Callable[..., object]:

@@ -87,9 +87,13 @@ def example_inputs(decoder: nn.Module, entry: str) -> dict[str, torch.Tensor]:
 
 
 class TokenDimension:
-    """Which dimension of a flattened forward's arguments is dynamic: the tokens', the second of each."""
+    """Which dimension of a flattened forward's arguments is dynamic: the tokens', the second of each.
+
+    What leaves a piece goes to the attention operator, which takes it in any order in memory.
+    """
 
     dynamic: bool | None = None
+    rows_in_one = True
 
     @contextmanager
     def every_size(self, args: Sequence[object], kwargs: Mapping[str, object]) -> Iterator[int]:

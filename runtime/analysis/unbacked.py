@@ -1,7 +1,7 @@
 """Whether a graph may be compiled with a batch size that has no number behind it. In: a traced graph, whole or a piece. Out: why not, or None.
 
 Compilers lose copies, strides and checks on such sizes in more operators than anybody listed, so this is an allow-list: every operator
-is in the table and marked plain, every value has the batch in one dimension alone, and no stride, index or number is made of it.
+is in the table and marked plain, every value has the batch in one dimension alone, no index or number is made of it, and no stride of what enters or leaves.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ from piecework.runtime.analysis.table import is_random
 
 
 def admits_unbacked(
-    graph: torch.fx.GraphModule, symbols: Collection[str], *, outside: Collection[str] = ()
+    graph: torch.fx.GraphModule,
+    symbols: Collection[str],
+    *,
+    outside: Collection[str] = (),
+    rows_in_one: bool = False,
 ) -> str | None:
     """Why ``graph`` may not be compiled with the sizes ``symbols`` unbacked; None if it may.
 
@@ -29,6 +33,8 @@ def admits_unbacked(
         graph: with fake values in its nodes, as a Dynamo backend gets it, or a piece of it.
         symbols: torch's names of the batch size, such as ``{"s0"}``; other symbols stay as they are.
         outside: operators that the graph is cut at, ``"namespace::name"``; they are not compiled, and may be anything.
+        rows_in_one: values are ``[1, rows, …]``, and whatever they are handed to takes them in any order in memory. The stride of
+            the first dimension holds the batch size then, so that a compiler does not keep to the traced order.
 
     Example:
         >>> reason = admits_unbacked(graph, {"s0"}, outside=("my::attention",))
@@ -39,14 +45,30 @@ def admits_unbacked(
     for node in graph.graph.nodes:
         value = value_of(node)
         if node.op == "placeholder" and isinstance(value, torch.Tensor):
-            said = _of_value(value, held)
+            said = _of_value(value, held) or _of_strides(value, held, rows_in_one)
             if said is not None:
                 return f"argument {node.name} {said}"
         if isinstance(node.target, HigherOrderOperator):
             return f"{node.target.name()} runs a graph of its own"
     names = frozenset(outside)
     verdict = rows_of(graph, symbols, lambda *call: _of_call(names, *call), outside=names)
-    return next(iter(verdict.complaints), None) or verdict.refused
+    return (
+        next(iter(verdict.complaints), None)
+        or verdict.refused
+        or _of_what_leaves(graph, held, rows_in_one)
+    )
+
+
+def _of_what_leaves(graph: torch.fx.GraphModule, held: Batch, rows_in_one: bool) -> str | None:
+    """What is wrong with a result. Inside, a compiler's order in memory is its own; what leaves must have the order that was traced,
+    and Inductor sees to that for strides without such a size alone.
+    """
+    for node in graph.graph.output_node().all_input_nodes:
+        value = value_of(node)
+        said = _of_strides(value, held, rows_in_one) if isinstance(value, torch.Tensor) else None
+        if said is not None:
+            return f"result {node.name} {said}"
+    return None
 
 
 def _of_call(
@@ -99,7 +121,7 @@ def _of_results(call: Call) -> str | None:
 
 
 def _of_value(value: torch.Tensor, batch: Batch) -> str | None:
-    """The batch in one dimension, alone or times whole numbers, and in no stride."""
+    """The batch in one dimension, alone or times whole numbers."""
     try:
         rows = batch.plain_rows(value)
     except Mixes as reason:
@@ -108,8 +130,16 @@ def _of_value(value: torch.Tensor, batch: Batch) -> str | None:
         return "has the batch size in several dimensions"
     if value.layout != torch.strided:
         return f"has layout {value.layout}"
-    pairs = zip(value.shape, value.stride(), strict=True)
-    strides = tuple(step for size, step in pairs if not (type(size) is int and size == 1))
-    if batch.held_by(strides) or batch.held_by(value.storage_offset()):
+    if batch.held_by(value.storage_offset()):
+        return "begins in memory where the batch size says"
+    return None
+
+
+def _of_strides(value: torch.Tensor, batch: Batch, rows_in_one: bool) -> str | None:
+    """The batch in no stride that matters."""
+    pairs = list(zip(value.shape, value.stride(), strict=True))
+    if rows_in_one:
+        pairs = [each for each in pairs if not (type(each[0]) is int and each[0] == 1)]
+    if batch.held_by(tuple(step for _, step in pairs)):
         return "has a stride that is made of the batch size"
     return None
