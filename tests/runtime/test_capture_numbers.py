@@ -174,10 +174,8 @@ def test_hints_lead_to_a_capture_of_every_size() -> None:
         return piecework.compile(forward, (x,), splitting_ops=[], config=EAGER)
 
     dynamic, static = torch._dynamo.mark_dynamic, torch._dynamo.mark_static
-    with pytest.raises(StaticGraphError, match=r"mark_static\(x, 1\), and the batch"):
-        compile_with((dynamic, 0), (dynamic, 1)).capture([2], progress=False)
     with pytest.raises(
-        StaticGraphError, match="mark the batch dimension with torch._dynamo.mark_dynamic"
+        StaticGraphError, match=r"mark the batch dimension with torch\._dynamo\.mark_dynamic"
     ):
         compile_with((static, 0), (static, 1)).capture([1, 2], progress=False)
     stitched = compile_with((dynamic, 0), (static, 1))

@@ -34,7 +34,7 @@ def execution_fn(s0, x, *, __vllm_submods__):
     # layers.1  graph.py
     attention(mul_1, key_1, out_1)
     del key_1, mul_1
-    # layers.1  -> f32[s1, 8]
+    # layers.1  -> f32[s0 - 1, 8]
     (getitem_8,) = __vllm_submods__[2](s0, x_2, out_1)
     del x_2, out_1
     return (getitem_8,)

@@ -21,7 +21,7 @@ def check_inputs(x):
     if not (x_1 == 8):
         explain_inputs(x)
     # sizes that the trace allows
-    if not (s0 >= 0):
+    if not (s0 >= 2):
         explain_inputs(x)
     return s0
 
@@ -39,9 +39,8 @@ def entry(x):
     ):
         return entry_with_care(x)
     s0 = check_inputs(x)
-    execution_fn, weights_as_bound, fetch_weights = (
-        bound  # for all of this call, whatever is bound meanwhile
-    )
+    # for all of this call, whatever is bound meanwhile
+    execution_fn, weights_as_bound, fetch_weights = bound
     if not weights_as_bound():
         explain_weights()
     (getitem_6,) = execution_fn(s0, x)

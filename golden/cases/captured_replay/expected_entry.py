@@ -39,9 +39,8 @@ def entry(x):
     ):
         return entry_with_care(x)
     s0 = check_inputs(x)
-    execution_fn, weights_as_bound, fetch_weights = (
-        bound  # for all of this call, whatever is bound meanwhile
-    )
+    # for all of this call, whatever is bound meanwhile
+    execution_fn, weights_as_bound, fetch_weights = bound
     if not weights_as_bound():
         explain_weights()
     (x_1_1,) = execution_fn(s0, x)
