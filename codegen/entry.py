@@ -302,7 +302,8 @@ class _Writer:
             conditions.append(f"{path}.is_contiguous()")
         if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
             conditions.append(f"not {path}.is_neg()")
-            conditions.append(f"{'' if tensor.requires_grad else 'not '}{path}.requires_grad")
+            if tensor.requires_grad is not None:
+                conditions.append(f"{'' if tensor.requires_grad else 'not '}{path}.requires_grad")
         if tensor.dtype.is_complex:
             conditions.append(f"not {path}.is_conj()")
         if tensor.sizes and all(type(size) is int for size in tensor.sizes):

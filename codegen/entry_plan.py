@@ -22,7 +22,7 @@ class TensorInput:
         sizes: one per dimension.
         strides: None for a contiguous tensor.
         kind: ``torch.Tensor`` or ``torch.nn.Parameter``, which the model's code may tell apart.
-        requires_grad: whether it recorded gradients, likewise.
+        requires_grad: whether it recorded gradients, likewise; None if no code asked.
     """
 
     dtype: torch.dtype
@@ -30,7 +30,7 @@ class TensorInput:
     sizes: tuple[Size, ...]
     strides: tuple[Size, ...] | None = None
     kind: type = torch.Tensor
-    requires_grad: bool = False
+    requires_grad: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

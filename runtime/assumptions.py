@@ -37,6 +37,7 @@ class Assumptions:
         wished: torch's symbol → how it should be called.
         leaves: the flattened example arguments.
         labels: how errors call them.
+        asks_grad: code that was traced may ask whether a tensor requires gradients.
     """
 
     def __init__(
@@ -45,8 +46,10 @@ class Assumptions:
         wished: Mapping[str, str],
         leaves: Sequence[object],
         labels: Sequence[str],
+        asks_grad: bool,
     ) -> None:
         self._fakes = dict(fakes)
+        self._asks_grad = asks_grad
         self._labels = tuple(labels)
         self._sizes = [size for fake in self._fakes.values() for size in _sizes_of(fake)]
         self._names = _names(self._sizes, wished)
@@ -123,7 +126,9 @@ class Assumptions:
         if not torch_compat.is_traced_contiguous(fake):
             strides = tuple(map(self._stride, fake.stride()))
         sizes = tuple(torch_compat.size_text(size, self._names) for size in fake.shape)
-        grad = isinstance(example, torch.Tensor) and example.requires_grad
+        grad = (
+            example.requires_grad if self._asks_grad and isinstance(example, torch.Tensor) else None
+        )
         return TensorInput(fake.dtype, fake.device, sizes, strides, type(example), grad)
 
 

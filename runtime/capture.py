@@ -106,6 +106,7 @@ class _Trace:
     graph: torch.fx.GraphModule | None = None
     inputs: tuple[GraphInput, ...] = ()
     fakes: dict[int, object] = field(default_factory=dict)
+    asks_grad: bool = True
     standing_in: list[object] = field(default_factory=list)
 
 
@@ -282,6 +283,7 @@ def _capture_with(
         refuse_writes(gm, example_inputs, _argument_names(model, args, kwargs))
         trace.inputs = trace_back(gm, example_inputs, leaves, names, sources, held)
         trace.fakes = _fakes(leaves, sources)
+        trace.asks_grad = torch_compat.trace_names("requires_grad")
         _require_own_example(leaves, trace.fakes)
         if check is not None:
             check(gm, trace.fakes)
@@ -493,4 +495,4 @@ def _assumptions(trace: _Trace, leaves: Sequence[object], names: Sequence[str]) 
         symbol = torch_compat.symbol_of(value)
         if isinstance(source, Size) and symbol is not None:
             wished[symbol] = source.name
-    return Assumptions(fakes, wished, leaves, names)
+    return Assumptions(fakes, wished, leaves, names, trace.asks_grad)

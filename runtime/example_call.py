@@ -95,8 +95,8 @@ class _Maker:
                 shape, strides, dtype=tensor.dtype, device=tensor.device
             ).zero_()
         if tensor.kind is torch.nn.Parameter:
-            return torch.nn.Parameter(made, requires_grad=tensor.requires_grad)
-        return made.requires_grad_(tensor.requires_grad)
+            return torch.nn.Parameter(made, requires_grad=bool(tensor.requires_grad))
+        return made.requires_grad_(bool(tensor.requires_grad))
 
     def _number(self, size: Size) -> int:
         return size if isinstance(size, int) else int(evaluate(size, self._symbols))  # type: ignore[call-overload]

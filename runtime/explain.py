@@ -302,7 +302,8 @@ def _python_kind(index: int, label: str, expected: TensorInput, tensor: torch.Te
             {(index, None)},
         )
     records = tensor.dtype.is_floating_point or tensor.dtype.is_complex
-    if records and tensor.requires_grad != expected.requires_grad:
+    asked = expected.requires_grad is not None
+    if asked and records and tensor.requires_grad != expected.requires_grad:
         raise _refusal(
             f"argument {label} has requires_grad={tensor.requires_grad}; the model was traced with "
             f"{expected.requires_grad}",

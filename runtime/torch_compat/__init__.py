@@ -47,6 +47,7 @@ from piecework.runtime.torch_compat.guards import (
     identity_guard,
     kept_guards,
     ordered_places,
+    trace_names,
     traced_code,
 )
 from piecework.runtime.torch_compat.inductor import (
@@ -236,6 +237,7 @@ __all__ = [
     "symbols_of",
     "timed_scope",
     "trace_artifact",
+    "trace_names",
     "traced_code",
     "traced_inputs",
     "tracing_context",

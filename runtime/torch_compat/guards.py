@@ -200,6 +200,19 @@ def traced_code() -> list[types.CodeType]:
     return list(getattr(torch._guards.TracingContext.try_get(), "traced_code", None) or ())
 
 
+def trace_names(name: str) -> bool:
+    """Whether code that the trace which is running went through names an attribute, by itself or as a text; True where torch doesn't say."""
+    pending = list(traced_code())
+    if not pending:
+        return True
+    while pending:
+        code = pending.pop()
+        if name in code.co_names or name in code.co_consts:
+            return True
+        pending += [each for each in code.co_consts if isinstance(each, types.CodeType)]
+    return False
+
+
 def ordered_places() -> frozenset[str] | None:
     """Dynamo's names of the dictionaries whose order the trace that is running depends on; None where torch doesn't say."""
     from torch._dynamo import symbolic_convert
