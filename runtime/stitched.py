@@ -322,9 +322,8 @@ class StitchedModule:
         """Capture the pieces, the whole forward, or both as static graphs, per batch size, and serve later calls from them.
 
         A call is padded to the next captured size, replayed by emitted source (``static_graphs.source_for``), and trimmed; a
-        batch that no graph covers runs as before. Rows must not depend on rows behind them, except inside splitting ops that
-        know the batch's real size; where the graph shows that they do, nothing is padded, and only batches of a captured
-        size are replayed.
+        batch that no graph covers runs as before. Batches are padded only where every operator is known to keep rows apart, splitting
+        ops by what they say of themselves (``splitting_op(..., rows=...)``); else only batches of a captured size are replayed.
 
         Args:
             sizes: batch sizes; by default the configuration's ``cudagraph_capture_sizes``, or the usual steps.

@@ -61,11 +61,25 @@ def rows_of(
         inspect: asked about each operator, its rule and its answers; what it says is gathered.
         outside: operators by name whose results are taken for arguments, whatever they do with rows.
     """
+    asked = (graph, frozenset(symbols), inspect, frozenset(outside))
+    found = _follow(*asked, apart=True)
+    # A number of ours may be one that the model's own checks don't expect.
+    return found if found.refused is None or found.results else _follow(*asked, apart=False)
+
+
+def _follow(
+    graph: torch.fx.GraphModule,
+    symbols: frozenset[str],
+    inspect: Inspect | None,
+    outside: frozenset[str],
+    *,
+    apart: bool,
+) -> Verdict:
     nodes = graph.graph.find_nodes(op="placeholder")
     values = [value_of(node) for node in nodes]
-    fresh = torch_compat.Refaked(values, frozenset(symbols))
+    fresh = torch_compat.Refaked(values, symbols, apart=apart)
     names = [found for each in symbols if (found := fresh.name_of(each)) is not None]
-    walk = Walk(fresh, Batch(names), inspect, frozenset(outside))
+    walk = Walk(fresh, Batch(names), inspect, outside)
     try:
         inputs = [fresh.value(value) for value in values]
     except TypeError as error:
@@ -78,10 +92,8 @@ def rows_of(
             results = follower.run(*inputs)
         except Exception as error:  # noqa: BLE001 - on fakes anything is raised
             return Verdict(f"{_told(follower.node)} can't be followed: {_line(error)}")
-    if fresh.fixed(frozenset(symbols)):
-        return Verdict(
-            "an operator asks for the batch size as a number, or takes it for another size"
-        )
+    if fresh.fixed(symbols):
+        return Verdict("the batch size is asked for as a number, or taken for another size")
     listed = results if isinstance(results, (list, tuple)) else [results]
     written = {
         node.name: walk.state_of(value).mixed

@@ -172,7 +172,6 @@ class Walk:
         return answers
 
     def _apply(self, call: Call, rule: Rule | None) -> Rows | Sequence[Rows]:
-        told = self.told(call.op)
         reads = rule is None or rule.reads
         if reads:
             for each in (*call.inputs(), *call.written):
@@ -183,20 +182,20 @@ class Walk:
         for name, value in call.args.items():
             held = [symbol for each in _numbers_in(value) for symbol in symbols_in(each)]
             if not self._read.isdisjoint(held):
-                raise Mixes(f"{told} takes a number that is read from rows")
+                raise Mixes(f"{self.told(call.op)} takes a number that is read from rows")
             if name not in sizes and not self.batch.symbols.isdisjoint(held):
-                raise Mixes(f"{told} uses the batch size as a number")
+                raise Mixes(f"{self.told(call.op)} uses the batch size as a number")
         if is_random(call.op) and "attention" not in call.name:
-            raise Mixes(f"{told} draws random numbers")
+            raise Mixes(f"{self.told(call.op)} draws random numbers")
         tensors = (*call.inputs(), *call.results, *call.written)
         if not any(map(self.batch.held_by, tensors)):
             return SAME
         if rule is None:
-            raise Mixes(f"{told} is not known to keep rows apart")
+            raise Mixes(f"{self.told(call.op)} is not known to keep rows apart")
         try:
             return rule.apply(call)
         except Mixes as reason:
-            raise Mixes(f"{told} {reason}") from None
+            raise Mixes(f"{self.told(call.op)} {reason}") from None
 
     def _own(self, call: Call) -> Rows | Sequence[Rows]:
         """Somebody's own operator: what it was declared to do."""

@@ -37,13 +37,14 @@ class Refaked:
 
     Args:
         values: fake tensors and symbolic numbers of one trace.
-        batch: symbols whose number is chosen so that it differs from every fixed size, where the trace's guards allow it.
+        batch: the symbols of the batch size.
+        apart: give these a number that differs from every fixed size, where the trace's guards allow it; else the example's.
 
     Attributes:
         mode: the fake mode.
     """
 
-    def __init__(self, values: Sequence[object], batch: frozenset[str]) -> None:
+    def __init__(self, values: Sequence[object], batch: frozenset[str], *, apart: bool) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -52,7 +53,7 @@ class Refaked:
         self._symbols: dict[Any, Any] = {}  # sympy symbols, of the trace and ours
         self._memory: dict[int, int] = {}  # ours → the trace's, as a negative number
         sizes = [size for value in values for size in _sizes(value)]
-        for symbol, number in _numbers(sizes, batch).items():
+        for symbol, number in _numbers(sizes, batch if apart else frozenset()).items():
             self._symbols[symbol] = self._new(str(symbol), number)
 
     def _new(self, name: str, number: int) -> Any:
