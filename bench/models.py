@@ -41,14 +41,15 @@ def tasks_of(arguments: argparse.Namespace) -> list[Task]:
     for source in arguments.list or LISTS:
         for index, row in enumerate(rows_of(source)):
             if re.search(arguments.only, row.name):
-                options = Options(
-                    arguments.backend,
-                    arguments.shapes,
-                    index % CUT_EVERY == 0 and not arguments.no_cut,
-                )
+                options = Options(arguments.backend, arguments.shapes, _is_cut(arguments, index))
                 found.append(Task(source, row.name, row.kind, arguments.samples, options))
     part, of = _part(arguments.part)
     return found[part - 1 :: of]
+
+
+def _is_cut(arguments: argparse.Namespace, index: int) -> bool:
+    """Every third model of a list; every one where single models are asked for."""
+    return not arguments.no_cut and (bool(arguments.only) or index % CUT_EVERY == 0)
 
 
 def _part(text: str) -> tuple[int, int]:

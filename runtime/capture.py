@@ -39,6 +39,7 @@ from piecework.runtime.capture_inputs import (
 from piecework.runtime.capture_results import (
     Fixed,
     FromArgument,
+    FromAttribute,
     FromGraph,
     FromWeight,
     ResultLeaf,
@@ -61,6 +62,7 @@ __all__ = [
     "Capture",
     "Fixed",
     "FromArgument",
+    "FromAttribute",
     "FromGraph",
     "FromWeight",
     "GraphInput",
@@ -371,6 +373,7 @@ def _found(
         if isinstance(each, Weight)
     }
     for leaf in results:
+        leaf = leaf.of if isinstance(leaf, FromAttribute) else leaf
         if isinstance(leaf, FromWeight):
             path, tensor = held[id(leaf.tensor)]
             found.setdefault(id(tensor), Found(path, tensor))

@@ -17,6 +17,7 @@ import torch.fx
 from torch.utils import _pytree as pytree
 
 from piecework.errors import CaptureError
+from piecework.runtime import torch_compat
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +43,24 @@ class FromWeight:
 
 
 @dataclass(frozen=True, slots=True)
+class FromAttribute:
+    """A leaf of the result that is a view which an argument or a weight has as an attribute, such as ``x.T``."""
+
+    of: FromArgument | FromWeight
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Fixed:
     """A leaf of the result that did not depend on the arguments."""
 
     value: object
 
 
-ResultLeaf = FromGraph | FromArgument | FromWeight | Fixed
+ResultLeaf = FromGraph | FromArgument | FromWeight | FromAttribute | Fixed
+
+# Dynamo takes these from the tensor itself where the model returns them, and not from the graph.
+_VIEWS = ("T", "mT", "H", "mH", "real", "imag", "data")
 
 
 def sizes_from_graph(result):  # type: ignore[no-untyped-def]
@@ -211,6 +223,9 @@ def result_leaf(
                 return FromArgument(index)
         if id(leaf) in held:
             return FromWeight(leaf)
+        found = _attribute(leaf, leaves, held)
+        if found is not None:
+            return found
     elif leaf is None or isinstance(
         leaf, (int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device)
     ):
@@ -220,3 +235,34 @@ def result_leaf(
         hint="return tensors, numbers and None in tuples, lists, dicts, or classes registered with "
         "torch.utils._pytree.register_pytree_node",
     )
+
+
+def _attribute(
+    leaf: torch.Tensor, leaves: Sequence[object], held: Mapping[int, tuple[str, torch.Tensor]]
+) -> FromAttribute | None:
+    """The argument or weight that ``leaf`` is a view of, and the attribute that gives it."""
+    owners: list[tuple[FromArgument | FromWeight, torch.Tensor]] = [
+        (FromArgument(index), each)
+        for index, each in enumerate(leaves)
+        if isinstance(each, torch.Tensor)
+    ]
+    owners += [(FromWeight(tensor), tensor) for _, tensor in held.values()]
+    for owner, tensor in owners:
+        for name in _VIEWS:
+            if _has_view(tensor, name) and _is_same(getattr(tensor, name), leaf):
+                return FromAttribute(owner, name)
+    return None
+
+
+def _is_same(one: torch.Tensor, two: torch.Tensor) -> bool:
+    kinds = [(each.dtype, each.is_conj(), each.is_neg()) for each in (one, two)]
+    return kinds[0] == kinds[1] and torch_compat.is_same_view(one, two)
+
+
+def _has_view(tensor: torch.Tensor, name: str) -> bool:
+    """Whether the attribute exists for this tensor, without a warning or an error."""
+    if name in ("T", "H"):
+        return tensor.dim() == 2
+    if name in ("mT", "mH"):
+        return tensor.dim() >= 2
+    return name == "data" or tensor.is_complex()

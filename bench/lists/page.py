@@ -52,7 +52,7 @@ def markdown(rows: Sequence[RowResult], settings: Iterable[str]) -> str:
         "batch size, 1, 2, 5, and 0 where the model itself can. *Equal* means: every output and every argument written in place "
         "has eager's values (by torch's tolerance for the dtype, or as near as stock), dtype, shape and structure, and eager's "
         "strides where stock has them. *split* is the same cut at the operator in the middle of its graph, *captured* that with "
-        "static graphs for 2, 4 and 8, the batch's dimensions marked; every third model is tried so.",
+        "static graphs for 1, 2, 4 and 8; every third model is tried so.",
         "",
         *[f"- {line}" for line in settings],
         "",

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from torch.utils import _pytree as pytree
 
 import piecework
 from piecework.bench.lists.judge import Answer, difference, kept, outputs_with_strides_of
@@ -27,7 +26,7 @@ Status = Literal["equal", "refused", "failed", "wrong"]
 STATUSES: tuple[Status, ...] = ("equal", "refused", "failed", "wrong")
 
 #: Sizes to capture, and to call then: captured, padded, and beyond.
-CAPTURED = (2, 4, 8)
+CAPTURED = (1, 2, 4, 8)
 CALLED = (4, 1, 3, 5, 2, 9)
 SEED = 7
 
@@ -142,8 +141,6 @@ class _Trial:
     ) -> StitchedModule:
         torch._dynamo.reset()
         args, kwargs = self._sample.arguments(self._sample.example)
-        if splitting_ops is not None:
-            self._mark_batch((args, kwargs))
         return piecework.compile(
             self._sample.build(),
             args,
@@ -151,17 +148,6 @@ class _Trial:
             config=self._options.config(),
             splitting_ops=splitting_ops,
         )
-
-    def _mark_batch(self, example: object) -> None:
-        """Say which dimensions are the batch's, for a graph that is to be captured: those that grow with it."""
-        if self._sample.example < 0:
-            return
-        larger = self._sample.arguments(self._sample.example + 1)
-        for one, two in zip(pytree.tree_leaves(example), pytree.tree_leaves(larger), strict=True):
-            if isinstance(one, torch.Tensor):
-                for dim in range(one.dim()):
-                    if one.size(dim) != two.size(dim) and one.size(dim) > 1:
-                        torch._dynamo.mark_dynamic(one, dim)
 
     # --- judging -----------------------------------------------------------------------------------
 

@@ -49,12 +49,14 @@ def test_torch_modules(part: int, tmp_path: Path) -> None:
 def test_models_cut_and_captured(tmp_path: Path) -> None:
     found = run(
         tmp_path,
-        *("--list", "plain torch", "--backend", "eager", "--together", "--part", "1/9"),
+        *("--list", "plain torch", "--backend", "eager", "--together"),
+        *("--only", "^(MLP|LSTM classifier|recommender with bags)$"),
     )
-    captured = {name: each["captured"] for name, each in found.items()}
-    # The recommender's list of items has a size of its own, which a captured graph would fix.
-    assert captured.pop("recommender with bags") == "refused"
-    assert set(captured.values()) == {"equal"} and len(captured) >= 2
+    assert {name: each.get("captured") for name, each in found.items()} == {
+        "MLP": "equal",
+        "LSTM classifier": "equal",
+        "recommender with bags": "equal",
+    }
 
 
 def test_families(tmp_path: Path) -> None:

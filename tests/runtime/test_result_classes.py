@@ -1,4 +1,4 @@
-"""Results in classes of the user's own: in, forwards that return dataclasses; out, equal instances at every call, sizes included."""
+"""Results of unusual kinds: in, forwards that return dataclasses, or views that tensors have as attributes; out, equal ones at every call, sizes included."""
 
 from __future__ import annotations
 
@@ -92,3 +92,46 @@ def same(got: object, expected: object) -> None:
 def test_methods_of_a_returned_dataclass_work() -> None:
     stitched = piecework.compile(lambda x: Scores(x * 2), (torch.randn(4, 3),), config=EAGER)
     assert stitched(torch.ones(2, 3)).total == 12
+
+
+VIEWS = {
+    "T": lambda x: x.T,
+    "mT": lambda x: (x.mT, x + 1),
+    "H": lambda x: x.H,
+    "real": lambda x: {"real": x.real},
+    "imag": lambda x: x.imag,
+    "data": lambda x: [x.data],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+@pytest.mark.parametrize("name", VIEWS)
+def test_view_attribute_of_an_argument(name: str, dtype: torch.dtype) -> None:
+    if name == "imag" and not dtype.is_complex:
+        pytest.skip("has none")
+    forward = VIEWS[name]
+    stitched = piecework.compile(forward, (torch.randn(4, 3, dtype=dtype),), config=EAGER)
+    for rows in (4, 2, 1):
+        x = torch.randn(rows, 3, dtype=dtype)
+        got, expected = (torch.utils._pytree.tree_leaves(f(x)) for f in (stitched, forward))
+        for one, two in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, two)
+            assert (one.stride(), one.is_conj()) == (two.stride(), two.is_conj())
+        assert got[0].data_ptr() == x.data_ptr() or name == "imag"
+
+
+def test_view_attribute_of_a_weight() -> None:
+    class Tied(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 5)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.layer(x), self.layer.weight.T
+
+    model = Tied().eval()
+    stitched = piecework.compile(model, (torch.randn(4, 3),), config=EAGER)
+    with torch.no_grad():
+        model.layer.weight.mul_(2)
+        for got, expected in zip(stitched(torch.ones(2, 3)), model(torch.ones(2, 3)), strict=True):
+            torch.testing.assert_close(got, expected)
