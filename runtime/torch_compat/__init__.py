@@ -116,6 +116,14 @@ from piecework.runtime.torch_compat.side_effects import (
     no_replay,
     writes_of_trace,
 )
+from piecework.runtime.torch_compat.switches import (
+    FORCE_EAGER,
+    compiler_off,
+    in_default_stance,
+    may_recompile,
+    stance_holder,
+    stance_name,
+)
 from piecework.runtime.torch_compat.tensors import (
     is_lazy,
     is_same_view,
@@ -144,6 +152,7 @@ from piecework.runtime.torch_compat.watch import (
 )
 
 __all__ = [
+    "FORCE_EAGER",
     "GuardReader",
     "Guarded",
     "OperatorWatch",
@@ -159,6 +168,7 @@ __all__ = [
     "backend_failure",
     "class_dict",
     "compile_fx",
+    "compiler_off",
     "custom_op_function",
     "custom_op_kernel",
     "data_dependent",
@@ -180,6 +190,7 @@ __all__ = [
     "has_standalone_compile",
     "hints_text",
     "identity_guard",
+    "in_default_stance",
     "inductor_key",
     "inductor_sources",
     "is_lazy",
@@ -197,6 +208,7 @@ __all__ = [
     "mark_unbacked",
     "marked_dims",
     "marks_of",
+    "may_recompile",
     "memory_apart",
     "metadata_guard",
     "negative_view",
@@ -223,6 +235,8 @@ __all__ = [
     "size_value",
     "sizes_text",
     "spec_parts",
+    "stance_holder",
+    "stance_name",
     "standalone_compile",
     "statically_equal",
     "storage_at",
