@@ -31,7 +31,7 @@ class SplitItem:
     Attributes:
         submod_name: its name in ``split_gm``.
         graph_id: its place in the order of execution.
-        is_splitting_graph: True if it holds splitting operators (it is not compiled).
+        is_splitting_graph: True if it is not compiled: it holds splitting operators, or nothing but views.
         graph: the submodule.
     """
 
@@ -252,14 +252,18 @@ def _merge_idle(partitions: Sequence[_Partition]) -> list[_Partition]:
     """Move partitions with nothing to launch into a neighbour (row S5).
 
     The last piece before takes them if their inputs exist by then. Else a splitting submodule beside them does: it is not
-    compiled, and running there keeps the order. Views always go there, so that they stay views of what they view.
+    compiled, and running there keeps the order. Views are a submodule that is not compiled by themselves, so that they stay
+    views of what they view, and the operators beside them are called as if they were not there.
     """
     kept: list[_Partition] = []
     position: dict[torch.fx.Node, int] = {}  # of the partition that holds a node, in `kept`
     last_piece = -1
     waiting: list[torch.fx.Node] = []  # idle nodes before the first partition
     for partition in partitions:
-        if partition.splitting or not all(map(_is_idle, partition.nodes)):
+        idle = not partition.splitting and all(map(_is_idle, partition.nodes))
+        if idle and len(partitions) > 1 and any(map(_is_view, partition.nodes)):
+            partition.splitting, idle = True, False
+        if not idle:
             partition.nodes[:0] = waiting
             waiting = []
             kept.append(partition)
@@ -270,8 +274,7 @@ def _merge_idle(partitions: Sequence[_Partition]) -> list[_Partition]:
         else:
             sources = (source for node in partition.nodes for source in node.all_input_nodes)
             ready = max((position.get(source, -1) for source in sources), default=-1)
-            beside = any(map(_is_view, partition.nodes)) or last_piece < max(ready, 0)
-            index = len(kept) - 1 if beside else last_piece
+            index = last_piece if last_piece >= max(ready, 0) else len(kept) - 1
             kept[index].nodes.extend(partition.nodes)
             position.update(dict.fromkeys(partition.nodes, index))
             continue

@@ -357,8 +357,12 @@ def test_views_alone_are_no_piece(where: str) -> None:
 
     gm = symbolic_graph_of(function)
     split_gm, items = split_graph(gm, ["test_split::cut"])
-    expected = {"first": ["cut", "piece"], "between": ["piece", "cut", "cut", "piece"]}
-    assert pieces(items) == expected.get(where, ["piece", "cut"])
+    expected = {
+        "first": ["cut", "cut", "piece"],
+        "between": ["piece", "cut", "cut", "cut", "piece"],
+        "last": ["piece", "cut", "cut"],
+    }
+    assert pieces(items) == expected[where]
     for rows in (4, 6):
         x = torch.arange(rows * 6.0).reshape(rows, 6)
         given = [
