@@ -125,7 +125,7 @@ class StitchedModule:
             raise ConfigError(f"a model must be callable; got a {type(model).__qualname__}")
         self.model = model
         self.runtime_config = runtime_config
-        self.as_it_is = model if as_it_is is None else as_it_is
+        self.as_it_is = _inside(around, model) if as_it_is is None else as_it_is
         self.config = config or CompilationConfig()
         counters.num_models_seen += 1
         tag = current_model_tag()
@@ -563,6 +563,20 @@ torch_compat.keep_out_of_traces(StitchedModule.__call__, OPAQUE)  # type: ignore
 def _policy_of(args: Sequence[object], kwargs: Mapping[str, object]) -> SizePolicy:
     marks = KeptMarks(pytree.tree_leaves((tuple(args), dict(kwargs))))
     return marks if marks.any else AllDimensions()
+
+
+def _inside(
+    around: Callable[[], AbstractContextManager[object]], model: Callable[..., object]
+) -> Callable[..., object]:
+    """``model`` as its traces see it."""
+    if around is nullcontext:
+        return model
+
+    def run(*args: object, **kwargs: object) -> object:
+        with around():
+            return model(*args, **kwargs)
+
+    return run
 
 
 def _model_name(model: Callable[..., object]) -> str:

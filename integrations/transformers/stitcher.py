@@ -140,7 +140,9 @@ class StitchedForward:
 
         What is compiled already keeps running, as with ``torch.compile``, except in the stance ``force_eager``.
         """
-        if entry in self._entries and torch_compat.stance_name() != torch_compat.FORCE_EAGER:
+        made = self._entries.get(entry)
+        compiled = made is not None and bool(made.traces)
+        if compiled and torch_compat.stance_name() != torch_compat.FORCE_EAGER:
             return False
         switch = torch_compat.compiler_off()
         if switch is not None and switch != self._said:
