@@ -134,7 +134,8 @@ class PassConfig(FrozenModel):
     """Which graph passes run on a piece after Inductor's own."""
 
     eliminate_noops: Annotated[bool, KEY] = Field(
-        True, description="Remove reshapes, slices and slice_scatters that change nothing."
+        True,
+        description="Remove reshapes, slices and slice_scatters that change nothing, and shorten chains of views.",
     )
     defunctionalize: Annotated[bool, KEY] = Field(
         True, description="Turn auto-functionalised custom ops back into their in-place form."
