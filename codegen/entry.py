@@ -71,6 +71,9 @@ class EntrySource:
 PROVIDED = (
     "bound",
     "submods_for",
+    "dynamo",
+    "stance",
+    "entry_in_stance",
     "entry_with_care",
     "explain_inputs",
     "explain_weights",

@@ -14,6 +14,7 @@ import torch.fx
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.fx.graph import CodeGen
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from piecework.codegen.origin import node_where, value_of
 from piecework.codegen.regions import Regions
@@ -30,7 +31,7 @@ class SplitItem:
     Attributes:
         submod_name: its name in ``split_gm``.
         graph_id: its place in the order of execution.
-        is_splitting_graph: True if it holds splitting operators (it is not compiled).
+        is_splitting_graph: True if it is not compiled: it holds splitting operators, or nothing but views.
         graph: the submodule.
     """
 
@@ -156,13 +157,55 @@ def _returns_sequence(node: torch.fx.Node) -> bool:
 _ALLOCATIONS = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 
 
+# Views, by the names of methods and functions: of what may be one of them, the recorded values say whether it is.
+_VIEWS = frozenset(
+    [
+        "alias",
+        "as_strided",
+        "chunk",
+        "contiguous",
+        "detach",
+        "diagonal",
+        "expand",
+        "expand_as",
+        "flatten",
+        "movedim",
+        "moveaxis",
+        "narrow",
+        "permute",
+        "reshape",
+        "reshape_as",
+        "select",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "squeeze",
+        "swapaxes",
+        "swapdims",
+        "t",
+        "tensor_split",
+        "transpose",
+        "unbind",
+        "unflatten",
+        "unsafe_chunk",
+        "unsafe_split",
+        "unsqueeze",
+        "view",
+        "view_as",
+        "_reshape_alias",
+        "_unsafe_view",
+        "getitem",
+    ]
+)
+
+
 # Where functions of integers live that do nothing but compute.
 _PURE_MODULES = ("_operator", "math", "builtins", "torch")
 
 
 def _is_idle(node: torch.fx.Node) -> bool:
-    """True if ``node`` launches no kernel and does nothing else: it allocates, reads a size, or computes with sizes."""
-    if is_size_read(node):
+    """True if ``node`` launches no kernel and does nothing else: it allocates, views, reads a size, or computes with sizes."""
+    if is_size_read(node) or _is_view(node):
         return True
     if node.op == "call_method":
         return node.target in _ALLOCATIONS
@@ -179,6 +222,28 @@ def _is_idle(node: torch.fx.Node) -> bool:
     return computes and not _reads_data(node)
 
 
+def _is_view(node: torch.fx.Node) -> bool:
+    """True if all that ``node`` gives lies in memory of its first argument."""
+    if node.op not in ("call_function", "call_method") or not node.args:
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    source = node.args[0]
+    if name.partition(".")[0] not in _VIEWS or not isinstance(source, torch.fx.Node):
+        return False
+    viewed, given = _memory(value_of(source)), _memory(value_of(node))
+    return viewed is not None and given is not None and given <= viewed
+
+
+def _memory(value: object) -> set[StorageWeakRef] | None:
+    """Where the tensors of ``value`` lie; None if it holds anything else, or nothing."""
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    if not values or not all(isinstance(each, torch.Tensor) for each in values):
+        return None
+    if any(each.layout is not torch.strided for each in values):
+        return None
+    return {StorageWeakRef(each.untyped_storage()) for each in values}  # type: ignore[no-untyped-call]
+
+
 def _reads_data(node: torch.fx.Node) -> bool:
     return any(isinstance(value_of(source), torch.Tensor) for source in node.all_input_nodes)
 
@@ -187,14 +252,18 @@ def _merge_idle(partitions: Sequence[_Partition]) -> list[_Partition]:
     """Move partitions with nothing to launch into a neighbour (row S5).
 
     The last piece before takes them if their inputs exist by then. Else a splitting submodule beside them does: it is not
-    compiled, and running there keeps the order.
+    compiled, and running there keeps the order. Views are a submodule that is not compiled by themselves, so that they stay
+    views of what they view, and the operators beside them are called as if they were not there.
     """
     kept: list[_Partition] = []
     position: dict[torch.fx.Node, int] = {}  # of the partition that holds a node, in `kept`
     last_piece = -1
     waiting: list[torch.fx.Node] = []  # idle nodes before the first partition
     for partition in partitions:
-        if partition.splitting or not all(map(_is_idle, partition.nodes)):
+        idle = not partition.splitting and all(map(_is_idle, partition.nodes))
+        if idle and len(partitions) > 1 and any(map(_is_view, partition.nodes)):
+            partition.splitting, idle = True, False
+        if not idle:
             partition.nodes[:0] = waiting
             waiting = []
             kept.append(partition)

@@ -431,7 +431,7 @@ def _run_dynamo(
     own_symbols = torch_compat.own_symbol_per_dimension()
     try:
         with torch.no_grad(), torch._dynamo.config.patch(settings), own_symbols:
-            return compiled(*args, **kwargs)
+            return torch_compat.in_default_stance(lambda: compiled(*args, **kwargs))
     except Exception as error:
         own = own_error(error)
         if own is not None:

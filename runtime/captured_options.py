@@ -19,7 +19,7 @@ from piecework.runtime.graphs.address import AddressPolicy
 from piecework.runtime.graphs.capture import ContextFor, FailurePolicy
 from piecework.runtime.graphs.descriptor import BatchKind
 from piecework.runtime.graphs.mode import CUDAGraphMode
-from piecework.runtime.graphs.sizes import default_capture_sizes
+from piecework.runtime.graphs.sizes import default_capture_sizes, require_positive_sizes
 from piecework.runtime.input_slots import Number
 
 _WORTH_CAPTURING = 512
@@ -142,12 +142,21 @@ def plan_capture(
         mode,
         chosen,
         max_num_seqs=max(chosen) if runtime is None else runtime.max_num_seqs,
-        uniform_decode_query_len=1 if runtime is None else runtime.uniform_decode_query_len,
+        uniform_decode_query_len=1 if runtime is None else runtime.query_lens,
+        decode_multiple_of=(
+            runtime.tensor_parallel_size
+            if runtime is not None and config.pass_config.enable_sp
+            else 1
+        ),
         lora=lora,
         axes={**options.axes, **values},
         strict=options.strict,
         exact=_never_padded(shape),
     )
+    for key in list(dispatcher.cudagraph_keys[CUDAGraphMode.FULL]):
+        # Decode sizes that follow from the others; what was asked for by name is an error where it can't be.
+        if key.num_tokens not in chosen and _refused(shape, key.num_tokens, others):
+            dispatcher.give_up(CUDAGraphMode.FULL, key)
     return CapturePlan(mode, chosen, others, dispatcher)
 
 
@@ -155,6 +164,10 @@ def _never_padded(shape: BatchShape) -> Reason | None:
     if shape.mixes is None:
         return None
     return Reason.UNDECLARED if shape.undeclared else Reason.NOT_EXACT
+
+
+def _refused(shape: BatchShape, size: int, others: Sequence[Mapping[str, int]]) -> bool:
+    return any(shape.refusal(size, each) is not None for each in others)
 
 
 def _mode(config: CompilationConfig, options: CaptureOptions) -> CUDAGraphMode:
@@ -175,12 +188,15 @@ def _sizes(
     others: Sequence[Mapping[str, int]],
     runtime: RuntimeConfig | None,
 ) -> tuple[int, ...]:
-    named = config.cudagraph_capture_sizes if sizes is None else tuple(sorted(set(sizes)))
+    named = config.cudagraph_capture_sizes if sizes is None else require_positive_sizes(sizes)
     wanted = named
-    if runtime is not None:
+    if runtime is not None and named != ():
         largest = None if named is not None else config.max_cudagraph_capture_size
         asked = config.replace(
-            cudagraph_mode=mode, cudagraph_capture_sizes=named, max_cudagraph_capture_size=largest
+            cudagraph_mode=mode,
+            cudagraph_capture_sizes=named,
+            max_cudagraph_capture_size=largest,
+            compile_sizes=(),  # they are compiled already, and serve what runs uncaptured
         )
         wanted = asked.resolve(runtime).cudagraph_capture_sizes
     elif named is None:
@@ -189,7 +205,7 @@ def _sizes(
     if named is not None:
         require_sizes(shape, found, others)
     else:  # steps that nobody asked for one by one
-        found = tuple(n for n in found if all(shape.refusal(n, each) is None for each in others))
+        found = tuple(n for n in found if not _refused(shape, n, others))
     if not found:
         raise StaticGraphError("there is no size to capture", where="capture sizes")
     return found

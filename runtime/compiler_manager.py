@@ -19,7 +19,7 @@ from piecework.errors import ConfigError, PieceCompileError, PieceworkError
 from piecework.runtime import torch_compat
 from piecework.runtime.compile_progress import CompileProgress, current_progress
 from piecework.runtime.compilers import CompiledPiece, make_compiler
-from piecework.runtime.compilers.reproducer import keep_reproducer
+from piecework.runtime.compilers.reproducer import file_name, keep_reproducer
 from piecework.runtime.config import CompilationConfig, RuntimeConfig
 from piecework.runtime.counters import counters
 from piecework.runtime.observe import trace
@@ -243,7 +243,10 @@ class CompilerManager:
             trace.artifact(
                 "piece_start", lambda: f"{submod_name} for batch {compile_range or 'all'}"
             )
-            trace.artifact("piece_graph", lambda: graph.print_readable(print_output=False))
+            trace.artifact(
+                file_name(submod_name, compile_range),
+                lambda: graph.print_readable(print_output=False),
+            )
             return self._compile_checked(graph, example_inputs, compile_range)
 
         try:

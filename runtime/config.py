@@ -154,7 +154,8 @@ class CompilationConfig(FrozenModel):
     cudagraph_capture_sizes: Annotated[CaptureSizes | None, ignored(_A_CAPTURE_SIZE)] = Field(
         None,
         description="Batch sizes to capture. None is 1, 2, 4, then by 8 to 256, then by 16 to the "
-        "maximum; an empty list captures nothing.",
+        "maximum, and the same steps in requests up to max_num_seqs; an empty list goes with mode "
+        "`NONE` only.",
     )
     max_cudagraph_capture_size: Annotated[int | None, ignored(_A_CAPTURE_SIZE)] = Field(
         None,
@@ -240,9 +241,10 @@ class CompilationConfig(FrozenModel):
     def adjust_cudagraph_sizes_for_spec_decode(
         self, uniform_decode_query_len: int, tensor_parallel_size: int = 1
     ) -> CompilationConfig:
-        """A copy whose capture sizes are multiples of the query length of a decode batch.
+        """A copy whose capture sizes are multiples of the query length of a decode batch, all of them.
 
-        With ``pass_config.enable_sp`` they are multiples of ``tensor_parallel_size`` too.
+        With ``pass_config.enable_sp`` they are multiples of ``tensor_parallel_size`` too. ``resolve()`` leaves the sizes of
+        other batches as they are: the dispatcher rounds for decode batches only, so this is for who captures nothing else.
 
         Raises:
             ConfigError: the sizes are not chosen yet, or no multiple fits under the maximum.

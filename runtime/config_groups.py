@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
 from piecework.errors import ConfigError
 from piecework.runtime.config_model import KEY, Conflict, FrozenModel, ignored
+from piecework.runtime.config_values import QueryLens
 from piecework.runtime.graphs.mode import CUDAGraphMode
 
 
@@ -133,7 +134,8 @@ class PassConfig(FrozenModel):
     """Which graph passes run on a piece after Inductor's own."""
 
     eliminate_noops: Annotated[bool, KEY] = Field(
-        True, description="Remove reshapes, slices and slice_scatters that change nothing."
+        True,
+        description="Remove reshapes, slices and slice_scatters that change nothing, and shorten chains of views.",
     )
     defunctionalize: Annotated[bool, KEY] = Field(
         True, description="Turn auto-functionalised custom ops back into their in-place form."
@@ -167,6 +169,12 @@ class RuntimeConfig(FrozenModel):
     uniform_decode_query_len: Annotated[int, ignored("it only shapes the captured sizes")] = Field(
         1, ge=1, description="Query tokens of a request in a decode batch (1 plus the speculated)."
     )
+    further_decode_query_lens: Annotated[
+        QueryLens, ignored("they only shape the captured sizes")
+    ] = Field(
+        (),
+        description="Narrower query lengths that decode batches have too, where the width of the draft varies.",
+    )
     enable_lora: Annotated[bool, ignored("it only adds captured descriptors")] = Field(
         False, description="Adapters may be active, so captured graphs are kept apart by it."
     )
@@ -192,8 +200,29 @@ class RuntimeConfig(FrozenModel):
         "", description="The model's name in reports and folders."
     )
 
+    @property
+    def query_lens(self) -> tuple[int, ...]:
+        """Every query length of a decode batch, ascending."""
+        return tuple(sorted({self.uniform_decode_query_len, *self.further_decode_query_lens}))
+
     def conflicts(self) -> list[Conflict]:
         found = []
+        wider = [n for n in self.further_decode_query_lens if n > self.uniform_decode_query_len]
+        if wider:
+            found.append(
+                Conflict(
+                    ("further_decode_query_lens", "uniform_decode_query_len"),
+                    f"{', '.join(map(str, wider))} is more than {self.uniform_decode_query_len}, the widest",
+                )
+            )
+        if self.uniform_decode_query_len > self.max_num_batched_tokens:
+            found.append(
+                Conflict(
+                    ("uniform_decode_query_len", "max_num_batched_tokens"),
+                    f"a request of {self.uniform_decode_query_len} tokens does not fit in "
+                    f"{self.max_num_batched_tokens}",
+                )
+            )
         if self.rank >= self.world_size:
             found.append(Conflict(("rank", "world_size"), f"rank {self.rank} of {self.world_size}"))
         if self.dp_rank >= self.data_parallel_size:

@@ -14,7 +14,11 @@ from piecework.runtime.config_groups import CompilationMode, RuntimeConfig
 from piecework.runtime.config_model import Conflict, report
 from piecework.runtime.config_values import CAPTURE_SIZES, has_op
 from piecework.runtime.graphs.mode import CUDAGraphMode
-from piecework.runtime.graphs.sizes import adjust_sizes_for_spec_decode, resolve_capture_sizes
+from piecework.runtime.graphs.sizes import (
+    adjust_sizes_for_spec_decode,
+    padded_sizes,
+    resolve_capture_sizes,
+)
 from piecework.runtime.ranges import derive_ranges
 
 if TYPE_CHECKING:
@@ -67,7 +71,13 @@ def conflicts_of(config: CompilationConfig) -> list[Conflict]:
                     "empty; use FULL to capture the whole graph",
                 )
             )
-    sizes, largest = config.cudagraph_capture_sizes, config.max_cudagraph_capture_size
+    return [*found, *_size_conflicts(config)]
+
+
+def _size_conflicts(config: CompilationConfig) -> list[Conflict]:
+    found: list[Conflict] = []
+    captures, sizes = config.cudagraph_mode, config.cudagraph_capture_sizes
+    largest = config.max_cudagraph_capture_size
     if sizes is not None and largest is not None and largest != max(sizes, default=0):
         found.append(
             Conflict(
@@ -76,6 +86,37 @@ def conflicts_of(config: CompilationConfig) -> list[Conflict]:
                 "give only one of the two",
             )
         )
+    if captures is CUDAGraphMode.NONE:
+        return found
+    if sizes == ():
+        found.append(
+            Conflict(
+                ("cudagraph_mode", "cudagraph_capture_sizes"),
+                f"{captures} captures, and no size is listed; use mode NONE, or leave the list out",
+            )
+        )
+    if largest == 0:
+        found.append(
+            Conflict(
+                ("cudagraph_mode", "max_cudagraph_capture_size"),
+                f"{captures} captures, and the largest size is 0; use mode NONE",
+            )
+        )
+    # A batch that may run uncaptured keeps its own size, so that any size is reached.
+    if sizes and captures.mixed_mode() is not CUDAGraphMode.NONE:
+        padded = padded_sizes(sizes)
+        idle = [
+            f"{size} (padded to {padded[size]})"
+            for size in config.compile_sizes
+            if isinstance(size, int) and size < len(padded) and padded[size] != size
+        ]
+        if idle:
+            found.append(
+                Conflict(
+                    ("compile_sizes", "cudagraph_capture_sizes"),
+                    f"no batch runs in {', '.join(idle)}; compile captured sizes, or sizes above {max(sizes)}",
+                )
+            )
     return found
 
 
@@ -146,13 +187,38 @@ def with_capture_sizes(config: CompilationConfig, runtime: RuntimeConfig) -> Com
             config.max_cudagraph_capture_size,
             max_num_seqs=runtime.max_num_seqs,
             max_num_batched_tokens=runtime.max_num_batched_tokens,
-            decode_query_len=runtime.uniform_decode_query_len,
+            decode_query_lens=runtime.query_lens,
         )
+        captured = _whole_shares(captured, _ranks_that_cut(config, runtime))
     elif config.cudagraph_capture_sizes:
         _log.warning("cudagraph_mode NONE captures nothing: cudagraph_capture_sizes are dropped")
     return config.replace(
         cudagraph_capture_sizes=captured, max_cudagraph_capture_size=max(captured, default=0)
     )
+
+
+def _ranks_that_cut(config: CompilationConfig, runtime: RuntimeConfig) -> int:
+    """Over how many ranks the tokens of a batch are cut."""
+    return runtime.tensor_parallel_size if config.pass_config.enable_sp else 1
+
+
+def _whole_shares(sizes: tuple[int, ...], ranks: int) -> tuple[int, ...]:
+    """The sizes of which every rank gets the same share; others are left out, which is logged.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    kept = tuple(size for size in sizes if size % ranks == 0)
+    if sizes and not kept:
+        raise ConfigError(
+            f"no capture size is a multiple of {ranks}, over which the sequence is cut",
+            where="cudagraph_capture_sizes",
+            hint="list multiples, or switch pass_config.enable_sp off",
+        )
+    if len(kept) < len(sizes):
+        dropped = ", ".join(str(size) for size in sizes if size not in kept)
+        _log.warning("capture sizes %s are dropped: the sequence is cut over %s", dropped, ranks)
+    return kept
 
 
 def with_compile_sizes(config: CompilationConfig) -> CompilationConfig:
@@ -189,6 +255,20 @@ def with_spec_decode_sizes(
     return config.replace(
         cudagraph_capture_sizes=adjusted, max_cudagraph_capture_size=max(adjusted, default=0)
     )
+
+
+def with_decode_sizes(config: CompilationConfig, runtime: RuntimeConfig) -> CompilationConfig:
+    """``config`` itself, after a check that decode batches of every query length have a size to be captured in."""
+    captures, sizes = config.cudagraph_mode, config.cudagraph_capture_sizes
+    if sizes and captures.separate_routine() and captures.decode_mode() is CUDAGraphMode.FULL:
+        for query_len in runtime.query_lens:
+            adjust_sizes_for_spec_decode(
+                sizes,
+                query_len,
+                max_size=max(sizes),
+                tensor_parallel_size=_ranks_that_cut(config, runtime),
+            )
+    return config
 
 
 def with_ranges(config: CompilationConfig, runtime: RuntimeConfig) -> CompilationConfig:
@@ -235,12 +315,7 @@ def resolve(
     if registered is not None:
         done = step(done, lambda each: with_splitting_ops(each, registered, attention_ops))
     done = step(done, lambda each: with_capture_sizes(each, runtime))
-    query_len = runtime.uniform_decode_query_len
-    decodes_full = done.cudagraph_mode.decode_mode() is CUDAGraphMode.FULL
-    if query_len > 1 and decodes_full and done.cudagraph_capture_sizes is not None:
-        done = step(
-            done, lambda each: with_spec_decode_sizes(each, query_len, runtime.tensor_parallel_size)
-        )
+    done = step(done, lambda each: with_decode_sizes(each, runtime))
     if done.cudagraph_capture_sizes is not None:  # else the step that chooses them has failed
         done = step(done, with_compile_sizes)
     done = step(done, lambda each: with_reachable_sizes(each, runtime))

@@ -75,14 +75,12 @@ def _custom_ops(rules: tuple[str, ...]) -> tuple[str, ...]:
     ]
     if {"all", "none"} <= set(rules):
         faults.append("'all' and 'none' are both given")
-    elif len(rules) - len(set(rules)):
-        twice = sorted(rule for rule, times in Counter(rules).items() if times > 1)
-        faults.append(f"given more than once: {', '.join(twice)}")
+    faults += [f"given more than once: {base}" for base in ("all", "none") if rules.count(base) > 1]
     both = sorted({rule[1:] for rule in rules if rule[0] == "+" and f"-{rule[1:]}" in rules})
     faults += [f"'+{name}' and '-{name}' are both given" for name in both]
     if faults:
         raise ValueError("; ".join(faults))
-    return rules
+    return tuple(dict.fromkeys(rules))
 
 
 def _options(value: Mapping[str, Any]) -> FrozenMap:
@@ -118,6 +116,9 @@ def has_op(names: Iterable[str], op: str) -> bool:
 
 PositiveInt = Annotated[int, Field(strict=True, gt=0)]
 CaptureSizes = Annotated[
+    tuple[PositiveInt, ...], BeforeValidator(_as_list), AfterValidator(_sorted_unique)
+]
+QueryLens = Annotated[
     tuple[PositiveInt, ...], BeforeValidator(_as_list), AfterValidator(_sorted_unique)
 ]
 Endpoints = Annotated[

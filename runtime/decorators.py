@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ from typing import TypeVar, overload
 import torch
 
 from piecework.errors import ConfigError
+from piecework.runtime import torch_compat
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.config_groups import CompilationMode, DynamicShapesType, RuntimeConfig
 from piecework.runtime.dynamic_dims import DimsByName, dims_of, marked
@@ -31,6 +33,8 @@ from piecework.runtime.model_tag import (
 )
 from piecework.runtime.modes import UnstitchedModule, compile_with_mode
 from piecework.runtime.stitched import StitchedModule
+
+_log = logging.getLogger(__name__)
 
 ModuleClass = TypeVar("ModuleClass", bound=type[torch.nn.Module])
 EnableIf = Callable[[CompilationConfig], bool]
@@ -132,7 +136,8 @@ def stitched_of(model: torch.nn.Module) -> StitchedModule | None:
     """What an instance of a decorated class was compiled to: its source, pieces and report.
 
     Returns:
-        None before the first call, and where the instance runs unstitched (its mode, ``enable_if``, ignored).
+        None before the first call, and where the instance runs unstitched (its mode, ``enable_if``, ignored, torch's
+        compiler switched off).
     """
     state = vars(model).get(_STATE)
     if not isinstance(state, _State) or state.model is not model:
@@ -224,9 +229,10 @@ class _State:
         call: what a call runs.
         made: the compiled model behind it; None where the instance runs as it is.
         tag: the model tag at construction.
+        said: the switch of torch's compiler that was logged.
     """
 
-    __slots__ = ("call", "lock", "made", "model", "tag")
+    __slots__ = ("call", "lock", "made", "model", "said", "tag")
 
     def __init__(self, tag: ModelTag | None = None) -> None:
         self.tag = tag
@@ -234,6 +240,7 @@ class _State:
         self.model: torch.nn.Module | None = None
         self.call: Callable[..., object] | None = None
         self.made: StitchedModule | None = None
+        self.said: str | None = None
 
     def __copy__(self) -> _State:
         return _State(self.tag)
@@ -253,6 +260,8 @@ def _compiling_call(original: Callable[..., object]) -> Callable[..., object]:
         state = self.__dict__.get(_STATE)
         if state is None or state.model is not self or state.call is None:
             state = _at_first_call(self, original, args, kwargs)
+            if state.call is None:  # torch's compiler is switched off
+                return original(self, *args, **kwargs)
         try:
             return state.call(*args, **kwargs)  # type: ignore[misc]  # there since the first call
         except Exception as error:
@@ -286,7 +295,7 @@ def _compile(
     args: tuple[object, ...],
     kwargs: Mapping[str, object],
 ) -> None:
-    """Fill ``state``; on an exception it is as before, and the next call tries again."""
+    """Fill ``state``; on an exception, and while torch's compiler is off, it is as before, and the next call tries again."""
     config = _config_of(model)
     support = _support_of(type(model))
     plain = _without_decorator(model, original)
@@ -297,11 +306,18 @@ def _compile(
     ):
         state.call, state.model = plain, model
         return
+    switch = torch_compat.compiler_off()
+    if switch is not None:
+        if switch != state.said:
+            state.said = switch
+            _log.warning("%s runs as it is, uncompiled: %s", type(model).__name__, switch)
+        return
     stock = config.mode is CompilationMode.STOCK_TORCH_COMPILE
     # What a subclass's own __call__ does around this one happens at each call, so it is not traced.
     whole = not stock and hasattr(type(model).__call__, _SUPPORT)
     with set_on_compilation_complete(_tell_nobody):
-        made = _compiled(model, support, config, state.tag, args, kwargs, model if whole else plain)
+        traced = model if whole else plain
+        made = _compiled(model, support, config, state.tag, args, kwargs, traced, plain)
     state.made, state.model = made, model
     state.call = made
     if (
@@ -335,6 +351,7 @@ def _compiled(
     args: tuple[object, ...],
     kwargs: Mapping[str, object],
     traced: Callable[..., object],
+    as_it_is: Callable[..., object],
 ) -> StitchedModule:
     dims = dims_of(
         model.forward,
@@ -351,10 +368,18 @@ def _compiled(
         if shapes is DynamicShapesType.AUTO and stitches:
             sizes = DeclaredDimensions(dims, model.forward)
             return compile_with_mode(
-                traced, args, kwargs, config=config, runtime_config=runtime, sizes=sizes
+                traced,
+                args,
+                kwargs,
+                config=config,
+                runtime_config=runtime,
+                sizes=sizes,
+                as_it_is=as_it_is,
             )
         stack.enter_context(marked(dims, arguments, shapes))
-        return compile_with_mode(traced, args, kwargs, config=config, runtime_config=runtime)
+        return compile_with_mode(
+            traced, args, kwargs, config=config, runtime_config=runtime, as_it_is=as_it_is
+        )
 
 
 def _config_of(model: torch.nn.Module) -> CompilationConfig:

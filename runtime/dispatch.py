@@ -9,12 +9,20 @@ import enum
 from bisect import bisect_left
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from piecework.errors import InputError, StaticGraphError
-from piecework.runtime.dispatch_keys import CAPTURING, CapturedKeys, LoraCases
+from piecework.runtime.dispatch_keys import (
+    CAPTURING,
+    CapturedKeys,
+    LoraCases,
+    uniform_descriptor,
+)
 from piecework.runtime.graphs.descriptor import Axes, BatchDescriptor, BatchKind
 from piecework.runtime.graphs.mode import CUDAGraphMode
+
+if TYPE_CHECKING:
+    from piecework.runtime.config_groups import PassConfig
 
 
 class Reason(enum.Enum):
@@ -77,6 +85,9 @@ class DispatchSettings(Protocol):
     @property
     def cudagraph_specialize_lora(self) -> bool: ...
 
+    @property
+    def pass_config(self) -> PassConfig: ...
+
 
 class BatchLimits(Protocol):
     """What the dispatcher reads of the run-time configuration."""
@@ -85,7 +96,10 @@ class BatchLimits(Protocol):
     def max_num_seqs(self) -> int: ...
 
     @property
-    def uniform_decode_query_len(self) -> int: ...
+    def query_lens(self) -> tuple[int, ...]: ...
+
+    @property
+    def tensor_parallel_size(self) -> int: ...
 
     @property
     def enable_lora(self) -> bool: ...
@@ -98,7 +112,8 @@ class CudagraphDispatcher(CapturedKeys):
         mode: what decode and mixed batches use.
         capture_sizes: sizes in tokens.
         max_num_seqs: most requests in a batch; decode graphs never exceed it.
-        uniform_decode_query_len: tokens of each request in a decode batch.
+        uniform_decode_query_len: tokens of each request in a decode batch; several where drafts differ in width.
+        decode_multiple_of: ranks that the tokens of a decode batch are cut over.
         lora: which cases are captured for adapters.
         axes: further axes of the descriptor, each with the values to capture; the first is the default.
         strict: a fall-back to NONE that nobody asked for is an error.
@@ -117,7 +132,8 @@ class CudagraphDispatcher(CapturedKeys):
         capture_sizes: Iterable[int],
         *,
         max_num_seqs: int,
-        uniform_decode_query_len: int = 1,
+        uniform_decode_query_len: int | Sequence[int] = 1,
+        decode_multiple_of: int = 1,
         lora: LoraCases | None = None,
         axes: Mapping[str, Sequence[Hashable]] | None = None,
         strict: bool = False,
@@ -130,6 +146,7 @@ class CudagraphDispatcher(CapturedKeys):
             capture_sizes,
             max_num_seqs=max_num_seqs,
             uniform_decode_query_len=uniform_decode_query_len,
+            decode_multiple_of=decode_multiple_of,
             lora=lora,
             axes=axes,
         )
@@ -149,16 +166,17 @@ class CudagraphDispatcher(CapturedKeys):
             config.cudagraph_mode,
             config.cudagraph_capture_sizes or (),
             max_num_seqs=limits.max_num_seqs,
-            uniform_decode_query_len=limits.uniform_decode_query_len,
+            uniform_decode_query_len=limits.query_lens,
+            decode_multiple_of=limits.tensor_parallel_size if config.pass_config.enable_sp else 1,
             lora=LoraCases(limits.enable_lora, config.cudagraph_specialize_lora, lora_counts),
             axes=axes,
             strict=strict,
         )
 
     def initialize_cudagraph_keys(
-        self, cudagraph_mode: CUDAGraphMode, uniform_decode_query_len: int = 1
+        self, cudagraph_mode: CUDAGraphMode, uniform_decode_query_len: int | Sequence[int] = 1
     ) -> None:
-        self._known: dict[tuple[int, bool, bool, int], tuple[CUDAGraphMode, BatchDescriptor]] = {}
+        self._known: dict[tuple[int | bool, ...], tuple[CUDAGraphMode, BatchDescriptor]] = {}
         super().initialize_cudagraph_keys(cudagraph_mode, uniform_decode_query_len)
 
     def give_up(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
@@ -175,12 +193,13 @@ class CudagraphDispatcher(CapturedKeys):
         valid_modes: Collection[CUDAGraphMode] | None = None,
         invalid_modes: Collection[CUDAGraphMode] | None = None,
         axes: Mapping[str, Hashable] | None = None,
+        query_len: int | None = None,
     ) -> tuple[CUDAGraphMode, BatchDescriptor]:
         """The mode and descriptor that a batch runs as; see ``explain`` for arguments and errors.
 
         Plain questions are answered from memory, so that a serving step pays for one look-up.
         """
-        plain = valid_modes is None and invalid_modes is None and axes is None
+        plain = valid_modes is None and invalid_modes is None and axes is None and query_len is None
         question = (num_tokens, uniform_decode, has_lora, num_active_loras)
         if plain and question in self._known:
             return self._known[question]
@@ -192,6 +211,7 @@ class CudagraphDispatcher(CapturedKeys):
             valid_modes=valid_modes,
             invalid_modes=invalid_modes,
             axes=axes,
+            query_len=query_len,
         )
         answer = (found.mode, found.descriptor)
         if plain:
@@ -209,18 +229,20 @@ class CudagraphDispatcher(CapturedKeys):
         invalid_modes: Collection[CUDAGraphMode] | None = None,
         axes: Mapping[str, Hashable] | None = None,
         strict: bool | None = None,
+        query_len: int | None = None,
     ) -> Dispatch:
         """How a batch runs: FULL on an exact key, else a relaxed key (FULL, then PIECEWISE), else NONE.
 
         Args:
             num_tokens: tokens of the batch, unpadded.
-            uniform_decode: every request has ``uniform_decode_query_len`` tokens.
+            uniform_decode: every request has ``query_len`` tokens.
             has_lora: adapters are active.
             num_active_loras: how many.
             valid_modes: the modes to choose from; None is all.
             invalid_modes: modes to leave out.
             axes: values of the declared extra axes.
             strict: overrides the dispatcher's own.
+            query_len: tokens of each request of a uniform batch; ``uniform_decode_query_len`` by default.
 
         Raises:
             InputError: no tokens, an undeclared axis, or NONE is left out and nothing else fits.
@@ -230,15 +252,16 @@ class CudagraphDispatcher(CapturedKeys):
             raise InputError(f"a batch has {num_tokens} tokens", where="dispatch")
         allowed = _allowed(valid_modes, invalid_modes)
         extra = self._extra(axes)
+        query_len = query_len or self.uniform_decode_query_len
         # What is no whole number of requests can't be a decode batch, whatever the caller says.
-        uniform_decode = uniform_decode and num_tokens % self.uniform_decode_query_len == 0
+        uniform_decode = uniform_decode and num_tokens % query_len == 0
         lora = self.lora.key(has_lora, num_active_loras)
         if lora is None:
             own = BatchDescriptor(num_tokens, None, False, has_lora, num_active_loras, extra)
             return self._uncaptured(own, Reason.NO_LORA, uniform_decode, allowed, strict)
         considered = False
         excluded = False
-        for mode, key in self._candidates(num_tokens, uniform_decode, lora, extra):
+        for mode, key in self._candidates(num_tokens, query_len * uniform_decode, lora, extra):
             considered = True
             if key not in self.cudagraph_keys[mode]:
                 continue
@@ -269,22 +292,23 @@ class CudagraphDispatcher(CapturedKeys):
             invalid_modes=kind.invalid_modes or None,
             axes=dict(kind.axes),
             strict=strict,
+            query_len=kind.query_len,
         )
 
     def _candidates(
-        self, num_tokens: int, uniform: bool, lora: tuple[bool, int], extra: Axes
+        self, num_tokens: int, query_len: int, lora: tuple[bool, int], extra: Axes
     ) -> Iterator[tuple[CUDAGraphMode, BatchDescriptor]]:
         """The keys that a batch could run as, best first, whether captured or not.
 
-        The larger sizes follow the nearest one, for the case that it was given up.
+        The larger sizes follow the nearest one, for the case that it was given up. A ``query_len`` of 0 is no decode batch.
         """
-        if uniform and self.has_decode_graphs:
-            for size in self._fitting(self.uniform_sizes, num_tokens):
-                yield CUDAGraphMode.FULL, self.uniform_descriptor(size, *lora, extra)
+        if query_len and self.has_decode_graphs:
+            for size in self._fitting(self.decode_sizes.get(query_len, ()), num_tokens):
+                yield CUDAGraphMode.FULL, uniform_descriptor(size, query_len, lora, extra)
         mixed = self.cudagraph_mode.mixed_mode()
         if mixed in CAPTURING:
             for size in self._fitting(self.capture_sizes, num_tokens):
-                yield mixed, BatchDescriptor(size, None, False, *lora, extra)
+                yield mixed, self.mixed_descriptor(mixed, size, lora, extra)
 
     def _fitting(self, sizes: Sequence[int], num_tokens: int) -> Sequence[int]:
         first = bisect_left(sizes, num_tokens)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from piecework.errors import ConfigError
 from piecework.runtime.graphs.descriptor import Axes, BatchDescriptor
 from piecework.runtime.graphs.mode import CUDAGraphMode
-from piecework.runtime.graphs.sizes import padded_sizes
+from piecework.runtime.graphs.sizes import decode_sizes, padded_sizes, require_positive_sizes
 
 CAPTURING = (CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL)
 
@@ -69,17 +69,16 @@ class CapturedKeys:
         capture_sizes: Iterable[int],
         *,
         max_num_seqs: int,
-        uniform_decode_query_len: int = 1,
+        uniform_decode_query_len: int | Sequence[int] = 1,
+        decode_multiple_of: int = 1,
         lora: LoraCases | None = None,
         axes: Mapping[str, Sequence[Hashable]] | None = None,
     ) -> None:
-        self.capture_sizes = tuple(sorted(set(capture_sizes)))
-        if any(size < 1 for size in self.capture_sizes):
-            raise ConfigError(
-                f"capture sizes must be positive: {list(self.capture_sizes)}",
-                where="cudagraph_capture_sizes",
-            )
+        self.capture_sizes = require_positive_sizes(capture_sizes)
+        if max_num_seqs < 1:
+            raise ConfigError(f"a batch of {max_num_seqs} requests", where="max_num_seqs")
         self.max_num_seqs = max_num_seqs
+        self.decode_multiple_of = decode_multiple_of
         self.lora = LoraCases() if lora is None else lora
         self.axes = {name: tuple(values) for name, values in (axes or {}).items()}
         if any(not values for values in self.axes.values()):
@@ -87,35 +86,50 @@ class CapturedKeys:
         self.initialize_cudagraph_keys(mode, uniform_decode_query_len)
 
     def initialize_cudagraph_keys(
-        self, cudagraph_mode: CUDAGraphMode, uniform_decode_query_len: int = 1
+        self, cudagraph_mode: CUDAGraphMode, uniform_decode_query_len: int | Sequence[int] = 1
     ) -> None:
-        """Start over with another mode, for an attention backend that can't do what was configured."""
-        if uniform_decode_query_len < 1:
+        """Start over with another mode, for an attention backend that can't do what was configured.
+
+        Args:
+            cudagraph_mode: what decode and mixed batches use.
+            uniform_decode_query_len: tokens of each request in a decode batch; several where drafts differ in width, and the
+                widest is meant where a batch does not say which.
+        """
+        one = isinstance(uniform_decode_query_len, int)
+        lens = [uniform_decode_query_len] if one else list(uniform_decode_query_len)  # type: ignore[arg-type]
+        if not lens or min(lens) < 1:
             raise ConfigError(
-                f"a decode batch has {uniform_decode_query_len} tokens a request",
+                f"a decode batch has {', '.join(map(str, lens)) or 'no'} tokens a request",
                 where="uniform_decode_query_len",
             )
         self.cudagraph_mode = cudagraph_mode
-        self.uniform_decode_query_len = uniform_decode_query_len
+        self.uniform_decode_query_len = max(lens)
         self.cudagraph_keys: dict[CUDAGraphMode, set[BatchDescriptor]] = {
             mode: set() for mode in CAPTURING
         }
         self.bs_to_padded_graph_size = padded_sizes(self.capture_sizes)
-        largest_decode = self.max_num_seqs * uniform_decode_query_len
-        self.uniform_sizes = tuple(
-            size
-            for size in self.capture_sizes
-            if size <= largest_decode and size % uniform_decode_query_len == 0
-        )
-        for (has_lora, loras), axes in itertools.product(self.lora.captured(), self._all_axes()):
-            if cudagraph_mode.mixed_mode() in CAPTURING:
-                for size in self.capture_sizes:
-                    key = BatchDescriptor(size, None, False, has_lora, loras, axes)
-                    self.cudagraph_keys[cudagraph_mode.mixed_mode()].add(key)
+        #: Query length of a decode batch → the sizes that such batches are captured in.
+        self.decode_sizes: dict[int, tuple[int, ...]] = {
+            query_len: decode_sizes(
+                self.capture_sizes,
+                query_len,
+                max_num_seqs=self.max_num_seqs,
+                multiple_of=self.decode_multiple_of,
+            )
+            for query_len in sorted(set(lens))
+        }
+        for lora, axes in itertools.product(self.lora.captured(), self._all_axes()):
+            mixed = cudagraph_mode.mixed_mode()
+            if mixed in CAPTURING:
+                self.cudagraph_keys[mixed].update(
+                    self.mixed_descriptor(mixed, size, lora, axes) for size in self.capture_sizes
+                )
             if self.has_decode_graphs:
-                for size in self.uniform_sizes:
-                    key = self.uniform_descriptor(size, has_lora, loras, axes)
-                    self.cudagraph_keys[cudagraph_mode.decode_mode()].add(key)
+                self.cudagraph_keys[cudagraph_mode.decode_mode()].update(
+                    uniform_descriptor(size, query_len, lora, axes)
+                    for query_len, sizes in self.decode_sizes.items()
+                    for size in sizes
+                )
 
     @property
     def has_decode_graphs(self) -> bool:
@@ -123,12 +137,15 @@ class CapturedKeys:
         mode = self.cudagraph_mode
         return mode.separate_routine() and mode.decode_mode() is CUDAGraphMode.FULL
 
-    def uniform_descriptor(
-        self, size: int, has_lora: bool, num_active_loras: int, axes: Axes
+    def mixed_descriptor(
+        self, mode: CUDAGraphMode, size: int, lora: tuple[bool, int], axes: Axes
     ) -> BatchDescriptor:
-        """The key of a uniform decode batch of ``size`` tokens."""
-        reqs = size // self.uniform_decode_query_len
-        return BatchDescriptor(size, reqs, True, has_lora, num_active_loras, axes)
+        """The key of any batch of ``size`` tokens.
+
+        A full graph holds attention, which is captured for a number of requests: as many as there can be. Pieces don't.
+        """
+        reqs = min(size, self.max_num_seqs) if mode is CUDAGraphMode.FULL else None
+        return BatchDescriptor(size, reqs, False, *lora, axes)
 
     def _all_axes(self) -> list[Axes]:
         names = sorted(self.axes)
@@ -148,5 +165,18 @@ class CapturedKeys:
         self.cudagraph_keys[mode].discard(descriptor)
 
 
+def uniform_descriptor(
+    size: int, query_len: int, lora: tuple[bool, int], axes: Axes
+) -> BatchDescriptor:
+    """The key of a uniform decode batch of ``size`` tokens, ``query_len`` a request."""
+    return BatchDescriptor(size, size // query_len, True, *lora, axes)
+
+
 def _capture_order(key: BatchDescriptor) -> tuple[object, ...]:
-    return (-key.num_tokens, -key.num_active_loras, not key.has_lora, repr(key.extra))
+    return (
+        -key.num_tokens,
+        -(key.num_reqs or 0),
+        -key.num_active_loras,
+        not key.has_lora,
+        repr(key.extra),
+    )

@@ -10,7 +10,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 
 import torch
 from torch.utils import _pytree as pytree
@@ -60,6 +60,7 @@ class Entry:
     Args:
         captured: what the model's trace gave.
         backend: has compiled the pieces and emitted the stitching source.
+        as_it_is: runs the model uncompiled, for calls in a stance of torch's compiler that wants it so.
 
     Attributes:
         source: the emitted text of ``check_inputs`` and ``entry``.
@@ -71,8 +72,11 @@ class Entry:
         careful_calls: how many calls went past every shortcut, static graphs included, by what made them.
     """
 
-    def __init__(self, captured: Capture, backend: PieceworkBackend) -> None:
+    def __init__(
+        self, captured: Capture, backend: PieceworkBackend, as_it_is: Callable[..., object]
+    ) -> None:
         self._backend = backend
+        self._as_it_is = as_it_is
         self.captured = captured
         self._plan = plan_entry(captured, backend)
         self._arguments = captured.weights.state.argument_check(captured.parameters)
@@ -83,7 +87,10 @@ class Entry:
         self.source: EntrySource = generate_entry(self._plan)
         function = backend.bind(self._bound(weights))
         self._now = Execution(weights, function, function)
+        self._stances = torch_compat.stance_holder()
         self.call = self._execute(self._probes(), self._now, self._now.serves, backend.submods_for)
+        # None is the stance that is known to change nothing until `_in_stance` has looked at the current one.
+        self.call.__globals__.update(dynamo=self._stances, stance=None)
 
     @property
     def execution_fn(self) -> FunctionType:
@@ -191,6 +198,9 @@ class Entry:
         namespace: dict[str, object] = {
             **self.source.consts,
             **probes,
+            "dynamo": _ONE_STANCE,
+            "stance": _ONE_STANCE._stance,
+            "entry_in_stance": self._in_stance,
             "bound": self._published(execution, serves),
             "submods_for": submods_for,
             "entry_with_care": self._with_care,
@@ -227,12 +237,27 @@ class Entry:
 
     def _explain_inputs(self, *values: object) -> None:
         otherwise = "" if self._arguments is None else self._arguments.difference(values)
-        error = input_error(self._plan, values, otherwise)
-        error.refused_by = self
-        raise error
+        raise self._refusal(input_error(self._plan, values, otherwise))
 
     def _explain_weights(self) -> None:
-        raise self.weights.explain()
+        raise self._refusal(self.weights.explain())
+
+    def _refusal(self, error: InputError) -> InputError:
+        """``error`` as one that is raised before anything ran."""
+        error.refused_by = self
+        return error
+
+    def _in_stance(self, *args: object, **kwargs: object) -> object:
+        """A call after ``torch.compiler.set_stance``: ``force_eager`` runs the model as it is.
+
+        The other stances are about compilations, and a call of what is compiled makes none; what becomes of a call that the
+        trace refuses is its owner's business.
+        """
+        stance = self._stances._stance  # type: ignore[attr-defined]
+        if torch_compat.stance_name() == torch_compat.FORCE_EAGER:
+            return self._as_it_is(*args, **kwargs)
+        self.call.__globals__["stance"] = stance
+        return self.call(*args, **kwargs)
 
     # --- when a shortcut does not hold ---------------------------------------------------------------
 
@@ -245,15 +270,19 @@ class Entry:
             InputError: a ``torch.func`` transform is active, or autocast is not as it was in the trace.
         """
         if torch_compat.transform_probe()():
-            raise InputError(
-                "a torch.func transform or forward-mode differentiation is active, which compiled pieces know nothing about",
-                hint="transform the model itself, and compile the result",
+            raise self._refusal(
+                InputError(
+                    "a torch.func transform or forward-mode differentiation is active, which compiled pieces know nothing about",
+                    hint="transform the model itself, and compile the result",
+                )
             )
         autocast = torch_compat.autocast_state()
         if autocast != self._autocast:
-            raise InputError(
-                f"autocast is {_autocast_text(autocast)}; the model was traced with it {_autocast_text(self._autocast)}",
-                hint="compile the model inside the same autocast context",
+            raise self._refusal(
+                InputError(
+                    f"autocast is {_autocast_text(autocast)}; the model was traced with it {_autocast_text(self._autocast)}",
+                    hint="compile the model inside the same autocast context",
+                )
             )
         now = self._now
         if self._only_a_default_device(autocast):
@@ -290,6 +319,10 @@ class Entry:
         """The same text, bound to the dispatcher and to public artifacts."""
         function, submods_for = self._backend.bind_safely(by_path_of(now.weights), code=now.code)
         return self._execute({**_IDLE, "same_kernels": _always}, now, function, submods_for)
+
+
+#: For texts that are reached after the stance was looked at.
+_ONE_STANCE = SimpleNamespace(_stance=None)
 
 
 def _never() -> bool:

@@ -37,6 +37,7 @@ def compile_with_mode(
     sizes: SizePolicy | None = None,
     around: Callable[[], AbstractContextManager[object]] = nullcontext,
     runtime_config: RuntimeConfig | Mapping[str, object] | None = None,
+    as_it_is: Callable[..., object] | None = None,
 ) -> StitchedModule:
     """What ``piecework.compile`` returns for ``config.mode``.
 
@@ -48,6 +49,8 @@ def compile_with_mode(
     Args:
         sizes: which dimensions are dynamic, where the shape type leaves that open.
         around: entered for each trace; what it sets for the trace alone is no reason to refuse calls later.
+        as_it_is: what stands for ``model`` while torch's compiler is switched off; by default ``model`` itself.
+        The others are those of ``piecework.compile``.
 
     Raises:
         ConfigError: an argument is of another kind, splitting ops are given in a mode that cuts nowhere, the shape type is not
@@ -77,6 +80,7 @@ def compile_with_mode(
             sizes=sizes,
             around=around,
             runtime_config=runtime,
+            as_it_is=as_it_is,
         )
     if example_args or example_kwargs:
         made.prepare(*example_args, **(example_kwargs or {}))
@@ -145,10 +149,10 @@ def _require_no_cuts(
 class ModeModule(StitchedModule):
     """A `StitchedModule` that is traced with the configured shape type and, on request, evaluates the trace's guards."""
 
-    def prepare(self, *args: object, **kwargs: object) -> None:
-        """Capture, compile and stitch now, tracing with these arguments; then tell `set_on_compilation_complete`'s callback."""
+    def _prepare(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        """Compile with the configured shapes; then tell `set_on_compilation_complete`'s callback."""
         with tracing_shapes(self.config.dynamic_shapes_config.type, (args, kwargs)):
-            super().prepare(*args, **kwargs)
+            super()._prepare(args, kwargs)
         compilation_complete()
 
     @property
@@ -230,6 +234,8 @@ class UnstitchedModule(StitchedModule):
         """Nothing is bound: the model's weights are read at each call."""
 
     def _compile_and_call(self, *args: object, **kwargs: object) -> object:
+        if self._switched_off():  # else the marks would be lost on a call that compiles nothing
+            return self.model(*args, **kwargs)
         kind = self.config.dynamic_shapes_config.type
         leaves = pytree.tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]

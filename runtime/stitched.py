@@ -72,7 +72,9 @@ def compile(
 
     Returns:
         A `StitchedModule`, called like ``model``. It serves inference: it runs without recording gradients. Modes ``NONE``
-        and ``STOCK_TORCH_COMPILE`` stitch nothing; what they return runs the model, and has no source to show.
+        and ``STOCK_TORCH_COMPILE`` stitch nothing; what they return runs the model, and has no source to show. While torch's
+        compiler is switched off (``TORCH_COMPILE_DISABLE=1``, ``TORCHDYNAMO_DISABLE=1``, ``torch.compiler.set_stance``), the
+        model runs as it is.
 
     Raises:
         CaptureError: the model can't be captured as one graph, or has no dynamic dimension.
@@ -105,6 +107,7 @@ class StitchedModule:
         model: the model that was given; it holds the weights.
         config: the configuration.
         runtime_config: the program's limits; None if they are not known.
+        as_it_is: what a call runs while torch's compiler is switched off: the model, unless something stands around it.
     """
 
     def __init__(
@@ -116,11 +119,13 @@ class StitchedModule:
         sizes: SizePolicy | None = None,
         around: Callable[[], AbstractContextManager[object]] = nullcontext,
         runtime_config: RuntimeConfig | None = None,
+        as_it_is: Callable[..., object] | None = None,
     ) -> None:
         if not callable(model):
             raise ConfigError(f"a model must be callable; got a {type(model).__qualname__}")
         self.model = model
         self.runtime_config = runtime_config
+        self.as_it_is = _inside(around, model) if as_it_is is None else as_it_is
         self.config = config or CompilationConfig()
         counters.num_models_seen += 1
         tag = current_model_tag()
@@ -141,6 +146,8 @@ class StitchedModule:
         self._tracing = threading.RLock()
         self._changes = Changes()
         self._call: Callable[..., object] = self._prepare_and_call
+        self._example: tuple[tuple[object, ...], dict[str, object]] | None = None
+        self._said: str | None = None
 
     # --- use -------------------------------------------------------------------------------------
 
@@ -148,7 +155,8 @@ class StitchedModule:
         """Run the model. Shapes may differ from the example's in dynamic dimensions only.
 
         Under a grad mode that is on, it runs with it off. Under a dispatch or function mode, or after a splitting op was
-        given another kernel, it runs through the dispatcher and the public artifacts.
+        given another kernel, it runs through the dispatcher and the public artifacts. While torch's compiler is switched
+        off, what is not compiled runs as it is (`piecework.runtime.torch_compat.switches`).
 
         Raises:
             InputError: the arguments break what the trace assumed, a weight was replaced or moved since it was bound,
@@ -188,6 +196,8 @@ class StitchedModule:
                     return result
             refused = refusals[self._traces[0]]
             if not self._trace_another(refused, len(refusals), args, kwargs):
+                if self._switched_off():
+                    return self.as_it_is(*args, **kwargs)
                 raise refused
 
     def __reduce_ex__(self, protocol: object) -> object:
@@ -202,13 +212,26 @@ class StitchedModule:
         )
 
     def _prepare_and_call(self, *args: object, **kwargs: object) -> object:
+        if self._switched_off():
+            return self.as_it_is(*args, **kwargs)
         with self._tracing:
             if not self._traces:  # another thread may have been first
-                self.prepare(*args, **kwargs)
+                traced, by_name = (args, kwargs) if self._example is None else self._example
+                self.prepare(*traced, **by_name)
         return self._call(*args, **kwargs)
+
+    def _switched_off(self) -> bool:
+        """Whether torch's compiler is off, so that what is not compiled runs as it is; each switch is logged once."""
+        switch = torch_compat.compiler_off()
+        if switch is not None and switch != self._said:
+            self._said = switch
+            _log.warning("%s runs as it is, uncompiled: %s", self._empty.prefix, switch)
+        return switch is not None
 
     def _told(self, error: Exception) -> Exception:
         """``error`` with what piecework knows of where it came from."""
+        if torch_compat.stance_name() == torch_compat.FORCE_EAGER:
+            return error
         for each in self._traces:
             changed = each.entry.weights.change()
             if changed is not None and not isinstance(error, PieceworkError):
@@ -218,10 +241,22 @@ class StitchedModule:
         return error
 
     def prepare(self, *args: object, **kwargs: object) -> None:
-        """Capture, compile and stitch now, tracing with these arguments."""
+        """Capture, compile and stitch now, tracing with these arguments.
+
+        While torch's compiler is switched off nothing is done, which is logged; these arguments are traced with at the first
+        call after that.
+        """
         with self._tracing:
             if self._traces:
                 raise BindError("this module is compiled already", hint="compile the model again")
+            if self._switched_off():
+                self._example = (args, kwargs)
+                return
+            self._prepare(args, kwargs)
+            self._example = None
+
+    def _prepare(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        with self._tracing:
             if self.config.dynamic_shapes_config.type is DynamicShapesType.AUTO:
                 self._sizes = self._declared or _policy_of(args, kwargs)
             self._trace(args, kwargs)
@@ -229,7 +264,9 @@ class StitchedModule:
 
     def _trace(self, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
         with self._around():
-            made = TracedModel(self.model, args, kwargs, self._new_backend, self._sizes)
+            made = TracedModel(
+                self.model, args, kwargs, self._new_backend, self._sizes, self.as_it_is
+            )
         if self._around is not nullcontext:
             made.entry.accept_settings()
         self._traces = (*self._traces, made)
@@ -239,7 +276,7 @@ class StitchedModule:
     ) -> bool:
         """Trace the model for sizes that no trace serves; False if that is not why the call was refused, or can't be done."""
         sizes, places = self._sizes, refused.places
-        if sizes is None or places is None:
+        if sizes is None or places is None or not torch_compat.may_recompile():
             return False
         if any(dim is not None and not sizes.may_differ(leaf, dim) for leaf, dim in places):
             return False
@@ -334,7 +371,7 @@ class StitchedModule:
                 ``runtime`` is what the model was compiled with by default.
 
         Returns:
-            This module.
+            This module. While torch's compiler is switched off and nothing is compiled, nothing is captured either.
 
         Raises:
             StaticGraphError: the graph can't be captured, or a capture failed; what was captured before it serves. Or a splitting
@@ -345,6 +382,8 @@ class StitchedModule:
             >>> stitched = piecework.compile(model, (x,)).capture([1, 2, 4, 8])
             >>> print(stitched.static_graphs.source_for(3))
         """
+        if not self._traces and self._switched_off():
+            return self
         first, *_ = self._require_traced("graph to capture")
         options.setdefault("runtime", self.runtime_config)
         for each in self._traces:
@@ -402,7 +441,11 @@ class StitchedModule:
     def _captured(self) -> list[CapturedModel]:
         found = [each.static for each in self._traces if each.static is not None]
         if not found:
-            raise BindError("nothing is captured", hint="call capture(sizes) first")
+            raise BindError(
+                "nothing is captured",
+                where=None if self._traces else torch_compat.compiler_off(),
+                hint="call capture(sizes) first",
+            )
         return found
 
     def coverage(self, max_num_batched_tokens: int | None = None) -> list[CoverageRow]:
@@ -499,8 +542,14 @@ class StitchedModule:
             raise self._not_yet(what)
         return self._traces
 
-    @staticmethod
-    def _not_yet(what: str) -> BindError:
+    def _not_yet(self, what: str) -> BindError:
+        switch = torch_compat.compiler_off()
+        if switch is not None:
+            return BindError(
+                f"there is no {what}: torch's compiler is switched off, and the model runs as it is",
+                where=switch,
+                hint="switch it on again, and compile the model or call it",
+            )
         return BindError(
             f"there is no {what} yet: the model is compiled at its first call",
             hint="pass example arguments to piecework.compile, or call the module once",
@@ -513,6 +562,20 @@ torch_compat.keep_out_of_traces(StitchedModule.__call__, OPAQUE)  # type: ignore
 def _policy_of(args: Sequence[object], kwargs: Mapping[str, object]) -> SizePolicy:
     marks = KeptMarks(pytree.tree_leaves((tuple(args), dict(kwargs))))
     return marks if marks.any else AllDimensions()
+
+
+def _inside(
+    around: Callable[[], AbstractContextManager[object]], model: Callable[..., object]
+) -> Callable[..., object]:
+    """``model`` as its traces see it."""
+    if around is nullcontext:
+        return model
+
+    def run(*args: object, **kwargs: object) -> object:
+        with around():
+            return model(*args, **kwargs)
+
+    return run
 
 
 def _model_name(model: Callable[..., object]) -> str:

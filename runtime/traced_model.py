@@ -45,6 +45,7 @@ class TracedModel:
         args, kwargs: the example call.
         new_backend: makes a backend for each graph that is tried.
         sizes: which dimensions are dynamic; None: those that are marked, or all.
+        as_it_is: runs the model uncompiled; see `piecework.runtime.entry.Entry`.
 
     Attributes:
         backend: compiled the pieces and emitted the stitching source.
@@ -64,6 +65,7 @@ class TracedModel:
         kwargs: Mapping[str, object],
         new_backend: NewBackend,
         sizes: SizePolicy | None,
+        as_it_is: Callable[..., object],
     ) -> None:
         self._new_backend = new_backend
         self._as_marked = sizes is None or isinstance(sizes, KeptMarks)
@@ -78,13 +80,13 @@ class TracedModel:
         captured = capture(model, args, kwargs, self._compile_graph, sizes=sizes)
         tracing = time.perf_counter() - start - sum(self.backend.phases.values())
         self.backend.phases = {"capture": tracing, **self.backend.phases}
-        self.entry = Entry(captured, self.backend)
+        self.entry = Entry(captured, self.backend, as_it_is)
         if self.backend.config.dynamic_shapes_config.evaluate_guards:
             assert self._traced is not None
             self.guards = ShapeGuards(*self._traced)
         self._traced = None
         self.call: Callable[..., object] = (
-            self.entry.call if self.guards is None else _guarded(self.guards, self.entry.call)
+            self.entry.call if self.guards is None else _guarded(self.guards, self.entry)
         )
         if self.backend.compiler_manager.cache is not None:
             self.backend.compiler_manager.cache.write_entry(self.entry.source.code)
@@ -105,7 +107,7 @@ class TracedModel:
         self.backend.prepare(graph, bound, admits)
 
     def refused(self, error: BaseException) -> bool:
-        """Whether ``error`` is this trace's refusal of a call's arguments, made before anything ran."""
+        """Whether ``error`` is this trace's refusal of a call, made before anything ran."""
         return isinstance(error, InputError) and error.refused_by is self.entry
 
     def rebound(self) -> Execution:
@@ -212,9 +214,14 @@ def _admission(inputs: Sequence[object], rows_in_one: bool) -> Admits | None:
     return partial(admits_unbacked, symbols=symbols, rows_in_one=rows_in_one)
 
 
-def _guarded(guards: ShapeGuards, call: Callable[..., object]) -> Callable[..., object]:
+def _guarded(guards: ShapeGuards, entry: Entry) -> Callable[..., object]:
     def guarded_call(*args: object, **kwargs: object) -> object:
-        guards.check(args, kwargs)
-        return call(*args, **kwargs)
+        if torch_compat.stance_name() != torch_compat.FORCE_EAGER:
+            try:
+                guards.check(args, kwargs)
+            except InputError as error:
+                error.refused_by = entry
+                raise
+        return entry.call(*args, **kwargs)
 
     return guarded_call

@@ -6,6 +6,7 @@ They never change weights, config or the LM head, and leave nothing behind when 
 from __future__ import annotations
 
 import inspect
+import logging
 import threading
 from collections.abc import Callable
 from typing import TypeVar
@@ -18,8 +19,11 @@ from piecework.errors import CaptureError, UsageError
 from piecework.integrations.transformers.admission import admit, forget_layers
 from piecework.integrations.transformers.flat import ENTRIES, compile_forward
 from piecework.integrations.transformers.serving import Serving
+from piecework.runtime import torch_compat
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
+
+_log = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -34,6 +38,9 @@ def stitch(model: Model, *, config: CompilationConfig | None = None) -> Model:
     Args:
         model: a causal LM of transformers in eval mode, on its final device and in its final dtype.
         config: a ``piecework.CompilationConfig``; the default compiles pieces with Inductor.
+
+    While torch's compiler is switched off (``TORCH_COMPILE_DISABLE=1``, ``torch.compiler.set_stance``), the decoder runs as
+    it is, and is compiled at the first forward after that.
 
     Raises:
         CaptureError: the model can't be stitched, and why; it is left as it was.
@@ -52,7 +59,8 @@ def stitch(model: Model, *, config: CompilationConfig | None = None) -> Model:
     serving = admit(model, decoder, forward)
     try:
         stitched = StitchedForward(serving, forward, config)
-        stitched.entry("input_ids")
+        if not stitched.switched_off("input_ids"):
+            stitched.entry("input_ids")
     except BaseException:
         forget_layers(decoder)
         raise
@@ -110,6 +118,7 @@ class StitchedForward:
         self._names = tuple(self.__signature__.parameters)
         self._entries: dict[str, StitchedModule] = {}
         self._compiling = threading.Lock()
+        self._said: str | None = None
 
     def __reduce_ex__(self, _protocol: object) -> object:
         raise UsageError(
@@ -120,9 +129,27 @@ class StitchedForward:
 
     @torch.compiler.disable
     def __call__(self, *args: object, **kwargs: object) -> object:
-        return self.serving.serve(
-            {**dict(zip(self._names, args, strict=False)), **kwargs}, self._run
-        )
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        entry = "input_ids" if given.get("inputs_embeds") is None else "inputs_embeds"
+        if self.switched_off(entry):
+            return self.original(*args, **kwargs)
+        return self.serving.serve(given, self._run)
+
+    def switched_off(self, entry: str) -> bool:
+        """Whether torch's compiler is off, so that the decoder runs as it is; each switch is logged once.
+
+        What is compiled already keeps running, as with ``torch.compile``, except in the stance ``force_eager``.
+        """
+        made = self._entries.get(entry)
+        compiled = made is not None and bool(made.traces)
+        if compiled and torch_compat.stance_name() != torch_compat.FORCE_EAGER:
+            return False
+        switch = torch_compat.compiler_off()
+        if switch is not None and switch != self._said:
+            self._said = switch
+            name = type(self.serving.decoder).__name__
+            _log.warning("%s runs as it is, uncompiled: %s", name, switch)
+        return switch is not None
 
     def _run(self, entry: str, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         compiled = self._entries.get(entry)

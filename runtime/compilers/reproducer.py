@@ -60,8 +60,7 @@ def keep_reproducer(
     else:
         folder = Path(config.debug_dump_path) / "failed"
         folder.mkdir(parents=True, exist_ok=True)
-    sizes = "" if compile_range is None else f"_{_file_part(compile_range)}"
-    return _write_beside(folder, f"{submod_name}{sizes}", text)
+    return _write_beside(folder, file_name(submod_name, compile_range), text)
 
 
 def _write_beside(folder: Path, stem: str, text: str) -> Path:
@@ -84,9 +83,12 @@ def _write_beside(folder: Path, stem: str, text: str) -> Path:
     raise AssertionError("there is always a next number")
 
 
-def _file_part(compile_range: Range) -> str:
+def file_name(submod_name: str, compile_range: Range | None) -> str:
+    """A piece and its batch range as a name for files, such as ``submod_4_1_16``."""
+    if compile_range is None:
+        return submod_name
     end = "up" if compile_range.is_open_ended() else str(compile_range.end)
-    return f"{compile_range.start}_{end}"
+    return f"{submod_name}_{compile_range.start}_{end}"
 
 
 # --- the text ----------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ class CoverageRow:
         padding: most tokens that any of them is padded by.
         reason: why.
         is_fallback: they run uncaptured although the mode promises a graph.
+        query_len: tokens of each request, for decode batches; else 0.
     """
 
     first: int
@@ -46,11 +47,14 @@ class CoverageRow:
     padding: int
     reason: Reason
     is_fallback: bool
+    query_len: int = 0
 
     @property
     def kind(self) -> str:
         """The kind of batch, in words."""
         parts = ["decode" if self.decode else "mixed"]
+        if self.query_len > 1:
+            parts.append(f"{self.query_len} a request")
         if self.has_lora:
             parts.append(f"{self.num_active_loras or 'any'} adapters")
         parts += [f"{name}={value}" for name, value in self.axes]
@@ -70,12 +74,12 @@ def coverage(dispatcher: CudagraphDispatcher, max_num_batched_tokens: int) -> li
         [(1, 1, 'PIECEWISE', 0), (2, 4, 'PIECEWISE', 2), (5, 6, 'NONE', 0)]
     """
     rows: list[CoverageRow] = []
-    decodes = (False, True) if dispatcher.cudagraph_mode.separate_routine() else (False,)
-    step = dispatcher.uniform_decode_query_len
-    for decode, lora, axes in itertools.product(decodes, _lora_asks(dispatcher), _axes(dispatcher)):
+    separate = dispatcher.cudagraph_mode.separate_routine()
+    decodes = (0, *dispatcher.decode_sizes) if separate else (0,)
+    for step, lora, axes in itertools.product(decodes, _lora_asks(dispatcher), _axes(dispatcher)):
         largest = min(max_num_batched_tokens, dispatcher.max_num_seqs * step)
-        sizes = range(step, largest + 1, step) if decode else range(1, max_num_batched_tokens + 1)
-        rows += _merged(_row(dispatcher, size, decode, lora, axes) for size in sizes)
+        sizes = range(step, largest + 1, step) if step else range(1, max_num_batched_tokens + 1)
+        rows += _merged(_row(dispatcher, size, step, lora, axes) for size in sizes)
     return rows
 
 
@@ -141,11 +145,14 @@ def _axes(dispatcher: CudagraphDispatcher) -> list[dict[str, Hashable]]:
 def _row(
     dispatcher: CudagraphDispatcher,
     size: int,
-    decode: bool,
+    query_len: int,
     lora: tuple[bool, int],
     axes: Mapping[str, Hashable],
 ) -> CoverageRow:
-    found: Dispatch = dispatcher.explain(size, decode, *lora, axes=axes, strict=False)
+    decode = query_len > 0
+    found: Dispatch = dispatcher.explain(
+        size, decode, *lora, axes=axes, strict=False, query_len=query_len or None
+    )
     captured = found.mode is not CUDAGraphMode.NONE
     return CoverageRow(
         first=size,
@@ -159,6 +166,7 @@ def _row(
         padding=found.padding,
         reason=found.reason,
         is_fallback=found.is_fallback,
+        query_len=query_len,
     )
 
 

@@ -19,7 +19,8 @@ class BatchDescriptor:
 
     Attributes:
         num_tokens: tokens in the (padded) batch.
-        num_reqs: requests in the batch, or None when the captured graph does not depend on it.
+        num_reqs: requests in the (padded) batch: in every key of a full graph, which holds attention; None in those of
+            pieces, which don't depend on it.
         uniform: every request has the same number of query tokens (a decode batch).
         has_lora: adapters are active.
         num_active_loras: how many adapters the captured kernels are launched for.
@@ -73,6 +74,7 @@ class BatchKind:
         num_active_loras: how many.
         axes: values of the extra axes, as (name, value) pairs.
         invalid_modes: modes that this batch can't run in.
+        query_len: tokens of each request of a uniform batch, where drafts differ in width; the widest by default.
     """
 
     uniform_decode: bool = False
@@ -80,3 +82,4 @@ class BatchKind:
     num_active_loras: int = 0
     axes: Axes = ()
     invalid_modes: frozenset[CUDAGraphMode] = frozenset()
+    query_len: int | None = None

@@ -21,6 +21,9 @@ from piecework.runtime.graphs.static_graph import StaticGraph
 
 Runnable = Callable[..., object]
 
+# Stands for the size of a piece that does not depend on it.
+_ANY = 0
+
 
 class LazySettings(Protocol):
     """What the lazy policy reads of a resolved compilation configuration."""
@@ -64,6 +67,7 @@ class ConcreteSizeEntry:
         runnable: what runs it uncaptured.
         num_finished_warmup: warm-up runs so far.
         call: the capture.
+        kept: the output of a graph that serves every size, kept so that no other graph is given its memory.
     """
 
     runtime_shape: int
@@ -73,6 +77,7 @@ class ConcreteSizeEntry:
     runnable: Runnable | None = None
     num_finished_warmup: int = 0
     call: CapturedCall | None = None
+    kept: object = None
 
     @property
     def cudagraph(self) -> StaticGraph | None:
@@ -105,7 +110,8 @@ class CUDAPiecewiseBackend(GraphHolder):
         graph_pool: who owns the graphs and says when capturing is allowed (lazily, for a real lazy start).
         piecewise_compile_index: the piece's number among those compiled.
         total_piecewise_compiles: how many there are; the last one lets go of its output inside its capture.
-        sym_shape_indices: which arguments are the batch size; the first is read. None: the piece is static.
+        sym_shape_indices: which arguments are the batch size; the first is read. Without any the piece does not depend on
+            it: there is nothing to compile for a size, and if any size is to be captured, one graph serves all of them.
         compiled_graph_for_general_shape: what runs any size.
         backend: compiles single sizes.
         name: what errors and reports call the piece.
@@ -141,10 +147,14 @@ class CUDAPiecewiseBackend(GraphHolder):
         captures = config.cudagraph_mode.requires_piecewise_compilation()
         compile_sizes = frozenset(config.compile_sizes) if backend is not None else frozenset()
         capture_sizes = frozenset((config.cudagraph_capture_sizes or ()) if captures else ())
+        if not sym_shape_indices:
+            compile_sizes, capture_sizes = frozenset(), frozenset({_ANY} if capture_sizes else ())
         self.concrete_size_entries = {
             size: ConcreteSizeEntry(size, size in compile_sizes, size in capture_sizes)
             for size in sorted(compile_sizes | capture_sizes)
         }
+        # Pieces that serve all sizes share no forward that captures them, so each has a descriptor of its own.
+        self._any = BatchDescriptor(_ANY, extra=(("piece", piecewise_compile_index),))
         self.to_be_compiled_sizes = set(compile_sizes)
         graph_pool.register(self)
 
@@ -172,7 +182,7 @@ class CUDAPiecewiseBackend(GraphHolder):
 
     def _entry(self, args: tuple[object, ...]) -> ConcreteSizeEntry | None:
         if not self.sym_shape_indices:
-            return None
+            return self.concrete_size_entries.get(_ANY)
         index = self.sym_shape_indices[0]
         size = args[index] if index < len(args) else None
         if not isinstance(size, int):
@@ -207,24 +217,29 @@ class CUDAPiecewiseBackend(GraphHolder):
         request = CaptureRequest(
             self.name,
             CUDAGraphMode.PIECEWISE,
-            BatchDescriptor(entry.runtime_shape),
+            self._descriptor(entry.runtime_shape),
             collect_garbage=self.is_first_graph,
-            weak_output=self.is_last_graph,
+            weak_output=self.is_last_graph and entry.runtime_shape != _ANY,
             mutated_args=self.mutated_args,
         )
         entry.call, output = CapturedCall.make(runnable, args, {}, request, self.graphs)
+        if entry.runtime_shape == _ANY:
+            entry.kept = output
         return output
 
     def discard(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
-        if mode is not CUDAGraphMode.PIECEWISE or descriptor != BatchDescriptor(
+        if mode is not CUDAGraphMode.PIECEWISE or descriptor != self._descriptor(
             descriptor.num_tokens
         ):
             return
         entry = self.concrete_size_entries.get(descriptor.num_tokens)
         if entry is not None and entry.call is not None:
             entry.call.reset()
-            entry.call = None
+            entry.call = entry.kept = None
 
     def clear_graphs(self) -> None:
         for size in self.concrete_size_entries:
-            self.discard(CUDAGraphMode.PIECEWISE, BatchDescriptor(size))
+            self.discard(CUDAGraphMode.PIECEWISE, self._descriptor(size))
+
+    def _descriptor(self, size: int) -> BatchDescriptor:
+        return self._any if size == _ANY else BatchDescriptor(size)

@@ -25,17 +25,37 @@ def default_max_capture_size(
     return min(2 * max_num_seqs * decode_query_len, _WORTH_CAPTURING, max_num_batched_tokens)
 
 
-def default_capture_sizes(maximum: int) -> tuple[int, ...]:
+def default_capture_sizes(
+    maximum: int, *, max_num_seqs: int | None = None, decode_query_lens: Iterable[int] = ()
+) -> tuple[int, ...]:
     """1, 2, 4, then by 8 to 256, then by 16 up to ``maximum``, and ``maximum`` itself.
+
+    Args:
+        maximum: no size exceeds it.
+        max_num_seqs: most requests in a batch. The same steps are taken in requests as well, up to it and with it, so that
+            the largest decode batch, the one a busy program runs, is met exactly.
+        decode_query_lens: tokens of one request in a decode batch, each way that there is; 1 by default.
 
     Example:
         >>> default_capture_sizes(20)
         (1, 2, 4, 8, 16, 20)
+        >>> default_capture_sizes(20, max_num_seqs=5, decode_query_lens=[3])
+        (1, 2, 3, 4, 6, 8, 12, 15, 16, 20)
     """
+    sizes = set(_steps(maximum))
+    if max_num_seqs is not None:
+        requests = _steps(max_num_seqs)
+        sizes |= {
+            count * query_len for query_len in decode_query_lens or (1,) for count in requests
+        }
+    return tuple(sorted(size for size in sizes if size <= maximum))
+
+
+def _steps(maximum: int) -> list[int]:
     if maximum < 1:
-        return ()
+        return []
     steps = [1, 2, 4, *range(8, 256, 8), *range(256, maximum + 1, 16)]
-    return tuple(sorted({size for size in steps if size <= maximum} | {maximum}))
+    return [*(size for size in steps if size < maximum), maximum]
 
 
 def resolve_capture_sizes(
@@ -44,7 +64,7 @@ def resolve_capture_sizes(
     *,
     max_num_seqs: int,
     max_num_batched_tokens: int,
-    decode_query_len: int = 1,
+    decode_query_lens: Sequence[int] = (1,),
 ) -> tuple[int, ...]:
     """The sizes to capture, ascending, from what the user gave and what the engine can reach.
 
@@ -53,42 +73,86 @@ def resolve_capture_sizes(
         max_size: the user's ``max_cudagraph_capture_size``, or None. Alone it truncates the default steps.
         max_num_seqs: most requests in a batch.
         max_num_batched_tokens: most tokens in a batch.
-        decode_query_len: query tokens of one request in a decode batch.
+        decode_query_lens: query tokens of one request in a decode batch, each way that there is.
 
     Raises:
-        ConfigError: a size is not a positive integer or can't be reached, or the list and the maximum disagree.
+        ConfigError: a size is not a positive integer or can't be reached, or the list and the maximum disagree; all of it is
+            said at once.
 
     Example:
         >>> resolve_capture_sizes([8, 1, 8], None, max_num_seqs=8, max_num_batched_tokens=64)
         (1, 8)
     """
+    given = None if sizes is None else list(sizes)
+    problems = [] if given is None else _size_problems(given, max_num_batched_tokens)
     if max_size is not None and (not _is_integer(max_size) or max_size < 0):
-        raise ConfigError(
-            f"the largest capture size is {max_size!r}, not a whole number of tokens",
-            where="max_cudagraph_capture_size",
-            hint="give a number of tokens, or 0 to capture nothing",
+        problems.append(
+            f"the largest capture size is {max_size!r}, not a whole number of tokens (0 captures nothing)"
         )
-    if sizes is None:
-        if max_size is None:
-            max_size = default_max_capture_size(
-                max_num_seqs, max_num_batched_tokens, decode_query_len
+    elif given is not None and max_size is not None:
+        largest = max(filter(_is_integer, given), default=0)
+        if max_size != largest:
+            problems.append(
+                f"max_cudagraph_capture_size is {max_size}, but the largest of cudagraph_capture_sizes is {largest}; "
+                "give only one of the two"
             )
-        return default_capture_sizes(min(max_size, max_num_batched_tokens))
-    chosen = _check_sizes(sizes, max_num_batched_tokens)
-    largest = chosen[-1] if chosen else 0
-    if max_size is not None and max_size != largest:
-        raise ConfigError(
-            f"max_cudagraph_capture_size is {max_size}, but the largest of cudagraph_capture_sizes is {largest}",
-            where="cudagraph_capture_sizes",
-            hint="give only one of the two",
-        )
-    return chosen
+    if problems:
+        raise ConfigError("; ".join(problems), where="cudagraph_capture_sizes")
+    if given is not None:
+        return tuple(sorted(set(given)))
+    if max_size is None:
+        widest = max(decode_query_lens)
+        max_size = default_max_capture_size(max_num_seqs, max_num_batched_tokens, widest)
+    return default_capture_sizes(
+        min(max_size, max_num_batched_tokens),
+        max_num_seqs=max_num_seqs,
+        decode_query_lens=decode_query_lens,
+    )
+
+
+def require_positive_sizes(sizes: Iterable[int]) -> tuple[int, ...]:
+    """``sizes`` ascending, each once.
+
+    Raises:
+        ConfigError: some are no positive whole numbers; all of them are named.
+    """
+    given = list(sizes)
+    if problems := _size_problems(given, None):
+        raise ConfigError("; ".join(problems), where="cudagraph_capture_sizes")
+    return tuple(sorted(set(given)))
+
+
+def decode_sizes(
+    sizes: Sequence[int], query_len: int, *, max_num_seqs: int, multiple_of: int = 1
+) -> tuple[int, ...]:
+    """The sizes that uniform decode batches are captured in: whole numbers of requests that cover ``sizes``.
+
+    Other batches keep ``sizes`` as they are: only a batch of which every request has ``query_len`` tokens is a multiple of it.
+
+    Args:
+        sizes: the capture sizes.
+        query_len: tokens per request.
+        max_num_seqs: a batch of more requests does not occur.
+        multiple_of: ranks that the tokens are cut over.
+
+    Example:
+        >>> decode_sizes((1, 2, 4, 8), 3, max_num_seqs=8)
+        (3, 6)
+    """
+    step = math.lcm(query_len, multiple_of)
+    largest = max(sizes, default=0)
+    if step > largest:
+        return ()
+    found = adjust_sizes_for_spec_decode(
+        sizes, query_len, max_size=largest, tensor_parallel_size=multiple_of
+    )
+    return tuple(size for size in found if size <= max_num_seqs * query_len)
 
 
 def adjust_sizes_for_spec_decode(
     sizes: Sequence[int], query_len: int, *, max_size: int, tensor_parallel_size: int = 1
 ) -> tuple[int, ...]:
-    """Round sizes up to what a speculative decode batch can be, without exceeding ``max_size``.
+    """Round sizes up to what a speculative decode batch can be; what then exceeds ``max_size`` is rounded down.
 
     A uniform batch holds ``query_len`` tokens per request (one plus the speculated ones), so only multiples
     of it are ever run. Where the sequence dimension is cut across ranks the multiple must suit both.
@@ -121,9 +185,8 @@ def adjust_sizes_for_spec_decode(
             where="cudagraph_capture_sizes",
             hint=f"raise max_cudagraph_capture_size to {step} or more, or speculate fewer tokens",
         )
-    rounded = {-(-size // step) * step for size in sizes}
-    fitting = {size for size in rounded if size <= max_size}
-    return tuple(sorted(fitting or {step}))
+    largest = max_size // step * step
+    return tuple(sorted({min(-(-size // step) * step, largest) for size in sizes}))
 
 
 def padded_sizes(sizes: Iterable[int], maximum: int | None = None) -> tuple[int | None, ...]:
@@ -148,20 +211,20 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_sizes(sizes: Iterable[int], max_num_batched_tokens: int) -> tuple[int, ...]:
-    given = list(sizes)
+def _size_problems(given: list[int], max_num_batched_tokens: int | None) -> list[str]:
+    """What is wrong with capture sizes, each kind of fault with all that have it."""
+    problems = []
     wrong = [size for size in given if not _is_integer(size) or size < 1]
     if wrong:
-        raise ConfigError(
-            f"capture sizes must be positive whole numbers, not {', '.join(map(repr, wrong))}",
-            where="cudagraph_capture_sizes",
+        problems.append(
+            f"capture sizes must be positive whole numbers, not {', '.join(map(repr, wrong))}"
         )
-    unreachable = sorted({size for size in given if size > max_num_batched_tokens})
-    if unreachable:
-        raise ConfigError(
-            f"no batch reaches {', '.join(map(str, unreachable))} tokens; a batch holds at most "
-            f"{max_num_batched_tokens}",
-            where="cudagraph_capture_sizes",
-            hint="remove these sizes, or raise max_num_batched_tokens",
-        )
-    return tuple(sorted(set(given)))
+    if max_num_batched_tokens is not None:
+        fine = [size for size in given if _is_integer(size)]
+        beyond = sorted({size for size in fine if size > max_num_batched_tokens})
+        if beyond:
+            problems.append(
+                f"no batch reaches {', '.join(map(str, beyond))} tokens; a batch holds at most "
+                f"{max_num_batched_tokens}"
+            )
+    return problems

@@ -5,6 +5,7 @@ A pass is identified by its code and its state, never by its name or place in me
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Mapping
 
 import torch.fx
@@ -61,20 +62,37 @@ class InductorPass:
         """
         return digest_of((type(self), dict(self.state())), f"pass {self.name}")
 
+    @staticmethod
+    def hash_source(*sources: object) -> str:
+        """SHA-256 over functions and classes by their code, other objects by their class's, and texts as they are."""
+        known = (str, type, types.FunctionType, types.MethodType)
+        return digest_of(
+            [each if isinstance(each, known) else type(each) for each in sources], "hash_source"
+        )
+
+    @staticmethod
+    def hash_dict(settings: Mapping[str, object]) -> str:
+        """SHA-256 over settings, whatever their order."""
+        return digest_of(dict(sorted(settings.items())), "hash_dict")
+
 
 class CallableInductorPass(InductorPass):
     """A function as a pass.
 
     Args:
         function: takes the graph; may return a number of matches.
+        uuid: its identity: a text, or what one can be made of; by default the function's source and what it uses.
         name: what reports call it; the function's name by default.
 
     Raises:
         Unidentifiable: from `uuid`, if the function reads what can't be seen and has no ``uuid()`` of its own.
     """
 
-    def __init__(self, function: PassFunction, name: str | None = None) -> None:
+    def __init__(
+        self, function: PassFunction, uuid: object = None, *, name: str | None = None
+    ) -> None:
         self.function = function
+        self._uuid = uuid
         self._name = name or getattr(function, "__name__", type(function).__name__)
 
     def __call__(self, graph: torch.fx.Graph) -> int | None:
@@ -86,7 +104,10 @@ class CallableInductorPass(InductorPass):
         return self._name
 
     def uuid(self) -> str:
-        return digest_of(self.function, f"pass {self.name}")
+        if isinstance(self._uuid, str) and self._uuid:
+            return self._uuid
+        identity = self.function if self._uuid is None else ("uuid", self._uuid)
+        return digest_of(identity, f"pass {self.name}")
 
 
 def as_inductor_pass(value: object, *, where: str) -> InductorPass:

@@ -1,4 +1,4 @@
-"""Remove operations that change nothing. In: an aten graph. Out: the graph without reshapes, slices and slice_scatters that give back their input.
+"""Remove operations that change nothing. In: an aten graph. Out: the graph without reshapes, slices and slice_scatters that give back their input, and with short chains of views.
 
 It never makes two outputs, or an output and an input, the same memory where they were not.
 """
@@ -12,6 +12,7 @@ from piecework.codegen.origin import value_of
 from piecework.runtime.passes.interface import InductorPass
 from piecework.runtime.passes.memory import Memory
 from piecework.runtime.passes.nodes import arguments_of, outputs_of, same_layout, storages_of
+from piecework.runtime.passes.views import TO_THE_END, shorten_chains
 
 _aten = torch.ops.aten
 # operator → the argument that it gives back when it changes nothing
@@ -22,7 +23,6 @@ _SOURCE = {
     _aten.slice.Tensor: "self",
     _aten.slice_scatter.default: "src",
 }
-_TO_THE_END = 2**63 - 1
 
 
 class NoOpEliminationPass(InductorPass):
@@ -30,10 +30,16 @@ class NoOpEliminationPass(InductorPass):
 
     What an operation does is read from the recorded values, so that it does not matter whether its arguments are
     positional, named or left out, nor whether sizes are numbers or symbols. Without recorded values only a slice that
-    says "from the start to the end" is removed.
+    says "from the start to the end" is removed. Chains of views are made short first (`passes.views`).
     """
 
     def __call__(self, graph: torch.fx.Graph) -> int:
+        matches = shorten_chains(graph)
+        while found := self._eliminate(graph):
+            matches += found + shorten_chains(graph)
+        return matches
+
+    def _eliminate(self, graph: torch.fx.Graph) -> int:
         outputs = outputs_of(graph)
         memory = Memory(graph)
         matches = 0
@@ -64,7 +70,7 @@ def _unchanged_source(node: torch.fx.Node) -> torch.fx.Node | None:
         and not known
         and arguments["start"] in (None, 0)
         and arguments["step"] == 1
-        and (arguments["end"] is None or arguments["end"] == _TO_THE_END)
+        and (arguments["end"] is None or arguments["end"] == TO_THE_END)
     )
     return source if whole else None
 

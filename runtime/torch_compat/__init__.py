@@ -100,6 +100,7 @@ from piecework.runtime.torch_compat.shapes import (
     example_of,
     guards_on,
     is_traced_contiguous,
+    known_non_negative,
     number_at,
     recorded_guards,
     size_text,
@@ -116,6 +117,14 @@ from piecework.runtime.torch_compat.shapes import (
 from piecework.runtime.torch_compat.side_effects import (
     no_replay,
     writes_of_trace,
+)
+from piecework.runtime.torch_compat.switches import (
+    FORCE_EAGER,
+    compiler_off,
+    in_default_stance,
+    may_recompile,
+    stance_holder,
+    stance_name,
 )
 from piecework.runtime.torch_compat.tensors import (
     is_lazy,
@@ -145,6 +154,7 @@ from piecework.runtime.torch_compat.watch import (
 )
 
 __all__ = [
+    "FORCE_EAGER",
     "GuardReader",
     "Guarded",
     "OperatorWatch",
@@ -160,6 +170,7 @@ __all__ = [
     "backend_failure",
     "class_dict",
     "compile_fx",
+    "compiler_off",
     "custom_op_function",
     "custom_op_kernel",
     "data_dependent",
@@ -181,6 +192,7 @@ __all__ = [
     "has_standalone_compile",
     "hints_text",
     "identity_guard",
+    "in_default_stance",
     "inductor_key",
     "inductor_sources",
     "is_lazy",
@@ -192,12 +204,14 @@ __all__ = [
     "kept_guards",
     "kernel_table",
     "kinds_of_kernels",
+    "known_non_negative",
     "known_sizes",
     "learn_again",
     "learned_since",
     "mark_unbacked",
     "marked_dims",
     "marks_of",
+    "may_recompile",
     "memory_apart",
     "metadata_guard",
     "negative_view",
@@ -224,6 +238,8 @@ __all__ = [
     "size_value",
     "sizes_text",
     "spec_parts",
+    "stance_holder",
+    "stance_name",
     "standalone_compile",
     "statically_equal",
     "storage_at",

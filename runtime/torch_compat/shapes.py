@@ -163,6 +163,17 @@ def statically_equal(left: object, right: object) -> bool:
     return bool(statically_known_true(left == right))
 
 
+def known_non_negative(size: object) -> bool:
+    """Whether a size is 0 or more for every value of its symbols; adds no guard."""
+    if isinstance(size, int):
+        return size >= 0
+    if not isinstance(size, torch.SymInt):
+        return False
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(size >= 0))
+
+
 def is_traced_contiguous(fake: torch.Tensor) -> bool:
     """Whether the strides that the trace recorded are those of a contiguous tensor for every size."""
     expected: object = 1

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from piecework.errors import InputError, UsageError
+from piecework.errors import InputError, PieceworkError, UsageError
 from piecework.integrations.transformers import stitch, stitched_module, unstitch
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.counters import counters
@@ -355,3 +355,35 @@ def test_saving_and_copying(pair: Pair, tmp_path: Path) -> None:
     for copied in (copy.deepcopy, pickle.dumps):
         with pytest.raises(UsageError, match="copied or pickled"):
             copied(pair.stitched)
+
+
+def test_torch_s_switches_run_the_decoder_as_it_is():
+    """Off, nothing is compiled; on again, it is; ``force_eager`` later runs the model's own forward, in the middle of a request too."""
+    eager = build()
+    ids = torch.randint(1, 97, (2, 9), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        model = stitch(copy.deepcopy(eager), config=EAGER_PIECES)
+        before = counters.num_graphs_seen
+        assert torch.equal(model(ids).logits, eager(ids).logits)
+        with pytest.raises(PieceworkError, match="force_eager"):
+            _ = stitched_module(model).source
+    assert counters.num_graphs_seen == before
+    expected = eager.generate(ids, max_new_tokens=8, do_sample=False)
+    with torch.no_grad():
+        out = model(ids)
+        assert stitched_module(model).source.code
+        with torch.compiler.set_stance("force_eager"):
+            grown = model(ids[:, :1], past_key_values=out.past_key_values)
+            with torch.enable_grad():
+                assert model(ids).logits.requires_grad  # as the model's own forward gives them
+        again = model(ids[:, :1], past_key_values=grown.past_key_values)
+        full = eager(torch.cat([ids, ids[:, :1], ids[:, :1]], dim=1))
+        torch.testing.assert_close(again.logits[:, -1], full.logits[:, -1], rtol=1e-4, atol=1e-4)
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), expected)
+    with torch.no_grad(), torch.compiler.set_stance("eager_on_recompile"):
+        for each in (model, eager):  # the stitched forward refuses another weight; the flattened one runs as it is
+            each.model.norm.weight = torch.nn.Parameter(torch.full((32,), 0.5))
+        torch.testing.assert_close(model(ids).logits, eager(ids).logits, rtol=1e-4, atol=1e-4)
+    with torch.no_grad(), torch._dynamo.config.patch(disable=True):
+        embeds = model.get_input_embeddings()(ids)  # an entry that is not compiled yet
+        torch.testing.assert_close(model(inputs_embeds=embeds).logits, eager(ids).logits)

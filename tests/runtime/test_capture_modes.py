@@ -287,14 +287,14 @@ def test_limits_choose_sizes_and_decode_batches() -> None:
         [1, 4, 8, 16], mode="FULL_AND_PIECEWISE", runtime=runtime, progress=False, estimate=False
     )
     static = stitched.static_graphs
-    # multiples of three up to the largest, and no decode batch beyond three requests
-    assert static.sizes == (3, 6, 9)
+    # decode batches: multiples of three up to the largest, and none beyond three requests
+    assert static.sizes == (1, 4, 8, 16)
     assert {d.num_reqs for mode, d in static.replays if mode is FULL} == {1, 2, 3}
     for n in (3, 4, 6, 9):
         args = batch(n)
         torch.testing.assert_close(served(stitched, args, DECODE), model(*args))
     rows = {(row.mode, row.graph) for row in stitched.call_report()}
-    assert ("PIECEWISE", "tokens=6") in rows  # four tokens are no whole number of requests
+    assert ("PIECEWISE", "tokens=4") in rows  # four tokens are no whole number of requests
     assert {graph for mode, graph in rows if mode == "FULL"} == {
         f"tokens={n} reqs={n // 3} uniform" for n in (3, 6, 9)
     }

@@ -60,18 +60,18 @@ TABLE = [
     ({}, None, {"max_num_seqs": 16, "max_num_batched_tokens": 16}, [1, 2, 4, 8, 16]),
     ({"max_cudagraph_capture_size": 8}, None, {"max_num_seqs": 64}, [1, 2, 4, 8]),
     ({"cudagraph_capture_sizes": [1, 24]}, None, {"max_num_seqs": 8}, [1, 24]),
-    # speculation: multiples of the query length, none above the maximum, where decode batches run whole
+    # speculation: whole requests up to the most, beside the usual steps
     (
         {"cudagraph_mode": "FULL"},
         None,
         {"max_num_seqs": 4, "uniform_decode_query_len": 3},
-        [3, 6, 9, 18, 24],
+        [1, 2, 3, 4, 6, 8, 12, 16, 24],
     ),
     (
         {"cudagraph_mode": "FULL_AND_PIECEWISE"},
         [1, 2, 3, 10],
         {"max_num_seqs": 4, "uniform_decode_query_len": 4},
-        [4],  # ten rounds up to twelve, which is above ten
+        [1, 2, 3, 10],  # decode batches alone are rounded
     ),
     (
         {"cudagraph_mode": "PIECEWISE"},
@@ -92,7 +92,7 @@ def test_sizes(config, sizes, runtime, expected) -> None:
     ("call", "error", "why"),
     [
         (lambda: plan([]), StaticGraphError, "no size to capture"),
-        (lambda: plan([0]), ConfigError, "allows sizes from 1"),
+        (lambda: plan([0]), ConfigError, "positive whole numbers, not 0"),
         (lambda: plan([4, 9], shape(2, 8)), ConfigError, "size 9 can't be captured.*from 2 to 8"),
         (lambda: plan(None, shape(600)), StaticGraphError, "no size to capture"),
         (
@@ -102,7 +102,9 @@ def test_sizes(config, sizes, runtime, expected) -> None:
         ),
         (
             lambda: plan(
-                [2], runtime=limits(max_num_seqs=1, uniform_decode_query_len=4), mode=FULL
+                [2],
+                runtime=limits(max_num_seqs=1, uniform_decode_query_len=4),
+                mode="FULL_AND_PIECEWISE",
             ),
             ConfigError,
             "multiple of 4",

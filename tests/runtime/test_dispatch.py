@@ -41,8 +41,8 @@ TABLE = [
     (PIECEWISE, 3, True, PIECEWISE, BatchDescriptor(4), Reason.PADDED),
     (PIECEWISE, 8, False, PIECEWISE, BatchDescriptor(8), Reason.EXACT),
     (PIECEWISE, 9, False, NONE, BatchDescriptor(9), Reason.TOO_LARGE),
-    (FULL, 3, False, FULL, BatchDescriptor(4), Reason.PADDED),
-    (FULL, 3, True, FULL, BatchDescriptor(4), Reason.PADDED),
+    (FULL, 3, False, FULL, BatchDescriptor(4, 4), Reason.PADDED),
+    (FULL, 3, True, FULL, BatchDescriptor(4, 4), Reason.PADDED),
     (FULL, 9, True, NONE, BatchDescriptor(9), Reason.TOO_LARGE),
     (DECODE_ONLY, 3, True, FULL, BatchDescriptor(4, 4, True), Reason.PADDED),
     (DECODE_ONLY, 4, True, FULL, BatchDescriptor(4, 4, True), Reason.EXACT),
@@ -81,6 +81,54 @@ def test_query_length():
     assert d.dispatch(6, True) == (FULL, BatchDescriptor(6, 2, True))
     # Five tokens are no whole number of requests of three.
     assert d.dispatch(5, True) == (PIECEWISE, BatchDescriptor(6))
+
+
+def test_keys_of_full_graphs_say_for_how_many_requests():
+    d = dispatcher(FULL, max_num_seqs=3)
+    assert d.cudagraph_keys[FULL] == {
+        *(BatchDescriptor(n, min(n, 3)) for n in SIZES),
+    }
+    assert {key.num_reqs for key in dispatcher(PIECEWISE).cudagraph_keys[PIECEWISE]} == {None}
+
+
+def test_speculation_rounds_the_sizes_of_decode_batches_alone():
+    d = dispatcher(BOTH, sizes=(1, 2, 4, 8, 16), max_num_seqs=4, uniform_decode_query_len=3)
+    assert {key.num_tokens for key in d.cudagraph_keys[PIECEWISE]} == {1, 2, 4, 8, 16}
+    assert {key.num_tokens for key in d.cudagraph_keys[FULL]} == {3, 6, 9}
+    assert d.dispatch(1) == (PIECEWISE, BatchDescriptor(1))  # a step without a draft is not padded
+    assert d.dispatch(12, True) == (PIECEWISE, BatchDescriptor(16))
+
+
+def test_drafts_of_several_widths():
+    d = dispatcher(BOTH, sizes=(4, 8, 12, 24), max_num_seqs=6, uniform_decode_query_len=[2, 4])
+    assert d.uniform_decode_query_len == 4
+    assert d.dispatch(8, True) == (FULL, BatchDescriptor(8, 2, True))
+    assert d.dispatch(8, True, query_len=4) == (FULL, BatchDescriptor(8, 2, True))
+    assert d.dispatch(8, True, query_len=2) == (FULL, BatchDescriptor(8, 4, True))
+    assert d.dispatch(10, True, query_len=2) == (FULL, BatchDescriptor(12, 6, True))
+    assert d.dispatch(24, True, query_len=2) == (PIECEWISE, BatchDescriptor(24))  # 12 requests
+    assert d.dispatch(9, True, query_len=3) == (PIECEWISE, BatchDescriptor(12))  # no such width
+    assert d.ask(8, BatchKind(True, query_len=2)).descriptor.num_reqs == 4
+    kinds = {row.kind for row in coverage(d, 24)}
+    assert kinds == {"mixed", "decode, 2 a request", "decode, 4 a request"}
+    for wrong in ([], [0, 2], 0):
+        with pytest.raises(ConfigError, match="tokens a request"):
+            d.initialize_cudagraph_keys(BOTH, wrong)
+
+
+def test_decode_sizes_of_a_sequence_that_is_cut():
+    d = dispatcher(
+        BOTH, (4, 8, 16), uniform_decode_query_len=3, decode_multiple_of=2, max_num_seqs=8
+    )
+    assert {key.num_tokens for key in d.cudagraph_keys[FULL]} == {6, 12}
+
+
+@pytest.mark.parametrize("wrong", [[0, 1], [-1], [2.0], [True], ["8"]])
+def test_wrong_sizes_are_named(wrong):
+    with pytest.raises(ConfigError, match="positive whole numbers, not"):
+        dispatcher(PIECEWISE, [4, *wrong])
+    with pytest.raises(ConfigError, match="a batch of 0 requests"):
+        dispatcher(PIECEWISE, max_num_seqs=0)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +248,7 @@ def test_what_was_answered_before_is_forgotten_with_its_key():
     d.give_up(PIECEWISE, BatchDescriptor(4))
     assert d.dispatch(3) == d.dispatch(3) == (PIECEWISE, BatchDescriptor(8))
     d.initialize_cudagraph_keys(FULL)
-    assert d.dispatch(3) == (FULL, BatchDescriptor(4))
+    assert d.dispatch(3) == (FULL, BatchDescriptor(4, 4))
     assert d.dispatch(3, invalid_modes={FULL})[0] is NONE
 
 

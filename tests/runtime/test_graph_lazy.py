@@ -212,15 +212,62 @@ def test_clearing_starts_the_captures_over(make):
     assert len(case.graphs.records) == 1
 
 
-def test_a_static_piece_runs_the_general_graph():
-    log = []
+def static_piece(graphs, log, index=0, total=1, compiler=None, **options):
+    def general(x):
+        log.append("general")
+        return x + 1
+
     graph = torch.fx.symbolic_trace(lambda x: x + 1)
-    piece = CUDAPiecewiseBackend(
-        graph, settings(capture_sizes=[1]), StaticGraphs("cpu"), 0, 1, [], lambda x: log.append(x)
+    return CUDAPiecewiseBackend(
+        graph, settings(**options), graphs, index, total, [], general, compiler
     )
+
+
+@pytest.mark.parametrize("warmups", [0, 2])
+def test_a_piece_without_a_size_is_captured_once_for_all_sizes(warmups):
+    graphs, log, x = StaticGraphs("cpu", lazy=True), [], torch.zeros(3)
+    graphs.addresses.register_persistent("x", x)
+    compiler = Compiler(log)
+    piece = static_piece(
+        graphs, log, capture_sizes=[4, 8], compile_sizes=[4], warmups=warmups, compiler=compiler
+    )
+    for _ in range(2 + warmups):
+        assert piece(x).tolist() == [1.0] * 3
+    assert len(graphs.records) == 1 and compiler.done == [0]  # no size has code of its own
+    ran = len(log)
+    x.fill_(4)
+    first = piece(x)
+    assert first.tolist() == [5.0] * 3 and len(log) >= ran
+    with set_forward_context(skip_cuda_graphs=True):
+        assert piece(x).data_ptr() != first.data_ptr()
+    graphs.clear_all_graphs()
+    assert all(entry.call is None for entry in piece.concrete_size_entries.values())
+    assert piece(x).tolist() == [5.0] * 3
+
+
+def test_no_later_graph_is_given_the_memory_of_a_piece_that_serves_all_sizes():
+    """Also if it is the last one: another size's graphs are captured while its result is in use."""
+    graphs, log, x = StaticGraphs("cpu", lazy=True), [], torch.zeros(4)
+    graphs.addresses.register_persistent("x", x)
+    static = static_piece(graphs, log, capture_sizes=[4])
+    other = static_piece(graphs, log, capture_sizes=[4], index=1, total=2)
+    for _ in range(2):
+        static(x)
+    address = static(x).data_ptr()
+    for _ in range(2):
+        other(x)
+    assert other(x).data_ptr() != address
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"compile_sizes": [4]}, {"capture_sizes": [4], "mode": CUDAGraphMode.FULL}]
+)
+def test_a_piece_without_a_size_is_not_captured_where_nothing_is(options):
+    graphs, log = StaticGraphs("cpu", lazy=True), []
+    piece = static_piece(graphs, log, **options)
     for _ in range(3):
-        piece(1)
-    assert log == [1, 1, 1]
+        piece(torch.zeros(3))
+    assert log == ["general"] * 3 and graphs.records == []
 
 
 def test_a_size_that_is_no_number_is_an_error(make):

@@ -75,7 +75,28 @@ def test_the_maximum_alone_is_cut_to_what_a_batch_can_hold():
 def test_nothing_given():
     limits = {"max_num_seqs": 4, "max_num_batched_tokens": 64}
     assert resolve_capture_sizes(None, None, **limits) == (1, 2, 4, 8)
-    assert resolve_capture_sizes(None, None, **limits, decode_query_len=3) == (1, 2, 4, 8, 16, 24)
+    found = resolve_capture_sizes(None, None, **limits, decode_query_lens=[3])
+    assert found == (1, 2, 3, 4, 6, 8, 12, 16, 24)
+
+
+@pytest.mark.parametrize("seqs", [1, 3, 100, 101, 250, 511, 700])
+@pytest.mark.parametrize("lens", [(1,), (2,), (3, 17)])
+def test_the_largest_decode_batch_is_met_exactly_if_it_is_worth_it(seqs, lens):
+    found = resolve_capture_sizes(
+        None, None, max_num_seqs=seqs, max_num_batched_tokens=32768, decode_query_lens=lens
+    )
+    maximum = min(2 * seqs * max(lens), 512)
+    assert found[-1] == maximum
+    for query_len in lens:
+        assert (seqs * query_len in found) == (seqs * query_len <= maximum)
+    assert len(found) <= 51 + 35 * len(lens)
+
+
+def test_all_faults_of_a_list_are_told_at_once():
+    with pytest.raises(
+        ConfigError, match=r"not 0, 'a'; no batch reaches 9000.*the largest .* 9000"
+    ):
+        resolve_capture_sizes([0, "a", 9000], 5, **LIMITS)
 
 
 @pytest.mark.parametrize(

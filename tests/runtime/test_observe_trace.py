@@ -82,9 +82,9 @@ def check_artifacts(artifacts: list[tuple[str, str]], source: str, backend: str)
         "piecework_config",
         "piecework_split_graph",
         "piecework_piece_start",
-        "piecework_piece_graph",
+        "piecework_submod_0",
         "piecework_piece_start",
-        "piecework_piece_graph",
+        "piecework_submod_2",
         "piecework_stitched_source",
     ]
     texts = [text for _, text in ours]

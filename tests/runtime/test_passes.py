@@ -194,6 +194,151 @@ def test_symbolic_sizes_are_compared_as_expressions() -> None:
     assert matches >= 1 and left == kept - 1 == 1
 
 
+def shortened(graph: torch.fx.Graph, *inputs: torch.Tensor) -> list[str]:
+    """What is left of ``graph`` after the pass; its results are the same."""
+    before = run(graph, *inputs)
+    matches = NoOpEliminationPass()(graph)
+    graph.lint()
+    torch.testing.assert_close(run(graph, *inputs), before, rtol=0, atol=0)
+    assert NoOpEliminationPass()(graph) == 0 and matches >= 0
+    return targets(graph)
+
+
+@pytest.mark.parametrize(
+    "target", [aten.view.default, aten.reshape.default, aten._unsafe_view.default]
+)
+def test_a_chain_of_reshapes_is_one(target: Callable[..., object]) -> None:
+    build = Builder()
+    value = build.call(aten.mul.Tensor, build.input("x", 4, 6), 2)
+    for shape in ([24], [2, 12], [24], [3, 8]):
+        value = build.call(target, value, shape)
+    graph = build.done(build.call(aten.add.Tensor, value, 1))
+    assert shortened(graph, torch.randn(4, 6)) == [
+        "aten.mul.Tensor",
+        str(target),
+        "aten.add.Tensor",
+    ]
+
+
+def test_a_chain_that_leads_back_goes_and_one_that_is_read_on_the_way_stays() -> None:
+    build = Builder()
+    x = build.call(aten.mul.Tensor, build.input("x", 4, 6), 2)
+    flat = build.call(aten.view.default, x, [24])
+    back = build.call(aten.view.default, flat, [4, 6])
+    graph = build.done(build.call(aten.add.Tensor, back, 1), build.call(aten.add.Tensor, flat, 1))
+    left = ["aten.mul.Tensor", "aten.view.default", "aten.add.Tensor", "aten.add.Tensor"]
+    assert shortened(graph, torch.randn(4, 6)) == left
+
+
+def test_a_reshape_that_copies_stays_in_its_chain() -> None:
+    build = Builder()
+    across = build.call(aten.permute.default, build.input("x", 4, 6), [1, 0])
+    copied = build.call(aten.reshape.default, across, [24])
+    graph = build.done(
+        build.call(aten.add.Tensor, build.call(aten.view.default, copied, [6, 4]), 1)
+    )
+    assert shortened(graph, torch.randn(4, 6)).count("aten.reshape.default") == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "one"),
+    [
+        ((0, 2, 9), (0, 1, 4), (0, 3, 6, 1)),
+        ((0, 2), (0, 1), (0, 3, WHOLE, 1)),
+        ((0, 0, -1), (0, 1), (0, 1, 9, 1)),
+        ((0, 1), (0, 0, -2), (0, 1, 8, 1)),
+        ((0, 1, 9, 2), (0, 1, 3, 2), (0, 3, 7, 4)),
+        ((-2, 3, 5), (0, 1, 7), (0, 4, 5, 1)),
+        ((0, 5, 3), (0, 1, 2), (0, 6, 3, 1)),  # of nothing
+    ],
+)
+def test_a_slice_of_a_slice_is_one(
+    first: tuple[int, ...], second: tuple[int, ...], one: tuple[int, ...]
+) -> None:
+    build = Builder()
+    inner = build.call(aten.slice.Tensor, build.input("x", 10, 3), *first)
+    graph = build.done(build.call(aten.slice.Tensor, inner, *second))
+    data = torch.randn(10, 3)
+    before = run(graph, data)
+    assert NoOpEliminationPass()(graph) == 1
+    (left,) = graph.find_nodes(op="call_function", target=aten.slice.Tensor)
+    assert left.args[1:] == one
+    torch.testing.assert_close(run(graph, data), before)
+
+
+def test_a_slice_of_a_part_of_a_split_is_a_slice() -> None:
+    build = Builder()
+    parts = build.call(aten.split_with_sizes.default, build.input("x", 4, 10), [3, 7], 1)
+    part = build.call(operator.getitem, parts, 1)
+    graph = build.done(build.call(aten.slice.Tensor, part, 1, 2, 5))
+    assert shortened(graph, torch.randn(4, 10)) == ["aten.slice.Tensor"]
+
+
+def test_equal_splits_and_equal_slices_are_taken_once() -> None:
+    build = Builder()
+    x = build.input("x", 4, 10)
+    parts = [build.call(aten.split_with_sizes.default, x, [3, 7], dim) for dim in (1, -1, 1)]
+    used = [build.call(operator.getitem, each, n) for n in (0, 1) for each in parts]
+    used += [build.call(aten.slice.Tensor, x, 0, 1) for _ in range(2)]
+    graph = build.done(*(build.call(aten.add.Tensor, each, 1) for each in used))
+    left = shortened(graph, torch.randn(4, 10))
+    assert left.count("aten.slice.Tensor") == 1
+    assert left.count("aten.split_with_sizes.default") <= 2  # -1 and 1 are written differently
+
+
+def test_slices_of_a_whole_dimension_are_a_split() -> None:
+    build = Builder()
+    x = build.input("x", 4, 10)
+    bounds = [(5, WHOLE), (0, 2), (2, 5)]
+    cut = [build.call(aten.slice.Tensor, x, 1, *each) for each in bounds]
+    graph = build.done(*(build.call(aten.add.Tensor, each, 1) for each in cut))
+    left = shortened(graph, torch.randn(4, 10))
+    assert left[:4] == ["aten.split_with_sizes.default", *["<built-in function getitem>"] * 3]
+    (split,) = graph.find_nodes(op="call_function", target=aten.split_with_sizes.default)
+    assert split.args[1:] == ([2, 3, 5], 1)
+    assert [tuple(each.shape) for each in split.meta["val"]] == [(4, 2), (4, 3), (4, 5)]
+
+
+@pytest.mark.parametrize(
+    "bounds", [[(0, 4), (5, 10)], [(0, 5), (4, 10)], [(0, 5)], [(0, 5), (5, 9)]]
+)
+def test_other_slices_stay(bounds: list[tuple[int, int]]) -> None:
+    build = Builder()
+    x = build.input("x", 4, 10)
+    cut = [build.call(aten.slice.Tensor, x, 1, *each) for each in bounds]
+    graph = build.done(*(build.call(aten.add.Tensor, each, 1) for each in cut))
+    assert NoOpEliminationPass()(graph) == 0
+
+
+def test_symbolic_chains_are_shortened() -> None:
+    def program(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = x * 2
+        flat = x.reshape(-1, 4, 2).reshape(x.shape[0], 8).reshape(-1)
+        return flat + 1, x[1:][: y.shape[0]] + 1, x[: y.shape[0]][:2] + 1, x[:, :3], x[:, 3:]
+
+    traced = make_fx(program, tracing_mode="symbolic")(torch.randn(7, 8), torch.randn(3, 2))
+    data = [torch.randn(9, 8), torch.randn(5, 2)]
+    before = traced(*data)
+    NoOpEliminationPass()(traced.graph)
+    traced.graph.lint()
+    traced.recompile()
+    torch.testing.assert_close(traced(*data), before)
+    assert targets(traced.graph).count("aten.view.default") == 1
+
+
+def test_a_write_through_a_shortened_view_is_still_seen() -> None:
+    build = Builder()
+    x = build.call(aten.mul.Tensor, build.input("x", 4, 6), 2)
+    flat = build.call(aten.view.default, x, [24])
+    part = build.call(aten.slice.Tensor, build.call(aten.slice.Tensor, flat, 0, 2), 0, 0, 5)
+    again = build.call(aten.view.default, flat, [2, 12])
+    build.call(aten.mul_.Tensor, part, 10)
+    build.call(aten.add_.Tensor, again, 3)
+    graph = build.done(build.call(aten.add.Tensor, x, 1), build.call(aten.add.Tensor, part, 1))
+    left = shortened(graph, torch.randn(4, 6))
+    assert left.count("aten.mul_.Tensor") == left.count("aten.add_.Tensor") == 1
+
+
 def test_an_output_does_not_become_an_input_or_another_output() -> None:
     build = Builder()
     x = build.input("x", 4, 6)
@@ -477,6 +622,27 @@ def test_the_uuid_follows_source(tmp_path, monkeypatch, kind: str) -> None:  # t
 def test_a_pass_without_a_stable_form_is_an_error() -> None:
     with pytest.raises(ConfigError, match="stable form"):
         Scaled(2.0, torch.randn(2)).uuid()
+
+
+def test_a_function_with_its_identity_in_the_order_of_the_field() -> None:
+    def look(graph: torch.fx.Graph) -> None:
+        pass
+
+    given = CallableInductorPass(look, "look, version 3")
+    assert given.uuid() == "look, version 3" and given.name == "look"
+    assert CallableInductorPass(look, name="other").name == "other"
+    assert CallableInductorPass(look, uuid=("look", 3)).uuid() not in (look, "look")
+    assert (
+        CallableInductorPass(look, ("look", 3)).uuid()
+        == CallableInductorPass(look, ("look", 3)).uuid()
+    )
+    assert CallableInductorPass(look).uuid() != CallableInductorPass(look, "").uuid()
+    source = InductorPass.hash_source(look, "text", given)
+    assert CallableInductorPass(look, source).uuid() == source
+    assert source != InductorPass.hash_source(look, "another", given)
+    assert InductorPass.hash_dict({"a": 1, "b": [2]}) == InductorPass.hash_dict({"b": [2], "a": 1})
+    with pytest.raises(ConfigError, match="stable form"):
+        _ = CallableInductorPass(look, object()).uuid()
 
 
 def test_qualified_names_classes_and_functions_are_passes() -> None:

@@ -10,7 +10,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch._functorch.aot_autograd import aot_function, make_boxed_func
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from piecework.runtime import torch_compat
 from piecework.runtime.passes import (
     CleanUpPass,
     DefunctionalizationPass,
@@ -29,6 +31,7 @@ STEPS = [
     *["fill"] * 4,
     "pair",
     "both",
+    *["reshapes", "slices", "split", "twice"] * 2,
 ]
 
 
@@ -76,6 +79,22 @@ def program_of(chosen: list[tuple[str, int, int, int]]) -> Callable[..., tuple[t
                 values.append(x.t().t())
             elif step == "part":
                 values.append(x[: max(1, x.shape[0] - b % 2)])
+            elif step == "reshapes":
+                flat = x.reshape(-1).reshape(1, -1)
+                values.append(
+                    flat.reshape(-1, 2) if x.numel() % 2 == 0 and c % 2 else flat.view(-1)
+                )
+            elif step == "slices" and x.dim():
+                dim = b % x.dim()
+                before = (slice(None),) * dim
+                values.append(
+                    x[(*before, slice(b % 3, 5))][(*before, slice(c % 2, -1 if c % 3 else 3))]
+                )
+            elif step == "split" and x.dim() and x.shape[0] > 1:
+                at = 1 + b % (x.shape[0] - 1)
+                values += [*x.split([at, x.shape[0] - at]), x[:at], x[at:]][c % 3 :]
+            elif step == "twice" and x.dim():
+                values += [x[1:], x[1:]]
             elif step == "clone":
                 values.append(x.clone())
             elif step == "read":
@@ -180,3 +199,103 @@ def test_the_programs_have_writes_of_both_kinds() -> None:
         found += sum("auto_functionalized" in str(node.target) for node in graph.nodes)
         put += DefunctionalizationPass()(graph)
     assert 5 <= put <= found - 5
+
+
+# --- chains of views, for sizes that the trace was not made with ----------------------------------------
+
+links = st.tuples(
+    st.sampled_from(["reshape", "view", "slice", "end", "split", "chunk", "transpose", "clone"]),
+    st.integers(-9, 9),
+    st.none() | st.integers(-9, 9),
+    st.integers(1, 3),
+)
+
+
+def chain(chosen: list[tuple[str, int, int | None, int]]) -> Callable[..., object]:
+    def program(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        base = x * 2
+        value, found = base, []
+        for link, start, end, step in chosen:
+            if link == "reshape":
+                value = value.reshape([(-1,), (-1, 1, 1), (1, -1)][start % 3])
+            elif link == "view" and value.is_contiguous():
+                value = value.view(-1, *value.shape[1:])
+            elif link == "slice":
+                value = value[start:end:step]
+            elif link == "end":
+                value = value[: y.shape[0]]
+            elif link == "split" and value.dim() > 1:
+                parts = value.split(step, dim=-1)
+                value = parts[start % len(parts)]
+            elif link == "chunk" and value.dim() > 1:
+                left, right = value[..., :1], value[..., 1:]
+                value = right if start % 2 and right.shape[-1] else left
+            elif link == "transpose" and value.dim() > 1:
+                value = value.transpose(0, -1)
+            elif link == "clone":
+                value = value.clone()
+            found.append(value)
+        base.add_(1)  # seen through every view of it, and through no copy
+        return (*(each + 1 for each in found), found[-1], base)
+
+    return program
+
+
+@given(st.lists(links, min_size=2, max_size=8))
+@settings(deadline=None, max_examples=60)
+def test_chains_of_views_keep_their_meaning_for_other_sizes(chosen) -> None:  # type: ignore[no-untyped-def]
+    check_chain(chosen)
+
+
+@pytest.mark.nightly
+@given(st.lists(links, min_size=2, max_size=10))
+@settings(deadline=None, max_examples=3000)
+def test_many_chains_of_views_keep_their_meaning_for_other_sizes(chosen) -> None:  # type: ignore[no-untyped-def]
+    check_chain(chosen)
+
+
+def check_chain(chosen: list[tuple[str, int, int | None, int]]) -> None:
+    def inputs(rows: int, others: int) -> list[torch.Tensor]:
+        return [torch.arange(rows * 4.0).reshape(rows, 4), torch.ones(others, 2)]
+
+    for mode in ("real", "symbolic"):
+        try:
+            module = make_fx(chain(chosen), tracing_mode=mode)(*inputs(7, 3))
+        except (RuntimeError, IndexError, ValueError):
+            return  # a chain that no tensor of this size has
+        sizes = [(7, 3)] if mode == "real" else [(7, 3), (8, 3), (9, 5), (6, 2), (12, 4)]
+        sizes = [each for each in sizes if _holds(module, inputs(*each))]
+        assert sizes
+        before = [module(*inputs(*each)) for each in sizes]
+        NoOpEliminationPass()(module.graph)
+        module.graph.lint()
+        module.recompile()
+        after = [module(*inputs(*each)) for each in sizes]
+        for one, other in zip(before, after, strict=True):
+            torch.testing.assert_close(other, one, rtol=0, atol=0)
+            assert list(map(_steps, one)) == list(map(_steps, other))
+
+
+def _steps(tensor: torch.Tensor) -> list[int]:
+    """The strides that reach anything."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return [stride for size, stride in pairs if size > 1 and tensor.numel()]
+
+
+def _holds(module: torch.fx.GraphModule, given_inputs: list[torch.Tensor]) -> bool:
+    """Whether what the trace assumed of its sizes is true of these."""
+    values: dict[str, int] = {}
+    traced = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
+    pairs = [
+        pair
+        for fake, each in zip(traced, given_inputs, strict=True)
+        for pair in zip(fake.shape, each.shape, strict=True)
+    ]
+    for size, actual in pairs:
+        symbol = torch_compat.symbol_of(size)
+        if symbol is not None and values.setdefault(symbol, actual) != actual:
+            return False
+    if any(torch_compat.size_value(size, values) not in (None, n) for size, n in pairs):
+        return False
+    guards = torch_compat.recorded_guards([size for size, _ in pairs])
+    return all(test(values) is not False for _, _, test in guards)

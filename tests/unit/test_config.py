@@ -193,6 +193,58 @@ def test_custom_op_rules_that_contradict(rules, said):
     assert all(part in message for part in said)
 
 
+def test_a_custom_op_rule_may_be_repeated():
+    assert CompilationConfig(custom_ops=["+x", "-y", "+x"]).custom_ops == ("+x", "-y")
+
+
+def test_conflicts_of_sizes_are_told_together_and_with_the_others():
+    found = fails(
+        cudagraph_mode="PIECEWISE",
+        cudagraph_capture_sizes=[],
+        max_cudagraph_capture_size=4,
+        splitting_ops=[],
+        compile_sizes=[0],
+    )
+    assert set(found) == {
+        "compile_sizes.0",
+        "cudagraph_mode, splitting_ops",
+        "cudagraph_capture_sizes, max_cudagraph_capture_size",
+        "cudagraph_mode, cudagraph_capture_sizes",
+    }
+    found = fails(
+        cudagraph_mode="FULL",
+        cudagraph_capture_sizes=[1, 4, 8],
+        compile_sizes=[1, 3, 5, 8, 9],
+        compile_ranges_endpoints=[2, 2],
+    )
+    padded = "no batch runs in 3 (padded to 4), 5 (padded to 8); compile captured sizes, or sizes above 8"
+    assert found == {
+        "compile_sizes, cudagraph_capture_sizes": padded,
+        "compile_ranges_endpoints": "given more than once: 2",
+    }
+    assert list(fails(cudagraph_mode="FULL", max_cudagraph_capture_size=0)) == [
+        "cudagraph_mode, max_cudagraph_capture_size"
+    ]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"cudagraph_mode": "NONE", "cudagraph_capture_sizes": []},
+        {"cudagraph_mode": "NONE", "cudagraph_capture_sizes": [4], "compile_sizes": [3]},
+        # Other batches than those for decoding run uncaptured, in their own size.
+        {
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": [4],
+            "compile_sizes": [3],
+        },
+        {"cudagraph_mode": "FULL", "cudagraph_capture_sizes": [4], "compile_sizes": [4, 5]},
+    ],
+)
+def test_sizes_that_are_reached(fields):
+    CompilationConfig(**fields)
+
+
 @pytest.mark.parametrize("backend", ["", "two words", "a..b", ".a", "a:", "1x"])
 def test_a_backend_is_a_name(backend):
     assert list(fails(backend=backend)) == ["backend"]

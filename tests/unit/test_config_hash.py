@@ -49,6 +49,7 @@ RUNTIME_OTHER = {
     "max_num_batched_tokens": 4096,
     "max_num_seqs": 8,
     "uniform_decode_query_len": 2,
+    "further_decode_query_lens": [1],
     "enable_lora": True,
     "rank": 1,
     "dp_rank": 1,

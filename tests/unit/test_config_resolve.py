@@ -23,7 +23,7 @@ def pairs(ranges):
 def test_resolve_settles_everything_and_leaves_the_original_alone():
     config = CompilationConfig(
         cudagraph_mode="PIECEWISE",
-        compile_sizes=["cudagraph_capture_sizes", 6],
+        compile_sizes=["cudagraph_capture_sizes", 12],
         compile_ranges_endpoints=[16, 64],
     )
     before = config.model_copy(deep=True)
@@ -32,7 +32,7 @@ def test_resolve_settles_everything_and_leaves_the_original_alone():
     assert resolved.splitting_ops == ("b::y", ATTENTION)
     assert resolved.cudagraph_capture_sizes == (1, 2, 4, 8)
     assert resolved.max_cudagraph_capture_size == 8
-    assert resolved.compile_sizes == (1, 2, 4, 6, 8)
+    assert resolved.compile_sizes == (1, 2, 4, 8, 12)
     assert resolved.compile_ranges_endpoints == (16,)
     assert resolved.custom_ops == ("none",)
     assert pairs(resolved.get_compile_ranges(64)) == [(1, 16), (17, 64)]
@@ -50,7 +50,7 @@ def test_unknown_splitting_ops_stay_open():
     mode=st.sampled_from(CUDAGraphMode),
     registered=st.lists(st.sampled_from(["a::b", "c::d", "e::f"])),
     query_len=st.integers(1, 4),
-    sizes=st.none() | st.sets(st.integers(1, 64), max_size=4),
+    sizes=st.none() | st.sets(st.integers(1, 64), min_size=1, max_size=4),
     endpoints=st.sets(st.integers(1, 64), max_size=4),
 )
 def test_resolving_twice_changes_nothing(mode, registered, query_len, sizes, endpoints):
@@ -72,7 +72,7 @@ def test_problems_of_all_steps_are_one_error():
     config = CompilationConfig(
         cudagraph_mode="FULL",
         cudagraph_capture_sizes=[111],
-        compile_sizes=[100],
+        compile_sizes=[120],
         compile_ranges_endpoints=[99],
         splitting_ops=[ATTENTION],
         pass_config={"fuse_attn_quant": True},
@@ -216,16 +216,49 @@ def test_speculative_decoding_rounds_the_sizes():
     )
 
 
-@pytest.mark.parametrize(("mode", "rounded"), [("FULL", True), ("PIECEWISE", False)])
-def test_only_full_decode_graphs_are_rounded(mode, rounded):
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE", "FULL_AND_PIECEWISE"])
+def test_speculation_leaves_the_sizes_of_other_batches_as_they_are(mode):
     config = CompilationConfig(
         cudagraph_mode=mode,
         cudagraph_capture_sizes=[1, 8],
         compile_sizes=["cudagraph_capture_sizes"],
     )
     resolved = config.resolve(SMALL.replace(uniform_decode_query_len=4))
-    assert resolved.cudagraph_capture_sizes == ((4, 8) if rounded else (1, 8))
+    assert resolved.cudagraph_capture_sizes == (1, 8)
     assert resolved.compile_sizes == resolved.cudagraph_capture_sizes
+
+
+def test_the_default_sizes_meet_decode_batches_of_every_width():
+    config = CompilationConfig(cudagraph_mode="FULL_AND_PIECEWISE")
+    runtime = SMALL.replace(uniform_decode_query_len=5, further_decode_query_lens=[2])
+    assert SMALL.max_num_seqs == 4
+    assert config.resolve(runtime).cudagraph_capture_sizes == (
+        *(1, 2, 4, 5, 8, 10, 16, 20, 24, 32, 40),
+    )
+    with pytest.raises(ConfigError, match="6 is more than 5, the widest"):
+        runtime.replace(further_decode_query_lens=[6])
+    with pytest.raises(ConfigError, match="65 tokens does not fit in 64"):
+        SMALL.replace(uniform_decode_query_len=65)
+
+
+def test_a_query_length_that_no_size_holds_is_an_error():
+    config = CompilationConfig(cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes=[2])
+    config.resolve(SMALL.replace(uniform_decode_query_len=2))
+    with pytest.raises(ConfigError, match=r"no capture size is a multiple of 3 \(query length 3"):
+        config.resolve(SMALL.replace(uniform_decode_query_len=3, further_decode_query_lens=[2]))
+
+
+def test_a_cut_sequence_keeps_the_sizes_that_all_ranks_share(caplog):
+    runtime = RuntimeConfig(world_size=2, tensor_parallel_size=2)
+    config = CompilationConfig(cudagraph_mode="FULL", pass_config={"enable_sp": True})
+    with caplog.at_level(logging.WARNING):
+        resolved = config.replace(cudagraph_capture_sizes=[1, 2, 4, 15]).resolve(runtime)
+    assert resolved.cudagraph_capture_sizes == (2, 4) and resolved.max_cudagraph_capture_size == 4
+    assert "1, 15 are dropped" in caplog.text
+    assert resolved.resolve(runtime) == resolved
+    assert all(n % 2 == 0 for n in config.resolve(runtime).cudagraph_capture_sizes)
+    with pytest.raises(ConfigError, match="no capture size is a multiple of 2"):
+        config.replace(cudagraph_capture_sizes=[1, 3]).resolve(runtime)
 
 
 def test_ranges_without_the_largest_batch():

@@ -74,10 +74,13 @@ def configs(draw, leaves=scalars):
     fields["mode"] = draw(st.sampled_from(modes))
     if fields.get("backend", "inductor") == "inductor" and fields["mode"]:
         fields["use_inductor_graph_partition"] = draw(st.booleans())
+    captures = capturing is not CUDAGraphMode.NONE  # then something must be captured
     if draw(st.booleans()):
-        fields["cudagraph_capture_sizes"] = draw(sizes)
+        listed = fields["cudagraph_capture_sizes"] = draw(sizes.filter(len) if captures else sizes)
+        if captures and "compile_sizes" in fields:  # and what is compiled must be run
+            fields["compile_sizes"] = [n for n in fields["compile_sizes"] if n in listed]
     else:
-        fields["max_cudagraph_capture_size"] = draw(st.none() | st.integers(0, 512))
+        fields["max_cudagraph_capture_size"] = draw(st.none() | st.integers(int(captures), 512))
     return CompilationConfig(**fields)
 
 

@@ -181,7 +181,7 @@ def test_a_getitem_follows_a_tuple_and_not_a_tensor() -> None:
         other = g.call_function(torch.sin, (x,))
         left = g.call_function(operator.getitem, (pair, 0))
         cut = g.call_function(CUT, (left,))
-        row = g.call_function(operator.getitem, (cut, 0))
+        row = g.call_function(operator.getitem, (g.call_function(torch.sin, (cut,)), 0))
         return (other, row, g.call_function(operator.getitem, (pair, 1)))
 
     gm = graph_of(build)
@@ -340,6 +340,65 @@ def test_a_piece_of_sizes_and_allocations_is_merged() -> None:
         for n in gm.graph.find_nodes(op="placeholder")
     ]
     run_all_ways(gm, split_gm, *inputs)
+
+
+@pytest.mark.parametrize("where", ["first", "between", "last"])
+def test_views_alone_are_no_piece(where: str) -> None:
+    """They stay beside the splitting op, on whichever side it is, also with sizes that are computed for them."""
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        rows = x.shape[0]
+        x = x + 1 if where != "first" else x.view(rows * 2, -1)
+        x = torch.ops.test_split.cut(x)
+        if where == "between":
+            x = x.view(rows, 2, 3).transpose(1, 2)[:, 1:]
+        x = torch.ops.test_split.cut(x)
+        return x.view(rows // 2, -1).split(2, dim=-1)[0] if where == "last" else x * 2
+
+    gm = symbolic_graph_of(function)
+    split_gm, items = split_graph(gm, ["test_split::cut"])
+    expected = {
+        "first": ["cut", "cut", "piece"],
+        "between": ["piece", "cut", "cut", "cut", "piece"],
+        "last": ["piece", "cut", "cut"],
+    }
+    assert pieces(items) == expected[where]
+    for rows in (4, 6):
+        x = torch.arange(rows * 6.0).reshape(rows, 6)
+        given = [
+            rows if n.name.startswith("s") else x for n in gm.graph.find_nodes(op="placeholder")
+        ]
+        run_all_ways(gm, split_gm, *given)
+
+
+@pytest.mark.parametrize(
+    "copies", [lambda x: x.t().reshape(-1), lambda x: x.t().contiguous(), lambda x: x.t().flatten()]
+)
+def test_a_reshape_that_copies_is_a_piece(copies: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.test_split.cut(copies(torch.ops.test_split.cut(x)))
+
+    _, items = split_graph(symbolic_graph_of(function), ["test_split::cut"])
+    assert pieces(items) == ["cut", "piece", "cut"]
+
+
+def test_a_view_that_is_written_through_stays_a_view() -> None:
+    """Of a piece's result: the piece could give a copy."""
+
+    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+        base = g.call_function(torch.neg, (x,))
+        other = g.call_function(CUT, (x,))
+        rows = g.call_function(operator.getitem, (base, slice(1, 3)))
+        g.call_function(FILL, (other, base))
+        again = g.call_function(CUT, (rows,))
+        g.call_function(FILL, (g.call_function(operator.getitem, (other, slice(0, 2))), rows))
+        return (base, again)
+
+    gm = graph_of(build)
+    split_gm, items = split_graph(gm, ["test_split::cut", "test_split::fill"])
+    assert pieces(items).count("piece") == 1
+    base, again = run_all_ways(gm, split_gm, torch.randn(4, 6))  # type: ignore[misc]
+    assert torch.equal(base[3] * 0, torch.zeros(6)) and again.shape == (2, 6)
 
 
 def test_leading_and_lonely_allocations_stay_valid() -> None:

@@ -41,6 +41,8 @@ def check_inputs(input_ids, position_ids):
 
 
 def entry(input_ids, position_ids):
+    if dynamo._stance is not stance:
+        return entry_in_stance(input_ids, position_ids)
     if torch.is_grad_enabled():
         with torch.no_grad():
             return entry(input_ids, position_ids)

@@ -27,6 +27,8 @@ def check_inputs(x):
 
 
 def entry(x):
+    if dynamo._stance is not stance:
+        return entry_in_stance(x)
     if torch.is_grad_enabled():
         with torch.no_grad():
             return entry(x)

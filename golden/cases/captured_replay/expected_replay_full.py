@@ -1,7 +1,7 @@
 # piecework replay source, format 1
 #
 # model: Stack
-# graphs: FULL tokens=8, address policy: copy
+# graphs: FULL tokens=8 reqs=8, address policy: copy
 #
 # Held by this module; each is the same memory at every replay:
 #   stage: copies x into persistent buffers

@@ -79,6 +79,8 @@ def check_inputs(ids, cache, state, dtype, flag):
 
 
 def entry(ids, cache, state, dtype, *, flag=True):
+    if dynamo._stance is not stance:
+        return entry_in_stance(ids, cache, state, dtype, flag=flag)
     if torch.is_grad_enabled():
         with torch.no_grad():
             return entry(ids, cache, state, dtype, flag=flag)
