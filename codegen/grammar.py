@@ -73,9 +73,7 @@ class _Grammar:
                 raise self.error(stmt, f"{type(stmt).__name__} is not part of emitted modules")
             check(self, stmt)
 
-    def fields(
-        self, node: ast.AST, known: Sequence[str], at: ast.AST | None = None
-    ) -> None:
+    def fields(self, node: ast.AST, known: Sequence[str], at: ast.AST | None = None) -> None:
         """What is in fields that this language does not know must be empty, also in one that a later Python adds."""
         for name in node._fields:
             if name not in known and (value := getattr(node, name, None)) is not None:

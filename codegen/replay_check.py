@@ -380,13 +380,13 @@ def _entry_of(source: StitchedSource) -> ast.FunctionDef:
     raise EmitError(f"stitching source defines no function {ENTRY_NAME}")
 
 
-<<<<<<< HEAD
 def _is_literal(text: ast.expr) -> bool:
     """Whether ``text`` is a number or another single constant."""
     if isinstance(text, ast.UnaryOp) and isinstance(text.op, ast.USub):
         text = text.operand
     return isinstance(text, ast.Constant)
-=======
+
+
 def _bound_by(stmt: ast.stmt) -> list[str]:
     """The names that a statement binds where it stands."""
     match stmt:
@@ -403,7 +403,6 @@ def _bound_inside(function: ast.FunctionDef) -> list[str]:
     """The names that are local to ``function``."""
     parameters = [node.arg for node in ast.walk(function.args) if isinstance(node, ast.arg)]
     return parameters + [name for stmt in function.body for name in _bound_by(stmt)]
->>>>>>> 9d6bfea (Fuzz the proof over Python's abstract grammar; refuse deep texts by type; hold replay texts to the same grammar)
 
 
 def _bare_call(stmt: ast.stmt) -> ast.Call | None:

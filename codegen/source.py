@@ -15,6 +15,7 @@ import torch.fx
 
 from piecework.codegen import ir
 from piecework.codegen.check import check_ir
+from piecework.codegen.free_names import require_names
 from piecework.codegen.lower import LowerOptions, lower
 from piecework.codegen.render import line_map, render
 from piecework.codegen.verify import Proof, verify_text
@@ -73,13 +74,15 @@ def _generate(split_gm: torch.fx.GraphModule, options: LowerOptions) -> Stitched
     module, consts = lower(split_gm, options)
     check_ir(module, len(consts))
     code = render(module)
+    bound = {row.name: row.path for row in module.bound}
+    require_names(code, ("__vllm_consts__", *bound), "the stitching source")
     tree = ast.parse(code)
     proof = verify_text(
         code,
         split_gm,
         submod_names=module.submod_names,
         consts=consts,
-        bound={row.name: row.path for row in module.bound},
+        bound=bound,
         bound_placeholders=options.bound,
         direct=options.direct,
         lifetimes=options.emit_del,

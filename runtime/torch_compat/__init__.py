@@ -101,7 +101,6 @@ from piecework.runtime.torch_compat.shapes import (
     is_traced_contiguous,
     number_at,
     recorded_guards,
-    size_text,
     size_value,
     statically_equal,
     symbol_hints,
@@ -110,6 +109,8 @@ from piecework.runtime.torch_compat.shapes import (
     symbols_in,
     symbols_of,
     unbacked_symbols,
+    traced_item,
+    traced_size,
     with_symbol,
 )
 from piecework.runtime.torch_compat.side_effects import (
@@ -219,7 +220,6 @@ __all__ = [
     "shape_facts",
     "size_expr",
     "size_oblivious_tracing",
-    "size_text",
     "size_value",
     "sizes_text",
     "spec_parts",
@@ -238,6 +238,8 @@ __all__ = [
     "trace_artifact",
     "traced_code",
     "traced_inputs",
+    "traced_item",
+    "traced_size",
     "tracing_context",
     "transform_probe",
     "unbacked_symbols",

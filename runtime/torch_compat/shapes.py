@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 
@@ -94,19 +93,26 @@ def symbol_hints(size: object) -> dict[str, int]:
     return {str(s): int(known.get(s, 2)) for s in size.node.expr.free_symbols}
 
 
-def size_text(size: object, names: Mapping[str, str]) -> int | str:
-    """A size as a number, or as Python text over ``names`` (torch's symbol → the name to write)."""
-    if not isinstance(size, torch.SymInt):
-        return int(size)  # type: ignore[call-overload,no-any-return]
+def traced_size(size: object) -> object:
+    """A size as a number, or as torch's expression over symbols."""
+    if not isinstance(size, (torch.SymInt, torch.SymFloat)):
+        return size
     expr = size.node.expr
-    return int(expr) if expr.is_number else _expr_text(expr, names)
+    if not expr.is_number:
+        return expr
+    return int(expr) if isinstance(size, torch.SymInt) else float(expr)
 
 
-def _expr_text(expr: object, names: Mapping[str, str]) -> str:
-    from torch.utils._sympy.printers import PythonPrinter
+def traced_item(fake: object) -> object:
+    """What ``item()`` of a traced argument is: torch keeps the value of a number on the CPU as a symbol, and guards it.
 
-    text = PythonPrinter().doprint(expr)
-    return re.sub(r"\b[A-Za-z_]\w*\b", lambda word: names.get(word.group(), word.group()), text)
+    A number if the trace fixed it, torch's name of the symbol, or None where the value was not looked at.
+    """
+    memo = getattr(fake, "item_memo", None)
+    if not isinstance(memo, (torch.SymInt, torch.SymFloat)):
+        return None
+    expr = traced_size(memo)
+    return expr if isinstance(expr, (int, float)) else str(expr)
 
 
 def size_value(size: object, values: Mapping[str, int]) -> int | None:
@@ -177,21 +183,22 @@ def _expr(size: object) -> object:
     return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
-def guards_on(sizes: Sequence[object], names: Mapping[str, str]) -> tuple[str, ...]:
-    """Conditions over the symbols of ``sizes`` that the trace relied on beyond their ranges, as Python text.
+def guards_on(sizes: Sequence[object], known: Collection[str]) -> tuple[object, ...]:
+    """Conditions over the ``known`` symbols that the trace of ``sizes`` relied on beyond their ranges, as torch's expressions.
 
     Also those that torch leaves to be asserted when the graph runs, where the inputs' sizes decide them.
     """
-    env = next((s.node.shape_env for s in sizes if isinstance(s, torch.SymInt)), None)
-    texts: dict[str, None] = {}
+    env = next(
+        (s.node.shape_env for s in sizes if isinstance(s, (torch.SymInt, torch.SymFloat))), None
+    )
+    found: dict[object, None] = {}
     asserted = getattr(env, "deferred_runtime_asserts", {}).values()
-    for guard in (*getattr(env, "guards", ()), *(each for found in asserted for each in found)):
+    for guard in (*getattr(env, "guards", ()), *(each for every in asserted for each in every)):
         expr = env.simplify(guard.expr)
-        known = all(str(symbol) in names for symbol in expr.free_symbols)
-        if not known or not expr.free_symbols or _follows_from_ranges(env, expr):
-            continue
-        texts[_expr_text(expr, names)] = None
-    return tuple(texts)
+        all_known = all(str(symbol) in known for symbol in expr.free_symbols)
+        if all_known and expr.free_symbols and not _follows_from_ranges(env, expr):
+            found[expr] = None
+    return tuple(found)
 
 
 def _follows_from_ranges(env: object, expr: object) -> bool:
