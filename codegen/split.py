@@ -323,7 +323,7 @@ def _build_piece(
     for source in read:
         inside[source] = graph.node_copy(source)
         attributes[str(source.target)] = attribute_of(gm, str(source.target))
-    writer = regions.writer(graph)
+    writer = regions.writer(graph, splitting=partition.splitting)
     for node in partition.nodes:
         writer.move_to(node)
         inside[node] = graph.node_copy(node, lambda n: inside[n])

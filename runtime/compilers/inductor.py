@@ -19,6 +19,7 @@ from piecework.errors import ConfigError, Unidentifiable
 from piecework.runtime import torch_compat
 from piecework.runtime.code_identity import digest_of, text_of
 from piecework.runtime.compile_settings import settings_factors
+from piecework.runtime.compilers.eager import uncompiled
 from piecework.runtime.compilers.inductor_options import InductorOptions
 from piecework.runtime.compilers.interface import CompiledPiece
 from piecework.runtime.compilers.partitions import wrap_partition
@@ -260,7 +261,7 @@ def _uncompiled(graph: torch.fx.GraphModule) -> CompiledPiece:
     reason = "it writes to memory of a dynamic size that several of its inputs share"
     _log.warning("%s is not compiled: %s, which Inductor gets wrong", graph._get_name(), reason)
     counters.num_eager_compiles += 1
-    return CompiledPiece(graph.forward, indirect_because=reason)
+    return CompiledPiece(uncompiled(graph), indirect_because=reason)
 
 
 def _piece(
