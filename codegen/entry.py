@@ -327,12 +327,15 @@ class _Writer:
 
     def _item(self, label: str, path: str, item: float | str | None) -> None:
         """The value of a single number, where the trace looked at it."""
-        if isinstance(item, str) and item not in self.symbols:
+        if item is None:
+            return
+        if not isinstance(item, str):
+            self._require(f"{label}: its value", [f"{path}.item() == {literal_text(item)}"])
+        elif item.isidentifier() and item not in self.symbols:
             self.symbols[item] = self.names.claim(item)
             self._assign(f"{self.symbols[item]} = {path}.item()")
-        elif item is not None:
-            expected = self._renamed(item) if isinstance(item, str) else literal_text(item)
-            self._require(f"{label}: its value", [f"{path}.item() == {expected}"])
+        else:
+            self.late.append(f"{path}.item() == {item}")  # its symbols are known in the end
 
     def _sizes(self, label: str, path: str, sizes: Sequence[Size]) -> None:
         """Unpack the shape; a symbol seen for the first time is defined by it, all else is compared."""

@@ -94,8 +94,9 @@ class Assumptions:
         Raises:
             EmitError: a condition has no text.
         """
-        known = [*self._sizes, *self._fakes.values()]
-        conditions = torch_compat.guards_on(known, self._names)
+        ranged = {symbol for size in self._sizes if (symbol := torch_compat.symbol_of(size))}
+        values = [*self._sizes, *self._items.values()]
+        conditions = torch_compat.guards_on(values, self._names, ranged)
         return tuple(dict.fromkeys(size_text(each, self._names) for each in conditions))
 
     def _size(self, size: object) -> Size:
@@ -104,17 +105,16 @@ class Assumptions:
 
     def _item(self, index: int) -> float | str | None:
         """The value of a number on the CPU that the trace looked at: a constant, or a symbol that a condition or a size reads."""
-        item = self._items.get(index)
-        if item is None or isinstance(item, (int, float)):
-            return item
-        name = self._names[str(item)]
-        texts = (
-            size_text(torch_compat.traced_size(s), self._names)
-            for s in self._sizes
-            if torch_compat.symbols_of(s)
-        )
-        read = any(name in symbols_in(text) for text in (*self.guards(), *texts))
-        return name if read else None
+        if index not in self._items:
+            return None
+        value = torch_compat.traced_size(self._items[index])
+        if isinstance(value, (int, float)):
+            return value
+        text = size_text(value, self._names)
+        symbolic = [size for size in self._sizes if torch_compat.symbols_of(size)]
+        texts = [*self.guards(), *(str(self._size(size)) for size in symbolic)]
+        read = frozenset().union(*map(symbols_in, texts))
+        return text if symbols_in(text) & read else None
 
     def passed(self, leaf: int, dim: int | None) -> Passed:
         """How the entry finds argument ``leaf``, or dimension ``dim`` of it."""
@@ -168,8 +168,7 @@ def _names(
     """A name for each symbol: the wished one, or the next free of ``s0, s1, …``; none that texts use themselves."""
     names: dict[str, str] = {}
     taken = set(wished.values()) | RESERVED
-    symbols = [symbol for size in sizes for symbol in torch_compat.symbols_of(size)]
-    for symbol in (*symbols, *(item for item in items if isinstance(item, str))):
+    for symbol in (each for size in (*sizes, *items) for each in torch_compat.symbols_in(size)):
         if symbol in names:
             continue
         number = len(names)

@@ -177,7 +177,10 @@ class _Search:
                     {(index, None)},
                 )
             return
-        self._found(expected, label, (index, None), now)  # type: ignore[arg-type]
+        if expected.isidentifier() and expected not in self.symbols:
+            self._found(expected, label, (index, None), now)  # type: ignore[arg-type]
+        else:
+            self.later.append((expected, f"argument {label} is {now}", (index, None), now))  # type: ignore[arg-type]
 
     def _size(self, what: str, label: str, place: Place, expected: Size, now: int) -> None:
         if isinstance(expected, int):

@@ -96,10 +96,12 @@ from piecework.runtime.torch_compat.shape_record import (
     sizes_text,
 )
 from piecework.runtime.torch_compat.shapes import (
+    asserted_symbols,
     example_of,
     guards_on,
     is_traced_contiguous,
     number_at,
+    raw_symbols,
     recorded_guards,
     size_value,
     statically_equal,
@@ -108,9 +110,9 @@ from piecework.runtime.torch_compat.shapes import (
     symbol_range,
     symbols_in,
     symbols_of,
-    unbacked_symbols,
     traced_item,
     traced_size,
+    unbacked_symbols,
     with_symbol,
 )
 from piecework.runtime.torch_compat.side_effects import (
@@ -154,6 +156,7 @@ __all__ = [
     "artifact_to_bytes",
     "as_inductor_graph_pass",
     "asks_for_restart",
+    "asserted_symbols",
     "auto_functionalized_ops",
     "autocast_probe",
     "autocast_state",
@@ -212,6 +215,7 @@ __all__ = [
     "places_guard",
     "python_kernels",
     "quiet_trial",
+    "raw_symbols",
     "rebuilder",
     "recorded_guards",
     "recurrent_layers_traced",
