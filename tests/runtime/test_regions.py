@@ -196,3 +196,66 @@ def leaves_dtype(x: torch.Tensor) -> torch.Tensor:
 def test_what_is_never_set_back_is_refused(model: Callable[..., object]) -> None:
     with pytest.raises(SplitError, match="does not change it back"):
         compiled(model, "eager", ("regions_test::look",))
+
+
+# --- levels of torch.func ------------------------------------------------------------------------
+
+
+def mapped(x: torch.Tensor) -> torch.Tensor:
+    return look(torch.vmap(lambda row: inner(row * 2).sin() * row.sum())(x)) + 1
+
+
+def derived(x: torch.Tensor) -> torch.Tensor:
+    return look(torch.func.grad(lambda t: (t.sin() * t).sum())(x)) + 1
+
+
+def pushed_forward(x: torch.Tensor) -> torch.Tensor:
+    value, tangent = torch.func.jvp(torch.sin, (x,), (torch.ones_like(x),))
+    return look(tangent) + value
+
+
+def pulled_back(x: torch.Tensor) -> torch.Tensor:
+    value, pull = torch.func.vjp(torch.sin, x)
+    return look(pull(torch.ones_like(x))[0]) + value
+
+
+def jacobian(x: torch.Tensor) -> torch.Tensor:
+    return look(torch.func.jacrev(torch.sin)(x[0])) + 1
+
+
+def mapped_derivative(x: torch.Tensor) -> torch.Tensor:
+    return look(torch.vmap(torch.func.grad(lambda t: t.sin().sum()))(x)) + 1
+
+
+TRANSFORMS = (mapped, derived, pushed_forward, pulled_back, jacobian, mapped_derivative)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("model", TRANSFORMS)
+def test_transforms_in_the_forward(model: Callable[..., torch.Tensor], backend: str) -> None:
+    stitched = compiled(model, backend, ("regions_test::look",))
+    for rows in (6, 3, 2):
+        x = torch.randn(rows, 8)
+        torch.testing.assert_close(stitched(x), model(x))
+
+
+def test_an_exception_inside_a_transform_leaves_no_level() -> None:
+    stitched = compiled(mapped, "eager", ("regions_test::look",))
+    FAIL.append("inside")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="failed inside"):
+            stitched(torch.randn(6, 8))
+        assert torch._C._functorch.maybe_current_level() is None
+    FAIL.clear()
+    x = torch.randn(6, 8)
+    torch.testing.assert_close(stitched(x), mapped(x))
+
+
+def cut_inside(x: torch.Tensor) -> torch.Tensor:
+    return torch.vmap(lambda row: look(row) * 2)(x)
+
+
+def test_a_cut_inside_a_transform_is_refused() -> None:
+    with pytest.raises(SplitError, match=r"is called inside torch\.vmap") as caught:
+        compiled(cut_inside, "eager", ("regions_test::look",))
+    assert "call the operator outside of torch.vmap" in str(caught.value)
