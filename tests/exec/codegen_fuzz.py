@@ -12,6 +12,7 @@ import copy
 import random
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -140,21 +141,33 @@ class Grammar:
 
 
 def mutants(code: str, chance: random.Random) -> Iterator[str]:
-    """Texts near ``code``, without end; not all of them are Python."""
+    """Texts near ``code`` that are other programs, without end; not all of them are Python."""
     original = ast.parse(code)
+    plain = ast.dump(original)
     names = sorted({n.id for n in ast.walk(original) if isinstance(n, ast.Name)})
     grammar = Grammar(chance, names)
     while True:
-        if chance.random() < 0.2:
-            yield _other_text(code, chance)
-            continue
-        tree = copy.deepcopy(original)
-        for _ in range(chance.choice((1, 1, 1, 2))):
-            _mutate(tree, grammar, chance)
+        if chance.random() < 0.3:
+            text = _other_text(code, chance)
+        else:
+            tree = copy.deepcopy(original)
+            for _ in range(chance.choice((1, 1, 1, 2))):
+                _mutate(tree, grammar, chance)
+            try:
+                text = ast.unparse(ast.fix_missing_locations(tree))
+            except Exception:  # noqa: BLE001 - a tree that no text has
+                continue
+        if _dumped(text) != plain:
+            yield text
+
+
+def _dumped(text: str) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)
         try:
-            yield ast.unparse(ast.fix_missing_locations(tree))
-        except Exception:  # noqa: BLE001 - a tree that no text has
-            continue
+            return ast.dump(ast.parse(text))
+        except (SyntaxError, ValueError):
+            return ""
 
 
 def _mutate(tree: ast.Module, grammar: Grammar, chance: random.Random) -> None:

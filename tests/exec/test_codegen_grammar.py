@@ -112,7 +112,6 @@ def fuzz(count: int, seed: int) -> dict[str, int]:
     assert expected[0][-5][0] != ("str", "'raises'"), expected[0]
     counts = {"not Python": 0, "refused": 0, "accepted": 0}
     chance = random.Random(seed)
-    plain = ast_text(source.code)
     for text in islice(FUZZ.mutants(source.code, chance), count):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
@@ -127,16 +126,9 @@ def fuzz(count: int, seed: int) -> dict[str, int]:
                 counts["refused"] += 1
                 continue
         assert not disturbances, (disturbances, text)
-        if text not in (source.code, plain):
-            counts["accepted"] += 1
+        counts["accepted"] += 1
         assert behaviours(text, source) == expected, text
     return counts
-
-
-def ast_text(code: str) -> str:
-    import ast
-
-    return ast.unparse(ast.parse(code))
 
 
 # --- nothing is executed while proving ---------------------------------------------------------------
@@ -167,7 +159,7 @@ def quiet() -> Iterator[list[object]]:
 
 def test_accepted_mutants_do_what_the_graph_does() -> None:
     counts = fuzz(600, seed=11)
-    assert counts["refused"] > 300 and counts["accepted"] > 10, counts
+    assert counts["refused"] > 300 and counts["accepted"] > 20, counts
 
 
 @pytest.mark.nightly
