@@ -70,6 +70,8 @@ def execute_source(
         compiled = compile(code, filename, "exec", dont_inherit=True)
     except (SyntaxError, ValueError) as error:
         raise EmitError(f"stitching source does not compile: {error}\n{numbered(code)}") from error
+    except (RecursionError, MemoryError) as error:
+        raise EmitError("stitching source is nested too deeply for Python to compile") from error
     scope: dict[str, object] = {"__name__": "piecework_stitched", **namespace}
     try:
         exec(compiled, scope)
@@ -77,6 +79,10 @@ def execute_source(
         raise BindError(
             f"stitching source imports a module that is not here: {error}",
             hint="install or import what the traced model called, by the same name",
+        ) from error
+    except Exception as error:  # only an edited text, whose module level may do anything
+        raise EmitError(
+            f"stitching source fails where it is defined: {type(error).__name__}: {error}"
         ) from error
     function = scope.get(name)
     if not isinstance(function, FunctionType):

@@ -40,11 +40,13 @@ from piecework.codegen.entry_plan import (
     UnusedTensor,
     WatchedObject,
 )
+from piecework.codegen.free_names import require_names
 from piecework.codegen.layout import literal_text
 from piecework.codegen.names import BUILTINS, NameTable
 from piecework.codegen.render import environment, format_source
+from piecework.codegen.size_text import MODULES, RESERVED, checked_text
 
-_WORD = re.compile(r"\b[A-Za-z_]\w*\b")
+_WORD = re.compile(r"(?<![\w.])[A-Za-z_]\w*")  # no attributes
 
 FORMAT_VERSION = 1
 FUNCTION_NAME = "entry"
@@ -108,7 +110,7 @@ class _Writer:
 
     def __init__(self, plan: EntryPlan) -> None:
         self.plan = plan
-        reserved = {*PROVIDED, *HELD, *_USED, "torch", "check_inputs", FUNCTION_NAME}
+        reserved = {*PROVIDED, *HELD, *_USED, *RESERVED, "torch", "check_inputs", FUNCTION_NAME}
         self.names = NameTable(frozenset(reserved), builtins=frozenset())
         self.parameters = {p.name: self.names.claim(p.name) for p in plan.parameters}
         for (
@@ -145,6 +147,7 @@ class _Writer:
             .render(
                 format_version=FORMAT_VERSION,
                 banner=plan.banner,
+                imports=self._imports(),
                 parameters=self._signature(self.parameters),
                 named_parameters=self._by_their_own_names(),
                 inner=self.names.claim("entry_with_other_names"),
@@ -164,7 +167,14 @@ class _Writer:
                 result=self._packed(plan.result, outputs),
             )
         )
-        return EntrySource(format_source(text), self.consts)
+        code = format_source(text)
+        require_names(code, (*PROVIDED, *self.consts), "the entry")
+        return EntrySource(code, self.consts)
+
+    def _imports(self) -> list[str]:
+        """``torch``, and what the relations between sizes need."""
+        words = {word for step in self.steps for word in _WORD.findall(str(step["test"]))}
+        return sorted({"torch", *(words & MODULES.keys())})
 
     # --- the signature -----------------------------------------------------------------------------
 
@@ -315,8 +325,21 @@ class _Writer:
         else:
             self._require(comment, conditions)
             self._sizes(label, path, tensor.sizes)
+        self._item(label, path, tensor.item)
         for dim, stride in enumerate(tensor.strides or ()):
             self.late.append(f"{path}.stride({dim}) == {self._size(stride)}")
+
+    def _item(self, label: str, path: str, item: float | str | None) -> None:
+        """The value of a single number, where the trace looked at it."""
+        if item is None:
+            return
+        if not isinstance(item, str):
+            self._require(f"{label}: its value", [f"{path}.item() == {literal_text(item)}"])
+        elif item.isidentifier() and item not in self.symbols:
+            self.symbols[item] = self.names.claim(item)
+            self._assign(f"{self.symbols[item]} = {path}.item()")
+        else:
+            self.late.append(f"{path}.item() == {item}")  # its symbols are known in the end
 
     def _sizes(self, label: str, path: str, sizes: Sequence[Size]) -> None:
         """Unpack the shape; a symbol seen for the first time is defined by it, all else is compared."""
@@ -358,7 +381,8 @@ class _Writer:
             elif symbol.high is not None:
                 ranges.append(f"{name} <= {symbol.high}")
         self._require("sizes that the trace allows", ranges)
-        relations = [self._renamed(text) for text in (*self.late, *self.plan.guards)]
+        texts = (checked_text(self._renamed(text)) for text in (*self.late, *self.plan.guards))
+        relations = [f"({text})" if " or " in text else text for text in texts]
         self._require("relations that the trace relied on", relations)
 
     def _identity_conditions(self) -> None:

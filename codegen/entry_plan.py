@@ -23,6 +23,7 @@ class TensorInput:
         strides: None for a contiguous tensor.
         kind: ``torch.Tensor`` or ``torch.nn.Parameter``, which the model's code may tell apart.
         requires_grad: whether it recorded gradients, likewise; None if no code asked.
+        item: its value, for a single number that the trace looked at: a constant, or the symbol that stands for it.
     """
 
     dtype: torch.dtype
@@ -31,6 +32,7 @@ class TensorInput:
     strides: tuple[Size, ...] | None = None
     kind: type = torch.Tensor
     requires_grad: bool | None = None
+    item: float | str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ def check_grammar(code: str, tree: ast.Module) -> None:
 
 
 class _Grammar:
-    """One text; ``owner`` is the innermost node that has a line."""
+    """One text, and the names that its module level has bound so far."""
 
     def __init__(self, code: str) -> None:
         self.code = code
@@ -64,22 +64,21 @@ class _Grammar:
     def module(self, tree: ast.Module) -> None:
         self.fields(tree, ("body", "type_ignores"))
         self.require(not tree.type_ignores, tree, "type comments are not part of emitted modules")
+        if _GROWN:
+            for node in ast.walk(tree):
+                self.fields(node, _FIELDS.get(type(node), node._fields))
         for stmt in tree.body:
             check = _MODULE.get(type(stmt))
             if check is None:
                 raise self.error(stmt, f"{type(stmt).__name__} is not part of emitted modules")
             check(self, stmt)
 
-    def fields(self, node: ast.AST, known: Sequence[str]) -> None:
-        """A field that this language does not know, as a later Python may have, must be empty."""
+    def fields(self, node: ast.AST, known: Sequence[str], at: ast.AST | None = None) -> None:
+        """What is in fields that this language does not know must be empty, also in one that a later Python adds."""
         for name in node._fields:
-            if name not in known:
-                value = getattr(node, name, None)
-                self.require(
-                    value is None or value == [],
-                    node,
-                    f"{name.replace('_', ' ')} is not part of emitted text",
-                )
+            if name not in known and (value := getattr(node, name, None)) is not None:
+                what = _WORDS.get(name, name.replace("_", " "))
+                self.require(value == [], at or node, f"{what} not part of emitted modules")
 
     def import_(self, stmt: ast.Import) -> None:
         self.fields(stmt, ("names",))
@@ -116,7 +115,7 @@ class _Grammar:
     def arguments(self, function: ast.FunctionDef) -> None:
         arguments = function.args
         known = ("args", "vararg", "kwonlyargs", "kw_defaults", "kwarg", "defaults")
-        self.fields(arguments, known)
+        self.fields(arguments, known, at=function)
         named = [*arguments.args, *filter(None, (arguments.vararg, arguments.kwarg))]
         for each in (*named, *arguments.kwonlyargs):
             self.fields(each, ("arg",))  # no annotation
@@ -166,6 +165,7 @@ class _Grammar:
                 raise self.error(stmt, "only names are deleted")
 
     def return_(self, stmt: ast.Return, depth: int) -> None:
+        """A function's last statement; `trace_text` refuses another one."""
         if stmt.value is not None:
             self.expression(stmt.value, depth)
 
@@ -247,6 +247,16 @@ class _Grammar:
         self.expressions((node.left, *node.comparators), depth)
 
 
+_WORDS = {
+    "asname": "import ... as is",
+    "annotation": "annotations are",
+    "returns": "annotations are",
+    "decorator_list": "decorators are",
+    "posonlyargs": "positional-only parameters are",
+    "type_params": "type parameters are",
+    "handlers": "except clauses are",
+    "orelse": "else clauses are",
+}
 _LEAVES = frozenset({ast.Name, ast.Constant})
 _COMPARISONS = frozenset({ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE})
 
@@ -276,3 +286,37 @@ _EXPRESSIONS: dict[type[ast.expr], Callable[..., None]] = {
     ast.BinOp: _Grammar.binary,
     ast.Compare: _Grammar.compare,
 }
+
+# Every field of every node above; a Python that has more of them is looked at field by field.
+_FIELDS: dict[type[ast.AST], tuple[str, ...]] = {
+    ast.Module: ("body", "type_ignores"),
+    ast.Import: ("names",),
+    ast.alias: ("name", "asname"),
+    ast.FunctionDef: (
+        *("name", "args", "body", "decorator_list", "returns", "type_comment", "type_params"),
+    ),
+    ast.arguments: (
+        *("posonlyargs", "args", "vararg", "kwonlyargs", "kw_defaults", "kwarg", "defaults"),
+    ),
+    ast.arg: ("arg", "annotation", "type_comment"),
+    ast.Assign: ("targets", "value", "type_comment"),
+    ast.Expr: ("value",),
+    ast.Delete: ("targets",),
+    ast.Return: ("value",),
+    ast.Try: ("body", "handlers", "orelse", "finalbody"),
+    ast.Pass: (),
+    ast.Name: ("id", "ctx"),
+    ast.Constant: ("value", "kind"),
+    ast.Attribute: ("value", "attr", "ctx"),
+    ast.Subscript: ("value", "slice", "ctx"),
+    ast.Slice: ("lower", "upper", "step"),
+    ast.Tuple: ("elts", "ctx"),
+    ast.List: ("elts", "ctx"),
+    ast.Dict: ("keys", "values"),
+    ast.Call: ("func", "args", "keywords"),
+    ast.keyword: ("arg", "value"),
+    ast.UnaryOp: ("op", "operand"),
+    ast.BinOp: ("left", "op", "right"),
+    ast.Compare: ("left", "ops", "comparators"),
+}
+_GROWN = any(set(kind._fields) - set(known) for kind, known in _FIELDS.items())

@@ -30,6 +30,8 @@ class Kind:
             set again to what it was.
         passes: the exit takes what the enter returned.
         whole: values inside can't leave, so a region may not be cut.
+        in_pieces: compiled pieces open it too. Inference mode changes no value, only what may be recorded of them, and
+            compilers can't trace it.
     """
 
     name: str
@@ -37,17 +39,20 @@ class Kind:
     exits: frozenset[Key]
     passes: bool = False
     whole: bool = False
+    in_pieces: bool = True
 
     @property
     def is_setting(self) -> bool:
         return self.enters == self.exits
 
 
-def _pair(name: str, modules: str, enter: str, leave: str, *, whole: bool = False) -> Kind:
+def _pair(
+    name: str, modules: str, enter: str, leave: str, *, whole: bool = False, in_pieces: bool = True
+) -> Kind:
     """A region whose exit takes what its enter returned; ``modules``: where some torch release has the two."""
     places = modules.split()
     enters, exits = ({(m, f) for m in places for f in fs.split()} for fs in (enter, leave))
-    return Kind(name, frozenset(enters), frozenset(exits), passes=True, whole=whole)
+    return Kind(name, frozenset(enters), frozenset(exits), True, whole, in_pieces)
 
 
 def _level(name: str, enter: str, leave: str) -> Kind:
@@ -69,6 +74,7 @@ _KINDS = (
         "torch.autograd.grad_mode",
         "_enter_inference_mode",
         "_exit_inference_mode",
+        in_pieces=False,
     ),
     _pair("the current device", _DEVICES, "_exchange_device", "_maybe_exchange_device"),
     _pair(
@@ -335,8 +341,9 @@ class Regions:
                         hint=f"call the operator outside of {region.kind.name}, or leave it out of the splitting ops",
                     )
 
-    def writer(self, graph: torch.fx.Graph) -> RegionWriter:
-        return RegionWriter(self, graph)
+    def writer(self, graph: torch.fx.Graph, *, splitting: bool) -> RegionWriter:
+        """What opens and closes regions in the graph of a piece, or of a splitting submodule."""
+        return RegionWriter(self, graph, splitting)
 
 
 def _left_open(kind: Kind, node: torch.fx.Node) -> SplitError:
@@ -362,13 +369,15 @@ def _feeding_only(borders: set[torch.fx.Node]) -> set[torch.fx.Node]:
 class RegionWriter:
     """Opens and closes regions in a piece's graph, so that each node that is written next runs in its own."""
 
-    def __init__(self, regions: Regions, graph: torch.fx.Graph) -> None:
+    def __init__(self, regions: Regions, graph: torch.fx.Graph, splitting: bool) -> None:
         self._regions = regions
+        self._splitting = splitting
         self._graph = graph
         self._open: list[tuple[_Region, tuple[Argument, ...], dict[str, Argument]]] = []
 
     def move_to(self, node: torch.fx.Node) -> None:
         wanted = self._regions.around(node)
+        wanted = tuple(each for each in wanted if self._splitting or each.kind.in_pieces)
         common = 0
         while common < min(len(wanted), len(self._open)) and (
             self._open[common][0] is wanted[common]

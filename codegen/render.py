@@ -26,6 +26,7 @@ from piecework.codegen.layout import (
 __all__ = [
     "FORMAT_VERSION",
     "environment",
+    "flat_statements",
     "format_source",
     "line_map",
     "literal_text",
@@ -172,7 +173,7 @@ def line_map(module: ir.Module, tree: ast.Module) -> dict[int, ir.Origin]:
     defined = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     for function, node in zip(functions, defined, strict=True):
         said = [stmt for stmt in function.body if not isinstance(stmt, ir.Try)]
-        for stmt, written in zip(said, _flat(node.body), strict=True):
+        for stmt, written in zip(said, flat_statements(node.body), strict=True):
             if isinstance(stmt, (ir.Delete, ir.Try)):
                 continue
             origin = stmt.call.origin if isinstance(stmt, ir.Finally) else stmt.origin
@@ -181,11 +182,13 @@ def line_map(module: ir.Module, tree: ast.Module) -> dict[int, ir.Origin]:
     return lines
 
 
-def _flat(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
+def flat_statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
     """The statements of ``body`` and of the blocks in it, in order."""
     for stmt in body:
         if isinstance(stmt, ast.Try):
-            yield from _flat([each for each in stmt.body if not isinstance(each, ast.Pass)])
+            yield from flat_statements(
+                [each for each in stmt.body if not isinstance(each, ast.Pass)]
+            )
             yield from stmt.finalbody
         else:
             yield stmt

@@ -12,6 +12,7 @@ import torch.fx
 
 from piecework.codegen import ir
 from piecework.codegen.consts import is_inline_literal
+from piecework.codegen.free_names import require_names
 from piecework.codegen.names import NameTable
 from piecework.codegen.render import FORMAT_VERSION, environment, render_parts
 from piecework.codegen.replay_check import ReplayProof, verify_replay
@@ -51,6 +52,7 @@ def generate_replay(
     plan = _Planner(source, facts)
     module = plan.module()
     text = _render(module, plan, facts)
+    require_names(text, ("__vllm_consts__", *plan.held), "the replay source")
     emitted = ReplaySource(text, plan.held, source.consts, module)
     return emitted, verify_replay(emitted, source, split_gm, facts)
 

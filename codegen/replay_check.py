@@ -9,12 +9,14 @@ from __future__ import annotations
 import ast
 import copy
 import operator
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch.fx
 
+from piecework.codegen.grammar import check_grammar, parse_text
 from piecework.codegen.operands import same_constant
+from piecework.codegen.render import flat_statements
 from piecework.codegen.replay_plan import (
     Frozen,
     HeldBack,
@@ -75,12 +77,17 @@ class _Checker:
 
     def check(self, split_gm: torch.fx.GraphModule) -> ReplayProof:
         self.graph = _GraphCalls(split_gm, self.source.submod_names)
-        tree = ast.parse(self.replay.code)
+        code = self.replay.code
+        tree = parse_text(code, "replay source")
+        check_grammar(code, tree)
         body: list[ast.stmt] = []
         for stmt in tree.body:
             if isinstance(stmt, ast.FunctionDef) and stmt.name == self.replay.module.entry.name:
+                self._require_signature(stmt)
+                self._require_held(_bound_inside(stmt), stmt)
                 body.append(self._put_back(stmt))
             elif not self._is_size(stmt):
+                self._require_held(_bound_by(stmt), stmt)
                 body.append(stmt)
         for name, value in self.written.items():
             known = self.places.get(name)
@@ -111,30 +118,53 @@ class _Checker:
                 return True
         return False
 
+    def _require_held(self, names: Iterable[str], stmt: ast.stmt) -> None:
+        """The runtime binds the held names and the sizes; a text that bound one itself would mean something else by it."""
+        for name in names:
+            if name in self.replay.held or name in self.facts.sizes:
+                raise _differs(stmt, f"{name} is bound by the text")
+
     # --- the function ------------------------------------------------------------------------------
+
+    def _require_signature(self, function: ast.FunctionDef) -> None:
+        """It takes the staged inputs, and nothing else."""
+        args = function.args
+        given = [each.arg for each in (*args.args, *args.kwonlyargs)]
+        taken = [parameter.name for parameter in self.replay.module.entry.parameters]
+        if given != taken or args.kwonlyargs or args.vararg or args.kwarg or args.defaults:
+            raise _differs(function, f"{function.name} takes other parameters")
 
     def _put_back(self, function: ast.FunctionDef) -> ast.FunctionDef:
         """The function as it would be in stitching source."""
         statements = list(function.body)
         if self.facts.staged:
             self._require_stage(statements.pop(0), function)
-        body: list[ast.stmt] = []
-        for stmt in statements:
-            found = self._statement(stmt)
-            if found is not None:
-                body.append(found)
+        body = self._block(statements)
         if self.filled or self.due:
             raise EmitError("the text stages or brings back an operand that no replay has")
         entry = copy.deepcopy(_entry_of(self.source))
         entry.body = body
         return entry
 
+    def _block(self, statements: Sequence[ast.stmt]) -> list[ast.stmt]:
+        """The statements as stitching source has them, those of regions too."""
+        body: list[ast.stmt] = []
+        for stmt in statements:
+            if isinstance(stmt, ast.Try):
+                stmt.body = self._block(stmt.body) or [ast.Pass()]
+                body.append(stmt)
+                continue
+            found = self._statement(stmt)
+            if found is not None:
+                body.append(found)
+        return body
+
     def _require_stage(self, stmt: ast.stmt, function: ast.FunctionDef) -> None:
         call = _bare_call(stmt)
         inputs = [each.arg for each in function.args.args]
         if call is None or not isinstance(self._held(call.func), HeldStage):
             raise _differs(stmt, "the inputs are not staged first")
-        if [getattr(arg, "id", None) for arg in call.args] != inputs:
+        if [getattr(arg, "id", None) for arg in call.args] != inputs or call.keywords:
             raise _differs(stmt, "something else than the inputs is staged")
 
     def _statement(self, stmt: ast.stmt) -> ast.stmt | None:
@@ -143,6 +173,8 @@ class _Checker:
         held = None if call is None else self._held(call.func)
         if call is not None and isinstance(held, HeldReplay):
             return self._replayed(stmt, call, held.piece)
+        if call is not None and isinstance(held, (HeldBuffer, HeldBack)) and call.keywords:
+            raise _differs(stmt, "a copy gets more than the operand")
         if call is not None and isinstance(held, HeldBuffer):
             self.filled[held.piece, held.buffer] = tuple(map(ast.dump, call.args))
             return None
@@ -328,7 +360,7 @@ def _flat(argument: object) -> Iterator[object]:
 def _piece_calls(source: StitchedSource) -> Mapping[int, ast.Assign | ast.Expr]:
     """The statement of the stitching source that calls each piece."""
     found: dict[int, ast.Assign | ast.Expr] = {}
-    for stmt in _entry_of(source).body:
+    for stmt in flat_statements(_entry_of(source).body):
         match stmt:
             case ast.Assign(
                 value=ast.Call(func=ast.Subscript(ast.Name(name), ast.Constant(index)))
@@ -342,7 +374,7 @@ def _piece_calls(source: StitchedSource) -> Mapping[int, ast.Assign | ast.Expr]:
 
 
 def _entry_of(source: StitchedSource) -> ast.FunctionDef:
-    for stmt in ast.parse(source.code).body:
+    for stmt in parse_text(source.code).body:
         if isinstance(stmt, ast.FunctionDef) and stmt.name == ENTRY_NAME:
             return stmt
     raise EmitError(f"stitching source defines no function {ENTRY_NAME}")
@@ -353,6 +385,24 @@ def _is_literal(text: ast.expr) -> bool:
     if isinstance(text, ast.UnaryOp) and isinstance(text.op, ast.USub):
         text = text.operand
     return isinstance(text, ast.Constant)
+
+
+def _bound_by(stmt: ast.stmt) -> list[str]:
+    """The names that a statement binds where it stands."""
+    match stmt:
+        case ast.FunctionDef(name=name):
+            return [name]
+        case ast.Import(names=names):
+            return [each.name.partition(".")[0] for each in names]
+        case _:
+            stored = (n for n in ast.walk(stmt) if isinstance(n, ast.Name))
+            return [n.id for n in stored if not isinstance(n.ctx, ast.Load)]
+
+
+def _bound_inside(function: ast.FunctionDef) -> list[str]:
+    """The names that are local to ``function``."""
+    parameters = [node.arg for node in ast.walk(function.args) if isinstance(node, ast.arg)]
+    return parameters + [name for stmt in function.body for name in _bound_by(stmt)]
 
 
 def _bare_call(stmt: ast.stmt) -> ast.Call | None:

@@ -73,13 +73,14 @@ def _generate(split_gm: torch.fx.GraphModule, options: LowerOptions) -> Stitched
     module, consts = lower(split_gm, options)
     check_ir(module, len(consts))
     code = render(module)
+    bound = {row.name: row.path for row in module.bound}
     tree = ast.parse(code)
     proof = verify_text(
         code,
         split_gm,
         submod_names=module.submod_names,
         consts=consts,
-        bound={row.name: row.path for row in module.bound},
+        bound=bound,
         bound_placeholders=options.bound,
         direct=options.direct,
         lifetimes=options.emit_del,

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 import torch
 import torch.fx
 from torch._ops import OpOverload, OpOverloadPacket
-from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.fx.graph import CodeGen
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from piecework.codegen.origin import node_where, value_of
+from piecework.codegen.piece_sizes import Asserted, PieceSizes
 from piecework.codegen.regions import Regions
 from piecework.codegen.sizes import decompose_sizes, is_size_read
 from piecework.codegen.splitting import SplittingOp, SplittingOps, check_cuts
@@ -47,6 +47,7 @@ def split_graph(
     *,
     strict: bool | None = None,
     required: Iterable[SplittingOp] = (),
+    asserted: Asserted | None = None,
 ) -> tuple[torch.fx.GraphModule, list[SplitItem]]:
     """Cut ``graph`` at each call of a splitting operator.
 
@@ -56,6 +57,7 @@ def split_graph(
         strict: what to do about splitting ops that the graph does not call, and about ``required`` ones that would
             end inside a compiled piece: True raises, False warns, None keeps silent.
         required: operators that must stay outside of compiled pieces, whether they are in ``splitting_ops`` or not.
+        asserted: which symbols the trace asserted something of, together with those of a piece; the piece takes them too.
 
     Returns:
         ``(split_gm, items)``: the stitching graph, whose nodes call ``submod_0``, ``submod_1``, …, and the submodules
@@ -91,7 +93,7 @@ def split_graph(
     partitions = _merge_idle(_assign(work, is_splitting, regions))
     for number, partition in enumerate(partitions):
         partition.number = number
-    return _build(work, partitions, regions, graph)
+    return _build(work, partitions, regions, graph, asserted)
 
 
 def _copy_of(graph: torch.fx.Graph) -> torch.fx.Graph:
@@ -290,22 +292,24 @@ def _build(
     partitions: Sequence[_Partition],
     regions: Regions,
     gm: torch.fx.GraphModule,
+    asserted: Asserted | None,
 ) -> tuple[torch.fx.GraphModule, list[SplitItem]]:
     home = {node: p for p in partitions for node in p.nodes}
-    outputs = _outputs(partitions, home)
+    sizes = PieceSizes(work, {node: p.number for node, p in home.items()}, asserted)
+    reads = {partition: _reads_of(partition, home, sizes) for partition in partitions}
+    outputs = _outputs(partitions, home, reads)
     stitching = torch.fx.Graph()
     attributes: dict[str, object] = {}
     # What each node of `gm` is called in the stitching graph.
     values: dict[torch.fx.Node, torch.fx.Node] = {}
     for node in work.find_nodes(op="placeholder"):
         values[node] = stitching.node_copy(node)
-    sizes = _size_inputs(work)
     items: list[SplitItem] = []
     for partition in partitions:
         name = f"submod_{partition.number}"
-        inputs, piece = _build_piece(gm, partition, outputs[partition], home, regions, sizes)
+        piece = _build_piece(gm, partition, outputs[partition], reads[partition], regions)
         attributes[name] = piece
-        call = stitching.call_module(name, tuple(values[node] for node in inputs))
+        call = stitching.call_module(name, tuple(values[n] for n in reads[partition].inputs))
         _unpack_call(stitching, call, partition, outputs[partition], values)
         items.append(SplitItem(name, partition.number, partition.splitting, piece))
     output_node = work.output_node()
@@ -323,38 +327,32 @@ def _build(
 def _outputs(
     partitions: Sequence[_Partition],
     home: dict[torch.fx.Node, _Partition],
+    reads: dict[_Partition, _Reads],
 ) -> dict[_Partition, list[torch.fx.Node]]:
-    """What each partition must return: nodes with a user outside, in order of execution."""
+    """What each partition must return: nodes with a user outside, or that another one takes, in order of execution."""
     outputs: dict[_Partition, list[torch.fx.Node]] = {}
+    taken = {node for each in reads.values() for node in each.inputs}
     for partition in partitions:
         outputs[partition] = [
             node
             for node in partition.nodes
-            if any(home.get(user) is not partition for user in node.users)
+            if node in taken or any(home.get(user) is not partition for user in node.users)
         ]
     return outputs
 
 
-def _size_inputs(graph: torch.fx.Graph) -> dict[object, torch.fx.Node]:
-    """Symbol → the placeholder that is its value."""
-    found: dict[object, torch.fx.Node] = {}
-    for node in graph.find_nodes(op="placeholder"):
-        value = value_of(node)
-        if isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
-            found.setdefault(value.node.expr, node)
-    return found
+@dataclass(frozen=True, slots=True)
+class _Reads:
+    """What a submodule takes, in the order in which it is passed, and the attributes that it reads."""
+
+    inputs: list[torch.fx.Node]
+    attributes: list[torch.fx.Node]
 
 
-def _inputs_of(
-    partition: _Partition,
-    home: dict[torch.fx.Node, _Partition],
-    sizes: dict[object, torch.fx.Node],
-) -> tuple[list[torch.fx.Node], list[torch.fx.Node]]:
-    """What a submodule takes, in order of first use, and the attributes that it reads.
-
-    A piece takes the sizes in its inputs' shapes as well, before the rest. Compilers need them even where no node reads
-    them: to make views of a written input again, and for arithmetic that they bring in (the N / (N - 1) of a variance).
-    """
+def _reads_of(
+    partition: _Partition, home: dict[torch.fx.Node, _Partition], sizes: PieceSizes
+) -> _Reads:
+    """Inputs come in order of first use; a piece takes the sizes that its compiler needs before the rest."""
     members = set(partition.nodes)
     inputs: dict[torch.fx.Node, None] = {}
     attributes: dict[torch.fx.Node, None] = {}
@@ -365,34 +363,30 @@ def _inputs_of(
             if source.op != "get_attr" and source.op != "placeholder" and source not in home:
                 raise SplitError("a node is used before it is defined", where=node_where(source))
             (attributes if source.op == "get_attr" else inputs)[source] = None
-    if partition.splitting or not sizes:
-        return list(inputs), list(attributes)
-    shapes = [value for value in map(value_of, inputs) if isinstance(value, torch.Tensor)]
-    needed = {sizes[symbol] for symbol in free_symbols(shapes) if symbol in sizes}
-    leading = {node: None for node in sizes.values() if node in needed or node in inputs}
-    return list(leading | inputs), list(attributes)
+    leading: list[torch.fx.Node] = []
+    if not partition.splitting:
+        leading = sizes.of(partition.number, inputs.keys(), partition.nodes)
+    return _Reads(list(dict.fromkeys(leading) | inputs), list(attributes))
 
 
 def _build_piece(
     gm: torch.fx.GraphModule,
     partition: _Partition,
     outputs: list[torch.fx.Node],
-    home: dict[torch.fx.Node, _Partition],
+    reads: _Reads,
     regions: Regions,
-    sizes: dict[object, torch.fx.Node],
-) -> tuple[list[torch.fx.Node], torch.fx.GraphModule]:
-    """Build one submodule; returns its inputs (nodes of ``gm``) and itself."""
+) -> torch.fx.GraphModule:
+    """Build one submodule."""
     graph = torch.fx.Graph()
     inside: dict[torch.fx.Node, torch.fx.Node] = {}
     attributes: dict[str, object] = {}
-    inputs, read = _inputs_of(partition, home, sizes)
-    for source in inputs:
+    for source in reads.inputs:
         inside[source] = graph.placeholder(source.name)
         inside[source].meta.update(source.meta)
-    for source in read:
+    for source in reads.attributes:
         inside[source] = graph.node_copy(source)
         attributes[str(source.target)] = attribute_of(gm, str(source.target))
-    writer = regions.writer(graph)
+    writer = regions.writer(graph, splitting=partition.splitting)
     for node in partition.nodes:
         writer.move_to(node)
         inside[node] = graph.node_copy(node, lambda n: inside[n])
@@ -407,7 +401,7 @@ def _build_piece(
     else:
         graph.output(tuple(returned) if returned else None)
     name = f"submod_{partition.number}"
-    return inputs, torch.fx.GraphModule(attributes, graph, name)
+    return torch.fx.GraphModule(attributes, graph, name)
 
 
 def _unpack_call(

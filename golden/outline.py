@@ -6,7 +6,7 @@ The text is parsed, never executed, and never compared here; an edited or partly
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from piecework.errors import UsageError
@@ -177,6 +177,18 @@ def _is_unfamiliar(node: ast.stmt) -> bool:
 # --- functions and statements ----------------------------------------------------------------------
 
 
+def _flat(body: Sequence[ast.stmt]) -> Iterator[ast.stmt | str]:
+    """The statements of ``body`` in order, regions (``try: ... finally: call``) opened, with a mark where each part begins."""
+    for stmt in body:
+        if isinstance(stmt, ast.Try) and not stmt.handlers and not stmt.orelse:
+            yield "try:"
+            yield from _flat(stmt.body)
+            yield "finally:"
+            yield from _flat(stmt.finalbody)
+        else:
+            yield stmt
+
+
 @dataclass(frozen=True, slots=True)
 class _FunctionReader:
     lines: list[str]
@@ -187,7 +199,10 @@ class _FunctionReader:
     def read(self, node: ast.FunctionDef) -> FunctionOutline:
         steps: list[Step] = []
         deaths: dict[str, int] = {}
-        for stmt in node.body:
+        for stmt in _flat(node.body):
+            if isinstance(stmt, str):
+                steps.append(Step("other", stmt, (), (), steps[-1].line if steps else 0, stmt, ""))
+                continue
             if isinstance(stmt, ast.Delete):
                 names = [t.id for t in stmt.targets if isinstance(t, ast.Name)]
                 if len(names) == len(stmt.targets):

@@ -5,7 +5,7 @@ It reads what tracing recorded and adds nothing to it; no example tensor is kept
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -20,11 +20,13 @@ from piecework.codegen.entry_plan import (
     IntegerInput,
     Passed,
     SameObject,
+    Size,
     Symbol,
     TensorInput,
     UnusedTensor,
     WatchedObject,
 )
+from piecework.codegen.size_text import RESERVED, size_text, symbols_in
 from piecework.runtime import torch_compat
 from piecework.runtime.facts import is_fixed
 
@@ -52,7 +54,9 @@ class Assumptions:
         self._asks_grad = asks_grad
         self._labels = tuple(labels)
         self._sizes = [size for fake in self._fakes.values() for size in _sizes_of(fake)]
-        self._names = _names(self._sizes, wished)
+        found = {leaf: torch_compat.traced_item(fake) for leaf, fake in self._fakes.items()}
+        self._items = {leaf: item for leaf, item in found.items() if item is not None}
+        self._names = _names(self._sizes, self._items.values(), wished)
         self._first: dict[int, int] = {}
         for index, leaf in enumerate(leaves):
             if isinstance(leaf, torch.Tensor):
@@ -65,9 +69,9 @@ class Assumptions:
             first = self._first[id(example)]
             return SameObject(first, self._labels[first])
         if isinstance(fake, torch.Tensor):
-            return self._tensor(fake, example)
+            return self._tensor(index, fake, example)
         if isinstance(fake, torch.SymInt):
-            text = torch_compat.size_text(fake, self._names)
+            text = self._size(fake)
             return FixedValue(text) if isinstance(text, int) else IntegerInput(text)
         if isinstance(example, torch.Tensor):
             return UnusedTensor(example.dtype, example.device, example.dim())
@@ -88,7 +92,32 @@ class Assumptions:
         return self._names.get(symbol, "")
 
     def guards(self) -> tuple[str, ...]:
-        return torch_compat.guards_on(self._sizes, self._names)
+        """What the trace relied on beyond ranges, as Python text over the symbols' names.
+
+        Raises:
+            EmitError: a condition has no text.
+        """
+        ranged = {symbol for size in self._sizes if (symbol := torch_compat.symbol_of(size))}
+        values = [*self._sizes, *self._items.values()]
+        conditions = torch_compat.guards_on(values, self._names, ranged)
+        return tuple(dict.fromkeys(size_text(each, self._names) for each in conditions))
+
+    def _size(self, size: object) -> Size:
+        found = torch_compat.traced_size(size)
+        return found if isinstance(found, int) else size_text(found, self._names)
+
+    def _item(self, index: int) -> float | str | None:
+        """The value of a number on the CPU that the trace looked at: a constant, or a symbol that a condition or a size reads."""
+        if index not in self._items:
+            return None
+        value = torch_compat.traced_size(self._items[index])
+        if isinstance(value, (int, float)):
+            return value
+        text = size_text(value, self._names)
+        symbolic = [size for size in self._sizes if torch_compat.symbols_of(size)]
+        texts = [*self.guards(), *(str(self._size(size)) for size in symbolic)]
+        read = frozenset().union(*map(symbols_in, texts))
+        return text if symbols_in(text) & read else None
 
     def passed(self, leaf: int, dim: int | None) -> Passed:
         """How the entry finds argument ``leaf``, or dimension ``dim`` of it."""
@@ -109,7 +138,7 @@ class Assumptions:
         assert isinstance(stride, int)
         return FromNumber(stride)
 
-    def _stride(self, stride: object) -> int | str:
+    def _stride(self, stride: object) -> Size:
         """A stride over the known sizes. A symbol that only strides have is the example's number: another call's stride may
         mean another order in memory, which the trace may have relied on.
         """
@@ -118,35 +147,39 @@ class Assumptions:
             for symbol, hint in torch_compat.symbol_hints(stride).items()
             if symbol not in self._names
         }
-        text = torch_compat.size_text(stride, {**self._names, **fixed})
-        return int(text) if isinstance(text, str) and text.isdecimal() else text
+        found = torch_compat.traced_size(stride)
+        text = str(found) if isinstance(found, int) else size_text(found, {**self._names, **fixed})
+        return int(text) if text.isdecimal() else text
 
-    def _tensor(self, fake: torch.Tensor, example: object) -> TensorInput:
+    def _tensor(self, index: int, fake: torch.Tensor, example: object) -> TensorInput:
         strides = None
         if not torch_compat.is_traced_contiguous(fake):
             strides = tuple(map(self._stride, fake.stride()))
-        sizes = tuple(torch_compat.size_text(size, self._names) for size in fake.shape)
+        sizes = tuple(self._size(size) for size in fake.shape)
         grad = (
             example.requires_grad if self._asks_grad and isinstance(example, torch.Tensor) else None
         )
-        return TensorInput(fake.dtype, fake.device, sizes, strides, type(example), grad)
+        item = self._item(index)
+        return TensorInput(fake.dtype, fake.device, sizes, strides, type(example), grad, item)
 
 
 def _sizes_of(fake: object) -> tuple[object, ...]:
     return tuple(fake.shape) if isinstance(fake, torch.Tensor) else (fake,)
 
 
-def _names(sizes: Sequence[object], wished: Mapping[str, str]) -> dict[str, str]:
-    """A name for each symbol: the wished one, or the next free of ``s0, s1, …``."""
+def _names(
+    sizes: Sequence[object], items: Iterable[object], wished: Mapping[str, str]
+) -> dict[str, str]:
+    """A name for each symbol: the wished one, or the next free of ``s0, s1, …``; none that texts use themselves."""
     names: dict[str, str] = {}
-    taken = set(wished.values())
-    for size in sizes:
-        for symbol in torch_compat.symbols_of(size):
-            if symbol in names:
-                continue
-            number = len(names)
-            while f"s{number}" in taken:
-                number += 1
-            names[symbol] = wished.get(symbol) or f"s{number}"
-            taken.add(names[symbol])
+    taken = set(wished.values()) | RESERVED
+    for symbol in (each for size in (*sizes, *items) for each in torch_compat.symbols_in(size)):
+        if symbol in names:
+            continue
+        number = len(names)
+        while f"s{number}" in taken:
+            number += 1
+        wish = wished.get(symbol) or f"s{number}"
+        names[symbol] = f"{wish}_" if wish in RESERVED else wish
+        taken.add(names[symbol])
     return names

@@ -190,7 +190,9 @@ class PieceworkBackend:
             self.range_table.require_reachable(*_bounds_of(graph, self.batch_input))
         with self._phase("split"):
             ops = [*self._splitting_ops(graph), *recurrent_layers(graph.graph)]
-            self.split_gm, self.piecewise_graphs = split_graph(graph, ops)
+            self.split_gm, self.piecewise_graphs = split_graph(
+                graph, ops, asserted=torch_compat.asserted_symbols
+            )
             if self.compiler_manager.may_share_names():
                 self.named_ops = share_layer_names(self.split_gm, self.piecewise_graphs)
         names = [i.submod_name for i in self.piecewise_graphs if not i.is_splitting_graph]

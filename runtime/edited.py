@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch.fx
 
 from piecework.codegen import StitchedSource
+from piecework.codegen.grammar import parse_text
 from piecework.codegen.lower import ENTRY_NAME
 from piecework.codegen.render import numbered
 from piecework.codegen.source import verify
@@ -49,13 +50,15 @@ def check_edited(source: StitchedSource, split_gm: torch.fx.GraphModule, code: s
             nothing defines, or an index outside ``__vllm_submods__`` or ``__vllm_consts__``.
     """
     try:
-        tree = ast.parse(code)
+        tree = parse_text(code, "the edited source")
         compiled = compile(tree, "<edited>", "exec", dont_inherit=True)
+        _check_signature(tree, source)
+        _check_names(compiled, tree, source)
+        _check_indices(tree, source)
     except (SyntaxError, ValueError) as error:
         raise EmitError(f"the edited source is not Python: {error}\n{numbered(code)}") from error
-    _check_signature(tree, source)
-    _check_names(compiled, tree, source)
-    _check_indices(tree, source)
+    except (RecursionError, MemoryError) as error:
+        raise EmitError("the edited source is nested too deeply for Python to compile") from error
     try:
         return EditedSource(code, verify(source, split_gm, edited=code), None)
     except EmitError as error:
@@ -81,7 +84,7 @@ def _check_signature(tree: ast.Module, source: StitchedSource) -> None:
 
 
 def _check_names(compiled: types.CodeType, tree: ast.Module, source: StitchedSource) -> None:
-    defined = set(dir(builtins)) | {"__vllm_consts__", "__name__"}
+    defined = set(dir(builtins)) | {"__vllm_consts__"}
     defined |= {row.name for row in source.module.bound}
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):

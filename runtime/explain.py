@@ -25,6 +25,7 @@ from piecework.codegen.entry_plan import (
     UnusedTensor,
     WatchedObject,
 )
+from piecework.codegen.size_text import evaluate
 from piecework.errors import InputError
 from piecework.runtime import torch_compat
 
@@ -156,10 +157,30 @@ class _Search:
                 f"pass {label}.contiguous()",
                 {(index, None)},
             )
+        self._item(index, label, expected.item, tensor)
         for dim, stride in enumerate(expected.strides or ()):
             if stride is not None:
                 now = tensor.stride(dim)
                 self._size(f"stride {now} in dimension {dim}", label, (index, None), stride, now)
+
+    def _item(
+        self, index: int, label: str, expected: float | str | None, tensor: torch.Tensor
+    ) -> None:
+        if expected is None:
+            return
+        now = tensor.item()
+        if not isinstance(expected, str):
+            if now != expected:
+                raise _refusal(
+                    f"argument {label} was {expected} when the model was traced and is {now} now",
+                    "compile the model again for another value",
+                    {(index, None)},
+                )
+            return
+        if expected.isidentifier() and expected not in self.symbols:
+            self._found(expected, label, (index, None), now)  # type: ignore[arg-type]
+        else:
+            self.later.append((expected, f"argument {label} is {now}", (index, None), now))  # type: ignore[arg-type]
 
     def _size(self, what: str, label: str, place: Place, expected: Size, now: int) -> None:
         if isinstance(expected, int):
@@ -254,13 +275,6 @@ class _Search:
                         f"expect arguments that don't",
                         hint=f"pass {other}.clone()",
                     )
-
-
-def evaluate(text: str, symbols: Mapping[str, int]) -> object:
-    """An emitted expression over symbols; the text is piecework's own."""
-    import math
-
-    return eval(text, {"__builtins__": {}, "math": math, "max": max, "min": min}, dict(symbols))
 
 
 def _kind(

@@ -5,10 +5,13 @@ Useful for tests and for looking at the stitching alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.fx
 
+from piecework.codegen.bind import compile_execution_fn
+from piecework.codegen.regions import has_regions
+from piecework.codegen.source import generate_source
 from piecework.runtime.compilers.interface import CompiledPiece
 from piecework.runtime.config import CompilationConfig
 from piecework.runtime.counters import counters
@@ -31,4 +34,17 @@ class EagerAdaptor:
         compile_range: Range | None,
     ) -> CompiledPiece:
         counters.num_eager_compiles += 1
-        return CompiledPiece(graph.forward)
+        return CompiledPiece(uncompiled(graph))
+
+
+def uncompiled(graph: torch.fx.GraphModule) -> Callable[..., object]:
+    """``graph`` as a function that runs its operators one by one.
+
+    FX writes no ``finally``: a graph with regions (autocast, gradient mode) is emitted and proved as stitching source is, so that
+    an exception leaves none of them open.
+    """
+    if not has_regions(graph.graph):
+        return graph.forward
+    source = generate_source(graph)
+    submods = {name: graph.get_submodule(name) for name in source.submod_names}
+    return compile_execution_fn(source.code, submods, source.submod_names, source.consts)

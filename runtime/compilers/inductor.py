@@ -15,10 +15,11 @@ import torch
 import torch.fx
 
 from piecework.codegen.origin import value_of
-from piecework.errors import ConfigError, Unidentifiable
+from piecework.errors import CaptureError, ConfigError, Unidentifiable
 from piecework.runtime import torch_compat
 from piecework.runtime.code_identity import digest_of, text_of
 from piecework.runtime.compile_settings import settings_factors
+from piecework.runtime.compilers.eager import uncompiled
 from piecework.runtime.compilers.inductor_options import InductorOptions
 from piecework.runtime.compilers.interface import CompiledPiece
 from piecework.runtime.compilers.partitions import wrap_partition
@@ -143,6 +144,7 @@ class InductorStandaloneAdaptor(_Inductor):
         aliases = _Aliases.of(graph)
         if aliases.symbolic:
             return _uncompiled(graph)
+        _require_sizes(graph, example_inputs)
         counters.num_inductor_compiles += 1
         await_search(example_inputs)
         single = compile_range is not None and compile_range.is_single_size()
@@ -198,6 +200,7 @@ class InductorAdaptor(_Inductor):
         aliases = _Aliases.of(graph)
         if aliases.symbolic:
             return _uncompiled(graph)
+        _require_sizes(graph, example_inputs)
         counters.num_inductor_compiles += 1
         await_search(example_inputs)
         facts = self.facts_for(graph) or ""
@@ -255,12 +258,29 @@ class _Aliases:
         return lambda *args: function(*self.detached(args))
 
 
+def _require_sizes(graph: torch.fx.GraphModule, inputs: Sequence[object]) -> None:
+    """Refuse a piece whose code would check a size that it is not given.
+
+    Raises:
+        CaptureError: the trace asserted something of a value that is no argument and no size of one.
+    """
+    values = [*inputs, *map(value_of, graph.graph.nodes)]
+    given = {symbol for value in inputs for symbol in torch_compat.raw_symbols(value)}
+    missing = sorted(map(str, torch_compat.asserted_symbols(values) - given))
+    if missing:
+        raise CaptureError(
+            f"the trace asserts something of {missing[0]} and a size that the data decides, and the piece is given only the latter",
+            where=graph._get_name(),
+            hint="set dynamic_shapes_config.type to auto or backed, or pass the number as an int",
+        )
+
+
 def _uncompiled(graph: torch.fx.GraphModule) -> CompiledPiece:
     """A piece as FX wrote it, because what Inductor would make of it is wrong."""
     reason = "it writes to memory of a dynamic size that several of its inputs share"
     _log.warning("%s is not compiled: %s, which Inductor gets wrong", graph._get_name(), reason)
     counters.num_eager_compiles += 1
-    return CompiledPiece(graph.forward, indirect_because=reason)
+    return CompiledPiece(uncompiled(graph), indirect_because=reason)
 
 
 def _piece(

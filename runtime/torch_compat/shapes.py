@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -39,6 +39,43 @@ def unbacked_symbols(values: Iterable[object]) -> frozenset[str]:
     for value in values:
         if isinstance(value, (torch.Tensor, torch.SymInt)):
             found |= {str(symbol) for symbol in free_unbacked_symbols(value)}
+    return frozenset(found)
+
+
+def raw_symbols(value: object) -> frozenset[object]:
+    """The symbols in a size or in a tensor's sizes, those that the trace has fixed since included."""
+    sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
+    found: set[object] = set()
+    for size in sizes:
+        if isinstance(size, torch.SymInt):
+            found |= size.node.expr.free_symbols
+            found |= getattr(getattr(size.node, "_expr", None), "free_symbols", set())
+    return frozenset(found)
+
+
+def asserted_symbols(values: Iterable[object]) -> frozenset[object]:
+    """Symbols with a number behind them in what the trace asserts of the data-dependent ones in ``values``.
+
+    Inductor checks each assertion in every piece that has its data-dependent symbols, and takes the others for given.
+    """
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    sizes = [v for v in values if isinstance(v, (torch.Tensor, torch.SymInt))]
+    bound = {symbol for size in sizes for symbol in free_unbacked_symbols(size)}
+    found: set[object] = set()
+    if not bound:
+        return frozenset()
+    every = [
+        size
+        for value in sizes
+        for size in (value.shape if isinstance(value, torch.Tensor) else (value,))
+    ]
+    env = next(size.node.shape_env for size in every if isinstance(size, torch.SymInt))
+    for assertions in getattr(env, "deferred_runtime_asserts", {}).values():
+        for each in assertions:
+            unbacked = free_unbacked_symbols(each.expr)
+            if unbacked <= bound:
+                found |= each.expr.free_symbols - unbacked
     return frozenset(found)
 
 
@@ -94,19 +131,23 @@ def symbol_hints(size: object) -> dict[str, int]:
     return {str(s): int(known.get(s, 2)) for s in size.node.expr.free_symbols}
 
 
-def size_text(size: object, names: Mapping[str, str]) -> int | str:
-    """A size as a number, or as Python text over ``names`` (torch's symbol → the name to write)."""
-    if not isinstance(size, torch.SymInt):
-        return int(size)  # type: ignore[call-overload,no-any-return]
+def traced_size(size: object) -> object:
+    """A size as a number, or as torch's expression over symbols."""
+    if not isinstance(size, (torch.SymInt, torch.SymFloat)):
+        return size
     expr = size.node.expr
-    return int(expr) if expr.is_number else _expr_text(expr, names)
+    if not expr.is_number:
+        return expr
+    return int(expr) if isinstance(size, torch.SymInt) else float(expr)
 
 
-def _expr_text(expr: object, names: Mapping[str, str]) -> str:
-    from torch.utils._sympy.printers import PythonPrinter
+def traced_item(fake: object) -> torch.SymInt | torch.SymFloat | None:
+    """What ``item()`` of a traced argument is: torch keeps the value of a number on the CPU as a symbol, and guards it.
 
-    text = PythonPrinter().doprint(expr)
-    return re.sub(r"\b[A-Za-z_]\w*\b", lambda word: names.get(word.group(), word.group()), text)
+    None where the value was not looked at.
+    """
+    memo = getattr(fake, "item_memo", None)
+    return memo if isinstance(memo, (torch.SymInt, torch.SymFloat)) else None
 
 
 def size_value(size: object, values: Mapping[str, int]) -> int | None:
@@ -188,21 +229,29 @@ def _expr(size: object) -> object:
     return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
-def guards_on(sizes: Sequence[object], names: Mapping[str, str]) -> tuple[str, ...]:
-    """Conditions over the symbols of ``sizes`` that the trace relied on beyond their ranges, as Python text.
+def guards_on(
+    sizes: Sequence[object], known: Collection[str], ranged: Collection[str]
+) -> tuple[object, ...]:
+    """Conditions over the ``known`` symbols that the trace of ``sizes`` relied on, as torch's expressions.
 
-    Also those that torch leaves to be asserted when the graph runs, where the inputs' sizes decide them.
+    Also those that torch leaves to be asserted when the graph runs, where the inputs' sizes decide them. What follows from the ranges of ``ranged`` symbols, which somebody else checks, is left out.
     """
-    env = next((s.node.shape_env for s in sizes if isinstance(s, torch.SymInt)), None)
-    texts: dict[str, None] = {}
+    env = next((e for e in map(_env_of, sizes) if e is not None), None)
+    found: dict[object, None] = {}
     asserted = getattr(env, "deferred_runtime_asserts", {}).values()
-    for guard in (*getattr(env, "guards", ()), *(each for found in asserted for each in found)):
+    for guard in (*getattr(env, "guards", ()), *(each for every in asserted for each in every)):
         expr = env.simplify(guard.expr)
-        known = all(str(symbol) in names for symbol in expr.free_symbols)
-        if not known or not expr.free_symbols or _follows_from_ranges(env, expr):
+        symbols = {str(symbol) for symbol in expr.free_symbols}
+        if not symbols or not symbols.issubset(known):
             continue
-        texts[_expr_text(expr, names)] = None
-    return tuple(texts)
+        if not (symbols.issubset(ranged) and _follows_from_ranges(env, expr)):
+            found[expr] = None
+    return tuple(found)
+
+
+def _env_of(value: object) -> Any:
+    symbolic = isinstance(value, (torch.SymInt, torch.SymFloat))
+    return value.node.shape_env if symbolic else None
 
 
 def _follows_from_ranges(env: object, expr: object) -> bool:

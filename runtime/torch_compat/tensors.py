@@ -52,8 +52,20 @@ def negative_view(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def storage_id(value: torch.Tensor) -> int:
-    """A number that tensors share exactly when they share memory; holds for fake tensors too, while they live."""
-    return int(value.untyped_storage()._cdata)
+    """A number that tensors share exactly when they share memory; holds for fake tensors too, while they live.
+
+    What a ``torch.func`` transform wraps a tensor in lies where that tensor lies.
+    """
+    return int(_unwrapped(value).untyped_storage()._cdata)
+
+
+def _unwrapped(value: torch.Tensor) -> torch.Tensor:
+    functorch = getattr(torch._C, "_functorch", None)
+    is_wrapped = getattr(functorch, "is_functorch_wrapped_tensor", None)
+    unwrap = getattr(functorch, "get_unwrapped", None)
+    while is_wrapped is not None and unwrap is not None and is_wrapped(value):
+        value = unwrap(value)
+    return value
 
 
 def memory_apart(written: torch.Tensor, *others: torch.Tensor) -> bool:

@@ -64,7 +64,8 @@ def test_dropping_any_statement_that_binds_a_used_name_is_found(golden: Path) ->
             continue
         if line.rstrip().endswith(("(", "[", "{", ",")):
             continue
-        text = "\n".join([*lines[:number], "    pass", *lines[number + 1 :]])
+        indent = line[: len(line) - len(line.lstrip())]
+        text = "\n".join([*lines[:number], f"{indent}pass", *lines[number + 1 :]])
         later = "\n".join(lines[number + 1 :]).partition("\ndef ")[0]
         if name in later:
             dropped += 1

@@ -140,6 +140,22 @@ def proved(stitched, facts: ReplayFacts, change: Callable[[str], str] = str):
             "    replay_2()\n    submod_4_in_1.copy_(submod_3)\n",
             "stages or brings",
         ),
+        ("def replay(inputs):", "def replay(inputs: print()):", "annotations are"),
+        ("def replay(inputs):", "def replay(inputs) -> print():", "annotations are"),
+        ("def replay(inputs):", "def replay(inputs=print()):", "with a default"),
+        ("def replay(inputs):", "def replay(inputs, *more):", "takes other parameters"),
+        ("def replay(inputs):", "def replay(stage):", "takes other parameters"),
+        ("def replay(inputs):", "@print\ndef replay(inputs):", "decorators are"),
+        ("stage(inputs)", "stage(inputs, more=print())", "something else than the inputs"),
+        (
+            "submod_2_in_1.copy_(submod_1_1)",
+            "submod_2_in_1.copy_(submod_1_1, more=print())",
+            "not staged",
+        ),
+        ("s0 = 4\n", "s0 = True\n", "s0 is 4 in this capture"),
+        ("s0 = 4\n", "s0 = 4\nstage = torch.sin\n", "stage is bound by the text"),
+        ("    replay_1()\n", "    replay_0 = replay_1\n    replay_1()\n", "bound by the text"),
+        ("s0 = 4\n", "s0 = 4\n__builtins__ = torch\n", "which no text may bind"),
     ],
 )
 def test_a_text_that_differs_is_refused(compiled, before: str, after: str, why: str) -> None:

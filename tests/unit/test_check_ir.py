@@ -169,3 +169,38 @@ def test_memory_never_peaks_above_the_interpreters() -> None:
             alive |= {stmt.targets[0]} if isinstance(stmt, ir.CallFunction) else {str(stmt.target)}  # type: ignore[union-attr]
         peak = max(peak, len(alive))
     assert peak == 2
+
+
+# --- regions -------------------------------------------------------------------------------------
+
+ENTER = sin("r", ir.Name("x"))
+LEAVE = ir.Finally(sin(None, ir.Name("r")))  # type: ignore[arg-type]
+
+
+def test_a_region_is_entered_left_and_nested() -> None:
+    inner = (sin("q", ir.Name("x")), ir.Try(), ir.Finally(sin(None, ir.Name("q"))))  # type: ignore[arg-type]
+    check_ir(module(ENTER, ir.Try(), *inner, LEAVE, RETURN), 1)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ((ir.Try(), LEAVE, RETURN), "without a call that enters it"),
+        ((ENTER, ir.Delete(("r",)), ir.Try(), RETURN), "without a call that enters it"),
+        ((ENTER, LEAVE, RETURN), "ends that has not begun"),
+        ((ENTER, ir.Try(), RETURN), "does not end before the return"),
+        ((ENTER, ir.Try(), sin("y", ir.Name("x")), ir.Finally(sin(None, ir.Name("y"))), RETURN), "may not exist yet"),  # type: ignore[arg-type]
+        ((ENTER, ir.Try(), ir.Finally(sin("y", ir.Name("r"))), RETURN), "or to get one"),  # type: ignore[arg-type]
+        ((ENTER, ir.Try(), ir.Delete(("r",)), LEAVE, RETURN), "after its del"),
+        (tuple(s for i in range(17) for s in (sin(f"r{i}", ir.Name("x")), ir.Try())), "more than 16 regions"),
+    ],
+)  # fmt: skip
+def test_regions_that_do_not_fit_are_found(body: tuple[ir.Stmt, ...], message: str) -> None:
+    with pytest.raises(EmitError, match=message):
+        check_ir(module(*body), 1)
+
+
+def test_what_dies_where_a_region_is_entered_is_deleted_inside() -> None:
+    body = (sin("y", ir.Name("x")), sin("r", ir.Name("y")), ir.Try(), LEAVE, RETURN)
+    kinds = [type(stmt).__name__ for stmt in insert_deletes(body, frozenset({"x"}))]
+    assert kinds == ["CallFunction", "CallFunction", "Try", "Delete", "Finally", "Delete", "Return"]

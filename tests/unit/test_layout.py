@@ -107,14 +107,14 @@ STATEMENTS: st.SearchStrategy[ir.Stmt] = st.one_of(
 )  # fmt: skip
 
 
-@given(st.lists(STATEMENTS, min_size=1, max_size=6))
+@given(st.lists(STATEMENTS, min_size=1, max_size=6), st.integers(0, 3))
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_statements_are_laid_out_as_black_would(statements: list[ir.Stmt]) -> None:
+def test_statements_are_laid_out_as_black_would(statements: list[ir.Stmt], depth: int) -> None:
     layout = Layout()
     for stmt in statements:
-        layout.add(stmt)
+        layout.add(stmt, depth)
     texts = layout.finish()
-    assert texts == format_statements([stmt_text(stmt) for stmt in statements])
+    assert texts == format_statements([stmt_text(stmt) for stmt in statements], depth)
 
 
 @given(st.lists(STATEMENTS, min_size=1, max_size=3))

@@ -1,0 +1,261 @@
+"""State that a model sets for a while: seen by what runs inside, across cuts too, and as it was afterwards, whatever fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import piecework
+from piecework.errors import SplitError
+
+SEEN: list[tuple[object, ...]] = []
+FAIL: list[str] = []
+
+
+def state() -> tuple[object, ...]:
+    """Everything that a region may set."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.get_autocast_dtype("cpu"),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch._C._autograd._saved_tensors_hooks_get_disabled_error_message(),
+    )
+
+
+def _look(x: torch.Tensor) -> torch.Tensor:
+    SEEN.append(state())
+    if "outside" in FAIL:
+        raise ValueError("failed outside")
+    return x * 2
+
+
+def _inner(x: torch.Tensor) -> torch.Tensor:
+    if "inside" in FAIL:
+        raise ValueError("failed inside")
+    return x + 1
+
+
+torch.library.custom_op("regions_test::look", _look, mutates_args=()).register_fake(
+    torch.empty_like
+)
+torch.library.custom_op("regions_test::inner", _inner, mutates_args=()).register_fake(
+    torch.empty_like
+)
+look, inner = torch.ops.regions_test.look, torch.ops.regions_test.inner
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    before = state()
+    FAIL.clear()
+    SEEN.clear()
+    yield
+    assert state() == before
+
+
+def default_dtype(x: torch.Tensor) -> torch.Tensor:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    y = look(x) + torch.ones(8)
+    y = inner(y)
+    torch.set_default_dtype(before)
+    return look(y) + torch.ones(8)
+
+
+def deterministic(x: torch.Tensor) -> torch.Tensor:
+    torch.use_deterministic_algorithms(True)
+    y = inner(look(x))
+    torch.use_deterministic_algorithms(False)
+    return look(y)
+
+
+def inside(make: Callable[[], object]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        x = look(x)
+        with make():  # type: ignore[attr-defined]
+            y = inner(x @ x.t())
+            y = look(y)
+            y = inner(y @ y.t())
+        return look(y)
+
+    return model
+
+
+def nested(x: torch.Tensor) -> torch.Tensor:
+    with torch.enable_grad():
+        x = look(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = look(x @ x.t())
+            with torch.no_grad():
+                y = look(y)
+            y = inner(look(y) @ x)
+        y = look(y)
+    with torch.no_grad():
+        y = look(y)
+    return y + 1
+
+
+MODELS = {
+    "autocast": inside(lambda: torch.autocast("cpu", dtype=torch.bfloat16)),
+    "autocast off": inside(lambda: torch.autocast("cpu", enabled=False)),
+    "enable_grad": inside(torch.enable_grad),
+    "no_grad": inside(torch.no_grad),
+    "set_grad_enabled": inside(lambda: torch.set_grad_enabled(True)),
+    "inference_mode": inside(torch.inference_mode),
+    "saved hooks": inside(lambda: torch.autograd.graph.disable_saved_tensors_hooks("not here")),
+    "attention": inside(lambda: sdpa_kernel(SDPBackend.MATH)),
+    "default dtype": default_dtype,
+    "deterministic": deterministic,
+    "nested": nested,
+}
+
+
+def compiled(
+    model: Callable[..., object], backend: str, cuts: tuple[str, ...]
+) -> piecework.StitchedModule:
+    torch._dynamo.reset()
+    return piecework.compile(
+        model,
+        (torch.randn(6, 8),),
+        splitting_ops=cuts,
+        config=piecework.CompilationConfig(backend=backend),
+    )
+
+
+BACKENDS = ["eager", pytest.param("inductor", marks=pytest.mark.inductor)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_region_is_seen_inside_and_gone_afterwards(name: str, backend: str) -> None:
+    model = MODELS[name]
+    stitched = compiled(model, backend, ("regions_test::look",))
+    x = torch.randn(6, 8)
+    for context in (nullcontext, torch.no_grad):
+        SEEN.clear()
+        with torch.no_grad():  # a stitched module records no gradients
+            expected, seen = model(x), list(SEEN)
+        SEEN.clear()
+        with context():
+            before = state()
+            found = stitched(x)
+            assert state() == before
+        assert seen == SEEN
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("where", ["inside", "outside"])
+@pytest.mark.parametrize("name", MODELS)
+def test_an_exception_leaves_nothing_set(name: str, where: str) -> None:
+    stitched = compiled(MODELS[name], "eager", ("regions_test::look",))
+    before = state()
+    FAIL.append(where)
+    for context in (nullcontext, torch.no_grad):
+        with context(), pytest.raises(ValueError, match="failed"):
+            stitched(torch.randn(6, 8))
+        assert state() == before
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_exception_in_an_uncut_graph_leaves_nothing_set(name: str) -> None:
+    stitched = compiled(MODELS[name], "eager", ())
+    before = state()
+    FAIL.append("inside" if name != "nested" else "outside")
+    with pytest.raises(ValueError, match="failed"):
+        stitched(torch.randn(6, 8))
+    assert state() == before
+
+
+def test_the_emitted_text_closes_in_finally() -> None:
+    stitched = compiled(MODELS["autocast"], "eager", ("regions_test::look",))
+    code = stitched.source.code
+    assert "    finally:\n        torch.amp.autocast_mode._exit_autocast(" in code
+    assert stitched.source.proof is not None
+
+
+def leaves_grad(x: torch.Tensor) -> torch.Tensor:
+    torch.set_grad_enabled(True)
+    return look(x) + 1
+
+
+def leaves_dtype(x: torch.Tensor) -> torch.Tensor:
+    torch.set_default_dtype(torch.float64)
+    return look(x) + 1
+
+
+@pytest.mark.parametrize("model", [leaves_grad, leaves_dtype])
+def test_what_is_never_set_back_is_refused(model: Callable[..., object]) -> None:
+    with pytest.raises(SplitError, match="does not change it back"):
+        compiled(model, "eager", ("regions_test::look",))
+
+
+# --- levels of torch.func ------------------------------------------------------------------------
+
+
+def mapped(x: torch.Tensor) -> torch.Tensor:
+    return look(torch.vmap(lambda row: inner(row * 2).sin() * row.sum())(x)) + 1
+
+
+def derived(x: torch.Tensor) -> torch.Tensor:
+    return look(torch.func.grad(lambda t: (t.sin() * t).sum())(x)) + 1
+
+
+def pushed_forward(x: torch.Tensor) -> torch.Tensor:
+    value, tangent = torch.func.jvp(torch.sin, (x,), (torch.ones_like(x),))
+    return look(tangent) + value
+
+
+def pulled_back(x: torch.Tensor) -> torch.Tensor:
+    value, pull = torch.func.vjp(torch.sin, x)
+    return look(pull(torch.ones_like(x))[0]) + value
+
+
+def jacobian(x: torch.Tensor) -> torch.Tensor:
+    return look(torch.func.jacrev(torch.sin)(x[0])) + 1
+
+
+def mapped_derivative(x: torch.Tensor) -> torch.Tensor:
+    return look(torch.vmap(torch.func.grad(lambda t: t.sin().sum()))(x)) + 1
+
+
+TRANSFORMS = (mapped, derived, pushed_forward, pulled_back, jacobian, mapped_derivative)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("model", TRANSFORMS)
+def test_transforms_in_the_forward(model: Callable[..., torch.Tensor], backend: str) -> None:
+    stitched = compiled(model, backend, ("regions_test::look",))
+    for rows in (6, 3, 2):
+        x = torch.randn(rows, 8)
+        torch.testing.assert_close(stitched(x), model(x))
+
+
+def test_an_exception_inside_a_transform_leaves_no_level() -> None:
+    stitched = compiled(mapped, "eager", ("regions_test::look",))
+    FAIL.append("inside")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="failed inside"):
+            stitched(torch.randn(6, 8))
+        assert torch._C._functorch.maybe_current_level() is None
+    FAIL.clear()
+    x = torch.randn(6, 8)
+    torch.testing.assert_close(stitched(x), mapped(x))
+
+
+def cut_inside(x: torch.Tensor) -> torch.Tensor:
+    return torch.vmap(lambda row: look(row) * 2)(x)
+
+
+def test_a_cut_inside_a_transform_is_refused() -> None:
+    with pytest.raises(SplitError, match=r"is called inside torch\.vmap") as caught:
+        compiled(cut_inside, "eager", ("regions_test::look",))
+    assert "call the operator outside of torch.vmap" in str(caught.value)

@@ -1,0 +1,254 @@
+"""Expressions over sizes as text: what is written computes what torch's expression computes, in the one namespace that all texts share."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import pytest
+import sympy
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._sympy import functions as F
+from torch.utils._sympy.functions import make_opaque_unary_fn
+
+from piecework.codegen.free_names import require_names
+from piecework.codegen.size_text import (
+    FUNCTIONS,
+    MODULES,
+    RESERVED,
+    checked_text,
+    evaluate,
+    size_text,
+    symbols_in,
+)
+from piecework.errors import EmitError
+
+SYMBOLS = sympy.symbols("s0 s1 s2", integer=True, positive=True)
+NAMES = {"s0": "s0", "s1": "batch", "s2": "s50"}
+UNARY = ("sqrt", "cos", "cosh", "sin", "tan", "tanh", "atan", "exp", "log", "asinh", "log2")
+
+
+def integers() -> st.SearchStrategy[sympy.Expr]:
+    """Expressions that are integers, over torch's functions of sizes."""
+    leaves = st.one_of(st.sampled_from(SYMBOLS), st.integers(-7, 64).map(sympy.Integer))
+
+    def extended(inner: st.SearchStrategy[sympy.Expr]) -> st.SearchStrategy[sympy.Expr]:
+        divisors = st.one_of(st.integers(1, 9).map(sympy.Integer), st.sampled_from(SYMBOLS))
+        two = st.tuples(inner, inner)
+        quotient = st.tuples(inner, divisors)
+        small = st.tuples(inner, st.integers(0, 3).map(sympy.Integer))
+        reals = quotient.map(lambda p: F.IntTrueDiv(*p))
+        return st.one_of(
+            two.map(lambda p: p[0] + p[1]),
+            two.map(lambda p: p[0] - p[1]),
+            two.map(lambda p: p[0] * p[1]),
+            two.map(lambda p: F.Max(*p)),
+            two.map(lambda p: F.Min(*p)),
+            quotient.map(lambda p: F.FloorDiv(*p)),
+            quotient.map(lambda p: F.PythonMod(*p)),
+            quotient.map(lambda p: F.CeilDiv(*p)),
+            st.tuples(inner, divisors, divisors).map(lambda p: F.ModularIndexing(abs(p[0]), p[1], p[2])),
+            small.map(lambda p: F.PowByNatural(*p)),
+            small.map(lambda p: F.LShift(*p)),
+            small.map(lambda p: F.RShift(*p)),
+            two.map(lambda p: F.BitwiseFn_bitwise_and(*p)),
+            two.map(lambda p: F.BitwiseFn_bitwise_or(*p)),
+            two.map(lambda p: F.BitwiseFn_bitwise_xor(*p)),
+            inner.map(F.Identity),
+            inner.map(abs),
+            reals.map(F.FloorToInt),
+            reals.map(F.CeilToInt),
+            reals.map(F.TruncToInt),
+            reals.map(F.RoundToInt),
+            st.tuples(inner, inner, inner).map(lambda p: F.Where(p[0] < p[1], p[1], p[2])),
+        )  # fmt: skip
+
+    return st.recursive(leaves, extended, max_leaves=5)
+
+
+def numbers() -> st.SearchStrategy[sympy.Expr]:
+    """Integers, and real numbers that are made of them."""
+    divisors = st.one_of(st.integers(1, 9).map(sympy.Integer), st.sampled_from(SYMBOLS))
+    return st.one_of(
+        integers(),
+        st.tuples(integers(), divisors).map(lambda p: F.IntTrueDiv(*p)),
+        integers().map(F.ToFloat),
+        integers().map(lambda e: F.FloatTrueDiv(F.ToFloat(e), sympy.Float(3.0))),
+        integers().map(lambda e: F.TruncToFloat(F.ToFloat(e))),
+        integers().map(lambda e: F.RoundDecimal(F.ToFloat(e) * sympy.Float(0.37), sympy.Integer(1))),
+        st.tuples(st.sampled_from(UNARY), st.sampled_from(SYMBOLS)).map(
+            lambda p: make_opaque_unary_fn(p[0])(p[1])
+        ),
+        st.tuples(st.sampled_from(SYMBOLS), st.sampled_from((0.5, 2.0))).map(
+            lambda p: F.FloatPow(F.ToFloat(p[0]), sympy.Float(p[1]))
+        ),
+    )  # fmt: skip
+
+
+def relations() -> st.SearchStrategy[sympy.Basic]:
+    kinds = st.sampled_from((sympy.Eq, sympy.Ne, sympy.Lt, sympy.Le, sympy.Gt, sympy.Ge))
+    single = st.tuples(kinds, numbers(), numbers()).map(lambda t: t[0](t[1], t[2]))
+    return st.one_of(
+        single,
+        st.lists(single, min_size=2, max_size=3).map(lambda each: sympy.And(*each)),
+        st.lists(single, min_size=2, max_size=3).map(lambda each: sympy.Or(*each)),
+        single.map(sympy.Not),
+    )
+
+
+def direct(expr: sympy.Basic, values: dict[sympy.Symbol, int]) -> object:
+    """What torch's functions make of the expression for these values; None where they leave it as it is."""
+    numbers = {symbol: sympy.Integer(value) for symbol, value in values.items()}
+    found = sympy.sympify(expr).xreplace(numbers)
+    found = found.replace(lambda each: isinstance(each, F.Identity), lambda each: each.args[0])
+    if found in (sympy.true, sympy.false):
+        return bool(found)
+    if not found.is_number or found.has(sympy.oo, -sympy.oo, sympy.nan, sympy.zoo):
+        return None
+    return int(found) if found.is_Integer else float(found)
+
+
+def same(left: object, right: object) -> bool:
+    if isinstance(left, float) or isinstance(right, float):
+        return math.isclose(float(left), float(right), rel_tol=1e-9, abs_tol=1e-9)  # type: ignore[arg-type]
+    return left == right
+
+
+VALUES = st.tuples(*[st.integers(1, 65)] * 3)
+
+
+@given(st.one_of(numbers(), relations()), VALUES)
+@settings(max_examples=600, deadline=None)
+def test_the_text_computes_what_the_expression_computes(
+    expr: sympy.Basic, numbers: tuple[int, ...]
+) -> None:
+    values = dict(zip(SYMBOLS, numbers, strict=True))
+    try:
+        expected = direct(expr, values)
+    except (ArithmeticError, ValueError, TypeError):
+        return  # it has no value, or torch itself can't tell
+    if expected is None:
+        return
+    try:
+        text = size_text(expr, NAMES)
+    except EmitError as error:
+        assert "Infinity" in str(error), error
+        return
+    named = {NAMES[str(symbol)]: value for symbol, value in values.items()}
+    found = evaluate(text, named)
+    assert same(found, expected), (text, expr, named)
+    assert symbols_in(text) <= named.keys()
+    if isinstance(expected, bool):
+        assert evaluate(checked_text(text), named) == expected
+    require_names(f"import math\nfound = {text}", named, "a size")
+
+
+@given(relations(), st.tuples(*[st.integers(-2, 3)] * 3))
+@settings(max_examples=200, deadline=None)
+def test_a_checked_relation_has_a_value_everywhere(
+    expr: sympy.Basic, numbers: tuple[int, ...]
+) -> None:
+    named = dict(zip(NAMES.values(), numbers, strict=True))
+    try:
+        text = checked_text(size_text(expr, NAMES))
+    except EmitError:
+        return
+    namespace = {"__builtins__": {n: __builtins__[n] for n in FUNCTIONS}, **MODULES}
+    with contextlib.suppress(OverflowError):
+        eval(text, namespace, named)
+
+
+def test_every_function_of_torch_has_a_text_or_a_typed_refusal() -> None:
+    """The list is torch's own: a function that a later torch adds is refused by type until it has a text."""
+    s0, s1, s2 = SYMBOLS
+    arguments = {1: (s0,), 2: (s0, s1), 3: (sympy.Lt(s0, s1), s1, s2)}
+    written = set()
+    for name in dir(F):
+        kind = getattr(F, name)
+        if not (
+            isinstance(kind, type)
+            and issubclass(kind, sympy.Basic)
+            and kind.__module__ == F.__name__
+        ):
+            continue
+        for count in (1, 2, 3):
+            try:
+                expr = kind(*arguments[count], evaluate=False)
+            except Exception:  # noqa: BLE001 - another number of arguments, or of another kind
+                continue
+            if type(expr) is not kind:
+                continue
+            try:
+                size_text(expr, NAMES)
+                written.add(name)
+            except EmitError as error:
+                assert "has no source form" in str(error)
+    assert {
+        "FloorDiv",
+        "Mod",
+        "PythonMod",
+        "TruncToInt",
+        "CeilToInt",
+        "Max",
+        "Min",
+    } <= written
+    assert "IsNonOverlappingAndDenseIndicator" not in written
+
+
+@pytest.mark.parametrize(
+    ("expr", "text"),
+    [
+        (lambda a, b: 4 * a, "4 * s0"),
+        (lambda a, b: a - b, "s0 - batch"),
+        (lambda a, b: -a, "-s0"),
+        (lambda a, b: a * (b + 1), "s0 * (batch + 1)"),
+        (lambda a, b: F.FloorDiv(a, 2) + 1, "s0 // 2 + 1"),
+        (lambda a, b: F.FloorDiv(a + b, a), "(s0 + batch) // s0"),
+        (lambda a, b: sympy.Eq(F.Mod(a, b), 0), "s0 % batch == 0"),
+        (lambda a, b: F.FloorToInt(F.IntTrueDiv(a, 3)), "math.floor(s0 / 3)"),
+        (lambda a, b: sympy.Gt(abs(a - 20), 2), "abs(s0 - 20) > 2"),
+    ],
+)
+def test_texts_are_plain(expr: object, text: str) -> None:
+    assert size_text(expr(*SYMBOLS[:2]), NAMES) == text  # type: ignore[operator]
+
+
+def test_relations_that_would_fail_are_false() -> None:
+    s0, s1, _ = SYMBOLS
+    text = checked_text(size_text(sympy.Eq(F.Mod(s0, s1), 0), NAMES))
+    assert text == "batch != 0 and s0 % batch == 0"
+    root = checked_text(size_text(sympy.Gt(F.OpaqueUnaryFn_sqrt(s0 - 5), 1.5), NAMES))
+    assert evaluate(root, {"s0": 1}) is False
+    assert checked_text("s0 % 4 == 0") == "s0 % 4 == 0"
+
+
+def test_what_has_no_text_is_refused_by_type() -> None:
+    s0 = SYMBOLS[0]
+    with pytest.raises(EmitError, match="zeta"):
+        size_text(sympy.zeta(s0), NAMES)
+    with pytest.raises(EmitError, match="which no argument tells"):
+        size_text(sympy.Symbol("u7"), NAMES)
+    with pytest.raises(EmitError, match="Infinity"):
+        size_text(sympy.Lt(s0, sympy.Float("inf"), evaluate=False), NAMES)
+
+
+def test_names_that_texts_use_are_known() -> None:
+    assert {"math", "abs", "max", "min"} <= RESERVED
+
+
+def test_free_names_are_found() -> None:
+    good = "import torch\nx = given\ndef f(a):\n    b = a + x\n    return torch.sin(b), len(b)\n"
+    require_names(good, ["given"], "the text")
+    for bad in (
+        "y = missing",
+        "def f():\n    return missing",
+        "def f(a=missing): pass",
+        "lambda: missing",
+    ):
+        with pytest.raises(EmitError, match="'missing', which nothing defines"):
+            require_names(bad, ["given"], "the text")
+    with pytest.raises(EmitError, match="'__name__'"):
+        require_names("def f():\n    return __name__", [], "the text")
+    assert torch is not None
