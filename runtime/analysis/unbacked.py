@@ -33,8 +33,8 @@ def admits_unbacked(
         graph: with fake values in its nodes, as a Dynamo backend gets it, or a piece of it.
         symbols: torch's names of the batch size, such as ``{"s0"}``; other symbols stay as they are.
         outside: operators that the graph is cut at, ``"namespace::name"``; they are not compiled, and may be anything.
-        rows_in_one: values are ``[1, rows, …]``, and whatever they are handed to takes them in any order in memory. The stride of
-            the first dimension holds the batch size then, so that a compiler does not keep to the traced order.
+        rows_in_one: values are ``[1, rows, …]``, so that the batch size is in the stride of the first dimension, which nothing reads; and
+            whatever a piece's results are handed to takes them in any order in memory.
 
     Example:
         >>> reason = admits_unbacked(graph, {"s0"}, outside=("my::attention",))
@@ -55,17 +55,17 @@ def admits_unbacked(
     return (
         next(iter(verdict.complaints), None)
         or verdict.refused
-        or _of_what_leaves(graph, held, rows_in_one)
+        or (None if rows_in_one else _of_what_leaves(graph, held))
     )
 
 
-def _of_what_leaves(graph: torch.fx.GraphModule, held: Batch, rows_in_one: bool) -> str | None:
+def _of_what_leaves(graph: torch.fx.GraphModule, held: Batch) -> str | None:
     """What is wrong with a result. Inside, a compiler's order in memory is its own; what leaves must have the order that was traced,
     and Inductor sees to that for strides without such a size alone.
     """
     for node in graph.graph.output_node().all_input_nodes:
         value = value_of(node)
-        said = _of_strides(value, held, rows_in_one) if isinstance(value, torch.Tensor) else None
+        said = _of_strides(value, held, False) if isinstance(value, torch.Tensor) else None
         if said is not None:
             return f"result {node.name} {said}"
     return None

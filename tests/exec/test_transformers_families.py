@@ -27,6 +27,7 @@ COMMON = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
+CHOOSING = ("mixtral", "deepseek_v3", "gpt_oss")
 MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 FAMILIES = {
     "llama": {},
@@ -136,7 +137,9 @@ def test_family_equals_eager(family: str) -> None:
     expected = [logits(model, prompt) for prompt in prompts]
     expected_tokens, expected_logits = generate(model, ids, mask)
 
-    with counters.expect(num_graphs_seen=1):
+    # One graph serves prefill and decode; where torch's choice of experts is not known to be compiled right for every number
+    # of tokens at once, one serves a single token.
+    with counters.expect(num_graphs_seen=1 + (family in CHOOSING)):
         assert stitch(model, config=EAGER_PIECES) is model
         got = [logits(model, prompt) for prompt in prompts]
         got_tokens, got_logits = generate(model, ids, mask)

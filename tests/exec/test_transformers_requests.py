@@ -381,7 +381,10 @@ def test_torch_s_switches_run_the_decoder_as_it_is():
         torch.testing.assert_close(again.logits[:, -1], full.logits[:, -1], rtol=1e-4, atol=1e-4)
     assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), expected)
     with torch.no_grad(), torch.compiler.set_stance("eager_on_recompile"):
-        for each in (model, eager):  # the stitched forward refuses another weight; the flattened one runs as it is
+        for each in (
+            model,
+            eager,
+        ):  # the stitched forward refuses another weight; the flattened one runs as it is
             each.model.norm.weight = torch.nn.Parameter(torch.full((32,), 0.5))
         torch.testing.assert_close(model(ids).logits, eager(ids).logits, rtol=1e-4, atol=1e-4)
     with torch.no_grad(), torch._dynamo.config.patch(disable=True):
