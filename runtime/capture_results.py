@@ -110,7 +110,8 @@ class _Instance:
 
 def opened(result: object) -> object:
     """``result`` with instances of dataclasses made visible to pytree; what pytree knows already is left as it is."""
-    return pytree.tree_map(_opened, result)
+    # pytree would make a tuple of a torch.Size
+    return pytree.tree_map(_opened, result, is_leaf=_is_size)
 
 
 def _opened(leaf: object) -> object:

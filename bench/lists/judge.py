@@ -23,7 +23,7 @@ class Answer:
 
 def kept(result: object) -> object:
     """``result`` in memory of its own, strides kept: a static graph's outputs are overwritten by the next replay."""
-    return pytree.tree_map(_kept_leaf, result)
+    return pytree.tree_map(_kept_leaf, result, is_leaf=_is_size)
 
 
 def _kept_leaf(leaf: object) -> object:
@@ -51,8 +51,14 @@ def difference(
 
 def outputs_with_strides_of(got: Answer, expected: Answer) -> set[int]:
     """The numbers of the outputs that have the same strides in both."""
-    pairs = zip(pytree.tree_leaves(got.result), pytree.tree_leaves(expected.result), strict=False)
+    leaves = (pytree.tree_leaves(each.result, _is_size) for each in (got, expected))
+    pairs = zip(*leaves, strict=False)
     return {index for index, (one, two) in enumerate(pairs) if _same_strides(one, two)}
+
+
+def _is_size(value: object) -> bool:
+    """Whether ``value`` is a `torch.Size`, which pytree takes for a tuple."""
+    return type(value) is torch.Size
 
 
 def _same_strides(one: object, two: object) -> bool:
@@ -65,11 +71,11 @@ def _same_strides(one: object, two: object) -> bool:
 def _tree_difference(
     got: object, expected: object, stock: object, strided: Collection[int], what: str
 ) -> str:
-    ours, our_spec = pytree.tree_flatten(got)
-    theirs, their_spec = pytree.tree_flatten(expected)
+    ours, our_spec = pytree.tree_flatten(got, _is_size)
+    theirs, their_spec = pytree.tree_flatten(expected, _is_size)
     if our_spec != their_spec:
         return f"structure {our_spec} instead of {their_spec}"[:300]
-    yardsticks = pytree.tree_leaves(stock)
+    yardsticks = pytree.tree_leaves(stock, _is_size)
     if len(yardsticks) != len(theirs):
         yardsticks = [None] * len(theirs)
     for index, (mine, wanted, yardstick) in enumerate(zip(ours, theirs, yardsticks, strict=True)):

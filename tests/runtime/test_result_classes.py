@@ -56,6 +56,7 @@ FORWARDS = {
     "frozen, nested": lambda x: Frozen(Scores(x.relu(), x.size(0) + 1), tuple(x.shape)),
     "with slots": lambda x: Slotted(x + 1, x[:, 0]),
     "with more than fields": lambda x: Derived(x + 1, x.shape[0]),
+    "shape inside": lambda x: Frozen(Scores(x + 1), x.shape),
     "argument inside": lambda x: Scores(x, 0),
 }
 

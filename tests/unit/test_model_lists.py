@@ -32,6 +32,7 @@ DIFFERENT = {
     "structure": ((ROWS,), [ROWS]),
     "order of keys": (OrderedDict(a=1, b=2), OrderedDict(b=2, a=1)),
     "none": (ROWS, None),
+    "a torch.Size": ((ROWS.shape,), ((2, 3),)),
     "a field": (Box(ROWS), Box(ROWS * 2)),
     "a parameter": (ROWS, torch.nn.Parameter(ROWS)),
 }
