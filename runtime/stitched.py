@@ -426,9 +426,15 @@ class StitchedModule:
             return None
         with self._tracing:
             found = next((each for each in self._traces if each.entry.accepts(*call)), None)
-            if found is None:
+            if found is not None:
+                return found
+            try:
                 self._trace(*call)
-            return found or self._traces[-1]
+            except PieceworkError:
+                if sizes is not None:
+                    raise
+                return None  # nobody asked for it
+            return self._traces[-1]
 
     @property
     def static_graphs(self) -> CapturedModel:

@@ -187,11 +187,9 @@ class TracedModel:
             return None
         symbols = {each.name: max(each.low or 0, 2) for each in captured.assumptions.symbols()}
         for other in shape.others:
-            values = next(
-                (options.other_sizes[x] for x in other.labels if x in options.other_sizes), None
-            )
-            if values is not None and not isinstance(values, str):
-                symbols[other.symbol] = next(iter(values))
+            given = (options.other_sizes[x] for x in other.labels if x in options.other_sizes)
+            values = next((each for each in given if not isinstance(each, str)), ())
+            symbols[other.symbol] = next(iter(values), other.example or symbols[other.symbol])
         symbols |= {name: 1 for name in (shape.symbol, *(each.symbol for each in shape.equal))}
         return example_call(captured.parameters, symbols)
 

@@ -18,13 +18,13 @@ import torch
 attention = __vllm_consts__[0]
 
 
-def execution_fn(s0, input_ids, s1, position_ids, *, __vllm_submods__):
+def execution_fn(s0, input_ids, position_ids, *, __vllm_submods__):
     # model.embed_tokens … model.layers.0.self_attn  -> f32[1, s0, 16], f32[1, s0, 8], f32[1, s0, 8], f32[1, 1, s0, 8], f32[1, 2, s0, 8], f32[1, 1, s0, 8], f32[1, s0, 2, 8]
     inputs_embeds, cos_2, sin_2, value_states, q_embed, k_embed, out = __vllm_submods__[0](
         s0,
+        position_ids,
         input_ids,
         model_embed_tokens_weight,
-        position_ids,
         model_rotary_emb_inv_freq,
         model_layers_0_input_layernorm_weight,
         model_layers_0_self_attn_q_proj_weight,

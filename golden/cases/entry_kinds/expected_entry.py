@@ -29,7 +29,6 @@ def check_inputs(ids, cache, state, dtype, flag):
         and cache_0_.get_device() == 1
         and cache_0_.dim() == 3
         and not cache_0_.is_neg()
-        and not cache_0_.requires_grad
     ):
         explain_inputs(ids, cache, state, dtype, flag)
     s1, cache_0__1, cache_0__2 = cache_0_.shape
@@ -49,7 +48,6 @@ def check_inputs(ids, cache, state, dtype, flag):
         and state.dim() == 2
         and state.is_contiguous()
         and not state.is_neg()
-        and not state.requires_grad
     ):
         explain_inputs(ids, cache, state, dtype, flag)
     state_0, state_1 = state.shape
@@ -67,7 +65,12 @@ def check_inputs(ids, cache, state, dtype, flag):
     if not (s0 >= 2 and 0 <= s1 <= 64):
         explain_inputs(ids, cache, state, dtype, flag)
     # relations that the trace relied on
-    if not (cache_0_.stride(0) == 2 and cache_0_.stride(2) == 1 and s0 % 2 == 0):
+    if not (
+        cache_0_.stride(0) == 2
+        and cache_0_.stride(1) == 2 * s1
+        and cache_0_.stride(2) == 1
+        and s0 % 2 == 0
+    ):
         explain_inputs(ids, cache, state, dtype, flag)
     # 3 tensors
     if not (len({id(ids), id(cache_0_), id(state)}) == 3):
@@ -93,9 +96,8 @@ def entry(ids, cache, state, dtype, *, flag=True):
     ):
         return entry_with_care(ids, cache, state, dtype, flag=flag)
     s0, cache_0_, s1 = check_inputs(ids, cache, state, dtype, flag)
-    execution_fn, weights_as_bound, fetch_weights = (
-        bound  # for all of this call, whatever is bound meanwhile
-    )
+    # for all of this call, whatever is bound meanwhile
+    execution_fn, weights_as_bound, fetch_weights = bound
     if not weights_as_bound():
         explain_weights()
     (logits,) = execution_fn(s1, ids, cache_0_, cache_0_.size(2), __vllm_submods__=submods_for(s0))

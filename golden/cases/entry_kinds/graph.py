@@ -37,7 +37,7 @@ PLAN = EntryPlan(
                     Leaf(
                         1,
                         "cache[0]",
-                        TensorInput(torch.float16, GPU, ("s1", 2, "s0"), (2, None, 1)),
+                        TensorInput(torch.float16, GPU, ("s1", 2, "s0"), (2, "2*s1", 1)),
                     ),
                     Leaf(2, "cache[1]", FixedValue("mean")),
                 ),
