@@ -127,6 +127,12 @@ class _Reader:
         batch = self.known.get(self.captured.assumptions.name_of(self.symbol))
         if self.fixed is not None:
             batch = Symbol("", self.fixed.size, self.fixed.size)
+        if all(each.dim is None for each in staged):
+            raise StaticGraphError(
+                "the graph reads the batch size alone, and no tensor of the batch",
+                where="capture",
+                hint="there is nothing to replay; don't capture this model",
+            )
         rules, mixes = self._results(written)
         return BatchShape(
             names=names,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from piecework.runtime.analysis.call import Call
 from piecework.runtime.analysis.state import Rows
 
-Answer = Rows | Sequence[Rows]
+Answer: TypeAlias = "Rows | Sequence[Rows]"
 
 
 @dataclass(frozen=True, slots=True)

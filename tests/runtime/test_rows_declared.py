@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import piecework
-from piecework.errors import SplitError
+from piecework.errors import SplitError, StaticGraphError
 from piecework.runtime.analysis.rows import rows_of
 from piecework.runtime.dispatch import Reason
 from piecework.runtime.forward_context import current_forward_context
@@ -223,3 +223,8 @@ def test_a_declared_operator_does_not_mend_what_it_is_given() -> None:
 
     module = captured(lambda x: independent(x - x.mean(0)), torch.randn(5, 4))
     assert modes(module)[5] == "NONE"
+
+
+def test_a_graph_that_reads_the_size_alone_is_refused_by_name() -> None:
+    with pytest.raises(StaticGraphError, match="batch size alone"):
+        captured(lambda x: torch.arange(x.shape[0]) * 2, torch.randn(5, 4))
