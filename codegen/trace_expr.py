@@ -203,7 +203,10 @@ class Expressions:
         for key, value in zip(node.keys, node.values, strict=True):
             if key is None:
                 raise self.error(node, "** in a dict is not part of emitted expressions")
-            items += (self.value(key), self.value(value))
+            name = self.value(key)
+            if not _is_constant(name):
+                raise self.error(node, "a computed value is the key of a dict, which runs its hash")
+            items += (name, self.value(value))
         return self._container(dict, items)
 
     def _slice(self, node: ast.Slice) -> Value:
@@ -373,6 +376,12 @@ _EVALUATE_STATEMENT: dict[type[ast.expr], Callable[..., Value]] = {
     ast.Call: Expressions.call,
 }
 _NONE = Known(None)
+
+
+def _is_constant(value: Value) -> bool:
+    if isinstance(value, Container):
+        return value.kind is tuple and all(map(_is_constant, value.items))
+    return isinstance(value, Known)
 
 
 def _is_name(node: ast.expr, name: str) -> bool:

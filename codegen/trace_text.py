@@ -215,6 +215,8 @@ class _TextTracer:
                 self._require_closed()
             run(self, stmt, frame)
             self._note_regions()
+            if self.opened is not None and not _is_a_call(stmt):
+                raise self._error(stmt, "a region is opened by something else than a call alone")
         self.trace.statements += len(body)
         self._require_closed()
 
@@ -345,6 +347,13 @@ _RUN: dict[type[ast.stmt], Callable[..., None]] = {
     ast.Delete: _TextTracer._delete,
     ast.Try: _TextTracer._try,
 }
+
+
+def _is_a_call(stmt: ast.stmt) -> bool:
+    """``call(...)`` or ``name = call(...)``: nothing is done after the call that could fail."""
+    if isinstance(stmt, ast.Assign) and type(stmt.targets[0]) is not ast.Name:
+        return False
+    return isinstance(stmt, (ast.Assign, ast.Expr)) and type(stmt.value) is ast.Call
 
 
 def _local_names(function: ast.FunctionDef) -> frozenset[str]:

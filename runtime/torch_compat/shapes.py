@@ -234,7 +234,8 @@ def guards_on(
 ) -> tuple[object, ...]:
     """Conditions over the ``known`` symbols that the trace of ``sizes`` relied on, as torch's expressions.
 
-    Also those that torch leaves to be asserted when the graph runs, where the inputs' sizes decide them. What follows from the ranges of ``ranged`` symbols, which somebody else checks, is left out.
+    Also those that torch leaves to be asserted when the graph runs, where the inputs' sizes decide them. What follows
+    from the ranges of ``ranged`` symbols, which somebody else checks, is left out.
     """
     env = next((e for e in map(_env_of, sizes) if e is not None), None)
     found: dict[object, None] = {}

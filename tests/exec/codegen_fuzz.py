@@ -171,8 +171,22 @@ def _dumped(text: str) -> str:
 
 
 def _mutate(tree: ast.Module, grammar: Grammar, chance: random.Random) -> None:
-    """Change one field of one node: to something generated, something from elsewhere in the tree, or around itself."""
+    """Change one field of one node: to something generated, something from elsewhere in the tree, or around itself. Or a name, or a lifetime."""
     nodes = list(ast.walk(tree))
+    what = chance.random()
+    if what < 0.12:
+        _rename(nodes, grammar)
+        return
+    if what < 0.2:  # a lifetime that ends elsewhere, or never
+        bodies = [n.body for n in nodes if isinstance(n, (ast.FunctionDef, ast.Try))]
+        body = chance.choice(bodies)
+        deletes = [stmt for stmt in body if isinstance(stmt, ast.Delete)]
+        if deletes and len(body) > 1:
+            moved = chance.choice(deletes)
+            body.remove(moved)
+            if chance.random() < 0.5:
+                body.insert(chance.randrange(len(body)), moved)
+        return
     owner = chance.choice(nodes)
     fields = fields_of(type(owner))
     if not fields:
@@ -194,6 +208,15 @@ def _mutate(tree: ast.Module, grammar: Grammar, chance: random.Random) -> None:
         setattr(owner, name, items)
     else:
         setattr(owner, name, _new(of, old, nodes, grammar))
+
+
+def _rename(nodes: Sequence[ast.AST], grammar: Grammar) -> None:
+    """One name becomes another one wherever it stands, which may be taken, or mean something to Python."""
+    old, new = grammar.chance.choice(grammar.names), grammar.chance.choice(grammar.names)
+    for node in nodes:
+        for field in ("id", "arg", "name"):
+            if getattr(node, field, None) == old and not isinstance(node, (ast.keyword, ast.alias)):
+                setattr(node, field, new)
 
 
 def _new(of: str, old: object, nodes: Sequence[ast.AST], grammar: Grammar) -> object:

@@ -159,7 +159,7 @@ def quiet() -> Iterator[list[object]]:
 
 def test_accepted_mutants_do_what_the_graph_does() -> None:
     counts = fuzz(600, seed=11)
-    assert counts["refused"] > 300 and counts["accepted"] > 20, counts
+    assert counts["refused"] > 300 and counts["accepted"] > 10, counts
 
 
 @pytest.mark.nightly
@@ -291,6 +291,9 @@ def test_regions_are_closed_in_finally_whatever_fails() -> None:
         ("            torch._C._set_grad_enabled(False)\n", "            torch._C._set_grad_enabled(False)\n            print()\n"),
         ("        finally:\n            torch._C", "        except print():\n            pass\n        finally:\n            torch._C"),
         ("        finally:\n            torch._C", "        except ValueError:\n            pass\n        else:\n            pass\n        finally:\n            torch._C"),
+        ("        torch._C._set_grad_enabled(True)\n", "        {torch._C._set_grad_enabled(True): 1}\n"),
+        ("        torch._C._set_grad_enabled(True)\n", "        [torch._C._set_grad_enabled(True)]\n"),
+        ("        torch._C._set_grad_enabled(True)\n", "        a, b = torch._C._set_grad_enabled(True)\n"),
         ("_exit_autocast(_enter_autocast)", "_exit_autocast(matmul)"),
         ("torch._C._set_grad_enabled(False)", "torch._C._set_grad_enabled(relu)"),
     ],
@@ -300,6 +303,14 @@ def test_regions_that_are_not_closed_are_refused(change: tuple[str, str]) -> Non
     assert change[0] in source.code, source.code
     with pytest.raises(EmitError):
         verify(source, gm, edited=source.code.replace(*change))
+
+
+def test_no_hash_is_run_that_the_graph_does_not_run() -> None:
+    gm, source = sample()
+    edited = source.code.replace("    del view\n", "    found = {x: 1}\n    del view\n", 1)
+    assert edited != source.code
+    with pytest.raises(EmitError, match="runs its hash"):
+        verify(source, gm, edited=edited)
 
 
 # --- what names lead to ------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import piecework
-from piecework.errors import EmitError
+from piecework.errors import BindError, EmitError
 from piecework.runtime.config import CompilationConfig
 
 EAGER = CompilationConfig(backend="eager")
@@ -148,11 +148,24 @@ def test_an_edit_that_changes_the_meaning_runs_and_says_so() -> None:
             lambda code: code.replace("return (mul,)", "return (undefined_name,)"),
             "which nothing defines",
         ),
+        (
+            lambda code: code.replace(
+                "return (mul,)", "return (" + "(" * 10_000 + "mul" + ")" * 10_001
+            ),
+            "too many nested|too deeply",
+        ),
+        (
+            lambda code: code.replace("return (mul,)", "return " + "+".join(["mul"] * 10_000)),
+            "too deeply",
+        ),
+        (lambda code: code.replace("return (mul,)", "return mul" + ".a" * 10_000), "too deeply"),
+        (lambda code: f"{code}\n1 / 0\n", "fails where it is defined: ZeroDivisionError"),
+        (lambda code: f"{code}\nimport no_such_module_anywhere\n", "no_such_module_anywhere"),
     ],
 )
 def test_an_edit_that_breaks_the_contract_is_refused(change: object, says: str) -> None:
     model, stitched = stitch()
-    with pytest.raises(EmitError, match=says):
+    with pytest.raises((EmitError, BindError), match=says):
         stitched.use_edited(change(stitched.source.code))  # type: ignore[operator]
     inputs = (torch.randn(2, 8), torch.tensor([0, 1]))
     torch.testing.assert_close(stitched(*inputs), model(*inputs))
