@@ -321,7 +321,11 @@ def identities(module: types.ModuleType) -> dict[str, str]:
     return {name: identity(value) for name, value in values.items()}
 
 
-@pytest.mark.parametrize(("edit", "changed"), EDITS.items(), ids=lambda each: "-".join(each if isinstance(each, tuple) else sorted(each)))
+@pytest.mark.parametrize(
+    ("edit", "changed"),
+    EDITS.items(),
+    ids=lambda each: "-".join(each if isinstance(each, tuple) else sorted(each)),
+)
 def test_an_edit_changes_the_identity_of_what_reaches_it_and_of_nothing_else(
     tmp_path: Path, edit: tuple[str, str], changed: set[str]
 ) -> None:
