@@ -5,11 +5,13 @@ It keeps what it made for inspection and runs nothing on real data.
 
 from __future__ import annotations
 
+import enum
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import FunctionType
+from typing import assert_never
 
 import torch
 import torch.fx
@@ -20,7 +22,7 @@ from piecework.codegen.origin import SymbolNames, origin_of_piece, value_of
 from piecework.codegen.split import SplittingOp as SplittingOpLike
 from piecework.codegen.split import SplittingOps
 from piecework.codegen.structure import input_signature, structure_of
-from piecework.errors import ConfigError, PieceworkError, SplitError
+from piecework.errors import CaptureError, ConfigError, SplitError
 from piecework.runtime import torch_compat
 from piecework.runtime.ahead import compile_ahead, different_pieces
 from piecework.runtime.compiler_manager import CompilerManager
@@ -44,8 +46,16 @@ from piecework.runtime.splitting_op import registry
 Admits = Callable[[torch.fx.GraphModule], str | None]
 
 
-class NotAdmitted(PieceworkError):
+class NotAdmitted(CaptureError):
     """A piece may not be compiled as it was traced; the caller traces it in another way."""
+
+
+class Trace(enum.Enum):
+    """Which of a model's traces a backend is for."""
+
+    ONLY = "the only one"
+    FIRST = "the first of those that it takes"
+    ANOTHER = "another"
 
 
 class PieceworkBackend:
@@ -57,6 +67,7 @@ class PieceworkBackend:
         is_encoder: the last batch range is open-ended.
         splitting_ops: where to cut; overrides the configuration's.
         runtime_config: tells the largest batch; without it the last batch range is open-ended.
+        trace: which of the model's traces this is for; others may serve sizes that this one does not.
 
     Attributes:
         graph: the captured graph.
@@ -84,10 +95,12 @@ class PieceworkBackend:
         *,
         splitting_ops: Sequence[SplittingOpLike] | None = None,
         runtime_config: RuntimeConfig | None = None,
+        trace: Trace = Trace.ONLY,
     ) -> None:
         self.config = config or CompilationConfig()
         self.prefix = prefix
         self.is_encoder = is_encoder
+        self.trace = trace
         self._tag = current_model_tag().tag
         self.declared_ops = (
             splitting_ops if splitting_ops is not None else self.config.splitting_ops
@@ -180,14 +193,8 @@ class PieceworkBackend:
         self.dump.captured(graph)
         self.graph = graph
         self.batch_symbol, self.batch_input = _batch_of(graph)
-        if self.range_table is not None and self.batch_symbol is None:
-            raise ConfigError(
-                "there are compile sizes or ranges, and no input has a dynamic batch dimension",
-                where="compile_sizes, compile_ranges_endpoints",
-                hint="mark the batch dimension with torch._dynamo.mark_dynamic",
-            )
         if self.range_table is not None:
-            self.range_table.require_reachable(*_bounds_of(graph, self.batch_input))
+            self._fit_ranges(graph)
         with self._phase("split"):
             ops = [*self._splitting_ops(graph), *recurrent_layers(graph.graph)]
             self.split_gm, self.piecewise_graphs = split_graph(
@@ -219,6 +226,31 @@ class PieceworkBackend:
         self.dump.stitched(self.source)
         if self.compiler_manager.cache is not None:
             self.compiler_manager.cache.write_texts(self.split_gm, self.source.code)
+
+    def _fit_ranges(self, graph: torch.fx.GraphModule) -> None:
+        """Leave out sizes and ranges that other traces serve; refuse those that none does."""
+        assert self.range_table is not None
+        if self.batch_symbol is None and self.trace is not Trace.ANOTHER:
+            raise ConfigError(
+                "there are compile sizes or ranges, and no input has a dynamic batch dimension",
+                where="compile_sizes, compile_ranges_endpoints",
+                hint="mark the batch dimension with torch._dynamo.mark_dynamic",
+            )
+        if self.batch_symbol is None:
+            self.range_table, self.compile_ranges = None, (None,)
+            return
+        low, high = _bounds_of(graph, self.batch_input)
+        match self.trace:
+            case Trace.ONLY:
+                pass
+            case Trace.FIRST:  # smaller batches than two may be another's
+                self.range_table = self.range_table.within(min(low or 0, 2), None)
+            case Trace.ANOTHER:
+                self.range_table = self.range_table.within(low, high)
+            case _:
+                assert_never(self.trace)
+        self.range_table.require_reachable(low, high)
+        self.compile_ranges = self.range_table.entries
 
     def bind(
         self, weights: Mapping[str, object] | None = None, *, code: str | None = None

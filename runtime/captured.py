@@ -348,7 +348,12 @@ class CapturedModel(CapturedGraphs):
         """How each batch size runs now, by default up to one more than the largest captured size."""
         low = self.shape.low  # smaller batches are refused where arguments are checked
         rows = coverage(self.dispatcher, max_num_batched_tokens or max(self.sizes) + 1)
-        return [replace(row, first=max(row.first, low)) for row in rows if row.last >= low]
+        high = max(row.last for row in rows) if self.shape.high is None else self.shape.high
+        return [
+            replace(row, first=max(row.first, low), last=min(row.last, high))
+            for row in rows
+            if row.last >= low and row.first <= high
+        ]
 
     def calls(self) -> list[CallRow]:
         """What the calls since the capture ran as, and why, most frequent first."""

@@ -164,6 +164,16 @@ class RangeTable:
         """The entry that serves ``size``; errors as :meth:`index`."""
         return self.entries[self.index(size)]
 
+    def within(self, low: int | None, high: int | None) -> RangeTable:
+        """The entries that serve some batch from ``low`` to ``high``; None is no bound."""
+        kept = [
+            each
+            for each in self.entries
+            if (high is None or each.start <= high) and (low is None or each.end >= low)
+        ]
+        single = {each.start for each in kept if each.is_single_size()}
+        return RangeTable([each for each in kept if not each.is_single_size()], single)
+
     def require_reachable(self, low: int | None, high: int | None) -> None:
         """Check that each entry serves some batch from ``low`` to ``high``; None is no bound.
 

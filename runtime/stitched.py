@@ -22,7 +22,7 @@ from piecework.codegen.entry import EntrySource
 from piecework.codegen.split import SplittingOp as SplittingOpLike
 from piecework.errors import BindError, ConfigError, InputError, PieceworkError
 from piecework.runtime import torch_compat
-from piecework.runtime.backend import PieceworkBackend
+from piecework.runtime.backend import PieceworkBackend, Trace
 from piecework.runtime.capture import Capture
 from piecework.runtime.captured_options import CaptureOptions
 from piecework.runtime.config import CompilationConfig, DynamicShapesType, RuntimeConfig
@@ -182,7 +182,7 @@ class StitchedModule:
         args: tuple[object, ...],
         kwargs: dict[str, object],
     ) -> object:
-        """Serve a call that one trace refused by another; by one that is made now, if the first says that its sizes are why."""
+        """Serve a call that one trace refused by another; by one that is made now, if its sizes are why."""
         while True:
             for each in (trace for trace in self._traces if trace not in refusals):
                 try:
@@ -194,7 +194,9 @@ class StitchedModule:
                 else:
                     self._call = each.call
                     return result
-            refused = refusals[self._traces[0]]
+            # What no trace could serve, such as a replaced weight, goes before sizes, which each of them has its own of.
+            others = (error for error in refusals.values() if error.places is None)
+            refused = next(others, refusals[self._traces[0]])
             if not self._trace_another(refused, len(refusals), args, kwargs):
                 if self._switched_off():
                     return self.as_it_is(*args, **kwargs)
@@ -264,12 +266,16 @@ class StitchedModule:
 
     def _trace(self, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
         with self._around():
-            made = TracedModel(
-                self.model, args, kwargs, self._new_backend, self._sizes, self.as_it_is
-            )
+            new_backend = partial(self._new_backend, trace=self._next_trace())
+            made = TracedModel(self.model, args, kwargs, new_backend, self._sizes, self.as_it_is)
         if self._around is not nullcontext:
             made.entry.accept_settings()
         self._traces = (*self._traces, made)
+
+    def _next_trace(self) -> Trace:
+        if self._sizes is None:
+            return Trace.ONLY
+        return Trace.ANOTHER if self._traces else Trace.FIRST
 
     def _trace_another(
         self, refused: InputError, tried: int, args: Sequence[object], kwargs: Mapping[str, object]
