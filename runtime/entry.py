@@ -237,14 +237,16 @@ class Entry:
 
     def _explain_inputs(self, *values: object) -> None:
         otherwise = "" if self._arguments is None else self._arguments.difference(values)
-        raise self._refusal(input_error(self._plan, values, otherwise))
+        error = input_error(self._plan, values, otherwise)
+        error.refused_by = self
+        raise error
 
     def _explain_weights(self) -> None:
-        raise self._refusal(self.weights.explain())
+        raise self._outdated(self.weights.explain())
 
-    def _refusal(self, error: InputError) -> InputError:
-        """``error`` as one that is raised before anything ran."""
-        error.refused_by = self
+    def _outdated(self, error: InputError) -> InputError:
+        """``error`` as one of a call that nothing has run for yet."""
+        error.outdated = self
         return error
 
     def _in_stance(self, *args: object, **kwargs: object) -> object:
@@ -270,7 +272,7 @@ class Entry:
             InputError: a ``torch.func`` transform is active, or autocast is not as it was in the trace.
         """
         if torch_compat.transform_probe()():
-            raise self._refusal(
+            raise self._outdated(
                 InputError(
                     "a torch.func transform or forward-mode differentiation is active, which compiled pieces know nothing about",
                     hint="transform the model itself, and compile the result",
@@ -278,7 +280,7 @@ class Entry:
             )
         autocast = torch_compat.autocast_state()
         if autocast != self._autocast:
-            raise self._refusal(
+            raise self._outdated(
                 InputError(
                     f"autocast is {_autocast_text(autocast)}; the model was traced with it {_autocast_text(self._autocast)}",
                     hint="compile the model inside the same autocast context",

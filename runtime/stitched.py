@@ -166,15 +166,21 @@ class StitchedModule:
             return self._call(*args, **kwargs)
         except InputError as error:
             refusing = next((each for each in self._traces if each.refused(error)), None)
-            if refusing is None:
+            if refusing is None and not self._outdated(error):
                 raise
-            refusals = {refusing: error}
+            refusals = {} if refusing is None else {refusing: error}
         except Exception as error:
             told = self._told(error)
             if told is error:
                 raise
             raise told from error
+        if not refusals:
+            return self.as_it_is(*args, **kwargs)
         return self._call_another(refusals, args, kwargs)
+
+    def _outdated(self, error: InputError) -> bool:
+        """Whether a call failed before anything ran, and runs as it is since torch's compiler is switched off."""
+        return any(each.is_outdated(error) for each in self._traces) and self._switched_off()
 
     def _call_another(
         self,
@@ -189,7 +195,9 @@ class StitchedModule:
                     result = each.call(*args, **kwargs)
                 except InputError as error:
                     if not each.refused(error):
-                        raise
+                        if not self._outdated(error):
+                            raise
+                        return self.as_it_is(*args, **kwargs)
                     refusals[each] = error
                 else:
                     self._call = each.call

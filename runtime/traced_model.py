@@ -107,8 +107,12 @@ class TracedModel:
         self.backend.prepare(graph, bound, admits)
 
     def refused(self, error: BaseException) -> bool:
-        """Whether ``error`` is this trace's refusal of a call, made before anything ran."""
+        """Whether ``error`` is this trace's refusal of a call's arguments, made before anything ran."""
         return isinstance(error, InputError) and error.refused_by is self.entry
+
+    def is_outdated(self, error: BaseException) -> bool:
+        """Whether ``error`` says, before anything ran, that something around the call is not as this trace has it."""
+        return isinstance(error, InputError) and error.outdated is self.entry
 
     def rebound(self) -> Execution:
         """What calls will use once they have the weights that the model has now; nothing has changed before `serve`."""
@@ -218,7 +222,7 @@ def _guarded(guards: ShapeGuards, entry: Entry) -> Callable[..., object]:
             try:
                 guards.check(args, kwargs)
             except InputError as error:
-                error.refused_by = entry
+                error.outdated = entry
                 raise
         return entry.call(*args, **kwargs)
 
