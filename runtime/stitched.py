@@ -274,16 +274,27 @@ class StitchedModule:
 
     def _trace(self, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
         with self._around():
-            new_backend = partial(self._new_backend, trace=self._next_trace())
-            made = TracedModel(self.model, args, kwargs, new_backend, self._sizes, self.as_it_is)
+            made = TracedModel(
+                self.model, args, kwargs, self._backends(), self._sizes, self.as_it_is
+            )
         if self._around is not nullcontext:
             made.entry.accept_settings()
         self._traces = (*self._traces, made)
 
-    def _next_trace(self) -> Trace:
+    def _backends(self) -> Callable[[], PieceworkBackend]:
+        """What makes the backends of the next trace; the first one of all is the one that `backend` has shown so far."""
+        shown = [] if self._traces else [self._empty]
         if self._sizes is None:
-            return Trace.ONLY
-        return Trace.ANOTHER if self._traces else Trace.FIRST
+            trace = Trace.ONLY
+        else:
+            trace = Trace.ANOTHER if self._traces else Trace.FIRST
+
+        def make() -> PieceworkBackend:
+            backend = shown.pop() if shown else self._new_backend()
+            backend.trace = trace
+            return backend
+
+        return make
 
     def _trace_another(
         self, refused: InputError, tried: int, args: Sequence[object], kwargs: Mapping[str, object]
