@@ -7,6 +7,7 @@ guard is dropped but those on what `ELSEWHERE` names, each with its reason, and 
 from __future__ import annotations
 
 import os
+import sys
 import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -242,7 +243,13 @@ def _fresh(value: object) -> bool:
 
 def _is_registry(guard: Guarded) -> bool:
     """Whether it is pytree's table of classes, which grows and never changes."""
-    return guard.known and guard.value is pytree.SUPPORTED_NODES
+    if not guard.known:
+        return False
+    # transformers notes the classes of each model that is built, in any order; what is noted of this one's is compared.
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    noted = getattr(capturing, "_CAN_RECORD_REGISTRY", None)
+    grows = noted is not None and guard.value is noted and guard.kind == "SEQUENCE_LENGTH"
+    return grows or guard.value is pytree.SUPPORTED_NODES
 
 
 def _of_call(guard: Guarded) -> bool:
