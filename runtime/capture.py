@@ -195,20 +195,25 @@ def _require_free_batch(
         raise _FixedBatch(fixed)
 
 
-def _require_own_example(leaves: Sequence[object], fakes: Mapping[int, object]) -> None:
-    """Raise if the trace took sizes for one that differ in the example: it could not serve its own."""
+def _numbers_of(leaves: Sequence[object], fakes: Mapping[int, object]) -> dict[str, int]:
+    """The number that arguments have for each symbol of a trace.
+
+    Raises:
+        CaptureError: they have two for one: the trace took sizes as equal that differ, and could not serve these arguments.
+    """
     numbers: dict[str, int] = {}
     for index, fake in fakes.items():
         leaf = leaves[index]
-        if isinstance(fake, torch.Tensor) and isinstance(leaf, torch.Tensor):
-            for symbol, size in zip(
-                map(torch_compat.symbol_of, fake.shape), leaf.shape, strict=True
-            ):
-                if symbol is not None and numbers.setdefault(symbol, size) != size:
-                    raise CaptureError(
-                        f"the model takes sizes {numbers[symbol]} and {size} of its arguments as equal",
-                        hint="call the model itself with these arguments: it has to run with them",
-                    )
+        if not (isinstance(fake, torch.Tensor) and isinstance(leaf, torch.Tensor)):
+            continue
+        pairs = zip(map(torch_compat.symbol_of, fake.shape), leaf.shape, strict=True)
+        for symbol, size in pairs:
+            if symbol is not None and numbers.setdefault(symbol, size) != size:
+                raise CaptureError(
+                    f"the model takes sizes {numbers[symbol]} and {size} of its arguments as equal",
+                    hint="call the model itself with these arguments: it has to run with them",
+                )
+    return numbers
 
 
 def _require_free_and_serving(
@@ -219,14 +224,9 @@ def _require_free_and_serving(
 ) -> None:
     """Raise if a trace with other sizes would not serve the arguments that it was made for."""
     _require_free_batch(policy, gm, fakes)
-    values: dict[str, int] = {}
-    sizes: list[object] = []
-    for index, fake in fakes.items():
-        leaf = leaves[index]
-        if isinstance(fake, torch.Tensor) and isinstance(leaf, torch.Tensor):
-            sizes += fake.shape
-            pairs = zip(map(torch_compat.symbol_of, fake.shape), leaf.shape, strict=True)
-            values.update((symbol, size) for symbol, size in pairs if symbol is not None)
+    values = _numbers_of(leaves, fakes)
+    tensors = (fake for fake in fakes.values() if isinstance(fake, torch.Tensor))
+    sizes = [size for fake in tensors for size in fake.shape]
     for text, _, holds in torch_compat.recorded_guards(sizes):
         if holds(values) is False:
             raise CaptureError(f"the model's code decides by the example's sizes: {text}")
@@ -286,7 +286,7 @@ def _capture_with(
         trace.inputs = trace_back(gm, example_inputs, leaves, names, sources, held)
         trace.fakes = _fakes(leaves, sources)
         trace.asks_grad = torch_compat.trace_names("requires_grad")
-        _require_own_example(leaves, trace.fakes)
+        _numbers_of(leaves, trace.fakes)  # the trace must serve its own example
         if check is not None:
             check(gm, trace.fakes)
         rename(gm, trace.inputs)
