@@ -159,20 +159,23 @@ class _Printer:
         return str(bool(expr)), _ATOM
 
     def sum(self, expr: Any) -> _Text:
-        texts = [self.part(each, _ADD) for each in expr.as_ordered_terms()]
-        text = texts[0]
-        for each in texts[1:]:
-            text += f" - {each[1:]}" if each.startswith("-") else f" + {each}"
+        first, *others = expr.as_ordered_terms()
+        text = self.part(first, _ADD)
+        for each in others:
+            if each.as_coeff_Mul()[0].is_negative:
+                text += f" - {self.part(-each, _ADD + 1)}"
+            else:
+                text += f" + {self.part(each, _ADD)}"
         return text, _ADD
 
     def product(self, expr: Any) -> _Text:
         """Factors over divisors; what is an integer is divided as integers are."""
         above: list[object] = []
         below: list[object] = []
-        sign = ""
-        for factor in expr.as_ordered_factors():
+        negative = False
+        for factor in expr.as_ordered_factors():  # -2 comes as two factors, -1 and 2
             if factor.is_Rational:
-                sign = "-" if factor.p < 0 else ""
+                negative ^= bool(factor.p < 0)
                 above += [abs(factor.p)] if abs(factor.p) != 1 else []
                 below += [factor.q] if factor.q != 1 else []
             elif factor.is_Pow and factor.exp.is_Integer and factor.exp < 0:
@@ -183,8 +186,10 @@ class _Printer:
         divide = "//" if expr.is_integer else "/"
         for each in below:
             text = f"{text} {divide} {self.operand(each)}"
-        # The sign belongs to the first factor, which // would round with.
-        return (f"-({text})" if sign and below else sign + text), _SIGN if below and sign else _MUL
+        if not negative:
+            return text, _MUL
+        # Before a quotient the sign would belong to the first factor, which // would round with.
+        return (f"-({text})", _SIGN) if below else (f"-{text}", _MUL)
 
     def operand(self, each: object) -> str:
         return str(each) if isinstance(each, int) else self.part(each, _SIGN)

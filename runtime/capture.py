@@ -17,7 +17,7 @@ import torch.fx
 from torch.utils import _pytree as pytree
 
 from piecework.codegen.entry_plan import Parameter
-from piecework.errors import CaptureError
+from piecework.errors import CaptureError, PieceCompileError
 from piecework.runtime import torch_compat
 from piecework.runtime.arguments import parameters_of
 from piecework.runtime.assumptions import Assumptions
@@ -130,7 +130,7 @@ def capture(
         dynamic: without ``sizes``: which dimensions become symbols. None takes all dimensions of the tensor arguments unless some are
             marked (``torch._dynamo.mark_dynamic``, ``mark_unbacked``, ``mark_static``), then only those.
         sizes: which dimensions are dynamic. A trace that serves every size at once comes first; where it fails, or ``compile_graph``
-            raises a `CaptureError` of it, one that serves sizes of 2 and more (or the example's 0 or 1). No size is fixed
+            raises a `CaptureError` of it or a compiler asks for a size's number, one that serves sizes of 2 and more (or the example's 0 or 1). No size is fixed
             because the example's happens to equal another number.
 
     Raises:
@@ -147,6 +147,10 @@ def capture(
                 return _capture_once(model, args, kwargs, compile_graph, sizes.dynamic)
     except CaptureError as error:
         _log.info("not traced for every size at once: %s", error)
+    except PieceCompileError as error:
+        if not torch_compat.data_dependent(error):
+            raise
+        _log.info("not compiled for every size at once: %s", error)
     once = partial(_capture_larger, model, sizes, compile_graph)
     try:
         return once(args, kwargs, partial(_require_free_batch, sizes))

@@ -7,6 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import settings
+
+# What runs before a change is merged draws the same examples each time; the nightly runs draw new ones.
+settings.register_profile("merge", derandomize=True, database=None)
+settings.register_profile("nightly", print_blob=True)
+torch.manual_seed(0)  # for the tensors that test modules make as they are imported
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    nightly = "nightly" in (config.getoption("markexpr") or "")
+    settings.load_profile("nightly" if nightly else "merge")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -17,6 +29,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("nightly"):
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def own_random_numbers() -> None:
+    """The same tensors for a test whatever ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -135,11 +135,15 @@ def run(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> tuple[objec
     return module(*given_inputs), given_inputs
 
 
+# A reshape that copies is traced as a clone and this, which takes the clone's order in memory for granted.
+_NEEDS_COPY = (aten._unsafe_view.default,)
+
+
 def without_clones(chosen: list[tuple[str, int, int, int]]) -> torch.fx.GraphModule:
     """The functional program as Inductor's passes find it: a clone is its input, so old values stay in sight."""
     module = functional(program_of(chosen), INPUTS)
     for node in module.graph.find_nodes(op="call_function", target=aten.clone.default):
-        if not any(user.op == "output" for user in node.users):
+        if not any(user.op == "output" or user.target in _NEEDS_COPY for user in node.users):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
     module.recompile()

@@ -374,3 +374,17 @@ def test_a_captured_batch_of_one_has_the_other_sizes_that_were_asked_for(
     for batch, others in ((1, 3), (2, 5), (1, 5), (1, 3)):
         same(stitched, model, torch.randn(batch, 6), torch.randn(others))
     assert all(row.mode != "NONE" for row in stitched.call_report())
+
+
+@pytest.mark.inductor
+def test_a_compiler_that_asks_for_the_number_of_a_size_gets_a_trace_that_has_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(traced_model, "admits_unbacked", lambda *_, **__: None)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return torch.vmap(torch.func.grad(lambda row: row.sin().sum()))(x) + 1
+
+    stitched = piecework.compile(model, (torch.randn(6, 8),))
+    for rows in (6, 2):
+        same(stitched, model, torch.randn(rows, 8))
