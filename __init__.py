@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     )
     from piecework.codegen.source import verify
     from piecework.errors import PieceworkError
-    from piecework.runtime.config import CompilationConfig, RuntimeConfig
+    from piecework.runtime.compile import compile
+    from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
     from piecework.runtime.counters import counters
     from piecework.runtime.decorators import ignore_torch_compile, support_torch_compile
     from piecework.runtime.splitting_op import declare_rows, splitting_op
-    from piecework.runtime.stitched import StitchedModule, compile
+    from piecework.runtime.stitched import StitchedModule
 
 __version__ = "0.1.0"
 
@@ -49,14 +50,14 @@ __all__ = [
 
 # Names are loaded when they are first used, so that the command line and the cache start without torch.
 _HOME = {
-    "CompilationConfig": "piecework.runtime.config",
+    "CompilationConfig": "piecework.runtime.config.compilation",
     "PieceworkError": "piecework.errors",
-    "RuntimeConfig": "piecework.runtime.config",
+    "RuntimeConfig": "piecework.runtime.config.compilation",
     "SplitItem": "piecework.codegen",
     "StitchedModule": "piecework.runtime.stitched",
     "StitchedSource": "piecework.codegen",
     "check_op": "piecework.codegen",
-    "compile": "piecework.runtime.stitched",
+    "compile": "piecework.runtime.compile",
     "compile_execution_fn": "piecework.codegen",
     "counters": "piecework.runtime.counters",
     "declare_rows": "piecework.runtime.splitting_op",

@@ -17,10 +17,10 @@ from piecework.codegen import LowerOptions, generate_source
 from piecework.codegen.bind import compile_execution_fn
 from piecework.errors import PieceworkError
 from piecework.runtime import torch_compat
-from piecework.runtime.backend import PieceworkBackend
-from piecework.runtime.capture import Argument, GraphInput, Size, Weight
-from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.pieces.backend import PieceworkBackend
 from piecework.runtime.stitched import StitchedModule
+from piecework.runtime.trace.tracing import Argument, GraphInput, Size, Weight
 
 Call = Callable[[torch.Tensor], torch.Tensor]
 Piece = Callable[..., Sequence[object]]

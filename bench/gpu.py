@@ -25,9 +25,9 @@ from piecework.bench.gpu_contenders import Contenders, stitch
 from piecework.bench.gpu_model import EIGHT_B, TINY, DecoderShape, build, token_ids
 from piecework.bench.result import Result, Row, Target, machine
 from piecework.errors import PieceworkError, UsageError
-from piecework.runtime.graphs.capture import format_bytes
-from piecework.runtime.graphs.sizes import default_capture_sizes
-from piecework.runtime.inputs import StaticInputs
+from piecework.runtime.batch.sizes import default_capture_sizes
+from piecework.runtime.graphs.plan.phase import format_bytes
+from piecework.runtime.graphs.stage.inputs import StaticInputs
 
 Step = Callable[[], object]
 Clock = Callable[[Step, str], float]

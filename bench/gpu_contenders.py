@@ -18,16 +18,16 @@ from piecework.bench.gpu_model import OPERATOR, attention_body
 from piecework.codegen import LowerOptions, generate_source
 from piecework.codegen.bind import compile_execution_fn
 from piecework.errors import PieceworkError
-from piecework.runtime.backend import PieceworkBackend
-from piecework.runtime.config import CompilationConfig
-from piecework.runtime.dispatch import CudagraphDispatcher
-from piecework.runtime.forward_context import set_forward_context
-from piecework.runtime.graphs.capture import capture_graphs
-from piecework.runtime.graphs.captured_call import CapturedCall
-from piecework.runtime.graphs.descriptor import BatchDescriptor, BatchKind
-from piecework.runtime.graphs.mode import CUDAGraphMode
-from piecework.runtime.graphs.owner import StaticGraphs
-from piecework.runtime.graphs.wrapper import wrap_with_cudagraph_if_needed
+from piecework.runtime.batch.descriptor import BatchDescriptor, BatchKind
+from piecework.runtime.batch.dispatcher import CudagraphDispatcher
+from piecework.runtime.batch.forward_context import set_forward_context
+from piecework.runtime.batch.mode import CUDAGraphMode
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.graphs.memory.captured_call import CapturedCall
+from piecework.runtime.graphs.memory.owner import StaticGraphs
+from piecework.runtime.graphs.memory.wrapper import wrap_with_cudagraph_if_needed
+from piecework.runtime.graphs.plan.phase import capture_graphs
+from piecework.runtime.pieces.backend import PieceworkBackend
 from piecework.runtime.stitched import StitchedModule
 
 Step = Callable[[], torch.Tensor]

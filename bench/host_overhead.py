@@ -27,8 +27,8 @@ from piecework.bench.llama_shaped import (
 from piecework.bench.result import Result, Row, Target, machine
 from piecework.bench.timing import Timing, measure, ratio
 from piecework.errors import PieceworkError
-from piecework.runtime.config import CompilationConfig
-from piecework.runtime.config_groups import StitchingConfig
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.config.groups import StitchingConfig
 
 LAYERS = (4, 16, 32)
 BATCHES = (1, 4, 64)

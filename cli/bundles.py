@@ -44,7 +44,7 @@ def compile_command(
     with typed_errors():
         from piecework.integrations.loading import load_model
         from piecework.runtime import bundle
-        from piecework.runtime.config import CompilationConfig
+        from piecework.runtime.config.compilation import CompilationConfig
 
         out = console()
         bundle.check_output(output)
@@ -99,7 +99,7 @@ def run(
     with typed_errors():
         from piecework.integrations.comparing import compare, run_model
         from piecework.runtime import bundle
-        from piecework.runtime.config import CompilationConfig
+        from piecework.runtime.config.compilation import CompilationConfig
 
         out = console()
         manifest = bundle.read_manifest(directory)
@@ -140,7 +140,7 @@ def verify(directory: FolderArgument, as_json: AsJson = False) -> None:
     with typed_errors():
         from piecework.codegen.source import verify as prove
         from piecework.runtime import bundle
-        from piecework.runtime.config import CompilationConfig
+        from piecework.runtime.config.compilation import CompilationConfig
 
         out = console()
         manifest = bundle.read_manifest(directory)

@@ -39,9 +39,9 @@ def coverage(
         from piecework.integrations.comparing import run_model
         from piecework.integrations.transformers.dry_request import dry_request
         from piecework.runtime import bundle
-        from piecework.runtime.captured_report import calls_json, calls_table
-        from piecework.runtime.config import CompilationConfig
-        from piecework.runtime.graphs.covered import coverage_json, coverage_table
+        from piecework.runtime.batch.coverage import coverage_json, coverage_table
+        from piecework.runtime.config.compilation import CompilationConfig
+        from piecework.runtime.graphs.serve.report import calls_json, calls_table
 
         chosen = _parse(sizes)
         out = console()

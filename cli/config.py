@@ -15,12 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from piecework.errors import ConfigError
-from piecework.runtime.config import CompilationConfig, RuntimeConfig
-from piecework.runtime.config_docs import field_rows, json_schema, markdown_table, update_page
-from piecework.runtime.config_model import FrozenModel
-from piecework.runtime.config_overrides import merge, parse_overrides, to_overrides
-from piecework.runtime.config_text import read_data, to_data, to_json, to_toml
-from piecework.runtime.ranges import Range
+from piecework.runtime.batch.ranges import Range
+from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
+from piecework.runtime.config.docs import field_rows, json_schema, markdown_table, update_page
+from piecework.runtime.config.model import FrozenModel
+from piecework.runtime.config.overrides import merge, parse_overrides, to_overrides
+from piecework.runtime.config.text import read_data, to_data, to_json, to_toml
 
 config_app = typer.Typer(
     name="config",

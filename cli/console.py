@@ -57,7 +57,7 @@ def compile_step(out: Console, text: str) -> Iterator[None]:
 @contextmanager
 def compile_progress() -> Iterator[None]:
     """Show a bar of compiled pieces on standard error if that is a terminal; nothing elsewhere."""
-    from piecework.runtime.compile_progress import CompileProgress, show_progress
+    from piecework.runtime.pieces.progress import CompileProgress, show_progress
 
     screen = Console(stderr=True)
     if not screen.is_terminal:

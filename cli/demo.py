@@ -27,7 +27,7 @@ def demo(
     from piecework.integrations.comparing import TOLERANCE, compare, run_model
     from piecework.integrations.loading import load_model
     from piecework.runtime import bundle
-    from piecework.runtime.config import CompilationConfig
+    from piecework.runtime.config.compilation import CompilationConfig
 
     out = console()
     with typed_errors():

@@ -15,8 +15,8 @@ import torch.fx
 from torch import nn
 
 import piecework
+from piecework.runtime.batch.ranges import Range
 from piecework.runtime.compilers import CompiledPiece, make_compiler
-from piecework.runtime.ranges import Range
 
 
 @dataclass

@@ -10,8 +10,8 @@ import torch.fx
 from torch import nn
 
 import piecework
+from piecework.runtime.batch.ranges import Range
 from piecework.runtime.passes import InductorPass
-from piecework.runtime.ranges import Range
 
 aten = torch.ops.aten
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from piecework.errors import UsageError
-from piecework.runtime.config import CompilationConfig
+from piecework.runtime.compile import compile as compile_model
+from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
-from piecework.runtime.stitched import compile as compile_model
 
 PROMPT_TOKENS = 8
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from piecework.errors import ArtifactError, UsageError
-from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
 
 FORMAT = 1

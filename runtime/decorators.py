@@ -18,11 +18,10 @@ import torch
 
 from piecework.errors import ConfigError
 from piecework.runtime import torch_compat
-from piecework.runtime.config import CompilationConfig
-from piecework.runtime.config_groups import CompilationMode, DynamicShapesType, RuntimeConfig
-from piecework.runtime.dynamic_dims import DimsByName, dims_of, marked
-from piecework.runtime.example_sizes import DeclaredDimensions
-from piecework.runtime.failures import add_piece_note
+from piecework.runtime.call.failures import add_piece_note
+from piecework.runtime.compile import UnstitchedModule, compile_with_mode
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.config.groups import CompilationMode, DynamicShapesType, RuntimeConfig
 from piecework.runtime.model_tag import (
     ModelTag,
     compilation_complete,
@@ -31,8 +30,9 @@ from piecework.runtime.model_tag import (
     set_on_compilation_complete,
     use_model_tag,
 )
-from piecework.runtime.modes import UnstitchedModule, compile_with_mode
 from piecework.runtime.stitched import StitchedModule
+from piecework.runtime.trace.dynamic_dims import DimsByName, dims_of, marked
+from piecework.runtime.trace.example_sizes import DeclaredDimensions
 
 _log = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ def _as_runtime(given: object, kind: type) -> RuntimeConfig:
     raise ConfigError(
         f"runtime_config must be a RuntimeConfig or a mapping; got a {type(given).__qualname__}",
         where=kind.__qualname__,
-        hint="pass piecework.runtime.config.RuntimeConfig(...)",
+        hint="pass piecework.runtime.config.compilation.RuntimeConfig(...)",
     )
 
 

@@ -22,18 +22,18 @@ from piecework.codegen.entry import EntrySource
 from piecework.codegen.split import SplittingOp as SplittingOpLike
 from piecework.errors import BindError, ConfigError, InputError, PieceworkError
 from piecework.runtime import torch_compat
-from piecework.runtime.backend import PieceworkBackend, Trace
-from piecework.runtime.capture import Capture
-from piecework.runtime.captured_options import CaptureOptions
-from piecework.runtime.config import CompilationConfig, DynamicShapesType, RuntimeConfig
+from piecework.runtime.call.edited import EditedSource
+from piecework.runtime.call.entry import OPAQUE
+from piecework.runtime.call.execution import Changes
+from piecework.runtime.call.failures import add_piece_note
+from piecework.runtime.config.compilation import CompilationConfig, DynamicShapesType, RuntimeConfig
 from piecework.runtime.counters import counters
-from piecework.runtime.edited import EditedSource
-from piecework.runtime.entry import OPAQUE
-from piecework.runtime.example_sizes import AllDimensions, KeptMarks, SizePolicy, shapes_of
-from piecework.runtime.execution import Changes
-from piecework.runtime.failures import add_piece_note
+from piecework.runtime.graphs.plan.options import CaptureOptions
 from piecework.runtime.model_tag import current_model_tag
-from piecework.runtime.report import Piece, Report
+from piecework.runtime.pieces.backend import PieceworkBackend, Trace
+from piecework.runtime.pieces.report import Piece, Report
+from piecework.runtime.trace.example_sizes import AllDimensions, KeptMarks, SizePolicy, shapes_of
+from piecework.runtime.trace.tracing import Capture
 from piecework.runtime.traced_model import TracedModel
 
 MAX_TRACES = 8
@@ -42,62 +42,10 @@ MAX_TRACES = 8
 _log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    from piecework.runtime.captured import CapturedModel
-    from piecework.runtime.captured_report import CallRow, MemoryReport
-    from piecework.runtime.graphs.capture import CaptureWatcher
-    from piecework.runtime.graphs.covered import CoverageRow
-
-
-def compile(
-    model: Callable[..., object],
-    example_args: Sequence[object] = (),
-    example_kwargs: Mapping[str, object] | None = None,
-    *,
-    splitting_ops: Sequence[SplittingOpLike] | None = None,
-    config: CompilationConfig | Mapping[str, object] | None = None,
-    runtime_config: RuntimeConfig | Mapping[str, object] | None = None,
-) -> StitchedModule:
-    """Compile ``model`` piecewise and stitch it, or as ``config.mode`` says.
-
-    Args:
-        model: a module or function, captured whole.
-        example_args, example_kwargs: arguments to trace with, by shape and dtype only; nothing is run on their data. Every
-            dimension becomes dynamic unless some are marked with ``torch._dynamo.mark_dynamic`` or ``mark_unbacked``;
-            then only those do. Without example arguments the first call's arguments are used.
-        splitting_ops: where to cut; None means every op registered with `splitting_op`.
-        config: a `CompilationConfig`, or a dict of its fields.
-        runtime_config: the program's limits, a `RuntimeConfig` or a dict of its fields: the last batch range ends at its largest
-            batch, `StitchedModule.capture` goes by it, and its ranks are part of the cache's path. Without it the last range is
-            open-ended, and the rank is 0.
-
-    Returns:
-        A `StitchedModule`, called like ``model``. It serves inference: it runs without recording gradients. Modes ``NONE``
-        and ``STOCK_TORCH_COMPILE`` stitch nothing; what they return runs the model, and has no source to show. While torch's
-        compiler is switched off (``TORCH_COMPILE_DISABLE=1``, ``TORCHDYNAMO_DISABLE=1``, ``torch.compiler.set_stance``), the
-        model runs as it is.
-
-    Raises:
-        CaptureError: the model can't be captured as one graph, or has no dynamic dimension.
-        ConfigError: the configuration does not fit ``runtime_config``, such as a compile size beyond the largest batch.
-        SplitError: a splitting op is unknown or has no fake implementation.
-        PieceCompileError: a compiler failed on a piece.
-
-    Example:
-        >>> stitched = piecework.compile(model, (torch.randn(4, 64),))
-        >>> print(stitched.source.code)
-        >>> stitched(torch.randn(7, 64))
-    """
-    # Modes are made of stitched modules, so they come after this module.
-    from piecework.runtime.modes import compile_with_mode
-
-    return compile_with_mode(
-        model,
-        example_args,
-        example_kwargs,
-        splitting_ops=splitting_ops,
-        config=config,
-        runtime_config=runtime_config,
-    )
+    from piecework.runtime.batch.coverage import CoverageRow
+    from piecework.runtime.graphs.plan.phase import CaptureWatcher
+    from piecework.runtime.graphs.serve.model import CapturedModel
+    from piecework.runtime.graphs.serve.report import CallRow, MemoryReport
 
 
 class StitchedModule:
@@ -323,7 +271,7 @@ class StitchedModule:
         """Hold the weights that the model has now: call it after replacing a parameter or a submodule.
 
         A call notices weights that were replaced, moved or converted, and raises `InputError`; see
-        `piecework.runtime.weights` for how. Values changed in place (``load_state_dict``, an optimizer's step) are seen
+        `piecework.runtime.bind.weights` for how. Values changed in place (``load_state_dict``, an optimizer's step) are seen
         without this.
 
         Raises:
@@ -392,7 +340,7 @@ class StitchedModule:
             memory_budget: bytes that the captures may take; sizes that don't fit are dropped.
             progress: print the memory report and a progress bar; or a watcher of one's own.
             estimate: measure a few captures first, for the memory report.
-            options: fields of `piecework.runtime.captured_options.CaptureOptions`, such as ``mode="FULL_AND_PIECEWISE"``;
+            options: fields of `piecework.runtime.graphs.plan.options.CaptureOptions`, such as ``mode="FULL_AND_PIECEWISE"``;
                 ``runtime`` is what the model was compiled with by default.
 
         Returns:

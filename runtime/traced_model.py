@@ -19,19 +19,19 @@ from piecework.codegen.origin import value_of
 from piecework.errors import BindError, InputError, StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.unbacked import admits_unbacked
-from piecework.runtime.backend import Admits, PieceworkBackend
-from piecework.runtime.batch_reader import FixedBatch, batch_dims, batch_shape
-from piecework.runtime.capture import GraphInput, Weight, capture
-from piecework.runtime.captured import CapturedModel
-from piecework.runtime.captured_options import CaptureOptions
-from piecework.runtime.edited import EditedSource, check_edited
-from piecework.runtime.entry import Entry
-from piecework.runtime.example_call import example_call
-from piecework.runtime.example_sizes import KeptMarks, SizePolicy
-from piecework.runtime.execution import Execution
-from piecework.runtime.graphs.capture import CaptureWatcher
-from piecework.runtime.partitioned import PartitionedModel
-from piecework.runtime.shape_guards import ShapeGuards
+from piecework.runtime.call.edited import EditedSource, check_edited
+from piecework.runtime.call.entry import Entry
+from piecework.runtime.call.example_call import example_call
+from piecework.runtime.call.execution import Execution
+from piecework.runtime.graphs.plan.batch_reader import FixedBatch, batch_dims, batch_shape
+from piecework.runtime.graphs.plan.options import CaptureOptions
+from piecework.runtime.graphs.plan.phase import CaptureWatcher
+from piecework.runtime.graphs.serve.model import CapturedModel
+from piecework.runtime.graphs.serve.partitioned import PartitionedModel
+from piecework.runtime.pieces.backend import Admits, PieceworkBackend
+from piecework.runtime.trace.example_sizes import KeptMarks, SizePolicy
+from piecework.runtime.trace.shape_guards import ShapeGuards
+from piecework.runtime.trace.tracing import GraphInput, Weight, capture
 
 Call = tuple[tuple[object, ...], dict[str, object]]
 NewBackend = Callable[[], PieceworkBackend]
@@ -45,7 +45,7 @@ class TracedModel:
         args, kwargs: the example call.
         new_backend: makes a backend for each graph that is tried.
         sizes: which dimensions are dynamic; None: those that are marked, or all.
-        as_it_is: runs the model uncompiled; see `piecework.runtime.entry.Entry`.
+        as_it_is: runs the model uncompiled; see `piecework.runtime.call.entry.Entry`.
 
     Attributes:
         backend: compiled the pieces and emitted the stitching source.

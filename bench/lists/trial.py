@@ -18,7 +18,7 @@ import piecework
 from piecework.bench.lists.judge import Answer, difference, kept, outputs_with_strides_of
 from piecework.bench.lists.sample import Sample
 from piecework.errors import PieceworkError
-from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
 
 Status = Literal["equal", "refused", "failed", "wrong"]

@@ -19,7 +19,7 @@ from piecework.integrations.transformers.request import (
     AttentionLayer,
     current_request,
 )
-from piecework.runtime.forward_context import current_forward_context
+from piecework.runtime.batch.forward_context import current_forward_context
 from piecework.runtime.splitting_op import splitting_op
 
 # The name under which transformers finds our attention function. It has no mask function registered, which is

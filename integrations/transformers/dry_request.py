@@ -16,9 +16,9 @@ from piecework.integrations.transformers.request import (
     RequestState,
     request_context,
 )
-from piecework.runtime.forward_context import ForwardContext, set_forward_context
-from piecework.runtime.graphs.descriptor import BatchDescriptor
-from piecework.runtime.graphs.mode import CUDAGraphMode
+from piecework.runtime.batch.descriptor import BatchDescriptor
+from piecework.runtime.batch.forward_context import ForwardContext, set_forward_context
+from piecework.runtime.batch.mode import CUDAGraphMode
 
 
 @contextmanager

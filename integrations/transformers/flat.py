@@ -15,11 +15,11 @@ from torch import nn
 
 from piecework.integrations.transformers.attention import attention, through_piecework
 from piecework.integrations.transformers.rope import frozen_ropes
-from piecework.runtime.config import CompilationConfig
-from piecework.runtime.dynamic_dims import unmarked_afterwards
-from piecework.runtime.modes import compile_with_mode
+from piecework.runtime.compile import compile_with_mode
+from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
 from piecework.runtime.torch_compat import mark_unbacked
+from piecework.runtime.trace.dynamic_dims import unmarked_afterwards
 
 # What stands for the number of tokens when a forward is traced; any number above one does.
 _TRACED_ROWS = 6

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from piecework.errors import CaptureError, InputError
-from piecework.runtime.forward_context import (
+from piecework.runtime.batch.forward_context import (
     ForwardContext,
     current_forward_context,
     get_forward_context,

@@ -20,7 +20,7 @@ from piecework.integrations.transformers.admission import admit, forget_layers
 from piecework.integrations.transformers.flat import ENTRIES, compile_forward
 from piecework.integrations.transformers.serving import Serving
 from piecework.runtime import torch_compat
-from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
 
 _log = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from piecework.runtime.compilers.dynamo_backend import DynamoBackendAdaptor
 from piecework.runtime.compilers.eager import EagerAdaptor
 from piecework.runtime.compilers.inductor import InductorAdaptor, InductorStandaloneAdaptor
 from piecework.runtime.compilers.interface import CompiledPiece, CompilerInterface
-from piecework.runtime.config import CompilationConfig
-from piecework.runtime.config_groups import CompilationMode
-from piecework.runtime.qualified_name import import_qualified
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.config.groups import CompilationMode
+from piecework.runtime.config.qualified_name import import_qualified
 
 __all__ = [
     "CompiledPiece",
@@ -44,7 +44,7 @@ def make_compiler(config: CompilationConfig) -> CompilerInterface:
     traced_whole = config.mode is CompilationMode.DYNAMO_TRACE_ONCE
     if config.backend.isidentifier():
         if traced_whole:
-            return DynamoBackendAdaptor(config.init_backend())  # type: ignore[arg-type]
+            return DynamoBackendAdaptor(config.init_backend())
         raise ConfigError(f"no compiler {config.backend!a}", where="backend", hint=_CHOICES)
     found = import_qualified(config.backend, where="backend")
     if traced_whole and not isinstance(found, type):

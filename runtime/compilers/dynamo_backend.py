@@ -12,10 +12,10 @@ import torch.fx
 
 from piecework.errors import ConfigError, PieceCompileError
 from piecework.runtime import torch_compat
-from piecework.runtime.code_identity import digest_of
+from piecework.runtime.batch.ranges import Range
 from piecework.runtime.compilers.interface import CompiledPiece
-from piecework.runtime.config import CompilationConfig
-from piecework.runtime.ranges import Range
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.identity.values import digest_of
 
 
 class DynamoBackendAdaptor:

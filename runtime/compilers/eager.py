@@ -12,10 +12,10 @@ import torch.fx
 from piecework.codegen.bind import compile_execution_fn
 from piecework.codegen.regions import has_regions
 from piecework.codegen.source import generate_source
+from piecework.runtime.batch.ranges import Range
 from piecework.runtime.compilers.interface import CompiledPiece
-from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.counters import counters
-from piecework.runtime.ranges import Range
 
 
 class EagerAdaptor:

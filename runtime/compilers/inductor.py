@@ -17,19 +17,19 @@ import torch.fx
 from piecework.codegen.origin import value_of
 from piecework.errors import CaptureError, ConfigError, Unidentifiable
 from piecework.runtime import torch_compat
-from piecework.runtime.code_identity import digest_of, text_of
-from piecework.runtime.compile_settings import settings_factors
+from piecework.runtime.analysis.writes import written_aliases
+from piecework.runtime.batch.ranges import Range
 from piecework.runtime.compilers.eager import uncompiled
 from piecework.runtime.compilers.inductor_options import InductorOptions
 from piecework.runtime.compilers.interface import CompiledPiece
 from piecework.runtime.compilers.partitions import wrap_partition
 from piecework.runtime.compilers.vector_isa import await_search, start_search, takes_cpu_tensors
-from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.counters import counters
-from piecework.runtime.mutation import written_aliases
+from piecework.runtime.identity.piece_operators import operator_facts
+from piecework.runtime.identity.settings import settings_factors
+from piecework.runtime.identity.values import digest_of, text_of
 from piecework.runtime.passes import PostGradPassManager, pass_context
-from piecework.runtime.piece_operators import operator_facts
-from piecework.runtime.ranges import Range
 
 _log = logging.getLogger(__name__)
 

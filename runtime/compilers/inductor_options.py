@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from piecework.errors import ConfigError
 from piecework.runtime import torch_compat
-from piecework.runtime.config import CompilationConfig
-from piecework.runtime.config_model import thaw
+from piecework.runtime.batch.ranges import Range
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.identity.frozen_map import thaw
 from piecework.runtime.passes import PostGradPassManager
-from piecework.runtime.ranges import Range
 from piecework.runtime.splitting_op import registry
 
 #: Stands beside the real names where partitions are wrapped. Inductor's partitioning depends on whether a wrapper is set,

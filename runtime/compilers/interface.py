@@ -11,8 +11,8 @@ from typing import Protocol
 
 import torch.fx
 
-from piecework.runtime.config import CompilationConfig
-from piecework.runtime.ranges import Range
+from piecework.runtime.batch.ranges import Range
+from piecework.runtime.config.compilation import CompilationConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class CompilerInterface(Protocol):
     A compiler may also have ``to_bytes(piece) -> bytes | None`` and ``from_bytes(data, graph) -> CompiledPiece``; then
     what it makes is kept in the compile cache. One that runs graph passes has ``passes``, a `PostGradPassManager`. One with
     ``calls_custom_ops_as_they_are = True`` may be given operators that stand for others, so that pieces which differ only
-    in a layer's name are one program (`piecework.runtime.layer_names`). ``get_ready(values)`` is called with the example inputs
+    in a layer's name are one program (`piecework.runtime.pieces.layer_names`). ``get_ready(values)`` is called with the example inputs
     before the model is traced, to begin what can run beside that.
 
     Attributes:

@@ -22,9 +22,9 @@ import torch.fx
 from piecework.codegen.origin import value_of
 from piecework.errors import PieceworkError
 from piecework.runtime import torch_compat
+from piecework.runtime.batch.ranges import Range
 from piecework.runtime.compilers.interface import CompilerInterface
-from piecework.runtime.config import CompilationConfig
-from piecework.runtime.ranges import Range
+from piecework.runtime.config.compilation import CompilationConfig
 
 
 def keep_reproducer(
@@ -132,9 +132,9 @@ def reproducer_source(
             *imports,
             "",
             "from piecework.runtime.compilers.reproducer import compile_again",
-            "from piecework.runtime.config_text import from_json",
-            "from piecework.runtime.config import CompilationConfig",
-            "from piecework.runtime.ranges import Range",
+            "from piecework.runtime.config.text import from_json",
+            "from piecework.runtime.config.compilation import CompilationConfig",
+            "from piecework.runtime.batch.ranges import Range",
             "",
             *classes,
             "# What the trace took for the symbols.",
@@ -163,7 +163,7 @@ def _one_line(text: str) -> str:
 
 def _config_lines(config: CompilationConfig) -> list[str]:
     """What the compiler reads of the configuration, as JSON text; what no file can hold is left out, and said so."""
-    from piecework.runtime.config_text import to_data
+    from piecework.runtime.config.text import to_data
 
     fields = ("inductor_compile_config", "single_size_inductor_config", "inductor_passes")
     kept: dict[str, object] = {"backend": config.backend}

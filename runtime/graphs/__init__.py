@@ -9,53 +9,53 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from piecework.runtime.graphs.address import AddressBook, AddressPolicy, ValueOrigin
-    from piecework.runtime.graphs.capture import CaptureReport, FailurePolicy, capture_graphs
-    from piecework.runtime.graphs.covered import coverage, coverage_table, require_coverage
-    from piecework.runtime.graphs.descriptor import BatchDescriptor, BatchKind
-    from piecework.runtime.graphs.lazy import ConcreteSizeEntry, CUDAPiecewiseBackend
-    from piecework.runtime.graphs.memory import MemoryEstimate, estimate_memory, fit_budget
-    from piecework.runtime.graphs.mode import CUDAGraphMode
-    from piecework.runtime.graphs.owner import StaticGraphs
-    from piecework.runtime.graphs.platforms import platform_for
-    from piecework.runtime.graphs.progress import CaptureProgress
-    from piecework.runtime.graphs.runner import GraphRunner
-    from piecework.runtime.graphs.weak_ref import weak_ref_tensor, weak_ref_tensors
-    from piecework.runtime.graphs.wrapper import (
+    from piecework.runtime.batch.coverage import coverage, coverage_table, require_coverage
+    from piecework.runtime.batch.descriptor import BatchDescriptor, BatchKind
+    from piecework.runtime.batch.mode import CUDAGraphMode
+    from piecework.runtime.graphs.device.platforms import platform_for
+    from piecework.runtime.graphs.device.weak_ref import weak_ref_tensor, weak_ref_tensors
+    from piecework.runtime.graphs.memory.addresses import AddressBook, AddressPolicy, ValueOrigin
+    from piecework.runtime.graphs.memory.owner import StaticGraphs
+    from piecework.runtime.graphs.memory.wrapper import (
         CUDAGraphEntry,
         CUDAGraphOptions,
         CUDAGraphWrapper,
         wrap_with_cudagraph_if_needed,
     )
+    from piecework.runtime.graphs.plan.estimate import MemoryEstimate, estimate_memory, fit_budget
+    from piecework.runtime.graphs.plan.phase import CaptureReport, FailurePolicy, capture_graphs
+    from piecework.runtime.graphs.plan.progress import CaptureProgress
+    from piecework.runtime.graphs.serve.lazy import ConcreteSizeEntry, CUDAPiecewiseBackend
+    from piecework.runtime.graphs.serve.runner import GraphRunner
 
 _HOME = {
-    "AddressBook": "address",
-    "AddressPolicy": "address",
-    "BatchDescriptor": "descriptor",
-    "BatchKind": "descriptor",
-    "CUDAGraphEntry": "wrapper",
-    "CUDAGraphMode": "mode",
-    "CUDAGraphOptions": "wrapper",
-    "CUDAGraphWrapper": "wrapper",
-    "CUDAPiecewiseBackend": "lazy",
-    "CaptureProgress": "progress",
-    "CaptureReport": "capture",
-    "ConcreteSizeEntry": "lazy",
-    "FailurePolicy": "capture",
-    "GraphRunner": "runner",
-    "MemoryEstimate": "memory",
-    "StaticGraphs": "owner",
-    "ValueOrigin": "address",
-    "capture_graphs": "capture",
-    "coverage": "covered",
-    "coverage_table": "covered",
-    "estimate_memory": "memory",
-    "fit_budget": "memory",
-    "platform_for": "platforms",
-    "require_coverage": "covered",
-    "weak_ref_tensor": "weak_ref",
-    "weak_ref_tensors": "weak_ref",
-    "wrap_with_cudagraph_if_needed": "wrapper",
+    "AddressBook": "piecework.runtime.graphs.memory.addresses",
+    "AddressPolicy": "piecework.runtime.graphs.memory.addresses",
+    "BatchDescriptor": "piecework.runtime.batch.descriptor",
+    "BatchKind": "piecework.runtime.batch.descriptor",
+    "CUDAGraphEntry": "piecework.runtime.graphs.memory.wrapper",
+    "CUDAGraphMode": "piecework.runtime.batch.mode",
+    "CUDAGraphOptions": "piecework.runtime.graphs.memory.wrapper",
+    "CUDAGraphWrapper": "piecework.runtime.graphs.memory.wrapper",
+    "CUDAPiecewiseBackend": "piecework.runtime.graphs.serve.lazy",
+    "CaptureProgress": "piecework.runtime.graphs.plan.progress",
+    "CaptureReport": "piecework.runtime.graphs.plan.phase",
+    "ConcreteSizeEntry": "piecework.runtime.graphs.serve.lazy",
+    "FailurePolicy": "piecework.runtime.graphs.plan.phase",
+    "GraphRunner": "piecework.runtime.graphs.serve.runner",
+    "MemoryEstimate": "piecework.runtime.graphs.plan.estimate",
+    "StaticGraphs": "piecework.runtime.graphs.memory.owner",
+    "ValueOrigin": "piecework.runtime.graphs.memory.addresses",
+    "capture_graphs": "piecework.runtime.graphs.plan.phase",
+    "coverage": "piecework.runtime.batch.coverage",
+    "coverage_table": "piecework.runtime.batch.coverage",
+    "estimate_memory": "piecework.runtime.graphs.plan.estimate",
+    "fit_budget": "piecework.runtime.graphs.plan.estimate",
+    "platform_for": "piecework.runtime.graphs.device.platforms",
+    "require_coverage": "piecework.runtime.batch.coverage",
+    "weak_ref_tensor": "piecework.runtime.graphs.device.weak_ref",
+    "weak_ref_tensors": "piecework.runtime.graphs.device.weak_ref",
+    "wrap_with_cudagraph_if_needed": "piecework.runtime.graphs.memory.wrapper",
 }
 
 __all__ = [
@@ -92,4 +92,4 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(_HOME[name]), name)

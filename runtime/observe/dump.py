@@ -13,29 +13,62 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import torch.fx
 
 from piecework.codegen import SplitItem, StitchedSource
 from piecework.codegen.origin import SymbolNames, origin_of_piece
+from piecework.codegen.structure import Structure
 from piecework.errors import ConfigError
 from piecework.runtime import torch_compat
-from piecework.runtime.config import CompilationConfig
-from piecework.runtime.config_text import to_json
+from piecework.runtime.batch.ranges import Range
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.config.text import to_json
 from piecework.runtime.observe.dump_page import Page, PieceRow, RangeCell, Step, render_page
 from piecework.runtime.observe.plan_text import plan_text
-from piecework.runtime.ranges import Range
-
-if TYPE_CHECKING:
-    from piecework.runtime.compiler_manager import RangeEntry
-    from piecework.runtime.piecewise import PiecewiseBackend
 
 _log = logging.getLogger(__name__)
 
 _NOT_IN_A_NAME = re.compile(r"[^\w.-]+", re.ASCII)
 _LONGEST_NAME = 80
+
+
+class CompiledForm(Protocol):
+    """What a compiler made of a piece: something to call, and the artifact that it can be kept as."""
+
+    @property
+    def runnable(self) -> object: ...
+
+    @property
+    def artifact(self) -> object | None: ...
+
+
+class FormOfRange(Protocol):
+    """A piece's compiled form for one range of batch sizes, and where it came from."""
+
+    @property
+    def compiled(self) -> CompiledForm: ...
+
+    @property
+    def seconds(self) -> float: ...
+
+    @property
+    def reused(self) -> bool: ...
+
+    @property
+    def cached(self) -> bool: ...
+
+
+class CompiledPiece(Protocol):
+    """A piece with its compiled forms."""
+
+    @property
+    def structure(self) -> Structure | None: ...
+
+    @property
+    def entries(self) -> Mapping[Range | None, FormOfRange]: ...
 
 
 class Dump:
@@ -120,7 +153,7 @@ class Dump:
 
     def finish(
         self,
-        backends: Mapping[str, PiecewiseBackend],
+        backends: Mapping[str, CompiledPiece],
         phases: Mapping[str, float],
         error: BaseException | None = None,
     ) -> None:
@@ -145,7 +178,7 @@ class Dump:
 
     # --- parts -----------------------------------------------------------------------------------
 
-    def _piece(self, name: str, backend: PiecewiseBackend, same_as: str) -> None:
+    def _piece(self, name: str, backend: CompiledPiece, same_as: str) -> None:
         row = self._rows.get(name)
         if row is None or row.key or backend.structure is None:
             return  # not of this compilation, or written before
@@ -172,7 +205,7 @@ class Dump:
             name, backend.structure.key, row.modules, row.graph, tuple(cells), same_as
         )
 
-    def _write_inductor_output(self, path: str, entry: RangeEntry) -> bool:
+    def _write_inductor_output(self, path: str, entry: FormOfRange) -> bool:
         compiled = entry.compiled
         held = compiled.runnable if compiled.artifact is None else compiled.artifact
         texts = torch_compat.inductor_sources(held)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from piecework.runtime.ranges import Range
+from piecework.runtime.batch.ranges import Range
 
 
 @dataclass(frozen=True, slots=True)

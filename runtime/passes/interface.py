@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 import torch.fx
 
 from piecework.errors import ConfigError
-from piecework.runtime.code_identity import digest_of
-from piecework.runtime.qualified_name import import_qualified
-from piecework.runtime.ranges import Range
+from piecework.runtime.batch.ranges import Range
+from piecework.runtime.config.qualified_name import import_qualified
+from piecework.runtime.identity.values import digest_of
 
 PassFunction = Callable[[torch.fx.Graph], int | None]
 

@@ -13,14 +13,14 @@ import torch.fx
 
 from piecework.errors import PieceCompileError, Unidentifiable
 from piecework.runtime import torch_compat
-from piecework.runtime.code_identity import digest_of
-from piecework.runtime.config import CompilationConfig
+from piecework.runtime.batch.ranges import Range
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.identity.values import digest_of
 from piecework.runtime.passes.cleanup import CleanUpPass
 from piecework.runtime.passes.context import get_pass_context
 from piecework.runtime.passes.defunctionalize import DefunctionalizationPass
 from piecework.runtime.passes.interface import InductorPass, as_inductor_pass
 from piecework.runtime.passes.noop import NoOpEliminationPass
-from piecework.runtime.ranges import Range
 
 #: Inductor's option that the manager goes into; user passes for it run inside the manager.
 POST_GRAD_SLOT = "post_grad_custom_post_pass"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from piecework.integrations.transformers import stitch
-from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.counters import counters
 
 transformers = pytest.importorskip("transformers")

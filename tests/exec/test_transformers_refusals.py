@@ -8,7 +8,7 @@ from torch import nn
 
 from piecework.errors import CaptureError, UsageError
 from piecework.integrations.transformers import stitch, stitched_module, unstitch
-from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config.compilation import CompilationConfig
 
 transformers = pytest.importorskip("transformers")
 

@@ -13,7 +13,7 @@ import torch
 
 from piecework.errors import InputError, PieceworkError, UsageError
 from piecework.integrations.transformers import stitch, stitched_module, unstitch
-from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.counters import counters
 
 transformers = pytest.importorskip("transformers")

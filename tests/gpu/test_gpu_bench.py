@@ -13,7 +13,7 @@ from piecework.bench.gpu_contenders import Contenders
 from piecework.bench.gpu_model import TINY, build, token_ids
 from piecework.cli import app
 from piecework.errors import PieceworkError
-from piecework.runtime.graphs.capture import frozen_garbage
+from piecework.runtime.graphs.plan.phase import frozen_garbage
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -9,16 +9,16 @@ import torch
 
 from piecework.bench.gpu_contenders import stitch
 from piecework.bench.gpu_model import TINY, build, token_ids
-from piecework.runtime.dispatch import CudagraphDispatcher
-from piecework.runtime.forward_context import set_forward_context
-from piecework.runtime.graphs.address import ValueOrigin
-from piecework.runtime.graphs.capture import capture_graphs
-from piecework.runtime.graphs.descriptor import BatchKind
-from piecework.runtime.graphs.memory import estimate_memory
-from piecework.runtime.graphs.mode import CUDAGraphMode
-from piecework.runtime.graphs.owner import StaticGraphs
-from piecework.runtime.graphs.wrapper import CUDAGraphWrapper, wrap_with_cudagraph_if_needed
-from piecework.runtime.inputs import InputSpec, StaticInputs
+from piecework.runtime.batch.descriptor import BatchKind
+from piecework.runtime.batch.dispatcher import CudagraphDispatcher
+from piecework.runtime.batch.forward_context import set_forward_context
+from piecework.runtime.batch.mode import CUDAGraphMode
+from piecework.runtime.graphs.memory.addresses import ValueOrigin
+from piecework.runtime.graphs.memory.owner import StaticGraphs
+from piecework.runtime.graphs.memory.wrapper import CUDAGraphWrapper, wrap_with_cudagraph_if_needed
+from piecework.runtime.graphs.plan.estimate import estimate_memory
+from piecework.runtime.graphs.plan.phase import capture_graphs
+from piecework.runtime.graphs.stage.inputs import InputSpec, StaticInputs
 
 pytestmark = [
     pytest.mark.gpu,

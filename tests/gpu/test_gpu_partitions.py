@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import piecework
-from piecework.runtime.forward_context import current_forward_context, set_forward_context
+from piecework.runtime.batch.forward_context import current_forward_context, set_forward_context
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,7 +9,7 @@ import torch
 
 import piecework
 from piecework.errors import StaticGraphError
-from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config.compilation import CompilationConfig
 
 EAGER = CompilationConfig(backend="eager")
 

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 import piecework
 from piecework.cli import app
 from piecework.errors import BindError, ConfigError, InputError, StaticGraphError
-from piecework.runtime.config import CompilationConfig
-from piecework.runtime.forward_context import get_forward_context, set_forward_context
+from piecework.runtime.batch.forward_context import get_forward_context, set_forward_context
+from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.graphs import CUDAGraphMode, FailurePolicy, require_coverage
-from piecework.runtime.graphs.capture import frozen_garbage
+from piecework.runtime.graphs.plan.phase import frozen_garbage
 
 EAGER = CompilationConfig(backend="eager")
 sys.modules.setdefault("capture_factories", sys.modules[__name__])

@@ -12,10 +12,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import piecework
-from piecework.runtime.captured_report import calls_json, calls_table
-from piecework.runtime.config import CompilationConfig
-from piecework.runtime.forward_context import set_forward_context
-from piecework.runtime.graphs.capture import frozen_garbage
+from piecework.runtime.batch.forward_context import set_forward_context
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.graphs.plan.phase import frozen_garbage
+from piecework.runtime.graphs.serve.report import calls_json, calls_table
 
 EAGER = CompilationConfig(backend="eager")
 

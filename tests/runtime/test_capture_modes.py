@@ -12,11 +12,11 @@ from torch import nn
 import piecework
 from piecework.codegen.replay_check import verify_replay
 from piecework.errors import ConfigError, EmitError, StaticGraphError
-from piecework.runtime import captured_replay
-from piecework.runtime.config import CompilationConfig, RuntimeConfig
-from piecework.runtime.forward_context import current_forward_context, set_forward_context
+from piecework.runtime.batch.forward_context import current_forward_context, set_forward_context
+from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.graphs import BatchDescriptor, BatchKind, CUDAGraphMode, FailurePolicy
-from piecework.runtime.graphs.capture import frozen_garbage
+from piecework.runtime.graphs.plan.phase import frozen_garbage
+from piecework.runtime.graphs.serve import replay as captured_replay
 
 EAGER = CompilationConfig(backend="eager")
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL

@@ -11,9 +11,9 @@ from torch import nn
 
 import piecework
 from piecework.errors import ConfigError, InputError, StaticGraphError
-from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.graphs import BatchKind, CUDAGraphMode
-from piecework.runtime.graphs.capture import frozen_garbage
+from piecework.runtime.graphs.plan.phase import frozen_garbage
 
 EAGER = CompilationConfig(backend="eager")
 MODES = ["PIECEWISE", "FULL"]

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 import piecework
 from piecework.errors import ConfigError, StaticGraphError
-from piecework.runtime.captured_options import CaptureOptions, plan_capture
-from piecework.runtime.captured_shape import BatchShape, ResultRule, StagedInput
-from piecework.runtime.config import CompilationConfig, RuntimeConfig
+from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.graphs import BatchKind, CUDAGraphMode
+from piecework.runtime.graphs.plan.batch_shape import BatchShape, ResultRule, StagedInput
+from piecework.runtime.graphs.plan.options import CaptureOptions, plan_capture
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 STEPS = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]

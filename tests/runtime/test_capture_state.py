@@ -11,7 +11,7 @@ from torch import nn
 
 import piecework
 from piecework.errors import CaptureError
-from piecework.runtime.capture_state import Snapshot, place_text
+from piecework.runtime.trace.side_effects import Snapshot, place_text
 
 EAGER = piecework.CompilationConfig(backend="eager")
 X = torch.randn(4, 3)

@@ -15,7 +15,7 @@ from torch import nn
 
 import piecework
 from piecework.errors import BindError, InputError, PieceworkError, StaticGraphError
-from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config.compilation import CompilationConfig
 
 EAGER = CompilationConfig(backend="eager")
 MODES = [None, "PIECEWISE", "FULL"]

@@ -14,7 +14,7 @@ from piecework.errors import (
     PieceCompileError,
     SplitError,
 )
-from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config.compilation import CompilationConfig
 
 EAGER = CompilationConfig(backend="eager")
 

@@ -14,7 +14,7 @@ from torch import nn
 import piecework
 from piecework.errors import ConfigError, PieceCompileError
 from piecework.runtime.compilers import CompiledPiece
-from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.passes import CallableInductorPass, PostGradPassManager
 
 sys.modules.setdefault("compiler_manners", sys.modules[__name__])

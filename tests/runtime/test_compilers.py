@@ -13,6 +13,7 @@ from torch import nn
 
 import piecework
 from piecework.errors import ConfigError, PieceCompileError
+from piecework.runtime.batch.ranges import Range
 from piecework.runtime.compilers import (
     CompiledPiece,
     EagerAdaptor,
@@ -20,8 +21,7 @@ from piecework.runtime.compilers import (
     InductorStandaloneAdaptor,
     make_compiler,
 )
-from piecework.runtime.config import CompilationConfig
-from piecework.runtime.ranges import Range
+from piecework.runtime.config.compilation import CompilationConfig
 
 HERE = "compilers_under_test"
 sys.modules.setdefault(HERE, sys.modules[__name__])
@@ -171,7 +171,7 @@ def test_the_reproducer_runs_as_a_file(tmp_path: Path) -> None:
         inductor_compile_config={"max_autotune": False},
     )
     from piecework.runtime.compilers.reproducer import keep_reproducer
-    from piecework.runtime.piecewise import get_fake_args_from_graph
+    from piecework.runtime.pieces.piecewise import get_fake_args_from_graph
 
     stitched = piecework.compile(model, (x,), config=config)
     piece = stitched.split_gm.submod_2

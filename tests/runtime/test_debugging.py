@@ -13,7 +13,7 @@ from torch import nn
 
 import piecework
 from piecework.errors import BindError, EmitError
-from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config.compilation import CompilationConfig
 
 EAGER = CompilationConfig(backend="eager")
 

@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from piecework.errors import ConfigError, InputError, StaticGraphError
-from piecework.runtime.config import CompilationConfig, RuntimeConfig
-from piecework.runtime.dispatch import CudagraphDispatcher, Reason
-from piecework.runtime.dispatch_keys import LoraCases
-from piecework.runtime.graphs.covered import (
+from piecework.runtime.batch.coverage import (
     coverage,
     coverage_json,
     coverage_table,
     require_coverage,
 )
-from piecework.runtime.graphs.descriptor import BatchDescriptor, BatchKind
-from piecework.runtime.graphs.mode import CUDAGraphMode
+from piecework.runtime.batch.descriptor import BatchDescriptor, BatchKind
+from piecework.runtime.batch.dispatcher import CudagraphDispatcher, Reason
+from piecework.runtime.batch.keys import LoraCases
+from piecework.runtime.batch.mode import CUDAGraphMode
+from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 DECODE_ONLY, BOTH = CUDAGraphMode.FULL_DECODE_ONLY, CUDAGraphMode.FULL_AND_PIECEWISE

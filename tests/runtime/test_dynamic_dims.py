@@ -25,9 +25,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from piecework.errors import ConfigError, InputError
-from piecework.runtime.annotations import read_annotations
-from piecework.runtime.config_groups import DynamicShapesType
-from piecework.runtime.dynamic_dims import dims_of, marked
+from piecework.runtime.config.groups import DynamicShapesType
+from piecework.runtime.trace.annotations import read_annotations
+from piecework.runtime.trace.dynamic_dims import dims_of, marked
 
 if TYPE_CHECKING:
     from nowhere import Hidden

@@ -9,15 +9,15 @@ import threading
 import pytest
 
 from piecework.errors import InputError
-from piecework.runtime.forward_context import (
+from piecework.runtime.batch.descriptor import BatchDescriptor
+from piecework.runtime.batch.forward_context import (
     current_forward_context,
     get_forward_context,
     is_forward_context_available,
     override_forward_context,
     set_forward_context,
 )
-from piecework.runtime.graphs.descriptor import BatchDescriptor
-from piecework.runtime.graphs.mode import CUDAGraphMode
+from piecework.runtime.batch.mode import CUDAGraphMode
 
 
 def test_there_is_none_at_first():

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from piecework.errors import ConfigError, StaticGraphError
-from piecework.runtime.forward_context import set_forward_context
-from piecework.runtime.graphs.address import AddressBook, AddressPolicy, ValueOrigin
-from piecework.runtime.graphs.capture import frozen_garbage
-from piecework.runtime.graphs.captured_call import CapturedCall, CaptureRequest
-from piecework.runtime.graphs.descriptor import BatchDescriptor
-from piecework.runtime.graphs.mode import CUDAGraphMode
-from piecework.runtime.graphs.owner import StaticGraphs
-from piecework.runtime.graphs.weak_ref import view_of_storage
-from piecework.runtime.graphs.wrapper import CUDAGraphWrapper
+from piecework.runtime.batch.descriptor import BatchDescriptor
+from piecework.runtime.batch.forward_context import set_forward_context
+from piecework.runtime.batch.mode import CUDAGraphMode
+from piecework.runtime.graphs.device.weak_ref import view_of_storage
+from piecework.runtime.graphs.memory.addresses import AddressBook, AddressPolicy, ValueOrigin
+from piecework.runtime.graphs.memory.captured_call import CapturedCall, CaptureRequest
+from piecework.runtime.graphs.memory.owner import StaticGraphs
+from piecework.runtime.graphs.memory.wrapper import CUDAGraphWrapper
+from piecework.runtime.graphs.plan.phase import frozen_garbage
 
 PIECEWISE = CUDAGraphMode.PIECEWISE
 DESCRIPTOR = BatchDescriptor(4)

@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from piecework.errors import StaticGraphError
-from piecework.runtime.dispatch import CudagraphDispatcher
-from piecework.runtime.forward_context import get_forward_context, set_forward_context
-from piecework.runtime.graphs.capture import FailurePolicy, capture_graphs, frozen_garbage
-from piecework.runtime.graphs.descriptor import BatchDescriptor
-from piecework.runtime.graphs.memory import (
+from piecework.runtime.batch.descriptor import BatchDescriptor
+from piecework.runtime.batch.dispatcher import CudagraphDispatcher
+from piecework.runtime.batch.forward_context import get_forward_context, set_forward_context
+from piecework.runtime.batch.mode import CUDAGraphMode
+from piecework.runtime.graphs.memory.owner import StaticGraphs
+from piecework.runtime.graphs.memory.wrapper import CUDAGraphWrapper, wrap_with_cudagraph_if_needed
+from piecework.runtime.graphs.plan.estimate import (
     MemoryModel,
     choose_within_budget,
     cost_of,
@@ -25,10 +27,8 @@ from piecework.runtime.graphs.memory import (
     fit_budget,
     padding_of,
 )
-from piecework.runtime.graphs.mode import CUDAGraphMode
-from piecework.runtime.graphs.owner import StaticGraphs
-from piecework.runtime.graphs.progress import CaptureProgress
-from piecework.runtime.graphs.wrapper import CUDAGraphWrapper, wrap_with_cudagraph_if_needed
+from piecework.runtime.graphs.plan.phase import FailurePolicy, capture_graphs, frozen_garbage
+from piecework.runtime.graphs.plan.progress import CaptureProgress
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 BOTH = CUDAGraphMode.FULL_AND_PIECEWISE

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from piecework.errors import StaticGraphError
-from piecework.runtime.forward_context import get_forward_context, set_forward_context
-from piecework.runtime.graphs.platforms import platform_for
+from piecework.runtime.batch.forward_context import get_forward_context, set_forward_context
+from piecework.runtime.graphs.device.platforms import platform_for
 
 DEVICES = [
     "cpu",

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from piecework.errors import StaticGraphError
-from piecework.runtime.graphs.cpu import CpuGraphPool, CpuStaticGraph
-from piecework.runtime.graphs.platforms import platform_for
+from piecework.runtime.graphs.device.cpu import CpuGraphPool, CpuStaticGraph
+from piecework.runtime.graphs.device.platforms import platform_for
 
 
 def test_outputs_are_poison_until_the_first_replay():

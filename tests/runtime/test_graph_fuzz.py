@@ -9,17 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from piecework.runtime.dispatch import CudagraphDispatcher
-from piecework.runtime.forward_context import set_forward_context
-from piecework.runtime.graphs.capture import capture_graphs, frozen_garbage
-from piecework.runtime.graphs.mode import CUDAGraphMode
-from piecework.runtime.graphs.owner import StaticGraphs
-from piecework.runtime.graphs.wrapper import (
+from piecework.runtime.batch.dispatcher import CudagraphDispatcher
+from piecework.runtime.batch.forward_context import set_forward_context
+from piecework.runtime.batch.mode import CUDAGraphMode
+from piecework.runtime.graphs.memory.owner import StaticGraphs
+from piecework.runtime.graphs.memory.wrapper import (
     CUDAGraphOptions,
     CUDAGraphWrapper,
     wrap_with_cudagraph_if_needed,
 )
-from piecework.runtime.inputs import StaticInputs
+from piecework.runtime.graphs.plan.phase import capture_graphs, frozen_garbage
+from piecework.runtime.graphs.stage.inputs import StaticInputs
 
 HIDDEN = 4
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from piecework.runtime.forward_context import set_forward_context
-from piecework.runtime.graphs.descriptor import BatchDescriptor
-from piecework.runtime.graphs.mode import CUDAGraphMode
-from piecework.runtime.graphs.owner import StaticGraphs
-from piecework.runtime.graphs.wrapper import CUDAGraphOptions, CUDAGraphWrapper
+from piecework.runtime.batch.descriptor import BatchDescriptor
+from piecework.runtime.batch.forward_context import set_forward_context
+from piecework.runtime.batch.mode import CUDAGraphMode
+from piecework.runtime.graphs.memory.owner import StaticGraphs
+from piecework.runtime.graphs.memory.wrapper import CUDAGraphOptions, CUDAGraphWrapper
 
 pytestmark = pytest.mark.inductor
 FULL = CUDAGraphMode.FULL

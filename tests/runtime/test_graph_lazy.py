@@ -9,12 +9,12 @@ import torch
 import torch.fx
 
 from piecework.errors import InputError, StaticGraphError
-from piecework.runtime.forward_context import set_forward_context
-from piecework.runtime.graphs.capture import frozen_garbage
-from piecework.runtime.graphs.descriptor import BatchDescriptor
-from piecework.runtime.graphs.lazy import CUDAPiecewiseBackend
-from piecework.runtime.graphs.mode import CUDAGraphMode
-from piecework.runtime.graphs.owner import StaticGraphs
+from piecework.runtime.batch.descriptor import BatchDescriptor
+from piecework.runtime.batch.forward_context import set_forward_context
+from piecework.runtime.batch.mode import CUDAGraphMode
+from piecework.runtime.graphs.memory.owner import StaticGraphs
+from piecework.runtime.graphs.plan.phase import frozen_garbage
+from piecework.runtime.graphs.serve.lazy import CUDAPiecewiseBackend
 
 
 @pytest.fixture(autouse=True, scope="module")

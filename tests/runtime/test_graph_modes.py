@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 
 from piecework.errors import ConfigError
-from piecework.runtime.graphs.descriptor import BatchDescriptor
-from piecework.runtime.graphs.mode import CUDAGraphMode
+from piecework.runtime.batch.descriptor import BatchDescriptor
+from piecework.runtime.batch.mode import CUDAGraphMode
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 DECODE_ONLY, BOTH = CUDAGraphMode.FULL_DECODE_ONLY, CUDAGraphMode.FULL_AND_PIECEWISE

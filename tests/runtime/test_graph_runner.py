@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from piecework.errors import InputError, StaticGraphError
-from piecework.runtime.dispatch import CudagraphDispatcher
-from piecework.runtime.forward_context import get_forward_context, set_forward_context
-from piecework.runtime.graphs.capture import frozen_garbage
-from piecework.runtime.graphs.mode import CUDAGraphMode
-from piecework.runtime.graphs.owner import StaticGraphs
-from piecework.runtime.graphs.runner import GraphRunner
-from piecework.runtime.graphs.wrapper import CUDAGraphWrapper
-from piecework.runtime.inputs import InputSpec, StaticInputs
+from piecework.runtime.batch.dispatcher import CudagraphDispatcher
+from piecework.runtime.batch.forward_context import get_forward_context, set_forward_context
+from piecework.runtime.batch.mode import CUDAGraphMode
+from piecework.runtime.graphs.memory.owner import StaticGraphs
+from piecework.runtime.graphs.memory.wrapper import CUDAGraphWrapper
+from piecework.runtime.graphs.plan.phase import frozen_garbage
+from piecework.runtime.graphs.serve.runner import GraphRunner
+from piecework.runtime.graphs.stage.inputs import InputSpec, StaticInputs
 
 FULL = CUDAGraphMode.FULL
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from piecework.errors import ConfigError
-from piecework.runtime.graphs.sizes import (
+from piecework.runtime.batch.sizes import (
     adjust_sizes_for_spec_decode,
     default_capture_sizes,
     default_max_capture_size,

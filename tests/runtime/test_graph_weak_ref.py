@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from piecework.runtime import torch_compat
-from piecework.runtime.graphs.weak_ref import weak_ref_tensor, weak_ref_tensors
+from piecework.runtime.graphs.device.weak_ref import weak_ref_tensor, weak_ref_tensors
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 DTYPES = sorted(

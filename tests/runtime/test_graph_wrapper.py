@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from piecework.errors import ConfigError, StaticGraphError
-from piecework.runtime.forward_context import set_forward_context
-from piecework.runtime.graphs.capture import frozen_garbage
-from piecework.runtime.graphs.descriptor import BatchDescriptor
-from piecework.runtime.graphs.mode import CUDAGraphMode
-from piecework.runtime.graphs.owner import StaticGraphs
-from piecework.runtime.graphs.wrapper import (
+from piecework.runtime.batch.descriptor import BatchDescriptor
+from piecework.runtime.batch.forward_context import set_forward_context
+from piecework.runtime.batch.mode import CUDAGraphMode
+from piecework.runtime.graphs.memory.owner import StaticGraphs
+from piecework.runtime.graphs.memory.wrapper import (
     CUDAGraphOptions,
     CUDAGraphWrapper,
     wrap_with_cudagraph_if_needed,
 )
+from piecework.runtime.graphs.plan.phase import frozen_garbage
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 

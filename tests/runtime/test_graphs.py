@@ -25,11 +25,11 @@ def test_an_unknown_name():
 
 def test_a_mode_costs_no_graphs():
     program = (
-        "import sys; from piecework.runtime.graphs.mode import CUDAGraphMode; "
+        "import sys; from piecework.runtime.batch.mode import CUDAGraphMode; "
         "print([m for m in sys.modules if m.startswith('piecework.runtime.graphs.')])"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
     )
-    assert "piecework.runtime.graphs.cuda" not in done.stdout
-    assert "piecework.runtime.graphs.mode" in done.stdout
+    assert "piecework.runtime.graphs.device.cuda" not in done.stdout
+    assert "piecework.runtime.batch.mode" in done.stdout

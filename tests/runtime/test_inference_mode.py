@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import piecework
-from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config.compilation import CompilationConfig
 
 EAGER = CompilationConfig(backend="eager")
 

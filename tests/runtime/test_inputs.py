@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from piecework.errors import ConfigError, InputError
-from piecework.runtime.copy_inputs import make_copy_and_call
-from piecework.runtime.graphs.address import AddressBook, ValueOrigin
-from piecework.runtime.inputs import InputSpec, StaticInputs
+from piecework.runtime.graphs.memory.addresses import AddressBook, ValueOrigin
+from piecework.runtime.graphs.stage.copy_inputs import make_copy_and_call
+from piecework.runtime.graphs.stage.inputs import InputSpec, StaticInputs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.bool, torch.uint8]
 
@@ -233,7 +233,7 @@ def test_copy_and_call_errors():
 
 INTERPRETED = """
     import random, torch
-    from piecework.runtime.inputs import InputSpec, StaticInputs
+    from piecework.runtime.graphs.stage.inputs import InputSpec, StaticInputs
 
     random.seed(int({seed})); torch.manual_seed(0)
     dtypes = [torch.float32, torch.bfloat16, torch.float8_e5m2, torch.int64, torch.int32, torch.bool,
@@ -299,7 +299,7 @@ def test_the_kernel_compiles_for_gpus():
     program = """
         import triton
         from triton.backends.compiler import GPUTarget
-        from piecework.runtime.staging_kernel import SLOTS, _stage
+        from piecework.runtime.graphs.stage.kernel import SLOTS, _stage
 
         words = ["*i32", "*i64", "*u8", "*i16"]
         signature = {f"s{i}": words[i] if i < 4 else words[0] for i in range(SLOTS)}

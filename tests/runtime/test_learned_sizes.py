@@ -15,8 +15,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 import piecework
 from piecework.errors import InputError
-from piecework.runtime.backend import PieceworkBackend
-from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.pieces.backend import PieceworkBackend
 from piecework.runtime.torch_compat import (
     known_sizes,
     learn_again,

@@ -12,7 +12,7 @@ from torch import nn
 
 import piecework
 from piecework.errors import CaptureError, ConfigError
-from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.model_tag import (
     ModelTag,
     compilation_complete,

@@ -11,8 +11,8 @@ from torch.nn import functional
 
 import piecework
 from piecework.errors import StaticGraphError
-from piecework.runtime.config import CompilationConfig
-from piecework.runtime.mutation import Mutation, mutations_in
+from piecework.runtime.analysis.writes import Mutation, mutations_in
+from piecework.runtime.config.compilation import CompilationConfig
 
 EAGER = CompilationConfig(backend="eager")
 CAPTURED = CompilationConfig(backend="eager", cudagraph_mode="PIECEWISE")

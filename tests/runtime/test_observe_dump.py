@@ -20,15 +20,15 @@ from torch import nn
 
 import piecework
 from piecework.errors import ConfigError, PieceCompileError
-from piecework.runtime.backend import PieceworkBackend
 from piecework.runtime.compilers import CompiledPiece
-from piecework.runtime.config import CompilationConfig, RuntimeConfig
-from piecework.runtime.config_text import from_json
+from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
+from piecework.runtime.config.text import from_json
 from piecework.runtime.counters import counters
 from piecework.runtime.model_tag import set_model_tag
 from piecework.runtime.observe.dump import Dump
 from piecework.runtime.observe.dump_page import Page, PieceRow, RangeCell, Step, render_page
 from piecework.runtime.observe.plan_text import plan_text
+from piecework.runtime.pieces.backend import PieceworkBackend
 
 HERE = "dumps_under_test"
 sys.modules.setdefault(HERE, sys.modules[__name__])

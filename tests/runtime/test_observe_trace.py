@@ -14,7 +14,7 @@ PROGRAM = """
 import sys
 import piecework
 import torch
-from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config.compilation import CompilationConfig
 
 @piecework.splitting_op("observe_trace::mix", mutates_args=("out",))
 def mix(x: torch.Tensor, out: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import piecework
 from piecework.runtime.analysis.rows import Verdict, rows_of
-from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config.compilation import CompilationConfig
 
 EAGER = CompilationConfig(backend="eager")
 W = torch.randn(4, 4)

@@ -17,13 +17,13 @@ from torch import nn
 
 import piecework
 from piecework.errors import PieceCompileError
-from piecework.runtime import parallel
-from piecework.runtime.ahead import compile_ahead, different_pieces
-from piecework.runtime.compile_progress import CompileProgress
+from piecework.runtime.batch.ranges import Range
 from piecework.runtime.compilers import CompiledPiece
-from piecework.runtime.config import CompilationConfig
-from piecework.runtime.parallel import Job, JobResult, run_in_workers
-from piecework.runtime.ranges import Range
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.pieces import parallel
+from piecework.runtime.pieces.parallel import Job, JobResult, run_in_workers
+from piecework.runtime.pieces.precompiled import compile_ahead, different_pieces
+from piecework.runtime.pieces.progress import CompileProgress
 
 HERE = "parallel_under_test"
 sys.modules.setdefault(HERE, sys.modules[__name__])

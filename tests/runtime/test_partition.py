@@ -13,15 +13,15 @@ from torch._inductor import utils as inductor_utils
 import piecework
 from piecework.errors import ConfigError, SplitError, StaticGraphError
 from piecework.runtime import torch_compat
-from piecework.runtime.backend import PieceworkBackend
+from piecework.runtime.batch.forward_context import current_forward_context, set_forward_context
 from piecework.runtime.compilers import InductorStandaloneAdaptor
 from piecework.runtime.compilers.partitions import (
     Partition,
     partitions_taken_by,
     wrap_partition,
 )
-from piecework.runtime.config import CompilationConfig
-from piecework.runtime.forward_context import current_forward_context, set_forward_context
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.pieces.backend import PieceworkBackend
 
 
 @piecework.splitting_op("partition_test::mix", mutates_args=("out",), rows="independent")

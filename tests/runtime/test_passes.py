@@ -15,7 +15,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from piecework.errors import ConfigError, PieceCompileError
-from piecework.runtime.config import CompilationConfig
+from piecework.runtime.batch.ranges import Range
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.config.qualified_name import import_qualified
 from piecework.runtime.passes import (
     CallableInductorPass,
     CleanUpPass,
@@ -27,8 +29,6 @@ from piecework.runtime.passes import (
     get_pass_context,
     pass_context,
 )
-from piecework.runtime.qualified_name import import_qualified
-from piecework.runtime.ranges import Range
 
 aten = torch.ops.aten
 

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 import piecework
-from piecework.runtime.backend import PieceworkBackend
 from piecework.runtime.cache import list_entries
-from piecework.runtime.config import CompilationConfig
-from piecework.runtime.piece_cache import PieceCache
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.pieces.backend import PieceworkBackend
+from piecework.runtime.pieces.disk import PieceCache
 
 MODEL = Path(__file__).with_name("piece_cache_model.py").read_text()
 

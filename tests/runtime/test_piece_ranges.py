@@ -11,11 +11,11 @@ from torch import nn
 
 import piecework
 from piecework.errors import BindError, ConfigError, InputError
-from piecework.runtime.backend import PieceworkBackend
+from piecework.runtime.batch.ranges import Range
 from piecework.runtime.compilers import CompiledPiece
-from piecework.runtime.config import CompilationConfig, RuntimeConfig
-from piecework.runtime.piecewise import PiecewiseBackend, create_concrete_args
-from piecework.runtime.ranges import Range
+from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
+from piecework.runtime.pieces.backend import PieceworkBackend
+from piecework.runtime.pieces.piecewise import PiecewiseBackend, create_concrete_args
 
 sys.modules.setdefault("piece_ranges_compilers", sys.modules[__name__])
 

@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 
 import piecework
-from piecework.runtime.compile_progress import CompileProgress, current_progress, show_progress
-from piecework.runtime.step_bar import StepBar
+from piecework.runtime.observe.step_bar import StepBar
+from piecework.runtime.pieces.progress import CompileProgress, current_progress, show_progress
 
 
 def test_plain_lines_where_there_is_no_terminal() -> None:

@@ -7,7 +7,7 @@ import torch
 
 import piecework
 from piecework.errors import PieceworkError
-from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config.compilation import CompilationConfig
 
 LAYERS = {
     "lstm": lambda: torch.nn.LSTM(8, 16, batch_first=True),

@@ -18,10 +18,10 @@ from piecework.codegen.replay_check import verify_replay
 from piecework.codegen.replay_plan import Frozen, InPlace, ReplayFacts, ReplaySource
 from piecework.errors import EmitError
 from piecework.golden.cases import Case, import_graph
-from piecework.runtime import captured_replay as captured_module
-from piecework.runtime.config import CompilationConfig
-from piecework.runtime.forward_context import set_forward_context
-from piecework.runtime.graphs.capture import frozen_garbage
+from piecework.runtime.batch.forward_context import set_forward_context
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.graphs.plan.phase import frozen_garbage
+from piecework.runtime.graphs.serve import replay as captured_module
 
 EAGER = CompilationConfig(backend="eager")
 CASES = Path(__file__).parent.parent.parent / "golden" / "cases"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import piecework
-from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config.compilation import CompilationConfig
 
 EAGER = CompilationConfig(backend="eager")
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 import piecework
 from piecework.errors import SplitError, StaticGraphError
 from piecework.runtime.analysis.rows import rows_of
-from piecework.runtime.dispatch import Reason
-from piecework.runtime.forward_context import current_forward_context
+from piecework.runtime.batch.dispatcher import Reason
+from piecework.runtime.batch.forward_context import current_forward_context
 
 EAGER = piecework.CompilationConfig(backend="eager")
 
@@ -105,7 +105,7 @@ def test_batches_are_padded_around_one_that_keeps_rows_apart(warned: list[str]) 
 
 
 def test_one_that_reads_the_real_size_may_take_rows_together() -> None:
-    from piecework.runtime.forward_context import set_forward_context
+    from piecework.runtime.batch.forward_context import set_forward_context
 
     module = captured(lambda x: counts(x * 2) + 1, torch.randn(5, 4))
     x = torch.randn(3, 4)

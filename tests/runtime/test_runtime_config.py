@@ -9,7 +9,7 @@ import torch
 
 import piecework
 from piecework.errors import ConfigError, InputError
-from piecework.runtime.config import CompilationConfig, RuntimeConfig
+from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.decorators import stitched_of
 
 EAGER = {"backend": "eager"}

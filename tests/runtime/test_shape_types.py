@@ -14,9 +14,9 @@ import piecework
 from piecework import CompilationConfig, counters, support_torch_compile
 from piecework.errors import BindError, ConfigError, InputError, PieceCompileError
 from piecework.runtime import torch_compat
+from piecework.runtime.compile import ModeModule, UnstitchedModule
 from piecework.runtime.decorators import stitched_of
 from piecework.runtime.model_tag import set_on_compilation_complete
-from piecework.runtime.modes import ModeModule, UnstitchedModule
 
 SHAPES = ("backed", "unbacked", "backed_size_oblivious")
 

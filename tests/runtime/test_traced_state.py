@@ -15,9 +15,9 @@ from torch import nn
 
 import piecework
 from piecework.errors import BindError, InputError, PieceworkError
-from piecework.runtime.dict_watch import DictWatch
-from piecework.runtime.facts import same
-from piecework.runtime.places import Step
+from piecework.runtime.bind.dict_watch import DictWatch
+from piecework.runtime.bind.facts import same
+from piecework.runtime.bind.places import Step
 
 EAGER = piecework.CompilationConfig(backend="eager")
 RATE = 2.0

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from piecework.runtime.compiler_manager import CompilerManager
 from piecework.runtime.compilers import vector_isa
-from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.pieces.manager import CompilerManager
 
 
 def in_a_new_process(folder: Path, text: str) -> str:

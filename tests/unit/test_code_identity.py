@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from piecework.errors import Unidentifiable
-from piecework.runtime.code_identity import canonical, text_of
+from piecework.runtime.identity.values import canonical, text_of
 
 
 def identity(value: object) -> str:
@@ -373,7 +373,7 @@ IN_A_PROCESS = """
 import json, sys
 sys.path[:0] = json.loads(sys.argv[1])
 import template
-from piecework.runtime.code_identity import digest_of
+from piecework.runtime.identity.values import digest_of
 values = [template.Pass(template.Level.HIGH), template.first, {"a", "b", (1, 2.5), frozenset({"x", "y"})}, template.Level]
 print(json.dumps([digest_of(each, "x") for each in values]))
 """

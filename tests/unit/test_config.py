@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from piecework.errors import ConfigError
-from piecework.runtime.config import (
+from piecework.runtime.config.compilation import (
     CompilationConfig,
     CompilationMode,
     CUDAGraphMode,
@@ -20,7 +20,8 @@ from piecework.runtime.config import (
     RuntimeConfig,
     StitchingConfig,
 )
-from piecework.runtime.config_model import FrozenMap, hash_roles
+from piecework.runtime.config.model import hash_roles
+from piecework.runtime.identity.frozen_map import FrozenMap
 
 MODELS = [
     CompilationConfig,

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from piecework.errors import ConfigError
-from piecework.runtime.backend import PieceworkBackend
-from piecework.runtime.config import CompilationConfig, RuntimeConfig
-from piecework.runtime.qualified_name import import_qualified, qualified_name
-from piecework.runtime.ranges import OPEN_END, Range
+from piecework.runtime.batch.ranges import OPEN_END, Range
+from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
+from piecework.runtime.config.qualified_name import import_qualified, qualified_name
+from piecework.runtime.pieces.backend import PieceworkBackend
 
 
 class Outer:

@@ -11,10 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from piecework.cli.config import config_app
-from piecework.runtime.config import CompilationConfig
-from piecework.runtime.config_docs import json_schema, markdown_table
-from piecework.runtime.config_overrides import parse_overrides
-from piecework.runtime.config_text import from_json, from_toml
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.config.docs import json_schema, markdown_table
+from piecework.runtime.config.overrides import parse_overrides
+from piecework.runtime.config.text import from_json, from_toml
 
 GOOD = 'mode = 0\n[pass_config]\nclean_up = false\n[inductor_compile_config]\n"a.b" = 1\n'
 

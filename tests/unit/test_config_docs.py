@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from piecework.errors import ConfigError
-from piecework.runtime.config import CompilationConfig, CUDAGraphMode, RuntimeConfig
-from piecework.runtime.config_docs import (
+from piecework.runtime.batch.ranges import Range
+from piecework.runtime.config.compilation import CompilationConfig, CUDAGraphMode, RuntimeConfig
+from piecework.runtime.config.docs import (
     DOCUMENTED,
     field_rows,
     json_schema,
     markdown_table,
     update_page,
 )
-from piecework.runtime.config_text import from_toml, to_data
-from piecework.runtime.ranges import Range
+from piecework.runtime.config.text import from_toml, to_data
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from piecework.errors import ConfigError, Unidentifiable
-from piecework.runtime.code_identity import canonical
-from piecework.runtime.config import CompilationConfig, RuntimeConfig
-from piecework.runtime.config_hash import digest, factors_of
-from piecework.runtime.config_model import FrozenModel, hash_roles, nested_model
+from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
+from piecework.runtime.config.hash import digest, factors_of
+from piecework.runtime.config.model import FrozenModel, hash_roles, nested_model
+from piecework.runtime.identity.values import canonical
 
 # A base without conflicts under any single change below, and one other value for each field.
 BASE = {"splitting_ops": ["a::b"], "cudagraph_mode": "FULL", "cudagraph_capture_sizes": [1, 4]}
@@ -192,7 +192,7 @@ def a_pass(graph):
 """
 
 PRINT_HASH = """
-from piecework.runtime.config import CompilationConfig
+from piecework.runtime.config.compilation import CompilationConfig
 print(CompilationConfig(
     splitting_ops={"a::b", "c::d", "e::f"},
     inductor_compile_config={"a": {1, "x", (2, 3)}, "b": {"c": 1.5}},

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from piecework.errors import ConfigError, InputError
-from piecework.runtime.config import CompilationConfig, CUDAGraphMode, RuntimeConfig
-from piecework.runtime.ranges import OPEN_END, Range
+from piecework.runtime.batch.ranges import OPEN_END, Range
+from piecework.runtime.config.compilation import CompilationConfig, CUDAGraphMode, RuntimeConfig
 
 SMALL = RuntimeConfig(max_num_batched_tokens=64, max_num_seqs=4)
 ATTENTION = "demo::attention"

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from piecework.errors import ConfigError
-from piecework.runtime.config import CompilationConfig, CUDAGraphMode, RuntimeConfig
-from piecework.runtime.config_overrides import merge, parse_overrides, to_overrides
-from piecework.runtime.config_text import (
+from piecework.runtime.config.compilation import CompilationConfig, CUDAGraphMode, RuntimeConfig
+from piecework.runtime.config.overrides import merge, parse_overrides, to_overrides
+from piecework.runtime.config.text import (
     from_json,
     from_toml,
     read_data,

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from piecework.errors import ConfigError, InputError
-from piecework.runtime.ranges import OPEN_END, Range, RangeTable, derive_ranges
+from piecework.runtime.batch.ranges import OPEN_END, Range, RangeTable, derive_ranges
 
 
 def pairs(ranges):

@@ -1,0 +1,194 @@
+"""What happens to every batch size: in, a dispatcher and a maximum; out, rows that tell mode, descriptor, padding and reason.
+
+It never runs or captures anything.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from rich.table import Table
+
+from piecework.errors import StaticGraphError
+from piecework.runtime.batch.descriptor import BatchDescriptor
+from piecework.runtime.batch.dispatcher import CudagraphDispatcher, Dispatch, Reason
+from piecework.runtime.batch.mode import CUDAGraphMode
+
+
+@dataclass(frozen=True, slots=True)
+class CoverageRow:
+    """Consecutive batch sizes of one kind that run alike.
+
+    Attributes:
+        first: the smallest size, in tokens.
+        last: the largest size.
+        decode: whether these are uniform decode batches.
+        has_lora: whether adapters are active.
+        num_active_loras: how many.
+        axes: values of the extra axes.
+        mode: what they run in.
+        descriptor: the graph they share; None when they run uncaptured.
+        padding: most tokens that any of them is padded by.
+        reason: why.
+        is_fallback: they run uncaptured although the mode promises a graph.
+        query_len: tokens of each request, for decode batches; else 0.
+    """
+
+    first: int
+    last: int
+    decode: bool
+    has_lora: bool
+    num_active_loras: int
+    axes: tuple[tuple[str, Hashable], ...]
+    mode: CUDAGraphMode
+    descriptor: BatchDescriptor | None
+    padding: int
+    reason: Reason
+    is_fallback: bool
+    query_len: int = 0
+
+    @property
+    def kind(self) -> str:
+        """The kind of batch, in words."""
+        parts = ["decode" if self.decode else "mixed"]
+        if self.query_len > 1:
+            parts.append(f"{self.query_len} a request")
+        if self.has_lora:
+            parts.append(f"{self.num_active_loras or 'any'} adapters")
+        parts += [f"{name}={value}" for name, value in self.axes]
+        return ", ".join(parts)
+
+
+def coverage(dispatcher: CudagraphDispatcher, max_num_batched_tokens: int) -> list[CoverageRow]:
+    """One row per run of batch sizes that are treated alike, for every kind of batch; together they cover all.
+
+    Args:
+        dispatcher: asked without ``strict``, so that gaps are rows and not errors.
+        max_num_batched_tokens: the largest batch of the engine.
+
+    Example:
+        >>> d = CudagraphDispatcher(CUDAGraphMode.PIECEWISE, [1, 4], max_num_seqs=4)
+        >>> [(row.first, row.last, row.mode.name, row.padding) for row in coverage(d, 6)]
+        [(1, 1, 'PIECEWISE', 0), (2, 4, 'PIECEWISE', 2), (5, 6, 'NONE', 0)]
+    """
+    rows: list[CoverageRow] = []
+    separate = dispatcher.cudagraph_mode.separate_routine()
+    decodes = (0, *dispatcher.decode_sizes) if separate else (0,)
+    for step, lora, axes in itertools.product(decodes, _lora_asks(dispatcher), _axes(dispatcher)):
+        largest = min(max_num_batched_tokens, dispatcher.max_num_seqs * step)
+        sizes = range(step, largest + 1, step) if step else range(1, max_num_batched_tokens + 1)
+        rows += _merged(_row(dispatcher, size, step, lora, axes) for size in sizes)
+    return rows
+
+
+def require_coverage(rows: Iterable[CoverageRow]) -> None:
+    """Check that no batch silently falls back to running uncaptured.
+
+    Raises:
+        StaticGraphError: some do; the message lists the sizes and the reason.
+    """
+    gaps = [row for row in rows if row.is_fallback]
+    if gaps:
+        shown = "; ".join(f"{row.kind} {_span(row)}: {row.reason.value}" for row in gaps[:5])
+        more = f"; and {len(gaps) - 5} more" if len(gaps) > 5 else ""
+        raise StaticGraphError(
+            f"batches would silently run uncaptured: {shown}{more}",
+            where="coverage",
+            hint="capture these sizes, or choose a mode that does not promise them",
+        )
+
+
+def coverage_table(rows: Sequence[CoverageRow]) -> Table:
+    """The rows as a table for a terminal."""
+    table = Table(title="What runs captured", title_justify="left")
+    for heading in ("batch", "tokens", "mode", "graph", "padding", "why"):
+        table.add_column(heading, justify="right" if heading in ("tokens", "padding") else "left")
+    for row in rows:
+        graph = "-" if row.descriptor is None else row.descriptor.describe()
+        padding = f"≤ {row.padding}" if row.padding else "0"
+        why = f"[yellow]{row.reason.value}[/]" if row.is_fallback else row.reason.value
+        table.add_row(row.kind, _span(row), row.mode.name, graph, padding, why)
+    return table
+
+
+def coverage_json(rows: Sequence[CoverageRow]) -> list[Mapping[str, object]]:
+    """The rows as plain values."""
+    return [
+        {
+            "kind": row.kind,
+            "first": row.first,
+            "last": row.last,
+            "mode": row.mode.name,
+            "graph": None if row.descriptor is None else row.descriptor.describe(),
+            "padding": row.padding,
+            "reason": row.reason.value,
+            "fallback": row.is_fallback,
+        }
+        for row in rows
+    ]
+
+
+def _lora_asks(dispatcher: CudagraphDispatcher) -> list[tuple[bool, int]]:
+    """Every distinct question about adapters: none, and each captured number."""
+    captured = [key for key in dispatcher.lora.captured() if key[0]]
+    return [(False, 0), *captured]
+
+
+def _axes(dispatcher: CudagraphDispatcher) -> list[dict[str, Hashable]]:
+    names = sorted(dispatcher.axes)
+    values = itertools.product(*(dispatcher.axes[name] for name in names))
+    return [dict(zip(names, each, strict=True)) for each in values]
+
+
+def _row(
+    dispatcher: CudagraphDispatcher,
+    size: int,
+    query_len: int,
+    lora: tuple[bool, int],
+    axes: Mapping[str, Hashable],
+) -> CoverageRow:
+    decode = query_len > 0
+    found: Dispatch = dispatcher.explain(
+        size, decode, *lora, axes=axes, strict=False, query_len=query_len or None
+    )
+    captured = found.mode is not CUDAGraphMode.NONE
+    return CoverageRow(
+        first=size,
+        last=size,
+        decode=decode,
+        has_lora=lora[0],
+        num_active_loras=lora[1],
+        axes=tuple(sorted(axes.items())),
+        mode=found.mode,
+        descriptor=found.descriptor if captured else None,
+        padding=found.padding,
+        reason=found.reason,
+        is_fallback=found.is_fallback,
+        query_len=query_len,
+    )
+
+
+def _merged(rows: Iterable[CoverageRow]) -> list[CoverageRow]:
+    merged: list[CoverageRow] = []
+    for row in rows:
+        before = merged[-1] if merged else None
+        if before is not None and _runs_alike(before, row):
+            padding = max(before.padding, row.padding)
+            merged[-1] = replace(before, last=row.last, padding=padding)
+        else:
+            merged.append(row)
+    return merged
+
+
+def _runs_alike(one: CoverageRow, other: CoverageRow) -> bool:
+    # A size that fits exactly and those padded to it share a graph, so they share a row.
+    same_graph = one.descriptor is not None and one.descriptor == other.descriptor
+    return one.mode is other.mode and (
+        same_graph or (one.descriptor is other.descriptor is None and one.reason is other.reason)
+    )
+
+
+def _span(row: CoverageRow) -> str:
+    return str(row.first) if row.first == row.last else f"{row.first}-{row.last}"

@@ -1,0 +1,85 @@
+"""What a batch is, and the key of one captured batch shape: in, what a batch looks like; out, frozen, hashable values.
+
+It never pads or rounds: the dispatcher chooses which descriptor a batch runs as.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+
+from piecework.runtime.batch.mode import CUDAGraphMode
+
+Axes = tuple[tuple[str, Hashable], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchDescriptor:
+    """One batch shape that a static graph is captured for.
+
+    Attributes:
+        num_tokens: tokens in the (padded) batch.
+        num_reqs: requests in the (padded) batch: in every key of a full graph, which holds attention; None in those of
+            pieces, which don't depend on it.
+        uniform: every request has the same number of query tokens (a decode batch).
+        has_lora: adapters are active.
+        num_active_loras: how many adapters the captured kernels are launched for.
+        extra: further axes that the integration declares, as sorted (name, value) pairs.
+    """
+
+    num_tokens: int
+    num_reqs: int | None = None
+    uniform: bool = False
+    has_lora: bool = False
+    num_active_loras: int = 0
+    extra: Axes = ()
+
+    def relaxed(self) -> BatchDescriptor:
+        """The same batch for a graph that reads neither the number of requests nor uniformity.
+
+        Piecewise graphs are keyed by it: their pieces hold no attention, so only the tokens count.
+        """
+        return replace(self, num_reqs=None, uniform=False)
+
+    def with_axes(self, **axes: Hashable) -> BatchDescriptor:
+        """The same batch with further axes, in an order that does not depend on the caller's."""
+        merged = dict(self.extra) | axes
+        return replace(self, extra=tuple(sorted(merged.items(), key=lambda pair: pair[0])))
+
+    def describe(self) -> str:
+        """A short text for reports and errors, only what differs from the default.
+
+        Example:
+            >>> BatchDescriptor(8, uniform=True).describe()
+            'tokens=8 uniform'
+        """
+        parts = [f"tokens={self.num_tokens}"]
+        if self.num_reqs is not None:
+            parts.append(f"reqs={self.num_reqs}")
+        if self.uniform:
+            parts.append("uniform")
+        if self.has_lora:
+            parts.append(f"loras={self.num_active_loras}")
+        parts += [f"{name}={value}" for name, value in self.extra]
+        return " ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchKind:
+    """What kind of batch a call is, as far as only the caller knows it; its size is read from the inputs.
+
+    Attributes:
+        uniform_decode: every request has the same number of query tokens.
+        has_lora: adapters are active.
+        num_active_loras: how many.
+        axes: values of the extra axes, as (name, value) pairs.
+        invalid_modes: modes that this batch can't run in.
+        query_len: tokens of each request of a uniform batch, where drafts differ in width; the widest by default.
+    """
+
+    uniform_decode: bool = False
+    has_lora: bool = False
+    num_active_loras: int = 0
+    axes: Axes = ()
+    invalid_modes: frozenset[CUDAGraphMode] = frozenset()
+    query_len: int | None = None

@@ -1,0 +1,372 @@
+"""Which captured graph runs a batch: in, the batch's size and kind; out, a mode and a descriptor, with the reason.
+
+It never captures, never rounds down, and never changes what it is asked with.
+"""
+
+from __future__ import annotations
+
+import enum
+from bisect import bisect_left
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from piecework.errors import InputError, StaticGraphError
+from piecework.runtime.batch.descriptor import Axes, BatchDescriptor, BatchKind
+from piecework.runtime.batch.keys import (
+    CAPTURING,
+    CapturedKeys,
+    LoraCases,
+    uniform_descriptor,
+)
+from piecework.runtime.batch.mode import CUDAGraphMode
+
+
+class Reason(enum.Enum):
+    """Why a batch runs as it does."""
+
+    EXACT = "its size is captured"
+    PADDED = "padded to the next captured size"
+    MODE = "the mode captures nothing for this kind of batch"
+    EXCLUDED = "the caller excluded the modes it is captured in"
+    TOO_LARGE = "larger than every captured size"
+    NO_LORA = "no graph is captured for this many adapters"
+    NOT_CAPTURED = "its graph was not captured, or was given up"
+    NOT_EXACT = "rows are not known to stay apart, so nothing is padded"
+    UNDECLARED = "an operator does not say what it does with rows, so nothing is padded around it"
+    CHECKED = "a padded run at the capture gave other rows, so nothing is padded"
+    AXIS = "nothing is captured for this value of an axis"
+
+
+# What nobody asked for: the batch could have run captured.
+_FALLBACKS = frozenset(
+    {
+        Reason.NO_LORA,
+        Reason.NOT_CAPTURED,
+        Reason.NOT_EXACT,
+        Reason.UNDECLARED,
+        Reason.CHECKED,
+        Reason.AXIS,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """How one batch runs.
+
+    Attributes:
+        mode: NONE, PIECEWISE or FULL.
+        descriptor: the captured shape, or for NONE the batch's own.
+        padding: tokens added to reach it.
+        reason: why.
+        is_fallback: the batch runs uncaptured although its mode promises a graph.
+    """
+
+    mode: CUDAGraphMode
+    descriptor: BatchDescriptor
+    padding: int
+    reason: Reason
+    is_fallback: bool = False
+
+
+class PassSettings(Protocol):
+    """What the dispatcher reads of the configuration of passes."""
+
+    @property
+    def enable_sp(self) -> bool: ...
+
+
+class DispatchSettings(Protocol):
+    """What the dispatcher reads of a resolved compilation configuration."""
+
+    @property
+    def cudagraph_mode(self) -> CUDAGraphMode: ...
+
+    @property
+    def cudagraph_capture_sizes(self) -> Sequence[int] | None: ...
+
+    @property
+    def cudagraph_specialize_lora(self) -> bool: ...
+
+    @property
+    def pass_config(self) -> PassSettings: ...
+
+
+class BatchLimits(Protocol):
+    """What the dispatcher reads of the run-time configuration."""
+
+    @property
+    def max_num_seqs(self) -> int: ...
+
+    @property
+    def query_lens(self) -> tuple[int, ...]: ...
+
+    @property
+    def tensor_parallel_size(self) -> int: ...
+
+    @property
+    def enable_lora(self) -> bool: ...
+
+
+class CudagraphDispatcher(CapturedKeys):
+    """The captured shapes of one model, and which of them a batch runs as.
+
+    Args:
+        mode: what decode and mixed batches use.
+        capture_sizes: sizes in tokens.
+        max_num_seqs: most requests in a batch; decode graphs never exceed it.
+        uniform_decode_query_len: tokens of each request in a decode batch; several where drafts differ in width.
+        decode_multiple_of: ranks that the tokens of a decode batch are cut over.
+        lora: which cases are captured for adapters.
+        axes: further axes of the descriptor, each with the values to capture; the first is the default.
+        strict: a fall-back to NONE that nobody asked for is an error.
+        exact: why nothing is padded, if so: a batch then runs captured only in its own size.
+
+    Example:
+        >>> d = CudagraphDispatcher(CUDAGraphMode.PIECEWISE, [1, 8], max_num_seqs=8)
+        >>> mode, descriptor = d.dispatch(3)
+        >>> mode.name, descriptor.num_tokens
+        ('PIECEWISE', 8)
+    """
+
+    def __init__(
+        self,
+        mode: CUDAGraphMode,
+        capture_sizes: Iterable[int],
+        *,
+        max_num_seqs: int,
+        uniform_decode_query_len: int | Sequence[int] = 1,
+        decode_multiple_of: int = 1,
+        lora: LoraCases | None = None,
+        axes: Mapping[str, Sequence[Hashable]] | None = None,
+        strict: bool = False,
+        exact: Reason | None = None,
+    ) -> None:
+        self.strict = strict
+        self.exact = exact
+        super().__init__(
+            mode,
+            capture_sizes,
+            max_num_seqs=max_num_seqs,
+            uniform_decode_query_len=uniform_decode_query_len,
+            decode_multiple_of=decode_multiple_of,
+            lora=lora,
+            axes=axes,
+        )
+
+    @classmethod
+    def from_config(
+        cls,
+        config: DispatchSettings,
+        limits: BatchLimits,
+        *,
+        lora_counts: tuple[int, ...] = (),
+        axes: Mapping[str, Sequence[Hashable]] | None = None,
+        strict: bool = False,
+    ) -> CudagraphDispatcher:
+        """The dispatcher of a resolved configuration."""
+        return cls(
+            config.cudagraph_mode,
+            config.cudagraph_capture_sizes or (),
+            max_num_seqs=limits.max_num_seqs,
+            uniform_decode_query_len=limits.query_lens,
+            decode_multiple_of=limits.tensor_parallel_size if config.pass_config.enable_sp else 1,
+            lora=LoraCases(limits.enable_lora, config.cudagraph_specialize_lora, lora_counts),
+            axes=axes,
+            strict=strict,
+        )
+
+    def initialize_cudagraph_keys(
+        self, cudagraph_mode: CUDAGraphMode, uniform_decode_query_len: int | Sequence[int] = 1
+    ) -> None:
+        self._known: dict[tuple[int | bool, ...], tuple[CUDAGraphMode, BatchDescriptor]] = {}
+        super().initialize_cudagraph_keys(cudagraph_mode, uniform_decode_query_len)
+
+    def give_up(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
+        super().give_up(mode, descriptor)
+        self._known.clear()
+
+    def dispatch(
+        self,
+        num_tokens: int,
+        uniform_decode: bool = False,
+        has_lora: bool = False,
+        num_active_loras: int = 0,
+        *,
+        valid_modes: Collection[CUDAGraphMode] | None = None,
+        invalid_modes: Collection[CUDAGraphMode] | None = None,
+        axes: Mapping[str, Hashable] | None = None,
+        query_len: int | None = None,
+    ) -> tuple[CUDAGraphMode, BatchDescriptor]:
+        """The mode and descriptor that a batch runs as; see ``explain`` for arguments and errors.
+
+        Plain questions are answered from memory, so that a serving step pays for one look-up.
+        """
+        plain = valid_modes is None and invalid_modes is None and axes is None and query_len is None
+        question = (num_tokens, uniform_decode, has_lora, num_active_loras)
+        if plain and question in self._known:
+            return self._known[question]
+        found = self.explain(
+            num_tokens,
+            uniform_decode,
+            has_lora,
+            num_active_loras,
+            valid_modes=valid_modes,
+            invalid_modes=invalid_modes,
+            axes=axes,
+            query_len=query_len,
+        )
+        answer = (found.mode, found.descriptor)
+        if plain:
+            self._known[question] = answer
+        return answer
+
+    def explain(
+        self,
+        num_tokens: int,
+        uniform_decode: bool = False,
+        has_lora: bool = False,
+        num_active_loras: int = 0,
+        *,
+        valid_modes: Collection[CUDAGraphMode] | None = None,
+        invalid_modes: Collection[CUDAGraphMode] | None = None,
+        axes: Mapping[str, Hashable] | None = None,
+        strict: bool | None = None,
+        query_len: int | None = None,
+    ) -> Dispatch:
+        """How a batch runs: FULL on an exact key, else a relaxed key (FULL, then PIECEWISE), else NONE.
+
+        Args:
+            num_tokens: tokens of the batch, unpadded.
+            uniform_decode: every request has ``query_len`` tokens.
+            has_lora: adapters are active.
+            num_active_loras: how many.
+            valid_modes: the modes to choose from; None is all.
+            invalid_modes: modes to leave out.
+            axes: values of the declared extra axes.
+            strict: overrides the dispatcher's own.
+            query_len: tokens of each request of a uniform batch; ``uniform_decode_query_len`` by default.
+
+        Raises:
+            InputError: no tokens, an undeclared axis, or NONE is left out and nothing else fits.
+            StaticGraphError: ``strict``, and the batch falls back to NONE although its mode promises a graph.
+        """
+        if num_tokens < 1:
+            raise InputError(f"a batch has {num_tokens} tokens", where="dispatch")
+        allowed = _allowed(valid_modes, invalid_modes)
+        extra = self._extra(axes)
+        query_len = query_len or self.uniform_decode_query_len
+        # What is no whole number of requests can't be a decode batch, whatever the caller says.
+        uniform_decode = uniform_decode and num_tokens % query_len == 0
+        lora = self.lora.key(has_lora, num_active_loras)
+        if lora is None:
+            own = BatchDescriptor(num_tokens, None, False, has_lora, num_active_loras, extra)
+            return self._uncaptured(own, Reason.NO_LORA, uniform_decode, allowed, strict)
+        considered = False
+        excluded = False
+        for mode, key in self._candidates(num_tokens, query_len * uniform_decode, lora, extra):
+            considered = True
+            if key not in self.cudagraph_keys[mode]:
+                continue
+            if mode in allowed:
+                padding = key.num_tokens - num_tokens
+                return Dispatch(mode, key, padding, Reason.PADDED if padding else Reason.EXACT)
+            excluded = True
+        own = BatchDescriptor(num_tokens, None, False, *lora, extra)
+        if excluded:
+            reason = Reason.EXCLUDED
+        elif considered:
+            known = all(value in self.axes[name] for name, value in extra)
+            reason = Reason.NOT_CAPTURED if known else Reason.AXIS
+        elif not self._promises_graph(uniform_decode):
+            reason = Reason.MODE
+        else:
+            fits = num_tokens <= max(self.capture_sizes, default=0)
+            reason = self.exact if self.exact is not None and fits else Reason.TOO_LARGE
+        return self._uncaptured(own, reason, uniform_decode, allowed, strict)
+
+    def ask(self, num_tokens: int, kind: BatchKind, *, strict: bool | None = None) -> Dispatch:
+        """``explain`` for a batch of ``kind``."""
+        return self.explain(
+            num_tokens,
+            kind.uniform_decode,
+            kind.has_lora,
+            kind.num_active_loras,
+            invalid_modes=kind.invalid_modes or None,
+            axes=dict(kind.axes),
+            strict=strict,
+            query_len=kind.query_len,
+        )
+
+    def _candidates(
+        self, num_tokens: int, query_len: int, lora: tuple[bool, int], extra: Axes
+    ) -> Iterator[tuple[CUDAGraphMode, BatchDescriptor]]:
+        """The keys that a batch could run as, best first, whether captured or not.
+
+        The larger sizes follow the nearest one, for the case that it was given up. A ``query_len`` of 0 is no decode batch.
+        """
+        if query_len and self.has_decode_graphs:
+            for size in self._fitting(self.decode_sizes.get(query_len, ()), num_tokens):
+                yield CUDAGraphMode.FULL, uniform_descriptor(size, query_len, lora, extra)
+        mixed = self.cudagraph_mode.mixed_mode()
+        if mixed in CAPTURING:
+            for size in self._fitting(self.capture_sizes, num_tokens):
+                yield mixed, self.mixed_descriptor(mixed, size, lora, extra)
+
+    def _fitting(self, sizes: Sequence[int], num_tokens: int) -> Sequence[int]:
+        first = bisect_left(sizes, num_tokens)
+        if self.exact is None:
+            return sizes[first:]
+        return (num_tokens,) if num_tokens in sizes[first : first + 1] else ()
+
+    def _promises_graph(self, uniform: bool) -> bool:
+        mode = self.cudagraph_mode
+        return (mode.decode_mode() if uniform else mode.mixed_mode()) in CAPTURING
+
+    def _uncaptured(
+        self,
+        descriptor: BatchDescriptor,
+        reason: Reason,
+        uniform: bool,
+        allowed: frozenset[CUDAGraphMode],
+        strict: bool | None,
+    ) -> Dispatch:
+        kind = "decode" if uniform else "mixed"
+        where = f"{kind} batch, {descriptor.describe()}"
+        if CUDAGraphMode.NONE not in allowed:
+            raise InputError(
+                f"no captured graph fits, and mode NONE is left out: {reason.value}",
+                where=where,
+                hint="allow NONE, or capture this shape",
+            )
+        # Decode batches are bounded by max_num_seqs, so one that is too large is a size nobody listed.
+        fallback = self._promises_graph(uniform) and (
+            reason in _FALLBACKS or (uniform and reason is Reason.TOO_LARGE)
+        )
+        if fallback and (self.strict if strict is None else strict):
+            raise StaticGraphError(
+                f"the batch would silently run uncaptured: {reason.value}",
+                where=where,
+                hint="capture this shape, or dispatch without strict",
+            )
+        return Dispatch(CUDAGraphMode.NONE, descriptor, 0, reason, fallback)
+
+    def _extra(self, axes: Mapping[str, Hashable] | None) -> Axes:
+        given = axes or {}
+        unknown = sorted(set(given) - set(self.axes))
+        if unknown:
+            raise InputError(
+                f"no descriptor axis {', '.join(unknown)}",
+                where="dispatch",
+                hint=f"declared axes: {', '.join(sorted(self.axes)) or 'none'}",
+            )
+        return tuple((name, given.get(name, self.axes[name][0])) for name in sorted(self.axes))
+
+
+def _allowed(
+    valid: Collection[CUDAGraphMode] | None, invalid: Collection[CUDAGraphMode] | None
+) -> frozenset[CUDAGraphMode]:
+    every = frozenset((CUDAGraphMode.NONE, *CAPTURING))
+    chosen = every if valid is None else every.intersection(valid)
+    return chosen if invalid is None else chosen.difference(invalid)

@@ -1,0 +1,138 @@
+"""What one forward runs as: in, the mode, descriptor and request state of a step; out, the same to whoever runs inside it.
+
+It never outlives the ``with`` block that set it, and it never reaches another thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from piecework.errors import InputError
+from piecework.runtime.batch.descriptor import BatchDescriptor, BatchKind
+from piecework.runtime.batch.mode import CUDAGraphMode
+
+_NO_STATE: Mapping[str, object] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardContext:
+    """What the wrappers and the splitting ops of one forward need to know.
+
+    Attributes:
+        cudagraph_runtime_mode: NONE, PIECEWISE or FULL; never a composite mode.
+        batch_descriptor: the (padded) batch shape, or None when nothing is captured for it.
+        skip_cuda_graphs: run everything uncaptured, whatever the mode (profiling, warm-up).
+        attn_metadata: whatever the attention implementation reads; piecework never looks inside.
+        state: named objects of an integration, such as the request's KV cache.
+        batch: what kind of batch it is, for a model that dispatches by itself; None is a plain one.
+        dry: it runs on dummy inputs, to warm up or to capture the pieces around the splitting ops: an op that keeps state in a way
+            that torch does not see must leave it alone. False inside a full graph's capture, whose replays do what is captured.
+    """
+
+    cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE
+    batch_descriptor: BatchDescriptor | None = None
+    skip_cuda_graphs: bool = False
+    attn_metadata: object = None
+    state: Mapping[str, object] = field(default_factory=lambda: _NO_STATE)
+    batch: BatchKind | None = None
+    dry: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.cudagraph_runtime_mode.is_runtime_mode():
+            raise InputError(
+                f"{self.cudagraph_runtime_mode.name} is a pair of modes; one forward runs in a single one",
+                where="cudagraph_runtime_mode",
+                hint="let the dispatcher choose it: mode, descriptor = dispatcher.dispatch(num_tokens)",
+            )
+
+
+# A ContextVar is a constant key; the value belongs to the running thread or task.
+_CURRENT: ContextVar[ForwardContext | None] = ContextVar("piecework_forward_context", default=None)
+
+
+class ForwardScope:
+    """The block in which a context is current; made by ``set_forward_context``. It may be entered once at a time."""
+
+    __slots__ = ("_token", "context")
+
+    def __init__(self, context: ForwardContext | None) -> None:
+        self.context = context
+
+    def __enter__(self) -> ForwardContext | None:
+        self._token = _CURRENT.set(self.context)
+        return self.context
+
+    def __exit__(self, *exception: object) -> None:
+        _CURRENT.reset(self._token)
+
+
+def set_forward_context(
+    attn_metadata: object = None,
+    *,
+    cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE,
+    batch_descriptor: BatchDescriptor | None = None,
+    skip_cuda_graphs: bool = False,
+    state: Mapping[str, object] | None = None,
+    batch: BatchKind | None = None,
+) -> ForwardScope:
+    """Make a context current for a ``with`` block; the outer one is back afterwards, also on an exception.
+
+    Args:
+        attn_metadata: handed to the splitting ops unseen.
+        cudagraph_runtime_mode: the mode that the dispatcher chose.
+        batch_descriptor: the descriptor that the dispatcher chose.
+        skip_cuda_graphs: run uncaptured whatever the mode says.
+        state: named objects for an integration; kept as given, not copied.
+        batch: what kind of batch it is, where the model that is called dispatches by itself.
+
+    Raises:
+        InputError: the mode is a composite one.
+
+    Example:
+        >>> with set_forward_context({"seq_lens": [3]}):
+        ...     get_forward_context().attn_metadata
+        {'seq_lens': [3]}
+    """
+    context = ForwardContext(
+        cudagraph_runtime_mode=cudagraph_runtime_mode,
+        batch_descriptor=batch_descriptor,
+        skip_cuda_graphs=skip_cuda_graphs,
+        attn_metadata=attn_metadata,
+        state=_NO_STATE if state is None else state,
+        batch=batch,
+    )
+    return ForwardScope(context)
+
+
+def override_forward_context(context: ForwardContext | None) -> ForwardScope:
+    """Make an existing context (or none at all) current for a ``with`` block."""
+    return ForwardScope(context)
+
+
+def get_forward_context() -> ForwardContext:
+    """The current context.
+
+    Raises:
+        InputError: there is none; a splitting op that needs request state was called outside a forward.
+    """
+    context = _CURRENT.get()
+    if context is None:
+        raise InputError(
+            "no forward context is set",
+            where="get_forward_context",
+            hint="call the model inside `with set_forward_context(...)`",
+        )
+    return context
+
+
+def current_forward_context() -> ForwardContext | None:
+    """The current context, or None; one look-up, for the paths that run once per piece."""
+    return _CURRENT.get()
+
+
+def is_forward_context_available() -> bool:
+    """Whether a context is current."""
+    return _CURRENT.get() is not None

@@ -1,0 +1,102 @@
+"""Whether classes are as the trace saw them. In: classes and the code that the trace went through. Out: look-ups to watch, and which name of which class changed.
+
+Dynamo takes the methods of a class for constant. Here the function, property or other descriptor that a name leads to must stay the very
+object it was, on the class where it was; plain values of a class are guarded, and left to the facts about them.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable
+
+from piecework.runtime import torch_compat
+from piecework.runtime.bind.guards import is_torchs
+from piecework.runtime.bind.places import Step
+
+_HEAP_TYPE = 1 << 9
+_STATE = ("__code__", "__defaults__", "__kwdefaults__")
+_Found = tuple[type, object]
+
+
+class ClassWatch:
+    """Some classes as they are now.
+
+    Args:
+        classes: those whose instances the trace looked into.
+        code: what the trace went through.
+    """
+
+    def __init__(self, classes: Iterable[type], code: frozenset[types.CodeType]) -> None:
+        self._names = {each: _resolved(each) for each in classes if each.__flags__ & _HEAP_TYPE}
+        self._functions = {
+            id(function): (function, _state(function))
+            for names in self._names.values()
+            for function in map(_function, (value for _, value in names.values()))
+            if function is not None
+            and function.__code__ in code
+            and not is_torchs(function.__code__)
+        }
+
+    def steps(self) -> list[Step]:
+        """The look-ups whose results would change with the classes."""
+        steps: dict[tuple[int, object], Step] = {}
+        for kind in self._names:
+            steps[id(kind), "mro"] = Step.of(kind, "__mro__", kind.__qualname__, "attribute")
+            for each in kind.__mro__:
+                if each.__flags__ & _HEAP_TYPE:
+                    held = torch_compat.class_dict(each)
+                    step = (
+                        Step.of(each, None, each.__qualname__, "class")
+                        if held is None
+                        else Step.of(held, None, each.__qualname__, "keys")
+                    )
+                    steps[id(each), "dict"] = step
+        for function, _ in self._functions.values():
+            for name in _STATE:
+                steps[id(function), name] = Step.of(
+                    function, name, function.__qualname__, "attribute"
+                )
+        return list(steps.values())
+
+    def difference(self) -> str:
+        """What changed in a way that the graph does not show; "" if nothing did."""
+        for kind, before in self._names.items():
+            now = _resolved(kind)
+            for name in before.keys() | now.keys():
+                if _differ(before.get(name), now.get(name)):
+                    return f"{kind.__qualname__}.{name} was replaced since the model was traced"
+        for function, state in self._functions.values():
+            if any(a is not b for a, b in zip(_state(function), state, strict=True)):
+                return f"function {function.__qualname__} has other code or defaults than when the model was traced"
+        return ""
+
+
+def _resolved(kind: type) -> dict[str, _Found]:
+    """What each name of the class leads to, and on which class it is."""
+    found: dict[str, _Found] = {}
+    for each in reversed(kind.__mro__[:-1]):
+        found.update({name: (each, value) for name, value in each.__dict__.items()})
+    return found
+
+
+def _differ(before: _Found | None, now: _Found | None) -> bool:
+    if before is None or now is None:
+        # A name that led nowhere is guarded where it was asked for, if nothing but a value comes or goes.
+        _, value = before or now or (None, None)
+        return _describes(value)
+    if before[0] is not now[0]:
+        return True
+    return before[1] is not now[1] and (_describes(before[1]) or _describes(now[1]))
+
+
+def _describes(value: object) -> bool:
+    return hasattr(type(value), "__get__") or callable(value)
+
+
+def _function(value: object) -> types.FunctionType | None:
+    value = getattr(value, "fget", getattr(value, "__func__", value))
+    return value if isinstance(value, types.FunctionType) else None
+
+
+def _state(function: types.FunctionType) -> tuple[object, ...]:
+    return tuple(getattr(function, name) for name in _STATE)

@@ -1,0 +1,261 @@
+"""The guards of a trace, each in one bin. In: Dynamo's guards and the values behind them. Out: facts about the model, facts about arguments, tensors, and what only Dynamo's own check can compare.
+
+The bins are allow-lists: a guard of a kind, or on a place, that is not known here is left to Dynamo, which then looks in every call. No
+guard is dropped but those on what `ELSEWHERE` names, each with its reason, and those on values that the emitted ``check_inputs`` compares.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from piecework.runtime.bind.facts import (
+    CALLS,
+    CONSTANT_KINDS,
+    IDENTITY_KINDS,
+    MISSING,
+    OTHER_KINDS,
+    Fact,
+    Values,
+    expected,
+    is_value,
+)
+from piecework.runtime.torch_compat import Guarded, Place
+
+#: Guards on the process and on sizes: nothing is lost without them, for the reason given.
+ELSEWHERE = {
+    "SHAPE_ENV": "sizes and integers of arguments are compared by the emitted check_inputs",
+    "GRAD_MODE": "the entry runs with it off, as the trace did",
+    "GLOBAL_STATE": "autocast and grad mode are the entry's, the default dtype is compared beside the facts, the rest acts at run time",
+    "DETERMINISTIC_ALGORITHMS": "operators read it when they run",
+    "TORCH_FUNCTION_STATE": "the entry goes another way under a function mode",
+    "DEFAULT_DEVICE": "it is a function mode, which the entry sees",
+    "FSDP_TRAINING_STATE": "a captured graph shards nothing",
+    "AUTOGRAD_SAVED_TENSORS_HOOKS": "nothing is saved for a backward pass",
+    "FUNCTORCH_STACK_MATCH": "the entry refuses calls under a transform",
+    "DUAL_LEVEL": "the entry refuses forward-mode differentiation",
+}
+# Types of arguments that the emitted check compares by itself, by exact type.
+_EMITTED = (int, float, bool, str, bytes, complex, type(None), list, tuple, dict)
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_MAPPINGS = (dict, types.MappingProxyType)  # a class's dictionary is behind a proxy
+_CONTAINERS = (list, tuple, dict)
+_GRADIENT_NAMES = {"requires_grad", "is_leaf", "grad_fn", "retains_grad"}
+
+
+@dataclass(slots=True)
+class Bins:
+    """Where each guard went.
+
+    Attributes:
+        facts: about the model, its globals and what they lead to.
+        argument_facts: about arguments, beyond what ``check_inputs`` compares.
+        tensors: what the trace knew of the model's tensors, by place.
+        left: guards that only Dynamo can compare.
+    """
+
+    facts: list[Fact] = field(default_factory=list)
+    argument_facts: list[Fact] = field(default_factory=list)
+    tensors: list[tuple[Place, torch.Tensor]] = field(default_factory=list)
+    left: list[Guarded] = field(default_factory=list)
+
+    @property
+    def left_on_arguments(self) -> bool:
+        """Whether Dynamo must see the arguments of a call."""
+        return any(is_argument(place) for each in self.left for place in _places(each))
+
+
+def sort_guards(
+    guards: Sequence[Guarded],
+    values: Values,
+    arguments: object,
+    code: Iterable[types.CodeType],
+    ordered: frozenset[str] | None,
+) -> Bins:
+    """Put each of ``guards`` into its bin.
+
+    Args:
+        values: what is at places, during the trace.
+        arguments: the example call's, all of them.
+        code: what the trace went through.
+        ordered: Dynamo's names of dictionaries whose order matters; None if that is not known.
+    """
+    return _Sorter(guards, values, arguments, code, ordered).bins
+
+
+def is_argument(place: Place) -> bool:
+    """Whether a place is in the call's arguments."""
+    start = place.path()[0]
+    return start.kind == "local" and start.key in ("args", "kwargs")
+
+
+def _places(guard: Guarded) -> list[Place]:
+    return [guard.place] if guard.other is None else [guard.place, guard.other]
+
+
+class _Sorter:
+    def __init__(
+        self,
+        guards: Sequence[Guarded],
+        values: Values,
+        arguments: object,
+        code: Iterable[types.CodeType],
+        ordered: frozenset[str] | None,
+    ) -> None:
+        self.bins = Bins()
+        self._values = values
+        self._ordered = ordered
+        self._leaves = {id(leaf) for leaf in pytree.tree_leaves(arguments)}
+        names = {name for each in code if not is_torchs(each) for name in each.co_names}
+        self._gradients = bool(names & _GRADIENT_NAMES)
+        # Names that code may ask an object's dictionary for: Dynamo does not guard that they are missing.
+        readers = [each for each in code if {"__dict__", "vars", "dir"} & set(each.co_names)]
+        texts = {text for each in readers for text in each.co_consts if type(text) is str}
+        self._asked = {text for text in texts if text.isidentifier()}
+        named = {id(each.value) for each in guards if each.known}
+        self._types = "__class__" in names or bool(named & {id(torch.nn.Parameter), id(type)})
+        self._noted: set[Place] = set()
+        for each in guards:
+            if each.kind not in ELSEWHERE:
+                self._sort(each)
+
+    def _sort(self, guard: Guarded) -> None:
+        on_argument = any(map(is_argument, _places(guard)))
+        if self._is_emitted(guard) or _is_registry(guard):
+            return
+        if guard.kind == "TENSOR_MATCH":
+            self._tensor(guard, on_argument)
+            return
+        fact = self._fact(guard)
+        if fact is None:
+            self.bins.left.append(guard)
+        else:
+            facts = self.bins.argument_facts if on_argument else self.bins.facts
+            facts.append(fact)
+            for each in guard.place.path():
+                self._attributes_of(each, facts)
+
+    def _is_emitted(self, guard: Guarded) -> bool:
+        """Whether ``check_inputs`` compares what this guards."""
+        if not all(map(is_argument, _places(guard))):
+            return False
+        if guard.kind == "DUPLICATE_INPUT":
+            return all(id(self._values.at(place)) in self._leaves for place in _places(guard))
+        if type(self._values.at(guard.place)) not in _EMITTED:
+            return False
+        *way, _ = guard.place.path()
+        plain = all(type(self._values.at(place)) in _CONTAINERS for place in way)
+        if guard.kind == "DICT_KEYS_MATCH" and guard.place.base is not None:
+            # check_inputs compares keys and leaves their order alone.
+            return plain and self._ordered is not None and guard.place.name not in self._ordered
+        return plain and (guard.kind in CONSTANT_KINDS or guard.kind in OTHER_KINDS)
+
+    def _attributes_of(self, place: Place, facts: list[Fact]) -> None:
+        """Note which attributes an object has where Dynamo leaves out that it lacks some.
+
+        It does for classes that compute what their objects lack, and where code reads ``__dict__`` or ``vars()``.
+        """
+        value = self._values.at(place)
+        if place in self._noted or isinstance(value, (torch.Tensor, type, types.ModuleType)):
+            return
+        self._noted.add(place)
+        own = getattr(value, "__dict__", None)
+        if type(own) is not dict or isinstance(value, (dict, list, set)):
+            return
+        for name in self._asked - own.keys():
+            facts.append(Fact(place, "NOT_PRESENT_IN_GENERIC_DICT", name, False))
+        if hasattr(value, "__getattr__") and not isinstance(value, torch.nn.Module):
+            held = Place(place, "attribute", "__dict__", f"{place.name}.__dict__")
+            facts.append(
+                Fact(held, "DICT_KEYS_MATCH", None, expected("DICT_KEYS_MATCH", own, None))
+            )
+
+    def _tensor(self, guard: Guarded, on_argument: bool) -> None:
+        tensor = self._values.at(guard.place)
+        if not isinstance(tensor, torch.Tensor) or tensor is not guard.value:
+            self.bins.left.append(guard)
+            return
+        if on_argument:
+            if id(tensor) not in self._leaves:  # in an object that pytree does not see into
+                self.bins.left.append(guard)
+            return
+        for kind, wanted in (("requires_grad", self._gradients), ("tensor type", self._types)):
+            if wanted:
+                seen = expected(kind, tensor, None)
+                self.bins.facts.append(Fact(guard.place, kind, None, seen))
+        self.bins.tensors.append((guard.place, tensor))
+
+    def _fact(self, guard: Guarded) -> Fact | None:
+        """The guard as a fact; None if it can't be one."""
+        value = self._values.at(guard.place)
+        if any(each.kind == "unknown" for place in _places(guard) for each in place.path()):
+            return None
+        if value is MISSING or (guard.known and not _one(value, guard.value)):
+            return None
+        kind, about, other = guard.kind, guard.about, guard.other
+        if kind in CONSTANT_KINDS:
+            if not is_value(value):
+                return None
+        elif kind == "DUPLICATE_INPUT":
+            if other is None or self._values.at(other) is not value:
+                return None
+        elif kind not in IDENTITY_KINDS and kind not in OTHER_KINDS:
+            return None
+        if kind in _MEANT and not _MEANT[kind](value, about):
+            return None
+        return Fact(guard.place, kind, about, expected(kind, value, about), other, _of_call(guard))
+
+
+#: What a guard of the kind says. One that says something else to us than to Dynamo is left to Dynamo.
+_MEANT: dict[str, Callable[[Any, Any], bool]] = {
+    "DICT_KEYS_MATCH": lambda value, about: isinstance(value, dict),
+    "DICT_CONTAINS": lambda value, about: isinstance(value, _MAPPINGS) and about in value,
+    "DICT_NOT_CONTAINS": lambda value, about: isinstance(value, _MAPPINGS) and about not in value,
+    "SET_CONTAINS": lambda value, about: isinstance(value, (set, frozenset)) and about in value,
+    "SET_NOT_CONTAINS": lambda value, about: isinstance(value, (set, frozenset))
+    and about not in value,
+    "NOT_PRESENT_IN_GENERIC_DICT": lambda value, about: about not in value.__dict__,
+    "EMPTY_NN_MODULE_HOOKS_DICT": lambda value, about: isinstance(value, dict),
+    "SEQUENCE_LENGTH": lambda value, about: hasattr(type(value), "__len__"),
+}
+
+
+def is_torchs(code: types.CodeType) -> bool:
+    """Whether code is torch's own, which nobody edits while it runs."""
+    return code.co_filename.startswith(_TORCH)
+
+
+def _one(value: object, guarded: object) -> bool:
+    """Whether a look-up found what Dynamo's did; some objects are made anew by each look-up."""
+    return value is guarded or (type(value) is type(guarded) and is_value(value)) or _fresh(value)
+
+
+def _fresh(value: object) -> bool:
+    return isinstance(value, (types.MethodType, types.MappingProxyType))
+
+
+def _is_registry(guard: Guarded) -> bool:
+    """Whether it is pytree's table of classes, which grows and never changes."""
+    if not guard.known:
+        return False
+    # transformers notes the classes of each model that is built, in any order; what is noted of this one's is compared.
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    noted = getattr(capturing, "_CAN_RECORD_REGISTRY", None)
+    grows = noted is not None and guard.value is noted and guard.kind == "SEQUENCE_LENGTH"
+    return grows or guard.value is pytree.SUPPORTED_NODES
+
+
+def _of_call(guard: Guarded) -> bool:
+    """Whether it is about how the model itself is called: its own ``forward`` and hooks."""
+    path = guard.place.path()
+    if (path[0].kind, path[0].key) != ("local", "model"):
+        return False
+    first = path[1].key if len(path) > 1 else guard.about
+    return first in CALLS

@@ -1,0 +1,258 @@
+"""Where a change of what facts rest on would be seen. In: facts, and values of now. Out: look-ups to watch, classes, and the facts that nothing can be watched for.
+
+What a look-up goes through is watched where a write into it can be seen: dictionaries, lists, sets, slots, cells, functions and the classes
+of objects. What cannot change needs nothing; for everything else the fact itself is compared in every call.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections import deque
+from collections.abc import Iterable
+
+import torch
+
+from piecework.runtime.bind.facts import (
+    CONSTANT_KINDS,
+    IDENTITY_KINDS,
+    MISSING,
+    Fact,
+    Values,
+    is_value,
+)
+from piecework.runtime.bind.facts import place_text as text
+from piecework.runtime.bind.places import Step
+from piecework.runtime.torch_compat import Place
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+_FUNCTION_STATE = ("__code__", "__defaults__", "__kwdefaults__", "__closure__", "__globals__")
+# What never changes once it is made, or leads only to what a look-up of its own goes into.
+_FIXED = (
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    tuple,
+    frozenset,
+    range,
+    slice,
+    torch.Size,
+    torch.dtype,
+    torch.device,
+    types.CodeType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    types.MappingProxyType,
+    property,
+    staticmethod,
+    classmethod,
+    functools.partial,
+)
+_HEAP_TYPE = 1 << 9
+
+
+class Touch:
+    """What to watch for some facts.
+
+    Args:
+        facts: about the model.
+        values: of now.
+
+    Attributes:
+        steps: look-ups, each once.
+        classes: classes that decide what look-ups in their instances find.
+        always: facts that must be compared in every call.
+    """
+
+    def __init__(self, facts: Iterable[Fact], values: Values) -> None:
+        self.steps: dict[tuple[int, str, object], Step] = {}
+        self.classes: dict[type, None] = {}
+        self.always: list[Fact] = []
+        self._values = values
+        self._seen: dict[int, bool] = {}
+        for fact in facts:
+            places = [fact.place] if fact.other is None else [fact.place, fact.other]
+            if not all([self._way(each) for each in places] + [self._guarded(fact)]):
+                self.always.append(fact)
+
+    # --- ways ----------------------------------------------------------------------------------------
+
+    def _way(self, place: Place) -> bool:
+        """Watch every look-up on the way to ``place``; False if one can't be watched."""
+        known = self._seen.get(id(place))
+        if known is None:
+            known = self._seen[id(place)] = self._looked(place)
+        return known
+
+    def _looked(self, place: Place) -> bool:
+        if place.kind == "import":
+            return False
+        if place.base is None:  # the trace's own variables
+            return True
+        base = self._values.at(place.base)
+        if not self._way(place.base):
+            return False
+        return base is MISSING or self._look(base, place.kind, place.key, place)
+
+    def _look(self, base: object, kind: str, key: object, place: Place) -> bool:
+        match kind:
+            case "attribute":
+                return self._attribute(base, str(key), place)
+            case "item":
+                return self._item(base, key, place)
+            case "key" | "at":
+                return self._keys(base, place)
+            case "type":
+                return self._class_of(base, place)
+            case "class dict":
+                return self._class(base)
+        return False
+
+    def _attribute(self, base: object, name: str, place: Place) -> bool:
+        if isinstance(base, types.ModuleType):
+            self._add(base.__dict__, name, place)
+            return name in base.__dict__ or "__getattr__" not in base.__dict__
+        if isinstance(base, type):
+            if not any(name in each.__dict__ for each in base.__mro__):
+                self._add(base, name, place, "attribute")
+            return self._class(base)
+        if type(base) is types.FunctionType:
+            if name in _FUNCTION_STATE:
+                self._add(base, name, place, "attribute")
+            else:
+                self._add(base.__dict__, name, place)
+            return True
+        if type(base) is types.CellType:
+            self._add(base, name, place, "attribute")
+            return True
+        return type(base) in _FIXED or self._of_instance(base, name, place)
+
+    def _of_instance(self, base: object, name: str, place: Place) -> bool:
+        kind = type(base)
+        if isinstance(base, torch.Tensor):
+            return False
+        # A look-up of the class's own was gone through by the trace, which guards all that it read; what it found is here.
+        own = getattr(base, "__dict__", {}).get(name, MISSING) is self._values.at(place)
+        if kind.__getattribute__ is not object.__getattribute__ and not own:
+            return False
+        self._class_of(base, place)
+        found = next((each.__dict__[name] for each in kind.__mro__ if name in each.__dict__), None)
+        held = getattr(base, "__dict__", None)
+        if hasattr(type(found), "__set__"):  # it comes before the instance's own
+            if type(found) is types.MemberDescriptorType:
+                self._add(base, name, place, "attribute")
+                return True
+            return name in ("__dict__", "__class__")
+        if type(held) is not dict:
+            return held is None and (found is not None or not hasattr(kind, "__getattr__"))
+        self._add(held, name, place)
+        if not isinstance(base, torch.nn.Module):
+            self._add(base, "__dict__", place, "attribute")
+        elif name not in held and found is None:
+            for table in _TABLES:
+                self._add(held, table, place)
+                self._add(held[table], name, place)
+            return True
+        return name in held or found is not None or not hasattr(kind, "__getattr__")
+
+    def _own_attribute(self, base: object, name: str, place: Place) -> bool:
+        """Watch whether an object has an attribute of its own, whatever its class says."""
+        held = getattr(base, "__dict__", None)
+        if type(held) is not dict:
+            return False
+        self._add(held, name, place)
+        if not isinstance(base, torch.nn.Module):
+            self._add(base, "__dict__", place, "attribute")
+        return True
+
+    def _item(self, base: object, key: object, place: Place) -> bool:
+        if isinstance(base, dict):
+            self._add(base, key, place)
+            return True
+        if isinstance(base, (list, deque)):
+            return self._contents(base, place)
+        return isinstance(base, (tuple, str, range, types.MappingProxyType))
+
+    # --- what is guarded there --------------------------------------------------------------------------
+
+    def _guarded(self, fact: Fact) -> bool:
+        """Watch what the fact looks at in the object itself."""
+        value, kind, place = self._values.at(fact.place), fact.kind, fact.place
+        if value is MISSING or kind in IDENTITY_KINDS or kind == "DUPLICATE_INPUT":
+            return True
+        if kind in CONSTANT_KINDS:
+            if _holds_changeable(value):
+                return False
+            return not isinstance(value, (list, set)) or self._contents(value, place)
+        match kind:
+            case "TYPE_MATCH":
+                return self._class_of(value, place)
+            case "CLOSURE_MATCH":
+                if type(value) is types.FunctionType:
+                    self._add(value, "__code__", place, "attribute")
+                return True
+            case "SEQUENCE_LENGTH":
+                return isinstance(value, tuple) or self._contents(value, place)
+            case "DICT_KEYS_MATCH" | "EMPTY_NN_MODULE_HOOKS_DICT":
+                return self._keys(value, place)
+            case "DICT_CONTAINS" | "DICT_NOT_CONTAINS":
+                return self._item(value, fact.about, place)
+            case "SET_CONTAINS" | "SET_NOT_CONTAINS":
+                return isinstance(value, frozenset) or self._contents(value, place)
+            case "HASATTR":
+                return self._attribute(value, str(fact.about), place)
+            case "NOT_PRESENT_IN_GENERIC_DICT":
+                return self._own_attribute(value, str(fact.about), place)
+            case "requires_grad":
+                self._add(value, "requires_grad", place, "attribute")
+                return True
+            case "tensor type":
+                return True
+        return False
+
+    def _contents(self, value: object, place: Place) -> bool:
+        if isinstance(value, dict):
+            return self._keys(value, place)
+        if isinstance(value, (list, deque)):
+            self._add(value, None, place, "items")
+            return True
+        if isinstance(value, set):
+            self._add(value, None, place, "members")
+            return is_value(value)
+        return False
+
+    def _keys(self, value: object, place: Place) -> bool:
+        if not isinstance(value, dict):
+            return False
+        self._add(value, None, place, "keys")
+        return True
+
+    # --- objects and classes ------------------------------------------------------------------------------
+
+    def _class_of(self, value: object, place: Place) -> bool:
+        kind = type(value)
+        if isinstance(value, (torch.Tensor, type)):
+            return True
+        if kind.__flags__ & _HEAP_TYPE:  # objects of other types keep theirs
+            self._add(value, None, place, "type")
+            self._class(kind)
+        return True
+
+    def _class(self, value: object) -> bool:
+        if isinstance(value, type):
+            self.classes[value] = None
+        return isinstance(value, type)
+
+    def _add(self, owner: object, key: object, place: Place, kind: str = "entry") -> None:
+        where = (id(owner), kind, key)
+        if where not in self.steps:
+            self.steps[where] = Step.of(owner, key, text(place), kind)
+
+
+def _holds_changeable(value: object) -> bool:
+    """Whether a value that is compared as a whole holds what can change without it."""
+    items = value if isinstance(value, (tuple, list)) else ()
+    return any(isinstance(each, (list, set)) or _holds_changeable(each) for each in items)

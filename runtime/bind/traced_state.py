@@ -1,0 +1,283 @@
+"""What a trace took from Python, and whether it is still so. In: the guards of one trace. Out: a `TracedState`: look-ups to watch, a verdict once something was touched, and checks of arguments.
+
+It holds no argument of the example call, and changes nothing of the model's.
+"""
+
+from __future__ import annotations
+
+import os
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from piecework.codegen.entry_plan import Parameter
+from piecework.errors import CaptureError
+from piecework.runtime import torch_compat
+from piecework.runtime.bind.class_watch import ClassWatch
+from piecework.runtime.bind.facts import CONSTANT_KINDS, Fact, Values, expected
+from piecework.runtime.bind.guards import Bins, sort_guards
+from piecework.runtime.bind.observable import Touch
+from piecework.runtime.bind.places import Step
+from piecework.runtime.torch_compat import Guarded, GuardReader, Place
+
+_OWN = os.path.dirname(__file__) + os.sep  # what calls the model, and packs its result
+
+
+class TraceGuards:
+    """Collects the guards of one trace.
+
+    Args:
+        model, args, kwargs: what is traced.
+        variables: the globals of the function that is traced.
+    """
+
+    def __init__(
+        self,
+        model: object,
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+        variables: Mapping[str, object],
+    ) -> None:
+        arguments = {"args": tuple(args), "kwargs": dict(kwargs)}
+        self._starts = {"local": {"model": model, **arguments}, "global": variables}
+        self._arguments = tuple(arguments.values())
+        self._code: frozenset[types.CodeType] = frozenset()
+        self._ordered: frozenset[str] | None = None
+        self._bins: Bins | None = None
+        self.reader = GuardReader(self._sort)
+
+    def look_inside(self) -> None:
+        """Note what only the running trace knows; for its backend to call."""
+        code = torch_compat.traced_code()
+        self._code = frozenset(each for each in code if not each.co_filename.startswith(_OWN))
+        self._ordered = torch_compat.ordered_places()
+
+    def _sort(self, guards: Sequence[Guarded]) -> list[bool]:
+        values = Values(self._starts)
+        self._bins = sort_guards(guards, values, self._arguments, self._code, self._ordered)
+        left = set(map(id, self._bins.left))
+        return [id(each) in left for each in guards]
+
+    def state(self, code: types.CodeType, names: Mapping[str, str]) -> TracedState:
+        """What the trace of ``code`` took from Python.
+
+        Args:
+            names: Dynamo's names of arguments → their own.
+
+        Raises:
+            CaptureError: this torch does not show its guards.
+        """
+        bins, manager = self._bins, torch_compat.kept_guards(code)
+        if bins is None or (bins.left and manager is None):
+            raise CaptureError(
+                "this torch does not show what its trace relied on, so nobody could tell that it changed",
+                hint="use a version of torch that piecework was run with",
+            )
+        local, model = self._starts["local"], self._starts["local"]["model"]
+        examples = tuple(local["args"]), tuple(local["kwargs"])  # type: ignore[arg-type, call-overload]
+        return TracedState(
+            model,
+            {"local": {"model": model}, "global": self._globals(bins)},
+            bins,
+            manager if bins.left else None,
+            self._code,
+            dict(names),
+            (len(examples[0]), examples[1]),
+        )
+
+    def _globals(self, bins: Bins) -> dict[str, object]:
+        """Those that facts are about: the others lead to what Dynamo made."""
+        held = self._starts["global"]
+        names = {str(fact.place.path()[0].key) for fact in (*bins.facts, *bins.argument_facts)}
+        return {name: held[name] for name in names if name in held}
+
+    def give_back(self) -> None:
+        """Forget the example; torch keeps the reader's function."""
+        self.reader.give_back()
+        self._starts, self._arguments = {}, ()
+
+
+@dataclass(eq=False, slots=True)
+class TracedState:
+    """The Python that a captured graph has built in.
+
+    Attributes:
+        tensors: the model's tensors that the trace looked at, by place, whether the graph reads them or not.
+    """
+
+    _model: object
+    _starts: Mapping[str, Mapping[str, object]]
+    _bins: Bins
+    _left: Any
+    _code: frozenset[types.CodeType]
+    _names: Mapping[str, str]
+    _places: tuple[int, tuple[str, ...]]
+    _classes: ClassWatch | None = None
+    _forward: object = None
+    _global_hooks: tuple[Step, ...] = field(default_factory=lambda: tuple(_global_hooks()))
+    _dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
+
+    def __post_init__(self) -> None:
+        self._forward = self._own_forward()
+        self._classes = ClassWatch(self._touch().classes, self._code)
+
+    @property
+    def tensors(self) -> list[tuple[Place, torch.Tensor]]:
+        return self._bins.tensors
+
+    # --- the model's side ----------------------------------------------------------------------------
+
+    def look(self) -> tuple[list[Step], Callable[[], bool] | None]:
+        """How to see that anything changed.
+
+        Returns:
+            The look-ups that tell, while none is touched, that everything holds but what the second compares, in every call;
+            None if nothing must be.
+        """
+        touch = self._touch()
+        assert self._classes is not None
+        steps = [*touch.steps.values(), *self._classes.steps(), *self._global_hooks]
+        left = self._left is not None and not self._bins.left_on_arguments
+        return steps, partial(self._hold, touch.always) if touch.always or left else None
+
+    def _touch(self) -> Touch:
+        return Touch(self._bins.facts, Values(self._starts))
+
+    def _hold(self, facts: Sequence[Fact]) -> bool:
+        values = Values(self._starts)
+        return all(self._holds(fact, values) for fact in facts) and not self._left_failing()
+
+    def same_process(self) -> Callable[[], bool]:
+        """Whether what the trace took from the process is so: the default dtype."""
+        read, dtype = torch.get_default_dtype, self._dtype
+        return lambda: read() is dtype
+
+    def _hooks_of_all(self) -> str:
+        """Which of torch's hooks for every module are not those of the trace; Dynamo guards none of them."""
+        for step in self._global_hooks:
+            if not step.holds():
+                return f"torch.nn.modules.module.{step.path} has other hooks than when the model was traced"
+        return ""
+
+    def holds(self) -> bool:
+        """Whether the graph is right about the model as it is now."""
+        return not self.difference()
+
+    def difference(self) -> str:
+        """The first thing that the graph is wrong about; "" if there is none."""
+        assert self._classes is not None
+        if torch.get_default_dtype() is not self._dtype:
+            return f"the default dtype was {self._dtype} when the model was traced and is {torch.get_default_dtype()} now"
+        values = Values(self._starts)
+        wrong = [fact for fact in self._bins.facts if not self._holds(fact, values)]
+        if wrong:
+            return _clearest(wrong).difference(values, self._names)
+        return self._classes.difference() or self._hooks_of_all() or self._left_failing()
+
+    def _holds(self, fact: Fact, values: Values) -> bool:
+        # A model whose forward was replaced runs the graph from there, behind its own hooks.
+        if fact.of_call and self._own_forward() is not self._forward:
+            return True
+        return fact.holds(values)
+
+    def _own_forward(self) -> object:
+        model = self._model
+        return model.__dict__.get("forward") if isinstance(model, torch.nn.Module) else None
+
+    def _left_failing(self) -> str:
+        if self._left is None or self._bins.left_on_arguments:
+            return ""
+        return self._left_text({**self._starts["local"]})
+
+    def _left_text(self, variables: Mapping[str, object]) -> str:
+        text = torch_compat.failing_guard(self._left, variables)
+        return (
+            f"what the trace relied on holds no longer: {text.partition('#')[0].strip()}"
+            if text
+            else ""
+        )
+
+    def watch_tensor(self, place: Place, tensor: torch.Tensor) -> None:
+        """Compare a tensor of the model by kind: nothing else can tell that it was replaced."""
+        self._bins.facts.append(
+            Fact(place, "TENSOR_MATCH", None, expected("TENSOR_MATCH", tensor, None))
+        )
+
+    def accepted(self) -> TracedState:
+        """The same, less the facts that don't hold now."""
+        values = Values(self._starts)
+        facts = [fact for fact in self._bins.facts if self._holds(fact, values)]
+        return replace(self, _bins=replace(self._bins, facts=facts))
+
+    # --- arguments ------------------------------------------------------------------------------------
+
+    def argument_check(self, parameters: Sequence[Parameter]) -> ArgumentCheck | None:
+        """The check of what ``check_inputs`` leaves to it; None if it leaves nothing."""
+        keyed = [p for p in parameters if p.kind == "**" and getattr(p.node, "keys", ())]
+        if not (self._bins.argument_facts or self._bins.left_on_arguments or keyed):
+            return None
+        return ArgumentCheck(self, parameters)
+
+    def argument_difference(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> str:
+        """The first thing that the graph is wrong about in these arguments; "" if there is none."""
+        local = {**self._starts["local"], "args": args, "kwargs": kwargs}
+        values = Values({**self._starts, "local": local})
+        for fact in self._bins.argument_facts:
+            if not fact.holds(values):
+                return "argument " + fact.difference(values, self._names)
+        return self._left_text(local) if self._bins.left_on_arguments else ""
+
+
+class ArgumentCheck:
+    """Whether arguments are as the trace saw them, beyond what the emitted check compares.
+
+    Call it with one value per parameter of the model.
+    """
+
+    def __init__(self, state: TracedState, parameters: Sequence[Parameter]) -> None:
+        self._state = state
+        count, self._keys = state._places
+        self._count = count
+        self._parameters = [(p.name, p.kind) for p in parameters]
+        self._orders = {p.name: tuple(p.node.keys) for p in parameters if p.kind == "**"}  # type: ignore[union-attr]
+
+    def __call__(self, *values: object) -> bool:
+        return not self.difference(values)
+
+    def difference(self, values: Sequence[object]) -> str:
+        """What is different; "" if nothing is."""
+        args: list[object] = []
+        kwargs: dict[str, object] = {}
+        for (name, kind), value in zip(self._parameters, values, strict=True):
+            if kind == "*":
+                args += value  # type: ignore[arg-type]
+            elif kind == "**":
+                if tuple(value) != self._orders[name]:  # type: ignore[arg-type]
+                    return f"the arguments {', '.join(self._orders[name])} were passed in this order when the model was traced"
+                kwargs.update(value)  # type: ignore[call-overload]
+            elif kind != "k" and len(args) < self._count:
+                args.append(value)
+            else:
+                kwargs[name] = value
+        ordered = {key: kwargs[key] for key in self._keys if key in kwargs}
+        return self._state.argument_difference(tuple(args), ordered)
+
+
+def _global_hooks() -> Iterator[Step]:
+    held = vars(torch.nn.modules.module)
+    for name, value in held.items():
+        if name.startswith("_global_") and isinstance(value, dict):
+            yield Step.of(held, name, name)
+            yield Step.of(value, None, name, "keys")
+
+
+def _clearest(facts: Sequence[Fact]) -> Fact:
+    """The fact that says best what happened: a module of another class, then a value, then anything."""
+    for fact in facts:
+        if fact.kind == "TYPE_MATCH" and issubclass(fact.expected, torch.nn.Module):  # type: ignore[arg-type]
+            return fact
+    return next((fact for fact in facts if fact.kind in CONSTANT_KINDS), facts[0])

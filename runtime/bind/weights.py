@@ -1,0 +1,337 @@
+"""Where a model keeps its weights, and whether they are still the bound ones. In: a model and the weights that a capture found in it. Out: a check for every call, and the weights of now.
+
+It holds the model's own dictionaries and tensors; it changes none of them and copies no weight.
+
+A binding is stale once a name no longer leads to the bound tensor, or the tensor itself is of another kind. Both are looked at in
+every call, and completely:
+
+- The names: every dictionary on the way from the model to a weight (`piecework.runtime.bind.dict_watch`), so it does not matter
+  who writes: an assignment, ``load_state_dict(assign=True)``, ``.to()``, ``torch.func.functional_call``, or anybody
+  who writes ``module._parameters[...]``. What lies in lists or behind computed attributes is looked up.
+- The tensors: dtype, device, sizes and strides in one call into torch. Weights that only matrix products of ATen read are
+  left out: the products refuse another dtype or device, compiled code compares sizes and strides, and `explain` then tells
+  which weight it was.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from piecework.errors import BindError, CaptureError, InputError
+from piecework.runtime import torch_compat
+from piecework.runtime.bind.dict_watch import DictWatch
+from piecework.runtime.bind.places import Step, Way, named, traced
+from piecework.runtime.bind.traced_state import TracedState
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """A weight as the trace saw it."""
+
+    path: str
+    dtype: torch.dtype
+    layout: torch.layout
+    device: torch.device
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, path: str, tensor: torch.Tensor) -> Traced:
+        stride = _stride(tensor)
+        return cls(path, tensor.dtype, tensor.layout, tensor.device, tensor.shape, stride)
+
+    def difference(self, tensor: object) -> str:
+        """How ``tensor`` differs from what was traced; "" if it does not."""
+        if not isinstance(tensor, torch.Tensor):
+            return f"is a {type(tensor).__qualname__} now"
+        if type(tensor) not in _PLAIN:
+            return f"is a {type(tensor).__qualname__} now, a tensor subclass"
+        for what, expected, actual in (
+            ("dtype", self.dtype, tensor.dtype),
+            ("layout", self.layout, tensor.layout),
+            ("device", self.device, tensor.device),
+            ("shape", tuple(self.shape), tuple(tensor.shape)),
+            ("stride", self.stride, _stride(tensor)),
+        ):
+            if expected != actual:
+                return f"has {what} {actual}; the trace had {expected}"
+        return "is a lazily negated or conjugated view now" if torch_compat.is_lazy(tensor) else ""
+
+
+_TRIES = 16
+_FIXED = "the graph has it as it was traced: put it back, or compile the model again"
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A weight that a capture found.
+
+    Attributes:
+        path: what piecework calls it.
+        tensor: the weight.
+        source: what Dynamo calls it, which tells how the model's code reached it; "" if it has a name of its own.
+    """
+
+    path: str
+    tensor: torch.Tensor
+    source: str = ""
+
+
+@dataclass(eq=False)
+class BoundWeights:
+    """The weights that emitted code holds, and how to find them again in the model.
+
+    Attributes:
+        traced: the weights as traced, in order of the graph's inputs, and then those that are only returned.
+        tensors: the bound tensors, in the same order.
+        unchanged: whether the model still holds them, as they were traced; for every call.
+    """
+
+    traced: tuple[Traced, ...]
+    tensors: list[torch.Tensor]
+    _roots: Sequence[tuple[str, torch.nn.Module]]
+    _ways: tuple[tuple[Way, ...], ...]
+    state: TracedState
+    _steps: list[Step] = field(default_factory=list)
+    _strict: frozenset[str] = frozenset()
+    _own: int = 0
+    _always: Callable[[], bool] | None = None
+    unchanged: Callable[[], bool] = field(default=lambda: True, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        model: object,
+        roots: Sequence[tuple[str, torch.nn.Module]],
+        weights: Sequence[Found],
+        state: TracedState,
+    ) -> BoundWeights:
+        """Find each of ``weights`` in ``model``, and by all its names under ``roots``, with the prefixes of their paths.
+
+        Args:
+            state: what else the trace took for given; a call watches it like the weights.
+
+        Raises:
+            CaptureError: there is no way to look a weight up again.
+        """
+        names = _names(roots)
+        ways = tuple(_ways_to(each, names.get(id(each.tensor), ()), model) for each in weights)
+        found = cls(
+            tuple(Traced.of(each.path, each.tensor) for each in weights),
+            [each.tensor for each in weights],
+            roots,
+            ways,
+            state,
+        )
+        found._look()
+        return found
+
+    def _look(self) -> None:
+        self._note_steps()
+        self.unchanged = self._check()
+
+    def _note_steps(self) -> None:
+        """Note the look-ups of now: weights, the training flags of all modules, and then what else the trace took for given."""
+        steps: dict[tuple[int, object], Step] = {}
+        for step in (s for ways in self._ways for way in ways for s in way.walk()):
+            if type(step.owner) is not tuple:  # what never changes
+                steps.setdefault((id(step.owner), step.key), step)
+        for prefix, root in self._roots:
+            for name, module in root.named_modules(prefix=prefix.removesuffix(".")):
+                path = f"{name}.training".lstrip(".")
+                step = Step(module.__dict__, "training", module.training, path)
+                steps.setdefault((id(step.owner), step.key), step)
+        self._own = len(steps)
+        others, self._always = self.state.look()
+        self._steps = [*steps.values(), *others]
+
+    def _check(self) -> Callable[[], bool]:
+        """The check of every call; see the module's docstring."""
+        watch = DictWatch(self._steps)
+        loose = [
+            t for w, t in zip(self.traced, self.tensors, strict=True) if w.path not in self._strict
+        ]
+        metadata = torch_compat.metadata_guard(loose)
+        thorough = torch_compat.metadata_guard(self.tensors)
+
+        same_process = self.state.same_process()
+
+        def unchanged() -> bool:
+            nonlocal watch
+            always = self._always
+            if not same_process() or (always is not None and not always()):
+                return False
+            if (watch.untouched() and metadata()) or (watch.compare() and thorough()):
+                return True
+            if not self._is_as_good():
+                return False
+            self._note_steps()
+            watch = DictWatch(self._steps)
+            return thorough()
+
+        return unchanged
+
+    def _is_as_good(self) -> bool:
+        """Whether at most such objects were replaced that the graph is right about all the same."""
+        own = self._steps[: self._own]
+        return all(step.holds() for step in own) and self.state.holds()
+
+    def accepted(self) -> BoundWeights:
+        """The same, less what is not as it was: the caller had set it for the trace alone."""
+        return self._with(state=self.state.accepted())
+
+    def _with(self, **changes: object) -> BoundWeights:
+        """Another binding, with a check of its own: calls may still use this one."""
+        other = replace(self, **changes)  # type: ignore[arg-type]
+        other._look()
+        return other
+
+    def trust(self, paths: frozenset[str]) -> None:
+        """Leave weights out of the per-call comparison that nothing reads but operators which compare by themselves."""
+        self._strict = paths
+        self.unchanged = self._check()
+
+    def held(self) -> list[torch.Tensor]:
+        """The weights as bound, for a stitched function that holds others of them; it has compared before."""
+        return self.tensors
+
+    def fetch(self) -> list[torch.Tensor]:
+        """The weights of now, for a stitched function that takes them in every call."""
+        return self.tensors if self.unchanged() else self.current()
+
+    # --- the weights of now ------------------------------------------------------------------------
+
+    def current(self) -> list[torch.Tensor]:
+        """The weights that the model holds now.
+
+        Raises:
+            BindError: one is missing, or differs from the trace in more than its values.
+        """
+        found = []
+        for weight, ways in zip(self.traced, self._ways, strict=True):
+            tensor = ways[0].tensor()
+            if tensor is None:
+                raise BindError(
+                    f"weight {weight.path} is no longer there",
+                    hint="put it back, or compile the model again",
+                )
+            if ways[0].tensor() is not tensor:
+                raise BindError(
+                    f"weight {weight.path} is computed at each access now",
+                    hint="compile the model again: the computation belongs into the graph",
+                )
+            difference = weight.difference(tensor)
+            if difference:
+                raise BindError(
+                    f"weight {weight.path} {difference}",
+                    hint="compiled pieces are made for one dtype, device and shape: compile the model again",
+                )
+            assert isinstance(tensor, torch.Tensor)
+            self._require_same(weight.path, tensor, ways[1:])
+            found.append(tensor)
+        return found
+
+    @staticmethod
+    def _require_same(path: str, tensor: torch.Tensor, others: Sequence[Way]) -> None:
+        """Raise if two names of one traced tensor have become two tensors: the graph reads only one of them."""
+        for way in others:
+            if way.tensor() is not tensor:
+                raise BindError(
+                    f"{way.path} and {path} were one tensor when the model was traced and are two now",
+                    hint="tie them again (most models have tie_weights()), or compile the model again",
+                )
+
+    def rebound(self) -> BoundWeights:
+        """What the model holds now, as another binding.
+
+        Raises:
+            BindError: as `current`; or another thread keeps replacing weights.
+        """
+        found = self.current()
+        for _ in range(_TRIES):
+            changed = self.state.difference()
+            if changed:
+                raise BindError(changed, hint=_FIXED)
+            other = self._with(tensors=found)
+            # The check was made after the weights were read: between the two another thread may have replaced some.
+            found, before = self.current(), found
+            if all(map(operator.is_, found, before)):
+                return other
+        raise BindError(
+            "weights were replaced by another thread all the while",
+            where="rebind",
+            hint="rebind when all weights are in place",
+        )
+
+    def explain(self) -> InputError:
+        """What changed, for a call that found something changed."""
+        return self.change() or InputError(
+            "the weights changed since they were bound", hint="call rebind() on the stitched module"
+        )
+
+    def change(self) -> InputError | None:
+        """The first thing that is not as it was bound, if any."""
+        for step in self._steps[: self._own]:
+            if not step.holds():
+                return _changed_flag(step) if step.key == "training" else _replaced(step)
+        changed = self.state.difference()
+        if changed:
+            return InputError(changed, hint=_FIXED)
+        for weight, tensor in zip(self.traced, self.tensors, strict=True):
+            difference = weight.difference(tensor)
+            if difference:
+                return InputError(
+                    f"weight {weight.path} {difference}",
+                    hint="compiled pieces are made for one dtype, device and shape: compile the model again",
+                )
+        return None
+
+
+def _replaced(step: Step) -> InputError:
+    return InputError(
+        f"{step.path} was replaced since the weights were bound",
+        hint="call rebind() on the stitched module after loading, replacing or moving weights",
+    )
+
+
+def _changed_flag(step: Step) -> InputError:
+    return InputError(
+        f"the model was traced with {step.path}={step.value} and has {step.now()} now",
+        hint=f"call {'train' if step.value else 'eval'}() on the model, or compile it again",
+    )
+
+
+def _names(roots: Sequence[tuple[str, torch.nn.Module]]) -> dict[int, list[Way]]:
+    """Every name of every parameter and buffer, by identity: a tied weight has several."""
+    ways: dict[int, list[Way]] = {}
+    for prefix, root in roots:
+        for path, tensor in _held(root):
+            ways.setdefault(id(tensor), []).append(named(root, path, prefix))
+    return ways
+
+
+def _held(root: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from root.named_parameters(remove_duplicate=False)
+    yield from root.named_buffers(remove_duplicate=False)
+
+
+def _ways_to(weight: Found, names: Sequence[Way], model: object) -> tuple[Way, ...]:
+    """The ways that lead to ``weight``: its names, and the one that the model's code took."""
+    taken = traced(weight.source, model)
+    wanted = [*names, *(() if taken is None else (taken,))]
+    ways = tuple(way for way in wanted if way.tensor() is weight.tensor)
+    if not ways:
+        raise CaptureError(
+            f"weight {weight.path} can't be looked up again, so nobody could tell that it was replaced",
+            hint="hold it as a parameter, a buffer, or in an attribute, list or dictionary of the model",
+        )
+    return ways
+
+
+def _stride(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tensor.stride() if tensor.layout is torch.strided else ()

@@ -1,0 +1,487 @@
+"""From a capture to the function that users call. In: a `Capture`, a prepared backend and the bound weights. Out: an `Entry`, whose source is emitted and run as it is.
+
+Per call it does nothing itself: the emitted source does, and what is here runs once, or when something is wrong.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import FunctionType, SimpleNamespace
+
+import torch
+from torch.utils import _pytree as pytree
+
+from piecework.codegen.bind import execute_source
+from piecework.codegen.entry import FUNCTION_NAME, EntrySource, generate_entry
+from piecework.codegen.entry_plan import (
+    EntryPlan,
+    FromCall,
+    FromConst,
+    FromItems,
+    FromLeaf,
+    FromOutput,
+    FromWeights,
+    Packed,
+    Passed,
+)
+from piecework.codegen.origin import value_of
+from piecework.errors import InputError, StaticGraphError
+from piecework.runtime import torch_compat
+from piecework.runtime.analysis.writes import mutations_in
+from piecework.runtime.bind.weights import BoundWeights
+from piecework.runtime.call.execution import Execution, by_path_of, is_running
+from piecework.runtime.call.explain import input_error
+from piecework.runtime.call.profile_names import named_pieces
+from piecework.runtime.pieces.backend import PieceworkBackend
+from piecework.runtime.trace.tracing import (
+    Argument,
+    Capture,
+    Fixed,
+    FromArgument,
+    FromAttribute,
+    FromGraph,
+    FromWeight,
+    Layout,
+    ResultLeaf,
+    Size,
+    Weight,
+)
+
+OPAQUE = "it calls a stitched module, which is compiled already; leave that call out, or allow graph breaks"
+
+
+class Entry:
+    """The emitted entry, bound and ready.
+
+    Args:
+        captured: what the model's trace gave.
+        backend: has compiled the pieces and emitted the stitching source.
+        as_it_is: runs the model uncompiled, for calls in a stance of torch's compiler that wants it so.
+
+    Attributes:
+        source: the emitted text of ``check_inputs`` and ``entry``.
+        call: the entry: takes the model's arguments, returns the model's result.
+        execution_fn: the emitted stitching function, bound.
+        weights: what is bound.
+        serves: what the entry calls: ``execution_fn``, or static graphs.
+        captured: what the trace gave.
+        careful_calls: how many calls went past every shortcut, static graphs included, by what made them.
+    """
+
+    def __init__(
+        self, captured: Capture, backend: PieceworkBackend, as_it_is: Callable[..., object]
+    ) -> None:
+        self._backend = backend
+        self._as_it_is = as_it_is
+        self.captured = captured
+        self._plan = plan_entry(captured, backend)
+        self._arguments = captured.weights.state.argument_check(captured.parameters)
+        self._autocast = torch_compat.autocast_state()
+        self.careful_calls: dict[str, int] = {}
+        weights = captured.weights
+        weights.trust(strict_weights(captured, backend))
+        self.source: EntrySource = generate_entry(self._plan)
+        function = backend.bind(self._bound(weights))
+        self._now = Execution(weights, function, function)
+        self._stances = torch_compat.stance_holder()
+        self.call = self._execute(self._probes(), self._now, self._now.serves, backend.submods_for)
+        # None is the stance that is known to change nothing until `_in_stance` has looked at the current one.
+        self.call.__globals__.update(dynamo=self._stances, stance=None)
+
+    @property
+    def execution_fn(self) -> FunctionType:
+        return self._now.function
+
+    @property
+    def weights(self) -> BoundWeights:
+        return self._now.weights
+
+    @property
+    def serves(self) -> Callable[..., object]:
+        return self._now.serves
+
+    def require_idle(self, what: str) -> None:
+        """Check that this thread is not inside a call of this entry, as a splitting op is.
+
+        Raises:
+            StaticGraphError: it is.
+        """
+        if is_running(self):
+            raise StaticGraphError(
+                f"{what} was called from inside a call of the same model, such as by a splitting op",
+                hint="call it between calls",
+            )
+
+    # --- changes: each publishes another execution, and calls that run keep theirs --------------------
+
+    def rebound(self, still_fit: Callable[[BoundWeights], bool]) -> Execution:
+        """An execution with the weights that the model has now; it serves once it is published.
+
+        Args:
+            still_fit: whether the static graphs that serve may go on, where every weight is the very tensor that was bound.
+
+        Raises:
+            BindError: a weight is missing or differs in more than its values.
+        """
+        now = self._now
+        weights = now.weights.rebound()
+        if all(map(operator.is_, weights.tensors, now.weights.tensors)) and still_fit(weights):
+            return replace(now, weights=weights, variants={})
+        function = self._backend.bind(self._bound(weights), code=self._text(now.code))
+        return Execution(weights, function, function, now.code)
+
+    def accept_settings(self) -> None:
+        """Take what the model holds in Python now for as good as what it held in the trace."""
+        self.publish(replace(self._now, weights=self._now.weights.accepted(), variants={}))
+
+    def use_source(self, code: str) -> None:
+        """Run another text in place of the generated stitching source.
+
+        Raises:
+            EmitError: the text can't be executed; what ran before still runs.
+        """
+        weights = self._now.weights
+        function = self._backend.bind(self._bound(weights), code=code)
+        self.publish(Execution(weights, function, function, code))
+
+    def serve_with(self, function: Callable[..., object]) -> None:
+        """Let the entry call ``function`` where its source says ``execution_fn``, such as one that replays static graphs."""
+        self.publish(replace(self._now, serves=function, variants={}))
+
+    def publish(self, execution: Execution) -> None:
+        """Serve calls by ``execution`` from now on, in one step; those that run keep theirs."""
+        self._now = execution
+        self.captured = replace(self.captured, weights=execution.weights)  # lets go of the old ones
+        self.call.__globals__["bound"] = self._published(execution, execution.serves)
+
+    def _published(self, execution: Execution, serves: Callable[..., object]) -> tuple[object, ...]:
+        """What emitted text unpacks; see `piecework.codegen.entry.HELD`."""
+        weights = execution.weights
+        # Beside weights that the function holds, those that are passed or returned are of the same binding.
+        fetch = weights.held if self._plan.binds else weights.fetch
+        return serves, weights.unchanged, fetch
+
+    @contextmanager
+    def named_pieces(self, labels: Sequence[str]) -> Iterator[None]:
+        """Run every piece and every operator called directly inside a named profiler range, for the block."""
+        source = self._backend.source
+        assert source is not None
+        operators = {alias.name: alias.name for alias in source.module.aliases}
+        with named_pieces(self.execution_fn, self._backend.submod_lists, labels, operators):
+            yield
+
+    def _text(self, edited: str | None) -> str:
+        """The text that runs."""
+        assert self._backend.source is not None
+        return self._backend.source.code if edited is None else edited
+
+    def _bound(self, weights: BoundWeights) -> dict[str, object]:
+        """Values of the names that the stitching source holds."""
+        source = self._backend.source
+        assert source is not None
+        by_path = by_path_of(weights)
+        return {row.name: by_path[row.path] for row in source.module.bound}
+
+    # --- execution of the emitted text -------------------------------------------------------------
+
+    def _execute(
+        self,
+        probes: dict[str, object],
+        execution: Execution,
+        serves: Callable[..., object],
+        submods_for: Callable[[int], object],
+    ) -> FunctionType:
+        namespace: dict[str, object] = {
+            **self.source.consts,
+            **probes,
+            "dynamo": _ONE_STANCE,
+            "stance": _ONE_STANCE._stance,
+            "entry_in_stance": self._in_stance,
+            "bound": self._published(execution, serves),
+            "submods_for": submods_for,
+            "entry_with_care": self._with_care,
+            "explain_inputs": self._explain_inputs,
+            "explain_weights": self._explain_weights,
+            "arguments_as_traced": self._arguments,
+            "memory_apart": torch_compat.memory_apart,
+            "flatten": torch_compat.flatten_tree,
+        }
+        entry = execute_source(self.source.code, namespace, FUNCTION_NAME)
+        torch_compat.keep_out_of_traces(entry, OPAQUE)
+        return entry
+
+    def _probes(self) -> dict[str, object]:
+        return {
+            "autocast_enabled": torch_compat.autocast_probe(),
+            "dispatch_modes": torch_compat.dispatch_mode_probe(),
+            "function_modes": torch_compat.function_mode_probe(),
+            "transforms": torch_compat.transform_probe(),
+            "same_kernels": self._backend.direct_ops.unchanged,
+        }
+
+    def accepts(self, args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
+        """Whether the trace serves a call with these arguments; runs nothing but the emitted check."""
+        check = self.call.__globals__.get("check_inputs")
+        given = inspect.signature(self.call).bind(*args, **kwargs)
+        given.apply_defaults()
+        try:
+            if check is not None:
+                check(*given.arguments.values())
+        except InputError:
+            return False
+        return True
+
+    def _explain_inputs(self, *values: object) -> None:
+        otherwise = "" if self._arguments is None else self._arguments.difference(values)
+        error = input_error(self._plan, values, otherwise)
+        error.refused_by = self
+        raise error
+
+    def _explain_weights(self) -> None:
+        raise self._outdated(self.weights.explain())
+
+    def _outdated(self, error: InputError) -> InputError:
+        """``error`` as one of a call that nothing has run for yet."""
+        error.outdated = self
+        return error
+
+    def _in_stance(self, *args: object, **kwargs: object) -> object:
+        """A call after ``torch.compiler.set_stance``: ``force_eager`` runs the model as it is.
+
+        The other stances are about compilations, and a call of what is compiled makes none; what becomes of a call that the
+        trace refuses is its owner's business.
+        """
+        stance = self._stances._stance  # type: ignore[attr-defined]
+        if torch_compat.stance_name() == torch_compat.FORCE_EAGER:
+            return self._as_it_is(*args, **kwargs)
+        self.call.__globals__["stance"] = stance
+        return self.call(*args, **kwargs)
+
+    # --- when a shortcut does not hold ---------------------------------------------------------------
+
+    def _with_care(self, *args: object, **kwargs: object) -> object:
+        """A call while a mode, a transform or autocast is active, or after an operator was overridden.
+
+        It goes through the dispatcher and the public artifacts, whose wrappers do what is then needed.
+
+        Raises:
+            InputError: a ``torch.func`` transform is active, or autocast is not as it was in the trace.
+        """
+        if torch_compat.transform_probe()():
+            raise self._outdated(
+                InputError(
+                    "a torch.func transform or forward-mode differentiation is active, which compiled pieces know nothing about",
+                    hint="transform the model itself, and compile the result",
+                )
+            )
+        autocast = torch_compat.autocast_state()
+        if autocast != self._autocast:
+            raise self._outdated(
+                InputError(
+                    f"autocast is {_autocast_text(autocast)}; the model was traced with it {_autocast_text(self._autocast)}",
+                    hint="compile the model inside the same autocast context",
+                )
+            )
+        now = self._now
+        if self._only_a_default_device(autocast):
+            # torch.set_default_device is a mode for good, and changes nothing for compiled pieces.
+            unaware = now.variants.get("unaware")
+            if unaware is None:
+                probes = {**self._probes(), "function_modes": _never}
+                unaware = self._execute(probes, now, now.serves, self._backend.submods_for)
+                now.variants["unaware"] = unaware
+            return unaware(*args, **kwargs)
+        careful = now.variants.get("careful")
+        if careful is None:
+            careful = now.variants["careful"] = self._make_careful(now)
+        reason = self._why_careful(autocast)
+        self.careful_calls[reason] = self.careful_calls.get(reason, 0) + 1
+        return careful(*args, **kwargs)
+
+    def _why_careful(self, autocast: object) -> str:
+        if torch_compat.dispatch_mode_probe()():
+            return "a torch dispatch mode is active"
+        if not self._backend.direct_ops.unchanged():
+            return "an operator was given another kernel"
+        return "autocast is on" if autocast else "a torch function mode is active"
+
+    def _only_a_default_device(self, autocast: object) -> bool:
+        return (
+            not autocast
+            and not torch_compat.dispatch_mode_probe()()
+            and self._backend.direct_ops.unchanged()
+            and torch_compat.only_default_device_modes()
+        )
+
+    def _make_careful(self, now: Execution) -> Callable[..., object]:
+        """The same text, bound to the dispatcher and to public artifacts."""
+        function, submods_for = self._backend.bind_safely(by_path_of(now.weights), code=now.code)
+        return self._execute({**_IDLE, "same_kernels": _always}, now, function, submods_for)
+
+
+#: For texts that are reached after the stance was looked at.
+_ONE_STANCE = SimpleNamespace(_stance=None)
+
+
+def _never() -> bool:
+    return False
+
+
+def _always() -> bool:
+    return True
+
+
+_IDLE = {
+    "autocast_enabled": _never,
+    "dispatch_modes": _never,
+    "function_modes": _never,
+    "transforms": _never,
+}
+
+
+def _autocast_text(state: tuple[tuple[str, object], ...]) -> str:
+    return ", ".join(f"on for {device} ({dtype})" for device, dtype in state) or "off"
+
+
+# --- the plan ----------------------------------------------------------------------------------------
+
+
+def plan_entry(captured: Capture, backend: PieceworkBackend) -> EntryPlan:
+    """Say what the entry must check, pass and return."""
+    levers = backend.config.stitching_config
+    source = backend.source
+    assert source is not None
+    bound = {row.path for row in source.module.bound}
+    weights = [each for each in captured.inputs if isinstance(each, Weight)]
+    numbers = {each.path: number for number, each in enumerate(weights)}
+    passed: list[Passed] = []
+    for each in captured.inputs:
+        match each:
+            case Weight(path):
+                if path not in bound:
+                    passed.append(FromWeights(numbers[path]))
+            case Argument(leaf):
+                passed.append(captured.assumptions.passed(leaf, None))
+            case Size(leaf, dim):
+                passed.append(captured.assumptions.passed(leaf, dim))
+            case Layout(leaf, stride):
+                passed.append(captured.assumptions.layout(leaf, stride))
+    weight_at = {id(tensor): number for number, tensor in enumerate(captured.weights.tensors)}
+    return EntryPlan(
+        banner=(f"model: {backend.prefix or 'model'}",),
+        parameters=captured.parameters,
+        symbols=captured.assumptions.symbols(),
+        guards=captured.assumptions.guards(),
+        passed=tuple(passed),
+        outputs=_output_names(captured),
+        result=_packed(captured.out_spec, list(captured.result), weight_at),
+        batch=_batch(captured, backend),
+        apart=_apart(captured, backend),
+        # A model without weights has modes of its own to watch all the same.
+        binds=bool(bound) or not weights,
+        watches_arguments=captured.weights.state.argument_check(captured.parameters) is not None,
+        checks=levers.check_inputs,
+    )
+
+
+def strict_weights(captured: Capture, backend: PieceworkBackend) -> frozenset[str]:
+    """Weights that every reader compares by itself, by path; see `CompiledPiece.strict_inputs`."""
+    assert backend.split_gm is not None
+    placeholders = backend.split_gm.graph.find_nodes(op="placeholder")
+    return frozenset(
+        source.path
+        for node, source in zip(placeholders, captured.inputs, strict=True)
+        if isinstance(source, Weight)
+        and all(_is_strict(user, node, backend) for user in node.users)
+    )
+
+
+def _is_strict(user: torch.fx.Node, weight: torch.fx.Node, backend: PieceworkBackend) -> bool:
+    piece = backend.backends.get(str(user.target)) if user.op == "call_module" else None
+    if piece is None or user.kwargs:
+        return False
+    places = {index for index, arg in enumerate(user.args) if arg is weight}
+    return all(places <= entry.compiled.strict_inputs for entry in piece.entries.values())
+
+
+def _batch(captured: Capture, backend: PieceworkBackend) -> Passed | None:
+    if backend.range_table is None or backend.batch_input is None:
+        return None
+    index, dim = backend.batch_input
+    match captured.inputs[index]:
+        case Argument(leaf):
+            return captured.assumptions.passed(leaf, dim)
+        case Size(leaf, size_dim):
+            return captured.assumptions.passed(leaf, size_dim)
+        case Weight() | Layout():
+            return None
+
+
+def _apart(captured: Capture, backend: PieceworkBackend) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Arguments that a compiled piece writes, each with all others that the graph reads."""
+    assert backend.split_gm is not None
+    placeholders = backend.split_gm.graph.find_nodes(op="placeholder")
+    leaves = {
+        node.name: source.leaf
+        for node, source in zip(placeholders, captured.inputs, strict=True)
+        if isinstance(source, Argument) and isinstance(value_of(node), torch.Tensor)
+    }
+    writes = mutations_in(backend.split_gm, list(backend.backends), {n: n for n in leaves})
+    written = dict.fromkeys(leaves[write.path] for write in writes)
+    return tuple((leaf, tuple(x for x in leaves.values() if x != leaf)) for leaf in written)
+
+
+def _output_names(captured: Capture) -> tuple[str, ...]:
+    returned = captured.graph.graph.output_node().args[0]
+    outputs = list(returned) if isinstance(returned, (list, tuple)) else [returned]
+    return tuple(each.name if isinstance(each, torch.fx.Node) else "unused" for each in outputs)
+
+
+def _packed(spec: pytree.TreeSpec, leaves: list[ResultLeaf], weight_at: dict[int, int]) -> Packed:
+    """How ``spec`` is rebuilt; takes what it needs from the front of ``leaves``."""
+    kind, context, children = torch_compat.spec_parts(spec)
+    if kind is None:
+        return _packed_leaf(leaves.pop(0), weight_at)
+    items = tuple(_packed(child, leaves, weight_at) for child in children)
+    if kind in (list, tuple):
+        return FromItems(kind, tuple(range(len(items))), items)
+    if kind is dict:
+        return FromItems(dict, tuple(context), items)  # type: ignore[arg-type]
+    if kind is torch.Size:  # which pytree would make a tuple of
+        return FromCall(_size, None, "Size", items)
+    rebuild = torch_compat.rebuilder(kind)
+    if rebuild is not None:
+        return FromCall(rebuild, context, kind.__name__, items)
+    return FromCall(torch_compat.with_children, spec, kind.__name__, items)
+
+
+def _attribute(items: Sequence[torch.Tensor], name: object) -> object:
+    return getattr(items[0], str(name))
+
+
+def _size(items: Sequence[int], _: object) -> torch.Size:
+    return torch.Size(items)
+
+
+def _number(items: Sequence[torch.Tensor], _: object) -> object:
+    return items[0].item()
+
+
+def _packed_leaf(leaf: ResultLeaf, weight_at: dict[int, int]) -> Packed:
+    match leaf:
+        case FromGraph(index, number=True):
+            return FromCall(_number, None, "number", (FromOutput(index),))
+        case FromGraph(index):
+            return FromOutput(index)
+        case FromArgument(index):
+            return FromLeaf(index)
+        case FromWeight(tensor):
+            return FromWeights(weight_at[id(tensor)])
+        case FromAttribute(of, name):
+            return FromCall(_attribute, name, f".{name}", (_packed_leaf(of, weight_at),))
+        case Fixed(value):
+            return FromConst(value)

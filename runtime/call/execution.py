@@ -1,0 +1,83 @@
+"""What the calls of one compiled model use. In: weights, an emitted function, and what stands in its place. Out: an `Execution`, frozen, one at a time; and turns for those who change it.
+
+A call reads the published execution once and keeps it until it returns, so a change never reaches a call that is half-way
+through: a change makes another execution and publishes it by one assignment. Nothing here waits for calls.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType, FunctionType
+
+import torch
+
+from piecework.errors import BindError
+from piecework.runtime.bind.weights import BoundWeights
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Execution:
+    """What a call runs, from its first look to its return.
+
+    Attributes:
+        weights: what is bound; never changed, a rebind makes another.
+        function: the emitted stitching function, over those weights in a module of its own.
+        serves: what the entry calls: ``function``, or static graphs that were captured of it.
+        code: an edited text that ``function`` was made from; None for the generated one.
+        variants: the entry for calls that can't take every shortcut, made when first needed.
+    """
+
+    weights: BoundWeights
+    function: FunctionType
+    serves: Callable[..., object]
+    code: str | None = None
+    variants: dict[str, Callable[..., object]] = field(default_factory=dict)
+
+
+def by_path_of(weights: BoundWeights) -> dict[str, torch.Tensor]:
+    """Weight path → tensor."""
+    return {w.path: t for w, t in zip(weights.traced, weights.tensors, strict=True)}
+
+
+class Changes:
+    """Lets one change of a model happen at a time, and none inside another."""
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+        self._thread: int | None = None
+        self._what = ""
+
+    @contextmanager
+    def one(self, what: str) -> Iterator[None]:
+        """Wait until other threads are done changing the model, and change it.
+
+        Raises:
+            BindError: this thread is changing it already: ``what`` was called by something that the change runs, such as a
+                splitting op in a warm-up.
+        """
+        if self._thread == threading.get_ident():
+            raise BindError(
+                f"{what} was called from inside {self._what} of the same model",
+                hint="call it after that has returned",
+            )
+        with self._turn:
+            self._thread, self._what = threading.get_ident(), what
+            try:
+                yield
+            finally:
+                self._thread = None
+
+
+def is_running(entry: object) -> bool:
+    """Whether this thread is inside a call of ``entry``; looked up on the stack, so that calls pay nothing for it."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        # Every form of the emitted entry has this name, bound to its owner.
+        if getattr(frame.f_globals.get("entry_with_care"), "__self__", None) is entry:
+            return True
+        frame = frame.f_back
+    return False

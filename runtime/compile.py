@@ -1,0 +1,343 @@
+"""Compilation by mode. In: a model and a configuration. Out: the model as it is, torch's own compilation of it, one piece, or many.
+
+Each mode is chosen here and nowhere else; what a mode does is done by the objects that it makes.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+
+import torch
+import torch.fx
+from torch.utils import _pytree as pytree
+
+from piecework.codegen.split import SplittingOp as SplittingOpLike
+from piecework.errors import BindError, ConfigError
+from piecework.runtime import torch_compat
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.config.groups import CompilationMode, DynamicShapesType, RuntimeConfig
+from piecework.runtime.model_tag import compilation_complete
+from piecework.runtime.stitched import StitchedModule
+from piecework.runtime.trace.dynamic_dims import set_mark, unmarked_afterwards
+from piecework.runtime.trace.example_sizes import SizePolicy
+from piecework.runtime.trace.shape_guards import ShapeGuards
+
+_UNSTITCHED = (CompilationMode.NONE, CompilationMode.STOCK_TORCH_COMPILE)
+
+
+def compile(
+    model: Callable[..., object],
+    example_args: Sequence[object] = (),
+    example_kwargs: Mapping[str, object] | None = None,
+    *,
+    splitting_ops: Sequence[SplittingOpLike] | None = None,
+    config: CompilationConfig | Mapping[str, object] | None = None,
+    runtime_config: RuntimeConfig | Mapping[str, object] | None = None,
+) -> StitchedModule:
+    """Compile ``model`` piecewise and stitch it, or as ``config.mode`` says.
+
+    Args:
+        model: a module or function, captured whole.
+        example_args, example_kwargs: arguments to trace with, by shape and dtype only; nothing is run on their data. Every
+            dimension becomes dynamic unless some are marked with ``torch._dynamo.mark_dynamic`` or ``mark_unbacked``;
+            then only those do. Without example arguments the first call's arguments are used.
+        splitting_ops: where to cut; None means every op registered with `splitting_op`.
+        config: a `CompilationConfig`, or a dict of its fields.
+        runtime_config: the program's limits, a `RuntimeConfig` or a dict of its fields: the last batch range ends at its largest
+            batch, `StitchedModule.capture` goes by it, and its ranks are part of the cache's path. Without it the last range is
+            open-ended, and the rank is 0.
+
+    Returns:
+        A `StitchedModule`, called like ``model``. It serves inference: it runs without recording gradients. Modes ``NONE``
+        and ``STOCK_TORCH_COMPILE`` stitch nothing; what they return runs the model, and has no source to show. While torch's
+        compiler is switched off (``TORCH_COMPILE_DISABLE=1``, ``TORCHDYNAMO_DISABLE=1``, ``torch.compiler.set_stance``), the
+        model runs as it is.
+
+    Raises:
+        CaptureError: the model can't be captured as one graph, or has no dynamic dimension.
+        ConfigError: the configuration does not fit ``runtime_config``, such as a compile size beyond the largest batch.
+        SplitError: a splitting op is unknown or has no fake implementation.
+        PieceCompileError: a compiler failed on a piece.
+
+    Example:
+        >>> stitched = piecework.compile(model, (torch.randn(4, 64),))
+        >>> print(stitched.source.code)
+        >>> stitched(torch.randn(7, 64))
+    """
+    return compile_with_mode(
+        model,
+        example_args,
+        example_kwargs,
+        splitting_ops=splitting_ops,
+        config=config,
+        runtime_config=runtime_config,
+    )
+
+
+def compile_with_mode(
+    model: Callable[..., object],
+    example_args: Sequence[object] = (),
+    example_kwargs: Mapping[str, object] | None = None,
+    *,
+    splitting_ops: Sequence[SplittingOpLike] | None = None,
+    config: CompilationConfig | Mapping[str, object] | None = None,
+    sizes: SizePolicy | None = None,
+    around: Callable[[], AbstractContextManager[object]] = nullcontext,
+    runtime_config: RuntimeConfig | Mapping[str, object] | None = None,
+    as_it_is: Callable[..., object] | None = None,
+) -> StitchedModule:
+    """What ``piecework.compile`` returns for ``config.mode``.
+
+    ``NONE``: an `UnstitchedModule` that runs the model as it is. ``STOCK_TORCH_COMPILE``: one that runs what
+    ``torch.compile`` makes of it, with its guards and retraces. ``DYNAMO_TRACE_ONCE``: a `StitchedModule` of one piece;
+    the model is traced once, and piecework's checks stand in for Dynamo's guards. ``PIECEWORK_COMPILE``: the same, cut at
+    the splitting ops.
+
+    Args:
+        sizes: which dimensions are dynamic, where the shape type leaves that open.
+        around: entered for each trace; what it sets for the trace alone is no reason to refuse calls later.
+        as_it_is: what stands for ``model`` while torch's compiler is switched off; by default ``model`` itself.
+        The others are those of ``piecework.compile``.
+
+    Raises:
+        ConfigError: an argument is of another kind, splitting ops are given in a mode that cuts nowhere, the shape type is not
+            to be had, or something does not fit the program's limits.
+        CaptureError, SplitError, PieceCompileError: as ``piecework.compile``.
+    """
+    if not callable(model):
+        raise ConfigError(f"a model must be callable; got a {type(model).__qualname__}")
+    config = _configuration(config)
+    runtime = _runtime(runtime_config)
+    if runtime is not None:
+        config = _within(config, runtime)
+    _require_arguments(example_args, example_kwargs)
+    made: StitchedModule
+    if config.mode in _UNSTITCHED:
+        made = UnstitchedModule(model, config)
+    else:
+        if config.mode is CompilationMode.DYNAMO_TRACE_ONCE:
+            _require_no_cuts(config, splitting_ops)
+            splitting_ops = splitting_ops or ()
+        # What torch.compile made of a model can't be traced; the model can.
+        original = torch_compat.original_of(model)
+        made = ModeModule(
+            original,
+            splitting_ops=splitting_ops,
+            config=config,
+            sizes=sizes,
+            around=around,
+            runtime_config=runtime,
+            as_it_is=as_it_is,
+        )
+    if example_args or example_kwargs:
+        made.prepare(*example_args, **(example_kwargs or {}))
+    return made
+
+
+def _configuration(config: object) -> CompilationConfig:
+    """``config`` itself, its fields from a mapping, or the defaults."""
+    if config is None:
+        return CompilationConfig()
+    if isinstance(config, Mapping):
+        return CompilationConfig(**config)
+    if not isinstance(config, CompilationConfig):
+        raise ConfigError(
+            f"config must be a CompilationConfig or a dict of its fields; got a {type(config).__qualname__}"
+        )
+    return config
+
+
+def _runtime(given: object) -> RuntimeConfig | None:
+    """``given`` itself, or its fields from a mapping."""
+    if isinstance(given, Mapping):
+        return RuntimeConfig.from_data(given)
+    if given is None or isinstance(given, RuntimeConfig):
+        return given
+    raise ConfigError(
+        f"runtime_config must be a RuntimeConfig or a dict of its fields; got a {type(given).__qualname__}"
+    )
+
+
+def _within(config: CompilationConfig, runtime: RuntimeConfig) -> CompilationConfig:
+    """``config`` with the compile sizes and ranges that it has in this program; what is captured is settled by ``capture``."""
+    settled = config.resolve(runtime)
+    return config.replace(
+        compile_sizes=settled.compile_sizes,
+        compile_ranges_endpoints=settled.compile_ranges_endpoints,
+    )
+
+
+def _require_arguments(args: object, kwargs: object) -> None:
+    if not isinstance(args, (tuple, list)):
+        raise ConfigError(
+            f"example_args must be a tuple with one item per argument; got a {type(args).__qualname__}",
+            where="example_args",
+            hint="a single argument x is passed as (x,)",
+        )
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise ConfigError(
+            f"example_kwargs must be a dict of arguments by name; got a {type(kwargs).__qualname__}",
+            where="example_kwargs",
+        )
+
+
+def _require_no_cuts(
+    config: CompilationConfig, splitting_ops: Sequence[SplittingOpLike] | None
+) -> None:
+    declared = config.splitting_ops if splitting_ops is None else splitting_ops
+    if declared and not config.use_inductor_graph_partition:
+        raise ConfigError(
+            f"mode {config.mode} compiles the graph whole, and there are splitting ops",
+            where="splitting_ops",
+            hint="use PIECEWORK_COMPILE to cut there, or leave splitting_ops out",
+        )
+
+
+class ModeModule(StitchedModule):
+    """A `StitchedModule` that is traced with the configured shape type and, on request, evaluates the trace's guards."""
+
+    def _prepare(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        """Compile with the configured shapes; then tell `set_on_compilation_complete`'s callback."""
+        with tracing_shapes(self.config.dynamic_shapes_config.type, (args, kwargs)):
+            super()._prepare(args, kwargs)
+        compilation_complete()
+
+    @property
+    def shape_guards(self) -> ShapeGuards:
+        """The guards that each call evaluates.
+
+        Raises:
+            BindError: the configuration does not ask for them, or the model is not compiled yet.
+        """
+        guards = self.traces[0].guards if self.traces else None
+        if guards is None:
+            raise BindError(
+                "no shape guards are kept",
+                where="dynamic_shapes_config.evaluate_guards",
+                hint="set it, and compile the model",
+            )
+        return guards
+
+
+@contextmanager
+def tracing_shapes(kind: DynamicShapesType, arguments: object) -> Iterator[None]:
+    """Trace with ``kind`` of symbols in the block.
+
+    Unbacked: the dimensions of ``arguments`` (a pytree) that are marked dynamic become unbacked; if nothing is marked, the
+    first dimension of each tensor does.
+
+    Raises:
+        ConfigError: this torch has no such shapes.
+    """
+    with ExitStack() as stack:
+        if kind is DynamicShapesType.BACKED_SIZE_OBLIVIOUS:
+            stack.enter_context(_size_oblivious())
+        elif kind is DynamicShapesType.UNBACKED:
+            tensors = [t for t in pytree.tree_leaves(arguments) if isinstance(t, torch.Tensor)]
+            stack.enter_context(unmarked_afterwards(tensors))
+            _make_unbacked(tensors)
+        yield
+
+
+def _size_oblivious() -> AbstractContextManager[object]:
+    found = torch_compat.size_oblivious_tracing()
+    if found is None:
+        raise ConfigError(
+            f"torch {torch.__version__} can't trace backed shapes without fixing sizes 0 and 1",
+            where="dynamic_shapes_config.type",
+            hint="use unbacked",
+        )
+    return found
+
+
+def _make_unbacked(tensors: Sequence[torch.Tensor]) -> None:
+    marked = any(torch_compat.marked_dims(tensor) for tensor in tensors)
+    for tensor in tensors:
+        first = (0,) if tensor.dim() else ()
+        for dim in torch_compat.unmark_dynamic(tensor) if marked else first:
+            set_mark(tensor, dim, unbacked=True)
+
+
+class UnstitchedModule(StitchedModule):
+    """A model in a mode that stitches nothing: it is called like the others, and has no source and no pieces."""
+
+    def __init__(self, model: Callable[..., object], config: CompilationConfig) -> None:
+        super().__init__(
+            model
+        )  # its backend stays empty: whatever asks for what was made gets `_not_yet`
+        self.config = config
+        self._marks: list[dict[str, object]] = []
+        self._call = model if config.mode is CompilationMode.NONE else self._compile_and_call
+
+    def prepare(self, *args: object, **kwargs: object) -> None:
+        """Mode NONE: nothing to do. STOCK_TORCH_COMPILE: keep the marks on these arguments for torch, which compiles at
+        the first call."""
+        if self._call == self._compile_and_call:
+            leaves = pytree.tree_leaves((args, kwargs))
+            with tracing_shapes(self.config.dynamic_shapes_config.type, leaves):
+                self._marks = [dict(vars(t)) if isinstance(t, torch.Tensor) else {} for t in leaves]
+
+    def rebind(self) -> None:
+        """Nothing is bound: the model's weights are read at each call."""
+
+    def _compile_and_call(self, *args: object, **kwargs: object) -> object:
+        if self._switched_off():  # else the marks would be lost on a call that compiles nothing
+            return self.model(*args, **kwargs)
+        kind = self.config.dynamic_shapes_config.type
+        leaves = pytree.tree_leaves((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        with unmarked_afterwards(tensors), tracing_shapes(kind, leaves):
+            if len(self._marks) == len(leaves):
+                for leaf, marks in zip(leaves, self._marks, strict=True):
+                    if isinstance(leaf, torch.Tensor):
+                        vars(leaf).update(marks)
+            compiled = _stock(self.model, self.config, tensors)
+            result = compiled(*args, **kwargs)
+        oblivious = (
+            kind is DynamicShapesType.BACKED_SIZE_OBLIVIOUS
+        )  # a retrace may come at any call
+        self._call = _in_context(_size_oblivious, compiled) if oblivious else compiled
+        compilation_complete()
+        return result
+
+    def _not_yet(self, what: str) -> BindError:  # type: ignore[override]
+        return BindError(
+            f"mode {self.config.mode} stitches nothing, so there is no {what}",
+            where="mode",
+            hint="use DYNAMO_TRACE_ONCE or PIECEWORK_COMPILE",
+        )
+
+
+def _in_context(
+    make: Callable[[], AbstractContextManager[object]], call: Callable[..., object]
+) -> Callable[..., object]:
+    def run(*args: object, **kwargs: object) -> object:
+        with make():
+            return call(*args, **kwargs)
+
+    return run
+
+
+def _stock(
+    model: Callable[..., object], config: CompilationConfig, tensors: Sequence[torch.Tensor]
+) -> Callable[..., object]:
+    """``torch.compile`` of ``model`` with the configured backend; all dimensions are dynamic unless some are marked."""
+    marked = any(torch_compat.marked_dims(tensor) for tensor in tensors)
+    options = dict(config.inductor_compile_config) if config.backend == "inductor" else {}
+    # Dynamo caches by code object; one of its own keeps models independent of each other.
+    entry = types.FunctionType(
+        _call_model.__code__.replace(), _call_model.__globals__, "stock_torch_compile"
+    )
+    compiled = torch.compile(
+        entry,
+        backend=config.init_backend(),
+        dynamic=None if marked else True,
+        options=options or None,
+    )
+    return lambda *args, **kwargs: compiled(model, *args, **kwargs)
+
+
+def _call_model(model, *args, **kwargs):  # type: ignore[no-untyped-def]
+    return model(*args, **kwargs)

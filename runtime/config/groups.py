@@ -1,0 +1,250 @@
+"""The nested groups and enumerations of the configuration: in, a name, number or mapping; out, a frozen value.
+
+It never looks at two groups together: conflicts between groups belong to `piecework.runtime.config.compilation`.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
+
+from piecework.errors import ConfigError
+from piecework.runtime.batch.mode import CUDAGraphMode
+from piecework.runtime.config.model import KEY, Conflict, FrozenModel, ignored
+from piecework.runtime.config.values import QueryLens
+
+
+class CompilationMode(enum.IntEnum):
+    """How a model is compiled; the numbers and the first three names are the field's."""
+
+    NONE = 0
+    STOCK_TORCH_COMPILE = 1
+    DYNAMO_TRACE_ONCE = 2
+    PIECEWORK_COMPILE = 3
+
+    @classmethod
+    def parse(cls, value: CompilationMode | int | str) -> CompilationMode:
+        """The mode with this number or name (any case; VLLM_COMPILE is PIECEWORK_COMPILE).
+
+        Raises:
+            ConfigError: nothing has that name or number; the message lists both.
+        """
+        if isinstance(value, str):
+            name = value.strip().upper()
+            name = "PIECEWORK_COMPILE" if name == "VLLM_COMPILE" else name
+            if name in cls.__members__:
+                return cls[name]
+            value = int(name) if name.isdecimal() else value
+        if isinstance(value, int) and not isinstance(value, bool) and value in range(len(cls)):
+            return cls(value)
+        names = ", ".join(f"{mode.name} ({mode.value})" for mode in cls)
+        raise ConfigError(f"no compilation mode {value!r}; use {names}", where="mode")
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class DynamicShapesType(enum.StrEnum):
+    """How Dynamo represents a dynamic dimension."""
+
+    AUTO = "auto"
+    BACKED = "backed"
+    UNBACKED = "unbacked"
+    BACKED_SIZE_OBLIVIOUS = "backed_size_oblivious"
+
+
+def _mode(value: Any) -> CompilationMode:
+    try:
+        return CompilationMode.parse(value)
+    except ConfigError as error:
+        raise ValueError(error.message) from None
+
+
+def _cudagraph_mode(value: Any) -> CUDAGraphMode:
+    try:
+        return CUDAGraphMode.parse(value)
+    except ConfigError as error:
+        raise ValueError(f"{error.message}; {error.hint}") from None
+
+
+def _name(value: enum.Enum) -> str:
+    return value.name
+
+
+ModeField = Annotated[
+    CompilationMode,
+    BeforeValidator(_mode),
+    PlainSerializer(_name, when_used="json"),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "enum": [*CompilationMode.__members__, "VLLM_COMPILE"]},
+                {"type": "integer", "minimum": 0, "maximum": 3},
+            ]
+        }
+    ),
+]
+CUDAGraphModeField = Annotated[
+    CUDAGraphMode,
+    BeforeValidator(_cudagraph_mode),
+    PlainSerializer(_name, when_used="json"),
+    WithJsonSchema({"type": "string", "enum": list(CUDAGraphMode.__members__)}),
+]
+
+
+class StitchingConfig(FrozenModel):
+    """The levers of the stitched function and its entry; each one off is slower, never different."""
+
+    bind_weights: Annotated[bool, KEY] = Field(
+        True, description="Bind the weights once instead of fetching and passing them per call."
+    )
+    direct_splitting_ops: Annotated[bool, KEY] = Field(
+        True,
+        description="Call a splitting op's own implementation, without the dispatcher, where that is equivalent.",
+    )
+    direct_artifact_entry: Annotated[bool, KEY] = Field(
+        True, description="Call a compiled piece's inner entry instead of its public wrapper."
+    )
+    check_inputs: Annotated[bool, KEY] = Field(
+        True, description="Check each call's inputs against what the trace assumed of them."
+    )
+    emit_del: Annotated[bool, KEY] = Field(
+        True,
+        description="Write `del` after the last use of a value, so that memory is freed early.",
+    )
+
+
+class DynamicShapesConfig(FrozenModel):
+    """How dynamic dimensions are traced and what is done with the guards on them."""
+
+    type: Annotated[DynamicShapesType, KEY] = Field(
+        DynamicShapesType.AUTO,
+        description="`auto`: every size is served, by one trace where that is known to be right, else by several, made when "
+        "a call first needs them; the others make one trace: `backed`: symbols with a hint, sizes 0 and 1 are not served; "
+        "`unbacked`: no hint, so nothing can be specialised; `backed_size_oblivious`: a hint, but sizes 0 and 1 are not special.",
+    )
+    evaluate_guards: Annotated[bool, KEY] = Field(
+        False, description="Keep Dynamo's shape guards and fail where one would recompile."
+    )
+
+
+class PassConfig(FrozenModel):
+    """Which graph passes run on a piece after Inductor's own."""
+
+    eliminate_noops: Annotated[bool, KEY] = Field(
+        True,
+        description="Remove reshapes, slices and slice_scatters that change nothing, and shorten chains of views.",
+    )
+    defunctionalize: Annotated[bool, KEY] = Field(
+        True, description="Turn auto-functionalised custom ops back into their in-place form."
+    )
+    clean_up: Annotated[bool, KEY] = Field(
+        True, description="Remove dead nodes and sort the graph after the other passes."
+    )
+    fuse_attn_quant: Annotated[bool, KEY] = Field(
+        False,
+        description="A user pass fuses attention with what follows, so attention stays in the graph.",
+    )
+    enable_sp: Annotated[bool, KEY] = Field(
+        False,
+        description="A user pass cuts the sequence over the tensor-parallel ranks, so captured "
+        "sizes are multiples of their number.",
+    )
+    report_matches: Annotated[bool, ignored("it only adds a report")] = Field(
+        False, description="Report how often each pass matched."
+    )
+
+
+class RuntimeConfig(FrozenModel):
+    """What the parts read of the program around the model: batch limits, ranks, dtype, name."""
+
+    max_num_batched_tokens: Annotated[int, KEY] = Field(
+        8192, ge=1, description="The most tokens in one forward; the end of the last range."
+    )
+    max_num_seqs: Annotated[int, ignored("it only bounds the captured sizes")] = Field(
+        256, ge=1, description="The most requests in one forward."
+    )
+    uniform_decode_query_len: Annotated[int, ignored("it only shapes the captured sizes")] = Field(
+        1, ge=1, description="Query tokens of a request in a decode batch (1 plus the speculated)."
+    )
+    further_decode_query_lens: Annotated[
+        QueryLens, ignored("they only shape the captured sizes")
+    ] = Field(
+        (),
+        description="Narrower query lengths that decode batches have too, where the width of the draft varies.",
+    )
+    enable_lora: Annotated[bool, ignored("it only adds captured descriptors")] = Field(
+        False, description="Adapters may be active, so captured graphs are kept apart by it."
+    )
+    rank: Annotated[int, ignored("each rank has a folder of its own")] = Field(
+        0, ge=0, description="This process among the `world_size` of one replica."
+    )
+    dp_rank: Annotated[int, ignored("each rank has a folder of its own")] = Field(
+        0, ge=0, description="This replica's number among the data-parallel ones."
+    )
+    world_size: Annotated[int, KEY] = Field(
+        1, ge=1, description="Processes of one replica: collectives span them."
+    )
+    tensor_parallel_size: Annotated[int, KEY] = Field(
+        1, ge=1, description="Ranks that one layer is cut over."
+    )
+    data_parallel_size: Annotated[int, ignored("replicas run the same code")] = Field(
+        1, ge=1, description="How many replicas run side by side."
+    )
+    dtype: Annotated[str, KEY] = Field(
+        "float32", pattern=r"^[a-z][a-z0-9_]*$", description="The model's dtype, by torch's name."
+    )
+    model_name: Annotated[str, ignored("only a label; the key has the model's content")] = Field(
+        "", description="The model's name in reports and folders."
+    )
+
+    @property
+    def query_lens(self) -> tuple[int, ...]:
+        """Every query length of a decode batch, ascending."""
+        return tuple(sorted({self.uniform_decode_query_len, *self.further_decode_query_lens}))
+
+    def conflicts(self) -> list[Conflict]:
+        found = []
+        wider = [n for n in self.further_decode_query_lens if n > self.uniform_decode_query_len]
+        if wider:
+            found.append(
+                Conflict(
+                    ("further_decode_query_lens", "uniform_decode_query_len"),
+                    f"{', '.join(map(str, wider))} is more than {self.uniform_decode_query_len}, the widest",
+                )
+            )
+        if self.uniform_decode_query_len > self.max_num_batched_tokens:
+            found.append(
+                Conflict(
+                    ("uniform_decode_query_len", "max_num_batched_tokens"),
+                    f"a request of {self.uniform_decode_query_len} tokens does not fit in "
+                    f"{self.max_num_batched_tokens}",
+                )
+            )
+        if self.rank >= self.world_size:
+            found.append(Conflict(("rank", "world_size"), f"rank {self.rank} of {self.world_size}"))
+        if self.dp_rank >= self.data_parallel_size:
+            found.append(
+                Conflict(
+                    ("dp_rank", "data_parallel_size"),
+                    f"replica {self.dp_rank} of {self.data_parallel_size}",
+                )
+            )
+        if self.world_size % self.tensor_parallel_size:
+            found.append(
+                Conflict(
+                    ("world_size", "tensor_parallel_size"),
+                    f"{self.world_size} ranks are no multiple of {self.tensor_parallel_size}",
+                )
+            )
+        if self.max_num_seqs > self.max_num_batched_tokens:
+            found.append(
+                Conflict(
+                    ("max_num_seqs", "max_num_batched_tokens"),
+                    f"{self.max_num_seqs} requests of at least one token do not fit in "
+                    f"{self.max_num_batched_tokens} tokens",
+                )
+            )
+        return found

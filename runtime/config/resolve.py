@@ -1,0 +1,331 @@
+"""What a configuration means in one program: in, a CompilationConfig and a RuntimeConfig; out, a new one with nothing left open.
+
+It never changes what it is given, and it reads neither the environment nor a registry: what exists is passed in.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from piecework.errors import ConfigError, ConfigProblem
+from piecework.runtime.batch.mode import CUDAGraphMode
+from piecework.runtime.batch.ranges import derive_ranges
+from piecework.runtime.batch.sizes import (
+    adjust_sizes_for_spec_decode,
+    padded_sizes,
+    resolve_capture_sizes,
+)
+from piecework.runtime.config.groups import CompilationMode, RuntimeConfig
+from piecework.runtime.config.model import Conflict, report
+from piecework.runtime.config.values import CAPTURE_SIZES, has_op
+
+if TYPE_CHECKING:
+    from piecework.runtime.config.compilation import CompilationConfig
+
+_log = logging.getLogger(__name__)
+
+
+def conflicts_of(config: CompilationConfig) -> list[Conflict]:
+    """Fields of one configuration that are valid alone and contradict each other."""
+    found: list[Conflict] = []
+    mode, captures = config.mode, config.cudagraph_mode
+    if config.use_inductor_graph_partition:
+        if config.backend != "inductor":
+            found.append(
+                Conflict(
+                    ("use_inductor_graph_partition", "backend"),
+                    f"only Inductor partitions a graph, and the backend is {config.backend!r}",
+                )
+            )
+        if mode is CompilationMode.NONE:
+            found.append(
+                Conflict(
+                    ("use_inductor_graph_partition", "mode"),
+                    "mode NONE compiles nothing, so Inductor has nothing to partition",
+                )
+            )
+    if mode is CompilationMode.NONE and captures is not CUDAGraphMode.NONE:
+        found.append(
+            Conflict(
+                ("cudagraph_mode", "mode"),
+                f"mode NONE traces nothing, so there is nothing that {captures} could capture; use PIECEWORK_COMPILE, with "
+                "backend 'eager' to compile nothing",
+            )
+        )
+    if captures.requires_piecewise_compilation():
+        if mode in (CompilationMode.STOCK_TORCH_COMPILE, CompilationMode.DYNAMO_TRACE_ONCE):
+            found.append(
+                Conflict(
+                    ("cudagraph_mode", "mode"),
+                    f"{captures} captures pieces, and mode {mode} makes none; use PIECEWORK_COMPILE, "
+                    f"or cudagraph_mode {captures.without_piecewise()}",
+                )
+            )
+        if config.splitting_ops == ():
+            found.append(
+                Conflict(
+                    ("cudagraph_mode", "splitting_ops"),
+                    f"{captures} captures the pieces between splitting ops, and splitting_ops is "
+                    "empty; use FULL to capture the whole graph",
+                )
+            )
+    return [*found, *_size_conflicts(config)]
+
+
+def _size_conflicts(config: CompilationConfig) -> list[Conflict]:
+    found: list[Conflict] = []
+    captures, sizes = config.cudagraph_mode, config.cudagraph_capture_sizes
+    largest = config.max_cudagraph_capture_size
+    if sizes is not None and largest is not None and largest != max(sizes, default=0):
+        found.append(
+            Conflict(
+                ("cudagraph_capture_sizes", "max_cudagraph_capture_size"),
+                f"the largest listed size is {max(sizes, default=0)} and the maximum {largest}; "
+                "give only one of the two",
+            )
+        )
+    if captures is CUDAGraphMode.NONE:
+        return found
+    if sizes == ():
+        found.append(
+            Conflict(
+                ("cudagraph_mode", "cudagraph_capture_sizes"),
+                f"{captures} captures, and no size is listed; use mode NONE, or leave the list out",
+            )
+        )
+    if largest == 0:
+        found.append(
+            Conflict(
+                ("cudagraph_mode", "max_cudagraph_capture_size"),
+                f"{captures} captures, and the largest size is 0; use mode NONE",
+            )
+        )
+    # A batch that may run uncaptured keeps its own size, so that any size is reached.
+    if sizes and captures.mixed_mode() is not CUDAGraphMode.NONE:
+        padded = padded_sizes(sizes)
+        idle = [
+            f"{size} (padded to {padded[size]})"
+            for size in config.compile_sizes
+            if isinstance(size, int) and size < len(padded) and padded[size] != size
+        ]
+        if idle:
+            found.append(
+                Conflict(
+                    ("compile_sizes", "cudagraph_capture_sizes"),
+                    f"no batch runs in {', '.join(idle)}; compile captured sizes, or sizes above {max(sizes)}",
+                )
+            )
+    return found
+
+
+def with_splitting_ops(
+    config: CompilationConfig, registered: Iterable[str], attention_ops: Iterable[str]
+) -> CompilationConfig:
+    """``config`` with explicit splitting ops; see ``CompilationConfig.set_splitting_ops_for_v1``."""
+    if config.mode in (CompilationMode.STOCK_TORCH_COMPILE, CompilationMode.DYNAMO_TRACE_ONCE):
+        # These modes hand the whole graph to one compiler; a list given by hand is kept as it is.
+        return config if config.splitting_ops is not None else config.replace(splitting_ops=())
+    if config.pass_config.fuse_attn_quant and not config.use_inductor_graph_partition:
+        return with_attention_inside(config, registered, attention_ops)
+    if config.splitting_ops is not None:
+        return config
+    return _split_at(config, sorted(set(registered)), "no splitting op is registered")
+
+
+def with_attention_inside(
+    config: CompilationConfig, registered: Iterable[str], attention_ops: Iterable[str]
+) -> CompilationConfig:
+    """``config`` cut nowhere at attention; see ``CompilationConfig.set_splitting_ops_for_attn_fusion``."""
+    if not config.pass_config.fuse_attn_quant:
+        raise ConfigError(
+            "attention stays in the graph only for a pass that fuses it",
+            where="pass_config.fuse_attn_quant",
+            hint="set pass_config.fuse_attn_quant, or leave the splitting ops as they are",
+        )
+    attention = sorted(set(attention_ops))
+    if config.splitting_ops is not None:
+        cut = [op for op in attention if has_op(config.splitting_ops, op)]
+        if cut:
+            raise ConfigError(
+                f"fuse_attn_quant needs attention inside the pieces, and the graph is cut at {', '.join(cut)}",
+                where="splitting_ops",
+                hint="remove it from splitting_ops, or use use_inductor_graph_partition",
+            )
+        return config
+    if not attention:
+        raise ConfigError(
+            "fuse_attn_quant needs to know which splitting ops are attention",
+            where="pass_config.fuse_attn_quant",
+            hint="pass attention_ops, or list the other ops in splitting_ops",
+        )
+    remaining = sorted(op for op in set(registered) if not has_op(attention, op))
+    return _split_at(config, remaining, "fuse_attn_quant keeps attention in the graph")
+
+
+def _split_at(config: CompilationConfig, ops: Sequence[str], why_none: str) -> CompilationConfig:
+    """``config`` cut at ``ops``; with none of them, pieces are no longer captured, which is logged."""
+    if ops or not config.cudagraph_mode.requires_piecewise_compilation():
+        return config.replace(splitting_ops=tuple(ops))
+    fallback = config.cudagraph_mode.without_piecewise()
+    _log.warning(
+        "%s, so there are no pieces to capture: cudagraph_mode %s becomes %s",
+        why_none,
+        config.cudagraph_mode,
+        fallback,
+    )
+    return config.replace(splitting_ops=(), cudagraph_mode=fallback)
+
+
+def with_capture_sizes(config: CompilationConfig, runtime: RuntimeConfig) -> CompilationConfig:
+    """``config`` with explicit sizes; see ``CompilationConfig.post_init_cudagraph_sizes``."""
+    captured: tuple[int, ...] = ()
+    if config.cudagraph_mode is not CUDAGraphMode.NONE:
+        captured = resolve_capture_sizes(
+            config.cudagraph_capture_sizes,
+            config.max_cudagraph_capture_size,
+            max_num_seqs=runtime.max_num_seqs,
+            max_num_batched_tokens=runtime.max_num_batched_tokens,
+            decode_query_lens=runtime.query_lens,
+        )
+        captured = _whole_shares(captured, _ranks_that_cut(config, runtime))
+    elif config.cudagraph_capture_sizes:
+        _log.warning("cudagraph_mode NONE captures nothing: cudagraph_capture_sizes are dropped")
+    return config.replace(
+        cudagraph_capture_sizes=captured, max_cudagraph_capture_size=max(captured, default=0)
+    )
+
+
+def _ranks_that_cut(config: CompilationConfig, runtime: RuntimeConfig) -> int:
+    """Over how many ranks the tokens of a batch are cut."""
+    return runtime.tensor_parallel_size if config.pass_config.enable_sp else 1
+
+
+def _whole_shares(sizes: tuple[int, ...], ranks: int) -> tuple[int, ...]:
+    """The sizes of which every rank gets the same share; others are left out, which is logged.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    kept = tuple(size for size in sizes if size % ranks == 0)
+    if sizes and not kept:
+        raise ConfigError(
+            f"no capture size is a multiple of {ranks}, over which the sequence is cut",
+            where="cudagraph_capture_sizes",
+            hint="list multiples, or switch pass_config.enable_sp off",
+        )
+    if len(kept) < len(sizes):
+        dropped = ", ".join(str(size) for size in sizes if size not in kept)
+        _log.warning("capture sizes %s are dropped: the sequence is cut over %s", dropped, ranks)
+    return kept
+
+
+def with_compile_sizes(config: CompilationConfig) -> CompilationConfig:
+    """``config`` in which a reference to the capture sizes in ``compile_sizes`` is replaced by them."""
+    if CAPTURE_SIZES not in config.compile_sizes:
+        return config
+    if config.cudagraph_capture_sizes is None:
+        raise ConfigError(
+            "compile_sizes refers to the capture sizes, which are not chosen yet",
+            where="compile_sizes",
+            hint="call resolve() first",
+        )
+    named = [size for size in config.compile_sizes if isinstance(size, int)]
+    return config.replace(compile_sizes=(*named, *config.cudagraph_capture_sizes))
+
+
+def with_spec_decode_sizes(
+    config: CompilationConfig, query_len: int, tensor_parallel_size: int
+) -> CompilationConfig:
+    """``config`` with fitting sizes; see ``CompilationConfig.adjust_cudagraph_sizes_for_spec_decode``."""
+    sizes, largest = config.cudagraph_capture_sizes, config.max_cudagraph_capture_size
+    if sizes is None or largest is None:
+        raise ConfigError(
+            "the capture sizes are not chosen yet",
+            where="cudagraph_capture_sizes",
+            hint="call resolve() or post_init_cudagraph_sizes() first",
+        )
+    adjusted = adjust_sizes_for_spec_decode(
+        sizes,
+        query_len,
+        max_size=largest,
+        tensor_parallel_size=tensor_parallel_size if config.pass_config.enable_sp else 1,
+    )
+    return config.replace(
+        cudagraph_capture_sizes=adjusted, max_cudagraph_capture_size=max(adjusted, default=0)
+    )
+
+
+def with_decode_sizes(config: CompilationConfig, runtime: RuntimeConfig) -> CompilationConfig:
+    """``config`` itself, after a check that decode batches of every query length have a size to be captured in."""
+    captures, sizes = config.cudagraph_mode, config.cudagraph_capture_sizes
+    if sizes and captures.separate_routine() and captures.decode_mode() is CUDAGraphMode.FULL:
+        for query_len in runtime.query_lens:
+            adjust_sizes_for_spec_decode(
+                sizes,
+                query_len,
+                max_size=max(sizes),
+                tensor_parallel_size=_ranks_that_cut(config, runtime),
+            )
+    return config
+
+
+def with_ranges(config: CompilationConfig, runtime: RuntimeConfig) -> CompilationConfig:
+    """``config`` with the endpoints that cut something: the largest batch itself does not."""
+    largest = runtime.max_num_batched_tokens
+    ranges = derive_ranges(config.compile_ranges_endpoints, largest)
+    return config.replace(compile_ranges_endpoints=tuple(each.end for each in ranges[:-1]))
+
+
+def with_reachable_sizes(config: CompilationConfig, runtime: RuntimeConfig) -> CompilationConfig:
+    """``config`` itself, after a check that a batch can be as large as each compile size."""
+    largest = runtime.max_num_batched_tokens
+    beyond = [size for size in config.compile_sizes if isinstance(size, int) and size > largest]
+    if beyond:
+        raise ConfigError(
+            f"no batch reaches {', '.join(map(str, beyond))}; the largest batch is {largest}",
+            where="compile_sizes",
+            hint="remove these sizes, or raise max_num_batched_tokens",
+        )
+    return config
+
+
+def resolve(
+    config: CompilationConfig,
+    runtime: RuntimeConfig,
+    registered: Iterable[str] | None,
+    attention_ops: Iterable[str],
+) -> CompilationConfig:
+    """Every step on a copy; see ``CompilationConfig.resolve``. Problems of all steps are one error."""
+    problems: list[ConfigProblem] = []
+
+    def step(
+        current: CompilationConfig, change: Callable[[CompilationConfig], CompilationConfig]
+    ) -> CompilationConfig:
+        try:
+            return change(current)
+        except ConfigError as error:
+            problems.extend(
+                error.problems or (ConfigProblem(error.where or "", _with_hint(error)),)
+            )
+            return current
+
+    done = config
+    if registered is not None:
+        done = step(done, lambda each: with_splitting_ops(each, registered, attention_ops))
+    done = step(done, lambda each: with_capture_sizes(each, runtime))
+    done = step(done, lambda each: with_decode_sizes(each, runtime))
+    if done.cudagraph_capture_sizes is not None:  # else the step that chooses them has failed
+        done = step(done, with_compile_sizes)
+    done = step(done, lambda each: with_reachable_sizes(each, runtime))
+    done = step(done, lambda each: with_ranges(each, runtime))
+    if problems:
+        raise report(type(config).__name__, problems)
+    if {"all", "none"}.isdisjoint(done.custom_ops):
+        done = done.replace(custom_ops=(done.custom_op_base(), *done.custom_ops))
+    return done
+
+
+def _with_hint(error: ConfigError) -> str:
+    return error.message if error.hint is None else f"{error.message} ({error.hint})"

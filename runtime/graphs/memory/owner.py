@@ -1,0 +1,223 @@
+"""Everything static that one compiled model owns: in, a device; out, its pool, its address book, its captures and their cost.
+
+It never captures on its own: it says when capturing is allowed, and forgets what is no longer valid.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from piecework.errors import StaticGraphError
+from piecework.runtime.batch.descriptor import BatchDescriptor
+from piecework.runtime.batch.mode import CUDAGraphMode
+from piecework.runtime.graphs.device.contract import GraphPlatform, GraphPool, StaticGraph
+from piecework.runtime.graphs.device.platforms import platform_for
+from piecework.runtime.graphs.memory.addresses import AddressBook, AddressPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureRecord:
+    """One capture that happened.
+
+    Attributes:
+        name: the piece, or the whole model.
+        mode: PIECEWISE or FULL.
+        descriptor: the batch shape.
+        nbytes: what it added to the pool.
+        staged_bytes: static buffers for fresh inputs, outside the pool.
+        eager_reason: why this piece runs uncaptured in this shape, if the address policy said so.
+    """
+
+    name: str
+    mode: CUDAGraphMode
+    descriptor: BatchDescriptor
+    nbytes: int
+    staged_bytes: int = 0
+    eager_reason: str | None = None
+
+
+class StaticGraphs:
+    """The static graphs of one model: one pool, one address book, one capture phase.
+
+    Args:
+        platform: where graphs are captured, or a device to look it up by.
+        address_policy: what becomes of fresh tensors that enter a captured piece.
+        lazy: allow captures at any time, until capturing is closed; otherwise only inside ``capturing()``.
+        check_addresses: check the inputs of every replay, not only of the first (debugging).
+        on_capture: called with the record of each capture, for counters and progress.
+
+    Example:
+        >>> graphs = StaticGraphs("cpu")
+        >>> with graphs.capturing():
+        ...     graphs.is_open
+        True
+    """
+
+    def __init__(
+        self,
+        platform: GraphPlatform | torch.device | str,
+        *,
+        address_policy: AddressPolicy | str = AddressPolicy.COPY,
+        lazy: bool = False,
+        check_addresses: bool = False,
+        on_capture: Callable[[CaptureRecord], None] | None = None,
+    ) -> None:
+        self.platform: GraphPlatform = (
+            platform_for(platform) if isinstance(platform, (str, torch.device)) else platform
+        )
+        self.pool: GraphPool = self.platform.new_pool()
+        self.addresses = AddressBook()
+        self.address_policy = AddressPolicy.parse(address_policy)
+        self.check_addresses = check_addresses
+        self.records: list[CaptureRecord] = []
+        self._on_capture = on_capture
+        self.capture_lock = threading.RLock()
+        self._open = lazy
+        self._in_use: set[tuple[CUDAGraphMode, BatchDescriptor]] = set()
+        self._busy_with: str | None = None
+        self._holders: weakref.WeakSet[GraphHolder] = weakref.WeakSet()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether capturing is allowed now."""
+        return self._open
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """The capture phase; afterwards capturing is closed, even where it was lazy before."""
+        self._open = True
+        try:
+            with self.platform.capture_scope(self.pool):
+                yield
+        finally:
+            self._open = False
+
+    def allow_capturing(self, allowed: bool) -> None:
+        """Allow captures at any time, or close a lazy capture phase."""
+        self._open = allowed
+
+    def require_open(self, mode: CUDAGraphMode, where: str) -> None:
+        """Check that capturing is allowed now.
+
+        Raises:
+            StaticGraphError: the capture phase is closed.
+        """
+        if not self._open:
+            raise StaticGraphError(
+                f"{mode.name} capture outside the capture phase",
+                where=where,
+                hint="capture this batch shape before serving, or dispatch it to a captured one or to NONE",
+            )
+
+    def mark_in_use(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
+        """A piece captured for this shape was replayed, so its capturing forward is over."""
+        self._in_use.add((mode, descriptor))
+
+    def require_unused(self, mode: CUDAGraphMode, descriptor: BatchDescriptor, where: str) -> None:
+        """Check that all pieces of a shape are captured in the same forward.
+
+        Later the pool counts the outputs of the earlier pieces as free, and would let a new capture write
+        over what this forward still reads.
+
+        Raises:
+            StaticGraphError: they are not; what was captured for the shape is forgotten, so that the next
+                forward can capture all of it.
+        """
+        if (mode, descriptor) in self._in_use:
+            self.platform.synchronize()
+            self.discard(mode, descriptor)
+            raise StaticGraphError(
+                "earlier pieces of this batch shape were captured in another forward",
+                where=where,
+                hint="capture all pieces of a shape in one forward; the next one may",
+            )
+
+    def register(self, holder: GraphHolder) -> None:
+        """Remember (weakly) who holds captures, so that they can be forgotten together."""
+        self._holders.add(holder)
+
+    @contextmanager
+    def one_capture(
+        self, name: str, mode: CUDAGraphMode, descriptor: BatchDescriptor, *, staged_bytes: int = 0
+    ) -> Iterator[StaticGraph]:
+        """A new graph to capture into, measured and recorded; captures never nest or overlap.
+
+        Raises:
+            StaticGraphError: the capture phase is closed, or another capture is going on.
+        """
+        where = f"{name}, {mode.name} {descriptor.describe()}"
+        with self.capture_lock:
+            self.require_open(mode, where)
+            if self._busy_with is not None:
+                raise StaticGraphError(
+                    f"a capture inside the capture of {self._busy_with}",
+                    where=where,
+                    hint="nest FULL outside PIECEWISE, and let the context's mode pick one",
+                )
+            self._busy_with = name
+            before = self.pool.nbytes
+            try:
+                yield self.platform.new_graph(self.pool)
+            finally:
+                self._busy_with = None
+            added = self.pool.nbytes - before
+            record = CaptureRecord(name, mode, descriptor, added, staged_bytes)
+            self.records.append(record)
+            if self._on_capture is not None:
+                self._on_capture(record)
+
+    def note_eager(
+        self, name: str, mode: CUDAGraphMode, descriptor: BatchDescriptor, reason: str
+    ) -> None:
+        """Record that a piece runs uncaptured in this shape."""
+        self.records.append(CaptureRecord(name, mode, descriptor, 0, 0, reason))
+
+    @property
+    def nbytes(self) -> int:
+        """What the captures hold now: the pool, and the static buffers of fresh inputs."""
+        return self.pool.nbytes + sum(record.staged_bytes for record in self.records)
+
+    def bytes_by_descriptor(self) -> Mapping[tuple[CUDAGraphMode, BatchDescriptor], int]:
+        """What each descriptor added when it was captured, all its pieces together."""
+        totals: dict[tuple[CUDAGraphMode, BatchDescriptor], int] = {}
+        for record in self.records:
+            key = (record.mode, record.descriptor)
+            totals[key] = totals.get(key, 0) + record.nbytes + record.staged_bytes
+        return totals
+
+    def discard(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
+        """Forget what was captured for one descriptor, in every piece.
+
+        An interrupted or failed capture leaves some pieces captured and others not; none of it is of use.
+        """
+        for holder in list(self._holders):
+            holder.discard(mode, descriptor)
+        self._in_use.discard((mode, descriptor))
+        self.addresses.forget_captured(descriptor)
+        self.records = [r for r in self.records if (r.mode, r.descriptor) != (mode, descriptor)]
+
+    def clear_all_graphs(self) -> None:
+        """Forget every capture and give the pool's memory back; weights and buffers stay registered."""
+        self.platform.synchronize()
+        for holder in list(self._holders):
+            holder.clear_graphs()
+        self._in_use.clear()
+        self.addresses.forget_captured()
+        self.records.clear()
+        self.pool.clear()
+
+
+class GraphHolder:
+    """Whoever keeps captures by descriptor; the owner tells it what to forget."""
+
+    def discard(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
+        raise NotImplementedError
+
+    def clear_graphs(self) -> None:
+        raise NotImplementedError

@@ -1,0 +1,225 @@
+"""A callable that is captured per batch shape: in, the forward context's mode and descriptor; out, a capture, a replay or a plain run.
+
+It never picks the mode or the descriptor: the dispatcher does, and the context carries them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from piecework.errors import ConfigError, StaticGraphError
+from piecework.runtime.batch.descriptor import BatchDescriptor
+from piecework.runtime.batch.forward_context import ForwardContext, current_forward_context
+from piecework.runtime.batch.mode import CUDAGraphMode
+from piecework.runtime.graphs.memory.captured_call import CapturedCall, CaptureRequest
+from piecework.runtime.graphs.memory.owner import GraphHolder, StaticGraphs
+from piecework.runtime.torch_compat import flatten_tree
+
+_log = logging.getLogger(__name__)
+
+
+class GraphSettings(Protocol):
+    """What the wrapper reads of a compilation configuration."""
+
+    @property
+    def cudagraph_mode(self) -> CUDAGraphMode: ...
+
+    @property
+    def cudagraph_num_of_warmups(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class CUDAGraphOptions:
+    """How one wrapper captures.
+
+    Attributes:
+        debug_log_enable: log each capture of this wrapper.
+        gc_disable: don't collect garbage before capturing; only the first piece of a forward needs to.
+        weak_ref_output: let go of the output inside the capture; right for the last piece, whose output
+            no other piece reads.
+        mutated_args: leaves of the arguments that the callable changes in place.
+    """
+
+    debug_log_enable: bool = True
+    gc_disable: bool = False
+    weak_ref_output: bool = False
+    mutated_args: frozenset[int] = frozenset()
+
+
+@dataclass(slots=True)
+class CUDAGraphEntry:
+    """What a wrapper knows about one descriptor."""
+
+    batch_descriptor: BatchDescriptor
+    num_finished_warmup: int = 0
+    call: CapturedCall | None = None
+
+    @property
+    def output(self) -> object:
+        """The static output, weakly referenced; None before the capture."""
+        return None if self.call is None else self.call.output
+
+
+@dataclass(eq=False)
+class CUDAGraphWrapper(GraphHolder):
+    """Runs ``runnable`` as a static graph whenever the context's mode is this wrapper's mode.
+
+    Without a context, on another mode, or when the context skips graphs, it runs ``runnable``. Wrappers nest:
+    a FULL one around a model whose pieces have PIECEWISE ones; the context's mode selects which of them acts.
+
+    Args:
+        runnable: any callable over tensors; its output may be any pytree.
+        config: gives ``cudagraph_num_of_warmups``; None means no warm-up.
+        runtime_mode: PIECEWISE or FULL.
+        cudagraph_options: how to capture.
+        graphs: the owner of pool and capture phase; by default a private, lazy one on the device of the first
+            tensor argument.
+        name: what errors and reports call it.
+
+    Example:
+        >>> from piecework.runtime.batch.forward_context import set_forward_context
+        >>> graphs = StaticGraphs("cpu")
+        >>> x = torch.zeros(2)
+        >>> graphs.addresses.register_persistent("x", x)
+        >>> double = CUDAGraphWrapper(lambda x: x * 2, None, CUDAGraphMode.FULL, graphs=graphs)
+        >>> mode = dict(cudagraph_runtime_mode=CUDAGraphMode.FULL, batch_descriptor=BatchDescriptor(2))
+        >>> with graphs.capturing(), set_forward_context(**mode):
+        ...     _ = double(x)
+        >>> with set_forward_context(**mode):
+        ...     double(x.fill_(3)).tolist()
+        [6.0, 6.0]
+    """
+
+    runnable: Callable[..., object]
+    config: GraphSettings | None
+    runtime_mode: CUDAGraphMode
+    cudagraph_options: CUDAGraphOptions = field(default_factory=CUDAGraphOptions)
+    graphs: StaticGraphs | None = None
+    name: str = "model"
+    concrete_cudagraph_entries: dict[BatchDescriptor, CUDAGraphEntry] = field(
+        default_factory=dict, init=False
+    )
+
+    def __post_init__(self) -> None:
+        if self.runtime_mode not in (CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL):
+            raise ConfigError(
+                f"a wrapper captures in mode PIECEWISE or FULL, not {self.runtime_mode.name}",
+                where=self.name,
+                hint="don't wrap what is never captured",
+            )
+        if self.graphs is not None:
+            self.graphs.register(self)
+
+    def unwrap(self) -> Callable[..., object]:
+        """The callable without its graphs."""
+        return self.runnable
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        context = current_forward_context()
+        if (
+            context is None
+            or context.cudagraph_runtime_mode is not self.runtime_mode
+            or context.skip_cuda_graphs
+        ):
+            if context is not None and context.batch_descriptor is not None:
+                self._count_warmup(context)
+            return self.runnable(*args, **kwargs)
+        entry = self.concrete_cudagraph_entries.get(context.batch_descriptor)
+        call = None if entry is None else entry.call
+        if call is None:
+            return self._warm_up_or_capture(context, args, kwargs)
+        if call.trusted:
+            call.replay()
+            return call.output
+        return call(self.runnable, args, kwargs)
+
+    def _count_warmup(self, context: ForwardContext) -> None:
+        """An uncaptured run of a shape, while the capture phase is open, is a warm-up of it."""
+        if self.graphs is not None and self.graphs.is_open:
+            self._entry(context.batch_descriptor).num_finished_warmup += 1
+
+    def _entry(self, descriptor: BatchDescriptor) -> CUDAGraphEntry:
+        return self.concrete_cudagraph_entries.setdefault(descriptor, CUDAGraphEntry(descriptor))
+
+    def _warm_up_or_capture(
+        self, context: ForwardContext, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> object:
+        descriptor = context.batch_descriptor
+        if descriptor is None:
+            raise StaticGraphError(
+                f"the forward context asks for mode {self.runtime_mode.name} without a batch descriptor",
+                where=self.name,
+                hint="pass batch_descriptor to set_forward_context, as the dispatcher returned it",
+            )
+        graphs = self._owner(args, kwargs)
+        warmups = 0 if self.config is None else self.config.cudagraph_num_of_warmups
+        entry = self._entry(descriptor)
+        if graphs.is_open and entry.num_finished_warmup < warmups:
+            entry.num_finished_warmup += 1
+            return self.runnable(*args, **kwargs)
+        options = self.cudagraph_options
+        request = CaptureRequest(
+            self.name,
+            self.runtime_mode,
+            descriptor,
+            collect_garbage=not options.gc_disable,
+            weak_output=options.weak_ref_output,
+            mutated_args=options.mutated_args,
+        )
+        entry.call, output = CapturedCall.make(self.runnable, args, kwargs, request, graphs)
+        if options.debug_log_enable:
+            _log.debug("captured %s", request.where)
+        return output
+
+    def _owner(self, args: tuple[object, ...], kwargs: dict[str, object]) -> StaticGraphs:
+        if self.graphs is None:
+            leaves, _ = flatten_tree((args, kwargs))
+            device = next(
+                (leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)),
+                torch.device("cpu"),
+            )
+            self.graphs = StaticGraphs(device, lazy=True)
+            self.graphs.register(self)
+        return self.graphs
+
+    def discard(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
+        if mode is self.runtime_mode:
+            entry = self.concrete_cudagraph_entries.pop(descriptor, None)
+            if entry is not None and entry.call is not None:
+                entry.call.reset()
+
+    def clear_graphs(self) -> None:
+        for descriptor in list(self.concrete_cudagraph_entries):
+            self.discard(self.runtime_mode, descriptor)
+
+
+def wrap_with_cudagraph_if_needed(
+    piecewise_backend: Callable[..., object],
+    config: GraphSettings,
+    is_first_graph: bool,
+    is_last_graph: bool,
+    *,
+    graphs: StaticGraphs,
+    name: str = "piece",
+    mutated_args: frozenset[int] = frozenset(),
+) -> Callable[..., object]:
+    """The piece itself, or a PIECEWISE wrapper around it where the configured mode captures pieces.
+
+    Only the first piece collects garbage, only the last one lets go of its output inside the capture.
+    """
+    if not config.cudagraph_mode.requires_piecewise_compilation():
+        return piecewise_backend
+    options = CUDAGraphOptions(
+        debug_log_enable=is_first_graph,
+        gc_disable=not is_first_graph,
+        weak_ref_output=is_last_graph,
+        mutated_args=mutated_args,
+    )
+    return CUDAGraphWrapper(
+        piecewise_backend, config, CUDAGraphMode.PIECEWISE, options, graphs=graphs, name=name
+    )

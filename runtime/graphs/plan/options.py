@@ -1,0 +1,248 @@
+"""What is captured of a model, and how. In: a configuration, sizes and options. Out: a plan with nothing left open.
+
+It captures nothing, and changes neither the configuration nor the model.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from piecework.errors import ConfigError, StaticGraphError
+from piecework.runtime.batch.descriptor import BatchKind
+from piecework.runtime.batch.dispatcher import CudagraphDispatcher, Reason
+from piecework.runtime.batch.keys import LoraCases
+from piecework.runtime.batch.mode import CUDAGraphMode
+from piecework.runtime.batch.sizes import default_capture_sizes, require_positive_sizes
+from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
+from piecework.runtime.graphs.memory.addresses import AddressPolicy
+from piecework.runtime.graphs.plan.batch_shape import BatchShape, OtherSize, require_sizes
+from piecework.runtime.graphs.plan.phase import ContextFor, FailurePolicy
+from piecework.runtime.graphs.stage.slots import Number
+
+_WORTH_CAPTURING = 512
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureOptions:
+    """How a stitched model is captured.
+
+    Attributes:
+        mode: what is captured: the pieces, the whole forward, or both; by default the configuration's ``cudagraph_mode``, and
+            PIECEWISE where that is NONE.
+        runtime: the program's limits: largest batch, most requests, query length of a decode batch, adapters. Sizes are
+            resolved against it as by ``CompilationConfig.resolve``.
+        lora_counts: numbers of active adapters to capture for; none means one graph for any number.
+        axes: further axes of the descriptor, each with the values to capture.
+        other_sizes: for each dynamic size beside the batch size (``x.1``: dimension 1 of argument ``x``; ``n``: an integer
+            argument), the values to capture; or ``"batch"``, where it always equals the batch size and the trace did not see it.
+        kind_of: tells from the call's tensor arguments, by name, what kind of batch it is; by default the forward context's
+            ``batch`` tells.
+        address_policy: what becomes of fresh tensors that enter a captured piece.
+        warmups: uncaptured runs before each capture; by default the configuration's, and at least one on CUDA.
+        on_failure: what a failed capture does.
+        raise_interrupt: raise ``KeyboardInterrupt`` again after Ctrl-C; what was captured serves either way.
+        clone_outputs: return copies; otherwise the next call overwrites what this one returned.
+        strict: a batch that falls back to running uncaptured although its size was to be captured is an error.
+        pads: what fills the tail of each padded input, by its parameter's name; 0 by default.
+        poison: pad floating inputs with NaN, to find out what reads beyond the batch (debugging).
+        check_padding: run one small batch on random data alone, padded, and padded with NaN before anything is captured; where rows
+            differ, nothing is padded. It costs three uncaptured forwards.
+        context_for: makes the forward context of runs on dummy inputs.
+        put_back: copy what splitting ops write in runs on dummy inputs, and put it back after each; turn it off where the copies
+            take too much memory and nothing is in those buffers yet.
+        check_addresses: serve through pieces that check every address instead of through replay source (debugging).
+    """
+
+    mode: CUDAGraphMode | str | None = None
+    runtime: RuntimeConfig | None = None
+    lora_counts: tuple[int, ...] = ()
+    axes: Mapping[str, Sequence[Hashable]] = field(default_factory=dict)
+    other_sizes: Mapping[str, Sequence[int] | Literal["batch"]] = field(default_factory=dict)
+    kind_of: Callable[..., BatchKind] | None = None
+    address_policy: AddressPolicy | str = AddressPolicy.COPY
+    warmups: int | None = None
+    on_failure: FailurePolicy = FailurePolicy.RAISE
+    raise_interrupt: bool = True
+    clone_outputs: bool = True
+    strict: bool = False
+    pads: Mapping[str, Number] = field(default_factory=dict)
+    poison: bool = False
+    check_padding: bool = True
+    context_for: ContextFor | None = None
+    put_back: bool = True
+    check_addresses: bool = False
+
+    @property
+    def same_as_batch(self) -> frozenset[str]:
+        """Labels of the sizes that were declared to equal the batch size.
+
+        Raises:
+            ConfigError: a size is declared as another word.
+        """
+        words = {k: v for k, v in self.other_sizes.items() if isinstance(v, str)}
+        wrong = sorted(label for label, word in words.items() if word != "batch")
+        if wrong:
+            raise ConfigError(
+                f"{wrong[0]} is {words[wrong[0]]!r}",
+                where="other_sizes",
+                hint="give the values to capture, or 'batch'",
+            )
+        return frozenset(words)
+
+
+@dataclass(frozen=True, slots=True)
+class CapturePlan:
+    """What is captured.
+
+    Attributes:
+        mode: what decode and mixed batches use.
+        sizes: batch sizes, ascending.
+        others: combinations of other sizes, by label; one empty one if there are none.
+        dispatcher: which batch runs as what.
+    """
+
+    mode: CUDAGraphMode
+    sizes: tuple[int, ...]
+    others: tuple[Mapping[str, int], ...]
+    dispatcher: CudagraphDispatcher
+
+
+def plan_capture(
+    shape: BatchShape,
+    config: CompilationConfig,
+    sizes: Iterable[int] | None,
+    options: CaptureOptions,
+) -> CapturePlan:
+    """Settle what ``capture(sizes, …)`` means for one model.
+
+    Raises:
+        ConfigError: a size can't be reached or served, or sizes and limits disagree.
+        StaticGraphError: nothing is left to capture, or a dynamic size has no values to capture.
+    """
+    mode = _mode(config, options)
+    given = {label: v for label, v in options.other_sizes.items() if not isinstance(v, str)}
+    values = _other_values(shape, given)
+    others = tuple(
+        dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())
+    )
+    chosen = _sizes(shape, config, mode, sizes, others, options.runtime)
+    clash = sorted(set(values) & set(options.axes))
+    if clash:
+        raise ConfigError(f"axis {clash[0]!r} is a size of the model", where="axes")
+    runtime = options.runtime
+    lora = LoraCases(
+        (runtime is not None and runtime.enable_lora) or bool(options.lora_counts),
+        config.cudagraph_specialize_lora,
+        tuple(options.lora_counts),
+    )
+    dispatcher = CudagraphDispatcher(
+        mode,
+        chosen,
+        max_num_seqs=max(chosen) if runtime is None else runtime.max_num_seqs,
+        uniform_decode_query_len=1 if runtime is None else runtime.query_lens,
+        decode_multiple_of=(
+            runtime.tensor_parallel_size
+            if runtime is not None and config.pass_config.enable_sp
+            else 1
+        ),
+        lora=lora,
+        axes={**options.axes, **values},
+        strict=options.strict,
+        exact=_never_padded(shape),
+    )
+    for key in list(dispatcher.cudagraph_keys[CUDAGraphMode.FULL]):
+        # Decode sizes that follow from the others; what was asked for by name is an error where it can't be.
+        if key.num_tokens not in chosen and _refused(shape, key.num_tokens, others):
+            dispatcher.give_up(CUDAGraphMode.FULL, key)
+    return CapturePlan(mode, chosen, others, dispatcher)
+
+
+def _never_padded(shape: BatchShape) -> Reason | None:
+    if shape.mixes is None:
+        return None
+    return Reason.UNDECLARED if shape.undeclared else Reason.NOT_EXACT
+
+
+def _refused(shape: BatchShape, size: int, others: Sequence[Mapping[str, int]]) -> bool:
+    return any(shape.refusal(size, each) is not None for each in others)
+
+
+def _mode(config: CompilationConfig, options: CaptureOptions) -> CUDAGraphMode:
+    if options.mode is None:
+        unset = config.cudagraph_mode is CUDAGraphMode.NONE
+        return CUDAGraphMode.PIECEWISE if unset else config.cudagraph_mode
+    mode = CUDAGraphMode.parse(options.mode)
+    if mode is CUDAGraphMode.NONE:
+        raise ConfigError("mode NONE captures nothing", where="mode", hint="don't call capture()")
+    return mode
+
+
+def _sizes(
+    shape: BatchShape,
+    config: CompilationConfig,
+    mode: CUDAGraphMode,
+    sizes: Iterable[int] | None,
+    others: Sequence[Mapping[str, int]],
+    runtime: RuntimeConfig | None,
+) -> tuple[int, ...]:
+    named = config.cudagraph_capture_sizes if sizes is None else require_positive_sizes(sizes)
+    wanted = named
+    if runtime is not None and named != ():
+        largest = None if named is not None else config.max_cudagraph_capture_size
+        asked = config.replace(
+            cudagraph_mode=mode,
+            cudagraph_capture_sizes=named,
+            max_cudagraph_capture_size=largest,
+            compile_sizes=(),  # they are compiled already, and serve what runs uncaptured
+        )
+        wanted = asked.resolve(runtime).cudagraph_capture_sizes
+    elif named is None:
+        wanted = default_capture_sizes(config.max_cudagraph_capture_size or _WORTH_CAPTURING)
+    found = tuple(wanted or ())
+    if named is not None:
+        require_sizes(shape, found, others)
+    else:  # steps that nobody asked for one by one
+        found = tuple(n for n in found if not _refused(shape, n, others))
+    if not found:
+        raise StaticGraphError("there is no size to capture", where="capture sizes")
+    return found
+
+
+def _marked(other: OtherSize) -> str:
+    """How to fix a dimension; the batch then has to be marked as well, since only marked dimensions are dynamic."""
+    argument, dot, dim = other.label.rpartition(".")
+    if not dot:
+        return ""
+    return (
+        f": torch._dynamo.mark_static({argument}, {dim}), and the batch dimension with "
+        "torch._dynamo.mark_dynamic"
+    )
+
+
+def _other_values(
+    shape: BatchShape, given: Mapping[str, Sequence[int]]
+) -> dict[str, tuple[int, ...]]:
+    """The values to capture of each other size, by its first label."""
+    first = {label: each.label for each in shape.others for label in each.labels}
+    unknown = sorted(set(given) - set(first))
+    if unknown:
+        raise ConfigError(
+            f"no dynamic size {unknown[0]!r} beside the batch size",
+            where="other_sizes",
+            hint=f"there are: {', '.join(sorted(first)) or 'none'}",
+        )
+    found = {first[label]: tuple(dict.fromkeys(values)) for label, values in given.items()}
+    for other in shape.others:
+        if other.label not in found and other.example is not None:
+            found[other.label] = (other.example,)
+        if not found.get(other.label):
+            raise StaticGraphError(
+                "is dynamic beside the batch size, and a captured graph fixes it",
+                where=f"input {other.label}",
+                hint=f"pass the values to capture, such as other_sizes={{{other.label!r}: [16]}}, or 'batch' for a size that "
+                f"always equals the batch size; or compile for one value of it{_marked(other)}",
+            )
+    return {each.label: found[each.label] for each in shape.others}

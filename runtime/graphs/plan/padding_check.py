@@ -1,0 +1,165 @@
+"""One try at padding. In: how a stitched graph depends on its batch size, and a way to run it. Out: what a padded batch changed although the analysis says that nothing does, or None.
+
+A batch of random data runs alone, padded as declared, and padded with what spreads (NaN, and other numbers and truth values). It
+captures nothing, and runs on tensors of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from piecework.runtime.graphs.plan.batch_shape import BatchShape, StagedInput
+from piecework.runtime.graphs.stage.slots import Number
+
+_log = logging.getLogger(__name__)
+_POISON = math.nan
+Run = Callable[[Sequence[torch.Tensor], int], Sequence[object]]
+
+
+def padding_difference(
+    shape: BatchShape,
+    sizes: Sequence[int],
+    others: Mapping[str, int],
+    pads: Mapping[str, Number],
+    run: Run,
+) -> str | None:
+    """What differs between a small batch alone and the same batch padded; None if nothing does, or if it can't be tried.
+
+    Args:
+        sizes: the captured sizes.
+        others: the other sizes, by label.
+        pads: what fills tails, by the input's name; 0 by default.
+        run: runs the model uncaptured on the staged tensors of a batch of a size, and returns its flat results.
+    """
+    chosen = _sizes_to_try(shape, sizes, others)
+    if chosen is None:
+        return None
+    try:
+        found = _difference(shape, others, pads, *chosen, run)
+    except Exception as error:  # noqa: BLE001
+        _log.info("capture: padding was not tried (%s: %s)", type(error).__name__, error)
+        return None
+    if found is None:
+        return None
+    return f"{found} is another one in a padded run, although rows were said to stay apart"
+
+
+def _difference(
+    shape: BatchShape,
+    others: Mapping[str, int],
+    pads: Mapping[str, Number],
+    count: int,
+    padded: int,
+    run: Run,
+) -> str | None:
+    rows = [_random(each, others, count) for each in shape.staged]
+    alone = [each.clone(memory_format=torch.preserve_format) for each in rows]
+    results, places = [run(alone, count)], [alone]
+    for poison in (False, True):
+        tails = [_POISON if poison else pads.get(each.name, 0) for each in shape.staged]
+        inputs = [
+            _with_tail(x, each, padded - count, tail)
+            for x, each, tail in zip(rows, shape.staged, tails, strict=True)
+        ]
+        results.append(run(inputs, padded))
+        places.append(inputs)
+    for index, rule in enumerate(shape.results):
+        if not rule.is_count and _differ(
+            *(_front(each[index], rule.dims, count) for each in results)
+        ):
+            return f"result {index}"
+    for number, each in enumerate(shape.staged):
+        dims = () if each.dim is None else (each.dim,)
+        if each.written and _differ(*(_front(place[number], dims, count) for place in places)):
+            return f"argument {each.name}, which is written to,"
+    return None
+
+
+def _sizes_to_try(
+    shape: BatchShape, sizes: Sequence[int], others: Mapping[str, int]
+) -> tuple[int, int] | None:
+    """A batch and a captured size that it is padded to, both small and, where there is a choice, above one."""
+    for padded in sorted(sizes, key=lambda size: (size < 3, size)):
+        for count in range(padded - 1, max(shape.low, 1) - 1, -1):
+            if shape.refusal(count, others) is None:
+                return count, padded
+    return None
+
+
+def _differ(alone: object, quiet: object, poisoned: object) -> bool:
+    """Whether the tail is seen: exactly between equal sizes, up to rounding between different ones."""
+    if not isinstance(alone, torch.Tensor):
+        return quiet != poisoned or alone != quiet
+    assert isinstance(quiet, torch.Tensor) and isinstance(poisoned, torch.Tensor)
+    inexact = alone.is_floating_point() or alone.is_complex()
+    if alone.shape != quiet.shape or quiet.shape != poisoned.shape:
+        return True
+    if not inexact:
+        return not torch.equal(quiet, poisoned)
+    return not (_close(quiet, poisoned) and _close(alone, quiet))
+
+
+def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal up to what another order of additions changes."""
+    if one.numel() == 0:
+        return True
+    tolerance = (
+        1e-3
+        if one.dtype in (torch.float32, torch.float64, torch.complex64, torch.complex128)
+        else 5e-2
+    )
+    one, other = (
+        each.detach().to(torch.complex128 if each.is_complex() else torch.float64)
+        for each in (one, other)
+    )
+    finite = torch.isfinite(one)
+    if not torch.equal(finite, torch.isfinite(other)):
+        return False
+    scale = max(1.0, float(one[finite].abs().max()) if bool(finite.any()) else 1.0)
+    return bool(((one - other)[finite].abs() <= tolerance * scale).all())
+
+
+def _front(value: object, dims: Sequence[int], count: int) -> object:
+    if isinstance(value, torch.Tensor):
+        for dim in dims:
+            value = value.narrow(dim, 0, count)
+    return value
+
+
+def _copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [each.clone(memory_format=torch.preserve_format) for each in tensors]
+
+
+def _random(each: StagedInput, others: Mapping[str, int], count: int) -> torch.Tensor:
+    """Random data; whole numbers are 0 and 1, which point at something wherever anything does."""
+    sizes = {**{dim: others[label] for dim, label in each.others.items()}}
+    if each.dim is not None:
+        sizes[each.dim] = count
+    shape = [sizes[d] if d in sizes else int(n) for d, n in enumerate(each.fake.shape)]
+    order = tuple(range(len(shape))) if each.order is None else each.order
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn([shape[dim] for dim in order], generator=generator)
+    dtype = each.fake.dtype
+    if not (dtype.is_floating_point or dtype.is_complex):
+        drawn = drawn > 0
+    drawn = drawn.to(each.fake.device, dtype)
+    return drawn.permute([order.index(dim) for dim in range(len(shape))])
+
+
+def _with_tail(rows: torch.Tensor, each: StagedInput, more: int, fill: Number) -> torch.Tensor:
+    """The rows with ``more`` behind them, in the layout of the trace."""
+    if each.dim is None:
+        return rows.clone(memory_format=torch.preserve_format)
+    order = tuple(range(rows.dim())) if each.order is None else each.order
+    dim = order.index(each.dim)
+    plain = rows.permute(order)
+    shape = list(plain.shape)
+    shape[dim] = more
+    if fill is _POISON and not (plain.is_floating_point() or plain.is_complex()):
+        fill = 1
+    joined = torch.cat([plain, plain.new_full(shape, fill)], dim)
+    return joined.permute([order.index(d) for d in range(rows.dim())])

@@ -1,0 +1,306 @@
+"""The capture phase: in, what to capture and a way to run one forward; out, captured graphs and a report.
+
+It never leaves half of a descriptor behind: an interrupted or failed one is forgotten, and given up where batches are dispatched.
+"""
+
+from __future__ import annotations
+
+import enum
+import gc
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from rich.table import Table
+
+from piecework.errors import PieceworkError, StaticGraphError
+from piecework.runtime.batch.descriptor import BatchDescriptor
+from piecework.runtime.batch.forward_context import set_forward_context
+from piecework.runtime.batch.mode import CUDAGraphMode
+from piecework.runtime.graphs.memory.owner import StaticGraphs
+
+Key = tuple[CUDAGraphMode, BatchDescriptor]
+Forward = Callable[[BatchDescriptor], object]
+ContextFor = Callable[[CUDAGraphMode, BatchDescriptor], AbstractContextManager[object]]
+
+
+class FailurePolicy(enum.Enum):
+    """What a failed capture does: RAISE it, or leave that descriptor UNCAPTURED and go on."""
+
+    RAISE = "raise"
+    UNCAPTURED = "uncaptured"
+
+
+class DispatchKeys(Protocol):
+    """Who must learn that a key will never be captured."""
+
+    def give_up(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None: ...
+
+
+class CaptureWatcher(Protocol):
+    """Who is told how the capture phase goes."""
+
+    def started(self, total: int) -> None: ...
+
+    def finished(self, outcome: CaptureOutcome, held_bytes: int) -> None: ...
+
+    def ended(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureOutcome:
+    """What became of one descriptor.
+
+    Attributes:
+        mode: PIECEWISE or FULL.
+        descriptor: the batch shape.
+        seconds: warm-ups and capture together.
+        nbytes: memory that it added.
+        pieces: how many pieces were captured.
+        eager: pieces that run uncaptured, each with the reason.
+        error: why it was not captured, if so.
+    """
+
+    mode: CUDAGraphMode
+    descriptor: BatchDescriptor
+    seconds: float
+    nbytes: int
+    pieces: int
+    eager: tuple[str, ...] = ()
+    error: PieceworkError | None = None
+
+    @property
+    def captured(self) -> bool:
+        return self.error is None
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureReport:
+    """The whole capture phase.
+
+    Attributes:
+        outcomes: one per descriptor, in the order of capture.
+        skipped: descriptors that were not reached.
+        interrupted: the phase was stopped by Ctrl-C.
+        nbytes: what the captures hold.
+    """
+
+    outcomes: tuple[CaptureOutcome, ...]
+    skipped: tuple[Key, ...]
+    interrupted: bool
+    nbytes: int
+
+    @property
+    def captured(self) -> tuple[Key, ...]:
+        return tuple((o.mode, o.descriptor) for o in self.outcomes if o.captured)
+
+    @property
+    def seconds(self) -> float:
+        return sum(outcome.seconds for outcome in self.outcomes)
+
+    def table(self) -> Table:
+        """The report for a terminal."""
+        table = Table(title="Captured graphs", title_justify="left")
+        for heading in ("mode", "graph", "pieces", "seconds", "memory", "note"):
+            right = heading in ("pieces", "seconds", "memory")
+            table.add_column(heading, justify="right" if right else "left")
+        for outcome in self.outcomes:
+            note = "; ".join(outcome.eager) if outcome.captured else f"[red]{outcome.error}[/]"
+            table.add_row(
+                outcome.mode.name,
+                outcome.descriptor.describe(),
+                str(outcome.pieces),
+                f"{outcome.seconds:.2f}",
+                format_bytes(outcome.nbytes),
+                note,
+            )
+        for mode, descriptor in self.skipped:
+            table.add_row(mode.name, descriptor.describe(), "0", "", "", "[yellow]not reached[/]")
+        return table
+
+
+def capture_graphs(
+    forward: Forward,
+    descs: Iterable[tuple[CUDAGraphMode, Sequence[BatchDescriptor]]],
+    graphs: StaticGraphs,
+    *,
+    warmups: int = 0,
+    context_for: ContextFor | None = None,
+    dispatcher: DispatchKeys | None = None,
+    on_failure: FailurePolicy = FailurePolicy.RAISE,
+    raise_interrupt: bool = True,
+    watcher: CaptureWatcher | None = None,
+    affordable: Callable[[Key], bool] | None = None,
+) -> CaptureReport:
+    """Capture every descriptor, largest first, and close capturing.
+
+    Each descriptor is run ``warmups`` times uncaptured and then once in its mode; the wrappers inside capture.
+    Garbage that exists beforehand is frozen, so that the collections between captures are short.
+
+    Args:
+        forward: runs the model once on (dummy) inputs of the descriptor's shape, staged as in serving.
+        descs: what to capture, as ``CudagraphDispatcher.get_capture_descs()`` returns it.
+        graphs: the owner of what the wrappers capture.
+        warmups: uncaptured runs before each capture.
+        context_for: makes the forward context of a run; by default one without attention metadata.
+        dispatcher: told which keys will never be captured.
+        on_failure: what a failed capture does.
+        raise_interrupt: raise ``KeyboardInterrupt`` again after cleaning up; otherwise the report tells.
+        watcher: shows progress.
+        affordable: asked before each capture; what it refuses is given up.
+
+    Raises:
+        StaticGraphError: a capture failed under ``FailurePolicy.RAISE``; it names piece and descriptor, and
+            everything captured before it stays usable.
+        KeyboardInterrupt: Ctrl-C, likewise.
+
+    Example:
+        >>> from piecework.runtime.graphs.memory.wrapper import CUDAGraphWrapper
+        >>> import torch
+        >>> graphs = StaticGraphs("cpu")
+        >>> x = torch.ones(4)
+        >>> graphs.addresses.register_persistent("x", x)
+        >>> model = CUDAGraphWrapper(lambda x: x + 1, None, CUDAGraphMode.FULL, graphs=graphs)
+        >>> sizes = [BatchDescriptor(4), BatchDescriptor(2)]
+        >>> report = capture_graphs(lambda d: model(x[: d.num_tokens]), [(CUDAGraphMode.FULL, sizes)], graphs)
+        >>> len(report.captured)
+        2
+    """
+    run = _Run(forward, graphs, warmups, context_for or _plain_context)
+    keys = [
+        (mode, each) for mode, group in descs for each in sorted(group, key=lambda d: -d.num_tokens)
+    ]
+    outcomes: list[CaptureOutcome] = []
+    left = list(keys)
+    stop: BaseException | None = None
+    if watcher is not None:
+        watcher.started(len(keys))
+    try:
+        with graphs.capturing(), frozen_garbage():
+            for mode, descriptor in keys:
+                if affordable is not None and not affordable((mode, descriptor)):
+                    _give_up(dispatcher, [left.pop(0)])
+                    continue
+                outcome = run.capture(mode, descriptor)
+                left.pop(0)
+                outcomes.append(outcome)
+                if watcher is not None:
+                    watcher.finished(outcome, graphs.nbytes)
+                if outcome.error is not None:
+                    _give_up(dispatcher, [(mode, descriptor)])
+                    if on_failure is FailurePolicy.RAISE:
+                        raise outcome.error
+    except (PieceworkError, KeyboardInterrupt) as error:
+        stop = error
+    finally:
+        skipped = tuple(left)
+        _give_up(dispatcher, skipped)
+        if watcher is not None:
+            watcher.ended()
+    interrupted = isinstance(stop, KeyboardInterrupt)
+    if stop is not None and (raise_interrupt or not interrupted):
+        raise stop
+    return CaptureReport(tuple(outcomes), skipped, interrupted, graphs.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What one descriptor's capture needs, the same for all of them."""
+
+    forward: Forward
+    graphs: StaticGraphs
+    warmups: int
+    context_for: ContextFor
+
+    def capture(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> CaptureOutcome:
+        """Warm up and capture; on any failure forget what was captured of this descriptor."""
+        start = time.perf_counter()
+        first_record = len(self.graphs.records)
+        error = None
+        try:
+            for run_mode in (CUDAGraphMode.NONE,) * self.warmups + (mode,):
+                with self.context_for(run_mode, descriptor):
+                    self.forward(descriptor)
+            self.graphs.platform.synchronize()
+            records = self.graphs.records[first_record:]
+            if not records:
+                raise StaticGraphError(
+                    "the forward captured nothing",
+                    where=f"{mode.name} {descriptor.describe()}",
+                    hint="wrap the model or its pieces for this mode, and warm up as often as they expect",
+                )
+        except Exception as failure:  # noqa: BLE001 - a user's forward; reported, raised by policy
+            self.graphs.discard(mode, descriptor)
+            error, records = _explained(failure, mode, descriptor), []
+        except BaseException:
+            self.graphs.discard(mode, descriptor)
+            raise
+        return CaptureOutcome(
+            mode,
+            descriptor,
+            time.perf_counter() - start,
+            sum(record.nbytes + record.staged_bytes for record in records),
+            sum(record.eager_reason is None for record in records),
+            tuple(f"{r.name}: {r.eager_reason}" for r in records if r.eager_reason is not None),
+            error,
+        )
+
+
+@contextmanager
+def frozen_garbage() -> Iterator[None]:
+    """Collect once, then keep what exists out of every collection inside the block.
+
+    Does nothing where the process froze its garbage already, so that it stays frozen afterwards.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def format_bytes(nbytes: int) -> str:
+    """A size for people.
+
+    Example:
+        >>> format_bytes(1536)
+        '1.5 KiB'
+    """
+    amount = float(nbytes)
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:.2f} GiB"
+
+
+def _plain_context(
+    mode: CUDAGraphMode, descriptor: BatchDescriptor
+) -> AbstractContextManager[object]:
+    return set_forward_context(cudagraph_runtime_mode=mode, batch_descriptor=descriptor)
+
+
+def _give_up(dispatcher: DispatchKeys | None, keys: Iterable[Key]) -> None:
+    if dispatcher is not None:
+        for mode, descriptor in keys:
+            dispatcher.give_up(mode, descriptor)
+
+
+def _explained(
+    failure: Exception, mode: CUDAGraphMode, descriptor: BatchDescriptor
+) -> PieceworkError:
+    if isinstance(failure, PieceworkError):
+        return failure
+    error = StaticGraphError(
+        f"the forward failed while it was captured: {type(failure).__name__}: {failure}",
+        where=f"{mode.name} {descriptor.describe()}",
+        hint="run this batch shape uncaptured to see whether the model itself fails",
+    )
+    error.__cause__ = failure
+    return error

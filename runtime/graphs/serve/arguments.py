@@ -1,0 +1,145 @@
+"""The arguments of a captured model. In: a call's tensors. Out: the same values in persistent buffers, and what the graph wrote to them back in the call's.
+
+It holds one set of buffers for each combination of other sizes, and never moves one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from piecework.errors import BindError
+from piecework.runtime.graphs.memory.owner import StaticGraphs
+from piecework.runtime.graphs.plan.batch_shape import BatchShape, StagedInput
+from piecework.runtime.graphs.stage.inputs import StaticInputs
+from piecework.runtime.graphs.stage.slots import InputSpec, Number
+
+Tensors = Sequence[torch.Tensor]
+
+
+class CapturedInputs:
+    """Persistent buffers for every tensor argument, with and without a batch dimension.
+
+    Args:
+        shape: which arguments there are.
+        maximum: the largest batch.
+        others: the other sizes, by label.
+        pads: what fills the tail of each padded input, by its parameter's name.
+        poison: pad floating inputs with NaN.
+
+    Raises:
+        BindError: ``pads`` names no padded input.
+    """
+
+    def __init__(
+        self,
+        shape: BatchShape,
+        maximum: int,
+        others: Mapping[str, int],
+        pads: Mapping[str, Number],
+        poison: bool,
+    ) -> None:
+        names = [each.name for each in shape.dynamic]
+        unknown = sorted(set(pads) - set(names))
+        if unknown:
+            raise BindError(
+                f"no padded input {unknown[0]!r}",
+                where="pads",
+                hint=f"inputs: {', '.join(names)}",
+            )
+        self._staged = shape.staged
+        self._suffix = "".join(f" at {label}={value}" for label, value in others.items())
+        self._numbers = [n for n, each in enumerate(shape.staged) if each.dim is not None]
+        self._static = StaticInputs.allocate(
+            {each.name: _example(each, others) for each in shape.dynamic},
+            maximum,
+            [InputSpec(e.name, _dim_in_memory(e), pads.get(e.name, 0)) for e in shape.dynamic],
+            poison=poison,
+        )
+        self._fixed = {
+            n: _example(each, others) for n, each in enumerate(shape.staged) if each.dim is None
+        }
+        self._written = [n for n, each in enumerate(shape.staged) if each.written]
+
+    def register(self, graphs: StaticGraphs) -> None:
+        """Vouch for the buffers."""
+        self._static.register(graphs.addresses)
+        for number, buffer in self._fixed.items():
+            graphs.addresses.register_persistent(self._staged[number].name + self._suffix, buffer)
+
+    def views(self, padded: int) -> tuple[torch.Tensor, ...]:
+        """The static tensors of graphs captured for ``padded``, in the order of ``shape.staged``."""
+        held = {**dict(zip(self._numbers, self._static.views(padded), strict=True)), **self._fixed}
+        return tuple(_as_traced(held[n], each) for n, each in enumerate(self._staged))
+
+    def stager(self, padded: int) -> Callable[[Tensors], object]:
+        """What copies all tensor arguments into the buffers, padded to ``padded``."""
+        stage = self._static.stage
+        turned = {n: each.order for n, each in enumerate(self._staged) if each.order is not None}
+        if not self._fixed and not turned:
+            return lambda inputs: stage(inputs, padded)
+        dynamic, fixed = self._numbers, tuple(self._fixed.items())
+
+        def stage_all(inputs: Tensors) -> None:
+            inputs = [x.permute(turned[n]) if n in turned else x for n, x in enumerate(inputs)]
+            stage([inputs[n] for n in dynamic], padded)
+            for number, buffer in fixed:
+                buffer.copy_(inputs[number], non_blocking=True)
+
+        return stage_all
+
+    def bringer(self, padded: int) -> Callable[[Tensors, int], None] | None:
+        """What copies written arguments of a batch back into the call's tensors; None if there are none."""
+        if not self._written:
+            return None
+        views = self.views(padded)
+        back = [(n, views[n], self._staged[n].dim) for n in self._written]
+
+        def bring_back(inputs: Tensors, count: int) -> None:
+            for number, static, dim in back:
+                rows = static if dim is None else static.narrow(dim, 0, count)
+                inputs[number].copy_(rows, non_blocking=True)
+
+        return bring_back
+
+    def shares_what_is_written(self, inputs: Tensors) -> bool:
+        """Whether a tensor that is written to shares memory with another argument, which static buffers don't."""
+        spans = [_span(tensor) for tensor in inputs]
+        return any(
+            _overlap(spans[n], span)
+            for n in self._written
+            for number, span in enumerate(spans)
+            if number != n
+        )
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """First and last byte of a dense tensor."""
+    start = tensor.data_ptr()
+    return start, start + tensor.numel() * tensor.element_size()
+
+
+def _overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    return max(one[0], other[0]) < min(one[1], other[1])
+
+
+def _example(each: StagedInput, others: Mapping[str, int]) -> torch.Tensor:
+    """A tensor of one row, laid out in memory as traced, dimensions in that order."""
+    sizes = {each.dim: 1, **{dim: others[label] for dim, label in each.others.items()}}
+    shape = [sizes[d] if d in sizes else int(n) for d, n in enumerate(each.fake.shape)]
+    if each.order is not None:
+        shape = [shape[dim] for dim in each.order]
+    with torch.inference_mode(False):
+        return torch.zeros(shape, dtype=each.fake.dtype, device=each.fake.device)
+
+
+def _dim_in_memory(each: StagedInput) -> int:
+    assert each.dim is not None
+    return each.dim if each.order is None else each.order.index(each.dim)
+
+
+def _as_traced(buffer: torch.Tensor, each: StagedInput) -> torch.Tensor:
+    if each.order is None:
+        return buffer
+    return buffer.permute([each.order.index(dim) for dim in range(buffer.dim())])

@@ -1,0 +1,310 @@
+"""What is captured of one stitched model. In: a compiled entry and a plan. Out: its wrapped pieces, its whole forward, its static inputs, and what serves each captured descriptor.
+
+It says what one capture is; when captures happen, and which of them serves a call, is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.fx
+
+from piecework.codegen.origin import value_of
+from piecework.errors import StaticGraphError
+from piecework.runtime import torch_compat
+from piecework.runtime.analysis.writes import mutations_in, written_inputs
+from piecework.runtime.batch.descriptor import BatchDescriptor
+from piecework.runtime.batch.forward_context import (
+    current_forward_context,
+    override_forward_context,
+    set_forward_context,
+)
+from piecework.runtime.batch.mode import CUDAGraphMode
+from piecework.runtime.call.entry import Entry
+from piecework.runtime.call.execution import by_path_of
+from piecework.runtime.counters import counters
+from piecework.runtime.graphs.memory.addresses import ValueOrigin
+from piecework.runtime.graphs.memory.captured_call import CapturedCall
+from piecework.runtime.graphs.memory.owner import CaptureRecord, StaticGraphs
+from piecework.runtime.graphs.memory.wrapper import CUDAGraphOptions, CUDAGraphWrapper
+from piecework.runtime.graphs.plan.batch_reader import FixedBatch, batch_shape
+from piecework.runtime.graphs.plan.numbers import require_sizes_only, sizes_of
+from piecework.runtime.graphs.plan.options import CaptureOptions, plan_capture
+from piecework.runtime.graphs.plan.phase import Key
+from piecework.runtime.graphs.serve.arguments import CapturedInputs
+from piecework.runtime.graphs.serve.calls import Step
+from piecework.runtime.graphs.serve.replay import Replay, ReplayMaker
+from piecework.runtime.graphs.serve.writes import DryWrites
+from piecework.runtime.pieces.backend import PieceworkBackend
+from piecework.runtime.trace.tracing import Weight
+
+_FULL, _PIECEWISE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
+
+
+class CapturedGraphs:
+    """The static graphs of one stitched model.
+
+    Attributes:
+        shape: how the graph depends on the batch size.
+        sizes: the batch sizes that were to be captured.
+        graphs: the owner of what is captured.
+        dispatcher: which batch runs as what.
+        options: how it was captured.
+        replays: mode and descriptor → its replay.
+    """
+
+    _watches = True  # whether runs on dummy inputs look at each operator
+
+    def __init__(
+        self,
+        entry: Entry,
+        backend: PieceworkBackend,
+        sizes: Iterable[int] | None,
+        options: CaptureOptions,
+        fixed: FixedBatch | None = None,
+    ) -> None:
+        self._entry, self._backend, self.options = entry, backend, options
+        self.shape = batch_shape(entry.captured, backend, options.same_as_batch, fixed)
+        plan = plan_capture(self.shape, backend.config, sizes, options)
+        self.sizes, self.dispatcher = plan.sizes, plan.dispatcher
+        self._parameters = self._check_numbers()
+        # The weights and the function of one execution; a change retires these graphs instead of reaching them.
+        self._forward: Callable[..., object] = entry.execution_fn
+        self._counting = False
+        self._inputs = {
+            tuple(values.items()): CapturedInputs(
+                self.shape, max(self.sizes), values, options.pads, options.poison
+            )
+            for values in plan.others
+        }
+        self.graphs = StaticGraphs(
+            self.shape.device,
+            address_policy=options.address_policy,
+            check_addresses=options.check_addresses,
+            on_capture=self._count,
+        )
+        for inputs in self._inputs.values():
+            inputs.register(self.graphs)
+        self._weights = by_path_of(entry.weights)
+        self.graphs.addresses.register_weights(self._weights)
+        self._maker = ReplayMaker(
+            self.shape, backend, self._weights, self.graphs.address_policy.value
+        )
+        self._writes: dict[tuple[str, tuple[int, ...]], frozenset[int]] = {}
+        weights = list(self._weights.values())
+        self._dry_writes = DryWrites(self._is_own, weights, self._written_weights())
+        self._wrapped = [self._wrap(submods, n) for n, submods in enumerate(backend.submod_lists)]
+        self._whole = [self._wrap_whole(number) for number in range(len(backend.submod_lists))]
+        self.replays: dict[Key, Replay] = {}
+
+    def _check_numbers(self) -> list[torch.fx.Node]:
+        """Refuse numbers that captured code reads from data; the inputs of the graph that are passed per call."""
+        source, split_gm = self._backend.source, self._backend.split_gm
+        assert source is not None and split_gm is not None
+        whole = bool(self.dispatcher.cudagraph_keys[_FULL])
+        captured = [i.submod_name for i in self._backend.piecewise_graphs]
+        require_sizes_only(split_gm, captured if whole else source.submod_names)
+        bound = {row.path for row in source.module.bound}
+        nodes = split_gm.graph.find_nodes(op="placeholder")
+        pairs = zip(nodes, self._entry.captured.inputs, strict=True)
+        return [n for n, each in pairs if not (isinstance(each, Weight) and each.path in bound)]
+
+    # --- what is captured --------------------------------------------------------------------------
+
+    def _wrap(
+        self, submods: Sequence[Callable[..., object]], number: int
+    ) -> Sequence[Callable[..., object]]:
+        """The pieces of one batch range, each captured by itself."""
+        source = self._backend.source
+        assert source is not None
+        last = len(submods) - 1
+        written = [self._written_by(name) for name in source.submod_names]
+        return [
+            CUDAGraphWrapper(
+                submod,
+                None,
+                _PIECEWISE,
+                CUDAGraphOptions(
+                    debug_log_enable=index == 0,
+                    gc_disable=index > 0,
+                    weak_ref_output=index == last,
+                    mutated_args=written[index],
+                ),
+                graphs=self.graphs,
+                name=name + (f" of range {number}" if number else ""),
+            )
+            for index, (submod, name) in enumerate(zip(submods, source.submod_names, strict=True))
+        ]
+
+    def _written_by(self, name: str) -> frozenset[int]:
+        """Which arguments a piece writes to; pieces of one structure whose inputs share memory alike write alike."""
+        backend = self._backend.backends[name]
+        piece, structure = backend.graph, backend.structure
+        assert piece is not None and structure is not None
+        values = map(value_of, piece.graph.find_nodes(op="placeholder"))
+        stores = [torch_compat.storage_id(v) if isinstance(v, torch.Tensor) else -1 for v in values]
+        key = (structure.key, tuple(map(stores.index, stores)))
+        if key not in self._writes:
+            self._writes[key] = written_inputs(piece)
+        return self._writes[key]
+
+    def _wrap_whole(self, number: int) -> CUDAGraphWrapper:
+        """The whole forward of one batch range, splitting ops included; the pieces' own wrappers stand aside in it."""
+        return CUDAGraphWrapper(
+            partial(self._forward, __vllm_submods__=self._as_called(self._wrapped[number])),
+            None,
+            _FULL,
+            CUDAGraphOptions(weak_ref_output=True),
+            graphs=self.graphs,
+            name="the whole forward" + (f" of range {number}" if number else ""),
+        )
+
+    def _written_weights(self) -> list[torch.Tensor]:
+        """The model's tensors that the graph writes, by the schemas of its operators."""
+        split_gm = self._backend.split_gm
+        assert split_gm is not None
+        nodes = split_gm.graph.find_nodes(op="placeholder")
+        pairs = zip(nodes, self._entry.captured.inputs, strict=True)
+        held = {node.name: each.path for node, each in pairs if isinstance(each, Weight)}
+        every = [item.submod_name for item in self._backend.piecewise_graphs]
+        paths = dict.fromkeys(write.path for write in mutations_in(split_gm, every, held))
+        return [self._weights[path] for path in paths]
+
+    def _as_called(
+        self, pieces: Sequence[Callable[..., object]]
+    ) -> tuple[Callable[..., object], ...]:
+        """The pieces as the stitching source calls them in runs on dummy inputs."""
+        return tuple(map(self._dry_writes.unwatched, pieces))
+
+    def _is_own(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` lies in a static input or a captured result."""
+        context = current_forward_context()
+        descriptor = None if context is None else context.batch_descriptor
+        own = (ValueOrigin.PERSISTENT, ValueOrigin.CAPTURED)
+        return self.graphs.addresses.classify(tensor, descriptor) in own
+
+    def pieces_for(self, size: int) -> Sequence[Callable[..., object]]:
+        """The wrapped pieces of a batch size, in order."""
+        return self._wrapped[self._range_of(size)]
+
+    def _range_of(self, size: int) -> int:
+        table = self._backend.range_table
+        return 0 if table is None else table.index(size)
+
+    def _count(self, record: CaptureRecord) -> None:
+        if self._counting:
+            counters.num_cudagraph_captured += 1
+
+    def _context_for(self, mode: CUDAGraphMode, descriptor: BatchDescriptor):  # type: ignore[no-untyped-def]
+        make = self.options.context_for
+        if make is not None:
+            return make(mode, descriptor)
+        return set_forward_context(cudagraph_runtime_mode=mode, batch_descriptor=descriptor)
+
+    def _others(self, descriptor: BatchDescriptor) -> dict[str, int]:
+        """The sizes beside the batch size that a descriptor was captured for."""
+        axes = dict(descriptor.extra)
+        return {other.label: axes[other.label] for other in self.shape.others}  # type: ignore[misc]
+
+    def _inputs_of(self, descriptor: BatchDescriptor) -> CapturedInputs:
+        return self._inputs[tuple(self._others(descriptor).items())]
+
+    def _dummy(self, descriptor: BatchDescriptor) -> object:
+        """One forward on the static inputs, whatever they hold; the context's mode says which wrapper acts."""
+        size = descriptor.num_tokens
+        views = self._inputs_of(descriptor).views(size)
+        with torch.no_grad(), self._without_traces():
+            return self._run(self._flat(views, descriptor), self._range_of(size))
+
+    @contextmanager
+    def _without_traces(self) -> Iterator[None]:
+        """Put back what a run on dummy inputs writes, and tell splitting ops that it is one."""
+        context = current_forward_context()
+        full = context is not None and context.cudagraph_runtime_mode is _FULL
+        # What is captured must not be dry; and nothing can be copied while a GPU captures.
+        dry = context if context is None or full else replace(context, dry=True)
+        watched = self._watches and not (full and self.shape.device.type == "cuda")
+        with ExitStack() as stack:
+            if self.options.put_back:
+                stack.enter_context(self._dry_writes.put_back(watched=watched))
+            stack.enter_context(override_forward_context(dry))
+            yield
+
+    def _run(self, flat: Sequence[object], number: int) -> object:
+        return self._whole[number](*flat)
+
+    def _flat(self, tensors: Sequence[torch.Tensor], descriptor: BatchDescriptor) -> list[object]:
+        others = self._others(descriptor)
+        flat: list[object] = [descriptor.num_tokens] * len(self.shape.names)
+        for each, tensor in zip(self.shape.staged, tensors, strict=True):
+            flat[each.position] = tensor
+        for position, label in self.shape.numbers.items():
+            flat[position] = others[label]
+        for position, path in self.shape.weights.items():
+            flat[position] = self._weights[path]
+        return flat
+
+    # --- what serves it ----------------------------------------------------------------------------
+
+    def _step_of(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> Step:
+        """What serves a captured descriptor: its replay source, after one replay through the wrappers, which check every address.
+
+        Raises:
+            PieceworkError: an address is not what was captured, or the source did not prove.
+        """
+        with self._context_for(mode, descriptor):
+            self._dummy(descriptor)
+        inputs, padded = self._inputs_of(descriptor), descriptor.num_tokens
+        call = self._emit(mode, descriptor)
+        if self.options.check_addresses:
+            call = self._checked_call(mode, descriptor)
+        return Step(call, padded, mode, descriptor, bring_back=inputs.bringer(padded))
+
+    def _emit(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> Callable[..., object]:
+        size, inputs = descriptor.num_tokens, self._inputs_of(descriptor)
+        number, others = self._range_of(size), self._others(descriptor)
+        views, stage = inputs.views(size), inputs.stager(size)
+        symbols = sizes_of(self._parameters, self._flat(views, descriptor))
+        if mode is _FULL:
+            call = _captured(self._whole[number], descriptor)
+            made = self._maker.of_whole(call, views, stage, others, symbols)
+        else:
+            calls = [_captured(each, descriptor) for each in self._wrapped[number]]
+            pieces = self._backend.submod_lists[number]
+            made = self._maker.of_pieces(calls, pieces, views, stage, others, symbols)
+        self.replays[mode, descriptor] = made
+        return made.call
+
+    def _checked_call(
+        self, mode: CUDAGraphMode, descriptor: BatchDescriptor
+    ) -> Callable[..., object]:
+        """Serves through the wrappers, which check every address where the owner says so."""
+        inputs, size = self._inputs_of(descriptor), descriptor.num_tokens
+        stage, flat = inputs.stager(size), self._flat(inputs.views(size), descriptor)
+        number = self._range_of(size)
+
+        def run(tensors: Sequence[torch.Tensor]) -> object:
+            stage(tensors)
+            outer = current_forward_context()
+            with set_forward_context(
+                None if outer is None else outer.attn_metadata,
+                cudagraph_runtime_mode=mode,
+                batch_descriptor=descriptor,
+                state=None if outer is None else outer.state,
+                batch=None if outer is None else outer.batch,
+            ):
+                return self._run(flat, number)
+
+        return run
+
+
+def _captured(wrapper: Callable[..., object], descriptor: BatchDescriptor) -> CapturedCall:
+    assert isinstance(wrapper, CUDAGraphWrapper)
+    call = wrapper.concrete_cudagraph_entries[descriptor].call
+    if call is None:
+        raise StaticGraphError("was not captured", where=wrapper.name)
+    return call

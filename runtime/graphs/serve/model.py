@@ -1,0 +1,396 @@
+"""A stitched model with static graphs. In: a compiled entry and sizes to capture. Out: the same function, served from replays where a batch is captured.
+
+It never captures while serving; a batch that no graph covers runs as it ran before.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from rich.console import Console
+
+from piecework.codegen.replay_plan import ReplaySource
+from piecework.errors import PieceworkError, StaticGraphError
+from piecework.runtime import torch_compat
+from piecework.runtime.batch.coverage import CoverageRow, coverage
+from piecework.runtime.batch.descriptor import BatchDescriptor, BatchKind
+from piecework.runtime.batch.dispatcher import Reason
+from piecework.runtime.batch.mode import CUDAGraphMode
+from piecework.runtime.bind.weights import BoundWeights
+from piecework.runtime.call.entry import Entry
+from piecework.runtime.call.execution import by_path_of
+from piecework.runtime.graphs.plan.batch_reader import FixedBatch
+from piecework.runtime.graphs.plan.estimate import (
+    MemoryEstimate,
+    estimate_memory,
+    fit_budget,
+    kind_of,
+)
+from piecework.runtime.graphs.plan.options import CaptureOptions
+from piecework.runtime.graphs.plan.padding_check import padding_difference
+from piecework.runtime.graphs.plan.phase import (
+    CaptureOutcome,
+    CaptureReport,
+    CaptureWatcher,
+    FailurePolicy,
+    Key,
+    capture_graphs,
+)
+from piecework.runtime.graphs.plan.progress import CaptureProgress
+from piecework.runtime.graphs.serve.calls import Calls, Step
+from piecework.runtime.graphs.serve.graphs import CapturedGraphs
+from piecework.runtime.graphs.serve.report import CallRow, MemoryReport
+from piecework.runtime.graphs.serve.writes import acting_unseen
+from piecework.runtime.pieces.backend import PieceworkBackend
+from piecework.runtime.splitting_op import HOW_TO_DECLARE
+
+_log = logging.getLogger(__name__)
+
+
+class _Recorder:
+    """Keeps outcomes of a capture phase, also of one that is stopped, and passes them on."""
+
+    def __init__(self, inner: CaptureWatcher | None) -> None:
+        self.inner = inner
+        self.outcomes: list[CaptureOutcome] = []
+
+    def started(self, total: int) -> None:
+        if self.inner is not None:
+            self.inner.started(total)
+
+    def finished(self, outcome: CaptureOutcome, held_bytes: int) -> None:
+        self.outcomes.append(outcome)
+        if self.inner is not None:
+            self.inner.finished(outcome, held_bytes)
+
+    def ended(self) -> None:
+        if self.inner is not None:
+            self.inner.ended()
+
+
+class CapturedModel(CapturedGraphs):
+    """A stitched model with static graphs; stands where its entry calls ``execution_fn``.
+
+    Attributes, besides those of `CapturedGraphs`:
+        report: what the last capture phase did; None if it was stopped.
+        failures: descriptors whose checked replay failed, with the reason.
+    """
+
+    def __init__(
+        self,
+        entry: Entry,
+        backend: PieceworkBackend,
+        sizes: Iterable[int] | None,
+        options: CaptureOptions,
+        fixed: FixedBatch | None = None,
+    ) -> None:
+        super().__init__(entry, backend, sizes, options, fixed)
+        self.report: CaptureReport | None = None
+        self.estimate: MemoryEstimate | None = None
+        self.dropped: tuple[Key, ...] = ()
+        self.failures: dict[Key, PieceworkError] = {}
+        self._ready: dict[Key, Step] = {}
+        # Inputs, results and what lies between have one place each: one call at a time. Who is in them stands under 0:
+        # taking and leaving are single steps of the interpreter, so that an interrupt never leaves them taken.
+        self._user: dict[int, object] = {}
+        self._in_place = self._watch_weights()
+        self._retired = False
+        self._calls = Calls(self.shape, self.dispatcher, self._ready, options)
+
+    # --- capture -----------------------------------------------------------------------------------
+
+    def capture(
+        self, *, memory_budget: int | None, progress: bool | CaptureWatcher, estimate: bool
+    ) -> None:
+        """Capture, largest first, and serve from then on what was captured.
+
+        Raises:
+            StaticGraphError: a capture failed under ``FailurePolicy.RAISE``; what was captured before it serves.
+            KeyboardInterrupt: likewise, on Ctrl-C.
+        """
+        try:
+            self._tell_of_unseen()
+            self._capture(memory_budget, progress, estimate)
+        finally:
+            self._dry_writes.forget()
+
+    def _tell_of_unseen(self) -> None:
+        """Warn of operators of which nobody can tell what they do to whom."""
+        split_gm = self._backend.split_gm
+        assert split_gm is not None
+        between = [i.submod_name for i in self._backend.piecewise_graphs if i.is_splitting_graph]
+        for name in acting_unseen(split_gm, between):
+            _log.warning(
+                "%s declares neither a result nor a write: capturing runs it on dummy inputs, and only what it writes through "
+                "torch's operators is put back. Let it look at get_forward_context().dry",
+                name,
+            )
+
+    def _capture(
+        self, memory_budget: int | None, progress: bool | CaptureWatcher, estimate: bool
+    ) -> None:
+        console = Console(stderr=True)
+        self._settle_padding()
+        warmups = self._warmups()
+        if estimate or memory_budget is not None:
+            self._estimate(warmups, required=memory_budget is not None)
+            if progress is True and self.estimate is not None:
+                console.print(self.estimate.table())
+        if memory_budget is not None and self.estimate is not None:
+            self.dropped = fit_budget(self.estimate, self.dispatcher, memory_budget)
+        watcher = CaptureProgress(console) if progress is True else (progress or None)
+        recorder = _Recorder(watcher)
+        self._counting = True
+        try:
+            self.report = capture_graphs(
+                self._dummy,
+                self.dispatcher.get_capture_descs(),
+                self.graphs,
+                warmups=warmups,
+                context_for=self._context_for,
+                dispatcher=self.dispatcher,
+                on_failure=self.options.on_failure,
+                raise_interrupt=self.options.raise_interrupt,
+                watcher=recorder,
+                affordable=self._affordable(memory_budget),
+            )
+        finally:
+            self._counting = False
+            self._make_ready([(o.mode, o.descriptor) for o in recorder.outcomes if o.captured])
+
+    def _settle_padding(self) -> None:
+        """Say why nothing is padded, if so; else try it once on random data, and believe what comes out."""
+        reason = self.shape.mixes
+        if reason is None and self.options.check_padding and not self.shape.by_context:
+            groups = [group for _, group in self.dispatcher.get_capture_descs()]
+            smallest = min((each for group in groups for each in group), key=lambda d: d.num_tokens)
+            others = self._others(smallest)
+            run = partial(self._run_uncaptured, smallest)
+            reason = padding_difference(self.shape, self.sizes, others, self.options.pads, run)
+            if reason is not None:
+                self.dispatcher.exact = Reason.CHECKED
+        if reason is not None:
+            hint = "; " + HOW_TO_DECLARE if self.shape.undeclared else ""
+            _log.warning(
+                "capture: only batches of a captured size are replayed: %s%s", reason, hint
+            )
+
+    def _run_uncaptured(
+        self, like: BatchDescriptor, tensors: Sequence[torch.Tensor], size: int
+    ) -> Sequence[object]:
+        """One forward on tensors of a batch of ``size``; the rest of the batch is ``like`` a captured one."""
+        descriptor = replace(like, num_tokens=size)
+        submods = self._as_called(self._backend.submod_lists[self._range_of(size)])
+        flat = self._flat(tensors, descriptor)
+        scope = self._context_for(CUDAGraphMode.NONE, descriptor)
+        with scope, torch.no_grad(), self._without_traces():
+            results = self._forward(*flat, __vllm_submods__=submods)
+            found = results if isinstance(results, (tuple, list)) else (results,)
+            # Copies: a result may lie in memory that is put back.
+            return [each.clone() if isinstance(each, torch.Tensor) else each for each in found]
+
+    def _affordable(self, budget: int | None) -> Callable[[Key], bool] | None:
+        """Whether a capture still fits the budget, in view of what the captures before it took."""
+        estimate = self.estimate
+        if budget is None or estimate is None:
+            return None
+
+        def fits(key: Key) -> bool:
+            held = self.graphs.nbytes
+            step = estimate.models[kind_of(*key)].step(key[1].num_tokens)
+            if held == 0 or held + step <= budget:
+                return True
+            self.dropped = (*self.dropped, key)
+            return False
+
+        return fits
+
+    def _estimate(self, warmups: int, *, required: bool) -> None:
+        """Measure what capturing takes; a failure there is one of capturing, and follows the policy for those."""
+        descs = self.dispatcher.get_capture_descs()
+        try:
+            self.estimate = estimate_memory(
+                self._dummy, descs, self.graphs, warmups=warmups, context_for=self._context_for
+            )
+        except BaseException as error:
+            skips = self.options.on_failure is FailurePolicy.UNCAPTURED and not required
+            if not (skips and isinstance(error, PieceworkError)):
+                self.release()
+                raise
+
+    def _make_ready(self, captured: Sequence[Key]) -> None:
+        """Check and bind what was captured; what a stop or a failure leaves undone is given up."""
+        waiting = list(captured)
+        try:
+            while waiting:
+                key = waiting[0]
+                try:
+                    self._ready[key] = self._step_of(*key)
+                except PieceworkError as error:
+                    self.failures[key] = error
+                    self._give_up(key)
+                    if self.options.on_failure is FailurePolicy.RAISE:
+                        raise
+                waiting.pop(0)
+        finally:
+            for key in waiting:
+                self._give_up(key)
+            self._calls.forget()
+            self._entry.serve_with(self)
+
+    def _give_up(self, key: Key) -> None:
+        self.graphs.discard(*key)
+        self.dispatcher.give_up(*key)
+
+    def release(self) -> None:
+        """Give all graphs up, once no call is in them: the model runs uncaptured again."""
+        self._retired = True
+        for mode, group in self.dispatcher.get_capture_descs():
+            for descriptor in group:
+                self.dispatcher.give_up(mode, descriptor)
+        self._ready.clear()
+        self._calls.forget()
+        self._free()
+
+    def _free(self) -> None:
+        """Give the memory back, unless a call is in it: that call does it when it leaves. No call gets in any more."""
+        mine = object()
+        if self._user.setdefault(0, mine) is mine:
+            self.replays.clear()
+            self.graphs.clear_all_graphs()
+
+    def still_reads(self, weights: BoundWeights) -> bool:
+        """Whether the captured graphs read the memory of these weights, which are the tensors of their capture."""
+        return not self.graphs.addresses.changed_weights(by_path_of(weights))
+
+    def _watch_weights(self) -> Callable[[], bool] | None:
+        """Whether the weights are where the graphs read them, for every call; None where graphs read them by other means.
+
+        Graphs on the CPU run on the tensors themselves, so there it is looked at only with ``check_addresses``, or where
+        torch does it quickly.
+        """
+        tensors = list(self._weights.values())
+        in_place, quick = torch_compat.places_guard(tensors)
+        needed = self.shape.device.type != "cpu" or self.options.check_addresses
+        return in_place if tensors and (needed or quick) else None
+
+    def _moved(self) -> StaticGraphError:
+        changes = self.graphs.addresses.changed_weights(self._weights)
+        return StaticGraphError(
+            f"weight {changes[0].name if changes else ''} was moved after the capture, which reads its old memory",
+            where="weights",
+            hint="load new values in place (param.copy_) instead of setting .data, or rebind and capture again",
+        )
+
+    def _warmups(self) -> int:
+        if self.options.warmups is not None:
+            return self.options.warmups
+        return max(
+            self._backend.config.cudagraph_num_of_warmups, int(self.shape.device.type == "cuda")
+        )
+
+    # --- serving -----------------------------------------------------------------------------------
+
+    def __call__(self, *flat: object, **submods: object) -> object:
+        """What the entry calls in place of ``execution_fn``."""
+        step, count = self._calls.step_for(flat)
+        call = step.call
+        if call is None:
+            step.calls += 1
+            return self._forward(*flat, **submods)
+        for position, path in self.shape.weights.items():
+            if flat[position] is not self._weights[path]:
+                raise _replaced(path)
+        if self._in_place is not None and not self._in_place():
+            raise self._moved()
+        inputs = [flat[each.position] for each in self.shape.staged]
+        bring_back = step.bring_back
+        if bring_back is not None and self._inputs_of(step.descriptor).shares_what_is_written(inputs):  # type: ignore[arg-type]
+            self._calls.shared.calls += 1
+            return self._forward(*flat, **submods)
+        mine = object()
+        user = self._user
+        try:
+            if user.setdefault(0, mine) is mine and not self._retired:
+                step.calls += 1
+                outputs = call(inputs)
+                if bring_back is not None:
+                    bring_back(inputs, count)  # type: ignore[arg-type]
+                return self._trimmed(outputs, count, step.padded)
+        finally:
+            try:
+                if user[0] is mine:
+                    del user[0]
+            except KeyError:  # another call left meanwhile
+                pass
+            if self._retired:
+                self._free()
+        self._calls.busy.calls += 1
+        return self._forward(*flat, **submods)
+
+    def _trimmed(self, outputs: object, count: int, padded: int) -> object:
+        assert isinstance(outputs, (tuple, list))
+        clone = self.options.clone_outputs
+        trimmed = []
+        for output, rule in zip(outputs, self.shape.results, strict=True):
+            if isinstance(output, torch.Tensor):
+                if count != padded:
+                    for dim in rule.dims:
+                        output = output.narrow(dim, 0, count)
+                output = output.clone() if clone else output
+            elif rule.is_count:
+                output = count
+            trimmed.append(output)
+        return tuple(trimmed)
+
+    # --- what it says ------------------------------------------------------------------------------
+
+    def coverage(self, max_num_batched_tokens: int | None = None) -> list[CoverageRow]:
+        """How each batch size runs now, by default up to one more than the largest captured size."""
+        low = self.shape.low  # smaller batches are refused where arguments are checked
+        rows = coverage(self.dispatcher, max_num_batched_tokens or max(self.sizes) + 1)
+        high = max(row.last for row in rows) if self.shape.high is None else self.shape.high
+        return [
+            replace(row, first=max(row.first, low), last=min(row.last, high))
+            for row in rows
+            if row.last >= low and row.first <= high
+        ]
+
+    def calls(self) -> list[CallRow]:
+        """What the calls since the capture ran as, and why, most frequent first."""
+        rows = [
+            *self._calls.rows(),
+            *(CallRow("NONE", "", why, n) for why, n in self._entry.careful_calls.items()),
+        ]
+        return sorted(rows, key=lambda row: (-row.calls, row.mode, row.graph, row.reason))
+
+    def memory_report(self) -> MemoryReport:
+        """What the captures were expected to take, and take."""
+        return MemoryReport(self.estimate, self.graphs.bytes_by_descriptor(), self.dropped)
+
+    def source_for(self, size: int, kind: BatchKind | None = None) -> ReplaySource:
+        """The replay source that serves a batch of ``size``.
+
+        Args:
+            kind: what kind of batch; a plain one by default.
+
+        Raises:
+            StaticGraphError: that batch runs uncaptured.
+        """
+        found = self.dispatcher.ask(size, kind or BatchKind(), strict=False)
+        replay = self.replays.get((found.mode, found.descriptor))
+        if replay is None:
+            raise StaticGraphError(f"size {size} runs uncaptured: {found.reason.value}")
+        return replay.source
+
+
+def _replaced(path: str) -> StaticGraphError:
+    return StaticGraphError(
+        f"weight {path} was replaced after the capture",
+        where="weights",
+        hint="load new values in place (param.copy_), or rebind and capture again",
+    )

@@ -1,0 +1,124 @@
+"""Replay source of a captured model. In: what was captured for one descriptor. Out: the emitted function, proved and bound, ready to call.
+
+It captures nothing, and what it emits is not used until its proof is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.fx
+
+from piecework.codegen.bind import execute_source
+from piecework.codegen.replay import REPLAY_NAME, generate_replay
+from piecework.codegen.replay_check import ReplayProof
+from piecework.codegen.replay_plan import ReplaySource
+from piecework.codegen.source import StitchedSource
+from piecework.codegen.whole import whole_forward
+from piecework.runtime.graphs.memory.captured_call import CapturedCall
+from piecework.runtime.graphs.plan.batch_shape import BatchShape
+from piecework.runtime.graphs.plan.numbers import Numbers, numbers_of
+from piecework.runtime.graphs.serve.replay_facts import bind_replay, replay_facts
+from piecework.runtime.pieces.backend import PieceworkBackend
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """The replay of one captured descriptor: its source, its proof, and the function itself."""
+
+    source: ReplaySource
+    proof: ReplayProof
+    call: Callable[[Sequence[torch.Tensor]], object]
+
+
+class ReplayMaker:
+    """Makes the replays of one model, of its pieces or of its whole forward.
+
+    Args:
+        shape: its arguments.
+        backend: has its stitching graph and source.
+        weights: path → tensor.
+        policy: the address policy, for the text.
+    """
+
+    def __init__(
+        self,
+        shape: BatchShape,
+        backend: PieceworkBackend,
+        weights: Mapping[str, torch.Tensor],
+        policy: str,
+    ) -> None:
+        source, split_gm = backend.source, backend.split_gm
+        assert source is not None and split_gm is not None
+        self._shape, self._weights, self._policy = shape, weights, policy
+        self._banner = f"model: {backend.prefix or 'model'}"
+        self._pieces = (split_gm, source)
+        self._whole: tuple[torch.fx.GraphModule, StitchedSource] | None = None
+
+    def of_pieces(
+        self,
+        calls: Sequence[CapturedCall],
+        uncaptured: Sequence[Callable[..., object]],
+        views: Sequence[torch.Tensor],
+        stage: Callable[[Sequence[torch.Tensor]], object],
+        others: Mapping[str, int],
+        sizes: Mapping[str, int],
+    ) -> Replay:
+        """The replay of captured pieces, with the splitting ops between them.
+
+        Args:
+            calls: one per piece.
+            uncaptured: the pieces themselves, for those that the address policy left uncaptured.
+            views: the static inputs that the pieces read.
+            stage: fills them.
+            others: the sizes beside the batch size.
+            sizes: what each symbol of the trace is.
+
+        Raises:
+            EmitError: the text did not prove to do what the graph does on the memory that was captured.
+        """
+        known = numbers_of(self._pieces[0], sizes)
+        return self._make(*self._pieces, calls, uncaptured, views, stage, others, known)
+
+    def of_whole(
+        self,
+        call: CapturedCall,
+        views: Sequence[torch.Tensor],
+        stage: Callable[[Sequence[torch.Tensor]], object],
+        others: Mapping[str, int],
+        sizes: Mapping[str, int],
+    ) -> Replay:
+        """The replay of the whole forward, captured as one graph; as ``of_pieces``."""
+        if self._whole is None:
+            self._whole = whole_forward(*self._pieces)
+        known = numbers_of(self._whole[0], sizes)
+        return self._make(*self._whole, [call], [], views, stage, others, known)
+
+    def _make(
+        self,
+        split_gm: torch.fx.GraphModule,
+        source: StitchedSource,
+        calls: Sequence[CapturedCall],
+        uncaptured: Sequence[Callable[..., object]],
+        views: Sequence[torch.Tensor],
+        stage: Callable[[Sequence[torch.Tensor]], object],
+        others: Mapping[str, int],
+        known: Numbers,
+    ) -> Replay:
+        weights = self._weights_in(source)
+        facts = replay_facts(
+            source, self._shape, views, calls, weights, others, known, self._policy, self._banner
+        )
+        emitted, proof = generate_replay(source, split_gm, facts)
+        held = {**dict(zip(facts.staged, views, strict=True)), **weights}
+        namespace = bind_replay(emitted, calls, uncaptured, stage, held)
+        return Replay(emitted, proof, execute_source(emitted.code, namespace, REPLAY_NAME))
+
+    def _weights_in(self, source: StitchedSource) -> dict[str, torch.Tensor]:
+        """Tensors of the names that ``source`` holds or is passed."""
+        names = [parameter.name for parameter in source.module.entry.parameters]
+        found = {row.name: self._weights[row.path] for row in source.module.bound}
+        passed = {names[at]: self._weights[path] for at, path in self._shape.weights.items()}
+        return found | passed

@@ -1,0 +1,104 @@
+"""What a captured model says of itself: in, estimates, captures and counted calls; out, tables for people and plain values.
+
+It measures nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from piecework.runtime.graphs.plan.estimate import MemoryEstimate
+from piecework.runtime.graphs.plan.phase import Key, format_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReport:
+    """What captures take.
+
+    Attributes:
+        estimate: what was expected before the capture; None if it was not asked for.
+        held: bytes that each captured shape added.
+        dropped: shapes that were given up for the budget.
+    """
+
+    estimate: MemoryEstimate | None
+    held: Mapping[Key, int]
+    dropped: tuple[Key, ...]
+
+    @property
+    def total(self) -> int:
+        return sum(self.held.values())
+
+    def table(self) -> Table:
+        """The report for a terminal: expected and held memory of each shape."""
+        expected = {} if self.estimate is None else dict(self.estimate.rows)
+        table = Table(title=f"Static graphs hold {format_bytes(self.total)}", title_justify="left")
+        for heading in ("mode", "graph", "expected", "held", "note"):
+            right = heading in ("expected", "held")
+            table.add_column(heading, justify="right" if right else "left")
+        for key in dict.fromkeys([*expected, *self.held]):
+            table.add_row(
+                key[0].name,
+                key[1].describe(),
+                format_bytes(expected[key]) if key in expected else "",
+                format_bytes(self.held[key]) if key in self.held else "",
+                "dropped for the budget" if key in self.dropped else "",
+            )
+        return table
+
+    def as_json(self) -> dict[str, object]:
+        """The report as plain values."""
+        expected = {} if self.estimate is None else dict(self.estimate.rows)
+        return {
+            "total": self.total,
+            "graphs": [
+                {
+                    "mode": mode.name,
+                    "tokens": descriptor.num_tokens,
+                    "graph": descriptor.describe(),
+                    "expected": expected.get((mode, descriptor)),
+                    "held": self.held.get((mode, descriptor)),
+                    "dropped": (mode, descriptor) in self.dropped,
+                }
+                for mode, descriptor in dict.fromkeys([*expected, *self.held])
+            ],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class CallRow:
+    """Calls that ran alike.
+
+    Attributes:
+        mode: ``PIECEWISE``, ``FULL`` or ``NONE``.
+        graph: the graph that served them, in words; "" where they ran uncaptured.
+        reason: why.
+        calls: how many.
+    """
+
+    mode: str
+    graph: str
+    reason: str
+    calls: int
+
+
+def calls_table(rows: Sequence[CallRow]) -> Table:
+    """The rows as a table for a terminal."""
+    table = Table(title="What calls ran as", title_justify="left")
+    for heading in ("mode", "graph", "calls", "why"):
+        table.add_column(heading, justify="right" if heading == "calls" else "left")
+    for row in rows:
+        why = row.reason if row.graph else f"[yellow]{row.reason}[/]"
+        table.add_row(row.mode, row.graph or "-", str(row.calls), why)
+    return table
+
+
+def calls_json(rows: Sequence[CallRow]) -> list[dict[str, object]]:
+    """The rows as plain values."""
+    return [
+        {"mode": row.mode, "graph": row.graph or None, "reason": row.reason, "calls": row.calls}
+        for row in rows
+    ]

@@ -1,0 +1,203 @@
+"""What runs on dummy inputs write outside their own memory. In: one such run at a time. Out: the same memory as before it.
+
+Warming up, estimating and capturing run splitting operators for real, and those write: to buffers of the model, or to state that they
+reach by themselves, such as a cache in the forward context. Every operator that reaches the dispatcher says by its schema what it
+writes; that is copied before, and put back after the run. Writes past the dispatcher (a C++ operator that does not declare them, a
+Triton kernel, numpy, Python's own containers) are not seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+import torch.fx
+
+from piecework.codegen.origin import value_of
+from piecework.runtime import torch_compat
+from piecework.runtime.batch.forward_context import (
+    current_forward_context,
+    override_forward_context,
+)
+from piecework.runtime.splitting_op import registry
+
+Placed = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """Memory, and what it held."""
+
+    tensor: torch.Tensor
+    before: torch.Tensor
+
+    def put_back(self) -> None:
+        with torch.inference_mode() if self.tensor.is_inference() else contextlib.nullcontext():
+            self.tensor.copy_(self.before)
+
+
+class DryWrites:
+    """Puts back what runs on dummy inputs write.
+
+    Args:
+        is_own: whether a tensor lies in the graphs' own memory, which nobody reads before a replay has written it.
+        outside: tensors of the model; what a piece returns of them is not its own.
+        known: those of them that the graph says are written.
+
+    Attributes:
+        seen: operators that wrote to memory of others, each with what it wrote to, in words.
+    """
+
+    def __init__(
+        self,
+        is_own: Callable[[torch.Tensor], bool],
+        outside: list[torch.Tensor],
+        known: list[torch.Tensor],
+    ) -> None:
+        self._is_own, self._known = is_own, known
+        self._outside = {_address(t) for t in outside if _is_plain(t)}
+        self._watch = torch_compat.OperatorWatch(self._before, _body_of, self._after)
+        self._active = False
+        self._kept: dict[Placed, _Kept] = {}
+        # The marks keep the numbers from being given to other memory, and no memory alive.
+        self._born: dict[int, object] = {}
+        self._learned: dict[Placed, torch.Tensor] = {}
+        self.seen: dict[str, str] = {}
+
+    def forget(self) -> None:
+        """Let go of the memory that was written; dummy runs are over."""
+        self._learned.clear()
+
+    @contextmanager
+    def put_back(self, *, watched: bool) -> Iterator[None]:
+        """Leave everything as it was after the block.
+
+        Args:
+            watched: look at each operator. Otherwise, as in a CUDA graph's capture and replay, which run no Python or must not copy,
+                what runs before were seen to write is put back.
+        """
+        self._kept, self._born = {}, {}
+        try:
+            if not watched:
+                for tensor in (*self._known, *tuple(self._learned.values())):
+                    self._keep(tensor)
+                yield
+            else:
+                self._active = True
+                with self._watch:
+                    yield
+        finally:
+            self._active = False
+            for kept in reversed(self._kept.values()):
+                kept.put_back()
+            self._kept, self._born = {}, {}
+
+    def unwatched(self, piece: Callable[..., object]) -> Callable[..., object]:
+        """``piece`` as a dummy run calls it: captured pieces write to nobody's tensors, and read no dry context."""
+
+        def run(*args: object) -> object:
+            if not self._active:
+                return piece(*args)
+            context = current_forward_context()
+            real = context if context is None or not context.dry else replace(context, dry=False)
+            self._active = False
+            try:
+                with override_forward_context(real):
+                    results = piece(*args)
+            finally:
+                self._active = True
+            self._note_new(args, results)
+            return results
+
+        return run
+
+    # --- what the watch tells ------------------------------------------------------------------------
+
+    def _before(
+        self, op: torch._ops.OpOverload, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> None:
+        if not self._active:
+            return
+        for each in torch_compat.written_operands(op, args, kwargs):
+            if self._is_others(each) and self._keep(each):
+                kind = str(each.dtype).removeprefix("torch.")
+                self.seen.setdefault(str(op), f"{kind}{list(each.shape)}")
+
+    def _is_others(self, tensor: torch.Tensor) -> bool:
+        """Whether somebody may read what ``tensor`` holds after this run."""
+        return (
+            _is_plain(tensor)
+            and torch_compat.storage_id(tensor) not in self._born
+            and not self._is_own(tensor)
+        )
+
+    def _keep(self, tensor: torch.Tensor) -> bool:
+        placed = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if placed in self._kept:
+            return False
+        self._kept[placed] = _Kept(tensor, tensor.clone())
+        self._learned.setdefault(placed, tensor)
+        return True
+
+    def _after(self, op: torch._ops.OpOverload, args: tuple[object, ...], result: object) -> None:
+        """What torch's own operators make new in this run is nobody's."""
+        if not self._active or op.namespace != "aten":
+            return
+        if any(each.alias_info is not None for each in op._schema.returns):
+            return
+        self._note_new(args, result)
+
+    def _note_new(self, given: object, made: object) -> None:
+        """Remember memory that was made in this run: nobody else has it. What is given to a call may come out of it again."""
+        old = self._outside | {_address(each) for each in _tensors(given)}
+        for each in _tensors(made):
+            if _address(each) not in old:
+                self._born[torch_compat.storage_id(each)] = torch_compat.storage_mark(each)
+
+
+def _tensors(tree: object) -> list[torch.Tensor]:
+    leaves = torch_compat.flatten_tree(tree)[0]
+    return [each for each in leaves if isinstance(each, torch.Tensor) and _is_plain(each)]
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Where its memory begins; weak references to it have the same."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return (
+        tensor.layout is torch.strided
+        and tensor.device.type != "meta"
+        and type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+    )
+
+
+def _body_of(op: torch._ops.OpOverload, args: tuple[object, ...]) -> Callable[..., object] | None:
+    """The Python function that a user's operator runs; None for any other, whose schema has to be believed."""
+    device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), "cpu")
+    known = registry.find(op)
+    if known is not None:
+        return known.implementation_for(device)
+    kernel = torch_compat.custom_op_kernel(op._schema.name, device)
+    return None if kernel is None else torch_compat.custom_op_function(kernel)
+
+
+def acting_unseen(split_gm: torch.fx.GraphModule, pieces: list[str]) -> tuple[str, ...]:
+    """Operators between the pieces that return nothing and declare no write: whatever they do, their schema does not tell."""
+    found: dict[str, None] = {}
+    for name in pieces:
+        piece = split_gm.get_submodule(name)
+        assert isinstance(piece, torch.fx.GraphModule)
+        for node in piece.graph.nodes:
+            if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+                schema = node.target._schema
+                writes = any(
+                    a.alias_info is not None and a.alias_info.is_write for a in schema.arguments
+                )
+                if not schema.returns and not writes and value_of(node) is None:
+                    found[str(node.target)] = None
+    return tuple(found)

@@ -1,0 +1,1 @@
+"""Inputs of static graphs: persistent buffers, filled and padded before a replay."""

@@ -1,0 +1,220 @@
+"""Inputs of captured graphs: in, tensors of any batch size; out, the same values in persistent buffers, padded to a captured size.
+
+It never moves a buffer once it is allocated, and it never pads with anything but the declared value.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from piecework.errors import ConfigError, InputError
+from piecework.runtime.graphs.memory.addresses import AddressBook
+from piecework.runtime.graphs.stage.one_launch import OneLaunch
+from piecework.runtime.graphs.stage.slots import InputSpec, Slot, dimension_of, slot_for
+
+__all__ = ["InputSpec", "Kernel", "StaticInputs"]
+
+Kernel = Literal["auto", "reference", "triton"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How batches of one size reach one padded size: views that are made once and used every step."""
+
+    counts: tuple[int, ...]
+    static: tuple[torch.Tensor, ...]
+    heads: tuple[torch.Tensor, ...]
+    tails: tuple[torch.Tensor | None, ...]
+
+
+@dataclass(eq=False)
+class StaticInputs:
+    """Persistent buffers for the dynamic inputs of a model, filled before each replay.
+
+    Args:
+        specs: one per input.
+        buffers: one per input, contiguous, as large as the largest batch.
+        kernel: "triton" stages everything in one launch, "reference" with one copy and one fill per input;
+            "auto" is Triton on CUDA and the reference elsewhere.
+        poison: pad floating inputs with NaN, to find out what reads beyond the batch (debugging).
+
+    Raises:
+        ConfigError: the declarations do not fit the buffers.
+
+    Example:
+        >>> inputs = StaticInputs.allocate({"ids": torch.zeros(1, dtype=torch.long)}, maximum=8)
+        >>> inputs.stage([torch.tensor([5, 6, 7])], padded=4)[0].tolist()
+        [5, 6, 7, 0]
+    """
+
+    specs: Sequence[InputSpec]
+    buffers: Sequence[torch.Tensor]
+    kernel: Kernel = "auto"
+    poison: bool = False
+    _slots: tuple[Slot, ...] = field(init=False)
+    _plans: dict[tuple[int, tuple[int, ...]], _Plan] = field(init=False, default_factory=dict)
+    _checked: dict[tuple[object, ...], _Plan] = field(init=False, default_factory=dict)
+    _launcher: OneLaunch | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if len(self.specs) != len(self.buffers):
+            raise ConfigError(
+                f"{len(self.specs)} inputs are declared, {len(self.buffers)} buffers given",
+                where="StaticInputs",
+            )
+        pairs = zip(self.specs, self.buffers, strict=True)
+        self._slots = tuple(slot_for(spec, buffer, self.poison) for spec, buffer in pairs)
+        if self._slots and self._uses_triton():
+            self._launcher = OneLaunch(self._slots)
+
+    def _uses_triton(self) -> bool:
+        if self.kernel != "auto":
+            return self.kernel == "triton"
+        on_cuda = all(buffer.device.type == "cuda" for buffer in self.buffers)
+        return on_cuda and importlib.util.find_spec("triton") is not None
+
+    @classmethod
+    def allocate(
+        cls,
+        examples: Mapping[str, torch.Tensor],
+        maximum: int,
+        specs: Sequence[InputSpec] | None = None,
+        *,
+        device: torch.device | str | None = None,
+        kernel: Kernel = "auto",
+        poison: bool = False,
+    ) -> StaticInputs:
+        """Buffers shaped like ``examples``, with ``maximum`` in each dynamic dimension.
+
+        Args:
+            examples: a tensor per input; only dtype, device and the other dimensions are read.
+            maximum: the largest captured size.
+            specs: dynamic dimension and padding by name; dimension 0 and 0 for inputs not listed.
+            device: where the buffers are; the examples' own devices by default.
+            kernel, poison: as for the class.
+
+        Raises:
+            ConfigError: a spec names no example, or does not fit it.
+        """
+        declared = {spec.name: spec for spec in specs or ()}
+        unknown = sorted(set(declared) - set(examples))
+        if unknown:
+            raise ConfigError(
+                f"no input {', '.join(unknown)}",
+                where="StaticInputs.allocate",
+                hint=f"inputs: {', '.join(examples) or 'none'}",
+            )
+        chosen = [declared.get(name, InputSpec(name)) for name in examples]
+        buffers = []
+        for spec, example in zip(chosen, examples.values(), strict=True):
+            shape = list(example.shape)
+            shape[dimension_of(spec, example)] = maximum
+            where = example.device if device is None else device
+            with torch.inference_mode(False):
+                buffers.append(torch.zeros(shape, dtype=example.dtype, device=where))
+        return cls(chosen, buffers, kernel, poison)
+
+    def register(self, book: AddressBook) -> None:
+        """Vouch for the buffers, so that captured pieces may read them in place."""
+        for slot in self._slots:
+            book.register_persistent(slot.spec.name, slot.buffer)
+
+    def views(self, padded: int) -> tuple[torch.Tensor, ...]:
+        """The static tensors that graphs captured for ``padded`` read; the same objects at every call.
+
+        Raises:
+            InputError: a buffer is smaller.
+        """
+        return self._plan(padded, (padded,) * len(self._slots)).static
+
+    def batch_size(self, tensors: Sequence[torch.Tensor]) -> int:
+        """The size that ``tensors`` have in their dynamic dimensions.
+
+        Raises:
+            InputError: there are none, one is no tensor of the right rank, or they disagree.
+        """
+        if len(tensors) != len(self._slots) or not tensors:
+            raise InputError(
+                f"{len(tensors)} tensors for {len(self._slots)} staged inputs", where="batch_size"
+            )
+        pairs = list(zip(self._slots, tensors, strict=True))
+        sizes = {
+            slot.spec.name: tensor.shape[slot.dim]
+            for slot, tensor in pairs
+            if getattr(tensor, "ndim", None) == slot.buffer.ndim
+        }
+        distinct = set(sizes.values())
+        if len(sizes) == len(pairs) and len(distinct) == 1:
+            return distinct.pop()
+        found = ", ".join(
+            f"{slot.spec.name}: {sizes.get(slot.spec.name, 'not a tensor of that rank')}"
+            for slot, _ in pairs
+        )
+        raise InputError(f"the inputs have no common batch size ({found})", where="batch_size")
+
+    def stage(self, tensors: Sequence[torch.Tensor], padded: int) -> tuple[torch.Tensor, ...]:
+        """Copy ``tensors`` into the buffers, pad to ``padded``, and return the static tensors.
+
+        Raises:
+            InputError: an input has another dtype or shape, or does not fit; the message says the sizes.
+        """
+        signature = (
+            padded,
+            *[(getattr(t, "shape", None), getattr(t, "dtype", None)) for t in tensors],
+        )
+        plan = self._checked.get(signature)
+        if plan is None:
+            plan = self._checked[signature] = self._check(tensors, padded)
+        if self._launcher is not None and self._launcher.fits(tensors, plan.counts):
+            self._launcher.launch(tensors, plan.counts[0], padded)
+            return plan.static
+        for head, tail, slot, tensor in zip(
+            plan.heads, plan.tails, self._slots, tensors, strict=True
+        ):
+            head.copy_(tensor, non_blocking=True)
+            if tail is not None:
+                tail.fill_(slot.pad)
+        return plan.static
+
+    def _check(self, tensors: Sequence[torch.Tensor], padded: int) -> _Plan:
+        """The plan for tensors of shapes that were not seen before; what fits once fits again."""
+        if len(tensors) != len(self._slots):
+            raise InputError(
+                f"{len(tensors)} tensors for {len(self._slots)} staged inputs", where="stage"
+            )
+        pairs = list(zip(self._slots, tensors, strict=True))
+        for slot, tensor in pairs:
+            slot.check(tensor, padded)
+        return self._plan(padded, tuple(tensor.shape[slot.dim] for slot, tensor in pairs))
+
+    def _plan(self, padded: int, counts: tuple[int, ...]) -> _Plan:
+        plan = self._plans.get((padded, counts))
+        if plan is None:
+            plan = self._plans[padded, counts] = self._make_plan(padded, counts)
+        return plan
+
+    def _make_plan(self, padded: int, counts: tuple[int, ...]) -> _Plan:
+        for slot in self._slots:
+            if padded > slot.maximum:
+                raise InputError(
+                    f"can't be padded to {padded}; its buffer holds {slot.maximum} in dimension {slot.dim}",
+                    where=f"input {slot.spec.name}",
+                    hint="allocate the buffers for the largest captured size",
+                )
+        full = (padded,) * len(self._slots)
+        static = (
+            tuple(slot.view(padded) for slot in self._slots)
+            if counts == full
+            else self._plan(padded, full).static
+        )
+        heads, tails = [], []
+        for slot, view, count in zip(self._slots, static, counts, strict=True):
+            heads.append(view.narrow(slot.dim, 0, count))
+            rest = padded - count
+            tails.append(view.narrow(slot.dim, count, rest) if rest else None)
+        return _Plan(counts, static, tuple(heads), tuple(tails))

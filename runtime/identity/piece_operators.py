@@ -1,0 +1,91 @@
+"""The operators of a piece that torch does not bring. In: a piece. Out: what of them its compiled form depends on, or why it can't be kept.
+
+A compiled piece calls such an operator by its name, so it stays right when the operator's body changes. Where the body itself is
+compiled, nothing in the graph tells one body from another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.fx
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+
+from piecework.codegen.origin import value_of
+from piecework.errors import Unidentifiable
+from piecework.runtime import torch_compat
+from piecework.runtime.identity.values import digest_of
+
+# Higher-order operators that hold all they do as subgraphs and literals. Others look things up in tables of the process,
+# as those for Triton kernels do.
+_SELF_CONTAINED = frozenset(
+    {
+        "associative_scan",
+        "auto_functionalized",
+        "auto_functionalized_v2",
+        "cond",
+        "flex_attention",
+        "invoke_subgraph",
+        "map_impl",
+        "out_dtype",
+        "scan",
+        "while_loop",
+        "wrap",
+        "wrap_with_autocast",
+        "wrap_with_set_grad_enabled",
+    }
+)
+
+
+def operator_facts(graph: torch.fx.GraphModule) -> tuple[str, str]:
+    """What the compiled form of a piece depends on besides its structure.
+
+    Args:
+        graph: the piece; graphs inside it count.
+
+    Returns:
+        The identity of each operator that is not torch's (schema, tags, fake implementation, see
+        `piecework.runtime.identity.operators`), with what the fake says of the results; and why the compiled form holds for
+        this process only, "" if it does not.
+    """
+    lines: list[str] = []
+    for node in _calls(graph):
+        match node.target:
+            case HigherOrderOperator() as op if op.name() not in _SELF_CONTAINED:
+                return "", f"{op.name()} may depend on this process"
+            case OpOverload() as op:
+                overloads = (op,)
+            case OpOverloadPacket() as packet:
+                overloads = tuple(getattr(packet, name) for name in packet.overloads())
+            case _:
+                continue
+        for op in overloads:
+            if torch_compat.is_torch_operator(op):
+                continue
+            if not torch_compat.is_opaque_to_inductor(op):
+                return "", f"{op} is compiled with its body"
+            try:
+                identity = digest_of(op, str(op))
+            except Unidentifiable as error:
+                return "", error.message
+            lines.append(f"{op} {op._schema} {identity} -> {_results(node)}")
+    return "\n".join(lines), ""
+
+
+def _calls(graph: torch.fx.GraphModule) -> Iterator[torch.fx.Node]:
+    for module in graph.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            yield from (node for node in module.graph.nodes if node.op == "call_function")
+
+
+def _results(node: torch.fx.Node) -> str:
+    value = value_of(node)
+    many = value if isinstance(value, (tuple, list)) else [value]
+    return ", ".join(map(_signature, many))
+
+
+def _signature(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {value.device} {tuple(value.shape)} {value.stride()}"
+    return str(value)

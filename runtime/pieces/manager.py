@@ -1,0 +1,349 @@
+"""Compiling one piece for one batch range. In: a piece and fake inputs. Out: its compiled form, from this compilation, from disk, or new.
+
+It calls the compiler, keeps it to its interface, and turns its failures into errors that name the piece.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.fx
+
+from piecework.codegen.origin import SymbolNames, origin_of_piece, value_of
+from piecework.codegen.structure import Structure, structure_of
+from piecework.errors import ConfigError, PieceCompileError, PieceworkError
+from piecework.runtime import torch_compat
+from piecework.runtime.batch.ranges import Range
+from piecework.runtime.compilers import CompiledPiece, make_compiler
+from piecework.runtime.compilers.reproducer import file_name, keep_reproducer
+from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
+from piecework.runtime.counters import counters
+from piecework.runtime.observe import trace
+from piecework.runtime.passes import PostGradPassManager
+from piecework.runtime.pieces.disk import PieceCache, keeps_pieces, open_piece_cache
+from piecework.runtime.pieces.parallel import JobResult
+from piecework.runtime.pieces.progress import CompileProgress, current_progress
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RangeEntry:
+    """The compiled form of a piece for one range of batch sizes; ``compile_range`` None means all sizes.
+
+    ``reused``: an equal piece was compiled before in this compilation; ``cached``: it was loaded from disk.
+    """
+
+    compile_range: Range | None
+    compiled: CompiledPiece
+    seconds: float
+    reused: bool
+    cached: bool = False
+
+    @property
+    def runnable(self) -> Callable[..., object]:
+        return self.compiled.runnable
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """A compiled piece; its graph is kept so that no object that a key tells apart by its address goes away."""
+
+    compiled: CompiledPiece
+    graph: torch.fx.GraphModule
+
+
+@dataclass
+class CompilerManager:
+    """Compiles pieces through one compiler and keeps what it compiled, by content.
+
+    Attributes:
+        config: the resolved configuration.
+        seconds: time spent in the compiler.
+        progress: told of each compilation, if there is one; that of `show_progress` by default.
+    """
+
+    config: CompilationConfig
+    seconds: float = 0.0
+    progress: CompileProgress | None = field(default_factory=current_progress)
+    _ahead: dict[tuple[str, Range | None], RangeEntry] = field(default_factory=dict)
+    _elsewhere: dict[tuple[str, Range | None], JobResult] = field(default_factory=dict)
+    _done: dict[tuple[object, ...], _Done] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.compiler = make_compiler(self.config)
+        self.cache: PieceCache | None = None
+
+    def get_ready(self, values: Iterable[object]) -> None:
+        """Let the compiler begin what can run while the model is being traced, unless the cache may have it all.
+
+        Args:
+            values: the example inputs, tensors and anything else.
+        """
+        begin = getattr(self.compiler, "get_ready", None)
+        if begin is not None and not keeps_pieces(self.config):
+            begin(values)
+
+    def initialize_cache(
+        self,
+        graph: torch.fx.GraphModule,
+        inputs: Iterable[object],
+        *,
+        disable_cache: bool = False,
+        tag: str = "backbone",
+        runtime_config: RuntimeConfig | None = None,
+    ) -> None:
+        """Open the on-disk cache for a captured graph, if the compiler's results can be kept.
+
+        Args:
+            runtime_config: the program's limits; its ranks are part of the path.
+
+        Raises:
+            CacheError: the cache directory is not safe to use.
+        """
+        if self.makes_bytes:
+            self.cache = open_piece_cache(
+                self.config,
+                self.compute_hash,
+                graph,
+                inputs,
+                tag=tag,
+                runtime_config=runtime_config,
+                disabled=disable_cache,
+            )
+
+    @property
+    def makes_bytes(self) -> bool:
+        """Whether what the compiler makes can be kept."""
+        return hasattr(self.compiler, "to_bytes")
+
+    @property
+    def passes(self) -> PostGradPassManager | None:
+        """The graph passes that the compiler runs; None if it runs none."""
+        return getattr(self.compiler, "passes", None)
+
+    def is_kept(
+        self, graph: torch.fx.GraphModule, structure: Structure, compile_range: Range | None
+    ) -> bool:
+        """Whether a piece is compiled or in the cache already, so that `compile` would not call the compiler."""
+        if _slot(graph, structure, compile_range) in self._done:
+            return True
+        return self.cache is not None and self.cache.holds(graph, structure, compile_range)
+
+    def compiled_ahead(self, structure: Structure, entry: RangeEntry) -> None:
+        """Keep what `compile` returned before the piece was reached, for the first piece that asks for it."""
+        self._ahead[structure.key, entry.compile_range] = entry
+
+    def compiled_elsewhere(
+        self, structure: Structure, compile_range: Range | None, result: JobResult
+    ) -> None:
+        """Note that a worker has put a piece into the caches, where `compile` will find it."""
+        self._elsewhere[structure.key, compile_range] = result
+        if self.progress is not None and not result.error:
+            self.progress.finished(result.name, result.seconds, "in a worker")
+
+    def may_share_names(self) -> bool:
+        """Whether pieces may be made equal by handing them names as inputs (`share_layer_names`).
+
+        The compiler must call custom operators as they are, and no user's pass may be looking for them.
+        """
+        opaque = getattr(self.compiler, "calls_custom_ops_as_they_are", False)
+        return bool(opaque) and not self.config.inductor_passes
+
+    def compute_hash(self) -> str:
+        """Everything about the compiler that changes its output.
+
+        Raises:
+            ConfigError: the compiler can't say it.
+        """
+        try:
+            found = self.compiler.compute_hash(self.config)
+        except PieceworkError:
+            raise
+        except Exception as error:
+            raise self._misbehaves(f"compute_hash failed: {_first_line(error)}") from error
+        if not isinstance(found, str):
+            raise self._misbehaves(f"compute_hash returned {_kind(found)}, not text")
+        return found
+
+    def _misbehaves(self, how: str) -> ConfigError:
+        return ConfigError(
+            f"compiler {self.compiler.name!r}: {how}",
+            where="backend",
+            hint="see piecework.runtime.compilers.CompilerInterface",
+        )
+
+    def _compile_checked(
+        self,
+        graph: torch.fx.GraphModule,
+        example_inputs: Sequence[object],
+        compile_range: Range | None,
+    ) -> CompiledPiece:
+        """Run the compiler on a piece, and see that it kept to its interface."""
+        before = _content(graph)
+        piece = self.compiler.compile(graph, example_inputs, self.config, compile_range)
+        if not isinstance(piece, CompiledPiece):
+            raise self._misbehaves(f"compile returned {_kind(piece)}, not a CompiledPiece")
+        if not callable(piece.runnable):
+            raise self._misbehaves(
+                f"what it compiled is {_kind(piece.runnable)} and can't be called"
+            )
+        if _content(graph) != before:
+            raise self._misbehaves("compile changed the graph that it was given; it must copy it")
+        return piece
+
+    def to_bytes(self, piece: CompiledPiece) -> bytes | None:
+        """What the cache keeps of a piece; None, with a warning, where the compiler can't give it."""
+        try:
+            data = self.compiler.to_bytes(piece)
+            if data is None or isinstance(data, bytes):
+                return data
+            problem = f"to_bytes returned {_kind(data)}, not bytes"
+        except Exception as error:  # noqa: BLE001 - the piece is compiled and can be used
+            problem = f"to_bytes failed: {_first_line(error)}"
+        _log.warning("compiler %r: %s; the piece is used and not kept", self.compiler.name, problem)
+        return None
+
+    def _from_bytes(self, data: bytes, graph: torch.fx.GraphModule) -> CompiledPiece:
+        piece = self.compiler.from_bytes(data, graph)
+        if not isinstance(piece, CompiledPiece):
+            raise self._misbehaves(f"from_bytes returned {_kind(piece)}, not a CompiledPiece")
+        return piece
+
+    def compile(
+        self,
+        graph: torch.fx.GraphModule,
+        example_inputs: Sequence[object],
+        compile_range: Range | None,
+        *,
+        structure: Structure,
+        submod_name: str,
+    ) -> RangeEntry:
+        """Compile ``graph`` for ``compile_range``, or reuse what an equal piece was compiled to.
+
+        Raises:
+            PieceCompileError: the compiler failed; names the piece and the modules that it holds.
+        """
+        ahead = self._ahead.pop((structure.key, compile_range), None)
+        if ahead is not None:
+            return ahead
+        slot = _slot(graph, structure, compile_range)
+        done = self._done.get(slot)
+        if done is not None:
+            return RangeEntry(compile_range, done.compiled, 0.0, reused=True)
+        start = time.perf_counter()
+        cached = False
+
+        def compile_now() -> CompiledPiece:
+            counters.num_backend_compilations += 1
+            trace.artifact(
+                "piece_start", lambda: f"{submod_name} for batch {compile_range or 'all'}"
+            )
+            trace.artifact(
+                file_name(submod_name, compile_range),
+                lambda: graph.print_readable(print_output=False),
+            )
+            return self._compile_checked(graph, example_inputs, compile_range)
+
+        try:
+            with torch.no_grad():
+                if self.cache is None:
+                    compiled = compile_now()
+                else:
+                    compiled, cached = self.cache.get_or_compile(
+                        graph,
+                        structure,
+                        compile_range,
+                        compile_now,
+                        self.to_bytes,
+                        lambda data: self._from_bytes(data, graph),
+                    )
+        except Exception as error:
+            own = isinstance(error, PieceworkError) and not isinstance(error, PieceCompileError)
+            if own or torch_compat.asks_for_restart(error):
+                raise
+            raise self._failure(graph, example_inputs, compile_range, submod_name, error) from error
+        seconds = time.perf_counter() - start
+        worker = self._elsewhere.pop((structure.key, compile_range), None)
+        if worker is not None and not worker.error:
+            seconds += worker.seconds
+        elif self.progress is not None:
+            name = submod_name + ("" if compile_range is None else f" {compile_range}")
+            self.progress.finished(name, seconds, "from the cache" if cached else "")
+        self.seconds += seconds
+        self._done[slot] = _Done(compiled, graph)
+        return RangeEntry(compile_range, compiled, seconds, reused=False, cached=cached)
+
+    def _failure(
+        self,
+        graph: torch.fx.GraphModule,
+        example_inputs: Sequence[object],
+        compile_range: Range | None,
+        submod_name: str,
+        error: Exception,
+    ) -> PieceCompileError:
+        """The error for a piece that did not compile; its graph is kept as a file that compiles it again."""
+        modules = origin_of_piece(graph, SymbolNames(), line_numbers=True).module
+        try:
+            path = keep_reproducer(
+                graph,
+                example_inputs,
+                self.config,
+                compile_range,
+                submod_name=submod_name,
+                error=error,
+            )
+            kept = f"python {path} compiles it again"
+        except OSError as problem:
+            kept = f"its graph could not be kept ({problem})"
+        sizes = "" if compile_range is None else f" for batches {compile_range}"
+        own = _own_failure(error)
+        hint = (
+            "CompilationConfig(backend='eager') runs the piece uncompiled, to tell a compiler's fault from the model's"
+            if own is None
+            else own.hint
+        )
+        reason = _first_line(error) if own is None else own.message
+        return PieceCompileError(
+            f"{self.compiler.name} failed on {submod_name}{sizes}: {reason}",
+            where=modules or submod_name,
+            hint=f"{kept}; {hint}",
+        )
+
+
+def _slot(
+    graph: torch.fx.GraphModule, structure: Structure, compile_range: Range | None
+) -> tuple[object, ...]:
+    """What a compiled piece is right for in this process. Symbols mean nothing outside of the trace that they belong to."""
+    env = torch_compat.shape_env_of(map(value_of, graph.graph.find_nodes(op="placeholder")))
+    return structure.key, compile_range, id(env)
+
+
+def _content(graph: torch.fx.GraphModule) -> tuple[object, ...]:
+    """A graph and the values recorded for its inputs. A compiler may find out more about a size; it may not exchange it."""
+    inputs = graph.graph.find_nodes(op="placeholder")
+    return structure_of(graph).key, tuple(id(value_of(node)) for node in inputs)
+
+
+def _own_failure(error: BaseException | None) -> PieceCompileError | None:
+    """The failure of a pass of ours or the user's, which a compiler may have wrapped in an error of its own."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, PieceCompileError):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__qualname__}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

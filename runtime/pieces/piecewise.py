@@ -1,0 +1,264 @@
+"""Pieces and their compiled forms. In: the submodules of a stitching graph. Out: one `PiecewiseBackend` each, equal ones compiled once.
+
+A piece is compiled before it is ever called; nothing here decides per call more than the range of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+import torch.fx
+
+from piecework.codegen.origin import value_of
+from piecework.codegen.structure import Structure, input_signature, structure_of
+from piecework.errors import BindError, InputError
+from piecework.runtime import torch_compat
+from piecework.runtime.batch.ranges import Range
+from piecework.runtime.compilers import CompiledPiece
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.counters import counters
+from piecework.runtime.pieces.manager import CompilerManager, RangeEntry
+
+GENERAL = None  # the range of a piece that serves every batch size
+
+
+class PieceCompiler(Protocol):
+    """What pieces need of the backend that they belong to."""
+
+    compiler_manager: CompilerManager
+    compile_ranges: tuple[Range | None, ...]
+    batch_symbol: str | None
+
+
+class PiecewiseBackend:
+    """One piece: its graph and its compiled form per range.
+
+    Two exclusive modes: *compile* (a graph is given; all ranges are compiled now) and *load* (runnables are given).
+
+    Args:
+        graph: the piece, or None in load mode.
+        config: the resolved configuration.
+        piecewise_compile_index: which of the compiled pieces this is, from 0.
+        total_piecewise_compiles: how many compiled pieces there are.
+        sym_shape_indices: which inputs are sizes; the first is the batch size.
+        backend: owns the compiler manager and the ranges.
+        returns_tuple: whether the runnable returns a tuple also for a single output.
+        compiled_runnables: range → callable, in load mode.
+        submod_name: the piece's name in the stitching graph.
+
+    Raises:
+        BindError: both or neither of ``graph`` and ``compiled_runnables`` were given.
+        PieceCompileError: the compiler failed.
+    """
+
+    def __init__(
+        self,
+        graph: torch.fx.GraphModule | None,
+        config: CompilationConfig,
+        piecewise_compile_index: int,
+        total_piecewise_compiles: int,
+        sym_shape_indices: Sequence[int],
+        backend: PieceCompiler | None,
+        returns_tuple: bool = True,
+        compiled_runnables: Mapping[Range | None, Callable[..., object]] | None = None,
+        submod_name: str = "",
+    ) -> None:
+        if (graph is None) == (compiled_runnables is None):
+            raise BindError(
+                "a piece takes either a graph to compile or runnables to load, and exactly one of them",
+                where=submod_name or None,
+            )
+        self.graph = graph
+        self.config = config
+        self.piecewise_compile_index = piecewise_compile_index
+        self.total_piecewise_compiles = total_piecewise_compiles
+        self.sym_shape_indices = tuple(sym_shape_indices)
+        self.returns_tuple = returns_tuple
+        self.submod_name = submod_name
+        self.structure: Structure | None = None
+        self._manager = None if backend is None else backend.compiler_manager
+        self.entries: dict[Range | None, RangeEntry] = {}
+        if graph is not None:
+            if backend is None:
+                raise BindError("compiling a piece needs a backend", where=submod_name or None)
+            self.structure = structure_of(graph, describe_input=input_signature)
+            self.compile_all_ranges(backend)
+        else:
+            self.load_all_ranges(compiled_runnables or {})
+
+    def compile_all_ranges(self, backend: PieceCompiler) -> None:
+        """Compile the piece once per range; equal pieces share the result."""
+        assert self.graph is not None and self.structure is not None
+        for compile_range in backend.compile_ranges:
+            self.entries[compile_range] = backend.compiler_manager.compile(
+                self.graph,
+                inputs_for(self.graph, compile_range, backend.batch_symbol),
+                compile_range,
+                structure=self.structure,
+                submod_name=self.submod_name,
+            )
+
+    def load_all_ranges(self, runnables: Mapping[Range | None, Callable[..., object]]) -> None:
+        """Take callables that were compiled before."""
+        for compile_range, runnable in runnables.items():
+            entry = RangeEntry(compile_range, CompiledPiece(runnable), 0.0, reused=True)
+            self.entries[compile_range] = entry
+
+    def to_bytes(self) -> dict[Range | None, bytes]:
+        """The compiled form of each range as bytes, as the compile cache keeps it; ranges that can't be kept are left out.
+
+        Raises:
+            BindError: the piece was loaded, or its compiler makes nothing that can be kept.
+        """
+        if self._manager is None or not self._manager.makes_bytes:
+            raise BindError(
+                (
+                    "a piece that was loaded has no bytes"
+                    if self._manager is None
+                    else f"compiler {self._manager.compiler.name} makes nothing that can be kept"
+                ),
+                where=self.submod_name or None,
+            )
+        kept = {
+            each: self._manager.to_bytes(entry.compiled) for each, entry in self.entries.items()
+        }
+        return {compile_range: data for compile_range, data in kept.items() if data is not None}
+
+    @property
+    def seconds(self) -> float:
+        return sum(entry.seconds for entry in self.entries.values())
+
+    @property
+    def reused(self) -> bool:
+        return all(entry.reused for entry in self.entries.values())
+
+    def runnable_for(self, compile_range: Range | None) -> Callable[..., object]:
+        """The compiler's public callable for one range."""
+        return self.entries[compile_range].runnable
+
+    def direct_runnable_for(self, compile_range: Range | None) -> Callable[..., object]:
+        """The innermost callable for one range that is known to do the same as the public one."""
+        compiled = self.entries[compile_range].compiled
+        return compiled.runnable if compiled.direct is None else compiled.direct
+
+    def __call__(self, *args: object) -> object:
+        """Run the form that serves this batch; the stitched function is bound past this, to the runnable itself."""
+        if len(self.entries) == 1:
+            (entry,) = self.entries.values()
+            return entry.runnable(*args)
+        size = args[self.sym_shape_indices[0]]
+        for entry in self.entries.values():
+            if entry.compile_range is None or size in entry.compile_range:
+                return entry.runnable(*args)
+        ranges = ", ".join(str(r) for r in self.entries)
+        raise InputError(f"batch size {size} is outside every compiled range: {ranges}")
+
+
+def get_fake_args_from_graph(graph: torch.fx.GraphModule) -> list[object]:
+    """The fake value of each placeholder of ``graph``, in order."""
+    return [value_of(node) for node in graph.graph.find_nodes(op="placeholder")]
+
+
+def inputs_for(
+    graph: torch.fx.GraphModule, compile_range: Range | None, batch_symbol: str | None
+) -> list[object]:
+    """What a compiler is given for one batch range: concrete sizes for a single size, else what tracing recorded."""
+    if compile_range is not None and compile_range.is_single_size():
+        return create_concrete_args(graph, compile_range.start, batch_symbol)
+    return get_fake_args_from_graph(graph)
+
+
+def create_concrete_args(
+    graph: torch.fx.GraphModule, size: int, batch_symbol: str | None
+) -> list[object]:
+    """Fake inputs of ``graph`` for one batch size: the batch symbol becomes ``size``, other symbols stay.
+
+    Args:
+        size: the batch size.
+        batch_symbol: the symbol that it is, such as ``"s0"``; None leaves everything symbolic.
+
+    Returns:
+        Integers, symbols and fake tensors with the same dtype, device, strides and storage offset.
+    """
+    if batch_symbol is None:
+        return get_fake_args_from_graph(graph)
+    return [
+        torch_compat.with_symbol(value, batch_symbol, size)
+        for value in get_fake_args_from_graph(graph)
+    ]
+
+
+class PiecewiseCompileInterpreter(torch.fx.Interpreter):
+    """Walks a stitching graph with fake values and builds one `PiecewiseBackend` per piece.
+
+    Args:
+        module: the stitching graph.
+        compile_submod_names: submodules to compile; all others are only stepped over.
+        config: the resolved configuration.
+        backend: owns the compiler manager and the ranges.
+
+    Attributes:
+        backends: submodule name → backend, filled by `run`.
+    """
+
+    def __init__(
+        self,
+        module: torch.fx.GraphModule,
+        compile_submod_names: Sequence[str],
+        config: CompilationConfig,
+        backend: PieceCompiler,
+    ) -> None:
+        super().__init__(module)
+        self.extra_traceback = False  # our errors name the piece themselves
+        self.compile_submod_names = tuple(compile_submod_names)
+        self.config = config
+        self.backend = backend
+        self.backends: dict[str, PiecewiseBackend] = {}
+
+    def run(self, *fake_args: object) -> object:  # type: ignore[override]
+        with torch.no_grad():
+            return super().run(*fake_args, enable_io_processing=False)
+
+    def call_module(self, target: object, args: tuple[object, ...], kwargs: dict[str, object]) -> object:  # type: ignore[override]
+        name = str(target)
+        submod = self.fetch_attr(name)
+        assert isinstance(submod, torch.fx.GraphModule)
+        if name in self.compile_submod_names:
+            _remember_inputs(submod, args)
+            counters.num_piecewise_capturable_graphs_seen += 1
+            self.backends[name] = PiecewiseBackend(
+                submod,
+                self.config,
+                len(self.backends),
+                len(self.compile_submod_names),
+                [i for i, arg in enumerate(args) if isinstance(arg, torch.SymInt)],
+                self.backend,
+                submod_name=name,
+            )
+        known = _recorded_output(submod)
+        return submod(*args, **kwargs) if known is _UNKNOWN else known
+
+
+def _remember_inputs(submod: torch.fx.GraphModule, args: Sequence[object]) -> None:
+    """Give placeholders without a recorded fake value the one that reached them."""
+    for node, arg in zip(submod.graph.find_nodes(op="placeholder"), args, strict=True):
+        if value_of(node) is None:
+            node.meta["example_value"] = arg
+
+
+_UNKNOWN = object()
+
+
+def _recorded_output(submod: torch.fx.GraphModule) -> object:
+    """What tracing recorded for the outputs of ``submod``; ``_UNKNOWN`` if any is missing."""
+    returned = submod.graph.output_node().args[0]
+    if returned is None:
+        return None
+    many = isinstance(returned, (tuple, list))
+    nodes = returned if many else [returned]
+    values = tuple(value_of(n) if isinstance(n, torch.fx.Node) else n for n in nodes)
+    if any(value is None for value in values):
+        return _UNKNOWN
+    return values if many else values[0]

@@ -1,0 +1,185 @@
+"""What a trace assumed of its inputs. In: the captured graph's inputs and their fake values. Out: one assumption per argument, symbols with ranges, and guards.
+
+It reads what tracing recorded and adds nothing to it; no example tensor is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from piecework.codegen.entry_plan import (
+    Assumption,
+    FixedValue,
+    FromLeaf,
+    FromNumber,
+    FromOffset,
+    FromSize,
+    FromSymbol,
+    IntegerInput,
+    Passed,
+    SameObject,
+    Size,
+    Symbol,
+    TensorInput,
+    UnusedTensor,
+    WatchedObject,
+)
+from piecework.codegen.size_text import RESERVED, size_text, symbols_in
+from piecework.runtime import torch_compat
+from piecework.runtime.bind.facts import is_fixed
+
+
+class Assumptions:
+    """The assumptions of one trace.
+
+    Args:
+        fakes: number of the flattened argument → the fake value that stood for it.
+        wished: torch's symbol → how it should be called.
+        leaves: the flattened example arguments.
+        labels: how errors call them.
+        asks_grad: code that was traced may ask whether a tensor requires gradients.
+    """
+
+    def __init__(
+        self,
+        fakes: Mapping[int, object],
+        wished: Mapping[str, str],
+        leaves: Sequence[object],
+        labels: Sequence[str],
+        asks_grad: bool,
+    ) -> None:
+        self._fakes = dict(fakes)
+        self._asks_grad = asks_grad
+        self._labels = tuple(labels)
+        self._sizes = [size for fake in self._fakes.values() for size in _sizes_of(fake)]
+        found = {leaf: torch_compat.traced_item(fake) for leaf, fake in self._fakes.items()}
+        self._items = {leaf: item for leaf, item in found.items() if item is not None}
+        self._names = _names(self._sizes, self._items.values(), wished)
+        self._first: dict[int, int] = {}
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor):
+                self._first.setdefault(id(leaf), index)
+
+    def assume(self, index: int, example: object) -> Assumption:
+        """What the trace assumed of argument ``index``."""
+        fake = self._fakes.get(index)
+        if isinstance(example, torch.Tensor) and self._first[id(example)] != index:
+            first = self._first[id(example)]
+            return SameObject(first, self._labels[first])
+        if isinstance(fake, torch.Tensor):
+            return self._tensor(index, fake, example)
+        if isinstance(fake, torch.SymInt):
+            text = self._size(fake)
+            return FixedValue(text) if isinstance(text, int) else IntegerInput(text)
+        if isinstance(example, torch.Tensor):
+            return UnusedTensor(example.dtype, example.device, example.dim())
+        return FixedValue(example) if is_fixed(example) else WatchedObject()
+
+    def symbols(self) -> tuple[Symbol, ...]:
+        """The symbols that sizes and integers are made of, with their ranges."""
+        found: dict[str, Symbol] = {}
+        for size in self._sizes:
+            names = torch_compat.symbols_of(size)
+            if len(names) == 1 and torch_compat.symbol_of(size) == names[0]:
+                name = self._names[names[0]]
+                found.setdefault(name, Symbol(name, *torch_compat.symbol_range(size)))
+        return tuple(found.values())
+
+    def name_of(self, symbol: str) -> str:
+        """What a symbol of torch's is called; "" for one that no size or integer is made of."""
+        return self._names.get(symbol, "")
+
+    def guards(self) -> tuple[str, ...]:
+        """What the trace relied on beyond ranges, as Python text over the symbols' names.
+
+        Raises:
+            EmitError: a condition has no text.
+        """
+        ranged = {symbol for size in self._sizes if (symbol := torch_compat.symbol_of(size))}
+        values = [*self._sizes, *self._items.values()]
+        conditions = torch_compat.guards_on(values, self._names, ranged)
+        return tuple(dict.fromkeys(size_text(each, self._names) for each in conditions))
+
+    def _size(self, size: object) -> Size:
+        found = torch_compat.traced_size(size)
+        return found if isinstance(found, int) else size_text(found, self._names)
+
+    def _item(self, index: int) -> float | str | None:
+        """The value of a number on the CPU that the trace looked at: a constant, or a symbol that a condition or a size reads."""
+        if index not in self._items:
+            return None
+        value = torch_compat.traced_size(self._items[index])
+        if isinstance(value, (int, float)):
+            return value
+        text = size_text(value, self._names)
+        symbolic = [size for size in self._sizes if torch_compat.symbols_of(size)]
+        texts = [*self.guards(), *(str(self._size(size)) for size in symbolic)]
+        read = frozenset().union(*map(symbols_in, texts))
+        return text if symbols_in(text) & read else None
+
+    def passed(self, leaf: int, dim: int | None) -> Passed:
+        """How the entry finds argument ``leaf``, or dimension ``dim`` of it."""
+        if dim is None:
+            return FromLeaf(leaf)
+        fake = self._fakes[leaf]
+        assert isinstance(fake, torch.Tensor)
+        symbol = torch_compat.symbol_of(fake.shape[dim])
+        return FromSymbol(self._names[symbol]) if symbol in self._names else FromSize(leaf, dim)
+
+    def layout(self, leaf: int, dim: int | None) -> Passed:
+        """How the entry finds the stride of a dimension, which is the example's, or the storage offset (None)."""
+        if dim is None:
+            return FromOffset(leaf)
+        fake = self._fakes[leaf]
+        assert isinstance(fake, torch.Tensor)
+        stride = self._stride(fake.stride(dim))
+        assert isinstance(stride, int)
+        return FromNumber(stride)
+
+    def _stride(self, stride: object) -> Size:
+        """A stride over the known sizes. A symbol that only strides have is the example's number: another call's stride may
+        mean another order in memory, which the trace may have relied on.
+        """
+        fixed = {
+            symbol: str(hint)
+            for symbol, hint in torch_compat.symbol_hints(stride).items()
+            if symbol not in self._names
+        }
+        found = torch_compat.traced_size(stride)
+        text = str(found) if isinstance(found, int) else size_text(found, {**self._names, **fixed})
+        return int(text) if text.isdecimal() else text
+
+    def _tensor(self, index: int, fake: torch.Tensor, example: object) -> TensorInput:
+        strides = None
+        if not torch_compat.is_traced_contiguous(fake):
+            strides = tuple(map(self._stride, fake.stride()))
+        sizes = tuple(self._size(size) for size in fake.shape)
+        grad = (
+            example.requires_grad if self._asks_grad and isinstance(example, torch.Tensor) else None
+        )
+        item = self._item(index)
+        return TensorInput(fake.dtype, fake.device, sizes, strides, type(example), grad, item)
+
+
+def _sizes_of(fake: object) -> tuple[object, ...]:
+    return tuple(fake.shape) if isinstance(fake, torch.Tensor) else (fake,)
+
+
+def _names(
+    sizes: Sequence[object], items: Iterable[object], wished: Mapping[str, str]
+) -> dict[str, str]:
+    """A name for each symbol: the wished one, or the next free of ``s0, s1, …``; none that texts use themselves."""
+    names: dict[str, str] = {}
+    taken = set(wished.values()) | RESERVED
+    for symbol in (each for size in (*sizes, *items) for each in torch_compat.symbols_in(size)):
+        if symbol in names:
+            continue
+        number = len(names)
+        while f"s{number}" in taken:
+            number += 1
+        wish = wished.get(symbol) or f"s{number}"
+        names[symbol] = f"{wish}_" if wish in RESERVED else wish
+        taken.add(names[symbol])
+    return names

@@ -1,0 +1,210 @@
+"""What an example's sizes mean. In: example arguments. Out: marks on their dimensions for a trace, and the same arguments with another batch.
+
+A trace must not take a number of the example for one of the model. Tensors that are made here are traced by shape and dtype only.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol
+
+import torch
+from torch.utils import _pytree as pytree
+
+from piecework.runtime import torch_compat
+from piecework.runtime.config.groups import DynamicShapesType
+from piecework.runtime.trace.dynamic_dims import DynamicDims, marked, set_mark, unmarked_afterwards
+
+Args = Sequence[object]
+Kwargs = Mapping[str, object]
+Dims = frozenset[int]
+
+
+class SizePolicy(Protocol):
+    """Which dimensions are dynamic, for the first trace of a model and for those that follow.
+
+    Attributes:
+        dynamic: what ``torch.compile`` is told of dimensions that are not marked.
+        rows_in_one: the batch is the second dimension of ``[1, rows, …]``; see `piecework.runtime.analysis.unbacked`.
+    """
+
+    @property
+    def dynamic(self) -> bool | None: ...
+
+    @property
+    def rows_in_one(self) -> bool: ...
+
+    def every_size(self, args: Args, kwargs: Kwargs) -> AbstractContextManager[int]:
+        """Marks for a trace that serves 0, 1 and every other size at once; yields how many there are."""
+
+    def larger_sizes(self, args: Args, kwargs: Kwargs) -> AbstractContextManager[object]:
+        """Marks for a trace that serves sizes of 2 and more, and 0 and 1 where these arguments have them."""
+
+    def may_differ(self, leaf: int, dim: int) -> bool:
+        """Whether the size of a dimension of the flattened argument ``leaf`` may differ between calls."""
+
+
+class AllDimensions:
+    """Every dimension is dynamic; the first of each tensor is one that a batch has."""
+
+    dynamic: bool | None = True
+    rows_in_one = False
+
+    @contextmanager
+    def every_size(self, args: Args, kwargs: Kwargs) -> Iterator[int]:
+        """Equal sizes become one symbol. A first dimension of 1 beside larger ones is left alone: it is there to be broadcast."""
+        leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
+        tensors = [leaf for leaf in leaves if type(leaf) is torch.Tensor and leaf.dim()]
+        largest = max((tensor.size(0) for tensor in tensors), default=0)
+        chosen = [tensor for tensor in tensors if tensor.size(0) != 1 or largest == 1]
+        with unmarked_afterwards(chosen):
+            for tensor in chosen:
+                set_mark(tensor, 0, unbacked=True)
+            yield len(chosen)
+
+    def larger_sizes(self, args: Args, kwargs: Kwargs) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def may_differ(self, leaf: int, dim: int) -> bool:
+        return True
+
+
+class DeclaredDimensions:
+    """The dimensions that a decorator declares, or reads off annotations.
+
+    Args:
+        dims: what is dynamic, by parameter.
+        forward: whose parameters these are.
+    """
+
+    dynamic: bool | None = None
+    rows_in_one = False
+
+    def __init__(self, dims: DynamicDims, forward: Callable[..., object]) -> None:
+        self._dims = dims
+        self._signature = inspect.signature(forward)
+        self._found: dict[int, Dims] = {}
+
+    def every_size(self, args: Args, kwargs: Kwargs) -> AbstractContextManager[int]:
+        return self._marked(args, kwargs, DynamicShapesType.UNBACKED)
+
+    def larger_sizes(self, args: Args, kwargs: Kwargs) -> AbstractContextManager[object]:
+        return self._marked(args, kwargs, DynamicShapesType.AUTO)
+
+    @contextmanager
+    def _marked(self, args: Args, kwargs: Kwargs, shapes: DynamicShapesType) -> Iterator[int]:
+        arguments = self._signature.bind(*args, **kwargs).arguments
+        with marked(self._dims, arguments, shapes) as marks:
+            places: dict[int, set[int]] = {}
+            for mark in marks:
+                places.setdefault(id(mark.tensor), set()).add(mark.dim)
+            leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
+            self._found = {
+                i: frozenset(places[id(leaf)])
+                for i, leaf in enumerate(leaves)
+                if id(leaf) in places
+            }
+            yield len(places)
+
+    def may_differ(self, leaf: int, dim: int) -> bool:
+        return dim in self._found.get(leaf, ())
+
+
+class KeptMarks:
+    """The dimensions that somebody marked on the first example's tensors; later examples get the same marks.
+
+    Args:
+        leaves: the flattened arguments of the first example.
+    """
+
+    dynamic: bool | None = None
+    rows_in_one = False
+
+    def __init__(self, leaves: Sequence[object]) -> None:
+        self._marks = {index: torch_compat.marks_of(leaf) for index, leaf in enumerate(leaves)}
+
+    @property
+    def any(self) -> bool:
+        return any(self._marks.values())
+
+    def every_size(self, args: Args, kwargs: Kwargs) -> AbstractContextManager[int]:
+        return nullcontext(0)
+
+    @contextmanager
+    def larger_sizes(self, args: Args, kwargs: Kwargs) -> Iterator[None]:
+        """As they are on marked tensors; a dimension of 0 or 1 is fixed, for torch refuses it as dynamic."""
+        leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
+        tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+        with unmarked_afterwards(list(tensors.values())):
+            for index, tensor in tensors.items():
+                if not torch_compat.marked_dims(tensor):
+                    for mark in self._marks.get(index, ()):
+                        mark.put_on(tensor)
+            yield
+
+    def may_differ(self, leaf: int, dim: int) -> bool:
+        return any(mark.dim == dim and mark.kind != "static" for mark in self._marks.get(leaf, ()))
+
+
+def shapes_of(args: Args, kwargs: Kwargs) -> tuple[object, ...]:
+    """What of a call's arguments a trace may depend on beside their kinds: sizes, strides, which are one tensor, integers."""
+    found: list[object] = []
+    seen: dict[int, int] = {}
+    for index, leaf in enumerate(pytree.tree_leaves((tuple(args), dict(kwargs)))):
+        if isinstance(leaf, torch.Tensor):
+            same = seen.setdefault(id(leaf), index)
+            layout = leaf.stride() if leaf.layout is torch.strided else ()
+            found.append((type(leaf), leaf.requires_grad, tuple(leaf.shape), layout, same))
+        else:
+            found.append(leaf if type(leaf) is int else None)
+    return tuple(found)
+
+
+# --- other examples ----------------------------------------------------------------------------------
+
+
+def with_other_batch(
+    args: Args, kwargs: Kwargs, sizes: Collection[int], avoid: Collection[int] = ()
+) -> tuple[tuple[object, ...], dict[str, object]] | None:
+    """The arguments with another number in place of each of ``sizes``, wherever it is a tensor's first dimension.
+
+    The new numbers are found nowhere in the example's shapes. Values are zeros.
+
+    Args:
+        sizes: the numbers to replace.
+        avoid: further numbers that may not be taken, such as the sizes of weights.
+
+    Returns:
+        None if a tensor that would change lies in memory in no order that can be made again.
+    """
+    leaves, structure = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    taken = {*avoid, *(size for tensor in tensors for size in tensor.shape)}
+    instead: dict[int, int] = {}
+    for size in sorted(sizes):
+        instead[size] = next(n for n in range(size + 3, size + 4 + len(taken)) if n not in taken)
+        taken.add(instead[size])
+    made: dict[int, torch.Tensor] = {}
+    for tensor in tensors:
+        if tensor.dim() and tensor.size(0) in instead and id(tensor) not in made:
+            other = _like(tensor, instead[tensor.size(0)])
+            if other is None:
+                return None
+            made[id(tensor)] = other
+    return pytree.tree_unflatten([made.get(id(leaf), leaf) for leaf in leaves], structure)  # type: ignore[return-value]
+
+
+def _like(tensor: torch.Tensor, size: int) -> torch.Tensor | None:
+    """Zeros of the kind and the order in memory of ``tensor``, with another first dimension."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
+        return None
+    order = sorted(range(tensor.dim()), key=lambda dim: (-tensor.stride(dim), dim))
+    if tensor.stride() != torch.empty_permuted(tensor.shape, order, device="meta").stride():
+        return None
+    shape = (size, *tensor.shape[1:])
+    found = torch.empty_permuted(shape, order, dtype=tensor.dtype, device=tensor.device).zero_()
+    if type(tensor) is torch.nn.Parameter:
+        return torch.nn.Parameter(found, requires_grad=tensor.requires_grad)
+    return found.requires_grad_(tensor.requires_grad)

@@ -1,0 +1,240 @@
+"""Where a captured graph's inputs come from. In: a graph of Dynamo's and the example call. Out: an argument, a size of one, or a weight for each placeholder, which is named after it.
+
+It reads what the trace recorded; it decides nothing about the model.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.fx
+
+from piecework.errors import CaptureError
+from piecework.runtime import torch_compat
+from piecework.runtime.bind.places import readable
+from piecework.runtime.trace.containers import leaves_of
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A graph input that is held by the model: a parameter, a buffer or another tensor found on it.
+
+    Attributes:
+        source: what Dynamo calls it, which tells how the model's code reached it.
+    """
+
+    path: str
+    tensor: torch.Tensor
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """A graph input that is the call's argument number ``leaf``, counted over the flattened arguments."""
+
+    leaf: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A graph input that is dimension ``dim`` of tensor argument ``leaf``."""
+
+    leaf: int
+    dim: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A graph input that tells how tensor argument ``leaf`` lies in memory: the stride of ``dim``, or where it begins (None)."""
+
+    leaf: int
+    dim: int | None
+    name: str
+
+
+GraphInput = Weight | Argument | Size | Layout
+
+
+class UnreachableInput(CaptureError):
+    """The graph takes a number that no emitted code could find again, such as an attribute of an argument."""
+
+
+_SIZE_SOURCE = re.compile(r"(?P<tensor>.+)\.size\(\)\[(?P<dim>\d+)\]")
+_LAYOUT_SOURCE = re.compile(r"(?P<tensor>.+)\.(?:stride\(\)\[(?P<dim>\d+)\]|storage_offset\(\))")
+_MARKS = ("_dynamo_dynamic_indices", "_dynamo_unbacked_indices", "_dynamo_static_indices")
+
+
+def dynamic_wish(leaves: Sequence[object], wish: bool | None) -> bool | None:
+    """What ``torch.compile`` is told: all dimensions are dynamic, unless some are marked or the caller has a wish."""
+    if wish is not None:
+        return wish
+    marked = any(getattr(leaf, mark, None) for leaf in leaves for mark in _MARKS)
+    return None if marked else True
+
+
+def leaf_names(
+    model: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
+) -> tuple[str, ...]:
+    """A name for each flattened argument: the parameter's, with a path into containers."""
+    function = model.forward if isinstance(model, torch.nn.Module) else model
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    positional = [p.name for p in parameters if p.kind in plain]
+    rest = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_POSITIONAL), "args")
+    names: list[str] = []
+    for index, arg in enumerate(args):
+        beyond = index - len(positional)
+        base = positional[index] if beyond < 0 else f"{rest}[{beyond}]"
+        names += [base + suffix for suffix in _suffixes(arg)]
+    for key, value in kwargs.items():
+        names += [key + suffix for suffix in _suffixes(value)]
+    return tuple(names)
+
+
+def leaf_sources(args: Sequence[object], kwargs: Mapping[str, object]) -> list[str]:
+    """What Dynamo calls each flattened argument of `_call_model`."""
+    found = [f"L['args'][{i}]{suffix}" for i, arg in enumerate(args) for suffix in _suffixes(arg)]
+    return found + [
+        f"L['kwargs'][{k!r}]{s}" for k, value in kwargs.items() for s in _suffixes(value)
+    ]
+
+
+def require_traceable(
+    model: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
+) -> None:
+    """Raise `CaptureError` if an argument is, or holds, something that torch traces wrongly or as a constant."""
+    names = leaf_names(model, [None] * len(args), dict.fromkeys(kwargs))
+    for name, value in zip(names, [*args, *kwargs.values()], strict=True):
+        for suffix, each in leaves_of(value, is_leaf=lambda x: bool(_instead_of(x))):
+            if _instead_of(each):
+                kind = f"{type(each).__module__}.{type(each).__qualname__}"
+                raise CaptureError(
+                    f"argument {name}{suffix} is a {kind}, which can't be traced",
+                    hint="pass " + _instead_of(each).format(f"{name}{suffix}"),
+                )
+
+
+def _instead_of(value: object) -> str:
+    """What to pass in place of ``value``, with {} for its name; "" if it can be traced."""
+    if type(value) is torch.Size:
+        return "tuple({})"
+    if type(value).__module__ == "numpy" and hasattr(value, "__array__"):
+        return "torch.as_tensor({0}), or {0}.item() where it is one number"
+    return ""
+
+
+def _suffixes(value: object) -> list[str]:
+    return [suffix for suffix, _ in leaves_of(value)]
+
+
+def trace_back(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[object],
+    leaves: Sequence[object],
+    names: Sequence[str],
+    sources: Mapping[str, int],
+    held: dict[int, tuple[str, torch.Tensor]],
+) -> tuple[GraphInput, ...]:
+    """Where each placeholder of ``gm`` comes from."""
+    by_identity: dict[int, int] = {}
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor):
+            by_identity.setdefault(id(leaf), index)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    found: list[GraphInput | None] = []
+    for node, example in zip(placeholders, example_inputs, strict=True):
+        if isinstance(example, torch.Tensor) and id(example) in by_identity:
+            leaf = by_identity[id(example)]
+            found.append(Argument(leaf, names[leaf]))
+        elif isinstance(example, torch.Tensor):
+            source = torch_compat.placeholder_source(node)
+            path, tensor = held.get(id(example), (readable(source), example))
+            found.append(Weight(path, tensor, source))
+        else:
+            found.append(None)
+    tensors = [
+        (g.leaf, node)
+        for g, node in zip(found, placeholders, strict=True)
+        if isinstance(g, Argument)
+    ]
+    sizes = _sizes(tensors)
+    count = 0
+    for index, node in enumerate(placeholders):
+        if found[index] is not None:
+            continue
+        found[index] = _size_or_int(node, sizes, leaves, names, sources, f"s{count}")
+        count += 1
+    return tuple(g for g in found if g is not None)
+
+
+def _sizes(tensors: Sequence[tuple[int, torch.fx.Node]]) -> dict[str, tuple[int, int]]:
+    """Symbol → the first argument and dimension that it is the size of."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for leaf, node in tensors:
+        value = node.meta["example_value"]
+        for dim, size in enumerate(value.shape):
+            symbol = torch_compat.symbol_of(size)
+            if symbol is not None:
+                sizes.setdefault(symbol, (leaf, dim))
+    return sizes
+
+
+def _size_or_int(
+    node: torch.fx.Node,
+    sizes: dict[str, tuple[int, int]],
+    leaves: Sequence[object],
+    names: Sequence[str],
+    sources: Mapping[str, int],
+    name: str,
+) -> GraphInput:
+    value = node.meta["example_value"]
+    symbol = torch_compat.symbol_of(value)
+    if symbol in sizes:
+        leaf, dim = sizes[symbol]
+        return Size(leaf, dim, name)
+    source = torch_compat.placeholder_source(node)
+    read = _SIZE_SOURCE.fullmatch(source)
+    if read is not None and read["tensor"] in sources:  # a size that the trace fixed to a number
+        return Size(sources[read["tensor"]], int(read["dim"]), name)
+    read = _LAYOUT_SOURCE.fullmatch(source)
+    if read is not None and read["tensor"] in sources:
+        dim = None if read["dim"] is None else int(read["dim"])
+        return Layout(sources[read["tensor"]], dim, name)
+    leaf = sources.get(source)
+    if leaf is not None and type(leaves[leaf]) is int:
+        return Argument(leaf, names[leaf])
+    raise UnreachableInput(
+        f"input {source or node.name} of the graph is neither an argument, a size of one, nor a weight",
+        hint="pass it as a tensor, or make it a constant of the model",
+    )
+
+
+def rename(gm: torch.fx.GraphModule, inputs: Sequence[GraphInput]) -> None:
+    """Name placeholders after what they are, so that emitted source reads well."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    named = {node.name: node for node in gm.graph.nodes}
+    for node, source in zip(placeholders, inputs, strict=True):
+        wish = source.path if isinstance(source, Weight) else source.name
+        name = re.sub(r"\W", "_", wish).strip("_") or "input"
+        if name[0].isdigit():  # a child of a Sequential or ModuleList at the root
+            name = f"m_{name}"
+        holder = named.get(name)
+        if holder is node:
+            continue
+        if holder is not None:  # an intermediate value gives way; a placeholder keeps its name
+            if holder.op == "placeholder":
+                node._rename(name)
+                continue
+            holder._rename(f"{name}_1")
+            named[holder.name] = holder
+        node.name = name
+        named[name] = node

@@ -1,0 +1,128 @@
+"""What a trace must not change. In: the model, its arguments, and what Dynamo recorded while it traced. Out: an error that names what the forward writes, and everything put back.
+
+A captured graph runs no Python, so whatever the forward keeps outside tensors would stop being kept. Tensors written in place
+are part of the graph, and fine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+import torch.fx
+
+from piecework.errors import CaptureError
+from piecework.runtime import torch_compat
+from piecework.runtime.bind.places import readable
+
+HINT = (
+    "write tensors in place (copy_, add_, +=, an index), return what is new, or keep state behind a splitting op: "
+    "a captured graph runs none of the forward's Python"
+)
+
+
+def refuse_writes(
+    gm: torch.fx.GraphModule, example_inputs: Sequence[object], arguments: Mapping[str, str]
+) -> None:
+    """Raise if the trace that is running wrote something that its graph does not write.
+
+    Args:
+        gm, example_inputs: as Dynamo gave them to its backend.
+        arguments: Dynamo's names of the arguments → their own.
+
+    Raises:
+        CaptureError: it did; the first such place is named.
+    """
+    nodes = gm.graph.find_nodes(op="placeholder")
+    pairs = zip(nodes, example_inputs, strict=True)
+    fakes = {id(each): node.meta["example_value"] for node, each in pairs}
+
+    def same(fake: object, now: object) -> bool:
+        return torch_compat.is_same_view(fakes.get(id(now)), fake)
+
+    for write in torch_compat.writes_of_trace(same):
+        raise CaptureError(
+            f"forward changes {place_text(write.place, arguments)}, which a captured graph would not do",
+            where=write.line or None,
+            hint=HINT,
+        )
+
+
+_ARGUMENT = re.compile(r"L\['(?:args|kwargs)'\]\[(?:\d+|'[^']*')\]")
+
+
+def place_text(place: str, arguments: Mapping[str, str]) -> str:
+    """A place as a person would call it: ``the model's own state: calls`` for ``L['model'].calls``."""
+    place = re.sub(r"\.__dict__\['(\w+)'\]", r".\1", place)
+    if place.startswith("L['model']"):
+        return f"the model's own state: {readable(place)}"
+    start = _ARGUMENT.match(place)
+    if start is not None:
+        name = arguments.get(start.group(), start.group())
+        return f"its argument {name}{place[start.end() :]}"
+    start = re.match(r"G\['(\w+)'\]", place)
+    if start is not None:
+        own = readable(place)
+        return f"the global {own if own != place else start[1] + place[start.end() :]}"
+    return place or "an object outside the graph"
+
+
+class Snapshot:
+    """The contents of modules' dictionaries and of plain containers in them, to undo what a trace changed all the same.
+
+    Dynamo is told to repeat no write; this is for a torch that does.
+
+    Args:
+        roots: named modules and arguments.
+    """
+
+    def __init__(self, roots: Iterable[tuple[str, object]]) -> None:
+        self._kept: list[tuple[str, object, object]] = []
+        seen: set[int] = set()
+        pending = list(roots)
+        while pending:
+            path, value = pending.pop()
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            if isinstance(value, torch.nn.Module):
+                value = value.__dict__
+                seen.add(id(value))
+            kind = _KINDS.get(type(value))
+            if kind is None:
+                continue
+            self._kept.append((path, value, kind(value)))
+            if isinstance(value, Mapping):
+                pending += [(f"{path}.{key}".lstrip("."), each) for key, each in value.items()]
+            elif not isinstance(value, set):
+                pending += [(f"{path}[{i}]", each) for i, each in enumerate(value)]  # type: ignore[arg-type]
+
+    def restore(self) -> str | None:
+        """Put everything back; the path of the first container that had changed."""
+        first = None
+        for path, value, before in self._kept:
+            if not _is_as_before(value, before):
+                first = first or path
+                _put_back(value, before)
+        return first
+
+
+_KINDS: dict[type, Callable[..., object]] = {dict: dict, list: list, set: set, deque: list}
+
+
+def _is_as_before(value, before) -> bool:  # type: ignore[no-untyped-def]
+    if len(value) != len(before):
+        return False
+    if type(value) is set:
+        return bool(value == before)
+    if type(value) is dict:
+        pairs = zip(value.items(), before.items(), strict=True)
+        return all(a == b and x is y for (a, x), (b, y) in pairs)
+    return all(x is y for x, y in zip(value, before, strict=True))
+
+
+def _put_back(value, before) -> None:  # type: ignore[no-untyped-def]
+    value.clear()
+    value.extend(before) if type(value) in (list, deque) else value.update(before)

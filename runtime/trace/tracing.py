@@ -1,0 +1,505 @@
+"""From a model to one graph. In: a callable and example arguments. Out: a `Capture`: the graph, where each of its inputs comes from, and how its outputs make the result.
+
+The model is traced once by Dynamo and never run on data; its weights and its state are left as they were.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.fx
+from torch.utils import _pytree as pytree
+
+from piecework.codegen.entry_plan import Parameter
+from piecework.errors import CaptureError, PieceCompileError
+from piecework.runtime import torch_compat
+from piecework.runtime.bind.places import readable, traced
+from piecework.runtime.bind.reachable import modules_of, tensors_of
+from piecework.runtime.bind.traced_state import TracedState, TraceGuards
+from piecework.runtime.bind.weights import BoundWeights, Found
+from piecework.runtime.counters import counters
+from piecework.runtime.trace.arguments import parameters_of
+from piecework.runtime.trace.assumptions import Assumptions
+from piecework.runtime.trace.dynamic_dims import unmarked_afterwards
+from piecework.runtime.trace.errors import capture_error, own_error
+from piecework.runtime.trace.example_sizes import SizePolicy, with_other_batch
+from piecework.runtime.trace.inputs import (
+    Argument,
+    GraphInput,
+    Layout,
+    Size,
+    UnreachableInput,
+    Weight,
+    dynamic_wish,
+    leaf_names,
+    leaf_sources,
+    rename,
+    require_traceable,
+    trace_back,
+)
+from piecework.runtime.trace.results import (
+    Fixed,
+    FromArgument,
+    FromAttribute,
+    FromGraph,
+    FromWeight,
+    ResultLeaf,
+    opened,
+    result_leaf,
+    sizes_from_graph,
+    stand_ins,
+)
+from piecework.runtime.trace.side_effects import HINT, Snapshot, refuse_writes
+
+__all__ = [
+    "Argument",
+    "Capture",
+    "Fixed",
+    "FromArgument",
+    "FromAttribute",
+    "FromGraph",
+    "FromWeight",
+    "GraphInput",
+    "Layout",
+    "ResultLeaf",
+    "Size",
+    "Weight",
+    "capture",
+]
+
+GraphCompiler = Callable[[torch.fx.GraphModule, tuple[GraphInput, ...]], None]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Capture:
+    """One captured graph.
+
+    Attributes:
+        graph: flat placeholders (named after weights, parameters and sizes) and a flat tuple of outputs.
+        inputs: where each placeholder comes from, in order.
+        parameters: the model's parameters, each with what the trace assumed of its argument.
+        assumptions: the symbols and guards behind them.
+        weights: where the model keeps the tensors that the graph reads, and those that the model returns.
+        out_spec: structure of the result.
+        result: where each leaf of the result comes from.
+    """
+
+    graph: torch.fx.GraphModule
+    inputs: tuple[GraphInput, ...]
+    parameters: tuple[Parameter, ...]
+    assumptions: Assumptions
+    weights: BoundWeights
+    out_spec: pytree.TreeSpec
+    result: tuple[ResultLeaf, ...]
+
+
+@dataclass(slots=True)
+class _Trace:
+    """What the backend saw while Dynamo traced."""
+
+    graph: torch.fx.GraphModule | None = None
+    inputs: tuple[GraphInput, ...] = ()
+    fakes: dict[int, object] = field(default_factory=dict)
+    asks_grad: bool = True
+    standing_in: list[object] = field(default_factory=list)
+
+
+def capture(
+    model: Callable[..., object],
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    compile_graph: GraphCompiler,
+    *,
+    dynamic: bool | None = None,
+    sizes: SizePolicy | None = None,
+) -> Capture:
+    """Trace ``model`` and hand its graph to ``compile_graph`` while Dynamo's tracing context is open.
+
+    Args:
+        model: a module or function; weights are the tensors that it holds.
+        args, kwargs: example arguments; any pytree of tensors, numbers and None.
+        compile_graph: called with the graph and where its inputs come from; again if what it made of the first graph can't be used.
+        dynamic: without ``sizes``: which dimensions become symbols. None takes all dimensions of the tensor arguments unless some are
+            marked (``torch._dynamo.mark_dynamic``, ``mark_unbacked``, ``mark_static``), then only those.
+        sizes: which dimensions are dynamic. A trace that serves every size at once comes first; where it fails, or ``compile_graph``
+            raises a `CaptureError` of it or a compiler asks for a size's number, one that serves sizes of 2 and more (or the example's 0 or 1). No size is fixed
+            because the example's happens to equal another number.
+
+    Raises:
+        CaptureError: a graph break, no tensor operation, state that the forward changes in Python, an error of the model's
+            own, or an input or output that cannot be traced back.
+    """
+    _require_fitting(model, args, kwargs)
+    if sizes is None:
+        leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
+        return _capture_once(model, args, kwargs, compile_graph, dynamic_wish(leaves, dynamic))
+    try:
+        with torch_compat.quiet_trial(), sizes.every_size(args, kwargs) as marked:
+            if marked:
+                return _capture_once(model, args, kwargs, compile_graph, sizes.dynamic)
+    except CaptureError as error:
+        _log.info("not traced for every size at once: %s", error)
+    except PieceCompileError as error:
+        if not torch_compat.data_dependent(error):
+            raise
+        _log.info("not compiled for every size at once: %s", error)
+    once = partial(_capture_larger, model, sizes, compile_graph)
+    try:
+        return once(args, kwargs, partial(_require_free_batch, sizes))
+    except _FixedBatch as fixed:
+        weights = {size for _, tensor in tensors_of(model).values() for size in tensor.shape}
+        others = with_other_batch(args, kwargs, fixed.sizes, avoid=weights)
+    if others is not None:
+        try:
+            leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
+            return once(*others, partial(_require_free_and_serving, sizes, leaves))
+        except CaptureError as error:
+            _log.info("the batch size is fixed: %s", error)
+    return once(args, kwargs)
+
+
+def _capture_larger(
+    model: Callable[..., object],
+    sizes: SizePolicy,
+    compile_graph: GraphCompiler,
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    check: Callable[[torch.fx.GraphModule, Mapping[int, object]], None] | None = None,
+) -> Capture:
+    with sizes.larger_sizes(args, kwargs):
+        return _capture_once(model, args, kwargs, compile_graph, sizes.dynamic, check)
+
+
+class _FixedBatch(CaptureError):
+    """A trace that fixed the first dimension of an argument, which the example's size may have caused."""
+
+    def __init__(self, sizes: frozenset[int]) -> None:
+        super().__init__(f"the trace fixed a first dimension to {sorted(sizes)}")
+        self.sizes = sizes
+
+
+def _require_free_batch(
+    policy: SizePolicy, gm: torch.fx.GraphModule, fakes: Mapping[int, object]
+) -> None:
+    sizes = [
+        each.shape[0]
+        for leaf, each in fakes.items()
+        if isinstance(each, torch.Tensor) and each.dim() and policy.may_differ(leaf, 0)
+    ]
+    fixed = frozenset(int(n) for n in sizes if torch_compat.symbol_of(n) is None and n > 1)
+    if fixed:
+        raise _FixedBatch(fixed)
+
+
+def _numbers_of(leaves: Sequence[object], fakes: Mapping[int, object]) -> dict[str, int]:
+    """The number that arguments have for each symbol of a trace.
+
+    Raises:
+        CaptureError: they have two for one: the trace took sizes as equal that differ, and could not serve these arguments.
+    """
+    numbers: dict[str, int] = {}
+    for index, fake in fakes.items():
+        leaf = leaves[index]
+        if not (isinstance(fake, torch.Tensor) and isinstance(leaf, torch.Tensor)):
+            continue
+        pairs = zip(map(torch_compat.symbol_of, fake.shape), leaf.shape, strict=True)
+        for symbol, size in pairs:
+            if symbol is not None and numbers.setdefault(symbol, size) != size:
+                raise CaptureError(
+                    f"the model takes sizes {numbers[symbol]} and {size} of its arguments as equal",
+                    hint="call the model itself with these arguments: it has to run with them",
+                )
+    return numbers
+
+
+def _require_free_and_serving(
+    policy: SizePolicy,
+    leaves: Sequence[object],
+    gm: torch.fx.GraphModule,
+    fakes: Mapping[int, object],
+) -> None:
+    """Raise if a trace with other sizes would not serve the arguments that it was made for."""
+    _require_free_batch(policy, gm, fakes)
+    values = _numbers_of(leaves, fakes)
+    tensors = (fake for fake in fakes.values() if isinstance(fake, torch.Tensor))
+    sizes = [size for fake in tensors for size in fake.shape]
+    for text, _, holds in torch_compat.recorded_guards(sizes):
+        if holds(values) is False:
+            raise CaptureError(f"the model's code decides by the example's sizes: {text}")
+
+
+def _capture_once(
+    model: Callable[..., object],
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    compile_graph: GraphCompiler,
+    dynamic: bool | None,
+    check: Callable[[torch.fx.GraphModule, Mapping[int, object]], None] | None = None,
+) -> Capture:
+    try:
+        return _capture_with(model, args, kwargs, compile_graph, dynamic, check, {})
+    except UnreachableInput:  # then it is a constant like any other that the trace read
+        fixed = {"specialize_int": True}
+        return _capture_with(model, args, kwargs, compile_graph, dynamic, check, fixed)
+
+
+def _capture_with(
+    model: Callable[..., object],
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    compile_graph: GraphCompiler,
+    dynamic: bool | None,
+    check: Callable[[torch.fx.GraphModule, Mapping[int, object]], None] | None,
+    settings: Mapping[str, object],
+) -> Capture:
+    leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
+    names = leaf_names(model, args, kwargs)
+    sources = {source: i for i, source in enumerate(leaf_sources(args, kwargs))}
+    held = tensors_of(model)
+    trace = _Trace()
+
+    def run(traced: types.FunctionType) -> tuple[object, TracedState]:
+        # Dynamo caches by code object, and puts what it compiles into the function's globals: with copies of its own, captures
+        # are independent of each other, and nothing outlives them.
+        code = traced.__code__.replace()
+        function = types.FunctionType(code, dict(traced.__globals__), "piecework_capture")
+        guards = TraceGuards(model, args, kwargs, function.__globals__)
+        called = partial(backend, guards)
+        try:
+            result = _run_dynamo(
+                function, (model, *args), kwargs, called, guards, dynamic, settings
+            )
+            return result, guards.state(code, _argument_names(model, args, kwargs))
+        finally:
+            guards.give_back()
+
+    def backend(
+        guards: TraceGuards, gm: torch.fx.GraphModule, example_inputs: list[object]
+    ) -> Callable[..., object]:
+        trace.graph = gm
+        guards.look_inside()
+        refuse_writes(gm, example_inputs, _argument_names(model, args, kwargs))
+        trace.inputs = trace_back(gm, example_inputs, leaves, names, sources, held)
+        trace.fakes = _fakes(leaves, sources)
+        trace.asks_grad = torch_compat.trace_names("requires_grad")
+        _numbers_of(leaves, trace.fakes)  # the trace must serve its own example
+        if check is not None:
+            check(gm, trace.fakes)
+        rename(gm, trace.inputs)
+        compile_graph(gm, trace.inputs)
+        trace.standing_in = stand_ins(gm)
+        return _returning(trace.standing_in)
+
+    before = Snapshot([*modules_of(model), ("args", list(args)), ("kwargs", dict(kwargs))])
+    weights = [tensor for _, tensor in held.values()]
+    try:
+        with unmarked_afterwards(weights):
+            for (
+                weight
+            ) in weights:  # Dynamo takes those of a module that it saw changed for arguments
+                torch._dynamo.mark_static(weight)
+            result, state = run(_call_model)
+            if trace.graph is None:
+                result, state = run(_call_idle)
+                result = result[0]  # type: ignore[index]
+    finally:
+        changed = before.restore()
+    assert trace.graph is not None
+    if changed is not None:
+        raise CaptureError(
+            "forward changes Python state, which a captured graph would not do",
+            where=changed,
+            hint=HINT,
+        )
+    counters.num_graphs_seen += 1
+    result_leaves, out_spec = pytree.tree_flatten(opened(result))
+    assumptions = _assumptions(trace, leaves, names)
+    results = tuple(result_leaf(leaf, trace.standing_in, leaves, held) for leaf in result_leaves)
+    found = _found(trace.inputs, results, held)
+    found += _only_looked_at(model, state, {id(each.tensor) for each in found}, held)
+    return Capture(
+        graph=trace.graph,
+        inputs=trace.inputs,
+        parameters=parameters_of(model, args, kwargs, assumptions.assume),
+        assumptions=assumptions,
+        weights=BoundWeights.of(model, modules_of(model), found, state),
+        out_spec=out_spec,
+        result=results,
+    )
+
+
+def _argument_names(
+    model: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
+) -> dict[str, str]:
+    """Dynamo's names of whole arguments → the model's."""
+    whole = leaf_names(model, [None] * len(args), dict.fromkeys(kwargs))
+    return dict(zip(leaf_sources([None] * len(args), dict.fromkeys(kwargs)), whole, strict=True))
+
+
+def _require_fitting(
+    model: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
+) -> None:
+    """Raise if the example arguments don't fit the model's signature, or hold something that can't be traced."""
+    function = model.forward if isinstance(model, torch.nn.Module) else model
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a callable written in C may have none to read
+        signature = None
+    if signature is not None:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise CaptureError(
+                f"the example arguments don't fit the model: {error}",
+                where=f"signature {signature}",
+                hint="pass what the model's forward takes",
+            ) from error
+    require_traceable(model, args, kwargs)
+
+
+def _found(
+    inputs: Sequence[GraphInput],
+    results: Sequence[ResultLeaf],
+    held: Mapping[int, tuple[str, torch.Tensor]],
+) -> list[Found]:
+    """The weights that the graph reads, then those that are only returned."""
+    found = {
+        id(each.tensor): Found(each.path, each.tensor, each.source)
+        for each in inputs
+        if isinstance(each, Weight)
+    }
+    for leaf in results:
+        leaf = leaf.of if isinstance(leaf, FromAttribute) else leaf
+        if isinstance(leaf, FromWeight):
+            path, tensor = held[id(leaf.tensor)]
+            found.setdefault(id(tensor), Found(path, tensor))
+    return list(found.values())
+
+
+def _only_looked_at(
+    model: Callable[..., object],
+    state: TracedState,
+    known: set[int],
+    held: Mapping[int, tuple[str, torch.Tensor]],
+) -> list[Found]:
+    """Tensors of the model that the trace saw and the graph does not read: their shape may be in it."""
+    found: dict[int, Found] = {}
+    for place, tensor in state.tensors:
+        if id(tensor) in known:
+            continue
+        way = traced(place.name, model)
+        if id(tensor) in held or (way is not None and way.tensor() is tensor):
+            path = held.get(id(tensor), (readable(place.name), tensor))[0]
+            found.setdefault(id(tensor), Found(path, tensor, place.name))
+        else:
+            state.watch_tensor(place, tensor)
+    return list(found.values())
+
+
+def _run_dynamo(
+    function: types.FunctionType,
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    backend: Callable[..., object],
+    guards: TraceGuards,
+    dynamic: bool | None,
+    extra: Mapping[str, object],
+) -> object:
+    lent = _Lent(backend)
+    compiled = torch.compile(
+        function,
+        backend=lent,
+        fullgraph=True,
+        dynamic=dynamic,
+        options={"guard_filter_fn": guards.reader.choose},
+    )
+    settings = {
+        # What Dynamo remembers of sizes that other captures had must not decide which dimensions of this one are dynamic.
+        "automatic_dynamic_shapes": False,
+        "specialize_float": True,
+        # An argument may be a parameter; weights are marked one by one.
+        "force_parameter_static_shapes": False,
+        **torch_compat.no_replay(),
+        **torch_compat.recurrent_layers_traced(),
+        **torch_compat.guard_settings(),
+        **extra,
+    }
+    own_symbols = torch_compat.own_symbol_per_dimension()
+    try:
+        with torch.no_grad(), torch._dynamo.config.patch(settings), own_symbols:
+            return torch_compat.in_default_stance(lambda: compiled(*args, **kwargs))
+    except Exception as error:
+        own = own_error(error)
+        if own is not None:
+            raise own from own.__cause__ or error
+        inner = torch_compat.backend_failure(error)
+        if inner is not None:
+            raise inner from None
+        raise capture_error(error) from error
+    finally:
+        lent.give_back()
+
+
+def _returning(values: list[object]) -> Callable[..., object]:
+    """A function that returns ``values``; it holds nothing else, since Dynamo keeps it for a while."""
+    return lambda *_: list(values)
+
+
+class _Lent:
+    """A backend for one call: torch keeps every backend that it was ever given, and must not keep a model with it."""
+
+    def __init__(self, backend: Callable[..., object]) -> None:
+        self._backend: Callable[..., object] | None = backend
+
+    def __call__(self, gm: torch.fx.GraphModule, example_inputs: list[object]) -> object:
+        assert self._backend is not None
+        return self._backend(gm, example_inputs)
+
+    def give_back(self) -> None:
+        self._backend = None
+
+
+def _call_model(model, *args, **kwargs):  # type: ignore[no-untyped-def]
+    return sizes_from_graph(model(*args, **kwargs))
+
+
+def _call_idle(model, *args, **kwargs):  # type: ignore[no-untyped-def]
+    """The same with an operator that nobody needs: Dynamo asks no backend about a model that computes nothing."""
+    return sizes_from_graph(model(*args, **kwargs)), torch.zeros(())
+
+
+def _fakes(leaves: Sequence[object], sources: Mapping[str, int]) -> dict[int, object]:
+    """What stands for each flattened argument in the trace that is running, whether the graph reads it or not."""
+    found = {
+        sources[name]: value
+        for name, value in torch_compat.traced_inputs().items()
+        if name in sources
+    }
+    by_id = {id(leaves[i]): value for i, value in found.items()}
+    for index, leaf in enumerate(leaves):  # an argument that is passed twice is traced once
+        if isinstance(leaf, torch.Tensor) and id(leaf) in by_id:
+            found.setdefault(index, by_id[id(leaf)])
+    return found
+
+
+def _assumptions(trace: _Trace, leaves: Sequence[object], names: Sequence[str]) -> Assumptions:
+    assert trace.graph is not None
+    placeholders = trace.graph.graph.find_nodes(op="placeholder")
+    fakes = dict(trace.fakes)
+    wished: dict[str, str] = {}
+    for node, source in zip(placeholders, trace.inputs, strict=True):
+        value = node.meta["example_value"]
+        if isinstance(source, Argument):
+            fakes[source.leaf] = value
+        symbol = torch_compat.symbol_of(value)
+        if isinstance(source, Size) and symbol is not None:
+            wished[symbol] = source.name
+    return Assumptions(fakes, wished, leaves, names, trace.asks_grad)
