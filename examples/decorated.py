@@ -7,7 +7,7 @@ import torch
 
 import piecework
 from piecework import support_torch_compile
-from piecework.runtime.decorators import stitched_of
+from piecework.runtime import stitched_of
 
 
 @piecework.splitting_op("examples::pool", mutates_args=("out",))

@@ -15,7 +15,7 @@ import torch.fx
 from torch import nn
 
 import piecework
-from piecework.runtime.batch.ranges import Range
+from piecework.runtime import Range
 from piecework.runtime.compilers import CompiledPiece, make_compiler
 
 

@@ -10,8 +10,7 @@ import torch.fx
 from torch import nn
 
 import piecework
-from piecework.runtime.batch.ranges import Range
-from piecework.runtime.passes import InductorPass
+from piecework.runtime import InductorPass, Range
 
 aten = torch.ops.aten
 
