@@ -97,7 +97,7 @@ class _Flat:
     def __init__(self, stitched: StitchedModule) -> None:
         self.stitched = stitched
         self.captured = stitched.captured
-        self.public = stitched.backend.callables(public=True)
+        self.public = stitched.program.callables()
         self.pieces = {piece.name: piece for piece in stitched.pieces}
         self.split_gm = torch.fx.GraphModule(
             {name: self._module(name) for name in self._targets(stitched.split_gm)},
@@ -165,9 +165,7 @@ def _conventional(
     """Dynamo's guards and fetching of weights, generated stitching code, a range look-up and the public artifact per piece, the dispatcher around the op."""
 
     def backend(gm: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
-        compiled = PieceworkBackend(config, "conventional", splitting_ops=[operator])
-        compiled.prepare(gm)
-        assert compiled.split_gm is not None
+        compiled = PieceworkBackend(config, "conventional", splitting_ops=[operator]).prepare(gm)
         source = generate_source(compiled.split_gm, LowerOptions(submods=list(compiled.backends)))
         pieces = {
             name: PieceByRange(

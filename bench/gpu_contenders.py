@@ -160,9 +160,7 @@ class Conventional:
 
     def _compile(self, gm: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
         config = CompilationConfig(backend=self.backend)
-        made = PieceworkBackend(config, "conventional", splitting_ops=[OPERATOR])
-        made.prepare(gm)
-        assert made.split_gm is not None
+        made = PieceworkBackend(config, "conventional", splitting_ops=[OPERATOR]).prepare(gm)
         source = generate_source(made.split_gm, LowerOptions(submods=list(made.backends)))
         last = len(made.backends) - 1
         settings = SimpleNamespace(cudagraph_mode=_PIECEWISE, cudagraph_num_of_warmups=0)

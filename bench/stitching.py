@@ -20,7 +20,7 @@ from piecework.bench.timing import Timing, measure, ratio
 from piecework.codegen import LowerOptions, generate_source
 from piecework.codegen.bind import compile_execution_fn
 from piecework.errors import PieceworkError
-from piecework.runtime.pieces.backend import publish_submods
+from piecework.runtime.pieces.program import publish_submods
 
 PIECES = (65, 161)
 WEIGHTS = 8

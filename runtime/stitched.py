@@ -31,6 +31,7 @@ from piecework.runtime.counters import counters
 from piecework.runtime.graphs.plan.options import CaptureOptions
 from piecework.runtime.model_tag import current_model_tag
 from piecework.runtime.pieces.backend import PieceworkBackend, Trace
+from piecework.runtime.pieces.program import Program
 from piecework.runtime.pieces.report import Piece, Report
 from piecework.runtime.trace.example_sizes import AllDimensions, KeptMarks, SizePolicy, shapes_of
 from piecework.runtime.trace.tracing import Capture
@@ -194,8 +195,7 @@ class StitchedModule:
             changed = each.entry.weights.change()
             if changed is not None and not isinstance(error, PieceworkError):
                 return changed
-            if each.backend.source is not None:
-                add_piece_note(error, each.backend.source)
+            add_piece_note(error, each.program.source)
         return error
 
     def prepare(self, *args: object, **kwargs: object) -> None:
@@ -464,9 +464,7 @@ class StitchedModule:
     @property
     def source(self) -> StitchedSource:
         """The emitted source, exactly what runs."""
-        source = self._require_traced("source")[0].backend.source
-        assert source is not None
-        return source
+        return self._require_traced("source")[0].program.source
 
     @property
     def entry_source(self) -> EntrySource:
@@ -482,6 +480,11 @@ class StitchedModule:
         return self._require_traced("entry")[0].entry.call
 
     @property
+    def program(self) -> Program:
+        """Everything that the compilation made."""
+        return self._require_traced("program")[0].program
+
+    @property
     def backend(self) -> PieceworkBackend:
         """What compiled the pieces and emitted the source."""
         return self._traces[0].backend if self._traces else self._empty
@@ -494,14 +497,12 @@ class StitchedModule:
     @property
     def split_gm(self) -> torch.fx.GraphModule:
         """The stitching graph."""
-        found = self._require_traced("split_gm")[0].backend.split_gm
-        assert found is not None
-        return found
+        return self._require_traced("split_gm")[0].program.split_gm
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
         """The compiled pieces, in order of execution."""
-        return self._require_traced("pieces")[0].backend.pieces()
+        return self._require_traced("pieces")[0].program.pieces()
 
     @property
     def traces(self) -> tuple[TracedModel, ...]:
@@ -514,7 +515,7 @@ class StitchedModule:
 
     def report(self) -> Report:
         """What the compilation did: pieces, unique pieces, seconds per phase."""
-        return self._require_traced("report")[0].backend.report()
+        return self._require_traced("report")[0].program.report()
 
     def _require_traced(self, what: str) -> tuple[TracedModel, ...]:
         if not self._traces:

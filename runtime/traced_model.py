@@ -9,6 +9,7 @@ import contextvars
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -48,7 +49,8 @@ class TracedModel:
         as_it_is: runs the model uncompiled; see `piecework.runtime.call.entry.Entry`.
 
     Attributes:
-        backend: compiled the pieces and emitted the stitching source.
+        program: what was compiled and emitted.
+        backend: made it.
         entry: the emitted function behind a call.
         guards: the trace's shape guards, where the configuration asks to evaluate them.
         call: what serves a call.
@@ -78,10 +80,11 @@ class TracedModel:
         start = time.perf_counter()
         self.backend.compiler_manager.get_ready(pytree.tree_leaves((args, kwargs)))
         captured = capture(model, args, kwargs, self._compile_graph, sizes=sizes)
-        tracing = time.perf_counter() - start - sum(self.backend.phases.values())
-        self.backend.phases = {"capture": tracing, **self.backend.phases}
-        self.entry = Entry(captured, self.backend, as_it_is)
-        if self.backend.config.dynamic_shapes_config.evaluate_guards:
+        program = self.backend.program
+        tracing = time.perf_counter() - start - sum(program.phases.values())
+        self.program = replace(program, phases={"capture": tracing, **program.phases})
+        self.entry = Entry(captured, self.program, as_it_is)
+        if self.program.config.dynamic_shapes_config.evaluate_guards:
             assert self._traced is not None
             self.guards = ShapeGuards(*self._traced)
         self._traced = None
@@ -92,7 +95,7 @@ class TracedModel:
             self.backend.compiler_manager.cache.write_entry(self.entry.source.code)
 
     def _compile_graph(self, graph: torch.fx.GraphModule, inputs: Sequence[GraphInput]) -> None:
-        if self.backend.graph is not None:  # what was made of an earlier trace is not used
+        if self._traced is not None:  # what was made of an earlier trace is not used
             self.backend = self._new_backend()
         self._traced = (graph, inputs)
         placeholders = graph.graph.find_nodes(op="placeholder")
@@ -131,18 +134,14 @@ class TracedModel:
     @contextmanager
     def named_pieces(self) -> Iterator[None]:
         """Show pieces and operators by name in ``torch.profiler`` for the block."""
-        source = self.backend.source
-        assert source is not None
-        modules = {piece.name: piece.modules for piece in self.backend.pieces()}
-        labels = [f"{name} {modules[name]}".strip() for name in source.submod_names]
+        modules = {piece.name: piece.modules for piece in self.program.pieces()}
+        labels = [f"{name} {modules[name]}".strip() for name in self.program.source.submod_names]
         with self.entry.named_pieces(labels):
             yield
 
     def use_edited(self, code: str) -> EditedSource:
         """Run an edited version of the stitching source from now on."""
-        source, split_gm = self.backend.source, self.backend.split_gm
-        assert source is not None and split_gm is not None
-        self._edited = check_edited(source, split_gm, code)
+        self._edited = check_edited(self.program.source, self.program.split_gm, code)
         self.entry.use_source(code)
         self._retire()
         return self._edited
@@ -169,10 +168,10 @@ class TracedModel:
             )
         self.entry.serve_with(self.entry.execution_fn)
         self._retire()
-        cut_inside = self.backend.config.use_inductor_graph_partition
+        cut_inside = self.program.config.use_inductor_graph_partition
         kind = PartitionedModel if cut_inside else CapturedModel
         # Kept before it captures, so that a stop leaves what was captured usable.
-        self.static = kind(self.entry, self.backend, sizes, options, fixed)
+        self.static = kind(self.entry, self.program, sizes, options, fixed)
         # In a context of its own: whatever stops it, no forward context stays behind in this thread.
         contextvars.copy_context().run(
             self.static.capture, memory_budget=memory_budget, progress=progress, estimate=estimate
@@ -181,12 +180,12 @@ class TracedModel:
     def call_of_one(self, options: CaptureOptions) -> Call | None:
         """A call with a batch of one, which this trace does not serve; None if it does, or has no batch at all."""
         if (
-            self.backend.batch_symbol is None
-            or not self.backend.config.stitching_config.check_inputs
+            self.program.batch.symbol is None
+            or not self.program.config.stitching_config.check_inputs
         ):
             return None  # without checks, nothing tells which trace serves a call
         captured = self.entry.captured
-        shape = batch_shape(captured, self.backend, options.same_as_batch)
+        shape = batch_shape(captured, self.program, options.same_as_batch)
         if shape.low < 2:
             return None
         symbols = {each.name: max(each.low or 0, 2) for each in captured.assumptions.symbols()}
@@ -199,7 +198,7 @@ class TracedModel:
 
     def batch_of_one(self) -> FixedBatch:
         """Where a trace of a single row has its batch, as this one has a larger one."""
-        return FixedBatch(1, batch_dims(self.entry.captured, self.backend))
+        return FixedBatch(1, batch_dims(self.entry.captured, self.program))
 
     @property
     def static_graphs(self) -> CapturedModel:

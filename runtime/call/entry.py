@@ -1,4 +1,4 @@
-"""From a capture to the function that users call. In: a `Capture`, a prepared backend and the bound weights. Out: an `Entry`, whose source is emitted and run as it is.
+"""From a capture to the function that users call. In: a `Capture`, its `Program` and the bound weights. Out: an `Entry`, whose source is emitted and run as it is.
 
 Per call it does nothing itself: the emitted source does, and what is here runs once, or when something is wrong.
 """
@@ -36,7 +36,7 @@ from piecework.runtime.bind.weights import BoundWeights
 from piecework.runtime.call.execution import Execution, by_path_of, is_running
 from piecework.runtime.call.explain import input_error
 from piecework.runtime.call.profile_names import named_pieces
-from piecework.runtime.pieces.backend import PieceworkBackend
+from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.tracing import (
     Argument,
     Capture,
@@ -59,7 +59,7 @@ class Entry:
 
     Args:
         captured: what the model's trace gave.
-        backend: has compiled the pieces and emitted the stitching source.
+        program: the compiled pieces and the emitted stitching source.
         as_it_is: runs the model uncompiled, for calls in a stance of torch's compiler that wants it so.
 
     Attributes:
@@ -73,22 +73,22 @@ class Entry:
     """
 
     def __init__(
-        self, captured: Capture, backend: PieceworkBackend, as_it_is: Callable[..., object]
+        self, captured: Capture, program: Program, as_it_is: Callable[..., object]
     ) -> None:
-        self._backend = backend
+        self._program = program
         self._as_it_is = as_it_is
         self.captured = captured
-        self._plan = plan_entry(captured, backend)
+        self._plan = plan_entry(captured, program)
         self._arguments = captured.weights.state.argument_check(captured.parameters)
         self._autocast = torch_compat.autocast_state()
         self.careful_calls: dict[str, int] = {}
         weights = captured.weights
-        weights.trust(strict_weights(captured, backend))
+        weights.trust(strict_weights(captured, program))
         self.source: EntrySource = generate_entry(self._plan)
-        function = backend.bind(self._bound(weights))
+        function = program.bind(self._bound(weights))
         self._now = Execution(weights, function, function)
         self._stances = torch_compat.stance_holder()
-        self.call = self._execute(self._probes(), self._now, self._now.serves, backend.submods_for)
+        self.call = self._execute(self._probes(), self._now, self._now.serves, program.submods_for)
         # None is the stance that is known to change nothing until `_in_stance` has looked at the current one.
         self.call.__globals__.update(dynamo=self._stances, stance=None)
 
@@ -131,7 +131,7 @@ class Entry:
         weights = now.weights.rebound()
         if all(map(operator.is_, weights.tensors, now.weights.tensors)) and still_fit(weights):
             return replace(now, weights=weights, variants={})
-        function = self._backend.bind(self._bound(weights), code=self._text(now.code))
+        function = self._program.bind(self._bound(weights), code=self._text(now.code))
         return Execution(weights, function, function, now.code)
 
     def accept_settings(self) -> None:
@@ -145,7 +145,7 @@ class Entry:
             EmitError: the text can't be executed; what ran before still runs.
         """
         weights = self._now.weights
-        function = self._backend.bind(self._bound(weights), code=code)
+        function = self._program.bind(self._bound(weights), code=code)
         self.publish(Execution(weights, function, function, code))
 
     def serve_with(self, function: Callable[..., object]) -> None:
@@ -168,21 +168,18 @@ class Entry:
     @contextmanager
     def named_pieces(self, labels: Sequence[str]) -> Iterator[None]:
         """Run every piece and every operator called directly inside a named profiler range, for the block."""
-        source = self._backend.source
-        assert source is not None
+        source = self._program.source
         operators = {alias.name: alias.name for alias in source.module.aliases}
-        with named_pieces(self.execution_fn, self._backend.submod_lists, labels, operators):
+        with named_pieces(self.execution_fn, self._program.submod_lists, labels, operators):
             yield
 
     def _text(self, edited: str | None) -> str:
         """The text that runs."""
-        assert self._backend.source is not None
-        return self._backend.source.code if edited is None else edited
+        return self._program.source.code if edited is None else edited
 
     def _bound(self, weights: BoundWeights) -> dict[str, object]:
         """Values of the names that the stitching source holds."""
-        source = self._backend.source
-        assert source is not None
+        source = self._program.source
         by_path = by_path_of(weights)
         return {row.name: by_path[row.path] for row in source.module.bound}
 
@@ -220,7 +217,7 @@ class Entry:
             "dispatch_modes": torch_compat.dispatch_mode_probe(),
             "function_modes": torch_compat.function_mode_probe(),
             "transforms": torch_compat.transform_probe(),
-            "same_kernels": self._backend.direct_ops.unchanged,
+            "same_kernels": self._program.direct_ops.unchanged,
         }
 
     def accepts(self, args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
@@ -292,7 +289,7 @@ class Entry:
             unaware = now.variants.get("unaware")
             if unaware is None:
                 probes = {**self._probes(), "function_modes": _never}
-                unaware = self._execute(probes, now, now.serves, self._backend.submods_for)
+                unaware = self._execute(probes, now, now.serves, self._program.submods_for)
                 now.variants["unaware"] = unaware
             return unaware(*args, **kwargs)
         careful = now.variants.get("careful")
@@ -305,7 +302,7 @@ class Entry:
     def _why_careful(self, autocast: object) -> str:
         if torch_compat.dispatch_mode_probe()():
             return "a torch dispatch mode is active"
-        if not self._backend.direct_ops.unchanged():
+        if not self._program.direct_ops.unchanged():
             return "an operator was given another kernel"
         return "autocast is on" if autocast else "a torch function mode is active"
 
@@ -313,13 +310,13 @@ class Entry:
         return (
             not autocast
             and not torch_compat.dispatch_mode_probe()()
-            and self._backend.direct_ops.unchanged()
+            and self._program.direct_ops.unchanged()
             and torch_compat.only_default_device_modes()
         )
 
     def _make_careful(self, now: Execution) -> Callable[..., object]:
         """The same text, bound to the dispatcher and to public artifacts."""
-        function, submods_for = self._backend.bind_safely(by_path_of(now.weights), code=now.code)
+        function, submods_for = self._program.bind_safely(by_path_of(now.weights), code=now.code)
         return self._execute({**_IDLE, "same_kernels": _always}, now, function, submods_for)
 
 
@@ -350,11 +347,10 @@ def _autocast_text(state: tuple[tuple[str, object], ...]) -> str:
 # --- the plan ----------------------------------------------------------------------------------------
 
 
-def plan_entry(captured: Capture, backend: PieceworkBackend) -> EntryPlan:
+def plan_entry(captured: Capture, program: Program) -> EntryPlan:
     """Say what the entry must check, pass and return."""
-    levers = backend.config.stitching_config
-    source = backend.source
-    assert source is not None
+    levers = program.config.stitching_config
+    source = program.source
     bound = {row.path for row in source.module.bound}
     weights = [each for each in captured.inputs if isinstance(each, Weight)]
     numbers = {each.path: number for number, each in enumerate(weights)}
@@ -372,15 +368,15 @@ def plan_entry(captured: Capture, backend: PieceworkBackend) -> EntryPlan:
                 passed.append(captured.assumptions.layout(leaf, stride))
     weight_at = {id(tensor): number for number, tensor in enumerate(captured.weights.tensors)}
     return EntryPlan(
-        banner=(f"model: {backend.prefix or 'model'}",),
+        banner=(f"model: {program.name}",),
         parameters=captured.parameters,
         symbols=captured.assumptions.symbols(),
         guards=captured.assumptions.guards(),
         passed=tuple(passed),
         outputs=_output_names(captured),
         result=_packed(captured.out_spec, list(captured.result), weight_at),
-        batch=_batch(captured, backend),
-        apart=_apart(captured, backend),
+        batch=_batch(captured, program),
+        apart=_apart(captured, program),
         # A model without weights has modes of its own to watch all the same.
         binds=bool(bound) or not weights,
         watches_arguments=captured.weights.state.argument_check(captured.parameters) is not None,
@@ -388,30 +384,29 @@ def plan_entry(captured: Capture, backend: PieceworkBackend) -> EntryPlan:
     )
 
 
-def strict_weights(captured: Capture, backend: PieceworkBackend) -> frozenset[str]:
+def strict_weights(captured: Capture, program: Program) -> frozenset[str]:
     """Weights that every reader compares by itself, by path; see `CompiledPiece.strict_inputs`."""
-    assert backend.split_gm is not None
-    placeholders = backend.split_gm.graph.find_nodes(op="placeholder")
+    placeholders = program.split_gm.graph.find_nodes(op="placeholder")
     return frozenset(
         source.path
         for node, source in zip(placeholders, captured.inputs, strict=True)
         if isinstance(source, Weight)
-        and all(_is_strict(user, node, backend) for user in node.users)
+        and all(_is_strict(user, node, program) for user in node.users)
     )
 
 
-def _is_strict(user: torch.fx.Node, weight: torch.fx.Node, backend: PieceworkBackend) -> bool:
-    piece = backend.backends.get(str(user.target)) if user.op == "call_module" else None
+def _is_strict(user: torch.fx.Node, weight: torch.fx.Node, program: Program) -> bool:
+    piece = program.backends.get(str(user.target)) if user.op == "call_module" else None
     if piece is None or user.kwargs:
         return False
     places = {index for index, arg in enumerate(user.args) if arg is weight}
     return all(places <= entry.compiled.strict_inputs for entry in piece.entries.values())
 
 
-def _batch(captured: Capture, backend: PieceworkBackend) -> Passed | None:
-    if backend.range_table is None or backend.batch_input is None:
+def _batch(captured: Capture, program: Program) -> Passed | None:
+    if program.range_table is None or program.batch.symbol is None:
         return None
-    index, dim = backend.batch_input
+    index, dim = program.batch.input
     match captured.inputs[index]:
         case Argument(leaf):
             return captured.assumptions.passed(leaf, dim)
@@ -421,16 +416,15 @@ def _batch(captured: Capture, backend: PieceworkBackend) -> Passed | None:
             return None
 
 
-def _apart(captured: Capture, backend: PieceworkBackend) -> tuple[tuple[int, tuple[int, ...]], ...]:
+def _apart(captured: Capture, program: Program) -> tuple[tuple[int, tuple[int, ...]], ...]:
     """Arguments that a compiled piece writes, each with all others that the graph reads."""
-    assert backend.split_gm is not None
-    placeholders = backend.split_gm.graph.find_nodes(op="placeholder")
+    placeholders = program.split_gm.graph.find_nodes(op="placeholder")
     leaves = {
         node.name: source.leaf
         for node, source in zip(placeholders, captured.inputs, strict=True)
         if isinstance(source, Argument) and isinstance(value_of(node), torch.Tensor)
     }
-    writes = mutations_in(backend.split_gm, list(backend.backends), {n: n for n in leaves})
+    writes = mutations_in(program.split_gm, list(program.backends), {n: n for n in leaves})
     written = dict.fromkeys(leaves[write.path] for write in writes)
     return tuple((leaf, tuple(x for x in leaves.values() if x != leaf)) for leaf in written)
 

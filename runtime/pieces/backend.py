@@ -1,28 +1,24 @@
-"""From one captured graph to one callable. In: a flat graph (Dynamo's, or any other). Out: split, compiled, stitched and bound.
+"""From one traced graph to a `Program`. In: a flat graph (Dynamo's, or any other) and a configuration. Out: split, compiled and stitched, ready to be bound.
 
-It keeps what it made for inspection and runs nothing on real data.
+It runs nothing on real data.
 """
 
 from __future__ import annotations
 
 import enum
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from types import FunctionType
 from typing import assert_never
 
 import torch
 import torch.fx
 
-from piecework.codegen import LowerOptions, SplitItem, StitchedSource, generate_source, split_graph
-from piecework.codegen.bind import compile_execution_fn
-from piecework.codegen.origin import SymbolNames, origin_of_piece, value_of
+from piecework.codegen import LowerOptions, SplitItem, generate_source, split_graph
+from piecework.codegen.origin import value_of
 from piecework.codegen.split import SplittingOp as SplittingOpLike
 from piecework.codegen.split import SplittingOps
 from piecework.codegen.structure import input_signature, structure_of
-from piecework.errors import CaptureError, ConfigError, SplitError
+from piecework.errors import BindError, CaptureError, ConfigError, SplitError
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.writes import held_by_source, mutations_in, refuse_mutations
 from piecework.runtime.batch.mode import CUDAGraphMode
@@ -34,13 +30,13 @@ from piecework.runtime.counters import counters
 from piecework.runtime.model_tag import current_model_tag, model_tag_is_set
 from piecework.runtime.observe import trace
 from piecework.runtime.observe.dump import Dump, config_text
-from piecework.runtime.passes import PassReport, PostGradPassManager
-from piecework.runtime.pieces.layer_names import NamedOp, share_layer_names
+from piecework.runtime.passes import PostGradPassManager
+from piecework.runtime.pieces.layer_names import share_layer_names
 from piecework.runtime.pieces.manager import CompilerManager
 from piecework.runtime.pieces.piecewise import PiecewiseBackend, PiecewiseCompileInterpreter
 from piecework.runtime.pieces.precompiled import compile_ahead, different_pieces
+from piecework.runtime.pieces.program import Batch, Program, called_forms, ranges_of, timed
 from piecework.runtime.pieces.recurrent import recurrent_layers
-from piecework.runtime.pieces.report import Piece, RangeRow, Report, differences
 from piecework.runtime.splitting_op import registry
 
 Admits = Callable[[torch.fx.GraphModule], str | None]
@@ -70,21 +66,8 @@ class PieceworkBackend:
         trace: which of the model's traces this is for; others may serve sizes that this one does not.
 
     Attributes:
-        graph: the captured graph.
-        split_gm: the stitching graph.
-        piecewise_graphs: the submodules, splitting ones included, in order.
-        source: the emitted source.
-        backends: submodule name → `PiecewiseBackend`.
         compiler_manager: compiles pieces, equal ones once.
-        phases: seconds per phase.
-        range_table: batch ranges and single sizes; None when one compiled form serves every batch.
-        compile_ranges: its entries, or ``(None,)``.
-        batch_symbol: the symbol of the batch size: the first dynamic dimension of the first tensor input that has one.
-        batch_input: which graph input, and which of its dimensions (None for a size itself), is the batch size.
-        submod_lists: ``__vllm_submods__`` for each of ``compile_ranges``.
-        direct_ops: the splitting ops that the source calls past the dispatcher.
-        named_ops: operators that pieces call in place of those that are given a layer's name.
-        dump: writes the stages to ``debug_dump_path``, if there is one.
+        range_table: batch ranges and single sizes that were asked for; None when one compiled form serves every batch.
     """
 
     def __init__(
@@ -101,33 +84,41 @@ class PieceworkBackend:
         self.prefix = prefix
         self.is_encoder = is_encoder
         self.trace = trace
-        self._tag = current_model_tag().tag
+        self.tag = current_model_tag().tag
         self.declared_ops = (
             splitting_ops if splitting_ops is not None else self.config.splitting_ops
         )
         self.compiler_manager = CompilerManager(self._compiler_config())
-        self._runtime = runtime_config
-        self.range_table = self._range_table(runtime_config)
-        self._place = (
-            {}
-            if runtime_config is None
-            else {"rank": runtime_config.rank, "dp_rank": runtime_config.dp_rank}
-        )
-        self.compile_ranges: tuple[Range | None, ...] = (
-            (None,) if self.range_table is None else self.range_table.entries
-        )
-        self.batch_symbol: str | None = None
-        self.batch_input: tuple[int, int | None] | None = None
-        self.submod_lists: tuple[list[Callable[..., object]], ...] = ()
-        self.direct_ops = DirectOps()
-        self.named_ops: tuple[NamedOp, ...] = ()
-        self.phases: dict[str, float] = {}
-        self.dump = Dump(None)
-        self.graph: torch.fx.GraphModule | None = None
-        self.split_gm: torch.fx.GraphModule | None = None
-        self.piecewise_graphs: list[SplitItem] = []
-        self.backends: dict[str, PiecewiseBackend] = {}
-        self.source: StitchedSource | None = None
+        self.runtime_config = runtime_config
+        self.range_table = self._range_table()
+        self._program: Program | None = None
+
+    @property
+    def program(self) -> Program:
+        """What was made of the last graph.
+
+        Raises:
+            BindError: none was compiled yet.
+        """
+        if self._program is None:
+            raise BindError("nothing is compiled yet", hint="call prepare(graph) first")
+        return self._program
+
+    @property
+    def graph(self) -> torch.fx.GraphModule:
+        return self.program.graph
+
+    @property
+    def split_gm(self) -> torch.fx.GraphModule:
+        return self.program.split_gm
+
+    @property
+    def piecewise_graphs(self) -> tuple[SplitItem, ...]:
+        return self.program.items
+
+    @property
+    def compile_ranges(self) -> tuple[Range | None, ...]:
+        return ranges_of(self.range_table)
 
     @property
     def inductor_config(self) -> dict[str, object]:
@@ -142,12 +133,13 @@ class PieceworkBackend:
     ) -> Callable[..., object]:
         """Compile ``graph`` for Dynamo: the result takes the graph's inputs, weights included."""
         counters.num_graphs_seen += 1
-        self.prepare(graph)
-        function = self.bind()
-        if self.range_table is None:
+        program = self.prepare(graph)
+        function = program.bind()
+        if program.range_table is None:
             return _without_grad(function)
+        size, submods_for = program.batch.size, program.submods_for
         return _without_grad(
-            lambda *args: function(*args, __vllm_submods__=self.submods_for(self.batch_size(args)))
+            lambda *args: function(*args, __vllm_submods__=submods_for(size(args)))
         )
 
     def prepare(
@@ -155,7 +147,7 @@ class PieceworkBackend:
         graph: torch.fx.GraphModule,
         bound: Mapping[str, str] | None = None,
         admits: Admits | None = None,
-    ) -> None:
+    ) -> Program:
         """Split ``graph``, compile its pieces and emit the source.
 
         Must run while the tracing context of the capture is open, if there is one.
@@ -173,229 +165,155 @@ class PieceworkBackend:
             UnsupportedNode: a node can't be written as source.
             ConfigError: ``debug_dump_path`` can't be written to.
         """
-        self.dump = Dump.open(self.config, self.prefix or "model", **self._place)
+        runtime = self.runtime_config
+        place = {} if runtime is None else {"rank": runtime.rank, "dp_rank": runtime.dp_rank}
+        dump = Dump.open(self.config, self.prefix or "model", **place)
+        making = _Compilation(self, graph, dump)
         try:
-            self._prepare(graph, bound, admits)
+            self._program = making.run(bound or {}, admits)
         except NotAdmitted:
-            self.dump.discard()
+            dump.discard()
             raise
         except BaseException as error:
-            self.dump.finish(self.backends, self.phases, error)
+            dump.finish(making.backends, making.phases, error)
             raise
-        self.dump.finish(self.backends, self.phases)  # again when it is bound
+        dump.finish(making.backends, making.phases)  # again when it is bound
+        return self._program
 
-    def _prepare(
-        self,
-        graph: torch.fx.GraphModule,
-        bound: Mapping[str, str] | None,
-        admits: Admits | None,
-    ) -> None:
-        self.dump.captured(graph)
+    def _range_table(self) -> RangeTable | None:
+        if not (self.config.compile_sizes or self.config.compile_ranges_endpoints):
+            return None
+        runtime = self.runtime_config
+        largest = None if runtime is None else runtime.max_num_batched_tokens
+        return self.config.range_table(largest, is_encoder=self.is_encoder)
+
+    def _compiler_config(self) -> CompilationConfig:
+        """The configuration with the splitting ops where the compiler itself cuts at them."""
+        if not self.config.use_inductor_graph_partition or self.declared_ops is None:
+            return self.config
+        return self.config.replace(splitting_ops=tuple(SplittingOps(self.declared_ops).declared))
+
+
+class _Compilation:
+    """One graph on its way to a `Program`: what a piece asks of its backend, and what is made so far."""
+
+    def __init__(self, settings: PieceworkBackend, graph: torch.fx.GraphModule, dump: Dump) -> None:
+        self.settings = settings
+        self.config = settings.config
+        self.compiler_manager = settings.compiler_manager
         self.graph = graph
-        self.batch_symbol, self.batch_input = _batch_of(graph)
-        if self.range_table is not None:
-            self._fit_ranges(graph)
-        with self._phase("split"):
-            ops = [*self._splitting_ops(graph), *recurrent_layers(graph.graph)]
-            self.split_gm, self.piecewise_graphs = split_graph(
-                graph, ops, asserted=torch_compat.asserted_symbols
-            )
-            if self.compiler_manager.may_share_names():
-                self.named_ops = share_layer_names(self.split_gm, self.piecewise_graphs)
-        names = [i.submod_name for i in self.piecewise_graphs if not i.is_splitting_graph]
-        if admits is not None:
-            self._require_admitted(names, admits)
-        trace.artifact("config", lambda: config_text(self.config))
-        trace.artifact("split_graph", lambda: readable_graph(self.split_gm))
-        self.dump.split(self.split_gm, self.piecewise_graphs)
-        counters.num_piecewise_graphs_seen += len(self.piecewise_graphs)
-        if self.config.cudagraph_mode is not CUDAGraphMode.NONE:
-            refuse_mutations(mutations_in(self.split_gm, names, bound or held_by_source(graph)))
-        with self._phase("compile"):
-            inputs = list(map(value_of, self.split_gm.graph.find_nodes(op="placeholder")))
-            self.compiler_manager.initialize_cache(
-                graph, inputs, tag=self._tag, runtime_config=self._runtime
-            )
-            interpreter = PiecewiseCompileInterpreter(self.split_gm, names, self.config, self)
-            self.backends = interpreter.backends  # filled as it runs: a failure leaves what is made
-            with self._compiled_ahead(names):
-                interpreter.run(*inputs)
-        with self._phase("emit"):
-            self.source = generate_source(self.split_gm, self._lower_options(names, bound or {}))
-        trace.artifact("stitched_source", lambda: str(self.source))
-        self.dump.stitched(self.source)
-        if self.compiler_manager.cache is not None:
-            self.compiler_manager.cache.write_texts(self.split_gm, self.source.code)
+        self.dump = dump
+        self.phases: dict[str, float] = {}
+        self.backends: dict[str, PiecewiseBackend] = {}
+        self.batch = Batch()
+        self.range_table = settings.range_table
 
-    def _fit_ranges(self, graph: torch.fx.GraphModule) -> None:
-        """Leave out sizes and ranges that other traces serve; refuse those that none does."""
-        assert self.range_table is not None
-        if self.batch_symbol is None and self.trace is not Trace.ANOTHER:
+    @property
+    def batch_symbol(self) -> str | None:
+        return self.batch.symbol
+
+    @property
+    def compile_ranges(self) -> tuple[Range | None, ...]:
+        return ranges_of(self.range_table)
+
+    def run(self, bound: Mapping[str, str], admits: Admits | None) -> Program:
+        graph, manager = self.graph, self.compiler_manager
+        self.dump.captured(graph)
+        self.batch = _batch_of(graph)
+        self.range_table = self._fitting_ranges()
+        with timed(self.phases, "split"):
+            ops = [*self._splitting_ops(), *recurrent_layers(graph.graph)]
+            split_gm, items = split_graph(graph, ops, asserted=torch_compat.asserted_symbols)
+            if manager.may_share_names():
+                share_layer_names(split_gm, items)
+        names = [i.submod_name for i in items if not i.is_splitting_graph]
+        if admits is not None:
+            _require_admitted(split_gm, names, admits)
+        trace.artifact("config", lambda: config_text(self.config))
+        trace.artifact("split_graph", lambda: readable_graph(split_gm))
+        self.dump.split(split_gm, items)
+        counters.num_piecewise_graphs_seen += len(items)
+        if self.config.cudagraph_mode is not CUDAGraphMode.NONE:
+            refuse_mutations(mutations_in(split_gm, names, bound or held_by_source(graph)))
+        with timed(self.phases, "compile"):
+            inputs = list(map(value_of, split_gm.graph.find_nodes(op="placeholder")))
+            manager.initialize_cache(
+                graph, inputs, tag=self.settings.tag, runtime_config=self.settings.runtime_config
+            )
+            interpreter = PiecewiseCompileInterpreter(split_gm, names, self.config, self)
+            self.backends = interpreter.backends  # filled as it runs: a failure leaves what is made
+            with self._compiled_ahead(split_gm, names):
+                interpreter.run(*inputs)
+        direct = DirectOps()
+        with timed(self.phases, "emit"):
+            if self.config.stitching_config.direct_splitting_ops:
+                direct = _direct_ops(items)
+            options = self._lower_options(names, items, bound, direct)
+            source = generate_source(split_gm, options)
+        trace.artifact("stitched_source", lambda: str(source))
+        self.dump.stitched(source)
+        if manager.cache is not None:
+            manager.cache.write_texts(split_gm, source.code)
+        passes = manager.passes if self.config.pass_config.report_matches else None
+        return Program(
+            name=self.settings.prefix or "model",
+            config=self.config,
+            graph=graph,
+            split_gm=split_gm,
+            items=tuple(items),
+            backends=self.backends,
+            source=source,
+            range_table=self.range_table,
+            batch=self.batch,
+            direct_ops=direct,
+            compiler=manager.compiler.name,
+            phases=self.phases,
+            passes=None if passes is None else passes.report(),
+            dump=self.dump,
+            submod_lists=called_forms(
+                self.backends,
+                source.submod_names,
+                self.range_table,
+                direct=self.config.stitching_config.direct_artifact_entry,
+            ),
+        )
+
+    def _fitting_ranges(self) -> RangeTable | None:
+        """The ranges without sizes that other traces serve; those that none does are refused."""
+        table, which = self.settings.range_table, self.settings.trace
+        if table is None:
+            return None
+        if self.batch.symbol is None and which is not Trace.ANOTHER:
             raise ConfigError(
                 "there are compile sizes or ranges, and no input has a dynamic batch dimension",
                 where="compile_sizes, compile_ranges_endpoints",
                 hint="mark the batch dimension with torch._dynamo.mark_dynamic",
             )
-        if self.batch_symbol is None:
-            self.range_table, self.compile_ranges = None, (None,)
-            return
-        low, high = _bounds_of(graph, self.batch_input)
-        match self.trace:
+        if self.batch.symbol is None:
+            return None
+        low, high = _bounds_of(self.graph, self.batch)
+        match which:
             case Trace.ONLY:
                 pass
             case Trace.FIRST:  # smaller batches than two may be another's
-                self.range_table = self.range_table.within(min(low or 0, 2), None)
+                table = table.within(min(low or 0, 2), None)
             case Trace.ANOTHER:
-                self.range_table = self.range_table.within(low, high)
+                table = table.within(low, high)
             case _:
-                assert_never(self.trace)
-        self.range_table.require_reachable(low, high)
-        self.compile_ranges = self.range_table.entries
-
-    def bind(
-        self, weights: Mapping[str, object] | None = None, *, code: str | None = None
-    ) -> FunctionType:
-        """Execute the emitted source with the compiled pieces.
-
-        Args:
-            weights: values of the bound names.
-            code: an edited text to execute in its place.
-        """
-        assert self.source is not None
-        with self._phase("bind"):
-            names = self.source.submod_names
-            per_range = [self.callables(each) for each in self.compile_ranges]
-            self.submod_lists = tuple([found[name] for name in names] for found in per_range)
-            text = self.source.code if code is None else code
-            function = compile_execution_fn(
-                text, per_range[-1], names, self.source.consts, bound=weights
-            )
-            publish_submods(function, self.submod_lists[-1])
-        if code is None:
-            self.dump.finish(self.backends, self.phases)
-        return function
-
-    def bind_safely(
-        self, weights: Mapping[str, object], *, code: str | None = None
-    ) -> tuple[Callable[..., object], Callable[[int], Sequence[Callable[..., object]]]]:
-        """The same graph stitched without shortcuts: operators through the dispatcher, pieces by their public form.
-
-        Args:
-            weights: weight path → tensor, for the names that the source binds.
-            code: an edited text to execute in place of the generated one.
-
-        Returns:
-            The function, and what gives its ``__vllm_submods__`` for a batch size.
-        """
-        assert self.source is not None and self.split_gm is not None
-        source, consts = self.source, self.source.consts
-        if code is not None:
-            operators = {id(value): op for op, value in source.options.direct.items()}
-            consts = tuple(operators.get(id(value), value) for value in consts)
-        elif source.options.direct:
-            source = generate_source(self.split_gm, replace(source.options, direct={}))
-            consts = source.consts
-        per_range = [self.callables(each, public=True) for each in self.compile_ranges]
-        lists = [tuple(found[name] for name in source.submod_names) for found in per_range]
-        bound = {row.name: weights[row.path] for row in source.module.bound}
-        function = compile_execution_fn(
-            source.code if code is None else code,
-            per_range[-1],
-            source.submod_names,
-            consts,
-            bound=bound,
-        )
-        table = self.range_table
-        return function, lambda batch: lists[0 if table is None else table.index(batch)]
-
-    def submods_for(self, batch: int) -> list[Callable[..., object]]:
-        """``__vllm_submods__`` for a batch size, in O(log ranges).
-
-        Raises:
-            InputError: the size is outside every compiled range; they are listed.
-        """
-        if self.range_table is None:
-            return self.submod_lists[0]
-        return self.submod_lists[self.range_table.index(batch)]
-
-    def batch_size(self, inputs: Sequence[object]) -> int:
-        """The batch size that graph inputs (weights included) have."""
-        assert self.batch_input is not None
-        index, dim = self.batch_input
-        value = inputs[index]
-        return value.size(dim) if isinstance(value, torch.Tensor) and dim is not None else value
-
-    def callables(
-        self, compile_range: Range | None = None, *, public: bool = False
-    ) -> dict[str, Callable[..., object]]:
-        """What each entry of ``__vllm_submods__`` is for one range of batch sizes.
-
-        Args:
-            public: the compiler's public callable, also where the piece may be entered past it.
-        """
-        if public or not self.config.stitching_config.direct_artifact_entry:
-            return {
-                name: piece.runnable_for(compile_range) for name, piece in self.backends.items()
-            }
-        return {n: piece.direct_runnable_for(compile_range) for n, piece in self.backends.items()}
-
-    def pieces(self) -> tuple[Piece, ...]:
-        found = []
-        for name, piece in self.backends.items():
-            assert piece.graph is not None and piece.structure is not None
-            origin = origin_of_piece(piece.graph, SymbolNames(), line_numbers=False)
-            runnable = piece.runnable_for(self.compile_ranges[0])
-            found.append(
-                Piece(
-                    name, piece.structure.key, origin.module, piece.seconds, runnable, piece.reused
-                )
-            )
-        return tuple(found)
-
-    def report(self) -> Report:
-        structures = [(n, p.structure) for n, p in self.backends.items() if p.structure is not None]
-        return Report(
-            model=self.prefix or "model",
-            compiler=self.compiler_manager.compiler.name,
-            pieces=len(self.backends),
-            unique=len({structure.key for _, structure in structures}),
-            splitting=sum(item.is_splitting_graph for item in self.piecewise_graphs),
-            phases=dict(self.phases),
-            ranges=tuple(map(self._range_row, self.compile_ranges)),
-            differences=differences(structures),
-            passes=self._pass_report(),
-        )
-
-    def _pass_report(self) -> PassReport | None:
-        manager = self.compiler_manager.passes
-        wanted = self.config.pass_config.report_matches
-        return manager.report() if wanted and manager is not None else None
-
-    def _range_row(self, compile_range: Range | None) -> RangeRow:
-        entries = [piece.entries[compile_range] for piece in self.backends.values()]
-        return RangeRow(
-            batches="all" if compile_range is None else str(compile_range),
-            compiles=sum(not entry.reused for entry in entries),
-            seconds=sum(entry.seconds for entry in entries),
-        )
-
-    def _range_table(self, runtime_config: RuntimeConfig | None) -> RangeTable | None:
-        if not (self.config.compile_sizes or self.config.compile_ranges_endpoints):
-            return None
-        largest = None if runtime_config is None else runtime_config.max_num_batched_tokens
-        return self.config.range_table(largest, is_encoder=self.is_encoder)
-
-    # --- steps -----------------------------------------------------------------------------------
+                assert_never(which)
+        table.require_reachable(low, high)
+        return table
 
     @contextmanager
-    def _compiled_ahead(self, names: Sequence[str]) -> Iterator[None]:
+    def _compiled_ahead(
+        self, split_gm: torch.fx.GraphModule, names: Sequence[str]
+    ) -> Iterator[None]:
         """Show progress and use workers while the pieces are compiled, as far as somebody asked for that."""
         manager = self.compiler_manager
         if manager.progress is None and manager.config.compile_workers == 1:
             yield
             return
-        assert self.split_gm is not None
-        ahead = different_pieces(self.split_gm, names, self.compile_ranges, self.batch_symbol)
+        ahead = different_pieces(split_gm, names, self.compile_ranges, self.batch.symbol)
         if manager.progress is not None:
             manager.progress.started(len(ahead))
         try:
@@ -405,74 +323,67 @@ class PieceworkBackend:
             if manager.progress is not None:
                 manager.progress.ended()
 
-    def _require_admitted(self, names: Sequence[str], admits: Admits) -> None:
-        assert self.split_gm is not None
-        seen: set[str] = set()
-        for name in names:
-            piece = self.split_gm.get_submodule(name)
-            assert isinstance(piece, torch.fx.GraphModule)
-            key = structure_of(piece, describe_input=input_signature).key
-            reason = None if key in seen else admits(piece)
-            seen.add(key)
-            if reason is not None:
-                raise NotAdmitted(f"{name}: {reason}")
-
-    def _splitting_ops(self, graph: torch.fx.GraphModule) -> Sequence[SplittingOpLike]:
+    def _splitting_ops(self) -> Sequence[SplittingOpLike]:
         inside = self.config.use_inductor_graph_partition  # Inductor cuts the compiled code instead
-        if self.declared_ops is None:
+        ops = self.settings.declared_ops
+        if ops is None:
             return () if inside else registry.names()
-        declared = SplittingOps(self.declared_ops)
-        missing = declared.missing_from(graph.graph)
+        missing = SplittingOps(ops).missing_from(self.graph.graph)
         unknown = [name for name in missing if "::" in name and not _is_registered(name)]
         if unknown:
             raise SplitError(
                 f"splitting op {unknown[0]} is not registered with torch",
                 hint="check its spelling, and import the module that defines it first",
             )
-        return () if inside else self.declared_ops
+        return () if inside else ops
 
-    def _compiler_config(self) -> CompilationConfig:
-        """The configuration with the splitting ops where the compiler itself cuts at them."""
-        if not self.config.use_inductor_graph_partition or self.declared_ops is None:
-            return self.config
-        return self.config.replace(splitting_ops=tuple(SplittingOps(self.declared_ops).declared))
-
-    def _lower_options(self, pieces: Sequence[str], bound: Mapping[str, str]) -> LowerOptions:
+    def _lower_options(
+        self,
+        pieces: Sequence[str],
+        items: Sequence[SplitItem],
+        bound: Mapping[str, str],
+        direct: DirectOps,
+    ) -> LowerOptions:
         levers = self.config.stitching_config
-        report = self.report()
-        ops = sorted(_operator_names(self.piecewise_graphs))
+        found = [each.structure for each in self.backends.values()]
+        unique = len({structure.key for structure in found if structure is not None})
+        splitting = sum(item.is_splitting_graph for item in items)
+        ops = sorted(_operator_names(items))
         banner = (
-            f"model: {self.prefix or 'model'}",
-            f"pieces: {report.pieces}, unique: {report.unique}, compiler: {report.compiler}",
-            f"splitting ops: {', '.join(ops) or 'none'} ({report.splitting} submodules)",
+            f"model: {self.settings.prefix or 'model'}",
+            f"pieces: {len(found)}, unique: {unique}, compiler: {self.compiler_manager.compiler.name}",
+            f"splitting ops: {', '.join(ops) or 'none'} ({splitting} submodules)",
         )
         return LowerOptions(
             submods=pieces,
             bound=bound if levers.bind_weights else {},
-            direct=self._direct() if levers.direct_splitting_ops else {},
+            direct=direct.implementations,
             emit_del=levers.emit_del,
             banner=banner,
         )
 
-    def _direct(self) -> dict[object, Callable[..., object]]:
-        """Implementations that the stitched code may call past the dispatcher, by operator."""
-        self.direct_ops = DirectOps.of(
-            (node.target, _device_of(node))
-            for item in self.piecewise_graphs
-            if item.is_splitting_graph
-            for node in item.graph.graph.nodes
-            if node.op == "call_function"
-        )
-        return self.direct_ops.implementations
 
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            with trace.timed(name):
-                yield
-        finally:
-            self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
+def _require_admitted(split_gm: torch.fx.GraphModule, names: Sequence[str], admits: Admits) -> None:
+    seen: set[str] = set()
+    for name in names:
+        piece = split_gm.get_submodule(name)
+        assert isinstance(piece, torch.fx.GraphModule)
+        key = structure_of(piece, describe_input=input_signature).key
+        reason = None if key in seen else admits(piece)
+        seen.add(key)
+        if reason is not None:
+            raise NotAdmitted(f"{name}: {reason}")
+
+
+def _direct_ops(items: Sequence[SplitItem]) -> DirectOps:
+    """Implementations that the stitched code may call past the dispatcher, by operator."""
+    return DirectOps.of(
+        (node.target, _device_of(node))
+        for item in items
+        if item.is_splitting_graph
+        for node in item.graph.graph.nodes
+        if node.op == "call_function"
+    )
 
 
 def piecework_dynamo_backend(
@@ -520,16 +431,6 @@ def readable_graph(graph: torch.fx.GraphModule | None) -> str:
     return "" if graph is None else graph.print_readable(print_output=False)
 
 
-def publish_submods(
-    function: Callable[..., object], submods: Sequence[Callable[..., object]]
-) -> None:
-    """Make ``submods`` the list that ``function`` uses when it is given none.
-
-    A tuple: CPython indexes it faster than a list, and the difference is a part of what stitching costs.
-    """
-    function.__kwdefaults__["__vllm_submods__"] = tuple(submods)  # type: ignore[attr-defined]
-
-
 def _without_grad(function: Callable[..., object]) -> Callable[..., object]:
     """``function`` for inference: under a grad mode that is on, it runs with it off."""
 
@@ -568,23 +469,19 @@ def _device_of(node: torch.fx.Node) -> str | None:
     return None
 
 
-def _bounds_of(
-    graph: torch.fx.GraphModule, batch_input: tuple[int, int | None] | None
-) -> tuple[int | None, int | None]:
+def _bounds_of(graph: torch.fx.GraphModule, batch: Batch) -> tuple[int | None, int | None]:
     """The smallest and the largest batch that the trace allows; None where there is no bound."""
-    assert batch_input is not None
-    index, dim = batch_input
+    index, dim = batch.input
     value = value_of(graph.graph.find_nodes(op="placeholder")[index])
     return torch_compat.symbol_range(value if dim is None else value.shape[dim])
 
 
-def _batch_of(graph: torch.fx.GraphModule) -> tuple[str | None, tuple[int, int | None] | None]:
-    """The batch symbol, and the graph input (and dimension) to read it from."""
+def _batch_of(graph: torch.fx.GraphModule) -> Batch:
     for index, node in enumerate(graph.graph.find_nodes(op="placeholder")):
         value = value_of(node)
         sizes = tuple(value.shape) if isinstance(value, torch.Tensor) else (value,)
         for dim, size in enumerate(sizes):
             symbol = torch_compat.symbol_of(size)
             if symbol is not None and symbol.isidentifier():
-                return symbol, (index, dim if isinstance(value, torch.Tensor) else None)
-    return None, None
+                return Batch(symbol, (index, dim if isinstance(value, torch.Tensor) else None))
+    return Batch()

@@ -122,7 +122,7 @@ def test_artifacts_hold_no_weights() -> None:
     """What is left when all but the compiled pieces is gone does not include the weights."""
     model = Model(2)
     stitched = piecework.compile(model, (torch.randn(4, 8),), splitting_ops=["lifetimes::mix"])
-    pieces = [p.entries[None].compiled for p in stitched.backend.backends.values()]
+    pieces = [p.entries[None].compiled for p in stitched.program.backends.values()]
     weights = [weakref.ref(parameter) for parameter in model.parameters()]
     del model, stitched
     torch.compiler.reset()

@@ -121,7 +121,7 @@ def test_each_lever_shows_in_the_source() -> None:
 def test_the_raw_function_is_called(op: Callable[..., None]) -> None:
     """The dispatcher is not on the way: the emitted module holds the Python function itself."""
     stitched = stitch(Model(op))
-    (implementation,) = stitched.backend.direct_ops.implementations.values()
+    (implementation,) = stitched.program.direct_ops.implementations.values()
     expected = mix.implementation if op is mix else custom_mix._init_fn
     assert implementation is expected
 
@@ -146,7 +146,7 @@ def test_pieces_are_entered_directly_only_where_nothing_is_left_out() -> None:
         config=config,
     )
     compiled = {
-        name: piece.entries[None].compiled for name, piece in stitched.backend.backends.items()
+        name: piece.entries[None].compiled for name, piece in stitched.program.backends.items()
     }
     first, last = compiled["submod_0"], compiled["submod_2"]
     assert first.direct is None and first.indirect_because
@@ -162,7 +162,7 @@ def test_pieces_are_entered_directly_only_where_nothing_is_left_out() -> None:
 @pytest.mark.inductor
 def test_a_direct_piece_returns_what_the_artifact_returns() -> None:
     stitched = stitch(Model(), "inductor")
-    piece = stitched.backend.backends["submod_0"].entries[None].compiled
+    piece = stitched.program.backends["submod_0"].entries[None].compiled
     assert piece.direct is not None
     weights = dict(
         zip(
@@ -195,7 +195,7 @@ def test_cpp_wrappers_inside_the_pieces_are_entered_directly_too() -> None:
     stitched = piecework.compile(
         model, (torch.randn(4, 8),), splitting_ops=["levers::mix"], config=config
     )
-    for each in stitched.backend.backends.values():
+    for each in stitched.program.backends.values():
         assert each.entries[None].compiled.direct is not None
     with torch.no_grad():
         check(model, stitched)
@@ -370,7 +370,7 @@ def test_a_kernel_of_another_operator_changes_nothing(fresh) -> None:  # type: i
     library = torch.library.Library("levers_elsewhere", "FRAGMENT")
     library.define("nothing(Tensor x) -> Tensor")
     library.impl("nothing", lambda x: x.clone(), "CPU")
-    assert stitched.backend.direct_ops.unchanged()
+    assert stitched.program.direct_ops.unchanged()
     check(model, stitched)
 
 
@@ -382,7 +382,7 @@ def test_a_kernel_of_a_custom_op_registered_later_is_used() -> None:
         torch.add(left, right, out=out)
 
     model, stitched = compiled_with(custom_fresh, "levers::custom_fresh")
-    assert stitched.backend.direct_ops.implementations
+    assert stitched.program.direct_ops.implementations
     check(model, stitched)
     x = torch.randn(3, 8)
     before = stitched(x)

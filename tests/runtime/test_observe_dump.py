@@ -242,7 +242,7 @@ def test_without_a_path_nothing_is_done(tmp_path: Path, monkeypatch: pytest.Monk
     stitched = piecework.compile(
         Model(1), (torch.randn(4, 8),), config=CompilationConfig(backend="eager")
     )
-    assert stitched.backend.dump.folder is None and list(tmp_path.iterdir()) == []
+    assert stitched.program.dump.folder is None and list(tmp_path.iterdir()) == []
 
 
 # --- what can go wrong -------------------------------------------------------------------------------

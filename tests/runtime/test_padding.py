@@ -72,9 +72,9 @@ def verdict(model: Callable[..., object], *args: torch.Tensor) -> Verdict:
     for each in args:
         torch._dynamo.mark_dynamic(each, 0)
     stitched = piecework.compile(model, args, config=EAGER)
-    backend = stitched.backend
-    assert backend.graph is not None and backend.batch_symbol is not None
-    return rows_of(backend.graph, {backend.batch_symbol})
+    program = stitched.program
+    assert program.batch.symbol is not None
+    return rows_of(program.graph, {program.batch.symbol})
 
 
 def said(model: Callable[..., object], *args: torch.Tensor) -> tuple[str | None, ...]:
@@ -228,8 +228,8 @@ def test_what_a_higher_order_operator_runs_is_looked_into() -> None:
 
     x, flag = torch.randn(5, 4), torch.tensor(True)
     torch._dynamo.mark_dynamic(x, 0)
-    backend = piecework.compile(model, (x, flag), config=EAGER).backend
-    mixed, kept = rows_of(backend.graph, {backend.batch_symbol}).results
+    program = piecework.compile(model, (x, flag), config=EAGER).program
+    mixed, kept = rows_of(program.graph, {program.batch.symbol}).results
     assert mixed is not None and "mean" in mixed and kept is None
 
 
@@ -267,8 +267,8 @@ def test_an_argument_that_is_written_to_is_told_by_itself() -> None:
 
     x, cache = torch.randn(5, 4), torch.zeros(9, 4)
     torch._dynamo.mark_dynamic(x, 0)
-    backend = piecework.compile(model, (x, cache), config=EAGER).backend
-    found = rows_of(backend.graph, {backend.batch_symbol})
+    program = piecework.compile(model, (x, cache), config=EAGER).program
+    found = rows_of(program.graph, {program.batch.symbol})
     assert found.results == (None,)
     [reason] = found.written.values()
     assert reason is not None and "as many rows as the batch has" in reason
@@ -277,14 +277,14 @@ def test_an_argument_that_is_written_to_is_told_by_itself() -> None:
 def test_the_trace_learns_nothing_from_the_analysis() -> None:
     x = torch.randn(5, 4)
     torch._dynamo.mark_dynamic(x, 0)
-    backend = piecework.compile(
+    program = piecework.compile(
         lambda x: F.conv1d(x[:, None], torch.ones(1, 1, 3)), (x,), config=EAGER
-    ).backend
-    size = next(iter(backend.graph.graph.nodes)).meta["example_value"]
+    ).program
+    size = next(iter(program.graph.graph.nodes)).meta["example_value"]
     env = (size if isinstance(size, torch.SymInt) else size.shape[0]).node.shape_env
     before = (len(env.guards), dict(env.var_to_range), dict(env.replacements))
     for _ in range(2):
-        rows_of(backend.graph, {backend.batch_symbol})
+        rows_of(program.graph, {program.batch.symbol})
     assert (len(env.guards), dict(env.var_to_range), dict(env.replacements)) == before
 
 
@@ -312,8 +312,8 @@ def test_how_many_elements_rows_made_is_a_number_of_theirs() -> None:
     x = torch.randn(5, 4)
     torch._dynamo.mark_dynamic(x, 0)
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        backend = piecework.compile(model, (x,), config=EAGER).backend
-    verdict = rows_of(backend.graph, {backend.batch_symbol})
+        program = piecework.compile(model, (x,), config=EAGER).program
+    verdict = rows_of(program.graph, {program.batch.symbol})
     reasons = verdict.results or (verdict.refused,)
     assert all(each is not None for number, each in enumerate(reasons) if number != 1)
 

@@ -137,7 +137,7 @@ def test_concrete_arguments_keep_strides_and_offset() -> None:
     torch.compile(lambda x: x + 1, backend=backend, dynamic=True)(base[1:5, 2:10])
     symbol = PieceworkBackend(CompilationConfig(backend="eager"))
     symbol.prepare(captured[0])
-    args = create_concrete_args(captured[0], 7, symbol.batch_symbol)
+    args = create_concrete_args(captured[0], 7, symbol.program.batch.symbol)
     (tensor,) = [a for a in args if isinstance(a, torch.Tensor)]
     assert tensor.shape[0] == 7
     assert tensor.storage_offset() == base[1:5, 2:10].storage_offset()
@@ -152,7 +152,7 @@ def test_a_batch_beyond_the_largest_is_refused_with_the_ranges() -> None:
     compiled = torch.compile(model, backend=backend, dynamic=True, fullgraph=True)
     torch.testing.assert_close(compiled(x, side), model(x, side))
     with pytest.raises(InputError, match=r"batch of 65 is outside .*\[1, 16\], \[17, 64\]"):
-        backend.submods_for(65)
+        backend.program.submods_for(65)
 
 
 def test_an_encoder_has_an_open_end() -> None:
@@ -208,9 +208,9 @@ def test_inductor_compiles_sizes_and_ranges() -> None:
         for batch in (2, 8, 40):
             x, side = torch.randn(batch, 8), torch.randn(3)
             torch.testing.assert_close(stitched(x, side), model(x, side))
-    for piece in stitched.backend.backends.values():
+    for piece in stitched.program.backends.values():
         kept = piece.to_bytes()
-        assert list(kept) == list(stitched.backend.compile_ranges)
+        assert list(kept) == list(stitched.program.compile_ranges)
         assert all(kept.values())
 
 
@@ -233,7 +233,7 @@ def test_sizes_named_after_the_capture_sizes() -> None:
     stitched = piecework.compile(
         model, (x,), config=config.replace(cudagraph_capture_sizes=[1, 2], cudagraph_mode="FULL")
     )
-    assert [str(each) for each in stitched.backend.compile_ranges[:3]] == [
+    assert [str(each) for each in stitched.program.compile_ranges[:3]] == [
         "[1, 1]",
         "[2, 2]",
         "[3, 3]",

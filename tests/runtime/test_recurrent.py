@@ -55,7 +55,7 @@ def test_recurrent_layer_runs_outside(name: str) -> None:
         model, (torch.randn(4, 7, 8),), config=CompilationConfig(backend="eager")
     )
     check(stitched, model, 4, 2, 5, 1)
-    kinds = [item.is_splitting_graph for item in stitched.backend.piecewise_graphs]
+    kinds = [item.is_splitting_graph for item in stitched.program.items]
     assert kinds == [False, True, False]
 
 

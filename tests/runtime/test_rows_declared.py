@@ -214,8 +214,8 @@ def test_a_recommender_with_offsets_is_not_padded() -> None:
     offsets = torch.tensor([0, 2, 5])
     torch._dynamo.mark_dynamic(dense, 0)
     torch._dynamo.mark_dynamic(offsets, 0)
-    backend = piecework.compile(model, (dense, offsets, ids), config=EAGER).backend
-    found = rows_of(backend.graph, {backend.batch_symbol})
+    program = piecework.compile(model, (dense, offsets, ids), config=EAGER).program
+    found = rows_of(program.graph, {program.batch.symbol})
     assert found.reason is not None
 
 

@@ -58,7 +58,7 @@ KINDS = pytest.mark.parametrize("kind", ["compile", "keyword", "attribute"])
 @pytest.mark.parametrize("runtime", [RANKED, RANKED.model_dump()], ids=["object", "mapping"])
 def test_the_last_range_is_closed_at_the_largest_batch(kind: str, runtime: object) -> None:
     made = compiled(kind, runtime, compile_ranges_endpoints=[8])
-    assert [str(each) for each in made.backend.compile_ranges] == ["[1, 8]", "[9, 32]"]
+    assert [str(each) for each in made.program.compile_ranges] == ["[1, 8]", "[9, 32]"]
     assert made.report().model == "served"
     x = torch.randn(32, 8)
     torch.testing.assert_close(made(x), made.model(x))
@@ -82,7 +82,7 @@ def test_compile_sizes_may_be_the_capture_sizes_of_the_program() -> None:
     made = compiled(
         "compile", RANKED, cudagraph_mode="FULL", compile_sizes=["cudagraph_capture_sizes"]
     )
-    single = {each.start for each in made.backend.compile_ranges if each and each.is_single_size()}
+    single = {each.start for each in made.program.compile_ranges if each and each.is_single_size()}
     assert single == {1, 2, 4, 8, 16}  # 2 · max_num_seqs is the largest that is captured by default
 
 

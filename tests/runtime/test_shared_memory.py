@@ -170,5 +170,5 @@ def test_a_variance_over_the_batch_knows_the_batch() -> None:
 
 
 def compiled_pieces(stitched: piecework.StitchedModule) -> list[CompiledPiece]:
-    backends = stitched.backend.backends.values()
+    backends = stitched.program.backends.values()
     return [next(iter(backend.entries.values())).compiled for backend in backends]

@@ -286,7 +286,7 @@ def test_what_a_trace_can_serve_makes_no_other(nothing_admitted: None) -> None:
     for batch in (2, 9, 1, 7, 1, 0, 3, 1):
         same(stitched, model, torch.randn(batch, 4))
     assert len(stitched.traces) == 3  # more, one, none
-    assert stitched.source is stitched.traces[0].backend.source
+    assert stitched.source is stitched.traces[0].program.source
 
 
 def test_threads_that_need_a_trace_at_once_make_one(nothing_admitted: None) -> None:

@@ -1,4 +1,4 @@
-"""From a captured graph to its batch shape. In: a capture and its backend. Out: which inputs are staged along which dimension, which numbers are frozen, and how results are trimmed.
+"""From a captured graph to its batch shape. In: a capture and its program. Out: which inputs are staged along which dimension, which numbers are frozen, and how results are trimmed.
 
 It refuses what a captured graph can't serve at another size than its own; it runs nothing.
 """
@@ -19,7 +19,7 @@ from piecework.runtime import torch_compat
 from piecework.runtime.analysis.rows import rows_of
 from piecework.runtime.analysis.writes import held_by_source, mutations_in, refuse_mutations
 from piecework.runtime.graphs.plan.batch_shape import BatchShape, OtherSize, ResultRule, StagedInput
-from piecework.runtime.pieces.backend import PieceworkBackend
+from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.tracing import Argument, Capture, Layout, Size, Weight
 
 
@@ -31,7 +31,7 @@ class FixedBatch:
     dims: Mapping[int, int]
 
 
-def batch_dims(captured: Capture, backend: PieceworkBackend) -> dict[int, int]:
+def batch_dims(captured: Capture, program: Program) -> dict[int, int]:
     """The batch dimension of each flattened argument that has one."""
     found = {}
     for node, each in zip(
@@ -40,14 +40,14 @@ def batch_dims(captured: Capture, backend: PieceworkBackend) -> dict[int, int]:
         value = value_of(node)
         if isinstance(each, Argument) and isinstance(value, torch.Tensor):
             symbols = [torch_compat.symbol_of(size) for size in value.shape]
-            if backend.batch_symbol in symbols:
-                found[each.leaf] = symbols.index(backend.batch_symbol)
+            if program.batch.symbol in symbols:
+                found[each.leaf] = symbols.index(program.batch.symbol)
     return found
 
 
 def batch_shape(
     captured: Capture,
-    backend: PieceworkBackend,
+    program: Program,
     same: Collection[str] = (),
     fixed: FixedBatch | None = None,
 ) -> BatchShape:
@@ -61,14 +61,14 @@ def batch_shape(
         StaticGraphError: something writes to a weight inside a piece, or an input can't be held in a static buffer.
     """
     if fixed is not None:
-        return _Reader(captured, backend, "", same, fixed).read()
-    if backend.batch_symbol is None:
+        return _Reader(captured, program, "", same, fixed).read()
+    if program.batch.symbol is None:
         raise StaticGraphError(
             "no input has a dynamic batch dimension, so there is nothing to capture sizes of",
             where="capture",
             hint="mark the batch dimension with torch._dynamo.mark_dynamic and compile again",
         )
-    return _Reader(captured, backend, backend.batch_symbol, same).read()
+    return _Reader(captured, program, program.batch.symbol, same).read()
 
 
 class _Reader:
@@ -77,17 +77,16 @@ class _Reader:
     def __init__(
         self,
         captured: Capture,
-        backend: PieceworkBackend,
+        program: Program,
         symbol: str,
         same: Collection[str],
         fixed: FixedBatch | None = None,
     ) -> None:
-        source, split_gm, graph = backend.source, backend.split_gm, backend.graph
-        assert source is not None and split_gm is not None and graph is not None
+        source, split_gm, graph = program.source, program.split_gm, program.graph
         self.captured, self.symbol, self.same = captured, symbol, frozenset(same)
         self.fixed = fixed
         self.split_gm, self.source, self.graph = split_gm, source, graph
-        self.every = [item.submod_name for item in backend.piecewise_graphs]
+        self.every = [item.submod_name for item in program.items]
         nodes = split_gm.graph.find_nodes(op="placeholder")
         self.pairs = list(zip(nodes, captured.inputs, strict=True))
         self.known = {each.name: each for each in captured.assumptions.symbols()}

@@ -39,7 +39,7 @@ from piecework.runtime.graphs.serve.arguments import CapturedInputs
 from piecework.runtime.graphs.serve.calls import Step
 from piecework.runtime.graphs.serve.replay import Replay, ReplayMaker
 from piecework.runtime.graphs.serve.writes import DryWrites
-from piecework.runtime.pieces.backend import PieceworkBackend
+from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.tracing import Weight
 
 _FULL, _PIECEWISE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
@@ -62,14 +62,14 @@ class CapturedGraphs:
     def __init__(
         self,
         entry: Entry,
-        backend: PieceworkBackend,
+        program: Program,
         sizes: Iterable[int] | None,
         options: CaptureOptions,
         fixed: FixedBatch | None = None,
     ) -> None:
-        self._entry, self._backend, self.options = entry, backend, options
-        self.shape = batch_shape(entry.captured, backend, options.same_as_batch, fixed)
-        plan = plan_capture(self.shape, backend.config, sizes, options)
+        self._entry, self._program, self.options = entry, program, options
+        self.shape = batch_shape(entry.captured, program, options.same_as_batch, fixed)
+        plan = plan_capture(self.shape, program.config, sizes, options)
         self.sizes, self.dispatcher = plan.sizes, plan.dispatcher
         self._parameters = self._check_numbers()
         # The weights and the function of one execution; a change retires these graphs instead of reaching them.
@@ -92,21 +92,20 @@ class CapturedGraphs:
         self._weights = by_path_of(entry.weights)
         self.graphs.addresses.register_weights(self._weights)
         self._maker = ReplayMaker(
-            self.shape, backend, self._weights, self.graphs.address_policy.value
+            self.shape, program, self._weights, self.graphs.address_policy.value
         )
         self._writes: dict[tuple[str, tuple[int, ...]], frozenset[int]] = {}
         weights = list(self._weights.values())
         self._dry_writes = DryWrites(self._is_own, weights, self._written_weights())
-        self._wrapped = [self._wrap(submods, n) for n, submods in enumerate(backend.submod_lists)]
-        self._whole = [self._wrap_whole(number) for number in range(len(backend.submod_lists))]
+        self._wrapped = [self._wrap(submods, n) for n, submods in enumerate(program.submod_lists)]
+        self._whole = [self._wrap_whole(number) for number in range(len(program.submod_lists))]
         self.replays: dict[Key, Replay] = {}
 
     def _check_numbers(self) -> list[torch.fx.Node]:
         """Refuse numbers that captured code reads from data; the inputs of the graph that are passed per call."""
-        source, split_gm = self._backend.source, self._backend.split_gm
-        assert source is not None and split_gm is not None
+        source, split_gm = self._program.source, self._program.split_gm
         whole = bool(self.dispatcher.cudagraph_keys[_FULL])
-        captured = [i.submod_name for i in self._backend.piecewise_graphs]
+        captured = [i.submod_name for i in self._program.items]
         require_sizes_only(split_gm, captured if whole else source.submod_names)
         bound = {row.path for row in source.module.bound}
         nodes = split_gm.graph.find_nodes(op="placeholder")
@@ -119,8 +118,7 @@ class CapturedGraphs:
         self, submods: Sequence[Callable[..., object]], number: int
     ) -> Sequence[Callable[..., object]]:
         """The pieces of one batch range, each captured by itself."""
-        source = self._backend.source
-        assert source is not None
+        source = self._program.source
         last = len(submods) - 1
         written = [self._written_by(name) for name in source.submod_names]
         return [
@@ -142,7 +140,7 @@ class CapturedGraphs:
 
     def _written_by(self, name: str) -> frozenset[int]:
         """Which arguments a piece writes to; pieces of one structure whose inputs share memory alike write alike."""
-        backend = self._backend.backends[name]
+        backend = self._program.backends[name]
         piece, structure = backend.graph, backend.structure
         assert piece is not None and structure is not None
         values = map(value_of, piece.graph.find_nodes(op="placeholder"))
@@ -165,12 +163,11 @@ class CapturedGraphs:
 
     def _written_weights(self) -> list[torch.Tensor]:
         """The model's tensors that the graph writes, by the schemas of its operators."""
-        split_gm = self._backend.split_gm
-        assert split_gm is not None
+        split_gm = self._program.split_gm
         nodes = split_gm.graph.find_nodes(op="placeholder")
         pairs = zip(nodes, self._entry.captured.inputs, strict=True)
         held = {node.name: each.path for node, each in pairs if isinstance(each, Weight)}
-        every = [item.submod_name for item in self._backend.piecewise_graphs]
+        every = [item.submod_name for item in self._program.items]
         paths = dict.fromkeys(write.path for write in mutations_in(split_gm, every, held))
         return [self._weights[path] for path in paths]
 
@@ -192,7 +189,7 @@ class CapturedGraphs:
         return self._wrapped[self._range_of(size)]
 
     def _range_of(self, size: int) -> int:
-        table = self._backend.range_table
+        table = self._program.range_table
         return 0 if table is None else table.index(size)
 
     def _count(self, record: CaptureRecord) -> None:
@@ -274,7 +271,7 @@ class CapturedGraphs:
             made = self._maker.of_whole(call, views, stage, others, symbols)
         else:
             calls = [_captured(each, descriptor) for each in self._wrapped[number]]
-            pieces = self._backend.submod_lists[number]
+            pieces = self._program.submod_lists[number]
             made = self._maker.of_pieces(calls, pieces, views, stage, others, symbols)
         self.replays[mode, descriptor] = made
         return made.call

@@ -45,7 +45,7 @@ from piecework.runtime.graphs.serve.calls import Calls, Step
 from piecework.runtime.graphs.serve.graphs import CapturedGraphs
 from piecework.runtime.graphs.serve.report import CallRow, MemoryReport
 from piecework.runtime.graphs.serve.writes import acting_unseen
-from piecework.runtime.pieces.backend import PieceworkBackend
+from piecework.runtime.pieces.program import Program
 from piecework.runtime.splitting_op import HOW_TO_DECLARE
 
 _log = logging.getLogger(__name__)
@@ -83,12 +83,12 @@ class CapturedModel(CapturedGraphs):
     def __init__(
         self,
         entry: Entry,
-        backend: PieceworkBackend,
+        program: Program,
         sizes: Iterable[int] | None,
         options: CaptureOptions,
         fixed: FixedBatch | None = None,
     ) -> None:
-        super().__init__(entry, backend, sizes, options, fixed)
+        super().__init__(entry, program, sizes, options, fixed)
         self.report: CaptureReport | None = None
         self.estimate: MemoryEstimate | None = None
         self.dropped: tuple[Key, ...] = ()
@@ -120,9 +120,8 @@ class CapturedModel(CapturedGraphs):
 
     def _tell_of_unseen(self) -> None:
         """Warn of operators of which nobody can tell what they do to whom."""
-        split_gm = self._backend.split_gm
-        assert split_gm is not None
-        between = [i.submod_name for i in self._backend.piecewise_graphs if i.is_splitting_graph]
+        split_gm = self._program.split_gm
+        between = [i.submod_name for i in self._program.items if i.is_splitting_graph]
         for name in acting_unseen(split_gm, between):
             _log.warning(
                 "%s declares neither a result nor a write: capturing runs it on dummy inputs, and only what it writes through "
@@ -184,7 +183,7 @@ class CapturedModel(CapturedGraphs):
     ) -> Sequence[object]:
         """One forward on tensors of a batch of ``size``; the rest of the batch is ``like`` a captured one."""
         descriptor = replace(like, num_tokens=size)
-        submods = self._as_called(self._backend.submod_lists[self._range_of(size)])
+        submods = self._as_called(self._program.submod_lists[self._range_of(size)])
         flat = self._flat(tensors, descriptor)
         scope = self._context_for(CUDAGraphMode.NONE, descriptor)
         with scope, torch.no_grad(), self._without_traces():
@@ -290,7 +289,7 @@ class CapturedModel(CapturedGraphs):
         if self.options.warmups is not None:
             return self.options.warmups
         return max(
-            self._backend.config.cudagraph_num_of_warmups, int(self.shape.device.type == "cuda")
+            self._program.config.cudagraph_num_of_warmups, int(self.shape.device.type == "cuda")
         )
 
     # --- serving -----------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from piecework.runtime.graphs.plan.batch_reader import FixedBatch
 from piecework.runtime.graphs.plan.options import CaptureOptions
 from piecework.runtime.graphs.serve.calls import Step
 from piecework.runtime.graphs.serve.model import CapturedModel
-from piecework.runtime.pieces.backend import PieceworkBackend
+from piecework.runtime.pieces.program import Program
 
 _PIECEWISE = CUDAGraphMode.PIECEWISE
 
@@ -35,13 +35,13 @@ class PartitionedModel(CapturedModel):
     def __init__(
         self,
         entry: Entry,
-        backend: PieceworkBackend,
+        program: Program,
         sizes: Iterable[int] | None,
         options: CaptureOptions,
         fixed: FixedBatch | None = None,
     ) -> None:
         self._wrappers: dict[Partition, CUDAGraphWrapper] = {}
-        super().__init__(entry, backend, sizes, options, fixed)
+        super().__init__(entry, program, sizes, options, fixed)
         pieces = self.dispatcher.cudagraph_keys[_PIECEWISE]
         if pieces:
             smallest = min(pieces, key=lambda each: each.num_tokens)

@@ -21,7 +21,7 @@ from piecework.runtime.graphs.memory.captured_call import CapturedCall
 from piecework.runtime.graphs.plan.batch_shape import BatchShape
 from piecework.runtime.graphs.plan.numbers import Numbers, numbers_of
 from piecework.runtime.graphs.serve.replay_facts import bind_replay, replay_facts
-from piecework.runtime.pieces.backend import PieceworkBackend
+from piecework.runtime.pieces.program import Program
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class ReplayMaker:
 
     Args:
         shape: its arguments.
-        backend: has its stitching graph and source.
+        program: its stitching graph and source.
         weights: path → tensor.
         policy: the address policy, for the text.
     """
@@ -46,14 +46,13 @@ class ReplayMaker:
     def __init__(
         self,
         shape: BatchShape,
-        backend: PieceworkBackend,
+        program: Program,
         weights: Mapping[str, torch.Tensor],
         policy: str,
     ) -> None:
-        source, split_gm = backend.source, backend.split_gm
-        assert source is not None and split_gm is not None
+        source, split_gm = program.source, program.split_gm
         self._shape, self._weights, self._policy = shape, weights, policy
-        self._banner = f"model: {backend.prefix or 'model'}"
+        self._banner = f"model: {program.name}"
         self._pieces = (split_gm, source)
         self._whole: tuple[torch.fx.GraphModule, StitchedSource] | None = None
 

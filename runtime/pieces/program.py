@@ -1,0 +1,238 @@
+"""Everything that one compilation made. In: what its stages gave. Out: a `Program`, frozen, that is bound to weights, served, captured, reported and dumped.
+
+It runs nothing on real data.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import FunctionType
+
+import torch
+import torch.fx
+
+from piecework.codegen import SplitItem, StitchedSource, generate_source
+from piecework.codegen.bind import compile_execution_fn
+from piecework.codegen.origin import SymbolNames, origin_of_piece
+from piecework.runtime.batch.ranges import Range, RangeTable
+from piecework.runtime.bind.direct_ops import DirectOps
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.observe import trace
+from piecework.runtime.observe.dump import Dump
+from piecework.runtime.passes import PassReport
+from piecework.runtime.pieces.piecewise import PiecewiseBackend
+from piecework.runtime.pieces.report import Piece, RangeRow, Report, differences
+
+Callables = Sequence[Callable[..., object]]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Where a graph has its batch size.
+
+    Attributes:
+        symbol: torch's symbol of it: the first dynamic dimension of the first tensor input that has one; None if none has.
+        input: which graph input, and which of its dimensions (None for a size itself), tells it.
+    """
+
+    symbol: str | None = None
+    input: tuple[int, int | None] = (0, None)
+
+    def size(self, inputs: Sequence[object]) -> int:
+        """The batch size that graph inputs (weights included) have."""
+        index, dim = self.input
+        value = inputs[index]
+        return value.size(dim) if isinstance(value, torch.Tensor) and dim is not None else value  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Program:
+    """What a compilation made of one graph.
+
+    Attributes:
+        name: the model's name in reports and banners.
+        config: how it was made.
+        graph: the traced graph.
+        split_gm: the stitching graph.
+        items: its submodules, splitting ones included, in order.
+        backends: submodule name → its compiled forms, for those that are compiled.
+        source: the emitted stitching source.
+        range_table: batch ranges and single sizes; None when one compiled form serves every batch.
+        batch: where the graph has its batch size.
+        direct_ops: the splitting ops that the source calls past the dispatcher.
+        compiler: the name of what compiled the pieces.
+        phases: seconds per phase; a stage that comes later adds its own.
+        passes: what the graph passes did, where somebody asked.
+        dump: the stages as files.
+        submod_lists: ``__vllm_submods__`` for each of ``compile_ranges``.
+    """
+
+    name: str
+    config: CompilationConfig
+    graph: torch.fx.GraphModule
+    split_gm: torch.fx.GraphModule
+    items: tuple[SplitItem, ...]
+    backends: Mapping[str, PiecewiseBackend]
+    source: StitchedSource
+    range_table: RangeTable | None
+    batch: Batch
+    direct_ops: DirectOps
+    compiler: str
+    phases: dict[str, float]
+    passes: PassReport | None
+    dump: Dump
+    submod_lists: tuple[list[Callable[..., object]], ...]
+
+    @property
+    def compile_ranges(self) -> tuple[Range | None, ...]:
+        return ranges_of(self.range_table)
+
+    # --- binding ---------------------------------------------------------------------------------
+
+    def bind(
+        self, weights: Mapping[str, object] | None = None, *, code: str | None = None
+    ) -> FunctionType:
+        """Execute the emitted source with the compiled pieces.
+
+        Args:
+            weights: values of the bound names.
+            code: an edited text to execute in its place.
+        """
+        with timed(self.phases, "bind"):
+            names = self.source.submod_names
+            text = self.source.code if code is None else code
+            pieces = dict(zip(names, self.submod_lists[-1], strict=True))
+            function = compile_execution_fn(text, pieces, names, self.source.consts, bound=weights)
+            publish_submods(function, self.submod_lists[-1])
+        if code is None:
+            self.dump.finish(self.backends, self.phases)
+        return function
+
+    def bind_safely(
+        self, weights: Mapping[str, object], *, code: str | None = None
+    ) -> tuple[Callable[..., object], Callable[[int], Callables]]:
+        """The same graph stitched without shortcuts: operators through the dispatcher, pieces by their public form.
+
+        Args:
+            weights: weight path → tensor, for the names that the source binds.
+            code: an edited text to execute in place of the generated one.
+
+        Returns:
+            The function, and what gives its ``__vllm_submods__`` for a batch size.
+        """
+        source, consts = self.source, self.source.consts
+        if code is not None:
+            operators = {id(value): op for op, value in source.options.direct.items()}
+            consts = tuple(operators.get(id(value), value) for value in consts)
+        elif source.options.direct:
+            source = generate_source(self.split_gm, replace(source.options, direct={}))
+            consts = source.consts
+        per_range = [self.callables(each) for each in self.compile_ranges]
+        lists = [tuple(found[name] for name in source.submod_names) for found in per_range]
+        bound = {row.name: weights[row.path] for row in source.module.bound}
+        function = compile_execution_fn(
+            source.code if code is None else code,
+            per_range[-1],
+            source.submod_names,
+            consts,
+            bound=bound,
+        )
+        table = self.range_table
+        return function, lambda batch: lists[0 if table is None else table.index(batch)]
+
+    def submods_for(self, batch: int) -> list[Callable[..., object]]:
+        """``__vllm_submods__`` for a batch size, in O(log ranges).
+
+        Raises:
+            InputError: the size is outside every compiled range; they are listed.
+        """
+        return self.submod_lists[0 if self.range_table is None else self.range_table.index(batch)]
+
+    def callables(self, compile_range: Range | None = None) -> dict[str, Callable[..., object]]:
+        """The compiler's public form of each piece for one range of batch sizes, by name."""
+        return {n: piece.runnable_for(compile_range) for n, piece in self.backends.items()}
+
+    # --- reports ---------------------------------------------------------------------------------
+
+    def pieces(self) -> tuple[Piece, ...]:
+        found = []
+        for name, piece in self.backends.items():
+            assert piece.graph is not None and piece.structure is not None
+            origin = origin_of_piece(piece.graph, SymbolNames(), line_numbers=False)
+            runnable = piece.runnable_for(self.compile_ranges[0])
+            found.append(
+                Piece(
+                    name, piece.structure.key, origin.module, piece.seconds, runnable, piece.reused
+                )
+            )
+        return tuple(found)
+
+    def report(self) -> Report:
+        structures = [(n, p.structure) for n, p in self.backends.items() if p.structure is not None]
+        return Report(
+            model=self.name,
+            compiler=self.compiler,
+            pieces=len(self.backends),
+            unique=len({structure.key for _, structure in structures}),
+            splitting=sum(item.is_splitting_graph for item in self.items),
+            phases=dict(self.phases),
+            ranges=tuple(map(self._range_row, self.compile_ranges)),
+            differences=differences(structures),
+            passes=self.passes,
+        )
+
+    def _range_row(self, compile_range: Range | None) -> RangeRow:
+        entries = [piece.entries[compile_range] for piece in self.backends.values()]
+        return RangeRow(
+            batches="all" if compile_range is None else str(compile_range),
+            compiles=sum(not entry.reused for entry in entries),
+            seconds=sum(entry.seconds for entry in entries),
+        )
+
+
+def ranges_of(table: RangeTable | None) -> tuple[Range | None, ...]:
+    """What each piece is compiled for."""
+    return (None,) if table is None else table.entries
+
+
+def called_forms(
+    backends: Mapping[str, PiecewiseBackend],
+    names: Sequence[str],
+    table: RangeTable | None,
+    *,
+    direct: bool,
+) -> tuple[list[Callable[..., object]], ...]:
+    """``__vllm_submods__`` for each range: the pieces called ``names``.
+
+    Args:
+        direct: enter a piece past its compiler's public callable, where it can be.
+    """
+    return tuple(
+        [
+            backends[n].direct_runnable_for(each) if direct else backends[n].runnable_for(each)
+            for n in names
+        ]
+        for each in ranges_of(table)
+    )
+
+
+def publish_submods(function: Callable[..., object], submods: Callables) -> None:
+    """Make ``submods`` the list that ``function`` uses when it is given none.
+
+    A tuple: CPython indexes it faster than a list, and the difference is a part of what stitching costs.
+    """
+    function.__kwdefaults__["__vllm_submods__"] = tuple(submods)  # type: ignore[attr-defined,index]
+
+
+@contextmanager
+def timed(phases: dict[str, float], name: str) -> Iterator[None]:
+    """Add the block's seconds to a phase."""
+    start = time.perf_counter()
+    try:
+        with trace.timed(name):
+            yield
+    finally:
+        phases[name] = phases.get(name, 0.0) + time.perf_counter() - start
