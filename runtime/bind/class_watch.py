@@ -6,8 +6,10 @@ object it was, on the class where it was; plain values of a class are guarded, a
 
 from __future__ import annotations
 
+import os
 import types
 from collections.abc import Iterable
+from pathlib import Path
 
 from piecework.runtime import torch_compat
 from piecework.runtime.bind.guards import is_torchs
@@ -27,6 +29,7 @@ class ClassWatch:
     """
 
     def __init__(self, classes: Iterable[type], code: frozenset[types.CodeType]) -> None:
+        self._asked = _names_in(code)
         self._names = {each: _resolved(each) for each in classes if each.__flags__ & _HEAP_TYPE}
         self._functions = {
             id(function): (function, _state(function))
@@ -63,12 +66,51 @@ class ClassWatch:
         for kind, before in self._names.items():
             now = _resolved(kind)
             for name in before.keys() | now.keys():
+                if name not in before and not self._may_ask(name):
+                    continue
                 if _differ(before.get(name), now.get(name)):
                     return f"{kind.__qualname__}.{name} was replaced since the model was traced"
         for function, state in self._functions.values():
             if any(a is not b for a, b in zip(_state(function), state, strict=True)):
                 return f"function {function.__qualname__} has other code or defaults than when the model was traced"
         return ""
+
+    def _may_ask(self, name: str) -> bool:
+        """Whether the traced code may look ``name`` up: it names it, Python does for an operator, or it computes names.
+
+        Libraries add methods to ``torch.nn.Module`` as they are imported, which say nothing of a model that doesn't know them.
+        """
+        dunder = name.startswith("__") and name.endswith("__")
+        return self._asked is None or dunder or name in self._asked
+
+
+def _names_in(code: Iterable[types.CodeType]) -> frozenset[str] | None:
+    """What code may ask an object for: the names and texts in it. None where it asks for names that are not written there."""
+    found: set[str] = set()
+    stack = list(code)
+    while stack:
+        each = stack.pop()
+        if _is_models(each) and not _COMPUTES.isdisjoint(each.co_names):
+            return None
+        found.update(each.co_names)
+        found.update(value for value in each.co_consts if isinstance(value, str))
+        stack += [value for value in each.co_consts if isinstance(value, types.CodeType)]
+    return frozenset(found)
+
+
+def _is_models(code: types.CodeType) -> bool:
+    """Whether code may belong to the model: it is not torch's, Python's or ours, which the trace went through as well."""
+    name = code.co_filename
+    if is_torchs(code) or name.startswith(_OURS):
+        return False
+    return not name.startswith(_PYTHONS) or "-packages" + os.sep in name
+
+
+_PYTHONS = os.path.dirname(os.__file__) + os.sep
+_OURS = str(Path(__file__).parents[1]) + os.sep
+_COMPUTES = frozenset(
+    ("getattr", "hasattr", "attrgetter", "methodcaller", "vars", "dir", "eval", "exec", "__dict__")
+)
 
 
 def _resolved(kind: type) -> dict[str, _Found]:

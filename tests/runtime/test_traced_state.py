@@ -507,3 +507,52 @@ def test_every_refusal_is_typed_and_says_what_to_do() -> None:
         PieceworkError, match=r"table had .* when the model was traced .*put it back"
     ):
         stitched(torch.randn(5, 3))
+
+
+class Asks(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        match self.how:
+            case "hasattr":
+                return x * (2 if hasattr(self, "extra") else 3)
+            case "computed name":
+                return x * (2 if hasattr(self, "".join(("ext", "ra"))) else 3)
+            case "exception":
+                try:
+                    self.extra  # noqa: B018
+                except AttributeError:
+                    return x * 3
+                return x * 2
+        return x * 3
+
+
+@pytest.mark.parametrize("how", ["hasattr", "computed name", "exception"])
+def test_a_method_that_appears_where_the_code_asked_is_noticed(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = Asks(how), torch.ones(3, 4)
+    stitched = piecework.compile(model, (x,), config=EAGER)
+    monkeypatch.setattr(nn.Module, "extra", lambda self: None, raising=False)
+    with pytest.raises(InputError, match=r"extra|hasattr"):
+        stitched(x)
+    assert torch.equal(model(x), x * 2)
+
+
+class Plain(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 3
+
+
+def test_a_method_that_a_library_adds_to_every_module_is_no_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.ones(3, 4)
+    stitched = piecework.compile(Plain(), (x,), config=EAGER)
+    monkeypatch.setattr(nn.Module, "extra", lambda self: None, raising=False)
+    assert torch.equal(stitched(x), x * 3)
+    monkeypatch.setattr(nn.Module, "__getattr__", lambda self, name: None)
+    with pytest.raises(InputError, match="__getattr__"):
+        stitched(x)
