@@ -84,3 +84,27 @@ def test_models_compiled_by_inductor(tmp_path: Path) -> None:
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_all_lists(backend: str, tmp_path: Path) -> None:
     run(tmp_path, "--backend", backend, "--jobs", "2", limit=24 * 3600)
+
+
+def test_a_run_goes_on_from_what_an_earlier_one_found(tmp_path: Path) -> None:
+    options = (
+        "--list",
+        "module_db",
+        "--backend",
+        "eager",
+        "--samples",
+        "1",
+        "--no-cut",
+        "--together",
+    )
+    first = run(tmp_path, *options, "--only", "^nn.(GELU|ELU)$")
+    rows = json.loads((tmp_path / "models.json").read_text())["rows"]
+    again = run(tmp_path, *options, "--only", "^nn.(GELU|ELU|GLU)$")
+    assert again.keys() == {*first, "nn.GLU"}
+    # A row that is kept says how long it took then.
+    now = {
+        each["name"]: each for each in json.loads((tmp_path / "models.json").read_text())["rows"]
+    }
+    assert all(now[each["name"]] == each for each in rows)
+    changed = run(tmp_path, *options[:5], "2", *options[6:], "--only", "^nn.GLU$")
+    assert set(changed) == {"nn.GLU"}
