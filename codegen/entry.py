@@ -36,7 +36,8 @@ from piecework.codegen.size_text import RESERVED
 
 FORMAT_VERSION = 1
 FUNCTION_NAME = "entry"
-_USED = ("id", "len", "repr", "type")  # builtins that checks call
+#: Builtins that checks call or name, which no parameter may hide.
+_USED = ("bytes", "complex", "dict", "id", "len", "list", "repr", "str", "tuple", "type")
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import EllipsisType, NoneType
 from typing import assert_never
 
 import torch
@@ -217,8 +218,8 @@ class CheckLines:
         match check:
             case checks.IsInteger():
                 return (f"type({name}) is int",)
-            case checks.ValueIs(value=None | bool() as value):
-                return (f"{name} is {value}",)
+            case checks.ValueIs(value=value) if isinstance(value, (bool, NoneType, EllipsisType)):
+                return (f"{name} is {literal_text(value)}",)
             case checks.ValueIs(value=float() as value) if value != value or value == 0:
                 # Two NaNs are unequal and the two zeros equal, where the model's code may tell zeros apart.
                 return (f"type({name}) is float", f'repr({name}) == "{value!r}"')
