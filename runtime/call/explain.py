@@ -1,30 +1,19 @@
 """Why a call was refused. In: the arguments of a call that broke an assumption. Out: an `InputError` that names the input, what was expected and what came.
 
-It runs only after an emitted check has failed, so it may take its time; it never lets a call pass.
+It runs only after an emitted check has failed, so it may take its time; it never lets a call pass. It reads the table that the
+emitted checks are written from, `piecework.codegen.checks`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import assert_never
 
 import torch
 
-from piecework.codegen.entry_plan import (
-    EntryPlan,
-    FixedValue,
-    IntegerInput,
-    Items,
-    Leaf,
-    Node,
-    SameObject,
-    Size,
-    Symbol,
-    TensorInput,
-    Tree,
-    UnusedTensor,
-    WatchedObject,
-)
+from piecework.codegen import checks
+from piecework.codegen.entry_plan import EntryPlan, Size
 from piecework.codegen.size_text import evaluate
 from piecework.errors import InputError
 from piecework.runtime import torch_compat
@@ -34,6 +23,8 @@ _DYNAMIC = (
     "as math.log(x.shape[0]) does: mark the dimension with torch._dynamo.mark_dynamic and compile again, and it is served, "
     "or torch says what fixes it"
 )
+_SAME_ARGUMENTS = "pass the same arguments by position and by name"
+_ANOTHER_VALUE = "compile the model again for another value"
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 Place = tuple[int, int | None]
 
@@ -44,260 +35,369 @@ def input_error(plan: EntryPlan, values: Sequence[object], otherwise: str = "") 
     Args:
         otherwise: what is wrong if no assumption of the plan is broken.
     """
-    return _Search(plan).run(values, otherwise)
+    search = _Search(values)
+    for _, steps in groupby(checks.entry_table(plan), key=_leaf_of):
+        error = _gravest(search.refusals(steps))
+        if error is not None:
+            return error
+    return InputError(
+        otherwise or "the arguments break what the trace assumed of them",
+        hint="compare them with the example arguments, or compile the model again",
+    )
+
+
+def _leaf_of(step: checks.Step) -> int | None:
+    """The argument that a step is about, if it is about one."""
+    first = step.checks[0] if isinstance(step, checks.Require) else step
+    return getattr(first, "leaf", None)
+
+
+def _gravest(refusals: Iterable[tuple[checks.Check, InputError]]) -> InputError | None:
+    """Of one argument's: what no other trace can serve, else the first; an order in memory last, for it may follow from sizes."""
+    first: InputError | None = None
+    order: InputError | None = None
+    for check, error in refusals:
+        if error.places is None:
+            return error
+        if isinstance(check, checks.Contiguous):
+            order = error
+            continue
+        first = first or error
+        if not isinstance(check, (checks.ClassIs, checks.GradIs)):
+            break  # what follows takes for granted what this one refuses
+    return first or order
 
 
 class _Search:
-    """Repeats the emitted checks one by one, and remembers where each symbol got its value."""
+    """Repeats the checks one by one, and remembers where each symbol got its value.
 
-    def __init__(self, plan: EntryPlan) -> None:
-        self.plan = plan
-        self.symbols: dict[str, int] = {}
-        self.origin: dict[str, str] = {}
-        self.places: dict[str, Place] = {}
-        self.tensors: dict[str, object] = {}
-        self.same: list[tuple[str, object, SameObject]] = []
+    Attributes:
+        leaves: flattened argument → how errors call it, and its value.
+        trees: what was flattened → its leaves and its structure.
+        origin: symbol → the label of the argument that told it, and where in it.
+    """
+
+    def __init__(self, values: Sequence[object]) -> None:
+        self.values = values
         self.leaves: dict[int, tuple[str, object]] = {}
-        self.later: list[tuple[str, str, Place, int]] = []
+        self.trees: dict[checks.Where, tuple[Sequence[object], object]] = {}
+        self.symbols: dict[str, int] = {}
+        self.origin: dict[str, tuple[str, Place]] = {}
 
-    def run(self, values: Sequence[object], otherwise: str) -> InputError:
-        try:
-            for parameter, value in zip(self.plan.parameters, values, strict=True):
-                self._node(parameter.node, value)
-            for symbol in self.plan.symbols:
-                self._range(symbol)
-            self._relations()
-            self._identities()
-            self._apart()
-        except InputError as error:
-            return error
-        return InputError(
-            otherwise or "the arguments break what the trace assumed of them",
-            hint="compare them with the example arguments, or compile the model again",
+    def refusals(self, steps: Iterable[checks.Step]) -> Iterator[tuple[checks.Check, InputError]]:
+        """Each check that does not hold, with what to say about it."""
+        for step in steps:
+            if isinstance(step, checks.Require):
+                for check in step.checks:
+                    error = self._refusal(check)
+                    if error is not None:
+                        yield check, error
+            else:
+                self._bind(step)
+
+    # --- values ----------------------------------------------------------------------------------
+
+    def _bind(self, step: checks.Binding) -> None:
+        match step:
+            case checks.TakeLeaf(leaf, label, where):
+                self.leaves[leaf] = label, self._value(where)
+            case checks.TakeTree(where):
+                self.trees[where] = torch_compat.flatten_tree(self._value(where))
+            case checks.TakeShape(leaf, symbols):
+                for dim, symbol in enumerate(symbols):
+                    if symbol is not None:
+                        self._found(symbol, (leaf, dim), self._tensor(leaf).shape[dim])
+            case checks.TakeItem(leaf, symbol):
+                self._found(symbol, (leaf, None), self._tensor(leaf).item())
+            case checks.TakeInteger(leaf, symbol):
+                self._found(symbol, (leaf, None), self.leaves[leaf][1])
+            case _:
+                assert_never(step)
+
+    def _found(self, symbol: str, place: Place, value: object) -> None:
+        self.symbols[symbol] = value  # type: ignore[assignment]
+        self.origin[symbol] = self.leaves[place[0]][0], place
+
+    def _value(self, where: checks.Where) -> object:
+        match where:
+            case checks.Whole(parameter):
+                return self.values[parameter]
+            case checks.Part(of, key):
+                return self._value(of)[key]  # type: ignore[index]
+            case checks.Flat(of, number):
+                return self.trees[of][0][number]
+            case _:
+                assert_never(where)
+
+    def _tensor(self, leaf: int) -> torch.Tensor:
+        tensor = self.leaves[leaf][1]
+        assert isinstance(tensor, torch.Tensor)
+        return tensor
+
+    # --- what does not hold ----------------------------------------------------------------------
+
+    def _refusal(self, check: checks.Check) -> InputError | None:
+        match check:
+            case checks.KindIs() | checks.KeysAre() | checks.StructureIs():
+                return self._container(check, self._value(check.where))
+            case checks.ClassIs(leaf, kind):
+                return _class(leaf, *self.leaves[leaf], kind)
+            case checks.DtypeIs() | checks.Strided() | checks.DeviceIs() | checks.RankIs():
+                return _memory(check, *self.leaves[check.leaf])
+            case checks.NotNegated() | checks.NotConjugated():
+                return _lazy(check, *self.leaves[check.leaf])
+            case checks.GradIs(leaf, requires_grad):
+                return self._grad(leaf, requires_grad)
+            case checks.Contiguous(leaf):
+                return self._contiguous(leaf)
+            case checks.ShapeIs(leaf, sizes):
+                found = (self._size(leaf, dim, size) for dim, size in enumerate(sizes))
+                return next(filter(None, found), None)
+            case checks.SizeIs(leaf, dim, size):
+                return self._size(leaf, dim, size)
+            case checks.StrideIs(leaf, dim, size):
+                now = self._tensor(leaf).stride(dim)
+                return self._number(f"has stride {now} in dimension {dim}", (leaf, None), size, now)
+            case checks.ItemIs(leaf, value):
+                return self._item(leaf, value, self._tensor(leaf).item())
+            case checks.IsInteger(leaf):
+                return _integer(*self.leaves[leaf])
+            case checks.IntegerIs(leaf, size):
+                given = self.leaves[leaf][1]
+                return self._number(f"is {given}", (leaf, None), size, given)  # type: ignore[arg-type]
+            case checks.ValueIs(leaf, value):
+                return _python_value(leaf, *self.leaves[leaf], value)
+            case checks.InRange():
+                return self._range(check)
+            case checks.Relation(text):
+                return None if checks.holds(check, self.symbols) else self._relation(text)
+            case checks.SameAs() | checks.Distinct():
+                return self._identity(check)
+            case checks.Apart(leaf, others):
+                return self._apart(leaf, others)
+            case checks.AsTraced():
+                return None  # who compares them says what differs
+            case _:
+                assert_never(check)
+
+    def _container(self, check: checks.ContainerCheck, value: object) -> InputError | None:
+        match check:
+            case checks.KindIs(_, label, kind):
+                if type(value) is kind:
+                    return None
+                return InputError(
+                    f"argument {label} must be a {kind.__name__}, not a {type(value).__qualname__}"
+                )
+            case checks.KeysAre(_, label, kind, keys):
+                now = tuple(value) if kind is dict else tuple(range(len(value)))  # type: ignore[arg-type]
+                if set(now) == set(keys):
+                    return None
+                listed = _keys if kind is dict else _count
+                return InputError(
+                    f"argument {label} has {listed(now)}; the trace had {listed(keys)}",
+                    hint=_SAME_ARGUMENTS,
+                )
+            case checks.StructureIs(where, label, structure):
+                if self.trees[where][1] == structure:
+                    return None
+                return InputError(
+                    f"argument {label} has another structure than the one that was traced",
+                    hint=_SAME_ARGUMENTS,
+                )
+            case _:
+                assert_never(check)
+
+    def _grad(self, leaf: int, expected: bool) -> InputError | None:
+        now = self._tensor(leaf).requires_grad
+        if now == expected:
+            return None
+        label = self.leaves[leaf][0]
+        return _refusal(
+            f"argument {label} has requires_grad={now}; the model was traced with {expected}",
+            f"pass {label}.detach()" if now else "compile the model again",
+            {(leaf, None)},
         )
 
-    # --- structure -------------------------------------------------------------------------------
+    def _contiguous(self, leaf: int) -> InputError | None:
+        tensor = self._tensor(leaf)
+        if tensor.is_contiguous():
+            return None
+        label = self.leaves[leaf][0]
+        return _refusal(
+            f"argument {label} must be contiguous, and has strides {tensor.stride()} for shape {tuple(tensor.shape)}",
+            f"pass {label}.contiguous()",
+            {(leaf, None)},
+        )
 
-    def _node(self, node: Node, value: object) -> None:
-        match node:
-            case Leaf(index, label, assumption):
-                self._leaf(index, label, assumption, value)
-                self.leaves[index] = (label, value)
-            case Items():
-                self._items(node, value)
-            case Tree(label, structure, children):
-                leaves, now = torch_compat.flatten_tree(value)
-                if now != structure:
-                    raise InputError(
-                        f"argument {label} has another structure than the one that was traced",
-                        hint="pass the same arguments by position and by name",
-                    )
-                for child, leaf in zip(children, leaves, strict=True):
-                    self._node(child, leaf)
-            case _:
-                assert_never(node)
+    # --- numbers ---------------------------------------------------------------------------------
 
-    def _items(self, node: Items, value: object) -> None:
-        if type(value) is not node.kind:
-            raise InputError(
-                f"argument {node.label} must be a {node.kind.__name__}, not a {type(value).__qualname__}"
-            )
-        keys = tuple(value) if node.kind is dict else tuple(range(len(value)))  # type: ignore[arg-type]
-        if set(keys) != set(node.keys):
-            listed = _keys if node.kind is dict else _count
-            raise InputError(
-                f"argument {node.label} has {listed(keys)}; the trace had {listed(node.keys)}",
-                hint="pass the same arguments by position and by name",
-            )
-        for key, child in zip(node.keys, node.children, strict=True):
-            self._node(child, value[key])  # type: ignore[index]
+    def _size(self, leaf: int, dim: int, expected: Size) -> InputError | None:
+        now = self._tensor(leaf).shape[dim]
+        return self._number(f"has size {now} in dimension {dim}", (leaf, dim), expected, now)
 
-    # --- leaves ----------------------------------------------------------------------------------
+    def _item(self, leaf: int, expected: float | str, now: float) -> InputError | None:
+        if isinstance(expected, str):
+            return self._number(f"is {now}", (leaf, None), expected, now)
+        if now == expected:
+            return None
+        return _refusal(
+            f"argument {self.leaves[leaf][0]} was {expected} when the model was traced and is {now} now",
+            _ANOTHER_VALUE,
+            {(leaf, None)},
+        )
 
-    def _leaf(self, index: int, label: str, assumption: object, value: object) -> None:
-        match assumption:
-            case TensorInput():
-                self._tensor(index, label, assumption, value)
-            case UnusedTensor(dtype, device, rank):
-                self.tensors[label] = _kind(label, value, dtype, device, rank)
-            case SameObject():
-                self.same.append((label, value, assumption))
-            case IntegerInput(symbol):
-                if type(value) is not int:
-                    raise InputError(
-                        f"argument {label} must be an int, not a {type(value).__qualname__}"
-                    )
-                self._found(symbol, label, (index, None), value)
-            case WatchedObject():
-                pass
-            case FixedValue(expected):
-                if value is not expected and not _equal(value, expected):
-                    integers = type(value) is int and type(expected) is int
-                    special = integers and (value in (0, 1) or expected in (0, 1))
-                    raise _refusal(
-                        f"argument {label} was {_shown(expected)} when the model was traced and is {_shown(value)} now",
-                        "compile the model again for another value",
-                        {(index, None)} if special else None,
-                    )
-
-    def _tensor(self, index: int, label: str, expected: TensorInput, value: object) -> None:
-        tensor = _kind(label, value, expected.dtype, expected.device, len(expected.sizes))
-        self.tensors[label] = tensor
-        _python_kind(index, label, expected, tensor)
-        if tensor.is_neg() or tensor.is_conj():
-            raise InputError(
-                f"argument {label} is a lazily negated or conjugated view",
-                hint=f"pass {label}.resolve_neg() or {label}.resolve_conj()",
-            )
-        for dim, (size, now) in enumerate(zip(expected.sizes, tensor.shape, strict=True)):
-            self._size(f"size {now} in dimension {dim}", label, (index, dim), size, now)
-        if expected.strides is None and not tensor.is_contiguous():
-            raise _refusal(
-                f"argument {label} must be contiguous, and has strides {tensor.stride()} for shape {tuple(tensor.shape)}",
-                f"pass {label}.contiguous()",
-                {(index, None)},
-            )
-        self._item(index, label, expected.item, tensor)
-        for dim, stride in enumerate(expected.strides or ()):
-            if stride is not None:
-                now = tensor.stride(dim)
-                self._size(f"stride {now} in dimension {dim}", label, (index, None), stride, now)
-
-    def _item(
-        self, index: int, label: str, expected: float | str | None, tensor: torch.Tensor
-    ) -> None:
-        if expected is None:
-            return
-        now = tensor.item()
-        if not isinstance(expected, str):
-            if now != expected:
-                raise _refusal(
-                    f"argument {label} was {expected} when the model was traced and is {now} now",
-                    "compile the model again for another value",
-                    {(index, None)},
-                )
-            return
-        if expected.isidentifier() and expected not in self.symbols:
-            self._found(expected, label, (index, None), now)  # type: ignore[arg-type]
-        else:
-            self.later.append((expected, f"argument {label} is {now}", (index, None), now))  # type: ignore[arg-type]
-
-    def _size(self, what: str, label: str, place: Place, expected: Size, now: int) -> None:
+    def _number(self, what: str, place: Place, expected: Size, now: float) -> InputError | None:
+        value = expected if isinstance(expected, int) else evaluate(expected, self.symbols)
+        if value == now:
+            return None
+        what = f"argument {self.leaves[place[0]][0]} {what}"
         if isinstance(expected, int):
-            if expected != now:
-                raise _refusal(
-                    f"argument {label} has {what}, which the trace fixed to {expected}",
-                    _DYNAMIC,
-                    {place},
-                )
-        elif expected.isidentifier():
-            known = self.symbols.get(expected, now)
-            if known != now:
-                raise _refusal(
-                    f"argument {label} has {what}; {self.origin[expected]} has {known} in the same dimension, and the "
-                    f"trace took them as equal",
-                    "trace with different sizes to make them independent",
-                    {place},
-                )
-            self._found(expected, label, place, now)
-        else:
-            self.later.append((expected, f"argument {label} has {what}", place, now))
+            return _refusal(f"{what}, which the trace fixed to {expected}", _DYNAMIC, {place})
+        if expected in self.symbols:
+            there = " in the same dimension" if "dimension" in what else ""
+            return _refusal(
+                f"{what}; {self.origin[expected][0]} has {value}{there}, and the trace took them as equal",
+                "trace with different sizes to make them independent",
+                {place},
+            )
+        return _refusal(
+            f"{what}; the trace expects {expected} with {_assigned(self.symbols)}",
+            _DYNAMIC,
+            {place},
+        )
 
-    def _found(self, symbol: str, label: str, place: Place, value: int) -> None:
-        self.symbols.setdefault(symbol, value)
-        self.origin.setdefault(symbol, label)
-        self.places.setdefault(symbol, place)
-
-    # --- symbols ---------------------------------------------------------------------------------
-
-    def _range(self, symbol: Symbol) -> None:
-        value = self.symbols.get(symbol.name)
-        if value is None:
-            return
-        label = self.origin[symbol.name]
-        place = {self.places[symbol.name]}
-        if symbol.low is not None and value < symbol.low:
-            raise _refusal(
-                f"argument {label} has size {value} where the trace assumed at least {symbol.low}",
+    def _range(self, check: checks.InRange) -> InputError | None:
+        if checks.holds(check, self.symbols):
+            return None
+        label, place = self.origin[check.symbol]
+        value, low = self.symbols[check.symbol], check.low
+        if low is not None and value < low:
+            return _refusal(
+                f"argument {label} has size {value} where the trace assumed at least {low}",
                 "sizes 0 and 1 are special to tracing; mark the dimension with "
                 "torch._dynamo.decorators.mark_unbacked and compile again to serve them too",
-                place,
+                {place},
             )
-        if symbol.high is not None and value > symbol.high:
-            raise _refusal(
-                f"argument {label} has size {value} where the trace assumed at most {symbol.high}",
-                "compile the model again with a larger maximum",
-                place,
+        return _refusal(
+            f"argument {label} has size {value} where the trace assumed at most {check.high}",
+            "compile the model again with a larger maximum",
+            {place},
+        )
+
+    def _relation(self, text: str) -> InputError:
+        names = ", ".join(sorted({label for label, _ in self.origin.values()}))
+        return _refusal(
+            f"the sizes {_assigned(self.symbols)} of {names} break {text}, which the trace relied on",
+            "compile the model again with example arguments of such sizes",
+            {place for _, place in self.origin.values()},
+        )
+
+    # --- several arguments -----------------------------------------------------------------------
+
+    def _identity(self, check: checks.SameAs | checks.Distinct) -> InputError | None:
+        if isinstance(check, checks.SameAs):
+            label, value = self.leaves[check.leaf]
+            if value is self.leaves[check.other][1]:
+                return None
+            return _refusal(
+                f"argument {label} was the same tensor as {check.other_label} when the model was traced, and is another now",
+                "trace with two tensors to be free to pass two",
+                frozenset(),
             )
-
-    def _relations(self) -> None:
-        for text, what, place, now in self.later:
-            if evaluate(text, self.symbols) != now:
-                raise _refusal(
-                    f"{what}; the trace expects {text} with {_assigned(self.symbols)}",
-                    _DYNAMIC,
-                    {place},
-                )
-        for guard in self.plan.guards:
-            if not evaluate(guard, self.symbols):
-                names = ", ".join(sorted(set(self.origin.values())))
-                raise _refusal(
-                    f"the sizes {_assigned(self.symbols)} of {names} break {guard}, which the trace relied on",
-                    "compile the model again with example arguments of such sizes",
-                    set(self.places.values()),
-                )
-
-    def _identities(self) -> None:
-        for label, value, same in self.same:
-            if value is not self.leaves[same.index][1]:
-                raise _refusal(
-                    f"argument {label} was the same tensor as {same.label} when the model was traced, and is another now",
-                    "trace with two tensors to be free to pass two",
-                    frozenset(),
-                )
         names: dict[int, str] = {}
-        for label, value in self.tensors.items():
+        for label, value in (self.leaves[leaf] for leaf in check.leaves):
             first = names.setdefault(id(value), label)
             if first != label:
-                raise _refusal(
+                return _refusal(
                     f"arguments {first} and {label} are one tensor, and were two when the model was traced",
                     f"pass {label}.clone(), or trace with one tensor",
                     frozenset(),
                 )
+        return None
 
-    def _apart(self) -> None:
-        for leaf, others in self.plan.apart:
-            written, target = self.leaves[leaf]
-            for other, value in (self.leaves[each] for each in others):
-                if not torch_compat.memory_apart(target, value):  # type: ignore[arg-type]
-                    raise InputError(
-                        f"arguments {written} and {other} share memory, and the model writes to {written}; compiled pieces "
-                        f"expect arguments that don't",
-                        hint=f"pass {other}.clone()",
-                    )
+    def _apart(self, leaf: int, others: Sequence[int]) -> InputError | None:
+        written, target = self.leaves[leaf]
+        for other, value in (self.leaves[each] for each in others):
+            if not torch_compat.memory_apart(target, value):  # type: ignore[arg-type]
+                return InputError(
+                    f"arguments {written} and {other} share memory, and the model writes to {written}; compiled pieces "
+                    f"expect arguments that don't",
+                    hint=f"pass {other}.clone()",
+                )
+        return None
 
 
-def _kind(
-    label: str, value: object, dtype: torch.dtype, device: torch.device, rank: int
-) -> torch.Tensor:
+# --- one argument ------------------------------------------------------------------------------------
+
+
+def _class(leaf: int, label: str, value: object, kind: type | None) -> InputError | None:
+    now = type(value).__qualname__
     if not isinstance(value, torch.Tensor):
-        raise InputError(f"argument {label} must be a tensor, not a {type(value).__qualname__}")
+        return InputError(f"argument {label} must be a tensor, not a {now}")
     if type(value) not in _PLAIN:
-        raise InputError(
-            f"argument {label} is a {type(value).__qualname__}, a tensor subclass; compiled pieces take plain tensors",
+        return InputError(
+            f"argument {label} is a {now}, a tensor subclass; compiled pieces take plain tensors",
             hint="convert it to a plain tensor, or call the model itself",
         )
-    for what, expected, actual in (
-        ("dtype", dtype, value.dtype),
-        ("layout", torch.strided, value.layout),
-        ("device", device, value.device),
-        ("rank", rank, value.dim()),
-    ):
-        if expected != actual and not (what == "device" and _same_device(device, value.device)):
-            raise InputError(
-                f"argument {label} has {what} {actual}; the model was traced with {expected}"
-            )
-    return value
+    if kind is None or type(value) is kind:
+        return None
+    message = f"argument {label} is a {now}; the model was traced with a {kind.__qualname__}"
+    return _refusal(message, None, {(leaf, None)})
+
+
+def _memory(
+    check: checks.DtypeIs | checks.Strided | checks.DeviceIs | checks.RankIs,
+    label: str,
+    value: object,
+) -> InputError | None:
+    assert isinstance(value, torch.Tensor)
+    now: object
+    expected: object
+    match check:
+        case checks.DtypeIs(_, expected):
+            what, now = "dtype", value.dtype
+        case checks.Strided():
+            what, now, expected = "layout", value.layout, torch.strided
+        case checks.DeviceIs(_, device):
+            same = _same_device(device, value.device)
+            what, now, expected = "device", value.device, value.device if same else device
+        case checks.RankIs(_, expected):
+            what, now = "rank", value.dim()
+        case _:
+            assert_never(check)
+    if now == expected:
+        return None
+    return InputError(f"argument {label} has {what} {now}; the model was traced with {expected}")
+
+
+def _lazy(
+    check: checks.NotNegated | checks.NotConjugated, label: str, value: object
+) -> InputError | None:
+    assert isinstance(value, torch.Tensor)
+    if not (value.is_neg() if isinstance(check, checks.NotNegated) else value.is_conj()):
+        return None
+    return InputError(
+        f"argument {label} is a lazily negated or conjugated view",
+        hint=f"pass {label}.resolve_neg() or {label}.resolve_conj()",
+    )
+
+
+def _integer(label: str, value: object) -> InputError | None:
+    if type(value) is int:
+        return None
+    return InputError(f"argument {label} must be an int, not a {type(value).__qualname__}")
+
+
+def _python_value(leaf: int, label: str, value: object, expected: object) -> InputError | None:
+    if value is expected or _equal(value, expected):
+        return None
+    integers = type(value) is int and type(expected) is int
+    special = integers and (value in (0, 1) or expected in (0, 1))
+    return _refusal(
+        f"argument {label} was {_shown(expected)} when the model was traced and is {_shown(value)} now",
+        _ANOTHER_VALUE,
+        {(leaf, None)} if special else None,
+    )
 
 
 def _refusal(message: str, hint: str | None, places: Collection[Place] | None) -> InputError:
@@ -305,25 +405,6 @@ def _refusal(message: str, hint: str | None, places: Collection[Place] | None) -
     error = InputError(message, hint=hint)
     error.places = None if places is None else frozenset(places)
     return error
-
-
-def _python_kind(index: int, label: str, expected: TensorInput, tensor: torch.Tensor) -> None:
-    """What only the model's Python may have asked."""
-    if type(tensor) is not expected.kind:
-        raise _refusal(
-            f"argument {label} is a {type(tensor).__qualname__}; the model was traced with a {expected.kind.__qualname__}",
-            None,
-            {(index, None)},
-        )
-    records = tensor.dtype.is_floating_point or tensor.dtype.is_complex
-    asked = expected.requires_grad is not None
-    if asked and records and tensor.requires_grad != expected.requires_grad:
-        raise _refusal(
-            f"argument {label} has requires_grad={tensor.requires_grad}; the model was traced with "
-            f"{expected.requires_grad}",
-            f"pass {label}.detach()" if tensor.requires_grad else "compile the model again",
-            {(index, None)},
-        )
 
 
 def _same_device(left: torch.device, right: torch.device) -> bool:

@@ -173,6 +173,19 @@ def test_a_relation_between_sizes_is_kept() -> None:
     assert "break" in error_of(lambda: stitched(torch.randn(7, 3)))
 
 
+def test_an_integer_that_must_equal_a_size_is_compared_with_it() -> None:
+    def function(x: torch.Tensor, n: int) -> torch.Tensor:
+        torch._check(x.shape[0] == n)
+        return x * n
+
+    stitched = compiled(function, torch.randn(6, 3), 6)
+    x = torch.randn(7, 3)
+    torch.testing.assert_close(stitched(x, 7), x * 7)  # by a trace in which n is a symbol
+    assert "argument n is 9; x has 7" in error_of(lambda: stitched.traces[-1].entry.call(x, 9))
+    with pytest.raises(InputError):
+        stitched(x, 9)
+
+
 def test_strides_of_a_transposed_example_are_kept() -> None:
     example = torch.randn(8, 4).t()
     torch._dynamo.mark_dynamic(example, 0)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.fx
 
-from piecework.codegen.size_text import evaluate, symbols_in
+from piecework.codegen.checks import InRange, Relation, holds
+from piecework.codegen.size_text import symbols_in
 from piecework.errors import ConfigError
 
 
@@ -127,17 +128,17 @@ class BatchShape:
     def refusal(self, size: int, others: Mapping[str, int]) -> str | None:
         """Why no batch of ``size`` is served with these other sizes, or None."""
         values = {self.symbol: size, **{each.symbol: size for each in self.equal}}
-        bounds = [("sizes", size, self.low, self.high)]
+        bounds = [("sizes", InRange(self.symbol, self.low, self.high))]
         for other in self.others:
             values[other.symbol] = others[other.label]
-            bounds.append((other.label, others[other.label], other.low, other.high))
-        for what, value, low, high in bounds:
-            if (low is not None and value < low) or (high is not None and value > high):
-                most = "" if high is None else f" to {high}"
-                return f"the trace allows {what} from {low or 0}{most}"
+            bounds.append((other.label, InRange(other.symbol, other.low, other.high)))
+        for what, bound in bounds:
+            if not holds(bound, values):
+                most = "" if bound.high is None else f" to {bound.high}"
+                return f"the trace allows {what} from {bound.low or 0}{most}"
         for guard in self.guards:
             # What depends on a number's value is for each call to check.
-            if symbols_in(guard) <= values.keys() and not evaluate(guard, values):
+            if symbols_in(guard) <= values.keys() and not holds(Relation(guard), values):
                 return f"the trace requires {guard}"
         return None
 
