@@ -21,6 +21,7 @@ from piecework.codegen.bind import compile_execution_fn
 from piecework.codegen.origin import SymbolNames, origin_of_piece, value_of
 from piecework.codegen.split import SplittingOp as SplittingOpLike
 from piecework.codegen.split import SplittingOps
+from piecework.codegen.splitting import operator_name
 from piecework.codegen.structure import input_signature, structure_of
 from piecework.errors import CaptureError, ConfigError, SplitError
 from piecework.runtime import torch_compat
@@ -35,6 +36,7 @@ from piecework.runtime.model_tag import current_model_tag, model_tag_is_set
 from piecework.runtime.observe import trace
 from piecework.runtime.observe.dump import Dump, config_text
 from piecework.runtime.passes import PassReport, PostGradPassManager
+from piecework.runtime.pieces.custom_ops import check_custom_ops
 from piecework.runtime.pieces.layer_names import NamedOp, share_layer_names
 from piecework.runtime.pieces.manager import CompilerManager
 from piecework.runtime.pieces.piecewise import PiecewiseBackend, PiecewiseCompileInterpreter
@@ -192,6 +194,7 @@ class PieceworkBackend:
     ) -> None:
         self.dump.captured(graph)
         self.graph = graph
+        check_custom_ops(self.config, graph)
         self.batch_symbol, self.batch_input = _batch_of(graph)
         if self.range_table is not None:
             self._fit_ranges(graph)
@@ -440,7 +443,9 @@ class PieceworkBackend:
     def _lower_options(self, pieces: Sequence[str], bound: Mapping[str, str]) -> LowerOptions:
         levers = self.config.stitching_config
         report = self.report()
-        ops = sorted(_operator_names(self.piecewise_graphs))
+        cuts = [each.graph.graph for each in self.piecewise_graphs if each.is_splitting_graph]
+        called = (operator_name(node.target) for graph in cuts for node in graph.nodes)
+        ops = sorted({name for name in called if name})
         banner = (
             f"model: {self.prefix or 'model'}",
             f"pieces: {report.pieces}, unique: {report.unique}, compiler: {report.compiler}",
@@ -491,14 +496,14 @@ def piecework_dynamo_backend(
 
     Raises:
         PieceworkError: as `PieceworkBackend`; Dynamo wraps it in ``BackendCompilerFailed``.
-        ConfigError: the options hold a mode in which piecework compiles nothing, or ``mode`` is given.
+        ConfigError: the options hold a mode in which piecework compiles nothing, or a ``cudagraph_mode``; or ``mode`` is given.
     """
     if mode is not None:
         raise ConfigError(
             f"torch.compile's mode {mode!r} is a preset of Inductor's, and the backend is piecework",
             where="mode",
             hint="pass options={...} with fields of piecework.CompilationConfig: inductor_compile_config takes Inductor's "
-            "own, and cudagraph_mode captures static graphs",
+            "own",
         )
     counters.num_models_seen += 1
     config = CompilationConfig(**(options or {}))
@@ -507,6 +512,12 @@ def piecework_dynamo_backend(
             f"mode {config.mode} leaves nothing for the piecework backend to compile",
             where="mode",
             hint="call torch.compile with another backend, or not at all",
+        )
+    if config.cudagraph_mode is not CUDAGraphMode.NONE:
+        raise ConfigError(
+            f"cudagraph_mode {config.cudagraph_mode} would have no effect: torch.compile has no step at which to capture",
+            where="cudagraph_mode",
+            hint="piecework.compile(model, …).capture(sizes) captures",
         )
     whole = config.mode is CompilationMode.DYNAMO_TRACE_ONCE and config.splitting_ops is None
     tag = current_model_tag()
@@ -547,17 +558,6 @@ def _is_registered(name: str) -> bool:
     op, _, overload = rest.partition(".")
     packet = getattr(getattr(torch.ops, namespace), op, None)
     return packet is not None and (not overload or overload in packet.overloads())
-
-
-def _operator_names(items: Sequence[SplitItem]) -> set[str]:
-    names: set[str] = set()
-    for item in items:
-        if item.is_splitting_graph:
-            for node in item.graph.graph.nodes:
-                schema = getattr(node.target, "_schema", None)
-                name = getattr(node.target, "_qualified_op_name", None)
-                names |= {schema.name} if schema is not None else {name} if name else set()
-    return names
 
 
 def _device_of(node: torch.fx.Node) -> str | None:
