@@ -29,6 +29,7 @@ from piecework.runtime.analysis.writes import held_by_source, mutations_in, refu
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.ranges import Range, RangeTable
 from piecework.runtime.bind.direct_ops import DirectOps
+from piecework.runtime.cache.artifacts import StandaloneCompiledArtifacts
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.config.groups import CompilationMode
 from piecework.runtime.counters import counters
@@ -138,6 +139,18 @@ class PieceworkBackend:
     def configure_post_pass(self) -> PostGradPassManager | None:
         """The passes that run on every piece; None where the compiler runs none."""
         return self.compiler_manager.passes
+
+    def collect_standalone_compile_artifacts(self) -> StandaloneCompiledArtifacts:
+        """The compiled form of each piece and batch range as bytes; equal ones once.
+
+        Raises:
+            BindError: the compiler makes nothing that can be kept.
+        """
+        artifacts = StandaloneCompiledArtifacts()
+        for name, piece in self.backends.items():
+            for compile_range, data in piece.to_bytes().items():
+                artifacts.insert(name, str(compile_range or "all"), data)
+        return artifacts
 
     def __call__(
         self, graph: torch.fx.GraphModule, example_inputs: Sequence[object]
