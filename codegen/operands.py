@@ -12,6 +12,7 @@ from typing import cast
 import torch
 import torch.fx
 
+from piecework.codegen.consts import holds_node
 from piecework.codegen.origin import node_where
 from piecework.codegen.structure import attribute_of
 from piecework.codegen.trace import Bound, Container, Escapes, Input, Known, Value
@@ -111,19 +112,9 @@ def _opened(arg: object) -> tuple[type, Sequence[object]] | None:
         return slice, (cut.start, cut.stop, cut.step)
     if kind in _MAPPINGS:
         return dict, [each for pair in cast(dict[object, object], arg).items() for each in pair]
-    if isinstance(arg, (tuple, list)) and hasattr(arg, "_fields") and _holds_node(arg):
+    if isinstance(arg, (tuple, list)) and hasattr(arg, "_fields") and holds_node(arg):
         return kind, arg
     return None
-
-
-def _holds_node(value: object) -> bool:
-    if isinstance(value, torch.fx.Node):
-        return True
-    if isinstance(value, slice):
-        return any(map(_holds_node, (value.start, value.stop, value.step)))
-    if isinstance(value, dict):
-        return any(map(_holds_node, value)) or any(map(_holds_node, value.values()))
-    return isinstance(value, (tuple, list)) and any(map(_holds_node, value))
 
 
 def same_constant(left: object, right: object) -> bool:

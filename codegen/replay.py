@@ -13,6 +13,7 @@ import torch.fx
 from piecework.codegen import ir
 from piecework.codegen.consts import is_inline_literal
 from piecework.codegen.free_names import require_names
+from piecework.codegen.liveness import definitions, uses
 from piecework.codegen.names import NameTable
 from piecework.codegen.render import FORMAT_VERSION, environment, render_parts
 from piecework.codegen.replay_check import ReplayProof, verify_replay
@@ -72,7 +73,7 @@ class _Planner:
         taken |= {function.name for function in stitched.functions}
         taken |= {parameter.name for parameter in stitched.entry.parameters}
         for stmt in stitched.entry.body:
-            taken |= set(_targets(stmt))
+            taken |= set(definitions(stmt))
         taken |= {module.partition(".")[0] for module in stitched.imports}
         self.names = NameTable(frozenset(taken))
         self.held: dict[str, Held] = {}
@@ -88,7 +89,7 @@ class _Planner:
     def module(self) -> ir.Module:
         stitched = self.source.module
         body = list(self._body(stitched.entry.body))
-        used = _names_in([*body])
+        used = {name for stmt in body for name in uses(stmt)}
         self.numbers = {name: number for name, number in self.numbers.items() if name in used}
         for name in [*self.facts.staged, *self.facts.places]:
             if name in used:
@@ -117,7 +118,7 @@ class _Planner:
                     if kept:
                         yield ir.Delete(kept)
                 case _:
-                    self.live.update(_targets(stmt))
+                    self.live.update(definitions(stmt))
                     yield stmt
 
     def _piece(self, stmt: ir.CallSubmod) -> Iterator[ir.Stmt]:
@@ -240,26 +241,6 @@ def _noted(note: str) -> ir.Origin:
 
 def _one_line(text: str) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
-
-
-def _targets(stmt: ir.Stmt) -> tuple[str, ...]:
-    match stmt:
-        case ir.GetItem(target=target) | ir.GetAttr(target=target) | ir.Infix(target=target):
-            return () if target is None else (target,)
-        case ir.Delete() | ir.Return() | ir.Try() | ir.Finally():
-            return ()
-        case _:
-            return tuple(stmt.targets)
-
-
-def _names_in(part: object) -> set[str]:
-    """Names that statements read."""
-    if isinstance(part, ir.Name):
-        return {part.id}
-    if isinstance(part, (tuple, list)):
-        return {name for each in part for name in _names_in(each)}
-    fields = getattr(part, "__dataclass_fields__", None)
-    return {n for f in fields for n in _names_in(getattr(part, f))} if fields else set()
 
 
 # --- text ------------------------------------------------------------------------------------------

@@ -69,16 +69,25 @@ class SplittingOps:
         return [name for name in self.declared if name not in present]
 
 
+def operator_name(target: object) -> str | None:
+    """``ns::op`` of an operator or a packet of overloads; None for any other callable."""
+    if isinstance(target, OpOverload):
+        return str(target._schema.name)
+    return str(target._qualified_op_name) if isinstance(target, OpOverloadPacket) else None
+
+
 def names_of(node: torch.fx.Node) -> set[str]:
     """The names under which the operator that ``node`` calls may be declared: ``ns::op`` and ``ns::op.overload``."""
     target: object = node.target
     if isinstance(target, torch._ops.HigherOrderOperator) and node.args:
         target = node.args[0]  # auto_functionalized(op, ...) runs op
+    name = operator_name(target)
+    if name is None:
+        return set()
     if isinstance(target, OpOverload):
-        return {target._schema.name, f"{target._schema.name}.{target._overloadname}"}
+        return {name, f"{name}.{target._overloadname}"}
     if isinstance(target, OpOverloadPacket):
         # FX may call a packet; which overload runs is decided by its arguments.
-        name = target._qualified_op_name
         overloads = list(target.overloads())  # type: ignore[no-untyped-call]
         return {name, f"{name}.{overloads[0]}"} if len(overloads) == 1 else {name}
     return set()

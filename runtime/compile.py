@@ -19,6 +19,7 @@ from piecework.runtime import torch_compat
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.config.groups import CompilationMode, DynamicShapesType, RuntimeConfig
 from piecework.runtime.model_tag import compilation_complete
+from piecework.runtime.splitting_op import registry
 from piecework.runtime.stitched import StitchedModule
 from piecework.runtime.trace.dynamic_dims import set_mark, unmarked_afterwards
 from piecework.runtime.trace.example_sizes import SizePolicy
@@ -57,7 +58,8 @@ def compile(
 
     Raises:
         CaptureError: the model can't be captured as one graph, or has no dynamic dimension.
-        ConfigError: the configuration does not fit ``runtime_config``, such as a compile size beyond the largest batch.
+        ConfigError: the configuration does not fit ``runtime_config``, such as a compile size beyond the largest batch, or
+            the model's weights have another dtype than it says.
         SplitError: a splitting op is unknown or has no fake implementation.
         PieceCompileError: a compiler failed on a piece.
 
@@ -112,6 +114,9 @@ def compile_with_mode(
     runtime = _runtime(runtime_config)
     if runtime is not None:
         config = _within(config, runtime)
+        _require_dtype(model, runtime.dtype)
+    if config.pass_config.fuse_attn_quant and splitting_ops is None:
+        config = config.set_splitting_ops_for_v1(registry.names())
     _require_arguments(example_args, example_kwargs)
     made: StitchedModule
     if config.mode in _UNSTITCHED:
@@ -167,6 +172,24 @@ def _within(config: CompilationConfig, runtime: RuntimeConfig) -> CompilationCon
         compile_sizes=settled.compile_sizes,
         compile_ranges_endpoints=settled.compile_ranges_endpoints,
     )
+
+
+def _require_dtype(model: Callable[..., object], name: str) -> None:
+    """Refuse a dtype that none of the model's floating weights has; a model without any has nothing to say."""
+    if not name:
+        return
+    wanted = getattr(torch, name, None)
+    if not isinstance(wanted, torch.dtype):
+        raise ConfigError(f"torch has no dtype {name!r}", where="dtype")
+    held = model.state_dict().values() if isinstance(model, torch.nn.Module) else ()
+    floating = (t.dtype for t in held if isinstance(t, torch.Tensor) and t.is_floating_point())
+    found = sorted(set(map(str, floating)))
+    if found and str(wanted) not in found:
+        raise ConfigError(
+            f"the program's dtype is {name}, and the model's weights are {', '.join(found)}",
+            where="dtype",
+            hint=f"load the model as torch.{name}, or leave dtype out",
+        )
 
 
 def _require_arguments(args: object, kwargs: object) -> None:

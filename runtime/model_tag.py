@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from piecework.errors import ConfigError
 
 DEFAULT_TAG = "backbone"
-_FORM = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+"""What a tag may look like, as a part of folder names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +57,11 @@ def set_model_tag(tag: str, is_encoder: bool = False) -> Iterator[ModelTag]:
         >>> with set_model_tag("drafter"):
         ...     drafter = piecework.compile(draft_model, (tokens,))
     """
-    if not isinstance(tag, str) or not _FORM.fullmatch(tag):
+    if not isinstance(tag, str) or not TAG.fullmatch(tag):
         raise ConfigError(
             f"{tag!r} can't be a model tag",
             where="set_model_tag",
-            hint="use up to 100 letters, digits, '_', '.' and '-', a letter or digit first",
+            hint="use up to 100 letters, digits, '_', '.' and '-', a letter, a digit or '_' first",
         )
     made = ModelTag(tag, is_encoder)
     token = _TAG.set(made)

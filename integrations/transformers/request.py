@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -134,14 +134,7 @@ class RequestState:
 def request_context(state: object) -> Iterator[None]:
     """Make ``state`` the request of the block, keeping whatever an engine set around it."""
     outer = current_forward_context() or ForwardContext()
-    inner = ForwardContext(
-        cudagraph_runtime_mode=outer.cudagraph_runtime_mode,
-        batch_descriptor=outer.batch_descriptor,
-        skip_cuda_graphs=outer.skip_cuda_graphs,
-        attn_metadata=outer.attn_metadata,
-        state={**outer.state, STATE_KEY: state},
-    )
-    with override_forward_context(inner):
+    with override_forward_context(replace(outer, state={**outer.state, STATE_KEY: state})):
         yield
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from piecework.errors import ConfigError
 
 # Beyond this many tokens a forward is bound by the device, not by launching kernels.
-_WORTH_CAPTURING = 512
+WORTH_CAPTURING = 512
 
 
 def default_max_capture_size(
@@ -22,7 +22,7 @@ def default_max_capture_size(
 
     Twice the decode batch leaves room for small mixed batches.
     """
-    return min(2 * max_num_seqs * decode_query_len, _WORTH_CAPTURING, max_num_batched_tokens)
+    return min(2 * max_num_seqs * decode_query_len, WORTH_CAPTURING, max_num_batched_tokens)
 
 
 def default_capture_sizes(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from piecework.codegen.splitting import operator_name
 from piecework.runtime import torch_compat
 from piecework.runtime.splitting_op import registry
 
@@ -90,7 +91,6 @@ def _look_up(target: object, device: str) -> Callable[[], Implementation | None]
 
 
 def _full_name(target: object) -> str:
-    if isinstance(target, torch._ops.OpOverload):
-        overload = target._schema.overload_name
-        return f"{target._schema.name}.{overload}" if overload else target._schema.name
-    return str(getattr(target, "_qualified_op_name", target))
+    name = operator_name(target) or str(target)
+    overload = target._schema.overload_name if isinstance(target, torch._ops.OpOverload) else ""
+    return f"{name}.{overload}" if overload else name

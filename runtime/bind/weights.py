@@ -68,8 +68,8 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """A weight that a capture found.
+class Weight:
+    """A tensor that is held by the model: a parameter, a buffer or another one found on it; an input of the graph, or only returned.
 
     Attributes:
         path: what piecework calls it.
@@ -108,7 +108,7 @@ class BoundWeights:
         cls,
         model: object,
         roots: Sequence[tuple[str, torch.nn.Module]],
-        weights: Sequence[Found],
+        weights: Sequence[Weight],
         state: TracedState,
     ) -> BoundWeights:
         """Find each of ``weights`` in ``model``, and by all its names under ``roots``, with the prefixes of their paths.
@@ -320,7 +320,7 @@ def _held(root: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from root.named_buffers(remove_duplicate=False)
 
 
-def _ways_to(weight: Found, names: Sequence[Way], model: object) -> tuple[Way, ...]:
+def _ways_to(weight: Weight, names: Sequence[Way], model: object) -> tuple[Way, ...]:
     """The ways that lead to ``weight``: its names, and the one that the model's code took."""
     taken = traced(weight.source, model)
     wanted = [*names, *(() if taken is None else (taken,))]

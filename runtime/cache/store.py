@@ -6,7 +6,6 @@ It never keeps state of its own: two stores on one directory, in one process or 
 from __future__ import annotations
 
 import os
-import re
 
 from piecework.errors import CacheError
 from piecework.runtime.cache.entry import COMPILE_LOCK_SECONDS, CacheEntry
@@ -15,8 +14,8 @@ from piecework.runtime.cache.files import EntryFiles
 from piecework.runtime.cache.locks import EntryLocks
 from piecework.runtime.cache.manifest import Identity
 from piecework.runtime.cache.safety import default_root, resolve_root
+from piecework.runtime.model_tag import TAG
 
-_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 MIN_HMAC_KEY_BYTES = 16
 MAX_RANK = 10**6
 
@@ -89,7 +88,7 @@ def _rank(value: int, where: str) -> int:
 
 
 def _checked_tag(tag: str) -> str:
-    if not isinstance(tag, str) or _TAG.fullmatch(tag) is None:
+    if not isinstance(tag, str) or TAG.fullmatch(tag) is None:
         raise CacheError(
             "a tag must be 1 to 100 letters, digits, `_`, `.` or `-`, and not start with `.` or `-`",
             where=ascii(tag)[:80],

@@ -22,10 +22,10 @@ from piecework.runtime.cache.files import (
 )
 from piecework.runtime.cache.manifest import MANIFEST_NAME, Damaged, Identity, sha256
 from piecework.runtime.cache.safety import resolve_root
+from piecework.runtime.model_tag import TAG
 
 _KEY = re.compile(r"[0-9a-f]{32}")
 _RANK = re.compile(r"rank_([0-9]{1,7})_([0-9]{1,7})")
-_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def entry_identities(real_root: Path) -> Iterator[Identity]:
             if numbers is None:
                 continue
             for tag in _directories(rank):
-                if _TAG.fullmatch(tag.name) is not None:
+                if TAG.fullmatch(tag.name) is not None:
                     yield Identity(key.name, int(numbers[1]), int(numbers[2]), tag.name)
 
 

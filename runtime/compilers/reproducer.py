@@ -20,6 +20,7 @@ import torch
 import torch.fx
 
 from piecework.codegen.origin import value_of
+from piecework.codegen.splitting import operator_name
 from piecework.errors import PieceworkError
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range
@@ -242,13 +243,9 @@ def _size_text(value: object, sizes: dict[str, int]) -> str:
 
 def _operators(graph: torch.fx.GraphModule) -> set[str]:
     """Operators in the piece that torch does not bring itself."""
-    found = set()
-    for node in graph.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        name = schema.name if schema is not None else getattr(node.target, "_qualified_op_name", "")
-        if "::" in name and name.partition("::")[0] not in ("aten", "prims", "prim", "inductor"):
-            found.add(name)
-    return found
+    called = {operator_name(node.target) for node in graph.graph.nodes}
+    own = ("aten", "prims", "prim", "inductor")
+    return {name for name in called if name and name.partition("::")[0] not in own}
 
 
 # --- running it --------------------------------------------------------------------------------------

@@ -94,13 +94,15 @@ class CompilationConfig(FrozenModel):
         Literal["binary", "unpacked"], ignored("both formats hold the same artifacts")
     ] = Field(
         "binary",
-        description="`binary`: one file an artifact, safe for many processes; `unpacked`: a folder "
-        "to look into, for one process.",
+        description="`binary`: one checked file an artifact, safe for many processes. The field's `unpacked` is refused: "
+        "`debug_dump_path` writes what can be looked into.",
     )
     custom_ops: Annotated[CustomOps, KEY_AS_SET] = Field(
         (),
         description="Which custom ops run as such: `all` or `none`, then `+op` and `-op`. Without a "
-        "base, `none` where Inductor compiles and `all` elsewhere.",
+        "base, `none` where Inductor compiles and `all` elsewhere. A model asks with "
+        "`config.is_custom_op_enabled(op)`; its graph is held to the rules: calling an op that a rule "
+        "switches off is an error, a rule for an op that is not called a warning.",
     )
     splitting_ops: Annotated[OpNames | None, KEY_AS_SET] = Field(
         None,
@@ -109,7 +111,11 @@ class CompilationConfig(FrozenModel):
     )
     compile_mm_encoder: Annotated[
         bool, ignored("it decides whether an encoder is compiled, not how")
-    ] = Field(False, description="Compile a multimodal model's encoder too.")
+    ] = Field(
+        False,
+        description="Refused if true: an encoder is a model of its own here, compiled by itself under "
+        "`set_model_tag(name, is_encoder=True)`.",
+    )
     compile_sizes: Annotated[CompileSizes, ignored(_A_BATCH_RANGE)] = Field(
         (),
         description="Batch sizes that get code for exactly that size, which wins over a range. "
@@ -162,10 +168,13 @@ class CompilationConfig(FrozenModel):
         description="The largest size to capture. None is min(2 · max_num_seqs · query length, 512, "
         "max_num_batched_tokens), or the largest of `cudagraph_capture_sizes`.",
     )
-    cudagraph_copy_inputs: Annotated[bool, KEY] = Field(
-        False,
-        description="Copy inputs into persistent buffers before a replay; off, the caller promises "
-        "to reuse the same ones.",
+    cudagraph_copy_inputs: Annotated[
+        bool, ignored("inputs are staged around the compiled code, never in it")
+    ] = Field(
+        True,
+        description="Copy inputs into persistent buffers before a replay. Off, the caller writes into "
+        "these buffers (`static_graphs.static_inputs(size)`) and passes views of them; a batch that lies "
+        "elsewhere is an error.",
     )
     cudagraph_specialize_lora: Annotated[bool, ignored("it only adds captured descriptors")] = (
         Field(True, description="Capture once with and once without active adapters.")

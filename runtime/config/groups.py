@@ -194,7 +194,9 @@ class RuntimeConfig(FrozenModel):
         1, ge=1, description="How many replicas run side by side."
     )
     dtype: Annotated[str, KEY] = Field(
-        "float32", pattern=r"^[a-z][a-z0-9_]*$", description="The model's dtype, by torch's name."
+        "",
+        pattern=r"^([a-z][a-z0-9_]*)?$",
+        description="The model's dtype, by torch's name: an error where none of its weights has it. Empty asks nothing of them.",
     )
     model_name: Annotated[str, ignored("only a label; the key has the model's content")] = Field(
         "", description="The model's name in reports and folders."

@@ -6,7 +6,7 @@ It never changes what it is given, and it reads neither the environment nor a re
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from piecework.errors import ConfigError, ConfigProblem
@@ -26,10 +26,26 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+WITHOUT_EFFECT: Mapping[str, tuple[object, str]] = {
+    "compile_cache_save_format": (
+        "unpacked",
+        "the cache keeps an artifact as one file with a checksum; set debug_dump_path to look into what was compiled",
+    ),
+    "compile_mm_encoder": (
+        True,
+        "an encoder is a model of its own here; compile it by itself, under set_model_tag(name, is_encoder=True)",
+    ),
+}
+"""Values that the field knows and that nothing here would go by: the field, the value, and what to do instead."""
+
 
 def conflicts_of(config: CompilationConfig) -> list[Conflict]:
     """Fields of one configuration that are valid alone and contradict each other."""
-    found: list[Conflict] = []
+    found = [
+        Conflict((name,), f"{value!r} would have no effect: {reason}")
+        for name, (value, reason) in WITHOUT_EFFECT.items()
+        if getattr(config, name) == value
+    ]
     mode, captures = config.mode, config.cudagraph_mode
     if config.use_inductor_graph_partition:
         if config.backend != "inductor":

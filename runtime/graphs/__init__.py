@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from piecework.runtime.graphs.plan.phase import CaptureReport, FailurePolicy, capture_graphs
     from piecework.runtime.graphs.plan.progress import CaptureProgress
     from piecework.runtime.graphs.serve.lazy import ConcreteSizeEntry, CUDAPiecewiseBackend
-    from piecework.runtime.graphs.serve.runner import GraphRunner
 
 _HOME = {
     "AddressBook": "piecework.runtime.graphs.memory.addresses",
@@ -42,7 +41,6 @@ _HOME = {
     "CaptureReport": "piecework.runtime.graphs.plan.phase",
     "ConcreteSizeEntry": "piecework.runtime.graphs.serve.lazy",
     "FailurePolicy": "piecework.runtime.graphs.plan.phase",
-    "GraphRunner": "piecework.runtime.graphs.serve.runner",
     "MemoryEstimate": "piecework.runtime.graphs.plan.estimate",
     "StaticGraphs": "piecework.runtime.graphs.memory.owner",
     "ValueOrigin": "piecework.runtime.graphs.memory.addresses",
@@ -72,7 +70,6 @@ __all__ = [
     "CaptureReport",
     "ConcreteSizeEntry",
     "FailurePolicy",
-    "GraphRunner",
     "MemoryEstimate",
     "StaticGraphs",
     "ValueOrigin",

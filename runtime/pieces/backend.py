@@ -17,6 +17,7 @@ from piecework.codegen import LowerOptions, SplitItem, generate_source, split_gr
 from piecework.codegen.origin import value_of
 from piecework.codegen.split import SplittingOp as SplittingOpLike
 from piecework.codegen.split import SplittingOps
+from piecework.codegen.splitting import operator_name
 from piecework.codegen.structure import input_signature, structure_of
 from piecework.errors import BindError, CaptureError, ConfigError, SplitError
 from piecework.runtime import torch_compat
@@ -24,6 +25,7 @@ from piecework.runtime.analysis.writes import held_by_source, mutations_in, refu
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.ranges import Range, RangeTable
 from piecework.runtime.bind.direct_ops import DirectOps
+from piecework.runtime.cache.artifacts import StandaloneCompiledArtifacts
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.config.groups import CompilationMode
 from piecework.runtime.counters import counters
@@ -31,6 +33,7 @@ from piecework.runtime.model_tag import current_model_tag, model_tag_is_set
 from piecework.runtime.observe import trace
 from piecework.runtime.observe.dump import Dump, config_text
 from piecework.runtime.passes import PostGradPassManager
+from piecework.runtime.pieces.custom_ops import check_custom_ops
 from piecework.runtime.pieces.layer_names import share_layer_names
 from piecework.runtime.pieces.manager import CompilerManager
 from piecework.runtime.pieces.piecewise import PiecewiseBackend, PiecewiseCompileInterpreter
@@ -128,6 +131,30 @@ class PieceworkBackend:
         """The passes that run on every piece; None where the compiler runs none."""
         return self.compiler_manager.passes
 
+    def collect_standalone_compile_artifacts(self) -> StandaloneCompiledArtifacts:
+        """The compiled form of each piece and batch range as bytes; equal ones once.
+
+        Raises:
+            BindError: the compiler makes nothing that can be kept.
+        """
+        artifacts = StandaloneCompiledArtifacts()
+        for name, piece in self.backends.items():
+            for compile_range, data in piece.to_bytes().items():
+                artifacts.insert(name, str(compile_range or "all"), data)
+        return artifacts
+
+    def collect_standalone_compile_artifacts(self) -> StandaloneCompiledArtifacts:
+        """The compiled form of each piece and batch range as bytes; equal ones once.
+
+        Raises:
+            BindError: nothing is compiled yet, or the compiler makes nothing that can be kept.
+        """
+        artifacts = StandaloneCompiledArtifacts()
+        for name, piece in self.program.backends.items():
+            for compile_range, data in piece.to_bytes().items():
+                artifacts.insert(name, str(compile_range or "all"), data)
+        return artifacts
+
     def __call__(
         self, graph: torch.fx.GraphModule, example_inputs: Sequence[object]
     ) -> Callable[..., object]:
@@ -219,6 +246,7 @@ class _Compilation:
     def run(self, bound: Mapping[str, str], admits: Admits | None) -> Program:
         graph, manager = self.graph, self.compiler_manager
         self.dump.captured(graph)
+        check_custom_ops(self.config, graph)
         self.batch = _batch_of(graph)
         self.range_table = self._fitting_ranges()
         with timed(self.phases, "split"):
@@ -348,7 +376,9 @@ class _Compilation:
         found = [each.structure for each in self.backends.values()]
         unique = len({structure.key for structure in found if structure is not None})
         splitting = sum(item.is_splitting_graph for item in items)
-        ops = sorted(_operator_names(items))
+        cuts = [each.graph.graph for each in items if each.is_splitting_graph]
+        called = (operator_name(node.target) for graph in cuts for node in graph.nodes)
+        ops = sorted({name for name in called if name})
         banner = (
             f"model: {self.settings.prefix or 'model'}",
             f"pieces: {len(found)}, unique: {unique}, compiler: {self.compiler_manager.compiler.name}",
@@ -402,14 +432,14 @@ def piecework_dynamo_backend(
 
     Raises:
         PieceworkError: as `PieceworkBackend`; Dynamo wraps it in ``BackendCompilerFailed``.
-        ConfigError: the options hold a mode in which piecework compiles nothing, or ``mode`` is given.
+        ConfigError: the options hold a mode in which piecework compiles nothing, or a ``cudagraph_mode``; or ``mode`` is given.
     """
     if mode is not None:
         raise ConfigError(
             f"torch.compile's mode {mode!r} is a preset of Inductor's, and the backend is piecework",
             where="mode",
             hint="pass options={...} with fields of piecework.CompilationConfig: inductor_compile_config takes Inductor's "
-            "own, and cudagraph_mode captures static graphs",
+            "own",
         )
     counters.num_models_seen += 1
     config = CompilationConfig(**(options or {}))
@@ -418,6 +448,12 @@ def piecework_dynamo_backend(
             f"mode {config.mode} leaves nothing for the piecework backend to compile",
             where="mode",
             hint="call torch.compile with another backend, or not at all",
+        )
+    if config.cudagraph_mode is not CUDAGraphMode.NONE:
+        raise ConfigError(
+            f"cudagraph_mode {config.cudagraph_mode} would have no effect: torch.compile has no step at which to capture",
+            where="cudagraph_mode",
+            hint="piecework.compile(model, …).capture(sizes) captures",
         )
     whole = config.mode is CompilationMode.DYNAMO_TRACE_ONCE and config.splitting_ops is None
     tag = current_model_tag()
@@ -448,17 +484,6 @@ def _is_registered(name: str) -> bool:
     op, _, overload = rest.partition(".")
     packet = getattr(getattr(torch.ops, namespace), op, None)
     return packet is not None and (not overload or overload in packet.overloads())
-
-
-def _operator_names(items: Sequence[SplitItem]) -> set[str]:
-    names: set[str] = set()
-    for item in items:
-        if item.is_splitting_graph:
-            for node in item.graph.graph.nodes:
-                schema = getattr(node.target, "_schema", None)
-                name = getattr(node.target, "_qualified_op_name", None)
-                names |= {schema.name} if schema is not None else {name} if name else set()
-    return names
 
 
 def _device_of(node: torch.fx.Node) -> str | None:

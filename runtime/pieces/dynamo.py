@@ -35,7 +35,8 @@ def backend_of(
     if config.mode is CompilationMode.PIECEWORK_COMPILE:
         if runtime is not None:
             config = config.resolve(runtime, registered_splitting_ops=registry.names())
-        return PieceworkBackend(config, prefix, is_encoder, runtime_config=runtime)
+        name = prefix or ("" if runtime is None else runtime.model_name)
+        return PieceworkBackend(config, name, is_encoder, runtime_config=runtime)
     if config.backend in torch.compiler.list_backends(exclude_tags=()):
         return config.backend
     if config.backend.isidentifier():

@@ -16,20 +16,8 @@ import torch.fx
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
 from piecework.runtime.bind.places import readable
+from piecework.runtime.bind.weights import Weight
 from piecework.runtime.trace.containers import leaves_of
-
-
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """A graph input that is held by the model: a parameter, a buffer or another tensor found on it.
-
-    Attributes:
-        source: what Dynamo calls it, which tells how the model's code reached it.
-    """
-
-    path: str
-    tensor: torch.Tensor
-    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from piecework.runtime import torch_compat
 from piecework.runtime.bind.places import readable, traced
 from piecework.runtime.bind.reachable import modules_of, tensors_of
 from piecework.runtime.bind.traced_state import TracedState, TraceGuards
-from piecework.runtime.bind.weights import BoundWeights, Found
+from piecework.runtime.bind.weights import BoundWeights, Weight
 from piecework.runtime.counters import counters
 from piecework.runtime.trace.arguments import parameters_of
 from piecework.runtime.trace.assumptions import Assumptions
@@ -35,7 +35,6 @@ from piecework.runtime.trace.inputs import (
     Layout,
     Size,
     UnreachableInput,
-    Weight,
     dynamic_wish,
     leaf_names,
     leaf_sources,
@@ -369,18 +368,14 @@ def _found(
     inputs: Sequence[GraphInput],
     results: Sequence[ResultLeaf],
     held: Mapping[int, tuple[str, torch.Tensor]],
-) -> list[Found]:
+) -> list[Weight]:
     """The weights that the graph reads, then those that are only returned."""
-    found = {
-        id(each.tensor): Found(each.path, each.tensor, each.source)
-        for each in inputs
-        if isinstance(each, Weight)
-    }
+    found = {id(each.tensor): each for each in inputs if isinstance(each, Weight)}
     for leaf in results:
         leaf = leaf.of if isinstance(leaf, FromAttribute) else leaf
         if isinstance(leaf, FromWeight):
             path, tensor = held[id(leaf.tensor)]
-            found.setdefault(id(tensor), Found(path, tensor))
+            found.setdefault(id(tensor), Weight(path, tensor))
     return list(found.values())
 
 
@@ -389,16 +384,16 @@ def _only_looked_at(
     state: TracedState,
     known: set[int],
     held: Mapping[int, tuple[str, torch.Tensor]],
-) -> list[Found]:
+) -> list[Weight]:
     """Tensors of the model that the trace saw and the graph does not read: their shape may be in it."""
-    found: dict[int, Found] = {}
+    found: dict[int, Weight] = {}
     for place, tensor in state.tensors:
         if id(tensor) in known:
             continue
         way = traced(place.name, model)
         if id(tensor) in held or (way is not None and way.tensor() is tensor):
             path = held.get(id(tensor), (readable(place.name), tensor))[0]
-            found.setdefault(id(tensor), Found(path, tensor, place.name))
+            found.setdefault(id(tensor), Weight(path, tensor, place.name))
         else:
             state.watch_tensor(place, tensor)
     return list(found.values())

@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,15 @@ import torch
 
 from piecework.errors import InputError, PieceworkError, UsageError
 from piecework.integrations.transformers import stitch, stitched_module, unstitch
+from piecework.integrations.transformers.dry_request import dry_request
+from piecework.integrations.transformers.request import STATE_KEY, request_context
+from piecework.runtime.batch.descriptor import BatchKind
+from piecework.runtime.batch.forward_context import (
+    ForwardContext,
+    get_forward_context,
+    override_forward_context,
+    set_forward_context,
+)
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.counters import counters
 
@@ -390,3 +400,23 @@ def test_torch_s_switches_run_the_decoder_as_it_is():
     with torch.no_grad(), torch._dynamo.config.patch(disable=True):
         embeds = model.get_input_embeddings()(ids)  # an entry that is not compiled yet
         torch.testing.assert_close(model(inputs_embeds=embeds).logits, eager(ids).logits)
+
+
+def test_what_an_engine_says_of_the_batch_reaches_the_dispatcher() -> None:
+    """A batch with adapters is not served from the graph without them, and what is dry stays dry."""
+    model = stitch(build("llama"), config=EAGER_PIECES)
+    entry = stitched_module(model)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    entry.capture([4], context_for=dry_request, lora_counts=(1,), progress=False, estimate=False)
+    with torch.no_grad():
+        with set_forward_context(batch=BatchKind(has_lora=True, num_active_loras=1)):
+            model(ids)
+        model(ids)
+    assert {row.graph: row.calls for row in entry.call_report()} == {
+        "tokens=4": 1,
+        "tokens=4 loras=1": 1,
+    }
+    kept = ForwardContext(batch=BatchKind(uniform_decode=True), dry=True, state={"mine": 1})
+    with override_forward_context(kept), request_context("a request"):
+        inner = get_forward_context()
+        assert inner == replace(kept, state={"mine": 1, STATE_KEY: "a request"})

@@ -20,5 +20,5 @@ def test_the_examples_run(capsys, monkeypatch):
         exec(compile(block, str(PAGE), "exec"), scope)
     assert scope["report"].captured
     assert scope["why"].value == "larger than every captured size"
-    assert scope["again"].dropped
+    assert scope["dropped"]
     assert "What runs captured" in capsys.readouterr().out

@@ -25,20 +25,19 @@ def imports_are_no_garbage():
 
 
 class Compiler:
-    """Returns callables that tell themselves apart, and logs what it was asked."""
+    """Stands for a backend and its manager: returns callables that tell themselves apart, and logs what it was asked."""
+
+    batch_symbol, compile_ranges = None, ()
 
     def __init__(self, log):
         self.log = log
-        self.done = []
+        self.compiler_manager = self
 
-    def compile_for_size(self, graph, args, size, index):
-        assert isinstance(graph, torch.fx.GraphModule)
-        assert args[1] == size
-        self.log.append(f"compile {size}")
-        return logged(self.log, f"size {size}")
-
-    def all_sizes_compiled(self, index):
-        self.done.append(index)
+    def compile(self, graph, example_inputs, compile_range, *, structure, submod_name):
+        assert isinstance(graph, torch.fx.GraphModule) and submod_name.startswith("piece ")
+        assert compile_range.is_single_size() and structure.key
+        self.log.append(f"compile {compile_range.start}")
+        return SimpleNamespace(runnable=logged(self.log, f"size {compile_range.start}"))
 
 
 def logged(log, name):
@@ -104,18 +103,10 @@ def test_a_compile_size_is_compiled_on_its_first_hit(make):
     case.run(4)
     case.run(4)
     assert case.log == ["general", "compile 4", "size 4", "size 4"]
-    assert case.compiler.done == []
     case.run(2)
     assert case.log[4:] == ["compile 2", "size 2"]
-    assert case.compiler.done == [0]
     assert case.piece.concrete_size_entries[2].compiled
     assert case.graphs.records == []
-
-
-def test_nothing_to_compile_is_told_at_the_first_call(make):
-    case = make(capture_sizes=[4])
-    case.run(1)
-    assert case.compiler.done == [0]
 
 
 @pytest.mark.parametrize("warmups", [0, 1, 3])
@@ -212,59 +203,12 @@ def test_clearing_starts_the_captures_over(make):
     assert len(case.graphs.records) == 1
 
 
-def static_piece(graphs, log, index=0, total=1, compiler=None, **options):
-    def general(x):
-        log.append("general")
-        return x + 1
-
-    graph = torch.fx.symbolic_trace(lambda x: x + 1)
-    return CUDAPiecewiseBackend(
-        graph, settings(**options), graphs, index, total, [], general, compiler
-    )
-
-
-@pytest.mark.parametrize("warmups", [0, 2])
-def test_a_piece_without_a_size_is_captured_once_for_all_sizes(warmups):
-    graphs, log, x = StaticGraphs("cpu", lazy=True), [], torch.zeros(3)
-    graphs.addresses.register_persistent("x", x)
-    compiler = Compiler(log)
-    piece = static_piece(
-        graphs, log, capture_sizes=[4, 8], compile_sizes=[4], warmups=warmups, compiler=compiler
-    )
-    for _ in range(2 + warmups):
-        assert piece(x).tolist() == [1.0] * 3
-    assert len(graphs.records) == 1 and compiler.done == [0]  # no size has code of its own
-    ran = len(log)
-    x.fill_(4)
-    first = piece(x)
-    assert first.tolist() == [5.0] * 3 and len(log) >= ran
-    with set_forward_context(skip_cuda_graphs=True):
-        assert piece(x).data_ptr() != first.data_ptr()
-    graphs.clear_all_graphs()
-    assert all(entry.call is None for entry in piece.concrete_size_entries.values())
-    assert piece(x).tolist() == [5.0] * 3
-
-
-def test_no_later_graph_is_given_the_memory_of_a_piece_that_serves_all_sizes():
-    """Also if it is the last one: another size's graphs are captured while its result is in use."""
-    graphs, log, x = StaticGraphs("cpu", lazy=True), [], torch.zeros(4)
-    graphs.addresses.register_persistent("x", x)
-    static = static_piece(graphs, log, capture_sizes=[4])
-    other = static_piece(graphs, log, capture_sizes=[4], index=1, total=2)
-    for _ in range(2):
-        static(x)
-    address = static(x).data_ptr()
-    for _ in range(2):
-        other(x)
-    assert other(x).data_ptr() != address
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"compile_sizes": [4]}, {"capture_sizes": [4], "mode": CUDAGraphMode.FULL}]
-)
-def test_a_piece_without_a_size_is_not_captured_where_nothing_is(options):
+def test_a_piece_without_a_size_runs_its_general_graph():
     graphs, log = StaticGraphs("cpu", lazy=True), []
-    piece = static_piece(graphs, log, **options)
+    graph = torch.fx.symbolic_trace(lambda x: x + 1)
+    piece = CUDAPiecewiseBackend(
+        graph, settings([4], [4]), graphs, 0, 1, [], lambda x: log.append("general"), Compiler(log)
+    )
     for _ in range(3):
         piece(torch.zeros(3))
     assert log == ["general"] * 3 and graphs.records == []

@@ -13,6 +13,7 @@ import piecework
 from piecework.errors import StaticGraphError
 from piecework.runtime.analysis.writes import Mutation, mutations_in
 from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.pieces.backend import PieceworkBackend
 
 EAGER = CompilationConfig(backend="eager")
 CAPTURED = CompilationConfig(backend="eager", cudagraph_mode="PIECEWISE")
@@ -193,11 +194,13 @@ def test_without_capture_the_write_is_served() -> None:
 def test_the_dynamo_backend_refuses_it_too() -> None:
     model = Model(lambda module, y: module.state.add_(1).sum())
     options = {"backend": "eager", "cudagraph_mode": "PIECEWISE"}
-    compiled = torch.compile(model, backend="piecework", fullgraph=True, options=options)
+    backend = PieceworkBackend(CompilationConfig(**options))
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
     with pytest.raises(Exception, match=r"writes to .*_buffers\['state'\]"):
         compiled(torch.randn(4, 8))
     clean = Model(lambda module, y: module.state.sum())
-    compiled = torch.compile(clean, backend="piecework", fullgraph=True, options=options)
+    backend = PieceworkBackend(CompilationConfig(**options))
+    compiled = torch.compile(clean, backend=backend, fullgraph=True)
     x = torch.randn(4, 8)
     torch.testing.assert_close(compiled(x), clean(x))
 

@@ -11,6 +11,7 @@ from torch import nn
 
 import piecework
 from piecework.errors import BindError, ConfigError, InputError
+from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range
 from piecework.runtime.compilers import CompiledPiece
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
@@ -212,6 +213,12 @@ def test_inductor_compiles_sizes_and_ranges() -> None:
         kept = piece.to_bytes()
         assert list(kept) == list(stitched.program.compile_ranges)
         assert all(kept.values())
+    artifacts = stitched.backend.collect_standalone_compile_artifacts()
+    assert artifacts.submodule_names() == tuple(stitched.backend.backends)
+    ranges = list(map(str, stitched.backend.compile_ranges))
+    assert artifacts.num_entries() == len(artifacts.submodule_names()) * len(ranges)
+    artifacts.load_all(torch_compat.artifact_from_bytes)
+    assert callable(artifacts.get_loaded(artifacts.submodule_names()[0], ranges[0]))
 
 
 def test_sizes_that_the_trace_excludes_are_an_error() -> None:

@@ -24,7 +24,7 @@ from piecework.codegen.entry_plan import (
     TensorInput,
 )
 from piecework.runtime import torch_compat
-from piecework.runtime.explain import input_error
+from piecework.runtime.call.explain import input_error
 
 KEPT = "nothing is broken"
 SLOW = settings(

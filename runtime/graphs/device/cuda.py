@@ -6,13 +6,13 @@ It never patches torch or the garbage collector: it drives ``torch.cuda.CUDAGrap
 from __future__ import annotations
 
 import contextlib
-import gc
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 
+from piecework.codegen.source import collector_paused
 from piecework.errors import StaticGraphError
 from piecework.runtime.graphs.device.contract import CapturedOnce
 from piecework.runtime.graphs.device.weak_ref import weak_ref_tensors
@@ -127,7 +127,7 @@ class CudaStaticGraph(CapturedOnce["torch.cuda.CUDAGraph"]):
             self._pool.measured(),
             _on_stream(self._pool.stream),
             torch.no_grad(),
-            _without_collections(),
+            collector_paused(),  # what it destroys may call CUDA in ways a capture forbids
         ):
             # Other threads may allocate meanwhile; only what this thread does is held to the capture's rules.
             graph.capture_begin(pool=self._pool.handle, capture_error_mode="thread_local")
@@ -168,18 +168,6 @@ def _on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
             yield
     finally:
         outer.wait_stream(stream)
-
-
-@contextmanager
-def _without_collections() -> Iterator[None]:
-    """Keep the garbage collector from running by itself: what it destroys may call CUDA in ways a capture forbids."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _abandon(graph: torch.cuda.CUDAGraph) -> None:

@@ -15,14 +15,16 @@ from piecework.runtime.batch.descriptor import BatchKind
 from piecework.runtime.batch.dispatcher import CudagraphDispatcher, Reason
 from piecework.runtime.batch.keys import LoraCases
 from piecework.runtime.batch.mode import CUDAGraphMode
-from piecework.runtime.batch.sizes import default_capture_sizes, require_positive_sizes
+from piecework.runtime.batch.sizes import (
+    WORTH_CAPTURING,
+    default_capture_sizes,
+    require_positive_sizes,
+)
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.graphs.memory.addresses import AddressPolicy
 from piecework.runtime.graphs.plan.batch_shape import BatchShape, OtherSize, require_sizes
 from piecework.runtime.graphs.plan.phase import ContextFor, FailurePolicy
 from piecework.runtime.graphs.stage.slots import Number
-
-_WORTH_CAPTURING = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +202,7 @@ def _sizes(
         )
         wanted = asked.resolve(runtime).cudagraph_capture_sizes
     elif named is None:
-        wanted = default_capture_sizes(config.max_cudagraph_capture_size or _WORTH_CAPTURING)
+        wanted = default_capture_sizes(config.max_cudagraph_capture_size or WORTH_CAPTURING)
     found = tuple(wanted or ())
     if named is not None:
         require_sizes(shape, found, others)

@@ -130,10 +130,6 @@ def _front(value: object, dims: Sequence[int], count: int) -> object:
     return value
 
 
-def _copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [each.clone(memory_format=torch.preserve_format) for each in tensors]
-
-
 def _random(each: StagedInput, others: Mapping[str, int], count: int) -> torch.Tensor:
     """Random data; whole numbers are 0 and 1, which point at something wherever anything does."""
     sizes = {**{dim: others[label] for dim, label in each.others.items()}}

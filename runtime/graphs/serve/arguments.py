@@ -12,7 +12,7 @@ import torch
 from piecework.errors import BindError
 from piecework.runtime.graphs.memory.owner import StaticGraphs
 from piecework.runtime.graphs.plan.batch_shape import BatchShape, StagedInput
-from piecework.runtime.graphs.stage.inputs import StaticInputs
+from piecework.runtime.graphs.stage.inputs import StaticInputs, require_in_place
 from piecework.runtime.graphs.stage.slots import InputSpec, Number
 
 Tensors = Sequence[torch.Tensor]
@@ -27,6 +27,7 @@ class CapturedInputs:
         others: the other sizes, by label.
         pads: what fills the tail of each padded input, by its parameter's name.
         poison: pad floating inputs with NaN.
+        copies: copy a call's tensors; else they must be views of the buffers.
 
     Raises:
         BindError: ``pads`` names no padded input.
@@ -39,6 +40,7 @@ class CapturedInputs:
         others: Mapping[str, int],
         pads: Mapping[str, Number],
         poison: bool,
+        copies: bool = True,
     ) -> None:
         names = [each.name for each in shape.dynamic]
         unknown = sorted(set(pads) - set(names))
@@ -56,7 +58,9 @@ class CapturedInputs:
             maximum,
             [InputSpec(e.name, _dim_in_memory(e), pads.get(e.name, 0)) for e in shape.dynamic],
             poison=poison,
+            copies=copies,
         )
+        self._copies = copies
         self._fixed = {
             n: _example(each, others) for n, each in enumerate(shape.staged) if each.dim is None
         }
@@ -73,6 +77,11 @@ class CapturedInputs:
         held = {**dict(zip(self._numbers, self._static.views(padded), strict=True)), **self._fixed}
         return tuple(_as_traced(held[n], each) for n, each in enumerate(self._staged))
 
+    def by_name(self, padded: int) -> dict[str, torch.Tensor]:
+        """The same static tensors by their parameter's name."""
+        names = (each.name for each in self._staged)
+        return dict(zip(names, self.views(padded), strict=True))
+
     def stager(self, padded: int) -> Callable[[Tensors], object]:
         """What copies all tensor arguments into the buffers, padded to ``padded``."""
         stage = self._static.stage
@@ -80,18 +89,22 @@ class CapturedInputs:
         if not self._fixed and not turned:
             return lambda inputs: stage(inputs, padded)
         dynamic, fixed = self._numbers, tuple(self._fixed.items())
+        copies, names = self._copies, [each.name for each in self._staged]
 
         def stage_all(inputs: Tensors) -> None:
             inputs = [x.permute(turned[n]) if n in turned else x for n, x in enumerate(inputs)]
             stage([inputs[n] for n in dynamic], padded)
             for number, buffer in fixed:
-                buffer.copy_(inputs[number], non_blocking=True)
+                if copies:
+                    buffer.copy_(inputs[number], non_blocking=True)
+                else:
+                    require_in_place(names[number], inputs[number], buffer)
 
         return stage_all
 
     def bringer(self, padded: int) -> Callable[[Tensors, int], None] | None:
         """What copies written arguments of a batch back into the call's tensors; None if there are none."""
-        if not self._written:
+        if not (self._written and self._copies):
             return None
         views = self.views(padded)
         back = [(n, views[n], self._staged[n].dim) for n in self._written]

@@ -5,7 +5,7 @@ It says what one capture is; when captures happen, and which of them serves a ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -77,7 +77,12 @@ class CapturedGraphs:
         self._counting = False
         self._inputs = {
             tuple(values.items()): CapturedInputs(
-                self.shape, max(self.sizes), values, options.pads, options.poison
+                self.shape,
+                max(self.sizes),
+                values,
+                options.pads,
+                options.poison,
+                backend.config.cudagraph_copy_inputs,
             )
             for values in plan.others
         }
@@ -111,6 +116,28 @@ class CapturedGraphs:
         nodes = split_gm.graph.find_nodes(op="placeholder")
         pairs = zip(nodes, self._entry.captured.inputs, strict=True)
         return [n for n, each in pairs if not (isinstance(each, Weight) and each.path in bound)]
+
+    def static_inputs(
+        self, size: int, others: Mapping[str, int] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The buffers that graphs of a captured size read, by parameter; a call with views of their rows copies nothing.
+
+        Args:
+            size: the captured size; a batch of fewer rows is the head of it.
+            others: the other sizes by label, where there are any.
+
+        Raises:
+            StaticGraphError: nothing is captured for them.
+        """
+        inputs = {frozenset(key): each for key, each in self._inputs.items()}
+        found = inputs.get(frozenset((others or {}).items()))
+        if found is None or not 0 < size <= max(self.sizes):
+            raise StaticGraphError(
+                "no graph has inputs of this size",
+                where=f"static_inputs({size})",
+                hint=f"captured sizes: {', '.join(map(str, self.sizes))}",
+            )
+        return found.by_name(size)
 
     # --- what is captured --------------------------------------------------------------------------
 

@@ -1,83 +1,55 @@
 """One piece, decided per batch size as sizes come: in, calls; out, the general code, a compiled size, or a captured one.
 
-It never compiles or captures a size that nobody listed.
+It never compiles or captures a size that nobody listed; a `CUDAGraphWrapper` captures, the backend's manager compiles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch.fx
 
+from piecework.codegen.structure import input_signature, structure_of
 from piecework.errors import InputError
 from piecework.runtime.batch.descriptor import BatchDescriptor
-from piecework.runtime.batch.forward_context import current_forward_context
+from piecework.runtime.batch.forward_context import (
+    ForwardContext,
+    current_forward_context,
+    override_forward_context,
+)
 from piecework.runtime.batch.mode import CUDAGraphMode
+from piecework.runtime.batch.ranges import Range
+from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.graphs.device.contract import StaticGraph
-from piecework.runtime.graphs.memory.captured_call import CapturedCall, CaptureRequest
-from piecework.runtime.graphs.memory.owner import GraphHolder, StaticGraphs
-
-Runnable = Callable[..., object]
-
-# Stands for the size of a piece that does not depend on it.
-_ANY = 0
-
-
-class LazySettings(Protocol):
-    """What the lazy policy reads of a resolved compilation configuration."""
-
-    @property
-    def compile_sizes(self) -> Iterable[int]: ...
-
-    @property
-    def cudagraph_capture_sizes(self) -> Iterable[int] | None: ...
-
-    @property
-    def cudagraph_num_of_warmups(self) -> int: ...
-
-    @property
-    def cudagraph_mode(self) -> CUDAGraphMode: ...
-
-
-class SizeCompiler(Protocol):
-    """Who compiles a piece for one size."""
-
-    def compile_for_size(
-        self, graph: torch.fx.GraphModule, args: tuple[object, ...], size: int, index: int
-    ) -> Runnable:
-        """A callable like ``graph`` for batches of exactly ``size``."""
-        ...
-
-    def all_sizes_compiled(self, index: int) -> None:
-        """Piece ``index`` has nothing left to compile."""
-        ...
+from piecework.runtime.graphs.memory.captured_call import CapturedCall
+from piecework.runtime.graphs.memory.owner import StaticGraphs
+from piecework.runtime.graphs.memory.wrapper import (
+    CUDAGraphEntry,
+    CUDAGraphOptions,
+    CUDAGraphWrapper,
+)
+from piecework.runtime.pieces.piecewise import PieceCompiler, inputs_for
 
 
 @dataclass(slots=True)
 class ConcreteSizeEntry:
-    """What is known about one listed size.
-
-    Attributes:
-        runtime_shape: the size.
-        need_to_compile: it is a compile size.
-        use_cudagraph: it is a capture size.
-        compiled: it has been compiled.
-        runnable: what runs it uncaptured.
-        num_finished_warmup: warm-up runs so far.
-        call: the capture.
-        kept: the output of a graph that serves every size, kept so that no other graph is given its memory.
-    """
+    """One listed size: its code (``runnable``, None before its first call), and what the wrapper knows of it."""
 
     runtime_shape: int
     need_to_compile: bool
     use_cudagraph: bool
+    captured: CUDAGraphEntry
     compiled: bool = False
-    runnable: Runnable | None = None
-    num_finished_warmup: int = 0
-    call: CapturedCall | None = None
-    kept: object = None
+    runnable: Callable[..., object] | None = None
+
+    @property
+    def num_finished_warmup(self) -> int:
+        return self.captured.num_finished_warmup
+
+    @property
+    def call(self) -> CapturedCall | None:
+        return self.captured.call
 
     @property
     def cudagraph(self) -> StaticGraph | None:
@@ -85,104 +57,72 @@ class ConcreteSizeEntry:
 
     @property
     def output(self) -> object:
-        """The static output, weakly referenced; None before the capture."""
-        return None if self.call is None else self.call.output
+        return self.captured.output
 
     @property
     def input_addresses(self) -> tuple[int, ...] | None:
-        """Where the captured tensors are, in the order of the arguments' leaves."""
         if self.call is None:
             return None
-        placements = (slot.placement for slot in self.call.slots)
-        return tuple(placement.address for placement in placements if placement is not None)
+        return tuple(s.placement.address for s in self.call.slots if s.placement is not None)
 
 
-class CUDAPiecewiseBackend(GraphHolder):
-    """The lazy per-size policy of one piece.
+class CUDAPiecewiseBackend(CUDAGraphWrapper):
+    """The field's lazy policy of one piece (see docs/static-graphs.md for what captures a whole model).
 
-    The first call runs the general graph. Afterwards a size nobody listed runs the general graph; a compile
-    size is compiled on its first hit; a capture size warms up, is captured, and is replayed from then on.
-    ``skip_cuda_graphs`` in the forward context bypasses capture and replay.
-
-    Args:
-        graph: the piece.
-        config: sizes, warm-ups and mode.
-        graph_pool: who owns the graphs and says when capturing is allowed (lazily, for a real lazy start).
-        piecewise_compile_index: the piece's number among those compiled.
-        total_piecewise_compiles: how many there are; the last one lets go of its output inside its capture.
-        sym_shape_indices: which arguments are the batch size; the first is read. Without any the piece does not depend on
-            it: there is nothing to compile for a size, and if any size is to be captured, one graph serves all of them.
-        compiled_graph_for_general_shape: what runs any size.
-        backend: compiles single sizes.
-        name: what errors and reports call the piece.
-        mutated_args: leaves of the arguments that the piece changes in place.
+    The first call, and any size that nobody listed, runs the general graph; a compile size is compiled at its first hit; a
+    capture size warms up, is captured, and is replayed from then on, unless the forward context skips graphs. The batch size
+    is the argument at the first of ``sym_shape_indices``; a piece without one runs its general graph.
     """
 
     def __init__(
         self,
         graph: torch.fx.GraphModule,
-        config: LazySettings,
+        config: CompilationConfig,
         graph_pool: StaticGraphs,
         piecewise_compile_index: int,
         total_piecewise_compiles: int,
-        sym_shape_indices: list[int],
-        compiled_graph_for_general_shape: Runnable,
-        backend: SizeCompiler | None = None,
-        *,
-        name: str | None = None,
-        mutated_args: frozenset[int] = frozenset(),
+        sym_shape_indices: Sequence[int],
+        compiled_graph_for_general_shape: Callable[..., object],
+        backend: PieceCompiler | None = None,
     ) -> None:
-        self.graph = graph
-        self.graphs = graph_pool
-        self.piecewise_compile_index = piecewise_compile_index
-        self.is_first_graph = piecewise_compile_index == 0
-        self.is_last_graph = piecewise_compile_index == total_piecewise_compiles - 1
-        self.sym_shape_indices = sym_shape_indices
+        is_last = piecewise_compile_index == total_piecewise_compiles - 1
+        options = CUDAGraphOptions(gc_disable=piecewise_compile_index > 0, weak_ref_output=is_last)
+        name, mode = f"piece {piecewise_compile_index}", CUDAGraphMode.PIECEWISE
+        super().__init__(self._run, config, mode, options, graph_pool, name)
+        self.graph, self.backend, self.sym_shape_indices = graph, backend, sym_shape_indices
         self.compiled_graph_for_general_shape = compiled_graph_for_general_shape
-        self.backend = backend
-        self.name = f"piece {piecewise_compile_index}" if name is None else name
-        self.mutated_args = mutated_args
-        self.num_warmups = config.cudagraph_num_of_warmups
         self.first_run_finished = False
         captures = config.cudagraph_mode.requires_piecewise_compilation()
-        compile_sizes = frozenset(config.compile_sizes) if backend is not None else frozenset()
-        capture_sizes = frozenset((config.cudagraph_capture_sizes or ()) if captures else ())
-        if not sym_shape_indices:
-            compile_sizes, capture_sizes = frozenset(), frozenset({_ANY} if capture_sizes else ())
+        compiled = set(config.compile_sizes if backend is not None else ())
+        captured = set((config.cudagraph_capture_sizes or ()) if captures else ())
         self.concrete_size_entries = {
-            size: ConcreteSizeEntry(size, size in compile_sizes, size in capture_sizes)
-            for size in sorted(compile_sizes | capture_sizes)
+            n: ConcreteSizeEntry(n, n in compiled, n in captured, self._entry(BatchDescriptor(n)))
+            for n in sorted(compiled | captured)
         }
-        # Pieces that serve all sizes share no forward that captures them, so each has a descriptor of its own.
-        self._any = BatchDescriptor(_ANY, extra=(("piece", piecewise_compile_index),))
-        self.to_be_compiled_sizes = set(compile_sizes)
-        graph_pool.register(self)
 
-    def __call__(self, *args: object) -> object:
-        if not self.first_run_finished:
-            self.first_run_finished = True
-            self._report_if_all_compiled()
-            return self.compiled_graph_for_general_shape(*args)
-        entry = self._entry(args)
+    def __call__(self, *args: object) -> object:  # type: ignore[override]
+        entry = self._listed(args) if self.first_run_finished else None
+        self.first_run_finished = True
         if entry is None:
             return self.compiled_graph_for_general_shape(*args)
-        runnable = entry.runnable
-        if runnable is None:
-            runnable = entry.runnable = self._runnable_for(entry, args)
-        context = current_forward_context()
-        if not entry.use_cudagraph or (context is not None and context.skip_cuda_graphs):
-            return runnable(*args)
-        call = entry.call
-        if call is None:
-            return self._warm_up_or_capture(entry, runnable, args)
-        if call.trusted:
-            call.replay()
-            return call.output
-        return call(runnable, args, {})
+        entry.runnable = entry.runnable or self._code_of(entry)
+        context = current_forward_context() or ForwardContext()
+        if not entry.use_cudagraph or context.skip_cuda_graphs:
+            return entry.runnable(*args)
+        shape = entry.captured.batch_descriptor
+        with override_forward_context(
+            replace(context, cudagraph_runtime_mode=self.runtime_mode, batch_descriptor=shape)
+        ):
+            return super().__call__(*args)
 
-    def _entry(self, args: tuple[object, ...]) -> ConcreteSizeEntry | None:
+    def _run(self, *args: object) -> object:
+        entry = self._listed(args)
+        assert entry is not None and entry.runnable is not None
+        return entry.runnable(*args)
+
+    def _listed(self, args: Sequence[object]) -> ConcreteSizeEntry | None:
         if not self.sym_shape_indices:
-            return self.concrete_size_entries.get(_ANY)
+            return None
         index = self.sym_shape_indices[0]
         size = args[index] if index < len(args) else None
         if not isinstance(size, int):
@@ -193,53 +133,21 @@ class CUDAPiecewiseBackend(GraphHolder):
             )
         return self.concrete_size_entries.get(size)
 
-    def _runnable_for(self, entry: ConcreteSizeEntry, args: tuple[object, ...]) -> Runnable:
-        if not entry.need_to_compile or self.backend is None:
+    def _code_of(self, entry: ConcreteSizeEntry) -> Callable[..., object]:
+        if self.backend is None or not entry.need_to_compile:
             return self.compiled_graph_for_general_shape
-        compiled = self.backend.compile_for_size(
-            self.graph, args, entry.runtime_shape, self.piecewise_compile_index
-        )
+        only = Range(entry.runtime_shape, entry.runtime_shape)
         entry.compiled = True
-        self.to_be_compiled_sizes.discard(entry.runtime_shape)
-        self._report_if_all_compiled()
-        return compiled
-
-    def _report_if_all_compiled(self) -> None:
-        if self.backend is not None and not self.to_be_compiled_sizes:
-            self.backend.all_sizes_compiled(self.piecewise_compile_index)
-
-    def _warm_up_or_capture(
-        self, entry: ConcreteSizeEntry, runnable: Runnable, args: tuple[object, ...]
-    ) -> object:
-        if entry.num_finished_warmup < self.num_warmups:
-            entry.num_finished_warmup += 1
-            return runnable(*args)
-        request = CaptureRequest(
-            self.name,
-            CUDAGraphMode.PIECEWISE,
-            self._descriptor(entry.runtime_shape),
-            collect_garbage=self.is_first_graph,
-            weak_output=self.is_last_graph and entry.runtime_shape != _ANY,
-            mutated_args=self.mutated_args,
-        )
-        entry.call, output = CapturedCall.make(runnable, args, {}, request, self.graphs)
-        if entry.runtime_shape == _ANY:
-            entry.kept = output
-        return output
+        return self.backend.compiler_manager.compile(
+            self.graph,
+            inputs_for(self.graph, only, self.backend.batch_symbol),
+            only,
+            structure=structure_of(self.graph, describe_input=input_signature),
+            submod_name=self.name,
+        ).runnable
 
     def discard(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
-        if mode is not CUDAGraphMode.PIECEWISE or descriptor != self._descriptor(
-            descriptor.num_tokens
-        ):
-            return
+        super().discard(mode, descriptor)
         entry = self.concrete_size_entries.get(descriptor.num_tokens)
-        if entry is not None and entry.call is not None:
-            entry.call.reset()
-            entry.call = entry.kept = None
-
-    def clear_graphs(self) -> None:
-        for size in self.concrete_size_entries:
-            self.discard(CUDAGraphMode.PIECEWISE, self._descriptor(size))
-
-    def _descriptor(self, size: int) -> BatchDescriptor:
-        return self._any if size == _ANY else BatchDescriptor(size)
+        if entry is not None and entry.captured.batch_descriptor == descriptor:
+            entry.captured = self._entry(descriptor)

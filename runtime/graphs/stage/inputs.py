@@ -42,6 +42,7 @@ class StaticInputs:
         kernel: "triton" stages everything in one launch, "reference" with one copy and one fill per input;
             "auto" is Triton on CUDA and the reference elsewhere.
         poison: pad floating inputs with NaN, to find out what reads beyond the batch (debugging).
+        copies: copy what is staged; else it must lie in the buffers already, and only their tails are filled.
 
     Raises:
         ConfigError: the declarations do not fit the buffers.
@@ -56,6 +57,7 @@ class StaticInputs:
     buffers: Sequence[torch.Tensor]
     kernel: Kernel = "auto"
     poison: bool = False
+    copies: bool = True
     _slots: tuple[Slot, ...] = field(init=False)
     _plans: dict[tuple[int, tuple[int, ...]], _Plan] = field(init=False, default_factory=dict)
     _checked: dict[tuple[object, ...], _Plan] = field(init=False, default_factory=dict)
@@ -88,6 +90,7 @@ class StaticInputs:
         device: torch.device | str | None = None,
         kernel: Kernel = "auto",
         poison: bool = False,
+        copies: bool = True,
     ) -> StaticInputs:
         """Buffers shaped like ``examples``, with ``maximum`` in each dynamic dimension.
 
@@ -96,7 +99,7 @@ class StaticInputs:
             maximum: the largest captured size.
             specs: dynamic dimension and padding by name; dimension 0 and 0 for inputs not listed.
             device: where the buffers are; the examples' own devices by default.
-            kernel, poison: as for the class.
+            kernel, poison, copies: as for the class.
 
         Raises:
             ConfigError: a spec names no example, or does not fit it.
@@ -117,7 +120,7 @@ class StaticInputs:
             where = example.device if device is None else device
             with torch.inference_mode(False):
                 buffers.append(torch.zeros(shape, dtype=example.dtype, device=where))
-        return cls(chosen, buffers, kernel, poison)
+        return cls(chosen, buffers, kernel, poison, copies)
 
     def register(self, book: AddressBook) -> None:
         """Vouch for the buffers, so that captured pieces may read them in place."""
@@ -161,7 +164,8 @@ class StaticInputs:
         """Copy ``tensors`` into the buffers, pad to ``padded``, and return the static tensors.
 
         Raises:
-            InputError: an input has another dtype or shape, or does not fit; the message says the sizes.
+            InputError: an input has another dtype or shape, or does not fit; the message says the sizes. Or it lies elsewhere,
+                and nothing is copied.
         """
         signature = (
             padded,
@@ -170,13 +174,17 @@ class StaticInputs:
         plan = self._checked.get(signature)
         if plan is None:
             plan = self._checked[signature] = self._check(tensors, padded)
-        if self._launcher is not None and self._launcher.fits(tensors, plan.counts):
+        if not self.copies:
+            for slot, head, tensor in zip(self._slots, plan.heads, tensors, strict=True):
+                require_in_place(slot.spec.name, tensor, head)
+        elif self._launcher is not None and self._launcher.fits(tensors, plan.counts):
             self._launcher.launch(tensors, plan.counts[0], padded)
             return plan.static
         for head, tail, slot, tensor in zip(
             plan.heads, plan.tails, self._slots, tensors, strict=True
         ):
-            head.copy_(tensor, non_blocking=True)
+            if self.copies:
+                head.copy_(tensor, non_blocking=True)
             if tail is not None:
                 tail.fill_(slot.pad)
         return plan.static
@@ -218,3 +226,13 @@ class StaticInputs:
             rest = padded - count
             tails.append(view.narrow(slot.dim, count, rest) if rest else None)
         return _Plan(counts, static, tuple(heads), tuple(tails))
+
+
+def require_in_place(name: str, tensor: torch.Tensor, static: torch.Tensor) -> None:
+    """Refuse an input that is not ``static``, where nothing is copied."""
+    if tensor.data_ptr() != static.data_ptr() or tensor.stride() != static.stride():
+        raise InputError(
+            "does not lie in its static buffer, and inputs are not copied",
+            where=f"input {name}",
+            hint="write into static_graphs.static_inputs(size) and pass views of it, or set cudagraph_copy_inputs",
+        )

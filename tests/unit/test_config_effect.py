@@ -1,0 +1,210 @@
+"""No setting does nothing: each field is read where something goes by it, or its idle value is refused with a reason."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import piecework
+from piecework.errors import ConfigError, InputError, StaticGraphError
+from piecework.runtime.config.compilation import (
+    CompilationConfig,
+    DynamicShapesConfig,
+    PassConfig,
+    RuntimeConfig,
+    StitchingConfig,
+)
+from piecework.runtime.config.resolve import WITHOUT_EFFECT
+from piecework.runtime.pieces.backend import piecework_dynamo_backend
+
+RUNTIME = Path(piecework.__file__).parent / "runtime"
+MODELS = (CompilationConfig, PassConfig, DynamicShapesConfig, StitchingConfig, RuntimeConfig)
+# What holds a model in the code that reads it; a field of another object may have the same name (a tensor's dtype).
+HOLDERS = {
+    CompilationConfig: {"config", "settled", "resolved"},
+    PassConfig: {"pass_config", "wish"},
+    DynamicShapesConfig: {"dynamic_shapes_config"},
+    StitchingConfig: {"stitching_config", "levers"},
+    RuntimeConfig: {"runtime", "runtime_config", "limits"},
+}
+# What the configuration itself goes by, and where a test shows it.
+BOUNDS_ANOTHER_FIELD = {
+    "world_size": "rank and tensor_parallel_size; it is in the key (test_config, test_config_hash)",
+    "data_parallel_size": "dp_rank (test_config)",
+}
+
+
+@cache
+def reads(path: Path) -> frozenset[tuple[str, str]]:
+    """Every ``holder.name`` of a file, the holder by the last part of its own name."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            holder = node.value
+            name = getattr(holder, "attr", None) or getattr(holder, "id", None)
+            found.add((str(name), node.attr))
+    return frozenset(found)
+
+
+def outside(model: type) -> set[str]:
+    """Names that are read of a holder of ``model`` in runtime/, the room of the configuration left out."""
+    files = [p for p in RUNTIME.rglob("*.py") if RUNTIME / "config" not in p.parents]
+    pairs = frozenset().union(*map(reads, files))
+    return {name for holder, name in pairs if holder.lstrip("_") in HOLDERS[model]}
+
+
+def given_on(model: type) -> dict[str, set[str]]:
+    """Methods and properties of ``model`` and what they read of ``self``, by the field that is read."""
+    found: dict[str, set[str]] = {}
+    for file in (RUNTIME / "config").glob("*.py"):
+        for cls in ast.walk(ast.parse(file.read_text())):
+            if not (isinstance(cls, ast.ClassDef) and cls.name == model.__name__):
+                continue
+            for method in (each for each in cls.body if isinstance(each, ast.FunctionDef)):
+                for node in ast.walk(method):
+                    if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "self":
+                        found.setdefault(node.attr, set()).add(method.name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model", "field"), [(model, field) for model in MODELS for field in model.model_fields]
+)
+def test_every_field_is_read_or_refused(model: type, field: str) -> None:
+    if field in WITHOUT_EFFECT or field in BOUNDS_ANOTHER_FIELD:
+        return
+    faces = given_on(model).get(field, set()) - {"conflicts", "hash_factors"}
+    assert {field, *faces} & outside(model), f"nothing reads {model.__name__}.{field}"
+
+
+@pytest.mark.parametrize("field", WITHOUT_EFFECT)
+def test_a_value_without_effect_is_refused_with_a_reason(field: str) -> None:
+    value, reason = WITHOUT_EFFECT[field]
+    assert getattr(CompilationConfig(), field) != value
+    with pytest.raises(ConfigError, match="no effect") as caught:
+        CompilationConfig(**{field: value})
+    (problem,) = caught.value.problems
+    assert problem.field == field and reason in problem.message
+
+
+class Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * scale
+
+
+def captured(**fields: object) -> piecework.StitchedModule:
+    x, scale = torch.randn(3, 4), torch.ones(1)
+    torch._dynamo.mark_dynamic(x, 0)
+    made = piecework.compile(Linear(), (x, scale), config={"backend": "eager", **fields})
+    made.capture([2, 4], progress=False, estimate=False)
+    return made
+
+
+def test_inputs_that_are_not_copied_lie_in_the_buffers() -> None:
+    made = captured(cudagraph_copy_inputs=False)
+    buffers = made.static_graphs.static_inputs(4)
+    assert list(buffers) == ["x", "scale"]
+    buffers["x"].normal_()
+    buffers["scale"].fill_(3)
+    kept = buffers["x"].clone()
+    for rows in (4, 3):
+        x = buffers["x"][:rows]
+        torch.testing.assert_close(made(x, buffers["scale"]), made.model(x, buffers["scale"]))
+    assert (
+        buffers["x"][:3].equal(kept[:3]) and not buffers["x"][3:].any()
+    )  # only the tail is filled
+    assert {row.mode for row in made.call_report()} == {"PIECEWISE"}
+    with pytest.raises(InputError, match="does not lie in its static buffer"):
+        made(torch.randn(4, 4), buffers["scale"])
+    with pytest.raises(InputError, match="scale"):
+        made(buffers["x"], torch.ones(1))
+    with pytest.raises(StaticGraphError, match="captured sizes: 2, 4"):
+        made.static_graphs.static_inputs(5)
+    assert made(torch.randn(5, 4), torch.ones(1)).shape == (5, 4)  # no graph serves it
+
+
+def test_inputs_are_copied_by_default() -> None:
+    made = captured()
+    x, scale = torch.randn(4, 4), torch.full((1,), 2.0)
+    torch.testing.assert_close(made(x, scale), made.model(x, scale))
+    assert made.static_graphs.static_inputs(4)["x"].equal(x)
+
+
+def test_torch_compile_refuses_what_it_can_not_capture() -> None:
+    compiled = torch.compile(
+        nn.Linear(4, 4),
+        backend=piecework_dynamo_backend,
+        options={"backend": "eager", "cudagraph_mode": "PIECEWISE"},
+    )
+    with pytest.raises(Exception, match=r"cudagraph_mode PIECEWISE would have no effect"):
+        compiled(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        ("bfloat16", "the program's dtype is bfloat16, and the model's weights are torch.float32"),
+        ("float33", "torch has no dtype 'float33'"),
+        ("nn", "torch has no dtype 'nn'"),
+    ],
+)
+def test_a_dtype_that_no_weight_has_is_refused(dtype: str, message: str) -> None:
+    def compile_as(dtype: str) -> object:
+        runtime = RuntimeConfig(dtype=dtype)
+        x = torch.randn(3, 4)
+        return piecework.compile(
+            nn.Linear(4, 4), (x,), config={"backend": "eager"}, runtime_config=runtime
+        )
+
+    with piecework.counters.expect(num_graphs_seen=0), pytest.raises(ConfigError, match=message):
+        compile_as(dtype)
+    compile_as("float32")
+    compile_as("")
+
+
+def test_the_models_name_is_the_backends() -> None:
+    config = CompilationConfig(backend="eager")
+    assert config.init_backend(RuntimeConfig(model_name="served")).prefix == "served"
+    assert config.init_backend(RuntimeConfig(model_name="served"), prefix="mine").prefix == "mine"
+
+
+def test_attention_stays_inside_only_where_it_is_known() -> None:
+    fused = {"backend": "eager", "pass_config": {"fuse_attn_quant": True}}
+    with pytest.raises(ConfigError, match="which splitting ops are attention"):
+        piecework.compile(nn.Linear(4, 4), (torch.randn(3, 4),), config=fused)
+    piecework.compile(nn.Linear(4, 4), (torch.randn(3, 4),), config={**fused, "splitting_ops": []})
+
+
+@torch.library.custom_op("config_effect::double", mutates_args=())
+def double(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+@double.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+@pytest.mark.parametrize("name", ["double", "config_effect::double"])
+def test_a_graph_is_held_to_the_rules_for_custom_ops(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def compile_with(*rules: str) -> object:
+        config = {"backend": "eager", "custom_ops": list(rules)}
+        return piecework.compile(lambda x: double(x) + 1, (torch.randn(3, 4),), config=config)
+
+    with pytest.raises(ConfigError, match=f"rule '-{name}' switches a custom op off"):
+        compile_with("all", f"-{name}")
+    compile_with(f"+{name}")
+    assert not [r for r in caplog.records if "no effect" in r.getMessage()]
+    compile_with("-relu")
+    assert "custom op rule '-relu' has no effect" in caplog.text
