@@ -135,18 +135,6 @@ class PieceworkBackend:
         """The compiled form of each piece and batch range as bytes; equal ones once.
 
         Raises:
-            BindError: the compiler makes nothing that can be kept.
-        """
-        artifacts = StandaloneCompiledArtifacts()
-        for name, piece in self.backends.items():
-            for compile_range, data in piece.to_bytes().items():
-                artifacts.insert(name, str(compile_range or "all"), data)
-        return artifacts
-
-    def collect_standalone_compile_artifacts(self) -> StandaloneCompiledArtifacts:
-        """The compiled form of each piece and batch range as bytes; equal ones once.
-
-        Raises:
             BindError: nothing is compiled yet, or the compiler makes nothing that can be kept.
         """
         artifacts = StandaloneCompiledArtifacts()

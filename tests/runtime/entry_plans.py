@@ -37,7 +37,7 @@ from piecework.codegen.entry_plan import (
     WatchedObject,
 )
 from piecework.runtime import torch_compat
-from piecework.runtime.example_call import example_call
+from piecework.runtime.call.example_call import example_call
 
 CPU = torch.device("cpu")
 SYMBOLS = {"s0": 4, "s1": 6, "rows": 3}

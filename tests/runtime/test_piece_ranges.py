@@ -214,7 +214,7 @@ def test_inductor_compiles_sizes_and_ranges() -> None:
         assert list(kept) == list(stitched.program.compile_ranges)
         assert all(kept.values())
     artifacts = stitched.backend.collect_standalone_compile_artifacts()
-    assert artifacts.submodule_names() == tuple(stitched.backend.backends)
+    assert artifacts.submodule_names() == tuple(stitched.program.backends)
     ranges = list(map(str, stitched.backend.compile_ranges))
     assert artifacts.num_entries() == len(artifacts.submodule_names()) * len(ranges)
     artifacts.load_all(torch_compat.artifact_from_bytes)

@@ -82,7 +82,7 @@ class CapturedGraphs:
                 values,
                 options.pads,
                 options.poison,
-                backend.config.cudagraph_copy_inputs,
+                program.config.cudagraph_copy_inputs,
             )
             for values in plan.others
         }
