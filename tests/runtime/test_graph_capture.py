@@ -294,7 +294,7 @@ def test_progress_on_a_terminal():
     text = console.file.getvalue()
     assert "2/2" in text
     assert "PIECEWISE tokens=1" in text
-    assert not watcher._bar.is_shown
+    assert watcher._bar._bar is None
 
 
 def rendered(table):

@@ -193,11 +193,6 @@ class CapturedCall:
         self._replay(leaves)
         return self.output
 
-    @property
-    def static_inputs(self) -> dict[int, torch.Tensor]:
-        """The static stand-ins of staged arguments, by leaf; every other leaf is read where it was at capture."""
-        return {member.leaf: member.static for copy in self.copies for member in copy.members}
-
     def _replay(self, leaves: Sequence[object]) -> None:
         for copy in self.copies:
             copy.stage(leaves)
