@@ -24,7 +24,7 @@ from piecework.runtime.cache.explanation import (
     read_factors_file,
     saved_keys,
 )
-from piecework.runtime.cache.safety import default_root
+from piecework.runtime.cache.safety import default_root, signing_key
 from piecework.runtime.cache.survey import EntrySummary, list_entries, verify_cache
 
 cache_app = typer.Typer(
@@ -123,7 +123,10 @@ def explain(
 def verify(
     cache_dir: CacheDir = None,
     hmac_key_file: Annotated[
-        Path | None, typer.Option(help="The secret that entries are signed with, as raw bytes.")
+        Path | None,
+        typer.Option(
+            help="The secret that entries are signed with, as raw bytes; default: $PIECEWORK_CACHE_KEY_FILE."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -233,7 +236,7 @@ def _find(keys: tuple[SavedKey, ...], beginning: str) -> SavedKey:
 
 def _read_key(path: Path | None) -> bytes | None:
     if path is None:
-        return None
+        return signing_key()
     try:
         return path.read_bytes()
     except OSError as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import assert_never
 
 import torch.fx
 
@@ -157,6 +158,10 @@ class _Planner:
         self, index: int, number: int, buffer: Buffer, leaves: tuple[ir.Expr, ...]
     ) -> ir.Stmt:
         submod = self.source.submod_names[index]
+        if self.facts.policy != "copy":
+            raise EmitError(
+                f"address policy {self.facts.policy!r} stages nothing, and {submod} has buffers"
+            )
         values = tuple(leaves[leaf] for leaf in buffer.leaves)
         note = f"fresh tensor: address policy {self.facts.policy!r} stages it for {submod}"
         if buffer.plain:
@@ -224,6 +229,8 @@ def _reads(stmt: ir.CallSubmod, facts: PieceFacts, leaves: tuple[ir.Expr, ...]) 
                 owners.setdefault("staged", []).append(getattr(leaf, "id", "a constant"))
             case InPlace() | Frozen():
                 pass
+            case _:
+                assert_never(read)
     shown = [f"{owner}: {', '.join(names)}" for owner, names in owners.items() if owner != "weight"]
     weights = len(owners.get("weight", ()))
     shown += [f"{weights} weight{'s' * (weights != 1)}"] if weights else []
@@ -290,5 +297,7 @@ def _rows(plan: _Planner) -> Iterator[str]:
             case HeldInput():
                 kind = "persistent buffer" if name in plan.facts.staged else "weight"
                 yield f"{name}: {kind}"
+            case _:
+                assert_never(held)
     for piece, names in outputs.items():
         yield f"{', '.join(names)}: output of {submods[piece]}"

@@ -11,6 +11,7 @@ import copy
 import operator
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import assert_never
 
 import torch.fx
 
@@ -258,6 +259,8 @@ class _Checker:
                     self._check_place(stmt, index, leaf, read)
                 case Frozen():
                     self._check_frozen(stmt, piece, index, read)
+                case _:
+                    assert_never(read)
 
     def _check_place(self, stmt: ast.stmt, index: int, leaf: ast.expr, read: InPlace) -> None:
         name = leaf.id if isinstance(leaf, ast.Name) else None

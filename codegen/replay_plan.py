@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from piecework.codegen import ir
 
@@ -43,6 +44,9 @@ class Frozen:
 
     value: object
 
+
+Policy = Literal["copy", "refuse", "eager"]
+"""What becomes of a fresh tensor that enters a captured piece; only ``copy`` has buffers."""
 
 Read = InPlace | Staged | Frozen
 
@@ -104,7 +108,7 @@ class ReplayFacts:
 
     title: str
     tokens: int
-    policy: str
+    policy: Policy
     staged: tuple[str, ...]
     sizes: Mapping[str, int]
     places: Mapping[str, Hashable]

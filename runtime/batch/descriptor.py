@@ -6,7 +6,7 @@ It never pads or rounds: the dispatcher chooses which descriptor a batch runs as
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from piecework.runtime.batch.mode import CUDAGraphMode
 
@@ -33,18 +33,6 @@ class BatchDescriptor:
     has_lora: bool = False
     num_active_loras: int = 0
     extra: Axes = ()
-
-    def relaxed(self) -> BatchDescriptor:
-        """The same batch for a graph that reads neither the number of requests nor uniformity.
-
-        Piecewise graphs are keyed by it: their pieces hold no attention, so only the tokens count.
-        """
-        return replace(self, num_reqs=None, uniform=False)
-
-    def with_axes(self, **axes: Hashable) -> BatchDescriptor:
-        """The same batch with further axes, in an order that does not depend on the caller's."""
-        merged = dict(self.extra) | axes
-        return replace(self, extra=tuple(sorted(merged.items(), key=lambda pair: pair[0])))
 
     def describe(self) -> str:
         """A short text for reports and errors, only what differs from the default.

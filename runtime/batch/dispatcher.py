@@ -9,7 +9,6 @@ import enum
 from bisect import bisect_left
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from piecework.errors import InputError, StaticGraphError
 from piecework.runtime.batch.descriptor import Axes, BatchDescriptor, BatchKind
@@ -70,45 +69,6 @@ class Dispatch:
     is_fallback: bool = False
 
 
-class PassSettings(Protocol):
-    """What the dispatcher reads of the configuration of passes."""
-
-    @property
-    def enable_sp(self) -> bool: ...
-
-
-class DispatchSettings(Protocol):
-    """What the dispatcher reads of a resolved compilation configuration."""
-
-    @property
-    def cudagraph_mode(self) -> CUDAGraphMode: ...
-
-    @property
-    def cudagraph_capture_sizes(self) -> Sequence[int] | None: ...
-
-    @property
-    def cudagraph_specialize_lora(self) -> bool: ...
-
-    @property
-    def pass_config(self) -> PassSettings: ...
-
-
-class BatchLimits(Protocol):
-    """What the dispatcher reads of the run-time configuration."""
-
-    @property
-    def max_num_seqs(self) -> int: ...
-
-    @property
-    def query_lens(self) -> tuple[int, ...]: ...
-
-    @property
-    def tensor_parallel_size(self) -> int: ...
-
-    @property
-    def enable_lora(self) -> bool: ...
-
-
 class CudagraphDispatcher(CapturedKeys):
     """The captured shapes of one model, and which of them a batch runs as.
 
@@ -153,28 +113,6 @@ class CudagraphDispatcher(CapturedKeys):
             decode_multiple_of=decode_multiple_of,
             lora=lora,
             axes=axes,
-        )
-
-    @classmethod
-    def from_config(
-        cls,
-        config: DispatchSettings,
-        limits: BatchLimits,
-        *,
-        lora_counts: tuple[int, ...] = (),
-        axes: Mapping[str, Sequence[Hashable]] | None = None,
-        strict: bool = False,
-    ) -> CudagraphDispatcher:
-        """The dispatcher of a resolved configuration."""
-        return cls(
-            config.cudagraph_mode,
-            config.cudagraph_capture_sizes or (),
-            max_num_seqs=limits.max_num_seqs,
-            uniform_decode_query_len=limits.query_lens,
-            decode_multiple_of=limits.tensor_parallel_size if config.pass_config.enable_sp else 1,
-            lora=LoraCases(limits.enable_lora, config.cudagraph_specialize_lora, lora_counts),
-            axes=axes,
-            strict=strict,
         )
 
     def initialize_cudagraph_keys(

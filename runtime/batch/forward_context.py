@@ -131,8 +131,3 @@ def get_forward_context() -> ForwardContext:
 def current_forward_context() -> ForwardContext | None:
     """The current context, or None; one look-up, for the paths that run once per piece."""
     return _CURRENT.get()
-
-
-def is_forward_context_available() -> bool:
-    """Whether a context is current."""
-    return _CURRENT.get() is not None

@@ -90,10 +90,6 @@ class CUDAGraphMode(enum.Enum):
         """Whether the graph must be split for this mode to be possible."""
         return self.has_mode(CUDAGraphMode.PIECEWISE)
 
-    def has_full_cudagraphs(self) -> bool:
-        """Whether some batch runs as one full graph."""
-        return self.has_mode(CUDAGraphMode.FULL)
-
     def is_runtime_mode(self) -> bool:
         """Whether one forward can run in it (NONE, PIECEWISE and FULL can)."""
         return not self.separate_routine()

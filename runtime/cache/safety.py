@@ -57,6 +57,24 @@ def cache_disabled(environ: Mapping[str, str] | None = None) -> bool:
     return value.strip().lower() not in ("", "0", "false", "no", "off")
 
 
+def signing_key(environ: Mapping[str, str] | None = None) -> bytes | None:
+    """The secret in the file that ``PIECEWORK_CACHE_KEY_FILE`` names, which signs manifests; None where it is unset or empty.
+
+    Raises:
+        CacheError: the file can't be read.
+    """
+    env = os.environ if environ is None else environ
+    path = env.get("PIECEWORK_CACHE_KEY_FILE", "")
+    try:
+        return Path(path).read_bytes() if path else None
+    except OSError as error:
+        raise CacheError(
+            f"the key that signs the cache can't be read: {error.strerror}",
+            where=path,
+            hint="PIECEWORK_CACHE_KEY_FILE names a file that holds the secret as raw bytes",
+        ) from error
+
+
 def resolve_root(root: str | os.PathLike[str]) -> Path:
     """Return the real, absolute path of `root` after checking it and all that leads to it.
 

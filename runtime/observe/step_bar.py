@@ -47,11 +47,6 @@ class StepBar:
         self._total = 0
         self._done = 0
 
-    @property
-    def is_shown(self) -> bool:
-        """Whether a bar is on the screen now."""
-        return self._bar is not None
-
     def started(self, total: int, **fields: str) -> None:
         """``total`` steps lie ahead."""
         self._total, self._done = total, 0

@@ -37,6 +37,7 @@ from piecework.runtime.cache.collect import (
     source_factors,
     tree_digest,
 )
+from piecework.runtime.cache.safety import signing_key
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.config.hash import factors_of
 from piecework.runtime.counters import counters
@@ -205,7 +206,7 @@ def open_piece_cache(
         runtime_config: the program's limits; its ranks are part of the path.
 
     Raises:
-        CacheError: the cache directory is not safe to use.
+        CacheError: the cache directory is not safe to use, or the key that signs it can't be read.
     """
     off = disabled or cache_disabled()
     runtime = RuntimeConfig() if runtime_config is None else runtime_config
@@ -217,6 +218,7 @@ def open_piece_cache(
         runtime.rank,
         runtime.dp_rank,
         tag,
+        hmac_key=None if factors is None else signing_key(),
         disabled=factors is None,
     )
     sizes = torch_compat.shape_env_of((*inputs, *(value_of(node) for node in graph.graph.nodes)))

@@ -221,8 +221,8 @@ def test_what_is_captured_piecewise_first_largest_first():
 def test_extra_axes():
     d = dispatcher(PIECEWISE, sizes=(2,), axes={"image": (False, True)})
     assert len(d.cudagraph_keys[PIECEWISE]) == 2
-    assert d.dispatch(1)[1] == BatchDescriptor(2).with_axes(image=False)
-    assert d.dispatch(1, axes={"image": True})[1] == BatchDescriptor(2).with_axes(image=True)
+    assert d.dispatch(1)[1] == BatchDescriptor(2, extra=(("image", False),))
+    assert d.dispatch(1, axes={"image": True})[1] == BatchDescriptor(2, extra=(("image", True),))
     assert d.explain(1, axes={"image": "both"}).reason is Reason.AXIS
     with pytest.raises(InputError, match=r"no descriptor axis sound.*declared axes: image"):
         d.dispatch(1, axes={"sound": True})
@@ -288,7 +288,13 @@ def test_starting_over_with_less():
 def test_from_configuration():
     config = CompilationConfig(cudagraph_mode="FULL_AND_PIECEWISE")
     limits = RuntimeConfig(max_num_seqs=8, max_num_batched_tokens=64, enable_lora=True)
-    d = CudagraphDispatcher.from_config(config.resolve(limits), limits)
+    d = CudagraphDispatcher(
+        config.cudagraph_mode,
+        config.resolve(limits).cudagraph_capture_sizes,
+        max_num_seqs=limits.max_num_seqs,
+        uniform_decode_query_len=limits.query_lens,
+        lora=LoraCases(limits.enable_lora, config.cudagraph_specialize_lora, ()),
+    )
     assert d.capture_sizes == (1, 2, 4, 8, 16)
     assert d.bs_to_padded_graph_size == (1, 1, 2, 4, 4, 8, 8, 8, 8, *[16] * 8)
     assert d.dispatch(5, True, True, 2) == (FULL, BatchDescriptor(8, 8, True, True, 0))

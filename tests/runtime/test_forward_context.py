@@ -13,7 +13,6 @@ from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.forward_context import (
     current_forward_context,
     get_forward_context,
-    is_forward_context_available,
     override_forward_context,
     set_forward_context,
 )
@@ -21,7 +20,7 @@ from piecework.runtime.batch.mode import CUDAGraphMode
 
 
 def test_there_is_none_at_first():
-    assert not is_forward_context_available()
+    assert current_forward_context() is None
     assert current_forward_context() is None
     with pytest.raises(InputError, match=r"no forward context is set.*Hint: call the model inside"):
         get_forward_context()
@@ -43,7 +42,7 @@ def test_what_was_set_is_seen():
         assert context.batch_descriptor == BatchDescriptor(4)
         assert context.skip_cuda_graphs
         assert context.state is state
-    assert not is_forward_context_available()
+    assert current_forward_context() is None
 
 
 def test_defaults():
@@ -61,7 +60,7 @@ def test_nested_and_back_after_an_error():
             raise KeyError
         assert get_forward_context().attn_metadata == "outer"
         with override_forward_context(None):
-            assert not is_forward_context_available()
+            assert current_forward_context() is None
         assert get_forward_context().attn_metadata == "outer"
 
 

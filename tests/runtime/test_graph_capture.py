@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from piecework.errors import StaticGraphError
+from piecework.errors import ConfigError, StaticGraphError
 from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.dispatcher import CudagraphDispatcher
 from piecework.runtime.batch.forward_context import get_forward_context, set_forward_context
@@ -294,7 +294,7 @@ def test_progress_on_a_terminal():
     text = console.file.getvalue()
     assert "2/2" in text
     assert "PIECEWISE tokens=1" in text
-    assert not watcher._bar.is_shown
+    assert watcher._bar._bar is None
 
 
 def rendered(table):
@@ -437,3 +437,20 @@ def test_descriptors_of_one_size_are_kept_apart():
     kinds = {(mode, kind.uniform) for mode, kind in estimate.models}
     assert kinds == {(PIECEWISE, False), (FULL, True)}
     assert BatchDescriptor(4, 4, True) in {key[1] for key, _ in estimate.rows}
+
+
+def test_an_unknown_policy_is_refused_where_it_is_given():
+    with pytest.raises(ConfigError, match="no failure policy 'ignore'") as caught:
+        capture_graphs(print, [], StaticGraphs("cpu"), on_failure="ignore")
+    assert "'raise', 'uncaptured'" in str(caught.value)
+    assert FailurePolicy.parse("uncaptured") is FailurePolicy.UNCAPTURED
+    assert [each.raises for each in FailurePolicy] == [True, False]
+
+
+def test_a_policy_that_nothing_knows_of_does_not_copy():
+    graphs = StaticGraphs("cpu", lazy=True)
+    graphs.address_policy = "no policy"
+    wrapper = CUDAGraphWrapper(lambda x: x + 1, None, FULL, graphs=graphs)
+    context = set_forward_context(cudagraph_runtime_mode=FULL, batch_descriptor=BatchDescriptor(2))
+    with context, pytest.raises(AssertionError, match="no policy"):
+        wrapper(torch.zeros(2))

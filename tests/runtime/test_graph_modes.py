@@ -36,7 +36,7 @@ def test_mode(row):
     assert mode.separate_routine() is separate
     assert mode.without_piecewise() is without
     assert mode.requires_piecewise_compilation() is requires
-    assert mode.has_full_cudagraphs() is full
+    assert mode.has_mode(FULL) is full
     assert mode.is_runtime_mode() is not separate
     for single in (NONE, PIECEWISE, FULL):
         assert mode.has_mode(single) is (single in (decode, mixed))
@@ -76,20 +76,6 @@ def test_descriptor_is_frozen_hashable_and_has_the_fields_defaults():
     assert descriptor in {BatchDescriptor(8)}
     with pytest.raises(dataclasses.FrozenInstanceError):
         descriptor.num_tokens = 4
-
-
-def test_relaxed_keeps_what_a_piece_depends_on():
-    full = BatchDescriptor(8, 4, True, True, 2, (("image", True),))
-    assert full.relaxed() == BatchDescriptor(8, None, False, True, 2, (("image", True),))
-
-
-def test_axes_do_not_depend_on_their_order():
-    one = BatchDescriptor(8).with_axes(a=1, b=2)
-    other = BatchDescriptor(8).with_axes(b=2).with_axes(a=1)
-    assert one == other
-    assert hash(one) == hash(other)
-    assert one != BatchDescriptor(8)
-    assert one.with_axes(a=3) != one
 
 
 def test_describe():

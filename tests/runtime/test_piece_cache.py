@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import piecework
+from piecework.errors import CacheError
 from piecework.runtime.cache import list_entries
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.pieces.backend import PieceworkBackend
@@ -409,3 +410,26 @@ def test_texts_lie_beside_the_artifacts(own_compile_cache: Path) -> None:
     assert (text.parent / "computation_graph.py").read_text()
     assert len(list(list_entries(own_compile_cache))) == 1
     shutil.rmtree(own_compile_cache)
+
+
+def test_a_key_file_signs_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def signature(name: str) -> object:
+        entry = opened(cache_dir=tmp_path / "cache").entry
+        before = entry.get(name)
+        assert entry.put(name, b"bytes") and entry.directory is not None
+        return before, json.loads((entry.directory / "manifest.json").read_text())["hmac"]
+
+    secret, other = tmp_path / "secret", tmp_path / "other"
+    secret.write_bytes(b"s" * 32)
+    other.write_bytes(b"o" * 32)
+    monkeypatch.delenv("PIECEWORK_CACHE_KEY_FILE", raising=False)
+    assert signature("a") == (None, None)
+    monkeypatch.setenv("PIECEWORK_CACHE_KEY_FILE", str(secret))
+    before, signed = signature("a")
+    assert before is None and signed is not None
+    assert signature("a") == (b"bytes", signed)
+    monkeypatch.setenv("PIECEWORK_CACHE_KEY_FILE", str(other))
+    assert signature("a")[0] is None
+    monkeypatch.setenv("PIECEWORK_CACHE_KEY_FILE", str(tmp_path / "gone"))
+    with pytest.raises(CacheError, match="can't be read"):
+        opened(cache_dir=tmp_path / "cache")

@@ -25,11 +25,6 @@ class ValueOrigin(enum.Enum):
     OUT_BUFFER = "out-buffer"
     FRESH = "fresh tensor"
 
-    @property
-    def stays(self) -> bool:
-        """Whether the value is at the same address at every replay."""
-        return self is not ValueOrigin.FRESH
-
 
 class AddressPolicy(enum.Enum):
     """What becomes of a fresh tensor that enters a captured piece.
@@ -199,22 +194,6 @@ class AddressBook:
             if difference is not None:
                 changes.append(WeightChange(name, difference))
         return changes
-
-    def require_unchanged(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Check that captured graphs still read the model's weights.
-
-        Raises:
-            StaticGraphError: some weight was replaced or moved; the message names the first ones.
-        """
-        changes = self.changed_weights(weights)
-        if changes:
-            shown = "; ".join(f"{change.name} {change.what}" for change in changes[:3])
-            more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
-            raise StaticGraphError(
-                f"weights changed after capture: {shown}{more}",
-                where="weights",
-                hint="load new values in place (param.copy_), or rebind and capture again",
-            )
 
     def _find(self, tensor: torch.Tensor, descriptor: BatchDescriptor | None) -> _Region | None:
         if not owns_plain_memory(tensor):

@@ -10,6 +10,7 @@ import gc
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import assert_never
 
 import torch
 
@@ -148,12 +149,19 @@ class CapturedCall:
         leaves, spec = flatten_tree((args, dict(kwargs)))
         slots = _slots(leaves, request, graphs)
         fresh = [i for i, slot in enumerate(slots) if slot.origin is ValueOrigin.FRESH]
-        if fresh and graphs.address_policy is AddressPolicy.EAGER:
-            reason = f"{slots[fresh[0]].describe(fresh[0])} enters it"
-            graphs.note_eager(request.name, request.mode, request.descriptor, reason)
-            return cls(request, None, None, slots, (), reason), runnable(*args, **kwargs)
-        if fresh and graphs.address_policy is AddressPolicy.REFUSE:
-            raise _refusal(slots[fresh[0]].describe(fresh[0]), request)
+        if fresh:
+            what = slots[fresh[0]].describe(fresh[0])
+            match graphs.address_policy:
+                case AddressPolicy.COPY:
+                    pass  # below
+                case AddressPolicy.EAGER:
+                    reason = f"{what} enters it"
+                    graphs.note_eager(request.name, request.mode, request.descriptor, reason)
+                    return cls(request, None, None, slots, (), reason), runnable(*args, **kwargs)
+                case AddressPolicy.REFUSE:
+                    raise _refusal(what, request)
+                case _:
+                    assert_never(graphs.address_policy)
         copies, staged = stage_fresh(leaves, fresh, request.mutated_args)
         static_args, static_kwargs = unflatten_tree(staged, spec)
         for copy in copies:
@@ -192,11 +200,6 @@ class CapturedCall:
             self.trusted = not self.copies and not self.always_check
         self._replay(leaves)
         return self.output
-
-    @property
-    def static_inputs(self) -> dict[int, torch.Tensor]:
-        """The static stand-ins of staged arguments, by leaf; every other leaf is read where it was at capture."""
-        return {member.leaf: member.static for copy in self.copies for member in copy.members}
 
     def _replay(self, leaves: Sequence[object]) -> None:
         for copy in self.copies:

@@ -66,7 +66,7 @@ class CaptureOptions:
     kind_of: Callable[..., BatchKind] | None = None
     address_policy: AddressPolicy | str = AddressPolicy.COPY
     warmups: int | None = None
-    on_failure: FailurePolicy = FailurePolicy.RAISE
+    on_failure: FailurePolicy | str = FailurePolicy.RAISE
     raise_interrupt: bool = True
     clone_outputs: bool = True
     strict: bool = False

@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, assert_never
 
 from rich.table import Table
 
-from piecework.errors import PieceworkError, StaticGraphError
+from piecework.errors import ConfigError, PieceworkError, StaticGraphError
 from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.forward_context import set_forward_context
 from piecework.runtime.batch.mode import CUDAGraphMode
@@ -31,6 +31,32 @@ class FailurePolicy(enum.Enum):
 
     RAISE = "raise"
     UNCAPTURED = "uncaptured"
+
+    @classmethod
+    def parse(cls, value: FailurePolicy | str) -> FailurePolicy:
+        """The policy with this name.
+
+        Raises:
+            ConfigError: nothing has that name; the message lists the names.
+        """
+        try:
+            return cls(value)
+        except ValueError:
+            names = ", ".join(repr(each.value) for each in cls)
+            raise ConfigError(
+                f"no failure policy {value!r}", where="on_failure", hint=f"use one of {names}"
+            ) from None
+
+    @property
+    def raises(self) -> bool:
+        """Whether a failed capture ends all of it."""
+        match self:
+            case FailurePolicy.RAISE:
+                return True
+            case FailurePolicy.UNCAPTURED:
+                return False
+            case _:
+                assert_never(self)
 
 
 class DispatchKeys(Protocol):
@@ -129,7 +155,7 @@ def capture_graphs(
     warmups: int = 0,
     context_for: ContextFor | None = None,
     dispatcher: DispatchKeys | None = None,
-    on_failure: FailurePolicy = FailurePolicy.RAISE,
+    on_failure: FailurePolicy | str = FailurePolicy.RAISE,
     raise_interrupt: bool = True,
     watcher: CaptureWatcher | None = None,
     affordable: Callable[[Key], bool] | None = None,
@@ -168,6 +194,7 @@ def capture_graphs(
         >>> len(report.captured)
         2
     """
+    on_failure = FailurePolicy.parse(on_failure)
     run = _Run(forward, graphs, warmups, context_for or _plain_context)
     keys = [
         (mode, each) for mode, group in descs for each in sorted(group, key=lambda d: -d.num_tokens)
@@ -190,7 +217,7 @@ def capture_graphs(
                     watcher.finished(outcome, graphs.nbytes)
                 if outcome.error is not None:
                     _give_up(dispatcher, [(mode, descriptor)])
-                    if on_failure is FailurePolicy.RAISE:
+                    if on_failure.raises:
                         raise outcome.error
     except (PieceworkError, KeyboardInterrupt) as error:
         stop = error

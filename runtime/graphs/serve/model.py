@@ -99,6 +99,7 @@ class CapturedModel(CapturedGraphs):
         self._user: dict[int, object] = {}
         self._in_place = self._watch_weights()
         self._retired = False
+        self._raises = FailurePolicy.parse(options.on_failure).raises
         self._calls = Calls(self.shape, self.dispatcher, self._ready, options)
 
     # --- capture -----------------------------------------------------------------------------------
@@ -216,7 +217,7 @@ class CapturedModel(CapturedGraphs):
                 self._dummy, descs, self.graphs, warmups=warmups, context_for=self._context_for
             )
         except BaseException as error:
-            skips = self.options.on_failure is FailurePolicy.UNCAPTURED and not required
+            skips = not (self._raises or required)
             if not (skips and isinstance(error, PieceworkError)):
                 self.release()
                 raise
@@ -232,7 +233,7 @@ class CapturedModel(CapturedGraphs):
                 except PieceworkError as error:
                     self.failures[key] = error
                     self._give_up(key)
-                    if self.options.on_failure is FailurePolicy.RAISE:
+                    if self._raises:
                         raise
                 waiting.pop(0)
         finally:

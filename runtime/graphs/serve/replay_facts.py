@@ -6,6 +6,7 @@ It copies nothing and replays nothing; places are read from the captures themsel
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import assert_never
 
 import torch
 
@@ -141,6 +142,8 @@ def bind_replay(
                 namespace[name] = copy.members[0].static if copy.window is None else _fill(copy)
             case HeldBack(piece, buffer):
                 namespace[name] = _bring_back(_call(calls, piece).copies[buffer])
+            case _:
+                assert_never(what)
     return namespace
 
 
