@@ -1,6 +1,6 @@
 """A model that Inductor cut itself, with static graphs. In: a compiled entry and sizes to capture. Out: the same function, each partition replayed.
 
-As `runtime.captured`, except that what lies between the replays is Inductor's code and not emitted source.
+As `CapturedModel`, except that what lies between the replays is Inductor's code and not emitted source.
 """
 
 from __future__ import annotations
