@@ -61,7 +61,12 @@ if TYPE_CHECKING:
     )
     from piecework.runtime.pieces.backend import PieceworkBackend
     from piecework.runtime.pieces.manager import CompilerManager, RangeEntry
-    from piecework.runtime.pieces.piecewise import PiecewiseBackend, PiecewiseCompileInterpreter
+    from piecework.runtime.pieces.piecewise import (
+        PiecewiseBackend,
+        PiecewiseCompileInterpreter,
+        create_concrete_args,
+        get_fake_args_from_graph,
+    )
     from piecework.runtime.splitting_op import declare_rows, splitting_op
     from piecework.runtime.stitched import StitchedModule
 
@@ -102,7 +107,9 @@ __all__ = [
     "StitchingConfig",
     "counters",
     "coverage",
+    "create_concrete_args",
     "declare_rows",
+    "get_fake_args_from_graph",
     "get_forward_context",
     "ignore_torch_compile",
     "make_compiler",
@@ -156,7 +163,9 @@ _HOME = {
     "StitchingConfig": "piecework.runtime.config.compilation",
     "counters": "piecework.runtime.counters",
     "coverage": "piecework.runtime.batch.coverage",
+    "create_concrete_args": "piecework.runtime.pieces.piecewise",
     "declare_rows": "piecework.runtime.splitting_op",
+    "get_fake_args_from_graph": "piecework.runtime.pieces.piecewise",
     "get_forward_context": "piecework.runtime.batch.forward_context",
     "ignore_torch_compile": "piecework.runtime.decorators",
     "make_compiler": "piecework.runtime.compilers",

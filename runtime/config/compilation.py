@@ -102,7 +102,7 @@ class CompilationConfig(FrozenModel):
         description="Which custom ops run as such: `all` or `none`, then `+op` and `-op`. Without a "
         "base, `none` where Inductor compiles and `all` elsewhere. A model asks with "
         "`config.is_custom_op_enabled(op)`; its graph is held to the rules: calling an op that a rule "
-        "switches off is an error, a rule for an op that is not called a warning.",
+        "switches off is an error, `+ns::op` of an op that it does not call a warning.",
     )
     splitting_ops: Annotated[OpNames | None, KEY_AS_SET] = Field(
         None,

@@ -23,11 +23,12 @@ def check_custom_ops(config: CompilationConfig, graph: torch.fx.GraphModule) -> 
     """
     if not any(rule[0] in "+-" for rule in config.custom_ops):
         return
-    names = set(registry.names())
     called = {operator_name(node.target) for node in graph.graph.nodes}
     full = {name for name in called if name and name.partition("::")[0] not in _TORCHS_OWN}
     present = full | {name.partition("::")[2] for name in full}
-    config.custom_op_log_check(present, names | {name.partition("::")[2] for name in names})
+    # What is switched off is rightly absent, and a bare name may be one of the model's layers, which is no operator.
+    unseen = {rule[1:] for rule in config.custom_ops if rule[0] == "-" or "::" not in rule}
+    config.custom_op_log_check(present | unseen, registry.names())
     broken = [rule for rule in config.custom_ops if rule[0] == "-" and rule[1:] in present]
     if broken:
         raise ConfigError(

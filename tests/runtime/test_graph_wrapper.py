@@ -355,8 +355,3 @@ def test_another_thread_without_a_context_runs_uncaptured(graphs, x):
         thread.start()
         thread.join()
     assert results[0].data_ptr() != static.data_ptr()
-
-
-def test_unwrap():
-    runnable = Counted()
-    assert CUDAGraphWrapper(runnable, None, FULL).unwrap() is runnable

@@ -206,5 +206,7 @@ def test_a_graph_is_held_to_the_rules_for_custom_ops(
         compile_with("all", f"-{name}")
     compile_with(f"+{name}")
     assert not [r for r in caplog.records if "no effect" in r.getMessage()]
-    compile_with("-relu")
-    assert "custom op rule '-relu' has no effect" in caplog.text
+    compile_with("-config_effect::triple", "+silu")  # rightly absent; a layer's name
+    assert "no effect" not in caplog.text
+    compile_with("+config_effect::triple")
+    assert "custom op rule '+config_effect::triple' has no effect" in caplog.text

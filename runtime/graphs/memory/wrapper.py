@@ -115,10 +115,6 @@ class CUDAGraphWrapper(GraphHolder):
         if self.graphs is not None:
             self.graphs.register(self)
 
-    def unwrap(self) -> Callable[..., object]:
-        """The callable without its graphs."""
-        return self.runnable
-
     def __call__(self, *args: object, **kwargs: object) -> object:
         context = current_forward_context()
         if (
@@ -198,6 +194,26 @@ class CUDAGraphWrapper(GraphHolder):
             self.discard(self.runtime_mode, descriptor)
 
 
+def wrap_piece(
+    piece: Callable[..., object],
+    *,
+    is_first: bool,
+    is_last: bool,
+    graphs: StaticGraphs,
+    name: str,
+    config: GraphSettings | None = None,
+    mutated_args: frozenset[int] = frozenset(),
+) -> CUDAGraphWrapper:
+    """A PIECEWISE wrapper: only the first piece collects garbage, only the last one lets go of its output inside the capture."""
+    options = CUDAGraphOptions(
+        debug_log_enable=is_first,
+        gc_disable=not is_first,
+        weak_ref_output=is_last,
+        mutated_args=mutated_args,
+    )
+    return CUDAGraphWrapper(piece, config, CUDAGraphMode.PIECEWISE, options, graphs, name)
+
+
 def wrap_with_cudagraph_if_needed(
     piecewise_backend: Callable[..., object],
     config: GraphSettings,
@@ -208,18 +224,15 @@ def wrap_with_cudagraph_if_needed(
     name: str = "piece",
     mutated_args: frozenset[int] = frozenset(),
 ) -> Callable[..., object]:
-    """The piece itself, or a PIECEWISE wrapper around it where the configured mode captures pieces.
-
-    Only the first piece collects garbage, only the last one lets go of its output inside the capture.
-    """
+    """The piece itself, or a PIECEWISE wrapper around it where the configured mode captures pieces."""
     if not config.cudagraph_mode.requires_piecewise_compilation():
         return piecewise_backend
-    options = CUDAGraphOptions(
-        debug_log_enable=is_first_graph,
-        gc_disable=not is_first_graph,
-        weak_ref_output=is_last_graph,
+    return wrap_piece(
+        piecewise_backend,
+        is_first=is_first_graph,
+        is_last=is_last_graph,
+        graphs=graphs,
+        name=name,
+        config=config,
         mutated_args=mutated_args,
-    )
-    return CUDAGraphWrapper(
-        piecewise_backend, config, CUDAGraphMode.PIECEWISE, options, graphs=graphs, name=name
     )

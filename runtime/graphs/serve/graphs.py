@@ -19,6 +19,7 @@ from piecework.runtime import torch_compat
 from piecework.runtime.analysis.writes import mutations_in, written_inputs
 from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.forward_context import (
+    ForwardContext,
     current_forward_context,
     override_forward_context,
     set_forward_context,
@@ -30,7 +31,7 @@ from piecework.runtime.counters import counters
 from piecework.runtime.graphs.memory.addresses import ValueOrigin
 from piecework.runtime.graphs.memory.captured_call import CapturedCall
 from piecework.runtime.graphs.memory.owner import CaptureRecord, StaticGraphs
-from piecework.runtime.graphs.memory.wrapper import CUDAGraphOptions, CUDAGraphWrapper
+from piecework.runtime.graphs.memory.wrapper import CUDAGraphOptions, CUDAGraphWrapper, wrap_piece
 from piecework.runtime.graphs.plan.batch_reader import FixedBatch, batch_shape
 from piecework.runtime.graphs.plan.numbers import require_sizes_only, sizes_of
 from piecework.runtime.graphs.plan.options import CaptureOptions, plan_capture
@@ -149,18 +150,13 @@ class CapturedGraphs:
         last = len(submods) - 1
         written = [self._written_by(name) for name in source.submod_names]
         return [
-            CUDAGraphWrapper(
+            wrap_piece(
                 submod,
-                None,
-                _PIECEWISE,
-                CUDAGraphOptions(
-                    debug_log_enable=index == 0,
-                    gc_disable=index > 0,
-                    weak_ref_output=index == last,
-                    mutated_args=written[index],
-                ),
+                is_first=index == 0,
+                is_last=index == last,
                 graphs=self.graphs,
                 name=name + (f" of range {number}" if number else ""),
+                mutated_args=written[index],
             )
             for index, (submod, name) in enumerate(zip(submods, source.submod_names, strict=True))
         ]
@@ -313,14 +309,9 @@ class CapturedGraphs:
 
         def run(tensors: Sequence[torch.Tensor]) -> object:
             stage(tensors)
-            outer = current_forward_context()
-            with set_forward_context(
-                None if outer is None else outer.attn_metadata,
-                cudagraph_runtime_mode=mode,
-                batch_descriptor=descriptor,
-                state=None if outer is None else outer.state,
-                batch=None if outer is None else outer.batch,
-            ):
+            outer = current_forward_context() or ForwardContext()
+            inner = replace(outer, cudagraph_runtime_mode=mode, batch_descriptor=descriptor)
+            with override_forward_context(inner):
                 return self._run(flat, number)
 
         return run

@@ -1,6 +1,6 @@
 """A model that Inductor cut itself, with static graphs. In: a compiled entry and sizes to capture. Out: the same function, each partition replayed.
 
-As `runtime.captured`, except that what lies between the replays is Inductor's code and not emitted source.
+As `CapturedModel`, except that what lies between the replays is Inductor's code and not emitted source.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from piecework.runtime.batch.descriptor import BatchDescriptor, BatchKind
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.call.entry import Entry
 from piecework.runtime.compilers.partitions import Partition, partitions_taken_by
-from piecework.runtime.graphs.memory.wrapper import CUDAGraphOptions, CUDAGraphWrapper
+from piecework.runtime.graphs.memory.wrapper import CUDAGraphWrapper, wrap_piece
 from piecework.runtime.graphs.plan.batch_reader import FixedBatch
 from piecework.runtime.graphs.plan.options import CaptureOptions
 from piecework.runtime.graphs.serve.calls import Step
@@ -63,15 +63,10 @@ class PartitionedModel(CapturedModel):
         return wrapper(*values)
 
     def _wrap_partition(self, partition: Partition) -> CUDAGraphWrapper:
-        return CUDAGraphWrapper(
+        return wrap_piece(
             partition.run,
-            None,
-            _PIECEWISE,
-            CUDAGraphOptions(
-                debug_log_enable=partition.index == 0,
-                gc_disable=partition.index > 0,
-                weak_ref_output=partition.index == partition.count - 1,
-            ),
+            is_first=partition.index == 0,
+            is_last=partition.index == partition.count - 1,
             graphs=self.graphs,
             name=f"partition {partition.index} of {partition.count}",
         )
