@@ -28,6 +28,7 @@ from piecework.codegen.entry_plan import (
     Parameter,
     Passed,
 )
+from piecework.codegen.entry_proof import prove_entry
 from piecework.codegen.free_names import require_names
 from piecework.codegen.layout import literal_text
 from piecework.codegen.names import BUILTINS, NameTable
@@ -98,6 +99,8 @@ class _Writer:
     def __init__(self, plan: EntryPlan) -> None:
         self.plan = plan
         reserved = {*PROVIDED, *HELD, *_USED, *RESERVED, "torch", "check_inputs", FUNCTION_NAME}
+        if self._fetches_weights():
+            reserved.add("weights")
         self.names = NameTable(frozenset(reserved), builtins=frozenset())
         self.parameters = {p.name: self.names.claim(p.name) for p in plan.parameters}
         # A parameter may have a builtin's name, which callers use; nothing else does.
@@ -132,7 +135,7 @@ class _Writer:
                 check_parameters=", ".join(self.parameters.values()),
                 forward=self._forwarded(self.parameters, {n: n for n in self.parameters}),
                 steps=lines,
-                checks=bool(plan.checks or extras),
+                checks=bool(lines or extras),
                 extras=", ".join(extras),
                 unpacked=f"{', '.join(extras)} = " if extras else "",
                 held=", ".join(HELD),
@@ -145,6 +148,7 @@ class _Writer:
         )
         code = format_source(text)
         require_names(code, (*PROVIDED, *self.consts), "the entry")
+        prove_entry(code, plan, PROVIDED, self.consts)
         return EntrySource(code, self.consts)
 
     # --- the signature -----------------------------------------------------------------------------

@@ -275,7 +275,7 @@ def broken(draw: st.DrawFn, value: object) -> object:
 def _broken_tensors(value: torch.Tensor) -> list[object]:
     with torch.no_grad():
         changed = [value.clone(), value.detach(), torch.nn.Parameter(value.detach(), requires_grad=False) if value.is_floating_point() else value]  # fmt: skip
-        changed += [value.to(torch.float64), value.to("meta"), value.unsqueeze(0), value + 1]
+        changed += [value.to(torch.complex128), value.to("meta"), value.unsqueeze(0), value + 1]
         if value.dim():
             changed += [value[:1], torch.cat([value, value])]
         if value.dim() > 1:
