@@ -166,21 +166,22 @@ class _Writer:
                 parts.append("*")
             name = names[parameter.name]
             prefix = parameter.kind if parameter.kind in ("*", "**") else ""
-            default = "" if parameter.default is None else f"={self._value(parameter)}"
-            parts.append(f"{prefix}{name}{default}")
+            parts.append(f"{prefix}{name}{self._default(parameter)}")
             if parameter.kind == "/" and kinds[index + 1 : index + 2] != ["/"]:
                 parts.append("/")
         return ", ".join(parts)
 
-    def _value(self, parameter: Parameter) -> str:
-        assert parameter.default is not None
+    def _default(self, parameter: Parameter) -> str:
+        if parameter.default is None:
+            return ""
         value = parameter.default.value
-        if is_inline_literal(value):
-            return str(literal_text(value))
-        for name, known in self.consts.items():
-            if known is value:
-                return name
-        return self._const(f"default_{parameter.name}", value)
+        same = (name for name, known in self.consts.items() if known is value)
+        name = "" if is_inline_literal(value) else next(same, "")
+        return f"={name or self._known(f'default_{parameter.name}', value)}"
+
+    def _known(self, wish: str, value: object) -> str:
+        """A value that is no argument: in place, or under a name."""
+        return str(literal_text(value)) if is_inline_literal(value) else self._const(wish, value)
 
     def _forwarded(self, values: Mapping[str, str], keywords: Mapping[str, str]) -> str:
         """The parameters, called ``values`` here, as arguments of a call whose keyword parameters are called ``keywords``."""
@@ -256,16 +257,19 @@ class _Writer:
             case FromWeights(index):
                 return f"weights[{index}]"
             case FromConst(value):
-                if is_inline_literal(value):
-                    return str(literal_text(value))
-                return self._const("fixed", value)
+                return self._known("fixed", value)
             case FromItems(kind, keys, children):
-                return _container(kind, keys, [self._packed(child, outputs) for child in children])
+                items = [self._packed(child, outputs) for child in children]
+                if kind is dict:
+                    named = (self._known("key", key) for key in keys)
+                    pairs = (f"{key}: {item}" for key, item in zip(named, items, strict=True))
+                    return f"{{{', '.join(pairs)}}}"
+                return f"[{', '.join(items)}]" if kind is list else _tuple(items)
             case FromCall(rebuild, context, type_name, children):
                 function = self._const(f"rebuild_{type_name}", rebuild)
                 about = self._const(f"context_{type_name}", context)
-                items = ", ".join(self._packed(child, outputs) for child in children)
-                return f"{function}([{items}], {about})"
+                parts = ", ".join(self._packed(child, outputs) for child in children)
+                return f"{function}([{parts}], {about})"
             case _:
                 assert_never(packed)
 
@@ -275,10 +279,5 @@ def _has_weight(packed: Packed) -> bool:
     return isinstance(packed, FromWeights) or any(map(_has_weight, children))
 
 
-def _container(kind: type, keys: Sequence[object], items: Sequence[str]) -> str:
-    if kind is dict:
-        pairs = (f"{literal_text(key)}: {item}" for key, item in zip(keys, items, strict=True))
-        return f"{{{', '.join(pairs)}}}"
-    if kind is list:
-        return f"[{', '.join(items)}]"
+def _tuple(items: Sequence[str]) -> str:
     return f"({items[0]},)" if len(items) == 1 else f"({', '.join(items)})"
