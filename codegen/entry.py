@@ -28,7 +28,7 @@ from piecework.codegen.entry_plan import (
     Parameter,
     Passed,
 )
-from piecework.codegen.free_names import require_names
+from piecework.codegen.entry_proof import prove_entry
 from piecework.codegen.layout import literal_text
 from piecework.codegen.names import BUILTINS, NameTable
 from piecework.codegen.render import environment, format_source
@@ -87,7 +87,7 @@ def generate_entry(plan: EntryPlan) -> EntrySource:
     The module must be executed with the names of `PROVIDED` in its namespace, beside ``consts``.
 
     Raises:
-        EmitError: the text is not Python (a defect of piecework).
+        EmitError: the text is not Python, or does not say what ``plan`` says (a defect of piecework).
     """
     return _Writer(plan).write()
 
@@ -98,6 +98,8 @@ class _Writer:
     def __init__(self, plan: EntryPlan) -> None:
         self.plan = plan
         reserved = {*PROVIDED, *HELD, *_USED, *RESERVED, "torch", "check_inputs", FUNCTION_NAME}
+        if self._fetches_weights():
+            reserved.add("weights")
         self.names = NameTable(frozenset(reserved), builtins=frozenset())
         self.parameters = {p.name: self.names.claim(p.name) for p in plan.parameters}
         # A parameter may have a builtin's name, which callers use; nothing else does.
@@ -132,7 +134,7 @@ class _Writer:
                 check_parameters=", ".join(self.parameters.values()),
                 forward=self._forwarded(self.parameters, {n: n for n in self.parameters}),
                 steps=lines,
-                checks=bool(plan.checks or extras),
+                checks=bool(lines or extras),
                 extras=", ".join(extras),
                 unpacked=f"{', '.join(extras)} = " if extras else "",
                 held=", ".join(HELD),
@@ -144,7 +146,7 @@ class _Writer:
             )
         )
         code = format_source(text)
-        require_names(code, (*PROVIDED, *self.consts), "the entry")
+        prove_entry(code, plan, PROVIDED, self.consts)
         return EntrySource(code, self.consts)
 
     # --- the signature -----------------------------------------------------------------------------
@@ -162,21 +164,22 @@ class _Writer:
                 parts.append("*")
             name = names[parameter.name]
             prefix = parameter.kind if parameter.kind in ("*", "**") else ""
-            default = "" if parameter.default is None else f"={self._value(parameter)}"
-            parts.append(f"{prefix}{name}{default}")
+            parts.append(f"{prefix}{name}{self._default(parameter)}")
             if parameter.kind == "/" and kinds[index + 1 : index + 2] != ["/"]:
                 parts.append("/")
         return ", ".join(parts)
 
-    def _value(self, parameter: Parameter) -> str:
-        assert parameter.default is not None
+    def _default(self, parameter: Parameter) -> str:
+        if parameter.default is None:
+            return ""
         value = parameter.default.value
-        if is_inline_literal(value):
-            return str(literal_text(value))
-        for name, known in self.consts.items():
-            if known is value:
-                return name
-        return self._const(f"default_{parameter.name}", value)
+        same = (name for name, known in self.consts.items() if known is value)
+        name = "" if is_inline_literal(value) else next(same, "")
+        return f"={name or self._known(f'default_{parameter.name}', value)}"
+
+    def _known(self, wish: str, value: object) -> str:
+        """A value that is no argument: in place, or under a name."""
+        return str(literal_text(value)) if is_inline_literal(value) else self._const(wish, value)
 
     def _forwarded(self, values: Mapping[str, str], keywords: Mapping[str, str]) -> str:
         """The parameters, called ``values`` here, as arguments of a call whose keyword parameters are called ``keywords``."""
@@ -252,16 +255,19 @@ class _Writer:
             case FromWeights(index):
                 return f"weights[{index}]"
             case FromConst(value):
-                if is_inline_literal(value):
-                    return str(literal_text(value))
-                return self._const("fixed", value)
+                return self._known("fixed", value)
             case FromItems(kind, keys, children):
-                return _container(kind, keys, [self._packed(child, outputs) for child in children])
+                items = [self._packed(child, outputs) for child in children]
+                if kind is dict:
+                    named = (self._known("key", key) for key in keys)
+                    pairs = (f"{key}: {item}" for key, item in zip(named, items, strict=True))
+                    return f"{{{', '.join(pairs)}}}"
+                return f"[{', '.join(items)}]" if kind is list else _tuple(items)
             case FromCall(rebuild, context, type_name, children):
                 function = self._const(f"rebuild_{type_name}", rebuild)
                 about = self._const(f"context_{type_name}", context)
-                items = ", ".join(self._packed(child, outputs) for child in children)
-                return f"{function}([{items}], {about})"
+                parts = ", ".join(self._packed(child, outputs) for child in children)
+                return f"{function}([{parts}], {about})"
             case _:
                 assert_never(packed)
 
@@ -271,10 +277,5 @@ def _has_weight(packed: Packed) -> bool:
     return isinstance(packed, FromWeights) or any(map(_has_weight, children))
 
 
-def _container(kind: type, keys: Sequence[object], items: Sequence[str]) -> str:
-    if kind is dict:
-        pairs = (f"{literal_text(key)}: {item}" for key, item in zip(keys, items, strict=True))
-        return f"{{{', '.join(pairs)}}}"
-    if kind is list:
-        return f"[{', '.join(items)}]"
+def _tuple(items: Sequence[str]) -> str:
     return f"({items[0]},)" if len(items) == 1 else f"({', '.join(items)})"

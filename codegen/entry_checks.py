@@ -220,9 +220,9 @@ class CheckLines:
                 return (f"type({name}) is int",)
             case checks.ValueIs(value=value) if isinstance(value, (bool, NoneType, EllipsisType)):
                 return (f"{name} is {literal_text(value)}",)
-            case checks.ValueIs(value=float() as value) if value != value or value == 0:
+            case checks.ValueIs(value=value) if type(value) is float and not abs(value) > 0:
                 # Two NaNs are unequal and the two zeros equal, where the model's code may tell zeros apart.
-                return (f"type({name}) is float", f'repr({name}) == "{value!r}"')
+                return (f"type({name}) is float", f"repr({name}) == {literal_text(repr(value))}")
             case checks.ValueIs(value=value) if is_inline_literal(value):
                 return (
                     f"type({name}) is {type(value).__name__}",
@@ -270,4 +270,4 @@ def _device(name: str, device: torch.device) -> tuple[str, ...]:
         return (f"{name}.is_cpu",)
     if device.type == "cuda":
         return f"{name}.is_cuda", f"{name}.get_device() == {device.index or 0}"
-    return (f"{name}.device == torch.device({str(device)!a})",)
+    return (f"{name}.device == torch.device({literal_text(str(device))})",)

@@ -89,9 +89,7 @@ class _Search:
         for step in steps:
             if isinstance(step, checks.Require):
                 for check in step.checks:
-                    error = self._refusal(check)
-                    if error is not None:
-                        yield check, error
+                    yield from ((check, error) for error in self._said_of(check))
             else:
                 self._bind(step)
 
@@ -136,153 +134,144 @@ class _Search:
 
     # --- what does not hold ----------------------------------------------------------------------
 
-    def _refusal(self, check: checks.Check) -> InputError | None:
+    def _said_of(self, check: checks.Check) -> Iterator[InputError]:
         match check:
             case checks.KindIs() | checks.KeysAre() | checks.StructureIs():
-                return self._container(check, self._value(check.where))
+                yield from self._container(check, self._value(check.where))
             case checks.ClassIs(leaf, kind):
-                return _class(leaf, *self.leaves[leaf], kind)
+                yield from _class(leaf, *self.leaves[leaf], kind)
             case checks.DtypeIs() | checks.Strided() | checks.DeviceIs() | checks.RankIs():
-                return _memory(check, *self.leaves[check.leaf])
+                yield from _memory(check, *self.leaves[check.leaf])
             case checks.NotNegated() | checks.NotConjugated():
-                return _lazy(check, *self.leaves[check.leaf])
+                yield from _lazy(check, *self.leaves[check.leaf])
             case checks.GradIs(leaf, requires_grad):
-                return self._grad(leaf, requires_grad)
+                yield from self._grad(leaf, requires_grad)
             case checks.Contiguous(leaf):
-                return self._contiguous(leaf)
+                yield from self._contiguous(leaf)
             case checks.ShapeIs(leaf, sizes):
-                found = (self._size(leaf, dim, size) for dim, size in enumerate(sizes))
-                return next(filter(None, found), None)
+                for dim, size in enumerate(sizes):
+                    yield from self._size(leaf, dim, size)
             case checks.SizeIs(leaf, dim, size):
-                return self._size(leaf, dim, size)
+                yield from self._size(leaf, dim, size)
             case checks.StrideIs(leaf, dim, size):
                 now = self._tensor(leaf).stride(dim)
-                return self._number(f"has stride {now} in dimension {dim}", (leaf, None), size, now)
+                yield from self._number(
+                    f"has stride {now} in dimension {dim}", (leaf, None), size, now
+                )
             case checks.ItemIs(leaf, value):
-                return self._item(leaf, value, self._tensor(leaf).item())
+                yield from self._item(leaf, value, self._tensor(leaf).item())
             case checks.IsInteger(leaf):
-                return _integer(*self.leaves[leaf])
+                yield from _integer(*self.leaves[leaf])
             case checks.IntegerIs(leaf, size):
                 given = self.leaves[leaf][1]
-                return self._number(f"is {given}", (leaf, None), size, given)  # type: ignore[arg-type]
+                yield from self._number(f"is {given}", (leaf, None), size, given)  # type: ignore[arg-type]
             case checks.ValueIs(leaf, value):
-                return _python_value(leaf, *self.leaves[leaf], value)
+                yield from _python_value(leaf, *self.leaves[leaf], value)
             case checks.InRange():
-                return self._range(check)
+                yield from self._range(check)
             case checks.Relation(text):
-                return None if checks.holds(check, self.symbols) else self._relation(text)
+                if not checks.holds(check, self.symbols):
+                    yield self._relation(text)
             case checks.SameAs() | checks.Distinct():
-                return self._identity(check)
+                yield from self._identity(check)
             case checks.Apart(leaf, others):
-                return self._apart(leaf, others)
+                yield from self._apart(leaf, others)
             case checks.AsTraced():
-                return None  # who compares them says what differs
+                pass  # who compares them says what differs
             case _:
                 assert_never(check)
 
-    def _container(self, check: checks.ContainerCheck, value: object) -> InputError | None:
+    def _container(self, check: checks.ContainerCheck, value: object) -> Iterator[InputError]:
         match check:
             case checks.KindIs(_, label, kind):
-                if type(value) is kind:
-                    return None
-                return InputError(
-                    f"argument {label} must be a {kind.__name__}, not a {type(value).__qualname__}"
-                )
+                if type(value) is not kind:
+                    now = type(value).__qualname__
+                    yield InputError(f"argument {label} must be a {kind.__name__}, not a {now}")
             case checks.KeysAre(_, label, kind, keys):
-                now = tuple(value) if kind is dict else tuple(range(len(value)))  # type: ignore[arg-type]
-                if set(now) == set(keys):
-                    return None
-                listed = _keys if kind is dict else _count
-                return InputError(
-                    f"argument {label} has {listed(now)}; the trace had {listed(keys)}",
-                    hint=_SAME_ARGUMENTS,
-                )
+                there = tuple(value) if kind is dict else tuple(range(len(value)))  # type: ignore[arg-type]
+                if set(there) != set(keys):
+                    listed = _keys if kind is dict else _count
+                    message = f"argument {label} has {listed(there)}; the trace had {listed(keys)}"
+                    yield InputError(message, hint=_SAME_ARGUMENTS)
             case checks.StructureIs(where, label, structure):
-                if self.trees[where][1] == structure:
-                    return None
-                return InputError(
-                    f"argument {label} has another structure than the one that was traced",
-                    hint=_SAME_ARGUMENTS,
-                )
+                if self.trees[where][1] != structure:
+                    message = f"argument {label} has another structure than the one that was traced"
+                    yield InputError(message, hint=_SAME_ARGUMENTS)
             case _:
                 assert_never(check)
 
-    def _grad(self, leaf: int, expected: bool) -> InputError | None:
+    def _grad(self, leaf: int, expected: bool) -> Iterator[InputError]:
         now = self._tensor(leaf).requires_grad
-        if now == expected:
-            return None
         label = self.leaves[leaf][0]
-        return _refusal(
-            f"argument {label} has requires_grad={now}; the model was traced with {expected}",
-            f"pass {label}.detach()" if now else "compile the model again",
-            {(leaf, None)},
-        )
+        if now != expected:
+            yield _refusal(
+                f"argument {label} has requires_grad={now}; the model was traced with {expected}",
+                f"pass {label}.detach()" if now else "compile the model again",
+                {(leaf, None)},
+            )
 
-    def _contiguous(self, leaf: int) -> InputError | None:
+    def _contiguous(self, leaf: int) -> Iterator[InputError]:
         tensor = self._tensor(leaf)
-        if tensor.is_contiguous():
-            return None
         label = self.leaves[leaf][0]
-        return _refusal(
-            f"argument {label} must be contiguous, and has strides {tensor.stride()} for shape {tuple(tensor.shape)}",
-            f"pass {label}.contiguous()",
-            {(leaf, None)},
-        )
+        if not tensor.is_contiguous():
+            yield _refusal(
+                f"argument {label} must be contiguous, and has strides {tensor.stride()} for shape {tuple(tensor.shape)}",
+                f"pass {label}.contiguous()",
+                {(leaf, None)},
+            )
 
     # --- numbers ---------------------------------------------------------------------------------
 
-    def _size(self, leaf: int, dim: int, expected: Size) -> InputError | None:
+    def _size(self, leaf: int, dim: int, expected: Size) -> Iterator[InputError]:
         now = self._tensor(leaf).shape[dim]
-        return self._number(f"has size {now} in dimension {dim}", (leaf, dim), expected, now)
+        yield from self._number(f"has size {now} in dimension {dim}", (leaf, dim), expected, now)
 
-    def _item(self, leaf: int, expected: float | str, now: float) -> InputError | None:
+    def _item(self, leaf: int, expected: float | str, now: float) -> Iterator[InputError]:
         if isinstance(expected, str):
-            return self._number(f"is {now}", (leaf, None), expected, now)
-        if now == expected:
-            return None
-        return _refusal(
-            f"argument {self.leaves[leaf][0]} was {expected} when the model was traced and is {now} now",
-            _ANOTHER_VALUE,
-            {(leaf, None)},
-        )
+            yield from self._number(f"is {now}", (leaf, None), expected, now)
+        elif now != expected:
+            label = self.leaves[leaf][0]
+            message = f"argument {label} was {expected} when the model was traced and is {now} now"
+            yield _refusal(message, _ANOTHER_VALUE, {(leaf, None)})
 
-    def _number(self, what: str, place: Place, expected: Size, now: float) -> InputError | None:
+    def _number(self, what: str, place: Place, expected: Size, now: float) -> Iterator[InputError]:
         value = expected if isinstance(expected, int) else evaluate(expected, self.symbols)
-        if value == now:
-            return None
         what = f"argument {self.leaves[place[0]][0]} {what}"
+        if value == now:
+            return
         if isinstance(expected, int):
-            return _refusal(f"{what}, which the trace fixed to {expected}", _DYNAMIC, {place})
-        if expected in self.symbols:
+            yield _refusal(f"{what}, which the trace fixed to {expected}", _DYNAMIC, {place})
+        elif expected in self.symbols:
             there = " in the same dimension" if "dimension" in what else ""
-            return _refusal(
+            yield _refusal(
                 f"{what}; {self.origin[expected][0]} has {value}{there}, and the trace took them as equal",
                 "trace with different sizes to make them independent",
                 {place},
             )
-        return _refusal(
-            f"{what}; the trace expects {expected} with {_assigned(self.symbols)}",
-            _DYNAMIC,
-            {place},
-        )
+        else:
+            with_these = _assigned(self.symbols)
+            yield _refusal(
+                f"{what}; the trace expects {expected} with {with_these}", _DYNAMIC, {place}
+            )
 
-    def _range(self, check: checks.InRange) -> InputError | None:
-        if checks.holds(check, self.symbols):
-            return None
+    def _range(self, check: checks.InRange) -> Iterator[InputError]:
         label, place = self.origin[check.symbol]
         value, low = self.symbols[check.symbol], check.low
+        if checks.holds(check, self.symbols):
+            return
         if low is not None and value < low:
-            return _refusal(
+            yield _refusal(
                 f"argument {label} has size {value} where the trace assumed at least {low}",
                 "sizes 0 and 1 are special to tracing; mark the dimension with "
                 "torch._dynamo.decorators.mark_unbacked and compile again to serve them too",
                 {place},
             )
-        return _refusal(
-            f"argument {label} has size {value} where the trace assumed at most {check.high}",
-            "compile the model again with a larger maximum",
-            {place},
-        )
+        else:
+            yield _refusal(
+                f"argument {label} has size {value} where the trace assumed at most {check.high}",
+                "compile the model again with a larger maximum",
+                {place},
+            )
 
     def _relation(self, text: str) -> InputError:
         names = ", ".join(sorted({label for label, _ in self.origin.values()}))
@@ -294,62 +283,59 @@ class _Search:
 
     # --- several arguments -----------------------------------------------------------------------
 
-    def _identity(self, check: checks.SameAs | checks.Distinct) -> InputError | None:
+    def _identity(self, check: checks.SameAs | checks.Distinct) -> Iterator[InputError]:
         if isinstance(check, checks.SameAs):
             label, value = self.leaves[check.leaf]
-            if value is self.leaves[check.other][1]:
-                return None
-            return _refusal(
-                f"argument {label} was the same tensor as {check.other_label} when the model was traced, and is another now",
-                "trace with two tensors to be free to pass two",
-                frozenset(),
-            )
+            if value is not self.leaves[check.other][1]:
+                yield _refusal(
+                    f"argument {label} was the same tensor as {check.other_label} when the model was traced, and is another now",
+                    "trace with two tensors to be free to pass two",
+                    frozenset(),
+                )
+            return
         names: dict[int, str] = {}
         for label, value in (self.leaves[leaf] for leaf in check.leaves):
             first = names.setdefault(id(value), label)
             if first != label:
-                return _refusal(
+                yield _refusal(
                     f"arguments {first} and {label} are one tensor, and were two when the model was traced",
                     f"pass {label}.clone(), or trace with one tensor",
                     frozenset(),
                 )
-        return None
 
-    def _apart(self, leaf: int, others: Sequence[int]) -> InputError | None:
+    def _apart(self, leaf: int, others: Sequence[int]) -> Iterator[InputError]:
         written, target = self.leaves[leaf]
         for other, value in (self.leaves[each] for each in others):
             if not torch_compat.memory_apart(target, value):  # type: ignore[arg-type]
-                return InputError(
+                yield InputError(
                     f"arguments {written} and {other} share memory, and the model writes to {written}; compiled pieces "
                     f"expect arguments that don't",
                     hint=f"pass {other}.clone()",
                 )
-        return None
 
 
 # --- one argument ------------------------------------------------------------------------------------
 
 
-def _class(leaf: int, label: str, value: object, kind: type | None) -> InputError | None:
+def _class(leaf: int, label: str, value: object, kind: type | None) -> Iterator[InputError]:
     now = type(value).__qualname__
     if not isinstance(value, torch.Tensor):
-        return InputError(f"argument {label} must be a tensor, not a {now}")
-    if type(value) not in _PLAIN:
-        return InputError(
+        yield InputError(f"argument {label} must be a tensor, not a {now}")
+    elif type(value) not in _PLAIN:
+        yield InputError(
             f"argument {label} is a {now}, a tensor subclass; compiled pieces take plain tensors",
             hint="convert it to a plain tensor, or call the model itself",
         )
-    if kind is None or type(value) is kind:
-        return None
-    message = f"argument {label} is a {now}; the model was traced with a {kind.__qualname__}"
-    return _refusal(message, None, {(leaf, None)})
+    elif kind is not None and type(value) is not kind:
+        message = f"argument {label} is a {now}; the model was traced with a {kind.__qualname__}"
+        yield _refusal(message, None, {(leaf, None)})
 
 
 def _memory(
     check: checks.DtypeIs | checks.Strided | checks.DeviceIs | checks.RankIs,
     label: str,
     value: object,
-) -> InputError | None:
+) -> Iterator[InputError]:
     assert isinstance(value, torch.Tensor)
     now: object
     expected: object
@@ -365,39 +351,35 @@ def _memory(
             what, now = "rank", value.dim()
         case _:
             assert_never(check)
-    if now == expected:
-        return None
-    return InputError(f"argument {label} has {what} {now}; the model was traced with {expected}")
+    if now != expected:
+        yield InputError(f"argument {label} has {what} {now}; the model was traced with {expected}")
 
 
 def _lazy(
     check: checks.NotNegated | checks.NotConjugated, label: str, value: object
-) -> InputError | None:
+) -> Iterator[InputError]:
     assert isinstance(value, torch.Tensor)
-    if not (value.is_neg() if isinstance(check, checks.NotNegated) else value.is_conj()):
-        return None
-    return InputError(
-        f"argument {label} is a lazily negated or conjugated view",
-        hint=f"pass {label}.resolve_neg() or {label}.resolve_conj()",
-    )
+    if value.is_neg() if isinstance(check, checks.NotNegated) else value.is_conj():
+        yield InputError(
+            f"argument {label} is a lazily negated or conjugated view",
+            hint=f"pass {label}.resolve_neg() or {label}.resolve_conj()",
+        )
 
 
-def _integer(label: str, value: object) -> InputError | None:
-    if type(value) is int:
-        return None
-    return InputError(f"argument {label} must be an int, not a {type(value).__qualname__}")
+def _integer(label: str, value: object) -> Iterator[InputError]:
+    if type(value) is not int:
+        yield InputError(f"argument {label} must be an int, not a {type(value).__qualname__}")
 
 
-def _python_value(leaf: int, label: str, value: object, expected: object) -> InputError | None:
-    if value is expected or _equal(value, expected):
-        return None
+def _python_value(leaf: int, label: str, value: object, expected: object) -> Iterator[InputError]:
     integers = type(value) is int and type(expected) is int
     special = integers and (value in (0, 1) or expected in (0, 1))
-    return _refusal(
-        f"argument {label} was {_shown(expected)} when the model was traced and is {_shown(value)} now",
-        _ANOTHER_VALUE,
-        {(leaf, None)} if special else None,
-    )
+    if value is not expected and not _equal(value, expected):
+        yield _refusal(
+            f"argument {label} was {_shown(expected)} when the model was traced and is {_shown(value)} now",
+            _ANOTHER_VALUE,
+            {(leaf, None)} if special else None,
+        )
 
 
 def _refusal(message: str, hint: str | None, places: Collection[Place] | None) -> InputError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import enum
 from collections.abc import Callable
 
 import numpy as np
@@ -367,3 +368,51 @@ def test_without_checks_only_values_are_unpacked() -> None:
     assert "explain" not in stitched.entry_source.code
     x = torch.randn(5, 3)
     torch.testing.assert_close(stitched(x), x.sum() + 5)
+
+
+# --- arguments and results that Python has and that are rare --------------------------------------------
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+class Weighted(torch.nn.Module):
+    """Its arguments are called as emitted code calls what it holds and builtins that it calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, weights, list, s0):  # type: ignore[no-untyped-def]
+        return weights * self.scale + list[0] + s0, self.scale, list
+
+
+def test_arguments_may_be_called_like_what_emitted_code_calls() -> None:
+    model = Weighted()
+    x = torch.randn(4, 3)
+    stitched = compiled(model, x, [x + 1], x + 2)
+    for rows in (4, 6):
+        x = torch.randn(rows, 3)
+        torch.testing.assert_close(stitched(x, [x + 1], x + 2), model(x, [x + 1], x + 2))
+
+
+def test_a_result_may_have_keys_that_no_literal_writes() -> None:
+    x = torch.randn(4, 3)
+    stitched = compiled(lambda x: {Colour.RED: x + 1, (1, 2): x, None: 3}, x)
+    result = stitched(x)
+    assert list(result) == [Colour.RED, (1, 2), None]
+    torch.testing.assert_close(result[Colour.RED], x + 1)
+
+
+def test_an_ellipsis_may_be_passed() -> None:
+    x = torch.randn(4, 3)
+    stitched = compiled(lambda x, where: x[where] + 1, x, ...)
+    torch.testing.assert_close(stitched(x, ...), x + 1)
+
+
+def test_a_model_may_take_nothing() -> None:
+    model = torch.nn.Module()
+    model.scale = torch.nn.Parameter(torch.ones(3))
+    model.forward = lambda: model.scale * 2
+    torch.testing.assert_close(compiled(model)(), model.scale * 2)

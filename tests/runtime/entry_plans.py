@@ -6,6 +6,7 @@ import collections
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 
@@ -44,7 +45,7 @@ SYMBOLS = {"s0": 4, "s1": 6, "rows": 3}
 #: Texts over those symbols that hold for these numbers.
 GUARDS = ("s0 % 2 == 0", "s1 > rows or s0 > 9", "rows != 7 and s0 < 64", "math.floor(s1 / s0) == 1", "s1 % s0 >= 0")  # fmt: skip
 NAMES = ("x", "y", "s0", "list", "type", "len", "id", "torch", "weights", "entry", "leaves", "x_0", "bound", "_")  # fmt: skip
-FIXED = (None, True, False, 0, 1, 7, -3, 2.5, -2.5, 0.0, -0.0, math.nan, math.inf, 1 + 2j, -1 - 2j, "mean", "it's", 'a"b\'', b"raw", ..., torch.float16, (1, 2), range(3))  # fmt: skip
+FIXED = (None, True, False, 0, 1, 7, -3, 2.5, -2.5, 0.0, -0.0, math.nan, math.inf, 1 + 2j, -1 - 2j, "mean", "it's", 'a"b\'', b"raw", ..., torch.float16, (1, 2), range(3), np.float64(0.0), np.float64(2.5))  # fmt: skip
 DTYPES = (torch.float32, torch.int64, torch.complex64, torch.bool)
 
 
@@ -208,7 +209,7 @@ def _packed(outputs: int, leaves: list[int]) -> st.SearchStrategy[Packed]:
         return st.one_of(
             children.map(lambda c: FromItems(tuple, tuple(range(len(c))), c)),
             children.map(lambda c: FromItems(list, tuple(range(len(c))), c)),
-            children.map(lambda c: FromItems(dict, ("a", 1, -2)[: len(c)], c)),
+            children.map(lambda c: FromItems(dict, ("a", (1, 2), Odd)[: len(c)], c)),
             children.map(lambda c: FromCall(_rebuild, Odd(), "Pair", c)),
         )
 
@@ -275,7 +276,7 @@ def broken(draw: st.DrawFn, value: object) -> object:
 def _broken_tensors(value: torch.Tensor) -> list[object]:
     with torch.no_grad():
         changed = [value.clone(), value.detach(), torch.nn.Parameter(value.detach(), requires_grad=False) if value.is_floating_point() else value]  # fmt: skip
-        changed += [value.to(torch.float64), value.to("meta"), value.unsqueeze(0), value + 1]
+        changed += [value.to(torch.complex128), value.to("meta"), value.unsqueeze(0), value + 1]
         if value.dim():
             changed += [value[:1], torch.cat([value, value])]
         if value.dim() > 1:
