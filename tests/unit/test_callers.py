@@ -29,6 +29,7 @@ OF_THE_FIELD = {
     "max_cudagraph_mode",
     "num_artifacts",
     "num_entries",
+    "piecewise_graphs",
     "post_init_cudagraph_sizes",
     "set_splitting_ops_for_attn_fusion",
     "size_bytes",
