@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from typing import assert_never
 
 from piecework.codegen import ir
-from piecework.codegen.consts import is_inline_literal
 from piecework.codegen.layout import stmt_text
+from piecework.codegen.literals import is_inline_literal
 from piecework.codegen.liveness import definitions, operands, parts_of, uses
 from piecework.codegen.names import BUILTINS, is_identifier
 from piecework.codegen.targets import ENTRY_NAME

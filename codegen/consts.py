@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import math
 import types
 from collections.abc import Callable
 
@@ -18,10 +17,8 @@ import torch.fx
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from piecework.codegen import ir
+from piecework.codegen.literals import is_inline_literal
 from piecework.errors import UnsupportedNode
-
-# int -> str conversion is limited by CPython (4300 digits by default); larger integers go to consts.
-_MAX_INLINE_BITS = 4096
 
 # CPython refuses 200 nested brackets; some are left for the statement around the argument.
 MAX_NESTING = 60
@@ -31,29 +28,6 @@ _TRACED = (torch.fx.Node, *_SIZES)
 
 LIST_TYPES = (list, immutable_list)
 DICT_TYPES = (dict, immutable_dict)
-
-
-def is_inline_literal(value: object) -> bool:
-    """True if the scalar ``value`` may be written inline (row C3: by exact type, finite floats only)."""
-    kind = type(value)
-    if kind is int:
-        return value.bit_length() <= _MAX_INLINE_BITS  # type: ignore[attr-defined,no-any-return]
-    if kind is float:
-        return math.isfinite(value)  # type: ignore[arg-type]
-    if kind is complex:
-        return _complex_survives_repr(value)  # type: ignore[arg-type]
-    return kind in (bool, str, bytes) or value is None or value is Ellipsis
-
-
-def _complex_survives_repr(value: complex) -> bool:
-    if not (math.isfinite(value.real) and math.isfinite(value.imag)):
-        return False
-    # repr() drops the sign of a zero part: complex(-0.0, 1.0) reads back as (0.0, 1.0).
-    # complex(0.0, -1.0) is written -1j, which is complex(-0.0, -1.0).
-    if value.real == 0 and value.imag < 0:
-        return False
-    parts = (value.real, value.imag)
-    return all(part != 0 or math.copysign(1.0, part) > 0 for part in parts)
 
 
 class ConstTable:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import assert_never
 
 from piecework.codegen.checks import Require, entry_table
-from piecework.codegen.consts import is_inline_literal
 from piecework.codegen.entry_checks import CheckLines, modules_in, targets_text
 from piecework.codegen.entry_plan import (
     EntryPlan,
@@ -29,7 +28,7 @@ from piecework.codegen.entry_plan import (
     Passed,
 )
 from piecework.codegen.entry_proof import prove_entry
-from piecework.codegen.layout import literal_text
+from piecework.codegen.literals import is_inline_literal, literal_text
 from piecework.codegen.names import BUILTINS, NameTable
 from piecework.codegen.render import environment, format_source
 from piecework.codegen.size_text import RESERVED

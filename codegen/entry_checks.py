@@ -14,9 +14,8 @@ from typing import assert_never
 import torch
 
 from piecework.codegen import checks
-from piecework.codegen.consts import is_inline_literal
 from piecework.codegen.entry_plan import Size
-from piecework.codegen.layout import literal_text
+from piecework.codegen.literals import is_inline_literal, literal_text
 from piecework.codegen.names import NameTable
 from piecework.codegen.size_text import MODULES, checked_text
 

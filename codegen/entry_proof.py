@@ -15,7 +15,6 @@ from typing import assert_never
 import torch
 
 from piecework.codegen import checks
-from piecework.codegen.consts import is_inline_literal
 from piecework.codegen.entry_plan import (
     EntryPlan,
     FromCall,
@@ -42,6 +41,7 @@ from piecework.codegen.entry_text import (
     read_entry,
     read_expression,
 )
+from piecework.codegen.literals import is_inline_literal
 from piecework.codegen.size_text import MODULES, checked_text
 from piecework.errors import EmitError
 

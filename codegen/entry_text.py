@@ -15,8 +15,8 @@ from typing import cast
 
 import torch
 
-from piecework.codegen.consts import is_inline_literal
 from piecework.codegen.grammar import parse_text
+from piecework.codegen.literals import is_inline_literal, read_literal
 from piecework.codegen.names import BUILTINS
 from piecework.codegen.size_text import MODULES
 from piecework.errors import EmitError
@@ -313,21 +313,10 @@ class _Expressions:
 
     def _arithmetic(self, node: ast.UnaryOp | ast.BinOp) -> Form:
         """Numbers with a sign, and complex ones, are literals of more than one word."""
+        literal = read_literal(node)
+        if literal is not None:
+            return constant(literal.value)
         match node:
-            case ast.UnaryOp(
-                op=ast.USub(), operand=ast.Constant(value=int() | float() | complex() as value)
-            ):
-                return constant(-value)
-            case ast.BinOp(
-                left=left,
-                op=ast.Add() | ast.Sub() as sign,
-                right=ast.Constant(value=complex() as part),
-            ):
-                kind, *rest = self.form(left)
-                if kind == "literal" and rest[0] in (int, float):
-                    real = complex(str(rest[1]))
-                    return constant(real + part if isinstance(sign, ast.Add) else real - part)
-                return type(sign).__name__, self.form(left), constant(part)
             case ast.UnaryOp(op=op, operand=operand):
                 return type(op).__name__, self.form(operand)
             case ast.BinOp(left=left, op=op, right=right):

@@ -13,7 +13,8 @@ import torch
 import torch.fx
 from torch.fx.graph import CodeGen
 
-from piecework.codegen.consts import DICT_TYPES, LIST_TYPES, is_inline_literal
+from piecework.codegen.consts import DICT_TYPES, LIST_TYPES
+from piecework.codegen.literals import is_inline_literal, same_literal
 from piecework.codegen.names import is_identifier
 from piecework.codegen.origin import node_where
 from piecework.codegen.structure import Hole, attribute_of, structure_of
@@ -184,7 +185,7 @@ def _lift(group: Inlined) -> None:
     chosen: list[int] = []
     for column, holes in enumerate(columns):
         first = holes[0]
-        if all(_same_literal(first.value, hole.value) for hole in holes):
+        if all(same_literal(first.value, hole.value) for hole in holes):
             continue
         lifted.append(LiftedLiteral(first.node, first.ordinal, _parameter_name(nodes, first)))
         chosen.append(column)
@@ -192,10 +193,6 @@ def _lift(group: Inlined) -> None:
     for path in group.members:
         holes = group.holes_of[path]
         group.lifted_values[path] = tuple(holes[column].value for column in chosen)
-
-
-def _same_literal(left: object, right: object) -> bool:
-    return type(left) is type(right) and repr(left) == repr(right)
 
 
 def _parameter_name(nodes: list[torch.fx.Node], hole: Hole) -> str:

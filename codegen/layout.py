@@ -14,6 +14,7 @@ import black
 from black.mode import TargetVersion
 
 from piecework.codegen import ir
+from piecework.codegen.literals import kind_of, literal_text
 from piecework.codegen.names import is_identifier
 from piecework.errors import EmitError
 
@@ -71,7 +72,7 @@ def expr_text(expr: ir.Expr) -> str:
         case ir.Name(id):
             return str(id)
         case ir.Literal(value):
-            return literal_text(value)
+            return str(literal_text(value))
         case ir.Const(index):
             return f"__vllm_consts__[{index}]"
         case ir.Global(path):
@@ -92,40 +93,13 @@ def expr_text(expr: ir.Expr) -> str:
             assert_never(expr)
 
 
-def literal_text(value: object) -> str:
-    """A literal as ASCII source in black's spelling; ``...`` for Ellipsis."""
-    if value is Ellipsis:
-        return "..."
-    text = ascii(value)
-    if isinstance(value, float):
-        return text.replace("e+", "e")
-    if isinstance(value, complex):
-        text = text.replace("e+", "e")
-        signs = [i for i, c in enumerate(text) if c in "+-" and i > 1 and text[i - 1] != "e"]
-        return f"{text[:signs[-1]]} {text[signs[-1]]} {text[signs[-1] + 1:]}" if signs else text
-    if isinstance(value, str) and text[0] == "'" and '"' not in text:
-        return f'"{text[1:-1]}"'
-    if isinstance(value, bytes) and text[1] == "'" and '"' not in text:
-        return f'b"{text[2:-1]}"'
-    return text
-
-
-def _plain_literal(value: object) -> bool:
-    """False if black might write ``value`` in another way than `literal_text`: quotes of both kinds, a complex sum."""
-    if isinstance(value, str):
-        return not ("'" in value and '"' in value)
-    if isinstance(value, complex):
-        return not literal_text(value).startswith("(")
-    return not (isinstance(value, bytes) and b"'" in value and b'"' in value)
-
-
 def plain(expr: ir.Expr) -> bool:
     """True if black leaves `expr_text` of ``expr`` as it is, between brackets."""
     match expr:
         case ir.Name() | ir.Const() | ir.Global():
             return True
         case ir.Literal(value):
-            return _plain_literal(value)
+            return bool(kind_of(value).settled(value))
         case ir.ListExpr(items) | ir.TupleExpr(items) | ir.Construct(_, items):
             return all(map(plain, items))
         case ir.DictExpr(pairs):
@@ -152,8 +126,7 @@ def receiver_text(expr: ir.Expr) -> str:
     """``expr`` before a dot or a bracket: numbers get parentheses too."""
     text = expr_text(expr)
     if isinstance(expr, ir.Literal):
-        value = expr.value
-        closed = type(value) in (bool, str, bytes) or value is None or value is Ellipsis
+        closed = kind_of(expr.value).closed
     else:
         empty = isinstance(expr, ir.TupleExpr) and not expr.items
         closed = not empty and not isinstance(expr, (ir.DictExpr, ir.SliceExpr))
@@ -289,7 +262,7 @@ def _call_layout(stmt: Call, indent: int) -> str | None:
     arguments = stmt.arguments
     if not all(map(plain, arguments.args)) or not all(plain(v) for _, v in arguments.kwargs):
         return None
-    if not all(_plain_literal(key) for key, _ in arguments.kwargs):
+    if not all(kind_of(key).settled(key) for key, _ in arguments.kwargs):
         return None
     head = _targets_text(stmt.targets, stmt.unpack) + _callee_text(stmt)
     return call_layout(head, _argument_texts(stmt), indent)

@@ -13,8 +13,9 @@ import torch.fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 from piecework.codegen import ir
-from piecework.codegen.consts import LIST_TYPES, ConstTable, describe, is_inline_literal, to_expr
+from piecework.codegen.consts import LIST_TYPES, ConstTable, describe, to_expr
 from piecework.codegen.inline import InlinePlan, bind_call, is_plain, returned_value
+from piecework.codegen.literals import is_inline_literal
 from piecework.codegen.names import NameTable, is_identifier
 from piecework.codegen.origin import SymbolNames, node_where, origin_of, origin_of_piece, value_of
 from piecework.codegen.structure import attribute_of, is_liftable

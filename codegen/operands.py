@@ -5,7 +5,6 @@ Constants are the same if nothing but identity can tell them apart; lists and di
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -13,6 +12,7 @@ import torch
 import torch.fx
 
 from piecework.codegen.consts import holds_node
+from piecework.codegen.literals import same_literal
 from piecework.codegen.origin import node_where
 from piecework.codegen.structure import attribute_of
 from piecework.codegen.trace import Bound, Container, Escapes, Input, Known, Value
@@ -125,13 +125,9 @@ def same_constant(left: object, right: object) -> bool:
         return same_program(left, right)
     if type(left) is not type(right):
         return False
-    if isinstance(left, float) and isinstance(right, float):
-        return left == left and struct.pack("d", left) == struct.pack("d", right)
-    if isinstance(left, complex) and isinstance(right, complex):
-        return same_constant(left.real, right.real) and same_constant(left.imag, right.imag)
-    if type(left) in (int, bool, str, bytes, torch.device, torch.Size):
+    if type(left) in (torch.device, torch.Size):
         return bool(left == right)
-    return False
+    return bool(same_literal(left, right))
 
 
 def same_program(left: torch.fx.GraphModule, right: torch.fx.GraphModule) -> bool:

@@ -18,10 +18,10 @@ from piecework.codegen.layout import (
     Layout,
     expr_text,
     format_source,
-    literal_text,
     numbered,
     signature_text,
 )
+from piecework.codegen.literals import literal_text
 
 __all__ = [
     "FORMAT_VERSION",

@@ -12,8 +12,8 @@ from typing import assert_never
 import torch.fx
 
 from piecework.codegen import ir
-from piecework.codegen.consts import is_inline_literal
 from piecework.codegen.free_names import require_names
+from piecework.codegen.literals import is_inline_literal
 from piecework.codegen.liveness import definitions, uses
 from piecework.codegen.names import NameTable
 from piecework.codegen.render import FORMAT_VERSION, environment, render_parts

@@ -16,6 +16,7 @@ from typing import assert_never
 import torch.fx
 
 from piecework.codegen.grammar import check_grammar, parse_text
+from piecework.codegen.literals import read_literal
 from piecework.codegen.operands import same_constant
 from piecework.codegen.render import flat_statements
 from piecework.codegen.replay_plan import (
@@ -109,7 +110,9 @@ class _Checker:
 
     def _is_size(self, stmt: ast.stmt) -> bool:
         match stmt:
-            case ast.Assign(targets=[ast.Name(id=name)], value=text) if _is_literal(text):
+            case ast.Assign(targets=[ast.Name(id=name)], value=text) if (
+                read_literal(text) is not None
+            ):
                 value = ast.literal_eval(text)
                 if name in self.facts.sizes:
                     if not same_constant(self.facts.sizes[name], value):
@@ -381,13 +384,6 @@ def _entry_of(source: StitchedSource) -> ast.FunctionDef:
         if isinstance(stmt, ast.FunctionDef) and stmt.name == ENTRY_NAME:
             return stmt
     raise EmitError(f"stitching source defines no function {ENTRY_NAME}")
-
-
-def _is_literal(text: ast.expr) -> bool:
-    """Whether ``text`` is a number or another single constant."""
-    if isinstance(text, ast.UnaryOp) and isinstance(text.op, ast.USub):
-        text = text.operand
-    return isinstance(text, ast.Constant)
 
 
 def _bound_by(stmt: ast.stmt) -> list[str]:

@@ -14,7 +14,8 @@ import torch
 import torch.fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from piecework.codegen.consts import DICT_TYPES, LIST_TYPES, holds_node, is_inline_literal
+from piecework.codegen.consts import DICT_TYPES, LIST_TYPES, holds_node
+from piecework.codegen.literals import is_inline_literal
 from piecework.codegen.origin import value_of
 from piecework.codegen.targets import function_path
 

@@ -12,6 +12,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from piecework.codegen.literals import read_literal
 from piecework.codegen.names import BUILTINS
 from piecework.codegen.targets import ABSENT, attribute_at_rest
 from piecework.codegen.trace import Container, Escapes, Event, Known, Value, picked
@@ -230,17 +231,16 @@ class Expressions:
         return self._event(node, "call", operator.getitem, (owner, key))
 
     def _unary(self, node: ast.UnaryOp) -> Value:
-        value = self.value(node.operand)
-        number = _number(node.operand, value)
-        if type(node.op) is ast.USub and number is not None:
-            return Known(-number)
-        return self._event(node, "call", _UNARY[type(node.op)], (value,))
+        literal = read_literal(node)
+        if literal is not None:
+            return Known(literal.value)
+        return self._event(node, "call", _UNARY[type(node.op)], (self.value(node.operand),))
 
     def _binary(self, node: ast.BinOp) -> Value:
+        literal = read_literal(node)
+        if literal is not None:
+            return Known(literal.value)
         left, right = self.value(node.left), self.value(node.right)
-        folded = _complex_literal(node, left, right)
-        if folded is not None:
-            return Known(folded)
         return self._event(node, "call", _BINARY[type(node.op)], (left, right))
 
     def _compare(self, node: ast.Compare) -> Value:
@@ -394,28 +394,3 @@ def _builds(target: Known, count: int) -> bool:
         return target.value is slice and count == 3
     kind = target.value
     return isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields")
-
-
-def _number(node: ast.expr, value: Value) -> int | float | complex | None:
-    if not isinstance(node, ast.Constant) or not isinstance(value, Known):
-        return None
-    number = value.value
-    if type(number) in (int, float, complex):
-        assert isinstance(number, (int, float, complex))
-        return number
-    return None
-
-
-def _complex_literal(node: ast.BinOp, first: Value, second: Value) -> complex | None:
-    """``1 - 2j`` is one literal; its real part may have a sign."""
-    number = _number(node.right, second)
-    if type(number) is not complex:
-        return None
-    bare = node.left.operand if isinstance(node.left, ast.UnaryOp) else node.left
-    real = first.value if isinstance(first, Known) and isinstance(bare, ast.Constant) else None
-    if type(real) not in (int, float):
-        return None
-    assert isinstance(real, (int, float))
-    if isinstance(node.op, ast.Add):
-        return real + number
-    return real - number if isinstance(node.op, ast.Sub) else None

@@ -16,14 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from piecework.codegen import ir
-from piecework.codegen.consts import (
-    ConstTable,
-    describe,
-    holds_node,
-    is_inline_literal,
-    short_type,
-    to_expr,
-)
+from piecework.codegen.consts import ConstTable, describe, holds_node, short_type, to_expr
+from piecework.codegen.literals import is_inline_literal
 from piecework.errors import UnsupportedNode
 
 Pair = namedtuple("Pair", ["left", "right"])

@@ -14,10 +14,10 @@ from piecework.codegen.layout import (
     call_layout,
     format_source,
     format_statements,
-    literal_text,
     signature_text,
     stmt_text,
 )
+from piecework.codegen.literals import literal_text
 
 ORIGIN = ir.Origin()
 NAMES = st.sampled_from(
