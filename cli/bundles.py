@@ -16,7 +16,7 @@ from piecework.errors import EmitError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from piecework.integrations.loading import LoadedModel
+    from piecework.integrations.protocol import LoadedModel
     from piecework.runtime.bundle import Manifest
     from piecework.runtime.stitched import StitchedModule
 
@@ -97,7 +97,7 @@ def run(
     said first. Exit code 1 if the source (without --edited) or the results differ.
     """
     with typed_errors():
-        from piecework.integrations.comparing import compare, run_model
+        from piecework.integrations.comparing import compare
         from piecework.runtime import bundle
         from piecework.runtime.config.compilation import CompilationConfig
 
@@ -106,13 +106,13 @@ def run(
         code = bundle.read_source(directory, manifest, edited=edited)
         config = CompilationConfig(**manifest.config)
         loaded = reload_model(directory, manifest)
-        reference = run_step(out, as_json, "Running eagerly", lambda: run_model(loaded, tokens))
+        reference = run_step(out, as_json, "Running eagerly", lambda: loaded.run(tokens))
         stitched = run_compile_step(out, as_json, "Compiling", lambda: loaded.stitch(config))
         generated = stitched.source.code
         changes = _use_edited(stitched, code) if edited else None
         if changes is not None and not as_json:
             out.print(*changes["lines"], sep="\n", markup=False)
-        ours = run_step(out, as_json, "Running", lambda: run_model(loaded, tokens, stitched))
+        ours = run_step(out, as_json, "Running", lambda: loaded.run(tokens, stitched))
         result = compare(reference, ours)
         report = {
             "same_source": generated == code,

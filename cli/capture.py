@@ -36,8 +36,6 @@ def coverage(
     With --tokens the model is then run as `piecework run` does, and its calls are counted by what served them, and why.
     """
     with typed_errors():
-        from piecework.integrations.comparing import run_model
-        from piecework.integrations.transformers.dry_request import dry_request
         from piecework.runtime import bundle
         from piecework.runtime.batch.coverage import coverage_json, coverage_table
         from piecework.runtime.config.compilation import CompilationConfig
@@ -49,7 +47,6 @@ def coverage(
         config = CompilationConfig(**manifest.config)
         loaded = reload_model(directory, manifest)
         stitched = run_compile_step(out, as_json, "Compiling", lambda: loaded.stitch(config))
-        context = {"context_for": dry_request} if loaded.causal_lm else {}
         run_step(
             out,
             as_json,
@@ -60,11 +57,11 @@ def coverage(
                 memory_budget=budget,
                 progress=False,
                 address_policy=policy,
-                **context,
+                context_for=loaded.integration.dry_context(),
             ),
         )
         if tokens:
-            run_step(out, as_json, "Running", lambda: run_model(loaded, tokens, stitched))
+            run_step(out, as_json, "Running", lambda: loaded.run(tokens, stitched))
         rows, memory = stitched.coverage(maximum), stitched.memory_report()
         calls = stitched.call_report()
         if as_json:

@@ -24,7 +24,7 @@ def demo(
     """
     import tempfile
 
-    from piecework.integrations.comparing import TOLERANCE, compare, run_model
+    from piecework.integrations.comparing import TOLERANCE, compare
     from piecework.integrations.loading import load_model
     from piecework.runtime import bundle
     from piecework.runtime.config.compilation import CompilationConfig
@@ -38,13 +38,13 @@ def demo(
         with step(out, "Building an 8-layer Llama with seeded random weights"):
             model = load_model(spec)
         with step(out, f"Generating {tokens} tokens eagerly"):
-            run_model(model, 2)  # the first call of anything is slow
-            eager = run_model(model, tokens)
+            model.run(2)  # the first call of anything is slow
+            eager = model.run(tokens)
         with compile_step(out, f"Capturing, splitting and compiling with {backend}"):
             stitched = model.stitch(config)
         with step(out, f"Generating {tokens} tokens with the stitched model"):
-            run_model(model, 2, stitched)
-            ours = run_model(model, tokens, stitched)
+            model.run(2, stitched)
+            ours = model.run(tokens, stitched)
         bundle.save(
             target,
             stitched,

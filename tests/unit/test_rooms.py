@@ -17,6 +17,7 @@ ORDER = (
     "golden",
     "integrations",
     "integrations.transformers",
+    "integrations.protocol",
     "examples",
     "piecework",
     "runtime",

@@ -1,0 +1,65 @@
+"""Models that come from a factory. In: ``module:factory``, which returns ``(module, example_inputs)``. Out: a `LoadedModel` that is called once."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils import _pytree as pytree
+
+from piecework.errors import UsageError
+from piecework.integrations.protocol import LoadedModel, Outcome
+from piecework.runtime.compile import compile as compile_model
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.stitched import StitchedModule
+
+
+class Plain:
+    """An ``nn.Module`` or function with positional example arguments; see `piecework.integrations.protocol.Integration`."""
+
+    def load(self, path: Path, seed: int) -> None:
+        return None  # no file says how to call such a model
+
+    def stitch(self, loaded: LoadedModel, config: CompilationConfig) -> StitchedModule:
+        return compile_model(loaded.module, loaded.example_args, config=config)
+
+    def run(
+        self, loaded: LoadedModel, new_tokens: int, stitched: StitchedModule | None = None
+    ) -> Outcome:
+        start = time.perf_counter()
+        result = (stitched or loaded.module)(*loaded.example_args)
+        values = tuple(x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor))
+        return Outcome(None, values, time.perf_counter() - start)
+
+    def dry_context(self) -> None:
+        return None
+
+
+def from_factory(spec: str, seed: int) -> LoadedModel:
+    """What ``module:factory`` makes.
+
+    Raises:
+        UsageError: there is no such factory, or it returns something else.
+    """
+    module_name, _, factory_name = spec.partition(":")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does: the user's own module is beside them
+    torch.manual_seed(seed)
+    try:
+        factory = getattr(importlib.import_module(module_name), factory_name)
+    except (ImportError, AttributeError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"there is no factory {spec!r}: {line}") from error
+    made = factory()
+    if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0])):
+        raise UsageError(
+            f"factory {spec!r} must return (module, example_inputs)",
+            hint="example_inputs is a tuple of positional arguments",
+        )
+    module, example = made
+    args = tuple(example) if isinstance(example, (tuple, list)) else (example,)
+    return LoadedModel(type(module).__name__, module, args, Plain())

@@ -1,0 +1,98 @@
+"""What an integration is. In: nothing; this is the vocabulary of `loading`, `comparing` and the command line. Out: `Integration`, `LoadedModel` and `Outcome`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.stitched import StitchedModule
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model and what to call it with.
+
+    Attributes:
+        name: for reports.
+        module: the model.
+        example_args: positional example arguments.
+        integration: knows how models of this kind are stitched and run.
+        config_text: the model's ``config.json``, if it has one.
+    """
+
+    name: str
+    module: Callable[..., object]
+    example_args: tuple[object, ...]
+    integration: Integration
+    config_text: str | None = None
+
+    def stitch(self, config: CompilationConfig) -> StitchedModule:
+        """The stitched form of the model; some kinds are stitched in place."""
+        return self.integration.stitch(self, config)
+
+    @torch.no_grad()
+    def run(self, new_tokens: int, stitched: StitchedModule | None = None) -> Outcome:
+        """Run the model on its example arguments; see `Integration.run`."""
+        return self.integration.run(self, new_tokens, stitched)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One run.
+
+    Attributes:
+        tokens: generated token ids ``[new]``; None for a model that generates none.
+        values: what is compared: the logits ``[new, vocabulary]`` that chose the tokens, or the model's tensors.
+        seconds: wall time.
+    """
+
+    tokens: torch.Tensor | None
+    values: tuple[torch.Tensor, ...]
+    seconds: float
+
+
+class Integration(Protocol):
+    """One kind of model: how it is loaded, stitched and run.
+
+    A package of `piecework.integrations` with a module ``integration`` that holds one as ``INTEGRATION`` is found by itself, as is
+    what another distribution names in the entry points ``piecework.integrations``.
+    """
+
+    def load(self, path: Path, seed: int) -> LoadedModel | None:
+        """The model of a local folder or file; None if it is of another kind.
+
+        Args:
+            seed: of random weights and of the example arguments.
+
+        Raises:
+            UsageError: it is of this kind, and can't be loaded.
+        """
+        ...
+
+    def stitch(self, loaded: LoadedModel, config: CompilationConfig) -> StitchedModule:
+        """Stitch the model.
+
+        Raises:
+            PieceworkError: it can't be, with the reason.
+        """
+        ...
+
+    def run(
+        self, loaded: LoadedModel, new_tokens: int, stitched: StitchedModule | None = None
+    ) -> Outcome:
+        """Run the model on its example arguments: generate ``new_tokens`` tokens, or call it once.
+
+        Args:
+            stitched: the stitched form, to call in place of a model that is not stitched in place.
+        """
+        ...
+
+    def dry_context(self) -> Callable[..., AbstractContextManager[object]] | None:
+        """What runs on dummy inputs need around them while static graphs are captured (``context_for`` of ``capture``); None for nothing."""
+        ...
