@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,12 +29,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("nightly"):
             item.add_marker(skip)
-
-
-def pytest_collection_finish() -> None:
-    """What was imported is no garbage: without this each collection that a test asks for walks through all of torch."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
