@@ -55,9 +55,12 @@ def kind_of(value: object) -> Kind:
 
 
 def same_literal(left: object, right: object) -> bool:
-    """Whether two values are of one kind and nothing can tell them apart."""
-    kind = KINDS.get(type(left))
-    return kind is not None and type(left) is type(right) and kind.same(left, right)
+    """Whether two values are of one type and nothing can tell them apart; floats and complex numbers of other classes (numpy's) go by their bits too."""
+    if type(left) is not type(right):
+        return False
+    base = next((each for each in (float, complex) if isinstance(left, each)), type(left))
+    kind = KINDS.get(base)
+    return kind is not None and kind.same(left, right)
 
 
 def read_literal(node: ast.expr) -> Literal | None:

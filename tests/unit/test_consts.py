@@ -9,6 +9,7 @@ import types
 from collections import deque, namedtuple
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.fx
@@ -18,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from piecework.codegen import ir
 from piecework.codegen.consts import ConstTable, describe, holds_node, short_type, to_expr
 from piecework.codegen.literals import is_inline_literal
+from piecework.codegen.operands import same_constant
 from piecework.errors import UnsupportedNode
 
 Pair = namedtuple("Pair", ["left", "right"])
@@ -182,3 +184,11 @@ def test_short_types() -> None:
         short_type(torch.ones((), dtype=torch.complex64)) == "complex64[]"
         and short_type(3) == "int"
     )
+
+
+@pytest.mark.parametrize("kind", [float, complex, np.float64, np.complex128])
+def test_numbers_are_the_same_by_their_bits(kind: type) -> None:
+    assert same_constant(kind(1.5), kind(1.5))
+    assert not same_constant(kind(0.0), kind(-0.0))
+    assert not same_constant(kind(float("nan")), kind(float("nan")))
+    assert not same_constant(kind(1), 1)
