@@ -12,7 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from piecework.errors import UsageError
-from piecework.integrations.protocol import LoadedModel, Outcome
+from piecework.integrations.protocol import LoadedModel, Outcome, first_line
 from piecework.runtime.compile import compile as compile_model
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
@@ -52,8 +52,7 @@ def from_factory(spec: str, seed: int) -> LoadedModel:
     try:
         factory = getattr(importlib.import_module(module_name), factory_name)
     except (ImportError, AttributeError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"there is no factory {spec!r}: {line}") from error
+        raise UsageError(f"there is no factory {spec!r}: {first_line(error)}") from error
     made = factory()
     if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0])):
         raise UsageError(

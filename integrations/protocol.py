@@ -96,3 +96,9 @@ class Integration(Protocol):
     def dry_context(self) -> Callable[..., AbstractContextManager[object]] | None:
         """What runs on dummy inputs need around them while static graphs are captured (``context_for`` of ``capture``); None for nothing."""
         ...
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

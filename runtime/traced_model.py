@@ -95,7 +95,7 @@ class TracedModel:
             self.backend.compiler_manager.cache.write_entry(self.entry.source.code)
 
     def _compile_graph(self, graph: torch.fx.GraphModule, inputs: Sequence[GraphInput]) -> None:
-        if self._traced is not None:  # what was made of an earlier trace is not used
+        if self.backend.used:  # what was made of an earlier trace is not
             self.backend = self._new_backend()
         self._traced = (graph, inputs)
         placeholders = graph.graph.find_nodes(op="placeholder")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from piecework.errors import UsageError
-from piecework.integrations.protocol import LoadedModel, Outcome
+from piecework.integrations.protocol import LoadedModel, Outcome, first_line
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
 
@@ -37,7 +37,9 @@ class CausalLM:
         try:
             module = transformers.AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
-            raise UsageError(f"can't load the model in {str(path)!r}: {_line(error)}") from error
+            raise UsageError(
+                f"can't load the model in {str(path)!r}: {first_line(error)}"
+            ) from error
         return self._loaded(module, config.read_text(), seed)
 
     def _with_random_weights(self, path: Path, seed: int) -> LoadedModel:
@@ -48,14 +50,14 @@ class CausalLM:
             config = transformers.AutoConfig.for_model(**fields)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(
-                f"{str(path)!r} is not a model config: {_line(error)}",
+                f"{str(path)!r} is not a model config: {first_line(error)}",
                 hint="it must be the config.json of a transformers causal LM, with its model_type",
             ) from error
         torch.manual_seed(seed)
         try:
             module = transformers.AutoModelForCausalLM.from_config(config)
         except (ValueError, KeyError) as error:
-            raise UsageError(f"{str(path)!r} is not a causal LM: {_line(error)}") from error
+            raise UsageError(f"{str(path)!r} is not a causal LM: {first_line(error)}") from error
         return self._loaded(module, text, seed)
 
     def _loaded(self, module: torch.nn.Module, config_text: str, seed: int) -> LoadedModel:
@@ -109,8 +111,3 @@ def _transformers():  # type: ignore[no-untyped-def]
         ) from error
     transformers.logging.set_verbosity_error()
     return transformers
-
-
-def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -38,7 +38,14 @@ from piecework.runtime.pieces.layer_names import share_layer_names
 from piecework.runtime.pieces.manager import CompilerManager
 from piecework.runtime.pieces.piecewise import PiecewiseBackend, PiecewiseCompileInterpreter
 from piecework.runtime.pieces.precompiled import compile_ahead, different_pieces
-from piecework.runtime.pieces.program import Batch, Program, called_forms, ranges_of, timed
+from piecework.runtime.pieces.program import (
+    Batch,
+    Program,
+    called_forms,
+    ranges_of,
+    timed,
+    unique_pieces,
+)
 from piecework.runtime.pieces.recurrent import recurrent_layers
 from piecework.runtime.splitting_op import registry
 
@@ -71,6 +78,7 @@ class PieceworkBackend:
     Attributes:
         compiler_manager: compiles pieces, equal ones once.
         range_table: batch ranges and single sizes that were asked for; None when one compiled form serves every batch.
+        used: a graph was given to it, whatever became of it.
     """
 
     def __init__(
@@ -94,6 +102,7 @@ class PieceworkBackend:
         self.compiler_manager = CompilerManager(self._compiler_config())
         self.runtime_config = runtime_config
         self.range_table = self._range_table()
+        self.used = False
         self._program: Program | None = None
 
     @property
@@ -180,6 +189,7 @@ class PieceworkBackend:
             UnsupportedNode: a node can't be written as source.
             ConfigError: ``debug_dump_path`` can't be written to.
         """
+        self.used = True
         runtime = self.runtime_config
         place = {} if runtime is None else {"rank": runtime.rank, "dp_rank": runtime.dp_rank}
         dump = Dump.open(self.config, self.prefix or "model", **place)
@@ -361,15 +371,14 @@ class _Compilation:
         direct: DirectOps,
     ) -> LowerOptions:
         levers = self.config.stitching_config
-        found = [each.structure for each in self.backends.values()]
-        unique = len({structure.key for structure in found if structure is not None})
+        unique = unique_pieces(self.backends)
         splitting = sum(item.is_splitting_graph for item in items)
         cuts = [each.graph.graph for each in items if each.is_splitting_graph]
         called = (operator_name(node.target) for graph in cuts for node in graph.nodes)
         ops = sorted({name for name in called if name})
         banner = (
             f"model: {self.settings.prefix or 'model'}",
-            f"pieces: {len(found)}, unique: {unique}, compiler: {self.compiler_manager.compiler.name}",
+            f"pieces: {len(self.backends)}, unique: {unique}, compiler: {self.compiler_manager.compiler.name}",
             f"splitting ops: {', '.join(ops) or 'none'} ({splitting} submodules)",
         )
         return LowerOptions(

@@ -176,7 +176,7 @@ class Program:
             model=self.name,
             compiler=self.compiler,
             pieces=len(self.backends),
-            unique=len({structure.key for _, structure in structures}),
+            unique=unique_pieces(self.backends),
             splitting=sum(item.is_splitting_graph for item in self.items),
             phases=dict(self.phases),
             ranges=tuple(map(self._range_row, self.compile_ranges)),
@@ -196,6 +196,11 @@ class Program:
 def ranges_of(table: RangeTable | None) -> tuple[Range | None, ...]:
     """What each piece is compiled for."""
     return (None,) if table is None else table.entries
+
+
+def unique_pieces(backends: Mapping[str, PiecewiseBackend]) -> int:
+    """How many different pieces there are."""
+    return len({each.structure.key for each in backends.values() if each.structure is not None})
 
 
 def called_forms(

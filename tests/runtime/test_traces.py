@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import piecework
-from piecework.errors import CaptureError, InputError, PieceworkError
+from piecework.errors import CaptureError, InputError, PieceworkError, SplitError
 from piecework.runtime import traced_model
 
 EAGER = piecework.CompilationConfig(backend="eager")
@@ -388,3 +388,17 @@ def test_a_compiler_that_asks_for_the_number_of_a_size_gets_a_trace_that_has_it(
     stitched = piecework.compile(model, (torch.randn(6, 8),))
     for rows in (6, 2):
         same(stitched, model, torch.randn(rows, 8))
+
+
+def test_what_a_failed_compilation_left_is_not_compiled_with_again() -> None:
+    stitched = piecework.compile(lambda x: x + 1, splitting_ops=["traces_late::op"], config=EAGER)
+    with pytest.raises(SplitError, match="traces_late::op"):
+        stitched(torch.ones(4))
+    failed = stitched.backend
+
+    @piecework.splitting_op("traces_late::op", rows="independent")
+    def late(x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    assert torch.equal(stitched(torch.ones(4)), torch.full((4,), 2.0))
+    assert stitched.backend is not failed
