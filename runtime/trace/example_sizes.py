@@ -45,6 +45,9 @@ class SizePolicy(Protocol):
     def may_differ(self, leaf: int, dim: int) -> bool:
         """Whether the size of a dimension of the flattened argument ``leaf`` may differ between calls."""
 
+    def narrower(self, args: Args, kwargs: Kwargs) -> SizePolicy | None:
+        """What to try where these arguments' model can't be compiled with all that may differ; None if nothing is left out by it."""
+
 
 class AllDimensions:
     """Every dimension is dynamic; the first of each tensor is one that a batch has."""
@@ -55,8 +58,7 @@ class AllDimensions:
     @contextmanager
     def every_size(self, args: Args, kwargs: Kwargs) -> Iterator[int]:
         """Equal sizes become one symbol. A first dimension of 1 beside larger ones is left alone: it is there to be broadcast."""
-        leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
-        tensors = [leaf for leaf in leaves if type(leaf) is torch.Tensor and leaf.dim()]
+        tensors = _tensors(args, kwargs)
         largest = max((tensor.size(0) for tensor in tensors), default=0)
         chosen = [tensor for tensor in tensors if tensor.size(0) != 1 or largest == 1]
         with unmarked_afterwards(chosen):
@@ -69,6 +71,33 @@ class AllDimensions:
 
     def may_differ(self, leaf: int, dim: int) -> bool:
         return True
+
+    def narrower(self, args: Args, kwargs: Kwargs) -> SizePolicy | None:
+        tensors = _tensors(args, kwargs)
+        return FirstDimensions() if any(size > 1 for t in tensors for size in t.shape[1:]) else None
+
+
+class FirstDimensions(AllDimensions):
+    """The first dimension of each tensor is dynamic, the others are as in the example."""
+
+    dynamic: bool | None = None
+
+    @contextmanager
+    def larger_sizes(self, args: Args, kwargs: Kwargs) -> Iterator[None]:
+        chosen = [tensor for tensor in _tensors(args, kwargs) if tensor.size(0) > 1]
+        with unmarked_afterwards(chosen):
+            for tensor in chosen:  # a trace may fix it; whether that may be is judged afterwards
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            yield
+
+    def narrower(self, args: Args, kwargs: Kwargs) -> SizePolicy | None:
+        return None
+
+
+def _tensors(args: Args, kwargs: Kwargs) -> list[torch.Tensor]:
+    """The plain tensors with a dimension among the flattened arguments."""
+    leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
+    return [leaf for leaf in leaves if type(leaf) is torch.Tensor and leaf.dim()]
 
 
 class DeclaredDimensions:
@@ -111,6 +140,9 @@ class DeclaredDimensions:
     def may_differ(self, leaf: int, dim: int) -> bool:
         return dim in self._found.get(leaf, ())
 
+    def narrower(self, args: Args, kwargs: Kwargs) -> SizePolicy | None:
+        return None
+
 
 class KeptMarks:
     """The dimensions that somebody marked on the first example's tensors; later examples get the same marks.
@@ -146,6 +178,9 @@ class KeptMarks:
 
     def may_differ(self, leaf: int, dim: int) -> bool:
         return any(mark.dim == dim and mark.kind != "static" for mark in self._marks.get(leaf, ()))
+
+    def narrower(self, args: Args, kwargs: Kwargs) -> SizePolicy | None:
+        return None
 
 
 def shapes_of(args: Args, kwargs: Kwargs) -> tuple[object, ...]:

@@ -130,7 +130,8 @@ def capture(
             marked (``torch._dynamo.mark_dynamic``, ``mark_unbacked``, ``mark_static``), then only those.
         sizes: which dimensions are dynamic. A trace that serves every size at once comes first; where it fails, or ``compile_graph``
             raises a `CaptureError` of it or a compiler asks for a size's number, one that serves sizes of 2 and more (or the example's 0 or 1). No size is fixed
-            because the example's happens to equal another number.
+            because the example's happens to equal another number. Where neither can be traced and compiled, fewer dimensions are
+            dynamic, if the policy has a narrower one.
 
     Raises:
         CaptureError: a graph break, no tensor operation, state that the forward changes in Python, an error of the model's
@@ -140,6 +141,28 @@ def capture(
     if sizes is None:
         leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
         return _capture_once(model, args, kwargs, compile_graph, dynamic_wish(leaves, dynamic))
+    try:
+        return _capture_freely(model, args, kwargs, compile_graph, sizes)
+    except (CaptureError, PieceCompileError) as error:
+        narrower = sizes.narrower(args, kwargs)
+        if narrower is None:
+            raise
+        _log.info("tried again with the batch alone dynamic: %s", error)
+        try:
+            return _capture_freely(model, args, kwargs, compile_graph, narrower)
+        except (CaptureError, PieceCompileError) as again:
+            _log.info("not traced with the batch alone dynamic: %s", again)
+            raise error from error.__cause__
+
+
+def _capture_freely(
+    model: Callable[..., object],
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    compile_graph: GraphCompiler,
+    sizes: SizePolicy,
+) -> Capture:
+    """Trace for every size at once, else for sizes of 2 and more, of other example sizes where these would be fixed."""
     try:
         with torch_compat.quiet_trial(), sizes.every_size(args, kwargs) as marked:
             if marked:
