@@ -200,17 +200,23 @@ def traced_code() -> list[types.CodeType]:
     return list(getattr(torch._guards.TracingContext.try_get(), "traced_code", None) or ())
 
 
-def trace_names(name: str) -> bool:
-    """Whether code that the trace which is running went through names an attribute, by itself or as a text; True where torch doesn't say."""
-    pending = list(traced_code())
+_CALL_OF_A_MODULE = torch.nn.Module._call_impl.__code__
+
+
+def trace_names(*names: str) -> list[str]:
+    """Those of ``names`` that code which the running trace went through has, by themselves or as texts; all where torch doesn't say.
+
+    The call of a module counts for nothing: it asks its results for gradients' functions to hang hooks on them.
+    """
+    pending = [each for each in traced_code() if each is not _CALL_OF_A_MODULE]
     if not pending:
-        return True
+        return list(names)
+    found: set[object] = set()
     while pending:
         code = pending.pop()
-        if name in code.co_names or name in code.co_consts:
-            return True
+        found |= {*code.co_names, *(each for each in code.co_consts if type(each) is str)}
         pending += [each for each in code.co_consts if isinstance(each, types.CodeType)]
-    return False
+    return [name for name in names if name in found]
 
 
 def ordered_places() -> frozenset[str] | None:

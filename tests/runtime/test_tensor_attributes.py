@@ -1,0 +1,121 @@
+"""What a model may ask of an argument beside its values: each attribute and argument-less method of ``torch.Tensor``, against tensors that differ in it."""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import piecework
+from piecework.errors import CaptureError, InputError, PieceworkError
+
+#: A trace answers for the stand-ins that it computes with; the first two are torch's own business, the third is deprecated.
+OF_STAND_INS = {"_has_symbolic_sizes_strides", "_python_dispatch", "storage_type()"}
+
+ANSWERS = (type(None), bool, int, float, str, tuple, type, torch.dtype, torch.device, torch.layout)
+
+
+def _asked() -> dict[str, object]:
+    """What can be asked → the answer of a plain tensor, where that is a value."""
+    found: dict[str, object] = {}
+    plain = torch.randn(4, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in dir(torch.Tensor):
+            try:
+                value = getattr(plain, name)
+                answer = value() if callable(value) else value
+            except Exception:  # noqa: BLE001 - it needs arguments, or another kind of tensor
+                continue
+            if isinstance(answer, ANSWERS):
+                found[f"{name}()" if callable(value) else name] = answer
+    return {name: answer for name, answer in found.items() if name not in OF_STAND_INS}
+
+
+ASKED = _asked()
+
+
+def _variants() -> dict[str, torch.Tensor]:
+    found = {
+        "offset": torch.randn(9, 3)[2:6],
+        "leaf": torch.randn(4, 3, requires_grad=True),
+        "result": torch.randn(4, 3, requires_grad=True) * 1,
+        "retained": torch.randn(4, 3, requires_grad=True) * 1,
+        "hooked": torch.randn(4, 3, requires_grad=True),
+        "written": torch.randn(4, 3).add_(1),
+        "transposed": torch.randn(3, 4).t(),
+        "double": torch.randn(4, 3).double(),
+        "shared": torch.randn(4, 3).share_memory_(),
+        "expanded": torch.randn(1, 3).expand(4, 3),
+        "parameter": torch.nn.Parameter(torch.randn(4, 3)),
+        "frozen": torch.nn.Parameter(torch.randn(4, 3), requires_grad=False),
+        "negated": torch._neg_view(torch.randn(4, 3)),
+        "larger": torch.randn(6, 3),
+        "single": torch.randn(1, 3),
+        "attribute": torch.randn(4, 3),
+        "graded": torch.randn(4, 3),
+    }
+    found["retained"].retain_grad()
+    found["hooked"].register_hook(lambda grad: grad)
+    found["attribute"].note = 1  # type: ignore[attr-defined]
+    found["graded"].grad = torch.ones(4, 3)
+    with torch.inference_mode():
+        found["inference"] = torch.randn(4, 3)
+    return found
+
+
+def _asking(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    answer = ASKED[name]
+    condition = f"x.{name}" if answer is None or isinstance(answer, bool) else f"x.{name} == ANSWER"
+    names: dict[str, object] = {"ANSWER": answer}
+    exec(f"def forward(x):\n    return x * 2 if {condition} else x * 3\n", names)
+    function = names["forward"]
+    assert isinstance(function, types.FunctionType)
+    return function
+
+
+def _check(name: str, example: torch.Tensor) -> None:
+    forward = _asking(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            forward(example)
+            stitched = piecework.compile(forward, (example,), config={"backend": "eager"})
+        except (RuntimeError, CaptureError):
+            return
+        for kind, variant in _variants().items():
+            try:
+                actual = stitched(variant)
+            except PieceworkError:
+                continue
+            expected = forward(variant)
+            assert actual.dtype == expected.dtype, f"{name}, {kind}"
+            assert torch.equal(actual, expected), f"{name}, {kind}"
+
+
+@pytest.mark.parametrize("name", sorted(name for name in ASKED if not name.startswith("_")))
+def test_what_is_asked_of_a_tensor_is_answered_for_each_call(name: str) -> None:
+    _check(name, torch.randn(4, 3))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", sorted(ASKED))
+def test_what_is_asked_of_any_tensor_is_answered_for_each_call(name: str) -> None:
+    _check(name, torch.randn(4, 3))
+    for kind in ("leaf", "parameter", "frozen", "expanded", "offset", "graded"):
+        _check(name, _variants()[kind])
+
+
+@pytest.mark.parametrize("name", ["is_leaf", "grad_fn", "retains_grad"])
+def test_a_place_in_autograd_is_refused_by_name(name: str) -> None:
+    forward = _asking(name)
+    with pytest.raises(CaptureError, match=f"forward names {name}, and argument x records"):
+        piecework.compile(forward, (torch.randn(4, 3, requires_grad=True),))
+    stitched = piecework.compile(forward, (torch.randn(4, 3),), config={"backend": "eager"})
+    x = torch.randn(5, 3)
+    assert torch.equal(stitched(x), forward(x))
+    with pytest.raises(InputError, match="requires_grad=True"):
+        stitched(torch.randn(4, 3, requires_grad=True))
