@@ -256,7 +256,8 @@ class StitchedModule:
         with self._tracing:
             if len(self._traces) > tried:  # somebody else's call was first
                 return True
-            shapes = shapes_of(args, kwargs)
+            weights = [each.entry.weights.identities() for each in self._traces]
+            shapes = shapes_of(args, kwargs, set().union(*weights))
             if shapes in self._hopeless or len(self._traces) >= MAX_TRACES:
                 return False
             self._hopeless.add(shapes)  # unless it gets a trace now

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from piecework.codegen.entry_plan import Parameter
-from piecework.errors import CaptureError
+from piecework.errors import CaptureError, InputError
 from piecework.runtime import torch_compat
 from piecework.runtime.bind.class_watch import ClassWatch
-from piecework.runtime.bind.facts import CONSTANT_KINDS, Fact, Values, expected
+from piecework.runtime.bind.facts import CONSTANT_KINDS, Fact, Values, expected, place_text
 from piecework.runtime.bind.guards import Bins, sort_guards
 from piecework.runtime.bind.observable import Touch
 from piecework.runtime.bind.places import Step
@@ -107,6 +107,7 @@ class TracedState:
 
     Attributes:
         tensors: the model's tensors that the trace looked at, by place, whether the graph reads them or not.
+        watched: places of those that are no weights: of a closure, a class.
     """
 
     _model: object
@@ -120,6 +121,7 @@ class TracedState:
     _forward: object = None
     _global_hooks: tuple[Step, ...] = field(default_factory=lambda: tuple(_global_hooks()))
     _dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
+    watched: list[Place] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._forward = self._own_forward()
@@ -203,9 +205,14 @@ class TracedState:
 
     def watch_tensor(self, place: Place, tensor: torch.Tensor) -> None:
         """Compare a tensor of the model by kind: nothing else can tell that it was replaced."""
-        self._bins.facts.append(
-            Fact(place, "TENSOR_MATCH", None, expected("TENSOR_MATCH", tensor, None))
-        )
+        fact = Fact(place, "TENSOR_MATCH", None, expected("TENSOR_MATCH", tensor, None))
+        self._bins.facts.append(fact)
+        self.watched.append(place)
+
+    def watched_now(self) -> dict[str, object]:
+        """What is now where the trace found tensors that are no weights, by how errors call the place."""
+        values = Values(self._starts)
+        return {place_text(place, self._names): values.at(place) for place in self.watched}
 
     def accepted(self) -> TracedState:
         """The same, less the facts that don't hold now."""
@@ -222,20 +229,33 @@ class TracedState:
             return None
         return ArgumentCheck(self, parameters)
 
-    def argument_difference(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> str:
-        """The first thing that the graph is wrong about in these arguments; "" if there is none."""
+    def argument_refusal(
+        self, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> InputError | None:
+        """The first thing that the graph is wrong about in these arguments; None if there is none."""
         local = {**self._starts["local"], "args": args, "kwargs": kwargs}
         values = Values({**self._starts, "local": local})
         for fact in self._bins.argument_facts:
             if not fact.holds(values):
-                return "argument " + fact.difference(values, self._names)
-        return self._left_text(local) if self._bins.left_on_arguments else ""
+                refusal = _refusal("argument " + fact.difference(values, self._names))
+                if (
+                    fact.other is not None
+                ):  # which of them are one object, another trace can have otherwise
+                    refusal.places = frozenset()
+                return refusal
+        text = self._left_text(local) if self._bins.left_on_arguments else ""
+        return _refusal(text) if text else None
+
+
+def _refusal(text: str) -> InputError:
+    hint = "compare them with the example arguments, or compile the model again"
+    return InputError(text, hint=hint)
 
 
 class ArgumentCheck:
     """Whether arguments are as the trace saw them, beyond what the emitted check compares.
 
-    Call it with one value per parameter of the model.
+    It takes one value per parameter of the model.
     """
 
     def __init__(self, state: TracedState, parameters: Sequence[Parameter]) -> None:
@@ -245,11 +265,8 @@ class ArgumentCheck:
         self._parameters = [(p.name, p.kind) for p in parameters]
         self._orders = {p.name: tuple(p.node.keys) for p in parameters if p.kind == "**"}  # type: ignore[union-attr]
 
-    def __call__(self, *values: object) -> bool:
-        return not self.difference(values)
-
-    def difference(self, values: Sequence[object]) -> str:
-        """What is different; "" if nothing is."""
+    def refusal(self, values: Sequence[object]) -> InputError | None:
+        """What is different; None if nothing is."""
         args: list[object] = []
         kwargs: dict[str, object] = {}
         for (name, kind), value in zip(self._parameters, values, strict=True):
@@ -257,14 +274,16 @@ class ArgumentCheck:
                 args += value  # type: ignore[arg-type]
             elif kind == "**":
                 if tuple(value) != self._orders[name]:  # type: ignore[arg-type]
-                    return f"the arguments {', '.join(self._orders[name])} were passed in this order when the model was traced"
+                    return _refusal(
+                        f"the arguments {', '.join(self._orders[name])} were passed in this order when the model was traced"
+                    )
                 kwargs.update(value)  # type: ignore[call-overload]
             elif kind != "k" and len(args) < self._count:
                 args.append(value)
             else:
                 kwargs[name] = value
         ordered = {key: kwargs[key] for key in self._keys if key in kwargs}
-        return self._state.argument_difference(tuple(args), ordered)
+        return self._state.argument_refusal(tuple(args), ordered)
 
 
 def _global_hooks() -> Iterator[Step]:

@@ -196,6 +196,10 @@ class BoundWeights:
         self._strict = paths
         self.unchanged = self._check()
 
+    def identities(self) -> set[int]:
+        """Ids of the model's tensors that the trace looked at, wherever they are."""
+        return {*map(id, self.tensors), *map(id, self.state.watched_now().values())}
+
     def held(self) -> list[torch.Tensor]:
         """The weights as bound, for a stitched function that holds others of them; it has compared before."""
         return self.tensors

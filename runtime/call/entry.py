@@ -28,11 +28,10 @@ from piecework.codegen.entry_plan import (
     Packed,
     Passed,
 )
-from piecework.codegen.origin import value_of
 from piecework.errors import InputError, StaticGraphError
 from piecework.runtime import torch_compat
-from piecework.runtime.analysis.writes import mutations_in
 from piecework.runtime.bind.weights import BoundWeights
+from piecework.runtime.call.argument_memory import ArgumentMemory, Written
 from piecework.runtime.call.execution import Execution, by_path_of, is_running
 from piecework.runtime.call.explain import input_error
 from piecework.runtime.call.profile_names import named_pieces
@@ -78,8 +77,11 @@ class Entry:
         self._program = program
         self._as_it_is = as_it_is
         self.captured = captured
-        self._plan = plan_entry(captured, program)
+        written = Written.by(captured, program)
         self._arguments = captured.weights.state.argument_check(captured.parameters)
+        self._memory = ArgumentMemory.of(captured, written)
+        watches = self._arguments is not None or self._memory is not None
+        self._plan = plan_entry(captured, program, written, watches)
         self._autocast = torch_compat.autocast_state()
         self.careful_calls: dict[str, int] = {}
         weights = captured.weights
@@ -203,7 +205,7 @@ class Entry:
             "entry_with_care": self._with_care,
             "explain_inputs": self._explain_inputs,
             "explain_weights": self._explain_weights,
-            "arguments_as_traced": self._arguments,
+            "arguments_as_traced": lambda *values: self._argument_refusal(values) is None,
             "memory_apart": torch_compat.memory_apart,
             "flatten": torch_compat.flatten_tree,
         }
@@ -233,10 +235,17 @@ class Entry:
         return True
 
     def _explain_inputs(self, *values: object) -> None:
-        otherwise = "" if self._arguments is None else self._arguments.difference(values)
-        error = input_error(self._plan, values, otherwise)
+        error = input_error(self._plan, values, self._argument_refusal(values))
         error.refused_by = self
         raise error
+
+    def _argument_refusal(self, values: Sequence[object]) -> InputError | None:
+        """What of the arguments is not as traced, beyond what the emitted check compares; asked after those checks have passed."""
+        if self._arguments is not None:
+            refusal = self._arguments.refusal(values)
+            if refusal is not None:
+                return refusal
+        return None if self._memory is None else self._memory.refusal(self.weights, values)
 
     def _explain_weights(self) -> None:
         raise self._outdated(self.weights.explain())
@@ -347,7 +356,9 @@ def _autocast_text(state: tuple[tuple[str, object], ...]) -> str:
 # --- the plan ----------------------------------------------------------------------------------------
 
 
-def plan_entry(captured: Capture, program: Program) -> EntryPlan:
+def plan_entry(
+    captured: Capture, program: Program, written: Written, watches_arguments: bool
+) -> EntryPlan:
     """Say what the entry must check, pass and return."""
     levers = program.config.stitching_config
     source = program.source
@@ -376,10 +387,13 @@ def plan_entry(captured: Capture, program: Program) -> EntryPlan:
         outputs=_output_names(captured),
         result=_packed(captured.out_spec, list(captured.result), weight_at),
         batch=_batch(captured, program),
-        apart=_apart(captured, program),
+        apart=tuple(
+            (leaf, tuple(x for x in written.arguments if x != leaf))
+            for leaf in written.in_arguments
+        ),
         # A model without weights has modes of its own to watch all the same.
         binds=bool(bound) or not weights,
-        watches_arguments=captured.weights.state.argument_check(captured.parameters) is not None,
+        watches_arguments=watches_arguments,
         checks=levers.check_inputs,
     )
 
@@ -414,19 +428,6 @@ def _batch(captured: Capture, program: Program) -> Passed | None:
             return captured.assumptions.passed(leaf, size_dim)
         case Weight() | Layout():
             return None
-
-
-def _apart(captured: Capture, program: Program) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """Arguments that a compiled piece writes, each with all others that the graph reads."""
-    placeholders = program.split_gm.graph.find_nodes(op="placeholder")
-    leaves = {
-        node.name: source.leaf
-        for node, source in zip(placeholders, captured.inputs, strict=True)
-        if isinstance(source, Argument) and isinstance(value_of(node), torch.Tensor)
-    }
-    writes = mutations_in(program.split_gm, list(program.backends), {n: n for n in leaves})
-    written = dict.fromkeys(leaves[write.path] for write in writes)
-    return tuple((leaf, tuple(x for x in leaves.values() if x != leaf)) for leaf in written)
 
 
 def _output_names(captured: Capture) -> tuple[str, ...]:

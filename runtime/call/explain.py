@@ -29,19 +29,21 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 Place = tuple[int, int | None]
 
 
-def input_error(plan: EntryPlan, values: Sequence[object], otherwise: str = "") -> InputError:
+def input_error(
+    plan: EntryPlan, values: Sequence[object], otherwise: InputError | None = None
+) -> InputError:
     """The first assumption that ``values`` (one per parameter) break, as an error.
 
     Args:
-        otherwise: what is wrong if no assumption of the plan is broken.
+        otherwise: the error if no assumption of the plan is broken.
     """
     search = _Search(values)
     for _, steps in groupby(checks.entry_table(plan), key=_leaf_of):
         error = _gravest(search.refusals(steps))
         if error is not None:
             return error
-    return InputError(
-        otherwise or "the arguments break what the trace assumed of them",
+    return otherwise or InputError(
+        "the arguments break what the trace assumed of them",
         hint="compare them with the example arguments, or compile the model again",
     )
 

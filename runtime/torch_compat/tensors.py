@@ -70,21 +70,21 @@ def _unwrapped(value: torch.Tensor) -> torch.Tensor:
 
 def memory_apart(written: torch.Tensor, *others: torch.Tensor) -> bool:
     """Whether no other tensor reaches into the span of memory from the first to the last element of ``written``."""
-    start = written.data_ptr()
-    end = start + _span(written)
+    start, end = memory_span(written)
     for other in others:
-        first = other.data_ptr()
-        if first < end and start < first + _span(other):
+        first, last = memory_span(other)
+        if first < end and start < last:
             return False
     return True
 
 
-def _span(tensor: torch.Tensor) -> int:
-    """Bytes from the first to the last element."""
+def memory_span(tensor: torch.Tensor) -> tuple[int, int]:
+    """The address of the first element, and that behind the last one."""
+    start = tensor.data_ptr()
     if tensor.is_contiguous():
-        return tensor.nbytes
+        return start, start + tensor.nbytes
     steps = zip(tensor.shape, tensor.stride(), strict=True)
-    return (1 + sum((size - 1) * stride for size, stride in steps)) * tensor.itemsize
+    return start, start + (1 + sum((size - 1) * stride for size, stride in steps)) * tensor.itemsize
 
 
 def is_same_view(left: object, right: object) -> bool:

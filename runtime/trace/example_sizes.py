@@ -183,15 +183,20 @@ class KeptMarks:
         return None
 
 
-def shapes_of(args: Args, kwargs: Kwargs) -> tuple[object, ...]:
-    """What of a call's arguments a trace may depend on beside their kinds: sizes, strides, which are one tensor, integers."""
+def shapes_of(args: Args, kwargs: Kwargs, weights: Collection[int]) -> tuple[object, ...]:
+    """What of a call's arguments a trace may depend on beside their kinds: sizes, strides, which are one tensor, integers.
+
+    Args:
+        weights: ids of the model's tensors, which an argument may be.
+    """
     found: list[object] = []
     seen: dict[int, int] = {}
     for index, leaf in enumerate(pytree.tree_leaves((tuple(args), dict(kwargs)))):
         if isinstance(leaf, torch.Tensor):
             same = seen.setdefault(id(leaf), index)
             layout = leaf.stride() if leaf.layout is torch.strided else ()
-            found.append((type(leaf), leaf.requires_grad, tuple(leaf.shape), layout, same))
+            own = id(leaf) if id(leaf) in weights else None
+            found.append((type(leaf), leaf.requires_grad, tuple(leaf.shape), layout, same, own))
         else:
             found.append(leaf if type(leaf) is int else None)
     return tuple(found)

@@ -92,6 +92,7 @@ class Capture:
         weights: where the model keeps the tensors that the graph reads, and those that the model returns.
         out_spec: structure of the result.
         result: where each leaf of the result comes from.
+        weights_given: flattened arguments that were tensors of the model.
     """
 
     graph: torch.fx.GraphModule
@@ -101,6 +102,7 @@ class Capture:
     weights: BoundWeights
     out_spec: pytree.TreeSpec
     result: tuple[ResultLeaf, ...]
+    weights_given: frozenset[int] = frozenset()
 
 
 @dataclass(slots=True)
@@ -351,6 +353,7 @@ def _capture_with(
     results = tuple(result_leaf(leaf, trace.standing_in, leaves, held) for leaf in result_leaves)
     found = _found(trace.inputs, results, held)
     found += _only_looked_at(model, state, {id(each.tensor) for each in found}, held)
+    own = held.keys() | {id(tensor) for _, tensor in state.tensors}
     return Capture(
         graph=trace.graph,
         inputs=trace.inputs,
@@ -359,6 +362,7 @@ def _capture_with(
         weights=BoundWeights.of(model, modules_of(model), found, state),
         out_spec=out_spec,
         result=results,
+        weights_given=frozenset(i for i, leaf in enumerate(leaves) if id(leaf) in own),
     )
 
 

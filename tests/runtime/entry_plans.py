@@ -46,6 +46,7 @@ SYMBOLS = {"s0": 4, "s1": 6, "rows": 3}
 GUARDS = ("s0 % 2 == 0", "s1 > rows or s0 > 9", "rows != 7 and s0 < 64", "math.floor(s1 / s0) == 1", "s1 % s0 >= 0")  # fmt: skip
 NAMES = ("x", "y", "s0", "list", "type", "len", "id", "torch", "weights", "entry", "leaves", "x_0", "bound", "_")  # fmt: skip
 FIXED = (None, True, False, 0, 1, 7, -3, 2.5, -2.5, 0.0, -0.0, math.nan, math.inf, 1 + 2j, -1 - 2j, "mean", "it's", 'a"b\'', b"raw", ..., torch.float16, (1, 2), range(3), np.float64(0.0), np.float64(2.5))  # fmt: skip
+IN_TREES = tuple(value for value in FIXED if not isinstance(value, tuple))  # it would be flattened
 DTYPES = (torch.float32, torch.int64, torch.complex64, torch.bool)
 
 
@@ -72,13 +73,14 @@ class _Plan:
         if kind == "tree":
             keys = [f"k{number}" for number in range(count)]
             _, structure = torch_compat.flatten_tree(collections.OrderedDict.fromkeys(keys, 1))
-            return Tree(label, structure, tuple(self.leaf(f"{label}['{key}']") for key in keys))
+            leaves = (self.leaf(f"{label}['{key}']", IN_TREES) for key in keys)
+            return Tree(label, structure, tuple(leaves))
         names = (0, "one", 2.5) if kind == "dict" else range(3)
         keys = tuple(names[:count])
         children = tuple(self.node(f"{label}[{key!r}]", depth + 1) for key in keys)
         return Items({"list": list, "tuple": tuple, "dict": dict}[kind], label, keys, children)
 
-    def leaf(self, label: str) -> Leaf:
+    def leaf(self, label: str, fixed: tuple[object, ...] = FIXED) -> Leaf:
         kinds = ["tensor", "tensor", "tensor", "unused", "same", "integer", "fixed", "watched"]
         kind = self.draw(st.sampled_from(kinds))
         index = len(self.leaves)
@@ -93,7 +95,7 @@ class _Plan:
                 assumption = IntegerInput(self.draw(st.sampled_from(texts)))
                 self.known.append(assumption.symbol)
             case "fixed":
-                assumption = FixedValue(self.draw(st.sampled_from(FIXED)))
+                assumption = FixedValue(self.draw(st.sampled_from(fixed)))
             case "watched":
                 assumption = WatchedObject()
             case _:

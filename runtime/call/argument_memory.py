@@ -1,0 +1,224 @@
+"""Whether arguments are apart from the tensors of the model. In: what a trace saw, and a call's arguments. Out: nothing, or the `InputError` that refuses the call.
+
+Code that was traced may ask ``mask is self.mask``, and compiled pieces put off writes: what was another tensor in the trace has to be another in
+each call, and what a piece writes may share no memory with what it reads.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import assert_never
+
+import torch
+
+from piecework.codegen import checks
+from piecework.codegen.entry_plan import (
+    Assumption,
+    Items,
+    Leaf,
+    Node,
+    TensorInput,
+    Tree,
+    UnusedTensor,
+)
+from piecework.codegen.origin import value_of
+from piecework.errors import InputError
+from piecework.runtime import torch_compat
+from piecework.runtime.analysis.writes import mutations_in
+from piecework.runtime.bind.weights import BoundWeights
+from piecework.runtime.pieces.program import Program
+from piecework.runtime.trace.tracing import Argument, Capture, GraphInput, Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a graph reads as tensors, and what of it compiled pieces write.
+
+    Attributes:
+        arguments, weights: what the graph reads, flattened arguments by number and weights by path.
+        in_arguments, in_weights: those of them that are written.
+    """
+
+    arguments: tuple[int, ...]
+    weights: tuple[str, ...]
+    in_arguments: tuple[int, ...]
+    in_weights: tuple[str, ...]
+
+    @classmethod
+    def by(cls, captured: Capture, program: Program) -> Written:
+        placeholders = program.split_gm.graph.find_nodes(op="placeholder")
+        pairs = list(zip(placeholders, captured.inputs, strict=True))
+        tensors = {n.name: each for n, each in pairs if isinstance(value_of(n), torch.Tensor)}
+        writes = mutations_in(program.split_gm, list(program.backends), {n: n for n in tensors})
+        written = {name: tensors[name] for name in dict.fromkeys(each.path for each in writes)}
+        return cls(*_sorted(tensors), *_sorted(written))
+
+
+def _sorted(inputs: dict[str, GraphInput]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    values = inputs.values()
+    arguments = tuple(each.leaf for each in values if isinstance(each, Argument))
+    return arguments, tuple(each.path for each in values if isinstance(each, Weight))
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """A tensor argument, and the weights, by number, that it must not be, or not share memory with.
+
+    Attributes:
+        elsewhere: it must be none of the tensors, either, that the trace found in closures and classes.
+    """
+
+    label: str
+    where: checks.Where
+    others: tuple[int, ...]
+    elsewhere: bool
+    apart: tuple[int, ...]
+    written: bool
+
+
+class ArgumentMemory:
+    """The check of one trace.
+
+    Args:
+        given: the tensor arguments that there is something to check of.
+    """
+
+    def __init__(self, given: Sequence[_Given]) -> None:
+        self._given = tuple(given)
+        self._spans: tuple[BoundWeights | None, list[_Spans]] = (None, [])
+
+    @classmethod
+    def of(cls, captured: Capture, written: Written) -> ArgumentMemory | None:
+        """The check of a trace; None if no argument can be a tensor of the model, or share one's memory in a wrong way."""
+        given = _all_given(captured, written)
+        found = [each for each in given if each.others or each.elsewhere or each.apart]
+        return cls(found) if found else None
+
+    def refusal(self, weights: BoundWeights, values: Sequence[object]) -> InputError | None:
+        """What is wrong about arguments, one value per parameter; None if nothing is."""
+        if self._spans[0] is not weights:
+            tensors = weights.tensors
+            spans = [_Spans([tensors[n] for n in each.apart]) for each in self._given]
+            self._spans = weights, spans
+        for each, spans in zip(self._given, self._spans[1], strict=True):
+            tensor = _value(each.where, values)
+            assert isinstance(tensor, torch.Tensor)
+            for number in each.others:
+                if tensor is weights.tensors[number]:
+                    return _one_object(each.label, weights.traced[number].path)
+            if each.elsewhere:
+                for path, now in weights.state.watched_now().items():
+                    if tensor is now:
+                        return _one_object(each.label, path)
+            if each.apart and spans.reached_by(tensor):
+                number = next(n for n in each.apart if _reaches(weights.tensors[n], tensor))
+                return _shared(each, weights.traced[number].path)
+        return None
+
+
+def _all_given(captured: Capture, written: Written) -> Iterator[_Given]:
+    weights = captured.weights
+    plain = [n for n, each in enumerate(weights.tensors) if each.layout is torch.strided]
+    numbers = {weights.traced[n].path: n for n in plain}
+    for number, parameter in enumerate(captured.parameters):
+        for leaf, where in _leaves(parameter.node, checks.Whole(number)):
+            if not isinstance(leaf.assumption, (TensorInput, UnusedTensor)):
+                continue
+            others = [n for n in plain if _could_be(leaf.assumption, weights.tensors[n])]
+            elsewhere = bool(weights.state.watched)
+            if (
+                leaf.index in captured.weights_given
+            ):  # a fact of the trace says which one it has to be
+                others, elsewhere = [], False
+            is_written = leaf.index in written.in_arguments
+            paths = written.weights if is_written else written.in_weights
+            apart = [numbers[path] for path in paths if path in numbers]
+            if leaf.index not in written.arguments:
+                apart = []
+            yield _Given(leaf.label, where, tuple(others), elsewhere, tuple(apart), is_written)
+
+
+def _leaves(node: Node, where: checks.Where) -> Iterator[tuple[Leaf, checks.Where]]:
+    """The flattened arguments of a parameter, each with where a call has it."""
+    match node:
+        case Leaf():
+            yield node, where
+        case Items(keys=keys, children=children):
+            for key, child in zip(keys, children, strict=True):
+                yield from _leaves(child, checks.Part(where, key))
+        case Tree(children=children):
+            yield from ((leaf, checks.Flat(where, n)) for n, leaf in enumerate(children))
+        case _:
+            assert_never(node)
+
+
+def _could_be(assumption: Assumption, tensor: torch.Tensor) -> bool:
+    """Whether a tensor of the model passes the checks of an argument."""
+    match assumption:
+        case TensorInput(dtype, device, sizes, kind=kind):
+            rank = len(sizes)
+            fits = type(tensor) is kind and all(
+                now == size
+                for now, size in zip(tensor.shape, sizes, strict=False)
+                if isinstance(size, int)
+            )
+        case UnusedTensor(dtype, device, rank):
+            fits = True
+        case _:
+            return False
+    return fits and (tensor.dtype, tensor.device, tensor.dim()) == (dtype, device, rank)
+
+
+def _value(where: checks.Where, values: Sequence[object]) -> object:
+    match where:
+        case checks.Whole(parameter):
+            return values[parameter]
+        case checks.Part(of, key):
+            return _value(of, values)[key]  # type: ignore[index]
+        case checks.Flat(of, number):
+            return torch_compat.flatten_tree(_value(of, values))[0][number]
+        case _:
+            assert_never(where)
+
+
+def _one_object(label: str, path: str) -> InputError:
+    error = InputError(
+        f"argument {label} is the model's {path}, and was another tensor when the model was traced",
+        hint=f"pass {label}.clone(), or trace with it",
+    )
+    error.places = frozenset()
+    return error
+
+
+def _shared(given: _Given, path: str) -> InputError:
+    target = given.label if given.written else path
+    return InputError(
+        f"argument {given.label} shares memory with the model's {path}, and the model writes to {target}; compiled pieces expect "
+        "that it does not",
+        hint=f"pass {given.label}.clone()",
+    )
+
+
+# --- memory ----------------------------------------------------------------------------------------
+
+
+class _Spans:
+    """The memory of some tensors, from the first to the last element of each."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        spans = sorted(torch_compat.memory_span(each) for each in tensors)
+        self._starts = [start for start, _ in spans]
+        self._ends = list(accumulate((end for _, end in spans), max))
+
+    def reached_by(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` has memory in common with one of them."""
+        start, end = torch_compat.memory_span(tensor)
+        before = bisect_left(self._starts, end)
+        return start < end and before > 0 and self._ends[before - 1] > start
+
+
+def _reaches(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return not torch_compat.memory_apart(one, other)
