@@ -1,4 +1,4 @@
-"""Whole-shape reads made per-dimension. In: a graph that is about to be cut. Out: the same graph without `x.size()` and `x.shape` as one value.
+"""Whole-shape reads made per-dimension. In: a graph that is about to be cut. Out: the same graph without `x.size()`, `x.shape` and `torch.Size(…)` as one value.
 
 A `torch.Size` can't cross a cut; integers and symbols can. Every form of consumer is rewritten, and nothing else is changed.
 """
@@ -43,12 +43,16 @@ def _reads_whole_shape(node: torch.fx.Node) -> bool:
 
 
 def decompose_sizes(graph: torch.fx.Graph) -> None:
-    """Replace each whole-shape read by one read per dimension, in place (row S4)."""
+    """Replace each whole-shape read by one read per dimension, and each shape that is put together by its sizes, in place (row S4)."""
     for node in list(graph.nodes):
         if _reads_whole_shape(node):
             rank = _rank(node)
             if rank is not None:
-                _decompose(graph, node, rank)
+                _rewrite_users(graph, node, _reads_of(graph, node, rank))
+        elif node.op == "call_function" and node.target is torch.Size and not node.kwargs:
+            parts = node.args[0] if node.args else ()
+            if isinstance(parts, (list, tuple)):
+                _rewrite_users(graph, node, cast(list[torch.fx.Node | int], list(parts)))
 
 
 def _rank(node: torch.fx.Node) -> int | None:
@@ -60,7 +64,8 @@ def _rank(node: torch.fx.Node) -> int | None:
     return None
 
 
-def _decompose(graph: torch.fx.Graph, node: torch.fx.Node, rank: int) -> None:
+def _reads_of(graph: torch.fx.Graph, node: torch.fx.Node, rank: int) -> list[torch.fx.Node | int]:
+    """One read per dimension of what ``node`` reads whole; numbers where they are known."""
     tensor = cast(torch.fx.Node, node.args[0])
     shape = value_of(tensor)
     whole = value_of(node)
@@ -80,6 +85,12 @@ def _decompose(graph: torch.fx.Graph, node: torch.fx.Node, rank: int) -> None:
             if size is not None:
                 read.meta["example_value"] = size
             sizes.append(read)
+    return sizes
+
+
+def _rewrite_users(
+    graph: torch.fx.Graph, node: torch.fx.Node, sizes: list[torch.fx.Node | int]
+) -> None:
     for user in list(node.users):
         _rewrite_user(graph, user, node, sizes)
     if not node.users:
@@ -105,7 +116,7 @@ def _rewrite_user(
                 graph.erase_node(user)
             return
     if not _takes_sizes(user, node):
-        # It needs the torch.Size itself: read it again beside the user, so that the tensor crosses the cut instead.
+        # It needs the torch.Size itself: have it again beside the user, so that the tensor or its sizes cross the cut instead.
         with graph.inserting_before(user):
             again = graph.node_copy(node)
         user.replace_input_with(node, again)

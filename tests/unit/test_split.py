@@ -257,9 +257,31 @@ def _part_of_shape(x: torch.Tensor) -> torch.Tensor:
     return torch.ops.test_split.cut(x).reshape(*x.shape[:-1], 2, 3) + 1
 
 
+def _made_before(x: torch.Tensor) -> torch.Tensor:
+    shape = torch.Size((x.shape[0], 2, 3))
+    return torch.ops.test_split.cut(x * 2).view(shape) + torch.zeros(shape)
+
+
+def _product_of_made(x: torch.Tensor) -> torch.Tensor:
+    shape = torch.Size((x.shape[0], 6))
+    y = torch.ops.test_split.cut(x)
+    return y * shape.numel() + shape[0]
+
+
 @pytest.mark.parametrize(
     "function",
-    [_sliced, _sliced_by_less, _reshaped, _filled, _emptied, _splat, _broadcast, _part_of_shape],
+    [
+        _sliced,
+        _sliced_by_less,
+        _reshaped,
+        _filled,
+        _emptied,
+        _splat,
+        _broadcast,
+        _part_of_shape,
+        _made_before,
+        _product_of_made,
+    ],
 )
 def test_sizes_cross_a_cut_one_by_one(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
     gm = symbolic_graph_of(function)
@@ -275,6 +297,28 @@ def test_sizes_cross_a_cut_one_by_one(function: Callable[[torch.Tensor], torch.T
         ]
         result = run_all_ways(gm, split_gm, *inputs)
         torch.testing.assert_close(result[0], function(x))  # type: ignore[index]
+
+
+def test_a_shape_that_is_put_together_crosses_as_its_sizes() -> None:
+    """As Dynamo writes ``torch.zeros(x.shape[:2])``: one node makes the shape, in whichever piece comes first."""
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.test_split.cut(x * 2).view(torch.Size((x.shape[0], 2, 3))) + 1
+
+    gm = symbolic_graph_of(function)
+    view = next(iter(gm.graph.find_nodes(op="call_method", target="view")))
+    first = next(n for n in gm.graph.nodes if n.op != "placeholder")
+    with gm.graph.inserting_before(first):
+        rows = next(n for n in gm.graph.nodes if type(n.meta["example_value"]) is torch.SymInt)
+        made = gm.graph.call_function(torch.Size, ([rows, 2, 3],))
+        made.meta["example_value"] = torch.Size((rows.meta["example_value"], 2, 3))
+    view.args = (view.args[0], made)
+    gm.recompile()
+    split_gm, _ = split_graph(gm, ["test_split::cut"])
+    assert not any(isinstance(value, torch.Size) for value in crossing(split_gm))
+    x = torch.arange(30.0).reshape(5, 6)
+    inputs = [5 if n is rows else x for n in gm.graph.find_nodes(op="placeholder")]
+    torch.testing.assert_close(run_all_ways(gm, split_gm, *inputs)[0], function(x))  # type: ignore[index]
 
 
 @pytest.mark.parametrize("form", ["splat", "sequence", "keyword", "nested"])
