@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FunctionType
 
-from piecework.codegen.render import numbered
+from piecework.codegen.formatting import numbered
 from piecework.codegen.targets import ENTRY_NAME
 from piecework.errors import BindError, EmitError
 

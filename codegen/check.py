@@ -10,32 +10,34 @@ from contextlib import contextmanager
 from typing import assert_never
 
 from piecework.codegen import ir
-from piecework.codegen.layout import stmt_text
 from piecework.codegen.literals import is_inline_literal
 from piecework.codegen.liveness import definitions, operands, parts_of, uses
-from piecework.codegen.names import BUILTINS, is_identifier
+from piecework.codegen.names import BUILTINS, CONSTS, SUBMODS, is_identifier
+from piecework.codegen.one_line import stmt_text
 from piecework.codegen.targets import ENTRY_NAME
 from piecework.errors import EmitError
 
 #: Python nests at most twenty blocks.
 MAX_REGIONS = 16
 
-_OWN_NAMES = frozenset({"__vllm_submods__", "__vllm_consts__"})
 
-
-def check_ir(module: ir.Module, const_count: int) -> None:
+def check_ir(module: ir.Module, const_count: int, entry: str = ENTRY_NAME) -> None:
     """Check that every name is defined once, before its use and not after its ``del``; that nothing shadows; that
     indices are in range; that functions exist and get what they take.
+
+    Args:
+        entry: what the last function is called; ``execution_fn`` takes ``__vllm_submods__``, and no other one does.
 
     Raises:
         EmitError: the first thing that does not fit.
     """
-    _ModuleCheck(module, const_count).run()
+    _ModuleCheck(module, const_count, entry).run()
 
 
 class _ModuleCheck:
-    def __init__(self, module: ir.Module, const_count: int) -> None:
+    def __init__(self, module: ir.Module, const_count: int, entry: str) -> None:
         self.module = module
+        self.entry = entry
         self.const_count = const_count
         self.globals: set[str] = set()
         self.functions: dict[str, ir.Function] = {}
@@ -50,14 +52,15 @@ class _ModuleCheck:
             with _at(f"alias {alias.name}"):
                 self._expression(alias.value, set(), set())
             self._define_global(alias.name)
-        for row in module.bound:
-            self._define_global(row.name)
+        for name in (*(row.name for row in module.bound), *module.provided):
+            self._define_global(name)
         for function in (*module.functions, module.entry):
-            self._function(function)
             self._define_global(function.name)
+            self._function(function)
             self.functions[function.name] = function
-        if module.entry.name != ENTRY_NAME or not module.entry.takes_submods:
-            raise EmitError(f"the entry must be {ENTRY_NAME}(..., *, __vllm_submods__)")
+        takes = ", *, __vllm_submods__" * (self.entry == ENTRY_NAME)
+        if module.entry.name != self.entry or module.entry.takes_submods != bool(takes):
+            raise EmitError(f"the entry must be {self.entry}(...{takes})")
         if [spec.index for spec in module.const_specs] != list(range(self.const_count)):
             raise EmitError("the consts table does not number the constants as they are")
 
@@ -69,23 +72,27 @@ class _ModuleCheck:
         self.globals.add(name)
 
     def _function(self, function: ir.Function) -> None:
-        live = {row.name for row in self.module.bound}
+        live = {*(row.name for row in self.module.bound), *self.module.provided}
         ever: set[str] = set()
         with _at(function.name):
             for parameter in function.parameters:
                 if parameter.default is not None:
                     self._expression(parameter.default, set(), set())
-                self._define_local(parameter.name, live, ever)
+                self._define_parameter(parameter.name, live, ever)
             if not function.body:
                 raise EmitError("a function must end with its only return")
         regions: list[frozenset[str]] = []  # the names that live where each open region began
         before: ir.Stmt | None = None
+        must_return = function is self.module.entry or self.entry == ENTRY_NAME
         for number, stmt in enumerate(function.body, 1):
             try:
                 self._region(stmt, before, live, regions)
                 self._statement(stmt, function, live, ever)
                 before = stmt
-                if isinstance(stmt, ir.Return) != (number == len(function.body)):
+                returns = number == len(function.body) and (
+                    must_return or isinstance(stmt, ir.Return)
+                )
+                if isinstance(stmt, ir.Return) != returns:
                     raise EmitError("a function must end with its only return")
             except EmitError as error:
                 where = f"{function.name}: {stmt_text(stmt)[:200]}"
@@ -96,9 +103,9 @@ class _ModuleCheck:
         stmt: ir.Stmt, before: ir.Stmt | None, live: set[str], regions: list[frozenset[str]]
     ) -> None:
         """A region begins after the call that enters it, and can be left at any time: what that takes exists from its beginning."""
-        opens = isinstance(before, ir.CallFunction) and not before.unpack
         if isinstance(stmt, ir.Try):
-            if not opens:
+            entered = isinstance(before, ir.Assign) and not before.unpack
+            if not entered or not isinstance(getattr(before, "value", None), ir.Call):
                 raise EmitError("a region begins without a call that enters it")
             if len(regions) == MAX_REGIONS:
                 raise EmitError(f"more than {MAX_REGIONS} regions are nested")
@@ -113,12 +120,19 @@ class _ModuleCheck:
         elif isinstance(stmt, ir.Return) and regions:
             raise EmitError("a region does not end before the return")
 
+    def _define_parameter(self, name: str, live: set[str], ever: set[str]) -> None:
+        """Callers pass by name, so outside stitching source a parameter is called what it is: `_expression` sees that it hides nothing."""
+        if self.entry == ENTRY_NAME or name in ever:
+            self._define_local(name, live, ever)
+        live.add(name)
+        ever.add(name)
+
     def _define_local(self, name: str, live: set[str], ever: set[str]) -> None:
         if name in ever:
             raise EmitError(f"{name!a} is defined twice")
         if name in self.globals or name in BUILTINS or name.startswith("__"):
             raise EmitError(f"{name!a} shadows a name of the module")
-        if not is_identifier(name) or name == ENTRY_NAME:
+        if not is_identifier(name):
             raise EmitError(f"{name!a} is no valid name for a value")
         live.add(name)
         ever.add(name)
@@ -126,16 +140,20 @@ class _ModuleCheck:
     def _statement(
         self, stmt: ir.Stmt, function: ir.Function, live: set[str], ever: set[str]
     ) -> None:
-        if isinstance(stmt, ir.Delete):
-            for name in stmt.names:
-                if name not in live or name not in ever:
-                    raise EmitError(f"del of {name!a}, which is not defined")
-                live.discard(name)
-            return
         for expr in operands(stmt):
             self._expression(expr, live, ever)
         match stmt:
-            case ir.CallFunction() | ir.CallMethod():
+            case ir.Delete():
+                for name in stmt.names:
+                    if name not in live or name not in ever:
+                        raise EmitError(f"del of {name!a}, which is not defined")
+                    live.discard(name)
+            case ir.If(body=body) | ir.With(body=body):
+                for inner in body:
+                    if definitions(inner) or isinstance(inner, (ir.Delete, ir.Try, ir.Finally)):
+                        raise EmitError("a name or a region begins or ends inside a block")
+                    self._statement(inner, function, live, ever)
+            case ir.Assign():
                 self._targets(stmt.targets, stmt.unpack)
             case ir.CallSubmod():
                 if not 0 <= stmt.index < len(self.module.submod_names):
@@ -144,10 +162,7 @@ class _ModuleCheck:
                 self._targets(stmt.targets, stmt.unpack)
             case ir.CallInlined():
                 self._call_inlined(stmt, function)
-            case ir.GetAttr():
-                if not is_identifier(stmt.attribute):
-                    raise EmitError(f"attribute {stmt.attribute!a} is no identifier")
-            case ir.GetItem() | ir.Infix() | ir.Try() | ir.Finally() | ir.Return():
+            case ir.Try() | ir.Finally() | ir.Return():
                 pass
             case _:
                 assert_never(stmt)
@@ -186,11 +201,16 @@ class _ModuleCheck:
                     raise EmitError(f"a {type(value).__name__} has no literal form")
             case ir.Global(path):
                 root = path.partition(".")[0]
-                if (root not in self.globals and root not in BUILTINS) or root in _OWN_NAMES:
+                known = root in self.globals or root in BUILTINS
+                if not known or root in ever or root in (SUBMODS, CONSTS):
                     raise EmitError(f"{path!a} is neither imported nor defined")
             case ir.Const(index):
                 if not 0 <= index < self.const_count:
                     raise EmitError(f"no constant {index}")
+            case ir.Attribute(name=name) if not is_identifier(name):
+                raise EmitError(f"attribute {name!a} is no identifier")
+            case ir.Call(ir.Attribute(value), arguments):  # a method may have any name
+                self._expression(ir.Call(value, arguments), live, ever)
             case _:
                 for part in parts_of(expr):
                     self._expression(part, live, ever)

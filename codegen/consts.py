@@ -111,7 +111,8 @@ def to_expr(
                 hint="pass the node that computes it (torch.ops.aten.sym_size.int)",
             )
         if hidden is not None and isinstance(item, tuple) and hasattr(item, "_fields"):
-            return ir.Construct(consts.add(kind), tuple(convert(each, inner) for each in item))
+            items = tuple(convert(each, inner) for each in item)
+            return ir.Call(consts.add(kind), ir.Arguments(items))
         if hidden is not None:
             raise UnsupportedNode(
                 f"a {kind.__name__} that contains an FX node can't be written as source",

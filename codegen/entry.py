@@ -5,12 +5,13 @@ It decides nothing about the model: everything it writes was handed to it; nothi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import assert_never
 
+from piecework.codegen import ir
+from piecework.codegen.check import check_ir
 from piecework.codegen.checks import Require, entry_table
-from piecework.codegen.entry_checks import CheckLines, modules_in, targets_text
 from piecework.codegen.entry_plan import (
     EntryPlan,
     FromCall,
@@ -26,15 +27,18 @@ from piecework.codegen.entry_plan import (
     Packed,
     Parameter,
     Passed,
+    leaves_of,
+    reads_weights,
 )
 from piecework.codegen.entry_proof import prove_entry
-from piecework.codegen.literals import is_inline_literal, literal_text
-from piecework.codegen.names import BUILTINS, NameTable
-from piecework.codegen.render import environment, format_source
-from piecework.codegen.size_text import RESERVED
+from piecework.codegen.entry_steps import Steps
+from piecework.codegen.literals import is_inline_literal
+from piecework.codegen.names import BUILTINS, SUBMODS, NameTable
+from piecework.codegen.render import render
+from piecework.codegen.size_text import MODULES, RESERVED
 
-FORMAT_VERSION = 1
 FUNCTION_NAME = "entry"
+CHECKS_NAME = "check_inputs"
 #: Builtins that checks call or name, which no parameter may hide.
 _USED = ("bytes", "complex", "dict", "id", "len", "list", "repr", "str", "tuple", "type")
 
@@ -88,193 +92,198 @@ def generate_entry(plan: EntryPlan) -> EntrySource:
     Raises:
         EmitError: the text is not Python, or does not say what ``plan`` says (a defect of piecework).
     """
-    return _Writer(plan).write()
+    lowering = _Lowering(plan)
+    module = lowering.module()
+    check_ir(module, 0, FUNCTION_NAME)
+    code = render(module, "entry", plan.banner)
+    prove_entry(code, plan, PROVIDED, lowering.consts)
+    return EntrySource(code, lowering.consts)
 
 
-class _Writer:
-    """State of one emission: names, constants and the lines of ``check_inputs``."""
+class _Lowering:
+    """The plan of one entry's text. It is its own `Words`: names are written as they are, values in place or under a name."""
 
     def __init__(self, plan: EntryPlan) -> None:
         self.plan = plan
-        reserved = {*PROVIDED, *HELD, *_USED, *RESERVED, "torch", "check_inputs", FUNCTION_NAME}
-        if self._fetches_weights():
+        reserved = {*PROVIDED, *HELD, *_USED, *RESERVED, "torch", CHECKS_NAME, FUNCTION_NAME}
+        if reads_weights(plan):
             reserved.add("weights")
         self.names = NameTable(frozenset(reserved), builtins=frozenset())
-        self.parameters = {p.name: self.names.claim(p.name) for p in plan.parameters}
+        self.own = {p.name: self.names.claim(p.name) for p in plan.parameters}
         # A parameter may have a builtin's name, which callers use; nothing else does.
         for name in BUILTINS:
             self.names.reserve(name)
         self.consts: dict[str, object] = {}
-        self.checks = CheckLines(self.names, tuple(self.parameters.values()), self._const)
-        self.leaves: Mapping[int, str] = self.checks.leaves
-        self.symbols: Mapping[str, str] = self.checks.symbols
+        self.imports = {"torch"}
+        self.parameters = tuple(map(ir.Name, self.own.values()))
+        self.steps = Steps(self, self.parameters, lambda wish: ir.Name(self.names.claim(wish)))
 
-    def write(self) -> EntrySource:
-        plan = self.plan
-        lines = [
-            line
-            for step in entry_table(plan)
-            if plan.checks or not isinstance(step, Require)
-            for line in self.checks.lines(step)
-        ]
-        extras = self._extras()
-        outputs = [self.names.claim(wish) for wish in plan.outputs]
-        text = (
-            environment()
-            .get_template("entry.py.jinja")
-            .render(
-                format_version=FORMAT_VERSION,
-                banner=plan.banner,
-                imports=sorted({"torch", *modules_in([line.test for line in lines])}),
-                parameters=self._signature(self.parameters),
-                named_parameters=self._by_their_own_names(),
-                inner=self.names.claim("entry_with_other_names"),
-                renamed=self._forwarded({n: n for n in self.parameters}, self.parameters),
-                check_parameters=", ".join(self.parameters.values()),
-                forward=self._forwarded(self.parameters, {n: n for n in self.parameters}),
-                steps=lines,
-                checks=bool(lines or extras),
-                extras=", ".join(extras),
-                unpacked=f"{', '.join(extras)} = " if extras else "",
-                held=", ".join(HELD),
-                fetches_weights=self._fetches_weights(),
-                binds=plan.binds and plan.checks,
-                arguments=", ".join(self._arguments()),
-                outputs=targets_text(outputs),
-                result=self._packed(plan.result, outputs),
-            )
-        )
-        code = format_source(text)
-        prove_entry(code, plan, PROVIDED, self.consts)
-        return EntrySource(code, self.consts)
+    # --- words -----------------------------------------------------------------------------------
 
-    # --- the signature -----------------------------------------------------------------------------
+    def name(self, name: str) -> ir.Expr:
+        self.imports |= {name} & MODULES.keys()
+        return ir.Global(name)
 
-    def _by_their_own_names(self) -> str:
-        """The signature with the model's names for the parameters, where some of them had to be renamed; "" otherwise."""
-        own = {name: name for name in self.parameters}
-        return "" if own == self.parameters else self._signature(own)
+    def attribute(self, value: ir.Expr, name: str) -> ir.Expr:
+        if isinstance(value, ir.Global) and value.path.partition(".")[0] in self.imports:
+            return ir.Global(f"{value.path}.{name}")
+        return ir.Attribute(value, name)
 
-    def _signature(self, names: Mapping[str, str]) -> str:
-        parts: list[str] = []
-        kinds = [p.kind for p in self.plan.parameters]
-        for index, parameter in enumerate(self.plan.parameters):
-            if parameter.kind == "k" and "*" not in kinds and "k" not in kinds[:index]:
-                parts.append("*")
-            name = names[parameter.name]
-            prefix = parameter.kind if parameter.kind in ("*", "**") else ""
-            parts.append(f"{prefix}{name}{self._default(parameter)}")
-            if parameter.kind == "/" and kinds[index + 1 : index + 2] != ["/"]:
-                parts.append("/")
-        return ", ".join(parts)
-
-    def _default(self, parameter: Parameter) -> str:
-        if parameter.default is None:
-            return ""
-        value = parameter.default.value
-        same = (name for name, known in self.consts.items() if known is value)
-        name = "" if is_inline_literal(value) else next(same, "")
-        return f"={name or self._known(f'default_{parameter.name}', value)}"
-
-    def _known(self, wish: str, value: object) -> str:
-        """A value that is no argument: in place, or under a name."""
-        return str(literal_text(value)) if is_inline_literal(value) else self._const(wish, value)
-
-    def _forwarded(self, values: Mapping[str, str], keywords: Mapping[str, str]) -> str:
-        """The parameters, called ``values`` here, as arguments of a call whose keyword parameters are called ``keywords``."""
-        parts = []
-        for parameter in self.plan.parameters:
-            name = values[parameter.name]
-            match parameter.kind:
-                case "k":
-                    parts.append(f"{keywords[parameter.name]}={name}")
-                case "*" | "**":
-                    parts.append(f"{parameter.kind}{name}")
-                case _:
-                    parts.append(name)
-        return ", ".join(parts)
-
-    def _const(self, wish: str, value: object) -> str:
+    def value(self, value: object, wish: str = "") -> ir.Expr:
+        if is_inline_literal(value):
+            return ir.Literal(value)
         name = self.names.claim(wish)
         self.consts[name] = value
-        return str(name)
+        return ir.Global(name)
 
-    # --- the entry -----------------------------------------------------------------------------------
+    # --- the module ------------------------------------------------------------------------------
 
-    def _fetches_weights(self) -> bool:
-        return any(isinstance(e, FromWeights) for e in self.plan.passed) or _has_weight(
-            self.plan.result
+    def module(self) -> ir.Module:
+        plan = self.plan
+        checks = [
+            stmt
+            for step in entry_table(plan)
+            if plan.checks or not isinstance(step, Require)
+            for stmt in self.steps.statements(step)
+        ]
+        used = {
+            *map(self._origin, plan.passed),
+            *map(self.steps.leaves.get, leaves_of(plan.result)),
+        }
+        used |= set() if plan.batch is None else {self._origin(plan.batch)}
+        handed = [name for name in self.steps.unpacked if name in used]
+        if handed:
+            checks.append(ir.Return(handed[0] if len(handed) == 1 else ir.TupleExpr(tuple(handed))))
+        functions: list[ir.Function] = []
+        if checks:
+            positional = tuple(ir.Parameter(name.id) for name in self.parameters)
+            functions.append(ir.Function(CHECKS_NAME, positional, tuple(checks), False))
+        outputs = [self.names.claim(wish) for wish in plan.outputs]
+        renamed = [name for name, here in self.own.items() if name != here]
+        name = self.names.claim("entry_with_other_names") if renamed else FUNCTION_NAME
+        body = tuple(self._body(name, functions, handed, outputs))
+        entry = ir.Function(name, self._signature(self.own), body, False)
+        if renamed:
+            functions.append(entry)
+            own = {name: name for name in self.own}
+            body = (ir.Return(self._forward(name, self.own, own)),)
+            entry = ir.Function(FUNCTION_NAME, self._signature(own), body, False)
+        provided = (*PROVIDED, *self.consts)
+        return ir.Module(
+            tuple(sorted(self.imports)), (), tuple(functions), entry, (), (), provided=provided
         )
 
-    def _extras(self) -> list[str]:
-        """What ``check_inputs`` hands back: values that the entry uses and does not have as parameters."""
-        passed = (*self.plan.passed, *(() if self.plan.batch is None else (self.plan.batch,)))
-        used = {self._pass(each).partition(".")[0] for each in passed}
-        used |= set(self._leaves_of(self.plan.result))
-        return [name for name in self.checks.unpacked if name in used]
+    def _signature(self, names: Mapping[str, str]) -> tuple[ir.Parameter, ...]:
+        return tuple(
+            ir.Parameter(names[each.name], each.kind, self._default(each))
+            for each in self.plan.parameters
+        )
 
-    def _leaves_of(self, packed: Packed) -> list[str]:
-        match packed:
-            case FromLeaf(index):
-                return [self.leaves[index]]
-            case FromItems(children=children) | FromCall(children=children):
-                return [name for child in children for name in self._leaves_of(child)]
-            case _:
-                return []
+    def _default(self, parameter: Parameter) -> ir.Expr | None:
+        if parameter.default is None:
+            return None
+        value = parameter.default.value
+        known = (name for name, each in self.consts.items() if each is value)
+        name = None if is_inline_literal(value) else next(known, None)
+        return ir.Global(name) if name else self.value(value, f"default_{parameter.name}")
 
-    def _pass(self, value: Passed) -> str:
+    def _forward(
+        self, function: str, keywords: Mapping[str, str], values: Mapping[str, str]
+    ) -> ir.Expr:
+        """A call with the parameters, called ``values`` here, of a function whose keyword parameters are called ``keywords``."""
+        args: list[ir.Expr] = []
+        named: list[tuple[str, ir.Expr]] = []
+        for parameter in self.plan.parameters:
+            value = ir.Name(values[parameter.name])
+            if parameter.kind == "k":
+                named.append((keywords[parameter.name], value))
+            else:
+                stars = parameter.kind if "*" in parameter.kind else ""
+                args.append(ir.Star(stars, value) if stars else value)
+        return ir.Call(ir.Global(function), ir.Arguments(tuple(args), tuple(named)))
+
+    # --- the entry -------------------------------------------------------------------------------
+
+    def _body(
+        self, own: str, checks: Sequence[object], handed: Sequence[ir.Name], outputs: Sequence[str]
+    ) -> Iterator[ir.Stmt]:
+        plan, say = self.plan, self.steps.say
+        users = {name: name for name in self.own}
+        execution_fn, as_bound, fetch_weights = map(ir.Name, HELD)
+        in_stance = ir.Return(self._forward("entry_in_stance", users, self.own))
+        yield ir.If(say("dynamo._stance is not stance"), (in_stance,))
+        again = ir.Return(self._forward(own, self.own, self.own))
+        yield ir.If(say("torch.is_grad_enabled()"), (ir.With(say("torch.no_grad()"), (again,)),))
+        modes = "autocast_enabled() or dispatch_modes() or function_modes() or transforms() or not same_kernels()"
+        with_care = ir.Return(self._forward("entry_with_care", users, self.own))
+        yield ir.If(say(modes), (with_care,))
+        if checks:
+            call = ir.Call(ir.Global(CHECKS_NAME), ir.Arguments(self.parameters))
+            yield ir.Assign(tuple(name.id for name in handed), len(handed) > 1, call)
+        note = ir.Origin(module="for all of this call, whatever is bound meanwhile")
+        yield ir.Assign(HELD, True, say("bound"), note)
+        if plan.binds and plan.checks:
+            explained = ir.Assign((), False, say("explain_weights()"))
+            yield ir.If(say("not X()", X=as_bound), (explained,))
+        if reads_weights(plan):
+            yield ir.Assign(("weights",), False, say("X()", X=fetch_weights))
+        args = ir.Arguments(tuple(map(self._passed, plan.passed)))
+        if plan.batch is not None:
+            submods = say("submods_for(X)", X=self._passed(plan.batch))
+            args = replace(args, kwargs=((SUBMODS, submods),))
+        yield ir.Assign(tuple(outputs), bool(outputs), ir.Call(execution_fn, args))
+        yield ir.Return(self._packed(plan.result, outputs))
+
+    def _origin(self, value: Passed) -> ir.Expr | None:
+        """What a passed value is taken from, of the arguments."""
         match value:
-            case FromLeaf(index):
-                return self.leaves[index]
+            case FromLeaf(leaf) | FromSize(leaf) | FromOffset(leaf):
+                return self.steps.leaves[leaf]
             case FromSymbol(name):
-                return self.symbols[name]
-            case FromSize(leaf, dim):
-                return f"{self.leaves[leaf]}.size({dim})"
-            case FromOffset(leaf):
-                return f"{self.leaves[leaf]}.storage_offset()"
-            case FromNumber(number):
-                return str(literal_text(number))
-            case FromWeights(index):
-                return f"weights[{index}]"
+                return self.steps.symbols[name]
+            case FromNumber() | FromWeights():
+                return None
             case _:
                 assert_never(value)
 
-    def _arguments(self) -> list[str]:
-        arguments = [self._pass(each) for each in self.plan.passed]
-        if self.plan.batch is not None:
-            arguments.append(f"__vllm_submods__=submods_for({self._pass(self.plan.batch)})")
-        return arguments
+    def _passed(self, value: Passed) -> ir.Expr:
+        say = self.steps.say
+        match value:
+            case FromLeaf(leaf):
+                return self.steps.leaves[leaf]
+            case FromSymbol(name):
+                return self.steps.symbols[name]
+            case FromSize(leaf, dim):
+                return say("X.size(DIM)", X=self.steps.leaves[leaf], DIM=ir.Literal(dim))
+            case FromOffset(leaf):
+                return say("X.storage_offset()", X=self.steps.leaves[leaf])
+            case FromNumber(number):
+                return ir.Literal(number)
+            case FromWeights(index):
+                return ir.Item(ir.Name("weights"), ir.Literal(index))
+            case _:
+                assert_never(value)
 
-    def _packed(self, packed: Packed, outputs: Sequence[str]) -> str:
+    def _packed(self, packed: Packed, outputs: Sequence[str]) -> ir.Expr:
         match packed:
             case FromLeaf(index):
-                return self.leaves[index]
+                return self.steps.leaves[index]
             case FromOutput(index):
-                return str(outputs[index])
+                return ir.Name(outputs[index])
             case FromWeights(index):
-                return f"weights[{index}]"
+                return ir.Item(ir.Name("weights"), ir.Literal(index))
             case FromConst(value):
-                return self._known("fixed", value)
+                return self.value(value, "fixed")
             case FromItems(kind, keys, children):
-                items = [self._packed(child, outputs) for child in children]
+                items = tuple(self._packed(child, outputs) for child in children)
                 if kind is dict:
-                    named = (self._known("key", key) for key in keys)
-                    pairs = (f"{key}: {item}" for key, item in zip(named, items, strict=True))
-                    return f"{{{', '.join(pairs)}}}"
-                return f"[{', '.join(items)}]" if kind is list else _tuple(items)
+                    named = [self.value(key, "key") for key in keys]
+                    return ir.DictExpr(tuple(zip(named, items, strict=True)))
+                return ir.ListExpr(items) if kind is list else ir.TupleExpr(items)
             case FromCall(rebuild, context, type_name, children):
-                function = self._const(f"rebuild_{type_name}", rebuild)
-                about = self._const(f"context_{type_name}", context)
-                parts = ", ".join(self._packed(child, outputs) for child in children)
-                return f"{function}([{parts}], {about})"
+                function = self.value(rebuild, f"rebuild_{type_name}")
+                about = self.value(context, f"context_{type_name}")
+                parts = ir.ListExpr(tuple(self._packed(child, outputs) for child in children))
+                return ir.Call(function, ir.Arguments((parts, about)))
             case _:
                 assert_never(packed)
-
-
-def _has_weight(packed: Packed) -> bool:
-    children = packed.children if isinstance(packed, (FromItems, FromCall)) else ()
-    return isinstance(packed, FromWeights) or any(map(_has_weight, children))
-
-
-def _tuple(items: Sequence[str]) -> str:
-    return f"({items[0]},)" if len(items) == 1 else f"({', '.join(items)})"

@@ -5,6 +5,7 @@ All classes are frozen and have no behaviour; nothing here is rendered or execut
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -243,3 +244,21 @@ class EntryPlan:
     binds: bool = False
     watches_arguments: bool = False
     checks: bool = True
+
+
+def leaves_of(packed: Packed) -> Iterator[int]:
+    """The flattened arguments that a result holds."""
+    if isinstance(packed, FromLeaf):
+        yield packed.index
+    for child in packed.children if isinstance(packed, (FromItems, FromCall)) else ():
+        yield from leaves_of(child)
+
+
+def reads_weights(plan: EntryPlan) -> bool:
+    """Whether a weight is passed or returned that is fetched for every call."""
+
+    def returns(packed: Packed) -> bool:
+        children = packed.children if isinstance(packed, (FromItems, FromCall)) else ()
+        return isinstance(packed, FromWeights) or any(map(returns, children))
+
+    return any(isinstance(each, FromWeights) for each in plan.passed) or returns(plan.result)

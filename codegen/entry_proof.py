@@ -1,20 +1,16 @@
 """Proof that the text of an entry says what its plan says. In: the text, its constants and the `EntryPlan`. Out: nothing, or an `EmitError` that names the line.
 
-The text is read by `entry_text`, which knows nothing of how it was made; what it has to say is told here once more, kind by kind, and
-must be there statement by statement: each check in its order and none weaker, each argument, each result, and nothing else.
+The text is read by `read_ir`, which knows nothing of how it was made; what it has to say is told here once more, by what names mean,
+and must be there statement by statement: each check in its order and none weaker, each argument, each result, and nothing else.
 """
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import zip_longest
-from typing import assert_never
+from itertools import count, zip_longest
 
-import torch
-
-from piecework.codegen import checks
+from piecework.codegen import ir
+from piecework.codegen.checks import Require, entry_table
 from piecework.codegen.entry_plan import (
     EntryPlan,
     FromCall,
@@ -29,24 +25,24 @@ from piecework.codegen.entry_plan import (
     FromWeights,
     Packed,
     Passed,
-    Size,
+    leaves_of,
+    reads_weights,
 )
-from piecework.codegen.entry_text import (
-    Form,
+from piecework.codegen.entry_steps import Steps
+from piecework.codegen.grammar import line_at
+from piecework.codegen.names import SUBMODS
+from piecework.codegen.read_ir import (
+    Meanings,
     ReadFunction,
     ReadModule,
-    all_of,
-    constant,
-    line_at,
+    bound_name,
+    parameter_name,
     read_entry,
-    read_expression,
 )
-from piecework.codegen.literals import is_inline_literal
-from piecework.codegen.size_text import MODULES, checked_text
+from piecework.codegen.size_text import MODULES
 from piecework.errors import EmitError
 
 _MODES = "autocast_enabled() or dispatch_modes() or function_modes() or transforms() or not same_kernels()"
-_VALUE = "__value__"  # no symbol's name
 
 
 def prove_entry(
@@ -64,25 +60,18 @@ def prove_entry(
     _Proof(code, plan, read_entry(code, provided, consts)).run()
 
 
-@dataclass(slots=True)
-class _Scope:
-    """What the values of a call are inside one function.
+class _Words(Meanings):
+    """Notes which modules the checks need."""
 
-    Attributes:
-        leaves: flattened argument → its form.
-        symbols: symbol → its form.
-        trees: what was flattened → the statement that did it.
-        dims: an argument and a dimension → the form of a size that was taken.
-        taken: forms that statements of ``check_inputs`` bound to arguments and symbols, in order.
-        bound: how many statements bound something.
-    """
+    def __init__(self, names: Mapping[str, ir.Expr]) -> None:
+        super().__init__({name: meaning for name, meaning in names.items() if name not in MODULES})
+        self.needed = {"torch"}
 
-    leaves: dict[int, Form] = field(default_factory=dict)
-    symbols: dict[str, Form] = field(default_factory=dict)
-    trees: dict[checks.Where, int] = field(default_factory=dict)
-    dims: dict[tuple[int, int], Form] = field(default_factory=dict)
-    taken: list[Form] = field(default_factory=list)
-    bound: int = 0
+    def name(self, name: str) -> ir.Expr:
+        if name not in MODULES:
+            return super().name(name)
+        self.needed.add(name)
+        return self.value(MODULES[name])
 
 
 class _Proof:
@@ -90,78 +79,61 @@ class _Proof:
         self.code = code
         self.plan = plan
         self.module = module
-        self.scope = _Scope()
-        self.parameters = tuple(("parameter", n) for n in range(len(plan.parameters)))
+        self.words = _Words(module.names)
+        self.parameters = tuple(map(parameter_name, range(len(plan.parameters))))
+        numbers = count()
+        self.steps = Steps(self.words, self.parameters, lambda _: bound_name(next(numbers)))
 
     def run(self) -> None:
-        plan, module = self.plan, self.module
-        kept = [
-            step
-            for step in checks.entry_table(plan)
-            if plan.checks or not isinstance(step, checks.Require)
+        plan, functions = self.plan, self.module.functions
+        checks = [
+            stmt
+            for step in entry_table(plan)
+            if plan.checks or not isinstance(step, Require)
+            for stmt in self.steps.statements(step)
         ]
-        body = [form for step in kept for form in self._step(step)]
-        used = self._used()
-        handed = [form for form in self.scope.taken if form in used]
+        passed = plan.passed if plan.batch is None else (*plan.passed, plan.batch)
+        used = {self._taken_from(each) for each in passed}
+        used |= {self.steps.leaves[leaf] for leaf in leaves_of(plan.result)}
+        handed = [name for name in self.steps.unpacked if name in used]
         if handed:
-            body.append(("return", handed[0] if len(handed) == 1 else ("Tuple", *handed)))
-        self._imports(kept)
-        expected = [body] if body else []
-        expected.append(self._entry(handed, checked=bool(body)))
-        if (
-            len(module.functions) == len(expected) + 1
-        ):  # one more has the model's names for its parameters
-            named = [each.name for each in module.functions[-2].parameters]
-            expected.append([("return", self._call(("function", len(expected) - 1), named))])
-        if len(module.functions) != len(expected):
-            raise EmitError(f"the text of the entry has {len(module.functions)} functions")
-        for number, (function, forms) in enumerate(zip(module.functions, expected, strict=True)):
-            (self._check_inputs if body and not number else self._defaults)(function)
-            self._compare(function, forms)
-        last = module.functions[-1]
-        own = [each.name for each in plan.parameters]
-        if [each.name for each in last.parameters] != own:
-            raise self._error(last.line, "the entry has other parameters than the model")
-        if module.names.get("entry") != ("function", len(expected) - 1):
-            raise self._error(last.line, "the last function is not the entry")
-
-    # --- what surrounds the statements -----------------------------------------------------------
-
-    def _imports(self, steps: Sequence[checks.Step]) -> None:
-        """``torch``, and the modules that relations call."""
-        required = (c for s in steps if isinstance(s, checks.Require) for c in s.checks)
-        texts = [text for check in required if (text := _expression_of(check))]
-        names = {n.id for t in texts for n in ast.walk(ast.parse(t)) if isinstance(n, ast.Name)}
-        needed = {"torch", *(names & MODULES.keys() - self.scope.symbols.keys())}
-        if self.module.imports != tuple(sorted(needed)):
-            raise EmitError(
-                f"the entry's text imports {', '.join(self.module.imports) or 'nothing'}"
+            checks.append(ir.Return(ir.TupleExpr(tuple(handed)) if handed[1:] else handed[0]))
+        if self.module.imports != tuple(sorted(self.words.needed)):
+            found = ", ".join(self.module.imports) or "nothing"
+            raise EmitError(f"the entry's text imports {found}")
+        kinds = [(each.kind, each.default) for each in plan.parameters]
+        signature = tuple(
+            ir.Parameter(
+                name.id, kind, None if default is None else self.words.value(default.value)
             )
+            for name, (kind, default) in zip(self.parameters, kinds, strict=True)
+        )
+        positional = tuple(ir.Parameter(name.id) for name in self.parameters)
+        expected = [ir.Function("check_inputs", positional, tuple(checks), False)] * bool(checks)
+        others = len(functions) - len(expected) - 1
+        own = functions[len(expected) :][:1]
+        if others not in (0, 1):
+            raise EmitError(f"the text of the entry has {len(functions)} functions")
+        name = own[0].function.name if others else "entry"
+        body = tuple(self._body(own[0], handed, checked=bool(checks)))
+        expected.append(ir.Function(name, signature, body, False))
+        if others:  # one more has the model's names for its parameters
+            again = ir.Return(self._call(ir.Global(name), own[0].parameters))
+            expected.append(ir.Function("entry", signature, (again,), False))
+        for read, function in zip(functions, expected, strict=True):
+            self._compare(read, function)
+        if functions[-1].parameters != tuple(each.name for each in plan.parameters):
+            raise self._error(functions[-1].line, "the entry has other parameters than the model")
 
-    def _check_inputs(self, function: ReadFunction) -> None:
-        kinds = [(each.kind, each.default) for each in function.parameters]
-        if kinds != [("", None)] * len(self.parameters):
-            raise self._error(
-                function.line, "check_inputs does not take each parameter by position"
-            )
-        if self.module.names.get("check_inputs") != ("function", 0):
-            raise self._error(function.line, "the checks are not called check_inputs")
-
-    def _defaults(self, function: ReadFunction) -> None:
-        found = [(each.kind, each.default) for each in function.parameters]
-        for read, each in zip_longest(found, self.plan.parameters):
-            default = None if each is None or each.default is None else constant(each.default.value)
-            if each is None or read != (each.kind, default):
-                raise self._error(function.line, "a parameter or its default is not the model's")
-
-    def _compare(self, function: ReadFunction, expected: Sequence[Form]) -> None:
-        line = function.line
-        for read, form in zip_longest(function.body, expected):
-            line = line if read is None else read[1]
-            if read is None:
-                raise self._error(line, "the text of the entry ends too early")
-            if read[0] != form:
-                raise self._error(line, "the text of the entry differs from its plan")
+    def _compare(self, read: ReadFunction, expected: ir.Function) -> None:
+        line, found = read.line, read.function
+        if found.name != expected.name:
+            raise self._error(line, f"this function is not {expected.name}")
+        if found.parameters != expected.parameters:
+            raise self._error(line, "a parameter or its default is not the model's")
+        for line, said, stmt in zip_longest(read.lines, found.body, expected.body):
+            if said is None or stmt is None or said != _plain(stmt):
+                raise self._error(line or read.line, "the text of the entry differs from its plan")
 
     def _error(self, line: int, why: str) -> EmitError:
         return EmitError(
@@ -170,343 +142,116 @@ class _Proof:
             hint="please report this with the model that was compiled",
         )
 
-    def _form(self, text: str, /, **holes: Form) -> Form:
-        """The form of ``text``, in which ``holes`` stand for what they are given as."""
-        return read_expression(text, holes, self.module.names)
-
-    def _call(self, function: Form, keywords: Sequence[str]) -> Form:
+    def _call(self, function: ir.Expr, keywords: Sequence[str]) -> ir.Expr:
         """The call of ``function`` with all parameters, as they are passed by users."""
-        args: list[Form] = []
-        named: list[tuple[str | None, Form]] = []
-        for value, parameter, keyword in zip(
+        args: list[ir.Expr] = []
+        named: list[tuple[str, ir.Expr]] = []
+        for value, each, keyword in zip(
             self.parameters, self.plan.parameters, keywords, strict=True
         ):
-            match parameter.kind:
+            match each.kind:
                 case "k":
                     named.append((keyword, value))
-                case "*":
-                    args.append(("star", value))
-                case "**":
-                    named.append((None, value))
+                case "*" | "**":
+                    args.append(ir.Star(each.kind, value))
                 case _:
                     args.append(value)
-        return "call", function, tuple(args), tuple(named)
-
-    # --- check_inputs ----------------------------------------------------------------------------
-
-    def _step(self, step: checks.Step) -> Iterator[Form]:
-        scope = self.scope
-        match step:
-            case checks.Require(_, required):
-                test = all_of([form for check in required for form in self._condition(check)])
-                refused = "call", self._form("explain_inputs"), self.parameters, ()
-                yield "if", ("Not", test), ("do", refused)
-            case checks.TakeLeaf(leaf, _, where):
-                scope.leaves[leaf] = value = self._value(where)
-                if not isinstance(where, checks.Whole):
-                    scope.leaves[leaf] = self._take(("bound", scope.bound))
-                    yield self._bind("bind", value)
-            case checks.TakeTree(where):
-                scope.trees[where] = scope.bound
-                yield self._bind("unpack", 2, self._form("flatten(X)", X=self._value(where)))
-            case checks.TakeShape(leaf, symbols):
-                for dim, symbol in enumerate(symbols):
-                    scope.dims[leaf, dim] = size = ("bound", scope.bound, dim)
-                    if symbol is not None:
-                        scope.symbols[symbol] = self._take(size)
-                yield self._bind(
-                    "unpack", len(symbols), self._form("X.shape", X=scope.leaves[leaf])
-                )
-            case checks.TakeItem(leaf, symbol):
-                scope.symbols[symbol] = self._take(("bound", scope.bound))
-                yield self._bind("bind", self._form("X.item()", X=scope.leaves[leaf]))
-            case checks.TakeInteger(leaf, symbol):
-                scope.symbols[symbol] = scope.leaves[leaf]
-            case _:
-                assert_never(step)
-
-    def _bind(self, *form: object) -> Form:
-        self.scope.bound += 1
-        return form
-
-    def _take(self, form: Form) -> Form:
-        self.scope.taken.append(form)
-        return form
-
-    def _value(self, where: checks.Where) -> Form:
-        match where:
-            case checks.Whole(parameter):
-                return self.parameters[parameter]
-            case checks.Part(of, key):
-                return "item", self._value(of), constant(key)
-            case checks.Flat(of, number):
-                return "item", ("bound", self.scope.trees[of], 0), constant(number)
-            case _:
-                assert_never(where)
-
-    def _condition(self, check: checks.Check) -> tuple[Form, ...]:
-        if isinstance(check, checks.ContainerCheck):
-            return tuple(self._container(check))
-        if isinstance(check, checks.TensorCheck):
-            return (self._tensor(check, self.scope.leaves[check.leaf]),)
-        if isinstance(check, checks.NumberCheck):
-            return (self._number(check, self.scope.leaves[check.leaf]),)
-        if isinstance(check, checks.PythonCheck):
-            return (self._python(check, self.scope.leaves[check.leaf]),)
-        if isinstance(check, checks.SymbolCheck):
-            return (self._symbol(check),)
-        return (self._together(check),)
-
-    def _container(self, check: checks.ContainerCheck) -> Iterator[Form]:
-        value = self._value(check.where)
-        match check:
-            case checks.KindIs(kind=kind):
-                yield self._form("type(X) is KIND", X=value, KIND=constant(kind))
-            case checks.KeysAre(kind=kind, keys=keys):
-                yield self._form("len(X) == COUNT", X=value, COUNT=constant(len(keys)))
-                for key in keys if kind is dict else ():
-                    yield self._form("KEY in X", KEY=constant(key), X=value)
-            case checks.StructureIs(where=where, structure=structure):
-                found = ("bound", self.scope.trees[where], 1)
-                yield self._form("X == SPEC", X=found, SPEC=constant(structure))
-            case _:
-                assert_never(check)
-
-    def _tensor(self, check: checks.TensorCheck, x: Form) -> Form:
-        match check:
-            case checks.ClassIs(kind=None):
-                return self._form("type(X) is torch.Tensor or type(X) is torch.nn.Parameter", X=x)
-            case checks.ClassIs(kind=kind):
-                return self._form("type(X) is KIND", X=x, KIND=constant(kind))
-            case checks.DtypeIs(dtype=dtype):
-                return self._form("X.dtype is DTYPE", X=x, DTYPE=constant(dtype))
-            case checks.Strided():
-                return self._form("X.layout is torch.strided", X=x)
-            case checks.DeviceIs(device=torch.device(type="cpu")):
-                return self._form("X.is_cpu", X=x)
-            case checks.DeviceIs(device=torch.device(type="cuda", index=index)):
-                text = "X.is_cuda and X.get_device() == INDEX"
-                return self._form(text, X=x, INDEX=constant(index or 0))
-            case checks.DeviceIs(device=device):
-                return self._form("X.device == torch.device(NAME)", X=x, NAME=constant(str(device)))
-            case checks.RankIs(rank=rank):
-                return self._form("X.dim() == RANK", X=x, RANK=constant(rank))
-            case checks.Contiguous():
-                return self._form("X.is_contiguous()", X=x)
-            case checks.NotNegated():
-                return self._form("not X.is_neg()", X=x)
-            case checks.NotConjugated():
-                return self._form("not X.is_conj()", X=x)
-            case checks.GradIs(requires_grad=True):
-                return self._form("X.requires_grad", X=x)
-            case checks.GradIs():
-                return self._form("not X.requires_grad", X=x)
-            case checks.ShapeIs(sizes=sizes):
-                return self._form("X.shape == SIZES", X=x, SIZES=("Tuple", *map(constant, sizes)))
-            case _:
-                assert_never(check)
-
-    def _number(self, check: checks.NumberCheck, x: Form) -> Form:
-        match check:
-            case checks.SizeIs(leaf, dim, size):
-                return self._equal(self.scope.dims[leaf, dim], size)
-            case checks.StrideIs(dim=dim, size=size):
-                return self._equal(self._form("X.stride(DIM)", X=x, DIM=constant(dim)), size)
-            case checks.ItemIs(value=value):
-                return self._equal(self._form("X.item()", X=x), value)
-            case checks.IntegerIs(size=size):
-                return self._equal(x, size)
-            case _:
-                assert_never(check)
-
-    def _equal(self, x: Form, size: Size | float) -> Form:
-        if isinstance(size, str):
-            return self._relation(f"{_VALUE} == {size}", x)
-        return self._form("X == NUMBER", X=x, NUMBER=constant(size))
-
-    def _relation(self, text: str, x: Form = ()) -> Form:
-        """A relation over symbols; it does not hold where it has no value."""
-        return self._form(checked_text(text), **self.scope.symbols, **{_VALUE: x})
-
-    def _python(self, check: checks.PythonCheck, x: Form) -> Form:
-        match check:
-            case checks.IsInteger():
-                return self._form("type(X) is int", X=x)
-            case checks.ValueIs(value=value):
-                holes = {"X": x, "VALUE": constant(value), "KIND": constant(type(value))}
-                if value is None or value is ... or type(value) is bool:
-                    return self._form("X is VALUE", **holes)
-                if type(value) is float and (value != value or value == 0):
-                    text = constant(repr(value))
-                    return self._form("type(X) is float and repr(X) == TEXT", X=x, TEXT=text)
-                if is_inline_literal(value):
-                    return self._form("type(X) is KIND and X == VALUE", **holes)
-                return self._form("X is VALUE or type(X) is type(VALUE) and X == VALUE", **holes)
-            case _:
-                assert_never(check)
-
-    def _symbol(self, check: checks.SymbolCheck) -> Form:
-        match check:
-            case checks.InRange(symbol, low, high):
-                holes = {
-                    "X": self.scope.symbols[symbol],
-                    "LOW": constant(low),
-                    "HIGH": constant(high),
-                }
-                if low is None:
-                    return self._form("X <= HIGH", **holes)
-                return self._form("X >= LOW" if high is None else "LOW <= X <= HIGH", **holes)
-            case checks.Relation(text):
-                return self._relation(text)
-            case _:
-                assert_never(check)
-
-    def _together(self, check: checks.TogetherCheck) -> Form:
-        leaves = self.scope.leaves
-        match check:
-            case checks.SameAs(leaf, other, _):
-                return self._form("X is OTHER", X=leaves[leaf], OTHER=leaves[other])
-            case checks.Distinct((one, other)):
-                return self._form("X is not OTHER", X=leaves[one], OTHER=leaves[other])
-            case checks.Distinct(every):
-                numbers = ("Set", *(self._form("id(X)", X=leaves[leaf]) for leaf in every))
-                return self._form("len(ALL) == COUNT", ALL=numbers, COUNT=constant(len(every)))
-            case checks.Apart(leaf, others):
-                args = tuple(leaves[each] for each in (leaf, *others))
-                return "call", self._form("memory_apart"), args, ()
-            case checks.AsTraced():
-                return "call", self._form("arguments_as_traced"), self.parameters, ()
-            case _:
-                assert_never(check)
+        return ir.Call(function, ir.Arguments(tuple(args), tuple(named)))
 
     # --- the entry -------------------------------------------------------------------------------
 
-    def _used(self) -> set[Form]:
-        """What the entry reads of what ``check_inputs`` bound."""
-        plan = self.plan
-        found = {
-            self._origin(each) for each in (*plan.passed, *([plan.batch] if plan.batch else []))
-        }
-        return found | {self.scope.leaves[leaf] for leaf in _leaves_of(plan.result)}
+    def _taken_from(self, passed: Passed) -> ir.Expr | None:
+        if isinstance(passed, FromSymbol):
+            return self.steps.symbols[passed.name]
+        leaf = getattr(passed, "leaf", getattr(passed, "index", None))
+        outside = isinstance(passed, (FromNumber, FromWeights))
+        return None if outside or leaf is None else self.steps.leaves[leaf]
 
-    def _origin(self, passed: Passed) -> Form:
-        match passed:
-            case FromLeaf(leaf) | FromSize(leaf, _) | FromOffset(leaf):
-                return self.scope.leaves[leaf]
-            case FromSymbol(name):
-                return self.scope.symbols[name]
-            case FromNumber() | FromWeights():
-                return ()
-            case _:
-                assert_never(passed)
-
-    def _entry(self, handed: Sequence[Form], checked: bool) -> list[Form]:
-        plan = self.plan
-        forward = [each.name for each in plan.parameters]
-        names = self.module.names
-        again = self._call(names.get("entry", ()), forward)
-        body: list[Form] = [
-            ("if", self._form("dynamo._stance is not stance"),
-             ("return", self._call(self._form("entry_in_stance"), forward))),
-            ("if", self._form("torch.is_grad_enabled()"),
-             ("with", self._form("torch.no_grad()"), ("return", again))),
-            ("if", self._form(_MODES),
-             ("return", self._call(self._form("entry_with_care"), forward))),
-        ]  # fmt: skip
-        bound = 0
-        here: dict[Form, Form] = {each: each for each in self.parameters}
+    def _body(
+        self, own: ReadFunction, handed: Sequence[ir.Name], *, checked: bool
+    ) -> Iterator[ir.Stmt]:
+        plan, say = self.plan, self.steps.say
+        users = [each.name for each in plan.parameters]
+        in_stance = ir.Return(self._call(say("entry_in_stance"), users))
+        yield ir.If(say("dynamo._stance is not stance"), (in_stance,))
+        again = ir.Return(self._call(ir.Global(own.function.name), own.parameters))
+        yield ir.If(say("torch.is_grad_enabled()"), (ir.With(say("torch.no_grad()"), (again,)),))
+        yield ir.If(say(_MODES), (ir.Return(self._call(say("entry_with_care"), users)),))
+        bound = map(bound_name, count())
+        here: dict[ir.Expr, ir.Expr] = {each: each for each in self.parameters}
         if checked:
-            call = "call", names.get("check_inputs", ()), self.parameters, ()
-            if not handed:
-                body.append(("do", call))
-            elif len(handed) == 1:
-                here[handed[0]] = ("bound", bound)
-                body.append(("bind", call))
-            else:
-                here |= {form: ("bound", bound, place) for place, form in enumerate(handed)}
-                body.append(("unpack", len(handed), call))
-            bound += bool(handed)
-        held, bound = bound, bound + 1
-        body.append(("unpack", 3, self._form("bound")))
+            here |= {form: next(bound) for form in handed}
+            call = ir.Call(ir.Global("check_inputs"), ir.Arguments(self.parameters))
+            targets = tuple(name.id for form in handed if isinstance(name := here[form], ir.Name))
+            yield ir.Assign(targets, len(handed) > 1, call)
+        execution_fn, weights_as_bound, fetch_weights = (next(bound) for _ in range(3))
+        held = (execution_fn.id, weights_as_bound.id, fetch_weights.id)
+        yield ir.Assign(held, True, say("bound"))
         if plan.binds and plan.checks:
-            unbound = "do", self._form("explain_weights()")
-            body.append(("if", self._form("not X()", X=("bound", held, 1)), unbound))
-        weights: Form = ()
-        if _reads_weights(plan):
-            weights, bound = ("bound", bound), bound + 1
-            body.append(("bind", self._form("X()", X=("bound", held, 2))))
-        passed = tuple(self._passed(each, here, weights) for each in plan.passed)
-        named: tuple[object, ...] = ()
+            unbound = ir.Assign((), False, say("explain_weights()"))
+            yield ir.If(say("not X()", X=weights_as_bound), (unbound,))
+        weights = execution_fn
+        if reads_weights(plan):
+            weights = next(bound)
+            yield ir.Assign((weights.id,), False, say("X()", X=fetch_weights))
+        args = tuple(self._passed(each, here, weights) for each in plan.passed)
+        named: tuple[tuple[str, ir.Expr], ...] = ()
         if plan.batch is not None:
             size = self._passed(plan.batch, here, weights)
-            named = (("__vllm_submods__", self._form("submods_for(X)", X=size)),)
-        run = "call", ("bound", held, 0), passed, named
-        body.append(("unpack", len(plan.outputs), run) if plan.outputs else ("do", run))
-        body.append(("return", self._packed(plan.result, here, weights, bound)))
-        return body
+            named = ((SUBMODS, say("submods_for(X)", X=size)),)
+        outputs = [next(bound) for _ in plan.outputs]
+        run = ir.Call(execution_fn, ir.Arguments(args, named))
+        yield ir.Assign(tuple(each.id for each in outputs), bool(outputs), run)
+        yield ir.Return(self._packed(plan.result, here, weights, outputs))
 
-    def _passed(self, value: Passed, here: Mapping[Form, Form], weights: Form) -> Form:
+    def _passed(self, value: Passed, here: Mapping[ir.Expr, ir.Expr], weights: ir.Expr) -> ir.Expr:
+        if isinstance(value, FromNumber):
+            return self.words.value(value.value)
+        if isinstance(value, FromWeights):
+            return ir.Item(weights, self.words.value(value.index))
+        origin = self._taken_from(value)
+        assert origin is not None
         match value:
-            case FromLeaf() | FromSymbol():
-                return here[self._origin(value)]
             case FromSize(dim=dim):
-                return self._form("X.size(DIM)", X=here[self._origin(value)], DIM=constant(dim))
+                return self.steps.say("X.size(DIM)", X=here[origin], DIM=self.words.value(dim))
             case FromOffset():
-                return self._form("X.storage_offset()", X=here[self._origin(value)])
-            case FromNumber(number):
-                return constant(number)
-            case FromWeights(index):
-                return "item", weights, constant(index)
+                return self.steps.say("X.storage_offset()", X=here[origin])
             case _:
-                assert_never(value)
+                return here[origin]
 
     def _packed(
-        self, packed: Packed, here: Mapping[Form, Form], weights: Form, outputs: int
-    ) -> Form:
+        self,
+        packed: Packed,
+        here: Mapping[ir.Expr, ir.Expr],
+        weights: ir.Expr,
+        outputs: Sequence[ir.Expr],
+    ) -> ir.Expr:
         match packed:
             case FromLeaf(index):
-                return here[self.scope.leaves[index]]
+                return here[self.steps.leaves[index]]
             case FromOutput(index):
-                return "bound", outputs, index
+                return outputs[index]
             case FromWeights(index):
-                return "item", weights, constant(index)
+                return ir.Item(weights, self.words.value(index))
             case FromConst(value):
-                return constant(value)
+                return self.words.value(value)
             case FromItems() | FromCall():
-                items = [self._packed(each, here, weights, outputs) for each in packed.children]
-            case _:
-                assert_never(packed)
+                children = packed.children
+        items = tuple(self._packed(each, here, weights, outputs) for each in children)
         if isinstance(packed, FromCall):
-            args = ("List", *items), constant(packed.context)
-            return "call", constant(packed.rebuild), args, ()
+            args = ir.ListExpr(items), self.words.value(packed.context)
+            return ir.Call(self.words.value(packed.rebuild), ir.Arguments(args))
         if packed.kind is dict:
-            return "Dict", tuple(map(constant, packed.keys)), tuple(items)
-        return "List" if packed.kind is list else "Tuple", *items
+            return ir.DictExpr(tuple(zip(map(self.words.value, packed.keys), items, strict=True)))
+        return ir.ListExpr(items) if packed.kind is list else ir.TupleExpr(items)
 
 
-def _expression_of(check: checks.Check) -> str:
-    """The text over symbols that a check computes; "" if it has none."""
-    match check:
-        case checks.SizeIs(size=str() as text) | checks.StrideIs(size=str() as text):
-            return text
-        case (
-            checks.IntegerIs(size=text) | checks.Relation(text) | checks.ItemIs(value=str() as text)
-        ):
-            return text
+def _plain(stmt: ir.Stmt) -> ir.Stmt:
+    """``stmt`` as it reads: without a comment, and one condition is no conjunction."""
+    match stmt:
+        case ir.If(ir.Operation("not", (ir.Operation("and", (only,)),)), body):
+            return ir.If(ir.Operation("not", (only,)), body)
+        case ir.If(test, body):
+            return ir.If(test, body)
         case _:
-            return ""
-
-
-def _leaves_of(packed: Packed) -> Iterator[int]:
-    if isinstance(packed, FromLeaf):
-        yield packed.index
-    for child in packed.children if isinstance(packed, (FromItems, FromCall)) else ():
-        yield from _leaves_of(child)
-
-
-def _reads_weights(plan: EntryPlan) -> bool:
-    def returns(packed: Packed) -> bool:
-        children = packed.children if isinstance(packed, (FromItems, FromCall)) else ()
-        return isinstance(packed, FromWeights) or any(map(returns, children))
-
-    return any(isinstance(each, FromWeights) for each in plan.passed) or returns(plan.result)
+            return stmt

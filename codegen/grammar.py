@@ -9,8 +9,8 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Sequence
 
+from piecework.codegen.names import SUBMODS
 from piecework.codegen.targets import ENTRY_NAME
-from piecework.codegen.trace_expr import SUBMODS
 from piecework.errors import EmitError
 
 #: How deep expressions and blocks may be nested: what `lower` writes stays well below, and Python's own limits are above.
@@ -33,6 +33,12 @@ def parse_text(code: str, what: str = "stitching source") -> ast.Module:
         raise EmitError(f"{what} is not Python: {_TOO_DEEP} for its parser") from error
 
 
+def line_at(code: str, line: int) -> str:
+    """Where an error is: the number of a line, and its text."""
+    lines = code.splitlines()
+    return f"line {line}: {lines[line - 1].strip() if 0 < line <= len(lines) else ''}"
+
+
 def check_grammar(code: str, tree: ast.Module) -> None:
     """Check that ``tree`` (parsed from ``code``) is made of nothing but what emitted modules are made of.
 
@@ -51,9 +57,7 @@ class _Grammar:
 
     def error(self, node: ast.AST, why: str) -> EmitError:
         line = getattr(node, "lineno", 0)
-        lines = self.code.splitlines()
-        text = lines[line - 1].strip() if 0 < line <= len(lines) else ""
-        return EmitError(why, where=f"line {line}: {text}" if line else None)
+        return EmitError(why, where=line_at(self.code, line) if line else None)
 
     def require(self, holds: bool, node: ast.AST, why: str) -> None:
         if not holds:

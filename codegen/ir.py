@@ -6,7 +6,7 @@ All classes are frozen, hold no back-pointers and have no behaviour; `match` ove
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 # --- expressions ---------------------------------------------------------------------------------
 
@@ -62,14 +62,76 @@ class SliceExpr:
 
 
 @dataclass(frozen=True, slots=True)
-class Construct:
-    """A container of another type than the builtin ones (a namedtuple), rebuilt from its fields."""
-
-    type: Expr
+class SetExpr:
     items: tuple[Expr, ...]
 
 
-Expr = Name | Literal | Const | Global | ListExpr | TupleExpr | DictExpr | SliceExpr | Construct
+@dataclass(frozen=True, slots=True)
+class Attribute:
+    """``value.name``."""
+
+    value: Expr
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """``value[index]``."""
+
+    value: Expr
+    index: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """Operands with a sign before or between them, all of one kind: ``-x``, ``x + y``, ``0 <= x <= 9``, ``x and y and z``.
+
+    ``if`` has three operands, in the order in which they are written: ``x if test else y``.
+    """
+
+    sign: str
+    operands: tuple[Expr, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """``function(arguments)``; a container of another type than the builtin ones (a namedtuple) is rebuilt from its fields so."""
+
+    function: Expr
+    arguments: Arguments
+
+
+@dataclass(frozen=True, slots=True)
+class Star:
+    """``*value`` or ``**value`` as an argument."""
+
+    stars: str
+    value: Expr
+
+
+Expr = (
+    Name
+    | Literal
+    | Const
+    | Global
+    | ListExpr
+    | TupleExpr
+    | SetExpr
+    | DictExpr
+    | SliceExpr
+    | Attribute
+    | Item
+    | Operation
+    | Call
+    | Star
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    args: tuple[Expr, ...] = ()
+    kwargs: tuple[tuple[str, Expr], ...] = ()
+
 
 # --- where a statement comes from ----------------------------------------------------------------
 
@@ -88,12 +150,6 @@ class Origin:
 
 
 # --- statements ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Arguments:
-    args: tuple[Expr, ...] = ()
-    kwargs: tuple[tuple[str, Expr], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,53 +176,31 @@ class CallInlined:
 
 
 @dataclass(frozen=True, slots=True)
-class CallFunction:
+class Assign:
+    """``targets = value``; several targets unpack it, and without any it is only evaluated."""
+
     targets: tuple[str, ...]
     unpack: bool
-    function: Expr
-    arguments: Arguments
-    origin: Origin
-
-
-@dataclass(frozen=True, slots=True)
-class CallMethod:
-    targets: tuple[str, ...]
-    unpack: bool
-    receiver: Expr
-    method: str
-    arguments: Arguments
-    origin: Origin
-
-
-@dataclass(frozen=True, slots=True)
-class GetItem:
-    """``target = value[index]``."""
-
-    target: str | None
     value: Expr
-    index: Expr
-    origin: Origin
+    origin: Origin = Origin()
 
 
 @dataclass(frozen=True, slots=True)
-class GetAttr:
-    """``target = value.attribute``."""
+class If:
+    """``if test:``; nothing is bound inside, so that a name is bound in either case or not at all."""
 
-    target: str | None
-    value: Expr
-    attribute: str
-    origin: Origin
+    test: Expr
+    body: tuple[Stmt, ...]
+    origin: Origin = Origin()
 
 
 @dataclass(frozen=True, slots=True)
-class Infix:
-    """``target = left op right``; ``left`` is None for a prefix operator."""
+class With:
+    """``with context:``."""
 
-    target: str | None
-    operator: str
-    left: Expr | None
-    right: Expr
-    origin: Origin
+    context: Expr
+    body: tuple[Stmt, ...]
+    origin: Origin = Origin()
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +212,7 @@ class Try:
 class Finally:
     """``finally: call``, which closes the region that the last open `Try` began."""
 
-    call: CallFunction
+    call: Assign
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,32 +223,20 @@ class Delete:
 @dataclass(frozen=True, slots=True)
 class Return:
     value: Expr
-    origin: Origin
+    origin: Origin = Origin()
 
 
-Stmt = (
-    CallSubmod
-    | CallInlined
-    | CallFunction
-    | CallMethod
-    | GetItem
-    | GetAttr
-    | Infix
-    | Try
-    | Finally
-    | Delete
-    | Return
-)
+Stmt = Assign | CallSubmod | CallInlined | If | With | Try | Finally | Delete | Return
 
 # --- functions and the module --------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """``prefix`` is ``""``, ``"*"`` or ``"**"``; ``default`` is None when there is none."""
+    """``kind`` is ``""``, ``"/"`` for positional only, ``"k"`` for keyword only, ``"*"`` or ``"**"``; ``default`` is None when there is none."""
 
     name: str
-    prefix: str = ""
+    kind: str = ""
     default: Expr | None = None
 
 
@@ -259,7 +281,8 @@ class BoundName:
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """The whole emitted module. ``functions`` are in order of definition; ``entry`` comes last."""
+    """The whole emitted module. ``functions`` are in order of definition; ``entry`` comes last; ``provided`` are names that the
+    runtime puts into it."""
 
     imports: tuple[str, ...]
     aliases: tuple[Alias, ...]
@@ -268,4 +291,5 @@ class Module:
     submod_names: tuple[str, ...]
     const_specs: tuple[ConstSpec, ...]
     bound: tuple[BoundName, ...] = ()
-    banner: tuple[str, ...] = field(default=())
+    banner: tuple[str, ...] = ()
+    provided: tuple[str, ...] = ()

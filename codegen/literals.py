@@ -27,14 +27,12 @@ class Kind:
         text: the literal as ASCII source in black's spelling.
         same: whether two values of the kind can't be told apart, the sign of a zero included; NaN is never the same.
         fits: whether a value has a literal that evaluates back to it.
-        settled: whether black leaves the text as it is.
         closed: it may stand before a dot or a bracket without parentheses.
     """
 
     text: Callable[[Any], str] = ascii
     same: Callable[[Any, Any], bool] = lambda left, right: bool(left == right)
     fits: Callable[[Any], bool] = lambda _: True
-    settled: Callable[[Any], bool] = lambda _: True
     closed: bool = True
 
 
@@ -113,8 +111,6 @@ def _quoted(value: str | bytes) -> str:
 
 
 _PLAIN = Kind()
-_TEXT = Kind(_quoted, settled=lambda value: not ("'" in value and '"' in value))
-_BYTES = Kind(_quoted, settled=lambda value: not (b"'" in value and b'"' in value))
 KINDS: Mapping[type, Kind] = {
     NoneType: Kind(),
     bool: Kind(),
@@ -124,10 +120,9 @@ KINDS: Mapping[type, Kind] = {
         _complex_text,
         lambda left, right: _same_bits(left.real, right.real) and _same_bits(left.imag, right.imag),
         _complex_survives_repr,
-        lambda value: not _complex_text(value).startswith("("),
         closed=False,
     ),
-    str: _TEXT,
-    bytes: _BYTES,
+    str: Kind(_quoted),
+    bytes: Kind(_quoted),
     EllipsisType: Kind(lambda _: "..."),
 }

@@ -16,14 +16,18 @@ def parts_of(expr: ir.Expr) -> tuple[ir.Expr, ...]:
     match expr:
         case ir.Name() | ir.Literal() | ir.Const() | ir.Global():
             return ()
-        case ir.ListExpr(items) | ir.TupleExpr(items):
+        case ir.ListExpr(items) | ir.TupleExpr(items) | ir.SetExpr(items) | ir.Operation(_, items):
             return tuple(items)
         case ir.DictExpr(pairs):
             return tuple(each for pair in pairs for each in pair)
         case ir.SliceExpr(start, stop, step):
             return (start, stop, step)
-        case ir.Construct(kind, items):
-            return (kind, *items)
+        case ir.Attribute(value) | ir.Star(_, value):
+            return (value,)
+        case ir.Item(value, index):
+            return (value, index)
+        case ir.Call(function, arguments):
+            return (function, *arguments.args, *(value for _, value in arguments.kwargs))
         case _:
             assert_never(expr)
 
@@ -42,22 +46,14 @@ def operands(stmt: ir.Stmt) -> tuple[ir.Expr, ...]:
     match stmt:
         case ir.CallSubmod(arguments=arguments) | ir.CallInlined(arguments=arguments):
             return (*arguments.args, *(value for _, value in arguments.kwargs))
-        case ir.CallFunction(function=function, arguments=arguments):
-            return (function, *arguments.args, *(value for _, value in arguments.kwargs))
-        case ir.CallMethod(receiver=receiver, arguments=arguments):
-            return (receiver, *arguments.args, *(value for _, value in arguments.kwargs))
-        case ir.GetItem(value=value, index=index):
-            return (value, index)
-        case ir.GetAttr(value=value):
+        case ir.Assign(value=value) | ir.Return(value=value):
             return (value,)
-        case ir.Infix(left=left, right=right):
-            return (right,) if left is None else (left, right)
+        case ir.If(first, body) | ir.With(first, body):
+            return (first, *(each for inner in body for each in operands(inner)))
         case ir.Finally(call=call):
             return operands(call)
         case ir.Try() | ir.Delete():
             return ()
-        case ir.Return(value=value):
-            return (value,)
         case _:
             assert_never(stmt)
 
@@ -71,11 +67,9 @@ def uses(stmt: ir.Stmt) -> Iterator[str]:
 def definitions(stmt: ir.Stmt) -> tuple[str, ...]:
     """The local names that ``stmt`` binds."""
     match stmt:
-        case ir.CallSubmod() | ir.CallInlined() | ir.CallFunction() | ir.CallMethod():
-            return tuple(stmt.targets)
-        case ir.GetItem() | ir.GetAttr() | ir.Infix():
-            return () if stmt.target is None else (stmt.target,)
-        case ir.Try() | ir.Finally() | ir.Delete() | ir.Return():
+        case ir.Assign(targets) | ir.CallSubmod(targets) | ir.CallInlined(targets):
+            return tuple(targets)
+        case ir.If() | ir.With() | ir.Try() | ir.Finally() | ir.Delete() | ir.Return():
             return ()
         case _:
             assert_never(stmt)

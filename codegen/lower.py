@@ -238,7 +238,7 @@ class _Lowering:
             lower_node = NodeLowering(self.state, gm, names, scope, prefix, lifted or {}, number)
             stmt = lower_node.statement(node)
             if node in closing:
-                assert isinstance(stmt, ir.CallFunction)
+                assert isinstance(stmt, ir.Assign)
                 stmt = ir.Finally(stmt)
             if stmt is not None:
                 body.append(stmt)
@@ -252,12 +252,12 @@ class _Lowering:
 
 def _misplaced(parameter: ir.Parameter, before: list[ir.Parameter]) -> str | None:
     """Why Python does not allow ``parameter`` after ``before``, or does not allow to pass it by position."""
-    prefixes = [each.prefix for each in before]
-    if "**" in prefixes:
+    kinds = [each.kind for each in before]
+    if "**" in kinds:
         return "follows **kwargs"
-    if "*" in prefixes and parameter.prefix != "**":
+    if "*" in kinds and parameter.kind != "**":
         return "follows *args, so that it could only be passed by a name that may have changed"
-    if not parameter.prefix and parameter.default is None and before and before[-1].default:
+    if not parameter.kind and parameter.default is None and before and before[-1].default:
         return "without a default follows one with a default"
     return None
 

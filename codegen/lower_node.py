@@ -143,28 +143,27 @@ class NodeLowering:
         """
         args, target = node.args, node.target
         on_value = isinstance(args[0], torch.fx.Node)
+        sign = sign_of(INFIX if len(args) == 2 else PREFIX, target) if len(args) <= 2 else None
+        value: ir.Expr
         if len(args) == 2 and target is operator.getitem and on_value:
-            value, index = self._expr(args[0], node), self._expr(args[1], node)
-            return ir.GetItem(self._target(node), value, index, self._origin(node))
-        if len(args) == 2 and target is getattr and on_value and type(args[1]) is str:
+            value = ir.Item(self._expr(args[0], node), self._expr(args[1], node))
+        elif len(args) == 2 and target is getattr and on_value and type(args[1]) is str:
             if not is_identifier(args[1]):
                 return None
-            value = self._expr(args[0], node)
-            return ir.GetAttr(self._target(node), value, args[1], self._origin(node))
-        infix, prefix = sign_of(INFIX, target), sign_of(PREFIX, target)
-        if len(args) == 2 and infix is not None:
-            left, right = self._expr(args[0], node), self._expr(args[1], node)
-            return ir.Infix(self._target(node), infix, left, right, self._origin(node))
-        if len(args) == 1 and prefix is not None:
-            right = self._expr(args[0], node)
-            return ir.Infix(self._target(node), prefix, None, right, self._origin(node))
-        return None
+            value = ir.Attribute(self._expr(args[0], node), args[1])
+        elif sign is not None:
+            value = ir.Operation(sign, tuple([self._expr(arg, node) for arg in args]))
+        else:
+            return None
+        target_name = self._target(node)
+        targets = () if target_name is None else (target_name,)
+        return ir.Assign(targets, False, value, self._origin(node))
 
     def _plain_call(self, node: torch.fx.Node) -> ir.Stmt:
         function = self.module.function(node)
         arguments = self._arguments(node)
         targets, unpack = self._targets(node)
-        return ir.CallFunction(targets, unpack, function, arguments, self._origin(node))
+        return ir.Assign(targets, unpack, ir.Call(function, arguments), self._origin(node))
 
     def _call_method(self, node: torch.fx.Node) -> ir.Stmt:
         if not node.args or type(node.target) is not str:
@@ -172,7 +171,8 @@ class NodeLowering:
         receiver = self._expr(node.args[0], node)
         arguments = self._arguments(node, skip=1)
         targets, unpack = self._targets(node)
-        return ir.CallMethod(targets, unpack, receiver, node.target, arguments, self._origin(node))
+        call = ir.Call(ir.Attribute(receiver, node.target), arguments)
+        return ir.Assign(targets, unpack, call, self._origin(node))
 
     def _call_module(self, node: torch.fx.Node) -> ir.Stmt:
         path = f"{self.prefix}.{node.target}" if self.prefix else str(node.target)
@@ -223,7 +223,7 @@ class NodeLowering:
             targets, unpack = self._targets(node, callee)
         origin = origin_of(call, self.module.symbols, line_numbers=self.module.line_numbers)
         function = self.module.function(call)
-        return ir.CallFunction(targets, unpack, function, arguments, origin)
+        return ir.Assign(targets, unpack, ir.Call(function, arguments), origin)
 
     # --- operands and targets --------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ def _is_language_builtin(name: str) -> bool:
     return (getattr(value, "__module__", None) or "builtins") in ("builtins", "_io", "io")
 
 
+SUBMODS, CONSTS = "__vllm_submods__", "__vllm_consts__"
 BUILTINS = frozenset(name for name in dir(builtins) if _is_language_builtin(name))
 _NOT_IDENTIFIER = re.compile(r"[^0-9A-Za-z_]")
 

@@ -1,6 +1,7 @@
 """From plan to text. In: an `ir.Module`. Out: the Python source, in black's format, and the statement that each line belongs to.
 
-Statements are laid out by `layout`; what stands around them belongs to the templates; nothing is decided that the plan did not say.
+Statements are written by `one_line` and laid out by `formatting`; what stands around them belongs to the templates; nothing is
+decided that the plan did not say.
 """
 
 from __future__ import annotations
@@ -13,26 +14,8 @@ from functools import cache
 import jinja2
 
 from piecework.codegen import ir
-from piecework.codegen.layout import (
-    LINE_LENGTH,
-    Layout,
-    expr_text,
-    format_source,
-    numbered,
-    signature_text,
-)
-from piecework.codegen.literals import literal_text
-
-__all__ = [
-    "FORMAT_VERSION",
-    "environment",
-    "flat_statements",
-    "format_source",
-    "line_map",
-    "literal_text",
-    "numbered",
-    "render",
-]
+from piecework.codegen.formatting import MODE, format_source, format_statements
+from piecework.codegen.one_line import expr_text, signature_text, stmt_text
 
 FORMAT_VERSION = 1
 
@@ -53,55 +36,66 @@ def environment() -> jinja2.Environment:
     )
 
 
-def render(module: ir.Module) -> str:
+def render(
+    module: ir.Module, title: str, header: Sequence[str] = (), facts: Sequence[str] = ()
+) -> str:
     """Write ``module`` as Python source.
+
+    Args:
+        title: what the text is, for its first line.
+        header: comments that say what the runtime puts into the module.
+        facts: assignments of numbers that hold for this text.
 
     Raises:
         EmitError: black could not parse a statement (a defect of piecework; the numbered text is in the message).
     """
-    template = environment().get_template("module.py.jinja")
-    return template.render(
-        format_version=FORMAT_VERSION,
-        banner=[f"# {_comment(line)}".rstrip() for line in module.banner],
-        submods=[f"[{index}] {_comment(name)}" for index, name in enumerate(module.submod_names)],
-        bound=[_comment(f"{row.name}: {row.description} = {row.path}") for row in module.bound],
-        **render_parts(module),
-    )
-
-
-def render_parts(module: ir.Module) -> dict[str, object]:
-    """What every template around functions takes: constants, imports, aliases, functions and the entry."""
-    layout = Layout()
     every = (*module.functions, module.entry)
-    for function in every:
-        for stmt, depth in with_depth(function.body):
-            layout.add(stmt, depth)
-    texts = iter(layout.finish())
-    functions = [_function(function, [next(texts) for _ in function.body]) for function in every]
-    return {
-        "consts": [_const_row(spec) for spec in module.const_specs],
-        "imports": module.imports,
-        "aliases": [
-            {"code": _alias(alias), "note": _comment(alias.note)} for alias in module.aliases
-        ],
-        "functions": functions[:-1],
-        "entry": functions[-1],
-    }
+    said = [
+        (stmt_text(stmt.call if isinstance(stmt, ir.Finally) else stmt), depth)
+        for function in every
+        for stmt, depth in with_depth(function.body)
+        if not isinstance(stmt, ir.Try)
+    ]
+    texts = iter(format_statements(said))
+    text: str = (
+        environment()
+        .get_template("module.py.jinja")
+        .render(
+            title=title,
+            format_version=FORMAT_VERSION,
+            header=[f"# {_comment(line)}".rstrip() for line in header],
+            imports=module.imports,
+            aliases=[
+                {"code": _alias(alias), "note": _comment(alias.note)} for alias in module.aliases
+            ],
+            facts=facts,
+            functions=[_function(function, texts) for function in every],
+            bound=[_comment(f"{row.name}: {row.description} = {row.path}") for row in module.bound],
+        )
+    )
+    return text
 
 
-def _function(function: ir.Function, texts: list[str]) -> str:
-    parameters = [_parameter(p) for p in function.parameters]
-    if function.takes_submods:
-        starred = [i for i, p in enumerate(function.parameters) if p.prefix == "**"]
-        at = starred[0] if starred else len(parameters)
-        has_star = any(p.prefix == "*" for p in function.parameters)
-        parameters[at:at] = ["__vllm_submods__"] if has_star else ["*", "__vllm_submods__"]
-    known = all(parameter.default is None for parameter in function.parameters)
+def table_rows(title: str, rows: Sequence[str]) -> list[str]:
+    """Lines of a header: an empty one, the title, and the rows; none of all that without rows."""
+    return ["", f"{title}:", *(f"  {row}" for row in rows)] if rows else []
+
+
+def const_rows(module: ir.Module) -> list[str]:
+    rows = (
+        f"[{spec.index}] {spec.description}" + (f" from {spec.attribute}" if spec.attribute else "")
+        for spec in module.const_specs
+    )
+    return table_rows("__vllm_consts__", list(rows))
+
+
+def _function(function: ir.Function, texts: Iterator[str]) -> str:
+    signature = format_source(f"{signature_text(function)}\n    pass\n")
     return (
         environment()
         .get_template("function.py.jinja")
         .render(
-            signature=signature_text(function.name, parameters, known=known),
+            signature=signature.removesuffix("\n    pass\n"),
             note=_comment(function.note),
             statements=list(_lines_of(function.body, texts)),
         )
@@ -116,10 +110,11 @@ def with_depth(body: Sequence[ir.Stmt]) -> Iterator[tuple[ir.Stmt, int]]:
         depth += isinstance(stmt, ir.Try) - isinstance(stmt, ir.Finally)
 
 
-def _lines_of(body: Sequence[ir.Stmt], texts: Sequence[str]) -> Iterator[dict[str, str]]:
+def _lines_of(body: Sequence[ir.Stmt], texts: Iterator[str]) -> Iterator[dict[str, str]]:
     """The comment and the code of each statement, indented by the blocks around it."""
     before: ir.Stmt | None = None
-    for (stmt, depth), text in zip(with_depth(body), texts, strict=True):
+    for stmt, depth in with_depth(body):
+        text = "try:" if isinstance(stmt, ir.Try) else next(texts)
         pad = " " * (4 * depth)
         comment = comment_text(stmt)
         code = pad + text.replace("\n", f"\n{pad}")
@@ -130,24 +125,14 @@ def _lines_of(body: Sequence[ir.Stmt], texts: Sequence[str]) -> Iterator[dict[st
         before = stmt
 
 
-def _parameter(parameter: ir.Parameter) -> str:
-    default = "" if parameter.default is None else f"={expr_text(parameter.default)}"
-    return f"{parameter.prefix}{parameter.name}{default}"
-
-
 def _alias(alias: ir.Alias) -> str:
     text = f"{alias.name} = {expr_text(alias.value)}"
-    return text if len(text) <= LINE_LENGTH else format_source(f"{text}\n").removesuffix("\n")
+    return text if len(text) <= MODE.line_length else format_source(f"{text}\n").removesuffix("\n")
 
 
-def _const_row(spec: ir.ConstSpec) -> str:
-    origin = f" from {spec.attribute}" if spec.attribute else ""
-    return _comment(f"[{spec.index}] {spec.description}{origin}")
-
-
-def _comment(text: str) -> str:
-    """``text`` on one line, in ASCII, so that it cannot end its comment nor be a directive."""
-    line = text if text.isascii() and text.isprintable() else ascii(text)[1:-1]
+def _comment(text: str, *, made_here: bool = False) -> str:
+    """``text`` on one line, so that it cannot end its comment nor be a directive; in ASCII, unless it was made here."""
+    line = text if text.isprintable() and (made_here or text.isascii()) else ascii(text)[1:-1]
     return _DIRECTIVE.sub(r"\1 -", line).rstrip()
 
 
@@ -160,7 +145,7 @@ def comment_text(stmt: ir.Stmt) -> str:
     if not origin.module and not origin.source:
         return ""
     text = "  ".join(part for part in (origin.module, origin.source, shapes) if part)
-    return _DIRECTIVE.sub(r"\1 -", text).rstrip()
+    return _comment(text, made_here=True)
 
 
 # --- lines -----------------------------------------------------------------------------------------

@@ -13,10 +13,10 @@ import torch.fx
 
 from piecework.codegen import ir
 from piecework.codegen.free_names import require_names
-from piecework.codegen.literals import is_inline_literal
+from piecework.codegen.literals import is_inline_literal, literal_text
 from piecework.codegen.liveness import definitions, uses
 from piecework.codegen.names import NameTable
-from piecework.codegen.render import FORMAT_VERSION, environment, render_parts
+from piecework.codegen.render import const_rows, render, table_rows
 from piecework.codegen.replay_check import ReplayProof, verify_replay
 from piecework.codegen.replay_plan import (
     Buffer,
@@ -130,13 +130,8 @@ class _Planner:
             self.held[name] = HeldReplay(index)
             self.live.update(stmt.targets)
             note = f"{stmt.origin.module}: runs uncaptured: {facts.eager_reason}"
-            yield ir.CallFunction(
-                stmt.targets,
-                stmt.unpack,
-                ir.Global(name),
-                stmt.arguments,
-                _noted(note.removeprefix(": ")),
-            )
+            call = ir.Call(ir.Global(name), stmt.arguments)
+            yield ir.Assign(stmt.targets, stmt.unpack, call, _noted(note.removeprefix(": ")))
             return
         leaves = leaves_of(stmt.arguments, submod)
         for number, buffer in enumerate(facts.buffers):
@@ -166,9 +161,7 @@ class _Planner:
         note = f"fresh tensor: address policy {self.facts.policy!r} stages it for {submod}"
         if buffer.plain:
             name = self.names.claim(f"{submod}_in_{buffer.leaves[0]}")
-            target: ir.Stmt = ir.CallMethod(
-                (), False, ir.Name(name), "copy_", ir.Arguments(values), _noted(note)
-            )
+            target = _copy(ir.Name(name), values[0], note)
         else:
             name = self.names.claim(f"stage_{submod}_in_{buffer.leaves[0]}")
             target = _call(name, values, note)
@@ -183,8 +176,7 @@ class _Planner:
         values = tuple(leaves[leaf] for leaf in buffer.leaves)
         note = f"{submod} changed it in place"
         if buffer.plain:
-            copied = ir.Arguments((ir.Name(self.buffers[index, number]),))
-            return ir.CallMethod((), False, values[0], "copy_", copied, _noted(note))
+            return _copy(values[0], ir.Name(self.buffers[index, number]), note)
         name = self.names.claim(f"bring_back_{submod}_in_{buffer.leaves[0]}")
         self.held[name] = HeldBack(index, number)
         return _call(name, values, note)
@@ -239,43 +231,28 @@ def _reads(stmt: ir.CallSubmod, facts: PieceFacts, leaves: tuple[ir.Expr, ...]) 
 
 
 def _call(name: str, args: tuple[ir.Expr, ...], note: str) -> ir.Stmt:
-    return ir.CallFunction((), False, ir.Global(name), ir.Arguments(args), _noted(note))
+    return ir.Assign((), False, ir.Call(ir.Global(name), ir.Arguments(args)), _noted(note))
+
+
+def _copy(into: ir.Expr, value: ir.Expr, note: str) -> ir.Stmt:
+    call = ir.Call(ir.Attribute(into, "copy_"), ir.Arguments((value,)))
+    return ir.Assign((), False, call, _noted(note))
 
 
 def _noted(note: str) -> ir.Origin:
-    return ir.Origin(module=_one_line(note))
-
-
-def _one_line(text: str) -> str:
-    return text if text.isprintable() else ascii(text)[1:-1]
+    return ir.Origin(module=note)
 
 
 # --- text ------------------------------------------------------------------------------------------
 
 
 def _render(module: ir.Module, plan: _Planner, facts: ReplayFacts) -> str:
-    parts = render_parts(module)
-    text: str = (
-        environment()
-        .get_template("replay.py.jinja")
-        .render(
-            format_version=FORMAT_VERSION,
-            banner=[
-                *map(_one_line, facts.banner),
-                f"graphs: {facts.title}, address policy: {facts.policy}",
-            ],
-            held=list(_rows(plan)),
-            consts=parts["consts"],
-            imports=parts["imports"],
-            aliases=parts["aliases"],
-            sizes=[
-                f"{name} = {value!r}" for name, value in {**facts.sizes, **plan.numbers}.items()
-            ],
-            functions=parts["functions"],
-            entry=parts["entry"],
-        )
-    )
-    return text
+    graphs = f"graphs: {facts.title}, address policy: {facts.policy}"
+    held = "Held by this module; each is the same memory at every replay"
+    header = ["", *facts.banner, graphs, *table_rows(held, list(_rows(plan))), *const_rows(module)]
+    numbers = {**facts.sizes, **plan.numbers}
+    sizes = [f"{name} = {literal_text(value)}" for name, value in numbers.items()]
+    return str(render(module, "replay source", header, sizes))
 
 
 def _rows(plan: _Planner) -> Iterator[str]:

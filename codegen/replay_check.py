@@ -17,6 +17,7 @@ import torch.fx
 
 from piecework.codegen.grammar import check_grammar, parse_text
 from piecework.codegen.literals import read_literal
+from piecework.codegen.names import SUBMODS
 from piecework.codegen.operands import same_constant
 from piecework.codegen.render import flat_statements
 from piecework.codegen.replay_plan import (
@@ -34,8 +35,6 @@ from piecework.codegen.source import StitchedSource
 from piecework.codegen.targets import ENTRY_NAME
 from piecework.codegen.verify import Proof, verify_text
 from piecework.errors import EmitError
-
-_SUBMODS = "__vllm_submods__"
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +219,7 @@ class _Checker:
         if self.facts.pieces[held.piece].eager_reason is None:
             raise _differs(stmt, "a captured piece is called with arguments")
         subscript = ast.Subscript(
-            ast.Name(_SUBMODS, ast.Load()), ast.Constant(held.piece), ast.Load()
+            ast.Name(SUBMODS, ast.Load()), ast.Constant(held.piece), ast.Load()
         )
         call.func = subscript
         return stmt
@@ -372,7 +371,7 @@ def _piece_calls(source: StitchedSource) -> Mapping[int, ast.Assign | ast.Expr]:
                 value=ast.Call(func=ast.Subscript(ast.Name(name), ast.Constant(index)))
             ) | ast.Expr(
                 value=ast.Call(func=ast.Subscript(ast.Name(name), ast.Constant(index)))
-            ) if name == _SUBMODS and isinstance(
+            ) if name == SUBMODS and isinstance(
                 index, int
             ):
                 found[index] = stmt

@@ -16,7 +16,7 @@ import torch.fx
 from piecework.codegen import ir
 from piecework.codegen.check import check_ir
 from piecework.codegen.lower import LowerOptions, lower
-from piecework.codegen.render import line_map, render
+from piecework.codegen.render import const_rows, line_map, render, table_rows
 from piecework.codegen.verify import Proof, verify_text
 from piecework.errors import EmitError
 
@@ -72,7 +72,7 @@ def _require_graph(split_gm: object) -> None:
 def _generate(split_gm: torch.fx.GraphModule, options: LowerOptions) -> StitchedSource:
     module, consts = lower(split_gm, options)
     check_ir(module, len(consts))
-    code = render(module)
+    code = render_stitched(module)
     bound = {row.name: row.path for row in module.bound}
     tree = ast.parse(code)
     proof = verify_text(
@@ -95,6 +95,14 @@ def _generate(split_gm: torch.fx.GraphModule, options: LowerOptions) -> Stitched
         options=options,
         proof=proof,
     )
+
+
+def render_stitched(module: ir.Module) -> str:
+    """The text of a stitching plan."""
+    submods = [f"[{index}] {name}" for index, name in enumerate(module.submod_names)]
+    banner = ["", *module.banner] if module.banner else []
+    header = [*banner, *table_rows("__vllm_submods__", submods), *const_rows(module)]
+    return str(render(module, "stitching source", header))
 
 
 @contextmanager

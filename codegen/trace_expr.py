@@ -12,13 +12,12 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from piecework.codegen.grammar import line_at
 from piecework.codegen.literals import read_literal
-from piecework.codegen.names import BUILTINS
+from piecework.codegen.names import BUILTINS, CONSTS, SUBMODS
 from piecework.codegen.targets import ABSENT, attribute_at_rest
 from piecework.codegen.trace import Container, Escapes, Event, Known, Value, picked
 from piecework.errors import EmitError
-
-SUBMODS, CONSTS = "__vllm_submods__", "__vllm_consts__"
 
 _BINARY: dict[type[ast.operator], object] = {
     ast.Add: operator.add,
@@ -112,9 +111,7 @@ class Expressions:
     def error(self, node: ast.AST, why: str) -> EmitError:
         """What to raise about ``node``: an error that shows its line."""
         line = getattr(node, "lineno", 0)
-        lines = self.code.splitlines()
-        text = lines[line - 1].strip() if 0 < line <= len(lines) else ""
-        return EmitError(why, where=f"line {line}: {text}" if line else None)
+        return EmitError(why, where=line_at(self.code, line) if line else None)
 
     def value(self, node: ast.expr) -> Value:
         """Evaluate an operand: a nested call of ``slice`` or of a namedtuple builds one."""

@@ -11,10 +11,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from piecework.codegen.names import SUBMODS
 from piecework.codegen.regions import Kind, entered_by, left_by
 from piecework.codegen.targets import ENTRY_NAME
 from piecework.codegen.trace import Bound, Element, Event, Input, Known, Value
-from piecework.codegen.trace_expr import SUBMODS, THE_SUBMODS, Expressions, Frame, Submods
+from piecework.codegen.trace_expr import THE_SUBMODS, Expressions, Frame, Submods
 from piecework.errors import EmitError
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple, cast
 import torch
 import torch.fx
 
-from piecework.codegen.grammar import check_grammar, parse_text
+from piecework.codegen.grammar import check_grammar, line_at, parse_text
 from piecework.codegen.operands import Operands, same_constant
 from piecework.codegen.origin import node_where, value_of
 from piecework.codegen.structure import attribute_of
@@ -322,9 +322,7 @@ class _Matcher:
         )
 
     def _line(self, event: Event) -> str:
-        lines = self.code.splitlines()
-        text = lines[event.line - 1].strip() if event.line <= len(lines) else ""
-        return f"line {event.line}: {text}"
+        return str(line_at(self.code, event.line))
 
 
 def _returned_by(callee: object) -> object:

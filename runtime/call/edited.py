@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch.fx
 
 from piecework.codegen import StitchedSource
+from piecework.codegen.formatting import numbered
 from piecework.codegen.grammar import parse_text
 from piecework.codegen.lower import ENTRY_NAME
-from piecework.codegen.render import numbered
 from piecework.codegen.source import verify
 from piecework.codegen.verify import Proof
 from piecework.errors import EmitError

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import piecework
-from piecework.codegen.layout import MODE
+from piecework.codegen.formatting import MODE
 from piecework.codegen.replay_check import verify_replay
 from piecework.codegen.replay_plan import Frozen, InPlace, ReplayFacts, ReplaySource
 from piecework.errors import EmitError
