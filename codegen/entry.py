@@ -5,13 +5,12 @@ It decides nothing about the model: everything it writes was handed to it; nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 from piecework.codegen import ir
 from piecework.codegen.check import check_ir
-from piecework.codegen.checks import Require, entry_table
 from piecework.codegen.entry_plan import (
     EntryPlan,
     FromCall,
@@ -27,11 +26,10 @@ from piecework.codegen.entry_plan import (
     Packed,
     Parameter,
     Passed,
-    leaves_of,
     reads_weights,
 )
 from piecework.codegen.entry_proof import prove_entry
-from piecework.codegen.entry_steps import Steps
+from piecework.codegen.entry_steps import Steps, forwarded
 from piecework.codegen.literals import is_inline_literal
 from piecework.codegen.names import BUILTINS, SUBMODS, NameTable
 from piecework.codegen.render import render
@@ -140,24 +138,11 @@ class _Lowering:
 
     def module(self) -> ir.Module:
         plan = self.plan
-        checks = [
-            stmt
-            for step in entry_table(plan)
-            if plan.checks or not isinstance(step, Require)
-            for stmt in self.steps.statements(step)
-        ]
-        used = {
-            *map(self._origin, plan.passed),
-            *map(self.steps.leaves.get, leaves_of(plan.result)),
-        }
-        used |= set() if plan.batch is None else {self._origin(plan.batch)}
-        handed = [name for name in self.steps.unpacked if name in used]
-        if handed:
-            checks.append(ir.Return(handed[0] if len(handed) == 1 else ir.TupleExpr(tuple(handed))))
+        checks, handed = self.steps.body(plan)
         functions: list[ir.Function] = []
         if checks:
             positional = tuple(ir.Parameter(name.id) for name in self.parameters)
-            functions.append(ir.Function(CHECKS_NAME, positional, tuple(checks), False))
+            functions.append(ir.Function(CHECKS_NAME, positional, checks, False))
         outputs = [self.names.claim(wish) for wish in plan.outputs]
         renamed = [name for name, here in self.own.items() if name != here]
         name = self.names.claim("entry_with_other_names") if renamed else FUNCTION_NAME
@@ -165,9 +150,9 @@ class _Lowering:
         entry = ir.Function(name, self._signature(self.own), body, False)
         if renamed:
             functions.append(entry)
-            own = {name: name for name in self.own}
-            body = (ir.Return(self._forward(name, self.own, own)),)
-            entry = ir.Function(FUNCTION_NAME, self._signature(own), body, False)
+            body = (ir.Return(self._forward(name, self.own.values(), self.own)),)
+            own = self._signature({name: name for name in self.own})
+            entry = ir.Function(FUNCTION_NAME, own, body, False)
         provided = (*PROVIDED, *self.consts)
         return ir.Module(
             tuple(sorted(self.imports)), (), tuple(functions), entry, (), (), provided=provided
@@ -187,20 +172,9 @@ class _Lowering:
         name = None if is_inline_literal(value) else next(known, None)
         return ir.Global(name) if name else self.value(value, f"default_{parameter.name}")
 
-    def _forward(
-        self, function: str, keywords: Mapping[str, str], values: Mapping[str, str]
-    ) -> ir.Expr:
-        """A call with the parameters, called ``values`` here, of a function whose keyword parameters are called ``keywords``."""
-        args: list[ir.Expr] = []
-        named: list[tuple[str, ir.Expr]] = []
-        for parameter in self.plan.parameters:
-            value = ir.Name(values[parameter.name])
-            if parameter.kind == "k":
-                named.append((keywords[parameter.name], value))
-            else:
-                stars = parameter.kind if "*" in parameter.kind else ""
-                args.append(ir.Star(stars, value) if stars else value)
-        return ir.Call(ir.Global(function), ir.Arguments(tuple(args), tuple(named)))
+    def _forward(self, function: str, keywords: Iterable[str], values: Iterable[str]) -> ir.Expr:
+        names = tuple(map(ir.Name, values))
+        return forwarded(ir.Global(function), self.plan.parameters, names, tuple(keywords))
 
     # --- the entry -------------------------------------------------------------------------------
 
@@ -208,14 +182,14 @@ class _Lowering:
         self, own: str, checks: Sequence[object], handed: Sequence[ir.Name], outputs: Sequence[str]
     ) -> Iterator[ir.Stmt]:
         plan, say = self.plan, self.steps.say
-        users = {name: name for name in self.own}
+        here = self.own.values()
         execution_fn, as_bound, fetch_weights = map(ir.Name, HELD)
-        in_stance = ir.Return(self._forward("entry_in_stance", users, self.own))
+        in_stance = ir.Return(self._forward("entry_in_stance", self.own, here))
         yield ir.If(say("dynamo._stance is not stance"), (in_stance,))
-        again = ir.Return(self._forward(own, self.own, self.own))
+        again = ir.Return(self._forward(own, here, here))
         yield ir.If(say("torch.is_grad_enabled()"), (ir.With(say("torch.no_grad()"), (again,)),))
         modes = "autocast_enabled() or dispatch_modes() or function_modes() or transforms() or not same_kernels()"
-        with_care = ir.Return(self._forward("entry_with_care", users, self.own))
+        with_care = ir.Return(self._forward("entry_with_care", self.own, here))
         yield ir.If(say(modes), (with_care,))
         if checks:
             call = ir.Call(ir.Global(CHECKS_NAME), ir.Arguments(self.parameters))
@@ -233,18 +207,6 @@ class _Lowering:
             args = replace(args, kwargs=((SUBMODS, submods),))
         yield ir.Assign(tuple(outputs), bool(outputs), ir.Call(execution_fn, args))
         yield ir.Return(self._packed(plan.result, outputs))
-
-    def _origin(self, value: Passed) -> ir.Expr | None:
-        """What a passed value is taken from, of the arguments."""
-        match value:
-            case FromLeaf(leaf) | FromSize(leaf) | FromOffset(leaf):
-                return self.steps.leaves[leaf]
-            case FromSymbol(name):
-                return self.steps.symbols[name]
-            case FromNumber() | FromWeights():
-                return None
-            case _:
-                assert_never(value)
 
     def _passed(self, value: Passed) -> ir.Expr:
         say = self.steps.say

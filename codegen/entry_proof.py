@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, zip_longest
 
 from piecework.codegen import ir
-from piecework.codegen.checks import Require, entry_table
 from piecework.codegen.entry_plan import (
     EntryPlan,
     FromCall,
@@ -21,14 +20,12 @@ from piecework.codegen.entry_plan import (
     FromOffset,
     FromOutput,
     FromSize,
-    FromSymbol,
     FromWeights,
     Packed,
     Passed,
-    leaves_of,
     reads_weights,
 )
-from piecework.codegen.entry_steps import Steps
+from piecework.codegen.entry_steps import Steps, forwarded
 from piecework.codegen.grammar import line_at
 from piecework.codegen.names import SUBMODS
 from piecework.codegen.read_ir import (
@@ -60,45 +57,22 @@ def prove_entry(
     _Proof(code, plan, read_entry(code, provided, consts)).run()
 
 
-class _Words(Meanings):
-    """Notes which modules the checks need."""
-
-    def __init__(self, names: Mapping[str, ir.Expr]) -> None:
-        super().__init__({name: meaning for name, meaning in names.items() if name not in MODULES})
-        self.needed = {"torch"}
-
-    def name(self, name: str) -> ir.Expr:
-        if name not in MODULES:
-            return super().name(name)
-        self.needed.add(name)
-        return self.value(MODULES[name])
-
-
 class _Proof:
     def __init__(self, code: str, plan: EntryPlan, module: ReadModule) -> None:
         self.code = code
         self.plan = plan
         self.module = module
-        self.words = _Words(module.names)
+        self.words = Meanings(
+            module.names | {name: ir.Const(id(MODULES[name])) for name in MODULES}
+        )
         self.parameters = tuple(map(parameter_name, range(len(plan.parameters))))
         numbers = count()
         self.steps = Steps(self.words, self.parameters, lambda _: bound_name(next(numbers)))
 
     def run(self) -> None:
         plan, functions = self.plan, self.module.functions
-        checks = [
-            stmt
-            for step in entry_table(plan)
-            if plan.checks or not isinstance(step, Require)
-            for stmt in self.steps.statements(step)
-        ]
-        passed = plan.passed if plan.batch is None else (*plan.passed, plan.batch)
-        used = {self._taken_from(each) for each in passed}
-        used |= {self.steps.leaves[leaf] for leaf in leaves_of(plan.result)}
-        handed = [name for name in self.steps.unpacked if name in used]
-        if handed:
-            checks.append(ir.Return(ir.TupleExpr(tuple(handed)) if handed[1:] else handed[0]))
-        if self.module.imports != tuple(sorted(self.words.needed)):
+        checks, handed = self.steps.body(plan)
+        if self.module.imports != tuple(sorted({"torch", *self.words.asked & MODULES.keys()})):
             found = ", ".join(self.module.imports) or "nothing"
             raise EmitError(f"the entry's text imports {found}")
         kinds = [(each.kind, each.default) for each in plan.parameters]
@@ -109,7 +83,7 @@ class _Proof:
             for name, (kind, default) in zip(self.parameters, kinds, strict=True)
         )
         positional = tuple(ir.Parameter(name.id) for name in self.parameters)
-        expected = [ir.Function("check_inputs", positional, tuple(checks), False)] * bool(checks)
+        expected = [ir.Function("check_inputs", positional, checks, False)] * bool(checks)
         others = len(functions) - len(expected) - 1
         own = functions[len(expected) :][:1]
         if others not in (0, 1):
@@ -144,28 +118,9 @@ class _Proof:
 
     def _call(self, function: ir.Expr, keywords: Sequence[str]) -> ir.Expr:
         """The call of ``function`` with all parameters, as they are passed by users."""
-        args: list[ir.Expr] = []
-        named: list[tuple[str, ir.Expr]] = []
-        for value, each, keyword in zip(
-            self.parameters, self.plan.parameters, keywords, strict=True
-        ):
-            match each.kind:
-                case "k":
-                    named.append((keyword, value))
-                case "*" | "**":
-                    args.append(ir.Star(each.kind, value))
-                case _:
-                    args.append(value)
-        return ir.Call(function, ir.Arguments(tuple(args), tuple(named)))
+        return forwarded(function, self.plan.parameters, self.parameters, keywords)
 
     # --- the entry -------------------------------------------------------------------------------
-
-    def _taken_from(self, passed: Passed) -> ir.Expr | None:
-        if isinstance(passed, FromSymbol):
-            return self.steps.symbols[passed.name]
-        leaf = getattr(passed, "leaf", getattr(passed, "index", None))
-        outside = isinstance(passed, (FromNumber, FromWeights))
-        return None if outside or leaf is None else self.steps.leaves[leaf]
 
     def _body(
         self, own: ReadFunction, handed: Sequence[ir.Name], *, checked: bool
@@ -209,7 +164,7 @@ class _Proof:
             return self.words.value(value.value)
         if isinstance(value, FromWeights):
             return ir.Item(weights, self.words.value(value.index))
-        origin = self._taken_from(value)
+        origin = self.steps.origin(value)
         assert origin is not None
         match value:
             case FromSize(dim=dim):

@@ -1,4 +1,4 @@
-"""What an entry checks of a call, as statements. In: the steps of an `entry_table`, one by one. Out: statements of ``check_inputs``, and how values are called there.
+"""What an entry checks of a call, as statements. In: an `EntryPlan`, by its `entry_table`. Out: statements of ``check_inputs``, and how values are called there.
 
 This is the one reading of the table as Python. Names are given out by who asks: `entry` writes the text with them, and `entry_proof`
 reads the text back by what they mean. It decides nothing about what is checked.
@@ -15,7 +15,19 @@ from typing import assert_never
 import torch
 
 from piecework.codegen import checks, ir
-from piecework.codegen.entry_plan import Size
+from piecework.codegen.entry_plan import (
+    EntryPlan,
+    FromLeaf,
+    FromNumber,
+    FromOffset,
+    FromSize,
+    FromSymbol,
+    FromWeights,
+    Parameter,
+    Passed,
+    Size,
+    leaves_of,
+)
 from piecework.codegen.literals import is_inline_literal
 from piecework.codegen.read_ir import Words, read_expression
 from piecework.codegen.size_text import checked_text
@@ -34,7 +46,6 @@ class Steps:
     Attributes:
         leaves: flattened argument → what it is called.
         symbols: symbol → what it is called.
-        unpacked: the names among those that are no parameters.
     """
 
     def __init__(
@@ -48,13 +59,40 @@ class Steps:
         self._dims: dict[tuple[int, int], ir.Name] = {}
         self.leaves: dict[int, ir.Expr] = {}
         self.symbols: dict[str, ir.Expr] = {}
-        self.unpacked: list[ir.Name] = []
+        self._unpacked: list[ir.Name] = []  # those that are no parameters
 
     def say(self, text: str, **holes: ir.Expr) -> ir.Expr:
         """``text`` as an expression, in which ``holes`` stand for what they are given as."""
         return read_expression(_parsed(text), self.words, holes)
 
-    def statements(self, step: checks.Step) -> Iterator[ir.Stmt]:
+    def body(self, plan: EntryPlan) -> tuple[tuple[ir.Stmt, ...], tuple[ir.Name, ...]]:
+        """All of ``check_inputs``, and what it hands back: names that the entry uses and has no parameters for."""
+        body = [
+            stmt
+            for step in checks.entry_table(plan)
+            if plan.checks or not isinstance(step, checks.Require)
+            for stmt in self._statements(step)
+        ]
+        passed = plan.passed if plan.batch is None else (*plan.passed, plan.batch)
+        used = {*map(self.origin, passed), *map(self.leaves.get, leaves_of(plan.result))}
+        handed = tuple(name for name in self._unpacked if name in used)
+        if handed:
+            body.append(ir.Return(handed[0] if len(handed) == 1 else ir.TupleExpr(handed)))
+        return tuple(body), handed
+
+    def origin(self, value: Passed) -> ir.Expr | None:
+        """What a passed value is taken from, of the arguments."""
+        match value:
+            case FromLeaf(leaf) | FromSize(leaf) | FromOffset(leaf):
+                return self.leaves[leaf]
+            case FromSymbol(name):
+                return self.symbols[name]
+            case FromNumber() | FromWeights():
+                return None
+            case _:
+                assert_never(value)
+
+    def _statements(self, step: checks.Step) -> Iterator[ir.Stmt]:
         """``step`` as statements; none for a value that has a name already."""
         match step:
             case checks.Require(about, required):
@@ -88,8 +126,8 @@ class Steps:
     # --- names -----------------------------------------------------------------------------------
 
     def _unpack(self, wish: str) -> ir.Name:
-        self.unpacked.append(self._fresh(wish))
-        return self.unpacked[-1]
+        self._unpacked.append(self._fresh(wish))
+        return self._unpacked[-1]
 
     def _dim(self, leaf: int, dim: int, symbol: str | None) -> ir.Name:
         if symbol is None:
@@ -275,3 +313,23 @@ def _flat(conditions: Sequence[ir.Expr]) -> Iterator[ir.Expr]:
             yield from each.operands
         else:
             yield each
+
+
+def forwarded(
+    function: ir.Expr,
+    parameters: Sequence[Parameter],
+    values: Sequence[ir.Expr],
+    keywords: Sequence[str],
+) -> ir.Expr:
+    """A call of ``function`` with all parameters, which are ``values`` here; its keyword parameters are called ``keywords``."""
+    args: list[ir.Expr] = []
+    named: list[tuple[str, ir.Expr]] = []
+    for parameter, value, keyword in zip(parameters, values, keywords, strict=True):
+        match parameter.kind:
+            case "k":
+                named.append((keyword, value))
+            case "*" | "**":
+                args.append(ir.Star(parameter.kind, value))
+            case _:
+                args.append(value)
+    return ir.Call(function, ir.Arguments(tuple(args), tuple(named)))

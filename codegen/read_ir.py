@@ -101,9 +101,9 @@ def read_expression(node: ast.expr, words: Words, holes: Mapping[str, ir.Expr]) 
                         named.append((name, read(value)))
                     case ast.keyword(value=ast.Dict(keys=keys, values=values)):  # not in ASCII
                         for key, value in zip(keys, values, strict=True):
-                            name = getattr(key, "value", None)
-                            _require(type(name) is str, node, "a keyword is no string")
-                            named.append((str(name), read(value)))
+                            text = getattr(key, "value", None)
+                            _require(type(text) is str, node, "a keyword is no string")
+                            named.append((str(text), read(value)))
                     case _:
                         stars.append(ir.Star("**", read(each.value)))
             arguments = ir.Arguments((*read_all(args), *stars), tuple(named))
@@ -159,10 +159,12 @@ class Meanings:
 
     Attributes:
         names: what names mean in the module.
+        asked: those that were asked for.
     """
 
     def __init__(self, names: Mapping[str, ir.Expr]) -> None:
         self.names = names
+        self.asked: set[str] = set()
 
     def value(self, value: object, wish: str = "") -> ir.Expr:
         """By type and literal where it has one, else by identity."""
@@ -171,6 +173,7 @@ class Meanings:
         return ir.Const(id(value))
 
     def name(self, name: str) -> ir.Expr:
+        self.asked.add(name)
         if name in self.names:
             return self.names[name]
         if name not in BUILTINS:
@@ -222,7 +225,7 @@ class ReadModule:
 
     imports: tuple[str, ...]
     functions: tuple[ReadFunction, ...]
-    names: Mapping[str, ir.Expr]
+    names: dict[str, ir.Expr]
 
 
 def read_entry(code: str, provided: Sequence[str], consts: Mapping[str, object]) -> ReadModule:
@@ -324,7 +327,7 @@ class _Function(Meanings):
     def _bind(self, at: ast.AST, name: str, value: ir.Name) -> str:
         _require(name not in self.values, at, f"{name!a} is bound twice")
         self.values[name] = value
-        return value.id
+        return str(value.id)
 
     def _expression(self, node: ast.expr) -> ir.Expr:
         return read_expression(node, self, {})

@@ -12,7 +12,7 @@ from typing import assert_never
 import torch.fx
 
 from piecework.codegen import ir
-from piecework.codegen.free_names import require_names
+from piecework.codegen.check import check_ir
 from piecework.codegen.literals import is_inline_literal, literal_text
 from piecework.codegen.liveness import definitions, uses
 from piecework.codegen.names import NameTable
@@ -53,8 +53,8 @@ def generate_replay(
     """
     plan = _Planner(source, facts)
     module = plan.module()
+    check_ir(module, len(source.consts), REPLAY_NAME)
     text = _render(module, plan, facts)
-    require_names(text, ("__vllm_consts__", *plan.held), "the replay source")
     emitted = ReplaySource(text, plan.held, source.consts, module)
     return emitted, verify_replay(emitted, source, split_gm, facts)
 
@@ -96,7 +96,8 @@ class _Planner:
             if name in used:
                 self.held[name] = HeldInput(name)
         entry = ir.Function(REPLAY_NAME, (ir.Parameter(self.inputs),), tuple(body), False)
-        return replace(stitched, entry=entry, submod_names=(), bound=())
+        provided = tuple(dict.fromkeys([*self.held, *self.facts.sizes, *self.numbers]))
+        return replace(stitched, entry=entry, submod_names=(), bound=(), provided=provided)
 
     def _body(self, body: tuple[ir.Stmt, ...]) -> Iterator[ir.Stmt]:
         if self.facts.staged:

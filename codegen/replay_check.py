@@ -7,7 +7,6 @@ what each captured piece reads is held against its operands, place by place. The
 from __future__ import annotations
 
 import ast
-import copy
 import operator
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,7 +69,8 @@ class _Checker:
     def __init__(self, replay: ReplaySource, source: StitchedSource, facts: ReplayFacts) -> None:
         self.replay, self.source, self.facts = replay, source, facts
         self.places: dict[str, Hashable] = dict(facts.places)
-        self.calls = _piece_calls(source)
+        self.entry = _entry_of(source)
+        self.calls = _piece_calls(self.entry)
         self.written: dict[str, object] = {}
         self.filled: dict[tuple[int, int], tuple[str, ...]] = {}
         self.due: dict[tuple[int, int], tuple[str, ...]] = {}
@@ -145,9 +145,8 @@ class _Checker:
         body = self._block(statements)
         if self.filled or self.due:
             raise EmitError("the text stages or brings back an operand that no replay has")
-        entry = copy.deepcopy(_entry_of(self.source))
-        entry.body = body
-        return entry
+        self.entry.body = body
+        return self.entry
 
     def _block(self, statements: Sequence[ast.stmt]) -> list[ast.stmt]:
         """The statements as stitching source has them, those of regions too."""
@@ -231,7 +230,7 @@ class _Checker:
             raise _differs(stmt, "a replay takes no arguments")
         if piece not in self.calls:
             raise _differs(stmt, "the stitching source does not call this piece")
-        original = copy.deepcopy(self.calls[piece])
+        original = self.calls[piece]
         inner = original.value
         assert isinstance(inner, ast.Call)
         self._check_operands(stmt, piece, _leaves(inner.args, stmt))
@@ -362,19 +361,15 @@ def _flat(argument: object) -> Iterator[object]:
         yield argument
 
 
-def _piece_calls(source: StitchedSource) -> Mapping[int, ast.Assign | ast.Expr]:
+def _piece_calls(entry: ast.FunctionDef) -> Mapping[int, ast.Assign | ast.Expr]:
     """The statement of the stitching source that calls each piece."""
     found: dict[int, ast.Assign | ast.Expr] = {}
-    for stmt in flat_statements(_entry_of(source).body):
-        match stmt:
-            case ast.Assign(
-                value=ast.Call(func=ast.Subscript(ast.Name(name), ast.Constant(index)))
-            ) | ast.Expr(
-                value=ast.Call(func=ast.Subscript(ast.Name(name), ast.Constant(index)))
-            ) if name == SUBMODS and isinstance(
-                index, int
-            ):
-                found[index] = stmt
+    for stmt in flat_statements(entry.body):
+        if isinstance(stmt, (ast.Assign, ast.Expr)):
+            match stmt.value:
+                case ast.Call(ast.Subscript(ast.Name(name), ast.Constant(int() as index))):
+                    if name == SUBMODS:
+                        found[index] = stmt
     return found
 
 
