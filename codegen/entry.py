@@ -59,22 +59,9 @@ class EntrySource:
 
 #: What the runtime puts into the entry's module, beside its constants.
 PROVIDED = (
-    "bound",
-    "submods_for",
-    "dynamo",
-    "stance",
-    "entry_in_stance",
-    "entry_with_care",
-    "explain_inputs",
-    "explain_weights",
-    "arguments_as_traced",
-    "memory_apart",
-    "same_kernels",
-    "autocast_enabled",
-    "dispatch_modes",
-    "function_modes",
-    "transforms",
-    "flatten",
+    *("bound", "submods_for", "dynamo", "stance", "same_kernels", "flatten", "memory_apart"),
+    *("entry_in_stance", "entry_with_care", "explain_inputs", "explain_weights"),
+    *("arguments_as_traced", "autocast_enabled", "dispatch_modes", "function_modes", "transforms"),
 )
 
 

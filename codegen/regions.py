@@ -67,35 +67,14 @@ def _setting(name: str, *functions: Key) -> Kind:
 
 
 _DEVICES = "torch.cuda torch.xpu torch._C torch._C._accelerator"
+# fmt: off
 _KINDS = (
     _pair("autocast", "torch.amp.autocast_mode", "_enter_autocast", "_exit_autocast"),
-    _pair(
-        "inference mode",
-        "torch.autograd.grad_mode",
-        "_enter_inference_mode",
-        "_exit_inference_mode",
-        in_pieces=False,
-    ),
+    _pair("inference mode", "torch.autograd.grad_mode", "_enter_inference_mode", "_exit_inference_mode", in_pieces=False),
     _pair("the current device", _DEVICES, "_exchange_device", "_maybe_exchange_device"),
-    _pair(
-        "the current device",
-        _DEVICES,
-        "_accelerator_exchangeDevice",
-        "_accelerator_maybeExchangeDevice",
-    ),
-    _pair(
-        "a profiler range",
-        "torch._ops.profiler",
-        "_record_function_enter_new _record_function_enter",
-        "_record_function_exit",
-    ),
-    _pair(
-        "the torch.func stack",
-        "torch._C._functorch",
-        "pop_dynamic_layer_stack",
-        "push_dynamic_layer_stack",
-        whole=True,
-    ),
+    _pair("the current device", _DEVICES, "_accelerator_exchangeDevice", "_accelerator_maybeExchangeDevice"),
+    _pair("a profiler range", "torch._ops.profiler", "_record_function_enter_new _record_function_enter", "_record_function_exit"),
+    _pair("the torch.func stack", "torch._C._functorch", "pop_dynamic_layer_stack", "push_dynamic_layer_stack", whole=True),
     _level("torch.vmap", "_vmap_increment_nesting", "_vmap_decrement_nesting"),
     _level("torch.func.grad", "_grad_increment_nesting", "_grad_decrement_nesting"),
     _level("torch.func.jvp", "_jvp_increment_nesting", "_jvp_decrement_nesting"),
@@ -103,30 +82,14 @@ _KINDS = (
     _level("forward-mode differentiation", "_enter_dual_level", "_exit_dual_level"),
     _setting("gradient mode", ("torch._C", "_set_grad_enabled")),
     _setting("forward gradient mode", ("torch._C", "_set_fwd_grad_enabled")),
-    _setting(
-        "the default dtype", ("torch", "set_default_dtype"), ("torch._C", "_set_default_dtype")
-    ),
-    _setting(
-        "deterministic algorithms",
-        ("torch._C", "_set_deterministic_algorithms"),
-        ("torch", "use_deterministic_algorithms"),
-    ),
-    _setting(
-        "the precision of float32 products",
-        ("torch", "set_float32_matmul_precision"),
-        ("torch._C", "_set_float32_matmul_precision"),
-    ),
+    _setting("the default dtype", ("torch", "set_default_dtype"), ("torch._C", "_set_default_dtype")),
+    _setting("deterministic algorithms", ("torch._C", "_set_deterministic_algorithms"), ("torch", "use_deterministic_algorithms")),
+    _setting("the precision of float32 products", ("torch", "set_float32_matmul_precision"), ("torch._C", "_set_float32_matmul_precision")),
     _setting("the attention backends", ("torch.nn.attention", "_sdpa_kernel")),
-    _setting(
-        "saved-tensor hooks",
-        ("torch._C._autograd", "_saved_tensors_hooks_disable"),
-        ("torch._C._autograd", "_saved_tensors_hooks_enable"),
-    ),
-    _setting(
-        "in-place requires_grad_ under torch.func",
-        ("torch._C._functorch", "set_inplace_requires_grad_allowed"),
-    ),
+    _setting("saved-tensor hooks", ("torch._C._autograd", "_saved_tensors_hooks_disable"), ("torch._C._autograd", "_saved_tensors_hooks_enable")),
+    _setting("in-place requires_grad_ under torch.func", ("torch._C._functorch", "set_inplace_requires_grad_allowed")),
 )
+# fmt: on
 _ENTERS = {key: kind for kind in _KINDS for key in kind.enters}
 _EXITS = {key: kind for kind in _KINDS for key in kind.exits}
 _NAMES = frozenset(name for _, name in (*_ENTERS, *_EXITS))

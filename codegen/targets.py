@@ -33,25 +33,11 @@ _TORCH_NAMESPACES = (
 
 # operator functions that have an operator sign with the same meaning, argument for argument.
 INFIX = {
-    operator.add: "+",
-    operator.sub: "-",
-    operator.mul: "*",
-    operator.truediv: "/",
-    operator.floordiv: "//",
-    operator.mod: "%",
-    operator.pow: "**",
-    operator.matmul: "@",
-    operator.lshift: "<<",
-    operator.rshift: ">>",
-    operator.and_: "&",
-    operator.or_: "|",
-    operator.xor: "^",
-    operator.eq: "==",
-    operator.ne: "!=",
-    operator.lt: "<",
-    operator.le: "<=",
-    operator.gt: ">",
-    operator.ge: ">=",
+    **{operator.add: "+", operator.sub: "-", operator.mul: "*", operator.truediv: "/"},
+    **{operator.floordiv: "//", operator.mod: "%", operator.pow: "**", operator.matmul: "@"},
+    **{operator.lshift: "<<", operator.rshift: ">>", operator.and_: "&", operator.or_: "|"},
+    **{operator.xor: "^", operator.eq: "==", operator.ne: "!=", operator.lt: "<"},
+    **{operator.le: "<=", operator.gt: ">", operator.ge: ">="},
 }
 PREFIX = {operator.neg: "-", operator.pos: "+", operator.invert: "~", operator.not_: "not"}
 
