@@ -21,12 +21,13 @@ import torch
 import torch.fx
 
 from piecework.bench.result import Result, Row, Target, machine
-from piecework.codegen import LowerOptions, Proof, generate_source, ir
-from piecework.codegen.check import check_ir
-from piecework.codegen.formatting import format_source
-from piecework.codegen.lower import lower
-from piecework.codegen.source import collector_paused, render_stitched
-from piecework.codegen.verify import verify_text
+from piecework.codegen import LowerOptions, Proof, generate_source
+from piecework.codegen.plan import ir
+from piecework.codegen.plan.check import check_ir
+from piecework.codegen.plan.formatting import format_source
+from piecework.codegen.proof.verify import verify_text
+from piecework.codegen.stitch.lower import lower
+from piecework.codegen.stitch.source import collector_paused, render_stitched
 from piecework.errors import PieceworkError
 
 T = TypeVar("T")

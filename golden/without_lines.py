@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from piecework.codegen import StitchedSource, ir
-from piecework.codegen.source import render_stitched
+from piecework.codegen import StitchedSource
+from piecework.codegen.plan import ir
+from piecework.codegen.stitch.source import render_stitched
 
 _LINE = re.compile(r"(?<=\.py):\d+\b")
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from piecework.codegen import ir
-from piecework.codegen.one_line import expr_text, signature_text, stmt_text
-from piecework.codegen.render import comment_text
+from piecework.codegen.plan import ir
+from piecework.codegen.plan.one_line import expr_text, signature_text, stmt_text
+from piecework.codegen.plan.render import comment_text
 
 _INDENT = "    "
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.fx
 
-from piecework.codegen import ir
-from piecework.codegen.check import check_ir
-from piecework.codegen.liveness import insert_deletes, last_uses
-from piecework.codegen.lower import lower
+from piecework.codegen.plan import ir
+from piecework.codegen.plan.check import check_ir
+from piecework.codegen.plan.liveness import insert_deletes, last_uses
+from piecework.codegen.stitch.lower import lower
 from piecework.errors import EmitError
 
 O = ir.Origin()  # noqa: E741

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from piecework.codegen import ir
-from piecework.codegen.formatting import format_source, format_statements
-from piecework.codegen.literals import literal_text
-from piecework.codegen.one_line import stmt_text
+from piecework.codegen.plan import ir
+from piecework.codegen.plan.formatting import format_source, format_statements
+from piecework.codegen.plan.literals import literal_text
+from piecework.codegen.plan.one_line import stmt_text
 
 ORIGIN = ir.Origin()
 NAMES = st.sampled_from(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._sympy import functions as F
 from torch.utils._sympy.functions import make_opaque_unary_fn
 
-from piecework.codegen.size_text import (
+from piecework.codegen.plan.size_text import (
     FUNCTIONS,
     MODULES,
     RESERVED,
