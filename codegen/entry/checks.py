@@ -1,6 +1,6 @@
 """What an entry checks of a call, as one table. In: an `EntryPlan`. Out: its bindings and checks, in the order in which a call meets them.
 
-The emitted test (`entry`), its proof (`entry_proof`), the explanation of a refusal and the check of captured sizes are readings of
+The emitted test (`steps`, which `emit` writes and `proof` reads), the explanation of a refusal and the check of captured sizes are readings of
 this table, each with a `match` over all kinds. Nothing here is source text, and nothing of a call is looked at but sizes (`holds`).
 """
 

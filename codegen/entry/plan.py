@@ -1,4 +1,4 @@
-"""What an entry says, before it is text. In: nothing; this is the vocabulary between the runtime and `entry`.
+"""What an entry says, before it is text. In: nothing; this is the vocabulary between the runtime and `emit`.
 
 All classes are frozen and have no behaviour; nothing here is rendered or executed.
 """

@@ -1,6 +1,6 @@
 """What an entry checks of a call, as statements. In: an `EntryPlan`, by its `entry_table`. Out: statements of ``check_inputs``, and how values are called there.
 
-This is the one reading of the table as Python. Names are given out by who asks: `entry` writes the text with them, and `entry_proof`
+This is the one reading of the table as Python. Names are given out by who asks: `emit` writes the text with them, and `proof`
 reads the text back by what they mean. It decides nothing about what is checked.
 """
 

@@ -26,7 +26,7 @@ _SIGNS: dict[type[ast.AST], str] = {
     **{ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="},
     **{ast.Is: "is", ast.IsNot: "is not", ast.In: "in", ast.And: "and", ast.Or: "or"},
     **{ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "//", ast.Mod: "%"},
-    **{ast.Pow: "**", ast.LShift: "<<", ast.RShift: ">>"},
+    **{ast.Pow: "**", ast.MatMult: "@", ast.LShift: "<<", ast.RShift: ">>"},
     **{ast.BitAnd: "&", ast.BitOr: "|", ast.BitXor: "^"},
     **{ast.USub: "-", ast.UAdd: "+", ast.Invert: "~", ast.Not: "not"},
 }

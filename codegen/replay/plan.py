@@ -1,4 +1,4 @@
-"""What was captured of each piece, as far as its replay is concerned. In: nothing; this is the vocabulary between the runtime and `replay`.
+"""What was captured of each piece, as far as its replay is concerned. In: nothing; this is the vocabulary between the runtime and `emit`.
 
 All classes are frozen; a place is any value that is equal for equal memory, and is never looked into.
 """

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from piecework.codegen.plan import ir
 from piecework.codegen.plan.formatting import format_source, format_statements
 from piecework.codegen.plan.literals import literal_text
-from piecework.codegen.plan.one_line import stmt_text
+from piecework.codegen.plan.one_line import expr_text, stmt_text
+from piecework.codegen.proof.read_ir import read_expression
 
 ORIGIN = ir.Origin()
 NAMES = st.sampled_from(
@@ -148,6 +149,55 @@ def test_layout_changes_no_meaning(statements: list[ir.Stmt]) -> None:
             )
         else:
             assert ast.dump(as_laid_out) == ast.dump(as_said)
+
+
+class AsWritten:
+    """`Words` that stand for themselves."""
+
+    def name(self, name: str) -> ir.Expr:
+        return ir.Name(name)
+
+    def attribute(self, value: ir.Expr, name: str) -> ir.Expr:
+        return ir.Attribute(value, name)
+
+    def value(self, value: object, wish: str = "") -> ir.Expr:
+        return ir.Literal(value)
+
+
+def conjunctions_flat(expr: ir.Expr) -> ir.Expr:
+    if not isinstance(expr, ir.Operation):
+        return expr
+    operands: list[ir.Expr] = []
+    for each in map(conjunctions_flat, expr.operands):
+        inner = isinstance(each, ir.Operation) and each.sign == expr.sign == "and"
+        operands += each.operands if inner else (each,)  # type: ignore[union-attr]
+    return ir.Operation(expr.sign, tuple(operands))
+
+
+READABLE = st.one_of(NAMES.map(ir.Name), LITERALS.filter(lambda v: type(v) is not complex).map(ir.Literal))  # fmt: skip
+TREES = st.recursive(
+    READABLE,
+    lambda inner: st.one_of(
+        st.builds(ir.Operation, st.sampled_from(SIGNS), st.tuples(inner, inner)),
+        st.builds(
+            ir.Operation, st.sampled_from(["<=", "and", "or"]), st.tuples(inner, inner, inner)
+        ),
+        st.builds(ir.Operation, st.sampled_from(["-", "~", "not"]), st.tuples(NAMES.map(ir.Name))),
+        st.builds(ir.Operation, st.just("not"), st.tuples(inner)),
+        st.builds(ir.Operation, st.just("if"), st.tuples(inner, inner, inner)),
+        st.builds(ir.Attribute, inner, st.just("shape")),
+        st.builds(ir.Item, inner, inner),
+        st.builds(ir.Call, NAMES.map(ir.Name), st.builds(ir.Arguments, st.tuples(inner))),
+    ),
+    max_leaves=8,
+)
+
+
+@given(TREES)
+@settings(max_examples=300, deadline=None)
+def test_a_text_reads_back_as_the_expression_that_it_is(expr: ir.Expr) -> None:
+    node = ast.parse(expr_text(expr), mode="eval").body
+    assert repr(read_expression(node, AsWritten(), {})) == repr(conjunctions_flat(expr))
 
 
 @given(LITERALS)
