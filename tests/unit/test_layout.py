@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from textwrap import indent
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -131,18 +132,18 @@ def laid_out(statements: list[ir.Stmt], depth: int = 0) -> list[str]:
 def test_statements_are_laid_out_as_black_would(statements: list[ir.Stmt], depth: int) -> None:
     for stmt, text in zip(statements, laid_out(statements, depth), strict=True):
         heads = "".join(f"{'    ' * level}if block:\n" for level in range(1, depth + 1))
-        indent = "    " * (depth + 1)
-        whole = f"{indent}{stmt_text(stmt)}\n".replace("\n    ", f"\n{indent}    ")
+        margin = "    " * (depth + 1)
+        whole = indent(f"{stmt_text(stmt)}\n", margin)
         expected = format_source(f"def function():\n{heads}{whole}").splitlines()[depth + 1 :]
-        assert text.splitlines() == [line[len(indent) :] for line in expected]
+        assert text.splitlines() == [line[len(margin) :] for line in expected]
 
 
 @given(st.lists(STATEMENTS, min_size=1, max_size=3))
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_layout_changes_no_meaning(statements: list[ir.Stmt]) -> None:
     for stmt, text in zip(statements, laid_out(statements), strict=True):
-        as_laid_out = ast.parse(f"def f():\n    {text}".replace("\n", "\n    "))
-        as_said = ast.parse(f"def f():\n    {stmt_text(stmt)}".replace("\n", "\n    "))
+        as_laid_out = ast.parse("def f():\n" + indent(text, "    "))
+        as_said = ast.parse("def f():\n" + indent(stmt_text(stmt), "    "))
         if isinstance(stmt, ir.Delete):  # del (a, b) is del a, b
             assert [n.id for n in ast.walk(as_laid_out) if isinstance(n, ast.Name)] == list(
                 stmt.names
