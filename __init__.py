@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         generate_execution_code,
         split_graph,
     )
-    from piecework.codegen.source import verify
+    from piecework.codegen.stitch.source import verify
     from piecework.errors import PieceworkError
     from piecework.runtime.compile import compile
     from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
@@ -66,7 +66,7 @@ _HOME = {
     "split_graph": "piecework.codegen",
     "splitting_op": "piecework.runtime.splitting_op",
     "support_torch_compile": "piecework.runtime.decorators",
-    "verify": "piecework.codegen.source",
+    "verify": "piecework.codegen.stitch.source",
 }
 _ROOMS = ("bench", "codegen", "errors", "golden", "integrations", "runtime")
 

@@ -14,7 +14,7 @@ import torch.fx
 
 import piecework
 from piecework.codegen import LowerOptions, generate_source
-from piecework.codegen.bind import compile_execution_fn
+from piecework.codegen.stitch.bind import compile_execution_fn
 from piecework.errors import PieceworkError
 from piecework.runtime import torch_compat
 from piecework.runtime.config.compilation import CompilationConfig

@@ -21,13 +21,13 @@ import torch
 import torch.fx
 
 from piecework.bench.result import Result, Row, Target, machine
-from piecework.codegen import LowerOptions, Proof, generate_source, ir
-from piecework.codegen.check import check_ir
-from piecework.codegen.layout import format_source
-from piecework.codegen.lower import lower
-from piecework.codegen.render import render
-from piecework.codegen.source import collector_paused
-from piecework.codegen.verify import verify_text
+from piecework.codegen import LowerOptions, Proof, generate_source
+from piecework.codegen.plan import ir
+from piecework.codegen.plan.check import check_ir
+from piecework.codegen.plan.formatting import format_source
+from piecework.codegen.proof.verify import verify_text
+from piecework.codegen.stitch.lower import lower
+from piecework.codegen.stitch.source import collector_paused, render_stitched
 from piecework.errors import PieceworkError
 
 T = TypeVar("T")
@@ -120,12 +120,12 @@ def phases(gm: torch.fx.GraphModule, options: LowerOptions, *, black: bool) -> d
     with collector_paused():
         module, consts = watch.time("lower", lambda: lower(gm, options))
         watch.time("check the plan", lambda: check_ir(module, len(consts)))
-        code = watch.time("render", lambda: render(module))
+        code = watch.time("render", lambda: render_stitched(module))
         tree = watch.time("parse", lambda: ast.parse(code))
         watch.time("verify", lambda: _verify(gm, options, module, consts, code, tree))
     if code != source.code:
         raise PieceworkError("two emissions of one graph differ")
-    if black and watch.time("black, in place of the layout", lambda: format_source(code)) != code:
+    if black and watch.time("black, of the whole text", lambda: format_source(code)) != code:
         raise PieceworkError("the emitted source is not in black's format")
     return watch.seconds
 

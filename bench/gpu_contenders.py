@@ -16,7 +16,7 @@ import piecework
 from piecework.bench.contenders import PieceByRange, dynamic
 from piecework.bench.gpu_model import OPERATOR, attention_body
 from piecework.codegen import LowerOptions, generate_source
-from piecework.codegen.bind import compile_execution_fn
+from piecework.codegen.stitch.bind import compile_execution_fn
 from piecework.errors import PieceworkError
 from piecework.runtime.batch.descriptor import BatchDescriptor, BatchKind
 from piecework.runtime.batch.dispatcher import CudagraphDispatcher

@@ -18,7 +18,7 @@ import torch.fx
 from piecework.bench.result import Result, Row, Target, machine
 from piecework.bench.timing import Timing, measure, ratio
 from piecework.codegen import LowerOptions, generate_source
-from piecework.codegen.bind import compile_execution_fn
+from piecework.codegen.stitch.bind import compile_execution_fn
 from piecework.errors import PieceworkError
 from piecework.runtime.pieces.program import publish_submods
 

@@ -138,7 +138,7 @@ def verify(directory: FolderArgument, as_json: AsJson = False) -> None:
     Exit code 1 if it does not; the first difference is named.
     """
     with typed_errors():
-        from piecework.codegen.source import verify as prove
+        from piecework.codegen.stitch.source import verify as prove
         from piecework.runtime import bundle
         from piecework.runtime.config.compilation import CompilationConfig
 

@@ -1,16 +1,16 @@
 """Code generation: a graph in, readable stitching source out. Pure: no environment, no files, no device, no global state."""
 
-from piecework.codegen.bind import compile_execution_fn
-from piecework.codegen.lower import LowerOptions
-from piecework.codegen.op_check import OpReport, check_op
-from piecework.codegen.source import (
+from piecework.codegen.proof.verify import Proof
+from piecework.codegen.split.op_check import OpReport, check_op
+from piecework.codegen.split.split import SplitItem, split_graph
+from piecework.codegen.stitch.bind import compile_execution_fn
+from piecework.codegen.stitch.lower import LowerOptions
+from piecework.codegen.stitch.source import (
     StitchedSource,
     generate_execution_code,
     generate_source,
     verify,
 )
-from piecework.codegen.split import SplitItem, split_graph
-from piecework.codegen.verify import Proof
 
 __all__ = [
     "LowerOptions",

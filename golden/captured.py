@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from piecework.codegen.origin import value_of
-from piecework.codegen.structure import attribute_of
+from piecework.codegen.graph.origin import value_of
+from piecework.codegen.graph.structure import attribute_of
 from piecework.errors import UsageError
 from piecework.runtime.stitched import StitchedModule
 

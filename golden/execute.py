@@ -18,8 +18,8 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.node import Argument, Target
 
 from piecework.codegen import compile_execution_fn
-from piecework.codegen.inline import is_plain
-from piecework.codegen.structure import attribute_of
+from piecework.codegen.graph.structure import attribute_of
+from piecework.codegen.stitch.inline import is_plain
 from piecework.golden.cases import LoadedCase
 
 _SEED = 20

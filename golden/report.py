@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from piecework.codegen.render import environment
+from piecework.codegen.plan.render import environment
 from piecework.errors import UsageError
 from piecework.golden import snapshot
 from piecework.golden.changes import COSMETIC, GROUPS, Change

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from piecework.codegen.highlight import Styles, line_html, token_styles
 from piecework.golden.visible import visible
+from piecework.runtime.observe.highlight import Styles, line_html, token_styles
 
 _WORD = re.compile(r"\w+|\s+|[^\w\s]")
 _CONTEXT = 3

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch.fx
 
 from piecework.codegen import LowerOptions, StitchedSource, generate_source
-from piecework.codegen.entry import PROVIDED, EntrySource
-from piecework.codegen.replay_plan import ReplaySource
+from piecework.codegen.entry.emit import PROVIDED, EntrySource
+from piecework.codegen.replay.plan import ReplaySource
 from piecework.errors import UsageError
 from piecework.golden.outline import outline_of
 from piecework.golden.without_lines import without_line_numbers

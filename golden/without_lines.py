@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from piecework.codegen import StitchedSource, ir
-from piecework.codegen.render import render
+from piecework.codegen import StitchedSource
+from piecework.codegen.plan import ir
+from piecework.codegen.stitch.source import render_stitched
 
 _LINE = re.compile(r"(?<=\.py):\d+\b")
 
@@ -17,7 +18,7 @@ _LINE = re.compile(r"(?<=\.py):\d+\b")
 def without_line_numbers(source: StitchedSource) -> str:
     """Render ``source`` with ``model.py`` in place of ``model.py:41`` in its comments."""
     module = source.module
-    return render(
+    return render_stitched(
         replace(
             module,
             functions=tuple(_function(function) for function in module.functions),
@@ -35,6 +36,6 @@ def _statement(stmt: ir.Stmt) -> ir.Stmt:
         return stmt
     if isinstance(stmt, ir.Finally):
         call = _statement(stmt.call)
-        assert isinstance(call, ir.CallFunction)
+        assert isinstance(call, ir.Assign)
         return ir.Finally(call)
     return replace(stmt, origin=replace(stmt.origin, source=_LINE.sub("", stmt.origin.source)))

@@ -13,7 +13,7 @@ import torch
 import torch.fx
 from torch.utils import _pytree as pytree
 
-from piecework.codegen.split import SplittingOp as SplittingOpLike
+from piecework.codegen.split.split import SplittingOp as SplittingOpLike
 from piecework.errors import BindError, ConfigError
 from piecework.runtime import torch_compat
 from piecework.runtime.config.compilation import CompilationConfig

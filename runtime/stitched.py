@@ -18,8 +18,8 @@ import torch.fx
 from torch.utils import _pytree as pytree
 
 from piecework.codegen import StitchedSource
-from piecework.codegen.entry import EntrySource
-from piecework.codegen.split import SplittingOp as SplittingOpLike
+from piecework.codegen.entry.emit import EntrySource
+from piecework.codegen.split.split import SplittingOp as SplittingOpLike
 from piecework.errors import BindError, ConfigError, InputError, PieceworkError
 from piecework.runtime import torch_compat
 from piecework.runtime.call.edited import EditedSource

@@ -16,7 +16,7 @@ import torch
 import torch.fx
 from torch.utils import _pytree as pytree
 
-from piecework.codegen.origin import value_of
+from piecework.codegen.graph.origin import value_of
 from piecework.errors import BindError, InputError, StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.unbacked import admits_unbacked

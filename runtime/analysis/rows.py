@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.fx
 
-from piecework.codegen.origin import source_line, value_of
+from piecework.codegen.graph.origin import source_line, value_of
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.follow import Follower
 from piecework.runtime.analysis.state import Batch

@@ -12,7 +12,7 @@ import torch
 import torch.fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
-from piecework.codegen.origin import value_of
+from piecework.codegen.graph.origin import value_of
 from piecework.runtime.analysis.call import Call, is_own
 from piecework.runtime.analysis.rows import rows_of
 from piecework.runtime.analysis.rule import Rule

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.fx
 
-from piecework.codegen.origin import source_line
+from piecework.codegen.graph.origin import source_line
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.call import Call, base_name, bound, is_metadata_only, is_own
 from piecework.runtime.analysis.memory import Memory

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from piecework.codegen.splitting import operator_name
+from piecework.codegen.split.splitting import operator_name
 from piecework.runtime import torch_compat
 from piecework.runtime.splitting_op import registry
 

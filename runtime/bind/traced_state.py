@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from piecework.codegen.entry_plan import Parameter
+from piecework.codegen.entry.plan import Parameter
 from piecework.errors import CaptureError, InputError
 from piecework.runtime import torch_compat
 from piecework.runtime.bind.class_watch import ClassWatch

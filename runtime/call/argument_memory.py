@@ -14,8 +14,8 @@ from typing import assert_never
 
 import torch
 
-from piecework.codegen import checks
-from piecework.codegen.entry_plan import (
+from piecework.codegen.entry import checks
+from piecework.codegen.entry.plan import (
     Assumption,
     Items,
     Leaf,
@@ -24,7 +24,7 @@ from piecework.codegen.entry_plan import (
     Tree,
     UnusedTensor,
 )
-from piecework.codegen.origin import value_of
+from piecework.codegen.graph.origin import value_of
 from piecework.errors import InputError
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.writes import mutations_in

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch.fx
 
 from piecework.codegen import StitchedSource
-from piecework.codegen.grammar import parse_text
-from piecework.codegen.lower import ENTRY_NAME
-from piecework.codegen.render import numbered
-from piecework.codegen.source import verify
-from piecework.codegen.verify import Proof
+from piecework.codegen.plan.formatting import numbered
+from piecework.codegen.proof.grammar import parse_text
+from piecework.codegen.proof.verify import Proof
+from piecework.codegen.stitch.lower import ENTRY_NAME
+from piecework.codegen.stitch.source import verify
 from piecework.errors import EmitError
 
 

@@ -15,9 +15,8 @@ from types import FunctionType, SimpleNamespace
 import torch
 from torch.utils import _pytree as pytree
 
-from piecework.codegen.bind import execute_source
-from piecework.codegen.entry import FUNCTION_NAME, EntrySource, generate_entry
-from piecework.codegen.entry_plan import (
+from piecework.codegen.entry.emit import FUNCTION_NAME, EntrySource, generate_entry
+from piecework.codegen.entry.plan import (
     EntryPlan,
     FromCall,
     FromConst,
@@ -28,6 +27,7 @@ from piecework.codegen.entry_plan import (
     Packed,
     Passed,
 )
+from piecework.codegen.stitch.bind import execute_source
 from piecework.errors import InputError, StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.bind.weights import BoundWeights
@@ -161,7 +161,7 @@ class Entry:
         self.call.__globals__["bound"] = self._published(execution, execution.serves)
 
     def _published(self, execution: Execution, serves: Callable[..., object]) -> tuple[object, ...]:
-        """What emitted text unpacks; see `piecework.codegen.entry.HELD`."""
+        """What emitted text unpacks; see `piecework.codegen.entry.emit.HELD`."""
         weights = execution.weights
         # Beside weights that the function holds, those that are passed or returned are of the same binding.
         fetch = weights.held if self._plan.binds else weights.fetch

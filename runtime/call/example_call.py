@@ -10,7 +10,7 @@ from typing import assert_never
 
 import torch
 
-from piecework.codegen.entry_plan import (
+from piecework.codegen.entry.plan import (
     FixedValue,
     IntegerInput,
     Items,

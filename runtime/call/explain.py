@@ -1,7 +1,7 @@
 """Why a call was refused. In: the arguments of a call that broke an assumption. Out: an `InputError` that names the input, what was expected and what came.
 
 It runs only after an emitted check has failed, so it may take its time; it never lets a call pass. It reads the table that the
-emitted checks are written from, `piecework.codegen.checks`.
+emitted checks are written from, `piecework.codegen.entry.checks`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import assert_never
 
 import torch
 
-from piecework.codegen import checks
-from piecework.codegen.entry_plan import EntryPlan, Size
-from piecework.codegen.size_text import evaluate
+from piecework.codegen.entry import checks
+from piecework.codegen.entry.plan import EntryPlan, Size
+from piecework.codegen.plan.size_text import evaluate
 from piecework.errors import InputError
 from piecework.runtime import torch_compat
 

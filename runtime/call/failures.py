@@ -9,7 +9,7 @@ import re
 import traceback
 
 from piecework.codegen import StitchedSource
-from piecework.codegen.bind import filename_of
+from piecework.codegen.stitch.bind import filename_of
 
 _PIECE = re.compile(r"__vllm_submods__\[(\d+)\]\(")
 

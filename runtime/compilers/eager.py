@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 
 import torch.fx
 
-from piecework.codegen.bind import compile_execution_fn
-from piecework.codegen.regions import has_regions
-from piecework.codegen.source import generate_source
+from piecework.codegen.split.regions import has_regions
+from piecework.codegen.stitch.bind import compile_execution_fn
+from piecework.codegen.stitch.source import generate_source
 from piecework.runtime.batch.ranges import Range
 from piecework.runtime.compilers.interface import CompiledPiece
 from piecework.runtime.config.compilation import CompilationConfig

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.fx
 
-from piecework.codegen.origin import value_of
+from piecework.codegen.graph.origin import value_of
 from piecework.errors import CaptureError, ConfigError, Unidentifiable
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.writes import written_aliases

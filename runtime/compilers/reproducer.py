@@ -19,8 +19,8 @@ from textwrap import indent
 import torch
 import torch.fx
 
-from piecework.codegen.origin import value_of
-from piecework.codegen.splitting import operator_name
+from piecework.codegen.graph.origin import value_of
+from piecework.codegen.split.splitting import operator_name
 from piecework.errors import PieceworkError
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range

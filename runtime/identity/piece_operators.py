@@ -12,7 +12,7 @@ import torch
 import torch.fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
-from piecework.codegen.origin import value_of
+from piecework.codegen.graph.origin import value_of
 from piecework.errors import Unidentifiable
 from piecework.runtime import torch_compat
 from piecework.runtime.identity.values import digest_of

@@ -19,8 +19,8 @@ import torch
 import torch.fx
 
 from piecework.codegen import SplitItem, StitchedSource
-from piecework.codegen.origin import SymbolNames, origin_of_piece
-from piecework.codegen.structure import Structure
+from piecework.codegen.graph.origin import SymbolNames, origin_of_piece
+from piecework.codegen.graph.structure import Structure
 from piecework.errors import ConfigError
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from piecework.codegen import StitchedSource
-from piecework.codegen.highlight import line_html, token_styles
-from piecework.codegen.render import environment
+from piecework.codegen.plan.render import environment
+from piecework.runtime.observe.highlight import line_html, token_styles
 
 TEMPLATE = "dump.html.jinja"
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from piecework.codegen import ir
-from piecework.codegen.layout import expr_text, stmt_text
-from piecework.codegen.render import comment_text
+from piecework.codegen.plan import ir
+from piecework.codegen.plan.one_line import expr_text, signature_text, stmt_text
+from piecework.codegen.plan.render import comment_text
 
 _INDENT = "    "
 
@@ -54,14 +54,8 @@ def _alias(alias: ir.Alias) -> str:
 
 
 def _function(title: str, function: ir.Function, module: ir.Module) -> Iterator[str]:
-    parameters = [
-        f"{p.prefix}{p.name}" + ("" if p.default is None else f"={expr_text(p.default)}")
-        for p in function.parameters
-    ]
-    if function.takes_submods:
-        parameters.append("__vllm_submods__")
     yield ""
-    yield f"{title} {function.name}({', '.join(parameters)})"
+    yield f"{title} {signature_text(function).removeprefix('def ').removesuffix(':')}"
     if function.note:
         yield f"{_INDENT}# {function.note}"
     for number, stmt in enumerate(function.body):

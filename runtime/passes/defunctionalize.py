@@ -14,7 +14,7 @@ import torch
 import torch.fx
 from torch._ops import OpOverload
 
-from piecework.codegen.origin import value_of
+from piecework.codegen.graph.origin import value_of
 from piecework.runtime import torch_compat
 from piecework.runtime.passes.interface import InductorPass
 from piecework.runtime.passes.memory import Memory

@@ -9,7 +9,7 @@ import torch
 import torch.fx
 from torch._ops import OpOverload
 
-from piecework.codegen.origin import value_of
+from piecework.codegen.graph.origin import value_of
 from piecework.runtime import torch_compat
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.fx
 
-from piecework.codegen.origin import value_of
+from piecework.codegen.graph.origin import value_of
 from piecework.runtime.passes.interface import InductorPass
 from piecework.runtime.passes.memory import Memory
 from piecework.runtime.passes.nodes import arguments_of, outputs_of, same_layout, storages_of

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.fx
 
-from piecework.codegen.origin import value_of
+from piecework.codegen.graph.origin import value_of
 from piecework.runtime import torch_compat
 from piecework.runtime.passes.nodes import arguments_of, outputs_of, same_layout, storages_of
 

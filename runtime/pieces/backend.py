@@ -14,11 +14,11 @@ import torch
 import torch.fx
 
 from piecework.codegen import LowerOptions, SplitItem, generate_source, split_graph
-from piecework.codegen.origin import value_of
-from piecework.codegen.split import SplittingOp as SplittingOpLike
-from piecework.codegen.split import SplittingOps
-from piecework.codegen.splitting import operator_name
-from piecework.codegen.structure import input_signature, structure_of
+from piecework.codegen.graph.origin import value_of
+from piecework.codegen.graph.structure import input_signature, structure_of
+from piecework.codegen.split.split import SplittingOp as SplittingOpLike
+from piecework.codegen.split.split import SplittingOps
+from piecework.codegen.split.splitting import operator_name
 from piecework.errors import BindError, CaptureError, ConfigError, SplitError
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.writes import held_by_source, mutations_in, refuse_mutations

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from piecework.codegen.splitting import operator_name
+from piecework.codegen.split.splitting import operator_name
 from piecework.errors import ConfigError
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.splitting_op import registry

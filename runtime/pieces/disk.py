@@ -17,8 +17,8 @@ from typing import TypeVar
 import torch
 import torch.fx
 
-from piecework.codegen.origin import value_of
-from piecework.codegen.structure import Structure
+from piecework.codegen.graph.origin import value_of
+from piecework.codegen.graph.structure import Structure
 from piecework.errors import CacheError, Unidentifiable
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range

@@ -17,9 +17,9 @@ import torch
 import torch.fx
 from torch._ops import OpOverload, OpOverloadPacket
 
-from piecework.codegen.origin import value_of
-from piecework.codegen.split import SplitItem
-from piecework.codegen.structure import input_signature, structure_of
+from piecework.codegen.graph.origin import value_of
+from piecework.codegen.graph.structure import input_signature, structure_of
+from piecework.codegen.split.split import SplitItem
 from piecework.runtime import torch_compat
 
 _NAMESPACE = "piecework_named"

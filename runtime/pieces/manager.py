@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.fx
 
-from piecework.codegen.origin import SymbolNames, origin_of_piece, value_of
-from piecework.codegen.structure import Structure, structure_of
+from piecework.codegen.graph.origin import SymbolNames, origin_of_piece, value_of
+from piecework.codegen.graph.structure import Structure, structure_of
 from piecework.errors import ConfigError, PieceCompileError, PieceworkError
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range

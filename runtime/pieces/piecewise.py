@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 import torch.fx
 
-from piecework.codegen.origin import value_of
-from piecework.codegen.structure import Structure, input_signature, structure_of
+from piecework.codegen.graph.origin import value_of
+from piecework.codegen.graph.structure import Structure, input_signature, structure_of
 from piecework.errors import BindError, InputError
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range

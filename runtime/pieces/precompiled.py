@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch.fx
 
-from piecework.codegen.structure import Structure, input_signature, structure_of
+from piecework.codegen.graph.structure import Structure, input_signature, structure_of
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range
 from piecework.runtime.pieces import parallel

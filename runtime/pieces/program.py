@@ -15,8 +15,8 @@ import torch
 import torch.fx
 
 from piecework.codegen import SplitItem, StitchedSource, generate_source
-from piecework.codegen.bind import compile_execution_fn
-from piecework.codegen.origin import SymbolNames, origin_of_piece
+from piecework.codegen.graph.origin import SymbolNames, origin_of_piece
+from piecework.codegen.stitch.bind import compile_execution_fn
 from piecework.runtime.batch.ranges import Range, RangeTable
 from piecework.runtime.bind.direct_ops import DirectOps
 from piecework.runtime.config.compilation import CompilationConfig

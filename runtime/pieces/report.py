@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from piecework.codegen.structure import Structure
+from piecework.codegen.graph.structure import Structure
 from piecework.runtime.passes.manager import PassReport
 
 

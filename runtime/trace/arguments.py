@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch.utils import _pytree as pytree
 
-from piecework.codegen.entry_plan import Assumption, FixedValue, Items, Leaf, Node, Parameter, Tree
-from piecework.codegen.literals import is_inline_literal
+from piecework.codegen.entry.plan import Assumption, FixedValue, Items, Leaf, Node, Parameter, Tree
+from piecework.codegen.plan.literals import is_inline_literal
 
 Assume = Callable[[int, object], Assumption]
 

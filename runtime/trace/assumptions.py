@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from piecework.codegen.entry_plan import (
+from piecework.codegen.entry.plan import (
     Assumption,
     FixedValue,
     FromLeaf,
@@ -26,7 +26,7 @@ from piecework.codegen.entry_plan import (
     UnusedTensor,
     WatchedObject,
 )
-from piecework.codegen.size_text import RESERVED, size_text, symbols_in
+from piecework.codegen.plan.size_text import RESERVED, size_text, symbols_in
 from piecework.runtime import torch_compat
 from piecework.runtime.bind.facts import is_fixed
 

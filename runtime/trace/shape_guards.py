@@ -12,7 +12,7 @@ import torch
 import torch.fx
 from torch.utils import _pytree as pytree
 
-from piecework.codegen.origin import value_of
+from piecework.codegen.graph.origin import value_of
 from piecework.errors import InputError
 from piecework.runtime import torch_compat
 from piecework.runtime.trace.tracing import Argument, GraphInput

@@ -16,7 +16,7 @@ import torch
 import torch.fx
 from torch.utils import _pytree as pytree
 
-from piecework.codegen.entry_plan import Parameter
+from piecework.codegen.entry.plan import Parameter
 from piecework.errors import CaptureError, PieceCompileError
 from piecework.runtime import torch_compat
 from piecework.runtime.bind.places import readable, traced

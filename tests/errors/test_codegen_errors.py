@@ -15,7 +15,7 @@ from piecework.codegen import (
     generate_source,
     verify,
 )
-from piecework.codegen.layout import format_source
+from piecework.codegen.plan.formatting import format_source
 from piecework.errors import BindError, EmitError, PieceworkError, UnsupportedNode
 
 TRACE = '  File "/somewhere/else/model.py", line 41, in forward\n    return f(x)\n'

@@ -25,7 +25,7 @@ from piecework.codegen import (
     generate_source,
     verify,
 )
-from piecework.codegen.layout import format_source
+from piecework.codegen.plan.formatting import format_source
 from piecework.errors import EmitError, UnsupportedNode
 from piecework.golden.cases import Case, LoadedCase
 from piecework.golden.execute import differences

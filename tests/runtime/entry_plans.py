@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from piecework.codegen.entry_plan import (
+from piecework.codegen.entry.plan import (
     EntryPlan,
     FixedValue,
     FromCall,

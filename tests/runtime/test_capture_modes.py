@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import piecework
-from piecework.codegen.replay_check import verify_replay
+from piecework.codegen.replay.proof import verify_replay
 from piecework.errors import ConfigError, EmitError, StaticGraphError
 from piecework.runtime.batch.forward_context import current_forward_context, set_forward_context
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig

@@ -12,7 +12,7 @@ from torch import nn
 
 import piecework
 from piecework.codegen import split_graph
-from piecework.codegen.structure import input_signature, structure_of
+from piecework.codegen.graph.structure import input_signature, structure_of
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.pieces import layer_names
 from piecework.runtime.pieces.layer_names import name_of, name_tensor, share_layer_names

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import piecework
-from piecework.codegen.layout import MODE
-from piecework.codegen.replay_check import verify_replay
-from piecework.codegen.replay_plan import Frozen, InPlace, ReplayFacts, ReplaySource
+from piecework.codegen.plan.formatting import MODE
+from piecework.codegen.replay.plan import Frozen, InPlace, ReplayFacts, ReplaySource
+from piecework.codegen.replay.proof import verify_replay
 from piecework.errors import EmitError
 from piecework.golden.cases import Case, import_graph
 from piecework.runtime.batch.forward_context import set_forward_context

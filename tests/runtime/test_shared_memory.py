@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import piecework
-from piecework.codegen.structure import input_signature, structure_of
+from piecework.codegen.graph.structure import input_signature, structure_of
 from piecework.runtime.compilers import CompiledPiece
 
 

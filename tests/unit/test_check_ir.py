@@ -8,23 +8,18 @@ import pytest
 import torch
 import torch.fx
 
-from piecework.codegen import ir
-from piecework.codegen.check import check_ir
-from piecework.codegen.liveness import insert_deletes, last_uses
-from piecework.codegen.lower import lower
+from piecework.codegen.plan import ir
+from piecework.codegen.plan.check import check_ir
+from piecework.codegen.plan.liveness import insert_deletes, last_uses
+from piecework.codegen.stitch.lower import lower
 from piecework.errors import EmitError
 
 O = ir.Origin()  # noqa: E741
 
 
 def sin(target: str | None, argument: ir.Expr) -> ir.Stmt:
-    return ir.CallFunction(
-        () if target is None else (target,),
-        False,
-        ir.Global("torch.sin"),
-        ir.Arguments((argument,)),
-        O,
-    )
+    call = ir.Call(ir.Global("torch.sin"), ir.Arguments((argument,)))
+    return ir.Assign(() if target is None else (target,), False, call, O)
 
 
 def module(*body: ir.Stmt, functions: tuple[ir.Function, ...] = (), **changes: object) -> ir.Module:
@@ -98,7 +93,10 @@ def test_sound_plans_pass() -> None:
             "targets and unpacking",
         ),
         (module(ir.CallSubmod((), True, 0, ir.Arguments(), O), RETURN), "targets and unpacking"),
-        (module(ir.GetAttr("y", ir.Name("x"), "a b", O), RETURN), "is no identifier"),
+        (
+            module(ir.Assign(("y",), False, ir.Attribute(ir.Name("x"), "a b"), O), RETURN),
+            "is no identifier",
+        ),
         (module(sin("y", ir.Name("x"))), "must end with its only return"),
         (module(RETURN, RETURN), "must end with its only return"),
         (module(inlined(), RETURN), "'inner' is called before it is defined"),
@@ -166,7 +164,8 @@ def test_memory_never_peaks_above_the_interpreters() -> None:
         if isinstance(stmt, ir.Delete):
             alive -= set(stmt.names)
         elif not isinstance(stmt, ir.Return):
-            alive |= {stmt.targets[0]} if isinstance(stmt, ir.CallFunction) else {str(stmt.target)}  # type: ignore[union-attr]
+            assert isinstance(stmt, ir.Assign)
+            alive |= {stmt.targets[0]}
         peak = max(peak, len(alive))
     assert peak == 2
 
@@ -203,4 +202,4 @@ def test_regions_that_do_not_fit_are_found(body: tuple[ir.Stmt, ...], message: s
 def test_what_dies_where_a_region_is_entered_is_deleted_inside() -> None:
     body = (sin("y", ir.Name("x")), sin("r", ir.Name("y")), ir.Try(), LEAVE, RETURN)
     kinds = [type(stmt).__name__ for stmt in insert_deletes(body, frozenset({"x"}))]
-    assert kinds == ["CallFunction", "CallFunction", "Try", "Delete", "Finally", "Delete", "Return"]
+    assert kinds == ["Assign", "Assign", "Try", "Delete", "Finally", "Delete", "Return"]

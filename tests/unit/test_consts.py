@@ -16,10 +16,10 @@ import torch.fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from piecework.codegen import ir
-from piecework.codegen.consts import ConstTable, describe, holds_node, short_type, to_expr
-from piecework.codegen.literals import is_inline_literal
-from piecework.codegen.operands import same_constant
+from piecework.codegen.graph.consts import ConstTable, describe, holds_node, short_type, to_expr
+from piecework.codegen.plan import ir
+from piecework.codegen.plan.literals import is_inline_literal
+from piecework.codegen.proof.operands import same_constant
 from piecework.errors import UnsupportedNode
 
 Pair = namedtuple("Pair", ["left", "right"])

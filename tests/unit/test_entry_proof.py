@@ -12,9 +12,9 @@ from entry_plans import plans
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from piecework.codegen.entry import PROVIDED, EntrySource, generate_entry
-from piecework.codegen.entry_plan import EntryPlan
-from piecework.codegen.entry_proof import prove_entry
+from piecework.codegen.entry.emit import PROVIDED, EntrySource, generate_entry
+from piecework.codegen.entry.plan import EntryPlan
+from piecework.codegen.entry.proof import prove_entry
 from piecework.errors import EmitError
 
 CASE = Path(__file__).parents[2] / "golden" / "cases" / "entry_kinds" / "graph.py"

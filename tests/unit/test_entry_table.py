@@ -10,8 +10,8 @@ from entry_plans import CPU, Odd, broken, plans, values_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from piecework.codegen.entry import EntrySource, generate_entry
-from piecework.codegen.entry_plan import (
+from piecework.codegen.entry.emit import EntrySource, generate_entry
+from piecework.codegen.entry.plan import (
     EntryPlan,
     FixedValue,
     FromConst,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from piecework.codegen.names import BUILTINS, NameTable, is_identifier
+from piecework.codegen.plan.names import BUILTINS, NameTable, is_identifier
 
 
 @given(

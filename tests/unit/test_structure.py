@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.fx
 
-from piecework.codegen.structure import Structure, input_signature, structure_of
+from piecework.codegen.graph.structure import Structure, input_signature, structure_of
 
 Pair = namedtuple("Pair", ["left", "right"])
 

@@ -78,7 +78,7 @@ def check_inputs(ids, cache, state, dtype, flag):
     # state: written, so no other argument may share its memory
     if not (memory_apart(state, ids, cache_0_)):
         explain_inputs(ids, cache, state, dtype, flag)
-    return s0, cache_0_, s1
+    return (s0, cache_0_, s1)
 
 
 def entry(ids, cache, state, dtype, *, flag=True):

@@ -2,8 +2,8 @@
 
 import torch
 
-from piecework.codegen.entry import generate_entry
-from piecework.codegen.entry_plan import (
+from piecework.codegen.entry.emit import generate_entry
+from piecework.codegen.entry.plan import (
     EntryPlan,
     FixedValue,
     FromConst,

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from piecework.codegen.source import collector_paused
+from piecework.codegen.stitch.source import collector_paused
 from piecework.errors import StaticGraphError
 from piecework.runtime.graphs.device.contract import CapturedOnce
 from piecework.runtime.graphs.device.weak_ref import weak_ref_tensors

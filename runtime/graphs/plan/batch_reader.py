@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.fx
 
-from piecework.codegen.entry_plan import Symbol
-from piecework.codegen.origin import value_of
+from piecework.codegen.entry.plan import Symbol
+from piecework.codegen.graph.origin import value_of
 from piecework.errors import ConfigError, StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.rows import rows_of

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.fx
 
-from piecework.codegen.checks import InRange, Relation, holds
-from piecework.codegen.size_text import symbols_in
+from piecework.codegen.entry.checks import InRange, Relation, holds
+from piecework.codegen.plan.size_text import symbols_in
 from piecework.errors import ConfigError
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 import torch.fx
 
-from piecework.codegen.origin import SymbolNames, origin_of, value_of
+from piecework.codegen.graph.origin import SymbolNames, origin_of, value_of
 from piecework.errors import StaticGraphError
 from piecework.runtime import torch_compat
 

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 import torch.fx
 
-from piecework.codegen.origin import value_of
+from piecework.codegen.graph.origin import value_of
 from piecework.errors import StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.writes import mutations_in, written_inputs

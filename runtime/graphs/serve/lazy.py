@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch.fx
 
-from piecework.codegen.structure import input_signature, structure_of
+from piecework.codegen.graph.structure import input_signature, structure_of
 from piecework.errors import InputError
 from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.forward_context import (

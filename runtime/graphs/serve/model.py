@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from rich.console import Console
 
-from piecework.codegen.replay_plan import ReplaySource
+from piecework.codegen.replay.plan import ReplaySource
 from piecework.errors import PieceworkError, StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.coverage import CoverageRow, coverage

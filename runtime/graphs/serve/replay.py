@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 import torch.fx
 
-from piecework.codegen.bind import execute_source
-from piecework.codegen.replay import REPLAY_NAME, generate_replay
-from piecework.codegen.replay_check import ReplayProof
-from piecework.codegen.replay_plan import ReplaySource
-from piecework.codegen.source import StitchedSource
-from piecework.codegen.whole import whole_forward
+from piecework.codegen.replay.emit import REPLAY_NAME, generate_replay
+from piecework.codegen.replay.plan import ReplaySource
+from piecework.codegen.replay.proof import ReplayProof
+from piecework.codegen.replay.whole import whole_forward
+from piecework.codegen.stitch.bind import execute_source
+from piecework.codegen.stitch.source import StitchedSource
 from piecework.runtime.graphs.memory.captured_call import CapturedCall
 from piecework.runtime.graphs.plan.batch_shape import BatchShape
 from piecework.runtime.graphs.plan.numbers import Numbers, numbers_of

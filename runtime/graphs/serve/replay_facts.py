@@ -10,7 +10,7 @@ from typing import assert_never
 
 import torch
 
-from piecework.codegen.replay_plan import (
+from piecework.codegen.replay.plan import (
     Buffer,
     Frozen,
     HeldBack,
@@ -26,7 +26,7 @@ from piecework.codegen.replay_plan import (
     ReplaySource,
     Staged,
 )
-from piecework.codegen.source import StitchedSource
+from piecework.codegen.stitch.source import StitchedSource
 from piecework.errors import StaticGraphError
 from piecework.runtime.graphs.memory.addresses import Placement, ValueOrigin
 from piecework.runtime.graphs.memory.captured_call import CapturedCall

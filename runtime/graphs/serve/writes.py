@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.fx
 
-from piecework.codegen.origin import value_of
+from piecework.codegen.graph.origin import value_of
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.forward_context import (
     current_forward_context,

@@ -1,0 +1,264 @@
+"""What an entry says, before it is text. In: nothing; this is the vocabulary between the runtime and `emit`.
+
+All classes are frozen and have no behaviour; nothing here is rendered or executed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+# --- what was assumed of each input --------------------------------------------------------------
+
+Size = int | str  # a number, or an expression over symbols
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInput:
+    """A tensor argument, with what compiled code assumes of it.
+
+    Attributes:
+        sizes: one per dimension.
+        strides: None for a contiguous tensor.
+        kind: ``torch.Tensor`` or ``torch.nn.Parameter``, which the model's code may tell apart.
+        requires_grad: whether it recorded gradients, likewise; None if no code asked.
+        item: its value, for a single number that the trace looked at: a constant, or the symbol that stands for it.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    sizes: tuple[Size, ...]
+    strides: tuple[Size, ...] | None = None
+    kind: type = torch.Tensor
+    requires_grad: bool | None = None
+    item: float | str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UnusedTensor:
+    """A tensor argument that the trace did not come across; Python code that it did not follow may look at its kind."""
+
+    dtype: torch.dtype
+    device: torch.device
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class SameObject:
+    """An argument that was the same tensor as flattened argument ``index``, which errors call ``label``."""
+
+    index: int
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class IntegerInput:
+    """An integer argument that stayed symbolic."""
+
+    symbol: str
+
+
+@dataclass(frozen=True, slots=True)
+class FixedValue:
+    """A Python value that the trace has built in."""
+
+    value: object
+
+
+@dataclass(frozen=True, slots=True)
+class WatchedObject:
+    """An object of a class of its own: what the trace read of it is compared by ``arguments_as_traced``."""
+
+
+Assumption = TensorInput | UnusedTensor | SameObject | IntegerInput | FixedValue | WatchedObject
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One flattened argument."""
+
+    index: int
+    label: str
+    assumption: Assumption
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """A list, tuple or dict of arguments, by exact type; ``keys`` are positions or keys."""
+
+    kind: type
+    label: str
+    keys: tuple[object, ...]
+    children: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """A container of another type: flattened and compared by its structure."""
+
+    label: str
+    structure: object
+    children: tuple[Leaf, ...]
+
+
+Node = Leaf | Items | Tree
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of the entry.
+
+    Attributes:
+        kind: ``"/"`` positional only, ``""`` plain, ``"*"`` and ``"**"`` variadic, ``"k"`` keyword only.
+        default: present for a parameter with a default.
+    """
+
+    name: str
+    kind: str
+    node: Node
+    default: FixedValue | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Symbol:
+    """A symbolic size: its smallest and largest value; None where there is no bound."""
+
+    name: str
+    low: int | None = None
+    high: int | None = None
+
+
+# --- how the graph is called and what is returned ------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class FromLeaf:
+    """A flattened argument."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class FromSymbol:
+    """The value of a symbol."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class FromSize:
+    """A dimension of a flattened argument, for a size that is no plain symbol."""
+
+    leaf: int
+    dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class FromOffset:
+    """Where a flattened argument begins in its storage."""
+
+    leaf: int
+
+
+@dataclass(frozen=True, slots=True)
+class FromNumber:
+    """A number that the entry's checks fix, such as a stride."""
+
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class FromWeights:
+    """A weight that is fetched for every call."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class FromOutput:
+    """An output of the graph."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class FromConst:
+    """A value that did not depend on the arguments."""
+
+    value: object
+
+
+@dataclass(frozen=True, slots=True)
+class FromItems:
+    """A list, tuple or dict, by exact type."""
+
+    kind: type
+    keys: tuple[object, ...]
+    children: tuple[Packed, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FromCall:
+    """Another container, rebuilt by ``rebuild(children, context)``."""
+
+    rebuild: object
+    context: object
+    type_name: str
+    children: tuple[Packed, ...]
+
+
+Passed = FromLeaf | FromSymbol | FromSize | FromOffset | FromNumber | FromWeights
+Packed = FromLeaf | FromOutput | FromWeights | FromConst | FromItems | FromCall
+
+
+@dataclass(frozen=True, slots=True)
+class EntryPlan:
+    """Everything that the entry's source says.
+
+    Attributes:
+        banner: lines of the header comment.
+        parameters: the model's own.
+        symbols: in the order in which their values are found.
+        guards: conditions over symbols.
+        apart: flattened arguments that a piece writes, each with the other ones; compiled code assumes that they share no memory.
+        passed: arguments of ``execution_fn``, in order.
+        outputs: wished-for names of the graph's outputs.
+        result: how the result is packed.
+        batch: the size that chooses ``__vllm_submods__``; None if there is one list.
+        binds: the stitching source holds weights, so they must be watched.
+        watches_arguments: the trace relied on more of the arguments than can be written down here.
+        checks: write the checks; without them only values are unpacked.
+    """
+
+    banner: tuple[str, ...]
+    parameters: tuple[Parameter, ...]
+    symbols: tuple[Symbol, ...]
+    guards: tuple[str, ...]
+    passed: tuple[Passed, ...]
+    outputs: tuple[str, ...]
+    result: Packed
+    batch: Passed | None = None
+    apart: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    binds: bool = False
+    watches_arguments: bool = False
+    checks: bool = True
+
+
+def leaves_of(packed: Packed) -> Iterator[int]:
+    """The flattened arguments that a result holds."""
+    if isinstance(packed, FromLeaf):
+        yield packed.index
+    for child in packed.children if isinstance(packed, (FromItems, FromCall)) else ():
+        yield from leaves_of(child)
+
+
+def reads_weights(plan: EntryPlan) -> bool:
+    """Whether a weight is passed or returned that is fetched for every call."""
+
+    def returns(packed: Packed) -> bool:
+        children = packed.children if isinstance(packed, (FromItems, FromCall)) else ()
+        return isinstance(packed, FromWeights) or any(map(returns, children))
+
+    return any(isinstance(each, FromWeights) for each in plan.passed) or returns(plan.result)

@@ -1,0 +1,125 @@
+"""Where a statement comes from. In: FX nodes with Dynamo's metadata. Out: `ir.Origin` with module path, source line and shapes.
+
+Paths are the model's (``layers.3.self_attn``), files are base names; no absolute path and no address gets out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+
+import torch
+import torch.fx
+
+from piecework.codegen.graph.consts import short_type
+from piecework.codegen.plan import ir
+
+_FRAME = re.compile(r'^\s*File "(?P<file>[^"\n]+)", line (?P<line>\d+)', re.MULTILINE)
+_SUBSCRIPT = re.compile(r"\[['\"]?([^'\"\[\]]+)['\"]?\]")
+_ROOT = re.compile(r"^(L\['\w+'\]|L__\w+___|G\['\w+'\])\.?")
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+_OWN_FRAMES = tuple(os.path.join(_PACKAGE, room) for room in ("runtime", "integrations"))
+_UNSAFE = re.compile(r"[^\w.\-:<>/ \[\]]")
+
+
+class SymbolNames:
+    """Names symbols ``s0, s1, …`` in order of first sight, so that comments don't depend on torch's numbering."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, str] = {}
+
+    def __call__(self, size: object) -> str:
+        if isinstance(size, int) and not isinstance(size, torch.SymInt):
+            return str(size)
+        text = str(size)
+        for symbol in re.findall(r"\b[usz]\d+\b", text):
+            self._names.setdefault(symbol, f"s{len(self._names)}")
+        return re.sub(r"\b[usz]\d+\b", lambda found: self._names[found.group()], text)
+
+
+def value_of(node: torch.fx.Node) -> object:
+    """The fake value that tracing recorded for ``node``, or None."""
+    if "example_value" in node.meta:
+        return node.meta["example_value"]
+    return node.meta.get("val")
+
+
+def module_path(node: torch.fx.Node) -> str:
+    """The innermost module that ran ``node``: ``layers.3.self_attn``; "" when unknown."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    entry = next(reversed(stack.values()))
+    path = entry[0] if isinstance(entry, tuple) else str(entry)
+    path = path.replace("._modules", "")
+    path = _SUBSCRIPT.sub(_dotted, _ROOT.sub("", path))
+    return _comment_safe(path.strip("."))
+
+
+def _dotted(found: re.Match[str]) -> str:
+    return f".{found.group(1)}"
+
+
+def source_line(node: torch.fx.Node, *, line_numbers: bool = True) -> str:
+    """``file.py:41``, the innermost user frame recorded for ``node``; "" when unknown."""
+    trace = node.meta.get("stack_trace")
+    if not isinstance(trace, str):
+        return ""
+    frames = _FRAME.findall(trace)
+    if not frames:
+        return ""
+    # The call inside piecework itself says nothing about the model.
+    file, line = next((f for f in reversed(frames) if not f[0].startswith(_OWN_FRAMES)), frames[-1])
+    name = _comment_safe(os.path.basename(file))
+    return f"{name}:{line}" if line_numbers else name
+
+
+def node_where(node: torch.fx.Node) -> str:
+    """How errors name a node: ``node %add_1, model.py:41``."""
+    line = source_line(node)
+    return f"node %{ascii(node.name)[1:-1]}" + (f", {line}" if line else "")
+
+
+def origin_of(node: torch.fx.Node, symbols: SymbolNames, *, line_numbers: bool) -> ir.Origin:
+    return ir.Origin(
+        node=_comment_safe(node.name),
+        module=module_path(node),
+        source=source_line(node, line_numbers=line_numbers),
+        shapes=shapes_of([node], symbols),
+    )
+
+
+def origin_of_piece(
+    piece: torch.fx.GraphModule, symbols: SymbolNames, *, line_numbers: bool
+) -> ir.Origin:
+    """Origin of a whole submodule: its first and last module path, and the shapes that it returns."""
+    nodes = [n for n in piece.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
+    paths = [path for path in map(module_path, nodes) if path]
+    ends = list(dict.fromkeys((paths[0], paths[-1]))) if paths else []
+    lines = [] if len(nodes) != 1 else [source_line(nodes[0], line_numbers=line_numbers)]
+    returned = piece.graph.output_node().args[0]
+    outputs = returned if isinstance(returned, (list, tuple)) else [returned]
+    return ir.Origin(
+        module=" … ".join(ends),
+        source=lines[0] if lines else "",
+        shapes=shapes_of([n for n in outputs if isinstance(n, torch.fx.Node)], symbols),
+    )
+
+
+def shapes_of(nodes: Iterable[torch.fx.Node], symbols: SymbolNames) -> str:
+    """Types of what ``nodes`` yield, tensors with their shapes: ``f32[1, s0, 64], i64[4]``."""
+    found: list[str] = []
+    for node in nodes:
+        value = value_of(node)
+        for each in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(each, torch.Tensor):
+                found.append(short_type(each, symbols))
+            elif isinstance(each, torch.SymInt):
+                found.append(f"int {symbols(each)}")
+    return ", ".join(found)
+
+
+def _comment_safe(text: str) -> str:
+    """No character that could end a comment or disguise it survives."""
+    return _UNSAFE.sub("?", ascii(text)[1:-1])

@@ -1,0 +1,208 @@
+"""What makes two graphs the same program. In: an FX graph. Out: a key that ignores names, and the literals found on the way.
+
+Two graphs with equal keys run the same operators on the same operands; nothing is compared by name or by position in a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.fx
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from piecework.codegen.graph.consts import DICT_TYPES, LIST_TYPES, holds_node
+from piecework.codegen.graph.origin import value_of
+from piecework.codegen.graph.targets import function_path
+from piecework.codegen.plan.literals import is_inline_literal
+
+
+@dataclass(frozen=True, slots=True)
+class Hole:
+    """A literal left out of a key: its node's position, its place among the node's literals, the argument, its value."""
+
+    node: int
+    ordinal: int
+    argument: str
+    value: object
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """``key`` identifies the program; ``lines`` are its readable form, one per node; ``holes`` what was left open.
+
+    ``portable`` is True when the key means the same in another process: nothing in it was told apart by identity.
+    """
+
+    key: str
+    lines: tuple[str, ...]
+    holes: tuple[Hole, ...]
+    portable: bool = True
+
+
+def structure_of(
+    gm: torch.fx.GraphModule,
+    *,
+    open_literals: bool = False,
+    describe_input: Callable[[torch.fx.Node], str] | None = None,
+) -> Structure:
+    """Canonical form of ``gm``.
+
+    Args:
+        gm: the graph; subgraphs that it refers to by attribute are included.
+        open_literals: leave scalar literals out of the key and report them as holes.
+        describe_input: what of a placeholder belongs to the key (shape, dtype, …); nothing by default.
+    """
+    writer = _Writer(gm, open_literals)
+    for node in gm.graph.nodes:
+        writer.write(node, describe_input)
+    text = "\n".join(writer.lines)
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return Structure(digest, tuple(writer.lines), tuple(writer.holes), writer.portable)
+
+
+class _Writer:
+    def __init__(self, gm: torch.fx.GraphModule, open_literals: bool) -> None:
+        self.gm = gm
+        self.open_literals = open_literals
+        self.lines: list[str] = []
+        self.holes: list[Hole] = []
+        self.portable = True
+        self._number: dict[torch.fx.Node, int] = {}
+        self._memory: dict[StorageWeakRef, int] = {}
+        self._ordinal = 0
+        self._open = open_literals
+
+    def write(
+        self, node: torch.fx.Node, describe_input: Callable[[torch.fx.Node], str] | None
+    ) -> None:
+        number = self._number[node] = len(self._number)
+        self._ordinal = 0
+        self._open = self.open_literals and _may_open(node)
+        args = ", ".join(self._value(arg, number, str(i)) for i, arg in enumerate(node.args))
+        kwargs = ", ".join(
+            f"{key!a}={self._value(arg, number, key)}" for key, arg in node.kwargs.items()
+        )
+        target = self._target(node)
+        if node.op == "placeholder" and describe_input is not None:
+            target = describe_input(node) + self._sharing(node, number)
+        # Results are unpacked by their number, so it is part of the program.
+        result = value_of(node)
+        arity = f" -> {len(result)}" if isinstance(result, (tuple, list)) else ""
+        self.lines.append(f"%{number} {node.op} {target} ({args}) {{{kwargs}}}{arity}")
+
+    def _sharing(self, node: torch.fx.Node, number: int) -> str:
+        """Which earlier input lies in the same memory: writing to one of two means something else then."""
+        value = value_of(node)
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            return ""
+        first = self._memory.setdefault(StorageWeakRef(value.untyped_storage()), number)  # type: ignore[no-untyped-call]
+        return "" if first == number else f" in the memory of %{first}"
+
+    def _target(self, node: torch.fx.Node) -> str:
+        if node.op == "call_function":
+            path = function_path(node.target)
+            if path is None:
+                return self._object(node.target)
+            # A function of the user's own may have another body in another process.
+            self.portable &= path.module in (None, "operator", "math") or path.root == "torch"
+            return str(path.path)
+        if node.op == "call_method":
+            return ascii(node.target)
+        if node.op in ("get_attr", "call_module"):
+            return self._attribute(str(node.target))
+        return ""
+
+    def _attribute(self, target: str) -> str:
+        value = attribute_of(self.gm, target)
+        if isinstance(value, torch.fx.GraphModule):
+            inner = structure_of(value, describe_input=input_signature)
+            self.portable &= inner.portable
+            return f"graph {inner.key}"
+        return self._object(value)
+
+    def _object(self, value: object) -> str:
+        # Identity within this process: equal keys must mean the same object.
+        self.portable = False
+        return f"{type(value).__qualname__}@{id(value):x}"
+
+    def _value(self, value: object, node: int, argument: str) -> str:
+        if isinstance(value, torch.fx.Node):
+            return f"%{self._number[value]}"
+        kind = type(value)
+        if kind in LIST_TYPES or kind is tuple:
+            name = "list" if kind in LIST_TYPES else "tuple"
+            items = [self._value(item, node, argument) for item in value]  # type: ignore[attr-defined]
+            return f"{name}({', '.join(items)})"
+        if kind in DICT_TYPES:
+            items = [
+                f"{self._value(key, node, argument)}: {self._value(item, node, argument)}"
+                for key, item in value.items()  # type: ignore[attr-defined]
+            ]
+            return f"dict({', '.join(items)})"
+        if kind is slice:
+            parts = (value.start, value.stop, value.step)  # type: ignore[attr-defined]
+            return f"slice({', '.join(self._value(part, node, argument) for part in parts)})"
+        if is_inline_literal(value):
+            if self._open and is_liftable(value):
+                self.holes.append(Hole(node, self._ordinal, argument, value))
+                self._ordinal += 1
+                return f"<{kind.__name__}>"
+            return f"{kind.__name__}:{value!a}"
+        if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format)):
+            return f"{kind.__name__}:{value!a}"
+        if isinstance(value, torch.Size):
+            return f"Size:{value!a}"
+        if kind is float:
+            return f"float:{value!a}"
+        if isinstance(value, tuple) and hasattr(value, "_fields") and holds_node(value):
+            items = [self._value(item, node, argument) for item in value]
+            return f"{self._object(kind)}({', '.join(items)})"
+        return self._object(value)
+
+
+def _may_open(node: torch.fx.Node) -> bool:
+    """Literals that decide the form of a statement (an unpacked index, an attribute, a default) stay in the key."""
+    return node.op != "placeholder" and node.target not in (operator.getitem, getattr)
+
+
+def is_liftable(value: object) -> bool:
+    """True for an inline literal that may become a parameter; None and Ellipsis say too little to be worth it."""
+    return value is not None and value is not Ellipsis
+
+
+def attribute_of(gm: torch.nn.Module, target: str) -> object:
+    """The attribute at the dotted path ``target``."""
+    value: object = gm
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def input_signature(node: torch.fx.Node) -> str:
+    """What a compiler may specialise on: dtype, device, shape, stride, offset, and whether it is a parameter.
+
+    Symbols keep their names: they are shared by all pieces of one capture.
+    """
+    value = value_of(node)
+    if isinstance(value, torch.Tensor):
+        layout = value.layout
+        strided = layout == torch.strided
+        return " ".join(
+            str(part)
+            for part in (
+                type(value).__qualname__,
+                value.dtype,
+                value.device,
+                tuple(value.shape),
+                value.stride() if strided else layout,
+                value.storage_offset() if strided else 0,
+                value.requires_grad,
+                isinstance(value, torch.nn.Parameter),
+                node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type"),
+            )
+        )
+    return f"{type(value).__qualname__} {value if isinstance(value, (int, torch.SymInt)) else ''}"

@@ -1,0 +1,163 @@
+"""Paths of functions in emitted source. In: the target of a ``call_function`` node. Out: a dotted path and its import, or None when the function has no name.
+
+A path is used only if looking it up gives the very same object at emission; nothing is found by name alone.
+"""
+
+from __future__ import annotations
+
+import builtins
+import math
+import operator
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, ModuleType
+from typing import Any
+
+import torch
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+
+from piecework.codegen.plan.names import BUILTINS, is_identifier
+
+ENTRY_NAME = "execution_fn"
+
+_TORCH_NAMESPACES = (
+    "torch",
+    "torch.nn.functional",
+    "torch._C._nn",
+    "torch._C._linalg",
+    "torch._C._fft",
+    "torch._C._special",
+    "torch._C",
+)
+
+# operator functions that have an operator sign with the same meaning, argument for argument.
+INFIX = {
+    **{operator.add: "+", operator.sub: "-", operator.mul: "*", operator.truediv: "/"},
+    **{operator.floordiv: "//", operator.mod: "%", operator.pow: "**", operator.matmul: "@"},
+    **{operator.lshift: "<<", operator.rshift: ">>", operator.and_: "&", operator.or_: "|"},
+    **{operator.xor: "^", operator.eq: "==", operator.ne: "!=", operator.lt: "<"},
+    **{operator.le: "<=", operator.gt: ">", operator.ge: ">="},
+}
+PREFIX = {operator.neg: "-", operator.pos: "+", operator.invert: "~", operator.not_: "not"}
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionPath:
+    """``path`` is what to write; ``module`` what to import first (None for builtins)."""
+
+    path: str
+    module: str | None
+
+    @property
+    def root(self) -> str:
+        return self.path.partition(".")[0]
+
+
+def function_path(target: object) -> FunctionPath | None:
+    """The dotted path under which ``target`` is found again, or None (then it goes to consts)."""
+    for module, path in _candidates(target):
+        if (
+            all(is_identifier(part) for part in path.split("."))
+            and (module is None or _may_import(path.partition(".")[0]))
+            and resolve_path(module, path) is target
+        ):
+            return FunctionPath(path, module)
+    return None
+
+
+def sign_of(table: Mapping[Any, str], target: object) -> str | None:
+    """The operator sign of ``target``, which may be any object, hashable or not."""
+    return table.get(target) if isinstance(target, BuiltinFunctionType) else None
+
+
+def _may_import(root: str) -> bool:
+    """An import may not hide a builtin or one of the emitted module's own names."""
+    return root not in BUILTINS and not root.startswith("__") and root != ENTRY_NAME
+
+
+def _candidates(target: object) -> list[tuple[str | None, str]]:
+    if isinstance(target, OpOverload):
+        packet = f"torch.ops.{target.namespace}.{target._schema.name.split('::')[-1]}"
+        return [("torch", f"{packet}.{target._overloadname}")]
+    if isinstance(target, OpOverloadPacket):
+        return [("torch", f"torch.ops.{target._qualified_op_name.replace('::', '.')}")]
+    if isinstance(target, HigherOrderOperator):
+        return [("torch", f"torch.ops.higher_order.{target._name}")]
+    name = getattr(target, "__name__", None)
+    if not isinstance(name, str):
+        return []
+    found: list[tuple[str | None, str]] = []
+    if getattr(builtins, name, None) is target:
+        found.append((None, name))
+    for module in (operator, math):
+        if getattr(module, name, None) is target:
+            found.append((module.__name__, f"{module.__name__}.{name}"))
+    found += [("torch", f"{namespace}.{name}") for namespace in _TORCH_NAMESPACES]
+    owner = getattr(target, "__module__", None)
+    qualname = getattr(target, "__qualname__", name)
+    if not isinstance(qualname, str):
+        return found
+    if isinstance(owner, str) and owner not in ("__main__", "builtins") and owner in sys.modules:
+        public = owner.lstrip("_")  # functools.reduce says that it is of _functools
+        if public != owner and public in sys.modules:
+            found.append((public, f"{public}.{qualname}"))
+        found.append((owner, f"{owner}.{qualname}"))
+    return found
+
+
+ABSENT = object()
+
+
+def resolve_path(module: str | None, path: str) -> object:
+    """What ``path`` means after ``import module`` (None: among the builtins); `ABSENT` if nothing, or if only code can tell."""
+    parts = path.split(".")
+    value: object
+    if module is None:
+        value, rest = builtins, parts
+    else:
+        value = sys.modules.get(parts[0], ABSENT)
+        rest = parts[1:]
+    for part in rest:
+        value = attribute_at_rest(value, part)
+    return value
+
+
+def attribute_at_rest(owner: object, name: str) -> object:
+    """The attribute of a module, a class or an operator of torch, without running code of the owner; else `ABSENT`.
+
+    A module's ``__getattr__``, properties and other descriptors are code. Those of ``torch.ops`` are torch's own, and look
+    operators up.
+    """
+    if isinstance(owner, _OPERATORS):
+        return _operator_at(owner, name)
+    if isinstance(owner, ModuleType):
+        return ModuleType.__getattribute__(owner, "__dict__").get(name, ABSENT)
+    if isinstance(owner, type):
+        for base in type.__dict__["__mro__"].__get__(owner):
+            found = type.__dict__["__dict__"].__get__(base).get(name, ABSENT)
+            if found is not ABSENT:
+                return _from_class(found)
+    return ABSENT
+
+
+def _from_class(found: object) -> object:
+    """What a class attribute is when it is read from the class."""
+    if isinstance(found, staticmethod):
+        return found.__func__
+    plain = isinstance(found, (FunctionType, BuiltinFunctionType, MethodDescriptorType, type))
+    return found if plain or not hasattr(type(found), "__get__") else ABSENT
+
+
+def _operator_at(owner: object, name: str) -> object:
+    try:
+        return getattr(owner, name)
+    except (AttributeError, ImportError, RuntimeError, TypeError, ValueError):
+        return ABSENT
+
+
+# ``torch.ops``, its namespaces, and operators with overloads.
+_OPERATORS = (
+    *{type(o) for o in (torch.ops, torch.ops.aten, torch.ops.higher_order)},
+    OpOverloadPacket,
+)

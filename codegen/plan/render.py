@@ -1,0 +1,179 @@
+"""From plan to text. In: an `ir.Module`. Out: the Python source, in black's format, and the statement that each line belongs to.
+
+Statements are written by `one_line` and laid out by `formatting`; what stands around them belongs to the templates; nothing is
+decided that the plan did not say.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Sequence
+from functools import cache
+
+import jinja2
+
+from piecework.codegen.plan import ir
+from piecework.codegen.plan.formatting import MODE, format_source, format_statements
+from piecework.codegen.plan.one_line import expr_text, signature_text, stmt_text
+
+FORMAT_VERSION = 1
+
+# What switches black off, or tells it or a type checker something, when it is all of a comment.
+_DIRECTIVE = re.compile(r"\b(fmt|yapf|type|noqa|pragma|pylint|isort)\s*:")
+
+
+@cache
+def environment() -> jinja2.Environment:
+    """The one Jinja environment: strict about undefined names, trimmed blocks, no autoescape (it writes Python)."""
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("piecework", "templates"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=jinja2.select_autoescape(["html.jinja"], default=False),
+    )
+
+
+def render(
+    module: ir.Module, title: str, header: Sequence[str] = (), facts: Sequence[str] = ()
+) -> str:
+    """Write ``module`` as Python source.
+
+    Args:
+        title: what the text is, for its first line.
+        header: comments that say what the runtime puts into the module.
+        facts: assignments of numbers that hold for this text.
+
+    Raises:
+        EmitError: black could not parse a statement (a defect of piecework; the numbered text is in the message).
+    """
+    every = (*module.functions, module.entry)
+    said = [
+        (stmt_text(stmt.call if isinstance(stmt, ir.Finally) else stmt), depth)
+        for function in every
+        for stmt, depth in with_depth(function.body)
+        if not isinstance(stmt, ir.Try)
+    ]
+    texts = iter(format_statements(said))
+    text: str = (
+        environment()
+        .get_template("module.py.jinja")
+        .render(
+            title=title,
+            format_version=FORMAT_VERSION,
+            header=[f"# {_comment(line)}".rstrip() for line in header],
+            imports=module.imports,
+            aliases=[
+                {"code": _alias(alias), "note": _comment(alias.note)} for alias in module.aliases
+            ],
+            facts=facts,
+            functions=[_function(function, texts) for function in every],
+            bound=[_comment(f"{row.name}: {row.description} = {row.path}") for row in module.bound],
+        )
+    )
+    return text
+
+
+def table_rows(title: str, rows: Sequence[str]) -> list[str]:
+    """Lines of a header: an empty one, the title, and the rows; none of all that without rows."""
+    return ["", f"{title}:", *(f"  {row}" for row in rows)] if rows else []
+
+
+def const_rows(module: ir.Module) -> list[str]:
+    rows = (
+        f"[{spec.index}] {spec.description}" + (f" from {spec.attribute}" if spec.attribute else "")
+        for spec in module.const_specs
+    )
+    return table_rows("__vllm_consts__", list(rows))
+
+
+def _function(function: ir.Function, texts: Iterator[str]) -> str:
+    signature = format_source(f"{signature_text(function)}\n    pass\n")
+    return (
+        environment()
+        .get_template("function.py.jinja")
+        .render(
+            signature=signature.removesuffix("\n    pass\n"),
+            note=_comment(function.note),
+            statements=list(_lines_of(function.body, texts)),
+        )
+    )
+
+
+def with_depth(body: Sequence[ir.Stmt]) -> Iterator[tuple[ir.Stmt, int]]:
+    """Each statement, and the number of blocks around it: ``try:`` stands where its region was entered, the call of its ``finally:`` inside."""
+    depth = 0
+    for stmt in body:
+        yield stmt, depth
+        depth += isinstance(stmt, ir.Try) - isinstance(stmt, ir.Finally)
+
+
+def _lines_of(body: Sequence[ir.Stmt], texts: Iterator[str]) -> Iterator[dict[str, str]]:
+    """The comment and the code of each statement, indented by the blocks around it."""
+    before: ir.Stmt | None = None
+    for stmt, depth in with_depth(body):
+        text = "try:" if isinstance(stmt, ir.Try) else next(texts)
+        pad = " " * (4 * depth)
+        comment = comment_text(stmt)
+        code = pad + text.replace("\n", f"\n{pad}")
+        if isinstance(stmt, ir.Finally):
+            empty = f"{pad}pass\n" if isinstance(before, ir.Try) else ""
+            code = f"{empty}{pad[4:]}finally:\n{code}"
+        yield {"comment": f"{pad}# {comment}" if comment else "", "code": code}
+        before = stmt
+
+
+def _alias(alias: ir.Alias) -> str:
+    text = f"{alias.name} = {expr_text(alias.value)}"
+    return text if len(text) <= MODE.line_length else format_source(f"{text}\n").removesuffix("\n")
+
+
+def _comment(text: str, *, made_here: bool = False) -> str:
+    """``text`` on one line, so that it cannot end its comment nor be a directive; in ASCII, unless it was made here."""
+    line = text if text.isprintable() and (made_here or text.isascii()) else ascii(text)[1:-1]
+    return _DIRECTIVE.sub(r"\1 -", line).rstrip()
+
+
+def comment_text(stmt: ir.Stmt) -> str:
+    """``layers.0.self_attn  modeling.py:41  -> f32[1, s0, 64]``, as far as known."""
+    if isinstance(stmt, (ir.Delete, ir.Return, ir.Try, ir.Finally)):
+        return ""
+    origin = stmt.origin
+    shapes = f"-> {origin.shapes}" if origin.shapes else ""
+    if not origin.module and not origin.source:
+        return ""
+    text = "  ".join(part for part in (origin.module, origin.source, shapes) if part)
+    return _comment(text, made_here=True)
+
+
+# --- lines -----------------------------------------------------------------------------------------
+
+
+def line_map(module: ir.Module, tree: ast.Module) -> dict[int, ir.Origin]:
+    """Map each line that a statement covers to that statement's origin; ``tree`` is the parsed source."""
+    lines: dict[int, ir.Origin] = {}
+    functions = [*module.functions, module.entry]
+    defined = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    for function, node in zip(functions, defined, strict=True):
+        said = [stmt for stmt in function.body if not isinstance(stmt, ir.Try)]
+        for stmt, written in zip(said, flat_statements(node.body), strict=True):
+            if isinstance(stmt, (ir.Delete, ir.Try)):
+                continue
+            origin = stmt.call.origin if isinstance(stmt, ir.Finally) else stmt.origin
+            for line in range(written.lineno, (written.end_lineno or written.lineno) + 1):
+                lines[line] = origin
+    return lines
+
+
+def flat_statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements of ``body`` and of the blocks in it, in order."""
+    for stmt in body:
+        if isinstance(stmt, ast.Try):
+            yield from flat_statements(
+                [each for each in stmt.body if not isinstance(each, ast.Pass)]
+            )
+            yield from stmt.finalbody
+        else:
+            yield stmt

@@ -1,0 +1,186 @@
+"""What was captured of each piece, as far as its replay is concerned. In: nothing; this is the vocabulary between the runtime and `emit`.
+
+All classes are frozen; a place is any value that is equal for equal memory, and is never looked into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from piecework.codegen.plan import ir
+
+# --- how a captured piece reads one leaf of its arguments --------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class InPlace:
+    """The graph reads a tensor where it was at capture.
+
+    Attributes:
+        place: that memory and its layout.
+        owner: who keeps the memory there, in words, such as ``weight`` or ``persistent buffer 'x'``.
+    """
+
+    place: Hashable
+    owner: str
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """The graph reads a static buffer of its own, which must be filled before each replay.
+
+    Attributes:
+        buffer: which of the piece's `Buffer`s.
+    """
+
+    buffer: int
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """A Python value that is built into the graph."""
+
+    value: object
+
+
+Policy = Literal["copy", "refuse", "eager"]
+"""What becomes of a fresh tensor that enters a captured piece; only ``copy`` has buffers."""
+
+Read = InPlace | Staged | Frozen
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """A static buffer for arguments that nothing keeps in place.
+
+    Attributes:
+        leaves: the argument leaves that it holds; several share memory.
+        plain: one tensor without gaps or overlap, so ``copy_`` fills it; otherwise a bound function does.
+        writes_back: the piece changes the argument, so it is copied back after a replay.
+    """
+
+    leaves: tuple[int, ...]
+    plain: bool
+    writes_back: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PieceFacts:
+    """One piece as it was captured.
+
+    Attributes:
+        reads: one per leaf of its arguments.
+        buffers: its static buffers.
+        outputs: places of its results, `Frozen` for a number; a bare one if it returns no tuple or list.
+        eager_reason: why it runs uncaptured in this shape, if so; the rest is empty then.
+    """
+
+    reads: tuple[Read, ...] = ()
+    buffers: tuple[Buffer, ...] = ()
+    outputs: Hashable = ()
+    eager_reason: str | None = None
+
+    def output(self, element: int | None) -> Hashable:
+        """The place of one result, or of the only one."""
+        if element is None or not isinstance(self.outputs, tuple):
+            return self.outputs
+        found: Hashable = self.outputs[element]
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayFacts:
+    """Everything that was captured for one descriptor.
+
+    Attributes:
+        title: mode and descriptor, such as ``PIECEWISE 8 tokens``.
+        tokens: the captured size.
+        policy: the address policy.
+        staged: parameters of the stitching function that are copied into persistent buffers, in order.
+        sizes: parameters that are numbers, frozen at the captured size.
+        places: where the other parameters and the bound weights are, by name.
+        numbers: numbers of the stitching graph that follow from the captured sizes, by the name of their node.
+        pieces: one per entry of ``__vllm_submods__``.
+        banner: further lines for the header.
+    """
+
+    title: str
+    tokens: int
+    policy: Policy
+    staged: tuple[str, ...]
+    sizes: Mapping[str, int]
+    places: Mapping[str, Hashable]
+    pieces: tuple[PieceFacts, ...]
+    numbers: Mapping[str, bool | int | float] = field(default_factory=dict)
+    banner: tuple[str, ...] = ()
+
+
+# --- what the emitted module needs in its namespace ---------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutput:
+    """A static output of piece ``piece``: its element ``element``, or all of it."""
+
+    piece: int
+    element: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class HeldBuffer:
+    """Buffer ``buffer`` of piece ``piece``: the tensor itself, or the functions that fill it and bring it back."""
+
+    piece: int
+    buffer: int
+
+
+@dataclass(frozen=True, slots=True)
+class HeldReplay:
+    """The replay of piece ``piece``, or the piece itself where it runs uncaptured."""
+
+    piece: int
+
+
+@dataclass(frozen=True, slots=True)
+class HeldStage:
+    """What copies the inputs into their persistent buffers."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldInput:
+    """A parameter of the stitching function, or a bound weight, by its name there."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class HeldBack:
+    """What brings buffer ``buffer`` of piece ``piece`` back, where ``copy_`` can't."""
+
+    piece: int
+    buffer: int
+
+
+Held = HeldOutput | HeldBuffer | HeldReplay | HeldStage | HeldInput | HeldBack
+
+
+@dataclass(frozen=True, slots=True)
+class ReplaySource:
+    """Emitted replay source.
+
+    Attributes:
+        code: the Python text, exactly what is executed.
+        held: name in the text → what it must be bound to.
+        consts: the values of ``__vllm_consts__``.
+        module: the plan that the text was rendered from; its entry is the replay function.
+    """
+
+    code: str
+    held: Mapping[str, Held]
+    consts: tuple[object, ...] = field(repr=False)
+    module: ir.Module = field(repr=False)
+
+    def __str__(self) -> str:
+        return self.code

@@ -1,0 +1,1 @@
+"""A graph cut at its splitting operators: a stitching graph and its pieces."""

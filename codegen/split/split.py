@@ -1,0 +1,395 @@
+"""Cut a graph at its splitting operators. In: a GraphModule and the operators to cut at. Out: a stitching graph and its pieces, in order.
+
+The order of nodes is kept exactly, so mutations stay where they were; the cost is linear in nodes. The given graph is not changed.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.fx
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.fx.graph import CodeGen
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from piecework.codegen.graph.origin import node_where, value_of
+from piecework.codegen.graph.structure import attribute_of
+from piecework.codegen.split.piece_sizes import Asserted, PieceSizes
+from piecework.codegen.split.regions import Regions
+from piecework.codegen.split.sizes import decompose_sizes, is_size_read
+from piecework.codegen.split.splitting import SplittingOp, SplittingOps, check_cuts
+from piecework.errors import SplitError
+
+
+@dataclass(frozen=True, slots=True)
+class SplitItem:
+    """One submodule of the stitching graph.
+
+    Attributes:
+        submod_name: its name in ``split_gm``.
+        graph_id: its place in the order of execution.
+        is_splitting_graph: True if it is not compiled: it holds splitting operators, or nothing but views.
+        graph: the submodule.
+    """
+
+    submod_name: str
+    graph_id: int
+    is_splitting_graph: bool
+    graph: torch.fx.GraphModule
+
+
+def split_graph(
+    graph: torch.fx.GraphModule,
+    splitting_ops: Iterable[SplittingOp],
+    *,
+    strict: bool | None = None,
+    required: Iterable[SplittingOp] = (),
+    asserted: Asserted | None = None,
+) -> tuple[torch.fx.GraphModule, list[SplitItem]]:
+    """Cut ``graph`` at each call of a splitting operator.
+
+    Args:
+        graph: a captured graph, one level (submodules of higher-order operators stay whole).
+        splitting_ops: operators as ``"ns::op"`` (every overload), ``"ns::op.overload"``, overloads, packets or functions.
+        strict: what to do about splitting ops that the graph does not call, and about ``required`` ones that would
+            end inside a compiled piece: True raises, False warns, None keeps silent.
+        required: operators that must stay outside of compiled pieces, whether they are in ``splitting_ops`` or not.
+        asserted: which symbols the trace asserted something of, together with those of a piece; the piece takes them too.
+
+    Returns:
+        ``(split_gm, items)``: the stitching graph, whose nodes call ``submod_0``, ``submod_1``, …, and the submodules
+        sorted by ``graph_id``. Compiled pieces return a tuple; a splitting submodule returns its value, or None. A piece
+        takes the sizes that its inputs' shapes are made of before everything else, as far as the graph takes them.
+
+    Raises:
+        SplitError: an operator's name is malformed, ``graph`` is no graph, it uses a value before it defines it, its inputs are a
+            pytree, it enters a state and does not leave it, a cut would go through ``torch.vmap``, or ``strict`` found something.
+
+    Example:
+        >>> split_gm, items = split_graph(gm, ["mylib::attention"])
+        >>> [item.submod_name for item in items if not item.is_splitting_graph]
+        ['submod_0', 'submod_2']
+    """
+    is_splitting = SplittingOps(splitting_ops)
+    if not isinstance(graph, torch.fx.GraphModule):
+        raise SplitError(
+            f"graph must be a torch.fx.GraphModule; got a {type(graph).__qualname__}",
+            hint="capture the model first, with torch.fx.symbolic_trace for one, or use piecework.compile",
+        )
+    if type(graph.graph._codegen) is not CodeGen:
+        raise SplitError(
+            "the graph takes its inputs as a pytree, which a stitching graph would not",
+            where=type(graph.graph._codegen).__name__,
+            hint="flatten it first: gm.graph.set_codegen(torch.fx.graph.CodeGen())",
+        )
+    check_cuts(graph, is_splitting, SplittingOps(required), strict)
+    work = _copy_of(graph.graph)
+    decompose_sizes(work)
+    regions = Regions.of(work)
+    regions.refuse_cuts(filter(is_splitting, work.nodes))
+    partitions = _merge_idle(_assign(work, is_splitting, regions))
+    for number, partition in enumerate(partitions):
+        partition.number = number
+    return _build(work, partitions, regions, graph, asserted)
+
+
+def _copy_of(graph: torch.fx.Graph) -> torch.fx.Graph:
+    copy = torch.fx.Graph()
+    mapping: dict[torch.fx.Node, torch.fx.Node] = {}
+    for node in graph.nodes:
+        mapping[node] = copy.node_copy(node, lambda n: mapping[n])
+    return copy
+
+
+@dataclass(eq=False, slots=True)
+class _Partition:
+    splitting: bool
+    nodes: list[torch.fx.Node] = field(default_factory=list)
+    number: int = -1
+
+
+def _assign(
+    graph: torch.fx.Graph, is_splitting: SplittingOps, regions: Regions
+) -> list[_Partition]:
+    """Give each computing node a partition, in one pass over the nodes."""
+    partitions: list[_Partition] = []
+    home: dict[torch.fx.Node, _Partition] = {}
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output", "get_attr") or node in regions.borders:
+            continue
+        producer = node.args[0] if node.args else None
+        if (
+            node.target is operator.getitem
+            and isinstance(producer, torch.fx.Node)
+            and producer in home
+            and len(node.all_input_nodes) == 1  # an index that is computed may not exist yet there
+            and _returns_sequence(producer)
+        ):
+            partition = home[producer]
+        else:
+            splitting = is_splitting(node)
+            if not partitions or partitions[-1].splitting != splitting:
+                partitions.append(_Partition(splitting))
+            partition = partitions[-1]
+        partition.nodes.append(node)
+        home[node] = partition
+    return partitions
+
+
+def _returns_sequence(node: torch.fx.Node) -> bool:
+    """True if ``node`` yields a tuple or list, so that picking an element is not computation."""
+    value = value_of(node)
+    if value is not None:
+        return isinstance(value, (tuple, list)) and not isinstance(value, torch.Size)
+    schema = getattr(node.target, "_schema", None)
+    if schema is None and isinstance(node.target, OpOverloadPacket):
+        first = node.target.overloads()[0]  # type: ignore[no-untyped-call]
+        schema = getattr(node.target, first)._schema
+    if schema is not None:
+        returns = schema.returns
+        return len(returns) > 1 or (len(returns) == 1 and "List" in str(returns[0].type))
+    return False
+
+
+# --- pieces with nothing to launch ---------------------------------------------------------------
+
+_ALLOCATIONS = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
+
+
+# Views, by the names of methods and functions: of what may be one of them, the recorded values say whether it is.
+_VIEWS = frozenset(
+    [
+        *("alias", "as_strided", "chunk", "contiguous", "detach", "diagonal", "expand"),
+        *("expand_as", "flatten", "movedim", "moveaxis", "narrow", "permute", "reshape"),
+        *("reshape_as", "select", "slice", "split", "split_with_sizes", "squeeze", "swapaxes"),
+        *("swapdims", "t", "tensor_split", "transpose", "unbind", "unflatten", "unsafe_chunk"),
+        *("unsafe_split", "unsqueeze", "view", "view_as", "_reshape_alias", "_unsafe_view"),
+        *("getitem",),
+    ]
+)
+
+
+# Where functions of integers live that do nothing but compute.
+_PURE_MODULES = ("_operator", "math", "builtins", "torch")
+
+
+def _is_idle(node: torch.fx.Node) -> bool:
+    """True if ``node`` launches no kernel and does nothing else: it allocates, views, reads a size, or computes with sizes."""
+    if is_size_read(node) or _is_view(node):
+        return True
+    if node.op == "call_method":
+        return node.target in _ALLOCATIONS
+    if node.op != "call_function":
+        return False
+    target: object = node.target
+    owner = getattr(target, "__module__", None) or "torch"
+    if isinstance(target, (OpOverload, OpOverloadPacket)) or owner.partition(".")[0] == "torch":
+        name = getattr(target, "__name__", "").partition(".")[0]
+        if name in _ALLOCATIONS:
+            return True
+    value = value_of(node)
+    computes = isinstance(value, (int, torch.SymInt, torch.SymBool)) and owner in _PURE_MODULES
+    return computes and not _reads_data(node)
+
+
+def _is_view(node: torch.fx.Node) -> bool:
+    """True if all that ``node`` gives lies in memory of its first argument."""
+    if node.op not in ("call_function", "call_method") or not node.args:
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    source = node.args[0]
+    if name.partition(".")[0] not in _VIEWS or not isinstance(source, torch.fx.Node):
+        return False
+    viewed, given = _memory(value_of(source)), _memory(value_of(node))
+    return viewed is not None and given is not None and given <= viewed
+
+
+def _memory(value: object) -> set[StorageWeakRef] | None:
+    """Where the tensors of ``value`` lie; None if it holds anything else, or nothing."""
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    if not values or not all(isinstance(each, torch.Tensor) for each in values):
+        return None
+    if any(each.layout is not torch.strided for each in values):
+        return None
+    return {StorageWeakRef(each.untyped_storage()) for each in values}  # type: ignore[no-untyped-call]
+
+
+def _reads_data(node: torch.fx.Node) -> bool:
+    return any(isinstance(value_of(source), torch.Tensor) for source in node.all_input_nodes)
+
+
+def _merge_idle(partitions: Sequence[_Partition]) -> list[_Partition]:
+    """Move partitions with nothing to launch into a neighbour (row S5).
+
+    The last piece before takes them if their inputs exist by then. Else a splitting submodule beside them does: it is not
+    compiled, and running there keeps the order. Views are a submodule that is not compiled by themselves, so that they stay
+    views of what they view, and the operators beside them are called as if they were not there.
+    """
+    kept: list[_Partition] = []
+    position: dict[torch.fx.Node, int] = {}  # of the partition that holds a node, in `kept`
+    last_piece = -1
+    waiting: list[torch.fx.Node] = []  # idle nodes before the first partition
+    for partition in partitions:
+        idle = not partition.splitting and all(map(_is_idle, partition.nodes))
+        if idle and len(partitions) > 1 and any(map(_is_view, partition.nodes)):
+            partition.splitting, idle = True, False
+        if not idle:
+            partition.nodes[:0] = waiting
+            waiting = []
+            kept.append(partition)
+            last_piece = last_piece if partition.splitting else len(kept) - 1
+        elif not kept:
+            waiting = partition.nodes
+            continue
+        else:
+            sources = (source for node in partition.nodes for source in node.all_input_nodes)
+            ready = max((position.get(source, -1) for source in sources), default=-1)
+            index = last_piece if last_piece >= max(ready, 0) else len(kept) - 1
+            kept[index].nodes.extend(partition.nodes)
+            position.update(dict.fromkeys(partition.nodes, index))
+            continue
+        position.update(dict.fromkeys(partition.nodes, len(kept) - 1))
+    return kept or [p for p in partitions if p.nodes]
+
+
+# --- building ------------------------------------------------------------------------------------
+
+
+def _build(
+    work: torch.fx.Graph,
+    partitions: Sequence[_Partition],
+    regions: Regions,
+    gm: torch.fx.GraphModule,
+    asserted: Asserted | None,
+) -> tuple[torch.fx.GraphModule, list[SplitItem]]:
+    home = {node: p for p in partitions for node in p.nodes}
+    sizes = PieceSizes(work, {node: p.number for node, p in home.items()}, asserted)
+    reads = {partition: _reads_of(partition, home, sizes) for partition in partitions}
+    outputs = _outputs(partitions, home, reads)
+    stitching = torch.fx.Graph()
+    attributes: dict[str, object] = {}
+    # What each node of `gm` is called in the stitching graph.
+    values: dict[torch.fx.Node, torch.fx.Node] = {}
+    for node in work.find_nodes(op="placeholder"):
+        values[node] = stitching.node_copy(node)
+    items: list[SplitItem] = []
+    for partition in partitions:
+        name = f"submod_{partition.number}"
+        piece = _build_piece(gm, partition, outputs[partition], reads[partition], regions)
+        attributes[name] = piece
+        call = stitching.call_module(name, tuple(values[n] for n in reads[partition].inputs))
+        _unpack_call(stitching, call, partition, outputs[partition], values)
+        items.append(SplitItem(name, partition.number, partition.splitting, piece))
+    output_node = work.output_node()
+    for node in output_node.all_input_nodes:
+        if node.op == "get_attr":
+            values[node] = stitching.node_copy(node)
+            attributes[str(node.target)] = attribute_of(gm, str(node.target))
+    result = stitching.node_copy(output_node, lambda n: values[n])
+    result.meta.update(output_node.meta)
+    split_gm = torch.fx.GraphModule(attributes, stitching, type(gm).__name__)
+    split_gm.meta.update(gm.meta)
+    return split_gm, items
+
+
+def _outputs(
+    partitions: Sequence[_Partition],
+    home: dict[torch.fx.Node, _Partition],
+    reads: dict[_Partition, _Reads],
+) -> dict[_Partition, list[torch.fx.Node]]:
+    """What each partition must return: nodes with a user outside, or that another one takes, in order of execution."""
+    outputs: dict[_Partition, list[torch.fx.Node]] = {}
+    taken = {node for each in reads.values() for node in each.inputs}
+    for partition in partitions:
+        outputs[partition] = [
+            node
+            for node in partition.nodes
+            if node in taken or any(home.get(user) is not partition for user in node.users)
+        ]
+    return outputs
+
+
+@dataclass(frozen=True, slots=True)
+class _Reads:
+    """What a submodule takes, in the order in which it is passed, and the attributes that it reads."""
+
+    inputs: list[torch.fx.Node]
+    attributes: list[torch.fx.Node]
+
+
+def _reads_of(
+    partition: _Partition, home: dict[torch.fx.Node, _Partition], sizes: PieceSizes
+) -> _Reads:
+    """Inputs come in order of first use; a piece takes the sizes that its compiler needs before the rest."""
+    members = set(partition.nodes)
+    inputs: dict[torch.fx.Node, None] = {}
+    attributes: dict[torch.fx.Node, None] = {}
+    for node in partition.nodes:
+        for source in node.all_input_nodes:
+            if source in members:
+                continue
+            if source.op != "get_attr" and source.op != "placeholder" and source not in home:
+                raise SplitError("a node is used before it is defined", where=node_where(source))
+            (attributes if source.op == "get_attr" else inputs)[source] = None
+    leading: list[torch.fx.Node] = []
+    if not partition.splitting:
+        leading = sizes.of(partition.number, inputs.keys(), partition.nodes)
+    return _Reads(list(dict.fromkeys(leading) | inputs), list(attributes))
+
+
+def _build_piece(
+    gm: torch.fx.GraphModule,
+    partition: _Partition,
+    outputs: list[torch.fx.Node],
+    reads: _Reads,
+    regions: Regions,
+) -> torch.fx.GraphModule:
+    """Build one submodule."""
+    graph = torch.fx.Graph()
+    inside: dict[torch.fx.Node, torch.fx.Node] = {}
+    attributes: dict[str, object] = {}
+    for source in reads.inputs:
+        inside[source] = graph.placeholder(source.name)
+        inside[source].meta.update(source.meta)
+    for source in reads.attributes:
+        inside[source] = graph.node_copy(source)
+        attributes[str(source.target)] = attribute_of(gm, str(source.target))
+    writer = regions.writer(graph, splitting=partition.splitting)
+    for node in partition.nodes:
+        writer.move_to(node)
+        inside[node] = graph.node_copy(node, lambda n: inside[n])
+        if node.op == "call_module":
+            attributes[str(node.target)] = attribute_of(gm, str(node.target))
+    writer.close()
+    returned = [inside[node] for node in outputs]
+    if not partition.splitting:
+        graph.output(tuple(returned))
+    elif len(returned) == 1:
+        graph.output(returned[0])
+    else:
+        graph.output(tuple(returned) if returned else None)
+    name = f"submod_{partition.number}"
+    return torch.fx.GraphModule(attributes, graph, name)
+
+
+def _unpack_call(
+    stitching: torch.fx.Graph,
+    call: torch.fx.Node,
+    partition: _Partition,
+    outputs: list[torch.fx.Node],
+    values: dict[torch.fx.Node, torch.fx.Node],
+) -> None:
+    """Bind what ``call`` returns to the nodes that it stands for."""
+    if partition.splitting and len(outputs) == 1:
+        call.meta.update(outputs[0].meta)
+        values[outputs[0]] = call
+        return
+    call.meta["example_value"] = tuple(value_of(node) for node in outputs)
+    for index, node in enumerate(outputs):
+        element = stitching.call_function(operator.getitem, (call, index))
+        element.meta.update(node.meta)
+        element._rename(node.name)
+        values[node] = element

@@ -1,0 +1,146 @@
+"""Which nodes a graph is cut at. In: operators by name, overload, packet or function. Out: for each node, whether it calls one of them.
+
+Nothing is cut here, and no operator is run.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+import torch.fx
+from torch._ops import OpOverload, OpOverloadPacket
+
+from piecework.codegen.graph.origin import node_where
+from piecework.codegen.graph.structure import attribute_of
+from piecework.errors import SplitError
+
+SplittingOp = str | OpOverload | OpOverloadPacket | Callable[..., object]
+
+
+class SplittingOps:
+    """Tells whether a node calls one of the given operators."""
+
+    def __init__(self, ops: Iterable[SplittingOp]) -> None:
+        self._names: set[str] = set()
+        self._targets: list[object] = []
+        self.declared: list[str] = []
+        if isinstance(ops, str):  # whose characters would be taken for operators
+            raise SplitError(
+                f"splitting ops must be a list; got the text {ops!a}", hint=f"pass [{ops!a}]"
+            )
+        for op in ops:
+            op = getattr(op, "splitting_op_name", op)  # the handle of `piecework.splitting_op`
+            if isinstance(op, str):
+                if op.count("::") != 1 or not all(op.split("::")):
+                    raise SplitError(
+                        f"splitting op {op!a} is not of the form 'ns::op' or 'ns::op.overload'",
+                        hint="name it as in torch.ops.ns.op, or pass the operator itself",
+                    )
+                self._names.add(op)
+                self.declared.append(op)
+            elif isinstance(op, OpOverload):
+                self._names.add(f"{op._schema.name}.{op._overloadname}")
+                self.declared.append(f"{op._schema.name}.{op._overloadname}")
+            elif isinstance(op, OpOverloadPacket):
+                self._names.add(op._qualified_op_name)
+                self.declared.append(op._qualified_op_name)
+            elif callable(op):
+                self._targets.append(op)
+                self.declared.append(getattr(op, "__qualname__", repr(op)))
+            else:
+                raise SplitError(f"splitting op {op!r} is neither a name nor an operator")
+
+    def __call__(self, node: torch.fx.Node) -> bool:
+        if node.op != "call_function":
+            return False
+        if self._names and not self._names.isdisjoint(names_of(node)):
+            return True
+        return any(node.target is target for target in self._targets)
+
+    def missing_from(self, graph: torch.fx.Graph) -> list[str]:
+        """Declared operators that no node of ``graph`` calls."""
+        present: set[object] = set()
+        for node in graph.nodes:
+            if node.op == "call_function":
+                present |= names_of(node)
+                present.add(getattr(node.target, "__qualname__", None))
+        return [name for name in self.declared if name not in present]
+
+
+def operator_name(target: object) -> str | None:
+    """``ns::op`` of an operator or a packet of overloads; None for any other callable."""
+    if isinstance(target, OpOverload):
+        return str(target._schema.name)
+    return str(target._qualified_op_name) if isinstance(target, OpOverloadPacket) else None
+
+
+def names_of(node: torch.fx.Node) -> set[str]:
+    """The names under which the operator that ``node`` calls may be declared: ``ns::op`` and ``ns::op.overload``."""
+    target: object = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator) and node.args:
+        target = node.args[0]  # auto_functionalized(op, ...) runs op
+    name = operator_name(target)
+    if name is None:
+        return set()
+    if isinstance(target, OpOverload):
+        return {name, f"{name}.{target._overloadname}"}
+    if isinstance(target, OpOverloadPacket):
+        # FX may call a packet; which overload runs is decided by its arguments.
+        overloads = list(target.overloads())  # type: ignore[no-untyped-call]
+        return {name, f"{name}.{overloads[0]}"} if len(overloads) == 1 else {name}
+    return set()
+
+
+def check_cuts(
+    gm: torch.fx.GraphModule,
+    cut: SplittingOps,
+    required: SplittingOps,
+    strict: bool | None,
+) -> None:
+    """Report operators to cut at that the graph does not call, and required ones that would end inside a compiled piece.
+
+    Args:
+        strict: True raises, False warns, None keeps silent.
+
+    Raises:
+        SplitError: something was found and ``strict`` is True.
+    """
+    if strict is None:
+        return
+    problems = [
+        (f"splitting op {name!a} is not in the graph", "check its spelling, or leave it out")
+        for name in cut.missing_from(gm.graph)
+    ]
+    for node, depth in _calls(gm, 0):
+        if required(node) and not (depth == 0 and cut(node)):
+            inside = "inside the subgraph of a higher-order operator" if depth else "not cut at"
+            problems.append(
+                (
+                    f"{node.target} must stay outside of compiled pieces, but is {inside} ({node_where(node)})",
+                    (
+                        "name it among the splitting ops"
+                        if not depth
+                        else "move it out of the subgraph"
+                    ),
+                )
+            )
+    if problems and strict:
+        raise SplitError("; ".join(text for text, _ in problems), hint=problems[0][1])
+    for text, hint in problems:
+        warnings.warn(f"{text}. Hint: {hint}", stacklevel=4)
+
+
+def _calls(gm: torch.fx.GraphModule, depth: int) -> Iterator[tuple[torch.fx.Node, int]]:
+    """The calls of ``gm`` and of the graphs that it refers to, each with its depth."""
+    for node in gm.graph.nodes:
+        if node.op == "call_function":
+            yield node, depth
+        elif node.op in ("get_attr", "call_module"):
+            try:
+                value = attribute_of(gm, str(node.target))
+            except AttributeError:
+                continue
+            if isinstance(value, torch.fx.GraphModule):
+                yield from _calls(value, depth + 1)

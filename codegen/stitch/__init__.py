@@ -1,0 +1,1 @@
+"""Stitching source: a stitching graph lowered to a plan, written, proved and bound."""

@@ -1,0 +1,118 @@
+"""From text to function. In: emitted source, callables for its submodules and values for its constants. Out: `execution_fn`, ready to call.
+
+The text is executed as it is, under a file name that tracebacks and debuggers can show; nothing is rewritten.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import linecache
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import FunctionType
+
+from piecework.codegen.graph.targets import ENTRY_NAME
+from piecework.codegen.plan.formatting import numbered
+from piecework.errors import BindError, EmitError
+
+
+def compile_execution_fn(
+    code: str,
+    submod_callables: Mapping[str, Callable[..., object]],
+    submod_names: Sequence[str],
+    consts: Sequence[object] | None = None,
+    *,
+    bound: Mapping[str, object] | None = None,
+) -> Callable[..., object]:
+    """Execute ``code`` and return its ``execution_fn`` with submodules bound.
+
+    ``__vllm_submods__`` becomes a keyword default, so that a call costs nothing more; pass it explicitly to run with
+    another list (one per batch range).
+
+    Args:
+        code: what `generate_execution_code` returned, or an edited version of it.
+        submod_callables: submodule name → callable.
+        submod_names: order of ``__vllm_submods__``.
+        consts: values of ``__vllm_consts__``.
+        bound: module-level names to hold ready (weights).
+
+    Raises:
+        BindError: a submodule has no callable, or one is not callable.
+        EmitError: the code is not Python or defines no ``execution_fn``.
+    """
+    missing = [name for name in submod_names if name not in submod_callables]
+    if missing:
+        raise BindError(
+            f"no callable for submodule {missing[0]!a}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
+            hint="pass one callable for each name in submod_names",
+        )
+    submods = [submod_callables[name] for name in submod_names]
+    for name, submod in zip(submod_names, submods, strict=True):
+        if not callable(submod):
+            raise BindError(f"submodule {name!a} is bound to something that can't be called")
+    function = execute_source(code, {"__vllm_consts__": list(consts or ()), **(bound or {})})
+    function.__kwdefaults__ = {**(function.__kwdefaults__ or {}), "__vllm_submods__": submods}
+    return function
+
+
+def filename_of(code: str) -> str:
+    """What tracebacks call emitted source, by its content."""
+    return f"<piecework:{hashlib.sha256(code.encode()).hexdigest()[:16]}>"
+
+
+def execute_source(
+    code: str, namespace: Mapping[str, object], name: str = ENTRY_NAME
+) -> FunctionType:
+    """Execute ``code`` in a fresh module namespace and return its function ``name``."""
+    filename = filename_of(code)
+    try:
+        compiled = compile(code, filename, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:
+        raise EmitError(f"stitching source does not compile: {error}\n{numbered(code)}") from error
+    except (RecursionError, MemoryError) as error:
+        raise EmitError("stitching source is nested too deeply for Python to compile") from error
+    scope: dict[str, object] = {"__name__": "piecework_stitched", **namespace}
+    try:
+        exec(compiled, scope)
+    except ImportError as error:
+        raise BindError(
+            f"stitching source imports a module that is not here: {error}",
+            hint="install or import what the traced model called, by the same name",
+        ) from error
+    except Exception as error:  # only an edited text, whose module level may do anything
+        raise EmitError(
+            f"stitching source fails where it is defined: {type(error).__name__}: {error}"
+        ) from error
+    function = scope.get(name)
+    if not isinstance(function, FunctionType):
+        raise EmitError(f"stitching source defines no function {name}")
+    _show_in_tracebacks(filename, code, function)
+    return function
+
+
+class _Lines(list[str]):
+    """Lines in linecache, and the functions that were made from them: the same text may be bound more than once."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        super().__init__(lines)
+        self.functions: weakref.WeakSet[FunctionType] = weakref.WeakSet()
+
+
+def _show_in_tracebacks(filename: str, code: str, function: FunctionType) -> None:
+    """Register ``code`` with linecache for as long as a function made from it lives."""
+    known = linecache.cache.get(filename)
+    lines = known[2] if known is not None and len(known) == 4 else None
+    if not isinstance(lines, _Lines):
+        lines = _Lines(code.splitlines(keepends=True))
+        linecache.cache[filename] = (len(code), None, lines, filename)
+    lines.functions.add(function)
+    weakref.finalize(function, _forget, filename, lines)
+
+
+def _forget(filename: str, lines: _Lines) -> None:
+    entry = linecache.cache.get(filename)
+    # A dying function may still count in len(); iterating skips it.
+    alive = any(True for _ in lines.functions)
+    if not alive and entry is not None and len(entry) == 4 and entry[2] is lines:
+        del linecache.cache[filename]

@@ -1,0 +1,209 @@
+"""Which submodules become functions of the emitted module. In: `split_gm` and the names that stay outside. Out: an `InlinePlan`.
+
+Submodules with the same body share one function, and literals in which they differ become its parameters; a body of a single
+call is written where it is called. Nothing is lowered here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.fx
+from torch.fx.graph import CodeGen
+
+from piecework.codegen.graph.consts import DICT_TYPES, LIST_TYPES
+from piecework.codegen.graph.origin import node_where
+from piecework.codegen.graph.structure import Hole, attribute_of, structure_of
+from piecework.codegen.plan.literals import is_inline_literal, same_literal
+from piecework.codegen.plan.names import is_identifier
+from piecework.errors import UnsupportedNode
+
+
+@dataclass(frozen=True, slots=True)
+class LiftedLiteral:
+    """A literal that differs between the members of a shared function, so it becomes a parameter."""
+
+    node: int
+    ordinal: int
+    name: str
+
+
+@dataclass(eq=False, slots=True)
+class Inlined:
+    """One function to emit, and the submodules (by dotted path) that it stands for."""
+
+    key: str
+    name: str
+    target: str
+    graph_module: torch.fx.GraphModule
+    direct_call: bool
+    members: list[str] = field(default_factory=list)
+    graph_of: dict[str, torch.fx.GraphModule] = field(default_factory=dict)
+    holes_of: dict[str, tuple[Hole, ...]] = field(default_factory=dict)
+    lifted: tuple[LiftedLiteral, ...] = ()
+    lifted_values: dict[str, tuple[object, ...]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class InlinePlan:
+    """``shared``: the functions to emit, callees first; ``by_target``: what each submodule path became."""
+
+    shared: dict[str, Inlined] = field(default_factory=dict)
+    by_target: dict[str, Inlined] = field(default_factory=dict)
+    graphs: list[torch.fx.GraphModule] = field(default_factory=list)
+    direct_calls: list[torch.fx.Node] = field(default_factory=list)
+
+
+def plan_inlining(split_gm: torch.fx.GraphModule, submods: Collection[str] | None) -> InlinePlan:
+    """Decide for every called GraphModule whether it is shared, written in place, or left to ``__vllm_submods__``."""
+    plan = InlinePlan()
+    groups: dict[str, Inlined] = {}
+    calls: dict[str, list[torch.fx.Node]] = {}
+    for path, gm in list(_inlinable(split_gm, submods, "", calls)):
+        direct = _single_call(gm) if not any(map(_passes_container, calls[path])) else None
+        structure = structure_of(gm, open_literals=direct is None)
+        nested = any(node.op == "call_module" for node in gm.graph.nodes)
+        # A body with submodules of its own refers to them by path, so it is not shared.
+        key = f"{structure.key}:{path}" if nested or direct is not None else structure.key
+        group = groups.get(key)
+        if group is None:
+            group = groups[key] = Inlined(key, path.replace(".", "_"), path, gm, direct is not None)
+            plan.graphs.append(gm)
+        group.members.append(path)
+        group.graph_of[path] = gm
+        group.holes_of[path] = structure.holes
+        plan.by_target[path] = group
+        if direct is not None:
+            plan.direct_calls.append(direct)
+    for key, group in groups.items():
+        if not group.direct_call:
+            _lift(group)
+            plan.shared[key] = group
+    return plan
+
+
+def is_plain(callee: object) -> bool:
+    """True if calling ``callee`` is running its graph: no hooks, no own forward, no unusual signature."""
+    if not isinstance(callee, torch.fx.GraphModule) or "forward" in vars(callee):
+        return False
+    if (
+        callee._forward_hooks
+        or callee._forward_pre_hooks
+        or type(callee.graph._codegen) is not CodeGen
+    ):
+        return False
+    placeholders = callee.graph.find_nodes(op="placeholder")
+    if any(str(node.target).startswith("*") for node in placeholders):
+        return False
+    # A default that is a container is one object for all calls; only the module itself keeps it.
+    return len(callee.graph.find_nodes(op="output")) == 1 and all(
+        is_inline_literal(default) for node in placeholders for default in node.args
+    )
+
+
+def returned_value(graph: torch.fx.Graph) -> object:
+    """What ``graph`` returns: nodes in any nesting; None without an output node."""
+    outputs = graph.find_nodes(op="output")
+    return outputs[0].args[0] if outputs else None
+
+
+def bind_call(
+    node: torch.fx.Node, callee: torch.fx.GraphModule
+) -> list[tuple[torch.fx.Node, object]]:
+    """What each placeholder of a plain ``callee`` stands for when ``node`` calls it, in order of placeholders.
+
+    Raises:
+        UnsupportedNode: the call does not fit the signature.
+    """
+    placeholders = callee.graph.find_nodes(op="placeholder")
+    values = dict(zip(placeholders, node.args, strict=False))
+    named = {str(placeholder.target): placeholder for placeholder in placeholders}
+    fits = len(node.args) <= len(placeholders)
+    for key, value in node.kwargs.items():
+        fits = fits and key in named and named[key] not in values
+        if fits:
+            values[named[key]] = value
+    for placeholder in placeholders:
+        if placeholder not in values and placeholder.args:
+            values[placeholder] = placeholder.args[0]
+    if not fits or len(values) != len(placeholders):
+        raise UnsupportedNode(
+            f"{node.target!a} takes {len(placeholders)} arguments and is called with "
+            f"{len(node.args)} positional ones and {sorted(node.kwargs)!a}",
+            where=node_where(node),
+        )
+    return [(placeholder, values[placeholder]) for placeholder in placeholders]
+
+
+def _passes_container(node: torch.fx.Node) -> bool:
+    """A container that a call builds is one object; written in place of several uses it would be several."""
+    containers = (*LIST_TYPES, *DICT_TYPES, tuple)
+    return any(isinstance(value, containers) for value in (*node.args, *node.kwargs.values()))
+
+
+def _inlinable(
+    gm: torch.fx.GraphModule,
+    submods: Collection[str] | None,
+    prefix: str,
+    calls: dict[str, list[torch.fx.Node]],
+) -> Iterator[tuple[str, torch.fx.GraphModule]]:
+    """Called GraphModules with their dotted paths, callees before callers, each once; fills ``calls``."""
+    for node in gm.graph.nodes:
+        if node.op != "call_module":
+            continue
+        path = f"{prefix}.{node.target}" if prefix else str(node.target)
+        if submods is not None and path in submods:
+            continue
+        try:
+            callee = attribute_of(gm, str(node.target))
+        except AttributeError:
+            continue  # reported with the node when it is lowered
+        if is_plain(callee):
+            calls.setdefault(path, []).append(node)
+            if len(calls[path]) == 1:
+                assert isinstance(callee, torch.fx.GraphModule)
+                yield from _inlinable(callee, submods, path, calls)
+                yield path, callee
+
+
+def _single_call(gm: torch.fx.GraphModule) -> torch.fx.Node | None:
+    """The only call of ``gm`` when its result, or nothing, is what ``gm`` returns."""
+    calls = [n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
+    if len(calls) != 1 or calls[0].op != "call_function":
+        return None
+    returned = returned_value(gm.graph)
+    return calls[0] if returned is None or returned is calls[0] else None
+
+
+def _lift(group: Inlined) -> None:
+    """Find the literals in which members differ and make parameters of them."""
+    columns = list(zip(*(group.holes_of[path] for path in group.members), strict=True))
+    nodes = list(group.graph_module.graph.nodes)
+    lifted: list[LiftedLiteral] = []
+    chosen: list[int] = []
+    for column, holes in enumerate(columns):
+        first = holes[0]
+        if all(same_literal(first.value, hole.value) for hole in holes):
+            continue
+        lifted.append(LiftedLiteral(first.node, first.ordinal, _parameter_name(nodes, first)))
+        chosen.append(column)
+    group.lifted = tuple(lifted)
+    for path in group.members:
+        holes = group.holes_of[path]
+        group.lifted_values[path] = tuple(holes[column].value for column in chosen)
+
+
+def _parameter_name(nodes: list[torch.fx.Node], hole: Hole) -> str:
+    """The argument's name in the operator's schema, if it has one."""
+    if is_identifier(hole.argument):
+        return str(hole.argument)
+    schema = getattr(nodes[hole.node].target, "_schema", None)
+    if (
+        schema is not None
+        and hole.argument.isdigit()
+        and int(hole.argument) < len(schema.arguments)
+    ):
+        return str(schema.arguments[int(hole.argument)].name)
+    return "literal"
