@@ -287,12 +287,10 @@ class UnstitchedModule(StitchedModule):
     """A model in a mode that stitches nothing: it is called like the others, and has no source and no pieces."""
 
     def __init__(self, model: Callable[..., object], config: CompilationConfig) -> None:
-        super().__init__(
-            model
-        )  # its backend stays empty: whatever asks for what was made gets `_not_yet`
+        super().__init__(model)  # its backend stays empty: what asks for it gets `_not_yet`
         self.config = config
         self._marks: list[dict[str, object]] = []
-        self._call = model if config.mode is CompilationMode.NONE else self._compile_and_call
+        self._serve_by(model if config.mode is CompilationMode.NONE else self._compile_and_call)
 
     def prepare(self, *args: object, **kwargs: object) -> None:
         """Mode NONE: nothing to do. STOCK_TORCH_COMPILE: keep the marks on these arguments for torch, which compiles at
@@ -318,10 +316,9 @@ class UnstitchedModule(StitchedModule):
                         vars(leaf).update(marks)
             compiled = _stock(self.model, self.config, tensors)
             result = compiled(*args, **kwargs)
-        oblivious = (
-            kind is DynamicShapesType.BACKED_SIZE_OBLIVIOUS
-        )  # a retrace may come at any call
-        self._call = _in_context(_size_oblivious, compiled) if oblivious else compiled
+        # A retrace may come at any call.
+        oblivious = kind is DynamicShapesType.BACKED_SIZE_OBLIVIOUS
+        self._serve_by(_in_context(_size_oblivious, compiled) if oblivious else compiled)
         compilation_complete()
         return result
 

@@ -134,14 +134,18 @@ class CapturedModel(CapturedGraphs):
         self, memory_budget: int | None, progress: bool | CaptureWatcher, estimate: bool
     ) -> None:
         console = Console(stderr=True)
-        self._settle_padding()
         warmups = self._warmups()
-        if estimate or memory_budget is not None:
-            self._estimate(warmups, required=memory_budget is not None)
-            if progress is True and self.estimate is not None:
-                console.print(self.estimate.table())
-        if memory_budget is not None and self.estimate is not None:
-            self.dropped = fit_budget(self.estimate, self.dispatcher, memory_budget)
+        try:
+            self._settle_padding()
+            if estimate or memory_budget is not None:
+                self._estimate(warmups, required=memory_budget is not None)
+                if progress is True and self.estimate is not None:
+                    console.print(self.estimate.table())
+            if memory_budget is not None and self.estimate is not None:
+                self.dropped = fit_budget(self.estimate, self.dispatcher, memory_budget)
+        except BaseException:
+            self.release()
+            raise
         watcher = CaptureProgress(console) if progress is True else (progress or None)
         recorder = _Recorder(watcher)
         self._counting = True
@@ -216,10 +220,8 @@ class CapturedModel(CapturedGraphs):
             self.estimate = estimate_memory(
                 self._dummy, descs, self.graphs, warmups=warmups, context_for=self._context_for
             )
-        except BaseException as error:
-            skips = not (self._raises or required)
-            if not (skips and isinstance(error, PieceworkError)):
-                self.release()
+        except PieceworkError:
+            if self._raises or required:
                 raise
 
     def _make_ready(self, captured: Sequence[Key]) -> None:
@@ -240,7 +242,7 @@ class CapturedModel(CapturedGraphs):
             for key in waiting:
                 self._give_up(key)
             self._calls.forget()
-            self._entry.serve_with(self)
+            self._entry.capture(self)
 
     def _give_up(self, key: Key) -> None:
         self.graphs.discard(*key)
