@@ -128,7 +128,7 @@ def test_every_size_of_every_kind_equals_the_model(mode: str) -> None:
         for n in range(1, 11):
             args = batch(n)
             torch.testing.assert_close(served(stitched, args, kind), model(*args))
-            found = stitched.static_graphs.dispatcher.ask(n, kind or BatchKind())
+            found = stitched.static_graphs.dispatcher.explain(n, kind or BatchKind())
             assert found.mode is (expected if n <= 8 else NONE)
     modes = {mode for mode, _ in stitched.static_graphs.replays}
     assert modes == {plain, decode} - {NONE}

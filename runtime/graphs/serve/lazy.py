@@ -125,7 +125,6 @@ class CUDAPiecewiseBackend(CUDAGraphWrapper):
         only, graph = Range(size, size), self.graph
         inputs = inputs_for(graph, only, backend.batch_symbol)
         structure = structure_of(graph, describe_input=input_signature)
-        compile_piece = backend.compiler_manager.compile
         return backend.compiler_manager.compile(
             graph, inputs, only, structure=structure, submod_name=self.name
         ).runnable

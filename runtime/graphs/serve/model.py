@@ -383,7 +383,7 @@ class CapturedModel(CapturedGraphs):
         Raises:
             StaticGraphError: that batch runs uncaptured.
         """
-        found = self.dispatcher.ask(size, kind or BatchKind(), strict=False)
+        found = self.dispatcher.explain(size, kind or BatchKind(), strict=False)
         replay = self.replays.get((found.mode, found.descriptor))
         if replay is None:
             raise StaticGraphError(f"size {size} runs uncaptured: {found.reason.value}")
