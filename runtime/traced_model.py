@@ -27,7 +27,6 @@ from piecework.runtime.graphs.plan.batch_reader import FixedBatch, batch_dims, b
 from piecework.runtime.graphs.plan.options import CaptureOptions
 from piecework.runtime.graphs.plan.phase import CaptureWatcher
 from piecework.runtime.graphs.serve.model import CapturedModel
-from piecework.runtime.graphs.serve.partitioned import PartitionedModel
 from piecework.runtime.pieces.backend import Admits, PieceworkBackend
 from piecework.runtime.trace.example_sizes import KeptMarks, SizePolicy
 from piecework.runtime.trace.shape_guards import ShapeGuards
@@ -153,10 +152,8 @@ class TracedModel:
         self.entry.release()
         if self.static is not None:
             self.static.release()  # of a change that was stopped half-way
-        cut_inside = self.program.config.use_inductor_graph_partition
-        kind = PartitionedModel if cut_inside else CapturedModel
         # Kept before it captures, so that a stop leaves what was captured usable.
-        self.static = kind(self.entry, self.program, sizes, options, fixed)
+        self.static = CapturedModel(self.entry, self.program, sizes, options, fixed)
         # In a context of its own: whatever stops it, no forward context stays behind in this thread.
         contextvars.copy_context().run(
             self.static.capture, memory_budget=memory_budget, progress=progress, estimate=estimate

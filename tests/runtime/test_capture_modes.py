@@ -160,7 +160,7 @@ def test_a_full_graph_runs_no_python_of_the_model() -> None:
     model, stitched = captured(mode="FULL")
     expected = model(*(args := batch(3)))
     runs: list[str] = []
-    whole = stitched.static_graphs._whole[0]
+    whole = stitched.static_graphs.captures._whole[0]
     whole.runnable = lambda *args: runs.append("model")
     torch.testing.assert_close(stitched(*args), expected)
     assert runs == []

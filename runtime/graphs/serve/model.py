@@ -17,9 +17,8 @@ from piecework.codegen.replay_plan import ReplaySource
 from piecework.errors import PieceworkError, StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.coverage import CoverageRow, coverage
-from piecework.runtime.batch.descriptor import BatchDescriptor, BatchKind
+from piecework.runtime.batch.descriptor import BatchKind
 from piecework.runtime.batch.dispatcher import Reason
-from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.bind.weights import BoundWeights
 from piecework.runtime.call.entry import Entry
 from piecework.runtime.call.execution import by_path_of
@@ -72,10 +71,11 @@ class _Recorder:
             self.inner.ended()
 
 
-class CapturedModel(CapturedGraphs):
+class CapturedModel:
     """A stitched model with static graphs; stands where its entry calls ``execution_fn``.
 
-    Attributes, besides those of `CapturedGraphs`:
+    Attributes:
+        captures: what is captured; its parts that users read are attributes here too.
         report: what the last capture phase did; None if it was stopped.
         failures: descriptors whose checked replay failed, with the reason.
     """
@@ -88,7 +88,12 @@ class CapturedModel(CapturedGraphs):
         options: CaptureOptions,
         fixed: FixedBatch | None = None,
     ) -> None:
-        super().__init__(entry, program, sizes, options, fixed)
+        self._entry, self._program, self.options = entry, program, options
+        self.captures = captures = CapturedGraphs(entry, program, sizes, options, fixed)
+        self.shape, self.sizes, self.graphs = captures.shape, captures.sizes, captures.graphs
+        self.dispatcher, self.replays = captures.dispatcher, captures.replays
+        self.static_inputs, self.pieces_for = captures.static_inputs, captures.pieces_for
+        self._weights, self._forward = captures.weights, captures.forward
         self.report: CaptureReport | None = None
         self.estimate: MemoryEstimate | None = None
         self.dropped: tuple[Key, ...] = ()
@@ -117,7 +122,7 @@ class CapturedModel(CapturedGraphs):
             self._tell_of_unseen()
             self._capture(memory_budget, progress, estimate)
         finally:
-            self._dry_writes.forget()
+            self.captures.dry_writes.forget()
 
     def _tell_of_unseen(self) -> None:
         """Warn of operators of which nobody can tell what they do to whom."""
@@ -148,14 +153,14 @@ class CapturedModel(CapturedGraphs):
             raise
         watcher = CaptureProgress(console) if progress is True else (progress or None)
         recorder = _Recorder(watcher)
-        self._counting = True
+        self.captures.counting = True
         try:
             self.report = capture_graphs(
-                self._dummy,
+                self.captures.dummy,
                 self.dispatcher.get_capture_descs(),
                 self.graphs,
                 warmups=warmups,
-                context_for=self._context_for,
+                context_for=self.captures.context_for,
                 dispatcher=self.dispatcher,
                 on_failure=self.options.on_failure,
                 raise_interrupt=self.options.raise_interrupt,
@@ -163,7 +168,7 @@ class CapturedModel(CapturedGraphs):
                 affordable=self._affordable(memory_budget),
             )
         finally:
-            self._counting = False
+            self.captures.counting = False
             self._make_ready([(o.mode, o.descriptor) for o in recorder.outcomes if o.captured])
 
     def _settle_padding(self) -> None:
@@ -172,8 +177,8 @@ class CapturedModel(CapturedGraphs):
         if reason is None and self.options.check_padding and not self.shape.by_context:
             groups = [group for _, group in self.dispatcher.get_capture_descs()]
             smallest = min((each for group in groups for each in group), key=lambda d: d.num_tokens)
-            others = self._others(smallest)
-            run = partial(self._run_uncaptured, smallest)
+            others = self.captures.others(smallest)
+            run = partial(self.captures.run_uncaptured, smallest)
             reason = padding_difference(self.shape, self.sizes, others, self.options.pads, run)
             if reason is not None:
                 self.dispatcher.exact = Reason.CHECKED
@@ -182,20 +187,6 @@ class CapturedModel(CapturedGraphs):
             _log.warning(
                 "capture: only batches of a captured size are replayed: %s%s", reason, hint
             )
-
-    def _run_uncaptured(
-        self, like: BatchDescriptor, tensors: Sequence[torch.Tensor], size: int
-    ) -> Sequence[object]:
-        """One forward on tensors of a batch of ``size``; the rest of the batch is ``like`` a captured one."""
-        descriptor = replace(like, num_tokens=size)
-        submods = self._as_called(self._program.submod_lists[self._range_of(size)])
-        flat = self._flat(tensors, descriptor)
-        scope = self._context_for(CUDAGraphMode.NONE, descriptor)
-        with scope, torch.no_grad(), self._without_traces():
-            results = self._forward(*flat, __vllm_submods__=submods)
-            found = results if isinstance(results, (tuple, list)) else (results,)
-            # Copies: a result may lie in memory that is put back.
-            return [each.clone() if isinstance(each, torch.Tensor) else each for each in found]
 
     def _affordable(self, budget: int | None) -> Callable[[Key], bool] | None:
         """Whether a capture still fits the budget, in view of what the captures before it took."""
@@ -218,7 +209,11 @@ class CapturedModel(CapturedGraphs):
         descs = self.dispatcher.get_capture_descs()
         try:
             self.estimate = estimate_memory(
-                self._dummy, descs, self.graphs, warmups=warmups, context_for=self._context_for
+                self.captures.dummy,
+                descs,
+                self.graphs,
+                warmups=warmups,
+                context_for=self.captures.context_for,
             )
         except PieceworkError:
             if self._raises or required:
@@ -231,7 +226,7 @@ class CapturedModel(CapturedGraphs):
             while waiting:
                 key = waiting[0]
                 try:
-                    self._ready[key] = self._step_of(*key)
+                    self._ready[key] = self.captures.step_of(*key)
                 except PieceworkError as error:
                     self.failures[key] = error
                     self._give_up(key)
@@ -311,7 +306,7 @@ class CapturedModel(CapturedGraphs):
             raise self._moved()
         inputs = [flat[each.position] for each in self.shape.staged]
         bring_back = step.bring_back
-        if bring_back is not None and self._inputs_of(step.descriptor).shares_what_is_written(inputs):  # type: ignore[arg-type]
+        if bring_back is not None and self.captures.inputs_of(step.descriptor).shares_what_is_written(inputs):  # type: ignore[arg-type]
             self._calls.shared.calls += 1
             return self._forward(*flat, **submods)
         mine = object()
@@ -381,8 +376,13 @@ class CapturedModel(CapturedGraphs):
             kind: what kind of batch; a plain one by default.
 
         Raises:
-            StaticGraphError: that batch runs uncaptured.
+            StaticGraphError: that batch runs uncaptured, or Inductor's own code calls the replays.
         """
+        if self.captures.partitions is not None:
+            raise StaticGraphError(
+                "there is no replay source: Inductor cut this model, and its code calls the replays",
+                where="use_inductor_graph_partition",
+            )
         found = self.dispatcher.explain(size, kind or BatchKind(), strict=False)
         replay = self.replays.get((found.mode, found.descriptor))
         if replay is None:
