@@ -73,7 +73,6 @@ class TracedModel:
         self.backend = new_backend()
         self.static: CapturedModel | None = None
         self.guards: ShapeGuards | None = None
-        self._traced: tuple[torch.fx.GraphModule, Sequence[GraphInput]] | None = None
         start = time.perf_counter()
         self.backend.compiler_manager.get_ready(pytree.tree_leaves((args, kwargs)))
         captured = capture(model, args, kwargs, self._compile_graph, sizes=sizes)
@@ -82,9 +81,7 @@ class TracedModel:
         self.program = replace(program, phases={"capture": tracing, **program.phases})
         self.entry = Entry(captured, self.program, as_it_is)
         if self.program.config.dynamic_shapes_config.evaluate_guards:
-            assert self._traced is not None
-            self.guards = ShapeGuards(*self._traced)
-        self._traced = None
+            self.guards = ShapeGuards(captured.graph, captured.inputs)
         self.call: Callable[..., object] = (
             self.entry.call if self.guards is None else _guarded(self.guards, self.entry)
         )
@@ -94,7 +91,6 @@ class TracedModel:
     def _compile_graph(self, graph: torch.fx.GraphModule, inputs: Sequence[GraphInput]) -> None:
         if self.backend.used:  # what was made of an earlier trace is not
             self.backend = self._new_backend()
-        self._traced = (graph, inputs)
         placeholders = graph.graph.find_nodes(op="placeholder")
         bound = {
             node.name: source.path

@@ -192,9 +192,7 @@ class CapturedGraphs:
 
     def _written_by(self, name: str) -> frozenset[int]:
         """Which arguments a piece writes to; pieces of one structure whose inputs share memory alike write alike."""
-        backend = self._program.backends[name]
-        piece, structure = backend.graph, backend.structure
-        assert piece is not None and structure is not None
+        piece, structure = self._program.backends[name].compiled_of()
         values = map(value_of, piece.graph.find_nodes(op="placeholder"))
         stores = [torch_compat.storage_id(v) if isinstance(v, torch.Tensor) else -1 for v in values]
         key = (structure.key, tuple(map(stores.index, stores)))
