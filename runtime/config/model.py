@@ -116,6 +116,22 @@ class FrozenModel(BaseModel):
         """
         return cls(**dict(data))
 
+    @classmethod
+    def given(cls, given: object, argument: str, where: str | None = None) -> Self:
+        """What a caller gave for ``argument``: such a model, or a mapping of its fields.
+
+        Raises:
+            ConfigError: it is neither, or does not describe a model.
+        """
+        if isinstance(given, cls):
+            return given
+        if isinstance(given, Mapping):
+            return cls.from_data(given)
+        raise ConfigError(
+            f"{argument} must be a {cls.__name__} or a dict of its fields; got a {type(given).__qualname__}",
+            where=where,
+        )
+
     def replace(self, **changes: Any) -> Self:
         """A copy with ``changes``, validated again as a whole.
 

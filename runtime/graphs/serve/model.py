@@ -32,7 +32,6 @@ from piecework.runtime.graphs.plan.estimate import (
 from piecework.runtime.graphs.plan.options import CaptureOptions
 from piecework.runtime.graphs.plan.padding_check import padding_difference
 from piecework.runtime.graphs.plan.phase import (
-    CaptureOutcome,
     CaptureReport,
     CaptureWatcher,
     FailurePolicy,
@@ -48,27 +47,6 @@ from piecework.runtime.pieces.program import Program
 from piecework.runtime.splitting_op import HOW_TO_DECLARE
 
 _log = logging.getLogger(__name__)
-
-
-class _Recorder:
-    """Keeps outcomes of a capture phase, also of one that is stopped, and passes them on."""
-
-    def __init__(self, inner: CaptureWatcher | None) -> None:
-        self.inner = inner
-        self.outcomes: list[CaptureOutcome] = []
-
-    def started(self, total: int) -> None:
-        if self.inner is not None:
-            self.inner.started(total)
-
-    def finished(self, outcome: CaptureOutcome, held_bytes: int) -> None:
-        self.outcomes.append(outcome)
-        if self.inner is not None:
-            self.inner.finished(outcome, held_bytes)
-
-    def ended(self) -> None:
-        if self.inner is not None:
-            self.inner.ended()
 
 
 class CapturedModel:
@@ -151,8 +129,6 @@ class CapturedModel:
         except BaseException:
             self.release()
             raise
-        watcher = CaptureProgress(console) if progress is True else (progress or None)
-        recorder = _Recorder(watcher)
         self.captures.counting = True
         try:
             self.report = capture_graphs(
@@ -164,12 +140,12 @@ class CapturedModel:
                 dispatcher=self.dispatcher,
                 on_failure=self.options.on_failure,
                 raise_interrupt=self.options.raise_interrupt,
-                watcher=recorder,
+                watcher=CaptureProgress(console) if progress is True else progress or None,
                 affordable=self._affordable(memory_budget),
             )
         finally:
             self.captures.counting = False
-            self._make_ready([(o.mode, o.descriptor) for o in recorder.outcomes if o.captured])
+            self._make_ready(list(self.graphs.bytes_by_descriptor()))
 
     def _settle_padding(self) -> None:
         """Say why nothing is padded, if so; else try it once on random data, and believe what comes out."""
