@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextvars
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 
@@ -23,6 +23,7 @@ from piecework.runtime.analysis.unbacked import admits_unbacked
 from piecework.runtime.call.edited import EditedSource, check_edited
 from piecework.runtime.call.entry import Entry
 from piecework.runtime.call.example_call import example_call
+from piecework.runtime.call.profile_names import named_pieces
 from piecework.runtime.graphs.plan.batch_reader import FixedBatch, batch_dims, batch_shape
 from piecework.runtime.graphs.plan.options import CaptureOptions
 from piecework.runtime.graphs.plan.phase import CaptureWatcher
@@ -110,13 +111,13 @@ class TracedModel:
         """Whether ``error`` says, before anything ran, that something around the call is not as this trace has it."""
         return isinstance(error, InputError) and error.outdated is self.entry
 
-    @contextmanager
-    def named_pieces(self) -> Iterator[None]:
+    def named_pieces(self) -> AbstractContextManager[None]:
         """Show pieces and operators by name in ``torch.profiler`` for the block."""
-        modules = {piece.name: piece.modules for piece in self.program.pieces()}
-        labels = [f"{name} {modules[name]}".strip() for name in self.program.source.submod_names]
-        with self.entry.named_pieces(labels):
-            yield
+        program, source = self.program, self.program.source
+        modules = {piece.name: piece.modules for piece in program.pieces()}
+        labels = [f"{name} {modules[name]}".strip() for name in source.submod_names]
+        operators = {alias.name: alias.name for alias in source.module.aliases}
+        return named_pieces(self.entry.execution_fn, program.submod_lists, labels, operators)
 
     def use_edited(self, code: str) -> EditedSource:
         """Run an edited version of the stitching source from now on."""

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import FunctionType, SimpleNamespace
 
@@ -36,7 +35,6 @@ from piecework.runtime.bind.weights import BoundWeights
 from piecework.runtime.call.edited import EditedSource
 from piecework.runtime.call.execution import Execution, Graphs, by_path_of, is_running
 from piecework.runtime.call.explain import input_error
-from piecework.runtime.call.profile_names import named_pieces
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.tracing import (
     Argument,
@@ -173,14 +171,6 @@ class Entry:
         # Beside weights that the function holds, those that are passed or returned are of the same binding.
         fetch = weights.held if self._plan.binds else weights.fetch
         return serves, weights.unchanged, fetch
-
-    @contextmanager
-    def named_pieces(self, labels: Sequence[str]) -> Iterator[None]:
-        """Run every piece and every operator called directly inside a named profiler range, for the block."""
-        source = self._program.source
-        operators = {alias.name: alias.name for alias in source.module.aliases}
-        with named_pieces(self.execution_fn, self._program.submod_lists, labels, operators):
-            yield
 
     def _bound(self, weights: BoundWeights) -> dict[str, object]:
         """Values of the names that the stitching source holds."""

@@ -93,24 +93,26 @@ CUDAGraphModeField = Annotated[
     WithJsonSchema({"type": "string", "enum": list(CUDAGraphMode.__members__)}),
 ]
 
+Flag = Annotated[bool, KEY]
+
 
 class StitchingConfig(FrozenModel):
     """The levers of the stitched function and its entry; each one off is slower, never different."""
 
-    bind_weights: Annotated[bool, KEY] = Field(
+    bind_weights: Flag = Field(
         True, description="Bind the weights once instead of fetching and passing them per call."
     )
-    direct_splitting_ops: Annotated[bool, KEY] = Field(
+    direct_splitting_ops: Flag = Field(
         True,
         description="Call a splitting op's own implementation, without the dispatcher, where that is equivalent.",
     )
-    direct_artifact_entry: Annotated[bool, KEY] = Field(
+    direct_artifact_entry: Flag = Field(
         True, description="Call a compiled piece's inner entry instead of its public wrapper."
     )
-    check_inputs: Annotated[bool, KEY] = Field(
+    check_inputs: Flag = Field(
         True, description="Check each call's inputs against what the trace assumed of them."
     )
-    emit_del: Annotated[bool, KEY] = Field(
+    emit_del: Flag = Field(
         True,
         description="Write `del` after the last use of a value, so that memory is freed early.",
     )
@@ -125,7 +127,7 @@ class DynamicShapesConfig(FrozenModel):
         "a call first needs them; the others make one trace: `backed`: symbols with a hint, sizes 0 and 1 are not served; "
         "`unbacked`: no hint, so nothing can be specialised; `backed_size_oblivious`: a hint, but sizes 0 and 1 are not special.",
     )
-    evaluate_guards: Annotated[bool, KEY] = Field(
+    evaluate_guards: Flag = Field(
         False, description="Keep Dynamo's shape guards and fail where one would recompile."
     )
 
@@ -133,21 +135,21 @@ class DynamicShapesConfig(FrozenModel):
 class PassConfig(FrozenModel):
     """Which graph passes run on a piece after Inductor's own."""
 
-    eliminate_noops: Annotated[bool, KEY] = Field(
+    eliminate_noops: Flag = Field(
         True,
         description="Remove reshapes, slices and slice_scatters that change nothing, and shorten chains of views.",
     )
-    defunctionalize: Annotated[bool, KEY] = Field(
+    defunctionalize: Flag = Field(
         True, description="Turn auto-functionalised custom ops back into their in-place form."
     )
-    clean_up: Annotated[bool, KEY] = Field(
+    clean_up: Flag = Field(
         True, description="Remove dead nodes and sort the graph after the other passes."
     )
-    fuse_attn_quant: Annotated[bool, KEY] = Field(
+    fuse_attn_quant: Flag = Field(
         False,
         description="A user pass fuses attention with what follows, so attention stays in the graph.",
     )
-    enable_sp: Annotated[bool, KEY] = Field(
+    enable_sp: Flag = Field(
         False,
         description="A user pass cuts the sequence over the tensor-parallel ranks, so captured "
         "sizes are multiples of their number.",

@@ -22,7 +22,6 @@ from piecework.runtime.batch.forward_context import (
     ForwardContext,
     current_forward_context,
     override_forward_context,
-    set_forward_context,
 )
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.call.entry import Entry
@@ -36,7 +35,7 @@ from piecework.runtime.graphs.memory.wrapper import CUDAGraphOptions, CUDAGraphW
 from piecework.runtime.graphs.plan.batch_reader import FixedBatch, batch_shape
 from piecework.runtime.graphs.plan.numbers import require_sizes_only, sizes_of
 from piecework.runtime.graphs.plan.options import CaptureOptions, plan_capture
-from piecework.runtime.graphs.plan.phase import Key
+from piecework.runtime.graphs.plan.phase import Key, plain_context
 from piecework.runtime.graphs.serve.arguments import CapturedInputs
 from piecework.runtime.graphs.serve.calls import Step
 from piecework.runtime.graphs.serve.partitioned import Partitions
@@ -247,10 +246,7 @@ class CapturedGraphs:
             counters.num_cudagraph_captured += 1
 
     def context_for(self, mode: CUDAGraphMode, descriptor: BatchDescriptor):  # type: ignore[no-untyped-def]
-        make = self.options.context_for
-        if make is not None:
-            return make(mode, descriptor)
-        return set_forward_context(cudagraph_runtime_mode=mode, batch_descriptor=descriptor)
+        return (self.options.context_for or plain_context)(mode, descriptor)
 
     def others(self, descriptor: BatchDescriptor) -> dict[str, int]:
         """The sizes beside the batch size that a descriptor was captured for."""
