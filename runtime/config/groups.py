@@ -6,6 +6,7 @@ It never looks at two groups together: conflicts between groups belong to `piece
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
@@ -209,46 +210,34 @@ class RuntimeConfig(FrozenModel):
         """Every query length of a decode batch, ascending."""
         return tuple(sorted({self.uniform_decode_query_len, *self.further_decode_query_lens}))
 
-    def conflicts(self) -> list[Conflict]:
-        found = []
+    def conflicts(self) -> Iterator[Conflict]:
         wider = [n for n in self.further_decode_query_lens if n > self.uniform_decode_query_len]
         if wider:
-            found.append(
-                Conflict(
-                    ("further_decode_query_lens", "uniform_decode_query_len"),
-                    f"{', '.join(map(str, wider))} is more than {self.uniform_decode_query_len}, the widest",
-                )
+            yield Conflict(
+                ("further_decode_query_lens", "uniform_decode_query_len"),
+                f"{', '.join(map(str, wider))} is more than {self.uniform_decode_query_len}, the widest",
             )
         if self.uniform_decode_query_len > self.max_num_batched_tokens:
-            found.append(
-                Conflict(
-                    ("uniform_decode_query_len", "max_num_batched_tokens"),
-                    f"a request of {self.uniform_decode_query_len} tokens does not fit in "
-                    f"{self.max_num_batched_tokens}",
-                )
+            yield Conflict(
+                ("uniform_decode_query_len", "max_num_batched_tokens"),
+                f"a request of {self.uniform_decode_query_len} tokens does not fit in "
+                f"{self.max_num_batched_tokens}",
             )
         if self.rank >= self.world_size:
-            found.append(Conflict(("rank", "world_size"), f"rank {self.rank} of {self.world_size}"))
+            yield Conflict(("rank", "world_size"), f"rank {self.rank} of {self.world_size}")
         if self.dp_rank >= self.data_parallel_size:
-            found.append(
-                Conflict(
-                    ("dp_rank", "data_parallel_size"),
-                    f"replica {self.dp_rank} of {self.data_parallel_size}",
-                )
+            yield Conflict(
+                ("dp_rank", "data_parallel_size"),
+                f"replica {self.dp_rank} of {self.data_parallel_size}",
             )
         if self.world_size % self.tensor_parallel_size:
-            found.append(
-                Conflict(
-                    ("world_size", "tensor_parallel_size"),
-                    f"{self.world_size} ranks are no multiple of {self.tensor_parallel_size}",
-                )
+            yield Conflict(
+                ("world_size", "tensor_parallel_size"),
+                f"{self.world_size} ranks are no multiple of {self.tensor_parallel_size}",
             )
         if self.max_num_seqs > self.max_num_batched_tokens:
-            found.append(
-                Conflict(
-                    ("max_num_seqs", "max_num_batched_tokens"),
-                    f"{self.max_num_seqs} requests of at least one token do not fit in "
-                    f"{self.max_num_batched_tokens} tokens",
-                )
+            yield Conflict(
+                ("max_num_seqs", "max_num_batched_tokens"),
+                f"{self.max_num_seqs} requests of at least one token do not fit in "
+                f"{self.max_num_batched_tokens} tokens",
             )
-        return found

@@ -5,7 +5,7 @@ It knows no field of piecework, and it never reads the environment or a file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, get_args
 
@@ -90,12 +90,12 @@ class FrozenModel(BaseModel):
             hint=f"make a changed copy with .replace({name}=…)",
         )
 
-    def conflicts(self) -> list[Conflict]:
+    def conflicts(self) -> Iterable[Conflict]:
         """Fields that are valid alone and not together; none by default."""
-        return []
+        return ()
 
     def model_post_init(self, context: Any, /) -> None:
-        found = self.conflicts()
+        found = list(self.conflicts())
         if found:
             raise ConflictsFound(found)
 
