@@ -3,10 +3,13 @@
 Capture a model once, cut it at the operators that stay outside, compile the pieces, and read the one function that runs them.
 """
 
+# ruff: noqa: F401  (what is imported for type checkers is what the package hands on)
+
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from piecework.faces import face
 
 if TYPE_CHECKING:
     from piecework.codegen import (
@@ -28,58 +31,5 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "CompilationConfig",
-    "PieceworkError",
-    "RuntimeConfig",
-    "SplitItem",
-    "StitchedModule",
-    "StitchedSource",
-    "check_op",
-    "compile",
-    "compile_execution_fn",
-    "counters",
-    "declare_rows",
-    "generate_execution_code",
-    "ignore_torch_compile",
-    "split_graph",
-    "splitting_op",
-    "support_torch_compile",
-    "verify",
-]
-
-# Names are loaded when they are first used, so that the command line and the cache start without torch.
-_HOME = {
-    "CompilationConfig": "piecework.runtime.config.compilation",
-    "PieceworkError": "piecework.errors",
-    "RuntimeConfig": "piecework.runtime.config.compilation",
-    "SplitItem": "piecework.codegen",
-    "StitchedModule": "piecework.runtime.stitched",
-    "StitchedSource": "piecework.codegen",
-    "check_op": "piecework.codegen",
-    "compile": "piecework.runtime.compile",
-    "compile_execution_fn": "piecework.codegen",
-    "counters": "piecework.runtime.counters",
-    "declare_rows": "piecework.runtime.splitting_op",
-    "generate_execution_code": "piecework.codegen",
-    "ignore_torch_compile": "piecework.runtime.decorators",
-    "split_graph": "piecework.codegen",
-    "splitting_op": "piecework.runtime.splitting_op",
-    "support_torch_compile": "piecework.runtime.decorators",
-    "verify": "piecework.codegen.stitch.source",
-}
 _ROOMS = ("bench", "codegen", "errors", "golden", "integrations", "runtime")
-
-
-def __getattr__(name: str) -> object:
-    if name in _HOME:
-        value = getattr(import_module(_HOME[name]), name)
-        globals()[name] = value
-        return value
-    if name in _ROOMS:
-        return import_module(f"piecework.{name}")
-    raise AttributeError(f"module 'piecework' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_ROOMS})
+__all__, __getattr__, __dir__ = face(__name__, __file__, _ROOMS)

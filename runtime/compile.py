@@ -110,9 +110,10 @@ def compile_with_mode(
     """
     if not callable(model):
         raise ConfigError(f"a model must be callable; got a {type(model).__qualname__}")
-    config = _configuration(config)
-    runtime = _runtime(runtime_config)
+    config = CompilationConfig.given({} if config is None else config, "config")
+    runtime = runtime_config
     if runtime is not None:
+        runtime = RuntimeConfig.given(runtime, "runtime_config")
         config = _within(config, runtime)
         _require_dtype(model, runtime.dtype)
     if config.pass_config.fuse_attn_quant and splitting_ops is None:
@@ -139,30 +140,6 @@ def compile_with_mode(
     if example_args or example_kwargs:
         made.prepare(*example_args, **(example_kwargs or {}))
     return made
-
-
-def _configuration(config: object) -> CompilationConfig:
-    """``config`` itself, its fields from a mapping, or the defaults."""
-    if config is None:
-        return CompilationConfig()
-    if isinstance(config, Mapping):
-        return CompilationConfig(**config)
-    if not isinstance(config, CompilationConfig):
-        raise ConfigError(
-            f"config must be a CompilationConfig or a dict of its fields; got a {type(config).__qualname__}"
-        )
-    return config
-
-
-def _runtime(given: object) -> RuntimeConfig | None:
-    """``given`` itself, or its fields from a mapping."""
-    if isinstance(given, Mapping):
-        return RuntimeConfig.from_data(given)
-    if given is None or isinstance(given, RuntimeConfig):
-        return given
-    raise ConfigError(
-        f"runtime_config must be a RuntimeConfig or a dict of its fields; got a {type(given).__qualname__}"
-    )
 
 
 def _within(config: CompilationConfig, runtime: RuntimeConfig) -> CompilationConfig:
@@ -287,12 +264,10 @@ class UnstitchedModule(StitchedModule):
     """A model in a mode that stitches nothing: it is called like the others, and has no source and no pieces."""
 
     def __init__(self, model: Callable[..., object], config: CompilationConfig) -> None:
-        super().__init__(
-            model
-        )  # its backend stays empty: whatever asks for what was made gets `_not_yet`
+        super().__init__(model)  # its backend stays empty: what asks for it gets `_not_yet`
         self.config = config
         self._marks: list[dict[str, object]] = []
-        self._call = model if config.mode is CompilationMode.NONE else self._compile_and_call
+        self._serve_by(model if config.mode is CompilationMode.NONE else self._compile_and_call)
 
     def prepare(self, *args: object, **kwargs: object) -> None:
         """Mode NONE: nothing to do. STOCK_TORCH_COMPILE: keep the marks on these arguments for torch, which compiles at
@@ -318,10 +293,9 @@ class UnstitchedModule(StitchedModule):
                         vars(leaf).update(marks)
             compiled = _stock(self.model, self.config, tensors)
             result = compiled(*args, **kwargs)
-        oblivious = (
-            kind is DynamicShapesType.BACKED_SIZE_OBLIVIOUS
-        )  # a retrace may come at any call
-        self._call = _in_context(_size_oblivious, compiled) if oblivious else compiled
+        # A retrace may come at any call.
+        oblivious = kind is DynamicShapesType.BACKED_SIZE_OBLIVIOUS
+        self._serve_by(_in_context(_size_oblivious, compiled) if oblivious else compiled)
         compilation_complete()
         return result
 

@@ -22,6 +22,7 @@ from piecework.runtime.call.failures import add_piece_note
 from piecework.runtime.compile import UnstitchedModule, compile_with_mode
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.config.groups import CompilationMode, DynamicShapesType, RuntimeConfig
+from piecework.runtime.config.model import FrozenModel
 from piecework.runtime.model_tag import (
     ModelTag,
     compilation_complete,
@@ -37,12 +38,14 @@ from piecework.runtime.trace.example_sizes import DeclaredDimensions
 _log = logging.getLogger(__name__)
 
 ModuleClass = TypeVar("ModuleClass", bound=type[torch.nn.Module])
+Settings = TypeVar("Settings", bound=FrozenModel)
 EnableIf = Callable[[CompilationConfig], bool]
 
 _SUPPORT = "_piecework_support"  # on classes
 _STATE = "_piecework_state"  # on instances
 _CONFIG = "compilation_config"
 _RUNTIME = "runtime_config"
+_SETTINGS: dict[str, type[FrozenModel]] = {_CONFIG: CompilationConfig, _RUNTIME: RuntimeConfig}
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,16 +167,16 @@ def _require_module_class(cls: object, decorator: str) -> None:
 def _take_config_keyword(kind: type[torch.nn.Module]) -> None:
     """Make ``kind(…, compilation_config=…, runtime_config=…)`` set the attributes, and reach an ``__init__`` that asks for them."""
     original = kind.__init__
-    passed_on = {name: _wants(kind, name) for name in (_CONFIG, _RUNTIME)}
+    passed_on = {name: _wants(kind, name) for name in _SETTINGS}
 
     @functools.wraps(original)
     def __init__(self: torch.nn.Module, *args: object, **kwargs: object) -> None:
-        for name, read in ((_CONFIG, _as_config), (_RUNTIME, _as_runtime)):
+        for name, model in _SETTINGS.items():
             if name not in kwargs:
                 continue
             given = kwargs[name] if passed_on[name] else kwargs.pop(name)
             if given is not None:
-                vars(self)[name] = read(given, type(self))
+                vars(self)[name] = model.given(given, name, type(self).__qualname__)
         vars(self).setdefault(_STATE, _State(current_model_tag() if model_tag_is_set() else None))
         original(self, *args, **kwargs)
 
@@ -192,30 +195,6 @@ def _wants(kind: type[torch.nn.Module], name: str) -> bool:
         if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
             return False
     return False
-
-
-def _as_runtime(given: object, kind: type) -> RuntimeConfig:
-    if isinstance(given, RuntimeConfig):
-        return given
-    if isinstance(given, Mapping):
-        return RuntimeConfig.from_data(given)
-    raise ConfigError(
-        f"runtime_config must be a RuntimeConfig or a mapping; got a {type(given).__qualname__}",
-        where=kind.__qualname__,
-        hint="pass piecework.runtime.config.compilation.RuntimeConfig(...)",
-    )
-
-
-def _as_config(given: object, kind: type) -> CompilationConfig:
-    if isinstance(given, CompilationConfig):
-        return given
-    if isinstance(given, Mapping):
-        return CompilationConfig.from_data(given)
-    raise ConfigError(
-        f"compilation_config must be a CompilationConfig or a mapping; got a {type(given).__qualname__}",
-        where=kind.__qualname__,
-        hint="pass piecework.CompilationConfig(...)",
-    )
 
 
 # --- calls -----------------------------------------------------------------------------------------
@@ -360,7 +339,7 @@ def _compiled(
         owner=type(model),
     )
     arguments = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    shapes, runtime = config.dynamic_shapes_config.type, _runtime_of(model)
+    shapes, runtime = config.dynamic_shapes_config.type, _given(model, _RUNTIME, RuntimeConfig)
     stitches = config.mode is not CompilationMode.STOCK_TORCH_COMPILE
     with ExitStack() as stack:
         if tag is not None and not model_tag_is_set():
@@ -383,13 +362,13 @@ def _compiled(
 
 
 def _config_of(model: torch.nn.Module) -> CompilationConfig:
-    found = getattr(model, _CONFIG, None)
-    return CompilationConfig() if found is None else _as_config(found, type(model))
+    return _given(model, _CONFIG, CompilationConfig) or CompilationConfig()
 
 
-def _runtime_of(model: torch.nn.Module) -> RuntimeConfig | None:
-    found = getattr(model, _RUNTIME, None)
-    return None if found is None else _as_runtime(found, type(model))
+def _given(model: torch.nn.Module, name: str, kind: type[Settings]) -> Settings | None:
+    """The settings of this name that the instance or its class has."""
+    found = getattr(model, name, None)
+    return None if found is None else kind.given(found, name, type(model).__qualname__)
 
 
 def _support_of(kind: type[torch.nn.Module]) -> Support:

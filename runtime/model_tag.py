@@ -64,11 +64,8 @@ def set_model_tag(tag: str, is_encoder: bool = False) -> Iterator[ModelTag]:
             hint="use up to 100 letters, digits, '_', '.' and '-', a letter, a digit or '_' first",
         )
     made = ModelTag(tag, is_encoder)
-    token = _TAG.set(made)
-    try:
+    with use_model_tag(made):
         yield made
-    finally:
-        _TAG.reset(token)
 
 
 def current_model_tag() -> ModelTag:

@@ -40,9 +40,7 @@ class SplittingOp(Generic[P, R]):
         self._library.impl(short, function, "CompositeExplicitAutograd")
         self.overload = getattr(getattr(torch.ops, namespace), short).default
         self._by_device: dict[str, Callable[P, R]] = {}
-        self.has_fake = not self.overload._schema.returns
         self.register_fake(self._no_fake if self.overload._schema.returns else _returns_nothing)
-        self.has_fake = not self.overload._schema.returns
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.overload(*args, **kwargs)
@@ -62,7 +60,6 @@ class SplittingOp(Generic[P, R]):
         torch.library.register_fake(
             self.splitting_op_name, fake, lib=self._library, allow_override=True
         )
-        self.has_fake = True
         return fake
 
     def register_kernel(self, device_type: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -94,7 +94,7 @@ class StitchedModule:
         self._hopeless: set[object] = set()
         self._tracing = threading.RLock()
         self._changes = Changes()
-        self._call: Callable[..., object] = self._prepare_and_call
+        self._serve_by(self._prepare_and_call)
         self._example: tuple[tuple[object, ...], dict[str, object]] | None = None
         self._said: str | None = None
 
@@ -149,7 +149,7 @@ class StitchedModule:
                         return self.as_it_is(*args, **kwargs)
                     refusals[each] = error
                 else:
-                    self._call = each.call
+                    self._serve_by(each.call)
                     return result
             # What no trace could serve, such as a replaced weight, goes before sizes, which each of them has its own of.
             others = (error for error in refusals.values() if error.places is None)
@@ -169,6 +169,10 @@ class StitchedModule:
             "a stitched module can't be copied or pickled: it holds compiled code and the weights of its model",
             hint="copy or pickle the model, and compile it again: what was compiled once comes from the cache",
         )
+
+    def _serve_by(self, call: Callable[..., object]) -> None:
+        """Let calls run ``call`` from now on; what a trace serves them by is its `Entry`'s business."""
+        self._call = call
 
     def _prepare_and_call(self, *args: object, **kwargs: object) -> object:
         if self._switched_off():
@@ -218,7 +222,7 @@ class StitchedModule:
             if self.config.dynamic_shapes_config.type is DynamicShapesType.AUTO:
                 self._sizes = self._declared or _policy_of(args, kwargs)
             self._trace(args, kwargs)
-        self._call = self._traces[0].call
+        self._serve_by(self._traces[0].call)
 
     def _trace(self, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
         with self._around():
@@ -285,9 +289,9 @@ class StitchedModule:
         """
         self._require_traced("binding")
         with self._changes.one("rebind()"), self._tracing:
-            ready = [each.rebound() for each in self._traces]  # all of them, or none
+            ready = [each.entry.rebound() for each in self._traces]  # all of them, or none
             for each, execution in zip(self._traces, ready, strict=True):
-                each.serve(execution)
+                each.entry.publish(execution)
 
     def accept_settings(self) -> None:
         """Stop refusing calls over attributes that are not as they were while the model was traced.
@@ -318,7 +322,7 @@ class StitchedModule:
         first, *_ = self._require_traced("source to edit")
         with self._changes.one("use_edited()"):
             edited = first.use_edited(code)
-            self._call = first.call
+            self._serve_by(first.call)
         return edited
 
     def capture(
@@ -367,7 +371,7 @@ class StitchedModule:
         with self._changes.one("capture()"):
             single = self._trace_of_one(wanted, wish)
             if single is not None:
-                single.capture_graphs(
+                captured = single.capture_graphs(
                     [1],
                     wish,
                     memory_budget=memory_budget,
@@ -376,7 +380,7 @@ class StitchedModule:
                     fixed=first.batch_of_one(),
                 )
                 wanted = None if wanted is None else [size for size in wanted if size != 1]
-                memory_budget = memory_budget and memory_budget - single.static_graphs.graphs.nbytes
+                memory_budget = memory_budget and memory_budget - captured.graphs.nbytes
             if wanted != []:
                 first.capture_graphs(
                     wanted,

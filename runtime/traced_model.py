@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextvars
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 
@@ -17,18 +17,17 @@ import torch.fx
 from torch.utils import _pytree as pytree
 
 from piecework.codegen.graph.origin import value_of
-from piecework.errors import BindError, InputError, StaticGraphError
+from piecework.errors import InputError, StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.unbacked import admits_unbacked
 from piecework.runtime.call.edited import EditedSource, check_edited
 from piecework.runtime.call.entry import Entry
 from piecework.runtime.call.example_call import example_call
-from piecework.runtime.call.execution import Execution
+from piecework.runtime.call.profile_names import named_pieces
 from piecework.runtime.graphs.plan.batch_reader import FixedBatch, batch_dims, batch_shape
 from piecework.runtime.graphs.plan.options import CaptureOptions
 from piecework.runtime.graphs.plan.phase import CaptureWatcher
 from piecework.runtime.graphs.serve.model import CapturedModel
-from piecework.runtime.graphs.serve.partitioned import PartitionedModel
 from piecework.runtime.pieces.backend import Admits, PieceworkBackend
 from piecework.runtime.trace.example_sizes import KeptMarks, SizePolicy
 from piecework.runtime.trace.shape_guards import ShapeGuards
@@ -75,8 +74,6 @@ class TracedModel:
         self.backend = new_backend()
         self.static: CapturedModel | None = None
         self.guards: ShapeGuards | None = None
-        self._edited: EditedSource | None = None
-        self._traced: tuple[torch.fx.GraphModule, Sequence[GraphInput]] | None = None
         start = time.perf_counter()
         self.backend.compiler_manager.get_ready(pytree.tree_leaves((args, kwargs)))
         captured = capture(model, args, kwargs, self._compile_graph, sizes=sizes)
@@ -85,9 +82,7 @@ class TracedModel:
         self.program = replace(program, phases={"capture": tracing, **program.phases})
         self.entry = Entry(captured, self.program, as_it_is)
         if self.program.config.dynamic_shapes_config.evaluate_guards:
-            assert self._traced is not None
-            self.guards = ShapeGuards(*self._traced)
-        self._traced = None
+            self.guards = ShapeGuards(captured.graph, captured.inputs)
         self.call: Callable[..., object] = (
             self.entry.call if self.guards is None else _guarded(self.guards, self.entry)
         )
@@ -97,7 +92,6 @@ class TracedModel:
     def _compile_graph(self, graph: torch.fx.GraphModule, inputs: Sequence[GraphInput]) -> None:
         if self.backend.used:  # what was made of an earlier trace is not
             self.backend = self._new_backend()
-        self._traced = (graph, inputs)
         placeholders = graph.graph.find_nodes(op="placeholder")
         bound = {
             node.name: source.path
@@ -117,34 +111,19 @@ class TracedModel:
         """Whether ``error`` says, before anything ran, that something around the call is not as this trace has it."""
         return isinstance(error, InputError) and error.outdated is self.entry
 
-    def rebound(self) -> Execution:
-        """What calls will use once they have the weights that the model has now; nothing has changed before `serve`."""
-        return self.entry.rebound(lambda now: self.static is None or self.static.still_reads(now))
-
-    def serve(self, execution: Execution) -> None:
-        """Serve calls by ``execution`` from now on; those that run keep theirs."""
-        self.entry.publish(execution)
-        self._retire()
-
-    def _retire(self) -> None:
-        """Give static graphs that calls no longer come to up, once the last one has left them."""
-        if self.static is not None and self.entry.serves is not self.static:
-            self.static.release()
-
-    @contextmanager
-    def named_pieces(self) -> Iterator[None]:
+    def named_pieces(self) -> AbstractContextManager[None]:
         """Show pieces and operators by name in ``torch.profiler`` for the block."""
-        modules = {piece.name: piece.modules for piece in self.program.pieces()}
-        labels = [f"{name} {modules[name]}".strip() for name in self.program.source.submod_names]
-        with self.entry.named_pieces(labels):
-            yield
+        program, source = self.program, self.program.source
+        modules = {piece.name: piece.modules for piece in program.pieces()}
+        labels = [f"{name} {modules[name]}".strip() for name in source.submod_names]
+        operators = {alias.name: alias.name for alias in source.module.aliases}
+        return named_pieces(self.entry.execution_fn, program.submod_lists, labels, operators)
 
     def use_edited(self, code: str) -> EditedSource:
         """Run an edited version of the stitching source from now on."""
-        self._edited = check_edited(self.program.source, self.program.split_gm, code)
-        self.entry.use_source(code)
-        self._retire()
-        return self._edited
+        edited = check_edited(self.program.source, self.program.split_gm, code)
+        self.entry.edit(edited)
+        return edited
 
     def capture_graphs(
         self,
@@ -155,27 +134,28 @@ class TracedModel:
         progress: bool | CaptureWatcher,
         estimate: bool,
         fixed: FixedBatch | None = None,
-    ) -> None:
+    ) -> CapturedModel:
         """Capture static graphs, in place of those that there are; see `StitchedModule.capture`.
 
         Args:
             fixed: the batch size, where the trace has it as a number.
         """
-        if self._edited is not None and self._edited.difference is not None:
+        edited = self.entry.edited
+        if edited is not None and edited.difference is not None:
             raise StaticGraphError(
-                f"the edited source means something else than the graph, which replays follow: {self._edited.difference}",
+                f"the edited source means something else than the graph, which replays follow: {edited.difference}",
                 hint="use_edited(stitched.source.code) goes back to the generated source",
             )
-        self.entry.serve_with(self.entry.execution_fn)
-        self._retire()
-        cut_inside = self.program.config.use_inductor_graph_partition
-        kind = PartitionedModel if cut_inside else CapturedModel
+        self.entry.release()
+        if self.static is not None:
+            self.static.release()  # of a change that was stopped half-way
         # Kept before it captures, so that a stop leaves what was captured usable.
-        self.static = kind(self.entry, self.program, sizes, options, fixed)
+        self.static = CapturedModel(self.entry, self.program, sizes, options, fixed)
         # In a context of its own: whatever stops it, no forward context stays behind in this thread.
         contextvars.copy_context().run(
             self.static.capture, memory_budget=memory_budget, progress=progress, estimate=estimate
         )
+        return self.static
 
     def call_of_one(self, options: CaptureOptions) -> Call | None:
         """A call with a batch of one, which this trace does not serve; None if it does, or has no batch at all."""
@@ -199,12 +179,6 @@ class TracedModel:
     def batch_of_one(self) -> FixedBatch:
         """Where a trace of a single row has its batch, as this one has a larger one."""
         return FixedBatch(1, batch_dims(self.entry.captured, self.program))
-
-    @property
-    def static_graphs(self) -> CapturedModel:
-        if self.static is None:
-            raise BindError("nothing is captured", hint="call capture(sizes) first")
-        return self.static
 
 
 def _admission(inputs: Sequence[object], rows_in_one: bool) -> Admits | None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from rich.table import Table
 
 from piecework.errors import StaticGraphError
-from piecework.runtime.batch.descriptor import BatchDescriptor
-from piecework.runtime.batch.dispatcher import CudagraphDispatcher, Dispatch, Reason
+from piecework.runtime.batch.descriptor import Axes, BatchDescriptor, BatchKind
+from piecework.runtime.batch.dispatcher import CudagraphDispatcher, Reason
 from piecework.runtime.batch.mode import CUDAGraphMode
 
 
@@ -76,8 +76,11 @@ def coverage(dispatcher: CudagraphDispatcher, max_num_batched_tokens: int) -> li
     rows: list[CoverageRow] = []
     separate = dispatcher.cudagraph_mode.separate_routine()
     decodes = (0, *dispatcher.decode_sizes) if separate else (0,)
-    for step, lora, axes in itertools.product(decodes, _lora_asks(dispatcher), _axes(dispatcher)):
-        largest = min(max_num_batched_tokens, dispatcher.max_num_seqs * step)
+    cases = dispatcher.cases
+    # Every distinct question about adapters: none, and each captured number.
+    loras = [(False, 0), *(key for key in cases.lora.captured() if key[0])]
+    for step, lora, axes in itertools.product(decodes, loras, cases.every_axes()):
+        largest = min(max_num_batched_tokens, cases.max_num_seqs * step)
         sizes = range(step, largest + 1, step) if step else range(1, max_num_batched_tokens + 1)
         rows += _merged(_row(dispatcher, size, step, lora, axes) for size in sizes)
     return rows
@@ -130,29 +133,16 @@ def coverage_json(rows: Sequence[CoverageRow]) -> list[Mapping[str, object]]:
     ]
 
 
-def _lora_asks(dispatcher: CudagraphDispatcher) -> list[tuple[bool, int]]:
-    """Every distinct question about adapters: none, and each captured number."""
-    captured = [key for key in dispatcher.lora.captured() if key[0]]
-    return [(False, 0), *captured]
-
-
-def _axes(dispatcher: CudagraphDispatcher) -> list[dict[str, Hashable]]:
-    names = sorted(dispatcher.axes)
-    values = itertools.product(*(dispatcher.axes[name] for name in names))
-    return [dict(zip(names, each, strict=True)) for each in values]
-
-
 def _row(
     dispatcher: CudagraphDispatcher,
     size: int,
     query_len: int,
     lora: tuple[bool, int],
-    axes: Mapping[str, Hashable],
+    axes: Axes,
 ) -> CoverageRow:
     decode = query_len > 0
-    found: Dispatch = dispatcher.explain(
-        size, decode, *lora, axes=axes, strict=False, query_len=query_len or None
-    )
+    kind = BatchKind(decode, *lora, axes, query_len=query_len or None)
+    found = dispatcher.explain(size, kind, strict=False)
     captured = found.mode is not CUDAGraphMode.NONE
     return CoverageRow(
         first=size,
@@ -160,7 +150,7 @@ def _row(
         decode=decode,
         has_lora=lora[0],
         num_active_loras=lora[1],
-        axes=tuple(sorted(axes.items())),
+        axes=axes,
         mode=found.mode,
         descriptor=found.descriptor if captured else None,
         padding=found.padding,

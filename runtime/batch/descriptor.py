@@ -5,7 +5,7 @@ It never pads or rounds: the dispatcher chooses which descriptor a batch runs as
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
 
 from piecework.runtime.batch.mode import CUDAGraphMode
@@ -71,3 +71,25 @@ class BatchKind:
     axes: Axes = ()
     invalid_modes: frozenset[CUDAGraphMode] = frozenset()
     query_len: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        uniform_decode: bool = False,
+        has_lora: bool = False,
+        num_active_loras: int = 0,
+        *,
+        valid_modes: Collection[CUDAGraphMode] | None = None,
+        invalid_modes: Collection[CUDAGraphMode] | None = None,
+        axes: Mapping[str, Hashable] | None = None,
+        query_len: int | None = None,
+    ) -> BatchKind:
+        """The kind with these parts, ``valid_modes`` being all that it may run in."""
+        left_out = set(() if valid_modes is None else CUDAGraphMode).difference(valid_modes or ())
+        invalid = frozenset(left_out.union(invalid_modes or ()))
+        extra = tuple((axes or {}).items())
+        return cls(uniform_decode, has_lora, num_active_loras, extra, invalid, query_len)
+
+
+PLAIN = BatchKind()
+"""A batch of which nothing is known but its size."""

@@ -10,15 +10,18 @@ from bisect import bisect_left
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from piecework.errors import InputError, StaticGraphError
-from piecework.runtime.batch.descriptor import Axes, BatchDescriptor, BatchKind
+from piecework.errors import ConfigError, InputError, StaticGraphError
+from piecework.runtime.batch.descriptor import PLAIN, Axes, BatchDescriptor, BatchKind
 from piecework.runtime.batch.keys import (
     CAPTURING,
-    CapturedKeys,
+    CapturedCases,
     LoraCases,
+    capture_order,
+    has_decode_graphs,
     uniform_descriptor,
 )
 from piecework.runtime.batch.mode import CUDAGraphMode
+from piecework.runtime.batch.sizes import decode_sizes, padded_sizes, require_positive_sizes
 
 
 class Reason(enum.Enum):
@@ -69,19 +72,24 @@ class Dispatch:
     is_fallback: bool = False
 
 
-class CudagraphDispatcher(CapturedKeys):
+class CudagraphDispatcher:
     """The captured shapes of one model, and which of them a batch runs as.
 
     Args:
         mode: what decode and mixed batches use.
         capture_sizes: sizes in tokens.
         max_num_seqs: most requests in a batch; decode graphs never exceed it.
-        uniform_decode_query_len: tokens of each request in a decode batch; several where drafts differ in width.
+        uniform_decode_query_len: tokens of each request in a decode batch; several where drafts differ in width, and the
+            widest is meant where a batch does not say which.
         decode_multiple_of: ranks that the tokens of a decode batch are cut over.
         lora: which cases are captured for adapters.
         axes: further axes of the descriptor, each with the values to capture; the first is the default.
         strict: a fall-back to NONE that nobody asked for is an error.
         exact: why nothing is padded, if so: a batch then runs captured only in its own size.
+
+    Attributes:
+        cudagraph_keys: what is captured, by mode.
+        decode_sizes: query length of a decode batch → the sizes that such batches are captured in.
 
     Example:
         >>> d = CudagraphDispatcher(CUDAGraphMode.PIECEWISE, [1, 8], max_num_seqs=8)
@@ -103,26 +111,50 @@ class CudagraphDispatcher(CapturedKeys):
         strict: bool = False,
         exact: Reason | None = None,
     ) -> None:
-        self.strict = strict
-        self.exact = exact
-        super().__init__(
-            mode,
-            capture_sizes,
-            max_num_seqs=max_num_seqs,
-            uniform_decode_query_len=uniform_decode_query_len,
-            decode_multiple_of=decode_multiple_of,
-            lora=lora,
-            axes=axes,
-        )
+        self.capture_sizes = require_positive_sizes(capture_sizes)
+        self.bs_to_padded_graph_size = padded_sizes(self.capture_sizes)
+        values = {name: tuple(each) for name, each in (axes or {}).items()}
+        self.cases = CapturedCases(max_num_seqs, lora or LoraCases(), values)
+        self.strict, self.exact = strict, exact
+        self._decode_multiple_of = decode_multiple_of
+        self.initialize_cudagraph_keys(mode, uniform_decode_query_len)
 
     def initialize_cudagraph_keys(
         self, cudagraph_mode: CUDAGraphMode, uniform_decode_query_len: int | Sequence[int] = 1
     ) -> None:
+        """Start over with another mode, for an attention backend that can't do what was configured."""
+        lens = uniform_decode_query_len
+        lens = [lens] if isinstance(lens, int) else list(lens)
+        if not lens or min(lens) < 1:
+            raise ConfigError(
+                f"a decode batch has {', '.join(map(str, lens)) or 'no'} tokens a request",
+                where="uniform_decode_query_len",
+            )
+        self.cudagraph_mode = cudagraph_mode
+        self.uniform_decode_query_len = max(lens)
+        self.decode_sizes = {
+            query_len: decode_sizes(
+                self.capture_sizes,
+                query_len,
+                max_num_seqs=self.cases.max_num_seqs,
+                multiple_of=self._decode_multiple_of,
+            )
+            for query_len in sorted(set(lens))
+        }
+        self.cudagraph_keys = self.cases.keys(cudagraph_mode, self.capture_sizes, self.decode_sizes)
         self._known: dict[tuple[int | bool, ...], tuple[CUDAGraphMode, BatchDescriptor]] = {}
-        super().initialize_cudagraph_keys(cudagraph_mode, uniform_decode_query_len)
+
+    def get_capture_descs(self) -> list[tuple[CUDAGraphMode, list[BatchDescriptor]]]:
+        """What to capture, PIECEWISE before FULL, largest first."""
+        return [
+            (mode, sorted(keys, key=capture_order))
+            for mode, keys in self.cudagraph_keys.items()
+            if keys
+        ]
 
     def give_up(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
-        super().give_up(mode, descriptor)
+        """Never dispatch to this key again: its capture failed, was interrupted or does not fit in memory."""
+        self.cudagraph_keys[mode].discard(descriptor)
         self._known.clear()
 
     def dispatch(
@@ -137,16 +169,15 @@ class CudagraphDispatcher(CapturedKeys):
         axes: Mapping[str, Hashable] | None = None,
         query_len: int | None = None,
     ) -> tuple[CUDAGraphMode, BatchDescriptor]:
-        """The mode and descriptor that a batch runs as; see ``explain`` for arguments and errors.
+        """The mode and descriptor that a batch runs as: `explain` for the `BatchKind` of these parts.
 
         Plain questions are answered from memory, so that a serving step pays for one look-up.
         """
-        plain = valid_modes is None and invalid_modes is None and axes is None and query_len is None
+        plain = valid_modes is invalid_modes is axes is query_len is None
         question = (num_tokens, uniform_decode, has_lora, num_active_loras)
         if plain and question in self._known:
             return self._known[question]
-        found = self.explain(
-            num_tokens,
+        kind = BatchKind.of(
             uniform_decode,
             has_lora,
             num_active_loras,
@@ -155,36 +186,21 @@ class CudagraphDispatcher(CapturedKeys):
             axes=axes,
             query_len=query_len,
         )
+        found = self.explain(num_tokens, kind)
         answer = (found.mode, found.descriptor)
         if plain:
             self._known[question] = answer
         return answer
 
     def explain(
-        self,
-        num_tokens: int,
-        uniform_decode: bool = False,
-        has_lora: bool = False,
-        num_active_loras: int = 0,
-        *,
-        valid_modes: Collection[CUDAGraphMode] | None = None,
-        invalid_modes: Collection[CUDAGraphMode] | None = None,
-        axes: Mapping[str, Hashable] | None = None,
-        strict: bool | None = None,
-        query_len: int | None = None,
+        self, num_tokens: int, kind: BatchKind = PLAIN, *, strict: bool | None = None
     ) -> Dispatch:
         """How a batch runs: FULL on an exact key, else a relaxed key (FULL, then PIECEWISE), else NONE.
 
         Args:
             num_tokens: tokens of the batch, unpadded.
-            uniform_decode: every request has ``query_len`` tokens.
-            has_lora: adapters are active.
-            num_active_loras: how many.
-            valid_modes: the modes to choose from; None is all.
-            invalid_modes: modes to leave out.
-            axes: values of the declared extra axes.
+            kind: what else is known of it.
             strict: overrides the dispatcher's own.
-            query_len: tokens of each request of a uniform batch; ``uniform_decode_query_len`` by default.
 
         Raises:
             InputError: no tokens, an undeclared axis, or NONE is left out and nothing else fits.
@@ -192,14 +208,15 @@ class CudagraphDispatcher(CapturedKeys):
         """
         if num_tokens < 1:
             raise InputError(f"a batch has {num_tokens} tokens", where="dispatch")
-        allowed = _allowed(valid_modes, invalid_modes)
-        extra = self._extra(axes)
-        query_len = query_len or self.uniform_decode_query_len
+        allowed = frozenset((CUDAGraphMode.NONE, *CAPTURING)) - kind.invalid_modes
+        extra = self._extra(dict(kind.axes))
+        query_len = kind.query_len or self.uniform_decode_query_len
         # What is no whole number of requests can't be a decode batch, whatever the caller says.
-        uniform_decode = uniform_decode and num_tokens % query_len == 0
-        lora = self.lora.key(has_lora, num_active_loras)
+        uniform_decode = kind.uniform_decode and num_tokens % query_len == 0
+        adapters = (kind.has_lora, kind.num_active_loras)
+        lora = self.cases.lora.key(*adapters)
         if lora is None:
-            own = BatchDescriptor(num_tokens, None, False, has_lora, num_active_loras, extra)
+            own = BatchDescriptor(num_tokens, None, False, *adapters, extra)
             return self._uncaptured(own, Reason.NO_LORA, uniform_decode, allowed, strict)
         considered = False
         excluded = False
@@ -215,7 +232,7 @@ class CudagraphDispatcher(CapturedKeys):
         if excluded:
             reason = Reason.EXCLUDED
         elif considered:
-            known = all(value in self.axes[name] for name, value in extra)
+            known = all(value in self.cases.axes[name] for name, value in extra)
             reason = Reason.NOT_CAPTURED if known else Reason.AXIS
         elif not self._promises_graph(uniform_decode):
             reason = Reason.MODE
@@ -224,19 +241,6 @@ class CudagraphDispatcher(CapturedKeys):
             reason = self.exact if self.exact is not None and fits else Reason.TOO_LARGE
         return self._uncaptured(own, reason, uniform_decode, allowed, strict)
 
-    def ask(self, num_tokens: int, kind: BatchKind, *, strict: bool | None = None) -> Dispatch:
-        """``explain`` for a batch of ``kind``."""
-        return self.explain(
-            num_tokens,
-            kind.uniform_decode,
-            kind.has_lora,
-            kind.num_active_loras,
-            invalid_modes=kind.invalid_modes or None,
-            axes=dict(kind.axes),
-            strict=strict,
-            query_len=kind.query_len,
-        )
-
     def _candidates(
         self, num_tokens: int, query_len: int, lora: tuple[bool, int], extra: Axes
     ) -> Iterator[tuple[CUDAGraphMode, BatchDescriptor]]:
@@ -244,13 +248,13 @@ class CudagraphDispatcher(CapturedKeys):
 
         The larger sizes follow the nearest one, for the case that it was given up. A ``query_len`` of 0 is no decode batch.
         """
-        if query_len and self.has_decode_graphs:
+        if query_len and has_decode_graphs(self.cudagraph_mode):
             for size in self._fitting(self.decode_sizes.get(query_len, ()), num_tokens):
                 yield CUDAGraphMode.FULL, uniform_descriptor(size, query_len, lora, extra)
         mixed = self.cudagraph_mode.mixed_mode()
         if mixed in CAPTURING:
             for size in self._fitting(self.capture_sizes, num_tokens):
-                yield mixed, self.mixed_descriptor(mixed, size, lora, extra)
+                yield mixed, self.cases.mixed(mixed, size, lora, extra)
 
     def _fitting(self, sizes: Sequence[int], num_tokens: int) -> Sequence[int]:
         first = bisect_left(sizes, num_tokens)
@@ -290,21 +294,13 @@ class CudagraphDispatcher(CapturedKeys):
             )
         return Dispatch(CUDAGraphMode.NONE, descriptor, 0, reason, fallback)
 
-    def _extra(self, axes: Mapping[str, Hashable] | None) -> Axes:
-        given = axes or {}
-        unknown = sorted(set(given) - set(self.axes))
+    def _extra(self, given: Mapping[str, Hashable]) -> Axes:
+        axes = self.cases.axes
+        unknown = sorted(set(given) - set(axes))
         if unknown:
             raise InputError(
                 f"no descriptor axis {', '.join(unknown)}",
                 where="dispatch",
-                hint=f"declared axes: {', '.join(sorted(self.axes)) or 'none'}",
+                hint=f"declared axes: {', '.join(sorted(axes)) or 'none'}",
             )
-        return tuple((name, given.get(name, self.axes[name][0])) for name in sorted(self.axes))
-
-
-def _allowed(
-    valid: Collection[CUDAGraphMode] | None, invalid: Collection[CUDAGraphMode] | None
-) -> frozenset[CUDAGraphMode]:
-    every = frozenset((CUDAGraphMode.NONE, *CAPTURING))
-    chosen = every if valid is None else every.intersection(valid)
-    return chosen if invalid is None else chosen.difference(invalid)
+        return tuple((name, given.get(name, axes[name][0])) for name in sorted(axes))

@@ -89,8 +89,7 @@ def derive_ranges(
         )
     # With an open end the largest batch is no cut, whether or not it was written as an endpoint.
     cuts = sorted(end for end in given if end != max_size)
-    last = OPEN_END if open_ended else max_size
-    assert last is not None
+    last = OPEN_END if open_ended or max_size is None else max_size
     starts = [1, *(end + 1 for end in cuts)]
     return tuple(Range(start, end) for start, end in zip(starts, [*cuts, last], strict=True))
 

@@ -35,7 +35,7 @@ class DirectOps:
 
     implementations: dict[object, Implementation] = field(default_factory=dict)
     _rows: list[_Row] = field(default_factory=list)
-    _kernels: Sized | None = field(default_factory=torch_compat.registered_kernels)
+    _kernels: Sized = field(default_factory=lambda: torch_compat.registered_kernels() or ())
     _count: int = 0
 
     @classmethod
@@ -45,7 +45,7 @@ class DirectOps:
         for target, device in calls:
             if device is not None and target not in found.implementations:
                 found._add(target, device)
-        found._count = 0 if found._kernels is None else len(found._kernels)
+        found._count = len(found._kernels)
         return found
 
     def _add(self, target: object, device: str) -> None:
@@ -67,15 +67,12 @@ class DirectOps:
         for row in self._rows:
             if row.look_up() is not row.found:
                 return False
-        if self._kernels is None or len(self._kernels) == self._count:
-            return True
-        return self._unchanged_tables()
+        return len(self._kernels) == self._count or self._unchanged_tables()
 
     def _unchanged_tables(self) -> bool:
         """The slow look, after some kernel of some operator was registered or removed."""
         if any(torch_compat.kernel_table(row.name) != row.table for row in self._rows):
             return False
-        assert self._kernels is not None
         self._count = len(self._kernels)
         return True
 

@@ -269,8 +269,7 @@ class Fact:
             case "HASATTR" | "NOT_PRESENT_IN_GENERIC_DICT":
                 where = f"{path}.{self.about}".lstrip(".")
                 return f"{where} was{'' if self.expected else ' not'} set {then}, and is{'' if seen else ' not'} now"
-            case "DUPLICATE_INPUT":
-                assert self.other is not None
+            case "DUPLICATE_INPUT" if self.other is not None:
                 return f"{path} and {place_text(self.other, names)} were one object {then} and are two now"
         if self.kind in CONSTANT_KINDS:
             return f"{path} was {_shown(self.expected)} {then} and is {_shown(now)} now"

@@ -117,8 +117,8 @@ class TracedState:
     _code: frozenset[types.CodeType]
     _names: Mapping[str, str]
     _places: tuple[int, tuple[str, ...]]
-    _classes: ClassWatch | None = None
-    _forward: object = None
+    _classes: ClassWatch = field(init=False)
+    _forward: object = field(init=False)
     _global_hooks: tuple[Step, ...] = field(default_factory=lambda: tuple(_global_hooks()))
     _dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
     watched: list[Place] = field(default_factory=list)
@@ -141,7 +141,6 @@ class TracedState:
             None if nothing must be.
         """
         touch = self._touch()
-        assert self._classes is not None
         steps = [*touch.steps.values(), *self._classes.steps(), *self._global_hooks]
         left = self._left is not None and not self._bins.left_on_arguments
         return steps, partial(self._hold, touch.always) if touch.always or left else None
@@ -171,7 +170,6 @@ class TracedState:
 
     def difference(self) -> str:
         """The first thing that the graph is wrong about; "" if there is none."""
-        assert self._classes is not None
         if torch.get_default_dtype() is not self._dtype:
             return f"the default dtype was {self._dtype} when the model was traced and is {torch.get_default_dtype()} now"
         values = Values(self._starts)

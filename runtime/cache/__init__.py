@@ -3,6 +3,8 @@
 It never imports torch and never unpickles or executes what it keeps.
 """
 
+# ruff: noqa: F401  (what is imported here is what the package hands on)
+
 from piecework.runtime.cache.artifacts import StandaloneCompiledArtifacts
 from piecework.runtime.cache.collector import CollectionReport, collect_garbage
 from piecework.runtime.cache.entry import CacheEntry, CacheResult, CacheStats
@@ -11,23 +13,3 @@ from piecework.runtime.cache.factors import Difference, Factor, KeyFactors, cont
 from piecework.runtime.cache.safety import cache_disabled, default_root
 from piecework.runtime.cache.store import CacheStore
 from piecework.runtime.cache.survey import list_entries, verify_cache
-
-__all__ = [
-    "CacheEntry",
-    "CacheResult",
-    "CacheStats",
-    "CacheStore",
-    "CollectionReport",
-    "Difference",
-    "Explanation",
-    "Factor",
-    "KeyFactors",
-    "StandaloneCompiledArtifacts",
-    "cache_disabled",
-    "collect_garbage",
-    "content_key",
-    "default_root",
-    "explain",
-    "list_entries",
-    "verify_cache",
-]

@@ -27,17 +27,15 @@ class StandaloneCompiledArtifacts:
         self._loaded: dict[str, object] = {}
 
     def insert(self, submod_name: str, range_name: str, data: bytes) -> str:
-        """Keep `data` for a submodule and range; return its SHA-256. Equal bytes are kept once."""
+        """Keep `data` for a submodule and range, and forget what it replaces; return its SHA-256."""
         if not isinstance(data, bytes):
             where = f"{submod_name}, {range_name}: {type(data).__name__}"
             raise ArtifactError("an artifact must be bytes", where=where)
-        digest = sha256(data)
-        before = self._digests.get((submod_name, range_name))
-        self._digests[submod_name, range_name] = digest
+        digest = self._digests[submod_name, range_name] = sha256(data)
         self._data.setdefault(digest, data)
-        if before is not None and before not in self._digests.values():
-            self._data.pop(before)
-            self._loaded.pop(before, None)
+        for unused in self._data.keys() - self._digests.values():
+            del self._data[unused]
+            self._loaded.pop(unused, None)
         return digest
 
     def get(self, submod_name: str, range_name: str) -> bytes:
@@ -48,8 +46,7 @@ class StandaloneCompiledArtifacts:
         """What `load_all` made of the bytes; `ArtifactError` before it ran."""
         digest = self._digest(submod_name, range_name)
         if digest not in self._loaded:
-            where = f"{submod_name}, {range_name}"
-            hint = "call load_all(loader) first"
+            where, hint = f"{submod_name}, {range_name}", "call load_all(loader) first"
             raise ArtifactError("the artifact is not loaded yet", where=where, hint=hint)
         return self._loaded[digest]
 
@@ -64,11 +61,10 @@ class StandaloneCompiledArtifacts:
         failed = {digest: error for digest, each in made.items() if (error := each.exception())}
         self._loaded |= {digest: made[digest].result() for digest in made.keys() - failed.keys()}
         for digest, error in failed.items():
+            named = (" ".join(each) for each, found in self._digests.items() if found == digest)
             raise ArtifactError(
                 f"an artifact could not be loaded: {type(error).__name__}: {error}",
-                where=", ".join(
-                    " ".join(p) for p, found in self._digests.items() if found == digest
-                ),
+                where=", ".join(named),
                 hint="compile again; the bytes are intact but do not suit this torch or machine",
             ) from error
 
@@ -90,10 +86,12 @@ class StandaloneCompiledArtifacts:
 
     def _digest(self, submod_name: str, range_name: str) -> str:
         digest = self._digests.get((submod_name, range_name))
-        if digest is not None:
-            return digest
-        ranges = [name for submod, name in self._digests if submod == submod_name]
-        known = f"submodules: {', '.join(self.submodule_names()) or 'none'}"
-        hint = f"ranges of {submod_name}: {', '.join(ranges)}" if ranges else known
-        where = f"{submod_name}, {range_name}"
-        raise ArtifactError("there is no such artifact", where=where, hint=hint)
+        if digest is None:
+            ranges = ", ".join(each for submod, each in self._digests if submod == submod_name)
+            known = f"submodules: {', '.join(self.submodule_names()) or 'none'}"
+            raise ArtifactError(
+                "there is no such artifact",
+                where=f"{submod_name}, {range_name}",
+                hint=f"ranges of {submod_name}: {ranges}" if ranges else known,
+            )
+        return digest

@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 from piecework.errors import CacheError
+from piecework.runtime.cache.manifest import sha256
 
 # Variables that change what Inductor or Triton emit. Read off torch's and triton's configuration modules.
 ENVIRONMENT_NAMES = frozenset(
@@ -92,11 +93,11 @@ def source_factors(
     for file in files:
         name = os.fspath(file)
         if name.startswith("<") and name.endswith(">"):
-            found.add(("<dynamic>", _digest(_dynamic_source(name))))
+            found.add(("<dynamic>", sha256(_dynamic_source(name))))
         else:
             path = Path(os.path.realpath(name))
-            found.add((_portable_name(path, roots), _digest(_read_source(path))))
-    found |= {(name, _digest(text.encode())) for name, text in (texts or {}).items()}
+            found.add((_portable_name(path, roots), sha256(_read_source(path))))
+    found |= {(name, sha256(text.encode())) for name, text in (texts or {}).items()}
     named: dict[str, str] = {}
     # Two different files may get one name (scripts of equal name in two folders); both count.
     for name, digest in sorted(found):
@@ -121,7 +122,7 @@ def tree_digest(
     paths = [path for path in root.rglob("*") if path.suffix in suffixes and path.is_file()]
     for path in sorted(paths, key=lambda path: path.relative_to(root).as_posix()):
         digest.update(f"{path.relative_to(root).as_posix()}\n".encode())
-        digest.update(_digest(_read_source(path)).encode())
+        digest.update(sha256(_read_source(path)).encode())
     return digest.hexdigest()
 
 
@@ -190,7 +191,3 @@ def _dynamic_source(name: str) -> bytes:
             hint="put it into a file, or switch the cache off for this model",
         )
     return "".join(lines).encode()
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -65,16 +65,15 @@ def check_edited(source: StitchedSource, split_gm: torch.fx.GraphModule, code: s
         return EditedSource(code, None, str(error))
 
 
-def _entry_of(tree: ast.Module) -> ast.FunctionDef | None:
+def _entry_of(tree: ast.Module) -> ast.FunctionDef:
     found = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == ENTRY_NAME]
-    return found[-1] if found else None
+    if not found:
+        raise EmitError(f"the edited source defines no function {ENTRY_NAME}")
+    return found[-1]
 
 
 def _check_signature(tree: ast.Module, source: StitchedSource) -> None:
     generated, edited = _entry_of(ast.parse(source.code)), _entry_of(tree)
-    assert generated is not None
-    if edited is None:
-        raise EmitError(f"the edited source defines no function {ENTRY_NAME}")
     before, after = ast.unparse(generated.args), ast.unparse(edited.args)
     if before != after:
         raise EmitError(

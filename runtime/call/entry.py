@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import FunctionType, SimpleNamespace
 
@@ -32,9 +31,9 @@ from piecework.errors import InputError, StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.bind.weights import BoundWeights
 from piecework.runtime.call.argument_memory import ArgumentMemory, Written
-from piecework.runtime.call.execution import Execution, by_path_of, is_running
+from piecework.runtime.call.edited import EditedSource
+from piecework.runtime.call.execution import Execution, Graphs, by_path_of, is_running
 from piecework.runtime.call.explain import input_error
-from piecework.runtime.call.profile_names import named_pieces
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.tracing import (
     Argument,
@@ -66,7 +65,6 @@ class Entry:
         call: the entry: takes the model's arguments, returns the model's result.
         execution_fn: the emitted stitching function, bound.
         weights: what is bound.
-        serves: what the entry calls: ``execution_fn``, or static graphs.
         captured: what the trace gave.
         careful_calls: how many calls went past every shortcut, static graphs included, by what made them.
     """
@@ -88,7 +86,7 @@ class Entry:
         weights.trust(strict_weights(captured, program))
         self.source: EntrySource = generate_entry(self._plan)
         function = program.bind(self._bound(weights))
-        self._now = Execution(weights, function, function)
+        self._now = Execution(weights, function)
         self._stances = torch_compat.stance_holder()
         self.call = self._execute(self._probes(), self._now, self._now.serves, program.submods_for)
         # None is the stance that is known to change nothing until `_in_stance` has looked at the current one.
@@ -103,8 +101,9 @@ class Entry:
         return self._now.weights
 
     @property
-    def serves(self) -> Callable[..., object]:
-        return self._now.serves
+    def edited(self) -> EditedSource | None:
+        """The edited text that runs, if one does."""
+        return self._now.edited
 
     def require_idle(self, what: str) -> None:
         """Check that this thread is not inside a call of this entry, as a splitting op is.
@@ -120,45 +119,53 @@ class Entry:
 
     # --- changes: each publishes another execution, and calls that run keep theirs --------------------
 
-    def rebound(self, still_fit: Callable[[BoundWeights], bool]) -> Execution:
+    def rebound(self) -> Execution:
         """An execution with the weights that the model has now; it serves once it is published.
 
-        Args:
-            still_fit: whether the static graphs that serve may go on, where every weight is the very tensor that was bound.
+        Static graphs go on where every weight is the very tensor that was bound, and lies where they read it.
 
         Raises:
             BindError: a weight is missing or differs in more than its values.
         """
         now = self._now
         weights = now.weights.rebound()
-        if all(map(operator.is_, weights.tensors, now.weights.tensors)) and still_fit(weights):
+        same = all(map(operator.is_, weights.tensors, now.weights.tensors))
+        if same and (now.graphs is None or now.graphs.still_reads(weights)):
             return replace(now, weights=weights, variants={})
-        function = self._program.bind(self._bound(weights), code=self._text(now.code))
-        return Execution(weights, function, function, now.code)
+        return self._made(weights, now.edited)
 
     def accept_settings(self) -> None:
         """Take what the model holds in Python now for as good as what it held in the trace."""
         self.publish(replace(self._now, weights=self._now.weights.accepted(), variants={}))
 
-    def use_source(self, code: str) -> None:
-        """Run another text in place of the generated stitching source.
+    def edit(self, edited: EditedSource) -> None:
+        """Run an edited text in place of the generated stitching source, and of what was captured.
 
         Raises:
             EmitError: the text can't be executed; what ran before still runs.
         """
-        weights = self._now.weights
-        function = self._program.bind(self._bound(weights), code=code)
-        self.publish(Execution(weights, function, function, code))
+        self.publish(self._made(self._now.weights, edited))
 
-    def serve_with(self, function: Callable[..., object]) -> None:
-        """Let the entry call ``function`` where its source says ``execution_fn``, such as one that replays static graphs."""
-        self.publish(replace(self._now, serves=function, variants={}))
+    def capture(self, graphs: Graphs) -> None:
+        """Serve calls from static graphs that were captured of `execution_fn`."""
+        self.publish(replace(self._now, graphs=graphs, variants={}))
+
+    def release(self) -> None:
+        """Serve calls by `execution_fn` itself again."""
+        self.publish(replace(self._now, graphs=None, variants={}))
 
     def publish(self, execution: Execution) -> None:
-        """Serve calls by ``execution`` from now on, in one step; those that run keep theirs."""
-        self._now = execution
+        """Serve calls by ``execution`` from now on, in one step; those that run keep theirs, and what is left is released."""
+        before, self._now = self._now, execution
         self.captured = replace(self.captured, weights=execution.weights)  # lets go of the old ones
         self.call.__globals__["bound"] = self._published(execution, execution.serves)
+        if before.graphs is not None and before.graphs is not execution.graphs:
+            before.graphs.release()
+
+    def _made(self, weights: BoundWeights, edited: EditedSource | None) -> Execution:
+        """An execution of a text with these weights, and nothing captured of it yet."""
+        code = None if edited is None else edited.code
+        return Execution(weights, self._program.bind(self._bound(weights), code=code), edited)
 
     def _published(self, execution: Execution, serves: Callable[..., object]) -> tuple[object, ...]:
         """What emitted text unpacks; see `piecework.codegen.entry.emit.HELD`."""
@@ -166,18 +173,6 @@ class Entry:
         # Beside weights that the function holds, those that are passed or returned are of the same binding.
         fetch = weights.held if self._plan.binds else weights.fetch
         return serves, weights.unchanged, fetch
-
-    @contextmanager
-    def named_pieces(self, labels: Sequence[str]) -> Iterator[None]:
-        """Run every piece and every operator called directly inside a named profiler range, for the block."""
-        source = self._program.source
-        operators = {alias.name: alias.name for alias in source.module.aliases}
-        with named_pieces(self.execution_fn, self._program.submod_lists, labels, operators):
-            yield
-
-    def _text(self, edited: str | None) -> str:
-        """The text that runs."""
-        return self._program.source.code if edited is None else edited
 
     def _bound(self, weights: BoundWeights) -> dict[str, object]:
         """Values of the names that the stitching source holds."""
@@ -325,7 +320,8 @@ class Entry:
 
     def _make_careful(self, now: Execution) -> Callable[..., object]:
         """The same text, bound to the dispatcher and to public artifacts."""
-        function, submods_for = self._program.bind_safely(by_path_of(now.weights), code=now.code)
+        code = None if now.edited is None else now.edited.code
+        function, submods_for = self._program.bind_safely(by_path_of(now.weights), code=code)
         return self._execute({**_IDLE, "same_kernels": _always}, now, function, submods_for)
 
 

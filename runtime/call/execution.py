@@ -1,4 +1,4 @@
-"""What the calls of one compiled model use. In: weights, an emitted function, and what stands in its place. Out: an `Execution`, frozen, one at a time; and turns for those who change it.
+"""What the calls of one compiled model use. In: weights, an emitted function, an edit of it, static graphs. Out: an `Execution`, frozen, one at a time; and turns for those who change it.
 
 A call reads the published execution once and keeps it until it returns, so a change never reaches a call that is half-way
 through: a change makes another execution and publishes it by one assignment. Nothing here waits for calls.
@@ -12,11 +12,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType, FunctionType
+from typing import Protocol
 
 import torch
 
 from piecework.errors import BindError
 from piecework.runtime.bind.weights import BoundWeights
+from piecework.runtime.call.edited import EditedSource
+
+
+class Graphs(Protocol):
+    """Static graphs of a stitching function, called like it."""
+
+    def __call__(self, *flat: object, **submods: object) -> object: ...
+
+    def still_reads(self, weights: BoundWeights) -> bool:
+        """Whether they read the memory of these weights."""
+        ...
+
+    def release(self) -> None:
+        """Give everything up, once no call is in it."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,16 +42,21 @@ class Execution:
     Attributes:
         weights: what is bound; never changed, a rebind makes another.
         function: the emitted stitching function, over those weights in a module of its own.
-        serves: what the entry calls: ``function``, or static graphs that were captured of it.
-        code: an edited text that ``function`` was made from; None for the generated one.
+        edited: the text that ``function`` was made from; None for the generated one.
+        graphs: what was captured of ``function``, and serves in its place.
         variants: the entry for calls that can't take every shortcut, made when first needed.
     """
 
     weights: BoundWeights
     function: FunctionType
-    serves: Callable[..., object]
-    code: str | None = None
+    edited: EditedSource | None = None
+    graphs: Graphs | None = None
     variants: dict[str, Callable[..., object]] = field(default_factory=dict)
+
+    @property
+    def serves(self) -> Callable[..., object]:
+        """What the entry calls where its source says ``execution_fn``."""
+        return self.function if self.graphs is None else self.graphs
 
 
 def by_path_of(weights: BoundWeights) -> dict[str, torch.Tensor]:

@@ -29,8 +29,7 @@ def named_pieces(
         labels: the range name of each entry.
         operators: name in the emitted module → range name, for operators that it calls directly.
     """
-    defaults = function.__kwdefaults__
-    assert defaults is not None
+    defaults = function.__kwdefaults__ or {}
     namespace = function.__globals__
     kept = [list(submods) for submods in submod_lists]
     kept_default = defaults["__vllm_submods__"]

@@ -194,7 +194,7 @@ class CompilationConfig(FrozenModel):
         StitchingConfig(), description="The levers of the stitched function and its entry."
     )
 
-    def conflicts(self) -> list[Conflict]:
+    def conflicts(self) -> Iterable[Conflict]:
         return config_resolve.conflicts_of(self)
 
     def resolve(

@@ -6,6 +6,7 @@ It never looks at two groups together: conflicts between groups belong to `piece
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
@@ -93,24 +94,26 @@ CUDAGraphModeField = Annotated[
     WithJsonSchema({"type": "string", "enum": list(CUDAGraphMode.__members__)}),
 ]
 
+Flag = Annotated[bool, KEY]
+
 
 class StitchingConfig(FrozenModel):
     """The levers of the stitched function and its entry; each one off is slower, never different."""
 
-    bind_weights: Annotated[bool, KEY] = Field(
+    bind_weights: Flag = Field(
         True, description="Bind the weights once instead of fetching and passing them per call."
     )
-    direct_splitting_ops: Annotated[bool, KEY] = Field(
+    direct_splitting_ops: Flag = Field(
         True,
         description="Call a splitting op's own implementation, without the dispatcher, where that is equivalent.",
     )
-    direct_artifact_entry: Annotated[bool, KEY] = Field(
+    direct_artifact_entry: Flag = Field(
         True, description="Call a compiled piece's inner entry instead of its public wrapper."
     )
-    check_inputs: Annotated[bool, KEY] = Field(
+    check_inputs: Flag = Field(
         True, description="Check each call's inputs against what the trace assumed of them."
     )
-    emit_del: Annotated[bool, KEY] = Field(
+    emit_del: Flag = Field(
         True,
         description="Write `del` after the last use of a value, so that memory is freed early.",
     )
@@ -125,7 +128,7 @@ class DynamicShapesConfig(FrozenModel):
         "a call first needs them; the others make one trace: `backed`: symbols with a hint, sizes 0 and 1 are not served; "
         "`unbacked`: no hint, so nothing can be specialised; `backed_size_oblivious`: a hint, but sizes 0 and 1 are not special.",
     )
-    evaluate_guards: Annotated[bool, KEY] = Field(
+    evaluate_guards: Flag = Field(
         False, description="Keep Dynamo's shape guards and fail where one would recompile."
     )
 
@@ -133,21 +136,21 @@ class DynamicShapesConfig(FrozenModel):
 class PassConfig(FrozenModel):
     """Which graph passes run on a piece after Inductor's own."""
 
-    eliminate_noops: Annotated[bool, KEY] = Field(
+    eliminate_noops: Flag = Field(
         True,
         description="Remove reshapes, slices and slice_scatters that change nothing, and shorten chains of views.",
     )
-    defunctionalize: Annotated[bool, KEY] = Field(
+    defunctionalize: Flag = Field(
         True, description="Turn auto-functionalised custom ops back into their in-place form."
     )
-    clean_up: Annotated[bool, KEY] = Field(
+    clean_up: Flag = Field(
         True, description="Remove dead nodes and sort the graph after the other passes."
     )
-    fuse_attn_quant: Annotated[bool, KEY] = Field(
+    fuse_attn_quant: Flag = Field(
         False,
         description="A user pass fuses attention with what follows, so attention stays in the graph.",
     )
-    enable_sp: Annotated[bool, KEY] = Field(
+    enable_sp: Flag = Field(
         False,
         description="A user pass cuts the sequence over the tensor-parallel ranks, so captured "
         "sizes are multiples of their number.",
@@ -207,46 +210,34 @@ class RuntimeConfig(FrozenModel):
         """Every query length of a decode batch, ascending."""
         return tuple(sorted({self.uniform_decode_query_len, *self.further_decode_query_lens}))
 
-    def conflicts(self) -> list[Conflict]:
-        found = []
+    def conflicts(self) -> Iterator[Conflict]:
         wider = [n for n in self.further_decode_query_lens if n > self.uniform_decode_query_len]
         if wider:
-            found.append(
-                Conflict(
-                    ("further_decode_query_lens", "uniform_decode_query_len"),
-                    f"{', '.join(map(str, wider))} is more than {self.uniform_decode_query_len}, the widest",
-                )
+            yield Conflict(
+                ("further_decode_query_lens", "uniform_decode_query_len"),
+                f"{', '.join(map(str, wider))} is more than {self.uniform_decode_query_len}, the widest",
             )
         if self.uniform_decode_query_len > self.max_num_batched_tokens:
-            found.append(
-                Conflict(
-                    ("uniform_decode_query_len", "max_num_batched_tokens"),
-                    f"a request of {self.uniform_decode_query_len} tokens does not fit in "
-                    f"{self.max_num_batched_tokens}",
-                )
+            yield Conflict(
+                ("uniform_decode_query_len", "max_num_batched_tokens"),
+                f"a request of {self.uniform_decode_query_len} tokens does not fit in "
+                f"{self.max_num_batched_tokens}",
             )
         if self.rank >= self.world_size:
-            found.append(Conflict(("rank", "world_size"), f"rank {self.rank} of {self.world_size}"))
+            yield Conflict(("rank", "world_size"), f"rank {self.rank} of {self.world_size}")
         if self.dp_rank >= self.data_parallel_size:
-            found.append(
-                Conflict(
-                    ("dp_rank", "data_parallel_size"),
-                    f"replica {self.dp_rank} of {self.data_parallel_size}",
-                )
+            yield Conflict(
+                ("dp_rank", "data_parallel_size"),
+                f"replica {self.dp_rank} of {self.data_parallel_size}",
             )
         if self.world_size % self.tensor_parallel_size:
-            found.append(
-                Conflict(
-                    ("world_size", "tensor_parallel_size"),
-                    f"{self.world_size} ranks are no multiple of {self.tensor_parallel_size}",
-                )
+            yield Conflict(
+                ("world_size", "tensor_parallel_size"),
+                f"{self.world_size} ranks are no multiple of {self.tensor_parallel_size}",
             )
         if self.max_num_seqs > self.max_num_batched_tokens:
-            found.append(
-                Conflict(
-                    ("max_num_seqs", "max_num_batched_tokens"),
-                    f"{self.max_num_seqs} requests of at least one token do not fit in "
-                    f"{self.max_num_batched_tokens} tokens",
-                )
+            yield Conflict(
+                ("max_num_seqs", "max_num_batched_tokens"),
+                f"{self.max_num_seqs} requests of at least one token do not fit in "
+                f"{self.max_num_batched_tokens} tokens",
             )
-        return found

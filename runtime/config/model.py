@@ -5,7 +5,7 @@ It knows no field of piecework, and it never reads the environment or a file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, get_args
 
@@ -90,12 +90,12 @@ class FrozenModel(BaseModel):
             hint=f"make a changed copy with .replace({name}=…)",
         )
 
-    def conflicts(self) -> list[Conflict]:
+    def conflicts(self) -> Iterable[Conflict]:
         """Fields that are valid alone and not together; none by default."""
-        return []
+        return ()
 
     def model_post_init(self, context: Any, /) -> None:
-        found = self.conflicts()
+        found = list(self.conflicts())
         if found:
             raise ConflictsFound(found)
 
@@ -115,6 +115,22 @@ class FrozenModel(BaseModel):
             ConfigError: one or more fields are unknown, wrong or in conflict; all are listed.
         """
         return cls(**dict(data))
+
+    @classmethod
+    def given(cls, given: object, argument: str, where: str | None = None) -> Self:
+        """What a caller gave for ``argument``: such a model, or a mapping of its fields.
+
+        Raises:
+            ConfigError: it is neither, or does not describe a model.
+        """
+        if isinstance(given, cls):
+            return given
+        if isinstance(given, Mapping):
+            return cls.from_data(given)
+        raise ConfigError(
+            f"{argument} must be a {cls.__name__} or a dict of its fields; got a {type(given).__qualname__}",
+            where=where,
+        )
 
     def replace(self, **changes: Any) -> Self:
         """A copy with ``changes``, validated again as a whole.

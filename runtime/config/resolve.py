@@ -6,7 +6,7 @@ It never changes what it is given, and it reads neither the environment nor a re
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from piecework.errors import ConfigError, ConfigProblem
@@ -39,84 +39,65 @@ WITHOUT_EFFECT: Mapping[str, tuple[object, str]] = {
 """Values that the field knows and that nothing here would go by: the field, the value, and what to do instead."""
 
 
-def conflicts_of(config: CompilationConfig) -> list[Conflict]:
+def conflicts_of(config: CompilationConfig) -> Iterator[Conflict]:
     """Fields of one configuration that are valid alone and contradict each other."""
-    found = [
-        Conflict((name,), f"{value!r} would have no effect: {reason}")
-        for name, (value, reason) in WITHOUT_EFFECT.items()
-        if getattr(config, name) == value
-    ]
+    for name, (value, reason) in WITHOUT_EFFECT.items():
+        if getattr(config, name) == value:
+            yield Conflict((name,), f"{value!r} would have no effect: {reason}")
     mode, captures = config.mode, config.cudagraph_mode
     if config.use_inductor_graph_partition:
         if config.backend != "inductor":
-            found.append(
-                Conflict(
-                    ("use_inductor_graph_partition", "backend"),
-                    f"only Inductor partitions a graph, and the backend is {config.backend!r}",
-                )
+            yield Conflict(
+                ("use_inductor_graph_partition", "backend"),
+                f"only Inductor partitions a graph, and the backend is {config.backend!r}",
             )
         if mode is CompilationMode.NONE:
-            found.append(
-                Conflict(
-                    ("use_inductor_graph_partition", "mode"),
-                    "mode NONE compiles nothing, so Inductor has nothing to partition",
-                )
+            yield Conflict(
+                ("use_inductor_graph_partition", "mode"),
+                "mode NONE compiles nothing, so Inductor has nothing to partition",
             )
     if mode is CompilationMode.NONE and captures is not CUDAGraphMode.NONE:
-        found.append(
-            Conflict(
-                ("cudagraph_mode", "mode"),
-                f"mode NONE traces nothing, so there is nothing that {captures} could capture; use PIECEWORK_COMPILE, with "
-                "backend 'eager' to compile nothing",
-            )
+        yield Conflict(
+            ("cudagraph_mode", "mode"),
+            f"mode NONE traces nothing, so there is nothing that {captures} could capture; use PIECEWORK_COMPILE, with "
+            "backend 'eager' to compile nothing",
         )
     if captures.requires_piecewise_compilation():
         if mode in (CompilationMode.STOCK_TORCH_COMPILE, CompilationMode.DYNAMO_TRACE_ONCE):
-            found.append(
-                Conflict(
-                    ("cudagraph_mode", "mode"),
-                    f"{captures} captures pieces, and mode {mode} makes none; use PIECEWORK_COMPILE, "
-                    f"or cudagraph_mode {captures.without_piecewise()}",
-                )
+            yield Conflict(
+                ("cudagraph_mode", "mode"),
+                f"{captures} captures pieces, and mode {mode} makes none; use PIECEWORK_COMPILE, "
+                f"or cudagraph_mode {captures.without_piecewise()}",
             )
         if config.splitting_ops == ():
-            found.append(
-                Conflict(
-                    ("cudagraph_mode", "splitting_ops"),
-                    f"{captures} captures the pieces between splitting ops, and splitting_ops is "
-                    "empty; use FULL to capture the whole graph",
-                )
+            yield Conflict(
+                ("cudagraph_mode", "splitting_ops"),
+                f"{captures} captures the pieces between splitting ops, and splitting_ops is "
+                "empty; use FULL to capture the whole graph",
             )
-    return [*found, *_size_conflicts(config)]
+    yield from _size_conflicts(config)
 
 
-def _size_conflicts(config: CompilationConfig) -> list[Conflict]:
-    found: list[Conflict] = []
+def _size_conflicts(config: CompilationConfig) -> Iterator[Conflict]:
     captures, sizes = config.cudagraph_mode, config.cudagraph_capture_sizes
     largest = config.max_cudagraph_capture_size
     if sizes is not None and largest is not None and largest != max(sizes, default=0):
-        found.append(
-            Conflict(
-                ("cudagraph_capture_sizes", "max_cudagraph_capture_size"),
-                f"the largest listed size is {max(sizes, default=0)} and the maximum {largest}; "
-                "give only one of the two",
-            )
+        yield Conflict(
+            ("cudagraph_capture_sizes", "max_cudagraph_capture_size"),
+            f"the largest listed size is {max(sizes, default=0)} and the maximum {largest}; "
+            "give only one of the two",
         )
     if captures is CUDAGraphMode.NONE:
-        return found
+        return
     if sizes == ():
-        found.append(
-            Conflict(
-                ("cudagraph_mode", "cudagraph_capture_sizes"),
-                f"{captures} captures, and no size is listed; use mode NONE, or leave the list out",
-            )
+        yield Conflict(
+            ("cudagraph_mode", "cudagraph_capture_sizes"),
+            f"{captures} captures, and no size is listed; use mode NONE, or leave the list out",
         )
     if largest == 0:
-        found.append(
-            Conflict(
-                ("cudagraph_mode", "max_cudagraph_capture_size"),
-                f"{captures} captures, and the largest size is 0; use mode NONE",
-            )
+        yield Conflict(
+            ("cudagraph_mode", "max_cudagraph_capture_size"),
+            f"{captures} captures, and the largest size is 0; use mode NONE",
         )
     # A batch that may run uncaptured keeps its own size, so that any size is reached.
     if sizes and captures.mixed_mode() is not CUDAGraphMode.NONE:
@@ -127,13 +108,10 @@ def _size_conflicts(config: CompilationConfig) -> list[Conflict]:
             if isinstance(size, int) and size < len(padded) and padded[size] != size
         ]
         if idle:
-            found.append(
-                Conflict(
-                    ("compile_sizes", "cudagraph_capture_sizes"),
-                    f"no batch runs in {', '.join(idle)}; compile captured sizes, or sizes above {max(sizes)}",
-                )
+            yield Conflict(
+                ("compile_sizes", "cudagraph_capture_sizes"),
+                f"no batch runs in {', '.join(idle)}; compile captured sizes, or sizes above {max(sizes)}",
             )
-    return found
 
 
 def with_splitting_ops(

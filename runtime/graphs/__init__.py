@@ -3,10 +3,13 @@
 Importing this package loads nothing else, so that a configuration can name a mode without torch.
 """
 
+# ruff: noqa: F401  (what is imported for type checkers is what the package hands on)
+
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from piecework.faces import face
 
 if TYPE_CHECKING:
     from piecework.runtime.batch.coverage import coverage, coverage_table, require_coverage
@@ -27,66 +30,4 @@ if TYPE_CHECKING:
     from piecework.runtime.graphs.plan.progress import CaptureProgress
     from piecework.runtime.graphs.serve.lazy import ConcreteSizeEntry, CUDAPiecewiseBackend
 
-_HOME = {
-    "AddressBook": "piecework.runtime.graphs.memory.addresses",
-    "AddressPolicy": "piecework.runtime.graphs.memory.addresses",
-    "BatchDescriptor": "piecework.runtime.batch.descriptor",
-    "BatchKind": "piecework.runtime.batch.descriptor",
-    "CUDAGraphEntry": "piecework.runtime.graphs.memory.wrapper",
-    "CUDAGraphMode": "piecework.runtime.batch.mode",
-    "CUDAGraphOptions": "piecework.runtime.graphs.memory.wrapper",
-    "CUDAGraphWrapper": "piecework.runtime.graphs.memory.wrapper",
-    "CUDAPiecewiseBackend": "piecework.runtime.graphs.serve.lazy",
-    "CaptureProgress": "piecework.runtime.graphs.plan.progress",
-    "CaptureReport": "piecework.runtime.graphs.plan.phase",
-    "ConcreteSizeEntry": "piecework.runtime.graphs.serve.lazy",
-    "FailurePolicy": "piecework.runtime.graphs.plan.phase",
-    "MemoryEstimate": "piecework.runtime.graphs.plan.estimate",
-    "StaticGraphs": "piecework.runtime.graphs.memory.owner",
-    "ValueOrigin": "piecework.runtime.graphs.memory.addresses",
-    "capture_graphs": "piecework.runtime.graphs.plan.phase",
-    "coverage": "piecework.runtime.batch.coverage",
-    "coverage_table": "piecework.runtime.batch.coverage",
-    "estimate_memory": "piecework.runtime.graphs.plan.estimate",
-    "fit_budget": "piecework.runtime.graphs.plan.estimate",
-    "platform_for": "piecework.runtime.graphs.device.platforms",
-    "require_coverage": "piecework.runtime.batch.coverage",
-    "weak_ref_tensor": "piecework.runtime.graphs.device.weak_ref",
-    "weak_ref_tensors": "piecework.runtime.graphs.device.weak_ref",
-    "wrap_with_cudagraph_if_needed": "piecework.runtime.graphs.memory.wrapper",
-}
-
-__all__ = [
-    "AddressBook",
-    "AddressPolicy",
-    "BatchDescriptor",
-    "BatchKind",
-    "CUDAGraphEntry",
-    "CUDAGraphMode",
-    "CUDAGraphOptions",
-    "CUDAGraphWrapper",
-    "CUDAPiecewiseBackend",
-    "CaptureProgress",
-    "CaptureReport",
-    "ConcreteSizeEntry",
-    "FailurePolicy",
-    "MemoryEstimate",
-    "StaticGraphs",
-    "ValueOrigin",
-    "capture_graphs",
-    "coverage",
-    "coverage_table",
-    "estimate_memory",
-    "fit_budget",
-    "platform_for",
-    "require_coverage",
-    "weak_ref_tensor",
-    "weak_ref_tensors",
-    "wrap_with_cudagraph_if_needed",
-]
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+__all__, __getattr__, __dir__ = face(__name__, __file__)

@@ -174,7 +174,7 @@ class Dump:
         failure = "" if error is None else f"{type(error).__name__}: {error}"
         self._write("times.json", self._times(phases, failure))
         if self.folder is not None:
-            self._write("index.html", render_page(self._page(phases, failure)))
+            self._write("index.html", render_page(self._page(self.folder, phases, failure)))
 
     # --- parts -----------------------------------------------------------------------------------
 
@@ -235,12 +235,11 @@ class Dump:
         }
         return json.dumps(data, indent=2) + "\n"
 
-    def _page(self, phases: Mapping[str, float], failure: str) -> Page:
-        assert self.folder is not None
-        stages = sorted(p.name for p in self.folder.iterdir() if p.is_file())
+    def _page(self, folder: Path, phases: Mapping[str, float], failure: str) -> Page:
+        stages = sorted(p.name for p in folder.iterdir() if p.is_file())
         return Page(
             model=self.model,
-            place=f"{self.folder.parent.name}/{self.folder.name}",
+            place=f"{folder.parent.name}/{folder.name}",
             versions=f"torch {torch.__version__}",
             failure=failure,
             stages=tuple(name for name in stages if name != "index.html"),

@@ -28,9 +28,10 @@ _BLOCK = 64  # names are padded to a multiple, so that names of nearly the same 
 
 @dataclass(frozen=True, slots=True)
 class _Hole:
-    """A string argument in a piece: the node's position, the argument, the string."""
+    """A string argument in a piece: the node's position and operator, the argument, the string."""
 
     position: int
+    op: OpOverload
     argument: str
     text: str
 
@@ -93,7 +94,7 @@ def _holes_of(piece: torch.fx.GraphModule) -> list[_Hole]:
         given = dict(zip((each.name for each in op._schema.arguments), node.args, strict=False))
         for name, value in {**given, **node.kwargs}.items():
             if type(value) is str and _is_string(op, name):
-                found.append(_Hole(position, name, value))
+                found.append(_Hole(position, op, name, value))
     return found
 
 
@@ -161,9 +162,7 @@ def _take_names_as_inputs(
     last = placeholders[-1]
     # Equal strings of one piece may be different ones in another, so each hole has an input of its own.
     for number, (position, holes) in enumerate(sorted(by_node.items())):
-        node = nodes[position]
-        op = _overload(node)
-        assert op is not None
+        node, op = nodes[position], holes[0][0].op
         named = NamedOp(
             f"{op._schema.name}.{op._overloadname}", tuple(h.argument for h, _ in holes)
         )

@@ -90,15 +90,25 @@ class PiecewiseBackend:
 
     def compile_all_ranges(self, backend: PieceCompiler) -> None:
         """Compile the piece once per range; equal pieces share the result."""
-        assert self.graph is not None and self.structure is not None
+        graph, structure = self.compiled_of()
         for compile_range in backend.compile_ranges:
             self.entries[compile_range] = backend.compiler_manager.compile(
-                self.graph,
-                inputs_for(self.graph, compile_range, backend.batch_symbol),
+                graph,
+                inputs_for(graph, compile_range, backend.batch_symbol),
                 compile_range,
-                structure=self.structure,
+                structure=structure,
                 submod_name=self.submod_name,
             )
+
+    def compiled_of(self) -> tuple[torch.fx.GraphModule, Structure]:
+        """The graph that is compiled, and its structure.
+
+        Raises:
+            BindError: the piece was loaded.
+        """
+        if self.graph is None or self.structure is None:
+            raise BindError("a piece that was loaded has no graph", where=self.submod_name or None)
+        return self.graph, self.structure
 
     def load_all_ranges(self, runnables: Mapping[Range | None, Callable[..., object]]) -> None:
         """Take callables that were compiled before."""

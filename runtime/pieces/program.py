@@ -160,18 +160,14 @@ class Program:
     def pieces(self) -> tuple[Piece, ...]:
         found = []
         for name, piece in self.backends.items():
-            assert piece.graph is not None and piece.structure is not None
-            origin = origin_of_piece(piece.graph, SymbolNames(), line_numbers=False)
+            graph, structure = piece.compiled_of()
+            modules = origin_of_piece(graph, SymbolNames(), line_numbers=False).module
             runnable = piece.runnable_for(self.compile_ranges[0])
-            found.append(
-                Piece(
-                    name, piece.structure.key, origin.module, piece.seconds, runnable, piece.reused
-                )
-            )
+            found.append(Piece(name, structure.key, modules, piece.seconds, runnable, piece.reused))
         return tuple(found)
 
     def report(self) -> Report:
-        structures = [(n, p.structure) for n, p in self.backends.items() if p.structure is not None]
+        structures = [(n, p.compiled_of()[1]) for n, p in self.backends.items()]
         return Report(
             model=self.name,
             compiler=self.compiler,

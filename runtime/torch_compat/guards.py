@@ -71,17 +71,15 @@ class GuardReader:
     """
 
     def __init__(self, wanted: Callable[[Sequence[Guarded]], Sequence[bool]]) -> None:
-        self._wanted: Callable[[Sequence[Guarded]], Sequence[bool]] | None = wanted
+        self._wanted = wanted
         self._places: dict[object, Place] = {}
 
     def choose(self, entries: Sequence[Any]) -> list[bool]:
-        assert self._wanted is not None
         return list(self._wanted([self._guarded(entry) for entry in entries]))
 
     def give_back(self) -> None:
         """Forget everything: torch keeps the function that it was given."""
-        self._wanted = None
-        self._places = {}
+        vars(self).clear()
 
     def _guarded(self, entry: Any) -> Guarded:
         guard = entry.orig_guard

@@ -128,7 +128,7 @@ def test_every_size_of_every_kind_equals_the_model(mode: str) -> None:
         for n in range(1, 11):
             args = batch(n)
             torch.testing.assert_close(served(stitched, args, kind), model(*args))
-            found = stitched.static_graphs.dispatcher.ask(n, kind or BatchKind())
+            found = stitched.static_graphs.dispatcher.explain(n, kind or BatchKind())
             assert found.mode is (expected if n <= 8 else NONE)
     modes = {mode for mode, _ in stitched.static_graphs.replays}
     assert modes == {plain, decode} - {NONE}
@@ -160,7 +160,7 @@ def test_a_full_graph_runs_no_python_of_the_model() -> None:
     model, stitched = captured(mode="FULL")
     expected = model(*(args := batch(3)))
     runs: list[str] = []
-    whole = stitched.static_graphs._whole[0]
+    whole = stitched.static_graphs.captures._whole[0]
     whole.runnable = lambda *args: runs.append("model")
     torch.testing.assert_close(stitched(*args), expected)
     assert runs == []

@@ -153,7 +153,7 @@ def test_every_batch_has_a_graph_of_at_least_its_size_or_a_reason(
         return
     kind = BatchKind(uniform, active > 0, active)
     keys = {m: set(found) for m, found in made.dispatcher.cudagraph_keys.items()}
-    found = made.dispatcher.ask(tokens, kind)
+    found = made.dispatcher.explain(tokens, kind)
     assert made.dispatcher.cudagraph_keys == keys
     if found.mode is NONE:
         assert found.descriptor.num_tokens == tokens and found.reason.name not in (

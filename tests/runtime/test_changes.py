@@ -385,3 +385,91 @@ def test_an_edited_text_of_another_meaning_is_not_captured() -> None:
     assert torch.equal(stitched(X), X * 2)
     stitched.use_edited(text)
     assert torch.equal(captured(stitched, "PIECEWISE")(X), X)
+
+
+# --- one change after another --------------------------------------------------------------------------
+
+
+@functools.cache
+def guarded() -> tuple[Model, piecework.StitchedModule]:
+    """Compiled with guards that each call evaluates, and nothing else that refuses a size."""
+    model = Model()
+    config = EAGER.replace(
+        dynamic_shapes_config={"type": "backed", "evaluate_guards": True},
+        stitching_config={"check_inputs": False},
+    )
+    return model, piecework.compile(model, (X,), splitting_ops=[halve], config=config)
+
+
+def change(what: str, model: Model, stitched: piecework.StitchedModule) -> None:
+    match what:
+        case "edit":
+            stitched.use_edited(stitched.source.code + "# edited\n")
+        case "edit to another meaning":
+            stitched.use_edited(doubled(stitched.source.code))
+        case "rebind":
+            model.set_weights(scaled(2))
+            stitched.rebind()
+        case "rebind to the same":
+            stitched.rebind()
+        case "accept":
+            stitched.accept_settings()
+        case "capture":
+            captured(stitched, "PIECEWISE")
+        case "release":
+            stitched.static_graphs.release()
+
+
+CHANGES = ("edit", "edit to another meaning", "rebind", "rebind to the same", "accept", "capture")
+
+
+@pytest.mark.parametrize("second", (*CHANGES, "release"))
+@pytest.mark.parametrize("first", CHANGES)
+def test_a_change_keeps_what_the_one_before_it_set(first: str, second: str) -> None:
+    model, stitched = guarded()
+    model.set_weights(scaled(1))
+    stitched.rebind()
+    stitched.use_edited(stitched.source.code)
+    captured(stitched, "PIECEWISE")  # what serves before either change
+    both = (first, second)
+    change(first, model, stitched)
+    if second == "capture" and first == "edit to another meaning":
+        with pytest.raises(StaticGraphError, match="means something else than the graph"):
+            change(second, model, stitched)
+    else:
+        change(second, model, stitched)
+
+    # The text that runs is the last edit, over the last weights.
+    [trace] = stitched.traces
+    edits = [each for each in both if each.startswith("edit")]
+    expected = {"edit": stitched.source.code + "# edited\n"}
+    expected["edit to another meaning"] = doubled(stitched.source.code)
+    assert trace.entry.edited is not None
+    assert trace.entry.edited.code == (expected[edits[-1]] if edits else stitched.source.code)
+    factor = (NEW if "rebind" in both else 1) * (2 if edits[-1:] == [CHANGES[1]] else 1)
+    before = replays(stitched)
+    assert torch.equal(stitched(X), X * factor)
+    # Guards are evaluated whatever serves.
+    with pytest.raises(InputError, match="the trace assumed"):
+        stitched(X[:1])
+    # Static graphs serve unless something came after their capture that they know nothing of.
+    serves = True
+    for each in both:
+        if each in ("edit", "edit to another meaning", "rebind", "release"):
+            serves = False
+        elif each == "capture":
+            serves = each == first or first != "edit to another meaning"
+    assert replays(stitched) - before == serves
+    assert (stitched.static_graphs.graphs.nbytes > 0) == serves, "what serves no more is given back"
+
+
+def replays(stitched: piecework.StitchedModule) -> int:
+    return sum(row.calls for row in stitched.call_report() if row.mode == "PIECEWISE")
+
+
+def test_an_edit_that_can_not_run_leaves_the_one_before_it() -> None:
+    _, stitched = made(None)
+    text = stitched.source.code
+    with pytest.raises(PieceworkError, match="fails where it is defined"):
+        stitched.use_edited(doubled(text) + "raise ValueError('never')\n")
+    assert torch.equal(captured(stitched, "PIECEWISE")(X), X)

@@ -59,7 +59,7 @@ def test_modes(row):
     mode, tokens, uniform, expected_mode, expected_key, reason = row
     d = dispatcher(mode)
     assert d.dispatch(tokens, uniform) == (expected_mode, expected_key)
-    found = d.explain(tokens, uniform)
+    found = d.explain(tokens, BatchKind(uniform))
     assert found.reason is reason
     assert found.padding == expected_key.num_tokens - tokens
 
@@ -108,7 +108,7 @@ def test_drafts_of_several_widths():
     assert d.dispatch(10, True, query_len=2) == (FULL, BatchDescriptor(12, 6, True))
     assert d.dispatch(24, True, query_len=2) == (PIECEWISE, BatchDescriptor(24))  # 12 requests
     assert d.dispatch(9, True, query_len=3) == (PIECEWISE, BatchDescriptor(12))  # no such width
-    assert d.ask(8, BatchKind(True, query_len=2)).descriptor.num_reqs == 4
+    assert d.explain(8, BatchKind(True, query_len=2)).descriptor.num_reqs == 4
     kinds = {row.kind for row in coverage(d, 24)}
     assert kinds == {"mixed", "decode, 2 a request", "decode, 4 a request"}
     for wrong in ([], [0, 2], 0):
@@ -147,7 +147,7 @@ def test_wrong_sizes_are_named(wrong):
 def test_valid_and_invalid_modes(valid, invalid, expected):
     before = copy.deepcopy((valid, invalid))
     d = dispatcher(BOTH)
-    found = d.explain(3, True, valid_modes=valid, invalid_modes=invalid)
+    found = d.explain(3, BatchKind.of(True, valid_modes=valid, invalid_modes=invalid))
     assert found.mode is expected
     assert found.reason is (Reason.EXCLUDED if expected is NONE else Reason.PADDED)
     assert (valid, invalid) == before
@@ -177,7 +177,7 @@ LORA = [
 @pytest.mark.parametrize("mode", [PIECEWISE, FULL, BOTH])
 def test_lora(row, mode):
     cases, has_lora, active, expected = row
-    found = dispatcher(mode, lora=cases).explain(3, True, has_lora, active)
+    found = dispatcher(mode, lora=cases).explain(3, BatchKind(True, has_lora, active))
     if expected is None:
         assert found.mode is NONE
         assert found.reason is Reason.NO_LORA
@@ -223,7 +223,7 @@ def test_extra_axes():
     assert len(d.cudagraph_keys[PIECEWISE]) == 2
     assert d.dispatch(1)[1] == BatchDescriptor(2, extra=(("image", False),))
     assert d.dispatch(1, axes={"image": True})[1] == BatchDescriptor(2, extra=(("image", True),))
-    assert d.explain(1, axes={"image": "both"}).reason is Reason.AXIS
+    assert d.explain(1, BatchKind.of(axes={"image": "both"})).reason is Reason.AXIS
     with pytest.raises(InputError, match=r"no descriptor axis sound.*declared axes: image"):
         d.dispatch(1, axes={"sound": True})
     with pytest.raises(ConfigError, match="at least one value"):
@@ -238,7 +238,7 @@ def test_a_key_that_was_given_up_is_never_dispatched_to():
     assert d.dispatch(3, True) == (PIECEWISE, BatchDescriptor(4))
     for size in SIZES:
         d.give_up(PIECEWISE, BatchDescriptor(size))
-    found = d.explain(3, True)
+    found = d.explain(3, BatchKind(True))
     assert (found.mode, found.reason, found.is_fallback) == (NONE, Reason.NOT_CAPTURED, True)
 
 
@@ -330,7 +330,8 @@ def test_every_batch_gets_a_large_enough_captured_key_or_a_reason(
             if key.num_tokens in dropped:
                 d.give_up(mode, key)
     before = copy.deepcopy((d.cudagraph_keys, valid, invalid))
-    found = d.explain(tokens, uniform, has_lora, active, valid_modes=valid, invalid_modes=invalid)
+    kind = BatchKind.of(uniform, has_lora, active, valid_modes=valid, invalid_modes=invalid)
+    found = d.explain(tokens, kind)
     again = d.dispatch(tokens, uniform, has_lora, active, valid_modes=valid, invalid_modes=invalid)
     assert again == (found.mode, found.descriptor)
     assert (d.cudagraph_keys, valid, invalid) == before
@@ -365,9 +366,8 @@ def test_coverage_says_what_dispatch_does_for_every_size(d, maximum):
     assert all(b.first == a.last + 1 for a, b in itertools.pairwise(mixed))
     for row in rows:
         for tokens in {row.first, row.last}:
-            found = d.explain(
-                tokens, row.decode, row.has_lora, row.num_active_loras, axes=dict(row.axes)
-            )
+            kind = BatchKind(row.decode, row.has_lora, row.num_active_loras, row.axes)
+            found = d.explain(tokens, kind)
             assert found.mode is row.mode
             assert found.padding <= row.padding
             if row.descriptor is not None:
@@ -415,7 +415,7 @@ def test_a_kind_of_batch_is_asked_for_like_its_parts():
         CUDAGraphMode.FULL_AND_PIECEWISE, sizes=(2, 4), lora=LoraCases(True), axes={"a": (1, 2)}
     )
     kind = BatchKind(True, True, 3, (("a", 2),))
-    assert d.ask(3, kind) == d.explain(3, True, True, 3, axes={"a": 2})
-    assert d.ask(3, kind).mode is CUDAGraphMode.FULL
+    assert kind == BatchKind.of(True, True, 3, axes={"a": 2})
+    assert d.explain(3, kind).mode is CUDAGraphMode.FULL
     without = replace(kind, invalid_modes=frozenset({CUDAGraphMode.FULL}))
-    assert d.ask(3, without).mode is PIECEWISE
+    assert d.explain(3, without).mode is PIECEWISE

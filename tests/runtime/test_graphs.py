@@ -8,14 +8,16 @@ import sys
 import pytest
 
 import piecework.runtime
+from piecework.faces import homes
 from piecework.runtime import graphs
 
 
 @pytest.mark.parametrize("face", [graphs, piecework.runtime], ids=["graphs", "runtime"])
 def test_every_name_loads(face):
-    assert sorted(face._HOME) == sorted(face.__all__)
-    for name in face.__all__:
-        value, home = getattr(face, name), face._HOME[name]
+    found = homes(face.__file__)
+    assert sorted(found) == sorted(face.__all__) and "coverage" in found
+    for name, home in found.items():
+        value = getattr(face, name)
         if isinstance(value, type) or callable(value):
             assert value.__module__.startswith(home.rpartition(".")[0])
             assert value.__name__ == name

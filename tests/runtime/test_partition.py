@@ -208,7 +208,7 @@ def test_partitions_replay_and_do_not_run(monkeypatch: pytest.MonkeyPatch) -> No
     expected = model(x)
     torch.testing.assert_close(stitched(x), expected)
     assert ran == [0, 1, 2]
-    wrappers = stitched.static_graphs._wrappers.values()  # type: ignore[attr-defined]
+    wrappers = stitched.static_graphs.captures.partitions.wrappers.values()  # type: ignore[attr-defined]
     calls = [each.call for w in wrappers for each in w.concrete_cudagraph_entries.values()]
     assert len(calls) == PARTITIONS
     for call in calls:
@@ -241,7 +241,7 @@ def test_a_single_size_has_partitions_of_its_own() -> None:
     model, x = Model(), torch.randn(4, 8)
     config = CUT.replace(compile_sizes=[4])
     stitched = piecework.compile(model, (x,), config=config).capture([2, 4], progress=False)
-    assert len(stitched.static_graphs._wrappers) == 2 * PARTITIONS  # type: ignore[attr-defined]
+    assert len(stitched.static_graphs.captures.partitions.wrappers) == 2 * PARTITIONS  # type: ignore[attr-defined]
     with torch.no_grad():
         for batch in (1, 2, 3, 4, 6):
             x = torch.randn(batch, 8)

@@ -13,11 +13,12 @@ import torch
 
 from piecework.errors import StaticGraphError
 
+P = TypeVar("P")
 T = TypeVar("T")
 
 
-class StaticGraph(Protocol):
-    """One captured callable.
+class StaticGraph(Generic[P, T]):
+    """One captured callable, or none yet.
 
     The contract, the same on every device:
 
@@ -29,10 +30,14 @@ class StaticGraph(Protocol):
       from the same pool.
     """
 
+    def __init__(self, pool: P) -> None:
+        self._pool = pool
+        self._held: T | None = None
+
     @property
     def captured(self) -> bool:
         """Whether there is something to replay."""
-        ...
+        return self._held is not None
 
     def capture(
         self,
@@ -54,11 +59,24 @@ class StaticGraph(Protocol):
         Raises:
             StaticGraphError: the output can't be static memory, or this graph is captured already.
         """
-        ...
+        if self._held is not None:
+            raise StaticGraphError("this static graph is captured already", hint="reset() it first")
+        self._held, output = self._record(runnable, args, kwargs, weak_output)
+        return output
+
+    def _record(
+        self,
+        runnable: Callable[..., object],
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
+        weak: bool,
+    ) -> tuple[T, object]:
+        """What a replay needs, and the output."""
+        raise NotImplementedError
 
     def replay(self) -> None:
         """Do the captured work again on the memory as it is now."""
-        ...
+        raise NotImplementedError
 
     def replay_function(self) -> Callable[[], None]:
         """The quickest callable that replays, for callers that bind it once; invalid after ``reset``.
@@ -66,31 +84,7 @@ class StaticGraph(Protocol):
         Raises:
             StaticGraphError: nothing was captured.
         """
-        ...
-
-    def reset(self) -> None:
-        """Give up what was captured; a later ``capture`` may follow."""
-        ...
-
-
-class CapturedOnce(Generic[T]):
-    """The part of a static graph that is the same on every device: it holds one capture, or none."""
-
-    def __init__(self) -> None:
-        self._held: T | None = None
-
-    @property
-    def captured(self) -> bool:
-        return self._held is not None
-
-    def require_new(self) -> None:
-        """Check that nothing was captured yet.
-
-        Raises:
-            StaticGraphError: something was.
-        """
-        if self._held is not None:
-            raise StaticGraphError("this static graph is captured already", hint="reset() it first")
+        raise NotImplementedError
 
     def require_captured(self) -> T:
         """What was captured.
@@ -101,6 +95,10 @@ class CapturedOnce(Generic[T]):
         if self._held is None:
             raise StaticGraphError("nothing was captured", hint="call capture() first")
         return self._held
+
+    def reset(self) -> None:
+        """Give up what was captured; a later ``capture`` may follow."""
+        self._held = None
 
 
 class GraphPool(Protocol):

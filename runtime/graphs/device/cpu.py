@@ -20,7 +20,7 @@ from piecework.runtime.batch.forward_context import (
     current_forward_context,
     override_forward_context,
 )
-from piecework.runtime.graphs.device.contract import CapturedOnce
+from piecework.runtime.graphs.device.contract import StaticGraph
 from piecework.runtime.graphs.device.weak_ref import (
     owns_plain_memory,
     view_of_storage,
@@ -147,37 +147,30 @@ class _Recording:
     copies: tuple[_OutputCopy, ...]
 
 
-class CpuStaticGraph(CapturedOnce[_Recording]):
+class CpuStaticGraph(StaticGraph[CpuGraphPool, _Recording]):
     """A callable re-run on the inputs of its capture, its results written to the outputs of its capture.
 
     Inputs outside the pool are held strongly, where a CUDA graph would read freed memory: the error is the same (stale
     values), the process survives it. Inputs in the pool are not: their memory goes to later captures. The forward context is frozen too, as what Python read from it would be on CUDA.
     """
 
-    def __init__(self, pool: CpuGraphPool) -> None:
-        super().__init__()
-        self._pool = pool
-
-    def capture(
+    def _record(
         self,
         runnable: Callable[..., object],
         args: tuple[object, ...],
         kwargs: Mapping[str, object],
-        *,
-        weak_output: bool = False,
-    ) -> object:
-        self.require_new()
+        weak: bool,
+    ) -> tuple[_Recording, object]:
         inputs = _storages(flatten_tree((args, kwargs))[0])
         with torch.no_grad(), _contents_kept(inputs):
             output = runnable(*args, **kwargs)
             leaves, spec = flatten_tree(output)
         static, layouts, copies = self._make_static(leaves, {s.data_ptr() for s in inputs})
         held_args, held_kwargs = self._unowned((args, kwargs))
-        self._held = _Recording(
-            runnable, held_args, held_kwargs, current_forward_context(), layouts, copies
-        )
+        context = current_forward_context()
+        held = _Recording(runnable, held_args, held_kwargs, context, layouts, copies)
         result = unflatten_tree(static, spec)
-        return weak_ref_tensors(result) if weak_output else result
+        return held, weak_ref_tensors(result) if weak else result
 
     def replay(self) -> None:
         # In a copy of the context variables: an interrupt can't leave the capture's forward context to the caller.
@@ -193,9 +186,6 @@ class CpuStaticGraph(CapturedOnce[_Recording]):
     def replay_function(self) -> Callable[[], None]:
         self.require_captured()
         return self.replay
-
-    def reset(self) -> None:
-        self._held = None
 
     def _unowned(self, inputs: object) -> tuple[tuple[object, ...], Mapping[str, object]]:
         """``inputs`` with weak references to what lies in the pool: a later capture may use that memory, as on CUDA."""

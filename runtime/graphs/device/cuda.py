@@ -14,7 +14,7 @@ import torch
 
 from piecework.codegen.stitch.source import collector_paused
 from piecework.errors import StaticGraphError
-from piecework.runtime.graphs.device.contract import CapturedOnce
+from piecework.runtime.graphs.device.contract import StaticGraph
 from piecework.runtime.graphs.device.weak_ref import weak_ref_tensors
 
 
@@ -101,22 +101,16 @@ class CudaGraphPool:
             self._measured += max(0, before - after)
 
 
-class CudaStaticGraph(CapturedOnce["torch.cuda.CUDAGraph"]):
+class CudaStaticGraph(StaticGraph[CudaGraphPool, "torch.cuda.CUDAGraph"]):
     """One ``torch.cuda.CUDAGraph``."""
 
-    def __init__(self, pool: CudaGraphPool) -> None:
-        super().__init__()
-        self._pool = pool
-
-    def capture(
+    def _record(
         self,
         runnable: Callable[..., object],
         args: tuple[object, ...],
         kwargs: Mapping[str, object],
-        *,
-        weak_output: bool = False,
-    ) -> object:
-        self.require_new()
+        weak: bool,
+    ) -> tuple[torch.cuda.CUDAGraph, object]:
         if torch.cuda.is_current_stream_capturing():
             raise StaticGraphError(
                 "a CUDA graph is being captured already", hint="captures can't be nested"
@@ -133,14 +127,12 @@ class CudaStaticGraph(CapturedOnce["torch.cuda.CUDAGraph"]):
             graph.capture_begin(pool=self._pool.handle, capture_error_mode="thread_local")
             try:
                 output = runnable(*args, **kwargs)
-                if weak_output:
-                    output = weak_ref_tensors(output)
+                output = weak_ref_tensors(output) if weak else output
             except BaseException:
                 _abandon(graph)
                 raise
             graph.capture_end()
-        self._held = graph
-        return output
+        return graph, output
 
     def replay(self) -> None:
         self.require_captured().replay()
@@ -152,7 +144,7 @@ class CudaStaticGraph(CapturedOnce["torch.cuda.CUDAGraph"]):
     def reset(self) -> None:
         if self._held is not None:
             self._held.reset()
-            self._held = None
+        super().reset()
 
 
 @contextmanager

@@ -195,7 +195,7 @@ def capture_graphs(
         2
     """
     on_failure = FailurePolicy.parse(on_failure)
-    run = _Run(forward, graphs, warmups, context_for or _plain_context)
+    run = _Run(forward, graphs, warmups, context_for or plain_context)
     keys = [
         (mode, each) for mode, group in descs for each in sorted(group, key=lambda d: -d.num_tokens)
     ]
@@ -307,9 +307,10 @@ def format_bytes(nbytes: int) -> str:
     return f"{amount:.2f} GiB"
 
 
-def _plain_context(
+def plain_context(
     mode: CUDAGraphMode, descriptor: BatchDescriptor
 ) -> AbstractContextManager[object]:
+    """A forward context that says no more than mode and descriptor."""
     return set_forward_context(cudagraph_runtime_mode=mode, batch_descriptor=descriptor)
 
 

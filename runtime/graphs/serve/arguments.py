@@ -148,8 +148,8 @@ def _example(each: StagedInput, others: Mapping[str, int]) -> torch.Tensor:
 
 
 def _dim_in_memory(each: StagedInput) -> int:
-    assert each.dim is not None
-    return each.dim if each.order is None else each.order.index(each.dim)
+    order = range(each.fake.dim()) if each.order is None else each.order
+    return order.index(each.dim)
 
 
 def _as_traced(buffer: torch.Tensor, each: StagedInput) -> torch.Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from piecework.errors import StaticGraphError
-from piecework.runtime.batch.descriptor import BatchDescriptor, BatchKind
+from piecework.runtime.batch.descriptor import PLAIN, BatchDescriptor, BatchKind
 from piecework.runtime.batch.dispatcher import CudagraphDispatcher
 from piecework.runtime.batch.forward_context import ForwardContext, current_forward_context
 from piecework.runtime.batch.mode import CUDAGraphMode
@@ -17,8 +17,6 @@ from piecework.runtime.graphs.plan.batch_shape import BatchShape
 from piecework.runtime.graphs.plan.options import CaptureOptions
 from piecework.runtime.graphs.plan.phase import Key
 from piecework.runtime.graphs.serve.report import CallRow
-
-_PLAIN = BatchKind()
 
 
 @dataclass(eq=False, slots=True)
@@ -86,25 +84,25 @@ class Calls:
         context = current_forward_context()
         if context is None and not self._asks:
             step = self._steps.get(count)
-            return (self._find(count, _PLAIN, count) if step is None else step), count
+            return (self._find(count, PLAIN, count) if step is None else step), count
         return self._asked(count, context, flat), count
 
     def _asked(self, count: int, context: ForwardContext | None, flat: Sequence[object]) -> Step:
         if any(each.of(flat) != count for each in self._shape.equal):
             return self._unequal
-        kind = _PLAIN
+        kind = PLAIN
         if context is not None:
             if context.skip_cuda_graphs:
                 return self._skipped
             if context.batch_descriptor is not None:
                 return self._chosen(count, context.cudagraph_runtime_mode, context.batch_descriptor)
             kind = context.batch or kind
-        if self._kind_of is not None and kind is _PLAIN:
+        if self._kind_of is not None and kind is PLAIN:
             kind = self._kind_of(**{e.name: flat[e.position] for e in self._shape.staged})
         if self._shape.others:
             sizes = tuple((other.label, other.of(flat)) for other in self._shape.others)
             kind = replace(kind, axes=(*kind.axes, *sizes))
-        key: object = count if kind is _PLAIN else (count, kind)
+        key: object = count if kind is PLAIN else (count, kind)
         step = self._steps.get(key)
         return self._find(count, kind, key) if step is None else step
 
@@ -116,7 +114,7 @@ class Calls:
         """
         if count < 1:
             return self._empty
-        found = self._dispatcher.ask(count, kind)
+        found = self._dispatcher.explain(count, kind)
         ready = self._ready.get((found.mode, found.descriptor))
         step = (
             _uncaptured(found.reason.value)

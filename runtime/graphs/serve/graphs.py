@@ -6,7 +6,7 @@ It says what one capture is; when captures happen, and which of them serves a ca
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -22,11 +22,11 @@ from piecework.runtime.batch.forward_context import (
     ForwardContext,
     current_forward_context,
     override_forward_context,
-    set_forward_context,
 )
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.call.entry import Entry
 from piecework.runtime.call.execution import by_path_of
+from piecework.runtime.compilers.partitions import partitions_taken_by
 from piecework.runtime.counters import counters
 from piecework.runtime.graphs.memory.addresses import ValueOrigin
 from piecework.runtime.graphs.memory.captured_call import CapturedCall
@@ -35,15 +35,16 @@ from piecework.runtime.graphs.memory.wrapper import CUDAGraphOptions, CUDAGraphW
 from piecework.runtime.graphs.plan.batch_reader import FixedBatch, batch_shape
 from piecework.runtime.graphs.plan.numbers import require_sizes_only, sizes_of
 from piecework.runtime.graphs.plan.options import CaptureOptions, plan_capture
-from piecework.runtime.graphs.plan.phase import Key
+from piecework.runtime.graphs.plan.phase import Key, plain_context
 from piecework.runtime.graphs.serve.arguments import CapturedInputs
 from piecework.runtime.graphs.serve.calls import Step
+from piecework.runtime.graphs.serve.partitioned import Partitions
 from piecework.runtime.graphs.serve.replay import Replay, ReplayMaker
 from piecework.runtime.graphs.serve.writes import DryWrites
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.tracing import Weight
 
-_FULL, _PIECEWISE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
+_FULL = CUDAGraphMode.FULL
 
 
 class CapturedGraphs:
@@ -56,9 +57,15 @@ class CapturedGraphs:
         dispatcher: which batch runs as what.
         options: how it was captured.
         replays: mode and descriptor → its replay.
-    """
+        weights: path → tensor, of the execution that was captured.
+        forward: the stitching function of that execution.
+        dry_writes: puts back what runs on dummy inputs write.
+        partitions: what is captured where Inductor cut the model itself; None where its pieces were cut before.
+        counting: captures are counted now.
 
-    _watches = True  # whether runs on dummy inputs look at each operator
+    Raises:
+        StaticGraphError: there is nothing to capture.
+    """
 
     def __init__(
         self,
@@ -74,8 +81,8 @@ class CapturedGraphs:
         self.sizes, self.dispatcher = plan.sizes, plan.dispatcher
         self._parameters = self._check_numbers()
         # The weights and the function of one execution; a change retires these graphs instead of reaching them.
-        self._forward: Callable[..., object] = entry.execution_fn
-        self._counting = False
+        self.forward: Callable[..., object] = entry.execution_fn
+        self.counting = False
         self._inputs = {
             tuple(values.items()): CapturedInputs(
                 self.shape,
@@ -93,19 +100,38 @@ class CapturedGraphs:
             check_addresses=options.check_addresses,
             on_capture=self._count,
         )
+        cut_inside = program.config.use_inductor_graph_partition
+        self.partitions = Partitions(self.graphs) if cut_inside else None
         for inputs in self._inputs.values():
             inputs.register(self.graphs)
-        self._weights = by_path_of(entry.weights)
-        self.graphs.addresses.register_weights(self._weights)
+        self.weights = by_path_of(entry.weights)
+        self.graphs.addresses.register_weights(self.weights)
         self._maker = ReplayMaker(
-            self.shape, program, self._weights, self.graphs.address_policy.value
+            self.shape, program, self.weights, self.graphs.address_policy.value
         )
         self._writes: dict[tuple[str, tuple[int, ...]], frozenset[int]] = {}
-        weights = list(self._weights.values())
-        self._dry_writes = DryWrites(self._is_own, weights, self._written_weights())
+        weights = list(self.weights.values())
+        self.dry_writes = DryWrites(self._is_own, weights, self._written_weights())
         self._wrapped = [self._wrap(submods, n) for n, submods in enumerate(program.submod_lists)]
         self._whole = [self._wrap_whole(number) for number in range(len(program.submod_lists))]
         self.replays: dict[Key, Replay] = {}
+        if self.partitions is not None:
+            self._meet(self.partitions)
+
+    def _meet(self, partitions: Partitions) -> None:
+        """Run once, which meets the partitions and captures nothing."""
+        pieces = self.dispatcher.cudagraph_keys[CUDAGraphMode.PIECEWISE]
+        if pieces:
+            smallest = min(pieces, key=lambda each: each.num_tokens)
+            with self.context_for(CUDAGraphMode.NONE, smallest):
+                self.dummy(smallest)
+            if not partitions.wrappers:
+                raise StaticGraphError(
+                    "Inductor made no partitions of this model's code",
+                    where="use_inductor_graph_partition",
+                    hint="it makes them for GPUs only; without that option the graph is cut before Inductor, and its pieces "
+                    "are captured on any device",
+                )
 
     def _check_numbers(self) -> list[torch.fx.Node]:
         """Refuse numbers that captured code reads from data; the inputs of the graph that are passed per call."""
@@ -146,6 +172,8 @@ class CapturedGraphs:
         self, submods: Sequence[Callable[..., object]], number: int
     ) -> Sequence[Callable[..., object]]:
         """The pieces of one batch range, each captured by itself."""
+        if self.partitions is not None:
+            return submods  # they hold splitting ops; only the partitions inside are captured
         source = self._program.source
         last = len(submods) - 1
         written = [self._written_by(name) for name in source.submod_names]
@@ -163,9 +191,7 @@ class CapturedGraphs:
 
     def _written_by(self, name: str) -> frozenset[int]:
         """Which arguments a piece writes to; pieces of one structure whose inputs share memory alike write alike."""
-        backend = self._program.backends[name]
-        piece, structure = backend.graph, backend.structure
-        assert piece is not None and structure is not None
+        piece, structure = self._program.backends[name].compiled_of()
         values = map(value_of, piece.graph.find_nodes(op="placeholder"))
         stores = [torch_compat.storage_id(v) if isinstance(v, torch.Tensor) else -1 for v in values]
         key = (structure.key, tuple(map(stores.index, stores)))
@@ -176,7 +202,7 @@ class CapturedGraphs:
     def _wrap_whole(self, number: int) -> CUDAGraphWrapper:
         """The whole forward of one batch range, splitting ops included; the pieces' own wrappers stand aside in it."""
         return CUDAGraphWrapper(
-            partial(self._forward, __vllm_submods__=self._as_called(self._wrapped[number])),
+            partial(self.forward, __vllm_submods__=self._as_called(self._wrapped[number])),
             None,
             _FULL,
             CUDAGraphOptions(weak_ref_output=True),
@@ -192,13 +218,13 @@ class CapturedGraphs:
         held = {node.name: each.path for node, each in pairs if isinstance(each, Weight)}
         every = [item.submod_name for item in self._program.items]
         paths = dict.fromkeys(write.path for write in mutations_in(split_gm, every, held))
-        return [self._weights[path] for path in paths]
+        return [self.weights[path] for path in paths]
 
     def _as_called(
         self, pieces: Sequence[Callable[..., object]]
     ) -> tuple[Callable[..., object], ...]:
         """The pieces as the stitching source calls them in runs on dummy inputs."""
-        return tuple(map(self._dry_writes.unwatched, pieces))
+        return tuple(map(self.dry_writes.unwatched, pieces))
 
     def _is_own(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` lies in a static input or a captured result."""
@@ -216,27 +242,24 @@ class CapturedGraphs:
         return 0 if table is None else table.index(size)
 
     def _count(self, record: CaptureRecord) -> None:
-        if self._counting:
+        if self.counting:
             counters.num_cudagraph_captured += 1
 
-    def _context_for(self, mode: CUDAGraphMode, descriptor: BatchDescriptor):  # type: ignore[no-untyped-def]
-        make = self.options.context_for
-        if make is not None:
-            return make(mode, descriptor)
-        return set_forward_context(cudagraph_runtime_mode=mode, batch_descriptor=descriptor)
+    def context_for(self, mode: CUDAGraphMode, descriptor: BatchDescriptor):  # type: ignore[no-untyped-def]
+        return (self.options.context_for or plain_context)(mode, descriptor)
 
-    def _others(self, descriptor: BatchDescriptor) -> dict[str, int]:
+    def others(self, descriptor: BatchDescriptor) -> dict[str, int]:
         """The sizes beside the batch size that a descriptor was captured for."""
         axes = dict(descriptor.extra)
         return {other.label: axes[other.label] for other in self.shape.others}  # type: ignore[misc]
 
-    def _inputs_of(self, descriptor: BatchDescriptor) -> CapturedInputs:
-        return self._inputs[tuple(self._others(descriptor).items())]
+    def inputs_of(self, descriptor: BatchDescriptor) -> CapturedInputs:
+        return self._inputs[tuple(self.others(descriptor).items())]
 
-    def _dummy(self, descriptor: BatchDescriptor) -> object:
+    def dummy(self, descriptor: BatchDescriptor) -> object:
         """One forward on the static inputs, whatever they hold; the context's mode says which wrapper acts."""
         size = descriptor.num_tokens
-        views = self._inputs_of(descriptor).views(size)
+        views = self.inputs_of(descriptor).views(size)
         with torch.no_grad(), self._without_traces():
             return self._run(self._flat(views, descriptor), self._range_of(size))
 
@@ -247,46 +270,65 @@ class CapturedGraphs:
         full = context is not None and context.cudagraph_runtime_mode is _FULL
         # What is captured must not be dry; and nothing can be copied while a GPU captures.
         dry = context if context is None or full else replace(context, dry=True)
-        watched = self._watches and not (full and self.shape.device.type == "cuda")
+        # Splitting ops that run inside Inductor's code can't be looked at.
+        watched = self.partitions is None and not (full and self.shape.device.type == "cuda")
         with ExitStack() as stack:
             if self.options.put_back:
-                stack.enter_context(self._dry_writes.put_back(watched=watched))
+                stack.enter_context(self.dry_writes.put_back(watched=watched))
             stack.enter_context(override_forward_context(dry))
             yield
 
     def _run(self, flat: Sequence[object], number: int) -> object:
-        return self._whole[number](*flat)
+        inside = nullcontext() if self.partitions is None else partitions_taken_by(self.partitions)
+        with inside:
+            return self._whole[number](*flat)
+
+    def run_uncaptured(
+        self, like: BatchDescriptor, tensors: Sequence[torch.Tensor], size: int
+    ) -> Sequence[object]:
+        """One forward on tensors of a batch of ``size``; the rest of the batch is ``like`` a captured one."""
+        descriptor = replace(like, num_tokens=size)
+        submods = self._as_called(self._program.submod_lists[self._range_of(size)])
+        flat = self._flat(tensors, descriptor)
+        scope = self.context_for(CUDAGraphMode.NONE, descriptor)
+        with scope, torch.no_grad(), self._without_traces():
+            results = self.forward(*flat, __vllm_submods__=submods)
+            found = results if isinstance(results, (tuple, list)) else (results,)
+            # Copies: a result may lie in memory that is put back.
+            return [each.clone() if isinstance(each, torch.Tensor) else each for each in found]
 
     def _flat(self, tensors: Sequence[torch.Tensor], descriptor: BatchDescriptor) -> list[object]:
-        others = self._others(descriptor)
+        others = self.others(descriptor)
         flat: list[object] = [descriptor.num_tokens] * len(self.shape.names)
         for each, tensor in zip(self.shape.staged, tensors, strict=True):
             flat[each.position] = tensor
         for position, label in self.shape.numbers.items():
             flat[position] = others[label]
         for position, path in self.shape.weights.items():
-            flat[position] = self._weights[path]
+            flat[position] = self.weights[path]
         return flat
 
     # --- what serves it ----------------------------------------------------------------------------
 
-    def _step_of(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> Step:
+    def step_of(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> Step:
         """What serves a captured descriptor: its replay source, after one replay through the wrappers, which check every address.
 
         Raises:
             PieceworkError: an address is not what was captured, or the source did not prove.
         """
-        with self._context_for(mode, descriptor):
-            self._dummy(descriptor)
-        inputs, padded = self._inputs_of(descriptor), descriptor.num_tokens
-        call = self._emit(mode, descriptor)
-        if self.options.check_addresses:
+        with self.context_for(mode, descriptor):
+            self.dummy(descriptor)
+        inputs, padded = self.inputs_of(descriptor), descriptor.num_tokens
+        # Inductor's own code calls the replays of its partitions, so nothing is emitted for them.
+        emits = self.partitions is None or mode is _FULL
+        call = self._emit(mode, descriptor) if emits else None
+        if call is None or self.options.check_addresses:
             call = self._checked_call(mode, descriptor)
         return Step(call, padded, mode, descriptor, bring_back=inputs.bringer(padded))
 
     def _emit(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> Callable[..., object]:
-        size, inputs = descriptor.num_tokens, self._inputs_of(descriptor)
-        number, others = self._range_of(size), self._others(descriptor)
+        size, inputs = descriptor.num_tokens, self.inputs_of(descriptor)
+        number, others = self._range_of(size), self.others(descriptor)
         views, stage = inputs.views(size), inputs.stager(size)
         symbols = sizes_of(self._parameters, self._flat(views, descriptor))
         if mode is _FULL:
@@ -303,7 +345,7 @@ class CapturedGraphs:
         self, mode: CUDAGraphMode, descriptor: BatchDescriptor
     ) -> Callable[..., object]:
         """Serves through the wrappers, which check every address where the owner says so."""
-        inputs, size = self._inputs_of(descriptor), descriptor.num_tokens
+        inputs, size = self.inputs_of(descriptor), descriptor.num_tokens
         stage, flat = inputs.stager(size), self._flat(inputs.views(size), descriptor)
         number = self._range_of(size)
 

@@ -6,7 +6,7 @@ It never compiles or captures a size that nobody listed; a `CUDAGraphWrapper` ca
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch.fx
 
@@ -22,7 +22,6 @@ from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.ranges import Range
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.graphs.device.contract import StaticGraph
-from piecework.runtime.graphs.memory.captured_call import CapturedCall
 from piecework.runtime.graphs.memory.owner import StaticGraphs
 from piecework.runtime.graphs.memory.wrapper import (
     CUDAGraphEntry,
@@ -31,39 +30,26 @@ from piecework.runtime.graphs.memory.wrapper import (
 )
 from piecework.runtime.pieces.piecewise import PieceCompiler, inputs_for
 
+Code = Callable[..., object]
 
-@dataclass(slots=True)
-class ConcreteSizeEntry:
-    """One listed size: its code (``runnable``, None before its first call), and what the wrapper knows of it."""
 
-    runtime_shape: int
-    need_to_compile: bool
-    use_cudagraph: bool
-    captured: CUDAGraphEntry
-    compiled: bool = False
-    runnable: Callable[..., object] | None = None
+class ConcreteSizeEntry(CUDAGraphEntry):
+    """One listed size: what is captured of it, and its code: the general one until it is compiled."""
 
-    @property
-    def num_finished_warmup(self) -> int:
-        return self.captured.num_finished_warmup
-
-    @property
-    def call(self) -> CapturedCall | None:
-        return self.captured.call
+    def __init__(
+        self, runtime_shape: int, need_to_compile: bool, use_cudagraph: bool, runnable: Code
+    ) -> None:
+        super().__init__(BatchDescriptor(runtime_shape))
+        self.runtime_shape, self.use_cudagraph = runtime_shape, use_cudagraph
+        self.need_to_compile, self.compiled, self.runnable = need_to_compile, False, runnable
 
     @property
     def cudagraph(self) -> StaticGraph | None:
-        return None if self.call is None else self.call.graph
-
-    @property
-    def output(self) -> object:
-        return self.captured.output
+        return self.call and self.call.graph
 
     @property
     def input_addresses(self) -> tuple[int, ...] | None:
-        if self.call is None:
-            return None
-        return tuple(s.placement.address for s in self.call.slots if s.placement is not None)
+        return self.call and tuple(s.placement.address for s in self.call.slots if s.placement)
 
 
 class CUDAPiecewiseBackend(CUDAGraphWrapper):
@@ -82,7 +68,7 @@ class CUDAPiecewiseBackend(CUDAGraphWrapper):
         piecewise_compile_index: int,
         total_piecewise_compiles: int,
         sym_shape_indices: Sequence[int],
-        compiled_graph_for_general_shape: Callable[..., object],
+        compiled_graph_for_general_shape: Code,
         backend: PieceCompiler | None = None,
     ) -> None:
         is_last = piecewise_compile_index == total_piecewise_compiles - 1
@@ -96,8 +82,11 @@ class CUDAPiecewiseBackend(CUDAGraphWrapper):
         compiled = set(config.compile_sizes if backend is not None else ())
         captured = set((config.cudagraph_capture_sizes or ()) if captures else ())
         self.concrete_size_entries = {
-            n: ConcreteSizeEntry(n, n in compiled, n in captured, self._entry(BatchDescriptor(n)))
+            n: ConcreteSizeEntry(n, n in compiled, n in captured, compiled_graph_for_general_shape)
             for n in sorted(compiled | captured)
+        }
+        self.concrete_cudagraph_entries |= {
+            each.batch_descriptor: each for each in self.concrete_size_entries.values()
         }
 
     def __call__(self, *args: object) -> object:  # type: ignore[override]
@@ -105,20 +94,19 @@ class CUDAPiecewiseBackend(CUDAGraphWrapper):
         self.first_run_finished = True
         if entry is None:
             return self.compiled_graph_for_general_shape(*args)
-        entry.runnable = entry.runnable or self._code_of(entry)
+        if self.backend is not None and entry.need_to_compile and not entry.compiled:
+            entry.runnable, entry.compiled = self._compile(self.backend, entry.runtime_shape), True
         context = current_forward_context() or ForwardContext()
         if not entry.use_cudagraph or context.skip_cuda_graphs:
             return entry.runnable(*args)
-        shape = entry.captured.batch_descriptor
-        with override_forward_context(
-            replace(context, cudagraph_runtime_mode=self.runtime_mode, batch_descriptor=shape)
-        ):
+        mode, shape = self.runtime_mode, entry.batch_descriptor
+        captured = replace(context, cudagraph_runtime_mode=mode, batch_descriptor=shape)
+        with override_forward_context(captured):
             return super().__call__(*args)
 
     def _run(self, *args: object) -> object:
         entry = self._listed(args)
-        assert entry is not None and entry.runnable is not None
-        return entry.runnable(*args)
+        return (self.compiled_graph_for_general_shape if entry is None else entry.runnable)(*args)
 
     def _listed(self, args: Sequence[object]) -> ConcreteSizeEntry | None:
         if not self.sym_shape_indices:
@@ -133,21 +121,17 @@ class CUDAPiecewiseBackend(CUDAGraphWrapper):
             )
         return self.concrete_size_entries.get(size)
 
-    def _code_of(self, entry: ConcreteSizeEntry) -> Callable[..., object]:
-        if self.backend is None or not entry.need_to_compile:
-            return self.compiled_graph_for_general_shape
-        only = Range(entry.runtime_shape, entry.runtime_shape)
-        entry.compiled = True
-        return self.backend.compiler_manager.compile(
-            self.graph,
-            inputs_for(self.graph, only, self.backend.batch_symbol),
-            only,
-            structure=structure_of(self.graph, describe_input=input_signature),
-            submod_name=self.name,
+    def _compile(self, backend: PieceCompiler, size: int) -> Code:
+        only, graph = Range(size, size), self.graph
+        inputs = inputs_for(graph, only, backend.batch_symbol)
+        structure = structure_of(graph, describe_input=input_signature)
+        return backend.compiler_manager.compile(
+            graph, inputs, only, structure=structure, submod_name=self.name
         ).runnable
 
     def discard(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
         super().discard(mode, descriptor)
         entry = self.concrete_size_entries.get(descriptor.num_tokens)
-        if entry is not None and entry.captured.batch_descriptor == descriptor:
-            entry.captured = self._entry(descriptor)
+        if entry is not None and entry.batch_descriptor not in self.concrete_cudagraph_entries:
+            entry.call, entry.num_finished_warmup = None, 0
+            self.concrete_cudagraph_entries[entry.batch_descriptor] = entry

@@ -17,9 +17,8 @@ from piecework.codegen.replay.plan import ReplaySource
 from piecework.errors import PieceworkError, StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.coverage import CoverageRow, coverage
-from piecework.runtime.batch.descriptor import BatchDescriptor, BatchKind
+from piecework.runtime.batch.descriptor import BatchKind
 from piecework.runtime.batch.dispatcher import Reason
-from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.bind.weights import BoundWeights
 from piecework.runtime.call.entry import Entry
 from piecework.runtime.call.execution import by_path_of
@@ -33,7 +32,6 @@ from piecework.runtime.graphs.plan.estimate import (
 from piecework.runtime.graphs.plan.options import CaptureOptions
 from piecework.runtime.graphs.plan.padding_check import padding_difference
 from piecework.runtime.graphs.plan.phase import (
-    CaptureOutcome,
     CaptureReport,
     CaptureWatcher,
     FailurePolicy,
@@ -51,31 +49,11 @@ from piecework.runtime.splitting_op import HOW_TO_DECLARE
 _log = logging.getLogger(__name__)
 
 
-class _Recorder:
-    """Keeps outcomes of a capture phase, also of one that is stopped, and passes them on."""
-
-    def __init__(self, inner: CaptureWatcher | None) -> None:
-        self.inner = inner
-        self.outcomes: list[CaptureOutcome] = []
-
-    def started(self, total: int) -> None:
-        if self.inner is not None:
-            self.inner.started(total)
-
-    def finished(self, outcome: CaptureOutcome, held_bytes: int) -> None:
-        self.outcomes.append(outcome)
-        if self.inner is not None:
-            self.inner.finished(outcome, held_bytes)
-
-    def ended(self) -> None:
-        if self.inner is not None:
-            self.inner.ended()
-
-
-class CapturedModel(CapturedGraphs):
+class CapturedModel:
     """A stitched model with static graphs; stands where its entry calls ``execution_fn``.
 
-    Attributes, besides those of `CapturedGraphs`:
+    Attributes:
+        captures: what is captured; its parts that users read are attributes here too.
         report: what the last capture phase did; None if it was stopped.
         failures: descriptors whose checked replay failed, with the reason.
     """
@@ -88,7 +66,12 @@ class CapturedModel(CapturedGraphs):
         options: CaptureOptions,
         fixed: FixedBatch | None = None,
     ) -> None:
-        super().__init__(entry, program, sizes, options, fixed)
+        self._entry, self._program, self.options = entry, program, options
+        self.captures = captures = CapturedGraphs(entry, program, sizes, options, fixed)
+        self.shape, self.sizes, self.graphs = captures.shape, captures.sizes, captures.graphs
+        self.dispatcher, self.replays = captures.dispatcher, captures.replays
+        self.static_inputs, self.pieces_for = captures.static_inputs, captures.pieces_for
+        self._weights, self._forward = captures.weights, captures.forward
         self.report: CaptureReport | None = None
         self.estimate: MemoryEstimate | None = None
         self.dropped: tuple[Key, ...] = ()
@@ -117,7 +100,7 @@ class CapturedModel(CapturedGraphs):
             self._tell_of_unseen()
             self._capture(memory_budget, progress, estimate)
         finally:
-            self._dry_writes.forget()
+            self.captures.dry_writes.forget()
 
     def _tell_of_unseen(self) -> None:
         """Warn of operators of which nobody can tell what they do to whom."""
@@ -134,33 +117,35 @@ class CapturedModel(CapturedGraphs):
         self, memory_budget: int | None, progress: bool | CaptureWatcher, estimate: bool
     ) -> None:
         console = Console(stderr=True)
-        self._settle_padding()
         warmups = self._warmups()
-        if estimate or memory_budget is not None:
-            self._estimate(warmups, required=memory_budget is not None)
-            if progress is True and self.estimate is not None:
-                console.print(self.estimate.table())
-        if memory_budget is not None and self.estimate is not None:
-            self.dropped = fit_budget(self.estimate, self.dispatcher, memory_budget)
-        watcher = CaptureProgress(console) if progress is True else (progress or None)
-        recorder = _Recorder(watcher)
-        self._counting = True
+        try:
+            self._settle_padding()
+            if estimate or memory_budget is not None:
+                self._estimate(warmups, required=memory_budget is not None)
+                if progress is True and self.estimate is not None:
+                    console.print(self.estimate.table())
+            if memory_budget is not None and self.estimate is not None:
+                self.dropped = fit_budget(self.estimate, self.dispatcher, memory_budget)
+        except BaseException:
+            self.release()
+            raise
+        self.captures.counting = True
         try:
             self.report = capture_graphs(
-                self._dummy,
+                self.captures.dummy,
                 self.dispatcher.get_capture_descs(),
                 self.graphs,
                 warmups=warmups,
-                context_for=self._context_for,
+                context_for=self.captures.context_for,
                 dispatcher=self.dispatcher,
                 on_failure=self.options.on_failure,
                 raise_interrupt=self.options.raise_interrupt,
-                watcher=recorder,
+                watcher=CaptureProgress(console) if progress is True else progress or None,
                 affordable=self._affordable(memory_budget),
             )
         finally:
-            self._counting = False
-            self._make_ready([(o.mode, o.descriptor) for o in recorder.outcomes if o.captured])
+            self.captures.counting = False
+            self._make_ready(list(self.graphs.bytes_by_descriptor()))
 
     def _settle_padding(self) -> None:
         """Say why nothing is padded, if so; else try it once on random data, and believe what comes out."""
@@ -168,8 +153,8 @@ class CapturedModel(CapturedGraphs):
         if reason is None and self.options.check_padding and not self.shape.by_context:
             groups = [group for _, group in self.dispatcher.get_capture_descs()]
             smallest = min((each for group in groups for each in group), key=lambda d: d.num_tokens)
-            others = self._others(smallest)
-            run = partial(self._run_uncaptured, smallest)
+            others = self.captures.others(smallest)
+            run = partial(self.captures.run_uncaptured, smallest)
             reason = padding_difference(self.shape, self.sizes, others, self.options.pads, run)
             if reason is not None:
                 self.dispatcher.exact = Reason.CHECKED
@@ -178,20 +163,6 @@ class CapturedModel(CapturedGraphs):
             _log.warning(
                 "capture: only batches of a captured size are replayed: %s%s", reason, hint
             )
-
-    def _run_uncaptured(
-        self, like: BatchDescriptor, tensors: Sequence[torch.Tensor], size: int
-    ) -> Sequence[object]:
-        """One forward on tensors of a batch of ``size``; the rest of the batch is ``like`` a captured one."""
-        descriptor = replace(like, num_tokens=size)
-        submods = self._as_called(self._program.submod_lists[self._range_of(size)])
-        flat = self._flat(tensors, descriptor)
-        scope = self._context_for(CUDAGraphMode.NONE, descriptor)
-        with scope, torch.no_grad(), self._without_traces():
-            results = self._forward(*flat, __vllm_submods__=submods)
-            found = results if isinstance(results, (tuple, list)) else (results,)
-            # Copies: a result may lie in memory that is put back.
-            return [each.clone() if isinstance(each, torch.Tensor) else each for each in found]
 
     def _affordable(self, budget: int | None) -> Callable[[Key], bool] | None:
         """Whether a capture still fits the budget, in view of what the captures before it took."""
@@ -214,12 +185,14 @@ class CapturedModel(CapturedGraphs):
         descs = self.dispatcher.get_capture_descs()
         try:
             self.estimate = estimate_memory(
-                self._dummy, descs, self.graphs, warmups=warmups, context_for=self._context_for
+                self.captures.dummy,
+                descs,
+                self.graphs,
+                warmups=warmups,
+                context_for=self.captures.context_for,
             )
-        except BaseException as error:
-            skips = not (self._raises or required)
-            if not (skips and isinstance(error, PieceworkError)):
-                self.release()
+        except PieceworkError:
+            if self._raises or required:
                 raise
 
     def _make_ready(self, captured: Sequence[Key]) -> None:
@@ -229,7 +202,7 @@ class CapturedModel(CapturedGraphs):
             while waiting:
                 key = waiting[0]
                 try:
-                    self._ready[key] = self._step_of(*key)
+                    self._ready[key] = self.captures.step_of(*key)
                 except PieceworkError as error:
                     self.failures[key] = error
                     self._give_up(key)
@@ -240,7 +213,7 @@ class CapturedModel(CapturedGraphs):
             for key in waiting:
                 self._give_up(key)
             self._calls.forget()
-            self._entry.serve_with(self)
+            self._entry.capture(self)
 
     def _give_up(self, key: Key) -> None:
         self.graphs.discard(*key)
@@ -309,7 +282,7 @@ class CapturedModel(CapturedGraphs):
             raise self._moved()
         inputs = [flat[each.position] for each in self.shape.staged]
         bring_back = step.bring_back
-        if bring_back is not None and self._inputs_of(step.descriptor).shares_what_is_written(inputs):  # type: ignore[arg-type]
+        if bring_back is not None and self.captures.inputs_of(step.descriptor).shares_what_is_written(inputs):  # type: ignore[arg-type]
             self._calls.shared.calls += 1
             return self._forward(*flat, **submods)
         mine = object()
@@ -379,9 +352,14 @@ class CapturedModel(CapturedGraphs):
             kind: what kind of batch; a plain one by default.
 
         Raises:
-            StaticGraphError: that batch runs uncaptured.
+            StaticGraphError: that batch runs uncaptured, or Inductor's own code calls the replays.
         """
-        found = self.dispatcher.ask(size, kind or BatchKind(), strict=False)
+        if self.captures.partitions is not None:
+            raise StaticGraphError(
+                "there is no replay source: Inductor cut this model, and its code calls the replays",
+                where="use_inductor_graph_partition",
+            )
+        found = self.dispatcher.explain(size, kind or BatchKind(), strict=False)
         replay = self.replays.get((found.mode, found.descriptor))
         if replay is None:
             raise StaticGraphError(f"size {size} runs uncaptured: {found.reason.value}")

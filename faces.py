@@ -1,0 +1,43 @@
+"""Names that a package hands on from its modules. In: the package's own file. Out: the names, and what loads each one when it is first used.
+
+The names stand once, in the imports under ``if TYPE_CHECKING:``, where type checkers and this read them. It imports nothing by itself.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+
+
+def homes(path: str) -> dict[str, str]:
+    """The names that the file imports for type checkers alone, each with the module that has it."""
+    return {
+        each.name: str(node.module)
+        for block in ast.parse(Path(path).read_text("utf-8")).body
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for each in node.names
+    }
+
+
+def face(
+    package: str, path: str, rooms: Sequence[str] = ()
+) -> tuple[list[str], Callable[[str], object], Callable[[], list[str]]]:
+    """``__all__``, ``__getattr__`` and ``__dir__`` of a package, whose modules in ``rooms`` load when used too."""
+    found = homes(path)
+
+    def load(name: str) -> object:
+        if name in rooms:
+            return import_module(f"{package}.{name}")
+        if name not in found:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(found[name]), name)
+
+    def names() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *found, *rooms})
+
+    return sorted(found), load, names
