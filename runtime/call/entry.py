@@ -230,7 +230,7 @@ class Entry:
         return True
 
     def _explain_inputs(self, *values: object) -> None:
-        error = input_error(self._plan, values, self._argument_refusal(values))
+        error = input_error(self._plan, values, lambda: self._argument_refusal(values))
         error.refused_by = self
         raise error
 

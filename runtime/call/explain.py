@@ -6,7 +6,7 @@ emitted checks are written from, `piecework.codegen.entry.checks`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import assert_never
 
@@ -30,19 +30,19 @@ Place = tuple[int, int | None]
 
 
 def input_error(
-    plan: EntryPlan, values: Sequence[object], otherwise: InputError | None = None
+    plan: EntryPlan, values: Sequence[object], otherwise: Callable[[], InputError | None]
 ) -> InputError:
     """The first assumption that ``values`` (one per parameter) break, as an error.
 
     Args:
-        otherwise: the error if no assumption of the plan is broken.
+        otherwise: asked if no assumption of the plan is broken: values are what it says then.
     """
     search = _Search(values)
     for _, steps in groupby(checks.entry_table(plan), key=_leaf_of):
         error = _gravest(search.refusals(steps))
         if error is not None:
             return error
-    return otherwise or InputError(
+    return otherwise() or InputError(
         "the arguments break what the trace assumed of them",
         hint="compare them with the example arguments, or compile the model again",
     )

@@ -77,6 +77,14 @@ def test_which_tensor_it_is_counts(example: str) -> None:
     assert example in served and served >= {"plain", "buffer", "item"}
 
 
+def test_what_is_no_tensor_is_refused_as_such() -> None:
+    model = asking_model(twos())
+    stitched = piecework.compile(model, (X, {"t": twos()}), config={"backend": "eager"})
+    for given, match in (({"t": None}, "t'] must be a tensor"), ({}, "keys"), (None, "dict")):
+        with pytest.raises(InputError, match=match):
+            stitched(X, given)
+
+
 def test_a_tensor_that_takes_the_place_of_a_weight() -> None:
     closed = twos()
     model = asking_model(closed)
