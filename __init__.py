@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     )
     from piecework.codegen.source import verify
     from piecework.errors import PieceworkError
-    from piecework.runtime.compile import compile
+    from piecework.runtime.compile import compile, load
     from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
     from piecework.runtime.counters import counters
     from piecework.runtime.decorators import ignore_torch_compile, support_torch_compile
@@ -42,6 +42,7 @@ __all__ = [
     "declare_rows",
     "generate_execution_code",
     "ignore_torch_compile",
+    "load",
     "split_graph",
     "splitting_op",
     "support_torch_compile",
@@ -63,6 +64,7 @@ _HOME = {
     "declare_rows": "piecework.runtime.splitting_op",
     "generate_execution_code": "piecework.codegen",
     "ignore_torch_compile": "piecework.runtime.decorators",
+    "load": "piecework.runtime.compile",
     "split_graph": "piecework.codegen",
     "splitting_op": "piecework.runtime.splitting_op",
     "support_torch_compile": "piecework.runtime.decorators",

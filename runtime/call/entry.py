@@ -9,7 +9,7 @@ import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import FunctionType, SimpleNamespace
 
 import torch
@@ -54,6 +54,28 @@ from piecework.runtime.trace.tracing import (
 OPAQUE = "it calls a stitched module, which is compiled already; leave that call out, or allow graph breaks"
 
 
+@dataclass(frozen=True, slots=True)
+class MadeEntry:
+    """An emitted entry before it is bound.
+
+    Attributes:
+        plan: what it says.
+        source: the emitted text.
+        strict: weights that every reader compares by itself, by path.
+        autocast: where autocast was on in the trace.
+    """
+
+    plan: EntryPlan
+    source: EntrySource
+    strict: frozenset[str]
+    autocast: tuple[tuple[str, torch.dtype], ...]
+
+
+def _made_entry(captured: Capture, program: Program) -> MadeEntry:
+    plan, strict = plan_entry(captured, program), strict_weights(captured, program)
+    return MadeEntry(plan, generate_entry(plan), strict, torch_compat.autocast_state())
+
+
 class Entry:
     """The emitted entry, bound and ready.
 
@@ -61,6 +83,7 @@ class Entry:
         captured: what the model's trace gave.
         program: the compiled pieces and the emitted stitching source.
         as_it_is: runs the model uncompiled, for calls in a stance of torch's compiler that wants it so.
+        made: what was emitted in another process; None emits it now.
 
     Attributes:
         source: the emitted text of ``check_inputs`` and ``entry``.
@@ -73,24 +96,34 @@ class Entry:
     """
 
     def __init__(
-        self, captured: Capture, program: Program, as_it_is: Callable[..., object]
+        self,
+        captured: Capture,
+        program: Program,
+        as_it_is: Callable[..., object],
+        made: MadeEntry | None = None,
     ) -> None:
         self._program = program
         self._as_it_is = as_it_is
         self.captured = captured
-        self._plan = plan_entry(captured, program)
+        self.made = _made_entry(captured, program) if made is None else made
+        self._plan = self.made.plan
         self._arguments = captured.weights.state.argument_check(captured.parameters)
-        self._autocast = torch_compat.autocast_state()
+        self._autocast = self.made.autocast
         self.careful_calls: dict[str, int] = {}
         weights = captured.weights
-        weights.trust(strict_weights(captured, program))
-        self.source: EntrySource = generate_entry(self._plan)
+        weights.trust(self.made.strict)
+        self.source: EntrySource = self.made.source
         function = program.bind(self._bound(weights))
         self._now = Execution(weights, function, function)
         self._stances = torch_compat.stance_holder()
         self.call = self._execute(self._probes(), self._now, self._now.serves, program.submods_for)
         # None is the stance that is known to change nothing until `_in_stance` has looked at the current one.
         self.call.__globals__.update(dynamo=self._stances, stance=None)
+
+    @property
+    def edited_code(self) -> str | None:
+        """The edited text that runs in place of the generated one."""
+        return self._now.code
 
     @property
     def execution_fn(self) -> FunctionType:
@@ -155,7 +188,7 @@ class Entry:
     def publish(self, execution: Execution) -> None:
         """Serve calls by ``execution`` from now on, in one step; those that run keep theirs."""
         self._now = execution
-        self.captured = replace(self.captured, weights=execution.weights)  # lets go of the old ones
+        self.captured = self.captured.with_weights(execution.weights)  # lets go of the old ones
         self.call.__globals__["bound"] = self._published(execution, execution.serves)
 
     def _published(self, execution: Execution, serves: Callable[..., object]) -> tuple[object, ...]:

@@ -71,6 +71,7 @@ from piecework.runtime.torch_compat.kernels import (
     registered_kernels,
 )
 from piecework.runtime.torch_compat.modes import (
+    autocast_off,
     autocast_probe,
     autocast_state,
     dispatch_mode_probe,
@@ -87,6 +88,14 @@ from piecework.runtime.torch_compat.refake import (
     Refaked,
     free_symbols,
     size_expr,
+)
+from piecework.runtime.torch_compat.saved_code import (
+    Generated,
+    generated_code,
+    graphs_from_bytes,
+    graphs_to_bytes,
+    kernel_file,
+    load_kernel,
 )
 from piecework.runtime.torch_compat.shape_record import (
     hints_text,
@@ -158,6 +167,7 @@ from piecework.runtime.torch_compat.watch import (
 
 __all__ = [
     "FORCE_EAGER",
+    "Generated",
     "GuardReader",
     "Guarded",
     "OperatorWatch",
@@ -169,6 +179,7 @@ __all__ = [
     "asks_for_restart",
     "asserted_symbols",
     "auto_functionalized_ops",
+    "autocast_off",
     "autocast_probe",
     "autocast_state",
     "backend_failure",
@@ -190,6 +201,9 @@ __all__ = [
     "flatten_tree",
     "free_symbols",
     "function_mode_probe",
+    "generated_code",
+    "graphs_from_bytes",
+    "graphs_to_bytes",
     "guard_settings",
     "guards_on",
     "has_inductor_option",
@@ -206,12 +220,14 @@ __all__ = [
     "is_traced_contiguous",
     "keep_out_of_traces",
     "kept_guards",
+    "kernel_file",
     "kernel_table",
     "kinds_of_kernels",
     "known_non_negative",
     "known_sizes",
     "learn_again",
     "learned_since",
+    "load_kernel",
     "mark_unbacked",
     "marked_dims",
     "marks_of",

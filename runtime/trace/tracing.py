@@ -9,7 +9,7 @@ import inspect
 import logging
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -98,6 +98,10 @@ class Capture:
     weights: BoundWeights
     out_spec: pytree.TreeSpec
     result: tuple[ResultLeaf, ...]
+
+    def with_weights(self, weights: BoundWeights) -> Capture:
+        """The same with another binding."""
+        return replace(self, weights=weights)
 
 
 @dataclass(slots=True)
