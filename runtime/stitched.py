@@ -349,7 +349,8 @@ class StitchedModule:
         """
         self._require_traced("artifact")
         with self._changes.one("save()"), self._tracing:
-            with suppress(PieceworkError):  # a graph without a batch has no batch of one
+            # A graph without a batch has no batch of one, and an object of the user's can't be made up.
+            with suppress(PieceworkError, TypeError):
                 self._trace_of_one(None, CaptureOptions(runtime=self.runtime_config))
             save(path, self.model, self._traces, self.made_with(), key_file=key_file)
 

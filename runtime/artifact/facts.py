@@ -17,6 +17,7 @@ import torch
 
 from piecework.errors import ArtifactError
 from piecework.runtime.artifact.likeness import (
+    A_VALUE,
     HEAP_TYPE,
     Unlike,
     class_name,
@@ -24,6 +25,7 @@ from piecework.runtime.artifact.likeness import (
     code_digest,
     likeness,
 )
+from piecework.runtime.bind.class_watch import may_ask
 from piecework.runtime.bind.facts import MISSING, Fact, Values, expected, place_text, shown
 from piecework.runtime.bind.guards import Bins
 from piecework.runtime.bind.traced_state import TracedState
@@ -108,7 +110,7 @@ def saved_state(state: TracedState) -> SavedState:
         argument_facts=tuple(parts.bins.argument_facts),
         starts={name: _start(name, each) for name, each in parts.starts["global"].items()},
         classes=_orders(parts.classes.classes),
-        tables=_tables(parts.classes.classes, asked),
+        tables=_tables(parts.classes.classes),
         asked=asked,
         code=frozenset(map(code_digest, parts.code)),
         names=dict(parts.names),
@@ -162,6 +164,9 @@ def _start(name: str, value: object) -> tuple[str, str]:
         return "module", value.__name__
     if value is builtins.__dict__:
         return "builtins", ""
+    if type(value) is dict and value.keys() == _named_tuples("").keys():
+        if value["_tuple_new"] is tuple.__new__:
+            return "named tuple", str(value["__name__"])
     path = f"{getattr(value, '__module__', '')}:{getattr(value, '__qualname__', '')}"
     try:
         if _object_at(path) is value:
@@ -173,6 +178,11 @@ def _start(name: str, value: object) -> tuple[str, str]:
         where=f"a {class_name(type(value))}",
         hint="keep what the model computes with in the model, or in a module that can be imported",
     )
+
+
+def _named_tuples(name: str) -> dict[str, object]:
+    """The globals that ``collections.namedtuple`` makes for one function, which nobody else holds."""
+    return {"_tuple_new": tuple.__new__, "__builtins__": {}, "__name__": name}
 
 
 def _object_at(path: str) -> object:
@@ -203,11 +213,11 @@ def _order(kind: type) -> tuple[str, ...]:
     return tuple(class_name(each) for each in kind.__mro__ if each.__flags__ & HEAP_TYPE)
 
 
-def _tables(classes: Iterable[type], asked: frozenset[str] | None) -> dict[str, dict[str, str]]:
+def _tables(classes: Iterable[type]) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     owners = {each: None for kind in classes for each in kind.__mro__ if each.__flags__ & HEAP_TYPE}
     for each in owners:
-        table, name = class_table(each, asked), class_name(each)
+        table, name = class_table(each), class_name(each)
         if found.setdefault(name, table) != table:
             raise _one_name(name)
     return found
@@ -253,6 +263,8 @@ def _started(kind: str, name: str) -> object:
     try:
         if kind == "module":
             return importlib.import_module(name)
+        if kind == "named tuple":
+            return _named_tuples(name)
         return builtins.__dict__ if kind == "builtins" else _object_at(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ArtifactError(
@@ -301,10 +313,12 @@ def _require_same_classes(saved: SavedState, classes: Iterable[type]) -> None:
     missing = saved.classes.keys() - now.keys()
     if missing:
         raise ArtifactError(f"the model holds no {min(missing)} any more", hint=_OTHER)
-    for name, table in _tables(classes, saved.asked).items():
+    for name, table in _tables(classes).items():
         before = saved.tables[name]
         for each in sorted(before.keys() | table.keys()):
-            if before.get(each) != table.get(each):
+            # Libraries add methods to torch.nn.Module as they are imported, which say nothing of a model that doesn't know them.
+            known = each in before or may_ask(saved.asked, each)
+            if known and before.get(each, A_VALUE) != table.get(each, A_VALUE):
                 raise ArtifactError(
                     f"{name}.{each} has other code than when the model was saved",
                     where="the model's source changed",

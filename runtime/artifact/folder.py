@@ -35,37 +35,30 @@ _AGAIN = "save the model again"
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """A directory whose manifest was verified.
+    """A directory that was verified.
 
     Attributes:
         path: where it is.
         facts: what the manifest says besides the files.
-        digests: file name → SHA-256.
+        files: file name → its bytes, exactly those that were saved. They are held, so that nothing that happens to the directory later matters.
     """
 
     path: Path
     facts: Mapping[str, object]
-    digests: Mapping[str, str]
+    files: Mapping[str, bytes]
 
     def read(self, name: str) -> bytes:
-        """The bytes of a file, exactly those that were saved.
+        """The bytes of a file.
 
         Raises:
-            ArtifactError: it is missing, is no plain file of ours, or was changed.
+            ArtifactError: the manifest lists none of that name.
         """
-        wanted = self.digests.get(name)
-        if wanted is None:
+        data = self.files.get(name)
+        if data is None:
             raise ArtifactError(
                 "the manifest lists no such file",
                 where=str(self.path / name),
                 hint=f"copy the directory whole, or {_AGAIN}",
-            )
-        data = _read(self.path / name, _LIMIT)
-        if hashlib.sha256(data).hexdigest() != wanted:
-            raise ArtifactError(
-                "the file is not what was saved: its SHA-256 is not the one in the manifest",
-                where=str(self.path / name),
-                hint=f"{_AGAIN}; an edited source is saved by use_edited() and save()",
             )
         return data
 
@@ -212,13 +205,14 @@ def _checksum(body: Mapping[str, object]) -> str:
 
 
 def open_folder(path: Path, key: bytes | None) -> Folder:
-    """Verify a directory's manifest.
+    """Verify a directory's manifest, and then every file that it lists.
 
     Args:
         key: what it must be signed with; None takes an unsigned one, and does not look at a signature.
 
     Raises:
-        ArtifactError: there is none, it is damaged, of another format, unsigned or signed with another key, or names a file outside the directory.
+        ArtifactError: there is none, it is damaged, of another format, unsigned or signed with another key, or names a file outside the directory; or a
+            file is missing, is no plain file of ours, or was changed.
     """
     path = Path(os.path.abspath(path))
     if not path.is_dir():
@@ -251,7 +245,21 @@ def open_folder(path: Path, key: bytes | None) -> Folder:
     checksum = facts.pop("checksum", None)
     if checksum != _checksum(facts):
         raise _damaged(path, "its checksum does not agree")
-    return Folder(path, facts, _digests(path, facts.pop("files", None)))
+    digests = _digests(path, facts.pop("files", None))
+    return Folder(
+        path, facts, {name: _verified(path / name, each) for name, each in digests.items()}
+    )
+
+
+def _verified(path: Path, digest: str) -> bytes:
+    data = _read(path, _LIMIT)
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise ArtifactError(
+            "the file is not what was saved: its SHA-256 is not the one in the manifest",
+            where=str(path),
+            hint=f"{_AGAIN}; an edited source is saved by use_edited() and save()",
+        )
+    return data
 
 
 def _digests(path: Path, rows: object) -> dict[str, str]:

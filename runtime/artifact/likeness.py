@@ -28,6 +28,8 @@ _C_DESCRIPTORS = (
     types.ClassMethodDescriptorType,
 )
 HEAP_TYPE = 1 << 9
+#: A plain value of a class, or none.
+A_VALUE = "a value"
 
 
 class Unlike(Exception):
@@ -146,20 +148,16 @@ def _code_text(code: types.CodeType) -> str:
 # --- classes -----------------------------------------------------------------------------------------
 
 
-def class_table(kind: type, asked: frozenset[str] | None) -> dict[str, str]:
-    """What each name of a class's own body leads to, where that is code or a descriptor; plain values have facts of their own.
-
-    Args:
-        asked: the names that traced code may look up, besides those that Python looks up by itself; None: any.
-    """
+def class_table(kind: type) -> dict[str, str]:
+    """What each name of a class's own body leads to; plain values have facts of their own, and are only said to be there."""
     found: dict[str, str] = {}
     for name, value in list(kind.__dict__.items()):
-        if name in _DERIVED or not (hasattr(type(value), "__get__") or callable(value)):
+        if name in _DERIVED:
             continue
         if kind is torch.nn.Module and name in _TRACKED and is_torchs_function(value):
             continue
-        if asked is None or name in asked or (name.startswith("__") and name.endswith("__")):
-            found[name] = _member(value)
+        code = hasattr(type(value), "__get__") or callable(value)
+        found[name] = _member(value) if code else A_VALUE
     return found
 
 

@@ -171,7 +171,7 @@ def _trace(
     made = MadeEntry(saved.plan, source, saved.strict, saved.autocast)
     entry = Entry(captured, program, as_it_is, made)
     edited = None
-    if f"{name}/{EDITED}" in folder.digests:
+    if f"{name}/{EDITED}" in folder.files:
         code = folder.text(f"{name}/{EDITED}")
         edited = EditedSource(code, saved.edited_proof, saved.edited_difference)
         entry.use_source(code)
@@ -229,7 +229,7 @@ def _program(
         for number, each in enumerate(saved.forms)
     }
     graphs = f"{name}/{GRAPHS}"
-    data = partial(folder.read, graphs) if graphs in folder.digests else None
+    data = partial(folder.read, graphs) if graphs in folder.files else None
     fields = {
         "name": saved.name,
         "config": config,

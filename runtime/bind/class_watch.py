@@ -76,7 +76,7 @@ class ClassWatch:
         for kind, before in self._names.items():
             now = _resolved(kind)
             for name in before.keys() | now.keys():
-                if name not in before and not self._may_ask(name):
+                if name not in before and not may_ask(self.asked, name):
                     continue
                 if _differ(before.get(name), now.get(name)):
                     return f"{kind.__qualname__}.{name} was replaced since the model was traced"
@@ -85,13 +85,14 @@ class ClassWatch:
                 return f"function {function.__qualname__} has other code or defaults than when the model was traced"
         return ""
 
-    def _may_ask(self, name: str) -> bool:
-        """Whether the traced code may look ``name`` up: it names it, Python does for an operator, or it computes names.
 
-        Libraries add methods to ``torch.nn.Module`` as they are imported, which say nothing of a model that doesn't know them.
-        """
-        dunder = name.startswith("__") and name.endswith("__")
-        return self.asked is None or dunder or name in self.asked
+def may_ask(asked: frozenset[str] | None, name: str) -> bool:
+    """Whether the traced code may look ``name`` up: it names it, Python does for an operator, or it computes names (None).
+
+    Libraries add methods to ``torch.nn.Module`` as they are imported, which say nothing of a model that doesn't know them.
+    """
+    dunder = name.startswith("__") and name.endswith("__")
+    return asked is None or dunder or name in asked
 
 
 def _names_in(code: Iterable[types.CodeType]) -> frozenset[str] | None:
