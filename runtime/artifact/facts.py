@@ -164,9 +164,9 @@ def _start(name: str, value: object) -> tuple[str, str]:
         return "module", value.__name__
     if value is builtins.__dict__:
         return "builtins", ""
-    if type(value) is dict and value.keys() == _named_tuples("").keys():
-        if value["_tuple_new"] is tuple.__new__:
-            return "named tuple", str(value["__name__"])
+    named = type(value) is dict and value.keys() == _named_tuples("").keys()
+    if named and value["_tuple_new"] is tuple.__new__:  # type: ignore[index]
+        return "named tuple", str(value["__name__"])  # type: ignore[index]
     path = f"{getattr(value, '__module__', '')}:{getattr(value, '__qualname__', '')}"
     try:
         if _object_at(path) is value:
@@ -256,7 +256,8 @@ def established(saved: SavedState, model: object) -> TracedState:
             f"torch.nn.modules.module has {hooks}, and the model was traced without",
             hint="remove the hooks, or compile the model again",
         )
-    return state.with_code(_code_of(state.parts().classes.classes, saved.code))
+    state.watch_code(_code_of(state.parts().classes.classes, saved.code))
+    return state
 
 
 def _started(kind: str, name: str) -> object:

@@ -144,9 +144,11 @@ class TracedState:
         starts, places = self._starts, self._places
         return StateParts(starts, self._bins, self._code, self._names, places, self._classes)
 
-    def with_code(self, code: frozenset[types.CodeType]) -> TracedState:
-        """The same, knowing which code of this process was traced."""
-        return replace(self, _code=code)
+    def watch_code(self, code: frozenset[types.CodeType]) -> None:
+        """Watch this code as what was traced."""
+        assert self._classes is not None
+        self._code = code
+        self._classes = ClassWatch(self._classes.classes, code, self._asked)
 
     @property
     def tensors(self) -> list[tuple[Place, torch.Tensor]]:

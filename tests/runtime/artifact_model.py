@@ -70,7 +70,9 @@ def main(what: str, artifact: str, weights: str) -> dict[str, object]:
         "refused": refused,
         "counters": {k: v for k, v in piecework.counters.snapshot().items() if v},
         "inductor": [
-            m for m in ("torch._inductor.compile_fx", "triton.compiler") if m in sys.modules
+            m
+            for m in ("torch._inductor.compile_fx", "torch._inductor.codecache")
+            if m in sys.modules
         ],
         "cached": os.listdir(os.environ["TORCHINDUCTOR_CACHE_DIR"]),
     }
