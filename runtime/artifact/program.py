@@ -165,7 +165,7 @@ def graphs_reader(data: Callable[[], bytes] | None, where: str) -> Callable[[], 
         if data is None:
             raise ArtifactError("the artifact holds no graphs", where=where, hint=hint)
         try:
-            graph, split_gm, items = torch_compat.graphs_from_bytes(data())  # type: ignore[misc]
+            (graph, split_gm, items), _ = torch_compat.graphs_from_bytes(data())  # type: ignore[misc]
         except ArtifactError:
             raise
         except Exception as error:

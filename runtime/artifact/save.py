@@ -353,23 +353,12 @@ def _codes(value: object) -> set[str]:
 
 # --- graphs and the manifest -------------------------------------------------------------------------
 
-_META = ("example_value", "val", "stack_trace", "nn_module_stack")
-
 
 def _graphs(program: Program) -> bytes | None:
     """The graphs with their fake values; None where torch can't write them, and captures must then compile again."""
-    kept: list[tuple[torch.fx.Node, dict[str, Any]]] = []
-    modules = [*program.graph.modules(), *program.split_gm.modules()]
-    nodes = [n for m in modules if isinstance(m, torch.fx.GraphModule) for n in m.graph.nodes]
-    for node in nodes:
-        kept.append((node, node.meta))
-        node.meta = {key: node.meta[key] for key in _META if key in node.meta}
-    try:
-        items = tuple((i.submod_name, i.graph_id, i.is_splitting_graph) for i in program.items)
-        return torch_compat.graphs_to_bytes((program.graph, program.split_gm, items))
-    finally:
-        for node, meta in kept:
-            node.meta = meta
+    items = tuple((i.submod_name, i.graph_id, i.is_splitting_graph) for i in program.items)
+    graphs = program.graph, program.split_gm
+    return torch_compat.graphs_to_bytes((*graphs, items), graphs)
 
 
 def _row(saved: SavedTrace, trace: TracedModel, graphs: bool) -> dict[str, object]:
