@@ -21,9 +21,16 @@ from torch.utils import _pytree as pytree
 
 from piecework.codegen import StitchedSource
 from piecework.codegen.entry import EntrySource
+from piecework.codegen.source import collector_paused
 from piecework.codegen.split import SplittingOp as SplittingOpLike
 from piecework.codegen.split import SplittingOps
-from piecework.errors import BindError, ConfigError, InputError, PieceworkError
+from piecework.errors import (
+    ArtifactError,
+    BindError,
+    ConfigError,
+    InputError,
+    PieceworkError,
+)
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.load import Artifact, require_made_so
 from piecework.runtime.artifact.save import config_data, save
@@ -348,11 +355,20 @@ class StitchedModule:
             >>> stitched = piecework.load("model.artifact", model)  # in another process
         """
         self._require_traced("artifact")
+        if self._around is not nullcontext:
+            raise ArtifactError(
+                "the model was traced in a context of its caller's, which an artifact does not hold",
+                where=self._empty.prefix,
+                hint="compile it in each process: compiled pieces come from the cache",
+            )
         with self._changes.one("save()"), self._tracing:
-            # A graph without a batch has no batch of one, and an object of the user's can't be made up.
-            with suppress(PieceworkError, TypeError):
-                self._trace_of_one(None, CaptureOptions(runtime=self.runtime_config))
-            save(path, self.model, self._traces, self.made_with(), key_file=key_file)
+            symbols = self._traces[0].entry.made.plan.symbols
+            if any(each.low is not None and each.low > 1 for each in symbols):
+                # A graph without a batch has no batch of one, and an object of the user's can't be made up.
+                with suppress(PieceworkError, TypeError):
+                    self._trace_of_one(None, CaptureOptions(runtime=self.runtime_config))
+            with collector_paused():
+                save(path, self.model, self._traces, self.made_with(), key_file=key_file)
 
     def made_with(self) -> dict[str, object]:
         """How this module was made, as JSON data: another one that is made so does the same.

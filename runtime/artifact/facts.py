@@ -23,6 +23,7 @@ from piecework.runtime.artifact.likeness import (
     class_name,
     class_table,
     code_digest,
+    digest,
     likeness,
 )
 from piecework.runtime.bind.class_watch import may_ask
@@ -48,6 +49,14 @@ class SavedFact:
 
 
 @dataclass(frozen=True, slots=True)
+class SavedArgumentFact:
+    """A fact about arguments, which are not there when it is loaded: with what it compares, and the likeness of that."""
+
+    fact: Fact
+    like: str
+
+
+@dataclass(frozen=True, slots=True)
 class SavedState:
     """A `TracedState` without objects of its process.
 
@@ -64,7 +73,7 @@ class SavedState:
     """
 
     facts: tuple[SavedFact, ...]
-    argument_facts: tuple[Fact, ...]
+    argument_facts: tuple[SavedArgumentFact, ...]
     starts: Mapping[str, tuple[str, str]]
     classes: Mapping[str, tuple[str, ...]]
     tables: Mapping[str, Mapping[str, str]]
@@ -102,12 +111,13 @@ def saved_state(state: TracedState) -> SavedState:
             where=place_text(each.place) or "model",
             hint="keep what the model computes with in attributes that are numbers, strings or tensors",
         )
-    values = Values(parts.starts)
-    facts = {_key(each): _saved(each, values) for each in parts.bins.facts}
+    facts = {_key(each): _saved(each) for each in parts.bins.facts}
     asked = parts.classes.asked
     return SavedState(
         facts=tuple(facts.values()),
-        argument_facts=tuple(parts.bins.argument_facts),
+        argument_facts=tuple(
+            SavedArgumentFact(each, _saved(each).like) for each in parts.bins.argument_facts
+        ),
         starts={name: _start(name, each) for name, each in parts.starts["global"].items()},
         classes=_orders(parts.classes.classes),
         tables=_tables(parts.classes.classes),
@@ -135,7 +145,7 @@ def _step(place: Place) -> tuple[str, str]:
     return place.kind, repr(place.key)
 
 
-def _saved(fact: Fact, values: Values) -> SavedFact:
+def _saved(fact: Fact) -> SavedFact:
     try:
         like = "" if fact.other is not None else likeness_of(fact.expected)
     except Unlike as error:
@@ -150,13 +160,25 @@ def _saved(fact: Fact, values: Values) -> SavedFact:
 
 
 def likeness_of(seen: object) -> str:
-    """The likeness of what a fact compares, where values that are compared by identity may be inside."""
-    inner = getattr(seen, "value", None) if type(seen).__name__ == "_Identity" else None
-    if inner is not None or type(seen).__name__ == "_Identity":
-        return f"is {likeness(inner)}"
+    """The likeness of what a fact compares, where values that are compared by identity may be inside.
+
+    A class counts with its methods: code that was traced may have made an instance of it.
+    """
+    if type(seen).__name__ == "_Identity":
+        return f"is {likeness_of(seen.value)}"  # type: ignore[attr-defined]
     if type(seen) is list:
         return f"list({', '.join(map(likeness_of, seen))})"
+    if isinstance(seen, type) and seen.__flags__ & HEAP_TYPE and _is_users(seen):
+        owners = [each for each in seen.__mro__ if each.__flags__ & HEAP_TYPE and _is_users(each)]
+        tables = [f"{class_name(each)} {sorted(class_table(each).items())}" for each in owners]
+        return f"{likeness(seen)} {digest(chr(10).join(tables))}"
     return likeness(seen)
+
+
+def _is_users(kind: type) -> bool:
+    """Whether a class is neither torch's, whose version is compared, nor Python's."""
+    root = kind.__module__.partition(".")[0]
+    return root not in ("torch", "builtins") and root not in sys.stdlib_module_names
 
 
 def _start(name: str, value: object) -> tuple[str, str]:
@@ -241,10 +263,14 @@ def established(saved: SavedState, model: object) -> TracedState:
         "local": {"model": model},
         "global": {name: _started(*each) for name, each in saved.starts.items()},
     }
+    for each in saved.facts:
+        first = each.place.path()[0]
+        if first.kind == "import":
+            _started("module", str(first.key))
     values = Values(starts)
     bins = Bins(
         facts=[_established(each, values) for each in saved.facts],
-        argument_facts=list(saved.argument_facts),
+        argument_facts=[_of_argument(each) for each in saved.argument_facts],
     )
     state = TracedState(
         model, starts, bins, None, frozenset(), dict(saved.names), saved.places, (saved.asked,)
@@ -294,6 +320,14 @@ def _established(saved: SavedFact, values: Values) -> Fact:
             f"{_text(saved.place)}{detail} was {was} and is {is_now if is_now != was else 'another'}"
         )
     return Fact(saved.place, saved.kind, saved.about, seen, None, saved.of_call)
+
+
+def _of_argument(saved: SavedArgumentFact) -> Fact:
+    """The fact, if the classes and functions in it are alike here."""
+    fact = saved.fact
+    if fact.other is None and likeness_of(fact.expected) != saved.like:
+        raise _changed(f"argument {_text(fact.place)} was {shown(fact.expected)}, which is another")
+    return fact
 
 
 def _text(place: Place) -> str:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from piecework.codegen import LowerOptions, StitchedSource
 from piecework.codegen.entry import EntrySource
+from piecework.codegen.source import collector_paused
 from piecework.errors import ArtifactError, BindError, CaptureError, Unidentifiable
 from piecework.runtime.artifact import surroundings
 from piecework.runtime.artifact.facts import established
@@ -117,19 +118,21 @@ class Artifact:
         surroundings.require_same_sources(_texts(folder, "sources"))
         rows = folder.facts.get("traces")
         loader = PieceLoader(folder.read)
-        return tuple(
-            _trace(
-                folder,
-                f"trace_{number}",
-                loader,
-                model,
-                config,
-                new_backend(),
-                as_it_is,
-                self.seconds,
+        count = len(rows) if isinstance(rows, list) else 0
+        with collector_paused():
+            return tuple(
+                _trace(
+                    folder,
+                    f"trace_{number}",
+                    loader,
+                    model,
+                    config,
+                    new_backend(),
+                    as_it_is,
+                    self.seconds,
+                )
+                for number in range(count)
             )
-            for number in range(len(rows) if isinstance(rows, list) else 0)
-        )
 
 
 def _texts(folder: Folder, name: str) -> Mapping[str, str]:

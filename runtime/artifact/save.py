@@ -65,6 +65,12 @@ def save(
         ArtifactError: something can't be told again in another process, or the directory can't be written.
     """
     key = key_of(key_file)
+    if any(each.settings != traces[0].settings for each in traces):
+        raise ArtifactError(
+            "torch was set otherwise for one trace of the model than for another",
+            where="torch's settings",
+            hint="compile the model again, and call it with every kind of size under the same settings",
+        )
     files: dict[str, bytes] = {}
     rows, graphs = [], []
     for number, trace in enumerate(traces):

@@ -294,6 +294,52 @@ def test_static_graphs_are_captured_of_a_loaded_model(artifact: Path) -> None:
     assert "replay" in str(stitched.static_graphs.source_for(3))
 
 
+def test_captures_of_a_loaded_model_see_what_is_written(tmp_path: Path) -> None:
+    """The graphs that are read say which values share memory: what a compiled model refuses, a loaded one does."""
+    example = torch.randn(3, 8), torch.randn(3, 8)
+    stitched = piecework.compile(Writing(), example, config=EAGER)
+    stitched.save(tmp_path / "a")
+    loaded = piecework.load(tmp_path / "a", Writing())
+    outcomes = []
+    for each in (stitched, loaded):
+        try:
+            each.capture([4], progress=False)
+        except PieceworkError as error:
+            outcomes.append(str(error))
+        else:
+            outcomes.append(str(each.static_graphs.source_for(4)))
+    assert outcomes[0] == outcomes[1]
+
+
+class Knob:
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.rate
+
+
+class Knobs(nn.Module):
+    def forward(self, x: torch.Tensor, knob: Knob) -> torch.Tensor:
+        return Knob(knob.rate).apply(x)
+
+
+def test_classes_of_arguments_and_of_what_is_made_inside_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a"
+    try:
+        saved(path, Knobs(), torch.randn(3, 8), Knob(2.0))
+    except ArtifactError:
+        return  # refused by name is right too
+    stitched, x = piecework.load(path, Knobs()), torch.randn(4, 8)
+    assert torch.equal(stitched(x, Knob(2.0)), x * 2.0)
+    with pytest.raises(InputError):
+        stitched(x, Knob(3.0))
+    monkeypatch.setattr(Knob, "apply", lambda self, x: x - self.rate)
+    assert refusal(path, Knobs())
+
+
 def test_modes_take_the_careful_path(artifact: Path) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
