@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from piecework.codegen.stitch.source import verify
     from piecework.errors import PieceworkError
-    from piecework.runtime.compile import compile
+    from piecework.runtime.compile import compile, load
     from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
     from piecework.runtime.counters import counters
     from piecework.runtime.decorators import ignore_torch_compile, support_torch_compile

@@ -40,7 +40,7 @@ def compile_command(
     seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Compile MODEL piecewise and write its source, graph and report to a folder."""
+    """Compile MODEL piecewise and write its source, graph, report and, where it can be saved, what was compiled to a folder."""
     with typed_errors():
         from piecework.integrations.loading import load_model
         from piecework.runtime import bundle
@@ -60,6 +60,9 @@ def compile_command(
             config=config,
             config_text=loaded.config_text if not Path(model).is_dir() else None,
         )
+        unsaved = _save_artifact(output, stitched, loaded)
+        if unsaved and not as_json:
+            out.print(f"run will compile again: {unsaved}", markup=False)
         if as_json:
             print(json.dumps(asdict(manifest)))
             return
@@ -91,7 +94,7 @@ def run(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compile a folder's model again, check that its source is the one in the folder, run it and compare with eager.
+    """Load what was compiled, or compile the model again, check that its source is the one in the folder, run it and compare with eager.
 
     With --edited the folder's source runs in place of the generated one, once it keeps the contract; how it differs is
     said first. Exit code 1 if the source (without --edited) or the results differ.
@@ -107,7 +110,11 @@ def run(
         config = CompilationConfig(**manifest.config)
         loaded = reload_model(directory, manifest)
         reference = run_step(out, as_json, "Running eagerly", lambda: loaded.run(tokens))
-        stitched = run_compile_step(out, as_json, "Compiling", lambda: loaded.stitch(config))
+        stitched, why = _loaded(directory, loaded)
+        if why and not as_json:
+            out.print(f"compiling again: {why}", markup=False)
+        if stitched is None:
+            stitched = run_compile_step(out, as_json, "Compiling", lambda: loaded.stitch(config))
         generated = stitched.source.code
         changes = _use_edited(stitched, code) if edited else None
         if changes is not None and not as_json:
@@ -188,6 +195,34 @@ def reload_model(directory: Path, manifest: Manifest) -> LoadedModel:
     return load_model(
         str(directory / manifest.model) if copied else manifest.model, seed=manifest.seed
     )
+
+
+def _save_artifact(directory: Path, stitched: StitchedModule, loaded: LoadedModel) -> str:
+    """Write what was compiled beside the rest; says why it could not be, else ""."""
+    from piecework.errors import ArtifactError
+    from piecework.runtime import bundle
+
+    if stitched.model is not loaded.module:
+        return "a model that is stitched in place has no artifact of its own"
+    try:
+        stitched.save(directory / bundle.ARTIFACT)
+    except ArtifactError as error:
+        return str(error)
+    return ""
+
+
+def _loaded(directory: Path, loaded: LoadedModel) -> tuple[StitchedModule | None, str]:
+    """What the folder's artifact holds, bound to the model, and why it does not fit."""
+    from piecework.errors import ArtifactError
+    from piecework.runtime import bundle
+    from piecework.runtime.compile import load
+
+    if not (directory / bundle.ARTIFACT).is_dir():
+        return None, ""
+    try:
+        return load(directory / bundle.ARTIFACT, loaded.module), ""
+    except ArtifactError as error:
+        return None, str(error)
 
 
 def _use_edited(stitched: StitchedModule, code: str) -> dict[str, object]:

@@ -1,6 +1,7 @@
 """What `piecework compile` leaves behind. In: a stitched module. Out: a folder with its source, graph, report and manifest, or what such a folder says.
 
-A folder appears whole or not at all. Compiled kernels are not in it; running it compiles again and checks that the source is the same.
+A folder appears whole or not at all. What was compiled lies in an artifact inside it, where it can be saved (`piecework.runtime.artifact`); else running it compiles again.
+In both cases the source must be the same.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from piecework.runtime.stitched import StitchedModule
 
 FORMAT = 1
 MANIFEST, SOURCE, GRAPH, MODEL_CONFIG = "manifest.json", "stitched.py", "graph.py", "config.json"
+ARTIFACT = "artifact"
+"""Where ``StitchedModule.save`` writes, inside the folder."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,17 +5,21 @@ Each mode is chosen here and nowhere else; what a mode does is done by the objec
 
 from __future__ import annotations
 
+import logging
+import os
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 import torch.fx
 from torch.utils import _pytree as pytree
 
 from piecework.codegen.split.split import SplittingOp as SplittingOpLike
-from piecework.errors import BindError, ConfigError
+from piecework.errors import ArtifactError, BindError, ConfigError
 from piecework.runtime import torch_compat
+from piecework.runtime.artifact.load import Artifact
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.config.groups import CompilationMode, DynamicShapesType, RuntimeConfig
 from piecework.runtime.model_tag import compilation_complete
@@ -24,6 +28,8 @@ from piecework.runtime.stitched import StitchedModule
 from piecework.runtime.trace.dynamic_dims import set_mark, unmarked_afterwards
 from piecework.runtime.trace.example_sizes import SizePolicy
 from piecework.runtime.trace.shape_guards import ShapeGuards
+
+_log = logging.getLogger(__name__)
 
 _UNSTITCHED = (CompilationMode.NONE, CompilationMode.STOCK_TORCH_COMPILE)
 
@@ -36,6 +42,8 @@ def compile(
     splitting_ops: Sequence[SplittingOpLike] | None = None,
     config: CompilationConfig | Mapping[str, object] | None = None,
     runtime_config: RuntimeConfig | Mapping[str, object] | None = None,
+    artifact: str | os.PathLike[str] | None = None,
+    key_file: str | os.PathLike[str] | None = None,
 ) -> StitchedModule:
     """Compile ``model`` piecewise and stitch it, or as ``config.mode`` says.
 
@@ -49,6 +57,9 @@ def compile(
         runtime_config: the program's limits, a `RuntimeConfig` or a dict of its fields: the last batch range ends at its largest
             batch, `StitchedModule.capture` goes by it, and its ranks are part of the cache's path. Without it the last range is
             open-ended, and the rank is 0.
+        artifact: a directory that ``StitchedModule.save`` writes. If what lies there fits the model, these arguments and this process, it is loaded and
+            nothing is traced or compiled; else the model is compiled and saved there, and a warning says why. Needs example arguments.
+        key_file: a secret that signs and verifies the artifact; see ``StitchedModule.save``.
 
     Returns:
         A `StitchedModule`, called like ``model``. It serves inference: it runs without recording gradients. Modes ``NONE``
@@ -68,14 +79,98 @@ def compile(
         >>> print(stitched.source.code)
         >>> stitched(torch.randn(7, 64))
     """
-    return compile_with_mode(
-        model,
-        example_args,
-        example_kwargs,
-        splitting_ops=splitting_ops,
-        config=config,
-        runtime_config=runtime_config,
+    if artifact is None:
+        return compile_with_mode(
+            model,
+            example_args,
+            example_kwargs,
+            splitting_ops=splitting_ops,
+            config=config,
+            runtime_config=runtime_config,
+        )
+    made = compile_with_mode(
+        model, splitting_ops=splitting_ops, config=config, runtime_config=runtime_config
     )
+    _load_or_compile(made, Path(artifact), key_file, (example_args, example_kwargs or {}))
+    return made
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: Callable[..., object],
+    *,
+    key_file: str | os.PathLike[str] | None = None,
+) -> StitchedModule:
+    """What ``StitchedModule.save`` wrote, for a model of this process: nothing is traced, compiled or run.
+
+    Args:
+        path: the directory.
+        model: a model like the saved one: the same code, structure and settings, weights of the same names, shapes, dtypes, strides and devices. Their
+            values are its own.
+        key_file: a file with the secret that the artifact must be signed with; by default the one that ``PIECEWORK_CACHE_KEY_FILE`` names, if any.
+
+    Raises:
+        ArtifactError: the artifact is missing, damaged, not signed by the key, or made for another model, torch, Python, piecework or machine. The first
+            difference is named, and nothing was loaded.
+
+    Example:
+        >>> stitched = piecework.load("model.artifact", model)
+        >>> stitched(torch.randn(7, 64))
+    """
+    if not callable(model):
+        raise ConfigError(f"a model must be callable; got a {type(model).__qualname__}")
+    found = Artifact.open(path, key_file)
+    facts = found.folder.facts
+    config, runtime, ops = facts["config"], facts["runtime config"], facts["splitting ops"]
+    made = ModeModule(
+        torch_compat.original_of(model),
+        splitting_ops=ops,  # type: ignore[arg-type]
+        config=CompilationConfig.given(config, "config"),
+        runtime_config=None if runtime is None else RuntimeConfig.given(runtime, "runtime config"),
+    )
+    made.take(found)
+    return made
+
+
+def _load_or_compile(
+    made: StitchedModule,
+    path: Path,
+    key_file: str | os.PathLike[str] | None,
+    example: tuple[Sequence[object], Mapping[str, object]],
+) -> None:
+    """Load an artifact if it fits, else compile and save it."""
+    args, kwargs = example
+    if isinstance(made, UnstitchedModule):
+        raise ConfigError(
+            f"mode {made.config.mode} compiles nothing that could be saved",
+            where="artifact",
+            hint="use DYNAMO_TRACE_ONCE or PIECEWORK_COMPILE",
+        )
+    if not (args or kwargs):
+        raise ConfigError(
+            "an artifact is made or loaded for example arguments, and there are none",
+            where="artifact",
+            hint="pass example_args",
+        )
+    if os.path.lexists(path):
+        try:
+            found = Artifact.open(path, key_file)
+            made.require_made_so(found, args, kwargs)
+            made.take(found)
+            if made.accepts(*args, **kwargs):
+                return
+            made.forget()
+            why = "no trace in it serves the example arguments"
+        except ArtifactError as error:
+            made.forget()
+            why = str(error)
+        _log.warning("the artifact %s does not fit, the model is compiled again: %s", path, why)
+    made.prepare(*args, **kwargs)
+    if made.traces:
+        try:
+            made.save(path, key_file=key_file)
+        except ArtifactError as error:
+            _log.warning("the compiled model is not saved to %s: %s", path, error)
 
 
 def compile_with_mode(

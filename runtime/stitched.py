@@ -5,10 +5,12 @@ The model's weights are shared, never copied; its Python code does not run again
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -20,8 +22,12 @@ from torch.utils import _pytree as pytree
 from piecework.codegen import StitchedSource
 from piecework.codegen.entry.emit import EntrySource
 from piecework.codegen.split.split import SplittingOp as SplittingOpLike
-from piecework.errors import BindError, ConfigError, InputError, PieceworkError
+from piecework.codegen.split.split import SplittingOps
+from piecework.codegen.stitch.source import collector_paused
+from piecework.errors import ArtifactError, BindError, ConfigError, InputError, PieceworkError
 from piecework.runtime import torch_compat
+from piecework.runtime.artifact.load import Artifact, require_made_so
+from piecework.runtime.artifact.save import config_data, save
 from piecework.runtime.call.edited import EditedSource
 from piecework.runtime.call.entry import OPAQUE
 from piecework.runtime.call.execution import Changes
@@ -87,6 +93,7 @@ class StitchedModule:
             runtime_config=runtime_config,
         )
         self._empty = self._new_backend()
+        self._splitting_ops = splitting_ops
         self._declared = sizes
         self._around = around
         self._sizes: SizePolicy | None = None
@@ -324,6 +331,88 @@ class StitchedModule:
             edited = first.use_edited(code)
             self._serve_by(first.call)
         return edited
+
+    def save(
+        self, path: str | os.PathLike[str], *, key_file: str | os.PathLike[str] | None = None
+    ) -> None:
+        """Write what was compiled to a directory, for ``piecework.load(path, model)`` in another process.
+
+        Every trace that there is goes with it, and the one that serves a batch of one, which is made now if no trace does. No weight is written; an edited
+        source is, marked as edited. An artifact that is there is replaced.
+
+        Args:
+            path: the directory.
+            key_file: a file with a secret (16 bytes or more) that signs the artifact; by default the one that
+                ``PIECEWORK_CACHE_KEY_FILE`` names, if any.
+
+        Raises:
+            ArtifactError: something can't be told again in another process, which is named; or the directory can't be written.
+            BindError: the model is not compiled yet.
+
+        Example:
+            >>> piecework.compile(model, (x,)).save("model.artifact")
+            >>> stitched = piecework.load("model.artifact", model)  # in another process
+        """
+        self._require_traced("artifact")
+        if self._around is not nullcontext:
+            raise ArtifactError(
+                "the model was traced in a context of its caller's, which an artifact does not hold",
+                where=self._empty.prefix,
+                hint="compile it in each process: compiled pieces come from the cache",
+            )
+        with self._changes.one("save()"), self._tracing:
+            symbols = self._traces[0].entry.made.plan.symbols
+            if any(each.low is not None and each.low > 1 for each in symbols):
+                # A graph without a batch has no batch of one, and an object of the user's can't be made up.
+                with suppress(PieceworkError, TypeError):
+                    self._trace_of_one(None, CaptureOptions(runtime=self.runtime_config))
+            with collector_paused():
+                save(path, self.model, self._traces, self.made_with(), key_file=key_file)
+
+    def made_with(self) -> dict[str, object]:
+        """How this module was made, as JSON data: another one that is made so does the same.
+
+        Raises:
+            ArtifactError: the configuration holds code.
+        """
+        ops = self._splitting_ops
+        runtime = self.runtime_config
+        return {
+            "config": config_data(self.config),
+            "runtime config": None if runtime is None else json.loads(runtime.model_dump_json()),
+            "splitting ops": None if ops is None else list(SplittingOps(ops).declared),
+            "sizes": None if self._sizes is None else type(self._sizes).__name__,
+        }
+
+    def take(self, artifact: Artifact) -> None:
+        """Serve calls by the traces of an artifact; for ``piecework.load``.
+
+        Raises:
+            ArtifactError: it does not fit this module's model.
+        """
+        with self._tracing:
+            made = artifact.traces(self.model, self.config, self._backends, self.as_it_is)
+            if artifact.folder.facts.get("sizes") == AllDimensions.__name__:
+                self._sizes = AllDimensions()
+            self._traces = made
+            self._serve_by(made[0].call)
+
+    def require_made_so(
+        self, artifact: Artifact, args: Sequence[object], kwargs: Mapping[str, object]
+    ) -> None:
+        """Raise `ArtifactError` if an artifact was made with another configuration than this module has."""
+        if self.config.dynamic_shapes_config.type is DynamicShapesType.AUTO:
+            self._sizes = self._declared or _policy_of(args, kwargs)
+        require_made_so(artifact.folder.facts, self.made_with())
+
+    def accepts(self, *args: object, **kwargs: object) -> bool:
+        """Whether a trace that there is serves a call with these arguments; runs nothing but the emitted checks."""
+        return any(each.entry.accepts(args, kwargs) for each in self._traces)
+
+    def forget(self) -> None:
+        """Be as before anything was compiled; for an artifact that was taken and does not serve."""
+        self._traces, self._sizes = (), None
+        self._serve_by(self._prepare_and_call)
 
     def capture(
         self,

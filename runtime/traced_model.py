@@ -9,7 +9,7 @@ import contextvars
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ import torch.fx
 from torch.utils import _pytree as pytree
 
 from piecework.codegen.graph.origin import value_of
-from piecework.errors import InputError, StaticGraphError
+from piecework.errors import InputError, StaticGraphError, Unidentifiable
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.unbacked import admits_unbacked
 from piecework.runtime.call.edited import EditedSource, check_edited
@@ -28,13 +28,26 @@ from piecework.runtime.graphs.plan.batch_reader import FixedBatch, batch_dims, b
 from piecework.runtime.graphs.plan.options import CaptureOptions
 from piecework.runtime.graphs.plan.phase import CaptureWatcher
 from piecework.runtime.graphs.serve.model import CapturedModel
+from piecework.runtime.identity.settings import settings_factors
 from piecework.runtime.pieces.backend import Admits, PieceworkBackend
+from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.example_sizes import KeptMarks, SizePolicy
 from piecework.runtime.trace.shape_guards import ShapeGuards
 from piecework.runtime.trace.tracing import GraphInput, Weight, capture
 
 Call = tuple[tuple[object, ...], dict[str, object]]
 NewBackend = Callable[[], PieceworkBackend]
+
+
+@dataclass(frozen=True, slots=True)
+class MadeTrace:
+    """A trace that was made in another process: its program and its entry, bound to ``model``; see `TracedModel`."""
+
+    model: Callable[..., object]
+    program: Program
+    entry: Entry
+    flags: tuple[bool, bool]
+    settings: dict[str, str]
 
 
 class TracedModel:
@@ -48,6 +61,10 @@ class TracedModel:
         as_it_is: runs the model uncompiled; see `piecework.runtime.call.entry.Entry`.
 
     Attributes:
+        model: what was traced.
+        as_marked: its dynamic dimensions are those that somebody marked.
+        rows_in_one: as in `SizePolicy`.
+        settings: how torch was set; None where that has no stable form.
         program: what was compiled and emitted.
         backend: made it.
         entry: the emitted function behind a call.
@@ -69,11 +86,13 @@ class TracedModel:
         as_it_is: Callable[..., object],
     ) -> None:
         self._new_backend = new_backend
-        self._as_marked = sizes is None or isinstance(sizes, KeptMarks)
-        self._rows_in_one = sizes is not None and sizes.rows_in_one
+        self.model = model
+        self.as_marked = sizes is None or isinstance(sizes, KeptMarks)
+        self.rows_in_one = sizes is not None and sizes.rows_in_one
         self.backend = new_backend()
         self.static: CapturedModel | None = None
         self.guards: ShapeGuards | None = None
+        self.settings = _settings()
         start = time.perf_counter()
         self.backend.compiler_manager.get_ready(pytree.tree_leaves((args, kwargs)))
         captured = capture(model, args, kwargs, self._compile_graph, sizes=sizes)
@@ -89,6 +108,19 @@ class TracedModel:
         if self.backend.compiler_manager.cache is not None:
             self.backend.compiler_manager.cache.write_entry(self.entry.source.code)
 
+    @classmethod
+    def loaded(cls, made: MadeTrace, new_backend: NewBackend) -> TracedModel:
+        """A trace that was made in another process, bound to a model of this one."""
+        trace = cls.__new__(cls)
+        trace.model, trace.program, trace.entry = made.model, made.program, made.entry
+        trace.settings = made.settings
+        trace.as_marked, trace.rows_in_one = made.flags
+        trace._new_backend = new_backend
+        trace.backend = new_backend()
+        trace.backend.adopt(made.program)
+        trace.static, trace.guards, trace.call = None, None, made.entry.call
+        return trace
+
     def _compile_graph(self, graph: torch.fx.GraphModule, inputs: Sequence[GraphInput]) -> None:
         if self.backend.used:  # what was made of an earlier trace is not
             self.backend = self._new_backend()
@@ -99,8 +131,8 @@ class TracedModel:
             if isinstance(source, Weight)
         }
         admits = None
-        if not self._as_marked:
-            admits = _admission(list(map(value_of, placeholders)), self._rows_in_one)
+        if not self.as_marked:
+            admits = _admission(list(map(value_of, placeholders)), self.rows_in_one)
         self.backend.prepare(graph, bound, admits)
 
     def refused(self, error: BaseException) -> bool:
@@ -179,6 +211,13 @@ class TracedModel:
     def batch_of_one(self) -> FixedBatch:
         """Where a trace of a single row has its batch, as this one has a larger one."""
         return FixedBatch(1, batch_dims(self.entry.captured, self.program))
+
+
+def _settings() -> dict[str, str] | None:
+    try:
+        return settings_factors()
+    except Unidentifiable:
+        return None
 
 
 def _admission(inputs: Sequence[object], rows_in_one: bool) -> Admits | None:

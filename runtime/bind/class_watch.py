@@ -26,10 +26,16 @@ class ClassWatch:
     Args:
         classes: those whose instances the trace looked into.
         code: what the trace went through.
+        asked: what that may ask an object for, where it is known already.
     """
 
-    def __init__(self, classes: Iterable[type], code: frozenset[types.CodeType]) -> None:
-        self._asked = _names_in(code)
+    def __init__(
+        self,
+        classes: Iterable[type],
+        code: frozenset[types.CodeType],
+        asked: tuple[frozenset[str] | None] | None = None,
+    ) -> None:
+        self.asked = _names_in(code) if asked is None else asked[0]
         self._names = {each: _resolved(each) for each in classes if each.__flags__ & _HEAP_TYPE}
         self._functions = {
             id(function): (function, _state(function))
@@ -39,6 +45,10 @@ class ClassWatch:
             and function.__code__ in code
             and not is_torchs(function.__code__)
         }
+
+    @property
+    def classes(self) -> tuple[type, ...]:
+        return tuple(self._names)
 
     def steps(self) -> list[Step]:
         """The look-ups whose results would change with the classes."""
@@ -66,7 +76,7 @@ class ClassWatch:
         for kind, before in self._names.items():
             now = _resolved(kind)
             for name in before.keys() | now.keys():
-                if name not in before and not self._may_ask(name):
+                if name not in before and not may_ask(self.asked, name):
                     continue
                 if _differ(before.get(name), now.get(name)):
                     return f"{kind.__qualname__}.{name} was replaced since the model was traced"
@@ -75,13 +85,14 @@ class ClassWatch:
                 return f"function {function.__qualname__} has other code or defaults than when the model was traced"
         return ""
 
-    def _may_ask(self, name: str) -> bool:
-        """Whether the traced code may look ``name`` up: it names it, Python does for an operator, or it computes names.
 
-        Libraries add methods to ``torch.nn.Module`` as they are imported, which say nothing of a model that doesn't know them.
-        """
-        dunder = name.startswith("__") and name.endswith("__")
-        return self._asked is None or dunder or name in self._asked
+def may_ask(asked: frozenset[str] | None, name: str) -> bool:
+    """Whether the traced code may look ``name`` up: it names it, Python does for an operator, or it computes names (None).
+
+    Libraries add methods to ``torch.nn.Module`` as they are imported, which say nothing of a model that doesn't know them.
+    """
+    dunder = name.startswith("__") and name.endswith("__")
+    return asked is None or dunder or name in asked
 
 
 def _names_in(code: Iterable[types.CodeType]) -> frozenset[str] | None:

@@ -31,9 +31,11 @@ class DirectOps:
 
     Attributes:
         implementations: operator (as graphs hold it) → function.
+        calls: operator → the device type that the function is for.
     """
 
     implementations: dict[object, Implementation] = field(default_factory=dict)
+    calls: dict[object, str] = field(default_factory=dict)
     _rows: list[_Row] = field(default_factory=list)
     _kernels: Sized = field(default_factory=lambda: torch_compat.registered_kernels() or ())
     _count: int = 0
@@ -54,6 +56,7 @@ class DirectOps:
         if look_up is None or found is None:
             return
         name = _full_name(target)
+        self.calls[target] = device
         known = registry.find(target) is not None
         self.implementations[target] = found if known else torch_compat.custom_op_function(found)
         self._rows.append(_Row(look_up, found, name, torch_compat.kernel_table(name)))

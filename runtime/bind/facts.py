@@ -248,7 +248,7 @@ class Fact:
         if called is not None:
             return f"module {place_text(called, names) or 'model'} has another forward, or other forward hooks, than {then}"
         if now is MISSING:
-            return f"{path} was {_shown(self.expected)} {then} and is gone now"
+            return f"{path} was {shown(self.expected)} {then} and is gone now"
         seen = _seen(self.kind, now, self.about)
         match self.kind:
             case "TYPE_MATCH":
@@ -257,13 +257,13 @@ class Fact:
                 )
                 return f"{what}{path or 'model'} was a {_name(self.expected)} {then} and is a {_name(seen)} now"
             case "tensor type" | "requires_grad":
-                return f"{path} had {self.kind} {_shown(self.expected)} {then} and has {_shown(seen)} now, which its code looks at"
+                return f"{path} had {self.kind} {shown(self.expected)} {then} and has {shown(seen)} now, which its code looks at"
             case "TENSOR_MATCH":
-                return f"tensor {path} was {_shown(self.expected)} {then} and is {_shown(seen)} now"
+                return f"tensor {path} was {shown(self.expected)} {then} and is {shown(seen)} now"
             case "SEQUENCE_LENGTH" | "EMPTY_NN_MODULE_HOOKS_DICT":
                 return f"{path} had {self.expected[1]} items {then} and is a {type(now).__qualname__} of {_length(now)} now"  # type: ignore[index]
             case "DICT_KEYS_MATCH":
-                return f"{path} had the keys {_shown(self.expected[1:])} {then} and has {_shown(seen[1:])} now"  # type: ignore[index]
+                return f"{path} had the keys {shown(self.expected[1:])} {then} and has {shown(seen[1:])} now"  # type: ignore[index]
             case "DICT_CONTAINS" | "DICT_NOT_CONTAINS" | "SET_CONTAINS" | "SET_NOT_CONTAINS":
                 return f"{self.about!r} was{'' if self.expected else ' not'} in {path} {then}, and is{'' if seen else ' not'} now"
             case "HASATTR" | "NOT_PRESENT_IN_GENERIC_DICT":
@@ -272,8 +272,8 @@ class Fact:
             case "DUPLICATE_INPUT" if self.other is not None:
                 return f"{path} and {place_text(self.other, names)} were one object {then} and are two now"
         if self.kind in CONSTANT_KINDS:
-            return f"{path} was {_shown(self.expected)} {then} and is {_shown(now)} now"
-        return f"{path} was {_shown(self.expected)} {then} and is another now"
+            return f"{path} was {shown(self.expected)} {then} and is {shown(now)} now"
+        return f"{path} was {shown(self.expected)} {then} and is another now"
 
 
 def _seen(kind: str, now: Any, about: Any) -> object:
@@ -324,14 +324,14 @@ def _name(kind: object) -> str:
     return getattr(kind, "__qualname__", str(kind))
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value in one short line."""
     if type(value) is _Identity:
         value = value.value
     if isinstance(value, type):
         return value.__qualname__
     if isinstance(value, list):
-        return "[" + ", ".join(map(_shown, value)) + "]"
+        return "[" + ", ".join(map(shown, value)) + "]"
     text = "nothing" if value is MISSING else repr(value)
     return text if len(text) < 100 and "\n" not in text else f"a {type(value).__qualname__}"
 

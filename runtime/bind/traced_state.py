@@ -101,6 +101,18 @@ class TraceGuards:
         self._starts, self._arguments = {}, ()
 
 
+@dataclass(frozen=True, slots=True)
+class StateParts:
+    """The parts of a `TracedState`."""
+
+    starts: Mapping[str, Mapping[str, object]]
+    bins: Bins
+    code: frozenset[types.CodeType]
+    names: Mapping[str, str]
+    places: tuple[int, tuple[str, ...]]
+    classes: ClassWatch
+
+
 @dataclass(eq=False, slots=True)
 class TracedState:
     """The Python that a captured graph has built in.
@@ -117,6 +129,7 @@ class TracedState:
     _code: frozenset[types.CodeType]
     _names: Mapping[str, str]
     _places: tuple[int, tuple[str, ...]]
+    _asked: tuple[frozenset[str] | None] | None = None
     _classes: ClassWatch = field(init=False)
     _forward: object = field(init=False)
     _global_hooks: tuple[Step, ...] = field(default_factory=lambda: tuple(_global_hooks()))
@@ -125,7 +138,17 @@ class TracedState:
 
     def __post_init__(self) -> None:
         self._forward = self._own_forward()
-        self._classes = ClassWatch(self._touch().classes, self._code)
+        self._classes = ClassWatch(self._touch().classes, self._code, self._asked)
+
+    def parts(self) -> StateParts:
+        """What another process needs to know."""
+        starts, places = self._starts, self._places
+        return StateParts(starts, self._bins, self._code, self._names, places, self._classes)
+
+    def watch_code(self, code: frozenset[types.CodeType]) -> None:
+        """Watch this code as what was traced."""
+        self._code = code
+        self._classes = ClassWatch(self._classes.classes, code, self._asked)
 
     @property
     def tensors(self) -> list[tuple[Place, torch.Tensor]]:
@@ -163,6 +186,11 @@ class TracedState:
             if not step.holds():
                 return f"torch.nn.modules.module.{step.path} has other hooks than when the model was traced"
         return ""
+
+    def global_hooks(self) -> str:
+        """Which of torch's hooks for every module there are; "" if there are none."""
+        held = (step for step in self._global_hooks if step.kind == "keys" and step.value)
+        return next((step.path for step in held), "")
 
     def holds(self) -> bool:
         """Whether the graph is right about the model as it is now."""

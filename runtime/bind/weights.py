@@ -16,7 +16,7 @@ every call, and completely:
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -89,6 +89,7 @@ class BoundWeights:
     Attributes:
         traced: the weights as traced, in order of the graph's inputs, and then those that are only returned.
         tensors: the bound tensors, in the same order.
+        sources: path → what Dynamo calls the weight; see `Weight.source`.
         unchanged: whether the model still holds them, as they were traced; for every call.
     """
 
@@ -97,6 +98,7 @@ class BoundWeights:
     _roots: Sequence[tuple[str, torch.nn.Module]]
     _ways: tuple[tuple[Way, ...], ...]
     state: TracedState
+    sources: Mapping[str, str] = field(default_factory=dict)
     _steps: list[Step] = field(default_factory=list)
     _strict: frozenset[str] = frozenset()
     _own: int = 0
@@ -127,9 +129,14 @@ class BoundWeights:
             roots,
             ways,
             state,
+            {each.path: each.source for each in weights},
         )
         found._look()
         return found
+
+    def names(self) -> list[frozenset[str]]:
+        """All names of each weight: tied ones have several."""
+        return [frozenset(way.path for way in ways) for ways in self._ways]
 
     def _look(self) -> None:
         self._note_steps()

@@ -64,7 +64,7 @@ def _sorted(inputs: dict[str, GraphInput]) -> tuple[tuple[int, ...], tuple[str, 
 
 
 @dataclass(frozen=True, slots=True)
-class _Given:
+class GivenTensor:
     """A tensor argument, and the weights, by number, that it must not be, or not share memory with.
 
     Attributes:
@@ -86,16 +86,9 @@ class ArgumentMemory:
         given: the tensor arguments that there is something to check of.
     """
 
-    def __init__(self, given: Sequence[_Given]) -> None:
-        self._given = tuple(given)
+    def __init__(self, given: Sequence[GivenTensor]) -> None:
+        self._given = given
         self._spans: tuple[BoundWeights | None, list[_Spans]] = (None, [])
-
-    @classmethod
-    def of(cls, captured: Capture, written: Written) -> ArgumentMemory | None:
-        """The check of a trace; None if no argument can be a tensor of the model, or share one's memory in a wrong way."""
-        given = _all_given(captured, written)
-        found = [each for each in given if each.others or each.elsewhere or each.apart]
-        return cls(found) if found else None
 
     def refusal(self, weights: BoundWeights, values: Sequence[object]) -> InputError | None:
         """What is wrong about arguments, one value per parameter; None if nothing is."""
@@ -119,7 +112,13 @@ class ArgumentMemory:
         return None
 
 
-def _all_given(captured: Capture, written: Written) -> Iterator[_Given]:
+def given_tensors(captured: Capture, written: Written) -> tuple[GivenTensor, ...]:
+    """The arguments of a trace that could be tensors of the model, or share memory with one in a wrong way."""
+    given = _all_given(captured, written)
+    return tuple(each for each in given if each.others or each.elsewhere or each.apart)
+
+
+def _all_given(captured: Capture, written: Written) -> Iterator[GivenTensor]:
     weights = captured.weights
     plain = [n for n, each in enumerate(weights.tensors) if each.layout is torch.strided]
     numbers = {weights.traced[n].path: n for n in plain}
@@ -138,7 +137,7 @@ def _all_given(captured: Capture, written: Written) -> Iterator[_Given]:
             apart = [numbers[path] for path in paths if path in numbers]
             if leaf.index not in written.arguments:
                 apart = []
-            yield _Given(leaf.label, where, tuple(others), elsewhere, tuple(apart), is_written)
+            yield GivenTensor(leaf.label, where, tuple(others), elsewhere, tuple(apart), is_written)
 
 
 def _leaves(node: Node, where: checks.Where) -> Iterator[tuple[Leaf, checks.Where]]:
@@ -193,7 +192,7 @@ def _one_object(label: str, path: str) -> InputError:
     return error
 
 
-def _shared(given: _Given, path: str) -> InputError:
+def _shared(given: GivenTensor, path: str) -> InputError:
     target = given.label if given.written else path
     return InputError(
         f"argument {given.label} shares memory with the model's {path}, and the model writes to {target}; compiled pieces expect "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import FunctionType, SimpleNamespace
 
 import torch
@@ -30,7 +30,12 @@ from piecework.codegen.stitch.bind import execute_source
 from piecework.errors import InputError, StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.bind.weights import BoundWeights
-from piecework.runtime.call.argument_memory import ArgumentMemory, Written
+from piecework.runtime.call.argument_memory import (
+    ArgumentMemory,
+    GivenTensor,
+    Written,
+    given_tensors,
+)
 from piecework.runtime.call.edited import EditedSource
 from piecework.runtime.call.execution import Execution, Graphs, by_path_of, is_running
 from piecework.runtime.call.explain import input_error
@@ -52,6 +57,35 @@ from piecework.runtime.trace.tracing import (
 OPAQUE = "it calls a stitched module, which is compiled already; leave that call out, or allow graph breaks"
 
 
+@dataclass(frozen=True, slots=True)
+class MadeEntry:
+    """An emitted entry before it is bound.
+
+    Attributes:
+        plan: what it says.
+        source: the emitted text.
+        strict: weights that every reader compares by itself, by path.
+        autocast: where autocast was on in the trace.
+        given: arguments that have to be apart from tensors of the model.
+    """
+
+    plan: EntryPlan
+    source: EntrySource
+    strict: frozenset[str]
+    autocast: tuple[tuple[str, torch.dtype], ...]
+    given: tuple[GivenTensor, ...]
+
+
+def _made_entry(captured: Capture, program: Program) -> MadeEntry:
+    written = Written.by(captured, program)
+    given = given_tensors(captured, written)
+    state = captured.weights.state
+    watches = bool(given) or state.argument_check(captured.parameters) is not None
+    plan = plan_entry(captured, program, written, watches)
+    strict = strict_weights(captured, program)
+    return MadeEntry(plan, generate_entry(plan), strict, torch_compat.autocast_state(), given)
+
+
 class Entry:
     """The emitted entry, bound and ready.
 
@@ -59,6 +93,7 @@ class Entry:
         captured: what the model's trace gave.
         program: the compiled pieces and the emitted stitching source.
         as_it_is: runs the model uncompiled, for calls in a stance of torch's compiler that wants it so.
+        made: what was emitted in another process; None emits it now.
 
     Attributes:
         source: the emitted text of ``check_inputs`` and ``entry``.
@@ -70,21 +105,24 @@ class Entry:
     """
 
     def __init__(
-        self, captured: Capture, program: Program, as_it_is: Callable[..., object]
+        self,
+        captured: Capture,
+        program: Program,
+        as_it_is: Callable[..., object],
+        made: MadeEntry | None = None,
     ) -> None:
         self._program = program
         self._as_it_is = as_it_is
         self.captured = captured
-        written = Written.by(captured, program)
+        self.made = _made_entry(captured, program) if made is None else made
+        self._plan = self.made.plan
         self._arguments = captured.weights.state.argument_check(captured.parameters)
-        self._memory = ArgumentMemory.of(captured, written)
-        watches = self._arguments is not None or self._memory is not None
-        self._plan = plan_entry(captured, program, written, watches)
-        self._autocast = torch_compat.autocast_state()
+        self._memory = ArgumentMemory(self.made.given)
+        self._autocast = self.made.autocast
         self.careful_calls: dict[str, int] = {}
         weights = captured.weights
-        weights.trust(strict_weights(captured, program))
-        self.source: EntrySource = generate_entry(self._plan)
+        weights.trust(self.made.strict)
+        self.source: EntrySource = self.made.source
         function = program.bind(self._bound(weights))
         self._now = Execution(weights, function)
         self._stances = torch_compat.stance_holder()
@@ -157,7 +195,7 @@ class Entry:
     def publish(self, execution: Execution) -> None:
         """Serve calls by ``execution`` from now on, in one step; those that run keep theirs, and what is left is released."""
         before, self._now = self._now, execution
-        self.captured = replace(self.captured, weights=execution.weights)  # lets go of the old ones
+        self.captured = self.captured.with_weights(execution.weights)  # lets go of the old ones
         self.call.__globals__["bound"] = self._published(execution, execution.serves)
         if before.graphs is not None and before.graphs is not execution.graphs:
             before.graphs.release()
@@ -240,7 +278,7 @@ class Entry:
             refusal = self._arguments.refusal(values)
             if refusal is not None:
                 return refusal
-        return None if self._memory is None else self._memory.refusal(self.weights, values)
+        return self._memory.refusal(self.weights, values)
 
     def _explain_weights(self) -> None:
         raise self._outdated(self.weights.explain())

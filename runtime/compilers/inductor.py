@@ -295,12 +295,12 @@ def _piece(
     returned = graph.graph.output_node().args[0]
     outputs = len(returned) if isinstance(returned, (list, tuple)) else -1
     call, reason = torch_compat.direct_entry(artifact, inputs, outputs, vouched=vouched)
-    direct = None if call is None else _positional(call, inputs)
+    direct = None if call is None else positional(call, inputs)
     strict = torch_compat.strict_inputs(artifact, inputs)
     return CompiledPiece(aliases.around(artifact), artifact, direct, reason, strict)
 
 
-def _positional(call: Callable[..., object], inputs: int) -> Callable[..., object]:
+def positional(call: Callable[..., object], inputs: int) -> Callable[..., object]:
     """``call``, which takes one list, as a function of ``inputs`` parameters.
 
     Written out for the number of parameters, which is half the cost of ``*args``.

@@ -205,6 +205,10 @@ class PieceworkBackend:
         dump.finish(making.backends, making.phases)  # again when it is bound
         return self._program
 
+    def adopt(self, program: Program) -> None:
+        """Take a program that was made in another process for what was made of the last graph."""
+        self.used, self._program = True, program
+
     def _range_table(self) -> RangeTable | None:
         if not (self.config.compile_sizes or self.config.compile_ranges_endpoints):
             return None

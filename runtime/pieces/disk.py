@@ -278,6 +278,11 @@ _ROOMS = ("codegen", "templates", "runtime")
 _OWN_SOURCES = content_key(*(tree_digest(_PACKAGE / room) for room in _ROOMS))
 
 
+def own_sources() -> str:
+    """A digest of the parts of piecework that decide what is compiled and how, as they were loaded."""
+    return _OWN_SOURCES
+
+
 def _traced_files(graph: torch.fx.GraphModule) -> list[str]:
     """The source files that Dynamo traced through; torch's and piecework's own are in the key otherwise."""
     found: dict[str, None] = {}

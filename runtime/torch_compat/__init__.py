@@ -73,6 +73,7 @@ from piecework.runtime.torch_compat.kernels import (
     registered_kernels,
 )
 from piecework.runtime.torch_compat.modes import (
+    autocast_off,
     autocast_probe,
     autocast_state,
     dispatch_mode_probe,
@@ -89,6 +90,14 @@ from piecework.runtime.torch_compat.refake import (
     Refaked,
     free_symbols,
     size_expr,
+)
+from piecework.runtime.torch_compat.saved_code import (
+    Generated,
+    generated_code,
+    graphs_from_bytes,
+    graphs_to_bytes,
+    kernel_file,
+    load_kernel,
 )
 from piecework.runtime.torch_compat.shape_record import (
     hints_text,

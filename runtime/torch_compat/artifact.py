@@ -160,6 +160,11 @@ def strict_inputs(artifact: object, inputs: int) -> frozenset[int]:
     Generated kernels read memory without looking at a dtype; ATen's products raise for an operand of another dtype or
     device. Told from the generated text; an input that is used in any way that is not known here is left out.
     """
+    return _strict_inputs(source_of_artifact(artifact), inputs)
+
+
+def source_of_artifact(artifact: object) -> str:
+    """The module that Inductor generated for an artifact; "" where it can't be found."""
     current = getattr(artifact, "_compiled_fn", None)
     for _ in range(12):
         if current is None or type(current).__name__ == "CompiledFxGraph":
@@ -168,7 +173,7 @@ def strict_inputs(artifact: object, inputs: int) -> frozenset[int]:
         current = next(
             (cells[n] for n in ("fn", "compiled_fn", "_inner_compiled_fn") if n in cells), None
         )
-    return _strict_inputs(str(getattr(current, "source_code", "")), inputs)
+    return str(getattr(current, "source_code", ""))
 
 
 def _strict_inputs(source: str, inputs: int) -> frozenset[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -19,6 +20,12 @@ def autocast_state() -> tuple[tuple[str, torch.dtype], ...]:
     """The device types for which autocast is on, with their dtypes."""
     kinds = [kind for kind in ("cpu", "cuda", "xpu") if kind != "xpu" or hasattr(torch, "xpu")]
     return tuple((k, torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k))
+
+
+def autocast_off() -> AbstractContextManager[object]:
+    """Autocast off for every device type, in the block."""
+    off = getattr(torch._C, "_DisableAutocast", None)
+    return torch.autocast("cpu", enabled=False) if off is None else off()
 
 
 def dispatch_mode_probe() -> Callable[[], object]:

@@ -87,6 +87,10 @@ class Assumptions:
                 found.setdefault(name, Symbol(name, *torch_compat.symbol_range(size)))
         return tuple(found.values())
 
+    def names(self) -> dict[str, str]:
+        """torch's symbol → what it is called."""
+        return dict(self._names)
+
     def name_of(self, symbol: str) -> str:
         """What a symbol of torch's is called; "" for one that no size or integer is made of."""
         return self._names.get(symbol, "")

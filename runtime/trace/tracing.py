@@ -9,7 +9,7 @@ import inspect
 import logging
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -103,6 +103,10 @@ class Capture:
     out_spec: pytree.TreeSpec
     result: tuple[ResultLeaf, ...]
     weights_given: frozenset[int] = frozenset()
+
+    def with_weights(self, weights: BoundWeights) -> Capture:
+        """The same with another binding."""
+        return replace(self, weights=weights)
 
 
 @dataclass(slots=True)

@@ -64,7 +64,8 @@ def test_compile_show_run(tmp_path: Path) -> None:
     result = compiled(folder)
     assert result.exit_code == 0, result.output
     assert "2 pieces, 2 unique, between 1 splitting submodules" in result.output
-    assert sorted(p.name for p in folder.iterdir()) == ["graph.py", "manifest.json", "stitched.py"]
+    names = ["artifact", "graph.py", "manifest.json", "stitched.py"]
+    assert sorted(p.name for p in folder.iterdir()) == names
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
     shown = invoke("show", folder)

@@ -18,6 +18,9 @@ CALLED_FROM_OUTSIDE = {
     "run_node": "torch.fx.Interpreter",
     "model_post_init": "pydantic",
     "compile_again": "the script that a reproducer writes",
+    "persistent_id": "pickle",
+    "persistent_load": "pickle",
+    "reducer_override": "pickle",
 }
 # Names of the field (FEATURES.md, NAMES.md) that users call and no page shows.
 OF_THE_FIELD = {

@@ -25,6 +25,7 @@ ORDER = (
     "runtime.bundle",
     "runtime.compile",
     "runtime.stitched",
+    "runtime.artifact",
     "runtime.traced_model",
     "runtime.graphs",
     "runtime.graphs.serve",

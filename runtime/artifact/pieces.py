@@ -1,0 +1,297 @@
+"""Compiled pieces as text and shared objects. In: a piece and its compiled form. Out: the Python that runs, its kernels and its constants; and a callable again.
+
+Text is Inductor's own, less what it needs to compile; every name in it is on an allow-list. Loading compiles nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import dis
+import hashlib
+import math
+import textwrap
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx
+
+from piecework.codegen.graph.targets import function_path
+from piecework.codegen.stitch.bind import compile_execution_fn, execute_source
+from piecework.codegen.stitch.source import generate_source
+from piecework.errors import ArtifactError, PieceworkError
+from piecework.runtime import torch_compat
+from piecework.runtime.artifact.values import from_bytes, to_bytes
+from piecework.runtime.compilers.inductor import positional
+from piecework.runtime.compilers.interface import CompiledPiece
+
+KERNELS = "kernels"
+_FUNCTION = "call"
+#: Names of generated modules that mean the same everywhere, and what they are.
+_KNOWN = {
+    "aten": "torch.ops.aten",
+    "inductor_ops": "torch.ops.inductor",
+    "_quantized": "torch.ops._quantized",
+    "assert_size_stride": "torch._C._dynamo.guards.assert_size_stride",
+    "assert_size_stride_grouped": "torch._C._dynamo.guards.assert_size_stride_grouped",
+    "assert_alignment": "torch._C._dynamo.guards.assert_alignment",
+    "empty_strided_cpu": "torch._C._dynamo.guards._empty_strided_cpu",
+    "reinterpret_tensor": "torch._C._dynamo.guards._reinterpret_tensor",
+    "alloc_from_pool": "torch.ops.inductor._alloc_from_pool",
+    "device": "torch.device",
+    "empty_strided": "torch.empty_strided",
+    "inf": "math.inf",
+    "nan": "math.nan",
+    "math": "math",
+    "torch": "torch",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PieceFiles:
+    """A compiled form of a piece.
+
+    Attributes:
+        name: its text's name, by content.
+        files: name → bytes.
+        strict: see `CompiledPiece.strict_inputs`.
+        inductor: the text is Inductor's; else it is the piece's operators, one by one.
+    """
+
+    name: str
+    files: Mapping[str, bytes]
+    strict: frozenset[int]
+    inductor: bool
+
+
+def piece_files(graph: torch.fx.GraphModule, compiled: CompiledPiece, name: str) -> PieceFiles:
+    """What is kept of a piece.
+
+    Args:
+        name: what errors call it.
+
+    Raises:
+        ArtifactError: its code needs something that does not travel.
+    """
+    if compiled.artifact is None:
+        code, files = _uncompiled(graph, name)
+    else:
+        code, files = _generated(graph, compiled, name)
+    digest = hashlib.sha256(code.encode() + repr(sorted(files)).encode()).hexdigest()[:16]
+    text = f"pieces/{digest}.py"
+    named = {key.replace("{piece}", digest): data for key, data in files.items()}
+    readable = graph.print_readable(print_output=False)
+    found = {text: code.encode(), f"pieces/{digest}.graph.txt": readable.encode(), **named}
+    return PieceFiles(text, found, compiled.strict_inputs, compiled.artifact is not None)
+
+
+def _refused(name: str, why: str, hint: str) -> ArtifactError:
+    return ArtifactError(f"{name} can't be saved: {why}", where=name, hint=hint)
+
+
+# --- what Inductor generated -------------------------------------------------------------------------
+
+
+def _generated(
+    graph: torch.fx.GraphModule, compiled: CompiledPiece, name: str
+) -> tuple[str, dict[str, bytes]]:
+    hint = "CompilationConfig(backend='eager') is saved without compiled code"
+    inputs = len(graph.graph.find_nodes(op="placeholder"))
+    returned = graph.graph.output_node().args[0]
+    outputs = len(returned) if isinstance(returned, (list, tuple)) else -1
+    if compiled.direct is None:
+        raise _refused(name, f"its code needs torch's wrappers, {compiled.indirect_because}", hint)
+    found = torch_compat.generated_code(compiled.artifact, inputs, outputs)
+    if isinstance(found, str):
+        raise _refused(name, found, hint)
+    tree = ast.parse(found.text)
+    text = _function_text(tree, found)
+    if text is None:
+        raise _refused(name, "the text of its code is not what runs", hint)
+    lines, files = ["import math", "import types", "", "import torch", ""], {}
+    sources = _kernel_sources(tree)
+    for each in sorted(_globals_of(found.function.__code__)):
+        value = found.values.get(each, getattr(builtins, each, None))
+        kernel = torch_compat.kernel_file(value)
+        if kernel is not None:
+            try:
+                data = kernel.read_bytes()
+            except OSError as error:
+                raise _refused(
+                    name, f"its kernel is gone ({error.strerror})", "compile the model again"
+                ) from error
+            digest = hashlib.sha256(data).hexdigest()[:32]
+            files[f"{KERNELS}/{digest}.so"] = data
+            files[f"{KERNELS}/{digest}.cpp"] = sources.get(each, "").encode()
+            lines.append(f'{each} = kernel("{digest}")')
+        elif each == "extern_kernels":
+            lines.append(f"extern_kernels = types.SimpleNamespace({_externals(text, value, name)})")
+        elif each in _KNOWN:
+            if value is not _value_of(_KNOWN[each]) and each not in ("inf", "nan"):
+                raise _refused(name, f"its code has another {each} than torch's", hint)
+            if _KNOWN[each] != each:
+                lines.append(f"{each} = {_KNOWN[each]}")
+        elif each not in found.values and hasattr(builtins, each):
+            continue
+        else:
+            raise _refused(name, f"its code uses {each}, which does not travel", hint)
+    head = "# Inductor's code of a piece, as it runs; its kernels lie in ../kernels.\n\n"
+    return f"{head}{chr(10).join(lines)}\n\n\n{text}", files
+
+
+def _function_text(tree: ast.Module, found: torch_compat.Generated) -> str | None:
+    """The text of the function that runs; None unless the module's text compiles to that very code there."""
+    ours = found.function.__code__
+    pending, same = [compile(found.text, "<piece>", "exec", dont_inherit=True)], False
+    while pending and not same:
+        each = pending.pop()
+        pending += [inner for inner in each.co_consts if isinstance(inner, types.CodeType)]
+        same = _content(each) == _content(ours)
+    if not same:
+        return None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.lineno == ours.co_firstlineno:
+            lines = found.text.splitlines()[node.lineno - 1 : node.end_lineno]
+            return textwrap.dedent("\n".join(lines)) + "\n"
+    return None
+
+
+def _content(code: types.CodeType) -> tuple[object, ...]:
+    names = code.co_name, code.co_names, code.co_varnames, code.co_firstlineno
+    return *names, code.co_code, repr(_plain(code.co_consts))
+
+
+def _plain(consts: tuple[object, ...]) -> list[object]:
+    return [_content(each) if isinstance(each, types.CodeType) else each for each in consts]
+
+
+def _globals_of(code: types.CodeType) -> set[str]:
+    loads = ("LOAD_GLOBAL", "LOAD_NAME")
+    found = {str(i.argval) for i in dis.get_instructions(code) if i.opname in loads}
+    for each in code.co_consts:
+        if isinstance(each, types.CodeType):
+            found |= _globals_of(each)
+    return found
+
+
+def _kernel_sources(tree: ast.Module) -> dict[str, str]:
+    """The C++ of each kernel, for people."""
+    found: dict[str, str] = {}
+    for each in tree.body:
+        if isinstance(each, ast.Assign) and isinstance(each.value, ast.Call) and each.value.args:
+            last, target = each.value.args[-1], each.targets[0]
+            if isinstance(target, ast.Name) and isinstance(last, ast.Constant):
+                found[target.id] = str(last.value)
+    return found
+
+
+def _externals(text: str, owner: object, name: str) -> str:
+    """The kernels of ATen's that the code calls, by their public names."""
+    parts = []
+    for each in sorted(set(_attributes(text, "extern_kernels"))):
+        path = function_path(getattr(owner, each, None))
+        if path is None or path.root != "torch":
+            raise _refused(
+                name,
+                f"its code calls extern_kernels.{each}, which is Python of Inductor's",
+                "switch max_autotune off",
+            )
+        parts.append(f"{each}={path.path}")
+    return ", ".join(parts)
+
+
+def _attributes(text: str, owner: str) -> Iterator[str]:
+    for each in ast.walk(ast.parse(text)):
+        if (
+            isinstance(each, ast.Attribute)
+            and isinstance(each.value, ast.Name)
+            and each.value.id == owner
+        ):
+            yield each.attr
+
+
+def _value_of(path: str) -> object:
+    value: Any = {"torch": torch, "math": math}[path.partition(".")[0]]
+    for part in path.split(".")[1:]:
+        value = getattr(value, part, None)
+    return value
+
+
+# --- pieces that run as they are ---------------------------------------------------------------------
+
+
+def _uncompiled(graph: torch.fx.GraphModule, name: str) -> tuple[str, dict[str, bytes]]:
+    try:
+        source = generate_source(graph)
+    except PieceworkError as error:
+        raise _refused(name, error.message, error.hint or "compile it with Inductor") from error
+    if source.submod_names:
+        raise _refused(name, "it calls modules of its own", "compile it with Inductor")
+    return source.code, {"pieces/{piece}.consts": to_bytes(source.consts, name)}
+
+
+# --- loading -----------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class PieceLoader:
+    """Makes callables of an artifact's pieces, each once.
+
+    Args:
+        read: the verified bytes of a file.
+    """
+
+    read: Callable[[str], bytes]
+    _made: dict[str, CompiledPiece] = field(default_factory=dict)
+
+    def piece(
+        self, name: str, inputs: int, strict: frozenset[int], inductor: bool
+    ) -> CompiledPiece:
+        """The piece whose text is called ``name``."""
+        if name not in self._made:
+            make = self._inductor if inductor else self._plain
+            self._made[name] = make(name, inputs, strict)
+        return self._made[name]
+
+    def _inductor(self, name: str, inputs: int, strict: frozenset[int]) -> CompiledPiece:
+        code = self.read(name).decode()
+        try:
+            function = execute_source(code, {"kernel": self._kernel}, _FUNCTION)
+        except PieceworkError as error:
+            raise ArtifactError(
+                f"a piece can't be loaded: {error.message}", where=name, hint="save the model again"
+            ) from error
+        takes_self = function.__code__.co_varnames[:1] == ("self",)
+        call = types.MethodType(function, self) if takes_self else function
+        direct = positional(call, inputs)
+        return CompiledPiece(_without_autocast(direct), None, direct, "", strict)
+
+    def _kernel(self, digest: str) -> Callable[..., object]:
+        name = f"{KERNELS}/{digest}.so"
+        try:
+            return torch_compat.load_kernel(self.read(name), digest)
+        except (ImportError, OSError, AttributeError) as error:
+            raise ArtifactError(
+                f"a kernel can't be loaded: {error}",
+                where=name,
+                hint="the system needs the libraries that it was linked with, such as libgomp; or compile the model here",
+            ) from error
+
+    def _plain(self, name: str, inputs: int, strict: frozenset[int]) -> CompiledPiece:
+        consts = from_bytes(self.read(name.removesuffix(".py") + ".consts"), name)
+        assert isinstance(consts, tuple)
+        code = self.read(name).decode()
+        return CompiledPiece(compile_execution_fn(code, {}, (), consts), strict_inputs=strict)
+
+
+def _without_autocast(function: Callable[..., object]) -> Callable[..., object]:
+    """``function`` as torch's wrappers call it: what it calls was traced, with autocast where there was any."""
+
+    def run(*args: object) -> object:
+        with torch_compat.autocast_off():
+            return function(*args)
+
+    return run

@@ -1,0 +1,406 @@
+"""Stitched models to directories. In: the traces of a stitched model. Out: an artifact, written whole or not at all.
+
+What can't be told again in another process is refused by name. No weight is written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.fx
+
+from piecework.codegen.stitch.source import generate_source
+from piecework.errors import ArtifactError
+from piecework.runtime import torch_compat
+from piecework.runtime.analysis.writes import mutations_in
+from piecework.runtime.artifact import surroundings
+from piecework.runtime.artifact.facts import SavedState, saved_state
+from piecework.runtime.artifact.folder import key_of, write_folder
+from piecework.runtime.artifact.form import (
+    DirectConst,
+    SavedForm,
+    SavedTrace,
+    SavedWeight,
+    WeightInput,
+)
+from piecework.runtime.artifact.likeness import HEAP_TYPE, code_digest
+from piecework.runtime.artifact.pieces import piece_files
+from piecework.runtime.artifact.values import MAX_TENSOR, to_bytes
+from piecework.runtime.bind.reachable import modules_of, tensors_of
+from piecework.runtime.cache.collect import environment_factors
+from piecework.runtime.compilers.eager import EagerAdaptor
+from piecework.runtime.compilers.inductor import InductorStandaloneAdaptor
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.pieces.program import Program
+from piecework.runtime.trace.inputs import Argument, Layout, Size
+from piecework.runtime.trace.tracing import Weight
+from piecework.runtime.traced_model import TracedModel
+
+STITCHED, ENTRY, CAREFUL, EDITED = "stitched.py", "entry.py", "careful.py", "edited.py"
+STATE, GRAPHS = "state.pickle", "graphs.pickle"
+
+
+def save(
+    path: str | os.PathLike[str],
+    model: Any,
+    traces: Sequence[TracedModel],
+    settings: Mapping[str, object],
+    *,
+    key_file: str | os.PathLike[str] | None = None,
+) -> None:
+    """Write the traces of ``model`` to a directory, in place of an artifact that is there.
+
+    Args:
+        settings: what the manifest says of how they were made, as JSON data.
+        key_file: the secret that signs the manifest; `piecework.runtime.artifact.folder.key_of`.
+
+    Raises:
+        ArtifactError: something can't be told again in another process, or the directory can't be written.
+    """
+    key = key_of(key_file)
+    if any(each.settings != traces[0].settings for each in traces):
+        raise ArtifactError(
+            "torch was set otherwise for one trace of the model than for another",
+            where="torch's settings",
+            hint="compile the model again, and call it with every kind of size under the same settings",
+        )
+    files: dict[str, bytes] = {}
+    rows, graphs = [], []
+    for number, trace in enumerate(traces):
+        _require_savable(trace)
+        _code_with_places(trace)
+        folder = f"trace_{number}"
+        saved = _saved(trace, files, folder)
+        program = trace.program
+        files[f"{folder}/{STATE}"] = to_bytes(saved, "what the trace took for given")
+        files[f"{folder}/{STITCHED}"] = program.source.code.encode()
+        files[f"{folder}/{ENTRY}"] = trace.entry.source.code.encode()
+        if trace.entry.edited is not None:
+            files[f"{folder}/{EDITED}"] = trace.entry.edited.code.encode()
+        pickled = _graphs(program)
+        if pickled is not None:
+            files[f"{folder}/{GRAPHS}"] = pickled
+        rows.append(_row(saved, trace, pickled is not None))
+        graphs.append(program.graph)
+        graphs += [backend.graph for backend in program.backends.values() if backend.graph]
+        graphs += [item.graph for item in program.items]
+    parts = [trace.entry.weights.state.parts() for trace in traces]
+    facts: dict[str, object] = {
+        **settings,
+        "versions": surroundings.versions(),
+        "machine": surroundings.machine(),
+        "processes": surroundings.processes(),
+        "environment": environment_factors(),
+        "torch settings": traces[0].settings,
+        "modules": surroundings.tree(modules_of(model)),
+        "sources": surroundings.sources(
+            {each for part in parts for each in part.code},
+            [
+                *{type(each) for _, root in modules_of(model) for each in root.modules()},
+                *{each for part in parts for each in part.classes.classes},
+            ],
+        ),
+        "operators": surroundings.operators(graphs),
+        "traces": rows,
+    }
+    write_folder(Path(path), files, json.loads(json.dumps(facts)), key)
+
+
+def config_data(config: CompilationConfig) -> dict[str, object]:
+    """A configuration as JSON data.
+
+    Raises:
+        ArtifactError: it holds code, such as a pass.
+    """
+    try:
+        data: dict[str, object] = json.loads(config.model_dump_json())
+        same = CompilationConfig(**data) == config
+    except Exception as error:
+        raise ArtifactError(
+            f"the configuration can't be written down: {error}",
+            where="config",
+            hint="leave passes and other objects out of it, or name them as text",
+        ) from error
+    if not same:
+        raise ArtifactError(
+            "the configuration can't be written down: it reads back as another one",
+            where="config",
+            hint="leave passes and other objects out of it, or name them as text",
+        )
+    return data
+
+
+def _require_savable(trace: TracedModel) -> None:
+    config, compiler = trace.program.config, trace.backend.compiler_manager.compiler
+    if type(compiler) not in (EagerAdaptor, InductorStandaloneAdaptor):
+        raise ArtifactError(
+            f"what compiler {trace.program.compiler!r} makes can't be saved",
+            where="backend",
+            hint="use inductor or eager",
+        )
+    for name, on in (
+        ("dynamic_shapes_config.evaluate_guards", config.dynamic_shapes_config.evaluate_guards),
+        ("use_inductor_graph_partition", config.use_inductor_graph_partition),
+    ):
+        if on:
+            raise ArtifactError(
+                f"a model that was compiled with {name} can't be saved",
+                where=name,
+                hint="leave it out",
+            )
+    if not config.stitching_config.check_inputs:
+        raise ArtifactError(
+            "a model that does not check its inputs can't be saved",
+            where="stitching_config.check_inputs",
+            hint="leave it on",
+        )
+    if trace.settings is None:
+        raise ArtifactError(
+            "torch was set to something that has no stable form when the model was compiled",
+            where="torch's settings",
+            hint="see the warning of the compile cache",
+        )
+
+
+# --- one trace ---------------------------------------------------------------------------------------
+
+
+def _saved(trace: TracedModel, files: dict[str, bytes], folder: str) -> SavedTrace:
+    program, entry, captured = trace.program, trace.entry, trace.entry.captured
+    source, plan = program.source, entry.made.plan
+    direct = {id(f): op for op, f in program.direct_ops.implementations.items()}
+    careful = source
+    if source.options.direct:
+        careful = generate_source(program.split_gm, replace(source.options, direct={}))
+    files[f"{folder}/{CAREFUL}"] = careful.code.encode()
+    _require_no_weights((*source.consts, *careful.consts), trace)
+    indices = {each.path: i for i, each in enumerate(entry.weights.traced)}
+    edited = entry.edited
+    return SavedTrace(
+        name=program.name,
+        compiler=program.compiler,
+        report=program.report(),
+        rows=tuple((p.name, p.key, p.modules, p.seconds, p.reused) for p in program.pieces()),
+        ranges=None if program.range_table is None else program.range_table.entries,
+        batch=program.batch,
+        module=source.module,
+        lines=dict(source.lines),
+        bound=dict(source.options.bound),
+        proof=source.proof,
+        direct=dict(program.direct_ops.calls),
+        consts=tuple(
+            DirectConst(direct[id(each)]) if id(each) in direct else each for each in source.consts
+        ),
+        careful_consts=tuple(careful.consts),
+        forms=dict(_forms(program, files)),
+        sizes={name: each.sym_shape_indices for name, each in program.backends.items()},
+        plan=plan,
+        entry_consts=dict(entry.source.consts),
+        strict=entry.made.strict,
+        given=entry.made.given,
+        autocast=entry.made.autocast,
+        inputs=tuple(_inputs(captured.inputs, indices)),
+        weights=_weights(trace),
+        memory=_memory(trace),
+        state=_state(trace),
+        symbols=captured.assumptions.names(),
+        as_marked=trace.as_marked,
+        rows_in_one=trace.rows_in_one,
+        edited_proof=None if edited is None else edited.proof,
+        edited_difference=None if edited is None else edited.difference,
+    )
+
+
+def _state(trace: TracedModel) -> SavedState:
+    changed = trace.entry.weights.change()
+    if changed is not None:
+        raise ArtifactError(
+            f"the model is not as it is bound: {changed.message}",
+            hint=changed.hint or "call rebind() first",
+        )
+    return saved_state(trace.entry.weights.state)
+
+
+def _inputs(
+    inputs: Sequence[object], indices: Mapping[str, int]
+) -> Iterator[WeightInput | Argument | Size | Layout]:
+    for each in inputs:
+        if isinstance(each, Weight):
+            yield WeightInput(indices[each.path])
+        else:
+            assert isinstance(each, (Argument, Size, Layout))
+            yield each
+
+
+def _forms(program: Program, files: dict[str, bytes]) -> Iterator[tuple[str, dict[Any, SavedForm]]]:
+    made: dict[int, SavedForm] = {}
+    for name, backend in program.backends.items():
+        assert backend.graph is not None
+        forms: dict[Any, SavedForm] = {}
+        for compile_range, entry in backend.entries.items():
+            if id(entry.compiled) not in made:
+                surroundings.require_portable(backend.graph, backend.structure, name)
+                _require_no_attributes(backend.graph, name)
+                found = piece_files(backend.graph, entry.compiled, name)
+                files.update(found.files)
+                count = len(backend.graph.graph.find_nodes(op="placeholder"))
+                made[id(entry.compiled)] = SavedForm(
+                    found.name, count, found.strict, found.inductor
+                )
+            forms[compile_range] = made[id(entry.compiled)]
+        yield name, forms
+
+
+def _require_no_attributes(graph: torch.fx.GraphModule, name: str) -> None:
+    for node in graph.graph.find_nodes(op="get_attr"):
+        if not isinstance(getattr(graph, str(node.target), None), torch.fx.GraphModule):
+            raise ArtifactError(
+                f"{name} can't be saved: it holds the constant {node.target}, and an artifact holds no tensors",
+                where=name,
+                hint="register it as a buffer of the model",
+            )
+
+
+def _require_no_weights(consts: Sequence[object], trace: TracedModel) -> None:
+    tensors = (each for each in consts if isinstance(each, torch.Tensor))
+    held = {torch_compat.storage_id(t) for _, t in tensors_of(trace.model).values()}
+    for each in tensors:
+        if torch_compat.storage_id(each) in held or each.nbytes > MAX_TENSOR:
+            raise ArtifactError(
+                "the stitching source holds a weight as a constant, and an artifact holds none",
+                hint="register it as a parameter or a buffer of the model",
+            )
+
+
+# --- weights -----------------------------------------------------------------------------------------
+
+
+def _weights(trace: TracedModel) -> tuple[SavedWeight, ...]:
+    weights = trace.entry.weights
+    sources = weights.sources
+    pairs = zip(weights.traced, weights.names(), strict=True)
+    return tuple(
+        SavedWeight(
+            w.path, w.dtype, w.layout, w.device, tuple(w.shape), w.stride, sources[w.path], names
+        )
+        for w, names in pairs
+    )
+
+
+def _memory(trace: TracedModel) -> tuple[int, ...] | None:
+    """Which weights share memory, where that matters: the graph writes to one."""
+    split_gm, inputs = trace.program.split_gm, trace.entry.captured.inputs
+    nodes = split_gm.graph.find_nodes(op="placeholder")
+    pairs = zip(nodes, inputs, strict=True)
+    held = {node.name: each.path for node, each in pairs if isinstance(each, Weight)}
+    every = [item.submod_name for item in trace.program.items]
+    if not mutations_in(split_gm, every, held):
+        return None
+    return partition(trace.entry.weights.tensors)
+
+
+def partition(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """A number per tensor, equal for those in one memory."""
+    stores = [torch_compat.storage_id(each) for each in tensors]
+    return tuple(map(stores.index, stores))
+
+
+# --- code --------------------------------------------------------------------------------------------
+
+
+def _code_with_places(trace: TracedModel) -> None:
+    """Raise unless all code that the trace went through is found again: in a class or a fact, or in a file.
+
+    Code that was made by running text is in no file.
+    """
+    parts = trace.entry.weights.state.parts()
+    loose = [
+        each
+        for each in parts.code
+        if not os.path.isfile(each.co_filename) and surroundings.is_foreign(each.co_filename)
+    ]
+    if not loose:
+        return
+    known: set[str] = set()
+    for kind in {k for each in parts.classes.classes for k in each.__mro__}:
+        for value in kind.__dict__.values():
+            known |= _codes(getattr(value, "fget", getattr(value, "__func__", value)))
+    for fact in parts.bins.facts:
+        seen = getattr(fact.expected, "value", fact.expected)
+        known |= _codes(seen)
+        if isinstance(seen, type) and seen.__flags__ & HEAP_TYPE:
+            for value in seen.__dict__.values():
+                known |= _codes(getattr(value, "fget", getattr(value, "__func__", value)))
+    for each in loose:
+        if code_digest(each) not in known:
+            raise ArtifactError(
+                f"the trace went through {each.co_qualname}, whose source is in no file",
+                where=each.co_filename,
+                hint="put it into a module",
+            )
+
+
+def _codes(value: object) -> set[str]:
+    code = value if isinstance(value, types.CodeType) else getattr(value, "__code__", None)
+    found: set[str] = set()
+    pending = [code] if isinstance(code, types.CodeType) else []
+    while pending:
+        each = pending.pop()
+        found.add(code_digest(each))
+        pending += [inner for inner in each.co_consts if isinstance(inner, types.CodeType)]
+    return found
+
+
+# --- graphs and the manifest -------------------------------------------------------------------------
+
+
+def _graphs(program: Program) -> bytes | None:
+    """The graphs with their fake values; None where torch can't write them, and captures must then compile again."""
+    items = tuple((i.submod_name, i.graph_id, i.is_splitting_graph) for i in program.items)
+    graphs = program.graph, program.split_gm
+    return torch_compat.graphs_to_bytes((*graphs, items), graphs)
+
+
+def _row(saved: SavedTrace, trace: TracedModel, graphs: bool) -> dict[str, object]:
+    """A trace as people read it."""
+    plan = saved.plan
+    return {
+        "signature": [f"{p.kind}{p.name}" for p in plan.parameters],
+        "symbols": [[each.name, each.low, each.high] for each in plan.symbols],
+        "guards": list(plan.guards),
+        "batch": {
+            "symbol": saved.batch.symbol,
+            "ranges": None if saved.ranges is None else [[r.start, r.end] for r in saved.ranges],
+        },
+        "pieces": {
+            name: {str(r or "all"): form.file for r, form in forms.items()}
+            for name, forms in saved.forms.items()
+        },
+        "weights": [
+            {
+                "name": w.path,
+                "dtype": str(w.dtype),
+                "shape": list(w.shape),
+                "stride": list(w.stride),
+                "device": str(w.device),
+            }
+            for w in saved.weights
+        ],
+        "edited": _edited_text(saved, trace),
+        "graphs": graphs,
+    }
+
+
+def _edited_text(saved: SavedTrace, trace: TracedModel) -> str | None:
+    if trace.entry.edited is None:
+        return None
+    if saved.edited_difference is not None:
+        return f"differs from the graph: {saved.edited_difference}"
+    return "proved to mean the graph"

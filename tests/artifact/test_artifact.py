@@ -1,0 +1,1030 @@
+"""Artifacts: what was compiled runs in another process as it did, and nothing else does."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from python_state_cases import make_case
+from torch import nn
+
+import piecework
+from piecework.errors import ArtifactError, BindError, ConfigError, InputError, PieceworkError
+from piecework.runtime.artifact import folder as folders
+from piecework.runtime.artifact import surroundings
+from piecework.runtime.counters import counters
+
+EAGER = piecework.CompilationConfig(backend="eager")
+SCRIPT = Path(__file__).with_name("artifact_model.py")
+RATE = 2.0
+
+
+@piecework.splitting_op("artifact_test::mix", rows="independent")
+def mix(x: torch.Tensor) -> torch.Tensor:
+    return x * 2.0
+
+
+@mix.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def scaled(x: torch.Tensor) -> torch.Tensor:
+    return x * RATE
+
+
+class Layer(nn.Module):
+    kind = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.factor = 0.5
+        self.register_buffer("seen", torch.zeros(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return scaled(self.linear(mix(x))) * self.factor + self.kind + self.seen
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+
+    def forward(self, x: torch.Tensor, flag: bool = True) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x if flag else -x
+
+
+def made(seed: int = 0) -> Model:
+    torch.manual_seed(seed)
+    return Model().eval()
+
+
+def saved(path: Path, model: nn.Module | None = None, *args: object, **config: object) -> Path:
+    """The artifact of a model that ran uncompiled pieces."""
+    options = piecework.CompilationConfig(backend="eager", **config)
+    example = args or (torch.randn(3, 8),)
+    piecework.compile(model or made(), example, config=options).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One artifact that tests read and do not change."""
+    return saved(tmp_path_factory.mktemp("artifact") / "model")
+
+
+def copied(artifact: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(artifact, tmp_path / "copy"))
+
+
+def refusal(path: Path, model: object, **options: object) -> str:
+    with pytest.raises(ArtifactError) as found:
+        piecework.load(path, model, **options)
+    assert found.value.hint
+    return str(found.value)
+
+
+# --- what is loaded is what was saved -----------------------------------------------------------------
+
+
+def test_a_loaded_model_gives_equal_results_for_every_size_and_traces_nothing(
+    artifact: Path,
+) -> None:
+    model = made(1)
+    before = counters.snapshot()
+    stitched = piecework.load(artifact, model)
+    for size in (0, 1, 2, 3, 17):
+        x = torch.randn(size, 8)
+        assert torch.equal(stitched(x), model(x))
+    for name in ("num_graphs_seen", "num_backend_compilations", "num_eager_compiles"):
+        assert getattr(counters, name) == before[name]
+    assert (artifact / "trace_0" / "stitched.py").read_text() == stitched.source.code
+    assert (artifact / "trace_0" / "entry.py").read_text() == stitched.entry_source.code
+    assert [each.name for each in stitched.pieces] and "read" in str(stitched.report())
+
+
+def test_two_instances_keep_their_own_weights(artifact: Path) -> None:
+    first, second = made(1), made(2)
+    loaded = [piecework.load(artifact, each) for each in (first, second)]
+    x = torch.randn(4, 8)
+    for each, model in zip(loaded, (first, second), strict=True):
+        assert torch.equal(each(x), model(x))
+    with torch.no_grad():
+        first.layers[0].linear.weight.zero_()
+    assert torch.equal(loaded[0](x), first(x)) and torch.equal(loaded[1](x), second(x))
+    assert not torch.equal(loaded[0](x), loaded[1](x))
+
+
+def test_an_artifact_holds_no_weights(tmp_path: Path) -> None:
+    model = made()
+    with torch.no_grad():
+        model.layers[0].linear.weight.fill_(1234.5)
+    path = saved(tmp_path / "a", model)
+    marks = torch.tensor([1234.5] * 4).numpy().tobytes()
+    assert all(marks not in each.read_bytes() for each in path.rglob("*") if each.is_file())
+
+
+def test_a_loaded_model_notices_what_changes_afterwards(artifact: Path) -> None:
+    model = made()
+    stitched = piecework.load(artifact, model)
+    x = torch.randn(4, 8)
+    stitched(x)
+    model.layers[1].factor = 4.0
+    with pytest.raises(InputError, match=r"layers\.1\.factor"):
+        stitched(x)
+    model.layers[1].factor = 0.5
+    model.layers[0].linear.weight = nn.Parameter(torch.ones(8, 8))
+    with pytest.raises(InputError, match="rebind"):
+        stitched(x)
+    stitched.rebind()
+    assert torch.equal(stitched(x), model(x))
+    with pytest.raises(InputError):
+        stitched(torch.randn(4, 9))
+    original = Layer.forward
+    try:
+        Layer.forward = lambda self, x: x
+        with pytest.raises(InputError, match="replaced"):
+            stitched(x)
+    finally:
+        Layer.forward = original
+
+
+def test_another_size_that_no_saved_trace_serves_is_traced(tmp_path: Path) -> None:
+    class Rows(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1.0 if x.shape[0] > 1 else x - 1.0
+
+    model = Rows()
+    path = tmp_path / "a"
+    piecework.compile(model, (torch.randn(3, 8),), config=EAGER).save(path)
+    stitched = piecework.load(path, Rows())
+    assert len(stitched.traces) == 2  # the batch of one was traced when the model was saved
+    for size in (1, 2, 5):
+        x = torch.randn(size, 8)
+        assert torch.equal(stitched(x), model(x))
+
+
+Pair = collections.namedtuple("Pair", "left right")
+
+
+@dataclasses.dataclass
+class Result:
+    value: torch.Tensor
+    extra: object = None
+
+
+class Many(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8))
+
+    def forward(self, x, n: int, *rest, scale=2.0, **more):  # type: ignore[no-untyped-def]
+        y = x * self.weight * scale + n
+        for each in rest:
+            y = y + each
+        found = Result(y, (n, "text", x.shape))
+        return {
+            "pair": Pair(y, x),
+            "list": [y * more["gain"], None, 1.5],
+            "result": found,
+            "w": self.weight,
+        }
+
+
+def test_arguments_and_results_of_every_kind(tmp_path: Path) -> None:
+    model, x = Many(), torch.randn(3, 8)
+    call = lambda m, x, n: m(x, n, torch.ones(8), scale=3.0, gain=0.5)  # noqa: E731
+    stitched = piecework.compile(
+        model, (x, 7, torch.ones(8)), {"scale": 3.0, "gain": 0.5}, config=EAGER
+    )
+    stitched.save(tmp_path / "a")
+    other = Many()
+    loaded = piecework.load(tmp_path / "a", other)
+    for size, n in ((3, 7), (5, 9)):
+        x = torch.randn(size, 8)
+        ours, theirs = call(loaded, x, n), call(other, x, n)
+        assert type(ours["pair"]) is Pair and type(ours["result"]) is Result
+        assert ours["pair"].right is x and ours["w"] is other.weight
+        assert torch.equal(ours["result"].value, theirs["result"].value)
+        assert ours["result"].extra == theirs["result"].extra == (n, "text", x.shape)
+        assert torch.equal(ours["list"][0], theirs["list"][0]) and ours["list"][1:] == [None, 1.5]
+    with pytest.raises(InputError):
+        loaded(x, 7, torch.ones(8), scale=4.0, gain=0.5)
+
+
+class Writing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(8))
+        self.register_buffer("other", torch.zeros(8))
+
+    def forward(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        self.count.add_(x.sum(0))
+        out.mul_(2.0)
+        return x + self.count + self.other
+
+
+def test_writes_to_buffers_and_arguments_happen(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a", Writing(), torch.randn(3, 8), torch.randn(3, 8))
+    ours, theirs = Writing(), Writing()
+    stitched = piecework.load(path, ours)
+    for size in (2, 4):
+        x, out = torch.randn(size, 8), torch.randn(size, 8)
+        same = out.clone()
+        assert torch.allclose(stitched(x, out), theirs(x, same))
+        assert torch.equal(out, same) and torch.allclose(ours.count, theirs.count)
+    shared = Writing()
+    memory = torch.zeros(8)
+    shared.count, shared.other = memory, memory.view(8)
+    assert "share memory" in refusal(path, shared)
+
+
+def test_a_function_that_holds_a_module_is_a_model_too(tmp_path: Path) -> None:
+    def around(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+        def run(x: torch.Tensor) -> torch.Tensor:
+            return model(x) * 2.0
+
+        return run
+
+    piecework.compile(around(made()), (torch.randn(3, 8),), config=EAGER).save(tmp_path / "a")
+    model = made(3)
+    stitched = piecework.load(tmp_path / "a", around(model))
+    x = torch.randn(5, 8)
+    assert torch.equal(stitched(x), model(x) * 2.0)
+    assert refusal(tmp_path / "a", model)
+
+
+@pytest.mark.parametrize("lever", ["bind_weights", "direct_splitting_ops", "emit_del"])
+def test_levers_and_ranges_travel(tmp_path: Path, lever: str) -> None:
+    config = {
+        "stitching_config": {lever: False},
+        "compile_ranges_endpoints": [4],
+        "compile_sizes": [2],
+    }
+    path = saved(tmp_path / "a", **config)
+    model = made(1)
+    stitched = piecework.load(path, model)
+    assert [str(each) for each in stitched.program.compile_ranges] == ["[2, 2]", "[1, 4]", "[5, …]"]
+    for size in (1, 2, 3, 4, 5, 9):
+        x = torch.randn(size, 8)
+        assert torch.equal(stitched(x), model(x))
+    assert getattr(stitched.config.stitching_config, lever) is False
+
+
+def test_static_graphs_are_captured_of_a_loaded_model(artifact: Path) -> None:
+    model = made(2)
+    stitched = piecework.load(artifact, model).capture([1, 2, 4], progress=False)
+    for size in (1, 2, 3, 4, 6):
+        x = torch.randn(size, 8)
+        assert torch.allclose(stitched(x), model(x))
+    assert "replay" in str(stitched.static_graphs.source_for(3))
+
+
+def test_captures_of_a_loaded_model_see_what_is_written(tmp_path: Path) -> None:
+    """The graphs that are read say which values share memory: what a compiled model refuses, a loaded one does."""
+    example = torch.randn(3, 8), torch.randn(3, 8)
+    stitched = piecework.compile(Writing(), example, config=EAGER)
+    stitched.save(tmp_path / "a")
+    loaded = piecework.load(tmp_path / "a", Writing())
+    outcomes = []
+    for each in (stitched, loaded):
+        try:
+            each.capture([4], progress=False)
+        except PieceworkError as error:
+            outcomes.append(str(error))
+        else:
+            outcomes.append(str(each.static_graphs.source_for(4)))
+    assert outcomes[0] == outcomes[1]
+
+
+class Knob:
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.rate
+
+
+class Knobs(nn.Module):
+    def forward(self, x: torch.Tensor, knob: Knob) -> torch.Tensor:
+        return Knob(knob.rate).apply(x)
+
+
+def test_classes_of_arguments_and_of_what_is_made_inside_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a"
+    try:
+        saved(path, Knobs(), torch.randn(3, 8), Knob(2.0))
+    except ArtifactError:
+        return  # refused by name is right too
+    stitched, x = piecework.load(path, Knobs()), torch.randn(4, 8)
+    assert torch.equal(stitched(x, Knob(2.0)), x * 2.0)
+    with pytest.raises(InputError):
+        stitched(x, Knob(3.0))
+    monkeypatch.setattr(Knob, "apply", lambda self, x: x - self.rate)
+    assert refusal(path, Knobs())
+
+
+def test_modes_take_the_careful_path(artifact: Path) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counting(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            Counting.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    model = made()
+    stitched = piecework.load(artifact, model)
+    x = torch.randn(4, 8)
+    with Counting():
+        assert torch.equal(stitched(x), model(x))
+    assert Counting.calls and stitched.traces[0].entry.careful_calls
+
+
+def test_an_edited_source_travels_marked_as_edited(tmp_path: Path) -> None:
+    stitched = piecework.compile(made(), (torch.randn(3, 8),), config=EAGER)
+    stitched.use_edited(
+        stitched.source.code.replace("import torch\n", "import torch\n\n# mine\n", 1)
+    )
+    stitched.save(tmp_path / "proved")
+    stitched.use_edited(stitched.source.code.replace("return (", "print(end='')\n    return (", 1))
+    stitched.save(tmp_path / "differing")
+    for name, mark in (("proved", "proved to mean"), ("differing", "differs from")):
+        path, model = tmp_path / name, made(1)
+        assert mark in json.loads((path / "manifest.json").read_text())["traces"][0]["edited"]
+        loaded = piecework.load(path, model)
+        x = torch.randn(4, 8)
+        assert torch.equal(loaded(x), model(x))
+        assert loaded.traces[0].entry.edited.code == (path / "trace_0" / "edited.py").read_text()
+        again = tmp_path / f"{name}_again"
+        loaded.save(again)
+        assert (again / "trace_0" / "edited.py").read_bytes() == (
+            path / "trace_0" / "edited.py"
+        ).read_bytes()
+
+
+class Asking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = torch.full((4,), 2.0)
+        self.register_buffer("cache", torch.zeros(6, 4))
+
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows.add_(1)
+        factor = 3.0 if mask is self.plain else 2.0
+        return x * factor + mask + self.cache[: x.shape[0]], rows * 2
+
+
+def test_arguments_that_are_tensors_of_the_model_are_told(tmp_path: Path) -> None:
+    x, rows = torch.randn(3, 4), torch.zeros(3, 4)
+    piecework.compile(Asking(), (x, torch.ones(4), rows), config=EAGER).save(tmp_path / "a")
+    model = Asking()
+    loaded = piecework.load(tmp_path / "a", model)
+    assert torch.equal(loaded(x, torch.ones(4), rows.clone())[0], x * 2 + 1)
+    assert torch.equal(loaded(x, model.plain, rows.clone())[0], x * 3 + 2)  # by a trace of its own
+    with pytest.raises(InputError, match="rows shares memory with the model's cache"):
+        loaded(x, torch.ones(4), model.cache[:3])
+
+
+def test_a_loaded_model_can_be_saved_again(artifact: Path, tmp_path: Path) -> None:
+    piecework.load(artifact, made()).save(tmp_path / "again")
+    model = made(4)
+    x = torch.randn(4, 8)
+    assert torch.equal(piecework.load(tmp_path / "again", model)(x), model(x))
+
+
+# --- another process ----------------------------------------------------------------------------------
+
+
+def run(what: str, tmp_path: Path, **environment: str) -> dict[str, object]:
+    script = tmp_path / "artifact_model.py"
+    if not script.exists():
+        shutil.copy(SCRIPT, script)
+    done = subprocess.run(
+        [sys.executable, str(script), what, str(tmp_path / "model"), str(tmp_path / "weights")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.inductor
+def test_another_process_needs_no_compiler_and_no_cache(tmp_path: Path) -> None:
+    for name in ("first", "empty", "nothing"):
+        (tmp_path / name).mkdir()
+    first = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "first")}
+    assert run("save", tmp_path, **first)["pieces"] == 4
+    found = run(
+        "load",
+        tmp_path,
+        PATH=str(tmp_path / "nothing"),
+        CXX="",
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "empty"),
+        TRITON_CACHE_DIR=str(tmp_path / "empty"),
+        PIECEWORK_DISABLE_CACHE="1",
+    )
+    assert found["equal"] == [True] * 6
+    assert "layers.1.scale" in str(found["refused"])
+    assert (
+        found["counters"] == {"num_models_seen": 1} and found["inductor"] == found["cached"] == []
+    )
+    script = tmp_path / "artifact_model.py"
+    script.write_text(script.read_text().replace("self.down(", "-self.down(", 1))
+    with pytest.raises(AssertionError, match=r"other code|source changed"):
+        run("load", tmp_path, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "empty"))
+
+
+# --- a model that is another ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda m: setattr(m.layers[1], "factor", 0.25),
+            r"layers\.1\.factor was 0\.5 and is 0\.25",
+        ),
+        (lambda m: setattr(m.layers[1], "kind", 9.0), r"layers\.1\.kind"),
+        (lambda m: m.layers[1].train(), r"train"),
+        (lambda m: m.layers.append(Layer().eval()), r"modules"),
+        (lambda m: m.layers.__setitem__(0, nn.Identity()), r"Identity"),
+        (lambda m: m.double(), r"dtype torch\.float64"),
+        (lambda m: setattr(m.layers[0], "linear", nn.Linear(8, 8, bias=False).eval()), r"bias"),
+        (
+            lambda m: setattr(m.layers[0].linear, "weight", nn.Parameter(torch.randn(8, 8).t())),
+            "stride",
+        ),
+        (lambda m: setattr(m.layers[0].linear, "weight", m.layers[1].linear.weight), "names"),
+        (lambda m: m.layers[0].register_forward_hook(lambda *a: None), "hooks|_forward_hooks"),
+        (lambda m: setattr(m.layers[0], "forward", lambda x: x), "forward"),
+        (lambda m: setattr(m, "__class__", nn.Identity), "Identity"),
+    ],
+)
+def test_another_model_is_refused(
+    artifact: Path, change: Callable[[Model], object], said: str
+) -> None:
+    import re
+
+    model = made()
+    change(model)
+    text = refusal(artifact, model)
+    assert re.search(said, text), text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RATE", 3.0),
+        ("scaled", lambda x: x),
+        ("Layer.kind", 2.0),
+        ("Layer.forward", lambda self, x: x),
+        ("nn.Linear.forward", lambda self, x: x),
+        ("nn.Module.__call__", lambda self, x: x),
+        ("Layer.__getattr__", lambda self, name: 1.0),
+        ("torch.nn.functional.linear", torch.matmul),
+    ],
+)
+def test_another_python_around_the_model_is_refused(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: object
+) -> None:
+    owner: object = sys.modules[__name__]
+    *way, last = name.split(".")
+    for part in way:
+        owner = getattr(owner, part)
+    model = made()
+    monkeypatch.setattr(owner, last, value, raising=False)
+    assert refusal(artifact, model)
+
+
+def test_hooks_for_every_module_are_refused(artifact: Path) -> None:
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert "hooks" in refusal(artifact, made())
+    finally:
+        handle.remove()
+
+
+TEXT = """
+import torch
+from torch import nn
+
+def inner(x):
+    return x + 1.0
+
+class Same(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+    def forward(self, x):
+        return inner(self.linear(x))
+"""
+
+
+@pytest.fixture
+def module_of(tmp_path: Path) -> Iterator[Callable[[str], types.ModuleType]]:
+    """Makes a module of one name from a text, as a process that has that file does."""
+    name = f"artifact_test_source_{tmp_path.name}"
+
+    def make(text: str) -> types.ModuleType:
+        file = tmp_path / f"{name}.py"
+        file.write_text(text)
+        module = types.ModuleType(name)
+        module.__file__ = str(file)
+        sys.modules[name] = module
+        exec(compile(text, str(file), "exec"), module.__dict__)
+        return module
+
+    yield make
+    sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TEXT.replace("x + 1.0", "x + 2.0"),
+        TEXT.replace("inner(self.linear(x))", "-inner(self.linear(x))"),
+        TEXT.replace("(nn.Module)", "(nn.Sequential)"),
+        TEXT + "\nSame.__call__ = lambda self, x: x\n",
+        TEXT + "# a remark\n",
+    ],
+)
+def test_a_class_of_the_same_name_and_other_code_is_refused(
+    tmp_path: Path, module_of: Callable[[str], types.ModuleType], text: str
+) -> None:
+    path = saved(tmp_path / "a", module_of(TEXT).Same())
+    same = module_of(TEXT).Same()
+    x = torch.randn(4, 8)
+    assert torch.equal(piecework.load(path, same)(x), same(x))
+    assert refusal(path, module_of(text).Same())
+
+
+def test_code_that_is_not_in_its_file_is_told_by_what_it_runs(
+    tmp_path: Path, module_of: Callable[[str], types.ModuleType]
+) -> None:
+    """The file is edited while the process that saves runs: the artifact is of the old code, and the new file's is refused."""
+    model = module_of(TEXT).Same()
+    other = TEXT.replace("x + 1.0", "x + 2.0")
+    stitched = piecework.compile(model, (torch.randn(3, 8),), config=EAGER)
+    Path(str(sys.modules[type(model).__module__].__file__)).write_text(other)
+    stitched.save(tmp_path / "a")
+    assert "inner" in refusal(tmp_path / "a", module_of(other).Same())
+
+
+def test_another_operator_is_refused(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(surroundings, "_identity", lambda op: "another" if "mix" in str(op) else "")
+    assert "artifact_test.mix" in refusal(artifact, made())
+
+
+def python_state(number: int, tmp_path: Path) -> str:
+    """Save a random model, change another one of the same text, and load: equal to eager, or refused."""
+    case = make_case(number)
+    name = f"python_state_case_{number}"
+    file = tmp_path / f"{name}.py"
+    file.write_text(case.source)
+
+    def fresh() -> dict[str, object]:
+        module = types.ModuleType(name)
+        module.__file__ = str(file)
+        sys.modules[name] = module
+        exec(compile(case.source, str(file), "exec"), module.__dict__)
+        space = module.__dict__
+        torch.manual_seed(0)
+        space["m"] = space["Model"]().eval()
+        space["args"] = {k: eval(v, space) for k, v in case.arguments.items()}
+        return space
+
+    def call(space: dict[str, object], model: Callable[..., object], x: torch.Tensor) -> object:
+        with torch.no_grad():
+            return model(x, **space["args"])
+
+    try:
+        first = fresh()
+        try:
+            call(first, first["m"], torch.randn(5, 4))
+        except Exception:  # noqa: BLE001
+            return "not a model"
+        try:
+            args = dict(first["args"])
+            piecework.compile(first["m"], (torch.randn(3, 4),), args, config=EAGER).save(
+                tmp_path / "a"
+            )
+        except PieceworkError:
+            return "refused"
+        unchanged = fresh()
+        stitched = piecework.load(tmp_path / "a", unchanged["m"])
+        x = torch.randn(5, 4)
+        _require_equal(
+            call(unchanged, stitched, x), call(unchanged, unchanged["m"], x), f"{number}"
+        )
+        for count in range(1, len(case.steps) + 1):
+            space = fresh()
+            for statement in case.steps[:count]:
+                try:
+                    exec(statement, space)
+                except Exception:  # noqa: BLE001
+                    continue
+            try:
+                ours = call(space, piecework.load(tmp_path / "a", space["m"]), x)
+            except PieceworkError:
+                continue
+            theirs = call(space, space["m"], x)
+            _require_equal(ours, theirs, f"{number} {case.steps[:count]}")
+        return "served"
+    finally:
+        sys.modules.pop(name, None)
+        torch.set_default_dtype(torch.float32)
+
+
+def _require_equal(ours: object, theirs: object, where: str) -> None:
+    from torch.utils import _pytree as pytree
+
+    left, right = pytree.tree_leaves(ours), pytree.tree_leaves(theirs)
+    assert len(left) == len(right), where
+    for one, two in zip(left, right, strict=True):
+        if isinstance(two, torch.Tensor):
+            assert torch.allclose(
+                one.float(), two.float(), rtol=1e-5, atol=1e-5, equal_nan=True
+            ), where
+        else:
+            assert type(one) is type(two), where
+
+
+@pytest.mark.parametrize("start", range(0, 40, 10))
+def test_random_python_state_is_equal_to_eager_or_refused(start: int, tmp_path: Path) -> None:
+    found = [python_state(number, tmp_path) for number in range(start, start + 10)]
+    assert found.count("served") >= 4, found
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("start", range(1000, 2000, 50))
+def test_a_thousand_random_models_are_equal_to_eager_or_refused(start: int, tmp_path: Path) -> None:
+    found = [python_state(number, tmp_path) for number in range(start, start + 50)]
+    assert found.count("served") >= 20, found
+
+
+# --- where and by what it was made ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["torch", "python build", "piecework source", "torch source"])
+def test_another_version_is_refused(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    here = {**surroundings.versions(), name: "another"}
+    monkeypatch.setattr(surroundings, "versions", lambda: here)
+    assert f"made with {name} " in refusal(artifact, made())
+
+
+def test_another_machine_is_refused_if_it_lacks_an_instruction(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = surroundings.machine()
+    features = here["cpu_features"].split()
+    monkeypatch.setattr(
+        surroundings, "machine", lambda: {**here, "cpu_features": " ".join(features[1:])}
+    )
+    assert features[0] in refusal(artifact, made())
+    more = {**here, "cpu_features": " ".join([*features, "avx9000"])}
+    monkeypatch.setattr(surroundings, "machine", lambda: more)
+    piecework.load(artifact, made())
+    monkeypatch.setattr(surroundings, "machine", lambda: {**here, "machine": "pdp11"})
+    assert "pdp11" in refusal(artifact, made())
+
+
+def test_other_settings_of_torch_are_refused(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert "deterministic" in refusal(artifact, made())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert "default dtype" in refusal(artifact, made().float())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    monkeypatch.setenv("TORCHINDUCTOR_MAX_AUTOTUNE", "1")
+    assert "TORCHINDUCTOR_MAX_AUTOTUNE" in refusal(artifact, made())
+
+
+# --- damage ---------------------------------------------------------------------------------------------
+
+
+def files_of(path: Path) -> list[Path]:
+    return sorted(each for each in path.rglob("*") if each.is_file())
+
+
+def load_is_refused_or_equal(
+    path: Path, model: nn.Module, expected: torch.Tensor, x: torch.Tensor
+) -> bool:
+    try:
+        found = piecework.load(path, model)
+    except ArtifactError as error:
+        assert error.hint
+        return True
+    assert torch.equal(found(x), expected)
+    return False
+
+
+def test_flipped_bytes_and_cut_files_are_refused(artifact: Path, tmp_path: Path) -> None:
+    """Several hundred cases over every file of an artifact; none but spaces of the manifest may change unseen."""
+    path, model, chance = copied(artifact, tmp_path), made(), random.Random(0)
+    x = torch.randn(3, 8)
+    expected = model(x)
+    count = 0
+    for file in files_of(path):
+        data = file.read_bytes()
+        ends = {0, len(data) // 2, len(data) - 1}
+        places = sorted({0, len(data) - 1, *(chance.randrange(len(data)) for _ in range(24))})
+        for cut in sorted(ends):
+            file.write_bytes(data[:cut])
+            refused = load_is_refused_or_equal(path, model, expected, x)
+            # JSON that lacks its last line break is the same JSON.
+            assert refused or (file.name == "manifest.json" and cut == len(data) - 1), (file, cut)
+            count += 1
+        for place in places:
+            changed = bytearray(data)
+            changed[place] ^= 1 << chance.randrange(8)
+            file.write_bytes(bytes(changed))
+            refused = load_is_refused_or_equal(path, model, expected, x)
+            blank = file.name == "manifest.json" and data[place : place + 1].isspace()
+            assert refused or blank, (file, place)
+            count += 1
+        file.write_bytes(data)
+    assert count >= 250
+    piecework.load(path, model)
+
+
+def test_half_a_copy_is_refused(artifact: Path, tmp_path: Path) -> None:
+    path = copied(artifact, tmp_path)
+    for file in files_of(path):
+        kept = file.read_bytes()
+        file.unlink()
+        assert "missing" in refusal(path, made())
+        file.write_bytes(kept)
+
+
+def rewritten(path: Path, change: Callable[[dict], None]) -> None:
+    """The manifest with a change, as somebody who knows how it is made would write it."""
+    facts = json.loads((path / "manifest.json").read_text())
+    facts.pop("checksum")
+    change(facts)
+    facts["checksum"] = folders._checksum(facts)
+    (path / "manifest.json").write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.py", "/etc/passwd", "a/../../b", "..", "pieces/../x", ".hidden", "a\0b"]
+)
+def test_a_file_outside_the_directory_is_refused(artifact: Path, tmp_path: Path, name: str) -> None:
+    path = copied(artifact, tmp_path)
+    (tmp_path / "outside.py").write_text("raise SystemExit")
+    row = {"sha256": "0" * 64, "bytes": 1}
+    rewritten(path, lambda facts: facts["files"].update({name: row}))
+    assert "outside the artifact" in refusal(path, made())
+
+
+def test_manifests_of_another_kind_are_refused(artifact: Path, tmp_path: Path) -> None:
+    path = copied(artifact, tmp_path)
+    before = (path / "manifest.json").read_bytes()
+    for change, said in (
+        (lambda f: f.update(format=2), "format 2"),
+        (lambda f: f.update(kind="a cake"), "no artifact"),
+        (lambda f: f.update(files=[1]), "lists no files"),
+        (lambda f: f["files"].update({"x.py": {"sha256": "zz"}}), "no digest"),
+        (lambda f: f["files"].pop("trace_0/entry.py"), "lists no such file"),
+    ):
+        rewritten(path, change)
+        assert said in refusal(path, made())
+        (path / "manifest.json").write_bytes(before)
+    for text in (
+        "",
+        "null",
+        "[]",
+        '{"kind": 1}',
+        "[" * 100_000,
+        "\ud800".encode("utf-8", "surrogatepass"),
+    ):
+        data = text if isinstance(text, bytes) else text.encode()
+        (path / "manifest.json").write_bytes(data)
+        assert "damaged" in refusal(path, made()) or "no artifact" in refusal(path, made())
+    assert "no artifact" in refusal(tmp_path / "nowhere", made())
+    (tmp_path / "file").write_text("x")
+    assert "no artifact" in refusal(tmp_path / "file", made())
+
+
+def test_links_and_files_that_others_can_write_are_refused(artifact: Path, tmp_path: Path) -> None:
+    path = copied(artifact, tmp_path)
+    entry = path / "trace_0" / "entry.py"
+    entry.rename(tmp_path / "elsewhere.py")
+    entry.symlink_to(tmp_path / "elsewhere.py")
+    assert "link" in refusal(path, made())
+    entry.unlink()
+    (tmp_path / "elsewhere.py").rename(entry)
+    entry.chmod(0o666)
+    assert "others can write" in refusal(path, made())
+    entry.chmod(0o644)
+    path.chmod(0o777)
+    assert "others can write" in refusal(path, made())
+    path.chmod(0o755)
+    piecework.load(path, made())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_no_permission_is_an_error_with_a_hint(artifact: Path, tmp_path: Path) -> None:
+    path = copied(artifact, tmp_path)
+    (path / "manifest.json").chmod(0)
+    assert "can't be read" in refusal(path, made())
+
+
+def test_a_key_signs_and_verifies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = [tmp_path / name for name in ("key", "other", "short")]
+    for file, text in zip(keys, ("a" * 32, "b" * 32, "c"), strict=True):
+        file.write_text(text)
+    stitched = piecework.compile(made(), (torch.randn(3, 8),), config=EAGER)
+    signed, plain = tmp_path / "signed", tmp_path / "plain"
+    stitched.save(signed, key_file=keys[0])
+    stitched.save(plain)
+    model, x = made(), torch.randn(3, 8)
+    for options in ({"key_file": keys[0]}, {}):
+        assert torch.equal(piecework.load(signed, model, **options)(x), model(x))
+    assert "another key" in refusal(signed, model, key_file=keys[1])
+    assert "not signed" in refusal(plain, model, key_file=keys[0])
+    assert "bytes" in refusal(signed, model, key_file=keys[2])
+    assert "can't be read" in refusal(signed, model, key_file=tmp_path / "none")
+    rewritten(signed, lambda facts: facts.update(torch="x"))
+    assert "another key" in refusal(signed, model, key_file=keys[0])
+    monkeypatch.setenv("PIECEWORK_CACHE_KEY_FILE", str(keys[0]))
+    assert "not signed" in refusal(plain, model)
+    stitched.save(plain)
+    piecework.load(plain, model)
+
+
+# --- writing ----------------------------------------------------------------------------------------------
+
+
+def test_writing_replaces_an_artifact_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(tmp_path / "a")
+    before = {each: each.read_bytes() for each in files_of(path)}
+    stitched = piecework.compile(made(), (torch.randn(3, 8),), config=EAGER)
+    written = folders._write
+    for stop in range(4):
+        left = [stop]
+
+        def failing(target: Path, data: bytes, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(28, "No space left on device")
+            written(target, data)
+
+        monkeypatch.setattr(folders, "_write", failing)
+        with pytest.raises(ArtifactError, match="No space left"):
+            stitched.save(path)
+        assert {each: each.read_bytes() for each in files_of(path)} == before
+        assert os.listdir(tmp_path) == ["a"]
+    monkeypatch.setattr(folders, "_write", written)
+    moved = os.rename
+
+    def refusing(source: object, target: object) -> None:
+        if str(target) == str(path):
+            raise OSError(13, "Permission denied")
+        moved(source, target)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "rename", lambda self, target: refusing(self, target))
+    with pytest.raises((ArtifactError, OSError)):
+        stitched.save(path)
+    monkeypatch.undo()
+    stitched.save(path)
+    piecework.load(path, made())
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_nothing_else_is_overwritten(tmp_path: Path) -> None:
+    stitched = piecework.compile(made(), (torch.randn(3, 8),), config=EAGER)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("x")
+    (tmp_path / "file").write_text("x")
+    for name in ("full", "file"):
+        with pytest.raises(ArtifactError, match="something else"):
+            stitched.save(tmp_path / name)
+    with pytest.raises(ArtifactError, match="can't be written"):
+        stitched.save(tmp_path / "file" / "below")
+    (tmp_path / "empty").mkdir()
+    stitched.save(tmp_path / "empty")
+    piecework.load(tmp_path / "empty", made())
+
+
+# --- what is not saved --------------------------------------------------------------------------------------
+
+
+class Holding(nn.Module):
+    def __init__(self, held: object) -> None:
+        super().__init__()
+        self.held = held
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1.0 if self.held else x
+
+
+def test_what_only_this_process_can_tell_is_refused_by_name(tmp_path: Path) -> None:
+    from piecework.runtime.compilers import EagerAdaptor
+
+    x = torch.randn(3, 8)
+    stitched = piecework.compile(made(), (x,), config=EAGER)
+    stitched.model.layers[0].factor = 9.0
+    with pytest.raises(ArtifactError, match=r"layers\.0\.factor"):
+        stitched.save(tmp_path / "a")
+    with pytest.raises(BindError, match=r"not|yet"):
+        piecework.compile(made(), config=EAGER).save(tmp_path / "a")
+    guards = {"dynamic_shapes_config": {"evaluate_guards": True}}
+    with pytest.raises(ArtifactError, match="evaluate_guards"):
+        saved(tmp_path / "a", **guards)
+    with pytest.raises(ArtifactError, match="check_inputs"):
+        saved(tmp_path / "a", stitching_config={"check_inputs": False})
+    own = f"{EagerAdaptor.__module__}:{EagerAdaptor.__qualname__}"
+    found = piecework.compile(made(), (x,), config={"backend": own})
+    found.backend.compiler_manager.compiler.__class__ = type("Own", (EagerAdaptor,), {})
+    with pytest.raises(ArtifactError, match="compiler"):
+        found.save(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+# --- artifact= ----------------------------------------------------------------------------------------------
+
+
+def test_compile_loads_an_artifact_that_fits_and_says_why_one_does_not(
+    tmp_path: Path, warned: list[str]
+) -> None:
+    path, x = tmp_path / "a", torch.randn(3, 8)
+
+    def compiled(model: nn.Module, **options: object) -> bool:
+        before = counters.num_graphs_seen
+        config = options.pop("config", EAGER)
+        stitched = piecework.compile(model, (x,), config=config, artifact=path, **options)
+        assert torch.equal(stitched(x), model(x))
+        return counters.num_graphs_seen > before
+
+    assert compiled(made()) and not warned and path.is_dir()
+    assert not compiled(made(1)) and not warned
+    changed = made()
+    changed.layers[0].factor = 7.0
+    assert compiled(changed) and "factor" in warned.pop()
+    assert compiled(made()) and "factor" in warned.pop()
+    other = piecework.CompilationConfig(backend="eager", compile_ranges_endpoints=[4])
+    assert compiled(made(), config=other) and "compile_ranges_endpoints" in warned.pop()
+    assert not compiled(made(), config=other.replace(compile_workers=1)) and not warned
+    (path / "trace_0" / "entry.py").write_text("raise SystemExit")
+    assert compiled(made(), config=other) and "entry.py" in warned.pop()
+    assert not compiled(made(), config=other) and not warned
+    assert compiled(made(), config=other, splitting_ops=()) and "splitting ops" in warned.pop()
+    (path / "manifest.json").unlink()
+    assert compiled(made()) and "missing" in warned.pop(0)
+    assert "not saved" in warned.pop()  # what lies there is no artifact any more
+
+
+def test_example_arguments_that_no_saved_trace_serves_compile_again(
+    tmp_path: Path, warned: list[str]
+) -> None:
+    path, x = tmp_path / "a", torch.randn(3, 8)
+    model = made()
+    piecework.compile(model, (x,), config=EAGER, artifact=path)
+    stitched = piecework.compile(model, (x, False), config=EAGER, artifact=path)
+    assert torch.equal(stitched(x, False), model(x, False)) and "example arguments" in warned.pop()
+    torch._dynamo.mark_dynamic(x, 0)
+    stitched = piecework.compile(model, (x, False), config=EAGER, artifact=path)
+    assert "sizes" in warned.pop() and torch.equal(stitched(x, False), model(x, False))
+
+
+def test_an_artifact_needs_a_mode_and_an_example(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="example"):
+        piecework.compile(made(), config=EAGER, artifact=tmp_path / "a")
+    with pytest.raises(ConfigError, match="compiles nothing"):
+        piecework.compile(
+            made(), (torch.randn(3, 8),), config={"mode": "NONE"}, artifact=tmp_path / "a"
+        )
+    with pytest.raises(ConfigError, match="callable"):
+        piecework.load(tmp_path / "a", 3)  # type: ignore[arg-type]
