@@ -55,6 +55,11 @@ from piecework.runtime.trace.results import (
     stand_ins,
 )
 from piecework.runtime.trace.side_effects import HINT, Snapshot, refuse_writes
+from piecework.runtime.trace.untold import (
+    PLACE_IN_AUTOGRAD,
+    refuse_globals,
+    refuse_place_in_autograd,
+)
 
 __all__ = [
     "Argument",
@@ -75,9 +80,6 @@ __all__ = [
 GraphCompiler = Callable[[torch.fx.GraphModule, tuple[GraphInput, ...]], None]
 
 _log = logging.getLogger(__name__)
-
-#: What of a tensor that records gradients a trace can't tell.
-_PLACE_IN_AUTOGRAD = ("is_leaf", "grad_fn", "retains_grad", "_grad_fn", "_backward_hooks")
 
 
 @dataclass(slots=True)
@@ -320,8 +322,9 @@ def _capture_with(
         refuse_writes(gm, example_inputs, _argument_names(model, args, kwargs))
         trace.inputs = trace_back(gm, example_inputs, leaves, names, sources, held)
         trace.fakes = _fakes(leaves, sources)
-        trace.asks_grad = bool(torch_compat.trace_names("requires_grad", *_PLACE_IN_AUTOGRAD))
-        _require_no_place_in_autograd(leaves, names)
+        trace.asks_grad = bool(torch_compat.trace_names("requires_grad", *PLACE_IN_AUTOGRAD))
+        refuse_place_in_autograd(leaves, names)
+        refuse_globals(model, leaves, names)
         _numbers_of(leaves, trace.fakes)  # the trace must serve its own example
         if check is not None:
             check(gm, trace.fakes)
@@ -397,20 +400,6 @@ def _require_fitting(
                 hint="pass what the model's forward takes",
             ) from error
     require_traceable(model, args, kwargs)
-
-
-def _require_no_place_in_autograd(leaves: Sequence[object], names: Sequence[str]) -> None:
-    """Raise if the code may ask how an argument came to record gradients: a trace sees a leaf, whatever there is.
-
-    Of arguments that don't record any, all that can be asked is the same.
-    """
-    asked = torch_compat.trace_names(*_PLACE_IN_AUTOGRAD)
-    for leaf, name in zip(leaves, names, strict=True):
-        if asked and isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-            raise CaptureError(
-                f"forward names {', '.join(asked)}, and argument {name} records gradients",
-                hint="a stitched model serves inference: pass it detached, or decide that outside forward",
-            )
 
 
 def _found(

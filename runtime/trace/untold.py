@@ -1,0 +1,98 @@
+"""What Dynamo takes for granted of arguments and guards nothing for. In: the arguments of a trace that is running. Out: nothing, or the `CaptureError` that refuses them."""
+
+from __future__ import annotations
+
+import dis
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import torch
+
+from piecework.errors import CaptureError
+from piecework.runtime import torch_compat
+from piecework.runtime.bind.reachable import modules_of
+
+#: What of a tensor that records gradients a trace can't tell: it sees a leaf, whatever there is.
+PLACE_IN_AUTOGRAD = ("is_leaf", "grad_fn", "retains_grad", "_grad_fn", "_backward_hooks")
+_DEPTH = 3
+_CONTAINERS = (list, tuple, dict, set, frozenset)
+
+
+def refuse_place_in_autograd(leaves: Sequence[object], names: Sequence[str]) -> None:
+    """Raise if the code may ask how an argument came to record gradients.
+
+    Of arguments that don't record any, all that can be asked is the same.
+    """
+    asked = torch_compat.trace_names(*PLACE_IN_AUTOGRAD)
+    for leaf, name in zip(leaves, names, strict=True):
+        if asked and isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+            raise CaptureError(
+                f"forward names {', '.join(asked)}, and argument {name} records gradients",
+                hint="a stitched model serves inference: pass it detached, or decide that outside forward",
+            )
+
+
+def refuse_globals(
+    model: Callable[..., object], leaves: Sequence[object], names: Sequence[str]
+) -> None:
+    """Raise if an argument is a tensor that the code also reaches by a global name.
+
+    Dynamo takes the two for one then, and does not look whether they are in the next call.
+    """
+    given = {id(leaf): n for n, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+    code = dict.fromkeys(torch_compat.traced_code()) if given else {}
+    for scope, each in _scopes(model, code):
+        named = set(each.co_names)
+        for name in named & scope.keys():
+            for tensor in _tensors_in(scope[name], named, _DEPTH):
+                if id(tensor) in given and name in _globals_of(each):
+                    raise CaptureError(
+                        f"argument {names[given[id(tensor)]]} is a tensor that forward also reaches by the global name {name}",
+                        hint="pass a clone: a trace can't tell when the two are one",
+                    )
+
+
+def _scopes(
+    model: Callable[..., object], code: Iterable[types.CodeType]
+) -> Iterator[tuple[Mapping[str, object], types.CodeType]]:
+    """The global names of traced code: those of the module whose file it is from, and of the model's own functions."""
+    by_file = {
+        vars(each).get("__file__"): vars(each)
+        for each in list(sys.modules.values())
+        if isinstance(each, types.ModuleType)
+    }
+    functions = [model, *(type(m).forward for _, root in modules_of(model) for m in root.modules())]
+    by_code = {
+        function.__code__: function.__globals__
+        for function in functions
+        if isinstance(function, types.FunctionType)
+    }
+    for each in code:
+        scope = by_code.get(each) or by_file.get(each.co_filename)
+        if scope is not None:
+            yield from ((scope, inner) for inner in _with_inner(each))
+
+
+def _globals_of(code: types.CodeType) -> set[str]:
+    return {str(step.argval) for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+
+
+def _with_inner(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for each in code.co_consts:
+        if isinstance(each, types.CodeType):
+            yield from _with_inner(each)
+
+
+def _tensors_in(value: object, named: set[str], depth: int) -> Iterator[torch.Tensor]:
+    """Tensors in plain containers, and those of a module's names that the code has."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif depth and (isinstance(value, types.ModuleType) or type(value) in _CONTAINERS):
+        if isinstance(value, types.ModuleType):
+            inner = [vars(value)[name] for name in named & vars(value).keys()]
+        else:
+            inner = list(value.values() if isinstance(value, dict) else value)  # type: ignore[call-overload]
+        for each in inner:
+            yield from _tensors_in(each, named, depth - 1)
