@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from models import EAGER, mix
 from torch import nn
 from torch.nn import functional
 
@@ -15,13 +16,7 @@ from piecework.runtime.analysis.writes import Mutation, mutations_in
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.pieces.backend import PieceworkBackend
 
-EAGER = CompilationConfig(backend="eager")
 CAPTURED = CompilationConfig(backend="eager", cudagraph_mode="PIECEWISE")
-
-
-@piecework.splitting_op("mutation::mix", mutates_args=("out",))
-def mix(value: torch.Tensor, out: torch.Tensor) -> None:
-    out.copy_(value * 2)
 
 
 @torch.library.custom_op("mutation::advance", mutates_args=("counter",))

@@ -8,12 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from models import EAGER
 
 import piecework
 from piecework.runtime.analysis.rows import Verdict, rows_of
-from piecework.runtime.config.compilation import CompilationConfig
 
-EAGER = CompilationConfig(backend="eager")
 W = torch.randn(4, 4)
 
 

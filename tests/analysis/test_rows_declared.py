@@ -7,14 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from models import EAGER
 
 import piecework
 from piecework.errors import SplitError, StaticGraphError
 from piecework.runtime.analysis.rows import rows_of
 from piecework.runtime.batch.dispatcher import Reason
 from piecework.runtime.batch.forward_context import current_forward_context
-
-EAGER = piecework.CompilationConfig(backend="eager")
 
 
 @piecework.splitting_op("rows_declared::silent")

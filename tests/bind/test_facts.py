@@ -6,12 +6,12 @@ import functools
 
 import pytest
 import torch
+from models import EAGER
 from torch import nn
 
 import piecework
 from piecework.errors import BindError, InputError
 
-EAGER = piecework.CompilationConfig(backend="eager")
 RATE = 2.0
 GLOBAL = nn.Dropout(0.5).eval()
 

@@ -9,12 +9,12 @@ from collections import Counter
 
 import pytest
 import torch
+from models import EAGER
 from python_state_cases import Case, make_case
 
 import piecework
 from piecework.errors import PieceworkError
 
-EAGER = piecework.CompilationConfig(backend="eager")
 SERVED = "served"
 
 

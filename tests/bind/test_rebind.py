@@ -11,13 +11,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from models import EAGER
 from torch import nn
 
 import piecework
 from piecework.errors import BindError, InputError
 from piecework.runtime import torch_compat
-
-EAGER = piecework.CompilationConfig(backend="eager")
 
 
 class Block(nn.Module):

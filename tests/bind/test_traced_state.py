@@ -11,6 +11,7 @@ import types
 
 import pytest
 import torch
+from models import EAGER
 from torch import nn
 
 import piecework
@@ -19,7 +20,6 @@ from piecework.runtime.bind.dict_watch import DictWatch
 from piecework.runtime.bind.facts import same
 from piecework.runtime.bind.places import Step
 
-EAGER = piecework.CompilationConfig(backend="eager")
 RATE = 2.0
 TABLE = {"rate": 2.0}
 

@@ -6,12 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from models import EAGER
 
 import piecework
 from piecework.errors import StaticGraphError
-from piecework.runtime.config.compilation import CompilationConfig
-
-EAGER = CompilationConfig(backend="eager")
 
 LAYOUTS: dict[str, Callable[[int], torch.Tensor]] = {
     "dense": lambda n: torch.randn(n, 6),

@@ -10,12 +10,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from models import EAGER
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import piecework
 from piecework.errors import InputError
-
-EAGER = piecework.CompilationConfig(backend="eager")
 
 
 def compiled(function: Callable[..., object], *args: object, **kwargs: object):  # type: ignore[no-untyped-def]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from models import Block, Layers
 
 import piecework
 
@@ -28,29 +28,10 @@ def mix(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
     alive.append(sum(s.nbytes() for ref in seen if (s := ref()) is not None))
 
 
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.enter = nn.Linear(8, 16)
-        self.leave = nn.Linear(8, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        left, right = self.enter(x).chunk(2, -1)
-        out = torch.empty_like(left)
-        mix(left, right, out)
-        return x + self.leave(out)
-
-
-class Model(nn.Module):
+class Model(Layers):
     def __init__(self, layers: int = 6) -> None:
-        super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList(Layer() for _ in range(layers))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
+        super().__init__(Block(mix) for _ in range(layers))
 
 
 def peaks(call: Callable[[], object]) -> list[int]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from models import Layers
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -52,16 +53,10 @@ class Layer(nn.Module):
         return x + self.leave(out)
 
 
-class Model(nn.Module):
+class Model(Layers):
     def __init__(self, op: Callable[..., None] = mix, layers: int = 2) -> None:
-        super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList(Layer(op) for _ in range(layers))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
+        super().__init__(Layer(op) for _ in range(layers))
 
 
 def stitch(model: nn.Module, backend: str = "eager", **levers: bool) -> piecework.StitchedModule:

@@ -10,6 +10,7 @@ from pathlib import Path
 import black
 import pytest
 import torch
+from models import EAGER
 from torch import nn
 
 import piecework
@@ -19,11 +20,9 @@ from piecework.codegen.replay.proof import verify_replay
 from piecework.errors import EmitError
 from piecework.golden.cases import Case, import_graph
 from piecework.runtime.batch.forward_context import set_forward_context
-from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.graphs.plan.phase import frozen_garbage
 from piecework.runtime.graphs.serve import replay as captured_module
 
-EAGER = CompilationConfig(backend="eager")
 CASES = Path(__file__).parent.parent.parent / "golden" / "cases"
 
 

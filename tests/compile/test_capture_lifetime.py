@@ -9,22 +9,11 @@ import weakref
 
 import pytest
 import torch
+from models import EAGER, fresh
 from torch import nn
 
 import piecework
 from piecework.errors import BindError, CaptureError
-
-EAGER = piecework.CompilationConfig(backend="eager")
-
-
-@piecework.splitting_op("capture_lifetime::twice", rows="independent")
-def twice(x: torch.Tensor) -> torch.Tensor:
-    return x * 2
-
-
-@twice.register_fake
-def _(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x)
 
 
 class Model(nn.Module):
@@ -33,7 +22,7 @@ class Model(nn.Module):
         self.enter = nn.Linear(8, 8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return twice(self.enter(x)) + 1
+        return fresh(self.enter(x)) + 1
 
 
 def compiled(model=None):

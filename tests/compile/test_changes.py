@@ -11,13 +11,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from models import EAGER
 from torch import nn
 
 import piecework
 from piecework.errors import BindError, InputError, PieceworkError, StaticGraphError
-from piecework.runtime.config.compilation import CompilationConfig
 
-EAGER = CompilationConfig(backend="eager")
 MODES = [None, "PIECEWISE", "FULL"]
 LAYERS = 4
 inside: list[Callable[[], object]] = []  # what the operator does besides its work, once

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models import EAGER, Block, Layers, mix_pair
 from torch import nn
 
 import piecework
@@ -16,38 +17,11 @@ from piecework.errors import (
 )
 from piecework.runtime.config.compilation import CompilationConfig
 
-EAGER = CompilationConfig(backend="eager")
 
-
-@piecework.splitting_op("compile_api::mix", mutates_args=("out",))
-def mix(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, layer: str) -> None:
-    out.copy_(left - 2 * right)
-
-
-class Block(nn.Module):
-    def __init__(self, index: int, width: int = 8) -> None:
-        super().__init__()
-        self.name = f"layers.{index}"
-        self.enter = nn.Linear(8, 2 * width)
-        self.leave = nn.Linear(width, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        left, right = self.enter(x).chunk(2, -1)
-        out = torch.empty_like(left)
-        mix(left, right, out, self.name)
-        return x + self.leave(out)
-
-
-class Stack(nn.Module):
+class Stack(Layers):
     def __init__(self, layers: int = 3, widths: dict[int, int] | None = None) -> None:
-        super().__init__()
-        widths = widths or {}
-        self.layers = nn.ModuleList(Block(i, widths.get(i, 8)) for i in range(layers))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
+        inner = [(widths or {}).get(i) for i in range(layers)]
+        super().__init__(Block(mix_pair, f"layers.{i}", inner=w) for i, w in enumerate(inner))
 
 
 def test_serves_other_batches_without_a_retrace() -> None:

@@ -7,12 +7,12 @@ import runpy
 
 import pytest
 import torch
+from models import EAGER
 from torch import nn
 
 import piecework
 from piecework.errors import CaptureError, ConfigError, EmitError, InputError, SplitError
 
-EAGER = piecework.CompilationConfig(backend="eager")
 X = torch.randn(4, 8)
 
 

@@ -8,13 +8,12 @@ import sys
 
 import pytest
 import torch
+from models import EAGER
 
 import piecework
 from piecework.errors import BindError, InputError
 from piecework.runtime.counters import counters
 from piecework.runtime.decorators import stitched_of
-
-EAGER = piecework.CompilationConfig(backend="eager")
 
 
 @contextlib.contextmanager

@@ -9,13 +9,11 @@ import traceback
 
 import pytest
 import torch
+from models import EAGER
 from torch import nn
 
 import piecework
 from piecework.errors import BindError, EmitError
-from piecework.runtime.config.compilation import CompilationConfig
-
-EAGER = CompilationConfig(backend="eager")
 
 
 @piecework.splitting_op("debugging::check", mutates_args=("out",))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import EAGER, mix
 from torch import nn
 from torch.utils._pytree import register_pytree_node
 
@@ -19,13 +20,7 @@ from piecework.errors import CaptureError, ConfigError, InputError
 from piecework.runtime.decorators import stitched_of
 from piecework.runtime.model_tag import set_model_tag, set_on_compilation_complete
 
-EAGER = CompilationConfig(backend="eager")
 NONE = CompilationConfig(mode="NONE")
-
-
-@piecework.splitting_op("decorators::mix", mutates_args=("out",))
-def mix(value: torch.Tensor, out: torch.Tensor) -> None:
-    out.copy_(value * 2)
 
 
 @dataclasses.dataclass

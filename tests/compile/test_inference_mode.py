@@ -6,17 +6,10 @@ import itertools
 
 import pytest
 import torch
+from models import EAGER, halve
 from torch import nn
 
 import piecework
-from piecework.runtime.config.compilation import CompilationConfig
-
-EAGER = CompilationConfig(backend="eager")
-
-
-@piecework.splitting_op("inference_mode::halve", mutates_args=("out",))
-def halve(x: torch.Tensor, out: torch.Tensor) -> None:
-    out.copy_(x / 2)
 
 
 class Model(nn.Module):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import EAGER
 from torch import nn
 
 import piecework
@@ -21,8 +22,6 @@ from piecework.runtime.model_tag import (
     set_model_tag,
     set_on_compilation_complete,
 )
-
-EAGER = CompilationConfig(backend="eager")
 
 
 class Model(nn.Module):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from models import mix
 from torch import nn
 
 import piecework
@@ -19,11 +20,6 @@ from piecework.runtime.decorators import stitched_of
 from piecework.runtime.model_tag import set_on_compilation_complete
 
 SHAPES = ("backed", "unbacked", "backed_size_oblivious")
-
-
-@piecework.splitting_op("shape_types::mix", mutates_args=("out",))
-def mix(value: torch.Tensor, out: torch.Tensor) -> None:
-    out.copy_(value * 2)
 
 
 @support_torch_compile
@@ -199,8 +195,8 @@ def test_a_backend_that_is_none_is_refused() -> None:
 
 def test_splitting_ops_and_a_mode_that_cuts_nowhere_conflict() -> None:
     for made, ops in (
-        (config(mode=2), ["shape_types::mix"]),
-        (config(mode=2, splitting_ops=["shape_types::mix"]), None),
+        (config(mode=2), ["models::mix"]),
+        (config(mode=2, splitting_ops=["models::mix"]), None),
     ):
         with pytest.raises(ConfigError, match="compiles the graph whole"):
             piecework.compile(Model(), pair(4), splitting_ops=ops, config=made)

@@ -7,13 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from models import EAGER
 from torch import nn
 
 import piecework
 from piecework.errors import CaptureError, InputError, PieceworkError, SplitError
 from piecework.runtime import traced_model
-
-EAGER = piecework.CompilationConfig(backend="eager")
 
 
 @pytest.fixture

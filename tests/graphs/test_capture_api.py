@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import EAGER, Block, fresh, mix_pair
 from torch import nn
 from typer.testing import CliRunner
 
@@ -21,24 +22,8 @@ from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.graphs import CUDAGraphMode, FailurePolicy, require_coverage
 from piecework.runtime.graphs.plan.phase import frozen_garbage
 
-EAGER = CompilationConfig(backend="eager")
 sys.modules.setdefault("capture_factories", sys.modules[__name__])
 SIZES = [2, 4, 8]  # the model broadcasts over its batch, which the trace takes to be 2 or more
-
-
-@piecework.splitting_op("capture_api::mix", mutates_args=("out",), rows="independent")
-def mix(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, layer: str) -> None:
-    out.copy_(left - 2 * right)
-
-
-@piecework.splitting_op("capture_api::fresh", rows="independent")
-def fresh(x: torch.Tensor) -> torch.Tensor:
-    return x * 3
-
-
-@fresh.register_fake
-def _(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x)
 
 
 @piecework.splitting_op("capture_api::breaks", rows="independent")
@@ -63,23 +48,10 @@ def _(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-class Block(nn.Module):
-    def __init__(self, index: int, op) -> None:
-        super().__init__()
-        self.name, self.op = f"layers.{index}", op
-        self.enter, self.leave = nn.Linear(8, 16), nn.Linear(8, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        left, right = self.enter(x).chunk(2, -1)
-        out = torch.empty_like(left)
-        mix(left, right, out, self.name)
-        return x + self.leave(out if self.op is None else self.op(out))
-
-
 class Stack(nn.Module):
     def __init__(self, layers: int = 2, op=fresh) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block(i, op) for i in range(layers))
+        self.layers = nn.ModuleList(Block(mix_pair, f"layers.{i}", after=op) for i in range(layers))
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor, scale: torch.Tensor):
         height, width, _ = positions.unbind(0)

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from models import EAGER, fresh
 from rich.console import Console
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -13,21 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import piecework
 from piecework.runtime.batch.forward_context import set_forward_context
-from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.graphs.plan.phase import frozen_garbage
 from piecework.runtime.graphs.serve.report import calls_json, calls_table
-
-EAGER = CompilationConfig(backend="eager")
-
-
-@piecework.splitting_op("capture_calls::fresh", rows="independent")
-def fresh(x: torch.Tensor) -> torch.Tensor:
-    return x * 3
-
-
-@fresh.register_fake
-def _(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x)
 
 
 class Dispatch(TorchDispatchMode):

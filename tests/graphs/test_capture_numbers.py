@@ -6,18 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from models import EAGER, halve
 
 import piecework
 from piecework.errors import StaticGraphError
-from piecework.runtime.config.compilation import CompilationConfig
 
-EAGER = CompilationConfig(backend="eager")
 Number = int | float
-
-
-@piecework.splitting_op("numbers::halve", mutates_args=("out",))
-def halve(x: torch.Tensor, out: torch.Tensor) -> None:
-    out.copy_(x / 2)
 
 
 @piecework.splitting_op("numbers::scale")

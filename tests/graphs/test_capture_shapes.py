@@ -7,31 +7,20 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from models import EAGER, fresh
 from torch import nn
 
 import piecework
 from piecework.errors import ConfigError, InputError, StaticGraphError
-from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.graphs import BatchKind, CUDAGraphMode
 from piecework.runtime.graphs.plan.phase import frozen_garbage
 
-EAGER = CompilationConfig(backend="eager")
 MODES = ["PIECEWISE", "FULL"]
 
 
 @piecework.splitting_op("capture_shapes::add", mutates_args=("out",), rows="independent")
 def add(x: torch.Tensor, out: torch.Tensor) -> None:
     out.add_(x)
-
-
-@piecework.splitting_op("capture_shapes::fresh", rows="independent")
-def fresh(x: torch.Tensor) -> torch.Tensor:
-    return x * 3
-
-
-@fresh.register_fake
-def _(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x)
 
 
 def capture(

@@ -10,17 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import EAGER
 
 import piecework
 from piecework.errors import EmitError, StaticGraphError
 from piecework.runtime.batch.forward_context import get_forward_context, set_forward_context
-from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.graphs import BatchKind, CUDAGraphMode, FailurePolicy
 from piecework.runtime.graphs.plan.phase import frozen_garbage
 from piecework.runtime.graphs.serve import model as captured
 from piecework.runtime.graphs.serve import replay as captured_replay
 
-EAGER = CompilationConfig(backend="eager")
 SIZES = [1, 2, 4, 8]
 FULL, PIECEWISE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
 

@@ -6,14 +6,13 @@ import logging
 
 import pytest
 import torch
+from models import EAGER
 from torch import nn
 
 import piecework
 from piecework.errors import StaticGraphError
 from piecework.runtime.batch.forward_context import get_forward_context, set_forward_context
-from piecework.runtime.config.compilation import CompilationConfig
 
-EAGER = CompilationConfig(backend="eager")
 hidden = torch.zeros(8, 6)  # state that an operator reaches by itself
 runs: list[bool] = []
 

@@ -9,32 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from models import Block, Layers, mix_pair
 
 import piecework
 from piecework.runtime.cache import verify_cache
 
 UNIQUE = 3
-
-
-@piecework.splitting_op("piece_damage::mix", mutates_args=("out",))
-def mix(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
-    out.copy_(left - right)
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.enter = nn.ModuleList(nn.Linear(8, 16) for _ in range(2))
-        self.leave = nn.Linear(8, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for enter in self.enter:
-            left, right = enter(x).chunk(2, -1)
-            out = torch.empty_like(left)
-            mix(left, right, out)
-            x = x + self.leave(out)
-        return x
 
 
 def flip(data: bytes, begin: int, end: int) -> bytes:
@@ -77,7 +57,7 @@ def cases_of(root: Path, regions: int) -> list[Case]:
 def test_damage_anywhere_costs_at_most_a_compilation(
     own_compile_cache: Path, tmp_path: Path, warned: list[str], count: int
 ) -> None:
-    model, x = Model(), torch.randn(4, 8)
+    model, x = Layers([Block(mix_pair), Block(mix_pair)]), torch.randn(4, 8)
 
     def compiled() -> int:
         """Compile, check the results, and return how many pieces the compiler made."""

@@ -7,13 +7,13 @@ from collections import deque
 
 import pytest
 import torch
+from models import EAGER
 from torch import nn
 
 import piecework
 from piecework.errors import CaptureError
 from piecework.runtime.trace.side_effects import Snapshot, place_text
 
-EAGER = piecework.CompilationConfig(backend="eager")
 X = torch.randn(4, 3)
 KEPT = {"n": 0, "t": None}
 TOTAL = 0

@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from models import EAGER
 
 import piecework
-from piecework.runtime.config.compilation import CompilationConfig
-
-EAGER = CompilationConfig(backend="eager")
 
 
 class Kind(enum.Enum):

@@ -1,0 +1,71 @@
+"""What many test files compile. In: tensors; out: results of a few splitting operators, of layers around them, and the configuration that compiles them without a compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+import piecework
+
+EAGER = piecework.CompilationConfig(backend="eager")
+
+
+@piecework.splitting_op("models::mix", mutates_args=("out",))
+def mix(value: torch.Tensor, out: torch.Tensor) -> None:
+    out.copy_(value * 2)
+
+
+@piecework.splitting_op("models::halve", mutates_args=("out",))
+def halve(value: torch.Tensor, out: torch.Tensor) -> None:
+    out.copy_(value / 2)
+
+
+@piecework.splitting_op("pairs::mix", mutates_args=("out",), rows="independent")
+def mix_pair(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, layer: str = "") -> None:
+    out.copy_(left - 2 * right)
+
+
+@piecework.splitting_op("models::fresh", rows="independent")
+def fresh(x: torch.Tensor) -> torch.Tensor:
+    return x * 3
+
+
+fresh.register_fake(torch.empty_like)
+
+
+class Block(nn.Module):
+    """``op`` between two linear layers; ``last`` are its arguments after the output, ``after`` takes what it writes."""
+
+    def __init__(
+        self,
+        op: Callable[..., None],
+        *last: object,
+        width: int = 8,
+        inner: int | None = None,
+        after: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.op, self.last, self.after = op, last, after
+        self.enter = nn.Linear(width, 2 * (inner or width))
+        self.leave = nn.Linear(inner or width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left, right = self.enter(x).chunk(2, -1)
+        out = torch.empty_like(left)
+        self.op(left, right, out, *self.last)
+        return x + self.leave(out if self.after is None else self.after(out))
+
+
+class Layers(nn.Module):
+    """One layer after the other."""
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
