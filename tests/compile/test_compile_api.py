@@ -20,7 +20,7 @@ from piecework.runtime.config.compilation import CompilationConfig
 
 class Stack(Layers):
     def __init__(self, layers: int = 3, widths: dict[int, int] | None = None) -> None:
-        inner = [(widths or {}).get(i) for i in range(layers)]
+        inner = [(widths or {}).get(i, 8) for i in range(layers)]
         super().__init__(Block(mix_pair, f"layers.{i}", inner=w) for i, w in enumerate(inner))
 
 

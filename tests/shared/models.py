@@ -42,14 +42,13 @@ class Block(nn.Module):
         self,
         op: Callable[..., None],
         *last: object,
-        width: int = 8,
-        inner: int | None = None,
+        inner: int = 8,
         after: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.op, self.last, self.after = op, last, after
-        self.enter = nn.Linear(width, 2 * (inner or width))
-        self.leave = nn.Linear(inner or width, width)
+        self.enter = nn.Linear(8, 2 * inner)
+        self.leave = nn.Linear(inner, 8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         left, right = self.enter(x).chunk(2, -1)
