@@ -152,9 +152,10 @@ class LoadedCapture(Capture):
         return self._program.graph
 
     def with_weights(self, weights: BoundWeights) -> Capture:
-        names = ("inputs", "parameters", "assumptions", "out_spec", "result")
+        names = ("parameters", "assumptions", "out_spec", "result")
         fields = {name: getattr(self, name) for name in names}
-        return LoadedCapture(self._program, {**fields, "weights": weights})
+        inputs = self.inputs_with(weights)
+        return LoadedCapture(self._program, {**fields, "inputs": inputs, "weights": weights})
 
 
 def graphs_reader(data: Callable[[], bytes] | None, where: str) -> Callable[[], SavedGraphs]:

@@ -118,7 +118,7 @@ class TracedState:
     """The Python that a captured graph has built in.
 
     Attributes:
-        tensors: the model's tensors that the trace looked at, by place, whether the graph reads them or not.
+        tensors: the model's tensors that the trace looked at, by place, whether the graph reads them or not; none once it is over.
         watched: places of those that are no weights: of a closure, a class.
     """
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import assert_never
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -88,15 +89,16 @@ class ArgumentMemory:
 
     def __init__(self, given: Sequence[GivenTensor]) -> None:
         self._given = given
-        self._spans: tuple[BoundWeights | None, list[_Spans]] = (None, [])
+        self._spans: WeakKeyDictionary[BoundWeights, list[_Spans]] = WeakKeyDictionary()
 
     def refusal(self, weights: BoundWeights, values: Sequence[object]) -> InputError | None:
         """What is wrong about arguments, one value per parameter; None if nothing is."""
-        if self._spans[0] is not weights:
+        found = self._spans.get(weights)
+        if found is None:
             tensors = weights.tensors
-            spans = [_Spans([tensors[n] for n in each.apart]) for each in self._given]
-            self._spans = weights, spans
-        for each, spans in zip(self._given, self._spans[1], strict=True):
+            found = [_Spans([tensors[n] for n in each.apart]) for each in self._given]
+            self._spans[weights] = found
+        for each, spans in zip(self._given, found, strict=True):
             tensor = _value(each.where, values)
             assert isinstance(tensor, torch.Tensor)
             for number in each.others:
@@ -128,9 +130,7 @@ def _all_given(captured: Capture, written: Written) -> Iterator[GivenTensor]:
                 continue
             others = [n for n in plain if _could_be(leaf.assumption, weights.tensors[n])]
             elsewhere = bool(weights.state.watched)
-            if (
-                leaf.index in captured.weights_given
-            ):  # a fact of the trace says which one it has to be
+            if leaf.index in captured.weights_given:  # a fact says which one it has to be
                 others, elsewhere = [], False
             is_written = leaf.index in written.in_arguments
             paths = written.weights if is_written else written.in_weights

@@ -93,7 +93,7 @@ class Capture:
         assumptions: the symbols and guards behind them.
         weights: where the model keeps the tensors that the graph reads, and those that the model returns.
         out_spec: structure of the result.
-        result: where each leaf of the result comes from.
+        result: where each leaf of the result comes from; nothing once other weights are bound.
         weights_given: flattened arguments that were tensors of the model.
     """
 
@@ -107,8 +107,16 @@ class Capture:
     weights_given: frozenset[int] = frozenset()
 
     def with_weights(self, weights: BoundWeights) -> Capture:
-        """The same with another binding."""
-        return replace(self, weights=weights)
+        """The same with another binding; nothing of it holds a tensor of the old one."""
+        return replace(self, weights=weights, inputs=self.inputs_with(weights), result=())
+
+    def inputs_with(self, weights: BoundWeights) -> tuple[GraphInput, ...]:
+        """``inputs``, with the weights of another binding."""
+        now = {w.path: t for w, t in zip(weights.traced, weights.tensors, strict=True)}
+        return tuple(
+            replace(each, tensor=now[each.path]) if isinstance(each, Weight) else each
+            for each in self.inputs
+        )
 
 
 @dataclass(slots=True)
@@ -361,6 +369,7 @@ def _capture_with(
     found = _found(trace.inputs, results, held)
     found += _only_looked_at(model, state, {id(each.tensor) for each in found}, held)
     own = held.keys() | {id(tensor) for _, tensor in state.tensors}
+    state.tensors.clear()  # who rebinds replaces them
     return Capture(
         graph=trace.graph,
         inputs=trace.inputs,

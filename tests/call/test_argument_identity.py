@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -134,6 +136,17 @@ class NamesOnly(nn.Module):
 def test_an_attribute_of_a_global_s_name_is_none() -> None:
     stitched = piecework.compile(NamesOnly(), (X, GLOBAL), config={"backend": "eager"})
     assert torch.equal(stitched(X, GLOBAL), X + 2)
+
+
+def test_a_weight_that_was_replaced_is_let_go() -> None:
+    model = asking_model(twos())
+    stitched = piecework.compile(model, (X, {"t": twos()}), config={"backend": "eager"})
+    stitched(X, {"t": twos()})
+    before = weakref.ref(model.buffer)
+    model.buffer = twos()
+    stitched.rebind()
+    gc.collect()
+    assert before() is None
 
 
 class WritesArgument(nn.Module):
