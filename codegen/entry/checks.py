@@ -236,10 +236,15 @@ class IntegerIs:
 
 @dataclass(frozen=True, slots=True)
 class ValueIs:
-    """A Python value, by type and equality; the very object is good enough."""
+    """A Python value, by type and equality; the very object is good enough, and needed of a tensor or an array."""
 
     leaf: int
     value: object
+
+    @property
+    def is_object(self) -> bool:
+        """Whether it must be this object: equality of tensors and arrays is no yes or no."""
+        return isinstance(self.value, torch.Tensor) or bool(getattr(self.value, "shape", ()))
 
 
 # --- checks of symbols ---------------------------------------------------------------------------

@@ -247,7 +247,7 @@ class Steps:
                 return self.say("type(X) is int", X=x)
             case checks.ValueIs(leaf, value):
                 known = self.words.value(value, f"traced_{self._labels[leaf]}")
-                if isinstance(value, (bool, NoneType, EllipsisType)):
+                if check.is_object or isinstance(value, (bool, NoneType, EllipsisType)):
                     return self.say("X is VALUE", X=x, VALUE=known)
                 if type(value) is float and not abs(value) > 0:
                     # Two NaNs are unequal and the two zeros equal, where the model's code may tell zeros apart.

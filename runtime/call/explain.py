@@ -167,8 +167,8 @@ class _Search:
             case checks.IntegerIs(leaf, size):
                 given = self.leaves[leaf][1]
                 yield from self._number(f"is {given}", (leaf, None), size, given)  # type: ignore[arg-type]
-            case checks.ValueIs(leaf, value):
-                yield from _python_value(leaf, *self.leaves[leaf], value)
+            case checks.ValueIs():
+                yield from _python_value(check, *self.leaves[check.leaf])
             case checks.InRange():
                 yield from self._range(check)
             case checks.Relation(text):
@@ -373,14 +373,15 @@ def _integer(label: str, value: object) -> Iterator[InputError]:
         yield InputError(f"argument {label} must be an int, not a {type(value).__qualname__}")
 
 
-def _python_value(leaf: int, label: str, value: object, expected: object) -> Iterator[InputError]:
+def _python_value(check: checks.ValueIs, label: str, value: object) -> Iterator[InputError]:
+    expected = check.value
     integers = type(value) is int and type(expected) is int
-    special = integers and (value in (0, 1) or expected in (0, 1))
-    if value is not expected and not _equal(value, expected):
+    special = check.is_object or (integers and (value in (0, 1) or expected in (0, 1)))
+    if value is not expected and (check.is_object or not _equal(value, expected)):
         yield _refusal(
             f"argument {label} was {_shown(expected)} when the model was traced and is {_shown(value)} now",
             _ANOTHER_VALUE,
-            {(leaf, None)} if special else None,
+            {(check.leaf, None)} if special else None,
         )
 
 

@@ -124,6 +124,21 @@ def test_a_global_is_no_argument(tensor: torch.Tensor) -> None:
             stitched(X, tensor)
 
 
+NOBODY = twos()
+
+
+class Defaulted(nn.Module):
+    def forward(self, x: torch.Tensor, t: torch.Tensor = NOBODY) -> torch.Tensor:
+        return x * 3 + t
+
+
+@pytest.mark.parametrize("example", [(X,), (X, twos())])
+def test_a_tensor_for_a_default_that_is_one(example: tuple[torch.Tensor, ...]) -> None:
+    stitched = piecework.compile(Defaulted(), example, config={"backend": "eager"})
+    for given in ((X,), (X, torch.ones(WIDTH)), (X,), (X, NOBODY)):
+        assert torch.equal(stitched(*given), Defaulted()(*given))
+
+
 class NamesOnly(nn.Module):
     def __init__(self) -> None:
         super().__init__()
