@@ -113,6 +113,9 @@ class TokenDimension:
     def may_differ(self, leaf: int, dim: int) -> bool:
         return dim == 1
 
+    def narrower(self, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+        """Nothing: tokens are the one dimension that is dynamic."""
+
 
 def compile_forward(
     decoder: nn.Module, forward: Callable[..., object], entry: str, config: CompilationConfig | None

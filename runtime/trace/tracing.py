@@ -160,11 +160,18 @@ def capture(
     if sizes is None:
         leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
         return _capture_once(model, args, kwargs, compile_graph, dynamic_wish(leaves, dynamic))
+    wide = False
+
+    def compile_noting(graph: torch.fx.GraphModule, inputs: tuple[GraphInput, ...]) -> None:
+        nonlocal wide
+        wide = wide or _has_other_sizes(graph)
+        compile_graph(graph, inputs)
+
     try:
-        return _capture_freely(model, args, kwargs, compile_graph, sizes)
+        return _capture_freely(model, args, kwargs, compile_noting, sizes)
     except (CaptureError, PieceCompileError) as error:
         narrower = sizes.narrower(args, kwargs)
-        if narrower is None:
+        if narrower is None or (isinstance(error, PieceCompileError) and not wide):
             raise
         _log.info("tried again with the batch alone dynamic: %s", error)
         try:
@@ -172,6 +179,13 @@ def capture(
         except (CaptureError, PieceCompileError) as again:
             _log.info("not traced with the batch alone dynamic: %s", again)
             raise error from error.__cause__
+
+
+def _has_other_sizes(graph: torch.fx.GraphModule) -> bool:
+    """Whether a size of an input that is no first dimension is a symbol."""
+    values = (node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder"))
+    sizes = (size for v in values if isinstance(v, torch.Tensor) for size in v.shape[1:])
+    return any(torch_compat.symbols_of(size) for size in sizes)
 
 
 def _capture_freely(

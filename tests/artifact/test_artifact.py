@@ -600,7 +600,7 @@ def test_another_operator_is_refused(artifact: Path, monkeypatch: pytest.MonkeyP
 def python_state(number: int, tmp_path: Path) -> str:
     """Save a random model, change another one of the same text, and load: equal to eager, or refused."""
     case = make_case(number)
-    name = f"python_state_case_{number}"
+    name = f"artifact_case_{number}"  # Dynamo keeps modules by name
     file = tmp_path / f"{name}.py"
     file.write_text(case.source)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 from textwrap import indent
 
 import pytest
@@ -165,14 +166,21 @@ class AsWritten:
         return ir.Literal(value)
 
 
-def conjunctions_flat(expr: ir.Expr) -> ir.Expr:
-    if not isinstance(expr, ir.Operation):
+def conjunctions_flat(expr: object) -> object:
+    """``expr`` with one conjunction for those in each other, wherever it stands."""
+    if isinstance(expr, tuple):
+        return tuple(map(conjunctions_flat, expr))
+    if not dataclasses.is_dataclass(expr) or isinstance(expr, type):
         return expr
+    parts = {f.name: conjunctions_flat(getattr(expr, f.name)) for f in dataclasses.fields(expr)}
+    found = dataclasses.replace(expr, **parts)
+    if not isinstance(found, ir.Operation) or found.sign != "and":
+        return found
     operands: list[ir.Expr] = []
-    for each in map(conjunctions_flat, expr.operands):
-        inner = isinstance(each, ir.Operation) and each.sign == expr.sign == "and"
+    for each in found.operands:
+        inner = isinstance(each, ir.Operation) and each.sign == "and"
         operands += each.operands if inner else (each,)  # type: ignore[union-attr]
-    return ir.Operation(expr.sign, tuple(operands))
+    return ir.Operation("and", tuple(operands))
 
 
 READABLE = st.one_of(NAMES.map(ir.Name), LITERALS.filter(lambda v: type(v) is not complex).map(ir.Literal))  # fmt: skip
@@ -198,7 +206,8 @@ TREES = st.recursive(
 @settings(max_examples=300, deadline=None)
 def test_a_text_reads_back_as_the_expression_that_it_is(expr: ir.Expr) -> None:
     node = ast.parse(expr_text(expr), mode="eval").body
-    assert repr(read_expression(node, AsWritten(), {})) == repr(conjunctions_flat(expr))
+    read = read_expression(node, AsWritten(), {})
+    assert repr(conjunctions_flat(read)) == repr(conjunctions_flat(expr))
 
 
 @given(LITERALS)
