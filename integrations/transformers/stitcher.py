@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
@@ -28,7 +28,9 @@ _log = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def stitch(model: Model, *, config: CompilationConfig | None = None) -> Model:
+def stitch(
+    model: Model, *, config: CompilationConfig | Mapping[str, object] | None = None
+) -> Model:
     """Stitch the decoder of a causal LM in place and return the model.
 
     The decoder is captured whole, with every token of a batch in one row, so that one stitched function serves prefill
@@ -37,19 +39,21 @@ def stitch(model: Model, *, config: CompilationConfig | None = None) -> Model:
 
     Args:
         model: a causal LM of transformers in eval mode, on its final device and in its final dtype.
-        config: a ``piecework.CompilationConfig``; the default compiles pieces with Inductor.
+        config: a ``piecework.CompilationConfig``, or a dict of its fields; the default compiles pieces with Inductor.
 
     While torch's compiler is switched off (``TORCH_COMPILE_DISABLE=1``, ``torch.compiler.set_stance``), the decoder runs as
     it is, and is compiled at the first forward after that.
 
     Raises:
         CaptureError: the model can't be stitched, and why; it is left as it was.
+        ConfigError: ``config`` is neither, or names no such field.
         UsageError: the model is stitched already.
 
     Example:
         >>> model = AutoModelForCausalLM.from_config(config).eval()
         >>> stitch(model).generate(input_ids, max_new_tokens=32)
     """
+    chosen = None if config is None else CompilationConfig.given(config, "config")
     decoder = _decoder_of(model)
     if _stitched_forward(decoder) is not None:
         raise UsageError(
@@ -58,7 +62,7 @@ def stitch(model: Model, *, config: CompilationConfig | None = None) -> Model:
     forward = decoder.forward
     serving = admit(model, decoder, forward)
     try:
-        stitched = StitchedForward(serving, forward, config)
+        stitched = StitchedForward(serving, forward, chosen)
         if not stitched.switched_off("input_ids"):
             stitched.entry("input_ids")
     except BaseException:

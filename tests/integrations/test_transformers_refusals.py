@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from piecework.errors import CaptureError, UsageError
+from piecework.errors import CaptureError, ConfigError, UsageError
 from piecework.integrations.transformers import stitch, stitched_module, unstitch
 from piecework.runtime.config.compilation import CompilationConfig
 
@@ -215,3 +215,12 @@ def test_stitching_twice_and_unknown_entries() -> None:
     with pytest.raises(UsageError, match="not stitched"):
         stitched_module(model)
     stitch(model, config=EAGER_PIECES)
+
+
+def test_a_configuration_is_one_or_its_fields() -> None:
+    model = llama()
+    for wrong in (3, {"backnd": "eager"}):
+        with pytest.raises(ConfigError, match="CompilationConfig|backnd"):
+            stitch(model, config=wrong)  # type: ignore[arg-type]
+    stitch(model, config={"backend": "eager"})
+    assert stitched_module(model).config.backend == "eager"
