@@ -220,7 +220,7 @@ def test_stitching_twice_and_unknown_entries() -> None:
 def test_a_configuration_is_one_or_its_fields() -> None:
     model = llama()
     for wrong in (3, {"backnd": "eager"}):
-        with pytest.raises(ConfigError, match="CompilationConfig|backnd"):
+        with pytest.raises(ConfigError, match=r"CompilationConfig|backnd"):
             stitch(model, config=wrong)  # type: ignore[arg-type]
     stitch(model, config={"backend": "eager"})
     assert stitched_module(model).config.backend == "eager"
