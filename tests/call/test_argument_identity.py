@@ -132,11 +132,25 @@ class Defaulted(nn.Module):
         return x * 3 + t
 
 
-@pytest.mark.parametrize("example", [(X,), (X, twos())])
-def test_a_tensor_for_a_default_that_is_one(example: tuple[torch.Tensor, ...]) -> None:
-    stitched = piecework.compile(Defaulted(), example, config={"backend": "eager"})
+def test_a_tensor_for_a_default_that_is_one() -> None:
+    stitched = piecework.compile(Defaulted(), (X, twos()), config={"backend": "eager"})
     for given in ((X,), (X, torch.ones(WIDTH)), (X,), (X, NOBODY)):
         assert torch.equal(stitched(*given), Defaulted()(*given))
+
+
+def test_a_default_that_only_the_signature_holds_is_no_weight() -> None:
+    with pytest.raises(CaptureError, match=r"__defaults__\[0\] can't be looked up again"):
+        piecework.compile(Defaulted(), (X,), config={"backend": "eager"})
+
+
+def _defaulted(x: torch.Tensor, t: torch.Tensor = NOBODY) -> torch.Tensor:
+    return x * 3 + t
+
+
+def test_a_function_s_default_may_be_left_out_or_given() -> None:
+    stitched = piecework.compile(_defaulted, (X, twos()), config={"backend": "eager"})
+    for given in ((X,), (X, torch.ones(WIDTH)), (X,), (X, NOBODY)):
+        assert torch.equal(stitched(*given), _defaulted(*given))
 
 
 class NamesOnly(nn.Module):
