@@ -10,7 +10,7 @@ import builtins
 import importlib
 import sys
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ from piecework.runtime.artifact.likeness import (
     digest,
     likeness,
 )
-from piecework.runtime.bind.class_watch import may_ask
+from piecework.runtime.bind.class_watch import function_of, may_ask
 from piecework.runtime.bind.facts import MISSING, Fact, Values, expected, place_text, shown
 from piecework.runtime.bind.guards import Bins
 from piecework.runtime.bind.traced_state import TracedState
@@ -368,9 +368,11 @@ def _code_of(classes: Iterable[type], digests: frozenset[str]) -> frozenset[type
     """The code of these classes that was traced: what it runs is watched from now on."""
     found: set[types.CodeType] = set()
     for owner in {each for kind in classes for each in kind.__mro__}:
-        for value in owner.__dict__.values():
-            function = getattr(value, "fget", getattr(value, "__func__", value))
-            code = getattr(function, "__code__", None)
-            if isinstance(code, types.CodeType) and code_digest(code) in digests:
-                found.add(code)
+        found |= {code for code in codes_of(owner) if code_digest(code) in digests}
     return frozenset(found)
+
+
+def codes_of(owner: type) -> Iterator[types.CodeType]:
+    """The code of the functions in a class's own body."""
+    functions = map(function_of, owner.__dict__.values())
+    return (each.__code__ for each in functions if each is not None)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import builtins
-import dis
 import hashlib
 import math
 import textwrap
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 import torch.fx
 
+from piecework.code_objects import global_names, with_inner_code
 from piecework.codegen.graph.targets import function_path
 from piecework.codegen.stitch.bind import compile_execution_fn, execute_source
 from piecework.codegen.stitch.source import generate_source
@@ -113,7 +113,8 @@ def _generated(
         raise _refused(name, "the text of its code is not what runs", hint)
     lines, files = ["import math", "import types", "", "import torch", ""], {}
     sources = _kernel_sources(tree)
-    for each in sorted(_globals_of(found.function.__code__)):
+    code = with_inner_code([found.function.__code__])
+    for each in sorted(set().union(*map(global_names, code))):
         value = found.values.get(each, getattr(builtins, each, None))
         kernel = torch_compat.kernel_file(value)
         if kernel is not None:
@@ -145,12 +146,9 @@ def _generated(
 def _function_text(tree: ast.Module, found: torch_compat.Generated) -> str | None:
     """The text of the function that runs; None unless the module's text compiles to that very code there."""
     ours = found.function.__code__
-    pending, same = [compile(found.text, "<piece>", "exec", dont_inherit=True)], False
-    while pending and not same:
-        each = pending.pop()
-        pending += [inner for inner in each.co_consts if isinstance(inner, types.CodeType)]
-        same = _content(each) == _content(ours)
-    if not same:
+    module = compile(found.text, "<piece>", "exec", dont_inherit=True)
+    inner = with_inner_code([module])
+    if not any(_content(each) == _content(ours) for each in inner):
         return None
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and node.lineno == ours.co_firstlineno:
@@ -166,15 +164,6 @@ def _content(code: types.CodeType) -> tuple[object, ...]:
 
 def _plain(consts: tuple[object, ...]) -> list[object]:
     return [_content(each) if isinstance(each, types.CodeType) else each for each in consts]
-
-
-def _globals_of(code: types.CodeType) -> set[str]:
-    loads = ("LOAD_GLOBAL", "LOAD_NAME")
-    found = {str(i.argval) for i in dis.get_instructions(code) if i.opname in loads}
-    for each in code.co_consts:
-        if isinstance(each, types.CodeType):
-            found |= _globals_of(each)
-    return found
 
 
 def _kernel_sources(tree: ast.Module) -> dict[str, str]:

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 import torch.fx
 
+from piecework.code_objects import with_inner_code
 from piecework.codegen.stitch.source import generate_source
 from piecework.errors import ArtifactError
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.writes import mutations_in
 from piecework.runtime.artifact import surroundings
-from piecework.runtime.artifact.facts import SavedState, saved_state
+from piecework.runtime.artifact.facts import SavedState, codes_of, saved_state
 from piecework.runtime.artifact.folder import key_of, write_folder
 from piecework.runtime.artifact.form import (
     DirectConst,
@@ -328,16 +329,16 @@ def _code_with_places(trace: TracedModel) -> None:
     ]
     if not loose:
         return
-    known: set[str] = set()
-    for kind in {k for each in parts.classes.classes for k in each.__mro__}:
-        for value in kind.__dict__.values():
-            known |= _codes(getattr(value, "fget", getattr(value, "__func__", value)))
+    owners = {kind for each in parts.classes.classes for kind in each.__mro__}
+    code: list[types.CodeType] = []
     for fact in parts.bins.facts:
         seen = getattr(fact.expected, "value", fact.expected)
-        known |= _codes(seen)
         if isinstance(seen, type) and seen.__flags__ & HEAP_TYPE:
-            for value in seen.__dict__.values():
-                known |= _codes(getattr(value, "fget", getattr(value, "__func__", value)))
+            owners.add(seen)
+        own = seen if isinstance(seen, types.CodeType) else getattr(seen, "__code__", None)
+        code += [own] if isinstance(own, types.CodeType) else []
+    code += [each for owner in owners for each in codes_of(owner)]
+    known = set(map(code_digest, with_inner_code(code)))
     for each in loose:
         if code_digest(each) not in known:
             raise ArtifactError(
@@ -345,17 +346,6 @@ def _code_with_places(trace: TracedModel) -> None:
                 where=each.co_filename,
                 hint="put it into a module",
             )
-
-
-def _codes(value: object) -> set[str]:
-    code = value if isinstance(value, types.CodeType) else getattr(value, "__code__", None)
-    found: set[str] = set()
-    pending = [code] if isinstance(code, types.CodeType) else []
-    while pending:
-        each = pending.pop()
-        found.add(code_digest(each))
-        pending += [inner for inner in each.co_consts if isinstance(inner, types.CodeType)]
-    return found
 
 
 # --- graphs and the manifest -------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import types
 from collections.abc import Iterable
 from pathlib import Path
 
+from piecework.code_objects import with_inner_code
 from piecework.runtime import torch_compat
 from piecework.runtime.bind.guards import is_torchs
 from piecework.runtime.bind.places import Step
@@ -40,7 +41,7 @@ class ClassWatch:
         self._functions = {
             id(function): (function, _state(function))
             for names in self._names.values()
-            for function in map(_function, (value for _, value in names.values()))
+            for function in map(function_of, (value for _, value in names.values()))
             if function is not None
             and function.__code__ in code
             and not is_torchs(function.__code__)
@@ -98,14 +99,11 @@ def may_ask(asked: frozenset[str] | None, name: str) -> bool:
 def _names_in(code: Iterable[types.CodeType]) -> frozenset[str] | None:
     """What code may ask an object for: the names and texts in it. None where it asks for names that are not written there."""
     found: set[str] = set()
-    stack = list(code)
-    while stack:
-        each = stack.pop()
+    for each in with_inner_code(code):
         if _is_models(each) and not _COMPUTES.isdisjoint(each.co_names):
             return None
         found.update(each.co_names)
         found.update(value for value in each.co_consts if isinstance(value, str))
-        stack += [value for value in each.co_consts if isinstance(value, types.CodeType)]
     return frozenset(found)
 
 
@@ -146,7 +144,8 @@ def _describes(value: object) -> bool:
     return hasattr(type(value), "__get__") or callable(value)
 
 
-def _function(value: object) -> types.FunctionType | None:
+def function_of(value: object) -> types.FunctionType | None:
+    """The function behind what a class body holds: a function, property, static or class method; None for anything else."""
     value = getattr(value, "fget", getattr(value, "__func__", value))
     return value if isinstance(value, types.FunctionType) else None
 

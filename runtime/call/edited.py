@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch.fx
 
+from piecework.code_objects import global_names, with_inner_code
 from piecework.codegen import StitchedSource
 from piecework.codegen.plan.formatting import numbered
 from piecework.codegen.proof.grammar import parse_text
@@ -89,7 +90,8 @@ def _check_names(compiled: types.CodeType, tree: ast.Module, source: StitchedSou
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             defined |= {(a.asname or a.name).partition(".")[0] for a in node.names}
     defined |= set(_stored_globals(tree))
-    for name in sorted(_read_globals(compiled)):
+    code = with_inner_code([compiled])
+    for name in sorted(set().union(*map(global_names, code))):
         if name not in defined:
             raise EmitError(f"the edited source reads the name {name!a}, which nothing defines")
 
@@ -102,17 +104,6 @@ def _stored_globals(tree: ast.Module) -> Iterator[str]:
             for each in ast.walk(node):
                 if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store):
                     yield each.id
-
-
-def _read_globals(code: types.CodeType) -> set[str]:
-    import dis
-
-    loads = ("LOAD_GLOBAL", "LOAD_NAME")
-    found = {i.argval for i in dis.get_instructions(code) if i.opname in loads}
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            found |= _read_globals(constant)
-    return found
 
 
 def _check_indices(tree: ast.Module, source: StitchedSource) -> None:

@@ -13,6 +13,8 @@ import types
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from piecework.code_objects import with_inner_code
+
 if TYPE_CHECKING:
     from piecework.runtime.identity.values import Reader
 
@@ -221,16 +223,9 @@ def _resolved(reader: Reader, value: object, attributes: Sequence[str]) -> Any:
     return {"missing": True} if value is _MISSING else reader.read(value)
 
 
-def _inner(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for each in code.co_consts:
-        if isinstance(each, types.CodeType):
-            yield from _inner(each)
-
-
 def _chains(code: types.CodeType, loads: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     """Names that are loaded, each with the attributes that are read of it at once: ``("math", "pi")``."""
-    for each in _inner(code):
+    for each in with_inner_code([code]):
         chain: list[str] = []
         for instruction in dis.get_instructions(each):
             if chain and instruction.opname in _ATTRIBUTE:
@@ -248,7 +243,7 @@ def _chains(code: types.CodeType, loads: tuple[str, ...]) -> Iterator[tuple[str,
 
 def _imports(code: types.CodeType, package: str) -> Iterator[tuple[str, tuple[str, ...], str]]:
     """Imports that run inside the code: the module's full name, what is taken from it, and the name that ``import`` binds."""
-    for each in _inner(code):
+    for each in with_inner_code([code]):
         steps = list(dis.get_instructions(each))
         for index, step in enumerate(steps):
             if step.opname != "IMPORT_NAME":

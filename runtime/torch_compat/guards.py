@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from piecework.code_objects import with_inner_code
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Place:
@@ -206,14 +208,12 @@ def trace_names(*names: str) -> list[str]:
 
     The call of a module counts for nothing: it asks its results for gradients' functions to hang hooks on them.
     """
-    pending = [each for each in traced_code() if each is not _CALL_OF_A_MODULE]
-    if not pending:
+    traced = [each for each in traced_code() if each is not _CALL_OF_A_MODULE]
+    if not traced:
         return list(names)
     found: set[object] = set()
-    while pending:
-        code = pending.pop()
+    for code in with_inner_code(traced):
         found |= {*code.co_names, *(each for each in code.co_consts if type(each) is str)}
-        pending += [each for each in code.co_consts if isinstance(each, types.CodeType)]
     return [name for name in names if name in found]
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dis
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
+from piecework.code_objects import global_names, with_inner_code
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
 from piecework.runtime.bind.reachable import modules_of
@@ -24,13 +24,14 @@ def refuse_place_in_autograd(leaves: Sequence[object], names: Sequence[str]) -> 
 
     Of arguments that don't record any, all that can be asked is the same.
     """
-    asked = torch_compat.trace_names(*PLACE_IN_AUTOGRAD)
-    for leaf, name in zip(leaves, names, strict=True):
-        if asked and isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-            raise CaptureError(
-                f"forward names {', '.join(asked)}, and argument {name} records gradients",
-                hint="a stitched model serves inference: pass it detached, or decide that outside forward",
-            )
+    pairs = zip(leaves, names, strict=True)
+    recording = [n for leaf, n in pairs if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    asked = torch_compat.trace_names(*PLACE_IN_AUTOGRAD) if recording else []
+    if asked:
+        raise CaptureError(
+            f"forward names {', '.join(asked)}, and argument {recording[0]} records gradients",
+            hint="a stitched model serves inference: pass it detached, or decide that outside forward",
+        )
 
 
 def refuse_globals(
@@ -46,7 +47,7 @@ def refuse_globals(
         named = set(each.co_names)
         for name in named & scope.keys():
             for tensor in _tensors_in(scope[name], named, _DEPTH):
-                if id(tensor) in given and name in _globals_of(each):
+                if id(tensor) in given and name in global_names(each):
                     raise CaptureError(
                         f"argument {names[given[id(tensor)]]} is a tensor that forward also reaches by the global name {name}",
                         hint="pass a clone: a trace can't tell when the two are one",
@@ -71,18 +72,7 @@ def _scopes(
     for each in code:
         scope = by_code.get(each) or by_file.get(each.co_filename)
         if scope is not None:
-            yield from ((scope, inner) for inner in _with_inner(each))
-
-
-def _globals_of(code: types.CodeType) -> set[str]:
-    return {str(step.argval) for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
-
-
-def _with_inner(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for each in code.co_consts:
-        if isinstance(each, types.CodeType):
-            yield from _with_inner(each)
+            yield from ((scope, inner) for inner in with_inner_code([each]))
 
 
 def _tensors_in(value: object, named: set[str], depth: int) -> Iterator[torch.Tensor]:

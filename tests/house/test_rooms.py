@@ -53,6 +53,7 @@ ORDER = (
     "runtime.torch_compat",
     "errors",
     "faces",
+    "code_objects",
 )
 # Faces hand names on from everywhere, by a table that is read when a name is asked for; for type checkers they import them.
 FACES = {"__init__.py", "runtime/__init__.py", "runtime/graphs/__init__.py"}
