@@ -5,7 +5,18 @@ Nothing here imports torch, so that any layer may raise these.
 
 from __future__ import annotations
 
+import functools
+import os
+import sys
+import traceback
+import types
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class PieceworkError(Exception):
@@ -111,3 +122,57 @@ class CacheError(PieceworkError):
 
 class UsageError(PieceworkError):
     """The command line was used wrongly (exit code 2)."""
+
+
+def tell(problem: PieceworkError, *, strict: bool) -> None:
+    """Raise ``problem`` if ``strict``; else warn of it where code outside of piecework called."""
+    if strict:
+        raise problem
+    level = depth = 1
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).startswith("piecework."):
+            level = depth + 2  # the frame that called it
+        frame, depth = frame.f_back, depth + 1
+    warnings.warn(str(problem), stacklevel=level)
+
+
+def short_errors(function: Callable[P, R]) -> Callable[P, R]:
+    """``function``, whose typed errors leave it without what lies behind them: piecework's own frames, and Dynamo's.
+
+    An error of the user's own code that one follows from stays with it. With ``PIECEWORK_FULL_TRACEBACK=1`` everything stays.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except PieceworkError as error:
+            if full_tracebacks():
+                raise
+            error.__cause__ = None if _in_compiler(error.__cause__) else error.__cause__
+            error.__suppress_context__ = True
+            raise error.with_traceback(None)  # noqa: B904  # its cause is settled
+
+    return run
+
+
+def full_tracebacks() -> bool:
+    """Whether the user asked to see everything that lies behind an error."""
+    return os.environ.get("PIECEWORK_FULL_TRACEBACK", "0") not in ("", "0")
+
+
+def _in_compiler(cause: BaseException | None) -> bool:
+    """Whether an exception came up through torch's compiler, so that its traceback is that one's."""
+    while cause is not None:
+        if isinstance(cause, PieceworkError) or type(cause).__module__.startswith(_COMPILERS):
+            return True
+        frames = traceback.walk_tb(cause.__traceback__)
+        names = (str(frame.f_globals.get("__name__")) for frame, _ in frames)
+        if any(each.startswith(_COMPILERS) for each in names):
+            return True
+        cause = cause.__cause__
+    return False
+
+
+_COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx.experimental")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from piecework.cli.console import DIFFERS, compile_step, console, show_source, step, typed_errors
+from piecework.cli.options import Backend, ConfigFile, DumpFolder, Overrides, configuration
 from piecework.errors import EmitError
 
 if TYPE_CHECKING:
@@ -36,7 +37,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def compile_command(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("-o", "--output", help="A new or empty folder.")],
-    backend: Annotated[str, typer.Option(help="Piece compiler: inductor or eager.")] = "inductor",
+    backend: Backend = None,
+    config_file: ConfigFile = None,
+    overrides: Overrides = None,
+    dump: DumpFolder = None,
     seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -44,13 +48,12 @@ def compile_command(
     with typed_errors():
         from piecework.integrations.loading import load_model
         from piecework.runtime import bundle
-        from piecework.runtime.config.compilation import CompilationConfig
 
         out = console()
         bundle.check_output(output)
-        config = CompilationConfig(backend=backend)
+        config = configuration(config_file, overrides, backend=backend, dump=dump)
         loaded = run_step(out, as_json, f"Loading {model}", lambda: load_model(model, seed=seed))
-        text = f"Compiling with {backend}"
+        text = f"Compiling with {config.backend}"
         stitched = run_compile_step(out, as_json, text, lambda: loaded.stitch(config))
         manifest = bundle.save(
             output,
@@ -92,25 +95,29 @@ def run(
     edited: Annotated[
         bool, typer.Option("--edited", help="Run the folder's stitched.py as a person edited it.")
     ] = False,
+    config_file: ConfigFile = None,
+    overrides: Overrides = None,
+    dump: DumpFolder = None,
     as_json: AsJson = False,
 ) -> None:
     """Load what was compiled, or compile the model again, check that its source is the one in the folder, run it and compare with eager.
 
     With --edited the folder's source runs in place of the generated one, once it keeps the contract; how it differs is
-    said first. Exit code 1 if the source (without --edited) or the results differ.
+    said first. With other settings than the folder was made with (--config, -O, --dump) the model is compiled again. Exit code 1 if the
+    source (without --edited) or the results differ.
     """
     with typed_errors():
         from piecework.integrations.comparing import compare
         from piecework.runtime import bundle
-        from piecework.runtime.config.compilation import CompilationConfig
 
         out = console()
         manifest = bundle.read_manifest(directory)
         code = bundle.read_source(directory, manifest, edited=edited)
-        config = CompilationConfig(**manifest.config)
+        config = configuration(config_file, overrides, dump=dump, base=manifest.config)
         loaded = reload_model(directory, manifest)
         reference = run_step(out, as_json, "Running eagerly", lambda: loaded.run(tokens))
-        stitched, why = _loaded(directory, loaded)
+        again = bool(config_file or overrides or dump)
+        stitched, why = (None, "other settings") if again else _loaded(directory, loaded)
         if why and not as_json:
             out.print(f"compiling again: {why}", markup=False)
         if stitched is None:
@@ -132,9 +139,11 @@ def run(
         if as_json:
             print(json.dumps(report))
         else:
-            for key, value in report.items():
-                if key != "edited":
-                    out.print(f"{key.replace('_', ' ')}: {value}", markup=False)
+            if not edited:
+                out.print(f"source {'as in the folder' if report['same_source'] else 'DIFFERENT'}")
+            if ours.tokens is not None:
+                out.print(f"tokens: {' '.join(map(str, ours.tokens.tolist()))}")
+            out.print(result.text(ours), markup=False)
     if not ((edited or report["same_source"]) and result.agree):
         raise typer.Exit(DIFFERS)
 

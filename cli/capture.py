@@ -9,6 +9,7 @@ import typer
 
 from piecework.cli.bundles import AsJson, FolderArgument, reload_model, run_compile_step, run_step
 from piecework.cli.console import console, typed_errors
+from piecework.cli.options import ConfigFile, DumpFolder, Overrides, configuration
 
 
 def coverage(
@@ -29,6 +30,9 @@ def coverage(
     tokens: Annotated[
         int, typer.Option(min=0, help="Run the model too, for so many tokens, and count its calls.")
     ] = 0,
+    config_file: ConfigFile = None,
+    overrides: Overrides = None,
+    dump: DumpFolder = None,
     as_json: AsJson = False,
 ) -> None:
     """Capture a folder's model for some batch sizes; list how each batch size runs and what the graphs take.
@@ -38,13 +42,16 @@ def coverage(
     with typed_errors():
         from piecework.runtime import bundle
         from piecework.runtime.batch.coverage import coverage_json, coverage_table
-        from piecework.runtime.config.compilation import CompilationConfig
+        from piecework.runtime.batch.mode import CUDAGraphMode
+        from piecework.runtime.graphs.memory.addresses import AddressPolicy
         from piecework.runtime.graphs.serve.report import calls_json, calls_table
 
         chosen = _parse(sizes)
+        CUDAGraphMode.parse(mode)
+        AddressPolicy.parse(policy)
         out = console()
         manifest = bundle.read_manifest(directory)
-        config = CompilationConfig(**manifest.config)
+        config = configuration(config_file, overrides, dump=dump, base=manifest.config)
         loaded = reload_model(directory, manifest)
         stitched = run_compile_step(out, as_json, "Compiling", lambda: loaded.stitch(config))
         run_step(

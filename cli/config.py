@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from piecework.cli.options import Overrides, read_configuration
 from piecework.errors import ConfigError
 from piecework.runtime.batch.ranges import Range
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
@@ -31,14 +32,6 @@ config_app = typer.Typer(
 
 FileArgument = Annotated[
     Path | None, typer.Argument(help="A .json or .toml file of CompilationConfig fields.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "-O",
-        metavar=".FIELD=VALUE",
-        help="Set a field: -O.mode=0, -O3, -O.pass_config.clean_up=false.",
-    ),
 ]
 RuntimeOverrides = Annotated[
     list[str] | None,
@@ -67,7 +60,7 @@ def show(
     if form not in ("toml", "json", "options"):
         _misuse(ConfigError(f"no format {form!r}", where="--format", hint="toml, json or options"))
     try:
-        config = _read(file, overrides)
+        config = read_configuration(file, overrides)
         limits = RuntimeConfig.from_data(parse_overrides(RuntimeConfig, runtime or (), flag="-R"))
         if resolve or runtime:
             config = config.resolve(limits)
@@ -145,12 +138,6 @@ def check(
         _print_json({"valid": True, "problems": []})
     else:
         typer.echo("The configuration is valid.")
-
-
-def _read(file: Path | None, overrides: list[str] | None) -> CompilationConfig:
-    below = read_data(file) if file is not None else {}
-    above = parse_overrides(CompilationConfig, overrides or ())
-    return CompilationConfig.from_data(merge(CompilationConfig, below, above))
 
 
 def _report(config: CompilationConfig, limits: RuntimeConfig | None) -> dict[str, Any]:

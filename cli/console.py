@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import typer
 from rich.console import Console
+from rich.status import Status
 from rich.syntax import Syntax
 
 from piecework.errors import PieceworkError
@@ -29,9 +30,10 @@ def typed_errors() -> Iterator[None]:
     try:
         yield
     except PieceworkError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"{type(error).__name__}: {error}", style="red", markup=False
-        )
+        err = Console(stderr=True, highlight=False, soft_wrap=True)
+        for note in getattr(error, "__notes__", ()):
+            err.print(note, markup=False)
+        err.print(f"{type(error).__name__}: {error}", style="red", markup=False)
         raise typer.Exit(MISUSE) from error
 
 
@@ -48,28 +50,44 @@ def step(out: Console, text: str) -> Iterator[None]:
 
 @contextmanager
 def compile_step(out: Console, text: str) -> Iterator[None]:
-    """Announce a step that compiles; on a terminal, standard error shows the pieces as they are done."""
-    out.print(text, markup=False)
-    with compile_progress():
+    """Announce a step that compiles: on a terminal a spinner while the model is traced, then, on standard error, the pieces as they are done."""
+    if not out.is_terminal:
+        out.print(text, markup=False)
+        with compile_progress():
+            yield
+        return
+    with out.status(text) as spinner, compile_progress(spinner):
         yield
 
 
 @contextmanager
-def compile_progress() -> Iterator[None]:
-    """Show a bar of compiled pieces on standard error if that is a terminal; nothing elsewhere."""
+def compile_progress(spinner: Status | None = None) -> Iterator[None]:
+    """Show a bar of compiled pieces on standard error if that is a terminal, and no ``spinner`` meanwhile; nothing elsewhere."""
     from piecework.runtime.pieces.progress import CompileProgress, show_progress
 
     screen = Console(stderr=True)
     if not screen.is_terminal:
         yield
         return
-    with show_progress(CompileProgress(screen)):
+
+    class Alone(CompileProgress):
+        def started(self, total: int) -> None:
+            if spinner is not None:
+                spinner.stop()
+            super().started(total)
+
+        def ended(self) -> None:
+            super().ended()
+            if spinner is not None:
+                spinner.start()
+
+    with show_progress(Alone(screen)):
         yield
 
 
 def show_source(out: Console, code: str) -> None:
     """Print Python source, highlighted on a terminal."""
     if out.is_terminal:
-        out.print(Syntax(code, "python", line_numbers=True, word_wrap=False))
+        out.print(Syntax(code, "python", line_numbers=True, word_wrap=True))
     else:
         print(code)

@@ -23,6 +23,19 @@ class Comparison:
     def agree(self) -> bool:
         return self.tokens_equal and self.difference <= TOLERANCE
 
+    def text(self, outcome: Outcome) -> str:
+        """What was compared of ``outcome``, and how it came out."""
+        shapes = [f"{str(v.dtype).removeprefix('torch.')}{list(v.shape)}" for v in outcome.values]
+        shown = ", ".join(shapes[:3]) + (f" and {len(shapes) - 3} more" if len(shapes) > 3 else "")
+        what = f"results ({shown})" if outcome.tokens is None else "logits"
+        tokens = (
+            ""
+            if outcome.tokens is None
+            else f"tokens {'equal' if self.tokens_equal else 'DIFFER'}; "
+        )
+        verdict = "they agree" if self.agree else "they DISAGREE"
+        return f"{tokens}{what} differ by {self.difference:.1e} relative (limit {TOLERANCE:.0e}): {verdict}"
+
 
 def compare(reference: Outcome, other: Outcome) -> Comparison:
     """Compare two runs of the same model on the same arguments."""

@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -51,9 +52,9 @@ def from_factory(spec: str, seed: int) -> LoadedModel:
     torch.manual_seed(seed)
     try:
         factory = getattr(importlib.import_module(module_name), factory_name)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"there is no factory {spec!r}: {first_line(error)}") from error
-    made = factory()
+        made = factory()
+    except Exception as error:
+        raise _no_model(spec, module_name, error) from error
     if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0])):
         raise UsageError(
             f"factory {spec!r} must return (module, example_inputs)",
@@ -62,3 +63,22 @@ def from_factory(spec: str, seed: int) -> LoadedModel:
     module, example = made
     args = tuple(example) if isinstance(example, (tuple, list)) else (example,)
     return LoadedModel(type(module).__name__, module, args, Plain())
+
+
+def _no_model(spec: str, module_name: str, error: Exception) -> UsageError:
+    """What is wrong with a factory: it is not there, or its code fails, which its own traceback tells."""
+    inner = traceback.extract_tb(error.__traceback__)[1:]  # from where the user's code begins
+    while inner and inner[0].filename.startswith(("<frozen importlib", importlib.__file__)):
+        inner = inner[1:]
+    missing = isinstance(error, ModuleNotFoundError) and error.name is not None
+    if not inner and (missing or isinstance(error, (AttributeError, ValueError))):
+        return UsageError(f"there is no factory {spec!r}: {first_line(error)}")
+    failure = UsageError(
+        f"the factory {spec!r} fails with {type(error).__name__}: {first_line(error)}",
+        where=(
+            f"{os.path.basename(inner[-1].filename)}:{inner[-1].lineno}" if inner else module_name
+        ),
+    )
+    shown = [*traceback.format_list(inner), *traceback.format_exception_only(error)]
+    failure.add_note("".join(["Traceback (most recent call last):\n", *shown]).rstrip())
+    return failure

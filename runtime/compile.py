@@ -17,14 +17,14 @@ import torch.fx
 from torch.utils import _pytree as pytree
 
 from piecework.codegen.split.split import SplittingOp as SplittingOpLike
-from piecework.errors import ArtifactError, BindError, ConfigError
+from piecework.errors import ArtifactError, BindError, ConfigError, short_errors
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.load import Artifact
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.config.groups import CompilationMode, DynamicShapesType, RuntimeConfig
 from piecework.runtime.model_tag import compilation_complete
 from piecework.runtime.splitting_op import registry
-from piecework.runtime.stitched import StitchedModule
+from piecework.runtime.stitched import StitchedModule, require_model
 from piecework.runtime.trace.dynamic_dims import set_mark, unmarked_afterwards
 from piecework.runtime.trace.example_sizes import SizePolicy
 from piecework.runtime.trace.shape_guards import ShapeGuards
@@ -34,6 +34,7 @@ _log = logging.getLogger(__name__)
 _UNSTITCHED = (CompilationMode.NONE, CompilationMode.STOCK_TORCH_COMPILE)
 
 
+@short_errors
 def compile(
     model: Callable[..., object],
     example_args: Sequence[object] = (),
@@ -95,6 +96,7 @@ def compile(
     return made
 
 
+@short_errors
 def load(
     path: str | os.PathLike[str],
     model: Callable[..., object],
@@ -117,8 +119,7 @@ def load(
         >>> stitched = piecework.load("model.artifact", model)
         >>> stitched(torch.randn(7, 64))
     """
-    if not callable(model):
-        raise ConfigError(f"a model must be callable; got a {type(model).__qualname__}")
+    require_model(model)
     found = Artifact.open(path, key_file)
     facts = found.folder.facts
     config, runtime, ops = facts["config"], facts["runtime config"], facts["splitting ops"]
@@ -203,8 +204,7 @@ def compile_with_mode(
             to be had, or something does not fit the program's limits.
         CaptureError, SplitError, PieceCompileError: as ``piecework.compile``.
     """
-    if not callable(model):
-        raise ConfigError(f"a model must be callable; got a {type(model).__qualname__}")
+    require_model(model)
     config = CompilationConfig.given({} if config is None else config, "config")
     runtime = runtime_config
     if runtime is not None:

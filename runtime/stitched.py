@@ -5,6 +5,7 @@ The model's weights are shared, never copied; its Python code does not run again
 
 from __future__ import annotations
 
+import html
 import json
 import logging
 import os
@@ -12,30 +13,46 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
 import torch.fx
 from torch.utils import _pytree as pytree
 
+from piecework.code_objects import with_inner_code
 from piecework.codegen import StitchedSource
 from piecework.codegen.entry.emit import EntrySource
 from piecework.codegen.split.split import SplittingOp as SplittingOpLike
 from piecework.codegen.split.split import SplittingOps
 from piecework.codegen.stitch.source import collector_paused
-from piecework.errors import ArtifactError, BindError, ConfigError, InputError, PieceworkError
+from piecework.errors import (
+    ArtifactError,
+    BindError,
+    CaptureError,
+    ConfigError,
+    InputError,
+    PieceworkError,
+    StaticGraphError,
+    full_tracebacks,
+    short_errors,
+    tell,
+)
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.load import Artifact, require_made_so
 from piecework.runtime.artifact.save import config_data, save
+from piecework.runtime.batch.mode import CUDAGraphMode
+from piecework.runtime.batch.sizes import require_positive_sizes
 from piecework.runtime.call.edited import EditedSource
 from piecework.runtime.call.entry import OPAQUE
 from piecework.runtime.call.execution import Changes
 from piecework.runtime.call.failures import add_piece_note
+from piecework.runtime.call.shared_module import SharedModule
 from piecework.runtime.config.compilation import CompilationConfig, DynamicShapesType, RuntimeConfig
 from piecework.runtime.counters import counters
 from piecework.runtime.graphs.plan.options import CaptureOptions
 from piecework.runtime.model_tag import current_model_tag
+from piecework.runtime.observe.profile import Profile, profile_calls
 from piecework.runtime.pieces.backend import PieceworkBackend, Trace
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.pieces.report import Piece, Report
@@ -55,7 +72,7 @@ if TYPE_CHECKING:
     from piecework.runtime.graphs.serve.report import CallRow, MemoryReport
 
 
-class StitchedModule:
+class StitchedModule(SharedModule):
     """A compiled model; see `compile`.
 
     Attributes:
@@ -76,9 +93,8 @@ class StitchedModule:
         runtime_config: RuntimeConfig | None = None,
         as_it_is: Callable[..., object] | None = None,
     ) -> None:
-        if not callable(model):
-            raise ConfigError(f"a model must be callable; got a {type(model).__qualname__}")
-        self.model = model
+        require_model(model)
+        super().__init__(model)
         self.runtime_config = runtime_config
         self.as_it_is = _inside(around, model) if as_it_is is None else as_it_is
         self.config = config or CompilationConfig()
@@ -121,18 +137,29 @@ class StitchedModule:
         try:
             return self._call(*args, **kwargs)
         except InputError as error:
-            refusing = next((each for each in self._traces if each.refused(error)), None)
-            if refusing is None and not self._outdated(error):
-                raise
-            refusals = {} if refusing is None else {refusing: error}
+            refused = error
         except Exception as error:
             told = self._told(error)
             if told is error:
                 raise
             raise told from error
-        if not refusals:
+        return self._serve_otherwise(refused, args, kwargs)
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        """As calling the module."""
+        return self(*args, **kwargs)
+
+    @short_errors
+    def _serve_otherwise(
+        self, error: InputError, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> object:
+        """Serve a call that was refused, by another trace or as the model is; else raise what was refused."""
+        refusing = next((each for each in self._traces if each.refused(error)), None)
+        if refusing is not None:
+            return self._call_another({refusing: error}, args, kwargs)
+        if self._outdated(error):
             return self.as_it_is(*args, **kwargs)
-        return self._call_another(refusals, args, kwargs)
+        raise error
 
     def _outdated(self, error: InputError) -> bool:
         """Whether a call failed before anything ran, and runs as it is since torch's compiler is switched off."""
@@ -166,6 +193,35 @@ class StitchedModule:
                     return self.as_it_is(*args, **kwargs)
                 raise refused
 
+    def __repr__(self) -> str:
+        """The model's name and what was made of it."""
+        name = self._empty.prefix or _model_name(self.model)
+        if not self._traces:
+            return f"StitchedModule({name}, not compiled yet)"
+        report = self.report()
+        parts = [
+            name,
+            _count(report.pieces, "piece", report.unique),
+            _count(report.splitting, "cut") if report.splitting else "",
+            report.compiler,
+        ]
+        if len(self._traces) > 1:
+            parts.append(f"{len(self._traces)} traces")
+        captured = sorted({n for each in self._traces if each.static for n in each.static.sizes})
+        parts.append(f"captured for {', '.join(map(str, captured))}" if captured else "")
+        return f"StitchedModule({', '.join(filter(None, parts))})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what `__repr__` says, the report, and the source to unfold."""
+        if not self._traces:
+            return f"<pre>{html.escape(repr(self))}</pre>"
+        texts = {"Report": str(self.report()), "Source": self.source.code}
+        folded = (
+            f"<details><summary>{title}</summary><pre>{html.escape(text)}</pre></details>"
+            for title, text in texts.items()
+        )
+        return f"<pre>{html.escape(repr(self))}</pre>{''.join(folded)}"
+
     def __reduce_ex__(self, protocol: object) -> object:
         """Refused: compiled pieces belong to this process, and a copy would share the weights of ``model``.
 
@@ -190,6 +246,21 @@ class StitchedModule:
                 self.prepare(*traced, **by_name)
         return self._call(*args, **kwargs)
 
+    def _first_call(self, *args: object, **kwargs: object) -> object:
+        """The first call under a configuration that asks for captures: it is the last moment to say that there are none."""
+        first = self._traces[0]
+        if not any(each.static for each in self._traces):
+            tell(
+                StaticGraphError(
+                    f"nothing is captured, and the configuration says cudagraph_mode={self.config.cudagraph_mode.name}",
+                    where=self._empty.prefix,
+                    hint="call capture(sizes) on the stitched module before it serves",
+                ),
+                strict=self.config.strict,
+            )
+        self._serve_by(first.call)
+        return first.call(*args, **kwargs)
+
     def _switched_off(self) -> bool:
         """Whether torch's compiler is off, so that what is not compiled runs as it is; each switch is logged once."""
         switch = torch_compat.compiler_off()
@@ -209,6 +280,7 @@ class StitchedModule:
             add_piece_note(error, each.program.source)
         return error
 
+    @short_errors
     def prepare(self, *args: object, **kwargs: object) -> None:
         """Capture, compile and stitch now, tracing with these arguments.
 
@@ -228,11 +300,14 @@ class StitchedModule:
         with self._tracing:
             if self.config.dynamic_shapes_config.type is DynamicShapesType.AUTO:
                 self._sizes = self._declared or _policy_of(args, kwargs)
+            _tell_of_training(self.model, self.config.strict)
             self._trace(args, kwargs)
-        self._serve_by(self._traces[0].call)
+        captures = self.config.cudagraph_mode is not CUDAGraphMode.NONE
+        self._serve_by(self._first_call if captures else self._traces[0].call)
 
     def _trace(self, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-        with self._around():
+        quiet = nullcontext() if full_tracebacks() else torch_compat.quiet_trial()
+        with self._around(), quiet:
             made = TracedModel(
                 self.model, args, kwargs, self._backends(), self._sizes, self.as_it_is
             )
@@ -276,9 +351,11 @@ class StitchedModule:
             try:
                 self._trace(args, kwargs)
             except PieceworkError as error:
+                refused.add_note(f"A trace for these sizes is not to be had: {error}")
                 raise refused from error
             return True
 
+    @short_errors
     def rebind(self) -> None:
         """Hold the weights that the model has now: call it after replacing a parameter or a submodule.
 
@@ -314,6 +391,7 @@ class StitchedModule:
             for each in self._traces:
                 each.entry.accept_settings()
 
+    @short_errors
     def use_edited(self, code: str) -> EditedSource:
         """Run an edited version of the stitching source from now on.
 
@@ -332,6 +410,7 @@ class StitchedModule:
             self._serve_by(first.call)
         return edited
 
+    @short_errors
     def save(
         self, path: str | os.PathLike[str], *, key_file: str | os.PathLike[str] | None = None
     ) -> None:
@@ -414,6 +493,7 @@ class StitchedModule:
         self._traces, self._sizes = (), None
         self._serve_by(self._prepare_and_call)
 
+    @short_errors
     def capture(
         self,
         sizes: Iterable[int] | None = None,
@@ -452,11 +532,17 @@ class StitchedModule:
         if not self._traces and self._switched_off():
             return self
         first, *_ = self._require_traced("graph to capture")
+        sizes = _require_sizes(sizes)
+        if memory_budget is not None and type(memory_budget) is not int:
+            raise ConfigError(
+                f"a memory budget is a number of bytes; got {memory_budget!r}",
+                where="memory_budget",
+            )
         options.setdefault("runtime", self.runtime_config)
         for each in self._traces:
             each.entry.require_idle("capture()")
-        wish = CaptureOptions(**options)  # type: ignore[arg-type]
-        wanted = None if sizes is None else sorted(set(sizes))
+        wish = CaptureOptions.given(options)
+        wanted = None if sizes is None else list(sizes)
         with self._changes.one("capture()"):
             single = self._trace_of_one(wanted, wish)
             if single is not None:
@@ -553,6 +639,33 @@ class StitchedModule:
                 stack.enter_context(each.named_pieces())
             yield
 
+    @short_errors
+    def profile(self, *args: object, profiled_calls: int = 20, **kwargs: object) -> Profile:
+        """Where a forward spends its time: a row for each piece and each operator that is called straight, by torch's profiler.
+
+        Args:
+            args, kwargs: the model's.
+            profiled_calls: how many forwards are timed, without the profiler and with it.
+
+        Raises:
+            BindError: the model is not compiled yet.
+            ConfigError: ``profiled_calls`` is no positive number.
+
+        Example:
+            >>> print(stitched.profile(x))
+        """
+        stages = {}
+        for each in self._require_traced("piece to profile"):
+            stages |= each.stages()
+        if type(profiled_calls) is not int or profiled_calls < 1:
+            raise ConfigError(
+                f"profiled_calls must be a positive number; got {profiled_calls!r}",
+                where="profiled_calls",
+            )
+        return profile_calls(
+            lambda: self(*args, **kwargs), self.named_pieces(), stages, profiled_calls
+        )
+
     # --- what was made ---------------------------------------------------------------------------
 
     @property
@@ -631,6 +744,72 @@ class StitchedModule:
 
 
 torch_compat.keep_out_of_traces(StitchedModule.__call__, OPAQUE)  # type: ignore[arg-type]
+
+
+def _count(number: int, what: str, different: int | None = None) -> str:
+    text = f"{number} {what}{'' if number == 1 else 's'}"
+    return text if different in (None, number) else f"{text} ({different} different)"
+
+
+def require_model(model: object) -> None:
+    """Refuse what can't be called as a model, or is stitched already.
+
+    Raises:
+        ConfigError: it is no callable, a class, or a stitched module.
+    """
+    if isinstance(model, type):
+        raise ConfigError(
+            f"{model.__qualname__} is a class, not a model",
+            hint=f"pass an instance: {model.__qualname__}(...)",
+        )
+    if isinstance(model, StitchedModule):
+        raise ConfigError("the model is stitched already", hint="call it, or compile its .model")
+    if not callable(model):
+        raise ConfigError(f"a model must be callable; got a {type(model).__qualname__}")
+
+
+def _tell_of_training(model: object, strict: bool) -> None:
+    """Say that a model is in training mode, if a module of it goes by that."""
+    if not isinstance(model, torch.nn.Module):
+        return
+    names = [
+        f"{name or type(model).__name__} ({type(each).__name__})"
+        for name, each in model.named_modules()
+        if each.training and _asks_for_training(type(each))
+    ]
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        problem = CaptureError(
+            f"the model is in training mode, and its {names[0]}{more} goes by that: dropout stays random in what is compiled",
+            hint="call model.eval() before compiling",
+        )
+        tell(problem, strict=strict)
+
+
+@cache
+def _asks_for_training(kind: type[torch.nn.Module]) -> bool:
+    code = getattr(kind.forward, "__code__", None)
+    return code is not None and any("training" in each.co_names for each in with_inner_code([code]))
+
+
+def _require_sizes(sizes: object) -> tuple[int, ...] | None:
+    """Sizes to capture, ascending; anything that is no list of positive whole numbers is refused.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if sizes is None:
+        return None
+    if isinstance(sizes, (str, bytes)) or not isinstance(sizes, Iterable):
+        raise ConfigError(
+            f"capture takes a list of batch sizes; got {sizes!r}",
+            where="sizes",
+            hint="write capture([1, 2, 4])",
+        )
+    found = require_positive_sizes(sizes)
+    if not found:
+        raise ConfigError("there is no batch size to capture", where="sizes")
+    return found
 
 
 def _policy_of(args: Sequence[object], kwargs: Mapping[str, object]) -> SizePolicy:

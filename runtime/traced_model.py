@@ -93,6 +93,7 @@ class TracedModel:
         self.static: CapturedModel | None = None
         self.guards: ShapeGuards | None = None
         self.settings = _settings()
+        self.backend.require_registered()  # before a trace that may take long
         start = time.perf_counter()
         self.backend.compiler_manager.get_ready(pytree.tree_leaves((args, kwargs)))
         captured = capture(model, args, kwargs, self._compile_graph, sizes=sizes)
@@ -145,11 +146,25 @@ class TracedModel:
 
     def named_pieces(self) -> AbstractContextManager[None]:
         """Show pieces and operators by name in ``torch.profiler`` for the block."""
-        program, source = self.program, self.program.source
-        modules = {piece.name: piece.modules for piece in program.pieces()}
-        labels = [f"{name} {modules[name]}".strip() for name in source.submod_names]
+        source, lists = self.program.source, self.program.submod_lists
+        labels = dict(zip(self.program.backends, self.stages(), strict=False))
         operators = {alias.name: alias.name for alias in source.module.aliases}
-        return named_pieces(self.entry.execution_fn, program.submod_lists, labels, operators)
+        names = [labels[name] for name in source.submod_names]
+        return named_pieces(self.entry.execution_fn, lists, names, operators)
+
+    def stages(self) -> dict[str, tuple[str, tuple[str, ...]]]:
+        """What each piece and then each operator is called in a profile, with the modules in it and the code that Inductor generated for it.
+
+        With batch ranges, the code is that for the last one.
+        """
+        found: dict[str, tuple[str, tuple[str, ...]]] = {}
+        for each in self.program.pieces():
+            entry = self.program.backends[each.name].entries[self.program.compile_ranges[-1]]
+            compiled = entry.compiled
+            held = compiled.runnable if compiled.artifact is None else compiled.artifact
+            sources = torch_compat.inductor_sources(held)
+            found[f"{each.name} {each.modules}".strip()] = (each.modules, sources)
+        return found | {alias.name: ("", ()) for alias in self.program.source.module.aliases}
 
     def use_edited(self, code: str) -> EditedSource:
         """Run an edited version of the stitching source from now on."""

@@ -152,8 +152,22 @@ class _Lowering:
         names = NameTable(self.module_names.names())
         scope: Scope = {node: ir.Name(name) for node, name in bound.items()}
         parameters = self._parameters(self.gm, names, scope, skip=bound.keys())
+        legend = self._legend(names_of={node: scope[node] for node in scope if node not in bound})
         body = self._lower_graph(self.gm, names, scope, prefix="")
-        return self._finish(ENTRY_NAME, parameters, body, frozenset(bound.values()), True, "")
+        return self._finish(ENTRY_NAME, parameters, body, frozenset(bound.values()), True, legend)
+
+    def _legend(self, names_of: Mapping[torch.fx.Node, ir.Expr]) -> str:
+        """Where each size in the comments can be read: ``sizes: s0 = tokens.shape[0]``."""
+        told: dict[str, str] = {}
+        for node, name in names_of.items():
+            value = value_of(node)
+            if not (isinstance(name, ir.Name) and isinstance(value, torch.Tensor)):
+                continue
+            for dim, size in enumerate(value.shape):
+                symbol = self.state.symbols(size)
+                if symbol.isidentifier():
+                    told.setdefault(symbol, f"{symbol} = {name.id}.shape[{dim}]")
+        return f"sizes: {', '.join(told.values())}" if told else ""
 
     def _lower_shared(self, inlined: Inlined) -> None:
         """Lower one function that several splitting submodules share; differing literals are its last parameters."""

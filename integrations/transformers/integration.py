@@ -107,7 +107,7 @@ def _transformers():  # type: ignore[no-untyped-def]
     except ImportError as error:
         raise UsageError(
             "this model needs transformers, which is not installed",
-            hint="pip install 'piecework[transformers]'",
+            hint="pip install 'transformers>=5.17'",
         ) from error
     transformers.logging.set_verbosity_error()
     return transformers

@@ -313,7 +313,11 @@ def _replaced(step: Step) -> InputError:
 def _changed_flag(step: Step) -> InputError:
     return InputError(
         f"the model was traced with {step.path}={step.value} and has {step.now()} now",
-        hint=f"call {'train' if step.value else 'eval'}() on the model, or compile it again",
+        hint=(
+            "compile it again in the mode that it is to serve in"
+            if step.value
+            else "call eval() on the model, or compile it again"
+        ),
     )
 
 

@@ -50,6 +50,8 @@ def check_edited(source: StitchedSource, split_gm: torch.fx.GraphModule, code: s
         EmitError: the text is not Python, defines no ``execution_fn`` with the generated signature, reads a name that
             nothing defines, or an index outside ``__vllm_submods__`` or ``__vllm_consts__``.
     """
+    if not isinstance(code, str):
+        raise EmitError(f"the edited source must be text; got a {type(code).__qualname__}")
     try:
         tree = parse_text(code, "the edited source")
         compiled = compile(tree, "<edited>", "exec", dont_inherit=True)

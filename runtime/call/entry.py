@@ -127,6 +127,9 @@ class Entry:
         self._now = Execution(weights, function)
         self._stances = torch_compat.stance_holder()
         self.call = self._execute(self._probes(), self._now, self._now.serves, program.submods_for)
+        self.call.__qualname__ = (
+            f"{program.name}.forward"  # Python names it when arguments don't fit
+        )
         # None is the stance that is known to change nothing until `_in_stance` has looked at the current one.
         self.call.__globals__.update(dynamo=self._stances, stance=None)
 

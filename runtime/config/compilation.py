@@ -116,6 +116,11 @@ class CompilationConfig(FrozenModel):
         description="Refused if true: an encoder is a model of its own here, compiled by itself under "
         "`set_model_tag(name, is_encoder=True)`.",
     )
+    strict: Annotated[bool, ignored("it decides what is refused, not what is compiled")] = Field(
+        False,
+        description="Refuse instead of warning: a splitting op that is named and not in the graph, a model in training mode that goes by "
+        "it, a `cudagraph_mode` under which nothing is captured when the first call comes.",
+    )
     compile_sizes: Annotated[CompileSizes, ignored(_A_BATCH_RANGE)] = Field(
         (),
         description="Batch sizes that get code for exactly that size, which wins over a range. "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Self, get_args
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, ValidationError
@@ -192,7 +193,13 @@ def _sentence(model: type[FrozenModel], detail: ErrorDetails, cause: object) -> 
         name = str(detail["loc"][-1])
         if len(detail["loc"]) == 1 and name in (aliases := other_names(model)):
             return f"is another name of {aliases[name]}, which is given too"
-        return "is not a field of this configuration"
+        owner: type[FrozenModel] | None = model
+        for part in detail["loc"][:-1]:
+            field = None if owner is None else owner.model_fields.get(str(part))
+            owner = None if field is None else nested_model(field.annotation)
+        known = [] if owner is None else [*owner.model_fields, *other_names(owner)]
+        near = get_close_matches(name, known, n=1)
+        return f"is not a field of this configuration{f'; did you mean {near[0]}?' if near else ''}"
     if cause is not None:
         return str(cause)
     shown = repr(detail["input"])

@@ -6,6 +6,7 @@ It runs nothing on real data.
 from __future__ import annotations
 
 import enum
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import assert_never
@@ -19,7 +20,7 @@ from piecework.codegen.graph.structure import input_signature, structure_of
 from piecework.codegen.split.split import SplittingOp as SplittingOpLike
 from piecework.codegen.split.split import SplittingOps
 from piecework.codegen.split.splitting import operator_name
-from piecework.errors import BindError, CaptureError, ConfigError, SplitError
+from piecework.errors import BindError, CaptureError, ConfigError, SplitError, tell
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.writes import held_by_source, mutations_in, refuse_mutations
 from piecework.runtime.batch.mode import CUDAGraphMode
@@ -50,6 +51,8 @@ from piecework.runtime.pieces.recurrent import recurrent_layers
 from piecework.runtime.splitting_op import registry
 
 Admits = Callable[[torch.fx.GraphModule], str | None]
+
+_log = logging.getLogger(__name__)
 
 
 class NotAdmitted(CaptureError):
@@ -209,6 +212,20 @@ class PieceworkBackend:
         """Take a program that was made in another process for what was made of the last graph."""
         self.used, self._program = True, program
 
+    def require_registered(self) -> None:
+        """Check that torch knows the splitting ops that are named.
+
+        Raises:
+            SplitError: it does not know one.
+        """
+        names = () if self.declared_ops is None else SplittingOps(self.declared_ops).declared
+        unknown = [name for name in names if "::" in name and not _is_registered(name)]
+        if unknown:
+            raise SplitError(
+                f"splitting op {unknown[0]} is not registered with torch",
+                hint="check its spelling, and import the module that defines it first",
+            )
+
     def _range_table(self) -> RangeTable | None:
         if not (self.config.compile_sizes or self.config.compile_ranges_endpoints):
             return None
@@ -257,6 +274,14 @@ class _Compilation:
             if manager.may_share_names():
                 share_layer_names(split_gm, items)
         names = [i.submod_name for i in items if not i.is_splitting_graph]
+        _log.info(
+            "%s: traced %d nodes, batch size %s; %d pieces, cut at %s",
+            self.settings.prefix or "model",
+            len(graph.graph.nodes),
+            self.batch.symbol or "fixed",
+            len(names),
+            ", ".join(map(str, ops)) or "nothing",
+        )
         if admits is not None:
             _require_admitted(split_gm, names, admits)
         trace.artifact("config", lambda: config_text(self.config))
@@ -358,12 +383,16 @@ class _Compilation:
         ops = self.settings.declared_ops
         if ops is None:
             return () if inside else registry.names()
+        self.settings.require_registered()
         missing = SplittingOps(ops).missing_from(self.graph.graph)
-        unknown = [name for name in missing if "::" in name and not _is_registered(name)]
-        if unknown:
-            raise SplitError(
-                f"splitting op {unknown[0]} is not registered with torch",
-                hint="check its spelling, and import the module that defines it first",
+        if missing and self.settings.trace is not Trace.ANOTHER:
+            tell(
+                SplitError(
+                    f"splitting ops that are named and not in the graph: {', '.join(missing)}",
+                    where=self.settings.prefix or "model",
+                    hint="check the spelling, or leave them out; a graph calls what the model's code calls (torch.sin, not aten::sin)",
+                ),
+                strict=self.config.strict,
             )
         return () if inside else ops
 

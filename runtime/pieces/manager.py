@@ -234,6 +234,7 @@ class CompilerManager:
         slot = _slot(graph, structure, compile_range)
         done = self._done.get(slot)
         if done is not None:
+            _log.info("%s: the program of an earlier piece", submod_name)
             return RangeEntry(compile_range, done.compiled, 0.0, reused=True)
         start = time.perf_counter()
         cached = False
@@ -274,6 +275,13 @@ class CompilerManager:
         elif self.progress is not None:
             name = submod_name + ("" if compile_range is None else f" {compile_range}")
             self.progress.finished(name, seconds, "from the cache" if cached else "")
+        _log.info(
+            "%s for batch %s: %s, %.2f s",
+            submod_name,
+            compile_range or "all",
+            "from the cache" if cached else f"compiled by {self.compiler.name}",
+            seconds,
+        )
         self.seconds += seconds
         self._done[slot] = _Done(compiled, graph)
         return RangeEntry(compile_range, compiled, seconds, reused=False, cached=cached)

@@ -1,6 +1,6 @@
 """Why a model can't be captured. In: what was raised while Dynamo traced. Out: a typed error with the user's own words and line.
 
-It tells apart errors of piecework's own, of the model's code, and of Dynamo; it hides none: each is chained.
+It tells apart errors of piecework's own, of the model's code, and of Dynamo; each is chained, for who asks to see all of it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from piecework.runtime import torch_compat
 
 _REMEDY = (
     "move the Python construct out of forward or behind a piecework.splitting_op; "
-    "the chained exception has Dynamo's full explanation"
+    "with PIECEWORK_FULL_TRACEBACK=1 Dynamo's whole explanation is shown"
 )
 _OWN_FAULT = "call the model itself with the example arguments: it has to run with them"
+_ONE_DEVICE = "move the model and its arguments to one device"
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 
@@ -39,11 +40,25 @@ def capture_error(error: BaseException) -> CaptureError:
     """What Dynamo's ``error`` means for somebody who wants a model captured."""
     text = str(error).strip()
     line, code = _user_line(text)
+    fakeless = re.search(
+        r"no fake impl registered for <CustomOpDef\((.+?)\)>|no fake impl.*? for (\S+::\S+)", text
+    )
+    if fakeless is not None:
+        name = fakeless[1] or fakeless[2]
+        return CaptureError(
+            f"the operator {name} has no fake implementation, which a trace needs to know its result's shape",
+            where=line,
+            hint=f'register one with @torch.library.register_fake("{name}")',
+        )
     raised = _raised_by_model(error, text)
     if raised is None and text.startswith("Data-dependent assertion failed"):
         raised = f"AssertionError at {code}"
+    two_devices = re.search(
+        r"device mismatch|on the same device|different devices|expected device", text
+    )
     if raised is not None:
-        return CaptureError(f"the model's own forward raises {raised}", where=line, hint=_OWN_FAULT)
+        hint = _ONE_DEVICE if two_devices else _OWN_FAULT
+        return CaptureError(f"the model's own forward raises {raised}", where=line, hint=hint)
     opaque = re.search(r"\(reason: (.+)\)$", text, re.MULTILINE)
     if text.startswith("Skip inlining") and opaque is not None:
         return CaptureError(f"the model can't be captured as one graph: {opaque[1]}", where=line)
@@ -57,7 +72,9 @@ def capture_error(error: BaseException) -> CaptureError:
     if explained is not None:
         reason += f". {explained[1].rstrip('.')}"
     return CaptureError(
-        f"the model can't be captured as one graph: {reason}", where=line, hint=_REMEDY
+        f"the model can't be captured as one graph: {reason}",
+        where=line,
+        hint=_ONE_DEVICE if two_devices else _REMEDY,
     )
 
 

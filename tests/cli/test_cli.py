@@ -47,6 +47,14 @@ def nonsense() -> int:
     return 3
 
 
+def crashes() -> object:
+    return _deep_inside()
+
+
+def _deep_inside() -> object:
+    raise RuntimeError("no weights today")
+
+
 def invoke(*args: object) -> Result:
     return CliRunner().invoke(app, [str(arg) for arg in args])
 
@@ -107,6 +115,7 @@ def test_demo_says_that_tokens_are_equal(tmp_path: Path) -> None:
         ("no_such_module:factory", "there is no factory"),
         ("cli_factories:nothing", "there is no factory"),
         ("cli_factories:nonsense", "must return (module, example_inputs)"),
+        ("cli_factories:crashes", "fails with RuntimeError: no weights today (test_cli.py:"),
         ("cli_factories:breaks", "can't be captured as one graph"),
     ],
 )
@@ -178,7 +187,7 @@ def test_an_edited_source_runs_when_asked_and_says_how_it_differs(tmp_path: Path
     source.write_text("\n".join(lines) + "\n")
     changed = invoke("run", folder, "--edited")
     assert changed.exit_code == 1, changed.output
-    assert "edited source: not the graph" in changed.output and "agree: False" in changed.output
+    assert "edited source: not the graph" in changed.output and "they DISAGREE" in changed.output
     refuted = invoke("verify", folder)
     assert refuted.exit_code == 1 and "not proved" in refuted.output
 
@@ -198,6 +207,77 @@ def test_a_damaged_manifest_is_misuse(tmp_path: Path, manifest: str) -> None:
 def test_a_folder_of_another_kind_is_misuse(tmp_path: Path) -> None:
     result = invoke("run", tmp_path)
     assert result.exit_code == 2 and "is not a folder made by piecework compile" in result.output
+
+
+def test_a_crash_in_the_factory_shows_its_own_traceback_and_no_other(tmp_path: Path) -> None:
+    result = compiled(tmp_path / "out", "cli_factories:crashes")
+    shown = result.output
+    assert result.exit_code == 2
+    assert shown.count("Traceback (most recent call last):") == 1
+    assert "in crashes" in shown and "in _deep_inside" in shown and "plain.py" not in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_that_fails_to_import_is_misuse_too(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "factory_that_lacks.py").write_text("import nothing_like_that\n")
+    (tmp_path / "factory_with_errors.py").write_text("def make(:\n")
+    lacks = invoke("compile", "factory_that_lacks:make", "-o", tmp_path / "out")
+    assert lacks.exit_code == 2 and "fails with ModuleNotFoundError" in lacks.output
+    assert "factory_that_lacks.py" in lacks.output and "there is no factory" not in lacks.output
+    wrong = invoke("compile", "factory_with_errors:make", "-o", tmp_path / "out")
+    assert wrong.exit_code == 2 and "SyntaxError" in wrong.output
+
+
+def test_settings_come_from_a_file_and_from_options(tmp_path: Path) -> None:
+    file, folder, dump = tmp_path / "c.toml", tmp_path / "out", tmp_path / "dump"
+    file.write_text('backend = "eager"\ncompile_workers = 2\n')
+    options = ["--config", file, "-O.compile_workers=1", "-O.stitching_config.emit_del=false"]
+    result = invoke("compile", "cli_factories:small", "-o", folder, *options, "--dump", dump)
+    assert result.exit_code == 0, result.output
+    made = json.loads((folder / "manifest.json").read_text())["config"]
+    assert (made["backend"], made["compile_workers"]) == ("eager", 1)
+    assert "del " not in (folder / "stitched.py").read_text()
+    assert any(dump.rglob("*.html")) or any(dump.rglob("*.py"))
+
+    ran = invoke("run", folder)
+    assert ran.exit_code == 0 and "source as in the folder" in ran.output, ran.output
+    assert "results (float32[4, 8]) differ by 0.0e+00 relative" in ran.output
+    other = invoke("run", folder, "-O.stitching_config.emit_del=true")
+    assert other.exit_code == 1 and "source DIFFERENT" in other.output
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["-O.nothing=1"], "nothing"),
+        (["-O.backend=indutor"], "no compiler 'indutor'"),
+        (["--backend", "indutor"], "no compiler 'indutor'"),
+        (["--config", "/nowhere.toml"], "/nowhere.toml"),
+    ],
+)
+def test_settings_are_checked_before_any_work(
+    tmp_path: Path, options: list[str], says: str
+) -> None:
+    result = invoke("compile", "cli_factories:crashes", "-o", tmp_path / "out", *options)
+    assert result.exit_code == 2 and says in result.output
+    assert "no weights today" not in result.output
+
+
+@pytest.mark.parametrize("options", [["--mode", "FAST"], ["--policy", "guess"], ["--sizes", "x"]])
+def test_what_coverage_captures_is_checked_before_any_work(tmp_path: Path, options) -> None:  # type: ignore[no-untyped-def]
+    result = invoke("coverage", tmp_path / "nothing", "--sizes", "1,2", *options)
+    assert result.exit_code == 2 and "made by piecework compile" not in result.output
+
+
+def test_the_demo_leaves_nothing_behind(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    import tempfile
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    result = invoke("demo", "--backend", "eager", "--tokens", 2)
+    assert result.exit_code == 0, result.output
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_command_has_help_with_an_example() -> None:

@@ -13,7 +13,7 @@ from models import EAGER
 from torch import nn
 
 import piecework
-from piecework.errors import BindError, EmitError
+from piecework.errors import BindError, ConfigError, EmitError
 
 
 @piecework.splitting_op("debugging::check", mutates_args=("out",))
@@ -167,3 +167,40 @@ def test_an_edit_that_breaks_the_contract_is_refused(change: object, says: str) 
         stitched.use_edited(change(stitched.source.code))  # type: ignore[operator]
     inputs = (torch.randn(2, 8), torch.tensor([0, 1]))
     torch.testing.assert_close(stitched(*inputs), model(*inputs))
+
+
+def test_the_log_says_what_was_traced_cut_compiled_and_shared(caplog) -> None:  # type: ignore[no-untyped-def]
+    layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(2))).eval()
+    with caplog.at_level("INFO", "piecework"):
+        piecework.compile(layers, (torch.randn(4, 8),), config=EAGER, splitting_ops=[])
+    said = [each.getMessage() for each in caplog.records]
+    assert any(
+        each.startswith("Sequential: traced ") and "1 pieces, cut at nothing" in each
+        for each in said
+    )
+    assert any("submod_0 for batch all: compiled by eager" in each for each in said)
+
+
+def test_a_profile_has_a_row_for_each_piece_and_operator_and_leaves_nothing_behind() -> None:
+    _, stitched = stitch()
+    x, index = torch.randn(4, 8), torch.tensor([0, 1, 2, 3])
+    before = stitched(x, index)
+    profile = stitched.profile(x, index, profiled_calls=3)
+    names = [row.name.partition(" ")[0] for row in profile.rows]
+    assert sorted(names) == ["check", *(piece.name for piece in stitched.pieces)]
+    calls = {row.name.partition(" ")[0]: row.calls for row in profile.rows}
+    assert calls["check"] == 2 and all(n == 1 for name, n in calls.items() if name != "check")
+    times = [row.microseconds for row in profile.rows]
+    assert times == sorted(times, reverse=True) and min(times) > 0
+    assert all(row.kernels is None for row in profile.rows)  # eager pieces have no generated code
+    assert "submod_0 layers.0" in str(profile)
+    assert torch.equal(stitched(x, index), before)
+    with pytest.raises(ConfigError, match="positive number; got 0"):
+        stitched.profile(x, index, profiled_calls=0)
+
+
+@pytest.mark.inductor
+def test_a_profile_counts_the_kernels_and_library_calls_of_inductors_code() -> None:
+    layer = nn.Sequential(nn.Linear(8, 8), nn.GELU()).eval()
+    (row,) = piecework.compile(layer, (torch.randn(4, 8),)).profile(torch.randn(4, 8)).rows
+    assert (row.kernels, row.external) == (1, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -390,14 +391,36 @@ def test_a_compiler_that_asks_for_the_number_of_a_size_gets_a_trace_that_has_it(
 
 
 def test_what_a_failed_compilation_left_is_not_compiled_with_again() -> None:
-    stitched = piecework.compile(lambda x: x + 1, splitting_ops=["traces_late::op"], config=EAGER)
-    with pytest.raises(SplitError, match="traces_late::op"):
-        stitched(torch.ones(4))
-    failed = stitched.backend
-
     @piecework.splitting_op("traces_late::op", rows="independent")
     def late(x: torch.Tensor) -> torch.Tensor:
         return x.clone()
 
+    late.register_fake(torch.empty_like)
+    use = SimpleNamespace(late=False)
+    config = EAGER.replace(strict=True)
+    stitched = piecework.compile(
+        lambda x: (late(x) if use.late else x) + 1, splitting_ops=["traces_late::op"], config=config
+    )
+    with pytest.raises(SplitError, match="not in the graph: traces_late::op"):
+        stitched(torch.ones(4))
+    failed = stitched.backend
+
+    use.late = True
     assert torch.equal(stitched(torch.ones(4)), torch.full((4,), 2.0))
     assert stitched.backend is not failed
+
+
+def test_an_operator_that_torch_does_not_know_is_refused_before_the_trace_and_once_known_serves() -> (
+    None
+):
+    stitched = piecework.compile(lambda x: x + 1, splitting_ops=["traces_later::op"], config=EAGER)
+    with pytest.raises(SplitError, match="traces_later::op is not registered"):
+        stitched(torch.ones(4))
+    assert not stitched.backend.used
+
+    @piecework.splitting_op("traces_later::op", rows="independent")
+    def later(x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    with pytest.warns(UserWarning, match="not in the graph: traces_later::op"):
+        assert torch.equal(stitched(torch.ones(4)), torch.full((4,), 2.0))

@@ -19,6 +19,7 @@ attention = __vllm_consts__[0]
 
 
 def execution_fn(s0, x, *, __vllm_submods__):
+    # sizes: s0 = x.shape[0]
     # layers.0.project … layers.0  -> f32[s0, 8], f32[s0, 8], f32[s0, 8]
     key, out, mul = __vllm_submods__[0](
         s0, x, layers_0_project_weight, layers_0_project_bias, layers_0_scale

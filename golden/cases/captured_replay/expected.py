@@ -22,6 +22,7 @@ def submod_1(left, right, out, layer):
 
 
 def execution_fn(s0, x, *, __vllm_submods__):
+    # sizes: s0 = x.shape[0]
     # layers.0.enter … layers.0  -> f32[s0, 8], f32[s0, 8], f32[s0, 8]
     left, right, out = __vllm_submods__[0](s0, x, layers_0_enter_weight, layers_0_enter_bias)
     # layers.0  -> f32[s0, 8]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from typing import Literal
 
 from piecework.errors import ConfigError, StaticGraphError
@@ -76,6 +77,23 @@ class CaptureOptions:
     context_for: ContextFor | None = None
     put_back: bool = True
     check_addresses: bool = False
+
+    @classmethod
+    def given(cls, options: Mapping[str, object]) -> CaptureOptions:
+        """The options that a caller gave by name.
+
+        Raises:
+            ConfigError: there is no such option.
+        """
+        known = [each.name for each in fields(cls)]
+        for name in options:
+            if name not in known:
+                near = get_close_matches(name, known, n=1)
+                raise ConfigError(
+                    f"capture has no option {name!r}",
+                    hint=f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}",
+                )
+        return cls(**options)  # type: ignore[arg-type]
 
     @property
     def same_as_batch(self) -> frozenset[str]:

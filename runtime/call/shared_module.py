@@ -1,0 +1,126 @@
+"""A module among modules. In: a model. Out: the base of what stands for it, a ``torch.nn.Module`` with the model's own members.
+
+What compiled code would go past is refused: hooks, moves and conversions, new members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+
+from piecework.errors import BindError
+
+
+class SharedModule(torch.nn.Module):
+    """A ``torch.nn.Module`` with the parameters, buffers, submodules and state of ``model``, which stays the owner of all of them.
+
+    ``train()`` and ``load_state_dict()`` are the model's. Of a model that is no module, it has none of these.
+
+    Attributes:
+        model: what it stands for.
+    """
+
+    model: Callable[..., object]
+
+    def __init__(self, model: Callable[..., object]) -> None:
+        # Not Module.__init__: it sets `training`, which is the model's.
+        vars(self).update(_members_of(model), model=model)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Set an attribute of this object; members of the model are set on the model.
+
+        Raises:
+            BindError: it is a parameter, buffer or submodule, which compiled code would not see.
+        """
+        members = (self._parameters, self._buffers, self._modules)
+        held = isinstance(value, (torch.nn.Parameter, torch.nn.Module)) and name not in _OWN
+        if held or any(name in each for each in members):
+            raise BindError(
+                f"{name} can't be set on a stitched module: it shares the members of its model",
+                hint="set it on .model, then rebind() for a weight, or compile again",
+            )
+        object.__setattr__(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        object.__delattr__(self, name)
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        """Whether the model is in training mode."""
+        return bool(getattr(self.model, "training", False))
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if isinstance(self.model, torch.nn.Module):
+            self.model.training = mode
+
+    def train(self, mode: bool = True) -> Self:
+        """Put the model into training or evaluation mode; calls in another mode than the trace's are refused."""
+        if isinstance(self.model, torch.nn.Module):
+            self.model.train(mode)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's."""
+        if isinstance(self.model, torch.nn.Module):
+            return self.model.state_dict(*args, **kwargs)
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's. Values that are copied in place serve at once; after ``assign=True`` call `rebind`."""
+        if isinstance(self.model, torch.nn.Module):
+            return self.model.load_state_dict(state_dict, *args, **kwargs)
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self.model, torch.nn.Module):
+            self.model._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: object, recurse: bool = True) -> Self:
+        """Refused, and with it ``to``, ``cuda``, ``half`` and the like: compiled pieces are made for one device and dtype.
+
+        Raises:
+            BindError: always.
+        """
+        raise BindError(
+            "a stitched module can't be moved or converted: its pieces are compiled for the device and dtype of its weights",
+            hint="move or convert the model, and compile it again",
+        )
+
+
+def _refused(name: str) -> Callable[..., object]:
+    def refuse(self: SharedModule, *args: object, **kwargs: object) -> object:
+        raise BindError(
+            f"{name} has no effect on compiled code",
+            where="stitched module",
+            hint="do it on the model before it is compiled, or on a module around the stitched one",
+        )
+
+    refuse.__name__ = name
+    return refuse
+
+
+# What torch.nn.Module runs around forward, or puts into a module: a compiled call would go past it.
+for _name in (
+    *("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"),
+    *("register_full_backward_pre_hook", "register_backward_hook", "compile"),
+    *("register_buffer", "register_parameter", "register_module", "add_module"),
+):
+    setattr(SharedModule, _name, _refused(_name))
+
+# Attributes of a stitched module that may be modules.
+_OWN = frozenset({"model", "as_it_is", "_call"})
+
+
+def _members_of(model: object) -> dict[str, object]:
+    """The state of a new ``torch.nn.Module``, with the members of ``model`` for its own."""
+    fresh = vars(torch.nn.Module())
+    fresh.pop("training")
+    if isinstance(model, torch.nn.Module):
+        fresh |= {name: vars(model)[name] for name in _MEMBERS}
+    return fresh
+
+
+_MEMBERS = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")

@@ -1,0 +1,144 @@
+"""Where a forward spends its time. In: something to call and the names of its stages. Out: a table of them, by torch's profiler.
+
+The profiler's own cost is in every row; compare rows with each other, not with a call outside of it.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+_KERNEL = re.compile(r"^\s+(?:cpp_fused\w*|cpp_\w*|triton_\w+\.run)\(", re.MULTILINE)
+_EXTERNAL = re.compile(
+    r"^\s+(?:\w+ = )?(?:extern_kernels\.\w+|(?:torch\.ops|aten)\.[\w.]+)\(", re.MULTILINE
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StageRow:
+    """One stage of a forward.
+
+    Attributes:
+        name: the piece or operator.
+        modules: the module paths that it holds; "" for an operator.
+        calls: how often it ran in a forward.
+        microseconds: time of one forward in it, on the host.
+        device_microseconds: the same on the device; 0 without one.
+        bytes: memory that one forward allocates in it and leaves allocated at its end.
+        kernels: launches of generated kernels in its code; None where the code is not known.
+        external: calls of library kernels in its code, likewise.
+    """
+
+    name: str
+    modules: str
+    calls: float
+    microseconds: float
+    device_microseconds: float
+    bytes: float
+    kernels: int | None = None
+    external: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """A forward by stages, slowest first; ``str()`` gives the table, `table` one to print.
+
+    Attributes:
+        rows: pieces and operators.
+        forward_microseconds: one forward, profiler off.
+        calls: how many forwards were profiled.
+    """
+
+    rows: tuple[StageRow, ...]
+    forward_microseconds: float
+    calls: int
+
+    def table(self) -> Table:
+        table = Table(
+            title=f"{self.forward_microseconds:.0f} µs a forward without the profiler; {self.calls} profiled"
+        )
+        columns = (
+            "stage",
+            "modules",
+            "calls",
+            "µs",
+            "share",
+            "device µs",
+            "bytes",
+            "kernels",
+            "external",
+        )
+        for name in columns:
+            table.add_column(name, justify="left" if name == "stage" else "right")
+        total = sum(row.microseconds for row in self.rows) or 1.0
+        for row in self.rows:
+            counts = ("" if each is None else str(each) for each in (row.kernels, row.external))
+            table.add_row(
+                row.name,
+                f"{row.calls:g}",
+                f"{row.microseconds:.1f}",
+                f"{row.microseconds / total:.0%}",
+                f"{row.device_microseconds:.1f}" if row.device_microseconds else "",
+                f"{row.bytes:.0f}",
+                *counts,
+            )
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=160, no_color=True)
+        with console.capture() as shown:
+            console.print(self.table())
+        return shown.get()
+
+
+def profile_calls(
+    call: Callable[[], object],
+    named: AbstractContextManager[object],
+    stages: Mapping[str, tuple[str, Sequence[str]]],
+    calls: int,
+) -> Profile:
+    """Run ``call`` ``calls`` times plainly and as often under torch's profiler.
+
+    Args:
+        named: puts each stage of a call inside a profiler range of its name.
+        stages: name of each stage → the module paths in it, and the code that was generated for it, as far as that is known.
+    """
+    call()
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    each = (time.perf_counter() - start) / calls
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with named, torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        for _ in range(calls):
+            call()
+    found = {event.key: event for event in profiler.key_averages()}
+    rows = []
+    for name, (modules, sources) in stages.items():
+        event = found.get(name)
+        if event is None:
+            continue
+        texts = "\n".join(sources)
+        rows.append(
+            StageRow(
+                name=name,
+                modules=modules,
+                calls=event.count / calls,
+                microseconds=event.cpu_time_total / calls,
+                device_microseconds=event.device_time_total / calls,
+                bytes=event.cpu_memory_usage / calls + event.device_memory_usage / calls,
+                kernels=len(_KERNEL.findall(texts)) if texts else None,
+                external=len(_EXTERNAL.findall(texts)) if texts else None,
+            )
+        )
+    rows.sort(key=lambda row: -row.microseconds)
+    return Profile(tuple(rows), each * 1e6, calls)

@@ -1,0 +1,439 @@
+"""What a new user gets wrong. In: a mistake. Out: a typed error of few lines that says what is wrong and what to do."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import piecework
+from piecework import CompilationConfig
+from piecework.errors import (
+    ArtifactError,
+    BindError,
+    CaptureError,
+    ConfigError,
+    EmitError,
+    InputError,
+    PieceworkError,
+    SplitError,
+    StaticGraphError,
+)
+
+X = torch.randn(4, 8)
+SHORT = 40  # lines of a traceback, those of the source text counted
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.drop = nn.Dropout()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop(torch.sin(self.layer(x)))
+
+
+def config(**fields: object) -> CompilationConfig:
+    return CompilationConfig(backend="eager", **fields)
+
+
+def compiled(
+    model: Callable[..., object] | None = None, *args: object, **options: object
+) -> object:
+    model = Model().eval() if model is None else model
+    options.setdefault("config", config())
+    return piecework.compile(model, args or (X,), **options)
+
+
+def stitched() -> piecework.StitchedModule:
+    return compiled()
+
+
+@torch.library.custom_op("mistakes::fakeless", mutates_args=())
+def fakeless(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+def calls_fakeless(x):
+    return torch.ops.mistakes.fakeless(x) + 1
+
+
+def branches(x):
+    return x if x.sum() > 0 else -x
+
+
+def prints(x):
+    print("hi")
+    return x * 2
+
+
+def writes_sizes(x):
+    return str(x.shape)
+
+
+def multiplies_wrongly(x):
+    return x @ torch.randn(3, 3)
+
+
+def on_two_devices(x):
+    return x + torch.ones(8, device="meta")
+
+
+def raises(x):
+    raise ValueError("not today")
+
+
+class Result:
+    pass
+
+
+def returns_an_object(x):
+    found = Result()
+    found.x = x
+    return found
+
+
+MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
+    # --- what is compiled
+    (
+        lambda: compiled(Model),
+        ConfigError,
+        "Model is a class, not a model",
+        "pass an instance: Model(...)",
+    ),
+    (lambda: compiled(3), ConfigError, "a model must be callable; got a int", ""),
+    (
+        lambda: piecework.compile(stitched(), (X,)),
+        ConfigError,
+        "stitched already",
+        "compile its .model",
+    ),
+    (lambda: compiled(nn.Sequential(stitched())), CaptureError, "calls a stitched module", ""),
+    (lambda: piecework.load("/nowhere", Model), ConfigError, "is a class", "pass an instance"),
+    (
+        lambda: piecework.load("/nowhere", Model()),
+        ArtifactError,
+        "there is no artifact here",
+        "stitched.save",
+    ),
+    (lambda: piecework.load(__file__, Model()), ArtifactError, "", ""),
+    # --- example arguments
+    (lambda: piecework.compile(Model(), X), ConfigError, "got a Tensor", "(x,)"),
+    (lambda: piecework.compile(Model(), (X,), X), ConfigError, "got a Tensor", ""),
+    (lambda: compiled(None, X, X), CaptureError, "too many positional arguments", "forward takes"),
+    (
+        lambda: piecework.compile(Model().eval(), (), {"y": X}),
+        CaptureError,
+        "missing a required argument: 'x'",
+        "forward takes",
+    ),
+    (lambda: compiled(None, torch.randn(4, 9)), CaptureError, "", "call the model itself"),
+    # --- configuration
+    (
+        lambda: config(spliting_ops=[]),
+        ConfigError,
+        "spliting_ops: is not a field of this configuration; did you mean splitting_ops?",
+        "",
+    ),
+    (
+        lambda: config(pass_config={"eliminate_nops": True}),
+        ConfigError,
+        "did you mean eliminate_noops?",
+        "",
+    ),
+    (
+        lambda: config(zzz=1),
+        ConfigError,
+        "zzz: is not a field of this configuration",
+        "config schema",
+    ),
+    (lambda: config(mode="FAST"), ConfigError, "no compilation mode 'FAST'", ""),
+    (lambda: config(cudagraph_mode="PIECWISE"), ConfigError, "use one of NONE, PIECEWISE", ""),
+    (lambda: config(compile_workers=0), ConfigError, "compile_workers", ""),
+    (lambda: compiled(config={"backnd": "eager"}), ConfigError, "did you mean backend?", ""),
+    (lambda: compiled(config=3), ConfigError, "must be a CompilationConfig or a dict", ""),
+    (
+        lambda: compiled(config=config().replace(backend="indutor")),
+        ConfigError,
+        "no compiler 'indutor'",
+        "use inductor",
+    ),
+    (
+        lambda: compiled(
+            config=config(compile_sizes=[4096]),
+            runtime_config={"max_num_batched_tokens": 64, "max_num_seqs": 8},
+        ),
+        ConfigError,
+        "4096",
+        "",
+    ),
+    # --- splitting ops
+    (
+        lambda: compiled(splitting_ops="aten::sin"),
+        SplitError,
+        "got the text 'aten::sin'",
+        "pass ['aten::sin']",
+    ),
+    (
+        lambda: compiled(splitting_ops=["sin"]),
+        SplitError,
+        "not of the form 'ns::op'",
+        "torch.ops.ns.op",
+    ),
+    (lambda: compiled(splitting_ops=[None]), SplitError, "neither a name nor an operator", ""),
+    (
+        lambda: compiled(splitting_ops=["mylib::attention"]),
+        SplitError,
+        "mylib::attention is not registered",
+        "import the module",
+    ),
+    (
+        lambda: compiled(config=config(strict=True, splitting_ops=["aten::cos"])),
+        SplitError,
+        "not in the graph: aten::cos",
+        "check the spelling",
+    ),
+    # --- forwards that can't be traced
+    (
+        lambda: compiled(calls_fakeless),
+        CaptureError,
+        "mistakes::fakeless has no fake implementation",
+        "register_fake",
+    ),
+    (
+        lambda: compiled(calls_fakeless, splitting_ops=["mistakes::fakeless"]),
+        CaptureError,
+        "no fake implementation",
+        "register_fake",
+    ),
+    (lambda: compiled(branches), CaptureError, "Data-dependent branching", "splitting_op"),
+    (lambda: compiled(prints), CaptureError, "`print`", "splitting_op"),
+    (lambda: compiled(writes_sizes), CaptureError, "`str`", "splitting_op"),
+    (
+        lambda: compiled(multiplies_wrongly),
+        CaptureError,
+        "own forward raises RuntimeError",
+        "call the model itself",
+    ),
+    (
+        lambda: compiled(on_two_devices),
+        CaptureError,
+        "device",
+        "move the model and its arguments to one device",
+    ),
+    (
+        lambda: compiled(raises),
+        CaptureError,
+        "own forward raises ValueError: not today",
+        "call the model itself",
+    ),
+    (lambda: compiled(returns_an_object), CaptureError, "returns a Result", "register_pytree_node"),
+    # --- calls
+    (lambda: stitched()(torch.randn(4, 9)), InputError, "x has size 9 in dimension 1", ""),
+    (
+        lambda: stitched()(X.double()),
+        InputError,
+        "dtype torch.float64; the model was traced with torch.float32",
+        "",
+    ),
+    (lambda: stitched()(X.to("meta")), InputError, "device meta", ""),
+    (lambda: stitched()(None), InputError, "must be a tensor, not a NoneType", ""),
+    (lambda: stitched()("x"), InputError, "must be a tensor, not a str", ""),
+    (lambda: stitched()(torch.randn(8)), InputError, "", ""),
+    (
+        lambda: stitched().train()(X),
+        InputError,
+        "traced with training=False and has True now",
+        "call eval()",
+    ),
+    # --- the stitched module as a module
+    (
+        lambda: stitched().to("cpu"),
+        BindError,
+        "can't be moved or converted",
+        "move or convert the model",
+    ),
+    (lambda: stitched().half(), BindError, "can't be moved or converted", "compile it again"),
+    (lambda: nn.Sequential(stitched()).double(), BindError, "can't be moved or converted", ""),
+    (
+        lambda: stitched().register_forward_hook(print),
+        BindError,
+        "register_forward_hook has no effect",
+        "on the model before",
+    ),
+    (lambda: stitched().register_buffer("b", X), BindError, "register_buffer has no effect", ""),
+    (lambda: stitched().compile(), BindError, "compile has no effect", ""),
+    (
+        lambda: setattr(stitched(), "layer", nn.Linear(8, 8)),
+        BindError,
+        "layer can't be set",
+        "set it on .model",
+    ),
+    (
+        lambda: setattr(stitched(), "new", nn.Parameter(X)),
+        BindError,
+        "new can't be set",
+        "set it on .model",
+    ),
+    (
+        lambda: copy.deepcopy(stitched()),
+        BindError,
+        "can't be copied or pickled",
+        "copy or pickle the model",
+    ),
+    (lambda: pickle.dumps(stitched()), BindError, "can't be copied or pickled", ""),
+    (lambda: stitched().prepare(X), BindError, "compiled already", "compile the model again"),
+    (
+        lambda: piecework.compile(Model().eval(), config=config()).source,
+        BindError,
+        "no source yet",
+        "pass example arguments",
+    ),
+    (
+        lambda: piecework.compile(Model().eval(), config=config()).rebind(),
+        BindError,
+        "at its first call",
+        "",
+    ),
+    (lambda: stitched().shape_guards, BindError, "no shape guards", ""),
+    (lambda: stitched().use_edited("x = ("), EmitError, "is not Python", ""),
+    (lambda: stitched().use_edited(""), EmitError, "defines no function execution_fn", ""),
+    (lambda: stitched().use_edited(None), EmitError, "must be text; got a NoneType", ""),
+    # --- capture
+    (
+        lambda: stitched().static_graphs,
+        BindError,
+        "nothing is captured",
+        "call capture(sizes) first",
+    ),
+    (lambda: stitched().coverage(), BindError, "nothing is captured", "capture"),
+    (
+        lambda: stitched().capture(4),
+        ConfigError,
+        "takes a list of batch sizes; got 4",
+        "capture([1, 2, 4])",
+    ),
+    (lambda: stitched().capture("1,2"), ConfigError, "got '1,2'", "capture([1, 2, 4])"),
+    (lambda: stitched().capture([]), ConfigError, "no batch size to capture", ""),
+    (lambda: stitched().capture([0]), ConfigError, "positive whole numbers, not 0", ""),
+    (lambda: stitched().capture([-1]), ConfigError, "positive whole numbers, not -1", ""),
+    (lambda: stitched().capture([1.5]), ConfigError, "positive whole numbers, not 1.5", ""),
+    (lambda: stitched().capture([True]), ConfigError, "positive whole numbers, not True", ""),
+    (lambda: stitched().capture([4, "8"]), ConfigError, "positive whole numbers, not '8'", ""),
+    (
+        lambda: stitched().capture([4], mod="FULL"),
+        ConfigError,
+        "no option 'mod'",
+        "did you mean mode?",
+    ),
+    (
+        lambda: stitched().capture([4], colour="red"),
+        ConfigError,
+        "no option 'colour'",
+        "use one of mode",
+    ),
+    (
+        lambda: stitched().capture([4], mode="FUL"),
+        ConfigError,
+        "no CUDA graph mode 'FUL'",
+        "use one of",
+    ),
+    (
+        lambda: stitched().capture([4], memory_budget="1G"),
+        ConfigError,
+        "number of bytes; got '1G'",
+        "",
+    ),
+    (
+        lambda: stitched().capture([4], on_failure="ignore"),
+        ConfigError,
+        "no failure policy 'ignore'",
+        "use one of",
+    ),
+    (
+        lambda: piecework.compile(Model().eval(), config=config()).capture([4]),
+        BindError,
+        "at its first call",
+        "",
+    ),
+    # --- what would be silent
+    (
+        lambda: compiled(Model(), config=config(strict=True)),
+        CaptureError,
+        "in training mode, and its drop (Dropout)",
+        "model.eval()",
+    ),
+    (
+        lambda: compiled(config=config(strict=True, cudagraph_mode="PIECEWISE"))(X),
+        StaticGraphError,
+        "nothing is captured",
+        "call capture(sizes)",
+    ),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("number", range(len(MISTAKES)))
+def test_a_mistake_is_a_short_typed_error_with_a_remedy(number: int) -> None:
+    make, kind, text, hint = MISTAKES[number]
+    with pytest.raises(kind) as caught:
+        make()
+    error = caught.value
+    assert type(error) is kind
+    assert text in str(error)
+    assert hint in str(error).partition("Hint:")[2]
+    shown = "".join(traceback.format_exception(error)).splitlines()
+    assert len(shown) < SHORT
+    assert not any("torch/_dynamo" in line for line in shown)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_whole_traceback_is_there_for_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIECEWORK_FULL_TRACEBACK", "1")
+    with pytest.raises(CaptureError) as caught:
+        compiled(multiplies_wrongly)
+    assert "torch/_dynamo" in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (
+            lambda: compiled(config=config(splitting_ops=["aten::cos"])),
+            "not in the graph: aten::cos",
+        ),
+        (lambda: compiled(Model()), "in training mode, and its drop (Dropout) goes by that"),
+        (lambda: compiled(config=config(cudagraph_mode="PIECEWISE"))(X), "nothing is captured"),
+    ],
+)
+def test_what_was_silent_is_warned_of_where_the_user_wrote_it(make, text: str) -> None:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        make()
+    (one,) = [each for each in said if issubclass(each.category, UserWarning)]
+    assert text in str(one.message)
+    assert Path(one.filename) == Path(__file__)
+
+
+def test_nothing_is_said_where_nothing_is_wrong() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        compiled(nn.Linear(8, 8))  # in training mode, and nothing in it goes by that
+        module = compiled(config=config(cudagraph_mode="PIECEWISE"))
+        module.capture([4], progress=False)
+        assert module(X).shape == X.shape
+
+
+def test_a_refused_size_says_what_its_own_trace_failed_by(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(InputError) as caught:
+        stitched()(torch.randn(4, 9))
+    assert any("same reduction dim" in note for note in caught.value.__notes__)
+    assert "Traceback" not in caplog.text
