@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field
 
@@ -72,6 +72,10 @@ class CompilationConfig(FrozenModel):
         >>> [str(each) for each in config.get_compile_ranges(64)]
         ['[1, 16]', '[17, 64]']
     """
+
+    if TYPE_CHECKING:  # fields take more than what they hold: a list, a name
+
+        def __init__(self, **fields: Any) -> None: ...
 
     mode: Annotated[ModeField, KEY] = Field(
         CompilationMode.PIECEWORK_COMPILE,

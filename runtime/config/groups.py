@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
@@ -100,6 +100,10 @@ Flag = Annotated[bool, KEY]
 class StitchingConfig(FrozenModel):
     """The levers of the stitched function and its entry; each one off is slower, never different."""
 
+    if TYPE_CHECKING:  # fields take more than what they hold: a list, a name
+
+        def __init__(self, **fields: Any) -> None: ...
+
     bind_weights: Flag = Field(
         True, description="Bind the weights once instead of fetching and passing them per call."
     )
@@ -122,6 +126,10 @@ class StitchingConfig(FrozenModel):
 class DynamicShapesConfig(FrozenModel):
     """How dynamic dimensions are traced and what is done with the guards on them."""
 
+    if TYPE_CHECKING:  # fields take more than what they hold: a list, a name
+
+        def __init__(self, **fields: Any) -> None: ...
+
     type: Annotated[DynamicShapesType, KEY] = Field(
         DynamicShapesType.AUTO,
         description="`auto`: every size is served, by one trace where that is known to be right, else by several, made when "
@@ -135,6 +143,10 @@ class DynamicShapesConfig(FrozenModel):
 
 class PassConfig(FrozenModel):
     """Which graph passes run on a piece after Inductor's own."""
+
+    if TYPE_CHECKING:  # fields take more than what they hold: a list, a name
+
+        def __init__(self, **fields: Any) -> None: ...
 
     eliminate_noops: Flag = Field(
         True,
@@ -162,6 +174,10 @@ class PassConfig(FrozenModel):
 
 class RuntimeConfig(FrozenModel):
     """What the parts read of the program around the model: batch limits, ranks, dtype, name."""
+
+    if TYPE_CHECKING:  # fields take more than what they hold: a list, a name
+
+        def __init__(self, **fields: Any) -> None: ...
 
     max_num_batched_tokens: Annotated[int, KEY] = Field(
         8192, ge=1, description="The most tokens in one forward; the end of the last range."
