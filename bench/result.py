@@ -10,6 +10,7 @@ import os
 import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -71,6 +72,7 @@ class Result:
     machine: dict[str, object]
     notes: tuple[str, ...] = ()
     unit: str = "µs a call"
+    headline: dict[str, object] | None = None  # the setting that gets a picture of its own
 
     @property
     def met(self) -> bool:
@@ -172,10 +174,13 @@ def _processor() -> str:
     return platform.processor() or "unknown"
 
 
-_PER_LINE = 6  # settings beside each other
+_COLUMNS = 3  # panels beside each other
+_OURS, _LIMIT, _OTHERS = "#d9480f", "#495057", "#adb5bd"
+_LINES = ("#1971c2", "#2f9e44", "#9c36b5", "#e8590c", "#868e96", "#0b7285")
 
 
 def _plot(result: Result, path: Path) -> bool:
+    """One panel for each setting, bars from zero; over three depths or more that are all that varies, a line for each contender."""
     try:
         import matplotlib
     except ImportError:
@@ -184,36 +189,78 @@ def _plot(result: Result, path: Path) -> bool:
     from matplotlib import pyplot
 
     settings = list(dict.fromkeys(tuple(row.setting.items()) for row in result.rows))
-    contenders = list(dict.fromkeys(row.contender for row in result.rows))
-    colours = {name: pyplot.get_cmap("tab20")(i % 20) for i, name in enumerate(contenders)}
-    lines = [settings[i : i + _PER_LINE] for i in range(0, len(settings), _PER_LINE)]
-    figure, grid = pyplot.subplots(
-        len(lines), figsize=(10.0, 1.5 + 3.0 * len(lines)), sharey=True, squeeze=False
-    )
-    times = [row.seconds for row in result.rows]
-    for axes, line in zip(grid[:, 0], lines, strict=True):
-        for place, setting in enumerate(line):
-            found = [row for row in result.rows if tuple(row.setting.items()) == setting]
-            width = 0.8 / len(found)
-            for number, row in enumerate(found):
-                axes.bar(
-                    place + (number - (len(found) - 1) / 2) * width,
-                    row.seconds * _SCALE[result.unit],
-                    width,
-                    color=colours[row.contender],
-                )
-        labels = ["\n".join(f"{key} {value}" for key, value in setting) for setting in line]
-        axes.set_xticks(range(len(line)), labels, fontsize=7)
-        axes.set_xlim(-0.6, len(lines[0]) - 0.4)
-        axes.set_ylabel(result.unit)
-        if max(times) > 20 * min(
-            times
-        ):  # bars from zero are fairer, as long as all of them are seen
-            axes.set_yscale("log")
-    grid[0, 0].set_title(result.title)
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
-    figure.legend(handles, list(colours), fontsize=7, loc="lower center", ncols=5)
-    figure.tight_layout(rect=(0, 0.25 / len(lines) if len(contenders) > 5 else 0.06, 1, 1))
+    if len(settings) > 2 and all(
+        len(each) == 1 and isinstance(each[0][1], int) for each in settings
+    ):
+        figure = _lines(result, pyplot)
+    else:
+        figure = _panels(result, settings, pyplot)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+    if result.headline is not None:
+        figure = _panels(result, [tuple(result.headline.items())], pyplot)
+        figure.savefig(path.with_stem(f"{path.stem}_headline"), dpi=120)
+        pyplot.close(figure)
     return True
+
+
+def _panels(result: Result, settings: list[tuple[tuple[str, object], ...]], pyplot: Any) -> Any:
+    columns = min(_COLUMNS, len(settings))
+    count = -(-len(settings) // columns)
+    most = max(sum(tuple(r.setting.items()) == each for r in result.rows) for each in settings)
+    size = (5.0 * columns + 0.6, (0.55 + 0.26 * most) * count + 0.5)
+    figure, grid = pyplot.subplots(count, columns, figsize=size, squeeze=False)
+    for axes, setting in zip(grid.flat, settings, strict=False):
+        rows = [row for row in result.rows if tuple(row.setting.items()) == setting]
+        values = [row.seconds * _SCALE[result.unit] for row in rows]
+        names = [row.contender for row in rows]
+        bars = axes.barh(names, values, color=list(map(_colour, names)), height=0.72)
+        axes.bar_label(
+            bars, [f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in values], fontsize=7, padding=2
+        )
+        axes.invert_yaxis()
+        axes.set_xlim(0, max(values) * 1.15)
+        axes.set_title(
+            ", ".join(f"{key} {value}" for key, value in setting), fontsize=9, loc="left"
+        )
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in list(grid.flat)[len(settings) :]:
+        axes.set_visible(False)
+    figure.suptitle(f"{result.title} ({result.unit})", fontsize=10, x=0.01, ha="left")
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.1 / size[1]))
+    return figure
+
+
+def _lines(result: Result, pyplot: Any) -> Any:
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.8))
+    (key,) = result.rows[0].setting
+    contenders = list(dict.fromkeys(row.contender for row in result.rows))
+    others = iter(_LINES * len(contenders))
+    for name in contenders:
+        rows = [row for row in result.rows if row.contender == name]
+        colour = _OURS if name.startswith("piecework") else next(others)
+        style = "-" if name == "piecework" or not name.startswith("piecework") else "--"
+        axes.plot(
+            [row.setting[key] for row in rows],
+            [row.seconds * _SCALE[result.unit] for row in rows],
+            style,
+            color=colour,
+            marker="o",
+            markersize=4,
+            label=name,
+        )
+    axes.set_xlabel(key)
+    axes.set_ylabel(result.unit)
+    axes.set_ylim(bottom=0)
+    axes.set_title(result.title, fontsize=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+    figure.tight_layout()
+    return figure
+
+
+def _colour(contender: str) -> str:
+    if contender.startswith("limit"):
+        return _LIMIT
+    return _OURS if contender.startswith("piecework") else _OTHERS

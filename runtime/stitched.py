@@ -235,7 +235,7 @@ class StitchedModule(SharedModule):
 
     def _serve_by(self, call: Callable[..., object]) -> None:
         """Let calls run ``call`` from now on; what a trace serves them by is its `Entry`'s business."""
-        self._call = call
+        vars(self)["_call"] = call  # may be a module, and may happen often: not by __setattr__
 
     def _prepare_and_call(self, *args: object, **kwargs: object) -> object:
         if self._switched_off():
