@@ -16,7 +16,7 @@ from piecework.golden.align import align
 from piecework.golden.canonical import Canon, constant_names
 from piecework.golden.changes import COSMETIC, GROUPS, Change
 from piecework.golden.function_diff import FunctionDiff, compare_functions
-from piecework.golden.outline import FunctionOutline, Outline, outline_of
+from piecework.golden.outline import FunctionOutline, Outline, Step, outline_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +118,7 @@ class _Comparison:
         changes = [
             *entry.changes,
             *(change for found in inlined.values() for change in found.changes),
+            *self._computed(entry),
             *self._inlined(partner),
             *self._constants(),
             *self._module(),
@@ -165,6 +166,21 @@ class _Comparison:
                 message = f"{name} is now called {other}"
                 lines = old[name].line, new[other].line
                 yield Change("names", "changed", message, other, *lines)
+
+    def _computed(self, entry: FunctionDiff) -> Iterator[Change]:
+        """Pieces that compute something else; those with the same change are one."""
+        found: dict[tuple[str, str], list[tuple[Step, Step]]] = {}
+        for i, j in entry.pairs:
+            old, new = self.before.entry.steps[i], self.after.entry.steps[j]
+            one, other = self.before.digests.get(old.callee), self.after.digests.get(new.callee)
+            if one and other and one != other:
+                found.setdefault((one, other), []).append((old, new))
+        for (one, other), steps in found.items():
+            (old, first), (_, last) = steps[0], steps[-1]
+            names = first.callee if first is last else f"{first.callee} … {last.callee}"
+            count = "computes" if first is last else f"({len(steps)} pieces) compute"
+            message = f"{names} {count} something else: {one} → {other}"
+            yield Change("pieces", "changed", message, "", old.line, first.line)
 
     # --- tables and the rest of the module -------------------------------------------------------
 

@@ -99,6 +99,7 @@ class Outline:
     submods: dict[int, str]
     consts: dict[int, str]
     bound: dict[str, str]
+    digests: dict[str, str]
     format_version: int | None
     banner: tuple[str, ...]
     statements: tuple[str, ...] = ()
@@ -145,6 +146,7 @@ def outline_of(text: str, where: str = "source") -> Outline:
         submods=tables.submods,
         consts=tables.consts,
         bound=tables.bound,
+        digests=tables.digests,
         format_version=tables.format_version,
         banner=tables.banner,
         statements=tuple(ast.unparse(node) for node in tree.body if _is_unfamiliar(node)),

@@ -19,11 +19,13 @@ _BOUND = re.compile(r"^#\s+(\w+): (.*)$")
 
 @dataclass(slots=True)
 class Tables:
-    """``submods`` and ``consts`` by index, ``bound`` names with what they hold; ``banner`` without its ``#``."""
+    """``submods`` and ``consts`` by index, ``bound`` names with what they hold, ``digests`` of what submodules compute, by name;
+    ``banner`` without its ``#``."""
 
     submods: dict[int, str] = field(default_factory=dict)
     consts: dict[int, str] = field(default_factory=dict)
     bound: dict[str, str] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
     format_version: int | None = None
     banner: tuple[str, ...] = ()
 
@@ -41,7 +43,10 @@ def read_tables(lines: list[str]) -> Tables:
         elif found := _TABLE.match(line):
             current = tables.submods if found.group(1) == SUBMODS else tables.consts
         elif current is not None and (found := _ROW.match(line)):
-            current[int(found.group(1))] = found.group(2)
+            row, _, digest = found.group(2).partition("  ")
+            if current is tables.submods and digest:
+                tables.digests[row] = digest
+            current[int(found.group(1))] = row if current is tables.submods else found.group(2)
         elif current is None and line != "#":
             banner.append(line[2:])
     tables.banner = tuple(banner)

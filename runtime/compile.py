@@ -394,6 +394,10 @@ class UnstitchedModule(StitchedModule):
         compilation_complete()
         return result
 
+    def __repr__(self) -> str:
+        """The model's name and the mode, in which nothing is stitched."""
+        return f"StitchedModule({type(self.model).__name__}, mode {self.config.mode}: not stitched)"
+
     def _not_yet(self, what: str) -> BindError:  # type: ignore[override]
         return BindError(
             f"mode {self.config.mode} stitches nothing, so there is no {what}",

@@ -282,7 +282,7 @@ class BoundName:
 @dataclass(frozen=True, slots=True)
 class Module:
     """The whole emitted module. ``functions`` are in order of definition; ``entry`` comes last; ``provided`` are names that the
-    runtime puts into it."""
+    runtime puts into it; ``digests`` say what each of ``submod_names`` computes, "" where that is not known."""
 
     imports: tuple[str, ...]
     aliases: tuple[Alias, ...]
@@ -293,3 +293,4 @@ class Module:
     bound: tuple[BoundName, ...] = ()
     banner: tuple[str, ...] = ()
     provided: tuple[str, ...] = ()
+    digests: tuple[str, ...] = ()

@@ -37,6 +37,7 @@ class LowerOptions:
         emit_del: write ``del`` after each last use.
         line_numbers: put ``file:line`` rather than ``file`` into comments.
         banner: lines of the header comment.
+        digests: name of a submodule → a short digest of what it computes, for the header.
     """
 
     submods: Collection[str] | None = None
@@ -45,6 +46,7 @@ class LowerOptions:
     emit_del: bool = True
     line_numbers: bool = True
     banner: tuple[str, ...] = ()
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 def lower(
@@ -96,6 +98,7 @@ class _Lowering:
             const_specs=self.state.consts.specs,
             bound=tuple(row for _, _, row in bound),
             banner=self.options.banner,
+            digests=tuple(self.options.digests.get(name, "") for name in self.state.submod_index),
         )
         return module, self.state.consts.values
 

@@ -99,7 +99,9 @@ def _generate(split_gm: torch.fx.GraphModule, options: LowerOptions) -> Stitched
 
 def render_stitched(module: ir.Module) -> str:
     """The text of a stitching plan."""
-    submods = [f"[{index}] {name}" for index, name in enumerate(module.submod_names)]
+    digests = module.digests or [""] * len(module.submod_names)
+    rows = enumerate(zip(module.submod_names, digests, strict=True))
+    submods = [f"[{index}] {name}  {digest}".rstrip() for index, (name, digest) in rows]
     banner = ["", *module.banner] if module.banner else []
     header = [*banner, *table_rows("__vllm_submods__", submods), *const_rows(module)]
     return str(render(module, "stitching source", header))

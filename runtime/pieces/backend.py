@@ -420,7 +420,15 @@ class _Compilation:
             direct=direct.implementations,
             emit_del=levers.emit_del,
             banner=banner,
+            digests=dict(self._digests()),
         )
+
+    def _digests(self) -> Iterator[tuple[str, str]]:
+        """What each piece computes, in eight digits that are the same in every process; pieces without such are left out."""
+        for name, piece in self.backends.items():
+            structure = piece.compiled_of()[1]
+            if structure.portable:
+                yield name, structure.key[:8]
 
 
 def _require_admitted(split_gm: torch.fx.GraphModule, names: Sequence[str], admits: Admits) -> None:

@@ -91,6 +91,7 @@ def test_a_model_in_mode_none_is_not_a_member_of_itself(model: nn.Module) -> Non
     stitched = piecework.compile(model, config=piecework.CompilationConfig(mode="NONE"))
     assert torch.equal(stitched(X), model(X))
     assert list(stitched.state_dict()) == list(model.state_dict())
+    assert repr(stitched) == "StitchedModule(Model, mode NONE: not stitched)"
 
 
 def test_what_it_shows_of_itself(model: nn.Module) -> None:

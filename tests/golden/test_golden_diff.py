@@ -328,3 +328,48 @@ def test_long_sources_are_compared_quickly_enough_to_align_them_all() -> None:
     diff = compare_sources(source(0), source(5))
     assert said(diff, "arguments") == ["~ submod_500: argument 1 0 → 5"]
     assert len(diff.changes) == 1 and len(diff.entry.pairs) == 1001
+
+
+# --- what pieces compute ----------------------------------------------------------------------------
+
+
+def with_digests(*digests: str) -> str:
+    text = BEFORE
+    for row, digest in zip(("[0] submod_0", "[1] submod_2", "[2] submod_4"), digests, strict=True):
+        text = text.replace(row, f"{row}  {digest}".rstrip())
+    return text
+
+
+def test_a_piece_that_computes_something_else_is_a_change_of_meaning() -> None:
+    diff = compare_sources(with_digests("aa", "bb", "cc"), with_digests("aa", "dd", "cc"))
+    assert said(diff, "pieces") == ["~ submod_2 computes something else: bb → dd"]
+    assert not diff.same_meaning and diff.headline == "pieces: 1"
+
+
+def test_pieces_with_the_same_change_are_one_line() -> None:
+    diff = compare_sources(with_digests("aa", "bb", "bb"), with_digests("aa", "dd", "dd"))
+    wanted = "~ submod_2 … submod_4 (2 pieces) compute something else: bb → dd"
+    assert said(diff, "pieces") == [wanted]
+
+
+def test_a_digest_that_only_one_side_has_says_nothing_about_meaning() -> None:
+    diff = compare_sources(BEFORE, with_digests("aa", "", "cc"))
+    assert diff.same_meaning and not diff.same_text
+
+
+@pytest.mark.parametrize("other", ["gelu", "relu"])
+def test_what_a_piece_computes_shows_in_the_source_of_a_model(other: str) -> None:
+    import torch
+
+    import piecework
+
+    def source(activation: str) -> str:
+        act = getattr(torch.nn.functional, activation)
+        config = {"backend": "eager", "splitting_ops": []}
+        stitched = piecework.compile(lambda x: act(x) + 1, (torch.randn(4, 8),), config=config)
+        return stitched.source.code
+
+    diff = compare_sources(source("gelu"), source(other))
+    assert diff.same_text == (other == "gelu")
+    if not diff.same_text:
+        assert "submod_0 computes something else" in said(diff, "pieces")[0]
