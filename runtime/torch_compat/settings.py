@@ -112,7 +112,10 @@ def _pairs() -> Iterator[tuple[str, object]]:
         short = name.removeprefix("_get_")
         if short == name or short in _NO_EFFECT or not hasattr(torch._C, f"_set_{short}"):
             continue
-        value = getattr(torch._C, name)()
+        try:
+            value = getattr(torch._C, name)()
+        except TypeError:  # it takes something: a property of that, and no setting
+            continue
         # Enumerations of C++ are not Python's; their text is type, name and number.
         yield short, value if isinstance(value, (bool, int, str, list, tuple)) else str(value)
 
