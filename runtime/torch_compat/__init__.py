@@ -10,8 +10,10 @@ from __future__ import annotations
 from piecework.runtime.torch_compat.artifact import (
     direct_entry,
     inductor_sources,
+    realign_inputs,
     strict_inputs,
 )
+from piecework.runtime.torch_compat.cuda_graphs import abandon_capture, clear_cublas_workspaces
 from piecework.runtime.torch_compat.dictionaries import (
     dict_guard,
     dict_versions,

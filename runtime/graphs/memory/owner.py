@@ -93,10 +93,14 @@ class StaticGraphs:
         """The capture phase; afterwards capturing is closed, even where it was lazy before."""
         self._open = True
         try:
-            with self.platform.capture_scope(self.pool):
-                yield
+            yield
+            self.platform.synchronize()
         finally:
             self._open = False
+
+    def others_capture(self) -> bool:
+        """Whether somebody else captures what this thread does now: nothing can be replayed or captured here."""
+        return self._busy_with is None and self.platform.is_capturing()
 
     def allow_capturing(self, allowed: bool) -> None:
         """Allow captures at any time, or close a lazy capture phase."""

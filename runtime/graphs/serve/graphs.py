@@ -33,6 +33,7 @@ from piecework.runtime.graphs.memory.captured_call import CapturedCall
 from piecework.runtime.graphs.memory.owner import CaptureRecord, StaticGraphs
 from piecework.runtime.graphs.memory.wrapper import CUDAGraphOptions, CUDAGraphWrapper, wrap_piece
 from piecework.runtime.graphs.plan.batch_reader import FixedBatch, batch_shape
+from piecework.runtime.graphs.plan.devices import capture_device
 from piecework.runtime.graphs.plan.numbers import require_sizes_only, sizes_of
 from piecework.runtime.graphs.plan.options import CaptureOptions, plan_capture
 from piecework.runtime.graphs.plan.phase import Key, plain_context
@@ -95,7 +96,7 @@ class CapturedGraphs:
             for values in plan.others
         }
         self.graphs = StaticGraphs(
-            self.shape.device,
+            self._device(),
             address_policy=options.address_policy,
             check_addresses=options.check_addresses,
             on_capture=self._count,
@@ -136,13 +137,25 @@ class CapturedGraphs:
     def _check_numbers(self) -> list[torch.fx.Node]:
         """Refuse numbers that captured code reads from data; the inputs of the graph that are passed per call."""
         source, split_gm = self._program.source, self._program.split_gm
-        whole = bool(self.dispatcher.cudagraph_keys[_FULL])
-        captured = [i.submod_name for i in self._program.items]
-        require_sizes_only(split_gm, captured if whole else source.submod_names)
+        require_sizes_only(split_gm, self._captured_names())
         bound = {row.path for row in source.module.bound}
         nodes = split_gm.graph.find_nodes(op="placeholder")
         pairs = zip(nodes, self._entry.captured.inputs, strict=True)
         return [n for n, each in pairs if not (isinstance(each, Weight) and each.path in bound)]
+
+    def _device(self) -> torch.device:
+        """Where captured code computes; Inductor's own partitions leave out what is elsewhere."""
+        inside = self._program.config.use_inductor_graph_partition
+        first = self.shape.dynamic[0].fake.device
+        return capture_device(
+            self._program.split_gm, () if inside else self._captured_names(), first
+        )
+
+    def _captured_names(self) -> list[str]:
+        """The submodules that are captured: the pieces, and all where a whole forward is."""
+        whole = bool(self.dispatcher.cudagraph_keys[_FULL])
+        every = [item.submod_name for item in self._program.items]
+        return every if whole else list(self._program.source.submod_names)
 
     def static_inputs(
         self, size: int, others: Mapping[str, int] | None = None
@@ -271,7 +284,9 @@ class CapturedGraphs:
         # What is captured must not be dry; and nothing can be copied while a GPU captures.
         dry = context if context is None or full else replace(context, dry=True)
         # Splitting ops that run inside Inductor's code can't be looked at.
-        watched = self.partitions is None and not (full and self.shape.device.type == "cuda")
+        watched = self.partitions is None and not (
+            full and self.graphs.platform.device.type == "cuda"
+        )
         with ExitStack() as stack:
             if self.options.put_back:
                 stack.enter_context(self.dry_writes.put_back(watched=watched))

@@ -81,6 +81,7 @@ class CapturedModel:
         # taking and leaving are single steps of the interpreter, so that an interrupt never leaves them taken.
         self._user: dict[int, object] = {}
         self._in_place = self._watch_weights()
+        self._is_capturing = self.graphs.platform.is_capturing
         self._retired = False
         self._raises = FailurePolicy.parse(options.on_failure).raises
         self._calls = Calls(self.shape, self.dispatcher, self._ready, options)
@@ -248,7 +249,7 @@ class CapturedModel:
         """
         tensors = list(self._weights.values())
         in_place, quick = torch_compat.places_guard(tensors)
-        needed = self.shape.device.type != "cpu" or self.options.check_addresses
+        needed = self.graphs.platform.device.type != "cpu" or self.options.check_addresses
         return in_place if tensors and (needed or quick) else None
 
     def _moved(self) -> StaticGraphError:
@@ -263,7 +264,8 @@ class CapturedModel:
         if self.options.warmups is not None:
             return self.options.warmups
         return max(
-            self._program.config.cudagraph_num_of_warmups, int(self.shape.device.type == "cuda")
+            self._program.config.cudagraph_num_of_warmups,
+            int(self.graphs.platform.device.type == "cuda"),
         )
 
     # --- serving -----------------------------------------------------------------------------------
@@ -274,6 +276,9 @@ class CapturedModel:
         call = step.call
         if call is None:
             step.calls += 1
+            return self._forward(*flat, **submods)
+        if self._is_capturing():
+            self._calls.inside.calls += 1
             return self._forward(*flat, **submods)
         for position, path in self.shape.weights.items():
             if flat[position] is not self._weights[path]:
