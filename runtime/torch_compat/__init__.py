@@ -143,6 +143,7 @@ from piecework.runtime.torch_compat.switches import (
     stance_name,
 )
 from piecework.runtime.torch_compat.tensors import (
+    copy_each,
     is_lazy,
     is_same_view,
     memory_apart,

@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+#: Copies each source into the target at its place, on a GPU in one launch where dtypes are the same: ``(targets, sources, non_blocking)``.
+copy_each: Callable[[list[torch.Tensor], list[torch.Tensor], bool], None] = torch._foreach_copy_
+
 
 def storage_at(pointer: int, device: torch.device, nbytes: int) -> torch.UntypedStorage:
     """A storage over memory that it does not own.

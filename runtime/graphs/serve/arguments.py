@@ -56,9 +56,10 @@ class CapturedInputs:
         self._static = StaticInputs.allocate(
             {each.name: _example(each, others) for each in shape.dynamic},
             maximum,
-            [InputSpec(e.name, _dim_in_memory(e), pads.get(e.name, 0)) for e in shape.dynamic],
+            [_spec(each, pads) for each in shape.dynamic],
             poison=poison,
             copies=copies,
+            keeps_tails=copies,
         )
         self._copies = copies
         self._fixed = {
@@ -78,7 +79,8 @@ class CapturedInputs:
         return tuple(_as_traced(held[n], each) for n, each in enumerate(self._staged))
 
     def by_name(self, padded: int) -> dict[str, torch.Tensor]:
-        """The same static tensors by their parameter's name."""
+        """The same static tensors by their parameter's name, for a caller who may write to them."""
+        self._static.let_write()
         names = (each.name for each in self._staged)
         return dict(zip(names, self.views(padded), strict=True))
 
@@ -145,6 +147,10 @@ def _example(each: StagedInput, others: Mapping[str, int]) -> torch.Tensor:
         shape = [shape[dim] for dim in each.order]
     with torch.inference_mode(False):
         return torch.zeros(shape, dtype=each.fake.dtype, device=each.fake.device)
+
+
+def _spec(each: StagedInput, pads: Mapping[str, Number]) -> InputSpec:
+    return InputSpec(each.name, _dim_in_memory(each), pads.get(each.name, 0), each.written)
 
 
 def _dim_in_memory(each: StagedInput) -> int:
