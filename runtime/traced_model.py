@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextvars
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -143,13 +143,20 @@ class TracedModel:
         """Whether ``error`` says, before anything ran, that something around the call is not as this trace has it."""
         return isinstance(error, InputError) and error.outdated is self.entry
 
-    def named_pieces(self) -> AbstractContextManager[None]:
-        """Show pieces and operators by name in ``torch.profiler`` for the block."""
+    @contextmanager
+    def named_pieces(self) -> Iterator[None]:
+        """Show pieces, replays and operators by name in ``torch.profiler`` for the block."""
         program, source = self.program, self.program.source
         modules = {piece.name: piece.modules for piece in program.pieces()}
         labels = [f"{name} {modules[name]}".strip() for name in source.submod_names]
         operators = {alias.name: alias.name for alias in source.module.aliases}
-        return named_pieces(self.entry.execution_fn, program.submod_lists, labels, operators)
+        captured = self.static
+        with ExitStack() as stack:
+            lists = program.submod_lists
+            stack.enter_context(named_pieces(self.entry.execution_fn, lists, labels, operators))
+            if captured is not None:
+                stack.enter_context(captured.named_replays(labels))
+            yield
 
     def use_edited(self, code: str) -> EditedSource:
         """Run an edited version of the stitching source from now on."""

@@ -30,7 +30,7 @@ class CaptureRecord:
         mode: PIECEWISE or FULL.
         descriptor: the batch shape.
         nbytes: what it added to the pool.
-        staged_bytes: static buffers for fresh inputs, outside the pool.
+        staged_bytes: static buffers for fresh inputs, outside the pool; what a larger shape of the piece has is not counted again.
         eager_reason: why this piece runs uncaptured in this shape, if the address policy said so.
     """
 
@@ -82,6 +82,7 @@ class StaticGraphs:
         self._in_use: set[tuple[CUDAGraphMode, BatchDescriptor]] = set()
         self._busy_with: str | None = None
         self._holders: weakref.WeakSet[GraphHolder] = weakref.WeakSet()
+        self._staging: dict[tuple[object, int], torch.Tensor] = {}
 
     @property
     def is_open(self) -> bool:
@@ -176,6 +177,22 @@ class StaticGraphs:
             if self._on_capture is not None:
                 self._on_capture(record)
 
+    def staging_memory(
+        self, piece: object, number: int, nbytes: int, device: torch.device
+    ) -> tuple[torch.Tensor, int]:
+        """Bytes for static buffer ``number`` of a piece, and how many of them are new.
+
+        All batch shapes of a piece share them: one of them runs at a time, and its buffers are filled right before. The largest is
+        captured first, so the others take the head of what it has.
+        """
+        known = self._staging.get((piece, number))
+        if known is not None and known.nbytes >= nbytes and known.device == device:
+            return known, 0
+        with torch.inference_mode(False):
+            found = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self._staging[piece, number] = found
+        return found, nbytes
+
     def note_eager(
         self, name: str, mode: CUDAGraphMode, descriptor: BatchDescriptor, reason: str
     ) -> None:
@@ -212,6 +229,7 @@ class StaticGraphs:
         for holder in list(self._holders):
             holder.clear_graphs()
         self._in_use.clear()
+        self._staging.clear()
         self.addresses.forget_captured()
         self.records.clear()
         self.pool.clear()

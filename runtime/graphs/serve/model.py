@@ -6,7 +6,8 @@ It never captures while serving; a batch that no graph covers runs as it ran bef
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -19,6 +20,7 @@ from piecework.runtime import torch_compat
 from piecework.runtime.batch.coverage import CoverageRow, coverage
 from piecework.runtime.batch.descriptor import BatchKind
 from piecework.runtime.batch.dispatcher import Reason
+from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.bind.weights import BoundWeights
 from piecework.runtime.call.entry import Entry
 from piecework.runtime.call.execution import by_path_of
@@ -349,6 +351,19 @@ class CapturedModel:
     def memory_report(self) -> MemoryReport:
         """What the captures were expected to take, and take."""
         return MemoryReport(self.estimate, self.graphs.bytes_by_descriptor(), self.dropped)
+
+    @contextmanager
+    def named_replays(self, labels: Sequence[str]) -> Iterator[None]:
+        """Show replays by name in ``torch.profiler`` for the block; ``labels`` are the pieces', in order."""
+        with ExitStack() as stack:
+            for (mode, descriptor), replay in self.replays.items():
+                graph = f"{mode.name} {descriptor.describe()}"
+                whole = [f"the whole forward, {graph}"]
+                known = (
+                    whole if mode is CUDAGraphMode.FULL else [f"{each}, {graph}" for each in labels]
+                )
+                stack.enter_context(replay.named(known))
+            yield
 
     def source_for(self, size: int, kind: BatchKind | None = None) -> ReplaySource:
         """The replay source that serves a batch of ``size``.
