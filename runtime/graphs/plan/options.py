@@ -10,6 +10,8 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
 from piecework.errors import ConfigError, StaticGraphError
 from piecework.runtime.batch.descriptor import BatchKind
 from piecework.runtime.batch.dispatcher import CudagraphDispatcher, Reason
@@ -49,6 +51,8 @@ class CaptureOptions:
         clone_outputs: return copies; otherwise the next call overwrites what this one returned.
         strict: a batch that falls back to running uncaptured although its size was to be captured is an error.
         pads: what fills the tail of each padded input, by its parameter's name; 0 by default.
+        static: arguments without the batch size that calls pass in the same memory each time, such as a KV cache: by parameter name,
+            the tensor itself. It is neither copied nor copied back; a call that passes another one is an error.
         poison: pad floating inputs with NaN, to find out what reads beyond the batch (debugging).
         check_padding: run one small batch on random data alone, padded, and padded with NaN before anything is captured; where rows
             differ, nothing is padded. It costs three uncaptured forwards.
@@ -71,6 +75,7 @@ class CaptureOptions:
     clone_outputs: bool = True
     strict: bool = False
     pads: Mapping[str, Number] = field(default_factory=dict)
+    static: Mapping[str, torch.Tensor] = field(default_factory=dict)
     poison: bool = False
     check_padding: bool = True
     context_for: ContextFor | None = None

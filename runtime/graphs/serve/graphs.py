@@ -92,6 +92,7 @@ class CapturedGraphs:
                 options.pads,
                 options.poison,
                 program.config.cudagraph_copy_inputs,
+                options.static,
             )
             for values in plan.others
         }
@@ -112,7 +113,9 @@ class CapturedGraphs:
         )
         self._writes: dict[tuple[str, tuple[int, ...]], frozenset[int]] = {}
         weights = list(self.weights.values())
-        self.dry_writes = DryWrites(self._is_own, weights, self._written_weights())
+        kept = [each for inputs in self._inputs.values() for each in inputs.written_outside]
+        known = self._written_weights()
+        self.dry_writes = DryWrites(self._is_own, [*weights, *kept], [*known, *kept], always=kept)
         self._wrapped = [self._wrap(submods, n) for n, submods in enumerate(program.submod_lists)]
         self._whole = [self._wrap_whole(number) for number in range(len(program.submod_lists))]
         self.replays: dict[Key, Replay] = {}

@@ -284,7 +284,8 @@ def require_in_place(name: str, tensor: torch.Tensor, static: torch.Tensor) -> N
     """Refuse an input that is not ``static``, where nothing is copied."""
     if tensor.data_ptr() != static.data_ptr() or tensor.stride() != static.stride():
         raise InputError(
-            "does not lie in its static buffer, and inputs are not copied",
+            "does not lie in its static buffer, and is not copied",
             where=f"input {name}",
-            hint="write into static_graphs.static_inputs(size) and pass views of it, or set cudagraph_copy_inputs",
+            hint="pass the tensor that capture(static=...) was given; or, without cudagraph_copy_inputs, views of "
+            "static_graphs.static_inputs(size), or set it",
         )
