@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
     from piecework.runtime.counters import counters
     from piecework.runtime.decorators import ignore_torch_compile, support_torch_compile
-    from piecework.runtime.splitting_op import declare_rows, splitting_op
+    from piecework.runtime.splitting_op import declare_full_graphs, declare_rows, splitting_op
     from piecework.runtime.stitched import StitchedModule
 
 __version__ = "0.1.0"

@@ -70,7 +70,7 @@ if TYPE_CHECKING:
         create_concrete_args,
         get_fake_args_from_graph,
     )
-    from piecework.runtime.splitting_op import declare_rows, splitting_op
+    from piecework.runtime.splitting_op import declare_full_graphs, declare_rows, splitting_op
     from piecework.runtime.stitched import StitchedModule
 
 __all__, __getattr__, __dir__ = face(__name__, __file__)

@@ -13,7 +13,6 @@ from piecework.runtime.torch_compat.artifact import (
     realign_inputs,
     strict_inputs,
 )
-from piecework.runtime.torch_compat.cuda_graphs import abandon_capture, clear_cublas_workspaces
 from piecework.runtime.torch_compat.dictionaries import (
     dict_guard,
     dict_versions,
@@ -143,6 +142,8 @@ from piecework.runtime.torch_compat.switches import (
     stance_name,
 )
 from piecework.runtime.torch_compat.tensors import (
+    abandon_capture,
+    clear_cublas_workspaces,
     copy_each,
     is_lazy,
     is_same_view,

@@ -62,7 +62,9 @@ class _Peeling:
             self._remember(current.serialize_fn)  # type: ignore[attr-defined]
             return current.compiled_fn  # type: ignore[attr-defined]
         cells = cells_of(current) if isinstance(current, types.FunctionType) else {}
-        name = getattr(current, "__qualname__", type(current).__name__)
+        # The code's own name: `functools.wraps` gives a wrapper that of what it wraps.
+        code = current.__code__ if isinstance(current, types.FunctionType) else None
+        name = type(current).__name__ if code is None else code.co_qualname
         if type(cells.get("self")).__name__ == "DisableContext" and "fn" in cells:
             return cells["fn"]
         if name == "aot_module_simplified.<locals>.forward":

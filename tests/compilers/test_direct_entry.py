@@ -27,14 +27,26 @@ class EffectTokensWrapper:
         def inner_fn(args):
             return compiled_fn([*([None] * num_tokens), *args])[num_tokens:]
 
-        inner_fn.__qualname__ = "EffectTokensWrapper.post_compile.<locals>.inner_fn"
         return inner_fn
+
+
+class FunctionalizedRngRuntimeWrapper:
+    """Around it, and by its ``__qualname__`` the same function."""
+
+    def post_compile(self, compiled_fn, runtime_metadata):
+        @wraps(compiled_fn)
+        def wrapper(args):
+            return (runtime_metadata, compiled_fn(args))[1]
+
+        return wrapper
 
 
 def entered(num_tokens: int) -> tuple[object, str]:
     graph = CompiledFxGraph()
     wrapped = EffectTokensWrapper().post_compile(graph, num_tokens)
-    artifact = SimpleNamespace(_compiled_fn=wrapped)
+    around = FunctionalizedRngRuntimeWrapper().post_compile(wrapped, None)
+    assert around.__qualname__ == wrapped.__qualname__
+    artifact = SimpleNamespace(_compiled_fn=around)
     call, reason = torch_compat.direct_entry(artifact, 1, 1, vouched=True)
     return call is graph.current_callable, reason
 
@@ -86,3 +98,24 @@ def test_every_compiled_graph_is_realigned_once(monkeypatch, inside):
         torch.testing.assert_close(stitched(x), model(x))
         torch.compiler.reset()
     assert len(found) == 2 and len({id(each) for each in found}) == 2
+
+
+def test_operators_of_python_that_inductor_lowers_by_itself_are_nobodys_own(monkeypatch):
+    """Else torch 2.11 would compile without a cache from the second compilation of a process on."""
+    import operator
+
+    from torch._inductor import lowering
+
+    from piecework.runtime.torch_compat.settings import global_passes
+
+    @wraps(operator.add)
+    def add(a, b):
+        return a + b
+
+    def mine(a, b):
+        return a - b
+
+    before = set(global_passes())
+    monkeypatch.setitem(lowering.lowerings, operator.add, add)
+    monkeypatch.setitem(lowering.lowerings, operator.sub, mine)
+    assert set(global_passes()) - before == {f"lowerings.{operator.sub}"}

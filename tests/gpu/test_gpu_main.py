@@ -21,6 +21,7 @@ from gpu_models import (
 )
 
 import piecework
+from piecework.errors import ArtifactError
 from piecework.integrations.transformers import stitch, stitched_module, unstitch
 from piecework.integrations.transformers.dry_request import dry_request
 
@@ -60,6 +61,11 @@ def _reasons(stitched: piecework.StitchedModule) -> list[str]:
 
 
 @pytest.mark.inductor
+@pytest.mark.xfail(
+    torch.__version__ < "2.12",
+    raises=ArtifactError,
+    reason="traces of torch 2.11 rely on attributes of torch.Tensor that artifacts can't compare yet",
+)
 def test_an_artifact_is_loaded_captured_and_equal(tmp_path):
     _, stitched = stitched_decoder(INDUCTOR)
     stitched.save(tmp_path / "artifact")

@@ -42,6 +42,16 @@ class CaptureRecord:
     eager_reason: str | None = None
 
 
+class _SharedPool:
+    """A pool, and who uses it."""
+
+    def __init__(self, pool: GraphPool) -> None:
+        self.pool = pool
+        self.owners: weakref.WeakSet[StaticGraphs] = weakref.WeakSet()
+        self.users: dict[int, object] = {}
+        self.lock = threading.RLock()
+
+
 class StaticGraphs:
     """The static graphs of one model: one pool, one address book, one capture phase.
 
@@ -51,6 +61,11 @@ class StaticGraphs:
         lazy: allow captures at any time, until capturing is closed; otherwise only inside ``capturing()``.
         check_addresses: check the inputs of every replay, not only of the first (debugging).
         on_capture: called with the record of each capture, for counters and progress.
+        memory_of: another owner on this device, whose pool this one uses; one of them captures or runs at a time, and what one returned
+            may be overwritten by the other. The pool is given back when none of them has a capture.
+
+    Attributes:
+        users: who is running graphs of this memory, under 0; empty if nobody is.
 
     Example:
         >>> graphs = StaticGraphs("cpu")
@@ -67,17 +82,25 @@ class StaticGraphs:
         lazy: bool = False,
         check_addresses: bool = False,
         on_capture: Callable[[CaptureRecord], None] | None = None,
+        memory_of: StaticGraphs | None = None,
     ) -> None:
         self.platform: GraphPlatform = (
             platform_for(platform) if isinstance(platform, (str, torch.device)) else platform
         )
-        self.pool: GraphPool = self.platform.new_pool()
+        if memory_of is not None and memory_of.platform.device != self.platform.device:
+            raise StaticGraphError(
+                f"the graphs whose memory is to be used are on {memory_of.platform.device}",
+                where=str(self.platform.device),
+            )
+        shared = _SharedPool(self.platform.new_pool()) if memory_of is None else memory_of._shared
+        shared.owners.add(self)
+        self._shared, self.pool = shared, shared.pool
+        self.users, self.capture_lock = shared.users, shared.lock
         self.addresses = AddressBook()
         self.address_policy = AddressPolicy.parse(address_policy)
         self.check_addresses = check_addresses
         self.records: list[CaptureRecord] = []
         self._on_capture = on_capture
-        self.capture_lock = threading.RLock()
         self._open = lazy
         self._in_use: set[tuple[CUDAGraphMode, BatchDescriptor]] = set()
         self._busy_with: str | None = None
@@ -232,7 +255,8 @@ class StaticGraphs:
         self._staging.clear()
         self.addresses.forget_captured()
         self.records.clear()
-        self.pool.clear()
+        if not any(owner.records for owner in self._shared.owners):
+            self.pool.clear()
 
 
 class GraphHolder:

@@ -125,18 +125,21 @@ class CapturedInputs:
         return dict(zip(names, self.views(padded), strict=True))
 
     def stager(self, padded: int) -> Callable[[Tensors], object]:
-        """What copies all tensor arguments into the buffers, padded to ``padded``."""
-        stage = self._static.stage
+        """What copies all tensor arguments of a call that was checked into the buffers, padded to ``padded``."""
+        stage = self._static.stage_alike
+        first = self._numbers[0]
+        dim = self._staged[first].dim
         turned = {n: each.order for n, each in enumerate(self._staged) if each.order is not None}
         if not self._fixed and not turned:
-            return lambda inputs: stage(inputs, padded)
+            return lambda inputs: stage(inputs, padded, inputs[first].shape[dim])  # type: ignore[index]
         dynamic, fixed = self._numbers, tuple(self._fixed.items())
         names = [each.name for each in self._staged]
         copied = set(self._fixed) - set(self._kept) if self._copies else set()
 
         def stage_all(inputs: Tensors) -> None:
+            count = inputs[first].shape[dim]  # type: ignore[index]
             inputs = [x.permute(turned[n]) if n in turned else x for n, x in enumerate(inputs)]
-            stage([inputs[n] for n in dynamic], padded)
+            stage([inputs[n] for n in dynamic], padded, count)
             for number, buffer in fixed:
                 if number in copied:
                     buffer.copy_(inputs[number], non_blocking=True)

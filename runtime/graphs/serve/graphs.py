@@ -34,6 +34,7 @@ from piecework.runtime.graphs.memory.owner import CaptureRecord, StaticGraphs
 from piecework.runtime.graphs.memory.wrapper import CUDAGraphOptions, CUDAGraphWrapper, wrap_piece
 from piecework.runtime.graphs.plan.batch_reader import FixedBatch, batch_shape
 from piecework.runtime.graphs.plan.devices import capture_device
+from piecework.runtime.graphs.plan.full_graphs import full_graphs_of
 from piecework.runtime.graphs.plan.numbers import require_sizes_only, sizes_of
 from piecework.runtime.graphs.plan.options import CaptureOptions, plan_capture
 from piecework.runtime.graphs.plan.phase import Key, plain_context
@@ -56,6 +57,7 @@ class CapturedGraphs:
         sizes: the batch sizes that were to be captured.
         graphs: the owner of what is captured.
         dispatcher: which batch runs as what.
+        lowered: why less is captured than the mode that was asked for; "" if it isn't.
         options: how it was captured.
         replays: mode and descriptor → its replay.
         weights: path → tensor, of the execution that was captured.
@@ -78,8 +80,10 @@ class CapturedGraphs:
     ) -> None:
         self._entry, self._program, self.options = entry, program, options
         self.shape = batch_shape(entry.captured, program, options.same_as_batch, fixed)
-        plan = plan_capture(self.shape, program.config, sizes, options)
-        self.sizes, self.dispatcher = plan.sizes, plan.dispatcher
+        between = [item.submod_name for item in program.items if item.is_splitting_graph]
+        said = full_graphs_of(program.split_gm, between)
+        plan = plan_capture(self.shape, program.config, sizes, options, said)
+        self.sizes, self.dispatcher, self.lowered = plan.sizes, plan.dispatcher, plan.lowered
         self._parameters = self._check_numbers()
         # The weights and the function of one execution; a change retires these graphs instead of reaching them.
         self.forward: Callable[..., object] = entry.execution_fn
@@ -101,6 +105,7 @@ class CapturedGraphs:
             address_policy=options.address_policy,
             check_addresses=options.check_addresses,
             on_capture=self._count,
+            memory_of=options.memory_of,
         )
         cut_inside = program.config.use_inductor_graph_partition
         self.partitions = Partitions(self.graphs) if cut_inside else None
@@ -276,6 +281,8 @@ class CapturedGraphs:
         """One forward on the static inputs, whatever they hold; the context's mode says which wrapper acts."""
         size = descriptor.num_tokens
         views = self.inputs_of(descriptor).views(size)
+        if self.options.join is not None:
+            self.options.join()
         with torch.no_grad(), self._without_traces():
             return self._run(self._flat(views, descriptor), self._range_of(size))
 

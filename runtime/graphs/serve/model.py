@@ -81,10 +81,12 @@ class CapturedModel:
         self._ready: dict[Key, Step] = {}
         # Inputs, results and what lies between have one place each: one call at a time. Who is in them stands under 0:
         # taking and leaving are single steps of the interpreter, so that an interrupt never leaves them taken.
-        self._user: dict[int, object] = {}
+        # Models that share their memory share this too.
+        self._user = self.graphs.users
         self._in_place = self._watch_weights()
         self._is_capturing = self.graphs.platform.is_capturing
         self._retired = False
+        self._join = options.join
         self._raises = FailurePolicy.parse(options.on_failure).raises
         self._calls = Calls(self.shape, self.dispatcher, self._ready, options)
 
@@ -100,6 +102,10 @@ class CapturedModel:
             KeyboardInterrupt: likewise, on Ctrl-C.
         """
         try:
+            if self.captures.lowered:
+                _log.warning(
+                    "capture: less than a whole forward is captured: %s", self.captures.lowered
+                )
             self._tell_of_unseen()
             self._capture(memory_budget, progress, estimate)
         finally:
@@ -236,8 +242,11 @@ class CapturedModel:
         """Give the memory back, unless a call is in it: that call does it when it leaves. No call gets in any more."""
         mine = object()
         if self._user.setdefault(0, mine) is mine:
-            self.replays.clear()
-            self.graphs.clear_all_graphs()
+            try:
+                self.replays.clear()
+                self.graphs.clear_all_graphs()
+            finally:
+                del self._user[0]  # a model that shares the memory runs on
 
     def still_reads(self, weights: BoundWeights) -> bool:
         """Whether the captured graphs read the memory of these weights, which are the tensors of their capture."""
@@ -297,6 +306,8 @@ class CapturedModel:
         try:
             if user.setdefault(0, mine) is mine and not self._retired:
                 step.calls += 1
+                if self._join is not None:
+                    self._join()
                 outputs = call(inputs)
                 if bring_back is not None:
                     bring_back(inputs, count)  # type: ignore[arg-type]

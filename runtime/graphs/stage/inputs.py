@@ -186,11 +186,24 @@ class StaticInputs:
         plan = self._checked.get(signature)
         if plan is None:
             plan = self._checked[signature] = self._check(tensors, padded)
+        return self._run(plan, tensors)
+
+    def stage_alike(
+        self, tensors: Sequence[torch.Tensor], padded: int, count: int
+    ) -> tuple[torch.Tensor, ...]:
+        """``stage`` for tensors that are known to fit, of one batch size: nothing of them is looked at."""
+        key = (padded, count)
+        plan = self._checked.get(key)
+        if plan is None:
+            plan = self._checked[key] = self._plan(padded, (count,) * len(self._slots))
+        return self._run(plan, tensors)
+
+    def _run(self, plan: _Plan, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         if not self.copies:
             for slot, head, tensor in zip(self._slots, plan.heads, tensors, strict=True):
                 require_in_place(slot.spec.name, tensor, head)
         elif self._launcher is not None and self._launcher.fits(tensors, plan.counts):
-            self._launcher.launch(tensors, plan.counts[0], padded)
+            self._launcher.launch(tensors, plan.counts[0], plan.padded)
             return plan.static
         else:
             self._copy(plan, tensors)
