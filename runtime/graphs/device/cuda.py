@@ -118,13 +118,11 @@ class CudaGraphPool:
 
     @contextmanager
     def measured(self) -> Iterator[None]:
-        """Add what the block takes from the device's free memory."""
+        """Add what the block takes from the device's free memory, if it succeeds."""
         before, _ = torch.cuda.mem_get_info(self.device)
-        try:
-            yield
-        finally:
-            after, _ = torch.cuda.mem_get_info(self.device)
-            self._measured += max(0, before - after)
+        yield
+        after, _ = torch.cuda.mem_get_info(self.device)
+        self._measured += max(0, before - after)
 
 
 class CudaStaticGraph(StaticGraph[CudaGraphPool, "torch.cuda.CUDAGraph"]):
