@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from piecework.runtime.counters import counters as counters
     from piecework.runtime.decorators import ignore_torch_compile as ignore_torch_compile
     from piecework.runtime.decorators import support_torch_compile as support_torch_compile
+    from piecework.runtime.splitting_op import declare_full_graphs as declare_full_graphs
     from piecework.runtime.splitting_op import declare_rows as declare_rows
     from piecework.runtime.splitting_op import splitting_op as splitting_op
     from piecework.runtime.stitched import StitchedModule as StitchedModule

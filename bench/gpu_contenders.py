@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from types import SimpleNamespace
 
 import torch
@@ -43,7 +44,7 @@ def stitch(model: torch.nn.Module, ids: torch.Tensor, backend: str) -> StitchedM
 
 @dataclass(eq=False)
 class Contenders:
-    """One model, captured piece by piece and whole, and once more the conventional way.
+    """One model, captured piece by piece and whole, and once more the conventional way; each is made when it is first asked for.
 
     Args:
         model: takes token ids.
@@ -57,44 +58,67 @@ class Contenders:
     sizes: Sequence[int]
     backend: str
 
-    def __post_init__(self) -> None:
-        self.stitched = stitch(self.model, self.ids[: max(2, len(self.ids))], self.backend)
-        self.stitched.capture(
+    @cached_property
+    def stitched(self) -> StitchedModule:
+        stitched = stitch(self.model, self.ids[: max(2, len(self.ids))], self.backend)
+        return stitched.capture(
             self.sizes,
             mode=CUDAGraphMode.FULL_AND_PIECEWISE,
             clone_outputs=False,
             progress=False,
             estimate=False,
         )
-        self.conventional = Conventional(self.model, self.ids, self.sizes, self.backend)
 
-    def steps(self, batch: int) -> dict[str, Step]:
-        """Every contender at one captured batch size; ids enter through a copy, except in the two bare ones."""
-        static, ids = self.stitched.static_graphs, self.ids[:batch].clone()
-        whole = static.replays[_FULL, BatchDescriptor(batch, batch, True)].call
-        decode = set_forward_context(batch=BatchKind(uniform_decode=True))
+    @cached_property
+    def conventional(self) -> Conventional:
+        return Conventional(self.model, self.ids, self.sizes, self.backend)
 
-        def full() -> torch.Tensor:
-            with decode:
-                return self.stitched(ids)  # type: ignore[return-value]
+    def makers(self, batch: int) -> dict[str, Callable[[], Step]]:
+        """What makes each contender at one captured batch size; ids enter through a copy, except in the bare ones."""
+        ids = self.ids[:batch].clone()
+
+        def full() -> Step:
+            stitched, decode = self.stitched, set_forward_context(
+                batch=BatchKind(uniform_decode=True)
+            )
+
+            def step() -> torch.Tensor:
+                with decode:
+                    return stitched(ids)  # type: ignore[return-value]
+
+            return step
+
+        def one_graph() -> Step:
+            whole = self.stitched.static_graphs.replays[
+                _FULL, BatchDescriptor(batch, batch, True)
+            ].call
+            return lambda: whole([ids])[0]  # type: ignore[index]
+
+        def piecework() -> Step:
+            stitched = self.stitched
+            return lambda: stitched(ids)  # type: ignore[return-value]
+
+        def conventional() -> Step:
+            made = self.conventional
+            return lambda: made(ids)
 
         return {
-            "bare loop": bare_loop(self.stitched, batch, ids),
-            "conventional": lambda: self.conventional(ids),
-            "piecework": lambda: self.stitched(ids),  # type: ignore[dict-item, return-value]
-            "one graph": lambda: whole([ids])[0],  # type: ignore[index]
+            "bare loop": lambda: bare_loop(self.stitched, batch, ids),
+            "bare list": lambda: bare_list(self.stitched, batch, ids),
+            "conventional": conventional,
+            "piecework": piecework,
+            "one graph": one_graph,
             "piecework, full": full,
         }
+
+    def steps(self, batch: int) -> dict[str, Step]:
+        """Every contender at one captured batch size."""
+        return {name: make() for name, make in self.makers(batch).items()}
 
 
 def bare_loop(stitched: StitchedModule, batch: int, ids: torch.Tensor) -> Step:
     """Contender 6: replays and attention launches with everything bound beforehand; ids are staged once, here."""
-    static = stitched.static_graphs
-    descriptor = BatchDescriptor(batch)
-    with set_forward_context(cudagraph_runtime_mode=_PIECEWISE, batch_descriptor=descriptor):
-        static.replays[_PIECEWISE, descriptor].call([ids])  # fills the input buffers
-    work = list(_work(stitched, [_call(w, descriptor) for w in static.pieces_for(batch)]))
-    result = work.pop()
+    work, result = _bound(stitched, batch, ids)
     pairs = list(zip(work[::2], work[1::2], strict=False))
     last = work[-1]
 
@@ -106,6 +130,29 @@ def bare_loop(stitched: StitchedModule, batch: int, ids: torch.Tensor) -> Step:
         return result
 
     return step
+
+
+def bare_list(stitched: StitchedModule, batch: int, ids: torch.Tensor) -> Step:
+    """Contender 7: a list of segments that are called one after the other, as the newest breakable runners do it."""
+    work, result = _bound(stitched, batch, ids)
+    segments = [each if callable(each) else partial(attention_body, *each) for each in work]
+
+    def step() -> torch.Tensor:
+        for segment in segments:
+            segment()
+        return result
+
+    return step
+
+
+def _bound(stitched: StitchedModule, batch: int, ids: torch.Tensor) -> tuple[list, torch.Tensor]:  # type: ignore[type-arg]
+    """Replays and operands of attention in turn, and the result; the input buffers are filled."""
+    static = stitched.static_graphs
+    descriptor = BatchDescriptor(batch)
+    with set_forward_context(cudagraph_runtime_mode=_PIECEWISE, batch_descriptor=descriptor):
+        static.replays[_PIECEWISE, descriptor].call([ids])
+    *work, result = _work(stitched, [_call(w, descriptor) for w in static.pieces_for(batch)])
+    return work, result
 
 
 def _work(stitched: StitchedModule, calls: Sequence[CapturedCall]) -> Iterator:  # type: ignore[type-arg]

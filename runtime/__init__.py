@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from piecework.runtime.pieces.piecewise import (
         get_fake_args_from_graph as get_fake_args_from_graph,
     )
+    from piecework.runtime.splitting_op import declare_full_graphs as declare_full_graphs
     from piecework.runtime.splitting_op import declare_rows as declare_rows
     from piecework.runtime.splitting_op import splitting_op as splitting_op
     from piecework.runtime.stitched import StitchedModule as StitchedModule

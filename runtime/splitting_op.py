@@ -18,6 +18,9 @@ R = TypeVar("R")
 #: What an operator says of the rows of a batch: row ``i`` of all that it returns or writes depends on row ``i`` of its arguments
 #: alone, whatever the batch size; or it reads the batch's real size from the forward context and leaves rows beyond it alone.
 RowsOf = Literal["independent", "context"]
+#: Which whole forwards may be one static graph with an operator inside it: none; those in which every request decodes one token; those
+#: in which every request decodes as many; any. What it plans on the host for a batch is frozen in such a graph.
+GraphsOf = Literal["never", "single_token_decode", "uniform_decode", "always"]
 HOW_TO_DECLARE = "say splitting_op(..., rows=...), or piecework.declare_rows(op, ...)"
 
 
@@ -88,6 +91,7 @@ class SplittingOpRegistry:
     def __init__(self) -> None:
         self._ops: dict[str, SplittingOp[..., object]] = {}
         self._rows: dict[str, RowsOf] = {}
+        self._graphs: dict[str, GraphsOf] = {}
 
     def add(
         self, name: str, function: Callable[P, R], mutates_args: tuple[str, ...]
@@ -122,6 +126,22 @@ class SplittingOpRegistry:
     def rows_of(self, op: torch._ops.OpOverload) -> RowsOf | None:
         """What an operator says of its rows; None if it was not said."""
         return self._rows.get(op._schema.name)
+
+    def declare_graphs(self, name: str, graphs: GraphsOf | None) -> None:
+        """Note which whole forwards may be captured with an operator inside; None takes back what was said."""
+        if graphs is None:
+            self._graphs.pop(name, None)
+        elif graphs in get_args(GraphsOf):
+            self._graphs[name] = graphs
+        else:
+            raise SplitError(
+                f"full_graphs={graphs!r} of {name} is not known",
+                hint=f"say one of {', '.join(map(repr, get_args(GraphsOf)))}, or nothing",
+            )
+
+    def graphs_of(self, op: torch._ops.OpOverload) -> GraphsOf:
+        """Which whole forwards may be captured with ``op`` inside; any, if it was not said."""
+        return self._graphs.get(op._schema.name, "always")
 
     def find(self, target: object) -> SplittingOp[..., object] | None:
         """The registered operator that a graph node's target is, if any."""
@@ -160,6 +180,31 @@ def declare_rows(
     Example:
         >>> declare_rows("my::rotate", "independent")
     """
+    registry.declare(_name_of(op), rows)
+
+
+def declare_full_graphs(
+    op: str | torch._ops.OpOverload | torch._ops.OpOverloadPacket | SplittingOp[..., object],
+    graphs: GraphsOf | None,
+) -> None:
+    """Say which whole forwards may be one static graph with an operator inside that piecework did not register.
+
+    Args:
+        op: as for `declare_rows`.
+        graphs: ``"never"``, ``"single_token_decode"``, ``"uniform_decode"``, ``"always"``, or None to take it back.
+
+    Raises:
+        SplitError: ``op`` names no operator, or ``graphs`` is another word.
+
+    Example:
+        >>> declare_full_graphs("my::attention", "uniform_decode")
+    """
+    registry.declare_graphs(_name_of(op), graphs)
+
+
+def _name_of(
+    op: str | torch._ops.OpOverload | torch._ops.OpOverloadPacket | SplittingOp[..., object],
+) -> str:
     name = getattr(op, "splitting_op_name", None) or getattr(op, "_qualname", None)
     if isinstance(op, torch._ops.OpOverload):
         name = op._schema.name
@@ -167,8 +212,9 @@ def declare_rows(
         name = op._qualified_op_name
     elif isinstance(op, str):
         name = op
-    _require_name(str(op) if name is None else name)
-    registry.declare(str(name), rows)
+    found = str(op if name is None else name)
+    _require_name(found)
+    return found
 
 
 def _require_name(name: str) -> None:
@@ -178,7 +224,11 @@ def _require_name(name: str) -> None:
 
 
 def splitting_op(
-    name: str, *, mutates_args: Iterable[str] = (), rows: RowsOf | None = None
+    name: str,
+    *,
+    mutates_args: Iterable[str] = (),
+    rows: RowsOf | None = None,
+    full_graphs: GraphsOf | None = None,
 ) -> Callable[[Callable[P, R]], SplittingOp[P, R]]:
     """Register the decorated function as an operator that graphs are cut at.
 
@@ -188,6 +238,8 @@ def splitting_op(
         rows: what it does with the rows of a batch. ``"independent"``: row ``i`` of all that it returns or writes depends on row
             ``i`` of its arguments alone. ``"context"``: it reads the batch's real size from the forward context, and touches no
             row beyond it. Unless it says so, captured graphs serve exactly the captured sizes: nothing is padded around it.
+        full_graphs: which whole forwards may be one static graph with it inside: ``"never"``, ``"single_token_decode"``,
+            ``"uniform_decode"`` or ``"always"``, which is also what nothing means. A mode that asks for more is lowered.
 
     Returns:
         A decorator; the result is called like the function. If the function returns a value, give it a fake with
@@ -207,6 +259,7 @@ def splitting_op(
     def register(function: Callable[P, R]) -> SplittingOp[P, R]:
         op = registry.add(name, function, tuple(mutates_args))
         registry.declare(name, rows)
+        registry.declare_graphs(name, full_graphs)
         return op
 
     return register

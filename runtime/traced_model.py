@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextvars
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -144,13 +144,19 @@ class TracedModel:
         """Whether ``error`` says, before anything ran, that something around the call is not as this trace has it."""
         return isinstance(error, InputError) and error.outdated is self.entry
 
-    def named_pieces(self) -> AbstractContextManager[None]:
-        """Show pieces and operators by name in ``torch.profiler`` for the block."""
+    @contextmanager
+    def named_pieces(self) -> Iterator[None]:
+        """Show pieces, replays and operators by name in ``torch.profiler`` for the block."""
         source, lists = self.program.source, self.program.submod_lists
         labels = dict(zip(self.program.backends, self.stages(), strict=False))
         operators = {alias.name: alias.name for alias in source.module.aliases}
         names = [labels[name] for name in source.submod_names]
-        return named_pieces(self.entry.execution_fn, lists, names, operators)
+        captured = self.static
+        with ExitStack() as stack:
+            stack.enter_context(named_pieces(self.entry.execution_fn, lists, names, operators))
+            if captured is not None:
+                stack.enter_context(captured.named_replays(names))
+            yield
 
     def stages(self) -> dict[str, tuple[str, tuple[str, ...]]]:
         """What each piece and then each operator is called in a profile, with the modules in it and the code that Inductor generated for it.

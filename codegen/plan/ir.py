@@ -282,7 +282,8 @@ class BoundName:
 @dataclass(frozen=True, slots=True)
 class Module:
     """The whole emitted module. ``functions`` are in order of definition; ``entry`` comes last; ``provided`` are names that the
-    runtime puts into it; ``digests`` say what each of ``submod_names`` computes, "" where that is not known."""
+    runtime puts into it; ``digests`` say what each of ``submod_names`` computes, "" where that is not known.
+    """
 
     imports: tuple[str, ...]
     aliases: tuple[Alias, ...]

@@ -24,7 +24,7 @@ class BatchDescriptor:
         uniform: every request has the same number of query tokens (a decode batch).
         has_lora: adapters are active.
         num_active_loras: how many adapters the captured kernels are launched for.
-        extra: further axes that the integration declares, as sorted (name, value) pairs.
+        extra: further axes that the integration declares, as sorted (name, value) pairs: ``max_query_len``, ``num_ubatches``, …
     """
 
     num_tokens: int

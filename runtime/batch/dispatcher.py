@@ -23,6 +23,9 @@ from piecework.runtime.batch.keys import (
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.sizes import decode_sizes, padded_sizes, require_positive_sizes
 
+#: Axes whose captured values are the most that a batch may have.
+BOUNDS = frozenset({"max_query_len"})
+
 
 class Reason(enum.Enum):
     """Why a batch runs as it does."""
@@ -83,7 +86,8 @@ class CudagraphDispatcher:
             widest is meant where a batch does not say which.
         decode_multiple_of: ranks that the tokens of a decode batch are cut over.
         lora: which cases are captured for adapters.
-        axes: further axes of the descriptor, each with the values to capture; the first is the default.
+        axes: further axes of the descriptor, each with the values to capture; the first is the default. A batch runs in a graph of its
+            own value; in ``max_query_len``, in one of the next larger value, and of the largest where it doesn't say.
         strict: a fall-back to NONE that nobody asked for is an error.
         exact: why nothing is padded, if so: a batch then runs captured only in its own size.
 
@@ -303,4 +307,16 @@ class CudagraphDispatcher:
                 where="dispatch",
                 hint=f"declared axes: {', '.join(sorted(axes)) or 'none'}",
             )
-        return tuple((name, given.get(name, axes[name][0])) for name in sorted(axes))
+        return tuple((name, _captured_value(name, axes[name], given)) for name in sorted(axes))
+
+
+def _captured_value(
+    name: str, captured: Sequence[Hashable], given: Mapping[str, Hashable]
+) -> Hashable:
+    """The value of an axis in the descriptor of a batch; the batch's own where nothing fits."""
+    if name not in BOUNDS:
+        return given.get(name, captured[0])
+    values = sorted(captured)  # type: ignore[type-var]
+    if name not in given:
+        return values[-1]
+    return next((value for value in values if value >= given[name]), given[name])  # type: ignore[operator]

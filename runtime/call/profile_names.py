@@ -30,10 +30,8 @@ def named_pieces(
         operators: name in the emitted module → range name, for operators that it calls directly.
     """
     defaults = function.__kwdefaults__ or {}
-    namespace = function.__globals__
     kept = [list(submods) for submods in submod_lists]
     kept_default = defaults["__vllm_submods__"]
-    kept_operators = {name: namespace[name] for name in operators}
     try:
         for submods in submod_lists:
             submods[:] = [
@@ -41,14 +39,24 @@ def named_pieces(
             ]
         named = (_named(piece, label) for piece, label in zip(kept_default, labels, strict=True))
         defaults["__vllm_submods__"] = type(kept_default)(named)
-        for name, label in operators.items():
-            namespace[name] = _named(kept_operators[name], label)
-        yield
+        with named_globals(function.__globals__, operators):
+            yield
     finally:
         for submods, before in zip(submod_lists, kept, strict=True):
             submods[:] = before
         defaults["__vllm_submods__"] = kept_default
-        namespace.update(kept_operators)
+
+
+@contextmanager
+def named_globals(namespace: dict[str, object], labels: Mapping[str, str]) -> Iterator[None]:
+    """Wrap what functions of an emitted module call, by its name there, in a range of that label for the block."""
+    kept = {name: namespace[name] for name in labels}
+    try:
+        for name, label in labels.items():
+            namespace[name] = _named(kept[name], label)  # type: ignore[arg-type]
+        yield
+    finally:
+        namespace.update(kept)
 
 
 def _named(function: Piece, label: str) -> Piece:

@@ -122,6 +122,11 @@ class _Inductor:
                 )
             yield
 
+    def realign(self, compiled: Callable[..., object]) -> None:
+        """Where partitions are wrapped, do what Inductor then leaves undone: inputs at odd addresses are copied."""
+        if self.wrap_partition is not None:
+            torch_compat.realign_inputs(compiled)
+
 
 PartitionWrapper = Callable[[Callable[..., object], int, int], Callable[..., object]]
 
@@ -162,6 +167,7 @@ class InductorStandaloneAdaptor(_Inductor):
                 dynamic_shapes=shapes,
                 config_patches=self.options_for(compile_range, graph),
             )
+            self.realign(artifact)
         return _piece(artifact, graph, aliases)
 
     def to_bytes(self, piece: CompiledPiece) -> bytes | None:
@@ -175,6 +181,7 @@ class InductorStandaloneAdaptor(_Inductor):
         mark, rest = data[: len(_DIRECT)], data[len(_DIRECT) :]
         with self.partitions_wrapped():
             artifact = torch_compat.artifact_from_bytes(rest)
+            self.realign(artifact)
         return _piece(artifact, graph, _Aliases.of(graph), vouched=mark == _DIRECT)
 
 
@@ -211,6 +218,7 @@ class InductorAdaptor(_Inductor):
                 own_shapes=compile_range is not None and compile_range.is_single_size(),
                 config_patches=self.options_for(compile_range, graph),
             )
+            self.realign(compiled)
         return CompiledPiece(
             aliases.around(compiled), indirect_because="compile_fx gives no artifact"
         )

@@ -60,7 +60,8 @@ class InductorOptions:
             compile_range: the batch sizes; None means all.
             wraps_partitions: whether something is done to each partition (static graphs).
         """
-        options = dict(self._always)
+        # A piece holds no CUDA graphs of its own, whatever the environment tells Inductor: it is captured as it is.
+        options = {"triton.cudagraphs": False, **self._always}
         if compile_range is not None and compile_range.is_single_size():
             options |= self._single_size
         if self.config.use_inductor_graph_partition:
@@ -89,6 +90,12 @@ class InductorOptions:
                     where=f"{field}.{unknown[0]}",
                     hint="torch._inductor.list_options() lists them",
                 )
+        if (self._always | self._single_size).get("triton.cudagraphs"):
+            raise ConfigError(
+                "a piece can't hold CUDA graphs of Inductor's: they would be replayed inside the captures of piecework",
+                where="inductor_compile_config.triton.cudagraphs",
+                hint="leave it out, and call StitchedModule.capture",
+            )
         partitioned = self.config.use_inductor_graph_partition
         taken = self._named(("graph_partition", "custom_should_partition_ops"))
         if partitioned and taken:

@@ -244,7 +244,11 @@ def _factors(
                 **installed_versions(("torch", "triton", "piecework")),
                 "piecework sources": _OWN_SOURCES,
             },
-            device={**host_factors(), **_accelerator(), "threads": str(torch.get_num_threads())},
+            device={
+                **host_factors(),
+                **_accelerators(graph),
+                "threads": str(torch.get_num_threads()),
+            },
             environment=environment_factors(),
             sources=source_factors(_traced_files(graph)),
         )
@@ -296,8 +300,14 @@ def _traced_files(graph: torch.fx.GraphModule) -> list[str]:
     return list(found)
 
 
-def _accelerator() -> dict[str, str]:
-    if not torch.cuda.is_available():
-        return {}
-    major, minor = torch.cuda.get_device_capability()
-    return {"cuda": f"{torch.version.cuda} sm_{major}{minor}"}
+def _accelerators(graph: torch.fx.GraphModule) -> dict[str, str]:
+    """The GPUs that ``graph`` computes on; a graph of the CPU asks for none, since that would start CUDA in this process."""
+    devices = {
+        leaf.device
+        for node in graph.graph.nodes
+        for leaf in torch_compat.flatten_tree(value_of(node))[0]
+        if isinstance(leaf, torch.Tensor) and leaf.device.type == "cuda"
+    }
+    found = sorted({torch.cuda.get_device_capability(device) for device in devices})
+    names = " ".join(f"sm_{major}{minor}" for major, minor in found)
+    return {"cuda": f"{torch.version.cuda} {names}"} if found else {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from piecework.runtime.torch_compat.artifact import (
     direct_entry,
     inductor_sources,
+    realign_inputs,
     strict_inputs,
 )
 from piecework.runtime.torch_compat.dictionaries import (
@@ -141,6 +142,9 @@ from piecework.runtime.torch_compat.switches import (
     stance_name,
 )
 from piecework.runtime.torch_compat.tensors import (
+    abandon_capture,
+    clear_cublas_workspaces,
+    copy_each,
     is_lazy,
     is_same_view,
     memory_apart,

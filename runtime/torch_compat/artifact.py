@@ -62,7 +62,9 @@ class _Peeling:
             self._remember(current.serialize_fn)  # type: ignore[attr-defined]
             return current.compiled_fn  # type: ignore[attr-defined]
         cells = cells_of(current) if isinstance(current, types.FunctionType) else {}
-        name = getattr(current, "__qualname__", type(current).__name__)
+        # The code's own name: `functools.wraps` gives a wrapper that of what it wraps.
+        code = current.__code__ if isinstance(current, types.FunctionType) else None
+        name = type(current).__name__ if code is None else code.co_qualname
         if type(cells.get("self")).__name__ == "DisableContext" and "fn" in cells:
             return cells["fn"]
         if name == "aot_module_simplified.<locals>.forward":
@@ -76,6 +78,10 @@ class _Peeling:
             return (self._of_runtime_wrapper if written else self._of_plain_wrapper)(cells)
         if name == "FunctionalizedRngRuntimeWrapper.post_compile.<locals>.wrapper":
             self.metadata = cells["runtime_metadata"]  # it says whether there is random state
+            return cells["compiled_fn"]
+        if name == "EffectTokensWrapper.post_compile.<locals>.inner_fn":
+            if cells.get("num_tokens") != 0:  # torch 2.11 wraps where there are none, too
+                raise _MustStay(f"num_tokens is {cells.get('num_tokens')}")
             return cells["compiled_fn"]
         raise _MustStay(f"unknown wrapper {name}")
 
@@ -201,6 +207,24 @@ def _strict_inputs(source: str, inputs: int) -> frozenset[int]:
 
 def inductor_sources(compiled: object) -> tuple[str, ...]:
     """The Python that Inductor generated for a compiled piece, found inside it; empty where this torch keeps none."""
+    texts = map(_source_of_graph, _compiled_graphs(compiled))
+    return tuple(dict.fromkeys(text for text in texts if text))
+
+
+def realign_inputs(compiled: object) -> None:
+    """Let code in a compiled piece copy the inputs that it took to be aligned and are not, as ``ids[1:]`` would be.
+
+    Inductor does that by itself, except where a hook is set for its partitions: it leaves out all that comes after. Kernels read
+    16 bytes at once from an address that they take to be aligned; elsewhere that is an error which ends the process's use of the GPU.
+    """
+    from torch._inductor.output_code import maybe_realign_inputs
+
+    for graph in _compiled_graphs(compiled):
+        maybe_realign_inputs(False, graph, graph.inputs_to_check, graph.mutated_input_idxs)  # type: ignore[attr-defined,arg-type]
+
+
+def _compiled_graphs(compiled: object) -> list[object]:
+    """Inductor's graphs inside a compiled piece."""
     graphs = []
     waiting, seen = [(compiled, 0)], set()
     while waiting:
@@ -212,7 +236,7 @@ def inductor_sources(compiled: object) -> tuple[str, ...]:
             graphs.append(current)
         elif depth < 10:
             waiting += [(each, depth + 1) for each in _held_by(current)]
-    return tuple(dict.fromkeys(text for text in map(_source_of_graph, graphs) if text))
+    return graphs
 
 
 def _held_by(value: object) -> list[object]:

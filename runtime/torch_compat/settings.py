@@ -158,7 +158,9 @@ def _registered() -> Iterator[tuple[str, object]]:
 
 def _is_of_torch(function: object) -> bool:
     inner = getattr(function, "func", function)  # a partial
-    return str(getattr(inner, "__module__", "torch")).partition(".")[0] in ("torch", "functools")
+    # torch 2.11 lowers some operators of Python by themselves.
+    own = ("torch", "functools", "_operator", "math")
+    return str(getattr(inner, "__module__", "torch")).partition(".")[0] in own
 
 
 def torch_options() -> tuple[dict[str, object], dict[str, object]]:

@@ -1,11 +1,15 @@
-"""Tensors and the memory they lie in. In: tensors, addresses. Out: storages, views, and a fast check that tensors are as they were."""
+"""Tensors and the memory they lie in. In: tensors, addresses, graphs whose capture failed. Out: storages, views, a fast check that tensors are as they were, an allocator fit for the next capture."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Callable, Sequence
 
 import torch
+
+#: Copies each source into the target at its place, on a GPU in one launch where dtypes are the same: ``(targets, sources, non_blocking)``.
+copy_each: Callable[[list[torch.Tensor], list[torch.Tensor], bool], None] = torch._foreach_copy_
 
 
 def storage_at(pointer: int, device: torch.device, nbytes: int) -> torch.UntypedStorage:
@@ -157,3 +161,35 @@ def _tensor_guards(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | Non
         return check if check(*tensors) else None
     except (TypeError, RuntimeError):
         return None
+
+
+def abandon_capture(graph: torch.cuda.CUDAGraph, device: torch.device, pool: object) -> None:
+    """End a capture that failed: its stream leaves capture mode, and the allocator lets go of ``pool`` for it.
+
+    Where an operation made a capture invalid, ``capture_end`` raises before it tells the allocators, so it is done by hand: else the
+    pool would go on recording, and the graph's reference to it never be given back. The allocator of pinned memory can't be told. It
+    keeps asking this graph whether it captures, so the graph is kept for good; and it refuses to record to ``pool`` again, so the
+    next capture needs another one.
+    """
+    # The error to report is the one that made the capture fail; what is raised here only follows from it.
+    with contextlib.suppress(RuntimeError):
+        graph.capture_end()
+    try:
+        torch._C._cuda_endAllocateToPool(device.index, pool)  # type: ignore[attr-defined]
+    except RuntimeError:
+        pass  # it records no longer: capture_begin did not get that far, or capture_end did
+    else:
+        torch._C._cuda_releasePool(device.index, pool)  # type: ignore[attr-defined]
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(graph))
+    graph.reset()
+
+
+def clear_cublas_workspaces() -> None:
+    """Let go of the workspaces that torch keeps for each cuBLAS handle and stream; the next product takes another.
+
+    torch does it by itself around the graphs of ``mode="reduce-overhead"``, so a graph must not rely on one that lies outside its
+    own pool.
+    """
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if clear is not None:
+        clear()

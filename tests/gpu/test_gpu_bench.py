@@ -1,16 +1,23 @@
-"""The GPU benchmark runs: at a small scale on the CPU, where every contender must do the same; and it says so where there is no GPU."""
+"""The GPU benchmark runs: at a small scale on the CPU, where every contender must do the same; what fails costs its own rows; and it says so where there is no GPU."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from piecework.bench import gpu
+from piecework.bench import gpu, gpu_contenders
 from piecework.bench.gpu_contenders import Contenders
 from piecework.bench.gpu_model import TINY, build, token_ids
+from piecework.bench.gpu_parts import PARTS, step_targets
+from piecework.bench.gpu_rows import QUICK, Rows, checked, host_seconds, times
 from piecework.cli import app
 from piecework.errors import PieceworkError
 from piecework.runtime.graphs.plan.phase import frozen_garbage
@@ -22,16 +29,25 @@ def imports_are_no_garbage():
         yield
 
 
+def lines(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "gpu.jsonl").read_text().splitlines()]
+
+
 def test_every_part_runs_on_the_cpu(capsys, tmp_path):
     assert gpu.main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    for text in ("bare loop", "conventional", "one graph", "piecework, full", "B11: capture"):
+    for text in ("bare loop", "bare list", "conventional", "one graph", "piecework, full"):
         assert text in printed
-    assert {path.stem for path in tmp_path.glob("*.json")} == {f"gpu_{name}" for name in gpu.PARTS}
-    saved = json.loads((tmp_path / "gpu_steps.json").read_text())
-    assert {target["name"] for target in saved["targets"]} == {"B8", "B9"}
-    [memory] = json.loads((tmp_path / "gpu_capture.json").read_text())["targets"]
-    assert memory["name"] == "B11" and memory["met"]  # bytes, not times: they hold on any machine
+    found = lines(tmp_path)
+    assert {line["part"] for line in found} == set(PARTS)
+    assert not [line for line in found if "failed" in str(line.get("note"))]
+    targets = {line["name"] for line in found if line["kind"] == "target"}
+    assert targets == {"B8", "B9", "B10", "B11"}
+    [memory] = [line for line in found if line.get("name") == "B11"]
+    assert memory["met"]  # bytes, not times: they hold on any machine
+    tokens = [line["note"] for line in found if "of tokens" in str(line.get("note"))]
+    assert len(tokens) == 8 and all("100% of tokens" in note for note in tokens)
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu.jsonl", "gpu_profile.txt"}
 
 
 @torch.no_grad()
@@ -44,54 +60,109 @@ def test_every_contender_does_the_same_with_other_inputs_at_every_size():
             steps = found.steps(batch)
             assert list(steps) == [
                 "bare loop",
+                "bare list",
                 "conventional",
                 "piecework",
                 "one graph",
                 "piecework, full",
             ]
-            gpu.check_equal(steps, model(found.ids[:batch]))
+            for step in steps.values():
+                checked(step, model(found.ids[:batch]))
     modes = {row.mode: row.reason for row in found.stitched.call_report()}
     assert set(modes) == {"PIECEWISE", "FULL"}, "no contender may fall back to running uncaptured"
 
 
-def test_a_contender_that_differs_is_named():
+def test_a_contender_that_differs_is_refused():
     right = torch.ones(2, 3)
-    gpu.check_equal({"a": lambda: right.clone()}, right)
+    assert checked(right.clone, right)() is not right
     for wrong in (right + 1, right[:1], None):
-        with pytest.raises(PieceworkError, match=r"^slow "):
-            gpu.check_equal({"fine": lambda: right, "slow": lambda wrong=wrong: wrong}, right)
+        with pytest.raises(PieceworkError):
+            checked(lambda wrong=wrong: wrong, right)
+
+
+def test_a_contender_that_fails_costs_its_own_rows(monkeypatch, tmp_path, capsys):
+    def broken(*args: object) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(gpu_contenders, "Conventional", broken)
+    assert gpu.main(["--device", "cpu", "--quick", "--part", "steps", "--out", str(tmp_path)]) == 1
+    assert "no such kernel" in capsys.readouterr().err
+    rows = [line for line in lines(tmp_path) if line["kind"] == "row"]
+    failed = {row["contender"] for row in rows if row["seconds"] is None}
+    assert failed == {"conventional"}
+    assert {row["contender"] for row in rows} >= {"piecework", "bare loop", "one graph"}
+
+
+def test_a_contender_that_fails_while_it_is_timed_takes_part_no_longer(tmp_path):
+    calls = iter(range(100))
+
+    def breaks() -> None:
+        if next(calls) == 2:
+            raise RuntimeError("device lost")
+
+    rows = Rows("here", tmp_path)
+    found = times({"fine": lambda: None, "breaks": breaks}, QUICK, host_seconds, rows, {"n": 1})
+    assert list(found) == ["fine"] and rows.failed
+    assert [line["note"] for line in lines(tmp_path)] == ["failed: RuntimeError: device lost"]
+
+
+def test_nothing_begins_after_the_time_is_up(tmp_path):
+    told = ["--device", "cpu", "--quick", "--seconds", "0", "--out", str(tmp_path)]
+    assert gpu.main(told) == 0
+    assert {line["text"] for line in lines(tmp_path)} == {"no time left"}
 
 
 @pytest.mark.parametrize(
     ("host", "whole", "met"),
     [
-        ((100, 105, 158), (100, 102, 100), [True, True, True, True]),
-        ((100, 106, 200), (100, 102, 100), [False, True, True, True]),
-        ((100, 105, 150), (100, 104, 100), [True, False, False, False]),
-        ((100, 90, 200), (100, 100, 99), [True, True, True, True]),
+        ((100, 105, 158, 100), (100, 102, 100), [True, True, True, True, True]),
+        ((100, 106, 200, 104), (100, 102, 100), [False, True, True, True, True]),
+        ((100, 105, 150, 99), (100, 104, 100), [True, False, False, False, False]),
+        ((100, 90, 200, 90), (100, 100, 99), [True, True, True, True, True]),
     ],
 )
 def test_targets_are_held_against_the_right_contenders(host, whole, met):
-    names = ("bare loop", "piecework", "conventional")
-    found = gpu.step_targets(
+    names = ("bare loop", "piecework", "conventional", "bare list")
+    found = step_targets(
         "here",
         dict(zip(names, host, strict=True)),
         dict(zip(("bare loop", "piecework", "one graph"), whole, strict=True)),
     )
-    assert [target.name for target in found] == ["B8", "B8", "B9", "B9"]
+    assert [target.name for target in found] == ["B8", "B8", "B8", "B9", "B9"]
     assert [target.met for target in found] == met
 
 
 def test_a_failing_part_does_not_hide_the_others(monkeypatch, capsys):
-    def fail(scale):
+    def fail(scale, rows):
         raise RuntimeError("no driver")
 
-    monkeypatch.setattr(gpu, "PARTS", {"steps": fail, "staging": gpu.staging})
+    monkeypatch.setattr(gpu, "PARTS", {"steps": fail, "staging": PARTS["staging"]})
     assert gpu.main(["--device", "cpu", "--quick"]) == 1
     captured = capsys.readouterr()
     assert "no driver" in captured.err
-    assert "steps: failed" in captured.err
-    assert "B10: staging eight inputs" in captured.out
+    assert "plain copies" in captured.out
+
+
+def test_one_command_from_a_plain_checkout(tmp_path):
+    """Under another name and without the package's parent on the path, as on a bare machine."""
+    root = Path(gpu.__file__).resolve().parents[1]
+    checkout = tmp_path / "some-checkout"
+    shutil.copytree(root, checkout, ignore=shutil.ignore_patterns(".*", "__pycache__", "figures"))
+    command = [sys.executable, "bench/on_gpu.py", "--device", "cpu", "--out", str(tmp_path / "out")]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [*command, "--only", "tests:graphs", "staging"],
+        cwd=checkout,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {"gpu_tests.txt", "gpu_bench.txt", "gpu.jsonl"}
+    assert "needs a CUDA device" in (tmp_path / "out" / "gpu_tests.txt").read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

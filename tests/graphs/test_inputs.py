@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from piecework.errors import ConfigError, InputError
 from piecework.runtime.graphs.memory.addresses import AddressBook, ValueOrigin
@@ -227,6 +228,77 @@ def test_copy_and_call_errors():
         make_copy_and_call([0], [torch.zeros(8)], print)("x")
     with pytest.raises(InputError, match=r"can't be padded to 9; its buffer holds 8.*argument 0"):
         make_copy_and_call([0], [torch.zeros(8)], print)(torch.zeros(9))
+
+
+# --- tails that keep their padding ------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=100)
+@given(cases(), st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=8))
+def test_kept_tails_equal_filled_ones_whatever_came_before(case, steps):
+    maximum, _, specs, tensors = case
+    examples = {spec.name: tensor for spec, tensor in zip(specs, tensors, strict=True)}
+    inputs = StaticInputs.allocate(examples, maximum, specs, keeps_tails=True)
+    for first, second in steps:
+        padded = max(1, max(first, second) % (maximum + 1))
+        sizes = [min(first, second, padded)] * len(specs)
+        if first == second:  # inputs of different sizes
+            sizes = [n % (padded + 1) for n in range(len(specs))]
+        batch = []
+        for spec, tensor, size in zip(specs, tensors, sizes, strict=True):
+            shape = list(tensor.shape)
+            shape[spec.dim] = size
+            batch.append((torch.rand(shape) * 9 + 1).to(tensor.dtype))
+        for spec, tensor, view in zip(specs, batch, inputs.stage(batch, padded), strict=True):
+            assert torch.equal(view, expected(tensor, spec, padded))
+
+
+class Fills(TorchDispatchMode):
+    """Counts what is launched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ran.append(func._schema.name.removeprefix("aten::"))
+        return func(*args, **(kwargs or {}))
+
+
+def launches_of(inputs: StaticInputs, count: int, padded: int) -> list[str]:
+    tensors = [torch.ones(count, dtype=buffer.dtype) for buffer in inputs.buffers]
+    with Fills() as fills:
+        inputs.stage(tensors, padded)
+    return [name for name in fills.ran if name.startswith(("_foreach_copy", "copy", "fill"))]
+
+
+def test_tails_are_filled_again_only_when_they_grow():
+    examples = {"a": torch.zeros(1), "b": torch.zeros(1)}
+    inputs = StaticInputs.allocate(examples, 16, keeps_tails=True)
+    copy, fill = ["_foreach_copy_"], ["fill_", "fill_"]
+    steps = [(3, 8, fill), (3, 8, []), (4, 8, []), (3, 8, fill), (8, 8, []), (7, 8, fill)]
+    steps += [(7, 16, fill), (9, 16, []), (2, 4, fill), (2, 16, fill), (2, 16, [])]
+    for count, padded, filled in steps:
+        assert launches_of(inputs, count, padded) == copy + filled, (count, padded)
+    inputs.let_write()
+    for _ in range(2):
+        assert launches_of(inputs, 2, 16) == copy + fill
+
+
+def test_inputs_that_are_written_to_are_filled_each_time():
+    specs = [InputSpec("a", written=True), InputSpec("b")]
+    examples = {"a": torch.zeros(1), "b": torch.zeros(1, dtype=torch.long)}
+    inputs = StaticInputs.allocate(examples, 8, specs, keeps_tails=True)
+    assert launches_of(inputs, 3, 8) == ["copy_", "copy_", "fill_", "fill_"]
+    assert launches_of(inputs, 3, 8) == ["copy_", "copy_", "fill_"]
+
+
+def test_copies_of_one_dtype_are_one_launch():
+    examples = {f"{n}": torch.zeros(1, dtype=DTYPES[n % 2]) for n in range(8)}
+    inputs = StaticInputs.allocate(examples, 8)
+    assert launches_of(inputs, 8, 8) == ["_foreach_copy_"] * 2
+    plain = StaticInputs.allocate(examples, 8, kernel="reference")
+    assert launches_of(plain, 8, 8) == ["copy_"] * 8
 
 
 # --- the kernel ------------------------------------------------------------------------------------

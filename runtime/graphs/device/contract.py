@@ -6,7 +6,6 @@ This module only states the contract; ``cuda`` and ``cpu`` keep it, and ``platfo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -124,8 +123,8 @@ class GraphPlatform(Protocol):
 
     def new_graph(self, pool: GraphPool) -> StaticGraph: ...
 
-    def capture_scope(self, pool: GraphPool) -> AbstractContextManager[None]:
-        """Run a whole capture phase inside it: on CUDA, on the pool's own stream."""
+    def is_capturing(self) -> bool:
+        """Whether what this thread does now is being captured, by whomever; a replay would be an error."""
         ...
 
     def release_cached_memory(self) -> None:

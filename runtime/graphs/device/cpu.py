@@ -31,6 +31,8 @@ from piecework.runtime.torch_compat import flatten_tree, unflatten_tree
 # All bits set is NaN in every floating type and -1 in the integers: whoever reads it too early sees it.
 POISON_BYTE = 0xFF
 _ALIGNMENT = 64
+# While a callable is captured, and while it is run again in place of its replay: what it did then, it does now.
+_CAPTURING: contextvars.ContextVar[bool] = contextvars.ContextVar("capturing", default=False)
 
 
 class CpuGraphPlatform:
@@ -44,9 +46,8 @@ class CpuGraphPlatform:
     def new_graph(self, pool: CpuGraphPool) -> CpuStaticGraph:
         return CpuStaticGraph(pool)
 
-    @contextmanager
-    def capture_scope(self, pool: CpuGraphPool) -> Iterator[None]:
-        yield
+    def is_capturing(self) -> bool:
+        return _CAPTURING.get()
 
     def release_cached_memory(self) -> None:
         """Nothing: the CPU allocator keeps no pool of its own."""
@@ -162,7 +163,7 @@ class CpuStaticGraph(StaticGraph[CpuGraphPool, _Recording]):
         weak: bool,
     ) -> tuple[_Recording, object]:
         inputs = _storages(flatten_tree((args, kwargs))[0])
-        with torch.no_grad(), _contents_kept(inputs):
+        with torch.no_grad(), _contents_kept(inputs), _capturing():
             output = runnable(*args, **kwargs)
             leaves, spec = flatten_tree(output)
         static, layouts, copies = self._make_static(leaves, {s.data_ptr() for s in inputs})
@@ -173,11 +174,15 @@ class CpuStaticGraph(StaticGraph[CpuGraphPool, _Recording]):
         return held, weak_ref_tensors(result) if weak else result
 
     def replay(self) -> None:
+        if _CAPTURING.get():
+            raise StaticGraphError(
+                "a replay while something is captured", hint="run the callable itself there"
+            )
         # In a copy of the context variables: an interrupt can't leave the capture's forward context to the caller.
         contextvars.copy_context().run(self._run_again, self.require_captured())
 
     def _run_again(self, recording: _Recording) -> None:
-        with torch.no_grad(), override_forward_context(recording.context):
+        with torch.no_grad(), override_forward_context(recording.context), _capturing():
             leaves, _ = flatten_tree(recording.runnable(*recording.args, **recording.kwargs))
             self._check_layouts(leaves, recording.layouts)
             for copy in recording.copies:
@@ -247,6 +252,15 @@ class CpuStaticGraph(StaticGraph[CpuGraphPool, _Recording]):
                 f"output {index} came out with another layout than at capture",
                 hint="a captured callable must not depend on the values of its inputs for shapes",
             )
+
+
+@contextmanager
+def _capturing() -> Iterator[None]:
+    token = _CAPTURING.set(True)
+    try:
+        yield
+    finally:
+        _CAPTURING.reset(token)
 
 
 def _storages(leaves: list[object]) -> list[torch.UntypedStorage]:

@@ -5,7 +5,6 @@ It never patches torch or the garbage collector: it drives ``torch.cuda.CUDAGrap
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch
 
 from piecework.codegen.stitch.source import collector_paused
 from piecework.errors import StaticGraphError
+from piecework.runtime import torch_compat
 from piecework.runtime.graphs.device.contract import StaticGraph
 from piecework.runtime.graphs.device.weak_ref import weak_ref_tensors
 
@@ -22,7 +22,7 @@ class CudaGraphPlatform:
     """Static graphs on one CUDA device.
 
     Raises:
-        StaticGraphError: there is no such device.
+        StaticGraphError: there is no such device, or its allocator has no private pools.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -31,6 +31,13 @@ class CudaGraphPlatform:
                 "CUDA is not available, so nothing can be captured on it",
                 where=str(device),
                 hint="use cudagraph_mode NONE, or capture on the CPU",
+            )
+        backend = torch.cuda.get_allocator_backend()
+        if backend != "native":
+            raise StaticGraphError(
+                f"torch's allocator is {backend}, under which what a graph lets go of becomes a part of the graph",
+                where=str(device),
+                hint="leave backend:cudaMallocAsync out of PYTORCH_ALLOC_CONF, or use cudagraph_mode NONE",
             )
         index = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", index)
@@ -41,11 +48,8 @@ class CudaGraphPlatform:
     def new_graph(self, pool: CudaGraphPool) -> CudaStaticGraph:
         return CudaStaticGraph(pool)
 
-    @contextmanager
-    def capture_scope(self, pool: CudaGraphPool) -> Iterator[None]:
-        with _on_stream(pool.stream):
-            yield
-        torch.cuda.synchronize(self.device)
+    def is_capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
 
     def release_cached_memory(self) -> None:
         torch.cuda.empty_cache()
@@ -55,11 +59,15 @@ class CudaGraphPlatform:
 
 
 class CudaGraphPool:
-    """A private memory pool with the one stream that all captures into it use.
+    """A private memory pool with the one stream that all captures into it use, and nothing else.
 
     Blocks of the caching allocator belong to a stream, so captures share memory only on the same one. An empty
     graph belongs to the pool from the start: the allocator gives a pool up for good once its last graph is gone,
-    and a failed or discarded first capture must not end it.
+    and a discarded first capture must not end it.
+
+    cuBLAS has a workspace for each stream, which torch takes at the first product there and keeps for all later ones. It must lie
+    in the pool: elsewhere, whoever clears the workspaces or the cache would free it under the graphs. So nothing is warmed up on
+    this stream, and what streams of torch's small set of them had before is let go of first.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -70,6 +78,7 @@ class CudaGraphPool:
         self._open()
 
     def _open(self) -> None:
+        torch_compat.clear_cublas_workspaces()
         with torch.cuda.device(self.device):
             self.handle = torch.cuda.graph_pool_handle()
         self._anchor = torch.cuda.CUDAGraph()
@@ -85,20 +94,35 @@ class CudaGraphPool:
 
     def clear(self) -> None:
         self._anchor.reset()
+        torch_compat.clear_cublas_workspaces()
         with torch.cuda.device(self.device):
             torch.cuda.empty_cache()
         self._measured = 0
         self._open()
 
+    def abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture that failed, and go on in memory of its own; what was captured before keeps the old one alive.
+
+        The first capture there, which is empty, also tells torch's random generators that capturing is over.
+        """
+        torch_compat.abandon_capture(graph, self.device, self.handle)
+        self._anchor.reset()
+        self._open()
+
+    def capture_stream(self) -> torch.cuda.Stream:
+        """The pool's stream, ready for a capture."""
+        if torch.cuda.current_stream(self.device) == self.stream:
+            # The caller works on this very stream, and cuBLAS has a workspace of the caller's for it.
+            torch_compat.clear_cublas_workspaces()
+        return self.stream
+
     @contextmanager
     def measured(self) -> Iterator[None]:
-        """Add what the block takes from the device's free memory."""
+        """Add what the block takes from the device's free memory, if it succeeds."""
         before, _ = torch.cuda.mem_get_info(self.device)
-        try:
-            yield
-        finally:
-            after, _ = torch.cuda.mem_get_info(self.device)
-            self._measured += max(0, before - after)
+        yield
+        after, _ = torch.cuda.mem_get_info(self.device)
+        self._measured += max(0, before - after)
 
 
 class CudaStaticGraph(StaticGraph[CudaGraphPool, "torch.cuda.CUDAGraph"]):
@@ -119,19 +143,23 @@ class CudaStaticGraph(StaticGraph[CudaGraphPool, "torch.cuda.CUDAGraph"]):
         torch.cuda.synchronize(self._pool.device)
         with (
             self._pool.measured(),
-            _on_stream(self._pool.stream),
+            _on_stream(self._pool.capture_stream()),
             torch.no_grad(),
             collector_paused(),  # what it destroys may call CUDA in ways a capture forbids
         ):
-            # Other threads may allocate meanwhile; only what this thread does is held to the capture's rules.
-            graph.capture_begin(pool=self._pool.handle, capture_error_mode="thread_local")
             try:
+                # Other threads may allocate meanwhile; only what this thread does is held to the capture's rules.
+                graph.capture_begin(pool=self._pool.handle, capture_error_mode="thread_local")
                 output = runnable(*args, **kwargs)
                 output = weak_ref_tensors(output) if weak else output
-            except BaseException:
-                _abandon(graph)
+                graph.capture_end()
+            except BaseException as error:
+                try:
+                    self._pool.abandon(graph)
+                except RuntimeError as second:
+                    # The device is lost; what lost it is the error to report.
+                    error.add_note(f"After that, nothing can be captured on the device: {second}")
                 raise
-            graph.capture_end()
         return graph, output
 
     def replay(self) -> None:
@@ -160,11 +188,3 @@ def _on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
             yield
     finally:
         outer.wait_stream(stream)
-
-
-def _abandon(graph: torch.cuda.CUDAGraph) -> None:
-    """End a capture whose callable failed; the stream must leave capture mode, the error to report is the first one."""
-    with contextlib.suppress(RuntimeError):
-        graph.capture_end()
-    with contextlib.suppress(RuntimeError):
-        graph.reset()

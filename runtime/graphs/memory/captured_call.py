@@ -162,12 +162,19 @@ class CapturedCall:
                     raise _refusal(what, request)
                 case _:
                     assert_never(graphs.address_policy)
-        copies, staged = stage_fresh(leaves, fresh, request.mutated_args)
+        added = 0
+
+        def memory(number: int, nbytes: int, device: torch.device) -> torch.Tensor:
+            nonlocal added
+            found, new = graphs.staging_memory((request.name, id(runnable)), number, nbytes, device)
+            added += new
+            return found
+
+        copies, staged = stage_fresh(leaves, fresh, request.mutated_args, memory)
         static_args, static_kwargs = unflatten_tree(staged, spec)
         for copy in copies:
             copy.stage(leaves)
-        staged_bytes = sum(copy.nbytes for copy in copies)
-        graph, output = _record(runnable, static_args, static_kwargs, request, graphs, staged_bytes)
+        graph, output = _record(runnable, static_args, static_kwargs, request, graphs, added)
         call = cls(
             request,
             graph,
@@ -278,7 +285,8 @@ def _record(
     staged_bytes: int,
 ) -> tuple[StaticGraph, object]:
     key = (request.name, request.mode, request.descriptor)
-    with graphs.one_capture(*key, staged_bytes=staged_bytes) as graph:
+    named = torch.profiler.record_function(f"capture {request.where}")
+    with named, graphs.one_capture(*key, staged_bytes=staged_bytes) as graph:
         if request.collect_garbage:
             gc.collect()
             graphs.platform.release_cached_memory()

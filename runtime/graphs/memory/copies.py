@@ -5,8 +5,9 @@ It never stages a tensor that somebody vouched for, and it never changes how ten
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -61,11 +62,6 @@ class StagedCopy:
     window: torch.Tensor | None
     writes_back: bool
 
-    @property
-    def nbytes(self) -> int:
-        """Size of the static buffer."""
-        return self.members[0].static.nbytes if self.window is None else self.window.nbytes
-
     def stage(self, leaves: Sequence[object]) -> None:
         """Copy the arguments' present contents into the static buffer.
 
@@ -105,12 +101,21 @@ class StagedCopy:
         return view.set_(storage, start, (window.numel(),), (1,))
 
 
+Memory = Callable[[int, int, torch.device], torch.Tensor]
+
+
 def stage_fresh(
-    leaves: list[object], fresh: Iterable[int], mutated: frozenset[int] = frozenset()
+    leaves: list[object],
+    fresh: Iterable[int],
+    mutated: frozenset[int] = frozenset(),
+    memory: Memory | None = None,
 ) -> tuple[tuple[StagedCopy, ...], list[object]]:
     """Static buffers for the leaves at ``fresh``, and the leaves with those in their place.
 
     Leaves that share a storage get one buffer, so that they alias in the graph as they do outside.
+
+    Args:
+        memory: gives the bytes of a buffer, from its number, its size and its device; new ones by default.
 
     Raises:
         StaticGraphError: a fresh leaf is not dense memory.
@@ -128,19 +133,28 @@ def stage_fresh(
     copies = []
     for members in groups.values():
         writes_back = any(index in mutated for index, _ in members)
-        copies.append(_stage_group(members, staged, writes_back))
+        copies.append(
+            _stage_group(members, staged, writes_back, partial(memory or _new, len(copies)))
+        )
     return tuple(copies), staged
 
 
+def _new(number: int, nbytes: int, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
 def _stage_group(
-    group: list[tuple[int, torch.Tensor]], staged: list[object], writes_back: bool
+    group: list[tuple[int, torch.Tensor]],
+    staged: list[object],
+    writes_back: bool,
+    memory_for: Callable[[int, torch.device], torch.Tensor],
 ) -> StagedCopy:
     index, first = group[0]
     if len(group) == 1 and _is_plain(first):
-        with torch.inference_mode(False):
-            static = torch.empty_strided(
-                first.shape, first.stride(), dtype=first.dtype, device=first.device
-            )
+        storage = memory_for(first.nbytes, first.device).untyped_storage()
+        before = int(first.storage_offset()) * first.element_size()
+        static = view_of_storage(storage, like=first, byte_shift=before)
         staged[index] = static
         return StagedCopy((StagedMember(index, static, 0),), None, writes_back)
     extents = [_extent(tensor) for _, tensor in group]
@@ -148,12 +162,12 @@ def _stage_group(
     aligned = begin // _GRAIN * _GRAIN
     members = []
     with torch.inference_mode(False):
-        memory = torch.empty(end - aligned, dtype=torch.uint8, device=first.device)
+        memory = memory_for(end - aligned, first.device)
         for (index, tensor), (own_begin, _) in zip(group, extents, strict=True):
             view = view_of_storage(memory.untyped_storage(), like=tensor, byte_shift=aligned)
             members.append(StagedMember(index, view, own_begin - begin))
             staged[index] = view
-    return StagedCopy(tuple(members), memory[begin - aligned :], writes_back)
+    return StagedCopy(tuple(members), memory[begin - aligned : end - aligned], writes_back)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -30,7 +30,7 @@ class CaptureRecord:
         mode: PIECEWISE or FULL.
         descriptor: the batch shape.
         nbytes: what it added to the pool.
-        staged_bytes: static buffers for fresh inputs, outside the pool.
+        staged_bytes: static buffers for fresh inputs, outside the pool; what a larger shape of the piece has is not counted again.
         eager_reason: why this piece runs uncaptured in this shape, if the address policy said so.
     """
 
@@ -42,6 +42,16 @@ class CaptureRecord:
     eager_reason: str | None = None
 
 
+class _SharedPool:
+    """A pool, and who uses it."""
+
+    def __init__(self, pool: GraphPool) -> None:
+        self.pool = pool
+        self.owners: weakref.WeakSet[StaticGraphs] = weakref.WeakSet()
+        self.users: dict[int, object] = {}
+        self.lock = threading.RLock()
+
+
 class StaticGraphs:
     """The static graphs of one model: one pool, one address book, one capture phase.
 
@@ -51,6 +61,11 @@ class StaticGraphs:
         lazy: allow captures at any time, until capturing is closed; otherwise only inside ``capturing()``.
         check_addresses: check the inputs of every replay, not only of the first (debugging).
         on_capture: called with the record of each capture, for counters and progress.
+        memory_of: another owner on this device, whose pool this one uses; one of them captures or runs at a time, and what one returned
+            may be overwritten by the other. The pool is given back when none of them has a capture.
+
+    Attributes:
+        users: who is running graphs of this memory, under 0; empty if nobody is.
 
     Example:
         >>> graphs = StaticGraphs("cpu")
@@ -67,21 +82,30 @@ class StaticGraphs:
         lazy: bool = False,
         check_addresses: bool = False,
         on_capture: Callable[[CaptureRecord], None] | None = None,
+        memory_of: StaticGraphs | None = None,
     ) -> None:
         self.platform: GraphPlatform = (
             platform_for(platform) if isinstance(platform, (str, torch.device)) else platform
         )
-        self.pool: GraphPool = self.platform.new_pool()
+        if memory_of is not None and memory_of.platform.device != self.platform.device:
+            raise StaticGraphError(
+                f"the graphs whose memory is to be used are on {memory_of.platform.device}",
+                where=str(self.platform.device),
+            )
+        shared = _SharedPool(self.platform.new_pool()) if memory_of is None else memory_of._shared
+        shared.owners.add(self)
+        self._shared, self.pool = shared, shared.pool
+        self.users, self.capture_lock = shared.users, shared.lock
         self.addresses = AddressBook()
         self.address_policy = AddressPolicy.parse(address_policy)
         self.check_addresses = check_addresses
         self.records: list[CaptureRecord] = []
         self._on_capture = on_capture
-        self.capture_lock = threading.RLock()
         self._open = lazy
         self._in_use: set[tuple[CUDAGraphMode, BatchDescriptor]] = set()
         self._busy_with: str | None = None
         self._holders: weakref.WeakSet[GraphHolder] = weakref.WeakSet()
+        self._staging: dict[tuple[object, int], torch.Tensor] = {}
 
     @property
     def is_open(self) -> bool:
@@ -93,10 +117,14 @@ class StaticGraphs:
         """The capture phase; afterwards capturing is closed, even where it was lazy before."""
         self._open = True
         try:
-            with self.platform.capture_scope(self.pool):
-                yield
+            yield
+            self.platform.synchronize()
         finally:
             self._open = False
+
+    def others_capture(self) -> bool:
+        """Whether somebody else captures what this thread does now: nothing can be replayed or captured here."""
+        return self._busy_with is None and self.platform.is_capturing()
 
     def allow_capturing(self, allowed: bool) -> None:
         """Allow captures at any time, or close a lazy capture phase."""
@@ -172,6 +200,22 @@ class StaticGraphs:
             if self._on_capture is not None:
                 self._on_capture(record)
 
+    def staging_memory(
+        self, piece: object, number: int, nbytes: int, device: torch.device
+    ) -> tuple[torch.Tensor, int]:
+        """Bytes for static buffer ``number`` of a piece, and how many of them are new.
+
+        All batch shapes of a piece share them: one of them runs at a time, and its buffers are filled right before. The largest is
+        captured first, so the others take the head of what it has.
+        """
+        known = self._staging.get((piece, number))
+        if known is not None and known.nbytes >= nbytes and known.device == device:
+            return known, 0
+        with torch.inference_mode(False):
+            found = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self._staging[piece, number] = found
+        return found, nbytes
+
     def note_eager(
         self, name: str, mode: CUDAGraphMode, descriptor: BatchDescriptor, reason: str
     ) -> None:
@@ -208,9 +252,11 @@ class StaticGraphs:
         for holder in list(self._holders):
             holder.clear_graphs()
         self._in_use.clear()
+        self._staging.clear()
         self.addresses.forget_captured()
         self.records.clear()
-        self.pool.clear()
+        if not any(owner.records for owner in self._shared.owners):
+            self.pool.clear()
 
 
 class GraphHolder:

@@ -69,7 +69,7 @@ class CUDAGraphEntry:
 class CUDAGraphWrapper(GraphHolder):
     """Runs ``runnable`` as a static graph whenever the context's mode is this wrapper's mode.
 
-    Without a context, on another mode, or when the context skips graphs, it runs ``runnable``. Wrappers nest:
+    Without a context, on another mode, when the context skips graphs, or while somebody else captures, it runs ``runnable``. Wrappers nest:
     a FULL one around a model whose pieces have PIECEWISE ones; the context's mode selects which of them acts.
 
     Args:
@@ -127,6 +127,8 @@ class CUDAGraphWrapper(GraphHolder):
             return self.runnable(*args, **kwargs)
         entry = self.concrete_cudagraph_entries.get(context.batch_descriptor)
         call = None if entry is None else entry.call
+        if self.graphs is not None and self.graphs.others_capture():
+            return self.runnable(*args, **kwargs)
         if call is None:
             return self._warm_up_or_capture(context, args, kwargs)
         if call.trusted:

@@ -121,10 +121,6 @@ class BatchShape:
     def dynamic(self) -> tuple[StagedInput, ...]:
         return tuple(each for each in self.staged if each.dim is not None)
 
-    @property
-    def device(self) -> torch.device:
-        return self.dynamic[0].fake.device
-
     def refusal(self, size: int, others: Mapping[str, int]) -> str | None:
         """Why no batch of ``size`` is served with these other sizes, or None."""
         values = {self.symbol: size, **{each.symbol: size for each in self.equal}}

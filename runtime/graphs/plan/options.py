@@ -9,7 +9,10 @@ import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import Literal
+
+import torch
 
 from piecework.errors import ConfigError, StaticGraphError
 from piecework.runtime.batch.descriptor import BatchKind
@@ -23,9 +26,12 @@ from piecework.runtime.batch.sizes import (
 )
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.graphs.memory.addresses import AddressPolicy
+from piecework.runtime.graphs.memory.owner import StaticGraphs
 from piecework.runtime.graphs.plan.batch_shape import BatchShape, OtherSize, require_sizes
+from piecework.runtime.graphs.plan.full_graphs import negotiated
 from piecework.runtime.graphs.plan.phase import ContextFor, FailurePolicy
 from piecework.runtime.graphs.stage.slots import Number
+from piecework.runtime.splitting_op import GraphsOf
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +54,14 @@ class CaptureOptions:
         on_failure: what a failed capture does.
         raise_interrupt: raise ``KeyboardInterrupt`` again after Ctrl-C; what was captured serves either way.
         clone_outputs: return copies; otherwise the next call overwrites what this one returned.
-        strict: a batch that falls back to running uncaptured although its size was to be captured is an error.
+        strict: a batch that falls back to running uncaptured although its size was to be captured is an error; so is a mode that an
+            operator can't be captured in, which is lowered otherwise.
+        join: called before each capture and each call that is served from graphs: lets the current stream wait for work that the
+            model queued on others.
+        memory_of: the ``static_graphs.graphs`` of another captured model: both use one pool, and one of them runs at a time.
         pads: what fills the tail of each padded input, by its parameter's name; 0 by default.
+        static: arguments without the batch size that calls pass in the same memory each time, such as a KV cache: by parameter name,
+            the tensor itself. It is neither copied nor copied back; a call that passes another one is an error.
         poison: pad floating inputs with NaN, to find out what reads beyond the batch (debugging).
         check_padding: run one small batch on random data alone, padded, and padded with NaN before anything is captured; where rows
             differ, nothing is padded. It costs three uncaptured forwards.
@@ -71,7 +83,10 @@ class CaptureOptions:
     raise_interrupt: bool = True
     clone_outputs: bool = True
     strict: bool = False
+    join: Callable[[], object] | None = None
+    memory_of: StaticGraphs | None = None
     pads: Mapping[str, Number] = field(default_factory=dict)
+    static: Mapping[str, torch.Tensor] = field(default_factory=dict)
     poison: bool = False
     check_padding: bool = True
     context_for: ContextFor | None = None
@@ -122,12 +137,14 @@ class CapturePlan:
         sizes: batch sizes, ascending.
         others: combinations of other sizes, by label; one empty one if there are none.
         dispatcher: which batch runs as what.
+        lowered: why that is less than the mode that was asked for; "" if it isn't.
     """
 
     mode: CUDAGraphMode
     sizes: tuple[int, ...]
     others: tuple[Mapping[str, int], ...]
     dispatcher: CudagraphDispatcher
+    lowered: str
 
 
 def plan_capture(
@@ -135,14 +152,27 @@ def plan_capture(
     config: CompilationConfig,
     sizes: Iterable[int] | None,
     options: CaptureOptions,
+    said: Mapping[str, GraphsOf] = MappingProxyType({}),
 ) -> CapturePlan:
     """Settle what ``capture(sizes, …)`` means for one model.
+
+    Args:
+        said: which whole forwards may be captured with each operator between the pieces inside.
 
     Raises:
         ConfigError: a size can't be reached or served, or sizes and limits disagree.
         StaticGraphError: nothing is left to capture, or a dynamic size has no values to capture.
     """
-    mode = _mode(config, options)
+    runtime = options.runtime
+    lens = (1,) if runtime is None else tuple(runtime.query_lens)
+    asked = _mode(config, options)
+    mode, able, lowered = negotiated(asked, said, lens)
+    if lowered and (options.strict or mode is CUDAGraphMode.NONE):
+        raise StaticGraphError(
+            f"mode {asked.name} can't be: {lowered}",
+            where="capture",
+            hint="capture in mode PIECEWISE, or say splitting_op(..., full_graphs=...)",
+        )
     given = {label: v for label, v in options.other_sizes.items() if not isinstance(v, str)}
     values = _other_values(shape, given)
     others = tuple(
@@ -152,7 +182,6 @@ def plan_capture(
     clash = sorted(set(values) & set(options.axes))
     if clash:
         raise ConfigError(f"axis {clash[0]!r} is a size of the model", where="axes")
-    runtime = options.runtime
     lora = LoraCases(
         (runtime is not None and runtime.enable_lora) or bool(options.lora_counts),
         config.cudagraph_specialize_lora,
@@ -162,7 +191,7 @@ def plan_capture(
         mode,
         chosen,
         max_num_seqs=max(chosen) if runtime is None else runtime.max_num_seqs,
-        uniform_decode_query_len=1 if runtime is None else runtime.query_lens,
+        uniform_decode_query_len=lens,
         decode_multiple_of=(
             runtime.tensor_parallel_size
             if runtime is not None and config.pass_config.enable_sp
@@ -174,10 +203,14 @@ def plan_capture(
         exact=_never_padded(shape),
     )
     for key in list(dispatcher.cudagraph_keys[CUDAGraphMode.FULL]):
+        # A batch that doesn't say how wide its requests are has the widest, so those widths stay known to the dispatcher.
+        if key.uniform and key.num_tokens // (key.num_reqs or 1) not in able:
+            dispatcher.give_up(CUDAGraphMode.FULL, key)
+            continue
         # Decode sizes that follow from the others; what was asked for by name is an error where it can't be.
         if key.num_tokens not in chosen and _refused(shape, key.num_tokens, others):
             dispatcher.give_up(CUDAGraphMode.FULL, key)
-    return CapturePlan(mode, chosen, others, dispatcher)
+    return CapturePlan(mode, chosen, others, dispatcher, lowered)
 
 
 def _never_padded(shape: BatchShape) -> Reason | None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from piecework.errors import BindError
+from piecework.runtime.graphs.memory.addresses import Placement, ValueOrigin
 from piecework.runtime.graphs.memory.owner import StaticGraphs
 from piecework.runtime.graphs.plan.batch_shape import BatchShape, StagedInput
 from piecework.runtime.graphs.stage.inputs import StaticInputs, require_in_place
@@ -28,9 +29,11 @@ class CapturedInputs:
         pads: what fills the tail of each padded input, by its parameter's name.
         poison: pad floating inputs with NaN.
         copies: copy a call's tensors; else they must be views of the buffers.
+        static: arguments that calls pass in the same memory each time, by name, each with the tensor that has it: graphs read and
+            write that, and nothing of it is copied.
 
     Raises:
-        BindError: ``pads`` names no padded input.
+        BindError: ``pads`` names no padded input, or ``static`` one that is padded or is no argument, or a tensor that does not fit it.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class CapturedInputs:
         pads: Mapping[str, Number],
         poison: bool,
         copies: bool = True,
+        static: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         names = [each.name for each in shape.dynamic]
         unknown = sorted(set(pads) - set(names))
@@ -56,21 +60,58 @@ class CapturedInputs:
         self._static = StaticInputs.allocate(
             {each.name: _example(each, others) for each in shape.dynamic},
             maximum,
-            [InputSpec(e.name, _dim_in_memory(e), pads.get(e.name, 0)) for e in shape.dynamic],
+            [_spec(each, pads) for each in shape.dynamic],
             poison=poison,
             copies=copies,
+            keeps_tails=copies,
         )
         self._copies = copies
         self._fixed = {
             n: _example(each, others) for n, each in enumerate(shape.staged) if each.dim is None
         }
+        self._kept = self._kept_among(static or {}, others)
+        self._fixed |= self._kept
         self._written = [n for n, each in enumerate(shape.staged) if each.written]
 
+    def _kept_among(
+        self, static: Mapping[str, torch.Tensor], others: Mapping[str, int]
+    ) -> dict[int, torch.Tensor]:
+        """The tensors of ``static`` by their argument's number."""
+        numbers = {each.name: n for n, each in enumerate(self._staged) if each.dim is None}
+        found = {}
+        for name, tensor in static.items():
+            if name not in numbers:
+                hint = f"arguments without the batch size: {', '.join(numbers) or 'none'}"
+                raise BindError(
+                    f"no argument {name!r} that keeps its memory", where="static", hint=hint
+                )
+            wanted = _example(self._staged[numbers[name]], others)
+            order = self._staged[numbers[name]].order
+            memory = tensor if order is None else tensor.permute(order)
+            if not Placement.of(wanted).same_layout(Placement.of(memory)) or (
+                wanted.device != tensor.device
+            ):
+                raise BindError(
+                    f"{name} is {Placement.of(tensor).describe()} on {tensor.device}, and was traced as "
+                    f"{Placement.of(_as_traced(wanted, self._staged[numbers[name]])).describe()} on {wanted.device}",
+                    where="static",
+                )
+            found[numbers[name]] = memory
+        return found
+
     def register(self, graphs: StaticGraphs) -> None:
-        """Vouch for the buffers."""
+        """Vouch for the buffers, and for what the caller keeps."""
         self._static.register(graphs.addresses)
         for number, buffer in self._fixed.items():
-            graphs.addresses.register_persistent(self._staged[number].name + self._suffix, buffer)
+            # What the caller keeps is the caller's: runs on dummy inputs put back what they write there.
+            kind = ValueOrigin.OUT_BUFFER if number in self._kept else ValueOrigin.PERSISTENT
+            name = self._staged[number].name + self._suffix
+            graphs.addresses.register_persistent(name, buffer, kind)
+
+    @property
+    def written_outside(self) -> list[torch.Tensor]:
+        """What the graph writes to of the caller's own."""
+        return [self._kept[n] for n in self._written if n in self._kept]
 
     def views(self, padded: int) -> tuple[torch.Tensor, ...]:
         """The static tensors of graphs captured for ``padded``, in the order of ``shape.staged``."""
@@ -78,24 +119,29 @@ class CapturedInputs:
         return tuple(_as_traced(held[n], each) for n, each in enumerate(self._staged))
 
     def by_name(self, padded: int) -> dict[str, torch.Tensor]:
-        """The same static tensors by their parameter's name."""
+        """The same static tensors by their parameter's name, for a caller who may write to them."""
+        self._static.let_write()
         names = (each.name for each in self._staged)
         return dict(zip(names, self.views(padded), strict=True))
 
     def stager(self, padded: int) -> Callable[[Tensors], object]:
-        """What copies all tensor arguments into the buffers, padded to ``padded``."""
-        stage = self._static.stage
+        """What copies all tensor arguments of a call that was checked into the buffers, padded to ``padded``."""
+        stage = self._static.stage_alike
+        first = self._numbers[0]
+        dim = self._staged[first].dim
         turned = {n: each.order for n, each in enumerate(self._staged) if each.order is not None}
         if not self._fixed and not turned:
-            return lambda inputs: stage(inputs, padded)
+            return lambda inputs: stage(inputs, padded, inputs[first].shape[dim])  # type: ignore[index]
         dynamic, fixed = self._numbers, tuple(self._fixed.items())
-        copies, names = self._copies, [each.name for each in self._staged]
+        names = [each.name for each in self._staged]
+        copied = set(self._fixed) - set(self._kept) if self._copies else set()
 
         def stage_all(inputs: Tensors) -> None:
+            count = inputs[first].shape[dim]  # type: ignore[index]
             inputs = [x.permute(turned[n]) if n in turned else x for n, x in enumerate(inputs)]
-            stage([inputs[n] for n in dynamic], padded)
+            stage([inputs[n] for n in dynamic], padded, count)
             for number, buffer in fixed:
-                if copies:
+                if number in copied:
                     buffer.copy_(inputs[number], non_blocking=True)
                 else:
                     require_in_place(names[number], inputs[number], buffer)
@@ -107,7 +153,7 @@ class CapturedInputs:
         if not (self._written and self._copies):
             return None
         views = self.views(padded)
-        back = [(n, views[n], self._staged[n].dim) for n in self._written]
+        back = [(n, views[n], self._staged[n].dim) for n in self._written if n not in self._kept]
 
         def bring_back(inputs: Tensors, count: int) -> None:
             for number, static, dim in back:
@@ -145,6 +191,10 @@ def _example(each: StagedInput, others: Mapping[str, int]) -> torch.Tensor:
         shape = [shape[dim] for dim in each.order]
     with torch.inference_mode(False):
         return torch.zeros(shape, dtype=each.fake.dtype, device=each.fake.device)
+
+
+def _spec(each: StagedInput, pads: Mapping[str, Number]) -> InputSpec:
+    return InputSpec(each.name, _dim_in_memory(each), pads.get(each.name, 0), each.written)
 
 
 def _dim_in_memory(each: StagedInput) -> int:

@@ -54,6 +54,7 @@ class Calls:
     Attributes:
         shared: counts calls that ran uncaptured as a written argument shared memory with another.
         busy: counts calls that ran uncaptured as another call was using the graphs' memory.
+        inside: counts calls that ran uncaptured as somebody else was capturing them.
     """
 
     def __init__(
@@ -72,6 +73,9 @@ class Calls:
         self._finished: list[Step] = []
         self.shared = _uncaptured("an argument that is written to shares memory with another")
         self.busy = _uncaptured("another call is using the graphs, in a thread or around this one")
+        self.inside = _uncaptured(
+            "somebody else captures this call, and a replay can't be captured"
+        )
         self._skipped = _uncaptured("the forward context skips graphs")
         self._told = _uncaptured("the forward context says mode NONE for this descriptor")
         self._empty = _uncaptured("the batch is empty")
@@ -155,7 +159,15 @@ class Calls:
 
     def rows(self) -> Iterator[CallRow]:
         """The counts so far, one row for each graph and reason."""
-        always = (self.shared, self.busy, self._skipped, self._told, self._empty, self._unequal)
+        always = (
+            self.shared,
+            self.busy,
+            self.inside,
+            self._skipped,
+            self._told,
+            self._empty,
+            self._unequal,
+        )
         totals: dict[tuple[str, str, str], int] = {}
         for step in (*self._finished, *self._steps.values(), *always):
             graph = "" if step.call is None else step.descriptor.describe()

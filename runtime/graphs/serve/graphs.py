@@ -33,6 +33,8 @@ from piecework.runtime.graphs.memory.captured_call import CapturedCall
 from piecework.runtime.graphs.memory.owner import CaptureRecord, StaticGraphs
 from piecework.runtime.graphs.memory.wrapper import CUDAGraphOptions, CUDAGraphWrapper, wrap_piece
 from piecework.runtime.graphs.plan.batch_reader import FixedBatch, batch_shape
+from piecework.runtime.graphs.plan.devices import capture_device
+from piecework.runtime.graphs.plan.full_graphs import full_graphs_of
 from piecework.runtime.graphs.plan.numbers import require_sizes_only, sizes_of
 from piecework.runtime.graphs.plan.options import CaptureOptions, plan_capture
 from piecework.runtime.graphs.plan.phase import Key, plain_context
@@ -55,6 +57,7 @@ class CapturedGraphs:
         sizes: the batch sizes that were to be captured.
         graphs: the owner of what is captured.
         dispatcher: which batch runs as what.
+        lowered: why less is captured than the mode that was asked for; "" if it isn't.
         options: how it was captured.
         replays: mode and descriptor → its replay.
         weights: path → tensor, of the execution that was captured.
@@ -77,8 +80,10 @@ class CapturedGraphs:
     ) -> None:
         self._entry, self._program, self.options = entry, program, options
         self.shape = batch_shape(entry.captured, program, options.same_as_batch, fixed)
-        plan = plan_capture(self.shape, program.config, sizes, options)
-        self.sizes, self.dispatcher = plan.sizes, plan.dispatcher
+        between = [item.submod_name for item in program.items if item.is_splitting_graph]
+        said = full_graphs_of(program.split_gm, between)
+        plan = plan_capture(self.shape, program.config, sizes, options, said)
+        self.sizes, self.dispatcher, self.lowered = plan.sizes, plan.dispatcher, plan.lowered
         self._parameters = self._check_numbers()
         # The weights and the function of one execution; a change retires these graphs instead of reaching them.
         self.forward: Callable[..., object] = entry.execution_fn
@@ -91,14 +96,16 @@ class CapturedGraphs:
                 options.pads,
                 options.poison,
                 program.config.cudagraph_copy_inputs,
+                options.static,
             )
             for values in plan.others
         }
         self.graphs = StaticGraphs(
-            self.shape.device,
+            self._device(),
             address_policy=options.address_policy,
             check_addresses=options.check_addresses,
             on_capture=self._count,
+            memory_of=options.memory_of,
         )
         cut_inside = program.config.use_inductor_graph_partition
         self.partitions = Partitions(self.graphs) if cut_inside else None
@@ -111,7 +118,9 @@ class CapturedGraphs:
         )
         self._writes: dict[tuple[str, tuple[int, ...]], frozenset[int]] = {}
         weights = list(self.weights.values())
-        self.dry_writes = DryWrites(self._is_own, weights, self._written_weights())
+        kept = [each for inputs in self._inputs.values() for each in inputs.written_outside]
+        known = self._written_weights()
+        self.dry_writes = DryWrites(self._is_own, [*weights, *kept], [*known, *kept], always=kept)
         self._wrapped = [self._wrap(submods, n) for n, submods in enumerate(program.submod_lists)]
         self._whole = [self._wrap_whole(number) for number in range(len(program.submod_lists))]
         self.replays: dict[Key, Replay] = {}
@@ -136,13 +145,25 @@ class CapturedGraphs:
     def _check_numbers(self) -> list[torch.fx.Node]:
         """Refuse numbers that captured code reads from data; the inputs of the graph that are passed per call."""
         source, split_gm = self._program.source, self._program.split_gm
-        whole = bool(self.dispatcher.cudagraph_keys[_FULL])
-        captured = [i.submod_name for i in self._program.items]
-        require_sizes_only(split_gm, captured if whole else source.submod_names)
+        require_sizes_only(split_gm, self._captured_names())
         bound = {row.path for row in source.module.bound}
         nodes = split_gm.graph.find_nodes(op="placeholder")
         pairs = zip(nodes, self._entry.captured.inputs, strict=True)
         return [n for n, each in pairs if not (isinstance(each, Weight) and each.path in bound)]
+
+    def _device(self) -> torch.device:
+        """Where captured code computes; Inductor's own partitions leave out what is elsewhere."""
+        inside = self._program.config.use_inductor_graph_partition
+        first = self.shape.dynamic[0].fake.device
+        return capture_device(
+            self._program.split_gm, () if inside else self._captured_names(), first
+        )
+
+    def _captured_names(self) -> list[str]:
+        """The submodules that are captured: the pieces, and all where a whole forward is."""
+        whole = bool(self.dispatcher.cudagraph_keys[_FULL])
+        every = [item.submod_name for item in self._program.items]
+        return every if whole else list(self._program.source.submod_names)
 
     def static_inputs(
         self, size: int, others: Mapping[str, int] | None = None
@@ -260,6 +281,8 @@ class CapturedGraphs:
         """One forward on the static inputs, whatever they hold; the context's mode says which wrapper acts."""
         size = descriptor.num_tokens
         views = self.inputs_of(descriptor).views(size)
+        if self.options.join is not None:
+            self.options.join()
         with torch.no_grad(), self._without_traces():
             return self._run(self._flat(views, descriptor), self._range_of(size))
 
@@ -271,7 +294,9 @@ class CapturedGraphs:
         # What is captured must not be dry; and nothing can be copied while a GPU captures.
         dry = context if context is None or full else replace(context, dry=True)
         # Splitting ops that run inside Inductor's code can't be looked at.
-        watched = self.partitions is None and not (full and self.shape.device.type == "cuda")
+        watched = self.partitions is None and not (
+            full and self.graphs.platform.device.type == "cuda"
+        )
         with ExitStack() as stack:
             if self.options.put_back:
                 stack.enter_context(self.dry_writes.put_back(watched=watched))

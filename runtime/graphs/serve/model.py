@@ -6,7 +6,8 @@ It never captures while serving; a batch that no graph covers runs as it ran bef
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -19,6 +20,7 @@ from piecework.runtime import torch_compat
 from piecework.runtime.batch.coverage import CoverageRow, coverage
 from piecework.runtime.batch.descriptor import BatchKind
 from piecework.runtime.batch.dispatcher import Reason
+from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.bind.weights import BoundWeights
 from piecework.runtime.call.entry import Entry
 from piecework.runtime.call.execution import by_path_of
@@ -79,9 +81,12 @@ class CapturedModel:
         self._ready: dict[Key, Step] = {}
         # Inputs, results and what lies between have one place each: one call at a time. Who is in them stands under 0:
         # taking and leaving are single steps of the interpreter, so that an interrupt never leaves them taken.
-        self._user: dict[int, object] = {}
+        # Models that share their memory share this too.
+        self._user = self.graphs.users
         self._in_place = self._watch_weights()
+        self._is_capturing = self.graphs.platform.is_capturing
         self._retired = False
+        self._join = options.join
         self._raises = FailurePolicy.parse(options.on_failure).raises
         self._calls = Calls(self.shape, self.dispatcher, self._ready, options)
 
@@ -97,6 +102,10 @@ class CapturedModel:
             KeyboardInterrupt: likewise, on Ctrl-C.
         """
         try:
+            if self.captures.lowered:
+                _log.warning(
+                    "capture: less than a whole forward is captured: %s", self.captures.lowered
+                )
             self._tell_of_unseen()
             self._capture(memory_budget, progress, estimate)
         finally:
@@ -233,8 +242,11 @@ class CapturedModel:
         """Give the memory back, unless a call is in it: that call does it when it leaves. No call gets in any more."""
         mine = object()
         if self._user.setdefault(0, mine) is mine:
-            self.replays.clear()
-            self.graphs.clear_all_graphs()
+            try:
+                self.replays.clear()
+                self.graphs.clear_all_graphs()
+            finally:
+                del self._user[0]  # a model that shares the memory runs on
 
     def still_reads(self, weights: BoundWeights) -> bool:
         """Whether the captured graphs read the memory of these weights, which are the tensors of their capture."""
@@ -248,7 +260,7 @@ class CapturedModel:
         """
         tensors = list(self._weights.values())
         in_place, quick = torch_compat.places_guard(tensors)
-        needed = self.shape.device.type != "cpu" or self.options.check_addresses
+        needed = self.graphs.platform.device.type != "cpu" or self.options.check_addresses
         return in_place if tensors and (needed or quick) else None
 
     def _moved(self) -> StaticGraphError:
@@ -263,7 +275,8 @@ class CapturedModel:
         if self.options.warmups is not None:
             return self.options.warmups
         return max(
-            self._program.config.cudagraph_num_of_warmups, int(self.shape.device.type == "cuda")
+            self._program.config.cudagraph_num_of_warmups,
+            int(self.graphs.platform.device.type == "cuda"),
         )
 
     # --- serving -----------------------------------------------------------------------------------
@@ -274,6 +287,9 @@ class CapturedModel:
         call = step.call
         if call is None:
             step.calls += 1
+            return self._forward(*flat, **submods)
+        if self._is_capturing():
+            self._calls.inside.calls += 1
             return self._forward(*flat, **submods)
         for position, path in self.shape.weights.items():
             if flat[position] is not self._weights[path]:
@@ -290,6 +306,8 @@ class CapturedModel:
         try:
             if user.setdefault(0, mine) is mine and not self._retired:
                 step.calls += 1
+                if self._join is not None:
+                    self._join()
                 outputs = call(inputs)
                 if bring_back is not None:
                     bring_back(inputs, count)  # type: ignore[arg-type]
@@ -344,6 +362,19 @@ class CapturedModel:
     def memory_report(self) -> MemoryReport:
         """What the captures were expected to take, and take."""
         return MemoryReport(self.estimate, self.graphs.bytes_by_descriptor(), self.dropped)
+
+    @contextmanager
+    def named_replays(self, labels: Sequence[str]) -> Iterator[None]:
+        """Show replays by name in ``torch.profiler`` for the block; ``labels`` are the pieces', in order."""
+        with ExitStack() as stack:
+            for (mode, descriptor), replay in self.replays.items():
+                graph = f"{mode.name} {descriptor.describe()}"
+                whole = [f"the whole forward, {graph}"]
+                known = (
+                    whole if mode is CUDAGraphMode.FULL else [f"{each}, {graph}" for each in labels]
+                )
+                stack.enter_context(replay.named(known))
+            yield
 
     def source_for(self, size: int, kind: BatchKind | None = None) -> ReplaySource:
         """The replay source that serves a batch of ``size``.

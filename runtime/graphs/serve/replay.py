@@ -6,17 +6,19 @@ It captures nothing, and what it emits is not used until its proof is done.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 import torch.fx
 
 from piecework.codegen.replay.emit import REPLAY_NAME, generate_replay
-from piecework.codegen.replay.plan import ReplaySource
+from piecework.codegen.replay.plan import HeldReplay, HeldStage, ReplaySource
 from piecework.codegen.replay.proof import ReplayProof
 from piecework.codegen.replay.whole import whole_forward
 from piecework.codegen.stitch.bind import execute_source
 from piecework.codegen.stitch.source import StitchedSource
+from piecework.runtime.call.profile_names import named_globals
 from piecework.runtime.graphs.memory.captured_call import CapturedCall
 from piecework.runtime.graphs.plan.batch_shape import BatchShape
 from piecework.runtime.graphs.plan.numbers import Numbers, numbers_of
@@ -31,6 +33,16 @@ class Replay:
     source: ReplaySource
     proof: ReplayProof
     call: Callable[[Sequence[torch.Tensor]], object]
+
+    def named(self, labels: Sequence[str]) -> AbstractContextManager[None]:
+        """Show staging, replays and operators by name in ``torch.profiler`` for the block; ``labels`` are the pieces', in order."""
+        names = {alias.name: alias.name for alias in self.source.module.aliases}
+        for name, what in self.source.held.items():
+            if isinstance(what, HeldReplay):
+                names[name] = f"replay {labels[what.piece]}"
+            elif isinstance(what, HeldStage):
+                names[name] = "stage inputs"
+        return named_globals(self.call.__globals__, names)  # type: ignore[attr-defined]
 
 
 class ReplayMaker:

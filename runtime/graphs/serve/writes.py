@@ -46,6 +46,7 @@ class DryWrites:
         is_own: whether a tensor lies in the graphs' own memory, which nobody reads before a replay has written it.
         outside: tensors of the model; what a piece returns of them is not its own.
         known: those of them that the graph says are written.
+        always: those of them that captured pieces write to, which are not looked at.
 
     Attributes:
         seen: operators that wrote to memory of others, each with what it wrote to, in words.
@@ -56,8 +57,9 @@ class DryWrites:
         is_own: Callable[[torch.Tensor], bool],
         outside: list[torch.Tensor],
         known: list[torch.Tensor],
+        always: list[torch.Tensor],
     ) -> None:
-        self._is_own, self._known = is_own, known
+        self._is_own, self._known, self._always = is_own, known, always
         self._outside = {_address(t) for t in outside if _is_plain(t)}
         self._watch = torch_compat.OperatorWatch(self._before, _body_of, self._after)
         self._active = False
@@ -86,6 +88,8 @@ class DryWrites:
                     self._keep(tensor)
                 yield
             else:
+                for tensor in self._always:
+                    self._keep(tensor)
                 self._active = True
                 with self._watch:
                     yield

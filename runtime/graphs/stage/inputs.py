@@ -5,7 +5,6 @@ It never moves a buffer once it is allocated, and it never pads with anything bu
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,23 +12,36 @@ from typing import Literal
 import torch
 
 from piecework.errors import ConfigError, InputError
+from piecework.runtime import torch_compat
 from piecework.runtime.graphs.memory.addresses import AddressBook
 from piecework.runtime.graphs.stage.one_launch import OneLaunch
-from piecework.runtime.graphs.stage.slots import InputSpec, Slot, dimension_of, slot_for
+from piecework.runtime.graphs.stage.slots import InputSpec, Number, Slot, dimension_of, slot_for
 
 __all__ = ["InputSpec", "Kernel", "StaticInputs"]
 
-Kernel = Literal["auto", "reference", "triton"]
+Kernel = Literal["auto", "grouped", "reference", "triton"]
+_Fill = tuple[torch.Tensor, Number]
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """How batches of one size reach one padded size: views that are made once and used every step."""
+    """How batches of one size reach one padded size: views that are made once and used every step.
+
+    Attributes:
+        count: the size of the batch, where all inputs have the same.
+        groups: positions of inputs of one dtype on one device, with their heads.
+        tails: what is filled in each step.
+        kept_tails: what is filled unless it holds its padding already: rows ``count`` to ``padded`` of its buffer.
+    """
 
     counts: tuple[int, ...]
+    count: int | None
+    padded: int
     static: tuple[torch.Tensor, ...]
     heads: tuple[torch.Tensor, ...]
-    tails: tuple[torch.Tensor | None, ...]
+    groups: tuple[tuple[tuple[int, ...], list[torch.Tensor]], ...]
+    tails: tuple[_Fill, ...]
+    kept_tails: tuple[_Fill, ...]
 
 
 @dataclass(eq=False)
@@ -39,10 +51,12 @@ class StaticInputs:
     Args:
         specs: one per input.
         buffers: one per input, contiguous, as large as the largest batch.
-        kernel: "triton" stages everything in one launch, "reference" with one copy and one fill per input;
-            "auto" is Triton on CUDA and the reference elsewhere.
+        kernel: "grouped" copies inputs of one dtype together, in one launch on a GPU; "reference" copies one by one; "triton"
+            copies and pads everything in one launch of our own, which costs the host more than several copies. "auto" is "grouped".
         poison: pad floating inputs with NaN, to find out what reads beyond the batch (debugging).
         copies: copy what is staged; else it must lie in the buffers already, and only their tails are filled.
+        keeps_tails: nobody but ``stage`` writes to the buffers, so that what was padded stays so, and only rows that hold a batch's
+            values are padded again. Inputs that a graph writes to are excepted by their specs.
 
     Raises:
         ConfigError: the declarations do not fit the buffers.
@@ -58,10 +72,13 @@ class StaticInputs:
     kernel: Kernel = "auto"
     poison: bool = False
     copies: bool = True
+    keeps_tails: bool = False
     _slots: tuple[Slot, ...] = field(init=False)
     _plans: dict[tuple[int, tuple[int, ...]], _Plan] = field(init=False, default_factory=dict)
     _checked: dict[tuple[object, ...], _Plan] = field(init=False, default_factory=dict)
     _launcher: OneLaunch | None = field(init=False, default=None)
+    # Rows from the first of these numbers to the second hold their padding, in each buffer that keeps it.
+    _clean: tuple[int, int] = field(init=False, default=(0, 0))
 
     def __post_init__(self) -> None:
         if len(self.specs) != len(self.buffers):
@@ -71,14 +88,8 @@ class StaticInputs:
             )
         pairs = zip(self.specs, self.buffers, strict=True)
         self._slots = tuple(slot_for(spec, buffer, self.poison) for spec, buffer in pairs)
-        if self._slots and self._uses_triton():
+        if self._slots and self.kernel == "triton":
             self._launcher = OneLaunch(self._slots)
-
-    def _uses_triton(self) -> bool:
-        if self.kernel != "auto":
-            return self.kernel == "triton"
-        on_cuda = all(buffer.device.type == "cuda" for buffer in self.buffers)
-        return on_cuda and importlib.util.find_spec("triton") is not None
 
     @classmethod
     def allocate(
@@ -91,6 +102,7 @@ class StaticInputs:
         kernel: Kernel = "auto",
         poison: bool = False,
         copies: bool = True,
+        keeps_tails: bool = False,
     ) -> StaticInputs:
         """Buffers shaped like ``examples``, with ``maximum`` in each dynamic dimension.
 
@@ -99,7 +111,7 @@ class StaticInputs:
             maximum: the largest captured size.
             specs: dynamic dimension and padding by name; dimension 0 and 0 for inputs not listed.
             device: where the buffers are; the examples' own devices by default.
-            kernel, poison, copies: as for the class.
+            kernel, poison, copies, keeps_tails: as for the class.
 
         Raises:
             ConfigError: a spec names no example, or does not fit it.
@@ -120,7 +132,7 @@ class StaticInputs:
             where = example.device if device is None else device
             with torch.inference_mode(False):
                 buffers.append(torch.zeros(shape, dtype=example.dtype, device=where))
-        return cls(chosen, buffers, kernel, poison, copies)
+        return cls(chosen, buffers, kernel, poison, copies, keeps_tails)
 
     def register(self, book: AddressBook) -> None:
         """Vouch for the buffers, so that captured pieces may read them in place."""
@@ -174,20 +186,62 @@ class StaticInputs:
         plan = self._checked.get(signature)
         if plan is None:
             plan = self._checked[signature] = self._check(tensors, padded)
+        return self._run(plan, tensors)
+
+    def stage_alike(
+        self, tensors: Sequence[torch.Tensor], padded: int, count: int
+    ) -> tuple[torch.Tensor, ...]:
+        """``stage`` for tensors that are known to fit, of one batch size: nothing of them is looked at."""
+        key = (padded, count)
+        plan = self._checked.get(key)
+        if plan is None:
+            plan = self._checked[key] = self._plan(padded, (count,) * len(self._slots))
+        return self._run(plan, tensors)
+
+    def _run(self, plan: _Plan, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         if not self.copies:
             for slot, head, tensor in zip(self._slots, plan.heads, tensors, strict=True):
                 require_in_place(slot.spec.name, tensor, head)
         elif self._launcher is not None and self._launcher.fits(tensors, plan.counts):
-            self._launcher.launch(tensors, plan.counts[0], padded)
+            self._launcher.launch(tensors, plan.counts[0], plan.padded)
             return plan.static
-        for head, tail, slot, tensor in zip(
-            plan.heads, plan.tails, self._slots, tensors, strict=True
-        ):
-            if self.copies:
-                head.copy_(tensor, non_blocking=True)
-            if tail is not None:
-                tail.fill_(slot.pad)
+        else:
+            self._copy(plan, tensors)
+        for tail, pad in plan.tails:
+            tail.fill_(pad)
+        if self.keeps_tails:
+            self._pad(plan)
         return plan.static
+
+    def _copy(self, plan: _Plan, tensors: Sequence[torch.Tensor]) -> None:
+        if self.kernel == "reference":
+            for head, tensor in zip(plan.heads, tensors, strict=True):
+                head.copy_(tensor, non_blocking=True)
+            return
+        for positions, heads in plan.groups:
+            if len(positions) == 1:
+                heads[0].copy_(tensors[positions[0]], non_blocking=True)
+            else:
+                torch_compat.copy_each(heads, [tensors[n] for n in positions], True)
+
+    def _pad(self, plan: _Plan) -> None:
+        """Fill what keeps its padding, where it holds a larger batch's values or was never filled."""
+        padded, (first, last) = plan.padded, self._clean
+        if plan.count is None:
+            self._clean = (0, 0)
+            return
+        first = max(first, plan.count)  # the batch lies in front of it now
+        if plan.count < padded and (first > plan.count or last < padded):
+            for tail, pad in plan.kept_tails:
+                tail.fill_(pad)
+            first, last = plan.count, max(last, padded) if first <= padded else padded
+        self._clean = (first, last)
+
+    def let_write(self) -> None:
+        """Somebody else may write to the buffers from now on: pad in every step."""
+        self.keeps_tails = False
+        self._plans.clear()
+        self._checked.clear()
 
     def _check(self, tensors: Sequence[torch.Tensor], padded: int) -> _Plan:
         """The plan for tensors of shapes that were not seen before; what fits once fits again."""
@@ -220,19 +274,31 @@ class StaticInputs:
             if counts == full
             else self._plan(padded, full).static
         )
-        heads, tails = [], []
-        for slot, view, count in zip(self._slots, static, counts, strict=True):
-            heads.append(view.narrow(slot.dim, 0, count))
-            rest = padded - count
-            tails.append(view.narrow(slot.dim, count, rest) if rest else None)
-        return _Plan(counts, static, tuple(heads), tuple(tails))
+        heads: list[torch.Tensor] = []
+        groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        tails: list[_Fill] = []
+        kept: list[_Fill] = []
+        count = counts[0] if len(set(counts)) == 1 else None
+        for number, (slot, view, own) in enumerate(zip(self._slots, static, counts, strict=True)):
+            heads.append(view.narrow(slot.dim, 0, own))
+            groups.setdefault((view.dtype, view.device), []).append(number)
+            # Only where nothing lies before the dynamic dimension is a row at one place for all sizes.
+            keeps = self.keeps_tails and count is not None and slot.outer == 1
+            if padded > own:
+                rest = view.narrow(slot.dim, own, padded - own)
+                (kept if keeps and not slot.spec.written else tails).append((rest, slot.pad))
+        together = tuple((tuple(ns), [heads[n] for n in ns]) for ns in groups.values())
+        return _Plan(
+            counts, count, padded, static, tuple(heads), together, tuple(tails), tuple(kept)
+        )
 
 
 def require_in_place(name: str, tensor: torch.Tensor, static: torch.Tensor) -> None:
     """Refuse an input that is not ``static``, where nothing is copied."""
     if tensor.data_ptr() != static.data_ptr() or tensor.stride() != static.stride():
         raise InputError(
-            "does not lie in its static buffer, and inputs are not copied",
+            "does not lie in its static buffer, and is not copied",
             where=f"input {name}",
-            hint="write into static_graphs.static_inputs(size) and pass views of it, or set cudagraph_copy_inputs",
+            hint="pass the tensor that capture(static=...) was given; or, without cudagraph_copy_inputs, views of "
+            "static_graphs.static_inputs(size), or set it",
         )

@@ -44,8 +44,8 @@ def _stage(
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     for i in tl.static_range(len(targets)):
         if which == i:
-            row_out = padded * INNER[i]
-            row_in = count * INNER[i]
+            row_out = padded.to(tl.int64) * INNER[i]
+            row_in = count.to(tl.int64) * INNER[i]
             outer = at // row_out
             inner = at - outer * row_out
             inside = at < OUTER[i] * row_out

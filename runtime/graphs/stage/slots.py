@@ -23,11 +23,13 @@ class InputSpec:
         name: for errors, and in the address book.
         dim: its dynamic dimension; may be negative.
         pad: what fills the tail.
+        written: what reads the buffer writes to it too, so that its tail doesn't stay as it was filled.
     """
 
     name: str
     dim: int = 0
     pad: Number = 0
+    written: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,121 @@
+"""Past Inductor's wrappers, and what they leave undone: wrappers of torch versions other than the installed one, inputs at odd addresses."""
+
+from __future__ import annotations
+
+from functools import wraps
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import piecework
+from piecework.runtime import torch_compat
+
+
+class CompiledFxGraph:
+    """As far as it is looked at: a callable, and what AOTAutograd recorded of it."""
+
+    def __init__(self) -> None:
+        self.current_callable = lambda args: [args[0] + 1]
+
+
+class EffectTokensWrapper:
+    """Of torch 2.11, which wraps every function, also those without tokens."""
+
+    def post_compile(self, compiled_fn, num_tokens):
+        @wraps(compiled_fn)
+        def inner_fn(args):
+            return compiled_fn([*([None] * num_tokens), *args])[num_tokens:]
+
+        return inner_fn
+
+
+class FunctionalizedRngRuntimeWrapper:
+    """Around it, and by its ``__qualname__`` the same function."""
+
+    def post_compile(self, compiled_fn, runtime_metadata):
+        @wraps(compiled_fn)
+        def wrapper(args):
+            return (runtime_metadata, compiled_fn(args))[1]
+
+        return wrapper
+
+
+def entered(num_tokens: int) -> tuple[object, str]:
+    graph = CompiledFxGraph()
+    wrapped = EffectTokensWrapper().post_compile(graph, num_tokens)
+    around = FunctionalizedRngRuntimeWrapper().post_compile(wrapped, None)
+    assert around.__qualname__ == wrapped.__qualname__
+    artifact = SimpleNamespace(_compiled_fn=around)
+    call, reason = torch_compat.direct_entry(artifact, 1, 1, vouched=True)
+    return call is graph.current_callable, reason
+
+
+def test_a_wrapper_for_effect_tokens_is_passed_where_there_are_none():
+    assert entered(0) == (True, "")
+    assert entered(2) == (False, "num_tokens is 2")
+
+
+def test_an_input_at_an_odd_address_is_copied_and_what_is_written_to_it_comes_back():
+    graph = CompiledFxGraph()
+    graph.inputs_to_check, graph.mutated_input_idxs = [0, 1], {1}
+    graph._defers_input_alignment = False
+    aligned: list[bool] = []
+
+    def call(args):
+        aligned.extend(each.data_ptr() % 16 == 0 for each in args)
+        return [args[1].add_(args[0])]
+
+    graph.current_callable = call
+    torch_compat.realign_inputs(_holding(graph))
+    x, y = torch.ones(9)[1:], torch.zeros(9)[1:]
+    assert x.data_ptr() % 16 and y.data_ptr() % 16
+    graph.current_callable([x, y])
+    assert aligned == [True, True] and y.tolist() == [1.0] * 8
+
+
+def _holding(graph: CompiledFxGraph):
+    return lambda: graph
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("inside", [False, True])
+def test_every_compiled_graph_is_realigned_once(monkeypatch, inside):
+    from torch._inductor import output_code
+
+    found: list[object] = []
+    before = output_code.maybe_realign_inputs
+    monkeypatch.setattr(
+        output_code,
+        "maybe_realign_inputs",
+        lambda ran, graph, *rest: (found.append(graph), before(ran, graph, *rest)),
+    )
+    config = piecework.CompilationConfig(use_inductor_graph_partition=inside, splitting_ops=[])
+    model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Softmax(-1))
+    for _ in ("compiled", "from the cache"):
+        stitched = piecework.compile(model, (torch.randn(4, 8),), config=config)
+        x = torch.randn(41)[1:].view(5, 8)
+        torch.testing.assert_close(stitched(x), model(x))
+        torch.compiler.reset()
+    assert len(found) == 2 and len({id(each) for each in found}) == 2
+
+
+def test_operators_of_python_that_inductor_lowers_by_itself_are_nobodys_own(monkeypatch):
+    """Else torch 2.11 would compile without a cache from the second compilation of a process on."""
+    import operator
+
+    from torch._inductor import lowering
+
+    from piecework.runtime.torch_compat.settings import global_passes
+
+    @wraps(operator.add)
+    def add(a, b):
+        return a + b
+
+    def mine(a, b):
+        return a - b
+
+    before = set(global_passes())
+    monkeypatch.setitem(lowering.lowerings, operator.add, add)
+    monkeypatch.setitem(lowering.lowerings, operator.sub, mine)
+    assert set(global_passes()) - before == {f"lowerings.{operator.sub}"}

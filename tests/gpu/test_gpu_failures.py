@@ -1,0 +1,73 @@
+"""What must not break a process on a GPU: captures that fail, inputs at odd addresses. In a file of its own, as a mistake here ends the device's use."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu_models import (
+    DEVICE,
+    EAGER,
+    INDUCTOR,
+    Told,
+    assert_alike,
+    needs_cuda,
+    needs_device,
+    stitched_decoder,
+)
+
+import piecework
+from piecework.errors import StaticGraphError
+
+pytestmark = [pytest.mark.gpu, needs_device]
+
+
+@needs_cuda
+@pytest.mark.parametrize("mode", ["FULL", "FULL_AND_PIECEWISE"])
+def test_a_size_that_fails_leaves_the_others_captured(mode, monkeypatch):
+    monkeypatch.setattr(Told, "fails_at", 4)
+    model, stitched = stitched_decoder(EAGER)
+    told = {"mode": mode, "on_failure": "uncaptured", "progress": False, "estimate": False}
+    stitched.capture([1, 2, 4, 8], **told)
+    outcomes = stitched.static_graphs.report.outcomes
+    failed = {(each.mode.name, each.descriptor.num_tokens) for each in outcomes if each.error}
+    assert failed == {("FULL", 4)}
+    assert_alike(stitched, model, range(1, 9))
+    torch.randn(3, device="cuda")  # the generators know that capturing is over
+    monkeypatch.setattr(Told, "fails_at", 0)
+    stitched.capture([1, 2, 4, 8], mode=mode, progress=False)
+    assert_alike(stitched, model, range(1, 9))
+
+
+@needs_cuda
+def test_a_failed_capture_is_raised_and_the_next_one_works(monkeypatch):
+    monkeypatch.setattr(Told, "fails_at", 8)
+    model, stitched = stitched_decoder(EAGER)
+    with pytest.raises(StaticGraphError, match="capture failed"):
+        stitched.capture([4, 8], mode="FULL", progress=False, estimate=False)
+    monkeypatch.setattr(Told, "fails_at", 0)
+    stitched.capture([4, 8], mode="FULL", progress=False, estimate=False)
+    assert_alike(stitched, model, (3, 4, 8))
+
+
+class Wide(torch.nn.Module):
+    """Reads its input in whole words of 16 bytes where it may."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x) * 2 + 1
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_input_at_an_odd_address(inside):
+    """The example was aligned; ``x[1:]`` of a longer tensor is not."""
+    config = INDUCTOR.replace(use_inductor_graph_partition=inside, splitting_ops=())
+    model = Wide()
+    stitched = piecework.compile(model, (torch.randn(256, 64, device=DEVICE),), config=config)
+    memory = torch.randn(64 * 64 + 1, device=DEVICE)
+    odd = memory[1:].view(64, 64)
+    assert odd.data_ptr() % 16
+    with torch.no_grad():
+        torch.testing.assert_close(stitched(odd), model(odd))
+        if not inside:
+            stitched.capture([64], progress=False)
+            torch.testing.assert_close(stitched(odd), model(odd))

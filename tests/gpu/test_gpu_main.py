@@ -1,0 +1,239 @@
+"""The main path on a GPU: compiled by Inductor, cold and from the cache, captured, every size; transformers; weights, memory and captures of others."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from gpu_models import (
+    DEVICE,
+    EAGER,
+    HIDDEN,
+    INDUCTOR,
+    ON_CUDA,
+    Remembering,
+    assert_alike,
+    batch_of,
+    decoder,
+    needs_cuda,
+    needs_device,
+    small_llama,
+    stitched_decoder,
+)
+
+import piecework
+from piecework.errors import ArtifactError
+from piecework.integrations.transformers import stitch, stitched_module, unstitch
+from piecework.integrations.transformers.dry_request import dry_request
+
+pytestmark = [pytest.mark.gpu, needs_device]
+SIZES = [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_AND_PIECEWISE"])
+def test_every_size_equals_eager_with_the_eager_compiler(mode):
+    model, stitched = stitched_decoder(EAGER)
+    stitched.capture(SIZES, mode=mode, progress=False)
+    assert_alike(stitched, model, range(1, 11))
+    modes = {row.mode for row in stitched.call_report()}
+    assert modes == {"PIECEWISE", "NONE"}, "sizes to 8 are replayed, larger ones run uncaptured"
+
+
+def test_the_first_served_call_is_not_slower_than_a_compilation():
+    _, stitched = stitched_decoder(EAGER)
+    stitched.capture(SIZES, progress=False)
+    given = batch_of(3)
+    _synchronize()
+    start = time.perf_counter()
+    with torch.no_grad():
+        stitched(*given)
+    _synchronize()
+    assert time.perf_counter() - start < 0.3, "nothing is compiled or loaded in the first call"
+
+
+def test_weights_are_replaced_bound_again_and_captured_again():
+    model, stitched = stitched_decoder(EAGER)
+    stitched.capture(SIZES, progress=False)
+    with torch.no_grad():
+        model.head.weight.copy_(model.head.weight * 2)  # in place: graphs read it
+    assert_alike(stitched, model, (2, 3))
+    model.head.weight = torch.nn.Parameter(model.head.weight + 1, requires_grad=False)
+    with pytest.raises(piecework.PieceworkError):
+        stitched(*batch_of(2))
+    stitched.rebind()
+    assert_alike(stitched, model, (2, 3))
+    stitched.capture(SIZES, progress=False)
+    assert_alike(stitched, model, (2, 3))
+
+
+def test_models_that_share_memory_stay_right():
+    (target, one), (draft, two) = stitched_decoder(EAGER), stitched_decoder(EAGER, layers=2)
+    one.capture(SIZES, progress=False, estimate=False)
+    two.capture(SIZES, memory_of=one.static_graphs.graphs, progress=False, estimate=False)
+    for size in (8, 1, 3):
+        assert_alike(one, target, (size,))
+        assert_alike(two, draft, (size,))
+    one.static_graphs.release()
+    assert_alike(two, draft, SIZES)
+
+
+@torch.no_grad()
+def test_a_tensor_that_the_caller_keeps_is_used_in_place():
+    model = Remembering().to(DEVICE).requires_grad_(False)
+    x = torch.randn(4, HIDDEN, device=DEVICE)
+    torch._dynamo.decorators.mark_unbacked(x, 0)
+    cache = torch.rand(3, HIDDEN, device=DEVICE)
+    stitched = piecework.compile(model, (x, cache.clone()), config=EAGER)
+    expected = cache.clone()
+    stitched.capture([2, 4], static={"cache": cache}, progress=False)
+    assert torch.equal(cache, expected)
+    for size in (2, 4, 2):
+        x = torch.randn(size, HIDDEN, device=DEVICE)
+        torch.testing.assert_close(stitched(x, cache), model(x, expected), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(cache, expected, rtol=1e-3, atol=1e-3)
+
+
+@needs_cuda
+def test_reduce_overhead_elsewhere_and_an_empty_cache_leave_the_graphs_right():
+    """Inductor's own graphs clear the workspaces of cuBLAS; what they free must not be what our graphs use."""
+    model, stitched = stitched_decoder(EAGER)
+    stitched.capture(SIZES, progress=False)
+    assert_alike(stitched, model, (1, 8))
+    other = torch.compile(torch.nn.Linear(64, 64).cuda(), mode="reduce-overhead")
+    x = torch.randn(8, 64, device="cuda")
+    with torch.no_grad():
+        for _ in range(4):
+            other(x)
+    torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    # What was freed is taken by others, and filled.
+    taken = [torch.full((1 << 22,), float("nan"), device="cuda") for _ in range(16)]
+    assert_alike(stitched, model, range(1, 9))
+    torch.cuda.synchronize()
+    assert all(bool(each.isnan().all()) for each in taken), "a replay wrote to memory of others"
+
+
+@needs_cuda
+def test_the_workspace_lies_in_the_pool():
+    _, stitched = stitched_decoder(EAGER)
+    stitched.capture(SIZES, progress=False)
+    before = _bytes_in_pool(stitched)
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    after = _bytes_in_pool(stitched)
+    assert after["allocated_size"] < before["allocated_size"], "the workspace was not in the pool"
+    assert after["total_size"] == before["total_size"], "the pool shrank under its graphs"
+
+
+def _bytes_in_pool(stitched: piecework.StitchedModule) -> dict[str, int]:
+    handle = tuple(stitched.static_graphs.graphs.pool.handle)
+    own = [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == handle]
+    return {name: sum(s[name] for s in own) for name in ("allocated_size", "total_size")}
+
+
+@needs_cuda
+def test_a_capture_around_a_served_call_holds_what_the_call_does():
+    model, stitched = stitched_decoder(EAGER)
+    stitched.capture(SIZES, progress=False)
+    given = batch_of(3)
+    with torch.no_grad():
+        stitched(*given)
+        graph = torch.cuda.CUDAGraph()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            model(*given)  # warms this stream up
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph, stream=side):
+            result = stitched(*given)
+        for _ in range(2):
+            given[0].copy_(batch_of(3)[0])
+            graph.replay()
+            torch.testing.assert_close(result, model(*given), rtol=1e-3, atol=1e-3)
+        assert_alike(stitched, model, (3, 8))
+
+
+@needs_cuda
+def test_memory_comes_back_when_graphs_are_given_up():
+    model, stitched = stitched_decoder(EAGER)
+    stitched.capture([64, 128], progress=False)
+    held = torch.cuda.memory_reserved()
+    stitched.static_graphs.release()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < held
+    assert_alike(stitched, model, (2, 64))
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+def test_transformers_generates_the_same_tokens(backend):
+    model = small_llama(torch.float32)
+    ids = torch.randint(1, 512, (3, 7), device=DEVICE)
+    told = {"max_new_tokens": 12, "do_sample": False}
+    plain = model.generate(ids, **told)
+    stitch(model, config=piecework.CompilationConfig(backend=backend))
+    stitched_module(model).capture([1, 2, 4, 8, 32], context_for=dry_request, progress=False)
+    assert torch.equal(model.generate(ids, **told), plain)
+    # The static cache makes transformers compile the forward by itself, where it can.
+    static = model.generate(ids, cache_implementation="static", disable_compile=True, **told)
+    assert torch.equal(static, plain)
+    served = {row.mode for row in stitched_module(model).call_report()}
+    assert "PIECEWISE" in served
+    unstitch(model)
+    assert torch.equal(model.generate(ids, **told), plain)
+
+
+def test_transformers_in_bfloat16_is_as_near_as_rounding_lets_it_be():
+    model = small_llama(torch.bfloat16)
+    ids = torch.randint(1, 512, (2, 5), device=DEVICE)
+    with torch.no_grad():
+        plain = model(ids).logits.float()
+        stitch(model, config=EAGER)
+        stitched_module(model).capture([1, 2, 4, 8, 16], context_for=dry_request, progress=False)
+        found = model(ids).logits.float()
+    assert (found - plain).norm() < 2e-2 * plain.norm()
+
+
+@pytest.mark.inductor
+def test_inductor_cold_and_from_the_cache():
+    for start in ("cold", "from the cache"):
+        torch.compiler.reset()
+        model, stitched = stitched_decoder(INDUCTOR)
+        reasons = _reasons(stitched)
+        assert not any(reasons), f"{start}: pieces are not entered directly: {reasons}"
+        assert_alike(stitched, model, (1, 3, 8, 11))
+        stitched.capture(SIZES, progress=False)
+        assert_alike(stitched, model, range(1, 11))
+
+
+def _reasons(stitched: piecework.StitchedModule) -> list[str]:
+    """Why pieces are not entered directly; "" for those that are."""
+    backends = stitched.traces[0].program.backends.values()
+    return [
+        entry.compiled.indirect_because
+        for backend in backends
+        for entry in backend.entries.values()
+    ]
+
+
+@pytest.mark.inductor
+@pytest.mark.xfail(
+    torch.__version__ < "2.12",
+    raises=ArtifactError,
+    reason="traces of torch 2.11 rely on attributes of torch.Tensor that artifacts can't compare yet",
+)
+def test_an_artifact_is_loaded_captured_and_equal(tmp_path):
+    _, stitched = stitched_decoder(INDUCTOR)
+    stitched.save(tmp_path / "artifact")
+    torch.compiler.reset()
+    again = decoder()
+    loaded = piecework.load(tmp_path / "artifact", again)
+    assert_alike(loaded, again, (1, 5, 8))
+    loaded.capture(SIZES, progress=False)
+    assert_alike(loaded, again, range(1, 9))
+
+
+def _synchronize() -> None:
+    if ON_CUDA:
+        torch.cuda.synchronize()

@@ -1,0 +1,335 @@
+"""The CUDA platform against the rules of CUDA graphs in torch, which `fake_cuda` keeps: failed captures, workspaces, captures of others."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from fake_cuda import FORBIDDEN, FakeCuda, Watch
+from torch import nn
+
+import piecework
+from piecework.errors import StaticGraphError
+from piecework.runtime.batch.descriptor import BatchDescriptor
+from piecework.runtime.batch.forward_context import set_forward_context
+from piecework.runtime.batch.mode import CUDAGraphMode
+from piecework.runtime.graphs.device.cpu import CpuGraphPool, CpuStaticGraph
+from piecework.runtime.graphs.device.cuda import CudaGraphPlatform, CudaGraphPool, CudaStaticGraph
+from piecework.runtime.graphs.memory import owner
+from piecework.runtime.graphs.memory.owner import StaticGraphs
+from piecework.runtime.graphs.memory.wrapper import CUDAGraphWrapper
+from piecework.runtime.graphs.plan.phase import capture_graphs
+
+DEVICE = torch.device("cuda", 0)
+EAGER = piecework.CompilationConfig(backend="eager")
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    fake = FakeCuda()
+    fake.install(monkeypatch)
+    return fake
+
+
+class Capturing:
+    """A pool, and callables captured into it."""
+
+    def __init__(self) -> None:
+        self.pool = CudaGraphPool(DEVICE)
+        self.x = torch.ones(4)
+
+    def capture(self, runnable) -> tuple[CudaStaticGraph, object]:
+        graph = CudaStaticGraph(self.pool)
+        return graph, graph.capture(runnable, (self.x,), {})
+
+
+def reads_on_the_host(x: torch.Tensor) -> torch.Tensor:
+    return x * x.sum().item()
+
+
+def synchronises(x: torch.Tensor) -> torch.Tensor:
+    torch.cuda.synchronize()
+    return x
+
+
+def hides_its_error(x: torch.Tensor) -> torch.Tensor:
+    with contextlib.suppress(RuntimeError):
+        torch.cuda.synchronize()
+    return x + 1
+
+
+def raises(x: torch.Tensor) -> torch.Tensor:
+    raise ValueError("no such layer")
+
+
+# --- failed captures ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failing", [reads_on_the_host, synchronises, hides_its_error])
+def test_after_an_invalid_capture_the_next_one_works_and_nothing_leaks(cuda, failing):
+    made = Capturing()
+    before, first = made.capture(lambda x: x + 1)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        made.capture(failing)
+    assert cuda.capturing is None and not cuda.recording
+    after, second = made.capture(lambda x: x * 5)
+    before.replay(), after.replay()
+    assert (first.tolist(), second.tolist()) == ([2.0] * 4, [5.0] * 4)
+    # One reference for each graph, and one for the empty one that opens a pool.
+    assert sum(cuda.references.values()) == 3
+    cuda.random_number()
+
+
+def test_what_the_callable_raises_is_what_is_reported(cuda):
+    made = Capturing()
+    with pytest.raises(ValueError, match="no such layer"):
+        made.capture(raises)
+    assert made.capture(lambda x: x + 1)[0].captured
+    assert sum(cuda.references.values()) == 2
+
+
+def test_a_device_that_is_lost_does_not_hide_what_lost_it(cuda, monkeypatch):
+    made = Capturing()
+
+    def lose(x):
+        def begin(self, pool, capture_error_mode="global"):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", begin)
+        raise ValueError("the first error")
+
+    with pytest.raises(ValueError, match="the first error") as caught:
+        made.capture(lose)
+    assert "illegal memory access" in caught.value.__notes__[0]
+
+
+def test_a_capture_that_cannot_begin_leaves_the_pool_usable(cuda, monkeypatch):
+    made = Capturing()
+    begin = torch.cuda.CUDAGraph.capture_begin
+
+    def refused_by_the_driver(self, pool, capture_error_mode="global"):
+        cuda.begin_allocate(pool)
+        monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", begin)
+        raise RuntimeError("CUDA error: operation would make the legacy stream depend on a capture")
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", refused_by_the_driver)
+    with pytest.raises(RuntimeError, match="legacy stream"):
+        made.capture(lambda x: x)
+    assert made.capture(lambda x: x + 1)[0].captured and not cuda.recording
+
+
+def test_clearing_a_pool_gives_every_reference_back(cuda):
+    made = Capturing()
+    graph, _ = made.capture(lambda x: x + 1)
+    with pytest.raises(RuntimeError):
+        made.capture(synchronises)
+    graph.reset()
+    made.pool.clear()
+    assert sum(cuda.references.values()) == 1  # the empty graph of the new memory
+    assert made.capture(lambda x: x + 1)[0].captured
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return x + self.second(torch.ops.cuda_rules.mix(x))
+
+
+@piecework.splitting_op("cuda_rules::mix", rows="independent")
+def mix(x: torch.Tensor) -> torch.Tensor:
+    if x.shape[0] == Failing.size and torch.cuda.is_current_stream_capturing():
+        torch.cuda.synchronize()
+    return x * 2
+
+
+mix.register_fake(torch.empty_like)
+
+
+class Failing:
+    size = 0
+
+
+class OnCuda(FakeCuda):
+    """The fake, once a model is compiled: Dynamo would ask a real device."""
+
+    def stitch(self, model: nn.Module) -> piecework.StitchedModule:
+        stitched = piecework.compile(model, (torch.randn(8, 4),), config=EAGER)
+        self.install(self.monkeypatch)
+        return stitched
+
+
+@pytest.fixture
+def on_cuda(monkeypatch: pytest.MonkeyPatch) -> OnCuda:
+    """Models are captured by the CUDA platform, under the fake."""
+    monkeypatch.setattr(owner, "platform_for", lambda device: CudaGraphPlatform(DEVICE))
+    fake = OnCuda()
+    fake.monkeypatch = monkeypatch
+    return fake
+
+
+@pytest.mark.parametrize("mode", ["FULL", "FULL_AND_PIECEWISE"])
+def test_a_size_that_fails_leaves_the_others_captured(on_cuda, monkeypatch, mode):
+    monkeypatch.setattr(Failing, "size", 4)
+    model = Blocks()
+    stitched = on_cuda.stitch(model)
+    stitched.capture(
+        [1, 2, 4, 8], mode=mode, on_failure="uncaptured", progress=False, estimate=False
+    )
+    report = stitched.static_graphs.report
+    failed = {(o.mode.name, o.descriptor.num_tokens) for o in report.outcomes if o.error}
+    assert failed == {("FULL", 4)}
+    assert FORBIDDEN in str(next(o.error for o in report.outcomes if o.error))
+    for n in (1, 2, 4, 8):
+        x = torch.randn(n, 4)
+        torch.testing.assert_close(stitched(x), model(x))
+    assert on_cuda.replays and not on_cuda.recording
+
+
+@torch.no_grad()
+def test_a_model_serves_through_the_platform_as_it_runs_eagerly(on_cuda):
+    model = Blocks()
+    stitched = on_cuda.stitch(model)
+    stitched.capture([1, 2, 4, 8], progress=False)
+    for n in range(1, 9):
+        x = torch.randn(n, 4)
+        torch.testing.assert_close(stitched(x), model(x))
+    assert {row.mode for row in stitched.call_report()} == {"PIECEWISE"}
+    stitched.static_graphs.release()
+    assert sum(on_cuda.references.values()) == 1
+
+
+# --- workspaces of cuBLAS ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("occupied", [False, True])
+def test_the_workspace_that_graphs_use_lies_in_their_pool(on_cuda, occupied):
+    if occupied:  # torch hands out the same few streams again and again
+        on_cuda.workspaces.update(dict.fromkeys(on_cuda.streams))
+    stitched = on_cuda.stitch(Blocks())
+    with Watch(on_cuda):
+        stitched.capture([4, 8], warmups=2, progress=False)
+    pool = stitched.static_graphs.graphs.pool
+    assert on_cuda.workspaces[pool.stream] == pool.handle
+    assert on_cuda.workspaces[on_cuda.default] is None, "it was warmed up on the caller's stream"
+
+
+def test_also_where_the_caller_works_on_the_stream_of_the_pool(on_cuda):
+    stitched = on_cuda.stitch(Blocks())
+    with Watch(on_cuda), on_cuda.on(on_cuda.streams[1]):
+        on_cuda.handed_out = 0
+        stitched.capture([4, 8], warmups=1, progress=False)
+    pool = stitched.static_graphs.graphs.pool
+    assert pool.stream is on_cuda.streams[1]
+    assert on_cuda.workspaces[pool.stream] == pool.handle
+
+
+def test_a_new_pool_is_not_given_the_workspace_of_the_old_one(cuda):
+    made = Capturing()
+    matrix = torch.ones(4, 4)
+    made.capture(lambda x: matrix @ matrix)
+    old = made.pool.handle
+    assert cuda.workspaces[made.pool.stream] == old
+    made.pool.clear()
+    made.capture(lambda x: matrix @ matrix)
+    assert cuda.workspaces[made.pool.stream] == made.pool.handle != old
+
+
+# --- captures of others --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_call_that_somebody_else_captures_is_a_part_of_that_capture(on_cuda):
+    model = Blocks()
+    stitched = on_cuda.stitch(model)
+    stitched.capture([2, 4], progress=False)
+    x = torch.randn(3, 4)
+    outer = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.Stream(DEVICE)):
+        outer.capture_begin(pool=torch.cuda.graph_pool_handle())
+        result = stitched(x)
+        outer.capture_end()
+    for _ in range(2):
+        x.copy_(torch.randn(3, 4))
+        outer.replay()
+        torch.testing.assert_close(result, model(x))
+    before = on_cuda.replays
+    torch.testing.assert_close(stitched(x), model(x))
+    assert on_cuda.replays > before, "and afterwards it is served from the graphs again"
+
+
+@torch.no_grad()
+def test_nothing_is_replayed_while_the_stream_captures(on_cuda, monkeypatch):
+    model = Blocks()
+    stitched = on_cuda.stitch(model)
+    stitched.capture([2, 4], progress=False)
+    before, x = on_cuda.replays, torch.randn(3, 4)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    torch.testing.assert_close(stitched(x), model(x))
+    assert on_cuda.replays == before
+    [row] = stitched.call_report()
+    assert (row.mode, row.reason.split(",")[0]) == ("NONE", "somebody else captures this call")
+
+
+@torch.no_grad()
+def test_on_the_cpu_likewise():
+    model = Blocks()
+    stitched = piecework.compile(model, (torch.randn(8, 4),), config=EAGER)
+    stitched.capture([2, 4], progress=False)
+    x = torch.randn(3, 4)
+    outer = CpuStaticGraph(CpuGraphPool())
+    result = outer.capture(stitched, (x,), {})
+    for _ in range(2):
+        x.copy_(torch.randn(3, 4))
+        outer.replay()
+        torch.testing.assert_close(result, model(x))
+    rows = {row.reason: row.calls for row in stitched.call_report()}
+    assert rows == {"somebody else captures this call, and a replay can't be captured": 3}
+
+
+def test_a_replay_inside_a_capture_is_an_error_on_the_cpu_too():
+    x = torch.ones(2)
+    inner = CpuStaticGraph(CpuGraphPool())
+    inner.capture(lambda x: x + 1, (x,), {})
+    with pytest.raises(StaticGraphError, match="a replay while something is captured"):
+        CpuStaticGraph(CpuGraphPool()).capture(lambda x: inner.replay(), (x,), {})
+    inner.replay()
+
+
+def test_wrappers_stand_aside_in_the_capture_of_others(cuda):
+    graphs = StaticGraphs(CudaGraphPlatform(DEVICE))
+    x = torch.ones(2)
+    graphs.addresses.register_persistent("x", x)
+    double = CUDAGraphWrapper(lambda x: x * 2, None, CUDAGraphMode.FULL, graphs=graphs)
+    capture_graphs(lambda d: double(x), [(CUDAGraphMode.FULL, [BatchDescriptor(2)])], graphs)
+    outer = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.Stream(DEVICE)):
+        outer.capture_begin(pool=torch.cuda.graph_pool_handle())
+        for descriptor in (BatchDescriptor(2), BatchDescriptor(3)):  # captured, and never seen
+            with set_forward_context(
+                cudagraph_runtime_mode=CUDAGraphMode.FULL, batch_descriptor=descriptor
+            ):
+                result = double(x)
+        outer.capture_end()
+    outer.replay()
+    assert result.tolist() == [2.0, 2.0]
+
+
+# --- what is refused -----------------------------------------------------------------------------------
+
+
+def test_an_allocator_without_private_pools_is_refused(cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    with pytest.raises(StaticGraphError, match="torch's allocator is cudaMallocAsync"):
+        CudaGraphPlatform(DEVICE)
+
+
+def test_captures_do_not_nest(cuda):
+    made = Capturing()
+    with pytest.raises(StaticGraphError, match="is being captured already"):
+        made.capture(lambda x: Capturing.capture(made, lambda y: y))
+    assert made.capture(lambda x: x + 1)[0].captured

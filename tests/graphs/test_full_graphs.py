@@ -1,0 +1,223 @@
+"""Whole forwards as graphs: what operators say they can be captured in, models that share memory, streams that are joined."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+import piecework
+from piecework.errors import SplitError, StaticGraphError
+from piecework.runtime.batch.descriptor import BatchKind
+from piecework.runtime.batch.forward_context import set_forward_context
+from piecework.runtime.batch.mode import CUDAGraphMode
+from piecework.runtime.config.compilation import RuntimeConfig
+from piecework.runtime.graphs.plan.full_graphs import negotiated
+from piecework.runtime.splitting_op import registry
+
+EAGER = piecework.CompilationConfig(backend="eager")
+FULL, PIECEWISE, NONE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE, CUDAGraphMode.NONE
+BOTH, DECODE = CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.FULL_DECODE_ONLY
+
+
+@piecework.splitting_op("full_graphs::attend", mutates_args=("out",), rows="independent")
+def attend(x: torch.Tensor, out: torch.Tensor) -> None:
+    torch.mul(x, 2, out=out)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.enter(x)
+        attend(x, out := torch.empty_like(x))
+        return x + self.leave(out)
+
+
+def stitch() -> tuple[Model, piecework.StitchedModule]:
+    model = Model()
+    return model, piecework.compile(model, (torch.randn(8, 4),), config=EAGER)
+
+
+@pytest.fixture
+def says():
+    """What the operator says, taken back afterwards."""
+    yield lambda what: piecework.declare_full_graphs("full_graphs::attend", what)
+    piecework.declare_full_graphs("full_graphs::attend", None)
+
+
+# --- what can be captured --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "lens", "full", "both", "decode"),
+    [
+        ("always", (1,), FULL, BOTH, DECODE),
+        ("always", (1, 4), FULL, BOTH, DECODE),
+        ("uniform_decode", (1, 4), BOTH, BOTH, DECODE),
+        ("single_token_decode", (1,), BOTH, BOTH, DECODE),
+        ("single_token_decode", (4,), PIECEWISE, PIECEWISE, NONE),
+        ("never", (1,), PIECEWISE, PIECEWISE, NONE),
+    ],
+)
+def test_a_mode_is_lowered_to_what_every_operator_can_be_captured_in(
+    said, lens, full, both, decode
+):
+    for asked, mode in ((FULL, full), (BOTH, both), (DECODE, decode)):
+        found, able, why = negotiated(asked, {"a": "always", "b": said}, lens)
+        assert (found, able) == (mode, lens)
+        assert bool(why) == (found is not asked) and ("b " in why or not why)
+    assert negotiated(PIECEWISE, {"b": said}, lens) == (PIECEWISE, lens, "")
+    assert negotiated(FULL, {}, lens) == (FULL, lens, "")
+
+
+def test_decode_lengths_that_an_operator_cannot_be_captured_in_are_left_out():
+    mode, lens, why = negotiated(BOTH, {"b": "single_token_decode"}, (1, 3, 5))
+    assert (mode, lens) == (BOTH, (1,)) and "single_token_decode only" in why
+
+
+@pytest.mark.parametrize(
+    ("said", "asked", "served"),
+    [
+        (None, "FULL", {(True, "FULL"), (False, "FULL")}),
+        ("uniform_decode", "FULL", {(True, "FULL"), (False, "PIECEWISE")}),
+        ("never", "FULL_AND_PIECEWISE", {(True, "PIECEWISE"), (False, "PIECEWISE")}),
+    ],
+)
+@torch.no_grad()
+def test_a_model_is_captured_as_its_operators_allow(says, warned, said, asked, served):
+    says(said)
+    model, stitched = stitch()
+    stitched.capture([2, 4], mode=asked, progress=False)
+    found = set()
+    for uniform in (True, False):
+        x = torch.randn(2, 4)
+        before = {(row.mode, row.graph): row.calls for row in stitched.call_report()}
+        with set_forward_context(batch=BatchKind(uniform_decode=uniform)):
+            torch.testing.assert_close(stitched(x), model(x))
+        after = {(row.mode, row.graph): row.calls for row in stitched.call_report()}
+        [(mode, _)] = [key for key in after if after[key] != before.get(key, 0)]
+        found.add((uniform, mode))
+    assert found == served
+    lowered = [text for text in warned if "less than a whole forward" in text]
+    assert len(lowered) == (said is not None)
+
+
+def test_what_cannot_be_lowered_or_must_not_be_is_refused(says):
+    says("never")
+    _, stitched = stitch()
+    for options in ({"mode": "FULL_DECODE_ONLY"}, {"mode": "FULL", "strict": True}):
+        with pytest.raises(StaticGraphError, match="full_graphs::attend can't be captured"):
+            stitched.capture([2], progress=False, **options)
+
+
+@torch.no_grad()
+def test_drafts_of_several_widths_have_graphs_where_they_can(says):
+    model, stitched = stitch()
+    runtime = RuntimeConfig(
+        max_num_batched_tokens=64,
+        max_num_seqs=8,
+        uniform_decode_query_len=4,
+        further_decode_query_lens=(1,),
+    )
+    for said, captured in ((None, {1, 4}), ("single_token_decode", {1})):
+        says(said)
+        stitched.capture([4, 8], mode="FULL_AND_PIECEWISE", runtime=runtime, progress=False)
+        keys = stitched.static_graphs.dispatcher.cudagraph_keys[FULL]
+        assert {key.num_tokens // key.num_reqs for key in keys} == captured
+        for width in (1, 4, None):  # of a batch that doesn't say, the widest is meant
+            x = torch.randn(8, 4)
+            with set_forward_context(batch=BatchKind(uniform_decode=True, query_len=width)):
+                torch.testing.assert_close(stitched(x), model(x))
+        modes = Counter(row.mode for row in stitched.call_report() for _ in range(row.calls))
+        assert modes == ({"FULL": 3} if said is None else {"FULL": 1, "PIECEWISE": 2})
+
+
+@pytest.mark.parametrize("op", [attend, "full_graphs::attend", torch.ops.full_graphs.attend])
+def test_what_an_operator_says_can_be_said_from_outside(op, says):
+    piecework.declare_full_graphs(op, "never")
+    assert registry.graphs_of(torch.ops.full_graphs.attend.default) == "never"
+    with pytest.raises(SplitError, match="full_graphs='sometimes'"):
+        piecework.declare_full_graphs(op, "sometimes")
+    with pytest.raises(SplitError, match="namespace::name"):
+        piecework.declare_full_graphs("attend", "never")
+
+
+# --- one pool for several models ------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_models_that_share_memory_take_less_and_stay_right():
+    (target, one), (draft, two), (_, alone) = stitch(), stitch(), stitch()
+    one.capture([2, 8], progress=False, estimate=False)
+    alone.capture([2, 8], progress=False, estimate=False)
+    pool = one.static_graphs.graphs.pool
+    before = pool.nbytes
+    two.capture([2, 8], progress=False, estimate=False, memory_of=one.static_graphs.graphs)
+    assert two.static_graphs.graphs.pool is pool
+    assert pool.nbytes - before < alone.static_graphs.graphs.pool.nbytes
+    for size in (8, 2, 3, 8):
+        x = torch.randn(size, 4)
+        first, second = one(x), two(x)
+        torch.testing.assert_close(first, target(x))
+        torch.testing.assert_close(second, draft(x))
+    assert {row.mode for row in (*one.call_report(), *two.call_report())} == {"PIECEWISE"}
+    one.static_graphs.release()
+    x = torch.randn(8, 4)
+    torch.testing.assert_close(two(x), draft(x))
+    assert pool.nbytes, "the other's graphs keep it"
+    assert {row.mode for row in two.call_report()} == {"PIECEWISE"}
+    two.static_graphs.release()
+    assert not pool.nbytes
+
+
+@torch.no_grad()
+def test_one_of_them_runs_at_a_time():
+    (_, one), (draft, two) = stitch(), stitch()
+    one.capture([2], progress=False, estimate=False)
+    two.capture([2], progress=False, estimate=False, memory_of=one.static_graphs.graphs)
+    one.static_graphs.graphs.users[0] = "a call in another thread"
+    x = torch.randn(2, 4)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(two(x)))
+    thread.start()
+    thread.join()
+    torch.testing.assert_close(found[0], draft(x))
+    [row] = two.call_report()
+    assert (row.mode, row.reason[:12]) == ("NONE", "another call")
+
+
+def test_memory_of_another_device_is_refused():
+    _, one = stitch()
+    one.capture([2], progress=False, estimate=False)
+    graphs = one.static_graphs.graphs
+
+    class Elsewhere:
+        device = torch.device("cuda", 1)
+
+    from piecework.runtime.graphs.memory.owner import StaticGraphs
+
+    with pytest.raises(StaticGraphError, match="are on cpu"):
+        StaticGraphs(Elsewhere(), memory_of=graphs)
+
+
+# --- other streams ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_streams_are_joined_before_captures_and_served_calls():
+    model, stitched = stitch()
+    joined = []
+    stitched.capture([2], join=lambda: joined.append(1), progress=False, estimate=False)
+    captured = len(joined)
+    assert captured >= 2, "for the capture, and for the replay that checks it"
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(stitched(x), model(x))
+    assert len(joined) == captured + 1
+    stitched(torch.randn(5, 4))  # runs uncaptured
+    assert len(joined) == captured + 1

@@ -1,0 +1,231 @@
+"""The rules of CUDA graphs in torch, kept without a GPU. In: tensors on the CPU. Out: captures, replays and failures as torch's own would be.
+
+It stands for what ``torch.cuda`` and the allocator do, function by function: streams of a small set that are handed out in turn, a
+pool that records until it is told to stop, references to pools, operations that make a capture invalid, cuBLAS workspaces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+INVALID = "CUDA error: operation failed due to a previous error during capture"
+FORBIDDEN = "CUDA error: operation not permitted when stream is capturing"
+_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+_LAUNCH_NOTHING = ("aten::set_", "aten::empty", "aten::detach", "aten::view", "aten::as_strided")
+_TOTAL = 1 << 40
+
+
+class FakeStream:
+    def __init__(self, number: int) -> None:
+        self.number, self.device = number, torch.device("cuda", 0)
+
+    def wait_stream(self, other: FakeStream) -> None:
+        assert isinstance(other, FakeStream)
+
+
+class Watch(TorchDispatchMode):
+    """Sees every operation: where its workspace is, whether it is forbidden, and what a replay has to do again."""
+
+    def __init__(self, cuda: FakeCuda, graph: _Driver | None = None) -> None:
+        super().__init__()
+        self.cuda, self.graph = cuda, graph
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in _PRODUCTS:
+            self.cuda.take_workspace()
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.cuda.synchronize()
+        if self.graph is None:
+            return func(*args, **(kwargs or {}))
+        return self.graph.record(func, args, kwargs or {})
+
+
+class _Driver:
+    """``torch._C._CUDAGraph``."""
+
+    cuda: FakeCuda
+
+    def __init__(self, keep_graph: bool = False) -> None:
+        self.ended, self.pool_id, self.stream = False, None, None
+        self.work: list[tuple] = []
+        self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.invalid = False
+
+    def capture_begin(self, pool, capture_error_mode="global") -> None:
+        cuda = self.cuda
+        cuda.generator_captures = True
+        if cuda.current is cuda.default:
+            raise RuntimeError("CUDA graphs must be captured on a non-default stream.")
+        self.pool_id, self.stream = pool, cuda.current
+        cuda.begin_allocate(pool)
+        if cuda.capturing is not None:
+            cuda.capturing.invalid = True
+            raise RuntimeError(FORBIDDEN)
+        cuda.capturing = self
+        self.watch = Watch(cuda, self)
+        self.watch.__enter__()
+
+    def record(self, func, args, kwargs):
+        if func._schema.name.startswith(_LAUNCH_NOTHING):
+            return func(*args, **kwargs)
+        own = {id(out) for *_, outs in self.work for out in outs}
+        for each, argument in zip(args, func._schema.arguments, strict=False):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and isinstance(each, torch.Tensor) and id(each) not in own:
+                self.kept.append((each, each.clone()))  # a capture computes nothing
+        result = func(*args, **kwargs)
+        outs = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+        self.work.append((func, args, kwargs, outs))
+        self.cuda.used += sum(t.untyped_storage().nbytes() for t in outs)
+        return result
+
+    def capture_end(self) -> None:
+        cuda = self.cuda
+        if cuda.capturing is not self or cuda.current is not self.stream:
+            raise RuntimeError("Capture must end on the same stream it began on.")
+        self.watch.__exit__(None, None, None)
+        cuda.capturing = None
+        if self.invalid:
+            raise RuntimeError(INVALID)  # before the allocator is told, as AT_CUDA_CHECK does
+        cuda.end_allocate(0, self.pool_id)
+        cuda.pinned_recording.discard(self.pool_id)
+        cuda.generator_captures = False
+        for tensor, before in reversed(self.kept):
+            tensor.copy_(before)
+        for func, *_, outs in self.work:
+            for out in outs:
+                if not func._schema.is_mutable and out.is_floating_point() and not out._is_view():
+                    out.fill_(float("nan"))
+        self.ended = True
+
+    def replay(self) -> None:
+        if not self.ended:
+            raise RuntimeError("Called CUDAGraph::replay without a preceding successful capture.")
+        if self.cuda.capturing is not None:
+            self.cuda.capturing.invalid = True
+            raise RuntimeError(FORBIDDEN)
+        self.cuda.replays += 1
+        for func, args, kwargs, outs in self.work:
+            again = torch.utils._pytree.tree_leaves(func(*args, **kwargs))
+            for out, now in zip(
+                outs, [t for t in again if isinstance(t, torch.Tensor)], strict=True
+            ):
+                if out.data_ptr() != now.data_ptr():
+                    out.copy_(now)
+
+    def reset(self) -> None:
+        if self.ended:
+            self.cuda.release(0, self.pool_id)
+            self.cuda.used -= sum(
+                t.untyped_storage().nbytes() for *_, outs in self.work for t in outs
+            )
+            self.ended = False
+        self.work = []
+
+    def __del__(self) -> None:
+        self.reset()
+
+
+class FakeCuda:
+    """What torch keeps per process and device.
+
+    Attributes:
+        references: pool → graphs that use it.
+        recording, pinned_recording: pools that the allocators record to.
+        workspaces: stream → the pool where cuBLAS's workspace for it is; None for ordinary memory.
+        generator_captures: the random generators take it that a capture is going on.
+        replays: how many there were.
+    """
+
+    def __init__(self) -> None:
+        self.default = self.current = FakeStream(0)
+        self.streams = [FakeStream(number) for number in range(1, 5)]
+        self.handed_out = 0
+        self.handles = 0
+        self.references: dict[object, int] = {}
+        self.recording: set[object] = set()
+        self.pinned_recording: set[object] = set()
+        self.workspaces: dict[FakeStream, object] = {}
+        self.capturing: _Driver | None = None
+        self.generator_captures = False
+        self.used = 0
+        self.replays = 0
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        driver = type("_CUDAGraph", (_Driver,), {"cuda": self})
+        graph = type("CUDAGraph", (driver,), {})
+        values: dict[str, object] = {
+            "is_available": lambda: True,
+            "current_device": lambda: 0,
+            "device": lambda device: nullcontext(),
+            "Stream": lambda device: self.next_stream(),
+            "current_stream": lambda device=None: self.current,
+            "stream": self.on,
+            "synchronize": lambda device=None: self.synchronize(),
+            "empty_cache": lambda: None,
+            "mem_get_info": lambda device=None: (_TOTAL - self.used, _TOTAL),
+            "graph_pool_handle": self.next_handle,
+            "CUDAGraph": graph,
+            "is_current_stream_capturing": lambda: self.capturing is not None,
+            "get_allocator_backend": lambda: "native",
+        }
+        for name, value in values.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        private: dict[str, Callable[..., object]] = {
+            "_cuda_endAllocateToPool": self.end_allocate,
+            "_cuda_releasePool": self.release,
+            "_cuda_clearCublasWorkspaces": self.workspaces.clear,
+        }
+        for name, function in private.items():
+            monkeypatch.setattr(torch._C, name, function, raising=False)
+
+    def next_stream(self) -> FakeStream:
+        self.handed_out += 1
+        return self.streams[self.handed_out % len(self.streams)]
+
+    def next_handle(self) -> tuple[int, int]:
+        self.handles += 1
+        return (0, self.handles)
+
+    @contextmanager
+    def on(self, stream: FakeStream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def synchronize(self) -> None:
+        if self.capturing is not None:
+            self.capturing.invalid = True
+            raise RuntimeError(FORBIDDEN)
+
+    def take_workspace(self) -> None:
+        where = None if self.capturing is None else self.capturing.pool_id
+        self.workspaces.setdefault(self.current, where)
+
+    def begin_allocate(self, pool: object) -> None:
+        self.references[pool] = self.references.get(pool, 0) + 1
+        if pool in self.recording or pool in self.pinned_recording:
+            raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+        self.recording.add(pool)
+        self.pinned_recording.add(pool)
+
+    def end_allocate(self, device: int, pool: object) -> None:
+        if pool not in self.recording:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.recording.discard(pool)
+
+    def release(self, device: int, pool: object) -> None:
+        self.references[pool] -= 1
+        assert self.references[pool] >= 0
+
+    def random_number(self) -> None:
+        """What drawing one on the device asserts."""
+        if self.generator_captures and self.capturing is None:
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")

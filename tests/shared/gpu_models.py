@@ -1,0 +1,131 @@
+"""What the tests on a GPU compile. In: a device. Out: small models with a splitting operator between their pieces, and a small Llama.
+
+``PIECEWORK_TEST_DEVICE=cpu`` runs those tests on the CPU's static graphs, as a rehearsal; what only CUDA has is skipped there.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+import piecework
+
+DEVICE = os.environ.get("PIECEWORK_TEST_DEVICE", "cuda")
+ON_CUDA = DEVICE == "cuda"
+needs_device = pytest.mark.skipif(
+    ON_CUDA and not torch.cuda.is_available(), reason="needs a CUDA device"
+)
+needs_cuda = pytest.mark.skipif(
+    not (ON_CUDA and torch.cuda.is_available()), reason="needs a CUDA device"
+)
+INDUCTOR = piecework.CompilationConfig()
+EAGER = piecework.CompilationConfig(backend="eager")
+HIDDEN = 64
+
+
+class Told:
+    """What the operator below does besides its work, while something is captured."""
+
+    fails_at = 0
+
+
+@piecework.splitting_op("gpu_tests::mix", mutates_args=("out",), rows="independent")
+def mix(x: torch.Tensor, out: torch.Tensor) -> None:
+    if x.shape[0] == Told.fails_at and ON_CUDA and torch.cuda.is_current_stream_capturing():
+        x.sum().item()
+    torch.mul(x, 2, out=out)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = nn.functional.silu(self.enter(x))
+        out = torch.empty_like(inner)
+        mix(inner, out)
+        return x + self.leave(out)
+
+
+class Decoder(nn.Module):
+    """Token ids and positions ``[batch]`` to logits ``[batch, vocabulary]``."""
+
+    def __init__(self, layers: int = 3, vocabulary: int = 97) -> None:
+        super().__init__()
+        self.embed, self.places = nn.Embedding(vocabulary, HIDDEN), nn.Embedding(128, HIDDEN)
+        self.layers = nn.ModuleList(Block() for _ in range(layers))
+        self.head = nn.Linear(HIDDEN, vocabulary)
+
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids) + self.places(positions)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def decoder(layers: int = 3) -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(layers).to(DEVICE).requires_grad_(False).eval()
+
+
+def batch_of(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(0, 97, (size,), device=DEVICE)
+    return ids, torch.arange(size, device=DEVICE) % 128
+
+
+def stitched_decoder(
+    config: piecework.CompilationConfig, layers: int = 3
+) -> tuple[Decoder, piecework.StitchedModule]:
+    model = decoder(layers)
+    return model, piecework.compile(model, batch_of(8), config=config)
+
+
+def assert_alike(stitched: piecework.StitchedModule, model: nn.Module, sizes) -> None:  # type: ignore[no-untyped-def]
+    """Every size equals the model as it is, twice, with other data each time."""
+    with torch.no_grad():
+        for size in sizes:
+            for _ in range(2):
+                given = batch_of(size)
+                torch.testing.assert_close(stitched(*given), model(*given), rtol=1e-3, atol=1e-3)
+
+
+def small_llama(dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).to(DEVICE, dtype).eval()
+    model.generation_config.pad_token_id = 0
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@piecework.splitting_op("gpu_tests::remember", mutates_args=("cache", "out"))
+def remember(x: torch.Tensor, cache: torch.Tensor, out: torch.Tensor) -> None:
+    cache[0].add_(x.sum(0))
+    torch.add(x, cache.sum(0), out=out)
+
+
+class Remembering(nn.Module):
+    """Keeps what it saw in a tensor that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+        x = self.enter(x)
+        remember(x, cache, out := torch.empty_like(x))
+        cache[1].mul_(2)
+        return out + cache[1]
