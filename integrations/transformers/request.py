@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from piecework.errors import CaptureError, InputError
+from piecework.integrations.transformers.step import DecodeStep
 from piecework.runtime.batch.forward_context import (
     ForwardContext,
     current_forward_context,
@@ -98,6 +99,7 @@ class RequestState:
         cache: the request's KV cache, or None.
         position_ids: as the request has them, [batch, tokens].
         paged: what continuous batching gives its attention functions, its paged cache among it; else empty.
+        step: the forward as a decode step, if it is one.
     """
 
     layers: Mapping[str, AttentionLayer]
@@ -108,6 +110,7 @@ class RequestState:
     cache: Cache | None
     position_ids: torch.Tensor
     paged: Mapping[str, object]
+    step: DecodeStep | None = None
 
     def attend(
         self,

@@ -6,11 +6,12 @@ It never decides how the tokens are computed: that is the ``run`` it is given, e
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from piecework.errors import InputError
 from piecework.integrations.transformers.request import (
@@ -22,6 +23,8 @@ from piecework.integrations.transformers.request import (
     request_context,
 )
 from piecework.integrations.transformers.rope import ChangingRope
+from piecework.integrations.transformers.rows import CacheRows
+from piecework.integrations.transformers.step import decode_step
 
 Run = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -64,6 +67,7 @@ class Serving:
         create_masks: transformers' function that makes this model's masks.
         masks_see_positions: whether its masks separate sequences that ``position_ids`` pack into one row.
         output_class: what its forward returns.
+        rows: where the rows of the caches lie that it has served.
     """
 
     decoder: nn.Module
@@ -75,6 +79,7 @@ class Serving:
     create_masks: Callable[..., Masks]
     masks_see_positions: bool
     output_class: Callable[..., object]
+    rows: CacheRows = field(default_factory=CacheRows)
 
     def serve(self, given: Mapping[str, object], run: Run) -> object:
         """Run one forward.
@@ -114,17 +119,28 @@ class Serving:
             position_ids = self.position_rule.positions(attention_mask, past, length, tokens.device)
         # Masks before the forward: their sizes depend on the cache as it is before these tokens enter it.
         packing = asked if self.masks_see_positions else None
+        masks = make_masks(self.create_masks, self.decoder, tokens, attention_mask, cache, packing)
+        implementation = registered_attention(self.decoder.config._attn_implementation)
+        paged = {name: given[name] for name in _PAGED if given.get(name) is not None}
+        step = None
+        if (
+            implementation is sdpa_attention_forward
+            and length == 1
+            and cache is not None
+            and not paged
+        ):
+            kinds = {layer.layer_type for layer in self.layers.values()}
+            step = decode_step(batch, cache, self.rows, masks, kinds, self.dtype)
         return RequestState(
             layers=self.layers,
             batch=batch,
             tokens=length,
-            implementation=registered_attention(self.decoder.config._attn_implementation),
-            masks=make_masks(
-                self.create_masks, self.decoder, tokens, attention_mask, cache, packing
-            ),
+            implementation=implementation,
+            masks=masks,
             cache=cache,
             position_ids=self._checked_positions(position_ids, batch, length),
-            paged={name: given[name] for name in _PAGED if given.get(name) is not None},
+            paged=paged,
+            step=step,
         )
 
     def _refuse_unserved(self, given: Mapping[str, object]) -> None:
