@@ -37,12 +37,12 @@ SHAPE = {
     "max_position_embeddings": 256,
 }
 PROMPT = 32
-STEPS = 16
+STEPS = 64
 LENGTH = PROMPT + STEPS
 OVER_LIMIT = 1.25
 FASTER = 1.6
-WINDOW = 0.02
-SECONDS = 15.0
+WINDOW = 0.04
+SECONDS = 20.0
 
 Report = Callable[[str], None]
 

@@ -5,7 +5,7 @@ Only transformers' own `sdpa` is done here, by the same torch operator on the sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -25,7 +25,18 @@ class DecodeStep:
         dtype: of masks that are made additive, which torch would otherwise do in each layer.
     """
 
-    __slots__ = ("_added", "_batch", "_cache", "_dtype", "_indices", "_masks", "_rows")
+    __slots__ = (
+        "_added",
+        "_batch",
+        "_cache",
+        "_dtype",
+        "_indices",
+        "_layout",
+        "_masks",
+        "_packed",
+        "_rows",
+        "_written",
+    )
 
     def __init__(
         self,
@@ -41,6 +52,7 @@ class DecodeStep:
         added = {id(mask): _additive(mask, dtype) for mask in masks.values()}
         self._added = {kind: added[id(mask)] for kind, mask in masks.items()}
         self._indices: dict[int, torch.Tensor] = {}
+        self._layout: object = None
 
     def attend(
         self,
@@ -53,30 +65,49 @@ class DecodeStep:
         scaling: float | None,
     ) -> None:
         """Store the new keys and values, attend, and write into ``out``; shapes as of the splitting op."""
-        batch = self._batch
-        _, heads, rows, dim = query.shape
-        if rows != batch:  # padded: what is behind the batch is nobody's
-            out[:, batch:].zero_()
-            query, key, value = (each[:, :, :batch] for each in (query, key, value))
+        layout = (query.shape, query.stride(), key.shape, out.shape, out.stride())
+        if layout != self._layout:
+            if query.shape[2] != self._batch:
+                return self._attend_padded(layer_idx, layer_type, query, key, value, out, scaling)
+            self._packed = _packed(query.shape, query.stride(), key.shape[1])
+            turned = out.transpose(1, 2)
+            self._written = _packed(turned.shape, turned.stride(), key.shape[1])
+            self._layout = layout
         held = self._rows[layer_idx] if layer_idx < len(self._rows) else None
         stored = None if held is None else held.append(key, value, self._indices)
         if stored is None:
             stored = self._cache.update(key.transpose(0, 2), value.transpose(0, 2), layer_idx)
         masks = self._added if query.dtype is self._dtype else self._masks
-        # The heads that share keys are so many queries of one: [batch, kv heads, heads of each, dim].
-        shared = key.shape[1]
-        each = heads // shared
-        _, of_head, of_row, of_dim = query.stride()
         attended = scaled_dot_product_attention(
-            query.as_strided((batch, shared, each, dim), (of_row, each * of_head, of_head, of_dim)),
-            *stored,
-            masks[layer_type],
-            scale=scaling,
+            query.as_strided(*self._packed), *stored, masks[layer_type], scale=scaling
         )
-        _, of_row, of_head, of_dim = out.stride()
-        out.as_strided(
-            (batch, shared, each, out.shape[3]), (of_row, each * of_head, of_head, of_dim)
-        ).copy_(attended)
+        out.as_strided(*self._written).copy_(attended)
+
+    def _attend_padded(
+        self,
+        layer_idx: int,
+        layer_type: str | None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        scaling: float | None,
+    ) -> None:
+        """`attend` over the rows of a captured batch that are the request's; those behind are nobody's, and finite."""
+        batch = self._batch
+        out[:, batch:].zero_()
+        query, key, value = (each[:, :, :batch] for each in (query, key, value))
+        self.attend(layer_idx, layer_type, query, key, value, out[:, :batch], scaling)
+
+
+def _packed(
+    shape: Sequence[int], strides: Sequence[int], shared: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Size and strides of [1, heads, batch, dim] as [batch, kv heads, heads of each, dim]: the heads that share keys are so many queries of one."""
+    _, heads, batch, dim = shape
+    _, of_head, of_row, of_dim = strides
+    each = heads // shared
+    return (batch, shared, each, dim), (of_row, each * of_head, of_head, of_dim)
 
 
 def decode_step(
