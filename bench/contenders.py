@@ -68,7 +68,7 @@ def prepare(
         splitting_ops=[operator],
         config=config,
     )
-    graph = _Flat(stitched)
+    graph = FlatGraph(stitched)
     interpreter = torch.fx.Interpreter(graph.split_gm)
     calls: dict[str, Call] = {
         "eager": model,
@@ -91,7 +91,7 @@ def _traced_once(compiled: Call, example: torch.Tensor, unbacked: bool) -> Call:
     return compiled
 
 
-class _Flat:
+class FlatGraph:
     """The stitching graph of a stitched module, with compiled pieces, as the flat contenders call it."""
 
     def __init__(self, stitched: StitchedModule) -> None:
@@ -113,19 +113,19 @@ class _Flat:
             return _AsModule(self.public[name])
         return self.stitched.split_gm.get_submodule(name)
 
-    def inputs(self, x: torch.Tensor) -> list[object]:
-        """Weights, sizes and the argument, in the order of the graph."""
-        return [self._input(source, x) for source in self.captured.inputs]
+    def inputs(self, *arguments: torch.Tensor) -> list[object]:
+        """Weights, sizes and the arguments, in the order of the graph."""
+        return [self._input(source, arguments) for source in self.captured.inputs]
 
     @staticmethod
-    def _input(source: GraphInput, x: torch.Tensor) -> object:
+    def _input(source: GraphInput, arguments: Sequence[torch.Tensor]) -> object:
         match source:
             case Weight(tensor=tensor):
                 return tensor
-            case Size(dim=dim):
-                return x.size(dim)
-            case Argument():
-                return x
+            case Size(leaf=leaf, dim=dim):
+                return arguments[leaf].size(dim)
+            case Argument(leaf=leaf):
+                return arguments[leaf]
 
 
 class _AsModule(torch.nn.Module):
@@ -183,30 +183,46 @@ def _conventional(
 # --- 6: the limit ---------------------------------------------------------------------------------------
 
 
-def _limit(graph: _Flat, operator: str, body: Callable[..., None]) -> Call:
-    """The same kernels and the op's raw function in a straight line.
+def _limit(graph: FlatGraph, operator: str, body: Callable[..., None]) -> Call:
+    """The same kernels and the op's raw function in a straight line."""
 
-    Weights and kernels are locals as far as CPython has short names for them (256), and globals in a larger model.
-    """
-    lines, values = _straight_lines(graph, operator, body)
+    def call(node: torch.fx.Node, text: Mapping[torch.fx.Node, str]) -> list[str]:
+        return [f"op({', '.join(op_arguments(node, graph, operator, text))})"]
+
+    lines, values = straight_lines(graph, {"x": torch.zeros(2, dtype=torch.int64)}, call)
+    return straight("x", ["s0 = x.size(0)", *lines], {"op": body, **values})  # type: ignore[return-value]
+
+
+def straight(
+    parameters: str, lines: Sequence[str], values: Mapping[str, object]
+) -> Callable[..., object]:
+    """A function of these lines. Weights and kernels are its locals as far as CPython has short names for them (256), and globals in a larger model."""
     text = "".join(f"    {line}\n" for line in lines)
-    few = len(values) < 250
-    parameters = ", ".join(["x", *(f"{name}={name}" for name in values if few)])
+    held = (f"{name}={name}" for name in values if len(values) < 250)
     scope = dict(values)
-    exec(f"def straight({parameters}):\n    s0 = x.size(0)\n{text}", scope)
+    exec(f"def straight({', '.join([parameters, *held])}):\n{text}", scope)
     return scope["straight"]  # type: ignore[return-value]
 
 
-def _straight_lines(
-    graph: _Flat, operator: str, body: Callable[..., None]
+def straight_lines(
+    graph: FlatGraph,
+    arguments: Mapping[str, torch.Tensor],
+    call: Callable[[torch.fx.Node, dict[torch.fx.Node, str]], list[str]],
 ) -> tuple[list[str], dict[str, object]]:
-    values: dict[str, object] = {"op": body}
+    """The graph as statements, and what they hold.
+
+    Args:
+        arguments: the arguments' names, with an example of each; sizes are called ``s0``.
+        call: the statements for a splitting op.
+    """
+    values: dict[str, object] = {}
     text: dict[torch.fx.Node, str] = {}
     placeholders = graph.split_gm.graph.find_nodes(op="placeholder")
-    probe = torch.zeros(2, dtype=torch.int64)
-    for index, (node, value) in enumerate(zip(placeholders, graph.inputs(probe), strict=True)):
-        if value is probe:
-            text[node] = "x"
+    given = graph.inputs(*arguments.values())
+    for index, (node, value) in enumerate(zip(placeholders, given, strict=True)):
+        name = next((name for name, each in arguments.items() if each is value), None)
+        if name is not None:
+            text[node] = name
         elif isinstance(value, torch.Tensor):
             text[node] = f"w{index}"
             values[f"w{index}"] = value
@@ -217,13 +233,11 @@ def _straight_lines(
         if node.op == "call_module" and str(node.target) in graph.pieces:
             lines.append(_piece_line(node, graph, text, values))
         elif node.op == "call_module":
-            lines.append(f"op({_op_arguments(node, graph, operator, text)})")
+            lines += call(node, text)
         elif node.op == "output":
             lines.append(f"return {text[node.args[0][0]]}")
-    return (
-        _freeing(lines, [name for name in text.values() if name not in (*values, "x", "s0")]),
-        values,
-    )
+    locals_ = [name for name in text.values() if name not in (*values, *arguments, "s0")]
+    return _freeing(lines, locals_), values
 
 
 def _freeing(lines: Sequence[str], locals_: Sequence[str]) -> list[str]:
@@ -240,7 +254,7 @@ def _freeing(lines: Sequence[str], locals_: Sequence[str]) -> list[str]:
 
 
 def _piece_line(
-    node: torch.fx.Node, graph: _Flat, text: dict[torch.fx.Node, str], values: dict[str, object]
+    node: torch.fx.Node, graph: FlatGraph, text: dict[torch.fx.Node, str], values: dict[str, object]
 ) -> str:
     name = str(node.target)
     piece = graph.stitched.split_gm.get_submodule(name)
@@ -258,17 +272,17 @@ def _piece_line(
     return f"{', '.join(targets)}{',' if outputs == 1 else ''} = call_{name}([{arguments}])"
 
 
-def _op_arguments(
-    node: torch.fx.Node, graph: _Flat, operator: str, text: dict[torch.fx.Node, str]
-) -> str:
+def op_arguments(
+    node: torch.fx.Node, graph: FlatGraph, operator: str, text: Mapping[torch.fx.Node, str]
+) -> list[str]:
     """The operator's arguments, as its submodule passes them."""
     submod = graph.stitched.split_gm.get_submodule(str(node.target))
     inner = dict(zip(submod.graph.find_nodes(op="placeholder"), node.args, strict=True))  # type: ignore[union-attr]
     (call,) = submod.graph.find_nodes(op="call_function", target=_overload(operator))  # type: ignore[union-attr]
     values = [*call.args, *call.kwargs.values()]
-    return ", ".join(
+    return [
         text[inner[value]] if isinstance(value, torch.fx.Node) else repr(value) for value in values
-    )
+    ]
 
 
 def _overload(operator: str) -> object:

@@ -15,6 +15,7 @@ from piecework.errors import UsageError
 BENCHMARKS = {
     "stitching": "B1: the stitching alone, over no-op pieces",
     "host_overhead": "B2, B3: host overhead of a whole forward",
+    "decode_step": "B12: a decode step of transformers, attention, cache and head included",
     "compile_time": "B4: cold compile time against depth",
     "emission": "B6: emission time against nodes",
     "gpu": "B8 to B11: captured pieces on a GPU; needs one",

@@ -20,13 +20,23 @@ from piecework.codegen.graph.origin import value_of
 from piecework.errors import InputError, StaticGraphError, Unidentifiable
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.unbacked import admits_unbacked
+from piecework.runtime.batch.descriptor import BatchDescriptor
+from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.call.edited import EditedSource, check_edited
 from piecework.runtime.call.entry import Entry
 from piecework.runtime.call.example_call import example_call
 from piecework.runtime.call.profile_names import named_pieces
 from piecework.runtime.graphs.plan.batch_reader import FixedBatch, batch_dims, batch_shape
+from piecework.runtime.graphs.plan.batch_shape import BatchShape
 from piecework.runtime.graphs.plan.options import CaptureOptions
 from piecework.runtime.graphs.plan.phase import CaptureWatcher
+from piecework.runtime.graphs.serve.measured import (
+    CAPTURED,
+    EAGER,
+    STITCHED,
+    MeasuredSize,
+    measured,
+)
 from piecework.runtime.graphs.serve.model import CapturedModel
 from piecework.runtime.identity.settings import settings_factors
 from piecework.runtime.pieces.backend import Admits, PieceworkBackend
@@ -62,6 +72,7 @@ class TracedModel:
 
     Attributes:
         model: what was traced.
+        as_it_is: runs it uncompiled.
         as_marked: its dynamic dimensions are those that somebody marked.
         rows_in_one: as in `SizePolicy`.
         settings: how torch was set; None where that has no stable form.
@@ -86,7 +97,7 @@ class TracedModel:
         as_it_is: Callable[..., object],
     ) -> None:
         self._new_backend = new_backend
-        self.model = model
+        self.model, self.as_it_is = model, as_it_is
         self.as_marked = sizes is None or isinstance(sizes, KeptMarks)
         self.rows_in_one = sizes is not None and sizes.rows_in_one
         self.backend = new_backend()
@@ -110,10 +121,13 @@ class TracedModel:
             self.backend.compiler_manager.cache.write_entry(self.entry.source.code)
 
     @classmethod
-    def loaded(cls, made: MadeTrace, new_backend: NewBackend) -> TracedModel:
+    def loaded(
+        cls, made: MadeTrace, new_backend: NewBackend, as_it_is: Callable[..., object]
+    ) -> TracedModel:
         """A trace that was made in another process, bound to a model of this one."""
         trace = cls.__new__(cls)
         trace.model, trace.program, trace.entry = made.model, made.program, made.entry
+        trace.as_it_is = as_it_is
         trace.settings = made.settings
         trace.as_marked, trace.rows_in_one = made.flags
         trace._new_backend = new_backend
@@ -217,17 +231,56 @@ class TracedModel:
             or not self.program.config.stitching_config.check_inputs
         ):
             return None  # without checks, nothing tells which trace serves a call
+        shape = batch_shape(self.entry.captured, self.program, options.same_as_batch)
+        return None if shape.low < 2 else self._call_of(1, shape, options)
+
+    def _call_of(self, size: int, shape: BatchShape, options: CaptureOptions) -> Call:
+        """A call with a batch of ``size``, zeros in all tensors, and the first captured value of every other size."""
         captured = self.entry.captured
-        shape = batch_shape(captured, self.program, options.same_as_batch)
-        if shape.low < 2:
-            return None
         symbols = {each.name: max(each.low or 0, 2) for each in captured.assumptions.symbols()}
         for other in shape.others:
             given = (options.other_sizes[x] for x in other.labels if x in options.other_sizes)
             values = next((each for each in given if not isinstance(each, str)), ())
             symbols[other.symbol] = next(iter(values), other.example or symbols[other.symbol])
-        symbols |= {name: 1 for name in (shape.symbol, *(each.symbol for each in shape.equal))}
+        symbols |= {name: size for name in (shape.symbol, *(each.symbol for each in shape.equal))}
         return example_call(captured.parameters, symbols)
+
+    def measure(self, *, seconds: float) -> Iterator[MeasuredSize]:
+        """Time each captured size eager, uncaptured, and as it was captured; see `StitchedModule.measure`."""
+        static = self.static
+        if static is None:
+            return
+        captured = static.graphs.bytes_by_descriptor()
+        for mode, group in static.dispatcher.get_capture_descs():
+            for descriptor in (each for each in group if (mode, each) in captured):
+                size = descriptor.num_tokens
+                args, kwargs = self._call_of(size, static.shape, static.options)
+                ways = {
+                    EAGER: partial(self._dry, CUDAGraphMode.NONE, descriptor, self.as_it_is),
+                    STITCHED: partial(self._dry, CUDAGraphMode.NONE, descriptor, self.call),
+                    CAPTURED: partial(self._dry, mode, descriptor, self.call),
+                }
+                calls = {name: partial(way, *args, **kwargs) for name, way in ways.items()}
+                with static.captures.without_traces(descriptor):
+                    yield measured(size, calls, static.shape.device, seconds=seconds)
+
+    def _dry(
+        self,
+        mode: CUDAGraphMode,
+        descriptor: BatchDescriptor,
+        call: Callable[..., object],
+        *args: object,
+        **kwargs: object,
+    ) -> None:
+        """A call on dummy arguments in the context of a captured size."""
+        assert self.static is not None
+        with torch.no_grad(), self.static.captures.context_for(mode, descriptor):
+            call(*args, **kwargs)
+
+    def give_up_graphs(self) -> None:
+        """Serve every call uncaptured again."""
+        self.entry.release()
+        self.static = None
 
     def batch_of_one(self) -> FixedBatch:
         """Where a trace of a single row has its batch, as this one has a larger one."""

@@ -37,6 +37,7 @@ from piecework.integrations.transformers.request import (
 )
 from piecework.integrations.transformers.rope import changing_ropes
 from piecework.integrations.transformers.serving import Serving, make_masks
+from piecework.integrations.transformers.settings import ConfigReader
 
 Forward = Callable[..., object]
 
@@ -188,6 +189,7 @@ def _prove(
                 create_masks=create,
                 masks_see_positions=True,
                 output_class=output_class,
+                settings=ConfigReader(decoder.config),
             )
             serving = _with_position_rule(serving, flat, outputs, ids, mask)
             return _with_packing(serving, forward, flat, ids)

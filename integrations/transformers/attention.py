@@ -66,6 +66,9 @@ def attention(
     """
     request = current_request()
     layer = request.layers[layer_name]
+    if request.step is not None and softcap is None and s_aux is None:
+        request.step.attend(layer.layer_idx, layer.layer_type, query, key, value, out, scaling)
+        return
     batch, tokens = request.batch, request.tokens
     arguments = {
         "scaling": scaling,

@@ -6,8 +6,7 @@ It never touches the graph: nothing here is traced, so none of it can become an 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -16,8 +15,10 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from piecework.errors import CaptureError, InputError
+from piecework.integrations.transformers.step import DecodeStep
 from piecework.runtime.batch.forward_context import (
     ForwardContext,
+    ForwardScope,
     current_forward_context,
     get_forward_context,
     override_forward_context,
@@ -44,6 +45,8 @@ class PositionRule(Enum):
     ) -> torch.Tensor:
         """Position ids of shape [batch, tokens] (or [1, tokens] where all rows agree)."""
         if self is PositionRule.AFTER_PAST or attention_mask is None:
+            if isinstance(past, int):
+                return torch.arange(past, past + tokens, device=device).unsqueeze(0)
             return (torch.arange(tokens, device=device) + past).unsqueeze(0)
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
             raise InputError(
@@ -98,6 +101,7 @@ class RequestState:
         cache: the request's KV cache, or None.
         position_ids: as the request has them, [batch, tokens].
         paged: what continuous batching gives its attention functions, its paged cache among it; else empty.
+        step: the forward as a decode step, if it is one.
     """
 
     layers: Mapping[str, AttentionLayer]
@@ -108,6 +112,7 @@ class RequestState:
     cache: Cache | None
     position_ids: torch.Tensor
     paged: Mapping[str, object]
+    step: DecodeStep | None = None
 
     def attend(
         self,
@@ -130,12 +135,12 @@ class RequestState:
         return function(layer.module, query, key, value, layer.mask_of(self.masks), **call)[0]
 
 
-@contextmanager
-def request_context(state: object) -> Iterator[None]:
-    """Make ``state`` the request of the block, keeping whatever an engine set around it."""
-    outer = current_forward_context() or ForwardContext()
-    with override_forward_context(replace(outer, state={**outer.state, STATE_KEY: state})):
-        yield
+def request_context(state: object) -> ForwardScope:
+    """Make ``state`` the request of a block, keeping whatever an engine set around it."""
+    outer = current_forward_context()
+    if outer is None:
+        return override_forward_context(ForwardContext(state={STATE_KEY: state}))
+    return override_forward_context(replace(outer, state={**outer.state, STATE_KEY: state}))
 
 
 def current_request() -> RequestState:
@@ -179,10 +184,11 @@ def registered_attention(implementation: str) -> AttentionFunction | None:
     """
     if implementation == "eager":
         return None
-    if implementation not in ALL_ATTENTION_FUNCTIONS:
+    try:
+        return ALL_ATTENTION_FUNCTIONS[implementation]
+    except KeyError:
         raise CaptureError(
             f"attention implementation {implementation!r} is not registered in transformers",
             where="config._attn_implementation",
             hint="use 'sdpa' or 'eager'",
-        )
-    return ALL_ATTENTION_FUNCTIONS[implementation]
+        ) from None

@@ -6,11 +6,14 @@ It never decides how the tokens are computed: that is the ``run`` it is given, e
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 
 from piecework.errors import InputError
 from piecework.integrations.transformers.request import (
@@ -22,6 +25,9 @@ from piecework.integrations.transformers.request import (
     request_context,
 )
 from piecework.integrations.transformers.rope import ChangingRope
+from piecework.integrations.transformers.rows import CacheRows
+from piecework.integrations.transformers.settings import RECORDED, ConfigReader, Settings
+from piecework.integrations.transformers.step import decode_step
 
 Run = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -48,7 +54,10 @@ _PAGED = (
     "is_causal",
 )
 _SAMPLING = ("logits_indices", "logits_processor_args")
-_RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
+_KNOWN = frozenset((*_TAKEN, *_INERT, *RECORDED))
+_KNOWN_PAGED = _KNOWN.union(_PAGED, _SAMPLING)
+# transformers' own, which make no mask where nothing is hidden from a token.
+_CAUSAL = (create_causal_mask, create_masks_for_generate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +73,8 @@ class Serving:
         create_masks: transformers' function that makes this model's masks.
         masks_see_positions: whether its masks separate sequences that ``position_ids`` pack into one row.
         output_class: what its forward returns.
+        settings: what its config says.
+        rows: where the rows of the caches lie that it has served.
     """
 
     decoder: nn.Module
@@ -75,6 +86,8 @@ class Serving:
     create_masks: Callable[..., Masks]
     masks_see_positions: bool
     output_class: Callable[..., object]
+    settings: ConfigReader
+    rows: CacheRows = field(default_factory=CacheRows)
 
     def serve(self, given: Mapping[str, object], run: Run) -> object:
         """Run one forward.
@@ -86,14 +99,18 @@ class Serving:
         Raises:
             InputError: the arguments ask for what a stitched decoder can't give.
         """
-        self._refuse_unserved(given)
+        settings = self.settings.now()
+        self._refuse_unserved(given, settings)
         entry, tokens = self._tokens(given)
-        request = self._request(given, tokens)
+        request = self._request(given, tokens, settings)
         rows = request.batch * request.tokens
         # Contiguous, as they were traced: a slice of the prompt or positions shared by all rows are not.
         flat = tokens.reshape(1, rows, *tokens.shape[2:]).contiguous()
         positions = request.position_ids.reshape(1, rows).contiguous()
-        with torch.no_grad(), request_context(request):
+        with (
+            torch.no_grad() if torch.is_grad_enabled() else nullcontext(),
+            request_context(request),
+        ):
             for rope in self.ropes:
                 rope.update(positions, self.dtype)
             hidden = run(entry, flat, positions)
@@ -103,49 +120,70 @@ class Serving:
             ),
             past_key_values=request.cache,
         )
-        return output.to_tuple() if self._wants_tuple(given) else output
+        asked = given.get("return_dict")
+        return output if (settings.return_dict if asked is None else asked) else output.to_tuple()
 
-    def _request(self, given: Mapping[str, object], tokens: torch.Tensor) -> RequestState:
+    def _request(
+        self, given: Mapping[str, object], tokens: torch.Tensor, settings: Settings
+    ) -> RequestState:
         batch, length = tokens.shape[:2]
-        cache, attention_mask = self._cache(given), given.get("attention_mask")
+        cache, attention_mask = self._cache(given, settings), given.get("attention_mask")
         asked = position_ids = given.get("position_ids")
         if position_ids is None:
             past = 0 if cache is None else cache.get_seq_length()
             position_ids = self.position_rule.positions(attention_mask, past, length, tokens.device)
-        # Masks before the forward: their sizes depend on the cache as it is before these tokens enter it.
-        packing = asked if self.masks_see_positions else None
+        implementation = registered_attention(settings.implementation)
+        paged = {name: given[name] for name in _PAGED if given.get(name) is not None}
+        by_step = implementation is sdpa_attention_forward and length == 1 and not paged
+        if by_step and settings.sees_all and self._nothing_masked(attention_mask, cache):
+            masks = None
+        else:
+            # Before the forward: their sizes depend on the cache as it is before these tokens enter it.
+            packing = asked if self.masks_see_positions else None
+            masks = make_masks(
+                self.create_masks, self.decoder, tokens, attention_mask, cache, packing
+            )
+        step = None
+        if by_step and cache is not None:
+            kinds = {layer.layer_type for layer in self.layers.values()}
+            step = decode_step(batch, cache, self.rows, masks, kinds, self.dtype)
         return RequestState(
             layers=self.layers,
             batch=batch,
             tokens=length,
-            implementation=registered_attention(self.decoder.config._attn_implementation),
-            masks=make_masks(
-                self.create_masks, self.decoder, tokens, attention_mask, cache, packing
-            ),
+            implementation=implementation,
+            masks=masks,
             cache=cache,
             position_ids=self._checked_positions(position_ids, batch, length),
-            paged={name: given[name] for name in _PAGED if given.get(name) is not None},
+            paged=paged,
+            step=step,
         )
 
-    def _refuse_unserved(self, given: Mapping[str, object]) -> None:
-        config = self.decoder.config
-        for name in _RECORDED:
+    def _nothing_masked(self, attention_mask: object, cache: Cache | None) -> bool:
+        """Whether one token of each sequence sees all of a cache that grows, and transformers makes no mask for it."""
+        if type(cache) is not DynamicCache or self.create_masks not in _CAUSAL:
+            return False
+        if attention_mask is None:
+            return True
+        plain = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+        return plain and bool(attention_mask.all())
+
+    def _refuse_unserved(self, given: Mapping[str, object], settings: Settings) -> None:
+        for name in RECORDED:
             asked = given.get(name)
-            if asked or (asked is None and getattr(config, name, False)):
+            if asked or (asked is None and name in settings.recorded):
                 raise InputError(
                     f"{name} is asked for, and a stitched model keeps no intermediate values",
                     where=type(self.decoder).__name__,
                     hint="unstitch(model) for this call",
                 )
-        known = (*_TAKEN, *_INERT, *_RECORDED)
-        if given.get("cache") is not None:
-            known = (*known, *_PAGED, *_SAMPLING)
-        strange = sorted(
+        known = _KNOWN if given.get("cache") is None else _KNOWN_PAGED
+        strange = [
             k for k, v in given.items() if k not in known and v is not None and v is not False
-        )
+        ]
         if strange:
             raise InputError(
-                f"a stitched model does not take {', '.join(strange)}",
+                f"a stitched model does not take {', '.join(sorted(strange))}",
                 where=type(self.decoder).__name__,
                 hint="unstitch(model) for this call",
             )
@@ -190,7 +228,7 @@ class Serving:
             )
         return entry, tokens if embeds is not None else tokens.long()
 
-    def _cache(self, given: Mapping[str, object]) -> Cache | None:
+    def _cache(self, given: Mapping[str, object], settings: Settings) -> Cache | None:
         cache = given.get("past_key_values")
         if cache is not None and not isinstance(cache, Cache):
             raise InputError(
@@ -199,9 +237,7 @@ class Serving:
                 hint="pass a DynamicCache or a StaticCache",
             )
         use_cache = given.get("use_cache")
-        if use_cache is None:
-            use_cache = getattr(self.decoder.config, "use_cache", False)
-        if cache is None and use_cache:
+        if cache is None and (settings.use_cache if use_cache is None else use_cache):
             return DynamicCache(config=self.decoder.config)
         return cache
 
@@ -217,10 +253,6 @@ class Serving:
                 where="position_ids",
             )
         return position_ids.long().expand(batch, length)
-
-    def _wants_tuple(self, given: Mapping[str, object]) -> bool:
-        asked = given.get("return_dict")
-        return not (getattr(self.decoder.config, "return_dict", True) if asked is None else asked)
 
 
 def make_masks(

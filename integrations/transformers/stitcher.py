@@ -8,28 +8,38 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from piecework.errors import CaptureError, UsageError
+from piecework.errors import CaptureError, ConfigError, UsageError
 from piecework.integrations.transformers.admission import admit, forget_layers
+from piecework.integrations.transformers.dry_request import dry_request
 from piecework.integrations.transformers.flat import ENTRIES, compile_forward
+from piecework.integrations.transformers.head import HeadForward, can_be_captured
 from piecework.integrations.transformers.serving import Serving
 from piecework.runtime import torch_compat
+from piecework.runtime.batch.sizes import default_capture_sizes
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
 
 _log = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
+AUTO = "auto"
+#: The largest number of tokens that ``capture="auto"`` tries.
+AUTO_MAXIMUM = 64
 
 
 def stitch(
-    model: Model, *, config: CompilationConfig | Mapping[str, object] | None = None
+    model: Model,
+    *,
+    config: CompilationConfig | Mapping[str, object] | None = None,
+    capture: Iterable[int] | Literal["auto"] | None = None,
 ) -> Model:
     """Stitch the decoder of a causal LM in place and return the model.
 
@@ -40,13 +50,17 @@ def stitch(
     Args:
         model: a causal LM of transformers in eval mode, on its final device and in its final dtype.
         config: a ``piecework.CompilationConfig``, or a dict of its fields; the default compiles pieces with Inductor.
+        capture: numbers of tokens to capture static graphs for, of the pieces and of the head; attention runs between them. "auto"
+            takes the usual steps up to ``AUTO_MAXIMUM``, measures them, and keeps those that were worth it.
+            ``stitched_module(model).coverage()`` says how each batch runs, ``call_report()`` what ran, and with how much padding.
 
     While torch's compiler is switched off (``TORCH_COMPILE_DISABLE=1``, ``torch.compiler.set_stance``), the decoder runs as
     it is, and is compiled at the first forward after that.
 
     Raises:
         CaptureError: the model can't be stitched, and why; it is left as it was.
-        ConfigError: ``config`` is neither, or names no such field.
+        ConfigError: ``config`` is neither, or names no such field; or a size can't be captured.
+        StaticGraphError: a capture failed; the model is left as it was.
         UsageError: the model is stitched already.
 
     Example:
@@ -54,6 +68,7 @@ def stitch(
         >>> stitch(model).generate(input_ids, max_new_tokens=32)
     """
     chosen = None if config is None else CompilationConfig.given(config, "config")
+    sizes = _sizes(capture)
     decoder = _decoder_of(model)
     if _stitched_forward(decoder) is not None:
         raise UsageError(
@@ -69,7 +84,57 @@ def stitch(
         forget_layers(decoder)
         raise
     decoder.forward = stitched
+    # generate() compiles a model for static caches by itself, where this gives it something to compile.
+    model.get_compiled_call = _as_it_is(model)
+    try:
+        if sizes is not None:
+            _capture(model, sizes, measured=capture == AUTO, config=chosen)
+    except BaseException:
+        unstitch(model)
+        raise
     return model
+
+
+def _as_it_is(model: nn.Module) -> Callable[[object], Callable[..., object]]:
+    """What stands in for transformers' ``get_compiled_call`` of a stitched model."""
+    found = weakref.ref(model)
+
+    def get_compiled_call(compile_config: object) -> Callable[..., object]:
+        return found().__call__  # type: ignore[misc]
+
+    return get_compiled_call
+
+
+def _sizes(capture: object) -> list[int] | None:
+    if capture is None:
+        return None
+    if capture == AUTO:
+        return list(default_capture_sizes(AUTO_MAXIMUM))
+    if isinstance(capture, str) or not isinstance(capture, Iterable):
+        raise ConfigError(
+            f"capture is {capture!r}", where="stitch", hint="give a list of sizes, or 'auto'"
+        )
+    return list(capture)
+
+
+def _capture(
+    model: nn.Module, sizes: Sequence[int], *, measured: bool, config: CompilationConfig | None
+) -> None:
+    """Capture the decoder's pieces, and the head, for these numbers of tokens."""
+    entry = stitched_module(model)
+    if entry.traces and next(model.parameters()).device.type == "cpu":
+        _log.warning(
+            "static graphs on a CPU are a stand-in for testing, and slower than running uncaptured"
+        )
+    if measured:
+        sizes = entry.measure(sizes, context_for=dry_request).worth_capturing
+    else:
+        entry.capture(sizes, context_for=dry_request, progress=False)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if sizes and entry.traces and can_be_captured(head):
+        forward = HeadForward(head, config)
+        forward.stitched.capture(sizes, progress=False)
+        head.forward = forward
 
 
 def unstitch(model: Model) -> Model:
@@ -80,6 +145,10 @@ def unstitch(model: Model) -> Model:
     """
     decoder = _decoder_of(model)
     stitched = _required(decoder)
+    model.__dict__.pop("get_compiled_call", None)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if head is not None and isinstance(head.__dict__.get("forward"), HeadForward):
+        del head.forward
     if inspect.ismethod(stitched.original) and stitched.original.__func__ is type(decoder).forward:
         del decoder.forward
     else:

@@ -178,7 +178,9 @@ def _trace(
         entry.edit(EditedSource(code, saved.edited_proof, saved.edited_difference))
     flags = saved.as_marked, saved.rows_in_one
     settings = dict(_texts(folder, "torch settings"))
-    return TracedModel.loaded(MadeTrace(model, program, entry, flags, settings), new_backend)
+    return TracedModel.loaded(
+        MadeTrace(model, program, entry, flags, settings), new_backend, as_it_is
+    )
 
 
 # --- the program -------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ class Step:
         reason: why these calls are served by it.
         bring_back: copies written arguments back, if there are any.
         calls: how many were served.
+        count: their batch size, where that is known.
     """
 
     call: Callable[..., object] | None
@@ -40,6 +41,12 @@ class Step:
     reason: str = ""
     bring_back: Callable[..., None] | None = None
     calls: int = 0
+    count: int = 0
+
+    @property
+    def padding(self) -> int:
+        """Rows that were computed for nobody, over all calls."""
+        return self.calls * (self.padded - self.count) if self.call is not None else 0
 
 
 class Calls:
@@ -123,7 +130,7 @@ class Calls:
         step = (
             _uncaptured(found.reason.value)
             if ready is None
-            else replace(ready, reason=found.reason.value)
+            else replace(ready, reason=found.reason.value, count=count)
         )
         self._steps[key] = step
         return step
@@ -149,7 +156,7 @@ class Calls:
                 where="forward context",
                 hint="take mode and descriptor from static_graphs.dispatcher, or set neither",
             )
-        self._steps[key] = step = replace(ready, reason="the forward context chose it")
+        self._steps[key] = step = replace(ready, reason="the forward context chose it", count=count)
         return step
 
     def forget(self) -> None:
@@ -168,12 +175,13 @@ class Calls:
             self._empty,
             self._unequal,
         )
-        totals: dict[tuple[str, str, str], int] = {}
+        totals: dict[tuple[str, str, str], tuple[int, int]] = {}
         for step in (*self._finished, *self._steps.values(), *always):
             graph = "" if step.call is None else step.descriptor.describe()
             key = (step.mode.name, graph, step.reason)
-            totals[key] = totals.get(key, 0) + step.calls
-        return (CallRow(*key, calls) for key, calls in totals.items() if calls)
+            calls, padding = totals.get(key, (0, 0))
+            totals[key] = calls + step.calls, padding + step.padding
+        return (CallRow(*key, *counts) for key, counts in totals.items() if counts[0])
 
 
 def _uncaptured(reason: str) -> Step:

@@ -322,6 +322,18 @@ class CapturedGraphs:
             # Copies: a result may lie in memory that is put back.
             return [each.clone() if isinstance(each, torch.Tensor) else each for each in found]
 
+    @contextmanager
+    def without_traces(self, descriptor: BatchDescriptor) -> Iterator[None]:
+        """Put back, after the block, what runs of a captured size in it write: what one run beforehand is seen to write."""
+        self.run_uncaptured(
+            descriptor,
+            self.inputs_of(descriptor).views(descriptor.num_tokens),
+            descriptor.num_tokens,
+        )
+        with self.dry_writes.put_back(watched=False):
+            yield
+        self.dry_writes.forget()
+
     def _flat(self, tensors: Sequence[torch.Tensor], descriptor: BatchDescriptor) -> list[object]:
         others = self.others(descriptor)
         flat: list[object] = [descriptor.num_tokens] * len(self.shape.names)

@@ -77,22 +77,24 @@ class CallRow:
         graph: the graph that served them, in words; "" where they ran uncaptured.
         reason: why.
         calls: how many.
+        padding: rows that they were padded by, all together.
     """
 
     mode: str
     graph: str
     reason: str
     calls: int
+    padding: int = 0
 
 
 def calls_table(rows: Sequence[CallRow]) -> Table:
     """The rows as a table for a terminal."""
     table = Table(title="What calls ran as", title_justify="left")
-    for heading in ("mode", "graph", "calls", "why"):
-        table.add_column(heading, justify="right" if heading == "calls" else "left")
+    for heading in ("mode", "graph", "calls", "padding", "why"):
+        table.add_column(heading, justify="right" if heading in ("calls", "padding") else "left")
     for row in rows:
         why = row.reason if row.graph else f"[yellow]{row.reason}[/]"
-        table.add_row(row.mode, row.graph or "-", str(row.calls), why)
+        table.add_row(row.mode, row.graph or "-", str(row.calls), str(row.padding), why)
     return table
 
 

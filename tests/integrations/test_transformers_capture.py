@@ -1,0 +1,163 @@
+"""Static graphs of a stitched model in one call: the pieces, the head, what is padded, and what generate() makes of it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+
+from piecework.errors import ConfigError, StaticGraphError
+from piecework.integrations.transformers import stitch, stitched_module, unstitch
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.counters import counters
+from piecework.runtime.stitched import StitchedModule
+
+transformers = pytest.importorskip("transformers")
+
+EAGER_PIECES = CompilationConfig(backend="eager")
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+
+
+def build(**changes: object) -> torch.nn.Module:
+    config = transformers.LlamaConfig(**{**SHAPE, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+    return model
+
+
+def prompts(batch: int, length: int = 6) -> torch.Tensor:
+    return torch.randint(1, 97, (batch, length), generator=torch.Generator().manual_seed(batch))
+
+
+def generated(model: torch.nn.Module, batch: int, **how: object) -> torch.Tensor:
+    settings = {"max_new_tokens": 8, "do_sample": False, **how}
+    ids = prompts(batch)
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+
+
+def served(module: StitchedModule) -> dict[str, tuple[int, int]]:
+    """Graph → its calls, and the rows that they were padded by."""
+    found: dict[str, tuple[int, int]] = {}
+    for row in module.call_report():
+        if row.graph:
+            calls, padding = found.get(row.graph, (0, 0))
+            found[row.graph] = calls + row.calls, padding + row.padding
+    return found
+
+
+def test_one_call_captures_pieces_and_head(caplog: pytest.LogCaptureFixture) -> None:
+    eager = build()
+    with caplog.at_level(logging.WARNING):
+        model = stitch(copy.deepcopy(eager), config=EAGER_PIECES, capture=[1, 2, 4])
+    assert "stand-in" in caplog.text
+    for batch in (1, 2, 3, 4, 5):
+        assert torch.equal(generated(model, batch), generated(eager, batch)), batch
+    pieces, head = stitched_module(model), model.lm_head.forward.stitched
+    assert [(row.first, row.last, row.mode.name) for row in pieces.coverage(6)][-1] == (
+        5,
+        6,
+        "NONE",
+    )
+    # 7 steps behind each prefill; a prefill has one row of each sequence at the head.
+    assert served(pieces) == {"tokens=1": (7, 0), "tokens=2": (7, 0), "tokens=4": (14, 7)}
+    assert served(head) == {"tokens=1": (8, 0), "tokens=2": (8, 0), "tokens=4": (16, 8)}
+    unstitch(model)
+    assert "forward" not in vars(model.lm_head)
+    assert torch.equal(generated(model, 2), generated(eager, 2))
+
+
+def test_a_capture_that_is_refused_leaves_the_model_as_it_was() -> None:
+    model = build()
+    for wrong in ("all", 4):
+        with pytest.raises(ConfigError, match="capture is"):
+            stitch(model, config=EAGER_PIECES, capture=wrong)
+    before = set(vars(model))
+    with pytest.raises((ConfigError, StaticGraphError)):
+        stitch(model, config=EAGER_PIECES, capture=[0])
+    assert set(vars(model)) == before
+    assert "forward" not in vars(model.model)
+
+
+def test_auto_keeps_what_was_measured_to_be_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("piecework.integrations.transformers.stitcher.AUTO_MAXIMUM", 2)
+    model = stitch(build(), config=EAGER_PIECES, capture="auto")
+    assert torch.equal(generated(model, 2), generated(build(), 2))
+    worth = [each for each in stitched_module(model).traces if each.static is not None]
+    assert ("forward" in vars(model.lm_head)) == bool(worth)
+
+
+@pytest.mark.parametrize("cache", ["static", None])
+def test_generate_does_not_compile_a_stitched_model_again(cache: str | None) -> None:
+    eager = build()
+    model = stitch(copy.deepcopy(eager), config=EAGER_PIECES)
+    how = transformers.CompileConfig(backend="eager", fullgraph=False)
+    how._compile_all_devices = True  # as on a GPU
+    torch._dynamo.reset()
+    seen = torch._dynamo.utils.counters["stats"]["calls_captured"]
+    with counters.expect(num_graphs_seen=0):
+        ours = generated(model, 2, cache_implementation=cache, compile_config=how)
+    assert torch._dynamo.utils.counters["stats"]["calls_captured"] == seen
+    assert torch.equal(ours, generated(eager, 2))
+    unstitch(model)
+    generated(model, 2, cache_implementation="static", compile_config=how)
+    assert torch._dynamo.utils.counters["stats"]["calls_captured"] > seen  # its own again
+
+
+def test_continuous_batching_from_graphs() -> None:
+    """Arrivals while others run, one of them cancelled, of mixed lengths; served from graphs as far as they go."""
+    eager = build()
+    model = stitch(copy.deepcopy(eager), config=EAGER_PIECES, capture=[1, 2, 4, 8])
+    how = transformers.GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0)
+    pages = transformers.ContinuousBatchingConfig(
+        page_size=8, num_blocks=32, max_batch_tokens=32, max_requests_per_batch=4
+    )
+    asked = [prompts(1, length)[0].tolist() for length in (5, 9, 3, 7, 4)]
+
+    def answers(each: torch.nn.Module) -> dict[str, list[int]]:
+        done: dict[str, list[int]] = {}
+        manager = each.init_continuous_batching(
+            generation_config=how, continuous_batching_config=pages
+        )
+        manager.start()
+        try:
+            for number, ids in enumerate(asked[:3]):
+                manager.add_request(ids, request_id=f"r{number}")
+            manager.add_request(asked[0], request_id="cancelled", max_new_tokens=40)
+            while len(done) < 2:
+                result = manager.get_result(timeout=30)
+                if result is not None and result.is_finished():
+                    done[result.request_id] = result.generated_tokens
+            manager.cancel_request("cancelled")
+            for number, ids in enumerate(asked[3:], start=3):
+                manager.add_request(ids, request_id=f"r{number}")
+            while len(done.keys() - {"cancelled"}) < 5:
+                result = manager.get_result(timeout=30)
+                if result is not None and result.is_finished():
+                    done[result.request_id] = result.generated_tokens
+        finally:
+            manager.stop(block=True)
+        done.pop("cancelled", None)
+        return done
+
+    ours = answers(model)
+    for number, ids in enumerate(asked):
+        row = torch.tensor([ids])
+        alone = eager.generate(row, attention_mask=torch.ones_like(row), generation_config=how)
+        assert ours[f"r{number}"] == alone[0, row.shape[1] :].tolist(), number
+    assert sum(row.calls for row in stitched_module(model).call_report() if row.graph) > 0
