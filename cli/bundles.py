@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from piecework.integrations.protocol import LoadedModel
     from piecework.runtime.bundle import Manifest
+    from piecework.runtime.config.compilation import CompilationConfig
     from piecework.runtime.stitched import StitchedModule
 
 T = TypeVar("T")
@@ -60,7 +61,7 @@ def compile_command(
             config=config,
             config_text=loaded.config_text if not Path(model).is_dir() else None,
         )
-        unsaved = _save_artifact(output, stitched, loaded)
+        unsaved = _save_artifact(output, stitched)
         if unsaved and not as_json:
             out.print(f"run will compile again: {unsaved}", markup=False)
         if as_json:
@@ -110,11 +111,7 @@ def run(
         config = CompilationConfig(**manifest.config)
         loaded = reload_model(directory, manifest)
         reference = run_step(out, as_json, "Running eagerly", lambda: loaded.run(tokens))
-        stitched, why = _loaded(directory, loaded)
-        if why and not as_json:
-            out.print(f"compiling again: {why}", markup=False)
-        if stitched is None:
-            stitched = run_compile_step(out, as_json, "Compiling", lambda: loaded.stitch(config))
+        stitched = warm_or_compiled(directory, loaded, config, out, as_json)
         generated = stitched.source.code
         changes = _use_edited(stitched, code) if edited else None
         if changes is not None and not as_json:
@@ -197,13 +194,11 @@ def reload_model(directory: Path, manifest: Manifest) -> LoadedModel:
     )
 
 
-def _save_artifact(directory: Path, stitched: StitchedModule, loaded: LoadedModel) -> str:
+def _save_artifact(directory: Path, stitched: StitchedModule) -> str:
     """Write what was compiled beside the rest; says why it could not be, else ""."""
     from piecework.errors import ArtifactError
     from piecework.runtime import bundle
 
-    if stitched.model is not loaded.module:
-        return "a model that is stitched in place has no artifact of its own"
     try:
         stitched.save(directory / bundle.ARTIFACT)
     except ArtifactError as error:
@@ -211,18 +206,20 @@ def _save_artifact(directory: Path, stitched: StitchedModule, loaded: LoadedMode
     return ""
 
 
-def _loaded(directory: Path, loaded: LoadedModel) -> tuple[StitchedModule | None, str]:
-    """What the folder's artifact holds, bound to the model, and why it does not fit."""
+def warm_or_compiled(
+    directory: Path, loaded: LoadedModel, config: CompilationConfig, out: Console, quiet: bool
+) -> StitchedModule:
+    """The model stitched by the folder's artifact, or compiled again where there is none that fits, which is said."""
     from piecework.errors import ArtifactError
     from piecework.runtime import bundle
-    from piecework.runtime.compile import load
 
-    if not (directory / bundle.ARTIFACT).is_dir():
-        return None, ""
-    try:
-        return load(directory / bundle.ARTIFACT, loaded.module), ""
-    except ArtifactError as error:
-        return None, str(error)
+    if (directory / bundle.ARTIFACT).is_dir():
+        try:
+            return loaded.warm(directory / bundle.ARTIFACT)
+        except ArtifactError as error:
+            if not quiet:
+                out.print(f"compiling again: {error}", markup=False)
+    return run_compile_step(out, quiet, "Compiling", lambda: loaded.stitch(config))
 
 
 def _use_edited(stitched: StitchedModule, code: str) -> dict[str, object]:

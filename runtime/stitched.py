@@ -28,6 +28,7 @@ from piecework.errors import ArtifactError, BindError, ConfigError, InputError, 
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.load import Artifact, require_made_so
 from piecework.runtime.artifact.save import config_data, save
+from piecework.runtime.artifact.store import Place
 from piecework.runtime.call.edited import EditedSource
 from piecework.runtime.call.entry import OPAQUE
 from piecework.runtime.call.execution import Changes
@@ -38,6 +39,7 @@ from piecework.runtime.graphs.plan.options import CaptureOptions
 from piecework.runtime.model_tag import current_model_tag
 from piecework.runtime.pieces.backend import PieceworkBackend, Trace
 from piecework.runtime.pieces.program import Program
+from piecework.runtime.pieces.ranks import require_agreement
 from piecework.runtime.pieces.report import Piece, Report
 from piecework.runtime.trace.example_sizes import AllDimensions, KeptMarks, SizePolicy, shapes_of
 from piecework.runtime.trace.tracing import Capture
@@ -63,6 +65,7 @@ class StitchedModule:
         config: the configuration.
         runtime_config: the program's limits; None if they are not known.
         as_it_is: what a call runs while torch's compiler is switched off: the model, unless something stands around it.
+        kept: what another process needs to know to make ``around`` again, as JSON data; None if that can't be told.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class StitchedModule:
         around: Callable[[], AbstractContextManager[object]] = nullcontext,
         runtime_config: RuntimeConfig | None = None,
         as_it_is: Callable[..., object] | None = None,
+        kept: Mapping[str, object] | None = None,
     ) -> None:
         if not callable(model):
             raise ConfigError(f"a model must be callable; got a {type(model).__qualname__}")
@@ -96,6 +100,7 @@ class StitchedModule:
         self._splitting_ops = splitting_ops
         self._declared = sizes
         self._around = around
+        self.kept = kept
         self._sizes: SizePolicy | None = None
         self._traces: tuple[TracedModel, ...] = ()
         self._hopeless: set[object] = set()
@@ -238,6 +243,7 @@ class StitchedModule:
             )
         if self._around is not nullcontext:
             made.entry.accept_settings()
+        require_agreement(made.program, self.runtime_config)
         self._traces = (*self._traces, made)
 
     def _backends(self) -> Callable[[], PieceworkBackend]:
@@ -332,16 +338,14 @@ class StitchedModule:
             self._serve_by(first.call)
         return edited
 
-    def save(
-        self, path: str | os.PathLike[str], *, key_file: str | os.PathLike[str] | None = None
-    ) -> None:
-        """Write what was compiled to a directory, for ``piecework.load(path, model)`` in another process.
+    def save(self, path: Place, *, key_file: str | os.PathLike[str] | None = None) -> None:
+        """Write what was compiled to a directory or URL, for ``piecework.load(path, model)`` in another process.
 
         Every trace that there is goes with it, and the one that serves a batch of one, which is made now if no trace does. No weight is written; an edited
         source is, marked as edited. An artifact that is there is replaced.
 
         Args:
-            path: the directory.
+            path: the directory; or a URL that fsspec knows, such as ``s3://bucket/model``, where it is one object.
             key_file: a file with a secret (16 bytes or more) that signs the artifact; by default the one that
                 ``PIECEWORK_CACHE_KEY_FILE`` names, if any.
 
@@ -354,9 +358,9 @@ class StitchedModule:
             >>> stitched = piecework.load("model.artifact", model)  # in another process
         """
         self._require_traced("artifact")
-        if self._around is not nullcontext:
+        if self._around is not nullcontext and self.kept is None:
             raise ArtifactError(
-                "the model was traced in a context of its caller's, which an artifact does not hold",
+                "the model was traced in a context of its caller's, which says nothing that another process could make it of",
                 where=self._empty.prefix,
                 hint="compile it in each process: compiled pieces come from the cache",
             )
@@ -382,6 +386,7 @@ class StitchedModule:
             "runtime config": None if runtime is None else json.loads(runtime.model_dump_json()),
             "splitting ops": None if ops is None else list(SplittingOps(ops).declared),
             "sizes": None if self._sizes is None else type(self._sizes).__name__,
+            "kept": None if self.kept is None else dict(self.kept),
         }
 
     def take(self, artifact: Artifact) -> None:
@@ -389,11 +394,16 @@ class StitchedModule:
 
         Raises:
             ArtifactError: it does not fit this module's model.
+            RankError: another process would run something else.
         """
         with self._tracing:
             made = artifact.traces(self.model, self.config, self._backends, self.as_it_is)
             if artifact.folder.facts.get("sizes") == AllDimensions.__name__:
                 self._sizes = AllDimensions()
+            if self._declared is not None:
+                self._sizes = self._declared
+            for each in made:
+                require_agreement(each.program, self.runtime_config)
             self._traces = made
             self._serve_by(made[0].call)
 

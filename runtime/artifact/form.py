@@ -14,6 +14,7 @@ from piecework.runtime.artifact.facts import SavedState
 from piecework.runtime.batch.ranges import Range
 from piecework.runtime.call.argument_memory import GivenTensor
 from piecework.runtime.pieces.program import Batch
+from piecework.runtime.pieces.ranks import Together
 from piecework.runtime.pieces.report import Report
 from piecework.runtime.trace.inputs import Argument, Layout, Size
 
@@ -68,6 +69,7 @@ class SavedTrace:
         consts, careful_consts: of the stitching source, and of the one without shortcuts.
         entry_consts: of the entry's text.
         symbols: torch's symbol → how it is called.
+        together: what processes that run it together must agree on.
         edited: the first difference of an edited source from the graph; None for none.
     """
 
@@ -100,3 +102,4 @@ class SavedTrace:
     rows_in_one: bool
     edited_proof: Proof | None
     edited_difference: str | None
+    together: Together

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +39,7 @@ from piecework.runtime.artifact.save import (
     STITCHED,
     partition,
 )
+from piecework.runtime.artifact.store import Store
 from piecework.runtime.artifact.values import from_bytes
 from piecework.runtime.batch.ranges import RangeTable
 from piecework.runtime.bind.direct_ops import DirectOps
@@ -72,16 +72,14 @@ class Artifact:
     seconds: float
 
     @classmethod
-    def open(
-        cls, path: str | os.PathLike[str], key_file: str | os.PathLike[str] | None
-    ) -> Artifact:
+    def open(cls, store: Store, key_file: str | os.PathLike[str] | None) -> Artifact:
         """Verify an artifact and that it was made by, and for, what is here.
 
         Raises:
             ArtifactError: it is damaged, not to be trusted, or was made for something else; nothing of it was unpickled, loaded or executed.
         """
         start = time.perf_counter()
-        folder = open_folder(Path(path), key_of(key_file))
+        folder = open_folder(store, key_of(key_file))
         surroundings.require_same_versions(_texts(folder, "versions"))
         surroundings.require_machine(_texts(folder, "machine"))
         surroundings.require_same_environment(_texts(folder, "environment"))
@@ -250,10 +248,11 @@ def _program(
     }
     return LoadedProgram(
         fields,
-        graphs_reader(data, str(folder.path)),
+        graphs_reader(data, folder.name),
         (texts[CAREFUL], saved.careful_consts),
         saved.rows,
         saved.report,
+        saved.together,
     )
 
 

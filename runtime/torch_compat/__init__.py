@@ -16,6 +16,12 @@ from piecework.runtime.torch_compat.dictionaries import (
     dict_guard,
     dict_versions,
 )
+from piecework.runtime.torch_compat.distributed import (
+    collective_of,
+    own_rank,
+    ranks_of_group,
+    shared_store,
+)
 from piecework.runtime.torch_compat.dynamo import (
     asks_for_restart,
     backend_failure,

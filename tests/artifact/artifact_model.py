@@ -65,7 +65,7 @@ def main(what: str, artifact: str, weights: str) -> dict[str, object]:
         refused = ""
     except piecework.PieceworkError as error:
         refused = str(error)
-    return {
+    found = {
         "equal": equal,
         "refused": refused,
         "counters": {k: v for k, v in piecework.counters.snapshot().items() if v},
@@ -76,6 +76,9 @@ def main(what: str, artifact: str, weights: str) -> dict[str, object]:
         ],
         "cached": os.listdir(os.environ["TORCHINDUCTOR_CACHE_DIR"]),
     }
+    model.layers[1].scale = 0.5
+    stitched.save(f"{artifact}_again")
+    return found
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import ctypes
 import dataclasses
 import json
 import os
@@ -22,6 +23,7 @@ from torch import nn
 import piecework
 from piecework.errors import ArtifactError, BindError, ConfigError, InputError, PieceworkError
 from piecework.runtime.artifact import folder as folders
+from piecework.runtime.artifact import store as stores
 from piecework.runtime.artifact import surroundings
 from piecework.runtime.counters import counters
 
@@ -450,6 +452,9 @@ def test_another_process_needs_no_compiler_and_no_cache(tmp_path: Path) -> None:
     assert (
         found["counters"] == {"num_models_seen": 1} and found["inductor"] == found["cached"] == []
     )
+    for each in ("pieces", "kernels"):  # what was loaded is saved as it was
+        names = [sorted(os.listdir(tmp_path / name / each)) for name in ("model", "model_again")]
+        assert names[0] == names[1]
     script = tmp_path / "artifact_model.py"
     script.write_text(script.read_text().replace("self.down(", "-self.down(", 1))
     with pytest.raises(AssertionError, match=r"other code|source changed"):
@@ -891,7 +896,7 @@ def test_writing_replaces_an_artifact_whole_or_not_at_all(
     path = saved(tmp_path / "a")
     before = {each: each.read_bytes() for each in files_of(path)}
     stitched = piecework.compile(made(), (torch.randn(3, 8),), config=EAGER)
-    written = folders._write
+    written = stores.write_file
     for stop in range(4):
         left = [stop]
 
@@ -901,12 +906,12 @@ def test_writing_replaces_an_artifact_whole_or_not_at_all(
                 raise OSError(28, "No space left on device")
             written(target, data)
 
-        monkeypatch.setattr(folders, "_write", failing)
+        monkeypatch.setattr(stores, "write_file", failing)
         with pytest.raises(ArtifactError, match="No space left"):
             stitched.save(path)
         assert {each: each.read_bytes() for each in files_of(path)} == before
         assert os.listdir(tmp_path) == ["a"]
-    monkeypatch.setattr(folders, "_write", written)
+    monkeypatch.setattr(stores, "write_file", written)
     moved = os.rename
 
     def refusing(source: object, target: object) -> None:
@@ -914,6 +919,9 @@ def test_writing_replaces_an_artifact_whole_or_not_at_all(
             raise OSError(13, "Permission denied")
         moved(source, target)  # type: ignore[arg-type]
 
+    monkeypatch.setattr(
+        ctypes, "CDLL", lambda *_, **__: None
+    )  # a system without an exchange of two names
     monkeypatch.setattr(Path, "rename", lambda self, target: refusing(self, target))
     with pytest.raises((ArtifactError, OSError)):
         stitched.save(path)
