@@ -89,7 +89,11 @@ def compile(
             runtime_config=runtime_config,
         )
     made = compile_with_mode(
-        model, splitting_ops=splitting_ops, config=config, runtime_config=runtime_config
+        model,
+        splitting_ops=splitting_ops,
+        config=config,
+        runtime_config=runtime_config,
+        deferred=True,
     )
     _load_or_compile(made, artifact, key_file, (example_args, example_kwargs or {}))
     return made
@@ -214,6 +218,7 @@ def compile_with_mode(
     runtime_config: RuntimeConfig | Mapping[str, object] | None = None,
     as_it_is: Callable[..., object] | None = None,
     kept: Mapping[str, object] | None = None,
+    deferred: bool = False,
 ) -> StitchedModule:
     """What ``piecework.compile`` returns for ``config.mode``.
 
@@ -227,6 +232,7 @@ def compile_with_mode(
         around: entered for each trace; what it sets for the trace alone is no reason to refuse calls later.
         as_it_is: what stands for ``model`` while torch's compiler is switched off; by default ``model`` itself.
         kept: what another process needs to know to make ``around`` again; see `StitchedModule`.
+        deferred: refuse a compiler that there is not when something is compiled; what is loaded needs none.
         The others are those of ``piecework.compile``.
 
     Raises:
@@ -264,6 +270,8 @@ def compile_with_mode(
             as_it_is=as_it_is,
             kept=kept,
         )
+        if not deferred:
+            made.backend.require_compiler()
     if example_args or example_kwargs:
         made.prepare(*example_args, **(example_kwargs or {}))
     return made

@@ -95,6 +95,7 @@ class StitchedModule:
             tag.is_encoder,
             splitting_ops=splitting_ops,
             runtime_config=runtime_config,
+            deferred=True,
         )
         self._empty = self._new_backend()
         self._splitting_ops = splitting_ops

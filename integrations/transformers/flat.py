@@ -142,6 +142,7 @@ def flattened(
         sizes=TokenDimension(),
         around=partial(as_traced, decoder),
         kept=kept,
+        deferred=True,
     )
 
 

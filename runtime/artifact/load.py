@@ -89,7 +89,7 @@ class Artifact:
                 hint="save an artifact on each rank, in a directory of its own",
             )
         try:
-            settings = settings_factors()
+            settings = settings_factors(every=False)
         except Unidentifiable as error:
             raise ArtifactError(error.message, where=error.where, hint=error.hint) from error
         surroundings.require_same_settings(_texts(folder, "torch settings"), settings)

@@ -278,7 +278,7 @@ def keeps_pieces(config: CompilationConfig) -> bool:
         return False  # it is not there yet; one that can't be used is refused when it is opened
 
 
-_PACKAGE = Path(__file__).resolve().parents[1]
+_PACKAGE = Path(__file__).resolve().parents[2]
 _ROOMS = ("codegen", "templates", "runtime")
 
 

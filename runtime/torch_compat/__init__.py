@@ -15,6 +15,8 @@ from piecework.runtime.torch_compat.artifact import (
 from piecework.runtime.torch_compat.dictionaries import (
     dict_guard,
     dict_versions,
+    guards_ready,
+    import_guards,
 )
 from piecework.runtime.torch_compat.distributed import (
     collective_of,
