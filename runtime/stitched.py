@@ -27,7 +27,6 @@ from piecework.codegen.stitch.source import collector_paused
 from piecework.errors import ArtifactError, BindError, ConfigError, InputError, PieceworkError
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.load import Artifact, require_made_so
-from piecework.runtime.artifact.save import config_data, save
 from piecework.runtime.artifact.store import Place
 from piecework.runtime.call.edited import EditedSource
 from piecework.runtime.call.entry import OPAQUE
@@ -35,7 +34,6 @@ from piecework.runtime.call.execution import Changes
 from piecework.runtime.call.failures import add_piece_note
 from piecework.runtime.config.compilation import CompilationConfig, DynamicShapesType, RuntimeConfig
 from piecework.runtime.counters import counters
-from piecework.runtime.graphs.plan.options import CaptureOptions
 from piecework.runtime.model_tag import current_model_tag
 from piecework.runtime.pieces.backend import PieceworkBackend, Trace
 from piecework.runtime.pieces.program import Program
@@ -52,6 +50,7 @@ _log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from piecework.runtime.batch.coverage import CoverageRow
+    from piecework.runtime.graphs.plan.options import CaptureOptions
     from piecework.runtime.graphs.plan.phase import CaptureWatcher
     from piecework.runtime.graphs.serve.model import CapturedModel
     from piecework.runtime.graphs.serve.report import CallRow, MemoryReport
@@ -358,6 +357,9 @@ class StitchedModule:
             >>> piecework.compile(model, (x,)).save("model.artifact")
             >>> stitched = piecework.load("model.artifact", model)  # in another process
         """
+        from piecework.runtime.artifact.save import save
+        from piecework.runtime.graphs.plan.options import CaptureOptions
+
         self._require_traced("artifact")
         if self._around is not nullcontext and self.kept is None:
             raise ArtifactError(
@@ -380,6 +382,8 @@ class StitchedModule:
         Raises:
             ArtifactError: the configuration holds code.
         """
+        from piecework.runtime.artifact.save import config_data
+
         ops = self._splitting_ops
         runtime = self.runtime_config
         return {
@@ -460,6 +464,8 @@ class StitchedModule:
             >>> stitched = piecework.compile(model, (x,)).capture([1, 2, 4, 8])
             >>> print(stitched.static_graphs.source_for(3))
         """
+        from piecework.runtime.graphs.plan.options import CaptureOptions
+
         if not self._traces and self._switched_off():
             return self
         first, *_ = self._require_traced("graph to capture")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from piecework.codegen.entry.plan import EntryPlan
 from piecework.codegen.plan import ir
 from piecework.codegen.proof.verify import Proof
+from piecework.runtime import torch_compat
 from piecework.runtime.artifact.facts import SavedState
 from piecework.runtime.batch.ranges import Range
 from piecework.runtime.call.argument_memory import GivenTensor
@@ -17,6 +18,9 @@ from piecework.runtime.pieces.program import Batch
 from piecework.runtime.pieces.ranks import Together
 from piecework.runtime.pieces.report import Report
 from piecework.runtime.trace.inputs import Argument, Layout, Size
+
+STITCHED, ENTRY, CAREFUL, EDITED = "stitched.py", "entry.py", "careful.py", "edited.py"
+STATE, GRAPHS = "state.pickle", "graphs.pickle"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,3 +107,9 @@ class SavedTrace:
     edited_proof: Proof | None
     edited_difference: str | None
     together: Together
+
+
+def partition(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """A number per tensor, equal for those in one memory."""
+    stores = [torch_compat.storage_id(each) for each in tensors]
+    return tuple(map(stores.index, stores))

@@ -22,22 +22,25 @@ from piecework.errors import ArtifactError, BindError, CaptureError, Unidentifia
 from piecework.runtime.artifact import surroundings
 from piecework.runtime.artifact.facts import established
 from piecework.runtime.artifact.folder import Folder, key_of, open_folder
-from piecework.runtime.artifact.form import DirectConst, SavedTrace, SavedWeight, WeightInput
-from piecework.runtime.artifact.pieces import PieceLoader
-from piecework.runtime.artifact.program import (
-    LoadedAssumptions,
-    LoadedCapture,
-    LoadedProgram,
-    graphs_reader,
-)
-from piecework.runtime.artifact.save import (
+from piecework.runtime.artifact.form import (
     CAREFUL,
     EDITED,
     ENTRY,
     GRAPHS,
     STATE,
     STITCHED,
+    DirectConst,
+    SavedTrace,
+    SavedWeight,
+    WeightInput,
     partition,
+)
+from piecework.runtime.artifact.pieces import PieceLoader
+from piecework.runtime.artifact.program import (
+    LoadedAssumptions,
+    LoadedCapture,
+    LoadedProgram,
+    graphs_reader,
 )
 from piecework.runtime.artifact.store import Store
 from piecework.runtime.artifact.values import from_bytes

@@ -24,11 +24,18 @@ from piecework.runtime.artifact import surroundings
 from piecework.runtime.artifact.facts import SavedState, codes_of, saved_state
 from piecework.runtime.artifact.folder import key_of, write_folder
 from piecework.runtime.artifact.form import (
+    CAREFUL,
+    EDITED,
+    ENTRY,
+    GRAPHS,
+    STATE,
+    STITCHED,
     DirectConst,
     SavedForm,
     SavedTrace,
     SavedWeight,
     WeightInput,
+    partition,
 )
 from piecework.runtime.artifact.likeness import HEAP_TYPE, code_digest
 from piecework.runtime.artifact.pieces import piece_files
@@ -43,9 +50,6 @@ from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.inputs import Argument, Layout, Size
 from piecework.runtime.trace.tracing import Weight
 from piecework.runtime.traced_model import TracedModel
-
-STITCHED, ENTRY, CAREFUL, EDITED = "stitched.py", "entry.py", "careful.py", "edited.py"
-STATE, GRAPHS = "state.pickle", "graphs.pickle"
 
 
 def save(
@@ -307,12 +311,6 @@ def _memory(trace: TracedModel) -> tuple[int, ...] | None:
     if not mutations_in(split_gm, every, held):
         return None
     return partition(trace.entry.weights.tensors)
-
-
-def partition(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
-    """A number per tensor, equal for those in one memory."""
-    stores = [torch_compat.storage_id(each) for each in tensors]
-    return tuple(map(stores.index, stores))
 
 
 # --- code --------------------------------------------------------------------------------------------

@@ -447,7 +447,9 @@ def test_another_process_needs_no_compiler_and_no_cache(tmp_path: Path) -> None:
         TRITON_CACHE_DIR=str(tmp_path / "empty"),
         PIECEWORK_DISABLE_CACHE="1",
     )
-    assert found["equal"] == [True] * 6
+    assert found["equal"] is True
+    # Dynamo is imported once calls have come, for guards that make them cheap; changes are noticed before and after.
+    assert found["first"]["dynamo"] is False and "layers.1.scale" in found["first"]["refused"]  # type: ignore[index, call-overload]
     assert "layers.1.scale" in str(found["refused"])
     assert (
         found["counters"] == {"num_models_seen": 1} and found["inductor"] == found["cached"] == []
