@@ -16,6 +16,7 @@ BENCHMARKS = {
     "stitching": "B1: the stitching alone, over no-op pieces",
     "host_overhead": "B2, B3: host overhead of a whole forward",
     "compile_time": "B4: cold compile time against depth",
+    "warm_start": "B5: warm start of an artifact against depth",
     "emission": "B6: emission time against nodes",
     "gpu": "B8 to B11: captured pieces on a GPU; needs one",
     "models": "ordinary models beside eager and torch.compile; takes hours",
