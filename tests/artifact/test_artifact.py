@@ -1047,7 +1047,7 @@ def _another_format(path: Path) -> None:
 
 
 def _half_a_copy(path: Path) -> None:
-    for file in files_of(path)[::2]:
+    for file in files_of(path)[1::2]:
         file.unlink()
 
 
