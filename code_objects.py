@@ -1,10 +1,11 @@
-"""Compiled Python code as a tree. In: code objects. Out: all code in them, and the names that code reads from its globals. Torch is not needed."""
+"""Compiled Python code as a tree. In: code objects, functions. Out: all code in them, the names that code reads from its globals, what functions close over. Torch is not needed."""
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 
 def with_inner_code(code: Iterable[types.CodeType]) -> Iterator[types.CodeType]:
@@ -18,3 +19,14 @@ def global_names(code: types.CodeType) -> set[str]:
     """Names that code reads from its globals, or from builtins; code in it not counted."""
     loads = ("LOAD_GLOBAL", "LOAD_NAME")
     return {str(i.argval) for i in dis.get_instructions(code) if i.opname in loads}
+
+
+def cells_of(function: Callable[..., object]) -> dict[str, object]:
+    """What a Python function closes over, by name; cells that are still empty are left out."""
+    found: dict[str, object] = {}
+    closure = getattr(function, "__closure__", None) or ()
+    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    for name, cell in zip(names, closure, strict=True):
+        with contextlib.suppress(ValueError):
+            found[name] = cell.cell_contents
+    return found

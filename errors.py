@@ -116,6 +116,10 @@ class ArtifactError(PieceworkError):
     """A saved artifact is missing, damaged or made for something else."""
 
 
+class RankError(PieceworkError):
+    """Processes that run one model together would do different things, or one of them is gone."""
+
+
 class CacheError(PieceworkError):
     """A cache directory is unsafe or unusable, or was asked for something impossible."""
 

@@ -17,6 +17,7 @@ BENCHMARKS = {
     "host_overhead": "B2, B3: host overhead of a whole forward",
     "decode_step": "B12: a decode step of transformers, attention, cache and head included",
     "compile_time": "B4: cold compile time against depth",
+    "warm_start": "B5: warm start of an artifact against depth",
     "emission": "B6: emission time against nodes",
     "gpu": "B8 to B11: captured pieces on a GPU; needs one",
     "models": "ordinary models beside eager and torch.compile; takes hours",

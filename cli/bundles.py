@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from piecework.integrations.protocol import LoadedModel
     from piecework.runtime.bundle import Manifest
+    from piecework.runtime.config.compilation import CompilationConfig
     from piecework.runtime.stitched import StitchedModule
 
 T = TypeVar("T")
@@ -63,7 +64,7 @@ def compile_command(
             config=config,
             config_text=loaded.config_text if not Path(model).is_dir() else None,
         )
-        unsaved = _save_artifact(output, stitched, loaded)
+        unsaved = _save_artifact(output, stitched)
         if unsaved and not as_json:
             out.print(f"run will compile again: {unsaved}", markup=False)
         if as_json:
@@ -116,12 +117,8 @@ def run(
         config = configuration(config_file, overrides, dump=dump, base=manifest.config)
         loaded = reload_model(directory, manifest)
         reference = run_step(out, as_json, "Running eagerly", lambda: loaded.run(tokens))
-        again = bool(config_file or overrides or dump)
-        stitched, why = (None, "other settings") if again else _loaded(directory, loaded)
-        if why and not as_json:
-            out.print(f"compiling again: {why}", markup=False)
-        if stitched is None:
-            stitched = run_compile_step(out, as_json, "Compiling", lambda: loaded.stitch(config))
+        other = bool(config_file or overrides or dump)
+        stitched = warm_or_compiled(directory, loaded, config, out, as_json, other_settings=other)
         generated = stitched.source.code
         changes = _use_edited(stitched, code) if edited else None
         if changes is not None and not as_json:
@@ -206,13 +203,11 @@ def reload_model(directory: Path, manifest: Manifest) -> LoadedModel:
     )
 
 
-def _save_artifact(directory: Path, stitched: StitchedModule, loaded: LoadedModel) -> str:
+def _save_artifact(directory: Path, stitched: StitchedModule) -> str:
     """Write what was compiled beside the rest; says why it could not be, else ""."""
     from piecework.errors import ArtifactError
     from piecework.runtime import bundle
 
-    if stitched.model is not loaded.module:
-        return "a model that is stitched in place has no artifact of its own"
     try:
         stitched.save(directory / bundle.ARTIFACT)
     except ArtifactError as error:
@@ -220,18 +215,29 @@ def _save_artifact(directory: Path, stitched: StitchedModule, loaded: LoadedMode
     return ""
 
 
-def _loaded(directory: Path, loaded: LoadedModel) -> tuple[StitchedModule | None, str]:
-    """What the folder's artifact holds, bound to the model, and why it does not fit."""
+def warm_or_compiled(
+    directory: Path,
+    loaded: LoadedModel,
+    config: CompilationConfig,
+    out: Console,
+    quiet: bool,
+    *,
+    other_settings: bool = False,
+) -> StitchedModule:
+    """The model stitched by the folder's artifact, or compiled again where there is none that fits or other settings are wanted, which is said."""
     from piecework.errors import ArtifactError
     from piecework.runtime import bundle
-    from piecework.runtime.compile import load
 
-    if not (directory / bundle.ARTIFACT).is_dir():
-        return None, ""
-    try:
-        return load(directory / bundle.ARTIFACT, loaded.module), ""
-    except ArtifactError as error:
-        return None, str(error)
+    if other_settings or (directory / bundle.ARTIFACT).is_dir():
+        why = "other settings"
+        try:
+            if not other_settings:
+                return loaded.warm(directory / bundle.ARTIFACT)
+        except ArtifactError as error:
+            why = str(error)
+        if not quiet:
+            out.print(f"compiling again: {why}", markup=False)
+    return run_compile_step(out, quiet, "Compiling", lambda: loaded.stitch(config))
 
 
 def _use_edited(stitched: StitchedModule, code: str) -> dict[str, object]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from piecework.cli.bundles import AsJson, FolderArgument, reload_model, run_compile_step, run_step
+from piecework.cli.bundles import AsJson, FolderArgument, reload_model, run_step, warm_or_compiled
 from piecework.cli.console import console, typed_errors
 from piecework.cli.options import ConfigFile, DumpFolder, Overrides, configuration
 
@@ -53,7 +53,7 @@ def coverage(
         manifest = bundle.read_manifest(directory)
         config = configuration(config_file, overrides, dump=dump, base=manifest.config)
         loaded = reload_model(directory, manifest)
-        stitched = run_compile_step(out, as_json, "Compiling", lambda: loaded.stitch(config))
+        stitched = warm_or_compiled(directory, loaded, config, out, as_json)
         run_step(
             out,
             as_json,

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from piecework.errors import UsageError
 from piecework.integrations.protocol import LoadedModel, Outcome, first_line
 from piecework.runtime.compile import compile as compile_model
+from piecework.runtime.compile import load
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
 
@@ -27,6 +28,9 @@ class Plain:
 
     def stitch(self, loaded: LoadedModel, config: CompilationConfig) -> StitchedModule:
         return compile_model(loaded.module, loaded.example_args, config=config)
+
+    def warm(self, loaded: LoadedModel, artifact: Path) -> StitchedModule:
+        return load(artifact, loaded.module)
 
     def run(
         self, loaded: LoadedModel, new_tokens: int, stitched: StitchedModule | None = None

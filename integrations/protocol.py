@@ -36,6 +36,10 @@ class LoadedModel:
         """The stitched form of the model; some kinds are stitched in place."""
         return self.integration.stitch(self, config)
 
+    def warm(self, artifact: Path) -> StitchedModule:
+        """The same by what ``StitchedModule.save`` wrote; see `Integration.warm`."""
+        return self.integration.warm(self, artifact)
+
     @torch.no_grad()
     def run(self, new_tokens: int, stitched: StitchedModule | None = None) -> Outcome:
         """Run the model on its example arguments; see `Integration.run`."""
@@ -80,6 +84,14 @@ class Integration(Protocol):
 
         Raises:
             PieceworkError: it can't be, with the reason.
+        """
+        ...
+
+    def warm(self, loaded: LoadedModel, artifact: Path) -> StitchedModule:
+        """Stitch the model by an artifact of a like one.
+
+        Raises:
+            ArtifactError: it does not fit.
         """
         ...
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from piecework.errors import ArtifactError, UsageError
+from piecework.runtime.cache.atomic import directory_in_place
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
 
@@ -99,17 +98,10 @@ def save(
     }
     if config_text is not None:
         files[MODEL_CONFIG] = config_text
-    parent = directory.absolute().parent
     try:
-        staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=parent))
-        try:
+        with directory_in_place(directory.absolute()) as staging:
             for name, text in files.items():
                 (staging / name).write_text(text, encoding="utf-8")
-            staging.chmod(0o755)
-            staging.replace(directory)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
     except OSError as error:
         raise UsageError(f"can't write folder {str(directory)!r}: {error.strerror}") from error
     return manifest

@@ -10,7 +10,6 @@ import os
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from pathlib import Path
 
 import torch
 import torch.fx
@@ -20,6 +19,7 @@ from piecework.codegen.split.split import SplittingOp as SplittingOpLike
 from piecework.errors import ArtifactError, BindError, ConfigError, short_errors
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.load import Artifact
+from piecework.runtime.artifact.store import Place, store_of
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.config.groups import CompilationMode, DynamicShapesType, RuntimeConfig
 from piecework.runtime.model_tag import compilation_complete
@@ -43,7 +43,7 @@ def compile(
     splitting_ops: Sequence[SplittingOpLike] | None = None,
     config: CompilationConfig | Mapping[str, object] | None = None,
     runtime_config: RuntimeConfig | Mapping[str, object] | None = None,
-    artifact: str | os.PathLike[str] | None = None,
+    artifact: Place | None = None,
     key_file: str | os.PathLike[str] | None = None,
 ) -> StitchedModule:
     """Compile ``model`` piecewise and stitch it, or as ``config.mode`` says.
@@ -58,7 +58,7 @@ def compile(
         runtime_config: the program's limits, a `RuntimeConfig` or a dict of its fields: the last batch range ends at its largest
             batch, `StitchedModule.capture` goes by it, and its ranks are part of the cache's path. Without it the last range is
             open-ended, and the rank is 0.
-        artifact: a directory that ``StitchedModule.save`` writes. If what lies there fits the model, these arguments and this process, it is loaded and
+        artifact: a directory or URL that ``StitchedModule.save`` writes. If what lies there fits the model, these arguments and this process, it is loaded and
             nothing is traced or compiled; else the model is compiled and saved there, and a warning says why. Needs example arguments.
         key_file: a secret that signs and verifies the artifact; see ``StitchedModule.save``.
 
@@ -90,15 +90,19 @@ def compile(
             runtime_config=runtime_config,
         )
     made = compile_with_mode(
-        model, splitting_ops=splitting_ops, config=config, runtime_config=runtime_config
+        model,
+        splitting_ops=splitting_ops,
+        config=config,
+        runtime_config=runtime_config,
+        deferred=True,
     )
-    _load_or_compile(made, Path(artifact), key_file, (example_args, example_kwargs or {}))
+    _load_or_compile(made, artifact, key_file, (example_args, example_kwargs or {}))
     return made
 
 
 @short_errors
 def load(
-    path: str | os.PathLike[str],
+    path: Place,
     model: Callable[..., object],
     *,
     key_file: str | os.PathLike[str] | None = None,
@@ -106,7 +110,7 @@ def load(
     """What ``StitchedModule.save`` wrote, for a model of this process: nothing is traced, compiled or run.
 
     Args:
-        path: the directory.
+        path: the directory, or a URL that fsspec knows.
         model: a model like the saved one: the same code, structure and settings, weights of the same names, shapes, dtypes, strides and devices. Their
             values are its own.
         key_file: a file with the secret that the artifact must be signed with; by default the one that ``PIECEWORK_CACHE_KEY_FILE`` names, if any.
@@ -120,9 +124,16 @@ def load(
         >>> stitched(torch.randn(7, 64))
     """
     require_model(model)
-    found = Artifact.open(path, key_file)
+    found = Artifact.open(store_of(path), key_file)
     facts = found.folder.facts
     config, runtime, ops = facts["config"], facts["runtime config"], facts["splitting ops"]
+    kept = facts.get("kept")
+    if kept is not None:
+        raise ArtifactError(
+            "the artifact is of a model that was stitched in place, and holds what that takes",
+            where=str(path),
+            hint=f"{kept['load']}(path, model) loads it",  # type: ignore[index]
+        )
     made = ModeModule(
         torch_compat.original_of(model),
         splitting_ops=ops,  # type: ignore[arg-type]
@@ -135,38 +146,60 @@ def load(
 
 def _load_or_compile(
     made: StitchedModule,
-    path: Path,
+    path: Place,
     key_file: str | os.PathLike[str] | None,
     example: tuple[Sequence[object], Mapping[str, object]],
 ) -> None:
     """Load an artifact if it fits, else compile and save it."""
     args, kwargs = example
-    if isinstance(made, UnstitchedModule):
-        raise ConfigError(
-            f"mode {made.config.mode} compiles nothing that could be saved",
-            where="artifact",
-            hint="use DYNAMO_TRACE_ONCE or PIECEWORK_COMPILE",
-        )
+    require_stitching(made.config)
     if not (args or kwargs):
         raise ConfigError(
             "an artifact is made or loaded for example arguments, and there are none",
             where="artifact",
             hint="pass example_args",
         )
-    if os.path.lexists(path):
-        try:
-            found = Artifact.open(path, key_file)
-            made.require_made_so(found, args, kwargs)
-            made.take(found)
-            if made.accepts(*args, **kwargs):
-                return
-            made.forget()
-            why = "no trace in it serves the example arguments"
-        except ArtifactError as error:
-            made.forget()
-            why = str(error)
-        _log.warning("the artifact %s does not fit, the model is compiled again: %s", path, why)
+
+    def take(found: Artifact) -> None:
+        made.require_made_so(found, args, kwargs)
+        made.take(found)
+        if not made.accepts(*args, **kwargs):
+            raise ArtifactError("no trace in it serves the example arguments")
+
+    if take_if_it_fits(path, key_file, take):
+        return
+    made.forget()
     made.prepare(*args, **kwargs)
+    keep(made, path, key_file)
+
+
+def require_stitching(config: CompilationConfig | None) -> None:
+    """Raise `ConfigError` for a mode that compiles nothing which could be saved."""
+    if config is not None and config.mode in _UNSTITCHED:
+        raise ConfigError(
+            f"mode {config.mode} compiles nothing that could be saved",
+            where="artifact",
+            hint="use DYNAMO_TRACE_ONCE or PIECEWORK_COMPILE",
+        )
+
+
+def take_if_it_fits(
+    path: Place, key_file: str | os.PathLike[str] | None, take: Callable[[Artifact], None]
+) -> bool:
+    """Give an artifact to ``take``, which raises `ArtifactError` for one that does not fit; False where none does, and a warning says why."""
+    try:
+        store = store_of(path)
+        if not store.exists():
+            return False
+        take(Artifact.open(store, key_file))
+    except ArtifactError as error:
+        _log.warning("the artifact %s does not fit, the model is compiled again: %s", path, error)
+        return False
+    return True
+
+
+def keep(made: StitchedModule, path: Place, key_file: str | os.PathLike[str] | None) -> None:
+    """Save what was compiled, if anything was; a warning says why it can't be."""
     if made.traces:
         try:
             made.save(path, key_file=key_file)
@@ -185,6 +218,8 @@ def compile_with_mode(
     around: Callable[[], AbstractContextManager[object]] = nullcontext,
     runtime_config: RuntimeConfig | Mapping[str, object] | None = None,
     as_it_is: Callable[..., object] | None = None,
+    kept: Mapping[str, object] | None = None,
+    deferred: bool = False,
 ) -> StitchedModule:
     """What ``piecework.compile`` returns for ``config.mode``.
 
@@ -197,6 +232,8 @@ def compile_with_mode(
         sizes: which dimensions are dynamic, where the shape type leaves that open.
         around: entered for each trace; what it sets for the trace alone is no reason to refuse calls later.
         as_it_is: what stands for ``model`` while torch's compiler is switched off; by default ``model`` itself.
+        kept: what another process needs to know to make ``around`` again; see `StitchedModule`.
+        deferred: refuse a compiler that there is not when something is compiled; what is loaded needs none.
         The others are those of ``piecework.compile``.
 
     Raises:
@@ -231,7 +268,10 @@ def compile_with_mode(
             around=around,
             runtime_config=runtime,
             as_it_is=as_it_is,
+            kept=kept,
         )
+        if not deferred:
+            made.backend.require_compiler()
     if example_args or example_kwargs:
         made.prepare(*example_args, **(example_kwargs or {}))
     return made

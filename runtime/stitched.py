@@ -40,7 +40,7 @@ from piecework.errors import (
 )
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.load import Artifact, require_made_so
-from piecework.runtime.artifact.save import config_data, save
+from piecework.runtime.artifact.store import Place
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.sizes import require_positive_sizes
 from piecework.runtime.call.edited import EditedSource
@@ -50,12 +50,10 @@ from piecework.runtime.call.failures import add_piece_note
 from piecework.runtime.call.shared_module import SharedModule
 from piecework.runtime.config.compilation import CompilationConfig, DynamicShapesType, RuntimeConfig
 from piecework.runtime.counters import counters
-from piecework.runtime.graphs.plan.options import CaptureOptions
-from piecework.runtime.graphs.serve.measured import CAPTURED, Measurement
 from piecework.runtime.model_tag import current_model_tag
-from piecework.runtime.observe.profile import Profile, profile_calls
 from piecework.runtime.pieces.backend import PieceworkBackend, Trace
 from piecework.runtime.pieces.program import Program
+from piecework.runtime.pieces.ranks import require_agreement
 from piecework.runtime.pieces.report import Piece, Report
 from piecework.runtime.trace.example_sizes import AllDimensions, KeptMarks, SizePolicy, shapes_of
 from piecework.runtime.trace.tracing import Capture
@@ -68,9 +66,12 @@ _log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from piecework.runtime.batch.coverage import CoverageRow
+    from piecework.runtime.graphs.plan.options import CaptureOptions
     from piecework.runtime.graphs.plan.phase import CaptureWatcher
+    from piecework.runtime.graphs.serve.measured import Measurement
     from piecework.runtime.graphs.serve.model import CapturedModel
     from piecework.runtime.graphs.serve.report import CallRow, MemoryReport
+    from piecework.runtime.observe.profile import Profile
 
 
 class StitchedModule(SharedModule):
@@ -81,6 +82,7 @@ class StitchedModule(SharedModule):
         config: the configuration.
         runtime_config: the program's limits; None if they are not known.
         as_it_is: what a call runs while torch's compiler is switched off: the model, unless something stands around it.
+        kept: what another process needs to know to make ``around`` again, as JSON data; None if that can't be told.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class StitchedModule(SharedModule):
         around: Callable[[], AbstractContextManager[object]] = nullcontext,
         runtime_config: RuntimeConfig | None = None,
         as_it_is: Callable[..., object] | None = None,
+        kept: Mapping[str, object] | None = None,
     ) -> None:
         require_model(model)
         super().__init__(model)
@@ -108,11 +111,13 @@ class StitchedModule(SharedModule):
             tag.is_encoder,
             splitting_ops=splitting_ops,
             runtime_config=runtime_config,
+            deferred=True,
         )
         self._empty = self._new_backend()
         self._splitting_ops = splitting_ops
         self._declared = sizes
         self._around = around
+        self.kept = kept
         self._sizes: SizePolicy | None = None
         self._traces: tuple[TracedModel, ...] = ()
         self._hopeless: set[object] = set()
@@ -314,6 +319,7 @@ class StitchedModule(SharedModule):
             )
         if self._around is not nullcontext:
             made.entry.accept_settings()
+        require_agreement(made.program, self.runtime_config)
         self._traces = (*self._traces, made)
 
     def _backends(self) -> Callable[[], PieceworkBackend]:
@@ -412,16 +418,14 @@ class StitchedModule(SharedModule):
         return edited
 
     @short_errors
-    def save(
-        self, path: str | os.PathLike[str], *, key_file: str | os.PathLike[str] | None = None
-    ) -> None:
-        """Write what was compiled to a directory, for ``piecework.load(path, model)`` in another process.
+    def save(self, path: Place, *, key_file: str | os.PathLike[str] | None = None) -> None:
+        """Write what was compiled to a directory or URL, for ``piecework.load(path, model)`` in another process.
 
         Every trace that there is goes with it, and the one that serves a batch of one, which is made now if no trace does. No weight is written; an edited
         source is, marked as edited. An artifact that is there is replaced.
 
         Args:
-            path: the directory.
+            path: the directory; or a URL that fsspec knows, such as ``s3://bucket/model``, where it is one object.
             key_file: a file with a secret (16 bytes or more) that signs the artifact; by default the one that
                 ``PIECEWORK_CACHE_KEY_FILE`` names, if any.
 
@@ -433,10 +437,13 @@ class StitchedModule(SharedModule):
             >>> piecework.compile(model, (x,)).save("model.artifact")
             >>> stitched = piecework.load("model.artifact", model)  # in another process
         """
+        from piecework.runtime.artifact.save import save
+        from piecework.runtime.graphs.plan.options import CaptureOptions
+
         self._require_traced("artifact")
-        if self._around is not nullcontext:
+        if self._around is not nullcontext and self.kept is None:
             raise ArtifactError(
-                "the model was traced in a context of its caller's, which an artifact does not hold",
+                "the model was traced in a context of its caller's, which says nothing that another process could make it of",
                 where=self._empty.prefix,
                 hint="compile it in each process: compiled pieces come from the cache",
             )
@@ -455,6 +462,8 @@ class StitchedModule(SharedModule):
         Raises:
             ArtifactError: the configuration holds code.
         """
+        from piecework.runtime.artifact.save import config_data
+
         ops = self._splitting_ops
         runtime = self.runtime_config
         return {
@@ -462,6 +471,7 @@ class StitchedModule(SharedModule):
             "runtime config": None if runtime is None else json.loads(runtime.model_dump_json()),
             "splitting ops": None if ops is None else list(SplittingOps(ops).declared),
             "sizes": None if self._sizes is None else type(self._sizes).__name__,
+            "kept": None if self.kept is None else dict(self.kept),
         }
 
     def take(self, artifact: Artifact) -> None:
@@ -469,11 +479,16 @@ class StitchedModule(SharedModule):
 
         Raises:
             ArtifactError: it does not fit this module's model.
+            RankError: another process would run something else.
         """
         with self._tracing:
             made = artifact.traces(self.model, self.config, self._backends, self.as_it_is)
             if artifact.folder.facts.get("sizes") == AllDimensions.__name__:
                 self._sizes = AllDimensions()
+            if self._declared is not None:
+                self._sizes = self._declared
+            for each in made:
+                require_agreement(each.program, self.runtime_config)
             self._traces = made
             self._serve_by(made[0].call)
 
@@ -530,6 +545,8 @@ class StitchedModule(SharedModule):
             >>> stitched = piecework.compile(model, (x,)).capture([1, 2, 4, 8])
             >>> print(stitched.static_graphs.source_for(3))
         """
+        from piecework.runtime.graphs.plan.options import CaptureOptions
+
         if not self._traces and self._switched_off():
             return self
         first, *_ = self._require_traced("graph to capture")
@@ -586,6 +603,8 @@ class StitchedModule(SharedModule):
         Example:
             >>> print(stitched.measure([1, 2, 4, 8]).table())
         """
+        from piecework.runtime.graphs.serve.measured import CAPTURED, Measurement
+
         options.setdefault("progress", False)
         self.capture(sizes, **options)  # type: ignore[arg-type]
         rows = [row for each in self._traces for row in each.measure(seconds=seconds)]
@@ -689,6 +708,8 @@ class StitchedModule(SharedModule):
         Example:
             >>> print(stitched.profile(x))
         """
+        from piecework.runtime.observe.profile import profile_calls
+
         stages = {}
         for each in self._require_traced("piece to profile"):
             stages |= each.stages()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.fx
@@ -19,31 +20,26 @@ from torch.utils import _pytree as pytree
 from piecework.codegen.graph.origin import value_of
 from piecework.errors import InputError, StaticGraphError, Unidentifiable
 from piecework.runtime import torch_compat
-from piecework.runtime.analysis.unbacked import admits_unbacked
-from piecework.runtime.batch.descriptor import BatchDescriptor
-from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.call.edited import EditedSource, check_edited
 from piecework.runtime.call.entry import Entry
 from piecework.runtime.call.example_call import example_call
 from piecework.runtime.call.profile_names import named_pieces
-from piecework.runtime.graphs.plan.batch_reader import FixedBatch, batch_dims, batch_shape
-from piecework.runtime.graphs.plan.batch_shape import BatchShape
-from piecework.runtime.graphs.plan.options import CaptureOptions
-from piecework.runtime.graphs.plan.phase import CaptureWatcher
-from piecework.runtime.graphs.serve.measured import (
-    CAPTURED,
-    EAGER,
-    STITCHED,
-    MeasuredSize,
-    measured,
-)
-from piecework.runtime.graphs.serve.model import CapturedModel
 from piecework.runtime.identity.settings import settings_factors
 from piecework.runtime.pieces.backend import Admits, PieceworkBackend
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.example_sizes import KeptMarks, SizePolicy
 from piecework.runtime.trace.shape_guards import ShapeGuards
 from piecework.runtime.trace.tracing import GraphInput, Weight, capture
+
+if TYPE_CHECKING:
+    from piecework.runtime.batch.descriptor import BatchDescriptor
+    from piecework.runtime.batch.mode import CUDAGraphMode
+    from piecework.runtime.graphs.plan.batch_reader import FixedBatch
+    from piecework.runtime.graphs.plan.batch_shape import BatchShape
+    from piecework.runtime.graphs.plan.options import CaptureOptions
+    from piecework.runtime.graphs.plan.phase import CaptureWatcher
+    from piecework.runtime.graphs.serve.measured import MeasuredSize
+    from piecework.runtime.graphs.serve.model import CapturedModel
 
 Call = tuple[tuple[object, ...], dict[str, object]]
 NewBackend = Callable[[], PieceworkBackend]
@@ -207,6 +203,8 @@ class TracedModel:
         Args:
             fixed: the batch size, where the trace has it as a number.
         """
+        from piecework.runtime.graphs.serve.model import CapturedModel
+
         edited = self.entry.edited
         if edited is not None and edited.difference is not None:
             raise StaticGraphError(
@@ -231,6 +229,8 @@ class TracedModel:
             or not self.program.config.stitching_config.check_inputs
         ):
             return None  # without checks, nothing tells which trace serves a call
+        from piecework.runtime.graphs.plan.batch_reader import batch_shape
+
         shape = batch_shape(self.entry.captured, self.program, options.same_as_batch)
         return None if shape.low < 2 else self._call_of(1, shape, options)
 
@@ -247,6 +247,9 @@ class TracedModel:
 
     def measure(self, *, seconds: float) -> Iterator[MeasuredSize]:
         """Time each captured size eager, uncaptured, and as it was captured; see `StitchedModule.measure`."""
+        from piecework.runtime.batch.mode import CUDAGraphMode
+        from piecework.runtime.graphs.serve.measured import CAPTURED, EAGER, STITCHED, measured
+
         static = self.static
         if static is None:
             return
@@ -284,6 +287,8 @@ class TracedModel:
 
     def batch_of_one(self) -> FixedBatch:
         """Where a trace of a single row has its batch, as this one has a larger one."""
+        from piecework.runtime.graphs.plan.batch_reader import FixedBatch, batch_dims
+
         return FixedBatch(1, batch_dims(self.entry.captured, self.program))
 
 
@@ -299,6 +304,8 @@ def _admission(inputs: Sequence[object], rows_in_one: bool) -> Admits | None:
     symbols = torch_compat.unbacked_symbols(inputs)
     if not symbols:
         return None
+    from piecework.runtime.analysis.unbacked import admits_unbacked
+
     return partial(admits_unbacked, symbols=symbols, rows_in_one=rows_in_one)
 
 

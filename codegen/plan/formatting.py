@@ -9,19 +9,30 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator, Sequence
-
-import black
-from black.mode import TargetVersion
+from functools import cache
+from typing import TYPE_CHECKING
 
 from piecework.errors import EmitError
 
-MODE = black.Mode(line_length=100, target_versions={TargetVersion.PY311})
+if TYPE_CHECKING:
+    import black
+
+LINE_LENGTH = 100
 
 _DIGITS = re.compile("[0-9]+")
 _ZEROS = str.maketrans("123456789", "000000000")
 
 #: A statement on one line, and how many blocks of its function's body are around it.
 Statement = tuple[str, int]
+
+
+@cache
+def black_mode() -> black.Mode:
+    """How black lays out. It is imported here, since those who load what was emitted need none of it."""
+    import black
+    from black.mode import TargetVersion
+
+    return black.Mode(line_length=LINE_LENGTH, target_versions={TargetVersion.PY311})
 
 
 def numbered(text: str) -> str:
@@ -33,8 +44,10 @@ def numbered(text: str) -> str:
 
 def format_source(text: str) -> str:
     """``text`` as black formats it; `EmitError` with numbered lines if it is not Python."""
+    import black
+
     try:
-        return black.format_str(text, mode=MODE)
+        return black.format_str(text, mode=black_mode())
     except ValueError as error:  # black.InvalidInput; some releases do not export it
         raise EmitError(
             f"emitted source is not Python: {error}\n{numbered(text)}",

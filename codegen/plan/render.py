@@ -10,12 +10,14 @@ import ast
 import re
 from collections.abc import Iterator, Sequence
 from functools import cache
-
-import jinja2
+from typing import TYPE_CHECKING
 
 from piecework.codegen.plan import ir
-from piecework.codegen.plan.formatting import MODE, format_source, format_statements
+from piecework.codegen.plan.formatting import LINE_LENGTH, format_source, format_statements
 from piecework.codegen.plan.one_line import expr_text, signature_text, stmt_text
+
+if TYPE_CHECKING:
+    import jinja2
 
 FORMAT_VERSION = 1
 
@@ -26,6 +28,8 @@ _DIRECTIVE = re.compile(r"\b(fmt|yapf|type|noqa|pragma|pylint|isort)\s*:")
 @cache
 def environment() -> jinja2.Environment:
     """The one Jinja environment: strict about undefined names, trimmed blocks, no autoescape (it writes Python)."""
+    import jinja2
+
     return jinja2.Environment(
         loader=jinja2.PackageLoader("piecework", "templates"),
         undefined=jinja2.StrictUndefined,
@@ -127,7 +131,7 @@ def _lines_of(body: Sequence[ir.Stmt], texts: Iterator[str]) -> Iterator[dict[st
 
 def _alias(alias: ir.Alias) -> str:
     text = f"{alias.name} = {expr_text(alias.value)}"
-    return text if len(text) <= MODE.line_length else format_source(f"{text}\n").removesuffix("\n")
+    return text if len(text) <= LINE_LENGTH else format_source(f"{text}\n").removesuffix("\n")
 
 
 def _comment(text: str, *, made_here: bool = False) -> str:

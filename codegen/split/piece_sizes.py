@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 import torch.fx
-from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from piecework.codegen.graph.origin import value_of
 
@@ -50,6 +49,10 @@ class PieceSizes:
         """What piece ``number`` takes before everything else, in order of the graph: placeholders of sizes, and sizes computed earlier."""
         if not self._given and not self._computed:
             return []
+        from torch.fx.experimental.symbolic_shapes import (
+            free_symbols,
+        )  # imports sympy, half a second
+
         values = list(map(value_of, inputs))
         shapes = [value for value in values if isinstance(value, torch.Tensor)]
         shaped = free_symbols(shapes)

@@ -61,7 +61,7 @@ def admit(model: nn.Module, decoder: nn.Module, forward: Forward) -> Serving:
     Raises:
         CaptureError: the model is not fit, and why.
     """
-    _refuse_at_sight(decoder, forward)
+    refuse_at_sight(decoder, forward)
     flat = FlatIdsForward(decoder, forward)
     layers = _discover(model, decoder, flat)
     for layer in layers:
@@ -80,7 +80,12 @@ def forget_layers(decoder: nn.Module) -> None:
         module.__dict__.pop(LAYER_NAME, None)
 
 
-def _refuse_at_sight(decoder: nn.Module, forward: Forward) -> None:
+def refuse_at_sight(decoder: nn.Module, forward: Forward) -> None:
+    """Refuse what can be told without running the model.
+
+    Raises:
+        CaptureError: the model is not fit, and why.
+    """
     where = type(decoder).__name__
     if decoder.training:
         raise CaptureError(
@@ -260,12 +265,8 @@ def _mask_maker(
     mask: torch.Tensor,
 ) -> Callable[..., Masks]:
     """The function of transformers under which each layer gets the mask that the model's own forward gives it."""
-    makers = (
-        getattr(model, "create_masks_for_generate", create_masks_for_generate),
-        create_causal_mask,
-    )
     wrong = None
-    for create in makers:
+    for create in mask_makers(model).values():
         masks = make_masks(create, decoder, ids, mask, DynamicCache(config=decoder.config))
         wrong = _first_other_mask(layers, masks, seen)
         if wrong is None:
@@ -275,6 +276,12 @@ def _mask_maker(
         where=wrong,
         hint="leave this model unstitched",
     )
+
+
+def mask_makers(model: nn.Module) -> dict[str, Callable[..., Masks]]:
+    """The functions that may make a model's masks, by name, in the order in which they are tried."""
+    own = getattr(model, "create_masks_for_generate", create_masks_for_generate)
+    return {"for generate": own, "causal": create_causal_mask}
 
 
 def _first_other_mask(

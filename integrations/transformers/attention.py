@@ -173,10 +173,15 @@ def _discovering() -> Discovery | None:
     return state if isinstance(state, Discovery) else None
 
 
+def register() -> None:
+    """Let transformers know `attention_function` by `IMPLEMENTATION`."""
+    ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, attention_function)
+
+
 @contextmanager
 def through_piecework(model: torch.nn.Module) -> Iterator[None]:
     """Let the modules of ``model`` find ``attention_function`` for the block, and their own again afterwards."""
-    ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, attention_function)
+    register()
     before = [(config, config._attn_implementation) for config in _configs_of(model)]
     try:
         for config, _implementation in before:

@@ -117,33 +117,43 @@ class TokenDimension:
         """Nothing: tokens are the one dimension that is dynamic."""
 
 
-def compile_forward(
-    decoder: nn.Module, forward: Callable[..., object], entry: str, config: CompilationConfig | None
+def flattened(
+    decoder: nn.Module,
+    forward: Callable[..., object],
+    entry: str,
+    config: CompilationConfig | None,
+    kept: Mapping[str, object],
 ) -> StitchedModule:
-    """Capture the decoder's flattened forward whole and stitch it.
+    """The decoder's flattened forward, to be captured whole and stitched, or taken from an artifact.
 
     Args:
         decoder: an admitted decoder, whose attention modules carry their layer names.
         forward: its original forward, bound.
         entry: what the tokens come as, "input_ids" or "inputs_embeds".
         config: for ``piecework.compile``.
+        kept: what another process needs to know to serve it.
+    """
+    # The class's name labels the model in the emitted banner and in the report.
+    named = type(type(decoder).__name__, (ENTRIES[entry],), {})
+    return compile_with_mode(
+        named(decoder, forward),
+        splitting_ops=_splitting_ops(config),
+        config=config,
+        sizes=TokenDimension(),
+        around=partial(as_traced, decoder),
+        kept=kept,
+        deferred=True,
+    )
+
+
+def compile_forward(made: StitchedModule, decoder: nn.Module, entry: str) -> None:
+    """Capture and compile what `flattened` made.
 
     Raises:
         CaptureError: the model's forward can't be captured as one graph; the message has Dynamo's reason.
     """
-    # The class's name labels the model in the emitted banner and in the report.
-    named = type(type(decoder).__name__, (ENTRIES[entry],), {})
-    flat = named(decoder, forward)
-    inputs = example_inputs(decoder, entry)
     with torch.no_grad():
-        return compile_with_mode(
-            flat,
-            tuple(inputs.values()),
-            splitting_ops=_splitting_ops(config),
-            config=config,
-            sizes=TokenDimension(),
-            around=partial(as_traced, decoder),
-        )
+        made.prepare(*example_inputs(decoder, entry).values())
 
 
 def _splitting_ops(config: CompilationConfig | None) -> list[object] | None:

@@ -73,6 +73,11 @@ class CausalLM:
         stitch(loaded.module, config=config)
         return stitched_module(loaded.module)
 
+    def warm(self, loaded: LoadedModel, artifact: Path) -> StitchedModule:
+        from piecework.integrations.transformers import load, stitched_module
+
+        return stitched_module(load(artifact, loaded.module))
+
     def run(
         self, loaded: LoadedModel, new_tokens: int, stitched: StitchedModule | None = None
     ) -> Outcome:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,14 +17,18 @@ import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from piecework.errors import CaptureError, ConfigError, UsageError
+from piecework.errors import CaptureError, ConfigError, UsageError, short_errors
 from piecework.integrations.transformers.admission import admit, forget_layers
 from piecework.integrations.transformers.dry_request import dry_request
-from piecework.integrations.transformers.flat import ENTRIES, compile_forward
+from piecework.integrations.transformers.flat import ENTRIES, compile_forward, flattened
 from piecework.integrations.transformers.head import HeadForward, can_be_captured
+from piecework.integrations.transformers.keeping import kept_of, serving_of
 from piecework.integrations.transformers.serving import Serving
 from piecework.runtime import torch_compat
+from piecework.runtime.artifact.load import Artifact
+from piecework.runtime.artifact.store import Place, store_of
 from piecework.runtime.batch.sizes import default_capture_sizes
+from piecework.runtime.compile import keep, require_stitching, take_if_it_fits
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
 
@@ -35,11 +40,14 @@ AUTO = "auto"
 AUTO_MAXIMUM = 64
 
 
+@short_errors
 def stitch(
     model: Model,
     *,
     config: CompilationConfig | Mapping[str, object] | None = None,
     capture: Iterable[int] | Literal["auto"] | None = None,
+    artifact: Place | None = None,
+    key_file: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Stitch the decoder of a causal LM in place and return the model.
 
@@ -53,6 +61,9 @@ def stitch(
         capture: numbers of tokens to capture static graphs for, of the pieces and of the head; attention runs between them. "auto"
             takes the usual steps up to ``AUTO_MAXIMUM``, measures them, and keeps those that were worth it.
             ``stitched_module(model).coverage()`` says how each batch runs, ``call_report()`` what ran, and with how much padding.
+        artifact: a directory or URL that ``stitched_module(model).save`` writes. If what lies there fits the model, the configuration and this process, it
+            is loaded, and nothing is run, traced or compiled; else the model is compiled and saved there, and a warning says why.
+        key_file: a secret that signs and verifies the artifact; see ``StitchedModule.save``.
 
     While torch's compiler is switched off (``TORCH_COMPILE_DISABLE=1``, ``torch.compiler.set_stance``), the decoder runs as
     it is, and is compiled at the first forward after that.
@@ -69,23 +80,28 @@ def stitch(
     """
     chosen = None if config is None else CompilationConfig.given(config, "config")
     sizes = _sizes(capture)
-    decoder = _decoder_of(model)
-    if _stitched_forward(decoder) is not None:
-        raise UsageError(
-            "the model is stitched already", where="stitch", hint="call unstitch(model) first"
-        )
-    forward = decoder.forward
-    serving = admit(model, decoder, forward)
-    try:
-        stitched = StitchedForward(serving, forward, chosen)
-        if not stitched.switched_off("input_ids"):
-            stitched.entry("input_ids")
-    except BaseException:
-        forget_layers(decoder)
-        raise
-    decoder.forward = stitched
-    # generate() compiles a model for static caches by itself, where this gives it something to compile.
-    model.get_compiled_call = _as_it_is(model)
+    decoder = _unstitched(model)
+
+    def take(found: Artifact) -> None:
+        _take(found, model, decoder, chosen)
+
+    loaded = False
+    if artifact is not None:
+        require_stitching(chosen)
+        loaded = take_if_it_fits(artifact, key_file, take)
+    if not loaded:
+        forward = decoder.forward
+        serving = admit(model, decoder, forward)
+        try:
+            stitched = StitchedForward(model, serving, forward, chosen)
+            if not stitched.switched_off("input_ids"):
+                made = stitched.entry("input_ids")
+                if artifact is not None:
+                    keep(made, artifact, key_file)
+        except BaseException:
+            forget_layers(decoder)
+            raise
+        _serve_by(stitched, model, decoder)
     try:
         if sizes is not None:
             _capture(model, sizes, measured=capture == AUTO, config=chosen)
@@ -93,6 +109,12 @@ def stitch(
         unstitch(model)
         raise
     return model
+
+
+def _serve_by(stitched: StitchedForward, model: nn.Module, decoder: nn.Module) -> None:
+    decoder.forward = stitched
+    # generate() compiles a model for static caches by itself, where this gives it something to compile.
+    model.get_compiled_call = _as_it_is(model)
 
 
 def _as_it_is(model: nn.Module) -> Callable[[object], Callable[..., object]]:
@@ -137,6 +159,49 @@ def _capture(
         head.forward = forward
 
 
+@short_errors
+def load(path: Place, model: Model, *, key_file: str | os.PathLike[str] | None = None) -> Model:
+    """Stitch the decoder of a causal LM in place by what ``stitched_module(model).save(path)`` wrote: nothing is run, traced or compiled.
+
+    Args:
+        path, key_file: as in ``piecework.load``.
+        model: a model like the saved one: the same classes, configuration and source, weights of the same names, shapes, dtypes and devices.
+
+    Raises:
+        ArtifactError: the artifact is missing, damaged, or made for another model or process; the model is left as it was.
+        CaptureError: the model can't be stitched, and why.
+        UsageError: the model is stitched already.
+
+    Example:
+        >>> stitched_module(stitch(model)).save("llama.artifact")
+        >>> load("llama.artifact", other).generate(input_ids)  # in another process
+    """
+    decoder = _unstitched(model)
+    found = Artifact.open(store_of(path), key_file)
+    config = CompilationConfig.given(found.folder.facts["config"], "config")
+    _take(found, model, decoder, config)
+    return model
+
+
+def _take(
+    found: Artifact, model: nn.Module, decoder: nn.Module, config: CompilationConfig | None
+) -> None:
+    """Serve ``decoder`` by an artifact.
+
+    Raises:
+        ArtifactError: it does not fit; the model is left as it was.
+    """
+    forward = decoder.forward
+    try:
+        serving = serving_of(found.folder.facts.get("kept"), model, decoder, forward, "input_ids")
+        stitched = StitchedForward(model, serving, forward, config)
+        stitched.take("input_ids", found)
+    except BaseException:
+        forget_layers(decoder)
+        raise
+    _serve_by(stitched, model, decoder)
+
+
 def unstitch(model: Model) -> Model:
     """Give a stitched model its own forward back, and return it.
 
@@ -176,14 +241,20 @@ class StitchedForward:
     """Stands in for a decoder's ``forward``: takes its arguments, serves them by the stitched function.
 
     Args:
+        model: what was stitched.
         serving: how a forward of this decoder is served.
         original: the forward that it replaces, bound.
         config: handed to ``piecework.compile``.
     """
 
     def __init__(
-        self, serving: Serving, original: Callable[..., object], config: CompilationConfig | None
+        self,
+        model: nn.Module,
+        serving: Serving,
+        original: Callable[..., object],
+        config: CompilationConfig | None,
     ) -> None:
+        self._model = model
         self.serving = serving
         self.original = original
         self.__signature__ = inspect.signature(original)
@@ -234,12 +305,28 @@ class StitchedForward:
         """The stitched function for tokens that come as ``name``, compiled when first asked for."""
         with self._compiling:
             if name not in self._entries:
-                for rope in self.serving.ropes:
-                    rope.hold()
-                self._entries[name] = compile_forward(
-                    self.serving.decoder, self.original, name, self._config
-                )
+                made = self._flattened(name)
+                compile_forward(made, self.serving.decoder, name)
+                self._entries[name] = made
             return self._entries[name]
+
+    def take(self, name: str, found: Artifact) -> None:
+        """Serve tokens that come as ``name`` by an artifact.
+
+        Raises:
+            ArtifactError: it does not fit.
+        """
+        made = self._flattened(name)
+        made.require_made_so(found, (), {})
+        made.take(found)
+        self._entries[name] = made
+
+    def _flattened(self, name: str) -> StitchedModule:
+        for rope in self.serving.ropes:
+            rope.hold()
+        decoder = self.serving.decoder
+        kept = kept_of(self._model, self.serving, name)
+        return flattened(decoder, self.original, name, self._config, kept)
 
 
 def _decoder_of(model: nn.Module) -> nn.Module:
@@ -258,6 +345,16 @@ def _decoder_of(model: nn.Module) -> nn.Module:
         where=type(model).__name__,
         hint="stitch the decoder module itself",
     )
+
+
+def _unstitched(model: nn.Module) -> nn.Module:
+    """The decoder of a model that is not stitched."""
+    decoder = _decoder_of(model)
+    if _stitched_forward(decoder) is not None:
+        raise UsageError(
+            "the model is stitched already", where="stitch", hint="call unstitch(model) first"
+        )
+    return decoder
 
 
 def _stitched_forward(decoder: nn.Module) -> StitchedForward | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +10,17 @@ import torch
 from piecework.codegen.entry.plan import EntryPlan
 from piecework.codegen.plan import ir
 from piecework.codegen.proof.verify import Proof
+from piecework.runtime import torch_compat
 from piecework.runtime.artifact.facts import SavedState
 from piecework.runtime.batch.ranges import Range
 from piecework.runtime.call.argument_memory import GivenTensor
 from piecework.runtime.pieces.program import Batch
+from piecework.runtime.pieces.ranks import Together
 from piecework.runtime.pieces.report import Report
 from piecework.runtime.trace.inputs import Argument, Layout, Size
+
+STITCHED, ENTRY, CAREFUL, EDITED = "stitched.py", "entry.py", "careful.py", "edited.py"
+STATE, GRAPHS = "state.pickle", "graphs.pickle"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,7 @@ class SavedTrace:
         consts, careful_consts: of the stitching source, and of the one without shortcuts.
         entry_consts: of the entry's text.
         symbols: torch's symbol → how it is called.
+        together: what processes that run it together must agree on.
         edited: the first difference of an edited source from the graph; None for none.
     """
 
@@ -100,3 +106,10 @@ class SavedTrace:
     rows_in_one: bool
     edited_proof: Proof | None
     edited_difference: str | None
+    together: Together
+
+
+def partition(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """A number per tensor, equal for those in one memory."""
+    stores = [torch_compat.storage_id(each) for each in tensors]
+    return tuple(map(stores.index, stores))

@@ -83,6 +83,8 @@ def _of_library(value: Any) -> str:
         return f"descriptor {class_name(value.__objclass__)}.{value.__name__}"
     if isinstance(value, (OpOverload, OpOverloadPacket)):
         return f"operator {value}"
+    if type(value) is type(torch.ops.aten) and getattr(torch.ops, value.name, None) is value:
+        return f"operators {value.name}"
     if isinstance(value, HigherOrderOperator):
         return f"operator {value.name()}"
     lazy = isinstance(value, types.ModuleType)  # or a namespace of operators

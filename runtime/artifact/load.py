@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,19 @@ from piecework.errors import ArtifactError, BindError, CaptureError, Unidentifia
 from piecework.runtime.artifact import surroundings
 from piecework.runtime.artifact.facts import established
 from piecework.runtime.artifact.folder import Folder, key_of, open_folder
-from piecework.runtime.artifact.form import DirectConst, SavedTrace, SavedWeight, WeightInput
+from piecework.runtime.artifact.form import (
+    CAREFUL,
+    EDITED,
+    ENTRY,
+    GRAPHS,
+    STATE,
+    STITCHED,
+    DirectConst,
+    SavedTrace,
+    SavedWeight,
+    WeightInput,
+    partition,
+)
 from piecework.runtime.artifact.pieces import PieceLoader
 from piecework.runtime.artifact.program import (
     LoadedAssumptions,
@@ -31,15 +42,7 @@ from piecework.runtime.artifact.program import (
     LoadedProgram,
     graphs_reader,
 )
-from piecework.runtime.artifact.save import (
-    CAREFUL,
-    EDITED,
-    ENTRY,
-    GRAPHS,
-    STATE,
-    STITCHED,
-    partition,
-)
+from piecework.runtime.artifact.store import Store
 from piecework.runtime.artifact.values import from_bytes
 from piecework.runtime.batch.ranges import RangeTable
 from piecework.runtime.bind.direct_ops import DirectOps
@@ -72,16 +75,14 @@ class Artifact:
     seconds: float
 
     @classmethod
-    def open(
-        cls, path: str | os.PathLike[str], key_file: str | os.PathLike[str] | None
-    ) -> Artifact:
+    def open(cls, store: Store, key_file: str | os.PathLike[str] | None) -> Artifact:
         """Verify an artifact and that it was made by, and for, what is here.
 
         Raises:
             ArtifactError: it is damaged, not to be trusted, or was made for something else; nothing of it was unpickled, loaded or executed.
         """
         start = time.perf_counter()
-        folder = open_folder(Path(path), key_of(key_file))
+        folder = open_folder(store, key_of(key_file))
         surroundings.require_same_versions(_texts(folder, "versions"))
         surroundings.require_machine(_texts(folder, "machine"))
         surroundings.require_same_environment(_texts(folder, "environment"))
@@ -91,7 +92,7 @@ class Artifact:
                 hint="save an artifact on each rank, in a directory of its own",
             )
         try:
-            settings = settings_factors()
+            settings = settings_factors(every=False)
         except Unidentifiable as error:
             raise ArtifactError(error.message, where=error.where, hint=error.hint) from error
         surroundings.require_same_settings(_texts(folder, "torch settings"), settings)
@@ -252,10 +253,11 @@ def _program(
     }
     return LoadedProgram(
         fields,
-        graphs_reader(data, str(folder.path)),
+        graphs_reader(data, folder.name),
         (texts[CAREFUL], saved.careful_consts),
         saved.rows,
         saved.report,
+        saved.together,
     )
 
 

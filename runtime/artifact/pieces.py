@@ -12,7 +12,7 @@ import math
 import textwrap
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -76,6 +76,8 @@ def piece_files(graph: torch.fx.GraphModule, compiled: CompiledPiece, name: str)
     Raises:
         ArtifactError: its code needs something that does not travel.
     """
+    if isinstance(compiled.artifact, PieceFiles):  # loaded, and saved again
+        return compiled.artifact
     if compiled.artifact is None:
         code, files = _uncompiled(graph, name)
     else:
@@ -241,14 +243,27 @@ class PieceLoader:
     ) -> CompiledPiece:
         """The piece whose text is called ``name``."""
         if name not in self._made:
-            make = self._inductor if inductor else self._plain
-            self._made[name] = make(name, inputs, strict)
+            stem = name.removesuffix(".py")
+            files = [name, f"{stem}.graph.txt"]
+            if inductor:
+                found = self._inductor(name, inputs, strict, files)
+            else:
+                found = self._plain(name, f"{stem}.consts", strict)
+                files.append(f"{stem}.consts")
+            held = {each: self.read(each) for each in files}
+            self._made[name] = replace(found, artifact=PieceFiles(name, held, strict, inductor))
         return self._made[name]
 
-    def _inductor(self, name: str, inputs: int, strict: frozenset[int]) -> CompiledPiece:
+    def _inductor(
+        self, name: str, inputs: int, strict: frozenset[int], files: list[str]
+    ) -> CompiledPiece:
+        def kernel(digest: str) -> Callable[..., object]:
+            files.extend((f"{KERNELS}/{digest}.so", f"{KERNELS}/{digest}.cpp"))
+            return self._kernel(digest)
+
         code = self.read(name).decode()
         try:
-            function = execute_source(code, {"kernel": self._kernel}, _FUNCTION)
+            function = execute_source(code, {"kernel": kernel}, _FUNCTION)
         except PieceworkError as error:
             raise ArtifactError(
                 f"a piece can't be loaded: {error.message}", where=name, hint="save the model again"
@@ -269,8 +284,8 @@ class PieceLoader:
                 hint="the system needs the libraries that it was linked with, such as libgomp; or compile the model here",
             ) from error
 
-    def _plain(self, name: str, inputs: int, strict: frozenset[int]) -> CompiledPiece:
-        consts = from_bytes(self.read(name.removesuffix(".py") + ".consts"), name)
+    def _plain(self, name: str, consts_name: str, strict: frozenset[int]) -> CompiledPiece:
+        consts = from_bytes(self.read(consts_name), name)
         assert isinstance(consts, tuple)
         code = self.read(name).decode()
         return CompiledPiece(compile_execution_fn(code, {}, (), consts), strict_inputs=strict)

@@ -19,6 +19,7 @@ from piecework.errors import ArtifactError
 from piecework.runtime import torch_compat
 from piecework.runtime.bind.weights import BoundWeights
 from piecework.runtime.pieces.program import Callables, Program
+from piecework.runtime.pieces.ranks import Together
 from piecework.runtime.pieces.report import Piece, Report
 from piecework.runtime.trace.assumptions import Assumptions
 from piecework.runtime.trace.tracing import Capture
@@ -44,9 +45,10 @@ class LoadedProgram(Program):
         careful: the stitching source without shortcuts, and its constants.
         rows: of `pieces`, without what is called.
         made: the report of the compilation.
+        together: what processes that run it together must agree on.
     """
 
-    __slots__ = ("_careful", "_made", "_read", "_read_graphs", "_rows")
+    __slots__ = ("_careful", "_made", "_read", "_read_graphs", "_rows", "_together")
 
     def __init__(
         self,
@@ -55,6 +57,7 @@ class LoadedProgram(Program):
         careful: tuple[str, Consts],
         rows: tuple[tuple[str, str, str, float, bool], ...],
         made: Report,
+        together: Together,
     ) -> None:
         for name, value in fields.items():
             object.__setattr__(self, name, value)
@@ -62,6 +65,7 @@ class LoadedProgram(Program):
         object.__setattr__(self, "_careful", careful)
         object.__setattr__(self, "_rows", rows)
         object.__setattr__(self, "_made", made)
+        object.__setattr__(self, "_together", together)
         object.__setattr__(self, "_read", [])
 
     def _graphs(self) -> SavedGraphs:
@@ -116,6 +120,9 @@ class LoadedProgram(Program):
             Piece(name, key, modules, seconds, self.backends[name].runnable_for(first), reused)
             for name, key, modules, seconds, reused in self._rows  # type: ignore[attr-defined]
         )
+
+    def together(self) -> Together:
+        return self._together  # type: ignore[attr-defined,no-any-return]
 
     def report(self) -> Report:
         """The report of the compilation, with the seconds that loading took."""

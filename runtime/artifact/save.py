@@ -10,7 +10,6 @@ import os
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,14 +24,22 @@ from piecework.runtime.artifact import surroundings
 from piecework.runtime.artifact.facts import SavedState, codes_of, saved_state
 from piecework.runtime.artifact.folder import key_of, write_folder
 from piecework.runtime.artifact.form import (
+    CAREFUL,
+    EDITED,
+    ENTRY,
+    GRAPHS,
+    STATE,
+    STITCHED,
     DirectConst,
     SavedForm,
     SavedTrace,
     SavedWeight,
     WeightInput,
+    partition,
 )
 from piecework.runtime.artifact.likeness import HEAP_TYPE, code_digest
 from piecework.runtime.artifact.pieces import piece_files
+from piecework.runtime.artifact.store import Place, store_of
 from piecework.runtime.artifact.values import MAX_TENSOR, to_bytes
 from piecework.runtime.bind.reachable import modules_of, tensors_of
 from piecework.runtime.cache.collect import environment_factors
@@ -44,19 +51,16 @@ from piecework.runtime.trace.inputs import Argument, Layout, Size
 from piecework.runtime.trace.tracing import Weight
 from piecework.runtime.traced_model import TracedModel
 
-STITCHED, ENTRY, CAREFUL, EDITED = "stitched.py", "entry.py", "careful.py", "edited.py"
-STATE, GRAPHS = "state.pickle", "graphs.pickle"
-
 
 def save(
-    path: str | os.PathLike[str],
+    place: Place,
     model: Any,
     traces: Sequence[TracedModel],
     settings: Mapping[str, object],
     *,
     key_file: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Write the traces of ``model`` to a directory, in place of an artifact that is there.
+    """Write the traces of ``model`` to a directory or URL, in place of an artifact that is there.
 
     Args:
         settings: what the manifest says of how they were made, as JSON data.
@@ -65,7 +69,7 @@ def save(
     Raises:
         ArtifactError: something can't be told again in another process, or the directory can't be written.
     """
-    key = key_of(key_file)
+    store, key = store_of(place), key_of(key_file)
     if any(each.settings != traces[0].settings for each in traces):
         raise ArtifactError(
             "torch was set otherwise for one trace of the model than for another",
@@ -111,7 +115,7 @@ def save(
         "operators": surroundings.operators(graphs),
         "traces": rows,
     }
-    write_folder(Path(path), files, json.loads(json.dumps(facts)), key)
+    write_folder(store, files, json.loads(json.dumps(facts)), key)
 
 
 def config_data(config: CompilationConfig) -> dict[str, object]:
@@ -175,11 +179,12 @@ def _require_savable(trace: TracedModel) -> None:
 
 def _saved(trace: TracedModel, files: dict[str, bytes], folder: str) -> SavedTrace:
     program, entry, captured = trace.program, trace.entry, trace.entry.captured
+    split_gm = program.split_gm  # of a loaded program the graphs are read now
     source, plan = program.source, entry.made.plan
     direct = {id(f): op for op, f in program.direct_ops.implementations.items()}
     careful = source
     if source.options.direct:
-        careful = generate_source(program.split_gm, replace(source.options, direct={}))
+        careful = generate_source(split_gm, replace(source.options, direct={}))
     files[f"{folder}/{CAREFUL}"] = careful.code.encode()
     _require_no_weights((*source.consts, *careful.consts), trace)
     indices = {each.path: i for i, each in enumerate(entry.weights.traced)}
@@ -216,6 +221,7 @@ def _saved(trace: TracedModel, files: dict[str, bytes], folder: str) -> SavedTra
         rows_in_one=trace.rows_in_one,
         edited_proof=None if edited is None else edited.proof,
         edited_difference=None if edited is None else edited.difference,
+        together=program.together(),
     )
 
 
@@ -305,12 +311,6 @@ def _memory(trace: TracedModel) -> tuple[int, ...] | None:
     if not mutations_in(split_gm, every, held):
         return None
     return partition(trace.entry.weights.tensors)
-
-
-def partition(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
-    """A number per tensor, equal for those in one memory."""
-    stores = [torch_compat.storage_id(each) for each in tensors]
-    return tuple(map(stores.index, stores))
 
 
 # --- code --------------------------------------------------------------------------------------------

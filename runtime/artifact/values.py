@@ -29,6 +29,7 @@ _OURS = (
     "piecework.runtime.bind.facts",
     "piecework.runtime.call.argument_memory",
     "piecework.runtime.pieces.program",
+    "piecework.runtime.pieces.ranks",
     "piecework.runtime.pieces.report",
     "piecework.runtime.passes.manager",
     "piecework.runtime.torch_compat.guards",

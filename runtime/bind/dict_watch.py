@@ -54,10 +54,8 @@ class DictWatch:
         self._written = [0] * len(self._dicts)
         self._quiet = 0
         self._numbers = torch_compat.dict_versions(self._dicts)
-        self._same_objects = torch_compat.identity_guard(
-            [step.owner for step in self._types],
-            [(step.owner, str(step.key), step.value) for step in self._attributes],
-        )
+        self._by_guards = torch_compat.guards_ready()
+        self._same_objects = self._objects()
         self.untouched: Callable[[], bool] = self._trust()
 
     def compare(self) -> bool:
@@ -95,8 +93,18 @@ class DictWatch:
         if self._quiet >= QUIET:
             self.untouched = self._trust()
 
+    def _objects(self) -> Callable[[], bool]:
+        return torch_compat.identity_guard(
+            [step.owner for step in self._types],
+            [(step.owner, str(step.key), step.value) for step in self._attributes],
+        )
+
     def _trust(self) -> Callable[[], bool]:
         """The cheap test, from the state of now."""
+        if not torch_compat.guards_ready():
+            return self._unwritten if self._numbers is not None and self._same() else _unknown
+        if not self._by_guards and self._same():
+            self._by_guards, self._same_objects = True, self._objects()
         pairs = zip(self._dicts, self._written, strict=True)
         busy = {id(each) for each, count in pairs if count >= BUSY}
         same = torch_compat.dict_guard([each for each in self._dicts if id(each) not in busy])
@@ -109,6 +117,20 @@ class DictWatch:
         if self._types or self._attributes:
             return lambda: same() and objects()
         return same
+
+    def _unwritten(self) -> bool:
+        """The test while torch's guards are being imported: it takes the numbers one by one."""
+        if torch_compat.guards_ready():
+            self.untouched = self._trust()
+            return self.untouched()
+        self._quiet += 1
+        if self._quiet > QUIET:  # the first calls of a process are not slowed down by it
+            torch_compat.import_guards()
+        return (
+            torch_compat.dict_versions(self._dicts) == self._numbers
+            and self._same_objects()
+            and all(step.holds() for step in self._others)
+        )
 
 
 def _is_dictionary(step: Step) -> bool:

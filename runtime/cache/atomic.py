@@ -1,14 +1,17 @@
-"""Writing a file whole or not at all. In: a path and its bytes. Out: the file with exactly these bytes, durable, or the old one.
+"""Writing a file or a directory whole or not at all. In: a path and what shall be there. Out: exactly that, durable, or what was there before.
 
-It never leaves a half-written file under the final name, and never follows a link that lies there.
+It never leaves anything half-written under the final name, and never follows a link that lies there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -33,6 +36,71 @@ def write_atomic(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+@contextlib.contextmanager
+def directory_in_place(path: Path) -> Iterator[Path]:
+    """A new directory beside ``path``, which the block fills, and which takes the place of ``path`` at its end.
+
+    A directory that is there is removed. A process that is killed leaves the old one or the new one, and maybe a hidden one beside; where the system can't
+    exchange two names in one step, it may leave none.
+
+    Raises:
+        OSError: it can't be made or moved; the old directory, or none, is there then.
+    """
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield staging
+        staging.chmod(0o755)
+        _put_in_place(staging, path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        sync_directory(path.parent)
+
+
+_TRIES = 100
+_OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST)
+
+
+def _put_in_place(new: Path, path: Path) -> None:
+    for tried in range(_TRIES):
+        try:
+            new.rename(path)
+            return
+        except OSError as error:
+            if error.errno not in _OCCUPIED:
+                raise
+        try:
+            _exchange(new, path)
+            return
+        except OSError:  # another writer was between its two moves
+            if tried == _TRIES - 1:
+                raise
+
+
+def _exchange(new: Path, path: Path) -> None:
+    """Let two directories change places; in two moves, with none at ``path`` in between, where the system has no better way."""
+    renameat2 = (
+        getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        if os.name == "posix"
+        else None
+    )
+    here, both = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if renameat2 is not None and not renameat2(
+        here, os.fsencode(new), here, os.fsencode(path), both
+    ):
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    try:
+        path.rename(aside / "old")
+        try:
+            new.rename(path)
+        except BaseException:
+            (aside / "old").rename(path)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def sync_directory(path: Path) -> None:

@@ -300,7 +300,11 @@ class Entry:
         stance = self._stances._stance  # type: ignore[attr-defined]
         if torch_compat.stance_name() == torch_compat.FORCE_EAGER:
             return self._as_it_is(*args, **kwargs)
-        self.call.__globals__["stance"] = stance
+        if (
+            stance is not None
+        ):  # Dynamo's module itself is one look-up less than what stands in until it is imported
+            self._stances = torch_compat.stance_holder()
+        self.call.__globals__.update(dynamo=self._stances, stance=stance)
         return self.call(*args, **kwargs)
 
     # --- when a shortcut does not hold ---------------------------------------------------------------

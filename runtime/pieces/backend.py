@@ -77,6 +77,7 @@ class PieceworkBackend:
         splitting_ops: where to cut; overrides the configuration's.
         runtime_config: tells the largest batch; without it the last batch range is open-ended.
         trace: which of the model's traces this is for; others may serve sizes that this one does not.
+        deferred: make the compiler, and refuse one that there is not, when something is compiled.
 
     Attributes:
         compiler_manager: compiles pieces, equal ones once.
@@ -93,6 +94,7 @@ class PieceworkBackend:
         splitting_ops: Sequence[SplittingOpLike] | None = None,
         runtime_config: RuntimeConfig | None = None,
         trace: Trace = Trace.ONLY,
+        deferred: bool = False,
     ) -> None:
         self.config = config or CompilationConfig()
         self.prefix = prefix
@@ -107,6 +109,12 @@ class PieceworkBackend:
         self.range_table = self._range_table()
         self.used = False
         self._program: Program | None = None
+        if not deferred:
+            self.require_compiler()
+
+    def require_compiler(self) -> None:
+        """Raise `ConfigError` if there is no such compiler as is configured."""
+        self.compiler_manager.compiler  # noqa: B018 - it is made
 
     @property
     def program(self) -> Program:

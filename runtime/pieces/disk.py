@@ -56,12 +56,16 @@ class PieceCache:
     code and made known again when it is loaded, so that the checks of a call are the same whether a piece was compiled or loaded.
 
     Args:
-        entry: where bytes are kept.
+        entry: where texts are kept, and bytes.
+        pieces: where bytes are kept, if elsewhere: a piece is found by its content, so all ranks share them, and one compiles what the others wait for.
         sizes: the environment of the trace's symbols; None for a trace that has none.
     """
 
-    def __init__(self, entry: CacheEntry, sizes: object = None) -> None:
+    def __init__(
+        self, entry: CacheEntry, sizes: object = None, pieces: CacheEntry | None = None
+    ) -> None:
         self.entry = entry
+        self._pieces = entry if pieces is None else pieces
         self._sizes = sizes
         self._known = torch_compat.known_sizes(sizes)
         self._facts = torch_compat.sizes_text(sizes)
@@ -118,7 +122,7 @@ class PieceCache:
             return json.dumps(learned).encode("ascii") + b"\n" + data
 
         try:
-            result = self.entry.get_or_compile(name, compile_to_bytes)
+            result = self._pieces.get_or_compile(name, compile_to_bytes)
         except _NotKept:
             return fresh[0], False
         if fresh:
@@ -130,7 +134,7 @@ class PieceCache:
             learned = json.loads(head)
             loaded = load(data)
         except Exception as error:  # noqa: BLE001 - torch raises anything
-            self.entry.reject(name, f"{type(error).__name__}: {error}")
+            self._pieces.reject(name, f"{type(error).__name__}: {error}")
             return compile_piece(), False
         if learned and not torch_compat.learn_again(self._sizes, learned):
             raise _OtherSizes
@@ -151,7 +155,7 @@ class PieceCache:
     ) -> bool:
         """Whether a piece is listed in the index; it may still prove damaged when it is read."""
         name = self._name(graph, structure, compile_range)
-        return name is not None and name in self.entry.names()
+        return name is not None and name in self._pieces.names()
 
     def _name(
         self, graph: torch.fx.GraphModule, structure: Structure, compile_range: Range | None
@@ -203,7 +207,7 @@ def open_piece_cache(
         compiler_hash: says everything about the compiler that changes its output.
         graph: the captured graph; the source files that it was traced from are part of the key.
         inputs: its fake inputs.
-        runtime_config: the program's limits; its ranks are part of the path.
+        runtime_config: the program's limits; its ranks are part of the path of texts.
 
     Raises:
         CacheError: the cache directory is not safe to use, or the key that signs it can't be read.
@@ -212,17 +216,22 @@ def open_piece_cache(
     runtime = RuntimeConfig() if runtime_config is None else runtime_config
     factors = None if off else _factors(config, compiler_hash, graph, runtime_config)
     nothing = KeyFactors.collect(config={}, versions={})
-    entry = CacheStore.open(
-        config.cache_dir,
-        factors or nothing,
-        runtime.rank,
-        runtime.dp_rank,
-        tag,
-        hmac_key=None if factors is None else signing_key(),
-        disabled=factors is None,
-    )
+
+    def of_rank(rank: int, dp_rank: int) -> CacheEntry:
+        return CacheStore.open(
+            config.cache_dir,
+            factors or nothing,
+            rank,
+            dp_rank,
+            tag,
+            hmac_key=None if factors is None else signing_key(),
+            disabled=factors is None,
+        )
+
+    entry = of_rank(runtime.rank, runtime.dp_rank)
+    pieces = entry if (runtime.rank, runtime.dp_rank) == (0, 0) else of_rank(0, 0)
     sizes = torch_compat.shape_env_of((*inputs, *(value_of(node) for node in graph.graph.nodes)))
-    return PieceCache(entry, sizes)
+    return PieceCache(entry, sizes, pieces)
 
 
 def _factors(
@@ -273,7 +282,7 @@ def keeps_pieces(config: CompilationConfig) -> bool:
         return False  # it is not there yet; one that can't be used is refused when it is opened
 
 
-_PACKAGE = Path(__file__).resolve().parents[1]
+_PACKAGE = Path(__file__).resolve().parents[2]
 _ROOMS = ("codegen", "templates", "runtime")
 
 

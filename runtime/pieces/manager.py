@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.fx
@@ -18,7 +19,7 @@ from piecework.codegen.graph.structure import Structure, structure_of
 from piecework.errors import ConfigError, PieceCompileError, PieceworkError
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range
-from piecework.runtime.compilers import CompiledPiece, make_compiler
+from piecework.runtime.compilers import CompiledPiece, CompilerInterface, make_compiler
 from piecework.runtime.compilers.reproducer import file_name, keep_reproducer
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.counters import counters
@@ -75,8 +76,16 @@ class CompilerManager:
     _done: dict[tuple[object, ...], _Done] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.compiler = make_compiler(self.config)
         self.cache: PieceCache | None = None
+
+    @cached_property
+    def compiler(self) -> CompilerInterface:
+        """The compiler, made when it is first asked for: what is loaded needs none.
+
+        Raises:
+            ConfigError: the configuration names none, or options that it does not know.
+        """
+        return make_compiler(self.config)
 
     def get_ready(self, values: Iterable[object]) -> None:
         """Let the compiler begin what can run while the model is being traced, unless the cache may have it all.

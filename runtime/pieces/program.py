@@ -24,6 +24,7 @@ from piecework.runtime.observe import trace
 from piecework.runtime.observe.dump import Dump
 from piecework.runtime.passes import PassReport
 from piecework.runtime.pieces.piecewise import PiecewiseBackend
+from piecework.runtime.pieces.ranks import Together, together
 from piecework.runtime.pieces.report import Piece, RangeRow, Report, differences
 
 Callables = Sequence[Callable[..., object]]
@@ -165,6 +166,10 @@ class Program:
             runnable = piece.runnable_for(self.compile_ranges[0])
             found.append(Piece(name, structure.key, modules, piece.seconds, runnable, piece.reused))
         return tuple(found)
+
+    def together(self) -> Together:
+        """What processes that run it together must agree on."""
+        return together(self.split_gm, self.items, self.range_table)
 
     def report(self) -> Report:
         structures = [(n, p.compiled_of()[1]) for n, p in self.backends.items()]

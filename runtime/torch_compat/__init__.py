@@ -16,6 +16,14 @@ from piecework.runtime.torch_compat.artifact import (
 from piecework.runtime.torch_compat.dictionaries import (
     dict_guard,
     dict_versions,
+    guards_ready,
+    import_guards,
+)
+from piecework.runtime.torch_compat.distributed import (
+    collective_of,
+    own_rank,
+    ranks_of_group,
+    shared_store,
 )
 from piecework.runtime.torch_compat.dynamo import (
     asks_for_restart,

@@ -6,7 +6,7 @@ import re
 import types
 from collections.abc import Callable
 
-from piecework.runtime.torch_compat.closures import cells_of
+from piecework.code_objects import cells_of
 
 
 def direct_entry(

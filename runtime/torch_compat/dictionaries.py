@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+
+def guards_ready() -> bool:
+    """Whether Dynamo's guards can be made at once: they need its import, which takes a second."""
+    return hasattr(sys.modules.get("torch._dynamo.guards"), "GuardManagerType")
+
+
+@functools.cache
+def import_guards() -> threading.Thread:
+    """Import what guards need in a thread, so that a process which loaded what it runs begins without it."""
+    target, name = importlib.import_module, "piecework imports torch._dynamo"
+    found = threading.Thread(target=target, args=("torch._dynamo.guards",), name=name)
+    found.start()
+    return found
 
 
 def dict_versions(dicts: Sequence[object]) -> list[int] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -173,7 +174,7 @@ def keep_out_of_traces(function: types.FunctionType, reason: str) -> None:
 def original_of(model: Callable[..., object]) -> Callable[..., object]:
     """What ``torch.compile`` was given, if ``model`` is its result; ``model`` otherwise."""
     if isinstance(model, torch.nn.Module):
-        kind = getattr(torch._dynamo, "OptimizedModule", None)
+        kind = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", None)
         return model._orig_mod if kind is not None and isinstance(model, kind) else model
     if getattr(model, "_torchdynamo_disable", False):  # by torch.compiler.disable, which means it
         return model
@@ -271,9 +272,6 @@ def trace_artifact(name: str, text: Callable[[], str]) -> None:
 
 
 def timed_scope(name: str) -> contextlib.AbstractContextManager[object]:
-    """A scope in Dynamo's compile-time events; an empty one where there are none."""
-    try:
-        from torch._dynamo.utils import dynamo_timed
-    except ImportError:
-        return contextlib.nullcontext()
-    return dynamo_timed(name)
+    """A scope in Dynamo's compile-time events; an empty one where there are none, or Dynamo is not imported."""
+    timed = getattr(sys.modules.get("torch._dynamo.utils"), "dynamo_timed", None)
+    return contextlib.nullcontext() if timed is None else timed(name)

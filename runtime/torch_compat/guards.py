@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from piecework.code_objects import with_inner_code
+from piecework.runtime.torch_compat.dictionaries import guards_ready
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -257,7 +258,7 @@ def identity_guard(
     rows = list(attributes)
     if not (kinds or rows):
         return _true
-    if _has_identity_guards():
+    if guards_ready() and _has_identity_guards():
         return _identity_guard(kinds, rows)
     expected = [type(each) for each in kinds]
     return lambda: [*map(type, kinds)] == expected and all(

@@ -6,8 +6,10 @@ import contextlib
 import copy
 import inspect
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
@@ -64,7 +66,9 @@ def compile_fx(
 
 def has_standalone_compile() -> bool:
     """Whether this torch compiles a graph into an artifact of its own."""
-    return hasattr(torch._inductor, "standalone_compile")
+    if "torch._inductor" in sys.modules:
+        return hasattr(torch._inductor, "standalone_compile")
+    return Path(torch.__file__).with_name("_inductor").joinpath("standalone_compile.py").is_file()
 
 
 def has_inductor_option(name: str) -> bool:

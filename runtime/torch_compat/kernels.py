@@ -8,7 +8,7 @@ from collections.abc import Callable, Sized
 
 import torch
 
-from piecework.runtime.torch_compat.closures import cells_of
+from piecework.code_objects import cells_of
 
 
 def registered_kernels() -> Sized | None:

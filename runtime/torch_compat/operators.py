@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch._ops import OpOverload
 
-from piecework.runtime.torch_compat.closures import cells_of
+from piecework.code_objects import cells_of
 from piecework.runtime.torch_compat.kernels import custom_op_function
 
 _OF_TORCH = frozenset(

@@ -130,13 +130,34 @@ def _precisions() -> Iterator[tuple[str, object]]:
             yield f"fp32 precision {name}".strip(), "ieee" if found == "none" else found
 
 
-def global_passes() -> dict[str, object]:
-    """Code that somebody has put into torch's own configurations or registered with Inductor, by place."""
+def _loaded(name: str, every: bool) -> ModuleType | None:
+    """A module of torch; unless ``every``, only if it is loaded: nobody has changed what is not."""
+    if not every:
+        return sys.modules.get(name)
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def global_passes(*, every: bool = True) -> dict[str, object]:
+    """Code that somebody has put into torch's own configurations or registered with Inductor, by place; ``every`` as in `torch_options`."""
     found: dict[str, object] = {}
     for module, slots in _PASS_SLOTS.items():
-        config = importlib.import_module(module)
-        found |= {f"{module.removeprefix('torch.')}.{s}": getattr(config, s, None) for s in slots}
-    return {k: v for k, v in found.items() if v is not None} | dict(_registered())
+        config = _loaded(module, every)
+        entries = getattr(config, "_config", {})
+        for slot in slots:
+            value, entry = getattr(config, slot, None), entries.get(slot)
+            if value is not None and not _same(value, getattr(entry, "default", None)):
+                found[f"{module.removeprefix('torch.')}.{slot}"] = value
+    return found | dict(_registered())
+
+
+def _same(value: object, default: object) -> bool:
+    """Whether a slot holds what it held from the start; torch keeps a copy of a list."""
+    if type(value) is list and type(default) is list and len(value) == len(default):
+        return all(map(_same, value, default))
+    return value is default or (type(value) is type(default) is str and value == default)
 
 
 def _registered() -> Iterator[tuple[str, object]]:
@@ -163,22 +184,23 @@ def _is_of_torch(function: object) -> bool:
     return str(getattr(inner, "__module__", "torch")).partition(".")[0] in own
 
 
-def torch_options() -> tuple[dict[str, object], dict[str, object]]:
-    """What torch's configurations hold that its own cache keys count, whatever set it: all of it, and what is not at its default."""
-    every: dict[str, object] = {}
+def torch_options(*, every: bool = True) -> tuple[dict[str, object], dict[str, object]]:
+    """What torch's configurations hold that its own cache keys count, whatever set it: all of it, and what is not at its default.
+
+    Args:
+        every: import those that are not loaded yet, which takes a second; what is not loaded has no option that is not at its default.
+    """
+    found: dict[str, object] = {}
     changed: dict[str, object] = {}
     for name in _CONFIGURATIONS:
-        try:
-            module = importlib.import_module(name)
-        except ImportError:
-            continue
-        for option, value in _options_of(module).items():
+        module = _loaded(name, every)
+        for option, value in ({} if module is None else _options_of(module)).items():
             full = f"{name.removeprefix('torch.')}.{option}"
-            every[full] = value
+            found[full] = value
             entry = getattr(module, "_config", {}).get(option)
             if entry is not None and value != entry.default:
                 changed[full] = value
-    return every, changed
+    return found, changed
 
 
 def _options_of(module: ModuleType) -> dict[str, object]:

@@ -7,7 +7,7 @@ The switches are ``TORCH_COMPILE_DISABLE=1`` (``torch._dynamo.config.disable``),
 from __future__ import annotations
 
 import os
-import types
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -22,10 +22,18 @@ FORCE_EAGER = "force_eager"
 def stance_holder() -> object:
     """What has the current stance as its attribute ``_stance``: an object that is another one after each change.
 
-    Where torch has no stances, it has one that never changes.
+    Where torch has no stances, it has one that never changes. Nothing is imported for it.
     """
-    frames = getattr(torch._dynamo, "eval_frame", None)
-    return frames if hasattr(frames, "_stance") else types.SimpleNamespace(_stance=None)
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    return frames if hasattr(frames, "_stance") else _Frames()
+
+
+class _Frames:
+    """Dynamo's module of that name, whenever it is imported; until then nobody has set a stance."""
+
+    @property
+    def _stance(self) -> object:
+        return getattr(sys.modules.get("torch._dynamo.eval_frame"), "_stance", None)
 
 
 def stance_name() -> str:
@@ -35,8 +43,8 @@ def stance_name() -> str:
 
 def compiler_off() -> str | None:
     """The switch because of which ``torch.compile`` would compile nothing now; None where it would."""
-    if getattr(torch._dynamo.config, "disable", False):
-        by_variable = os.environ.get("TORCH_COMPILE_DISABLE") == "1"
+    by_variable = os.environ.get("TORCH_COMPILE_DISABLE") == "1"
+    if getattr(sys.modules.get("torch._dynamo.config"), "disable", by_variable):
         return "TORCH_COMPILE_DISABLE=1" if by_variable else "torch._dynamo.config.disable"
     if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         return "TORCHDYNAMO_DISABLE=1"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import collections
+import ctypes
 import dataclasses
+import errno
+import hashlib
 import json
 import os
 import random
@@ -22,6 +25,7 @@ from torch import nn
 import piecework
 from piecework.errors import ArtifactError, BindError, ConfigError, InputError, PieceworkError
 from piecework.runtime.artifact import folder as folders
+from piecework.runtime.artifact import store as stores
 from piecework.runtime.artifact import surroundings
 from piecework.runtime.counters import counters
 
@@ -445,11 +449,16 @@ def test_another_process_needs_no_compiler_and_no_cache(tmp_path: Path) -> None:
         TRITON_CACHE_DIR=str(tmp_path / "empty"),
         PIECEWORK_DISABLE_CACHE="1",
     )
-    assert found["equal"] == [True] * 6
+    assert found["equal"] is True
+    # Dynamo is imported once calls have come, for guards that make them cheap; changes are noticed before and after.
+    assert found["first"]["dynamo"] is False and "layers.1.scale" in found["first"]["refused"]  # type: ignore[index, call-overload]
     assert "layers.1.scale" in str(found["refused"])
     assert (
         found["counters"] == {"num_models_seen": 1} and found["inductor"] == found["cached"] == []
     )
+    for each in ("pieces", "kernels"):  # what was loaded is saved as it was
+        names = [sorted(os.listdir(tmp_path / name / each)) for name in ("model", "model_again")]
+        assert names[0] == names[1]
     script = tmp_path / "artifact_model.py"
     script.write_text(script.read_text().replace("self.down(", "-self.down(", 1))
     with pytest.raises(AssertionError, match=r"other code|source changed"):
@@ -891,7 +900,7 @@ def test_writing_replaces_an_artifact_whole_or_not_at_all(
     path = saved(tmp_path / "a")
     before = {each: each.read_bytes() for each in files_of(path)}
     stitched = piecework.compile(made(), (torch.randn(3, 8),), config=EAGER)
-    written = folders._write
+    written = stores.write_file
     for stop in range(4):
         left = [stop]
 
@@ -901,12 +910,12 @@ def test_writing_replaces_an_artifact_whole_or_not_at_all(
                 raise OSError(28, "No space left on device")
             written(target, data)
 
-        monkeypatch.setattr(folders, "_write", failing)
+        monkeypatch.setattr(stores, "write_file", failing)
         with pytest.raises(ArtifactError, match="No space left"):
             stitched.save(path)
         assert {each: each.read_bytes() for each in files_of(path)} == before
         assert os.listdir(tmp_path) == ["a"]
-    monkeypatch.setattr(folders, "_write", written)
+    monkeypatch.setattr(stores, "write_file", written)
     moved = os.rename
 
     def refusing(source: object, target: object) -> None:
@@ -914,6 +923,9 @@ def test_writing_replaces_an_artifact_whole_or_not_at_all(
             raise OSError(13, "Permission denied")
         moved(source, target)  # type: ignore[arg-type]
 
+    monkeypatch.setattr(
+        ctypes, "CDLL", lambda *_, **__: None
+    )  # a system without an exchange of two names
     monkeypatch.setattr(Path, "rename", lambda self, target: refusing(self, target))
     with pytest.raises((ArtifactError, OSError)):
         stitched.save(path)
@@ -1028,3 +1040,85 @@ def test_an_artifact_needs_a_mode_and_an_example(tmp_path: Path) -> None:
         )
     with pytest.raises(ConfigError, match="callable"):
         piecework.load(tmp_path / "a", 3)  # type: ignore[arg-type]
+
+
+def _another_format(path: Path) -> None:
+    rewritten(path, lambda facts: facts.update(format=2))
+
+
+def _half_a_copy(path: Path) -> None:
+    for file in files_of(path)[1::2]:
+        file.unlink()
+
+
+def _cut(path: Path) -> None:
+    file = path / "trace_0" / "state.pickle"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _no_manifest(path: Path) -> None:
+    (path / "manifest.json").write_text("{}")
+
+
+def _others_may_write(path: Path) -> None:
+    (path / "trace_0" / "entry.py").chmod(0o666)
+
+
+def _old_pieces(path: Path) -> None:
+    rewritten(path, lambda facts: facts["versions"].update({"piecework source": "older"}))
+
+
+def _another_graph(path: Path) -> None:
+    """A file that agrees with the manifest and can't be read."""
+    data = b"not a pickle"
+    (path / "trace_0" / "state.pickle").write_bytes(data)
+    row = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    rewritten(path, lambda facts: facts["files"].update({"trace_0/state.pickle": row}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (_another_format, "format 2"),
+        (_half_a_copy, "missing"),
+        (_cut, "SHA-256"),
+        (_no_manifest, "damaged"),
+        (_others_may_write, "others can write"),
+        (_old_pieces, "piecework source older"),
+        (_another_graph, "state.pickle"),
+    ],
+)
+def test_what_can_not_be_loaded_is_compiled_again_and_the_reason_is_said(
+    artifact: Path,
+    tmp_path: Path,
+    warned: list[str],
+    spoil: Callable[[Path], None],
+    said: str,
+) -> None:
+    path, model, x = copied(artifact, tmp_path), made(), torch.randn(3, 8)
+    spoil(path)
+    assert said in refusal(path, model)
+    before = counters.num_graphs_seen
+    stitched = piecework.compile(model, (x,), config=EAGER, artifact=path)
+    assert torch.equal(stitched(x), model(x)) and counters.num_graphs_seen > before
+    assert said in warned[0]
+    if spoil is not _no_manifest:  # which is no artifact any more, and is not overwritten
+        assert len(warned) == 1
+        assert torch.equal(piecework.load(path, made(2))(x), made(2)(x))
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_a_path_that_can_not_be_read_or_written_is_an_error_and_the_model_is_compiled(
+    artifact: Path, warned: list[str], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refusing(*_: object, **__: object) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(stores, "read_regular", refusing)
+    assert os.strerror(number) in refusal(artifact, made())
+    monkeypatch.setattr(stores.os, "listdir", refusing)
+    model, x = made(), torch.randn(3, 8)
+    stitched = piecework.compile(model, (x,), config=EAGER, artifact=artifact)
+    assert torch.equal(stitched(x), model(x))
+    assert [os.strerror(number) in each for each in warned] == [True, True]
+    assert "not saved" in warned[1]

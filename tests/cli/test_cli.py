@@ -95,9 +95,14 @@ def test_a_causal_lm_from_a_config(tmp_path: Path) -> None:
     result = compiled(folder, str(config))
     assert result.exit_code == 0, result.output
     config.unlink()  # the folder stands on its own
+    assert (folder / "artifact" / "manifest.json").is_file()
+    traced = piecework.counters.num_graphs_seen
     ran = invoke("run", folder, "--tokens", 5, "--json")
     assert ran.exit_code == 0, ran.output
     assert len(json.loads(ran.output)["tokens"]) == 5
+    covered = invoke("coverage", folder, "--sizes", "1,2", "--tokens", 3)
+    assert covered.exit_code == 0, covered.output
+    assert piecework.counters.num_graphs_seen == traced  # both were loaded
 
 
 def test_demo_says_that_tokens_are_equal(tmp_path: Path) -> None:

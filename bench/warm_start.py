@@ -1,0 +1,140 @@
+"""Warm start against depth (B5). In: a Llama-shaped model at several depths. Out: seconds from the imports behind torch's to the end of the first call, in new processes.
+
+An artifact is loaded with empty caches and no compiler on ``PATH``. Beside it: compiling cold, and stock ``torch.compile`` with the cache that an earlier process filled.
+Importing torch is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import piecework
+from piecework.bench.compile_time import build
+from piecework.bench.result import Result, Row, Target, machine
+
+DEPTHS = (8, 32, 80)
+
+
+def measure_here(contender: str, depth: int, folder: str) -> dict[str, object]:
+    """Start one contender in this process; the caller chooses its caches.
+
+    Args:
+        contender: ``stock``, ``cold`` (which saves the artifact) or ``load``.
+        folder: where the artifact lies.
+    """
+    model, x = build(depth)
+    with torch.no_grad():
+        expected = model(x)
+    start, processor = time.perf_counter(), time.process_time()
+    parts: dict[str, float] = {}
+    if contender == "stock":
+        compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    else:
+        importlib.import_module("piecework.runtime.compile")
+        parts["import"] = time.perf_counter() - start
+        if contender == "cold":
+            compiled = piecework.compile(model, (x,))
+        else:
+            compiled = piecework.load(folder, model)
+            parts |= compiled.report().phases
+    called = time.perf_counter()
+    with torch.no_grad():
+        result = compiled(x)
+    end, used = time.perf_counter(), time.process_time() - processor
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+    if contender == "cold":
+        compiled.save(folder)
+    parts["first call"] = end - called
+    return {"seconds": end - start, "processor": used, "parts": parts}
+
+
+def measure(contender: str, depth: int, folder: Path, caches: str) -> dict[str, object]:
+    """One start in a process of its own, with caches below ``folder``."""
+    environment = {
+        **os.environ,
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / caches / "inductor"),
+        "TRITON_CACHE_DIR": str(folder / caches / "triton"),
+        "PIECEWORK_CACHE_DIR": str(folder / caches / "piecework"),
+    }
+    if contender == "load":
+        environment |= {"PATH": str(folder / "nothing"), "CXX": ""}
+    command = ["--one", contender, str(depth), str(folder / f"artifact_{depth}")]
+    done = subprocess.run(
+        [sys.executable, "-m", "piecework.bench.warm_start", *command],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run(depths: Sequence[int] = DEPTHS) -> Result:
+    rows: list[Row] = []
+    targets: list[Target] = []
+    for depth in depths:
+        with tempfile.TemporaryDirectory(prefix="piecework-bench-") as name:
+            folder = Path(name)
+            found = {"cold": measure("cold", depth, folder, "first")}
+            measure("stock", depth, folder, "filled")
+            found["stock, cache filled"] = measure("stock", depth, folder, "filled")
+            found["load"] = measure("load", depth, folder, "empty")
+        seconds = {key: float(str(each["seconds"])) for key, each in found.items()}
+        for contender, each in found.items():
+            parts = each["parts"]
+            assert isinstance(parts, dict)
+            note = ", ".join(f"{part} {took:.3f}" for part, took in parts.items())
+            ratio = seconds[contender] / seconds["cold"]
+            text = f"{note}; processor {float(str(each['processor'])):.2f}"
+            rows.append(
+                Row({"layers": depth}, contender, seconds[contender], {"cold": ratio}, text)
+            )
+        if depth >= 32:
+            targets += [
+                Target("B5", f"{depth} layers, seconds", 1.0, seconds["load"]),
+                Target(
+                    "B5",
+                    f"{depth} layers, of a cold start",
+                    0.05,
+                    seconds["load"] / seconds["cold"],
+                ),
+            ]
+    return Result("Warm start against depth", tuple(rows), tuple(targets), machine(), unit="s")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, print, and write ``warm_start.json`` and a plot; 1 if a target is missed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m piecework.bench.warm_start", description=__doc__
+    )
+    parser.add_argument("--out", type=Path, default=None, help="folder for the JSON and the plot")
+    parser.add_argument("--layers", type=int, nargs="+", default=list(DEPTHS))
+    parser.add_argument(
+        "--one", nargs=3, metavar=("CONTENDER", "LAYERS", "FOLDER"), help="measure in this process"
+    )
+    options = parser.parse_args(arguments)
+    if options.one:
+        contender, depth, folder = options.one
+        print(json.dumps(measure_here(contender, int(depth), folder)))
+        return 0
+    result = run(options.layers)
+    result.print()
+    if options.out is not None:
+        for path in result.save(options.out, "warm_start"):
+            print(f"wrote {path}")
+    return 0 if result.met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""Processes that run one model together. In: a stitching graph. Out: what it does together with other processes; and an error on each of them where they would do different things.
+
+Processes that wait for each other in different orders hang. What each will do is compared before anything runs, through the store that they found each other by, in
+bounded time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch.fx
+from torch._ops import OpOverload
+
+from piecework.codegen import SplitItem
+from piecework.codegen.graph.origin import value_of
+from piecework.errors import PieceworkError, RankError
+from piecework.runtime import torch_compat
+from piecework.runtime.batch.ranges import RangeTable
+from piecework.runtime.config.compilation import RuntimeConfig
+
+_GROUP = "group_name"
+_POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """What one process does that others must do too.
+
+    Attributes:
+        order: pieces, splitting ops and collectives, in the order in which they run.
+        collectives: group name → its collectives, in order.
+    """
+
+    order: tuple[str, ...]
+    collectives: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+def together(
+    split_gm: torch.fx.GraphModule, items: Sequence[SplitItem], table: RangeTable | None
+) -> Together:
+    """What the processes that run ``split_gm`` must agree on: splitting ops by name, collectives with their operands' shapes."""
+    ranges = f"batches {', '.join(map(str, table.entries))}" if table is not None else "all batches"
+    order, groups = [ranges], {}
+    splitting = {item.submod_name for item in items if item.is_splitting_graph}
+    for node in split_gm.graph.find_nodes(op="call_module", sort=True):
+        piece = split_gm.get_submodule(str(node.target))
+        assert isinstance(piece, torch.fx.GraphModule)
+        if node.target not in splitting:
+            order.append("a piece")
+        for each in _calls(piece):
+            operator = torch_compat.collective_of(each.target)
+            if operator is not None:
+                group, text = _collective(each, operator)
+                groups.setdefault(group, [ranges]).append(text)
+                order.append(text)
+            elif node.target in splitting:
+                order.append(str(each.target))
+    return Together(tuple(order), tuple((name, tuple(rows)) for name, rows in groups.items()))
+
+
+def _calls(graph: torch.fx.GraphModule) -> Iterator[torch.fx.Node]:
+    for node in graph.graph.nodes:
+        if node.op == "call_function":
+            yield node
+
+
+def _collective(node: torch.fx.Node, operator: OpOverload) -> tuple[str, str]:
+    """The group of a collective, and what it does there."""
+    schema = operator._schema.arguments
+    given = {arg.name: value for arg, value in zip(schema, node.args, strict=False)} | node.kwargs
+    group = str(given.pop(_GROUP, ""))
+    return group, f"{operator}({', '.join(_shown(each) for each in given.values())})"
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, torch.fx.Node):
+        value = value_of(value)
+    if isinstance(value, torch.Tensor):
+        sizes = ", ".join(str(n) if type(n) is int else "*" for n in value.shape)
+        return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_shown, value))}]"
+    return "*" if isinstance(value, torch.SymInt) else str(value)
+
+
+class Runs(Protocol):
+    """Something that processes run together, such as a `Program`."""
+
+    def together(self) -> Together: ...
+
+
+def require_agreement(program: Runs, runtime: RuntimeConfig | None) -> None:
+    """Return once all processes that will run ``program`` together have come here with the same.
+
+    Compared are the collectives of each group that the graph names; and, among the ranks that ``runtime`` says one layer is cut over, everything. Each process must come
+    here as often as the others. It waits as long as ``init_process_group(timeout=…)`` says.
+
+    Raises:
+        RankError: another process would do something else, on each of them; or one did not come, or is gone.
+    """
+    rank = torch_compat.own_rank()
+    if rank is None:
+        return
+    found = program.together()
+    wanted = [(ranks, rows) for ranks, rows in _by_group(found) if rank in ranks]
+    size = 1 if runtime is None else runtime.tensor_parallel_size
+    if size > 1:
+        first = rank - rank % size
+        wanted.append((tuple(range(first, first + size)), found.order))
+    store = torch_compat.shared_store() if wanted else None
+    for ranks, rows in wanted:
+        _compare(store, rank, ranks, rows)
+
+
+def _by_group(found: Together) -> Iterator[tuple[tuple[int, ...], tuple[str, ...]]]:
+    for name, rows in found.collectives:
+        try:
+            yield torch_compat.ranks_of_group(name), rows
+        except (RuntimeError, ValueError) as error:
+            raise RankError(
+                f"there is no process group {name!r}, which the graph's collectives name: {error}",
+                hint="make the groups as they were made when the model was compiled, before it is compiled or loaded",
+            ) from error
+
+
+def _compare(store: Any, rank: int, ranks: tuple[int, ...], rows: tuple[str, ...]) -> None:
+    label = hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
+    mine = hashlib.sha256("\n".join(rows).encode()).hexdigest()
+    with _as_rank_error(ranks):
+        turn = store.add(f"{label}/turns of {rank}", 1)  # how often it was here
+        place = f"{label}/{turn}"
+        store.set(f"{place}/text of {rank}", "\n".join(rows))
+        store.set(f"{place}/{rank}", mine)
+        _wait_for(store, ranks, [f"{place}/{each}" for each in ranks])
+        theirs = {each: store.get(f"{place}/{each}").decode() for each in ranks}
+        other = next((each for each in ranks if theirs[each] != mine), None)
+        if other is not None:
+            text = store.get(f"{place}/text of {other}").decode().split("\n")
+            raise RankError(
+                f"rank {other} would do something else than rank {rank}, and they would wait for each other: {_first_difference(text, rows, other, rank)}",
+                where=f"ranks {_listed(ranks)}",
+                hint="compile the same model with the same configuration on each of them",
+            )
+
+
+def _wait_for(store: Any, ranks: tuple[int, ...], keys: list[str]) -> None:
+    limit = store.timeout.total_seconds()
+    end = time.monotonic() + limit
+    missing = dict(zip(keys, ranks, strict=True))
+    while missing:
+        missing = {key: each for key, each in missing.items() if not store.check([key])}
+        if missing and time.monotonic() > end:
+            raise RankError(
+                f"rank {_listed(missing.values())} did not come to compare what it will run within {limit:g} s",
+                where=f"ranks {_listed(ranks)}",
+                hint="see why it stopped; init_process_group(timeout=…) says how long the others wait",
+            )
+        if missing:
+            time.sleep(min(_POLL_SECONDS, limit / 100))
+
+
+@contextmanager
+def _as_rank_error(ranks: tuple[int, ...]) -> Iterator[None]:
+    try:
+        yield
+    except PieceworkError:
+        raise
+    except RuntimeError as error:  # torch's errors of its stores are
+        raise RankError(
+            f"the processes lost each other while they compared what they will run: {error}",
+            where=f"ranks {_listed(ranks)}",
+            hint="another rank stopped: its own error says why",
+        ) from error
+
+
+def _listed(ranks: Iterable[int]) -> str:
+    return ", ".join(map(str, ranks))
+
+
+def _first_difference(theirs: Sequence[str], mine: Sequence[str], other: int, rank: int) -> str:
+    for index in range(max(len(theirs), len(mine))):
+        left = theirs[index] if index < len(theirs) else "nothing more"
+        right = mine[index] if index < len(mine) else "nothing more"
+        if left != right:
+            return f"step {index} of {max(len(theirs), len(mine))} is {left} on rank {other} and {right} on rank {rank}"
+    return ""

@@ -1,0 +1,275 @@
+"""Artifacts of stitched transformers models: another process's model generates the same tokens, with nothing traced or compiled, or is refused by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from piecework.errors import ArtifactError, CaptureError, ConfigError, PieceworkError, UsageError
+from piecework.integrations.transformers import load, stitch, stitched_module, unstitch
+from piecework.runtime.compile import load as load_module
+from piecework.runtime.counters import counters
+
+transformers = pytest.importorskip("transformers")
+SCRIPT = Path(__file__).with_name("artifact_llama.py")
+EAGER = {"backend": "eager"}
+WINDOW = {"sliding_window": 4}
+COMMON = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+FAMILIES: dict[str, dict[str, object]] = {
+    "llama": {},
+    "mistral": WINDOW,
+    "gemma3_text": {
+        **WINDOW,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "phi3": {},
+    "gpt2": {"n_inner": 48},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "mixtral": EXPERTS,
+    "gpt_oss": {
+        **WINDOW,
+        **EXPERTS,
+        "head_dim": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+}
+CHANGING_ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+
+
+def build(family: str = "llama", seed: int = 7, **fields: object) -> nn.Module:
+    config = transformers.CONFIG_MAPPING[family](**{**COMMON, **FAMILIES[family], **fields})
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    if hasattr(model, "set_experts_implementation") and family in ("mixtral", "gpt_oss"):
+        model.set_experts_implementation("batched_mm")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+    return model
+
+
+def tokens_of(model: nn.Module, batch: int, length: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(100 * batch + length)
+    ids = torch.randint(1, 97, (batch, length), generator=generator)
+    mask = torch.ones_like(ids)
+    if batch > 1:
+        mask[0, : length // 2] = 0
+    return model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+
+
+REQUESTS = ((1, 1), (1, 7), (2, 5), (3, 9), (1, 2))
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One artifact that tests read and do not change."""
+    path = tmp_path_factory.mktemp("llama") / "artifact"
+    stitched_module(stitch(build(), config=EAGER)).save(path)
+    return path
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_loaded_family_generates_the_tokens_of_eager_and_traces_nothing(
+    family: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "artifact"
+    stitched_module(stitch(build(family, seed=1), config=EAGER)).save(path)
+    model = build(family)
+    expected = [tokens_of(model, *each) for each in REQUESTS]
+    before = counters.snapshot()
+    assert load(path, model) is model
+    found = [tokens_of(model, *each) for each in REQUESTS]
+    for name in ("num_graphs_seen", "num_backend_compilations", "num_eager_compiles"):
+        assert getattr(counters, name) == before[name]
+    assert all(map(torch.equal, found, expected))
+    assert (path / "trace_0" / "stitched.py").read_text() == stitched_module(model).source.code
+    unstitch(model)
+    assert torch.equal(tokens_of(model, *REQUESTS[1]), expected[1])
+
+
+def test_rotary_frequencies_that_change_are_held_by_a_loaded_model(tmp_path: Path) -> None:
+    fields = {"rope_parameters": CHANGING_ROPE, "max_position_embeddings": 8}
+    path = tmp_path / "artifact"
+    stitched_module(stitch(build(**fields), config=EAGER)).save(path)
+    requests = [(1, 3), (2, 12), (1, 3)]  # short, longer than was trained for, and back
+    plain, model = build(seed=3, **fields), load(path, build(seed=3, **fields))
+    for each in requests:
+        assert torch.equal(tokens_of(model, *each), tokens_of(plain, *each))
+    with pytest.raises(ArtifactError, match="rope"):
+        load(path, build())
+
+
+def test_one_line_loads_what_fits_and_compiles_and_saves_what_does_not(
+    tmp_path: Path, warned: list[str]
+) -> None:
+    path = tmp_path / "artifact"
+
+    def traced(model: nn.Module, **options: object) -> bool:
+        expected, before = tokens_of(model, 2, 5), counters.num_graphs_seen
+        stitch(model, config=options.pop("config", EAGER), artifact=path, **options)
+        assert torch.equal(tokens_of(model, 2, 5), expected)
+        return counters.num_graphs_seen > before
+
+    assert traced(build()) and path.is_dir() and not warned
+    assert not traced(build(seed=2)) and not warned
+    assert traced(build(num_hidden_layers=3)) and "num_hidden_layers" in warned.pop()
+    assert not traced(build(num_hidden_layers=3)) and not warned
+    ranged = {**EAGER, "compile_ranges_endpoints": [4]}
+    assert (
+        traced(build(num_hidden_layers=3), config=ranged)
+        and "compile_ranges_endpoints" in warned.pop()
+    )
+    assert not traced(build(num_hidden_layers=3), config=ranged) and not warned
+    (path / "trace_0" / "entry.py").write_text("raise SystemExit")
+    assert traced(build()) and "entry.py" in warned.pop()
+    assert not traced(build()) and not warned
+
+
+def test_static_graphs_are_captured_of_a_loaded_model(artifact: Path) -> None:
+    from piecework.integrations.transformers.dry_request import dry_request
+
+    model = build(seed=5)
+    expected = tokens_of(model, 2, 5)
+    stitched = stitched_module(load(artifact, model))
+    stitched.capture([1, 2, 4], context_for=dry_request, progress=False)
+    assert torch.equal(tokens_of(model, 2, 5), expected)
+    assert any(each.calls for each in stitched.call_report())
+
+
+def test_embeddings_are_compiled_when_they_are_first_given(artifact: Path) -> None:
+    model = load(artifact, build())
+    ids = torch.randint(1, 97, (1, 5))
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(ids)
+        assert torch.allclose(model(inputs_embeds=embeds).logits, model(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: build(num_hidden_layers=3), "num_hidden_layers"),
+        (lambda: build(num_key_value_heads=4), "num_key_value_heads"),
+        (lambda: build(rms_norm_eps=1e-3), "rms_norm_eps"),
+        (lambda: build("mistral"), "class|config"),
+        (lambda: build().double(), "dtype"),
+        (lambda: build().model, "class"),
+    ],
+)
+def test_another_model_is_refused_and_left_as_it_was(
+    artifact: Path, make: Callable[[], nn.Module], said: str
+) -> None:
+    model = make()
+    with pytest.raises(ArtifactError, match=said) as found:
+        load(artifact, model)
+    assert found.value.hint
+    assert not any("_piecework_layer_name" in each.__dict__ for each in model.modules())
+    with pytest.raises(UsageError, match="not stitched"):
+        unstitch(model)
+
+
+def test_another_attention_or_hook_or_layer_number_is_refused(artifact: Path) -> None:
+    model = build()
+    model.set_attn_implementation("eager")
+    with pytest.raises(ArtifactError, match="attention was 'sdpa'"):
+        load(artifact, model)
+    model = build()
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    with pytest.raises(ArtifactError, match="hooks"):
+        load(artifact, model)
+    model = build()
+    model.model.layers[1].self_attn.layer_idx = 0
+    with pytest.raises(ArtifactError, match="layer 0"):
+        load(artifact, model)
+    with pytest.raises(CaptureError, match="training"):
+        load(artifact, build().train())
+    with pytest.raises(UsageError, match="already"):
+        load(artifact, load(artifact, build()))
+
+
+def test_each_loader_names_the_other(artifact: Path, tmp_path: Path) -> None:
+    import piecework
+
+    with pytest.raises(ArtifactError, match=r"integrations\.transformers\.load"):
+        load_module(artifact, build())
+    linear = nn.Linear(4, 4)
+    piecework.compile(linear, (torch.randn(3, 4),), config=EAGER).save(tmp_path / "linear")
+    with pytest.raises(ArtifactError, match=r"piecework\.load"):
+        load(tmp_path / "linear", build())
+
+
+def test_a_mode_that_compiles_nothing_has_no_artifact(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="compiles nothing"):
+        stitch(build(), config={"mode": "NONE"}, artifact=tmp_path / "a")
+
+
+def test_a_loaded_model_is_saved_again(artifact: Path, tmp_path: Path) -> None:
+    stitched_module(load(artifact, build())).save(tmp_path / "again")
+    model = build(seed=4)
+    expected = tokens_of(model, 2, 5)
+    assert torch.equal(tokens_of(load(tmp_path / "again", model), 2, 5), expected)
+    model.model.layers[1].mlp.act_fn = nn.GELU()
+    with pytest.raises(PieceworkError):
+        tokens_of(model, 2, 5)
+
+
+# --- another process ----------------------------------------------------------------------------------
+
+
+def run(what: str, backend: str, tmp_path: Path, **environment: str) -> dict[str, object]:
+    script = tmp_path / SCRIPT.name
+    if not script.exists():
+        shutil.copy(SCRIPT, script)
+    done = subprocess.run(
+        [sys.executable, str(script), what, backend, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        cwd=tmp_path,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+def test_another_process_needs_no_compiler_and_no_cache(backend: str, tmp_path: Path) -> None:
+    for name in ("first", "empty", "nothing"):
+        (tmp_path / name).mkdir()
+    first = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "first")}
+    assert run("save", backend, tmp_path, **first)["equal"]
+    found = run(
+        "load",
+        backend,
+        tmp_path,
+        PATH=str(tmp_path / "nothing"),
+        CXX="",
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "empty"),
+        TRITON_CACHE_DIR=str(tmp_path / "empty"),
+        PIECEWORK_DISABLE_CACHE="1",
+    )
+    assert found["equal"] and found["counters"] == {"num_models_seen": 1}
+    assert found["inductor"] == found["cached"] == []

@@ -1,0 +1,199 @@
+"""A model that is cut over two processes. In: a mode, a folder, and the variables of torchrun. Out: one line of JSON, of what this rank found or how it ended."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from torch import nn
+
+import piecework
+from piecework.runtime.compilers import EagerAdaptor
+
+RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+HIDDEN, WIDE = 8, 16
+ALL_REDUCE = ["_c10d_functional::all_reduce"]
+
+
+@piecework.splitting_op("ranks_model::reduce", rows="independent")
+def reduce(x: torch.Tensor) -> torch.Tensor:
+    y = x.clone()
+    if DIES == "call":
+        die()
+    dist.all_reduce(y)
+    return y
+
+
+@reduce.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+DIES = ""
+
+
+def die() -> None:
+    if RANK == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Mlp(nn.Module):
+    """A feed-forward whose columns, then rows, are this rank's share."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        up, down = torch.randn(WIDE, HIDDEN), torch.randn(HIDDEN, WIDE)
+        self.whole = [up, down]
+        share = slice(RANK * WIDE // WORLD, (RANK + 1) * WIDE // WORLD)
+        self.up, self.down = nn.Parameter(up[share].clone()), nn.Parameter(down[:, share].clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(x @ self.up.mT) @ self.down.mT
+        if self.how == "inside":
+            return x + funcol.all_reduce(y, "sum", "0")
+        if self.how == "in place":
+            dist.all_reduce(y)
+            return x + y
+        return x + reduce(y)
+
+
+def build(how: str, layers: int = 2) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Mlp(how) for _ in range(layers))).eval().requires_grad_(False)
+
+
+def whole(model: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    for each in model:
+        up, down = each.whole  # type: ignore[union-attr]
+        x = x + torch.relu(x @ up.mT) @ down.mT
+    return x
+
+
+def inputs(rows: int) -> torch.Tensor:
+    return torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(rows))
+
+
+def right(stitched: piecework.StitchedModule, model: nn.Sequential) -> bool:
+    with torch.no_grad():
+        pairs = [(stitched(inputs(n)), whole(model, inputs(n))) for n in (1, 2, 3, 9)]
+    return all(torch.allclose(a, b, atol=1e-3, rtol=1e-4) for a, b in pairs)
+
+
+def compiled(model: nn.Module, **config: object) -> piecework.StitchedModule:
+    ops = config.pop("splitting_ops", None)
+    limits = config.pop("runtime_config", None)
+    backend = {"backend": "eager", **config}
+    return piecework.compile(
+        model, (inputs(3),), splitting_ops=ops, config=backend, runtime_config=limits
+    )
+
+
+class Keeping(EagerAdaptor):
+    """Runs pieces as they are, keeps bytes of them, and notes each compilation in a file."""
+
+    name = "keeping"
+
+    def compile(self, graph, example_inputs, config, compile_range=None):  # type: ignore[no-untyped-def]
+        if DIES == "compile":
+            die()
+        with open(Path(FOLDER, "compiled"), "a") as file:
+            file.write(f"{RANK}\n")
+        time.sleep(0.3)
+        return super().compile(graph, example_inputs, config, compile_range)
+
+    def compute_hash(self, config):  # type: ignore[no-untyped-def]
+        return "keeping"
+
+    def to_bytes(self, piece):  # type: ignore[no-untyped-def]
+        return b"kept"
+
+    def from_bytes(self, data, graph):  # type: ignore[no-untyped-def]
+        if DIES == "compile":
+            die()
+        return super().compile(graph, [], None, None)
+
+
+def main(mode: str) -> object:
+    global DIES
+    limits = {"rank": RANK, "world_size": WORLD, "tensor_parallel_size": WORLD}
+    match mode:
+        case "run":
+            found = {}
+            for how in ("inside", "in place", "outside"):
+                model = build(how)
+                found[how] = right(compiled(model), model)
+            model = build("inside")
+            found["cut"] = right(compiled(model, splitting_ops=ALL_REDUCE), model)
+            return found
+        case "layers":
+            compiled(build("inside", layers=2 + RANK))
+        case "declared":
+            compiled(build("outside", layers=2 + RANK), runtime_config=limits)
+        case "ranges":
+            compiled(build("inside"), compile_ranges_endpoints=[4] if RANK else [])
+        case "sizes":
+            model = build("inside")
+            if RANK:
+                model[1].up = nn.Parameter(model[1].up[:, :4])
+                model[1].forward = lambda x: funcol.all_reduce(x[:, :4], "sum", "0")
+            compiled(model)
+        case "absent":
+            if not RANK:
+                compiled(build("inside"))
+            time.sleep(20)
+        case "once":
+            model = build("inside")
+            config = {"backend": f"{__name__}:Keeping", "splitting_ops": ALL_REDUCE}
+            stitched = compiled(model, **config, runtime_config=limits)
+            served = right(stitched, model)
+            return {
+                "right": served,
+                "pieces": sum(len(t.program.pieces()) for t in stitched.traces),
+            }
+        case "save" | "load":
+            model = build("inside")
+            before = piecework.counters.num_graphs_seen
+            place = f"{FOLDER}/rank_{RANK}"
+            stitched = piecework.compile(
+                model, (inputs(3),), config={"backend": "eager"}, artifact=place
+            )
+            traced = piecework.counters.num_graphs_seen - before
+            return {"right": right(stitched, model), "traced": traced}
+        case "load another":
+            # Each rank has an artifact that fits it, of another model than the other's.
+            for layers in (2, 3):
+                compiled(build("inside", layers)).save(f"{FOLDER}/{layers}_layers_{RANK}")
+            piecework.load(f"{FOLDER}/{2 + RANK}_layers_{RANK}", build("inside", 2 + RANK))
+        case "killed before" | "killed in compile" | "killed in call":
+            DIES = mode.rpartition(" ")[2]
+            if DIES == "before":
+                die()
+            backend = f"{__name__}:Keeping" if DIES == "compile" else "eager"
+            model = build("outside")
+            right(compiled(model, backend=backend, runtime_config=limits), model)
+    return "finished"
+
+
+TIMEOUT = datetime.timedelta(seconds=float(os.environ.get("RANKS_TIMEOUT", "60")))
+FOLDER = sys.argv[2]
+
+if __name__ == "__main__":
+    sys.modules["ranks_model"] = sys.modules[__name__]
+    __name__ = "ranks_model"
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    try:
+        print(json.dumps({"rank": RANK, "found": main(sys.argv[1])}), flush=True)
+    except Exception as error:  # noqa: BLE001 - the test reads which
+        text = {"rank": RANK, "error": type(error).__name__, "says": str(error)}
+        print(json.dumps(text), flush=True)
+        sys.exit(3)
+    dist.destroy_process_group()

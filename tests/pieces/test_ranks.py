@@ -1,0 +1,125 @@
+"""Models cut over processes: equal pieces are compiled once, and what would hang ends with an error on each rank, in bounded time."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="needs torch.distributed with gloo",
+)
+SCRIPT = Path(__file__).with_name("ranks_model.py")
+BOUND = 150  # seconds until a test gives up, processes of a busy machine included
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def ranks(mode: str, folder: Path, timeout: float = 60) -> list[dict[str, object]]:
+    """Run the script on two ranks; what each printed, and how it ended."""
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+        "RANKS_TIMEOUT": str(timeout),
+        "PIECEWORK_CACHE_DIR": str(folder / "cache"),
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), mode, str(folder)],
+            env={**environment, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    end = time.monotonic() + BOUND
+    found = []
+    try:
+        for each in started:
+            out, errors = each.communicate(timeout=max(end - time.monotonic(), 1))
+            said = json.loads(out.splitlines()[-1]) if out.strip() else {"stderr": errors[-2000:]}
+            found.append({**said, "code": each.returncode})
+    finally:
+        for each in started:
+            each.kill()
+    return found
+
+
+def test_torchrun_runs_a_model_that_is_cut_over_two_processes(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    address = ["--master-port", str(free_port())]
+    done = subprocess.run(
+        [*command, *address, str(SCRIPT), "run", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=BOUND,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    every = {"inside": True, "in place": True, "outside": True, "cut": True}
+    assert sorted(row["rank"] for row in rows) == [0, 1]
+    assert [row["found"] for row in rows] == [every, every]
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [
+        ("layers", "nothing more"),
+        ("declared", "nothing more"),
+        ("ranges", "batches"),
+        ("sizes", "float32[*, 4]"),
+        ("load another", "nothing more"),
+    ],
+)
+def test_ranks_that_would_do_different_things_stop_with_an_error(
+    mode: str, said: str, tmp_path: Path
+) -> None:
+    for each in ranks(mode, tmp_path):
+        assert (each.get("error"), each["code"]) == ("RankError", 3), each
+        assert said in str(each["says"]) or "lost each other" in str(each["says"])
+
+
+def test_a_rank_that_does_not_come_ends_the_wait(tmp_path: Path) -> None:
+    first, second = ranks("absent", tmp_path, timeout=5)
+    assert first.get("error") == "RankError" and "did not come" in str(first["says"]), first
+    assert second["found"] == "finished" or second["code"]
+
+
+def test_equal_pieces_are_compiled_once_over_all_ranks(tmp_path: Path) -> None:
+    found = [each["found"] for each in ranks("once", tmp_path)]
+    assert found[0] == found[1] and found[0]["right"]  # type: ignore[index]
+    compiled = Counter((tmp_path / "compiled").read_text().split())
+    assert sum(compiled.values()) == found[0]["pieces"], compiled  # type: ignore[index]
+
+
+def test_each_rank_loads_its_own_artifact(tmp_path: Path) -> None:
+    assert [each["found"] for each in ranks("save", tmp_path)] == [{"right": True, "traced": 2}] * 2
+    assert [each["found"] for each in ranks("load", tmp_path)] == [{"right": True, "traced": 0}] * 2
+
+
+@pytest.mark.parametrize("when", ["before", "in compile", "in call"])
+def test_a_rank_that_is_killed_ends_the_run_with_an_error(when: str, tmp_path: Path) -> None:
+    start = time.monotonic()
+    first, second = ranks(f"killed {when}", tmp_path, timeout=10)
+    assert second["code"] == -signal.SIGKILL
+    assert first["code"] == 3, first
+    assert first.get("error") == ("RuntimeError" if when == "in call" else "RankError")
+    assert time.monotonic() - start < BOUND
