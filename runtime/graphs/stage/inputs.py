@@ -239,9 +239,10 @@ class StaticInputs:
 
     def let_write(self) -> None:
         """Somebody else may write to the buffers from now on: pad in every step."""
-        self.keeps_tails = False
-        self._plans.clear()
-        self._checked.clear()
+        if self.keeps_tails:
+            self.keeps_tails = False
+            self._plans.clear()
+            self._checked.clear()
 
     def _check(self, tensors: Sequence[torch.Tensor], padded: int) -> _Plan:
         """The plan for tensors of shapes that were not seen before; what fits once fits again."""
