@@ -79,8 +79,9 @@ def build(layers: int) -> torch.nn.Module:
     config = transformers.LlamaConfig(**SHAPE, num_hidden_layers=layers)
     model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(3)
-    for weight in model.parameters():
-        weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
+    for name, weight in model.named_parameters():
+        drawn = torch.randn(weight.shape, generator=generator) * 0.2
+        weight.copy_(torch.ones_like(weight) if "norm" in name else drawn)
     return model
 
 

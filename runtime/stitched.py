@@ -384,6 +384,38 @@ class StitchedModule(SharedModule):
             for each, execution in zip(self._traces, ready, strict=True):
                 each.entry.publish(execution)
 
+    def refit(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Copy new values into the model's weights, where they lie: pieces and static graphs go on with them, nothing is bound or captured anew.
+
+        All of it is checked before anything is copied. No call may run meanwhile: it would see some old weights and some new ones.
+
+        Args:
+            state: parameters and buffers by their names in ``model``, all or some of them.
+
+        Raises:
+            BindError: the model has no weight of such a name, or it has another shape or dtype; nothing is changed then.
+
+        Example:
+            >>> stitched.refit(trained.state_dict())
+        """
+        if not isinstance(self.model, torch.nn.Module):
+            raise BindError("a function has no weights by name", where="refit")
+        held = dict(self.model.named_parameters(remove_duplicate=False))
+        held |= dict(self.model.named_buffers(remove_duplicate=False))
+        for name, new in state.items():
+            old = held.get(name)
+            if old is None:
+                raise BindError("the model has no such weight", where=name)
+            if (old.shape, old.dtype) != (new.shape, new.dtype):
+                raise BindError(
+                    f"the weight is {old.dtype}{list(old.shape)}, the new one {new.dtype}{list(new.shape)}",
+                    where=name,
+                    hint="compile the model again for weights of another kind",
+                )
+        with self._changes.one("refit()"), torch.no_grad():
+            for name, new in state.items():
+                held[name].copy_(new)
+
     def accept_settings(self) -> None:
         """Stop refusing calls over attributes that are not as they were while the model was traced.
 

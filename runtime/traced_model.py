@@ -266,6 +266,7 @@ class TracedModel:
                 calls = {name: partial(way, *args, **kwargs) for name, way in ways.items()}
                 with static.captures.without_traces(descriptor):
                     yield measured(size, calls, static.shape.device, seconds=seconds)
+        static.count_anew()
 
     def _dry(
         self,

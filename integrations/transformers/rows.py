@@ -122,9 +122,10 @@ class CacheRows:
         )
 
     def of(self, cache: Cache) -> list[Rows | None]:
-        """Its layers' rows by their index; None for a layer of another kind, all of them in a cache that updates them in its own way."""
-        if type(cache).update is not Cache.update or "update" in vars(cache) or cache.offloading:
-            return [None] * len(cache.layers)
+        """Its layers' rows by their index; None for a layer of another kind, and none at all of a cache that updates them in its own way."""
+        own = type(cache).update is not Cache.update or "update" in vars(cache)
+        if own or getattr(cache, "offloading", True):
+            return []
         # What was made in inference mode can't be written to outside of it.
         inference = torch.is_inference_mode_enabled()
         made_so, known = self._held.get(cache, (inference, []))

@@ -359,6 +359,10 @@ class CapturedModel:
         ]
         return sorted(rows, key=lambda row: (-row.calls, row.mode, row.graph, row.reason))
 
+    def count_anew(self) -> None:
+        """Leave out of `calls` what ran so far: it was no call of the user's."""
+        self._calls = Calls(self.shape, self.dispatcher, self._ready, self.options)
+
     def memory_report(self) -> MemoryReport:
         """What the captures were expected to take, and take."""
         return MemoryReport(self.estimate, self.graphs.bytes_by_descriptor(), self.dropped)

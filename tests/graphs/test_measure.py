@@ -1,0 +1,102 @@
+"""What is measured to be slower is not used: `StitchedModule.measure`, and the choice that it makes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import piecework
+from piecework.errors import BindError
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.graphs.serve.measured import MeasuredSize, Measurement, measured
+
+CPU = torch.device("cpu")
+
+
+@piecework.splitting_op("measure_tests::count", mutates_args=("out", "seen"), rows="independent")
+def count(x: torch.Tensor, out: torch.Tensor, seen: torch.Tensor) -> None:
+    out.copy_(x)
+    seen.add_(1)
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.enter(x)
+        out = torch.empty_like(y)
+        count(y, out, self.seen)
+        return self.leave(out)
+
+
+def compiled() -> piecework.StitchedModule:
+    config = CompilationConfig(backend="eager")
+    return piecework.compile(Model().eval(), (torch.randn(4, 8),), config=config)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "best"),
+    [
+        ({"eager": 1.0, "stitched": 1.0, "captured": 1.019}, "captured"),
+        ({"eager": 2.0, "stitched": 1.0, "captured": 1.021}, "stitched"),
+        ({"eager": 0.9, "stitched": 1.0, "captured": 1.0}, "eager"),
+        ({"eager": 1.0, "stitched": 0.99}, "stitched"),
+    ],
+)
+def test_nothing_is_used_that_was_slower_by_more_than_a_fiftieth(
+    seconds: dict[str, float], best: str
+) -> None:
+    assert MeasuredSize(4, seconds).best == best
+
+
+def test_a_size_is_worth_it_if_each_of_its_graphs_is() -> None:
+    fast, slow = {"stitched": 2.0, "captured": 1.0}, {"stitched": 1.0, "captured": 2.0}
+    rows = (MeasuredSize(1, fast), MeasuredSize(2, fast), MeasuredSize(2, slow))
+    assert Measurement(rows, "cpu").worth_capturing == (1,)
+
+
+def test_ways_take_turns() -> None:
+    order: list[str] = []
+    ticks = iter(range(1000))
+    ways = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    found = measured(2, ways, CPU, seconds=20, clock=lambda: float(next(ticks)))
+    assert order[:6] == ["a", "b", "a", "b", "b", "a"]
+    assert found.seconds == {"a": 1.0, "b": 1.0}
+
+
+@pytest.mark.parametrize("faster", ["captured", "stitched"])
+def test_graphs_are_kept_where_they_were_faster(
+    monkeypatch: pytest.MonkeyPatch, faster: str
+) -> None:
+    def judge(size: int, ways: object, device: object, *, seconds: float) -> MeasuredSize:
+        for way in ways.values():  # type: ignore[attr-defined]
+            way()
+        better = faster if size == 4 else "captured"
+        return MeasuredSize(size, {**dict.fromkeys(ways, 2.0), better: 1.0})  # type: ignore[call-overload]
+
+    monkeypatch.setattr("piecework.runtime.traced_model.measured", judge)
+    stitched = compiled()
+    found = stitched.measure([2, 4])
+    assert found.worth_capturing == ((2, 4) if faster == "captured" else (2,))
+    assert not stitched.model.seen.any(), "what calls on dummy inputs wrote was not put back"
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(stitched(x), stitched.model(x))
+    assert [row.mode for row in stitched.call_report()] == [
+        "PIECEWISE" if faster == "captured" else "NONE"
+    ]
+
+
+def test_stand_ins_on_the_cpu_are_measured_for_what_they_are() -> None:
+    stitched = compiled()
+    found = stitched.measure([1, 2], seconds=0.05)
+    assert {row.size for row in found.rows} == {1, 2}
+    assert all(min(row.seconds.values()) > 0 for row in found.rows)
+    assert "stand-in" in str(found.table().caption)
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(stitched(x), stitched.model(x))
+    if not found.worth_capturing:
+        with pytest.raises(BindError, match="nothing is captured"):
+            stitched.coverage()

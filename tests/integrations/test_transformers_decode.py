@@ -1,0 +1,291 @@
+"""Decode steps, whose keys and values are written in place: whatever is done to a cache between two of them, the tokens are the model's own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from piecework.integrations.transformers import stitch
+from piecework.runtime.config.compilation import CompilationConfig
+
+transformers = pytest.importorskip("transformers")
+
+Cache = transformers.Cache
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+IDS = torch.randint(1, 97, (3, 6), generator=torch.Generator().manual_seed(5))
+
+
+def build(family: str = "llama", **changes: object) -> torch.nn.Module:
+    config = transformers.CONFIG_MAPPING[family](**{**SHAPE, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+    return model.requires_grad_(False)
+
+
+class Pair:
+    """One model twice: as it is, and stitched."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.eager = model
+        self.stitched = stitch(copy.deepcopy(model), config=CompilationConfig(backend="eager"))
+
+    def caches(self, make: Callable[[], Cache], ids: torch.Tensor = IDS) -> Caches:
+        return Caches(self, make, ids)
+
+
+class Caches:
+    """A request twice, a cache each."""
+
+    def __init__(self, pair: Pair, make: Callable[[], Cache], ids: torch.Tensor) -> None:
+        self.pair, self.ours, self.theirs = pair, make(), make()
+        self.pair.stitched(ids, past_key_values=self.ours)
+        self.pair.eager(ids, past_key_values=self.theirs)
+        self.next = ids[:, -1:]
+
+    def both(self, change: Callable[[Cache], object]) -> None:
+        change(self.ours)
+        change(self.theirs)
+
+    def steps(self, count: int = 2, **given: object) -> None:
+        """Decode greedily, and compare the logits of each step and then what the caches hold."""
+        for _ in range(count):
+            got = self.pair.stitched(self.next, past_key_values=self.ours, **given).logits
+            expected = self.pair.eager(self.next, past_key_values=self.theirs, **given).logits
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+            self.next = expected.argmax(-1)
+        for mine, other in zip(self.ours.layers, self.theirs.layers, strict=True):
+            torch.testing.assert_close(mine.keys, other.keys)
+            torch.testing.assert_close(mine.values, other.values)
+        assert int(self.ours.get_seq_length()) == int(self.theirs.get_seq_length())
+
+
+@pytest.fixture(scope="module")
+def pair() -> Pair:
+    return Pair(build())
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def cropped(cache: Cache) -> None:
+    cache.crop(-3)
+
+
+def reordered(cache: Cache) -> None:
+    for layer in cache.layers:
+        layer.reorder_cache(torch.tensor([2, 0, 0]))
+
+
+def selected_and_repeated(cache: Cache) -> None:
+    cache.batch_select_indices(torch.tensor([1]))
+    cache.batch_repeat_interleave(3)
+
+
+def scaled_in_place(cache: Cache) -> None:
+    for layer in cache.layers:
+        layer.keys.mul_(0.5)
+
+
+def replaced(cache: Cache) -> None:
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.flip(0), layer.values.clone()
+
+
+def values_alone(cache: Cache) -> None:
+    cache.layers[1].values = cache.layers[1].values * 2
+
+
+def other_layers(cache: Cache) -> None:
+    cache.layers = copy.deepcopy(cache.layers)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        cropped,
+        reordered,
+        selected_and_repeated,
+        scaled_in_place,
+        replaced,
+        values_alone,
+        other_layers,
+    ],
+)
+def test_a_cache_that_was_changed_between_two_steps(
+    pair: Pair, change: Callable[[Cache], None]
+) -> None:
+    caches = pair.caches(transformers.DynamicCache)
+    caches.steps()
+    caches.both(change)
+    caches.steps()
+    caches.both(change)
+    caches.steps(1)
+
+
+def test_a_cache_that_was_reset_begins_again(pair: Pair) -> None:
+    caches = pair.caches(transformers.DynamicCache)
+    caches.steps()
+    caches.both(lambda cache: cache.reset())
+    caches.steps(3)
+
+
+def test_a_cache_grows_past_the_room_of_its_buffers(pair: Pair) -> None:
+    pair.caches(transformers.DynamicCache).steps(140)
+
+
+def test_whoever_holds_earlier_keys_keeps_what_they_saw(pair: Pair) -> None:
+    caches = pair.caches(transformers.DynamicCache)
+    caches.steps()
+    layer = caches.ours.layers[0]
+    held, before = layer.keys, layer.keys.clone()
+    caches.steps()
+    caches.both(cropped)
+    caches.steps()
+    assert torch.equal(held, before)
+    assert (
+        held.untyped_storage().nbytes() > held.nbytes
+    )  # in a buffer with room, or this shows nothing
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_branches_of_one_cache_don_t_meet(pair: Pair, copied: Callable[[object], object]) -> None:
+    caches = pair.caches(transformers.DynamicCache)
+    caches.steps()
+    branch = transformers.DynamicCache()
+    branch.layers = [copied(layer) for layer in caches.ours.layers]
+    other = copy.deepcopy(caches.theirs)
+    first, second = caches.next, (caches.next + 7) % 97
+    for _ in range(2):
+        for ids, mine, theirs in ((first, caches.ours, caches.theirs), (second, branch, other)):
+            got = pair.stitched(ids, past_key_values=mine).logits
+            expected = pair.eager(ids, past_key_values=theirs).logits
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_several_tokens_between_single_ones(pair: Pair) -> None:
+    """As a draft is verified: several tokens at once, some of them taken back."""
+    caches = pair.caches(transformers.DynamicCache)
+    for _ in range(2):
+        caches.steps()
+        ids = IDS[:, :3]
+        got = pair.stitched(ids, past_key_values=caches.ours).logits
+        expected = pair.eager(ids, past_key_values=caches.theirs).logits
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        caches.both(lambda cache: cache.crop(-2))
+
+
+def test_caches_go_in_and_out_of_inference_mode(pair: Pair) -> None:
+    caches = pair.caches(transformers.DynamicCache)
+    with torch.inference_mode():
+        caches.steps()
+    caches.steps()
+    with torch.inference_mode():
+        inside = pair.caches(transformers.DynamicCache)
+        inside.steps()
+    inside.steps()
+
+
+def test_a_batch_that_is_not_the_cache_s_is_an_error_as_it_is_eager(pair: Pair) -> None:
+    """A single row of the cache is never taken for all of the batch's."""
+    caches = pair.caches(transformers.DynamicCache, IDS[:1])
+    caches.steps()
+    for model, cache in ((pair.eager, caches.theirs), (pair.stitched, caches.ours)):
+        with pytest.raises(RuntimeError, match=r"[Ss]izes of tensors must match|same slice shapes"):
+            model(IDS[:, -1:], past_key_values=cache)
+
+
+def test_a_cache_of_the_user_s_own_is_asked(pair: Pair) -> None:
+    class Counting(transformers.DynamicCache):
+        updates = 0
+
+        def update(self, *args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
+            self.updates += 1
+            return super().update(*args, **kwargs)
+
+    caches = pair.caches(Counting)
+    caches.steps(3)
+    assert caches.ours.updates == caches.theirs.updates == 8
+
+
+def test_a_static_cache_is_written_where_it_says(pair: Pair) -> None:
+    def make() -> Cache:
+        return transformers.StaticCache(config=pair.eager.config, max_cache_len=12)
+
+    caches = pair.caches(make)
+    places = [layer.keys.data_ptr() for layer in caches.ours.layers]
+    caches.steps(3)
+    caches.both(lambda cache: [layer.cumulative_length.sub_(2) for layer in cache.layers])
+    caches.steps(3)
+    assert [layer.keys.data_ptr() for layer in caches.ours.layers] == places
+    caches.steps(2)
+    for model, cache in ((pair.eager, caches.theirs), (pair.stitched, caches.ours)):
+        with pytest.raises((IndexError, RuntimeError), match=r"index .*out of|out of range"):
+            model(caches.next, past_key_values=cache)
+
+
+def test_masks_of_every_form_hold_for_one_token(pair: Pair) -> None:
+    mask = torch.ones(3, 7, dtype=torch.long)
+    mask[0, :4] = 0
+    each_head = torch.zeros(3, 4, 1, 9).masked_fill_(torch.rand(3, 4, 1, 9) < 0.3, -torch.inf)
+    each_head[..., -1] = 0
+    caches = pair.caches(transformers.DynamicCache)
+    caches.steps(1, attention_mask=mask)
+    caches.steps(1, attention_mask=torch.ones(3, 8, dtype=torch.long))
+    caches.steps(1, attention_mask=each_head)
+    caches.steps(1, attention_mask=(torch.rand(3, 1, 1, 10) < 0.7) | (torch.arange(10) > 8))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"do_sample": True, "top_k": 12, "temperature": 0.8},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"cache_implementation": "static"},
+        {"prompt_lookup_num_tokens": 2, "batch": 1},
+        {"assistant": True, "batch": 1},
+    ],
+    ids=["greedy", "sampled", "beams", "static", "lookup", "assisted"],
+)
+def test_generate_gives_the_model_s_own_tokens(family: str, how: dict[str, object]) -> None:
+    windows = {
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
+    pair = Pair(build(family, **(windows if family == "gemma3_text" else {})))
+    how = dict(how)
+    ids = IDS[: how.pop("batch", 3)]
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0 if len(ids) > 1 else 1  # on the left
+    if how.pop("assistant", False):
+        how["assistant_model"] = build(family, **(windows if family == "gemma3_text" else {}))
+    settings = {"max_new_tokens": 12, "do_sample": False, "attention_mask": mask, **how}
+    found = []
+    for model in (pair.stitched, pair.eager):
+        torch.manual_seed(11)
+        found.append(model.generate(ids, **settings))
+    assert torch.equal(*found)
+    assert found[1][:, ids.shape[1] :].unique().numel() > 1, "the model says the same always"
