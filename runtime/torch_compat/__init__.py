@@ -26,6 +26,7 @@ from piecework.runtime.torch_compat.dynamo import (
     mark_unbacked,
     marked_dims,
     marks_of,
+    one_trace_at_a_time,
     original_of,
     own_symbol_per_dimension,
     placeholder_source,
@@ -141,12 +142,15 @@ from piecework.runtime.torch_compat.switches import (
     stance_name,
 )
 from piecework.runtime.torch_compat.tensors import (
+    MemoryLike,
+    fake_mode_of,
     is_lazy,
     is_same_view,
     memory_apart,
     memory_span,
     metadata_guard,
     negative_view,
+    no_new_guards,
     storage_at,
     storage_id,
 )

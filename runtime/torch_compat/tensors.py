@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -157,3 +159,45 @@ def _tensor_guards(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | Non
         return check if check(*tensors) else None
     except (TypeError, RuntimeError):
         return None
+
+
+class MemoryLike:
+    """Fake tensors that lie in memory as others do. In: pairs that correspond. Out: for a tensor of the first kind one of the second.
+
+    Under a fake mode; nothing is computed on data.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[int, torch.Tensor] = {}
+        self._back: dict[int, int] = {}
+
+    def is_like(self, old: object, new: object) -> bool:
+        """Note that ``new`` stands for ``old``; False if memory is shared otherwise than what was noted before."""
+        if not (isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor)):
+            return True
+        before, after = storage_id(old), storage_id(new)
+        held = self._memory.setdefault(before, new)
+        return storage_id(held) == after and self._back.setdefault(after, before) == before
+
+    def tensor(self, old: torch.Tensor) -> torch.Tensor:
+        """A tensor that stands for ``old``, in memory of its own or where what ``old`` lies in has its counterpart."""
+        held = self._memory.get(storage_id(old))
+        if held is None:
+            count = old.untyped_storage().nbytes() // old.element_size()
+            held = torch.empty((count,), dtype=old.dtype, device=old.device)
+            self.is_like(old, held)
+        flat = held if held.dtype == old.dtype else held.view(old.dtype)
+        return torch.as_strided(flat, old.shape, old.stride(), old.storage_offset())
+
+
+def fake_mode_of(values: Iterable[object]) -> Any:
+    """The mode that fake tensors and symbolic sizes belong to."""
+    return next(m for m in (getattr(value, "fake_mode", None) for value in values) if m is not None)
+
+
+@contextlib.contextmanager
+def no_new_guards(mode: Any) -> Iterator[None]:
+    """What is computed in the block leaves no guard on a size of ``mode``'s."""
+    suppressed = getattr(mode.shape_env, "suppress_guards", contextlib.nullcontext)
+    with suppressed():
+        yield
