@@ -32,8 +32,8 @@ from piecework.runtime.identity.settings import settings_factors
 from piecework.runtime.pieces.backend import Admits, PieceworkBackend
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.example_sizes import KeptMarks, SizePolicy
-from piecework.runtime.trace.shared import RepeatedLayers
 from piecework.runtime.trace.shape_guards import ShapeGuards
+from piecework.runtime.trace.shared import RepeatedLayers
 from piecework.runtime.trace.tracing import GraphInput, Weight, capture
 
 Call = tuple[tuple[object, ...], dict[str, object]]

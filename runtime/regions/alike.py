@@ -11,6 +11,7 @@ import types
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -136,7 +137,7 @@ class Alike:
         elif type(one) is functools.partial:
             for name in ("func", "args", "keywords"):
                 yield (name,), getattr(one, name), getattr(other, name)
-        elif _is_plain(type(one)):
+        elif is_plain(type(one)):
             yield from self._mappings(path, one.__dict__, other.__dict__)
         else:
             raise Unlike(f"{_text(path)} is a {_kind(one)}, which is not known to be comparable")
@@ -153,7 +154,7 @@ class Alike:
         return True
 
     def _mappings(
-        self, path: Path, one: Mapping[object, object], other: Mapping[object, object]
+        self, path: Path, one: Mapping[Any, object], other: Mapping[Any, object]
     ) -> Iterator[tuple[Path, object, object]]:
         if len(one) != len(other):
             names = sorted(map(str, set(one).symmetric_difference(other)))
@@ -203,7 +204,7 @@ def _facts(tensor: torch.Tensor) -> tuple[object, ...]:
     return (*kind, *place, grad, tensor.is_inference(), tensor.is_conj(), tensor.is_neg())
 
 
-def _is_plain(kind: type) -> bool:
+def is_plain(kind: type) -> bool:
     """Whether all that an object of this class holds is in its dictionary."""
     *own, base = kind.__mro__
     return base is object and all(

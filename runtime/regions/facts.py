@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
+import torch
+
 from piecework.runtime.bind.facts import (
     CONSTANT_KINDS,
     MISSING,
@@ -18,7 +20,7 @@ from piecework.runtime.bind.facts import (
     same,
 )
 from piecework.runtime.bind.guards import Bins
-from piecework.runtime.regions.alike import Alike
+from piecework.runtime.regions.alike import Alike, is_plain
 from piecework.runtime.regions.found import Group
 from piecework.runtime.regions.marks import Refused
 from piecework.runtime.torch_compat import Guarded, Place
@@ -28,7 +30,7 @@ from piecework.runtime.torch_compat import Guarded, Place
 class Read:
     """A number or text that the trace read of the first layer, and another layer has otherwise."""
 
-    name: object
+    name: str
     first: object
     second: object
 
@@ -80,9 +82,9 @@ class LayerPlaces:
         for each in place.path():
             self._seen.add(id(each))
             value = self.values.at(each)
-            if isinstance(value, (set, frozenset, dict)):
-                if any(id(key) in self._owners for key in value):
-                    raise Refused(f"{each.name} holds a layer by itself")
+            keyed = isinstance(value, (set, frozenset, dict))
+            if keyed and any(id(key) in self._owners for key in value):  # type: ignore[attr-defined]
+                raise Refused(f"{each.name} holds a layer by itself")
             owner = self._owners.get(id(value))
             if owner is None:
                 continue
@@ -140,12 +142,25 @@ class LayerPlaces:
     def reads(self, group: Group, alike: Alike, guards: Iterable[Guarded]) -> Iterator[Read]:
         """What the trace read and the other layer has otherwise."""
         for guard in guards:
-            if not self.of(group, guard.place) or self.marked(guard.place):
+            place = guard.place
+            if not self.of(group, place):
                 continue
-            one = self.values.at(guard.place)
-            other = self.values.at(self.moved(group, alike, guard.place))
-            if type(one) in (int, str) and not same(one, other):
-                yield Read(guard.place.key, one, other)
+            one, other = self.values.at(place), self.values.at(self.moved(group, alike, place))
+            if type(one) not in (int, str) or same(one, other):
+                continue
+            owner = None if place.base is None else self.values.at(place.base)
+            held = getattr(owner, "__dict__", None)
+            plain = isinstance(owner, torch.nn.Module) or is_plain(type(owner))
+            if (
+                place.kind != "attribute"
+                or not plain
+                or type(held) is not dict
+                or place.key not in held
+            ):
+                raise Refused(
+                    f"{place.name} differs between layers and is no attribute of a plain object"
+                )
+            yield Read(str(place.key), one, other)
 
     def of(self, group: Group, place: Place) -> bool:
         """Whether it is in the first layer of a group."""
@@ -217,6 +232,9 @@ def say_of_all(
                 f"{guard.place.name} is guarded in a way ({guard.kind}) that only Dynamo knows"
             )
     facts, tensors = list(bins.facts), list(bins.tensors)
+    first: dict[int, Place] = {}
+    for place, tensor in tensors:
+        first.setdefault(id(tensor), place)
     for fact in bins.argument_facts:
         if places.in_layer(fact.place) or (fact.other is not None and places.in_layer(fact.other)):
             raise Refused(f"{fact.place.name} is compared with an argument")
@@ -233,9 +251,13 @@ def say_of_all(
             for fact in inside:
                 bins.facts.append(_moved(places, group, alike, fact, literal))
             for place, tensor in looked:
-                bins.tensors.append(
-                    (places.moved(group, alike, place), alike.counterpart(tensor))  # type: ignore[arg-type]
-                )
+                moved, own = places.moved(group, alike, place), alike.counterpart(tensor)
+                assert isinstance(own, torch.Tensor)
+                bins.tensors.append((moved, own))
+                known = first.setdefault(id(own), moved)
+                if known is not moved:
+                    seen = expected("DUPLICATE_INPUT", own, None)
+                    bins.facts.append(Fact(moved, "DUPLICATE_INPUT", None, seen, known))
 
 
 def _on_class(layer: Place, kind: type) -> Place:

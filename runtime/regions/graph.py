@@ -124,14 +124,19 @@ class FlatGraph:
         calls = dict(self._calls)
         for node in list(self.gm.graph.nodes):
             mark = calls.get(node)
+            if node.op == "placeholder":
+                continue
             if mark is None:
                 cursor.after(node)
             else:
-                template = self._templates.get(id(mark.group))
-                if template is None or mark.alike is None:
+                own = self._templates.get(id(mark.group))
+                if own is None or mark.alike is None:
                     raise Refused("a layer is called whose kind was not traced")
                 found = list(reads(mark.group, mark.alike))
-                _Copy(self, template, node, mark.alike, cursor, slots, found).make()
+                try:
+                    _Copy(self, own, node, mark.alike, cursor, slots, found).make()
+                except RuntimeError as error:  # of an operator on fake values
+                    raise Refused(f"its fake values can't be made: {error}") from error
         for node in list(self.gm.graph.nodes):
             if self._mark_of(node) is not None:
                 given = node.all_input_nodes
@@ -161,14 +166,21 @@ class FlatGraph:
             if node.meta.get("unbacked_bindings"):
                 raise Refused("its graph has a size that depends on data")
             for each in node.all_input_nodes:
-                if each not in inside and each not in given and each.op != "placeholder":
+                known = each in inside or each in given or each.op == "placeholder"
+                if not (known or _is_number(each)):
                     raise Refused(f"it reads {each.name}, which is no argument of it")
             pytree.tree_map_(_require_literal, (node.args, dict(node.kwargs)))
             users = [
                 user for user in node.users if user not in inside and user is not template.leave
             ]
-            if users and node not in returned:
+            if users and node not in returned and not _is_number(node):
                 raise Refused(f"{node.name} of its graph is used outside, and not returned")
+
+    def has_attributes(self, node: object) -> bool:
+        """Whether a node is an input, a tensor that has Python attributes."""
+        value = self._tensor_of.get(node)  # type: ignore[call-overload]
+        names = value.__dict__ if isinstance(value, torch.Tensor) else ()
+        return any(not ("_dynamo_" in name or name == "_specialize_on") for name in names)
 
     def placeholder(
         self, old: torch.fx.Node, alike: Alike, cursor: _Cursor, mode: Any
@@ -197,7 +209,7 @@ class FlatGraph:
         return made
 
 
-_KEPT = ("stack_trace", "nn_module_stack")
+_KEPT = ("stack_trace", "nn_module_stack", "tensor_dict")
 
 
 class _Cursor:
@@ -241,8 +253,11 @@ class _Copy:
         )
         mode = torch_compat.fake_mode_of(self._values(call))
         memory = torch_compat.MemoryLike()
+        own = set(template.nodes)
         for node in template.nodes:
             for each in node.all_input_nodes:
+                if _is_number(each) and each not in own:
+                    self._env.setdefault(each, each)
                 if each.op == "placeholder" and each not in self._env:
                     made = self.flat.placeholder(each, self.alike, self.cursor, mode)
                     self._env[each] = made
@@ -269,6 +284,10 @@ class _Copy:
             if isinstance(old, torch.fx.Node):
                 if self._env.setdefault(old, new) is not new:
                     raise Refused("two of its arguments are one for the first layer")
+                if new is not old and (
+                    self.flat.has_attributes(old) or self.flat.has_attributes(new)
+                ):
+                    raise Refused("an argument of it is a tensor that has attributes")
             elif not same(old, new):
                 raise Refused(f"it is given {new!r} where the first layer is given {old!r}")
 
@@ -283,6 +302,9 @@ class _Copy:
                 self._remember(memory, node, value)
 
     def _copy(self, node: torch.fx.Node, memory: torch_compat.MemoryLike) -> None:
+        if _is_number(node) and all(self._env[each] is each for each in node.all_input_nodes):
+            self._env[node] = node  # Dynamo computes a number once
+            return
         with self.flat.gm.graph.inserting_before(self.call):
             made = self.flat.gm.graph.node_copy(node, self._env.__getitem__)
         made.meta = dict(node.meta)
@@ -319,7 +341,7 @@ class _Copy:
             if isinstance(place, int):
                 args[place] = found[0].second
             else:
-                kwargs[place] = found[0].second  # type: ignore[assignment]
+                kwargs[place] = found[0].second  # type: ignore[assignment, index]
         if changed:
             node.args, node.kwargs = tuple(args), kwargs
             self._require_same_kind(node, op)
@@ -361,6 +383,15 @@ class _Copy:
                 raise Refused(f"{user.name} takes its results in a way of its own")
             self._replace(user, results[user.args[1]])
             self.flat.gm.graph.erase_node(user)
+
+
+def _is_number(node: torch.fx.Node) -> bool:
+    """Whether it computes a size from sizes."""
+    return (
+        node.op == "call_function"
+        and isinstance(_value(node), torch.SymInt)
+        and all(isinstance(_value(each), torch.SymInt) for each in node.all_input_nodes)
+    )
 
 
 def _value(node: object) -> Any:

@@ -49,6 +49,14 @@ _TAKES = {
     **dict.fromkeys(("BINARY_OP", "BINARY_SUBSCR", "COMPARE_OP", "IS_OP", "CONTAINS_OP"), 2),
     **dict.fromkeys(("UNARY_NEGATIVE", "UNARY_NOT", "UNARY_INVERT", "GET_ITER", "TO_BOOL"), 1),
 }
+_OF_GLOBALS = {
+    "LOAD_NAME",
+    "STORE_NAME",
+    "DELETE_NAME",
+    "DELETE_GLOBAL",
+    "IMPORT_NAME",
+    "IMPORT_FROM",
+}
 _COMPUTES = {"vars", "dir", "eval", "exec", "__dict__", "__getattribute__", "attrgetter", "locals"}
 _LOOK_UPS = ("__getattribute__", "__getattr__")
 
@@ -76,11 +84,11 @@ def slots_of(
     own = {_code_of(kind, name) for kind in kinds for name in _LOOK_UPS}
     for each in with_inner_code(code):
         texts = {text for text in each.co_consts if type(text) is str}
-        if names & texts:
-            raise Refused(f"{_place(each)} may ask for {min(names & texts)} by its name", names)
+        if names & texts or _matches(each, names):
+            raise Refused(f"{_place(each)} may ask for {min(names)} by its name", names)
         used = set(each.co_names)
         # How objects of other classes find their attributes says nothing of the layers'.
-        free = is_torchs(each) or (each.co_name in _LOOK_UPS and each not in own)
+        free = _is_fixed(each) or (each.co_name in _LOOK_UPS and each not in own)
         if not free and used & _COMPUTES:
             raise Refused(f"{_place(each)} looks attributes up by names that it computes", names)
         if names & used or ("getattr" in used and not free):
@@ -88,6 +96,19 @@ def slots_of(
                 if found.setdefault(slot, name) != name:
                     raise Refused(f"argument {slot[1]} of {slot[0]} has several origins", names)
     return found
+
+
+def _matches(code: types.CodeType, names: frozenset[str]) -> bool:
+    """Whether a pattern may ask for an attribute."""
+    groups = (each for each in code.co_consts if type(each) is tuple)
+    return any(names & {x for x in each if type(x) is str} for each in groups) and any(
+        each.opname == "MATCH_CLASS" for each in dis.get_instructions(code)
+    )
+
+
+def _is_fixed(code: types.CodeType) -> bool:
+    """Whether code is torch's own, and not what stands in a trace for a function written in C."""
+    return is_torchs(code) and "polyfills" not in code.co_filename
 
 
 def _code_of(kind: type, name: str) -> object:
@@ -161,6 +182,8 @@ class _Reader:
         elif name in _TAKES:
             self._take(_TAKES[name], "computed with")
             self._push(_UNKNOWN)
+        elif step.opcode in dis.hasname and value in self.names and name not in _OF_GLOBALS:
+            raise self._elsewhere(f"at {name}")
         else:
             self._forget(f"at {name}")
 
@@ -223,11 +246,11 @@ class _Reader:
         self._push(_UNKNOWN)
 
     def _called(self, callee: _Expr, args: list[_Expr], named: Mapping[str, _Expr]) -> None:
-        if callee == _Expr("global", key="getattr") and not is_torchs(self.code):
-            if len(args) < 2 or args[1].kind != "const":
-                raise Refused(
-                    f"{_place(self.code)} looks attributes up by names that it computes", self.names
-                )
+        looks_up = callee == _Expr("global", key="getattr") and not _is_fixed(self.code)
+        if looks_up and (len(args) < 2 or args[1].kind != "const"):
+            raise Refused(
+                f"{_place(self.code)} looks attributes up by names that it computes", self.names
+            )
         given = [(index, each) for index, each in enumerate(args)]
         for key, each in [*given, *named.items()]:
             if each.kind == "loaded":
@@ -235,7 +258,7 @@ class _Reader:
                 if op is None:
                     raise self._elsewhere("it is an argument of a call that is no operator's")
                 schema = op._schema
-                argument = schema.arguments[key].name if isinstance(key, int) else key
+                argument = schema.arguments[key].name if isinstance(key, int) else str(key)
                 if self.found.setdefault((schema.name, argument), each.key) != each.key:
                     raise self._elsewhere("one argument has several origins")
             elif each.holds_loaded():

@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from torch.utils import _pytree as pytree
@@ -122,11 +123,13 @@ class Marks:
         self, group: Group, record: Recorded
     ) -> tuple[Callable[..., object], Callable[..., object]]:
         def enter(*args: object, **kwargs: object) -> torch.Tensor:
+            self._require_bare_tensors()
             record.begin((args, kwargs))
             return torch.empty(())
 
         def leave(result: object) -> torch.Tensor:
             given = record.given
+            self._require_bare_tensors()
             if not same_kinds(record.before, kinds_of(given)) or record.around != _around():
                 self._refuse("it changes the kind of an argument, or what is around it")
             if not _is_plain(result, (torch.Tensor,)):
@@ -146,6 +149,7 @@ class Marks:
     def _call(self, group: Group, alike: Alike, record: Recorded) -> Callable[..., object]:
         def call(*args: object, **kwargs: object) -> object:
             given = args, kwargs
+            self._require_bare_tensors()
             # A layer is odd if another was served before: else the first one is.
             odd = alike.second if record.served else group.first
             if not record.done:
@@ -158,19 +162,27 @@ class Marks:
                     odd,
                 )
             made = torch_compat.MemoryLike()
-            pairs = zip(_leaves(record.given), _leaves(given), strict=True)
-            for old, new in pairs:
-                if isinstance(old, torch.Tensor) and not made.is_like(old, new):
+            for old, new in zip(_leaves(record.given), _leaves(given), strict=True):
+                if not made.is_like(old, new):
                     self._refuse(
                         "its arguments share memory otherwise than those of the first one", odd
                     )
             record.served = True
-            return pytree.tree_map_only(torch.Tensor, made.tensor, record.result)
+            mode = torch_compat.fake_mode_of(_leaves(record.result))
+            try:
+                with torch_compat.no_new_guards(mode):
+                    return pytree.tree_map_only(torch.Tensor, made.tensor, record.result)
+            except RuntimeError as error:
+                self._refuse(f"its results can't be told without it: {error}")
 
         self.by_function[torch._dynamo.allow_in_graph(call)] = Mark("call", group, alike)
         return call
 
-    def _refuse(self, why: str, apart: torch.nn.Module | None = None) -> None:
+    def _require_bare_tensors(self) -> None:
+        if torch_compat.tensors_given_attributes():
+            self._refuse("attributes of tensors were set, which layers might ask for")
+
+    def _refuse(self, why: str, apart: torch.nn.Module | None = None) -> NoReturn:
         self.refused = self.refused or Refused(why, apart=apart)
         raise self.refused
 
@@ -188,6 +200,10 @@ class Marks:
 
 
 def _first(enter, leave):  # type: ignore[no-untyped-def]
+    def left(result):  # type: ignore[no-untyped-def]
+        leave(result)
+        return result
+
     is_traced = torch.compiler.is_dynamo_compiling  # no global: Dynamo would reach torch by it
 
     def make(function):  # type: ignore[no-untyped-def]
@@ -195,9 +211,9 @@ def _first(enter, leave):  # type: ignore[no-untyped-def]
             if not is_traced():
                 return function(self, *args, **kwargs)
             enter(*args, **kwargs)
-            result = function(self, *args, **kwargs)
-            leave(result)
-            return result
+            return left(
+                function(self, *args, **kwargs)
+            )  # no variable: Dynamo names values after them
 
         return forward
 

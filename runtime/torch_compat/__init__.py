@@ -131,6 +131,7 @@ from piecework.runtime.torch_compat.shapes import (
 )
 from piecework.runtime.torch_compat.side_effects import (
     no_replay,
+    tensors_given_attributes,
     writes_of_trace,
 )
 from piecework.runtime.torch_compat.switches import (

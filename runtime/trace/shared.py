@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import copy
+import dis
 import logging
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +16,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.fx
 
-from piecework.runtime import torch_compat
 from piecework.runtime.bind.facts import Values
 from piecework.runtime.bind.guards import Bins, is_torchs
 from piecework.runtime.regions.facts import LayerPlaces, Read, say_of_all
@@ -28,7 +28,8 @@ from piecework.runtime.trace.untold import scopes
 
 _log = logging.getLogger(__name__)
 _ATTEMPTS = 3
-_COMPARES_PLACES = {"id", "hash"}
+# What tells objects apart by where they lie, or a mark from the function that it stands for.
+_TELLS_APART = {"id", "hash", "signature", "getfullargspec", "getsource"}
 
 
 @dataclass(slots=True)
@@ -123,7 +124,8 @@ class SharedLayers:
         code = list(dict.fromkeys(each for each in inside if each.co_filename != FILE))
         found = list(scopes(self.model, code))
         places = LayerPlaces(self.marks.groups, values)
-        self._require_hidden(found, code, places.owned())
+        self._require_hidden(found, places.owned())
+        self._require_unwritten(code)
         guards = [g for g in map(places.unmarked, reader.so_far()) if g is not None]
         places.note(guards)
         own = torch.fx.GraphModule(gm, copy.deepcopy(gm.graph))
@@ -135,8 +137,6 @@ class SharedLayers:
                 read = places.reads(mark.group, mark.alike, guards)
                 self._reads[id(mark.alike)] = list(read)
         names = frozenset(each.name for found in self._reads.values() for each in found)
-        if any(type(name) is not str for name in names):
-            raise Refused("an item of a container differs between layers", names)
         slots = self._slots(names, code, found) if names else {}
         flat.write_out(slots, lambda _, alike: self._reads[id(alike)])
         self._called, self._literal = frozenset(flat.called), frozenset(names)
@@ -144,7 +144,7 @@ class SharedLayers:
 
     def _slots(
         self,
-        names: frozenset[object],
+        names: frozenset[str],
         code: Iterable[types.CodeType],
         found: Iterable[tuple[object, types.CodeType]],
     ) -> dict[Slot, str]:
@@ -152,7 +152,7 @@ class SharedLayers:
         kinds = {type(each) for group in groups for each in group.others[0].own()}
         forwards = _forwards(groups)
         slots: dict[Slot, str] = {}
-        for name in sorted(map(str, names)):
+        for name in sorted(names):
             known = slots_of(frozenset({name}), code, _Names(found), forwards, kinds)
             for slot in slots.keys() & known.keys():
                 raise Refused(
@@ -164,7 +164,6 @@ class SharedLayers:
     def _require_hidden(
         self,
         found: Iterable[tuple[object, types.CodeType]],
-        code: Iterable[types.CodeType],
         owned: Iterable[int],
     ) -> None:
         """Raise if traced code may tell layers apart by what no guard shows: a global that leads to one, or its address."""
@@ -172,11 +171,22 @@ class SharedLayers:
         for scope, each in found:
             if is_torchs(each):
                 continue
-            if _COMPARES_PLACES & set(each.co_names):
-                raise Refused(f"{each.co_qualname} asks for the identity of objects")
+            if _TELLS_APART & set(each.co_names):
+                raise Refused(f"{each.co_qualname} may tell layers apart that are alike")
             for name in each.co_names:
                 if name in scope and _leads_to(scope[name], own, 3):  # type: ignore[operator, index]
                     raise Refused(f"global {name} leads to a layer")
+
+    def _require_unwritten(self, code: Iterable[types.CodeType]) -> None:
+        """Raise if a layer's code writes what layers have otherwise: that it wrote nothing new is known of the first alone."""
+        others = [alike for group in self.marks.groups for alike in group.others]
+        names = {each.name for alike in others for each in alike.differing}
+        for each in code:
+            for step in dis.get_instructions(each) if names & set(each.co_names) else ():
+                if step.opname in ("STORE_ATTR", "DELETE_ATTR") and step.argval in names:
+                    raise Refused(
+                        f"{each.co_qualname} writes {step.argval}", frozenset({step.argval})
+                    )
 
     def text(self) -> str:
         """How many layers the trace did not go through."""
