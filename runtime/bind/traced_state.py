@@ -81,7 +81,7 @@ class TraceGuards:
         if layers is not None:
             try:
                 layers.complete(self._bins, known)
-            except Exception as error:  # Dynamo would wrap it
+            except Exception as error:  # noqa: BLE001  (raised by `state`: Dynamo would wrap it)
                 self._failed = error
         left = set(map(id, self._bins.left))
         return [id(each) in left for each in guards]

@@ -140,11 +140,13 @@ class LayerPlaces:
         return made
 
     def reads(self, group: Group, alike: Alike, guards: Iterable[Guarded]) -> Iterator[Read]:
-        """What the trace read and the other layer has otherwise."""
+        """What the trace read and the other layer has otherwise.
+
+        Args:
+            guards: those in the first layer.
+        """
         for guard in guards:
             place = guard.place
-            if not self.of(group, place):
-                continue
             one, other = self.values.at(place), self.values.at(self.moved(group, alike, place))
             if type(one) not in (int, str) or same(one, other):
                 continue

@@ -162,6 +162,14 @@ class _Reader:
         elif name in ("BUILD_TUPLE", "BUILD_LIST"):
             items = self._pop(arg)
             self._push(_Expr("tuple" if name == "BUILD_TUPLE" else "?", items=tuple(items)))
+        elif name == "COPY":
+            under = self._pop(arg)
+            if under[0].holds_loaded():
+                raise self._elsewhere("kept in a variable")
+            self._stack += [*under, under[0]]
+        elif name == "SWAP":
+            under = self._pop(arg)
+            self._stack += [under[-1], *under[1:-1], under[0]]
         elif name == "BUILD_MAP":
             pairs = self._pop(2 * arg)
             self._push(_Expr("map", key=_keys(pairs[::2]), items=tuple(pairs[1::2])))

@@ -181,13 +181,39 @@ class MemoryLike:
 
     def tensor(self, old: torch.Tensor) -> torch.Tensor:
         """A tensor that stands for ``old``, in memory of its own or where what ``old`` lies in has its counterpart."""
+        sizes, device = (old.shape, old.stride()), old.device
         held = self._memory.get(storage_id(old))
+        offset = old.storage_offset()
+        if held is None and type(offset) is int and offset == 0:
+            kind = old.dtype
+            made = _past_dispatcher(
+                old, lambda where: torch.empty_strided(*sizes, dtype=kind, device=where)
+            )
+            self.is_like(old, made)
+            return made
         if held is None:
             count = old.untyped_storage().nbytes() // old.element_size()
-            held = torch.empty((count,), dtype=old.dtype, device=old.device)
+            held = torch.empty((count,), dtype=old.dtype, device=device)
             self.is_like(old, held)
         flat = held if held.dtype == old.dtype else held.view(old.dtype)
-        return torch.as_strided(flat, old.shape, old.stride(), old.storage_offset())
+        return _past_dispatcher(flat, lambda _: torch.as_strided(flat, *sizes, offset))
+
+
+def _past_dispatcher(
+    fake: torch.Tensor, make: Callable[[torch.device | str], torch.Tensor]
+) -> torch.Tensor:
+    """What ``make(device)`` gives under the mode of ``fake``, without the mode's own work where torch can: that is some times as fast."""
+    device = fake.device
+    try:
+        from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
+    except ImportError:
+        return make(device)
+    if type(fake) is not FakeTensor:
+        return make(device)
+    mode = fake.fake_mode
+    with in_kernel_invocation_manager(mode):
+        meta = make("meta")
+    return mode.fake_tensor_converter.from_meta_and_device(mode, meta, device)
 
 
 def fake_mode_of(values: Iterable[object]) -> Any:

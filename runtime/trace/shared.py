@@ -131,10 +131,14 @@ class SharedLayers:
         own = torch.fx.GraphModule(gm, copy.deepcopy(gm.graph))
         own.meta = gm.meta
         flat = FlatGraph(own, list(inputs), self.marks, places)
+        inside = {
+            id(group): [each for each in guards if places.of(group, each.place)]
+            for group in self.marks.groups
+        }
         for mark in flat.calls:
             assert mark.alike is not None
             if id(mark.alike) not in self._reads:
-                read = places.reads(mark.group, mark.alike, guards)
+                read = places.reads(mark.group, mark.alike, inside[id(mark.group)])
                 self._reads[id(mark.alike)] = list(read)
         names = frozenset(each.name for found in self._reads.values() for each in found)
         slots = self._slots(names, code, found) if names else {}
