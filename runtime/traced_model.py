@@ -29,6 +29,7 @@ from piecework.runtime.pieces.backend import Admits, PieceworkBackend
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.example_sizes import KeptMarks, SizePolicy
 from piecework.runtime.trace.shape_guards import ShapeGuards
+from piecework.runtime.trace.shared import RepeatedLayers
 from piecework.runtime.trace.tracing import GraphInput, Weight, capture
 
 if TYPE_CHECKING:
@@ -103,10 +104,12 @@ class TracedModel:
         self.backend.require_registered()  # before a trace that may take long
         start = time.perf_counter()
         self.backend.compiler_manager.get_ready(pytree.tree_leaves((args, kwargs)))
-        captured = capture(model, args, kwargs, self._compile_graph, sizes=sizes)
+        layers = RepeatedLayers(self.backend.config.repeated_layers)
+        captured = capture(model, args, kwargs, self._compile_graph, sizes=sizes, repeated=layers)
         program = self.backend.program
         tracing = time.perf_counter() - start - sum(program.phases.values())
-        self.program = replace(program, phases={"capture": tracing, **program.phases})
+        phases = {"capture": tracing, **program.phases}
+        self.program = replace(program, phases=phases, layers=layers.text())
         self.entry = Entry(captured, self.program, as_it_is)
         if self.program.config.dynamic_shapes_config.evaluate_guards:
             self.guards = ShapeGuards(captured.graph, captured.inputs)

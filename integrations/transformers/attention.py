@@ -109,7 +109,7 @@ def attention_function(
     passed = {
         name: kwargs[name] for name in (*_LITERALS, *_TENSORS) if kwargs.get(name) is not None
     }
-    attention(query, key, value, out, layer_name=getattr(module, LAYER_NAME), **passed)
+    attention(query, key, value, out, layer_name=module._piecework_layer_name, **passed)
     return out, None
 
 

@@ -19,6 +19,8 @@ import torch
 from piecework.runtime.torch_compat import Place
 
 MISSING = object()
+#: On a ``forward`` that a layer has only while its model is traced, and that does what its own does.
+MARK = "_piecework_mark"
 
 CONSTANT_KINDS = {"CONSTANT_MATCH", "EQUALS_MATCH", "BOOL_MATCH", "NONE_MATCH"}
 IDENTITY_KINDS = {
@@ -299,7 +301,8 @@ def _seen(kind: str, now: Any, about: Any) -> object:
         case "TENSOR_MATCH":
             return _metadata(now)
         case "NOT_PRESENT_IN_GENERIC_DICT":
-            return about in getattr(now, "__dict__", ())
+            held = getattr(now, "__dict__", {})
+            return about in held and not hasattr(held[about], MARK)
     return _Identity(now) if kind in IDENTITY_KINDS else now
 
 

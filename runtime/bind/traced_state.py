@@ -10,7 +10,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -24,7 +24,17 @@ from piecework.runtime.bind.observable import Touch
 from piecework.runtime.bind.places import Step
 from piecework.runtime.torch_compat import Guarded, GuardReader, Place
 
-_OWN = os.path.dirname(__file__) + os.sep  # what calls the model, and packs its result
+_ROOMS = os.path.dirname(os.path.dirname(__file__))
+# What calls the model, and packs its result; what stands on layers that share a trace.
+_OWN = tuple(os.path.join(_ROOMS, room) + os.sep for room in ("bind", "regions"))
+
+
+class Layers(Protocol):
+    """The marks on layers that share a trace; see `piecework.runtime.trace.shared`."""
+
+    def without_marks(self, guards: Sequence[Guarded], values: Values) -> Sequence[Guarded]: ...
+
+    def complete(self, bins: Bins, guards: Sequence[Guarded]) -> None: ...
 
 
 class TraceGuards:
@@ -33,6 +43,7 @@ class TraceGuards:
     Args:
         model, args, kwargs: what is traced.
         variables: the globals of the function that is traced.
+        layers: what is known of layers that share the trace.
     """
 
     def __init__(
@@ -41,6 +52,7 @@ class TraceGuards:
         args: Sequence[object],
         kwargs: Mapping[str, object],
         variables: Mapping[str, object],
+        layers: Layers | None = None,
     ) -> None:
         arguments = {"args": tuple(args), "kwargs": dict(kwargs)}
         self._starts = {"local": {"model": model, **arguments}, "global": variables}
@@ -48,6 +60,8 @@ class TraceGuards:
         self._code: frozenset[types.CodeType] = frozenset()
         self._ordered: frozenset[str] | None = None
         self._bins: Bins | None = None
+        self._layers = layers
+        self._failed: Exception | None = None
         self.reader = GuardReader(self._sort)
 
     def look_inside(self) -> None:
@@ -56,9 +70,19 @@ class TraceGuards:
         self._code = frozenset(each for each in code if not each.co_filename.startswith(_OWN))
         self._ordered = torch_compat.ordered_places()
 
+    def values(self) -> Values:
+        """What is at places while the trace runs."""
+        return Values(self._starts)
+
     def _sort(self, guards: Sequence[Guarded]) -> list[bool]:
-        values = Values(self._starts)
-        self._bins = sort_guards(guards, values, self._arguments, self._code, self._ordered)
+        values, layers = self.values(), self._layers
+        known = guards if layers is None else layers.without_marks(guards, values)
+        self._bins = sort_guards(known, values, self._arguments, self._code, self._ordered)
+        if layers is not None:
+            try:
+                layers.complete(self._bins, known)
+            except Exception as error:  # noqa: BLE001  (raised by `state`: Dynamo would wrap it)
+                self._failed = error
         left = set(map(id, self._bins.left))
         return [id(each) in left for each in guards]
 
@@ -71,6 +95,8 @@ class TraceGuards:
         Raises:
             CaptureError: this torch does not show its guards.
         """
+        if self._failed is not None:
+            raise self._failed
         bins, manager = self._bins, torch_compat.kept_guards(code)
         if bins is None or (bins.left and manager is None):
             raise CaptureError(
@@ -98,7 +124,7 @@ class TraceGuards:
     def give_back(self) -> None:
         """Forget the example; torch keeps the reader's function."""
         self.reader.give_back()
-        self._starts, self._arguments = {}, ()
+        self._starts, self._arguments, self._layers = {}, (), None
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,6 +113,14 @@ class CompilationConfig(FrozenModel):
         description="Where the graph is cut: `ns::op` (every overload) or `ns::op.overload`. None "
         "is every op registered with `piecework.splitting_op`; an empty list cuts nowhere.",
     )
+    repeated_layers: Annotated[
+        Literal["found", "off"] | tuple[str, ...],
+        ignored("layers that share a trace have the graph that a trace of each has"),
+    ] = Field(
+        "off",
+        description="Which layers share one trace where they are alike: `found` (lists of at least 4 of one kind), the dotted "
+        "names of the modules that hold them (2 are enough there), or `off`.",
+    )
     compile_mm_encoder: Annotated[
         bool, ignored("it decides whether an encoder is compiled, not how")
     ] = Field(

@@ -69,6 +69,7 @@ class Program:
         passes: what the graph passes did, where somebody asked.
         dump: the stages as files.
         submod_lists: ``__vllm_submods__`` for each of ``compile_ranges``.
+        layers: what the trace did about repeated layers.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Program:
     passes: PassReport | None
     dump: Dump
     submod_lists: tuple[list[Callable[..., object]], ...]
+    layers: str = ""
 
     @property
     def compile_ranges(self) -> tuple[Range | None, ...]:
@@ -183,6 +185,7 @@ class Program:
             ranges=tuple(map(self._range_row, self.compile_ranges)),
             differences=differences(structures),
             passes=self.passes,
+            layers=self.layers,
         )
 
     def _range_row(self, compile_range: Range | None) -> RangeRow:

@@ -66,6 +66,7 @@ class Report:
         ranges: one row per range of batch sizes; a single row for all sizes where there are no ranges.
         differences: why pieces of nearly the same form were not shared.
         passes: what the graph passes matched; None unless ``pass_config.report_matches``.
+        layers: how many repeated layers one trace served, or why each was traced; "" where nothing is repeated or asked for.
     """
 
     model: str
@@ -77,6 +78,7 @@ class Report:
     ranges: tuple[RangeRow, ...]
     differences: tuple[Difference, ...]
     passes: PassReport | None = None
+    layers: str = ""
 
     @property
     def seconds(self) -> float:
@@ -92,6 +94,8 @@ class Report:
             lines += [
                 f"batch {r.batches}: {r.compiles} compiles, {r.seconds:.2f} s" for r in self.ranges
             ]
+        if self.layers:
+            lines.append(self.layers)
         if self.passes is not None:
             lines += str(self.passes).splitlines()
         for each in self.differences:

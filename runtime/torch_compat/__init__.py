@@ -35,6 +35,7 @@ from piecework.runtime.torch_compat.dynamo import (
     mark_unbacked,
     marked_dims,
     marks_of,
+    one_trace_at_a_time,
     original_of,
     own_symbol_per_dimension,
     placeholder_source,
@@ -139,6 +140,7 @@ from piecework.runtime.torch_compat.shapes import (
 )
 from piecework.runtime.torch_compat.side_effects import (
     no_replay,
+    tensors_given_attributes,
     writes_of_trace,
 )
 from piecework.runtime.torch_compat.switches import (
@@ -150,15 +152,18 @@ from piecework.runtime.torch_compat.switches import (
     stance_name,
 )
 from piecework.runtime.torch_compat.tensors import (
+    MemoryLike,
     abandon_capture,
     clear_cublas_workspaces,
     copy_each,
+    fake_mode_of,
     is_lazy,
     is_same_view,
     memory_apart,
     memory_span,
     metadata_guard,
     negative_view,
+    no_new_guards,
     storage_at,
     storage_id,
 )

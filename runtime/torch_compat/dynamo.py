@@ -214,6 +214,17 @@ def quiet_trial() -> Iterator[None]:
 _REPORTING = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 
 
+def one_trace_at_a_time() -> contextlib.AbstractContextManager[object]:
+    """Dynamo's own lock: while it is held, no other thread traces.
+
+    Raises:
+        AttributeError: this torch has none.
+    """
+    from torch._dynamo import convert_frame
+
+    return convert_frame.compile_lock
+
+
 def own_symbol_per_dimension() -> contextlib.AbstractContextManager[object]:
     """A context in which backed dimensions that happen to be equal in the example are not taken for one.
 

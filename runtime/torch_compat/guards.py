@@ -80,6 +80,17 @@ class GuardReader:
     def choose(self, entries: Sequence[Any]) -> list[bool]:
         return list(self._wanted([self._guarded(entry) for entry in entries]))
 
+    def so_far(self) -> list[Guarded]:
+        """What the trace that is running has guarded by now; what was there is not told."""
+        context = getattr(torch._guards.TracingContext.try_get(), "guards_context", None)
+        found = []
+        for guard in getattr(context, "dynamo_guards", None) or ():
+            about = types.SimpleNamespace(
+                orig_guard=guard, guard_type=guard.create_fn_name(), has_value=False, value=None
+            )
+            found.append(self._guarded(about))
+        return found
+
     def give_back(self) -> None:
         """Forget everything: torch keeps the function that it was given."""
         vars(self).clear()

@@ -73,6 +73,16 @@ def writes_of_trace(same: SameTensor) -> list[Write]:
     return found
 
 
+def tensors_given_attributes() -> bool:
+    """Whether code that the running trace went through, up to here, set attributes of tensors, which no fake value shows; True where torch doesn't say."""
+    from torch._dynamo.variables.tensor import TensorVariable
+
+    effects = _effects()
+    return effects is None or any(
+        isinstance(var, TensorVariable) for var in effects.store_attr_mutations
+    )
+
+
 _EXISTING = ("AttributeMutationExisting", "ValueMutationExisting")
 
 

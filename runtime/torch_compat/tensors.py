@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -193,3 +194,71 @@ def clear_cublas_workspaces() -> None:
     clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
     if clear is not None:
         clear()
+
+
+class MemoryLike:
+    """Fake tensors that lie in memory as others do. In: pairs that correspond. Out: for a tensor of the first kind one of the second.
+
+    Under a fake mode; nothing is computed on data.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[int, torch.Tensor] = {}
+        self._back: dict[int, int] = {}
+
+    def is_like(self, old: object, new: object) -> bool:
+        """Note that ``new`` stands for ``old``; False if memory is shared otherwise than what was noted before."""
+        if not (isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor)):
+            return True
+        before, after = storage_id(old), storage_id(new)
+        held = self._memory.setdefault(before, new)
+        return storage_id(held) == after and self._back.setdefault(after, before) == before
+
+    def tensor(self, old: torch.Tensor) -> torch.Tensor:
+        """A tensor that stands for ``old``, in memory of its own or where what ``old`` lies in has its counterpart."""
+        sizes, device = (old.shape, old.stride()), old.device
+        held = self._memory.get(storage_id(old))
+        offset = old.storage_offset()
+        if held is None and type(offset) is int and offset == 0:
+            kind = old.dtype
+            made = _past_dispatcher(
+                old, lambda where: torch.empty_strided(*sizes, dtype=kind, device=where)
+            )
+            self.is_like(old, made)
+            return made
+        if held is None:
+            count = old.untyped_storage().nbytes() // old.element_size()
+            held = torch.empty((count,), dtype=old.dtype, device=device)
+            self.is_like(old, held)
+        flat = held if held.dtype == old.dtype else held.view(old.dtype)
+        return _past_dispatcher(flat, lambda _: torch.as_strided(flat, *sizes, offset))
+
+
+def _past_dispatcher(
+    fake: torch.Tensor, make: Callable[[torch.device | str], torch.Tensor]
+) -> torch.Tensor:
+    """What ``make(device)`` gives under the mode of ``fake``, without the mode's own work where torch can: that is some times as fast."""
+    device = fake.device
+    try:
+        from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
+    except ImportError:
+        return make(device)
+    if type(fake) is not FakeTensor:
+        return make(device)
+    mode = fake.fake_mode
+    with in_kernel_invocation_manager(mode):
+        meta = make("meta")
+    return mode.fake_tensor_converter.from_meta_and_device(mode, meta, device)
+
+
+def fake_mode_of(values: Iterable[object]) -> Any:
+    """The mode that fake tensors and symbolic sizes belong to."""
+    return next(m for m in (getattr(value, "fake_mode", None) for value in values) if m is not None)
+
+
+@contextlib.contextmanager
+def no_new_guards(mode: Any) -> Iterator[None]:
+    """What is computed in the block leaves no guard on a size of ``mode``'s."""
+    suppressed = getattr(mode.shape_env, "suppress_guards", contextlib.nullcontext)
+    with suppressed():
+        yield

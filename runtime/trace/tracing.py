@@ -5,6 +5,7 @@ The model is traced once by Dynamo and never run on data; its weights and its st
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import types
@@ -24,6 +25,7 @@ from piecework.runtime.bind.reachable import modules_of, tensors_of
 from piecework.runtime.bind.traced_state import TracedState, TraceGuards
 from piecework.runtime.bind.weights import BoundWeights, Weight
 from piecework.runtime.counters import counters
+from piecework.runtime.regions.marks import Marks
 from piecework.runtime.trace.arguments import parameters_of
 from piecework.runtime.trace.assumptions import Assumptions
 from piecework.runtime.trace.dynamic_dims import unmarked_afterwards
@@ -54,6 +56,7 @@ from piecework.runtime.trace.results import (
     sizes_from_graph,
     stand_ins,
 )
+from piecework.runtime.trace.shared import RepeatedLayers, SharedLayers
 from piecework.runtime.trace.side_effects import HINT, Snapshot, refuse_writes
 from piecework.runtime.trace.untold import (
     PLACE_IN_AUTOGRAD,
@@ -138,6 +141,7 @@ def capture(
     *,
     dynamic: bool | None = None,
     sizes: SizePolicy | None = None,
+    repeated: RepeatedLayers | None = None,
 ) -> Capture:
     """Trace ``model`` and hand its graph to ``compile_graph`` while Dynamo's tracing context is open.
 
@@ -151,15 +155,18 @@ def capture(
             raises a `CaptureError` of it or a compiler asks for a size's number, one that serves sizes of 2 and more (or the example's 0 or 1). No size is fixed
             because the example's happens to equal another number. Where neither can be traced and compiled, fewer dimensions are
             dynamic, if the policy has a narrower one.
+        repeated: which layers may share one trace; None: each is traced.
 
     Raises:
         CaptureError: a graph break, no tensor operation, state that the forward changes in Python, an error of the model's
             own, or an input or output that cannot be traced back.
     """
     _require_fitting(model, args, kwargs)
+    layers = RepeatedLayers() if repeated is None else repeated
     if sizes is None:
         leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
-        return _capture_once(model, args, kwargs, compile_graph, dynamic_wish(leaves, dynamic))
+        wish = dynamic_wish(leaves, dynamic)
+        return _capture_once(model, args, kwargs, compile_graph, layers, wish)
     wide = False
 
     def compile_noting(graph: torch.fx.GraphModule, inputs: tuple[GraphInput, ...]) -> None:
@@ -168,14 +175,14 @@ def capture(
         compile_graph(graph, inputs)
 
     try:
-        return _capture_freely(model, args, kwargs, compile_noting, sizes)
+        return _capture_freely(model, args, kwargs, compile_noting, layers, sizes)
     except (CaptureError, PieceCompileError) as error:
         narrower = sizes.narrower(args, kwargs)
         if narrower is None or (isinstance(error, PieceCompileError) and not wide):
             raise
         _log.info("tried again with the batch alone dynamic: %s", error)
         try:
-            return _capture_freely(model, args, kwargs, compile_graph, narrower)
+            return _capture_freely(model, args, kwargs, compile_graph, layers, narrower)
         except (CaptureError, PieceCompileError) as again:
             _log.info("not traced with the batch alone dynamic: %s", again)
             raise error from error.__cause__
@@ -193,20 +200,21 @@ def _capture_freely(
     args: Sequence[object],
     kwargs: Mapping[str, object],
     compile_graph: GraphCompiler,
+    layers: RepeatedLayers,
     sizes: SizePolicy,
 ) -> Capture:
     """Trace for every size at once, else for sizes of 2 and more, of other example sizes where these would be fixed."""
     try:
         with torch_compat.quiet_trial(), sizes.every_size(args, kwargs) as marked:
             if marked:
-                return _capture_once(model, args, kwargs, compile_graph, sizes.dynamic)
+                return _capture_once(model, args, kwargs, compile_graph, layers, sizes.dynamic)
     except CaptureError as error:
         _log.info("not traced for every size at once: %s", error)
     except PieceCompileError as error:
         if not torch_compat.data_dependent(error):
             raise
         _log.info("not compiled for every size at once: %s", error)
-    once = partial(_capture_larger, model, sizes, compile_graph)
+    once = partial(_capture_larger, model, sizes, compile_graph, layers)
     try:
         return once(args, kwargs, partial(_require_free_batch, sizes))
     except _FixedBatch as fixed:
@@ -225,12 +233,13 @@ def _capture_larger(
     model: Callable[..., object],
     sizes: SizePolicy,
     compile_graph: GraphCompiler,
+    layers: RepeatedLayers,
     args: Sequence[object],
     kwargs: Mapping[str, object],
     check: Callable[[torch.fx.GraphModule, Mapping[int, object]], None] | None = None,
 ) -> Capture:
     with sizes.larger_sizes(args, kwargs):
-        return _capture_once(model, args, kwargs, compile_graph, sizes.dynamic, check)
+        return _capture_once(model, args, kwargs, compile_graph, layers, sizes.dynamic, check)
 
 
 class _FixedBatch(CaptureError):
@@ -296,14 +305,23 @@ def _capture_once(
     args: Sequence[object],
     kwargs: Mapping[str, object],
     compile_graph: GraphCompiler,
+    layers: RepeatedLayers,
     dynamic: bool | None,
     check: Callable[[torch.fx.GraphModule, Mapping[int, object]], None] | None = None,
 ) -> Capture:
-    try:
-        return _capture_with(model, args, kwargs, compile_graph, dynamic, check, {})
-    except UnreachableInput:  # then it is a constant like any other that the trace read
-        fixed = {"specialize_int": True}
-        return _capture_with(model, args, kwargs, compile_graph, dynamic, check, fixed)
+    """Trace once: with one trace for layers that are alike, where that can be shown to be right."""
+    while True:
+        marks = layers.marks(model)
+        once = partial(
+            _capture_with, model, args, kwargs, compile_graph, dynamic, check, layers, marks
+        )
+        try:
+            return once({})
+        except UnreachableInput:  # then it is a constant like any other that the trace read
+            return once({"specialize_int": True})
+        except Exception as error:
+            if marks is None or not layers.gave_up(marks, error):
+                raise
 
 
 def _capture_with(
@@ -313,6 +331,8 @@ def _capture_with(
     compile_graph: GraphCompiler,
     dynamic: bool | None,
     check: Callable[[torch.fx.GraphModule, Mapping[int, object]], None] | None,
+    layers: RepeatedLayers,
+    marks: Marks | None,
     settings: Mapping[str, object],
 ) -> Capture:
     leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
@@ -320,18 +340,20 @@ def _capture_with(
     sources = {source: i for i, source in enumerate(leaf_sources(args, kwargs))}
     held = tensors_of(model)
     trace = _Trace()
+    shared = None if marks is None else SharedLayers(model, marks)
 
     def run(traced: types.FunctionType) -> tuple[object, TracedState]:
         # Dynamo caches by code object, and puts what it compiles into the function's globals: with copies of its own, captures
         # are independent of each other, and nothing outlives them.
         code = traced.__code__.replace()
         function = types.FunctionType(code, dict(traced.__globals__), "piecework_capture")
-        guards = TraceGuards(model, args, kwargs, function.__globals__)
+        guards = TraceGuards(model, args, kwargs, function.__globals__, shared)
         called = partial(backend, guards)
         try:
-            result = _run_dynamo(
-                function, (model, *args), kwargs, called, guards, dynamic, settings
-            )
+            with contextlib.nullcontext() if marks is None else marks.put_on():
+                result = _run_dynamo(
+                    function, (model, *args), kwargs, called, guards, dynamic, settings
+                )
             return result, guards.state(code, _argument_names(model, args, kwargs))
         finally:
             guards.give_back()
@@ -339,8 +361,12 @@ def _capture_with(
     def backend(
         guards: TraceGuards, gm: torch.fx.GraphModule, example_inputs: list[object]
     ) -> Callable[..., object]:
-        trace.graph = gm
         guards.look_inside()
+        if shared is not None:
+            gm, example_inputs = shared.write_out(
+                gm, example_inputs, guards.reader, guards.values()
+            )
+        trace.graph = gm
         refuse_writes(gm, example_inputs, _argument_names(model, args, kwargs))
         trace.inputs = trace_back(gm, example_inputs, leaves, names, sources, held)
         trace.fakes = _fakes(leaves, sources)
@@ -376,6 +402,8 @@ def _capture_with(
             where=changed,
             hint=HINT,
         )
+    if shared is not None:
+        layers.note(shared)
     counters.num_graphs_seen += 1
     result_leaves, out_spec = pytree.tree_flatten(opened(result))
     assumptions = _assumptions(trace, leaves, names)

@@ -43,7 +43,7 @@ def refuse_globals(
     """
     given = {id(leaf): n for n, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
     code = dict.fromkeys(torch_compat.traced_code()) if given else {}
-    for scope, each in _scopes(model, code):
+    for scope, each in scopes(model, code):
         named = set(each.co_names)
         for name in named & scope.keys():
             for tensor in _tensors_in(scope[name], named, _DEPTH):
@@ -54,7 +54,7 @@ def refuse_globals(
                     )
 
 
-def _scopes(
+def scopes(
     model: Callable[..., object], code: Iterable[types.CodeType]
 ) -> Iterator[tuple[Mapping[str, object], types.CodeType]]:
     """The global names of traced code: those of the module whose file it is from, and of the model's own functions."""

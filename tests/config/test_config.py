@@ -40,6 +40,7 @@ REQUIRED_FIELDS = [
     "backend",
     "custom_ops",
     "splitting_ops",
+    "repeated_layers",
     "compile_mm_encoder",
     "compile_sizes",
     "compile_ranges_endpoints",

@@ -37,6 +37,7 @@ ORDER = (
     "runtime.pieces",
     "runtime.compilers",
     "runtime.trace",
+    "runtime.regions",
     "runtime.passes",
     "runtime.observe",
     "runtime.config",

@@ -1,0 +1,313 @@
+"""Where a number or text of a layer goes. In: the code that a trace went through, and an attribute's name. Out: the operators' arguments that it is handed to; or why it may go elsewhere.
+
+Layers hand their name or index to an operator. The graph has it as a literal, and that of another layer is known without a trace if it
+goes nowhere else. The byte code shows that: each place that loads an attribute of this name must hand it straight to a call of an
+operator. What is not understood is refused.
+"""
+
+from __future__ import annotations
+
+import dis
+import types
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._ops import OpOverload, OpOverloadPacket
+
+from piecework.code_objects import with_inner_code
+from piecework.runtime.bind.guards import is_torchs
+from piecework.runtime.regions.marks import Refused
+from piecework.runtime.splitting_op import SplittingOp
+
+Resolve = Callable[[types.CodeType, str], object]
+#: An argument of an operator: the operator's name and the argument's.
+Slot = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Expr:
+    """What is known of a value on the stack: ``global``, ``local``, ``const``, ``attr``, ``tuple``, ``map``, ``loaded``, ``null``, ``?``."""
+
+    kind: str
+    base: _Expr | None = None
+    key: Any = None
+    items: tuple[_Expr, ...] = ()
+
+    def holds_loaded(self) -> bool:
+        return self.kind == "loaded" or any(each.holds_loaded() for each in self.items)
+
+
+_UNKNOWN, _NULL = _Expr("?"), _Expr("null")
+_NOTHING = {
+    *("RESUME", "NOP", "CACHE", "PRECALL", "EXTENDED_ARG", "COPY_FREE_VARS", "MAKE_CELL"),
+    *("NOT_TAKEN", "SETUP_ANNOTATIONS"),
+}
+# Instructions that take so many values and leave one of which nothing is known.
+_TAKES = {
+    **dict.fromkeys(("BINARY_OP", "BINARY_SUBSCR", "COMPARE_OP", "IS_OP", "CONTAINS_OP"), 2),
+    **dict.fromkeys(("UNARY_NEGATIVE", "UNARY_NOT", "UNARY_INVERT", "GET_ITER", "TO_BOOL"), 1),
+}
+_OF_GLOBALS = {
+    "LOAD_NAME",
+    "STORE_NAME",
+    "DELETE_NAME",
+    "DELETE_GLOBAL",
+    "IMPORT_NAME",
+    "IMPORT_FROM",
+}
+_COMPUTES = {"vars", "dir", "eval", "exec", "__dict__", "__getattribute__", "attrgetter", "locals"}
+_LOOK_UPS = ("__getattribute__", "__getattr__")
+
+
+def slots_of(
+    names: frozenset[str],
+    code: Iterable[types.CodeType],
+    resolve: Resolve,
+    owners: Mapping[types.CodeType, list[torch.nn.Module]],
+    kinds: Iterable[type],
+) -> dict[Slot, str]:
+    """Which operators' arguments get attributes of these names, by which name.
+
+    Args:
+        names: attributes.
+        code: all code that the trace went through.
+        resolve: what a global name is to code; raises `LookupError` if that is not known.
+        owners: the modules whose ``forward`` a code object is.
+        kinds: the classes of what is in the layers.
+
+    Raises:
+        Refused: an attribute of a name may go elsewhere.
+    """
+    found: dict[Slot, str] = {}
+    own = {_code_of(kind, name) for kind in kinds for name in _LOOK_UPS}
+    for each in with_inner_code(code):
+        texts = {text for text in each.co_consts if type(text) is str}
+        if names & texts or _matches(each, names):
+            raise Refused(f"{_place(each)} may ask for {min(names)} by its name", names)
+        used = set(each.co_names)
+        # How objects of other classes find their attributes says nothing of the layers'.
+        free = _is_fixed(each) or (each.co_name in _LOOK_UPS and each not in own)
+        if not free and used & _COMPUTES:
+            raise Refused(f"{_place(each)} looks attributes up by names that it computes", names)
+        if names & used or ("getattr" in used and not free):
+            for slot, name in _Reader(names, each, resolve, owners.get(each, [])).read().items():
+                if found.setdefault(slot, name) != name:
+                    raise Refused(f"argument {slot[1]} of {slot[0]} has several origins", names)
+    return found
+
+
+def _matches(code: types.CodeType, names: frozenset[str]) -> bool:
+    """Whether a pattern may ask for an attribute."""
+    groups = (each for each in code.co_consts if type(each) is tuple)
+    return any(names & {x for x in each if type(x) is str} for each in groups) and any(
+        each.opname == "MATCH_CLASS" for each in dis.get_instructions(code)
+    )
+
+
+def _is_fixed(code: types.CodeType) -> bool:
+    """Whether code is torch's own, and not what stands in a trace for a function written in C."""
+    return is_torchs(code) and "polyfills" not in code.co_filename
+
+
+def _code_of(kind: type, name: str) -> object:
+    return getattr(getattr(kind, name, None), "__code__", None)
+
+
+def _place(code: types.CodeType) -> str:
+    return code.co_qualname
+
+
+@dataclass(slots=True)
+class _Reader:
+    names: frozenset[str]
+    code: types.CodeType
+    resolve: Resolve
+    owners: list[torch.nn.Module]
+    found: dict[Slot, str] = field(default_factory=dict)
+    _stack: list[_Expr] = field(default_factory=list)
+    _keywords: tuple[str, ...] = ()
+
+    def read(self) -> dict[Slot, str]:
+        for instruction in dis.get_instructions(self.code):
+            if instruction.is_jump_target:
+                self._forget("where code joins")
+            self._step(instruction)
+        return self.found
+
+    def _step(self, step: dis.Instruction) -> None:
+        name, arg, value = step.opname, step.arg or 0, step.argval
+        if name in _NOTHING:
+            return
+        if name == "KW_NAMES":
+            # The names themselves are a constant of the code.
+            self._keywords = self.code.co_consts[arg]
+        elif name == "PUSH_NULL":
+            self._push(_NULL)
+        elif name in ("LOAD_CONST", "LOAD_SMALL_INT"):
+            self._push(_Expr("const", key=value))
+        elif name.startswith("LOAD_FAST"):
+            for local in value if isinstance(value, tuple) else (value,):
+                self._push(_Expr("local", key=local))
+        elif name == "LOAD_GLOBAL":
+            if arg & 1:
+                self._push(_NULL)
+            self._push(_Expr("global", key=value))
+        elif name == "LOAD_DEREF":
+            self._push(_UNKNOWN)
+        elif name in ("LOAD_ATTR", "LOAD_METHOD"):
+            method = name == "LOAD_METHOD" or (bool(arg & 1) and _METHOD_FORM)
+            self._attribute(str(value), method)
+        elif name in ("BUILD_TUPLE", "BUILD_LIST"):
+            items = self._pop(arg)
+            self._push(_Expr("tuple" if name == "BUILD_TUPLE" else "?", items=tuple(items)))
+        elif name == "COPY":
+            under = self._pop(arg)
+            if under[0].holds_loaded():
+                raise self._elsewhere("kept in a variable")
+            self._stack += [*under, under[0]]
+        elif name == "SWAP":
+            under = self._pop(arg)
+            self._stack += [under[-1], *under[1:-1], under[0]]
+        elif name == "BUILD_MAP":
+            pairs = self._pop(2 * arg)
+            self._push(_Expr("map", key=_keys(pairs[::2]), items=tuple(pairs[1::2])))
+        elif name == "BUILD_CONST_KEY_MAP":
+            (keys,) = self._pop(1)
+            self._push(_Expr("map", key=keys.key, items=tuple(self._pop(arg))))
+        elif name in ("DICT_MERGE", "DICT_UPDATE"):
+            self._take(1, "merged into a dictionary")
+        elif name == "CALL":
+            self._call(self._pop(arg), self._keywords)
+        elif name == "CALL_KW":
+            (keys,) = self._pop(1)
+            self._call(self._pop(arg), keys.key or ())
+        elif name == "CALL_FUNCTION_EX":
+            self._call_spread(arg)
+        elif name in ("POP_TOP", "STORE_FAST", "STORE_GLOBAL", "STORE_DEREF", "RETURN_VALUE"):
+            self._take(1, "kept in a variable")
+        elif name in _TAKES:
+            self._take(_TAKES[name], "computed with")
+            self._push(_UNKNOWN)
+        elif step.opcode in dis.hasname and value in self.names and name not in _OF_GLOBALS:
+            raise self._elsewhere(f"at {name}")
+        else:
+            self._forget(f"at {name}")
+
+    def _push(self, value: _Expr) -> None:
+        self._stack.append(value)
+
+    def _pop(self, count: int) -> list[_Expr]:
+        """The uppermost values, the lowest first; below what is known, nothing is."""
+        have = self._stack[len(self._stack) - min(count, len(self._stack)) :]
+        del self._stack[len(self._stack) - len(have) :]
+        return [_UNKNOWN] * (count - len(have)) + have
+
+    def _take(self, count: int, how: str) -> None:
+        if any(each.holds_loaded() for each in self._pop(count)):
+            raise self._elsewhere(how)
+
+    def _forget(self, how: str) -> None:
+        if any(each.holds_loaded() for each in self._stack):
+            raise self._elsewhere(how)
+        self._stack.clear()
+
+    def _elsewhere(self, how: str) -> Refused:
+        text = ", ".join(sorted(self.names))
+        return Refused(
+            f"{_place(self.code)} does more with {text} than hand it to an operator ({how})",
+            self.names,
+        )
+
+    def _attribute(self, name: str, method: bool) -> None:
+        (base,) = self._pop(1)
+        if base.holds_loaded() or (method and name in self.names):
+            raise self._elsewhere("an attribute of it is read")
+        loaded = name in self.names
+        made = _Expr("loaded", key=name) if loaded else _Expr("attr", base, name)
+        self._push(made)
+        if method:
+            self._push(_NULL)
+
+    def _call(self, args: list[_Expr], keywords: tuple[str, ...]) -> None:
+        self._keywords = ()
+        callee = next((each for each in self._pop(2) if each is not _NULL), _UNKNOWN)
+        plain = len(args) - len(keywords)
+        named = dict(zip(keywords, args[plain:], strict=True))
+        self._called(callee, args[:plain], named)
+        self._push(_UNKNOWN)
+
+    def _call_spread(self, flags: int) -> None:
+        named: dict[str, _Expr] = {}
+        if flags & 1 or _ALWAYS_KEYWORDS:
+            (given,) = self._pop(1)
+            if given.kind == "map" and given.key is not None:
+                named = dict(zip(given.key, given.items, strict=True))
+            elif given.holds_loaded():
+                raise self._elsewhere("in a dictionary of arguments")
+        (args,) = self._pop(1)
+        if args.holds_loaded() and args.kind != "tuple":
+            raise self._elsewhere("in a list of arguments")
+        callee = next((each for each in self._pop(2) if each is not _NULL), _UNKNOWN)
+        self._called(callee, list(args.items), named)
+        self._push(_UNKNOWN)
+
+    def _called(self, callee: _Expr, args: list[_Expr], named: Mapping[str, _Expr]) -> None:
+        looks_up = callee == _Expr("global", key="getattr") and not _is_fixed(self.code)
+        if looks_up and (len(args) < 2 or args[1].kind != "const"):
+            raise Refused(
+                f"{_place(self.code)} looks attributes up by names that it computes", self.names
+            )
+        given = [(index, each) for index, each in enumerate(args)]
+        for key, each in [*given, *named.items()]:
+            if each.kind == "loaded":
+                op = _operator(self._object(callee))
+                if op is None:
+                    raise self._elsewhere("it is an argument of a call that is no operator's")
+                schema = op._schema
+                argument = schema.arguments[key].name if isinstance(key, int) else str(key)
+                if self.found.setdefault((schema.name, argument), each.key) != each.key:
+                    raise self._elsewhere("one argument has several origins")
+            elif each.holds_loaded():
+                raise self._elsewhere("inside of an argument")
+
+    def _object(self, expr: _Expr) -> object:
+        """What an expression is while the trace runs; None if that is not known."""
+        try:
+            if expr.kind == "global":
+                return self.resolve(self.code, expr.key)
+            if expr.kind == "attr" and expr.base is not None:
+                if expr.base == _Expr("local", key=self.code.co_varnames[0]):
+                    found = [getattr(each, expr.key) for each in self.owners]
+                    return found[0] if found and all(x is found[0] for x in found) else None
+                base = self._object(expr.base)
+                if isinstance(base, (types.ModuleType, OpOverloadPacket, torch._ops._OpNamespace)):
+                    return getattr(base, expr.key)
+        except (LookupError, AttributeError):
+            pass
+        return None
+
+
+def _keys(keys: list[_Expr]) -> tuple[str, ...] | None:
+    return tuple(each.key for each in keys) if all(each.kind == "const" for each in keys) else None
+
+
+def _operator(value: object) -> OpOverload | None:
+    if isinstance(value, SplittingOp):
+        return value.overload
+    if isinstance(value, OpOverloadPacket):
+        return value.default if value.overloads() == ["default"] else None
+    if isinstance(value, torch.library.CustomOpDef):
+        return value._opoverload
+    return value if isinstance(value, OpOverload) else None
+
+
+def _flags() -> tuple[bool, bool]:
+    """Whether loads of attributes come in a form for methods, and calls with spread arguments always have keywords."""
+    import sys
+
+    return sys.version_info >= (3, 12), sys.version_info >= (3, 14)
+
+
+_METHOD_FORM, _ALWAYS_KEYWORDS = _flags()
