@@ -433,3 +433,10 @@ def test_a_key_file_signs_what_is_kept(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PIECEWORK_CACHE_KEY_FILE", str(tmp_path / "gone"))
     with pytest.raises(CacheError, match="can't be read"):
         opened(cache_dir=tmp_path / "cache")
+
+
+def test_piecework_itself_is_in_the_key() -> None:
+    from piecework.runtime.pieces import disk
+
+    assert all((disk._PACKAGE / room / "__init__.py").is_file() for room in ("codegen", "runtime"))
+    assert any((disk._PACKAGE / "templates").iterdir())
