@@ -650,7 +650,8 @@ class StitchedModule(SharedModule):
         return found
 
     def _device(self) -> str:
-        return next((each.static.shape.device.type for each in self._traces if each.static), "cpu")
+        held = (each.static.graphs for each in self._traces if each.static)
+        return next((graphs.platform.device.type for graphs in held), "cpu")
 
     def _trace_of_one(
         self, sizes: Sequence[int] | None, options: CaptureOptions

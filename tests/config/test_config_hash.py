@@ -24,6 +24,8 @@ from piecework.runtime.identity.values import canonical
 # A base without conflicts under any single change below, and one other value for each field.
 BASE = {"splitting_ops": ["a::b"], "cudagraph_mode": "FULL", "cudagraph_capture_sizes": [1, 4]}
 OTHER = {
+    "repeated_layers": "found",
+    "strict": True,
     "mode": 2,
     "backend": "eager",
     "debug_dump_path": "dumps",
