@@ -178,5 +178,5 @@ def test_an_option_that_does_not_exist_is_refused() -> None:
     model = piecework.compile(
         lambda x: x * 2, (torch.randn(4, 2),), config=CompilationConfig(backend="eager")
     )
-    with pytest.raises(TypeError, match="colour"):
+    with pytest.raises(ConfigError, match="no option 'colour'"):
         model.capture([2], colour="red")

@@ -77,7 +77,7 @@ def test_graphs_are_kept_where_they_were_faster(
         better = faster if size == 4 else "captured"
         return MeasuredSize(size, {**dict.fromkeys(ways, 2.0), better: 1.0})  # type: ignore[call-overload]
 
-    monkeypatch.setattr("piecework.runtime.traced_model.measured", judge)
+    monkeypatch.setattr("piecework.runtime.graphs.serve.measured.measured", judge)
     stitched = compiled()
     found = stitched.measure([2, 4])
     assert found.worth_capturing == ((2, 4) if faster == "captured" else (2,))

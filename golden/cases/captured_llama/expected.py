@@ -5,9 +5,9 @@
 # splitting ops: piecework::attention (2 submodules)
 #
 # __vllm_submods__:
-#   [0] submod_0  fde5868d
-#   [1] submod_2  47b386ed
-#   [2] submod_4  9291b6e1
+#   [0] submod_0  d473991d
+#   [1] submod_2  4966b773
+#   [2] submod_4  cfde328a
 #
 # __vllm_consts__:
 #   [0] function attention

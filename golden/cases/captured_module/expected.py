@@ -5,9 +5,9 @@
 # splitting ops: golden_captured_module::attention (2 submodules)
 #
 # __vllm_submods__:
-#   [0] submod_0  f2abf428
-#   [1] submod_2  1bfd1448
-#   [2] submod_4  01a582a7
+#   [0] submod_0  140b6eca
+#   [1] submod_2  55286bc0
+#   [2] submod_4  6ae891f7
 #
 # __vllm_consts__:
 #   [0] function attention

@@ -5,9 +5,9 @@
 # splitting ops: replay_golden::fresh, replay_golden::mix (2 submodules)
 #
 # __vllm_submods__:
-#   [0] submod_0  8a25f836
-#   [1] submod_2  0983bc5d
-#   [2] submod_4  eabbafd8
+#   [0] submod_0  1d014b21
+#   [1] submod_2  53be7c1a
+#   [2] submod_4  f626b982
 
 import torch
 
