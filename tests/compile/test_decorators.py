@@ -74,7 +74,6 @@ def test_the_model_is_emitted_as_piecework_compile_emits_it() -> None:
     model(x)
     bare = Model.__mro__[1]
     assert bare is nn.Module  # no class was put in between
-    torch._dynamo.mark_dynamic(x, 0)
     direct = piecework.compile(model, (x,), config=EAGER)
     assert stitched(model).source.code == direct.source.code
 
