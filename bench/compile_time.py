@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +21,9 @@ import piecework
 from piecework.bench.result import Result, Row, Target, machine
 
 DEPTHS = (4, 8, 16, 32)
-CONTENDERS = ("stock", "piecework")
+# With ``nested_compile_region`` on the layer, stock needs sizes that are numbers for models that look at more of them.
+CONTENDERS = ("stock", "stock, marked layer", "piecework", "piecework, layers found")
+MODELS = ("small", "llama")
 
 
 @piecework.splitting_op("bench_compile::attention", mutates_args=("out",))
@@ -59,23 +61,59 @@ def build(depth: int) -> tuple[torch.nn.Module, torch.Tensor]:
     return model, torch.randn(6, 64)
 
 
-def measure_here(contender: str, depth: int) -> dict[str, object]:
+def build_llama(depth: int) -> tuple[torch.nn.Module, torch.Tensor]:
+    """transformers' Llama, hidden size 64, and token ids."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 128}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=depth, **sizes, **heads))
+    return model.eval().requires_grad_(False), torch.arange(12).reshape(2, 6)
+
+
+def measure_here(name: str, contender: str, depth: int) -> dict[str, object]:
     """Compile once in this process; the caller gives it empty caches."""
-    model, x = build(depth)
-    expected = model(x)
-    start = time.perf_counter()
-    if contender == "stock":
-        compiled = torch.compile(model, fullgraph=True, dynamic=True)
-    else:
-        compiled = piecework.compile(model, (x,))
+    model, x = build(depth) if name == "small" else build_llama(depth)
     with torch.no_grad():
-        result = compiled(x)
-    seconds = time.perf_counter() - start
+        expected = _tensor(model(x))
+        start = time.perf_counter()
+        if contender.startswith("stock"):
+            result = _tensor(_stock(model, "marked" in contender)(x))
+        else:
+            config = piecework.CompilationConfig(
+                repeated_layers="found" if "found" in contender else "off"
+            )
+            result = _tensor(_stitched(name, model, x, config)(x))
+        seconds = time.perf_counter() - start
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
     return {"seconds": seconds, "compiles": piecework.counters.num_inductor_compiles}
 
 
-def measure(contender: str, depth: int) -> dict[str, object]:
+def _tensor(result: object) -> torch.Tensor:
+    return result if isinstance(result, torch.Tensor) else result.logits  # type: ignore[attr-defined]
+
+
+def _stock(model: torch.nn.Module, marked: bool) -> Callable[..., object]:
+    """Stock ``torch.compile``; with marked layers of static sizes, for which each layer may have an entry."""
+    if marked:
+        layers = next(m for m in model.modules() if len(list(m.children())) > 3)
+        kind = type(next(layers.children()))
+        kind.forward = torch.compiler.nested_compile_region(kind.forward, max_reuse_entries=1000)  # type: ignore[method-assign]
+    return torch.compile(model, fullgraph=True, dynamic=not marked)
+
+
+def _stitched(
+    name: str, model: torch.nn.Module, x: torch.Tensor, config: piecework.CompilationConfig
+) -> Callable[..., object]:
+    if name == "small":
+        return piecework.compile(model, (x,), config=config)
+    from piecework.integrations.transformers import stitch
+
+    return stitch(model, config=config)
+
+
+def measure(name: str, contender: str, depth: int) -> dict[str, object]:
     """One cold compile in a process of its own."""
     with tempfile.TemporaryDirectory(prefix="piecework-bench-") as folder:
         environment = {
@@ -85,7 +123,15 @@ def measure(contender: str, depth: int) -> dict[str, object]:
             "PIECEWORK_CACHE_DIR": str(Path(folder, "piecework")),
         }
         done = subprocess.run(
-            [sys.executable, "-m", "piecework.bench.compile_time", "--one", contender, str(depth)],
+            [
+                sys.executable,
+                "-m",
+                "piecework.bench.compile_time",
+                "--one",
+                name,
+                contender,
+                str(depth),
+            ],
             capture_output=True,
             text=True,
             env=environment,
@@ -94,17 +140,17 @@ def measure(contender: str, depth: int) -> dict[str, object]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run(depths: Sequence[int] = DEPTHS) -> Result:
+def run(depths: Sequence[int] = DEPTHS, name: str = "small") -> Result:
     rows: list[Row] = []
     seconds: dict[tuple[str, int], float] = {}
     compiles: dict[int, object] = {}
     for depth in depths:
         for contender in CONTENDERS:
-            found = measure(contender, depth)
+            found = measure(name, contender, depth)
             seconds[contender, depth] = float(str(found["seconds"]))
             if contender == "piecework":
                 compiles[depth] = found["compiles"]
-            note = f"{found['compiles']} compiles" if contender == "piecework" else "1 graph"
+            note = "1 graph" if contender.startswith("stock") else f"{found['compiles']} compiles"
             ratio = seconds[contender, depth] / seconds["stock", depth]
             rows.append(
                 Row({"layers": depth}, contender, seconds[contender, depth], {"stock": ratio}, note)
@@ -128,6 +174,15 @@ def run(depths: Sequence[int] = DEPTHS) -> Result:
             growth("piecework") / growth("stock"),
         ),
     ]
+    shared = "piecework, layers found"
+    targets.append(
+        Target(
+            "B4",
+            f"{last} layers, of the time of {first}, where layers share a trace",
+            1.15,
+            seconds[shared, last] / seconds[shared, first],
+        )
+    )
     if 32 in depths:
         targets.append(
             Target(
@@ -158,14 +213,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=None, help="folder for the JSON and the plot")
     parser.add_argument("--layers", type=int, nargs="+", default=list(DEPTHS))
+    parser.add_argument("--model", choices=MODELS, default="small")
     parser.add_argument(
-        "--one", nargs=2, metavar=("CONTENDER", "LAYERS"), help="measure in this process"
+        "--one", nargs=3, metavar=("MODEL", "CONTENDER", "LAYERS"), help="measure in this process"
     )
     options = parser.parse_args(arguments)
     if options.one:
-        print(json.dumps(measure_here(options.one[0], int(options.one[1]))))
+        print(json.dumps(measure_here(*options.one[:2], int(options.one[2]))))
         return 0
-    result = run(options.layers)
+    result = run(options.layers, options.model)
     result.print()
     if options.out is not None:
         for path in result.save(options.out, "compile_time"):

@@ -1,0 +1,111 @@
+"""Families of transformers whose layers share a trace: the graph is that of a trace of every layer, and the tokens are the model's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from flat_trace import require_one_graph
+
+from piecework.integrations.transformers import stitch, unstitch
+from piecework.integrations.transformers.admission import admit, forget_layers
+from piecework.integrations.transformers.flat import (
+    FlatIdsForward,
+    TokenDimension,
+    as_traced,
+    example_inputs,
+)
+from piecework.integrations.transformers.stitcher import stitched_module
+from piecework.runtime.config.compilation import CompilationConfig
+
+transformers = pytest.importorskip("transformers")
+
+SHARING = CompilationConfig(backend="eager", repeated_layers="found")
+WINDOW = 4
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+TURNS = {"layer_types": ["sliding_attention", "full_attention"] * 4, "sliding_window": WINDOW}
+MERGED = {
+    "llama": {},
+    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, **TURNS},
+    "mixtral": MIXTURE,
+}
+NIGHTLY = {
+    "mistral": {"sliding_window": WINDOW},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": WINDOW},
+    "phi3": {},
+    "gpt2": {"n_inner": 48},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "gpt_oss": {
+        **MIXTURE,
+        "head_dim": 8,
+        **TURNS,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "deepseek_v3": {  # the first layer is dense, the others have experts
+        "num_key_value_heads": 4,
+        "num_experts_per_tok": 2,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "moe_intermediate_size": 16,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 16,
+        "first_k_dense_replace": 1,
+    },
+}
+FAMILIES = [*MERGED, *(pytest.param(name, marks=pytest.mark.nightly) for name in NIGHTLY)]
+
+
+def build(family: str) -> torch.nn.Module:
+    sizes = {**SIZES, **{**MERGED, **NIGHTLY}[family]}
+    torch.manual_seed(0)
+    config = transformers.CONFIG_MAPPING[family](**sizes)
+    return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_graph_is_the_flat_one(family: str) -> None:
+    model = build(family)
+    decoder = model.get_decoder()
+    forward = decoder.forward
+    serving = admit(model, decoder, forward)
+    for rope in serving.ropes:
+        rope.hold()
+    try:
+        with as_traced(decoder), torch.no_grad():
+            given = tuple(example_inputs(decoder, "input_ids").values())
+            flat = FlatIdsForward(decoder, forward)
+            says = require_one_graph(flat, given, sizes=TokenDimension)
+    finally:
+        forget_layers(decoder)
+    assert says.startswith("one trace served ")
+
+
+def test_tokens_and_report() -> None:
+    model = build("llama")
+    ids = torch.arange(1, 13).reshape(2, 6)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        stitch(model, config=SHARING)
+        torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
+    assert "one trace served 7 of 8 repeated layers" in str(stitched_module(model).report())
+    unstitch(model)
+    assert not any("forward" in layer.__dict__ for layer in model.model.layers)
