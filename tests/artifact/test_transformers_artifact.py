@@ -92,7 +92,13 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+MERGED = ("llama", "gemma3_text")  # the others run at night
+
+
+@pytest.mark.parametrize(
+    "family",
+    [f if f in MERGED else pytest.param(f, marks=pytest.mark.nightly) for f in FAMILIES],
+)
 def test_a_loaded_family_generates_the_tokens_of_eager_and_traces_nothing(
     family: str, tmp_path: Path
 ) -> None:
