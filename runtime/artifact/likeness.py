@@ -79,6 +79,9 @@ def _of_library(value: Any) -> str:
         owner = getattr(value, "__self__", None)
         if owner is None or isinstance(owner, (types.ModuleType, type)):
             return f"builtin {getattr(owner, '__name__', '')}.{value.__qualname__}"
+        home = sys.modules.get(getattr(value, "__module__", None) or "")
+        if home is not None and getattr(home, value.__name__, None) is value:  # pybind's
+            return f"builtin {home.__name__}.{value.__name__}"
     if kind in _C_DESCRIPTORS:
         return f"descriptor {class_name(value.__objclass__)}.{value.__name__}"
     if isinstance(value, (OpOverload, OpOverloadPacket)):

@@ -27,6 +27,7 @@ from piecework.errors import ArtifactError, BindError, ConfigError, InputError, 
 from piecework.runtime.artifact import folder as folders
 from piecework.runtime.artifact import store as stores
 from piecework.runtime.artifact import surroundings
+from piecework.runtime.artifact.likeness import Unlike, likeness
 from piecework.runtime.counters import counters
 
 EAGER = piecework.CompilationConfig(backend="eager")
@@ -1122,3 +1123,10 @@ def test_a_path_that_can_not_be_read_or_written_is_an_error_and_the_model_is_com
     assert torch.equal(stitched(x), model(x))
     assert [os.strerror(number) in each for each in warned] == [True, True]
     assert "not saved" in warned[1]
+
+
+def test_a_builtin_function_is_told_by_the_module_that_has_it() -> None:
+    assert likeness(torch._C._get_tracing_state) == "builtin torch._C._get_tracing_state"
+    assert likeness(len) == "builtin builtins.len"
+    with pytest.raises(Unlike):  # bound to an object that only this process has
+        likeness([].append)

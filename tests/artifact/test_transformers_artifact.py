@@ -279,3 +279,13 @@ def test_another_process_needs_no_compiler_and_no_cache(backend: str, tmp_path: 
     )
     assert found["equal"] and found["counters"] == {"num_models_seen": 1}
     assert found["inductor"] == found["cached"] == []
+
+
+def test_a_model_whose_layers_share_a_trace_is_saved_and_loaded(tmp_path: Path) -> None:
+    config = {**EAGER, "repeated_layers": "found"}
+    kept = stitched_module(stitch(build(num_hidden_layers=5), config=config))
+    assert "one trace served 4 of 5 repeated layers" in str(kept.report())
+    kept.save(tmp_path / "artifact")
+    loaded = load(tmp_path / "artifact", build(num_hidden_layers=5))
+    expected = tokens_of(build(num_hidden_layers=5), 2, 5)
+    assert torch.equal(tokens_of(loaded, 2, 5), expected)
