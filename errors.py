@@ -11,8 +11,9 @@ import sys
 import traceback
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -126,6 +127,12 @@ class CacheError(PieceworkError):
 
 class UsageError(PieceworkError):
     """The command line was used wrongly (exit code 2)."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``did you mean mode?`` where one of ``known`` is near to ``name``, else ""."""
+    near = get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]}?" if near else ""
 
 
 def tell(problem: PieceworkError, *, strict: bool) -> None:

@@ -222,11 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(measure_here(*options.one[:2], int(options.one[2]))))
         return 0
     result = run(options.layers, options.model)
-    result.print()
-    if options.out is not None:
-        for path in result.save(options.out, "compile_time"):
-            print(f"wrote {path}")
-    return 0 if result.met else 1
+    return result.finish(options.out, "compile_time")
 
 
 if __name__ == "__main__":

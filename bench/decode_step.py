@@ -315,11 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{time.monotonic() - start:4.0f} s  {text}", style="dim"
         ),
     )
-    result.print(Console(width=110))
-    if options.out is not None:
-        for path in result.save(options.out, "decode_step"):
-            print(f"wrote {path}")
-    return 0 if result.met else 1
+    return result.finish(options.out, "decode_step", Console(width=110))
 
 
 if __name__ == "__main__":

@@ -95,6 +95,13 @@ class Result:
             written.append(picture)
         return written
 
+    def finish(self, folder: Path | None, stem: str, console: Console | None = None) -> int:
+        """Print, `save` where there is a folder, and return a command's exit code: 1 if a target is missed."""
+        self.print(console)
+        for path in [] if folder is None else self.save(folder, stem):
+            print(f"wrote {path}")
+        return 0 if self.met else 1
+
     def print(self, console: Console | None = None) -> None:
         console = console or Console()
         console.print(self._table())

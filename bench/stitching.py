@@ -200,11 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=400)
     options = parser.parse_args(arguments)
     result = run(rounds=options.rounds)
-    result.print()
-    if options.out is not None:
-        for path in result.save(options.out, "stitching"):
-            print(f"wrote {path}")
-    return 0 if result.met else 1
+    return result.finish(options.out, "stitching")
 
 
 if __name__ == "__main__":

@@ -129,11 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(measure_here(contender, int(depth), folder)))
         return 0
     result = run(options.layers)
-    result.print()
-    if options.out is not None:
-        for path in result.save(options.out, "warm_start"):
-            print(f"wrote {path}")
-    return 0 if result.met else 1
+    return result.finish(options.out, "warm_start")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ The function is the implementation; nothing is compiled or captured here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Generic, Literal, ParamSpec, TypeVar, get_args
+from typing import Any, Generic, Literal, ParamSpec, TypeVar, get_args
 
 import torch
 
@@ -85,6 +85,19 @@ class SplittingOp(Generic[P, R]):
         self._library._destroy()
 
 
+def _note(said: dict[str, Any], name: str, field: str, word: str | None, words: object) -> None:
+    """Keep what an operator says under its name, if it is one of ``words``; None takes back what was said."""
+    if word is None:
+        said.pop(name, None)
+    elif word in get_args(words):
+        said[name] = word
+    else:
+        raise SplitError(
+            f"{field}={word!r} of {name} is not known",
+            hint=f"say one of {', '.join(map(repr, get_args(words)))}, or nothing",
+        )
+
+
 class SplittingOpRegistry:
     """The operators registered with `splitting_op`, by name; what ``splitting_ops=None`` means."""
 
@@ -113,15 +126,7 @@ class SplittingOpRegistry:
 
     def declare(self, name: str, rows: RowsOf | None) -> None:
         """Note what an operator says of its rows; None takes back what was said."""
-        if rows is None:
-            self._rows.pop(name, None)
-        elif rows in get_args(RowsOf):
-            self._rows[name] = rows
-        else:
-            raise SplitError(
-                f"rows={rows!r} of {name} is not known",
-                hint=f"say one of {', '.join(map(repr, get_args(RowsOf)))}, or nothing",
-            )
+        _note(self._rows, name, "rows", rows, RowsOf)
 
     def rows_of(self, op: torch._ops.OpOverload) -> RowsOf | None:
         """What an operator says of its rows; None if it was not said."""
@@ -129,15 +134,7 @@ class SplittingOpRegistry:
 
     def declare_graphs(self, name: str, graphs: GraphsOf | None) -> None:
         """Note which whole forwards may be captured with an operator inside; None takes back what was said."""
-        if graphs is None:
-            self._graphs.pop(name, None)
-        elif graphs in get_args(GraphsOf):
-            self._graphs[name] = graphs
-        else:
-            raise SplitError(
-                f"full_graphs={graphs!r} of {name} is not known",
-                hint=f"say one of {', '.join(map(repr, get_args(GraphsOf)))}, or nothing",
-            )
+        _note(self._graphs, name, "full_graphs", graphs, GraphsOf)
 
     def graphs_of(self, op: torch._ops.OpOverload) -> GraphsOf:
         """Which whole forwards may be captured with ``op`` inside; any, if it was not said."""

@@ -43,6 +43,7 @@ from piecework.runtime.artifact.load import Artifact, require_made_so
 from piecework.runtime.artifact.store import Place
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.sizes import require_positive_sizes
+from piecework.runtime.bind.reachable import own_tensors
 from piecework.runtime.call.edited import EditedSource
 from piecework.runtime.call.entry import OPAQUE
 from piecework.runtime.call.execution import Changes
@@ -52,7 +53,7 @@ from piecework.runtime.config.compilation import CompilationConfig, DynamicShape
 from piecework.runtime.counters import counters
 from piecework.runtime.model_tag import current_model_tag
 from piecework.runtime.pieces.backend import PieceworkBackend, Trace
-from piecework.runtime.pieces.program import Program
+from piecework.runtime.pieces.program import Program, unique_pieces
 from piecework.runtime.pieces.ranks import require_agreement
 from piecework.runtime.pieces.report import Piece, Report
 from piecework.runtime.trace.example_sizes import AllDimensions, KeptMarks, SizePolicy, shapes_of
@@ -204,12 +205,13 @@ class StitchedModule(SharedModule):
         name = self._empty.prefix or _model_name(self.model)
         if not self._traces:
             return f"StitchedModule({name}, not compiled yet)"
-        report = self.report()
+        program = self.program
+        cuts = sum(item.is_splitting_graph for item in program.items)
         parts = [
             name,
-            _count(report.pieces, "piece", report.unique),
-            _count(report.splitting, "cut") if report.splitting else "",
-            report.compiler,
+            _count(len(program.backends), "piece", unique_pieces(program.backends)),
+            _count(cuts, "cut") if cuts else "",
+            program.compiler,
         ]
         if len(self._traces) > 1:
             parts.append(f"{len(self._traces)} traces")
@@ -400,8 +402,7 @@ class StitchedModule(SharedModule):
         """
         if not isinstance(self.model, torch.nn.Module):
             raise BindError("a function has no weights by name", where="refit")
-        held = dict(self.model.named_parameters(remove_duplicate=False))
-        held |= dict(self.model.named_buffers(remove_duplicate=False))
+        held = dict(own_tensors(self.model))
         for name, new in state.items():
             old = held.get(name)
             if old is None:

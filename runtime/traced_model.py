@@ -25,6 +25,7 @@ from piecework.runtime.call.entry import Entry
 from piecework.runtime.call.example_call import example_call
 from piecework.runtime.call.profile_names import named_pieces
 from piecework.runtime.identity.settings import settings_factors
+from piecework.runtime.observe.dump import generated_sources
 from piecework.runtime.pieces.backend import Admits, PieceworkBackend
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.example_sizes import KeptMarks, SizePolicy
@@ -161,7 +162,7 @@ class TracedModel:
     def named_pieces(self) -> Iterator[None]:
         """Show pieces, replays and operators by name in ``torch.profiler`` for the block."""
         source, lists = self.program.source, self.program.submod_lists
-        labels = dict(zip(self.program.backends, self.stages(), strict=False))
+        labels = self._labels()
         operators = {alias.name: alias.name for alias in source.module.aliases}
         names = [labels[name] for name in source.submod_names]
         captured = self.static
@@ -171,19 +172,22 @@ class TracedModel:
                 stack.enter_context(captured.named_replays(names))
             yield
 
-    def stages(self) -> dict[str, tuple[str, tuple[str, ...]]]:
-        """What each piece and then each operator is called in a profile, with the modules in it and the code that Inductor generated for it.
+    def _labels(self) -> dict[str, str]:
+        """What each piece is called in a profile: its name and the modules in it."""
+        pieces = self.program.pieces()
+        return {each.name: f"{each.name} {each.modules}".strip() for each in pieces}
+
+    def stages(self) -> dict[str, tuple[str, ...]]:
+        """What each piece and then each operator is called in a profile, with the code that Inductor generated for it.
 
         With batch ranges, the code is that for the last one.
         """
-        found: dict[str, tuple[str, tuple[str, ...]]] = {}
-        for each in self.program.pieces():
-            entry = self.program.backends[each.name].entries[self.program.compile_ranges[-1]]
-            compiled = entry.compiled
-            held = compiled.runnable if compiled.artifact is None else compiled.artifact
-            sources = torch_compat.inductor_sources(held)
-            found[f"{each.name} {each.modules}".strip()] = (each.modules, sources)
-        return found | {alias.name: ("", ()) for alias in self.program.source.module.aliases}
+        last = self.program.compile_ranges[-1]
+        found = {
+            label: generated_sources(self.program.backends[name].entries[last].compiled)
+            for name, label in self._labels().items()
+        }
+        return found | {alias.name: () for alias in self.program.source.module.aliases}
 
     def use_edited(self, code: str) -> EditedSource:
         """Run an edited version of the stitching source from now on."""

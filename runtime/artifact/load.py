@@ -47,7 +47,7 @@ from piecework.runtime.artifact.values import from_bytes
 from piecework.runtime.batch.ranges import RangeTable
 from piecework.runtime.bind.direct_ops import DirectOps
 from piecework.runtime.bind.places import traced
-from piecework.runtime.bind.reachable import modules_of
+from piecework.runtime.bind.reachable import modules_of, own_tensors
 from piecework.runtime.bind.weights import BoundWeights, Traced, Weight
 from piecework.runtime.call.edited import EditedSource
 from piecework.runtime.call.entry import Entry, MadeEntry
@@ -289,10 +289,7 @@ def _backend(
 def _weights(saved: SavedTrace, model: Callable[..., object]) -> BoundWeights:
     roots = modules_of(model)
     held = {
-        f"{prefix}{name}": tensor
-        for prefix, root in roots
-        for source in (root.named_parameters, root.named_buffers)
-        for name, tensor in source(remove_duplicate=False)
+        f"{prefix}{name}": tensor for prefix, root in roots for name, tensor in own_tensors(root)
     }
     found = [Weight(each.path, _tensor(each, held, model), each.source) for each in saved.weights]
     for each, weight in zip(saved.weights, found, strict=True):

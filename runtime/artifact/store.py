@@ -69,12 +69,12 @@ def store_of(place: Place) -> Store:
         ArtifactError: fsspec can't open the URL.
     """
     if not isinstance(place, str) or "://" not in place:
-        return Folder(Path(os.path.abspath(place)))
+        return Directory(Path(os.path.abspath(place)))
     system, path = _file_system(place)
     local = "file" in (
         system.protocol if isinstance(system.protocol, tuple) else (system.protocol,)
     )
-    return Folder(Path(os.path.abspath(path))) if local else Archive(place, system, path)
+    return Directory(Path(os.path.abspath(path))) if local else Archive(place, system, path)
 
 
 def _file_system(url: str) -> tuple[Any, str]:
@@ -94,7 +94,7 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Folder:
+class Directory:
     """A directory of this machine."""
 
     path: Path

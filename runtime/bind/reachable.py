@@ -71,11 +71,16 @@ def _attributes(owner: object) -> Iterator[tuple[str, object]]:
         yield from held.items()
 
 
+def own_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and then buffers of a module and of those in it, by name; a tied one under each of its names."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
 def tensors_of(model: Callable[..., object]) -> dict[int, tuple[str, torch.Tensor]]:
     """Parameters and buffers that ``model`` holds, by identity, with their paths."""
     held: dict[int, tuple[str, torch.Tensor]] = {}
     for prefix, module in modules_of(model):
-        for source in (module.named_parameters, module.named_buffers):
-            for name, tensor in source(remove_duplicate=False):
-                held.setdefault(id(tensor), (f"{prefix}{name}", tensor))
+        for name, tensor in own_tensors(module):
+            held.setdefault(id(tensor), (f"{prefix}{name}", tensor))
     return held

@@ -16,7 +16,7 @@ every call, and completely:
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -25,6 +25,7 @@ from piecework.errors import BindError, CaptureError, InputError
 from piecework.runtime import torch_compat
 from piecework.runtime.bind.dict_watch import DictWatch
 from piecework.runtime.bind.places import Step, Way, named, traced
+from piecework.runtime.bind.reachable import own_tensors
 from piecework.runtime.bind.traced_state import TracedState
 
 
@@ -325,14 +326,9 @@ def _names(roots: Sequence[tuple[str, torch.nn.Module]]) -> dict[int, list[Way]]
     """Every name of every parameter and buffer, by identity: a tied weight has several."""
     ways: dict[int, list[Way]] = {}
     for prefix, root in roots:
-        for path, tensor in _held(root):
+        for path, tensor in own_tensors(root):
             ways.setdefault(id(tensor), []).append(named(root, path, prefix))
     return ways
-
-
-def _held(root: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from root.named_parameters(remove_duplicate=False)
-    yield from root.named_buffers(remove_duplicate=False)
 
 
 def _ways_to(weight: Weight, names: Sequence[Way], model: object) -> tuple[Way, ...]:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, Self, get_args
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from piecework.errors import ConfigError, ConfigProblem
+from piecework.errors import ConfigError, ConfigProblem, did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +197,8 @@ def _sentence(model: type[FrozenModel], detail: ErrorDetails, cause: object) -> 
             field = None if owner is None else owner.model_fields.get(str(part))
             owner = None if field is None else nested_model(field.annotation)
         known = [] if owner is None else [*owner.model_fields, *other_names(owner)]
-        near = get_close_matches(name, known, n=1)
-        return f"is not a field of this configuration{f'; did you mean {near[0]}?' if near else ''}"
+        hint = did_you_mean(name, known)
+        return f"is not a field of this configuration{hint and f'; {hint}'}"
     if cause is not None:
         return str(cause)
     shown = repr(detail["input"])

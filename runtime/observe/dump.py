@@ -45,6 +45,12 @@ class CompiledForm(Protocol):
     def artifact(self) -> object | None: ...
 
 
+def generated_sources(compiled: CompiledForm) -> tuple[str, ...]:
+    """The Python that Inductor generated for a compiled form; empty where there is none."""
+    held = compiled.runnable if compiled.artifact is None else compiled.artifact
+    return torch_compat.inductor_sources(held)
+
+
 class FormOfRange(Protocol):
     """A piece's compiled form for one range of batch sizes, and where it came from."""
 
@@ -206,9 +212,7 @@ class Dump:
         )
 
     def _write_inductor_output(self, path: str, entry: FormOfRange) -> bool:
-        compiled = entry.compiled
-        held = compiled.runnable if compiled.artifact is None else compiled.artifact
-        texts = torch_compat.inductor_sources(held)
+        texts = generated_sources(entry.compiled)
         if texts:
             self._write(path, "\n\n".join(texts))
         return bool(texts)

@@ -26,8 +26,7 @@ class StageRow:
     """One stage of a forward.
 
     Attributes:
-        name: the piece or operator.
-        modules: the module paths that it holds; "" for an operator.
+        name: the piece, with the modules in it, or the operator.
         calls: how often it ran in a forward.
         microseconds: time of one forward in it, on the host.
         device_microseconds: the same on the device; 0 without one.
@@ -37,7 +36,6 @@ class StageRow:
     """
 
     name: str
-    modules: str
     calls: float
     microseconds: float
     device_microseconds: float
@@ -101,14 +99,14 @@ class Profile:
 def profile_calls(
     call: Callable[[], object],
     named: AbstractContextManager[object],
-    stages: Mapping[str, tuple[str, Sequence[str]]],
+    stages: Mapping[str, Sequence[str]],
     calls: int,
 ) -> Profile:
     """Run ``call`` ``calls`` times plainly and as often under torch's profiler.
 
     Args:
         named: puts each stage of a call inside a profiler range of its name.
-        stages: name of each stage → the module paths in it, and the code that was generated for it, as far as that is known.
+        stages: name of each stage → the code that was generated for it, as far as that is known.
     """
     call()
     start = time.perf_counter()
@@ -123,7 +121,7 @@ def profile_calls(
             call()
     found = {event.key: event for event in profiler.key_averages()}
     rows = []
-    for name, (modules, sources) in stages.items():
+    for name, sources in stages.items():
         event = found.get(name)
         if event is None:
             continue
@@ -131,7 +129,6 @@ def profile_calls(
         rows.append(
             StageRow(
                 name=name,
-                modules=modules,
                 calls=event.count / calls,
                 microseconds=event.cpu_time_total / calls,
                 device_microseconds=event.device_time_total / calls,

@@ -434,12 +434,16 @@ class _Compilation:
 
     def _digests(self) -> Iterator[tuple[str, str]]:
         """What each piece computes, in eight digits that are the same in every process; pieces without such are left out."""
+        known: dict[str, str] = {}  # equal pieces have one
         for name, piece in self.backends.items():
             structure = piece.compiled_of()[1]
-            if structure.portable:
+            if not structure.portable:
+                continue
+            if structure.key not in known:
                 # Torch numbers symbols as it likes; here they count in order of first sight.
-                text = SymbolNames()("\n".join(structure.lines))
-                yield name, hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+                text = SymbolNames()("\n".join(structure.lines)).encode("utf-8", "surrogatepass")
+                known[structure.key] = hashlib.sha256(text).hexdigest()[:8]
+            yield name, known[structure.key]
 
 
 def _require_admitted(split_gm: torch.fx.GraphModule, names: Sequence[str], admits: Admits) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Protocol
 
 import torch.fx
@@ -183,9 +184,10 @@ def _listed(ranks: Iterable[int]) -> str:
 
 
 def _first_difference(theirs: Sequence[str], mine: Sequence[str], other: int, rank: int) -> str:
-    for index in range(max(len(theirs), len(mine))):
-        left = theirs[index] if index < len(theirs) else "nothing more"
-        right = mine[index] if index < len(mine) else "nothing more"
+    steps = list(zip_longest(theirs, mine, fillvalue="nothing more"))
+    for index, (left, right) in enumerate(steps):
         if left != right:
-            return f"step {index} of {max(len(theirs), len(mine))} is {left} on rank {other} and {right} on rank {rank}"
+            return (
+                f"step {index} of {len(steps)} is {left} on rank {other} and {right} on rank {rank}"
+            )
     return ""

@@ -205,7 +205,7 @@ def _capture_freely(
 ) -> Capture:
     """Trace for every size at once, else for sizes of 2 and more, of other example sizes where these would be fixed."""
     try:
-        with torch_compat.quiet_trial(), sizes.every_size(args, kwargs) as marked:
+        with sizes.every_size(args, kwargs) as marked:
             if marked:
                 return _capture_once(model, args, kwargs, compile_graph, layers, sizes.dynamic)
     except CaptureError as error:

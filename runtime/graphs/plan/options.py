@@ -8,13 +8,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Literal
 
 import torch
 
-from piecework.errors import ConfigError, StaticGraphError
+from piecework.errors import ConfigError, StaticGraphError, did_you_mean
 from piecework.runtime.batch.descriptor import BatchKind
 from piecework.runtime.batch.dispatcher import CudagraphDispatcher, Reason
 from piecework.runtime.batch.keys import LoraCases
@@ -103,10 +102,9 @@ class CaptureOptions:
         known = [each.name for each in fields(cls)]
         for name in options:
             if name not in known:
-                near = get_close_matches(name, known, n=1)
                 raise ConfigError(
                     f"capture has no option {name!r}",
-                    hint=f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}",
+                    hint=did_you_mean(name, known) or f"use one of {', '.join(known)}",
                 )
         return cls(**options)  # type: ignore[arg-type]
 
