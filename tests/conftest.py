@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.guards
 
 try:
     from hypothesis import settings
@@ -18,6 +20,8 @@ else:
     settings.register_profile("merge", derandomize=True, database=None)
     settings.register_profile("nightly", print_blob=True)
 torch.manual_seed(0)  # for the tensors that test modules make as they are imported
+# After each trace torch empties the processor's caches to time its guards, for a log: 30 ms each.
+torch._dynamo.guards.profile_guard_manager = lambda *arguments: 0.0
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,6 +38,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("nightly"):
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def collector_of_what_tests_make() -> None:
+    """Let the collector look at what a test makes, not at torch and all before it: that takes a second each time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)

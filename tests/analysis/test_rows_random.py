@@ -27,10 +27,10 @@ def wrong(seeds: range) -> tuple[list[str], int]:
     return found, independent
 
 
-def test_two_hundred_random_functions() -> None:
-    found, independent = wrong(range(200))
+def test_a_hundred_random_functions() -> None:
+    found, independent = wrong(range(100))
     assert found == []
-    assert independent > 20  # it does not refuse everything
+    assert independent > 10  # it does not refuse everything
 
 
 @pytest.mark.nightly

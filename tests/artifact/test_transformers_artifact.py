@@ -261,7 +261,10 @@ def run(what: str, backend: str, tmp_path: Path, **environment: str) -> dict[str
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+@pytest.mark.parametrize(
+    "backend",
+    ["eager", pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.nightly])],
+)
 def test_another_process_needs_no_compiler_and_no_cache(backend: str, tmp_path: Path) -> None:
     for name in ("first", "empty", "nothing"):
         (tmp_path / name).mkdir()

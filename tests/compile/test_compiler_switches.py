@@ -262,7 +262,10 @@ assert counters.num_graphs_seen == 0
 """
 
 
-@pytest.mark.parametrize("name", ["TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"])
+@pytest.mark.parametrize(
+    "name",
+    ["TORCH_COMPILE_DISABLE", pytest.param("TORCHDYNAMO_DISABLE", marks=pytest.mark.nightly)],
+)
 def test_the_variables_hold_for_a_whole_program(name, tmp_path, monkeypatch):
     def run(*command):
         return subprocess.run(

@@ -45,7 +45,7 @@ def check(stitched: piecework.StitchedModule, model: Model, batch: int, calling:
                 torch.testing.assert_close(result, model(x, fixed))
 
 
-@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("weights", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_every_combination(weights: bool) -> None:
     for example, compiling in ((False, True), (True, False)):
         with torch.inference_mode(weights):

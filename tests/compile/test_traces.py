@@ -71,7 +71,9 @@ def test_a_model_serves_every_batch(name: str, first: int) -> None:
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("name", ["convolutions", "attention", "transposed"])
+@pytest.mark.parametrize(
+    "name", ["convolutions", pytest.param("attention", marks=pytest.mark.nightly), "transposed"]
+)
 def test_inductor_serves_every_batch(name: str) -> None:
     model, rest = SHAPES[name]
     stitched = piecework.compile(model, (torch.randn(4, *rest),))

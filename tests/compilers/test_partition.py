@@ -218,6 +218,7 @@ def test_partitions_replay_and_do_not_run(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.inductor
 @pytest.mark.usefixtures("partitions_on_the_cpu")
+@pytest.mark.nightly
 def test_two_models_with_equal_code_keep_their_graphs_apart() -> None:
     models = [Model(), Model()]
     x = torch.randn(4, 8)
@@ -237,6 +238,7 @@ def test_two_models_with_equal_code_keep_their_graphs_apart() -> None:
 
 @pytest.mark.inductor
 @pytest.mark.usefixtures("partitions_on_the_cpu")
+@pytest.mark.nightly
 def test_a_single_size_has_partitions_of_its_own() -> None:
     model, x = Model(), torch.randn(4, 8)
     config = CUT.replace(compile_sizes=[4])

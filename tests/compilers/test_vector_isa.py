@@ -39,6 +39,7 @@ print(1 + named.index(isa) if isa in named else 1)
 
 
 @pytest.mark.inductor
+@pytest.mark.nightly
 def test_the_choice_is_torchs_own_and_no_set_below_it_is_tried(tmp_path: Path) -> None:
     begin = "import torch\nfrom piecework.runtime.compilers.vector_isa import await_search\n"
     mine, expected = in_a_new_process(

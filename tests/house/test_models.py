@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("expecttest")
 pytest.importorskip("transformers")
 
-PARTS = 8  # half of them run in every merge, all at night
+PARTS = 8  # two of them run in every merge, all at night
 BOTH = {"stock": "equal", "piecework": "equal"}
 
 
@@ -35,7 +35,7 @@ def run(folder: Path, *arguments: str, limit: float = 600) -> dict[str, dict[str
     }
 
 
-@pytest.mark.parametrize("part", range(1, PARTS + 1, 2))
+@pytest.mark.parametrize("part", [1, 5])
 def test_torch_modules(part: int, tmp_path: Path) -> None:
     found = run(
         tmp_path,
@@ -63,10 +63,10 @@ def test_families(tmp_path: Path) -> None:
     found = run(
         tmp_path,
         *("--list", "transformers", "--backend", "eager", "--together", "--no-cut"),
-        *("--only", "^(bert|convnext|wav2vec2)$"),
+        *("--only", "^(bert|convnext)$"),
     )
     assert found == {name: BOTH for name in found}
-    assert len(found) == 3
+    assert len(found) == 2
 
 
 @pytest.mark.inductor

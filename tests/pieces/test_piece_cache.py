@@ -266,6 +266,7 @@ print(json.dumps([piecework.compile(torch.relu, (x,), config=config)(x)[0, 0].it
 
 
 @pytest.mark.inductor
+@pytest.mark.nightly
 def test_a_pass_that_was_edited_between_two_processes_runs_as_it_is_now(tmp_path: Path) -> None:
     def run_with(at_run_time: str = "", **edits: object) -> list[float]:
         values = {"member": "HIGH", "high": 2, "by": 10, **edits}

@@ -83,10 +83,15 @@ def test_torchrun_runs_a_model_that_is_cut_over_two_processes(tmp_path: Path) ->
     ("mode", "said"),
     [
         ("layers", "nothing more"),
-        ("declared", "nothing more"),
-        ("ranges", "batches"),
         ("sizes", "float32[*, 4]"),
-        ("load another", "nothing more"),
+        *(
+            pytest.param(*each, marks=pytest.mark.nightly)
+            for each in (
+                ("declared", "nothing more"),
+                ("ranges", "batches"),
+                ("load another", "nothing more"),
+            )
+        ),
     ],
 )
 def test_ranks_that_would_do_different_things_stop_with_an_error(
@@ -115,7 +120,13 @@ def test_each_rank_loads_its_own_artifact(tmp_path: Path) -> None:
     assert [each["found"] for each in ranks("load", tmp_path)] == [{"right": True, "traced": 0}] * 2
 
 
-@pytest.mark.parametrize("when", ["before", "in compile", "in call"])
+@pytest.mark.parametrize(
+    "when",
+    [
+        "in compile",
+        *(pytest.param(each, marks=pytest.mark.nightly) for each in ("before", "in call")),
+    ],
+)
 def test_a_rank_that_is_killed_ends_the_run_with_an_error(when: str, tmp_path: Path) -> None:
     start = time.monotonic()
     first, second = ranks(f"killed {when}", tmp_path, timeout=10)
