@@ -33,6 +33,7 @@ from piecework.errors import (
     ConfigError,
     InputError,
     PieceworkError,
+    RankError,
     StaticGraphError,
     full_tracebacks,
     short_errors,
@@ -54,7 +55,7 @@ from piecework.runtime.counters import counters
 from piecework.runtime.model_tag import current_model_tag
 from piecework.runtime.pieces.backend import PieceworkBackend, Trace
 from piecework.runtime.pieces.program import Program, unique_pieces
-from piecework.runtime.pieces.ranks import require_agreement
+from piecework.runtime.pieces.ranks import require_agreement, runs_alone
 from piecework.runtime.pieces.report import Piece, Report
 from piecework.runtime.trace.example_sizes import AllDimensions, KeptMarks, SizePolicy, shapes_of
 from piecework.runtime.trace.tracing import Capture
@@ -639,6 +640,11 @@ class StitchedModule(SharedModule):
         from piecework.runtime.graphs.serve.measured import CAPTURED, Measurement
 
         options.setdefault("progress", False)
+        if not all(runs_alone(each.program, self.runtime_config) for each in self._traces):
+            raise RankError(
+                "a model that several processes run together is not measured: each would call it as often as its own clock says",
+                hint="measure one share of the model alone, and capture the sizes that are worth it on all ranks",
+            )
         self.capture(sizes, **options)  # type: ignore[arg-type]
         rows = [row for each in self._traces for row in each.measure(seconds=seconds)]
         found = Measurement(tuple(sorted(rows, key=lambda row: row.size)), self._device())

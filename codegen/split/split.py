@@ -20,7 +20,7 @@ from piecework.codegen.graph.structure import attribute_of
 from piecework.codegen.split.piece_sizes import Asserted, PieceSizes
 from piecework.codegen.split.regions import Regions
 from piecework.codegen.split.sizes import decompose_sizes, is_size_read
-from piecework.codegen.split.splitting import SplittingOp, SplittingOps, check_cuts
+from piecework.codegen.split.splitting import SplittingOp, SplittingOps, check_cuts, names_of
 from piecework.errors import SplitError
 
 
@@ -122,11 +122,10 @@ def _assign(
             continue
         producer = node.args[0] if node.args else None
         if (
-            node.target is operator.getitem
-            and isinstance(producer, torch.fx.Node)
+            isinstance(producer, torch.fx.Node)
             and producer in home
             and len(node.all_input_nodes) == 1  # an index that is computed may not exist yet there
-            and _returns_sequence(producer)
+            and (_picks_a_result(node, producer) or _WAIT in names_of(node))
         ):
             partition = home[producer]
         else:
@@ -137,6 +136,14 @@ def _assign(
         partition.nodes.append(node)
         home[node] = partition
     return partitions
+
+
+# What a collective gave may not be copied, nor handed to captured code, before it is waited for.
+_WAIT = "_c10d_functional::wait_tensor"
+
+
+def _picks_a_result(node: torch.fx.Node, producer: torch.fx.Node) -> bool:
+    return node.target is operator.getitem and _returns_sequence(producer)
 
 
 def _returns_sequence(node: torch.fx.Node) -> bool:

@@ -95,27 +95,68 @@ class Runs(Protocol):
     def together(self) -> Together: ...
 
 
-def require_agreement(program: Runs, runtime: RuntimeConfig | None) -> None:
+def require_agreement(
+    program: Runs, runtime: RuntimeConfig | None, before: Sequence[str] = ()
+) -> None:
     """Return once all processes that will run ``program`` together have come here with the same.
 
     Compared are the collectives of each group that the graph names; and, among the ranks that ``runtime`` says one layer is cut over, everything. Each process must come
     here as often as the others. It waits as long as ``init_process_group(timeout=…)`` says.
 
+    Args:
+        before: what else they will do alike, in order.
+
     Raises:
         RankError: another process would do something else, on each of them; or one did not come, or is gone.
     """
     rank = torch_compat.own_rank()
+    for ranks, rows in _run_together(program, runtime):
+        mine = "\n".join((*before, *rows))
+        theirs = _exchange(rank, ranks, mine)
+        other = next((each for each in ranks if theirs[each] != mine), None)
+        if other is not None:
+            text = theirs[other].split("\n")
+            raise RankError(
+                f"rank {other} would do something else than rank {rank}, and they would wait for each other: {_first_difference(text, mine.split(chr(10)), other, rank)}",
+                where=f"ranks {_listed(ranks)}",
+                hint="compile the same model with the same configuration on each of them",
+            )
+
+
+def in_common(
+    program: Runs, runtime: RuntimeConfig | None, offers: Sequence[str]
+) -> frozenset[str]:
+    """Those of ``offers`` that every process has which runs ``program`` together with this one.
+
+    Raises:
+        RankError: a process did not come, or is gone.
+    """
+    common = frozenset(offers)
+    rank = torch_compat.own_rank()
+    for ranks, _ in _run_together(program, runtime):
+        for text in _exchange(rank, ranks, "\n".join(sorted(common))).values():
+            common &= frozenset(text.split("\n"))
+    return common
+
+
+def runs_alone(program: Runs, runtime: RuntimeConfig | None) -> bool:
+    """Whether no other process runs ``program`` together with this one."""
+    return next(_run_together(program, runtime), None) is None
+
+
+def _run_together(
+    program: Runs, runtime: RuntimeConfig | None
+) -> Iterator[tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Each set of ranks that this one runs ``program`` with, and what they do in which order."""
+    rank = torch_compat.own_rank()
     if rank is None:
         return
     found = program.together()
-    wanted = [(ranks, rows) for ranks, rows in _by_group(found) if rank in ranks]
+    yield from ((ranks, rows) for ranks, rows in _by_group(found) if rank in ranks)
     size = 1 if runtime is None else runtime.tensor_parallel_size
     if size > 1:
         first = rank - rank % size
-        wanted.append((tuple(range(first, first + size)), found.order))
-    store = torch_compat.shared_store() if wanted else None
-    for ranks, rows in wanted:
-        _compare(store, rank, ranks, rows)
+        yield tuple(range(first, first + size)), found.order
 
 
 def _by_group(found: Together) -> Iterator[tuple[tuple[int, ...], tuple[str, ...]]]:
@@ -129,24 +170,16 @@ def _by_group(found: Together) -> Iterator[tuple[tuple[int, ...], tuple[str, ...
             ) from error
 
 
-def _compare(store: Any, rank: int, ranks: tuple[int, ...], rows: tuple[str, ...]) -> None:
+def _exchange(rank: int | None, ranks: tuple[int, ...], text: str) -> dict[int, str]:
+    """What each rank has to say, once all have said it."""
     label = hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
-    mine = hashlib.sha256("\n".join(rows).encode()).hexdigest()
+    store = torch_compat.shared_store()
     with _as_rank_error(ranks):
         turn = store.add(f"{label}/turns of {rank}", 1)  # how often it was here
         place = f"{label}/{turn}"
-        store.set(f"{place}/text of {rank}", "\n".join(rows))
-        store.set(f"{place}/{rank}", mine)
+        store.set(f"{place}/{rank}", text)
         _wait_for(store, ranks, [f"{place}/{each}" for each in ranks])
-        theirs = {each: store.get(f"{place}/{each}").decode() for each in ranks}
-        other = next((each for each in ranks if theirs[each] != mine), None)
-        if other is not None:
-            text = store.get(f"{place}/text of {other}").decode().split("\n")
-            raise RankError(
-                f"rank {other} would do something else than rank {rank}, and they would wait for each other: {_first_difference(text, rows, other, rank)}",
-                where=f"ranks {_listed(ranks)}",
-                hint="compile the same model with the same configuration on each of them",
-            )
+        return {each: store.get(f"{place}/{each}").decode() for each in ranks}
 
 
 def _wait_for(store: Any, ranks: tuple[int, ...], keys: list[str]) -> None:

@@ -191,6 +191,50 @@ def test_a_getitem_follows_a_tuple_and_not_a_tensor() -> None:
     run_all_ways(gm, split_gm, torch.randn(4, 6))
 
 
+def _functional_collectives() -> list[str]:
+    """Those of torch's collectives that give results that have to be waited for."""
+    names = [name for name in dir(torch.ops._c10d_functional) if not name.startswith("_")]
+    packets = {name: getattr(torch.ops._c10d_functional, name) for name in names}
+    return sorted(
+        name
+        for name, packet in packets.items()
+        if hasattr(packet, "overloads") and name != "wait_tensor"
+    )
+
+
+COLLECTIVES = _functional_collectives() if torch.distributed.is_available() else []
+
+
+def test_torch_has_collectives() -> None:
+    assert len(COLLECTIVES) > 8 or not torch.distributed.is_available()
+
+
+@pytest.mark.parametrize("name", COLLECTIVES)
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_collective_is_waited_for_where_it_was_begun(name: str, cut: bool) -> None:
+    collective = getattr(torch.ops._c10d_functional, name).default
+    lists = "Tensor[]" in str(collective._schema).rpartition("->")[2]
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    begun = graph.call_function(collective, (graph.call_function(torch.relu, (x,)), "0"))
+    one = graph.call_function(operator.getitem, (begun, 0)) if lists else begun
+    between = graph.call_function(CUT, (x,))
+    waited = graph.call_function(torch.ops._c10d_functional.wait_tensor.default, (one,))
+    graph.output((graph.call_function(torch.add, (waited, between)),))
+    gm = torch.fx.GraphModule(torch.nn.Module(), graph)
+    ops = ["test_split::cut", *([f"_c10d_functional::{name}"] if cut else [])]
+    _, items = split_graph(gm, ops)
+    home = {
+        node.target: item
+        for item in items
+        for node in item.graph.graph.find_nodes(op="call_function", target=collective)
+        + item.graph.graph.find_nodes(op="call_function", target=waited.target)
+    }
+    assert len(home) == 2
+    assert home[collective] is home[waited.target]
+    assert home[collective].is_splitting_graph == cut
+
+
 def test_a_computed_index_does_not_pull_a_getitem_back() -> None:
     def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
         rows = g.call_method("unbind", (x,))

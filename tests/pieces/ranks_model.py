@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -122,6 +124,22 @@ class Keeping(EagerAdaptor):
         return super().compile(graph, [], None, None)
 
 
+class Communicator:
+    """Stands for one whose buffers are registered, over all ranks, when a run of captures is over."""
+
+    def __init__(self) -> None:
+        self.is_open, self.opened = False, 0
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[None]:
+        self.is_open, self.opened = True, self.opened + 1
+        try:
+            yield
+        finally:
+            self.is_open = False
+            dist.barrier()
+
+
 def main(mode: str) -> object:
     global DIES
     limits = {"rank": RANK, "world_size": WORLD, "tensor_parallel_size": WORLD}
@@ -168,6 +186,31 @@ def main(mode: str) -> object:
             )
             traced = piecework.counters.num_graphs_seen - before
             return {"right": right(stitched, model), "traced": traced}
+        case "capture":
+            found = {}
+            for how, ops in (("inside", None), ("inside", ALL_REDUCE), ("outside", None)):
+                model, mine = build(how), Communicator()
+                stitched = compiled(model, splitting_ops=ops, runtime_config=limits)
+                stitched.capture([2, 4], around=mine.capture, progress=False)
+                served = right(stitched, model)
+                modes = {row.mode for row in stitched.call_report()}
+                found[f"{how} {ops}"] = [served, mine.opened, mine.is_open, "PIECEWISE" in modes]
+            return found
+        case "budget":
+            model = build("outside")
+            stitched = compiled(model, runtime_config=limits)
+            stitched.capture([1, 2, 64], memory_budget=10**9 if RANK else 600, progress=False)
+            ready = [
+                d.num_tokens
+                for _, group in stitched.static_graphs.dispatcher.get_capture_descs()
+                for d in group
+            ]
+            return {"right": right(stitched, model), "sizes": sorted(ready)}
+        case "capture others":
+            stitched = compiled(build("outside"), runtime_config=limits)
+            stitched.capture([2, 4 + RANK], progress=False)
+        case "measure":
+            compiled(build("inside")).measure([2, 4])
         case "load another":
             # Each rank has an artifact that fits it, of another model than the other's.
             for layers in (2, 3):

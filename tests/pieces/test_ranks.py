@@ -84,6 +84,7 @@ def test_torchrun_runs_a_model_that_is_cut_over_two_processes(tmp_path: Path) ->
     [
         ("layers", "nothing more"),
         ("sizes", "float32[*, 4]"),
+        ("capture others", "PIECEWISE tokens=4"),
         *(
             pytest.param(*each, marks=pytest.mark.nightly)
             for each in (
@@ -100,6 +101,26 @@ def test_ranks_that_would_do_different_things_stop_with_an_error(
     for each in ranks(mode, tmp_path):
         assert (each.get("error"), each["code"]) == ("RankError", 3), each
         assert said in str(each["says"]) or "lost each other" in str(each["says"])
+
+
+def test_each_rank_captures_the_same(tmp_path: Path) -> None:
+    first, second = (each["found"] for each in ranks("capture", tmp_path))
+    assert first == second
+    assert len(first) == 3  # type: ignore[arg-type]
+    for served, opened, is_open, captured in first.values():  # type: ignore[attr-defined]
+        assert served and captured and not is_open
+        assert opened == 2  # for the estimate, and for the captures
+
+
+def test_the_least_budget_is_everybodys(tmp_path: Path) -> None:
+    first, second = (each["found"] for each in ranks("budget", tmp_path))
+    assert first == second and first["right"]  # type: ignore[index]
+    assert 64 not in first["sizes"]  # type: ignore[index]
+
+
+def test_what_ranks_run_together_is_not_measured(tmp_path: Path) -> None:
+    for each in ranks("measure", tmp_path):
+        assert each.get("error") == "RankError" and "its own clock" in str(each["says"]), each
 
 
 def test_a_rank_that_does_not_come_ends_the_wait(tmp_path: Path) -> None:

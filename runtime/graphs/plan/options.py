@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Literal
@@ -57,6 +58,8 @@ class CaptureOptions:
             operator can't be captured in, which is lowered otherwise.
         join: called before each capture and each call that is served from graphs: lets the current stream wait for work that the
             model queued on others.
+        around: opened around all captures, and around those of the estimate: the capture context of a communicator, which registers
+            the buffers that its graphs use when it is left.
         memory_of: the ``static_graphs.graphs`` of another captured model: both use one pool, and one of them runs at a time.
         pads: what fills the tail of each padded input, by its parameter's name; 0 by default.
         static: arguments without the batch size that calls pass in the same memory each time, such as a KV cache: by parameter name,
@@ -83,6 +86,7 @@ class CaptureOptions:
     clone_outputs: bool = True
     strict: bool = False
     join: Callable[[], object] | None = None
+    around: Callable[[], AbstractContextManager[object]] | None = None
     memory_of: StaticGraphs | None = None
     pads: Mapping[str, Number] = field(default_factory=dict)
     static: Mapping[str, torch.Tensor] = field(default_factory=dict)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -46,6 +46,7 @@ from piecework.runtime.graphs.serve.graphs import CapturedGraphs
 from piecework.runtime.graphs.serve.report import CallRow, MemoryReport
 from piecework.runtime.graphs.serve.writes import acting_unseen
 from piecework.runtime.pieces.program import Program
+from piecework.runtime.pieces.ranks import in_common, require_agreement
 from piecework.runtime.splitting_op import HOW_TO_DECLARE
 
 _log = logging.getLogger(__name__)
@@ -127,34 +128,68 @@ class CapturedModel:
     ) -> None:
         console = Console(stderr=True)
         warmups = self._warmups()
+        around = self.options.around or nullcontext
         try:
+            self._require_same_plan(memory_budget, estimate, warmups)
             self._settle_padding()
             if estimate or memory_budget is not None:
-                self._estimate(warmups, required=memory_budget is not None)
+                with around():
+                    self._estimate(warmups, required=memory_budget is not None)
                 if progress is True and self.estimate is not None:
                     console.print(self.estimate.table())
             if memory_budget is not None and self.estimate is not None:
                 self.dropped = fit_budget(self.estimate, self.dispatcher, memory_budget)
+                self.dropped += self._keep_in_common()
         except BaseException:
             self.release()
             raise
         self.captures.counting = True
         try:
-            self.report = capture_graphs(
-                self.captures.dummy,
-                self.dispatcher.get_capture_descs(),
-                self.graphs,
-                warmups=warmups,
-                context_for=self.captures.context_for,
-                dispatcher=self.dispatcher,
-                on_failure=self.options.on_failure,
-                raise_interrupt=self.options.raise_interrupt,
-                watcher=CaptureProgress(console) if progress is True else progress or None,
-                affordable=self._affordable(memory_budget),
-            )
+            with around():
+                self.report = capture_graphs(
+                    self.captures.dummy,
+                    self.dispatcher.get_capture_descs(),
+                    self.graphs,
+                    warmups=warmups,
+                    context_for=self.captures.context_for,
+                    dispatcher=self.dispatcher,
+                    on_failure=self.options.on_failure,
+                    raise_interrupt=self.options.raise_interrupt,
+                    watcher=CaptureProgress(console) if progress is True else progress or None,
+                    affordable=self._affordable(memory_budget),
+                )
         finally:
             self.captures.counting = False
             self._make_ready(list(self.graphs.bytes_by_descriptor()))
+        self._keep_in_common()
+
+    # Processes that run a model together must pad a batch to the same size, or their collectives get different shapes.
+
+    def _require_same_plan(self, memory_budget: int | None, estimate: bool, warmups: int) -> None:
+        keys = [_text_of(key) for key in self._planned()]
+        how = f"{warmups} warm-ups" + ", an estimate" * (estimate or memory_budget is not None)
+        require_agreement(self._program, self.options.runtime, (how, *keys))
+
+    def _in_common(self, offers: Sequence[str]) -> frozenset[str]:
+        return in_common(self._program, self.options.runtime, offers)
+
+    def _keep_in_common(self) -> tuple[Key, ...]:
+        """Give up what not every process has that runs this model with this one, and return it."""
+        planned = self._planned()
+        common = self._in_common([_text_of(key) for key in planned])
+        alone = tuple(key for key in planned if _text_of(key) not in common)
+        for key in alone:
+            self._ready.pop(key, None)
+            self._give_up(key)
+        if alone:
+            self._calls.forget()
+            _log.warning("capture: other ranks do not have %s", ", ".join(map(_text_of, alone)))
+        return alone
+
+    def _planned(self) -> list[Key]:
+        return [
+            (mode, each) for mode, group in self.dispatcher.get_capture_descs() for each in group
+        ]
 
     def _settle_padding(self) -> None:
         """Say why nothing is padded, if so; else try it once on random data, and believe what comes out."""
@@ -165,7 +200,8 @@ class CapturedModel:
             others = self.captures.others(smallest)
             run = partial(self.captures.run_uncaptured, smallest)
             reason = padding_difference(self.shape, self.sizes, others, self.options.pads, run)
-            if reason is not None:
+            if not self._in_common([] if reason else ["rows stay apart"]):
+                reason = reason or "on another rank a padded run gave other rows"
                 self.dispatcher.exact = Reason.CHECKED
         if reason is not None:
             hint = "; " + HOW_TO_DECLARE if self.shape.undeclared else ""
@@ -182,7 +218,8 @@ class CapturedModel:
         def fits(key: Key) -> bool:
             held = self.graphs.nbytes
             step = estimate.models[kind_of(*key)].step(key[1].num_tokens)
-            if held == 0 or held + step <= budget:
+            text = _text_of(key)
+            if self._in_common([text] if held == 0 or held + step <= budget else []) >= {text}:
                 return True
             self.dropped = (*self.dropped, key)
             return False
@@ -407,3 +444,8 @@ def _replaced(path: str) -> StaticGraphError:
         where="weights",
         hint="load new values in place (param.copy_), or rebind and capture again",
     )
+
+
+def _text_of(key: Key) -> str:
+    mode, descriptor = key
+    return f"{mode.name} {descriptor.describe()}"
