@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 import sys
 from pathlib import Path
 
 import pytest
+from snippets import snippets
 
 import piecework
 
-README = (Path(piecework.__file__).parent / "README.md").read_text()
+README = Path(piecework.__file__).parent / "README.md"
 
 
 @pytest.mark.inductor
 def test_the_first_example_becomes_the_function_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, shown = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[:2]
+    model, shown = (each.text for each in snippets(README)[:2])
     (tmp_path / "model.py").write_text(model)
     spec = importlib.util.spec_from_file_location("readme_model", tmp_path / "model.py")
     assert spec is not None and spec.loader is not None

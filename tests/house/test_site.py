@@ -1,0 +1,107 @@
+"""The pages as users read them. In: README and docs/*.md. Out: each Python snippet runs as it stands, by itself, and prints what the page shows."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from snippets import Snippet, snippets
+
+from piecework.runtime.compilers import CompilerInterface, EagerAdaptor, make_compiler
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.pieces import manager
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = [page for page in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))) if snippets(page)]
+
+# What doesn't run, by page and title, and why.
+NOT_RUN = {
+    ("README.md", "emitted"): "what piecework writes; test_readme.py compares it",
+    ("performance.md", "emitted"): "what piecework writes, without what it needs around it",
+}
+
+# What a page's snippets print among other things.
+SHOWN = {"static-graphs.md": "What runs captured"}
+
+
+def as_written(config: CompilationConfig) -> CompilerInterface:
+    """Pieces stay as they are where the page would have Inductor compile them: what it shows is emitted all the same."""
+    if config.backend != "inductor":
+        return make_compiler(config)
+    compiler = EagerAdaptor()
+    compiler.name = "inductor"
+    return compiler
+
+
+@pytest.fixture
+def modules() -> Iterator[None]:
+    """What a test imports is forgotten."""
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if "snippet" in str(getattr(sys.modules[name], "__file__", None)):
+            del sys.modules[name]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_snippet_runs_by_itself(
+    page: Path,
+    tmp_path: Path,
+    modules: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(manager, "make_compiler", as_written)
+    files = tmp_path / "snippet_files"
+    files.mkdir()
+    monkeypatch.syspath_prepend(str(files))
+    everything = ""
+    for number, each in enumerate(snippets(page)):
+        if (each.page, each.title) in NOT_RUN:
+            continue
+        folder = tmp_path / f"snippet_{number}"
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("continue\n"))  # for a debugger
+        # One with a file's name is a file beside those that follow on its page, which may import it.
+        path = files / each.title if each.title.endswith(".py") else folder / "model.py"
+        path.write_text(each.text)
+        printed = run(each, path, path.stem if each.title else folder.name, capsys)
+        assert each.prints is None or plain(printed) == plain(each.prints), _place(each)
+        everything += printed
+    assert SHOWN.get(page.name, "") in everything
+
+
+def run(each: Snippet, path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a snippet prints as a module of its own."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    capsys.readouterr()
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        error.add_note(_place(each))
+        raise
+    return capsys.readouterr().out
+
+
+def plain(text: str) -> str:
+    """Without blanks at the ends of lines."""
+    return "\n".join(line.rstrip() for line in text.strip().splitlines())
+
+
+def _place(each: Snippet) -> str:
+    return f"in the snippet of {each.page}, line {each.line}"
+
+
+def test_what_does_not_run_is_there() -> None:
+    titles = {(each.page, each.title) for page in PAGES for each in snippets(page)}
+    assert set(NOT_RUN) <= titles
