@@ -73,7 +73,7 @@ def test_every_snippet_runs_by_itself(
         path = files / each.title if each.title.endswith(".py") else folder / "model.py"
         path.write_text(each.text)
         printed = run(each, path, path.stem if each.title else folder.name, capsys)
-        assert each.prints is None or plain(printed) == plain(each.prints), _place(each)
+        require_shown(each, printed)
         everything += printed
     assert SHOWN.get(page.name, "") in everything
 
@@ -93,9 +93,21 @@ def run(each: Snippet, path: Path, name: str, capsys: pytest.CaptureFixture[str]
     return capsys.readouterr().out
 
 
-def plain(text: str) -> str:
-    """Without blanks at the ends of lines."""
-    return "\n".join(line.rstrip() for line in text.strip().splitlines())
+def require_shown(each: Snippet, printed: str) -> None:
+    """What the page shows is what came, line by line; a line ``…`` stands for any number of lines."""
+    lines = [line.rstrip() for line in printed.strip().splitlines()]
+    shown = [line.rstrip() for line in (each.prints or "…").strip().splitlines()]
+    at, anywhere = 0, False
+    for line in shown:
+        if line == "…":
+            anywhere = True
+        elif anywhere:
+            assert line in lines[at:], f"{line!r} is not printed {_place(each)}"
+            at, anywhere = lines.index(line, at) + 1, False
+        else:
+            assert lines[at : at + 1] == [line], _place(each)
+            at += 1
+    assert anywhere or at == len(lines), f"{lines[at:]} is not shown {_place(each)}"
 
 
 def _place(each: Snippet) -> str:
