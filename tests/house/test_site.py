@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import io
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 from snippets import Snippet, snippets
 
+import piecework
 from piecework.runtime.compilers import CompilerInterface, EagerAdaptor, make_compiler
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.pieces import manager
@@ -65,7 +68,7 @@ def test_every_snippet_runs_by_itself(
     for number, each in enumerate(snippets(page)):
         if (each.page, each.title) in NOT_RUN:
             continue
-        folder = tmp_path / f"snippet_{number}"
+        folder = tmp_path / f"snippet_{page.stem.replace('-', '_')}_{number}"
         folder.mkdir()
         monkeypatch.chdir(folder)
         monkeypatch.setattr(sys, "stdin", io.StringIO("continue\n"))  # for a debugger
@@ -117,3 +120,46 @@ def _place(each: Snippet) -> str:
 def test_what_does_not_run_is_there() -> None:
     titles = {(each.page, each.title) for page in PAGES for each in snippets(page)}
     assert set(NOT_RUN) <= titles
+
+
+def messages() -> Iterator[str]:
+    """Every text of the code that may be a message, with NUL for what it fills in."""
+    for room in ("codegen", "runtime", "integrations", "errors.py"):
+        for path in (
+            sorted((ROOT / room).rglob("*.py")) if (ROOT / room).is_dir() else [ROOT / room]
+        ):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if isinstance(node, ast.JoinedStr):
+                    parts = (p.value if isinstance(p, ast.Constant) else "\0" for p in node.values)
+                    yield "".join(map(str, parts))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield node.value
+
+
+def test_every_quoted_message_is_one_of_the_code() -> None:
+    page = (DOCS / "troubleshooting.md").read_text("utf-8")
+    quoted = re.findall(r"^\| `([^`]+)` \|", page, flags=re.M)
+    known = set(messages())
+    assert len(quoted) > 50
+    for message in quoted:
+        words = [part for part in re.split("…+", message) if part.strip()]
+        pattern = re.compile(".*\0.*".join(map(re.escape, words)), re.DOTALL)
+        begins = not message.startswith("…")
+        assert any(
+            (pattern.match if begins else pattern.search)(text) for text in known
+        ), f"nothing says {message!r}"
+
+
+def test_the_navigation_names_every_page() -> None:
+    text = (ROOT / "mkdocs.yml").read_text("utf-8").partition("\nnav:\n")[2]
+    named = re.findall(r"[\w-]+\.md", text)
+    at_root = {"index.md", "ARCHITECTURE.md", "CHANGELOG.md", "SECURITY.md", "LICENSE.md"}
+    made = at_root | {"examples.md"}  # by docs/hooks.py
+    assert sorted(named) == sorted({page.name for page in DOCS.glob("*.md")} | made)
+
+
+def test_the_reference_has_every_public_name_once() -> None:
+    page = (DOCS / "api.md").read_text("utf-8")
+    named = re.findall(r"^::: piecework\.(\w+)$", page, flags=re.M)
+    assert sorted(set(named) - {"errors"}) == sorted(piecework.__all__)
+    assert len(named) == len(set(named))
