@@ -17,6 +17,7 @@ import piecework
 from piecework.runtime.compilers import CompilerInterface, EagerAdaptor, make_compiler
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.pieces import manager
+from piecework.runtime.splitting_op import registry
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -24,7 +25,7 @@ PAGES = [page for page in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))) if sn
 
 # What doesn't run, by page and title, and why.
 NOT_RUN = {
-    ("README.md", "emitted"): "what piecework writes; test_readme.py compares it",
+    ("README.md", "emitted"): "what piecework writes; compared below",
     ("performance.md", "emitted"): "what piecework writes, without what it needs around it",
 }
 
@@ -42,12 +43,14 @@ def as_written(config: CompilationConfig) -> CompilerInterface:
 
 
 @pytest.fixture
-def modules() -> Iterator[None]:
-    """What a test imports is forgotten."""
-    before = set(sys.modules)
+def forgotten() -> Iterator[None]:
+    """Modules and operators of snippets are forgotten after the test."""
     yield
-    for name in set(sys.modules) - before:
-        if "snippet" in str(getattr(sys.modules[name], "__file__", None)):
+    for name in registry.names():
+        if "snippet" in registry._ops[name].implementation.__code__.co_filename:
+            registry._ops.pop(name).close()
+    for name, module in list(sys.modules.items()):
+        if "snippet" in str(getattr(module, "__file__", None)) and name != "snippets":
             del sys.modules[name]
 
 
@@ -56,7 +59,7 @@ def modules() -> Iterator[None]:
 def test_every_snippet_runs_by_itself(
     page: Path,
     tmp_path: Path,
-    modules: None,
+    forgotten: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -79,6 +82,21 @@ def test_every_snippet_runs_by_itself(
         require_shown(each, printed)
         everything += printed
     assert SHOWN.get(page.name, "") in everything
+
+
+@pytest.mark.inductor
+def test_the_first_example_becomes_the_function_shown(
+    tmp_path: Path, forgotten: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, shown, *_ = snippets(ROOT / "README.md")
+    folder = tmp_path / "snippet_readme"
+    folder.mkdir()
+    (folder / "model.py").write_text(model.text)
+    run(model, folder / "model.py", "readme_model", capsys)
+    code = sys.modules["readme_model"].stitched.source.code
+    emitted = code[code.index("def execution_fn(") :].partition("\n\n\n")[0]
+    assert emitted.strip() == shown.text.strip()
+    assert len([line for line in model.text.splitlines() if line.strip()]) <= 12
 
 
 def run(each: Snippet, path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> str:
