@@ -26,6 +26,8 @@ AT_ROOT = {
 EXAMPLES = "examples.md"
 #: Where a link to a file of the root leads on the site.
 ELSEWHERE = {"README.md": "index.md", "LICENSE": "LICENSE.md", "CONTRIBUTING.md": "contributing.md"}
+#: Pages of which nobody looks for a word: long tables, the license.
+NOT_SEARCHED = ("models.md", "LICENSE.md")
 
 _package = tempfile.TemporaryDirectory(prefix="piecework-docs-")
 
@@ -53,7 +55,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links as they are right in the repository, made right for the site."""
+    """Links as they are right in the repository, made right for the site; and what its search leaves out."""
+    if page.file.src_uri in NOT_SEARCHED:
+        page.meta["search"] = {"exclude": True}
 
     def inside(match: re.Match[str]) -> str:
         target = match[1].removeprefix("../").removeprefix("docs/")
