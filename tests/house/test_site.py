@@ -47,7 +47,8 @@ def forgotten() -> Iterator[None]:
     """Modules and operators of snippets are forgotten after the test."""
     yield
     for name in registry.names():
-        if "snippet" in registry._ops[name].implementation.__code__.co_filename:
+        code = getattr(registry._ops[name].implementation, "__code__", None)
+        if "snippet" in getattr(code, "co_filename", ""):
             registry._ops.pop(name).close()
     for name, module in list(sys.modules.items()):
         if "snippet" in str(getattr(module, "__file__", None)) and name != "snippets":
