@@ -50,7 +50,9 @@ def sources() -> dict[str, ast.Module]:
     found = {}
     for path in sorted(ROOT.rglob("*.py")):
         name = path.relative_to(ROOT).as_posix()
-        outside = name.startswith(("tests/", "golden/cases/", "build/")) or "/." in f"/{name}"
+        outside = (
+            name.startswith(("tests/", "golden/cases/", "build/", "docs/")) or "/." in f"/{name}"
+        )
         if not outside:
             found[name] = ast.parse(path.read_text())
     return found

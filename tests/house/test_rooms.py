@@ -73,7 +73,7 @@ def modules() -> dict[str, Path]:
     found = {}
     for path in sorted(ROOT.rglob("*.py")):
         relative = path.relative_to(ROOT)
-        if relative.parts[0] in ("tests", "build") or any(
+        if relative.parts[0] in ("tests", "build", "docs") or any(
             p.startswith(".") for p in relative.parts
         ):
             continue
