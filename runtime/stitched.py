@@ -635,7 +635,7 @@ class StitchedModule(SharedModule):
             StaticGraphError: as `capture`.
 
         Example:
-            >>> print(stitched.measure([1, 2, 4, 8]).table())
+            >>> rich.print(stitched.measure([1, 2, 4, 8]).table())
         """
         from piecework.runtime.graphs.serve.measured import CAPTURED, Measurement
 

@@ -5,6 +5,7 @@ Figures are counted here and nowhere else.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from piecework.bench.lists.isolated import RowResult
@@ -120,9 +121,12 @@ def _note(verdicts: dict[str, Verdict | None]) -> str:
     return f"batch 0: {ours.zero}" if ours is not None and ours.zero not in ("", "equal") else ""
 
 
+_FOLDERS = re.compile(r"(?<![\w.])(?:/[\w.-]+)+/(?=[\w.-]+)")  # of files that a message names
+
+
 def _cell(text: str) -> str:
     return (
-        text.partition(" Hint:")[0]
+        _FOLDERS.sub("", text.partition(" Hint:")[0])
         .replace("|", "\\|")
         .replace("<", "&lt;")
         .replace("\n", " ")[:240]

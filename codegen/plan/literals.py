@@ -37,7 +37,7 @@ class Kind:
 
 
 def is_inline_literal(value: object) -> bool:
-    """Whether ``value`` may be written inline (row C3: by exact type, finite floats only)."""
+    """Whether ``value`` may be written inline (by exact type, finite floats only)."""
     kind = KINDS.get(type(value))
     return kind is not None and kind.fits(value)
 

@@ -50,7 +50,7 @@ def check_op(
     args: Sequence[object] | None = None,
     kwargs: Mapping[str, object] | None = None,
 ) -> OpReport:
-    """Tell whether ``op`` is fit to be a splitting op (row S8): schema, fake implementation, mutation, results.
+    """Tell whether ``op`` is fit to be a splitting op: schema, fake implementation, mutation, results.
 
     Args:
         op: ``"ns::op"``, ``"ns::op.overload"``, an overload, a packet, or what `piecework.splitting_op` returned.

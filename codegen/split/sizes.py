@@ -43,7 +43,7 @@ def _reads_whole_shape(node: torch.fx.Node) -> bool:
 
 
 def decompose_sizes(graph: torch.fx.Graph) -> None:
-    """Replace each whole-shape read by one read per dimension, and each shape that is put together by its sizes, in place (row S4)."""
+    """Replace each whole-shape read by one read per dimension, and each shape that is put together by its sizes, in place."""
     for node in list(graph.nodes):
         if _reads_whole_shape(node):
             rank = _rank(node)

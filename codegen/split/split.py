@@ -229,7 +229,7 @@ def _reads_data(node: torch.fx.Node) -> bool:
 
 
 def _merge_idle(partitions: Sequence[_Partition]) -> list[_Partition]:
-    """Move partitions with nothing to launch into a neighbour (row S5).
+    """Move partitions with nothing to launch into a neighbour.
 
     The last piece before takes them if their inputs exist by then. Else a splitting submodule beside them does: it is not
     compiled, and running there keeps the order. Views are a submodule that is not compiled by themselves, so that they stay

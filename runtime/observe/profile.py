@@ -64,7 +64,6 @@ class Profile:
         )
         columns = (
             "stage",
-            "modules",
             "calls",
             "µs",
             "share",

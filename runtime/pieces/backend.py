@@ -14,6 +14,7 @@ from typing import assert_never
 
 import torch
 import torch.fx
+from torch.overrides import resolve_name
 
 from piecework.codegen import LowerOptions, SplitItem, generate_source, split_graph
 from piecework.codegen.graph.origin import SymbolNames, value_of
@@ -312,7 +313,7 @@ class _Compilation:
         with timed(self.phases, "emit"):
             if self.config.stitching_config.direct_splitting_ops:
                 direct = _direct_ops(items)
-            options = self._lower_options(names, items, bound, direct)
+            options = self._lower_options(names, items, bound, direct, SplittingOps(ops))
             source = generate_source(split_gm, options)
         trace.artifact("stitched_source", lambda: str(source))
         self.dump.stitched(source)
@@ -411,13 +412,14 @@ class _Compilation:
         items: Sequence[SplitItem],
         bound: Mapping[str, str],
         direct: DirectOps,
+        is_cut: SplittingOps,
     ) -> LowerOptions:
         levers = self.config.stitching_config
         unique = unique_pieces(self.backends)
         splitting = sum(item.is_splitting_graph for item in items)
         cuts = [each.graph.graph for each in items if each.is_splitting_graph]
-        called = (operator_name(node.target) for graph in cuts for node in graph.nodes)
-        ops = sorted({name for name in called if name})
+        called = (node.target for graph in cuts for node in graph.nodes if is_cut(node))
+        ops = sorted({operator_name(op) or resolve_name(op) or _name_of(op) for op in called})
         banner = (
             f"model: {self.settings.prefix or 'model'}",
             f"pieces: {len(self.backends)}, unique: {unique}, compiler: {self.compiler_manager.compiler.name}",
@@ -563,3 +565,7 @@ def _batch_of(graph: torch.fx.GraphModule) -> Batch:
             if symbol is not None and symbol.isidentifier():
                 return Batch(symbol, (index, dim if isinstance(value, torch.Tensor) else None))
     return Batch()
+
+
+def _name_of(function: object) -> str:
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"

@@ -193,10 +193,35 @@ def test_a_profile_has_a_row_for_each_piece_and_operator_and_leaves_nothing_behi
     times = [row.microseconds for row in profile.rows]
     assert times == sorted(times, reverse=True) and min(times) > 0
     assert all(row.kernels is None for row in profile.rows)  # eager pieces have no generated code
-    assert "submod_0 layers.0" in str(profile)
+    heading, *_ = (line for line in str(profile).splitlines() if "stage" in line)
+    shown = [line for line in str(profile).splitlines() if "submod_0 layers.0" in line]
+    cells = dict(
+        zip(map(str.strip, heading.split("┃")), map(str.strip, shown[0].split("│")), strict=True)
+    )
+    [row] = [row for row in profile.rows if row.name.startswith("submod_0 ")]
+    assert cells["µs"] == f"{row.microseconds:.1f}" and float(cells["calls"]) == row.calls
     assert torch.equal(stitched(x, index), before)
     with pytest.raises(ConfigError, match="positive number; got 0"):
         stitched.profile(x, index, profiled_calls=0)
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        (torch.sin, "torch.sin"),
+        (nn.functional.softmax, "torch.nn.functional.softmax"),
+        (nn.functional.scaled_dot_product_attention, "scaled_dot_product_attention"),
+    ],
+)
+def test_a_header_names_splitting_ops_that_are_functions(op: object, name: str) -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        y = torch.sin(x + 1)
+        z = nn.functional.softmax(y * 2, -1) - 1
+        return nn.functional.scaled_dot_product_attention(z, y, z) + 1
+
+    stitched = piecework.compile(model, (torch.randn(4, 8),), splitting_ops=[op], config=EAGER)  # type: ignore[list-item]
+    [line] = [each for each in stitched.source.code.splitlines() if "splitting ops: " in each]
+    assert line.endswith(f"{name} (1 submodules)")
 
 
 @pytest.mark.inductor
