@@ -23,7 +23,7 @@ def size_expr(size: object) -> Any:
     """A size as an expression of sympy."""
     import sympy
 
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)  # type: ignore[arg-type]
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.sympify(size)
 
 
 def free_symbols(value: torch.SymInt | torch.SymFloat | torch.SymBool) -> tuple[str, ...]:

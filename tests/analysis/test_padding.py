@@ -339,3 +339,24 @@ def test_a_number_that_is_read_from_rows_mixes_what_it_meets() -> None:
     )
     found = rows_of(torch.fx.GraphModule({}, graph), {str(fake.shape[0])})
     assert found.refused is not None or (found.results[0] is not None and found.results[1] is None)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_rows_are_followed_through_views_whose_other_sizes_are_dynamic_too(
+    batch_first: bool,
+) -> None:
+    """Attention lists ``batch × heads`` blocks of tokens: their number is an expression of a dynamic size."""
+    layer = torch.nn.MultiheadAttention(8, 2, batch_first=batch_first).eval()
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        tokens = x if batch_first else x.transpose(0, 1)
+        attended = layer(tokens, tokens, tokens, need_weights=False)[0]
+        return attended if batch_first else attended.transpose(0, 1)
+
+    with torch.no_grad():
+        stitched = piecework.compile(model, (torch.randn(4, 5, 8),), config=EAGER)
+        stitched.capture([2, 4], progress=False, estimate=False)
+        for rows, length in ((1, 5), (3, 5), (3, 7), (4, 3)):
+            x = torch.randn(rows, length, 8)
+            torch.testing.assert_close(stitched(x), model(x))
+    assert stitched.static_graphs.shape.mixes is None
