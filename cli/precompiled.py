@@ -54,7 +54,7 @@ def diff_files(before: Path, after: Path, as_json: bool) -> bool | None:
 
     if not (before.is_file() and after.is_file()):
         return None
-    texts = _text(before), _text(after)
+    texts = [_bytes(path).decode("utf-8", "replace") for path in (before, after)]
     if not all(map(is_precompiled, texts)):
         return None
     parsed = [
