@@ -12,7 +12,7 @@ import typer
 
 from piecework.cli.console import DIFFERS, compile_step, console, show_source, step, typed_errors
 from piecework.cli.options import Backend, ConfigFile, DumpFolder, Overrides, configuration
-from piecework.errors import EmitError
+from piecework.errors import EmitError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -145,12 +145,36 @@ def run(
         raise typer.Exit(DIFFERS)
 
 
-def verify(directory: FolderArgument, as_json: AsJson = False) -> None:
+def verify(
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR",
+            help="A folder made by compile, or a .py file that torch.compiler.precompile wrote.",
+        ),
+    ],
+    cache: Annotated[
+        Path | None, typer.Option(help="The cache that torch.compiler.precompile wrote beside it.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="What such a file should be of.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Capture a folder's model again and prove that the folder's source means its graph; nothing is compiled.
 
-    Exit code 1 if it does not; the first difference is named.
+    A file of torch.compiler.precompile is read and judged, never executed: edits, names that this torch lacks, vectors of another
+    CPU, another model; what can't be told is said. Exit code 1 if something is wrong; the difference is named.
     """
     with typed_errors():
+        if not directory.is_dir():
+            from piecework.cli.precompiled import verify_file
+
+            if not verify_file(directory, cache, model, as_json):
+                raise typer.Exit(DIFFERS)
+            return
+        if cache is not None or model is not None:
+            raise UsageError("--cache and --model are for a file of torch.compiler.precompile")
         from piecework.codegen.stitch.source import verify as prove
         from piecework.runtime import bundle
         from piecework.runtime.config.compilation import CompilationConfig

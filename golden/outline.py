@@ -42,8 +42,9 @@ class Step:
     @property
     def module_path(self) -> str:
         """The part of the comment that names the module it comes from; "" when there is none."""
-        first = self.comment.rpartition("\n")[2].partition("  ")[0]
-        return "" if first.startswith("->") or ".py" in first else first
+        lines = [line for line in self.comment.split("\n") if not line.startswith("->")]
+        first = lines[-1].partition("  ")[0] if lines else ""
+        return "" if ".py" in first else first
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from piecework.runtime.config.compilation import RuntimeConfig as RuntimeConfig
     from piecework.runtime.config.compilation import StitchingConfig as StitchingConfig
     from piecework.runtime.counters import CompilationCounter as CompilationCounter
-    from piecework.runtime.counters import counters as counters
     from piecework.runtime.decorators import ignore_torch_compile as ignore_torch_compile
     from piecework.runtime.decorators import stitched_of as stitched_of
     from piecework.runtime.decorators import support_torch_compile as support_torch_compile
@@ -72,7 +71,6 @@ if TYPE_CHECKING:
     )
     from piecework.runtime.splitting_op import declare_full_graphs as declare_full_graphs
     from piecework.runtime.splitting_op import declare_rows as declare_rows
-    from piecework.runtime.splitting_op import splitting_op as splitting_op
     from piecework.runtime.stitched import StitchedModule as StitchedModule
 
 __all__, __getattr__, __dir__ = face(__name__, __file__)

@@ -310,6 +310,7 @@ class StitchedModule(SharedModule):
             if self.config.dynamic_shapes_config.type is DynamicShapesType.AUTO:
                 self._sizes = self._declared or _policy_of(args, kwargs)
             _tell_of_training(self.model, self.config.strict)
+            _tell_of_gradients(args, kwargs, self.config.strict)
             self._trace(args, kwargs)
         captures = self.config.cudagraph_mode is not CUDAGraphMode.NONE
         self._serve_by(self._first_call if captures else self._traces[0].call)
@@ -878,6 +879,18 @@ def _tell_of_training(model: object, strict: bool) -> None:
         problem = CaptureError(
             f"the model is in training mode, and its {names[0]}{more} goes by that: dropout stays random in what is compiled",
             hint="call model.eval() before compiling",
+        )
+        tell(problem, strict=strict)
+
+
+def _tell_of_gradients(args: Sequence[object], kwargs: Mapping[str, object], strict: bool) -> None:
+    """Say that results carry no gradients, if an argument of the trace asks for them. Weights always do, and mean nothing."""
+    leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
+    asking = any(isinstance(each, torch.Tensor) and each.requires_grad for each in leaves)
+    if asking and torch.is_grad_enabled():
+        problem = CaptureError(
+            "an argument requires grad, and what is compiled records no gradients: its results have no grad_fn, and backward() ends there",
+            hint="train the model itself; for inference pass detached tensors, or call under torch.no_grad()",
         )
         tell(problem, strict=strict)
 

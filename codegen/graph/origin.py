@@ -5,9 +5,11 @@ Paths are the model's (``layers.3.self_attn``), files are base names; no absolut
 
 from __future__ import annotations
 
+import ast
+import itertools
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.fx
@@ -28,14 +30,26 @@ class SymbolNames:
 
     def __init__(self) -> None:
         self._names: dict[str, str] = {}
+        self._taken: set[str] = set()
+
+    def know(self, names: Mapping[str, str], taken: Iterable[str]) -> None:
+        """Use ``names`` (symbol → the parameter that it is), and none of what other values are called."""
+        self._names = {**names, **self._names}
+        self._taken |= {*taken, *names.values()}
+
+    def _name(self, symbol: str) -> str:
+        if symbol not in self._names:
+            numbers = itertools.count(len(self._names))
+            self._names[symbol] = next(
+                name for n in numbers if (name := f"s{n}") not in self._taken
+            )
+            self._taken.add(self._names[symbol])
+        return self._names[symbol]
 
     def __call__(self, size: object) -> str:
         if isinstance(size, int) and not isinstance(size, torch.SymInt):
             return str(size)
-        text = str(size)
-        for symbol in re.findall(r"\b[usz]\d+\b", text):
-            self._names.setdefault(symbol, f"s{len(self._names)}")
-        return re.sub(r"\b[usz]\d+\b", lambda found: self._names[found.group()], text)
+        return re.sub(r"\b[usz]\d+\b", lambda found: self._name(found.group()), str(size))
 
 
 def value_of(node: torch.fx.Node) -> object:
@@ -75,6 +89,23 @@ def source_line(node: torch.fx.Node, *, line_numbers: bool = True) -> str:
     return f"{name}:{line}" if line_numbers else name
 
 
+def source_code(node: torch.fx.Node) -> str:
+    """What stands on the line that `source_line` names, if it is a whole statement and nothing but ASCII; else ""."""
+    trace = node.meta.get("stack_trace")
+    frames = list(_FRAME.finditer(trace)) if isinstance(trace, str) else []
+    if not frames:
+        return ""
+    chosen = next(
+        (f for f in reversed(frames) if not f["file"].startswith(_OWN_FRAMES)), frames[-1]
+    )
+    code = chosen.string[chosen.end() :].partition("\n")[2].partition("\n")[0].strip()
+    try:
+        ast.parse(code)
+    except (SyntaxError, ValueError):
+        return ""
+    return code if code.isascii() and code.isprintable() and not _FRAME.match(code) else ""
+
+
 def node_where(node: torch.fx.Node) -> str:
     """How errors name a node: ``node %add_1, model.py:41``."""
     line = source_line(node)
@@ -87,6 +118,7 @@ def origin_of(node: torch.fx.Node, symbols: SymbolNames, *, line_numbers: bool) 
         module=module_path(node),
         source=source_line(node, line_numbers=line_numbers),
         shapes=shapes_of([node], symbols),
+        code=source_code(node),
     )
 
 

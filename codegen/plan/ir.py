@@ -138,15 +138,16 @@ class Arguments:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What a statement stands for: the FX node, the module path and the user's source line.
+    """What a statement stands for: the FX node, the module path, the place of the user's source line, and what stands there.
 
-    ``module`` is one path, or ``first … last`` for a piece that spans several modules.
+    ``module`` is one path, or ``first … last`` for a piece that spans several modules; ``code`` is "" where it takes several lines.
     """
 
     node: str = ""
     module: str = ""
     source: str = ""
     shapes: str = ""
+    code: str = ""
 
 
 # --- statements ----------------------------------------------------------------------------------

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ast
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -100,10 +102,17 @@ def _function(function: ir.Function, texts: Iterator[str]) -> str:
         .get_template("function.py.jinja")
         .render(
             signature=signature.removesuffix("\n    pass\n"),
-            note=_comment(function.note),
+            note=_wrapped(_comment(function.note)),
             statements=list(_lines_of(function.body, texts)),
         )
     )
+
+
+def _wrapped(note: str) -> str:
+    """A note below a signature, on as many lines as it takes; the template has the first ``#``."""
+    if len(note) <= LINE_LENGTH - 6:
+        return note
+    return "\n    #   ".join(textwrap.wrap(note, LINE_LENGTH - 8, break_long_words=False))
 
 
 def with_depth(body: Sequence[ir.Stmt]) -> Iterator[tuple[ir.Stmt, int]]:
@@ -120,12 +129,12 @@ def _lines_of(body: Sequence[ir.Stmt], texts: Iterator[str]) -> Iterator[dict[st
     for stmt, depth in with_depth(body):
         text = "try:" if isinstance(stmt, ir.Try) else next(texts)
         pad = " " * (4 * depth)
-        comment = comment_text(stmt)
+        comment = f"\n{pad}    ".join(f"# {each}" for each in _comment_lines(stmt, 4 + len(pad)))
         code = pad + text.replace("\n", f"\n{pad}")
         if isinstance(stmt, ir.Finally):
             empty = f"{pad}pass\n" if isinstance(before, ir.Try) else ""
             code = f"{empty}{pad[4:]}finally:\n{code}"
-        yield {"comment": f"{pad}# {comment}" if comment else "", "code": code}
+        yield {"comment": f"{pad}{comment}" if comment else "", "code": code}
         before = stmt
 
 
@@ -148,8 +157,31 @@ def comment_text(stmt: ir.Stmt) -> str:
     shapes = f"-> {origin.shapes}" if origin.shapes else ""
     if not origin.module and not origin.source:
         return ""
-    text = "  ".join(part for part in (origin.module, origin.source, shapes) if part)
+    code = origin.code if origin.source else ""
+    text = "  ".join(part for part in (origin.module, origin.source, code, shapes) if part)
     return _comment(text, made_here=True)
+
+
+def _comment_lines(stmt: ir.Stmt, indent: int) -> list[str]:
+    """`comment_text` in lines that fit: without the user's code where that is too long, shapes below in as many as it takes."""
+    text, width = comment_text(stmt), LINE_LENGTH - indent - len("# ")
+    if len(text) <= width or isinstance(stmt, (ir.Delete, ir.Return, ir.Try, ir.Finally)):
+        return [text] if text else []
+    origin = stmt.origin
+    if origin.code:
+        stmt = replace(stmt, origin=replace(origin, code=""))
+        return _comment_lines(stmt, indent)
+    if not origin.shapes:
+        return [text]
+    lines = [comment_text(replace(stmt, origin=replace(origin, shapes="")))]
+    for shape in re.split(r", (?![^\[]*\])", origin.shapes):
+        grown = f"{lines[-1]}, {shape}"
+        if len(lines) == 1 or len(grown) >= width:  # a comma may follow
+            lines[-1] += "," if len(lines) > 1 else ""
+            lines.append(f"  -> {shape}")
+        else:
+            lines[-1] = grown
+    return lines
 
 
 # --- lines -----------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ source line. Nothing is executed and the graph is not changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -86,9 +86,10 @@ class _Lowering:
             self.state.function_names[key] = self.module_names.claim(inlined.name)
         self._claim_aliases()
         bound = self._bind_weights()
+        names, scope, parameters = self._entry_scope(bound)
         for inlined in self.plan.shared.values():
             self._lower_shared(inlined)
-        entry = self._lower_entry({node: name for node, name, _ in bound})
+        entry = self._lower_entry(names, scope, parameters)
         module = ir.Module(
             imports=("torch", *sorted(self.state.imports - {"torch"})),
             aliases=tuple(self.aliases.values()),
@@ -151,13 +152,31 @@ class _Lowering:
 
     # --- functions -----------------------------------------------------------------------------
 
-    def _lower_entry(self, bound: Mapping[torch.fx.Node, str]) -> ir.Function:
+    def _entry_scope(
+        self, bound: Sequence[tuple[torch.fx.Node, str, ir.BoundName]]
+    ) -> tuple[NameTable, Scope, tuple[ir.Parameter, ...]]:
+        """What the entry starts with; a size that is a parameter has its name in comments too, and no other value's."""
         names = NameTable(self.module_names.names())
-        scope: Scope = {node: ir.Name(name) for node, name in bound.items()}
-        parameters = self._parameters(self.gm, names, scope, skip=bound.keys())
-        legend = self._legend(names_of={node: scope[node] for node in scope if node not in bound})
+        scope: Scope = {node: ir.Name(name) for node, name, _ in bound}
+        parameters = self._parameters(self.gm, names, scope, skip=list(scope))
+        sizes = {
+            str(value): name.id
+            for node, name in reversed(scope.items())
+            if isinstance(value := value_of(node), torch.SymInt) and isinstance(name, ir.Name)
+        }
+        taken = {name.id for name in scope.values() if isinstance(name, ir.Name)}
+        self.state.symbols.know(sizes, taken | {node.name for node in self.gm.graph.nodes})
+        return names, scope, parameters
+
+    def _lower_entry(
+        self, names: NameTable, scope: Scope, parameters: tuple[ir.Parameter, ...]
+    ) -> ir.Function:
+        own = {parameter.name for parameter in parameters}
+        values = {node: name for node, name in scope.items() if isinstance(name, ir.Name)}
+        legend = self._legend({node: name for node, name in values.items() if name.id in own})
+        borrowed = frozenset(name.id for name in values.values() if name.id not in own)
         body = self._lower_graph(self.gm, names, scope, prefix="")
-        return self._finish(ENTRY_NAME, parameters, body, frozenset(bound.values()), True, legend)
+        return self._finish(ENTRY_NAME, parameters, body, borrowed, True, legend)
 
     def _legend(self, names_of: Mapping[torch.fx.Node, ir.Expr]) -> str:
         """Where each size in the comments can be read: ``sizes: s0 = tokens.shape[0]``."""

@@ -26,6 +26,10 @@ class StandaloneCompiledArtifacts:
         self._data: dict[str, bytes] = {}
         self._loaded: dict[str, object] = {}
 
+    def __getstate__(self) -> dict[str, object]:
+        """The bytes without what was loaded from them, which is another process's to load."""
+        return {**vars(self), "_loaded": {}}
+
     def insert(self, submod_name: str, range_name: str, data: bytes) -> str:
         """Keep `data` for a submodule and range, and forget what it replaces; return its SHA-256."""
         if not isinstance(data, bytes):

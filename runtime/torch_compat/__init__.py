@@ -176,6 +176,7 @@ from piecework.runtime.torch_compat.trees import (
 )
 from piecework.runtime.torch_compat.vector_isa import (
     find_vector_isa,
+    vector_bits,
     vector_isa_unknown,
 )
 from piecework.runtime.torch_compat.watch import (

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 
+import torch
+
 
 def vector_isa_unknown() -> bool:
     """Whether Inductor has yet to find out which vector instructions it may use, and nothing but a test will tell it."""
@@ -33,3 +35,13 @@ def find_vector_isa() -> None:
     included = bool(named) and bool(named[0])
     with config.patch({"cpp.vec_isa_ok": True}) if included else contextlib.nullcontext():
         cpu_vec_isa.valid_vec_isa_list()
+
+
+def vector_bits() -> int | None:
+    """How wide the vectors are that Inductor would write for here, 0 for none; None where it is not known without a test."""
+    from torch._inductor import config
+
+    if config.cpp.simdlen is not None:
+        return config.cpp.simdlen if config.cpp.simdlen > 1 else 0
+    # What torch's own kernels were chosen for; Inductor asks the same CPU.
+    return {"AVX512": 512, "AVX2": 256, "DEFAULT": 0}.get(torch.backends.cpu.get_cpu_capability())

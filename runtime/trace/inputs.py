@@ -6,6 +6,7 @@ It reads what the trace recorded; it decides nothing about the model.
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -155,12 +156,12 @@ def trace_back(
         if isinstance(g, Argument)
     ]
     sizes = _sizes(tensors)
-    count = 0
+    # An argument or a weight that is called so keeps its name.
+    taken = {*names, *(each.path for each in found if isinstance(each, Weight))}
+    free = (name for n in itertools.count() if (name := f"s{n}") not in taken)
     for index, node in enumerate(placeholders):
-        if found[index] is not None:
-            continue
-        found[index] = _size_or_int(node, sizes, leaves, names, sources, f"s{count}")
-        count += 1
+        if found[index] is None:
+            found[index] = _size_or_int(node, sizes, leaves, names, sources, next(free))
     return tuple(g for g in found if g is not None)
 
 

@@ -372,6 +372,12 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         "model.eval()",
     ),
     (
+        lambda: compiled(None, X.clone().requires_grad_(), config=config(strict=True)),
+        CaptureError,
+        "backward() ends there",
+        "train the model itself",
+    ),
+    (
         lambda: compiled(config=config(strict=True, cudagraph_mode="PIECEWISE"))(X),
         StaticGraphError,
         "nothing is captured",
@@ -412,6 +418,10 @@ def test_the_whole_traceback_is_there_for_who_asks(monkeypatch: pytest.MonkeyPat
         ),
         (lambda: compiled(Model()), "in training mode, and its drop (Dropout) goes by that"),
         (lambda: compiled(config=config(cudagraph_mode="PIECEWISE"))(X), "nothing is captured"),
+        (
+            lambda: compiled(None, X.clone().requires_grad_()),
+            "an argument requires grad, and what is compiled records no gradients",
+        ),
     ],
 )
 def test_what_was_silent_is_warned_of_where_the_user_wrote_it(make, text: str) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from importlib import import_module
 
 import pytest
 
 from piecework import codegen, runtime
+from piecework.faces import homes
 
 # Parameters may be keyword-only and typed more tightly; further ones may follow.
 SIGNATURES = {
@@ -57,7 +59,9 @@ def test_methods(name: str, method: str) -> None:
 
 @pytest.mark.parametrize("name", runtime.__all__)
 def test_the_face_hands_on_what_it_lists(name: str) -> None:
-    assert getattr(runtime, name) is not None
+    """Also after every module is imported: a module of the same name would hide it."""
+    home = import_module(homes(str(runtime.__file__))[name])
+    assert getattr(runtime, name) is getattr(home, name) is not None
 
 
 def test_codegen_has_its_own() -> None:

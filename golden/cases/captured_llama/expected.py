@@ -20,7 +20,9 @@ attention = __vllm_consts__[0]
 
 def execution_fn(s0, input_ids, position_ids, *, __vllm_submods__):
     # sizes: s0 = input_ids.shape[1]
-    # model.embed_tokens … model.layers.0.self_attn  -> f32[1, s0, 16], f32[1, s0, 8], f32[1, s0, 8], f32[1, 1, s0, 8], f32[1, 2, s0, 8], f32[1, 1, s0, 8], f32[1, s0, 2, 8]
+    # model.embed_tokens … model.layers.0.self_attn
+    #   -> f32[1, s0, 16], f32[1, s0, 8], f32[1, s0, 8], f32[1, 1, s0, 8], f32[1, 2, s0, 8],
+    #   -> f32[1, 1, s0, 8], f32[1, s0, 2, 8]
     inputs_embeds, cos_2, sin_2, value_states, q_embed, k_embed, out = __vllm_submods__[0](
         s0,
         position_ids,
@@ -42,7 +44,8 @@ def execution_fn(s0, input_ids, position_ids, *, __vllm_submods__):
         scaling=0.3535533905932738,
     )
     del value_states, q_embed, k_embed
-    # model.layers.0.self_attn … model.layers.1.self_attn  -> f32[1, s0, 16], f32[1, 1, s0, 8], f32[1, 2, s0, 8], f32[1, 1, s0, 8], f32[1, s0, 2, 8]
+    # model.layers.0.self_attn … model.layers.1.self_attn
+    #   -> f32[1, s0, 16], f32[1, 1, s0, 8], f32[1, 2, s0, 8], f32[1, 1, s0, 8], f32[1, s0, 2, 8]
     hidden_states_7, value_states_1, q_embed_1, k_embed_1, out_1 = __vllm_submods__[1](
         s0,
         out,

@@ -24,7 +24,7 @@ def execution_fn(s0, x, *, __vllm_submods__):
     key, out, mul = __vllm_submods__[0](
         s0, x, layers_0_project_weight, layers_0_project_bias, layers_0_scale
     )
-    # layers.0  graph.py
+    # layers.0  graph.py  attention(query * self.scale, key, out)
     attention(mul, key, out)
     del key, mul
     # layers.0 … layers.1  -> f32[s0, 8], f32[s0, 8], f32[s0, 8], f32[s0, 8]
@@ -32,7 +32,7 @@ def execution_fn(s0, x, *, __vllm_submods__):
         s0, x, out, layers_1_project_weight, layers_1_project_bias, layers_1_scale
     )
     del out
-    # layers.1  graph.py
+    # layers.1  graph.py  attention(query * self.scale, key, out)
     attention(mul_1, key_1, out_1)
     del key_1, mul_1
     # layers.1  -> f32[s0 - 1, 8]

@@ -24,9 +24,9 @@ s0 = 8
 
 def submod_1(left, right, out, layer):
     # shared by 2 submodules
-    # layers.0  graph.py
+    # layers.0  graph.py  mix(left, right, out, self.name)
     torch.ops.replay_golden.mix.default(left, right, out, layer)
-    # layers.0  graph.py  -> f32[s0, 8]
+    # layers.0  graph.py  return x + self.leave(fresh(out))  -> f32[s0, 8]
     fresh_default = torch.ops.replay_golden.fresh.default(out)
     return fresh_default
 

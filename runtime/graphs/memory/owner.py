@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -249,8 +249,14 @@ class StaticGraphs:
     def clear_all_graphs(self) -> None:
         """Forget every capture and give the pool's memory back; weights and buffers stay registered."""
         self.platform.synchronize()
-        for holder in list(self._holders):
-            holder.clear_graphs()
+        with (
+            ExitStack() as every
+        ):  # a graph that can't be reset keeps no other one, and is told at the end
+            every.callback(self._forget)
+            for holder in list(self._holders):
+                every.callback(holder.clear_graphs)
+
+    def _forget(self) -> None:
         self._in_use.clear()
         self._staging.clear()
         self.addresses.forget_captured()

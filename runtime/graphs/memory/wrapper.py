@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -192,8 +193,9 @@ class CUDAGraphWrapper(GraphHolder):
                 entry.call.reset()
 
     def clear_graphs(self) -> None:
-        for descriptor in list(self.concrete_cudagraph_entries):
-            self.discard(self.runtime_mode, descriptor)
+        with ExitStack() as every:
+            for descriptor in list(self.concrete_cudagraph_entries):
+                every.callback(self.discard, self.runtime_mode, descriptor)
 
 
 def wrap_piece(
