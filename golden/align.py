@@ -129,6 +129,11 @@ def similarity(before: Mark, after: Mark) -> float:
 def _may_be_one_layer(before: str, after: str) -> bool:
     """False if both say which layers they come from, as in ``layers.1.mlp … layers.2.norm``, and have none in common."""
     (first, last), (first_after, last_after) = _layers(before), _layers(after)
+    # Where both go on to the end, or both begin at the start, the other end tells them apart.
+    if last == last_after == inf and -inf not in (first, first_after):
+        return first == first_after
+    if first == first_after == -inf and inf not in (last, last_after):
+        return last == last_after
     return first <= last_after and first_after <= last
 
 

@@ -46,7 +46,7 @@ class Layout:
     reduced: bool = False
     bias: bool = False
     swapped: bool = False
-    mlp: str = "mlp"
+    renamed: bool = False
     wide: int = 12
 
 
@@ -62,7 +62,7 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, layout: Layout) -> None:
         super().__init__()
-        self.layout = layout
+        self.name, self.scale, self.swapped = f"layers.{layout.place}", layout.scale, layout.swapped
         self.q_proj = nn.Linear(WIDTH, WIDTH, bias=layout.bias)
         self.k_proj = nn.Linear(WIDTH, WIDTH, bias=False)
         self.v_proj = nn.Linear(WIDTH, WIDTH, bias=False)
@@ -70,10 +70,10 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor) -> torch.Tensor:
         query, key, value = self.q_proj(x) * cos, self.k_proj(x) * cos, self.v_proj(x)
-        if self.layout.swapped:
+        if self.swapped:
             query, key = key, query
         out = torch.empty_like(query)
-        attention(query, key, value, out, f"layers.{self.layout.place}", self.layout.scale)
+        attention(query, key, value, out, self.name, self.scale)
         return self.o_proj(out)
 
 
@@ -92,22 +92,23 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     def __init__(self, layout: Layout) -> None:
         super().__init__()
-        self.layout = layout
+        self.reduced, self.residual, self.scaled = layout.reduced, layout.residual, layout.scaled
+        self.renamed, self.second_norm = layout.renamed, layout.second_norm
         self.norm = Norm()
         self.self_attn = Attention(layout)
         if layout.second_norm:
             self.mlp_norm = Norm()
-        self.add_module(layout.mlp, MLP(layout))
+        self.add_module("feed_forward" if layout.renamed else "mlp", MLP(layout))
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
         x = x + self.self_attn(self.norm(x), cos)
-        if self.layout.reduced:
+        if self.reduced:
             x = all_reduce(x)
-        inner = self.mlp_norm(x) if self.layout.second_norm else x
-        x = x + getattr(self, self.layout.mlp)(inner)
-        if self.layout.residual:
+        inner = self.mlp_norm(x) if self.second_norm else x
+        x = x + (self.feed_forward(inner) if self.renamed else self.mlp(inner))
+        if self.residual:
             x = x + first
-        return x * 2 if self.layout.scaled else x
+        return x * 2 if self.scaled else x
 
 
 class Model(nn.Module):
@@ -142,12 +143,20 @@ def _all(count: int, **what: object) -> Model:
 
 def _without(count: int) -> Model:
     each = layouts(count)
-    return Model(each[: count // 2] + [replace(e, place=e.place - 1) for e in each[count // 2 + 1 :]])
+    return Model(
+        each[: count // 2] + [replace(e, place=e.place - 1) for e in each[count // 2 + 1 :]]
+    )
 
 
 def _with(count: int) -> Model:
     each, at = layouts(count), count // 2
-    return Model([*each[:at], replace(each[at], wide=20), *(replace(e, place=e.place + 1) for e in each[at:])])
+    return Model(
+        [
+            *each[:at],
+            replace(each[at], wide=20),
+            *(replace(e, place=e.place + 1) for e in each[at:]),
+        ]
+    )
 
 
 REVISIONS: Mapping[str, Callable[[int], Model]] = {
@@ -161,7 +170,7 @@ REVISIONS: Mapping[str, Callable[[int], Model]] = {
     "last layer removed": lambda n: Model(layouts(n - 1)),
     "layer inserted": _with,
     "layer appended": lambda n: Model(layouts(n + 1)),
-    "module renamed": lambda n: _all(n, mlp="feed_forward"),
+    "module renamed": lambda n: _all(n, renamed=True),
     "splitting op added": lambda n: _at(n, reduced=True),
     "splitting op added everywhere": lambda n: _all(n, reduced=True),
     "scale changed": lambda n: _at(n, scale=0.25),
@@ -189,7 +198,10 @@ def compiled(model: nn.Module, splitting_ops: list[str] | None = None) -> piecew
     dtype = next(model.parameters()).dtype
     example = (torch.randn(3, WIDTH, dtype=dtype), torch.randn(3, WIDTH, dtype=dtype))
     return piecework.compile(
-        model.eval(), example, splitting_ops=splitting_ops, config={"backend": "eager"}
+        model.eval(),
+        example,
+        splitting_ops=splitting_ops,
+        config={"backend": "eager", "repeated_layers": "found"},
     )
 
 
