@@ -15,7 +15,7 @@ Calls = Mapping[str, Counter[str]]
 def calls_by_piece(text: str) -> dict[str, Counter[str]]:
     """Submodule → how often each function is called in it; {} for a text that is not Python.
 
-    A method is ``.name``; operators are written as ``+``.
+    A method is ``.name``; an operator is ``add`` or ``mult``.
     """
     try:
         tree = ast.parse(text)
@@ -31,9 +31,7 @@ def _calls(piece: ast.ClassDef) -> Iterator[str]:
         for stmt in function.body:
             for node in ast.walk(stmt):
                 match node:
-                    case ast.Call(func=ast.Attribute(value=ast.Name(), attr=name)) if not _torch(
-                        node
-                    ):
+                    case ast.Call(func=ast.Attribute(attr=name)) if not _is_path(node.func):
                         yield f".{name}"
                     case ast.Call(func=func):
                         yield ast.unparse(func)
@@ -41,11 +39,11 @@ def _calls(piece: ast.ClassDef) -> Iterator[str]:
                         yield type(sign).__name__.lower()
 
 
-def _torch(call: ast.Call) -> bool:
-    root = call.func
-    while isinstance(root, ast.Attribute):
-        root = root.value
-    return isinstance(root, ast.Name) and root.id in ("torch", "operator", "math")
+def _is_path(function: ast.expr) -> bool:
+    """True for ``torch.relu``, and not for a method of a value."""
+    while isinstance(function, ast.Attribute):
+        function = function.value
+    return isinstance(function, ast.Name) and function.id in ("torch", "operator", "math")
 
 
 def difference(before: Counter[str], after: Counter[str]) -> str:
