@@ -215,7 +215,8 @@ class _FunctionComparison:
                 f"{label(after)} gives {_count(len(new), 'result')}, was {len(old)}: {was} → {now}"
             )
         else:
-            message = f"{label(after)} gives {_values(new, after.unpack)} and not {_values(old, before.unpack)}"
+            was, now = (_values(step.results, step.unpack) for step in (before, after))
+            message = f"{label(after)} gives {now} and not {was}"
         names = ((", ".join(before.results), ", ".join(after.results)),)
         yield self._change(group, "changed", message, before, after, names)
 
@@ -223,26 +224,34 @@ class _FunctionComparison:
         old, new = self.canon.arguments(before), self.canon_after.arguments(after)
         if old == new:
             return
+        # As the text before has it: there a name that is known by its new one now is not to be found.
+        written = replace(self.canon, rename={}).arguments(before)
         group = "signature" if after.kind == "return" else "arguments"
         who = "the result" if after.kind == "return" else label(after)
         if len(old) == len(new):
             if sorted(old) == sorted(new) and len(old) > 1:
                 order = ", ".join(new[:6]) + (", …" if new[6:] else "")
                 message = f"{who}: the same arguments in another order: {order}"
-                names = tuple(zip(old, new, strict=True))
+                names = tuple(zip(written, new, strict=True))
                 yield self._change(group, "moved", message, before, after, names)
                 return
-            for number, (left, right) in enumerate(zip(old, new, strict=True)):
-                if left != right:
+            for number, (left, right) in enumerate(zip(written, new, strict=True)):
+                if old[number] != right:
                     place = "" if after.kind == "return" else f" argument {number}"
-                    message = f"{who}:{place} {left} → {right}"
+                    other = " (another value)" if left == right else ""
+                    message = f"{who}:{place} {left} → {right}{other}"
                     yield self._change(group, "changed", message, before, after, ((left, right),))
             return
-        removed, added = Counter(old) - Counter(new), Counter(new) - Counter(old)
-        parts = [f"no longer takes {', '.join(removed.elements())}"] if removed else []
+        kept, added = Counter(old) & Counter(new), Counter(new) - Counter(old)
+        removed = []
+        for text, name in zip(written, old, strict=True):
+            if not kept[name]:
+                removed.append(text)
+            kept[name] -= kept[name] > 0
+        parts = [f"no longer takes {', '.join(removed)}"] if removed else []
         parts += [f"now takes {', '.join(added.elements())}"] if added else []
         names = (
-            *((each, "") for each in removed.elements()),
+            *((each, "") for each in removed),
             *(("", each) for each in added.elements()),
         )
         yield self._change(group, "changed", f"{who} {' and '.join(parts)}", before, after, names)

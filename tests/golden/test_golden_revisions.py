@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 from revision_truth import Judge
-from revisions import REVISIONS, Model, compiled, layouts, revision
+from revisions import REVISIONS, Model, compiled, layouts, plain, revision
 
 import piecework
 from piecework.golden.diff import SourceDiff, compare_sources
@@ -44,3 +44,26 @@ def test_every_statement_is_true_and_none_is_missing(kind: str, count: int) -> N
     assert Judge(_before(count), after, there).judge() >= 1
     back = _diff(after, _before(count))
     assert Judge(after, _before(count), back).judge() >= 1
+
+
+@cache
+def _plain_before() -> piecework.StitchedModule:
+    return plain("", 6)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "act",
+        "op added",
+        "splitting op added",
+        "arguments swapped",
+        "layer inserted",
+        "layer removed",
+        "first layers changed",
+    ],
+)
+def test_statements_are_true_where_nothing_says_which_layer_a_piece_is_of(kind: str) -> None:
+    before, after = _plain_before(), plain(kind, 6)
+    assert Judge(before, after, _diff(before, after)).judge() >= 1
+    assert Judge(after, before, _diff(after, before)).judge() >= 1

@@ -153,6 +153,19 @@ class Judge:
             for k, side in enumerate((diff.before, diff.after))
         ]
         self.renamed = dict(self._of("signature", "another name in the model"))
+        # Pieces and what they became part of: a value has the same name in both.
+        self.parts = {
+            (numbers[0][i], numbers[1][m.whole])
+            for m in diff.entry.merges
+            for i in m.parts
+            if numbers[1][m.whole] != self.partner.get(numbers[0][i])
+        }
+        self.parts |= {
+            (numbers[0][s.whole], numbers[1][j])
+            for s in diff.entry.splits
+            for j in s.parts
+            if self.partner.get(numbers[0][s.whole]) != numbers[1][j]
+        }
         joins = [*diff.entry.merges, *diff.entry.splits]
         self.joined = {numbers[0][i] for m in diff.entry.merges for i in m.parts if i in numbers[0]}
         self.joined |= {numbers[0][s.whole] for s in diff.entry.splits}
@@ -175,7 +188,13 @@ class Judge:
         one, other = self.before.producer.get(left), self.after.producer.get(right)
         if one is None or other is None:
             return one is other and self._input(left, "before") == self._input(right, "after")
+        if (one[0], other[0]) in self.parts:
+            return self._emitted(left, 0) == self._emitted(right, 1)
         return self.partner.get(one[0]) == other[0] and self._place(one) == other[1]
+
+    def _emitted(self, node: torch.fx.Node, side: int) -> str:
+        names = (self.before, self.after)[side].names
+        return next((name for name, each in names.items() if each is node), "")
 
     def _place(self, value: tuple[int, int]) -> int | None:
         """The result after that stands for a result before: the same place if the work is the same, else the one with its stem."""
@@ -380,10 +399,15 @@ class Judge:
                 assert old[path[0][left]] != new[path[1][right]], change
 
     def _liveness(self, change: Change) -> None:
-        assert change.kind == "changed" and "lives" in change.message, change
         name = change.message.split()[0]
         now = self.after.names[name]
         was = next(n for n in self.before.names.values() if self.corresponds(n, now))
+        if change.kind in ("removed", "added"):
+            # What is returned is not deleted.
+            kept = [node in t.returned for node, t in ((was, self.before), (now, self.after))]
+            assert kept == [change.kind == "added", change.kind == "removed"], change
+            return
+        assert change.kind == "changed" and "lives" in change.message, change
         left, right = self.before.last_use(was), self.after.last_use(now)
         assert left in self.partner
         longer = right > self.partner[left]

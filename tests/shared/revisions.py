@@ -209,3 +209,41 @@ def revision(kind: str, count: int) -> piecework.StitchedModule:
     """The model after the change called ``kind``."""
     some = ["revisions::all_reduce"] if kind == "not split" else None
     return compiled(REVISIONS[kind](count), some)
+
+
+class Plain(nn.Module):
+    """Layers that are no modules: nothing in the source says which layer a piece is of."""
+
+    def __init__(self, layers: list[Layout]) -> None:
+        super().__init__()
+        self.layers = layers
+        self.weights = nn.ParameterList(torch.eye(WIDTH) for _ in range(2 * len(layers)))
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor) -> torch.Tensor:
+        for place, layer in enumerate(self.layers):
+            query = torch.nn.functional.linear(x, self.weights[2 * place]) * cos
+            out = torch.empty_like(query)
+            first, second = (x, query) if layer.swapped else (query, x)
+            attention(first, second, x, out, "plain", layer.scale)
+            x = x + layer.act(torch.nn.functional.linear(out, self.weights[2 * place + 1]))
+            if layer.reduced:
+                x = all_reduce(x)
+            if layer.scaled:
+                x = x * 2
+        return x
+
+
+def plain(kind: str, count: int) -> piecework.StitchedModule:
+    """`Plain` after a change; "" for none."""
+    each, at = layouts(count), count // 2
+    changes: dict[str, list[Layout]] = {
+        "": each,
+        "act": [*each[:at], replace(each[at], act=nn.functional.gelu), *each[at + 1 :]],
+        "op added": [*each[:at], replace(each[at], scaled=True), *each[at + 1 :]],
+        "splitting op added": [*each[:at], replace(each[at], reduced=True), *each[at + 1 :]],
+        "arguments swapped": [*each[:at], replace(each[at], swapped=True), *each[at + 1 :]],
+        "layer inserted": [*each[:at], replace(each[at], scaled=True), *each[at:]],
+        "layer removed": each[1:],
+        "first layers changed": [replace(layer, scaled=True) for layer in each[:2]] + each[2:],
+    }
+    return compiled(Plain(changes[kind]))
