@@ -295,12 +295,12 @@ def _progress() -> Iterator[object]:
 def _tests(names: Sequence[str] | None, root: Path | None) -> Sequence[Path] | None:
     """The tests whose goldens a command is about; None if it is about cases."""
     from piecework.golden.check import default_root
-    from piecework.golden.suite import tests_under
+    from piecework.golden.suite import suite_under
 
     _import_from_here()
     if root is not None or default_root() is not None:
         return None
-    found = tests_under(Path.cwd())
+    found = suite_under(Path.cwd())
     return [Path(name) for name in names] if found and names else found or None
 
 

@@ -6,6 +6,7 @@ The run is a process of its own, so that the suite's configuration and plugins a
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -17,20 +18,16 @@ from piecework.golden.plugin import ONLY, OPTION
 from piecework.golden.snapshot import folders
 
 _FIXTURE = b"stitched_golden"
+_TEST_FILE = re.compile(r"test_.*\.py|.*_test\.py|conftest\.py")
 
 
-def tests_under(place: Path) -> list[Path]:
+def suite_under(place: Path) -> list[Path]:
     """Test files that speak of the fixture; the whole folder of a ``conftest.py`` that does."""
     found: list[Path] = []
     for folder, files in folders(place):
-        speak = [
-            folder / name
-            for name in files
-            if name.endswith(".py") and _FIXTURE in (folder / name).read_bytes()
-        ]
-        if any(path.name == "conftest.py" for path in speak):
-            found.append(folder)
-        found += [p for p in speak if p.name.startswith("test_") or p.stem.endswith("_test")]
+        tests = [folder / name for name in files if _TEST_FILE.fullmatch(name)]
+        speak = [path for path in tests if _FIXTURE in path.read_bytes()]
+        found += [folder] if folder / "conftest.py" in speak else speak
     return [path for path in found if not any(other in path.parents for other in found)]
 
 
@@ -40,9 +37,10 @@ def run_suite(tests: Iterable[str | os.PathLike[str]], *, update: bool, quiet: b
     Raises:
         UsageError: none of ``tests`` uses the fixture, or pytest could not run them.
     """
-    options = [ONLY, *([OPTION] if update else [])]
+    # What torch logs while it traces says nothing of a golden.
+    options = [ONLY, "-q", "--tb=short", "--show-capture=no", *([OPTION] if update else [])]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--tb=short", *options, *map(os.fspath, tests)],
+        [sys.executable, "-m", "pytest", *options, *map(os.fspath, tests)],
         stdout=subprocess.PIPE if quiet else None,
         stderr=subprocess.STDOUT if quiet else None,
         text=True,

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import piecework
 from piecework.cli.golden import golden_app
 from piecework.golden.piece_code import calls_by_piece, difference
+from piecework.golden.suite import suite_under
 
 SOURCE = """# __vllm_submods__:
 #   [0] submod_0  {digest}
@@ -87,7 +88,7 @@ def test_a_repository_with_goldens_of_tests_alone(
     section = output[output.index("= goldens that differ =") :]
     assert section.count("submod_0 computes something else: aaaa → bbbb") == 2
     assert "To accept: pytest tests/test_acme.py::test_source --piecework-update" in section
-    assert "LOGLOG" in output and "LOGLOG" not in section and "+++" not in section
+    assert "+++" in output and "LOGLOG" not in output and "+++" not in section
 
 
 @pytest.mark.parametrize("command", ["update", "report"])
@@ -173,3 +174,13 @@ def test_calls_are_read_from_what_a_compiled_model_prints() -> None:
     assert difference(calls, calls) == ""
     assert difference(calls, calls + Counter({"torch.sin": 2})) == "2 torch.sin more"
     assert difference(calls + Counter({".cos": 1}), calls) == ".cos less"
+
+
+def test_tests_with_goldens_are_found_where_somebody_keeps_them(tmp_path: Path) -> None:
+    names = ["a/test_one.py", "a/two_test.py", "a/helper.py", "b/conftest.py", "b/test_three.py"]
+    for name in [*names, "b/deep/test_four.py", "build/test_built.py", ".venv/test_other.py"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("def test_it(stitched_golden): ...\n")
+    (tmp_path / "a" / "test_plain.py").write_text("def test_it(): ...\n")
+    found = {path.relative_to(tmp_path).as_posix() for path in suite_under(tmp_path)}
+    assert found == {"a/test_one.py", "a/two_test.py", "b"}
