@@ -1,5 +1,6 @@
 """Every statement of a diff of two real revisions is true: in, a 6-layer and a 32-layer model and a change to it; out, each statement held against both graphs."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -67,3 +68,25 @@ def test_statements_are_true_where_nothing_says_which_layer_a_piece_is_of(kind: 
     before, after = _plain_before(), plain(kind, 6)
     assert Judge(before, after, _diff(before, after)).judge() >= 1
     assert Judge(after, before, _diff(after, before)).judge() >= 1
+
+
+def test_what_is_false_or_unsaid_is_noticed() -> None:
+    before, after = _plain_before(), plain("splitting op added", 6)
+    diff = _diff(before, after)
+    for number, change in enumerate(diff.changes):
+        if change.group in ("provenance", "constants", "module", "liveness"):
+            continue
+        less = diff.changes[:number] + diff.changes[number + 1 :]
+        others = [replace(diff, changes=less)] if change.group not in ("names", "signature") else []
+        if change.subjects:
+            swapped = tuple((right or "none", left or "none") for left, right in change.subjects)
+            wrong = replace(change, subjects=swapped)
+            others.append(
+                replace(diff, changes=(*less[:number], wrong, *less[number:])),
+            )
+        for other in others:
+            try:
+                Judge(before, after, other).judge()
+            except (AssertionError, KeyError, StopIteration):
+                continue
+            pytest.fail(f"not noticed: {change}, now {set(other.changes) - set(diff.changes)}")

@@ -1,5 +1,6 @@
 """`piecework golden` in somebody else's repository, whose goldens are those of tests: in, files and commands; out, exit codes, pages and goldens."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 import piecework
 from piecework.cli.golden import golden_app
+from piecework.golden import suite
 from piecework.golden.piece_code import calls_by_piece, difference
 from piecework.golden.suite import suite_under
 
@@ -184,3 +186,37 @@ def test_tests_with_goldens_are_found_where_somebody_keeps_them(tmp_path: Path) 
     (tmp_path / "a" / "test_plain.py").write_text("def test_it(): ...\n")
     found = {path.relative_to(tmp_path).as_posix() for path in suite_under(tmp_path)}
     assert found == {"a/test_one.py", "a/two_test.py", "b"}
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_check_of_tests_as_json_names_what_was_proposed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passed: bool
+) -> None:
+    _repository(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    golden = tmp_path / "tests" / "__stitched__" / "test_acme" / "test_source.py"
+    golden.parent.mkdir(parents=True)
+
+    def run_suite(tests: list[Path], *, update: bool, quiet: bool) -> bool:
+        assert (tests, update, quiet) == ([tmp_path / "tests" / "test_acme.py"], False, True)
+        if not passed:
+            golden.with_name("test_source.py.new").write_text(SOURCE)
+        return passed
+
+    monkeypatch.setattr(suite, "run_suite", run_suite)
+    result = CliRunner().invoke(golden_app, ["check", "--json"])
+    proposed = [] if passed else ["tests/__stitched__/test_acme/test_source.py"]
+    assert json.loads(result.output) == {"passed": passed, "proposed": proposed}
+    assert result.exit_code == (0 if passed else 1)
+
+
+def test_a_run_that_finds_no_golden_or_breaks_is_misuse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "test_nothing.py").write_text("# no stitched_golden here\n")
+    result = CliRunner().invoke(golden_app, ["check", "--json"])
+    assert result.exit_code == 2 and "no test here uses stitched_golden" in result.output
+    (tmp_path / "test_nothing.py").write_text("# stitched_golden\nimport nothing_that_exists\n")
+    result = CliRunner().invoke(golden_app, ["check", "--json"])
+    assert result.exit_code == 2 and "nothing_that_exists" in result.output

@@ -285,6 +285,8 @@ class Judge:
             self._balance(None)
         elif change.kind in ("merged", "split"):
             at = 0 if change.kind == "merged" else 1
+            sides = [{subject[side] for subject in change.subjects} for side in (at, 1 - at)]
+            assert len(sides[0]) == len(change.subjects) > len(sides[1]) == 1, change
             parts = sum((pieces[at][s[at]].ops for s in change.subjects), Counter())
             whole = pieces[1 - at][change.subjects[0][1 - at]].ops
             assert (
@@ -476,6 +478,17 @@ class Judge:
                 map(self.corresponds, one.operands, other.operands)
             )
             line = next(line for line, n in self.lines[1].items() if n == j)
+            said_here = [
+                c for c in self.diff.changes if c.group == "arguments" and c.after_line == line
+            ]
+            if len(one.operands) == len(other.operands) and not any(
+                c.kind == "moved" for c in said_here
+            ):
+                other_now = [
+                    not self.corresponds(a, b)
+                    for a, b in zip(one.operands, other.operands, strict=True)
+                ]
+                assert len(said_here) == sum(other_now), (one.name, said_here)
             assert (line in lines) != same or not self._differ_said(one, other), (
                 one.name,
                 other.name,
