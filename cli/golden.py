@@ -6,6 +6,7 @@ It parses, calls `piecework.golden` and prints; nothing is decided here.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -43,11 +44,16 @@ def check(
 ) -> None:
     """Compare what every case emits with its golden, and check that the text runs, names and repeats right.
 
-    Nothing is accepted. Where CI is set nothing is written; elsewhere each difference is left beside its golden as a .new file.
+    Nothing is accepted. Where CI is set nothing is written; elsewhere each difference is left beside its golden as a .new file. Where the
+    goldens are those of tests, the tests with the fixture stitched_golden are run (NAMES are then files or test ids).
     """
     from piecework.golden import snapshot
     from piecework.golden.check import check_cases
 
+    with typed_errors():
+        tests = _tests(names, root)
+        if tests is not None:
+            raise typer.Exit(_run_tests(tests, as_json))
     with typed_errors(), _progress() as step:
         run = check_cases(
             _root(root),
@@ -71,12 +77,16 @@ def update(
     from piecework.golden import snapshot
     from piecework.golden.check import update_cases
 
-    with typed_errors(), _progress() as step:
+    with typed_errors():
         if snapshot.in_ci():
             raise UsageError(
                 "goldens are not written in continuous integration (the variable CI is set)",
                 hint="update them on your machine, review and commit them",
             )
+        tests = _tests(names, root)
+        if tests is not None:
+            raise typer.Exit(_run_tests(tests, as_json, write=True))
+    with typed_errors(), _progress() as step:
         run = update_cases(_root(root), names or (), two_seeds=not fast, progress=step)
     _report_run(run, as_json)
     raise typer.Exit(DONE if run.passed else DIFFERS)
@@ -124,6 +134,7 @@ def _review(places: Sequence[Path] | None, root: Path | None) -> None:
     from piecework.golden.review import commands, load, review
     from piecework.golden.snapshot import pending
 
+    _import_from_here()
     cases = root or (None if places else default_root())
     broken: dict[Path, tuple[str, ...]] = {}
     if cases is not None:
@@ -176,7 +187,11 @@ def diff(
             raise typer.Exit(DONE if same else DIFFERS)
         left, right = _source_file(before), _source_file(after)
         found = compare_sources(
-            _read(left), _read(right), before_name=str(before), after_name=str(after)
+            _read(left),
+            _read(right),
+            before_name=str(before),
+            after_name=str(after),
+            graphs=(_graph_beside(left), _graph_beside(right)),
         )
         if html is not None:
             from piecework.golden.report import Entry, write_page
@@ -202,12 +217,26 @@ def report(
 ) -> None:
     """Write one page that shows every golden that differs from what its case emits, side by side.
 
-    No golden or proposal is written. Exit code 1 if any differs.
+    No golden or proposal of a case is written; tests leave their proposals. Exit code 1 if any differs.
     """
+    from piecework.golden import snapshot
     from piecework.golden.check import check_cases, shown
-    from piecework.golden.report import entries_of, write_page
+    from piecework.golden.report import entries_of, proposed, write_page
 
     with typed_errors():
+        tests = _tests(names, root)
+        if tests is not None:
+            if snapshot.in_ci():
+                raise UsageError(
+                    "tests leave no proposals to show in continuous integration (the variable CI is set)"
+                )
+            from piecework.golden.suite import proposals, run_suite
+
+            run_suite(tests, update=False, quiet=True)
+            pages = [proposed(golden, shown(golden)) for golden in proposals(tests)]
+            write_page(output, pages)
+            _say(f"{len(pages)} goldens differ; page: {shown(output)}")
+            raise typer.Exit(DIFFERS if pages else DONE)
         with _progress() as step:
             run = check_cases(
                 _root(root), names or (), propose=False, two_seeds=False, progress=step
@@ -266,12 +295,52 @@ def _progress() -> Iterator[object]:
 # --- arguments ---------------------------------------------------------------------------------------
 
 
+def _tests(names: Sequence[str] | None, root: Path | None) -> Sequence[Path] | None:
+    """The tests whose goldens a command is about; None if it is about cases."""
+    from piecework.golden.check import default_root
+    from piecework.golden.suite import suite_under
+
+    _import_from_here()
+    if root is not None or default_root() is not None:
+        return None
+    found = suite_under(Path.cwd())
+    return [Path(name) for name in names] if found and names else found or None
+
+
+def _run_tests(tests: Sequence[Path], as_json: bool, write: bool = False) -> int:
+    from piecework.golden.check import shown
+    from piecework.golden.suite import proposals, run_suite
+
+    passed = run_suite(tests, update=write, quiet=as_json)
+    if as_json:
+        left = [] if write else [shown(golden) for golden in proposals(tests)]
+        print(json.dumps({"passed": passed, "proposed": left}, indent=2))
+    return DONE if passed else DIFFERS
+
+
+def _import_from_here() -> None:
+    """Let cases import packages of the working folder, as ``python -m`` does."""
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
+def _graph_beside(source: Path) -> str:
+    """The printed graph that `piecework compile` leaves beside a source; "" where there is none."""
+    from piecework.runtime.bundle import GRAPH, MANIFEST
+
+    graph = source.parent / GRAPH
+    return _read(graph) if graph.is_file() and (source.parent / MANIFEST).is_file() else ""
+
+
 def _root(root: Path | None) -> Path:
     from piecework.golden.check import default_root
 
     found = root or default_root()
     if found is None:
-        raise UsageError("there is no folder golden/cases here", hint="name the folder with --root")
+        raise UsageError(
+            "there is no folder golden/cases here, and no test that uses stitched_golden",
+            hint="name a folder of cases with --root",
+        )
     return found
 
 

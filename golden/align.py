@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from math import inf
 
 from piecework.golden.outline import Step
 
@@ -112,7 +113,7 @@ def similarity(before: Mark, after: Mark) -> float:
 
     The module path outweighs the values: an operator put in early shifts the names of all later values by one.
     """
-    if before.kind != after.kind:
+    if before.kind != after.kind or not _may_be_one_layer(before.module, after.module):
         return 0.0
     if before.kind == "return":
         return 12.0
@@ -123,6 +124,27 @@ def similarity(before: Mark, after: Mark) -> float:
     if (len(before.reads), len(before.binds)) == (len(after.reads), len(after.binds)):
         score += 0.5
     return score
+
+
+def _may_be_one_layer(before: str, after: str) -> bool:
+    """False if both say which layers they come from, as in ``layers.1.mlp … layers.2.norm``, and have none in common."""
+    (first, last), (first_after, last_after) = _layers(before), _layers(after)
+    # Where both go on to the end, or both begin at the start, the other end tells them apart.
+    if last == last_after == inf and -inf not in (first, first_after):
+        return first == first_after
+    if first == first_after == -inf and inf not in (last, last_after):
+        return last == last_after
+    return first <= last_after and first_after <= last
+
+
+def _layers(module: str) -> tuple[float, float]:
+    """The first number in each end of ``module``; open on a side that has none."""
+    ends = module.split(" … ")
+    first, last = (
+        next((int(part) for part in end.split(".") if part.isdecimal()), None)
+        for end in (ends[0], ends[-1])
+    )
+    return (-inf if first is None else first), (inf if last is None else last)
 
 
 def _share(before: tuple[str, ...], after: tuple[str, ...]) -> float:

@@ -31,11 +31,13 @@ def constant_names(outline: Outline) -> dict[int, str]:
 
 @dataclass(frozen=True, slots=True)
 class Canon:
-    """How one side writes its operands: ``rename`` maps its names to those of the other side; ``submods`` is its table."""
+    """How one side writes its operands: ``rename`` maps its names to those of the other side; ``submods`` is its table, ``digests``
+    say what each of them computes."""
 
     constants: Mapping[int, str]
     submods: tuple[str, ...] = ()
     rename: Mapping[str, str] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def name(self, name: str) -> str:
         return self.rename.get(name, name)

@@ -25,6 +25,9 @@ GROUPS = {
 # Groups that cannot change what the source does.
 COSMETIC = frozenset({"names", "provenance", "layout"})
 
+# What a change speaks of, as each side writes it: (before, after), "" on a side that has none.
+Subjects = tuple[tuple[str, str], ...]
+
 MARKS = {"added": "+", "removed": "-", "changed": "~", "merged": "⇉", "split": "⇇", "moved": "↕"}
 
 
@@ -38,6 +41,7 @@ class Change:
     function: str = ""
     before_line: int | None = None
     after_line: int | None = None
+    subjects: Subjects = ()
 
     @property
     def mark(self) -> str:
@@ -64,4 +68,5 @@ class Change:
             "function": self.function,
             "before_line": self.before_line,
             "after_line": self.after_line,
+            "subjects": [list(each) for each in self.subjects],
         }

@@ -28,6 +28,7 @@ from piecework.golden.execute import call_differences, differences
 from piecework.golden.scope import undefined_names
 from piecework.golden.seeds import emit_in_other_process
 from piecework.golden.snapshot import Comparison, State
+from piecework.golden.suite import suite_under
 from piecework.golden.texts import STITCHED, EmittedText
 
 Progress = Callable[[str], None]
@@ -242,7 +243,9 @@ def update_command(names: Sequence[str], root: Path) -> str:
 
 
 def default_root() -> Path | None:
-    """``golden/cases`` in the working folder, else that of an editable installation, else None."""
+    """``golden/cases`` in the working folder; else None if there are tests with goldens, else that of an editable installation."""
+    if not (Path.cwd() / "golden" / "cases").is_dir() and suite_under(Path.cwd()):
+        return None
     for base in (Path.cwd(), Path(__file__).parent.parent):
         root = base / "golden" / "cases"
         if root.is_dir():

@@ -15,8 +15,11 @@ from dataclasses import dataclass, replace
 from piecework.golden.align import align
 from piecework.golden.canonical import Canon, constant_names
 from piecework.golden.changes import COSMETIC, GROUPS, Change
+from piecework.golden.follow import renamed_weights
 from piecework.golden.function_diff import FunctionDiff, compare_functions
 from piecework.golden.outline import FunctionOutline, Outline, Step, outline_of
+from piecework.golden.piece_code import Calls, calls_by_piece, difference
+from piecework.golden.weights_diff import weight_changes
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +78,14 @@ class SourceDiff:
 
 
 def compare_sources(
-    before: str, after: str, *, before_name: str = "before", after_name: str = "after"
+    before: str,
+    after: str,
+    *,
+    before_name: str = "before",
+    after_name: str = "after",
+    graphs: tuple[str, str] = ("", ""),
 ) -> SourceDiff:
-    """Compare two emitted sources.
+    """Compare two emitted sources; ``graphs`` are their graphs as printed, where they are at hand, to say how pieces differ.
 
     Raises:
         UsageError: one of them is not Python or defines no function; the message has its name.
@@ -86,24 +94,33 @@ def compare_sources(
         >>> compare_sources(old, new).headline
         'pieces: 1, arguments: 2'
     """
-    return _Comparison(outline_of(before, before_name), outline_of(after, after_name)).run()
+    left, right = outline_of(before, before_name), outline_of(after, after_name)
+    return _Comparison(left, right, *map(calls_by_piece, graphs)).run()
 
 
 class _Comparison:
-    def __init__(self, before: Outline, after: Outline) -> None:
+    def __init__(self, before: Outline, after: Outline, calls: Calls, calls_after: Calls) -> None:
         self.before = before
         self.after = after
-        self.canon = Canon(constant_names(before), tuple(before.submods.values()))
-        self.canon_after = Canon(constant_names(after), tuple(after.submods.values()))
+        self.calls, self.calls_after = calls, calls_after
+        self.canon, self.canon_after = (
+            Canon(constant_names(side), tuple(side.submods.values()), digests=side.digests)
+            for side in (before, after)
+        )
+        self.weights: dict[str, str] = {}
 
     def run(self) -> SourceDiff:
         partner = self._pair_functions()
         renamed = {old: new for old, new in partner.items() if old != new}
         renamed |= _renamed_by_value(self.before.aliases, self.after.aliases)
         self.canon = replace(self.canon, rename=renamed)
-        entry = compare_functions(
-            self.before.entry, self.after.entry, self.canon, self.canon_after, ""
+        entry = self._entry()
+        self.weights = renamed_weights(
+            self.before.bound, self.after.bound, self._steps(entry), self.canon, self.canon_after
         )
+        if self.weights:
+            self.canon = replace(self.canon, rename={**renamed, **self.weights})
+            entry = self._entry()
         inlined = {
             name: compare_functions(
                 self.before.functions[name],
@@ -130,6 +147,14 @@ class _Comparison:
         order = {group: position for position, group in enumerate(GROUPS)}
         changes.sort(key=lambda change: (order[change.group], change.function))
         return SourceDiff(self.before, self.after, entry, tuple(changes))
+
+    def _entry(self) -> FunctionDiff:
+        return compare_functions(
+            self.before.entry, self.after.entry, self.canon, self.canon_after, ""
+        )
+
+    def _steps(self, entry: FunctionDiff) -> list[tuple[Step, Step]]:
+        return [(self.before.entry.steps[i], self.after.entry.steps[j]) for i, j in entry.pairs]
 
     # --- functions of the module ---------------------------------------------------------------
 
@@ -168,19 +193,24 @@ class _Comparison:
                 yield Change("names", "changed", message, other, *lines)
 
     def _computed(self, entry: FunctionDiff) -> Iterator[Change]:
-        """Pieces that compute something else; those with the same change are one."""
+        """Pieces that compute something else; those with the same change are one. Of merged and split ones that is said already."""
+        joined = {id(self.after.entry.steps[join.whole]) for join in entry.merges}
+        joined |= {id(self.before.entry.steps[join.whole]) for join in entry.splits}
         found: dict[tuple[str, str], list[tuple[Step, Step]]] = {}
-        for i, j in entry.pairs:
-            old, new = self.before.entry.steps[i], self.after.entry.steps[j]
+        for old, new in self._steps(entry):
             one, other = self.before.digests.get(old.callee), self.after.digests.get(new.callee)
-            if one and other and one != other:
+            if one and other and one != other and not {id(old), id(new)} & joined:
                 found.setdefault((one, other), []).append((old, new))
         for (one, other), steps in found.items():
-            (old, first), (_, last) = steps[0], steps[-1]
-            names = first.callee if first is last else f"{first.callee} … {last.callee}"
-            count = "computes" if first is last else f"({len(steps)} pieces) compute"
+            old, first = steps[0]
+            names = _named([new.callee for _, new in steps], [*self.after.submods.values()])
+            count = f"({len(steps)} pieces) compute" if steps[1:] else "computes"
             message = f"{names} {count} something else: {one} → {other}"
-            yield Change("pieces", "changed", message, "", old.line, first.line)
+            sides = self.calls.get(old.callee), self.calls_after.get(first.callee)
+            if sides[0] is not None and sides[1] is not None and (how := difference(*sides)):
+                message += f" ({how})"
+            subjects = tuple((was.callee, now.callee) for was, now in steps)
+            yield Change("pieces", "changed", message, "", old.line, first.line, subjects)
 
     # --- tables and the rest of the module -------------------------------------------------------
 
@@ -202,7 +232,7 @@ class _Comparison:
         old = {rename.get(n, n): self.canon.source(v) for n, v in before.aliases.items()}
         new = {name: self.canon_after.source(value) for name, value in after.aliases.items()}
         yield from _table("module", "name", old, new)
-        yield from _table("signature", "bound weight", before.bound, after.bound)
+        yield from weight_changes(before.bound, after.bound, self.weights)
         if before.format_version != after.format_version:
             message = f"format {before.format_version} → {after.format_version}"
             yield Change("module", "changed", message)
@@ -221,14 +251,27 @@ class _Comparison:
                     yield Change("pieces", kind, f"{name} is listed and never called")
 
     def _comments(self) -> Iterator[Change]:
-        if self.before.banner != self.after.banner:
+        old, new = self.before.banner, self.after.banner
+        if len(old) != len(new):
             yield Change("provenance", "changed", "the banner differs")
+        elif old != new:
+            differ = [f"{a} → {b}" for a, b in zip(old, new, strict=True) if a != b]
+            yield Change("provenance", "changed", f"the banner: {'; '.join(differ)}")
 
     def _unnamed(self) -> Change:
         """The texts differ and nothing was found: comments and layout, or code that the comparison has no word for."""
         if ast.dump(ast.parse(self.before.text)) == ast.dump(ast.parse(self.after.text)):
             return Change("layout", "changed", "only comments and layout differ")
         return Change("module", "changed", "code differs in a way that only the text shows")
+
+
+def _named(names: list[str], table: list[str]) -> str:
+    """``first … last`` for neighbours in ``table``, else a list."""
+    places = [table.index(name) for name in names]
+    if len(names) > 1 and places == [*range(places[0], places[0] + len(places))]:
+        return f"{names[0]} … {names[-1]}"
+    more = f" and {len(names) - 4} more" if names[4:] else ""
+    return ", ".join(names[:4]) + more
 
 
 def _renamed_by_value(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str]:

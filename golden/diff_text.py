@@ -5,11 +5,12 @@ Nothing is printed here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 
 from rich.text import Text
 
-from piecework.golden.changes import COSMETIC, GROUPS
+from piecework.golden.changes import COSMETIC, GROUPS, Change
 from piecework.golden.diff import SourceDiff
 from piecework.golden.visible import visible
 
@@ -22,14 +23,25 @@ def summary_lines(diff: SourceDiff) -> Iterator[Text]:
     for group, changes in diff.by_group().items():
         style = "dim" if group in COSMETIC else ""
         yield Text(f"  {GROUPS[group]}", style=f"{style} underline".strip())
-        for change in changes:
+        for (mark, function, message), alike in _alike(changes):
             line = Text("    ", style=style)
-            line.append(change.mark, style=_MARK_STYLES.get(change.mark, "bold"))
-            line.append(f" {change.function}: " if change.function else " ")
-            line.append(visible(change.message))
-            if change.lines:
-                line.append(f"  ({change.lines})", style="dim")
+            line.append(mark, style=_MARK_STYLES.get(mark, "bold"))
+            line.append(f" {function}: " if function else " ")
+            line.append(visible(message))
+            where = (
+                alike[0].lines if not alike[1:] else f"{alike[0].lines} and {len(alike) - 1} more"
+            )
+            if alike[0].lines:
+                line.append(f"  ({where})", style="dim")
             yield line
+
+
+def _alike(
+    changes: Iterable[Change],
+) -> Iterator[tuple[tuple[str, str, str], list[Change]]]:
+    """Changes that follow each other and say the same, such as one of each layer, together."""
+    for key, run in groupby(changes, lambda change: (change.mark, change.function, change.message)):
+        yield key, list(run)
 
 
 def unified_lines(diff: SourceDiff, before: str, after: str, context: int = 3) -> Iterator[Text]:

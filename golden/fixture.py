@@ -20,9 +20,17 @@ from piecework.golden.scope import undefined_names
 from piecework.golden.snapshot import Comparison, State
 
 
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Why a test fails, and the same in a few lines."""
+
+    text: str
+    summary: str
+
+
 @dataclass(slots=True)
 class StitchedGolden:
-    """Compares emitted sources with the goldens of one test."""
+    """Compares emitted sources with the goldens of one test. Where it has a list, what was ``found`` is for the test's end to say."""
 
     test_file: Path
     test_name: str
@@ -31,6 +39,7 @@ class StitchedGolden:
     update: bool
     references: References
     compared: set[Path] = field(default_factory=set)
+    found: list[Difference] | None = None
 
     def __call__(self, stitched: object, *, name: str | None = None) -> None:
         """Compare ``stitched`` with its golden; fail the test if they differ.
@@ -60,7 +69,10 @@ class StitchedGolden:
             if not snapshot.in_ci():
                 snapshot.propose(comparison)  # removes a proposal that is out of date
             return
-        pytest.fail(self._settle(comparison), pytrace=False)
+        found = self._settle(comparison)
+        if self.found is None:
+            pytest.fail(found.text, pytrace=False)
+        self.found.append(found)
 
     def _claim(self, golden: Path) -> None:
         owner = self.references.use(golden, self.node_id)
@@ -72,33 +84,34 @@ class StitchedGolden:
             )
         self.compared.add(golden)
 
-    def _settle(self, comparison: Comparison) -> str:
+    def _settle(self, comparison: Comparison) -> Difference:
         """Write what may be written; returns why the test fails."""
         golden = self._shown(comparison.path)
-        lines = self._explanation(comparison)
+        summary, text = self._explanation(comparison)
+        lines = [*summary, *text]
         if self.update:
             snapshot.write(comparison.path, comparison.after)
             comparison.proposal.unlink(missing_ok=True)
-            return "\n".join(
-                [*lines, f"{golden} was written; run again, and review and commit it."]
-            )
+            written = f"{golden} was written; run again, and review and commit it."
+            return Difference("\n".join([*lines, written]), "\n".join([*summary, written]))
         if not snapshot.in_ci():
             snapshot.propose(comparison)
             lines.append(f"The emitted source lies beside it: {self._shown(comparison.proposal)}")
         lines.append(f"To accept it: pytest {shlex.quote(self.node_id)} --piecework-update")
-        return "\n".join(lines)
+        return Difference("\n".join(lines), "\n".join(summary))
 
-    def _explanation(self, comparison: Comparison) -> list[str]:
+    def _explanation(self, comparison: Comparison) -> tuple[list[str], list[str]]:
+        """What changed in meaning, and in text."""
         golden = self._shown(comparison.path)
         if comparison.state is State.MISSING:
-            return [f"there is no golden yet: {golden}"]
+            return [f"there is no golden yet: {golden}"], []
         head = f"the emitted source differs from {golden}"
         try:
             diff = compare_sources(comparison.before, comparison.after)
         except UsageError:
-            return [head, "the golden is not Python; it would be replaced as a whole"]
-        body = [*summary_lines(diff), *unified_lines(diff, golden, "emitted")]
-        return [head, *(line.plain for line in body)]
+            return [head, "the golden is not Python; it would be replaced as a whole"], []
+        text = [line.plain for line in unified_lines(diff, golden, "emitted")]
+        return [head, *(line.plain for line in summary_lines(diff))], text
 
     def _shown(self, path: Path) -> str:
         return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)

@@ -12,7 +12,8 @@ from itertools import pairwise
 
 from piecework.golden.align import Join, Pairs, align, find_joins
 from piecework.golden.canonical import Canon
-from piecework.golden.changes import Change
+from piecework.golden.changes import Change, Subjects
+from piecework.golden.follow import results_after, same_work
 from piecework.golden.liveness_diff import liveness_changes
 from piecework.golden.outline import FunctionOutline, Step
 from piecework.golden.signature_diff import renamed_parameters, signature_changes
@@ -51,6 +52,7 @@ class _FunctionComparison:
     scope: str
     pairs: Pairs = field(default_factory=list)
     renamed: dict[str, str] = field(default_factory=dict)
+    replaced: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> FunctionDiff:
         parameters = renamed_parameters(self.before, self.after)
@@ -81,7 +83,13 @@ class _FunctionComparison:
         self.canon = replace(self.canon, rename={**self.canon.rename, **more})
 
     def _change(
-        self, group: str, kind: str, message: str, before: Step | None, after: Step | None
+        self,
+        group: str,
+        kind: str,
+        message: str,
+        before: Step | None,
+        after: Step | None,
+        subjects: Subjects = (),
     ) -> Change:
         return Change(
             group,
@@ -90,6 +98,7 @@ class _FunctionComparison:
             self.scope,
             before.line if before is not None else None,
             after.line if after is not None else None,
+            subjects,
         )
 
     def _certain(self) -> bool:
@@ -103,22 +112,33 @@ class _FunctionComparison:
         """Learn which value became which from the statements that were paired."""
         found: dict[str, str] = {}
         for i, j in self.pairs:
-            old, new = self.before.steps[i].results, self.after.steps[j].results
-            if len(old) == len(new) and set(old) != set(new):
-                found.update(zip(old, new, strict=True))
-            else:
-                found.update({name: name for name in old if name in new})
-        self.renamed = {**self.renamed, **{k: v for k, v in found.items() if k != v}}
-        self._rename(found)
+            before, after = self.before.steps[i], self.after.steps[j]
+            same = same_work(before, after, self.canon, self.canon_after)
+            results = results_after(before.results, after.results, same)
+            other = {old: new for old, new in results.items() if old != new}
+            (self.replaced if same is False else self.renamed).update(other)
+            found.update(results)
+        # A name that another value has now is not that value.
+        taken = set(found.values()) - {
+            *found,
+            *self.renamed,
+            *(p.name for p in self.after.parameters),
+        }
+        old = {name: f"{name} (before)" for name in _bound(self.before) if name in taken}
+        self._rename({**found, **old})
 
     def _renamed_values(self) -> Iterator[Change]:
         parameters = {p.name for p in self.before.parameters}
         values = {k: v for k, v in self.renamed.items() if k not in parameters}
-        if values:
-            shown = ", ".join(f"{old} → {new}" for old, new in list(values.items())[:6])
-            more = f" and {len(values) - 6} more" if len(values) > 6 else ""
-            message = f"{_count(len(values), 'value')} renamed: {shown}{more}"
-            yield Change("names", "changed", message, self.scope)
+        for named, words in (
+            (values, "renamed"),
+            (self.replaced, "given by other code under another name"),
+        ):
+            if named:
+                shown = ", ".join(f"{old} → {new}" for old, new in list(named.items())[:6])
+                more = f" and {len(named) - 6} more" if len(named) > 6 else ""
+                message = f"{_count(len(named), 'value')} {words}: {shown}{more}"
+                yield Change("names", "changed", message, self.scope, subjects=tuple(named.items()))
 
     # --- statements ----------------------------------------------------------------------------------
 
@@ -127,12 +147,14 @@ class _FunctionComparison:
             parts = [self.before.steps[i] for i in join.parts]
             whole = self.after.steps[join.whole]
             message = f"{_listed(parts)} became one: {whole.callee}"
-            yield self._change("pieces", "merged", message, parts[0], whole)
+            names = tuple((part.callee, whole.callee) for part in parts)
+            yield self._change("pieces", "merged", message, parts[0], whole, names)
         for join in splits:
             parts = [self.after.steps[j] for j in join.parts]
             whole = self.before.steps[join.whole]
             message = f"{whole.callee} became {len(parts)}: {_listed(parts)}"
-            yield self._change("pieces", "split", message, whole, parts[0])
+            names = tuple((whole.callee, part.callee) for part in parts)
+            yield self._change("pieces", "split", message, whole, parts[0], names)
 
     def _unpaired(self, merges: list[Join], splits: list[Join]) -> Iterator[Change]:
         said = {i for i, _ in self.pairs} | {i for join in merges for i in join.parts}
@@ -145,14 +167,17 @@ class _FunctionComparison:
             if moved is not None:
                 new.remove(moved)
                 message = f"{label(step)} runs at another place"
-                yield self._change(_group(step), "moved", message, step, self.after.steps[moved])
+                after = self.after.steps[moved]
+                names = ((_subject(step), _subject(after)),)
+                yield self._change(_group(step), "moved", message, step, after, names)
             else:
                 message = f"{_NOUN.get(step.kind, 'statement')} {label(step)} is gone"
-                yield self._change(_group(step), "removed", message, step, None)
+                names = ((_subject(step), ""),)
+                yield self._change(_group(step), "removed", message, step, None, names)
         for j in new:
             step = self.after.steps[j]
             message = f"{_NOUN.get(step.kind, 'statement')} {label(step)}"
-            yield self._change(_group(step), "added", message, None, step)
+            yield self._change(_group(step), "added", message, None, step, (("", _subject(step)),))
 
     def _same(self, before: Step, after: Step) -> bool:
         old, new = self.canon.mark(before), self.canon_after.mark(after)
@@ -184,32 +209,52 @@ class _FunctionComparison:
         group = "pieces" if after.kind == "piece" else "calls"
         if set(old) == set(new) and before.unpack == after.unpack:
             message = f"{label(after)} gives its results in another order: {', '.join(new)}"
+        elif len(old) != len(new):
+            was, now = (_values(step.results, step.unpack) for step in (before, after))
+            message = (
+                f"{label(after)} gives {_count(len(new), 'result')}, was {len(old)}: {was} → {now}"
+            )
         else:
-            message = f"{label(after)} gives {_values(new, after.unpack)} and not {_values(old, before.unpack)}"
-        yield self._change(group, "changed", message, before, after)
+            was, now = (_values(step.results, step.unpack) for step in (before, after))
+            message = f"{label(after)} gives {now} and not {was}"
+        names = ((", ".join(before.results), ", ".join(after.results)),)
+        yield self._change(group, "changed", message, before, after, names)
 
     def _arguments(self, before: Step, after: Step) -> Iterator[Change]:
         old, new = self.canon.arguments(before), self.canon_after.arguments(after)
         if old == new:
             return
+        # As the text before has it: there a name that is known by its new one now is not to be found.
+        written = replace(self.canon, rename={}).arguments(before)
         group = "signature" if after.kind == "return" else "arguments"
         who = "the result" if after.kind == "return" else label(after)
         if len(old) == len(new):
             if sorted(old) == sorted(new) and len(old) > 1:
                 order = ", ".join(new[:6]) + (", …" if new[6:] else "")
                 message = f"{who}: the same arguments in another order: {order}"
-                yield self._change(group, "moved", message, before, after)
+                names = tuple(zip(written, new, strict=True))
+                yield self._change(group, "moved", message, before, after, names)
                 return
-            for number, (left, right) in enumerate(zip(old, new, strict=True)):
-                if left != right:
+            for number, (left, right) in enumerate(zip(written, new, strict=True)):
+                if old[number] != right:
                     place = "" if after.kind == "return" else f" argument {number}"
-                    message = f"{who}:{place} {left} → {right}"
-                    yield self._change(group, "changed", message, before, after)
+                    other = " (another value)" if left == right else ""
+                    message = f"{who}:{place} {left} → {right}{other}"
+                    yield self._change(group, "changed", message, before, after, ((left, right),))
             return
-        removed, added = Counter(old) - Counter(new), Counter(new) - Counter(old)
-        parts = [f"no longer takes {', '.join(removed.elements())}"] if removed else []
+        kept, added = Counter(old) & Counter(new), Counter(new) - Counter(old)
+        removed = []
+        for text, name in zip(written, old, strict=True):
+            if not kept[name]:
+                removed.append(text)
+            kept[name] -= kept[name] > 0
+        parts = [f"no longer takes {', '.join(removed)}"] if removed else []
         parts += [f"now takes {', '.join(added.elements())}"] if added else []
-        yield self._change(group, "changed", f"{who} {' and '.join(parts)}", before, after)
+        names = (
+            *((each, "") for each in removed),
+            *(("", each) for each in added.elements()),
+        )
+        yield self._change(group, "changed", f"{who} {' and '.join(parts)}", before, after, names)
 
     # --- what only counts or comments ------------------------------------------------------------------
 
@@ -222,20 +267,22 @@ class _FunctionComparison:
             if self.before.steps[i].kind == "piece"
         ]
         if self._only_renumbered({(old.callee, new.callee) for old, new, _ in pieces}):
-            other = [
-                f"{old.callee} → {new.callee}"
+            names = tuple(
+                (old.callee, new.callee)
                 for old, new, joined in pieces
                 if old.callee != new.callee and not joined
-            ]
-            if other:
+            )
+            if names:
+                other = [f"{old} → {new}" for old, new in names]
                 shown = ", ".join(other[:6]) + (f" and {len(other) - 6} more" if other[6:] else "")
                 message = f"{_count(len(other), 'piece')} renumbered: {shown}"
-                yield Change("names", "changed", message, self.scope)
+                yield Change("names", "changed", message, self.scope, subjects=names)
             return
         for old, new, _ in pieces:
             if old.callee != new.callee:
                 message = f"{label(new)} runs where {old.callee} ran"
-                yield self._change("pieces", "changed", message, old, new)
+                names = ((old.callee, new.callee),)
+                yield self._change("pieces", "changed", message, old, new, names)
 
     def _only_renumbered(self, names: set[tuple[str, str]]) -> bool:
         """True if the tables differ and their common rows kept their order: a piece more or less shifts the numbers."""
@@ -271,6 +318,11 @@ def label(step: Step) -> str:
     if step.kind == "other":
         return f"`{step.callee}`"
     return f"{step.callee} (gives {', '.join(step.results)})" if step.results else step.callee
+
+
+def _subject(step: Step) -> str:
+    """What a change of the whole statement speaks of: a piece, or what is called outside of them."""
+    return step.text if step.kind == "other" else step.callee
 
 
 def _group(step: Step) -> str:

@@ -95,8 +95,14 @@ class _Layout:
         self.prefix = prefix
         self.before = diff.before.entry.steps
         self.after = diff.after.entry.steps
-        self.changed_before = {c.before_line for c in diff.changes if not c.function}
-        self.changed_after = {c.after_line for c in diff.changes if not c.function}
+        # A comment or a deletion below a statement is no change of what the statement calls.
+        said = [
+            c
+            for c in diff.changes
+            if c.group in ("pieces", "calls", "arguments") and not c.function
+        ]
+        self.changed_before = {c.before_line for c in said}
+        self.changed_after = {c.after_line for c in said}
         self.merged = {i for join in diff.entry.merges for i in join.parts}
         self.merged_into = {join.whole for join in diff.entry.merges}
         self.split = {j for join in diff.entry.splits for j in join.parts}

@@ -6,6 +6,7 @@ continuous integration it never writes.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,10 @@ if TYPE_CHECKING:
     from piecework.golden.references import References
 
 OPTION = "--piecework-update"
+ONLY = "--piecework-only"
 _OUTPUT = "piecework_references"
 _KEY: pytest.StashKey[References] = pytest.StashKey()
+_GOLDEN: pytest.StashKey[StitchedGolden] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,6 +29,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         default=False,
         help="write the goldens of stitched_golden that differ; the tests that wrote one still fail once",
+    )
+    parser.getgroup("piecework").addoption(
+        ONLY, action="store_true", default=False, help="run only tests that use stitched_golden"
     )
 
 
@@ -58,14 +64,26 @@ def stitched_golden(request: pytest.FixtureRequest) -> StitchedGolden:
     """
     from piecework.golden.fixture import StitchedGolden
 
-    return StitchedGolden(
+    golden = request.node.stash[_GOLDEN] = StitchedGolden(
         test_file=request.path,
         test_name=_test_name(request.node),
         node_id=request.node.nodeid,
         root=request.config.rootpath,
         update=bool(request.config.getoption(OPTION)),
         references=request.config.stash[_KEY],
+        found=[],
     )
+    return golden
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):  # type: ignore[no-untyped-def]
+    """A golden that differs fails its test when the test is over, so that one run sees, and updates, all of its goldens."""
+    result = yield
+    golden = item.stash.get(_GOLDEN, None)
+    if golden is not None and golden.found:
+        pytest.fail("\n\n".join(each.text for each in golden.found), pytrace=False)
+    return result
 
 
 def _test_name(item: pytest.Item) -> str:
@@ -83,6 +101,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     references = config.stash[_KEY]
     for item in items:
         references.collected(item.path, _test_name(item), partial)
+    if config.getoption(ONLY):
+        others = [item for item in items if not _uses(item)]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if _uses(item)]
+
+
+def _uses(item: pytest.Item) -> bool:
+    return "stitched_golden" in getattr(item, "fixturenames", ())
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -92,6 +118,10 @@ def pytest_runtest_makereport(item: pytest.Item):  # type: ignore[no-untyped-def
     report = outcome.get_result()
     if report.when == "call" and report.passed:
         item.config.stash[_KEY].ran(item.path, _test_name(item))
+    golden = item.stash.get(_GOLDEN, None)
+    if report.when == "call" and golden is not None:
+        # Plain data: under xdist the report goes from a worker to the terminal.
+        report.piecework_goldens = [each.summary for each in golden.found]
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -115,6 +145,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
+    _say_differences(terminalreporter, config)
     strays = config.stash[_KEY].unreferenced()
     if strays:
         terminalreporter.section("goldens that no test asks for")
@@ -122,6 +153,20 @@ def pytest_terminal_summary(
             terminalreporter.line(_shown(path, config.rootpath))
         names = " ".join(_shown(path, config.rootpath) for path in strays)
         terminalreporter.line(f"To remove them: rm {names}")
+
+
+def _say_differences(reporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """What differs, once more and below every log, with the one command that accepts all of it."""
+    failed = [r for r in reporter.getreports("failed") if getattr(r, "piecework_goldens", ())]
+    if not failed:
+        return
+    reporter.section("goldens that differ")
+    for report in failed:
+        for summary in report.piecework_goldens:
+            reporter.line(summary)
+    if not config.getoption(OPTION):
+        names = " ".join(shlex.quote(report.nodeid) for report in failed)
+        reporter.line(f"To accept: pytest {names} {OPTION}")
 
 
 def _shown(path: Path, root: Path) -> str:

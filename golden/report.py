@@ -16,8 +16,9 @@ from piecework.golden.changes import COSMETIC, GROUPS, Change
 from piecework.golden.check import CaseResult, CheckRun
 from piecework.golden.diff import SourceDiff, compare_sources
 from piecework.golden.piece_map import piece_map
+from piecework.golden.review import load
 from piecework.golden.side_by_side import side_by_side
-from piecework.golden.snapshot import State
+from piecework.golden.snapshot import Comparison, State
 
 TEMPLATE = "golden_report.html.jinja"
 
@@ -45,17 +46,25 @@ def entries_of(run: CheckRun) -> list[Entry]:
 
 
 def _entry_of(result: CaseResult) -> Entry:
-    comparison = result.comparison
-    assert comparison is not None
+    assert result.comparison is not None
+    return _entry(result.comparison, result.name)
+
+
+def proposed(golden: Path, name: str) -> Entry:
+    """An entry for a golden that has a proposal beside it."""
+    return _entry(snapshot.compare(golden, load(golden).after), name)
+
+
+def _entry(comparison: Comparison, name: str) -> Entry:
     note = "new golden"
     if comparison.state is State.CHANGED:
         try:
             diff = compare_sources(comparison.before, comparison.after)
-            return Entry(result.name, "golden", "emitted", diff)
+            return Entry(name, "golden", "emitted", diff)
         except UsageError:
             note = "the golden is not Python; it would be replaced as a whole"
     same = compare_sources(comparison.after, comparison.after)
-    return Entry(result.name, "golden", "emitted", same, note, comparison.before)
+    return Entry(name, "golden", "emitted", same, note, comparison.before)
 
 
 def page(entries: Sequence[Entry], title: str = "piecework: changes of emitted source") -> str:

@@ -126,14 +126,20 @@ def _pending_under(place: Path) -> Iterator[Path]:
     if place.is_file():
         yield from [golden_of(place)] if place.suffix == NEW_SUFFIX else []
         return
+    for folder, files in folders(place):
+        in_store = STORE_NAME in folder.parts
+        for name in files:
+            if name.endswith(f".py{NEW_SUFFIX}") and (in_store or name.startswith("expected")):
+                yield golden_of(folder / name)
+
+
+def folders(place: Path) -> Iterator[tuple[Path, list[str]]]:
+    """``place`` and the folders below it that are somebody's own, each with the names of its files."""
     for folder, subfolders, files in os.walk(place):
         subfolders[:] = sorted(
             name for name in subfolders if not name.startswith(".") and name not in _SKIPPED
         )
-        in_store = STORE_NAME in Path(folder).parts
-        for name in files:
-            if name.endswith(f".py{NEW_SUFFIX}") and (in_store or name.startswith("expected")):
-                yield golden_of(Path(folder) / name)
+        yield Path(folder), files
 
 
 def golden_of(proposal: Path) -> Path:

@@ -130,7 +130,7 @@ def test_twice(stitched_golden):
     stitched_golden(SOURCE.format(literal=2))
 ''',
     )
-    for _ in range(3):  # every update run stops a test at the first golden that it writes
+    for _ in range(2):  # one update run writes all goldens of a test
         result = _run(pytester, "--piecework-update")
     result.assert_outcomes(passed=1, failed=1)
     result.stdout.fnmatch_lines(["*UsageError: two sources have one golden*"])
@@ -326,3 +326,41 @@ def test_goldens_are_not_collected_as_tests(pytester: pytest.Pytester) -> None:
     _run(pytester, "--piecework-update")
     assert "__vllm_consts__" in _golden(pytester).read_text()
     _run(pytester).assert_outcomes(passed=1)
+
+
+def test_a_test_sees_all_of_its_goldens_before_it_fails(pytester: pytest.Pytester) -> None:
+    test = f'''
+SOURCE = """{SOURCE}"""
+
+def test_model(stitched_golden):
+    stitched_golden(SOURCE.format(literal=LITERAL), name="one")
+    print("BETWEEN")
+    stitched_golden(SOURCE.format(literal=-LITERAL), name="two")
+'''
+    _write_test(pytester, "1", test)
+    result = _run(pytester, "--piecework-update")
+    result.assert_outcomes(failed=1)
+    names = [_golden(pytester, f"test_model--{name}") for name in ("one", "two")]
+    assert [str(SOURCE.format(literal=n)) for n in (1, -1)] == [p.read_text() for p in names]
+    _write_test(pytester, "5", test)
+    result = _run(pytester, "--show-capture=all")
+    result.assert_outcomes(failed=1)
+    assert all(path.with_name(f"{path.name}.new").is_file() for path in names)
+    text = result.stdout.str()
+    assert text.index("BETWEEN") < text.index("= goldens that differ =")
+    section = text[text.index("= goldens that differ =") :]
+    assert "argument 1 1 → 5" in section and "argument 1 -1 → -5" in section
+    assert "To accept: pytest test_own.py::test_model --piecework-update" in section
+    _run(pytester, "--piecework-update")
+    result = _run(pytester)
+    result.assert_outcomes(passed=1)
+    result.stdout.no_fnmatch_line("*goldens that differ*")
+
+
+def test_a_test_that_breaks_after_a_golden_that_differs_says_both(
+    pytester: pytest.Pytester,
+) -> None:
+    _write_test(pytester, "1", TEST + "    raise KeyError('broken')\n")
+    result = _run(pytester)
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*KeyError: 'broken'*", "*goldens that differ*", "there is no *"])

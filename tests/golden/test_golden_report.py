@@ -127,6 +127,17 @@ def test_a_map_of_identical_sources_has_no_marks() -> None:
     assert len(drawing.boxes) == 8 and [fold.count for fold in drawing.folds] == [56]
 
 
+def test_a_comment_or_a_deletion_is_no_change_of_a_call(text: str) -> None:
+    before = chain(3)
+    line = next(line for line in before.splitlines() if line.startswith("    attn("))
+    after = before.replace(line, f"    # layers.1.attn  model.py\n{line}", 1)
+    assert after != before
+    diff = compare_sources(before, after)
+    assert [change.group for change in diff.changes] == ["provenance"]
+    assert {box.status for box in piece_map(diff).boxes} == {"same"}
+    assert "a piece takes 15 arguments and gives 5 results" in text
+
+
 HOSTILE = "</span><script>alert(1)</script>{{ 7919 * 7919 }}{% if x %}<!--&amp;\"'>"
 
 
