@@ -109,6 +109,12 @@ class SplittingOpRegistry:
     def add(
         self, name: str, function: Callable[P, R], mutates_args: tuple[str, ...]
     ) -> SplittingOp[P, R]:
+        if isinstance(function, type) or not callable(function):
+            raise SplitError(
+                f"a splitting op is made of a function; got {function!r}",
+                where=name,
+                hint="decorate the function that does the work, and let the module call it",
+            )
         old = self._ops.get(name)
         if old is not None:
             if _identity(old.implementation) != _identity(function):

@@ -388,6 +388,7 @@ class StitchedModule(SharedModule):
             for each, execution in zip(self._traces, ready, strict=True):
                 each.entry.publish(execution)
 
+    @short_errors
     def refit(self, state: Mapping[str, torch.Tensor]) -> None:
         """Copy new values into the model's weights, where they lie: pieces and static graphs go on with them, nothing is bound or captured anew.
 
@@ -404,8 +405,17 @@ class StitchedModule(SharedModule):
         """
         if not isinstance(self.model, torch.nn.Module):
             raise BindError("a function has no weights by name", where="refit")
+        if not isinstance(state, Mapping):
+            raise ConfigError(
+                f"new weights come as a dict of tensors; got a {type(state).__qualname__}",
+                hint="pass trained.state_dict()",
+            )
         held = dict(own_tensors(self.model))
         for name, new in state.items():
+            if not isinstance(new, torch.Tensor):
+                raise BindError(
+                    f"the new weight must be a tensor; got a {type(new).__qualname__}", where=name
+                )
             old = held.get(name)
             if old is None:
                 raise BindError("the model has no such weight", where=name)
@@ -586,12 +596,16 @@ class StitchedModule(SharedModule):
             return self
         first, *_ = self._require_traced("graph to capture")
         sizes = _require_sizes(sizes)
-        if memory_budget is not None and type(memory_budget) is not int:
+        if memory_budget is not None and (type(memory_budget) is not int or memory_budget < 0):
             raise ConfigError(
                 f"a memory budget is a number of bytes; got {memory_budget!r}",
                 where="memory_budget",
             )
-        options.setdefault("runtime", self.runtime_config)
+        if type(progress) is not bool and not hasattr(progress, "started"):
+            raise ConfigError(f"progress is True, False or a watcher; got {progress!r}")
+        runtime = options.setdefault("runtime", self.runtime_config)
+        if runtime is not None:
+            options["runtime"] = RuntimeConfig.given(runtime, "runtime")
         for each in self._traces:
             each.entry.require_idle("capture()")
         wish = CaptureOptions.given(options)
@@ -619,6 +633,7 @@ class StitchedModule(SharedModule):
                 )
         return self
 
+    @short_errors
     def measure(
         self, sizes: Iterable[int] | None = None, *, seconds: float = 0.3, **options: object
     ) -> Measurement:
@@ -640,6 +655,8 @@ class StitchedModule(SharedModule):
         """
         from piecework.runtime.graphs.serve.measured import CAPTURED, Measurement
 
+        if not isinstance(seconds, (int, float)) or not seconds > 0:
+            raise ConfigError(f"seconds must be a positive number; got {seconds!r}")
         options.setdefault("progress", False)
         if not all(runs_alone(each.program, self.runtime_config) for each in self._traces):
             raise RankError(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from piecework.errors import ArtifactError
+from piecework.errors import ArtifactError, ConfigError
 from piecework.runtime.cache.atomic import directory_in_place
 from piecework.runtime.cache.safety import UnsafeFile, read_regular
 
@@ -66,8 +66,11 @@ def store_of(place: Place) -> Store:
     """The store that a path or a URL names.
 
     Raises:
+        ConfigError: it is neither.
         ArtifactError: fsspec can't open the URL.
     """
+    if not isinstance(place, (str, os.PathLike)) or not os.fspath(place):
+        raise ConfigError(f"an artifact lies at a path or a URL; got {place!r}")
     if not isinstance(place, str) or "://" not in place:
         return Directory(Path(os.path.abspath(place)))
     system, path = _file_system(place)

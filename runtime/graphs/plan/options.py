@@ -34,6 +34,60 @@ from piecework.runtime.graphs.stage.slots import Number
 from piecework.runtime.splitting_op import GraphsOf
 
 
+def _is_call(value: object) -> bool:
+    return value is None or callable(value)
+
+
+def _is_switch(value: object) -> bool:
+    return type(value) is bool
+
+
+_CALL = ("a function, or None", _is_call)
+_SWITCH = ("True or False", _is_switch)
+# What each option must be; those that are not here are checked where they are read, against the model.
+_KINDS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
+    "runtime": (
+        "a RuntimeConfig, or None",
+        lambda value: value is None or isinstance(value, RuntimeConfig),
+    ),
+    "axes": (
+        "a dict of lists of values",
+        lambda value: isinstance(value, Mapping)
+        and all(isinstance(each, Sequence) and type(each) is not str for each in value.values()),
+    ),
+    "other_sizes": ("a dict of lists of sizes", lambda value: isinstance(value, Mapping)),
+    "kind_of": _CALL,
+    "warmups": (
+        "a number of runs, or None",
+        lambda value: value is None or (type(value) is int and value >= 0),
+    ),
+    "raise_interrupt": _SWITCH,
+    "clone_outputs": _SWITCH,
+    "strict": _SWITCH,
+    "join": _CALL,
+    "around": _CALL,
+    "memory_of": (
+        "the static_graphs.graphs of a captured model, or None",
+        lambda value: value is None or isinstance(value, StaticGraphs),
+    ),
+    "pads": (
+        "a dict of numbers",
+        lambda value: isinstance(value, Mapping)
+        and all(isinstance(each, (bool, int, float, complex)) for each in value.values()),
+    ),
+    "static": (
+        "a dict of tensors",
+        lambda value: isinstance(value, Mapping)
+        and all(isinstance(each, torch.Tensor) for each in value.values()),
+    ),
+    "poison": _SWITCH,
+    "check_padding": _SWITCH,
+    "context_for": _CALL,
+    "put_back": _SWITCH,
+    "check_addresses": _SWITCH,
+}
+
+
 @dataclass(frozen=True, slots=True)
 class CaptureOptions:
     """How a stitched model is captured.
@@ -111,6 +165,12 @@ class CaptureOptions:
                     hint=did_you_mean(name, known) or f"use one of {', '.join(known)}",
                 )
         return cls(**options)  # type: ignore[arg-type]
+
+    def __post_init__(self) -> None:
+        for name, (says, fits) in _KINDS.items():
+            value = getattr(self, name)
+            if not fits(value):
+                raise ConfigError(f"{name} must be {says}; got {value!r}", where="capture")
 
     @property
     def same_as_batch(self) -> frozenset[str]:
