@@ -149,7 +149,18 @@ class _Reader:
             high=None if batch is None else batch.high,
             guards=self.captured.assumptions.guards(),
             symbol="" if batch is None else batch.name,
+            example=self._example(),
         )
+
+    def _example(self) -> int | None:
+        sizes = (
+            size
+            for node, _ in self.pairs
+            if isinstance(value_of(node), torch.Tensor)
+            for size in value_of(node).shape  # type: ignore[attr-defined]
+        )
+        batch = (size for size in sizes if torch_compat.symbol_of(size) == self.symbol)
+        return next(map(torch_compat.example_of, batch), None)
 
     # --- inputs ------------------------------------------------------------------------------------
 
@@ -213,7 +224,9 @@ class _Reader:
                     found[f"{each.name}.{dim}"] = torch_compat.symbol_of(size)
             else:
                 found[self._number_label(each)] = torch_compat.symbol_of(value)
-        wrong = sorted(label for label in self.same if found.get(label) is None)
+        # A trace of one batch size may have the others that equal it as numbers too.
+        known = found if self.fixed is not None else {k for k, v in found.items() if v is not None}
+        wrong = sorted(self.same.difference(known))
         if wrong:
             raise ConfigError(
                 f"no dynamic size {wrong[0]!r}",

@@ -99,6 +99,7 @@ class BatchShape:
         low, high: batch sizes that the trace allows; None where there is no bound.
         guards: further conditions on sizes, as Python text over the symbols.
         symbol: what they call the batch size.
+        example: the batch size of the example; None if the trace was not told, or has it as a number.
     """
 
     names: tuple[str, ...]
@@ -116,6 +117,7 @@ class BatchShape:
     high: int | None
     guards: tuple[str, ...]
     symbol: str
+    example: int | None = None
 
     @property
     def dynamic(self) -> tuple[StagedInput, ...]:

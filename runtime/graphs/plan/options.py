@@ -352,6 +352,13 @@ def _other_values(
     found = {first[label]: tuple(dict.fromkeys(values)) for label, values in given.items()}
     for other in shape.others:
         if other.label not in found and other.example is not None:
+            if other.example == shape.example and other.label.endswith(".0"):
+                raise StaticGraphError(
+                    "was as large as the batch in the example, and the trace does not say whether it always is",
+                    where=f"input {other.label}",
+                    hint=f"if it is, pass other_sizes={{{other.label!r}: 'batch'}}; if not, the values to capture, such as "
+                    f"other_sizes={{{other.label!r}: [{other.example}]}}",
+                )
             found[other.label] = (other.example,)
         if not found.get(other.label):
             raise StaticGraphError(

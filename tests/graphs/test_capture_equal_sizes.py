@@ -1,0 +1,59 @@
+"""Sizes that always equal the batch size, which a trace does not see. In: an argument that is indexed by row numbers. Out: captured once that is said, an error before."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import EAGER
+
+import piecework
+from piecework.errors import ConfigError, StaticGraphError
+
+
+def masked(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """As transformers makes masks: the rows of ``mask`` are looked up by number, so nothing says how many there are."""
+    rows = torch.arange(x.shape[0])
+    return torch.sin(x) * mask[rows]
+
+
+def stitched() -> piecework.StitchedModule:
+    return piecework.compile(masked, (torch.randn(4, 8), torch.ones(4, 8)), config=EAGER)
+
+
+@torch.no_grad()
+def test_a_size_that_only_equals_the_examples_batch_has_to_be_explained() -> None:
+    made = stitched()
+    with pytest.raises(StaticGraphError, match=r"as large as the batch .*mask\.0") as caught:
+        made.capture([2, 4], progress=False)
+    assert "{'mask.0': 'batch'}" in caught.value.hint
+    x, mask = torch.randn(3, 8), torch.randn(3, 8)
+    torch.testing.assert_close(made(x, mask), masked(x, mask))
+
+
+@pytest.mark.parametrize("sizes", [[1, 2, 4], [2, 4], [1]])
+@torch.no_grad()
+def test_one_that_equals_the_batch_is_captured_for_each_batch(sizes: list[int]) -> None:
+    made = stitched().capture(sizes, other_sizes={"mask.0": "batch"}, progress=False)
+    for rows in (1, 2, 3, 4):
+        x, mask = torch.randn(rows, 8), torch.randn(rows, 8)
+        torch.testing.assert_close(made(x, mask), masked(x, mask))
+        longer = torch.randn(rows + 2, 8)
+        torch.testing.assert_close(made(x, longer), masked(x, longer))
+    rows = made.call_report()
+    assert sum(row.calls for row in rows if row.mode == "PIECEWISE") == len(sizes)
+
+
+@torch.no_grad()
+def test_one_that_is_another_size_is_captured_for_its_values() -> None:
+    made = stitched().capture([2, 4], other_sizes={"mask.0": [6]}, progress=False)
+    for rows, longer in ((2, 6), (4, 6), (3, 5)):
+        x, mask = torch.randn(rows, 8), torch.randn(longer, 8)
+        torch.testing.assert_close(made(x, mask), masked(x, mask))
+    calls = {row.mode: row.calls for row in made.call_report() if row.mode == "NONE"}
+    assert calls == {"NONE": 1}
+
+
+@pytest.mark.parametrize("sizes", [[1, 2], [1], [2]])
+def test_a_size_that_there_is_not_is_refused(sizes: list[int]) -> None:
+    with pytest.raises(ConfigError, match=r"no dynamic size 'masc\.0'"):
+        stitched().capture(sizes, other_sizes={"masc.0": "batch"}, progress=False)
