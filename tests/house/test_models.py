@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("expecttest")
 pytest.importorskip("transformers")
 
-PARTS = 8  # two of them run in every merge, all at night
+PARTS = 8  # one of them runs in every merge, all at night
 BOTH = {"stock": "equal", "piecework": "equal"}
 
 
@@ -35,7 +35,7 @@ def run(folder: Path, *arguments: str, limit: float = 600) -> dict[str, dict[str
     }
 
 
-@pytest.mark.parametrize("part", [1, 5])
+@pytest.mark.parametrize("part", [1, pytest.param(5, marks=pytest.mark.nightly)])
 def test_torch_modules(part: int, tmp_path: Path) -> None:
     found = run(
         tmp_path,

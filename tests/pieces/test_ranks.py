@@ -82,12 +82,12 @@ def test_torchrun_runs_a_model_that_is_cut_over_two_processes(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("mode", "said"),
     [
-        ("layers", "nothing more"),
         ("sizes", "float32[*, 4]"),
         ("capture others", "PIECEWISE tokens=4"),
         *(
             pytest.param(*each, marks=pytest.mark.nightly)
             for each in (
+                ("layers", "nothing more"),
                 ("declared", "nothing more"),
                 ("ranges", "batches"),
                 ("load another", "nothing more"),
@@ -112,6 +112,7 @@ def test_each_rank_captures_the_same(tmp_path: Path) -> None:
         assert opened == 2  # for the estimate, and for the captures
 
 
+@pytest.mark.nightly
 def test_the_least_budget_is_everybodys(tmp_path: Path) -> None:
     first, second = (each["found"] for each in ranks("budget", tmp_path))
     assert first == second and first["right"]  # type: ignore[index]
@@ -123,6 +124,7 @@ def test_what_ranks_run_together_is_not_measured(tmp_path: Path) -> None:
         assert each.get("error") == "RankError" and "its own clock" in str(each["says"]), each
 
 
+@pytest.mark.nightly
 def test_a_rank_that_does_not_come_ends_the_wait(tmp_path: Path) -> None:
     first, second = ranks("absent", tmp_path, timeout=5)
     assert first.get("error") == "RankError" and "did not come" in str(first["says"]), first
