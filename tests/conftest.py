@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def collector_of_what_tests_make() -> None:
     """Let the collector look at what a test makes, not at torch and all before it: that takes a second each time."""
     gc.collect()
