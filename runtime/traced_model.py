@@ -26,7 +26,7 @@ from piecework.runtime.call.example_call import example_call
 from piecework.runtime.call.profile_names import named_pieces
 from piecework.runtime.identity.settings import settings_factors
 from piecework.runtime.observe.dump import generated_sources
-from piecework.runtime.pieces.backend import Admits, PieceworkBackend
+from piecework.runtime.pieces.backend import Admits, PieceworkBackend, Trace
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.example_sizes import KeptMarks, SizePolicy
 from piecework.runtime.trace.shape_guards import ShapeGuards
@@ -106,7 +106,15 @@ class TracedModel:
         start = time.perf_counter()
         self.backend.compiler_manager.get_ready(pytree.tree_leaves((args, kwargs)))
         layers = RepeatedLayers(self.backend.config.repeated_layers)
-        captured = capture(model, args, kwargs, self._compile_graph, sizes=sizes, repeated=layers)
+        captured = capture(
+            model,
+            args,
+            kwargs,
+            self._compile_graph,
+            sizes=sizes,
+            repeated=layers,
+            settle=self.backend.trace is not Trace.ANOTHER,
+        )
         program = self.backend.program
         tracing = time.perf_counter() - start - sum(program.phases.values())
         phases = {"capture": tracing, **program.phases}

@@ -65,9 +65,12 @@ def module_path(node: torch.fx.Node) -> str:
     if not stack:
         return ""
     entry = next(reversed(stack.values()))
-    path = entry[0] if isinstance(entry, tuple) else str(entry)
-    path = path.replace("._modules", "")
-    path = _SUBSCRIPT.sub(_dotted, _ROOT.sub("", path))
+    return dotted_path(entry[0] if isinstance(entry, tuple) else str(entry))
+
+
+def dotted_path(source: str) -> str:
+    """The module that Dynamo calls ``source`` (``L['model'].layers[3]``), as the model names it: ``layers.3``."""
+    path = _SUBSCRIPT.sub(_dotted, _ROOT.sub("", source.replace("._modules", "")))
     return _comment_safe(path.strip("."))
 
 

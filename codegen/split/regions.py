@@ -288,6 +288,10 @@ class Regions:
     def around(self, node: torch.fx.Node) -> tuple[_Region, ...]:
         return tuple(each for each in self._around.get(node, ()) if not each.kind.whole)
 
+    def may_cut(self, node: torch.fx.Node) -> bool:
+        """Whether a graph can be cut before ``node``: it is not inside a level of ``torch.func``."""
+        return not any(region.kind.whole for region in self._around.get(node, ()))
+
     def refuse_cuts(self, splitting: Iterable[torch.fx.Node]) -> None:
         """Check that no splitting op is inside a region that can't be cut.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.fx
@@ -17,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from piecework.codegen.graph.origin import node_where, value_of
 from piecework.codegen.graph.structure import attribute_of
+from piecework.codegen.split.blocks import block_starts
 from piecework.codegen.split.piece_sizes import Asserted, PieceSizes
 from piecework.codegen.split.regions import Regions
 from piecework.codegen.split.sizes import decompose_sizes, is_size_read
@@ -48,8 +50,9 @@ def split_graph(
     strict: bool | None = None,
     required: Iterable[SplittingOp] = (),
     asserted: Asserted | None = None,
+    blocks: Literal["found", "off"] | Sequence[str] = "off",
 ) -> tuple[torch.fx.GraphModule, list[SplitItem]]:
-    """Cut ``graph`` at each call of a splitting operator.
+    """Cut ``graph`` at each call of a splitting operator; one that calls none, between blocks that are alike.
 
     Args:
         graph: a captured graph, one level (submodules of higher-order operators stay whole).
@@ -58,6 +61,7 @@ def split_graph(
             end inside a compiled piece: True raises, False warns, None keeps silent.
         required: operators that must stay outside of compiled pieces, whether they are in ``splitting_ops`` or not.
         asserted: which symbols the trace asserted something of, together with those of a piece; the piece takes them too.
+        blocks: which blocks: those that are found, or the children of modules with these dotted names.
 
     Returns:
         ``(split_gm, items)``: the stitching graph, whose nodes call ``submod_0``, ``submod_1``, …, and the submodules
@@ -66,7 +70,7 @@ def split_graph(
 
     Raises:
         SplitError: an operator's name is malformed, ``graph`` is no graph, it uses a value before it defines it, its inputs are a
-            pytree, it enters a state and does not leave it, a cut would go through ``torch.vmap``, or ``strict`` found something.
+            pytree, it enters a state and does not leave it, a cut would go through ``torch.vmap``, ``blocks`` names a module without blocks, or ``strict`` found something.
 
     Example:
         >>> split_gm, items = split_graph(gm, ["mylib::attention"])
@@ -90,7 +94,11 @@ def split_graph(
     decompose_sizes(work)
     regions = Regions.of(work)
     regions.refuse_cuts(filter(is_splitting, work.nodes))
-    partitions = _merge_idle(_assign(work, is_splitting, regions))
+    starts: set[torch.fx.Node] = set()
+    if blocks != "off" and not any(map(is_splitting, work.nodes)):
+        named = None if isinstance(blocks, str) else blocks
+        starts = block_starts(graph, work, named, regions, _computes)
+    partitions = _merge_idle(_assign(work, is_splitting, regions, starts))
     for number, partition in enumerate(partitions):
         partition.number = number
     return _build(work, partitions, regions, graph, asserted)
@@ -112,12 +120,17 @@ class _Partition:
 
 
 def _assign(
-    graph: torch.fx.Graph, is_splitting: SplittingOps, regions: Regions
+    graph: torch.fx.Graph,
+    is_splitting: SplittingOps,
+    regions: Regions,
+    starts: set[torch.fx.Node],
 ) -> list[_Partition]:
     """Give each computing node a partition, in one pass over the nodes."""
     partitions: list[_Partition] = []
     home: dict[torch.fx.Node, _Partition] = {}
+    starting = False
     for node in graph.nodes:
+        starting |= node in starts
         if node.op in ("placeholder", "output", "get_attr") or node in regions.borders:
             continue
         producer = node.args[0] if node.args else None
@@ -130,8 +143,9 @@ def _assign(
             partition = home[producer]
         else:
             splitting = is_splitting(node)
-            if not partitions or partitions[-1].splitting != splitting:
+            if not partitions or partitions[-1].splitting != splitting or starting:
                 partitions.append(_Partition(splitting))
+                starting = False
             partition = partitions[-1]
         partition.nodes.append(node)
         home[node] = partition
@@ -200,6 +214,10 @@ def _is_idle(node: torch.fx.Node) -> bool:
     value = value_of(node)
     computes = isinstance(value, (int, torch.SymInt, torch.SymBool)) and owner in _PURE_MODULES
     return computes and not _reads_data(node)
+
+
+def _computes(node: torch.fx.Node) -> bool:
+    return not _is_idle(node)
 
 
 def _is_view(node: torch.fx.Node) -> bool:

@@ -121,6 +121,12 @@ class CompilationConfig(FrozenModel):
         description="Which layers share one trace where they are alike: `found` (lists of at least 4 of one kind), the dotted "
         "names of the modules that hold them (2 are enough there), or `off`.",
     )
+    repeated_blocks: Annotated[Literal["found", "off"] | tuple[str, ...], KEY] = Field(
+        "found",
+        description="Where a graph that calls no splitting op is cut: between the calls of modules that are alike. `found` (at least 4 "
+        "of one class that one module calls, of 8 operators each, none a convolution), the dotted names of the modules that hold "
+        "them (2 are enough there), or `off`. An empty `splitting_ops` cuts nowhere.",
+    )
     compile_mm_encoder: Annotated[
         bool, ignored("it decides whether an encoder is compiled, not how")
     ] = Field(

@@ -10,7 +10,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import assert_never
+from typing import Literal, assert_never
 
 import torch
 import torch.fx
@@ -280,7 +280,9 @@ class _Compilation:
         self.range_table = self._fitting_ranges()
         with timed(self.phases, "split"):
             ops = [*self._splitting_ops(), *recurrent_layers(graph.graph)]
-            split_gm, items = split_graph(graph, ops, asserted=torch_compat.asserted_symbols)
+            split_gm, items = split_graph(
+                graph, ops, asserted=torch_compat.asserted_symbols, blocks=self._blocks()
+            )
             if manager.may_share_names():
                 share_layer_names(split_gm, items)
         names = [i.submod_name for i in items if not i.is_splitting_graph]
@@ -387,6 +389,11 @@ class _Compilation:
         finally:
             if manager.progress is not None:
                 manager.progress.ended()
+
+    def _blocks(self) -> Literal["found", "off"] | Sequence[str]:
+        if self.config.use_inductor_graph_partition or self.settings.declared_ops == ():
+            return "off"
+        return self.config.repeated_blocks
 
     def _splitting_ops(self) -> Sequence[SplittingOpLike]:
         inside = self.config.use_inductor_graph_partition  # Inductor cuts the compiled code instead

@@ -85,8 +85,11 @@ class Report:
         return sum(self.phases.values())
 
     def __str__(self) -> str:
+        cut = f"between {self.splitting} splitting submodules"
+        if self.pieces > 1 and not self.splitting:
+            cut = "cut between repeated blocks"
         lines = [
-            f"{self.model}: {self.pieces} pieces, {self.unique} unique, between {self.splitting} splitting submodules",
+            f"{self.model}: {self.pieces} pieces, {self.unique} unique, {cut}",
             f"compiler {self.compiler}, {self.seconds:.2f} s: "
             + ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self.phases.items()),
         ]

@@ -139,6 +139,7 @@ from piecework.runtime.torch_compat.shapes import (
     with_symbol,
 )
 from piecework.runtime.torch_compat.side_effects import (
+    Write,
     no_replay,
     tensors_given_attributes,
     writes_of_trace,

@@ -26,10 +26,12 @@ class Write:
     Attributes:
         place: Dynamo's name of it, such as ``L['model'].calls``.
         line: the user's line that wrote, ``model.py:41 in forward``; "" where it isn't known.
+        store: a module, the name of its attribute and the number, text or None that it is set to; None for any other write.
     """
 
     place: str
     line: str = ""
+    store: tuple[torch.nn.Module, str, object] | None = None
 
 
 def no_replay() -> Mapping[str, bool]:
@@ -62,7 +64,8 @@ def writes_of_trace(same: SameTensor) -> list[Write]:
         for name, value in (stored or {}).items():
             if not _Same(effects, same).attribute(var, target, name, value):
                 outer = type(var).__name__ == "NewGlobalVariable"
-                found.append(Write(place if outer else f"{place}.{name}", line))
+                store = None if outer else _plain_store(target, name, value)
+                found.append(Write(place if outer else f"{place}.{name}", line, store))
         if stored is None or getattr(var, "_base_vt", None) is not None:
             inner = getattr(var, "_base_vt", None) or var
             found += [
@@ -96,6 +99,24 @@ def _effects():  # type: ignore[no-untyped-def]
         return None
     wanted = ("keepalive", "id_to_variable", "store_attr_mutations", "is_modified", "tensor_hooks")
     return effects if all(hasattr(effects, name) for name in wanted) else None
+
+
+def _plain_store(target: object, name: str, var) -> tuple[torch.nn.Module, str, object] | None:  # type: ignore[no-untyped-def]
+    """A number, text or None that replaces another one in a module's own dictionary."""
+    if (
+        not isinstance(target, torch.nn.Module)
+        or type(target.__dict__.get(name, _MISSING)) not in _PLAIN
+    ):
+        return None
+    if type(target).__setattr__ is not torch.nn.Module.__setattr__ or hasattr(type(target), name):
+        return None
+    if getattr(var, "proxy", None) is not None or not var.is_python_constant():
+        return None
+    value = var.as_python_constant()
+    return (target, name, value) if type(value) in _PLAIN else None
+
+
+_PLAIN = (bool, int, float, str, type(None))
 
 
 class _Same:

@@ -23,6 +23,27 @@ HINT = (
 )
 
 
+class Unsettled(CaptureError):
+    """All that a forward writes are plain attributes of modules, set to constants; often its first call does, and the next ones find it done."""
+
+    stores: Sequence[tuple[torch.nn.Module, str, object]] = ()
+
+    def refusal(self) -> CaptureError:
+        return CaptureError(self.message, where=self.where, hint=self.hint)
+
+    def settle(self) -> Callable[[], None]:
+        """Set them as a call would; what is returned puts back what there was."""
+        before = [(module.__dict__, name, module.__dict__[name]) for module, name, _ in self.stores]
+        for module, name, value in self.stores:
+            module.__dict__[name] = value
+
+        def put_back() -> None:
+            for attributes, name, value in before:
+                attributes[name] = value
+
+        return put_back
+
+
 def refuse_writes(
     gm: torch.fx.GraphModule, example_inputs: Sequence[object], arguments: Mapping[str, str]
 ) -> None:
@@ -33,6 +54,7 @@ def refuse_writes(
         arguments: Dynamo's names of the arguments → their own.
 
     Raises:
+        Unsettled: it set plain attributes of modules to constants, and wrote nothing else.
         CaptureError: it did; the first such place is named.
     """
     nodes = gm.graph.find_nodes(op="placeholder")
@@ -42,12 +64,16 @@ def refuse_writes(
     def same(fake: object, now: object) -> bool:
         return torch_compat.is_same_view(fakes.get(id(now)), fake)
 
-    for write in torch_compat.writes_of_trace(same):
-        raise CaptureError(
-            f"forward changes {place_text(write.place, arguments)}, which a captured graph would not do",
-            where=write.line or None,
-            hint=HINT,
-        )
+    writes = torch_compat.writes_of_trace(same)
+    if not writes:
+        return
+    error = Unsettled(
+        f"forward changes {place_text(writes[0].place, arguments)}, which a captured graph would not do",
+        where=writes[0].line or None,
+        hint=HINT,
+    )
+    error.stores = [write.store for write in writes if write.store is not None]
+    raise error if len(error.stores) == len(writes) else error.refusal()
 
 
 _ARGUMENT = re.compile(r"L\['(?:args|kwargs)'\]\[(?:\d+|'[^']*')\]")

@@ -57,7 +57,7 @@ from piecework.runtime.trace.results import (
     stand_ins,
 )
 from piecework.runtime.trace.shared import RepeatedLayers, SharedLayers
-from piecework.runtime.trace.side_effects import HINT, Snapshot, refuse_writes
+from piecework.runtime.trace.side_effects import HINT, Snapshot, Unsettled, refuse_writes
 from piecework.runtime.trace.untold import (
     PLACE_IN_AUTOGRAD,
     refuse_globals,
@@ -142,6 +142,7 @@ def capture(
     dynamic: bool | None = None,
     sizes: SizePolicy | None = None,
     repeated: RepeatedLayers | None = None,
+    settle: bool = False,
 ) -> Capture:
     """Trace ``model`` and hand its graph to ``compile_graph`` while Dynamo's tracing context is open.
 
@@ -156,6 +157,8 @@ def capture(
             because the example's happens to equal another number. Where neither can be traced and compiled, fewer dimensions are
             dynamic, if the policy has a narrower one.
         repeated: which layers may share one trace; None: each is traced.
+        settle: where all that the forward writes are plain attributes of modules, set to constants, set them as the first call
+            would, and trace what the next one does.
 
     Raises:
         CaptureError: a graph break, no tensor operation, state that the forward changes in Python, an error of the model's
@@ -166,7 +169,7 @@ def capture(
     if sizes is None:
         leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
         wish = dynamic_wish(leaves, dynamic)
-        return _capture_once(model, args, kwargs, compile_graph, layers, wish)
+        return _capture_once(model, args, kwargs, compile_graph, layers, wish, settle=settle)
     wide = False
 
     def compile_noting(graph: torch.fx.GraphModule, inputs: tuple[GraphInput, ...]) -> None:
@@ -175,14 +178,14 @@ def capture(
         compile_graph(graph, inputs)
 
     try:
-        return _capture_freely(model, args, kwargs, compile_noting, layers, sizes)
+        return _capture_freely(model, args, kwargs, compile_noting, layers, sizes, settle)
     except (CaptureError, PieceCompileError) as error:
         narrower = sizes.narrower(args, kwargs)
         if narrower is None or (isinstance(error, PieceCompileError) and not wide):
             raise
         _log.info("tried again with the batch alone dynamic: %s", error)
         try:
-            return _capture_freely(model, args, kwargs, compile_graph, layers, narrower)
+            return _capture_freely(model, args, kwargs, compile_graph, layers, narrower, settle)
         except (CaptureError, PieceCompileError) as again:
             _log.info("not traced with the batch alone dynamic: %s", again)
             raise error from error.__cause__
@@ -202,12 +205,15 @@ def _capture_freely(
     compile_graph: GraphCompiler,
     layers: RepeatedLayers,
     sizes: SizePolicy,
+    settle: bool,
 ) -> Capture:
     """Trace for every size at once, else for sizes of 2 and more, of other example sizes where these would be fixed."""
     try:
         with sizes.every_size(args, kwargs) as marked:
             if marked:
-                return _capture_once(model, args, kwargs, compile_graph, layers, sizes.dynamic)
+                return _capture_once(
+                    model, args, kwargs, compile_graph, layers, sizes.dynamic, settle=settle
+                )
     except CaptureError as error:
         _log.info("not traced for every size at once: %s", error)
     except PieceCompileError as error:
@@ -216,7 +222,7 @@ def _capture_freely(
         _log.info("not compiled for every size at once: %s", error)
     once = partial(_capture_larger, model, sizes, compile_graph, layers)
     try:
-        return once(args, kwargs, partial(_require_free_batch, sizes))
+        return once(args, kwargs, partial(_require_free_batch, sizes), settle=settle)
     except _FixedBatch as fixed:
         weights = {size for _, tensor in tensors_of(model).values() for size in tensor.shape}
         others = with_other_batch(args, kwargs, fixed.sizes, avoid=weights)
@@ -226,7 +232,7 @@ def _capture_freely(
             return once(*others, partial(_require_free_and_serving, sizes, leaves))
         except CaptureError as error:
             _log.info("the batch size is fixed: %s", error)
-    return once(args, kwargs)
+    return once(args, kwargs, settle=settle)
 
 
 def _capture_larger(
@@ -237,9 +243,13 @@ def _capture_larger(
     args: Sequence[object],
     kwargs: Mapping[str, object],
     check: Callable[[torch.fx.GraphModule, Mapping[int, object]], None] | None = None,
+    *,
+    settle: bool = False,
 ) -> Capture:
     with sizes.larger_sizes(args, kwargs):
-        return _capture_once(model, args, kwargs, compile_graph, layers, sizes.dynamic, check)
+        return _capture_once(
+            model, args, kwargs, compile_graph, layers, sizes.dynamic, check, settle=settle
+        )
 
 
 class _FixedBatch(CaptureError):
@@ -308,8 +318,36 @@ def _capture_once(
     layers: RepeatedLayers,
     dynamic: bool | None,
     check: Callable[[torch.fx.GraphModule, Mapping[int, object]], None] | None = None,
+    *,
+    settle: bool,
 ) -> Capture:
-    """Trace once: with one trace for layers that are alike, where that can be shown to be right."""
+    """Trace once: with one trace for layers that are alike, where that can be shown to be right, and after what a first call sets."""
+    once = partial(_capture_alike, model, args, kwargs, compile_graph, layers, dynamic, check)
+    try:
+        return once()
+    except Unsettled as error:
+        if not settle:
+            raise error.refusal() from None
+        put_back = error.settle()
+        _log.info("set as a first call does, and traced again: %s", error)
+    try:
+        return once()
+    except BaseException as error:
+        put_back()
+        if isinstance(error, Unsettled):
+            raise error.refusal() from None
+        raise
+
+
+def _capture_alike(
+    model: Callable[..., object],
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    compile_graph: GraphCompiler,
+    layers: RepeatedLayers,
+    dynamic: bool | None,
+    check: Callable[[torch.fx.GraphModule, Mapping[int, object]], None] | None,
+) -> Capture:
     while True:
         marks = layers.marks(model)
         once = partial(

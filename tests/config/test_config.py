@@ -41,6 +41,7 @@ REQUIRED_FIELDS = [
     "custom_ops",
     "splitting_ops",
     "repeated_layers",
+    "repeated_blocks",
     "compile_mm_encoder",
     "compile_sizes",
     "compile_ranges_endpoints",

@@ -25,6 +25,7 @@ from piecework.runtime.identity.values import canonical
 BASE = {"splitting_ops": ["a::b"], "cudagraph_mode": "FULL", "cudagraph_capture_sizes": [1, 4]}
 OTHER = {
     "repeated_layers": "found",
+    "repeated_blocks": "off",
     "strict": True,
     "mode": 2,
     "backend": "eager",

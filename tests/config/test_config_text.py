@@ -50,6 +50,7 @@ def configs(draw, leaves=scalars):
                 "custom_ops": st.sampled_from([["none"], ["all", "-silu"], ["+silu", "-norm"]]),
                 "splitting_ops": st.none() | op_names,
                 "repeated_layers": st.sampled_from(["found", "off", ["model.layers"]]),
+                "repeated_blocks": st.sampled_from(["found", "off", ["model.layers"]]),
                 "compile_mm_encoder": st.just(False),
                 "compile_sizes": sizes | st.just(["cudagraph_capture_sizes", 3]),
                 "compile_ranges_endpoints": sizes,

@@ -1,0 +1,301 @@
+"""Where a model calls no splitting op, it is cut at repeated blocks. In: encoders and stacks of blocks that differ in this and that. Out: few different pieces whatever the depth, and eager's results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import piecework
+from piecework.errors import ConfigError, SplitError
+
+EAGER = {"backend": "eager"}
+
+
+@piecework.splitting_op("repeated_blocks::double", mutates_args=("out",))
+def double(x: torch.Tensor, out: torch.Tensor) -> None:
+    out.copy_(x * 2)
+
+
+class Block(nn.Module):
+    """Nine operators; what it may differ in is an argument."""
+
+    def __init__(self, scale: float = 1.0, width: int = 8, hidden: int = 16) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = (
+            nn.LayerNorm(width),
+            nn.Linear(width, hidden),
+            nn.Linear(hidden, width),
+        )
+        self.gate, self.scale = nn.Linear(width, hidden), scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)
+        return x + self.down(torch.relu(self.up(y)) * torch.sigmoid(self.gate(y))) * self.scale
+
+
+class Stack(nn.Module):
+    """Blocks between an embedding and a head."""
+
+    def __init__(
+        self, blocks: list[nn.Module], call: Callable[..., torch.Tensor] | None = None
+    ) -> None:
+        super().__init__()
+        self.first, self.blocks, self.head = nn.Linear(8, 8), nn.ModuleList(blocks), nn.Linear(8, 3)
+        self.call = call
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.first(x))
+        for block in self.blocks:
+            x = block(x) if self.call is None else self.call(block, x)
+        return self.head(x)
+
+
+def blocks_of(count: int, **arguments: float) -> list[nn.Module]:
+    return [Block(**arguments) for _ in range(count)]  # type: ignore[arg-type]
+
+
+def pieces(model: nn.Module, x: torch.Tensor, **config: object) -> tuple[int, int]:
+    """How many pieces there are and how many different ones, after the results were compared for other batches."""
+    model.eval()
+    stitched = piecework.compile(model, (x,), config={**EAGER, **config})
+    for rows in (len(x), 1, 2, 5):
+        other = torch.randn(rows, *x.shape[1:])
+        torch.testing.assert_close(stitched(other), model(other), rtol=0, atol=0)
+    report = stitched.report()
+    return report.pieces, report.unique
+
+
+X = torch.randn(4, 8)
+
+
+def test_pieces_do_not_grow_with_depth() -> None:
+    assert pieces(Stack(blocks_of(4)), X) == (6, 3)
+    assert pieces(Stack(blocks_of(20)), X) == (22, 3)
+
+
+def test_one_block_that_is_called_again_and_again() -> None:
+    block = Block()
+
+    class Recycled(Stack):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.tanh(self.first(x))
+            for _ in range(6):
+                x = block(x)
+            return self.head(x)
+
+    model = Recycled([block])
+    assert pieces(model, X) == (8, 3)
+
+
+def test_blocks_of_two_kinds() -> None:
+    mixed = [Block(hidden=16 if i % 2 else 24) for i in range(8)]
+    assert pieces(Stack(list(mixed)), X) == (10, 4)
+
+
+def test_a_block_that_differs_is_left_beside_the_rest() -> None:
+    scaled = [*blocks_of(4), Block(scale=0.5), *blocks_of(4)]
+    # It begins where the fourth ends, and ends where the next one begins.
+    number, unique = pieces(Stack(scaled), X)
+    assert (number, unique) == (10, 4)
+
+
+def test_blocks_in_stages() -> None:
+    stages = [nn.Sequential(*blocks_of(n)) for n in (2, 6, 4)]
+    # Two are not enough; those of the two other stages are one kind.
+    assert pieces(nn.Sequential(*stages), X) == (11, 2)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "why"),
+    [
+        ([nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(6)], "small"),
+        (blocks_of(3), "few"),
+        ([Block(scale=i + 1.5) for i in range(6)], "all different"),
+    ],
+)
+def test_what_is_not_cut(blocks: list[nn.Module], why: str) -> None:
+    assert pieces(Stack(blocks), X) == (1, 1), why
+
+
+def test_convolutions_stay_with_each_other() -> None:
+    class Convolutions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for part in self.parts:
+                x = torch.relu(part(x)) * 2 + 1
+            return x
+
+    model = nn.Sequential(*(Convolutions() for _ in range(4)))
+    x = torch.randn(4, 3, 6, 6)
+    assert pieces(model, x) == (1, 1)
+    model = nn.Sequential(*(Convolutions() for _ in range(4)))
+    holder = nn.ModuleDict({"blocks": model})
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.holder = holder
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.holder["blocks"](x)
+
+    assert pieces(Named(), x, repeated_blocks=["holder.blocks"]) == (4, 1)
+
+
+def test_blocks_by_name() -> None:
+    model = Stack([nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2)])
+    assert pieces(model, X, repeated_blocks=["blocks"]) == (4, 3)
+    with pytest.raises(SplitError, match="'layers'") as error:
+        pieces(model, X, repeated_blocks=["blocks", "layers"])
+    assert "encoder.layers" in str(error.value.hint)
+
+
+@pytest.mark.parametrize("config", [{"repeated_blocks": "off"}, {"splitting_ops": []}])
+def test_it_can_be_left(config: dict[str, object]) -> None:
+    assert pieces(Stack(blocks_of(4)), X, **config) == (1, 1)
+
+
+def test_a_wish_of_another_kind_is_refused() -> None:
+    with pytest.raises(ConfigError, match="repeated_blocks"):
+        piecework.CompilationConfig(repeated_blocks="on")  # type: ignore[arg-type]
+
+
+def test_a_splitting_op_decides_alone_where_to_cut() -> None:
+    class Cut(Stack):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = super().forward(x)
+            double(x, out := torch.empty_like(x))
+            return out + 1
+
+    assert pieces(Cut(blocks_of(5)), X)[0] == 2
+
+
+def test_what_crosses_a_border() -> None:
+    """Several values, views, a value of the first block that the last one reads, and one that is written in between."""
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = self.block(x)
+            kept.add_(y.sum(1))
+            return y.view(-1, 2, 4).transpose(1, 2).reshape(-1, 8), kept
+
+    class Passing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Wide() for _ in range(5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            kept, first = x.sum(1), x[:, :2]
+            for block in self.blocks:
+                x, kept = block(x, kept)
+            return torch.cat([x, kept[:, None], first], 1)
+
+    number, unique = pieces(Passing(), X)
+    assert number >= 5 and unique <= 3
+
+
+def test_states_that_a_block_enters() -> None:
+    class Halved(Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x)
+
+    assert pieces(Stack([Halved() for _ in range(4)]), X)[1] == 3
+
+
+def test_inside_of_vmap_nothing_is_cut() -> None:
+    inner = Stack(blocks_of(4)).eval()
+
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.vmap(lambda row: self.inner(row))(x) + 1
+
+    assert pieces(Mapped(), X) == (1, 1)
+    with pytest.raises(SplitError, match=r"inner\.blocks"):
+        piecework.compile(Mapped(), (X,), config={**EAGER, "repeated_blocks": ["inner.blocks"]})
+
+
+def test_captured_saved_and_loaded(tmp_path: Path) -> None:
+    model = Stack(blocks_of(6)).eval()
+    stitched = piecework.compile(model, (X,), config=EAGER)
+    stitched.capture([1, 4])
+    for rows in (1, 3, 4, 6):
+        x = torch.randn(rows, 8)
+        torch.testing.assert_close(stitched(x), model(x))
+    stitched.save(tmp_path / "artifact")
+    loaded = piecework.load(tmp_path / "artifact", model)
+    torch.testing.assert_close(loaded(X), model(X), rtol=0, atol=0)
+
+
+def test_with_layers_that_share_a_trace() -> None:
+    assert pieces(Stack(blocks_of(6)), X, repeated_layers="found") == (8, 3)
+
+
+def test_inductor_compiles_each_kind_once() -> None:
+    model = Stack(blocks_of(5)).eval()
+    stitched = piecework.compile(model, (X,))
+    for rows in (4, 2):
+        x = torch.randn(rows, 8)
+        torch.testing.assert_close(stitched(x), model(x))
+    assert (stitched.report().pieces, stitched.report().unique) == (7, 3)
+
+
+@pytest.mark.parametrize("family", ["vit", "bert", "albert", "whisper"])
+def test_encoders_of_transformers(family: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    small = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "num_hidden_layers": 5,
+    }
+    image = {"image_size": 16, "patch_size": 4}
+    ids = torch.randint(0, 30, (4, 6))
+    if family == "vit":
+        model, x = transformers.ViTModel(transformers.ViTConfig(**small, **image)), torch.randn(
+            4, 3, 16, 16
+        )
+    elif family == "bert":
+        model, x = transformers.BertModel(transformers.BertConfig(**small, vocab_size=30)), ids
+    elif family == "albert":
+        model, x = (
+            transformers.AlbertModel(
+                transformers.AlbertConfig(**small, vocab_size=30, embedding_size=8)
+            ),
+            ids,
+        )
+    else:
+        config = transformers.WhisperConfig(
+            d_model=16,
+            decoder_attention_heads=2,
+            encoder_layers=5,
+            encoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            num_mel_bins=4,
+            max_source_positions=8,
+        )
+        model, x = transformers.WhisperModel(config).get_encoder(), torch.randn(4, 4, 16)
+    model.eval()
+    with torch.no_grad():
+        stitched = piecework.compile(model, (x,), config=EAGER)
+        for rows in (4, 2):
+            want = model(x[:rows]).last_hidden_state
+            torch.testing.assert_close(stitched(x[:rows]).last_hidden_state, want)
+    report = stitched.report()
+    assert report.pieces >= 5 and report.unique < report.pieces
