@@ -220,8 +220,8 @@ class Engine:
         one = torch.zeros(1, dtype=torch.long, device=weight.device)
         state = {"positions": one, "slots": one, "owners": one, "tables": one.repeat(1, self.width)}
         self.static = runtime.StaticInputs.allocate(state, limits.tokens)
-        nothing = runtime.CUDAGraphMode.NONE
-        self.dispatcher = runtime.CudagraphDispatcher(nothing, [], max_num_seqs=limits.requests)
+        uncaptured = runtime.CudagraphDispatcher(runtime.CUDAGraphMode.NONE, [], max_num_seqs=1)
+        self.dispatch = uncaptured.dispatch
         if sizes:
             example = (one.repeat(2), one.repeat(2))
             most = {"max_num_batched_tokens": limits.tokens, "max_num_seqs": limits.requests}
@@ -229,7 +229,7 @@ class Engine:
             self.forward.capture(  # one graph where all requests decode, else one for each piece
                 sizes, mode="FULL_AND_PIECEWISE", context_for=self.context, progress=False
             )
-            self.dispatcher = self.forward.static_graphs.dispatcher
+            self.dispatch = self.forward.dispatch
 
     def context(self, mode: object, shape: runtime.BatchDescriptor) -> object:
         """What a forward runs in, captured or served: as what, and what attention reads."""
@@ -251,7 +251,7 @@ class Engine:
         ids, *state = torch.tensor(rows, device=self.cache.device).T.contiguous()
         blocks = [request.blocks + [0] * (self.width - len(request.blocks)) for request in batch]
         state.append(torch.tensor(blocks, device=self.cache.device))
-        mode, shape = self.dispatcher.dispatch(len(rows), uniform_decode=len(rows) == len(batch))
+        mode, shape = self.dispatch(len(rows), uniform_decode=len(rows) == len(batch))
         self.static.stage(state, shape.num_tokens)
         with self.context(mode, shape):
             hidden = self.forward(ids, state[0])
@@ -268,7 +268,8 @@ class Engine:
 
 def main(backend: str = "inductor", sizes=(1, 2, 4, 8, 16, 32)) -> Engine:
     """Serve requests that come at random, cancel some, and generate the others again, one by one."""
-    draw, model, limits = random.Random(0), Decoder(), Limits(blocks=20)
+    draw, limits = random.Random(0), Limits(blocks=20)
+    model = Decoder().to("cuda" if torch.cuda.is_available() else "cpu")
     engine, one_by_one = Engine(model, limits, sizes, {"backend": backend}), Engine(model, limits)
     prompts = [draw.choices(range(VOCABULARY), k=draw.randint(1, 90)) for _ in range(32)]
     prompt_of = {Request(list(each), len(each) + draw.randint(1, 60)): each for each in prompts}
@@ -280,9 +281,8 @@ def main(backend: str = "inductor", sizes=(1, 2, 4, 8, 16, 32)) -> Engine:
             engine.scheduler.remove(draw.choice(engine.scheduler.running))
         finished += engine.step()
         steps += 1
-    seconds = time.perf_counter() - start
     generated = sum(each.length - len(prompt_of[each]) for each in finished)
-    print(f"{steps} steps, {generated / seconds:.0f} tokens a second")
+    print(f"{steps} steps, {generated / (time.perf_counter() - start):.0f} tokens a second")
     print(f"{len(prompts) - len(finished)} cancelled, {engine.scheduler.preemptions} preemptions")
     for row in engine.forward.call_report():
         print(f"{row.calls} steps ran {row.mode} {row.graph}, padded by {row.padding} rows")
