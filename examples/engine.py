@@ -84,11 +84,9 @@ def paged_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, layer: int
 ) -> None:
     """query, out [tokens, heads, head dim]; key, value [tokens, kv heads, head dim]. The step's state comes by the forward context."""
-    context = runtime.get_forward_context()
-    paged = context.attn_metadata
+    paged = runtime.get_forward_context().attn_metadata
     keys, values = paged.cache[layer]
-    if not context.dry:  # a warm-up or a capture of pieces has nothing to remember
-        keys[paged.slots], values[paged.slots] = key, value
+    keys[paged.slots], values[paged.slots] = key, value
     (attend_in_triton if query.is_cuda else attend_in_torch)(query, keys, values, paged, out)
 
 
@@ -227,8 +225,9 @@ class Engine:
             most = {"max_num_batched_tokens": limits.tokens, "max_num_seqs": limits.requests}
             self.forward = piecework.compile(model, example, config=config, runtime_config=most)
             self.forward.capture(  # one graph where all requests decode, else one for each piece
-                sizes, mode="FULL_AND_PIECEWISE", context_for=self.context, progress=False
+                sizes, mode="FULL_AND_PIECEWISE", context_for=self.context, put_back=False
             )
+            self.cache.zero_()  # runs on dummy data wrote to slot 0, and nobody put it back
             self.dispatch = self.forward.dispatch
 
     def context(self, mode: object, shape: runtime.BatchDescriptor) -> object:
@@ -268,6 +267,7 @@ class Engine:
 
 def main(backend: str = "inductor", sizes=(1, 2, 4, 8, 16, 32)) -> Engine:
     """Serve requests that come at random, cancel some, and generate the others again, one by one."""
+    torch.set_num_threads(1)  # in work as small as this, threads wait for each other
     draw, limits = random.Random(0), Limits(blocks=20)
     model = Decoder().to("cuda" if torch.cuda.is_available() else "cpu")
     engine, one_by_one = Engine(model, limits, sizes, {"backend": backend}), Engine(model, limits)
@@ -285,7 +285,7 @@ def main(backend: str = "inductor", sizes=(1, 2, 4, 8, 16, 32)) -> Engine:
     print(f"{steps} steps, {generated / (time.perf_counter() - start):.0f} tokens a second")
     print(f"{len(prompts) - len(finished)} cancelled, {engine.scheduler.preemptions} preemptions")
     for row in engine.forward.call_report():
-        print(f"{row.calls} steps ran {row.mode} {row.graph}, padded by {row.padding} rows")
+        print(f"{row.calls} steps ran {row.mode} {row.graph or '-'}, padded by {row.padding} rows")
     for request in finished:
         one_by_one.scheduler.add(again := Request(prompt_of[request], request.length))
         while again not in one_by_one.step():
