@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx
@@ -42,6 +42,7 @@ from piecework.errors import (
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.load import Artifact, require_made_so
 from piecework.runtime.artifact.store import Place
+from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.sizes import require_positive_sizes
 from piecework.runtime.bind.reachable import own_tensors
@@ -718,6 +719,27 @@ class StitchedModule(SharedModule):
                 hint="call capture(sizes) first",
             )
         return found
+
+    def dispatch(
+        self, num_tokens: int, uniform_decode: bool = False, **kind: Any
+    ) -> tuple[CUDAGraphMode, BatchDescriptor]:
+        """What a batch runs as now, for an engine that pads state of its own to the captured size and says both in the forward context.
+
+        Args:
+            num_tokens, uniform_decode, kind: as for `CudagraphDispatcher.dispatch`; asked is the trace that serves this size.
+
+        Returns:
+            Mode and descriptor; NONE and the batch's own size where nothing is captured.
+
+        Example:
+            >>> mode, shape = stitched.dispatch(3)
+            >>> with set_forward_context(metadata_for(shape), cudagraph_runtime_mode=mode, batch_descriptor=shape):
+            ...     stitched(x)
+        """
+        for each in self._traces:
+            if each.static is not None and each.static.serves(num_tokens):
+                return each.static.dispatcher.dispatch(num_tokens, uniform_decode, **kind)
+        return CUDAGraphMode.NONE, BatchDescriptor(num_tokens)
 
     def coverage(self, max_num_batched_tokens: int | None = None) -> list[CoverageRow]:
         """How each batch size runs: captured, padded or uncaptured, and why."""

@@ -24,6 +24,7 @@ from gpu_models import (
 
 import piecework
 from piecework.errors import ArtifactError
+from piecework.examples import engine
 from piecework.integrations.transformers import stitch, stitched_module, unstitch
 from piecework.integrations.transformers.dry_request import dry_request
 
@@ -232,6 +233,13 @@ def test_an_artifact_is_loaded_captured_and_equal(tmp_path):
     assert_alike(loaded, again, (1, 5, 8))
     loaded.capture(SIZES, progress=False)
     assert_alike(loaded, again, range(1, 9))
+
+
+def test_the_engine_of_the_examples_gives_the_tokens_of_one_by_one_generation(capsys):
+    engine.main("eager", sizes=SIZES)
+    printed = capsys.readouterr().out
+    assert "FULL tokens=8 reqs=8 uniform" in printed
+    assert "finished, each with the tokens of one-by-one generation" in printed
 
 
 def _synchronize() -> None:

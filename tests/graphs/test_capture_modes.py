@@ -231,6 +231,39 @@ def test_a_caller_that_dispatched_by_itself_is_obeyed() -> None:
             stitched(*args)
 
 
+class Turned(nn.Module):
+    """A piece that no compiler is trusted with for every size at once: a batch of one has a trace of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        mix(y, out := torch.empty_like(y), "0")
+        return out.t().contiguous().t() * 2
+
+
+def test_dispatch_asks_the_trace_that_serves_a_size() -> None:
+    model = Turned().requires_grad_(False)
+    stitched = piecework.compile(model, (torch.randn(4, 8),), config={"backend": "eager"})
+    assert stitched.dispatch(3) == (NONE, BatchDescriptor(3))
+    stitched.capture([1, 2, 4], mode="FULL_AND_PIECEWISE", progress=False, estimate=False)
+    assert len(stitched.traces) == 2
+    for n, padded in ((1, 1), (2, 2), (3, 4), (4, 4), (5, 5)):
+        for uniform in (False, True):
+            mode, shape = stitched.dispatch(n, uniform)
+            assert shape.num_tokens == padded and (mode is NONE) == (n == 5)
+            assert (mode is FULL) == (uniform and n < 5)
+            x = torch.randn(n, 8)
+            with set_forward_context(cudagraph_runtime_mode=mode, batch_descriptor=shape):
+                torch.testing.assert_close(stitched(x), model(x))
+    assert stitched.dispatch(1, invalid_modes=[PIECEWISE]) == (NONE, BatchDescriptor(1))
+    model.first.weight = nn.Parameter(torch.randn(8, 8), requires_grad=False)
+    stitched.rebind()  # gives the graphs up
+    assert stitched.dispatch(1)[0] is stitched.dispatch(4)[0] is NONE
+
+
 def test_a_batch_may_leave_modes_out() -> None:
     model, stitched = captured([4], mode="FULL_AND_PIECEWISE")
     args = batch(3)

@@ -301,6 +301,21 @@ def test_copies_of_one_dtype_are_one_launch():
     assert launches_of(plain, 8, 8) == ["copy_"] * 8
 
 
+def test_plans_of_sizes_that_came_once_are_not_kept(monkeypatch) -> None:
+    monkeypatch.setattr("piecework.runtime.graphs.stage.inputs._MOST_PLANS", 10)
+    examples = {name: torch.zeros(1, dtype=torch.long) for name in "ab"}
+    inputs = StaticInputs.allocate(examples, 16)
+    captured_on = inputs.views(8)
+    for tokens in range(1, 17):
+        for requests in range(1, tokens + 1):
+            a, b = torch.arange(tokens) + 5, torch.arange(requests) + 7
+            static = inputs.stage([a, b], tokens)
+            assert static[0].tolist() == a.tolist()
+            assert static[1].tolist() == b.tolist() + [0] * (tokens - requests)
+    assert len(inputs._checked) <= 10 and len(inputs._plans) <= 10 + 16
+    assert all(one is other for one, other in zip(captured_on, inputs.views(8), strict=True))
+
+
 # --- the kernel ------------------------------------------------------------------------------------
 
 INTERPRETED = """

@@ -25,6 +25,7 @@ PAGES = [page for page in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))) if sn
 
 # What doesn't run, by page and title, and why.
 NOT_RUN = {
+    ("engine.md", "from the example"): "a part of examples/engine.py; compared below",
     ("README.md", "emitted"): "what piecework writes; compared below",
     ("performance.md", "emitted"): "what piecework writes, without what it needs around it",
 }
@@ -98,6 +99,12 @@ def test_the_first_example_becomes_the_function_shown(
     emitted = code[code.index("def execution_fn(") :].partition("\n\n\n")[0]
     assert emitted.strip() == shown.text.strip()
     assert len([line for line in model.text.splitlines() if line.strip()]) <= 12
+
+
+def test_what_is_shown_of_the_engine_is_in_the_example() -> None:
+    source = (ROOT / "examples" / "engine.py").read_text("utf-8")
+    shown = [each.text for each in snippets(DOCS / "engine.md") if each.title]
+    assert len(shown) == 4 and all(f"\n{each}" in source for each in shown)
 
 
 def run(each: Snippet, path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> str:

@@ -154,7 +154,7 @@ class Calls:
             raise StaticGraphError(
                 f"the forward context asks for {mode.name} {descriptor.describe()}, which {what}",
                 where="forward context",
-                hint="take mode and descriptor from static_graphs.dispatcher, or set neither",
+                hint="take mode and descriptor from stitched.dispatch(size), or set neither",
             )
         self._steps[key] = step = replace(ready, reason="the forward context chose it", count=count)
         return step

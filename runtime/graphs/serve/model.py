@@ -388,6 +388,10 @@ class CapturedModel:
             if row.last >= low and row.first <= high
         ]
 
+    def serves(self, size: int) -> bool:
+        """Whether the trace allows batches of ``size``."""
+        return self.shape.low <= size and (self.shape.high is None or size <= self.shape.high)
+
     def calls(self) -> list[CallRow]:
         """What the calls since the capture ran as, and why, most frequent first."""
         rows = [

@@ -21,6 +21,8 @@ __all__ = ["InputSpec", "Kernel", "StaticInputs"]
 
 Kernel = Literal["auto", "grouped", "reference", "triton"]
 _Fill = tuple[torch.Tensor, Number]
+#: Plans that are kept for combinations of sizes; an engine that stages tokens and requests meets very many.
+_MOST_PLANS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +260,10 @@ class StaticInputs:
     def _plan(self, padded: int, counts: tuple[int, ...]) -> _Plan:
         plan = self._plans.get((padded, counts))
         if plan is None:
+            if len(self._checked) >= _MOST_PLANS:
+                # Not those whose views graphs were captured on: they are the same objects at every call.
+                self._plans = {k: each for k, each in self._plans.items() if {*k[1]} == {k[0]}}
+                self._checked.clear()
             plan = self._plans[padded, counts] = self._make_plan(padded, counts)
         return plan
 
