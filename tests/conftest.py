@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,8 +31,21 @@ def pytest_configure(config: pytest.Config) -> None:
         settings.load_profile("nightly" if nightly else "merge")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip nightly tests unless the marker expression names them (``-m nightly``)."""
+    """Skip nightly tests unless the marker expression names them (``-m nightly``).
+
+    Of a test's parameter sets under ``sample(n)`` the first and every n-th after it run in a merge, the others are nightly.
+    """
+    seen: Counter[str] = Counter()
+    for item in items:
+        sample = item.get_closest_marker("sample")
+        if sample is None or item.get_closest_marker("nightly"):
+            continue
+        function = item.nodeid.partition("[")[0]
+        if seen[function] % sample.args[0]:
+            item.add_marker(pytest.mark.nightly)
+        seen[function] += 1
     if "nightly" in (config.getoption("markexpr") or ""):
         return
     skip = pytest.mark.skip(reason="runs at night (select it with -m nightly)")

@@ -88,6 +88,7 @@ class Overlap(nn.Module):
         return between.sum() + last * 2
 
 
+@pytest.mark.sample(2)
 @pytest.mark.inductor
 @pytest.mark.parametrize("backend", ["inductor", "inductor_compile_fx", "eager"])
 @pytest.mark.parametrize(

@@ -115,9 +115,8 @@ def run_cases(numbers: range) -> Counter[str]:
     return counts
 
 
-@pytest.mark.parametrize("start", range(0, 100, 50))
-def test_random_python_state_is_equal_to_eager_or_refused(start: int) -> None:
-    counts = run_cases(range(start, start + 50))
+def test_random_python_state_is_equal_to_eager_or_refused() -> None:
+    counts = run_cases(range(50))
     assert counts[SERVED] > 40  # not by refusing everything
 
 

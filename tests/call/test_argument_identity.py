@@ -62,6 +62,7 @@ def tensors_of(model: nn.Module, closed: torch.Tensor) -> dict[str, torch.Tensor
 KINDS = list(tensors_of(asking_model(twos()), twos()))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("example", KINDS)
 def test_which_tensor_it_is_counts(example: str) -> None:
     closed = twos()

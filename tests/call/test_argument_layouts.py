@@ -30,6 +30,7 @@ def branching(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     return y * x.stride(1), x[:, 1:], y.contiguous()
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("example", LAYOUTS)
 def test_call_with_any_layout_after_any_example(example: str) -> None:
     stitched = piecework.compile(branching, (LAYOUTS[example](4),), config=EAGER)

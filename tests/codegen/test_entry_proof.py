@@ -45,7 +45,7 @@ def test_every_mutant_of_a_text_with_every_kind_is_refused(every_kind: EntryPlan
     assert [what for what, proved in tried if proved] == []
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(plans(), st.integers(0, 49))
 def test_random_plans_are_proved_and_their_mutants_refused(plan: EntryPlan, first: int) -> None:
     source = generate_entry(plan)

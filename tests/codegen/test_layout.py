@@ -129,7 +129,7 @@ def laid_out(statements: list[ir.Stmt], depth: int = 0) -> list[str]:
 
 
 @given(st.lists(STATEMENTS, min_size=1, max_size=6), st.integers(0, 3))
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_statements_are_laid_out_as_black_would(statements: list[ir.Stmt], depth: int) -> None:
     for stmt, text in zip(statements, laid_out(statements, depth), strict=True):
         heads = "".join(f"{'    ' * level}if block:\n" for level in range(1, depth + 1))

@@ -133,6 +133,7 @@ def compiled(
 BACKENDS = ["eager", pytest.param("inductor", marks=pytest.mark.inductor)]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_region_is_seen_inside_and_gone_afterwards(name: str, backend: str) -> None:
@@ -230,6 +231,7 @@ def mapped_derivative(x: torch.Tensor) -> torch.Tensor:
 TRANSFORMS = (mapped, derived, pushed_forward, pulled_back, jacobian, mapped_derivative)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("model", TRANSFORMS)
 def test_transforms_in_the_forward(model: Callable[..., torch.Tensor], backend: str) -> None:

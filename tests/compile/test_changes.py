@@ -301,6 +301,7 @@ def test_a_capture_inside_an_op_is_refused(mode: str | None) -> None:
     assert torch.equal(stitched(X), X)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("what", ["rebind", "accept_settings", "capture", "use_edited"])
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL"])
 def test_changes_inside_the_op_of_a_warm_up_are_refused(mode: str, what: str) -> None:
@@ -422,6 +423,7 @@ def change(what: str, model: Model, stitched: piecework.StitchedModule) -> None:
 CHANGES = ("edit", "edit to another meaning", "rebind", "rebind to the same", "accept", "capture")
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("second", (*CHANGES, "release"))
 @pytest.mark.parametrize("first", CHANGES)
 def test_a_change_keeps_what_the_one_before_it_set(first: str, second: str) -> None:

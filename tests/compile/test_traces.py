@@ -61,6 +61,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("first", [4, 1])
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_model_serves_every_batch(name: str, first: int) -> None:

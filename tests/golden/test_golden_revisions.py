@@ -30,6 +30,7 @@ def _diff(before: piecework.StitchedModule, after: piecework.StitchedModule) -> 
     return compare_sources(text_of(before, "before").code, text_of(after, "after").code)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("kind", "count"),
     [
@@ -52,6 +53,7 @@ def _plain_before() -> piecework.StitchedModule:
     return plain("", 6)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "kind",
     [

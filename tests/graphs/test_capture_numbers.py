@@ -57,6 +57,7 @@ def compiled(
     return piecework.compile(forward, args, splitting_ops=OPS, config=EAGER)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", EXPRESSIONS)
 def test_an_expression_of_sizes_crosses_pieces(name: str) -> None:
     of = EXPRESSIONS[name]

@@ -102,6 +102,7 @@ def _fresh() -> None:
     runs.clear()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("estimate", [False, True])
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL", "FULL_AND_PIECEWISE"])
 def test_a_capture_leaves_every_buffer_as_it_was(mode: str, estimate: bool) -> None:

@@ -313,6 +313,7 @@ def test_report_table():
 # --- memory ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("mode", [PIECEWISE, FULL, BOTH])
 @pytest.mark.parametrize("policy", ["copy", "eager"])
 def test_the_estimate_is_within_a_tenth(mode, policy):
@@ -347,6 +348,7 @@ def test_a_failed_estimate_leaves_nothing_behind():
     assert (model.graphs.records, model.graphs.nbytes) == ([], 0)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 0.6, 1.0])
 def test_a_budget_chooses_the_sizes(fraction):
     model = Model(mode=BOTH, sizes=(1, 2, 4, 8, 16, 32))

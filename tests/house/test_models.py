@@ -86,6 +86,7 @@ def test_all_lists(backend: str, tmp_path: Path) -> None:
     run(tmp_path, "--backend", backend, "--jobs", "2", limit=24 * 3600)
 
 
+@pytest.mark.nightly
 def test_a_run_goes_on_from_what_an_earlier_one_found(tmp_path: Path) -> None:
     options = (
         "--list",

@@ -255,6 +255,7 @@ def test_masks_of_every_form_hold_for_one_token(pair: Pair) -> None:
     caches.steps(1, attention_mask=(torch.rand(3, 1, 1, 10) < 0.7) | (torch.arange(10) > 8))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 @pytest.mark.parametrize(
     "how",

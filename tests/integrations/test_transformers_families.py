@@ -128,6 +128,7 @@ def left_padded() -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_equals_eager(family: str) -> None:
     model = build(family)

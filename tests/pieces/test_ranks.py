@@ -79,6 +79,7 @@ def test_torchrun_runs_a_model_that_is_cut_over_two_processes(tmp_path: Path) ->
     assert [row["found"] for row in rows] == [every, every]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("mode", "said"),
     [
@@ -119,6 +120,7 @@ def test_the_least_budget_is_everybodys(tmp_path: Path) -> None:
     assert 64 not in first["sizes"]  # type: ignore[index]
 
 
+@pytest.mark.nightly
 def test_what_ranks_run_together_is_not_measured(tmp_path: Path) -> None:
     for each in ranks("measure", tmp_path):
         assert each.get("error") == "RankError" and "its own clock" in str(each["says"]), each

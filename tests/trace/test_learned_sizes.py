@@ -67,6 +67,7 @@ CASES = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.inductor
 @pytest.mark.parametrize("name", CASES)
 def test_a_loaded_piece_checks_what_its_compilation_relied_on(

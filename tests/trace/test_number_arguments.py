@@ -91,6 +91,7 @@ def cut_in_two(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 MODELS = (reshaped_around, reshaped_before, half, third, root, nonzero, counted, cut_in_two)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["auto", "backed"])
 @pytest.mark.parametrize("model", MODELS)
@@ -163,6 +164,7 @@ def branched(x: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
     return twice(x) + 1 if n.item() > 3 else twice(x) - 1
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("model", [narrowed, viewed, cut_at, doubled, branched])

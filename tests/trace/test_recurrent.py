@@ -48,6 +48,7 @@ def check(stitched: piecework.StitchedModule, model: torch.nn.Module, *batches: 
             torch.testing.assert_close(stitched(x), model(x))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", LAYERS)
 def test_recurrent_layer_runs_outside(name: str) -> None:
     model = tagger(name)

@@ -164,6 +164,7 @@ SHARED: dict[str, tuple[Callable[[], list[nn.Module]], str]] = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("sizes", [None, AllDimensions], ids=["as marked", "every size"])
 @pytest.mark.parametrize("name", SHARED)
 def test_shared_graph_is_the_flat_one(name: str, sizes: type | None) -> None:
@@ -305,6 +306,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_layers_are_traced_as_before(name: str) -> None:
     kind, why = REFUSED[name]
@@ -412,6 +414,7 @@ CHANGES: dict[str, Callable[[Stack], object]] = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", CHANGES)
 def test_change_in_any_layer_is_noticed(name: str) -> None:
     model = stack(plain())

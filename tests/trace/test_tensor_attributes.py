@@ -96,6 +96,7 @@ def _check(name: str, example: torch.Tensor) -> None:
             assert torch.equal(actual, expected), f"{name}, {kind}"
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", sorted(name for name in ASKED if not name.startswith("_")))
 def test_what_is_asked_of_a_tensor_is_answered_for_each_call(name: str) -> None:
     _check(name, torch.randn(4, 3))
