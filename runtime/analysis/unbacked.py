@@ -13,11 +13,11 @@ import torch.fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 from piecework.codegen.graph.origin import value_of
-from piecework.runtime.analysis.call import Call, is_own
-from piecework.runtime.analysis.rows import rows_of
-from piecework.runtime.analysis.rule import Rule
+from piecework.runtime.analysis.rows.call import Call, is_own
+from piecework.runtime.analysis.rows.rule import Rule
+from piecework.runtime.analysis.rows.table import is_random
+from piecework.runtime.analysis.rows.verdict import rows_of
 from piecework.runtime.analysis.state import Batch, Mixes, Rows, symbols_in
-from piecework.runtime.analysis.table import is_random
 
 
 def admits_unbacked(

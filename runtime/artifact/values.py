@@ -32,7 +32,7 @@ _OURS = (
     "piecework.runtime.pieces.ranks",
     "piecework.runtime.pieces.report",
     "piecework.runtime.passes.manager",
-    "piecework.runtime.torch_compat.guards",
+    "piecework.runtime.torch_compat.trace.guards",
     "piecework.runtime.trace.inputs",
     "piecework.runtime.trace.results",
 )

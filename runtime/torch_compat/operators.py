@@ -10,7 +10,7 @@ import torch
 from torch._ops import OpOverload
 
 from piecework.code_objects import cells_of
-from piecework.runtime.torch_compat.kernels import custom_op_function
+from piecework.runtime.torch_compat.code.kernels import custom_op_function
 
 _OF_TORCH = frozenset(
     {"aten", "prims", "prim", "inductor", "quantized", "_c10d_functional", "c10d_functional"}

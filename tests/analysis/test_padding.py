@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from models import EAGER
 
 import piecework
-from piecework.runtime.analysis.rows import Verdict, rows_of
+from piecework.runtime.analysis.rows.verdict import Verdict, rows_of
 
 W = torch.randn(4, 4)
 

@@ -11,7 +11,7 @@ from models import EAGER
 
 import piecework
 from piecework.errors import SplitError, StaticGraphError
-from piecework.runtime.analysis.rows import rows_of
+from piecework.runtime.analysis.rows.verdict import rows_of
 from piecework.runtime.batch.dispatcher import Reason
 from piecework.runtime.batch.forward_context import current_forward_context
 

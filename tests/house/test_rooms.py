@@ -64,7 +64,7 @@ AGAINST = {
     ("runtime.config.compilation", "runtime.pieces.dynamo"),
 }
 FLAT = 8  # files of runtime/ itself
-FULL = 20  # files of a folder of runtime/
+FULL = 14  # files of a folder of runtime/
 
 
 @cache

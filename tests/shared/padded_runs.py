@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
 
-from piecework.runtime.analysis.rows import Verdict, rows_of
+from piecework.runtime.analysis.rows.verdict import Verdict, rows_of
 
 Function = Callable[..., Any]
 

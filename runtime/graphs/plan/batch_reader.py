@@ -16,7 +16,7 @@ from piecework.codegen.entry.plan import Symbol
 from piecework.codegen.graph.origin import value_of
 from piecework.errors import ConfigError, StaticGraphError
 from piecework.runtime import torch_compat
-from piecework.runtime.analysis.rows import rows_of
+from piecework.runtime.analysis.rows.verdict import rows_of
 from piecework.runtime.analysis.writes import held_by_source, mutations_in, refuse_mutations
 from piecework.runtime.graphs.plan.batch_shape import BatchShape, OtherSize, ResultRule, StagedInput
 from piecework.runtime.pieces.program import Program

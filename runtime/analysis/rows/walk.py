@@ -13,11 +13,11 @@ import torch.fx
 
 from piecework.codegen.graph.origin import source_line
 from piecework.runtime import torch_compat
-from piecework.runtime.analysis.call import Call, base_name, bound, is_metadata_only, is_own
 from piecework.runtime.analysis.memory import Memory
-from piecework.runtime.analysis.rule import Rule
+from piecework.runtime.analysis.rows.call import Call, base_name, bound, is_metadata_only, is_own
+from piecework.runtime.analysis.rows.rule import Rule
+from piecework.runtime.analysis.rows.table import is_random, rule_for
 from piecework.runtime.analysis.state import SAME, Batch, Mixes, Rows, symbols_in, tensors_in
-from piecework.runtime.analysis.table import is_random, rule_for
 from piecework.runtime.splitting_op import registry
 
 Inspect = Callable[[Call, Rule | None, Sequence[Rows]], str | None]

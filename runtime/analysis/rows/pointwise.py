@@ -9,8 +9,8 @@ from collections.abc import Iterable
 
 import torch
 
-from piecework.runtime.analysis.call import Call
-from piecework.runtime.analysis.rule import Rule, rules
+from piecework.runtime.analysis.rows.call import Call
+from piecework.runtime.analysis.rows.rule import Rule, rules
 from piecework.runtime.analysis.state import Mixes, Rows, union
 
 

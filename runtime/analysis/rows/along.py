@@ -5,8 +5,8 @@ They keep rows apart along any dimension but the rows' own; running sums keep th
 
 from __future__ import annotations
 
-from piecework.runtime.analysis.call import Call, placed
-from piecework.runtime.analysis.rule import Rule, rules
+from piecework.runtime.analysis.rows.call import Call, placed
+from piecework.runtime.analysis.rows.rule import Rule, rules
 from piecework.runtime.analysis.state import SAME, Mixes, Rows
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from piecework.runtime.analysis.call import Call, placed
-from piecework.runtime.analysis.rule import Rule, rules
+from piecework.runtime.analysis.rows.call import Call, placed
+from piecework.runtime.analysis.rows.rule import Rule, rules
 from piecework.runtime.analysis.state import SAME, Mixes, Rows
 
 _TOGETHER = "takes all rows together"

@@ -9,9 +9,9 @@ from functools import cache
 
 import torch
 
-from piecework.runtime.analysis import along, indexing, layers, pointwise, products, views
-from piecework.runtime.analysis.call import base_name
-from piecework.runtime.analysis.rule import Rule
+from piecework.runtime.analysis.rows import along, indexing, layers, pointwise, products, views
+from piecework.runtime.analysis.rows.call import base_name
+from piecework.runtime.analysis.rows.rule import Rule
 
 RULES: dict[str, Rule] = {
     **pointwise.RULES,

@@ -14,9 +14,9 @@ import torch.fx
 
 from piecework.codegen.graph.origin import source_line, value_of
 from piecework.runtime import torch_compat
-from piecework.runtime.analysis.follow import Follower
+from piecework.runtime.analysis.rows.follow import Follower
+from piecework.runtime.analysis.rows.walk import Inspect, Walk
 from piecework.runtime.analysis.state import Batch
-from piecework.runtime.analysis.walk import Inspect, Walk
 
 
 @dataclass(frozen=True, slots=True)

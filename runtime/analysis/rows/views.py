@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 
 from piecework.runtime import torch_compat
-from piecework.runtime.analysis.call import Call, placed
-from piecework.runtime.analysis.rule import Rule, rules
+from piecework.runtime.analysis.rows.call import Call, placed
+from piecework.runtime.analysis.rows.rule import Rule, rules
 from piecework.runtime.analysis.state import SAME, Mixes, Rows, is_whole, product, union
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from piecework.runtime.analysis.call import Call
+from piecework.runtime.analysis.rows.call import Call
 from piecework.runtime.analysis.state import Rows
 
 Answer: TypeAlias = "Rows | Sequence[Rows]"

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from piecework.runtime.torch_compat.shapes import recorded_guards, symbol_hints
 from piecework.runtime.torch_compat.tensors import storage_id
+from piecework.runtime.torch_compat.trace.shapes import recorded_guards, symbol_hints
 
 _TRIED = (5040, 2520, 1680, 840, 720, 360, 240, 120, 60, 24, 12, 9, 7, 6, 5, 4, 3, 2, 1)
 

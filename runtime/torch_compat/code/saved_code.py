@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.fx
 
-from piecework.runtime.torch_compat.artifact import direct_entry, source_of_artifact
+from piecework.runtime.torch_compat.code.artifact import direct_entry, source_of_artifact
 from piecework.runtime.torch_compat.tensors import storage_id
 
 _ADDRESS = "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"

@@ -1,0 +1,1 @@
+"""What Dynamo and the symbolic shapes of a running trace know."""
