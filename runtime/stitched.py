@@ -49,7 +49,6 @@ from piecework.runtime.call.edited import EditedSource
 from piecework.runtime.call.entry import OPAQUE
 from piecework.runtime.call.execution import Changes
 from piecework.runtime.call.failures import add_piece_note
-from piecework.runtime.call.shadow import Shadow
 from piecework.runtime.call.shared_module import SharedModule
 from piecework.runtime.config.compilation import CompilationConfig, DynamicShapesType, RuntimeConfig
 from piecework.runtime.counters import counters
@@ -69,6 +68,7 @@ _log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from piecework.runtime.batch.coverage import CoverageRow
+    from piecework.runtime.call.shadow import Shadow
     from piecework.runtime.graphs.plan.options import CaptureOptions
     from piecework.runtime.graphs.plan.phase import CaptureWatcher
     from piecework.runtime.graphs.serve.measured import Measurement
@@ -864,12 +864,15 @@ class StitchedModule(SharedModule):
             ...     stitched(x)
             >>> print(found)
         """
+        from piecework.runtime.call.shadow import Shadow
+
         found = Shadow(rtol, atol, every)
         self._require_traced("piece to compare")
         with self._changes.one("shadow()"), ExitStack() as stack:
             with self._tracing:
                 for each in self._traces:
                     stack.enter_context(each.shadowed(found))
+                found.require_some()
                 self._on_trace = lambda made: stack.enter_context(made.shadowed(found))
             try:
                 yield found

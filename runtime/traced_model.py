@@ -25,7 +25,6 @@ from piecework.runtime.call.edited import EditedSource, check_edited
 from piecework.runtime.call.entry import Entry
 from piecework.runtime.call.example_call import example_call
 from piecework.runtime.call.profile_names import layer_by_line, named_pieces
-from piecework.runtime.call.shadow import Shadow, ShadowedPieces
 from piecework.runtime.identity.settings import settings_factors
 from piecework.runtime.observe.dump import generated_sources
 from piecework.runtime.pieces.backend import Admits, PieceworkBackend
@@ -38,6 +37,7 @@ from piecework.runtime.trace.tracing import GraphInput, Weight, capture
 if TYPE_CHECKING:
     from piecework.runtime.batch.descriptor import BatchDescriptor
     from piecework.runtime.batch.mode import CUDAGraphMode
+    from piecework.runtime.call.shadow import Shadow
     from piecework.runtime.graphs.plan.batch_reader import FixedBatch
     from piecework.runtime.graphs.plan.batch_shape import BatchShape
     from piecework.runtime.graphs.plan.options import CaptureOptions
@@ -191,6 +191,8 @@ class TracedModel:
 
     def shadowed(self, found: Shadow) -> AbstractContextManager[None]:
         """Run the uncompiled graph of each piece beside it for the block, in calls that ``found`` asks for."""
+        from piecework.runtime.call.shadow import ShadowedPieces
+
         splitting_ops = SplittingOps(self.backend.declared_ops or ())
         return self.entry.served_beside(ShadowedPieces(self.program, splitting_ops, found).serve)
 

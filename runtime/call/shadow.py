@@ -85,7 +85,7 @@ class Shadow:
         if type(every) is not int or every < 1:
             raise ConfigError(f"every must be a positive number; got {every!r}", where="every")
         self._rtol, self._atol, self._every = rtol, atol, every
-        self._seen = 0
+        self._seen = self._able = 0
         self._counting = threading.Lock()
         self._found: dict[str, PieceDifference] = {}
         self.calls = 0
@@ -112,6 +112,19 @@ class Shadow:
         lines += map(str, self.differences)
         lines += (f"not compared: {name}, {why}" for name, why in self.left_out.items())
         return "\n".join(lines)
+
+    def begin(self, able: int, left_out: Mapping[str, str]) -> None:
+        """Look at another trace: how many of its pieces are compared, and why the others are not."""
+        self._able += able
+        self.left_out.update(left_out)
+
+    def require_some(self) -> None:
+        """Raise `BindError` if there are pieces, and none of them can be compared."""
+        if self.left_out and not self._able:
+            name, why = next(iter(self.left_out.items()))
+            raise BindError(
+                f"no piece can be run a second time beside itself: {name}, {why}", where="shadow"
+            )
 
     def is_due(self) -> bool:
         """Count a call; whether it is one to compare."""
@@ -148,7 +161,6 @@ class ShadowedPieces:
         found: is told.
 
     Raises:
-        BindError: none of the pieces can be run beside; says why.
         ArtifactError: the program was loaded without its graphs.
     """
 
@@ -171,12 +183,7 @@ class ShadowedPieces:
                 why_not[name] = why
             else:
                 self._references[name] = _Reference(name, modules[name], graph, known)
-        if self._names and not self._references:
-            name, why = next(iter(why_not.items()))
-            raise BindError(
-                f"no piece can be run a second time beside itself: {name}, {why}", where="shadow"
-            )
-        found.left_out.update(why_not)
+        found.begin(len(self._references), why_not)
 
     def serve(self, function: _Piece) -> _Piece:
         """What serves calls in place of a stitching function."""
