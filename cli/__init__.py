@@ -17,6 +17,7 @@ from piecework.cli.capture import coverage
 from piecework.cli.config import config_app
 from piecework.cli.demo import demo
 from piecework.cli.golden import golden_app
+from piecework.cli.trace import trace
 
 app = typer.Typer(
     name="piecework",
@@ -55,6 +56,7 @@ app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(bench)
 app.command(epilog="Example: piecework coverage out --sizes 1,2,4,8")(coverage)
+app.command(epilog="Example: piecework trace config.json -o trace.json")(trace)
 app.add_typer(golden_app)
 app.add_typer(cache_app)
 app.add_typer(config_app)

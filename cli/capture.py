@@ -46,7 +46,7 @@ def coverage(
         from piecework.runtime.graphs.memory.addresses import AddressPolicy
         from piecework.runtime.graphs.serve.report import calls_json, calls_table
 
-        chosen = _parse(sizes)
+        chosen = parse_sizes(sizes)
         CUDAGraphMode.parse(mode)
         AddressPolicy.parse(policy)
         out = console()
@@ -81,7 +81,12 @@ def coverage(
         out.print(memory.table())
 
 
-def _parse(text: str) -> list[int]:
+def parse_sizes(text: str) -> list[int]:
+    """The numbers of ``--sizes``.
+
+    Raises:
+        UsageError: it is something else.
+    """
     from piecework.errors import UsageError
 
     try:

@@ -69,9 +69,11 @@ _log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from piecework.runtime.batch.coverage import CoverageRow
+    from piecework.runtime.call.shadow import Shadow
     from piecework.runtime.graphs.plan.options import CaptureOptions
     from piecework.runtime.graphs.plan.phase import CaptureWatcher
     from piecework.runtime.graphs.serve.measured import Measurement
+    from piecework.runtime.graphs.serve.metrics import Metrics
     from piecework.runtime.graphs.serve.model import CapturedModel
     from piecework.runtime.graphs.serve.report import CallRow, MemoryReport
     from piecework.runtime.observe.profile import Profile
@@ -126,6 +128,7 @@ class StitchedModule(SharedModule):
         self._hopeless: set[object] = set()
         self._tracing = threading.RLock()
         self._changes = Changes()
+        self._on_trace: Callable[[TracedModel], object] | None = None
         self._serve_by(self._prepare_and_call)
         self._example: tuple[tuple[object, ...], dict[str, object]] | None = None
         self._said: str | None = None
@@ -325,6 +328,8 @@ class StitchedModule(SharedModule):
         if self._around is not nullcontext:
             made.entry.accept_settings()
         require_agreement(made.program, self.runtime_config)
+        if self._on_trace is not None:
+            self._on_trace(made)
         self._traces = (*self._traces, made)
 
     def _backends(self) -> Callable[[], PieceworkBackend]:
@@ -760,17 +765,69 @@ class StitchedModule(SharedModule):
             )
         return first
 
+    def metrics(self, *, name: str | None = None, profile: Profile | None = None) -> Metrics:
+        """What calls ran as, their padding, what graphs hold, traces, and the process's counters; ``prometheus()`` of it is the text.
+
+        It reads what is counted anyway. Counts begin anew with each `capture`; calls of a model that nothing is captured of are
+        not counted, for counting them would be the larger part of what stitching costs.
+
+        Args:
+            name: tells this model from others of the process; by default its class's.
+            profile: what `profile` gave, for the time of each piece.
+
+        Raises:
+            ConfigError: ``name`` is no text, or ``profile`` no profile.
+
+        Example:
+            >>> text = stitched.metrics().prometheus()
+        """
+        from piecework.runtime.graphs.serve.metrics import Metrics, ModelMetrics
+        from piecework.runtime.observe.profile import Profile
+
+        if name is not None and not isinstance(name, str):
+            raise ConfigError(f"a model's name is a text; got {name!r}", where="name")
+        if profile is not None and not isinstance(profile, Profile):
+            raise ConfigError(
+                f"profile takes what profile(...) returned; got a {type(profile).__qualname__}",
+                where="profile",
+            )
+        traces = self._traces
+        phases: dict[str, float] = {}
+        for each in traces:
+            for phase, seconds in dict(each.program.phases).items():
+                phases[phase] = phases.get(phase, 0.0) + seconds
+        held = {
+            (mode.name, descriptor.describe()): size
+            for each in traces
+            if each.static is not None
+            for (mode, descriptor), size in each.static.graphs.bytes_by_descriptor().items()
+        }
+        model = ModelMetrics(
+            name=name or self._empty.prefix or _model_name(self.model),
+            calls=tuple(row for each in traces for row in each.calls()),
+            graph_bytes=held,
+            traces=len(traces),
+            phase_seconds=phases,
+            stages=() if profile is None else profile.rows,
+        )
+        return Metrics((model,), counters.snapshot())
+
     @contextmanager
     def named_pieces(self) -> Iterator[None]:
-        """Show pieces and operators by name in ``torch.profiler`` for the block; costs nothing outside it.
+        """Show pieces and operators by name and layer in ``torch.profiler`` for the block; costs nothing outside it.
 
         Example:
             >>> with torch.profiler.profile() as profile, stitched.named_pieces():
             ...     stitched(x)
         """
+        with self._named("piece to name"):
+            yield
+
+    @contextmanager
+    def _named(self, what: str, *, by_layer: bool = True) -> Iterator[None]:
         with ExitStack() as stack:
-            for each in self._require_traced("piece to name"):
-                stack.enter_context(each.named_pieces())
+            for each in self._require_traced(what):
+                stack.enter_context(each.named_pieces(by_layer=by_layer))
             yield
 
     @short_errors
@@ -798,9 +855,53 @@ class StitchedModule(SharedModule):
                 f"profiled_calls must be a positive number; got {profiled_calls!r}",
                 where="profiled_calls",
             )
-        return profile_calls(
-            lambda: self(*args, **kwargs), self.named_pieces(), stages, profiled_calls
-        )
+        named = self._named("piece to profile", by_layer=False)
+        return profile_calls(lambda: self(*args, **kwargs), named, stages, profiled_calls)
+
+    @contextmanager
+    def shadow(
+        self, *, rtol: float | None = None, atol: float | None = None, every: int = 1
+    ) -> Iterator[Shadow]:
+        """Run the uncompiled graph of each piece beside it for the block, on the same inputs, and compare; calls get what the pieces computed.
+
+        Calls run uncaptured meanwhile, whatever is captured: graphs are left as they are and serve again after the block. The model can't
+        be changed in the block (`rebind`, `capture`, …).
+
+        Args:
+            rtol, atol: what an output may differ by: ``atol + rtol * its largest value``. By default by the least precise dtype in the piece,
+                1e-4 and 1e-5 for float32; integers have to be equal.
+            every: compare each call of so many, the first one among them.
+
+        Returns:
+            What is found so far: the ``first`` piece that differs, all ``differences``, how many ``calls``, and pieces that are ``left_out``
+            since running them twice could show.
+
+        Raises:
+            BindError: the model is not compiled yet, or no piece of it can be run twice.
+            ConfigError: a tolerance is no number from 0, or ``every`` no positive number.
+            ArtifactError: the model was loaded from an artifact without graphs.
+
+        Example:
+            >>> with stitched.shadow() as found:
+            ...     stitched(x)
+            >>> print(found)
+        """
+        from piecework.runtime.call.shadow import Shadow
+
+        found = Shadow(rtol, atol, every)
+        self._require_traced("piece to compare")
+        with self._changes.one("shadow()"), ExitStack() as stack:
+            with self._tracing:
+                for each in self._traces:
+                    stack.enter_context(each.shadowed(found))
+                found.require_some()
+                self._on_trace = lambda made: stack.enter_context(made.shadowed(found))
+            try:
+                yield found
+            finally:
+                with self._tracing:
+                    self._on_trace = None
+                    stack.close()
 
     # --- what was made ---------------------------------------------------------------------------
 

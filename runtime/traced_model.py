@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextvars
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -18,12 +18,13 @@ import torch.fx
 from torch.utils import _pytree as pytree
 
 from piecework.codegen.graph.origin import value_of
+from piecework.codegen.split.splitting import SplittingOps
 from piecework.errors import InputError, StaticGraphError, Unidentifiable
 from piecework.runtime import torch_compat
 from piecework.runtime.call.edited import EditedSource, check_edited
 from piecework.runtime.call.entry import Entry
 from piecework.runtime.call.example_call import example_call
-from piecework.runtime.call.profile_names import named_pieces
+from piecework.runtime.call.profile_names import layer_by_line, named_pieces
 from piecework.runtime.identity.settings import settings_factors
 from piecework.runtime.observe.dump import generated_sources
 from piecework.runtime.pieces.backend import Admits, PieceworkBackend, Trace
@@ -36,12 +37,14 @@ from piecework.runtime.trace.tracing import GraphInput, Weight, capture
 if TYPE_CHECKING:
     from piecework.runtime.batch.descriptor import BatchDescriptor
     from piecework.runtime.batch.mode import CUDAGraphMode
+    from piecework.runtime.call.shadow import Shadow
     from piecework.runtime.graphs.plan.batch_reader import FixedBatch
     from piecework.runtime.graphs.plan.batch_shape import BatchShape
     from piecework.runtime.graphs.plan.options import CaptureOptions
     from piecework.runtime.graphs.plan.phase import CaptureWatcher
     from piecework.runtime.graphs.serve.measured import MeasuredSize
     from piecework.runtime.graphs.serve.model import CapturedModel
+    from piecework.runtime.graphs.serve.report import CallRow
 
 Call = tuple[tuple[object, ...], dict[str, object]]
 NewBackend = Callable[[], PieceworkBackend]
@@ -167,35 +170,62 @@ class TracedModel:
         return isinstance(error, InputError) and error.outdated is self.entry
 
     @contextmanager
-    def named_pieces(self) -> Iterator[None]:
-        """Show pieces, replays and operators by name in ``torch.profiler`` for the block."""
+    def named_pieces(self, *, by_layer: bool = True) -> Iterator[None]:
+        """Show pieces, replays and operators by name in ``torch.profiler`` for the block.
+
+        Args:
+            by_layer: name the layer that an operator is called for; else all its calls are one.
+        """
         source, lists = self.program.source, self.program.submod_lists
         labels = self._labels()
         operators = {alias.name: alias.name for alias in source.module.aliases}
         names = [labels[name] for name in source.submod_names]
         captured = self.static
         with ExitStack() as stack:
-            stack.enter_context(named_pieces(self.entry.execution_fn, lists, names, operators))
+            layer = layer_by_line(source.code, source.lines) if by_layer else None
+            function = self.entry.execution_fn
+            stack.enter_context(named_pieces(function, lists, names, operators, layer))
             if captured is not None:
-                stack.enter_context(captured.named_replays(names))
+                stack.enter_context(captured.named_replays(names, by_layer=by_layer))
             yield
 
+    def calls(self) -> list[CallRow]:
+        """What its calls ran as, as far as they are counted: those since the capture, and those that left every shortcut."""
+        from piecework.runtime.graphs.serve.report import careful_rows
+
+        return (
+            careful_rows(self.entry.careful_calls) if self.static is None else self.static.calls()
+        )
+
+    def shadowed(self, found: Shadow) -> AbstractContextManager[None]:
+        """Run the uncompiled graph of each piece beside it for the block, in calls that ``found`` asks for."""
+        from piecework.runtime.call.shadow import ShadowedPieces
+
+        splitting_ops = SplittingOps(self.backend.declared_ops or ())
+        return self.entry.served_beside(ShadowedPieces(self.program, splitting_ops, found).serve)
+
     def _labels(self) -> dict[str, str]:
-        """What each piece is called in a profile: its name and the modules in it."""
+        """What each piece is called in a profile: its name and the modules in it.
+
+        In ASCII: the profiler writes any other name into a trace file as "unknown".
+        """
         pieces = self.program.pieces()
-        return {each.name: f"{each.name} {each.modules}".strip() for each in pieces}
+        return {e.name: f"{e.name} {e.modules.replace('…', '...')}".strip() for e in pieces}
 
     def stages(self) -> dict[str, tuple[str, ...]]:
-        """What each piece and then each operator is called in a profile, with the code that Inductor generated for it.
+        """What each piece, replay and operator is called in a profile, with the code that Inductor generated for it.
 
         With batch ranges, the code is that for the last one.
         """
-        last = self.program.compile_ranges[-1]
+        last, labels = self.program.compile_ranges[-1], self._labels()
         found = {
             label: generated_sources(self.program.backends[name].entries[last].compiled)
-            for name, label in self._labels().items()
+            for name, label in labels.items()
         }
-        return found | {alias.name: () for alias in self.program.source.module.aliases}
+        names = [labels[name] for name in self.program.source.submod_names]
+        replays = [] if self.static is None else self.static.stages(names)
+        aliases = (alias.name for alias in self.program.source.module.aliases)
+        return found | dict.fromkeys((*replays, *aliases), ())
 
     def use_edited(self, code: str) -> EditedSource:
         """Run an edited version of the stitching source from now on."""

@@ -199,8 +199,18 @@ _PURE_MODULES = ("_operator", "math", "builtins", "torch")
 
 def _is_idle(node: torch.fx.Node) -> bool:
     """True if ``node`` launches no kernel and does nothing else: it allocates, views, reads a size, or computes with sizes."""
-    if is_size_read(node) or _is_view(node):
+    if is_size_read(node) or _is_view(node) or allocates(node):
         return True
+    if node.op != "call_function":
+        return False
+    owner = getattr(node.target, "__module__", None) or "torch"
+    value = value_of(node)
+    computes = isinstance(value, (int, torch.SymInt, torch.SymBool)) and owner in _PURE_MODULES
+    return computes and not _reads_data(node)
+
+
+def allocates(node: torch.fx.Node) -> bool:
+    """True if ``node`` makes a tensor that holds anything."""
     if node.op == "call_method":
         return node.target in _ALLOCATIONS
     if node.op != "call_function":
@@ -208,12 +218,8 @@ def _is_idle(node: torch.fx.Node) -> bool:
     target: object = node.target
     owner = getattr(target, "__module__", None) or "torch"
     if isinstance(target, (OpOverload, OpOverloadPacket)) or owner.partition(".")[0] == "torch":
-        name = getattr(target, "__name__", "").partition(".")[0]
-        if name in _ALLOCATIONS:
-            return True
-    value = value_of(node)
-    computes = isinstance(value, (int, torch.SymInt, torch.SymBool)) and owner in _PURE_MODULES
-    return computes and not _reads_data(node)
+        return getattr(target, "__name__", "").partition(".")[0] in _ALLOCATIONS
+    return False
 
 
 def _computes(node: torch.fx.Node) -> bool:

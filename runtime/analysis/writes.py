@@ -5,7 +5,8 @@ What an operator writes is read from its schema, and what it writes to from the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import torch.fx
 
 from piecework.codegen.graph.origin import SymbolNames, origin_of, value_of
+from piecework.codegen.split.split import allocates
 from piecework.errors import StaticGraphError
 from piecework.runtime import torch_compat
 
@@ -74,6 +76,36 @@ def written_aliases(piece: torch.fx.GraphModule) -> frozenset[int]:
     """Those of `written_inputs` that share their memory with another input."""
     shared = {key: held for key, held in _inputs_by_memory(piece).items() if len(held) > 1}
     return _written(piece, shared) if shared else frozenset()
+
+
+def unwritten_outputs(piece: torch.fx.GraphModule) -> frozenset[int]:
+    """Which outputs of a graph, by number, lie in memory that it allocates and does not write: they hold anything."""
+    first: dict[int, torch.fx.Node] = {}  # memory → the node that brings it
+    for node in piece.graph.nodes:
+        value = value_of(node)
+        if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+            first.setdefault(torch_compat.storage_id(value), node)
+    memory = {key: str(key) for key, node in first.items() if allocates(node)}
+    written = {int(path) for node in piece.graph.nodes for _, path in _writes(piece, node, memory)}
+    returned = piece.graph.output_node().args[0]
+    outputs = returned if isinstance(returned, (list, tuple)) else [returned]
+    places = [_path(value_of(e), memory) if isinstance(e, torch.fx.Node) else None for e in outputs]
+    return frozenset(n for n, e in enumerate(places) if e is not None and int(e) not in written)
+
+
+def operators_of(piece: torch.fx.GraphModule) -> Iterator[torch._ops.OpOverload]:
+    """The operators that a graph and the graphs in it reach, found by running each node by itself on fake tensors.
+
+    A node that can't be run by itself is left out.
+    """
+    for graph in (each for each in piece.modules() if isinstance(each, torch.fx.GraphModule)):
+        for node in graph.graph.nodes:
+            if node.op not in ("call_function", "call_method"):
+                continue
+            seen: list[torch._ops.OpOverload] = []
+            with contextlib.suppress(Exception):  # user code and torch raise anything
+                _run(graph, node, lambda op, *_, seen=seen: seen.append(op))
+            yield from seen
 
 
 def _inputs_by_memory(piece: torch.fx.GraphModule) -> dict[int, list[int]]:
@@ -237,7 +269,7 @@ class _Notes:
                     self.seen.append((str(op), path))
 
 
-def _run(module: torch.fx.GraphModule, node: torch.fx.Node, notes: _Notes) -> None:
+def _run(module: torch.fx.GraphModule, node: torch.fx.Node, notes: Callable[..., None]) -> None:
     """Run one node on the fake values of its inputs, held apart from the recorded ones."""
     args, kwargs = torch.fx.node.map_aggregate((node.args, dict(node.kwargs)), _stand_in(module))
     fakes = [v for each in node.all_input_nodes if (v := value_of(each)) is not None]

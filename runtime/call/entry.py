@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import FunctionType, SimpleNamespace
 
@@ -197,11 +198,30 @@ class Entry:
 
     def publish(self, execution: Execution) -> None:
         """Serve calls by ``execution`` from now on, in one step; those that run keep theirs, and what is left is released."""
-        before, self._now = self._now, execution
+        before = self._now
         self.captured = self.captured.with_weights(execution.weights)  # lets go of the old ones
-        self.call.__globals__["bound"] = self._published(execution, execution.serves)
+        self._serve_by(execution)
         if before.graphs is not None and before.graphs is not execution.graphs:
             before.graphs.release()
+
+    @contextmanager
+    def served_beside(
+        self, beside: Callable[[Callable[..., object]], Callable[..., object]]
+    ) -> Iterator[None]:
+        """Serve calls by what ``beside`` makes of the stitching function, and by no static graph, for the block; then as before.
+
+        Nothing may change this entry meanwhile.
+        """
+        before = self._now
+        self._serve_by(replace(before, beside=beside, variants={}))
+        try:
+            yield
+        finally:
+            self._serve_by(before)
+
+    def _serve_by(self, execution: Execution) -> None:
+        self._now = execution
+        self.call.__globals__["bound"] = self._published(execution, execution.serves)
 
     def _made(self, weights: BoundWeights, edited: EditedSource | None) -> Execution:
         """An execution of a text with these weights, and nothing captured of it yet."""
@@ -367,6 +387,8 @@ class Entry:
         """The same text, bound to the dispatcher and to public artifacts."""
         code = None if now.edited is None else now.edited.code
         function, submods_for = self._program.bind_safely(by_path_of(now.weights), code=code)
+        if now.beside is not None:
+            function = now.beside(function)
         return self._execute({**_IDLE, "same_kernels": _always}, now, function, submods_for)
 
 

@@ -44,6 +44,7 @@ class Execution:
         function: the emitted stitching function, over those weights in a module of its own.
         edited: the text that ``function`` was made from; None for the generated one.
         graphs: what was captured of ``function``, and serves in its place.
+        beside: makes what serves in place of a stitching function and of ``graphs``, for a while; None for nothing.
         variants: the entry for calls that can't take every shortcut, made when first needed.
     """
 
@@ -51,11 +52,14 @@ class Execution:
     function: FunctionType
     edited: EditedSource | None = None
     graphs: Graphs | None = None
+    beside: Callable[[Callable[..., object]], Callable[..., object]] | None = None
     variants: dict[str, Callable[..., object]] = field(default_factory=dict)
 
     @property
     def serves(self) -> Callable[..., object]:
         """What the entry calls where its source says ``execution_fn``."""
+        if self.beside is not None:
+            return self.beside(self.function)
         return self.function if self.graphs is None else self.graphs
 
 

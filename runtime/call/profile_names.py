@@ -1,17 +1,22 @@
-"""Pieces by name in a profile. In: a stitched function's lists of pieces. Out: the same lists, each piece inside a named profiler range while asked for.
+"""Pieces and operators by name in a profile. In: a stitched function's lists of pieces. Out: the same lists, each piece inside a named profiler range while asked for.
 
 The emitted source is not changed, and nothing is paid outside the ``with`` block.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import FunctionType
+from types import FrameType, FunctionType
 
 import torch
 
+from piecework.codegen.plan import ir
+from piecework.codegen.stitch.bind import filename_of
+
 Piece = Callable[..., object]
+Layer = Callable[[FrameType], str]
 
 
 @contextmanager
@@ -20,6 +25,7 @@ def named_pieces(
     submod_lists: Sequence[list[Piece]],
     labels: Sequence[str],
     operators: Mapping[str, str],
+    layer: Layer | None = None,
 ) -> Iterator[None]:
     """Wrap every piece and operator in ``torch.profiler.record_function`` for the block.
 
@@ -28,6 +34,7 @@ def named_pieces(
         submod_lists: the ``__vllm_submods__`` lists, one per batch range; changed in place and put back.
         labels: the range name of each entry.
         operators: name in the emitted module → range name, for operators that it calls directly.
+        layer: which layer an operator is called for, by the frame that calls it; it ends the range's name.
     """
     defaults = function.__kwdefaults__ or {}
     kept = [list(submods) for submods in submod_lists]
@@ -39,7 +46,7 @@ def named_pieces(
             ]
         named = (_named(piece, label) for piece, label in zip(kept_default, labels, strict=True))
         defaults["__vllm_submods__"] = type(kept_default)(named)
-        with named_globals(function.__globals__, operators):
+        with named_globals(function.__globals__, operators, layer):
             yield
     finally:
         for submods, before in zip(submod_lists, kept, strict=True):
@@ -48,20 +55,40 @@ def named_pieces(
 
 
 @contextmanager
-def named_globals(namespace: dict[str, object], labels: Mapping[str, str]) -> Iterator[None]:
+def named_globals(
+    namespace: dict[str, object], labels: Mapping[str, str], layer: Layer | None = None
+) -> Iterator[None]:
     """Wrap what functions of an emitted module call, by its name there, in a range of that label for the block."""
     kept = {name: namespace[name] for name in labels}
     try:
         for name, label in labels.items():
-            namespace[name] = _named(kept[name], label)  # type: ignore[arg-type]
+            namespace[name] = _named(kept[name], label, layer)  # type: ignore[arg-type]
         yield
     finally:
         namespace.update(kept)
 
 
-def _named(function: Piece, label: str) -> Piece:
+def layer_by_line(code: str, lines: Mapping[int, ir.Origin]) -> Layer:
+    """Tells the layer that a call stands for by the line of the emitted text that runs; "" where that is not known."""
+    filename = filename_of(code)
+
+    def layer(frame: FrameType) -> str:
+        found = ""
+        caller: FrameType | None = frame
+        # The outermost line is the layer's own; a function inside may serve several.
+        while caller is not None and caller.f_code.co_filename == filename:
+            origin = lines.get(caller.f_lineno)
+            found = found if origin is None else origin.module
+            caller = caller.f_back
+        return found
+
+    return layer
+
+
+def _named(function: Piece, label: str, layer: Layer | None = None) -> Piece:
     def run(*args: object, **kwargs: object) -> object:
-        with torch.profiler.record_function(label):
+        where = "" if layer is None else layer(sys._getframe(1))
+        with torch.profiler.record_function(f"{label} {where}".strip()):
             return function(*args, **kwargs)
 
     return run

@@ -19,7 +19,7 @@ from piecework.runtime.identity.values import digest_of
 
 # Higher-order operators that hold all they do as subgraphs and literals. Others look things up in tables of the process,
 # as those for Triton kernels do.
-_SELF_CONTAINED = frozenset(
+SELF_CONTAINED = frozenset(
     {
         "associative_scan",
         "auto_functionalized",
@@ -52,7 +52,7 @@ def operator_facts(graph: torch.fx.GraphModule) -> tuple[str, str]:
     lines: list[str] = []
     for node in _calls(graph):
         match node.target:
-            case HigherOrderOperator() as op if op.name() not in _SELF_CONTAINED:
+            case HigherOrderOperator() as op if op.name() not in SELF_CONTAINED:
                 return "", f"{op.name()} may depend on this process"
             case OpOverload() as op:
                 overloads = (op,)

@@ -1,4 +1,4 @@
-"""Where a forward spends its time. In: something to call and the names of its stages. Out: a table of them, by torch's profiler.
+"""Where a forward spends its time. In: something to call and the names of its stages. Out: a table of them, or a trace file, by torch's profiler.
 
 The profiler's own cost is in every row; compare rows with each other, not with a call outside of it.
 """
@@ -6,14 +6,19 @@ The profiler's own cost is in every row; compare rows with each other, not with 
 from __future__ import annotations
 
 import re
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from piecework.errors import UsageError
 
 _KERNEL = re.compile(r"^\s+(?:cpp_fused\w*|cpp_\w*|triton_\w+\.run)\(", re.MULTILINE)
 _EXTERNAL = re.compile(
@@ -112,10 +117,7 @@ def profile_calls(
     for _ in range(calls):
         call()
     each = (time.perf_counter() - start) / calls
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with named, torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+    with named, torch.profiler.profile(activities=_activities(), profile_memory=True) as profiler:
         for _ in range(calls):
             call()
     found = {event.key: event for event in profiler.key_averages()}
@@ -138,3 +140,46 @@ def profile_calls(
         )
     rows.sort(key=lambda row: -row.microseconds)
     return Profile(tuple(rows), each * 1e6, calls)
+
+
+def require_writable(path: Path) -> None:
+    """Raise `UsageError` unless a trace can be written to ``path``: a file in a folder that is there."""
+    if path.is_dir():
+        raise UsageError(f"{str(path)!r} is a folder", hint="name a file, such as trace.json")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"there is no folder {str(path.absolute().parent)!r} to write into")
+
+
+def write_trace(
+    path: Path, call: Callable[[], object], named: AbstractContextManager[object]
+) -> Counter[str]:
+    """Run ``call`` under torch's profiler and write what it saw as a trace in Chrome's format, which Perfetto opens.
+
+    Args:
+        path: the file; one that ends in ``.gz`` is compressed. It is whole, or not there.
+        named: puts each stage of a call inside a profiler range of its name.
+
+    Returns:
+        How often each range and operator is in the trace.
+
+    Raises:
+        UsageError: the file can't be written.
+    """
+    require_writable(path)
+    with named, torch.profiler.profile(activities=_activities()) as profiler:
+        call()
+    try:
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=path.absolute().parent) as folder:
+            written = Path(folder) / path.name
+            profiler.export_chrome_trace(str(written))
+            written.replace(path)
+    except OSError as error:
+        raise UsageError(f"can't write {str(path)!r}: {error.strerror}") from error
+    return Counter({event.key: event.count for event in profiler.key_averages()})
+
+
+def _activities() -> list[torch.profiler.ProfilerActivity]:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    return activities

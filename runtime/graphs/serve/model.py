@@ -43,7 +43,8 @@ from piecework.runtime.graphs.plan.phase import (
 from piecework.runtime.graphs.plan.progress import CaptureProgress
 from piecework.runtime.graphs.serve.calls import Calls, Step
 from piecework.runtime.graphs.serve.graphs import CapturedGraphs
-from piecework.runtime.graphs.serve.report import CallRow, MemoryReport
+from piecework.runtime.graphs.serve.replay import STAGE
+from piecework.runtime.graphs.serve.report import CallRow, MemoryReport, careful_rows
 from piecework.runtime.graphs.serve.writes import acting_unseen
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.pieces.ranks import in_common, require_agreement
@@ -394,10 +395,7 @@ class CapturedModel:
 
     def calls(self) -> list[CallRow]:
         """What the calls since the capture ran as, and why, most frequent first."""
-        rows = [
-            *self._calls.rows(),
-            *(CallRow("NONE", "", why, n) for why, n in self._entry.careful_calls.items()),
-        ]
+        rows = [*self._calls.rows(), *careful_rows(self._entry.careful_calls)]
         return sorted(rows, key=lambda row: (-row.calls, row.mode, row.graph, row.reason))
 
     def count_anew(self) -> None:
@@ -409,17 +407,21 @@ class CapturedModel:
         return MemoryReport(self.estimate, self.graphs.bytes_by_descriptor(), self.dropped)
 
     @contextmanager
-    def named_replays(self, labels: Sequence[str]) -> Iterator[None]:
-        """Show replays by name in ``torch.profiler`` for the block; ``labels`` are the pieces', in order."""
+    def named_replays(self, labels: Sequence[str], *, by_layer: bool) -> Iterator[None]:
+        """Show replays by name in ``torch.profiler`` for the block; ``labels`` are the pieces', in order.
+
+        Args:
+            by_layer: name the layer that an operator is called for.
+        """
         with ExitStack() as stack:
-            for (mode, descriptor), replay in self.replays.items():
-                graph = f"{mode.name} {descriptor.describe()}"
-                whole = [f"the whole forward, {graph}"]
-                known = (
-                    whole if mode is CUDAGraphMode.FULL else [f"{each}, {graph}" for each in labels]
-                )
-                stack.enter_context(replay.named(known))
+            for key, replay in self.replays.items():
+                stack.enter_context(replay.named(_replay_names(key, labels), by_layer=by_layer))
             yield
+
+    def stages(self, labels: Sequence[str]) -> list[str]:
+        """What staging and replays are called in a profile."""
+        replays = [each for key in self.replays for each in _replay_names(key, labels)]
+        return [STAGE, *replays] if replays else []
 
     def source_for(self, size: int, kind: BatchKind | None = None) -> ReplaySource:
         """The replay source that serves a batch of ``size``.
@@ -448,6 +450,12 @@ def _replaced(path: str) -> StaticGraphError:
         where="weights",
         hint="load new values in place (param.copy_), or rebind and capture again",
     )
+
+
+def _replay_names(key: Key, labels: Sequence[str]) -> list[str]:
+    """What the replays of one captured descriptor are called, by their pieces' names."""
+    pieces = ["the whole forward"] if key[0] is CUDAGraphMode.FULL else labels
+    return [f"replay {each}, {_text_of(key)}" for each in pieces]
 
 
 def _text_of(key: Key) -> str:

@@ -5,25 +5,30 @@ It captures nothing, and what it emits is not used until its proof is done.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import ast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.fx
 
+from piecework.codegen.plan.render import line_map
 from piecework.codegen.replay.emit import REPLAY_NAME, generate_replay
 from piecework.codegen.replay.plan import HeldReplay, HeldStage, ReplaySource
 from piecework.codegen.replay.proof import ReplayProof
 from piecework.codegen.replay.whole import whole_forward
 from piecework.codegen.stitch.bind import execute_source
 from piecework.codegen.stitch.source import StitchedSource
-from piecework.runtime.call.profile_names import named_globals
+from piecework.runtime.call.profile_names import layer_by_line, named_globals
 from piecework.runtime.graphs.memory.captured_call import CapturedCall
 from piecework.runtime.graphs.plan.batch_shape import BatchShape
 from piecework.runtime.graphs.plan.numbers import Numbers, numbers_of
 from piecework.runtime.graphs.serve.replay_facts import bind_replay, replay_facts
 from piecework.runtime.pieces.program import Program
+
+#: What staging is called in a profile.
+STAGE = "stage inputs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +39,21 @@ class Replay:
     proof: ReplayProof
     call: Callable[[Sequence[torch.Tensor]], object]
 
-    def named(self, labels: Sequence[str]) -> AbstractContextManager[None]:
-        """Show staging, replays and operators by name in ``torch.profiler`` for the block; ``labels`` are the pieces', in order."""
-        names = {alias.name: alias.name for alias in self.source.module.aliases}
+    @contextmanager
+    def named(self, labels: Sequence[str], *, by_layer: bool) -> Iterator[None]:
+        """Show staging, replays and operators by name in ``torch.profiler`` for the block; ``labels`` are the replays', in order."""
+        names = {}
         for name, what in self.source.held.items():
             if isinstance(what, HeldReplay):
-                names[name] = f"replay {labels[what.piece]}"
+                names[name] = labels[what.piece]
             elif isinstance(what, HeldStage):
-                names[name] = "stage inputs"
-        return named_globals(self.call.__globals__, names)  # type: ignore[attr-defined]
+                names[name] = STAGE
+        code, module = self.source.code, self.source.module
+        operators = {alias.name: alias.name for alias in module.aliases}
+        layer = layer_by_line(code, line_map(module, ast.parse(code))) if by_layer else None
+        namespace = self.call.__globals__  # type: ignore[attr-defined]
+        with named_globals(namespace, names), named_globals(namespace, operators, layer):
+            yield
 
 
 class ReplayMaker:

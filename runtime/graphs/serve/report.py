@@ -87,6 +87,11 @@ class CallRow:
     padding: int = 0
 
 
+def careful_rows(counts: Mapping[str, int]) -> list[CallRow]:
+    """Rows of calls that went past every shortcut, from how many there were by what made them."""
+    return [CallRow("NONE", "", why, calls) for why, calls in dict(counts).items()]
+
+
 def calls_table(rows: Sequence[CallRow]) -> Table:
     """The rows as a table for a terminal."""
     table = Table(title="What calls ran as", title_justify="left")

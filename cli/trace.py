@@ -1,0 +1,124 @@
+"""``piecework trace``: in, a model or a compiled folder; out, a file for Perfetto or chrome://tracing in which pieces, replays, operators and layers have their names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from piecework.cli.bundles import (
+    AsJson,
+    reload_model,
+    run_compile_step,
+    run_step,
+    warm_or_compiled,
+)
+from piecework.cli.capture import parse_sizes
+from piecework.cli.console import console, typed_errors
+from piecework.cli.options import Backend, ConfigFile, Overrides, configuration
+
+if TYPE_CHECKING:
+    from collections import Counter
+
+    from rich.console import Console
+
+    from piecework.integrations.protocol import LoadedModel
+    from piecework.runtime.stitched import StitchedModule
+
+
+def trace(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A folder made by compile, or a model as compile takes it.",
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", help="The trace; a name in .gz is compressed."),
+    ],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate (causal LM).")] = 4,
+    sizes: Annotated[str, typer.Option(help="Batch sizes to capture first, such as 1,2,4,8.")] = "",
+    backend: Backend = None,
+    config_file: ConfigFile = None,
+    overrides: Overrides = None,
+    seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Run MODEL once to warm up and once under torch's profiler, and write a trace that Perfetto opens.
+
+    Pieces are named by the layers in them, operators between them by their layer, replays of static graphs by piece and graph. Open the
+    file in https://ui.perfetto.dev or chrome://tracing; both read it in the browser.
+    """
+    with typed_errors():
+        from piecework.runtime.observe.profile import require_writable, write_trace
+
+        require_writable(output)
+        chosen = parse_sizes(sizes)
+        out = console()
+        loaded, stitched = _stitched(model, seed, backend, config_file, overrides, out, as_json)
+        if chosen:
+            text = f"Capturing for {', '.join(map(str, chosen))}"
+            around = loaded.integration.dry_context()
+            run_step(
+                out,
+                as_json,
+                text,
+                lambda: stitched.capture(chosen, progress=False, context_for=around),
+            )
+        run_step(out, as_json, "Warming up", lambda: loaded.run(tokens, stitched))
+        found = run_step(
+            out,
+            as_json,
+            "Tracing",
+            lambda: write_trace(
+                output, lambda: loaded.run(tokens, stitched), stitched.named_pieces()
+            ),
+        )
+        named = _named(stitched, found)
+        if as_json:
+            print(json.dumps({"trace": str(output), "ranges": named}))
+            return
+        for name, count in named.items():
+            out.print(f"{count:6d}  {name}", markup=False)
+        out.print(f"trace: {output}", markup=False)
+
+
+def _stitched(
+    model: str,
+    seed: int,
+    backend: str | None,
+    config_file: Path | None,
+    overrides: list[str] | None,
+    out: Console,
+    quiet: bool,
+) -> tuple[LoadedModel, StitchedModule]:
+    """The model and its stitched form; by what was compiled, where ``model`` is a folder of `piecework compile` and nothing else is asked for."""
+    from piecework.integrations.loading import load_model
+    from piecework.runtime import bundle
+
+    folder = Path(model)
+    if (folder / bundle.MANIFEST).is_file():
+        manifest = bundle.read_manifest(folder)
+        config = configuration(config_file, overrides, backend=backend, base=manifest.config)
+        loaded = reload_model(folder, manifest)
+        other = bool(config_file or overrides or backend)
+        return loaded, warm_or_compiled(folder, loaded, config, out, quiet, other_settings=other)
+    config = configuration(config_file, overrides, backend=backend)
+    loaded = run_step(out, quiet, f"Loading {model}", lambda: load_model(model, seed=seed))
+    text = f"Compiling with {config.backend}"
+    return loaded, run_compile_step(out, quiet, text, lambda: loaded.stitch(config))
+
+
+def _named(stitched: StitchedModule, found: Counter[str]) -> dict[str, int]:
+    """The ranges of ``found`` that are named after pieces, replays and operators of the model, in the order of their stages."""
+    stages = dict.fromkeys(name for each in stitched.traces for name in each.stages())
+    return {
+        key: found[key]
+        for stage in stages
+        for key in found
+        if key == stage or key.startswith(f"{stage} ")
+    }
