@@ -17,7 +17,7 @@ from piecework.codegen.graph.origin import node_where, value_of
 from piecework.codegen.split.splitting import SplittingOps
 from piecework.errors import BindError, ConfigError
 from piecework.runtime import torch_compat
-from piecework.runtime.analysis.table import is_random
+from piecework.runtime.analysis.rows.table import is_random
 from piecework.runtime.analysis.writes import operators_of, unwritten_outputs, written_inputs
 from piecework.runtime.compilers.eager import uncompiled
 from piecework.runtime.identity.piece_operators import SELF_CONTAINED

@@ -155,7 +155,7 @@ class InductorStandaloneAdaptor(_Inductor):
         single = compile_range is not None and compile_range.is_single_size()
         if single and not _has_symbols(example_inputs):
             shapes = "from_example_inputs"
-        elif torch_compat.trace_context() is not None:
+        elif torch_compat.tracing_context() is not None:
             shapes = "from_tracing_context"
         else:
             shapes = "from_graph"

@@ -116,6 +116,7 @@ from piecework.runtime.torch_compat.trace.dynamo import (
     timed_scope,
     trace_artifact,
     traced_inputs,
+    tracing_context,
     unmark_dynamic,
     watching_operators,
 )

@@ -102,6 +102,11 @@ def traced_inputs() -> dict[str, object]:
     return found
 
 
+def tracing_context() -> object:
+    """Dynamo's tracing context while a backend runs; None outside."""
+    return torch._guards.TracingContext.try_get()
+
+
 def placeholder_source(node: torch.fx.Node) -> str:
     """Dynamo's name of where a graph input comes from, such as ``L['x'].size()[0]``; "" when unknown."""
     source = getattr(node.meta.get("grapharg"), "source", None)
