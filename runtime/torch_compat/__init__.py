@@ -166,6 +166,7 @@ from piecework.runtime.torch_compat.tensors import (
     no_new_guards,
     storage_at,
     storage_id,
+    traits_of,
 )
 from piecework.runtime.torch_compat.trees import (
     flatten_tree,
