@@ -69,6 +69,7 @@ class TraceGuards:
         code = torch_compat.traced_code()
         self._code = frozenset(each for each in code if not each.co_filename.startswith(_OWN))
         self._ordered = torch_compat.ordered_places()
+        torch_compat.leave_guards_untimed()
 
     def values(self) -> Values:
         """What is at places while the trace runs."""

@@ -58,6 +58,7 @@ from piecework.runtime.torch_compat.guards import (
     guard_settings,
     identity_guard,
     kept_guards,
+    leave_guards_untimed,
     ordered_places,
     trace_names,
     traced_code,

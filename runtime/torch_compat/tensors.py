@@ -250,11 +250,15 @@ class MemoryLike:
 
 def _like(old: torch.Tensor, held: torch.Tensor | None, device: torch.device | str) -> torch.Tensor:
     """A tensor with the sizes of ``old`` in the memory of ``held``, or in fresh memory of as many bytes."""
-    if held is None:
+    flat = torch.empty(0, dtype=old.dtype, device=device)
+    resize = getattr(torch.ops.inductor, "resize_storage_bytes_", None)
+    if held is None and resize is not None:  # quicker than what computes the size again
+        resize(flat, old.untyped_storage().nbytes())
+    elif held is None:
         count = old.untyped_storage().nbytes()
         held = torch.empty((count,), dtype=torch.uint8, device=device)
-    flat = torch.empty(0, dtype=old.dtype, device=device)
-    flat.set_(held.untyped_storage(), 0, (0,), (1,))
+    if held is not None:
+        flat.set_(held.untyped_storage(), 0, (0,), (1,))
     return torch.as_strided(flat, old.shape, old.stride(), old.storage_offset())
 
 
