@@ -43,7 +43,7 @@ def mutations_in(
 ) -> tuple[Mutation, ...]:
     """The writes to held tensors, or views of them, inside ``pieces``.
 
-    A node is looked at only if it takes memory of a held tensor. An operator with a schema answers by it; any other
+    A node is looked at only if it takes memory of a held tensor, and of nodes that are alike one. An operator with a schema answers by it; any other
     callable is run once on fake tensors, and the operators that it reaches answer; one that can't be run counts as writing.
     A user's Triton kernel has no schema: its writes are not seen.
 
@@ -209,7 +209,7 @@ def _likeness(
         if traits is None or not isinstance(value, torch.Tensor):
             return traits
         path, where = _path(value, memory), torch_compat.storage_id(value)
-        held = None if path is None else paths.index(path)
+        held = paths.index(path) if path else None
         return (*traits, numbers.setdefault(where, len(numbers)), held)
 
     values = [

@@ -211,14 +211,11 @@ def traits_of(value: object) -> tuple[object, ...] | None:
         return None
     if any(getattr(value, each, value) is not None for each in ("constant", "real_tensor")):
         return None
-    sizes = (
-        *value.shape,
-        *value.stride(),
-        value.storage_offset(),
-        value.untyped_storage().nbytes(),
-    )
+    sizes = [*value.shape, *value.stride(), value.storage_offset()]
+    sizes = [traits_of(each) for each in (*sizes, value.untyped_storage().nbytes())]
     around = (type(value), id(mode), value.dtype, value.device, value.requires_grad)
-    return (*around, value.is_neg(), value.is_conj(), value.is_inference(), *map(traits_of, sizes))
+    lazy = (value.is_neg(), value.is_conj(), value.is_inference())
+    return None if None in sizes else (*around, *lazy, *sizes)
 
 
 class MemoryLike:
