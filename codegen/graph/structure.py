@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +64,14 @@ def structure_of(
     return Structure(digest, tuple(writer.lines), tuple(writer.holes), writer.portable)
 
 
+def call_text(gm: torch.fx.GraphModule, node: torch.fx.Node) -> str:
+    """What one node of ``gm`` does, with its literals; the nodes that it takes are numbered in the order of ``all_input_nodes``."""
+    writer = _Writer(gm, open_literals=False)
+    writer.number(node.all_input_nodes)
+    writer.write(node, None)
+    return writer.lines[0]
+
+
 class _Writer:
     def __init__(self, gm: torch.fx.GraphModule, open_literals: bool) -> None:
         self.gm = gm
@@ -75,6 +83,10 @@ class _Writer:
         self._memory: dict[StorageWeakRef, int] = {}
         self._ordinal = 0
         self._open = open_literals
+
+    def number(self, nodes: Iterable[torch.fx.Node]) -> None:
+        """Take ``nodes`` for the first of the graph."""
+        self._number.update({each: index for index, each in enumerate(nodes)})
 
     def write(
         self, node: torch.fx.Node, describe_input: Callable[[torch.fx.Node], str] | None

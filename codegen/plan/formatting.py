@@ -22,6 +22,8 @@ LINE_LENGTH = 100
 _DIGITS = re.compile("[0-9]+")
 _ZEROS = str.maketrans("123456789", "000000000")
 
+_KEPT = 10_000  # forms
+
 #: A statement on one line, and how many blocks of its function's body are around it.
 Statement = tuple[str, int]
 
@@ -61,10 +63,19 @@ def format_statements(statements: Sequence[Statement]) -> list[str]:
     Black never looks at a digit: those of numbers stay as `literals` writes them, all others are letters to it.
     """
     forms = [(text.translate(_ZEROS), depth) for text, depth in statements]
-    distinct = list(dict.fromkeys(forms))
-    found = dict(zip(distinct, _format_each(distinct), strict=True))
+    known = _laid_out()
+    found = {form: text for form in forms if (text := known.get(form)) is not None}
+    new = [form for form in dict.fromkeys(forms) if form not in found]
+    found |= zip(new, _format_each(new), strict=True)
+    known.update({form: found[form] for form in new[: max(0, _KEPT - len(known))]})
     said = zip(statements, forms, strict=True)
     return [_with_digits(found[form], form[0], text) for (text, _), form in said]
+
+
+@cache
+def _laid_out() -> dict[Statement, str]:
+    """What black made of forms in this process: it makes the same of them each time."""
+    return {}
 
 
 def _format_each(statements: Sequence[Statement]) -> Iterator[str]:

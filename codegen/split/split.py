@@ -310,7 +310,8 @@ def _build(
     for partition in partitions:
         name = f"submod_{partition.number}"
         piece = _build_piece(gm, partition, outputs[partition], reads[partition], regions)
-        attributes[name] = piece
+        # A GraphModule that is there when the whole is made would be compiled to Python once more.
+        attributes[name] = torch.nn.Module()
         call = stitching.call_module(name, tuple(values[n] for n in reads[partition].inputs))
         _unpack_call(stitching, call, partition, outputs[partition], values)
         items.append(SplitItem(name, partition.number, partition.splitting, piece))
@@ -322,6 +323,8 @@ def _build(
     result = stitching.node_copy(output_node, lambda n: values[n])
     result.meta.update(output_node.meta)
     split_gm = torch.fx.GraphModule(attributes, stitching, type(gm).__name__)
+    for item in items:
+        split_gm.add_module(item.submod_name, item.graph)
     split_gm.meta.update(gm.meta)
     return split_gm, items
 

@@ -10,10 +10,10 @@ from collections.abc import Collection, Sequence
 
 import torch
 import torch.fx
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch._ops import HigherOrderOperator
 
 from piecework.codegen.graph.origin import value_of
-from piecework.runtime.analysis.rows.call import Call, is_own
+from piecework.runtime.analysis.rows.call import Call, computes, is_own
 from piecework.runtime.analysis.rows.rule import Rule
 from piecework.runtime.analysis.rows.table import is_random
 from piecework.runtime.analysis.rows.verdict import rows_of
@@ -50,7 +50,7 @@ def admits_unbacked(
                 return f"argument {node.name} {said}"
         if isinstance(node.target, HigherOrderOperator):
             return f"{node.target.name()} runs a graph of its own"
-        if node.op == "call_function" and not _computes(node.target):
+        if node.op == "call_function" and not computes(node.target):
             return f"{node.name} is no operator: it changes what those after it mean"
     names = frozenset(outside)
     verdict = rows_of(graph, symbols, lambda *call: _of_call(names, *call), outside=names)
@@ -59,33 +59,6 @@ def admits_unbacked(
         or verdict.refused
         or (None if rows_in_one else _of_what_leaves(graph, held))
     )
-
-
-def _computes(target: object) -> bool:
-    """Whether a function computes values of its arguments, as torch's own functions and Python's operators do. One from elsewhere may change
-    how the operators after it run (a level of ``torch.func``, a mode), and what the dispatcher showed of them is not what is compiled.
-    """
-    if isinstance(target, (OpOverload, OpOverloadPacket)):
-        return True
-    module = getattr(target, "__module__", None)
-    return module in _COMPUTING or (module, getattr(target, "__name__", None)) in _SETTING
-
-
-_COMPUTING = frozenset(
-    (
-        *("_operator", "builtins", "math", "torch", "torch.functional", "torch.nn.functional"),
-        *("torch._C._nn", "torch._C._linalg", "torch._C._fft", "torch._C._special"),
-    )
-)
-# No operators either, but what the dispatcher shows after them is what is compiled.
-_SETTING = frozenset(
-    (
-        ("torch._C", "_log_api_usage_once"),
-        ("torch._C", "_set_grad_enabled"),
-        ("torch.amp.autocast_mode", "_enter_autocast"),
-        ("torch.amp.autocast_mode", "_exit_autocast"),
-    )
-)
 
 
 def _of_what_leaves(graph: torch.fx.GraphModule, held: Batch) -> str | None:

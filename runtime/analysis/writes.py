@@ -14,9 +14,11 @@ import torch
 import torch.fx
 
 from piecework.codegen.graph.origin import SymbolNames, origin_of, value_of
+from piecework.codegen.graph.structure import call_text
 from piecework.codegen.split.split import allocates
 from piecework.errors import StaticGraphError
 from piecework.runtime import torch_compat
+from piecework.runtime.analysis.rows.call import computes
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ def mutations_in(
 ) -> tuple[Mutation, ...]:
     """The writes to held tensors, or views of them, inside ``pieces``.
 
-    A node is looked at only if it takes memory of a held tensor. An operator with a schema answers by it; any other
+    A node is looked at only if it takes memory of a held tensor, and of nodes that are alike one. An operator with a schema answers by it; any other
     callable is run once on fake tensors, and the operators that it reaches answer; one that can't be run counts as writing.
     A user's Triton kernel has no schema: its writes are not seen.
 
@@ -58,11 +60,12 @@ def mutations_in(
         if node.name in held and isinstance(value, torch.Tensor):
             memory[torch_compat.storage_id(value)] = held[node.name]
     found: list[Mutation] = []
+    looks = _Looks()
     for name in pieces:
         piece = split_gm.get_submodule(name)
         assert isinstance(piece, torch.fx.GraphModule)
         for node in piece.graph.nodes:
-            for op, path in _writes(piece, node, memory):
+            for op, path in looks.writes(piece, node, memory):
                 found.append(Mutation(path, name, node.name, op, _where(node)))
     return tuple(dict.fromkeys(found))
 
@@ -85,8 +88,9 @@ def unwritten_outputs(piece: torch.fx.GraphModule) -> frozenset[int]:
         value = value_of(node)
         if isinstance(value, torch.Tensor) and value.layout == torch.strided:
             first.setdefault(torch_compat.storage_id(value), node)
-    memory = {key: str(key) for key, node in first.items() if allocates(node)}
-    written = {int(path) for node in piece.graph.nodes for _, path in _writes(piece, node, memory)}
+    memory, looks = {key: str(key) for key, node in first.items() if allocates(node)}, _Looks()
+    writes = (looks.writes(piece, node, memory) for node in piece.graph.nodes)
+    written = {int(path) for found in writes for _, path in found}
     returned = piece.graph.output_node().args[0]
     outputs = returned if isinstance(returned, (list, tuple)) else [returned]
     places = [_path(value_of(e), memory) if isinstance(e, torch.fx.Node) else None for e in outputs]
@@ -120,8 +124,8 @@ def _inputs_by_memory(piece: torch.fx.GraphModule) -> dict[int, list[int]]:
 
 def _written(piece: torch.fx.GraphModule, inputs: Mapping[int, list[int]]) -> frozenset[int]:
     """Those of ``inputs`` whose memory a node writes to."""
-    memory = {key: str(key) for key in inputs}
-    paths = {path for node in piece.graph.nodes for _, path in _writes(piece, node, memory)}
+    memory, looks = {key: str(key) for key in inputs}, _Looks()
+    paths = {path for node in piece.graph.nodes for _, path in looks.writes(piece, node, memory)}
     return frozenset(number for path in paths for number in inputs[int(path)])
 
 
@@ -164,23 +168,101 @@ def _where(node: torch.fx.Node) -> str:
     return ", ".join(part for part in (origin.module, origin.source) if part)
 
 
-def _writes(
-    module: torch.fx.GraphModule, node: torch.fx.Node, memory: Mapping[int, str]
+class _Looks:
+    """What nodes write to, each kind of node looked at once: layers are alike, and a graph has many."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], list[tuple[str, int]]] = {}
+
+    def writes(
+        self, module: torch.fx.GraphModule, node: torch.fx.Node, memory: Mapping[int, str]
+    ) -> list[tuple[str, str]]:
+        """``(operator, path)`` for each held tensor that ``node`` writes to."""
+        if node.op not in ("call_function", "call_method", "call_module"):
+            return []
+        paths = list(
+            dict.fromkeys(p for n in node.all_input_nodes if (p := _path(value_of(n), memory)))
+        )
+        if not paths:
+            return []
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            return self._of_higher_order(module, node, memory)
+        like = _likeness(module, node, memory, paths)
+        known = None if like is None else self._known.get(like)
+        if known is not None:
+            return [(op, paths[number]) for op, number in known]
+        found = _observed(module, node, memory, paths)
+        if like is not None and all(path in paths for _, path in found):
+            self._known[like] = [(op, paths.index(path)) for op, path in found]
+        return found
+
+    def _of_higher_order(
+        self, module: torch.fx.GraphModule, node: torch.fx.Node, memory: Mapping[int, str]
+    ) -> list[tuple[str, str]]:
+        """Writes in the graphs that a higher-order operator runs, whose placeholders carry its operands' memory."""
+        found: list[tuple[str, str]] = []
+        for each in node.all_input_nodes:
+            if each.op != "get_attr":
+                continue
+            body = _attribute(module, str(each.target))
+            if isinstance(body, torch.fx.GraphModule):
+                inner = {**memory, **_memory_of_operands(body, node, memory)}
+                for step in body.graph.nodes:
+                    found += self.writes(body, step, inner)
+        target = node.args[0] if node.args else None
+        if node.target in torch_compat.auto_functionalized_ops() and isinstance(
+            target, torch._ops.OpOverload
+        ):
+            for argument in target._schema.arguments:
+                path = _path(_fake(node.kwargs.get(argument.name)), memory)
+                if path is not None and _is_write(argument):
+                    found.append((str(target), path))
+        return found
+
+
+def _likeness(
+    module: torch.fx.GraphModule,
+    node: torch.fx.Node,
+    memory: Mapping[int, str],
+    paths: Sequence[str],
+) -> tuple[object, ...] | None:
+    """All that decides what a node writes to: the operator, its literals, and of each value what can be asked of it, with the memory it lies in.
+
+    None for nodes that are looked at each time: what they call may be anybody's code, or a value of theirs shows more than that.
+    """
+    if not (node.op == "call_method" or (node.op == "call_function" and computes(node.target))):
+        return None
+    numbers: dict[int, int] = {}  # of storages, in order of first sight
+
+    def of(value: object) -> tuple[object, ...] | None:
+        if type(value) in (tuple, list):
+            parts = [of(each) for each in value]  # type: ignore[attr-defined]
+            return None if None in parts else (type(value), *parts)
+        traits = torch_compat.traits_of(value)
+        if traits is None or not isinstance(value, torch.Tensor):
+            return traits
+        path, where = _path(value, memory), torch_compat.storage_id(value)
+        held = paths.index(path) if path else None
+        return (*traits, numbers.setdefault(where, len(numbers)), held)
+
+    values = [
+        None if each.op == "get_attr" else of(value_of(each)) for each in node.all_input_nodes
+    ]
+    return None if None in values else (call_text(module, node), *values)
+
+
+def _observed(
+    module: torch.fx.GraphModule,
+    node: torch.fx.Node,
+    memory: Mapping[int, str],
+    paths: Sequence[str],
 ) -> list[tuple[str, str]]:
-    """``(operator, path)`` for each held tensor that ``node`` writes to."""
-    if node.op not in ("call_function", "call_method", "call_module"):
-        return []
-    if not any(_path(value_of(each), memory) for each in node.all_input_nodes):
-        return []
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
-        return _writes_of_higher_order(module, node, memory)
+    """What a node is seen to write to when it runs on fake values; what can't be run again may write to all that it takes."""
     notes = _Notes(memory)
     try:
         _run(module, node, notes)
     except Exception:  # noqa: BLE001 - user code and torch raise anything
-        # What can't be run again may write to all that it takes.
-        paths = (_path(value_of(each), memory) for each in node.all_input_nodes)
-        return [(str(node.target), path) for path in dict.fromkeys(paths) if path is not None]
+        return [(str(node.target), path) for path in paths]
     return notes.seen
 
 
@@ -188,30 +270,6 @@ def _path(value: object, memory: Mapping[int, str]) -> str | None:
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
         return None
     return memory.get(torch_compat.storage_id(value))
-
-
-def _writes_of_higher_order(
-    module: torch.fx.GraphModule, node: torch.fx.Node, memory: Mapping[int, str]
-) -> list[tuple[str, str]]:
-    """Writes in the graphs that a higher-order operator runs, whose placeholders carry its operands' memory."""
-    found: list[tuple[str, str]] = []
-    for each in node.all_input_nodes:
-        if each.op != "get_attr":
-            continue
-        body = _attribute(module, str(each.target))
-        if isinstance(body, torch.fx.GraphModule):
-            inner = {**memory, **_memory_of_operands(body, node, memory)}
-            for step in body.graph.nodes:
-                found += _writes(body, step, inner)
-    target = node.args[0] if node.args else None
-    if node.target in torch_compat.auto_functionalized_ops() and isinstance(
-        target, torch._ops.OpOverload
-    ):
-        for argument in target._schema.arguments:
-            path = _path(_fake(node.kwargs.get(argument.name)), memory)
-            if path is not None and _is_write(argument):
-                found.append((str(target), path))
-    return found
 
 
 def _attribute(module: torch.nn.Module, path: str) -> object:

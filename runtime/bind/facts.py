@@ -179,21 +179,31 @@ def look(base: Any, kind: str, key: Any) -> object:
     return MISSING
 
 
-def place_text(place: Place, names: Mapping[str, str] | None = None) -> str:
+def place_text(
+    place: Place, names: Mapping[str, str] | None = None, known: dict[int, str] | None = None
+) -> str:
     """A place as a person would write it: ``layers.0.scale``, ``options['rate']``, ``Model.rate``.
 
     Args:
         names: Dynamo's names of arguments → their own.
+        known: texts by the identity of places, for a caller that asks for many; more are put there.
     """
-    own = (names or {}).get(place.name)
-    if own is not None:
-        return own
+    texts = {} if known is None else known
+    found = texts.get(id(place))
+    if found is None:
+        base = "" if place.base is None else place_text(place.base, names, texts)
+        own = (names or {}).get(place.name)
+        found = texts[id(place)] = _text(place, base) if own is None else own
+    return found
+
+
+def _text(place: Place, base: str) -> str:
     if place.base is None:
         if (place.kind, place.key) == ("local", "model"):
             return ""
         text = str(place.key).removeprefix("__import_").replace("_dot_", ".")
         return "builtins" if text.startswith("__builtins_dict__") else text
-    base, key = place_text(place.base, names), place.key
+    key = place.key
     match place.kind:
         case "item" if place.base.kind == "attribute" and place.base.key in _TABLES:
             return f"{base.rpartition('.')[0]}.{key}".lstrip(".")

@@ -20,8 +20,8 @@ from piecework.runtime.bind.facts import (
     Fact,
     Values,
     is_value,
+    place_text,
 )
-from piecework.runtime.bind.facts import place_text as text
 from piecework.runtime.bind.places import Step
 from piecework.runtime.torch_compat import Place
 
@@ -73,6 +73,7 @@ class Touch:
         self.always: list[Fact] = []
         self._values = values
         self._seen: dict[int, bool] = {}
+        self._texts: dict[int, str] = {}
         for fact in facts:
             places = [fact.place] if fact.other is None else [fact.place, fact.other]
             if not all([self._way(each) for each in places] + [self._guarded(fact)]):
@@ -249,7 +250,8 @@ class Touch:
     def _add(self, owner: object, key: object, place: Place, kind: str = "entry") -> None:
         where = (id(owner), kind, key)
         if where not in self.steps:
-            self.steps[where] = Step.of(owner, key, text(place), kind)
+            path = place_text(place, known=self._texts)
+            self.steps[where] = Step.of(owner, key, path, kind)
 
 
 def _holds_changeable(value: object) -> bool:

@@ -69,6 +69,7 @@ class TraceGuards:
         code = torch_compat.traced_code()
         self._code = frozenset(each for each in code if not each.co_filename.startswith(_OWN))
         self._ordered = torch_compat.ordered_places()
+        torch_compat.leave_guards_untimed()
 
     def values(self) -> Values:
         """What is at places while the trace runs."""
@@ -161,10 +162,12 @@ class TracedState:
     _global_hooks: tuple[Step, ...] = field(default_factory=lambda: tuple(_global_hooks()))
     _dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
     watched: list[Place] = field(default_factory=list)
+    _touched: Touch | None = field(init=False)
 
     def __post_init__(self) -> None:
         self._forward = self._own_forward()
-        self._classes = ClassWatch(self._touch().classes, self._code, self._asked)
+        self._touched = self._touch()
+        self._classes = ClassWatch(self._touched.classes, self._code, self._asked)
 
     def parts(self) -> StateParts:
         """What another process needs to know."""
@@ -189,7 +192,8 @@ class TracedState:
             The look-ups that tell, while none is touched, that everything holds but what the second compares, in every call;
             None if nothing must be.
         """
-        touch = self._touch()
+        # What was noted first serves once: what changed since is seen as a change.
+        touch, self._touched = self._touched or self._touch(), None
         steps = [*touch.steps.values(), *self._classes.steps(), *self._global_hooks]
         left = self._left is not None and not self._bins.left_on_arguments
         return steps, partial(self._hold, touch.always) if touch.always or left else None
@@ -259,6 +263,7 @@ class TracedState:
         """Compare a tensor of the model by kind: nothing else can tell that it was replaced."""
         fact = Fact(place, "TENSOR_MATCH", None, expected("TENSOR_MATCH", tensor, None))
         self._bins.facts.append(fact)
+        self._touched = None
         self.watched.append(place)
 
     def watched_now(self) -> dict[str, object]:

@@ -104,6 +104,7 @@ class BoundWeights:
     _strict: frozenset[str] = frozenset()
     _own: int = 0
     _always: Callable[[], bool] | None = None
+    _watch: DictWatch = field(init=False, repr=False)
     unchanged: Callable[[], bool] = field(default=lambda: True, repr=False)
 
     @classmethod
@@ -141,6 +142,7 @@ class BoundWeights:
 
     def _look(self) -> None:
         self._note_steps()
+        self._watch = DictWatch(self._steps)
         self.unchanged = self._check()
 
     def _note_steps(self) -> None:
@@ -160,7 +162,7 @@ class BoundWeights:
 
     def _check(self) -> Callable[[], bool]:
         """The check of every call; see the module's docstring."""
-        watch = DictWatch(self._steps)
+        watch = self._watch
         loose = [
             t for w, t in zip(self.traced, self.tensors, strict=True) if w.path not in self._strict
         ]
@@ -179,7 +181,7 @@ class BoundWeights:
             if not self._is_as_good():
                 return False
             self._note_steps()
-            watch = DictWatch(self._steps)
+            watch = self._watch = DictWatch(self._steps)
             return thorough()
 
         return unchanged

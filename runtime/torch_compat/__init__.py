@@ -95,6 +95,7 @@ from piecework.runtime.torch_compat.tensors import (
     no_new_guards,
     storage_at,
     storage_id,
+    traits_of,
 )
 from piecework.runtime.torch_compat.trace.dynamo import (
     asks_for_restart,
@@ -129,6 +130,7 @@ from piecework.runtime.torch_compat.trace.guards import (
     guard_settings,
     identity_guard,
     kept_guards,
+    leave_guards_untimed,
     ordered_places,
     trace_names,
     traced_code,

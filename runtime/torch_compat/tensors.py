@@ -196,6 +196,28 @@ def clear_cublas_workspaces() -> None:
         clear()
 
 
+def traits_of(value: object) -> tuple[object, ...] | None:
+    """What code can ask of a fake tensor, or of a size of the same trace, but for the memory it lies in; to be compared, and to be looked up by.
+
+    None where there could be more to ask: a value that is known, another layout, a subclass.
+    """
+    if value is None or type(value) in (int, bool):
+        return (type(value), value)
+    if isinstance(value, (torch.SymInt, torch.SymBool)):
+        expr = getattr(value.node, "expr", None)
+        return None if expr is None else (type(value), expr)
+    mode = getattr(value, "fake_mode", None)
+    if not isinstance(value, torch.Tensor) or mode is None or value.layout is not torch.strided:
+        return None
+    if any(getattr(value, each, value) is not None for each in ("constant", "real_tensor")):
+        return None
+    sizes = [*value.shape, *value.stride(), value.storage_offset()]
+    sizes = [traits_of(each) for each in (*sizes, value.untyped_storage().nbytes())]
+    around = (type(value), id(mode), value.dtype, value.device, value.requires_grad)
+    lazy = (value.is_neg(), value.is_conj(), value.is_inference())
+    return None if None in sizes else (*around, *lazy, *sizes)
+
+
 class MemoryLike:
     """Fake tensors that lie in memory as others do. In: pairs that correspond. Out: for a tensor of the first kind one of the second.
 
@@ -216,22 +238,25 @@ class MemoryLike:
 
     def tensor(self, old: torch.Tensor) -> torch.Tensor:
         """A tensor that stands for ``old``, in memory of its own or where what ``old`` lies in has its counterpart."""
-        sizes, device = (old.shape, old.stride()), old.device
         held = self._memory.get(storage_id(old))
-        offset = old.storage_offset()
-        if held is None and type(offset) is int and offset == 0:
-            kind = old.dtype
-            made = _past_dispatcher(
-                old, lambda where: torch.empty_strided(*sizes, dtype=kind, device=where)
-            )
-            self.is_like(old, made)
-            return made
+        made = _past_dispatcher(old, lambda where: _like(old, held, where))
         if held is None:
-            count = old.untyped_storage().nbytes() // old.element_size()
-            held = torch.empty((count,), dtype=old.dtype, device=device)
-            self.is_like(old, held)
-        flat = held if held.dtype == old.dtype else held.view(old.dtype)
-        return _past_dispatcher(flat, lambda _: torch.as_strided(flat, *sizes, offset))
+            self.is_like(old, made)
+        return made
+
+
+def _like(old: torch.Tensor, held: torch.Tensor | None, device: torch.device | str) -> torch.Tensor:
+    """A tensor with the sizes of ``old`` in the memory of ``held``, or in fresh memory of as many bytes."""
+    flat = torch.empty(0, dtype=old.dtype, device=device)
+    resize = getattr(torch.ops.inductor, "resize_storage_bytes_", None)
+    if held is None and resize is not None:  # quicker than what computes the size again
+        resize(flat, old.untyped_storage().nbytes())
+    elif held is None:
+        count = old.untyped_storage().nbytes()
+        held = torch.empty((count,), dtype=torch.uint8, device=device)
+    if held is not None:
+        flat.set_(held.untyped_storage(), 0, (0,), (1,))
+    return torch.as_strided(flat, old.shape, old.stride(), old.storage_offset())
 
 
 def _past_dispatcher(

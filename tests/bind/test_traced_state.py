@@ -556,3 +556,17 @@ def test_a_method_that_a_library_adds_to_every_module_is_no_change(
     monkeypatch.setattr(nn.Module, "__getattr__", lambda self, name: None)
     with pytest.raises(InputError, match="__getattr__"):
         stitched(x)
+
+
+def test_dynamo_does_not_time_its_guards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would empty the processor's caches for that, for a log alone."""
+    guards = pytest.importorskip("torch._dynamo.guards")
+    timed: list[object] = []
+    monkeypatch.setattr(guards, "profile_guard_manager", lambda *given: timed.append(given) or 0.0)
+    x = torch.randn(4, 8)
+    torch.compile(nn.Linear(8, 8), backend="eager")(x)
+    assert len(timed) == 1  # Dynamo by itself does
+    model = nn.Linear(8, 8)
+    stitched = piecework.compile(model, (x,), config=EAGER)
+    assert len(timed) == 1
+    torch.testing.assert_close(stitched(x), model(x))

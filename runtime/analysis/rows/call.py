@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch._ops import OpOverload, OpOverloadPacket
 
 from piecework.runtime.analysis.state import Batch, Mixes, Rows, tensors_in
 
@@ -136,6 +137,33 @@ def bound(
 def is_own(op: object) -> bool:
     """Whether an operator is somebody's own, not torch's."""
     return getattr(op, "namespace", "aten") not in ("aten", "prims", "prim")
+
+
+def computes(target: object) -> bool:
+    """Whether a function computes values of its arguments, as torch's own functions and Python's operators do. One from elsewhere may change
+    how the operators after it run (a level of ``torch.func``, a mode), and what the dispatcher showed of them is not what is compiled.
+    """
+    if isinstance(target, (OpOverload, OpOverloadPacket)):
+        return True
+    module = getattr(target, "__module__", None)
+    return module in _COMPUTING or (module, getattr(target, "__name__", None)) in _SETTING
+
+
+_COMPUTING = frozenset(
+    (
+        *("_operator", "builtins", "math", "torch", "torch.functional", "torch.nn.functional"),
+        *("torch._C._nn", "torch._C._linalg", "torch._C._fft", "torch._C._special"),
+    )
+)
+# No operators either, but what the dispatcher shows after them is what is compiled.
+_SETTING = frozenset(
+    (
+        ("torch._C", "_log_api_usage_once"),
+        ("torch._C", "_set_grad_enabled"),
+        ("torch.amp.autocast_mode", "_enter_autocast"),
+        ("torch.amp.autocast_mode", "_exit_autocast"),
+    )
+)
 
 
 def placed(dims: Iterable[int], rows: Rows, what: str) -> None:

@@ -50,6 +50,9 @@ class Refaked:
 
         self._env = ShapeEnv(duck_shape=False)
         self.mode = FakeTensorMode(shape_env=self._env, allow_non_fake_inputs=True)
+        self.mode.cache_enabled = (
+            False  # no other mode has these symbols: entries cost more than they save
+        )
         self._symbols: dict[Any, Any] = {}  # sympy symbols, of the trace and ours
         self._memory: dict[int, int] = {}  # ours → the trace's, as a negative number
         sizes = [size for value in values for size in _sizes(value)]

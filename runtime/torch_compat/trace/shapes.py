@@ -61,17 +61,21 @@ def asserted_symbols(values: Iterable[object]) -> frozenset[object]:
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
     sizes = [v for v in values if isinstance(v, (torch.Tensor, torch.SymInt))]
-    bound = {symbol for size in sizes for symbol in free_unbacked_symbols(size)}
-    found: set[object] = set()
-    if not bound:
-        return frozenset()
-    every = [
+    every = (
         size
         for value in sizes
         for size in (value.shape if isinstance(value, torch.Tensor) else (value,))
-    ]
-    env = next(size.node.shape_env for size in every if isinstance(size, torch.SymInt))
-    for assertions in getattr(env, "deferred_runtime_asserts", {}).values():
+    )
+    envs = (
+        getattr(each.node, "shape_env", None) for each in every if isinstance(each, torch.SymInt)
+    )
+    env = next((each for each in envs if each is not None), None)
+    deferred = getattr(env, "deferred_runtime_asserts", None)
+    if not deferred:
+        return frozenset()
+    bound = {symbol for size in sizes for symbol in free_unbacked_symbols(size)}
+    found: set[object] = set()
+    for assertions in deferred.values():
         for each in assertions:
             unbacked = free_unbacked_symbols(each.expr)
             if unbacked <= bound:
