@@ -6,6 +6,7 @@ It never captures, never rounds down, and never changes what it is asked with.
 from __future__ import annotations
 
 import enum
+import math
 from bisect import bisect_left
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ class Reason(enum.Enum):
     UNDECLARED = "an operator does not say what it does with rows, so nothing is padded around it"
     CHECKED = "a padded run at the capture gave other rows, so nothing is padded"
     AXIS = "nothing is captured for this value of an axis"
+    FACTOR = "the next captured size is more than max_padding_factor times as large"
 
 
 # What nobody asked for: the batch could have run captured.
@@ -90,6 +92,7 @@ class CudagraphDispatcher:
             own value; in ``max_query_len``, in one of the next larger value, and of the largest where it doesn't say.
         strict: a fall-back to NONE that nobody asked for is an error.
         exact: why nothing is padded, if so: a batch then runs captured only in its own size.
+        max_padding_factor: a batch runs in no graph of more than so many times its tokens; None: in the next larger one, however large.
 
     Attributes:
         cudagraph_keys: what is captured, by mode.
@@ -114,12 +117,14 @@ class CudagraphDispatcher:
         axes: Mapping[str, Sequence[Hashable]] | None = None,
         strict: bool = False,
         exact: Reason | None = None,
+        max_padding_factor: float | None = None,
     ) -> None:
         self.capture_sizes = require_positive_sizes(capture_sizes)
         self.bs_to_padded_graph_size = padded_sizes(self.capture_sizes)
         values = {name: tuple(each) for name, each in (axes or {}).items()}
         self.cases = CapturedCases(max_num_seqs, lora or LoraCases(), values)
         self.strict, self.exact = strict, exact
+        self.max_padding_factor = math.inf if max_padding_factor is None else max_padding_factor
         self._decode_multiple_of = decode_multiple_of
         self.initialize_cudagraph_keys(mode, uniform_decode_query_len)
 
@@ -242,7 +247,7 @@ class CudagraphDispatcher:
             reason = Reason.MODE
         else:
             fits = num_tokens <= max(self.capture_sizes, default=0)
-            reason = self.exact if self.exact is not None and fits else Reason.TOO_LARGE
+            reason = (self.exact or Reason.FACTOR) if fits else Reason.TOO_LARGE
         return self._uncaptured(own, reason, uniform_decode, allowed, strict)
 
     def _candidates(
@@ -263,7 +268,8 @@ class CudagraphDispatcher:
     def _fitting(self, sizes: Sequence[int], num_tokens: int) -> Sequence[int]:
         first = bisect_left(sizes, num_tokens)
         if self.exact is None:
-            return sizes[first:]
+            largest = num_tokens * self.max_padding_factor
+            return [size for size in sizes[first:] if size <= largest]
         return (num_tokens,) if num_tokens in sizes[first : first + 1] else ()
 
     def _promises_graph(self, uniform: bool) -> bool:

@@ -419,3 +419,28 @@ def test_a_kind_of_batch_is_asked_for_like_its_parts():
     assert d.explain(3, kind).mode is CUDAGraphMode.FULL
     without = replace(kind, invalid_modes=frozenset({CUDAGraphMode.FULL}))
     assert d.explain(3, without).mode is PIECEWISE
+
+
+@pytest.mark.parametrize("mode", [PIECEWISE, FULL, BOTH])
+@pytest.mark.parametrize("factor", [1, 1.5, 2.0, None])
+def test_no_batch_is_padded_by_more_than_the_factor(mode: CUDAGraphMode, factor: float) -> None:
+    sizes = (1, 4, 16)
+    d = dispatcher(mode, sizes=sizes, max_padding_factor=factor)
+    for tokens in range(1, 18):
+        found = d.explain(tokens, BatchKind.of(False))
+        next_size = next((size for size in sizes if size >= tokens), None)
+        if next_size is None:
+            assert (found.mode, found.reason) == (NONE, Reason.TOO_LARGE)
+        elif factor is None or next_size <= tokens * factor:
+            assert found.descriptor.num_tokens == next_size and found.mode is not NONE
+        else:
+            assert (found.mode, found.reason) == (NONE, Reason.FACTOR)
+            assert found.descriptor.num_tokens == tokens and not found.is_fallback
+
+
+def test_a_given_up_size_is_not_made_up_for_past_the_factor() -> None:
+    d = dispatcher(PIECEWISE, sizes=(4, 8, 16), max_padding_factor=2)
+    (key,) = (key for key in d.cudagraph_keys[PIECEWISE] if key.num_tokens == 4)
+    d.give_up(PIECEWISE, key)
+    assert d.explain(4).descriptor.num_tokens == 8
+    assert d.explain(3).reason is Reason.NOT_CAPTURED

@@ -146,6 +146,23 @@ def test_results_are_the_callers_own_unless_it_wants_static_ones() -> None:
     assert first.data_ptr() == second.data_ptr() and not torch.equal(first, kept)
 
 
+def test_a_batch_is_padded_up_to_the_factor_and_runs_uncaptured_beyond() -> None:
+    model, stitched = captured([1, 4, 16], max_padding_factor=2)
+    for rows, mode in (
+        (1, "PIECEWISE"),
+        (2, "PIECEWISE"),
+        (3, "PIECEWISE"),
+        (5, "NONE"),
+        (8, "PIECEWISE"),
+    ):
+        args = batch(rows)
+        torch.testing.assert_close(stitched(*args), model(*args))
+        assert stitched.dispatch(rows)[0].name == mode
+    for wrong in (0.5, "2", float("nan"), True):
+        with pytest.raises(ConfigError, match="max_padding_factor"):
+            stitched.capture([1], max_padding_factor=wrong)
+
+
 def test_captures_are_counted_and_nothing_is_compiled() -> None:
     _, stitched = compiled()
     pieces = len(stitched.pieces)

@@ -61,6 +61,11 @@ _KINDS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
         "a number of runs, or None",
         lambda value: value is None or (type(value) is int and value >= 0),
     ),
+    "max_padding_factor": (
+        "a number of at least 1, or None",
+        lambda value: value is None
+        or (type(value) in (int, float) and 1 <= value < float("inf")),  # type: ignore[operator]
+    ),
     "raise_interrupt": _SWITCH,
     "clone_outputs": _SWITCH,
     "strict": _SWITCH,
@@ -107,6 +112,8 @@ class CaptureOptions:
         warmups: uncaptured runs before each capture; by default the configuration's, and at least one on CUDA.
         on_failure: what a failed capture does.
         raise_interrupt: raise ``KeyboardInterrupt`` again after Ctrl-C; what was captured serves either way.
+        max_padding_factor: a batch that would be padded to more than so many times its size runs uncaptured; None: it is padded to
+            the next captured size, however large.
         clone_outputs: return copies; otherwise the next call overwrites what this one returned.
         strict: a batch that falls back to running uncaptured although its size was to be captured is an error; so is a mode that an
             operator can't be captured in, which is lowered otherwise.
@@ -137,6 +144,7 @@ class CaptureOptions:
     warmups: int | None = None
     on_failure: FailurePolicy | str = FailurePolicy.RAISE
     raise_interrupt: bool = True
+    max_padding_factor: float | None = None
     clone_outputs: bool = True
     strict: bool = False
     join: Callable[[], object] | None = None
@@ -263,6 +271,7 @@ def plan_capture(
         axes={**options.axes, **values},
         strict=options.strict,
         exact=_never_padded(shape),
+        max_padding_factor=options.max_padding_factor,
     )
     for key in list(dispatcher.cudagraph_keys[CUDAGraphMode.FULL]):
         # A batch that doesn't say how wide its requests are has the widest, so those widths stay known to the dispatcher.
