@@ -85,7 +85,7 @@ def foreach(module: nn.Module, y: torch.Tensor) -> None:
             "aten.index_copy_",
         ),
         (lambda module, y: advance(module.state, y), "mutation.advance"),
-        (assign_item, "aten.copy_"),
+        (assign_item, "aten.fill_" if hasattr(torch.compiler, "precompile") else "aten.copy_"),
         (through_out, "aten.add.out"),
         (augmented, "aten.add_"),
         (foreach, "aten._foreach_add_"),

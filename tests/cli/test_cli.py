@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -105,11 +106,26 @@ def test_a_causal_lm_from_a_config(tmp_path: Path) -> None:
     assert piecework.counters.num_graphs_seen == traced  # both were loaded
 
 
+@pytest.mark.nightly
+@pytest.mark.inductor
+def test_demo_shows_what_a_call_costs_beside_torch_compile() -> None:
+    result = invoke("demo", "--backend", "eager", "--tokens", 2, "--host-time")
+    assert result.exit_code == 0, result.output
+    times = dict(
+        re.findall(
+            r"^ *(eager|torch\.compile|piecework|by hand) +(\d+) µs █+$", result.output, re.M
+        )
+    )
+    assert list(times) == ["eager", "torch.compile", "piecework", "by hand"]
+    assert re.search(r"piecework is \d\.\d\d times as fast as torch.compile", result.output)
+
+
 def test_demo_says_that_tokens_are_equal(tmp_path: Path) -> None:
     result = invoke("demo", "--backend", "eager", "--tokens", 4, "-o", tmp_path / "demo")
     assert result.exit_code == 0, result.output
     assert "tokens equal" in result.output
     assert "9 pieces, 3 unique" in result.output
+    assert "host time" not in result.output  # there are no kernels to compare without a compiler
     assert (tmp_path / "demo" / "stitched.py").is_file()
 
 
