@@ -60,7 +60,7 @@ _WIDTHS: tuple[_Rule, ...] = (
     (r"hidden_size|d_model|n_embd|dim|d_latents|text_embed_dim|vision_embed_dim", _to(WIDTH)),
     (r"(num_|n_)?(encoder_|decoder_|hidden_)?(num_)?(attention_)?heads?", _to(HEADS)),
     (r"num_key_value_heads|num_kv_heads", _to(HEADS)),
-    (r"head_dim|d_kv|attention_head_size", _to(WIDTH // HEADS)),
+    (r"head_dim|d_kv|attention_head_size|rotary_dim", _to(WIDTH // HEADS)),
     (
         r"intermediate_size|ffn_dim|(encoder|decoder)_ffn_dim|d_ff|hidden_dim|dim_feedforward",
         _to(2 * WIDTH),

@@ -1,0 +1,201 @@
+"""transformers' causal LMs, stitched. In: transformers' registry. Out: for each family whether a small model runs, is taken, and generates eager's tokens; as a page of the documentation.
+
+Nothing is timed. Each family has a process of its own. The exit code is 1 if one gives other tokens or fails with an error that
+nobody meant.
+
+Run it with ``piecework bench causal_lms``, or ``python -m piecework.bench.causal_lms``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from piecework.bench.lists.families import quiet
+from piecework.bench.lists.shrink import LEVELS, VOCABULARY, shrink
+from piecework.bench.result import machine
+from piecework.errors import PieceworkError
+
+LARGEST = 60_000_000  # parameters
+PROMPT, NEW = (2, 7), 6  # sequences and tokens of the prompt; tokens to generate
+LIMIT = 240.0  # seconds for one family
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What became of one family.
+
+    Attributes:
+        status: "equal", "refused" by name, "wrong", "failed" with an error that nobody meant, or "no model": no small one runs.
+        pieces, unique: of the stitched decoder.
+        why: the reason, one line.
+    """
+
+    family: str
+    status: str
+    pieces: int = 0
+    unique: int = 0
+    why: str = ""
+
+
+def families() -> list[str]:
+    """The families that transformers' registry has a causal LM of."""
+    from transformers.models.auto import modeling_auto
+
+    return sorted(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def try_family(family: str, backend: str) -> Found:
+    """Generate with a small model as it is and stitched; greedy tokens and the scores of each must be equal."""
+    from piecework.integrations.transformers import stitch, stitched_module
+    from piecework.runtime.config.compilation import CompilationConfig
+
+    reason = ""
+    for level in range(len(LEVELS)):
+        with quiet():
+            try:
+                model = _model(family, level)
+                want = _generated(model)
+                break
+            except Exception as error:  # noqa: BLE001 - a config that doesn't fit its model
+                reason = reason or _line(error)
+    else:
+        return Found(family, "no model", why=reason)
+    try:
+        stitch(model, config=CompilationConfig(backend=backend))
+        report = stitched_module(model).report()
+        got = _generated(model)
+    except PieceworkError as error:
+        return Found(family, "refused", why=_line(error))
+    except Exception as error:  # noqa: BLE001 - it is what is looked for
+        return Found(family, "failed", why=_line(error))
+    counts = (report.pieces, report.unique)
+    if not torch.equal(want.sequences, got.sequences):
+        return Found(family, "wrong", *counts, why="other tokens")
+    for step, (mine, eagers) in enumerate(zip(got.scores, want.scores, strict=True)):
+        if not torch.allclose(mine, eagers, rtol=1e-3, atol=1e-3, equal_nan=True):
+            worst = (mine - eagers).abs().max().item()
+            return Found(
+                family, "wrong", *counts, why=f"scores of token {step} differ by {worst:g}"
+            )
+    return Found(family, "equal", *counts)
+
+
+def _model(family: str, level: int) -> torch.nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(family)
+    shrink(config, level)
+    with torch.device("meta"):
+        size = sum(each.numel() for each in AutoModelForCausalLM.from_config(config).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{size / 1e6:.0f} million parameters")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def _generated(model):  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    ids = torch.randint(3, VOCABULARY - 3, PROMPT)
+    return model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    said = f"{type(error).__name__}: {text[0] if text else ''}"
+    return re.sub(r" ?\(/[^)]*\)|0x[0-9a-f]+", "", said)[:200]
+
+
+def run(chosen: Sequence[str], backend: str) -> Iterator[Found]:
+    """Try each family in a process of its own."""
+    for family in chosen:
+        command = [sys.executable, "-m", __spec__.name, "--one", family, "--backend", backend]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=LIMIT, check=False
+            )
+        except subprocess.TimeoutExpired:
+            yield Found(family, "failed", why=f"not done after {LIMIT:.0f} s")
+            continue
+        last = done.stdout.strip().rpartition("\n")[2]
+        if done.returncode or not last.startswith("{"):
+            yield Found(family, "failed", why=f"its process ended with {done.returncode}")
+        else:
+            yield Found(**json.loads(last))
+
+
+def markdown(found: Sequence[Found], backend: str) -> str:
+    """The page of the documentation."""
+    counts = Counter(each.status for each in found)
+    run_eagerly = len(found) - counts["no model"]
+    about = machine()
+    import transformers
+
+    lines = [
+        "# Causal LMs of transformers",
+        "",
+        "Each family of transformers' registry, as a small model with seeded weights: `generate` with the model as it is and stitched, greedy, two prompts of",
+        "seven tokens, six tokens more; tokens and scores are compared. `piecework bench causal_lms --page docs/causal-lms.md` writes this page.",
+        "",
+        f"transformers {transformers.__version__}, torch {about['torch']}, pieces compiled by `{backend}`. Of {len(found)} families {run_eagerly} have a small model",
+        f"that generates; **{counts['equal']} of these are equal**, {counts['refused']} are refused by name, {counts['wrong']} are wrong, {counts['failed']} fail otherwise.",
+        "",
+        "| family | | pieces | different | note |",
+        "|---|---|---|---|---|",
+    ]
+    for each in found:
+        pieces = f"{each.pieces} | {each.unique}" if each.pieces else " | "
+        why = each.why.replace("|", "\\|").replace("<", "&lt;")
+        lines.append(f"| {each.family} | {each.status} | {pieces} | {why} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Try the families; returns 1 if one is wrong or fails."""
+    parser = argparse.ArgumentParser(prog="piecework bench causal_lms", description=__doc__)
+    parser.add_argument("--out", type=Path, help="folder for the JSON")
+    parser.add_argument("--page", type=Path, help="Markdown file to write")
+    parser.add_argument(
+        "--only", default="", help="only families whose name this regular expression finds"
+    )
+    parser.add_argument("--backend", default="eager", help="what compiles the pieces")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    if chosen.one is not None:
+        print(json.dumps(asdict(try_family(chosen.one, chosen.backend))))
+        return 0
+    names = [name for name in families() if re.search(chosen.only, name)]
+    found = []
+    for each in run(names, chosen.backend):
+        found.append(each)
+        print(f"{len(found)}/{len(names)} {each.family}: {each.status} {each.why}", flush=True)
+        if chosen.out is not None:
+            chosen.out.mkdir(parents=True, exist_ok=True)
+            rows = [asdict(row) for row in found]
+            (chosen.out / "causal_lms.json").write_text(json.dumps(rows, indent=1) + "\n")
+    if chosen.page is not None:
+        chosen.page.write_text(markdown(found, chosen.backend))
+    return 1 if any(each.status in ("wrong", "failed") for each in found) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
