@@ -60,7 +60,13 @@ _WIDTHS: tuple[_Rule, ...] = (
     (r"hidden_size|d_model|n_embd|dim|d_latents|text_embed_dim|vision_embed_dim", _to(WIDTH)),
     (r"(num_|n_)?(encoder_|decoder_|hidden_)?(num_)?(attention_)?heads?", _to(HEADS)),
     (r"num_key_value_heads|num_kv_heads", _to(HEADS)),
-    (r"head_dim|d_kv|attention_head_size|rotary_dim", _to(WIDTH // HEADS)),
+    (
+        r"head_dim|d_kv|attention_head_size|rotary_dim|qk_(rope|nope)_head_dim|v_head_dim",
+        _to(WIDTH // HEADS),
+    ),
+    (r"(q|kv)_lora_rank", _to(WIDTH // 2)),
+    (r"n_routed_experts|num_(local_)?experts|moe_num_experts", _to(HEADS)),
+    (r"moe_intermediate_size", _to(WIDTH)),
     (
         r"intermediate_size|ffn_dim|(encoder|decoder)_ffn_dim|d_ff|hidden_dim|dim_feedforward",
         _to(2 * WIDTH),
