@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -152,6 +153,13 @@ def running(request: pytest.FixtureRequest, folder: Path) -> Iterator[Running]:
         yield found
 
 
+def fetch(url: str, body: bytes | None = None) -> str:
+    """What the server answers: to a GET, or, with a body, to a POST."""
+    asked = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(asked, timeout=60) as answer:
+        return answer.read().decode()
+
+
 def complete(running: Running, prompt: str, count: int, **more: object) -> str:
     asked = {"model": NAME, "prompt": prompt, "max_tokens": count, "temperature": 0, **more}
     answer = running.client().completions.create(**asked)
@@ -187,14 +195,12 @@ def test_two_at_once(running: Running, folder: Path) -> None:
 
 
 def test_a_wrong_name_is_refused(running: Running, folder: Path) -> None:
-    import httpx2
     import openai
 
     with pytest.raises(openai.BadRequestError) as refused:
         running.client().completions.create(model="other", prompt=PROMPT)
     assert "requested 'other'" in refused.value.response.json()["detail"]
-    answer = httpx2.post(f"{running.url}/load_model", json={"model": "other"})
-    assert "no other model" in answer.text
+    assert "no other model" in fetch(f"{running.url}/load_model", b'{"model": "other"}')
     assert [each.id for each in running.client().models.list()] == [NAME]
     assert complete(running, PROMPT, 3) == expected(folder, PROMPT, 3)
 
@@ -214,10 +220,8 @@ def test_a_stream_that_the_client_leaves_is_not_computed_on(running: Running, fo
 
 
 def test_metrics_are_answered(running: Running) -> None:
-    import httpx2
-
     complete(running, PROMPT, 3)
-    text = httpx2.get(f"{running.url}/metrics").text
+    text = fetch(f"{running.url}/metrics")
     counted = [line for line in text.splitlines() if line.startswith("piecework_steps_total")]
     assert any(f'model="{NAME}",mode="PIECEWISE"' in line for line in counted)
 
@@ -225,12 +229,10 @@ def test_metrics_are_answered(running: Running) -> None:
 def test_a_model_that_was_unloaded_is_stitched_again_and_shutdown_leaves_nothing(
     folder: Path,
 ) -> None:
-    import httpx2
-
     threads = set(threading.enumerate())
     with serving(folder) as running:
         first = weakref.ref(running.model())
-        assert httpx2.post(f"{running.url}/reset").json() == {"status": "ok"}
+        assert fetch(f"{running.url}/reset", b"") == '{"status":"ok"}'
         with counters.expect(num_graphs_seen=1):  # the head; the decoder comes from its artifact
             assert complete(running, PROMPT, 9) == expected(folder, PROMPT, 9)
         assert running.steps() == 9
@@ -256,8 +258,6 @@ def test_stop_strings_reach_a_stitched_model_with_their_tokenizer(folder: Path) 
 
 def test_the_command_serves_what_compile_made(folder: Path, tmp_path: Path) -> None:
     require_packages()
-    import httpx2
-
     made = tmp_path / "out"
     done = CliRunner().invoke(app, ["compile", str(folder), "-o", str(made), "--backend", "eager"])
     assert done.exit_code == 0, done.output
@@ -279,7 +279,7 @@ def test_the_command_serves_what_compile_made(folder: Path, tmp_path: Path) -> N
         assert found, "".join(said)
         running = Running(int(found[1]), lambda: None)
         assert chat(running, PROMPT, 6, stream=True) == expected(folder, f"w1 {PROMPT} w3", 6)
-        text = httpx2.get(f"{running.url}/metrics").text
+        text = fetch(f"{running.url}/metrics")
         assert f'piecework_traces{{model="{NAME}"}} 1' in text
         assert "piecework_graphs_seen_total 0" in text  # loaded, not traced
         process.send_signal(signal.SIGINT)
