@@ -36,6 +36,7 @@ from piecework.integrations.transformers import stitch, stitched_module  # noqa:
 # One word a token; transformers finds out by "abcdef" how the tokens of stop strings are written.
 WORDS = ["<unk>", "<s>", "</s>", "abcdef", *(f"w{n}" for n in range(93))]
 NAME = "tiny"
+COMPILED = "compiled"
 PROMPT = "w5 w60 w7"
 TOGETHER = {"page_size": 8, "num_blocks": 256, "max_batch_tokens": 64, "max_requests_per_batch": 4}
 LONG = 1000
@@ -43,7 +44,7 @@ LONG = 1000
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of seeded weights, with a tokenizer of a word a token."""
+    """A Llama of seeded weights, with a tokenizer of a word a token; beside it, what ``piecework compile`` makes of it."""
     place = tmp_path_factory.mktemp("serve") / "model"
     words = Tokenizer(models.WordLevel({w: n for n, w in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -70,6 +71,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for weight in model.parameters():
             weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
     model.save_pretrained(place)
+    made = place.with_name(COMPILED)
+    done = CliRunner().invoke(app, ["compile", str(place), "-o", str(made), "--backend", "eager"])
+    assert done.exit_code == 0, done.output
+    loaded(place)  # before a model serves: transformers changes classes while it loads another
     return place
 
 
@@ -79,12 +84,12 @@ def loaded(folder: Path) -> tuple[torch.nn.Module, object]:
     return transformers.AutoModelForCausalLM.from_pretrained(folder), served_by.tokenizer_of(folder)
 
 
-def stitched(folder: Path) -> tuple[torch.nn.Module, object]:
+def stitched(folder: Path, **how: object) -> tuple[torch.nn.Module, object]:
+    """The model by its artifact, and its tokenizer."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
-    place = folder.parent / "artifact"
-    return stitch(
-        model, config={"backend": "eager"}, capture=[1, 2], artifact=place
-    ), served_by.tokenizer_of(folder)
+    place = folder.with_name(COMPILED) / "artifact"
+    stitch(model, config={"backend": "eager"}, artifact=place, **how)
+    return model, served_by.tokenizer_of(folder)
 
 
 def expected(folder: Path, prompt: str, count: int, **how: object) -> str:
@@ -127,7 +132,7 @@ def serving(folder: Path, batching: object = None) -> Iterator[Running]:
     made = []
 
     def make() -> tuple[torch.nn.Module, object]:
-        model, tokenizer = stitched(folder)
+        model, tokenizer = stitched(folder, capture=[1, 2])
         made.append(weakref.ref(model))
         return model, tokenizer
 
@@ -256,11 +261,9 @@ def test_stop_strings_reach_a_stitched_model_with_their_tokenizer(folder: Path) 
     assert torch.equal(ours, theirs) and ours.shape[1] <= 3 + 3
 
 
-def test_the_command_serves_what_compile_made(folder: Path, tmp_path: Path) -> None:
+def test_the_command_serves_what_compile_made(folder: Path) -> None:
     require_packages()
-    made = tmp_path / "out"
-    done = CliRunner().invoke(app, ["compile", str(folder), "-o", str(made), "--backend", "eager"])
-    assert done.exit_code == 0, done.output
+    made = folder.with_name(COMPILED)
     kept = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
     command = [sys.executable, "-m", "piecework", "serve", str(made), "--port", "0"]
     with subprocess.Popen(
