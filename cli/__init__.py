@@ -17,6 +17,7 @@ from piecework.cli.capture import coverage
 from piecework.cli.config import config_app
 from piecework.cli.demo import demo
 from piecework.cli.golden import golden_app
+from piecework.cli.serve import serve
 from piecework.cli.trace import trace
 
 app = typer.Typer(
@@ -57,6 +58,7 @@ app.command(
 )(bench)
 app.command(epilog="Example: piecework coverage out --sizes 1,2,4,8")(coverage)
 app.command(epilog="Example: piecework trace config.json -o trace.json")(trace)
+app.command(epilog="Example: piecework serve path/to/model --artifact model.artifact")(serve)
 app.add_typer(golden_app)
 app.add_typer(cache_app)
 app.add_typer(config_app)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from piecework.errors import UsageError
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
 
@@ -114,3 +116,13 @@ def first_line(error: BaseException) -> str:
     """What a library's error says, in one line."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def require_packages(names: Iterable[str], extra: str) -> None:
+    """Raise `UsageError` if one of these packages, which the extra ``extra`` installs, is missing."""
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"this needs {', '.join(missing)}, which {'are' if missing[1:] else 'is'} not installed",
+            hint=f"pip install 'piecework[{extra}]'",
+        )

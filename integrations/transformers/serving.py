@@ -39,8 +39,11 @@ _TAKEN = (
     "past_key_values",
     "use_cache",
 )
-# Without meaning inside the decoder: for the output, the head or the loss.
-_INERT = ("return_dict", "cache_position", "logits_to_keep", "num_items_in_batch")
+# Without meaning inside the decoder: for the output, the head or the loss, or for generate(), which hands its tokenizers on.
+_INERT = (
+    *("return_dict", "cache_position", "logits_to_keep", "num_items_in_batch"),
+    *("tokenizer", "assistant_tokenizer"),
+)
 # What continuous batching passes along for its attention functions, and for the sampling behind the head.
 _PAGED = (
     "cache",

@@ -302,7 +302,17 @@ def test_the_demo_leaves_nothing_behind(tmp_path: Path, monkeypatch) -> None:  #
 
 
 def test_every_command_has_help_with_an_example() -> None:
-    for command in ("demo", "compile", "show", "run", "verify", "bench", "coverage", "trace"):
+    for command in (
+        "demo",
+        "compile",
+        "show",
+        "run",
+        "verify",
+        "bench",
+        "coverage",
+        "serve",
+        "trace",
+    ):
         result = invoke(command, "--help")
         assert result.exit_code == 0 and f"Example: piecework {command}" in result.output
 

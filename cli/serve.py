@@ -1,0 +1,132 @@
+"""``piecework serve``: in, a model's folder or what compile made of it; out, transformers' OpenAI-style server with the model stitched, until a signal ends it."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from piecework.cli.bundles import reload_model, run_compile_step, run_step
+from piecework.cli.capture import parse_sizes
+from piecework.cli.console import console, typed_errors
+from piecework.cli.options import Backend, ConfigFile, Overrides, configuration
+from piecework.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from piecework.runtime.bundle import Manifest
+
+
+def serve(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_DIR",
+            help="A local Hugging Face folder with a tokenizer, or a folder that compile made of one.",
+        ),
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="What requests call the model.", show_default="MODEL_OR_DIR")
+    ] = None,
+    capture: Annotated[
+        str, typer.Option(help="Static graphs for batch sizes such as 1,2,4,8, or auto.")
+    ] = "",
+    artifact: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PLACE",
+            help="Load what was compiled from there; where nothing fits, compile and save it there.",
+            show_default="DIR/artifact of a folder that compile made",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where the model runs, such as cuda.")] = "cpu",
+    continuous_batching: Annotated[
+        bool, typer.Option("--continuous-batching", help="Compute requests together.")
+    ] = False,
+    cb_num_blocks: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pages of its KV cache.", show_default="most of the memory"),
+    ] = None,
+    cb_max_batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in a step of it.", show_default="8192")
+    ] = None,
+    backend: Backend = None,
+    config_file: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Answer chat and completion requests from a stitched model, streamed too: the server is that of `transformers serve`.
+
+    The model is loaded and compiled, or loaded from an artifact, before the first request. GET /metrics is what ran, for Prometheus.
+    """
+    with typed_errors():
+        from piecework.integrations.loading import load_model
+        from piecework.integrations.protocol import require_packages
+        from piecework.runtime import bundle
+
+        require_packages(("transformers",), "serve")
+        from transformers import ContinuousBatchingConfig
+
+        from piecework.integrations.transformers import stitch
+        from piecework.integrations.transformers.openai_server import (
+            bound_socket,
+            make_server,
+            tokenizer_of,
+        )
+
+        sizes = "auto" if capture == "auto" else parse_sizes(capture) or None
+        limits = {"num_blocks": cb_num_blocks, "max_batch_tokens": cb_max_batch_tokens}
+        if not continuous_batching and any(limits.values()):
+            raise UsageError("--cb-… options are for --continuous-batching")
+        folder = Path(model)
+        manifest = bundle.read_manifest(folder) if (folder / bundle.MANIFEST).is_file() else None
+        config = configuration(
+            config_file, overrides, backend=backend, base=manifest and manifest.config
+        )
+        if artifact is None and manifest and not (config_file or overrides or backend):
+            artifact = str(folder / bundle.ARTIFACT)
+        out = console()
+
+        def make() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+            tokenizer = tokenizer_of(_weights(folder, manifest))
+            loaded = run_step(
+                out,
+                False,
+                f"Loading {model}",
+                lambda: reload_model(folder, manifest) if manifest else load_model(model),
+            )
+            module = loaded.module.to(device)  # type: ignore[attr-defined]
+            run_compile_step(
+                out,
+                False,
+                f"Stitching with {config.backend}",
+                lambda: stitch(module, config=config, capture=sizes, artifact=artifact),
+            )
+            return module, tokenizer
+
+        with bound_socket(host, port) as listener:
+            batching = ContinuousBatchingConfig(**limits) if continuous_batching else None
+            server = make_server(name or model, make, batching=batching)
+            address = f"http://{host}:{listener.getsockname()[1]}/v1"
+            out.print(f"{name or model} at {address}", markup=False)
+            with suppress(KeyboardInterrupt):
+                server.run(sockets=[listener])
+
+
+def _weights(folder: Path, manifest: Manifest | None) -> Path:
+    """Where the model's own files lie.
+
+    Raises:
+        UsageError: it was made from a config alone, or by a factory.
+    """
+    found = folder if manifest is None else Path(manifest.model)
+    if not found.is_dir():
+        raise UsageError(
+            f"{str(folder)!r} is of no model that has a tokenizer",
+            hint="give the local Hugging Face folder of a causal LM, or what compile made of one",
+        )
+    return found
