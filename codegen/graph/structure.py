@@ -215,7 +215,9 @@ def input_signature(node: torch.fx.Node) -> str:
     """
     value = value_of(node)
     if not isinstance(value, torch.Tensor):
-        return f"{type(value).__qualname__} {value if isinstance(value, (int, torch.SymInt)) else ''}"
+        return (
+            f"{type(value).__qualname__} {value if isinstance(value, (int, torch.SymInt)) else ''}"
+        )
     static = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
     return f"{_signature(value)} {static}"
 

@@ -185,7 +185,9 @@ def test_weights_of_a_subclass_are_rebound_where_they_are_made_alike() -> None:
             stitched(torch.randn(4, 32))
     model.layers[1].weight = held
     check(model, stitched)
-    model.layers[2].bias = torch.nn.Parameter(torch.ones(32))  # another weight than the quantised ones
+    model.layers[2].bias = torch.nn.Parameter(
+        torch.ones(32)
+    )  # another weight than the quantised ones
     stitched.rebind()
     check(model, stitched)
 

@@ -21,7 +21,7 @@ transformers = pytest.importorskip("transformers")
 
 EAGER_PIECES = CompilationConfig(backend="eager")
 INDUCTOR = CompilationConfig()
-SIZES = [1, 2, 4]
+SIZES = [2, 4]
 SHAPE = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -140,7 +140,7 @@ def test_swapped_adapters_are_served_by_the_same_graphs(
     texts = {str(generated(each, 2)) for each in (build(), *map(eager, paths))}
     assert len(texts) == 5  # each adapter says something else
     with counters.expect(num_graphs_seen=0, num_cudagraph_captured=0):
-        for path in (*paths, *reversed(paths)):
+        for path in (*paths[1:], paths[0]):
             swap(peft, model, path)
             before = replays(model.get_base_model())
             check(model, eager(path))
@@ -167,7 +167,9 @@ def test_a_rank_above_the_prepared_one_is_refused(
     model = served(saved(1))
     larger = saved(2, rank=16, alpha=8)
     swap(peft, model, larger)  # PEFT gives the weights other memory and shapes
-    with pytest.raises(InputError, match=r"lora_A.default.weight has shape \(16, 32\); .* \(8, 32\)"):
+    with pytest.raises(
+        InputError, match=r"lora_A.default.weight has shape \(16, 32\); .* \(8, 32\)"
+    ):
         generated(model, 2)
     with pytest.raises(BindError, match="compile the model again"):
         stitched_module(model.get_base_model()).rebind()
@@ -238,7 +240,9 @@ def test_an_adapter_put_on_a_stitched_model_is_noticed(peft: Any) -> None:
     for _ in range(2):
         with pytest.raises(InputError, match="q_proj was replaced"):
             generated(wrapped, 2)
-        with pytest.raises(BindError, match="q_proj was a torch.nn.*Linear when .* peft.*Linear now"):
+        with pytest.raises(
+            BindError, match="q_proj was a torch.nn.*Linear when .* peft.*Linear now"
+        ):
             stitched_module(model).rebind()
     plain = unstitch(model)
     expected = generated(wrapped, 2)
@@ -324,23 +328,22 @@ def test_a_head_that_is_replaced_is_not_served_by_its_old_graphs() -> None:
 
 
 def test_twenty_nights_of_sleep() -> None:
-    eager = build()
-    model = stitch(copy.deepcopy(eager), config=EAGER_PIECES, capture=SIZES)
+    eager = build(num_hidden_layers=1)
+    expected = generated(eager, 2)
+    model = stitch(copy.deepcopy(eager), config=EAGER_PIECES, capture=[2])
     parts = [stitched_module(model), model.lm_head.forward.stitched]
     held = [each.memory_report().held for each in parts]
-    for cycle in range(20):
+    for _ in range(20):
         sleep(model)
         for each in parts:
             with pytest.raises(BindError, match=r"nothing is captured.*wake_up\(\)"):
                 each.coverage()
-        if cycle % 10 == 0:
-            check(model, eager)
         wake_up(model)
         assert [each.memory_report().held for each in parts] == held
-        if cycle % 10 == 0:
-            check(model, eager)
-            assert replays(model) == 14
-    check(model, eager)
+        assert torch.equal(generated(model, 2), expected)
+        assert replays(model) == 7
+    sleep(model)
+    assert torch.equal(generated(model, 2), expected)
     unstitch(model)
     for each in (sleep, wake_up):
         with pytest.raises(UsageError, match="not stitched"):
