@@ -187,7 +187,7 @@ def test_an_adapter_of_another_dtype_is_cast_into_place(
     check(model, eager(saved(2)))
     layer = next(each for each in model.modules() if isinstance(each, peft.tuners.lora.Linear))
     layer.lora_A["default"].weight.data = layer.lora_A["default"].weight.data.double()
-    with pytest.raises(InputError, match="has dtype torch.float64"):
+    with pytest.raises(InputError, match=r"has dtype torch.float64"):
         generated(model, 2)
 
 
@@ -241,7 +241,7 @@ def test_an_adapter_put_on_a_stitched_model_is_noticed(peft: Any) -> None:
         with pytest.raises(InputError, match="q_proj was replaced"):
             generated(wrapped, 2)
         with pytest.raises(
-            BindError, match="q_proj was a torch.nn.*Linear when .* peft.*Linear now"
+            BindError, match=r"q_proj was a torch.nn.*Linear when .* peft.*Linear now"
         ):
             stitched_module(model).rebind()
     plain = unstitch(model)
