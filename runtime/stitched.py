@@ -46,6 +46,7 @@ from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.sizes import require_positive_sizes
 from piecework.runtime.bind.reachable import own_tensors
+from piecework.runtime.bind.weights import unfit
 from piecework.runtime.call.edited import EditedSource
 from piecework.runtime.call.entry import OPAQUE
 from piecework.runtime.call.execution import Changes
@@ -126,6 +127,7 @@ class StitchedModule(SharedModule):
         self._sizes: SizePolicy | None = None
         self._traces: tuple[TracedModel, ...] = ()
         self._hopeless: set[object] = set()
+        self._capture_again: Callable[[], object] | None = None
         self._tracing = threading.RLock()
         self._changes = Changes()
         self._on_trace: Callable[[TracedModel], object] | None = None
@@ -404,7 +406,8 @@ class StitchedModule(SharedModule):
             state: parameters and buffers by their names in ``model``, all or some of them.
 
         Raises:
-            BindError: the model has no weight of such a name, or it has another shape or dtype; nothing is changed then.
+            BindError: the model has no weight of such a name, it has another shape or dtype, or one weight has two names and two
+                new values; nothing is changed then.
 
         Example:
             >>> stitched.refit(trained.state_dict())
@@ -417,6 +420,7 @@ class StitchedModule(SharedModule):
                 hint="pass trained.state_dict()",
             )
         held = dict(own_tensors(self.model))
+        tied: dict[int, str] = {}
         for name, new in state.items():
             if not isinstance(new, torch.Tensor):
                 raise BindError(
@@ -425,14 +429,26 @@ class StitchedModule(SharedModule):
             old = held.get(name)
             if old is None:
                 raise BindError("the model has no such weight", where=name)
-            if (old.shape, old.dtype) != (new.shape, new.dtype):
+            difference = unfit(old, new)
+            if difference:
                 raise BindError(
-                    f"the weight is {old.dtype}{list(old.shape)}, the new one {new.dtype}{list(new.shape)}",
+                    difference,
                     where=name,
                     hint="compile the model again for weights of another kind",
                 )
+            first = tied.setdefault(id(old), name)
+            if new is not state[first] and not torch.equal(new, state[first]):
+                raise BindError(
+                    f"it and {first} are one weight, and their new values differ", where=name
+                )
+        own = {torch_compat.storage_id(each) for each in held.values()}
         with self._changes.one("refit()"), torch.no_grad():
+            values = dict(state)
             for name, new in state.items():
+                place = torch_compat.storage_id(new)
+                if place in own and place != torch_compat.storage_id(held[name]):
+                    values[name] = new.clone()  # of another weight, which is written before
+            for name, new in values.items():
                 held[name].copy_(new)
 
     def accept_settings(self) -> None:
@@ -557,7 +573,7 @@ class StitchedModule(SharedModule):
 
     def forget(self) -> None:
         """Be as before anything was compiled; for an artifact that was taken and does not serve."""
-        self._traces, self._sizes = (), None
+        self._traces, self._sizes, self._capture_again = (), None, None
         self._serve_by(self._prepare_and_call)
 
     @short_errors
@@ -615,6 +631,14 @@ class StitchedModule(SharedModule):
         for each in self._traces:
             each.entry.require_idle("capture()")
         wish = CaptureOptions.given(options)
+        self._capture_again = partial(
+            self.capture,
+            sizes,
+            memory_budget=memory_budget,
+            progress=False,
+            estimate=False,
+            **options,  # type: ignore[arg-type]
+        )
         wanted = None if sizes is None else list(sizes)
         with self._changes.one("capture()"):
             single = self._trace_of_one(wanted, wish)
@@ -638,6 +662,40 @@ class StitchedModule(SharedModule):
                     estimate=estimate,
                 )
         return self
+
+    @property
+    def was_captured(self) -> bool:
+        """Whether `wake_up` knows what to capture."""
+        return self._capture_again is not None
+
+    def sleep(self) -> None:
+        """Give the static graphs and their memory back, until `wake_up`. Calls run uncaptured meanwhile; one that is in a graph finishes there.
+
+        Weights stay where they are.
+
+        Example:
+            >>> stitched.sleep()
+            >>> train(model)  # in place
+            >>> stitched.wake_up()
+        """
+        with self._changes.one("sleep()"), self._tracing:
+            platforms = [each.static.graphs.platform for each in self._traces if each.static]
+            for each in self._traces:
+                each.give_up_graphs()
+            for platform in platforms:
+                platform.release_cached_memory()
+
+    @short_errors
+    def wake_up(self) -> None:
+        """Capture again what the last `capture` did, after `sleep`, or after a `rebind` that gave the graphs up.
+
+        Raises:
+            BindError: nothing was captured before.
+            StaticGraphError: as `capture`.
+        """
+        if self._capture_again is None:
+            raise self._nothing_captured()
+        self._capture_again()
 
     @short_errors
     def measure(
@@ -676,6 +734,7 @@ class StitchedModule(SharedModule):
         if any(row.best != CAPTURED for row in rows):
             for each in self._traces:
                 each.give_up_graphs()
+            self._capture_again = None
             if worth:
                 self.capture(worth, **options)  # type: ignore[arg-type]
         return found
@@ -718,12 +777,15 @@ class StitchedModule(SharedModule):
     def _captured(self) -> list[CapturedModel]:
         found = [each.static for each in self._traces if each.static is not None]
         if not found:
-            raise BindError(
-                "nothing is captured",
-                where=None if self._traces else torch_compat.compiler_off(),
-                hint="call capture(sizes) first",
-            )
+            raise self._nothing_captured()
         return found
+
+    def _nothing_captured(self) -> BindError:
+        return BindError(
+            "nothing is captured",
+            where=None if self._traces else torch_compat.compiler_off(),
+            hint="call wake_up()" if self.was_captured else "call capture(sizes) first",
+        )
 
     def dispatch(
         self, num_tokens: int, uniform_decode: bool = False, **kind: Any

@@ -5,6 +5,7 @@ Two graphs with equal keys run the same operators on the same operands; nothing 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import operator
 from collections.abc import Callable, Iterable
@@ -100,11 +101,36 @@ class _Writer:
         )
         target = self._target(node)
         if node.op == "placeholder" and describe_input is not None:
-            target = describe_input(node) + self._sharing(node, number)
+            made_of = self._made_of(value_of(node), number)
+            target = describe_input(node) + made_of + self._sharing(node, number)
         # Results are unpacked by their number, so it is part of the program.
         result = value_of(node)
         arity = f" -> {len(result)}" if isinstance(result, (tuple, list)) else ""
         self.lines.append(f"%{number} {node.op} {target} ({args}) {{{kwargs}}}{arity}")
+
+    def _made_of(self, value: object, number: int) -> str:
+        """The inner tensors and settings of a tensor subclass: its class computes by them, and shape and dtype don't tell them."""
+        flatten = getattr(type(value), "__tensor_flatten__", None)
+        if flatten is None:
+            return ""
+        names, settings = flatten(value)
+        inner = {name: getattr(value, name) for name in names}
+        parts = [f"{name}: {_signature(x)}{self._made_of(x, number)}" for name, x in inner.items()]
+        # By the class itself, so that nothing is kept for a process in which it may do something else.
+        return f" of {self._object(type(value))} {self._setting(settings, number)} {parts}"
+
+    def _setting(self, value: object, number: int) -> str:
+        """What a subclass says of itself; settings of equal fields are equal, as they are to Dynamo."""
+        if type(value) is dict:
+            items = [f"{key!a}: {self._setting(each, number)}" for key, each in value.items()]
+            return f"dict({', '.join(items)})"
+        if type(value) in (list, tuple):
+            items = [self._setting(each, number) for each in value]  # type: ignore[attr-defined]
+            return f"{type(value).__name__}({', '.join(items)})"
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            held = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+            return f"{self._object(type(value))} {self._setting(held, number)}"
+        return self._value(value, number, "")
 
     def _sharing(self, node: torch.fx.Node, number: int) -> str:
         """Which earlier input lies in the same memory: writing to one of two means something else then."""
@@ -200,21 +226,27 @@ def input_signature(node: torch.fx.Node) -> str:
     Symbols keep their names: they are shared by all pieces of one capture.
     """
     value = value_of(node)
-    if isinstance(value, torch.Tensor):
-        layout = value.layout
-        strided = layout == torch.strided
-        return " ".join(
-            str(part)
-            for part in (
-                type(value).__qualname__,
-                value.dtype,
-                value.device,
-                tuple(value.shape),
-                value.stride() if strided else layout,
-                value.storage_offset() if strided else 0,
-                value.requires_grad,
-                isinstance(value, torch.nn.Parameter),
-                node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type"),
-            )
+    if not isinstance(value, torch.Tensor):
+        return (
+            f"{type(value).__qualname__} {value if isinstance(value, (int, torch.SymInt)) else ''}"
         )
-    return f"{type(value).__qualname__} {value if isinstance(value, (int, torch.SymInt)) else ''}"
+    static = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
+    return f"{_signature(value)} {static}"
+
+
+def _signature(value: torch.Tensor) -> str:
+    layout = value.layout
+    strided = layout == torch.strided
+    return " ".join(
+        str(part)
+        for part in (
+            type(value).__qualname__,
+            value.dtype,
+            value.device,
+            tuple(value.shape),
+            value.stride() if strided else layout,
+            value.storage_offset() if strided else 0,
+            value.requires_grad,
+            isinstance(value, torch.nn.Parameter),
+        )
+    )

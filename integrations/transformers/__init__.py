@@ -3,6 +3,13 @@
 It never patches transformers or changes the model's weights; ``unstitch`` gives back exactly the model that came in.
 """
 
-from piecework.integrations.transformers.stitcher import load, stitch, stitched_module, unstitch
+from piecework.integrations.transformers.stitcher import (
+    load,
+    sleep,
+    stitch,
+    stitched_module,
+    unstitch,
+    wake_up,
+)
 
-__all__ = ["load", "stitch", "stitched_module", "unstitch"]
+__all__ = ["load", "sleep", "stitch", "stitched_module", "unstitch", "wake_up"]

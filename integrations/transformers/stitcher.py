@@ -237,6 +237,35 @@ def stitched_module(model: nn.Module, entry: str = "input_ids") -> StitchedModul
     return _required(_decoder_of(model)).entry(entry)
 
 
+def sleep(model: nn.Module) -> None:
+    """Give the static graphs of a stitched model and their memory back, the head's too; calls run uncaptured until `wake_up`.
+
+    Raises:
+        UsageError: the model is not stitched.
+    """
+    for each in _captured_parts(model):
+        each.sleep()
+
+
+def wake_up(model: nn.Module) -> None:
+    """Capture again what was captured of a stitched model before `sleep`, or before its weights were rebound.
+
+    Raises:
+        UsageError: the model is not stitched.
+        StaticGraphError: as `stitch`.
+    """
+    for each in _captured_parts(model):
+        each.wake_up()
+
+
+def _captured_parts(model: nn.Module) -> list[StitchedModule]:
+    stitched = _required(_decoder_of(model))
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    forward = None if head is None else head.__dict__.get("forward")
+    parts = [*stitched.made(), *([forward.stitched] if isinstance(forward, HeadForward) else [])]
+    return [each for each in parts if each.was_captured]
+
+
 class StitchedForward:
     """Stands in for a decoder's ``forward``: takes its arguments, serves them by the stitched function.
 
@@ -309,6 +338,10 @@ class StitchedForward:
                 compile_forward(made, self.serving.decoder, name)
                 self._entries[name] = made
             return self._entries[name]
+
+    def made(self) -> list[StitchedModule]:
+        """The entries that are compiled."""
+        return list(self._entries.values())
 
     def take(self, name: str, found: Artifact) -> None:
         """Serve tokens that come as ``name`` by an artifact.

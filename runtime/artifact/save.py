@@ -172,6 +172,12 @@ def _require_savable(trace: TracedModel) -> None:
             where="torch's settings",
             hint="see the warning of the compile cache",
         )
+    made_of = next((each for each in trace.entry.weights.traced if each.inner), None)
+    if made_of is not None:
+        raise ArtifactError(
+            f"weight {made_of.path} is a {made_of.kind.__qualname__}, and an artifact can't tell whether another process has the same",
+            hint="compile the model in each process, or hold quantised weights as plain tensors",
+        )
 
 
 # --- one trace ---------------------------------------------------------------------------------------

@@ -267,7 +267,10 @@ class Fact:
                 what = (
                     "module " if issubclass(self.expected, torch.nn.Module) else ""  # type: ignore[arg-type]
                 )
-                return f"{what}{path or 'model'} was a {_name(self.expected)} {then} and is a {_name(seen)} now"
+                was, now_is = _name(self.expected), _name(seen)
+                if was == now_is:  # of two modules
+                    was, now_is = (f"{each.__module__}.{_name(each)}" for each in (self.expected, seen))  # type: ignore[attr-defined]
+                return f"{what}{path or 'model'} was a {was} {then} and is a {now_is} now"
             case "tensor type" | "requires_grad":
                 return f"{path} had {self.kind} {shown(self.expected)} {then} and has {shown(seen)} now, which its code looks at"
             case "TENSOR_MATCH":

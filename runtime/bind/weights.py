@@ -15,6 +15,7 @@ every call, and completely:
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,12 @@ from piecework.runtime.bind.traced_state import TracedState
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """A weight as the trace saw it."""
+    """A weight as the trace saw it.
+
+    Attributes:
+        kind: its class.
+        settings, inner: of a subclass around other tensors, what it says of itself, and those tensors by name.
+    """
 
     path: str
     dtype: torch.dtype
@@ -39,18 +45,33 @@ class Traced:
     device: torch.device
     shape: torch.Size
     stride: tuple[int, ...]
+    kind: type = torch.Tensor
+    settings: object = None
+    inner: tuple[Traced, ...] = ()
 
     @classmethod
     def of(cls, path: str, tensor: torch.Tensor) -> Traced:
         stride = _stride(tensor)
-        return cls(path, tensor.dtype, tensor.layout, tensor.device, tensor.shape, stride)
+        kind, (settings, inner) = type(tensor), _made_of(tensor)
+        traced = tuple(cls.of(name, each) for name, each in inner.items())
+        return cls(
+            path,
+            tensor.dtype,
+            tensor.layout,
+            tensor.device,
+            tensor.shape,
+            stride,
+            torch.Tensor if kind in _PLAIN else kind,
+            settings,
+            traced,
+        )
 
     def difference(self, tensor: object) -> str:
         """How ``tensor`` differs from what was traced; "" if it does not."""
         if not isinstance(tensor, torch.Tensor):
             return f"is a {type(tensor).__qualname__} now"
-        if type(tensor) not in _PLAIN:
-            return f"is a {type(tensor).__qualname__} now, a tensor subclass"
+        if (torch.Tensor if type(tensor) in _PLAIN else type(tensor)) is not self.kind:
+            return f"is a {type(tensor).__qualname__} now; the trace had a {self.kind.__qualname__}"
         for what, expected, actual in (
             ("dtype", self.dtype, tensor.dtype),
             ("layout", self.layout, tensor.layout),
@@ -60,7 +81,23 @@ class Traced:
         ):
             if expected != actual:
                 return f"has {what} {actual}; the trace had {expected}"
+        settings, inner = _made_of(tensor)
+        if settings != self.settings or [each.path for each in self.inner] != list(inner):
+            return f"is made as {settings} of {', '.join(inner)} now; the trace had it otherwise"
+        for each in self.inner:
+            difference = each.difference(inner[each.path])
+            if difference:
+                return f"holds a tensor {each.path} that {difference}"
         return "is a lazily negated or conjugated view now" if torch_compat.is_lazy(tensor) else ""
+
+
+def _made_of(tensor: torch.Tensor) -> tuple[object, dict[str, torch.Tensor]]:
+    """What a tensor subclass says of itself, and the tensors that it holds; nothing for a plain tensor."""
+    flatten = getattr(type(tensor), "__tensor_flatten__", None)
+    if flatten is None:
+        return None, {}
+    names, settings = flatten(tensor)
+    return copy.deepcopy(settings), {name: getattr(tensor, name) for name in names}
 
 
 _TRIES = 16
@@ -304,6 +341,20 @@ class BoundWeights:
                     hint="compiled pieces are made for one dtype, device and shape: compile the model again",
                 )
         return None
+
+
+def unfit(old: torch.Tensor, new: torch.Tensor) -> str:
+    """Why the values of ``new`` can't be copied to where ``old`` lies; "" if they can."""
+    for what, held, given in (
+        ("", f"{old.dtype}{list(old.shape)}", f"{new.dtype}{list(new.shape)}"),
+        ("made as ", *(_made_of(each)[0] for each in (old, new))),
+    ):
+        if held != given:
+            return f"the weight is {what}{held}, the new one {given}"
+    (_, mine), (_, theirs) = _made_of(old), _made_of(new)
+    if mine.keys() != theirs.keys():
+        return f"the weight is a {type(old).__qualname__}, the new one a {type(new).__qualname__}"
+    return next(filter(None, (unfit(each, theirs[name]) for name, each in mine.items())), "")
 
 
 def _replaced(step: Step) -> InputError:

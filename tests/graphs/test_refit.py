@@ -66,3 +66,45 @@ def test_some_weights_are_enough_and_a_function_has_none() -> None:
     )
     with pytest.raises(BindError, match="function"):
         function.refit({})
+
+
+class Tied(torch.nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.table, self.head = torch.nn.Embedding(8, 8), torch.nn.Linear(8, 8, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.table(x).tanh())
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_tied_weight_is_one_weight(captured: bool) -> None:
+    stitched = piecework.compile(
+        Tied(0).eval(), (torch.arange(4),), config=CompilationConfig(backend="eager")
+    )
+    if captured:
+        stitched.capture([2, 4], progress=False)
+    x = torch.arange(4)
+    with torch.no_grad():
+        stitched.refit(Tied(1).state_dict())
+        torch.testing.assert_close(stitched(x), Tied(1)(x))
+        stitched.refit({"head.weight": Tied(2).head.weight})  # by one of its names
+        torch.testing.assert_close(stitched(x), Tied(2)(x))
+        two = {"table.weight": torch.ones(8, 8), "head.weight": torch.zeros(8, 8)}
+        with pytest.raises(BindError, match=r"table.weight are one weight.*differ"):
+            stitched.refit(two)
+        torch.testing.assert_close(stitched(x), Tied(2)(x))
+        stitched.refit({"table.weight": torch.ones(8, 8), "head.weight": torch.ones(8, 8)})
+    assert torch.equal(stitched.model.table.weight.detach(), torch.ones(8, 8))
+
+
+def test_weights_may_change_places() -> None:
+    stitched, expected = compiled(build(0)), build(0)
+    state = stitched.model.state_dict()
+    stitched.refit({"0.weight": state["2.weight"], "2.weight": state["0.weight"]})
+    expected[0].weight, expected[2].weight = expected[2].weight, expected[0].weight
+    x = torch.randn(2, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(stitched(x), expected(x))

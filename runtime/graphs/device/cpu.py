@@ -23,6 +23,7 @@ from piecework.runtime.batch.forward_context import (
 from piecework.runtime.graphs.device.contract import StaticGraph
 from piecework.runtime.graphs.device.weak_ref import (
     owns_plain_memory,
+    plain_parts,
     view_of_storage,
     weak_ref_tensors,
 )
@@ -267,9 +268,9 @@ def _storages(leaves: list[object]) -> list[torch.UntypedStorage]:
     """The distinct storages of the tensors among ``leaves``, without the empty ones."""
     found: dict[int, torch.UntypedStorage] = {}
     for leaf in leaves:
-        if isinstance(leaf, torch.Tensor) and owns_plain_memory(leaf):
-            storage = leaf.untyped_storage()
-            if storage.nbytes() and leaf.device.type == "cpu":
+        for part in plain_parts(leaf) if isinstance(leaf, torch.Tensor) else ():
+            storage = part.untyped_storage()
+            if storage.nbytes() and part.device.type == "cpu":
                 found.setdefault(storage.data_ptr(), storage)
     return list(found.values())
 

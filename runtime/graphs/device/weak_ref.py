@@ -58,6 +58,15 @@ def owns_plain_memory(tensor: torch.Tensor) -> bool:
     )
 
 
+def plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors of plain memory that ``tensor`` consists of: itself, or what a subclass holds; none where that can't be told."""
+    flatten = getattr(type(tensor), "__tensor_flatten__", None)
+    if flatten is None:
+        return [tensor] if owns_plain_memory(tensor) else []
+    parts = [plain_parts(getattr(tensor, name)) for name in flatten(tensor)[0]]
+    return [part for each in parts for part in each] if all(parts) else []
+
+
 def view_of_storage(
     storage: torch.UntypedStorage, *, like: torch.Tensor, byte_shift: int = 0
 ) -> torch.Tensor:

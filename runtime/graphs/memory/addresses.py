@@ -13,7 +13,7 @@ import torch
 
 from piecework.errors import ConfigError, StaticGraphError
 from piecework.runtime.batch.descriptor import BatchDescriptor
-from piecework.runtime.graphs.device.weak_ref import owns_plain_memory
+from piecework.runtime.graphs.device.weak_ref import owns_plain_memory, plain_parts
 
 
 class ValueOrigin(enum.Enum):
@@ -58,7 +58,8 @@ class AddressPolicy(enum.Enum):
 class Placement:
     """Where one tensor is and how it is laid out; equal placements mean a replay reads the right memory.
 
-    A tensor without elements has no address. ``turned`` tells lazy conjugation and negation.
+    A tensor without elements has no address. ``turned`` tells lazy conjugation and negation, ``parts`` where the tensors of a
+    subclass are.
     """
 
     address: int
@@ -66,11 +67,14 @@ class Placement:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     turned: tuple[bool, bool] = (False, False)
+    parts: tuple[Placement, ...] = ()
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Placement:
         if not owns_plain_memory(tensor) or tensor.numel() == 0:
-            return cls(0, tensor.dtype, tuple(tensor.shape), ())
+            parts = () if owns_plain_memory(tensor) else plain_parts(tensor)
+            inner = tuple(map(cls.of, parts))
+            return cls(0, tensor.dtype, tuple(tensor.shape), (), parts=inner)
         turned = (tensor.is_conj(), tensor.is_neg())
         return cls(tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), turned)
 
@@ -147,7 +151,7 @@ class AddressBook:
         self, name: str, tensor: torch.Tensor, origin: ValueOrigin = ValueOrigin.PERSISTENT
     ) -> None:
         """Vouch for a buffer that is allocated once and written in place (``OUT_BUFFER``: by splitting ops)."""
-        if not owns_plain_memory(tensor):
+        if not plain_parts(tensor):
             raise StaticGraphError(
                 f"a persistent buffer must be dense memory, not {tensor.layout} {type(tensor).__name__}",
                 where=name,
@@ -197,7 +201,9 @@ class AddressBook:
 
     def _find(self, tensor: torch.Tensor, descriptor: BatchDescriptor | None) -> _Region | None:
         if not owns_plain_memory(tensor):
-            return None
+            # Of a subclass, if somebody vouches for all that it holds.
+            found = [self._find(part, descriptor) for part in plain_parts(tensor)]
+            return found[0] if found and all(found) else None
         storage = tensor.untyped_storage()
         start = storage.data_ptr()
         captured = self._captured.get(descriptor, {}) if descriptor is not None else {}
@@ -213,7 +219,11 @@ class AddressBook:
         *,
         keep: bool,
     ) -> None:
-        if not owns_plain_memory(tensor) or tensor.untyped_storage().nbytes() == 0:
+        if not owns_plain_memory(tensor):
+            for part in plain_parts(tensor):
+                AddressBook._enter(regions, name, part, origin, keep=keep)
+            return
+        if tensor.untyped_storage().nbytes() == 0:
             return
         storage = tensor.untyped_storage()
         start = storage.data_ptr()

@@ -24,6 +24,7 @@ from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.bind.weights import BoundWeights
 from piecework.runtime.call.entry import Entry
 from piecework.runtime.call.execution import by_path_of
+from piecework.runtime.graphs.device.weak_ref import plain_parts
 from piecework.runtime.graphs.plan.batch_reader import FixedBatch
 from piecework.runtime.graphs.plan.estimate import (
     MemoryEstimate,
@@ -296,7 +297,7 @@ class CapturedModel:
         Graphs on the CPU run on the tensors themselves, so there it is looked at only with ``check_addresses``, or where
         torch does it quickly.
         """
-        tensors = list(self._weights.values())
+        tensors = [part for each in self._weights.values() for part in plain_parts(each)]
         in_place, quick = torch_compat.places_guard(tensors)
         needed = self.graphs.platform.device.type != "cpu" or self.options.check_addresses
         return in_place if tensors and (needed or quick) else None

@@ -1,0 +1,192 @@
+"""Graphs whose memory is lent out: `StitchedModule.sleep` and `wake_up`, again and again, with calls and changes in between."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import piecework
+from piecework.errors import BindError, InputError
+from piecework.runtime.counters import counters
+
+EAGER = piecework.CompilationConfig(backend="eager")
+
+
+@pytest.fixture(autouse=True)
+def quick_collections() -> Iterator[None]:
+    """Each capture collects garbage; what was there before is left out."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@piecework.splitting_op("sleep_tests::double", mutates_args=("out",), rows="independent")
+def double(x: torch.Tensor, out: torch.Tensor) -> None:
+    torch.mul(x, 2, out=out)
+
+
+class Model(torch.nn.Module):
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.enter, self.leave = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.enter(x)
+        double(x, out := torch.empty_like(x))
+        return x + self.leave(out)
+
+
+def build() -> tuple[Model, piecework.StitchedModule]:
+    model = Model().eval()
+    return model, piecework.compile(model, (torch.randn(4, 8),), config=EAGER)
+
+
+def check(model: Model, stitched: piecework.StitchedModule) -> None:
+    for size in (1, 3, 4, 9):
+        x = torch.randn(size, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(stitched(x), model(x))
+
+
+def modes(stitched: piecework.StitchedModule) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for row in stitched.call_report():
+        found[row.mode] += row.calls
+    return dict(found)
+
+
+def tensors() -> int:
+    gc.collect()
+    return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
+
+
+@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL"])
+def test_twenty_cycles_serve_the_same_and_keep_nothing(mode: str) -> None:
+    model, stitched = build()
+    stitched.capture([1, 4], mode=mode, progress=False)
+    with counters.expect(num_graphs_seen=0):
+        held, alive = [], []
+        for cycle in range(20):
+            graphs = weakref.ref(stitched.static_graphs)
+            held.append(stitched.memory_report().held)
+            check(model, stitched)
+            assert modes(stitched) == {mode: 3, "NONE": 1}
+            stitched.sleep()
+            gc.collect()
+            assert graphs() is None, "something holds the graphs"
+            check(model, stitched)
+            with torch.no_grad():
+                model.enter.weight.add_(cycle)  # what one lends the memory for
+            stitched.wake_up()
+            alive.append(tensors())
+    assert all(each == held[0] and each for each in held)
+    assert len(set(alive[2:])) == 1, alive
+
+
+def test_asleep_it_says_so_and_a_second_sleep_does_nothing() -> None:
+    model, stitched = build()
+    with pytest.raises(BindError, match=r"nothing is captured.*capture\(sizes\)"):
+        stitched.wake_up()
+    stitched.sleep()  # of nothing
+    assert not stitched.was_captured
+    stitched.capture([2], progress=False)
+    for _ in range(2):
+        stitched.sleep()
+        with pytest.raises(BindError, match=r"nothing is captured.*wake_up\(\)"):
+            stitched.coverage()
+    assert stitched.was_captured
+    check(model, stitched)
+
+
+def test_what_changed_meanwhile_is_what_is_captured() -> None:
+    model, stitched = build()
+    stitched.capture([1, 4], progress=False)
+    stitched.sleep()
+    stitched.refit(Model(1).state_dict())
+    check(Model(1), stitched)
+    model.leave = Model(2).leave
+    with pytest.raises(InputError, match=r"leave.*was replaced"):
+        stitched(torch.randn(4, 8))
+    stitched.rebind()
+    stitched.wake_up()
+    check(model, stitched)
+    assert modes(stitched)["PIECEWISE"] == 3
+
+
+def test_a_rebind_gives_graphs_up_and_waking_up_captures_the_new_weights() -> None:
+    model, stitched = build()
+    stitched.capture([1, 4], progress=False)
+    model.leave = Model(2).leave
+    stitched.rebind()
+    check(model, stitched)
+    stitched.wake_up()
+    check(model, stitched)
+    assert modes(stitched) == {"PIECEWISE": 3, "NONE": 1}
+
+
+def test_measured_sizes_are_captured_again_as_they_were_kept() -> None:
+    _, stitched = build()
+    kept = stitched.measure([1, 4], seconds=0.001).worth_capturing
+    assert stitched.was_captured == bool(kept)
+    stitched.sleep()
+    if kept:
+        stitched.wake_up()
+        assert stitched.static_graphs.sizes == kept
+
+
+def test_calls_of_other_threads_go_on_through_sleep_and_wake() -> None:
+    model, stitched = build()
+    stitched.capture([1, 4], progress=False)
+    done = threading.Event()
+
+    def serve() -> None:
+        while not done.is_set():
+            check(model, stitched)
+
+    with ThreadPoolExecutor(3) as pool:
+        serving = [pool.submit(serve) for _ in range(3)]
+        for _ in range(10):
+            stitched.sleep()
+            stitched.wake_up()
+        done.set()
+    for each in serving:
+        each.result()
+    check(model, stitched)
+
+
+def test_an_operator_of_the_model_may_put_it_to_sleep_and_its_call_finishes() -> None:
+    asks: list[bool] = []
+
+    @piecework.splitting_op("sleep_tests::sleeping", mutates_args=("out",), rows="independent")
+    def sleeping(x: torch.Tensor, out: torch.Tensor) -> None:
+        if asks:
+            asks.pop()
+            stitched.sleep()
+        torch.mul(x, 2, out=out)
+
+    class Inner(Model):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.enter(x)
+            sleeping(x, out := torch.empty_like(x))
+            return x + self.leave(out)
+
+    model = Inner().eval()
+    stitched = piecework.compile(model, (torch.randn(4, 8),), config=EAGER)
+    stitched.capture([4], progress=False)
+    x = torch.randn(4, 8)
+    with torch.no_grad():
+        expected = Model()(x)
+    asks.append(True)
+    torch.testing.assert_close(stitched(x), expected)
+    with pytest.raises(BindError, match="nothing is captured"):
+        stitched.coverage()
+    torch.testing.assert_close(stitched(x), expected)

@@ -1,0 +1,357 @@
+"""Adapters and new weights of a stitched, captured model of transformers: PEFT's hot swap, what else PEFT does to a model, refits, and sleep."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from piecework.errors import BindError, InputError, UsageError
+from piecework.integrations.transformers import sleep, stitch, stitched_module, unstitch, wake_up
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.counters import counters
+
+transformers = pytest.importorskip("transformers")
+
+EAGER_PIECES = CompilationConfig(backend="eager")
+INDUCTOR = CompilationConfig()
+SIZES = [2, 4]
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+
+
+def build(seed: int = 3, **changes: object) -> torch.nn.Module:
+    config = transformers.LlamaConfig(**{**SHAPE, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+    return model
+
+
+def generated(model: Any, batch: int) -> torch.Tensor:
+    ids = torch.randint(1, 97, (batch, 6), generator=torch.Generator().manual_seed(batch))
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        return model.generate(**given, max_new_tokens=8, do_sample=False)
+
+
+def check(model: Any, eager: Any) -> None:
+    for batch in (2, 3):
+        assert torch.equal(generated(model, batch), generated(eager, batch)), batch
+
+
+def replays(model: torch.nn.Module) -> int:
+    return sum(row.calls for row in stitched_module(model).call_report() if row.graph)
+
+
+@pytest.fixture(autouse=True)
+def quick_collections() -> Iterator[None]:
+    """Each capture collects garbage; what was there before is left out."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+# --- PEFT --------------------------------------------------------------------------------------------
+
+Saved = Callable[..., Path]
+
+
+@pytest.fixture
+def peft() -> Any:
+    pytest.importorskip("peft.utils.hotswap")
+    return pytest.importorskip("peft")
+
+
+@pytest.fixture
+def saved(peft: Any, tmp_path: Path) -> Saved:
+    """Writes an adapter with random weights."""
+
+    def save(seed: int, rank: int = 4, alpha: int = 8, dtype: torch.dtype | None = None) -> Path:
+        targets = ["q_proj", "v_proj", "down_proj"]
+        config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
+        model = peft.get_peft_model(build(), config)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "lora_" in name:
+                    weight.copy_(torch.randn(weight.shape, generator=generator) * 0.5)
+                    weight.data = weight.data.to(dtype or weight.dtype)
+        model.save_pretrained(tmp_path / f"{seed}")
+        return tmp_path / f"{seed}"
+
+    return save
+
+
+@pytest.fixture
+def eager(peft: Any) -> Callable[[Path], Any]:
+    return lambda path: peft.PeftModel.from_pretrained(build(), path).eval()
+
+
+def swap(peft: Any, model: Any, path: Path) -> None:
+    peft.utils.hotswap.hotswap_adapter(model, str(path), "default", torch_device="cpu")
+
+
+@pytest.fixture
+def served(peft: Any, eager: Any) -> Callable[..., Any]:
+    """A stitched, captured model with an adapter, made ready for others of up to ``rank``."""
+
+    def serve(path: Path, rank: int | None = 8, config: CompilationConfig = EAGER_PIECES) -> Any:
+        model = eager(path)
+        if rank is not None:
+            peft.utils.hotswap.prepare_model_for_compiled_hotswap(model, target_rank=rank)
+            model.eval()
+        stitch(model.get_base_model(), config=config, capture=SIZES)
+        return model
+
+    return serve
+
+
+@pytest.mark.parametrize(
+    "config",
+    [EAGER_PIECES, pytest.param(INDUCTOR, marks=pytest.mark.inductor)],
+    ids=["eager", "inductor"],
+)
+def test_swapped_adapters_are_served_by_the_same_graphs(
+    peft: Any, saved: Saved, eager: Any, served: Any, config: CompilationConfig
+) -> None:
+    # Other ranks and other scalings too.
+    paths = [saved(1), saved(2), saved(3, rank=2, alpha=3), saved(4, rank=8, alpha=40)]
+    model = served(paths[0], config=config)
+    texts = {str(generated(each, 2)) for each in (build(), *map(eager, paths))}
+    assert len(texts) == 5  # each adapter says something else
+    with counters.expect(num_graphs_seen=0, num_cudagraph_captured=0):
+        for path in (*paths[1:], paths[0]):
+            swap(peft, model, path)
+            before = replays(model.get_base_model())
+            check(model, eager(path))
+            assert replays(model.get_base_model()) == before + 14  # every step behind a prefill
+
+
+def test_without_preparation_adapters_of_one_rank_and_scaling_are_swapped(
+    peft: Any, saved: Saved, eager: Any, served: Any
+) -> None:
+    first, second, other = saved(1), saved(2), saved(3, alpha=20)
+    model = served(first, rank=None)
+    swap(peft, model, second)
+    check(model, eager(second))
+    swap(peft, model, other)
+    with pytest.raises(InputError, match=r"scaling\['default'\] was 2.0 .* is 5.0 now"):
+        generated(model, 2)
+    swap(peft, model, first)
+    check(model, eager(first))
+
+
+def test_a_rank_above_the_prepared_one_is_refused(
+    peft: Any, saved: Saved, eager: Any, served: Any
+) -> None:
+    model = served(saved(1))
+    larger = saved(2, rank=16, alpha=8)
+    swap(peft, model, larger)  # PEFT gives the weights other memory and shapes
+    with pytest.raises(
+        InputError, match=r"lora_A.default.weight has shape \(16, 32\); .* \(8, 32\)"
+    ):
+        generated(model, 2)
+    with pytest.raises(BindError, match="compile the model again"):
+        stitched_module(model.get_base_model()).rebind()
+    unstitch(model.get_base_model())
+    check(model, eager(larger))
+    stitch(model.get_base_model(), config=EAGER_PIECES, capture=SIZES)
+    check(model, eager(larger))
+
+
+def test_an_adapter_of_another_dtype_is_cast_into_place(
+    peft: Any, saved: Saved, eager: Any, served: Any
+) -> None:
+    model, half = served(saved(1)), saved(2, dtype=torch.float64)
+    swap(peft, model, half)
+    check(model, eager(saved(2)))
+    layer = next(each for each in model.modules() if isinstance(each, peft.tuners.lora.Linear))
+    layer.lora_A["default"].weight.data = layer.lora_A["default"].weight.data.double()
+    with pytest.raises(InputError, match=r"has dtype torch.float64"):
+        generated(model, 2)
+
+
+def changes(peft: Any, model: Any, other: Path) -> Iterator[tuple[Callable[[], Any], str]]:
+    """What PEFT can do to a model with an adapter, each with what a call says then."""
+    base = model.get_base_model()
+    yield lambda: model.load_adapter(str(other), "other"), "had the keys|_modules"
+    yield lambda: model.set_adapter("other"), "_active_adapter|_modules"
+    yield lambda: model.merge_adapter(), "merged_adapters had 0 items|_modules"
+    layer = next(each for each in base.modules() if isinstance(each, peft.tuners.lora.Linear))
+    yield lambda: layer.enable_adapters(False), "_disable_adapters was False"
+
+
+def test_what_else_becomes_of_an_adapter_is_noticed(peft: Any, saved: Saved, served: Any) -> None:
+    first, other = saved(1), saved(2)
+    number = 0
+    while True:
+        model = served(first)
+        waiting = list(changes(peft, model, other))
+        if number == len(waiting):
+            break
+        if number == 1:
+            waiting[0][0]()
+        change, said = waiting[number]
+        change()
+        with pytest.raises(InputError, match=said):
+            generated(model, 2)
+        number += 1
+
+
+def test_disabled_and_enabled_again(saved: Saved, eager: Any, served: Any) -> None:
+    path = saved(1)
+    model = served(path)
+    with model.disable_adapter(), pytest.raises(InputError, match="_disable_adapters was False"):
+        generated(model, 2)
+    check(model, eager(path))
+
+
+def test_rows_with_adapters_of_their_own_are_refused(saved: Saved, served: Any) -> None:
+    model = served(saved(1))
+    ids = torch.ones(2, 4, dtype=torch.long)
+    with pytest.raises(InputError, match="hooks"), torch.no_grad():
+        model.generate(input_ids=ids, adapter_names=["default", "__base__"], max_new_tokens=2)
+
+
+def test_an_adapter_put_on_a_stitched_model_is_noticed(peft: Any) -> None:
+    model = stitch(build(), config=EAGER_PIECES, capture=SIZES)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config).eval()
+    for _ in range(2):
+        with pytest.raises(InputError, match="q_proj was replaced"):
+            generated(wrapped, 2)
+        with pytest.raises(
+            BindError, match=r"q_proj was a torch.nn.*Linear when .* peft.*Linear now"
+        ):
+            stitched_module(model).rebind()
+    plain = unstitch(model)
+    expected = generated(wrapped, 2)
+    stitch(plain, config=EAGER_PIECES, capture=SIZES)
+    assert torch.equal(generated(wrapped, 2), expected)
+
+
+def test_swaps_between_calls_of_threads(peft: Any, saved: Saved, eager: Any, served: Any) -> None:
+    """A swap writes in place, so no call may run meanwhile; between calls any thread may swap, and any thread sees it."""
+    paths = [saved(1), saved(2)]
+    expected = [generated(eager(path), 2) for path in paths]
+    model, turn = served(paths[0]), threading.Lock()
+    now, wrong = 0, []
+
+    def serve() -> None:
+        for _ in range(6):
+            with turn:
+                if not torch.equal(generated(model, 2), expected[now]):
+                    wrong.append(now)
+
+    threads = [threading.Thread(target=serve) for _ in range(2)]
+    for each in threads:
+        each.start()
+    for number in range(6):
+        with turn:
+            now = (number + 1) % 2
+            swap(peft, model, paths[now])
+    for each in threads:
+        each.join()
+    assert not wrong
+
+
+def test_a_swap_that_runs_beside_calls_leaves_the_new_adapter(
+    peft: Any, saved: Saved, eager: Any, served: Any
+) -> None:
+    """What such a call computes is anybody's guess, as with the model itself; what comes after it is not."""
+    paths = [saved(1), saved(2, rank=2)]
+    model, done = served(paths[0]), threading.Event()
+
+    def serve() -> None:
+        while not done.is_set():
+            generated(model, 2)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    for number in range(10):
+        swap(peft, model, paths[(number + 1) % 2])
+    done.set()
+    thread.join()
+    check(model, eager(paths[0]))
+    swap(peft, model, paths[1])
+    check(model, eager(paths[1]))
+
+
+# --- weights -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_weights_in_place_reach_pieces_and_head(tied: bool) -> None:
+    model = stitch(build(tie_word_embeddings=tied), config=EAGER_PIECES, capture=SIZES)
+    with counters.expect(num_graphs_seen=0, num_cudagraph_captured=0):
+        for seed in range(4, 7):
+            model.load_state_dict(build(seed, tie_word_embeddings=tied).state_dict())
+            check(model, build(seed, tie_word_embeddings=tied))
+    assert replays(model) == 42
+    decoder = {
+        name: each for name, each in build(9).state_dict().items() if name.startswith("model.")
+    }
+    stitched_module(model).refit(decoder)
+    eager = build(6, tie_word_embeddings=tied)
+    eager.load_state_dict(decoder, strict=False)
+    check(model, eager)
+    model.load_state_dict(build(4, tie_word_embeddings=tied).state_dict(), assign=True)
+    with pytest.raises(InputError, match="was replaced"):
+        generated(model, 2)
+
+
+def test_a_head_that_is_replaced_is_not_served_by_its_old_graphs() -> None:
+    model, other = stitch(build(), config=EAGER_PIECES, capture=SIZES), build(4)
+    model.lm_head.weight = other.lm_head.weight
+    with pytest.raises(InputError, match="weight was replaced"):
+        generated(model, 2)
+
+
+def test_twenty_nights_of_sleep() -> None:
+    eager = build(num_hidden_layers=1)
+    expected = generated(eager, 2)
+    model = stitch(copy.deepcopy(eager), config=EAGER_PIECES, capture=[2])
+    parts = [stitched_module(model), model.lm_head.forward.stitched]
+    held = [each.memory_report().held for each in parts]
+    for _ in range(20):
+        sleep(model)
+        for each in parts:
+            with pytest.raises(BindError, match=r"nothing is captured.*wake_up\(\)"):
+                each.coverage()
+        wake_up(model)
+        assert [each.memory_report().held for each in parts] == held
+        assert torch.equal(generated(model, 2), expected)
+        assert replays(model) == 7
+    sleep(model)
+    assert torch.equal(generated(model, 2), expected)
+    unstitch(model)
+    for each in (sleep, wake_up):
+        with pytest.raises(UsageError, match="not stitched"):
+            each(model)
+
+
+def test_a_model_that_was_not_captured_sleeps_and_wakes_as_it_is() -> None:
+    model = stitch(build(), config=EAGER_PIECES)
+    sleep(model)
+    wake_up(model)
+    check(model, build())
