@@ -13,14 +13,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx
 from torch.utils import _pytree as pytree
 
-from piecework.code_objects import with_inner_code
 from piecework.codegen import StitchedSource
 from piecework.codegen.entry.emit import EntrySource
 from piecework.codegen.split.split import SplittingOp as SplittingOpLike
@@ -29,7 +28,6 @@ from piecework.codegen.stitch.source import collector_paused
 from piecework.errors import (
     ArtifactError,
     BindError,
-    CaptureError,
     ConfigError,
     InputError,
     PieceworkError,
@@ -44,9 +42,9 @@ from piecework.runtime.artifact.load import Artifact, require_made_so
 from piecework.runtime.artifact.store import Place
 from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.mode import CUDAGraphMode
-from piecework.runtime.batch.sizes import require_positive_sizes
-from piecework.runtime.bind.reachable import own_tensors
-from piecework.runtime.bind.weights import unfit
+from piecework.runtime.batch.sizes import sizes_to_capture
+from piecework.runtime.bind.refit import refit
+from piecework.runtime.call.doubts import tell_of_gradients, tell_of_training
 from piecework.runtime.call.edited import EditedSource
 from piecework.runtime.call.entry import OPAQUE
 from piecework.runtime.call.execution import Changes
@@ -315,8 +313,8 @@ class StitchedModule(SharedModule):
         with self._tracing:
             if self.config.dynamic_shapes_config.type is DynamicShapesType.AUTO:
                 self._sizes = self._declared or _policy_of(args, kwargs)
-            _tell_of_training(self.model, self.config.strict)
-            _tell_of_gradients(args, kwargs, self.config.strict)
+            tell_of_training(self.model, self.config.strict)
+            tell_of_gradients(args, kwargs, self.config.strict)
             self._trace(args, kwargs)
         captures = self.config.cudagraph_mode is not CUDAGraphMode.NONE
         self._serve_by(self._first_call if captures else self._traces[0].call)
@@ -412,44 +410,10 @@ class StitchedModule(SharedModule):
         Example:
             >>> stitched.refit(trained.state_dict())
         """
-        if not isinstance(self.model, torch.nn.Module):
-            raise BindError("a function has no weights by name", where="refit")
-        if not isinstance(state, Mapping):
-            raise ConfigError(
-                f"new weights come as a dict of tensors; got a {type(state).__qualname__}",
-                hint="pass trained.state_dict()",
-            )
-        held = dict(own_tensors(self.model))
-        tied: dict[int, str] = {}
-        for name, new in state.items():
-            if not isinstance(new, torch.Tensor):
-                raise BindError(
-                    f"the new weight must be a tensor; got a {type(new).__qualname__}", where=name
-                )
-            old = held.get(name)
-            if old is None:
-                raise BindError("the model has no such weight", where=name)
-            difference = unfit(old, new)
-            if difference:
-                raise BindError(
-                    difference,
-                    where=name,
-                    hint="compile the model again for weights of another kind",
-                )
-            first = tied.setdefault(id(old), name)
-            if new is not state[first] and not torch.equal(new, state[first]):
-                raise BindError(
-                    f"it and {first} are one weight, and their new values differ", where=name
-                )
-        own = {torch_compat.storage_id(each) for each in held.values()}
+        copies = refit(self.model, state)
         with self._changes.one("refit()"), torch.no_grad():
-            values = dict(state)
-            for name, new in state.items():
-                place = torch_compat.storage_id(new)
-                if place in own and place != torch_compat.storage_id(held[name]):
-                    values[name] = new.clone()  # of another weight, which is written before
-            for name, new in values.items():
-                held[name].copy_(new)
+            for weight, new in copies():
+                weight.copy_(new)
 
     def accept_settings(self) -> None:
         """Stop refusing calls over attributes that are not as they were while the model was traced.
@@ -617,7 +581,7 @@ class StitchedModule(SharedModule):
         if not self._traces and self._switched_off():
             return self
         first, *_ = self._require_traced("graph to capture")
-        sizes = _require_sizes(sizes)
+        sizes = sizes_to_capture(sizes)
         if memory_budget is not None and (type(memory_budget) is not int or memory_budget < 0):
             raise ConfigError(
                 f"a memory budget is a number of bytes; got {memory_budget!r}",
@@ -1065,62 +1029,6 @@ def require_model(model: object) -> None:
         raise ConfigError("the model is stitched already", hint="call it, or compile its .model")
     if not callable(model):
         raise ConfigError(f"a model must be callable; got a {type(model).__qualname__}")
-
-
-def _tell_of_training(model: object, strict: bool) -> None:
-    """Say that a model is in training mode, if a module of it goes by that."""
-    if not isinstance(model, torch.nn.Module):
-        return
-    names = [
-        f"{name or type(model).__name__} ({type(each).__name__})"
-        for name, each in model.named_modules()
-        if each.training and _asks_for_training(type(each))
-    ]
-    if names:
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        problem = CaptureError(
-            f"the model is in training mode, and its {names[0]}{more} goes by that: dropout stays random in what is compiled",
-            hint="call model.eval() before compiling",
-        )
-        tell(problem, strict=strict)
-
-
-def _tell_of_gradients(args: Sequence[object], kwargs: Mapping[str, object], strict: bool) -> None:
-    """Say that results carry no gradients, if an argument of the trace asks for them. Weights always do, and mean nothing."""
-    leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
-    asking = any(isinstance(each, torch.Tensor) and each.requires_grad for each in leaves)
-    if asking and torch.is_grad_enabled():
-        problem = CaptureError(
-            "an argument requires grad, and what is compiled records no gradients: its results have no grad_fn, and backward() ends there",
-            hint="train the model itself; for inference pass detached tensors, or call under torch.no_grad()",
-        )
-        tell(problem, strict=strict)
-
-
-@cache
-def _asks_for_training(kind: type[torch.nn.Module]) -> bool:
-    code = getattr(kind.forward, "__code__", None)
-    return code is not None and any("training" in each.co_names for each in with_inner_code([code]))
-
-
-def _require_sizes(sizes: object) -> tuple[int, ...] | None:
-    """Sizes to capture, ascending; anything that is no list of positive whole numbers is refused.
-
-    Raises:
-        ConfigError: it is something else.
-    """
-    if sizes is None:
-        return None
-    if isinstance(sizes, (str, bytes)) or not isinstance(sizes, Iterable):
-        raise ConfigError(
-            f"capture takes a list of batch sizes; got {sizes!r}",
-            where="sizes",
-            hint="write capture([1, 2, 4])",
-        )
-    found = require_positive_sizes(sizes)
-    if not found:
-        raise ConfigError("there is no batch size to capture", where="sizes")
-    return found
 
 
 def _policy_of(args: Sequence[object], kwargs: Mapping[str, object]) -> SizePolicy:

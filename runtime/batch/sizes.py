@@ -228,3 +228,23 @@ def _size_problems(given: list[int], max_num_batched_tokens: int | None) -> list
                 f"{max_num_batched_tokens}"
             )
     return problems
+
+
+def sizes_to_capture(sizes: object) -> tuple[int, ...] | None:
+    """Sizes to capture, ascending; anything that is no list of positive whole numbers is refused.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if sizes is None:
+        return None
+    if isinstance(sizes, (str, bytes)) or not isinstance(sizes, Iterable):
+        raise ConfigError(
+            f"capture takes a list of batch sizes; got {sizes!r}",
+            where="sizes",
+            hint="write capture([1, 2, 4])",
+        )
+    found = require_positive_sizes(sizes)
+    if not found:
+        raise ConfigError("there is no batch size to capture", where="sizes")
+    return found
