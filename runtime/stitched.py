@@ -595,16 +595,16 @@ class StitchedModule(SharedModule):
         for each in self._traces:
             each.entry.require_idle("capture()")
         wish = CaptureOptions.given(options)
-        self._capture_again = partial(
-            self.capture,
-            sizes,
-            memory_budget=memory_budget,
-            progress=False,
-            estimate=False,
-            **options,  # type: ignore[arg-type]
-        )
         wanted = None if sizes is None else list(sizes)
         with self._changes.one("capture()"):
+            self._capture_again = partial(
+                self.capture,
+                sizes,
+                memory_budget=memory_budget,
+                progress=False,
+                estimate=False,
+                **options,  # type: ignore[arg-type]
+            )
             single = self._trace_of_one(wanted, wish)
             if single is not None:
                 captured = single.capture_graphs(

@@ -160,7 +160,7 @@ def check(chosen: list[tuple[str, int, int, int]]) -> None:
         module.graph
     )
     module.recompile()
-    torch.testing.assert_close(run(module, INPUTS), before)
+    torch.testing.assert_close(run(module, INPUTS), before, equal_nan=True)  # a mean of no rows
 
 
 # A view of a copy that was replaced by what it copied: it is recorded in the copy's memory, and reads the original's.
