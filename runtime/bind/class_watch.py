@@ -11,6 +11,8 @@ import types
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+
 from piecework.code_objects import with_inner_code
 from piecework.runtime import torch_compat
 from piecework.runtime.bind.guards import is_torchs
@@ -77,7 +79,7 @@ class ClassWatch:
         for kind, before in self._names.items():
             now = _resolved(kind)
             for name in before.keys() | now.keys():
-                if name not in before and not may_ask(self.asked, name):
+                if not may_ask(self.asked, name) or _makes_modules(name, before, now):
                     continue
                 if _differ(before.get(name), now.get(name)):
                     return f"{kind.__qualname__}.{name} was replaced since the model was traced"
@@ -87,10 +89,17 @@ class ClassWatch:
         return ""
 
 
+def _makes_modules(name: str, *found: dict[str, _Found]) -> bool:
+    """Whether ``name`` is how torch makes its own modules: Dynamo wraps both functions when it first runs in a process, and no call goes through them."""
+    owners = {each[name][0] for each in found if name in each}
+    return name in ("__init__", "__setstate__") and owners == {torch.nn.Module}
+
+
 def may_ask(asked: frozenset[str] | None, name: str) -> bool:
     """Whether the traced code may look ``name`` up: it names it, Python does for an operator, or it computes names (None).
 
-    Libraries add methods to ``torch.nn.Module`` as they are imported, which say nothing of a model that doesn't know them.
+    Libraries add methods to ``torch.nn.Module`` as they are imported, and replace some for a while (``tie_weights`` while another model is
+    loaded), which says nothing of a model that doesn't know them.
     """
     dunder = name.startswith("__") and name.endswith("__")
     return asked is None or dunder or name in asked
