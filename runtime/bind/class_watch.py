@@ -79,7 +79,10 @@ class ClassWatch:
         for kind, before in self._names.items():
             now = _resolved(kind)
             for name in before.keys() | now.keys():
-                if not may_ask(self.asked, name) or _makes_modules(name, before, now):
+                # What is there already may be asked for by torch, as a forward is by the call of its module.
+                if name not in before and not may_ask(self.asked, name):
+                    continue
+                if _makes_modules(name, before, now):
                     continue
                 if _differ(before.get(name), now.get(name)):
                     return f"{kind.__qualname__}.{name} was replaced since the model was traced"
@@ -98,8 +101,7 @@ def _makes_modules(name: str, *found: dict[str, _Found]) -> bool:
 def may_ask(asked: frozenset[str] | None, name: str) -> bool:
     """Whether the traced code may look ``name`` up: it names it, Python does for an operator, or it computes names (None).
 
-    Libraries add methods to ``torch.nn.Module`` as they are imported, and replace some for a while (``tie_weights`` while another model is
-    loaded), which says nothing of a model that doesn't know them.
+    Libraries add methods to ``torch.nn.Module`` as they are imported, which say nothing of a model that doesn't know them.
     """
     dunder = name.startswith("__") and name.endswith("__")
     return asked is None or dunder or name in asked
