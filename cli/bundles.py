@@ -117,8 +117,7 @@ def run(
         config = configuration(config_file, overrides, dump=dump, base=manifest.config)
         loaded = reload_model(directory, manifest)
         reference = run_step(out, as_json, "Running eagerly", lambda: loaded.run(tokens))
-        other = bool(config_file or overrides or dump)
-        stitched = warm_or_compiled(directory, loaded, config, out, as_json, other_settings=other)
+        stitched = warm_or_compiled(directory, manifest, loaded, config, out, as_json)
         generated = stitched.source.code
         changes = _use_edited(stitched, code) if edited else None
         if changes is not None and not as_json:
@@ -241,17 +240,17 @@ def _save_artifact(directory: Path, stitched: StitchedModule) -> str:
 
 def warm_or_compiled(
     directory: Path,
+    manifest: Manifest,
     loaded: LoadedModel,
     config: CompilationConfig,
     out: Console,
     quiet: bool,
-    *,
-    other_settings: bool = False,
 ) -> StitchedModule:
     """The model stitched by the folder's artifact, or compiled again where there is none that fits or other settings are wanted, which is said."""
     from piecework.errors import ArtifactError
     from piecework.runtime import bundle
 
+    other_settings = manifest.made_otherwise(config)
     if other_settings or (directory / bundle.ARTIFACT).is_dir():
         why = "other settings"
         try:

@@ -53,7 +53,7 @@ def coverage(
         manifest = bundle.read_manifest(directory)
         config = configuration(config_file, overrides, dump=dump, base=manifest.config)
         loaded = reload_model(directory, manifest)
-        stitched = warm_or_compiled(directory, loaded, config, out, as_json)
+        stitched = warm_or_compiled(directory, manifest, loaded, config, out, as_json)
         run_step(
             out,
             as_json,

@@ -87,7 +87,7 @@ def serve(
         config = configuration(
             config_file, overrides, backend=backend, base=manifest and manifest.config
         )
-        if artifact is None and manifest and not (config_file or overrides or backend):
+        if artifact is None and manifest and not manifest.made_otherwise(config):
             artifact = str(folder / bundle.ARTIFACT)
         out = console()
 

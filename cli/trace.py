@@ -105,8 +105,7 @@ def _stitched(
         manifest = bundle.read_manifest(folder)
         config = configuration(config_file, overrides, backend=backend, base=manifest.config)
         loaded = reload_model(folder, manifest)
-        other = bool(config_file or overrides or backend)
-        return loaded, warm_or_compiled(folder, loaded, config, out, quiet, other_settings=other)
+        return loaded, warm_or_compiled(folder, manifest, loaded, config, out, quiet)
     config = configuration(config_file, overrides, backend=backend)
     loaded = run_step(out, quiet, f"Loading {model}", lambda: load_model(model, seed=seed))
     text = f"Compiling with {config.backend}"

@@ -47,6 +47,10 @@ class Manifest:
     source_sha256: str
     report: str
 
+    def made_otherwise(self, config: CompilationConfig) -> bool:
+        """Whether another configuration than ``config`` made what lies in the folder."""
+        return _as_data(config) != self.config
+
 
 def check_output(directory: Path) -> None:
     """Raise `UsageError` unless ``directory`` can be created or is an empty, writable folder."""
@@ -86,7 +90,7 @@ def save(
         format=FORMAT,
         model=MODEL_CONFIG if config_text is not None else model,
         seed=seed,
-        config=json.loads(config.model_dump_json()),
+        config=_as_data(config),
         torch=torch.__version__,
         source_sha256=hashlib.sha256(code.encode()).hexdigest(),
         report=str(stitched.report()),
@@ -151,3 +155,8 @@ def read_source(directory: Path, manifest: Manifest, *, edited: bool = False) ->
             hint="run it as edited with --edited, or compile the model again",
         )
     return code
+
+
+def _as_data(config: CompilationConfig) -> dict[str, object]:
+    data: dict[str, object] = json.loads(config.model_dump_json())
+    return data

@@ -17,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from piecework.codegen.graph.consts import DICT_TYPES, LIST_TYPES, holds_node
 from piecework.codegen.graph.origin import value_of
+from piecework.codegen.graph.subclasses import taken_apart
 from piecework.codegen.graph.targets import function_path
 from piecework.codegen.plan.literals import is_inline_literal
 
@@ -110,11 +111,10 @@ class _Writer:
 
     def _made_of(self, value: object, number: int) -> str:
         """The inner tensors and settings of a tensor subclass: its class computes by them, and shape and dtype don't tell them."""
-        flatten = getattr(type(value), "__tensor_flatten__", None)
-        if flatten is None:
+        apart = taken_apart(value)
+        if apart is None:
             return ""
-        names, settings = flatten(value)
-        inner = {name: getattr(value, name) for name in names}
+        inner, settings = apart
         parts = [f"{name}: {_signature(x)}{self._made_of(x, number)}" for name, x in inner.items()]
         # By the class itself, so that nothing is kept for a process in which it may do something else.
         return f" of {self._object(type(value))} {self._setting(settings, number)} {parts}"

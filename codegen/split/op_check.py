@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
 
+from piecework.codegen.graph.schemas import shows_nothing, writes_to
 from piecework.codegen.split.splitting import SplittingOp
 from piecework.errors import SplitError
 
@@ -66,13 +67,13 @@ def check_op(
     """
     overload = _overload(op)
     schema = overload._schema
-    mutates = tuple(a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write)
+    mutates = tuple(each.name for each in schema.arguments if writes_to(each))
     problems: list[str] = []
     if any(each.alias_info is not None for each in schema.returns):
         problems.append(
             "it returns an alias of an argument, which a captured piece can not tell from a fresh tensor"
         )
-    if not mutates and not schema.returns:
+    if shows_nothing(overload):
         problems.append("it neither returns nor changes anything, so that a compiler may drop it")
     if not _has_fake(overload):
         problems.append("it has no fake implementation, so that graphs with it can not be traced")

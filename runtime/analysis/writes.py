@@ -14,6 +14,7 @@ import torch
 import torch.fx
 
 from piecework.codegen.graph.origin import SymbolNames, origin_of, value_of
+from piecework.codegen.graph.schemas import writes_to
 from piecework.codegen.graph.structure import call_text
 from piecework.codegen.split.split import allocates
 from piecework.errors import StaticGraphError
@@ -215,7 +216,7 @@ class _Looks:
         ):
             for argument in target._schema.arguments:
                 path = _path(_fake(node.kwargs.get(argument.name)), memory)
-                if path is not None and _is_write(argument):
+                if path is not None and writes_to(argument):
                     found.append((str(target), path))
         return found
 
@@ -300,10 +301,6 @@ def _fake(argument: object) -> object:
     return value_of(argument) if isinstance(argument, torch.fx.Node) else argument
 
 
-def _is_write(argument: torch._C.Argument) -> bool:
-    return argument.alias_info is not None and argument.alias_info.is_write
-
-
 # --- one node on fake tensors ----------------------------------------------------------------------
 
 
@@ -317,14 +314,10 @@ class _Notes:
     def __call__(
         self, op: torch._ops.OpOverload, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> None:
-        for index, argument in enumerate(op._schema.arguments):
-            if not _is_write(argument):
-                continue
-            given = args[index] if index < len(args) else kwargs.get(argument.name)
-            for each in given if isinstance(given, (list, tuple)) else (given,):
-                path = _path(each, self._memory)
-                if path is not None:
-                    self.seen.append((str(op), path))
+        for written in torch_compat.written_operands(op, args, kwargs):
+            path = _path(written, self._memory)
+            if path is not None:
+                self.seen.append((str(op), path))
 
 
 def _run(module: torch.fx.GraphModule, node: torch.fx.Node, notes: Callable[..., None]) -> None:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from piecework.codegen.graph.subclasses import taken_apart
 from piecework.errors import BindError, CaptureError, InputError
 from piecework.runtime import torch_compat
 from piecework.runtime.bind.dict_watch import DictWatch
@@ -93,11 +94,8 @@ class Traced:
 
 def _made_of(tensor: torch.Tensor) -> tuple[object, dict[str, torch.Tensor]]:
     """What a tensor subclass says of itself, and the tensors that it holds; nothing for a plain tensor."""
-    flatten = getattr(type(tensor), "__tensor_flatten__", None)
-    if flatten is None:
-        return None, {}
-    names, settings = flatten(tensor)
-    return copy.deepcopy(settings), {name: getattr(tensor, name) for name in names}
+    inner, settings = taken_apart(tensor) or ({}, None)
+    return copy.deepcopy(settings), inner
 
 
 _TRIES = 16

@@ -14,6 +14,7 @@ import torch
 import torch.fx
 
 from piecework.codegen.graph.origin import node_where, value_of
+from piecework.codegen.graph.schemas import shows_nothing
 from piecework.codegen.split.splitting import SplittingOps
 from piecework.errors import BindError, ConfigError
 from piecework.runtime import torch_compat
@@ -321,10 +322,8 @@ def _why_once(node: torch.fx.Node, splitting_ops: SplittingOps) -> str:
         return f"{target} waits for other processes"
     if isinstance(target, torch._ops.HigherOrderOperator) and str(target) not in SELF_CONTAINED:
         return f"what {target} writes to is not known"
-    if isinstance(target, torch._ops.OpOverload) and not torch_compat.is_torch_operator(target):
-        written = any(a.alias_info and a.alias_info.is_write for a in target._schema.arguments)
-        if not target._schema.returns and not written:
-            return f"{target} declares neither a result nor a write"
+    if shows_nothing(target) and not torch_compat.is_torch_operator(target):
+        return f"{target} declares neither a result nor a write"
     return ""
 
 

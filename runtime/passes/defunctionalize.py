@@ -15,6 +15,7 @@ import torch.fx
 from torch._ops import OpOverload
 
 from piecework.codegen.graph.origin import value_of
+from piecework.codegen.graph.schemas import writes_to
 from piecework.runtime import torch_compat
 from piecework.runtime.passes.interface import InductorPass
 from piecework.runtime.passes.memory import Memory
@@ -85,11 +86,7 @@ def _read(op: object, given: Mapping[str, object]) -> _Call | None:
     """
     if not isinstance(op, OpOverload):
         return None
-    names = [
-        each.name
-        for each in op._schema.arguments
-        if each.alias_info is not None and each.alias_info.is_write
-    ]
+    names = [each.name for each in op._schema.arguments if writes_to(each)]
     if "_all_bases" not in given:
         return _read_first_form(op, names, given)
     rest = dict(given)

@@ -9,6 +9,7 @@ import torch
 import torch.fx
 
 from piecework.codegen.graph.origin import value_of
+from piecework.codegen.graph.schemas import writes_to
 from piecework.runtime.passes.interface import InductorPass
 from piecework.runtime.passes.memory import Memory
 from piecework.runtime.passes.nodes import arguments_of, outputs_of, same_layout, storages_of
@@ -109,7 +110,7 @@ def _is_written(storages: frozenset[int], graph: torch.fx.Graph, memory: Memory)
         arguments = arguments_of(node)
         for each in schema.arguments:
             target = arguments.get(each.name)
-            if each.alias_info is None or not each.alias_info.is_write:
+            if not writes_to(each):
                 continue
             if not isinstance(target, torch.fx.Node):
                 continue

@@ -322,7 +322,21 @@ def _capture_once(
     settle: bool,
 ) -> Capture:
     """Trace once: with one trace for layers that are alike, where that can be shown to be right, and after what a first call sets."""
-    once = partial(_capture_alike, model, args, kwargs, compile_graph, layers, dynamic, check)
+
+    def once() -> Capture:
+        while True:
+            marks = layers.marks(model)
+            traced = partial(
+                _capture_with, model, args, kwargs, compile_graph, dynamic, check, layers, marks
+            )
+            try:
+                return traced({})
+            except UnreachableInput:  # then it is a constant like any other that the trace read
+                return traced({"specialize_int": True})
+            except Exception as error:
+                if marks is None or not layers.gave_up(marks, error):
+                    raise
+
     try:
         return once()
     except Unsettled as error:
@@ -337,29 +351,6 @@ def _capture_once(
         if isinstance(error, Unsettled):
             raise error.refusal() from None
         raise
-
-
-def _capture_alike(
-    model: Callable[..., object],
-    args: Sequence[object],
-    kwargs: Mapping[str, object],
-    compile_graph: GraphCompiler,
-    layers: RepeatedLayers,
-    dynamic: bool | None,
-    check: Callable[[torch.fx.GraphModule, Mapping[int, object]], None] | None,
-) -> Capture:
-    while True:
-        marks = layers.marks(model)
-        once = partial(
-            _capture_with, model, args, kwargs, compile_graph, dynamic, check, layers, marks
-        )
-        try:
-            return once({})
-        except UnreachableInput:  # then it is a constant like any other that the trace read
-            return once({"specialize_int": True})
-        except Exception as error:
-            if marks is None or not layers.gave_up(marks, error):
-                raise
 
 
 def _capture_with(

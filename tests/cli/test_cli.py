@@ -266,6 +266,11 @@ def test_settings_come_from_a_file_and_from_options(tmp_path: Path) -> None:
     assert "results (float32[4, 8]) differ by 0.0e+00 relative" in ran.output
     other = invoke("run", folder, "-O.stitching_config.emit_del=true")
     assert other.exit_code == 1 and "source DIFFERENT" in other.output
+    with_others = "-O.stitching_config.emit_del=true"
+    for options, again in (((), False), ((with_others,), True)):
+        covered = invoke("coverage", folder, "--sizes", "4", *options)
+        assert covered.exit_code == 0, covered.output
+        assert ("compiling again: other settings" in covered.output) == again
 
 
 @pytest.mark.parametrize(

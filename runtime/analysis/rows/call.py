@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
 
+from piecework.codegen.graph.schemas import writes_to
 from piecework.runtime.analysis.state import Batch, Mixes, Rows, tensors_in
 
 
@@ -126,7 +127,7 @@ def bound(
             value = kwargs[argument.name]
         else:
             value = argument.default_value if argument.has_default_value() else None
-        if argument.alias_info is not None and argument.alias_info.is_write:
+        if writes_to(argument):
             written += tensors_in(value)
             if argument.is_out:
                 continue

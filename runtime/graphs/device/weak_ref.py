@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from piecework.codegen.graph.subclasses import taken_apart
 from piecework.runtime.torch_compat import (
     flatten_tree,
     negative_view,
@@ -60,10 +61,10 @@ def owns_plain_memory(tensor: torch.Tensor) -> bool:
 
 def plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The tensors of plain memory that ``tensor`` consists of: itself, or what a subclass holds; none where that can't be told."""
-    flatten = getattr(type(tensor), "__tensor_flatten__", None)
-    if flatten is None:
+    apart = taken_apart(tensor)
+    if apart is None:
         return [tensor] if owns_plain_memory(tensor) else []
-    parts = [plain_parts(getattr(tensor, name)) for name in flatten(tensor)[0]]
+    parts = [plain_parts(each) for each in apart[0].values()]
     return [part for each in parts for part in each] if all(parts) else []
 
 

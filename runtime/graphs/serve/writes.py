@@ -17,6 +17,7 @@ import torch
 import torch.fx
 
 from piecework.codegen.graph.origin import value_of
+from piecework.codegen.graph.schemas import shows_nothing
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.forward_context import (
     current_forward_context,
@@ -197,11 +198,6 @@ def acting_unseen(split_gm: torch.fx.GraphModule, pieces: list[str]) -> tuple[st
         piece = split_gm.get_submodule(name)
         assert isinstance(piece, torch.fx.GraphModule)
         for node in piece.graph.nodes:
-            if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-                schema = node.target._schema
-                writes = any(
-                    a.alias_info is not None and a.alias_info.is_write for a in schema.arguments
-                )
-                if not schema.returns and not writes and value_of(node) is None:
-                    found[str(node.target)] = None
+            if shows_nothing(node.target) and value_of(node) is None:
+                found[str(node.target)] = None
     return tuple(found)
