@@ -18,6 +18,8 @@ import pytest
 import torch
 import yaml
 
+import piecework
+
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 BUILD = "import sys, setuptools.build_meta as b; print(getattr(b, sys.argv[1])(sys.argv[2]))"
@@ -190,7 +192,7 @@ def test_workflows_run_what_the_project_has() -> None:
         )
         assert done.returncode == 0, done.stderr
     for command in commands:
-        assert command.startswith(("make ", "python -m pip ", "python -m pytest", ".venv/bin/"))
+        assert command.startswith(("make ", "python -m ", ".venv/bin/", "gh release create "))
     assert sum(" -m nightly" in command for command in commands) == 1
     assert "nightly: " in "\n".join(PROJECT["tool"]["pytest"]["ini_options"]["markers"])
     extras = {name for command in commands for name in re.findall(r"\.\[(\w+)\]", command)}
@@ -206,6 +208,17 @@ def test_the_matrix_is_what_the_metadata_claims() -> None:
     low, high = (int(found) for found in re.findall(r"2\.(\d+)", pin))
     assert matrix["torch"] == [f"2.{minor}" for minor in range(low, high)]
     assert torch.__version__.rpartition(".")[0] in matrix["torch"]
+
+
+def test_a_release_is_tested_and_named_by_its_version() -> None:
+    flow = _workflows()["release.yml"]
+    commands = [step["run"] for step in flow["jobs"]["release"]["steps"] if "run" in step]  # type: ignore[attr-defined]
+    assert commands[:2] == ["make lint", "make test"]
+    compared = [each for each in commands if "GITHUB_REF_NAME" in each and "__version__" in each]
+    built, published = commands.index("python -m build --outdir dist"), len(commands) - 1
+    assert commands.index(*compared) < built < published
+    assert commands[published].startswith("gh release create ") and "dist/*" in commands[published]
+    assert PROJECT["project"]["version"] == piecework.__version__
 
 
 def test_hooks_are_the_checks_of_make_lint() -> None:
