@@ -22,8 +22,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 
 import torch
 import torch.fx
@@ -227,6 +228,14 @@ def select(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
     return [known[name] for name in names] if names else list(cases)
 
 
+class _FromSource(SourceFileLoader):
+    """Reads the text each time: Python's bytecode files don't tell two versions of one second and one length apart."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        path = self.get_filename(fullname)
+        return self.source_to_code(self.get_data(path), path)
+
+
 def import_graph(case: Case) -> ModuleType:
     """Import ``graph.py`` once for as long as it does not change: operators that it registers can be registered only once.
 
@@ -238,7 +247,8 @@ def import_graph(case: Case) -> ModuleType:
     known = sys.modules.get(full_name)
     if known is not None and getattr(known, "__piecework_stamp__", None) == stamp:
         return known
-    spec = importlib.util.spec_from_file_location(full_name, path)
+    loader = _FromSource(full_name, str(path))
+    spec = importlib.util.spec_from_file_location(full_name, path, loader=loader)
     if spec is None or spec.loader is None:
         raise UsageError("a case cannot be imported", where=str(path))
     module = importlib.util.module_from_spec(spec)

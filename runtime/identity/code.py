@@ -8,6 +8,7 @@ from __future__ import annotations
 import dis
 import enum
 import importlib.util
+import inspect
 import sys
 import types
 from collections.abc import Iterator, Sequence
@@ -166,16 +167,12 @@ def _body(kind: type) -> Iterator[tuple[str, object]]:
 
 def _annotations(reader: Reader, owner: Any) -> Any:
     try:
-        found = (
-            vars(owner).get("__annotations__", {})
-            if isinstance(owner, type)
-            else owner.__annotations__
-        )
+        found = inspect.get_annotations(owner)
     except (
         NameError
     ) as error:  # Python 3.14 evaluates them here, and one exists for type checkers only
         return {"unresolved": str(error)}
-    return reader.pairs((found or {}).items())
+    return reader.pairs(found.items())
 
 
 # --- what code reaches by name -----------------------------------------------------------------------
@@ -227,6 +224,7 @@ def _chains(code: types.CodeType, loads: tuple[str, ...]) -> Iterator[tuple[str,
     """Names that are loaded, each with the attributes that are read of it at once: ``("math", "pi")``."""
     for each in with_inner_code([code]):
         chain: list[str] = []
+        cells = {*each.co_cellvars, *each.co_freevars}
         for instruction in dis.get_instructions(each):
             if chain and instruction.opname in _ATTRIBUTE:
                 chain.append(str(instruction.argval))
@@ -236,7 +234,13 @@ def _chains(code: types.CodeType, loads: tuple[str, ...]) -> Iterator[tuple[str,
             chain = []
             if instruction.opname.startswith(loads):
                 found = instruction.argval
-                *others, last = found if isinstance(found, tuple) else (found,)
+                names = found if isinstance(found, tuple) else (found,)
+                if instruction.opname.startswith("LOAD_FAST"):
+                    # From Python 3.13 on this also puts a variable's cell into a closure, which reads nothing of it.
+                    names = tuple(name for name in names if name not in cells)
+                if not names:
+                    continue
+                *others, last = names
                 yield from ((str(other),) for other in others)  # two loads in one instruction
                 chain = [str(last)]
 

@@ -88,6 +88,8 @@ _OWN = ("piecework.codegen", "piecework.runtime", "piecework.templates", "piecew
 _TORCH = ("torch", "torchgen", "functorch", "triton")
 _HEAP_TYPE = 1 << 9
 # Bases that add nothing to an instance that its attributes, or `plain_base`, would not show.
+# By the list of its names: from Python 3.13 on the module itself holds the classes of iterators and generators too.
+_ABSTRACT = frozenset(getattr(collections.abc, name) for name in collections.abc.__all__)
 _BARE = frozenset(
     {object, abc.ABC, typing.Generic, typing.Protocol, int, float, complex, str, bytes}
     | {tuple, list, dict, set, frozenset, bytearray, enum.Enum, types.SimpleNamespace}
@@ -142,7 +144,7 @@ class Libraries:
         if kind.__module__.startswith(("piecework.", "collections.abc")):
             return True
         if self.library_of(kind.__module__) is not None:
-            return kind in vars(collections.abc).values() or _is_named_tuple(kind)
+            return kind in _ABSTRACT or _is_named_tuple(kind)
         module = sys.modules.get(kind.__module__)
         file = getattr(module, "__file__", None)
         compiled = isinstance(file, str) and not file.endswith((".py", ".pyc"))

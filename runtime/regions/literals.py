@@ -187,6 +187,11 @@ class _Reader:
             self._call_spread(arg)
         elif name in ("POP_TOP", "STORE_FAST", "STORE_GLOBAL", "STORE_DEREF", "RETURN_VALUE"):
             self._take(1, "kept in a variable")
+        elif name == "STORE_FAST_LOAD_FAST":  # two steps in one, from Python 3.13 on
+            self._take(1, "kept in a variable")
+            self._push(_Expr("local", key=value[1]))
+        elif name == "STORE_FAST_STORE_FAST":
+            self._take(2, "kept in a variable")
         elif name in _TAKES:
             self._take(_TAKES[name], "computed with")
             self._push(_UNKNOWN)
