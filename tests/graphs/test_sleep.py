@@ -6,7 +6,6 @@ import gc
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -17,15 +16,6 @@ from piecework.errors import BindError, InputError
 from piecework.runtime.counters import counters
 
 EAGER = piecework.CompilationConfig(backend="eager")
-
-
-@pytest.fixture(autouse=True)
-def quick_collections() -> Iterator[None]:
-    """Each capture collects garbage; what was there before is left out."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @piecework.splitting_op("sleep_tests::double", mutates_args=("out",), rows="independent")
