@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
+
+# Two workers on two cores: a second thread of a small product waits for a core, and keeps the other busy meanwhile.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+import torch  # noqa: E402
 
 try:
     from hypothesis import settings

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_llms import build
 
 from piecework.errors import BindError, InputError, UsageError
 from piecework.integrations.transformers import sleep, stitch, stitched_module, unstitch, wake_up
@@ -22,28 +22,6 @@ transformers = pytest.importorskip("transformers")
 EAGER_PIECES = CompilationConfig(backend="eager")
 INDUCTOR = CompilationConfig()
 SIZES = [2, 4]
-SHAPE = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
-
-
-def build(seed: int = 3, **changes: object) -> torch.nn.Module:
-    config = transformers.LlamaConfig(**{**SHAPE, **changes})
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
-    return model
 
 
 def generated(model: Any, batch: int) -> torch.Tensor:
@@ -63,12 +41,6 @@ def replays(model: torch.nn.Module) -> int:
 
 
 @pytest.fixture(autouse=True)
-def quick_collections() -> Iterator[None]:
-    """Each capture collects garbage; what was there before is left out."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 # --- PEFT --------------------------------------------------------------------------------------------
@@ -305,23 +277,23 @@ def test_new_weights_in_place_reach_pieces_and_head(tied: bool) -> None:
     model = stitch(build(tie_word_embeddings=tied), config=EAGER_PIECES, capture=SIZES)
     with counters.expect(num_graphs_seen=0, num_cudagraph_captured=0):
         for seed in range(4, 7):
-            model.load_state_dict(build(seed, tie_word_embeddings=tied).state_dict())
-            check(model, build(seed, tie_word_embeddings=tied))
+            model.load_state_dict(build(seed=seed, tie_word_embeddings=tied).state_dict())
+            check(model, build(seed=seed, tie_word_embeddings=tied))
     assert replays(model) == 42
     decoder = {
-        name: each for name, each in build(9).state_dict().items() if name.startswith("model.")
+        name: each for name, each in build(seed=9).state_dict().items() if name.startswith("model.")
     }
     stitched_module(model).refit(decoder)
-    eager = build(6, tie_word_embeddings=tied)
+    eager = build(seed=6, tie_word_embeddings=tied)
     eager.load_state_dict(decoder, strict=False)
     check(model, eager)
-    model.load_state_dict(build(4, tie_word_embeddings=tied).state_dict(), assign=True)
+    model.load_state_dict(build(seed=4, tie_word_embeddings=tied).state_dict(), assign=True)
     with pytest.raises(InputError, match="was replaced"):
         generated(model, 2)
 
 
 def test_a_head_that_is_replaced_is_not_served_by_its_old_graphs() -> None:
-    model, other = stitch(build(), config=EAGER_PIECES, capture=SIZES), build(4)
+    model, other = stitch(build(), config=EAGER_PIECES, capture=SIZES), build(seed=4)
     model.lm_head.weight = other.lm_head.weight
     with pytest.raises(InputError, match="weight was replaced"):
         generated(model, 2)

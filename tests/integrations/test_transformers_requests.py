@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_llms import GEMMA
+from small_llms import build as built
 
 from piecework.errors import InputError, PieceworkError, UsageError
 from piecework.integrations.transformers import stitch, stitched_module, unstitch
@@ -29,36 +31,10 @@ from piecework.runtime.counters import counters
 transformers = pytest.importorskip("transformers")
 
 EAGER_PIECES = CompilationConfig(backend="eager")
-SHAPE = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
 
 
-def build(family: str = "gemma3_text", **changes: object) -> torch.nn.Module:
-    """By default a model with windowed and full layers, so that there are two masks and two kinds of cache slots."""
-    windows = {
-        "head_dim": 8,
-        "query_pre_attn_scalar": 8,
-        "sliding_window": 4,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-    }
-    extra = windows if family == "gemma3_text" else {}
-    config = transformers.CONFIG_MAPPING[family](**{**SHAPE, **extra, **changes})
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
-    return model
+def build(family: str = "gemma3_text", **fields: object) -> torch.nn.Module:
+    return built(family, **(GEMMA if family == "gemma3_text" else {}), **fields)
 
 
 class Pair:
