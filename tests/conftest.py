@@ -13,7 +13,7 @@ import pytest
 
 # Two workers on two cores: a second thread of a small product waits for a core, and keeps the other busy meanwhile.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-import torch  # noqa: E402
+import torch
 
 try:
     from hypothesis import settings

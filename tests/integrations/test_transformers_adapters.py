@@ -40,9 +40,6 @@ def replays(model: torch.nn.Module) -> int:
     return sum(row.calls for row in stitched_module(model).call_report() if row.graph)
 
 
-@pytest.fixture(autouse=True)
-
-
 # --- PEFT --------------------------------------------------------------------------------------------
 
 Saved = Callable[..., Path]

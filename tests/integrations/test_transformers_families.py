@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_llms import GEMMA, WINDOW
+from small_llms import GEMMA, SHAPE, WINDOW
 from small_llms import build as built
 
 from piecework.integrations.transformers import stitch
@@ -71,7 +71,7 @@ def build(family: str) -> torch.nn.Module:
 
 def tokens(batch: int, length: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(100 * batch + length)
-    return torch.randint(1, COMMON["vocab_size"], (batch, length), generator=generator)
+    return torch.randint(1, SHAPE["vocab_size"], (batch, length), generator=generator)
 
 
 def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:

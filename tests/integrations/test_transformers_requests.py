@@ -34,7 +34,10 @@ EAGER_PIECES = CompilationConfig(backend="eager")
 
 
 def build(family: str = "gemma3_text", **fields: object) -> torch.nn.Module:
-    return built(family, **(GEMMA if family == "gemma3_text" else {}), **fields)
+    """By default a model with windowed layers on both sides of a full one."""
+    turns = ["sliding_attention", "full_attention", "sliding_attention"]
+    extra = {**GEMMA, "layer_types": turns} if family == "gemma3_text" else {}
+    return built(family, **{"num_hidden_layers": 3, **extra, **fields})
 
 
 class Pair:
