@@ -302,6 +302,7 @@ for row in stitched.coverage(9):
 """
 
 
+@pytest.mark.nightly
 def test_replay_source_is_the_same_under_every_hash_seed() -> None:
     folder = str(Path(__file__).parent)
     texts = set()

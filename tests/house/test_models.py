@@ -59,6 +59,7 @@ def test_models_cut_and_captured(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.nightly
 def test_families(tmp_path: Path) -> None:
     found = run(
         tmp_path,

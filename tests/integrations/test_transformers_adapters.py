@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +84,17 @@ def swap(peft: Any, model: Any, path: Path) -> None:
 def served(peft: Any, eager: Any) -> Callable[..., Any]:
     """A stitched, captured model with an adapter, made ready for others of up to ``rank``."""
 
-    def serve(path: Path, rank: int | None = 8, config: CompilationConfig = EAGER_PIECES) -> Any:
+    def serve(
+        path: Path,
+        rank: int | None = 8,
+        config: CompilationConfig = EAGER_PIECES,
+        sizes: Sequence[int] = SIZES,
+    ) -> Any:
         model = eager(path)
         if rank is not None:
             peft.utils.hotswap.prepare_model_for_compiled_hotswap(model, target_rank=rank)
             model.eval()
-        stitch(model.get_base_model(), config=config, capture=SIZES)
+        stitch(model.get_base_model(), config=config, capture=sizes)
         return model
 
     return serve
@@ -97,7 +102,7 @@ def served(peft: Any, eager: Any) -> Callable[..., Any]:
 
 @pytest.mark.parametrize(
     "config",
-    [EAGER_PIECES, pytest.param(INDUCTOR, marks=pytest.mark.inductor)],
+    [EAGER_PIECES, pytest.param(INDUCTOR, marks=[pytest.mark.inductor, pytest.mark.nightly])],
     ids=["eager", "inductor"],
 )
 def test_swapped_adapters_are_served_by_the_same_graphs(
@@ -160,6 +165,9 @@ def test_an_adapter_of_another_dtype_is_cast_into_place(
         generated(model, 2)
 
 
+CHANGES = 4
+
+
 def changes(peft: Any, model: Any, other: Path) -> Iterator[tuple[Callable[[], Any], str]]:
     """What PEFT can do to a model with an adapter, each with what a call says then."""
     base = model.get_base_model()
@@ -172,19 +180,16 @@ def changes(peft: Any, model: Any, other: Path) -> Iterator[tuple[Callable[[], A
 
 def test_what_else_becomes_of_an_adapter_is_noticed(peft: Any, saved: Saved, served: Any) -> None:
     first, other = saved(1), saved(2)
-    number = 0
-    while True:
-        model = served(first)
+    for number in range(CHANGES):
+        model = served(first, sizes=[2])
         waiting = list(changes(peft, model, other))
-        if number == len(waiting):
-            break
+        assert len(waiting) == CHANGES
         if number == 1:
             waiting[0][0]()
         change, said = waiting[number]
         change()
         with pytest.raises(InputError, match=said):
             generated(model, 2)
-        number += 1
 
 
 def test_disabled_and_enabled_again(saved: Saved, eager: Any, served: Any) -> None:
@@ -296,13 +301,14 @@ def test_a_head_that_is_replaced_is_not_served_by_its_old_graphs() -> None:
         generated(model, 2)
 
 
-def test_twenty_nights_of_sleep() -> None:
+@pytest.mark.parametrize("nights", [4, pytest.param(20, marks=pytest.mark.nightly)])
+def test_nights_of_sleep(nights: int) -> None:
     eager = build(num_hidden_layers=1)
     expected = generated(eager, 2)
     model = stitch(copy.deepcopy(eager), config=EAGER_PIECES, capture=[2])
     parts = [stitched_module(model), model.lm_head.forward.stitched]
     held = [each.memory_report().held for each in parts]
-    for _ in range(20):
+    for _ in range(nights):
         sleep(model)
         for each in parts:
             with pytest.raises(BindError, match=r"nothing is captured.*wake_up\(\)"):

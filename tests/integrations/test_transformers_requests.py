@@ -314,6 +314,7 @@ def test_two_threads_share_one_stitched_model(pair: Pair) -> None:
         assert torch.equal(got, answer(pair.eager, ids))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     eager = build().to(dtype)
