@@ -20,7 +20,7 @@ from piecework.codegen.plan.formatting import format_source
 from piecework.golden.cases import Case, LoadedCase
 from piecework.golden.execute import differences, run_module
 
-EXAMPLES = int(os.environ.get("PIECEWORK_RANDOM_GRAPHS", "500"))
+EXAMPLES = int(os.environ.get("PIECEWORK_RANDOM_GRAPHS", "200"))
 Pair = namedtuple("Pair", ["left", "right"])
 
 

@@ -71,6 +71,7 @@ def test_families(tmp_path: Path) -> None:
 
 
 @pytest.mark.inductor
+@pytest.mark.nightly
 def test_models_compiled_by_inductor(tmp_path: Path) -> None:
     found = run(
         tmp_path,
