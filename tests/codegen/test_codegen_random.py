@@ -497,7 +497,7 @@ def test_many_random_graphs(program: tuple[torch.fx.GraphModule, LowerOptions]) 
 
 
 @given(programs())
-@settings(max_examples=EXAMPLES // 20, **SETTINGS)
+@settings(max_examples=EXAMPLES // 8, **SETTINGS)
 def test_black_has_nothing_to_change(program: tuple[torch.fx.GraphModule, LowerOptions]) -> None:
     code = generate_source(*program).code
     assert format_source(code) == code
