@@ -341,6 +341,7 @@ def test_a_number_that_is_read_from_rows_mixes_what_it_meets() -> None:
     assert found.refused is not None or (found.results[0] is not None and found.results[1] is None)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_rows_are_followed_through_views_whose_other_sizes_are_dynamic_too(
     batch_first: bool,

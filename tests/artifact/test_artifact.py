@@ -681,6 +681,7 @@ def _require_equal(ours: object, theirs: object, where: str) -> None:
             assert type(one) is type(two), where
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("start", range(0, 20, 10))
 def test_random_python_state_is_equal_to_eager_or_refused(start: int, tmp_path: Path) -> None:
     found = [python_state(number, tmp_path) for number in range(start, start + 10)]

@@ -115,9 +115,11 @@ def run_cases(numbers: range) -> Counter[str]:
     return counts
 
 
-def test_random_python_state_is_equal_to_eager_or_refused() -> None:
-    counts = run_cases(range(50))
-    assert counts[SERVED] > 40  # not by refusing everything
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("start", [0, 25])
+def test_random_python_state_is_equal_to_eager_or_refused(start: int) -> None:
+    counts = run_cases(range(start, start + 25))
+    assert counts[SERVED] > 20  # not by refusing everything
 
 
 @pytest.mark.nightly

@@ -96,6 +96,7 @@ def test_eight_processes_compile_each_key_once(tmp_path: Path, root: Path) -> No
     assert_clean(root)
 
 
+@pytest.mark.nightly
 def test_killed_at_random_instants_then_loaded(place: Path, warned: list[str]) -> None:
     count = 8
     probe = place / "probe"

@@ -20,7 +20,7 @@ from piecework.codegen.plan.formatting import format_source
 from piecework.golden.cases import Case, LoadedCase
 from piecework.golden.execute import differences, run_module
 
-EXAMPLES = int(os.environ.get("PIECEWORK_RANDOM_GRAPHS", "500"))
+EXAMPLES = int(os.environ.get("PIECEWORK_RANDOM_GRAPHS", "200"))
 Pair = namedtuple("Pair", ["left", "right"])
 
 
@@ -497,7 +497,7 @@ def test_many_random_graphs(program: tuple[torch.fx.GraphModule, LowerOptions]) 
 
 
 @given(programs())
-@settings(max_examples=EXAMPLES // 20, **SETTINGS)
+@settings(max_examples=EXAMPLES // 8, **SETTINGS)
 def test_black_has_nothing_to_change(program: tuple[torch.fx.GraphModule, LowerOptions]) -> None:
     code = generate_source(*program).code
     assert format_source(code) == code

@@ -167,6 +167,7 @@ def test_equal_floats_are_no_change_and_the_two_zeros_are() -> None:
             compiled(function, X, traced)(X, passed)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "function",
     [

@@ -78,6 +78,7 @@ class Int8Linear(torch.nn.Module):
         return product.to(x.dtype) * own * self.scale + self.bias
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(
     "config", [EAGER, pytest.param(INDUCTOR, marks=pytest.mark.inductor)], ids=["eager", "inductor"]

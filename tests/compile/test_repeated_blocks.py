@@ -255,6 +255,7 @@ def test_inductor_compiles_each_kind_once() -> None:
     assert (stitched.report().pieces, stitched.report().unique) == (7, 3)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("family", ["vit", "bert", "albert", "whisper"])
 def test_encoders_of_transformers(family: str) -> None:
     transformers = pytest.importorskip("transformers")

@@ -67,7 +67,10 @@ def batch(n: int) -> tuple[torch.Tensor, ...]:
 
 def compiled(config: CompilationConfig = EAGER, op=fresh, **options):
     model = Stack(op=op).requires_grad_(False)
-    return model, piecework.compile(model, batch(5), config=config, **options)
+    x, positions, scale = batch(5)
+    torch._dynamo.mark_dynamic(x, 0)  # said at once; it takes four traces to find out
+    torch._dynamo.mark_dynamic(positions, 1)
+    return model, piecework.compile(model, (x, positions, scale), config=config, **options)
 
 
 def captured(sizes=SIZES, op=fresh, **options):

@@ -302,6 +302,7 @@ for row in stitched.coverage(9):
 """
 
 
+@pytest.mark.nightly
 def test_replay_source_is_the_same_under_every_hash_seed() -> None:
     folder = str(Path(__file__).parent)
     texts = set()
@@ -318,6 +319,7 @@ def test_replay_source_is_the_same_under_every_hash_seed() -> None:
     assert text.count("def replay(inputs):") == 2 * 2 * 3 * 2
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
 def test_a_budget_holds_over_several_modes(share: float) -> None:
     model, stitched = small()

@@ -136,7 +136,7 @@ CASES = given(
 )
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=12)
 @CASES
 def test_captured_equals_plain(steps, mode, policy, sizes, batches):
     check_captured_equals_plain(steps, mode, policy, sizes, batches)

@@ -59,6 +59,7 @@ def test_models_cut_and_captured(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.nightly
 def test_families(tmp_path: Path) -> None:
     found = run(
         tmp_path,
@@ -70,6 +71,7 @@ def test_families(tmp_path: Path) -> None:
 
 
 @pytest.mark.inductor
+@pytest.mark.nightly
 def test_models_compiled_by_inductor(tmp_path: Path) -> None:
     found = run(
         tmp_path,

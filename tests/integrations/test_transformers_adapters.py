@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-import gc
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from small_llms import build
 
 from piecework.errors import BindError, InputError, UsageError
 from piecework.integrations.transformers import sleep, stitch, stitched_module, unstitch, wake_up
@@ -22,28 +22,6 @@ transformers = pytest.importorskip("transformers")
 EAGER_PIECES = CompilationConfig(backend="eager")
 INDUCTOR = CompilationConfig()
 SIZES = [2, 4]
-SHAPE = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
-
-
-def build(seed: int = 3, **changes: object) -> torch.nn.Module:
-    config = transformers.LlamaConfig(**{**SHAPE, **changes})
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
-    return model
 
 
 def generated(model: Any, batch: int) -> torch.Tensor:
@@ -60,15 +38,6 @@ def check(model: Any, eager: Any) -> None:
 
 def replays(model: torch.nn.Module) -> int:
     return sum(row.calls for row in stitched_module(model).call_report() if row.graph)
-
-
-@pytest.fixture(autouse=True)
-def quick_collections() -> Iterator[None]:
-    """Each capture collects garbage; what was there before is left out."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 # --- PEFT --------------------------------------------------------------------------------------------
@@ -115,12 +84,17 @@ def swap(peft: Any, model: Any, path: Path) -> None:
 def served(peft: Any, eager: Any) -> Callable[..., Any]:
     """A stitched, captured model with an adapter, made ready for others of up to ``rank``."""
 
-    def serve(path: Path, rank: int | None = 8, config: CompilationConfig = EAGER_PIECES) -> Any:
+    def serve(
+        path: Path,
+        rank: int | None = 8,
+        config: CompilationConfig = EAGER_PIECES,
+        sizes: Sequence[int] = SIZES,
+    ) -> Any:
         model = eager(path)
         if rank is not None:
             peft.utils.hotswap.prepare_model_for_compiled_hotswap(model, target_rank=rank)
             model.eval()
-        stitch(model.get_base_model(), config=config, capture=SIZES)
+        stitch(model.get_base_model(), config=config, capture=sizes)
         return model
 
     return serve
@@ -128,7 +102,7 @@ def served(peft: Any, eager: Any) -> Callable[..., Any]:
 
 @pytest.mark.parametrize(
     "config",
-    [EAGER_PIECES, pytest.param(INDUCTOR, marks=pytest.mark.inductor)],
+    [EAGER_PIECES, pytest.param(INDUCTOR, marks=[pytest.mark.inductor, pytest.mark.nightly])],
     ids=["eager", "inductor"],
 )
 def test_swapped_adapters_are_served_by_the_same_graphs(
@@ -191,6 +165,9 @@ def test_an_adapter_of_another_dtype_is_cast_into_place(
         generated(model, 2)
 
 
+CHANGES = 4
+
+
 def changes(peft: Any, model: Any, other: Path) -> Iterator[tuple[Callable[[], Any], str]]:
     """What PEFT can do to a model with an adapter, each with what a call says then."""
     base = model.get_base_model()
@@ -203,19 +180,16 @@ def changes(peft: Any, model: Any, other: Path) -> Iterator[tuple[Callable[[], A
 
 def test_what_else_becomes_of_an_adapter_is_noticed(peft: Any, saved: Saved, served: Any) -> None:
     first, other = saved(1), saved(2)
-    number = 0
-    while True:
-        model = served(first)
+    for number in range(CHANGES):
+        model = served(first, sizes=[2])
         waiting = list(changes(peft, model, other))
-        if number == len(waiting):
-            break
+        assert len(waiting) == CHANGES
         if number == 1:
             waiting[0][0]()
         change, said = waiting[number]
         change()
         with pytest.raises(InputError, match=said):
             generated(model, 2)
-        number += 1
 
 
 def test_disabled_and_enabled_again(saved: Saved, eager: Any, served: Any) -> None:
@@ -305,35 +279,36 @@ def test_new_weights_in_place_reach_pieces_and_head(tied: bool) -> None:
     model = stitch(build(tie_word_embeddings=tied), config=EAGER_PIECES, capture=SIZES)
     with counters.expect(num_graphs_seen=0, num_cudagraph_captured=0):
         for seed in range(4, 7):
-            model.load_state_dict(build(seed, tie_word_embeddings=tied).state_dict())
-            check(model, build(seed, tie_word_embeddings=tied))
+            model.load_state_dict(build(seed=seed, tie_word_embeddings=tied).state_dict())
+            check(model, build(seed=seed, tie_word_embeddings=tied))
     assert replays(model) == 42
     decoder = {
-        name: each for name, each in build(9).state_dict().items() if name.startswith("model.")
+        name: each for name, each in build(seed=9).state_dict().items() if name.startswith("model.")
     }
     stitched_module(model).refit(decoder)
-    eager = build(6, tie_word_embeddings=tied)
+    eager = build(seed=6, tie_word_embeddings=tied)
     eager.load_state_dict(decoder, strict=False)
     check(model, eager)
-    model.load_state_dict(build(4, tie_word_embeddings=tied).state_dict(), assign=True)
+    model.load_state_dict(build(seed=4, tie_word_embeddings=tied).state_dict(), assign=True)
     with pytest.raises(InputError, match="was replaced"):
         generated(model, 2)
 
 
 def test_a_head_that_is_replaced_is_not_served_by_its_old_graphs() -> None:
-    model, other = stitch(build(), config=EAGER_PIECES, capture=SIZES), build(4)
+    model, other = stitch(build(), config=EAGER_PIECES, capture=SIZES), build(seed=4)
     model.lm_head.weight = other.lm_head.weight
     with pytest.raises(InputError, match="weight was replaced"):
         generated(model, 2)
 
 
-def test_twenty_nights_of_sleep() -> None:
+@pytest.mark.parametrize("nights", [4, pytest.param(20, marks=pytest.mark.nightly)])
+def test_nights_of_sleep(nights: int) -> None:
     eager = build(num_hidden_layers=1)
     expected = generated(eager, 2)
     model = stitch(copy.deepcopy(eager), config=EAGER_PIECES, capture=[2])
     parts = [stitched_module(model), model.lm_head.forward.stitched]
     held = [each.memory_report().held for each in parts]
-    for _ in range(20):
+    for _ in range(nights):
         sleep(model)
         for each in parts:
             with pytest.raises(BindError, match=r"nothing is captured.*wake_up\(\)"):

@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+from small_llms import build
 
 from piecework.errors import ConfigError, StaticGraphError
 from piecework.integrations.transformers import stitch, stitched_module, unstitch
@@ -17,28 +18,6 @@ from piecework.runtime.stitched import StitchedModule
 transformers = pytest.importorskip("transformers")
 
 EAGER_PIECES = CompilationConfig(backend="eager")
-SHAPE = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
-
-
-def build(**changes: object) -> torch.nn.Module:
-    config = transformers.LlamaConfig(**{**SHAPE, **changes})
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
-    return model
 
 
 def prompts(batch: int, length: int = 6) -> torch.Tensor:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from small_llms import GEMMA
+from small_llms import build as built
 
 from piecework.integrations.transformers import stitch
 from piecework.runtime.config.compilation import CompilationConfig
@@ -14,29 +16,12 @@ from piecework.runtime.config.compilation import CompilationConfig
 transformers = pytest.importorskip("transformers")
 
 Cache = transformers.Cache
-SHAPE = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
 IDS = torch.randint(1, 97, (3, 6), generator=torch.Generator().manual_seed(5))
 
 
-def build(family: str = "llama", **changes: object) -> torch.nn.Module:
-    config = transformers.CONFIG_MAPPING[family](**{**SHAPE, **changes})
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
-    return model.requires_grad_(False)
+def build(family: str = "llama") -> torch.nn.Module:
+    fields = {**(GEMMA if family == "gemma3_text" else {}), "max_position_embeddings": 256}
+    return built(family, **fields).requires_grad_(False)
 
 
 class Pair:
@@ -270,19 +255,13 @@ def test_masks_of_every_form_hold_for_one_token(pair: Pair) -> None:
     ids=["greedy", "sampled", "beams", "static", "lookup", "assisted"],
 )
 def test_generate_gives_the_model_s_own_tokens(family: str, how: dict[str, object]) -> None:
-    windows = {
-        "head_dim": 8,
-        "query_pre_attn_scalar": 8,
-        "sliding_window": 4,
-        "layer_types": ["sliding_attention", "full_attention"],
-    }
-    pair = Pair(build(family, **(windows if family == "gemma3_text" else {})))
+    pair = Pair(build(family))
     how = dict(how)
     ids = IDS[: how.pop("batch", 3)]
     mask = torch.ones_like(ids)
     mask[0, :2] = 0 if len(ids) > 1 else 1  # on the left
     if how.pop("assistant", False):
-        how["assistant_model"] = build(family, **(windows if family == "gemma3_text" else {}))
+        how["assistant_model"] = build(family)
     settings = {"max_new_tokens": 12, "do_sample": False, "attention_mask": mask, **how}
     found = []
     for model in (pair.stitched, pair.eager):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_llms import GEMMA, SHAPE, WINDOW
+from small_llms import build as built
 
 from piecework.integrations.transformers import stitch
 from piecework.runtime.config.compilation import CompilationConfig
@@ -13,20 +15,7 @@ transformers = pytest.importorskip("transformers")
 
 EAGER_PIECES = CompilationConfig(backend="eager")
 
-WINDOW = 4  # shorter than every prompt below
 
-COMMON = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
 CHOOSING = ("mixtral", "deepseek_v3", "gpt_oss")
 MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 FAMILIES = {
@@ -41,9 +30,7 @@ FAMILIES = {
         "attn_logit_softcapping": 2.0,
     },
     "gemma3_text": {
-        "head_dim": 8,
-        "query_pre_attn_scalar": 8,
-        "sliding_window": WINDOW,
+        **GEMMA,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
     },
     "phi3": {},
@@ -79,21 +66,12 @@ EAGER = {"gemma2", "gpt_oss"}
 
 
 def build(family: str) -> torch.nn.Module:
-    """A small model of ``family``, its weights seeded and large enough that a wrong mask or position shows."""
-    config = transformers.CONFIG_MAPPING[family](**{**COMMON, **FAMILIES[family]})
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
-            if weight.ndim == 1:
-                weight.add_(0.5)
-    return model
+    return built(family, seed=7, norms=0.5, **{"num_hidden_layers": 3, **FAMILIES[family]})
 
 
 def tokens(batch: int, length: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(100 * batch + length)
-    return torch.randint(1, COMMON["vocab_size"], (batch, length), generator=generator)
+    return torch.randint(1, SHAPE["vocab_size"], (batch, length), generator=generator)
 
 
 def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:

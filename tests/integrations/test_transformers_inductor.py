@@ -4,33 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_llms import build
 
 from piecework.integrations.transformers import stitch
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.inductor
-
-SHAPE = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
-
-
-def build(family: str, layers: int, **fields: object) -> torch.nn.Module:
-    config = transformers.CONFIG_MAPPING[family](**SHAPE, num_hidden_layers=layers, **fields)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
-    return model
 
 
 def check_against_eager(model: torch.nn.Module) -> None:
@@ -54,7 +33,9 @@ def test_experts_and_sinks_compile() -> None:
     """gpt_oss has the most that a piece may hold: routed experts, sinks as an argument of attention, two windows."""
     model = build(
         "gpt_oss",
-        3,
+        seed=11,
+        scale=0.2,
+        num_hidden_layers=3,
         head_dim=8,
         num_local_experts=4,
         num_experts_per_tok=2,

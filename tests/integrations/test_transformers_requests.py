@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_llms import GEMMA
+from small_llms import build as built
 
 from piecework.errors import InputError, PieceworkError, UsageError
 from piecework.integrations.transformers import stitch, stitched_module, unstitch
@@ -29,36 +31,13 @@ from piecework.runtime.counters import counters
 transformers = pytest.importorskip("transformers")
 
 EAGER_PIECES = CompilationConfig(backend="eager")
-SHAPE = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
 
 
-def build(family: str = "gemma3_text", **changes: object) -> torch.nn.Module:
-    """By default a model with windowed and full layers, so that there are two masks and two kinds of cache slots."""
-    windows = {
-        "head_dim": 8,
-        "query_pre_attn_scalar": 8,
-        "sliding_window": 4,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-    }
-    extra = windows if family == "gemma3_text" else {}
-    config = transformers.CONFIG_MAPPING[family](**{**SHAPE, **extra, **changes})
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
-    return model
+def build(family: str = "gemma3_text", **fields: object) -> torch.nn.Module:
+    """By default a model with windowed layers on both sides of a full one."""
+    turns = ["sliding_attention", "full_attention", "sliding_attention"]
+    extra = {**GEMMA, "layer_types": turns} if family == "gemma3_text" else {}
+    return built(family, **{"num_hidden_layers": 3, **extra, **fields})
 
 
 class Pair:
@@ -335,6 +314,7 @@ def test_two_threads_share_one_stitched_model(pair: Pair) -> None:
         assert torch.equal(got, answer(pair.eager, ids))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     eager = build().to(dtype)

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_llms import build
 from typer.testing import CliRunner, Result
 
 from piecework.cli import app
@@ -54,23 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tokenizer.chat_template = "{% for m in messages %}{{ m.role == 'user' and 'w1' or 'w2' }} {{ m.content }} {% endfor %}w3"
     tokenizer.save_pretrained(place)
-    config = transformers.LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+    model = build(num_hidden_layers=1, max_position_embeddings=2048)
+    assert model.config.vocab_size == len(WORDS)
     model.save_pretrained(place)
     made = place.with_name(COMPILED)
     # In a process of its own: what other tests leave in this one is in an artifact's key.

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from small_llms import build
 
 from piecework.integrations.transformers import stitch, stitched_module
 from piecework.integrations.transformers.dry_request import dry_request
@@ -43,27 +44,6 @@ class WrongBetweenLayers(EagerAdaptor):
         return CompiledPiece(wrong)
 
 
-def build() -> torch.nn.Module:
-    config = transformers.LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
-    return model
-
-
 def generated(model: torch.nn.Module, **how: object) -> torch.Tensor:
     ids = torch.randint(1, 97, (2, 6), generator=torch.Generator().manual_seed(2))
     settings = {"max_new_tokens": 6, "do_sample": False, **how}
@@ -72,12 +52,14 @@ def generated(model: torch.nn.Module, **how: object) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def right() -> torch.nn.Module:
-    return stitch(build(), config={"backend": "eager"})
+    return stitch(build(num_hidden_layers=3), config={"backend": "eager"})
 
 
 @pytest.fixture(scope="module")
 def wrong() -> torch.nn.Module:
-    return stitch(build(), config={"backend": "shadow_llama_compilers:WrongBetweenLayers"})
+    return stitch(
+        build(num_hidden_layers=3), config={"backend": "shadow_llama_compilers:WrongBetweenLayers"}
+    )
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -86,7 +68,7 @@ def test_a_right_model_has_no_difference_and_the_same_tokens(
 ) -> None:
     with stitched_module(right).shadow() as found:
         tokens = generated(right, cache_implementation=cache)
-    assert torch.equal(tokens, generated(build()))
+    assert torch.equal(tokens, generated(build(num_hidden_layers=3)))
     assert (found.calls, found.compared) == (6, 24) and not found.left_out
     assert found.first is None, str(found)
 

@@ -101,6 +101,7 @@ def test_a_trace_log_holds_every_stage(tmp_path: Path) -> None:
 
 
 @pytest.mark.inductor
+@pytest.mark.nightly
 def test_a_trace_log_with_inductor_holds_both_ours_and_torchs(tmp_path: Path) -> None:
     artifacts, source = traced(tmp_path, "inductor")
     check_artifacts(artifacts, source, "inductor")

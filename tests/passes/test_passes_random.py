@@ -176,7 +176,7 @@ STALE_VIEW = [
 
 @given(steps)
 @example(STALE_VIEW)
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 def test_passes_keep_results_and_written_inputs(chosen: list[tuple[str, int, int, int]]) -> None:
     check(chosen)
 
@@ -246,7 +246,7 @@ def chain(chosen: list[tuple[str, int, int | None, int]]) -> Callable[..., objec
 
 
 @given(st.lists(links, min_size=2, max_size=8))
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 def test_chains_of_views_keep_their_meaning_for_other_sizes(chosen) -> None:  # type: ignore[no-untyped-def]
     check_chain(chosen)
 

@@ -24,7 +24,7 @@ def llama(layers: int) -> LlamaForCausalLM:
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("layers", [8, 32])
+@pytest.mark.parametrize("layers", [8, pytest.param(32, marks=pytest.mark.nightly)])
 def test_a_llama_of_any_depth_makes_three_inductor_compiles(layers: int) -> None:
     model = llama(layers)
     tokens = torch.arange(1, 8)[None]

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,20 +64,30 @@ def ranks(mode: str, folder: Path, timeout: float = 60) -> list[dict[str, object
     return found
 
 
-def test_torchrun_runs_a_model_that_is_cut_over_two_processes(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def under_torchrun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    """What both ranks found in each mode that ends well, one after the other in two processes, and their folder."""
+    folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     address = ["--master-port", str(free_port())]
     done = subprocess.run(
-        [*command, *address, str(SCRIPT), "run", str(tmp_path)],
+        [*command, *address, str(SCRIPT), "run,capture,once,save,load", str(folder)],
         capture_output=True,
         text=True,
+        env={**os.environ, "PIECEWORK_CACHE_DIR": str(folder / "cache")},
         timeout=BOUND,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    every = {"inside": True, "in place": True, "outside": True, "cut": True}
     assert sorted(row["rank"] for row in rows) == [0, 1]
-    assert [row["found"] for row in rows] == [every, every]
+    return folder, [row["found"] for row in rows]
+
+
+def test_torchrun_runs_a_model_that_is_cut_over_two_processes(
+    under_torchrun: tuple[Path, list[Any]],
+) -> None:
+    every = {"inside": True, "in place": True, "outside": True, "cut": True}
+    assert [found["run"] for found in under_torchrun[1]] == [every, every]
 
 
 @pytest.mark.sample(2)
@@ -104,11 +115,11 @@ def test_ranks_that_would_do_different_things_stop_with_an_error(
         assert said in str(each["says"]) or "lost each other" in str(each["says"])
 
 
-def test_each_rank_captures_the_same(tmp_path: Path) -> None:
-    first, second = (each["found"] for each in ranks("capture", tmp_path))
+def test_each_rank_captures_the_same(under_torchrun: tuple[Path, list[Any]]) -> None:
+    first, second = (each["capture"] for each in under_torchrun[1])
     assert first == second
-    assert len(first) == 3  # type: ignore[arg-type]
-    for served, opened, is_open, captured in first.values():  # type: ignore[attr-defined]
+    assert len(first) == 3
+    for served, opened, is_open, captured in first.values():
         assert served and captured and not is_open
         assert opened == 2  # for the estimate, and for the captures
 
@@ -133,14 +144,24 @@ def test_a_rank_that_does_not_come_ends_the_wait(tmp_path: Path) -> None:
     assert second["found"] == "finished" or second["code"]
 
 
-def test_equal_pieces_are_compiled_once_over_all_ranks(tmp_path: Path) -> None:
-    found = [each["found"] for each in ranks("once", tmp_path)]
-    assert found[0] == found[1] and found[0]["right"]  # type: ignore[index]
-    compiled = Counter((tmp_path / "compiled").read_text().split())
-    assert sum(compiled.values()) == found[0]["pieces"], compiled  # type: ignore[index]
+def test_equal_pieces_are_compiled_once_over_all_ranks(
+    under_torchrun: tuple[Path, list[Any]],
+) -> None:
+    folder, rows = under_torchrun
+    found = [each["once"] for each in rows]
+    assert found[0] == found[1] and found[0]["right"]
+    compiled = Counter((folder / "compiled").read_text().split())
+    assert sum(compiled.values()) == found[0]["pieces"], compiled
 
 
-def test_each_rank_loads_its_own_artifact(tmp_path: Path) -> None:
+def test_each_rank_loads_its_own_artifact(under_torchrun: tuple[Path, list[Any]]) -> None:
+    saved, loaded = ([each[mode] for each in under_torchrun[1]] for mode in ("save", "load"))
+    assert saved == [{"right": True, "traced": 2}] * 2
+    assert loaded == [{"right": True, "traced": 0}] * 2
+
+
+@pytest.mark.nightly
+def test_each_rank_loads_its_own_artifact_in_another_process(tmp_path: Path) -> None:
     assert [each["found"] for each in ranks("save", tmp_path)] == [{"right": True, "traced": 2}] * 2
     assert [each["found"] for each in ranks("load", tmp_path)] == [{"right": True, "traced": 0}] * 2
 
