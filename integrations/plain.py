@@ -21,13 +21,15 @@ from piecework.runtime.stitched import StitchedModule
 
 
 class Plain:
-    """An ``nn.Module`` or function with positional example arguments; see `piecework.integrations.protocol.Integration`."""
+    """An ``nn.Module`` or function with example calls; see `piecework.integrations.protocol.Integration`."""
 
     def load(self, path: Path, seed: int) -> None:
         return None  # no file says how to call such a model
 
     def stitch(self, loaded: LoadedModel, config: CompilationConfig) -> StitchedModule:
-        return compile_model(loaded.module, loaded.example_args, config=config)
+        return compile_model(
+            loaded.module, loaded.example_args, loaded.example_kwargs, config=config
+        )
 
     def warm(self, loaded: LoadedModel, artifact: Path) -> StitchedModule:
         return load(artifact, loaded.module)
@@ -36,7 +38,9 @@ class Plain:
         self, loaded: LoadedModel, new_tokens: int, stitched: StitchedModule | None = None
     ) -> Outcome:
         start = time.perf_counter()
-        result = (stitched or loaded.module)(*loaded.example_args)
+        model = stitched or loaded.module
+        calls = ((loaded.example_args, loaded.example_kwargs), *loaded.more_calls)
+        result = [model(*args, **kwargs) for args, kwargs in calls]
         values = tuple(x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor))
         return Outcome(None, values, time.perf_counter() - start)
 
