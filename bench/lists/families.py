@@ -15,7 +15,14 @@ import torch
 from piecework.bench.lists.sample import Row, Sample
 from piecework.bench.lists.shrink import LEVELS, shrink
 from piecework.errors import UsageError
-from piecework.integrations.encoders.arguments import SEED, SIZES, Size, Ways, ways_of
+from piecework.integrations.encoders.arguments import (
+    SEED,
+    SIZES,
+    Size,
+    Ways,
+    candidates,
+    first_that_runs,
+)
 from piecework.integrations.encoders.integration import called_part, without_caches
 from piecework.integrations.encoders.kinds import is_encoder
 from piecework.integrations.seeded import add_noise
@@ -46,9 +53,6 @@ KINDS = {
     "text": ("MASKED_LM", "TEXT_ENCODING", "SEQ_TO_SEQ_CAUSAL_LM"),
 }
 
-#: Kinds whose models are called once: no time series, which have decoders of their own.
-ENCODER_KINDS = ("multi-modal", "vision", "audio", "text")
-
 
 def families() -> list[Row]:
     """A row per family in `KINDS`.
@@ -68,7 +72,7 @@ def families() -> list[Row]:
 
 
 def encoders() -> list[Row]:
-    """The families of `families` whose models are called once, or their encoders are, with calls of other lengths and masks beside other rows.
+    """The families of `families` that are no time series; of one that generates text, its encoder. Calls differ in lengths and masks beside rows.
 
     Raises:
         ImportError: transformers is not installed.
@@ -76,11 +80,12 @@ def encoders() -> list[Row]:
     return [
         Row("encoders", each.name, _encoder_of(each.name), each.kind)
         for each in families()
-        if each.kind in ENCODER_KINDS and _is_encoder(each.name)
+        if each.kind != "time series"
     ]
 
 
-def _is_encoder(family: str) -> bool:
+def is_encoder_family(family: str) -> bool:
+    """Whether a config of ``family`` that says nothing else is one of an encoder."""
     from transformers import AutoConfig
 
     try:
@@ -125,7 +130,7 @@ def build(
         with quiet():
             try:
                 model = part(_model(family, level))
-                return model, ways_of(model)
+                return model, first_that_runs(model, candidates(model))
             except Exception as error:  # noqa: BLE001 - a config that doesn't fit its model, or its arguments
                 reason = error
     raise ValueError(

@@ -72,11 +72,14 @@ class Verdict:
 
 @dataclass(slots=True)
 class Outcome:
-    """Verdicts by contender: ``stock``, ``piecework``, ``split``, ``captured``."""
+    """Verdicts by contender: ``stock``, ``piecework``, ``split``, ``captured``; and how many pieces and traces piecework made."""
 
     label: str
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     skipped: str = ""
+    pieces: int = 0
+    unique: int = 0
+    traces: int = 0
 
 
 def try_sample(sample: Sample, options: Options, heard: Heard = lambda _: None) -> Outcome:
@@ -109,6 +112,10 @@ class _Trial:
         self._try("stock", self._make_stock)
         made: list[StitchedModule] = []
         self._try("piecework", lambda: _kept_in(made, self._compiled()))
+        for stitched in made:
+            report = stitched.report()
+            self._outcome.pieces, self._outcome.unique = report.pieces, report.unique
+            self._outcome.traces = len(stitched.traces)
         if made and self._options.cut and self._outcome.verdicts["piecework"].status == "equal":
             self._cut(made[0])
         return self._outcome

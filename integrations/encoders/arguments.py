@@ -6,7 +6,7 @@ It knows arguments by name, and no family; whether a call runs is for the caller
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,15 +46,22 @@ SIZES = (
     Size(3, 2 * TOKENS, "right"),
 )
 
+def padding_mask(size: Size) -> torch.Tensor:
+    """Ones where there are tokens, ``[rows, tokens]``; rows end, or begin, at two tokens before the longest one, one before, and there."""
+    hidden = (2 - torch.arange(size.rows) % 3) * (size.padding != "none")
+    mask = (torch.arange(size.tokens)[None] < size.tokens - hidden[:, None]).long()
+    return mask.flip(1) if size.padding == "left" else mask
+
+
 @torch.no_grad()
-def ways_of(model: torch.nn.Module) -> Ways:
-    """The first way to call ``model`` that runs.
+def first_that_runs(model: torch.nn.Module, ways: Iterable[Ways]) -> Ways:
+    """The first of ``ways`` to call ``model`` that runs.
 
     Raises:
         ValueError: none does; the message has the last reason.
     """
     reason = "no arguments known"
-    for arguments in _candidates(model):
+    for arguments in ways:
         try:
             args, kwargs = arguments(SIZES[0])
             model(*args, **kwargs)
@@ -64,7 +71,7 @@ def ways_of(model: torch.nn.Module) -> Ways:
     raise ValueError(reason)
 
 
-def _candidates(model: torch.nn.Module) -> Iterator[Ways]:
+def candidates(model: torch.nn.Module) -> Iterator[Ways]:
     """Ways to call ``model``, from its forward's parameters: with images of several sizes, or sound of several lengths."""
     names = list(inspect.signature(model.forward).parameters)
     required = [
@@ -116,7 +123,7 @@ class _Arguments:
         side = image or _side(getattr(self._vision, "image_size", 32) or 32)
         self._image = side * max(1, size.tokens // TOKENS)
         self._sound = sound * max(1, size.tokens // TOKENS)
-        self._length, self._padding = size.tokens, size.padding
+        self._size, self._length = size, size.tokens
         self._config = config
 
     def _drawn(self, n: int, *shape: int) -> torch.Tensor:
@@ -135,11 +142,7 @@ class _Arguments:
         return self._tokens(n, self._length // 2)
 
     def attention_mask(self, n: int) -> torch.Tensor:
-        lengths = torch.arange(_ROWS) % 3 + self._length - 2
-        if self._padding == "none":
-            lengths = torch.full((_ROWS,), self._length)
-        mask = (torch.arange(self._length)[None] < lengths[:, None]).long()[:n]
-        return mask.flip(1) if self._padding == "left" else mask
+        return padding_mask(self._size)
 
     def bbox(self, n: int) -> torch.Tensor:
         most = min(100, int(getattr(self._config, "max_2d_position_embeddings", 100)))

@@ -6,13 +6,14 @@ Nothing is downloaded; random weights and example arguments are seeded. Causal L
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from piecework.errors import UsageError
-from piecework.integrations.encoders.arguments import SIZES, ways_of
+from piecework.integrations.encoders.arguments import SIZES, Ways, candidates, first_that_runs
 from piecework.integrations.encoders.kinds import has_decoder, is_encoder
 from piecework.integrations.plain import Plain
 from piecework.integrations.protocol import (
@@ -42,7 +43,7 @@ class Encoder(Plain):
         )
         made = _with_weights(path, config) if weights else _with_random_weights(file, config, seed)
         model = called_part(made).eval().requires_grad_(False)
-        (args, kwargs), more = example_calls(model, file)
+        (args, kwargs), more = example_calls(model, file, candidates(model))
         text = file.read_text()
         return LoadedModel(type(model).__name__, model, args, self, text, kwargs, more)
 
@@ -71,14 +72,16 @@ def without_caches(config: Any) -> None:
             each.use_cache = False
 
 
-def example_calls(model: torch.nn.Module, file: Path) -> tuple[Call, list[Call]]:
-    """The call to trace ``model`` with, and those of other sizes and masks that it takes.
+def example_calls(
+    model: torch.nn.Module, file: Path, candidates: Iterable[Ways]
+) -> tuple[Call, list[Call]]:
+    """The call to trace ``model`` with, in the first way that runs, and those of other sizes and masks that it takes.
 
     Raises:
         UsageError: it takes no arguments that are known here.
     """
     try:
-        ways = ways_of(model)
+        ways = first_that_runs(model, candidates)
     except ValueError as error:
         raise UsageError(
             f"no arguments are known that a {type(model).__name__} takes: {error}",
