@@ -49,7 +49,7 @@ def tasks_of(only: str, backend: str) -> list[Task]:
     """A task for each family that a config alone says is an encoder."""
     chosen = [row for row in rows_of("encoders") if re.search(only, row.name)]
     return [
-        Task(row.source, row.name, row.kind, 1, Options(backend))
+        Task(row.source, row.name, row.kind, 1, Options(backend, stock="if unequal"))
         for row in sorted(chosen, key=lambda row: (KINDS.index(row.kind), row.name))
         if is_encoder_family(row.name)
     ]
@@ -67,11 +67,11 @@ def markdown(rows: Sequence[RowResult], backend: str) -> str:
         "",
         "Each family of transformers' registries of text encoders, vision and audio models, as a small model with seeded weights; of an encoder-decoder",
         "that generates, its encoder. It is compiled from one call and asked with others: 1, 2, 3, 4 and 5 rows, tokens of three lengths with padding on the right, on the",
-        "left and none, images and sound of two sizes; calls that the model itself refuses are left out. `piecework bench encoders --page docs/encoders.md` writes this page.",
+        "left and none, sound of two lengths; calls that the model itself refuses are left out. `piecework bench encoders --page docs/encoders.md` writes this page.",
         "",
         f"transformers {transformers.__version__}, torch {machine()['torch']}, pieces compiled by `{backend}`. Of {len(rows)} families {tried} have a small model",
-        f"that runs; **{counts['equal']} of these are equal**, {counts['refused']} are refused by name ({stock_too} of them by `torch.compile(fullgraph=True)` too, or it",
-        f"answers otherwise than eager), {counts['wrong']} are wrong, {counts['failed']} fail otherwise. *Traces* are all that these calls needed.",
+        f"that runs; **{counts['equal']} of these are equal**, {counts['refused']} are refused by name ({stock_too} of them by `torch.compile(fullgraph=True)` too,",
+        f"*stock*, which is asked where piecework is not equal), {counts['wrong']} are wrong, {counts['failed']} fail otherwise. *Traces* are all that the calls needed.",
         "",
         "| family | kind | | stock | pieces | different | traces | note |",
         "|---|---|---|---|---|---|---|---|",

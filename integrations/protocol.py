@@ -15,7 +15,6 @@ from piecework.errors import UsageError
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
 
-
 #: Positional and keyword arguments.
 Call = tuple[tuple[object, ...], dict[str, object]]
 

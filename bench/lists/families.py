@@ -21,10 +21,12 @@ from piecework.integrations.encoders.arguments import (
     Size,
     Ways,
     candidates,
+    example,
     first_that_runs,
 )
 from piecework.integrations.encoders.integration import called_part, without_caches
 from piecework.integrations.encoders.kinds import is_encoder
+from piecework.integrations.protocol import Call
 from piecework.integrations.seeded import add_noise
 
 LARGEST = 60_000_000  # parameters
@@ -105,11 +107,12 @@ def _samples_of(family: str) -> Callable[[int], Sequence[Sample]]:
 def _encoder_of(family: str) -> Callable[[int], Sequence[Sample]]:
     def samples(_: int) -> Sequence[Sample]:
         model, ways = build(family, called_part)
-        by_rows = {size.rows: size for size in SIZES}
-        example, *others = by_rows
-        return [
-            Sample("", lambda: copy.deepcopy(model), lambda n: ways(by_rows[n]), example, others)
-        ]
+        first, *others = (size.rows for size in SIZES)
+
+        def arguments(rows: int) -> Call:
+            return example(ways) if rows == first else ways(SIZES[[first, *others].index(rows)])
+
+        return [Sample("", lambda: copy.deepcopy(model), arguments, first, others)]
 
     return samples
 
@@ -131,7 +134,7 @@ def build(
             try:
                 model = part(_model(family, level))
                 return model, first_that_runs(model, candidates(model))
-            except Exception as error:  # noqa: BLE001 - a config that doesn't fit its model, or its arguments
+            except Exception as error:  # noqa: BLE001 - a config or arguments that it doesn't take
                 reason = error
     raise ValueError(
         f"{type(reason).__name__}: {str(reason).strip().splitlines()[0][:120] if str(reason) else ''}"

@@ -27,9 +27,7 @@ def keep_results(
     write_atomic(folder / name, text.encode() + b"\n")
 
 
-def kept_results(
-    folder: Path | None, name: str, tasks: Sequence[Task]
-) -> dict[Task, RowResult]:
+def kept_results(folder: Path | None, name: str, tasks: Sequence[Task]) -> dict[Task, RowResult]:
     """What an earlier run with the same folder found of the same tasks; rows that it could not end are tried again."""
     path = None if folder is None else folder / name
     if path is None or not path.exists():

@@ -70,9 +70,7 @@ def markdown(rows: Sequence[RowResult], settings: Iterable[str]) -> str:
     left = [row for row in rows if not row.outcomes]
     if left:
         lines += ["", "## Not tried", ""]
-        lines += [
-            f"- {row.source}: {row.name}: {cell(row.problem or 'no sample')}" for row in left
-        ]
+        lines += [f"- {row.source}: {row.name}: {cell(row.problem or 'no sample')}" for row in left]
     return "\n".join(lines) + "\n"
 
 

@@ -26,7 +26,7 @@ class Size:
 
     Attributes:
         rows: at most 16.
-        tokens: of a row; images and sound are larger and smaller with them.
+        tokens: of a row; sound is longer with them, images are of one size.
         padding: where the mask hides tokens; "none" for a mask of ones.
     """
 
@@ -45,6 +45,16 @@ SIZES = (
     Size(5, 2 * TOKENS, "none"),
     Size(3, 2 * TOKENS, "right"),
 )
+
+
+def example(ways: Ways) -> Call:
+    """The call to trace with. Of images alone the rows are dynamic: windows and pyramids of any height and width take torch minutes to trace."""
+    args, kwargs = ways(SIZES[0])
+    if all(name.startswith("pixel_") for name in kwargs):
+        for value in kwargs.values():
+            torch._dynamo.mark_dynamic(value, 0)
+    return args, kwargs
+
 
 def padding_mask(size: Size) -> torch.Tensor:
     """Ones where there are tokens, ``[rows, tokens]``; rows end, or begin, at two tokens before the longest one, one before, and there."""
@@ -120,8 +130,7 @@ class _Arguments:
         self._text = getattr(config, "text_config", config)
         self._vision = getattr(config, "vision_config", config)
         self._audio = getattr(config, "audio_config", config)
-        side = image or _side(getattr(self._vision, "image_size", 32) or 32)
-        self._image = side * max(1, size.tokens // TOKENS)
+        self._image = image or _side(getattr(self._vision, "image_size", 32) or 32)
         self._sound = sound * max(1, size.tokens // TOKENS)
         self._size, self._length = size, size.tokens
         self._config = config

@@ -13,7 +13,13 @@ from typing import Any
 import torch
 
 from piecework.errors import UsageError
-from piecework.integrations.encoders.arguments import SIZES, Ways, candidates, first_that_runs
+from piecework.integrations.encoders.arguments import (
+    SIZES,
+    Ways,
+    candidates,
+    example,
+    first_that_runs,
+)
 from piecework.integrations.encoders.kinds import has_decoder, is_encoder
 from piecework.integrations.plain import Plain
 from piecework.integrations.protocol import (
@@ -38,9 +44,7 @@ class Encoder(Plain):
         if not is_encoder(config, fields.get("architectures") or (), str(file)):
             return None
         without_caches(config)
-        weights = path.is_dir() and any(
-            any(path.glob(kind)) for kind in ("*.safetensors", "*.bin")
-        )
+        weights = path.is_dir() and any(any(path.glob(kind)) for kind in ("*.safetensors", "*.bin"))
         made = _with_weights(path, config) if weights else _with_random_weights(file, config, seed)
         model = called_part(made).eval().requires_grad_(False)
         (args, kwargs), more = example_calls(model, file, candidates(model))
@@ -88,8 +92,8 @@ def example_calls(
             where=str(file),
             hint="use a factory: module:factory that returns (module, example_inputs)",
         ) from error
-    first, *others = (ways(size) for size in SIZES)
-    return first, [each for each in others if _runs(model, each)]
+    others = (ways(size) for size in SIZES[1:])
+    return example(ways), [each for each in others if _runs(model, each)]
 
 
 @torch.no_grad()

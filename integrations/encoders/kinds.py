@@ -54,7 +54,7 @@ def is_encoder(config: Any, architectures: Sequence[str], where: str) -> bool:
 
 def has_decoder(config: Any) -> bool:
     """Whether the model is an encoder-decoder that generates: its encoder is what is called once. A detector's decoder does not."""
-    generates = (*_SPOKEN, "SEQ_TO_SEQ_CAUSAL_LM", "CAUSAL_LM")
+    generates = (*_WITH_ENCODER, "CAUSAL_LM")
     return bool(getattr(config, "is_encoder_decoder", False)) and any(
         config.model_type in registered(task) for task in generates
     )
@@ -67,8 +67,8 @@ def registered(task: str) -> dict[str, Any]:
     return dict(getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", {}))
 
 
-_SPOKEN = ("SPEECH_SEQ_2_SEQ", "TEXT_TO_WAVEFORM")
-_GENERATORS = ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
+_WITH_ENCODER = ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "TEXT_TO_WAVEFORM")
+_GENERATORS = ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", *_WITH_ENCODER)
 
 
 def _heads(task: str, config: Any) -> set[str]:
