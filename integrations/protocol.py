@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -31,6 +31,7 @@ class LoadedModel:
         config_text: the model's ``config.json``, if it has one.
         example_kwargs: keyword arguments beside ``example_args``.
         more_calls: of other sizes and masks, which a run makes too.
+        other_sizes: what `capture` has to know of sizes beside the batch size.
     """
 
     name: str
@@ -40,6 +41,7 @@ class LoadedModel:
     config_text: str | None = None
     example_kwargs: Mapping[str, object] = field(default_factory=dict)
     more_calls: Sequence[Call] = ()
+    other_sizes: Mapping[str, Literal["batch"]] = field(default_factory=dict)
 
     def stitch(self, config: CompilationConfig) -> StitchedModule:
         """The stitched form of the model; some kinds are stitched in place."""

@@ -13,7 +13,7 @@ import torch
 from piecework.errors import UsageError
 from piecework.integrations.diffusers.arguments import candidates
 from piecework.integrations.encoders.integration import config_fields, example_calls
-from piecework.integrations.plain import Plain
+from piecework.integrations.plain import Plain, loaded_from
 from piecework.integrations.protocol import LoadedModel, first_line, require_packages
 from piecework.integrations.seeded import add_noise
 
@@ -32,8 +32,8 @@ class DiffusionTransformer(Plain):
         weights = path.is_dir() and any(path.glob("*.safetensors"))
         model = _with_weights(made, path) if weights else _random(made, fields, file, seed)
         model.eval().requires_grad_(False)
-        (args, kwargs), more = example_calls(model, file, candidates(model))
-        return LoadedModel(name, model, args, self, file.read_text(), kwargs, more)
+        calls = example_calls(model, file, candidates(model))
+        return loaded_from(model, calls, self, file.read_text())
 
 
 INTEGRATION = DiffusionTransformer()
@@ -63,7 +63,11 @@ def _random(made: Any, fields: dict[str, Any], file: Path, seed: int) -> torch.n
     torch.manual_seed(seed)
     try:
         model = made.from_config(fields)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{str(file)!r} can't be made: {first_line(error)}") from error
+    except (
+        Exception
+    ) as error:  # a config that doesn't fit its model fails in its layers, with any error
+        raise UsageError(
+            f"no {made.__name__} can be made of {str(file)!r}: {type(error).__name__}: {first_line(error)}"
+        ) from error
     add_noise(model, seed)
     return model  # type: ignore[no-any-return]

@@ -21,7 +21,7 @@ from piecework.integrations.encoders.arguments import (
     first_that_runs,
 )
 from piecework.integrations.encoders.kinds import has_decoder, is_encoder
-from piecework.integrations.plain import Plain
+from piecework.integrations.plain import Plain, loaded_from
 from piecework.integrations.protocol import (
     Call,
     LoadedModel,
@@ -47,9 +47,8 @@ class Encoder(Plain):
         weights = path.is_dir() and any(any(path.glob(kind)) for kind in ("*.safetensors", "*.bin"))
         made = _with_weights(path, config) if weights else _with_random_weights(file, config, seed)
         model = called_part(made).eval().requires_grad_(False)
-        (args, kwargs), more = example_calls(model, file, candidates(model))
-        text = file.read_text()
-        return LoadedModel(type(model).__name__, model, args, self, text, kwargs, more)
+        calls = example_calls(model, file, candidates(model))
+        return loaded_from(model, calls, self, file.read_text())
 
 
 INTEGRATION = Encoder()
@@ -76,9 +75,7 @@ def without_caches(config: Any) -> None:
             each.use_cache = False
 
 
-def example_calls(
-    model: torch.nn.Module, file: Path, candidates: Iterable[Ways]
-) -> tuple[Call, list[Call]]:
+def example_calls(model: torch.nn.Module, file: Path, candidates: Iterable[Ways]) -> list[Call]:
     """The call to trace ``model`` with, in the first way that runs, and those of other sizes and masks that it takes.
 
     Raises:
@@ -93,7 +90,7 @@ def example_calls(
             hint="use a factory: module:factory that returns (module, example_inputs)",
         ) from error
     others = (ways(size) for size in SIZES[1:])
-    return example(ways), [each for each in others if _runs(model, each)]
+    return [example(ways), *(each for each in others if _runs(model, each))]
 
 
 @torch.no_grad()
@@ -111,9 +108,15 @@ def _config(file: Path, fields: dict[str, Any]) -> Any:
     import transformers
 
     transformers.logging.set_verbosity_error()
+    if fields["model_type"] not in transformers.CONFIG_MAPPING:
+        raise UsageError(
+            f"transformers {transformers.__version__} knows no model type {fields['model_type']!r}",
+            where=str(file),
+            hint="it must be the config.json of a transformers model, with its model_type",
+        )
     try:
         return transformers.AutoConfig.for_model(**fields)
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # fields are checked by each config in its own way
         raise UsageError(
             f"{str(file)!r} is not a model config: {first_line(error)}",
             hint="it must be the config.json of a transformers model, with its model_type",
@@ -137,7 +140,11 @@ def _with_random_weights(file: Path, config: Any, seed: int) -> torch.nn.Module:
     torch.manual_seed(seed)
     try:
         model = transformers.AutoModel.from_config(config, dtype=torch.float32)
-    except (ValueError, KeyError, ImportError) as error:
-        raise UsageError(f"{str(file)!r} can't be made: {first_line(error)}") from error
+    except (
+        Exception
+    ) as error:  # a config that doesn't fit its model fails in its layers, with any error
+        raise UsageError(
+            f"no {config.model_type} can be made of {str(file)!r}: {type(error).__name__}: {first_line(error)}"
+        ) from error
     add_noise(model, seed)
     return model  # type: ignore[no-any-return]
