@@ -55,8 +55,12 @@ def tasks_of(only: str, backend: str) -> list[Task]:
     ]
 
 
-def markdown(rows: Sequence[RowResult], backend: str) -> str:
-    """The page of the documentation."""
+def markdown(rows: Sequence[RowResult], backend: str, families: int) -> str:
+    """The page of the documentation.
+
+    Args:
+        families: how many there are, tried or not.
+    """
     counts = Counter(status(row)[0] for row in rows)
     tried = len(rows) - counts["no model"]
     stock_too = sum(status(row)[0] == "refused" and _stock(row) != "equal" for row in rows)
@@ -69,6 +73,11 @@ def markdown(rows: Sequence[RowResult], backend: str) -> str:
         "that generates, its encoder. It is compiled from one call and asked with others: 1, 2, 3, 4 and 5 rows, tokens of three lengths with padding on the right, on the",
         "left and none, sound of two lengths; calls that the model itself refuses are left out. `piecework bench encoders --page docs/encoders.md` writes this page.",
         "",
+        *(
+            [f"This run tried {len(rows)} of {families} families.", ""]
+            if len(rows) < families
+            else []
+        ),
         f"transformers {transformers.__version__}, torch {machine()['torch']}, pieces compiled by `{backend}`. Of {len(rows)} families {tried} have a small model",
         f"that runs; **{counts['equal']} of these are equal**, {counts['refused']} are refused by name ({stock_too} of them by `torch.compile(fullgraph=True)` too,",
         f"*stock*, which is asked where piecework is not equal), {counts['wrong']} are wrong, {counts['failed']} fail otherwise. *Traces* are all that the calls needed.",
@@ -103,11 +112,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="families at a time")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for one family")
     parser.add_argument("--together", action="store_true", help="all in this process")
+    parser.add_argument(
+        "--as-found", action="store_true", help="try nothing: the page of what --out has"
+    )
     chosen = parser.parse_args(arguments)
     tasks = tasks_of(chosen.only, chosen.backend)
     kept = kept_results(chosen.out, FILE, tasks)
     found = list(kept.values())
-    left = [each for each in tasks if each not in kept]
+    left = [] if chosen.as_found else [each for each in tasks if each not in kept]
     if chosen.together:
         quiet_libraries()
     results = (
@@ -125,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     order = {task.name: number for number, task in enumerate(tasks)}
     found.sort(key=lambda each: order[each.name])
     if chosen.page is not None:
-        chosen.page.write_text(markdown(found, chosen.backend))
+        chosen.page.write_text(markdown(found, chosen.backend, len(tasks_of("", chosen.backend))))
     return 1 if any(status(each)[0] in ("wrong", "failed") for each in found) else 0
 
 
