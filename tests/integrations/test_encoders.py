@@ -64,6 +64,8 @@ FAMILIES: dict[str, dict[str, object]] = {
     "wav2vec2": {**TEXT, "conv_dim": [16, 16], "conv_kernel": [10, 3], "conv_stride": [5, 2], "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4},
 }  # fmt: skip
 EVERY_MERGE = ("bert", "t5", "vit")
+# It makes a tensor of a length and slices by it, which torch can't trace for every length: one trace for each, none for a mask.
+A_TRACE_FOR_EACH_LENGTH = {"deberta": 4}
 EAGER = CompilationConfig(backend="eager")
 
 
@@ -92,7 +94,7 @@ def test_a_family(family: str, tmp_path: Path) -> None:
     model = loaded(tmp_path, {"model_type": family, **FAMILIES[family]})
     assert len(model.more_calls) == len(SIZES) - 1
     stitched = stitched_like_eager(model)
-    assert len(stitched.traces) <= 2, "one for rows, one for a single row: none for a mask"
+    assert len(stitched.traces) <= A_TRACE_FOR_EACH_LENGTH.get(family, 2), "rows, and a single row"
     if family in EVERY_MERGE:
         assert "cut between repeated blocks" in str(stitched.report())
 
