@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     chosen = parser.parse_args(arguments)
     tasks = tasks_of(chosen.only, chosen.backend)
-    kept = kept_results(chosen.out, FILE, tasks)
+    kept = kept_results(chosen.out, FILE, tasks, ended=not chosen.as_found)
     found = list(kept.values())
     left = [] if chosen.as_found else [each for each in tasks if each not in kept]
     if chosen.together:

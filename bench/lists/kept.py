@@ -27,8 +27,14 @@ def keep_results(
     write_atomic(folder / name, text.encode() + b"\n")
 
 
-def kept_results(folder: Path | None, name: str, tasks: Sequence[Task]) -> dict[Task, RowResult]:
-    """What an earlier run with the same folder found of the same tasks; rows that it could not end are tried again."""
+def kept_results(
+    folder: Path | None, name: str, tasks: Sequence[Task], *, ended: bool = True
+) -> dict[Task, RowResult]:
+    """What an earlier run with the same folder found of the same tasks.
+
+    Args:
+        ended: leave out rows that it could not end, so that they are tried again.
+    """
     path = None if folder is None else folder / name
     if path is None or not path.exists():
         return {}
@@ -39,6 +45,6 @@ def kept_results(folder: Path | None, name: str, tasks: Sequence[Task]) -> dict[
     found = {}
     for row in data["rows"]:
         task = asked.validate_python(row.pop("asked"))
-        if task in tasks and not row["problem"]:
+        if task in tasks and not (ended and row["problem"]):
             found[task] = result.validate_python(row)
     return found
