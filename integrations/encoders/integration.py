@@ -71,7 +71,7 @@ def called_part(model: torch.nn.Module) -> torch.nn.Module:
 def without_caches(config: Any) -> None:
     """Keep a model, and the decoder in it, from returning a cache."""
     for each in (config, getattr(config, "text_config", None), getattr(config, "decoder", None)):
-        if hasattr(each, "use_cache"):
+        if each is not None and hasattr(each, "use_cache"):
             each.use_cache = False
 
 
