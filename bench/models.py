@@ -8,15 +8,12 @@ Run it with ``piecework bench models``, or ``python -m piecework.bench.models``.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-from pydantic import TypeAdapter
 from rich.console import Console
 
 from piecework.bench.lists.catalogue import LISTS, rows_of
@@ -27,12 +24,13 @@ from piecework.bench.lists.isolated import (
     run_rows,
     run_together,
 )
+from piecework.bench.lists.kept import keep_results, kept_results
 from piecework.bench.lists.page import CONTENDERS, behind, markdown, summary
 from piecework.bench.lists.trial import Options
 from piecework.bench.result import machine
 from piecework.errors import UsageError
-from piecework.runtime.cache.atomic import write_atomic
 
+FILE = "models.json"
 SAMPLES = 6
 CUT_EVERY = 3
 
@@ -73,13 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = _parser().parse_args(arguments)
     console = Console(soft_wrap=True)
     tasks = tasks_of(chosen)
-    kept = _kept(chosen.out, tasks)
+    kept = kept_results(chosen.out, FILE, tasks)
     results = list(kept.values())
     start = time.monotonic()
     for result in _results([each for each in tasks if each not in kept], chosen):
         results.append(result)
         console.print(f"{len(results)}/{len(tasks)} {_line(result)}", highlight=False, markup=False)
-        _keep(chosen.out, tasks, results)
+        keep_results(chosen.out, FILE, tasks, results)
     order = {(task.source, task.name): number for number, task in enumerate(tasks)}
     results.sort(key=lambda each: order[each.source, each.name])
     console.print(f"{time.monotonic() - start:.0f} s")
@@ -90,34 +88,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(line, highlight=False, markup=False)
     console.print(f"{len(missing)} that stock serves and piecework does not")
     return 1 if missing else 0
-
-
-def _keep(folder: Path | None, tasks: Sequence[Task], results: Sequence[RowResult]) -> None:
-    """Write what is known so far, each row with what was asked of it."""
-    if folder is None:
-        return
-    asked = {(task.source, task.name): asdict(task) for task in tasks}
-    rows = [{"asked": asked[each.source, each.name], **asdict(each)} for each in results]
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"machine": machine(), "rows": rows}, indent=1)
-    write_atomic(folder / "models.json", text.encode() + b"\n")
-
-
-def _kept(folder: Path | None, tasks: Sequence[Task]) -> dict[Task, RowResult]:
-    """What an earlier run with the same folder found of the same tasks; rows that it could not end are tried again."""
-    path = None if folder is None else folder / "models.json"
-    if path is None or not path.exists():
-        return {}
-    data = json.loads(path.read_text())
-    if data["machine"] != machine():
-        return {}
-    asked, result = TypeAdapter(Task), TypeAdapter(RowResult)
-    found = {}
-    for row in data["rows"]:
-        task = asked.validate_python(row.pop("asked"))
-        if task in tasks and not row["problem"]:
-            found[task] = result.validate_python(row)
-    return found
 
 
 def _line(result: RowResult) -> str:

@@ -22,9 +22,10 @@ BENCHMARKS = {
     "gpu": "B8 to B11: captured pieces on a GPU; needs one",
     "models": "ordinary models beside eager and torch.compile; takes hours",
     "causal_lms": "transformers' causal LMs beside eager; takes an hour",
+    "encoders": "transformers' encoders, vision and audio models beside eager; takes an hour",
 }
 NEEDS_GPU = "gpu"
-TAKES_HOURS = ("models", "causal_lms")
+TAKES_HOURS = ("models", "causal_lms", "encoders")
 
 
 def bench(
@@ -36,7 +37,7 @@ def bench(
 ) -> None:
     """Run a benchmark (or all): check correctness, measure ratios in one run, and print a table.
 
-    All leaves out what needs a GPU where there is none, models and causal_lms. What follows the name is handed on (models --help).
+    All leaves out what needs a GPU where there is none, models, causal_lms and encoders. What follows the name is handed on (models --help).
     Exit code 1 if a target is missed, 2 if a GPU is missing.
     """
     with typed_errors():

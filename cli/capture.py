@@ -65,6 +65,7 @@ def coverage(
                 progress=False,
                 address_policy=policy,
                 context_for=loaded.integration.dry_context(),
+                other_sizes=loaded.other_sizes,
             ),
         )
         if tokens:

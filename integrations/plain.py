@@ -7,13 +7,14 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch.utils import _pytree as pytree
 
 from piecework.errors import UsageError
-from piecework.integrations.protocol import LoadedModel, Outcome, first_line
+from piecework.integrations.protocol import Call, LoadedModel, Outcome, first_line
 from piecework.runtime.compile import compile as compile_model
 from piecework.runtime.compile import load
 from piecework.runtime.config.compilation import CompilationConfig
@@ -21,13 +22,15 @@ from piecework.runtime.stitched import StitchedModule
 
 
 class Plain:
-    """An ``nn.Module`` or function with positional example arguments; see `piecework.integrations.protocol.Integration`."""
+    """An ``nn.Module`` or function with example calls; see `piecework.integrations.protocol.Integration`."""
 
     def load(self, path: Path, seed: int) -> None:
         return None  # no file says how to call such a model
 
     def stitch(self, loaded: LoadedModel, config: CompilationConfig) -> StitchedModule:
-        return compile_model(loaded.module, loaded.example_args, config=config)
+        return compile_model(
+            loaded.module, loaded.example_args, loaded.example_kwargs, config=config
+        )
 
     def warm(self, loaded: LoadedModel, artifact: Path) -> StitchedModule:
         return load(artifact, loaded.module)
@@ -36,12 +39,36 @@ class Plain:
         self, loaded: LoadedModel, new_tokens: int, stitched: StitchedModule | None = None
     ) -> Outcome:
         start = time.perf_counter()
-        result = (stitched or loaded.module)(*loaded.example_args)
+        model = stitched or loaded.module
+        calls = ((loaded.example_args, loaded.example_kwargs), *loaded.more_calls)
+        result = [model(*args, **kwargs) for args, kwargs in calls]
         values = tuple(x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor))
         return Outcome(None, values, time.perf_counter() - start)
 
     def dry_context(self) -> None:
         return None
+
+
+def loaded_from(
+    model: torch.nn.Module, calls: Sequence[Call], integration: Plain, config_text: str
+) -> LoadedModel:
+    """A model that is traced with the first of ``calls``, whose tensors have a row of the batch in each row or do not go by it.
+
+    Two tensors have equal first sizes there only if both have the batch's.
+    """
+    (args, kwargs), *more = calls
+    rows = {k: v.size(0) for k, v in kwargs.items() if isinstance(v, torch.Tensor) and v.dim()}
+    first = next(iter(rows.values()))
+    return LoadedModel(
+        type(model).__name__,
+        model,
+        args,
+        integration,
+        config_text,
+        kwargs,
+        more,
+        {f"{name}.0": "batch" for name, size in list(rows.items())[1:] if size == first},
+    )
 
 
 def from_factory(spec: str, seed: int) -> LoadedModel:

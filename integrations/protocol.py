@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
 from piecework.errors import UsageError
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
+
+#: Positional and keyword arguments.
+Call = tuple[tuple[object, ...], dict[str, object]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,9 @@ class LoadedModel:
         example_args: positional example arguments.
         integration: knows how models of this kind are stitched and run.
         config_text: the model's ``config.json``, if it has one.
+        example_kwargs: keyword arguments beside ``example_args``.
+        more_calls: of other sizes and masks, which a run makes too.
+        other_sizes: what `capture` has to know of sizes beside the batch size.
     """
 
     name: str
@@ -33,6 +39,9 @@ class LoadedModel:
     example_args: tuple[object, ...]
     integration: Integration
     config_text: str | None = None
+    example_kwargs: Mapping[str, object] = field(default_factory=dict)
+    more_calls: Sequence[Call] = ()
+    other_sizes: Mapping[str, Literal["batch"]] = field(default_factory=dict)
 
     def stitch(self, config: CompilationConfig) -> StitchedModule:
         """The stitched form of the model; some kinds are stitched in place."""

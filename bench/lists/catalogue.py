@@ -5,7 +5,7 @@ A list whose package isn't installed says so.
 
 from __future__ import annotations
 
-from piecework.bench.lists.families import families
+from piecework.bench.lists.families import encoders, families
 from piecework.bench.lists.plain import plain_models
 from piecework.bench.lists.sample import Row
 from piecework.bench.lists.torch_modules import torch_modules
@@ -16,6 +16,8 @@ LISTS = {
     "transformers": (families, "small models of transformers' families; needs transformers"),
     "plain torch": (plain_models, "models written by hand"),
 }
+#: Lists with a benchmark and a page of their own.
+OTHERS = {"encoders": (encoders, "encoders of transformers' families; needs transformers")}
 
 
 def rows_of(source: str) -> list[Row]:
@@ -24,7 +26,7 @@ def rows_of(source: str) -> list[Row]:
     Raises:
         UsageError: a package that the list needs isn't installed.
     """
-    make, text = LISTS[source]
+    make, text = (LISTS | OTHERS)[source]
     try:
         return make()
     except ImportError as error:

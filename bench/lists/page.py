@@ -64,15 +64,13 @@ def markdown(rows: Sequence[RowResult], settings: Iterable[str]) -> str:
         lines.append(_totals(source, [row for row in tried if row.source == source]))
     missing = [line for row in tried for line in behind(row)]
     lines += ["", "## What stock serves and piecework does not", ""]
-    lines += [f"- {_cell(line)}" for line in missing] or ["Nothing."]
+    lines += [f"- {cell(line)}" for line in missing] or ["Nothing."]
     for source in dict.fromkeys(row.source for row in tried):
         lines += _table(source, [row for row in tried if row.source == source])
     left = [row for row in rows if not row.outcomes]
     if left:
         lines += ["", "## Not tried", ""]
-        lines += [
-            f"- {row.source}: {row.name}: {_cell(row.problem or 'no sample')}" for row in left
-        ]
+        lines += [f"- {row.source}: {row.name}: {cell(row.problem or 'no sample')}" for row in left]
     return "\n".join(lines) + "\n"
 
 
@@ -98,7 +96,7 @@ def _table(source: str, rows: Sequence[RowResult]) -> list[str]:
         verdicts = {contender: summary(row, contender) for contender in CONTENDERS}
         cells = [row.name, row.kind]
         cells += [_status(row, contender, verdict) for contender, verdict in verdicts.items()]
-        cells.append(_cell(_note(verdicts)))
+        cells.append(cell(_note(verdicts)))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -124,7 +122,8 @@ def _note(verdicts: dict[str, Verdict | None]) -> str:
 _FOLDERS = re.compile(r"(?<![\w.])(?:/[\w.-]+)+/(?=[\w.-]+)")  # of files that a message names
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """``text`` for a cell of a table."""
     return (
         _FOLDERS.sub("", text.partition(" Hint:")[0])
         .replace("|", "\\|")

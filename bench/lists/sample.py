@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils import _pytree as pytree
 
-Call = tuple[tuple[object, ...], dict[str, object]]
+from piecework.integrations.protocol import Call
 
 #: Sizes that every model is called at, the example's first; 0 only where the model itself runs with it.
 BATCHES = (4, 1, 2, 5, 0)

@@ -9,7 +9,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-VOCABULARY = 99
+from piecework.integrations.encoders.arguments import VOCABULARY
+
 WIDTH = 32
 HEADS = 4
 LAYERS = 2

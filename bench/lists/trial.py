@@ -42,11 +42,13 @@ class Options:
         backend: what compiles, for stock and for piecework's pieces.
         shapes: how piecework traces dynamic dimensions; "" is the default.
         cut: try it with a splitting op and captured as well.
+        stock: whether stock is tried always, or only where piecework is not equal to eager; half the time where it mostly is.
     """
 
     backend: str = "inductor"
     shapes: str = ""
     cut: bool = False
+    stock: Literal["always", "if unequal"] = "always"
 
     def config(self) -> CompilationConfig:
         shapes = {"dynamic_shapes_config": {"type": self.shapes}} if self.shapes else {}
@@ -72,11 +74,14 @@ class Verdict:
 
 @dataclass(slots=True)
 class Outcome:
-    """Verdicts by contender: ``stock``, ``piecework``, ``split``, ``captured``."""
+    """Verdicts by contender: ``stock``, ``piecework``, ``split``, ``captured``; and how many pieces and traces piecework made."""
 
     label: str
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     skipped: str = ""
+    pieces: int = 0
+    unique: int = 0
+    traces: int = 0
 
 
 def try_sample(sample: Sample, options: Options, heard: Heard = lambda _: None) -> Outcome:
@@ -106,12 +111,28 @@ class _Trial:
         if self._sample.example not in self._expected:
             self._outcome.skipped = f"eager can't run the example: {problem}"
             return self._outcome
-        self._try("stock", self._make_stock)
-        made: list[StitchedModule] = []
-        self._try("piecework", lambda: _kept_in(made, self._compiled()))
+        if self._options.stock == "always":
+            self._try("stock", self._make_stock)
+        made = self._try_compiled()
+        if (
+            self._options.stock != "always"
+            and self._outcome.verdicts["piecework"].status != "equal"
+        ):
+            self._try("stock", self._make_stock)
+            made = self._try_compiled()  # with stock as a yardstick
         if made and self._options.cut and self._outcome.verdicts["piecework"].status == "equal":
             self._cut(made[0])
         return self._outcome
+
+    def _try_compiled(self) -> list[StitchedModule]:
+        """Try it compiled; returns what was made, if anything was."""
+        made: list[StitchedModule] = []
+        self._try("piecework", lambda: _kept_in(made, self._compiled()))
+        for stitched in made:
+            report = stitched.report()
+            self._outcome.pieces, self._outcome.unique = report.pieces, report.unique
+            self._outcome.traces = len(stitched.traces)
+        return made
 
     def _cut(self, whole: StitchedModule) -> None:
         """Try it cut at an operator in the middle of its graph, then that with static graphs."""

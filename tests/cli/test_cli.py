@@ -148,7 +148,7 @@ def test_a_bad_model_is_misuse_and_leaves_nothing(tmp_path: Path, model: str, sa
 
 
 @pytest.mark.parametrize(
-    "text", ["not json", "{}", '{"model_type": "nope"}', '{"model_type": "t5"}']
+    "text", ["not json", "{}", '{"model_type": "nope"}', '{"model_type": "llava"}']
 )
 def test_a_bad_config_is_misuse(tmp_path: Path, text: str) -> None:
     config = tmp_path / "config.json"

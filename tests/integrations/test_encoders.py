@@ -1,0 +1,234 @@
+"""Encoders, vision and audio models of transformers from a config: which integration one is for, and that other rows, lengths and masks are answered as eager does."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+import piecework
+from piecework.errors import UsageError
+from piecework.integrations.comparing import compare
+from piecework.integrations.encoders.arguments import SIZES, padding_mask
+from piecework.integrations.loading import load_model
+from piecework.integrations.protocol import LoadedModel
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.stitched import StitchedModule
+
+transformers = pytest.importorskip("transformers")
+
+LAYERS = 5  # one more than what is cut into blocks needs: the first often differs
+TEXT = {
+    "hidden_size": 32,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 99,
+}
+VISION = {**TEXT, "image_size": 16, "patch_size": 8}
+PAIR = {
+    "d_model": 32,
+    "encoder_layers": LAYERS,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "vocab_size": 99,
+    "max_position_embeddings": 64,
+    "pad_token_id": 1,
+}
+WHISPER = {**PAIR, "max_source_positions": 20, "max_target_positions": 20, "num_mel_bins": 8}
+FAMILIES: dict[str, dict[str, object]] = {
+    "bert": TEXT,
+    "roberta": TEXT,
+    "electra": {**TEXT, "embedding_size": 16},
+    "albert": {**TEXT, "embedding_size": 16},
+    "distilbert": {"dim": 32, "n_layers": LAYERS, "n_heads": 2, "hidden_dim": 64, "vocab_size": 99},
+    "deberta": {**TEXT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    "deberta-v2": {**TEXT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    "mpnet": TEXT,
+    "xlm-roberta": TEXT,
+    "clip_text_model": TEXT,
+    "t5": {"d_model": 32, "num_layers": LAYERS, "num_heads": 2, "d_ff": 64, "d_kv": 16},
+    "bart": PAIR,
+    "whisper": WHISPER,
+    "vit": VISION,
+    "deit": VISION,
+    "clip_vision_model": VISION,
+    "swin": {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
+    "wav2vec2": {**TEXT, "conv_dim": [16, 16], "conv_kernel": [10, 3], "conv_stride": [5, 2], "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4},
+}  # fmt: skip
+EVERY_MERGE = ("bert", "t5", "vit")
+# It makes a tensor of a length and slices by it, which torch can't trace for every length: one trace for each, none for a mask.
+A_TRACE_FOR_EACH_LENGTH = {"deberta": 4}
+EAGER = CompilationConfig(backend="eager")
+
+
+def loaded(folder: Path, fields: Mapping[str, object]) -> LoadedModel:
+    path = folder / "config.json"
+    path.write_text(json.dumps(fields))
+    return load_model(str(path))
+
+
+def stitched_like_eager(model: LoadedModel, config: CompilationConfig = EAGER) -> StitchedModule:
+    eager = model.run(0)
+    stitched = model.stitch(config)
+    result = compare(eager, model.run(0, stitched))
+    assert result.agree, result.text(eager)
+    return stitched
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(each, marks=() if each in EVERY_MERGE else pytest.mark.nightly)
+        for each in FAMILIES
+    ],
+)
+def test_a_family(family: str, tmp_path: Path) -> None:
+    model = loaded(tmp_path, {"model_type": family, **FAMILIES[family]})
+    assert len(model.more_calls) == len(SIZES) - 1
+    stitched = stitched_like_eager(model)
+    assert len(stitched.traces) <= A_TRACE_FOR_EACH_LENGTH.get(family, 2), "rows, and a single row"
+    if family in EVERY_MERGE:
+        assert "cut between repeated blocks" in str(stitched.report())
+
+
+MASKS = (
+    torch.ones(3, 9),
+    torch.ones(3, 9).tril(6),
+    torch.ones(2, 15).tril(10).flip(1),
+    torch.tensor([[1.0] * 5, [1.0, 0, 1, 0, 1]]),
+    torch.ones(6, 30),
+    torch.ones(4, 12),
+)
+
+
+def test_masks_of_ones_and_others_take_turns_without_a_trace_for_each(tmp_path: Path) -> None:
+    """In eager a mask of ones is left out, by its values; in a trace it may not be."""
+    model = loaded(tmp_path, {"model_type": "bert", **TEXT})
+    assert not bool(model.example_kwargs["attention_mask"].all())  # type: ignore[attr-defined]
+    stitched = stitched_like_eager(model)
+    traces = len(stitched.traces)
+    for mask in (*MASKS, *reversed(MASKS)):
+        given = {"input_ids": torch.randint(3, 99, mask.shape), "attention_mask": mask.long()}
+        with torch.no_grad():
+            want, got = model.module(**given), stitched(**given)  # type: ignore[operator]
+        torch.testing.assert_close(got.last_hidden_state, want.last_hidden_state)
+        hidden = want.last_hidden_state - model.module(given["input_ids"]).last_hidden_state  # type: ignore[operator]
+        assert bool(mask.all()) == (hidden.abs().max() < 1e-4), "these masks tell nothing"
+    assert len(stitched.traces) == traces
+
+
+def test_an_example_mask_of_ones_decides_nothing(tmp_path: Path) -> None:
+    model = loaded(tmp_path, {"model_type": "bert", **TEXT})
+    example = {**model.example_kwargs, "attention_mask": padding_mask(SIZES[1])}
+    calls = [each for each in model.more_calls if each[1]["attention_mask"].shape[0] > 1]  # type: ignore[attr-defined]
+    example["input_ids"] = calls[0][1]["input_ids"]
+    example["attention_mask"] = torch.ones_like(example["input_ids"])  # type: ignore[arg-type]
+    other = LoadedModel("", model.module, (), model.integration, "", example, calls)
+    assert len(stitched_like_eager(other).traces) == 1
+
+
+def test_attention_as_a_splitting_op(tmp_path: Path) -> None:
+    model = loaded(tmp_path, {"model_type": "bert", **TEXT})
+    attention = torch.nn.functional.scaled_dot_product_attention
+    stitched = piecework.compile(
+        model.module, (), model.example_kwargs, splitting_ops=[attention], config=EAGER
+    )
+    result = compare(model.run(0), model.run(0, stitched))
+    assert result.agree and "repeated blocks" not in str(stitched.report())
+    assert stitched.report().pieces == LAYERS + 1
+
+
+def test_captured_by_its_batch(tmp_path: Path) -> None:
+    model = loaded(tmp_path, {"model_type": "bert", **TEXT})
+    assert model.other_sizes == {"attention_mask.0": "batch"}
+    stitched = stitched_like_eager(model)
+    stitched.capture([1, 2, 4], progress=False, estimate=False, other_sizes=model.other_sizes)
+    for rows in (1, 2, 4, 5):
+        ids = torch.randint(3, 99, (rows, 12))
+        mask = padding_mask(SIZES[0]).repeat(2, 1)[:rows]
+        with torch.no_grad():
+            want = model.module(ids, mask).last_hidden_state  # type: ignore[attr-defined]
+            got = stitched(input_ids=ids, attention_mask=mask).last_hidden_state
+        torch.testing.assert_close(got, want)
+    served: Counter[str] = Counter()
+    for row in stitched.call_report():
+        served[row.mode] += row.calls
+    assert served == {"PIECEWISE": 3, "NONE": 1}
+
+
+def test_weights_of_a_folder_are_taken_and_its_head_is_left_out(tmp_path: Path) -> None:
+    config = transformers.BertConfig(**TEXT)
+    torch.manual_seed(3)
+    whole = transformers.BertForMaskedLM(config)
+    whole.save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    assert model.name == "BertModel"
+    torch.testing.assert_close(
+        model.module.embeddings.word_embeddings.weight,  # type: ignore[attr-defined]
+        whole.bert.embeddings.word_embeddings.weight,
+    )
+
+
+# --- which integration ---------------------------------------------------------------------------------
+
+SMALL = {**TEXT, "num_hidden_layers": 1}
+SMALL_PAIR = {**PAIR, "encoder_layers": 1}
+DECIDED = [
+    ("bert", [], {}, "BertModel"),
+    ("bert", ["BertForMaskedLM"], {}, "BertModel"),
+    ("bert", ["BertLMHeadModel"], {"is_decoder": True}, "BertLMHeadModel"),
+    ("bert", [], {"is_decoder": True}, "BertLMHeadModel"),
+    ("bart", [], {}, "BartEncoder"),
+    ("bart", ["BartForConditionalGeneration"], {}, "BartEncoder"),
+    ("bart", ["BartForCausalLM"], {}, "BartForCausalLM"),
+    ("llama", ["LlamaForCausalLM"], {}, "LlamaForCausalLM"),
+    ("llama", [], {}, "LlamaForCausalLM"),
+]
+
+
+@pytest.mark.parametrize(("family", "named", "fields", "found"), DECIDED)
+def test_the_config_decides(
+    family: str, named: list[str], fields: dict[str, object], found: str, tmp_path: Path
+) -> None:
+    sizes = SMALL_PAIR if family == "bart" else SMALL
+    said = {"model_type": family, **({"architectures": named} if named else {}), **fields}
+    assert loaded(tmp_path, {**sizes, **said}).name == found
+
+
+REFUSED = [
+    ({"model_type": "bert", "architectures": ["BertLMHeadModel"]}, "not clear whether"),
+    ({"model_type": "bert", "architectures": ["BertModel"], "is_decoder": True}, "is_decoder is True"),
+    ({"model_type": "bert", "architectures": ["BertModel", "BertLMHeadModel"]}, "not clear whether"),
+    ({"model_type": "bart", "architectures": ["BartForCausalLM", "BartModel"]}, "not clear whether"),
+    ({"model_type": "bert", "architectures": ["MyBert"]}, "names MyBert, which transformers"),
+    ({"model_type": "nope"}, "knows no model type 'nope'"),
+    ({"model_type": "llava"}, "generates text from images or sound"),
+    ({"model_type": "bert", "hidden_size": 30, "num_attention_heads": 4}, "no bert can be made"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "says"), REFUSED)
+def test_what_is_ambiguous_or_unknown_is_said(
+    fields: dict[str, object], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=says):
+        loaded(tmp_path, fields)
+
+
+def test_a_model_with_unknown_arguments_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(self: object, somewhat: torch.Tensor) -> torch.Tensor:
+        return somewhat
+
+    monkeypatch.setattr(transformers.BertModel, "forward", forward)
+    with pytest.raises(UsageError, match=r"no arguments are known that a BertModel takes.*"):
+        loaded(tmp_path, {"model_type": "bert", **SMALL})
