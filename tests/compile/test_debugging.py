@@ -153,10 +153,10 @@ def test_an_edit_that_changes_the_meaning_runs_and_says_so() -> None:
             "too many nested|too deeply",
         ),
         (
-            lambda code: code.replace("return (mul,)", "return " + "+".join(["mul"] * 10_000)),
+            lambda code: code.replace("return (mul,)", "return " + "+".join(["mul"] * 200_000)),
             "too deeply",
         ),
-        (lambda code: code.replace("return (mul,)", "return mul" + ".a" * 10_000), "too deeply"),
+        (lambda code: code.replace("return (mul,)", "return mul" + ".a" * 200_000), "too deeply"),
         (lambda code: f"{code}\n1 / 0\n", "fails where it is defined: ZeroDivisionError"),
         (lambda code: f"{code}\nimport no_such_module_anywhere\n", "no_such_module_anywhere"),
     ],

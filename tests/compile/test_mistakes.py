@@ -216,7 +216,12 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
     ),
     (lambda: compiled(branches), CaptureError, "Data-dependent branching", "splitting_op"),
     (lambda: compiled(prints), CaptureError, "`print`", "splitting_op"),
-    (lambda: compiled(writes_sizes), CaptureError, "`str`", "splitting_op"),
+    (
+        lambda: compiled(writes_sizes),
+        CaptureError,
+        "can't be captured as one graph",
+        "splitting_op",
+    ),
     (
         lambda: compiled(multiplies_wrongly),
         CaptureError,
