@@ -6,6 +6,7 @@ import collections
 import ctypes
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import os
