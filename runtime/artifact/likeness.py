@@ -68,6 +68,9 @@ def likeness(value: Any, inside: tuple[int, ...] = ()) -> str:
         return f"code {code_digest(value)}"
     if kind is types.FunctionType:
         return "itself" if id(value) in inside else _function(value, (*inside, id(value)))
+    if kind is functools.partial and not vars(value):
+        given = (value.args, tuple(value.keywords.items()))
+        return f"partial {likeness(value.func, inside)} {likeness(given, inside)}"
     if kind is types.ModuleType and sys.modules.get(value.__name__) is value:
         return f"module {value.__name__}"
     return _of_library(value)

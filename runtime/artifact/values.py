@@ -6,6 +6,7 @@ It is an allow-list: what is not known to mean the same in another process is re
 from __future__ import annotations
 
 import enum
+import functools
 import io
 import pickle
 import types
@@ -37,7 +38,11 @@ _OURS = (
     "piecework.runtime.trace.results",
 )
 _TORCHS = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
-_BUILTIN = (complex, slice, range, type(...), frozenset, types.MappingProxyType)
+# Containers, whose parts are asked in turn; a partial function is one of a function and arguments.
+_BUILTIN = (
+    *(complex, slice, range, type(...), frozenset),
+    *(types.MappingProxyType, functools.partial),
+)
 MAX_TENSOR = 1 << 16
 _HINT = (
     "leave it out of what the model computes from constants, or compile the model in each process"

@@ -6,6 +6,7 @@ import collections
 import ctypes
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -1131,3 +1132,17 @@ def test_a_builtin_function_is_told_by_the_module_that_has_it() -> None:
     assert likeness(len) == "builtin builtins.len"
     with pytest.raises(Unlike):  # bound to an object that only this process has
         likeness([].append)
+
+
+def test_a_partial_function_is_its_function_and_arguments() -> None:
+    texts = {
+        likeness(functools.partial(max, *args, **keywords))
+        for args, keywords in (((1,), {}), ((2,), {}), ((1, 2), {}), ((1,), {"key": len}))
+    }
+    assert len(texts) == 4 and likeness(functools.partial(min, 1)) not in texts
+    assert likeness(functools.partial(max, 1)) in texts
+    marked = functools.partial(max, 1)
+    marked.note = 1  # type: ignore[attr-defined]
+    for unlike in (functools.partial([].append), functools.partial(max, object()), marked):
+        with pytest.raises(Unlike):
+            likeness(unlike)

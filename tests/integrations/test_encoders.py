@@ -164,6 +164,19 @@ def test_captured_by_its_batch(tmp_path: Path) -> None:
     assert served == {"PIECEWISE": 3, "NONE": 1}
 
 
+@pytest.mark.parametrize("family", EVERY_MERGE)
+def test_saved_and_loaded_for_another_model_of_its_class(family: str, tmp_path: Path) -> None:
+    fields = {"model_type": family, **FAMILIES[family]}
+    stitched_like_eager(loaded(tmp_path, fields)).save(tmp_path / "artifact")
+    other = loaded(tmp_path, fields)
+    traced = piecework.counters.num_graphs_seen
+    warm = other.warm(tmp_path / "artifact")
+    result = compare(other.run(0), other.run(0, warm))
+    assert result.agree and piecework.counters.num_graphs_seen == traced
+    args, kwargs = other.example_args, other.example_kwargs
+    assert type(warm(*args, **kwargs)) is type(other.module(*args, **kwargs))
+
+
 def test_weights_of_a_folder_are_taken_and_its_head_is_left_out(tmp_path: Path) -> None:
     config = transformers.BertConfig(**TEXT)
     torch.manual_seed(3)

@@ -151,11 +151,12 @@ _STARTS = {
     "GlobalSource": ("global", "global_name"),
     "ImportSource": ("import", "module_name"),
 }
-# Sources that say what kind of module theirs is, and lead to the module itself.
+# Sources that say something of theirs, such as what kind of module it is, and lead to the same object.
 _TRANSPARENT = {
     "NNModuleSource",
     "UnspecializedNNModuleSource",
     "UnspecializedBuiltinNNModuleSource",
+    "SkipGuardSource",
 }
 _ATTRIBUTES = {
     "AttrSource": "",
