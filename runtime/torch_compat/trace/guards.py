@@ -100,13 +100,20 @@ class GuardReader:
         given = getattr(guard.create_fn, "keywords", {})
         about = given.get("attr", given.get("key"))
         other = given.get("source_b")
+        source, known = guard.originating_source, entry.has_value
+        if (
+            entry.guard_type == "HASATTR" and about is None
+        ):  # older torch guards the attribute's own source
+            while type(source).__name__ in _TRANSPARENT:
+                source = source.base
+            source, about, known = source.base, source.member, False
         return Guarded(
-            self._place(guard.originating_source),
+            self._place(source),
             entry.guard_type,
             about,
             None if other is None else self._place(other),
-            entry.has_value,
-            entry.value if entry.has_value else None,
+            known,
+            entry.value if known else None,
         )
 
     def _place(self, source: Any) -> Place:
