@@ -29,6 +29,7 @@ from piecework.integrations.transformers.probe import (
     require_finite,
     tolerance,
 )
+from piecework.integrations.transformers.refusals import refuse_model
 from piecework.integrations.transformers.request import (
     AttentionLayer,
     Masks,
@@ -86,38 +87,15 @@ def refuse_at_sight(decoder: nn.Module, forward: Forward) -> None:
     Raises:
         CaptureError: the model is not fit, and why.
     """
-    where = type(decoder).__name__
-    if decoder.training:
-        raise CaptureError(
-            "the model is in training mode", where=where, hint="call model.eval() first"
-        )
-    if getattr(decoder.config, "is_encoder_decoder", False):
-        raise CaptureError(
-            "encoder-decoder models attend to another sequence's states, which the splitting op does not carry",
-            where=where,
-            hint="leave this model unstitched",
-        )
-    _refuse_looping_experts(decoder)
+    refuse_model(decoder)
     accepted = inspect.signature(forward).parameters
     for name in ("input_ids", "position_ids", "past_key_values"):
         if name not in accepted:
             raise CaptureError(
                 f"its forward takes no {name}, so a batch can't be flattened into one row of tokens",
-                where=where,
+                where=type(decoder).__name__,
                 hint="leave this model unstitched",
             )
-
-
-def _refuse_looping_experts(decoder: nn.Module) -> None:
-    """The eager experts loop over those that were hit, which depends on the tokens; two other implementations don't."""
-    experts = getattr(decoder.config, "_experts_implementation", None)
-    selectable = getattr(decoder, "_can_set_experts_implementation", lambda: False)
-    if experts == "eager" and selectable():
-        raise CaptureError(
-            "its experts are run by a loop whose length depends on the tokens",
-            where="config._experts_implementation",
-            hint="call model.set_experts_implementation('grouped_mm') or ('batched_mm') first",
-        )
 
 
 def _routes_experts(decoder: nn.Module) -> bool:
