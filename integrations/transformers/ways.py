@@ -52,12 +52,17 @@ def chosen_way(
         way = admit_whole(model, decoder, forward, config)
     except CaptureError as error:
         raise CaptureError(
-            f"it can't be served flattened: {refused}; nor whole: {error.message}",
+            f"it can't be served flattened: {_said(refused)}; nor whole: {error.message}",
             where=error.where or type(decoder).__name__,
             hint=error.hint,
         ) from error
     way.not_flat = refused
     return way
+
+
+def _said(error: CaptureError) -> str:
+    """A refusal without its hint."""
+    return error.message if error.where is None else f"{error.message} ({error.where})"
 
 
 def _flat_way(
@@ -100,5 +105,5 @@ class Served:
 
 def served(way: Way) -> Served:
     """How ``way`` serves its model so far."""
-    not_flat = "" if way.not_flat is None else str(way.not_flat)
+    not_flat = "" if way.not_flat is None else _said(way.not_flat)
     return Served(way.name, not_flat, way.modules(), dict(way.as_it_is))

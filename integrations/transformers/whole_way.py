@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from piecework.errors import CaptureError, PieceworkError, UsageError
+from piecework.errors import CaptureError, InputError, PieceworkError, UsageError
 from piecework.integrations.transformers.admission import Forward
 from piecework.integrations.transformers.cache_state import TakenApart, put_back, take_apart
 from piecework.integrations.transformers.probe import embedding_of
@@ -32,8 +32,15 @@ from piecework.runtime.stitched import StitchedModule
 
 _log = logging.getLogger(__name__)
 
+#: A kind of call that needs more traces than this is left to the model's own forward, for each length seems to need one of its own.
+MAX_TRACES = 4
+UNROLLED = "a graph of it holds for one length alone, and each other one would be compiled anew"
+
 #: So many kinds of calls are compiled; further ones are served by the model's own forward.
 MAX_KINDS = 32
+
+# Told apart by name: what a call asks of its output, and whether of a cache.
+_SETTLED = ("use_cache", *INERT, *RECORDED)
 
 Run = Callable[..., tuple[dict[str, object], bool, list[dict[str, object]]]]
 
@@ -109,6 +116,7 @@ class WholeWay:
         self._dtype, self._device = weight.dtype, weight.device
         self._settings = ConfigReader(decoder.config)
         self._kinds: dict[CallKind, StitchedModule | str] = {}
+        self._unrolled: set[bool] = set()
         self._compiling = threading.RLock()
         self._counting = threading.Lock()
 
@@ -126,14 +134,24 @@ class WholeWay:
         if stitched is None:
             stitched = self._stitched(call, given)
         if isinstance(stitched, str):
-            with self._counting:
-                self.as_it_is[stitched] += 1
-            return self.forward(**given)
-        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-            fields, _ = call.run(stitched, self.habits)
+            return self._own(given, stitched)
+        try:
+            with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+                fields, _ = call.run(stitched, self.habits)
+        except InputError as error:
+            if error.places is None:  # sizes are refused before anything runs
+                raise
+            return self._own(given, error.message)
+        if len(stitched.traces) > MAX_TRACES:
+            self._leave(call.kind, UNROLLED)
         output = self.habits.output_class(**fields)
         asked = given.get("return_dict")
         return output if (settings.return_dict if asked is None else asked) else output.to_tuple()  # type: ignore[attr-defined]
+
+    def _own(self, given: Mapping[str, object], why: str) -> object:
+        with self._counting:
+            self.as_it_is[why] += 1
+        return self.forward(**given)
 
     def call_of(self, given: Mapping[str, object], settings: Settings) -> Call:
         """What ``given`` asks for.
@@ -143,17 +161,21 @@ class WholeWay:
         """
         cache_name = self.habits.cache_name
         tensors: dict[str, torch.Tensor] = {}
+        flags: dict[str, bool] = {}
         strange = []
         for name, value in given.items():
             if isinstance(value, torch.Tensor) and name in self._accepted and name != cache_name:
                 tensors[name] = value.contiguous()
-            elif value is not None and name not in (cache_name, "use_cache", *INERT, *RECORDED):
+            elif isinstance(value, bool) and name in self._accepted and name not in _SETTLED:
+                flags[name] = value
+            elif value is not None and name not in (cache_name, *_SETTLED):
                 strange.append(name)
         refuse_call(self.decoder, given, settings, strange)
         _, tokens = tokens_of(self.decoder, given, self._dtype, self._device)
         asked = given.get("use_cache")
         use_cache = bool(settings.use_cache if asked is None else asked)
-        flags = {"use_cache": use_cache} if "use_cache" in self._accepted else {}
+        if "use_cache" in self._accepted:
+            flags["use_cache"] = use_cache
         cache = None if cache_name is None else given.get(cache_name)
         if cache is None and self.habits.makes_cache and use_cache:
             cache = DynamicCache(config=self.decoder.config)
@@ -178,17 +200,28 @@ class WholeWay:
             if call.kind not in self._kinds:
                 if len(self._kinds) >= MAX_KINDS:
                     return f"more than {MAX_KINDS} kinds of calls"
+                if self.is_left(call.kind):
+                    return UNROLLED
                 try:
                     self.compile(call.kind, given)
                 except PieceworkError as error:
-                    _log.warning(
-                        "%s runs as it is for calls of %s: %s",
-                        type(self.decoder).__name__,
-                        call.kind.describe(),
-                        error,
-                    )
-                    self._kinds[call.kind] = error.message
+                    self._leave(call.kind, error.message)
             return self._kinds[call.kind]
+
+    def _leave(self, kind: CallKind, why: str) -> None:
+        """Let the model's own forward serve calls of ``kind`` from now on."""
+        name = type(self.decoder).__name__
+        _log.warning("%s runs as it is for %s: %s", name, kind.describe(), why)
+        self._kinds[kind] = why
+
+    def leave_tokens(self, kind: CallKind) -> None:
+        """Let the model's own forward serve calls of ``kind``, and all others that are of one token, or of more than one, as it is."""
+        self._leave(kind, UNROLLED)
+        self._unrolled.add(kind.one[1])
+
+    def is_left(self, kind: CallKind) -> bool:
+        """Whether calls of ``kind`` are left to the model's own forward because of their number of tokens."""
+        return kind.one[1] in self._unrolled
 
     def kind_of(self, given: Mapping[str, object]) -> CallKind:
         """What kind of call ``given`` is."""
