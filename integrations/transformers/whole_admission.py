@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 
 from piecework.errors import CaptureError
 from piecework.integrations.transformers.admission import Forward
+from piecework.integrations.transformers.cache_state import take_apart
 from piecework.integrations.transformers.probe import (
     as_refusal,
     embedding_of,
@@ -79,7 +80,7 @@ def _compile(way: WholeWay, calls: Sequence[Given]) -> None:
             way.require_same(stitched, given, compiled=True)
         if len(stitched.traces) == 1:
             continue
-        if kind.is_step or not way.habits.makes_cache:
+        if not way.habits.makes_cache or (kind.cache is not None and kind.cache.is_filled):
             raise CaptureError(UNROLLED, where=type(way.decoder).__name__, hint=_HINT)
         way.leave_tokens(kind)
 
@@ -137,10 +138,9 @@ def _habits(decoder: nn.Module, forward: Forward, calls: Sequence[Given]) -> Hab
     seen = tokens.bool() if isinstance(tokens, torch.Tensor) and tokens.ndim == 2 else ...
     require_finite(output[0][seen])
     made = {name for name, value in output.items() if isinstance(value, Cache)}
-    others = [name for name in output if name in accepted and name not in made]
-    if len(made) > 1 or others or not made <= set(accepted):
+    if len(made) > 1 or not made <= set(accepted):
         raise CaptureError(
-            f"its forward takes back {', '.join(others or sorted(made))}, which is no KV cache that could be taken apart",
+            f"its forward returns {', '.join(sorted(made))}, and takes no one cache of that name",
             where=type(decoder).__name__,
             hint=_HINT,
         )
@@ -148,6 +148,7 @@ def _habits(decoder: nn.Module, forward: Forward, calls: Sequence[Given]) -> Hab
         name = "past_key_values" if "past_key_values" in accepted else None
         return Habits(name, False, frozenset(), type(output))
     (name,) = made
+    take_apart(output[name], frozenset())  # refuses what it can't
     held = [_numbers(call.get(name)) for call in calls]
     # From the second call on: in the first there may be nothing yet.
     counts = {what for what, _ in set().union(*(each ^ held[1] for each in held[1:_STEPS]))}
