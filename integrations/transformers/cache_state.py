@@ -16,9 +16,9 @@ from piecework.errors import InputError
 #: Caches that do nothing but hold layers.
 _KINDS = (DynamicCache, StaticCache)
 _CONSTANTS = (int, float, bool, str, type(None), torch.dtype, torch.device)
-_LEAF, _TABLE, _VALUE = "leaf", "table", "value"
+_LEAF, _COUNT, _TABLE, _VALUE = "leaf", "count", "table", "value"
 
-#: What an attribute is: a leaf by number, a table of others, or a value that is part of the form.
+#: What an attribute is: a leaf by number, one whose length is a count, a table of others, or a value that is part of the form.
 Part = tuple[str, object]
 Attributes = tuple[tuple[str, Part], ...]
 
@@ -46,12 +46,12 @@ class TakenApart:
 
     Attributes:
         form: without the leaves.
-        leaves: its tensors and growing counts, as a graph takes them.
+        leaves: its tensors, as a graph takes them, and for each growing count an empty one of that length.
         lent: of leaves that are copies or other views, by identity, the tensor that the cache holds.
     """
 
     form: CacheForm
-    leaves: list[object]
+    leaves: list[torch.Tensor]
     lent: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
@@ -70,27 +70,31 @@ def take_apart(cache: Cache, counts: Set[str]) -> TakenApart:
             where="past_key_values",
             hint="pass a DynamicCache, or unstitch(model) for this call",
         )
-    leaves: list[object] = []
+    leaves: list[torch.Tensor] = []
     layers = tuple((type(each), _attributes(vars(each), leaves, counts)) for each in cache.layers)
     own = {name: value for name, value in vars(cache).items() if name != "layers"}
-    filled = any(isinstance(leaf, torch.Tensor) and leaf.ndim > 1 for leaf in leaves)
+    filled = any(leaf.ndim > 1 and leaf.numel() for leaf in leaves)
     form = CacheForm(type(cache), _attributes(own, leaves, counts), layers, filled)
     taken = TakenApart(form, leaves)
-    for index, leaf in enumerate(leaves):
-        if isinstance(leaf, torch.Tensor):
-            leaves[index] = _plain(leaf, taken.lent)
+    leaves[:] = [_plain(leaf, taken.lent) for leaf in leaves]
     return taken
 
 
-def _attributes(held: Mapping[str, object], leaves: list[object], counts: Set[str]) -> Attributes:
+def _attributes(
+    held: Mapping[str, object], leaves: list[torch.Tensor], counts: Set[str]
+) -> Attributes:
     return tuple((name, _part(name, held[name], leaves, counts)) for name in sorted(held))
 
 
-def _part(name: str, value: object, leaves: list[object], counts: Set[str]) -> Part:
+def _part(name: str, value: object, leaves: list[torch.Tensor], counts: Set[str]) -> Part:
     kind = type(value)
-    if kind is torch.Tensor or (kind is int and name in counts):
+    if kind is torch.Tensor:
         leaves.append(value)
         return _LEAF, len(leaves) - 1
+    if kind is int and name in counts:
+        # As the size of a tensor: of an integer a trace may take the number for granted, of a size it says what it took.
+        leaves.append(torch.empty(value, 0))  # type: ignore[call-overload]
+        return _COUNT, len(leaves) - 1
     if kind is dict:
         inner = ((key, _part(name, each, leaves, counts)) for key, each in value.items())  # type: ignore[attr-defined]
         return _TABLE, tuple(inner)
@@ -115,7 +119,7 @@ def _plain(tensor: torch.Tensor, lent: dict[int, torch.Tensor]) -> torch.Tensor:
     return plain
 
 
-def rebuilt(form: CacheForm, leaves: Sequence[object]) -> Cache:
+def rebuilt(form: CacheForm, leaves: Sequence[torch.Tensor]) -> Cache:
     """A cache of ``form`` around ``leaves``; traced by Dynamo, in front of the model's forward."""
     layers = []
     for kind, attributes in form.layers:
@@ -134,6 +138,8 @@ def _value(part, leaves):  # type: ignore[no-untyped-def]
     kind, what = part
     if kind == _LEAF:
         return leaves[what]
+    if kind == _COUNT:
+        return leaves[what].shape[0]
     if kind == _TABLE:
         return {key: _value(inner, leaves) for key, inner in what}
     return what[0]

@@ -85,7 +85,7 @@ class WholeForward(nn.Module):
         self._cache_name = cache_name
 
     def forward(
-        self, given: dict[str, torch.Tensor], leaves: Sequence[object]
+        self, given: dict[str, torch.Tensor], leaves: Sequence[torch.Tensor]
     ) -> tuple[Fields, bool, Held]:
         """The fields of the output beside its cache, whether that is one of them, and what it holds."""
         arguments = {**given, **self._flags, "return_dict": True}

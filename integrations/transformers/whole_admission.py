@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -22,16 +23,16 @@ from piecework.integrations.transformers.probe import (
     as_refusal,
     embedding_of,
     narrow_windows,
-    probe_tokens,
     require_finite,
 )
-from piecework.integrations.transformers.whole import WholeForward
+from piecework.integrations.transformers.whole import CallKind, WholeForward
 from piecework.integrations.transformers.whole_way import UNROLLED, Habits, WholeWay
 from piecework.runtime import torch_compat
 from piecework.runtime.config.compilation import CompilationConfig
 
 _HINT = "leave this model unstitched"
-# Tokens that each generation makes: a prompt and two steps.
+# Prompts that are tried: sequences and tokens of each. Each makes three tokens more, which is the prompt's forward and two steps.
+_SIZES = ((2, 3), (3, 5), (2, 8))
 _STEPS = 3
 Given = dict[str, object]
 
@@ -68,25 +69,27 @@ def _require_same_uncompiled(way: WholeWay, given: Given) -> None:
 
 
 def _compile(way: WholeWay, calls: Sequence[Given]) -> None:
-    """Compile for the first call of each kind; the others must be served by what was compiled, or the kind is left to the model's own forward."""
+    """Compile for the first call of each kind. What it made must serve the others: where each of them takes another trace, the kind is left to the model's own forward."""
+    seen: Counter[CallKind] = Counter()
     for given in calls:
         kind = way.kind_of(given)
         if way.is_left(kind):
             continue
+        seen[kind] += 1
         stitched = way.serving(kind)
         if stitched is None:
             stitched = way.compile(kind, given)
         else:
             way.require_same(stitched, given, compiled=True)
-        if len(stitched.traces) == 1:
-            continue
-        if not way.habits.makes_cache or (kind.cache is not None and kind.cache.is_filled):
-            raise CaptureError(UNROLLED, where=type(way.decoder).__name__, hint=_HINT)
-        way.leave_tokens(kind)
+        # One more trace, or two, may be for windows that are full.
+        if seen[kind] == len(_SIZES) and len(stitched.traces) == seen[kind]:
+            if not way.habits.makes_cache or (kind.cache is not None and kind.cache.is_filled):
+                raise CaptureError(UNROLLED, where=type(way.decoder).__name__, hint=_HINT)
+            way.leave_tokens(kind)
 
 
 def _generations(model: nn.Module, decoder: nn.Module, forward: Forward) -> list[Given]:
-    """What ``generate`` calls the decoder with for a few tokens, of two batches and lengths, both with padding on the left."""
+    """What ``generate`` calls the decoder with for a few tokens, of several batches and lengths, all with padding on the left."""
     if not isinstance(model, GenerationMixin):
         raise CaptureError(
             "it has no generate(), by which a decoder that is served whole is tried",
@@ -107,7 +110,7 @@ def _generations(model: nn.Module, decoder: nn.Module, forward: Forward) -> list
     before = {name: value for name, value in vars(decoder).items() if name == "forward"}
     decoder.forward = noted
     try:
-        for ids, mask in (probe_tokens(decoder), _more_tokens(decoder)):
+        for ids, mask in _prompts(decoder):
             model.generate(
                 ids,
                 attention_mask=mask,
@@ -165,10 +168,11 @@ def _numbers(cache: object) -> set[tuple[str, tuple[int, int]]]:
     }
 
 
-def _more_tokens(decoder: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Three rows of five tokens, the second padded on the left."""
+def _prompts(decoder: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Ids and attention masks of `_SIZES`, the second row padded on the left."""
     embedding = embedding_of(decoder)
-    ids = (torch.arange(3, 18, device=embedding.device) * 7) % embedding.shape[0]
-    mask = torch.ones(3, 5, dtype=torch.long, device=embedding.device)
-    mask[1, :2] = 0
-    return ids.view(3, 5), mask
+    for batch, length in _SIZES:
+        ids = torch.arange(3, 3 + batch * length, device=embedding.device) * 7
+        mask = torch.ones(batch, length, dtype=torch.long, device=embedding.device)
+        mask[1, : length // 2] = 0
+        yield (ids % embedding.shape[0]).view(batch, length), mask

@@ -33,7 +33,7 @@ from piecework.runtime.stitched import StitchedModule
 _log = logging.getLogger(__name__)
 
 #: A kind of call that needs more traces than this is left to the model's own forward, for each length seems to need one of its own.
-MAX_TRACES = 4
+MAX_TRACES = 6
 UNROLLED = "a graph of it holds for one length alone, and each other one would be compiled anew"
 
 #: So many kinds of calls are compiled; further ones are served by the model's own forward.
@@ -139,7 +139,7 @@ class WholeWay:
             with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
                 fields, _ = call.run(stitched, self.habits)
         except InputError as error:
-            if error.places is None:  # sizes are refused before anything runs
+            if error.refused_by is None:  # else its arguments were, before anything ran
                 raise
             return self._own(given, error.message)
         if len(stitched.traces) > MAX_TRACES:
