@@ -35,6 +35,7 @@ _log = logging.getLogger(__name__)
 #: A kind of call that needs more traces than this is left to the model's own forward, for each length seems to need one of its own.
 MAX_TRACES = 6
 UNROLLED = "a graph of it holds for one length alone, and each other one would be compiled anew"
+_OTHER = "no graph of it serves these sizes or strides"
 
 #: So many kinds of calls are compiled; further ones are served by the model's own forward.
 MAX_KINDS = 32
@@ -141,7 +142,7 @@ class WholeWay:
         except InputError as error:
             if error.refused_by is None:  # else its arguments were, before anything ran
                 raise
-            return self._own(given, error.message)
+            return self._own(given, _OTHER)
         if len(stitched.traces) > MAX_TRACES:
             self._leave(call.kind, UNROLLED)
         output = self.habits.output_class(**fields)
@@ -163,7 +164,7 @@ class WholeWay:
         tensors: dict[str, torch.Tensor] = {}
         flags: dict[str, bool] = {}
         strange = []
-        for name, value in given.items():
+        for name, value in sorted(given.items()):
             if isinstance(value, torch.Tensor) and name in self._accepted and name != cache_name:
                 tensors[name] = value.contiguous()
             elif isinstance(value, bool) and name in self._accepted and name not in _SETTLED:
@@ -182,7 +183,7 @@ class WholeWay:
         taken = None if cache is None else take_apart(cache, self.habits.counts)  # type: ignore[arg-type]
         kind = CallKind(
             tensors=tuple((name, each.dtype, each.ndim) for name, each in tensors.items()),
-            flags=tuple(flags.items()),
+            flags=tuple(sorted(flags.items())),
             cache=None if taken is None else taken.form,
             one=(tokens.shape[0] == 1, tokens.shape[1] == 1),
             implementation=settings.implementation,
@@ -272,11 +273,7 @@ class WholeWay:
             require_same_cache(cache, theirs, self.habits.counts, compiled=compiled)
         elif cache is not theirs:
             raise CaptureError(
-                (
-                    "its own forward makes no cache"
-                    if theirs is None
-                    else "its own forward makes a cache"
-                ),
+                f"its own forward makes {'no' if theirs is None else 'a'} cache, unlike before",
                 where=type(self.decoder).__name__,
                 hint="leave this model unstitched",
             )
@@ -293,7 +290,7 @@ class WholeWay:
         )
 
     def is_compiled(self, given: Mapping[str, object]) -> bool:
-        return bool(self.modules())
+        return bool(self._kinds)
 
     def modules(self) -> dict[str, StitchedModule]:
         found: dict[str, StitchedModule] = {}
