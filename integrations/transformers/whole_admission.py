@@ -81,8 +81,9 @@ def _compile(way: WholeWay, calls: Sequence[Given]) -> None:
             stitched = way.compile(kind, given)
         else:
             way.require_same(stitched, given, compiled=True)
-        # One more trace, or two, may be for windows that are full.
-        if seen[kind] == len(_SIZES) and len(stitched.traces) == seen[kind]:
+        # Where layers count tokens, another trace may be for windows that are full, and the third call tells.
+        enough = len(_SIZES) if way.habits.counts else 2
+        if seen[kind] == enough and len(stitched.traces) == enough:
             if not way.habits.makes_cache or (kind.cache is not None and kind.cache.is_filled):
                 raise CaptureError(UNROLLED, where=type(way.decoder).__name__, hint=_HINT)
             way.leave_tokens(kind)

@@ -365,7 +365,7 @@ def test_a_decoder_that_would_differ_is_refused() -> None:
     assert "forward" not in vars(model.transformer)
 
 
-def test_another_attention_implementation(pair: Pair) -> None:
+def test_another_attention_implementation() -> None:
     model = Pair(build("llama", **LLAMA), way="whole")
     model.generate(IDS[:2])
     for each in (model.eager, model.stitched):
@@ -374,11 +374,13 @@ def test_another_attention_implementation(pair: Pair) -> None:
     assert not how_served(model.stitched).as_it_is
 
 
-def test_no_static_graphs_and_no_such_way() -> None:
+def test_no_static_graphs_and_no_such_way(pair: Pair) -> None:
     model = build()
     with pytest.raises(StaticGraphError, match="whole"):
         stitch(model, config=EAGER_PIECES, capture=[1, 2])
     assert "forward" not in vars(model.transformer)
+    with pytest.raises(StaticGraphError):
+        stitched_module(pair.stitched, "decode").capture([2, 4], progress=False)
     with pytest.raises(ConfigError, match="no way"):
         stitch(model, way="round")  # type: ignore[arg-type]
 
@@ -414,13 +416,11 @@ def test_weights(pair: Pair) -> None:
     pair.generate(IDS[:2])
 
 
-def test_while_the_compiler_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
-    pair = Pair(build())
-    with counters.expect(num_graphs_seen=0):
+def test_while_the_compiler_is_off() -> None:
+    with torch.compiler.set_stance("force_eager"), counters.expect(num_graphs_seen=0):
+        pair = Pair(build())
         pair.generate(IDS[:2])
-    monkeypatch.undo()
+    assert not how_served(pair.stitched).modules
     pair.generate(IDS[:2])
     assert how_served(pair.stitched).modules
 
