@@ -94,7 +94,7 @@ def refuse_at_sight(decoder: nn.Module, forward: Forward) -> None:
             raise CaptureError(
                 f"its forward takes no {name}, so a batch can't be flattened into one row of tokens",
                 where=type(decoder).__name__,
-                hint="leave this model unstitched",
+                hint="stitch(model) may serve it whole",
             )
 
 
@@ -112,7 +112,7 @@ def _discover(model: nn.Module, decoder: nn.Module, flat: FlatForward) -> Sequen
         raise CaptureError(
             "none of its modules attends through transformers' attention-function registry",
             where=type(decoder).__name__,
-            hint="leave this model unstitched",
+            hint="stitch(model) may serve it whole",
         )
     require_finite(hidden)
     other = row.clone()
@@ -126,7 +126,7 @@ def _discover(model: nn.Module, decoder: nn.Module, flat: FlatForward) -> Sequen
         raise CaptureError(
             "with attention taken out, one token still changes the states of others: it mixes tokens outside attention",
             where=type(decoder).__name__,
-            hint="leave this model unstitched",
+            hint="stitch(model) may serve it whole",
         )
     return layers
 
@@ -195,7 +195,7 @@ def _reference(
         raise CaptureError(
             f"its forward returns {', '.join(sorted(given))}; expected last_hidden_state and a KV cache",
             where=type(decoder).__name__,
-            hint="leave this model unstitched",
+            hint="stitch(model) may serve it whole",
         )
     decode = forward(
         input_ids=ids[:, :1],
@@ -252,7 +252,7 @@ def _mask_maker(
     raise CaptureError(
         "the model makes this layer's attention mask in a way of its own",
         where=wrong,
-        hint="leave this model unstitched",
+        hint="stitch(model) may serve it whole",
     )
 
 
@@ -309,7 +309,7 @@ def _with_position_rule(
         "the flattened forward differs from the model's own on a few tokens "
         f"(by {min(distances):.1e} of its norm): it keeps state outside the KV cache, or uses the batch's shape",
         where=type(serving.decoder).__name__,
-        hint="leave this model unstitched",
+        hint="stitch(model) may serve it whole",
     )
 
 
@@ -328,7 +328,7 @@ def _with_packing(
     raise CaptureError(
         "the flattened forward differs from the model's own when position_ids are given",
         where=type(serving.decoder).__name__,
-        hint="leave this model unstitched",
+        hint="stitch(model) may serve it whole",
     )
 
 
