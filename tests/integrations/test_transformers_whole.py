@@ -5,13 +5,21 @@ from __future__ import annotations
 import copy
 import logging
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from piecework.bench.causal_lms import families, try_family
-from piecework.errors import CaptureError, ConfigError, InputError, StaticGraphError, UsageError
+from piecework.errors import (
+    ArtifactError,
+    CaptureError,
+    ConfigError,
+    InputError,
+    StaticGraphError,
+    UsageError,
+)
 from piecework.integrations.transformers import how_served, stitch, stitched_module, unstitch
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.counters import counters
@@ -374,13 +382,15 @@ def test_another_attention_implementation() -> None:
     assert not how_served(model.stitched).as_it_is
 
 
-def test_no_static_graphs_and_no_such_way(pair: Pair) -> None:
+def test_no_static_graphs_no_artifact_and_no_such_way(pair: Pair, tmp_path: Path) -> None:
     model = build()
     with pytest.raises(StaticGraphError, match="whole"):
         stitch(model, config=EAGER_PIECES, capture=[1, 2])
     assert "forward" not in vars(model.transformer)
     with pytest.raises(StaticGraphError):
         stitched_module(pair.stitched, "decode").capture([2, 4], progress=False)
+    with pytest.raises(ArtifactError, match="another process"):
+        stitched_module(pair.stitched).save(tmp_path / "bloom.artifact")
     with pytest.raises(ConfigError, match="no way"):
         stitch(model, way="round")  # type: ignore[arg-type]
 
