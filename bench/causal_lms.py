@@ -36,12 +36,14 @@ class Found:
 
     Attributes:
         status: "equal", "refused" by name, "wrong", "failed" with an error that nobody meant, or "no model": no small one runs.
-        pieces, unique: of the stitched decoder.
+        way: in which it is served.
+        pieces, unique: of the stitched decoder; of its prompts' forward if it is served whole.
         why: the reason, one line.
     """
 
     family: str
     status: str
+    way: str = ""
     pieces: int = 0
     unique: int = 0
     why: str = ""
@@ -56,7 +58,7 @@ def families() -> list[str]:
 
 def try_family(family: str, backend: str) -> Found:
     """Generate with a small model as it is and stitched; greedy tokens and the scores of each must be equal."""
-    from piecework.integrations.transformers import stitch, stitched_module
+    from piecework.integrations.transformers import how_served, stitch, stitched_module
     from piecework.runtime.config.compilation import CompilationConfig
 
     reason = ""
@@ -78,7 +80,8 @@ def try_family(family: str, backend: str) -> Found:
         return Found(family, "refused", why=_line(error))
     except Exception as error:  # noqa: BLE001 - it is what is looked for
         return Found(family, "failed", why=_line(error))
-    counts = (report.pieces, report.unique)
+    served = how_served(model)
+    counts = (served.way, report.pieces, report.unique)
     if not torch.equal(want.sequences, got.sequences):
         return Found(family, "wrong", *counts, why="other tokens")
     for step, (mine, eagers) in enumerate(zip(got.scores, want.scores, strict=True)):
@@ -87,7 +90,8 @@ def try_family(family: str, backend: str) -> Found:
             return Found(
                 family, "wrong", *counts, why=f"scores of token {step} differ by {worst:g}"
             )
-    return Found(family, "equal", *counts)
+    left = "; ".join(f"{n} calls as they are: {why}" for why, n in served.as_it_is.items())
+    return Found(family, "equal", *counts, why=left)
 
 
 def _model(family: str, level: int) -> torch.nn.Module:
@@ -122,7 +126,7 @@ def _generated(model):  # type: ignore[no-untyped-def]
 def _line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     said = f"{type(error).__name__}: {text[0] if text else ''}"
-    return re.sub(r" ?\(/[^)]*\)|0x[0-9a-f]+", "", said)[:200]
+    return re.sub(r" ?\(/[^)]*\)|0x[0-9a-f]+", "", said)[:400]
 
 
 def run(chosen: Sequence[str], backend: str) -> Iterator[Found]:
@@ -146,6 +150,7 @@ def run(chosen: Sequence[str], backend: str) -> Iterator[Found]:
 def markdown(found: Sequence[Found], backend: str) -> str:
     """The page of the documentation."""
     counts = Counter(each.status for each in found)
+    ways = Counter(each.way for each in found if each.status == "equal")
     run_eagerly = len(found) - counts["no model"]
     about = machine()
     import transformers
@@ -157,15 +162,16 @@ def markdown(found: Sequence[Found], backend: str) -> str:
         "seven tokens, six tokens more; tokens and scores are compared. `piecework bench causal_lms --page docs/causal-lms.md` writes this page.",
         "",
         f"transformers {transformers.__version__}, torch {about['torch']}, pieces compiled by `{backend}`. Of {len(found)} families {run_eagerly} have a small model",
-        f"that generates; **{counts['equal']} of these are equal**, {counts['refused']} are refused by name, {counts['wrong']} are wrong, {counts['failed']} fail otherwise.",
+        f"that generates; **{counts['equal']} of these are equal** ({ways['flat']} served flat, {ways['whole']} whole: [the two ways](transformers.md#two-ways)), {counts['refused']} are refused by name,",
+        f"{counts['wrong']} are wrong, {counts['failed']} fail otherwise.",
         "",
-        "| family | | pieces | different | note |",
-        "|---|---|---|---|---|",
+        "| family | | way | pieces | different | note |",
+        "|---|---|---|---|---|---|",
     ]
     for each in found:
         pieces = f"{each.pieces} | {each.unique}" if each.pieces else " | "
         why = each.why.replace("|", "\\|").replace("<", "&lt;")
-        lines.append(f"| {each.family} | {each.status} | {pieces} | {why} |")
+        lines.append(f"| {each.family} | {each.status} | {each.way} | {pieces} | {why} |")
     return "\n".join(lines) + "\n"
 
 
@@ -178,6 +184,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--only", default="", help="only families whose name this regular expression finds"
     )
     parser.add_argument("--backend", default="eager", help="what compiles the pieces")
+    parser.add_argument(
+        "--kept",
+        type=Path,
+        help="JSON of an earlier run, whose families that --only leaves out are taken over",
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.one is not None:
@@ -185,15 +196,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     names = [name for name in families() if re.search(chosen.only, name)]
     found = []
+    kept = [] if chosen.kept is None else json.loads(chosen.kept.read_text())
+    kept = [Found(**row) for row in kept if row["family"] not in names]
     for each in run(names, chosen.backend):
         found.append(each)
         print(f"{len(found)}/{len(names)} {each.family}: {each.status} {each.why}", flush=True)
         if chosen.out is not None:
             chosen.out.mkdir(parents=True, exist_ok=True)
-            rows = [asdict(row) for row in found]
-            (chosen.out / "causal_lms.json").write_text(json.dumps(rows, indent=1) + "\n")
+            data = [asdict(row) for row in found]
+            (chosen.out / "causal_lms.json").write_text(json.dumps(data, indent=1) + "\n")
     if chosen.page is not None:
-        chosen.page.write_text(markdown(found, chosen.backend))
+        rows = sorted([*kept, *found], key=lambda each: each.family)
+        chosen.page.write_text(markdown(rows, chosen.backend))
     return 1 if any(each.status in ("wrong", "failed") for each in found) else 0
 
 

@@ -4,6 +4,7 @@ It never patches transformers or changes the model's weights; ``unstitch`` gives
 """
 
 from piecework.integrations.transformers.stitcher import (
+    how_served,
     load,
     sleep,
     stitch,
@@ -12,4 +13,4 @@ from piecework.integrations.transformers.stitcher import (
     wake_up,
 )
 
-__all__ = ["load", "sleep", "stitch", "stitched_module", "unstitch", "wake_up"]
+__all__ = ["how_served", "load", "sleep", "stitch", "stitched_module", "unstitch", "wake_up"]

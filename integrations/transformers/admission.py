@@ -29,6 +29,7 @@ from piecework.integrations.transformers.probe import (
     require_finite,
     tolerance,
 )
+from piecework.integrations.transformers.refusals import refuse_model
 from piecework.integrations.transformers.request import (
     AttentionLayer,
     Masks,
@@ -86,38 +87,15 @@ def refuse_at_sight(decoder: nn.Module, forward: Forward) -> None:
     Raises:
         CaptureError: the model is not fit, and why.
     """
-    where = type(decoder).__name__
-    if decoder.training:
-        raise CaptureError(
-            "the model is in training mode", where=where, hint="call model.eval() first"
-        )
-    if getattr(decoder.config, "is_encoder_decoder", False):
-        raise CaptureError(
-            "encoder-decoder models attend to another sequence's states, which the splitting op does not carry",
-            where=where,
-            hint="leave this model unstitched",
-        )
-    _refuse_looping_experts(decoder)
+    refuse_model(decoder)
     accepted = inspect.signature(forward).parameters
     for name in ("input_ids", "position_ids", "past_key_values"):
         if name not in accepted:
             raise CaptureError(
                 f"its forward takes no {name}, so a batch can't be flattened into one row of tokens",
-                where=where,
-                hint="leave this model unstitched",
+                where=type(decoder).__name__,
+                hint="stitch(model) may serve it whole",
             )
-
-
-def _refuse_looping_experts(decoder: nn.Module) -> None:
-    """The eager experts loop over those that were hit, which depends on the tokens; two other implementations don't."""
-    experts = getattr(decoder.config, "_experts_implementation", None)
-    selectable = getattr(decoder, "_can_set_experts_implementation", lambda: False)
-    if experts == "eager" and selectable():
-        raise CaptureError(
-            "its experts are run by a loop whose length depends on the tokens",
-            where="config._experts_implementation",
-            hint="call model.set_experts_implementation('grouped_mm') or ('batched_mm') first",
-        )
 
 
 def _routes_experts(decoder: nn.Module) -> bool:
@@ -134,7 +112,7 @@ def _discover(model: nn.Module, decoder: nn.Module, flat: FlatForward) -> Sequen
         raise CaptureError(
             "none of its modules attends through transformers' attention-function registry",
             where=type(decoder).__name__,
-            hint="leave this model unstitched",
+            hint="stitch(model) may serve it whole",
         )
     require_finite(hidden)
     other = row.clone()
@@ -148,7 +126,7 @@ def _discover(model: nn.Module, decoder: nn.Module, flat: FlatForward) -> Sequen
         raise CaptureError(
             "with attention taken out, one token still changes the states of others: it mixes tokens outside attention",
             where=type(decoder).__name__,
-            hint="leave this model unstitched",
+            hint="stitch(model) may serve it whole",
         )
     return layers
 
@@ -217,7 +195,7 @@ def _reference(
         raise CaptureError(
             f"its forward returns {', '.join(sorted(given))}; expected last_hidden_state and a KV cache",
             where=type(decoder).__name__,
-            hint="leave this model unstitched",
+            hint="stitch(model) may serve it whole",
         )
     decode = forward(
         input_ids=ids[:, :1],
@@ -274,7 +252,7 @@ def _mask_maker(
     raise CaptureError(
         "the model makes this layer's attention mask in a way of its own",
         where=wrong,
-        hint="leave this model unstitched",
+        hint="stitch(model) may serve it whole",
     )
 
 
@@ -331,7 +309,7 @@ def _with_position_rule(
         "the flattened forward differs from the model's own on a few tokens "
         f"(by {min(distances):.1e} of its norm): it keeps state outside the KV cache, or uses the batch's shape",
         where=type(serving.decoder).__name__,
-        hint="leave this model unstitched",
+        hint="stitch(model) may serve it whole",
     )
 
 
@@ -350,7 +328,7 @@ def _with_packing(
     raise CaptureError(
         "the flattened forward differs from the model's own when position_ids are given",
         where=type(serving.decoder).__name__,
-        hint="leave this model unstitched",
+        hint="stitch(model) may serve it whole",
     )
 
 

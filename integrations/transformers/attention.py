@@ -134,7 +134,7 @@ class Discovery:
             raise CaptureError(
                 "attention runs twice in this module in one forward, so its cache slot is not its own",
                 where=name,
-                hint="leave this model unstitched",
+                hint="stitch(model) may serve it whole",
             )
         known = (*_LITERALS, *_TENSORS, *_INERT, "dropout")
         unknown = sorted(
@@ -148,14 +148,14 @@ class Discovery:
             raise CaptureError(
                 f"attention is called with {', '.join(unknown)}, which the splitting op can't carry",
                 where=name,
-                hint="leave this model unstitched",
+                hint="stitch(model) may serve it whole",
             )
         index = getattr(module, "layer_idx", None)
         if not isinstance(index, int):
             raise CaptureError(
                 "the attention module has no layer_idx, so its cache slot is unknown",
                 where=name,
-                hint="leave this model unstitched",
+                hint="stitch(model) may serve it whole",
             )
         self.found.append(
             AttentionLayer(name, module, index, self._layer_type(index), frozenset(kwargs))

@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 
 from piecework.errors import InputError
+from piecework.integrations.transformers.refusals import INERT, refuse_call, tokens_of
 from piecework.integrations.transformers.request import (
     AttentionLayer,
     Masks,
@@ -39,11 +40,6 @@ _TAKEN = (
     "past_key_values",
     "use_cache",
 )
-# Without meaning inside the decoder: for the output, the head or the loss, or for generate(), which hands its tokenizers on.
-_INERT = (
-    *("return_dict", "cache_position", "logits_to_keep", "num_items_in_batch"),
-    *("tokenizer", "assistant_tokenizer"),
-)
 # What continuous batching passes along for its attention functions, and for the sampling behind the head.
 _PAGED = (
     "cache",
@@ -57,7 +53,7 @@ _PAGED = (
     "is_causal",
 )
 _SAMPLING = ("logits_indices", "logits_processor_args")
-_KNOWN = frozenset((*_TAKEN, *_INERT, *RECORDED))
+_KNOWN = frozenset((*_TAKEN, *INERT, *RECORDED))
 _KNOWN_PAGED = _KNOWN.union(_PAGED, _SAMPLING)
 # transformers' own, which make no mask where nothing is hidden from a token.
 _CAUSAL = (create_causal_mask, create_masks_for_generate)
@@ -172,64 +168,15 @@ class Serving:
         return plain and bool(attention_mask.all())
 
     def _refuse_unserved(self, given: Mapping[str, object], settings: Settings) -> None:
-        for name in RECORDED:
-            asked = given.get(name)
-            if asked or (asked is None and name in settings.recorded):
-                raise InputError(
-                    f"{name} is asked for, and a stitched model keeps no intermediate values",
-                    where=type(self.decoder).__name__,
-                    hint="unstitch(model) for this call",
-                )
         known = _KNOWN if given.get("cache") is None else _KNOWN_PAGED
         strange = [
             k for k, v in given.items() if k not in known and v is not None and v is not False
         ]
-        if strange:
-            raise InputError(
-                f"a stitched model does not take {', '.join(sorted(strange))}",
-                where=type(self.decoder).__name__,
-                hint="unstitch(model) for this call",
-            )
-        if self.decoder.training:
-            raise InputError(
-                "a stitched model is for inference, and this one is in training mode",
-                where=type(self.decoder).__name__,
-                hint="call model.eval()",
-            )
+        refuse_call(self.decoder, given, settings, strange)
 
     def _tokens(self, given: Mapping[str, object]) -> tuple[str, torch.Tensor]:
-        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        if (ids is None) == (embeds is None):
-            raise InputError("give exactly one of input_ids and inputs_embeds", where="input_ids")
-        weight = self.decoder.get_input_embeddings().weight
-        if weight.dtype != self.dtype or weight.device != self.device:
-            raise InputError(
-                f"the model was stitched as {self.dtype} on {self.device} and is {weight.dtype} on {weight.device} now",
-                where=type(self.decoder).__name__,
-                hint="unstitch(model), then stitch it where it shall run",
-            )
-        entry, tokens = ("input_ids", ids) if embeds is None else ("inputs_embeds", embeds)
-        ranks = 2 if embeds is None else 3
-        if tokens.ndim != ranks or 0 in tokens.shape:
-            raise InputError(
-                f"{entry} has shape {tuple(tokens.shape)}; expected {ranks} dimensions, none of them empty",
-                where=entry,
-            )
-        if torch.is_grad_enabled() and (
-            tokens.requires_grad or any(p.requires_grad for p in self.decoder.parameters())
-        ):
-            raise InputError(
-                "gradients are enabled, and a stitched model computes none",
-                where=type(self.decoder).__name__,
-                hint="call it under torch.no_grad(), or unstitch(model) to train",
-            )
-        if torch.is_autocast_enabled(tokens.device.type):
-            raise InputError(
-                "autocast is enabled, and a stitched model keeps the dtypes that it was captured with",
-                where=type(self.decoder).__name__,
-                hint="leave the autocast block, or load the model in the dtype you want before stitching",
-            )
-        return entry, tokens if embeds is not None else tokens.long()
+        entry, tokens = tokens_of(self.decoder, given, self.dtype, self.device)
+        return entry, tokens.long() if entry == "input_ids" else tokens
 
     def _cache(self, given: Mapping[str, object], settings: Settings) -> Cache | None:
         cache = given.get("past_key_values")

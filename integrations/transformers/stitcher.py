@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, TypeVar
@@ -17,13 +16,14 @@ import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from piecework.errors import CaptureError, ConfigError, UsageError, short_errors
-from piecework.integrations.transformers.admission import admit, forget_layers
+from piecework.errors import CaptureError, ConfigError, StaticGraphError, UsageError, short_errors
+from piecework.integrations.transformers.admission import forget_layers
 from piecework.integrations.transformers.dry_request import dry_request
-from piecework.integrations.transformers.flat import ENTRIES, compile_forward, flattened
+from piecework.integrations.transformers.flat_way import FlatWay
 from piecework.integrations.transformers.head import HeadForward, can_be_captured
-from piecework.integrations.transformers.keeping import kept_of, serving_of
-from piecework.integrations.transformers.serving import Serving
+from piecework.integrations.transformers.keeping import serving_of
+from piecework.integrations.transformers.way import Way
+from piecework.integrations.transformers.ways import Served, chosen_way, served
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.load import Artifact
 from piecework.runtime.artifact.store import Place, store_of
@@ -48,12 +48,15 @@ def stitch(
     capture: Iterable[int] | Literal["auto"] | None = None,
     artifact: Place | None = None,
     key_file: str | os.PathLike[str] | None = None,
+    way: Literal["flat", "whole"] | None = None,
 ) -> Model:
     """Stitch the decoder of a causal LM in place and return the model.
 
-    The decoder is captured whole, with every token of a batch in one row, so that one stitched function serves prefill
+    The flat way: the decoder is captured with every token of a batch in one row, so that one stitched function serves prefill
     and decode of any batch. Attention stays the model's own implementation (``sdpa`` or ``eager``) behind the splitting
-    op ``piecework::attention``; KV cache and masks never enter the graph. ``generate()`` works as before.
+    op ``piecework::attention``; KV cache and masks never enter the graph. A decoder that can't be served so is served whole, if
+    that is equal: its forward is captured as it is, attention in it, and what its cache holds comes and goes as tensors.
+    ``generate()`` works as before. `how_served` says which way it is.
 
     Args:
         model: a causal LM of transformers in eval mode, on its final device and in its final dtype.
@@ -64,6 +67,7 @@ def stitch(
         artifact: a directory or URL that ``stitched_module(model).save`` writes. If what lies there fits the model, the configuration and this process, it
             is loaded, and nothing is run, traced or compiled; else the model is compiled and saved there, and a warning says why.
         key_file: a secret that signs and verifies the artifact; see ``StitchedModule.save``.
+        way: "flat" or "whole": that way, or a refusal. By default the first of them that serves the model.
 
     While torch's compiler is switched off (``TORCH_COMPILE_DISABLE=1``, ``torch.compiler.set_stance``), the decoder runs as
     it is, and is compiled at the first forward after that.
@@ -90,18 +94,16 @@ def stitch(
         require_stitching(chosen)
         loaded = take_if_it_fits(artifact, key_file, take)
     if not loaded:
-        forward = decoder.forward
-        serving = admit(model, decoder, forward)
-        try:
-            stitched = StitchedForward(model, serving, forward, chosen)
-            if not stitched.switched_off("input_ids"):
-                made = stitched.entry("input_ids")
-                if artifact is not None:
-                    keep(made, artifact, key_file)
-        except BaseException:
-            forget_layers(decoder)
-            raise
-        _serve_by(stitched, model, decoder)
+        taken = chosen_way(model, decoder, chosen, way)
+        if sizes is not None and taken.name != FlatWay.name:
+            raise StaticGraphError(
+                "a decoder that is served whole is not captured: its graphs would hold the memory of one cache",
+                where=type(decoder).__name__,
+                hint="leave capture out",
+            )
+        if artifact is not None and taken.modules():
+            keep(taken.entry("input_ids"), artifact, key_file)
+        _serve_by(taken, model)
     try:
         if sizes is not None:
             _capture(model, sizes, measured=capture == AUTO, config=chosen)
@@ -111,8 +113,8 @@ def stitch(
     return model
 
 
-def _serve_by(stitched: StitchedForward, model: nn.Module, decoder: nn.Module) -> None:
-    decoder.forward = stitched
+def _serve_by(way: Way, model: nn.Module) -> None:
+    way.decoder.forward = StitchedForward(way)
     # generate() compiles a model for static caches by itself, where this gives it something to compile.
     model.get_compiled_call = _as_it_is(model)
 
@@ -194,12 +196,12 @@ def _take(
     forward = decoder.forward
     try:
         serving = serving_of(found.folder.facts.get("kept"), model, decoder, forward, "input_ids")
-        stitched = StitchedForward(model, serving, forward, config)
-        stitched.take("input_ids", found)
+        way = FlatWay(model, serving, forward, config)
+        way.take("input_ids", found)
     except BaseException:
         forget_layers(decoder)
         raise
-    _serve_by(stitched, model, decoder)
+    _serve_by(way, model)
 
 
 def unstitch(model: Model) -> Model:
@@ -214,10 +216,11 @@ def unstitch(model: Model) -> Model:
     head = model.get_output_embeddings()  # type: ignore[operator]
     if head is not None and isinstance(head.__dict__.get("forward"), HeadForward):
         del head.forward
-    if inspect.ismethod(stitched.original) and stitched.original.__func__ is type(decoder).forward:
+    original = stitched.way.forward
+    if inspect.ismethod(original) and original.__func__ is type(decoder).forward:
         del decoder.forward
     else:
-        decoder.forward = stitched.original
+        decoder.forward = original
     forget_layers(decoder)
     return model
 
@@ -227,14 +230,25 @@ def stitched_module(model: nn.Module, entry: str = "input_ids") -> StitchedModul
 
     Args:
         model: a stitched model.
-        entry: "input_ids", or "inputs_embeds" (compiled now if it was not needed before).
+        entry: "input_ids", or "inputs_embeds" (compiled now if it was not needed before). Of a decoder that is served whole "input_ids"
+            is what serves prompts, and "decode" what serves one more token of each sequence; `how_served` has them all.
 
     Raises:
         UsageError: the model is not stitched, or there is no such entry.
     """
-    if entry not in ENTRIES:
-        raise UsageError(f"there is no entry {entry!r}", where="entry", hint=" or ".join(ENTRIES))
-    return _required(_decoder_of(model)).entry(entry)
+    return _required(_decoder_of(model)).way.entry(entry)
+
+
+def how_served(model: nn.Module) -> Served:
+    """Which way a stitched model is served, why, by which stitched modules, and what its own forward served instead.
+
+    Raises:
+        UsageError: the model is not stitched.
+
+    Example:
+        >>> print(how_served(stitch(model)))
+    """
+    return served(_required(_decoder_of(model)).way)
 
 
 def sleep(model: nn.Module) -> None:
@@ -262,104 +276,53 @@ def _captured_parts(model: nn.Module) -> list[StitchedModule]:
     stitched = _required(_decoder_of(model))
     head = model.get_output_embeddings()  # type: ignore[operator]
     forward = None if head is None else head.__dict__.get("forward")
-    parts = [*stitched.made(), *([forward.stitched] if isinstance(forward, HeadForward) else [])]
+    parts = [
+        *stitched.way.modules().values(),
+        *([forward.stitched] if isinstance(forward, HeadForward) else []),
+    ]
     return [each for each in parts if each.was_captured]
 
 
 class StitchedForward:
-    """Stands in for a decoder's ``forward``: takes its arguments, serves them by the stitched function.
+    """Stands in for a decoder's ``forward``: takes its arguments, and has them served.
 
     Args:
-        model: what was stitched.
-        serving: how a forward of this decoder is served.
-        original: the forward that it replaces, bound.
-        config: handed to ``piecework.compile``.
+        way: how.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        serving: Serving,
-        original: Callable[..., object],
-        config: CompilationConfig | None,
-    ) -> None:
-        self._model = model
-        self.serving = serving
-        self.original = original
-        self.__signature__ = inspect.signature(original)
-        self._config = config
+    def __init__(self, way: Way) -> None:
+        self.way = way
+        self.__signature__ = inspect.signature(way.forward)
         self._names = tuple(self.__signature__.parameters)
-        self._entries: dict[str, StitchedModule] = {}
-        self._compiling = threading.Lock()
         self._said: str | None = None
 
     def __reduce_ex__(self, _protocol: object) -> object:
         raise UsageError(
             "a stitched model can't be copied or pickled, for its compiled pieces belong to this one",
-            where=type(self.serving.decoder).__name__,
+            where=type(self.way.decoder).__name__,
             hint="unstitch(model) first; save_pretrained works as it is",
         )
 
     @torch.compiler.disable
     def __call__(self, *args: object, **kwargs: object) -> object:
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        entry = "input_ids" if given.get("inputs_embeds") is None else "inputs_embeds"
-        if self.switched_off(entry):
-            return self.original(*args, **kwargs)
-        return self.serving.serve(given, self._run)
+        if self.switched_off(given):
+            return self.way.forward(*args, **kwargs)
+        return self.way.serve(given)
 
-    def switched_off(self, entry: str) -> bool:
+    def switched_off(self, given: Mapping[str, object]) -> bool:
         """Whether torch's compiler is off, so that the decoder runs as it is; each switch is logged once.
 
         What is compiled already keeps running, as with ``torch.compile``, except in the stance ``force_eager``.
         """
-        made = self._entries.get(entry)
-        compiled = made is not None and bool(made.traces)
-        if compiled and torch_compat.stance_name() != torch_compat.FORCE_EAGER:
+        if self.way.is_compiled(given) and torch_compat.stance_name() != torch_compat.FORCE_EAGER:
             return False
         switch = torch_compat.compiler_off()
         if switch is not None and switch != self._said:
             self._said = switch
-            name = type(self.serving.decoder).__name__
+            name = type(self.way.decoder).__name__
             _log.warning("%s runs as it is, uncompiled: %s", name, switch)
         return switch is not None
-
-    def _run(self, entry: str, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        compiled = self._entries.get(entry)
-        if compiled is None:
-            compiled = self.entry(entry)
-        return compiled(tokens, positions)
-
-    def entry(self, name: str) -> StitchedModule:
-        """The stitched function for tokens that come as ``name``, compiled when first asked for."""
-        with self._compiling:
-            if name not in self._entries:
-                made = self._flattened(name)
-                compile_forward(made, self.serving.decoder, name)
-                self._entries[name] = made
-            return self._entries[name]
-
-    def made(self) -> list[StitchedModule]:
-        """The entries that are compiled."""
-        return list(self._entries.values())
-
-    def take(self, name: str, found: Artifact) -> None:
-        """Serve tokens that come as ``name`` by an artifact.
-
-        Raises:
-            ArtifactError: it does not fit.
-        """
-        made = self._flattened(name)
-        made.require_made_so(found, (), {})
-        made.take(found)
-        self._entries[name] = made
-
-    def _flattened(self, name: str) -> StitchedModule:
-        for rope in self.serving.ropes:
-            rope.hold()
-        decoder = self.serving.decoder
-        kept = kept_of(self._model, self.serving, name)
-        return flattened(decoder, self.original, name, self._config, kept)
 
 
 def _decoder_of(model: nn.Module) -> nn.Module:

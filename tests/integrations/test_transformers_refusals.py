@@ -39,12 +39,12 @@ def from_config(family: str, **fields: object) -> nn.Module:
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
-def refused(model: nn.Module, reason: str) -> CaptureError:
-    """Stitching ``model`` must fail for ``reason`` and leave no trace."""
+def refused(model: nn.Module, reason: str, way: str | None = None) -> CaptureError:
+    """Stitching ``model``, that way or any, must fail for ``reason`` and leave no trace."""
     before = {id(module): set(module.__dict__) for module in model.modules()}
     implementation = model.config._attn_implementation
     with pytest.raises(CaptureError, match=reason) as caught:
-        stitch(model, config=EAGER_PIECES)
+        stitch(model, config=EAGER_PIECES, way=way)
     assert {id(module): set(module.__dict__) for module in model.modules()} == before
     assert model.config._attn_implementation == implementation
     with pytest.raises(UsageError, match="not stitched"):
@@ -94,7 +94,7 @@ class Branches(nn.Module):
 def test_tokens_mixed_outside_attention(dtype: torch.dtype) -> None:
     model = llama()
     model.model.layers[1].mlp = TokenShift(model.model.layers[1].mlp)
-    refused(model.to(dtype), "mixes tokens outside attention")
+    refused(model.to(dtype), "mixes tokens outside attention", "flat")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -109,7 +109,7 @@ def test_short_convolutions(dtype: torch.dtype) -> None:
         num_key_value_heads=2,
         layer_types=["conv", "full_attention"],
     )
-    refused(model.to(dtype), "mixes tokens outside attention")
+    refused(model.to(dtype), "mixes tokens outside attention", "flat")
 
 
 def test_state_outside_the_cache() -> None:
@@ -128,27 +128,28 @@ def test_graph_break() -> None:
 def test_shared_attention_module() -> None:
     model = llama()
     model.model.layers[1].self_attn = model.model.layers[0].self_attn
-    error = refused(model, "twice")
+    error = refused(model, "twice", "flat")
     assert error.where == "layers.0.self_attn"
 
 
 def test_own_attention() -> None:
     model = from_config("codegen", n_embd=32, n_layer=2, n_head=4, rotary_dim=4)
-    refused(model, "attention-function registry")
+    refused(model, "attention-function registry", "flat")
 
 
 def test_no_positions() -> None:
-    refused(from_config("bloom", hidden_size=32, n_layer=2, n_head=4), "takes no position_ids")
+    model = from_config("bloom", hidden_size=32, n_layer=2, n_head=4)
+    refused(model, "takes no position_ids", "flat")
 
 
 def test_recurrent_model() -> None:
     model = from_config("mamba", hidden_size=32, num_hidden_layers=2, state_size=8)
-    refused(model, "takes no position_ids")
+    refused(model, "takes no position_ids", "flat")
 
 
 def test_encoder() -> None:
     model = from_config("bert", hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
-    refused(model, "KV cache")
+    refused(model, "KV cache", "flat")
 
 
 def test_experts_in_a_loop() -> None:
@@ -172,7 +173,7 @@ def test_attention_with_more_than_the_op_carries() -> None:
     attention = model.model.layers[0].self_attn
     own = attention.forward
     attention.forward = lambda *args, **kwargs: own(*args, head_bias=torch.zeros(4), **kwargs)
-    error = refused(model, "head_bias")
+    error = refused(model, "head_bias", "flat")
     assert error.where == "layers.0.self_attn"
 
 
@@ -186,7 +187,7 @@ def test_mask_of_its_own() -> None:
         ),
         with_kwargs=True,
     )
-    refused(model, "mask")
+    refused(model, "mask", "flat")
 
 
 def test_undefined_weights() -> None:

@@ -45,7 +45,7 @@ def around(
         requests.append(current_request())
         return torch.zeros(*tokens.shape, 16)
 
-    serving = module.model.model.forward.serving
+    serving = module.model.model.forward.way.serving
     serving.serve(
         {"input_ids": tokens, "position_ids": positions, "use_cache": False}, note_request
     )

@@ -1,0 +1,182 @@
+"""A KV cache as tensors. In: a cache of transformers. Out: its form, which is hashable, and its tensors and growing counts; a cache of that form around other ones; and what a forward made of it, put back.
+
+It knows no kind of layer: whatever a layer holds in its attributes is a tensor, a count, or part of the form. What holds anything else is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
+
+from piecework.errors import InputError
+
+#: Caches that do nothing but hold layers.
+_KINDS = (DynamicCache, StaticCache)
+_CONSTANTS = (int, float, bool, str, type(None), torch.dtype, torch.device)
+_LEAF, _COUNT, _TABLE, _VALUE = "leaf", "count", "table", "value"
+
+#: What an attribute is: a leaf by number, one whose length is a count, a table of others, or a value that is part of the form.
+Part = tuple[str, object]
+Attributes = tuple[tuple[str, Part], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheForm:
+    """What of a cache is fixed while it is traced.
+
+    Attributes:
+        kind: the cache's class.
+        own: its attributes beside the layers.
+        layers: of each layer its class and its attributes.
+        is_filled: whether any layer holds states of tokens.
+    """
+
+    kind: type
+    own: Attributes
+    layers: tuple[tuple[type, Attributes], ...]
+    is_filled: bool
+
+
+@dataclass(slots=True)
+class TakenApart:
+    """A cache's form and what it holds.
+
+    Attributes:
+        form: without the leaves.
+        leaves: its tensors, as a graph takes them, and for each growing count an empty one of that length.
+        lent: of leaves that are copies or other views, by identity, the tensor that the cache holds.
+    """
+
+    form: CacheForm
+    leaves: list[torch.Tensor]
+    lent: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+def take_apart(cache: Cache, counts: Set[str]) -> TakenApart:
+    """The form and the leaves of ``cache``, which is left as it is.
+
+    Args:
+        counts: names of attributes of layers, integers that grow from call to call.
+
+    Raises:
+        InputError: it is a cache of another class, or holds something that is neither a tensor nor a plain value.
+    """
+    if type(cache) not in _KINDS:
+        raise InputError(
+            f"past_key_values is a {type(cache).__name__}, which a decoder that is compiled whole does not take",
+            where="past_key_values",
+            hint="pass a DynamicCache, or unstitch(model) for this call",
+        )
+    leaves: list[torch.Tensor] = []
+    layers = tuple((type(each), _attributes(vars(each), leaves, counts)) for each in cache.layers)
+    own = {name: value for name, value in vars(cache).items() if name != "layers"}
+    filled = any(leaf.ndim > 1 and leaf.numel() for leaf in leaves)
+    form = CacheForm(type(cache), _attributes(own, leaves, counts), layers, filled)
+    taken = TakenApart(form, leaves)
+    leaves[:] = [_plain(leaf, taken.lent) for leaf in leaves]
+    return taken
+
+
+def _attributes(
+    held: Mapping[str, object], leaves: list[torch.Tensor], counts: Set[str]
+) -> Attributes:
+    return tuple((name, _part(name, held[name], leaves, counts)) for name in sorted(held))
+
+
+def _part(name: str, value: object, leaves: list[torch.Tensor], counts: Set[str]) -> Part:
+    kind = type(value)
+    if kind is torch.Tensor:
+        leaves.append(value)
+        return _LEAF, len(leaves) - 1
+    if kind is int and name in counts:
+        # As the size of a tensor: of an integer a trace may take the number for granted, of a size it says what it took.
+        leaves.append(torch.empty(value, 0))  # type: ignore[call-overload]
+        return _COUNT, len(leaves) - 1
+    if kind is dict:
+        inner = ((key, _part(name, each, leaves, counts)) for key, each in value.items())  # type: ignore[attr-defined]
+        return _TABLE, tuple(inner)
+    if kind in _CONSTANTS or isinstance(value, type):
+        return _VALUE, (value, kind)  # with its class: True and 1 are equal
+    raise InputError(
+        f"its {name} is a {kind.__name__}, which a graph can't be given",
+        where="past_key_values",
+        hint="pass a plain DynamicCache, or unstitch(model) for this call",
+    )
+
+
+def _plain(tensor: torch.Tensor, lent: dict[int, torch.Tensor]) -> torch.Tensor:
+    """``tensor`` as graphs take it: contiguous, and without torch's own marks, which would bind a trace to this very tensor."""
+    if not tensor.is_contiguous():
+        plain = tensor.contiguous()
+    elif vars(tensor):
+        plain = tensor.detach()
+    else:
+        return tensor
+    lent[id(plain)] = tensor
+    return plain
+
+
+def rebuilt(form: CacheForm, leaves: Sequence[torch.Tensor]) -> Cache:
+    """A cache of ``form`` around ``leaves``; traced by Dynamo, in front of the model's forward."""
+    layers = []
+    for kind, attributes in form.layers:
+        layer = object.__new__(kind)
+        for name, part in attributes:
+            setattr(layer, name, _value(part, leaves))
+        layers.append(layer)
+    cache = object.__new__(form.kind)
+    for name, part in form.own:
+        setattr(cache, name, _value(part, leaves))
+    cache.layers = layers
+    return cache
+
+
+def _value(part, leaves):  # type: ignore[no-untyped-def]
+    kind, what = part
+    if kind == _LEAF:
+        return leaves[what]
+    if kind == _COUNT:
+        return leaves[what].shape[0]
+    if kind == _TABLE:
+        return {key: _value(inner, leaves) for key, inner in what}
+    return what[0]
+
+
+def held_by(cache: Cache) -> list[dict[str, object]]:
+    """What each layer of ``cache`` holds; traced by Dynamo, behind the model's forward."""
+    return [dict(vars(layer)) for layer in cache.layers]
+
+
+def put_back(cache: Cache, taken: TakenApart, held: Sequence[Mapping[str, object]]) -> None:
+    """Let the layers of ``cache`` hold what a forward on `rebuilt` made of it.
+
+    Args:
+        taken: what it was before.
+        held: of the rebuilt one, afterwards.
+    """
+    while len(cache.layers) < len(held):
+        cache.layers.append(cache.layer_class_to_replicate())
+    copied: set[int] = set()
+    for layer, values in zip(cache.layers, held, strict=True):
+        for name, value in values.items():
+            if type(value) is dict:
+                now = {key: _own(each, taken, copied) for key, each in value.items()}
+                getattr(layer, name).update(now)
+            else:
+                own = _own(value, taken, copied)
+                if getattr(layer, name, layer) is not own:
+                    setattr(layer, name, own)
+
+
+def _own(value: object, taken: TakenApart, copied: set[int]) -> object:
+    """``value``, or the cache's own tensor that it stands for, with what was written into it."""
+    own = taken.lent.get(id(value))
+    if own is None:
+        return value
+    if own.data_ptr() != value.data_ptr() and id(value) not in copied:  # type: ignore[attr-defined]
+        copied.add(id(value))
+        own.copy_(value)  # type: ignore[arg-type]
+    return own

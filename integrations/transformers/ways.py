@@ -1,0 +1,109 @@
+"""Which way serves a decoder. In: a model. Out: the flat way, or the whole way where the flat one refuses; and which it was, in words.
+
+What each way needs of a decoder is the business of its admission.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from piecework.errors import CaptureError, ConfigError
+from piecework.integrations.transformers.admission import Forward, admit, forget_layers
+from piecework.integrations.transformers.flat_way import FlatWay
+from piecework.integrations.transformers.refusals import refuse_model
+from piecework.integrations.transformers.way import Way
+from piecework.integrations.transformers.whole_admission import admit_whole
+from piecework.integrations.transformers.whole_way import WholeWay
+from piecework.runtime import torch_compat
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.stitched import StitchedModule
+
+NAMES = (FlatWay.name, WholeWay.name)
+
+
+def chosen_way(
+    model: nn.Module, decoder: nn.Module, config: CompilationConfig | None, wanted: str | None
+) -> Way:
+    """The first way that takes the decoder, compiled unless torch's compiler is off.
+
+    Args:
+        wanted: the name of the one way that is allowed; None for any.
+
+    Raises:
+        CaptureError: none takes it, and why; the model is left as it was.
+        ConfigError: there is no way of that name.
+    """
+    if wanted not in (None, *NAMES):
+        raise ConfigError(f"there is no way {wanted!r}", where="way", hint=" or ".join(NAMES))
+    forward: Forward = decoder.forward
+    refuse_model(decoder)
+    if wanted == WholeWay.name:
+        return admit_whole(model, decoder, forward, config)
+    try:
+        return _flat_way(model, decoder, forward, config)
+    except CaptureError as error:
+        if wanted is not None:
+            raise
+        refused = error
+    try:
+        way = admit_whole(model, decoder, forward, config)
+    except CaptureError as error:
+        raise CaptureError(
+            f"it can't be served flattened: {_said(refused)}; nor whole: {error.message}",
+            where=error.where or type(decoder).__name__,
+            hint=error.hint,
+        ) from error
+    way.not_flat = refused
+    return way
+
+
+def _said(error: CaptureError) -> str:
+    """A refusal without its hint."""
+    return error.message if error.where is None else f"{error.message} ({error.where})"
+
+
+def _flat_way(
+    model: nn.Module, decoder: nn.Module, forward: Forward, config: CompilationConfig | None
+) -> FlatWay:
+    serving = admit(model, decoder, forward)
+    try:
+        way = FlatWay(model, serving, forward, config)
+        if torch_compat.compiler_off() is None:
+            way.entry("input_ids")
+    except BaseException:
+        forget_layers(decoder)
+        raise
+    return way
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """How a stitched model is served.
+
+    Attributes:
+        way: "flat" or "whole".
+        not_flat: why the flat way did not take it, if it was asked.
+        modules: the stitched modules, by the calls that they serve.
+        as_it_is: how many calls the model's own forward served, by the reason.
+    """
+
+    way: str
+    not_flat: str
+    modules: Mapping[str, StitchedModule]
+    as_it_is: Mapping[str, int]
+
+    def __str__(self) -> str:
+        because = f": {self.not_flat}" if self.not_flat else ""
+        lines = [f"{self.way}{because}"]
+        lines += [f"  {kind}: {made!r}" for kind, made in self.modules.items()]
+        lines += [f"  as it is, {n} calls: {why}" for why, n in self.as_it_is.items()]
+        return "\n".join(lines)
+
+
+def served(way: Way) -> Served:
+    """How ``way`` serves its model so far."""
+    not_flat = "" if way.not_flat is None else _said(way.not_flat)
+    return Served(way.name, not_flat, way.modules(), dict(way.as_it_is))

@@ -1,0 +1,466 @@
+"""Decoders that are served whole: tokens, scores and caches are the model's own, and what can't be carried is refused or left to the model's own forward."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from piecework.bench.causal_lms import families, try_family
+from piecework.errors import (
+    ArtifactError,
+    CaptureError,
+    ConfigError,
+    InputError,
+    StaticGraphError,
+    UsageError,
+)
+from piecework.integrations.transformers import how_served, stitch, stitched_module, unstitch
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.counters import counters
+
+transformers = pytest.importorskip("transformers")
+
+EAGER_PIECES = CompilationConfig(backend="eager")
+GENERATOR = torch.Generator().manual_seed(5)
+IDS = torch.randint(3, 97, (3, 6), generator=GENERATOR)
+
+
+def build(family: str = "bloom", **fields: object) -> nn.Module:
+    """A small model, without a token that ends a sequence."""
+    torch.manual_seed(0)
+    settings = {"bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4}}.get(family, {}) | fields
+    config = transformers.CONFIG_MAPPING[family](
+        **{"vocab_size": 97, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0} | settings
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.copy_(torch.randn(weight.shape) * 0.3)
+    return model
+
+
+class Pair:
+    """One model twice: as it is, and stitched."""
+
+    def __init__(self, model: nn.Module, way: str | None = None) -> None:
+        self.eager = model
+        self.stitched = stitch(copy.deepcopy(model), config=EAGER_PIECES, way=way)
+        assert how_served(self.stitched).way == "whole"
+
+    def generate(self, ids: torch.Tensor, **how: object) -> object:
+        """Generate with both, the same way; scores and sequences must be equal."""
+        how = {
+            "max_new_tokens": 5,
+            "do_sample": False,
+            "return_dict_in_generate": True,
+            "output_scores": True,
+            "attention_mask": torch.ones_like(ids),
+            **how,
+        }
+        torch.manual_seed(1)
+        want = self.eager.generate(ids, **how)
+        torch.manual_seed(1)
+        got = self.stitched.generate(ids, **how)
+        assert torch.equal(got.sequences, want.sequences)
+        for mine, their in zip(got.scores, want.scores, strict=True):
+            torch.testing.assert_close(mine, their, rtol=1e-4, atol=1e-4)
+        same_cache(got.past_key_values, want.past_key_values)
+        return got
+
+    def call(self, **given: object) -> tuple[object, object]:
+        """One forward of both; what they return must be equal."""
+        mine, theirs = copy.deepcopy(given), copy.deepcopy(given)
+        with torch.no_grad():
+            want, got = self.eager(**theirs), self.stitched(**mine)
+        torch.testing.assert_close(got.logits, want.logits, rtol=1e-4, atol=1e-4)
+        same_cache(got.past_key_values, want.past_key_values)
+        return got, want
+
+
+def same_cache(got: object, want: object) -> None:
+    if want is None:
+        assert got is None
+        return
+    assert type(got) is type(want)
+    assert len(got.layers) == len(want.layers)
+    for mine, their in zip(got.layers, want.layers, strict=True):
+        assert type(mine) is type(their)
+        assert vars(mine).keys() == vars(their).keys()
+        for name, value in vars(their).items():
+            own = vars(mine)[name]
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(own, value, rtol=1e-4, atol=1e-4)
+            elif isinstance(value, dict):
+                assert own.keys() == value.keys()
+            else:
+                assert own == value, name
+
+
+@pytest.fixture(scope="module")
+def pair() -> Pair:
+    return Pair(build())
+
+
+# --- generation --------------------------------------------------------------------------------------
+
+GENERATIONS = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "top_k": 20},
+    "beams": {"num_beams": 3},
+    "sampled beams": {"num_beams": 2, "do_sample": True},
+    "several for each": {"num_return_sequences": 2, "do_sample": True},
+    "no cache": {"use_cache": False},
+}
+
+
+@pytest.mark.parametrize("how", GENERATIONS.values(), ids=GENERATIONS.keys())
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_generation(pair: Pair, batch: int, how: dict[str, object]) -> None:
+    pair.generate(IDS[:batch], **how)
+    assert not how_served(pair.stitched).as_it_is
+
+
+@pytest.mark.parametrize("padding", [1, 4])
+def test_padding_on_the_left(pair: Pair, padding: int) -> None:
+    mask = torch.ones_like(IDS)
+    mask[1, :padding] = 0
+    pair.generate(IDS, attention_mask=mask)
+
+
+def test_every_length_is_served_by_the_same_traces(pair: Pair) -> None:
+    for length in (6, 2):
+        pair.generate(IDS[:2, :length], max_new_tokens=4)
+    with counters.expect(num_graphs_seen=0):
+        for length in (3, 5):
+            pair.generate(IDS[:3, :length], max_new_tokens=9)
+
+
+def test_a_prompt_of_one_token(pair: Pair) -> None:
+    pair.generate(IDS[:2, :1])
+
+
+# --- caches ------------------------------------------------------------------------------------------
+
+
+def test_a_cache_that_two_generations_share(pair: Pair) -> None:
+    first = pair.generate(IDS[:2])
+    longer = torch.cat([first.sequences, IDS[:2, :3]], dim=1)
+    past = pair.eager.generate(
+        IDS[:2], attention_mask=torch.ones_like(IDS[:2]), max_new_tokens=5, do_sample=False,
+        return_dict_in_generate=True,
+    ).past_key_values  # fmt: skip
+    given = {"attention_mask": torch.ones_like(longer), "max_new_tokens": 3, "do_sample": False}
+    want = pair.eager.generate(longer, past_key_values=past, **given)
+    got = pair.stitched.generate(longer, past_key_values=first.past_key_values, **given)
+    assert torch.equal(got, want)
+
+
+CHANGES = {
+    "nothing": lambda cache: None,
+    "reordered": lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])),
+    "cropped": lambda cache: cache.crop(-2),
+    "repeated": lambda cache: cache.batch_repeat_interleave(2),
+    "selected": lambda cache: cache.batch_select_indices(torch.tensor([1, 2])),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+@pytest.mark.parametrize("make", ["with its config", "empty"])
+def test_caches_that_are_changed_between_steps(pair: Pair, make: str, change: object) -> None:
+    config = pair.eager.config
+    caches = [
+        transformers.DynamicCache(config=config) if make == "with its config" else transformers.DynamicCache()
+        for _ in range(2)
+    ]  # fmt: skip
+    with torch.no_grad():
+        for model, cache in zip((pair.stitched, pair.eager), caches, strict=True):
+            out = model(IDS, past_key_values=cache)
+            assert out.past_key_values is cache
+            held = cache.layers[0].keys
+            change(cache)
+            batch = cache.layers[0].keys.shape[0]
+            for step in range(2):
+                model(IDS[:1, step : step + 1].expand(batch, 1), past_key_values=cache)
+            assert held.shape[2] == IDS.shape[1]
+    same_cache(*caches)
+
+
+def test_several_tokens_behind_a_past(pair: Pair) -> None:
+    got, _ = pair.call(input_ids=IDS)
+    pair.call(input_ids=IDS[:, :3], past_key_values=got.past_key_values)
+
+
+@pytest.mark.parametrize("use_cache", [None, True, False])
+def test_a_call_without_a_cache(pair: Pair, use_cache: bool | None) -> None:
+    got, _ = pair.call(input_ids=IDS, use_cache=use_cache)
+    assert (got.past_key_values is None) == (use_cache is False)
+
+
+def test_embeddings_and_a_tuple(pair: Pair) -> None:
+    embeds = pair.eager.get_input_embeddings()(IDS).detach()
+    pair.call(inputs_embeds=embeds)
+    with torch.no_grad():
+        got = pair.stitched(IDS, return_dict=False)
+        want = pair.eager(IDS, return_dict=False)
+    assert isinstance(got, tuple) and len(got) == len(want)
+    torch.testing.assert_close(got[0], want[0])
+
+
+# --- other models --------------------------------------------------------------------------------------
+
+LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+OTHERS = {
+    "no cache at all": ("bert", LLAMA),
+    "attention of its own": ("codegen", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}),
+    "convolutions": ("lfm2", {**LLAMA, "layer_types": ["conv", "full_attention"]}),
+}
+
+
+@pytest.mark.parametrize(("family", "fields"), OTHERS.values(), ids=OTHERS.keys())
+def test_others(family: str, fields: dict[str, object]) -> None:
+    pair = Pair(build(family, **fields))
+    mask = torch.ones_like(IDS)
+    mask[2, :3] = 0
+    pair.generate(IDS, attention_mask=mask)
+    pair.generate(IDS[:1])
+    assert not how_served(pair.stitched).as_it_is
+
+
+def test_recurrent_prompts_run_as_they_are() -> None:
+    """A loop over tokens is one graph for each length; steps are not."""
+    pair = Pair(build("mamba", hidden_size=32, num_hidden_layers=2, state_size=8))
+    pair.generate(IDS[:2])
+    served = how_served(pair.stitched)
+    assert list(served.as_it_is.values()) == [1]
+    assert "one length alone" in str(served)
+    with counters.expect(num_graphs_seen=0):
+        pair.generate(IDS[:2, :4])
+
+
+def test_windows_and_counts() -> None:
+    """Layers that count their tokens in Python: before the window is full and after it."""
+    pair = Pair(build("mistral", **LLAMA, sliding_window=4), way="whole")
+    pair.generate(IDS[:2, :2], max_new_tokens=8)
+    pair.generate(IDS[:2], max_new_tokens=3)
+    with counters.expect(num_graphs_seen=0):
+        pair.generate(IDS[:3], max_new_tokens=6)
+    assert not how_served(pair.stitched).as_it_is
+
+
+def test_static_caches() -> None:
+    pair = Pair(build("llama", **LLAMA), way="whole")
+    pair.generate(IDS[:2], cache_implementation="static", max_new_tokens=4)
+    assert not how_served(pair.stitched).as_it_is
+
+
+def test_layers_are_compiled_once() -> None:
+    """Two different blocks: the first has the embeddings and masks before it in a piece of its own."""
+    model = stitch(build(n_layer=5), config=EAGER_PIECES)
+    for entry in ("input_ids", "decode"):
+        report = stitched_module(model, entry).report()
+        assert report.pieces > 5 > report.unique
+
+
+# --- what is refused, and what runs as it is ----------------------------------------------------------
+
+
+class Strange(transformers.DynamicCache):
+    """A class of the user's."""
+
+
+REFUSED = {
+    "attentions": ({"output_attentions": True}, "output_attentions"),
+    "hidden states": ({"output_hidden_states": True}, "output_hidden_states"),
+    "something unknown": ({"head_bias": 1.0}, "head_bias"),
+    "a cache of another class": ({"past_key_values": Strange()}, "Strange"),
+    "caches of two": (
+        {
+            "past_key_values": transformers.EncoderDecoderCache(
+                transformers.DynamicCache(), transformers.DynamicCache()
+            )
+        },
+        "EncoderDecoderCache",
+    ),
+}
+
+
+@pytest.mark.parametrize(("given", "reason"), REFUSED.values(), ids=REFUSED.keys())
+def test_calls_that_are_refused(pair: Pair, given: dict[str, object], reason: str) -> None:
+    with torch.no_grad(), pytest.raises(InputError, match=reason):
+        pair.stitched.transformer(IDS, **given)
+
+
+def test_training_gradients_and_autocast(pair: Pair) -> None:
+    with pytest.raises(InputError, match="gradients"):
+        pair.stitched(IDS)
+    with torch.no_grad(), torch.autocast("cpu"), pytest.raises(InputError, match="autocast"):
+        pair.stitched(IDS)
+    pair.stitched.train()
+    with torch.no_grad(), pytest.raises(InputError, match="training"):
+        pair.stitched(IDS)
+    pair.stitched.eval()
+
+
+class NeedsData(nn.Module):
+    """Reads a number out of a tensor where there is a single sequence, which no graph can."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        if states.shape[0] == 1 and float(states.sum()) > 1e9:
+            return states
+        return self.inner(states, residual)
+
+
+def test_kinds_of_calls_that_no_graph_holds(caplog: pytest.LogCaptureFixture) -> None:
+    model = build()
+    model.transformer.h[1].mlp = NeedsData(model.transformer.h[1].mlp)
+    pair = Pair(model)
+    pair.generate(IDS[:2])
+    assert not how_served(pair.stitched).as_it_is
+    with caplog.at_level(logging.WARNING, "piecework"):
+        pair.generate(IDS[:1])
+    assert "runs as it is for one sequence" in caplog.text
+    assert sum(how_served(pair.stitched).as_it_is.values()) == 5
+    assert "as it is" in str(how_served(pair.stitched))
+
+
+class Differs(nn.Module):
+    """Computes something else while it is compiled."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling() and states.shape[0] == 1:
+            states = states * 1.5
+        return self.inner(states, residual)
+
+
+def test_kinds_of_calls_that_would_differ() -> None:
+    model = build()
+    model.transformer.h[1].mlp = Differs(model.transformer.h[1].mlp)
+    pair = Pair(model)
+    pair.generate(IDS[:1])
+    assert all("differs" in why for why in how_served(pair.stitched).as_it_is)
+
+
+def test_a_decoder_that_would_differ_is_refused() -> None:
+    model = build()
+    inner = model.transformer.h[1].mlp
+    model.transformer.h[1].mlp = wrong = Differs(inner)
+    wrong.forward = lambda states, residual: inner(  # type: ignore[method-assign]
+        states * 2 if torch.compiler.is_compiling() else states, residual
+    )
+    with pytest.raises(CaptureError, match=r"flattened: .* nor whole: .*"):
+        stitch(model, config=EAGER_PIECES)
+    assert "forward" not in vars(model.transformer)
+
+
+def test_another_attention_implementation() -> None:
+    model = Pair(build("llama", **LLAMA), way="whole")
+    model.generate(IDS[:2])
+    for each in (model.eager, model.stitched):
+        each.set_attn_implementation("eager")
+    model.generate(IDS[:2])
+    assert not how_served(model.stitched).as_it_is
+
+
+def test_no_static_graphs_no_artifact_and_no_such_way(pair: Pair, tmp_path: Path) -> None:
+    model = build()
+    with pytest.raises(StaticGraphError, match="whole"):
+        stitch(model, config=EAGER_PIECES, capture=[1, 2])
+    assert "forward" not in vars(model.transformer)
+    with pytest.raises(StaticGraphError):
+        stitched_module(pair.stitched, "decode").capture([2, 4], progress=False)
+    with pytest.raises(ArtifactError, match="another process"):
+        stitched_module(pair.stitched).save(tmp_path / "bloom.artifact")
+    with pytest.raises(ConfigError, match="no way"):
+        stitch(model, way="round")  # type: ignore[arg-type]
+
+
+# --- around -------------------------------------------------------------------------------------------
+
+
+def test_unstitching() -> None:
+    model = build()
+    before = {id(module): set(module.__dict__) for module in model.modules()}
+    stitch(model, config=EAGER_PIECES)
+    assert "BloomModel" in stitched_module(model).source.code
+    assert stitched_module(model, "decode").source.code != stitched_module(model).source.code
+    with pytest.raises(UsageError, match="no entry"):
+        stitched_module(model, "inputs_embeds")
+    unstitch(model)
+    assert {id(module): set(module.__dict__) for module in model.modules()} == before
+    with pytest.raises(UsageError, match="not stitched"):
+        how_served(model)
+
+
+def test_weights(pair: Pair) -> None:
+    mine, own = (each.transformer.h[0].mlp.dense_h_to_4h for each in (pair.stitched, pair.eager))
+    with torch.no_grad():
+        for each in (mine, own):
+            each.weight.mul_(1.25)
+    pair.generate(IDS[:2])
+    kept = mine.weight
+    mine.weight = nn.Parameter(kept.detach() * 2)
+    with torch.no_grad(), pytest.raises(InputError, match="replaced"):
+        pair.stitched(IDS[:2])
+    mine.weight = kept
+    pair.generate(IDS[:2])
+
+
+def test_while_the_compiler_is_off() -> None:
+    with torch.compiler.set_stance("force_eager"), counters.expect(num_graphs_seen=0):
+        pair = Pair(build())
+        pair.generate(IDS[:2])
+    assert not how_served(pair.stitched).modules
+    pair.generate(IDS[:2])
+    assert how_served(pair.stitched).modules
+
+
+def test_threads(pair: Pair) -> None:
+    want = [pair.eager.generate(IDS[:n], max_new_tokens=4, do_sample=False) for n in (1, 2, 3)]
+    wrong: list[object] = []
+
+    def serve(turn: int) -> None:
+        for round_ in range(3):
+            n = (turn + round_) % 3
+            got = pair.stitched.generate(IDS[: n + 1], max_new_tokens=4, do_sample=False)
+            if not torch.equal(got, want[n]):
+                wrong.append((turn, n))
+
+    threads = [threading.Thread(target=serve, args=(turn,)) for turn in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert not wrong
+
+
+# --- the registry --------------------------------------------------------------------------------------
+
+
+@pytest.mark.sample(40)
+@pytest.mark.parametrize("family", families())
+def test_families(family: str) -> None:
+    """Equal, or refused by name; which it is says the page of the documentation."""
+    found = try_family(family, "eager")
+    assert found.status in ("equal", "refused", "no model"), found
+    assert found.way in (("flat", "whole") if found.status == "equal" else ("",))
