@@ -113,13 +113,15 @@ class _Sorter:
         self._values = values
         self._ordered = ordered
         self._leaves = {id(leaf) for leaf in pytree.tree_leaves(arguments)}
-        names = {name for each in code if not is_torchs(each) for name in each.co_names}
+        own = [each for each in code if not is_torchs(each)]
+        names = {name for each in own for name in each.co_names}
         self._gradients = bool(names & _GRADIENT_NAMES)
         # Names that code may ask an object's dictionary for: Dynamo does not guard that they are missing.
         readers = [each for each in code if {"__dict__", "vars", "dir"} & set(each.co_names)]
         texts = {text for each in readers for text in each.co_consts if type(text) is str}
         self._asked = {text for text in texts if text.isidentifier()}
         named = {id(each.value) for each in guards if each.known}
+        self._read = None if _COMPUTES & names else {*names, *_texts_of(own)}
         self._types = "__class__" in names or bool(named & {id(torch.nn.Parameter), id(type)})
         self._noted: set[Place] = set()
         for each in guards:
@@ -163,9 +165,12 @@ class _Sorter:
         It does for classes that compute what their objects lack, and where code reads ``__dict__`` or ``vars()``.
         """
         value = self._values.at(place)
-        if place in self._noted or isinstance(value, (torch.Tensor, type, types.ModuleType)):
+        if place in self._noted or isinstance(value, (torch.Tensor, types.ModuleType)):
             return
         self._noted.add(place)
+        if isinstance(value, type):
+            self._values_of(value, place, facts)
+            return
         own = getattr(value, "__dict__", None)
         if type(own) is not dict or isinstance(value, (dict, list, set)):
             return
@@ -176,6 +181,19 @@ class _Sorter:
             facts.append(
                 Fact(held, "DICT_KEYS_MATCH", None, expected("DICT_KEYS_MATCH", own, None))
             )
+
+    def _values_of(self, kind: type, place: Place, facts: list[Fact]) -> None:
+        """Note the plain values of a class that code may read of the class itself: torch 2.11 takes them without a guard."""
+        found: dict[str, object] = {}
+        for base in kind.__mro__:
+            if base.__flags__ & _HEAP_TYPE and base.__module__.partition(".")[0] != "torch":
+                found = {**vars(base), **found}
+        for name, value in found.items():
+            if (self._read is None or name in self._read) and _is_plain(value):
+                here = Place(place, "attribute", name, f"{place.name}.{name}")
+                facts.append(
+                    Fact(here, "CONSTANT_MATCH", None, expected("CONSTANT_MATCH", value, None))
+                )
 
     def _tensor(self, guard: Guarded, on_argument: bool) -> None:
         tensor = self._values.at(guard.place)
@@ -213,6 +231,12 @@ class _Sorter:
         return Fact(guard.place, kind, about, expected(kind, value, about), other, _of_call(guard))
 
 
+_HEAP_TYPE = 1 << 9
+# What a class holds as code, which others watch.
+_CODE = (type, types.FunctionType, types.BuiltinFunctionType, types.CodeType)
+# Names in code that looks attributes up by names that are not written there.
+_COMPUTES = frozenset(("getattr", "attrgetter", "vars", "__dict__", "eval", "exec"))
+
 #: What a guard of the kind says. One that says something else to us than to Dynamo is left to Dynamo.
 _MEANT: dict[str, Callable[[Any, Any], bool]] = {
     "DICT_KEYS_MATCH": lambda value, about: isinstance(value, dict),
@@ -230,6 +254,14 @@ _MEANT: dict[str, Callable[[Any, Any], bool]] = {
 def is_torchs(code: types.CodeType) -> bool:
     """Whether code is torch's own, which nobody edits while it runs."""
     return code.co_filename.startswith(_TORCH)
+
+
+def _texts_of(code: Iterable[types.CodeType]) -> set[str]:
+    return {text for each in code for text in each.co_consts if type(text) is str}
+
+
+def _is_plain(value: object) -> bool:
+    return is_value(value) and not isinstance(value, _CODE)
 
 
 def _one(value: object, guarded: object) -> bool:
