@@ -92,6 +92,8 @@ def _raised_by_model(error: BaseException, text: str) -> str | None:
 def _unquoted(text: str) -> str:
     """The text of a string literal that stands for a single argument; anything else as it is."""
     text = text.rstrip(",")
+    wrapped = re.fullmatch(r"\[ConstantVariable\(\w+: (.*)\)\]", text)  # as torch 2.11 has it
+    text = wrapped[1] if wrapped else text
     for quote in ("'", '"'):
         if len(text) > 1 and text[0] == text[-1] == quote:
             return text[1:-1].replace(f"\\{quote}", quote).replace("\\n", " ")

@@ -63,6 +63,10 @@ ResultLeaf = FromGraph | FromArgument | FromWeight | FromAttribute | Fixed
 _VIEWS = ("T", "mT", "H", "mH", "real", "imag", "data")
 
 
+_PLAIN = (torch.Tensor, float, str, bool, type(None))
+
+
+# Asked with getattr: Dynamo in torch 2.11 knows no hasattr of classes.
 def sizes_from_graph(result):  # type: ignore[no-untyped-def]
     """``result`` with every integer computed, so that the graph returns it; traced by Dynamo, behind the model's forward.
 
@@ -72,6 +76,8 @@ def sizes_from_graph(result):  # type: ignore[no-untyped-def]
     kind = type(result)
     if kind is int:
         return result + 0
+    if kind in _PLAIN:
+        return result
     if kind is torch.Size:
         return torch.Size([sizes_from_graph(each) for each in result])
     if kind is tuple:
@@ -80,14 +86,14 @@ def sizes_from_graph(result):  # type: ignore[no-untyped-def]
         return [sizes_from_graph(each) for each in result]
     if kind is dict:
         return {key: sizes_from_graph(each) for key, each in result.items()}
-    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+    if issubclass(kind, tuple) and getattr(kind, "_fields", None) is not None:
         return kind(*[sizes_from_graph(each) for each in result])
     if kind in pytree.SUPPORTED_NODES:
         return pytree.tree_map(sizes_from_graph, result, is_leaf=_is_size)
-    if dataclasses.is_dataclass(kind):  # an instance that the model made
+    if getattr(kind, "__dataclass_fields__", None) is not None:  # an instance that the model made
         for name in kind.__dataclass_fields__:
             value = getattr(result, name)
-            if type(value) not in (torch.Tensor, float, str, bool, type(None)):
+            if type(value) not in _PLAIN:
                 object.__setattr__(result, name, sizes_from_graph(value))
     return result
 
