@@ -184,12 +184,15 @@ class _Sorter:
 
     def _values_of(self, kind: type, place: Place, facts: list[Fact]) -> None:
         """Note the plain values of a class that code may read of the class itself: torch 2.11 takes them without a guard."""
+        if any(each.kind in ("key", "at") for each in place.path()):
+            return  # an entry of a table, which is found by its number there
         found: dict[str, object] = {}
         for base in kind.__mro__:
             if base.__flags__ & _HEAP_TYPE and base.__module__.partition(".")[0] != "torch":
                 found = {**vars(base), **found}
         for name, value in found.items():
-            if (self._read is None or name in self._read) and _is_plain(value):
+            asked = (self._read is None or name in self._read) and not name.startswith("__")
+            if asked and _is_plain(value):
                 here = Place(place, "attribute", name, f"{place.name}.{name}")
                 facts.append(
                     Fact(here, "CONSTANT_MATCH", None, expected("CONSTANT_MATCH", value, None))
