@@ -20,12 +20,13 @@ from pathlib import Path
 
 import torch
 
-from piecework.bench.lists.families import quiet
-from piecework.bench.lists.shrink import LEVELS, VOCABULARY, shrink
+from piecework.bench.lists.families import quiet, small_config, small_model
+from piecework.bench.lists.shrink import LEVELS, VOCABULARY
 from piecework.bench.result import machine
 from piecework.errors import PieceworkError
+from piecework.integrations.protocol import first_line
+from piecework.runtime.cache.atomic import write_atomic
 
-LARGEST = 60_000_000  # parameters
 PROMPT, NEW = (2, 7), 6  # sequences and tokens of the prompt; tokens to generate
 LIMIT = 240.0  # seconds for one family
 
@@ -95,17 +96,10 @@ def try_family(family: str, backend: str) -> Found:
 
 
 def _model(family: str, level: int) -> torch.nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.for_model(family)
-    shrink(config, level)
-    with torch.device("meta"):
-        size = sum(each.numel() for each in AutoModelForCausalLM.from_config(config).parameters())
-    if size > LARGEST:
-        raise ValueError(f"{size / 1e6:.0f} million parameters")
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    model.generation_config.eos_token_id = None
+    model = small_model(AutoModelForCausalLM, small_config(family, level), 0)
+    model.generation_config.eos_token_id = None  # type: ignore[union-attr]
     return model
 
 
@@ -124,8 +118,8 @@ def _generated(model):  # type: ignore[no-untyped-def]
 
 
 def _line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    said = f"{type(error).__name__}: {text[0] if text else ''}"
+    """The error in one line, without what differs from run to run."""
+    said = f"{type(error).__name__}: {first_line(error)}"
     return re.sub(r" ?\(/[^)]*\)|0x[0-9a-f]+", "", said)[:400]
 
 
@@ -204,10 +198,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if chosen.out is not None:
             chosen.out.mkdir(parents=True, exist_ok=True)
             data = [asdict(row) for row in found]
-            (chosen.out / "causal_lms.json").write_text(json.dumps(data, indent=1) + "\n")
+            text = json.dumps(data, indent=1) + "\n"
+            write_atomic(chosen.out / "causal_lms.json", text.encode())
     if chosen.page is not None:
         rows = sorted([*kept, *found], key=lambda each: each.family)
-        chosen.page.write_text(markdown(rows, chosen.backend))
+        write_atomic(chosen.page, markdown(rows, chosen.backend).encode())
     return 1 if any(each.status in ("wrong", "failed") for each in found) else 0
 
 

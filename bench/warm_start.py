@@ -1,7 +1,7 @@
 """Warm start against depth (B5). In: a Llama-shaped model at several depths. Out: seconds from the imports behind torch's to the end of the first call, in new processes.
 
-An artifact is loaded with empty caches and no compiler on ``PATH``. Beside it: compiling cold, and stock ``torch.compile`` with the cache that an earlier process filled.
-Importing torch is not counted.
+An artifact is loaded with empty caches and no compiler on ``PATH``. Beside it: compiling cold; stock ``torch.compile`` with the caches that an earlier process filled, and with empty ones
+that are filled from ``torch.compiler.save_cache_artifacts``; and a package of the whole model by AOTInductor. Importing torch is not counted.
 """
 
 from __future__ import annotations
@@ -30,15 +30,26 @@ def measure_here(contender: str, depth: int, folder: str) -> dict[str, object]:
     """Start one contender in this process; the caller chooses its caches.
 
     Args:
-        contender: ``stock``, ``cold`` (which saves the artifact) or ``load``.
-        folder: where the artifact lies.
+        contender: ``stock`` (which saves its caches), ``saved caches``, ``cold`` (which saves the artifact), ``load``, ``package`` (which only makes it) or ``aot``.
+        folder: where the artifact lies; caches and package lie beside it.
     """
+    saved, package = f"{folder}.caches", f"{folder}.pt2"
     model, x = build(depth)
     with torch.no_grad():
         expected = model(x)
     start, processor = time.perf_counter(), time.process_time()
     parts: dict[str, float] = {}
-    if contender == "stock":
+    if contender == "package":
+        rows = torch.export.Dim("rows", min=2)
+        exported = torch.export.export(model, (x,), dynamic_shapes=({0: rows},))
+        torch._inductor.aoti_compile_and_package(exported, package_path=package)
+        return {}
+    if contender == "aot":
+        compiled = torch._inductor.aoti_load_package(package)
+    elif contender in ("stock", "saved caches"):
+        if contender == "saved caches":
+            torch.compiler.load_cache_artifacts(Path(saved).read_bytes())
+            parts["load caches"] = time.perf_counter() - start
         compiled = torch.compile(model, fullgraph=True, dynamic=True)
     else:
         importlib.import_module("piecework.runtime.compile")
@@ -55,6 +66,10 @@ def measure_here(contender: str, depth: int, folder: str) -> dict[str, object]:
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
     if contender == "cold":
         compiled.save(folder)
+    if contender == "stock":
+        made = torch.compiler.save_cache_artifacts()
+        assert made is not None
+        Path(saved).write_bytes(made[0])
     parts["first call"] = end - called
     return {"seconds": end - start, "processor": used, "parts": parts}
 
@@ -88,7 +103,10 @@ def run(depths: Sequence[int] = DEPTHS) -> Result:
             folder = Path(name)
             found = {"cold": measure("cold", depth, folder, "first")}
             measure("stock", depth, folder, "filled")
-            found["stock, cache filled"] = measure("stock", depth, folder, "filled")
+            found["stock, caches filled"] = measure("stock", depth, folder, "filled")
+            found["stock, caches saved"] = measure("saved caches", depth, folder, "saved")
+            measure("package", depth, folder, "packaged")
+            found["AOTInductor"] = measure("aot", depth, folder, "empty")
             found["load"] = measure("load", depth, folder, "empty")
         seconds = {key: float(str(each["seconds"])) for key, each in found.items()}
         for contender, each in found.items():

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import io
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -148,17 +149,38 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def _model(family: str, level: int) -> torch.nn.Module:
-    from transformers import AutoConfig, AutoModel
+def small_config(family: str, level: int) -> Any:
+    """A config of ``family``, made small; see `shrink`."""
+    from transformers import AutoConfig
 
     config = AutoConfig.for_model(family)
     shrink(config, level)
-    without_caches(config)
+    return config
+
+
+def small_model(auto: Any, config: Any, seed: int) -> torch.nn.Module:
+    """A model of ``config`` with seeded weights.
+
+    Args:
+        auto: transformers' class that makes it, such as ``AutoModel``.
+
+    Raises:
+        ValueError: it is not small.
+    """
     with torch.device("meta"):
-        size = sum(each.numel() for each in AutoModel.from_config(config).parameters())
+        size = sum(each.numel() for each in auto.from_config(config).parameters())
     if size > LARGEST:
         raise ValueError(f"{size / 1e6:.0f} million parameters")
-    torch.manual_seed(SEED)
-    model = AutoModel.from_config(config, dtype=torch.float32).eval()
+    torch.manual_seed(seed)
+    made: torch.nn.Module = auto.from_config(config, dtype=torch.float32)
+    return made.eval()
+
+
+def _model(family: str, level: int) -> torch.nn.Module:
+    from transformers import AutoModel
+
+    config = small_config(family, level)
+    without_caches(config)
+    model = small_model(AutoModel, config, SEED)
     add_noise(model, SEED)
     return model
