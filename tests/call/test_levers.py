@@ -182,6 +182,7 @@ def test_a_direct_piece_returns_what_the_artifact_returns() -> None:
 
 
 @pytest.mark.inductor
+@pytest.mark.nightly
 def test_cpp_wrappers_inside_the_pieces_are_entered_directly_too() -> None:
     model = Model()
     config = piecework.CompilationConfig(

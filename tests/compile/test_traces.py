@@ -73,7 +73,12 @@ def test_a_model_serves_every_batch(name: str, first: int) -> None:
 
 @pytest.mark.inductor
 @pytest.mark.parametrize(
-    "name", ["convolutions", pytest.param("attention", marks=pytest.mark.nightly), "transposed"]
+    "name",
+    [
+        pytest.param("convolutions", marks=pytest.mark.nightly),
+        pytest.param("attention", marks=pytest.mark.nightly),
+        "transposed",
+    ],
 )
 def test_inductor_serves_every_batch(name: str) -> None:
     model, rest = SHAPES[name]

@@ -33,6 +33,7 @@ def lines(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (folder / "gpu.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.nightly
 def test_every_part_runs_on_the_cpu(capsys, tmp_path):
     assert gpu.main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out

@@ -46,6 +46,7 @@ def test_torch_modules(part: int, tmp_path: Path) -> None:
     assert sum(each.get("piecework") == "equal" for each in found.values()) >= 13
 
 
+@pytest.mark.nightly
 def test_models_cut_and_captured(tmp_path: Path) -> None:
     found = run(
         tmp_path,

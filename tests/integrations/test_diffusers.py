@@ -31,7 +31,7 @@ CLASSES: dict[str, dict[str, object]] = {
     "SanaTransformer2DModel": {**LATENTS, "num_cross_attention_heads": 2, "cross_attention_head_dim": 16, "cross_attention_dim": 32, "caption_channels": 24},
     "AuraFlowTransformer2DModel": {"sample_size": 8, "in_channels": 4, "out_channels": 4, "num_mmdit_layers": 1, "num_single_dit_layers": 5, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 24, "caption_projection_dim": 32, "pos_embed_max_size": 64},
 }  # fmt: skip
-EVERY_MERGE = ("SanaTransformer2DModel",)
+EVERY_MERGE = ("DiTTransformer2DModel",)
 
 
 def loaded(folder: Path, name: str, fields: Mapping[str, object]) -> LoadedModel:

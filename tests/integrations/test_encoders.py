@@ -63,7 +63,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "swin": {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
     "wav2vec2": {**TEXT, "conv_dim": [16, 16], "conv_kernel": [10, 3], "conv_stride": [5, 2], "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4},
 }  # fmt: skip
-EVERY_MERGE = ("bert", "t5", "vit")
+EVERY_MERGE = ("bert", "vit")
 # It makes a tensor of a length and slices by it, which torch can't trace for every length: one trace for each, none for a mask.
 A_TRACE_FOR_EACH_LENGTH = {"deberta": 4}
 EAGER = CompilationConfig(backend="eager")
@@ -164,6 +164,7 @@ def test_captured_by_its_batch(tmp_path: Path) -> None:
     assert served == {"PIECEWISE": 3, "NONE": 1}
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("family", EVERY_MERGE)
 def test_saved_and_loaded_for_another_model_of_its_class(family: str, tmp_path: Path) -> None:
     fields = {"model_type": family, **FAMILIES[family]}

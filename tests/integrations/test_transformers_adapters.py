@@ -121,6 +121,7 @@ def test_swapped_adapters_are_served_by_the_same_graphs(
             assert replays(model.get_base_model()) == before + 14  # every step behind a prefill
 
 
+@pytest.mark.nightly
 def test_without_preparation_adapters_of_one_rank_and_scaling_are_swapped(
     peft: Any, saved: Saved, eager: Any, served: Any
 ) -> None:
@@ -178,6 +179,7 @@ def changes(peft: Any, model: Any, other: Path) -> Iterator[tuple[Callable[[], A
     yield lambda: layer.enable_adapters(False), "_disable_adapters was False"
 
 
+@pytest.mark.nightly
 def test_what_else_becomes_of_an_adapter_is_noticed(peft: Any, saved: Saved, served: Any) -> None:
     first, other = saved(1), saved(2)
     for number in range(CHANGES):
@@ -192,6 +194,7 @@ def test_what_else_becomes_of_an_adapter_is_noticed(peft: Any, saved: Saved, ser
             generated(model, 2)
 
 
+@pytest.mark.nightly
 def test_disabled_and_enabled_again(saved: Saved, eager: Any, served: Any) -> None:
     path = saved(1)
     model = served(path)
@@ -200,6 +203,7 @@ def test_disabled_and_enabled_again(saved: Saved, eager: Any, served: Any) -> No
     check(model, eager(path))
 
 
+@pytest.mark.nightly
 def test_rows_with_adapters_of_their_own_are_refused(saved: Saved, served: Any) -> None:
     model = served(saved(1))
     ids = torch.ones(2, 4, dtype=torch.long)
@@ -224,6 +228,7 @@ def test_an_adapter_put_on_a_stitched_model_is_noticed(peft: Any) -> None:
     assert torch.equal(generated(wrapped, 2), expected)
 
 
+@pytest.mark.nightly
 def test_swaps_between_calls_of_threads(peft: Any, saved: Saved, eager: Any, served: Any) -> None:
     """A swap writes in place, so no call may run meanwhile; between calls any thread may swap, and any thread sees it."""
     paths = [saved(1), saved(2)]

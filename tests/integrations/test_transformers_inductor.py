@@ -29,6 +29,7 @@ def check_against_eager(model: torch.nn.Module) -> None:
     assert torch.equal(model.generate(prompts[1], **how), tokens)
 
 
+@pytest.mark.nightly
 def test_experts_and_sinks_compile() -> None:
     """gpt_oss has the most that a piece may hold: routed experts, sinks as an argument of attention, two windows."""
     model = build(

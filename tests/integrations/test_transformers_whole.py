@@ -229,6 +229,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("family", "fields"), OTHERS.values(), ids=OTHERS.keys())
 def test_others(family: str, fields: dict[str, object]) -> None:
     pair = Pair(build(family, **fields))
@@ -250,6 +251,7 @@ def test_recurrent_prompts_run_as_they_are() -> None:
         pair.generate(IDS[:2, :4])
 
 
+@pytest.mark.nightly
 def test_windows_and_counts() -> None:
     """Layers that count their tokens in Python: before the window is full and after it."""
     pair = Pair(build("mistral", **LLAMA, sliding_window=4), way="whole")
@@ -373,6 +375,7 @@ def test_a_decoder_that_would_differ_is_refused() -> None:
     assert "forward" not in vars(model.transformer)
 
 
+@pytest.mark.nightly
 def test_another_attention_implementation() -> None:
     model = Pair(build("llama", **LLAMA), way="whole")
     model.generate(IDS[:2])
@@ -457,7 +460,7 @@ def test_threads(pair: Pair) -> None:
 # --- the registry --------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample(40)
+@pytest.mark.sample(80)
 @pytest.mark.parametrize("family", families())
 def test_families(family: str) -> None:
     """Equal, or refused by name; which it is says the page of the documentation."""

@@ -49,6 +49,7 @@ def run(folder: Path, cache: Path, **config: object) -> dict[str, object]:
 
 @pytest.mark.inductor
 @pytest.mark.parametrize("changed", [False, pytest.param(True, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
 def test_a_second_process_compiles_nothing_and_a_changed_source_file_does(
     changed: bool, tmp_path: Path
 ) -> None:

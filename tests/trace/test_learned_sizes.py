@@ -128,6 +128,7 @@ def test_example_sizes_that_what_is_kept_does_not_serve_get_a_form_of_their_own(
 
 
 @pytest.mark.inductor
+@pytest.mark.nightly
 def test_a_pass_that_adds_a_guard_leaves_it_in_the_cache() -> None:
     config = {"inductor_passes": {"post_grad_custom_post_pass": guards_on_32}}
     cold = compiled(torch.relu, torch.randn(40, 8), **config)

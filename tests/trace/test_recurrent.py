@@ -61,6 +61,7 @@ def test_recurrent_layer_runs_outside(name: str) -> None:
 
 
 @pytest.mark.inductor
+@pytest.mark.nightly
 def test_recurrent_layer_between_compiled_pieces() -> None:
     model = tagger("lstm")
     stitched = piecework.compile(model, (torch.randn(4, 7, 8),))
