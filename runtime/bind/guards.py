@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from piecework.runtime import torch_compat
 from piecework.runtime.bind.facts import (
     CALLS,
     CONSTANT_KINDS,
@@ -169,7 +170,8 @@ class _Sorter:
             return
         self._noted.add(place)
         if isinstance(value, type):
-            self._values_of(value, place, facts)
+            if not torch_compat.GUARDS_CLASS_VALUES:
+                self._values_of(value, place, facts)
             return
         own = getattr(value, "__dict__", None)
         if type(own) is not dict or isinstance(value, (dict, list, set)):
@@ -183,7 +185,7 @@ class _Sorter:
             )
 
     def _values_of(self, kind: type, place: Place, facts: list[Fact]) -> None:
-        """Note the plain values of a class that code may read of the class itself: torch 2.11 takes them without a guard."""
+        """Note the plain values of a class that code may read of the class itself."""
         if any(each.kind in ("key", "at") for each in place.path()):
             return  # an entry of a table, which is found by its number there
         found: dict[str, object] = {}

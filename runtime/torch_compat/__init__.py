@@ -122,6 +122,7 @@ from piecework.runtime.torch_compat.trace.dynamo import (
     watching_operators,
 )
 from piecework.runtime.torch_compat.trace.guards import (
+    GUARDS_CLASS_VALUES,
     Guarded,
     GuardReader,
     Place,

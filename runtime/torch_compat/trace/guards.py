@@ -184,6 +184,10 @@ def source_name(source: Any) -> str:
     return str(name() if callable(name) else name)
 
 
+#: Whether Dynamo guards the plain values that it reads of a class itself (``Settings.rate``). Seen to be so in 2.13, and not in 2.11.
+GUARDS_CLASS_VALUES = torch.__version__ >= "2.13"
+
+
 def guard_settings() -> Mapping[str, object]:
     """Settings of Dynamo that let it leave nothing unguarded that it can guard."""
     wished = {
