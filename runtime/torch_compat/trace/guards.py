@@ -107,9 +107,12 @@ class GuardReader:
             while type(source).__name__ in _TRANSPARENT:
                 source = source.base
             source, about, known = source.base, source.member, False
+        kind = entry.guard_type
+        if given.get("invert"):  # older torch has one kind for both
+            kind = kind.replace("_CONTAINS", "_NOT_CONTAINS")
         return Guarded(
             self._place(source),
-            entry.guard_type,
+            kind,
             about,
             None if other is None else self._place(other),
             known,
