@@ -7,6 +7,9 @@ import dis
 import types
 from collections.abc import Callable, Iterable, Iterator
 
+#: In ``__flags__`` of classes that Python code makes, and of some of C.
+HEAP_TYPE = 1 << 9
+
 
 def with_inner_code(code: Iterable[types.CodeType]) -> Iterator[types.CodeType]:
     """Code objects and all code in them: of inner functions, lambdas, comprehensions, class bodies."""

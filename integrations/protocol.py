@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -125,6 +125,22 @@ def first_line(error: BaseException) -> str:
     """What a library's error says, in one line."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def with_weights(made: Any, path: Path, **options: object) -> torch.nn.Module:
+    """The model of a folder.
+
+    Args:
+        made: a class of Hugging Face's with ``from_pretrained``, which gets ``options``.
+
+    Raises:
+        UsageError: it can't be loaded.
+    """
+    try:
+        model: torch.nn.Module = made.from_pretrained(path, local_files_only=True, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"can't load the model in {str(path)!r}: {first_line(error)}") from error
+    return model
 
 
 def require_packages(names: Iterable[str], extra: str) -> None:

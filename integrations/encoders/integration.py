@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from piecework.integrations.protocol import (
     LoadedModel,
     first_line,
     require_packages,
+    with_weights,
 )
-from piecework.integrations.seeded import add_noise
+from piecework.integrations.seeded import with_seeded_weights
 
 
 class Encoder(Plain):
@@ -126,25 +128,11 @@ def _config(file: Path, fields: dict[str, Any]) -> Any:
 def _with_weights(path: Path, config: Any) -> torch.nn.Module:
     import transformers
 
-    try:
-        return transformers.AutoModel.from_pretrained(  # type: ignore[no-any-return]
-            path, config=config, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"can't load the model in {str(path)!r}: {first_line(error)}") from error
+    return with_weights(transformers.AutoModel, path, config=config)
 
 
 def _with_random_weights(file: Path, config: Any, seed: int) -> torch.nn.Module:
     import transformers
 
-    torch.manual_seed(seed)
-    try:
-        model = transformers.AutoModel.from_config(config, dtype=torch.float32)
-    except (
-        Exception
-    ) as error:  # a config that doesn't fit its model fails in its layers, with any error
-        raise UsageError(
-            f"no {config.model_type} can be made of {str(file)!r}: {type(error).__name__}: {first_line(error)}"
-        ) from error
-    add_noise(model, seed)
-    return model  # type: ignore[no-any-return]
+    make = partial(transformers.AutoModel.from_config, config, dtype=torch.float32)
+    return with_seeded_weights(make, config.model_type, file, seed)

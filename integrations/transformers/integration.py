@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from piecework.errors import UsageError
-from piecework.integrations.protocol import LoadedModel, Outcome, first_line
+from piecework.integrations.protocol import LoadedModel, Outcome, first_line, with_weights
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
 
@@ -34,12 +34,7 @@ class CausalLM:
 
     def _with_weights(self, path: Path, config: Path, seed: int) -> LoadedModel:
         transformers = _transformers()
-        try:
-            module = transformers.AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise UsageError(
-                f"can't load the model in {str(path)!r}: {first_line(error)}"
-            ) from error
+        module = with_weights(transformers.AutoModelForCausalLM, path)
         return self._loaded(module, config.read_text(), seed)
 
     def _with_random_weights(self, path: Path, seed: int) -> LoadedModel:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
+from piecework.code_objects import HEAP_TYPE
 from piecework.errors import ArtifactError
 from piecework.runtime.artifact.likeness import (
     A_VALUE,
-    HEAP_TYPE,
     Unlike,
     class_name,
     class_table,
@@ -26,7 +26,8 @@ from piecework.runtime.artifact.likeness import (
     digest,
     likeness,
 )
-from piecework.runtime.bind.class_watch import function_of, may_ask
+from piecework.runtime.bind.asked import may_ask
+from piecework.runtime.bind.class_watch import function_of
 from piecework.runtime.bind.facts import MISSING, Fact, Values, expected, place_text, shown
 from piecework.runtime.bind.guards import Bins
 from piecework.runtime.bind.traced_state import TracedState

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
-from piecework.runtime.bind.guards import is_torchs
+from piecework.runtime.bind.asked import is_torchs
 
 _PLAIN = (int, bool, str, bytes, type(None), type(...), type(NotImplemented), range)
 _TORCHS = (torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -27,7 +27,6 @@ _C_DESCRIPTORS = (
     types.MemberDescriptorType,
     types.ClassMethodDescriptorType,
 )
-HEAP_TYPE = 1 << 9
 #: A plain value of a class, or none.
 A_VALUE = "a value"
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.fx
 
-from piecework.code_objects import with_inner_code
+from piecework.code_objects import HEAP_TYPE, with_inner_code
 from piecework.codegen.stitch.source import generate_source
 from piecework.errors import ArtifactError
 from piecework.runtime import torch_compat
@@ -37,7 +37,7 @@ from piecework.runtime.artifact.form import (
     WeightInput,
     partition,
 )
-from piecework.runtime.artifact.likeness import HEAP_TYPE, code_digest
+from piecework.runtime.artifact.likeness import code_digest
 from piecework.runtime.artifact.pieces import piece_files
 from piecework.runtime.artifact.store import Place, store_of
 from piecework.runtime.artifact.values import MAX_TENSOR, to_bytes

@@ -6,19 +6,16 @@ object it was, on the class where it was; plain values of a class are guarded, a
 
 from __future__ import annotations
 
-import os
 import types
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 
-from piecework.code_objects import with_inner_code
+from piecework.code_objects import HEAP_TYPE
 from piecework.runtime import torch_compat
-from piecework.runtime.bind.guards import is_torchs
+from piecework.runtime.bind.asked import is_torchs, may_ask, names_in
 from piecework.runtime.bind.places import Step
 
-_HEAP_TYPE = 1 << 9
 _STATE = ("__code__", "__defaults__", "__kwdefaults__")
 _Found = tuple[type, object]
 
@@ -38,8 +35,8 @@ class ClassWatch:
         code: frozenset[types.CodeType],
         asked: tuple[frozenset[str] | None] | None = None,
     ) -> None:
-        self.asked = _names_in(code) if asked is None else asked[0]
-        self._names = {each: _resolved(each) for each in classes if each.__flags__ & _HEAP_TYPE}
+        self.asked = names_in(code) if asked is None else asked[0]
+        self._names = {each: _resolved(each) for each in classes if each.__flags__ & HEAP_TYPE}
         self._functions = {
             id(function): (function, _state(function))
             for names in self._names.values()
@@ -59,7 +56,7 @@ class ClassWatch:
         for kind in self._names:
             steps[id(kind), "mro"] = Step.of(kind, "__mro__", kind.__qualname__, "attribute")
             for each in kind.__mro__:
-                if each.__flags__ & _HEAP_TYPE:
+                if each.__flags__ & HEAP_TYPE:
                     held = torch_compat.class_dict(each)
                     step = (
                         Step.of(each, None, each.__qualname__, "class")
@@ -96,41 +93,6 @@ def _makes_modules(name: str, *found: dict[str, _Found]) -> bool:
     """Whether ``name`` is how torch makes its own modules: Dynamo wraps both functions when it first runs in a process, and no call goes through them."""
     owners = {each[name][0] for each in found if name in each}
     return name in ("__init__", "__setstate__") and owners == {torch.nn.Module}
-
-
-def may_ask(asked: frozenset[str] | None, name: str) -> bool:
-    """Whether the traced code may look ``name`` up: it names it, Python does for an operator, or it computes names (None).
-
-    Libraries add methods to ``torch.nn.Module`` as they are imported, which say nothing of a model that doesn't know them.
-    """
-    dunder = name.startswith("__") and name.endswith("__")
-    return asked is None or dunder or name in asked
-
-
-def _names_in(code: Iterable[types.CodeType]) -> frozenset[str] | None:
-    """What code may ask an object for: the names and texts in it. None where it asks for names that are not written there."""
-    found: set[str] = set()
-    for each in with_inner_code(code):
-        if _is_models(each) and not _COMPUTES.isdisjoint(each.co_names):
-            return None
-        found.update(each.co_names)
-        found.update(value for value in each.co_consts if isinstance(value, str))
-    return frozenset(found)
-
-
-def _is_models(code: types.CodeType) -> bool:
-    """Whether code may belong to the model: it is not torch's, Python's or ours, which the trace went through as well."""
-    name = code.co_filename
-    if is_torchs(code) or name.startswith(_OURS):
-        return False
-    return not name.startswith(_PYTHONS) or "-packages" + os.sep in name
-
-
-_PYTHONS = os.path.dirname(os.__file__) + os.sep
-_OURS = str(Path(__file__).parents[1]) + os.sep
-_COMPUTES = frozenset(
-    ("getattr", "hasattr", "attrgetter", "methodcaller", "vars", "dir", "eval", "exec", "__dict__")
-)
 
 
 def _resolved(kind: type) -> dict[str, _Found]:

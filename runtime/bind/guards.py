@@ -6,7 +6,6 @@ guard is dropped but those on what `ELSEWHERE` names, each with its reason, and 
 
 from __future__ import annotations
 
-import os
 import sys
 import types
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +15,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from piecework.code_objects import HEAP_TYPE
 from piecework.runtime import torch_compat
+from piecework.runtime.bind.asked import is_torchs, may_ask, names_in
 from piecework.runtime.bind.facts import (
     CALLS,
     CONSTANT_KINDS,
@@ -45,7 +46,6 @@ ELSEWHERE = {
 }
 # Types of arguments that the emitted check compares by itself, by exact type.
 _EMITTED = (int, float, bool, str, bytes, complex, type(None), list, tuple, dict)
-_TORCH = os.path.dirname(torch.__file__) + os.sep
 _MAPPINGS = (dict, types.MappingProxyType)  # a class's dictionary is behind a proxy
 _CONTAINERS = (list, tuple, dict)
 _GRADIENT_NAMES = {"requires_grad", "is_leaf", "grad_fn", "retains_grad"}
@@ -114,15 +114,15 @@ class _Sorter:
         self._values = values
         self._ordered = ordered
         self._leaves = {id(leaf) for leaf in pytree.tree_leaves(arguments)}
-        own = [each for each in code if not is_torchs(each)]
-        names = {name for each in own for name in each.co_names}
+        names = {name for each in code if not is_torchs(each) for name in each.co_names}
         self._gradients = bool(names & _GRADIENT_NAMES)
         # Names that code may ask an object's dictionary for: Dynamo does not guard that they are missing.
         readers = [each for each in code if {"__dict__", "vars", "dir"} & set(each.co_names)]
         texts = {text for each in readers for text in each.co_consts if type(text) is str}
         self._asked = {text for text in texts if text.isidentifier()}
         named = {id(each.value) for each in guards if each.known}
-        self._read = None if _COMPUTES & names else {*names, *_texts_of(own)}
+        # Asked for only where torch leaves values of classes to us.
+        self._read = frozenset() if torch_compat.GUARDS_CLASS_VALUES else names_in(code)
         self._types = "__class__" in names or bool(named & {id(torch.nn.Parameter), id(type)})
         self._noted: set[Place] = set()
         for each in guards:
@@ -190,11 +190,10 @@ class _Sorter:
             return  # an entry of a table, which is found by its number there
         found: dict[str, object] = {}
         for base in kind.__mro__:
-            if base.__flags__ & _HEAP_TYPE and base.__module__.partition(".")[0] != "torch":
+            if base.__flags__ & HEAP_TYPE and base.__module__.partition(".")[0] != "torch":
                 found = {**vars(base), **found}
         for name, value in found.items():
-            asked = (self._read is None or name in self._read) and not name.startswith("__")
-            if asked and _is_plain(value):
+            if not name.startswith("__") and may_ask(self._read, name) and _is_plain(value):
                 here = Place(place, "attribute", name, f"{place.name}.{name}")
                 facts.append(
                     Fact(here, "CONSTANT_MATCH", None, expected("CONSTANT_MATCH", value, None))
@@ -236,12 +235,8 @@ class _Sorter:
         return Fact(guard.place, kind, about, expected(kind, value, about), other, _of_call(guard))
 
 
-_HEAP_TYPE = 1 << 9
 # What a class holds as code, which others watch.
 _CODE = (type, types.FunctionType, types.BuiltinFunctionType, types.CodeType)
-# Names in code that looks attributes up by names that are not written there.
-_COMPUTES = frozenset(("getattr", "attrgetter", "vars", "__dict__", "eval", "exec"))
-
 #: What a guard of the kind says. One that says something else to us than to Dynamo is left to Dynamo.
 _MEANT: dict[str, Callable[[Any, Any], bool]] = {
     "DICT_KEYS_MATCH": lambda value, about: isinstance(value, dict),
@@ -254,15 +249,6 @@ _MEANT: dict[str, Callable[[Any, Any], bool]] = {
     "EMPTY_NN_MODULE_HOOKS_DICT": lambda value, about: isinstance(value, dict),
     "SEQUENCE_LENGTH": lambda value, about: hasattr(type(value), "__len__"),
 }
-
-
-def is_torchs(code: types.CodeType) -> bool:
-    """Whether code is torch's own, which nobody edits while it runs."""
-    return code.co_filename.startswith(_TORCH)
-
-
-def _texts_of(code: Iterable[types.CodeType]) -> set[str]:
-    return {text for each in code for text in each.co_consts if type(text) is str}
 
 
 def _is_plain(value: object) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 import torch
 
+from piecework.code_objects import HEAP_TYPE
 from piecework.runtime.bind.facts import (
     CONSTANT_KINDS,
     IDENTITY_KINDS,
@@ -51,7 +52,6 @@ _FIXED = (
     classmethod,
     functools.partial,
 )
-_HEAP_TYPE = 1 << 9
 
 
 class Touch:
@@ -237,7 +237,7 @@ class Touch:
         kind = type(value)
         if isinstance(value, (torch.Tensor, type)):
             return True
-        if kind.__flags__ & _HEAP_TYPE:  # objects of other types keep theirs
+        if kind.__flags__ & HEAP_TYPE:  # objects of other types keep theirs
             self._add(value, None, place, "type")
             self._class(kind)
         return True

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
+from piecework.code_objects import HEAP_TYPE
+
 # Parts of Python whose functions depend on nothing but their arguments (and write to logs and terminals). Whatever is not here is
 # read as it is, so that a function of `os` or `random` shows that it looks at something outside.
 _PYTHON = frozenset(
@@ -86,10 +88,9 @@ _BLIND = frozenset(
 )
 _OWN = ("piecework.codegen", "piecework.runtime", "piecework.templates", "piecework.errors")
 _TORCH = ("torch", "torchgen", "functorch", "triton")
-_HEAP_TYPE = 1 << 9
-# Bases that add nothing to an instance that its attributes, or `plain_base`, would not show.
 # By the list of its names: from Python 3.13 on the module itself holds the classes of iterators and generators too.
 _ABSTRACT = frozenset(getattr(collections.abc, name) for name in collections.abc.__all__)
+# Bases that add nothing to an instance that its attributes, or `plain_base`, would not show.
 _BARE = frozenset(
     {object, abc.ABC, typing.Generic, typing.Protocol, int, float, complex, str, bytes}
     | {tuple, list, dict, set, frozenset, bytearray, enum.Enum, types.SimpleNamespace}
@@ -123,7 +124,7 @@ class Libraries:
         found: object = sys.modules.get(str(module))
         for part in name.split("."):
             found = getattr(found, part, None)
-        fixed = isinstance(value, type) and not value.__flags__ & _HEAP_TYPE
+        fixed = isinstance(value, type) and not value.__flags__ & HEAP_TYPE
         return f"{library}: {module}.{name}" if found is value or fixed else None
 
     def builtin_name(self, value: Any) -> str | None:
@@ -149,7 +150,7 @@ class Libraries:
         file = getattr(module, "__file__", None)
         compiled = isinstance(file, str) and not file.endswith((".py", ".pyc"))
         known_to_python = kind.__module__.partition(".")[0] in sys.stdlib_module_names
-        return bool(kind.__flags__ & _HEAP_TYPE) and not compiled and not known_to_python
+        return bool(kind.__flags__ & HEAP_TYPE) and not compiled and not known_to_python
 
 
 def _is_named_tuple(kind: type) -> bool:

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
+from piecework.code_objects import HEAP_TYPE
 from piecework.runtime.bind.facts import is_fixed, same
 
 Path = tuple[object, ...]
 
-_HEAP_TYPE = 1 << 9
 _MAPPINGS = (dict, OrderedDict, defaultdict, types.MappingProxyType)
 _SEQUENCES = (list, deque)
 _LEAVES = (int, str)
@@ -208,7 +208,7 @@ def is_plain(kind: type) -> bool:
     """Whether all that an object of this class holds is in its dictionary."""
     *own, base = kind.__mro__
     return base is object and all(
-        each.__flags__ & _HEAP_TYPE
+        each.__flags__ & HEAP_TYPE
         and not each.__dict__.get("__slots__")
         and each.__module__ not in ("builtins", "torch._C")
         for each in own

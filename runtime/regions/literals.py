@@ -17,7 +17,7 @@ import torch
 from torch._ops import OpOverload, OpOverloadPacket
 
 from piecework.code_objects import with_inner_code
-from piecework.runtime.bind.guards import is_torchs
+from piecework.runtime.bind.asked import is_torchs
 from piecework.runtime.regions.marks import Refused
 from piecework.runtime.splitting_op import SplittingOp
 

@@ -66,7 +66,6 @@ _VIEWS = ("T", "mT", "H", "mH", "real", "imag", "data")
 _PLAIN = (torch.Tensor, float, str, bool, type(None))
 
 
-# Asked with getattr: Dynamo in torch 2.11 knows no hasattr of classes.
 def sizes_from_graph(result):  # type: ignore[no-untyped-def]
     """``result`` with every integer computed, so that the graph returns it; traced by Dynamo, behind the model's forward.
 
@@ -86,6 +85,7 @@ def sizes_from_graph(result):  # type: ignore[no-untyped-def]
         return [sizes_from_graph(each) for each in result]
     if kind is dict:
         return {key: sizes_from_graph(each) for key, each in result.items()}
+    # Asked with getattr: Dynamo in torch 2.11 knows no hasattr of classes.
     if issubclass(kind, tuple) and getattr(kind, "_fields", None) is not None:
         return kind(*[sizes_from_graph(each) for each in result])
     if kind in pytree.SUPPORTED_NODES:

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 import torch
 import torch.fx
 
+from piecework.runtime.bind.asked import is_torchs
 from piecework.runtime.bind.facts import Values
-from piecework.runtime.bind.guards import Bins, is_torchs
+from piecework.runtime.bind.guards import Bins
 from piecework.runtime.regions.facts import LayerPlaces, Read, say_of_all
 from piecework.runtime.regions.found import Group, repeated_layers
 from piecework.runtime.regions.graph import FlatGraph

@@ -101,9 +101,8 @@ class GuardReader:
         about = given.get("attr", given.get("key"))
         other = given.get("source_b")
         source, known = guard.originating_source, entry.has_value
-        if (
-            entry.guard_type == "HASATTR" and about is None
-        ):  # older torch guards the attribute's own source
+        # Older torch guards the attribute's own source.
+        if entry.guard_type == "HASATTR" and about is None:
             while type(source).__name__ in _TRANSPARENT:
                 source = source.base
             source, about, known = source.base, source.member, False
