@@ -149,7 +149,8 @@ class StitchedModule(SharedModule):
         try:
             return self._call(*args, **kwargs)
         except InputError as error:
-            refused = error
+            # Its traceback would keep the frames of this call alive, and so what it was called with.
+            refused = error.with_traceback(None)
         except Exception as error:
             told = self._told(error)
             if told is error:
@@ -193,7 +194,7 @@ class StitchedModule(SharedModule):
                         if not self._outdated(error):
                             raise
                         return self.as_it_is(*args, **kwargs)
-                    refusals[each] = error
+                    refusals[each] = error.with_traceback(None)
                 else:
                     self._serve_by(each.call)
                     return result

@@ -41,7 +41,9 @@ _INERT = (
 )
 
 
-@splitting_op(SPLITTING_OP, mutates_args=("out",), rows="context")
+@splitting_op(
+    SPLITTING_OP, mutates_args=("out",), rows="context", full_graphs="single_token_decode"
+)
 def attention(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -38,7 +38,8 @@ def dry_request(
         raise StaticGraphError(
             "a full graph would freeze the attention of a dummy request",
             where=descriptor.describe(),
-            hint="capture in mode PIECEWISE, in which attention runs between the graphs",
+            hint="stitch(model, capture=..., max_cache_len=...) captures the decode steps of static caches whole; or capture in "
+            "mode PIECEWISE, in which attention runs between the graphs",
         )
     state = RequestState(
         layers=_EveryLayer(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from piecework.integrations.transformers.admission import Forward
 from piecework.integrations.transformers.flat import ENTRIES, compile_forward, flattened
 from piecework.integrations.transformers.keeping import kept_of
 from piecework.integrations.transformers.serving import Serving
+from piecework.integrations.transformers.static_decode import StaticDecode, static_decode
 from piecework.runtime.artifact.load import Artifact
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
@@ -74,6 +76,18 @@ class FlatWay:
                 compile_forward(made, self.decoder, name)
                 self._entries[name] = made
             return self._entries[name]
+
+    def static_decode(self, largest: int, length: int) -> StaticDecode:
+        """Have decode steps of static caches served from memory that full graphs can hold; see `static_decode`."""
+        static = static_decode(
+            self.entry("input_ids"),
+            self.serving.layers,
+            self.decoder.config,
+            largest=largest,
+            length=length,
+        )
+        self.serving = replace(self.serving, static=static)
+        return static
 
     def modules(self) -> dict[str, StitchedModule]:
         return dict(self._entries)

@@ -15,7 +15,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from piecework.errors import CaptureError, InputError
-from piecework.integrations.transformers.step import DecodeStep
+from piecework.integrations.transformers.step import Step
+from piecework.runtime.batch.descriptor import PLAIN
 from piecework.runtime.batch.forward_context import (
     ForwardContext,
     ForwardScope,
@@ -23,6 +24,7 @@ from piecework.runtime.batch.forward_context import (
     get_forward_context,
     override_forward_context,
 )
+from piecework.runtime.batch.mode import CUDAGraphMode
 
 STATE_KEY = "piecework.integrations.transformers"
 
@@ -112,7 +114,7 @@ class RequestState:
     cache: Cache | None
     position_ids: torch.Tensor
     paged: Mapping[str, object]
-    step: DecodeStep | None = None
+    step: Step | None = None
 
     def attend(
         self,
@@ -135,12 +137,27 @@ class RequestState:
         return function(layer.module, query, key, value, layer.mask_of(self.masks), **call)[0]
 
 
-def request_context(state: object) -> ForwardScope:
-    """Make ``state`` the request of a block, keeping whatever an engine set around it."""
-    outer = current_forward_context()
-    if outer is None:
-        return override_forward_context(ForwardContext(state={STATE_KEY: state}))
-    return override_forward_context(replace(outer, state={**outer.state, STATE_KEY: state}))
+def request_context(state: object, *, in_full_graphs: bool = False) -> ForwardScope:
+    """Make ``state`` the request of a block, keeping whatever an engine set around it.
+
+    Args:
+        in_full_graphs: a full graph may serve it. Such graphs hold the memory of one cache, so they serve no other request.
+
+    Raises:
+        InputError: the context asks for a full graph, which can't serve this request.
+    """
+    outer = current_forward_context() or ForwardContext()
+    if outer.cudagraph_runtime_mode is CUDAGraphMode.FULL and not in_full_graphs:
+        raise InputError(
+            "the forward context asks for a full graph, and this request's cache does not lie in its memory",
+            where="forward context",
+            hint="leave the mode to the stitched model",
+        )
+    batch = outer.batch
+    if in_full_graphs or (batch is not None and batch.uniform_decode):
+        batch = replace(batch or PLAIN, uniform_decode=in_full_graphs)
+    state = {**outer.state, STATE_KEY: state}
+    return override_forward_context(replace(outer, state=state, batch=batch))
 
 
 def current_request() -> RequestState:

@@ -28,7 +28,8 @@ from piecework.integrations.transformers.request import (
 from piecework.integrations.transformers.rope import ChangingRope
 from piecework.integrations.transformers.rows import CacheRows
 from piecework.integrations.transformers.settings import RECORDED, ConfigReader, Settings
-from piecework.integrations.transformers.step import decode_step
+from piecework.integrations.transformers.static_decode import StaticDecode, StaticStep
+from piecework.integrations.transformers.step import DecodeStep, masks_by_type
 
 Run = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -74,6 +75,7 @@ class Serving:
         output_class: what its forward returns.
         settings: what its config says.
         rows: where the rows of the caches lie that it has served.
+        static: the memory of decode steps that are captured whole; None where none are.
     """
 
     decoder: nn.Module
@@ -87,6 +89,7 @@ class Serving:
     output_class: Callable[..., object]
     settings: ConfigReader
     rows: CacheRows = field(default_factory=CacheRows)
+    static: StaticDecode | None = None
 
     def serve(self, given: Mapping[str, object], run: Run) -> object:
         """Run one forward.
@@ -106,13 +109,16 @@ class Serving:
         # Contiguous, as they were traced: a slice of the prompt or positions shared by all rows are not.
         flat = tokens.reshape(1, rows, *tokens.shape[2:]).contiguous()
         positions = request.position_ids.reshape(1, rows).contiguous()
+        step = request.step if isinstance(request.step, StaticStep) else None
         with (
             torch.no_grad() if torch.is_grad_enabled() else nullcontext(),
-            request_context(request),
+            request_context(request, in_full_graphs=step is not None),
         ):
             for rope in self.ropes:
                 rope.update(positions, self.dtype)
             hidden = run(entry, flat, positions)
+            if step is not None:
+                step.advance()
         output = self.output_class(
             last_hidden_state=hidden[:, :rows].view(
                 request.batch, request.tokens, hidden.shape[-1]
@@ -142,10 +148,15 @@ class Serving:
             masks = make_masks(
                 self.create_masks, self.decoder, tokens, attention_mask, cache, packing
             )
-        step = None
+        step: DecodeStep | StaticStep | None = None
         if by_step and cache is not None:
             kinds = {layer.layer_type for layer in self.layers.values()}
-            step = decode_step(batch, cache, self.rows, masks, kinds, self.dtype)
+            by_type = masks_by_type(masks, kinds)
+            if by_type is not None:
+                if self.static is not None:
+                    step = self.static.take(cache, batch, by_type)
+                if step is None:
+                    step = DecodeStep(batch, cache, self.rows, by_type, self.dtype)
         return RequestState(
             layers=self.layers,
             batch=batch,

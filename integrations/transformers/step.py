@@ -6,12 +6,30 @@ Only transformers' own `sdpa` is done here, by the same torch operator on the sa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
+from typing import Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import Cache
 
 from piecework.integrations.transformers.rows import CacheRows
+
+LayerMasks = Mapping[str | None, torch.Tensor | None]
+
+
+class Step(Protocol):
+    """How the attention layers of one forward attend."""
+
+    def attend(
+        self,
+        layer_idx: int,
+        layer_type: str | None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        scaling: float | None,
+    ) -> None: ...
 
 
 class DecodeStep:
@@ -43,13 +61,13 @@ class DecodeStep:
         batch: int,
         cache: Cache,
         rows: CacheRows,
-        masks: Mapping[str | None, torch.Tensor | None],
+        masks: LayerMasks,
         dtype: torch.dtype,
     ) -> None:
         self._batch, self._cache, self._dtype = batch, cache, dtype
         self._rows = rows.of(cache)
         self._masks = masks
-        added = {id(mask): _additive(mask, dtype) for mask in masks.values()}
+        added = {id(mask): additive(mask, dtype) for mask in masks.values()}
         self._added = {kind: added[id(mask)] for kind, mask in masks.items()}
         self._indices: dict[int, torch.Tensor] = {}
         self._layout: object = None
@@ -69,9 +87,9 @@ class DecodeStep:
         if layout != self._layout:
             if query.shape[2] != self._batch:
                 return self._attend_padded(layer_idx, layer_type, query, key, value, out, scaling)
-            self._packed = _packed(query.shape, query.stride(), key.shape[1])
+            self._packed = packed(query.shape, query.stride(), key.shape[1])
             turned = out.transpose(1, 2)
-            self._written = _packed(turned.shape, turned.stride(), key.shape[1])
+            self._written = packed(turned.shape, turned.stride(), key.shape[1])
             self._layout = layout
         held = self._rows[layer_idx] if layer_idx < len(self._rows) else None
         stored = None if held is None else held.append(key, value, self._indices)
@@ -100,7 +118,7 @@ class DecodeStep:
         self.attend(layer_idx, layer_type, query, key, value, out[:, :batch], scaling)
 
 
-def _packed(
+def packed(
     shape: Sequence[int], strides: Sequence[int], shared: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Size and strides of [1, heads, batch, dim] as [batch, kv heads, heads of each, dim]: the heads that share keys are so many queries of one."""
@@ -110,15 +128,8 @@ def _packed(
     return (batch, shared, each, dim), (of_row, each * of_head, of_head, of_dim)
 
 
-def decode_step(
-    batch: int,
-    cache: Cache,
-    rows: CacheRows,
-    masks: object,
-    kinds: Set[str | None],
-    dtype: torch.dtype,
-) -> DecodeStep | None:
-    """The step of a forward with one new token of each sequence; None if its masks are not of the usual form.
+def masks_by_type(masks: object, kinds: Set[str | None]) -> LayerMasks | None:
+    """The masks of a request whose sequences have one new token each, by layer type; None if they are not of the usual form.
 
     Args:
         masks: of the request, one for all layers or one for each layer type.
@@ -130,14 +141,14 @@ def decode_step(
         return None
     if not all(mask is None or _same_for_heads(mask) for mask in masks.values()):
         return None
-    return DecodeStep(batch, cache, rows, masks, dtype)
+    return masks
 
 
 def _same_for_heads(mask: object) -> bool:
     return isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.shape[1:3] == (1, 1)
 
 
-def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+def additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """What `scaled_dot_product_attention` makes of a boolean mask."""
     if mask is None or mask.dtype != torch.bool:
         return mask

@@ -10,6 +10,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import torch
@@ -27,9 +28,10 @@ from piecework.integrations.transformers.ways import Served, chosen_way, served
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.load import Artifact
 from piecework.runtime.artifact.store import Place, store_of
+from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.sizes import default_capture_sizes
 from piecework.runtime.compile import keep, require_stitching, take_if_it_fits
-from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.stitched import StitchedModule
 
 _log = logging.getLogger(__name__)
@@ -46,6 +48,8 @@ def stitch(
     *,
     config: CompilationConfig | Mapping[str, object] | None = None,
     capture: Iterable[int] | Literal["auto"] | None = None,
+    max_cache_len: int | None = None,
+    max_num_seqs: int | None = None,
     artifact: Place | None = None,
     key_file: str | os.PathLike[str] | None = None,
     way: Literal["flat", "whole"] | None = None,
@@ -64,6 +68,11 @@ def stitch(
         capture: numbers of tokens to capture static graphs for, of the pieces and of the head; attention runs between them. "auto"
             takes the usual steps up to ``AUTO_MAXIMUM``, measures them, and keeps those that were worth it.
             ``stitched_module(model).coverage()`` says how each batch runs, ``call_report()`` what ran, and with how much padding.
+        max_cache_len: captures the decode steps of static caches of up to so many tokens whole too, attention among them, for the numbers of sequences
+            in ``capture``. The keys and values of one cache at a time are moved into memory that the graphs read, as much as a `StaticCache` of
+            ``max_num_seqs`` sequences takes. The mode is the configuration's ``cudagraph_mode``, FULL_AND_PIECEWISE if that is NONE. `how_served`
+            counts the steps of static caches that ran outside these graphs.
+        max_num_seqs: the most sequences of a decode step that is captured whole; by default the largest number in ``capture``.
         artifact: a directory or URL that ``stitched_module(model).save`` writes. If what lies there fits the model, the configuration and this process, it
             is loaded, and nothing is run, traced or compiled; else the model is compiled and saved there, and a warning says why.
         key_file: a secret that signs and verifies the artifact; see ``StitchedModule.save``.
@@ -84,6 +93,7 @@ def stitch(
     """
     chosen = None if config is None else CompilationConfig.given(config, "config")
     sizes = _sizes(capture)
+    whole = _whole_steps(chosen, sizes, max_cache_len, max_num_seqs)
     decoder = _unstitched(model)
 
     def take(found: Artifact) -> None:
@@ -106,7 +116,7 @@ def stitch(
         _serve_by(taken, model)
     try:
         if sizes is not None:
-            _capture(model, sizes, measured=capture == AUTO, config=chosen)
+            _capture(model, sizes, whole, measured=capture == AUTO, config=chosen)
     except BaseException:
         unstitch(model)
         raise
@@ -141,8 +151,62 @@ def _sizes(capture: object) -> list[int] | None:
     return list(capture)
 
 
+@dataclass(frozen=True, slots=True)
+class _WholeSteps:
+    """What decode steps are captured whole: in which mode, of caches how long, of how many sequences."""
+
+    mode: CUDAGraphMode
+    max_cache_len: int
+    max_num_seqs: int
+
+
+def _whole_steps(
+    config: CompilationConfig | None,
+    sizes: Sequence[int] | None,
+    max_cache_len: object,
+    max_num_seqs: object,
+) -> _WholeSteps | None:
+    """What was asked for; None if no decode step is to be captured whole.
+
+    Raises:
+        ConfigError: one thing without the other, or no number.
+    """
+    asked = CUDAGraphMode.NONE if config is None else config.cudagraph_mode
+    for name, number in (("max_cache_len", max_cache_len), ("max_num_seqs", max_num_seqs)):
+        if number is not None and (type(number) is not int or number < 1):
+            raise ConfigError(f"{name} is a positive number; got {number!r}", where="stitch")
+    if max_cache_len is None:
+        if max_num_seqs is not None or (sizes is not None and asked.has_mode(CUDAGraphMode.FULL)):
+            raise ConfigError(
+                "a graph of a whole decode step holds attention and the memory of a cache",
+                where="stitch",
+                hint="give max_cache_len, the longest static cache that such graphs serve",
+            )
+        return None
+    if sizes is None:
+        raise ConfigError(
+            "max_cache_len is for decode steps that are captured",
+            where="stitch",
+            hint="give capture, the numbers of tokens",
+        )
+    if asked is CUDAGraphMode.PIECEWISE:
+        raise ConfigError(
+            "cudagraph_mode is PIECEWISE, and max_cache_len is for whole decode steps",
+            where="stitch",
+            hint="leave one of them out",
+        )
+    mode = CUDAGraphMode.FULL_AND_PIECEWISE if asked is CUDAGraphMode.NONE else asked
+    largest = max(sizes, default=1)
+    return _WholeSteps(mode, max_cache_len, min(max_num_seqs or largest, largest))  # type: ignore[call-overload,type-var]
+
+
 def _capture(
-    model: nn.Module, sizes: Sequence[int], *, measured: bool, config: CompilationConfig | None
+    model: nn.Module,
+    sizes: Sequence[int],
+    whole: _WholeSteps | None,
+    *,
+    measured: bool,
+    config: CompilationConfig | None,
 ) -> None:
     """Capture the decoder's pieces, and the head, for these numbers of tokens."""
     entry = stitched_module(model)
@@ -150,10 +214,16 @@ def _capture(
         _log.warning(
             "static graphs on a CPU are a stand-in for testing, and slower than running uncaptured"
         )
+    options: dict[str, object] = {"mode": CUDAGraphMode.PIECEWISE, "context_for": dry_request}
+    way = _required(_decoder_of(model)).way
+    if whole is not None and entry.traces and isinstance(way, FlatWay):
+        static = way.static_decode(whole.max_num_seqs, whole.max_cache_len)
+        limits = RuntimeConfig(max_num_batched_tokens=max(sizes), max_num_seqs=whole.max_num_seqs)
+        options = {"mode": whole.mode, "context_for": static.context_for, "runtime": limits}
     if measured:
-        sizes = entry.measure(sizes, context_for=dry_request).worth_capturing
+        sizes = entry.measure(sizes, **options).worth_capturing
     else:
-        entry.capture(sizes, context_for=dry_request, progress=False)
+        entry.capture(sizes, progress=False, **options)
     head = model.get_output_embeddings()  # type: ignore[operator]
     if sizes and entry.traces and can_be_captured(head):
         forward = HeadForward(head, config)
@@ -259,6 +329,9 @@ def sleep(model: nn.Module) -> None:
     """
     for each in _captured_parts(model):
         each.sleep()
+    way = _required(_decoder_of(model)).way
+    if isinstance(way, FlatWay) and way.serving.static is not None:
+        way.serving.static.release()
 
 
 def wake_up(model: nn.Module) -> None:

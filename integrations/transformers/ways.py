@@ -88,22 +88,27 @@ class Served:
         not_flat: why the flat way did not take it, if it was asked.
         modules: the stitched modules, by the calls that they serve.
         as_it_is: how many calls the model's own forward served, by the reason.
+        outside: how many decode steps of static caches ran outside full graphs that were captured for such, by the reason.
     """
 
     way: str
     not_flat: str
     modules: Mapping[str, StitchedModule]
     as_it_is: Mapping[str, int]
+    outside: Mapping[str, int]
 
     def __str__(self) -> str:
         because = f": {self.not_flat}" if self.not_flat else ""
         lines = [f"{self.way}{because}"]
         lines += [f"  {kind}: {made!r}" for kind, made in self.modules.items()]
         lines += [f"  as it is, {n} calls: {why}" for why, n in self.as_it_is.items()]
+        lines += [f"  outside full graphs, {n} steps: {why}" for why, n in self.outside.items()]
         return "\n".join(lines)
 
 
 def served(way: Way) -> Served:
     """How ``way`` serves its model so far."""
     not_flat = "" if way.not_flat is None else _said(way.not_flat)
-    return Served(way.name, not_flat, way.modules(), dict(way.as_it_is))
+    static = way.serving.static if isinstance(way, FlatWay) else None
+    outside = {} if static is None else dict(static.outside)
+    return Served(way.name, not_flat, way.modules(), dict(way.as_it_is), outside)

@@ -95,6 +95,7 @@ from piecework.runtime.torch_compat.tensors import (
     no_new_guards,
     storage_at,
     storage_id,
+    storage_users,
     traits_of,
 )
 from piecework.runtime.torch_compat.trace.dynamo import (

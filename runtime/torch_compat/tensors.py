@@ -64,6 +64,11 @@ def storage_id(value: torch.Tensor) -> int:
     return int(_unwrapped(value).untyped_storage()._cdata)
 
 
+def storage_users(tensor: torch.Tensor) -> int:
+    """How many tensors lie in the memory of this one, itself among them."""
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
+
+
 def _unwrapped(value: torch.Tensor) -> torch.Tensor:
     functorch = getattr(torch._C, "_functorch", None)
     is_wrapped = getattr(functorch, "is_functorch_wrapped_tensor", None)

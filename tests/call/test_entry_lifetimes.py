@@ -110,3 +110,27 @@ def test_artifacts_hold_no_weights() -> None:
     gc.collect()
     assert len(pieces) == 3
     assert [ref for ref in weights if ref() is not None] == []
+
+
+class Choosing(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.shape[0] > 4 else x - 1
+
+
+def test_a_call_that_another_trace_serves_keeps_nothing() -> None:
+    config = piecework.CompilationConfig(backend="eager")
+    stitched = piecework.compile(Choosing(), (torch.randn(8, 8),), config=config)
+    stitched(torch.randn(2, 8))
+    gc.collect()
+    gc.disable()  # what a cycle keeps is not to be collected
+    try:
+        for rows in (8, 2, 8, 2):
+            x = torch.randn(rows, 8)
+            given = weakref.ref(x)
+            with torch.no_grad():
+                stitched(x)
+            del x
+            assert given() is None, rows
+    finally:
+        gc.enable()
+    assert len(stitched.traces) == 2

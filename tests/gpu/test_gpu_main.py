@@ -25,7 +25,7 @@ from gpu_models import (
 import piecework
 from piecework.errors import ArtifactError
 from piecework.examples import engine
-from piecework.integrations.transformers import stitch, stitched_module, unstitch
+from piecework.integrations.transformers import how_served, stitch, stitched_module, unstitch
 from piecework.integrations.transformers.dry_request import dry_request
 
 pytestmark = [pytest.mark.gpu, needs_device]
@@ -183,6 +183,22 @@ def test_transformers_generates_the_same_tokens(backend):
     assert "PIECEWISE" in served
     unstitch(model)
     assert torch.equal(model.generate(ids, **told), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_transformers_decodes_a_static_cache_in_one_graph(dtype):
+    model = small_llama(dtype)
+    ids = torch.randint(1, 512, (3, 7), device=DEVICE)
+    how = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": "static"}
+    stitch(model, config=EAGER)
+    outside = model.generate(ids, **how)
+    unstitch(model)
+    stitch(model, config=EAGER, capture=[1, 2, 4], max_cache_len=64)
+    for _ in range(2):
+        assert torch.equal(model.generate(ids, **how), outside)
+    rows = stitched_module(model).call_report()
+    assert sum(row.calls for row in rows if row.mode == "FULL") == 2 * 11
+    assert not how_served(model).outside
 
 
 def test_transformers_in_bfloat16_is_as_near_as_rounding_lets_it_be():
