@@ -137,24 +137,24 @@ class RequestState:
         return function(layer.module, query, key, value, layer.mask_of(self.masks), **call)[0]
 
 
-def request_context(state: object, *, in_full_graphs: bool = False) -> ForwardScope:
+def request_context(state: object, *, in_full_graphs: bool | None = None) -> ForwardScope:
     """Make ``state`` the request of a block, keeping whatever an engine set around it.
 
     Args:
-        in_full_graphs: a full graph may serve it. Such graphs hold the memory of one cache, so they serve no other request.
+        in_full_graphs: whether full graphs may serve it, which hold the memory of one cache and serve no other request; None where there are none.
 
     Raises:
         InputError: the context asks for a full graph, which can't serve this request.
     """
     outer = current_forward_context() or ForwardContext()
-    if outer.cudagraph_runtime_mode is CUDAGraphMode.FULL and not in_full_graphs:
+    if in_full_graphs is False and outer.cudagraph_runtime_mode is CUDAGraphMode.FULL:
         raise InputError(
             "the forward context asks for a full graph, and this request's cache does not lie in its memory",
             where="forward context",
             hint="leave the mode to the stitched model",
         )
     batch = outer.batch
-    if in_full_graphs or (batch is not None and batch.uniform_decode):
+    if in_full_graphs is not None:
         batch = replace(batch or PLAIN, uniform_decode=in_full_graphs)
     state = {**outer.state, STATE_KEY: state}
     return override_forward_context(replace(outer, state=state, batch=batch))

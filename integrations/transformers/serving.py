@@ -112,7 +112,9 @@ class Serving:
         step = request.step if isinstance(request.step, StaticStep) else None
         with (
             torch.no_grad() if torch.is_grad_enabled() else nullcontext(),
-            request_context(request, in_full_graphs=step is not None),
+            request_context(
+                request, in_full_graphs=None if self.static is None else step is not None
+            ),
         ):
             for rope in self.ropes:
                 rope.update(positions, self.dtype)
