@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import EAGER
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import piecework
 from piecework.errors import CaptureError
@@ -272,3 +273,38 @@ def test_a_snapshot_puts_back_what_containers_held() -> None:
     assert snapshot.restore() is not None
     assert contents(model) == before
     assert snapshot.restore() is None
+
+
+class PlainMode(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        return function(*args, **(kwargs or {}))
+
+
+class Moded(torch.nn.Module):
+    """Runs a part of itself in a torch function mode, as transformers' masks are made."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.mode = way, PlainMode()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.way == "with":
+            with PlainMode():
+                return torch.add(x, 1)
+        self.mode.__enter__()
+        y = torch.add(x, 1)
+        if self.way == "left":
+            self.mode.__exit__(None, None, None)
+        return y
+
+
+@pytest.mark.parametrize("way", ["with", "left"])
+def test_a_mode_that_is_left_again_is_no_change(way: str) -> None:
+    stitched = piecework.compile(Moded(way), (torch.randn(4, 3),), config={"backend": "eager"})
+    x = torch.randn(2, 3)
+    assert torch.equal(stitched(x), x + 1)
+
+
+def test_a_mode_that_stays_entered_is_refused() -> None:
+    with pytest.raises(CaptureError, match="torch function modes that are entered"):
+        piecework.compile(Moded("never"), (torch.randn(4, 3),), config={"backend": "eager"})

@@ -5,6 +5,7 @@ Dynamo keeps these writes to repeat them after the graph; a capture wants to kno
 
 from __future__ import annotations
 
+import operator
 import os
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -58,6 +59,10 @@ def writes_of_trace(same: SameTensor) -> list[Write]:
         if type(var.mutation_type).__name__ not in _EXISTING or not effects.is_modified(var):
             continue
         line = _line(effects, var)
+        if hasattr(var, "symbolic_stack"):  # not an object of the user's, and it has no place
+            if not _modes_as_before(var):
+                found.append(Write("the torch function modes that are entered", line))
+            continue
         place = _source(var)
         target = objects.get(number, _MISSING)
         stored = effects.store_attr_mutations.get(var)
@@ -99,6 +104,15 @@ def _effects():  # type: ignore[no-untyped-def]
         return None
     wanted = ("keepalive", "id_to_variable", "store_attr_mutations", "is_modified", "tensor_hooks")
     return effects if all(hasattr(effects, name) for name in wanted) else None
+
+
+def _modes_as_before(var) -> bool:  # type: ignore[no-untyped-def]
+    """Whether each torch function mode that the trace entered was left again, and no other one."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    before = InstructionTranslator.current_tx().output.torch_function_mode_stack
+    now = [getattr(each, "value", _MISSING) for each in var.symbolic_stack]
+    return len(now) == len(before) and all(map(operator.is_, now, before))
 
 
 def _plain_store(target: object, name: str, var) -> tuple[torch.nn.Module, str, object] | None:  # type: ignore[no-untyped-def]
