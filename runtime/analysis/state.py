@@ -7,7 +7,7 @@ of the value that belongs to the first ``n`` is what the unpadded batch would ha
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,10 +28,12 @@ class Rows:
             elements ``a`` times over has ``a`` blocks; ``view(n * b, …)`` of ``(n, b, …)`` has one. Empty: the value is the same
             in a padded batch.
         mixed: why nothing is known; None otherwise.
+        numbers: each element is the number of the row that it belongs to, as in ``arange(n)``.
     """
 
     dims: Mapping[int, object] = field(default_factory=dict)
     mixed: str | None = None
+    numbers: bool = False
 
     def at(self, dim: int) -> bool:
         return dim in self.dims
@@ -39,6 +41,11 @@ class Rows:
     def moved(self, place: Mapping[int, int]) -> Rows:
         """The same rows after dimension ``d`` became ``place[d]``."""
         return Rows({place[d]: blocks for d, blocks in self.dims.items()})
+
+    def still_numbers(self, before: Rows) -> Rows:
+        """These rows, where the elements are those of ``before``, in the same rows."""
+        kept = before.numbers and len(self.dims) == 1 and set(self.dims.values()) == {1}
+        return replace(self, numbers=kept)
 
     def shifted(self, by: int) -> Rows:
         return Rows({d + by: blocks for d, blocks in self.dims.items()})

@@ -58,6 +58,18 @@ def written_last(x: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def own_numbers(x: torch.Tensor) -> torch.Tensor:
+    return torch.arange(x.shape[0])
+
+
+def shifted_numbers(x: torch.Tensor, view: bool = False) -> torch.Tensor:
+    """The numbers of the rows from the end, made in place."""
+    numbers = own_numbers(x)
+    kept = numbers[:, None]
+    (kept if view else numbers).add_(1).neg_()
+    return numbers if view else kept[:, 0]
+
+
 ENCODER = torch.nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval().requires_grad_(False)
 ATTENTION = torch.nn.MultiheadAttention(4, 2, batch_first=True).eval().requires_grad_(False)
 
@@ -106,6 +118,10 @@ KEEP: dict[str, Callable[[torch.Tensor], object]] = {
     "sorted columns": lambda x: x.sort(-1).values.flip(1),
     "running sum": lambda x: x.cumsum(0),
     "autocast region": lambda x: region(x, lambda y: y @ W + 1),
+    "own numbers": lambda x: x[own_numbers(x)[:, None], torch.arange(4)[None, :2]],
+    "own numbers of another type": lambda x: x[own_numbers(x).to(torch.int32).long()] * 2,
+    "own numbers, expanded": lambda x: x[own_numbers(x)[:, None].expand(-1, 3), torch.arange(3)],
+    "own numbers twice": lambda x: (x @ x.t())[own_numbers(x), own_numbers(x)],
 }
 CHANGE: dict[str, tuple[Callable[[torch.Tensor], object], str]] = {
     "mean": (lambda x: x - x.mean(0), "mean .* takes all rows together"),
@@ -181,6 +197,24 @@ CHANGE: dict[str, tuple[Callable[[torch.Tensor], object], str]] = {
         "min .* together",
     ),
     "write through a view": (lambda x: written_last(x), "select .* takes one row"),
+    "numbers from the end": (lambda x: x[-1 - own_numbers(x)], "picks rows by number"),
+    "numbers from one": (lambda x: x[torch.arange(1, x.shape[0])], "picks rows|computed from"),
+    "numbers in twos": (lambda x: x[torch.arange(0, x.shape[0] // 2 * 2, 2)], "index|arange"),
+    "numbers flipped": (lambda x: x[own_numbers(x).flip(0)], "flip .* along the batch"),
+    "numbers written to": (lambda x: x[shifted_numbers(x)], "picks rows by number"),
+    "numbers written to through a view": (
+        lambda x: x[shifted_numbers(x, view=True)],
+        "picks rows by number",
+    ),
+    "numbers summed up": (
+        lambda x: x[own_numbers(x)[:, None].expand(-1, 2).cumsum(1)[:, 1] % x.shape[0]],
+        "picks rows by number|uses the batch size",
+    ),
+    "numbers of columns": (
+        lambda x: (x @ x.t())[:, own_numbers(x).flip(0)],
+        "flip .* along the batch",
+    ),
+    "numbers read from rows": (lambda x: x[x[:, 0].argsort()], "picks rows|along the batch"),
     "sum of positions": (lambda x: x + torch.arange(x.shape[0]).sum(), "sum .* takes all rows"),
 }
 

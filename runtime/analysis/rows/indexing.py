@@ -1,7 +1,7 @@
 """Operators that pick elements by numbers that tensors hold. In: calls. Out: rows of their results.
 
 Numbers may carry rows where what they point into is the same for all; and rows may be picked from in their other dimensions. A
-number that points at rows is never known to point at its own.
+number that points at rows points at its own only where it is the number of its row, out of an ``arange`` of the batch.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def _indexed(call: Call, indices: list[object], rank: int) -> Rows:
     numbers = list(tensors_in(indices))
     if any(each.dtype in (torch.bool, torch.uint8) for each in numbers):
         raise Mixes("takes as many elements as a mask says")
-    placed(picked, rows, _POINTS)
+    for dim in picked:
+        if rows.at(dim) and not (rows.dims[dim] == 1 and call.state_of(indices[dim]).numbers):  # type: ignore[arg-type]
+            raise Mixes(_POINTS)
     width = max((each.dim() for each in numbers), default=0)
     whole = [d for d in range(tensor.dim()) if d not in picked]
     together = bool(picked) and picked == list(range(picked[0], picked[0] + len(picked)))
@@ -84,7 +86,8 @@ def _indexed(call: Call, indices: list[object], rank: int) -> Rows:
     if rank != len(whole) + width:
         raise Mixes("takes elements in a way that is not known")
     states = [call.state_of(each).shifted(front + width - each.dim()) for each in numbers]
-    return union(rows.moved(place), *states)
+    left = Rows({d: blocks for d, blocks in rows.dims.items() if d not in picked})
+    return union(left.moved(place), *states)
 
 
 def index_put(call: Call) -> Rows:

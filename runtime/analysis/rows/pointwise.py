@@ -6,12 +6,13 @@ Elements meet by broadcasting: dimensions are counted from the back, and rows mu
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
 from piecework.runtime.analysis.rows.call import Call
 from piecework.runtime.analysis.rows.rule import Rule, rules
-from piecework.runtime.analysis.state import Mixes, Rows, union
+from piecework.runtime.analysis.state import SAME, Mixes, Rows, union
 
 
 def pointwise(call: Call) -> Rows:
@@ -30,7 +31,24 @@ def made(call: Call) -> Rows:
 
 def arange(call: Call) -> Rows:
     """Positions from a fixed start in fixed steps: those of the first rows stay where they are."""
-    return made(call)
+    rows = made(call)
+    plain = all(
+        type(value) is int and value == usual
+        for value, usual in ((call.args.get("start", 0), 0), (call.args.get("step", 1), 1))
+    )
+    whole = bool(rows.dims) and call.batch.factor(call.results[0].shape[0]) == 1
+    return replace(rows, numbers=plain and whole and _counts(call))
+
+
+def copied(call: Call) -> Rows:
+    """The same elements, maybe of another dtype."""
+    rows = call.rows("self")
+    return rows.still_numbers(rows if _counts(call) else SAME)
+
+
+def _counts(call: Call) -> bool:
+    """Whether what comes out can count rows."""
+    return call.results[0].dtype in (torch.int32, torch.int64)
 
 
 def with_position(call: Call) -> Rows:
@@ -79,7 +97,7 @@ def complex_parts(call: Call) -> Rows:
 
 #: By name, for those that torch does not tag as pointwise.
 _UNTAGGED = (
-    "_to_copy alias clone detach lift lift_fresh lift_fresh_copy masked_fill _conj _neg_view resolve_conj resolve_neg real imag "
+    "lift lift_fresh lift_fresh_copy masked_fill _conj _neg_view resolve_conj resolve_neg real imag "
     "_prelu_kernel complex polar lerp where isclose log_sigmoid_forward positive conj contiguous square "
     "special_entr special_i0e special_i1e special_log_ndtr xlogy special_xlog1py logit nan_to_num hardswish floor_divide"
 )
@@ -93,7 +111,8 @@ RULES: dict[str, Rule] = {
     **rules(_MADE, made, sizes=_SHAPE, reads=False, plain=True),
     **rules("full new_full", made, sizes=_SHAPE, reads=False, plain=True),
     **rules(_LIKE, like, reads=False, plain=True),
-    **rules("arange", arange, sizes=("end",), plain=True),
+    **rules("_to_copy alias clone detach", copied, plain=True, numbers=True),
+    **rules("arange", arange, sizes=("end",), plain=True, numbers=True),
     **rules("tril triu", with_position),
     **rules("copy fill zero", filled, plain=True),
     **rules("bucketize searchsorted", sorted_into),

@@ -21,12 +21,14 @@ class Rule:
         sizes: parameters that may hold the batch size; anywhere else it is a number like any other, and results change with it.
         reads: whether it reads the values of its tensors, and not their shapes alone.
         plain: compilers are known to handle it where the batch size has no number behind it.
+        numbers: ``Rows.numbers`` of its answers is meant; of other rules' answers it is dropped.
     """
 
     apply: Callable[[Call], Answer]
     sizes: frozenset[str] = frozenset()
     reads: bool = True
     plain: bool = False
+    numbers: bool = False
 
 
 def rules(
@@ -36,7 +38,8 @@ def rules(
     sizes: Iterable[str] = (),
     reads: bool = True,
     plain: bool = False,
+    numbers: bool = False,
 ) -> dict[str, Rule]:
     """One rule for several operators, named in one text."""
-    rule = Rule(apply, frozenset(sizes), reads, plain)
+    rule = Rule(apply, frozenset(sizes), reads, plain, numbers)
     return dict.fromkeys(names.split(), rule)

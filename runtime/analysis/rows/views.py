@@ -38,7 +38,7 @@ def reshaped(call: Call) -> Rows:
         if any(str(each) in call.batch.symbols for each in left.free_symbols):
             raise Mixes("deals rows out anew")
         dims[place] = left
-    return Rows(dims)
+    return Rows(dims).still_numbers(rows)
 
 
 def _as_dtype(call: Call) -> Rows:
@@ -63,7 +63,9 @@ def permuted(call: Call) -> Rows:
 
 def unsqueezed(call: Call) -> Rows:
     at = call.front(call.number("dim"), call.tensor("self").dim() + 1)
-    return call.rows("self").moved({d: d + (d >= at) for d in range(call.tensor("self").dim())})
+    rows = call.rows("self")
+    moved = rows.moved({d: d + (d >= at) for d in range(call.tensor("self").dim())})
+    return moved.still_numbers(rows)
 
 
 def squeezed(call: Call) -> Rows:
@@ -90,7 +92,7 @@ def expanded(call: Call) -> Rows:
         for dim in call.batch.dims_of(new)
         if dim < by or not call.batch.held_by(old.shape[dim - by])
     }
-    return union(rows, Rows(grown))
+    return union(rows, Rows(grown)).still_numbers(call.rows("self"))
 
 
 def repeated(call: Call) -> Rows:
@@ -205,13 +207,13 @@ def shuffled_pixels(call: Call) -> Rows:
 _VIEW = "view reshape _unsafe_view _reshape_alias view_copy"
 
 RULES: dict[str, Rule] = {
-    **rules(_VIEW, reshaped, sizes=("size", "stride", "shape"), plain=True),
+    **rules(_VIEW, reshaped, sizes=("size", "stride", "shape"), plain=True, numbers=True),
     **rules("permute transpose t", permuted, plain=True),
-    **rules("unsqueeze", unsqueezed, plain=True),
+    **rules("unsqueeze", unsqueezed, plain=True, numbers=True),
     **rules("squeeze", squeezed, plain=True),
-    **rules("expand", expanded, sizes=("size",), plain=True),
+    **rules("expand", expanded, sizes=("size",), plain=True, numbers=True),
     **rules("repeat", repeated, sizes=("repeats",)),
-    **rules("slice", sliced, sizes=("end",), plain=True),
+    **rules("slice", sliced, sizes=("end",), plain=True, numbers=True),
     **rules("select", selected, plain=True),
     **rules("unbind", unbound, plain=True),
     **rules(

@@ -78,8 +78,10 @@ class Walk:
             if self.batch.held_by(tensor):
                 return Rows(mixed="a value of unknown origin")
             return SAME
-        mixed = self.memory_of(tensor).mixed
-        return found[1] if mixed is None else Rows(mixed=mixed)
+        memory = self.memory_of(tensor)
+        if memory.mixed is not None:
+            return Rows(mixed=memory.mixed)
+        return Rows(found[1].dims, found[1].mixed) if memory.written else found[1]
 
     def set(self, tensor: torch.Tensor, rows: Rows) -> None:
         self._states[id(tensor)] = (tensor, rows)
@@ -161,6 +163,8 @@ class Walk:
             else:
                 found = self._own(call) if is_own(call.op) else self._apply(call, rule)
             answers = [found] * count if isinstance(found, Rows) else list(found)
+            if rule is None or not rule.numbers:
+                answers = [Rows(each.dims, each.mixed) for each in answers]
         except Mixes as reason:
             answers = [Rows(mixed=str(reason))] * count
             if not count:
@@ -276,7 +280,7 @@ class Walk:
             mixed = why or first.mixed or second.mixed
             if mixed is None and dict(first.dims) != dict(second.dims):
                 mixed = "cond returns rows in two orders"
-            self.set(one, first if mixed is None else Rows(mixed=mixed))
+            self.set(one, Rows(first.dims, mixed))
 
     def told(self, op: torch._ops.OpOverload) -> str:
         name = base_name(op).strip("_")
