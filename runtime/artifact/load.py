@@ -57,7 +57,7 @@ from piecework.runtime.observe.dump import Dump
 from piecework.runtime.pieces.manager import RangeEntry
 from piecework.runtime.pieces.piecewise import PiecewiseBackend
 from piecework.runtime.pieces.program import called_forms, timed
-from piecework.runtime.traced_model import MadeTrace, NewBackend, TracedModel
+from piecework.runtime.traces.traced_model import MadeTrace, NewBackend, TracedModel
 
 _HINT = "load it with the model that it was saved of, or compile the model again"
 
@@ -343,29 +343,3 @@ def _inputs(saved: SavedTrace, weights: BoundWeights) -> Iterator[object]:
             yield Weight(held.path, weights.tensors[each.index], held.source)
         else:
             yield each
-
-
-#: What of a configuration says where and how fast to compile.
-_NO_EFFECT = frozenset({"cache_dir", "debug_dump_path", "compile_workers"})
-
-
-def require_made_so(saved: Mapping[str, object], wanted: Mapping[str, object]) -> None:
-    """Raise `ArtifactError` where an artifact was made with other settings than are wanted."""
-    for name, value in wanted.items():
-        before = saved.get(name)
-        if isinstance(before, dict) and isinstance(value, dict):
-            keys = sorted(set(before) | set(value) - _NO_EFFECT)
-            name, before, value = next(
-                (
-                    (f"{name} {k}", before.get(k), value.get(k))
-                    for k in keys
-                    if k not in _NO_EFFECT and before.get(k) != value.get(k)
-                ),
-                (name, None, None),
-            )
-        if before != value:
-            raise ArtifactError(
-                f"the artifact was made with {name} {before!r}, and {value!r} is wanted",
-                where=name,
-                hint="give it a directory of its own, or leave it as it was",
-            )

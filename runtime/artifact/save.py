@@ -45,11 +45,10 @@ from piecework.runtime.bind.reachable import modules_of, tensors_of
 from piecework.runtime.cache.collect import environment_factors
 from piecework.runtime.compilers.eager import EagerAdaptor
 from piecework.runtime.compilers.inductor import InductorStandaloneAdaptor
-from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.inputs import Argument, Layout, Size
 from piecework.runtime.trace.tracing import Weight
-from piecework.runtime.traced_model import TracedModel
+from piecework.runtime.traces.traced_model import TracedModel
 
 
 def save(
@@ -116,30 +115,6 @@ def save(
         "traces": rows,
     }
     write_folder(store, files, json.loads(json.dumps(facts)), key)
-
-
-def config_data(config: CompilationConfig) -> dict[str, object]:
-    """A configuration as JSON data.
-
-    Raises:
-        ArtifactError: it holds code, such as a pass.
-    """
-    try:
-        data: dict[str, object] = json.loads(config.model_dump_json())
-        same = CompilationConfig(**data) == config
-    except Exception as error:
-        raise ArtifactError(
-            f"the configuration can't be written down: {error}",
-            where="config",
-            hint="leave passes and other objects out of it, or name them as text",
-        ) from error
-    if not same:
-        raise ArtifactError(
-            "the configuration can't be written down: it reads back as another one",
-            where="config",
-            hint="leave passes and other objects out of it, or name them as text",
-        )
-    return data
 
 
 def _require_savable(trace: TracedModel) -> None:
