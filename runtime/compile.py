@@ -30,6 +30,7 @@ from piecework.runtime.stitched import StitchedModule
 from piecework.runtime.trace.dynamic_dims import set_mark, unmarked_afterwards
 from piecework.runtime.trace.example_sizes import SizePolicy
 from piecework.runtime.trace.shape_guards import ShapeGuards
+from piecework.runtime.traces.traces import inside
 
 _log = logging.getLogger(__name__)
 
@@ -435,7 +436,7 @@ class UnstitchedModule(StitchedModule):
             result = compiled(*args, **kwargs)
         # A retrace may come at any call.
         oblivious = kind is DynamicShapesType.BACKED_SIZE_OBLIVIOUS
-        self._serve_by(_in_context(_size_oblivious, compiled) if oblivious else compiled)
+        self._serve_by(inside(_size_oblivious, compiled) if oblivious else compiled)
         compilation_complete()
         return result
 
@@ -450,16 +451,6 @@ def _nothing_stitched(config: CompilationConfig, what: str) -> BindError:
         where="mode",
         hint="use DYNAMO_TRACE_ONCE or PIECEWORK_COMPILE",
     )
-
-
-def _in_context(
-    make: Callable[[], AbstractContextManager[object]], call: Callable[..., object]
-) -> Callable[..., object]:
-    def run(*args: object, **kwargs: object) -> object:
-        with make():
-            return call(*args, **kwargs)
-
-    return run
 
 
 def _stock(

@@ -45,7 +45,7 @@ from piecework.runtime.pieces.backend import PieceworkBackend
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.pieces.report import Piece, Report
 from piecework.runtime.trace.example_sizes import SizePolicy
-from piecework.runtime.trace.tracing import Capture
+from piecework.runtime.trace.one_trace import Capture
 from piecework.runtime.traces import observed
 from piecework.runtime.traces.captured import CapturedTraces
 from piecework.runtime.traces.traced_model import TracedModel
@@ -387,11 +387,7 @@ class StitchedModule(SharedModule):
             >>> print(stitched.static_graphs.source_for(3))
         """
         self._graphs.capture(
-            sizes,
-            memory_budget=memory_budget,
-            progress=progress,
-            estimate=estimate,
-            **options,
+            sizes, memory_budget=memory_budget, progress=progress, estimate=estimate, **options
         )
         return self
 

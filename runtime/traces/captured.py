@@ -108,11 +108,7 @@ class CapturedTraces:
                 memory_budget = memory_budget and memory_budget - captured.graphs.nbytes
             if wanted != []:
                 first.capture_graphs(
-                    wanted,
-                    wish,
-                    memory_budget=memory_budget,
-                    progress=progress,
-                    estimate=estimate,
+                    wanted, wish, memory_budget=memory_budget, progress=progress, estimate=estimate
                 )
 
     def sleep(self) -> None:

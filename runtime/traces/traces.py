@@ -18,10 +18,11 @@ from piecework.runtime import torch_compat
 from piecework.runtime.call.execution import Changes
 from piecework.runtime.call.failures import add_piece_note
 from piecework.runtime.config.groups import DynamicShapesType, RuntimeConfig
-from piecework.runtime.pieces.backend import PieceworkBackend, Trace
+from piecework.runtime.pieces.backend import PieceworkBackend
+from piecework.runtime.pieces.compilation import Trace
 from piecework.runtime.pieces.ranks import require_agreement
 from piecework.runtime.trace.example_sizes import AllDimensions, KeptMarks, SizePolicy, shapes_of
-from piecework.runtime.traces.traced_model import TracedModel
+from piecework.runtime.traces.traced_model import TracedModel, trace_model
 
 if TYPE_CHECKING:
     from piecework.runtime.graphs.plan.options import CaptureOptions
@@ -191,7 +192,7 @@ class Traces:
         """
         quiet = nullcontext() if full_tracebacks() else torch_compat.quiet_trial()
         with self._around(), quiet:
-            made = TracedModel(
+            made = trace_model(
                 self._model, args, kwargs, self.backends(), self.sizes, self._as_it_is
             )
         if self._around is not nullcontext:
@@ -298,14 +299,14 @@ def _policy_of(args: Sequence[object], kwargs: Mapping[str, object]) -> SizePoli
 
 
 def inside(
-    around: Callable[[], AbstractContextManager[object]], model: Callable[..., object]
+    around: Callable[[], AbstractContextManager[object]], call: Callable[..., object]
 ) -> Callable[..., object]:
-    """``model`` as its traces see it."""
+    """``call``, each time in a context of ``around``."""
     if around is nullcontext:
-        return model
+        return call
 
     def run(*args: object, **kwargs: object) -> object:
         with around():
-            return model(*args, **kwargs)
+            return call(*args, **kwargs)
 
     return run
