@@ -10,6 +10,7 @@ import os
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 
 import torch
 import torch.fx
@@ -20,14 +21,16 @@ from piecework.errors import ArtifactError, BindError, ConfigError, short_errors
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.load import Artifact
 from piecework.runtime.artifact.store import Place, store_of
+from piecework.runtime.call.shared_module import require_model
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.config.groups import CompilationMode, DynamicShapesType, RuntimeConfig
 from piecework.runtime.model_tag import compilation_complete
 from piecework.runtime.splitting_op import registry
-from piecework.runtime.stitched import StitchedModule, require_model
+from piecework.runtime.stitched import StitchedModule
 from piecework.runtime.trace.dynamic_dims import set_mark, unmarked_afterwards
 from piecework.runtime.trace.example_sizes import SizePolicy
 from piecework.runtime.trace.shape_guards import ShapeGuards
+from piecework.runtime.traces.traces import inside
 
 _log = logging.getLogger(__name__)
 
@@ -399,8 +402,9 @@ class UnstitchedModule(StitchedModule):
     """A model in a mode that stitches nothing: it is called like the others, and has no source and no pieces."""
 
     def __init__(self, model: Callable[..., object], config: CompilationConfig) -> None:
-        super().__init__(model)  # its backend stays empty: what asks for it gets `_not_yet`
+        super().__init__(model)  # its backend stays empty
         self.config = config
+        self._traces.missing = partial(_nothing_stitched, config)
         self._marks: list[dict[str, object]] = []
         self._serve_by(model if config.mode is CompilationMode.NONE else self._compile_and_call)
 
@@ -416,7 +420,9 @@ class UnstitchedModule(StitchedModule):
         """Nothing is bound: the model's weights are read at each call."""
 
     def _compile_and_call(self, *args: object, **kwargs: object) -> object:
-        if self._switched_off():  # else the marks would be lost on a call that compiles nothing
+        if (
+            self._traces.switched_off()
+        ):  # else the marks would be lost on a call that compiles nothing
             return self.model(*args, **kwargs)
         kind = self.config.dynamic_shapes_config.type
         leaves = pytree.tree_leaves((args, kwargs))
@@ -430,7 +436,7 @@ class UnstitchedModule(StitchedModule):
             result = compiled(*args, **kwargs)
         # A retrace may come at any call.
         oblivious = kind is DynamicShapesType.BACKED_SIZE_OBLIVIOUS
-        self._serve_by(_in_context(_size_oblivious, compiled) if oblivious else compiled)
+        self._serve_by(inside(_size_oblivious, compiled) if oblivious else compiled)
         compilation_complete()
         return result
 
@@ -438,22 +444,13 @@ class UnstitchedModule(StitchedModule):
         """The model's name and the mode, in which nothing is stitched."""
         return f"StitchedModule({type(self.model).__name__}, mode {self.config.mode}: not stitched)"
 
-    def _not_yet(self, what: str) -> BindError:  # type: ignore[override]
-        return BindError(
-            f"mode {self.config.mode} stitches nothing, so there is no {what}",
-            where="mode",
-            hint="use DYNAMO_TRACE_ONCE or PIECEWORK_COMPILE",
-        )
 
-
-def _in_context(
-    make: Callable[[], AbstractContextManager[object]], call: Callable[..., object]
-) -> Callable[..., object]:
-    def run(*args: object, **kwargs: object) -> object:
-        with make():
-            return call(*args, **kwargs)
-
-    return run
+def _nothing_stitched(config: CompilationConfig, what: str) -> BindError:
+    return BindError(
+        f"mode {config.mode} stitches nothing, so there is no {what}",
+        where="mode",
+        hint="use DYNAMO_TRACE_ONCE or PIECEWORK_COMPILE",
+    )
 
 
 def _stock(

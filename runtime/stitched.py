@@ -6,70 +6,54 @@ The model's weights are shared, never copied; its Python code does not run again
 from __future__ import annotations
 
 import html
-import json
-import logging
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx
-from torch.utils import _pytree as pytree
 
 from piecework.codegen import StitchedSource
 from piecework.codegen.entry.emit import EntrySource
 from piecework.codegen.split.split import SplittingOp as SplittingOpLike
-from piecework.codegen.split.split import SplittingOps
 from piecework.codegen.stitch.source import collector_paused
 from piecework.errors import (
     ArtifactError,
     BindError,
-    ConfigError,
     InputError,
-    PieceworkError,
-    RankError,
     StaticGraphError,
-    full_tracebacks,
     short_errors,
     tell,
 )
 from piecework.runtime import torch_compat
-from piecework.runtime.artifact.load import Artifact, require_made_so
+from piecework.runtime.artifact.load import Artifact
+from piecework.runtime.artifact.made_with import made_with, require_made_so
 from piecework.runtime.artifact.store import Place
 from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.mode import CUDAGraphMode
-from piecework.runtime.batch.sizes import sizes_to_capture
 from piecework.runtime.bind.refit import refit
 from piecework.runtime.call.doubts import tell_of_gradients, tell_of_training
 from piecework.runtime.call.edited import EditedSource
 from piecework.runtime.call.entry import OPAQUE
-from piecework.runtime.call.execution import Changes
-from piecework.runtime.call.failures import add_piece_note
-from piecework.runtime.call.shared_module import SharedModule
-from piecework.runtime.config.compilation import CompilationConfig, DynamicShapesType, RuntimeConfig
+from piecework.runtime.call.shared_module import SharedModule, model_name, require_model
+from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.counters import counters
 from piecework.runtime.model_tag import current_model_tag
-from piecework.runtime.pieces.backend import PieceworkBackend, Trace
-from piecework.runtime.pieces.program import Program, unique_pieces
-from piecework.runtime.pieces.ranks import require_agreement, runs_alone
+from piecework.runtime.pieces.backend import PieceworkBackend
+from piecework.runtime.pieces.program import Program
 from piecework.runtime.pieces.report import Piece, Report
-from piecework.runtime.trace.example_sizes import AllDimensions, KeptMarks, SizePolicy, shapes_of
-from piecework.runtime.trace.tracing import Capture
-from piecework.runtime.traced_model import TracedModel
-
-MAX_TRACES = 8
-"""How many traces one model may have; torch's own limit for a function."""
-
-_log = logging.getLogger(__name__)
+from piecework.runtime.trace.example_sizes import SizePolicy
+from piecework.runtime.trace.one_trace import Capture
+from piecework.runtime.traces import observed
+from piecework.runtime.traces.captured import CapturedTraces
+from piecework.runtime.traces.traced_model import TracedModel
+from piecework.runtime.traces.traces import Traces, inside
 
 if TYPE_CHECKING:
     from piecework.runtime.batch.coverage import CoverageRow
     from piecework.runtime.call.shadow import Shadow
-    from piecework.runtime.graphs.plan.options import CaptureOptions
     from piecework.runtime.graphs.plan.phase import CaptureWatcher
     from piecework.runtime.graphs.serve.measured import Measurement
     from piecework.runtime.graphs.serve.metrics import Metrics
@@ -104,34 +88,26 @@ class StitchedModule(SharedModule):
         require_model(model)
         super().__init__(model)
         self.runtime_config = runtime_config
-        self.as_it_is = _inside(around, model) if as_it_is is None else as_it_is
+        self.as_it_is = inside(around, model) if as_it_is is None else as_it_is
         self.config = config or CompilationConfig()
         counters.num_models_seen += 1
         tag = current_model_tag()
-        self._new_backend = partial(
+        new_backend = partial(
             PieceworkBackend,
             self.config,
-            tag.prefix((runtime_config and runtime_config.model_name) or _model_name(model)),
+            tag.prefix((runtime_config and runtime_config.model_name) or model_name(model)),
             tag.is_encoder,
             splitting_ops=splitting_ops,
             runtime_config=runtime_config,
             deferred=True,
         )
-        self._empty = self._new_backend()
         self._splitting_ops = splitting_ops
-        self._declared = sizes
         self._around = around
         self.kept = kept
-        self._sizes: SizePolicy | None = None
-        self._traces: tuple[TracedModel, ...] = ()
-        self._hopeless: set[object] = set()
-        self._capture_again: Callable[[], object] | None = None
-        self._tracing = threading.RLock()
-        self._changes = Changes()
-        self._on_trace: Callable[[TracedModel], object] | None = None
+        self._traces = Traces(model, new_backend, sizes, around, self.as_it_is, runtime_config)
+        self._graphs = CapturedTraces(self._traces, runtime_config)
         self._serve_by(self._prepare_and_call)
         self._example: tuple[tuple[object, ...], dict[str, object]] | None = None
-        self._said: str | None = None
 
     # --- use -------------------------------------------------------------------------------------
 
@@ -152,7 +128,7 @@ class StitchedModule(SharedModule):
             # Its traceback would keep the frames of this call alive, and so what it was called with.
             refused = error.with_traceback(None)
         except Exception as error:
-            told = self._told(error)
+            told = self._traces.told(error)
             if told is error:
                 raise
             raise told from error
@@ -166,68 +142,18 @@ class StitchedModule(SharedModule):
     def _serve_otherwise(
         self, error: InputError, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> object:
-        """Serve a call that was refused, by another trace or as the model is; else raise what was refused."""
-        refusing = next((each for each in self._traces if each.refused(error)), None)
-        if refusing is not None:
-            return self._call_another({refusing: error}, args, kwargs)
-        if self._outdated(error):
-            return self.as_it_is(*args, **kwargs)
-        raise error
-
-    def _outdated(self, error: InputError) -> bool:
-        """Whether a call failed before anything ran, and runs as it is since torch's compiler is switched off."""
-        return any(each.is_outdated(error) for each in self._traces) and self._switched_off()
-
-    def _call_another(
-        self,
-        refusals: dict[TracedModel, InputError],
-        args: tuple[object, ...],
-        kwargs: dict[str, object],
-    ) -> object:
-        """Serve a call that one trace refused by another; by one that is made now, if its sizes are why."""
-        while True:
-            for each in (trace for trace in self._traces if trace not in refusals):
-                try:
-                    result = each.call(*args, **kwargs)
-                except InputError as error:
-                    if not each.refused(error):
-                        if not self._outdated(error):
-                            raise
-                        return self.as_it_is(*args, **kwargs)
-                    refusals[each] = error.with_traceback(None)
-                else:
-                    self._serve_by(each.call)
-                    return result
-            # What no trace could serve, such as a replaced weight, goes before sizes, which each of them has its own of.
-            others = (error for error in refusals.values() if error.places is None)
-            refused = next(others, refusals[self._traces[0]])
-            if not self._trace_another(refused, len(refusals), args, kwargs):
-                if self._switched_off():
-                    return self.as_it_is(*args, **kwargs)
-                raise refused
+        result, served = self._traces.serve_refused(error, args, kwargs)
+        if served is not None:
+            self._serve_by(served.call)
+        return result
 
     def __repr__(self) -> str:
         """The model's name and what was made of it."""
-        name = self._empty.prefix or _model_name(self.model)
-        if not self._traces:
-            return f"StitchedModule({name}, not compiled yet)"
-        program = self.program
-        cuts = sum(item.is_splitting_graph for item in program.items)
-        parts = [
-            name,
-            _count(len(program.backends), "piece", unique_pieces(program.backends)),
-            _count(cuts, "cut") if cuts else "",
-            program.compiler,
-        ]
-        if len(self._traces) > 1:
-            parts.append(f"{len(self._traces)} traces")
-        captured = sorted({n for each in self._traces if each.static for n in each.static.sizes})
-        parts.append(f"captured for {', '.join(map(str, captured))}" if captured else "")
-        return f"StitchedModule({', '.join(filter(None, parts))})"
+        return f"StitchedModule({observed.summary(self._traces)})"
 
     def _repr_html_(self) -> str:
         """For notebooks: what `__repr__` says, the report, and the source to unfold."""
-        if not self._traces:
+        if not self.traces:
             return f"<pre>{html.escape(repr(self))}</pre>"
         texts = {"Report": str(self.report()), "Source": self.source.code}
         folded = (
@@ -236,63 +162,33 @@ class StitchedModule(SharedModule):
         )
         return f"<pre>{html.escape(repr(self))}</pre>{''.join(folded)}"
 
-    def __reduce_ex__(self, protocol: object) -> object:
-        """Refused: compiled pieces belong to this process, and a copy would share the weights of ``model``.
-
-        Raises:
-            BindError: always.
-        """
-        raise BindError(
-            "a stitched module can't be copied or pickled: it holds compiled code and the weights of its model",
-            hint="copy or pickle the model, and compile it again: what was compiled once comes from the cache",
-        )
-
     def _serve_by(self, call: Callable[..., object]) -> None:
         """Let calls run ``call`` from now on; what a trace serves them by is its `Entry`'s business."""
         vars(self)["_call"] = call  # may be a module, and may happen often: not by __setattr__
 
     def _prepare_and_call(self, *args: object, **kwargs: object) -> object:
-        if self._switched_off():
+        if self._traces.switched_off():
             return self.as_it_is(*args, **kwargs)
-        with self._tracing:
-            if not self._traces:  # another thread may have been first
+        with self._traces.lock:
+            if not self.traces:  # another thread may have been first
                 traced, by_name = (args, kwargs) if self._example is None else self._example
                 self.prepare(*traced, **by_name)
         return self._call(*args, **kwargs)
 
     def _first_call(self, *args: object, **kwargs: object) -> object:
         """The first call under a configuration that asks for captures: it is the last moment to say that there are none."""
-        first = self._traces[0]
-        if not any(each.static for each in self._traces):
+        first = self.traces[0]
+        if not any(each.static for each in self.traces):
             tell(
                 StaticGraphError(
                     f"nothing is captured, and the configuration says cudagraph_mode={self.config.cudagraph_mode.name}",
-                    where=self._empty.prefix,
+                    where=self._traces.backend.prefix,
                     hint="call capture(sizes) on the stitched module before it serves",
                 ),
                 strict=self.config.strict,
             )
         self._serve_by(first.call)
         return first.call(*args, **kwargs)
-
-    def _switched_off(self) -> bool:
-        """Whether torch's compiler is off, so that what is not compiled runs as it is; each switch is logged once."""
-        switch = torch_compat.compiler_off()
-        if switch is not None and switch != self._said:
-            self._said = switch
-            _log.warning("%s runs as it is, uncompiled: %s", self._empty.prefix, switch)
-        return switch is not None
-
-    def _told(self, error: Exception) -> Exception:
-        """``error`` with what piecework knows of where it came from."""
-        if torch_compat.stance_name() == torch_compat.FORCE_EAGER:
-            return error
-        for each in self._traces:
-            changed = each.entry.weights.change()
-            if changed is not None and not isinstance(error, PieceworkError):
-                return changed
-            add_piece_note(error, each.program.source)
-        return error
 
     @short_errors
     def prepare(self, *args: object, **kwargs: object) -> None:
@@ -301,77 +197,22 @@ class StitchedModule(SharedModule):
         While torch's compiler is switched off nothing is done, which is logged; these arguments are traced with at the first
         call after that.
         """
-        with self._tracing:
-            if self._traces:
+        with self._traces.lock:
+            if self.traces:
                 raise BindError("this module is compiled already", hint="compile the model again")
-            if self._switched_off():
+            if self._traces.switched_off():
                 self._example = (args, kwargs)
                 return
             self._prepare(args, kwargs)
             self._example = None
 
     def _prepare(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        with self._tracing:
-            if self.config.dynamic_shapes_config.type is DynamicShapesType.AUTO:
-                self._sizes = self._declared or _policy_of(args, kwargs)
-            tell_of_training(self.model, self.config.strict)
-            tell_of_gradients(args, kwargs, self.config.strict)
-            self._trace(args, kwargs)
+        self._traces.settle_sizes(args, kwargs)
+        tell_of_training(self.model, self.config.strict)
+        tell_of_gradients(args, kwargs, self.config.strict)
+        self._traces.add(args, kwargs)
         captures = self.config.cudagraph_mode is not CUDAGraphMode.NONE
-        self._serve_by(self._first_call if captures else self._traces[0].call)
-
-    def _trace(self, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-        quiet = nullcontext() if full_tracebacks() else torch_compat.quiet_trial()
-        with self._around(), quiet:
-            made = TracedModel(
-                self.model, args, kwargs, self._backends(), self._sizes, self.as_it_is
-            )
-        if self._around is not nullcontext:
-            made.entry.accept_settings()
-        require_agreement(made.program, self.runtime_config)
-        if self._on_trace is not None:
-            self._on_trace(made)
-        self._traces = (*self._traces, made)
-
-    def _backends(self) -> Callable[[], PieceworkBackend]:
-        """What makes the backends of the next trace; the first one of all is the one that `backend` has shown so far."""
-        shown = [] if self._traces else [self._empty]
-        if self._sizes is None:
-            trace = Trace.ONLY
-        else:
-            trace = Trace.ANOTHER if self._traces else Trace.FIRST
-
-        def make() -> PieceworkBackend:
-            backend = shown.pop() if shown else self._new_backend()
-            backend.trace = trace
-            return backend
-
-        return make
-
-    def _trace_another(
-        self, refused: InputError, tried: int, args: Sequence[object], kwargs: Mapping[str, object]
-    ) -> bool:
-        """Trace the model for sizes that no trace serves; False if that is not why the call was refused, or can't be done."""
-        sizes, places = self._sizes, refused.places
-        if sizes is None or places is None or not torch_compat.may_recompile():
-            return False
-        if any(dim is not None and not sizes.may_differ(leaf, dim) for leaf, dim in places):
-            return False
-        with self._tracing:
-            if len(self._traces) > tried:  # somebody else's call was first
-                return True
-            weights = [each.entry.weights.identities() for each in self._traces]
-            shapes = shapes_of(args, kwargs, set().union(*weights))
-            if shapes in self._hopeless or len(self._traces) >= MAX_TRACES:
-                return False
-            self._hopeless.add(shapes)  # unless it gets a trace now
-            _log.info("tracing the model again: %s", refused)
-            try:
-                self._trace(args, kwargs)
-            except PieceworkError as error:
-                refused.add_note(f"A trace for these sizes is not to be had: {error}")
-                raise refused from error
-            return True
+        self._serve_by(self._first_call if captures else self.traces[0].call)
 
     @short_errors
     def rebind(self) -> None:
@@ -389,11 +230,7 @@ class StitchedModule(SharedModule):
             >>> model.load_state_dict(state, assign=True)
             >>> stitched.rebind()
         """
-        self._require_traced("binding")
-        with self._changes.one("rebind()"), self._tracing:
-            ready = [each.entry.rebound() for each in self._traces]  # all of them, or none
-            for each, execution in zip(self._traces, ready, strict=True):
-                each.entry.publish(execution)
+        self._traces.rebind()
 
     @short_errors
     def refit(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -412,7 +249,7 @@ class StitchedModule(SharedModule):
             >>> stitched.refit(trained.state_dict())
         """
         copies = refit(self.model, state)
-        with self._changes.one("refit()"), torch.no_grad():
+        with self._traces.changes.one("refit()"), torch.no_grad():
             for weight, new in copies():
                 weight.copy_(new)
 
@@ -425,10 +262,7 @@ class StitchedModule(SharedModule):
         Raises:
             BindError: the model is not compiled yet.
         """
-        self._require_traced("trace to compare with")
-        with self._changes.one("accept_settings()"), self._tracing:
-            for each in self._traces:
-                each.entry.accept_settings()
+        self._traces.accept_settings()
 
     @short_errors
     def use_edited(self, code: str) -> EditedSource:
@@ -443,8 +277,8 @@ class StitchedModule(SharedModule):
         Raises:
             EmitError: the text breaks the contract; what ran before still runs.
         """
-        first, *_ = self._require_traced("source to edit")
-        with self._changes.one("use_edited()"):
+        first, *_ = self._traces.require("source to edit")
+        with self._traces.changes.one("use_edited()"):
             edited = first.use_edited(code)
             self._serve_by(first.call)
         return edited
@@ -470,41 +304,22 @@ class StitchedModule(SharedModule):
             >>> stitched = piecework.load("model.artifact", model)  # in another process
         """
         from piecework.runtime.artifact.save import save
-        from piecework.runtime.graphs.plan.options import CaptureOptions
 
-        self._require_traced("artifact")
+        self._traces.require("artifact")
         if self._around is not nullcontext and self.kept is None:
             raise ArtifactError(
                 "the model was traced in a context of its caller's, which says nothing that another process could make it of",
-                where=self._empty.prefix,
+                where=self._traces.backend.prefix,
                 hint="compile it in each process: compiled pieces come from the cache",
             )
-        with self._changes.one("save()"), self._tracing:
-            symbols = self._traces[0].entry.made.plan.symbols
-            if any(each.low is not None and each.low > 1 for each in symbols):
-                # A graph without a batch has no batch of one, and an object of the user's can't be made up.
-                with suppress(PieceworkError, TypeError):
-                    self._trace_of_one(None, CaptureOptions(runtime=self.runtime_config))
+        with self._traces.changes.one("save()"), self._traces.lock:
+            self._traces.add_one()
             with collector_paused():
-                save(path, self.model, self._traces, self.made_with(), key_file=key_file)
+                save(path, self.model, self.traces, self._made_with(), key_file=key_file)
 
-    def made_with(self) -> dict[str, object]:
-        """How this module was made, as JSON data: another one that is made so does the same.
-
-        Raises:
-            ArtifactError: the configuration holds code.
-        """
-        from piecework.runtime.artifact.save import config_data
-
-        ops = self._splitting_ops
-        runtime = self.runtime_config
-        return {
-            "config": config_data(self.config),
-            "runtime config": None if runtime is None else json.loads(runtime.model_dump_json()),
-            "splitting ops": None if ops is None else list(SplittingOps(ops).declared),
-            "sizes": None if self._sizes is None else type(self._sizes).__name__,
-            "kept": None if self.kept is None else dict(self.kept),
-        }
+    def _made_with(self) -> dict[str, object]:
+        ops, sizes = self._splitting_ops, self._traces.sizes
+        return made_with(self.config, self.runtime_config, ops, sizes, self.kept)
 
     def take(self, artifact: Artifact) -> None:
         """Serve calls by the traces of an artifact; for ``piecework.load``.
@@ -513,32 +328,27 @@ class StitchedModule(SharedModule):
             ArtifactError: it does not fit this module's model.
             RankError: another process would run something else.
         """
-        with self._tracing:
-            made = artifact.traces(self.model, self.config, self._backends, self.as_it_is)
-            if artifact.folder.facts.get("sizes") == AllDimensions.__name__:
-                self._sizes = AllDimensions()
-            if self._declared is not None:
-                self._sizes = self._declared
-            for each in made:
-                require_agreement(each.program, self.runtime_config)
-            self._traces = made
+        traces = self._traces
+        with traces.lock:
+            made = artifact.traces(self.model, self.config, traces.backends, self.as_it_is)
+            traces.adopt(made, artifact.folder.facts.get("sizes"))
             self._serve_by(made[0].call)
 
     def require_made_so(
         self, artifact: Artifact, args: Sequence[object], kwargs: Mapping[str, object]
     ) -> None:
         """Raise `ArtifactError` if an artifact was made with another configuration than this module has."""
-        if self.config.dynamic_shapes_config.type is DynamicShapesType.AUTO:
-            self._sizes = self._declared or _policy_of(args, kwargs)
-        require_made_so(artifact.folder.facts, self.made_with())
+        self._traces.settle_sizes(args, kwargs)
+        require_made_so(artifact.folder.facts, self._made_with())
 
     def accepts(self, *args: object, **kwargs: object) -> bool:
         """Whether a trace that there is serves a call with these arguments; runs nothing but the emitted checks."""
-        return any(each.entry.accepts(args, kwargs) for each in self._traces)
+        return any(each.entry.accepts(args, kwargs) for each in self.traces)
 
     def forget(self) -> None:
         """Be as before anything was compiled; for an artifact that was taken and does not serve."""
-        self._traces, self._sizes, self._capture_again = (), None, None
+        self._traces.forget()
+        self._graphs.again = None
         self._serve_by(self._prepare_and_call)
 
     @short_errors
@@ -577,61 +387,15 @@ class StitchedModule(SharedModule):
             >>> stitched = piecework.compile(model, (x,)).capture([1, 2, 4, 8])
             >>> print(stitched.static_graphs.source_for(3))
         """
-        from piecework.runtime.graphs.plan.options import CaptureOptions
-
-        if not self._traces and self._switched_off():
-            return self
-        first, *_ = self._require_traced("graph to capture")
-        sizes = sizes_to_capture(sizes)
-        if memory_budget is not None and (type(memory_budget) is not int or memory_budget < 0):
-            raise ConfigError(
-                f"a memory budget is a number of bytes; got {memory_budget!r}",
-                where="memory_budget",
-            )
-        if type(progress) is not bool and not hasattr(progress, "started"):
-            raise ConfigError(f"progress is True, False or a watcher; got {progress!r}")
-        runtime = options.setdefault("runtime", self.runtime_config)
-        if runtime is not None:
-            options["runtime"] = RuntimeConfig.given(runtime, "runtime")
-        for each in self._traces:
-            each.entry.require_idle("capture()")
-        wish = CaptureOptions.given(options)
-        wanted = None if sizes is None else list(sizes)
-        with self._changes.one("capture()"):
-            self._capture_again = partial(
-                self.capture,
-                sizes,
-                memory_budget=memory_budget,
-                progress=False,
-                estimate=False,
-                **options,  # type: ignore[arg-type]
-            )
-            single = self._trace_of_one(wanted, wish)
-            if single is not None:
-                captured = single.capture_graphs(
-                    [1],
-                    wish,
-                    memory_budget=memory_budget,
-                    progress=progress,
-                    estimate=estimate,
-                    fixed=first.batch_of_one(),
-                )
-                wanted = None if wanted is None else [size for size in wanted if size != 1]
-                memory_budget = memory_budget and memory_budget - captured.graphs.nbytes
-            if wanted != []:
-                first.capture_graphs(
-                    wanted,
-                    wish,
-                    memory_budget=memory_budget,
-                    progress=progress,
-                    estimate=estimate,
-                )
+        self._graphs.capture(
+            sizes, memory_budget=memory_budget, progress=progress, estimate=estimate, **options
+        )
         return self
 
     @property
     def was_captured(self) -> bool:
         """Whether `wake_up` knows what to capture."""
-        return self._capture_again is not None
+        return self._graphs.again is not None
 
     def sleep(self) -> None:
         """Give the static graphs and their memory back, until `wake_up`. Calls run uncaptured meanwhile; one that is in a graph finishes there.
@@ -643,12 +407,7 @@ class StitchedModule(SharedModule):
             >>> train(model)  # in place
             >>> stitched.wake_up()
         """
-        with self._changes.one("sleep()"), self._tracing:
-            platforms = [each.static.graphs.platform for each in self._traces if each.static]
-            for each in self._traces:
-                each.give_up_graphs()
-            for platform in platforms:
-                platform.release_cached_memory()
+        self._graphs.sleep()
 
     @short_errors
     def wake_up(self) -> None:
@@ -658,9 +417,7 @@ class StitchedModule(SharedModule):
             BindError: nothing was captured before.
             StaticGraphError: as `capture`.
         """
-        if self._capture_again is None:
-            raise self._nothing_captured()
-        self._capture_again()
+        self._graphs.wake_up()
 
     @short_errors
     def measure(
@@ -682,54 +439,7 @@ class StitchedModule(SharedModule):
         Example:
             >>> rich.print(stitched.measure([1, 2, 4, 8]).table())
         """
-        from piecework.runtime.graphs.serve.measured import CAPTURED, Measurement
-
-        if not isinstance(seconds, (int, float)) or not seconds > 0:
-            raise ConfigError(f"seconds must be a positive number; got {seconds!r}")
-        options.setdefault("progress", False)
-        if not all(runs_alone(each.program, self.runtime_config) for each in self._traces):
-            raise RankError(
-                "a model that several processes run together is not measured: each would call it as often as its own clock says",
-                hint="measure one share of the model alone, and capture the sizes that are worth it on all ranks",
-            )
-        self.capture(sizes, **options)  # type: ignore[arg-type]
-        rows = [row for each in self._traces for row in each.measure(seconds=seconds)]
-        found = Measurement(tuple(sorted(rows, key=lambda row: row.size)), self._device())
-        worth = found.worth_capturing
-        if any(row.best != CAPTURED for row in rows):
-            for each in self._traces:
-                each.give_up_graphs()
-            self._capture_again = None
-            if worth:
-                self.capture(worth, **options)  # type: ignore[arg-type]
-        return found
-
-    def _device(self) -> str:
-        held = (each.static.graphs for each in self._traces if each.static)
-        return next((graphs.platform.device.type for graphs in held), "cpu")
-
-    def _trace_of_one(
-        self, sizes: Sequence[int] | None, options: CaptureOptions
-    ) -> TracedModel | None:
-        """The trace that serves a batch of one, if it is to be captured and the first trace does not serve it."""
-        if sizes is None:
-            sizes = self.config.cudagraph_capture_sizes
-        if self._sizes is None or (sizes is not None and 1 not in sizes):
-            return None
-        call = self._traces[0].call_of_one(options)
-        if call is None:
-            return None
-        with self._tracing:
-            found = next((each for each in self._traces if each.entry.accepts(*call)), None)
-            if found is not None:
-                return found
-            try:
-                self._trace(*call)
-            except PieceworkError:
-                if sizes is not None:
-                    raise
-                return None  # nobody asked for it
-            return self._traces[-1]
+        return self._graphs.measure(sizes, seconds, options)
 
     @property
     def static_graphs(self) -> CapturedModel:
@@ -737,20 +447,7 @@ class StitchedModule(SharedModule):
 
         Those of the first trace that has some; a batch of one may have a trace, and static graphs, of its own (`traces`).
         """
-        return self._captured()[0]
-
-    def _captured(self) -> list[CapturedModel]:
-        found = [each.static for each in self._traces if each.static is not None]
-        if not found:
-            raise self._nothing_captured()
-        return found
-
-    def _nothing_captured(self) -> BindError:
-        return BindError(
-            "nothing is captured",
-            where=None if self._traces else torch_compat.compiler_off(),
-            hint="call wake_up()" if self.was_captured else "call capture(sizes) first",
-        )
+        return self._graphs.all()[0]
 
     def dispatch(
         self, num_tokens: int, uniform_decode: bool = False, **kind: Any
@@ -768,29 +465,21 @@ class StitchedModule(SharedModule):
             >>> with set_forward_context(metadata_for(shape), cudagraph_runtime_mode=mode, batch_descriptor=shape):
             ...     stitched(x)
         """
-        for each in self._traces:
-            if each.static is not None and each.static.serves(num_tokens):
-                return each.static.dispatcher.dispatch(num_tokens, uniform_decode, **kind)
-        return CUDAGraphMode.NONE, BatchDescriptor(num_tokens)
+        return self._graphs.dispatch(num_tokens, uniform_decode, **kind)
 
     def coverage(self, max_num_batched_tokens: int | None = None) -> list[CoverageRow]:
         """How each batch size runs: captured, padded or uncaptured, and why."""
-        rows = [row for each in self._captured() for row in each.coverage(max_num_batched_tokens)]
+        rows = [row for each in self._graphs.all() for row in each.coverage(max_num_batched_tokens)]
         return sorted(rows, key=lambda row: row.first)
 
     def call_report(self) -> list[CallRow]:
         """What the calls since `capture` ran as, how many, and why."""
-        rows = [row for each in self._captured() for row in each.calls()]
+        rows = [row for each in self._graphs.all() for row in each.calls()]
         return sorted(rows, key=lambda row: -row.calls)
 
     def memory_report(self) -> MemoryReport:
         """What the static graphs were expected to take, and take."""
-        first, *others = (each.memory_report() for each in self._captured())
-        for other in others:
-            first = replace(
-                first, held={**other.held, **first.held}, dropped=(*first.dropped, *other.dropped)
-            )
-        return first
+        return self._graphs.memory_report()
 
     def metrics(self, *, name: str | None = None, profile: Profile | None = None) -> Metrics:
         """What calls ran as, their padding, what graphs hold, traces, and the process's counters; ``prometheus()`` of it is the text.
@@ -808,36 +497,7 @@ class StitchedModule(SharedModule):
         Example:
             >>> text = stitched.metrics().prometheus()
         """
-        from piecework.runtime.graphs.serve.metrics import Metrics, ModelMetrics
-        from piecework.runtime.observe.profile import Profile
-
-        if name is not None and not isinstance(name, str):
-            raise ConfigError(f"a model's name is a text; got {name!r}", where="name")
-        if profile is not None and not isinstance(profile, Profile):
-            raise ConfigError(
-                f"profile takes what profile(...) returned; got a {type(profile).__qualname__}",
-                where="profile",
-            )
-        traces = self._traces
-        phases: dict[str, float] = {}
-        for each in traces:
-            for phase, seconds in dict(each.program.phases).items():
-                phases[phase] = phases.get(phase, 0.0) + seconds
-        held = {
-            (mode.name, descriptor.describe()): size
-            for each in traces
-            if each.static is not None
-            for (mode, descriptor), size in each.static.graphs.bytes_by_descriptor().items()
-        }
-        model = ModelMetrics(
-            name=name or self._empty.prefix or _model_name(self.model),
-            calls=tuple(row for each in traces for row in each.calls()),
-            graph_bytes=held,
-            traces=len(traces),
-            phase_seconds=phases,
-            stages=() if profile is None else profile.rows,
-        )
-        return Metrics((model,), counters.snapshot())
+        return observed.metrics(self._traces, name, profile)
 
     @contextmanager
     def named_pieces(self) -> Iterator[None]:
@@ -847,14 +507,7 @@ class StitchedModule(SharedModule):
             >>> with torch.profiler.profile() as profile, stitched.named_pieces():
             ...     stitched(x)
         """
-        with self._named("piece to name"):
-            yield
-
-    @contextmanager
-    def _named(self, what: str, *, by_layer: bool = True) -> Iterator[None]:
-        with ExitStack() as stack:
-            for each in self._require_traced(what):
-                stack.enter_context(each.named_pieces(by_layer=by_layer))
+        with observed.named_pieces(self._traces):
             yield
 
     @short_errors
@@ -872,18 +525,7 @@ class StitchedModule(SharedModule):
         Example:
             >>> print(stitched.profile(x))
         """
-        from piecework.runtime.observe.profile import profile_calls
-
-        stages = {}
-        for each in self._require_traced("piece to profile"):
-            stages |= each.stages()
-        if type(profiled_calls) is not int or profiled_calls < 1:
-            raise ConfigError(
-                f"profiled_calls must be a positive number; got {profiled_calls!r}",
-                where="profiled_calls",
-            )
-        named = self._named("piece to profile", by_layer=False)
-        return profile_calls(lambda: self(*args, **kwargs), named, stages, profiled_calls)
+        return observed.profile(self._traces, lambda: self(*args, **kwargs), profiled_calls)
 
     @contextmanager
     def shadow(
@@ -913,34 +555,20 @@ class StitchedModule(SharedModule):
             ...     stitched(x)
             >>> print(found)
         """
-        from piecework.runtime.call.shadow import Shadow
-
-        found = Shadow(rtol, atol, every)
-        self._require_traced("piece to compare")
-        with self._changes.one("shadow()"), ExitStack() as stack:
-            with self._tracing:
-                for each in self._traces:
-                    stack.enter_context(each.shadowed(found))
-                found.require_some()
-                self._on_trace = lambda made: stack.enter_context(made.shadowed(found))
-            try:
-                yield found
-            finally:
-                with self._tracing:
-                    self._on_trace = None
-                    stack.close()
+        with observed.shadow(self._traces, rtol, atol, every) as found:
+            yield found
 
     # --- what was made ---------------------------------------------------------------------------
 
     @property
     def source(self) -> StitchedSource:
         """The emitted source, exactly what runs."""
-        return self._require_traced("source")[0].program.source
+        return self._traces.require("source")[0].program.source
 
     @property
     def entry_source(self) -> EntrySource:
         """The emitted source of ``check_inputs`` and of the function behind a call, exactly what runs."""
-        return self._require_traced("entry_source")[0].entry.source
+        return self._traces.require("entry_source")[0].entry.source
 
     @property
     def entry(self) -> Callable[..., object]:
@@ -948,32 +576,32 @@ class StitchedModule(SharedModule):
 
         It serves the sizes of the first trace only.
         """
-        return self._require_traced("entry")[0].entry.call
+        return self._traces.require("entry")[0].entry.call
 
     @property
     def program(self) -> Program:
         """Everything that the compilation made."""
-        return self._require_traced("program")[0].program
+        return self._traces.require("program")[0].program
 
     @property
     def backend(self) -> PieceworkBackend:
         """What compiled the pieces and emitted the source."""
-        return self._traces[0].backend if self._traces else self._empty
+        return self.traces[0].backend if self.traces else self._traces.backend
 
     @property
     def captured(self) -> Capture:
         """What the trace gave."""
-        return self._require_traced("capture")[0].entry.captured
+        return self._traces.require("capture")[0].entry.captured
 
     @property
     def split_gm(self) -> torch.fx.GraphModule:
         """The stitching graph."""
-        return self._require_traced("split_gm")[0].program.split_gm
+        return self._traces.require("split_gm")[0].program.split_gm
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
         """The compiled pieces, in order of execution."""
-        return self._require_traced("pieces")[0].program.pieces()
+        return self._traces.require("pieces")[0].program.pieces()
 
     @property
     def traces(self) -> tuple[TracedModel, ...]:
@@ -982,76 +610,11 @@ class StitchedModule(SharedModule):
         There is one, unless calls came whose sizes need a trace of their own: 0 or 1 where the first one has more, or arguments
         that are one tensor. What this module shows of itself (`source`, `pieces`, …) is the first one's.
         """
-        return self._traces
+        return self._traces.made
 
     def report(self) -> Report:
         """What the compilation did: pieces, unique pieces, seconds per phase."""
-        return self._require_traced("report")[0].program.report()
-
-    def _require_traced(self, what: str) -> tuple[TracedModel, ...]:
-        if not self._traces:
-            raise self._not_yet(what)
-        return self._traces
-
-    def _not_yet(self, what: str) -> BindError:
-        switch = torch_compat.compiler_off()
-        if switch is not None:
-            return BindError(
-                f"there is no {what}: torch's compiler is switched off, and the model runs as it is",
-                where=switch,
-                hint="switch it on again, and compile the model or call it",
-            )
-        return BindError(
-            f"there is no {what} yet: the model is compiled at its first call",
-            hint="pass example arguments to piecework.compile, or call the module once",
-        )
+        return self._traces.require("report")[0].program.report()
 
 
 torch_compat.keep_out_of_traces(StitchedModule.__call__, OPAQUE)  # type: ignore[arg-type]
-
-
-def _count(number: int, what: str, different: int | None = None) -> str:
-    text = f"{number} {what}{'' if number == 1 else 's'}"
-    return text if different in (None, number) else f"{text} ({different} different)"
-
-
-def require_model(model: object) -> None:
-    """Refuse what can't be called as a model, or is stitched already.
-
-    Raises:
-        ConfigError: it is no callable, a class, or a stitched module.
-    """
-    if isinstance(model, type):
-        raise ConfigError(
-            f"{model.__qualname__} is a class, not a model",
-            hint=f"pass an instance: {model.__qualname__}(...)",
-        )
-    if isinstance(model, StitchedModule):
-        raise ConfigError("the model is stitched already", hint="call it, or compile its .model")
-    if not callable(model):
-        raise ConfigError(f"a model must be callable; got a {type(model).__qualname__}")
-
-
-def _policy_of(args: Sequence[object], kwargs: Mapping[str, object]) -> SizePolicy:
-    marks = KeptMarks(pytree.tree_leaves((tuple(args), dict(kwargs))))
-    return marks if marks.any else AllDimensions()
-
-
-def _inside(
-    around: Callable[[], AbstractContextManager[object]], model: Callable[..., object]
-) -> Callable[..., object]:
-    """``model`` as its traces see it."""
-    if around is nullcontext:
-        return model
-
-    def run(*args: object, **kwargs: object) -> object:
-        with around():
-            return model(*args, **kwargs)
-
-    return run
-
-
-def _model_name(model: Callable[..., object]) -> str:
-    if isinstance(model, torch.nn.Module):
-        return type(model).__name__
-    return str(getattr(model, "__qualname__", type(model).__name__)).rpartition("<locals>.")[2]

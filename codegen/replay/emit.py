@@ -85,7 +85,6 @@ class _Planner:
             {}
         )  # results of pieces that follow from the captured sizes
         self.live: set[str] = set()
-        self._lists: set[str] = {row.name for row in stitched.bound}
 
     def module(self) -> ir.Module:
         stitched = self.source.module

@@ -144,3 +144,21 @@ def _calls(gm: torch.fx.GraphModule, depth: int) -> Iterator[tuple[torch.fx.Node
                 continue
             if isinstance(value, torch.fx.GraphModule):
                 yield from _calls(value, depth + 1)
+
+
+_RECURRENT: tuple[Callable[..., object], ...] = (
+    torch.lstm,
+    torch.gru,
+    torch.rnn_tanh,
+    torch.rnn_relu,
+)
+
+
+def recurrent_layers(graph: torch.fx.Graph) -> tuple[Callable[..., object], ...]:
+    """The functions of torch that run a whole recurrent layer, as far as ``graph`` calls them.
+
+    They stay outside of compiled pieces: a compiler would unroll them over the sequence, which fixes its length and gains nothing
+    over the kernels that torch has for them.
+    """
+    called = {node.target for node in graph.nodes if node.op == "call_function"}
+    return tuple(layer for layer in _RECURRENT if layer in called)

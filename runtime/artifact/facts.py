@@ -106,27 +106,26 @@ def saved_state(state: TracedState) -> SavedState:
             f"torch.nn.modules.module has {state.global_hooks()}, which belong to this process",
             hint="remove the hooks, compile the model again, and save then",
         )
-    parts = state.parts()
-    for each in parts.bins.left:
+    for each in state.bins.left:
         raise ArtifactError(
             f"the trace relies on {each.place.name} ({each.kind}), which only this process can compare",
             where=place_text(each.place) or "model",
             hint="keep what the model computes with in attributes that are numbers, strings or tensors",
         )
-    facts = {_key(each): _saved(each) for each in parts.bins.facts}
-    asked = parts.classes.asked
+    facts = {_key(each): _saved(each) for each in state.bins.facts}
+    asked = state.classes.asked
     return SavedState(
         facts=tuple(facts.values()),
         argument_facts=tuple(
-            SavedArgumentFact(each, _saved(each).like) for each in parts.bins.argument_facts
+            SavedArgumentFact(each, _saved(each).like) for each in state.bins.argument_facts
         ),
-        starts={name: _start(name, each) for name, each in parts.starts["global"].items()},
-        classes=_orders(parts.classes.classes),
-        tables=_tables(parts.classes.classes),
+        starts={name: _start(name, each) for name, each in state.starts["global"].items()},
+        classes=_orders(state.classes.classes),
+        tables=_tables(state.classes.classes),
         asked=asked,
-        code=frozenset(map(code_digest, parts.code)),
-        names=dict(parts.names),
-        places=parts.places,
+        code=frozenset(map(code_digest, state.code)),
+        names=dict(state.names),
+        places=state.places,
         watched=tuple(state.watched),
         dtype=torch.get_default_dtype(),
     )
@@ -278,14 +277,14 @@ def established(saved: SavedState, model: object) -> TracedState:
     state = TracedState(
         model, starts, bins, None, frozenset(), dict(saved.names), saved.places, (saved.asked,)
     )
-    _require_same_classes(saved, state.parts().classes.classes)
+    _require_same_classes(saved, state.classes.classes)
     hooks = state.global_hooks()
     if hooks:
         raise ArtifactError(
             f"torch.nn.modules.module has {hooks}, and the model was traced without",
             hint="remove the hooks, or compile the model again",
         )
-    state.watch_code(_code_of(state.parts().classes.classes, saved.code))
+    state.watch_code(_code_of(state.classes.classes, saved.code))
     state.watched.extend(saved.watched)
     return state
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -36,12 +36,7 @@ from piecework.runtime.artifact.form import (
     partition,
 )
 from piecework.runtime.artifact.pieces import PieceLoader
-from piecework.runtime.artifact.program import (
-    LoadedAssumptions,
-    LoadedCapture,
-    LoadedProgram,
-    graphs_reader,
-)
+from piecework.runtime.artifact.program import LoadedAssumptions, graphs_reader
 from piecework.runtime.artifact.store import Store
 from piecework.runtime.artifact.values import from_bytes
 from piecework.runtime.batch.ranges import RangeTable
@@ -56,8 +51,10 @@ from piecework.runtime.identity.settings import settings_factors
 from piecework.runtime.observe.dump import Dump
 from piecework.runtime.pieces.manager import RangeEntry
 from piecework.runtime.pieces.piecewise import PiecewiseBackend
-from piecework.runtime.pieces.program import called_forms, timed
-from piecework.runtime.traced_model import MadeTrace, NewBackend, TracedModel
+from piecework.runtime.pieces.program import Kept, Program, called_forms, timed
+from piecework.runtime.pieces.report import Piece
+from piecework.runtime.trace.one_trace import Capture
+from piecework.runtime.traces.traced_model import NewBackend, TracedModel
 
 _HINT = "load it with the model that it was saved of, or compile the model again"
 
@@ -160,16 +157,14 @@ def _trace(
         weights = _weights(saved, model)
     with timed(phases, "pieces"):
         program = _program(folder, name, saved, loader, config, texts, phases)
-    captured = LoadedCapture(
-        program,
-        {
-            "inputs": tuple(_inputs(saved, weights)),
-            "parameters": saved.plan.parameters,
-            "assumptions": LoadedAssumptions(saved.plan.symbols, saved.plan.guards, saved.symbols),
-            "weights": weights,
-            "out_spec": pytree.tree_structure(None),
-            "result": (),
-        },
+    captured = Capture(
+        traced=lambda: program.graph,
+        inputs=tuple(_inputs(saved, weights)),
+        parameters=saved.plan.parameters,
+        assumptions=LoadedAssumptions(saved.plan.symbols, saved.plan.guards, saved.symbols),
+        weights=weights,
+        out_spec=pytree.tree_structure(None),
+        result=(),
     )
     source = EntrySource(texts[ENTRY], saved.entry_consts)
     made = MadeEntry(saved.plan, source, saved.strict, saved.autocast, saved.given)
@@ -177,10 +172,11 @@ def _trace(
     if f"{name}/{EDITED}" in folder.files:
         code = folder.text(f"{name}/{EDITED}")
         entry.edit(EditedSource(code, saved.edited_proof, saved.edited_difference))
-    flags = saved.as_marked, saved.rows_in_one
     settings = dict(_texts(folder, "torch settings"))
-    return TracedModel.loaded(
-        MadeTrace(model, program, entry, flags, settings), new_backend, as_it_is
+    backend = new_backend()
+    backend.adopt(program)
+    return TracedModel(
+        model, as_it_is, backend, program, entry, settings, saved.as_marked, saved.rows_in_one
     )
 
 
@@ -195,7 +191,7 @@ def _program(
     config: CompilationConfig,
     texts: Mapping[str, str],
     phases: dict[str, float],
-) -> LoadedProgram:
+) -> Program:
     direct = DirectOps.of(saved.direct.items())
     for op in saved.direct:
         if op not in direct.implementations:
@@ -232,32 +228,32 @@ def _program(
     }
     graphs = f"{name}/{GRAPHS}"
     data = partial(folder.read, graphs) if graphs in folder.files else None
-    fields = {
-        "name": saved.name,
-        "config": config,
-        "backends": backends,
-        "source": source,
-        "range_table": table,
-        "batch": saved.batch,
-        "direct_ops": direct,
-        "compiler": saved.compiler,
-        "phases": phases,
-        "passes": None,
-        "dump": Dump(None),
-        "submod_lists": called_forms(
+    first = None if table is None else table.entries[0]
+    pieces = (
+        Piece(each, key, modules, seconds, backends[each].runnable_for(first), reused)
+        for each, key, modules, seconds, reused in saved.rows
+    )
+    careful = replace(source, code=texts[CAREFUL], consts=saved.careful_consts)
+    return Program(
+        name=saved.name,
+        config=config,
+        graphs=graphs_reader(data, folder.name, backends),
+        backends=backends,
+        source=source,
+        range_table=table,
+        batch=saved.batch,
+        direct_ops=direct,
+        compiler=saved.compiler,
+        phases=phases,
+        passes=None,
+        dump=Dump(None),
+        submod_lists=called_forms(
             backends,
             source.submod_names,
             table,
             direct=config.stitching_config.direct_artifact_entry,
         ),
-    }
-    return LoadedProgram(
-        fields,
-        graphs_reader(data, folder.name),
-        (texts[CAREFUL], saved.careful_consts),
-        saved.rows,
-        saved.report,
-        saved.together,
+        kept=Kept(careful, tuple(pieces), saved.together, saved.report),
     )
 
 
@@ -343,29 +339,3 @@ def _inputs(saved: SavedTrace, weights: BoundWeights) -> Iterator[object]:
             yield Weight(held.path, weights.tensors[each.index], held.source)
         else:
             yield each
-
-
-#: What of a configuration says where and how fast to compile.
-_NO_EFFECT = frozenset({"cache_dir", "debug_dump_path", "compile_workers"})
-
-
-def require_made_so(saved: Mapping[str, object], wanted: Mapping[str, object]) -> None:
-    """Raise `ArtifactError` where an artifact was made with other settings than are wanted."""
-    for name, value in wanted.items():
-        before = saved.get(name)
-        if isinstance(before, dict) and isinstance(value, dict):
-            keys = sorted(set(before) | set(value) - _NO_EFFECT)
-            name, before, value = next(
-                (
-                    (f"{name} {k}", before.get(k), value.get(k))
-                    for k in keys
-                    if k not in _NO_EFFECT and before.get(k) != value.get(k)
-                ),
-                (name, None, None),
-            )
-        if before != value:
-            raise ArtifactError(
-                f"the artifact was made with {name} {before!r}, and {value!r} is wanted",
-                where=name,
-                hint="give it a directory of its own, or leave it as it was",
-            )

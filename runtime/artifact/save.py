@@ -42,14 +42,13 @@ from piecework.runtime.artifact.pieces import piece_files
 from piecework.runtime.artifact.store import Place, store_of
 from piecework.runtime.artifact.values import MAX_TENSOR, to_bytes
 from piecework.runtime.bind.reachable import modules_of, tensors_of
+from piecework.runtime.bind.weights import Weight
 from piecework.runtime.cache.collect import environment_factors
 from piecework.runtime.compilers.eager import EagerAdaptor
 from piecework.runtime.compilers.inductor import InductorStandaloneAdaptor
-from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.inputs import Argument, Layout, Size
-from piecework.runtime.trace.tracing import Weight
-from piecework.runtime.traced_model import TracedModel
+from piecework.runtime.traces.traced_model import TracedModel
 
 
 def save(
@@ -96,7 +95,7 @@ def save(
         graphs.append(program.graph)
         graphs += [backend.graph for backend in program.backends.values() if backend.graph]
         graphs += [item.graph for item in program.items]
-    parts = [trace.entry.weights.state.parts() for trace in traces]
+    states = [trace.entry.weights.state for trace in traces]
     facts: dict[str, object] = {
         **settings,
         "versions": surroundings.versions(),
@@ -106,40 +105,16 @@ def save(
         "torch settings": traces[0].settings,
         "modules": surroundings.tree(modules_of(model)),
         "sources": surroundings.sources(
-            {each for part in parts for each in part.code},
+            {each for state in states for each in state.code},
             [
                 *{type(each) for _, root in modules_of(model) for each in root.modules()},
-                *{each for part in parts for each in part.classes.classes},
+                *{each for state in states for each in state.classes.classes},
             ],
         ),
         "operators": surroundings.operators(graphs),
         "traces": rows,
     }
     write_folder(store, files, json.loads(json.dumps(facts)), key)
-
-
-def config_data(config: CompilationConfig) -> dict[str, object]:
-    """A configuration as JSON data.
-
-    Raises:
-        ArtifactError: it holds code, such as a pass.
-    """
-    try:
-        data: dict[str, object] = json.loads(config.model_dump_json())
-        same = CompilationConfig(**data) == config
-    except Exception as error:
-        raise ArtifactError(
-            f"the configuration can't be written down: {error}",
-            where="config",
-            hint="leave passes and other objects out of it, or name them as text",
-        ) from error
-    if not same:
-        raise ArtifactError(
-            "the configuration can't be written down: it reads back as another one",
-            where="config",
-            hint="leave passes and other objects out of it, or name them as text",
-        )
-    return data
 
 
 def _require_savable(trace: TracedModel) -> None:
@@ -327,17 +302,17 @@ def _code_with_places(trace: TracedModel) -> None:
 
     Code that was made by running text is in no file.
     """
-    parts = trace.entry.weights.state.parts()
+    state = trace.entry.weights.state
     loose = [
         each
-        for each in parts.code
+        for each in state.code
         if not os.path.isfile(each.co_filename) and surroundings.is_foreign(each.co_filename)
     ]
     if not loose:
         return
-    owners = {kind for each in parts.classes.classes for kind in each.__mro__}
+    owners = {kind for each in state.classes.classes for kind in each.__mro__}
     code: list[types.CodeType] = []
-    for fact in parts.bins.facts:
+    for fact in state.bins.facts:
         seen = getattr(fact.expected, "value", fact.expected)
         if isinstance(seen, type) and seen.__flags__ & HEAP_TYPE:
             owners.add(seen)

@@ -38,9 +38,8 @@ _OF_CALLS = ("autocast", "inference mode", "torch's options", "default dtype")
 
 def versions() -> dict[str, str]:
     """What the code of an artifact was made by."""
-    found = {k: v for k, v in installed_versions(("torch", "piecework")).items()}
     return {
-        **found,
+        **installed_versions(("torch", "piecework")),
         "torch": torch.__version__,
         "torch source": str(getattr(torch.version, "git_version", "")),
         "python build": sys.implementation.cache_tag or "",

@@ -128,36 +128,30 @@ class TraceGuards:
         self._starts, self._arguments, self._layers = {}, (), None
 
 
-@dataclass(frozen=True, slots=True)
-class StateParts:
-    """The parts of a `TracedState`."""
-
-    starts: Mapping[str, Mapping[str, object]]
-    bins: Bins
-    code: frozenset[types.CodeType]
-    names: Mapping[str, str]
-    places: tuple[int, tuple[str, ...]]
-    classes: ClassWatch
-
-
 @dataclass(eq=False, slots=True)
 class TracedState:
     """The Python that a captured graph has built in.
 
     Attributes:
+        starts: where places begin: kind and name → object.
+        bins: the facts.
+        code: what was traced.
+        names: what errors call arguments.
+        places: how many arguments were positional, and the order of the others.
+        classes: the watch over classes.
         tensors: the model's tensors that the trace looked at, by place, whether the graph reads them or not; none once it is over.
         watched: places of those that are no weights: of a closure, a class.
     """
 
     _model: object
-    _starts: Mapping[str, Mapping[str, object]]
-    _bins: Bins
+    starts: Mapping[str, Mapping[str, object]]
+    bins: Bins
     _left: Any
-    _code: frozenset[types.CodeType]
-    _names: Mapping[str, str]
-    _places: tuple[int, tuple[str, ...]]
+    code: frozenset[types.CodeType]
+    names: Mapping[str, str]
+    places: tuple[int, tuple[str, ...]]
     _asked: tuple[frozenset[str] | None] | None = None
-    _classes: ClassWatch = field(init=False)
+    classes: ClassWatch = field(init=False)
     _forward: object = field(init=False)
     _global_hooks: tuple[Step, ...] = field(default_factory=lambda: tuple(_global_hooks()))
     _dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
@@ -167,21 +161,16 @@ class TracedState:
     def __post_init__(self) -> None:
         self._forward = self._own_forward()
         self._touched = self._touch()
-        self._classes = ClassWatch(self._touched.classes, self._code, self._asked)
-
-    def parts(self) -> StateParts:
-        """What another process needs to know."""
-        starts, places = self._starts, self._places
-        return StateParts(starts, self._bins, self._code, self._names, places, self._classes)
+        self.classes = ClassWatch(self._touched.classes, self.code, self._asked)
 
     def watch_code(self, code: frozenset[types.CodeType]) -> None:
         """Watch this code as what was traced."""
-        self._code = code
-        self._classes = ClassWatch(self._classes.classes, code, self._asked)
+        self.code = code
+        self.classes = ClassWatch(self.classes.classes, code, self._asked)
 
     @property
     def tensors(self) -> list[tuple[Place, torch.Tensor]]:
-        return self._bins.tensors
+        return self.bins.tensors
 
     # --- the model's side ----------------------------------------------------------------------------
 
@@ -194,15 +183,15 @@ class TracedState:
         """
         # What was noted first serves once: what changed since is seen as a change.
         touch, self._touched = self._touched or self._touch(), None
-        steps = [*touch.steps.values(), *self._classes.steps(), *self._global_hooks]
-        left = self._left is not None and not self._bins.left_on_arguments
+        steps = [*touch.steps.values(), *self.classes.steps(), *self._global_hooks]
+        left = self._left is not None and not self.bins.left_on_arguments
         return steps, partial(self._hold, touch.always) if touch.always or left else None
 
     def _touch(self) -> Touch:
-        return Touch(self._bins.facts, Values(self._starts))
+        return Touch(self.bins.facts, Values(self.starts))
 
     def _hold(self, facts: Sequence[Fact]) -> bool:
-        values = Values(self._starts)
+        values = Values(self.starts)
         return all(self._holds(fact, values) for fact in facts) and not self._left_failing()
 
     def same_process(self) -> Callable[[], bool]:
@@ -230,11 +219,11 @@ class TracedState:
         """The first thing that the graph is wrong about; "" if there is none."""
         if torch.get_default_dtype() is not self._dtype:
             return f"the default dtype was {self._dtype} when the model was traced and is {torch.get_default_dtype()} now"
-        values = Values(self._starts)
-        wrong = [fact for fact in self._bins.facts if not self._holds(fact, values)]
+        values = Values(self.starts)
+        wrong = [fact for fact in self.bins.facts if not self._holds(fact, values)]
         if wrong:
-            return _clearest(wrong).difference(values, self._names)
-        return self._classes.difference() or self._hooks_of_all() or self._left_failing()
+            return _clearest(wrong).difference(values, self.names)
+        return self.classes.difference() or self._hooks_of_all() or self._left_failing()
 
     def _holds(self, fact: Fact, values: Values) -> bool:
         # A model whose forward was replaced runs the graph from there, behind its own hooks.
@@ -247,9 +236,9 @@ class TracedState:
         return model.__dict__.get("forward") if isinstance(model, torch.nn.Module) else None
 
     def _left_failing(self) -> str:
-        if self._left is None or self._bins.left_on_arguments:
+        if self._left is None or self.bins.left_on_arguments:
             return ""
-        return self._left_text({**self._starts["local"]})
+        return self._left_text({**self.starts["local"]})
 
     def _left_text(self, variables: Mapping[str, object]) -> str:
         text = torch_compat.failing_guard(self._left, variables)
@@ -262,27 +251,27 @@ class TracedState:
     def watch_tensor(self, place: Place, tensor: torch.Tensor) -> None:
         """Compare a tensor of the model by kind: nothing else can tell that it was replaced."""
         fact = Fact(place, "TENSOR_MATCH", None, expected("TENSOR_MATCH", tensor, None))
-        self._bins.facts.append(fact)
+        self.bins.facts.append(fact)
         self._touched = None
         self.watched.append(place)
 
     def watched_now(self) -> dict[str, object]:
         """What is now where the trace found tensors that are no weights, by how errors call the place."""
-        values = Values(self._starts)
-        return {place_text(place, self._names): values.at(place) for place in self.watched}
+        values = Values(self.starts)
+        return {place_text(place, self.names): values.at(place) for place in self.watched}
 
     def accepted(self) -> TracedState:
         """The same, less the facts that don't hold now."""
-        values = Values(self._starts)
-        facts = [fact for fact in self._bins.facts if self._holds(fact, values)]
-        return replace(self, _bins=replace(self._bins, facts=facts))
+        values = Values(self.starts)
+        facts = [fact for fact in self.bins.facts if self._holds(fact, values)]
+        return replace(self, bins=replace(self.bins, facts=facts))
 
     # --- arguments ------------------------------------------------------------------------------------
 
     def argument_check(self, parameters: Sequence[Parameter]) -> ArgumentCheck | None:
         """The check of what ``check_inputs`` leaves to it; None if it leaves nothing."""
         keyed = [p for p in parameters if p.kind == "**" and getattr(p.node, "keys", ())]
-        if not (self._bins.argument_facts or self._bins.left_on_arguments or keyed):
+        if not (self.bins.argument_facts or self.bins.left_on_arguments or keyed):
             return None
         return ArgumentCheck(self, parameters)
 
@@ -290,17 +279,17 @@ class TracedState:
         self, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> InputError | None:
         """The first thing that the graph is wrong about in these arguments; None if there is none."""
-        local = {**self._starts["local"], "args": args, "kwargs": kwargs}
-        values = Values({**self._starts, "local": local})
-        for fact in self._bins.argument_facts:
+        local = {**self.starts["local"], "args": args, "kwargs": kwargs}
+        values = Values({**self.starts, "local": local})
+        for fact in self.bins.argument_facts:
             if not fact.holds(values):
-                refusal = _refusal("argument " + fact.difference(values, self._names))
+                refusal = _refusal("argument " + fact.difference(values, self.names))
                 if (
                     fact.other is not None
                 ):  # which of them are one object, another trace can have otherwise
                     refusal.places = frozenset()
                 return refusal
-        text = self._left_text(local) if self._bins.left_on_arguments else ""
+        text = self._left_text(local) if self.bins.left_on_arguments else ""
         return _refusal(text) if text else None
 
 
@@ -317,7 +306,7 @@ class ArgumentCheck:
 
     def __init__(self, state: TracedState, parameters: Sequence[Parameter]) -> None:
         self._state = state
-        count, self._keys = state._places
+        count, self._keys = state.places
         self._count = count
         self._parameters = [(p.name, p.kind) for p in parameters]
         self._orders = {p.name: tuple(p.node.keys) for p in parameters if p.kind == "**"}  # type: ignore[union-attr]

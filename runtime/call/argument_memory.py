@@ -29,9 +29,10 @@ from piecework.codegen.graph.origin import value_of
 from piecework.errors import InputError
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.writes import mutations_in
-from piecework.runtime.bind.weights import BoundWeights
+from piecework.runtime.bind.weights import BoundWeights, Weight
 from piecework.runtime.pieces.program import Program
-from piecework.runtime.trace.tracing import Argument, Capture, GraphInput, Weight
+from piecework.runtime.trace.inputs import Argument, GraphInput
+from piecework.runtime.trace.one_trace import Capture
 
 
 @dataclass(frozen=True, slots=True)

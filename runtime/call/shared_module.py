@@ -1,6 +1,6 @@
 """A module among modules. In: a model. Out: the base of what stands for it, a ``torch.nn.Module`` with the model's own members.
 
-What compiled code would go past is refused: hooks, moves and conversions, new members.
+What compiled code would go past is refused: hooks, moves and conversions, new members, copies.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import torch
 
-from piecework.errors import BindError
+from piecework.errors import BindError, ConfigError
 
 
 class SharedModule(torch.nn.Module):
@@ -88,6 +88,41 @@ class SharedModule(torch.nn.Module):
             "a stitched module can't be moved or converted: its pieces are compiled for the device and dtype of its weights",
             hint="move or convert the model, and compile it again",
         )
+
+    def __reduce_ex__(self, protocol: object) -> object:
+        """Refused: compiled pieces belong to this process, and a copy would share the weights of ``model``.
+
+        Raises:
+            BindError: always.
+        """
+        raise BindError(
+            "a stitched module can't be copied or pickled: it holds compiled code and the weights of its model",
+            hint="copy or pickle the model, and compile it again: what was compiled once comes from the cache",
+        )
+
+
+def require_model(model: object) -> None:
+    """Refuse what can't be called as a model, or is stitched already.
+
+    Raises:
+        ConfigError: it is no callable, a class, or a stitched module.
+    """
+    if isinstance(model, type):
+        raise ConfigError(
+            f"{model.__qualname__} is a class, not a model",
+            hint=f"pass an instance: {model.__qualname__}(...)",
+        )
+    if isinstance(model, SharedModule):
+        raise ConfigError("the model is stitched already", hint="call it, or compile its .model")
+    if not callable(model):
+        raise ConfigError(f"a model must be callable; got a {type(model).__qualname__}")
+
+
+def model_name(model: Callable[..., object]) -> str:
+    """What to call ``model``: its class, or the function's own name."""
+    if isinstance(model, torch.nn.Module):
+        return type(model).__name__
+    return str(getattr(model, "__qualname__", type(model).__name__)).rpartition("<locals>.")[2]
 
 
 def _refused(name: str) -> Callable[..., object]:

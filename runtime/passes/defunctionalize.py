@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -142,7 +142,9 @@ def _take_view(rest: dict[str, object], prefix: str) -> _View | None:
 def _is_safe(node: torch.fx.Node, call: _Call, memory: Memory) -> bool:
     if not all(u.target is operator.getitem and type(u.args[1]) is int for u in node.users):
         return False
-    read = frozenset().union(*(memory.of(each) for each in _nodes_in(call.arguments)))
+    readers: list[torch.fx.Node] = []
+    torch.fx.map_arg(dict(call.arguments), readers.append)
+    read = frozenset().union(*map(memory.of, readers))
     taken: set[int] = set()
     for index, base in enumerate(call.bases):
         own = memory.of(base) if isinstance(base, torch.fx.Node) else frozenset()
@@ -201,17 +203,6 @@ def _result_at(node: torch.fx.Node, call: _Call, index: int) -> list[torch.fx.No
 def _own_results(op: OpOverload) -> int:
     """How many entries of the functional result are the operator's own; an operator without a result gives None."""
     return max(1, len(op._schema.returns))
-
-
-def _nodes_in(value: object) -> Iterator[torch.fx.Node]:
-    if isinstance(value, torch.fx.Node):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _nodes_in(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _nodes_in(item)
 
 
 # --- the rewrite -------------------------------------------------------------------------------------

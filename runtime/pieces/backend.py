@@ -5,68 +5,27 @@ It runs nothing on real data.
 
 from __future__ import annotations
 
-import enum
-import hashlib
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Literal, assert_never
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.fx
-from torch.overrides import resolve_name
 
-from piecework.codegen import LowerOptions, SplitItem, generate_source, split_graph
-from piecework.codegen.graph.origin import SymbolNames, value_of
-from piecework.codegen.graph.structure import input_signature, structure_of
+from piecework.codegen import SplitItem
 from piecework.codegen.split.split import SplittingOp as SplittingOpLike
 from piecework.codegen.split.split import SplittingOps
-from piecework.codegen.split.splitting import operator_name
-from piecework.errors import BindError, CaptureError, ConfigError, SplitError, tell
-from piecework.runtime import torch_compat
-from piecework.runtime.analysis.writes import held_by_source, mutations_in, refuse_mutations
+from piecework.errors import BindError, ConfigError
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.ranges import Range, RangeTable
-from piecework.runtime.bind.direct_ops import DirectOps
 from piecework.runtime.cache.artifacts import StandaloneCompiledArtifacts
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.config.groups import CompilationMode
 from piecework.runtime.counters import counters
 from piecework.runtime.model_tag import current_model_tag, model_tag_is_set
-from piecework.runtime.observe import trace
-from piecework.runtime.observe.dump import Dump, config_text
+from piecework.runtime.observe.dump import Dump
 from piecework.runtime.passes import PostGradPassManager
-from piecework.runtime.pieces.custom_ops import check_custom_ops
-from piecework.runtime.pieces.layer_names import share_layer_names
+from piecework.runtime.pieces.compilation import Admits, Compilation, NotAdmitted, Trace
 from piecework.runtime.pieces.manager import CompilerManager
-from piecework.runtime.pieces.piecewise import PiecewiseBackend, PiecewiseCompileInterpreter
-from piecework.runtime.pieces.precompiled import compile_ahead, different_pieces
-from piecework.runtime.pieces.program import (
-    Batch,
-    Program,
-    called_forms,
-    ranges_of,
-    timed,
-    unique_pieces,
-)
-from piecework.runtime.pieces.recurrent import recurrent_layers
-from piecework.runtime.splitting_op import registry
-
-Admits = Callable[[torch.fx.GraphModule], str | None]
-
-_log = logging.getLogger(__name__)
-
-
-class NotAdmitted(CaptureError):
-    """A piece may not be compiled as it was traced; the caller traces it in another way."""
-
-
-class Trace(enum.Enum):
-    """Which of a model's traces a backend is for."""
-
-    ONLY = "the only one"
-    FIRST = "the first of those that it takes"
-    ANOTHER = "another"
+from piecework.runtime.pieces.program import Program, ranges_of
 
 
 class PieceworkBackend:
@@ -206,7 +165,18 @@ class PieceworkBackend:
         runtime = self.runtime_config
         place = {} if runtime is None else {"rank": runtime.rank, "dp_rank": runtime.dp_rank}
         dump = Dump.open(self.config, self.prefix or "model", **place)
-        making = _Compilation(self, graph, dump)
+        making = Compilation(
+            graph,
+            dump,
+            self.prefix or "model",
+            self.config,
+            self.compiler_manager,
+            self.declared_ops,
+            self.range_table,
+            runtime,
+            self.tag,
+            self.trace,
+        )
         try:
             self._program = making.run(bound or {}, admits)
         except NotAdmitted:
@@ -222,20 +192,6 @@ class PieceworkBackend:
         """Take a program that was made in another process for what was made of the last graph."""
         self.used, self._program = True, program
 
-    def require_registered(self) -> None:
-        """Check that torch knows the splitting ops that are named.
-
-        Raises:
-            SplitError: it does not know one.
-        """
-        names = () if self.declared_ops is None else SplittingOps(self.declared_ops).declared
-        unknown = [name for name in names if "::" in name and not _is_registered(name)]
-        if unknown:
-            raise SplitError(
-                f"splitting op {unknown[0]} is not registered with torch",
-                hint="check its spelling, and import the module that defines it first",
-            )
-
     def _range_table(self) -> RangeTable | None:
         if not (self.config.compile_sizes or self.config.compile_ranges_endpoints):
             return None
@@ -248,234 +204,6 @@ class PieceworkBackend:
         if not self.config.use_inductor_graph_partition or self.declared_ops is None:
             return self.config
         return self.config.replace(splitting_ops=tuple(SplittingOps(self.declared_ops).declared))
-
-
-class _Compilation:
-    """One graph on its way to a `Program`: what a piece asks of its backend, and what is made so far."""
-
-    def __init__(self, settings: PieceworkBackend, graph: torch.fx.GraphModule, dump: Dump) -> None:
-        self.settings = settings
-        self.config = settings.config
-        self.compiler_manager = settings.compiler_manager
-        self.graph = graph
-        self.dump = dump
-        self.phases: dict[str, float] = {}
-        self.backends: dict[str, PiecewiseBackend] = {}
-        self.batch = Batch()
-        self.range_table = settings.range_table
-
-    @property
-    def batch_symbol(self) -> str | None:
-        return self.batch.symbol
-
-    @property
-    def compile_ranges(self) -> tuple[Range | None, ...]:
-        return ranges_of(self.range_table)
-
-    def run(self, bound: Mapping[str, str], admits: Admits | None) -> Program:
-        graph, manager = self.graph, self.compiler_manager
-        self.dump.captured(graph)
-        check_custom_ops(self.config, graph)
-        self.batch = _batch_of(graph)
-        self.range_table = self._fitting_ranges()
-        with timed(self.phases, "split"):
-            ops = [*self._splitting_ops(), *recurrent_layers(graph.graph)]
-            split_gm, items = split_graph(
-                graph, ops, asserted=torch_compat.asserted_symbols, blocks=self._blocks()
-            )
-            if manager.may_share_names():
-                share_layer_names(split_gm, items)
-        names = [i.submod_name for i in items if not i.is_splitting_graph]
-        _log.info(
-            "%s: traced %d nodes, batch size %s; %d pieces, cut at %s",
-            self.settings.prefix or "model",
-            len(graph.graph.nodes),
-            self.batch.symbol or "fixed",
-            len(names),
-            ", ".join(map(str, ops)) or "nothing",
-        )
-        if admits is not None:
-            _require_admitted(split_gm, names, admits)
-        trace.artifact("config", lambda: config_text(self.config))
-        trace.artifact("split_graph", lambda: readable_graph(split_gm))
-        self.dump.split(split_gm, items)
-        counters.num_piecewise_graphs_seen += len(items)
-        if self.config.cudagraph_mode is not CUDAGraphMode.NONE:
-            refuse_mutations(mutations_in(split_gm, names, bound or held_by_source(graph)))
-        with timed(self.phases, "compile"):
-            inputs = list(map(value_of, split_gm.graph.find_nodes(op="placeholder")))
-            manager.initialize_cache(
-                graph, inputs, tag=self.settings.tag, runtime_config=self.settings.runtime_config
-            )
-            interpreter = PiecewiseCompileInterpreter(split_gm, names, self.config, self)
-            self.backends = interpreter.backends  # filled as it runs: a failure leaves what is made
-            with self._compiled_ahead(split_gm, names):
-                interpreter.run(*inputs)
-        direct = DirectOps()
-        with timed(self.phases, "emit"):
-            if self.config.stitching_config.direct_splitting_ops:
-                direct = _direct_ops(items)
-            options = self._lower_options(names, items, bound, direct, SplittingOps(ops))
-            source = generate_source(split_gm, options)
-        trace.artifact("stitched_source", lambda: str(source))
-        self.dump.stitched(source)
-        if manager.cache is not None:
-            manager.cache.write_texts(split_gm, source.code)
-        passes = manager.passes if self.config.pass_config.report_matches else None
-        return Program(
-            name=self.settings.prefix or "model",
-            config=self.config,
-            graph=graph,
-            split_gm=split_gm,
-            items=tuple(items),
-            backends=self.backends,
-            source=source,
-            range_table=self.range_table,
-            batch=self.batch,
-            direct_ops=direct,
-            compiler=manager.compiler.name,
-            phases=self.phases,
-            passes=None if passes is None else passes.report(),
-            dump=self.dump,
-            submod_lists=called_forms(
-                self.backends,
-                source.submod_names,
-                self.range_table,
-                direct=self.config.stitching_config.direct_artifact_entry,
-            ),
-        )
-
-    def _fitting_ranges(self) -> RangeTable | None:
-        """The ranges without sizes that other traces serve; those that none does are refused."""
-        table, which = self.settings.range_table, self.settings.trace
-        if table is None:
-            return None
-        if self.batch.symbol is None and which is not Trace.ANOTHER:
-            raise ConfigError(
-                "there are compile sizes or ranges, and no input has a dynamic batch dimension",
-                where="compile_sizes, compile_ranges_endpoints",
-                hint="mark the batch dimension with torch._dynamo.mark_dynamic",
-            )
-        if self.batch.symbol is None:
-            return None
-        low, high = _bounds_of(self.graph, self.batch)
-        match which:
-            case Trace.ONLY:
-                pass
-            case Trace.FIRST:  # smaller batches than two may be another's
-                table = table.within(min(low or 0, 2), None)
-            case Trace.ANOTHER:
-                table = table.within(low, high)
-            case _:
-                assert_never(which)
-        table.require_reachable(low, high)
-        return table
-
-    @contextmanager
-    def _compiled_ahead(
-        self, split_gm: torch.fx.GraphModule, names: Sequence[str]
-    ) -> Iterator[None]:
-        """Show progress and use workers while the pieces are compiled, as far as somebody asked for that."""
-        manager = self.compiler_manager
-        if manager.progress is None and manager.config.compile_workers == 1:
-            yield
-            return
-        ahead = different_pieces(split_gm, names, self.compile_ranges, self.batch.symbol)
-        if manager.progress is not None:
-            manager.progress.started(len(ahead))
-        try:
-            compile_ahead(manager, ahead)
-            yield
-        finally:
-            if manager.progress is not None:
-                manager.progress.ended()
-
-    def _blocks(self) -> Literal["found", "off"] | Sequence[str]:
-        if self.config.use_inductor_graph_partition or self.settings.declared_ops == ():
-            return "off"
-        return self.config.repeated_blocks
-
-    def _splitting_ops(self) -> Sequence[SplittingOpLike]:
-        inside = self.config.use_inductor_graph_partition  # Inductor cuts the compiled code instead
-        ops = self.settings.declared_ops
-        if ops is None:
-            return () if inside else registry.names()
-        self.settings.require_registered()
-        missing = SplittingOps(ops).missing_from(self.graph.graph)
-        if missing and self.settings.trace is not Trace.ANOTHER:
-            tell(
-                SplitError(
-                    f"splitting ops that are named and not in the graph: {', '.join(missing)}",
-                    where=self.settings.prefix or "model",
-                    hint="check the spelling, or leave them out; a graph calls what the model's code calls (torch.sin, not aten::sin)",
-                ),
-                strict=self.config.strict,
-            )
-        return () if inside else ops
-
-    def _lower_options(
-        self,
-        pieces: Sequence[str],
-        items: Sequence[SplitItem],
-        bound: Mapping[str, str],
-        direct: DirectOps,
-        is_cut: SplittingOps,
-    ) -> LowerOptions:
-        levers = self.config.stitching_config
-        unique = unique_pieces(self.backends)
-        splitting = sum(item.is_splitting_graph for item in items)
-        cuts = [each.graph.graph for each in items if each.is_splitting_graph]
-        called = (node.target for graph in cuts for node in graph.nodes if is_cut(node))
-        ops = sorted({operator_name(op) or resolve_name(op) or _name_of(op) for op in called})
-        banner = (
-            f"model: {self.settings.prefix or 'model'}",
-            f"pieces: {len(self.backends)}, unique: {unique}, compiler: {self.compiler_manager.compiler.name}",
-            f"splitting ops: {', '.join(ops) or 'none'} ({splitting} submodules)",
-        )
-        return LowerOptions(
-            submods=pieces,
-            bound=bound if levers.bind_weights else {},
-            direct=direct.implementations,
-            emit_del=levers.emit_del,
-            banner=banner,
-            digests=dict(self._digests()),
-        )
-
-    def _digests(self) -> Iterator[tuple[str, str]]:
-        """What each piece computes, in eight digits that are the same in every process; pieces without such are left out."""
-        known: dict[str, str] = {}  # equal pieces have one
-        for name, piece in self.backends.items():
-            structure = piece.compiled_of()[1]
-            if not structure.portable:
-                continue
-            if structure.key not in known:
-                # Torch numbers symbols as it likes; here they count in order of first sight.
-                text = SymbolNames()("\n".join(structure.lines)).encode("utf-8", "surrogatepass")
-                known[structure.key] = hashlib.sha256(text).hexdigest()[:8]
-            yield name, known[structure.key]
-
-
-def _require_admitted(split_gm: torch.fx.GraphModule, names: Sequence[str], admits: Admits) -> None:
-    seen: set[str] = set()
-    for name in names:
-        piece = split_gm.get_submodule(name)
-        assert isinstance(piece, torch.fx.GraphModule)
-        key = structure_of(piece, describe_input=input_signature).key
-        reason = None if key in seen else admits(piece)
-        seen.add(key)
-        if reason is not None:
-            raise NotAdmitted(f"{name}: {reason}")
-
-
-def _direct_ops(items: Sequence[SplitItem]) -> DirectOps:
-    """Implementations that the stitched code may call past the dispatcher, by operator."""
-    return DirectOps.of(
-        (node.target, _device_of(node))
-        for item in items
-        if item.is_splitting_graph
-        for node in item.graph.graph.nodes
-        if node.op == "call_function"
-    )
 
 
 def piecework_dynamo_backend(
@@ -524,11 +252,6 @@ def piecework_dynamo_backend(
     return backend(graph, example_inputs)
 
 
-def readable_graph(graph: torch.fx.GraphModule | None) -> str:
-    """A graph and its submodules as Python that people can read; "" for none."""
-    return "" if graph is None else graph.print_readable(print_output=False)
-
-
 def _without_grad(function: Callable[..., object]) -> Callable[..., object]:
     """``function`` for inference: under a grad mode that is on, it runs with it off."""
 
@@ -539,40 +262,3 @@ def _without_grad(function: Callable[..., object]) -> Callable[..., object]:
         return function(*args)
 
     return run
-
-
-def _is_registered(name: str) -> bool:
-    namespace, _, rest = name.partition("::")
-    op, _, overload = rest.partition(".")
-    packet = getattr(getattr(torch.ops, namespace), op, None)
-    return packet is not None and (not overload or overload in packet.overloads())
-
-
-def _device_of(node: torch.fx.Node) -> str | None:
-    for source in node.all_input_nodes:
-        value = value_of(source)
-        if isinstance(value, torch.Tensor):
-            return value.device.type
-    return None
-
-
-def _bounds_of(graph: torch.fx.GraphModule, batch: Batch) -> tuple[int | None, int | None]:
-    """The smallest and the largest batch that the trace allows; None where there is no bound."""
-    index, dim = batch.input
-    value = value_of(graph.graph.find_nodes(op="placeholder")[index])
-    return torch_compat.symbol_range(value if dim is None else value.shape[dim])
-
-
-def _batch_of(graph: torch.fx.GraphModule) -> Batch:
-    for index, node in enumerate(graph.graph.find_nodes(op="placeholder")):
-        value = value_of(node)
-        sizes = tuple(value.shape) if isinstance(value, torch.Tensor) else (value,)
-        for dim, size in enumerate(sizes):
-            symbol = torch_compat.symbol_of(size)
-            if symbol is not None and symbol.isidentifier():
-                return Batch(symbol, (index, dim if isinstance(value, torch.Tensor) else None))
-    return Batch()
-
-
-def _name_of(function: object) -> str:
-    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"

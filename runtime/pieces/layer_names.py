@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.fx
@@ -154,7 +155,6 @@ def _take_names_as_inputs(
     if mode is None:
         return []
     nodes = list(piece.graph.nodes)
-    inputs: dict[str, torch.fx.Node] = {}
     by_node: dict[int, list[tuple[_Hole, str]]] = {}
     for hole, first in chosen:
         by_node.setdefault(hole.position, []).append((hole, first))
@@ -181,7 +181,6 @@ def _take_names_as_inputs(
             _set_argument(node, op, hole.argument, first)
         node.target = register_named_op(named)
         node.kwargs = {**node.kwargs, **tensors}
-        inputs.update(tensors)
         used.append(named)
     piece.graph.lint()
     piece.recompile()
@@ -227,41 +226,27 @@ def name_of(data: torch.Tensor) -> str:
 # --- the operators -----------------------------------------------------------------------------------
 
 
-class _NamedOps:
-    """The operators of ours that are registered; each lives as long as the process, as compiled code refers to it."""
-
-    def __init__(self) -> None:
-        self._library: torch.library.Library | None = None
-        self._ops: dict[NamedOp, OpOverload] = {}
-
-    def get(self, named: NamedOp) -> OpOverload:
-        if named not in self._ops:
-            self._ops[named] = self._register(named)
-        return self._ops[named]
-
-    def _register(self, named: NamedOp) -> OpOverload:
-        if self._library is None:
-            self._library = torch.library.Library(_NAMESPACE, "FRAGMENT")
-        name, _, overload = named.original.rpartition(".")
-        namespace, _, short = name.partition("::")
-        original = getattr(getattr(getattr(torch.ops, namespace), short), overload or "default")
-        own = "__".join([namespace, short, overload or "default", *named.arguments])
-        self._library.define(
-            own + _schema_with_names(original, named.arguments), tags=tuple(original.tags)
-        )
-        run, fake = _implementations(original, named.arguments)
-        self._library.impl(own, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{_NAMESPACE}::{own}", fake, lib=self._library)
-        return getattr(getattr(torch.ops, _NAMESPACE), own).default
+# Both mirror torch's own operator registry, which is one per process: compiled code refers to an operator as long as that lives.
 
 
-#: Mirrors torch's own operator registry, which is one per process.
-_named_ops = _NamedOps()
+@cache
+def _library() -> torch.library.Library:
+    return torch.library.Library(_NAMESPACE, "FRAGMENT")
 
 
+@cache
 def register_named_op(named: NamedOp) -> OpOverload:
     """The operator for ``named``, registered at first use; the one that it stands for must be registered already."""
-    return _named_ops.get(named)
+    name, _, overload = named.original.rpartition(".")
+    namespace, _, short = name.partition("::")
+    original = getattr(getattr(getattr(torch.ops, namespace), short), overload or "default")
+    own = "__".join([namespace, short, overload or "default", *named.arguments])
+    schema = own + _schema_with_names(original, named.arguments)
+    _library().define(schema, tags=tuple(original.tags))
+    run, fake = _implementations(original, named.arguments)
+    _library().impl(own, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{_NAMESPACE}::{own}", fake, lib=_library())
+    return getattr(getattr(torch.ops, _NAMESPACE), own).default
 
 
 def _schema_with_names(original: OpOverload, arguments: Iterable[str]) -> str:

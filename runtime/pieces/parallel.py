@@ -35,11 +35,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """How a job went. ``error`` is "" for success; ``seconds`` are the worker's, by the clock and of CPU (children included)."""
+    """How a job went. ``error`` is "" for success; ``seconds`` are the worker's, by the clock."""
 
     name: str
     seconds: float
-    cpu_seconds: float
     error: str = ""
 
 
@@ -136,15 +135,14 @@ class _Worker:
 
     def finish(self) -> JobResult:
         os.close(self.pipe)
-        _, status, usage = os.wait4(self.pid, 0)
+        _, status = os.waitpid(self.pid, 0)
         seconds = time.perf_counter() - self._start
-        cpu = usage.ru_utime + usage.ru_stime
         try:
             error = json.loads(self._data)["error"]
         except (ValueError, KeyError, TypeError):
             code = os.waitstatus_to_exitcode(status)
             error = f"the worker ended early ({'signal' if code < 0 else 'exit code'} {abs(code)})"
-        return JobResult(self.job.name, seconds, cpu, error)
+        return JobResult(self.job.name, seconds, error)
 
 
 def _work(job: Job, pipe: int, inherited: Sequence[int]) -> None:

@@ -49,6 +49,31 @@ class Batch:
         return value.size(dim) if isinstance(value, torch.Tensor) and dim is not None else value  # type: ignore[return-value]
 
 
+@dataclass(frozen=True, slots=True)
+class Graphs:
+    """The graphs of a compilation: the traced one, the stitching graph, and its submodules in order, splitting ones included."""
+
+    graph: torch.fx.GraphModule
+    split_gm: torch.fx.GraphModule
+    items: tuple[SplitItem, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a program that was made in another process says without reading its graphs.
+
+    Attributes:
+        careful: the stitching source without shortcuts.
+        pieces, together: of `Program`.
+        report: of the compilation.
+    """
+
+    careful: StitchedSource
+    pieces: tuple[Piece, ...]
+    together: Together
+    report: Report
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Program:
     """What a compilation made of one graph.
@@ -56,9 +81,7 @@ class Program:
     Attributes:
         name: the model's name in reports and banners.
         config: how it was made.
-        graph: the traced graph.
-        split_gm: the stitching graph.
-        items: its submodules, splitting ones included, in order.
+        graphs: gives the graphs; calls need none, captures, dumps and edits do.
         backends: submodule name → its compiled forms, for those that are compiled.
         source: the emitted stitching source.
         range_table: batch ranges and single sizes; None when one compiled form serves every batch.
@@ -70,13 +93,12 @@ class Program:
         dump: the stages as files.
         submod_lists: ``__vllm_submods__`` for each of ``compile_ranges``.
         layers: what the trace did about repeated layers.
+        kept: what was kept of the compilation, if another process made it.
     """
 
     name: str
     config: CompilationConfig
-    graph: torch.fx.GraphModule
-    split_gm: torch.fx.GraphModule
-    items: tuple[SplitItem, ...]
+    graphs: Callable[[], Graphs]
     backends: Mapping[str, PiecewiseBackend]
     source: StitchedSource
     range_table: RangeTable | None
@@ -88,6 +110,22 @@ class Program:
     dump: Dump
     submod_lists: tuple[list[Callable[..., object]], ...]
     layers: str = ""
+    kept: Kept | None = None
+
+    @property
+    def graph(self) -> torch.fx.GraphModule:
+        """The traced graph."""
+        return self.graphs().graph
+
+    @property
+    def split_gm(self) -> torch.fx.GraphModule:
+        """The stitching graph."""
+        return self.graphs().split_gm
+
+    @property
+    def items(self) -> tuple[SplitItem, ...]:
+        """The submodules of the stitching graph, splitting ones included, in order."""
+        return self.graphs().items
 
     @property
     def compile_ranges(self) -> tuple[Range | None, ...]:
@@ -126,22 +164,20 @@ class Program:
         Returns:
             The function, and what gives its ``__vllm_submods__`` for a batch size.
         """
-        source, consts = self.source, self.source.consts
+        source = self.source
         if code is not None:
             operators = {id(value): op for op, value in source.options.direct.items()}
-            consts = tuple(operators.get(id(value), value) for value in consts)
+            consts = tuple(operators.get(id(value), value) for value in source.consts)
+            source = replace(source, code=code, consts=consts)
+        elif self.kept is not None:
+            source = self.kept.careful
         elif source.options.direct:
             source = generate_source(self.split_gm, replace(source.options, direct={}))
-            consts = source.consts
         per_range = [self.callables(each) for each in self.compile_ranges]
         lists = [tuple(found[name] for name in source.submod_names) for found in per_range]
         bound = {row.name: weights[row.path] for row in source.module.bound}
         function = compile_execution_fn(
-            source.code if code is None else code,
-            per_range[-1],
-            source.submod_names,
-            consts,
-            bound=bound,
+            source.code, per_range[-1], source.submod_names, source.consts, bound=bound
         )
         table = self.range_table
         return function, lambda batch: lists[0 if table is None else table.index(batch)]
@@ -161,6 +197,8 @@ class Program:
     # --- reports ---------------------------------------------------------------------------------
 
     def pieces(self) -> tuple[Piece, ...]:
+        if self.kept is not None:
+            return self.kept.pieces
         found = []
         for name, piece in self.backends.items():
             graph, structure = piece.compiled_of()
@@ -171,9 +209,14 @@ class Program:
 
     def together(self) -> Together:
         """What processes that run it together must agree on."""
+        if self.kept is not None:
+            return self.kept.together
         return together(self.split_gm, self.items, self.range_table)
 
     def report(self) -> Report:
+        """What the compilation did, with the seconds that loading took where it was read."""
+        if self.kept is not None:
+            return replace(self.kept.report, phases=dict(self.phases))
         structures = [(n, p.compiled_of()[1]) for n, p in self.backends.items()]
         return Report(
             model=self.name,

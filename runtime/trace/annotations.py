@@ -6,14 +6,17 @@ It evaluates annotations that are strings, and nothing else of the user's code.
 from __future__ import annotations
 
 import collections.abc
+import dataclasses
 import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 _LEGACY = type(torch.FloatTensor)  # the type of torch.FloatTensor and its kin, which are no classes
 _NO_CONTAINERS = (type, collections.abc.Callable)
@@ -191,3 +194,53 @@ class _Scope:
 
 
 _UNKNOWN = object()
+
+
+# --- classes that hold tensors -------------------------------------------------------------------------
+
+
+def register_containers(values: Sequence[object], classes: Sequence[type]) -> None:
+    """Make the instances of ``classes`` in ``values`` visible to torch's pytree.
+
+    A dataclass is its fields, another class its instance attributes by name. The registration stays for the process, as
+    ``torch.utils._pytree.register_pytree_node`` has it: without it a call could not be told from another by its tensors.
+    """
+    if not classes:
+        return
+    pending = list(values)
+    while pending:  # a registered class may hold others
+        leaves = pytree.tree_leaves(pending)
+        opaque = {type(leaf) for leaf in leaves if isinstance(leaf, tuple(classes))}
+        pending = [leaf for leaf in leaves if type(leaf) in opaque]
+        for each in opaque:
+            _register(each)
+
+
+def _register(kind: type) -> None:
+    def children(value: object) -> tuple[list[object], tuple[str, ...]]:
+        names = _attribute_names(value)
+        return [getattr(value, name) for name in names], names
+
+    def with_keys(value: object) -> tuple[list[tuple[Any, object]], tuple[str, ...]]:
+        found, names = children(value)
+        return list(zip(map(pytree.GetAttrKey, names), found, strict=True)), names
+
+    def rebuilt(found: Iterable[object], names: tuple[str, ...]) -> object:
+        value: object = object.__new__(kind)
+        for name, child in zip(names, found, strict=True):
+            object.__setattr__(value, name, child)
+        return value
+
+    pytree.register_pytree_node(
+        kind,
+        children,
+        rebuilt,
+        serialized_type_name=f"{kind.__module__}.{kind.__qualname__}",
+        flatten_with_keys_fn=with_keys,
+    )
+
+
+def _attribute_names(value: object) -> tuple[str, ...]:
+    if dataclasses.is_dataclass(value):
+        return tuple(f.name for f in dataclasses.fields(value) if hasattr(value, f.name))
+    return tuple(sorted(vars(value)))

@@ -15,8 +15,8 @@ import torch
 from piecework.errors import ConfigError, InputError
 from piecework.runtime import torch_compat
 from piecework.runtime.config.groups import DynamicShapesType
-from piecework.runtime.trace.annotations import Reading, read_annotations
-from piecework.runtime.trace.containers import register_containers, tensors_in
+from piecework.runtime.trace.annotations import Reading, read_annotations, register_containers
+from piecework.runtime.trace.inputs import leaves_of
 
 Dims = int | Sequence[int]
 DimsByName = Mapping[str, Dims]
@@ -224,7 +224,7 @@ def _marks(dims: DynamicDims, arguments: Mapping[str, object], all_unbacked: boo
     for unbacked, table in ((False, dims.dynamic), (True, dims.unbacked)):
         for name, wanted in table.items():
             argument = arguments.get(name)
-            tensors = tensors_in(argument, name)
+            tensors = _tensors_in(argument, name)
             must = dims.declared or unbacked
             if must and not tensors and not _is_absent(argument):
                 raise ConfigError(
@@ -271,3 +271,12 @@ def _require_two(dims: DynamicDims, marks: Sequence[Mark]) -> None:
                 hint="make the first call with size 2 or more, name the dimension in mark_unbacked_dims, or set "
                 "dynamic_shapes_config.type to unbacked or backed_size_oblivious",
             )
+
+
+def _tensors_in(value: object, name: str) -> list[tuple[str, torch.Tensor]]:
+    """The tensors in ``value`` with their paths, such as ``hidden.tensors['h']``."""
+    if isinstance(value, torch.Tensor):  # the common case, also for tensor subclasses
+        return [(name, value)]
+    return [
+        (name + suffix, leaf) for suffix, leaf in leaves_of(value) if isinstance(leaf, torch.Tensor)
+    ]

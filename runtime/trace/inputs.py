@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.fx
+from torch.utils import _pytree as pytree
 
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
 from piecework.runtime.bind.places import readable
 from piecework.runtime.bind.weights import Weight
-from piecework.runtime.trace.containers import leaves_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,3 +227,18 @@ def rename(gm: torch.fx.GraphModule, inputs: Sequence[GraphInput]) -> None:
             named[holder.name] = holder
         node.name = name
         named[name] = node
+
+
+def leaves_of(
+    value: object, is_leaf: Callable[[object], bool] | None = None
+) -> list[tuple[str, object]]:
+    """The leaves of nested containers with their paths, such as ``['h'][0]``; "" for a value that is none.
+
+    Args:
+        is_leaf: containers to take as leaves.
+    """
+    try:
+        found, _ = pytree.tree_flatten_with_path(value, is_leaf)
+    except ValueError:  # a class was registered without names for its children, which is allowed
+        return [(f" (leaf {i})", leaf) for i, leaf in enumerate(pytree.tree_leaves(value, is_leaf))]
+    return [(pytree.keystr(path), leaf) for path, leaf in found]

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from piecework.codegen.graph.origin import value_of
 from piecework.errors import InputError
 from piecework.runtime import torch_compat
-from piecework.runtime.trace.tracing import Argument, GraphInput
+from piecework.runtime.trace.inputs import Argument, GraphInput
 
 
 @dataclass(frozen=True, slots=True)

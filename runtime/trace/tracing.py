@@ -1,136 +1,28 @@
-"""From a model to one graph. In: a callable and example arguments. Out: a `Capture`: the graph, where each of its inputs comes from, and how its outputs make the result.
+"""From a model to one graph. In: a callable and example arguments. Out: a `Capture`, of a trace that serves as many sizes as can be had.
 
-The model is traced once by Dynamo and never run on data; its weights and its state are left as they were.
+Which trace is tried after which is settled here; `piecework.runtime.trace.one_trace` makes each of them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
-import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 import torch.fx
 from torch.utils import _pytree as pytree
 
-from piecework.codegen.entry.plan import Parameter
 from piecework.errors import CaptureError, PieceCompileError
 from piecework.runtime import torch_compat
-from piecework.runtime.bind.places import readable, traced
-from piecework.runtime.bind.reachable import modules_of, tensors_of
-from piecework.runtime.bind.traced_state import TracedState, TraceGuards
-from piecework.runtime.bind.weights import BoundWeights, Weight
-from piecework.runtime.counters import counters
-from piecework.runtime.regions.marks import Marks
-from piecework.runtime.trace.arguments import parameters_of
-from piecework.runtime.trace.assumptions import Assumptions
-from piecework.runtime.trace.dynamic_dims import unmarked_afterwards
-from piecework.runtime.trace.errors import capture_error, own_error
+from piecework.runtime.bind.reachable import tensors_of
 from piecework.runtime.trace.example_sizes import SizePolicy, with_other_batch
-from piecework.runtime.trace.inputs import (
-    Argument,
-    GraphInput,
-    Layout,
-    Size,
-    UnreachableInput,
-    dynamic_wish,
-    leaf_names,
-    leaf_sources,
-    rename,
-    require_traceable,
-    trace_back,
-)
-from piecework.runtime.trace.results import (
-    Fixed,
-    FromArgument,
-    FromAttribute,
-    FromGraph,
-    FromWeight,
-    ResultLeaf,
-    opened,
-    result_leaf,
-    sizes_from_graph,
-    stand_ins,
-)
-from piecework.runtime.trace.shared import RepeatedLayers, SharedLayers
-from piecework.runtime.trace.side_effects import HINT, Snapshot, Unsettled, refuse_writes
-from piecework.runtime.trace.untold import (
-    PLACE_IN_AUTOGRAD,
-    refuse_globals,
-    refuse_place_in_autograd,
-)
-
-__all__ = [
-    "Argument",
-    "Capture",
-    "Fixed",
-    "FromArgument",
-    "FromAttribute",
-    "FromGraph",
-    "FromWeight",
-    "GraphInput",
-    "Layout",
-    "ResultLeaf",
-    "Size",
-    "Weight",
-    "capture",
-]
-
-GraphCompiler = Callable[[torch.fx.GraphModule, tuple[GraphInput, ...]], None]
+from piecework.runtime.trace.inputs import GraphInput, dynamic_wish, require_traceable
+from piecework.runtime.trace.one_trace import Capture, Check, GraphCompiler, Tracer, numbers_of
+from piecework.runtime.trace.shared import RepeatedLayers
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Capture:
-    """One captured graph.
-
-    Attributes:
-        graph: flat placeholders (named after weights, parameters and sizes) and a flat tuple of outputs.
-        inputs: where each placeholder comes from, in order.
-        parameters: the model's parameters, each with what the trace assumed of its argument.
-        assumptions: the symbols and guards behind them.
-        weights: where the model keeps the tensors that the graph reads, and those that the model returns.
-        out_spec: structure of the result.
-        result: where each leaf of the result comes from; nothing once other weights are bound.
-        weights_given: flattened arguments that were tensors of the model.
-    """
-
-    graph: torch.fx.GraphModule
-    inputs: tuple[GraphInput, ...]
-    parameters: tuple[Parameter, ...]
-    assumptions: Assumptions
-    weights: BoundWeights
-    out_spec: pytree.TreeSpec
-    result: tuple[ResultLeaf, ...]
-    weights_given: frozenset[int] = frozenset()
-
-    def with_weights(self, weights: BoundWeights) -> Capture:
-        """The same with another binding; nothing of it holds a tensor of the old one."""
-        return replace(self, weights=weights, inputs=self.inputs_with(weights), result=())
-
-    def inputs_with(self, weights: BoundWeights) -> tuple[GraphInput, ...]:
-        """``inputs``, with the weights of another binding."""
-        now = {w.path: t for w, t in zip(weights.traced, weights.tensors, strict=True)}
-        return tuple(
-            replace(each, tensor=now[each.path]) if isinstance(each, Weight) else each
-            for each in self.inputs
-        )
-
-
-@dataclass(slots=True)
-class _Trace:
-    """What the backend saw while Dynamo traced."""
-
-    graph: torch.fx.GraphModule | None = None
-    inputs: tuple[GraphInput, ...] = ()
-    fakes: dict[int, object] = field(default_factory=dict)
-    asks_grad: bool = True
-    standing_in: list[object] = field(default_factory=list)
 
 
 def capture(
@@ -166,10 +58,11 @@ def capture(
     """
     _require_fitting(model, args, kwargs)
     layers = RepeatedLayers() if repeated is None else repeated
+    tracer = Tracer(model, compile_graph, layers)
     if sizes is None:
         leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
         wish = dynamic_wish(leaves, dynamic)
-        return _capture_once(model, args, kwargs, compile_graph, layers, wish, settle=settle)
+        return tracer.once(args, kwargs, wish, settle=settle)
     wide = False
 
     def compile_noting(graph: torch.fx.GraphModule, inputs: tuple[GraphInput, ...]) -> None:
@@ -178,14 +71,14 @@ def capture(
         compile_graph(graph, inputs)
 
     try:
-        return _capture_freely(model, args, kwargs, compile_noting, layers, sizes, settle)
+        return _capture_freely(Tracer(model, compile_noting, layers), args, kwargs, sizes, settle)
     except (CaptureError, PieceCompileError) as error:
         narrower = sizes.narrower(args, kwargs)
         if narrower is None or (isinstance(error, PieceCompileError) and not wide):
             raise
         _log.info("tried again with the batch alone dynamic: %s", error)
         try:
-            return _capture_freely(model, args, kwargs, compile_graph, layers, narrower, settle)
+            return _capture_freely(tracer, args, kwargs, narrower, settle)
         except (CaptureError, PieceCompileError) as again:
             _log.info("not traced with the batch alone dynamic: %s", again)
             raise error from error.__cause__
@@ -199,11 +92,9 @@ def _has_other_sizes(graph: torch.fx.GraphModule) -> bool:
 
 
 def _capture_freely(
-    model: Callable[..., object],
+    tracer: Tracer,
     args: Sequence[object],
     kwargs: Mapping[str, object],
-    compile_graph: GraphCompiler,
-    layers: RepeatedLayers,
     sizes: SizePolicy,
     settle: bool,
 ) -> Capture:
@@ -211,20 +102,18 @@ def _capture_freely(
     try:
         with sizes.every_size(args, kwargs) as marked:
             if marked:
-                return _capture_once(
-                    model, args, kwargs, compile_graph, layers, sizes.dynamic, settle=settle
-                )
+                return tracer.once(args, kwargs, sizes.dynamic, settle=settle)
     except CaptureError as error:
         _log.info("not traced for every size at once: %s", error)
     except PieceCompileError as error:
         if not torch_compat.data_dependent(error):
             raise
         _log.info("not compiled for every size at once: %s", error)
-    once = partial(_capture_larger, model, sizes, compile_graph, layers)
+    once = partial(_capture_larger, tracer, sizes)
     try:
         return once(args, kwargs, partial(_require_free_batch, sizes), settle=settle)
     except _FixedBatch as fixed:
-        weights = {size for _, tensor in tensors_of(model).values() for size in tensor.shape}
+        weights = {size for _, tensor in tensors_of(tracer.model).values() for size in tensor.shape}
         others = with_other_batch(args, kwargs, fixed.sizes, avoid=weights)
     if others is not None:
         try:
@@ -236,20 +125,16 @@ def _capture_freely(
 
 
 def _capture_larger(
-    model: Callable[..., object],
+    tracer: Tracer,
     sizes: SizePolicy,
-    compile_graph: GraphCompiler,
-    layers: RepeatedLayers,
     args: Sequence[object],
     kwargs: Mapping[str, object],
-    check: Callable[[torch.fx.GraphModule, Mapping[int, object]], None] | None = None,
+    check: Check | None = None,
     *,
     settle: bool = False,
 ) -> Capture:
     with sizes.larger_sizes(args, kwargs):
-        return _capture_once(
-            model, args, kwargs, compile_graph, layers, sizes.dynamic, check, settle=settle
-        )
+        return tracer.once(args, kwargs, sizes.dynamic, check, settle=settle)
 
 
 class _FixedBatch(CaptureError):
@@ -273,27 +158,6 @@ def _require_free_batch(
         raise _FixedBatch(fixed)
 
 
-def _numbers_of(leaves: Sequence[object], fakes: Mapping[int, object]) -> dict[str, int]:
-    """The number that arguments have for each symbol of a trace.
-
-    Raises:
-        CaptureError: they have two for one: the trace took sizes as equal that differ, and could not serve these arguments.
-    """
-    numbers: dict[str, int] = {}
-    for index, fake in fakes.items():
-        leaf = leaves[index]
-        if not (isinstance(fake, torch.Tensor) and isinstance(leaf, torch.Tensor)):
-            continue
-        pairs = zip(map(torch_compat.symbol_of, fake.shape), leaf.shape, strict=True)
-        for symbol, size in pairs:
-            if symbol is not None and numbers.setdefault(symbol, size) != size:
-                raise CaptureError(
-                    f"the model takes sizes {numbers[symbol]} and {size} of its arguments as equal",
-                    hint="call the model itself with these arguments: it has to run with them",
-                )
-    return numbers
-
-
 def _require_free_and_serving(
     policy: SizePolicy,
     leaves: Sequence[object],
@@ -302,163 +166,12 @@ def _require_free_and_serving(
 ) -> None:
     """Raise if a trace with other sizes would not serve the arguments that it was made for."""
     _require_free_batch(policy, gm, fakes)
-    values = _numbers_of(leaves, fakes)
+    values = numbers_of(leaves, fakes)
     tensors = (fake for fake in fakes.values() if isinstance(fake, torch.Tensor))
     sizes = [size for fake in tensors for size in fake.shape]
     for text, _, holds in torch_compat.recorded_guards(sizes):
         if holds(values) is False:
             raise CaptureError(f"the model's code decides by the example's sizes: {text}")
-
-
-def _capture_once(
-    model: Callable[..., object],
-    args: Sequence[object],
-    kwargs: Mapping[str, object],
-    compile_graph: GraphCompiler,
-    layers: RepeatedLayers,
-    dynamic: bool | None,
-    check: Callable[[torch.fx.GraphModule, Mapping[int, object]], None] | None = None,
-    *,
-    settle: bool,
-) -> Capture:
-    """Trace once: with one trace for layers that are alike, where that can be shown to be right, and after what a first call sets."""
-
-    def once() -> Capture:
-        while True:
-            marks = layers.marks(model)
-            traced = partial(
-                _capture_with, model, args, kwargs, compile_graph, dynamic, check, layers, marks
-            )
-            try:
-                return traced({})
-            except UnreachableInput:  # then it is a constant like any other that the trace read
-                return traced({"specialize_int": True})
-            except Exception as error:
-                if marks is None or not layers.gave_up(marks, error):
-                    raise
-
-    try:
-        return once()
-    except Unsettled as error:
-        if not settle:
-            raise error.refusal() from None
-        put_back = error.settle()
-        _log.info("set as a first call does, and traced again: %s", error)
-    try:
-        return once()
-    except BaseException as error:
-        put_back()
-        if isinstance(error, Unsettled):
-            raise error.refusal() from None
-        raise
-
-
-def _capture_with(
-    model: Callable[..., object],
-    args: Sequence[object],
-    kwargs: Mapping[str, object],
-    compile_graph: GraphCompiler,
-    dynamic: bool | None,
-    check: Callable[[torch.fx.GraphModule, Mapping[int, object]], None] | None,
-    layers: RepeatedLayers,
-    marks: Marks | None,
-    settings: Mapping[str, object],
-) -> Capture:
-    leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
-    names = leaf_names(model, args, kwargs)
-    sources = {source: i for i, source in enumerate(leaf_sources(args, kwargs))}
-    held = tensors_of(model)
-    trace = _Trace()
-    shared = None if marks is None else SharedLayers(model, marks)
-
-    def run(traced: types.FunctionType) -> tuple[object, TracedState]:
-        # Dynamo caches by code object, and puts what it compiles into the function's globals: with copies of its own, captures
-        # are independent of each other, and nothing outlives them.
-        code = traced.__code__.replace()
-        function = types.FunctionType(code, dict(traced.__globals__), "piecework_capture")
-        guards = TraceGuards(model, args, kwargs, function.__globals__, shared)
-        called = partial(backend, guards)
-        try:
-            with contextlib.nullcontext() if marks is None else marks.put_on():
-                result = _run_dynamo(
-                    function, (model, *args), kwargs, called, guards, dynamic, settings
-                )
-            return result, guards.state(code, _argument_names(model, args, kwargs))
-        finally:
-            guards.give_back()
-
-    def backend(
-        guards: TraceGuards, gm: torch.fx.GraphModule, example_inputs: list[object]
-    ) -> Callable[..., object]:
-        guards.look_inside()
-        if shared is not None:
-            gm, example_inputs = shared.write_out(
-                gm, example_inputs, guards.reader, guards.values()
-            )
-        trace.graph = gm
-        refuse_writes(gm, example_inputs, _argument_names(model, args, kwargs))
-        trace.inputs = trace_back(gm, example_inputs, leaves, names, sources, held)
-        trace.fakes = _fakes(leaves, sources)
-        trace.asks_grad = bool(torch_compat.trace_names("requires_grad", *PLACE_IN_AUTOGRAD))
-        refuse_place_in_autograd(leaves, names)
-        refuse_globals(model, leaves, names)
-        _numbers_of(leaves, trace.fakes)  # the trace must serve its own example
-        if check is not None:
-            check(gm, trace.fakes)
-        rename(gm, trace.inputs)
-        compile_graph(gm, trace.inputs)
-        trace.standing_in = stand_ins(gm)
-        return _returning(trace.standing_in)
-
-    before = Snapshot([*modules_of(model), ("args", list(args)), ("kwargs", dict(kwargs))])
-    weights = [tensor for _, tensor in held.values()]
-    try:
-        with unmarked_afterwards(weights):
-            for (
-                weight
-            ) in weights:  # Dynamo takes those of a module that it saw changed for arguments
-                torch._dynamo.mark_static(weight)
-            result, state = run(_call_model)
-            if trace.graph is None:
-                result, state = run(_call_idle)
-                result = result[0]  # type: ignore[index]
-    finally:
-        changed = before.restore()
-    assert trace.graph is not None
-    if changed is not None:
-        raise CaptureError(
-            "forward changes Python state, which a captured graph would not do",
-            where=changed,
-            hint=HINT,
-        )
-    if shared is not None:
-        layers.note(shared)
-    counters.num_graphs_seen += 1
-    result_leaves, out_spec = pytree.tree_flatten(opened(result))
-    assumptions = _assumptions(trace, leaves, names)
-    results = tuple(result_leaf(leaf, trace.standing_in, leaves, held) for leaf in result_leaves)
-    found = _found(trace.inputs, results, held)
-    found += _only_looked_at(model, state, {id(each.tensor) for each in found}, held)
-    own = held.keys() | {id(tensor) for _, tensor in state.tensors}
-    state.tensors.clear()  # who rebinds replaces them
-    return Capture(
-        graph=trace.graph,
-        inputs=trace.inputs,
-        parameters=parameters_of(model, args, kwargs, assumptions.assume),
-        assumptions=assumptions,
-        weights=BoundWeights.of(model, modules_of(model), found, state),
-        out_spec=out_spec,
-        result=results,
-        weights_given=frozenset(i for i, leaf in enumerate(leaves) if id(leaf) in own),
-    )
-
-
-def _argument_names(
-    model: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
-) -> dict[str, str]:
-    """Dynamo's names of whole arguments → the model's."""
-    whole = leaf_names(model, [None] * len(args), dict.fromkeys(kwargs))
-    return dict(zip(leaf_sources([None] * len(args), dict.fromkeys(kwargs)), whole, strict=True))
 
 
 def _require_fitting(
@@ -480,139 +193,3 @@ def _require_fitting(
                 hint="pass what the model's forward takes",
             ) from error
     require_traceable(model, args, kwargs)
-
-
-def _found(
-    inputs: Sequence[GraphInput],
-    results: Sequence[ResultLeaf],
-    held: Mapping[int, tuple[str, torch.Tensor]],
-) -> list[Weight]:
-    """The weights that the graph reads, then those that are only returned."""
-    found = {id(each.tensor): each for each in inputs if isinstance(each, Weight)}
-    for leaf in results:
-        leaf = leaf.of if isinstance(leaf, FromAttribute) else leaf
-        if isinstance(leaf, FromWeight):
-            path, tensor = held[id(leaf.tensor)]
-            found.setdefault(id(tensor), Weight(path, tensor))
-    return list(found.values())
-
-
-def _only_looked_at(
-    model: Callable[..., object],
-    state: TracedState,
-    known: set[int],
-    held: Mapping[int, tuple[str, torch.Tensor]],
-) -> list[Weight]:
-    """Tensors of the model that the trace saw and the graph does not read: their shape may be in it."""
-    found: dict[int, Weight] = {}
-    for place, tensor in state.tensors:
-        if id(tensor) in known:
-            continue
-        way = traced(place.name, model)
-        if id(tensor) in held or (way is not None and way.tensor() is tensor):
-            path = held.get(id(tensor), (readable(place.name), tensor))[0]
-            found.setdefault(id(tensor), Weight(path, tensor, place.name))
-        else:
-            state.watch_tensor(place, tensor)
-    return list(found.values())
-
-
-def _run_dynamo(
-    function: types.FunctionType,
-    args: Sequence[object],
-    kwargs: Mapping[str, object],
-    backend: Callable[..., object],
-    guards: TraceGuards,
-    dynamic: bool | None,
-    extra: Mapping[str, object],
-) -> object:
-    lent = _Lent(backend)
-    compiled = torch.compile(
-        function,
-        backend=lent,
-        fullgraph=True,
-        dynamic=dynamic,
-        options={"guard_filter_fn": guards.reader.choose},
-    )
-    settings = {
-        # What Dynamo remembers of sizes that other captures had must not decide which dimensions of this one are dynamic.
-        "automatic_dynamic_shapes": False,
-        "specialize_float": True,
-        # An argument may be a parameter; weights are marked one by one.
-        "force_parameter_static_shapes": False,
-        **torch_compat.no_replay(),
-        **torch_compat.recurrent_layers_traced(),
-        **torch_compat.guard_settings(),
-        **extra,
-    }
-    own_symbols = torch_compat.own_symbol_per_dimension()
-    try:
-        with torch.no_grad(), torch._dynamo.config.patch(settings), own_symbols:
-            return torch_compat.in_default_stance(lambda: compiled(*args, **kwargs))
-    except Exception as error:
-        own = own_error(error)
-        if own is not None:
-            raise own from own.__cause__ or error
-        inner = torch_compat.backend_failure(error)
-        if inner is not None:
-            raise inner from None
-        raise capture_error(error) from error
-    finally:
-        lent.give_back()
-
-
-def _returning(values: list[object]) -> Callable[..., object]:
-    """A function that returns ``values``; it holds nothing else, since Dynamo keeps it for a while."""
-    return lambda *_: list(values)
-
-
-class _Lent:
-    """A backend for one call: torch keeps every backend that it was ever given, and must not keep a model with it."""
-
-    def __init__(self, backend: Callable[..., object]) -> None:
-        self._backend: Callable[..., object] | None = backend
-
-    def __call__(self, gm: torch.fx.GraphModule, example_inputs: list[object]) -> object:
-        assert self._backend is not None
-        return self._backend(gm, example_inputs)
-
-    def give_back(self) -> None:
-        self._backend = None
-
-
-def _call_model(model, *args, **kwargs):  # type: ignore[no-untyped-def]
-    return sizes_from_graph(model(*args, **kwargs))
-
-
-def _call_idle(model, *args, **kwargs):  # type: ignore[no-untyped-def]
-    """The same with an operator that nobody needs: Dynamo asks no backend about a model that computes nothing."""
-    return sizes_from_graph(model(*args, **kwargs)), torch.zeros(())
-
-
-def _fakes(leaves: Sequence[object], sources: Mapping[str, int]) -> dict[int, object]:
-    """What stands for each flattened argument in the trace that is running, whether the graph reads it or not."""
-    found = {
-        sources[name]: value
-        for name, value in torch_compat.traced_inputs().items()
-        if name in sources
-    }
-    by_id = {id(leaves[i]): value for i, value in found.items()}
-    for index, leaf in enumerate(leaves):  # an argument that is passed twice is traced once
-        if isinstance(leaf, torch.Tensor) and id(leaf) in by_id:
-            found.setdefault(index, by_id[id(leaf)])
-    return found
-
-
-def _assumptions(trace: _Trace, leaves: Sequence[object], names: Sequence[str]) -> Assumptions:
-    assert trace.graph is not None
-    placeholders = trace.graph.graph.find_nodes(op="placeholder")
-    fakes = dict(trace.fakes)
-    wished: dict[str, str] = {}
-    for node, source in zip(placeholders, trace.inputs, strict=True):
-        value = node.meta["example_value"]
-        if isinstance(source, Argument):
-            fakes[source.leaf] = value
-        symbol = torch_compat.symbol_of(value)
-        if isinstance(source, Size) and symbol is not None:
-            wished[symbol] = source.name
-    return Assumptions(fakes, wished, leaves, names, trace.asks_grad)

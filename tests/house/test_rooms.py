@@ -26,7 +26,7 @@ ORDER = (
     "runtime.compile",
     "runtime.stitched",
     "runtime.artifact",
-    "runtime.traced_model",
+    "runtime.traces",
     "runtime.graphs",
     "runtime.graphs.serve",
     "runtime.graphs.plan",

@@ -18,9 +18,11 @@ from piecework.errors import ConfigError, StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.rows.verdict import rows_of
 from piecework.runtime.analysis.writes import held_by_source, mutations_in, refuse_mutations
+from piecework.runtime.bind.weights import Weight
 from piecework.runtime.graphs.plan.batch_shape import BatchShape, OtherSize, ResultRule, StagedInput
 from piecework.runtime.pieces.program import Program
-from piecework.runtime.trace.tracing import Argument, Capture, Layout, Size, Weight
+from piecework.runtime.trace.inputs import Argument, Layout, Size
+from piecework.runtime.trace.one_trace import Capture
 
 
 @dataclass(frozen=True, slots=True)

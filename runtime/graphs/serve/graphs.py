@@ -24,6 +24,7 @@ from piecework.runtime.batch.forward_context import (
     override_forward_context,
 )
 from piecework.runtime.batch.mode import CUDAGraphMode
+from piecework.runtime.bind.weights import Weight
 from piecework.runtime.call.entry import Entry
 from piecework.runtime.call.execution import by_path_of
 from piecework.runtime.compilers.partitions import partitions_taken_by
@@ -44,7 +45,6 @@ from piecework.runtime.graphs.serve.partitioned import Partitions
 from piecework.runtime.graphs.serve.replay import Replay, ReplayMaker
 from piecework.runtime.graphs.serve.writes import DryWrites
 from piecework.runtime.pieces.program import Program
-from piecework.runtime.trace.tracing import Weight
 
 _FULL = CUDAGraphMode.FULL
 

@@ -9,7 +9,7 @@ import contextvars
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,18 +21,21 @@ from piecework.codegen.graph.origin import value_of
 from piecework.codegen.split.splitting import SplittingOps
 from piecework.errors import InputError, StaticGraphError, Unidentifiable
 from piecework.runtime import torch_compat
+from piecework.runtime.bind.weights import Weight
 from piecework.runtime.call.edited import EditedSource, check_edited
 from piecework.runtime.call.entry import Entry
 from piecework.runtime.call.example_call import example_call
 from piecework.runtime.call.profile_names import layer_by_line, named_pieces
 from piecework.runtime.identity.settings import settings_factors
 from piecework.runtime.observe.dump import generated_sources
-from piecework.runtime.pieces.backend import Admits, PieceworkBackend, Trace
+from piecework.runtime.pieces.backend import PieceworkBackend
+from piecework.runtime.pieces.compilation import Admits, Trace, require_registered
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.example_sizes import KeptMarks, SizePolicy
+from piecework.runtime.trace.inputs import GraphInput
 from piecework.runtime.trace.shape_guards import ShapeGuards
 from piecework.runtime.trace.shared import RepeatedLayers
-from piecework.runtime.trace.tracing import GraphInput, Weight, capture
+from piecework.runtime.trace.tracing import capture
 
 if TYPE_CHECKING:
     from piecework.runtime.batch.descriptor import BatchDescriptor
@@ -50,116 +53,39 @@ Call = tuple[tuple[object, ...], dict[str, object]]
 NewBackend = Callable[[], PieceworkBackend]
 
 
-@dataclass(frozen=True, slots=True)
-class MadeTrace:
-    """A trace that was made in another process: its program and its entry, bound to ``model``; see `TracedModel`."""
-
-    model: Callable[..., object]
-    program: Program
-    entry: Entry
-    flags: tuple[bool, bool]
-    settings: dict[str, str]
-
-
+@dataclass(eq=False, repr=False)
 class TracedModel:
     """A model as one trace has it.
 
-    Args:
-        model: what is traced.
-        args, kwargs: the example call.
-        new_backend: makes a backend for each graph that is tried.
-        sizes: which dimensions are dynamic; None: those that are marked, or all.
-        as_it_is: runs the model uncompiled; see `piecework.runtime.call.entry.Entry`.
-
     Attributes:
         model: what was traced.
-        as_it_is: runs it uncompiled.
+        as_it_is: runs it uncompiled; see `piecework.runtime.call.entry.Entry`.
+        backend: made the program.
+        program: what was compiled and emitted.
+        entry: the emitted function behind a call.
+        settings: how torch was set; None where that has no stable form.
         as_marked: its dynamic dimensions are those that somebody marked.
         rows_in_one: as in `SizePolicy`.
-        settings: how torch was set; None where that has no stable form.
-        program: what was compiled and emitted.
-        backend: made it.
-        entry: the emitted function behind a call.
         guards: the trace's shape guards, where the configuration asks to evaluate them.
-        call: what serves a call.
         static: the static graphs, after `capture_graphs`.
-
-    Raises:
-        PieceworkError: as ``piecework.compile``.
+        call: what serves a call.
     """
 
-    def __init__(
-        self,
-        model: Callable[..., object],
-        args: Sequence[object],
-        kwargs: Mapping[str, object],
-        new_backend: NewBackend,
-        sizes: SizePolicy | None,
-        as_it_is: Callable[..., object],
-    ) -> None:
-        self._new_backend = new_backend
-        self.model, self.as_it_is = model, as_it_is
-        self.as_marked = sizes is None or isinstance(sizes, KeptMarks)
-        self.rows_in_one = sizes is not None and sizes.rows_in_one
-        self.backend = new_backend()
-        self.static: CapturedModel | None = None
-        self.guards: ShapeGuards | None = None
-        self.settings = _settings()
-        self.backend.require_registered()  # before a trace that may take long
-        start = time.perf_counter()
-        self.backend.compiler_manager.get_ready(pytree.tree_leaves((args, kwargs)))
-        layers = RepeatedLayers(self.backend.config.repeated_layers)
-        captured = capture(
-            model,
-            args,
-            kwargs,
-            self._compile_graph,
-            sizes=sizes,
-            repeated=layers,
-            settle=self.backend.trace is not Trace.ANOTHER,
-        )
-        program = self.backend.program
-        tracing = time.perf_counter() - start - sum(program.phases.values())
-        phases = {"capture": tracing, **program.phases}
-        self.program = replace(program, phases=phases, layers=layers.text())
-        self.entry = Entry(captured, self.program, as_it_is)
-        if self.program.config.dynamic_shapes_config.evaluate_guards:
-            self.guards = ShapeGuards(captured.graph, captured.inputs)
-        self.call: Callable[..., object] = (
-            self.entry.call if self.guards is None else _guarded(self.guards, self.entry)
-        )
-        if self.backend.compiler_manager.cache is not None:
-            self.backend.compiler_manager.cache.write_entry(self.entry.source.code)
+    model: Callable[..., object]
+    as_it_is: Callable[..., object]
+    backend: PieceworkBackend
+    program: Program
+    entry: Entry
+    settings: dict[str, str] | None
+    as_marked: bool
+    rows_in_one: bool
+    guards: ShapeGuards | None = None
+    static: CapturedModel | None = None
+    call: Callable[..., object] = field(init=False)
 
-    @classmethod
-    def loaded(
-        cls, made: MadeTrace, new_backend: NewBackend, as_it_is: Callable[..., object]
-    ) -> TracedModel:
-        """A trace that was made in another process, bound to a model of this one."""
-        trace = cls.__new__(cls)
-        trace.model, trace.program, trace.entry = made.model, made.program, made.entry
-        trace.as_it_is = as_it_is
-        trace.settings = made.settings
-        trace.as_marked, trace.rows_in_one = made.flags
-        trace._new_backend = new_backend
-        trace.backend = new_backend()
-        trace.backend.adopt(made.program)
-        trace.static, trace.guards, trace.call = None, None, made.entry.call
-        return trace
-
-    def _compile_graph(self, graph: torch.fx.GraphModule, inputs: Sequence[GraphInput]) -> None:
-        if self.backend.used:  # what was made of an earlier trace is not
-            self.backend = self._new_backend()
-        placeholders = graph.graph.find_nodes(op="placeholder")
-        bound = {
-            node.name: source.path
-            for node, source in zip(placeholders, inputs, strict=True)
-            if isinstance(source, Weight)
-        }
-        admits = None
-        if not self.as_marked:
-            admits = _admission(list(map(value_of, placeholders)), self.rows_in_one)
-        self.backend.prepare(graph, bound, admits)
+    def __post_init__(self) -> None:
+        entry, guards = self.entry, self.guards
+        self.call = entry.call if guards is None else _guarded(guards, entry)
 
     def refused(self, error: BaseException) -> bool:
         """Whether ``error`` is this trace's refusal of a call's arguments, made before anything ran."""
@@ -336,6 +262,64 @@ class TracedModel:
         from piecework.runtime.graphs.plan.batch_reader import FixedBatch, batch_dims
 
         return FixedBatch(1, batch_dims(self.entry.captured, self.program))
+
+
+def trace_model(
+    model: Callable[..., object],
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    new_backend: NewBackend,
+    sizes: SizePolicy | None,
+    as_it_is: Callable[..., object],
+) -> TracedModel:
+    """Trace ``model`` and compile what it does.
+
+    Args:
+        args, kwargs: the example call.
+        new_backend: makes a backend for each graph that is tried.
+        sizes: which dimensions are dynamic; None: those that are marked, or all.
+        as_it_is: runs the model uncompiled.
+
+    Raises:
+        PieceworkError: as ``piecework.compile``.
+    """
+    backend, settings = new_backend(), _settings()
+    as_marked = sizes is None or isinstance(sizes, KeptMarks)
+    rows_in_one = sizes is not None and sizes.rows_in_one
+
+    def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[GraphInput]) -> None:
+        nonlocal backend
+        if backend.used:  # what was made of an earlier trace is not
+            backend = new_backend()
+        placeholders = graph.graph.find_nodes(op="placeholder")
+        bound = {
+            node.name: source.path
+            for node, source in zip(placeholders, inputs, strict=True)
+            if isinstance(source, Weight)
+        }
+        fakes = list(map(value_of, placeholders))
+        backend.prepare(graph, bound, None if as_marked else _admission(fakes, rows_in_one))
+
+    require_registered(backend.declared_ops)  # before a trace that may take long
+    start = time.perf_counter()
+    backend.compiler_manager.get_ready(pytree.tree_leaves((args, kwargs)))
+    layers = RepeatedLayers(backend.config.repeated_layers)
+    settle = backend.trace is not Trace.ANOTHER
+    captured = capture(
+        model, args, kwargs, compile_graph, sizes=sizes, repeated=layers, settle=settle
+    )
+    made = backend.program
+    tracing = time.perf_counter() - start - sum(made.phases.values())
+    program = replace(made, phases={"capture": tracing, **made.phases}, layers=layers.text())
+    entry = Entry(captured, program, as_it_is)
+    guards = None
+    if program.config.dynamic_shapes_config.evaluate_guards:
+        guards = ShapeGuards(captured.graph, captured.inputs)
+    if backend.compiler_manager.cache is not None:
+        backend.compiler_manager.cache.write_entry(entry.source.code)
+    return TracedModel(
+        model, as_it_is, backend, program, entry, settings, as_marked, rows_in_one, guards
+    )
 
 
 def _settings() -> dict[str, str] | None:
