@@ -1,10 +1,10 @@
-"""What code may look up. In: the code that a trace went through. Out: whose code it is, and the names that it may ask an object for."""
+"""What code may look up. In: the code that a trace went through. Out: whose code it is, and the names that it may ask an object for; and what torch's own functions answer about the process."""
 
 from __future__ import annotations
 
 import os
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -12,6 +12,35 @@ import torch
 from piecework.code_objects import with_inner_code
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
+
+_DEVICES = ("cpu", "cuda", "xpu", "mps")
+
+
+def _autocast_dtypes() -> tuple[torch.dtype, ...]:
+    return tuple(map(torch.get_autocast_dtype, _DEVICES))
+
+
+def _ranks() -> tuple[int, int] | None:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+_ANSWERED: dict[object, Callable[[], object]] = {
+    torch.are_deterministic_algorithms_enabled: torch.are_deterministic_algorithms_enabled,
+    torch.backends.cudnn.is_acceptable: lambda: torch.backends.cudnn.enabled,
+    torch._C._get_cublas_allow_tf32: torch._C._get_cublas_allow_tf32,
+    torch.get_autocast_dtype: _autocast_dtypes,
+    torch.get_autocast_gpu_dtype: _autocast_dtypes,
+    torch.is_autocast_cache_enabled: torch.is_autocast_cache_enabled,
+    **{
+        getattr(torch.distributed, name): _ranks
+        for name in ("is_initialized", "get_rank", "get_world_size")
+        if hasattr(torch.distributed, name)
+    },
+}
+#: By identity, functions of torch whose answer Dynamo takes for constant and nobody else compares → what they answer from.
+ANSWERS = {id(function): read for function, read in _ANSWERED.items()}
 
 
 def is_torchs(code: types.CodeType) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from piecework.runtime.bind.asked import ANSWERS
 from piecework.runtime.torch_compat import Place
 
 MISSING = object()
@@ -230,7 +231,7 @@ class Fact:
 
     Attributes:
         place: where.
-        kind: Dynamo's kind of guard, ``"requires_grad"`` or ``"tensor type"``.
+        kind: Dynamo's kind of guard, ``"requires_grad"``, ``"tensor type"``, or ``"answer"`` of a function of torch.
         about: the attribute or key that it asks for.
         expected: what was found.
         other: the place that must lead to the same object.
@@ -273,6 +274,8 @@ class Fact:
                 return f"{what}{path or 'model'} was a {was} {then} and is a {now_is} now"
             case "tensor type" | "requires_grad":
                 return f"{path} had {self.kind} {shown(self.expected)} {then} and has {shown(seen)} now, which its code looks at"
+            case "answer":
+                return f"{path}, which the model's code asks, answered {shown(self.expected)} {then} and answers {shown(seen)} now"
             case "TENSOR_MATCH":
                 return f"tensor {path} was {shown(self.expected)} {then} and is {shown(seen)} now"
             case "SEQUENCE_LENGTH" | "EMPTY_NN_MODULE_HOOKS_DICT":
@@ -298,6 +301,8 @@ def _seen(kind: str, now: Any, about: Any) -> object:
             return type(now)
         case "requires_grad":
             return getattr(now, "requires_grad", MISSING)
+        case "answer":
+            return ANSWERS[id(now)]() if id(now) in ANSWERS else MISSING
         case "CLOSURE_MATCH":
             return now.__code__ if type(now) is types.FunctionType else _Identity(now)
         case "SEQUENCE_LENGTH" | "EMPTY_NN_MODULE_HOOKS_DICT":

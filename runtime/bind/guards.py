@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from piecework.code_objects import HEAP_TYPE
 from piecework.runtime import torch_compat
-from piecework.runtime.bind.asked import is_torchs, may_ask, names_in
+from piecework.runtime.bind.asked import ANSWERS, is_torchs, may_ask, names_in
 from piecework.runtime.bind.facts import (
     CALLS,
     CONSTANT_KINDS,
@@ -142,6 +142,9 @@ class _Sorter:
         else:
             facts = self.bins.argument_facts if on_argument else self.bins.facts
             facts.append(fact)
+            if guard.known and id(guard.value) in ANSWERS:
+                seen = expected("answer", guard.value, None)
+                self.bins.facts.append(Fact(guard.place, "answer", None, seen))
             for each in guard.place.path():
                 self._attributes_of(each, facts)
 

@@ -115,7 +115,10 @@ class Touch:
     def _attribute(self, base: object, name: str, place: Place) -> bool:
         if isinstance(base, types.ModuleType):
             self._add(base.__dict__, name, place)
-            return name in base.__dict__ or "__getattr__" not in base.__dict__
+            # Modules of torch's settings are of classes of their own, with properties that ask its C++.
+            return name in base.__dict__ or (
+                type(base) is types.ModuleType and "__getattr__" not in base.__dict__
+            )
         if isinstance(base, type):
             if not any(name in each.__dict__ for each in base.__mro__):
                 self._add(base, name, place, "attribute")
