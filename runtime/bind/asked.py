@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dis
 import os
 import types
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -76,6 +78,33 @@ def _is_models(code: types.CodeType) -> bool:
     return not name.startswith(_PYTHONS) or "-packages" + os.sep in name
 
 
+def goes_on_without(code: Iterable[types.CodeType]) -> bool:
+    """Whether any of the code catches what a look-up that finds nothing raises: Dynamo guards no such look-up."""
+    return any(map(_catches, with_inner_code(code)))
+
+
+def _catches(code: types.CodeType) -> bool:
+    if not code.co_exceptiontable or is_torchs(code) or code.co_filename.startswith(_OURS):
+        return False
+    steps = [each for each in dis.get_instructions(code) if each.opname != "CACHE"]
+    caught = [before for before, each in pairwise(steps) if each.opname == "CHECK_EXC_MATCH"]
+    if not _is_models(code):  # Python's own, which names what it catches
+        return any(each.argval in _FINDS_NOTHING for each in caught)
+    if any(each.opname != "LOAD_GLOBAL" or each.argval not in _OF_VALUES for each in caught):
+        return True
+    bare = any(a.opname == "PUSH_EXC_INFO" and b.opname == "POP_TOP" for a, b in pairwise(steps))
+    return bare or "suppress" in code.co_names
+
+
+_FINDS_NOTHING = frozenset(("KeyError", "AttributeError", "LookupError", "NameError"))
+# What values raise, lengths, types and imports, which are guarded.
+_OF_VALUES = frozenset(
+    (
+        *("AssertionError", "ImportError", "IndexError", "ModuleNotFoundError"),
+        *("NotImplementedError", "OverflowError", "RuntimeError", "StopIteration"),
+        *("TypeError", "ValueError", "ZeroDivisionError"),
+    )
+)
 _PYTHONS = os.path.dirname(os.__file__) + os.sep
 _OURS = str(Path(__file__).parents[1]) + os.sep
 _COMPUTES = frozenset(

@@ -231,7 +231,8 @@ class Fact:
 
     Attributes:
         place: where.
-        kind: Dynamo's kind of guard, ``"requires_grad"``, ``"tensor type"``, or ``"answer"`` of a function of torch.
+        kind: Dynamo's kind of guard; ``"requires_grad"`` or ``"tensor type"`` of a tensor, ``"answer"`` of a function of torch,
+            ``"keys"`` of a dictionary in any order, or which of some ``"names"`` lead somewhere in an object.
         about: the attribute or key that it asks for.
         expected: what was found.
         other: the place that must lead to the same object.
@@ -274,6 +275,10 @@ class Fact:
                 return f"{what}{path or 'model'} was a {was} {then} and is a {now_is} now"
             case "tensor type" | "requires_grad":
                 return f"{path} had {self.kind} {shown(self.expected)} {then} and has {shown(seen)} now, which its code looks at"
+            case "keys" | "names":
+                other = next(iter(seen ^ self.expected))  # type: ignore[operator]
+                was, is_now = ("" if other in each else "not " for each in (self.expected, seen))  # type: ignore[operator]
+                return f"{other!r} was {was}in {path or 'the model'} {then}, and is {is_now}now, and the code goes on without it"
             case "answer":
                 return f"{path}, which the model's code asks, answered {shown(self.expected)} {then} and answers {shown(seen)} now"
             case "TENSOR_MATCH":
@@ -301,6 +306,10 @@ def _seen(kind: str, now: Any, about: Any) -> object:
             return type(now)
         case "requires_grad":
             return getattr(now, "requires_grad", MISSING)
+        case "keys":
+            return frozenset(now) if isinstance(now, dict) else frozenset()
+        case "names":
+            return frozenset(each for each in about if _leads(now, each))
         case "answer":
             return ANSWERS[id(now)]() if id(now) in ANSWERS else MISSING
         case "CLOSURE_MATCH":
@@ -322,6 +331,18 @@ def _seen(kind: str, now: Any, about: Any) -> object:
             held = getattr(now, "__dict__", {})
             return about in held and not hasattr(held[about], MARK)
     return _Identity(now) if kind in IDENTITY_KINDS else now
+
+
+def _leads(value: Any, name: str) -> bool:
+    """Whether an object, a class or a module has a name, without running anything of it."""
+    held = getattr(value, "__dict__", {})
+    if name in held or any(name in held[table] for table in _TABLES if table in held):
+        return True
+    kind = value if isinstance(value, type) else type(value)
+    found = next((vars(each)[name] for each in kind.__mro__ if name in vars(each)), MISSING)
+    if type(found) is types.MemberDescriptorType and kind is not value:
+        return hasattr(value, name)
+    return found is not MISSING
 
 
 def keys_of(value: dict[Any, Any]) -> list[object]:

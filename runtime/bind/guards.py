@@ -10,14 +10,21 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from piecework.code_objects import HEAP_TYPE
+from piecework.code_objects import HEAP_TYPE, with_inner_code
 from piecework.runtime import torch_compat
-from piecework.runtime.bind.asked import ANSWERS, is_torchs, may_ask, names_in
+from piecework.runtime.bind.asked import (
+    ANSWERS,
+    goes_on_without,
+    is_torchs,
+    may_ask,
+    names_in,
+)
 from piecework.runtime.bind.facts import (
     CALLS,
     CONSTANT_KINDS,
@@ -125,9 +132,15 @@ class _Sorter:
         self._read = frozenset() if torch_compat.GUARDS_CLASS_VALUES else names_in(code)
         self._types = "__class__" in names or bool(named & {id(torch.nn.Parameter), id(type)})
         self._noted: set[Place] = set()
-        for each in guards:
-            if each.kind not in ELSEWHERE:
-                self._sort(each)
+        self._tried: frozenset[str] | None = None
+        if goes_on_without(code):
+            own = [each for each in with_inner_code(code) if not is_torchs(each)]
+            names |= {name for each in own for name in each.co_names}
+            self._tried = frozenset(names.union(*(filter(_is_name, e.co_consts) for e in own)))
+        told = [each for each in guards if each.kind not in ELSEWHERE]
+        for each in told:
+            self._sort(each)
+        self._keys_of(told)
 
     def _sort(self, guard: Guarded) -> None:
         on_argument = any(map(is_argument, _places(guard)))
@@ -169,15 +182,20 @@ class _Sorter:
         It does for classes that compute what their objects lack, and where code reads ``__dict__`` or ``vars()``.
         """
         value = self._values.at(place)
-        if place in self._noted or isinstance(value, (torch.Tensor, types.ModuleType)):
+        if place in self._noted or isinstance(value, torch.Tensor):
             return
         self._noted.add(place)
+        self._methods_of(value, place, facts)
+        named = isinstance(value, (type, types.ModuleType))
+        if self._tried is not None and (named or type(value).__flags__ & HEAP_TYPE):
+            seen = expected("names", value, self._tried)
+            facts.append(Fact(place, "names", self._tried, seen))
         if isinstance(value, type):
             if not torch_compat.GUARDS_CLASS_VALUES:
                 self._values_of(value, place, facts)
             return
         own = getattr(value, "__dict__", None)
-        if type(own) is not dict or isinstance(value, (dict, list, set)):
+        if type(own) is not dict or isinstance(value, (dict, list, set, types.ModuleType)):
             return
         for name in self._asked - own.keys():
             facts.append(Fact(place, "NOT_PRESENT_IN_GENERIC_DICT", name, False))
@@ -186,6 +204,46 @@ class _Sorter:
             facts.append(
                 Fact(held, "DICT_KEYS_MATCH", None, expected("DICT_KEYS_MATCH", own, None))
             )
+
+    def _methods_of(self, value: object, place: Place, facts: list[Fact]) -> None:
+        """Note methods of built-in classes that an object or a container holds, such as ``torch.Tensor.relu``: Dynamo guards none."""
+        kind, held = "item", value
+        if isinstance(value, (list, tuple)):
+            held = dict(enumerate(value))
+        elif not isinstance(value, dict):
+            kind, held = "attribute", getattr(value, "__dict__", None)
+        for key, each in list(held.items()) if isinstance(held, dict) else ():
+            if isinstance(each.func if type(each) is partial else each, _METHODS):
+                name = f"{place.name}[{key!r}]" if kind == "item" else f"{place.name}.{key}"
+                seen = expected("ID_MATCH", each, None)
+                facts.append(Fact(Place(place, kind, key, name), "ID_MATCH", None, seen))
+
+    def _keys_of(self, guards: Sequence[Guarded]) -> None:
+        """Note the keys of dictionaries whose order counts, of which Dynamo says no more than the type, or which may have been asked in vain."""
+        told: dict[str, set[str]] = {}
+        places: dict[str, Place] = {}
+        for guard in guards:
+            for place in _places(guard):
+                told.setdefault(place.name, set()).add(guard.kind)
+                for each in place.path():
+                    places.setdefault(each.name, each)
+                    if each.base is not None:
+                        told.setdefault(each.base.name, set()).add("content")
+        for name, place in places.items():
+            value, base = self._values.at(place), place.base
+            if not isinstance(value, dict) or base is None or place.key in _NOT_THEIRS:
+                continue
+            owner = self._values.at(base)
+            if isinstance(owner, types.ModuleType) and owner.__name__.startswith("torch."):
+                continue
+            kind = None
+            if name in (self._ordered or ()) or told.get(name) == {"TYPE_MATCH"}:
+                kind = "DICT_KEYS_MATCH"
+            elif self._tried is not None:
+                kind = "keys" if all(map(is_value, value)) else "DICT_KEYS_MATCH"
+            if kind is not None:
+                facts = self.bins.argument_facts if is_argument(place) else self.bins.facts
+                facts.append(Fact(place, kind, None, expected(kind, value, None)))
 
     def _values_of(self, kind: type, place: Place, facts: list[Fact]) -> None:
         """Note the plain values of a class that code may read of the class itself."""
@@ -238,6 +296,14 @@ class _Sorter:
         return Fact(guard.place, kind, about, expected(kind, value, about), other, _of_call(guard))
 
 
+# Dictionaries of modules that have facts of their own, or that watching a module watches.
+_NOT_THEIRS = (*CALLS, "_parameters", "_buffers", "_modules", "__dict__")
+_METHODS = (
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+    types.MethodWrapperType,
+    types.ClassMethodDescriptorType,
+)
 # What a class holds as code, which others watch.
 _CODE = (type, types.FunctionType, types.BuiltinFunctionType, types.CodeType)
 #: What a guard of the kind says. One that says something else to us than to Dynamo is left to Dynamo.
@@ -252,6 +318,10 @@ _MEANT: dict[str, Callable[[Any, Any], bool]] = {
     "EMPTY_NN_MODULE_HOOKS_DICT": lambda value, about: isinstance(value, dict),
     "SEQUENCE_LENGTH": lambda value, about: hasattr(type(value), "__len__"),
 }
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value.isidentifier()
 
 
 def _is_plain(value: object) -> bool:
