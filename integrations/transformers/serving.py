@@ -171,9 +171,7 @@ class Serving:
 
     def _refuse_unserved(self, given: Mapping[str, object], settings: Settings) -> None:
         known = _KNOWN if given.get("cache") is None else _KNOWN_PAGED
-        strange = [
-            k for k, v in given.items() if k not in known and v is not None and v is not False
-        ]
+        strange = [name for name, v in given.items() if v is not None and name not in known]
         refuse_call(self.decoder, given, settings, strange)
 
     def _tokens(self, given: Mapping[str, object]) -> tuple[str, torch.Tensor]:
