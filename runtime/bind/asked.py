@@ -78,9 +78,27 @@ def _is_models(code: types.CodeType) -> bool:
     return not name.startswith(_PYTHONS) or "-packages" + os.sep in name
 
 
-def goes_on_without(code: Iterable[types.CodeType]) -> bool:
-    """Whether any of the code catches what a look-up that finds nothing raises: Dynamo guards no such look-up."""
-    return any(map(_catches, with_inner_code(code)))
+def tried_in(code: Iterable[types.CodeType]) -> frozenset[str]:
+    """The names that code asks for and goes on without, since it catches what a look-up that finds nothing raises; Dynamo guards no such look-up.
+
+    They are those of the code that catches, and of what it calls by name or by an operator.
+    """
+    every = list(with_inner_code(code))
+    tried = [each for each in every if _catches(each)]
+    names: set[str] = set()
+    while tried:
+        names.update(*(each.co_names for each in tried), *map(_texts, tried))
+        every = [each for each in every if each not in tried]
+        tried = [each for each in every if _is_called(each.co_name, names)]
+    return frozenset(names)
+
+
+def _is_called(name: str, names: set[str]) -> bool:
+    return name in names or (name.startswith("__") and name != "__call__")
+
+
+def _texts(code: types.CodeType) -> list[str]:
+    return [each for each in code.co_consts if isinstance(each, str)]
 
 
 def _catches(code: types.CodeType) -> bool:

@@ -232,7 +232,7 @@ class Fact:
     Attributes:
         place: where.
         kind: Dynamo's kind of guard; ``"requires_grad"`` or ``"tensor type"`` of a tensor, ``"answer"`` of a function of torch,
-            ``"keys"`` of a dictionary in any order, or which of some ``"names"`` lead somewhere in an object.
+            which of some ``"keys"`` a dictionary has, or which of some ``"names"`` lead somewhere in an object.
         about: the attribute or key that it asks for.
         expected: what was found.
         other: the place that must lead to the same object.
@@ -307,9 +307,10 @@ def _seen(kind: str, now: Any, about: Any) -> object:
         case "requires_grad":
             return getattr(now, "requires_grad", MISSING)
         case "keys":
-            return frozenset(now) if isinstance(now, dict) else frozenset()
+            held = now if isinstance(now, dict) else {}
+            return frozenset(key for key in held if type(key) is not str or key in about)
         case "names":
-            return frozenset(each for each in about if _leads(now, each))
+            return about & _names_of(now)
         case "answer":
             return ANSWERS[id(now)]() if id(now) in ANSWERS else MISSING
         case "CLOSURE_MATCH":
@@ -333,16 +334,12 @@ def _seen(kind: str, now: Any, about: Any) -> object:
     return _Identity(now) if kind in IDENTITY_KINDS else now
 
 
-def _leads(value: Any, name: str) -> bool:
-    """Whether an object, a class or a module has a name, without running anything of it."""
+def _names_of(value: Any) -> set[str]:
+    """What leads somewhere in an object, a class or a module, without running anything of it."""
     held = getattr(value, "__dict__", {})
-    if name in held or any(name in held[table] for table in _TABLES if table in held):
-        return True
     kind = value if isinstance(value, type) else type(value)
-    found = next((vars(each)[name] for each in kind.__mro__ if name in vars(each)), MISSING)
-    if type(found) is types.MemberDescriptorType and kind is not value:
-        return hasattr(value, name)
-    return found is not MISSING
+    tables = [held[table] for table in _TABLES if isinstance(held.get(table), dict)]
+    return set(held).union(*tables, *map(vars, kind.__mro__))
 
 
 def keys_of(value: dict[Any, Any]) -> list[object]:

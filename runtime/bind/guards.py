@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from piecework.code_objects import HEAP_TYPE, with_inner_code
+from piecework.code_objects import HEAP_TYPE
 from piecework.runtime import torch_compat
 from piecework.runtime.bind.asked import (
     ANSWERS,
-    goes_on_without,
     is_torchs,
     may_ask,
     names_in,
+    tried_in,
 )
 from piecework.runtime.bind.facts import (
     CALLS,
@@ -132,11 +132,7 @@ class _Sorter:
         self._read = frozenset() if torch_compat.GUARDS_CLASS_VALUES else names_in(code)
         self._types = "__class__" in names or bool(named & {id(torch.nn.Parameter), id(type)})
         self._noted: set[Place] = set()
-        self._tried: frozenset[str] | None = None
-        if goes_on_without(code):
-            own = [each for each in with_inner_code(code) if not is_torchs(each)]
-            names |= {name for each in own for name in each.co_names}
-            self._tried = frozenset(names.union(*(filter(_is_name, e.co_consts) for e in own)))
+        self._tried = tried_in(code)
         told = [each for each in guards if each.kind not in ELSEWHERE]
         for each in told:
             self._sort(each)
@@ -144,7 +140,7 @@ class _Sorter:
 
     def _sort(self, guard: Guarded) -> None:
         on_argument = any(map(is_argument, _places(guard)))
-        if self._is_emitted(guard) or _is_registry(guard):
+        if self._is_emitted(guard) or _on_growth(guard):
             return
         if guard.kind == "TENSOR_MATCH":
             self._tensor(guard, on_argument)
@@ -186,8 +182,8 @@ class _Sorter:
             return
         self._noted.add(place)
         self._methods_of(value, place, facts)
-        named = isinstance(value, (type, types.ModuleType))
-        if self._tried is not None and (named or type(value).__flags__ & HEAP_TYPE):
+        named = isinstance(value, type) or _is_complete(value)
+        if self._tried and (named or type(value).__flags__ & HEAP_TYPE):
             seen = expected("names", value, self._tried)
             facts.append(Fact(place, "names", self._tried, seen))
         if isinstance(value, type):
@@ -220,6 +216,8 @@ class _Sorter:
 
     def _keys_of(self, guards: Sequence[Guarded]) -> None:
         """Note the keys of dictionaries whose order counts, of which Dynamo says no more than the type, or which may have been asked in vain."""
+        texts = {each.value for each in guards if each.known and type(each.value) is str}
+        tried = self._tried.union(texts)
         told: dict[str, set[str]] = {}
         places: dict[str, Place] = {}
         for guard in guards:
@@ -234,16 +232,15 @@ class _Sorter:
             if not isinstance(value, dict) or base is None or place.key in _NOT_THEIRS:
                 continue
             owner = self._values.at(base)
-            if isinstance(owner, types.ModuleType) and owner.__name__.startswith("torch."):
+            of_torch = isinstance(owner, types.ModuleType) and owner.__name__.startswith("torch.")
+            if of_torch or _is_registry(value):
                 continue
-            kind = None
+            facts = self.bins.argument_facts if is_argument(place) else self.bins.facts
             if name in (self._ordered or ()) or told.get(name) == {"TYPE_MATCH"}:
-                kind = "DICT_KEYS_MATCH"
-            elif self._tried is not None:
-                kind = "keys" if all(map(is_value, value)) else "DICT_KEYS_MATCH"
-            if kind is not None:
-                facts = self.bins.argument_facts if is_argument(place) else self.bins.facts
-                facts.append(Fact(place, kind, None, expected(kind, value, None)))
+                seen = expected("DICT_KEYS_MATCH", value, None)
+                facts.append(Fact(place, "DICT_KEYS_MATCH", None, seen))
+            elif self._tried and all(map(is_value, value)):
+                facts.append(Fact(place, "keys", tried, expected("keys", value, tried)))
 
     def _values_of(self, kind: type, place: Place, facts: list[Fact]) -> None:
         """Note the plain values of a class that code may read of the class itself."""
@@ -320,8 +317,13 @@ _MEANT: dict[str, Callable[[Any, Any], bool]] = {
 }
 
 
-def _is_name(value: object) -> bool:
-    return isinstance(value, str) and value.isidentifier()
+def _is_complete(value: object) -> bool:
+    """Whether it is a module of Python to which nothing is added when it is asked for, or when a part of torch is imported."""
+    return (
+        type(value) is types.ModuleType
+        and "__getattr__" not in vars(value)
+        and value.__name__.partition(".")[0] != "torch"
+    )
 
 
 def _is_plain(value: object) -> bool:
@@ -337,15 +339,18 @@ def _fresh(value: object) -> bool:
     return isinstance(value, (types.MethodType, types.MappingProxyType))
 
 
-def _is_registry(guard: Guarded) -> bool:
-    """Whether it is pytree's table of classes, which grows and never changes."""
-    if not guard.known:
-        return False
-    # transformers notes the classes of each model that is built, in any order; what is noted of this one's is compared.
+def _is_registry(value: object) -> bool:
+    """Whether it is a table of classes that grows: pytree's, or transformers', which notes those of each model that is built, in any order."""
     capturing = sys.modules.get("transformers.utils.output_capturing")
-    noted = getattr(capturing, "_CAN_RECORD_REGISTRY", None)
-    grows = noted is not None and guard.value is noted and guard.kind == "SEQUENCE_LENGTH"
-    return grows or guard.value is pytree.SUPPORTED_NODES
+    noted = getattr(capturing, "_CAN_RECORD_REGISTRY", MISSING)
+    return value is noted or value is pytree.SUPPORTED_NODES
+
+
+def _on_growth(guard: Guarded) -> bool:
+    """Whether it is on a registry as a whole. What pytree's holds never changes; what is noted of this model's classes is compared."""
+    if not guard.known or not _is_registry(guard.value):
+        return False
+    return guard.kind == "SEQUENCE_LENGTH" or guard.value is pytree.SUPPORTED_NODES
 
 
 def _of_call(guard: Guarded) -> bool:
