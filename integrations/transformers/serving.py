@@ -177,14 +177,14 @@ class Serving:
             return False
         if attention_mask is None:
             return True
-        plain = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
-        return plain and bool(attention_mask.all())
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+            return False
+        # What lies behind the end of a mask is hidden.
+        return attention_mask.shape[1] > cache.get_seq_length() and bool(attention_mask.all())
 
     def _refuse_unserved(self, given: Mapping[str, object], settings: Settings) -> None:
         known = _KNOWN if given.get("cache") is None else _KNOWN_PAGED
-        strange = [
-            k for k, v in given.items() if k not in known and v is not None and v is not False
-        ]
+        strange = [name for name, v in given.items() if v is not None and name not in known]
         refuse_call(self.decoder, given, settings, strange)
 
     def _tokens(self, given: Mapping[str, object]) -> tuple[str, torch.Tensor]:

@@ -1,10 +1,12 @@
-"""What code may look up. In: the code that a trace went through. Out: whose code it is, and the names that it may ask an object for."""
+"""What code may look up. In: the code that a trace went through. Out: whose code it is, and the names that it may ask an object for; and what torch's own functions answer about the process."""
 
 from __future__ import annotations
 
+import dis
 import os
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -12,6 +14,35 @@ import torch
 from piecework.code_objects import with_inner_code
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
+
+_DEVICES = ("cpu", "cuda", "xpu", "mps")
+
+
+def _autocast_dtypes() -> tuple[torch.dtype, ...]:
+    return tuple(map(torch.get_autocast_dtype, _DEVICES))
+
+
+def _ranks() -> tuple[int, int] | None:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+_ANSWERED: dict[object, Callable[[], object]] = {
+    torch.are_deterministic_algorithms_enabled: torch.are_deterministic_algorithms_enabled,
+    torch.backends.cudnn.is_acceptable: lambda: torch.backends.cudnn.enabled,
+    torch._C._get_cublas_allow_tf32: torch._C._get_cublas_allow_tf32,
+    torch.get_autocast_dtype: _autocast_dtypes,
+    torch.get_autocast_gpu_dtype: _autocast_dtypes,
+    torch.is_autocast_cache_enabled: torch.is_autocast_cache_enabled,
+    **{
+        getattr(torch.distributed, name): _ranks
+        for name in ("is_initialized", "get_rank", "get_world_size")
+        if hasattr(torch.distributed, name)
+    },
+}
+#: By identity, functions of torch whose answer Dynamo takes for constant and nobody else compares → what they answer from.
+ANSWERS = {id(function): read for function, read in _ANSWERED.items()}
 
 
 def is_torchs(code: types.CodeType) -> bool:
@@ -47,6 +78,51 @@ def _is_models(code: types.CodeType) -> bool:
     return not name.startswith(_PYTHONS) or "-packages" + os.sep in name
 
 
+def tried_in(code: Iterable[types.CodeType]) -> frozenset[str]:
+    """The names that code asks for and goes on without, since it catches what a look-up that finds nothing raises; Dynamo guards no such look-up.
+
+    They are those of the code that catches, and of what it calls by name or by an operator.
+    """
+    every = list(with_inner_code(code))
+    tried = [each for each in every if _catches(each)]
+    names: set[str] = set()
+    while tried:
+        names.update(*(each.co_names for each in tried), *map(_texts, tried))
+        every = [each for each in every if each not in tried]
+        tried = [each for each in every if _is_called(each.co_name, names)]
+    return frozenset(names)
+
+
+def _is_called(name: str, names: set[str]) -> bool:
+    return name in names or (name.startswith("__") and name != "__call__")
+
+
+def _texts(code: types.CodeType) -> list[str]:
+    return [each for each in code.co_consts if isinstance(each, str)]
+
+
+def _catches(code: types.CodeType) -> bool:
+    if not code.co_exceptiontable or is_torchs(code) or code.co_filename.startswith(_OURS):
+        return False
+    steps = [each for each in dis.get_instructions(code) if each.opname != "CACHE"]
+    caught = [before for before, each in pairwise(steps) if each.opname == "CHECK_EXC_MATCH"]
+    if not _is_models(code):  # Python's own, which names what it catches
+        return any(each.argval in _FINDS_NOTHING for each in caught)
+    if any(each.opname != "LOAD_GLOBAL" or each.argval not in _OF_VALUES for each in caught):
+        return True
+    bare = any(a.opname == "PUSH_EXC_INFO" and b.opname == "POP_TOP" for a, b in pairwise(steps))
+    return bare or "suppress" in code.co_names
+
+
+_FINDS_NOTHING = frozenset(("KeyError", "AttributeError", "LookupError", "NameError"))
+# What values raise, lengths, types and imports, which are guarded.
+_OF_VALUES = frozenset(
+    (
+        *("AssertionError", "ImportError", "IndexError", "ModuleNotFoundError"),
+        *("NotImplementedError", "OverflowError", "RuntimeError", "StopIteration"),
+        *("TypeError", "ValueError", "ZeroDivisionError"),
+    )
+)
 _PYTHONS = os.path.dirname(os.__file__) + os.sep
 _OURS = str(Path(__file__).parents[1]) + os.sep
 _COMPUTES = frozenset(

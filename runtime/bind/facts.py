@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from piecework.runtime.bind.asked import ANSWERS
 from piecework.runtime.torch_compat import Place
 
 MISSING = object()
@@ -230,7 +231,8 @@ class Fact:
 
     Attributes:
         place: where.
-        kind: Dynamo's kind of guard, ``"requires_grad"`` or ``"tensor type"``.
+        kind: Dynamo's kind of guard; ``"requires_grad"`` or ``"tensor type"`` of a tensor, ``"answer"`` of a function of torch,
+            which of some ``"keys"`` a dictionary has, or which of some ``"names"`` lead somewhere in an object.
         about: the attribute or key that it asks for.
         expected: what was found.
         other: the place that must lead to the same object.
@@ -273,6 +275,12 @@ class Fact:
                 return f"{what}{path or 'model'} was a {was} {then} and is a {now_is} now"
             case "tensor type" | "requires_grad":
                 return f"{path} had {self.kind} {shown(self.expected)} {then} and has {shown(seen)} now, which its code looks at"
+            case "keys" | "names":
+                other = next(iter(seen ^ self.expected))  # type: ignore[operator]
+                was, is_now = ("" if other in each else "not " for each in (self.expected, seen))  # type: ignore[operator]
+                return f"{other!r} was {was}in {path or 'the model'} {then}, and is {is_now}now, and the code goes on without it"
+            case "answer":
+                return f"{path}, which the model's code asks, answered {shown(self.expected)} {then} and answers {shown(seen)} now"
             case "TENSOR_MATCH":
                 return f"tensor {path} was {shown(self.expected)} {then} and is {shown(seen)} now"
             case "SEQUENCE_LENGTH" | "EMPTY_NN_MODULE_HOOKS_DICT":
@@ -298,6 +306,13 @@ def _seen(kind: str, now: Any, about: Any) -> object:
             return type(now)
         case "requires_grad":
             return getattr(now, "requires_grad", MISSING)
+        case "keys":
+            held = now if isinstance(now, dict) else {}
+            return frozenset(key for key in held if type(key) is not str or key in about)
+        case "names":
+            return about & _names_of(now)
+        case "answer":
+            return ANSWERS[id(now)]() if id(now) in ANSWERS else MISSING
         case "CLOSURE_MATCH":
             return now.__code__ if type(now) is types.FunctionType else _Identity(now)
         case "SEQUENCE_LENGTH" | "EMPTY_NN_MODULE_HOOKS_DICT":
@@ -317,6 +332,14 @@ def _seen(kind: str, now: Any, about: Any) -> object:
             held = getattr(now, "__dict__", {})
             return about in held and not hasattr(held[about], MARK)
     return _Identity(now) if kind in IDENTITY_KINDS else now
+
+
+def _names_of(value: Any) -> set[str]:
+    """What leads somewhere in an object, a class or a module, without running anything of it."""
+    held = getattr(value, "__dict__", {})
+    kind = value if isinstance(value, type) else type(value)
+    tables = [held[table] for table in _TABLES if isinstance(held.get(table), dict)]
+    return set(held).union(*tables, *map(vars, kind.__mro__))
 
 
 def keys_of(value: dict[Any, Any]) -> list[object]:

@@ -10,6 +10,7 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,13 @@ from torch.utils import _pytree as pytree
 
 from piecework.code_objects import HEAP_TYPE
 from piecework.runtime import torch_compat
-from piecework.runtime.bind.asked import is_torchs, may_ask, names_in
+from piecework.runtime.bind.asked import (
+    ANSWERS,
+    is_torchs,
+    may_ask,
+    names_in,
+    tried_in,
+)
 from piecework.runtime.bind.facts import (
     CALLS,
     CONSTANT_KINDS,
@@ -125,13 +132,15 @@ class _Sorter:
         self._read = frozenset() if torch_compat.GUARDS_CLASS_VALUES else names_in(code)
         self._types = "__class__" in names or bool(named & {id(torch.nn.Parameter), id(type)})
         self._noted: set[Place] = set()
-        for each in guards:
-            if each.kind not in ELSEWHERE:
-                self._sort(each)
+        self._tried = tried_in(code)
+        told = [each for each in guards if each.kind not in ELSEWHERE]
+        for each in told:
+            self._sort(each)
+        self._keys_of(told)
 
     def _sort(self, guard: Guarded) -> None:
         on_argument = any(map(is_argument, _places(guard)))
-        if self._is_emitted(guard) or _is_registry(guard):
+        if self._is_emitted(guard) or _on_growth(guard):
             return
         if guard.kind == "TENSOR_MATCH":
             self._tensor(guard, on_argument)
@@ -142,6 +151,9 @@ class _Sorter:
         else:
             facts = self.bins.argument_facts if on_argument else self.bins.facts
             facts.append(fact)
+            if guard.known and id(guard.value) in ANSWERS:
+                seen = expected("answer", guard.value, None)
+                self.bins.facts.append(Fact(guard.place, "answer", None, seen))
             for each in guard.place.path():
                 self._attributes_of(each, facts)
 
@@ -166,15 +178,20 @@ class _Sorter:
         It does for classes that compute what their objects lack, and where code reads ``__dict__`` or ``vars()``.
         """
         value = self._values.at(place)
-        if place in self._noted or isinstance(value, (torch.Tensor, types.ModuleType)):
+        if place in self._noted or isinstance(value, torch.Tensor):
             return
         self._noted.add(place)
+        self._methods_of(value, place, facts)
+        named = isinstance(value, type) or _is_complete(value)
+        if self._tried and (named or type(value).__flags__ & HEAP_TYPE):
+            seen = expected("names", value, self._tried)
+            facts.append(Fact(place, "names", self._tried, seen))
         if isinstance(value, type):
             if not torch_compat.GUARDS_CLASS_VALUES:
                 self._values_of(value, place, facts)
             return
         own = getattr(value, "__dict__", None)
-        if type(own) is not dict or isinstance(value, (dict, list, set)):
+        if type(own) is not dict or isinstance(value, (dict, list, set, types.ModuleType)):
             return
         for name in self._asked - own.keys():
             facts.append(Fact(place, "NOT_PRESENT_IN_GENERIC_DICT", name, False))
@@ -183,6 +200,47 @@ class _Sorter:
             facts.append(
                 Fact(held, "DICT_KEYS_MATCH", None, expected("DICT_KEYS_MATCH", own, None))
             )
+
+    def _methods_of(self, value: object, place: Place, facts: list[Fact]) -> None:
+        """Note methods of built-in classes that an object or a container holds, such as ``torch.Tensor.relu``: Dynamo guards none."""
+        kind, held = "item", value
+        if isinstance(value, (list, tuple)):
+            held = dict(enumerate(value))
+        elif not isinstance(value, dict):
+            kind, held = "attribute", getattr(value, "__dict__", None)
+        for key, each in list(held.items()) if isinstance(held, dict) else ():
+            if isinstance(each.func if type(each) is partial else each, _METHODS):
+                name = f"{place.name}[{key!r}]" if kind == "item" else f"{place.name}.{key}"
+                seen = expected("ID_MATCH", each, None)
+                facts.append(Fact(Place(place, kind, key, name), "ID_MATCH", None, seen))
+
+    def _keys_of(self, guards: Sequence[Guarded]) -> None:
+        """Note the keys of dictionaries whose order counts, of which Dynamo says no more than the type, or which may have been asked in vain."""
+        texts = {each.value for each in guards if each.known and type(each.value) is str}
+        tried = self._tried.union(texts)
+        told: dict[str, set[str]] = {}
+        places: dict[str, Place] = {}
+        for guard in guards:
+            for place in _places(guard):
+                told.setdefault(place.name, set()).add(guard.kind)
+                for each in place.path():
+                    places.setdefault(each.name, each)
+                    if each.base is not None:
+                        told.setdefault(each.base.name, set()).add("content")
+        for name, place in places.items():
+            value, base = self._values.at(place), place.base
+            if not isinstance(value, dict) or base is None or place.key in _NOT_THEIRS:
+                continue
+            owner = self._values.at(base)
+            of_torch = isinstance(owner, types.ModuleType) and owner.__name__.startswith("torch.")
+            if of_torch or _is_registry(value):
+                continue
+            facts = self.bins.argument_facts if is_argument(place) else self.bins.facts
+            if name in (self._ordered or ()) or told.get(name) == {"TYPE_MATCH"}:
+                seen = expected("DICT_KEYS_MATCH", value, None)
+                facts.append(Fact(place, "DICT_KEYS_MATCH", None, seen))
+            elif self._tried and all(map(is_value, value)):
+                facts.append(Fact(place, "keys", tried, expected("keys", value, tried)))
 
     def _values_of(self, kind: type, place: Place, facts: list[Fact]) -> None:
         """Note the plain values of a class that code may read of the class itself."""
@@ -235,6 +293,14 @@ class _Sorter:
         return Fact(guard.place, kind, about, expected(kind, value, about), other, _of_call(guard))
 
 
+# Dictionaries of modules that have facts of their own, or that watching a module watches.
+_NOT_THEIRS = (*CALLS, "_parameters", "_buffers", "_modules", "__dict__")
+_METHODS = (
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+    types.MethodWrapperType,
+    types.ClassMethodDescriptorType,
+)
 # What a class holds as code, which others watch.
 _CODE = (type, types.FunctionType, types.BuiltinFunctionType, types.CodeType)
 #: What a guard of the kind says. One that says something else to us than to Dynamo is left to Dynamo.
@@ -251,6 +317,15 @@ _MEANT: dict[str, Callable[[Any, Any], bool]] = {
 }
 
 
+def _is_complete(value: object) -> bool:
+    """Whether it is a module of Python to which nothing is added when it is asked for, or when a part of torch is imported."""
+    return (
+        type(value) is types.ModuleType
+        and "__getattr__" not in vars(value)
+        and value.__name__.partition(".")[0] != "torch"
+    )
+
+
 def _is_plain(value: object) -> bool:
     return is_value(value) and not isinstance(value, _CODE)
 
@@ -264,15 +339,18 @@ def _fresh(value: object) -> bool:
     return isinstance(value, (types.MethodType, types.MappingProxyType))
 
 
-def _is_registry(guard: Guarded) -> bool:
-    """Whether it is pytree's table of classes, which grows and never changes."""
-    if not guard.known:
-        return False
-    # transformers notes the classes of each model that is built, in any order; what is noted of this one's is compared.
+def _is_registry(value: object) -> bool:
+    """Whether it is a table of classes that grows: pytree's, or transformers', which notes those of each model that is built, in any order."""
     capturing = sys.modules.get("transformers.utils.output_capturing")
-    noted = getattr(capturing, "_CAN_RECORD_REGISTRY", None)
-    grows = noted is not None and guard.value is noted and guard.kind == "SEQUENCE_LENGTH"
-    return grows or guard.value is pytree.SUPPORTED_NODES
+    noted = getattr(capturing, "_CAN_RECORD_REGISTRY", MISSING)
+    return value is noted or value is pytree.SUPPORTED_NODES
+
+
+def _on_growth(guard: Guarded) -> bool:
+    """Whether it is on a registry as a whole. What pytree's holds never changes; what is noted of this model's classes is compared."""
+    if not guard.known or not _is_registry(guard.value):
+        return False
+    return guard.kind == "SEQUENCE_LENGTH" or guard.value is pytree.SUPPORTED_NODES
 
 
 def _of_call(guard: Guarded) -> bool:

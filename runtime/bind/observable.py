@@ -6,7 +6,6 @@ of objects. What cannot change needs nothing; for everything else the fact itsel
 
 from __future__ import annotations
 
-import functools
 import types
 from collections import deque
 from collections.abc import Iterable
@@ -50,7 +49,6 @@ _FIXED = (
     property,
     staticmethod,
     classmethod,
-    functools.partial,
 )
 
 
@@ -115,7 +113,10 @@ class Touch:
     def _attribute(self, base: object, name: str, place: Place) -> bool:
         if isinstance(base, types.ModuleType):
             self._add(base.__dict__, name, place)
-            return name in base.__dict__ or "__getattr__" not in base.__dict__
+            # Modules of torch's settings are of classes of their own, with properties that ask its C++.
+            return name in base.__dict__ or (
+                type(base) is types.ModuleType and "__getattr__" not in base.__dict__
+            )
         if isinstance(base, type):
             if not any(name in each.__dict__ for each in base.__mro__):
                 self._add(base, name, place, "attribute")
@@ -159,6 +160,24 @@ class Touch:
             return True
         return name in held or found is not None or not hasattr(kind, "__getattr__")
 
+    def _names(self, value: object, names: Iterable[str], place: Place) -> bool:
+        """Watch which of ``names`` lead somewhere in an object, a class or a module."""
+        held = getattr(value, "__dict__", None)
+        if isinstance(value, types.ModuleType):
+            for name in names:
+                self._add(held, name, place)
+            return True
+        if isinstance(value, type):
+            return self._class(value)
+        if type(held) is not dict:
+            return False
+        tables = [held[table] for table in _TABLES if isinstance(value, torch.nn.Module)]
+        for each in (held, *tables):
+            self._add(each, None, place, "keys")
+        if not tables:
+            self._add(value, "__dict__", place, "attribute")
+        return self._class_of(value, place)
+
     def _own_attribute(self, base: object, name: str, place: Place) -> bool:
         """Watch whether an object has an attribute of its own, whatever its class says."""
         held = getattr(base, "__dict__", None)
@@ -175,7 +194,9 @@ class Touch:
             return True
         if isinstance(base, (list, deque)):
             return self._contents(base, place)
-        return isinstance(base, (tuple, str, range, types.MappingProxyType))
+        # Behind a proxy may be any dictionary; that of a class is watched with the class.
+        of_class = isinstance(base, types.MappingProxyType) and place.base.kind == "class dict"  # type: ignore[union-attr]
+        return of_class or isinstance(base, (tuple, str, range))
 
     # --- what is guarded there --------------------------------------------------------------------------
 
@@ -197,7 +218,7 @@ class Touch:
                 return True
             case "SEQUENCE_LENGTH":
                 return isinstance(value, tuple) or self._contents(value, place)
-            case "DICT_KEYS_MATCH" | "EMPTY_NN_MODULE_HOOKS_DICT":
+            case "DICT_KEYS_MATCH" | "EMPTY_NN_MODULE_HOOKS_DICT" | "keys":
                 return self._keys(value, place)
             case "DICT_CONTAINS" | "DICT_NOT_CONTAINS":
                 return self._item(value, fact.about, place)
@@ -207,6 +228,8 @@ class Touch:
                 return self._attribute(value, str(fact.about), place)
             case "NOT_PRESENT_IN_GENERIC_DICT":
                 return self._own_attribute(value, str(fact.about), place)
+            case "names":
+                return self._names(value, fact.about, place)  # type: ignore[arg-type]
             case "requires_grad":
                 self._add(value, "requires_grad", place, "attribute")
                 return True

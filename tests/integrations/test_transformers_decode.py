@@ -240,6 +240,13 @@ def test_masks_of_every_form_hold_for_one_token(pair: Pair) -> None:
     caches.steps(1, attention_mask=(torch.rand(3, 1, 1, 10) < 0.7) | (torch.arange(10) > 8))
 
 
+@pytest.mark.parametrize("length", [1, 3, 6])
+def test_a_mask_of_ones_hides_what_lies_behind_its_end(pair: Pair, length: int) -> None:
+    pair.caches(transformers.DynamicCache).steps(
+        1, attention_mask=torch.ones(3, length, dtype=torch.long)
+    )
+
+
 @pytest.mark.sample(3)
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 @pytest.mark.parametrize(

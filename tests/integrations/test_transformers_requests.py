@@ -247,6 +247,7 @@ def test_unstitch_restores_the_model() -> None:
         ({"output_hidden_states": True}, "output_hidden_states"),
         ({"output_attentions": True}, "output_attentions"),
         ({"token_type_ids": torch.zeros(2, 9, dtype=torch.long)}, "token_type_ids"),
+        ({"is_causal": False}, "is_causal"),
         ({"position_ids": torch.zeros(3, 2, 9, dtype=torch.long)}, "position_ids"),
         ({"past_key_values": ((torch.zeros(1), torch.zeros(1)),)}, "past_key_values"),
         ({"inputs_embeds": torch.zeros(2, 9, 32)}, "exactly one"),

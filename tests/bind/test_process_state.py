@@ -1,0 +1,70 @@
+"""Models whose code asks torch about the process: the stitched model gives what the model gives, or refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from models import EAGER
+
+import piecework
+from piecework.errors import InputError
+
+READ: dict[str, Callable[[], object]] = {
+    "deterministic": lambda: torch.are_deterministic_algorithms_enabled(),
+    "filled": lambda: torch.utils.deterministic.fill_uninitialized_memory,
+    "benchmark": lambda: torch.backends.cudnn.benchmark,
+    "mkldnn": lambda: torch.backends.mkldnn.enabled,
+    "tf32": lambda: torch.backends.cuda.matmul.allow_tf32,
+    "autocast dtype": lambda: torch.get_autocast_dtype("cpu") == torch.float16,
+    "autocast cache": lambda: torch.is_autocast_cache_enabled(),
+}
+WRITE: dict[str, Callable[[bool], object]] = {
+    "deterministic": torch.use_deterministic_algorithms,
+    "filled": lambda on: setattr(torch.utils.deterministic, "fill_uninitialized_memory", on),
+    "benchmark": lambda on: setattr(torch.backends.cudnn, "benchmark", on),
+    "mkldnn": lambda on: setattr(torch.backends.mkldnn, "enabled", on),
+    "tf32": lambda on: setattr(torch.backends.cuda.matmul, "allow_tf32", on),
+    "autocast dtype": lambda on: torch.set_autocast_dtype(
+        "cpu", torch.float16 if on else torch.bfloat16
+    ),
+    "autocast cache": torch.set_autocast_cache_enabled,
+}
+
+
+class Asking(torch.nn.Module):
+    """Adds one where the process is set so."""
+
+    def __init__(self, read: Callable[[], object]) -> None:
+        super().__init__()
+        self.read = read
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if self.read() else x - 1
+
+
+@pytest.fixture(params=sorted(READ))
+def setting(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = bool(READ[request.param]())
+    yield request.param
+    WRITE[request.param](before)
+
+
+def test_a_setting_of_torch_that_the_code_asks_for_is_watched(setting: str) -> None:
+    model, x = Asking(READ[setting]).eval(), torch.randn(3)
+    was = bool(READ[setting]())
+    stitched = piecework.compile(model, (x,), config=EAGER)
+    WRITE[setting](not was)
+    assert bool(READ[setting]()) is not was
+    with pytest.raises(InputError, match="when the model was traced"):
+        stitched(x)
+    WRITE[setting](was)
+    assert torch.equal(stitched(x), model(x))
+
+
+def test_a_setting_that_nobody_asks_for_may_change(setting: str) -> None:
+    model, x = torch.nn.Linear(3, 3).eval(), torch.randn(2, 3)
+    stitched = piecework.compile(model, (x,), config=EAGER)
+    WRITE[setting](not READ[setting]())
+    assert torch.equal(stitched(x), model(x))

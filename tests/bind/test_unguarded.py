@@ -1,0 +1,200 @@
+"""What Dynamo leaves without a guard: look-ups that found nothing, the order of dictionaries, proxies, methods of built-in classes, partial functions that change."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import math
+import types
+
+import pytest
+import torch
+from models import EAGER
+from torch import nn
+
+import piecework
+from piecework.errors import InputError
+
+
+class Options:
+    pass
+
+
+class Model(nn.Module):
+    """``formula`` of the module and of an input."""
+
+    def __init__(self, **state: object) -> None:
+        super().__init__()
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.formula(x)
+
+
+class OfKey(Model):
+    def formula(self, x):
+        try:
+            return x * self.held["rate"]
+        except KeyError:
+            return x * 7
+
+
+class OfAttribute(Model):
+    def formula(self, x):
+        try:
+            return x * self.held.rate
+        except AttributeError:
+            return x * 7
+
+
+class OfAnything(Model):
+    def formula(self, x):
+        try:
+            return x * self.held.rate
+        except:  # noqa: E722
+            return x * 7
+
+
+class Deeper(Model):
+    def rate(self):
+        return self.held.rate
+
+    def formula(self, x):
+        rate = 7
+        with contextlib.suppress(AttributeError):
+            rate = self.rate()
+        return x * rate
+
+
+class OfModule(Model):
+    def formula(self, x):
+        try:
+            return self.held["rate"](x)
+        except KeyError:
+            return x * 7
+
+
+class Chained(Model):
+    def formula(self, x):
+        return x * self.held["rate"]
+
+
+class FirstKey(Model):
+    def formula(self, x):
+        return x * (2 if [*self.held] == ["a", "b"] else 3)
+
+
+class FirstOfList(Model):
+    def formula(self, x):
+        return x * (2 if list(self.held) == ["a", "b"] else 3)
+
+
+class OrderedSum(Model):
+    def formula(self, x):
+        return functools.reduce(lambda y, key: y * 2 + self.held[key], self.held, x)
+
+
+class Method(Model):
+    def formula(self, x):
+        return self.held(x)
+
+
+class MethodOf(Model):
+    def formula(self, x):
+        return self.held["act"](x)
+
+
+def _turn(held: dict[str, object]) -> None:
+    held["a"] = held.pop("a")
+
+
+RELU, TANH = torch.Tensor.relu, torch.Tensor.tanh
+BEHIND = {"rate": 2.0}
+CASES = {
+    "key": (OfKey, {}, lambda m: m.held.update(rate=3.0)),
+    "key of an ordered one": (
+        OfKey,
+        collections.OrderedDict(),
+        lambda m: m.held.update(rate=3.0),
+    ),
+    "attribute": (OfAttribute, Options(), lambda m: setattr(m.held, "rate", 3.0)),
+    "attribute of a class": (OfAttribute, Options, lambda m: setattr(m.held, "rate", 3.0)),
+    "name of a module": (OfAttribute, math, lambda m: setattr(math, "rate", 3.0)),
+    "anything": (OfAnything, Options(), lambda m: setattr(m.held, "rate", 3.0)),
+    "deeper": (Deeper, Options(), lambda m: setattr(m.held, "rate", 3.0)),
+    "module": (OfModule, nn.ModuleDict(), lambda m: m.held.update({"rate": nn.ReLU()})),
+    "chain": (
+        Chained,
+        collections.ChainMap({}, {"rate": 2.0}),
+        lambda m: m.held.update(rate=3.0),
+    ),
+    "first key": (FirstKey, {"a": 1.0, "b": 2.0}, lambda m: _turn(m.held)),
+    "first of list": (FirstOfList, {"a": 1.0, "b": 2.0}, lambda m: _turn(m.held)),
+    "ordered sum": (OrderedSum, {"a": 1.0, "b": 2.0}, lambda m: _turn(m.held)),
+    "proxy": (Chained, types.MappingProxyType(BEHIND), lambda m: BEHIND.update(rate=3.0)),
+    "method": (Method, RELU, lambda m: setattr(m, "held", TANH)),
+    "method in a dictionary": (MethodOf, {"act": RELU}, lambda m: m.held.update(act=TANH)),
+    "partial method": (
+        Method,
+        functools.partial(torch.Tensor.mul, other=2),
+        lambda m: setattr(m, "held", functools.partial(torch.Tensor.add, other=2)),
+    ),
+    "partial": (
+        Method,
+        functools.partial(torch.mul, other=2),
+        lambda m: m.held.__setstate__((torch.mul, (), {"other": 3}, None)),
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def _restored():
+    yield
+    BEHIND["rate"] = 2.0
+    for each in (math, Options):
+        if hasattr(each, "rate"):
+            del each.rate
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_what_dynamo_does_not_guard_is_watched(name: str) -> None:
+    kind, held, change = CASES[name]
+    model, x = kind(held=held).eval(), torch.tensor([-1.5, 0.5, 2.0])
+    stitched = piecework.compile(model, (x,), config=EAGER)
+    before = model(x)
+    assert torch.equal(stitched(x), before)
+    change(model)
+    assert not torch.equal(model(x), before)
+    for _ in range(2):
+        with pytest.raises(InputError, match="traced"):
+            stitched(x)
+
+
+class Looked(Model):
+    def formula(self, x):
+        return x * self.held["a"]
+
+
+def test_a_key_that_nobody_asks_for_may_come() -> None:
+    model, x = Looked(held={"a": 2.0, "b": 3.0}), torch.randn(3)
+    stitched = piecework.compile(model, (x,), config=EAGER)
+    _turn(model.held)
+    model.held["c"] = 5.0
+    assert torch.equal(stitched(x), model(x))
+
+
+class Parsed(Model):
+    def formula(self, x):
+        try:
+            return x * int(self.held["a"])
+        except ValueError:
+            return x
+
+
+def test_code_that_catches_what_values_raise_asks_for_no_key_in_vain() -> None:
+    model, x = Parsed(held={"a": "x"}), torch.randn(3)
+    stitched = piecework.compile(model, (x,), config=EAGER)
+    model.held["c"] = "5"
+    assert torch.equal(stitched(x), model(x))
