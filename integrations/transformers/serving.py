@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -29,6 +30,7 @@ from piecework.integrations.transformers.rope import ChangingRope
 from piecework.integrations.transformers.rows import CacheRows
 from piecework.integrations.transformers.settings import RECORDED, ConfigReader, Settings
 from piecework.integrations.transformers.static_decode import StaticDecode, StaticStep
+from piecework.integrations.transformers.static_mask import StaticMasks
 from piecework.integrations.transformers.step import DecodeStep, masks_by_type
 
 Run = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -76,6 +78,7 @@ class Serving:
         settings: what its config says.
         rows: where the rows of the caches lie that it has served.
         static: the memory of decode steps that are captured whole; None where none are.
+        static_masks: makes the masks of static caches.
     """
 
     decoder: nn.Module
@@ -90,6 +93,7 @@ class Serving:
     settings: ConfigReader
     rows: CacheRows = field(default_factory=CacheRows)
     static: StaticDecode | None = None
+    static_masks: StaticMasks = field(default_factory=StaticMasks)
 
     def serve(self, given: Mapping[str, object], run: Run) -> object:
         """Run one forward.
@@ -147,9 +151,14 @@ class Serving:
         else:
             # Before the forward: their sizes depend on the cache as it is before these tokens enter it.
             packing = asked if self.masks_see_positions else None
-            masks = make_masks(
-                self.create_masks, self.decoder, tokens, attention_mask, cache, packing
+            make = partial(
+                *(make_masks, self.create_masks, self.decoder, tokens),
+                *(attention_mask, cache, packing),
             )
+            if by_step and settings.sees_all and self.create_masks in _CAUSAL:
+                masks = self.static_masks.mask(cache, attention_mask, batch, settings, make)
+            else:
+                masks = make()
         step: DecodeStep | StaticStep | None = None
         if by_step and cache is not None:
             kinds = {layer.layer_type for layer in self.layers.values()}

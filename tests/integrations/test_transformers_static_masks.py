@@ -1,0 +1,112 @@
+"""Masks of decode steps over static caches: those that transformers makes, whatever a caller says of the tokens."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from piecework.integrations.transformers.static_mask import StaticMasks
+
+transformers = pytest.importorskip("transformers")
+
+CONFIG = transformers.LlamaConfig(
+    num_hidden_layers=2, num_attention_heads=2, hidden_size=8, attn_implementation="sdpa"
+)
+BATCH = 3
+
+
+def cache_of(length: int, past: int, config: object = CONFIG) -> transformers.StaticCache:
+    cache = transformers.StaticCache(config=config, max_cache_len=length)
+    rows = torch.randn(BATCH, 2, past, 4)
+    for index in range(2):
+        cache.update(rows, rows, index)
+    return cache
+
+
+def own_mask(cache: object, attention_mask: object) -> torch.Tensor:
+    from transformers.masking_utils import create_causal_mask
+
+    return create_causal_mask(
+        config=CONFIG,
+        inputs_embeds=torch.empty(BATCH, 1, 0),
+        attention_mask=attention_mask,
+        past_key_values=cache,
+    )
+
+
+def never() -> torch.Tensor:
+    raise AssertionError("it was made by transformers")
+
+
+def said_of(tokens: int, form: str) -> torch.Tensor | None:
+    """What a caller may say of so many tokens."""
+    if form == "nothing":
+        return None
+    mask = torch.ones(BATCH, tokens, dtype=torch.long)
+    if form == "left padding":
+        mask[0, : tokens - 1] = mask[1, :1] = 0
+    elif form == "holes":
+        mask = torch.randint(0, 2, (BATCH, tokens), generator=torch.Generator().manual_seed(tokens))
+    elif form == "floats":
+        mask = mask.float() * 0.5
+    elif form == "one sequence hidden":
+        mask[2] = 0
+    return mask
+
+
+FORMS = ("nothing", "ones", "left padding", "holes", "floats", "one sequence hidden")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_as_transformers_makes_them(form: str) -> None:
+    masks = StaticMasks()
+    first = cache_of(7, 2)
+    asked = said_of(3, form)
+    masks.mask(first, asked, BATCH, "kind", lambda: own_mask(first, asked))
+    for length, past in itertools.product((5, 9, 12), (1, 3, 4)):
+        cache = cache_of(length, past)
+        for told in {
+            1,
+            past,
+            past + 1,
+            min(past + 3, length),
+        }:  # too short ones and longer ones too
+            asked = said_of(told, form)
+            got = masks.mask(cache, asked, BATCH, "kind", never)
+            assert torch.equal(got, own_mask(cache, asked)), (length, past, told)
+
+
+def test_where_they_differ_transformers_own_is_taken() -> None:
+    masks, cache = StaticMasks(), cache_of(6, 2)
+    other = torch.zeros(BATCH, 1, 1, 6, dtype=torch.bool)
+    for _ in range(3):
+        assert masks.mask(cache, None, BATCH, "kind", lambda: other) is other
+    mine = masks.mask(cache, None, BATCH, "another", lambda: own_mask(cache, None))
+    assert torch.equal(mine, own_mask(cache, None))
+    assert torch.equal(masks.mask(cache, None, BATCH, "another", never), mine)
+
+
+@pytest.mark.parametrize("case", ["growing", "empty", "windows", "4D", "longer", "other rows"])
+def test_what_is_of_another_form_is_left_to_transformers(case: str) -> None:
+    masks, cache, asked = StaticMasks(), cache_of(6, 2), None
+    if case == "growing":
+        cache = transformers.DynamicCache()
+    elif case == "empty":
+        cache = transformers.StaticCache(config=CONFIG, max_cache_len=6)
+    elif case == "windows":
+        windows = transformers.MistralConfig(
+            num_hidden_layers=2, num_attention_heads=2, hidden_size=8, sliding_window=3
+        )
+        cache = transformers.StaticCache(config=windows, max_cache_len=6)
+    elif case == "4D":
+        asked = torch.zeros(BATCH, 1, 1, 6)
+    elif case == "longer":
+        asked = torch.ones(BATCH, 7)
+    else:
+        asked = torch.ones(1, 3)
+    mark = object()
+    assert masks.mask(cache, asked, BATCH, "kind", lambda: mark) is mark  # type: ignore[arg-type,return-value]
+    masks.mask(cache_of(6, 2), None, BATCH, "kind", lambda: own_mask(cache_of(6, 2), None))
+    assert masks.mask(cache, asked, BATCH, "kind", lambda: mark) is mark  # type: ignore[arg-type,return-value]
