@@ -145,9 +145,16 @@ def _value(part, leaves):  # type: ignore[no-untyped-def]
     return what[0]
 
 
-def held_by(cache: Cache) -> list[dict[str, object]]:
-    """What each layer of ``cache`` holds; traced by Dynamo, behind the model's forward."""
-    return [dict(vars(layer)) for layer in cache.layers]
+def held_by(cache: Cache, names: Sequence[str]) -> list[dict[str, object]]:
+    """What each layer of ``cache`` holds; traced by Dynamo, behind the model's forward.
+
+    Args:
+        names: all attributes that layers may have; Dynamo of torch 2.11 can't list those of an object.
+    """
+    return [
+        {name: getattr(layer, name) for name in names if hasattr(layer, name)}
+        for layer in cache.layers
+    ]
 
 
 def put_back(cache: Cache, taken: TakenApart, held: Sequence[Mapping[str, object]]) -> None:

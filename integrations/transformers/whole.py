@@ -65,6 +65,7 @@ class WholeForward(nn.Module):
         forward: its original forward, bound.
         kind: of the calls.
         cache_name: the argument that a cache comes as.
+        held: the attributes that its layers have afterwards.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class WholeForward(nn.Module):
         forward: Callable[..., object],
         kind: CallKind,
         cache_name: str | None,
+        held: Sequence[str],
     ) -> None:
         super().__init__()
         self.model = decoder
@@ -83,6 +85,7 @@ class WholeForward(nn.Module):
         self._flags = dict(kind.flags)
         self._form = kind.cache
         self._cache_name = cache_name
+        self._held = tuple(held)
 
     def forward(
         self, given: dict[str, torch.Tensor], leaves: Sequence[torch.Tensor]
@@ -104,7 +107,7 @@ class WholeForward(nn.Module):
                 returned = True
             else:
                 fields[name] = value
-        return fields, returned, [] if cache is None else held_by(cache)
+        return fields, returned, [] if cache is None else held_by(cache, self._held)
 
 
 class CallDimensions(AllDimensions):
@@ -129,13 +132,14 @@ def wholly(
     forward: Callable[..., object],
     kind: CallKind,
     cache_name: str | None,
+    held: Sequence[str],
     config: CompilationConfig | None,
 ) -> StitchedModule:
     """The decoder's forward for calls of ``kind``, to be captured and stitched at its first call."""
     # The class's name labels the model in the emitted banner and in the report.
     named = type(type(decoder).__name__, (WholeForward,), {})
     return compile_with_mode(
-        named(decoder, forward, kind, cache_name),
+        named(decoder, forward, kind, cache_name, held),
         config=config,
         sizes=CallDimensions(),
         around=_in_place,

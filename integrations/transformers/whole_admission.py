@@ -64,7 +64,8 @@ def admit_whole(
 
 def _require_same_uncompiled(way: WholeWay, given: Given) -> None:
     kind = way.kind_of(given)
-    run = WholeForward(way.decoder, way.forward, kind, way.habits.cache_name)
+    held = way.held_after(given)
+    run = WholeForward(way.decoder, way.forward, kind, way.habits.cache_name, held)
     way.require_same(run, given, compiled=False)
 
 

@@ -239,10 +239,21 @@ class WholeWay:
         Raises:
             CaptureError: it can't be captured, or gives another result; the other errors of ``piecework.compile``.
         """
-        stitched = wholly(self.decoder, self.forward, kind, self.habits.cache_name, self._config)
+        name, held = self.habits.cache_name, self.held_after(given)
+        stitched = wholly(self.decoder, self.forward, kind, name, held, self._config)
         self.require_same(stitched, given, compiled=True)
         self._kinds[kind] = stitched
         return stitched
+
+    def held_after(self, given: Mapping[str, object]) -> tuple[str, ...]:
+        """The attributes that the layers of a cache have after the model's own forward. ``given`` is left as it is."""
+        name = self.habits.cache_name
+        own = {key: copy.deepcopy(v) if key == name else v for key, v in given.items()}
+        with torch.no_grad():
+            output = self.forward(**{**own, "return_dict": True})
+        cache = own.get(name) or output.get(name) if name is not None else None  # type: ignore[attr-defined]
+        layers = getattr(cache, "layers", ())
+        return tuple(sorted({each for layer in layers for each in vars(layer)}))
 
     def require_same(self, run: Run, given: Mapping[str, object], *, compiled: bool) -> None:
         """Raise `CaptureError` where ``run`` gives another result, or leaves another cache, than the model's own forward. ``given`` is left as it is."""
