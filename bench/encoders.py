@@ -17,7 +17,7 @@ from pathlib import Path
 
 from piecework.bench.lists.catalogue import rows_of
 from piecework.bench.lists.families import is_encoder_family
-from piecework.bench.lists.isolated import RowResult, Task, quiet_libraries, run_rows, run_together
+from piecework.bench.lists.isolated import RowResult, Task, run_rows, run_together
 from piecework.bench.lists.kept import keep_results, kept_results
 from piecework.bench.lists.page import cell
 from piecework.bench.lists.trial import Options
@@ -121,8 +121,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kept = kept_results(chosen.out, FILE, tasks, ended=not chosen.as_found)
     found = list(kept.values())
     left = [] if chosen.as_found else [each for each in tasks if each not in kept]
-    if chosen.together:
-        quiet_libraries()
     results = (
         run_together(left)
         if chosen.together

@@ -20,7 +20,6 @@ from piecework.bench.lists.catalogue import LISTS, rows_of
 from piecework.bench.lists.isolated import (
     RowResult,
     Task,
-    quiet_libraries,
     run_rows,
     run_together,
 )
@@ -61,7 +60,6 @@ def _part(text: str) -> tuple[int, int]:
 
 def _results(tasks: Sequence[Task], chosen: argparse.Namespace) -> Iterator[RowResult]:
     if chosen.together:
-        quiet_libraries()
         return run_together(tasks)
     return run_rows(tasks, jobs=chosen.jobs, limit=chosen.limit)
 

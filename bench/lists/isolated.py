@@ -5,10 +5,12 @@ Each row has a process of its own with a time limit: a crash, a hang or a state 
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -148,7 +150,8 @@ def run_together(tasks: Sequence[Task]) -> Iterator[RowResult]:
         start = time.monotonic()
         result = RowResult(task.source, task.name, task.kind)
         try:
-            result.outcomes = list(_outcomes(task, lambda _: None))
+            with quiet_libraries():
+                result.outcomes = list(_outcomes(task, lambda _: None))
         except _NotBuilt as error:
             result.problem = str(error)
         result.seconds = time.monotonic() - start
@@ -192,21 +195,25 @@ def _work(task: Task, sender: Connection) -> None:
     """Run one row; tells the other side what it does, each outcome, and the end."""
     import torch
 
-    quiet_libraries()
     torch.set_num_threads(1)
     try:
-        for outcome in _outcomes(task, lambda doing: sender.send(("doing", doing))):
-            sender.send(outcome)
+        with quiet_libraries():
+            for outcome in _outcomes(task, lambda doing: sender.send(("doing", doing))):
+                sender.send(outcome)
     except _NotBuilt as error:
         sender.send(("problem", str(error)))
         return
     sender.send("complete")
 
 
-def quiet_libraries() -> None:
-    """Keep warnings and logs of compilers and libraries out of the report, for the rest of the process."""
-    import logging
-    import warnings
-
-    warnings.simplefilter("ignore")
-    logging.disable(logging.CRITICAL)
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep warnings and logs of compilers and libraries out of the report, for the block."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(before)
