@@ -202,6 +202,7 @@ class StaticStep:
         length: int,
         device: torch.device,
     ) -> None:
+        self._largest = largest
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
         for each in shapes:
@@ -232,6 +233,11 @@ class StaticStep:
     ) -> None:
         """As `DecodeStep.attend`, for as many sequences as there are rows; nothing is stored in a dry run."""
         rows = query.shape[2]
+        if rows > self._largest:  # padding of captured pieces
+            rows = self._largest
+            out[:, rows:].zero_()
+            query, key, value = (each[:, :, :rows] for each in (query, key, value))
+            out = out[:, :rows]
         keys, values = self._keys[layer_idx][:rows], self._values[layer_idx][:rows]
         if not get_forward_context().dry:
             index = self._counts[layer_idx]
