@@ -20,11 +20,19 @@ READ: dict[str, Callable[[], object]] = {
     "autocast dtype": lambda: torch.get_autocast_dtype("cpu") == torch.float16,
     "autocast cache": lambda: torch.is_autocast_cache_enabled(),
 }
+
+
+def set_backend(backend: object, name: str, on: bool) -> None:
+    """Set one of torch's flags, also where torch's own test lists were imported, which forbid it."""
+    with getattr(torch.backends, "__allow_nonbracketed_mutation")():
+        setattr(backend, name, on)
+
+
 WRITE: dict[str, Callable[[bool], object]] = {
     "deterministic": torch.use_deterministic_algorithms,
     "filled": lambda on: setattr(torch.utils.deterministic, "fill_uninitialized_memory", on),
-    "benchmark": lambda on: setattr(torch.backends.cudnn, "benchmark", on),
-    "mkldnn": lambda on: setattr(torch.backends.mkldnn, "enabled", on),
+    "benchmark": lambda on: set_backend(torch.backends.cudnn, "benchmark", on),
+    "mkldnn": lambda on: set_backend(torch.backends.mkldnn, "enabled", on),
     "tf32": lambda on: setattr(torch.backends.cuda.matmul, "allow_tf32", on),
     "autocast dtype": lambda on: torch.set_autocast_dtype(
         "cpu", torch.float16 if on else torch.bfloat16
