@@ -110,8 +110,13 @@ class Request:
 
 @pytest.mark.parametrize(
     "family, fields",
-    [("llama", {}), ("qwen2", {}), ("gpt_neox", {}), ("deepseek_v3", MLA), ("mixtral", {})],
-    ids=["llama", "qwen2", "gpt_neox", "deepseek_v3", "mixtral"],
+    [
+        ("llama", {}),
+        ("deepseek_v3", MLA),
+        *(pytest.param(each, {}, marks=pytest.mark.nightly) for each in ("qwen2", "gpt_neox")),
+        pytest.param("mixtral", {}, marks=pytest.mark.nightly),
+    ],
+    ids=["llama", "deepseek_v3", "qwen2", "gpt_neox", "mixtral"],
 )
 def test_generate_from_full_graphs(family: str, fields: dict[str, object]) -> None:
     eager, ours = both(family, **fields)
