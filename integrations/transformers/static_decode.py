@@ -30,7 +30,7 @@ from piecework.integrations.transformers.request import (
     registered_attention,
     request_context,
 )
-from piecework.integrations.transformers.step import LayerMasks, additive, packed
+from piecework.integrations.transformers.step import LayerMasks, additive, packed, without_padding
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.forward_context import (
@@ -76,7 +76,7 @@ class StaticDecode:
         device: torch.device,
     ) -> None:
         self._layers, self._shapes = layers, [shapes[slot] for slot in sorted(shapes)]
-        self._largest, self.length, self._device = largest, length, device
+        self._largest, self._length, self._device = largest, length, device
         self.outside: Counter[str] = Counter()
         self.step: StaticStep | None = None
         self._moving = threading.Lock()
@@ -114,7 +114,7 @@ class StaticDecode:
             with torch.inference_mode(False), torch.no_grad():
                 kinds = {layer.layer_type for layer in self._layers.values()}
                 self.step = StaticStep(
-                    self._shapes, kinds, self._largest, self.length, self._device
+                    self._shapes, kinds, self._largest, self._length, self._device
                 )
         return self.step
 
@@ -174,8 +174,8 @@ class StaticDecode:
                 return f"a layer of the cache is a {type(layer).__name__}"
             if not layer.is_initialized:
                 return "the cache is empty"
-            if layer.max_cache_len > self.length:
-                return f"the cache is longer than {self.length}"
+            if layer.max_cache_len > self._length:
+                return f"the cache is longer than {self._length}"
             found = [(each.shape, each.dtype, each.device) for each in (layer.keys, layer.values)]
             size, place = (batch, shape.heads, layer.max_cache_len), (shape.dtype, self._device)
             if found != [((*size, dim), *place) for dim in (shape.dim, shape.value_dim)]:
@@ -235,9 +235,7 @@ class StaticStep:
         rows = query.shape[2]
         if rows > self._largest:  # padding of captured pieces
             rows = self._largest
-            out[:, rows:].zero_()
-            query, key, value = (each[:, :, :rows] for each in (query, key, value))
-            out = out[:, :rows]
+            query, key, value, out = without_padding(rows, query, key, value, out)
         keys, values = self._keys[layer_idx][:rows], self._values[layer_idx][:rows]
         if not get_forward_context().dry:
             index = self._counts[layer_idx]

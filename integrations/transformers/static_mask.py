@@ -37,14 +37,14 @@ class StaticMasks:
             kind: what else the mask may depend on.
             theirs: makes it as transformers does.
         """
-        length = _length_of(cache)
-        if length is None or not _is_plain(attention_mask, batch, length, cache):
+        plain = _plain_layer(cache)
+        if plain is None or not _is_plain(attention_mask, batch, plain):
             return theirs()
         kind = (kind, attention_mask is None)
         known = self._as_theirs.get(kind)
         if known is False:
             return theirs()
-        made = self._made(cache.layers[0].cumulative_length, attention_mask, batch, length)  # type: ignore[union-attr]
+        made = self._made(plain.cumulative_length, attention_mask, batch, plain.max_cache_len)
         if known is None:
             own = theirs()
             self._as_theirs[kind] = _equal(made, own)
@@ -68,28 +68,28 @@ class StaticMasks:
         return mask.view(batch, 1, 1, length)
 
 
-def _length_of(cache: Cache | None) -> int | None:
-    """The length of a static cache whose layers are all plain ones of that length, and hold something."""
+def _plain_layer(cache: Cache | None) -> StaticLayer | None:
+    """The first layer of a static cache whose layers are all plain ones of one length, and hold something."""
     if type(cache) is not StaticCache:
         return None
-    layers = cache.layers
-    length: int = layers[0].max_cache_len
-    if not layers[0].is_initialized:
+    first, *others = cache.layers
+    if type(first) is not StaticLayer or not first.is_initialized:
         return None
-    if any(type(each) is not StaticLayer or each.max_cache_len != length for each in layers):
+    length = first.max_cache_len
+    if any(type(each) is not StaticLayer or each.max_cache_len != length for each in others):
         return None
-    return length
+    return first
 
 
-def _is_plain(attention_mask: object, batch: int, length: int, cache: Cache | None) -> bool:
+def _is_plain(attention_mask: object, batch: int, layer: StaticLayer) -> bool:
     if attention_mask is None:
         return True
     return (
         isinstance(attention_mask, torch.Tensor)
         and attention_mask.ndim == 2
         and attention_mask.shape[0] == batch
-        and attention_mask.shape[1] <= length
-        and attention_mask.device == cache.layers[0].cumulative_length.device  # type: ignore[union-attr]
+        and attention_mask.shape[1] <= layer.max_cache_len
+        and attention_mask.device == layer.cumulative_length.device
     )
 
 

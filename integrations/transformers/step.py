@@ -86,7 +86,8 @@ class DecodeStep:
         layout = (query.shape, query.stride(), key.shape, out.shape, out.stride())
         if layout != self._layout:
             if query.shape[2] != self._batch:
-                return self._attend_padded(layer_idx, layer_type, query, key, value, out, scaling)
+                query, key, value, out = without_padding(self._batch, query, key, value, out)
+                return self.attend(layer_idx, layer_type, query, key, value, out, scaling)
             self._packed = packed(query.shape, query.stride(), key.shape[1])
             turned = out.transpose(1, 2)
             self._written = packed(turned.shape, turned.stride(), key.shape[1])
@@ -101,21 +102,14 @@ class DecodeStep:
         )
         out.as_strided(*self._written).copy_(attended)
 
-    def _attend_padded(
-        self,
-        layer_idx: int,
-        layer_type: str | None,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        out: torch.Tensor,
-        scaling: float | None,
-    ) -> None:
-        """`attend` over the rows of a captured batch that are the request's; those behind are nobody's, and finite."""
-        batch = self._batch
-        out[:, batch:].zero_()
-        query, key, value = (each[:, :, :batch] for each in (query, key, value))
-        self.attend(layer_idx, layer_type, query, key, value, out[:, :batch], scaling)
+
+def without_padding(
+    batch: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The rows of a captured batch that are a request's, of each tensor; those behind are nobody's, and finite in ``out``."""
+    out[:, batch:].zero_()
+    query, key, value = (each[:, :, :batch] for each in (query, key, value))
+    return query, key, value, out[:, :batch]
 
 
 def packed(

@@ -163,8 +163,8 @@ class _WholeSteps:
 def _whole_steps(
     config: CompilationConfig | None,
     sizes: Sequence[int] | None,
-    max_cache_len: object,
-    max_num_seqs: object,
+    max_cache_len: int | None,
+    max_num_seqs: int | None,
 ) -> _WholeSteps | None:
     """What was asked for; None if no decode step is to be captured whole.
 
@@ -197,7 +197,7 @@ def _whole_steps(
         )
     mode = CUDAGraphMode.FULL_AND_PIECEWISE if asked is CUDAGraphMode.NONE else asked
     largest = max(sizes, default=1)
-    return _WholeSteps(mode, max_cache_len, min(max_num_seqs or largest, largest))  # type: ignore[call-overload,type-var]
+    return _WholeSteps(mode, max_cache_len, min(max_num_seqs or largest, largest))
 
 
 def _capture(

@@ -64,9 +64,9 @@ def admit_whole(
 
 def _require_same_uncompiled(way: WholeWay, given: Given) -> None:
     kind = way.kind_of(given)
-    held = way.held_after(given)
-    run = WholeForward(way.decoder, way.forward, kind, way.habits.cache_name, held)
-    way.require_same(run, given, compiled=False)
+    own = way.own_result(given)
+    run = WholeForward(way.decoder, way.forward, kind, way.habits.cache_name, own.held)
+    way.require_same(run, given, own, compiled=False)
 
 
 def _compile(way: WholeWay, calls: Sequence[Given]) -> None:
@@ -81,7 +81,7 @@ def _compile(way: WholeWay, calls: Sequence[Given]) -> None:
         if stitched is None:
             stitched = way.compile(kind, given)
         else:
-            way.require_same(stitched, given, compiled=True)
+            way.require_same(stitched, given, way.own_result(given), compiled=True)
         # Where layers count tokens, another trace may be for windows that are full, and the third call tells.
         enough = len(_SIZES) if way.habits.counts else 2
         if seen[kind] == enough and len(stitched.traces) == enough:

@@ -63,6 +63,20 @@ class Habits:
     output_class: type
 
 
+@dataclass(frozen=True, slots=True)
+class OwnResult:
+    """What the model's own forward gives: its output, and the cache as it is afterwards."""
+
+    output: object
+    cache: object
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """The attributes that the layers of the cache have."""
+        layers = getattr(self.cache, "layers", ())
+        return tuple(sorted({name for layer in layers for name in vars(layer)}))
+
+
 @dataclass(slots=True)
 class Call:
     """One forward: its kind, its tensors by name, and its cache, taken apart."""
@@ -239,36 +253,35 @@ class WholeWay:
         Raises:
             CaptureError: it can't be captured, or gives another result; the other errors of ``piecework.compile``.
         """
-        name, held = self.habits.cache_name, self.held_after(given)
-        stitched = wholly(self.decoder, self.forward, kind, name, held, self._config)
-        self.require_same(stitched, given, compiled=True)
+        own, name = self.own_result(given), self.habits.cache_name
+        stitched = wholly(self.decoder, self.forward, kind, name, own.held, self._config)
+        self.require_same(stitched, given, own, compiled=True)
         self._kinds[kind] = stitched
         return stitched
 
-    def held_after(self, given: Mapping[str, object]) -> tuple[str, ...]:
-        """The attributes that the layers of a cache have after the model's own forward. ``given`` is left as it is."""
-        name = self.habits.cache_name
-        own = {key: copy.deepcopy(v) if key == name else v for key, v in given.items()}
+    def own_result(self, given: Mapping[str, object]) -> OwnResult:
+        """What the model's own forward gives. ``given`` is left as it is."""
+        own = self._copied(given)
         with torch.no_grad():
             output = self.forward(**{**own, "return_dict": True})
-        cache = own.get(name) or output.get(name) if name is not None else None  # type: ignore[attr-defined]
-        layers = getattr(cache, "layers", ())
-        return tuple(sorted({each for layer in layers for each in vars(layer)}))
-
-    def require_same(self, run: Run, given: Mapping[str, object], *, compiled: bool) -> None:
-        """Raise `CaptureError` where ``run`` gives another result, or leaves another cache, than the model's own forward. ``given`` is left as it is."""
         name = self.habits.cache_name
+        cache = None if name is None else own.get(name)
+        if cache is None and name is not None:
+            cache = output.get(name)  # type: ignore[attr-defined]
+        return OwnResult(output, cache)
+
+    def _copied(self, given: Mapping[str, object]) -> dict[str, object]:
+        name = self.habits.cache_name
+        return {key: copy.deepcopy(value) if key == name else value for key, value in given.items()}
+
+    def require_same(
+        self, run: Run, given: Mapping[str, object], own: OwnResult, *, compiled: bool
+    ) -> None:
+        """Raise `CaptureError` where ``run`` gives another result, or leaves another cache, than ``own``. ``given`` is left as it is."""
         with torch.no_grad():
-            mine, own = (
-                {
-                    key: copy.deepcopy(value) if key == name else value
-                    for key, value in given.items()
-                }
-                for _ in range(2)
-            )
-            expected = self.forward(**{**own, "return_dict": True})
-            call = self.call_of(mine, self._settings.now())
+            call = self.call_of(self._copied(given), self._settings.now())
             fields, cache = call.run(run, self.habits)
+        expected, theirs = own.output, own.cache
         compiled = compiled and getattr(self._config, "backend", None) != "eager"
         if type(expected) is not self.habits.output_class:
             raise CaptureError(
@@ -277,9 +290,6 @@ class WholeWay:
                 hint="leave this model unstitched",
             )
         require_same_output(fields, expected, compiled=compiled)
-        theirs = None if name is None else own.get(name)
-        if theirs is None and name is not None:
-            theirs = expected.get(name)
         if cache is not None and isinstance(theirs, Cache):
             require_same_cache(cache, theirs, self.habits.counts, compiled=compiled)
         elif cache is not theirs:

@@ -42,6 +42,9 @@ class Rows:
         """The same rows after dimension ``d`` became ``place[d]``."""
         return Rows({place[d]: blocks for d, blocks in self.dims.items()})
 
+    def unnumbered(self) -> Rows:
+        return replace(self, numbers=False) if self.numbers else self
+
     def still_numbers(self, before: Rows) -> Rows:
         """These rows, where the elements are those of ``before``, in the same rows."""
         kept = before.numbers and len(self.dims) == 1 and set(self.dims.values()) == {1}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_llms import GEMMA, SHAPE, WINDOW
+from small_llms import DEEPSEEK, GEMMA, SHAPE, WINDOW
 from small_llms import build as built
 
 from piecework.integrations.transformers import stitch
@@ -38,21 +38,7 @@ FAMILIES = {
     "gpt_neox": {},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "mixtral": MIXTURE,
-    "deepseek_v3": {
-        "num_key_value_heads": 4,
-        "num_experts_per_tok": 2,
-        "n_routed_experts": 8,
-        "n_shared_experts": 1,
-        "n_group": 2,
-        "topk_group": 1,
-        "moe_intermediate_size": 16,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 16,
-        "first_k_dense_replace": 1,
-    },
+    "deepseek_v3": DEEPSEEK,
     "gpt_oss": {
         **MIXTURE,
         "head_dim": 8,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from flat_trace import require_one_graph
+from small_llms import DEEPSEEK, SHAPE, WINDOW
 
 from piecework.integrations.transformers import stitch, unstitch
 from piecework.integrations.transformers.admission import admit, forget_layers
@@ -20,19 +21,7 @@ from piecework.runtime.config.compilation import CompilationConfig
 transformers = pytest.importorskip("transformers")
 
 SHARING = CompilationConfig(backend="eager", repeated_layers="found")
-WINDOW = 4
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
+SIZES = {**SHAPE, "num_hidden_layers": 8}
 MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 TURNS = {"layer_types": ["sliding_attention", "full_attention"] * 4, "sliding_window": WINDOW}
 MERGED = {
@@ -55,21 +44,7 @@ NIGHTLY = {
         **TURNS,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
-    "deepseek_v3": {  # the first layer is dense, the others have experts
-        "num_key_value_heads": 4,
-        "num_experts_per_tok": 2,
-        "n_routed_experts": 8,
-        "n_shared_experts": 1,
-        "n_group": 2,
-        "topk_group": 1,
-        "moe_intermediate_size": 16,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 16,
-        "first_k_dense_replace": 1,
-    },
+    "deepseek_v3": DEEPSEEK,
 }
 FAMILIES = [*MERGED, *(pytest.param(name, marks=pytest.mark.nightly) for name in NIGHTLY)]
 

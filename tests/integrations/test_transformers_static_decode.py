@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_llms import GEMMA
+from small_llms import DEEPSEEK, GEMMA
 from small_llms import build as built
 
 import piecework
@@ -31,21 +31,6 @@ EAGER_PIECES = {"backend": "eager"}
 IDS = torch.randint(1, 97, (4, 6), generator=torch.Generator().manual_seed(5))
 LENGTH = 32
 Models = tuple[torch.nn.Module, torch.nn.Module]
-MLA = {
-    "num_key_value_heads": 4,
-    "num_experts_per_tok": 2,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "n_group": 2,
-    "topk_group": 1,
-    "moe_intermediate_size": 16,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 16,
-    "first_k_dense_replace": 1,
-}
 
 
 def both(family: str = "llama", **fields: object) -> Models:
@@ -112,7 +97,7 @@ class Request:
     "family, fields",
     [
         ("llama", {}),
-        ("deepseek_v3", MLA),
+        ("deepseek_v3", DEEPSEEK),
         *(pytest.param(each, {}, marks=pytest.mark.nightly) for each in ("qwen2", "gpt_neox")),
         pytest.param("mixtral", {}, marks=pytest.mark.nightly),
     ],

@@ -81,7 +81,7 @@ class Walk:
         memory = self.memory_of(tensor)
         if memory.mixed is not None:
             return Rows(mixed=memory.mixed)
-        return Rows(found[1].dims, found[1].mixed) if memory.written else found[1]
+        return found[1].unnumbered() if memory.written else found[1]
 
     def set(self, tensor: torch.Tensor, rows: Rows) -> None:
         self._states[id(tensor)] = (tensor, rows)
@@ -164,7 +164,7 @@ class Walk:
                 found = self._own(call) if is_own(call.op) else self._apply(call, rule)
             answers = [found] * count if isinstance(found, Rows) else list(found)
             if rule is None or not rule.numbers:
-                answers = [Rows(each.dims, each.mixed) for each in answers]
+                answers = [each.unnumbered() for each in answers]
         except Mixes as reason:
             answers = [Rows(mixed=str(reason))] * count
             if not count:
@@ -280,7 +280,7 @@ class Walk:
             mixed = why or first.mixed or second.mixed
             if mixed is None and dict(first.dims) != dict(second.dims):
                 mixed = "cond returns rows in two orders"
-            self.set(one, Rows(first.dims, mixed))
+            self.set(one, first.unnumbered() if mixed is None else Rows(mixed=mixed))
 
     def told(self, op: torch._ops.OpOverload) -> str:
         name = base_name(op).strip("_")
