@@ -35,6 +35,7 @@ from piecework.runtime.bind.facts import (
     Values,
     expected,
     is_value,
+    place_text,
 )
 from piecework.runtime.torch_compat import Guarded, Place
 
@@ -96,6 +97,46 @@ def sort_guards(
         ordered: Dynamo's names of dictionaries whose order matters; None if that is not known.
     """
     return _Sorter(guards, values, arguments, code, ordered).bins
+
+
+def misread(guards: Iterable[Guarded], values: Values) -> str:
+    """What the trace took from a class, where a look-up of the class's own finds nothing; "" if there is no such thing.
+
+    Behind a ``__getattribute__`` that raises, Dynamo looks in the class, as Python does not.
+    """
+    seen: set[Place] = set()
+    for guard in guards:
+        place: Place | None = guard.place
+        while place is not None and place not in seen:
+            seen.add(place)
+            owner = _owner_of_class(place)
+            base = MISSING if owner is None else values.at(owner)
+            if base is not MISSING and _only_plainly_there(base, str(place.key)):
+                return place_text(Place(owner, "attribute", place.key, ""))
+            place = place.base
+    return ""
+
+
+def _owner_of_class(place: Place) -> Place | None:
+    """The object whose class's dictionary a place is in."""
+    held = place.base
+    if place.kind != "item" or held is None or held.kind != "class dict":
+        return None
+    kind = held.base
+    while kind is not None and kind.kind != "type":
+        kind = kind.base
+    return None if kind is None else kind.base
+
+
+def _only_plainly_there(base: object, name: str) -> bool:
+    """Whether the look-up that each object has would find something, and this one's own does not."""
+    if type(base).__getattribute__ is object.__getattribute__ or hasattr(base, name):
+        return False
+    try:
+        object.__getattribute__(base, name)
+    except AttributeError:
+        return False
+    return True
 
 
 def is_argument(place: Place) -> bool:

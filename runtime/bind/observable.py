@@ -25,6 +25,7 @@ from piecework.runtime.bind.facts import (
 from piecework.runtime.bind.places import Step
 from piecework.runtime.torch_compat import Place
 
+THERE = object()
 _TABLES = ("_parameters", "_buffers", "_modules")
 _FUNCTION_STATE = ("__code__", "__defaults__", "__kwdefaults__", "__closure__", "__globals__")
 # What never changes once it is made, or leads only to what a look-up of its own goes into.
@@ -99,9 +100,9 @@ class Touch:
     def _look(self, base: object, kind: str, key: object, place: Place) -> bool:
         match kind:
             case "attribute":
-                return self._attribute(base, str(key), place)
+                return self._attribute(base, str(key), place, self._values.at(place))
             case "item":
-                return self._item(base, key, place)
+                return self._item(base, key, place, place.base)
             case "key" | "at":
                 return self._keys(base, place)
             case "type":
@@ -110,7 +111,8 @@ class Touch:
                 return self._class(base)
         return False
 
-    def _attribute(self, base: object, name: str, place: Place) -> bool:
+    def _attribute(self, base: object, name: str, place: Place, found: object) -> bool:
+        """Watch what ``base.name`` leads to, which is ``found`` now; `THERE` if all that counts is that something is."""
         if isinstance(base, types.ModuleType):
             self._add(base.__dict__, name, place)
             # Modules of torch's settings are of classes of their own, with properties that ask its C++.
@@ -130,35 +132,37 @@ class Touch:
         if type(base) is types.CellType:
             self._add(base, name, place, "attribute")
             return True
-        return type(base) in _FIXED or self._of_instance(base, name, place)
+        return type(base) in _FIXED or self._of_instance(base, name, place, found)
 
-    def _of_instance(self, base: object, name: str, place: Place) -> bool:
+    def _of_instance(self, base: object, name: str, place: Place, found: object) -> bool:
         kind = type(base)
         if isinstance(base, torch.Tensor):
             return False
-        # A look-up of the class's own was gone through by the trace, which guards all that it read; what it found is here.
-        own = getattr(base, "__dict__", {}).get(name, MISSING) is self._values.at(place)
-        if kind.__getattribute__ is not object.__getattribute__ and not own:
+        # A look-up of the class's own was gone through by the trace, which guards all that it read.
+        own_way = kind.__getattribute__ is not object.__getattribute__
+        if own_way and not _ends_as_a_plain_one(base, name, found):
             return False
         self._class_of(base, place)
-        found = next((each.__dict__[name] for each in kind.__mro__ if name in each.__dict__), None)
+        of_class = next(
+            (each.__dict__[name] for each in kind.__mro__ if name in each.__dict__), None
+        )
         held = getattr(base, "__dict__", None)
-        if hasattr(type(found), "__set__"):  # it comes before the instance's own
-            if type(found) is types.MemberDescriptorType:
+        if hasattr(type(of_class), "__set__"):  # it comes before the instance's own
+            if type(of_class) is types.MemberDescriptorType:
                 self._add(base, name, place, "attribute")
                 return True
-            return name in ("__dict__", "__class__")
+            return name in ("__dict__", "__class__") or (found is THERE and _is_traced(of_class))
         if type(held) is not dict:
-            return held is None and (found is not None or not hasattr(kind, "__getattr__"))
+            return held is None and (of_class is not None or not hasattr(kind, "__getattr__"))
         self._add(held, name, place)
         if not isinstance(base, torch.nn.Module):
             self._add(base, "__dict__", place, "attribute")
-        elif name not in held and found is None:
+        elif name not in held and of_class is None:
             for table in _TABLES:
                 self._add(held, table, place)
                 self._add(held[table], name, place)
             return True
-        return name in held or found is not None or not hasattr(kind, "__getattr__")
+        return name in held or of_class is not None or not hasattr(kind, "__getattr__")
 
     def _names(self, value: object, names: Iterable[str], place: Place) -> bool:
         """Watch which of ``names`` lead somewhere in an object, a class or a module."""
@@ -188,14 +192,15 @@ class Touch:
             self._add(base, "__dict__", place, "attribute")
         return True
 
-    def _item(self, base: object, key: object, place: Place) -> bool:
+    def _item(self, base: object, key: object, place: Place, owner: Place) -> bool:
+        """Watch what ``base[key]`` leads to; ``owner`` is the place of ``base``."""
         if isinstance(base, dict):
             self._add(base, key, place)
             return True
         if isinstance(base, (list, deque)):
             return self._contents(base, place)
         # Behind a proxy may be any dictionary; that of a class is watched with the class.
-        of_class = isinstance(base, types.MappingProxyType) and place.base.kind == "class dict"  # type: ignore[union-attr]
+        of_class = isinstance(base, types.MappingProxyType) and owner.kind == "class dict"
         return of_class or isinstance(base, (tuple, str, range))
 
     # --- what is guarded there --------------------------------------------------------------------------
@@ -221,11 +226,12 @@ class Touch:
             case "DICT_KEYS_MATCH" | "EMPTY_NN_MODULE_HOOKS_DICT" | "keys":
                 return self._keys(value, place)
             case "DICT_CONTAINS" | "DICT_NOT_CONTAINS":
-                return self._item(value, fact.about, place)
+                return self._item(value, fact.about, place, place)
             case "SET_CONTAINS" | "SET_NOT_CONTAINS":
                 return isinstance(value, frozenset) or self._contents(value, place)
             case "HASATTR":
-                return self._attribute(value, str(fact.about), place)
+                found = THERE if fact.expected else MISSING
+                return self._attribute(value, str(fact.about), place, found)
             case "NOT_PRESENT_IN_GENERIC_DICT":
                 return self._own_attribute(value, str(fact.about), place)
             case "names":
@@ -275,6 +281,20 @@ class Touch:
         if where not in self.steps:
             path = place_text(place, known=self._texts)
             self.steps[where] = Step.of(owner, key, path, kind)
+
+
+def _ends_as_a_plain_one(base: object, name: str, found: object) -> bool:
+    """Whether a look-up that found this would find it in the object's own dictionary, or nothing anywhere."""
+    held = getattr(base, "__dict__", {})
+    if name in held:
+        return found is THERE or held[name] is found
+    of_class = any(name in each.__dict__ for each in type(base).__mro__)
+    return found is (THERE if of_class else MISSING)
+
+
+def _is_traced(descriptor: object) -> bool:
+    """Whether a trace goes through a descriptor of a class, and guards what it reads."""
+    return type(descriptor) is property and type(descriptor.fget) is types.FunctionType
 
 
 def _holds_changeable(value: object) -> bool:

@@ -19,7 +19,7 @@ from piecework.errors import CaptureError, InputError
 from piecework.runtime import torch_compat
 from piecework.runtime.bind.class_watch import ClassWatch
 from piecework.runtime.bind.facts import CONSTANT_KINDS, Fact, Values, expected, place_text
-from piecework.runtime.bind.guards import Bins, sort_guards
+from piecework.runtime.bind.guards import Bins, misread, sort_guards
 from piecework.runtime.bind.observable import Touch
 from piecework.runtime.bind.places import Step
 from piecework.runtime.torch_compat import Guarded, GuardReader, Place
@@ -79,6 +79,13 @@ class TraceGuards:
         values, layers = self.values(), self._layers
         known = guards if layers is None else layers.without_marks(guards, values)
         self._bins = sort_guards(known, values, self._arguments, self._code, self._ordered)
+        missing = misread(known, values)
+        if missing:
+            self._failed = CaptureError(
+                f"Dynamo found {missing}, which raises an AttributeError in Python",
+                where=missing,
+                hint="let __getattribute__ find what the class holds, or leave the attribute out of the class",
+            )
         if layers is not None:
             try:
                 layers.complete(self._bins, known)
