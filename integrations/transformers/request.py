@@ -42,11 +42,16 @@ class PositionRule(Enum):
         self,
         attention_mask: object,
         past: int | torch.Tensor,
+        batch: int,
         tokens: int,
         device: torch.device,
     ) -> torch.Tensor:
         """Position ids of shape [batch, tokens] (or [1, tokens] where all rows agree)."""
         if self is PositionRule.AFTER_PAST or attention_mask is None:
+            if tokens == 1:
+                if isinstance(past, int):
+                    return torch.full((batch, 1), past, device=device)
+                return past.expand(batch, 1).clone()  # the cache counts on in its own tensor
             if isinstance(past, int):
                 return torch.arange(past, past + tokens, device=device).unsqueeze(0)
             return (torch.arange(tokens, device=device) + past).unsqueeze(0)

@@ -84,7 +84,7 @@ class GrowingRows:
 class FixedRows:
     """The rows of a `StaticLayer`, which says itself where the next one goes."""
 
-    __slots__ = ("_keys", "_layer", "_places", "_values")
+    __slots__ = ("_keys", "_layer", "_one", "_places", "_values")
 
     def __init__(self, layer: StaticLayer) -> None:
         self._layer = layer
@@ -101,11 +101,12 @@ class FixedRows:
                 return None
             self._keys, self._values = layer.keys, layer.values
             self._places = layer.keys.transpose(0, 2), layer.values.transpose(0, 2)
+            self._one = torch.ones_like(layer.cumulative_length)
         places, value_places = self._places
         index = layer.cumulative_length
         places.index_copy_(0, index, key)
         value_places.index_copy_(0, index, value)
-        index.add_(1)
+        index.add_(self._one)
         return self._keys, self._values
 
 

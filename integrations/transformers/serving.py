@@ -125,10 +125,10 @@ class Serving:
             hidden = run(entry, flat, positions)
             if step is not None:
                 step.advance()
+        if hidden.shape[1] != rows:
+            hidden = hidden[:, :rows]
         output = self.output_class(
-            last_hidden_state=hidden[:, :rows].view(
-                request.batch, request.tokens, hidden.shape[-1]
-            ),
+            last_hidden_state=hidden.view(request.batch, request.tokens, hidden.shape[-1]),
             past_key_values=request.cache,
         )
         asked = given.get("return_dict")
@@ -142,7 +142,9 @@ class Serving:
         asked = position_ids = given.get("position_ids")
         if position_ids is None:
             past = 0 if cache is None else cache.get_seq_length()
-            position_ids = self.position_rule.positions(attention_mask, past, length, tokens.device)
+            position_ids = self.position_rule.positions(
+                attention_mask, past, batch, length, tokens.device
+            )
         implementation = registered_attention(settings.implementation)
         paged = {name: given[name] for name in _PAGED if given.get(name) is not None}
         by_step = implementation is sdpa_attention_forward and length == 1 and not paged
@@ -224,7 +226,8 @@ class Serving:
                 f"position_ids has shape {tuple(position_ids.shape)}; expected [{batch}, {length}]",
                 where="position_ids",
             )
-        return position_ids.long().expand(batch, length)
+        position_ids = position_ids.long()
+        return position_ids if len(position_ids) == batch else position_ids.expand(batch, length)
 
 
 def make_masks(

@@ -57,14 +57,14 @@ class StaticMasks:
         places = self._places.get((length, past.device))
         if places is None:
             with torch.inference_mode(False):  # or it could not be read outside of it
-                places = torch.arange(length, device=past.device)
+                places = torch.arange(length, device=past.device).view(1, 1, 1, length)
             self._places[length, past.device] = places
         seen = places <= past
         if not isinstance(attention_mask, torch.Tensor):
-            return seen.expand(batch, 1, 1, length)
+            return seen if batch == 1 else seen.expand(batch, 1, 1, length)
         told = attention_mask.shape[1]
         mask = seen.new_zeros((batch, length))  # what lies behind the end of a mask is hidden
-        torch.logical_and(attention_mask, seen[:told], out=mask[:, :told])
+        torch.logical_and(attention_mask, seen[0, 0, :, :told], out=mask[:, :told])
         return mask.view(batch, 1, 1, length)
 
 

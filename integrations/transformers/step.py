@@ -146,4 +146,5 @@ def additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | No
     """What `scaled_dot_product_attention` makes of a boolean mask."""
     if mask is None or mask.dtype != torch.bool:
         return mask
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+    hidden = torch.full(mask.shape, -torch.inf, dtype=dtype, device=mask.device)
+    return hidden.masked_fill_(mask, 0)
