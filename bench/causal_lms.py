@@ -22,7 +22,7 @@ import torch
 
 from piecework.bench.lists.families import quiet, small_config, small_model
 from piecework.bench.lists.shrink import LEVELS, VOCABULARY
-from piecework.bench.result import machine
+from piecework.bench.measure.result import machine
 from piecework.errors import PieceworkError
 from piecework.integrations.protocol import first_line
 from piecework.runtime.cache.atomic import write_atomic

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import piecework
-from piecework.bench.result import Result, Row, Target, machine
+from piecework.bench.measure.result import Result, Row, Target, machine
 
 DEPTHS = (4, 8, 16, 32)
 # With ``nested_compile_region`` on the layer, stock needs sizes that are numbers for models that look at more of them.

@@ -19,11 +19,11 @@ import transformers
 from rich.console import Console
 
 from piecework.bench.contenders import FlatGraph, op_arguments, straight, straight_lines
-from piecework.bench.result import Result, Row, Target, machine
-from piecework.bench.timing import Timing, measure, ratio
+from piecework.bench.measure.result import Result, Row, Target, machine
+from piecework.bench.measure.timing import Timing, measure, ratio
 from piecework.errors import PieceworkError
 from piecework.integrations.transformers import stitch, stitched_module
-from piecework.integrations.transformers.attention import SPLITTING_OP
+from piecework.integrations.transformers.request.attention import SPLITTING_OP
 
 LAYERS = (16, 32)
 BATCHES = (1, 4, 16)

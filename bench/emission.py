@@ -20,7 +20,7 @@ from typing import TypeVar
 import torch
 import torch.fx
 
-from piecework.bench.result import Result, Row, Target, machine
+from piecework.bench.measure.result import Result, Row, Target, machine
 from piecework.codegen import LowerOptions, Proof, generate_source
 from piecework.codegen.plan import ir
 from piecework.codegen.plan.check import check_ir

@@ -21,7 +21,7 @@ from piecework.bench.lists.isolated import RowResult, Task, run_rows, run_togeth
 from piecework.bench.lists.kept import keep_results, kept_results
 from piecework.bench.lists.page import cell
 from piecework.bench.lists.trial import Options
-from piecework.bench.result import machine
+from piecework.bench.measure.result import machine
 from piecework.runtime.cache.atomic import write_atomic
 
 FILE = "encoders.json"

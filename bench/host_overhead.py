@@ -24,8 +24,8 @@ from piecework.bench.llama_shaped import (
     build,
     token_ids,
 )
-from piecework.bench.result import Result, Row, Target, machine
-from piecework.bench.timing import Timing, measure, ratio
+from piecework.bench.measure.result import Result, Row, Target, machine
+from piecework.bench.measure.timing import Timing, measure, ratio
 from piecework.errors import PieceworkError
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.config.groups import StitchingConfig

@@ -26,7 +26,7 @@ from piecework.bench.lists.isolated import (
 from piecework.bench.lists.kept import keep_results, kept_results
 from piecework.bench.lists.page import CONTENDERS, behind, markdown, summary
 from piecework.bench.lists.trial import Options
-from piecework.bench.result import machine
+from piecework.bench.measure.result import machine
 from piecework.errors import UsageError
 
 FILE = "models.json"

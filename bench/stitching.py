@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 import torch.fx
 
-from piecework.bench.result import Result, Row, Target, machine
-from piecework.bench.timing import Timing, measure, ratio
+from piecework.bench.measure.result import Result, Row, Target, machine
+from piecework.bench.measure.timing import Timing, measure, ratio
 from piecework.codegen import LowerOptions, generate_source
 from piecework.codegen.stitch.bind import compile_execution_fn
 from piecework.errors import PieceworkError

@@ -21,7 +21,7 @@ import torch
 
 import piecework
 from piecework.bench.compile_time import build
-from piecework.bench.result import Result, Row, Target, machine
+from piecework.bench.measure.result import Result, Row, Target, machine
 
 DEPTHS = (8, 32, 80)
 

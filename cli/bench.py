@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -11,7 +12,7 @@ import typer
 from piecework.cli.console import compile_progress, typed_errors
 from piecework.errors import UsageError
 
-#: Name → what it measures. Each is a module of `piecework.bench` with ``main(arguments) -> exit code``.
+#: Name → what it measures. Each is run by a module of `piecework.bench`, with ``main(arguments) -> exit code``.
 BENCHMARKS = {
     "stitching": "B1: the stitching alone, over no-op pieces",
     "host_overhead": "B2, B3: host overhead of a whole forward",
@@ -54,9 +55,13 @@ def bench(
         for each in _all() if name == "all" else (name,):
             typer.echo(f"{each}: {BENCHMARKS[each]}")
             with compile_progress():
-                codes.add(import_module(f"piecework.bench.{each}").main(arguments))
+                codes.add(_module(each).main(arguments))
     if max(codes):
         raise typer.Exit(max(codes))
+
+
+def _module(name: str) -> ModuleType:
+    return import_module(f"piecework.bench.{name}" + (".__main__" if name == NEEDS_GPU else ""))
 
 
 def _all() -> list[str]:

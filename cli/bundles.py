@@ -265,8 +265,8 @@ def warm_or_compiled(
 
 def _use_edited(stitched: StitchedModule, code: str) -> dict[str, object]:
     """Put the edited text in place; returns how it differs from the generated one, as JSON and as lines."""
-    from piecework.golden.diff import compare_sources
-    from piecework.golden.diff_text import summary_lines
+    from piecework.golden.compare.diff import compare_sources
+    from piecework.golden.show.diff_text import summary_lines
 
     generated = stitched.source.code
     edited = stitched.use_edited(code)

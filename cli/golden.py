@@ -47,8 +47,8 @@ def check(
     Nothing is accepted. Where CI is set nothing is written; elsewhere each difference is left beside its golden as a .new file. Where the
     goldens are those of tests, the tests with the fixture stitched_golden are run (NAMES are then files or test ids).
     """
-    from piecework.golden import snapshot
     from piecework.golden.check import check_cases
+    from piecework.golden.text import snapshot
 
     with typed_errors():
         tests = _tests(names, root)
@@ -74,8 +74,8 @@ def update(
 
     Exit code 1 if a golden changed, so that a run that should change nothing shows it. A text that fails another check is not written.
     """
-    from piecework.golden import snapshot
     from piecework.golden.check import update_cases
+    from piecework.golden.text import snapshot
 
     with typed_errors():
         if snapshot.in_ci():
@@ -110,8 +110,8 @@ def review(
 
     Cases are checked first, so that the proposals are up to date. Without a terminal the commands are printed instead.
     """
-    from piecework.golden import snapshot
     from piecework.golden.check import accept_golden, shown
+    from piecework.golden.text import snapshot
 
     with typed_errors():
         if snapshot.in_ci():
@@ -132,7 +132,7 @@ def review(
 def _review(places: Sequence[Path] | None, root: Path | None) -> None:
     from piecework.golden.check import check_cases, default_root, shown
     from piecework.golden.review import commands, load, review
-    from piecework.golden.snapshot import pending
+    from piecework.golden.text.snapshot import pending
 
     _import_from_here()
     cases = root or (None if places else default_root())
@@ -180,7 +180,7 @@ def diff(
     Exit code 0 if they are the same text, 1 if they differ.
     """
     from piecework.cli.precompiled import diff_files
-    from piecework.golden.diff import compare_sources
+    from piecework.golden.compare.diff import compare_sources
 
     with typed_errors():
         if (same := diff_files(before, after, as_json)) is not None:
@@ -219,9 +219,9 @@ def report(
 
     No golden or proposal of a case is written; tests leave their proposals. Exit code 1 if any differs.
     """
-    from piecework.golden import snapshot
     from piecework.golden.check import check_cases, shown
     from piecework.golden.report import entries_of, proposed, write_page
+    from piecework.golden.text import snapshot
 
     with typed_errors():
         tests = _tests(names, root)
@@ -264,8 +264,8 @@ def _report_run(run: object, as_json: bool) -> None:
 
 
 def _show_diff(found: object, before: str, after: str, context: int, summary: bool) -> None:
-    from piecework.golden.diff import SourceDiff
-    from piecework.golden.diff_text import summary_lines, unified_lines
+    from piecework.golden.compare.diff import SourceDiff
+    from piecework.golden.show.diff_text import summary_lines, unified_lines
 
     assert isinstance(found, SourceDiff)
     out = console()
@@ -345,7 +345,7 @@ def _root(root: Path | None) -> Path:
 
 
 def _golden_place(place: Path) -> Path:
-    from piecework.golden.snapshot import proposal_of
+    from piecework.golden.text.snapshot import proposal_of
 
     if not place.exists() and proposal_of(place).is_file():
         return proposal_of(place)

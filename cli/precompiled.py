@@ -15,8 +15,8 @@ def verify_file(path: Path, cache: Path | None, model: str | None, as_json: bool
     """Judge one file; whether nothing is wrong with it."""
     import torch
 
-    from piecework.golden.precompiled import captured_now, judge, read_precompiled
-    from piecework.golden.precompiled_diff import changes
+    from piecework.golden.precompiled.diff import changes
+    from piecework.golden.precompiled.file import captured_now, judge, read_precompiled
     from piecework.integrations.loading import load_model
     from piecework.runtime.torch_compat import vector_bits
 
@@ -49,8 +49,8 @@ def verify_file(path: Path, cache: Path | None, model: str | None, as_json: bool
 
 def diff_files(before: Path, after: Path, as_json: bool) -> bool | None:
     """Say what changed; whether the texts are the same, or None if these are no such files."""
-    from piecework.golden.precompiled import is_precompiled, read_precompiled
-    from piecework.golden.precompiled_diff import changes
+    from piecework.golden.precompiled.diff import changes
+    from piecework.golden.precompiled.file import is_precompiled, read_precompiled
 
     if not (before.is_file() and after.is_file()):
         return None

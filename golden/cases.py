@@ -32,8 +32,8 @@ import torch.fx
 from piecework.codegen import LowerOptions, StitchedSource, generate_source
 from piecework.errors import UsageError
 from piecework.golden.captured import graph_arguments
-from piecework.golden.snapshot import NEW_SUFFIX
-from piecework.golden.texts import STITCHED, EmittedText, text_of
+from piecework.golden.text.snapshot import NEW_SUFFIX
+from piecework.golden.text.texts import STITCHED, EmittedText, text_of
 
 GRAPH_FILE = "graph.py"
 ENTRY = "entry"

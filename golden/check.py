@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from piecework.errors import UsageError
-from piecework.golden import snapshot
 from piecework.golden.cases import (
     ENTRY,
     GRAPH_FILE,
@@ -25,11 +24,12 @@ from piecework.golden.cases import (
     unreferenced,
 )
 from piecework.golden.execute import call_differences, differences
-from piecework.golden.scope import undefined_names
 from piecework.golden.seeds import emit_in_other_process
-from piecework.golden.snapshot import Comparison, State
 from piecework.golden.suite import suite_under
-from piecework.golden.texts import STITCHED, EmittedText
+from piecework.golden.text import snapshot
+from piecework.golden.text.scope import undefined_names
+from piecework.golden.text.snapshot import Comparison, State
+from piecework.golden.text.texts import STITCHED, EmittedText
 
 Progress = Callable[[str], None]
 

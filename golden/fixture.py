@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from piecework.errors import UsageError
-from piecework.golden import snapshot
-from piecework.golden.diff import compare_sources
-from piecework.golden.diff_text import summary_lines, unified_lines
+from piecework.golden.compare.diff import compare_sources
 from piecework.golden.references import References, golden_path
-from piecework.golden.scope import undefined_names
-from piecework.golden.snapshot import Comparison, State
+from piecework.golden.show.diff_text import summary_lines, unified_lines
+from piecework.golden.text import snapshot
+from piecework.golden.text.scope import undefined_names
+from piecework.golden.text.snapshot import Comparison, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class StitchedGolden:
         """
         __tracebackhide__ = True
         # Only now is torch needed; somebody who stitched something has it loaded.
-        from piecework.golden.texts import text_of
+        from piecework.golden.text.texts import text_of
 
         emitted = text_of(stitched, "stitched_golden")
         golden = golden_path(self.test_file, self.test_name, name)

@@ -37,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     from piecework.golden.references import References
-    from piecework.golden.snapshot import in_ci
+    from piecework.golden.text.snapshot import in_ci
 
     if config.getoption(OPTION) and in_ci():
         raise pytest.UsageError(

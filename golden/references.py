@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from piecework.golden.snapshot import STORE_NAME
+from piecework.golden.text.snapshot import STORE_NAME
 
 _UNSAFE = re.compile(r"[^\w.\-]+", re.ASCII)
 _LONGEST = 100

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from piecework.codegen.plan.render import environment
 from piecework.errors import UsageError
-from piecework.golden import snapshot
-from piecework.golden.changes import COSMETIC, GROUPS, Change
 from piecework.golden.check import CaseResult, CheckRun
-from piecework.golden.diff import SourceDiff, compare_sources
-from piecework.golden.piece_map import piece_map
+from piecework.golden.compare.changes import COSMETIC, GROUPS, Change
+from piecework.golden.compare.diff import SourceDiff, compare_sources
 from piecework.golden.review import load
-from piecework.golden.side_by_side import side_by_side
-from piecework.golden.snapshot import Comparison, State
+from piecework.golden.show.piece_map import piece_map
+from piecework.golden.show.side_by_side import side_by_side
+from piecework.golden.text import snapshot
+from piecework.golden.text.snapshot import Comparison, State
 
 TEMPLATE = "golden_report.html.jinja"
 

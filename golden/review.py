@@ -13,10 +13,10 @@ from pathlib import Path
 from rich.text import Text
 
 from piecework.errors import UsageError
-from piecework.golden import snapshot
-from piecework.golden.diff import SourceDiff, compare_sources
-from piecework.golden.diff_text import summary_lines, unified_lines
-from piecework.golden.visible import visible
+from piecework.golden.compare.diff import SourceDiff, compare_sources
+from piecework.golden.show.diff_text import summary_lines, unified_lines
+from piecework.golden.show.visible import visible
+from piecework.golden.text import snapshot
 
 Show = Callable[[Text], None]
 Ask = Callable[[str], str]

@@ -12,9 +12,9 @@ from rich.text import Text
 
 from piecework.errors import UsageError
 from piecework.golden.check import CaseResult, CheckRun, shown, update_command
-from piecework.golden.diff import compare_sources
-from piecework.golden.diff_text import summary_lines, unified_lines
-from piecework.golden.snapshot import State
+from piecework.golden.compare.diff import compare_sources
+from piecework.golden.show.diff_text import summary_lines, unified_lines
+from piecework.golden.text.snapshot import State
 
 # More cases than this are accepted without naming each.
 _NAMED = 8

@@ -46,7 +46,7 @@ def emit_in_other_process(root: Path, names: Sequence[str]) -> dict[str, dict[st
 def main(arguments: Sequence[str]) -> None:
     """Emit the cases named, or all, and print them as one line of JSON."""
     from piecework.golden.cases import discover, select
-    from piecework.golden.texts import STITCHED
+    from piecework.golden.text.texts import STITCHED
 
     root, *names = arguments
     texts: dict[str, dict[str, str]] = {}

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from piecework.errors import UsageError
-from piecework.golden import snapshot
 from piecework.golden.plugin import ONLY, OPTION
-from piecework.golden.snapshot import folders
+from piecework.golden.text import snapshot
+from piecework.golden.text.snapshot import folders
 
 _FIXTURE = b"stitched_golden"
 _TEST_FILE = re.compile(r"test_.*\.py|.*_test\.py|conftest\.py")

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from piecework.bench.lists.isolated import RowResult, Task
-from piecework.bench.result import machine
+from piecework.bench.measure.result import machine
 from piecework.runtime.cache.atomic import write_atomic
 
 

@@ -93,7 +93,7 @@ class CausalLM:
         return Outcome(out.sequences[0, prompt.shape[1] :], (logits,), seconds)  # type: ignore[attr-defined]
 
     def dry_context(self) -> Callable[..., AbstractContextManager[object]]:
-        from piecework.integrations.transformers.dry_request import dry_request
+        from piecework.integrations.transformers.request.dry import dry_request
 
         return dry_request
 

@@ -18,11 +18,11 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from piecework.errors import CaptureError, ConfigError, StaticGraphError, UsageError, short_errors
-from piecework.integrations.transformers.admission import forget_layers
-from piecework.integrations.transformers.dry_request import dry_request
-from piecework.integrations.transformers.flat_way import FlatWay
+from piecework.integrations.transformers.flat.admission import forget_layers
+from piecework.integrations.transformers.flat.keeping import serving_of
+from piecework.integrations.transformers.flat.way import FlatWay
 from piecework.integrations.transformers.head import HeadForward, can_be_captured
-from piecework.integrations.transformers.keeping import serving_of
+from piecework.integrations.transformers.request.dry import dry_request
 from piecework.integrations.transformers.way import Way
 from piecework.integrations.transformers.ways import Served, chosen_way, served
 from piecework.runtime import torch_compat

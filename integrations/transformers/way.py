@@ -12,7 +12,7 @@ from typing import Protocol
 from torch import nn
 
 from piecework.errors import CaptureError
-from piecework.integrations.transformers.admission import Forward
+from piecework.integrations.transformers.own.probe import Forward
 from piecework.runtime.stitched import StitchedModule
 
 

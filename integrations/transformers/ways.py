@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from piecework.errors import CaptureError, ConfigError
-from piecework.integrations.transformers.admission import Forward, admit, forget_layers
-from piecework.integrations.transformers.flat_way import FlatWay
-from piecework.integrations.transformers.refusals import refuse_model
+from piecework.integrations.transformers.flat.admission import admit, forget_layers
+from piecework.integrations.transformers.flat.way import FlatWay
+from piecework.integrations.transformers.own.probe import Forward
+from piecework.integrations.transformers.own.refusals import refuse_model
 from piecework.integrations.transformers.way import Way
-from piecework.integrations.transformers.whole_admission import admit_whole
-from piecework.integrations.transformers.whole_way import WholeWay
+from piecework.integrations.transformers.whole.admission import admit_whole
+from piecework.integrations.transformers.whole.way import WholeWay
 from piecework.runtime import torch_compat
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule

@@ -258,7 +258,7 @@ def test_source_is_data_without_tensors(compiled) -> None:
 def test_llama_generates_through_replays() -> None:
     transformers = pytest.importorskip("transformers")
     from piecework.integrations.transformers import stitch, stitched_module
-    from piecework.integrations.transformers.dry_request import dry_request
+    from piecework.integrations.transformers.request.dry import dry_request
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(

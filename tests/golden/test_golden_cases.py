@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from piecework.golden import snapshot
 from piecework.golden.cases import Case, discover, unreferenced
 from piecework.golden.check import check_case
 from piecework.golden.seeds import emit_in_other_process
+from piecework.golden.text import snapshot
 
 ROOT = Path(__file__).parent.parent.parent / "golden" / "cases"
 CASES = discover(ROOT)

@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 
 from piecework.cli.golden import golden_app
 from piecework.errors import UsageError
-from piecework.golden import snapshot
 from piecework.golden.cases import discover
 from piecework.golden.check import (
     CheckRun,
@@ -22,6 +21,7 @@ from piecework.golden.check import (
     update_cases,
 )
 from piecework.golden.seeds import emit_in_other_process
+from piecework.golden.text import snapshot
 
 GRAPH = """
 import operator

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from piecework.errors import UsageError
-from piecework.golden.changes import COSMETIC
-from piecework.golden.diff import SourceDiff, compare_sources
+from piecework.golden.compare.changes import COSMETIC
+from piecework.golden.compare.diff import SourceDiff, compare_sources
 
 CASES = Path(__file__).parent.parent.parent / "golden" / "cases"
 GOLDENS = sorted(CASES.glob("*/expected.py"))

@@ -17,14 +17,14 @@ from typer.testing import CliRunner
 
 from piecework.cli import app
 from piecework.errors import ArtifactError, UsageError
-from piecework.golden.precompiled import (
+from piecework.golden.precompiled.diff import changes
+from piecework.golden.precompiled.file import (
     Judgement,
     captured_now,
     judge,
     read_precompiled,
     vector_widths,
 )
-from piecework.golden.precompiled_diff import changes
 
 FOLDER = Path(__file__).with_name("precompiled")
 NAMES = ("eager", "inductor_512", "inductor_256")

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from piecework.cli.golden import golden_app
-from piecework.golden.diff import compare_sources
-from piecework.golden.piece_map import piece_map
+from piecework.golden.compare.diff import compare_sources
 from piecework.golden.report import Entry, page
-from piecework.golden.side_by_side import side_by_side
-from piecework.golden.visible import visible
+from piecework.golden.show.piece_map import piece_map
+from piecework.golden.show.side_by_side import side_by_side
+from piecework.golden.show.visible import visible
 
 CASES = Path(__file__).parent.parent.parent / "golden" / "cases"
 

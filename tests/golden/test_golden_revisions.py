@@ -8,8 +8,8 @@ from revision_truth import Judge
 from revisions import REVISIONS, Model, compiled, layouts, plain, revision
 
 import piecework
-from piecework.golden.diff import SourceDiff, compare_sources
-from piecework.golden.texts import text_of
+from piecework.golden.compare.diff import SourceDiff, compare_sources
+from piecework.golden.text.texts import text_of
 
 # The others, and all of the larger model but three, run at night.
 QUICK = {

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from piecework.golden.scope import undefined_names
+from piecework.golden.text.scope import undefined_names
 
 CASES = Path(__file__).parent.parent.parent / "golden" / "cases"
 

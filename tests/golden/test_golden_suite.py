@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import piecework
 from piecework.cli.golden import golden_app
 from piecework.golden import suite
-from piecework.golden.piece_code import calls_by_piece, difference
+from piecework.golden.compare.piece_code import calls_by_piece, difference
 from piecework.golden.suite import suite_under
 
 SOURCE = """# __vllm_submods__:

@@ -13,11 +13,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from piecework.bench import gpu, gpu_contenders
-from piecework.bench.gpu_contenders import Contenders
-from piecework.bench.gpu_model import TINY, build, token_ids
-from piecework.bench.gpu_parts import PARTS, step_targets
-from piecework.bench.gpu_rows import QUICK, Rows, checked, host_seconds, times
+from piecework.bench.gpu import __main__ as gpu
+from piecework.bench.gpu import contenders as gpu_contenders
+from piecework.bench.gpu.contenders import Contenders
+from piecework.bench.gpu.model import TINY, build, token_ids
+from piecework.bench.gpu.parts import PARTS, step_targets
+from piecework.bench.gpu.rows import QUICK, Rows, checked, host_seconds, times
 from piecework.cli import app
 from piecework.errors import PieceworkError
 from piecework.runtime.graphs.plan.phase import frozen_garbage
@@ -146,7 +147,7 @@ def test_a_failing_part_does_not_hide_the_others(monkeypatch, capsys):
 
 def test_one_command_from_a_plain_checkout(tmp_path):
     """Under another name and without the package's parent on the path, as on a bare machine."""
-    root = Path(gpu.__file__).resolve().parents[1]
+    root = Path(gpu.__file__).resolve().parents[2]
     checkout = tmp_path / "some-checkout"
     shutil.copytree(root, checkout, ignore=shutil.ignore_patterns(".*", "__pycache__", "figures"))
     command = [sys.executable, "bench/on_gpu.py", "--device", "cpu", "--out", str(tmp_path / "out")]

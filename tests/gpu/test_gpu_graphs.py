@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from piecework.bench.gpu_contenders import stitch
-from piecework.bench.gpu_model import TINY, build, token_ids
+from piecework.bench.gpu.contenders import stitch
+from piecework.bench.gpu.model import TINY, build, token_ids
 from piecework.runtime.batch.descriptor import BatchKind
 from piecework.runtime.batch.dispatcher import CudagraphDispatcher
 from piecework.runtime.batch.forward_context import set_forward_context

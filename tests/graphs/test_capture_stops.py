@@ -57,7 +57,7 @@ def llama():
 
 def capture(llama, sizes=SIZES, **options):
     from piecework.integrations.transformers import stitched_module
-    from piecework.integrations.transformers.dry_request import dry_request
+    from piecework.integrations.transformers.request.dry import dry_request
 
     stitched = stitched_module(llama[0])
     wish = {"progress": False, "estimate": False, "poison": True, "context_for": dry_request}

@@ -8,8 +8,8 @@ from flat_trace import require_one_graph
 from small_llms import DEEPSEEK, SHAPE, WINDOW
 
 from piecework.integrations.transformers import stitch, unstitch
-from piecework.integrations.transformers.admission import admit, forget_layers
-from piecework.integrations.transformers.flat import (
+from piecework.integrations.transformers.flat.admission import admit, forget_layers
+from piecework.integrations.transformers.flat.forward import (
     FlatIdsForward,
     TokenDimension,
     as_traced,

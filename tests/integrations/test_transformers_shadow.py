@@ -9,7 +9,7 @@ import torch
 from small_llms import build
 
 from piecework.integrations.transformers import stitch, stitched_module
-from piecework.integrations.transformers.dry_request import dry_request
+from piecework.integrations.transformers.request.dry import dry_request
 from piecework.runtime.compilers import EagerAdaptor
 from piecework.runtime.compilers.interface import CompiledPiece
 

@@ -13,9 +13,9 @@ import torch
 import torch.fx
 
 import piecework
-from piecework.golden.changes import Change
-from piecework.golden.diff import SourceDiff
-from piecework.golden.outline import Step
+from piecework.golden.compare.changes import Change
+from piecework.golden.compare.diff import SourceDiff
+from piecework.golden.compare.outline import Step
 
 
 @dataclass

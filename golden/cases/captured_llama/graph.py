@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 import piecework
 import torch
 from piecework.integrations.transformers import stitch
-from piecework.integrations.transformers.request import current_request, request_context
+from piecework.integrations.transformers.request.state import current_request, request_context
 from piecework.integrations.transformers.stitcher import stitched_module
 from transformers import LlamaConfig, LlamaForCausalLM
 

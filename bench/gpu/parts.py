@@ -1,0 +1,375 @@
+"""The parts of the GPU benchmark. In: a scale. Out: rows: staging, compiling, one decode step, transformers, capturing, and where a step's time goes."""
+
+from __future__ import annotations
+
+import cProfile
+import pstats
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+
+import piecework
+from piecework.bench.gpu.contenders import Contenders, stitch
+from piecework.bench.gpu.model import build, token_ids
+from piecework.bench.gpu.rows import (
+    Rows,
+    Scale,
+    Step,
+    checked,
+    host_seconds,
+    step_seconds,
+    synchronize,
+    timed_rows,
+    times,
+)
+from piecework.bench.measure.result import Row, Target
+from piecework.errors import PieceworkError
+from piecework.runtime.graphs.plan.phase import format_bytes
+from piecework.runtime.graphs.stage.inputs import StaticInputs
+
+B8_BARE, B8_CONVENTIONAL = 1.05, 1.5
+B9_WHOLE, B9_BARE = 1.02, 1.03
+B10_PLAIN, B10_EIGHT = 1.0, 2.0
+B11_MEMORY, B11_SHARE = 0.1, 0.5
+
+
+@torch.no_grad()
+def staging(scale: Scale, rows: Rows) -> None:
+    """B10: 1, 2 and 8 inputs into static buffers, padded; the host's time, the time in a row, and what the device runs."""
+    kinds = {
+        "reference": {"kernel": "reference"},
+        "grouped": {},
+        "tails kept": {"keeps_tails": True},
+    }
+    if scale.device == "cuda":
+        kinds["one kernel"] = {"kernel": "triton"}
+    for inputs in (1, 2, 8):
+        dtypes = ([torch.int64, torch.int32] * 4)[:inputs]
+        examples = {
+            f"input {i}": torch.zeros(1, dtype=d, device=scale.device) for i, d in enumerate(dtypes)
+        }
+        for count, padded in ((37, 40), (64, 64)):
+            setting: dict[str, object] = {"inputs": inputs, "rows": count, "padded": padded}
+            tensors = [torch.arange(count, device=scale.device).to(d) for d in dtypes]
+            plain = _plain_copies(tensors)
+            contenders: dict[str, Step] = {"plain copies": plain}
+            for name, options in kinds.items():
+                with rows.attempt({**setting, "what": "first call"}, name):
+                    static = StaticInputs.allocate(examples, 256, **options)  # type: ignore[arg-type]
+                    contenders[name] = _first_call(static, tensors, padded, scale, rows, name)
+            host = times(contenders, scale, host_seconds, rows, setting)
+            row = times(contenders, scale, step_seconds, rows, setting)
+            rows.add(timed_rows({**setting, "what": "host"}, host, "plain copies"))
+            rows.add(timed_rows({**setting, "what": "in a row"}, row, "plain copies"))
+            rows.targets(_staging_targets(inputs, count, host))
+            for name, step in contenders.items():
+                with rows.attempt({**setting, "what": "launches"}, name):
+                    launched = _launches(step, scale.device)
+                    rows.add([Row({**setting, "what": "launches"}, name, 0.0, note=f"{launched}")])
+
+
+def _plain_copies(tensors: Sequence[torch.Tensor]) -> Step:
+    buffers = [torch.zeros_like(tensor) for tensor in tensors]
+
+    def copy() -> None:
+        for buffer, tensor in zip(buffers, tensors, strict=True):
+            buffer.copy_(tensor, non_blocking=True)
+
+    return copy
+
+
+def _first_call(
+    static: StaticInputs,
+    tensors: Sequence[torch.Tensor],
+    padded: int,
+    scale: Scale,
+    rows: Rows,
+    name: str,
+) -> Step:
+    """The step, after its first call was timed and its result checked."""
+    synchronize(scale.device)
+    start = time.perf_counter()
+    staged = static.stage(tensors, padded)
+    synchronize(scale.device)
+    setting = {"inputs": len(tensors), "rows": len(tensors[0]), "what": "first call"}
+    rows.add([Row(dict(setting), name, time.perf_counter() - start)])
+    for tensor, view in zip(tensors, staged, strict=True):
+        if not torch.equal(view[: len(tensor)], tensor) or view[len(tensor) :].any():
+            raise PieceworkError("what was staged is not the input, padded")
+    if name != "tails kept":
+        return lambda: static.stage(tensors, padded)
+    # As captured models stage, whose entry has checked the arguments.
+    return lambda: static.stage_alike(tensors, padded, tensors[0].shape[0])
+
+
+def _staging_targets(inputs: int, count: int, host: Mapping[str, float]) -> list[Target]:
+    ours, found = host.get("tails kept"), []
+    if ours is not None and "plain copies" in host:
+        text = f"host time over plain copies, {inputs} inputs, {count} rows"
+        found.append(Target("B10", text, B10_PLAIN, ours / host["plain copies"]))
+    if ours is not None and "reference" in host and (inputs, count) == (8, 37):
+        text = f"host time of a copy and a fill each over ours, 8 inputs, {count} rows"
+        found.append(Target("B10", text, B10_EIGHT, host["reference"] / ours, at_most=False))
+    return found
+
+
+def _launches(step: Step, device: str) -> int:
+    """How many kernels, copies and fills the device runs in one step."""
+    step()
+    synchronize(device)
+    with torch.profiler.profile() as profile:
+        step()
+        synchronize(device)
+    on_gpu = torch.autograd.DeviceType.CUDA
+    return sum(event.device_type == on_gpu for event in profile.events())
+
+
+@torch.no_grad()
+def inductor(scale: Scale, rows: Rows) -> None:
+    """Compiling cold and from the cache: seconds, pieces that are entered directly, the first served call, and that it is right."""
+    layers = 4 if scale.device == "cuda" else 2
+    model = build(layers, scale.shape, scale.device)
+    ids = token_ids(max(scale.batches), scale.shape, scale.device)
+    for start in ("cold", "from the cache"):
+        setting: dict[str, object] = {"layers": layers, "start": start}
+        with rows.attempt(setting, "compile"):
+            torch.compiler.reset()
+            before = time.perf_counter()
+            stitched = stitch(model, ids, scale.compiler)
+            rows.add(
+                [Row(setting, "compile", time.perf_counter() - before, note=_entered(stitched))]
+            )
+        with rows.attempt(setting, "capture and serve"):
+            before = time.perf_counter()
+            stitched.capture(scale.batches, progress=False, estimate=False)
+            rows.add([Row(setting, "capture", time.perf_counter() - before)])
+            expected = model(ids)
+            synchronize(scale.device)
+            before = time.perf_counter()
+            stitched(ids)
+            synchronize(scale.device)
+            rows.add([Row(setting, "first served call", time.perf_counter() - before)])
+            serve = partial(stitched, ids)
+            checked(serve, expected)
+            found = times({"served call": serve}, scale, step_seconds, rows, setting)
+            rows.add(timed_rows(setting, found, "served call"))
+
+
+def _entered(stitched: piecework.StitchedModule) -> str:
+    """How many pieces are entered directly, and why others are not."""
+    compiled = [
+        entry.compiled
+        for backend in stitched.traces[0].program.backends.values()
+        for entry in backend.entries.values()
+    ]
+    reasons = sorted({each.indirect_because for each in compiled if each.direct is None})
+    direct = sum(each.direct is not None for each in compiled)
+    return f"{direct} of {len(compiled)} entered directly {'; '.join(reasons)}"
+
+
+@torch.no_grad()
+def steps(scale: Scale, rows: Rows) -> None:
+    """B8 and B9: one decode step, by every contender; the time until it is queued, and the time of one in a row of them."""
+    _steps(scale, rows, scale.layers)
+
+
+@torch.no_grad()
+def deep_steps(scale: Scale, rows: Rows) -> None:
+    """The same with many layers."""
+    _steps(scale, rows, scale.deep_layers)
+
+
+def _steps(scale: Scale, rows: Rows, depths: Sequence[int]) -> None:
+    for layers in depths:
+        model = build(layers, scale.shape, scale.device)
+        ids = token_ids(max(scale.batches), scale.shape, scale.device)
+        found = Contenders(model, ids, scale.batches, scale.backend)
+        for batch in scale.batches:
+            if not scale.in_time:
+                rows.note(f"no time left for {layers} layers, batch {batch}")
+                break
+            setting: dict[str, object] = {"layers": layers, "batch": batch}
+            expected = model(ids[:batch])
+            contenders: dict[str, Step] = {}
+            for name, make in found.makers(batch).items():
+                with rows.attempt({**setting, "what": "made"}, name):
+                    contenders[name] = checked(make(), expected)
+            host = times(contenders, scale, host_seconds, rows, setting)
+            whole = times(contenders, scale, step_seconds, rows, setting)
+            rows.add(timed_rows({**setting, "what": "host"}, host, "bare loop"))
+            rows.add(timed_rows({**setting, "what": "step"}, whole, "one graph"))
+            rows.targets(step_targets(f"{layers} layers, batch {batch}", host, whole))
+        del model, found, contenders
+        torch.compiler.reset()  # it holds what it compiled, and so the weights
+
+
+def step_targets(
+    where: str, host: Mapping[str, float], whole: Mapping[str, float]
+) -> tuple[Target, ...]:
+    """B8 and B9 of one setting, from the times of each contender; those that failed are left out.
+
+    Example:
+        >>> host = {"bare loop": 100.0, "piecework": 104.0, "conventional": 208.0}
+        >>> whole = {"bare loop": 100.0, "piecework": 101.0, "one graph": 100.0}
+        >>> [(target.name, target.measured, target.met) for target in step_targets("here", host, whole)]
+        [('B8', 1.04, True), ('B8', 2.0, True), ('B9', 1.01, True), ('B9', 1.01, True)]
+    """
+    ours, bare, whole_graph = "piecework", "bare loop", "one graph"
+    asked = (
+        ("B8", "host time over the bare loop", B8_BARE, host, ours, bare, True),
+        ("B8", "host time over the bare list", B8_BARE, host, ours, "bare list", True),
+        ("B8", "conventional's over ours", B8_CONVENTIONAL, host, "conventional", ours, False),
+        ("B9", "step over one graph", B9_WHOLE, whole, ours, whole_graph, True),
+        ("B9", "step over the bare loop", B9_BARE, whole, ours, bare, True),
+    )
+    return tuple(
+        Target(name, f"{text}, {where}", bound, found[one] / found[other], at_most=at_most)
+        for name, text, bound, found, one, other, at_most in asked
+        if one in found and other in found
+    )
+
+
+def transformers_decode(scale: Scale, rows: Rows) -> None:
+    """Tokens of a Llama by ``generate``: seconds a token, beside transformers' own static cache, which compiles with ``reduce-overhead``."""
+    import transformers
+
+    from piecework.integrations.transformers import stitch as stitch_llama
+    from piecework.integrations.transformers import stitched_module, unstitch
+    from piecework.integrations.transformers.request.dry import dry_request
+
+    dtype = torch.bfloat16 if scale.device == "cuda" else torch.float32
+    torch.manual_seed(0)
+    with torch.device(scale.device):
+        config = transformers.LlamaConfig(max_position_embeddings=1024, **scale.llama)
+        model = transformers.LlamaForCausalLM(config).to(dtype).eval()
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
+    dynamic: dict[str, object] = {}
+    static: dict[str, object] = {"cache_implementation": "static"}
+    uncompiled = {**static, "disable_compile": True}
+    for batch in scale.batches:
+        setting: dict[str, object] = {"batch": batch, "layers": config.num_hidden_layers}
+        ids = torch.randint(1, config.vocab_size, (batch, 16), device=scale.device)
+        generation = _Generation(model, ids, scale, rows, setting)
+        compiled = static if scale.device == "cuda" else uncompiled
+        generation.time("transformers, static cache", compiled)
+        generation.time("transformers, dynamic cache", dynamic)
+        with rows.attempt(setting, "stitch and capture"):
+            stitch_llama(model, config=piecework.CompilationConfig(backend=scale.compiler))
+            captured = stitched_module(model)
+            captured.capture([batch], context_for=dry_request, progress=False, estimate=False)
+            generation.time("piecework, dynamic cache", dynamic)
+            generation.time("piecework, static cache", uncompiled)
+            served = {row.mode: row.calls for row in captured.call_report()}
+            rows.note(f"batch {batch}: calls by mode: {served}")
+        unstitch(model)
+
+
+class _Generation:
+    """One batch of requests, generated in several ways, each held against the tokens of the first."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        ids: torch.Tensor,
+        scale: Scale,
+        rows: Rows,
+        setting: dict[str, object],
+    ) -> None:
+        self._model, self._ids, self._scale = model, ids, scale
+        self._rows, self._setting = rows, setting
+        self._reference: float | None = None
+        self._expected = self._run({})[0]
+
+    def time(self, name: str, how: Mapping[str, object]) -> None:
+        with self._rows.attempt(self._setting, name):
+            self._run(how)  # warms up, and compiles
+            tokens, seconds = self._run(how)
+            seconds /= self._scale.tokens
+            self._reference = self._reference or seconds
+            alike = (tokens == self._expected).float().mean().item()
+            ratios = {"the first": seconds / self._reference}
+            note = f"a token; {alike:.0%} of tokens as eager"
+            self._rows.add([Row(self._setting, name, seconds, ratios, note)])
+
+    def _run(self, how: Mapping[str, object]) -> tuple[torch.Tensor, float]:
+        generate: Callable[..., torch.Tensor] = self._model.generate  # type: ignore[assignment]
+        synchronize(self._scale.device)
+        start = time.perf_counter()
+        tokens = generate(self._ids, max_new_tokens=self._scale.tokens, do_sample=False, **how)
+        synchronize(self._scale.device)
+        return tokens, time.perf_counter() - start
+
+
+@torch.no_grad()
+def profile(scale: Scale, rows: Rows) -> None:
+    """One decode step under the profiler, pieces by name: what the host does between the launches. Written to ``gpu_profile.txt``."""
+    layers, batch = min(scale.layers), min(scale.batches)
+    model = build(layers, scale.shape, scale.device)
+    found = Contenders(
+        model, token_ids(max(2, batch), scale.shape, scale.device), (batch,), scale.backend
+    )
+    step = found.makers(batch)["piecework"]()
+    step()
+    synchronize(scale.device)
+    with torch.profiler.profile() as profiled, found.stitched.named_pieces():
+        step()
+        synchronize(scale.device)
+    events = sorted(profiled.events(), key=lambda event: event.time_range.start)
+    lines = [profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=40), ""]
+    first = events[0].time_range.start if events else 0
+    lines += [
+        f"{event.time_range.start - first:10.1f} {event.time_range.elapsed_us():8.1f} µs  {event.device_type.name:5} {event.name}"
+        for event in events[:400]
+    ]
+    if scale.out is not None:
+        (scale.out / "gpu_profile.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    rows.note(f"{len(events)} events in one step of {layers} layers")
+
+
+@torch.no_grad()
+def capture(scale: Scale, rows: Rows) -> None:
+    """B11: time and memory of capturing many sizes of many pieces, against what was foretold."""
+    model = build(scale.capture_layers, scale.shape, scale.device)
+    ids = token_ids(max(scale.capture_sizes), scale.shape, scale.device)
+    stitched = stitch(model, ids, scale.backend)
+    setting: dict[str, object] = {"layers": scale.capture_layers, "sizes": len(scale.capture_sizes)}
+    profiled = cProfile.Profile()
+    start = time.perf_counter()
+    profiled.enable()
+    stitched.capture(scale.capture_sizes, progress=False)
+    profiled.disable()
+    total = time.perf_counter() - start
+    report, memory = stitched.static_graphs.report, stitched.memory_report()
+    if report is None or memory.estimate is None:
+        raise PieceworkError("the capture left no report")
+    pieces = sum(outcome.pieces for outcome in report.outcomes)
+    note = f"{pieces} graphs, {format_bytes(report.nbytes)}"
+    rows.add([Row(setting, "estimate, and replay source", total - report.seconds)])
+    rows.add([Row(setting, "capture", report.seconds, note=note)])
+    deviation = abs(memory.estimate.total / max(1, report.nbytes) - 1)
+    text = f"deviation of the estimate ({format_bytes(memory.estimate.total)})"
+    rows.targets([Target("B11", text, B11_MEMORY, deviation)])
+    if scale.device == "cuda":
+        text = "share of the time in the driver, which instantiates when a capture ends"
+        share = _seconds_in(profiled, "capture_end") / total
+        rows.targets([Target("B11", text, B11_SHARE, share, at_most=False)])
+
+
+def _seconds_in(profiled: cProfile.Profile, function: str) -> float:
+    """Cumulated seconds in functions of that name."""
+    stats = pstats.Stats(profiled).stats  # type: ignore[attr-defined]
+    return sum(row[3] for (_, _, name), row in stats.items() if name == function)
+
+
+#: What answers most comes first.
+PARTS: Mapping[str, Callable[[Scale, Rows], None]] = {
+    "staging": staging,
+    "inductor": inductor,
+    "steps": steps,
+    "transformers": transformers_decode,
+    "profile": profile,
+    "capture": capture,
+    "deep": deep_steps,
+}

@@ -1,0 +1,1 @@
+"""What changed between two emitted sources, in meaning. In: their texts. Out: a `SourceDiff`, change by change."""

@@ -1,0 +1,207 @@
+"""Attention as a splitting op: in, the query, key and value of all tokens of a batch, flattened; out, the attended values.
+
+It never computes attention itself: the op's body calls the model's own implementation on the request's shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from piecework.errors import CaptureError
+from piecework.integrations.transformers.request.state import (
+    STATE_KEY,
+    AttentionLayer,
+    current_request,
+)
+from piecework.runtime.batch.forward_context import current_forward_context
+from piecework.runtime.splitting_op import splitting_op
+
+# The name under which transformers finds our attention function. It has no mask function registered, which is
+# how transformers learns that the traced forward shall make no masks.
+IMPLEMENTATION = "piecework"
+LAYER_NAME = "_piecework_layer_name"
+SPLITTING_OP = "piecework::attention"
+
+# What an attention function may be given besides the tensors. Literals stand in the emitted source.
+_LITERALS = ("scaling", "softcap", "sliding_window", "is_causal")
+_TENSORS = ("s_aux",)
+# Passed along by decoder layers, of no meaning to the attention of one decoder-only forward.
+_INERT = (
+    "position_ids",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+)
+
+
+@splitting_op(
+    SPLITTING_OP, mutates_args=("out",), rows="context", full_graphs="single_token_decode"
+)
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    s_aux: torch.Tensor | None = None,
+    *,
+    layer_name: str,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+) -> None:
+    """Attend over the running request and write into ``out``.
+
+    Args:
+        query: [1, heads, rows, dim]; ``key`` and ``value``: [1, kv heads, rows, dim]. The rows are the tokens of
+            every batch row, one batch row after the other, and maybe padding behind them.
+        out: [1, rows, heads, value dim], written.
+        layer_name: which layer attends; its cache slot, mask and module come from the request.
+        scaling, softcap, sliding_window, is_causal, s_aux: as the model passes them to its attention function.
+    """
+    request = current_request()
+    layer = request.layers[layer_name]
+    if request.step is not None and softcap is None and s_aux is None:
+        request.step.attend(layer.layer_idx, layer.layer_type, query, key, value, out, scaling)
+        return
+    batch, tokens = request.batch, request.tokens
+    arguments = {
+        "scaling": scaling,
+        "softcap": softcap,
+        "sliding_window": sliding_window,
+        "is_causal": is_causal,
+        "s_aux": s_aux,
+    }
+    query, key, value = (_by_row(tensor, batch, tokens) for tensor in (query, key, value))
+    attended = request.attend(layer, query, key, value, arguments)
+    rows = batch * tokens
+    out[:, :rows].view(batch, tokens, *out.shape[2:]).copy_(attended)
+    if rows < out.shape[1]:
+        out[:, rows:].zero_()  # padding of a captured batch: any finite value does
+
+
+def _by_row(flat: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:
+    """[1, heads, rows, dim] seen as [batch, heads, tokens, dim], strided as the model's own eager forward has it."""
+    if batch == 1 and flat.shape[2] == tokens:
+        return flat
+    heads, dim = flat.shape[1], flat.shape[3]
+    return flat[0, :, : batch * tokens].view(heads, batch, tokens, dim).transpose(0, 1)
+
+
+def attention_function(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """What the traced model calls for attention: one splitting op over the flattened batch."""
+    out = query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3]))
+    if not torch.compiler.is_compiling() and _discovering() is not None:
+        _discovering().see(module, attention_mask, kwargs)
+        return out.zero_(), None
+    passed = {
+        name: kwargs[name] for name in (*_LITERALS, *_TENSORS) if kwargs.get(name) is not None
+    }
+    attention(query, key, value, out, layer_name=module._piecework_layer_name, **passed)
+    return out, None
+
+
+@dataclass(frozen=True, slots=True)
+class Discovery:
+    """The request of a dry run: notes which modules attend, and refuses what the splitting op could not reproduce."""
+
+    names: dict[torch.nn.Module, str]
+    layer_types: Sequence[str] | None
+    found: list[AttentionLayer]
+
+    def see(
+        self, module: torch.nn.Module, attention_mask: object, kwargs: dict[str, object]
+    ) -> None:
+        """Take note of one call of the attention function.
+
+        Raises:
+            CaptureError: the call carries something that the splitting op can't.
+        """
+        name = self.names.get(module, type(module).__name__)
+        if any(layer.module is module for layer in self.found):
+            raise CaptureError(
+                "attention runs twice in this module in one forward, so its cache slot is not its own",
+                where=name,
+                hint="stitch(model) may serve it whole",
+            )
+        known = (*_LITERALS, *_TENSORS, *_INERT, "dropout")
+        unknown = sorted(
+            key for key, value in kwargs.items() if key not in known and value is not None
+        )
+        if attention_mask is not None:
+            unknown.append("attention_mask")
+        if kwargs.get("dropout"):
+            unknown.append("dropout")
+        if unknown:
+            raise CaptureError(
+                f"attention is called with {', '.join(unknown)}, which the splitting op can't carry",
+                where=name,
+                hint="stitch(model) may serve it whole",
+            )
+        index = getattr(module, "layer_idx", None)
+        if not isinstance(index, int):
+            raise CaptureError(
+                "the attention module has no layer_idx, so its cache slot is unknown",
+                where=name,
+                hint="stitch(model) may serve it whole",
+            )
+        self.found.append(
+            AttentionLayer(name, module, index, self._layer_type(index), frozenset(kwargs))
+        )
+
+    def _layer_type(self, index: int) -> str | None:
+        if self.layer_types is None or index >= len(self.layer_types):
+            return None
+        return self.layer_types[index]
+
+
+def _discovering() -> Discovery | None:
+    context = current_forward_context()
+    state = None if context is None else context.state.get(STATE_KEY)
+    return state if isinstance(state, Discovery) else None
+
+
+def register() -> None:
+    """Let transformers know `attention_function` by `IMPLEMENTATION`."""
+    ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, attention_function)
+
+
+@contextmanager
+def through_piecework(model: torch.nn.Module) -> Iterator[None]:
+    """Let the modules of ``model`` find ``attention_function`` for the block, and their own again afterwards."""
+    register()
+    before = [(config, config._attn_implementation) for config in _configs_of(model)]
+    try:
+        for config, _implementation in before:
+            config._attn_implementation = IMPLEMENTATION
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation = implementation
+
+
+def _configs_of(model: torch.nn.Module) -> list[PreTrainedConfig]:
+    """The configs that the modules of ``model`` hold, outer ones first: setting one's implementation sets its parts'."""
+    found: dict[int, PreTrainedConfig] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            parts = (getattr(config, name, None) for name in config.sub_configs)
+            for each in (config, *parts):
+                if isinstance(each, PreTrainedConfig):
+                    found.setdefault(id(each), each)
+    return list(found.values())

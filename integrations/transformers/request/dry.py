@@ -1,0 +1,76 @@
+"""Requests without content, for capturing static graphs. In: a mode and a batch shape. Out: a forward context in which a stitched decoder runs on dummy tokens.
+
+Its attention reads and writes no cache and computes nothing; captured pieces hold no attention, so they are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from piecework.errors import StaticGraphError
+from piecework.integrations.transformers.request.state import (
+    AttentionLayer,
+    RequestState,
+    request_context,
+)
+from piecework.runtime.batch.descriptor import BatchDescriptor
+from piecework.runtime.batch.forward_context import ForwardContext, set_forward_context
+from piecework.runtime.batch.mode import CUDAGraphMode
+
+
+@contextmanager
+def dry_request(
+    mode: CUDAGraphMode, descriptor: BatchDescriptor
+) -> Iterator[ForwardContext | None]:
+    """The context of a run on dummy tokens; the ``context_for`` of a capture.
+
+    Example:
+        >>> stitched_module(model).capture([1, 2, 4], context_for=dry_request)
+        >>> model.generate(ids)  # decoding steps replay
+
+    Raises:
+        StaticGraphError: the mode is FULL: the graph would hold the attention of the dummy request.
+    """
+    if mode is CUDAGraphMode.FULL:
+        raise StaticGraphError(
+            "a full graph would freeze the attention of a dummy request",
+            where=descriptor.describe(),
+            hint="stitch(model, capture=..., max_cache_len=...) captures the decode steps of static caches whole; or capture in "
+            "mode PIECEWISE, in which attention runs between the graphs",
+        )
+    state = RequestState(
+        layers=_EveryLayer(),
+        batch=1,
+        tokens=descriptor.num_tokens,
+        implementation=_no_attention,
+        masks=None,
+        cache=None,
+        position_ids=torch.zeros(1, descriptor.num_tokens, dtype=torch.long),
+        paged={},
+    )
+    scope = set_forward_context(cudagraph_runtime_mode=mode, batch_descriptor=descriptor)
+    with scope as context, request_context(state):
+        yield context
+
+
+class _EveryLayer(dict[str, AttentionLayer]):
+    """Any layer's name, with nothing behind it."""
+
+    def __missing__(self, name: str) -> AttentionLayer:
+        return AttentionLayer(name, torch.nn.Identity(), 0, None, frozenset())
+
+
+def _no_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: object,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """Zeros of the result's shape: [batch, tokens, heads, value dim]."""
+    batch, heads, tokens, _dim = query.shape
+    return query.new_zeros(batch, tokens, heads, value.shape[3]), None

@@ -1,0 +1,216 @@
+"""The state of one request behind the splitting op: in, a forward's batch, cache and masks; out, what each layer attends to.
+
+It never touches the graph: nothing here is traced, so none of it can become an input of a piece.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from piecework.errors import CaptureError, InputError
+from piecework.integrations.transformers.request.step import Step
+from piecework.runtime.batch.descriptor import PLAIN
+from piecework.runtime.batch.forward_context import (
+    ForwardContext,
+    ForwardScope,
+    current_forward_context,
+    get_forward_context,
+    override_forward_context,
+)
+from piecework.runtime.batch.mode import CUDAGraphMode
+
+STATE_KEY = "piecework.integrations.transformers"
+
+Masks = torch.Tensor | Mapping[str, torch.Tensor | None] | None
+AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+
+class PositionRule(Enum):
+    """How a model numbers its tokens when the caller gives no ``position_ids``."""
+
+    AFTER_PAST = "one after the other, from the length of the cache on"
+    COUNT_MASK = "by counting the attended tokens of the attention mask"
+
+    def positions(
+        self,
+        attention_mask: object,
+        past: int | torch.Tensor,
+        batch: int,
+        tokens: int,
+        device: torch.device,
+    ) -> torch.Tensor:
+        """Position ids of shape [batch, tokens] (or [1, tokens] where all rows agree)."""
+        if self is PositionRule.AFTER_PAST or attention_mask is None:
+            if tokens == 1:
+                if isinstance(past, int):
+                    return torch.full((batch, 1), past, device=device)
+                return past.expand(batch, 1).clone()  # the cache counts on in its own tensor
+            if isinstance(past, int):
+                return torch.arange(past, past + tokens, device=device).unsqueeze(0)
+            return (torch.arange(tokens, device=device) + past).unsqueeze(0)
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+            raise InputError(
+                "this model numbers its tokens by a 2D attention mask, and the mask given is prepared already",
+                where="position_ids",
+                hint="pass position_ids",
+            )
+        counted = attention_mask.long().cumsum(dim=1) * attention_mask.long() - 1
+        return counted[:, int(past) :]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLayer:
+    """One attention module of the stitched decoder, and how its model calls the attention function.
+
+    Attributes:
+        name: the module's path inside the decoder, the ``layer_name`` of the splitting op.
+        module: the attention module, handed to the implementation as the model does.
+        layer_idx: its slot in the KV cache.
+        layer_type: its key among several masks; None where the model has one mask for all.
+        passed: the keyword arguments that its model passes to the attention function.
+    """
+
+    name: str
+    module: torch.nn.Module
+    layer_idx: int
+    layer_type: str | None
+    passed: frozenset[str]
+
+    def mask_of(self, masks: Masks) -> torch.Tensor | None:
+        """The layer's own mask among those of the request."""
+        if not isinstance(masks, Mapping):
+            return masks
+        if self.layer_type is None or self.layer_type not in masks:
+            raise InputError(
+                f"no mask for layer type {self.layer_type!r}; the request has {sorted(masks)}",
+                where=self.name,
+                hint="pass a 2D attention_mask and let the model make its masks",
+            )
+        return masks[self.layer_type]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestState:
+    """What the splitting op needs to know of one forward.
+
+    Attributes:
+        layers: the attention layers by name.
+        batch: rows of the request; ``tokens``: tokens of each row in this forward.
+        implementation: the registered attention function, or None for each modeling module's own eager one.
+        masks: made before the first cache update, one for all layers or one per layer type.
+        cache: the request's KV cache, or None.
+        position_ids: as the request has them, [batch, tokens].
+        paged: what continuous batching gives its attention functions, its paged cache among it; else empty.
+        step: the forward as a decode step, if it is one.
+    """
+
+    layers: Mapping[str, AttentionLayer]
+    batch: int
+    tokens: int
+    implementation: AttentionFunction | None
+    masks: Masks
+    cache: Cache | None
+    position_ids: torch.Tensor
+    paged: Mapping[str, object]
+    step: Step | None = None
+
+    def attend(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        arguments: Mapping[str, object],
+    ) -> torch.Tensor:
+        """Attention of the request's rows: [batch, heads, tokens, dim] in, [batch, tokens, heads, dim] out."""
+        if self.cache is not None:
+            key, value = self.cache.update(key, value, layer.layer_idx)
+        function = self.implementation or eager_attention_of(layer.module)
+        call = {name: value for name, value in arguments.items() if name in layer.passed}
+        if "position_ids" in layer.passed:
+            call["position_ids"] = self.position_ids
+        if "dropout" in layer.passed:
+            call["dropout"] = 0.0
+        call.update(self.paged)  # a dict for this layer alone: a paged cache writes into it
+        return function(layer.module, query, key, value, layer.mask_of(self.masks), **call)[0]
+
+
+def request_context(state: object, *, in_full_graphs: bool | None = None) -> ForwardScope:
+    """Make ``state`` the request of a block, keeping whatever an engine set around it.
+
+    Args:
+        in_full_graphs: whether full graphs may serve it, which hold the memory of one cache and serve no other request; None where there are none.
+
+    Raises:
+        InputError: the context asks for a full graph, which can't serve this request.
+    """
+    outer = current_forward_context() or ForwardContext()
+    if in_full_graphs is False and outer.cudagraph_runtime_mode is CUDAGraphMode.FULL:
+        raise InputError(
+            "the forward context asks for a full graph, and this request's cache does not lie in its memory",
+            where="forward context",
+            hint="leave the mode to the stitched model",
+        )
+    batch = outer.batch
+    if in_full_graphs is not None:
+        batch = replace(batch or PLAIN, uniform_decode=in_full_graphs)
+    state = {**outer.state, STATE_KEY: state}
+    return override_forward_context(replace(outer, state=state, batch=batch))
+
+
+def current_request() -> RequestState:
+    """The request of the running forward.
+
+    Raises:
+        InputError: the splitting op was called outside a stitched model's forward.
+    """
+    state = get_forward_context().state.get(STATE_KEY)
+    if not isinstance(state, RequestState):
+        raise InputError(
+            "piecework::attention ran outside the forward of a stitched model",
+            where="piecework::attention",
+            hint="call the model that stitch() returned",
+        )
+    return state
+
+
+def eager_attention_of(module: torch.nn.Module) -> AttentionFunction:
+    """The ``eager_attention_forward`` that the modeling file of ``module`` falls back to.
+
+    Raises:
+        CaptureError: that file has none.
+    """
+    for cls in type(module).__mro__:
+        found = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if found is not None:
+            return found
+    raise CaptureError(
+        f"{type(module).__module__} has no eager_attention_forward, so its eager attention can't be called",
+        where=type(module).__name__,
+        hint="load the model with attn_implementation='sdpa'",
+    )
+
+
+def registered_attention(implementation: str) -> AttentionFunction | None:
+    """The function registered under ``implementation``; None for "eager".
+
+    Raises:
+        CaptureError: transformers has no such implementation.
+    """
+    if implementation == "eager":
+        return None
+    try:
+        return ALL_ATTENTION_FUNCTIONS[implementation]
+    except KeyError:
+        raise CaptureError(
+            f"attention implementation {implementation!r} is not registered in transformers",
+            where="config._attn_implementation",
+            hint="use 'sdpa' or 'eager'",
+        ) from None

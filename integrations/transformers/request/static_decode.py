@@ -1,0 +1,399 @@
+"""Decode steps in full graphs. In: one new token of every sequence of a batch, and a `StaticCache`. Out: the same step in memory that keeps its address, attention among what is captured.
+
+A cache is moved into that memory at its first step and stays there while anybody holds its tensors; a second one meanwhile is served
+outside full graphs. No graph holds a length: each layer reads its own, on the device.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.fx
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.cache_utils import Cache, StaticCache, StaticLayer
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from piecework.codegen.graph.origin import value_of
+from piecework.errors import InputError, StaticGraphError
+from piecework.integrations.transformers.request.attention import attention
+from piecework.integrations.transformers.request.dry import dry_request
+from piecework.integrations.transformers.request.state import (
+    AttentionLayer,
+    RequestState,
+    registered_attention,
+    request_context,
+)
+from piecework.integrations.transformers.request.step import (
+    LayerMasks,
+    additive,
+    packed,
+    without_padding,
+)
+from piecework.runtime import torch_compat
+from piecework.runtime.batch.descriptor import BatchDescriptor
+from piecework.runtime.batch.forward_context import (
+    ForwardContext,
+    get_forward_context,
+    set_forward_context,
+)
+from piecework.runtime.batch.mode import CUDAGraphMode
+from piecework.runtime.stitched import StitchedModule
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What one attention layer stores: keys [batch, heads, length, dim], values [batch, heads, length, value_dim]."""
+
+    heads: int
+    dim: int
+    value_dim: int
+    dtype: torch.dtype
+
+
+class StaticDecode:
+    """The memory of full graphs for decode steps, and the cache that lies in it.
+
+    Args:
+        layers: the decoder's attention layers by name.
+        shapes: what each stores, by its slot in the cache.
+        largest: the most sequences of a step.
+        length: the longest cache.
+        device: where.
+
+    Attributes:
+        outside: how many steps of static caches ran outside full graphs, by the reason.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, AttentionLayer],
+        shapes: Mapping[int, LayerShape],
+        *,
+        largest: int,
+        length: int,
+        device: torch.device,
+    ) -> None:
+        self._layers, self._shapes = layers, [shapes[slot] for slot in sorted(shapes)]
+        self._largest, self._length, self._device = largest, length, device
+        self.outside: Counter[str] = Counter()
+        self.step: StaticStep | None = None
+        self._moving = threading.Lock()
+
+    # --- capture -----------------------------------------------------------------------------------
+
+    @contextmanager
+    def context_for(
+        self, mode: CUDAGraphMode, descriptor: BatchDescriptor
+    ) -> Iterator[ForwardContext | None]:
+        """The context of a run on dummy tokens, the ``context_for`` of a capture: of a decode step in this memory, or of a `dry_request`."""
+        if not descriptor.uniform:
+            with dry_request(mode, descriptor) as context:
+                yield context
+            return
+        rows = descriptor.num_tokens
+        state = RequestState(
+            layers=self._layers,
+            batch=rows,
+            tokens=1,
+            implementation=None,
+            masks=None,
+            cache=None,
+            position_ids=torch.zeros(rows, 1, dtype=torch.long),
+            paged={},
+            step=self._memory(),
+        )
+        scope = set_forward_context(cudagraph_runtime_mode=mode, batch_descriptor=descriptor)
+        with scope as context, request_context(state, in_full_graphs=True):
+            yield context
+
+    def _memory(self) -> StaticStep:
+        if self.step is None:
+            # What inference mode makes can't be written to outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                kinds = {layer.layer_type for layer in self._layers.values()}
+                self.step = StaticStep(
+                    self._shapes, kinds, self._largest, self._length, self._device
+                )
+        return self.step
+
+    def release(self) -> None:
+        """Give the memory back, unless a cache lies in it."""
+        with self._moving:
+            if self.step is not None and not self.step.is_held():
+                self.step = None
+
+    # --- serving -----------------------------------------------------------------------------------
+
+    def take(self, cache: Cache, batch: int, masks: LayerMasks) -> StaticStep | None:
+        """The step of a cache, moved here if it was elsewhere, with its masks in place; None, and counted, where it can't be.
+
+        Args:
+            batch: how many sequences have a new token.
+            masks: of the request by layer type.
+
+        Raises:
+            InputError: the cache is full.
+        """
+        if type(cache) is not StaticCache:
+            return None
+        step = self.step
+        if step is None:
+            return None
+        why = "" if step.holds(cache, batch) else self._moved_in(step, cache, batch)
+        why = why or step.put_masks(masks, batch, cache.layers[0].max_cache_len)
+        if why:
+            self.outside[why] += 1
+            return None
+        step.require_room(cache)
+        return step
+
+    def _moved_in(self, step: StaticStep, cache: StaticCache, batch: int) -> str:
+        """Move a cache in; why not, if it can't be."""
+        why = self._unfit(cache, batch)
+        if why:
+            return why
+        with self._moving:
+            step.let_go(cache)
+            if step.is_held():
+                return "another cache lies in the memory of the graphs"
+            with torch.inference_mode(False), torch.no_grad():
+                step.move_in(cache, batch)
+        return ""
+
+    def _unfit(self, cache: StaticCache, batch: int) -> str:
+        if "update" in vars(cache) or getattr(cache, "offloading", True):
+            return "the cache is offloaded, or has an update of its own"
+        if batch > self._largest:
+            return f"{batch} sequences, and graphs for at most {self._largest}"
+        if len(cache.layers) != len(self._shapes):
+            return "the cache has another number of layers"
+        for layer, shape in zip(cache.layers, self._shapes, strict=True):
+            if type(layer) is not StaticLayer or "update" in vars(layer):
+                return f"a layer of the cache is a {type(layer).__name__}"
+            if not layer.is_initialized:
+                return "the cache is empty"
+            if layer.max_cache_len > self._length:
+                return f"the cache is longer than {self._length}"
+            found = [(each.shape, each.dtype, each.device) for each in (layer.keys, layer.values)]
+            size, place = (batch, shape.heads, layer.max_cache_len), (shape.dtype, self._device)
+            if found != [((*size, dim), *place) for dim in (shape.dim, shape.value_dim)]:
+                return "the tensors of the cache have another shape, dtype or device"
+        if len({layer.max_cache_len for layer in cache.layers}) > 1:
+            return "the layers of the cache have different lengths"
+        return ""
+
+
+class StaticStep:
+    """Keys, values, lengths and masks of the decode steps of one cache; the ``step`` of a request whose attention is captured.
+
+    Args:
+        shapes: of the layers, by their slots.
+        kinds: the layers' types.
+        largest, length, device: as of `StaticDecode`.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[LayerShape],
+        kinds: Set[str | None],
+        largest: int,
+        length: int,
+        device: torch.device,
+    ) -> None:
+        self._largest = largest
+        self._keys: list[torch.Tensor] = []
+        self._values: list[torch.Tensor] = []
+        for each in shapes:
+            place = {"dtype": each.dtype, "device": device}
+            size = (largest, each.heads, length)
+            self._keys.append(torch.zeros((*size, each.dim), **place))
+            self._values.append(torch.zeros((*size, each.value_dim), **place))
+        self._counts = torch.zeros(len(self._keys), dtype=torch.long, device=device)
+        dtype = shapes[0].dtype
+        self._masks = {
+            kind: torch.empty((largest, 1, 1, length), dtype=dtype, device=device) for kind in kinds
+        }
+        self._clear_masks()
+        # The tensors that the layers of a cache were given, while the cache lives.
+        self._given: WeakKeyDictionary[Cache, list[tuple[torch.Tensor, ...]]] = WeakKeyDictionary()
+        self._own = self._users()
+        self._most, self._version = 0, -1
+
+    def attend(
+        self,
+        layer_idx: int,
+        layer_type: str | None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        scaling: float | None,
+    ) -> None:
+        """As `DecodeStep.attend`, for as many sequences as there are rows; nothing is stored in a dry run."""
+        rows = query.shape[2]
+        if rows > self._largest:  # padding of captured pieces
+            rows = self._largest
+            query, key, value, out = without_padding(rows, query, key, value, out)
+        keys, values = self._keys[layer_idx][:rows], self._values[layer_idx][:rows]
+        if not get_forward_context().dry:
+            index = self._counts[layer_idx]
+            keys.transpose(0, 2).index_copy_(0, index, key)
+            values.transpose(0, 2).index_copy_(0, index, value)
+        heads = key.shape[1]
+        turned = out.transpose(1, 2)
+        attended = scaled_dot_product_attention(
+            query.as_strided(*packed(query.shape, query.stride(), heads)),
+            keys,
+            values,
+            self._masks[layer_type][:rows],
+            scale=scaling,
+        )
+        out.as_strided(*packed(turned.shape, turned.stride(), heads)).copy_(attended)
+
+    def advance(self) -> None:
+        """Each layer has one token more; after the step."""
+        self._counts.add_(1)
+        self._most, self._version = self._most + 1, self._counts._version
+
+    def put_masks(self, masks: LayerMasks, batch: int, room: int) -> str:
+        """Copy the masks of a request, [batch or 1, 1, 1, room], into place; why not, if they are of another form."""
+        if masks.keys() != self._masks.keys():
+            return "masks for other kinds of layers"
+        for mask in masks.values():
+            if mask is None or mask.shape[0] not in (1, batch) or mask.shape[3] != room:
+                return "masks of another form"
+        for kind, mask in masks.items():
+            place = self._masks[kind]
+            place[:batch, :, :, :room].copy_(additive(mask, place.dtype))
+        return ""
+
+    def require_room(self, cache: StaticCache) -> None:
+        """Refuse a step behind the end of the cache.
+
+        Raises:
+            InputError: it is full.
+        """
+        if self._counts._version != self._version:  # somebody else counted: a prompt, a reset
+            self._most, self._version = int(self._counts.max()), self._counts._version
+        room = cache.layers[0].max_cache_len
+        if self._most >= room:
+            raise InputError(
+                f"the static cache is full: it has room for {room} tokens",
+                where="past_key_values",
+                hint="make it with a larger max_cache_len",
+            )
+
+    # --- whose memory it is ------------------------------------------------------------------------
+
+    def holds(self, cache: StaticCache, batch: int) -> bool:
+        """Whether a cache that was moved in still lies here, and has so many sequences."""
+        given, layers = self._given.get(cache), cache.layers
+        if given is None or len(given) != len(layers) or given[0][0].shape[0] != batch:
+            return False
+        return all(
+            layer.keys is keys and layer.values is values and layer.cumulative_length is count
+            for layer, (keys, values, count) in zip(layers, given, strict=True)
+        )
+
+    def let_go(self, cache: StaticCache) -> None:
+        """Forget what a cache was given; its layers may hold it still."""
+        self._given.pop(cache, None)
+
+    def is_held(self) -> bool:
+        """Whether anybody outside has a tensor of this memory."""
+        return self._users() > self._own
+
+    def _users(self) -> int:
+        return sum(map(torch_compat.storage_users, (*self._keys, *self._values)))
+
+    def move_in(self, cache: StaticCache, batch: int) -> None:
+        """Copy a cache here, and let it lie here from now on."""
+        self._clear_masks()
+        given = []
+        for slot, layer in enumerate(cache.layers):
+            room = layer.max_cache_len
+            keys, values = (each[slot][:batch, :, :room] for each in (self._keys, self._values))
+            count = self._counts[slot]
+            keys.copy_(layer.keys)
+            values.copy_(layer.values)
+            count.copy_(layer.cumulative_length)
+            layer.keys, layer.values, layer.cumulative_length = keys, values, count
+            given.append((keys, values, count))
+        self._given[cache] = given
+        self._version = -1
+
+    def _clear_masks(self) -> None:
+        """A sequence that nobody asks for attends to the first place, so that its result is a number."""
+        for mask in self._masks.values():
+            mask.fill_(-torch.inf)
+            mask[..., 0] = 0
+
+
+def static_decode(
+    made: StitchedModule,
+    layers: Mapping[str, AttentionLayer],
+    config: PreTrainedConfig,
+    *,
+    largest: int,
+    length: int,
+) -> StaticDecode:
+    """The memory for a stitched decoder.
+
+    Args:
+        made: its stitched function.
+        layers: its attention layers by name.
+        config: its config.
+        largest, length: the most sequences of a step, the longest cache.
+
+    Raises:
+        StaticGraphError: its attention can't be in a graph, and why.
+    """
+    implementation = config._attn_implementation
+    if registered_attention(implementation) is not sdpa_attention_forward:
+        raise _refused(f"attention by {implementation!r}; only 'sdpa' is captured", "attention")
+    for index, layer in enumerate(StaticCache(config=config, max_cache_len=1).layers):
+        if type(layer) is not StaticLayer:
+            kind = type(layer).__name__
+            raise _refused(
+                f"its static cache has a {kind}, which counts in Python", f"layer {index}"
+            )
+    shapes: dict[int, LayerShape] = {}
+    device = torch.device("cpu")
+    for node in _attention_nodes(made.split_gm):
+        layer = layers[node.kwargs["layer_name"]]
+        query, key, value = map(value_of, node.args[:3])
+        further = (*node.args[4:], node.kwargs.get("softcap"), node.kwargs.get("s_aux"))
+        if any(each is not None for each in further):
+            raise _refused("it attends with soft-capping or sinks", layer.name)
+        if layer.layer_idx in shapes:
+            raise _refused("it shares its slot in the cache", layer.name)
+        shape = LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype)
+        if not query.dtype == key.dtype == value.dtype:
+            raise _refused("query, key and value have different dtypes", layer.name)
+        shapes[layer.layer_idx], device = shape, key.device
+    if not shapes or sorted(shapes) != list(range(len(shapes))):
+        raise _refused("its layers don't fill the slots of a cache", type(made).__name__)
+    if len({shape.dtype for shape in shapes.values()}) > 1:
+        raise _refused("its layers attend in different dtypes", type(made).__name__)
+    return StaticDecode(layers, shapes, largest=largest, length=length, device=device)
+
+
+def _attention_nodes(split_gm: torch.fx.GraphModule) -> Iterator[torch.fx.Node]:
+    for piece in split_gm.children():
+        assert isinstance(piece, torch.fx.GraphModule)
+        yield from piece.graph.find_nodes(op="call_function", target=attention.overload)
+
+
+def _refused(why: str, where: str) -> StaticGraphError:
+    return StaticGraphError(
+        f"decode steps can't be in full graphs: {why}",
+        where=where,
+        hint="leave max_cache_len out; the pieces around attention are captured",
+    )

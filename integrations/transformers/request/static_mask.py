@@ -1,0 +1,102 @@
+"""Masks of decode steps over static caches. In: a static cache, and what a caller says of its tokens. Out: the mask that transformers makes of it, by three operators on the device.
+
+transformers' own is made beside the first of each kind and compared; where they differ, its own is taken from then on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import torch
+from transformers.cache_utils import Cache, StaticCache, StaticLayer
+
+from piecework.integrations.transformers.request.state import Masks
+
+
+class StaticMasks:
+    """Makes the masks of one new token a sequence, where each sees all that came before it and is not hidden."""
+
+    def __init__(self) -> None:
+        self._places: dict[tuple[int, torch.device], torch.Tensor] = {}
+        self._as_theirs: dict[Hashable, bool] = {}
+
+    def mask(
+        self,
+        cache: Cache | None,
+        attention_mask: object,
+        batch: int,
+        kind: Hashable,
+        theirs: Callable[[], Masks],
+    ) -> Masks:
+        """The mask, [batch, 1, 1, length] of booleans.
+
+        Args:
+            cache: before the new tokens enter it.
+            attention_mask: None, or [batch, tokens so far and the new one].
+            batch: how many sequences.
+            kind: what else the mask may depend on.
+            theirs: makes it as transformers does.
+        """
+        plain = _plain_layer(cache)
+        if plain is None or not _is_plain(attention_mask, batch, plain):
+            return theirs()
+        kind = (kind, attention_mask is None)
+        known = self._as_theirs.get(kind)
+        if known is False:
+            return theirs()
+        made = self._made(plain.cumulative_length, attention_mask, batch, plain.max_cache_len)
+        if known is None:
+            own = theirs()
+            self._as_theirs[kind] = _equal(made, own)
+            return own
+        return made
+
+    def _made(
+        self, past: torch.Tensor, attention_mask: object, batch: int, length: int
+    ) -> torch.Tensor:
+        places = self._places.get((length, past.device))
+        if places is None:
+            with torch.inference_mode(False):  # or it could not be read outside of it
+                places = torch.arange(length, device=past.device).view(1, 1, 1, length)
+            self._places[length, past.device] = places
+        seen = places <= past
+        if not isinstance(attention_mask, torch.Tensor):
+            return seen if batch == 1 else seen.expand(batch, 1, 1, length)
+        told = attention_mask.shape[1]
+        mask = seen.new_zeros((batch, length))  # what lies behind the end of a mask is hidden
+        torch.logical_and(attention_mask, seen[0, 0, :, :told], out=mask[:, :told])
+        return mask.view(batch, 1, 1, length)
+
+
+def _plain_layer(cache: Cache | None) -> StaticLayer | None:
+    """The first layer of a static cache whose layers are all plain ones of one length, and hold something."""
+    if type(cache) is not StaticCache:
+        return None
+    first, *others = cache.layers
+    if type(first) is not StaticLayer or not first.is_initialized:
+        return None
+    length = first.max_cache_len
+    if any(type(each) is not StaticLayer or each.max_cache_len != length for each in others):
+        return None
+    return first
+
+
+def _is_plain(attention_mask: object, batch: int, layer: StaticLayer) -> bool:
+    if attention_mask is None:
+        return True
+    return (
+        isinstance(attention_mask, torch.Tensor)
+        and attention_mask.ndim == 2
+        and attention_mask.shape[0] == batch
+        and attention_mask.shape[1] <= layer.max_cache_len
+        and attention_mask.device == layer.cumulative_length.device
+    )
+
+
+def _equal(made: torch.Tensor, own: Masks) -> bool:
+    return (
+        isinstance(own, torch.Tensor)
+        and own.dtype is torch.bool
+        and own.shape == made.shape
+        and torch.equal(own, made)
+    )

@@ -1,0 +1,147 @@
+"""The traced forward of a decoder as a whole. In: tokens, masks and what a KV cache holds, all of them tensors. Out: the fields of its output, and what the cache holds afterwards.
+
+Batch and tokens stay as they are, and attention is part of the graph, which is cut between repeated blocks.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from piecework.integrations.transformers.own.cache_state import CacheForm, held_by, rebuilt
+from piecework.runtime.compile import compile_with_mode
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.stitched import StitchedModule
+from piecework.runtime.trace.example_sizes import AllDimensions
+
+Fields = dict[str, object]
+Held = list[dict[str, object]]
+
+
+@dataclass(frozen=True, slots=True)
+class CallKind:
+    """What calls have in common that one trace, or traces that differ in sizes alone, can serve.
+
+    Attributes:
+        tensors: the tensor arguments: name, dtype, number of dimensions.
+        flags: the others.
+        cache: the form of the cache; None without one.
+        one: whether there is one sequence, and one token of each. Such calls come in numbers, and have traces of their own.
+        implementation: the attention function's name.
+    """
+
+    tensors: tuple[tuple[str, torch.dtype, int], ...]
+    flags: tuple[tuple[str, object], ...]
+    cache: CacheForm | None
+    one: tuple[bool, bool]
+    implementation: str
+
+    def describe(self) -> str:
+        """In words, for reports."""
+        names = ", ".join(name for name, *_ in self.tensors)
+        one_sequence, one_token = self.one
+        rows = "one sequence" if one_sequence else "sequences"
+        tokens = "one token each" if one_token else "tokens"
+        cache = "no cache" if self.cache is None else self.cache.kind.__name__
+        leaves = "" if self.cache is None or self.cache.is_filled else ", empty"
+        return f"{rows} of {tokens}, {cache}{leaves}: {names}"
+
+    @property
+    def is_step(self) -> bool:
+        """Whether a call is one more token of sequences whose past is in a cache."""
+        return self.one[1] and self.cache is not None and self.cache.is_filled
+
+
+class WholeForward(nn.Module):
+    """The decoder's own forward, of calls of one kind.
+
+    Args:
+        decoder: the module whose weights and layers are traced.
+        forward: its original forward, bound.
+        kind: of the calls.
+        cache_name: the argument that a cache comes as.
+        held: the attributes that its layers have afterwards.
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        forward: Callable[..., object],
+        kind: CallKind,
+        cache_name: str | None,
+        held: Sequence[str],
+    ) -> None:
+        super().__init__()
+        self.model = decoder
+        # Unbound where it is the decoder's own, so that weights are traced, and named, by way of ``self.model``.
+        own = inspect.ismethod(forward) and forward.__self__ is decoder
+        self._function = forward.__func__ if own else None
+        self._bound = None if own else forward
+        self._flags = dict(kind.flags)
+        self._form = kind.cache
+        self._cache_name = cache_name
+        self._held = tuple(held)
+
+    def forward(
+        self, given: dict[str, torch.Tensor], leaves: Sequence[torch.Tensor]
+    ) -> tuple[Fields, bool, Held]:
+        """The fields of the output beside its cache, whether that is one of them, and what it holds."""
+        arguments = {**given, **self._flags, "return_dict": True}
+        cache = None
+        if self._form is not None:
+            cache = rebuilt(self._form, leaves)
+            arguments[self._cache_name] = cache
+        if self._function is not None:
+            output = self._function(self.model, **arguments)
+        else:
+            output = self._bound(**arguments)
+        fields = {}
+        returned = False
+        for name, value in output.items():
+            if cache is not None and value is cache:
+                returned = True
+            else:
+                fields[name] = value
+        return fields, returned, [] if cache is None else held_by(cache, self._held)
+
+
+class CallDimensions(AllDimensions):
+    """Every size of a call may differ; none is traced without a number behind it, for attention is part of the graph."""
+
+    @contextmanager
+    def every_size(self, args: Sequence[object], kwargs: Mapping[str, object]) -> Iterator[int]:
+        yield 0
+
+    def narrower(self, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+        """Nothing: with the batch alone dynamic, each length would be compiled anew."""
+
+
+@contextmanager
+def _in_place() -> Iterator[None]:
+    """Nothing is set for the trace; that there is a context at all says that no artifact can make the module again."""
+    yield
+
+
+def wholly(
+    decoder: nn.Module,
+    forward: Callable[..., object],
+    kind: CallKind,
+    cache_name: str | None,
+    held: Sequence[str],
+    config: CompilationConfig | None,
+) -> StitchedModule:
+    """The decoder's forward for calls of ``kind``, to be captured and stitched at its first call."""
+    # The class's name labels the model in the emitted banner and in the report.
+    named = type(type(decoder).__name__, (WholeForward,), {})
+    return compile_with_mode(
+        named(decoder, forward, kind, cache_name, held),
+        config=config,
+        sizes=CallDimensions(),
+        around=_in_place,
+        deferred=True,
+    )

@@ -1,0 +1,321 @@
+"""The whole way. In: a decoder that the flat way refused. Out: forwards of it by stitched functions of the whole forward, one for each kind of call, each compared with the model's own before it serves.
+
+A kind of call that can't be compiled, or would differ, is served by the model's own forward, and counted.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from piecework.errors import CaptureError, InputError, PieceworkError, UsageError
+from piecework.integrations.transformers.own.cache_state import TakenApart, put_back, take_apart
+from piecework.integrations.transformers.own.probe import Forward, embedding_of
+from piecework.integrations.transformers.own.refusals import INERT, refuse_call, tokens_of
+from piecework.integrations.transformers.own.sameness import require_same_cache, require_same_output
+from piecework.integrations.transformers.own.settings import RECORDED, ConfigReader, Settings
+from piecework.integrations.transformers.whole.forward import CallKind, wholly
+from piecework.runtime import torch_compat
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.stitched import StitchedModule
+
+_log = logging.getLogger(__name__)
+
+#: A kind of call that needs more traces than this is left to the model's own forward, for each length seems to need one of its own.
+MAX_TRACES = 6
+UNROLLED = "a graph of it holds for one length alone, and each other one would be compiled anew"
+_OTHER = "no graph of it serves these sizes or strides"
+
+#: So many kinds of calls are compiled; further ones are served by the model's own forward.
+MAX_KINDS = 32
+
+# Told apart by name: what a call asks of its output, and whether of a cache.
+_SETTLED = ("use_cache", *INERT, *RECORDED)
+
+Run = Callable[..., tuple[dict[str, object], bool, list[dict[str, object]]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Habits:
+    """What running a decoder showed.
+
+    Attributes:
+        cache_name: the argument and the field that a KV cache is; None if it takes none.
+        makes_cache: whether it makes one where none is given.
+        counts: attributes of the cache's layers, integers that grow.
+        output_class: what its forward returns.
+    """
+
+    cache_name: str | None
+    makes_cache: bool
+    counts: frozenset[str]
+    output_class: type
+
+
+@dataclass(frozen=True, slots=True)
+class OwnResult:
+    """What the model's own forward gives: its output, and the cache as it is afterwards."""
+
+    output: object
+    cache: object
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """The attributes that the layers of the cache have."""
+        layers = getattr(self.cache, "layers", ())
+        return tuple(sorted({name for layer in layers for name in vars(layer)}))
+
+
+@dataclass(slots=True)
+class Call:
+    """One forward: its kind, its tensors by name, and its cache, taken apart."""
+
+    kind: CallKind
+    tensors: dict[str, torch.Tensor]
+    cache: Cache | None
+    taken: TakenApart | None
+
+    def run(self, run: Run, habits: Habits) -> tuple[dict[str, object], Cache | None]:
+        """The output's fields, the cache among them if it is one."""
+        leaves = [] if self.taken is None else self.taken.leaves
+        fields, returned, held = run(self.tensors, leaves)
+        if self.cache is not None and self.taken is not None:
+            put_back(self.cache, self.taken, held)
+        if returned and habits.cache_name is not None:
+            fields[habits.cache_name] = self.cache
+        return fields, self.cache
+
+
+class WholeWay:
+    """A decoder served whole; see `piecework.integrations.transformers.way.Way`.
+
+    Args:
+        decoder: the module whose forward is replaced.
+        forward: that forward, bound.
+        habits: what running it showed.
+        config: handed to ``piecework.compile``.
+
+    Attributes:
+        not_flat: why it is not served flat, if that was tried.
+        as_it_is: calls that the model's own forward served, by the reason.
+    """
+
+    name = "whole"
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        forward: Forward,
+        habits: Habits,
+        config: CompilationConfig | None,
+    ) -> None:
+        self.decoder = decoder
+        self.forward = forward
+        self.habits = habits
+        self.not_flat: CaptureError | None = None
+        self.as_it_is: Counter[str] = Counter()
+        self._config = config
+        self._accepted = frozenset(inspect.signature(forward).parameters)
+        weight = embedding_of(decoder)
+        self._dtype, self._device = weight.dtype, weight.device
+        self._settings = ConfigReader(decoder.config)
+        self._kinds: dict[CallKind, StitchedModule | str] = {}
+        self._unrolled: set[bool] = set()
+        self._compiling = threading.RLock()
+        self._counting = threading.Lock()
+
+    # --- calls -----------------------------------------------------------------------------------
+
+    def serve(self, given: Mapping[str, object]) -> object:
+        """One forward.
+
+        Raises:
+            InputError: the arguments ask for what a stitched decoder can't give.
+        """
+        settings = self._settings.now()
+        call = self.call_of(given, settings)
+        stitched = self._kinds.get(call.kind)
+        if stitched is None:
+            stitched = self._stitched(call, given)
+        if isinstance(stitched, str):
+            return self._own(given, stitched)
+        try:
+            with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+                fields, _ = call.run(stitched, self.habits)
+        except InputError as error:
+            if error.refused_by is None:  # else its arguments were, before anything ran
+                raise
+            return self._own(given, _OTHER)
+        if len(stitched.traces) > MAX_TRACES:
+            self._leave(call.kind, UNROLLED)
+        output = self.habits.output_class(**fields)
+        asked = given.get("return_dict")
+        return output if (settings.return_dict if asked is None else asked) else output.to_tuple()  # type: ignore[attr-defined]
+
+    def _own(self, given: Mapping[str, object], why: str) -> object:
+        with self._counting:
+            self.as_it_is[why] += 1
+        return self.forward(**given)
+
+    def call_of(self, given: Mapping[str, object], settings: Settings) -> Call:
+        """What ``given`` asks for.
+
+        Raises:
+            InputError: it asks for what a stitched decoder can't give.
+        """
+        cache_name = self.habits.cache_name
+        tensors: dict[str, torch.Tensor] = {}
+        flags: dict[str, bool] = {}
+        strange = []
+        for name, value in sorted(given.items()):
+            if isinstance(value, torch.Tensor) and name in self._accepted and name != cache_name:
+                tensors[name] = value.contiguous()
+            elif isinstance(value, bool) and name in self._accepted and name not in _SETTLED:
+                flags[name] = value
+            elif value is not None and name not in (cache_name, *_SETTLED):
+                strange.append(name)
+        refuse_call(self.decoder, given, settings, strange)
+        _, tokens = tokens_of(self.decoder, given, self._dtype, self._device)
+        asked = given.get("use_cache")
+        use_cache = bool(settings.use_cache if asked is None else asked)
+        if "use_cache" in self._accepted:
+            flags["use_cache"] = use_cache
+        cache = None if cache_name is None else given.get(cache_name)
+        if cache is None and self.habits.makes_cache and use_cache:
+            cache = DynamicCache(config=self.decoder.config)
+        taken = None if cache is None else take_apart(cache, self.habits.counts)  # type: ignore[arg-type]
+        kind = CallKind(
+            tensors=tuple((name, each.dtype, each.ndim) for name, each in tensors.items()),
+            flags=tuple(sorted(flags.items())),
+            cache=None if taken is None else taken.form,
+            one=(tokens.shape[0] == 1, tokens.shape[1] == 1),
+            implementation=settings.implementation,
+        )
+        return Call(kind, tensors, cache, taken)  # type: ignore[arg-type]
+
+    # --- kinds of calls --------------------------------------------------------------------------
+
+    def _stitched(self, call: Call, given: Mapping[str, object]) -> StitchedModule | str:
+        """What serves calls of this kind from now on, or why the model's own forward does."""
+        switch = torch_compat.compiler_off()
+        if switch is not None:
+            return switch
+        with self._compiling:
+            if call.kind not in self._kinds:
+                if len(self._kinds) >= MAX_KINDS:
+                    return f"more than {MAX_KINDS} kinds of calls"
+                if self.is_left(call.kind):
+                    return UNROLLED
+                try:
+                    self.compile(call.kind, given)
+                except PieceworkError as error:
+                    self._leave(call.kind, error.message)
+            return self._kinds[call.kind]
+
+    def _leave(self, kind: CallKind, why: str) -> None:
+        """Let the model's own forward serve calls of ``kind`` from now on."""
+        name = type(self.decoder).__name__
+        _log.warning("%s runs as it is for %s: %s", name, kind.describe(), why)
+        self._kinds[kind] = why
+
+    def leave_tokens(self, kind: CallKind) -> None:
+        """Let the model's own forward serve calls of ``kind``, and all others that are of one token, or of more than one, as it is."""
+        self._leave(kind, UNROLLED)
+        self._unrolled.add(kind.one[1])
+
+    def is_left(self, kind: CallKind) -> bool:
+        """Whether calls of ``kind`` are left to the model's own forward because of their number of tokens."""
+        return kind.one[1] in self._unrolled
+
+    def kind_of(self, given: Mapping[str, object]) -> CallKind:
+        """What kind of call ``given`` is."""
+        return self.call_of(given, self._settings.now()).kind
+
+    def serving(self, kind: CallKind) -> StitchedModule | None:
+        """What was compiled for ``kind``."""
+        made = self._kinds.get(kind)
+        return None if isinstance(made, str) else made
+
+    def compile(self, kind: CallKind, given: Mapping[str, object]) -> StitchedModule:
+        """Capture and compile the forward for calls of ``kind``, of which ``given`` is one, and compare it with the model's own.
+
+        Raises:
+            CaptureError: it can't be captured, or gives another result; the other errors of ``piecework.compile``.
+        """
+        own, name = self.own_result(given), self.habits.cache_name
+        stitched = wholly(self.decoder, self.forward, kind, name, own.held, self._config)
+        self.require_same(stitched, given, own, compiled=True)
+        self._kinds[kind] = stitched
+        return stitched
+
+    def own_result(self, given: Mapping[str, object]) -> OwnResult:
+        """What the model's own forward gives. ``given`` is left as it is."""
+        own = self._copied(given)
+        with torch.no_grad():
+            output = self.forward(**{**own, "return_dict": True})
+        name = self.habits.cache_name
+        cache = None if name is None else own.get(name)
+        if cache is None and name is not None:
+            cache = output.get(name)  # type: ignore[attr-defined]
+        return OwnResult(output, cache)
+
+    def _copied(self, given: Mapping[str, object]) -> dict[str, object]:
+        name = self.habits.cache_name
+        return {key: copy.deepcopy(value) if key == name else value for key, value in given.items()}
+
+    def require_same(
+        self, run: Run, given: Mapping[str, object], own: OwnResult, *, compiled: bool
+    ) -> None:
+        """Raise `CaptureError` where ``run`` gives another result, or leaves another cache, than ``own``. ``given`` is left as it is."""
+        with torch.no_grad():
+            call = self.call_of(self._copied(given), self._settings.now())
+            fields, cache = call.run(run, self.habits)
+        expected, theirs = own.output, own.cache
+        compiled = compiled and getattr(self._config, "backend", None) != "eager"
+        if type(expected) is not self.habits.output_class:
+            raise CaptureError(
+                f"its forward returns a {type(expected).__name__}, and returned a {self.habits.output_class.__name__} before",
+                where=type(self.decoder).__name__,
+                hint="leave this model unstitched",
+            )
+        require_same_output(fields, expected, compiled=compiled)
+        if cache is not None and isinstance(theirs, Cache):
+            require_same_cache(cache, theirs, self.habits.counts, compiled=compiled)
+        elif cache is not theirs:
+            raise CaptureError(
+                f"its own forward makes {'no' if theirs is None else 'a'} cache, unlike before",
+                where=type(self.decoder).__name__,
+                hint="leave this model unstitched",
+            )
+
+    def entry(self, name: str) -> StitchedModule:
+        """The stitched module behind ``input_ids``: the first kind of call that was compiled; behind ``decode``: the first of one token with a past."""
+        for kind, made in list(self._kinds.items()):
+            if not isinstance(made, str) and (
+                name == "input_ids" or (name == "decode" and kind.is_step)
+            ):
+                return made
+        raise UsageError(
+            f"there is no entry {name!r}", where="entry", hint="input_ids or decode, once it ran"
+        )
+
+    def is_compiled(self, given: Mapping[str, object]) -> bool:
+        return bool(self._kinds)
+
+    def modules(self) -> dict[str, StitchedModule]:
+        found: dict[str, StitchedModule] = {}
+        for kind, made in list(self._kinds.items()):
+            if not isinstance(made, str):
+                name = kind.describe()
+                found[name if name not in found else f"{name} ({len(found)})"] = made
+        return found
