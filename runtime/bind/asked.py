@@ -78,6 +78,12 @@ def _is_models(code: types.CodeType) -> bool:
     return not name.startswith(_PYTHONS) or "-packages" + os.sep in name
 
 
+def texts_in(code: Iterable[types.CodeType]) -> frozenset[str]:
+    """The texts in the model's code, with which it may ask a dictionary."""
+    models = [each for each in with_inner_code(code) if _is_models(each)]
+    return frozenset().union(*map(_texts, models))
+
+
 def tried_in(code: Iterable[types.CodeType]) -> frozenset[str]:
     """The names that code asks for and goes on without, since it catches what a look-up that finds nothing raises; Dynamo guards no such look-up.
 
@@ -91,6 +97,27 @@ def tried_in(code: Iterable[types.CodeType]) -> frozenset[str]:
         every = [each for each in every if each not in tried]
         tried = [each for each in every if _is_called(each.co_name, names)]
     return frozenset(names)
+
+
+def asks_grad_mode(code: Iterable[types.CodeType]) -> bool:
+    """Whether the model's code asks torch if gradients are recorded.
+
+    To ask it with whether to checkpoint activations, as libraries of models do, changes no result, and torch's own code asks which of
+    two ways to the same result to take.
+    """
+    return any(
+        name == torch.is_grad_enabled.__name__
+        and _CHECKPOINTING not in "".join(names[max(0, n - 3) : n + 3])
+        for each in with_inner_code(code)
+        if _is_models(each)
+        for names in (_names_in_order(each),)
+        for n, name in enumerate(names)
+    )
+
+
+def _names_in_order(code: types.CodeType) -> list[str]:
+    steps = dis.get_instructions(code)
+    return [step.argval for step in steps if type(step.argval) is str and step.opname != "CACHE"]
 
 
 def _is_called(name: str, names: set[str]) -> bool:
@@ -114,6 +141,7 @@ def _catches(code: types.CodeType) -> bool:
     return bare or "suppress" in code.co_names
 
 
+_CHECKPOINTING = "gradient_checkpointing"
 _FINDS_NOTHING = frozenset(("KeyError", "AttributeError", "LookupError", "NameError"))
 # What values raise, lengths, types and imports, which are guarded.
 _OF_VALUES = frozenset(

@@ -202,6 +202,7 @@ class Entry:
             "entry_with_care": self._with_care,
             "explain_inputs": self._explain_inputs,
             "explain_weights": self._explain_weights,
+            "explain_grad_mode": self._explain_grad_mode,
             "arguments_as_traced": lambda *values: self._argument_refusal(values) is None,
             "memory_apart": torch_compat.memory_apart,
             "flatten": torch_compat.flatten_tree,
@@ -246,6 +247,14 @@ class Entry:
 
     def _explain_weights(self) -> None:
         raise self._outdated(self.weights.explain())
+
+    def _explain_grad_mode(self) -> None:
+        raise self._outdated(
+            InputError(
+                "the model's code asks whether gradients are recorded, and was traced while none were",
+                hint="call it under torch.no_grad(): a stitched model serves inference",
+            )
+        )
 
     def _outdated(self, error: InputError) -> InputError:
         """``error`` as one of a call that nothing has run for yet."""
