@@ -80,8 +80,16 @@ def _is_models(code: types.CodeType) -> bool:
 
 def texts_in(code: Iterable[types.CodeType]) -> frozenset[str]:
     """The texts in the model's code, with which it may ask a dictionary."""
-    models = [each for each in with_inner_code(code) if _is_models(each)]
-    return frozenset().union(*map(_texts, models))
+    return frozenset().union(*map(_texts, _models(code)))
+
+
+def models_names(code: Iterable[types.CodeType]) -> frozenset[str]:
+    """The names and texts in the model's code, by which it may ask an object for something."""
+    return texts_in(code).union(*(each.co_names for each in _models(code)))
+
+
+def _models(code: Iterable[types.CodeType]) -> list[types.CodeType]:
+    return [each for each in with_inner_code(list(code)) if _is_models(each)]
 
 
 def tried_in(code: Iterable[types.CodeType]) -> frozenset[str]:
@@ -108,8 +116,7 @@ def asks_grad_mode(code: Iterable[types.CodeType]) -> bool:
     return any(
         name == torch.is_grad_enabled.__name__
         and _CHECKPOINTING not in "".join(names[max(0, n - 3) : n + 3])
-        for each in with_inner_code(code)
-        if _is_models(each)
+        for each in _models(code)
         for names in (_names_in_order(each),)
         for n, name in enumerate(names)
     )

@@ -58,6 +58,9 @@ def uncompiled(graph: torch.fx.GraphModule) -> Callable[..., object]:
     FX writes no ``finally``: a graph with regions (autocast, gradient mode) is emitted and proved as stitching source is, so that
     an exception leaves none of them open.
     """
+    for each in graph.modules():
+        if isinstance(each, torch.fx.GraphModule) and "forward" not in vars(type(each)):
+            each.recompile()  # it was read, and nobody had to run it yet
     if not has_regions(graph.graph):
         return graph.forward
     source = generate_source(graph)

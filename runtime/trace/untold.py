@@ -11,6 +11,7 @@ import torch
 from piecework.code_objects import global_names, with_inner_code
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
+from piecework.runtime.bind.asked import models_names
 from piecework.runtime.bind.reachable import modules_of
 
 #: What of a tensor that records gradients a trace can't tell: it sees a leaf, whatever there is.
@@ -37,7 +38,7 @@ def refuse_place_in_autograd(leaves: Sequence[object], names: Sequence[str]) -> 
 
 def refuse_views() -> None:
     """Raise if the code may ask whether a tensor is a view of another: a trace sees none of an argument's, whatever there is."""
-    if torch_compat.trace_names(_VIEWED):
+    if _VIEWED in models_names(torch_compat.traced_code()):
         raise CaptureError(
             f"forward names {_VIEWED}, and a trace can't tell whether an argument is a view",
             hint="decide that outside forward",
