@@ -78,6 +78,17 @@ def _is_models(code: types.CodeType) -> bool:
     return not name.startswith(_PYTHONS) or "-packages" + os.sep in name
 
 
+def compares_identity(code: Iterable[types.CodeType]) -> bool:
+    """Whether the model's code may ask if two things are one object; with a constant, such as None, it asks for no more than a value."""
+    for each in _models(code):
+        steps = [step for step in dis.get_instructions(each) if step.opname != "CACHE"]
+        if "id" in each.co_names or "is_" in each.co_names or "is_not" in each.co_names:
+            return True
+        if any(b.opname == "IS_OP" and a.opname != "LOAD_CONST" for a, b in pairwise(steps)):
+            return True
+    return False
+
+
 def texts_in(code: Iterable[types.CodeType]) -> frozenset[str]:
     """The texts in the model's code, with which it may ask a dictionary."""
     return frozenset().union(*map(_texts, _models(code)))

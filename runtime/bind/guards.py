@@ -21,6 +21,7 @@ from piecework.runtime import torch_compat
 from piecework.runtime.bind.asked import (
     ANSWERS,
     asks_grad_mode,
+    compares_identity,
     is_torchs,
     may_ask,
     names_in,
@@ -138,6 +139,7 @@ class _Sorter:
         self._noted: set[Place] = set()
         self._tried = tried_in(code)
         self._texts = texts_in(code)
+        self._identity = compares_identity(code)
         told = [each for each in guards if each.kind not in ELSEWHERE]
         for each in told:
             self._sort(each)
@@ -152,6 +154,9 @@ class _Sorter:
             return
         if guard.kind == "DICT_KEYS_MATCH" and self._is_asked_by_name(guard.place):
             return  # `_keys_of` says which names it was asked for
+        if not on_argument and self._is_one_value(guard):
+            self.bins.facts += self._equal(guard)
+            return
         fact = self._fact(guard)
         if fact is None:
             self.bins.left.append(guard)
@@ -163,6 +168,19 @@ class _Sorter:
                 self.bins.facts.append(Fact(guard.place, "answer", None, seen))
             for each in guard.place.path():
                 self._attributes_of(each, facts)
+
+    def _is_one_value(self, guard: Guarded) -> bool:
+        """Whether a guard that two places lead to one object says no more than that both hold one value; Dynamo looked at it in one of them."""
+        if guard.kind != "DUPLICATE_INPUT" or guard.other is None or self._identity:
+            return False
+        values = [self._values.at(place) for place in _places(guard)]
+        known = all(each.kind != "unknown" for place in _places(guard) for each in place.path())
+        return known and values[0] is values[1] and type(values[0]) is list and is_value(values[0])
+
+    def _equal(self, guard: Guarded) -> list[Fact]:
+        value = self._values.at(guard.place)
+        kind = "CONSTANT_MATCH"
+        return [Fact(place, kind, None, expected(kind, value, None)) for place in _places(guard)]
 
     def _is_emitted(self, guard: Guarded) -> bool:
         """Whether ``check_inputs`` compares what this guards."""

@@ -277,3 +277,42 @@ def test_code_that_catches_what_values_raise_asks_for_no_key_in_vain() -> None:
     stitched = piecework.compile(model, (x,), config=EAGER)
     model.held["c"] = "5"
     assert torch.equal(stitched(x), model(x))
+
+
+class Twice(nn.Module):
+    """The first of a list that may be under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.second = ["a", "b"]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for each in (self.first, self.second):
+            x = x * (2 if each[0] == "a" else 3)
+        return x
+
+
+class OneOrTwo(Twice):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + (1 if self.first is self.second else 2)
+
+
+def test_a_list_under_two_names_may_become_two_equal_ones() -> None:
+    model, x = Twice(), torch.randn(3)
+    stitched = piecework.compile(model, (x,), config=EAGER)
+    model.first, model.second = ["a", "b"], ["a", "b"]
+    assert torch.equal(stitched(x), model(x))
+    for name in ("first", "second"):
+        setattr(model, name, ["c", "b"])
+        with pytest.raises(InputError, match="traced"):
+            stitched(x)
+        setattr(model, name, ["a", "b"])
+        assert torch.equal(stitched(x), model(x))
+
+
+def test_code_that_compares_objects_keeps_them_one() -> None:
+    model, x = OneOrTwo(), torch.randn(3)
+    stitched = piecework.compile(model, (x,), config=EAGER)
+    model.second = ["a", "b"]
+    with pytest.raises(InputError, match="one object"):
+        stitched(x)
