@@ -61,6 +61,7 @@ class EntrySource:
 PROVIDED = (
     *("bound", "submods_for", "dynamo", "stance", "same_kernels", "flatten", "memory_apart"),
     *("entry_in_stance", "entry_with_care", "explain_inputs", "explain_weights"),
+    "explain_grad_mode",
     *("arguments_as_traced", "autocast_enabled", "dispatch_modes", "function_modes", "transforms"),
 )
 
@@ -174,7 +175,10 @@ class _Lowering:
         in_stance = ir.Return(self._forward("entry_in_stance", self.own, here))
         yield ir.If(say("dynamo._stance is not stance"), (in_stance,))
         again = ir.Return(self._forward(own, here, here))
-        yield ir.If(say("torch.is_grad_enabled()"), (ir.With(say("torch.no_grad()"), (again,)),))
+        recording: ir.Stmt = ir.With(say("torch.no_grad()"), (again,))
+        if plan.asks_grad_mode:
+            recording = ir.Assign((), False, say("explain_grad_mode()"))
+        yield ir.If(say("torch.is_grad_enabled()"), (recording,))
         modes = "autocast_enabled() or dispatch_modes() or function_modes() or transforms() or not same_kernels()"
         with_care = ir.Return(self._forward("entry_with_care", self.own, here))
         yield ir.If(say(modes), (with_care,))

@@ -230,6 +230,7 @@ class EntryPlan:
         binds: the stitching source holds weights, so they must be watched.
         watches_arguments: the trace relied on more of the arguments than can be written down here.
         checks: write the checks; without them only values are unpacked.
+        asks_grad_mode: the model's code asks whether gradients are recorded, so only calls that record none are served.
     """
 
     banner: tuple[str, ...]
@@ -244,6 +245,7 @@ class EntryPlan:
     binds: bool = False
     watches_arguments: bool = False
     checks: bool = True
+    asks_grad_mode: bool = False
 
 
 def leaves_of(packed: Packed) -> Iterator[int]:

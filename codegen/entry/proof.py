@@ -130,7 +130,10 @@ class _Proof:
         in_stance = ir.Return(self._call(say("entry_in_stance"), users))
         yield ir.If(say("dynamo._stance is not stance"), (in_stance,))
         again = ir.Return(self._call(ir.Global(own.function.name), own.parameters))
-        yield ir.If(say("torch.is_grad_enabled()"), (ir.With(say("torch.no_grad()"), (again,)),))
+        recording: ir.Stmt = ir.With(say("torch.no_grad()"), (again,))
+        if plan.asks_grad_mode:
+            recording = ir.Assign((), False, say("explain_grad_mode()"))
+        yield ir.If(say("torch.is_grad_enabled()"), (recording,))
         yield ir.If(say(_MODES), (ir.Return(self._call(say("entry_with_care"), users)),))
         bound = map(bound_name, count())
         here: dict[ir.Expr, ir.Expr] = {each: each for each in self.parameters}

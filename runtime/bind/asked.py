@@ -78,6 +78,31 @@ def _is_models(code: types.CodeType) -> bool:
     return not name.startswith(_PYTHONS) or "-packages" + os.sep in name
 
 
+def compares_identity(code: Iterable[types.CodeType]) -> bool:
+    """Whether the model's code may ask if two things are one object; with a constant, such as None, it asks for no more than a value."""
+    for each in _models(code):
+        steps = [step for step in dis.get_instructions(each) if step.opname != "CACHE"]
+        if "id" in each.co_names or "is_" in each.co_names or "is_not" in each.co_names:
+            return True
+        if any(b.opname == "IS_OP" and a.opname != "LOAD_CONST" for a, b in pairwise(steps)):
+            return True
+    return False
+
+
+def texts_in(code: Iterable[types.CodeType]) -> frozenset[str]:
+    """The texts in the model's code, with which it may ask a dictionary."""
+    return frozenset().union(*map(_texts, _models(code)))
+
+
+def models_names(code: Iterable[types.CodeType]) -> frozenset[str]:
+    """The names and texts in the model's code, by which it may ask an object for something."""
+    return texts_in(code).union(*(each.co_names for each in _models(code)))
+
+
+def _models(code: Iterable[types.CodeType]) -> list[types.CodeType]:
+    return [each for each in with_inner_code(list(code)) if _is_models(each)]
+
+
 def tried_in(code: Iterable[types.CodeType]) -> frozenset[str]:
     """The names that code asks for and goes on without, since it catches what a look-up that finds nothing raises; Dynamo guards no such look-up.
 
@@ -91,6 +116,26 @@ def tried_in(code: Iterable[types.CodeType]) -> frozenset[str]:
         every = [each for each in every if each not in tried]
         tried = [each for each in every if _is_called(each.co_name, names)]
     return frozenset(names)
+
+
+def asks_grad_mode(code: Iterable[types.CodeType]) -> bool:
+    """Whether the model's code asks torch if gradients are recorded.
+
+    To ask it with whether to checkpoint activations, as libraries of models do, changes no result, and torch's own code asks which of
+    two ways to the same result to take.
+    """
+    return any(
+        name == torch.is_grad_enabled.__name__
+        and _CHECKPOINTING not in "".join(names[max(0, n - 3) : n + 3])
+        for each in _models(code)
+        for names in (_names_in_order(each),)
+        for n, name in enumerate(names)
+    )
+
+
+def _names_in_order(code: types.CodeType) -> list[str]:
+    steps = dis.get_instructions(code)
+    return [step.argval for step in steps if type(step.argval) is str and step.opname != "CACHE"]
 
 
 def _is_called(name: str, names: set[str]) -> bool:
@@ -114,6 +159,7 @@ def _catches(code: types.CodeType) -> bool:
     return bare or "suppress" in code.co_names
 
 
+_CHECKPOINTING = "gradient_checkpointing"
 _FINDS_NOTHING = frozenset(("KeyError", "AttributeError", "LookupError", "NameError"))
 # What values raise, lengths, types and imports, which are guarded.
 _OF_VALUES = frozenset(

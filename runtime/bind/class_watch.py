@@ -37,6 +37,7 @@ class ClassWatch:
     ) -> None:
         self.asked = names_in(code) if asked is None else asked[0]
         self._names = {each: _resolved(each) for each in classes if each.__flags__ & HEAP_TYPE}
+        self._orders = {kind: kind.__mro__ for kind in self._names}
         self._functions = {
             id(function): (function, _state(function))
             for names in self._names.values()
@@ -74,6 +75,8 @@ class ClassWatch:
     def difference(self) -> str:
         """What changed in a way that the graph does not show; "" if nothing did."""
         for kind, before in self._names.items():
+            if kind.__mro__ != self._orders[kind]:
+                return f"{kind.__qualname__} has other bases than when the model was traced"
             now = _resolved(kind)
             for name in before.keys() | now.keys():
                 # What is there already may be asked for by torch, as a forward is by the call of its module.

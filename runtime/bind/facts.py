@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from piecework.code_objects import HEAP_TYPE
 from piecework.runtime.bind.asked import ANSWERS
 from piecework.runtime.torch_compat import Place
 
@@ -84,6 +85,13 @@ def is_value(value: object) -> bool:
     if type(value) is slice:
         return all(is_value(each) for each in (value.start, value.stop, value.step))
     return type(value) in (*_VALUES, float) or isinstance(value, _IDENTICAL)
+
+
+def has_own_metaclass(kind: type) -> bool:
+    """Whether a class is made by a class of somebody's own, which its attributes may come from."""
+    made_by = type(kind)
+    known = ("abc", "enum", "typing", "torch")
+    return bool(made_by.__flags__ & HEAP_TYPE) and made_by.__module__.partition(".")[0] not in known
 
 
 def is_fixed(value: object) -> bool:

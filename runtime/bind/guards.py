@@ -20,9 +20,12 @@ from piecework.code_objects import HEAP_TYPE
 from piecework.runtime import torch_compat
 from piecework.runtime.bind.asked import (
     ANSWERS,
+    asks_grad_mode,
+    compares_identity,
     is_torchs,
     may_ask,
     names_in,
+    texts_in,
     tried_in,
 )
 from piecework.runtime.bind.facts import (
@@ -34,6 +37,7 @@ from piecework.runtime.bind.facts import (
     Fact,
     Values,
     expected,
+    has_own_metaclass,
     is_value,
     place_text,
 )
@@ -68,12 +72,14 @@ class Bins:
         argument_facts: about arguments, beyond what ``check_inputs`` compares.
         tensors: what the trace knew of the model's tensors, by place.
         left: guards that only Dynamo can compare.
+        asks_grad_mode: the model's code asks whether gradients are recorded.
     """
 
     facts: list[Fact] = field(default_factory=list)
     argument_facts: list[Fact] = field(default_factory=list)
     tensors: list[tuple[Place, torch.Tensor]] = field(default_factory=list)
     left: list[Guarded] = field(default_factory=list)
+    asks_grad_mode: bool = False
 
     @property
     def left_on_arguments(self) -> bool:
@@ -158,7 +164,7 @@ class _Sorter:
         code: Iterable[types.CodeType],
         ordered: frozenset[str] | None,
     ) -> None:
-        self.bins = Bins()
+        self.bins = Bins(asks_grad_mode=asks_grad_mode(code) or any(map(_is_grad_mode, guards)))
         self._values = values
         self._ordered = ordered
         self._leaves = {id(leaf) for leaf in pytree.tree_leaves(arguments)}
@@ -169,11 +175,12 @@ class _Sorter:
         texts = {text for each in readers for text in each.co_consts if type(text) is str}
         self._asked = {text for text in texts if text.isidentifier()}
         named = {id(each.value) for each in guards if each.known}
-        # Asked for only where torch leaves values of classes to us.
-        self._read = frozenset() if torch_compat.GUARDS_CLASS_VALUES else names_in(code)
+        self._read = names_in(code)
         self._types = "__class__" in names or bool(named & {id(torch.nn.Parameter), id(type)})
         self._noted: set[Place] = set()
         self._tried = tried_in(code)
+        self._texts = texts_in(code)
+        self._identity = compares_identity(code)
         told = [each for each in guards if each.kind not in ELSEWHERE]
         for each in told:
             self._sort(each)
@@ -186,6 +193,11 @@ class _Sorter:
         if guard.kind == "TENSOR_MATCH":
             self._tensor(guard, on_argument)
             return
+        if guard.kind == "DICT_KEYS_MATCH" and self._is_asked_by_name(guard.place):
+            return  # `_keys_of` says which names it was asked for
+        if not on_argument and self._is_one_value(guard):
+            self.bins.facts += self._equal(guard)
+            return
         fact = self._fact(guard)
         if fact is None:
             self.bins.left.append(guard)
@@ -197,6 +209,19 @@ class _Sorter:
                 self.bins.facts.append(Fact(guard.place, "answer", None, seen))
             for each in guard.place.path():
                 self._attributes_of(each, facts)
+
+    def _is_one_value(self, guard: Guarded) -> bool:
+        """Whether a guard that two places lead to one object says no more than that both hold one value; Dynamo looked at it in one of them."""
+        if guard.kind != "DUPLICATE_INPUT" or guard.other is None or self._identity:
+            return False
+        values = [self._values.at(place) for place in _places(guard)]
+        known = all(each.kind != "unknown" for place in _places(guard) for each in place.path())
+        return known and values[0] is values[1] and type(values[0]) is list and is_value(values[0])
+
+    def _equal(self, guard: Guarded) -> list[Fact]:
+        value = self._values.at(guard.place)
+        kind = "CONSTANT_MATCH"
+        return [Fact(place, kind, None, expected(kind, value, None)) for place in _places(guard)]
 
     def _is_emitted(self, guard: Guarded) -> bool:
         """Whether ``check_inputs`` compares what this guards."""
@@ -230,6 +255,9 @@ class _Sorter:
         if isinstance(value, type):
             if not torch_compat.GUARDS_CLASS_VALUES:
                 self._values_of(value, place, facts)
+            if has_own_metaclass(value):
+                made_by = Place(place, "type", None, f"type({place.name})")
+                self._values_of(type(value), made_by, facts)
             return
         own = getattr(value, "__dict__", None)
         if type(own) is not dict or isinstance(value, (dict, list, set, types.ModuleType)):
@@ -259,7 +287,9 @@ class _Sorter:
         """Note the keys of dictionaries whose order counts, of which Dynamo says no more than the type, or which may have been asked in vain."""
         texts = {each.value for each in guards if each.known and type(each.value) is str}
         tried = self._tried.union(texts)
+        asked = tried | self._texts
         told: dict[str, set[str]] = {}
+        read: dict[str, set[object]] = {}
         places: dict[str, Place] = {}
         for guard in guards:
             for place in _places(guard):
@@ -268,6 +298,8 @@ class _Sorter:
                     places.setdefault(each.name, each)
                     if each.base is not None:
                         told.setdefault(each.base.name, set()).add("content")
+                    if each.base is not None and each.kind == "item":
+                        read.setdefault(each.base.name, set()).add(each.key)
         for name, place in places.items():
             value, base = self._values.at(place), place.base
             if not isinstance(value, dict) or base is None or place.key in _NOT_THEIRS:
@@ -277,11 +309,30 @@ class _Sorter:
             if of_torch or _is_registry(value):
                 continue
             facts = self.bins.argument_facts if is_argument(place) else self.bins.facts
-            if name in (self._ordered or ()) or told.get(name) == {"TYPE_MATCH"}:
+            if self._is_asked_by_name(place):
+                facts.append(Fact(place, "keys", asked, expected("keys", value, asked)))
+                continue
+            alone = told.get(name) == {"TYPE_MATCH"} or self._as_a_whole(value, read.get(name))
+            if name in (self._ordered or ()) or alone:
                 seen = expected("DICT_KEYS_MATCH", value, None)
                 facts.append(Fact(place, "DICT_KEYS_MATCH", None, seen))
             elif self._tried and all(map(is_value, value)):
                 facts.append(Fact(place, "keys", tried, expected("keys", value, tried)))
+
+    def _is_asked_by_name(self, place: Place) -> bool:
+        """Whether it is a table of transformers' implementations (of attention, of masks), which others register theirs in."""
+        value = self._values.at(place)
+        owner = None if place.base is None else self._values.at(place.base)
+        kind = getattr(sys.modules.get("transformers.utils.generic"), "GeneralInterface", None)
+        if kind is None or self._ordered is None or place.name in self._ordered:
+            return False
+        tables = [each.__dict__.get("_global_mapping") for each in kind.__subclasses__()]
+        of_one = isinstance(owner, kind) and owner.__dict__.get("_local_mapping") is value
+        return of_one or any(value is each for each in tables)
+
+    def _as_a_whole(self, value: dict[object, object], read: set[object] | None) -> bool:
+        """Whether code read every item of a dictionary, and not by keys that are written there: what it makes of it may have their order."""
+        return bool(value) and read == value.keys() and not self._texts.issuperset(value)
 
     def _values_of(self, kind: type, place: Place, facts: list[Fact]) -> None:
         """Note the plain values of a class that code may read of the class itself."""
@@ -356,6 +407,12 @@ _MEANT: dict[str, Callable[[Any, Any], bool]] = {
     "EMPTY_NN_MODULE_HOOKS_DICT": lambda value, about: isinstance(value, dict),
     "SEQUENCE_LENGTH": lambda value, about: hasattr(type(value), "__len__"),
 }
+
+
+def _is_grad_mode(guard: Guarded) -> bool:
+    """Whether it is on torch's own question for the grad mode, under a name of the model's."""
+    asked = torch.is_grad_enabled
+    return guard.known and guard.value is asked and guard.place.key != asked.__name__
 
 
 def _is_complete(value: object) -> bool:

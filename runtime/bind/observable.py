@@ -19,6 +19,7 @@ from piecework.runtime.bind.facts import (
     MISSING,
     Fact,
     Values,
+    has_own_metaclass,
     is_value,
     place_text,
 )
@@ -208,6 +209,8 @@ class Touch:
     def _guarded(self, fact: Fact) -> bool:
         """Watch what the fact looks at in the object itself."""
         value, kind, place = self._values.at(fact.place), fact.kind, fact.place
+        if isinstance(value, type) and has_own_metaclass(value):
+            self._class(type(value))
         if value is MISSING or kind in IDENTITY_KINDS or kind == "DUPLICATE_INPUT":
             return True
         if kind in CONSTANT_KINDS:

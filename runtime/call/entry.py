@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from types import FunctionType, SimpleNamespace
 
+import torch
+
 from piecework.codegen.entry.emit import FUNCTION_NAME, EntrySource
 from piecework.codegen.stitch.bind import execute_source
 from piecework.errors import InputError, StaticGraphError
@@ -62,6 +64,7 @@ class Entry:
         self._memory = ArgumentMemory(self.made.given)
         self._autocast = self.made.autocast
         self.careful_calls: dict[str, int] = {}
+        self._makes_tensors: bool | None = None
         weights = captured.weights
         weights.trust(self.made.strict)
         self.source: EntrySource = self.made.source
@@ -202,6 +205,7 @@ class Entry:
             "entry_with_care": self._with_care,
             "explain_inputs": self._explain_inputs,
             "explain_weights": self._explain_weights,
+            "explain_grad_mode": self._explain_grad_mode,
             "arguments_as_traced": lambda *values: self._argument_refusal(values) is None,
             "memory_apart": torch_compat.memory_apart,
             "flatten": torch_compat.flatten_tree,
@@ -247,6 +251,14 @@ class Entry:
     def _explain_weights(self) -> None:
         raise self._outdated(self.weights.explain())
 
+    def _explain_grad_mode(self) -> None:
+        raise self._outdated(
+            InputError(
+                "the model's code asks whether gradients are recorded, and was traced while none were",
+                hint="call it under torch.no_grad(): a stitched model serves inference",
+            )
+        )
+
     def _outdated(self, error: InputError) -> InputError:
         """``error`` as one of a call that nothing has run for yet."""
         error.outdated = self
@@ -273,7 +285,8 @@ class Entry:
     def _with_care(self, *args: object, **kwargs: object) -> object:
         """A call while a mode, a transform or autocast is active, or after an operator was overridden.
 
-        It goes through the dispatcher and the public artifacts, whose wrappers do what is then needed.
+        It goes through the dispatcher and the public artifacts, whose wrappers do what is then needed; a mode comes to all that runs
+        inside pieces, which are not compiled then.
 
         Raises:
             InputError: a ``torch.func`` transform is active, or autocast is not as it was in the trace.
@@ -294,7 +307,8 @@ class Entry:
                 )
             )
         now = self._now
-        if self._only_a_default_device(autocast):
+        seen = self._is_seen_into()
+        if not seen and self._only_a_default_device(autocast):
             # torch.set_default_device is a mode for good, and changes nothing for compiled pieces.
             unaware = now.variants.get("unaware")
             if unaware is None:
@@ -302,9 +316,10 @@ class Entry:
                 unaware = self._execute(probes, now, now.serves, self._program.submods_for)
                 now.variants["unaware"] = unaware
             return unaware(*args, **kwargs)
-        careful = now.variants.get("careful")
+        variant = "as written" if seen else "careful"
+        careful = now.variants.get(variant)
         if careful is None:
-            careful = now.variants["careful"] = self._make_careful(now)
+            careful = now.variants[variant] = self._make_careful(now, as_written=seen)
         reason = self._why_careful(autocast)
         self.careful_calls[reason] = self.careful_calls.get(reason, 0) + 1
         return careful(*args, **kwargs)
@@ -324,10 +339,27 @@ class Entry:
             and torch_compat.only_default_device_modes()
         )
 
-    def _make_careful(self, now: Execution) -> Callable[..., object]:
-        """The same text, bound to the dispatcher and to public artifacts."""
+    def _is_seen_into(self) -> bool:
+        """Whether a mode is active that what runs inside pieces would come to.
+
+        A default device is one for tensors that are made: where the trace had none, they are made on the CPU.
+        """
+        if torch_compat.dispatch_mode_probe()():
+            return True
+        if not torch_compat.only_default_device_modes():
+            return True
+        if torch.get_default_device().type == "cpu":
+            return False
+        if self._makes_tensors is None:
+            self._makes_tensors = self._program.asks_for_default_device()
+        return self._makes_tensors
+
+    def _make_careful(self, now: Execution, *, as_written: bool) -> Callable[..., object]:
+        """The same text, bound to the dispatcher, and to public artifacts or to the graphs of the pieces as they are."""
         code = None if now.edited is None else now.edited.code
-        function, submods_for = self._program.bind_safely(by_path_of(now.weights), code=code)
+        function, submods_for = self._program.bind_safely(
+            by_path_of(now.weights), code=code, as_written=as_written
+        )
         if now.beside is not None:
             function = now.beside(function)
         return self._execute({**_IDLE, "same_kernels": _always}, now, function, submods_for)

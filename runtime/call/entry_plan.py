@@ -69,7 +69,7 @@ def _plan_entry(
     captured: Capture, program: Program, written: Written, watches_arguments: bool
 ) -> EntryPlan:
     """Say what the entry must check, pass and return."""
-    levers = program.config.stitching_config
+    levers, state = program.config.stitching_config, captured.weights.state
     source = program.source
     bound = {row.path for row in source.module.bound}
     weights = [each for each in captured.inputs if isinstance(each, Weight)]
@@ -104,6 +104,7 @@ def _plan_entry(
         binds=bool(bound) or not weights,
         watches_arguments=watches_arguments,
         checks=levers.check_inputs,
+        asks_grad_mode=state.bins.asks_grad_mode,
     )
 
 

@@ -259,9 +259,6 @@ class _Reference:
 
     def __init__(self, name: str, modules: str, graph: torch.fx.GraphModule, facts: _Facts) -> None:
         self._name, self._modules, self._facts = name, modules, facts
-        for each in _graphs(graph):
-            if "forward" not in vars(type(each)):  # it was read, and nobody had to run it yet
-                each.recompile()
         self._run = uncompiled(graph)
         returned = graph.graph.output_node().args[0]
         self._outputs = returned if isinstance(returned, (tuple, list)) else (returned,)

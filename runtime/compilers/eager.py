@@ -5,6 +5,7 @@ Useful for tests and for looking at the stitching alone.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch.fx
@@ -16,6 +17,8 @@ from piecework.runtime.batch.ranges import Range
 from piecework.runtime.compilers.interface import CompiledPiece
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.counters import counters
+
+_log = logging.getLogger(__name__)
 
 
 class EagerAdaptor:
@@ -37,12 +40,27 @@ class EagerAdaptor:
         return CompiledPiece(uncompiled(graph))
 
 
+def left_uncompiled(graph: torch.fx.GraphModule) -> CompiledPiece:
+    """A piece as FX wrote it that writes to memory which several of its inputs share.
+
+    AOTAutograd rebuilds such inputs from one base, whose size and start it takes from the trace, and makes outputs that are views of
+    them anew as views of that base: where an input is a part of the memory, results are others.
+    """
+    reason = "it writes to memory that several of its inputs share"
+    _log.warning("%s is not compiled: %s, which compilers get wrong", graph._get_name(), reason)
+    counters.num_eager_compiles += 1
+    return CompiledPiece(uncompiled(graph), indirect_because=reason)
+
+
 def uncompiled(graph: torch.fx.GraphModule) -> Callable[..., object]:
     """``graph`` as a function that runs its operators one by one.
 
     FX writes no ``finally``: a graph with regions (autocast, gradient mode) is emitted and proved as stitching source is, so that
     an exception leaves none of them open.
     """
+    for each in graph.modules():
+        if isinstance(each, torch.fx.GraphModule) and "forward" not in vars(type(each)):
+            each.recompile()  # it was read, and nobody had to run it yet
     if not has_regions(graph.graph):
         return graph.forward
     source = generate_source(graph)

@@ -9,7 +9,6 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.fx
@@ -19,7 +18,7 @@ from piecework.errors import CaptureError, ConfigError, Unidentifiable
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.writes import written_aliases
 from piecework.runtime.batch.ranges import Range
-from piecework.runtime.compilers.eager import uncompiled
+from piecework.runtime.compilers.eager import left_uncompiled
 from piecework.runtime.compilers.inductor_options import InductorOptions
 from piecework.runtime.compilers.interface import CompiledPiece
 from piecework.runtime.compilers.partitions import wrap_partition
@@ -146,9 +145,8 @@ class InductorStandaloneAdaptor(_Inductor):
         config: CompilationConfig,
         compile_range: Range | None,
     ) -> CompiledPiece:
-        aliases = _Aliases.of(graph)
-        if aliases.symbolic:
-            return _uncompiled(graph)
+        if written_aliases(graph):
+            return left_uncompiled(graph)
         _require_sizes(graph, example_inputs)
         counters.num_inductor_compiles += 1
         await_search(example_inputs)
@@ -163,12 +161,12 @@ class InductorStandaloneAdaptor(_Inductor):
         with self.partitions_wrapped(), pass_context(compile_range, facts):
             artifact = torch_compat.standalone_compile(
                 graph,
-                aliases.detached(example_inputs),
+                example_inputs,
                 dynamic_shapes=shapes,
                 config_patches=self.options_for(compile_range, graph),
             )
             self.realign(artifact)
-        return _piece(artifact, graph, aliases)
+        return _piece(artifact, graph)
 
     def to_bytes(self, piece: CompiledPiece) -> bytes | None:
         """The artifact with its kernels, for the cache; None if torch could not keep it."""
@@ -182,7 +180,7 @@ class InductorStandaloneAdaptor(_Inductor):
         with self.partitions_wrapped():
             artifact = torch_compat.artifact_from_bytes(rest)
             self.realign(artifact)
-        return _piece(artifact, graph, _Aliases.of(graph), vouched=mark == _DIRECT)
+        return _piece(artifact, graph, vouched=mark == _DIRECT)
 
 
 # A loaded artifact no longer has the record that says whether its wrappers have work to do; the mark keeps the finding.
@@ -204,9 +202,8 @@ class InductorAdaptor(_Inductor):
         config: CompilationConfig,
         compile_range: Range | None,
     ) -> CompiledPiece:
-        aliases = _Aliases.of(graph)
-        if aliases.symbolic:
-            return _uncompiled(graph)
+        if written_aliases(graph):
+            return left_uncompiled(graph)
         _require_sizes(graph, example_inputs)
         counters.num_inductor_compiles += 1
         await_search(example_inputs)
@@ -214,56 +211,12 @@ class InductorAdaptor(_Inductor):
         with self.partitions_wrapped(), pass_context(compile_range, facts):
             compiled = torch_compat.compile_fx(
                 graph,
-                aliases.detached(example_inputs),
+                example_inputs,
                 own_shapes=compile_range is not None and compile_range.is_single_size(),
                 config_patches=self.options_for(compile_range, graph),
             )
             self.realign(compiled)
-        return CompiledPiece(
-            aliases.around(compiled), indirect_because="compile_fx gives no artifact"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Aliases:
-    """Inputs of a piece that share memory which the piece writes to.
-
-    AOTAutograd rebuilds them from one base. It takes autograd's, which is the model's tensor while tracing, and in a call whatever
-    made the inputs; so they are given to it as views of nothing, and it takes the memory itself at both times. For memory of
-    a symbolic size it can't.
-
-    Attributes:
-        indices: which inputs.
-        symbolic: a size, stride or offset of one is not a number.
-    """
-
-    indices: frozenset[int]
-    symbolic: bool
-
-    @classmethod
-    def of(cls, graph: torch.fx.GraphModule) -> _Aliases:
-        indices = written_aliases(graph)
-        placeholders = graph.graph.find_nodes(op="placeholder")
-        tensors = [value_of(placeholders[index]) for index in indices]
-        geometry = [
-            part
-            for tensor in tensors
-            for part in (*tensor.shape, *tensor.stride(), tensor.storage_offset())
-        ]
-        return cls(indices, any(isinstance(part, torch.SymInt) for part in geometry))
-
-    def detached(self, values: Sequence[object]) -> list[object]:
-        """``values``, those that share memory without their base."""
-        found = list(values)
-        for index in self.indices:
-            found[index] = found[index].detach()  # type: ignore[attr-defined]
-        return found
-
-    def around(self, function: Callable[..., object]) -> Callable[..., object]:
-        """``function``, given its arguments `detached`."""
-        if not self.indices:
-            return function
-        return lambda *args: function(*self.detached(args))
+        return CompiledPiece(compiled, indirect_because="compile_fx gives no artifact")
 
 
 def _require_sizes(graph: torch.fx.GraphModule, inputs: Sequence[object]) -> None:
@@ -283,18 +236,9 @@ def _require_sizes(graph: torch.fx.GraphModule, inputs: Sequence[object]) -> Non
         )
 
 
-def _uncompiled(graph: torch.fx.GraphModule) -> CompiledPiece:
-    """A piece as FX wrote it, because what Inductor would make of it is wrong."""
-    reason = "it writes to memory of a dynamic size that several of its inputs share"
-    _log.warning("%s is not compiled: %s, which Inductor gets wrong", graph._get_name(), reason)
-    counters.num_eager_compiles += 1
-    return CompiledPiece(uncompiled(graph), indirect_because=reason)
-
-
 def _piece(
     artifact: Callable[..., object],
     graph: torch.fx.GraphModule,
-    aliases: _Aliases,
     *,
     vouched: bool = False,
 ) -> CompiledPiece:
@@ -305,7 +249,7 @@ def _piece(
     call, reason = torch_compat.direct_entry(artifact, inputs, outputs, vouched=vouched)
     direct = None if call is None else positional(call, inputs)
     strict = torch_compat.strict_inputs(artifact, inputs)
-    return CompiledPiece(aliases.around(artifact), artifact, direct, reason, strict)
+    return CompiledPiece(artifact, artifact, direct, reason, strict)
 
 
 def positional(call: Callable[..., object], inputs: int) -> Callable[..., object]:

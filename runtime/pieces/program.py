@@ -17,8 +17,10 @@ import torch.fx
 from piecework.codegen import SplitItem, StitchedSource, generate_source
 from piecework.codegen.graph.origin import SymbolNames, origin_of_piece
 from piecework.codegen.stitch.bind import compile_execution_fn
+from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range, RangeTable
 from piecework.runtime.bind.direct_ops import DirectOps
+from piecework.runtime.compilers.eager import uncompiled
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.observe import trace
 from piecework.runtime.observe.dump import Dump
@@ -153,16 +155,20 @@ class Program:
         return function
 
     def bind_safely(
-        self, weights: Mapping[str, object], *, code: str | None = None
+        self, weights: Mapping[str, object], *, code: str | None = None, as_written: bool = False
     ) -> tuple[Callable[..., object], Callable[[int], Callables]]:
         """The same graph stitched without shortcuts: operators through the dispatcher, pieces by their public form.
 
         Args:
             weights: weight path → tensor, for the names that the source binds.
             code: an edited text to execute in place of the generated one.
+            as_written: run the graph of each piece, uncompiled.
 
         Returns:
             The function, and what gives its ``__vllm_submods__`` for a batch size.
+
+        Raises:
+            ArtifactError: graphs are wanted, and the program was loaded without them.
         """
         source = self.source
         if code is not None:
@@ -173,7 +179,10 @@ class Program:
             source = self.kept.careful
         elif source.options.direct:
             source = generate_source(self.split_gm, replace(source.options, direct={}))
-        per_range = [self.callables(each) for each in self.compile_ranges]
+        per_range = [
+            self._as_written() if as_written else self.callables(each)
+            for each in self.compile_ranges
+        ]
         lists = [tuple(found[name] for name in source.submod_names) for found in per_range]
         bound = {row.name: weights[row.path] for row in source.module.bound}
         function = compile_execution_fn(
@@ -181,6 +190,26 @@ class Program:
         )
         table = self.range_table
         return function, lambda batch: lists[0 if table is None else table.index(batch)]
+
+    def _as_written(self) -> dict[str, Callable[..., object]]:
+        """The graph of each piece as a function, by name."""
+        graphs = {name: self.split_gm.get_submodule(name) for name in self.backends}
+        return {name: uncompiled(each) for name, each in graphs.items()}  # type: ignore[arg-type]
+
+    def asks_for_default_device(self) -> bool:
+        """Whether a graph makes tensors on the device that is the process's default.
+
+        Raises:
+            ArtifactError: the program was loaded without its graphs.
+        """
+        return any(
+            node.op == "call_function"
+            and torch_compat.makes_tensors_where_told(node.target)
+            and node.kwargs.get("device") is None
+            for graph in self.split_gm.modules()
+            if isinstance(graph, torch.fx.GraphModule)
+            for node in graph.graph.nodes
+        )
 
     def submods_for(self, batch: int) -> list[Callable[..., object]]:
         """``__vllm_submods__`` for a batch size, in O(log ranges).

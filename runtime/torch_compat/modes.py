@@ -62,6 +62,15 @@ def transform_probe() -> Callable[[], object]:
     return lambda: transforms() or forward_ad._current_level >= 0
 
 
+def makes_tensors_where_told(function: object) -> bool:
+    """Whether ``function`` makes tensors on the default device unless it is told where."""
+    try:
+        from torch.utils._device import _device_constructors
+    except ImportError:
+        return True
+    return function in _device_constructors()
+
+
 def only_default_device_modes() -> bool:
     """True if every active ``TorchFunctionMode`` is the one behind ``torch.set_default_device``."""
     try:

@@ -54,6 +54,7 @@ from piecework.runtime.trace.untold import (
     PLACE_IN_AUTOGRAD,
     refuse_globals,
     refuse_place_in_autograd,
+    refuse_views,
 )
 
 GraphCompiler = Callable[[torch.fx.GraphModule, tuple[GraphInput, ...]], None]
@@ -212,6 +213,7 @@ class Tracer:
             trace.fakes = _fakes(leaves, sources)
             trace.asks_grad = bool(torch_compat.trace_names("requires_grad", *PLACE_IN_AUTOGRAD))
             refuse_place_in_autograd(leaves, names)
+            refuse_views()
             refuse_globals(model, leaves, names)
             numbers_of(leaves, trace.fakes)  # the trace must serve its own example
             if check is not None:

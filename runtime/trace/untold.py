@@ -11,10 +11,12 @@ import torch
 from piecework.code_objects import global_names, with_inner_code
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
+from piecework.runtime.bind.asked import models_names
 from piecework.runtime.bind.reachable import modules_of
 
 #: What of a tensor that records gradients a trace can't tell: it sees a leaf, whatever there is.
 PLACE_IN_AUTOGRAD = ("is_leaf", "grad_fn", "retains_grad", "_grad_fn", "_backward_hooks")
+_VIEWED = "_base"
 _DEPTH = 3
 _CONTAINERS = (list, tuple, dict, set, frozenset)
 
@@ -31,6 +33,15 @@ def refuse_place_in_autograd(leaves: Sequence[object], names: Sequence[str]) -> 
         raise CaptureError(
             f"forward names {', '.join(asked)}, and argument {recording[0]} records gradients",
             hint="a stitched model serves inference: pass it detached, or decide that outside forward",
+        )
+
+
+def refuse_views() -> None:
+    """Raise if the code may ask whether a tensor is a view of another: a trace sees none of an argument's, whatever there is."""
+    if _VIEWED in models_names(torch_compat.traced_code()):
+        raise CaptureError(
+            f"forward names {_VIEWED}, and a trace can't tell whether an argument is a view",
+            hint="decide that outside forward",
         )
 
 

@@ -112,22 +112,47 @@ def test_writes_are_seen_through_every_name_of_the_memory(
         torch.testing.assert_close(mine, theirs)
 
 
+def part_of_a_part(x: torch.Tensor) -> torch.Tensor:
+    whole = x * 2
+    first, second = whole[:16], whole[4:20]
+    between = through(first)
+    first.add_(between.sum())
+    return second[2:6]
+
+
+def transposed_part(x: torch.Tensor) -> torch.Tensor:
+    whole = (x * 2).view(4, 8)
+    part = whole[:, :4]
+    between = through(part)
+    part.add_(between.sum())
+    return whole.t()
+
+
 @pytest.mark.inductor
-@pytest.mark.parametrize("lever", [True, False])
-def test_views_of_a_fixed_size_stay_compiled(lever: bool) -> None:
-    config = piecework.CompilationConfig(stitching_config={"direct_artifact_entry": lever})
+@pytest.mark.parametrize("backend", ["inductor", "inductor_compile_fx"])
+@pytest.mark.parametrize("function", [part_of_a_part, transposed_part])
+def test_views_of_memory_of_a_fixed_size_are_of_the_right_memory(
+    function: Callable[[torch.Tensor], torch.Tensor], backend: str
+) -> None:
+    example = torch.randn(32)
+    torch._dynamo.mark_static(example)
+    stitched = piecework.compile(function, (example,), config={"backend": backend})
+    for given in (torch.randn(32), torch.randn(40)[3:35]):
+        torch.testing.assert_close(stitched(given), function(given))
+
+
+@pytest.mark.inductor
+def test_views_of_the_model_s_memory_are_of_the_right_memory() -> None:
     for model, given in (
         (Cache(), (torch.randn(4, 8), torch.tensor([3, 1, 7, 2]))),
         (Overlap(), (torch.randn(4, 3),)),
     ):
         reference = copy.deepcopy(model)
-        stitched = piecework.compile(model, given, config=config)
+        stitched = piecework.compile(model, given)
         for _ in range(2):
             torch.testing.assert_close(stitched(*given), reference(*given))
         for mine, theirs in zip(model.buffers(), reference.buffers(), strict=True):
             torch.testing.assert_close(mine, theirs)
-        reasons = [piece.indirect_because for piece in compiled_pieces(stitched)]
-        assert not any("dynamic size" in reason for reason in reasons)
 
 
 @pytest.mark.inductor
@@ -136,7 +161,7 @@ def test_a_piece_that_inductor_would_get_wrong_runs_as_it_is_and_says_so(caplog)
     first, second = compiled_pieces(stitched)
     assert first.artifact is not None
     assert second.artifact is None
-    assert "memory of a dynamic size that several of its inputs share" in second.indirect_because
+    assert "memory that several of its inputs share" in second.indirect_because
     assert "submod_2 is not compiled" in caplog.text
 
 

@@ -9,7 +9,7 @@ import torch
 from models import EAGER
 
 import piecework
-from piecework.errors import InputError
+from piecework.errors import CaptureError, InputError
 
 READ: dict[str, Callable[[], object]] = {
     "deterministic": lambda: torch.are_deterministic_algorithms_enabled(),
@@ -50,6 +50,43 @@ class Asking(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + 1 if self.read() else x - 1
+
+
+@pytest.mark.parametrize("ask", [torch.is_grad_enabled, lambda: torch.is_grad_enabled()])
+def test_code_that_asks_for_the_grad_mode_is_served_where_it_is_as_in_the_trace(
+    ask: Callable[[], object],
+) -> None:
+    model, x = Asking(ask).eval(), torch.randn(3)
+    stitched = piecework.compile(model, (x,), config=EAGER)
+    with pytest.raises(InputError, match="no_grad"):
+        stitched(x)
+    with torch.no_grad():
+        assert torch.equal(stitched(x), model(x))
+
+
+class Checkpointing(torch.nn.Module):
+    gradient_checkpointing = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return torch.utils.checkpoint.checkpoint(torch.sin, x)
+        return torch.sin(x)
+
+
+def test_code_that_asks_whether_to_checkpoint_is_served_in_any_grad_mode() -> None:
+    model, x = Checkpointing().eval(), torch.randn(3)
+    stitched = piecework.compile(model, (x,), config=EAGER)
+    assert torch.equal(stitched(x), model(x))
+
+
+class Viewing(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if x._base is None else x - 1
+
+
+def test_code_that_asks_what_a_tensor_is_a_view_of_is_refused() -> None:
+    with pytest.raises(CaptureError, match="_base"):
+        piecework.compile(Viewing(), (torch.randn(3),), config=EAGER)
 
 
 @pytest.fixture(params=sorted(READ))

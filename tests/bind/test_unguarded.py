@@ -106,12 +106,64 @@ class MethodOf(Model):
         return self.held["act"](x)
 
 
+class Said(Model):
+    def formula(self, x):
+        return x * (2 if str(self.held) == "{'a': 1.0, 'b': 2.0}" else 3)
+
+
+class Largest(Model):
+    def formula(self, x):
+        return x * (2 if max(self.held, key=lambda _: 1) == "a" else 3)
+
+
+class Joined(Model):
+    def formula(self, x):
+        for each in (self.held | {"c": 5.0}).values():
+            x = x * 2 + each
+        return x
+
+
+class OfMetaclass(Model):
+    def formula(self, x):
+        return x * self.held.rate
+
+
+class ByMetaclass(Model):
+    def formula(self, x):
+        return x * self.held["rate"]
+
+
+class OfKind(Model):
+    def formula(self, x):
+        return x * (2 if isinstance(self.held, Options) else 3)
+
+
+class Made(type):
+    rate = 2.0
+
+    def __getitem__(cls, name):
+        return cls.rate
+
+
+class MadeBy(metaclass=Made):
+    pass
+
+
+class Derived(Options):
+    pass
+
+
+class Elsewhere:
+    pass
+
+
 def _turn(held: dict[str, object]) -> None:
     held["a"] = held.pop("a")
 
 
 RELU, TANH = torch.Tensor.relu, torch.Tensor.tanh
 BEHIND = {"rate": 2.0}
+ITEM = Made.__getitem__
 CASES = {
     "key": (OfKey, {}, lambda m: m.held.update(rate=3.0)),
     "key of an ordered one": (
@@ -133,6 +185,20 @@ CASES = {
     "first key": (FirstKey, {"a": 1.0, "b": 2.0}, lambda m: _turn(m.held)),
     "first of list": (FirstOfList, {"a": 1.0, "b": 2.0}, lambda m: _turn(m.held)),
     "ordered sum": (OrderedSum, {"a": 1.0, "b": 2.0}, lambda m: _turn(m.held)),
+    "as a text": (Said, {"a": 1.0, "b": 2.0}, lambda m: _turn(m.held)),
+    "largest": (Largest, {"a": 1.0, "b": 2.0}, lambda m: _turn(m.held)),
+    "joined": (
+        Joined,
+        collections.defaultdict(float, {"a": 1.0, "b": 2.0}),
+        lambda m: _turn(m.held),
+    ),
+    "metaclass": (OfMetaclass, MadeBy, lambda m: setattr(Made, "rate", 3.0)),
+    "method of a metaclass": (
+        ByMetaclass,
+        MadeBy,
+        lambda m: setattr(Made, "__getitem__", lambda cls, name: 3.0),
+    ),
+    "bases": (OfKind, Derived(), lambda m: setattr(Derived, "__bases__", (Elsewhere,))),
     "proxy": (Chained, types.MappingProxyType(BEHIND), lambda m: BEHIND.update(rate=3.0)),
     "method": (Method, RELU, lambda m: setattr(m, "held", TANH)),
     "method in a dictionary": (MethodOf, {"act": RELU}, lambda m: m.held.update(act=TANH)),
@@ -152,7 +218,8 @@ CASES = {
 @pytest.fixture(autouse=True)
 def _restored():
     yield
-    BEHIND["rate"] = 2.0
+    BEHIND["rate"] = Made.rate = 2.0
+    Made.__getitem__, Derived.__bases__ = ITEM, (Options,)
     for each in (math, Options):
         if hasattr(each, "rate"):
             del each.rate
@@ -185,6 +252,18 @@ def test_a_key_that_nobody_asks_for_may_come() -> None:
     assert torch.equal(stitched(x), model(x))
 
 
+class Named(Model):
+    def formula(self, x):
+        return x * self.held["a"] + self.held["b"]
+
+
+def test_the_order_of_items_that_are_read_by_name_counts_for_nothing() -> None:
+    model, x = Named(held={"a": 2.0, "b": 3.0}), torch.randn(3)
+    stitched = piecework.compile(model, (x,), config=EAGER)
+    _turn(model.held)
+    assert torch.equal(stitched(x), model(x))
+
+
 class Parsed(Model):
     def formula(self, x):
         try:
@@ -198,3 +277,42 @@ def test_code_that_catches_what_values_raise_asks_for_no_key_in_vain() -> None:
     stitched = piecework.compile(model, (x,), config=EAGER)
     model.held["c"] = "5"
     assert torch.equal(stitched(x), model(x))
+
+
+class Twice(nn.Module):
+    """The first of a list that may be under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.second = ["a", "b"]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for each in (self.first, self.second):
+            x = x * (2 if each[0] == "a" else 3)
+        return x
+
+
+class OneOrTwo(Twice):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + (1 if self.first is self.second else 2)
+
+
+def test_a_list_under_two_names_may_become_two_equal_ones() -> None:
+    model, x = Twice(), torch.randn(3)
+    stitched = piecework.compile(model, (x,), config=EAGER)
+    model.first, model.second = ["a", "b"], ["a", "b"]
+    assert torch.equal(stitched(x), model(x))
+    for name in ("first", "second"):
+        setattr(model, name, ["c", "b"])
+        with pytest.raises(InputError, match="traced"):
+            stitched(x)
+        setattr(model, name, ["a", "b"])
+        assert torch.equal(stitched(x), model(x))
+
+
+def test_code_that_compares_objects_keeps_them_one() -> None:
+    model, x = OneOrTwo(), torch.randn(3)
+    stitched = piecework.compile(model, (x,), config=EAGER)
+    model.second = ["a", "b"]
+    with pytest.raises(InputError, match="one object"):
+        stitched(x)

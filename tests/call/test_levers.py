@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -259,6 +260,48 @@ def test_a_function_mode_sees_the_operators(stitched: Callable[..., object]) -> 
     with torch.no_grad(), CountingFunctions() as mode:
         stitched(torch.randn(3, 8))
     assert mode.seen.count(torch.ops.levers.mix.default) == 2
+
+
+class DoublesProducts(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        return result * 2 if func is torch.ops.aten.addmm.default else result
+
+
+class DoublesLinear(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        return result * 2 if func is nn.functional.linear else result
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("mode", [DoublesProducts, DoublesLinear])
+def test_a_mode_changes_what_runs_inside_compiled_pieces(mode: type, tmp_path: Path) -> None:
+    model = Model()
+    stitched = stitch(model, "inductor")
+    stitched.save(tmp_path / "artifact")
+    for each in (stitched, piecework.load(tmp_path / "artifact", model)):
+        with mode():
+            check(model, each)
+        check(model, each)
+
+
+class Making(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x + 1, torch.ones(2) * 2
+
+
+@pytest.mark.inductor
+def test_tensors_are_made_on_the_default_device_of_the_call() -> None:
+    model, x = Making(), torch.randn(4, 8)
+    stitched = stitch(model, "inductor")
+    for name in ("meta", "cpu", None):
+        torch.set_default_device(name)
+        try:
+            devices = [each.device for each in model(x)]
+            assert [each.device for each in stitched(x)] == devices
+        finally:
+            torch.set_default_device(None)
 
 
 def test_a_default_device_costs_no_shortcut(stitched: piecework.StitchedModule) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import piecework
-from piecework.errors import UsageError
+from piecework.errors import InputError, UsageError
 from piecework.integrations.comparing import compare
 from piecework.integrations.encoders.arguments import SIZES, padding_mask
 from piecework.integrations.loading import load_model
@@ -133,6 +133,31 @@ def test_an_example_mask_of_ones_decides_nothing(tmp_path: Path) -> None:
     example["attention_mask"] = torch.ones_like(example["input_ids"])  # type: ignore[arg-type]
     other = LoadedModel("", model.module, (), model.integration, "", example, calls)
     assert len(stitched_like_eager(other).traces) == 1
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_implementations_may_be_registered_that_the_model_does_not_ask_for(
+    implementation: str,
+) -> None:
+    model = transformers.BertModel(
+        transformers.BertConfig(**TEXT, attn_implementation=implementation)
+    )
+    ids = torch.randint(1, 60, (2, 5))
+    attention, masks = transformers.AttentionInterface, transformers.AttentionMaskInterface
+    stitched = piecework.compile(model.eval(), (ids,), config=EAGER)
+    tables = [dict(attention._global_mapping), dict(masks._global_mapping)]
+    try:
+        attention.register("elsewhere", lambda *args, **kwargs: None)
+        masks.register("elsewhere", lambda *args, **kwargs: None)
+        with torch.no_grad():
+            assert torch.equal(stitched(ids)[0], model(ids)[0])
+        attention.register(implementation, lambda *args, **kwargs: None)
+        with pytest.raises(InputError, match="traced"):
+            stitched(ids)
+    finally:
+        for each, table in zip((attention, masks), tables, strict=True):
+            each._global_mapping.clear()
+            each._global_mapping.update(table)
 
 
 def test_attention_as_a_splitting_op(tmp_path: Path) -> None:
