@@ -484,8 +484,7 @@ class StitchedModule(SharedModule):
     def metrics(self, *, name: str | None = None, profile: Profile | None = None) -> Metrics:
         """What calls ran as, their padding, what graphs hold, traces, and the process's counters; ``prometheus()`` of it is the text.
 
-        It reads what is counted anyway. Counts begin anew with each `capture`; calls of a model that nothing is captured of are
-        not counted, for counting them would be the larger part of what stitching costs.
+        It reads what is counted anyway. Counts begin anew with each `capture`.
 
         Args:
             name: tells this model from others of the process; by default its class's.

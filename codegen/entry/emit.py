@@ -67,7 +67,7 @@ PROVIDED = (
 
 
 #: What ``bound`` holds, in order: a call takes all of it in one step, so that it never mixes two bindings.
-HELD = ("execution_fn", "weights_as_bound", "fetch_weights")
+HELD = ("execution_fn", "weights_as_bound", "fetch_weights", "count_call")
 
 
 def generate_entry(plan: EntryPlan) -> EntrySource:
@@ -171,7 +171,7 @@ class _Lowering:
     ) -> Iterator[ir.Stmt]:
         plan, say = self.plan, self.steps.say
         here = self.own.values()
-        execution_fn, as_bound, fetch_weights = map(ir.Name, HELD)
+        execution_fn, as_bound, fetch_weights, count_call = map(ir.Name, HELD)
         in_stance = ir.Return(self._forward("entry_in_stance", self.own, here))
         yield ir.If(say("dynamo._stance is not stance"), (in_stance,))
         again = ir.Return(self._forward(own, here, here))
@@ -196,6 +196,7 @@ class _Lowering:
         if plan.batch is not None:
             submods = say("submods_for(X)", X=self._passed(plan.batch))
             args = replace(args, kwargs=((SUBMODS, submods),))
+        yield ir.Assign((), False, say("X()", X=count_call))
         yield ir.Assign(tuple(outputs), bool(outputs), ir.Call(execution_fn, args))
         yield ir.Return(self._packed(plan.result, outputs))
 

@@ -142,9 +142,9 @@ class _Proof:
             call = ir.Call(ir.Global("check_inputs"), ir.Arguments(self.parameters))
             targets = tuple(name.id for form in handed if isinstance(name := here[form], ir.Name))
             yield ir.Assign(targets, len(handed) > 1, call)
-        execution_fn, weights_as_bound, fetch_weights = (next(bound) for _ in range(3))
-        held = (execution_fn.id, weights_as_bound.id, fetch_weights.id)
-        yield ir.Assign(held, True, say("bound"))
+        held = [next(bound) for _ in range(4)]
+        execution_fn, weights_as_bound, fetch_weights, count_call = held
+        yield ir.Assign(tuple(each.id for each in held), True, say("bound"))
         if plan.binds and plan.checks:
             unbound = ir.Assign((), False, say("explain_weights()"))
             yield ir.If(say("not X()", X=weights_as_bound), (unbound,))
@@ -159,6 +159,7 @@ class _Proof:
             named = ((SUBMODS, say("submods_for(X)", X=size)),)
         outputs = [next(bound) for _ in plan.outputs]
         run = ir.Call(execution_fn, ir.Arguments(args, named))
+        yield ir.Assign((), False, say("X()", X=count_call))
         yield ir.Assign(tuple(each.id for each in outputs), bool(outputs), run)
         yield ir.Return(self._packed(plan.result, here, weights, outputs))
 

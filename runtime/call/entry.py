@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from types import FunctionType, SimpleNamespace
 
 import torch
@@ -87,6 +88,11 @@ class Entry:
         return self._now.weights
 
     @property
+    def uncaptured_calls(self) -> int:
+        """How many calls ran the stitching function itself since anything was captured or released last."""
+        return self._now.uncaptured_calls
+
+    @property
     def edited(self) -> EditedSource | None:
         """The edited text that runs, if one does."""
         return self._now.edited
@@ -134,11 +140,11 @@ class Entry:
 
     def capture(self, graphs: Graphs) -> None:
         """Serve calls from static graphs that were captured of `execution_fn`."""
-        self.publish(replace(self._now, graphs=graphs, variants={}))
+        self.publish(replace(self._now, graphs=graphs, variants={}, counter=count()))
 
     def release(self) -> None:
         """Serve calls by `execution_fn` itself again."""
-        self.publish(replace(self._now, graphs=None, variants={}))
+        self.publish(replace(self._now, graphs=None, variants={}, counter=count()))
 
     def publish(self, execution: Execution) -> None:
         """Serve calls by ``execution`` from now on, in one step; those that run keep theirs, and what is left is released."""
@@ -170,14 +176,15 @@ class Entry:
     def _made(self, weights: BoundWeights, edited: EditedSource | None) -> Execution:
         """An execution of a text with these weights, and nothing captured of it yet."""
         code = None if edited is None else edited.code
-        return Execution(weights, self._program.bind(self._bound(weights), code=code), edited)
+        made = Execution(weights, self._program.bind(self._bound(weights), code=code), edited)
+        return replace(made, counter=self._now.counter) if self._now.graphs is None else made
 
     def _published(self, execution: Execution, serves: Callable[..., object]) -> tuple[object, ...]:
         """What emitted text unpacks; see `piecework.codegen.entry.emit.HELD`."""
         weights = execution.weights
         # Beside weights that the function holds, those that are passed or returned are of the same binding.
         fetch = weights.held if self._plan.binds else weights.fetch
-        return serves, weights.unchanged, fetch
+        return serves, weights.unchanged, fetch, execution.counter.__next__
 
     def _bound(self, weights: BoundWeights) -> dict[str, object]:
         """Values of the names that the stitching source holds."""
@@ -362,7 +369,8 @@ class Entry:
         )
         if now.beside is not None:
             function = now.beside(function)
-        return self._execute({**_IDLE, "same_kernels": _always}, now, function, submods_for)
+        apart = replace(now, counter=count())  # `careful_calls` counts these
+        return self._execute({**_IDLE, "same_kernels": _always}, apart, function, submods_for)
 
 
 #: For texts that are reached after the stance was looked at.

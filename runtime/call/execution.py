@@ -6,6 +6,7 @@ through: a change makes another execution and publishes it by one assignment. No
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -46,6 +47,7 @@ class Execution:
         graphs: what was captured of ``function``, and serves in its place.
         beside: makes what serves in place of a stitching function and of ``graphs``, for a while; None for nothing.
         variants: the entry for calls that can't take every shortcut, made when first needed.
+        counter: counts the calls of the entry, from any thread.
     """
 
     weights: BoundWeights
@@ -54,6 +56,7 @@ class Execution:
     graphs: Graphs | None = None
     beside: Callable[[Callable[..., object]], Callable[..., object]] | None = None
     variants: dict[str, Callable[..., object]] = field(default_factory=dict)
+    counter: itertools.count[int] = field(default_factory=itertools.count)
 
     @property
     def serves(self) -> Callable[..., object]:
@@ -61,6 +64,12 @@ class Execution:
         if self.beside is not None:
             return self.beside(self.function)
         return self.function if self.graphs is None else self.graphs
+
+    @property
+    def uncaptured_calls(self) -> int:
+        """How many calls ran ``function``; static graphs count for themselves."""
+        # A counter says what comes next, and to ask for that would count.
+        return int(repr(self.counter)[len("count(") : -1]) if self.graphs is None else 0
 
 
 def by_path_of(weights: BoundWeights) -> dict[str, torch.Tensor]:

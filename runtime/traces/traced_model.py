@@ -116,12 +116,12 @@ class TracedModel:
             yield
 
     def calls(self) -> list[CallRow]:
-        """What its calls ran as, as far as they are counted: those since the capture, and those that left every shortcut."""
-        from piecework.runtime.graphs.serve.report import careful_rows
+        """What its calls ran as; where static graphs were captured or released, those since then."""
+        from piecework.runtime.graphs.serve.report import uncaptured_rows
 
-        return (
-            careful_rows(self.entry.careful_calls) if self.static is None else self.static.calls()
-        )
+        if self.static is not None:
+            return self.static.calls()
+        return uncaptured_rows(self.entry.uncaptured_calls, self.entry.careful_calls)
 
     def shadowed(self, found: Shadow) -> AbstractContextManager[None]:
         """Run the uncompiled graph of each piece beside it for the block, in calls that ``found`` asks for."""

@@ -1,8 +1,9 @@
-"""Metrics of a model: what is counted anyway, as values and as Prometheus text, and nothing that a call pays for."""
+"""Metrics of a model: what is counted anyway, as values and as Prometheus text."""
 
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from models import EAGER, Block, Layers, mix_pair
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import piecework
-from piecework.errors import BindError, ConfigError
+from piecework.errors import BindError, ConfigError, InputError
 from piecework.runtime.graphs.serve.metrics import Metrics, ModelMetrics
 from piecework.runtime.graphs.serve.report import CallRow
 from piecework.runtime.stitched import StitchedModule
@@ -103,8 +104,29 @@ def test_a_model_before_its_first_call_has_no_steps() -> None:
     found = parsed(waiting.metrics(name="waiting").prometheus())
     assert by_label(found["piecework_traces"], "model") == {"waiting": 0}
     assert "piecework_steps_total" not in found and "piecework_graph_bytes" not in found
-    waiting(torch.randn(4, 8))  # nothing is captured: nothing is counted
-    assert waiting.metrics().models[0].calls == ()
+
+
+def test_calls_of_a_model_that_nothing_is_captured_of_are_counted() -> None:
+    stitched = piecework.compile(torch.nn.Linear(8, 8).eval(), (torch.randn(4, 8),), config=EAGER)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda size: stitched(torch.randn(2 + size % 3, 8)), range(40)))
+    with pytest.raises(InputError):
+        stitched(torch.randn(2, 9))  # nothing ran
+    nothing = ("NONE", "", "nothing is captured")
+    assert counted(stitched) == {nothing: 40}
+    stitched.rebind()
+    stitched(torch.randn(2, 8))
+    assert counted(stitched) == {nothing: 41}
+    stitched.capture([2], progress=False)(torch.randn(2, 8))
+    assert counted(stitched) == {("PIECEWISE", "tokens=2", "its size is captured"): 1}
+    stitched.sleep()
+    stitched(torch.randn(2, 8))
+    assert counted(stitched) == {nothing: 1}
+
+
+def counted(stitched: StitchedModule) -> dict[tuple[str, str, str], int]:
+    [of_model] = stitched.metrics().models
+    return {(row.mode, row.graph, row.reason): row.calls for row in of_model.calls}
 
 
 def test_calls_past_every_shortcut_are_counted_without_a_capture() -> None:

@@ -59,8 +59,9 @@ def entry(input_ids, position_ids):
         return entry_with_care(input_ids, position_ids)
     s0 = check_inputs(input_ids, position_ids)
     # for all of this call, whatever is bound meanwhile
-    execution_fn, weights_as_bound, fetch_weights = bound
+    execution_fn, weights_as_bound, fetch_weights, count_call = bound
     if not weights_as_bound():
         explain_weights()
+    count_call()
     (hidden_states_18,) = execution_fn(s0, input_ids, position_ids)
     return hidden_states_18

@@ -41,8 +41,9 @@ def entry(x):
         return entry_with_care(x)
     s0 = check_inputs(x)
     # for all of this call, whatever is bound meanwhile
-    execution_fn, weights_as_bound, fetch_weights = bound
+    execution_fn, weights_as_bound, fetch_weights, count_call = bound
     if not weights_as_bound():
         explain_weights()
+    count_call()
     (x_1_1,) = execution_fn(s0, x)
     return x_1_1

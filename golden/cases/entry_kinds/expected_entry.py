@@ -97,8 +97,9 @@ def entry(ids, cache, state, dtype, *, flag=True):
         return entry_with_care(ids, cache, state, dtype, flag=flag)
     s0, cache_0_, s1 = check_inputs(ids, cache, state, dtype, flag)
     # for all of this call, whatever is bound meanwhile
-    execution_fn, weights_as_bound, fetch_weights = bound
+    execution_fn, weights_as_bound, fetch_weights, count_call = bound
     if not weights_as_bound():
         explain_weights()
+    count_call()
     (logits,) = execution_fn(s1, ids, cache_0_, cache_0_.size(2), __vllm_submods__=submods_for(s0))
     return {"logits": logits, "n": 3}

@@ -22,8 +22,7 @@ class ModelMetrics:
 
     Attributes:
         name: what tells it from others.
-        calls: what its calls ran as since `StitchedModule.capture`, how many, and by how many rows they were padded. Before it, only calls
-            that left every shortcut are counted.
+        calls: what its calls ran as, how many, and by how many rows they were padded; since the last `StitchedModule.capture`, if there was one.
         graph_bytes: mode and graph → memory that the graph added.
         traces: how many traces serve it; one more means that a call's sizes were traced and compiled meanwhile.
         phase_seconds: phase of compilation → seconds, over all traces.
@@ -66,13 +65,11 @@ class Metrics:
         return "".join(each.text() for each in families if each.samples)
 
     def _families(self) -> Iterator[_Family]:
-        steps = _Family(
-            "piecework_steps_total", "counter", "Calls since capture, by what they ran as and why."
-        )
+        steps = _Family("piecework_steps_total", "counter", "Calls, by what they ran as and why.")
         padding = _Family(
             "piecework_padding_rows_total",
             "counter",
-            "Rows that calls since capture were padded by.",
+            "Rows that calls were padded by.",
         )
         held = _Family("piecework_graph_bytes", "gauge", "Memory that a static graph added.")
         traces = _Family("piecework_traces", "gauge", "Traces that serve the model.")

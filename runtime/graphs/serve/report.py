@@ -87,6 +87,12 @@ class CallRow:
     padding: int = 0
 
 
+def uncaptured_rows(calls: int, careful: Mapping[str, int]) -> list[CallRow]:
+    """Rows of a model that nothing is captured of: its calls, and those that went past every shortcut."""
+    plain = [CallRow("NONE", "", "nothing is captured", calls)] if calls else []
+    return [*plain, *careful_rows(careful)]
+
+
 def careful_rows(counts: Mapping[str, int]) -> list[CallRow]:
     """Rows of calls that went past every shortcut, from how many there were by what made them."""
     return [CallRow("NONE", "", why, calls) for why, calls in dict(counts).items()]
