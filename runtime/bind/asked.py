@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import os
+import sys
 import types
 from collections.abc import Callable, Iterable
 from itertools import pairwise
@@ -76,6 +77,20 @@ def _is_models(code: types.CodeType) -> bool:
     if is_torchs(code) or name.startswith(_OURS):
         return False
     return not name.startswith(_PYTHONS) or "-packages" + os.sep in name
+
+
+def asks_strides(code: Iterable[types.CodeType]) -> bool:
+    """Whether the model's code may call a tensor's ``stride``: a layer's, which is no method, does not count."""
+    return any(
+        step.argval == "stride" and (step.opname == "LOAD_METHOD" or _loads_method(step))
+        for each in _models(code)
+        for step in dis.get_instructions(each)
+    )
+
+
+def _loads_method(step: dis.Instruction) -> bool:
+    """From Python 3.12 on, a bit of ``LOAD_ATTR`` says that what is loaded is called."""
+    return sys.version_info >= (3, 12) and step.opname == "LOAD_ATTR" and bool((step.arg or 0) & 1)
 
 
 def compares_identity(code: Iterable[types.CodeType]) -> bool:

@@ -40,6 +40,7 @@ class Assumptions:
         leaves: the flattened example arguments.
         labels: how errors call them.
         asks_grad: code that was traced may ask whether a tensor requires gradients.
+        asks_strides: it may ask for strides, also for those of a size of 1, which mean nothing to operators.
     """
 
     def __init__(
@@ -49,9 +50,10 @@ class Assumptions:
         leaves: Sequence[object],
         labels: Sequence[str],
         asks_grad: bool,
+        asks_strides: bool,
     ) -> None:
         self._fakes = dict(fakes)
-        self._asks_grad = asks_grad
+        self._asks_grad, self._asks_strides = asks_grad, asks_strides
         self._labels = tuple(labels)
         self._sizes = [size for fake in self._fakes.values() for size in _sizes_of(fake)]
         found = {leaf: torch_compat.traced_item(fake) for leaf, fake in self._fakes.items()}
@@ -157,7 +159,7 @@ class Assumptions:
 
     def _tensor(self, index: int, fake: torch.Tensor, example: object) -> TensorInput:
         strides = None
-        if not torch_compat.is_traced_contiguous(fake):
+        if self._asks_strides or not torch_compat.is_traced_contiguous(fake):
             strides = tuple(map(self._stride, fake.stride()))
         sizes = tuple(self._size(size) for size in fake.shape)
         grad = (

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from piecework.codegen.entry.plan import Parameter
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
+from piecework.runtime.bind.asked import asks_strides
 from piecework.runtime.bind.places import readable, traced
 from piecework.runtime.bind.reachable import modules_of, tensors_of
 from piecework.runtime.bind.traced_state import TracedState, TraceGuards
@@ -111,6 +112,7 @@ class _Trace:
     inputs: tuple[GraphInput, ...] = ()
     fakes: dict[int, object] = field(default_factory=dict)
     asks_grad: bool = True
+    asks_strides: bool = True
     standing_in: list[object] = field(default_factory=list)
 
 
@@ -212,6 +214,7 @@ class Tracer:
             trace.inputs = trace_back(gm, example_inputs, leaves, names, sources, held)
             trace.fakes = _fakes(leaves, sources)
             trace.asks_grad = bool(torch_compat.trace_names("requires_grad", *PLACE_IN_AUTOGRAD))
+            trace.asks_strides = asks_strides(torch_compat.traced_code())
             refuse_place_in_autograd(leaves, names)
             refuse_views()
             refuse_globals(model, leaves, names)
@@ -409,7 +412,7 @@ def _assumptions(trace: _Trace, leaves: Sequence[object], names: Sequence[str]) 
         symbol = torch_compat.symbol_of(value)
         if isinstance(source, Size) and symbol is not None:
             wished[symbol] = source.name
-    return Assumptions(fakes, wished, leaves, names, trace.asks_grad)
+    return Assumptions(fakes, wished, leaves, names, trace.asks_grad, trace.asks_strides)
 
 
 def numbers_of(leaves: Sequence[object], fakes: Mapping[int, object]) -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from models import EAGER
 
 import piecework
-from piecework.errors import StaticGraphError
+from piecework.errors import InputError, StaticGraphError
 
 LAYOUTS: dict[str, Callable[[int], torch.Tensor]] = {
     "dense": lambda n: torch.randn(n, 6),
@@ -58,3 +60,29 @@ def test_strided_example_is_not_captured() -> None:
     stitched = piecework.compile(lambda x: x * 2, (x,), config=EAGER)
     with pytest.raises(StaticGraphError, match="dense"):
         stitched.capture([2, 4], progress=False, estimate=False)
+
+
+class ByStride(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * x.stride(0)
+
+
+class ByOrder(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.stride(0) > x.stride(1) else x * 3
+
+
+@pytest.mark.parametrize("model", [ByStride(), ByOrder()])
+@pytest.mark.parametrize("example", ["rows", "columns"])
+def test_code_that_asks_for_strides_is_told_those_of_the_call(
+    model: torch.nn.Module, example: str
+) -> None:
+    lying = {"rows": lambda n: torch.randn(n, 8), "columns": lambda n: torch.randn(8, n).t()}
+    stitched = piecework.compile(model, (lying[example](3),), config={"backend": "eager"})
+    answered = 0
+    for rows, way in itertools.product((3, 1, 2, 5), lying):
+        x = lying[way](rows)
+        with contextlib.suppress(InputError):
+            assert torch.equal(stitched(x), model(x))
+            answered += way == example
+    assert answered == 4
