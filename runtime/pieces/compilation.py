@@ -110,7 +110,11 @@ class Compilation:
         with timed(self.phases, "split"):
             ops = [*self._splitting_ops(), *recurrent_layers(graph.graph)]
             split_gm, items = split_graph(
-                graph, ops, asserted=torch_compat.asserted_symbols, blocks=self._blocks()
+                graph,
+                ops,
+                asserted=torch_compat.asserted_symbols,
+                blocks=self._blocks(),
+                module=torch_compat.graph_module,
             )
             if manager.may_share_names():
                 share_layer_names(split_gm, items)
