@@ -6,6 +6,8 @@ of objects. What cannot change needs nothing; for everything else the fact itsel
 
 from __future__ import annotations
 
+import copy
+import operator
 import types
 from collections import deque
 from collections.abc import Iterable
@@ -27,6 +29,7 @@ from piecework.runtime.torch_compat import Place
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _FUNCTION_STATE = ("__code__", "__defaults__", "__kwdefaults__", "__closure__", "__globals__")
+_PLAIN = (bool, int, float, complex, str, bytes)
 # What never changes once it is made, or leads only to what a look-up of its own goes into.
 _FIXED = (
     int,
@@ -76,6 +79,19 @@ class Touch:
             places = [fact.place] if fact.other is None else [fact.place, fact.other]
             if not all([self._way(each) for each in places] + [self._guarded(fact)]):
                 self.always.append(fact)
+        self._values = Values({})  # what lies on the ways is in the steps
+        self._seen, self._texts = {}, {}
+
+    def renewed(self) -> Touch | None:
+        """The same from the state of now; None where something changed by which other look-ups may have to be watched."""
+        steps: dict[tuple[int, str, object], Step] = {}
+        for where, step in self.steps.items():
+            steps[where] = now = step if step.holds() else step.again()
+            if now is not step and not _leads_nowhere(step, now):
+                return None
+        found = copy.copy(self)
+        found.steps = steps
+        return found
 
     # --- ways ----------------------------------------------------------------------------------------
 
@@ -275,6 +291,25 @@ class Touch:
         if where not in self.steps:
             path = place_text(place, known=self._texts)
             self.steps[where] = Step.of(owner, key, path, kind)
+
+
+def _leads_nowhere(before: Step, now: Step) -> bool:
+    """Whether what changed leads to no other object than before: a number or text became another, or a dictionary has more keys behind all others."""
+    if before.kind == "keys":
+        (old, held), (new, holds) = (_halves(each.value) for each in (before, now))
+        count = len(old)
+        return all(map(operator.is_, (*old, *held), (*new[:count], *holds[:count]))) and (
+            count < len(new)
+        )
+    plain = type(before.value) in _PLAIN and type(now.value) in _PLAIN
+    return before.kind in ("entry", "attribute") and plain
+
+
+def _halves(value: object) -> tuple[tuple[object, ...], tuple[object, ...]]:
+    """The keys of a dictionary and what they hold, of what a step knows of it."""
+    assert isinstance(value, tuple)
+    count = len(value) // 2
+    return value[:count], value[count:]
 
 
 def _holds_changeable(value: object) -> bool:

@@ -156,11 +156,13 @@ class TracedState:
     _global_hooks: tuple[Step, ...] = field(default_factory=lambda: tuple(_global_hooks()))
     _dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
     watched: list[Place] = field(default_factory=list)
-    _touched: Touch | None = field(init=False)
+    _touched: Touch | None = None
+    _looked: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self._forward = self._own_forward()
-        self._touched = self._touch()
+        if self._touched is None:
+            self._touched = Touch(self.bins.facts, Values(self.starts))
         self.classes = ClassWatch(self._touched.classes, self.code, self._asked)
 
     def watch_code(self, code: frozenset[types.CodeType]) -> None:
@@ -181,14 +183,16 @@ class TracedState:
             The look-ups that tell, while none is touched, that everything holds but what the second compares, in every call;
             None if nothing must be.
         """
-        # What was noted first serves once: what changed since is seen as a change.
-        touch, self._touched = self._touched or self._touch(), None
+        # What was noted first serves once as it is: what changed since is seen as a change.
+        touch = self._touched
+        if touch is not None and self._looked:
+            touch = touch.renewed()
+        if touch is None:
+            touch = Touch(self.bins.facts, Values(self.starts))
+        self._touched, self._looked = touch, True
         steps = [*touch.steps.values(), *self.classes.steps(), *self._global_hooks]
         left = self._left is not None and not self.bins.left_on_arguments
         return steps, partial(self._hold, touch.always) if touch.always or left else None
-
-    def _touch(self) -> Touch:
-        return Touch(self.bins.facts, Values(self.starts))
 
     def _hold(self, facts: Sequence[Fact]) -> bool:
         values = Values(self.starts)
@@ -264,7 +268,11 @@ class TracedState:
         """The same, less the facts that don't hold now."""
         values = Values(self.starts)
         facts = [fact for fact in self.bins.facts if self._holds(fact, values)]
-        return replace(self, bins=replace(self.bins, facts=facts))
+        touch = None if self._touched is None else self._touched.renewed()
+        if touch is not None:
+            known = set(map(id, facts))
+            touch.always = [fact for fact in touch.always if id(fact) in known]
+        return replace(self, bins=replace(self.bins, facts=facts), _touched=touch)
 
     # --- arguments ------------------------------------------------------------------------------------
 
