@@ -307,11 +307,12 @@ class _Copy:
         self._rename(made, node)
         if "example_value" in node.meta:
             old = node.meta["example_value"]
-            made.meta["example_value"] = (
-                self._results[node]
-                if node in self._results
-                else pytree.tree_map_only(torch.Tensor, memory.tensor, old)
-            )
+            if node in self._results:
+                made.meta["example_value"] = self._results[node]
+            elif isinstance(old, torch.Tensor):
+                made.meta["example_value"] = memory.tensor(old)
+            else:
+                made.meta["example_value"] = pytree.tree_map_only(torch.Tensor, memory.tensor, old)
         self._literals(made)
 
     def _literals(self, node: torch.fx.Node) -> None:
