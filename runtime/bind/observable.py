@@ -83,7 +83,7 @@ class Touch:
         self._seen, self._texts = {}, {}
 
     def renewed(self) -> Touch | None:
-        """The same from the state of now; None where something changed by which other look-ups may have to be watched."""
+        """The same from the state of now, where its classes hold what they held; None where other look-ups may have to be watched than before."""
         steps: dict[tuple[int, str, object], Step] = {}
         for where, step in self.steps.items():
             steps[where] = now = step if step.holds() else step.again()
@@ -294,15 +294,16 @@ class Touch:
 
 
 def _leads_nowhere(before: Step, now: Step) -> bool:
-    """Whether what changed leads to no other object than before: a number or text became another, or a dictionary has more keys behind all others."""
+    """Whether what changed leads to no other object than before: numbers or texts became others, or a dictionary has more keys behind all others."""
     if before.kind == "keys":
         (old, held), (new, holds) = (_halves(each.value) for each in (before, now))
-        count = len(old)
-        return all(map(operator.is_, (*old, *held), (*new[:count], *holds[:count]))) and (
-            count < len(new)
-        )
-    plain = type(before.value) in _PLAIN and type(now.value) in _PLAIN
-    return before.kind in ("entry", "attribute") and plain
+        same_keys = len(old) <= len(new) and all(map(operator.is_, old, new))
+        return same_keys and all(map(_is_no_other, held, holds))
+    return before.kind in ("entry", "attribute") and _is_no_other(before.value, now.value)
+
+
+def _is_no_other(before: object, now: object) -> bool:
+    return before is now or (type(before) in _PLAIN and type(now) in _PLAIN)
 
 
 def _halves(value: object) -> tuple[tuple[object, ...], tuple[object, ...]]:
