@@ -196,7 +196,9 @@ class Traces:
             made = trace_model(
                 self._model, args, kwargs, self.backends(), self.sizes, self._as_it_is
             )
-        if self._around is not nullcontext:
+        if self._around is nullcontext:
+            made.entry.weights.unchanged()  # calls find the check ready
+        else:
             made.entry.accept_settings()
         require_agreement(made.program, self._runtime_config)
         if self.on_trace is not None:

@@ -308,7 +308,8 @@ def test_a_change_before_the_first_call_is_refused(name: str) -> None:
     read, change = CHANGES[name]
     model = Model(read).eval()
     stitched, x = piecework.compile(model, (torch.randn(4, 3),), config=EAGER), torch.randn(5, 3)
-    state = stitched.captured.weights.state
+    bound = stitched.captured.weights.accepted()  # another one, which nobody has asked yet
+    state = bound.state
     before, classes = Touch(state.bins.facts, Values(state.starts)), state.classes.steps()
     undo = change(model)
     try:
@@ -316,12 +317,14 @@ def test_a_change_before_the_first_call_is_refused(name: str) -> None:
         if renewed is not None and all(step.holds() for step in classes):
             assert watched(renewed) == watched(anew)
         for _ in range(2):
+            assert not bound.unchanged()
             with pytest.raises(InputError):
                 stitched(x)
     finally:
         if callable(undo):
             undo()
     if callable(undo):
+        assert bound.unchanged()
         torch.testing.assert_close(stitched(x), model(x).detach())
 
 
