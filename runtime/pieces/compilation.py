@@ -154,7 +154,8 @@ class Compilation:
         trace.artifact("stitched_source", lambda: str(source))
         self.dump.stitched(source)
         if manager.cache is not None:
-            manager.cache.write_texts(split_gm, source.code)
+            pieces = {name: each.compiled_of()[1] for name, each in self.backends.items()}
+            manager.cache.write_texts(split_gm, pieces, source.code)
         passes = manager.passes if self.config.pass_config.report_matches else None
         return Program(
             name=self.name,
