@@ -6,7 +6,7 @@ The order of nodes is kept exactly, so mutations stay where they were; the cost 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,6 +24,8 @@ from piecework.codegen.split.regions import Regions
 from piecework.codegen.split.sizes import decompose_sizes, is_size_read
 from piecework.codegen.split.splitting import SplittingOp, SplittingOps, check_cuts, names_of
 from piecework.errors import SplitError
+
+MakeModule = Callable[[dict[str, object], torch.fx.Graph, str], torch.fx.GraphModule]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ def split_graph(
     required: Iterable[SplittingOp] = (),
     asserted: Asserted | None = None,
     blocks: Literal["found", "off"] | Sequence[str] = "off",
+    module: MakeModule = torch.fx.GraphModule,
 ) -> tuple[torch.fx.GraphModule, list[SplitItem]]:
     """Cut ``graph`` at each call of a splitting operator; one that calls none, between blocks that are alike.
 
@@ -62,6 +65,7 @@ def split_graph(
         required: operators that must stay outside of compiled pieces, whether they are in ``splitting_ops`` or not.
         asserted: which symbols the trace asserted something of, together with those of a piece; the piece takes them too.
         blocks: which blocks: those that are found, or the children of modules with these dotted names.
+        module: makes a submodule of what it holds, its graph and a name.
 
     Returns:
         ``(split_gm, items)``: the stitching graph, whose nodes call ``submod_0``, ``submod_1``, …, and the submodules
@@ -101,7 +105,7 @@ def split_graph(
     partitions = _merge_idle(_assign(work, is_splitting, regions, starts))
     for number, partition in enumerate(partitions):
         partition.number = number
-    return _build(work, partitions, regions, graph, asserted)
+    return _build(work, partitions, regions, graph, asserted, module)
 
 
 def _copy_of(graph: torch.fx.Graph) -> torch.fx.Graph:
@@ -295,6 +299,7 @@ def _build(
     regions: Regions,
     gm: torch.fx.GraphModule,
     asserted: Asserted | None,
+    module: MakeModule,
 ) -> tuple[torch.fx.GraphModule, list[SplitItem]]:
     home = {node: p for p in partitions for node in p.nodes}
     sizes = PieceSizes(work, {node: p.number for node, p in home.items()}, asserted)
@@ -309,7 +314,7 @@ def _build(
     items: list[SplitItem] = []
     for partition in partitions:
         name = f"submod_{partition.number}"
-        piece = _build_piece(gm, partition, outputs[partition], reads[partition], regions)
+        piece = _build_piece(gm, partition, outputs[partition], reads[partition], regions, module)
         # A GraphModule that is there when the whole is made would be compiled to Python once more.
         attributes[name] = torch.nn.Module()
         call = stitching.call_module(name, tuple(values[n] for n in reads[partition].inputs))
@@ -380,6 +385,7 @@ def _build_piece(
     outputs: list[torch.fx.Node],
     reads: _Reads,
     regions: Regions,
+    module: MakeModule,
 ) -> torch.fx.GraphModule:
     """Build one submodule."""
     graph = torch.fx.Graph()
@@ -406,7 +412,7 @@ def _build_piece(
     else:
         graph.output(tuple(returned) if returned else None)
     name = f"submod_{partition.number}"
-    return torch.fx.GraphModule(attributes, graph, name)
+    return module(attributes, graph, name)
 
 
 def _unpack_call(

@@ -158,7 +158,7 @@ class _Lowering:
         """What the entry starts with; a size that is a parameter has its name in comments too, and no other value's."""
         names = NameTable(self.module_names.names())
         scope: Scope = {node: ir.Name(name) for node, name, _ in bound}
-        parameters = self._parameters(self.gm, names, scope, skip=list(scope))
+        parameters = self._parameters(self.gm, names, scope, skip=frozenset(scope))
         sizes = {
             str(value): name.id
             for node, name in reversed(scope.items())
@@ -226,7 +226,7 @@ class _Lowering:
         gm: torch.fx.GraphModule,
         names: NameTable,
         scope: Scope,
-        skip: Collection[torch.fx.Node] = (),
+        skip: Collection[torch.fx.Node] = frozenset(),
     ) -> tuple[ir.Parameter, ...]:
         parameters: list[ir.Parameter] = []
         for node in gm.graph.find_nodes(op="placeholder"):

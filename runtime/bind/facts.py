@@ -111,7 +111,7 @@ def same(now: object, was: object) -> bool:
     if type(now) in _SEQUENCES:
         return len(now) == len(was) and all(map(same, now, was))  # type: ignore[arg-type, call-overload]
     if type(now) in _SETS:
-        return now == was and _kinds(now) == _kinds(was)  # type: ignore[arg-type]
+        return now == was and (_all_texts(now, was) or _kinds(now) == _kinds(was))  # type: ignore[arg-type]
     if type(now) is slice:
         return same((now.start, now.stop, now.step), (was.start, was.stop, was.step))  # type: ignore[attr-defined]
     return now is was or (type(now) in _VALUES and bool(now == was))
@@ -122,6 +122,10 @@ class _Identity:
     """A value that is compared as an object."""
 
     value: object
+
+
+def _all_texts(*sets: Iterable[object]) -> bool:
+    return all(type(each) is str for values in sets for each in values)
 
 
 def _kinds(values: Iterable[object]) -> list[tuple[str, str]]:

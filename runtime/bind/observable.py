@@ -6,6 +6,8 @@ of objects. What cannot change needs nothing; for everything else the fact itsel
 
 from __future__ import annotations
 
+import copy
+import operator
 import types
 from collections import deque
 from collections.abc import Iterable
@@ -29,6 +31,7 @@ from piecework.runtime.torch_compat import Place
 THERE = object()
 _TABLES = ("_parameters", "_buffers", "_modules")
 _FUNCTION_STATE = ("__code__", "__defaults__", "__kwdefaults__", "__closure__", "__globals__")
+_PLAIN = (bool, int, float, complex, str, bytes)
 # What never changes once it is made, or leads only to what a look-up of its own goes into.
 _FIXED = (
     int,
@@ -78,6 +81,19 @@ class Touch:
             places = [fact.place] if fact.other is None else [fact.place, fact.other]
             if not all([self._way(each) for each in places] + [self._guarded(fact)]):
                 self.always.append(fact)
+        self._values = Values({})  # what lies on the ways is in the steps
+        self._seen, self._texts = {}, {}
+
+    def renewed(self) -> Touch | None:
+        """The same from the state of now, where its classes hold what they held; None where other look-ups may have to be watched than before."""
+        steps: dict[tuple[int, str, object], Step] = {}
+        for where, step in self.steps.items():
+            steps[where] = now = step if step.holds() else step.again()
+            if now is not step and not _leads_nowhere(step, now):
+                return None
+        found = copy.copy(self)
+        found.steps = steps
+        return found
 
     # --- ways ----------------------------------------------------------------------------------------
 
@@ -298,6 +314,26 @@ def _ends_as_a_plain_one(base: object, name: str, found: object) -> bool:
 def _is_traced(descriptor: object) -> bool:
     """Whether a trace goes through a descriptor of a class, and guards what it reads."""
     return type(descriptor) is property and type(descriptor.fget) is types.FunctionType
+
+
+def _leads_nowhere(before: Step, now: Step) -> bool:
+    """Whether what changed leads to no other object than before: numbers or texts became others, or a dictionary has more keys behind all others."""
+    if before.kind == "keys":
+        (old, held), (new, holds) = (_halves(each.value) for each in (before, now))
+        same_keys = len(old) <= len(new) and all(map(operator.is_, old, new))
+        return same_keys and all(map(_is_no_other, held, holds))
+    return before.kind in ("entry", "attribute") and _is_no_other(before.value, now.value)
+
+
+def _is_no_other(before: object, now: object) -> bool:
+    return before is now or (type(before) in _PLAIN and type(now) in _PLAIN)
+
+
+def _halves(value: object) -> tuple[tuple[object, ...], tuple[object, ...]]:
+    """The keys of a dictionary and what they hold, of what a step knows of it."""
+    assert isinstance(value, tuple)
+    count = len(value) // 2
+    return value[:count], value[count:]
 
 
 def _holds_changeable(value: object) -> bool:

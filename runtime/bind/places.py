@@ -45,6 +45,10 @@ class Step:
         """The look-up with what it finds now."""
         return cls(owner, key, _found(owner, key, kind), path, kind)
 
+    def again(self) -> Step:
+        """The look-up with what it finds now."""
+        return Step.of(self.owner, self.key, self.path, self.kind)
+
     def now(self) -> object:
         """What is there now; a value of its own if nothing is."""
         return _found(self.owner, self.key, self.kind)

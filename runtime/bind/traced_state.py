@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -163,17 +163,24 @@ class TracedState:
     _global_hooks: tuple[Step, ...] = field(default_factory=lambda: tuple(_global_hooks()))
     _dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
     watched: list[Place] = field(default_factory=list)
-    _touched: Touch | None = field(init=False)
+    _touched: Touch | None = None
+    _looked: bool = field(init=False, default=False)
+    _of_classes: list[Step] = field(init=False)
 
     def __post_init__(self) -> None:
         self._forward = self._own_forward()
-        self._touched = self._touch()
-        self.classes = ClassWatch(self._touched.classes, self.code, self._asked)
+        if self._touched is None:
+            self._touched = Touch(self.bins.facts, Values(self.starts))
+        self._watch_classes(self._touched.classes)
 
     def watch_code(self, code: frozenset[types.CodeType]) -> None:
         """Watch this code as what was traced."""
         self.code = code
-        self.classes = ClassWatch(self.classes.classes, code, self._asked)
+        self._watch_classes(self.classes.classes)
+
+    def _watch_classes(self, classes: Iterable[type]) -> None:
+        self.classes = ClassWatch(classes, self.code, self._asked)
+        self._of_classes = self.classes.steps()
 
     @property
     def tensors(self) -> list[tuple[Place, torch.Tensor]]:
@@ -188,14 +195,22 @@ class TracedState:
             The look-ups that tell, while none is touched, that everything holds but what the second compares, in every call;
             None if nothing must be.
         """
-        # What was noted first serves once: what changed since is seen as a change.
-        touch, self._touched = self._touched or self._touch(), None
-        steps = [*touch.steps.values(), *self.classes.steps(), *self._global_hooks]
+        # What was noted first serves once as it is: what changed since is seen as a change.
+        touch = self._renewed() if self._looked else self._touched
+        if touch is None:
+            touch = Touch(self.bins.facts, Values(self.starts))
+        if self._looked:
+            self._of_classes = self.classes.steps()
+        self._touched, self._looked = touch, True
+        steps = [*touch.steps.values(), *self._of_classes, *self._global_hooks]
         left = self._left is not None and not self.bins.left_on_arguments
         return steps, partial(self._hold, touch.always) if touch.always or left else None
 
-    def _touch(self) -> Touch:
-        return Touch(self.bins.facts, Values(self.starts))
+    def _renewed(self) -> Touch | None:
+        """What was watched, noted again; None where what facts rest on may lie elsewhere now."""
+        if self._touched is None or not all(step.holds() for step in self._of_classes):
+            return None
+        return self._touched.renewed()
 
     def _hold(self, facts: Sequence[Fact]) -> bool:
         values = Values(self.starts)
@@ -271,7 +286,11 @@ class TracedState:
         """The same, less the facts that don't hold now."""
         values = Values(self.starts)
         facts = [fact for fact in self.bins.facts if self._holds(fact, values)]
-        return replace(self, bins=replace(self.bins, facts=facts))
+        touch = self._renewed()
+        if touch is not None:
+            known = set(map(id, facts))
+            touch.always = [fact for fact in touch.always if id(fact) in known]
+        return replace(self, bins=replace(self.bins, facts=facts), _touched=touch)
 
     # --- arguments ------------------------------------------------------------------------------------
 

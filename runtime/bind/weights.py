@@ -137,9 +137,8 @@ class BoundWeights:
     sources: Mapping[str, str] = field(default_factory=dict)
     _steps: list[Step] = field(default_factory=list)
     _strict: frozenset[str] = frozenset()
-    _own: int = 0
+    _own_steps: list[Step] = field(default_factory=list)
     _always: Callable[[], bool] | None = None
-    _watch: DictWatch = field(init=False, repr=False)
     unchanged: Callable[[], bool] = field(default=lambda: True, repr=False)
 
     @classmethod
@@ -176,12 +175,12 @@ class BoundWeights:
         return [frozenset(way.path for way in ways) for ways in self._ways]
 
     def _look(self) -> None:
-        self._note_steps()
-        self._watch = DictWatch(self._steps)
+        self._own_steps = self._to_weights()
+        self._note_others()
         self.unchanged = self._check()
 
-    def _note_steps(self) -> None:
-        """Note the look-ups of now: weights, the training flags of all modules, and then what else the trace took for given."""
+    def _to_weights(self) -> list[Step]:
+        """The look-ups of now that lead to weights, and the training flags of all modules."""
         steps: dict[tuple[int, object], Step] = {}
         for step in (s for ways in self._ways for way in ways for s in way.walk()):
             if type(step.owner) is not tuple:  # what never changes
@@ -191,13 +190,16 @@ class BoundWeights:
                 path = f"{name}.training".lstrip(".")
                 step = Step(module.__dict__, "training", module.training, path)
                 steps.setdefault((id(step.owner), step.key), step)
-        self._own = len(steps)
+        return list(steps.values())
+
+    def _note_others(self) -> None:
+        """Note, beside these, the look-ups of now that tell of what else the trace took for given."""
         others, self._always = self.state.look()
-        self._steps = [*steps.values(), *others]
+        self._steps = [*self._own_steps, *others]
 
     def _check(self) -> Callable[[], bool]:
-        """The check of every call; see the module's docstring."""
-        watch = self._watch
+        """The check of every call; see the module's docstring. The first one makes what is cheap in those that follow."""
+        watch: DictWatch | None = None
         loose = [
             t for w, t in zip(self.traced, self.tensors, strict=True) if w.path not in self._strict
         ]
@@ -211,20 +213,23 @@ class BoundWeights:
             always = self._always
             if not same_process() or (always is not None and not always()):
                 return False
-            if (watch.untouched() and metadata()) or (watch.compare() and thorough()):
+            if watch is None and all(step.holds() for step in self._steps):
+                watch = DictWatch(self._steps)
+            if watch is not None and (
+                (watch.untouched() and metadata()) or (watch.compare() and thorough())
+            ):
                 return True
             if not self._is_as_good():
                 return False
-            self._note_steps()
-            watch = self._watch = DictWatch(self._steps)
+            self._note_others()
+            watch = DictWatch(self._steps)
             return thorough()
 
         return unchanged
 
     def _is_as_good(self) -> bool:
         """Whether at most such objects were replaced that the graph is right about all the same."""
-        own = self._steps[: self._own]
-        return all(step.holds() for step in own) and self.state.holds()
+        return all(step.holds() for step in self._own_steps) and self.state.holds()
 
     def accepted(self) -> BoundWeights:
         """The same, less what is not as it was: the caller had set it for the trace alone."""
@@ -325,7 +330,7 @@ class BoundWeights:
 
     def change(self) -> InputError | None:
         """The first thing that is not as it was bound, if any."""
-        for step in self._steps[: self._own]:
+        for step in self._own_steps:
             if not step.holds():
                 return _changed_flag(step) if step.key == "training" else _replaced(step)
         changed = self.state.difference()

@@ -20,7 +20,7 @@ from torch.overrides import resolve_name
 
 from piecework.codegen import LowerOptions, SplitItem, generate_source, split_graph
 from piecework.codegen.graph.origin import SymbolNames, value_of
-from piecework.codegen.graph.structure import input_signature, structure_of
+from piecework.codegen.graph.structure import Structure, input_signature, structure_of
 from piecework.codegen.split.split import SplittingOp as SplittingOpLike
 from piecework.codegen.split.split import SplittingOps
 from piecework.codegen.split.splitting import operator_name, recurrent_layers
@@ -110,7 +110,11 @@ class Compilation:
         with timed(self.phases, "split"):
             ops = [*self._splitting_ops(), *recurrent_layers(graph.graph)]
             split_gm, items = split_graph(
-                graph, ops, asserted=torch_compat.asserted_symbols, blocks=self._blocks()
+                graph,
+                ops,
+                asserted=torch_compat.asserted_symbols,
+                blocks=self._blocks(),
+                module=torch_compat.graph_module,
             )
             if manager.may_share_names():
                 share_layer_names(split_gm, items)
@@ -123,8 +127,7 @@ class Compilation:
             len(names),
             ", ".join(map(str, ops)) or "nothing",
         )
-        if admits is not None:
-            _require_admitted(split_gm, names, admits)
+        structures = {} if admits is None else _admitted(split_gm, names, admits)
         trace.artifact("config", lambda: config_text(self.config))
         trace.artifact("split_graph", lambda: split_gm.print_readable(print_output=False))
         self.dump.split(split_gm, items)
@@ -136,7 +139,9 @@ class Compilation:
             manager.initialize_cache(
                 graph, inputs, tag=self.tag, runtime_config=self.runtime_config
             )
-            interpreter = PiecewiseCompileInterpreter(split_gm, names, self.config, self)
+            interpreter = PiecewiseCompileInterpreter(
+                split_gm, names, self.config, self, structures
+            )
             self.backends = interpreter.backends  # filled as it runs: a failure leaves what is made
             with self._compiled_ahead(split_gm, names):
                 interpreter.run(*inputs)
@@ -149,7 +154,8 @@ class Compilation:
         trace.artifact("stitched_source", lambda: str(source))
         self.dump.stitched(source)
         if manager.cache is not None:
-            manager.cache.write_texts(split_gm, source.code)
+            pieces = {name: each.compiled_of()[1] for name, each in self.backends.items()}
+            manager.cache.write_texts(split_gm, pieces, source.code)
         passes = manager.passes if self.config.pass_config.report_matches else None
         return Program(
             name=self.name,
@@ -305,16 +311,25 @@ def _check_custom_ops(config: CompilationConfig, graph: torch.fx.GraphModule) ->
         )
 
 
-def _require_admitted(split_gm: torch.fx.GraphModule, names: Sequence[str], admits: Admits) -> None:
+def _admitted(
+    split_gm: torch.fx.GraphModule, names: Sequence[str], admits: Admits
+) -> dict[str, Structure]:
+    """What each piece is, once all are known to be admitted.
+
+    Raises:
+        NotAdmitted: one is not.
+    """
+    found: dict[str, Structure] = {}
     seen: set[str] = set()
     for name in names:
         piece = split_gm.get_submodule(name)
         assert isinstance(piece, torch.fx.GraphModule)
-        key = structure_of(piece, describe_input=input_signature).key
-        reason = None if key in seen else admits(piece)
-        seen.add(key)
+        found[name] = structure_of(piece, describe_input=input_signature)
+        reason = None if found[name].key in seen else admits(piece)
+        seen.add(found[name].key)
         if reason is not None:
             raise NotAdmitted(f"{name}: {reason}")
+    return found
 
 
 def _direct_ops(items: Sequence[SplitItem]) -> DirectOps:

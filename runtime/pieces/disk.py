@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -169,16 +169,29 @@ class PieceCache:
             return None
         return content_key("\n".join(structure.lines), str(compile_range), self._facts, operators)
 
-    def write_texts(self, graph: torch.fx.GraphModule, code: str) -> None:
-        """Keep the split graph and the stitching source beside the artifacts, for people to read."""
+    def write_texts(
+        self, graph: torch.fx.GraphModule, pieces: Mapping[str, Structure], code: str
+    ) -> None:
+        """Keep the split graph, with each different piece once, and the stitching source beside the artifacts, for people to read."""
         if self.enabled:
-            readable = graph.print_readable(print_output=False)
+            readable = "\n\n".join([graph.code, *_different(graph, pieces)])
             self.entry.write_text_files({"computation_graph.py": readable, "stitched.py": code})
 
     def write_entry(self, code: str) -> None:
         """Keep the source of the entry, which a call runs in place of the model's forward, for people to read."""
         if self.enabled:
             self.entry.write_text_files({"transformed_code.py": code})
+
+
+def _different(graph: torch.fx.GraphModule, pieces: Mapping[str, Structure]) -> Iterator[str]:
+    """Each different piece as text, under the names of those that are like it."""
+    names: dict[str, list[str]] = {}
+    for name, structure in pieces.items():
+        names.setdefault(structure.key, []).append(name)
+    for like in names.values():
+        piece = graph.get_submodule(like[0])
+        assert isinstance(piece, torch.fx.GraphModule)
+        yield f"# {', '.join(like)}\n{piece.print_readable(print_output=False)}"
 
 
 class _OtherSizes(Exception):

@@ -47,6 +47,7 @@ class PiecewiseBackend:
         returns_tuple: whether the runnable returns a tuple also for a single output.
         compiled_runnables: range → callable, in load mode.
         submod_name: the piece's name in the stitching graph.
+        structure: of ``graph``, if it is known.
 
     Raises:
         BindError: both or neither of ``graph`` and ``compiled_runnables`` were given.
@@ -64,6 +65,7 @@ class PiecewiseBackend:
         returns_tuple: bool = True,
         compiled_runnables: Mapping[Range | None, Callable[..., object]] | None = None,
         submod_name: str = "",
+        structure: Structure | None = None,
     ) -> None:
         if (graph is None) == (compiled_runnables is None):
             raise BindError(
@@ -77,13 +79,14 @@ class PiecewiseBackend:
         self.sym_shape_indices = tuple(sym_shape_indices)
         self.returns_tuple = returns_tuple
         self.submod_name = submod_name
-        self.structure: Structure | None = None
+        self.structure = structure
         self._manager = None if backend is None else backend.compiler_manager
         self.entries: dict[Range | None, RangeEntry] = {}
         if graph is not None:
             if backend is None:
                 raise BindError("compiling a piece needs a backend", where=submod_name or None)
-            self.structure = structure_of(graph, describe_input=input_signature)
+            if structure is None:
+                self.structure = structure_of(graph, describe_input=input_signature)
             self.compile_all_ranges(backend)
         else:
             self.load_all_ranges(compiled_runnables or {})
@@ -208,6 +211,7 @@ class PiecewiseCompileInterpreter(torch.fx.Interpreter):
         compile_submod_names: submodules to compile; all others are only stepped over.
         config: the resolved configuration.
         backend: owns the compiler manager and the ranges.
+        structures: of submodules to compile, as far as they are known.
 
     Attributes:
         backends: submodule name → backend, filled by `run`.
@@ -219,12 +223,14 @@ class PiecewiseCompileInterpreter(torch.fx.Interpreter):
         compile_submod_names: Sequence[str],
         config: CompilationConfig,
         backend: PieceCompiler,
+        structures: Mapping[str, Structure] | None = None,
     ) -> None:
         super().__init__(module)
         self.extra_traceback = False  # our errors name the piece themselves
         self.compile_submod_names = tuple(compile_submod_names)
         self.config = config
         self.backend = backend
+        self.structures = structures or {}
         self.backends: dict[str, PiecewiseBackend] = {}
 
     def run(self, *fake_args: object) -> object:  # type: ignore[override]
@@ -236,7 +242,7 @@ class PiecewiseCompileInterpreter(torch.fx.Interpreter):
         submod = self.fetch_attr(name)
         assert isinstance(submod, torch.fx.GraphModule)
         if name in self.compile_submod_names:
-            _remember_inputs(submod, args)
+            all_known = not _remember_inputs(submod, args)
             counters.num_piecewise_capturable_graphs_seen += 1
             self.backends[name] = PiecewiseBackend(
                 submod,
@@ -246,16 +252,19 @@ class PiecewiseCompileInterpreter(torch.fx.Interpreter):
                 [i for i, arg in enumerate(args) if isinstance(arg, torch.SymInt)],
                 self.backend,
                 submod_name=name,
+                structure=self.structures.get(name) if all_known else None,
             )
         known = _recorded_output(submod)
         return submod(*args, **kwargs) if known is _UNKNOWN else known
 
 
-def _remember_inputs(submod: torch.fx.GraphModule, args: Sequence[object]) -> None:
-    """Give placeholders without a recorded fake value the one that reached them."""
+def _remember_inputs(submod: torch.fx.GraphModule, args: Sequence[object]) -> bool:
+    """Give placeholders without a recorded fake value the one that reached them; whether there were such."""
+    found = False
     for node, arg in zip(submod.graph.find_nodes(op="placeholder"), args, strict=True):
         if value_of(node) is None:
-            node.meta["example_value"] = arg
+            node.meta["example_value"], found = arg, True
+    return found
 
 
 _UNKNOWN = object()

@@ -293,8 +293,7 @@ def _moved(
         alike_too = value is values.at(other)
     elif id(one) in alike.pairs:
         alike_too = alike.counterpart(one) is value
-        was = expected(fact.kind, one, fact.about)
-        alike_too &= same(seen, was) or getattr(seen, "value", None) is value
+        alike_too &= same(seen, fact.expected) or getattr(seen, "value", None) is value
     else:
         alike_too = same(seen, fact.expected) or (
             fact.kind in CONSTANT_KINDS

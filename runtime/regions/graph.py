@@ -120,6 +120,8 @@ class FlatGraph:
         for template in self._templates.values():
             if any(mark.group is template.group for _, mark in self._calls):
                 self._require_plain(template)
+        for node in self.gm.graph.nodes:
+            _without_mark(node)
         cursor = _Cursor(self.gm.graph)
         calls = dict(self._calls)
         for node in list(self.gm.graph.nodes):
@@ -142,8 +144,6 @@ class FlatGraph:
                 given = node.all_input_nodes
                 self.gm.graph.erase_node(node)
                 self._erase_unread(given)
-            else:
-                _without_mark(node)
         by_node = self._tensor_of
         self.inputs = [by_node[node] for node in self.gm.graph.find_nodes(op="placeholder")]
         self.gm.recompile()
@@ -216,19 +216,14 @@ class _Cursor:
     """The last placeholder that the nodes up to some point read: where the next layer's belong."""
 
     def __init__(self, graph: torch.fx.Graph) -> None:
-        placeholders = graph.find_nodes(op="placeholder")
-        self._place = {node: float(index) for index, node in enumerate(placeholders)}
-        self.node = placeholders[0] if placeholders else None
+        self.node = next(iter(graph.find_nodes(op="placeholder")), None)
 
     def after(self, node: torch.fx.Node) -> None:
         for each in (node, *node.all_input_nodes):
-            if each in self._place and self._place[each] > self._place[self.node]:  # type: ignore[index]
+            if each.op == "placeholder" and (self.node is None or each > self.node):
                 self.node = each
 
     def added(self, node: torch.fx.Node) -> None:
-        following = [p for p in self._place.values() if p > self._place[self.node]]  # type: ignore[index]
-        end = min(following, default=self._place[self.node] + 2)  # type: ignore[index]
-        self._place[node] = (self._place[self.node] + end) / 2  # type: ignore[index]
         self.node = node
 
 
@@ -309,15 +304,15 @@ class _Copy:
             made = self.flat.gm.graph.node_copy(node, self._env.__getitem__)
         made.meta = dict(node.meta)
         self._env[node] = made
-        _without_mark(made)
         self._rename(made, node)
         if "example_value" in node.meta:
             old = node.meta["example_value"]
-            made.meta["example_value"] = (
-                self._results[node]
-                if node in self._results
-                else pytree.tree_map_only(torch.Tensor, memory.tensor, old)
-            )
+            if node in self._results:
+                made.meta["example_value"] = self._results[node]
+            elif isinstance(old, torch.Tensor):
+                made.meta["example_value"] = memory.tensor(old)
+            else:
+                made.meta["example_value"] = pytree.tree_map_only(torch.Tensor, memory.tensor, old)
         self._literals(made)
 
     def _literals(self, node: torch.fx.Node) -> None:
@@ -367,7 +362,6 @@ class _Copy:
         for each, (where, kind) in stack.items():
             if each in first:
                 continue
-            where = where.replace(_MARKED, "")
             if where.startswith(path):
                 where = own_path + where[len(path) :]
             moved[each.replace(key, own_key)] = where, kind

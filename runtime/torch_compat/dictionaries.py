@@ -41,30 +41,43 @@ def dict_guard(dicts: Sequence[object]) -> Callable[[], bool] | None:
     return _dict_guard(dicts) if _has_dict_guards() else None
 
 
-class _Owner:
-    """What holds the dictionaries; the guards need something that weak references can point to."""
+# torch looks through the guards of a list one after the other whenever it adds one.
+_GROUP = 128
 
-    def __init__(self, dicts: Sequence[object]) -> None:
-        self.dicts = list(dicts)
+
+class Owner:
+    """What holds guarded objects, a list of lists; the guards need something that weak references can point to."""
+
+    def __init__(self, objects: Sequence[object]) -> None:
+        starts = range(0, len(objects), _GROUP)
+        self.groups = [list(objects[start : start + _GROUP]) for start in starts]
+
+    def managers(self, root: Any) -> tuple[list[Any], list[Any]]:
+        """Guard managers under ``root``, whose check takes a list that begins with this: of what holds the objects, and of each object."""
+        from torch._dynamo.guards import GuardManagerType
+
+        kind = GuardManagerType.GUARD_MANAGER
+        at_owner = root.list_getitem_manager(0, "", self, kind)
+        at_groups = at_owner.getattr_manager("groups", "", self.groups, kind)
+        holders, objects = [at_owner, at_groups], []
+        for number, group in enumerate(self.groups):
+            at_group = at_groups.list_getitem_manager(number, "", group, kind)
+            holders.append(at_group)
+            for index, each in enumerate(group):
+                objects.append(at_group.list_getitem_manager(index, "", each, kind))
+        return holders, objects
 
 
 def _dict_guard(dicts: Sequence[object]) -> Callable[[], bool]:
-    from torch._dynamo.guards import GuardManagerType
-
-    kind = GuardManagerType.GUARD_MANAGER
-    owner = _Owner(dicts)
-    start = [owner]
+    owner = Owner(dicts)
     root = _guards().RootGuardManager()
-    at_owner = root.list_getitem_manager(0, "", owner, kind)
-    at_list = at_owner.getattr_manager("dicts", "", owner.dicts, kind)
-    for index, each in enumerate(owner.dicts):
-        at_dict = at_list.list_getitem_manager(index, "", each, kind)
+    holders, managers = owner.managers(root)
+    for each, at_dict in zip(dicts, managers, strict=True):
         at_dict.add_dict_version_guard(each, [], None)
-        at_dict.mark_tag_safe()
-    at_list.mark_tag_safe()
-    at_owner.mark_tag_safe()
-    at_owner.mark_tag_safe_root()
-    check = root.check
+    for manager in (*holders, *managers):
+        manager.mark_tag_safe()
+    holders[0].mark_tag_safe_root()
+    start, check = [owner], root.check
     check(start)  # it notes the dictionaries in its first call
     return functools.partial(check, start)
 
@@ -74,7 +87,7 @@ def _has_dict_guards() -> bool:
     """Whether the guards exist and do what is wanted of them, tried on dictionaries of our own."""
     first, second = {"a": 1}, {"a": 1}
     try:
-        unwritten = _dict_guard([first, second])
+        unwritten = _dict_guard([first, *({} for _ in range(_GROUP)), second])
         before = unwritten() and unwritten()
         second["a"] = 2
         return before and not unwritten() and not unwritten()

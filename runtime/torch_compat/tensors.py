@@ -278,7 +278,7 @@ def _past_dispatcher(
     mode = fake.fake_mode
     with in_kernel_invocation_manager(mode):
         meta = make("meta")
-    return mode.fake_tensor_converter.from_meta_and_device(mode, meta, device)
+    return FakeTensor(mode, meta, device)
 
 
 def fake_mode_of(values: Iterable[object]) -> Any:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.fx
 
+from piecework.runtime import torch_compat
 from piecework.runtime.bind.asked import is_torchs
 from piecework.runtime.bind.facts import Values
 from piecework.runtime.bind.guards import Bins
@@ -129,7 +130,7 @@ class SharedLayers:
         self._require_unwritten(code)
         guards = [g for g in map(places.unmarked, reader.so_far()) if g is not None]
         places.note(guards)
-        own = torch.fx.GraphModule(gm, copy.deepcopy(gm.graph))
+        own = torch_compat.graph_module(gm, copy.deepcopy(gm.graph))
         own.meta = gm.meta
         flat = FlatGraph(own, list(inputs), self.marks, places)
         inside = {

@@ -22,6 +22,7 @@ from piecework.runtime.pieces.backend import PieceworkBackend
 from piecework.runtime.pieces.compilation import Trace
 from piecework.runtime.pieces.ranks import require_agreement
 from piecework.runtime.trace.example_sizes import AllDimensions, KeptMarks, SizePolicy, shapes_of
+from piecework.runtime.traces.collector import seldom_full_collections
 from piecework.runtime.traces.traced_model import TracedModel, trace_model
 
 if TYPE_CHECKING:
@@ -191,11 +192,13 @@ class Traces:
             PieceworkError: as ``piecework.compile``.
         """
         quiet = nullcontext() if full_tracebacks() else torch_compat.quiet_trial()
-        with self._around(), quiet:
+        with self._around(), quiet, seldom_full_collections():
             made = trace_model(
                 self._model, args, kwargs, self.backends(), self.sizes, self._as_it_is
             )
-        if self._around is not nullcontext:
+        if self._around is nullcontext:
+            made.entry.weights.unchanged()  # calls find the check ready
+        else:
             made.entry.accept_settings()
         require_agreement(made.program, self._runtime_config)
         if self.on_trace is not None:

@@ -410,11 +410,19 @@ def test_the_cache_can_be_switched_off(
 
 @pytest.mark.inductor
 def test_texts_lie_beside_the_artifacts(own_compile_cache: Path) -> None:
-    stitched = piecework.compile(torch.nn.Linear(8, 8), (torch.randn(4, 8),))
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            for _ in range(3):
+                x = torch.cumsum(x.relu() + 1, 0)
+            return x
+
+    stitched = piecework.compile(Model(), (torch.randn(4, 8),), splitting_ops=[torch.cumsum])
     (text,) = own_compile_cache.rglob("stitched.py")
     assert text.read_text() == stitched.source.code
     assert (text.parent / "transformed_code.py").read_text() == stitched.entry_source.code
-    assert (text.parent / "computation_graph.py").read_text()
+    graph = (text.parent / "computation_graph.py").read_text()
+    assert "self.submod_4(" in graph and "# submod_2, submod_4\nclass submod_2(" in graph
+    assert "class submod_4(" not in graph
     assert len(list(list_entries(own_compile_cache))) == 1
     shutil.rmtree(own_compile_cache)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.fx
 
 
 def mark_unbacked(tensor: torch.Tensor, dim: int, *, shape_id: str | None = None) -> None:
@@ -286,3 +287,14 @@ def timed_scope(name: str) -> contextlib.AbstractContextManager[object]:
     """A scope in Dynamo's compile-time events; an empty one where there are none, or Dynamo is not imported."""
     timed = getattr(sys.modules.get("torch._dynamo.utils"), "dynamo_timed", None)
     return contextlib.nullcontext() if timed is None else timed(name)
+
+
+def graph_module(
+    root: torch.nn.Module | Mapping[str, object], graph: torch.fx.Graph, name: str = "GraphModule"
+) -> torch.fx.GraphModule:
+    """A GraphModule that makes Python of its graph when it is first run or read, where torch has such."""
+    try:
+        from torch.fx._lazy_graph_module import _LazyGraphModule as kind
+    except ImportError:
+        kind = torch.fx.GraphModule  # type: ignore[assignment, misc]
+    return kind(root, graph, name)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from piecework.code_objects import with_inner_code
-from piecework.runtime.torch_compat.dictionaries import guards_ready
+from piecework.runtime.torch_compat.dictionaries import Owner, guards_ready
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -281,13 +281,6 @@ def class_dict(kind: type) -> dict[str, object] | None:
     return found[0] if len(found) == 1 and found[0].keys() == kind.__dict__.keys() else None
 
 
-class _Owner:
-    """What holds the objects; the guards need something that weak references can point to."""
-
-    def __init__(self, objects: Sequence[object]) -> None:
-        self.objects = list(objects)
-
-
 def identity_guard(
     classes: Iterable[object], attributes: Iterable[tuple[object, str, object]]
 ) -> Callable[[], bool]:
@@ -314,22 +307,16 @@ def _identity_guard(
 ) -> Callable[[], bool]:
     from torch._dynamo.guards import GuardManagerType
 
-    kind = GuardManagerType.GUARD_MANAGER
-    owner = _Owner([*kinds, *(row[0] for row in rows)])
-    kept = [type(each) for each in kinds], [row[2] for row in rows]
-    start = [owner, kept]
+    owner = Owner([*kinds, *(row[0] for row in rows)])
+    start = [owner, [type(each) for each in kinds], [row[2] for row in rows]]
     root = torch._C._dynamo.guards.RootGuardManager()
-    at_owner = root.list_getitem_manager(0, "", owner, kind)
-    at_list = at_owner.getattr_manager("objects", "", owner.objects, kind)
-    for index, each in enumerate(owner.objects):
-        at_object = at_list.list_getitem_manager(index, "", each, kind)
-        if index < len(kinds):
-            at_object.add_type_match_guard(id(type(each)), [""], None)
-        else:
-            _, name, value = rows[index - len(kinds)]
-            at_object.getattr_manager(name, "", value, kind).add_id_match_guard(
-                id(value), [""], None
-            )
+    _, managers = owner.managers(root)
+    for each, at_object in zip(kinds, managers[: len(kinds)], strict=True):
+        at_object.add_type_match_guard(id(type(each)), [""], None)
+    kind = GuardManagerType.GUARD_MANAGER
+    for (_, name, value), at_object in zip(rows, managers[len(kinds) :], strict=True):
+        at_value = at_object.getattr_manager(name, "", value, kind)
+        at_value.add_id_match_guard(id(value), [""], None)
     return functools.partial(root.check, start)
 
 

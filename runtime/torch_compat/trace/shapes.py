@@ -73,14 +73,16 @@ def asserted_symbols(values: Iterable[object]) -> frozenset[object]:
     deferred = getattr(env, "deferred_runtime_asserts", None)
     if not deferred:
         return frozenset()
+    asserted = [
+        (unbacked, backed)
+        for assertions in deferred.values()
+        for each in assertions
+        if (backed := each.expr.free_symbols - (unbacked := free_unbacked_symbols(each.expr)))
+    ]
+    if not asserted:
+        return frozenset()
     bound = {symbol for size in sizes for symbol in free_unbacked_symbols(size)}
-    found: set[object] = set()
-    for assertions in deferred.values():
-        for each in assertions:
-            unbacked = free_unbacked_symbols(each.expr)
-            if unbacked <= bound:
-                found |= each.expr.free_symbols - unbacked
-    return frozenset(found)
+    return frozenset().union(*(backed for unbacked, backed in asserted if unbacked <= bound))
 
 
 def symbols_in(value: object) -> tuple[str, ...]:
