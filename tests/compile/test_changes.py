@@ -248,8 +248,8 @@ def test_a_returned_weight_belongs_to_the_same_binding_as_the_rest() -> None:
         stitched.rebind()
         return fine
 
-    serves, _, fetch = entry.__globals__["bound"]
-    entry.__globals__["bound"] = (serves, change_after_the_check, fetch)
+    serves, _, *rest = entry.__globals__["bound"]
+    entry.__globals__["bound"] = (serves, change_after_the_check, *rest)
     try:
         result, told = stitched(X)
     except (InputError, BindError):
