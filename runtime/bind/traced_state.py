@@ -86,6 +86,7 @@ class TraceGuards:
                 where=missing,
                 hint="let __getattribute__ find what the class holds, or leave the attribute out of the class",
             )
+        self._failed = self._failed or self._of_other_modules(known, values)
         if layers is not None:
             try:
                 layers.complete(self._bins, known)
@@ -93,6 +94,21 @@ class TraceGuards:
                 self._failed = error
         left = set(map(id, self._bins.left))
         return [id(each) in left for each in guards]
+
+    def _of_other_modules(
+        self, guards: Sequence[Guarded], values: Values
+    ) -> CaptureError | None:
+        """What is wrong if Dynamo guarded the globals of some function in a module that is not the function's own."""
+        looked = [values.at(place) for guard in guards for place in guard.place.path()]
+        function = torch_compat.guarded_elsewhere(looked, self._code)
+        if function is None:
+            return None
+        name = function.__globals__["__name__"]
+        return CaptureError(
+            f"{function.__qualname__} is of a module {name} that is not the one imported by that name now, where Dynamo looks for what it reads",
+            where=name,
+            hint="make the model from the module that is imported now, or load the other one by a name of its own",
+        )
 
     def state(self, code: types.CodeType, names: Mapping[str, str]) -> TracedState:
         """What the trace of ``code`` took from Python.

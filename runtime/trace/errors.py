@@ -62,6 +62,13 @@ def capture_error(error: BaseException) -> CaptureError:
     opaque = re.search(r"\(reason: (.+)\)$", text, re.MULTILINE)
     if text.startswith("Skip inlining") and opaque is not None:
         return CaptureError(f"the model can't be captured as one graph: {opaque[1]}", where=line)
+    unknown = re.match(r"ModuleNotFoundError: No module named '(.+)'", text)
+    if unknown is not None:
+        return CaptureError(
+            f"the model's code is of a module {unknown[1]} that can't be imported, which is how Dynamo finds what the code reads",
+            where=line,
+            hint=f'put the module into sys.modules["{unknown[1]}"] before it is executed',
+        )
     reason = text.splitlines()[0] if text else type(error).__name__
     if not torch_compat.dynamo_failure(error):
         reason = f"{type(error).__name__}: {reason}"

@@ -343,6 +343,7 @@ def _run_dynamo(
         **extra,
     }
     own_symbols = torch_compat.own_symbol_per_dimension()
+    torch_compat.forget_imports()
     try:
         with torch.no_grad(), torch._dynamo.config.patch(settings), own_symbols:
             return torch_compat.in_default_stance(lambda: compiled(*args, **kwargs))
