@@ -54,6 +54,7 @@ from piecework.runtime.trace.side_effects import HINT, Snapshot, Unsettled, refu
 from piecework.runtime.trace.untold import (
     PLACE_IN_AUTOGRAD,
     refuse_globals,
+    refuse_offsets,
     refuse_place_in_autograd,
     refuse_views,
 )
@@ -217,6 +218,7 @@ class Tracer:
             trace.asks_strides = asks_strides(torch_compat.traced_code())
             refuse_place_in_autograd(leaves, names)
             refuse_views()
+            refuse_offsets(leaves, names)
             refuse_globals(model, leaves, names)
             numbers_of(leaves, trace.fakes)  # the trace must serve its own example
             if check is not None:

@@ -17,6 +17,7 @@ from piecework.runtime.bind.reachable import modules_of
 #: What of a tensor that records gradients a trace can't tell: it sees a leaf, whatever there is.
 PLACE_IN_AUTOGRAD = ("is_leaf", "grad_fn", "retains_grad", "_grad_fn", "_backward_hooks")
 _VIEWED = "_base"
+_OFFSET = "storage_offset"
 _DEPTH = 3
 _CONTAINERS = (list, tuple, dict, set, frozenset)
 
@@ -42,6 +43,20 @@ def refuse_views() -> None:
         raise CaptureError(
             f"forward names {_VIEWED}, and a trace can't tell whether an argument is a view",
             hint="decide that outside forward",
+        )
+
+
+def refuse_offsets(leaves: Sequence[object], names: Sequence[str]) -> None:
+    """Raise if the code may ask where in its memory an argument begins, and one begins behind the start: what it answers then is no size that a call is compared by."""
+    views = [
+        n
+        for leaf, n in zip(leaves, names, strict=True)
+        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and leaf.storage_offset()
+    ]
+    if views and torch_compat.trace_names(_OFFSET):
+        raise CaptureError(
+            f"forward names {_OFFSET}, and argument {views[0]} is a view behind the start of its memory",
+            hint="pass a clone, or decide that outside forward",
         )
 
 

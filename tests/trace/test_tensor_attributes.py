@@ -120,3 +120,12 @@ def test_a_place_in_autograd_is_refused_by_name(name: str) -> None:
     assert torch.equal(stitched(x), forward(x))
     with pytest.raises(InputError, match="requires_grad=True"):
         stitched(torch.randn(4, 3, requires_grad=True))
+
+
+def test_where_in_memory_an_argument_begins_is_refused_of_a_view() -> None:
+    forward = _asking("storage_offset()")
+    with pytest.raises(
+        CaptureError, match="forward names storage_offset, and argument x is a view"
+    ):
+        piecework.compile(forward, (torch.randn(9, 3)[2:6],), config={"backend": "eager"})
+    _check("storage_offset()", torch.randn(9, 3)[2:6])
