@@ -301,6 +301,30 @@ def test_copies_of_one_dtype_are_one_launch():
     assert launches_of(plain, 8, 8) == ["copy_"] * 8
 
 
+class Blocking(TorchDispatchMode):
+    """Whether the copies of a step are waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waited: list[bool] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "copy_" in func._schema.name:
+            self.waited.append(not (args[2] if len(args) > 2 else False))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kernel", ["grouped", "reference"])
+def test_copies_from_another_device_are_waited_for(kernel):
+    """A caller may write its next batch to the same pinned memory at once."""
+    examples = {"a": torch.zeros(1), "b": torch.zeros(1), "c": torch.zeros(1, dtype=torch.long)}
+    inputs = StaticInputs.allocate(examples, 8, device="meta", kernel=kernel)
+    for device, waits in (("meta", False), ("cpu", True), ("meta", False)):
+        with Blocking() as blocking:
+            inputs.stage([torch.ones(3, dtype=e.dtype, device=device) for e in inputs.buffers], 4)
+        assert blocking.waited and set(blocking.waited) == {waits}
+
+
 def test_plans_of_sizes_that_came_once_are_not_kept(monkeypatch) -> None:
     monkeypatch.setattr("piecework.runtime.graphs.stage.inputs._MOST_PLANS", 10)
     examples = {name: torch.zeros(1, dtype=torch.long) for name in "ab"}
