@@ -51,11 +51,32 @@ class CudaGraphPlatform:
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
+    def call_order(self) -> Callable[[], None]:
+        return _CallOrder(self.device)
+
     def release_cached_memory(self) -> None:
         torch.cuda.empty_cache()
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
+
+
+class _CallOrder:
+    """Lets a call wait for the one before, which may be queued on another stream: both use the same memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._number: int | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def __call__(self) -> None:
+        number = torch_compat.stream_number(self._device)
+        if number == self._number:
+            return
+        stream = torch.cuda.current_stream(self._device)
+        if self._stream is not None:
+            stream.wait_stream(self._stream)
+        self._number, self._stream = number, stream
 
 
 class CudaGraphPool:
@@ -105,7 +126,8 @@ class CudaGraphPool:
 
         The first capture there, which is empty, also tells torch's random generators that capturing is over.
         """
-        torch_compat.abandon_capture(graph, self.device, self.handle)
+        with torch.cuda.stream(self.stream):  # what failed may have left another one
+            torch_compat.abandon_capture(graph, self.device, self.handle)
         self._anchor.reset()
         self._open()
 
@@ -186,5 +208,11 @@ def _on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
     try:
         with torch.cuda.stream(stream):
             yield
-    finally:
-        outer.wait_stream(stream)
+    except BaseException as error:
+        try:
+            outer.wait_stream(stream)
+        except RuntimeError as second:
+            # The device is lost; what lost it is the error to report.
+            error.add_note(f"After that, streams can't be joined: {second}")
+        raise
+    outer.wait_stream(stream)

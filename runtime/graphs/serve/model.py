@@ -89,7 +89,7 @@ class CapturedModel:
         self._in_place = self._watch_weights()
         self._is_capturing = self.graphs.platform.is_capturing
         self._retired = False
-        self._join = options.join
+        self._order, self._join = self.graphs.call_order, options.join
         self._raises = FailurePolicy.parse(options.on_failure).raises
         self._calls = Calls(self.shape, self.dispatcher, self._ready, options)
 
@@ -345,6 +345,8 @@ class CapturedModel:
         try:
             if user.setdefault(0, mine) is mine and not self._retired:
                 step.calls += 1
+                if self._order is not None:
+                    self._order()
                 if self._join is not None:
                     self._join()
                 outputs = call(inputs)
