@@ -157,6 +157,24 @@ def test_a_capture_around_a_served_call_holds_what_the_call_does():
 
 
 @needs_cuda
+@torch.no_grad()
+def test_calls_on_several_streams_come_one_after_the_other():
+    """Nothing waits between them but what the model does by itself."""
+    model, stitched = stitched_decoder(EAGER, layers=12)
+    stitched.capture([64], progress=False)
+    given = [batch_of(64) for _ in range(24)]
+    expected = [model(*each) for each in given]
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    results = []
+    for number, each in enumerate(given):
+        with torch.cuda.stream(streams[number % 3]):
+            results.append(stitched(*each))
+    torch.cuda.synchronize()
+    torch.testing.assert_close(results, expected, rtol=1e-3, atol=1e-3)
+
+
+@needs_cuda
 def test_memory_comes_back_when_graphs_are_given_up():
     model, stitched = stitched_decoder(EAGER)
     stitched.capture([64, 128], progress=False)

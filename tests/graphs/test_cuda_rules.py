@@ -12,6 +12,7 @@ from torch import nn
 
 import piecework
 from piecework.errors import StaticGraphError
+from piecework.runtime import torch_compat
 from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.forward_context import set_forward_context
 from piecework.runtime.batch.mode import CUDAGraphMode
@@ -87,7 +88,7 @@ def test_after_an_invalid_capture_the_next_one_works_and_nothing_leaks(cuda, fai
     before.replay(), after.replay()
     assert (first.tolist(), second.tolist()) == ([2.0] * 4, [5.0] * 4)
     # One reference for each graph, and one for the empty one that opens a pool.
-    assert sum(cuda.references.values()) == 3
+    assert sum(cuda.references.values()) == 3 and not cuda.segments
     cuda.random_number()
 
 
@@ -96,7 +97,7 @@ def test_what_the_callable_raises_is_what_is_reported(cuda):
     with pytest.raises(ValueError, match="no such layer"):
         made.capture(raises)
     assert made.capture(lambda x: x + 1)[0].captured
-    assert sum(cuda.references.values()) == 2
+    assert sum(cuda.references.values()) == 2 and not cuda.segments
 
 
 def test_a_device_that_is_lost_does_not_hide_what_lost_it(cuda):
@@ -239,6 +240,38 @@ def test_so_do_calls_of_models_that_share_memory(on_cuda):
             torch.testing.assert_close(stitched(x), model(x))
 
 
+class Several(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = self.first(x)
+        z = torch.ops.cuda_rules.mix(y)
+        return y, z, (z > 0).to(torch.int32), z.t(), z[:, 1:3], y
+
+
+@torch.no_grad()
+def test_results_of_one_dtype_are_copied_together_and_are_the_callers_own(on_cuda, monkeypatch):
+    model = Several()
+    stitched = on_cuda.stitch(model)
+    stitched.capture([2, 4], progress=False)
+    kept, launches, copy_each = [], [], torch_compat.copy_each
+
+    def counted(targets, sources, non_blocking):
+        launches.append(sorted({each.dtype for each in sources}, key=str))
+        copy_each(targets, sources, non_blocking)
+
+    monkeypatch.setattr(torch_compat, "copy_each", counted)
+    for n in (2, 3, 4, 2):
+        x = torch.randn(n, 4)
+        kept.append((stitched(x), model(x)))
+    assert launches == [[torch.float32], [torch.int32]] * 4
+    for results, expected in kept:
+        assert [t.stride() for t in results] == [t.clone().stride() for t in expected]
+        torch.testing.assert_close(results, expected)
+
+
 # --- workspaces of cuBLAS ------------------------------------------------------------------------------
 
 
@@ -364,6 +397,17 @@ def test_an_allocator_without_private_pools_is_refused(cuda, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
     with pytest.raises(StaticGraphError, match="torch's allocator is cudaMallocAsync"):
         CudaGraphPlatform(DEVICE)
+
+
+def test_a_pool_of_the_callers_that_takes_the_memory_of_captures_is_refused(cuda, monkeypatch):
+    """Outputs are held weakly: what a capture lets go of must not become somebody else's."""
+    monkeypatch.setattr(cuda, "users_pool", (7, 0))
+    made = Capturing()
+    with pytest.raises(StaticGraphError, match="captures would lie in another pool"):
+        made.capture(lambda x: x + 1)
+    monkeypatch.setattr(cuda, "users_pool", None)
+    assert made.capture(lambda x: x + 1)[0].captured
+    assert sum(cuda.references.values()) == 2 and not cuda.recording and not cuda.segments
 
 
 def test_captures_do_not_nest(cuda):

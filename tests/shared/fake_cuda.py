@@ -159,6 +159,8 @@ class FakeCuda:
     Attributes:
         references: pool → graphs that use it.
         held: pools with memory of the device.
+        users_pool: the pool of ``torch.cuda.use_mem_pool``, which comes before that of a capture inside it.
+        segments: address → the pool that it was taken from.
         recording, pinned_recording: pools that the allocators record to; that of pinned memory asks the graph whether it captures.
         workspaces: stream → the pool where cuBLAS's workspace for it is; None for ordinary memory.
         generator_captures: the random generators take it that a capture is going on.
@@ -175,6 +177,8 @@ class FakeCuda:
         self.handles = 0
         self.references: dict[object, int] = {}
         self.held: set[object] = set()
+        self.users_pool: object = None
+        self.segments: dict[int, object] = {}
         self.recording: set[object] = set()
         self.pinned_recording: dict[object, weakref.ref[_Driver]] = {}
         self.workspaces: dict[FakeStream, object] = {}
@@ -195,6 +199,9 @@ class FakeCuda:
             "stream": self.on,
             "synchronize": lambda device=None: self.synchronize(),
             "empty_cache": self.empty_cache,
+            "caching_allocator_alloc": self.allocate,
+            "caching_allocator_delete": self.segments.pop,
+            "memory_snapshot": lambda include_traces=True: self.snapshot(),
             "mem_get_info": lambda device=None: (_TOTAL - self.used, _TOTAL),
             "graph_pool_handle": self.next_handle,
             "CUDAGraph": graph,
@@ -251,6 +258,21 @@ class FakeCuda:
         if self.capturing is not None:
             self.capturing.invalid = True
             raise RuntimeError(FORBIDDEN)
+
+    def allocate(self, size: int, device: torch.device, stream: FakeStream) -> int:
+        captured = self.capturing is not None and self.capturing.stream is stream
+        pool = self.users_pool or (self.capturing.pool_id if captured else (0, 0))
+        self.handles += 1
+        address = 4096 * self.handles
+        self.segments[address] = pool
+        return address
+
+    def snapshot(self) -> list[dict[str, object]]:
+        told = {"device": 0, "total_size": 4096}
+        return [
+            {**told, "address": address, "segment_pool_id": pool}
+            for address, pool in self.segments.items()
+        ]
 
     def empty_cache(self) -> None:
         """Pools that no graph uses go back to the device, unless something lies in them still."""

@@ -107,6 +107,35 @@ class CudaGraphPool:
             warnings.filterwarnings("ignore", message=".*CUDA Graph is empty.*")
             self._anchor.capture_begin(pool=self.handle, capture_error_mode="thread_local")
             self._anchor.capture_end()
+        self._is_own, self._probe = False, None
+
+    def probe(self) -> None:
+        """Take a little memory inside the first capture, for ``require_own``."""
+        if not self._is_own:
+            self._probe = int(torch.cuda.caching_allocator_alloc(512, self.device, self.stream))
+
+    def require_own(self) -> None:
+        """Refuse to capture where memory that a capture takes is not this pool's: what a graph lets go of would become somebody else's."""
+        if self._probe is not None:
+            self._look_for(self._probe)
+            self._drop_probe()
+        self._is_own = True
+
+    def _drop_probe(self) -> None:
+        probe, self._probe = self._probe, None
+        if probe is not None:
+            torch.cuda.caching_allocator_delete(probe)
+
+    def _look_for(self, address: int) -> None:
+        for each in torch.cuda.memory_snapshot(include_traces=False):
+            here = each["device"] == self.device.index
+            inside = each["address"] <= address < each["address"] + each["total_size"]
+            if here and inside and tuple(each["segment_pool_id"]) != tuple(self.handle):
+                raise StaticGraphError(
+                    "the memory of captures would lie in another pool, which gives it to others while graphs use it",
+                    where=str(self.device),
+                    hint="capture outside of torch.cuda.use_mem_pool",
+                )
 
     @property
     def nbytes(self) -> int:
@@ -128,6 +157,7 @@ class CudaGraphPool:
         """
         with torch.cuda.stream(self.stream):  # what failed may have left another one
             torch_compat.abandon_capture(graph, self.device, self.handle)
+        self._drop_probe()
         self._anchor.reset()
         self._open()
 
@@ -172,9 +202,11 @@ class CudaStaticGraph(StaticGraph[CudaGraphPool, "torch.cuda.CUDAGraph"]):
             try:
                 # Other threads may allocate meanwhile; only what this thread does is held to the capture's rules.
                 graph.capture_begin(pool=self._pool.handle, capture_error_mode="thread_local")
+                self._pool.probe()
                 output = runnable(*args, **kwargs)
                 output = weak_ref_tensors(output) if weak else output
                 graph.capture_end()
+                self._pool.require_own()
             except BaseException as error:
                 try:
                     self._pool.abandon(graph)
