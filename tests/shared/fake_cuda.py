@@ -139,6 +139,8 @@ class _Driver:
     def reset(self) -> None:
         if self.cuda.newer and self.allocated and self.routed:
             self.end_routing()
+        if self.cuda.newer and self.allocated:
+            self.cuda.workspaces.pop(self.stream, None)
         if self.allocated if self.cuda.newer else self.ended:
             self.cuda.release(0, self.pool_id)
             self.allocated = False
