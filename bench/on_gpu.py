@@ -84,6 +84,9 @@ class Runner:
             "PIECEWORK_TEST_DEVICE": device,
             "PIECEWORK_CACHE_DIR": str(folder / "cache"),
             "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+            "TRITON_CACHE_DIR": str(folder / "triton"),
+            "HF_HOME": str(folder / "huggingface"),
+            "HF_HUB_OFFLINE": "1",
             "PYTHONUNBUFFERED": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
         }
@@ -198,6 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"missing: {', '.join(missing)}; give wheels of them with --wheels", file=sys.stderr
             )
             return 2
+        if options.device == "cuda" and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+            print("no C compiler is on PATH: Triton can launch nothing", file=sys.stderr)
         runner = Runner(options.out.resolve(), folder, options.device, options.seconds)
         for each in options.only:
             if each == "sanitizer":

@@ -99,7 +99,7 @@ def save(
     facts: dict[str, object] = {
         **settings,
         "versions": surroundings.versions(),
-        "machine": surroundings.machine(),
+        "machine": surroundings.machine(*graphs),
         "processes": surroundings.processes(),
         "environment": environment_factors(),
         "torch settings": traces[0].settings,

@@ -26,7 +26,7 @@ from piecework.runtime.artifact.values import operator_named
 from piecework.runtime.cache.collect import environment_factors, host_factors, installed_versions
 from piecework.runtime.identity.piece_operators import operator_facts
 from piecework.runtime.identity.values import digest_of
-from piecework.runtime.pieces.disk import own_sources
+from piecework.runtime.pieces.disk import accelerators, own_sources
 
 _RECOMPILE = "compile the model again; with artifact=path this happens by itself"
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
@@ -47,13 +47,17 @@ def versions() -> dict[str, str]:
     }
 
 
-def machine() -> dict[str, str]:
-    """What its code runs on."""
-    found = host_factors()
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        found["cuda"] = f"{torch.version.cuda} sm_{major}{minor}"
-    return found
+def machine(*graphs: torch.fx.GraphModule) -> dict[str, str]:
+    """What the code of ``graphs`` runs on: this processor, and the GPUs that they compute on."""
+    return host_factors() | accelerators(*graphs)
+
+
+def _gpus() -> str:
+    """CUDA's version and the kinds of GPUs here, as of `accelerators`; asked for those that need one only, since it starts CUDA."""
+    if not torch.cuda.is_available():
+        return ""
+    each = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+    return " ".join([str(torch.version.cuda), *(f"sm_{major}{minor}" for major, minor in each)])
 
 
 def processes() -> dict[str, int]:
@@ -90,7 +94,7 @@ def require_same_versions(saved: Mapping[str, str]) -> None:
 
 def require_machine(saved: Mapping[str, str]) -> None:
     """Raise `ArtifactError` for a machine that lacks an instruction, or has another accelerator."""
-    now = machine()
+    now = host_factors() | ({"cuda": _gpus()} if "cuda" in saved else {})
     for name in sorted(saved.keys() | now.keys()):
         before, here = saved.get(name, ""), now.get(name, "")
         if name == "cpu_features":
@@ -105,7 +109,7 @@ def require_machine(saved: Mapping[str, str]) -> None:
             raise ArtifactError(
                 f"the artifact was made for {name} {before}, and here is {here}", hint=_RECOMPILE
             )
-        elif before and before != here:
+        elif not set(before.split()) <= set(here.split()):
             raise ArtifactError(
                 f"the artifact was made for CUDA {before}, and here is {here or 'none'}",
                 hint=_RECOMPILE,

@@ -268,7 +268,7 @@ def _factors(
             },
             device={
                 **host_factors(),
-                **_accelerators(graph),
+                **accelerators(graph),
                 "threads": str(torch.get_num_threads()),
             },
             environment=environment_factors(),
@@ -322,10 +322,11 @@ def _traced_files(graph: torch.fx.GraphModule) -> list[str]:
     return list(found)
 
 
-def _accelerators(graph: torch.fx.GraphModule) -> dict[str, str]:
-    """The GPUs that ``graph`` computes on; a graph of the CPU asks for none, since that would start CUDA in this process."""
+def accelerators(*graphs: torch.fx.GraphModule) -> dict[str, str]:
+    """The GPUs that ``graphs`` compute on; graphs of the CPU ask for none, since that would start CUDA in this process."""
     devices = {
         leaf.device
+        for graph in graphs
         for node in graph.graph.nodes
         for leaf in torch_compat.flatten_tree(value_of(node))[0]
         if isinstance(leaf, torch.Tensor) and leaf.device.type == "cuda"

@@ -170,24 +170,32 @@ def _tensor_guards(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | Non
 
 
 def abandon_capture(graph: torch.cuda.CUDAGraph, device: torch.device, pool: object) -> None:
-    """End a capture that failed: its stream leaves capture mode, and the allocator lets go of ``pool`` for it.
+    """End a capture that failed: its stream, which is the current one, leaves capture mode, and the allocator lets go of ``pool`` for it.
 
-    Where an operation made a capture invalid, ``capture_end`` raises before it tells the allocators, so it is done by hand: else the
-    pool would go on recording, and the graph's reference to it never be given back. The allocator of pinned memory can't be told. It
-    keeps asking this graph whether it captures, so the graph is kept for good; and it refuses to record to ``pool`` again, so the
-    next capture needs another one.
+    Where an operation made a capture invalid, ``capture_end`` of older torch raises before it tells the allocators, so it is done by
+    hand: else the pool would go on recording, and the graph's reference to it never be given back. The allocator of pinned memory can't
+    be told. It keeps asking this graph whether it captures, so the graph is kept for good; and it refuses to record to ``pool`` again, so
+    the next capture needs another one. Newer torch does all of it in ``capture_end`` and ``reset``, which therefore come first: a reference
+    that was given back twice would free the memory of the graphs that were captured before.
     """
     # The error to report is the one that made the capture fail; what is raised here only follows from it.
     with contextlib.suppress(RuntimeError):
         graph.capture_end()
+    graph.reset()
     try:
         torch._C._cuda_endAllocateToPool(device.index, pool)  # type: ignore[attr-defined]
     except RuntimeError:
-        pass  # it records no longer: capture_begin did not get that far, or capture_end did
-    else:
-        torch._C._cuda_releasePool(device.index, pool)  # type: ignore[attr-defined]
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(graph))
-    graph.reset()
+        return  # it records no longer: capture_begin did not get that far, or torch told it
+    torch._C._cuda_releasePool(device.index, pool)  # type: ignore[attr-defined]
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(graph))
+
+
+def stream_number(device: torch.device) -> int:
+    """The stream that this thread works on, as a number to compare; quick, for every call."""
+    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    if raw is not None:
+        return int(raw(device.index))
+    return int(torch.cuda.current_stream(device).cuda_stream)
 
 
 def clear_cublas_workspaces() -> None:

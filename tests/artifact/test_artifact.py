@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
 import dataclasses
 import errno
@@ -711,17 +712,52 @@ def test_another_version_is_refused(
 def test_another_machine_is_refused_if_it_lacks_an_instruction(
     artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = surroundings.machine()
+    here = surroundings.host_factors()
     features = here["cpu_features"].split()
     monkeypatch.setattr(
-        surroundings, "machine", lambda: {**here, "cpu_features": " ".join(features[1:])}
+        surroundings, "host_factors", lambda: {**here, "cpu_features": " ".join(features[1:])}
     )
     assert features[0] in refusal(artifact, made())
     more = {**here, "cpu_features": " ".join([*features, "avx9000"])}
-    monkeypatch.setattr(surroundings, "machine", lambda: more)
+    monkeypatch.setattr(surroundings, "host_factors", lambda: more)
     piecework.load(artifact, made())
-    monkeypatch.setattr(surroundings, "machine", lambda: {**here, "machine": "pdp11"})
+    monkeypatch.setattr(surroundings, "host_factors", lambda: {**here, "machine": "pdp11"})
     assert "pdp11" in refusal(artifact, made())
+
+
+def test_a_model_on_the_cpu_does_not_ask_for_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asking starts CUDA in this process; and it says nothing of where the model is."""
+
+    def start(*args: object) -> None:
+        raise AssertionError("this starts CUDA")
+
+    config = piecework.CompilationConfig(backend="eager")
+    stitched = piecework.compile(torch.nn.Linear(4, 4), (torch.randn(3, 4),), config=config)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "is_available", lambda: True)
+        patched.setattr(torch.cuda, "get_device_capability", start)
+        stitched.save(tmp_path / "artifact")
+        piecework.load(tmp_path / "artifact", torch.nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("saved", "fits"), [("13.0 sm_90", True), ("13.0 sm_86", False), ("12.8 sm_90", False)]
+)
+def test_code_for_a_gpu_needs_one_of_its_kind(
+    monkeypatch: pytest.MonkeyPatch, saved: str, fits: bool
+) -> None:
+    needed = {**surroundings.host_factors(), "cuda": saved}
+    with pytest.raises(ArtifactError, match=f"made for CUDA {saved}, and here is none"):
+        surroundings.require_machine(needed)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda at: [(8, 0), (9, 0)][at])
+    refused = contextlib.nullcontext() if fits else pytest.raises(ArtifactError, match=saved)
+    with refused:
+        surroundings.require_machine(needed)
 
 
 def test_other_settings_of_torch_are_refused(

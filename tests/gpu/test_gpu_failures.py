@@ -49,6 +49,16 @@ def test_a_failed_capture_is_raised_and_the_next_one_works(monkeypatch):
     assert_alike(stitched, model, (3, 4, 8))
 
 
+@needs_cuda
+def test_a_pool_of_the_callers_that_takes_the_memory_of_captures_is_refused():
+    model, stitched = stitched_decoder(EAGER)
+    pool = torch.cuda.MemPool()
+    with torch.cuda.use_mem_pool(pool), pytest.raises(StaticGraphError, match="use_mem_pool"):
+        stitched.capture([4, 8], progress=False, estimate=False)
+    stitched.capture([4, 8], progress=False, estimate=False)
+    assert_alike(stitched, model, (3, 4, 8))
+
+
 class Wide(torch.nn.Module):
     """Reads its input in whole words of 16 bytes where it may."""
 

@@ -163,6 +163,19 @@ def test_the_kernel_equals_the_reference(dtype):
             assert torch.equal(one, other)
 
 
+@torch.no_grad()
+def test_pinned_memory_may_be_written_again_once_it_is_staged():
+    """The copy would otherwise wait behind the work that is queued, and read the next batch."""
+    busy = torch.randn(4096, 4096, device="cuda")
+    inputs = StaticInputs.allocate({"x": torch.zeros(1, 1024, device="cuda")}, 1024)
+    pinned = torch.ones(1024, 1024).pin_memory()
+    for _ in range(20):
+        busy = busy @ busy * 1e-3
+    (staged,) = inputs.stage([pinned], 1024)
+    pinned.fill_(2)
+    assert bool((staged == 1).all())
+
+
 @pytest.mark.parametrize("policy", ["copy", "eager"])
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL", "FULL_AND_PIECEWISE", "FULL_DECODE_ONLY"])
 def test_a_compiled_model_serves_every_size(mode, policy):

@@ -65,7 +65,7 @@ def test_a_model_on_the_cpu_does_not_start_cuda(monkeypatch, tmp_path):
         patched.setattr(torch.cuda, "get_device_capability", start)
         from piecework.runtime.pieces import disk
 
-        found = disk._accelerators(torch.fx.symbolic_trace(model))
+        found = disk.accelerators(torch.fx.symbolic_trace(model))
     assert found == {}
     stitched = piecework.compile(
         model, (torch.randn(3, 4),), config=piecework.CompilationConfig(backend="eager")
@@ -79,9 +79,9 @@ def test_the_key_of_compiled_pieces_has_the_gpus_of_the_model_and_no_others(monk
 
     capabilities = {0: (9, 0), 1: (8, 6)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: capabilities[d.index])
-    assert disk._accelerators(split(a="cuda:1").a)["cuda"].endswith("sm_86")
-    assert disk._accelerators(split(a="cuda:1 cuda:0").a)["cuda"].endswith("sm_86 sm_90")
-    assert disk._accelerators(split(a="cpu").a) == {}
+    assert disk.accelerators(split(a="cuda:1").a)["cuda"].endswith("sm_86")
+    assert disk.accelerators(split(a="cuda:1 cuda:0").a)["cuda"].endswith("sm_86 sm_90")
+    assert disk.accelerators(split(a="cpu").a) == {}
 
 
 @pytest.mark.parametrize("field", ["inductor_compile_config", "single_size_inductor_config"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -18,6 +19,7 @@ from piecework.errors import ConfigError, InputError
 from piecework.runtime.graphs.memory.addresses import AddressBook, ValueOrigin
 from piecework.runtime.graphs.stage.copy_inputs import make_copy_and_call
 from piecework.runtime.graphs.stage.inputs import InputSpec, StaticInputs
+from piecework.runtime.torch_compat import storage_at
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.bool, torch.uint8]
 
@@ -301,6 +303,30 @@ def test_copies_of_one_dtype_are_one_launch():
     assert launches_of(plain, 8, 8) == ["copy_"] * 8
 
 
+class Blocking(TorchDispatchMode):
+    """Whether the copies of a step are waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waited: list[bool] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "copy_" in func._schema.name:
+            self.waited.append(not (args[2] if len(args) > 2 else False))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kernel", ["grouped", "reference"])
+def test_copies_from_another_device_are_waited_for(kernel):
+    """A caller may write its next batch to the same pinned memory at once."""
+    examples = {"a": torch.zeros(1), "b": torch.zeros(1), "c": torch.zeros(1, dtype=torch.long)}
+    inputs = StaticInputs.allocate(examples, 8, device="meta", kernel=kernel)
+    for device, waits in (("meta", False), ("cpu", True), ("meta", False)):
+        with Blocking() as blocking:
+            inputs.stage([torch.ones(3, dtype=e.dtype, device=device) for e in inputs.buffers], 4)
+        assert blocking.waited and set(blocking.waited) == {waits}
+
+
 def test_plans_of_sizes_that_came_once_are_not_kept(monkeypatch) -> None:
     monkeypatch.setattr("piecework.runtime.graphs.stage.inputs._MOST_PLANS", 10)
     examples = {name: torch.zeros(1, dtype=torch.long) for name in "ab"}
@@ -363,6 +389,90 @@ def test_the_kernel_equals_the_reference_in_the_interpreter():
         check=False,
     )
     assert done.stdout.strip() == "equal", done.stderr
+
+
+class Compiled:
+    """The kernel as Triton's launcher runs it: of every argument it has the address or the number alone."""
+
+    function, packed_metadata = "the kernel", "how it was compiled"
+
+    def __init__(self, words: list[torch.dtype]) -> None:
+        self.words, self.launches = words, 0
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        def first(*given, OUTER, INNER, PADS, BLOCK):
+            *sources, targets, count, padded = given
+            places = [each.data_ptr() for each in sources]
+            held = tuple(each.data_ptr() for each in targets)
+            how = (0, self.function, self.packed_metadata, None, None, None)
+            self.run(*grid, 1, *how, *places, held, count, padded, OUTER, INNER, PADS, BLOCK)
+            self.launches = 0
+            return self
+
+        return first
+
+    def run(self, blocks, inputs, one, stream, function, packed, *given):
+        assert (one, function, packed, given[:3]) == (
+            1,
+            self.function,
+            self.packed_metadata,
+            (None,) * 3,
+        )
+        places, (targets, count, padded, outer, inner, pads, block) = given[3:-7], given[-7:]
+        assert len(places) == 8 and inputs == len(targets) == len(self.words)
+        assert blocks * block >= max(o * i for o, i in zip(outer, inner, strict=True)) * padded
+        self.launches += 1
+        for n, dtype in enumerate(self.words):
+            shape, source = (outer[n], padded, inner[n]), (outer[n], count, inner[n])
+            at(targets[n], dtype, shape).fill_(pads[n])[:, :count] = at(places[n], dtype, source)
+
+
+def at(address: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    if math.prod(shape) == 0:
+        return torch.empty(shape, dtype=dtype)
+    memory = storage_at(address, torch.device("cpu"), math.prod(shape) * dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(memory, 0, shape)
+
+
+def test_launches_by_addresses_equal_the_reference(monkeypatch):
+    kernel = pytest.importorskip("piecework.runtime.graphs.stage.kernel")
+    specs = [InputSpec("a", 0, -1), InputSpec("b", 1, 3), InputSpec("c", 2)]
+    examples = {
+        "a": torch.zeros(1, 2, dtype=torch.int64),
+        "b": torch.zeros(3, 1, 4, dtype=torch.bfloat16),
+        "c": torch.zeros(2, 2, 1, dtype=torch.bool),
+    }
+    compiled = Compiled([torch.int64, torch.int16, torch.uint8])
+    monkeypatch.setattr(kernel, "_stage", compiled)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    both = [StaticInputs.allocate(examples, 600, specs, kernel=k) for k in ("triton", "reference")]
+    steps = [(3, 8), (8, 8), (0, 4), (5, 600), (600, 600), (1, 1)]
+    for number, (count, padded) in enumerate(steps):
+        tensors = []
+        for spec, example in zip(specs, examples.values(), strict=True):
+            shape = list(example.shape)
+            shape[spec.dim] = count
+            tensors.append((torch.rand(shape) * 9).to(example.dtype))
+        staged, expected = (each.stage(tensors, padded) for each in both)
+        assert all(map(torch.equal, staged, expected))
+        assert compiled.launches == number, "the first one is the compilation's own"
+
+
+def test_tritons_own_launcher_takes_the_addresses():
+    """Over a driver that does nothing; it is checked there what reaches the driver."""
+    pytest.importorskip("triton")
+    if not any(map(shutil.which, ("cc", "gcc"))):
+        pytest.skip("needs a C compiler")
+    done = subprocess.run(
+        [sys.executable, "-m", "piecework.bench.gpu.launch", "--calls", "1"],
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("one kernel, by addresses") == 3
 
 
 def test_what_the_kernel_can_not_take_goes_the_other_way():

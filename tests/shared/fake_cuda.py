@@ -1,11 +1,14 @@
 """The rules of CUDA graphs in torch, kept without a GPU. In: tensors on the CPU. Out: captures, replays and failures as torch's own would be.
 
-It stands for what ``torch.cuda`` and the allocator do, function by function: streams of a small set that are handed out in turn, a
-pool that records until it is told to stop, references to pools, operations that make a capture invalid, cuBLAS workspaces.
+It stands for what ``torch.cuda`` and the allocator do, function by function: streams of a small set that are handed out in turn and
+know of each other's work only what they waited for, a pool that records until it is told to stop, references to pools, operations that
+make a capture invalid, cuBLAS workspaces, a device that is lost.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -13,6 +16,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+LOST = "CUDA error: an illegal memory access was encountered"
 INVALID = "CUDA error: operation failed due to a previous error during capture"
 FORBIDDEN = "CUDA error: operation not permitted when stream is capturing"
 _PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
@@ -21,11 +25,16 @@ _TOTAL = 1 << 40
 
 
 class FakeStream:
-    def __init__(self, number: int) -> None:
-        self.number, self.device = number, torch.device("cuda", 0)
+    """A stream, and how many replays of each stream come before what is queued here next."""
+
+    def __init__(self, cuda: FakeCuda, number: int) -> None:
+        self.cuda, self.number, self.device = cuda, number, torch.device("cuda", 0)
+        self.cuda_stream = number
+        self.before: Counter[int] = Counter()
 
     def wait_stream(self, other: FakeStream) -> None:
-        assert isinstance(other, FakeStream)
+        self.cuda.require_alive()
+        self.before |= other.before
 
 
 class Watch(TorchDispatchMode):
@@ -54,15 +63,17 @@ class _Driver:
         self.ended, self.pool_id, self.stream = False, None, None
         self.work: list[tuple] = []
         self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.invalid = False
+        self.invalid = self.allocated = self.routed = False
 
     def capture_begin(self, pool, capture_error_mode="global") -> None:
         cuda = self.cuda
+        cuda.require_alive()
         cuda.generator_captures = True
         if cuda.current is cuda.default:
             raise RuntimeError("CUDA graphs must be captured on a non-default stream.")
         self.pool_id, self.stream = pool, cuda.current
-        cuda.begin_allocate(pool)
+        cuda.begin_allocate(pool, self)
+        self.allocated = self.routed = True
         if cuda.capturing is not None:
             cuda.capturing.invalid = True
             raise RuntimeError(FORBIDDEN)
@@ -90,10 +101,11 @@ class _Driver:
             raise RuntimeError("Capture must end on the same stream it began on.")
         self.watch.__exit__(None, None, None)
         cuda.capturing = None
-        if self.invalid:
+        if self.invalid and not cuda.newer:
             raise RuntimeError(INVALID)  # before the allocator is told, as AT_CUDA_CHECK does
-        cuda.end_allocate(0, self.pool_id)
-        cuda.pinned_recording.discard(self.pool_id)
+        self.end_routing()
+        if self.invalid:
+            raise RuntimeError(INVALID)
         cuda.generator_captures = False
         for tensor, before in reversed(self.kept):
             tensor.copy_(before)
@@ -103,13 +115,19 @@ class _Driver:
                     out.fill_(float("nan"))
         self.ended = True
 
+    def end_routing(self) -> None:
+        self.cuda.end_allocate(0, self.pool_id)
+        self.cuda.pinned_recording.pop(self.pool_id)
+        self.routed = False
+
     def replay(self) -> None:
+        self.cuda.require_alive()
         if not self.ended:
             raise RuntimeError("Called CUDAGraph::replay without a preceding successful capture.")
         if self.cuda.capturing is not None:
             self.cuda.capturing.invalid = True
             raise RuntimeError(FORBIDDEN)
-        self.cuda.replays += 1
+        self.cuda.count_replay()
         for func, args, kwargs, outs in self.work:
             again = torch.utils._pytree.tree_leaves(func(*args, **kwargs))
             for out, now in zip(
@@ -119,8 +137,14 @@ class _Driver:
                     out.copy_(now)
 
     def reset(self) -> None:
-        if self.ended:
+        if self.cuda.newer and self.allocated and self.routed:
+            self.end_routing()
+        if self.cuda.newer and self.allocated:
+            self.cuda.workspaces.pop(self.stream, None)
+        if self.allocated if self.cuda.newer else self.ended:
             self.cuda.release(0, self.pool_id)
+            self.allocated = False
+        if self.ended:
             self.cuda.used -= sum(
                 t.untyped_storage().nbytes() for *_, outs in self.work for t in outs
             )
@@ -136,20 +160,29 @@ class FakeCuda:
 
     Attributes:
         references: pool → graphs that use it.
-        recording, pinned_recording: pools that the allocators record to.
+        held: pools with memory of the device.
+        users_pool: the pool of ``torch.cuda.use_mem_pool``, which comes before that of a capture inside it.
+        segments: address → the pool that it was taken from.
+        recording, pinned_recording: pools that the allocators record to; that of pinned memory asks the graph whether it captures.
         workspaces: stream → the pool where cuBLAS's workspace for it is; None for ordinary memory.
         generator_captures: the random generators take it that a capture is going on.
         replays: how many there were.
+        newer: captures end as in torch 2.15, which tells its allocators whatever became of them; else as in 2.11 to 2.13.
+        lost: an error ended the use of the device.
     """
 
-    def __init__(self) -> None:
-        self.default = self.current = FakeStream(0)
-        self.streams = [FakeStream(number) for number in range(1, 5)]
+    def __init__(self, *, newer: bool = False) -> None:
+        self.newer, self.lost = newer, False
+        self.default = self.current = FakeStream(self, 0)
+        self.streams = [FakeStream(self, number) for number in range(1, 5)]
         self.handed_out = 0
         self.handles = 0
         self.references: dict[object, int] = {}
+        self.held: set[object] = set()
+        self.users_pool: object = None
+        self.segments: dict[int, object] = {}
         self.recording: set[object] = set()
-        self.pinned_recording: set[object] = set()
+        self.pinned_recording: dict[object, weakref.ref[_Driver]] = {}
         self.workspaces: dict[FakeStream, object] = {}
         self.capturing: _Driver | None = None
         self.generator_captures = False
@@ -167,7 +200,10 @@ class FakeCuda:
             "current_stream": lambda device=None: self.current,
             "stream": self.on,
             "synchronize": lambda device=None: self.synchronize(),
-            "empty_cache": lambda: None,
+            "empty_cache": self.empty_cache,
+            "caching_allocator_alloc": self.allocate,
+            "caching_allocator_delete": self.segments.pop,
+            "memory_snapshot": lambda include_traces=True: self.snapshot(),
             "mem_get_info": lambda device=None: (_TOTAL - self.used, _TOTAL),
             "graph_pool_handle": self.next_handle,
             "CUDAGraph": graph,
@@ -180,6 +216,7 @@ class FakeCuda:
             "_cuda_endAllocateToPool": self.end_allocate,
             "_cuda_releasePool": self.release,
             "_cuda_clearCublasWorkspaces": self.workspaces.clear,
+            "_cuda_getCurrentRawStream": lambda index: self.current.number,
         }
         for name, function in private.items():
             monkeypatch.setattr(torch._C, name, function, raising=False)
@@ -200,21 +237,63 @@ class FakeCuda:
         finally:
             self.current = before
 
+    def require_alive(self) -> None:
+        if self.lost:
+            raise RuntimeError(LOST)
+
+    def count_replay(self) -> None:
+        """A replay on the current stream; those of other streams that it did not wait for run at the same time."""
+        for each in self.streams_used():
+            unordered = each.before[each.number] - self.current.before[each.number]
+            assert unordered == 0, f"{unordered} replays of stream {each.number} run beside this"
+        self.replays += 1
+        self.current.before[self.current.number] += 1
+
+    def streams_used(self) -> list[FakeStream]:
+        return [self.default, *self.streams]
+
     def synchronize(self) -> None:
+        self.require_alive()
+        for each in self.streams_used():
+            for other in self.streams_used():
+                each.before |= other.before
         if self.capturing is not None:
             self.capturing.invalid = True
             raise RuntimeError(FORBIDDEN)
+
+    def allocate(self, size: int, device: torch.device, stream: FakeStream) -> int:
+        captured = self.capturing is not None and self.capturing.stream is stream
+        pool = self.users_pool or (self.capturing.pool_id if captured else (0, 0))
+        self.handles += 1
+        address = 4096 * self.handles
+        self.segments[address] = pool
+        return address
+
+    def snapshot(self) -> list[dict[str, object]]:
+        told = {"device": 0, "total_size": 4096}
+        return [
+            {**told, "address": address, "segment_pool_id": pool}
+            for address, pool in self.segments.items()
+        ]
+
+    def empty_cache(self) -> None:
+        """Pools that no graph uses go back to the device, unless something lies in them still."""
+        used = {pool for pool, count in self.references.items() if count}
+        self.held &= used | {*self.workspaces.values()}
 
     def take_workspace(self) -> None:
         where = None if self.capturing is None else self.capturing.pool_id
         self.workspaces.setdefault(self.current, where)
 
-    def begin_allocate(self, pool: object) -> None:
+    def begin_allocate(self, pool: object, graph: _Driver) -> None:
+        gone = [each for each, asked in self.pinned_recording.items() if asked() is None]
+        assert not gone, "the allocator of pinned memory asks a graph that was destroyed"
         self.references[pool] = self.references.get(pool, 0) + 1
+        self.held.add(pool)
         if pool in self.recording or pool in self.pinned_recording:
             raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
         self.recording.add(pool)
-        self.pinned_recording.add(pool)
+        self.pinned_recording[pool] = weakref.ref(graph)
 
     def end_allocate(self, device: int, pool: object) -> None:
         if pool not in self.recording:

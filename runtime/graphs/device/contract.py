@@ -127,6 +127,10 @@ class GraphPlatform(Protocol):
         """Whether what this thread does now is being captured, by whomever; a replay would be an error."""
         ...
 
+    def call_order(self) -> Callable[[], None] | None:
+        """What each call does before it uses the graphs, so that it comes after the one before on the device too; None if that is so anyway."""
+        ...
+
     def release_cached_memory(self) -> None:
         """Hand back what the device's allocator only caches, so that the pool can have it."""
         ...

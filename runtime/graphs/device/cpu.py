@@ -50,6 +50,9 @@ class CpuGraphPlatform:
     def is_capturing(self) -> bool:
         return _CAPTURING.get()
 
+    def call_order(self) -> None:
+        """Nothing: a call is done when it returns."""
+
     def release_cached_memory(self) -> None:
         """Nothing: the CPU allocator keeps no pool of its own."""
 

@@ -51,11 +51,32 @@ class CudaGraphPlatform:
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
+    def call_order(self) -> Callable[[], None]:
+        return _CallOrder(self.device)
+
     def release_cached_memory(self) -> None:
         torch.cuda.empty_cache()
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
+
+
+class _CallOrder:
+    """Lets a call wait for the one before, which may be queued on another stream: both use the same memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._number: int | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def __call__(self) -> None:
+        number = torch_compat.stream_number(self._device)
+        if number == self._number:
+            return
+        stream = torch.cuda.current_stream(self._device)
+        if self._stream is not None:
+            stream.wait_stream(self._stream)
+        self._number, self._stream = number, stream
 
 
 class CudaGraphPool:
@@ -86,6 +107,35 @@ class CudaGraphPool:
             warnings.filterwarnings("ignore", message=".*CUDA Graph is empty.*")
             self._anchor.capture_begin(pool=self.handle, capture_error_mode="thread_local")
             self._anchor.capture_end()
+        self._is_own, self._probe = False, None
+
+    def probe(self) -> None:
+        """Take a little memory inside the first capture, for ``require_own``."""
+        if not self._is_own:
+            self._probe = int(torch.cuda.caching_allocator_alloc(512, self.device, self.stream))
+
+    def require_own(self) -> None:
+        """Refuse to capture where memory that a capture takes is not this pool's: what a graph lets go of would become somebody else's."""
+        if self._probe is not None:
+            self._look_for(self._probe)
+            self._drop_probe()
+        self._is_own = True
+
+    def _drop_probe(self) -> None:
+        probe, self._probe = self._probe, None
+        if probe is not None:
+            torch.cuda.caching_allocator_delete(probe)
+
+    def _look_for(self, address: int) -> None:
+        for each in torch.cuda.memory_snapshot(include_traces=False):
+            here = each["device"] == self.device.index
+            inside = each["address"] <= address < each["address"] + each["total_size"]
+            if here and inside and tuple(each["segment_pool_id"]) != tuple(self.handle):
+                raise StaticGraphError(
+                    "the memory of captures would lie in another pool, which gives it to others while graphs use it",
+                    where=str(self.device),
+                    hint="capture outside of torch.cuda.use_mem_pool",
+                )
 
     @property
     def nbytes(self) -> int:
@@ -105,7 +155,9 @@ class CudaGraphPool:
 
         The first capture there, which is empty, also tells torch's random generators that capturing is over.
         """
-        torch_compat.abandon_capture(graph, self.device, self.handle)
+        with torch.cuda.stream(self.stream):  # what failed may have left another one
+            torch_compat.abandon_capture(graph, self.device, self.handle)
+        self._drop_probe()
         self._anchor.reset()
         self._open()
 
@@ -150,9 +202,11 @@ class CudaStaticGraph(StaticGraph[CudaGraphPool, "torch.cuda.CUDAGraph"]):
             try:
                 # Other threads may allocate meanwhile; only what this thread does is held to the capture's rules.
                 graph.capture_begin(pool=self._pool.handle, capture_error_mode="thread_local")
+                self._pool.probe()
                 output = runnable(*args, **kwargs)
                 output = weak_ref_tensors(output) if weak else output
                 graph.capture_end()
+                self._pool.require_own()
             except BaseException as error:
                 try:
                     self._pool.abandon(graph)
@@ -186,5 +240,11 @@ def _on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
     try:
         with torch.cuda.stream(stream):
             yield
-    finally:
-        outer.wait_stream(stream)
+    except BaseException as error:
+        try:
+            outer.wait_stream(stream)
+        except RuntimeError as second:
+            # The device is lost; what lost it is the error to report.
+            error.add_note(f"After that, streams can't be joined: {second}")
+        raise
+    outer.wait_stream(stream)

@@ -45,8 +45,9 @@ class CaptureRecord:
 class _SharedPool:
     """A pool, and who uses it."""
 
-    def __init__(self, pool: GraphPool) -> None:
-        self.pool = pool
+    def __init__(self, platform: GraphPlatform) -> None:
+        self.pool: GraphPool = platform.new_pool()
+        self.call_order = platform.call_order()
         self.owners: weakref.WeakSet[StaticGraphs] = weakref.WeakSet()
         self.users: dict[int, object] = {}
         self.lock = threading.RLock()
@@ -66,6 +67,7 @@ class StaticGraphs:
 
     Attributes:
         users: who is running graphs of this memory, under 0; empty if nobody is.
+        call_order: see `GraphPlatform.call_order`; one for all who use this memory.
 
     Example:
         >>> graphs = StaticGraphs("cpu")
@@ -92,10 +94,11 @@ class StaticGraphs:
                 f"the graphs whose memory is to be used are on {memory_of.platform.device}",
                 where=str(self.platform.device),
             )
-        shared = _SharedPool(self.platform.new_pool()) if memory_of is None else memory_of._shared
+        shared = _SharedPool(self.platform) if memory_of is None else memory_of._shared
         shared.owners.add(self)
         self._shared, self.pool = shared, shared.pool
         self.users, self.capture_lock = shared.users, shared.lock
+        self.call_order = shared.call_order
         self.addresses = AddressBook()
         self.address_policy = AddressPolicy.parse(address_policy)
         self.check_addresses = check_addresses

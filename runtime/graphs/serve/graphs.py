@@ -281,6 +281,8 @@ class CapturedGraphs:
         """One forward on the static inputs, whatever they hold; the context's mode says which wrapper acts."""
         size = descriptor.num_tokens
         views = self.inputs_of(descriptor).views(size)
+        if self.graphs.call_order is not None:
+            self.graphs.call_order()
         if self.options.join is not None:
             self.options.join()
         with torch.no_grad(), self._without_traces():

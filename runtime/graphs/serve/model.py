@@ -6,6 +6,7 @@ It never captures while serving; a batch that no graph covers runs as it ran bef
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -89,7 +90,11 @@ class CapturedModel:
         self._in_place = self._watch_weights()
         self._is_capturing = self.graphs.platform.is_capturing
         self._retired = False
-        self._join = options.join
+        # A launch costs a GPU's host more than all else about a copy.
+        several = sum(not rule.is_count for rule in self.shape.results) > 1
+        on_gpu = self.graphs.platform.device.type != "cpu"
+        self._copies_together = on_gpu and several and options.clone_outputs
+        self._order, self._join = self.graphs.call_order, options.join
         self._raises = FailurePolicy.parse(options.on_failure).raises
         self._calls = Calls(self.shape, self.dispatcher, self._ready, options)
 
@@ -345,6 +350,8 @@ class CapturedModel:
         try:
             if user.setdefault(0, mine) is mine and not self._retired:
                 step.calls += 1
+                if self._order is not None:
+                    self._order()
                 if self._join is not None:
                     self._join()
                 outputs = call(inputs)
@@ -364,7 +371,7 @@ class CapturedModel:
 
     def _trimmed(self, outputs: object, count: int, padded: int) -> object:
         assert isinstance(outputs, (tuple, list))
-        clone = self.options.clone_outputs
+        clone = self.options.clone_outputs and not self._copies_together
         trimmed = []
         for output, rule in zip(outputs, self.shape.results, strict=True):
             if isinstance(output, torch.Tensor):
@@ -375,7 +382,7 @@ class CapturedModel:
             elif rule.is_count:
                 output = count
             trimmed.append(output)
-        return tuple(trimmed)
+        return tuple(_copied(trimmed) if self._copies_together else trimmed)
 
     # --- what it says ------------------------------------------------------------------------------
 
@@ -443,6 +450,21 @@ class CapturedModel:
         if replay is None:
             raise StaticGraphError(f"size {size} runs uncaptured: {found.reason.value}")
         return replay.source
+
+
+def _copied(values: list[object]) -> list[object]:
+    """The values, each tensor copied: plain ones of one dtype in one launch."""
+    copied, groups = list(values), defaultdict[torch.dtype, list[int]](list)
+    for number, value in enumerate(values):
+        if type(value) is torch.Tensor and value.layout is torch.strided:
+            copied[number] = torch.empty_like(value)
+            groups[value.dtype].append(number)
+        elif isinstance(value, torch.Tensor):
+            copied[number] = value.clone()
+    for numbers in groups.values():
+        targets, sources = ([each[n] for n in numbers] for each in (copied, values))
+        torch_compat.copy_each(targets, sources, True)  # type: ignore[arg-type]
+    return copied
 
 
 def _replaced(path: str) -> StaticGraphError:

@@ -6,7 +6,7 @@ It never moves a buffer once it is allocated, and it never pads with anything bu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -23,6 +23,7 @@ Kernel = Literal["auto", "grouped", "reference", "triton"]
 _Fill = tuple[torch.Tensor, Number]
 #: Plans that are kept for combinations of sizes; an engine that stages tokens and requests meets very many.
 _MOST_PLANS = 4096
+_TRAITS = ("shape", "dtype", "device")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,8 @@ class _Plan:
         groups: positions of inputs of one dtype on one device, with their heads.
         tails: what is filled in each step.
         kept_tails: what is filled unless it holds its padding already: rows ``count`` to ``padded`` of its buffer.
+        waits: batches come from another device, so their copies are done when they are staged: whoever has pinned memory may
+            write the next batch there at once.
     """
 
     counts: tuple[int, ...]
@@ -44,6 +47,7 @@ class _Plan:
     groups: tuple[tuple[tuple[int, ...], list[torch.Tensor]], ...]
     tails: tuple[_Fill, ...]
     kept_tails: tuple[_Fill, ...]
+    waits: bool = False
 
 
 @dataclass(eq=False)
@@ -183,7 +187,7 @@ class StaticInputs:
         """
         signature = (
             padded,
-            *[(getattr(t, "shape", None), getattr(t, "dtype", None)) for t in tensors],
+            *[tuple(getattr(t, each, None) for each in _TRAITS) for t in tensors],
         )
         plan = self._checked.get(signature)
         if plan is None:
@@ -218,13 +222,13 @@ class StaticInputs:
     def _copy(self, plan: _Plan, tensors: Sequence[torch.Tensor]) -> None:
         if self.kernel == "reference":
             for head, tensor in zip(plan.heads, tensors, strict=True):
-                head.copy_(tensor, non_blocking=True)
+                head.copy_(tensor, non_blocking=not plan.waits)
             return
         for positions, heads in plan.groups:
             if len(positions) == 1:
-                heads[0].copy_(tensors[positions[0]], non_blocking=True)
+                heads[0].copy_(tensors[positions[0]], non_blocking=not plan.waits)
             else:
-                torch_compat.copy_each(heads, [tensors[n] for n in positions], True)
+                torch_compat.copy_each(heads, [tensors[n] for n in positions], not plan.waits)
 
     def _pad(self, plan: _Plan) -> None:
         """Fill what keeps its padding, where it holds a larger batch's values or was never filled."""
@@ -255,7 +259,9 @@ class StaticInputs:
         pairs = list(zip(self._slots, tensors, strict=True))
         for slot, tensor in pairs:
             slot.check(tensor, padded)
-        return self._plan(padded, tuple(tensor.shape[slot.dim] for slot, tensor in pairs))
+        plan = self._plan(padded, tuple(tensor.shape[slot.dim] for slot, tensor in pairs))
+        waits = any(tensor.device != slot.buffer.device for slot, tensor in pairs)
+        return replace(plan, waits=True) if waits else plan
 
     def _plan(self, padded: int, counts: tuple[int, ...]) -> _Plan:
         plan = self._plans.get((padded, counts))

@@ -8,15 +8,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from piecework.runtime import torch_compat
+
 # Sources are separate parameters, not a tuple: Triton specialises what is in a tuple, and would compile again
 # for each combination of alignments.
 SLOTS = 8
 _BLOCK = 1024
+_LARGEST_INT = 2**31 - 1
 _UNSPECIALISED = ["count", "padded", *(f"s{slot}" for slot in range(SLOTS))]
 
 
@@ -56,49 +60,68 @@ def _stage(
 
 
 @dataclass(frozen=True, slots=True)
-class StagedTensor:
-    """One input of a launch.
+class Words:
+    """One input as the kernel sees it.
 
     Attributes:
-        source: contiguous, laid out as (outer, count, inner), in integer words.
-        target: the persistent buffer, flat, in the same words.
+        dtype: the integer type of a word.
+        target: the persistent buffer, flat, in words.
         outer: elements before the dynamic dimension.
         inner: words after it, for each step of the dynamic dimension.
         pad: the bit pattern that fills the tail, as a signed integer of the word's width.
     """
 
-    source: torch.Tensor
+    dtype: torch.dtype
     target: torch.Tensor
     outer: int
     inner: int
     pad: int
 
 
-def stage_in_one_launch(tensors: Sequence[StagedTensor], count: int, padded: int) -> None:
-    """Copy each source into the head of its target, as (outer, padded, inner), and pad what is beyond ``count``.
+class Launch:
+    """Copies sources into the heads of their targets, as (outer, padded, inner), and pads what is beyond ``count``, in one launch.
+
+    The first one goes through Triton's own look at every argument, and compiles. Later ones give what was compiled the addresses: nothing
+    else about the arguments can change.
 
     Args:
-        tensors: at most ``SLOTS`` of them, on one device.
-        count: size of the sources' dynamic dimension.
-        padded: size of the targets' dynamic dimension.
+        words: at most ``SLOTS`` inputs, on one device.
     """
-    sources = [each.source for each in tensors]
-    sources += [sources[0]] * (SLOTS - len(sources))
-    largest = max(each.outer * each.inner for each in tensors) * padded
-    if largest == 0:
-        return
-    grid = (triton.cdiv(largest, _BLOCK), len(tensors))
-    with _device_of(tensors[0].target):
-        _stage[grid](
-            *sources,
-            tuple(each.target for each in tensors),
-            count,
-            padded,
-            OUTER=tuple(each.outer for each in tensors),
-            INNER=tuple(each.inner for each in tensors),
-            PADS=tuple(each.pad for each in tensors),
-            BLOCK=_BLOCK,
-        )
+
+    def __init__(self, words: Sequence[Words]) -> None:
+        self._dtypes = [each.dtype for each in words]
+        self._targets = tuple(each.target for each in words)
+        self._places = tuple(target.data_ptr() for target in self._targets)
+        self._largest = max(each.outer * each.inner for each in words)
+        self._constants: dict[str, object] = {
+            "OUTER": tuple(each.outer for each in words),
+            "INNER": tuple(each.inner for each in words),
+            "PADS": tuple(each.pad for each in words),
+            "BLOCK": _BLOCK,
+        }
+        self._compiled: Any = None
+
+    def __call__(self, sources: Sequence[torch.Tensor], count: int, padded: int) -> None:
+        """Stage ``sources``, which are contiguous and laid out as (outer, count, inner)."""
+        if self._largest * padded == 0:
+            return
+        blocks = -(-self._largest * padded // _BLOCK)
+        more = SLOTS - len(sources)
+        with _device_of(self._targets[0]):
+            if self._compiled is None or padded > _LARGEST_INT:
+                pairs = zip(sources, self._dtypes, strict=True)
+                words = [source.detach().view(dtype) for source, dtype in pairs]
+                words += [words[0]] * more
+                launch = _stage[blocks, len(sources)]
+                self._compiled = launch(*words, self._targets, count, padded, **self._constants)
+                return
+            made = self._compiled
+            run, kernel, packed = made.run, made.function, made.packed_metadata
+            places = [source.data_ptr() for source in sources]
+            places += [places[0]] * more
+            values = (*places, self._places, count, padded, *self._constants.values())
+            stream = torch_compat.stream_number(self._targets[0].device)
+            run(blocks, len(sources), 1, stream, kernel, packed, None, None, None, *values)
 
 
 def _device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:

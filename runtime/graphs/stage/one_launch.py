@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -21,42 +20,33 @@ class OneLaunch:
 
     def __init__(self, slots: tuple[Slot, ...]) -> None:
         # Triton takes a while to import and is of no use without a GPU (or its interpreter).
-        self._kernel = importlib.import_module("piecework.runtime.graphs.stage.kernel")
+        kernel = importlib.import_module("piecework.runtime.graphs.stage.kernel")
         self._slots = slots
-        self._words = tuple(_words(slot) for slot in slots)
+        self._able = all(slot.buffer.element_size() in _WORDS for slot in slots)
+        words = [kernel.Words(*_words(slot)) for slot in slots] if self._able else []
+        firsts = range(0, len(words), kernel.SLOTS)
+        self._launches = [(n, kernel.Launch(words[n : n + kernel.SLOTS])) for n in firsts]
+        self._most = kernel.SLOTS
 
     def fits(self, tensors: Sequence[torch.Tensor], counts: tuple[int, ...]) -> bool:
         """Whether the kernel can take these: one batch size, dense, on the buffers' device, at most 64-bit elements."""
-        return len(set(counts)) == 1 and all(
-            words is not None and tensor.is_contiguous() and tensor.device == slot.buffer.device
-            for words, tensor, slot in zip(self._words, tensors, self._slots, strict=True)
+        return (
+            self._able
+            and len(set(counts)) == 1
+            and all(
+                tensor.is_contiguous() and tensor.device == slot.buffer.device
+                for tensor, slot in zip(tensors, self._slots, strict=True)
+            )
         )
 
     def launch(self, tensors: Sequence[torch.Tensor], count: int, padded: int) -> None:
-        staged = [
-            self._kernel.StagedTensor(
-                tensor.detach().view(words.dtype), words.target, slot.outer, slot.inner, words.pad
-            )
-            for tensor, words, slot in zip(tensors, self._words, self._slots, strict=True)
-            if words is not None
-        ]
-        for first in range(0, len(staged), self._kernel.SLOTS):
-            chunk = staged[first : first + self._kernel.SLOTS]
-            self._kernel.stage_in_one_launch(chunk, count, padded)
+        for first, launch in self._launches:
+            launch(tensors[first : first + self._most], count, padded)
 
 
-@dataclass(frozen=True, slots=True)
-class _Words:
-    """A buffer as integers of its element's width."""
-
-    dtype: torch.dtype
-    target: torch.Tensor
-    pad: int
-
-
-def _words(slot: Slot) -> _Words | None:
-    dtype = _WORDS.get(slot.buffer.element_size())
-    if dtype is None:
-        return None
+def _words(slot: Slot) -> tuple[torch.dtype, torch.Tensor, int, int, int]:
+    """A slot as integers of its element's width: their type, its buffer, outer, inner, the pattern of its padding."""
+    dtype = _WORDS[slot.buffer.element_size()]
     pattern = torch.tensor([slot.pad], dtype=slot.buffer.dtype).view(dtype).item()
-    return _Words(dtype, slot.buffer.detach().view(-1).view(dtype), int(pattern))
+    target = slot.buffer.detach().view(-1).view(dtype)
+    return dtype, target, slot.outer, slot.inner, int(pattern)
