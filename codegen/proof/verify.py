@@ -281,7 +281,7 @@ class _Matcher:
                 continue
             index = args[1] if len(args) == 2 and not user.kwargs else None
             picks = user.target is operator.getitem and user.op == "call_function"
-            if not picks or type(index) is not int or index < 0:
+            if not picks or type(index) is not int:
                 self.whole.setdefault(event, node)
         for value in (value_of(node), _returned_by(callee)):
             if isinstance(value, (tuple, list)):

@@ -510,22 +510,25 @@ def test_a_result_that_a_graph_hands_on_is_unpacked_by_its_caller(meta_inside: b
     assert "getitem_1, getitem = middle(x)" in source.code
 
 
-def test_a_result_is_picked_from_where_it_is_made_and_unpacked_where_it_is_handed_to() -> None:
+@pytest.mark.parametrize("index", [0, -1])
+def test_a_result_is_picked_from_where_it_is_made_and_unpacked_where_it_is_handed_to(
+    index: int,
+) -> None:
     def inside(g: torch.fx.Graph, a: torch.fx.Node) -> object:
         made = g.call_method("chunk", (a, 2))
         made.meta["example_value"] = X.chunk(2)
-        first = g.call_function(operator.getitem, (made, 0))
-        g.call_method("add_", (first, 1))
+        picked = g.call_function(operator.getitem, (made, index))
+        g.call_method("add_", (picked, 1))
         return made
 
     def outside(g: torch.fx.Graph, x: torch.fx.Node) -> object:
         made = g.call_module("inner", (x,))
-        return [g.call_function(operator.getitem, (made, index)) for index in (1, 0)]
+        return [g.call_function(operator.getitem, (made, place)) for place in (1, 0)]
 
     root = torch.nn.Module()
     root.add_module("inner", graph_of(inside, "a"))
     code = same(graph_of(outside, "x", root=root), (X,)).code
-    assert "= chunk[0]" in code and " = inner(x)" in code
+    assert f"= chunk[{index}]" in code and " = inner(x)" in code
 
 
 @pytest.mark.parametrize("kind", [tuple, list])
