@@ -23,7 +23,6 @@ from piecework.codegen.entry.plan import (
     FromSize,
     FromSymbol,
     FromWeights,
-    Parameter,
     Passed,
     Size,
     leaves_of,
@@ -314,23 +313,3 @@ def _flat(conditions: Sequence[ir.Expr]) -> Iterator[ir.Expr]:
             yield from each.operands
         else:
             yield each
-
-
-def forwarded(
-    function: ir.Expr,
-    parameters: Sequence[Parameter],
-    values: Sequence[ir.Expr],
-    keywords: Sequence[str],
-) -> ir.Expr:
-    """A call of ``function`` with all parameters, which are ``values`` here; its keyword parameters are called ``keywords``."""
-    args: list[ir.Expr] = []
-    named: list[tuple[str, ir.Expr]] = []
-    for parameter, value, keyword in zip(parameters, values, keywords, strict=True):
-        match parameter.kind:
-            case "k":
-                named.append((keyword, value))
-            case "*" | "**":
-                args.append(ir.Star(parameter.kind, value))
-            case _:
-                args.append(value)
-    return ir.Call(function, ir.Arguments(tuple(args), tuple(named)))
