@@ -95,7 +95,7 @@ def torch_settings() -> dict[str, object]:
 
 def _autocast() -> list[object]:
     """The device types for which autocast is on, with their dtypes, and whether it keeps what it cast."""
-    kinds = getattr(torch._C, "_autocast_supported_devices", lambda: ["cpu", "cuda"])()
+    kinds = torch._C._autocast_supported_devices()
     on = [[k, torch.get_autocast_dtype(k)] for k in sorted(kinds) if torch.is_autocast_enabled(k)]
     return [*on, torch.is_autocast_cache_enabled()] if on else []
 
@@ -207,8 +207,5 @@ def _options_of(module: ModuleType) -> dict[str, object]:
     portable = getattr(module, "save_config_portable", None)
     if portable is None:
         return {}
-    try:
-        found = portable(ignore_private_configs=False)
-    except TypeError:  # older torch has no such choice
-        found = portable()
+    found = portable(ignore_private_configs=False)
     return {key: value for key, value in found.items() if not key.startswith(("_save_", "_cache_"))}
