@@ -275,7 +275,7 @@ def _compile(
     kwargs: Mapping[str, object],
 ) -> None:
     """Fill ``state``; on an exception, and while torch's compiler is off, it is as before, and the next call tries again."""
-    config = _config_of(model)
+    config = _given(model, _CONFIG, CompilationConfig) or CompilationConfig()
     support = _support_of(type(model))
     plain = _without_decorator(model, original)
     if (
@@ -359,10 +359,6 @@ def _compiled(
         return compile_with_mode(
             traced, args, kwargs, config=config, runtime_config=runtime, as_it_is=as_it_is
         )
-
-
-def _config_of(model: torch.nn.Module) -> CompilationConfig:
-    return _given(model, _CONFIG, CompilationConfig) or CompilationConfig()
 
 
 def _given(model: torch.nn.Module, name: str, kind: type[Settings]) -> Settings | None:

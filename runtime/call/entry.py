@@ -370,7 +370,7 @@ class Entry:
         if now.beside is not None:
             function = now.beside(function)
         apart = replace(now, counter=count())  # `careful_calls` counts these
-        return self._execute({**_IDLE, "same_kernels": _always}, apart, function, submods_for)
+        return self._execute({**_IDLE, "same_kernels": lambda: True}, apart, function, submods_for)
 
 
 #: For texts that are reached after the stance was looked at.
@@ -379,10 +379,6 @@ _ONE_STANCE = SimpleNamespace(_stance=None)
 
 def _never() -> bool:
     return False
-
-
-def _always() -> bool:
-    return True
 
 
 _IDLE = {

@@ -145,16 +145,12 @@ class Libraries:
         if kind.__module__.startswith(("piecework.", "collections.abc")):
             return True
         if self.library_of(kind.__module__) is not None:
-            return kind in _ABSTRACT or _is_named_tuple(kind)
+            return kind in _ABSTRACT or (kind.__bases__ == (tuple,) and hasattr(kind, "_fields"))
         module = sys.modules.get(kind.__module__)
         file = getattr(module, "__file__", None)
         compiled = isinstance(file, str) and not file.endswith((".py", ".pyc"))
         known_to_python = kind.__module__.partition(".")[0] in sys.stdlib_module_names
         return bool(kind.__flags__ & HEAP_TYPE) and not compiled and not known_to_python
-
-
-def _is_named_tuple(kind: type) -> bool:
-    return kind.__bases__ == (tuple,) and hasattr(kind, "_fields")
 
 
 def _library(module: str) -> str | None:

@@ -58,7 +58,7 @@ def writes_of_trace(same: SameTensor) -> list[Write]:
             if not _modes_as_before(var):
                 found.append(Write("the torch function modes that are entered", line))
             continue
-        place = _source(var)
+        place = source_name(var.source)
         target = objects.get(number, _MISSING)
         stored = effects.store_attr_mutations.get(var)
         for name, value in (stored or {}).items():
@@ -198,10 +198,6 @@ def _key(key: object) -> object:
     if var.is_python_constant():
         return var.as_python_constant()
     return getattr(var, "value", key)
-
-
-def _source(var) -> str:  # type: ignore[no-untyped-def]
-    return source_name(var.source)
 
 
 def _line(effects, var) -> str:  # type: ignore[no-untyped-def]
