@@ -188,9 +188,9 @@ _DIRECT, _PUBLIC = b"direct\n", b"public\n"
 
 
 class InductorAdaptor(_Inductor):
-    """Compiles through ``torch._inductor.compile_fx``, for a torch without standalone artifacts; nothing can be kept.
+    """Compiles through ``torch._inductor.compile_fx``, as the other one does; nothing can be kept.
 
-    Compiles as the other one does. It needs the tracing context of the capture, as a Dynamo backend has it.
+    It needs the tracing context of the capture, as a Dynamo backend has it.
     """
 
     name = "inductor_compile_fx"

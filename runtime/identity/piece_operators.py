@@ -20,19 +20,9 @@ from piecework.runtime.identity.values import digest_of
 # as those for Triton kernels do.
 SELF_CONTAINED = frozenset(
     {
-        "associative_scan",
-        "auto_functionalized",
-        "auto_functionalized_v2",
-        "cond",
-        "flex_attention",
-        "invoke_subgraph",
-        "map_impl",
-        "out_dtype",
-        "scan",
-        "while_loop",
-        "wrap",
-        "wrap_with_autocast",
-        "wrap_with_set_grad_enabled",
+        *("associative_scan", "auto_functionalized", "auto_functionalized_v2", "cond"),
+        *("flex_attention", "invoke_subgraph", "map_impl", "out_dtype", "scan", "while_loop"),
+        *("wrap", "wrap_with_autocast", "wrap_with_set_grad_enabled"),
     }
 )
 

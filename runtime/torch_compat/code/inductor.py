@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 
@@ -63,13 +61,6 @@ def compile_fx(
             config_patches=config_patches,
             ignore_shape_env=True,
         )
-
-
-def has_standalone_compile() -> bool:
-    """Whether this torch compiles a graph into an artifact of its own."""
-    if "torch._inductor" in sys.modules:
-        return hasattr(torch._inductor, "standalone_compile")
-    return Path(torch.__file__).with_name("_inductor").joinpath("standalone_compile.py").is_file()
 
 
 def has_inductor_option(name: str) -> bool:
