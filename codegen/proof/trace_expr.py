@@ -16,7 +16,7 @@ from piecework.codegen.graph.targets import ABSENT, attribute_at_rest
 from piecework.codegen.plan.literals import read_literal
 from piecework.codegen.plan.names import BUILTINS, CONSTS, SUBMODS
 from piecework.codegen.proof.grammar import line_at
-from piecework.codegen.proof.trace import Container, Escapes, Event, Known, Value, picked
+from piecework.codegen.proof.trace import Container, Escapes, Event, Known, Linkage, Value, picked
 from piecework.errors import EmitError
 
 _BINARY: dict[type[ast.operator], object] = {
@@ -80,14 +80,13 @@ class Expressions:
         self,
         code: str,
         module: dict[str, Value | ast.FunctionDef],
-        submod_names: Sequence[str],
-        consts: Sequence[object],
+        linked: Linkage,
         enter: Callable[[ast.Call, ast.FunctionDef], Value],
     ) -> None:
         self.code = code
         self.module = module
-        self.submod_names = submod_names
-        self.consts = [Known(value) for value in consts]
+        self.submod_names = linked.submod_names
+        self.consts = [Known(value) for value in linked.consts]
         self.enter = enter
         self.frame = Frame()
         self.events: list[Event] = []

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from piecework.codegen.graph.targets import ENTRY_NAME
 from piecework.codegen.plan.names import SUBMODS
 from piecework.codegen.plan.render import flat_statements
-from piecework.codegen.proof.trace import Bound, Element, Event, Input, Known, Value
+from piecework.codegen.proof.trace import Bound, Element, Event, Input, Known, Linkage, Value
 from piecework.codegen.proof.trace_expr import THE_SUBMODS, Expressions, Frame, Submods
 from piecework.codegen.split.regions import Kind, entered_by, left_by
 from piecework.errors import EmitError
@@ -40,10 +40,8 @@ class TextTrace:
 def trace_text(
     code: str,
     tree: ast.Module,
+    linked: Linkage,
     *,
-    submod_names: Sequence[str],
-    consts: Sequence[object],
-    bound: Mapping[str, str],
     lifetimes: bool,
 ) -> TextTrace:
     """Trace the module ``tree`` (parsed from ``code``) from the call of its entry.
@@ -53,21 +51,16 @@ def trace_text(
     Raises:
         EmitError: the text leaves the language, uses a name that is not defined at that point, or keeps one for too long.
     """
-    return _TextTracer(code, submod_names, consts, bound, lifetimes).run(tree)
+    return _TextTracer(code, linked, lifetimes).run(tree)
 
 
 class _TextTracer:
-    def __init__(
-        self,
-        code: str,
-        submod_names: Sequence[str],
-        consts: Sequence[object],
-        bound: Mapping[str, str],
-        lifetimes: bool,
-    ) -> None:
+    def __init__(self, code: str, linked: Linkage, lifetimes: bool) -> None:
         self.lifetimes = lifetimes
-        self.module: dict[str, Value | ast.FunctionDef] = {n: Bound(p) for n, p in bound.items()}
-        self.expressions = Expressions(code, self.module, submod_names, consts, self._call_function)
+        self.module: dict[str, Value | ast.FunctionDef] = {
+            name: Bound(path) for name, path in linked.bound.items()
+        }
+        self.expressions = Expressions(code, self.module, linked, self._call_function)
         self.defaults: dict[str, dict[str, Value]] = {}
         self.local_names: dict[str, frozenset[str]] = {}
         self.trace = TextTrace(self.expressions.events)
