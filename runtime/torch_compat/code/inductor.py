@@ -129,30 +129,22 @@ def _is_decomposed_by_rule(op: torch._ops.OpOverload) -> bool:
 
 @contextlib.contextmanager
 def partition_wrapper(
-    wrap: Callable[[Callable[..., object], int, int], Callable[..., object]] | None,
-) -> Iterator[bool]:
+    wrap: Callable[[Callable[..., object], int, int], Callable[..., object]],
+) -> Iterator[None]:
     """While active, Inductor gives each partition of compiled or loaded code to ``wrap(function, index, count)``.
 
-    What was set before is there again afterwards, also when the compilation raised. Yields whether this torch has
-    such a hook; without one nothing is wrapped.
+    What was set before is there again afterwards, also when the compilation raised.
     """
-    from torch._inductor import utils as inductor_utils
+    from torch._inductor import utils
 
-    holder = getattr(inductor_utils, "_unstable_customized_partition_wrapper", None)
-    install = getattr(inductor_utils, "set_customized_partition_wrappers", None)
-    if holder is None or install is None:
-        yield False
-        return
-    before = holder.wrapper
-    install(
-        None
-        if wrap is None
-        else lambda function, place: wrap(function, place.partition_index, place.num_partitions)
+    before = utils._unstable_customized_partition_wrapper.wrapper
+    utils.set_customized_partition_wrappers(
+        lambda function, place: wrap(function, place.partition_index, place.num_partitions)
     )
     try:
-        yield True
+        yield
     finally:
-        install(before)
+        utils.set_customized_partition_wrappers(before)
 
 
 def without_compile_threads() -> contextlib.AbstractContextManager[object]:

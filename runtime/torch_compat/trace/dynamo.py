@@ -166,14 +166,10 @@ def original_of(model: Callable[..., object]) -> Callable[..., object]:
     return getattr(model, "_torchdynamo_orig_callable", model)
 
 
-def size_oblivious_tracing() -> contextlib.AbstractContextManager[object] | None:
-    """A context in which backed dimensions are traced without fixing sizes 0 and 1; None where torch has none."""
-    try:
-        from torch.fx.experimental import _config
-    except ImportError:
-        return None
-    if not hasattr(_config, "backed_size_oblivious"):
-        return None
+def size_oblivious_tracing() -> contextlib.AbstractContextManager[object]:
+    """A context in which backed dimensions are traced without fixing sizes 0 and 1."""
+    from torch.fx.experimental import _config
+
     return _config.patch(backed_size_oblivious=True)
 
 
