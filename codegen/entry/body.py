@@ -47,7 +47,7 @@ def entry_functions(
     """The functions: ``check_inputs`` if there is anything to check or to unpack, the entry, and one more where parameters of it were renamed.
 
     Args:
-        bind: what something is called in the entry, by its name elsewhere; or, if that is True, near to a wish.
+        bind: names a value in the entry: ``(name, False)`` one that has this name already, ``(wish, True)`` a new one.
         name, keywords: what the function with the entry's statements is called, and its parameters.
         users: the parameters of the function that users call, if that is another one.
     """
