@@ -27,7 +27,7 @@ from piecework.codegen.plan.check import check_ir
 from piecework.codegen.plan.formatting import format_source
 from piecework.codegen.proof.verify import verify_text
 from piecework.codegen.stitch.lower import lower
-from piecework.codegen.stitch.source import collector_paused, render_stitched
+from piecework.codegen.stitch.source import collector_paused, linkage_of, render_stitched
 from piecework.errors import PieceworkError
 
 T = TypeVar("T")
@@ -141,10 +141,7 @@ def _verify(
     return verify_text(
         code,
         gm,
-        submod_names=module.submod_names,
-        consts=consts,
-        bound={row.name: row.path for row in module.bound},
-        bound_placeholders=options.bound,
+        linkage_of(module, options, consts),
         tree=tree,
     )
 

@@ -240,8 +240,8 @@ def compile_with_mode(
         The others are those of ``piecework.compile``.
 
     Raises:
-        ConfigError: an argument is of another kind, splitting ops are given in a mode that cuts nowhere, the shape type is not
-            to be had, or something does not fit the program's limits.
+        ConfigError: an argument is of another kind, splitting ops are given in a mode that cuts nowhere, or something
+            does not fit the program's limits.
         CaptureError, SplitError, PieceCompileError: as ``piecework.compile``.
     """
     require_model(model)
@@ -365,29 +365,15 @@ def tracing_shapes(kind: DynamicShapesType, arguments: object) -> Iterator[None]
 
     Unbacked: the dimensions of ``arguments`` (a pytree) that are marked dynamic become unbacked; if nothing is marked, the
     first dimension of each tensor does.
-
-    Raises:
-        ConfigError: this torch has no such shapes.
     """
     with ExitStack() as stack:
         if kind is DynamicShapesType.BACKED_SIZE_OBLIVIOUS:
-            stack.enter_context(_size_oblivious())
+            stack.enter_context(torch_compat.size_oblivious_tracing())
         elif kind is DynamicShapesType.UNBACKED:
             tensors = [t for t in pytree.tree_leaves(arguments) if isinstance(t, torch.Tensor)]
             stack.enter_context(unmarked_afterwards(tensors))
             _make_unbacked(tensors)
         yield
-
-
-def _size_oblivious() -> AbstractContextManager[object]:
-    found = torch_compat.size_oblivious_tracing()
-    if found is None:
-        raise ConfigError(
-            f"torch {torch.__version__} can't trace backed shapes without fixing sizes 0 and 1",
-            where="dynamic_shapes_config.type",
-            hint="use unbacked",
-        )
-    return found
 
 
 def _make_unbacked(tensors: Sequence[torch.Tensor]) -> None:
@@ -435,8 +421,9 @@ class UnstitchedModule(StitchedModule):
             compiled = _stock(self.model, self.config, tensors)
             result = compiled(*args, **kwargs)
         # A retrace may come at any call.
-        oblivious = kind is DynamicShapesType.BACKED_SIZE_OBLIVIOUS
-        self._serve_by(inside(_size_oblivious, compiled) if oblivious else compiled)
+        if kind is DynamicShapesType.BACKED_SIZE_OBLIVIOUS:
+            compiled = inside(torch_compat.size_oblivious_tracing, compiled)
+        self._serve_by(compiled)
         compilation_complete()
         return result
 

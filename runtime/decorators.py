@@ -275,8 +275,8 @@ def _compile(
     kwargs: Mapping[str, object],
 ) -> None:
     """Fill ``state``; on an exception, and while torch's compiler is off, it is as before, and the next call tries again."""
-    config = _config_of(model)
-    support = _support_of(type(model))
+    config = _given(model, _CONFIG, CompilationConfig) or CompilationConfig()
+    support: Support = getattr(type(model), _SUPPORT)
     plain = _without_decorator(model, original)
     if (
         support.ignored
@@ -294,7 +294,7 @@ def _compile(
     stock = config.mode is CompilationMode.STOCK_TORCH_COMPILE
     # What a subclass's own __call__ does around this one happens at each call, so it is not traced.
     whole = not stock and hasattr(type(model).__call__, _SUPPORT)
-    with set_on_compilation_complete(_tell_nobody):
+    with set_on_compilation_complete(lambda: None):  # the instance does not hold it yet
         traced = model if whole else plain
         made = _compiled(model, support, config, state.tag, args, kwargs, traced, plain)
     state.made, state.model = made, model
@@ -303,10 +303,6 @@ def _compile(
         not stock
     ):  # told now that the instance holds what was compiled; torch compiles in the call that follows
         compilation_complete()
-
-
-def _tell_nobody() -> None:
-    """The callback while an instance does not hold yet what was compiled for it."""
 
 
 def _without_decorator(
@@ -344,34 +340,21 @@ def _compiled(
     with ExitStack() as stack:
         if tag is not None and not model_tag_is_set():
             stack.enter_context(use_model_tag(tag))
+        sizes = None
         if shapes is DynamicShapesType.AUTO and stitches:
             sizes = DeclaredDimensions(dims, model.forward)
-            return compile_with_mode(
-                traced,
-                args,
-                kwargs,
-                config=config,
-                runtime_config=runtime,
-                sizes=sizes,
-                as_it_is=as_it_is,
-            )
-        stack.enter_context(marked(dims, arguments, shapes))
+        else:
+            stack.enter_context(marked(dims, arguments, shapes))
         return compile_with_mode(
-            traced, args, kwargs, config=config, runtime_config=runtime, as_it_is=as_it_is
+            *(traced, args, kwargs),
+            config=config,
+            runtime_config=runtime,
+            sizes=sizes,
+            as_it_is=as_it_is,
         )
-
-
-def _config_of(model: torch.nn.Module) -> CompilationConfig:
-    return _given(model, _CONFIG, CompilationConfig) or CompilationConfig()
 
 
 def _given(model: torch.nn.Module, name: str, kind: type[Settings]) -> Settings | None:
     """The settings of this name that the instance or its class has."""
     found = getattr(model, name, None)
     return None if found is None else kind.given(found, name, type(model).__qualname__)
-
-
-def _support_of(kind: type[torch.nn.Module]) -> Support:
-    found = getattr(kind, _SUPPORT)
-    assert isinstance(found, Support)
-    return found

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -498,16 +498,14 @@ class StitchedModule(SharedModule):
         """
         return observed.metrics(self._traces, name, profile)
 
-    @contextmanager
-    def named_pieces(self) -> Iterator[None]:
+    def named_pieces(self) -> AbstractContextManager[None]:
         """Show pieces and operators by name and layer in ``torch.profiler`` for the block; costs nothing outside it.
 
         Example:
             >>> with torch.profiler.profile() as profile, stitched.named_pieces():
             ...     stitched(x)
         """
-        with observed.named_pieces(self._traces):
-            yield
+        return observed.named_pieces(self._traces)
 
     @short_errors
     def profile(self, *args: object, profiled_calls: int = 20, **kwargs: object) -> Profile:
@@ -526,10 +524,9 @@ class StitchedModule(SharedModule):
         """
         return observed.profile(self._traces, lambda: self(*args, **kwargs), profiled_calls)
 
-    @contextmanager
     def shadow(
         self, *, rtol: float | None = None, atol: float | None = None, every: int = 1
-    ) -> Iterator[Shadow]:
+    ) -> AbstractContextManager[Shadow]:
         """Run the uncompiled graph of each piece beside it for the block, on the same inputs, and compare; calls get what the pieces computed.
 
         Calls run uncaptured meanwhile, whatever is captured: graphs are left as they are and serve again after the block. The model can't
@@ -554,8 +551,7 @@ class StitchedModule(SharedModule):
             ...     stitched(x)
             >>> print(found)
         """
-        with observed.shadow(self._traces, rtol, atol, every) as found:
-            yield found
+        return observed.shadow(self._traces, rtol, atol, every)
 
     # --- what was made ---------------------------------------------------------------------------
 

@@ -23,7 +23,6 @@ from piecework.codegen.entry.plan import (
     FromSize,
     FromSymbol,
     FromWeights,
-    Parameter,
     Passed,
     Size,
     leaves_of,
@@ -31,7 +30,7 @@ from piecework.codegen.entry.plan import (
 from piecework.codegen.plan import ir
 from piecework.codegen.plan.literals import is_inline_literal
 from piecework.codegen.plan.size_text import checked_text
-from piecework.codegen.proof.read_ir import Words, read_expression
+from piecework.codegen.proof.read_ir import Words, flat, read_expression
 
 _VALUE = "__value__"  # no symbol's name
 
@@ -99,7 +98,7 @@ class Steps:
             case checks.Require(about, required):
                 conditions = [text for check in required for text in self._conditions(check)]
                 refused = ir.Call(self.words.name("explain_inputs"), ir.Arguments(self.parameters))
-                test = ir.Operation("not", (ir.Operation("and", tuple(_flat(conditions))),))
+                test = ir.Operation("not", (ir.Operation("and", tuple(flat("and", conditions))),))
                 yield ir.If(test, (ir.Assign((), False, refused),), ir.Origin(module=about))
             case checks.TakeLeaf(leaf, label, where):
                 self._labels[leaf] = label
@@ -306,31 +305,3 @@ def _parsed(text: str) -> ast.expr:
 
 def _unpacking(names: Sequence[ir.Name], value: ir.Expr) -> ir.Stmt:
     return ir.Assign(tuple(name.id for name in names), True, value)
-
-
-def _flat(conditions: Sequence[ir.Expr]) -> Iterator[ir.Expr]:
-    for each in conditions:
-        if isinstance(each, ir.Operation) and each.sign == "and":
-            yield from each.operands
-        else:
-            yield each
-
-
-def forwarded(
-    function: ir.Expr,
-    parameters: Sequence[Parameter],
-    values: Sequence[ir.Expr],
-    keywords: Sequence[str],
-) -> ir.Expr:
-    """A call of ``function`` with all parameters, which are ``values`` here; its keyword parameters are called ``keywords``."""
-    args: list[ir.Expr] = []
-    named: list[tuple[str, ir.Expr]] = []
-    for parameter, value, keyword in zip(parameters, values, keywords, strict=True):
-        match parameter.kind:
-            case "k":
-                named.append((keyword, value))
-            case "*" | "**":
-                args.append(ir.Star(parameter.kind, value))
-            case _:
-                args.append(value)
-    return ir.Call(function, ir.Arguments(tuple(args), tuple(named)))

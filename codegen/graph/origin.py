@@ -70,12 +70,8 @@ def module_path(node: torch.fx.Node) -> str:
 
 def dotted_path(source: str) -> str:
     """The module that Dynamo calls ``source`` (``L['model'].layers[3]``), as the model names it: ``layers.3``."""
-    path = _SUBSCRIPT.sub(_dotted, _ROOT.sub("", source.replace("._modules", "")))
+    path = _SUBSCRIPT.sub(r".\1", _ROOT.sub("", source.replace("._modules", "")))
     return _comment_safe(path.strip("."))
-
-
-def _dotted(found: re.Match[str]) -> str:
-    return f".{found.group(1)}"
 
 
 def source_line(node: torch.fx.Node, *, line_numbers: bool = True) -> str:

@@ -1,8 +1,26 @@
-"""What an operator declares. In: an operator of torch. Out: what its schema says of writes and results."""
+"""What a graph calls, and what an operator declares. In: a graph, an operator of torch. Out: its calls, overloads, what its schema says of writes and results."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
+import torch.fx
+
+
+def every_node(graph: torch.nn.Module) -> Iterator[torch.fx.Node]:
+    """The nodes of a graph and of the graphs in it."""
+    for module in graph.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            yield from module.graph.nodes
+
+
+def overloads_of(target: object) -> tuple[torch._ops.OpOverload, ...]:
+    """The overloads of which a call of ``target`` runs one; none for what is no operator. FX may call a packet."""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        names = target.overloads()  # type: ignore[no-untyped-call]
+        return tuple(getattr(target, name) for name in names)
+    return (target,) if isinstance(target, torch._ops.OpOverload) else ()
 
 
 def writes_to(argument: torch._C.Argument) -> bool:

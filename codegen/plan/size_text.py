@@ -16,22 +16,7 @@ from typing import Any
 from piecework.errors import EmitError
 
 # How tightly a text binds, from the loosest.
-(
-    _TEST,
-    _OR,
-    _AND,
-    _NOT,
-    _COMPARE,
-    _BITOR,
-    _BITXOR,
-    _BITAND,
-    _SHIFT,
-    _ADD,
-    _MUL,
-    _SIGN,
-    _POWER,
-    _ATOM,
-) = range(14)
+(_TEST, _OR, _AND, _NOT, _COMPARE, _BITOR, _BITXOR, _BITAND, _SHIFT, _ADD, _MUL, _SIGN, _POWER, _ATOM) = range(14)  # fmt: skip
 
 #: What texts may name besides the symbols: builtins, and the module that the emitted text imports.
 FUNCTIONS = frozenset({"abs", "float", "int", "max", "min", "round"})

@@ -1,19 +1,20 @@
 """The language of emitted modules, as an allow-list. In: emitted or edited text. Out: its syntax tree, or an `EmitError` that names the line.
 
-Every kind of node that may occur is listed with every one of its fields, in each position that it may have; whatever is not
+Every kind of node that may occur is in one table, with each field that may hold something and what may stand there; whatever is not
 listed is refused. What the text does is for `trace_text`; nothing of it is executed here.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, NoReturn
 
 from piecework.codegen.graph.targets import ENTRY_NAME
 from piecework.codegen.plan.names import SUBMODS
 from piecework.errors import EmitError
 
-#: How deep expressions and blocks may be nested: what `lower` writes stays well below, and Python's own limits are above.
+#: How deep nodes may be nested: what `lower` writes stays well below, and Python's own limits are above.
 MAX_DEPTH = 100
 
 _TOO_DEEP = "the text is nested too deeply"
@@ -39,218 +40,70 @@ def line_at(code: str, line: int) -> str:
     return f"line {line}: {lines[line - 1].strip() if 0 < line <= len(lines) else ''}"
 
 
-def check_grammar(code: str, tree: ast.Module) -> None:
-    """Check that ``tree`` (parsed from ``code``) is made of nothing but what emitted modules are made of.
+class _Kinds(NamedTuple):
+    """The kinds of nodes that may stand somewhere; ``of`` says where, for errors."""
 
-    Raises:
-        EmitError: the first node or field that is not; names its line.
-    """
-    _Grammar(code).module(tree)
+    of: str
+    kinds: tuple[type[ast.AST], ...]
 
 
-class _Grammar:
-    """One text, and the names that its module level has bound so far."""
+_PLAIN = _Kinds("", ())  # a name, a value or a sign: what it means is for `trace_text`
+_EXPRESSION = _Kinds(
+    "expressions",
+    (
+        *(ast.Name, ast.Constant, ast.Attribute, ast.Subscript, ast.Tuple, ast.List, ast.Dict),
+        *(ast.Call, ast.UnaryOp, ast.BinOp, ast.Compare),
+    ),
+)
+_INDEX = _Kinds("expressions", (*_EXPRESSION.kinds, ast.Slice))
+_STATEMENT = _Kinds("functions", (ast.Assign, ast.Expr, ast.Delete, ast.Return, ast.Try))
+_TARGET = _Kinds("assignments", (ast.Name, ast.Tuple))
+_ARGUMENT = _Kinds("signatures", (ast.arg,))
 
-    def __init__(self, code: str) -> None:
-        self.code = code
-        self.names: set[str] = set()
-
-    def error(self, node: ast.AST, why: str) -> EmitError:
-        line = getattr(node, "lineno", 0)
-        return EmitError(why, where=line_at(self.code, line) if line else None)
-
-    def require(self, holds: bool, node: ast.AST, why: str) -> None:
-        if not holds:
-            raise self.error(node, why)
-
-    # --- module level ------------------------------------------------------------------------------
-
-    def module(self, tree: ast.Module) -> None:
-        self.fields(tree, ("body", "type_ignores"))
-        self.require(not tree.type_ignores, tree, "type comments are not part of emitted modules")
-        if _GROWN:
-            for node in ast.walk(tree):
-                self.fields(node, _FIELDS.get(type(node), node._fields))
-        for stmt in tree.body:
-            check = _MODULE.get(type(stmt))
-            if check is None:
-                raise self.error(stmt, f"{type(stmt).__name__} is not part of emitted modules")
-            check(self, stmt)
-
-    def fields(self, node: ast.AST, known: Sequence[str], at: ast.AST | None = None) -> None:
-        """What is in fields that this language does not know must be empty, also in one that a later Python adds."""
-        for name in node._fields:
-            if name not in known and (value := getattr(node, name, None)) is not None:
-                what = _WORDS.get(name, name.replace("_", " "))
-                self.require(value == [], at or node, f"{what} not part of emitted modules")
-
-    def import_(self, stmt: ast.Import) -> None:
-        self.fields(stmt, ("names",))
-        for each in stmt.names:
-            self.fields(each, ("name",))  # no asname
-
-    def bound_once(self, stmt: ast.stmt, name: str) -> None:
-        self.own_name(stmt, name)
-        self.require(name not in self.names, stmt, f"{name!a} is bound twice at module level")
-        self.names.add(name)
-
-    def own_name(self, node: ast.AST, name: str) -> None:
-        self.require(
-            not name.startswith("__"),
-            node,
-            f"{name!a} is a name of Python's or of the emitted module, which no text may bind",
-        )
-
-    def alias(self, stmt: ast.Assign) -> None:
-        self.fields(stmt, ("targets", "value"))
-        target = stmt.targets[0]
-        if len(stmt.targets) != 1 or type(target) is not ast.Name:
-            raise self.error(stmt, "one name is assigned to at module level")
-        self.bound_once(stmt, target.id)
-        self.expression(stmt.value, 1)
-
-    def function(self, function: ast.FunctionDef) -> None:
-        known = ("name", "args", "body")  # no decorators, annotations, type parameters
-        self.fields(function, known)
-        self.bound_once(function, function.name)
-        self.arguments(function)
-        self.block(function.body, 1)
-
-    def arguments(self, function: ast.FunctionDef) -> None:
-        arguments = function.args
-        known = ("args", "vararg", "kwonlyargs", "kw_defaults", "kwarg", "defaults")
-        self.fields(arguments, known, at=function)
-        named = [*arguments.args, *filter(None, (arguments.vararg, arguments.kwarg))]
-        for each in (*named, *arguments.kwonlyargs):
-            self.fields(each, ("arg",))  # no annotation
-        for each in named:
-            self.own_name(each, each.arg)
-        names = {each.arg for each in named}
-        self.require(len(names) == len(named), function, "two parameters have one name")
-        if [each.arg for each in arguments.kwonlyargs] not in ([], [SUBMODS]):
-            raise self.error(function, f"the only keyword-only parameter is {SUBMODS}")
-        if any(default is not None for default in arguments.kw_defaults):
-            raise self.error(function, f"{SUBMODS} has no default")
-        if arguments.defaults and function.name != ENTRY_NAME:
-            raise self.error(function, f"only {ENTRY_NAME} has parameters with a default")
-        for default in arguments.defaults:
-            self.expression(default, 1)
-
-    # --- statements --------------------------------------------------------------------------------
-
-    def block(self, body: Sequence[ast.stmt], depth: int) -> None:
-        for stmt in body:
-            check = _STATEMENTS.get(type(stmt))
-            if check is None:
-                raise self.error(stmt, f"{type(stmt).__name__} is not part of emitted functions")
-            check(self, stmt, depth)
-
-    def assign(self, stmt: ast.Assign, depth: int) -> None:
-        if stmt.type_comment is not None or len(stmt.targets) != 1:
-            raise self.error(stmt, "only one target is assigned to")
-        target = stmt.targets[0]
-        names = target.elts if type(target) is ast.Tuple else stmt.targets
-        for each in names:
-            if type(each) is not ast.Name:
-                raise self.error(stmt, "only names are assigned to")
-            if each.id.startswith("__"):
-                self.own_name(each, each.id)
-        self.expression(stmt.value, depth)
-
-    def bare(self, stmt: ast.Expr, depth: int) -> None:
-        self.expression(stmt.value, depth)
-
-    def delete(self, stmt: ast.Delete, depth: int) -> None:
-        targets = stmt.targets
-        if len(targets) == 1 and type(targets[0]) is ast.Tuple:
-            targets = targets[0].elts
-        for each in targets:
-            if type(each) is not ast.Name:
-                raise self.error(stmt, "only names are deleted")
-
-    def return_(self, stmt: ast.Return, depth: int) -> None:
-        """A function's last statement; `trace_text` refuses another one."""
-        if stmt.value is not None:
-            self.expression(stmt.value, depth)
-
-    def try_(self, stmt: ast.Try, depth: int) -> None:
-        """``try: ... finally: exit(...)``: a region that is closed whatever happens in it."""
-        self.fields(stmt, ("body", "finalbody"))  # no handlers, no else
-        if depth > MAX_DEPTH:
-            raise self.error(stmt, _TOO_DEEP)
-        last = stmt.finalbody[0] if len(stmt.finalbody) == 1 else None
-        if type(last) is not ast.Expr or type(last.value) is not ast.Call:
-            raise self.error(stmt, "finally does something else than one call")
-        if len(stmt.body) != 1 or type(stmt.body[0]) is not ast.Pass:
-            self.block(stmt.body, depth + 1)
-        self.bare(last, depth + 1)
-
-    # --- expressions -------------------------------------------------------------------------------
-
-    def expression(self, node: ast.expr, depth: int) -> None:
-        check = _EXPRESSIONS.get(type(node))
-        if check is None:
-            raise self.error(node, f"{type(node).__name__} is not part of emitted expressions")
-        if depth > MAX_DEPTH:
-            raise self.error(node, _TOO_DEEP)
-        check(self, node, depth + 1)
-
-    def expressions(self, nodes: Sequence[ast.expr], depth: int) -> None:
-        known = _LEAVES
-        for node in nodes:
-            if type(node) not in known:  # most are names and constants
-                self.expression(node, depth)
-
-    def leaf(self, node: ast.expr, depth: int) -> None:
-        pass  # a name or a constant: what it may mean is for `trace_expr`
-
-    def attribute(self, node: ast.Attribute, depth: int) -> None:
-        self.expressions((node.value,), depth)
-
-    def subscript(self, node: ast.Subscript, depth: int) -> None:
-        index = node.slice
-        self.expressions((node.value,), depth)
-        for each in index.elts if type(index) is ast.Tuple else (index,):
-            if type(each) is ast.Slice:
-                parts = (each.lower, each.upper, each.step)
-                self.expressions([part for part in parts if part is not None], depth)
-            else:
-                self.expressions((each,), depth)
-
-    def sequence(self, node: ast.Tuple | ast.List, depth: int) -> None:
-        self.expressions(node.elts, depth)
-
-    def dict_(self, node: ast.Dict, depth: int) -> None:
-        for key in node.keys:
-            if key is None:
-                raise self.error(node, "** in a dict is not part of emitted expressions")
-            self.expressions((key,), depth)
-        self.expressions(node.values, depth)
-
-    def call(self, node: ast.Call, depth: int) -> None:
-        if type(node.func) is not ast.Name:
-            self.expression(node.func, depth)
-        self.expressions(node.args, depth)
-        for keyword in node.keywords:
-            if keyword.arg is not None:
-                self.expressions((keyword.value,), depth)
-                continue
-            if type(keyword.value) is not ast.Dict:
-                raise self.error(node, "** of something other than a dict in place")
-            self.dict_(keyword.value, depth)
-
-    def unary(self, node: ast.UnaryOp, depth: int) -> None:
-        self.expressions((node.operand,), depth)
-
-    def binary(self, node: ast.BinOp, depth: int) -> None:
-        self.expressions((node.left, node.right), depth)
-
-    def compare(self, node: ast.Compare, depth: int) -> None:
-        if len(node.ops) != 1 or type(node.ops[0]) not in _COMPARISONS:
-            raise self.error(node, "this comparison is not part of emitted expressions")
-        self.expressions((node.left, *node.comparators), depth)
-
-
+# Each kind of node with its fields that may hold something; all others, also those that a later Python adds, must be empty.
+_LANGUAGE: Mapping[type[ast.AST], Mapping[str, _Kinds]] = {
+    ast.Module: {"body": _Kinds("modules", (ast.Import, ast.Assign, ast.FunctionDef))},
+    ast.Import: {"names": _Kinds("imports", (ast.alias,))},
+    ast.alias: {"name": _PLAIN},
+    ast.FunctionDef: {
+        "name": _PLAIN,
+        "args": _Kinds("signatures", (ast.arguments,)),
+        "body": _STATEMENT,
+    },
+    ast.arguments: {
+        **dict.fromkeys(("args", "vararg", "kwonlyargs", "kwarg"), _ARGUMENT),
+        **{"kw_defaults": _PLAIN, "defaults": _EXPRESSION},
+    },
+    ast.arg: {"arg": _PLAIN},
+    ast.Assign: {"targets": _TARGET, "value": _EXPRESSION},
+    ast.Expr: {"value": _EXPRESSION},
+    ast.Delete: {"targets": _TARGET},
+    ast.Return: {"value": _EXPRESSION},
+    ast.Try: {
+        "body": _Kinds("functions", (*_STATEMENT.kinds, ast.Pass)),
+        "finalbody": _Kinds("finally clauses", (ast.Expr,)),
+    },
+    ast.Pass: {},
+    ast.Name: {"id": _PLAIN, "ctx": _PLAIN},
+    ast.Constant: {"value": _PLAIN, "kind": _PLAIN},
+    ast.Attribute: {"value": _EXPRESSION, "attr": _PLAIN, "ctx": _PLAIN},
+    ast.Subscript: {"value": _EXPRESSION, "slice": _INDEX, "ctx": _PLAIN},
+    ast.Slice: dict.fromkeys(("lower", "upper", "step"), _EXPRESSION),
+    ast.Tuple: {"elts": _INDEX, "ctx": _PLAIN},  # Python itself has slices in an index only
+    ast.List: {"elts": _EXPRESSION, "ctx": _PLAIN},
+    ast.Dict: {"keys": _EXPRESSION, "values": _EXPRESSION},
+    ast.Call: {
+        **{"func": _EXPRESSION, "args": _EXPRESSION},
+        "keywords": _Kinds("calls", (ast.keyword,)),
+    },
+    ast.keyword: {"arg": _PLAIN, "value": _EXPRESSION},
+    ast.UnaryOp: {"op": _PLAIN, "operand": _EXPRESSION},
+    ast.BinOp: {"left": _EXPRESSION, "op": _PLAIN, "right": _EXPRESSION},
+    ast.Compare: {"left": _EXPRESSION, "ops": _PLAIN, "comparators": _EXPRESSION},
+}
+# Most nodes are of these kinds: they stand for expressions alone, and there is nothing in them to look at.
+_LEAVES = {kind for kind in (ast.Name, ast.Constant) if _LANGUAGE[kind].keys() >= {*kind._fields}}
+_COMPARISONS = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 _WORDS = {
     "asname": "import ... as is",
     "annotation": "annotations are",
@@ -261,66 +114,135 @@ _WORDS = {
     "handlers": "except clauses are",
     "orelse": "else clauses are",
 }
-_LEAVES = frozenset({ast.Name, ast.Constant})
-_COMPARISONS = frozenset({ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE})
 
-# What may stand at module level, in a function, and in an expression: nothing else may.
-_MODULE: dict[type[ast.stmt], Callable[..., None]] = {
-    ast.Import: _Grammar.import_,
-    ast.Assign: _Grammar.alias,
+
+def check_grammar(code: str, tree: ast.Module) -> None:
+    """Check that ``tree`` (parsed from ``code``) is made of nothing but what emitted modules are made of.
+
+    Raises:
+        EmitError: the first node or field that is not; names its line.
+    """
+    grammar = _Grammar(code)
+    grammar.node(tree, tree, 0)
+    grammar.bound_once(tree)
+
+
+class _Grammar:
+    """One text."""
+
+    def __init__(self, code: str) -> None:
+        self.code = code
+
+    def refuse(self, at: ast.AST, why: str) -> NoReturn:
+        line = getattr(at, "lineno", 0)
+        raise EmitError(why, where=line_at(self.code, line) if line else None)
+
+    def node(self, node: ast.AST, at: ast.AST, depth: int) -> None:
+        """Check a node of a kind that may stand where it does, with everything in it; ``at`` has a line for errors."""
+        kind = type(node)
+        if depth > MAX_DEPTH:
+            self.refuse(at, _TOO_DEEP)
+        if kind in _RULES:
+            _RULES[kind](self, node)
+        known = _LANGUAGE[kind]
+        for name in node._fields:
+            value, allowed = getattr(node, name, None), known.get(name)
+            if allowed is _PLAIN or value is None or value == []:
+                continue
+            if allowed is None:
+                what = _WORDS.get(name) or f"{name.replace('_', ' ')} is"
+                self.refuse(at, f"{what} not part of emitted modules")
+            for each in value if type(value) is list else (value,):
+                child = type(each)
+                if child in _LEAVES:
+                    continue
+                place = each if hasattr(each, "lineno") else at
+                if child not in allowed.kinds:
+                    self.refuse(place, f"{child.__name__} is not part of emitted {allowed.of}")
+                self.node(each, place, depth + 1)
+
+    def bound_once(self, tree: ast.Module) -> None:
+        """What module level binds is one name in each statement, and each name once."""
+        names: set[str] = set()
+        for stmt in tree.body:
+            bound = getattr(stmt, "name", None)
+            if isinstance(stmt, ast.Assign):
+                bound = getattr(stmt.targets[0], "id", None)
+                if bound is None:
+                    self.refuse(stmt, "one name is assigned to at module level")
+            if bound in names:
+                self.refuse(stmt, f"{bound!a} is bound twice at module level")
+            names |= {bound} if bound else set()
+
+    # --- what the table does not say ---------------------------------------------------------------
+
+    def own_name(self, node: ast.AST, name: str) -> None:
+        if name.startswith("__"):
+            self.refuse(
+                node,
+                f"{name!a} is a name of Python's or of the emitted module, which no text may bind",
+            )
+
+    def function(self, function: ast.FunctionDef) -> None:
+        self.own_name(function, function.name)
+        arguments = function.args
+        named = [*arguments.args, *filter(None, (arguments.vararg, arguments.kwarg))]
+        for each in named:
+            self.own_name(each, each.arg)
+        if len({each.arg for each in named}) != len(named):
+            self.refuse(function, "two parameters have one name")
+        if [each.arg for each in arguments.kwonlyargs] not in ([], [SUBMODS]):
+            self.refuse(function, f"the only keyword-only parameter is {SUBMODS}")
+        if any(default is not None for default in arguments.kw_defaults):
+            self.refuse(function, f"{SUBMODS} has no default")
+        if arguments.defaults and function.name != ENTRY_NAME:
+            self.refuse(function, f"only {ENTRY_NAME} has parameters with a default")
+
+    def assign(self, stmt: ast.Assign) -> None:
+        if len(stmt.targets) != 1:
+            self.refuse(stmt, "only one target is assigned to")
+        for name in self.targets(stmt, stmt.targets, "only names are assigned to"):
+            self.own_name(stmt, name.id)
+
+    def delete(self, stmt: ast.Delete) -> None:
+        self.targets(stmt, stmt.targets, "only names are deleted")
+
+    def targets(self, stmt: ast.stmt, targets: list[ast.expr], why: str) -> list[ast.Name]:
+        """The names that ``targets`` are, or one tuple of names holds."""
+        if len(targets) == 1 and isinstance(targets[0], ast.Tuple):
+            targets = targets[0].elts
+        names = [each for each in targets if isinstance(each, ast.Name)]
+        if len(names) != len(targets):
+            self.refuse(stmt, why)
+        return names
+
+    def try_(self, stmt: ast.Try) -> None:
+        """``try: ... finally: exit(...)``: a region that is closed whatever happens in it."""
+        last = stmt.finalbody[0] if len(stmt.finalbody) == 1 else None
+        if not isinstance(getattr(last, "value", None), ast.Call):
+            self.refuse(stmt, "finally does something else than one call")
+        if len(stmt.body) != 1 and any(isinstance(each, ast.Pass) for each in stmt.body):
+            self.refuse(stmt, "Pass is not part of emitted functions")
+
+    def dict_(self, node: ast.Dict) -> None:
+        if None in node.keys:
+            self.refuse(node, "** in a dict is not part of emitted expressions")
+
+    def keyword(self, node: ast.keyword) -> None:
+        if node.arg is None and not isinstance(node.value, ast.Dict):
+            self.refuse(node, "** of something other than a dict in place")
+
+    def compare(self, node: ast.Compare) -> None:
+        if len(node.ops) != 1 or not isinstance(node.ops[0], _COMPARISONS):
+            self.refuse(node, "this comparison is not part of emitted expressions")
+
+
+_RULES: Mapping[type[ast.AST], Callable[[_Grammar, Any], None]] = {
     ast.FunctionDef: _Grammar.function,
-}
-_STATEMENTS: dict[type[ast.stmt], Callable[..., None]] = {
     ast.Assign: _Grammar.assign,
-    ast.Expr: _Grammar.bare,
     ast.Delete: _Grammar.delete,
-    ast.Return: _Grammar.return_,
     ast.Try: _Grammar.try_,
-}
-_EXPRESSIONS: dict[type[ast.expr], Callable[..., None]] = {
-    ast.Name: _Grammar.leaf,
-    ast.Constant: _Grammar.leaf,
-    ast.Attribute: _Grammar.attribute,
-    ast.Subscript: _Grammar.subscript,
-    ast.Tuple: _Grammar.sequence,
-    ast.List: _Grammar.sequence,
     ast.Dict: _Grammar.dict_,
-    ast.Call: _Grammar.call,
-    ast.UnaryOp: _Grammar.unary,
-    ast.BinOp: _Grammar.binary,
+    ast.keyword: _Grammar.keyword,
     ast.Compare: _Grammar.compare,
 }
-
-# Every field of every node above; a Python that has more of them is looked at field by field.
-_FIELDS: dict[type[ast.AST], tuple[str, ...]] = {
-    ast.Module: ("body", "type_ignores"),
-    ast.Import: ("names",),
-    ast.alias: ("name", "asname"),
-    ast.FunctionDef: (
-        *("name", "args", "body", "decorator_list", "returns", "type_comment", "type_params"),
-    ),
-    ast.arguments: (
-        *("posonlyargs", "args", "vararg", "kwonlyargs", "kw_defaults", "kwarg", "defaults"),
-    ),
-    ast.arg: ("arg", "annotation", "type_comment"),
-    ast.Assign: ("targets", "value", "type_comment"),
-    ast.Expr: ("value",),
-    ast.Delete: ("targets",),
-    ast.Return: ("value",),
-    ast.Try: ("body", "handlers", "orelse", "finalbody"),
-    ast.Pass: (),
-    ast.Name: ("id", "ctx"),
-    ast.Constant: ("value", "kind"),
-    ast.Attribute: ("value", "attr", "ctx"),
-    ast.Subscript: ("value", "slice", "ctx"),
-    ast.Slice: ("lower", "upper", "step"),
-    ast.Tuple: ("elts", "ctx"),
-    ast.List: ("elts", "ctx"),
-    ast.Dict: ("keys", "values"),
-    ast.Call: ("func", "args", "keywords"),
-    ast.keyword: ("arg", "value"),
-    ast.UnaryOp: ("op", "operand"),
-    ast.BinOp: ("left", "op", "right"),
-    ast.Compare: ("left", "ops", "comparators"),
-}
-_GROWN = any(set(kind._fields) - set(known) for kind, known in _FIELDS.items())

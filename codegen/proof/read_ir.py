@@ -128,7 +128,7 @@ def read_expression(node: ast.expr, words: Words, holes: Mapping[str, ir.Expr]) 
         case ast.Compare(left=left, ops=operators, comparators=others):
             return _operation(node, operators, read_all([left, *others]))
         case ast.BoolOp(op=op, values=values):
-            return _operation(node, [op], tuple(_flat(_SIGNS[type(op)], read_all(values))))
+            return _operation(node, [op], tuple(flat(_SIGNS[type(op)], read_all(values))))
         case ast.IfExp(test=test, body=body, orelse=orelse):
             return ir.Operation("if", read_all([body, test, orelse]))
         case _:
@@ -142,7 +142,7 @@ def _operation(node: ast.expr, signs: Sequence[ast.AST], operands: tuple[ir.Expr
     return ir.Operation(sign, operands)
 
 
-def _flat(sign: str, operands: Sequence[ir.Expr]) -> Iterator[ir.Expr]:
+def flat(sign: str, operands: Sequence[ir.Expr]) -> Iterator[ir.Expr]:
     """The operands of ``and``, and those of one in it."""
     for each in operands:
         if sign == "and" and isinstance(each, ir.Operation) and each.sign == sign:

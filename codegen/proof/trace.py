@@ -7,8 +7,28 @@ so that two values are the same if they are the same object.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
+
+
+@dataclass(frozen=True, slots=True)
+class Linkage:
+    """What the names of a text stand for.
+
+    Attributes:
+        submod_names: what ``__vllm_submods__`` holds, by name; those submodules are opaque, all others are looked into.
+        consts: what ``__vllm_consts__`` holds.
+        bound: name in the text → path of the weight that it holds.
+        bound_placeholders: name of a placeholder → path of the weight that is held for it.
+        direct: operator → the callable that the text may call in its place.
+    """
+
+    submod_names: Sequence[str] = ()
+    consts: Sequence[object] = ()
+    bound: Mapping[str, str] = field(default_factory=dict)
+    bound_placeholders: Mapping[str, str] = field(default_factory=dict)
+    direct: Mapping[object, object] = field(default_factory=dict)
 
 
 class Input(NamedTuple):

@@ -16,7 +16,7 @@ from piecework.codegen.graph.targets import ABSENT, attribute_at_rest
 from piecework.codegen.plan.literals import read_literal
 from piecework.codegen.plan.names import BUILTINS, CONSTS, SUBMODS
 from piecework.codegen.proof.grammar import line_at
-from piecework.codegen.proof.trace import Container, Escapes, Event, Known, Value, picked
+from piecework.codegen.proof.trace import Container, Escapes, Event, Known, Linkage, Value, picked
 from piecework.errors import EmitError
 
 _BINARY: dict[type[ast.operator], object] = {
@@ -80,14 +80,13 @@ class Expressions:
         self,
         code: str,
         module: dict[str, Value | ast.FunctionDef],
-        submod_names: Sequence[str],
-        consts: Sequence[object],
+        linked: Linkage,
         enter: Callable[[ast.Call, ast.FunctionDef], Value],
     ) -> None:
         self.code = code
         self.module = module
-        self.submod_names = submod_names
-        self.consts = [Known(value) for value in consts]
+        self.submod_names = linked.submod_names
+        self.consts = [Known(value) for value in linked.consts]
         self.enter = enter
         self.frame = Frame()
         self.events: list[Event] = []
@@ -187,8 +186,7 @@ class Expressions:
     def _dict(self, node: ast.Dict) -> Value:
         items: list[Value] = []
         for key, value in zip(node.keys, node.values, strict=True):
-            if key is None:
-                raise self.error(node, "** in a dict is not part of emitted expressions")
+            assert key is not None
             name = self.value(key)
             if not _is_constant(name):
                 raise self.error(node, "a computed value is the key of a dict, which runs its hash")
@@ -229,11 +227,8 @@ class Expressions:
         return self._event(node, "call", _BINARY[type(node.op)], (left, right))
 
     def _compare(self, node: ast.Compare) -> Value:
-        target = _COMPARE.get(type(node.ops[0]))
-        if target is None or len(node.ops) != 1:
-            raise self.error(node, "this comparison is not part of emitted expressions")
         left, right = self.value(node.left), self.value(node.comparators[0])
-        return self._event(node, "call", target, (left, right))
+        return self._event(node, "call", _COMPARE[type(node.ops[0])], (left, right))
 
     # --- calls -----------------------------------------------------------------------------------
 
@@ -307,8 +302,7 @@ class Expressions:
             if keyword.arg is not None:
                 kwargs.append((keyword.arg, self.value(keyword.value)))
                 continue
-            if not isinstance(keyword.value, ast.Dict):
-                raise self.error(node, "** of something other than a dict in place")
+            assert isinstance(keyword.value, ast.Dict)
             for key, value in zip(keyword.value.keys, keyword.value.values, strict=True):
                 if not isinstance(key, ast.Constant) or type(key.value) is not str:
                     raise self.error(node, "** of a dict whose keys are not strings")

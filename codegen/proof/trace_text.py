@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from piecework.codegen.graph.targets import ENTRY_NAME
 from piecework.codegen.plan.names import SUBMODS
-from piecework.codegen.proof.trace import Bound, Element, Event, Input, Known, Value
+from piecework.codegen.plan.render import flat_statements
+from piecework.codegen.proof.trace import Bound, Element, Event, Input, Known, Linkage, Value
 from piecework.codegen.proof.trace_expr import THE_SUBMODS, Expressions, Frame, Submods
 from piecework.codegen.split.regions import Kind, entered_by, left_by
 from piecework.errors import EmitError
@@ -39,10 +40,8 @@ class TextTrace:
 def trace_text(
     code: str,
     tree: ast.Module,
+    linked: Linkage,
     *,
-    submod_names: Sequence[str],
-    consts: Sequence[object],
-    bound: Mapping[str, str],
     lifetimes: bool,
 ) -> TextTrace:
     """Trace the module ``tree`` (parsed from ``code``) from the call of its entry.
@@ -52,21 +51,16 @@ def trace_text(
     Raises:
         EmitError: the text leaves the language, uses a name that is not defined at that point, or keeps one for too long.
     """
-    return _TextTracer(code, submod_names, consts, bound, lifetimes).run(tree)
+    return _TextTracer(code, linked, lifetimes).run(tree)
 
 
 class _TextTracer:
-    def __init__(
-        self,
-        code: str,
-        submod_names: Sequence[str],
-        consts: Sequence[object],
-        bound: Mapping[str, str],
-        lifetimes: bool,
-    ) -> None:
+    def __init__(self, code: str, linked: Linkage, lifetimes: bool) -> None:
         self.lifetimes = lifetimes
-        self.module: dict[str, Value | ast.FunctionDef] = {n: Bound(p) for n, p in bound.items()}
-        self.expressions = Expressions(code, self.module, submod_names, consts, self._call_function)
+        self.module: dict[str, Value | ast.FunctionDef] = {
+            name: Bound(path) for name, path in linked.bound.items()
+        }
+        self.expressions = Expressions(code, self.module, linked, self._call_function)
         self.defaults: dict[str, dict[str, Value]] = {}
         self.local_names: dict[str, frozenset[str]] = {}
         self.trace = TextTrace(self.expressions.events)
@@ -104,8 +98,6 @@ class _TextTracer:
             case ast.FunctionDef(name=name):
                 self._define(stmt)
                 self._bind(stmt, name, stmt)
-            case _:
-                raise self._error(stmt, f"{type(stmt).__name__} is not part of emitted modules")
 
     def _bind(self, stmt: ast.stmt, name: str, value: Value | ast.FunctionDef) -> None:
         if name in self.module:
@@ -301,15 +293,13 @@ class _TextTracer:
         frame.statement += 1
         value = self.expressions.statement_value(stmt.value)
         target = stmt.targets[0]
-        if len(stmt.targets) != 1:
-            raise self._error(stmt, "only one target is assigned to")
         if type(target) is ast.Name:
             frame.values[target.id] = value
             frame.last_use[target.id] = frame.statement
             return
-        elements: list[ast.expr] = target.elts if isinstance(target, ast.Tuple) else []
-        names = [each.id for each in elements if isinstance(each, ast.Name)]
-        if not names or len(names) != len(elements) or len(set(names)) != len(names):
+        assert isinstance(target, ast.Tuple)
+        names = [each.id for each in target.elts if isinstance(each, ast.Name)]
+        if not names or len(set(names)) != len(names):
             raise self._error(stmt, "only distinct names can be unpacked to")
         for name, part in zip(names, self._unpack(stmt, value, len(names)), strict=True):
             frame.values[name] = part
@@ -334,8 +324,7 @@ class _TextTracer:
         if len(targets) == 1 and isinstance(targets[0], ast.Tuple):
             targets = targets[0].elts  # del (a, b), as long lists of names are written
         for target in targets:
-            if not isinstance(target, ast.Name):
-                raise self._error(stmt, "only names are deleted")
+            assert isinstance(target, ast.Name)
             if target.id not in frame.values or target.id == SUBMODS:
                 raise self._error(stmt, f"{target.id!a} is deleted but not defined here")
             del frame.values[target.id]
@@ -358,20 +347,11 @@ def _is_a_call(stmt: ast.stmt) -> bool:
 
 
 def _local_names(function: ast.FunctionDef) -> frozenset[str]:
-    """The names that ``function`` binds, by the statements that emitted functions may have; others are refused later."""
-    arguments = function.args
-    found = {each.arg for each in (*arguments.args, *arguments.kwonlyargs)}
-    found |= {each.arg for each in (arguments.vararg, arguments.kwarg) if each is not None}
-    blocks = [function.body]
-    while blocks:
-        for stmt in blocks.pop():
-            if type(stmt) is ast.Try:
-                blocks.append(stmt.body)
-            elif type(stmt) is ast.Assign:
-                for target in stmt.targets:
-                    if type(target) is ast.Name:
-                        found.add(target.id)
-                    elif isinstance(target, ast.Tuple):
-                        names = [each.id for each in target.elts if isinstance(each, ast.Name)]
-                        found.update(names)
+    """The names that ``function`` binds, by the statements that emitted functions may have."""
+    found = {each.arg for each in ast.walk(function.args) if isinstance(each, ast.arg)}
+    for stmt in flat_statements(function.body):
+        if isinstance(stmt, ast.Assign):
+            target = stmt.targets[0]
+            bound = target.elts if isinstance(target, ast.Tuple) else [target]
+            found.update(each.id for each in bound if isinstance(each, ast.Name))
     return frozenset(found)

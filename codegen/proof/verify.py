@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -25,6 +25,7 @@ from piecework.codegen.proof.trace import (
     Event,
     Input,
     Known,
+    Linkage,
     Value,
     picked,
 )
@@ -43,12 +44,8 @@ class Proof:
 def verify_text(
     code: str,
     split_gm: torch.fx.GraphModule,
+    linked: Linkage,
     *,
-    submod_names: Sequence[str],
-    consts: Sequence[object],
-    bound: Mapping[str, str] | None = None,
-    bound_placeholders: Mapping[str, str] | None = None,
-    direct: Mapping[object, object] | None = None,
     lifetimes: bool = True,
     tree: ast.Module | None = None,
 ) -> Proof:
@@ -57,11 +54,7 @@ def verify_text(
     Args:
         code: an emitted module, edited or not.
         split_gm: the stitching graph.
-        submod_names: what ``__vllm_submods__`` holds, by name; those submodules are opaque, all others are looked into.
-        consts: what ``__vllm_consts__`` holds.
-        bound: name in the text → path of the weight that it holds.
-        bound_placeholders: name of a placeholder → path of the weight that is held for it.
-        direct: operator → the callable that the text may call in its place.
+        linked: what the text's names stand for.
         lifetimes: also require that each value is deleted right after its last use.
         tree: ``code``, parsed.
 
@@ -72,16 +65,8 @@ def verify_text(
         tree = parse_text(code)
     check_grammar(code, tree)
     try:
-        text = trace_text(
-            code,
-            tree,
-            submod_names=submod_names,
-            consts=consts,
-            bound=dict(bound or {}),
-            lifetimes=lifetimes,
-        )
-        matcher = _Matcher(code, text, submod_names, direct or {})
-        matcher.match(split_gm, dict(bound_placeholders or {}))
+        text = trace_text(code, tree, linked, lifetimes=lifetimes)
+        _Matcher(code, text, linked).match(split_gm)
     except RecursionError as error:
         raise EmitError("functions of the text, or graphs, call each other too deeply") from error
     return Proof(events=len(text.events), statements=text.statements)
@@ -96,29 +81,23 @@ class _Scope(NamedTuple):
 class _Matcher:
     """Walks the graph and holds each node against the next event of the text."""
 
-    def __init__(
-        self,
-        code: str,
-        text: TextTrace,
-        submod_names: Collection[str],
-        direct: Mapping[object, object],
-    ) -> None:
+    def __init__(self, code: str, text: TextTrace, linked: Linkage) -> None:
         self.code = code
         self.text = text
-        self.submod_names = frozenset(submod_names)
-        self.direct = direct
+        self.submod_names = frozenset(linked.submod_names)
+        self.bound, self.direct = linked.bound_placeholders, linked.direct
         self.next = 0
         self.operands = Operands()
         # For unpacked events: what is recorded of their results in the graph, and a node that uses one as a whole.
         self.recorded: dict[Event, list[Sequence[object]]] = {}
         self.whole: dict[Event, torch.fx.Node] = {}
 
-    def match(self, split_gm: torch.fx.GraphModule, bound: Mapping[str, str]) -> None:
+    def match(self, split_gm: torch.fx.GraphModule) -> None:
         scope = _Scope(split_gm, "", {})
         passed: list[torch.fx.Node] = []
         for node in split_gm.graph.find_nodes(op="placeholder"):
-            if node.name in bound:
-                scope.values[node] = Bound(bound[node.name])
+            if node.name in self.bound:
+                scope.values[node] = Bound(self.bound[node.name])
             else:
                 scope.values[node] = Input(len(passed))
                 passed.append(node)

@@ -32,7 +32,7 @@ from piecework.codegen.replay.plan import (
     ReplaySource,
     Staged,
 )
-from piecework.codegen.stitch.source import StitchedSource
+from piecework.codegen.stitch.source import StitchedSource, linkage_of
 from piecework.errors import EmitError
 
 
@@ -95,16 +95,9 @@ class _Checker:
             if not (isinstance(known, Frozen) and same_constant(known.value, value)):
                 raise EmitError(f"the replay differs from the graph: {name} = {value!r} is nowhere")
         code = ast.unparse(ast.fix_missing_locations(ast.Module(body, type_ignores=[])))
-        proof = verify_text(
-            code,
-            split_gm,
-            submod_names=self.source.submod_names,
-            consts=self.replay.consts,
-            bound={row.name: row.path for row in self.source.module.bound},
-            bound_placeholders=self.source.options.bound,
-            direct=self.source.options.direct,
-            lifetimes=False,
-        )
+        source = self.source
+        linked = linkage_of(source.module, source.options, self.replay.consts)
+        proof = verify_text(code, split_gm, linked, lifetimes=False)
         return ReplayProof(proof, self.replays, self.operands, self.vouched)
 
     def _is_size(self, stmt: ast.stmt) -> bool:

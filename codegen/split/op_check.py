@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch._ops import OpOverload, OpOverloadPacket
+from torch._ops import OpOverload
 
-from piecework.codegen.graph.schemas import shows_nothing, writes_to
+from piecework.codegen.graph.schemas import overloads_of, shows_nothing, writes_to
 from piecework.codegen.split.splitting import SplittingOp
 from piecework.errors import SplitError
 
@@ -112,20 +112,18 @@ def _overload(op: SplittingOp) -> OpOverload:
         base, _, overload = rest.partition(".")
         packet = getattr(getattr(torch.ops, namespace, None), base, None) if base else None
         found = getattr(packet, overload, None) if overload else packet
-    if isinstance(found, OpOverloadPacket):
-        overloads = list(found.overloads())  # type: ignore[no-untyped-call]
-        if len(overloads) != 1:
-            raise SplitError(
-                f"operator {name!a} has several overloads",
-                hint=f"name one of them: {', '.join(overloads)}",
-            )
-        found = getattr(found, overloads[0])
-    if not isinstance(found, OpOverload):
+    overloads: tuple[OpOverload, ...] = overloads_of(found)
+    if not overloads:
         raise SplitError(
             f"there is no operator {name!a}",
             hint="register it first (piecework.splitting_op), and name it as 'ns::op'",
         )
-    return found
+    if len(overloads) > 1:
+        names = ", ".join(each._overloadname for each in overloads)
+        raise SplitError(
+            f"operator {name!a} has several overloads", hint=f"name one of them: {names}"
+        )
+    return overloads[0]
 
 
 def _has_fake(overload: OpOverload) -> bool:

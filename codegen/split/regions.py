@@ -150,7 +150,7 @@ def regions_in(graph: torch.fx.Graph) -> dict[torch.fx.Node, torch.fx.Node]:
         ):
             raise _unbalanced(kind, node, "is closed where it is not the last one opened")
         entered = stack.pop()[1]
-        if node.users or any(_defined_between(entered, each) for each in node.all_input_nodes):
+        if node.users or any(entered < each for each in node.all_input_nodes):
             raise _unbalanced(
                 kind, node, "is closed with a value that is made inside of it, or for its result"
             )
@@ -158,11 +158,6 @@ def regions_in(graph: torch.fx.Graph) -> dict[torch.fx.Node, torch.fx.Node]:
     if stack:
         raise _unbalanced(*stack[-1], "is opened and not closed")
     return found
-
-
-def _defined_between(entered: torch.fx.Node, node: torch.fx.Node) -> bool:
-    """True if ``node`` comes after ``entered``; it is then made inside the region."""
-    return entered < node
 
 
 def _unbalanced(kind: Kind, node: torch.fx.Node, what: str) -> UnsupportedNode:

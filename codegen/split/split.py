@@ -17,6 +17,7 @@ from torch.fx.graph import CodeGen
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from piecework.codegen.graph.origin import node_where, value_of
+from piecework.codegen.graph.schemas import overloads_of
 from piecework.codegen.graph.structure import attribute_of
 from piecework.codegen.split.blocks import block_starts
 from piecework.codegen.split.piece_sizes import Asserted, PieceSizes
@@ -101,7 +102,7 @@ def split_graph(
     starts: set[torch.fx.Node] = set()
     if blocks != "off" and not any(map(is_splitting, work.nodes)):
         named = None if isinstance(blocks, str) else blocks
-        starts = block_starts(graph, work, named, regions, _computes)
+        starts = block_starts(graph, work, named, regions, lambda node: not _is_idle(node))
     partitions = _merge_idle(_assign(work, is_splitting, regions, starts))
     for number, partition in enumerate(partitions):
         partition.number = number
@@ -142,7 +143,10 @@ def _assign(
             isinstance(producer, torch.fx.Node)
             and producer in home
             and len(node.all_input_nodes) == 1  # an index that is computed may not exist yet there
-            and (_picks_a_result(node, producer) or _WAIT in names_of(node))
+            and (
+                (node.target is operator.getitem and _returns_sequence(producer))
+                or _WAIT in names_of(node)
+            )
         ):
             partition = home[producer]
         else:
@@ -160,21 +164,13 @@ def _assign(
 _WAIT = "_c10d_functional::wait_tensor"
 
 
-def _picks_a_result(node: torch.fx.Node, producer: torch.fx.Node) -> bool:
-    return node.target is operator.getitem and _returns_sequence(producer)
-
-
 def _returns_sequence(node: torch.fx.Node) -> bool:
     """True if ``node`` yields a tuple or list, so that picking an element is not computation."""
     value = value_of(node)
     if value is not None:
         return isinstance(value, (tuple, list)) and not isinstance(value, torch.Size)
-    schema = getattr(node.target, "_schema", None)
-    if schema is None and isinstance(node.target, OpOverloadPacket):
-        first = node.target.overloads()[0]  # type: ignore[no-untyped-call]
-        schema = getattr(node.target, first)._schema
-    if schema is not None:
-        returns = schema.returns
+    for overload in overloads_of(node.target)[:1]:
+        returns = overload._schema.returns
         return len(returns) > 1 or (len(returns) == 1 and "List" in str(returns[0].type))
     return False
 
@@ -210,7 +206,8 @@ def _is_idle(node: torch.fx.Node) -> bool:
     owner = getattr(node.target, "__module__", None) or "torch"
     value = value_of(node)
     computes = isinstance(value, (int, torch.SymInt, torch.SymBool)) and owner in _PURE_MODULES
-    return computes and not _reads_data(node)
+    sources = map(value_of, node.all_input_nodes)
+    return computes and not any(isinstance(each, torch.Tensor) for each in sources)
 
 
 def allocates(node: torch.fx.Node) -> bool:
@@ -224,10 +221,6 @@ def allocates(node: torch.fx.Node) -> bool:
     if isinstance(target, (OpOverload, OpOverloadPacket)) or owner.partition(".")[0] == "torch":
         return getattr(target, "__name__", "").partition(".")[0] in _ALLOCATIONS
     return False
-
-
-def _computes(node: torch.fx.Node) -> bool:
-    return not _is_idle(node)
 
 
 def _is_view(node: torch.fx.Node) -> bool:
@@ -250,10 +243,6 @@ def _memory(value: object) -> set[StorageWeakRef] | None:
     if any(each.layout is not torch.strided for each in values):
         return None
     return {StorageWeakRef(each.untyped_storage()) for each in values}  # type: ignore[no-untyped-call]
-
-
-def _reads_data(node: torch.fx.Node) -> bool:
-    return any(isinstance(value_of(source), torch.Tensor) for source in node.all_input_nodes)
 
 
 def _merge_idle(partitions: Sequence[_Partition]) -> list[_Partition]:

@@ -13,6 +13,7 @@ import torch.fx
 from torch._ops import OpOverload, OpOverloadPacket
 
 from piecework.codegen.graph.origin import node_where
+from piecework.codegen.graph.schemas import overloads_of
 from piecework.codegen.graph.structure import attribute_of
 from piecework.errors import SplitError
 
@@ -84,13 +85,8 @@ def names_of(node: torch.fx.Node) -> set[str]:
     name = operator_name(target)
     if name is None:
         return set()
-    if isinstance(target, OpOverload):
-        return {name, f"{name}.{target._overloadname}"}
-    if isinstance(target, OpOverloadPacket):
-        # FX may call a packet; which overload runs is decided by its arguments.
-        overloads = list(target.overloads())  # type: ignore[no-untyped-call]
-        return {name, f"{name}.{overloads[0]}"} if len(overloads) == 1 else {name}
-    return set()
+    overloads = overloads_of(target)  # which one of several runs is decided by the arguments
+    return {name, f"{name}.{overloads[0]._overloadname}"} if len(overloads) == 1 else {name}
 
 
 def check_cuts(

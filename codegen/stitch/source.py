@@ -9,13 +9,14 @@ import ast
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch.fx
 
 from piecework.codegen.plan import ir
 from piecework.codegen.plan.check import check_ir
 from piecework.codegen.plan.render import const_rows, line_map, render, table_rows
+from piecework.codegen.proof.trace import Linkage
 from piecework.codegen.proof.verify import Proof, verify_text
 from piecework.codegen.stitch.lower import LowerOptions, lower
 from piecework.errors import EmitError
@@ -73,19 +74,9 @@ def _generate(split_gm: torch.fx.GraphModule, options: LowerOptions) -> Stitched
     module, consts = lower(split_gm, options)
     check_ir(module, len(consts))
     code = render_stitched(module)
-    bound = {row.name: row.path for row in module.bound}
     tree = ast.parse(code)
-    proof = verify_text(
-        code,
-        split_gm,
-        submod_names=module.submod_names,
-        consts=consts,
-        bound=bound,
-        bound_placeholders=options.bound,
-        direct=options.direct,
-        lifetimes=options.emit_del,
-        tree=tree,
-    )
+    linked = linkage_of(module, options, consts)
+    proof = verify_text(code, split_gm, linked, lifetimes=options.emit_del, tree=tree)
     return StitchedSource(
         code=code,
         submod_names=module.submod_names,
@@ -95,6 +86,12 @@ def _generate(split_gm: torch.fx.GraphModule, options: LowerOptions) -> Stitched
         options=options,
         proof=proof,
     )
+
+
+def linkage_of(module: ir.Module, options: LowerOptions, consts: Sequence[object]) -> Linkage:
+    """What the names of a stitching plan's text stand for."""
+    bound = {row.name: row.path for row in module.bound}
+    return Linkage(module.submod_names, consts, bound, options.bound, options.direct)
 
 
 def render_stitched(module: ir.Module) -> str:
@@ -160,22 +157,20 @@ def verify(
         )
     if isinstance(source, str):
         options = options or LowerOptions()
-        code, names, values = source, tuple(submod_names or ()), tuple(consts or ())
-        bound = dict(options.bound)
+        code = source
+        linked = Linkage((), (), options.bound, options.bound, options.direct)
     else:
         options = options or source.options
         code = source.code
-        names = source.submod_names if submod_names is None else tuple(submod_names)
-        values = source.consts if consts is None else tuple(consts)
-        bound = {row.name: row.path for row in source.module.bound}
+        linked = linkage_of(source.module, options, source.consts)
+    if submod_names is not None:
+        linked = replace(linked, submod_names=tuple(submod_names))
+    if consts is not None:
+        linked = replace(linked, consts=tuple(consts))
     return verify_text(
         code if edited is None else edited,
         split_gm,
-        submod_names=names,
-        consts=values,
-        bound=bound,
-        bound_placeholders=options.bound,
-        direct=options.direct,
+        linked,
         lifetimes=options.emit_del and edited is None,
     )
 

@@ -139,12 +139,8 @@ def _key(fact: Fact) -> tuple[object, ...]:
         fact.about,
         other,
         fact.of_call,
-        tuple(map(_step, fact.place.path())),
+        tuple((place.kind, repr(place.key)) for place in fact.place.path()),
     )
-
-
-def _step(place: Place) -> tuple[str, str]:
-    return place.kind, repr(place.key)
 
 
 def _saved(fact: Fact) -> SavedFact:

@@ -19,7 +19,12 @@ from typing import Any, Protocol
 
 from piecework.errors import ArtifactError, ConfigError
 from piecework.runtime.cache.atomic import directory_in_place
-from piecework.runtime.cache.safety import UnsafeFile, read_regular
+from piecework.runtime.cache.safety import (
+    UnsafeFile,
+    is_trusted_owner,
+    others_can_write,
+    read_regular,
+)
 
 Place = str | os.PathLike[str]
 Read = Callable[[str, int], bytes]
@@ -178,15 +183,13 @@ def write_file(path: Path, data: bytes) -> None:
 def _require_safe(path: Path) -> None:
     """Refuse a directory that others than its owner can write, or that belongs to neither us nor root."""
     info = os.stat(path)
-    if not hasattr(os, "geteuid"):
-        return
-    if info.st_uid not in (0, os.geteuid()):
+    if not is_trusted_owner(info.st_uid):
         raise ArtifactError(
             f"the artifact belongs to another user (uid {info.st_uid}), and its code would run",
             where=str(path),
             hint="copy it as your own, if you trust it",
         )
-    if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if others_can_write(info):
         raise ArtifactError(
             f"others can write into the artifact (mode {stat.S_IMODE(info.st_mode):04o}), and its code would run",
             where=str(path),

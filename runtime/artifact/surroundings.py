@@ -18,6 +18,7 @@ import torch
 import torch.fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
+from piecework.codegen.graph.schemas import every_node, overloads_of
 from piecework.codegen.graph.structure import Structure
 from piecework.codegen.graph.targets import function_path
 from piecework.errors import ArtifactError, Unidentifiable
@@ -240,24 +241,16 @@ def operators(graphs: Iterable[torch.fx.GraphModule]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for graph in graphs:
-        for node in (n for m in graph.modules() for n in _nodes(m) if n.op == "call_function"):
+        for node in (each for each in every_node(graph) if each.op == "call_function"):
             for op in _overloads(node.target):
                 if not torch_compat.is_torch_operator(op):
                     found[str(op)] = _identity(op)
     return found
 
 
-def _nodes(module: torch.nn.Module) -> list[torch.fx.Node]:
-    return list(module.graph.nodes) if isinstance(module, torch.fx.GraphModule) else []
-
-
 def _overloads(target: object) -> tuple[OpOverload, ...]:
-    if isinstance(target, OpOverload):
-        return (target,)
-    if isinstance(target, OpOverloadPacket):
-        return tuple(getattr(target, name) for name in target.overloads())
-    if isinstance(target, HigherOrderOperator):
-        return ()
+    if isinstance(target, (OpOverload, OpOverloadPacket, HigherOrderOperator)):
+        return overloads_of(target)
     path = function_path(target)
     if path is None or not (path.module in (None, "operator", "math") or path.root == "torch"):
         raise ArtifactError(

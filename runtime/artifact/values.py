@@ -21,21 +21,14 @@ from piecework.errors import ArtifactError
 
 #: Modules whose dataclasses are plans: frozen, without behaviour.
 _OURS = (
-    "piecework.codegen.plan.ir",
-    "piecework.codegen.entry.checks",
-    "piecework.codegen.entry.plan",
-    "piecework.codegen.proof.verify",
-    "piecework.runtime.artifact.",
-    "piecework.runtime.batch.ranges",
-    "piecework.runtime.bind.facts",
-    "piecework.runtime.call.argument_memory",
-    "piecework.runtime.pieces.program",
-    "piecework.runtime.pieces.ranks",
-    "piecework.runtime.pieces.report",
-    "piecework.runtime.passes.manager",
-    "piecework.runtime.torch_compat.trace.guards",
-    "piecework.runtime.trace.inputs",
-    "piecework.runtime.trace.results",
+    *("piecework.codegen.plan.ir", "piecework.codegen.entry.checks"),
+    *("piecework.codegen.entry.plan", "piecework.codegen.proof.verify"),
+    *("piecework.runtime.artifact.", "piecework.runtime.batch.ranges"),
+    *("piecework.runtime.bind.facts", "piecework.runtime.call.argument_memory"),
+    *("piecework.runtime.pieces.program", "piecework.runtime.pieces.ranks"),
+    *("piecework.runtime.pieces.report", "piecework.runtime.passes.manager"),
+    *("piecework.runtime.torch_compat.trace.guards", "piecework.runtime.trace.inputs"),
+    *("piecework.runtime.trace.results",),
 )
 _TORCHS = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
 # Containers, whose parts are asked in turn; a partial function is one of a function and arguments.

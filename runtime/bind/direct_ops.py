@@ -37,7 +37,7 @@ class DirectOps:
     implementations: dict[object, Implementation] = field(default_factory=dict)
     calls: dict[object, str] = field(default_factory=dict)
     _rows: list[_Row] = field(default_factory=list)
-    _kernels: Sized = field(default_factory=lambda: torch_compat.registered_kernels() or ())
+    _kernels: Sized = field(default_factory=torch_compat.registered_kernels)
     _count: int = 0
 
     @classmethod

@@ -94,7 +94,11 @@ def _collect(
             leftovers |= _sweep_entry(real, identity, dry_run)
     leftovers |= _sweep_aside(real, now, max_age_s, dry_run)
     kept = [entry for entry in entries if entry not in removed]
-    inside = sum(size for path, size in leftovers.items() if not _is_aside(real, path))
+    inside = sum(
+        size
+        for path, size in leftovers.items()
+        if not path.relative_to(real).parts[0].startswith(".")
+    )
     return CollectionReport(
         removed=tuple(str(entry.identity) for entry in removed),
         busy=tuple(str(entry.identity) for entry in busy),
@@ -193,7 +197,3 @@ def _unlink(path: Path, size: int, dry_run: bool) -> dict[Path, int]:
         except OSError:
             return {}
     return {path: size}
-
-
-def _is_aside(real: Path, path: Path) -> bool:
-    return path.relative_to(real).parts[0].startswith(".")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from piecework.errors import CacheError
@@ -181,15 +181,12 @@ def content_key(*parts: str | bytes) -> str:
     Parts never run together: ``content_key("ab", "c") != content_key("a", "bc")``.
     """
     digest = hashlib.sha256()
-    for part in _as_bytes(parts):
-        digest.update(len(part).to_bytes(8, "big"))
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def _as_bytes(parts: Iterable[str | bytes]) -> Iterable[bytes]:
     for part in parts:
-        yield b"s" + part.encode("utf-8", "surrogatepass") if isinstance(part, str) else b"b" + part
+        is_text = isinstance(part, str)
+        data = b"s" + part.encode("utf-8", "surrogatepass") if is_text else b"b" + part
+        digest.update(len(data).to_bytes(8, "big"))
+        digest.update(data)
+    return digest.hexdigest()
 
 
 def _short(value: str | None) -> str:

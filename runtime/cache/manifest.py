@@ -115,7 +115,9 @@ def decode_manifest(
     if not _same(value.get("sha256"), seals["sha256"]):
         raise _bad("its checksum does not match")
     signature = value.get("hmac")
-    if check_signature and not _same_seal(signature, seals["hmac"]):
+    expected = seals["hmac"]
+    sealed = signature is None if expected is None else _same(signature, expected)
+    if check_signature and not sealed:
         raise _bad("its signature does not match the key")
     if body.get("format") != FORMAT:
         raise _bad("unknown format")
@@ -159,10 +161,6 @@ def _same(found: object, expected: str | None) -> bool:
         and expected is not None
         and hmac.compare_digest(found, expected)
     )
-
-
-def _same_seal(found: object, expected: str | None) -> bool:
-    return found is None if expected is None else _same(found, expected)
 
 
 def _files(value: object) -> dict[str, tuple[str | None, ...]]:

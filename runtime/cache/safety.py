@@ -16,6 +16,7 @@ from piecework.errors import CacheError
 DIRECTORY_MODE = 0o700
 FILE_MODE = 0o600
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+_CHOOSE = "choose a directory of your own with PIECEWORK_CACHE_DIR"
 _READ_FLAGS = (
     os.O_RDONLY
     | getattr(os, "O_NOFOLLOW", 0)
@@ -100,9 +101,8 @@ def resolve_root(root: str | os.PathLike[str]) -> Path:
 
 def check_directory(path: Path) -> bool:
     """Return whether `path` exists; raise `CacheError` unless it is a real directory that only we can write."""
-    try:
-        info = os.lstat(path)
-    except FileNotFoundError:
+    info = _stat(path)
+    if info is None:
         return False
     if stat.S_ISLNK(info.st_mode):
         raise CacheError(
@@ -114,13 +114,13 @@ def check_directory(path: Path) -> bool:
         raise CacheError(
             "the cache needs a directory here", where=str(path), hint="remove the file"
         )
-    if not _is_trusted_owner(info.st_uid):
+    if not is_trusted_owner(info.st_uid):
         raise CacheError(
             f"the cache directory belongs to another user (uid {info.st_uid})",
             where=str(path),
-            hint="choose a directory of your own with PIECEWORK_CACHE_DIR",
+            hint=_CHOOSE,
         )
-    if _has_posix_owners() and info.st_mode & _WRITABLE_BY_OTHERS:
+    if others_can_write(info):
         raise CacheError(
             f"others can write into the cache directory (mode {stat.S_IMODE(info.st_mode):04o}), "
             "and what lies in it is executed",
@@ -178,39 +178,31 @@ def read_regular(path: Path, limit: int) -> bytes:
 def _check_regular(info: os.stat_result, limit: int) -> None:
     if not stat.S_ISREG(info.st_mode):
         raise UnsafeFile("it is not a plain file")
-    if not _is_trusted_owner(info.st_uid):
+    if not is_trusted_owner(info.st_uid):
         raise UnsafeFile(f"it belongs to another user (uid {info.st_uid})")
-    if _has_posix_owners() and info.st_mode & _WRITABLE_BY_OTHERS:
+    if others_can_write(info):
         raise UnsafeFile(f"others can write it (mode {stat.S_IMODE(info.st_mode):04o})")
     if info.st_size > limit:
         raise UnsafeFile(f"it is too large ({info.st_size} bytes, at most {limit})")
 
 
 def _check_link_owner(path: Path) -> None:
-    try:
-        info = os.lstat(path)
-    except FileNotFoundError:
-        return
-    if stat.S_ISLNK(info.st_mode) and not _is_trusted_owner(info.st_uid):
+    info = _stat(path)
+    if info is not None and stat.S_ISLNK(info.st_mode) and not is_trusted_owner(info.st_uid):
         raise CacheError(
             f"the way to the cache directory goes over another user's link (uid {info.st_uid})",
             where=str(path),
-            hint="choose a directory of your own with PIECEWORK_CACHE_DIR",
+            hint=_CHOOSE,
         )
 
 
 def _check_parent(path: Path) -> None:
     """Refuse a parent in which somebody else could exchange the cache directory for another."""
-    try:
-        info = os.lstat(path)
-    except FileNotFoundError:
+    info = _stat(path)
+    if info is None or not _has_posix_owners():
         return
-    if not _has_posix_owners():
-        return
-    hint = (
-        "choose a directory of your own with PIECEWORK_CACHE_DIR, or set PIECEWORK_DISABLE_CACHE=1"
-    )
-    if not _is_trusted_owner(info.st_uid):
+    hint = f"{_CHOOSE}, or set PIECEWORK_DISABLE_CACHE=1"
+    if not is_trusted_owner(info.st_uid):
         raise CacheError(
             f"the cache lies in a directory of another user (uid {info.st_uid})",
             where=str(path),
@@ -227,11 +219,23 @@ def _check_parent(path: Path) -> None:
         )
 
 
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return os.lstat(path)
+    except FileNotFoundError:
+        return None
+
+
 def _has_posix_owners() -> bool:
     return hasattr(os, "geteuid")
 
 
-def _is_trusted_owner(uid: int) -> bool:
+def others_can_write(info: os.stat_result) -> bool:
+    """Whether somebody else than the owner may write there; never where the system does not say."""
+    return _has_posix_owners() and bool(info.st_mode & _WRITABLE_BY_OTHERS)
+
+
+def is_trusted_owner(uid: int) -> bool:
     """Root can write anywhere, so that files of root are no worse than our own."""
     return not _has_posix_owners() or uid in (0, os.geteuid())
 

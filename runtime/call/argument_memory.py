@@ -110,7 +110,11 @@ class ArgumentMemory:
                     if tensor is now:
                         return _one_object(each.label, path)
             if each.apart and spans.reached_by(tensor):
-                number = next(n for n in each.apart if _reaches(weights.tensors[n], tensor))
+                number = next(
+                    n
+                    for n in each.apart
+                    if not torch_compat.memory_apart(weights.tensors[n], tensor)
+                )
                 return _shared(each, weights.traced[number].path)
         return None
 
@@ -218,7 +222,3 @@ class _Spans:
         start, end = torch_compat.memory_span(tensor)
         before = bisect_left(self._starts, end)
         return start < end and before > 0 and self._ends[before - 1] > start
-
-
-def _reaches(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return not torch_compat.memory_apart(one, other)

@@ -223,10 +223,10 @@ class Entry:
 
     def _probes(self) -> dict[str, object]:
         return {
-            "autocast_enabled": torch_compat.autocast_probe(),
-            "dispatch_modes": torch_compat.dispatch_mode_probe(),
-            "function_modes": torch_compat.function_mode_probe(),
-            "transforms": torch_compat.transform_probe(),
+            "autocast_enabled": torch_compat.autocast_enabled,
+            "dispatch_modes": torch_compat.dispatch_modes,
+            "function_modes": torch_compat.function_modes,
+            "transforms": torch_compat.transforms,
             "same_kernels": self._program.direct_ops.unchanged,
         }
 
@@ -298,7 +298,7 @@ class Entry:
         Raises:
             InputError: a ``torch.func`` transform is active, or autocast is not as it was in the trace.
         """
-        if torch_compat.transform_probe()():
+        if torch_compat.transforms():
             raise self._outdated(
                 InputError(
                     "a torch.func transform or forward-mode differentiation is active, which compiled pieces know nothing about",
@@ -332,7 +332,7 @@ class Entry:
         return careful(*args, **kwargs)
 
     def _why_careful(self, autocast: object) -> str:
-        if torch_compat.dispatch_mode_probe()():
+        if torch_compat.dispatch_modes():
             return "a torch dispatch mode is active"
         if not self._program.direct_ops.unchanged():
             return "an operator was given another kernel"
@@ -341,7 +341,7 @@ class Entry:
     def _only_a_default_device(self, autocast: object) -> bool:
         return (
             not autocast
-            and not torch_compat.dispatch_mode_probe()()
+            and not torch_compat.dispatch_modes()
             and self._program.direct_ops.unchanged()
             and torch_compat.only_default_device_modes()
         )
@@ -351,7 +351,7 @@ class Entry:
 
         A default device is one for tensors that are made: where the trace had none, they are made on the CPU.
         """
-        if torch_compat.dispatch_mode_probe()():
+        if torch_compat.dispatch_modes():
             return True
         if not torch_compat.only_default_device_modes():
             return True
@@ -370,7 +370,7 @@ class Entry:
         if now.beside is not None:
             function = now.beside(function)
         apart = replace(now, counter=count())  # `careful_calls` counts these
-        return self._execute({**_IDLE, "same_kernels": _always}, apart, function, submods_for)
+        return self._execute({**_IDLE, "same_kernels": lambda: True}, apart, function, submods_for)
 
 
 #: For texts that are reached after the stance was looked at.
@@ -379,10 +379,6 @@ _ONE_STANCE = SimpleNamespace(_stance=None)
 
 def _never() -> bool:
     return False
-
-
-def _always() -> bool:
-    return True
 
 
 _IDLE = {

@@ -163,7 +163,10 @@ class _Search:
             case checks.ItemIs(leaf, value):
                 yield from self._item(leaf, value, self._tensor(leaf).item())
             case checks.IsInteger(leaf):
-                yield from _integer(*self.leaves[leaf])
+                label, given = self.leaves[leaf]
+                if type(given) is not int:
+                    now = type(given).__qualname__
+                    yield InputError(f"argument {label} must be an int, not a {now}")
             case checks.IntegerIs(leaf, size):
                 given = self.leaves[leaf][1]
                 yield from self._number(f"is {given}", (leaf, None), size, given)  # type: ignore[arg-type]
@@ -366,11 +369,6 @@ def _lazy(
             f"argument {label} is a lazily negated or conjugated view",
             hint=f"pass {label}.resolve_neg() or {label}.resolve_conj()",
         )
-
-
-def _integer(label: str, value: object) -> Iterator[InputError]:
-    if type(value) is not int:
-        yield InputError(f"argument {label} must be an int, not a {type(value).__qualname__}")
 
 
 def _python_value(check: checks.ValueIs, label: str, value: object) -> Iterator[InputError]:

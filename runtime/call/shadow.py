@@ -14,7 +14,7 @@ import torch
 import torch.fx
 
 from piecework.codegen.graph.origin import node_where, value_of
-from piecework.codegen.graph.schemas import shows_nothing
+from piecework.codegen.graph.schemas import every_node, shows_nothing
 from piecework.codegen.split.splitting import SplittingOps
 from piecework.errors import BindError, ConfigError
 from piecework.runtime import torch_compat
@@ -237,7 +237,7 @@ class _Facts:
 
     @classmethod
     def of(cls, graph: torch.fx.GraphModule, splitting_ops: SplittingOps) -> _Facts:
-        nodes = [node for each in _graphs(graph) for node in each.graph.nodes]
+        nodes = list(every_node(graph))
         values = map(value_of, nodes)
         dtypes = frozenset(value.dtype for value in values if isinstance(value, torch.Tensor))
         why = next(filter(None, (_why_once(node, splitting_ops) for node in nodes)), "")
@@ -302,10 +302,6 @@ class _Reference:
         self, what: str, how: str, error: float, allowed: float, found: Shadow
     ) -> PieceDifference:
         return PieceDifference(self._name, self._modules, what, how, error, allowed, found.calls)
-
-
-def _graphs(graph: torch.fx.GraphModule) -> list[torch.fx.GraphModule]:
-    return [each for each in graph.modules() if isinstance(each, torch.fx.GraphModule)]
 
 
 def _why_once(node: torch.fx.Node, splitting_ops: SplittingOps) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from piecework.errors import ConfigError
-from piecework.runtime import torch_compat
 from piecework.runtime.compilers.dynamo_backend import DynamoBackendAdaptor
 from piecework.runtime.compilers.eager import EagerAdaptor
 from piecework.runtime.compilers.inductor import InductorAdaptor, InductorStandaloneAdaptor
@@ -26,7 +25,7 @@ __all__ = [
 def make_compiler(config: CompilationConfig) -> CompilerInterface:
     """The compiler that ``config.backend`` names.
 
-    ``inductor`` (through ``compile_fx`` where torch makes no standalone artifacts), ``inductor_compile_fx``, ``eager``,
+    ``inductor``, ``inductor_compile_fx``, ``eager``,
     or ``module:Class`` / ``module.Class``, which is called without arguments. In mode ``DYNAMO_TRACE_ONCE`` also the name
     of any backend that torch knows, or the qualified name of one.
 
@@ -35,9 +34,9 @@ def make_compiler(config: CompilationConfig) -> CompilerInterface:
             that it does not know.
     """
     match config.backend:
-        case "inductor" if torch_compat.has_standalone_compile():
+        case "inductor":
             return InductorStandaloneAdaptor(config)
-        case "inductor" | "inductor_compile_fx":
+        case "inductor_compile_fx":
             return InductorAdaptor(config)
         case "eager":
             return EagerAdaptor()

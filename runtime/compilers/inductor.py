@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.fx
 
 from piecework.codegen.graph.origin import value_of
-from piecework.errors import CaptureError, ConfigError, Unidentifiable
+from piecework.errors import CaptureError, Unidentifiable
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.writes import written_aliases
 from piecework.runtime.batch.ranges import Range
@@ -55,7 +55,7 @@ class _Inductor:
     def __init__(self, config: CompilationConfig | None = None) -> None:
         self.options = InductorOptions(config or CompilationConfig())
         self.wrap_partition: PartitionWrapper | None = None
-        if self.options.config.use_inductor_graph_partition and _can_wrap():
+        if self.options.config.use_inductor_graph_partition:
             self.wrap_partition = wrap_partition
 
     @property
@@ -102,24 +102,11 @@ class _Inductor:
         sizes = torch_compat.sizes_text(env), torch_compat.hints_text(env)
         return text_of([*sizes, operators, settings])
 
-    @contextmanager
-    def partitions_wrapped(self) -> Iterator[None]:
-        """While active, partitions of compiled and of loaded code are wrapped; what was set before comes back.
-
-        Raises:
-            ConfigError: this torch can't wrap partitions.
-        """
+    def partitions_wrapped(self) -> AbstractContextManager[None]:
+        """While active, partitions of compiled and of loaded code are wrapped; what was set before comes back."""
         if self.wrap_partition is None:
-            yield
-            return
-        with torch_compat.partition_wrapper(self.wrap_partition) as possible:
-            if not possible:
-                raise ConfigError(
-                    "this torch can't wrap the partitions of Inductor",
-                    where="use_inductor_graph_partition",
-                    hint="leave it out; the graph is cut before Inductor then",
-                )
-            yield
+            return nullcontext()
+        return torch_compat.partition_wrapper(self.wrap_partition)
 
     def realign(self, compiled: Callable[..., object]) -> None:
         """Where partitions are wrapped, do what Inductor then leaves undone: inputs at odd addresses are copied."""
@@ -128,11 +115,6 @@ class _Inductor:
 
 
 PartitionWrapper = Callable[[Callable[..., object], int, int], Callable[..., object]]
-
-
-def _can_wrap() -> bool:
-    with torch_compat.partition_wrapper(None) as possible:
-        return possible
 
 
 class InductorStandaloneAdaptor(_Inductor):
@@ -188,9 +170,9 @@ _DIRECT, _PUBLIC = b"direct\n", b"public\n"
 
 
 class InductorAdaptor(_Inductor):
-    """Compiles through ``torch._inductor.compile_fx``, for a torch without standalone artifacts; nothing can be kept.
+    """Compiles through ``torch._inductor.compile_fx``, as the other one does; nothing can be kept.
 
-    Compiles as the other one does. It needs the tracing context of the capture, as a Dynamo backend has it.
+    It needs the tracing context of the capture, as a Dynamo backend has it.
     """
 
     name = "inductor_compile_fx"

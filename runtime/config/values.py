@@ -83,10 +83,6 @@ def _custom_ops(rules: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(rules))
 
 
-def _options(value: Mapping[str, Any]) -> FrozenMap:
-    return FrozenMap(value)
-
-
 def _passes(value: Mapping[str, Any]) -> FrozenMap:
     faults = [
         f"{name!r} must be a callable or a qualified name, not {each!r}"
@@ -141,7 +137,7 @@ OpName = Annotated[
 ]
 OpNames = Annotated[tuple[OpName, ...], BeforeValidator(_as_list)]
 CustomOps = Annotated[tuple[str, ...], BeforeValidator(_as_list), AfterValidator(_custom_ops)]
-Options = Annotated[Mapping[str, Any], AfterValidator(_options), PlainSerializer(thaw)]
+Options = Annotated[Mapping[str, Any], AfterValidator(FrozenMap), PlainSerializer(thaw)]
 Passes = Annotated[
     Mapping[str, Any],
     AfterValidator(_passes),

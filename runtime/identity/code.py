@@ -104,54 +104,19 @@ def _members(reader: Reader, kind: type) -> list[Any]:
 # What Python itself puts into a class: derived from the rest, or read on its own.
 _DERIVED = frozenset(
     {
-        "__dict__",
-        "__weakref__",
-        "__module__",
-        "__qualname__",
-        "__annotations__",
-        "__abstractmethods__",
-        "_abc_impl",
-    }
-    | {
-        "__orig_bases__",
-        "__parameters__",
-        "__static_attributes__",
-        "__firstlineno__",
-        "__annotate__",
-    }
-    | {
-        "__annotate_func__",
-        "__annotations_cache__",
-        "__dataclass_params__",
-        "__subclasshook__",
-        "__hash__",
+        *("__dict__", "__weakref__", "__module__", "__qualname__", "__annotations__"),
+        *("__abstractmethods__", "_abc_impl", "__orig_bases__", "__parameters__"),
+        *("__static_attributes__", "__firstlineno__", "__annotate__", "__annotate_func__"),
+        *("__annotations_cache__", "__dataclass_params__", "__subclasshook__", "__hash__"),
     }
 )
 _OF_ENUM = frozenset(
     {
-        "_member_map_",
-        "_member_names_",
-        "_value2member_map_",
-        "_member_type_",
-        "_value_repr_",
-        "_use_args_",
+        *("_member_map_", "_member_names_", "_value2member_map_", "_member_type_", "_value_repr_"),
+        *("_use_args_", "_new_member_", "_unhashable_values_", "_unhashable_values_map_"),
+        *("_hashable_values_", "__new__", "__new_member__", "_generate_next_value_", "_boundary_"),
+        *("_flag_mask_", "_all_bits_", "_singles_mask_", "_inverted_", "__reduce_ex__"),
     }
-    | {
-        "_new_member_",
-        "_unhashable_values_",
-        "_unhashable_values_map_",
-        "_hashable_values_",
-        "__new__",
-    }
-    | {
-        "__new_member__",
-        "_generate_next_value_",
-        "_boundary_",
-        "_flag_mask_",
-        "_all_bits_",
-        "_singles_mask_",
-    }
-    | {"_inverted_", "__reduce_ex__"}
 )
 
 

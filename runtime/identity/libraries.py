@@ -23,63 +23,14 @@ from piecework.code_objects import HEAP_TYPE
 # read as it is, so that a function of `os` or `random` shows that it looks at something outside.
 _PYTHON = frozenset(
     [
-        "__future__",
-        "_abc",
-        "_bisect",
-        "_collections",
-        "_collections_abc",
-        "_functools",
-        "_heapq",
-        "_json",
-        "_operator",
-        "_sre",
-        "_struct",
-        "_thread",
-        "_warnings",
-        "_weakref",
-        "_weakrefset",
-        "abc",
-        "array",
-        "base64",
-        "bisect",
-        "builtins",
-        "cmath",
-        "collections",
-        "colorsys",
-        "contextlib",
-        "copy",
-        "dataclasses",
-        "decimal",
-        "difflib",
-        "enum",
-        "fractions",
-        "functools",
-        "graphlib",
-        "hashlib",
-        "heapq",
-        "html",
-        "itertools",
-        "json",
-        "keyword",
-        "logging",
-        "math",
-        "numbers",
-        "operator",
-        "pprint",
-        "re",
-        "reprlib",
-        "statistics",
-        "string",
-        "struct",
-        "textwrap",
-        "time",
-        "token",
-        "traceback",
-        "types",
-        "typing",
-        "unicodedata",
-        "warnings",
-        "weakref",
+        *("__future__", "_abc", "_bisect", "_collections", "_collections_abc", "_functools"),
+        *("_heapq", "_json", "_operator", "_sre", "_struct", "_thread", "_warnings"),
+        *("_weakref", "_weakrefset", "abc", "array", "base64", "bisect", "builtins", "cmath"),
+        *("collections", "colorsys", "contextlib", "copy", "dataclasses", "decimal", "difflib"),
+        *("enum", "fractions", "functools", "graphlib", "hashlib", "heapq", "html"),
+        *("itertools", "json", "keyword", "logging", "math", "numbers", "operator", "pprint"),
+        *("re", "reprlib", "statistics", "string", "struct", "textwrap", "time", "token"),
+        *("traceback", "types", "typing", "unicodedata", "warnings", "weakref"),
     ]
 )
 # Built-in functions that run text, or read what is outside of the program.
@@ -145,16 +96,12 @@ class Libraries:
         if kind.__module__.startswith(("piecework.", "collections.abc")):
             return True
         if self.library_of(kind.__module__) is not None:
-            return kind in _ABSTRACT or _is_named_tuple(kind)
+            return kind in _ABSTRACT or (kind.__bases__ == (tuple,) and hasattr(kind, "_fields"))
         module = sys.modules.get(kind.__module__)
         file = getattr(module, "__file__", None)
         compiled = isinstance(file, str) and not file.endswith((".py", ".pyc"))
         known_to_python = kind.__module__.partition(".")[0] in sys.stdlib_module_names
         return bool(kind.__flags__ & HEAP_TYPE) and not compiled and not known_to_python
-
-
-def _is_named_tuple(kind: type) -> bool:
-    return kind.__bases__ == (tuple,) and hasattr(kind, "_fields")
 
 
 def _library(module: str) -> str | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
+from piecework.codegen.graph.schemas import overloads_of
 from piecework.runtime import torch_compat
 
 if TYPE_CHECKING:
@@ -31,8 +32,7 @@ def read_operator(reader: Reader, op: object) -> Any:
             raise reader.unknown(f"higher-order operator {op.name()} has no stable form")
         return {"higher order": op.name()}
     if isinstance(op, OpOverloadPacket):
-        overloads = [getattr(op, name) for name in op.overloads()]
-        return {"packet": [read_operator(reader, each) for each in overloads]}
+        return {"packet": [read_operator(reader, each) for each in overloads_of(op)]}
     assert isinstance(op, OpOverload)
     name = f"{op._schema.name}.{op._overloadname}"
     if torch_compat.is_torch_operator(op):

@@ -6,13 +6,12 @@ compiled, nothing in the graph tells one body from another.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.fx
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch._ops import HigherOrderOperator
 
 from piecework.codegen.graph.origin import value_of
+from piecework.codegen.graph.schemas import every_node, overloads_of
 from piecework.errors import Unidentifiable
 from piecework.runtime import torch_compat
 from piecework.runtime.identity.values import digest_of
@@ -21,19 +20,9 @@ from piecework.runtime.identity.values import digest_of
 # as those for Triton kernels do.
 SELF_CONTAINED = frozenset(
     {
-        "associative_scan",
-        "auto_functionalized",
-        "auto_functionalized_v2",
-        "cond",
-        "flex_attention",
-        "invoke_subgraph",
-        "map_impl",
-        "out_dtype",
-        "scan",
-        "while_loop",
-        "wrap",
-        "wrap_with_autocast",
-        "wrap_with_set_grad_enabled",
+        *("associative_scan", "auto_functionalized", "auto_functionalized_v2", "cond"),
+        *("flex_attention", "invoke_subgraph", "map_impl", "out_dtype", "scan", "while_loop"),
+        *("wrap", "wrap_with_autocast", "wrap_with_set_grad_enabled"),
     }
 )
 
@@ -50,17 +39,13 @@ def operator_facts(graph: torch.fx.GraphModule) -> tuple[str, str]:
         this process only, "" if it does not.
     """
     lines: list[str] = []
-    for node in _calls(graph):
-        match node.target:
-            case HigherOrderOperator() as op if op.name() not in SELF_CONTAINED:
-                return "", f"{op.name()} may depend on this process"
-            case OpOverload() as op:
-                overloads = (op,)
-            case OpOverloadPacket() as packet:
-                overloads = tuple(getattr(packet, name) for name in packet.overloads())
-            case _:
-                continue
-        for op in overloads:
+    for node in every_node(graph):
+        if (
+            isinstance(node.target, HigherOrderOperator)
+            and node.target.name() not in SELF_CONTAINED
+        ):
+            return "", f"{node.target.name()} may depend on this process"
+        for op in overloads_of(node.target):
             if torch_compat.is_torch_operator(op):
                 continue
             if not torch_compat.is_opaque_to_inductor(op):
@@ -71,12 +56,6 @@ def operator_facts(graph: torch.fx.GraphModule) -> tuple[str, str]:
                 return "", error.message
             lines.append(f"{op} {op._schema} {identity} -> {_results(node)}")
     return "\n".join(lines), ""
-
-
-def _calls(graph: torch.fx.GraphModule) -> Iterator[torch.fx.Node]:
-    for module in graph.modules():
-        if isinstance(module, torch.fx.GraphModule):
-            yield from (node for node in module.graph.nodes if node.op == "call_function")
 
 
 def _results(node: torch.fx.Node) -> str:

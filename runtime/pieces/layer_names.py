@@ -16,9 +16,10 @@ from functools import cache
 
 import torch
 import torch.fx
-from torch._ops import OpOverload, OpOverloadPacket
+from torch._ops import OpOverload
 
 from piecework.codegen.graph.origin import value_of
+from piecework.codegen.graph.schemas import overloads_of
 from piecework.codegen.graph.structure import input_signature, structure_of
 from piecework.codegen.split.split import SplitItem
 from piecework.runtime import torch_compat
@@ -104,10 +105,8 @@ def _overload(node: torch.fx.Node) -> OpOverload | None:
     op = node.target
     if node.op != "call_function":
         return None
-    if isinstance(op, OpOverloadPacket):
-        overloads = op.overloads()  # type: ignore[no-untyped-call]
-        op = getattr(op, overloads[0]) if len(overloads) == 1 else None
-    if not isinstance(op, OpOverload) or not torch_compat.is_opaque_to_inductor(op):
+    overloads = overloads_of(op)
+    if len(overloads) != 1 or not torch_compat.is_opaque_to_inductor(op := overloads[0]):
         return None
     aliases = any(each.alias_info is not None for each in op._schema.returns)
     return None if aliases or op.namespace == _NAMESPACE else op

@@ -16,6 +16,7 @@ import torch.fx
 
 from piecework.codegen import SplitItem, StitchedSource, generate_source
 from piecework.codegen.graph.origin import SymbolNames, origin_of_piece
+from piecework.codegen.graph.schemas import every_node
 from piecework.codegen.stitch.bind import compile_execution_fn
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range, RangeTable
@@ -206,9 +207,7 @@ class Program:
             node.op == "call_function"
             and torch_compat.makes_tensors_where_told(node.target)
             and node.kwargs.get("device") is None
-            for graph in self.split_gm.modules()
-            if isinstance(graph, torch.fx.GraphModule)
-            for node in graph.graph.nodes
+            for node in every_node(self.split_gm)
         )
 
     def submods_for(self, batch: int) -> list[Callable[..., object]]:

@@ -182,18 +182,8 @@ class Alike:
 
 _TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _FACTS = (
-    "dtype",
-    "layout",
-    "device",
-    "shape",
-    "strides",
-    "storage offset",
-    "requires_grad",
-    "place in autograd",
-    "gradient",
-    "inference mode",
-    "lazy conjugation",
-    "lazy negation",
+    *("dtype", "layout", "device", "shape", "strides", "storage offset", "requires_grad"),
+    *("place in autograd", "gradient", "inference mode", "lazy conjugation", "lazy negation"),
 )
 
 

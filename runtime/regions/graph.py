@@ -246,7 +246,8 @@ class _Copy:
         self._match(
             (template.enter.args, dict(template.enter.kwargs)), (call.args, dict(call.kwargs))
         )
-        mode = torch_compat.fake_mode_of(self._values(call))
+        values = [_value(each) for each in call.all_input_nodes]
+        mode = torch_compat.fake_mode_of([*values, *pytree.tree_leaves(_value(call))])
         memory = torch_compat.MemoryLike()
         own = set(template.nodes)
         for node in template.nodes:
@@ -268,9 +269,6 @@ class _Copy:
                 self._copy(node, memory)
         self._replace(call, pytree.tree_map_only(torch.fx.Node, self._env.__getitem__, results))
         self.flat.gm.graph.erase_node(call)
-
-    def _values(self, call: torch.fx.Node) -> list[object]:
-        return [_value(each) for each in call.all_input_nodes] + pytree.tree_leaves(_value(call))
 
     def _match(self, first: object, own: object) -> None:
         """Note which of the call's values stands for which of the first layer's."""

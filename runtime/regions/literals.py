@@ -81,7 +81,8 @@ def slots_of(
         Refused: an attribute of a name may go elsewhere.
     """
     found: dict[Slot, str] = {}
-    own = {_code_of(kind, name) for kind in kinds for name in _LOOK_UPS}
+    look_ups = (getattr(kind, name, None) for kind in kinds for name in _LOOK_UPS)
+    own = {getattr(each, "__code__", None) for each in look_ups}
     for each in with_inner_code(code):
         texts = {text for text in each.co_consts if type(text) is str}
         if names & texts or _matches(each, names):
@@ -109,10 +110,6 @@ def _matches(code: types.CodeType, names: frozenset[str]) -> bool:
 def _is_fixed(code: types.CodeType) -> bool:
     """Whether code is torch's own, and not what stands in a trace for a function written in C."""
     return is_torchs(code) and "polyfills" not in code.co_filename
-
-
-def _code_of(kind: type, name: str) -> object:
-    return getattr(getattr(kind, name, None), "__code__", None)
 
 
 def _place(code: types.CodeType) -> str:

@@ -1,6 +1,6 @@
 """The private corners of torch that piecework uses: in, plain values; out, what torch makes of them.
 
-It never patches torch; each function probes for what it needs and falls back to a public way. Every public name of the modules below is handed on.
+It never patches torch; what one of the supported versions or builds lacks is probed for, with a public way to fall back to. Every public name of the modules below is handed on.
 """
 
 # ruff: noqa: F403

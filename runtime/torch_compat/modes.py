@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext, _device_constructors
 
-
-def autocast_probe() -> Callable[[], object]:
-    """A function that is true while autocast is on for any device type."""
-    probe = getattr(torch._C, "_is_any_autocast_enabled", None)
-    if probe is not None:
-        return probe
-    return lambda: any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+#: Whether autocast is on for any device type.
+autocast_enabled = torch._C._is_any_autocast_enabled
+#: How many ``TorchDispatchMode`` are active.
+dispatch_modes = torch._C._len_torch_dispatch_stack
+#: How many ``TorchFunctionMode`` are active.
+function_modes = torch._C._len_torch_function_stack
 
 
 def autocast_state() -> tuple[tuple[str, torch.dtype], ...]:
@@ -24,58 +24,22 @@ def autocast_state() -> tuple[tuple[str, torch.dtype], ...]:
 
 def autocast_off() -> AbstractContextManager[object]:
     """Autocast off for every device type, in the block."""
-    off = getattr(torch._C, "_DisableAutocast", None)
-    return torch.autocast("cpu", enabled=False) if off is None else off()
+    return torch._C._DisableAutocast()
 
 
-def dispatch_mode_probe() -> Callable[[], object]:
-    """A function that is true while a ``TorchDispatchMode`` is active."""
-    probe = getattr(torch._C, "_len_torch_dispatch_stack", None)
-    if probe is not None:
-        return probe
-    from torch.utils._python_dispatch import _get_current_dispatch_mode
-
-    return _get_current_dispatch_mode
+def transforms() -> object:
+    """Whether a transform of ``torch.func`` (vmap, grad and the like) or forward-mode differentiation is active."""
+    return _interpreter() or _forward_ad._current_level >= 0
 
 
-def function_mode_probe() -> Callable[[], object]:
-    """A function that is true while a ``TorchFunctionMode`` is active."""
-    probe = getattr(torch._C, "_len_torch_function_stack", None)
-    if probe is not None:
-        return probe
-    from torch.overrides import _get_current_function_mode
-
-    return _get_current_function_mode
-
-
-def transform_probe() -> Callable[[], object]:
-    """A function that is true inside a transform of ``torch.func`` (vmap, grad and the like) or forward-mode differentiation."""
-    functorch = getattr(torch._C, "_functorch", None)
-    transforms = getattr(functorch, "peek_interpreter_stack", None)
-    if transforms is None:
-        from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
-
-        transforms = retrieve_all_functorch_interpreters
-    forward_ad = torch.autograd.forward_ad
-    if not hasattr(forward_ad, "_current_level"):
-        return transforms
-    return lambda: transforms() or forward_ad._current_level >= 0
+_interpreter, _forward_ad = torch._C._functorch.peek_interpreter_stack, torch.autograd.forward_ad
 
 
 def makes_tensors_where_told(function: object) -> bool:
     """Whether ``function`` makes tensors on the default device unless it is told where."""
-    try:
-        from torch.utils._device import _device_constructors
-    except ImportError:
-        return True
     return function in _device_constructors()
 
 
 def only_default_device_modes() -> bool:
     """True if every active ``TorchFunctionMode`` is the one behind ``torch.set_default_device``."""
-    try:
-        from torch.overrides import _get_current_function_mode_stack
-        from torch.utils._device import DeviceContext
-    except ImportError:
-        return False
     return all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch._library.custom_ops import OPDEFS
+from torch._library.simple_registry import singleton
 from torch._ops import OpOverload
 
 from piecework.code_objects import cells_of
@@ -39,9 +41,8 @@ def is_torch_operator(op: OpOverload) -> bool:
         return False
     if op.namespace not in _ONLY_CPP:
         return True
-    added = getattr(torch.library, "_defs", ())
     overload = "" if op._overloadname == "default" else f".{op._overloadname}"
-    return f"{op._schema.name}{overload}" not in added
+    return f"{op._schema.name}{overload}" not in torch.library._defs
 
 
 def kinds_of_kernels(op: OpOverload) -> list[str]:
@@ -52,7 +53,7 @@ def kinds_of_kernels(op: OpOverload) -> list[str]:
 
 def python_kernels(op: OpOverload) -> PythonKernels:
     """The functions given to ``torch.library.custom_op`` and ``register_fake``; those given to ``Library.impl`` can't be found."""
-    defined = _definition_of(op)
+    defined = OPDEFS.get(op._schema.name)
     if defined is not None:
         bodies = {str(k): custom_op_function(v) for k, v in defined._backend_fns.items()}
         bodies["as defined"] = defined._init_fn
@@ -60,21 +61,7 @@ def python_kernels(op: OpOverload) -> PythonKernels:
     return PythonKernels(_unwrapped(_registered_fake(op)))
 
 
-def _definition_of(op: OpOverload):  # type: ignore[no-untyped-def]
-    try:
-        from torch._library.custom_ops import OPDEFS
-    except ImportError:
-        return None
-    found = OPDEFS.get(op._schema.name)
-    attributes = ("_init_fn", "_backend_fns", "_abstract_fn")
-    return found if all(hasattr(found, each) for each in attributes) else None
-
-
 def _registered_fake(op: OpOverload) -> Callable[..., object] | None:
-    try:
-        from torch._library.simple_registry import singleton
-    except ImportError:
-        return None
     kernel = getattr(singleton.find(op._schema.name).fake_impl, "kernel", None)
     return getattr(kernel, "func", None)
 

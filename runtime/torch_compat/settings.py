@@ -15,16 +15,10 @@ import torch
 # Slots of Inductor's and AOTAutograd's configuration that hold code; torch leaves them out of what it can write down.
 _PASS_SLOTS = {
     "torch._inductor.config": (
-        "pre_grad_custom_pass",
-        "joint_custom_pre_pass",
-        "joint_custom_post_pass",
-        "post_grad_custom_pre_pass",
-        "post_grad_custom_post_pass",
-        "custom_partitioner_fn",
-        "_fuse_ddp_communication_passes",
-        "_pre_fusion_custom_pass",
-        "_post_fusion_custom_pass",
-        "inductor_choices_class",
+        *("pre_grad_custom_pass", "joint_custom_pre_pass", "joint_custom_post_pass"),
+        *("post_grad_custom_pre_pass", "post_grad_custom_post_pass", "custom_partitioner_fn"),
+        *("_fuse_ddp_communication_passes", "_pre_fusion_custom_pass"),
+        *("_post_fusion_custom_pass", "inductor_choices_class"),
     ),
     "torch._functorch.config": (
         "joint_custom_pass",
@@ -41,20 +35,11 @@ _CONFIGURATIONS = (
 # Pairs of a getter and a setter in torch's C++ that do not change what is compiled: whom they warn, and what runs now.
 _NO_EFFECT = frozenset(
     {
-        "autograd_fallback_mode",
-        "backcompat_broadcast_warn",
-        "backcompat_keepdim_warn",
-        "dispatch_mode",
-        "graph_exec_group",
+        *("autograd_fallback_mode", "backcompat_broadcast_warn", "backcompat_keepdim_warn"),
+        *("dispatch_mode", "graph_exec_group", "graph_executor_optimize"),
+        *("sm_carveout_experimental", "tensor_metadata", "thread_name", "torch_function_state"),
+        *("tracing_state", "value_trace", "warnAlways"),
     }
-    | {
-        "graph_executor_optimize",
-        "sm_carveout_experimental",
-        "tensor_metadata",
-        "thread_name",
-        "torch_function_state",
-    }
-    | {"tracing_state", "value_trace", "warnAlways"}
 )
 _BACKENDS = (
     "cudnn",
@@ -95,7 +80,7 @@ def torch_settings() -> dict[str, object]:
 
 def _autocast() -> list[object]:
     """The device types for which autocast is on, with their dtypes, and whether it keeps what it cast."""
-    kinds = getattr(torch._C, "_autocast_supported_devices", lambda: ["cpu", "cuda"])()
+    kinds = torch._C._autocast_supported_devices()
     on = [[k, torch.get_autocast_dtype(k)] for k in sorted(kinds) if torch.is_autocast_enabled(k)]
     return [*on, torch.is_autocast_cache_enabled()] if on else []
 
@@ -207,8 +192,5 @@ def _options_of(module: ModuleType) -> dict[str, object]:
     portable = getattr(module, "save_config_portable", None)
     if portable is None:
         return {}
-    try:
-        found = portable(ignore_private_configs=False)
-    except TypeError:  # older torch has no such choice
-        found = portable()
+    found = portable(ignore_private_configs=False)
     return {key: value for key, value in found.items() if not key.startswith(("_save_", "_cache_"))}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,37 +23,12 @@ def storage_at(pointer: int, device: torch.device, nbytes: int) -> torch.Untyped
         device: where the memory is, with its index on CUDA.
         nbytes: its length in bytes, more than zero.
     """
-    construct = getattr(torch._C, "_construct_storage_from_data_pointer", None)
-    if construct is not None:
-        return construct(pointer, device, nbytes)
-    return _public_storage_at(pointer, device, nbytes)
-
-
-def _public_storage_at(pointer: int, device: torch.device, nbytes: int) -> torch.UntypedStorage:
-    """The fall-back of ``storage_at`` by the buffer protocol (CPU) or the CUDA array interface."""
-    if device.type == "cpu":
-        window = (ctypes.c_char * nbytes).from_address(pointer)
-        return torch.frombuffer(window, dtype=torch.uint8).untyped_storage()
-    return torch.as_tensor(_CudaBytes(pointer, nbytes), device=device).untyped_storage()
-
-
-class _CudaBytes:
-    """Device memory as bytes, in the form of the CUDA array interface."""
-
-    def __init__(self, pointer: int, nbytes: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (nbytes,),
-            "typestr": "|u1",
-            "data": (pointer, False),
-            "strides": None,
-            "version": 3,
-        }
+    return torch._C._construct_storage_from_data_pointer(pointer, device, nbytes)
 
 
 def negative_view(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` seen with its sign turned, without a copy where torch has such a view."""
-    view = getattr(torch, "_neg_view", None)
-    return -tensor if view is None else view(tensor)
+    """``tensor`` seen with its sign turned, without a copy."""
+    return torch._neg_view(tensor)
 
 
 def storage_id(value: torch.Tensor) -> int:
@@ -70,11 +45,8 @@ def storage_users(tensor: torch.Tensor) -> int:
 
 
 def _unwrapped(value: torch.Tensor) -> torch.Tensor:
-    functorch = getattr(torch._C, "_functorch", None)
-    is_wrapped = getattr(functorch, "is_functorch_wrapped_tensor", None)
-    unwrap = getattr(functorch, "get_unwrapped", None)
-    while is_wrapped is not None and unwrap is not None and is_wrapped(value):
-        value = unwrap(value)
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
     return value
 
 
@@ -110,7 +82,7 @@ def is_same_view(left: object, right: object) -> bool:
 def metadata_guard(tensors: Sequence[torch.Tensor]) -> Callable[[], bool]:
     """A function that is true while each tensor has the type, dtype, layout, device, sizes and strides that it has now.
 
-    It reads no data. Where torch has no fast check (the one behind Dynamo's guards), the tensors are compared one by one.
+    It reads no data. Where the fast check (the one behind Dynamo's guards) does not take them, the tensors are compared one by one.
     """
     tensors = tuple(tensors)
     expected = [_metadata(tensor) for tensor in tensors]
@@ -154,12 +126,8 @@ def is_lazy(tensor: torch.Tensor) -> bool:
 
 
 def _tensor_guards(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | None:
-    guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
-    make = getattr(guards, "TensorGuards", None)
-    if make is None:
-        return None
     try:
-        check = make(
+        check = torch._C._dynamo.guards.TensorGuards(
             *tensors,
             dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
             dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
@@ -261,13 +229,9 @@ class MemoryLike:
 def _like(old: torch.Tensor, held: torch.Tensor | None, device: torch.device | str) -> torch.Tensor:
     """A tensor with the sizes of ``old`` in the memory of ``held``, or in fresh memory of as many bytes."""
     flat = torch.empty(0, dtype=old.dtype, device=device)
-    resize = getattr(torch.ops.inductor, "resize_storage_bytes_", None)
-    if held is None and resize is not None:  # quicker than what computes the size again
-        resize(flat, old.untyped_storage().nbytes())
-    elif held is None:
-        count = old.untyped_storage().nbytes()
-        held = torch.empty((count,), dtype=torch.uint8, device=device)
-    if held is not None:
+    if held is None:  # quicker than what computes the size again
+        torch.ops.inductor.resize_storage_bytes_(flat, old.untyped_storage().nbytes())
+    else:
         flat.set_(held.untyped_storage(), 0, (0,), (1,))
     return torch.as_strided(flat, old.shape, old.stride(), old.storage_offset())
 
@@ -275,12 +239,10 @@ def _like(old: torch.Tensor, held: torch.Tensor | None, device: torch.device | s
 def _past_dispatcher(
     fake: torch.Tensor, make: Callable[[torch.device | str], torch.Tensor]
 ) -> torch.Tensor:
-    """What ``make(device)`` gives under the mode of ``fake``, without the mode's own work where torch can: that is some times as fast."""
+    """What ``make(device)`` gives under the mode of ``fake``, without the mode's own work: that is some times as fast."""
+    from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
+
     device = fake.device
-    try:
-        from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
-    except ImportError:
-        return make(device)
     if type(fake) is not FakeTensor:
         return make(device)
     mode = fake.fake_mode
@@ -294,9 +256,6 @@ def fake_mode_of(values: Iterable[object]) -> Any:
     return next(m for m in (getattr(value, "fake_mode", None) for value in values) if m is not None)
 
 
-@contextlib.contextmanager
-def no_new_guards(mode: Any) -> Iterator[None]:
+def no_new_guards(mode: Any) -> contextlib.AbstractContextManager[None]:
     """What is computed in the block leaves no guard on a size of ``mode``'s."""
-    suppressed = getattr(mode.shape_env, "suppress_guards", contextlib.nullcontext)
-    with suppressed():
-        yield
+    return mode.shape_env.suppress_guards()  # type: ignore[no-any-return]

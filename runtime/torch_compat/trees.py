@@ -21,13 +21,12 @@ def spec_parts(spec: _pytree.TreeSpec) -> tuple[type | None, object, list[_pytre
     """Type, context and children of a structure; the type of a leaf is None."""
     if spec.is_leaf():
         return None, None, []
-    children = spec.children() if hasattr(spec, "children") else spec.children_specs
-    return spec.type, spec.context, list(children)
+    return spec.type, spec.context, list(spec.children())
 
 
 def rebuilder(kind: type) -> Callable[[list[object], object], object] | None:
     """What puts a container of a registered type together from its children and its context."""
-    node = getattr(_pytree, "SUPPORTED_NODES", {}).get(kind)
+    node = _pytree.SUPPORTED_NODES.get(kind)
     return getattr(node, "unflatten_fn", None)
 
 

@@ -339,8 +339,8 @@ def _run_dynamo(
         "specialize_float": True,
         # An argument may be a parameter; weights are marked one by one.
         "force_parameter_static_shapes": False,
-        **torch_compat.no_replay(),
-        **torch_compat.recurrent_layers_traced(),
+        "replay_side_effects": False,  # a traced call leaves the user's objects alone
+        "allow_rnn": True,  # a recurrent layer is one call
         **torch_compat.guard_settings(),
         **extra,
     }

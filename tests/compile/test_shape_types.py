@@ -14,7 +14,6 @@ from torch import nn
 import piecework
 from piecework import CompilationConfig, counters, support_torch_compile
 from piecework.errors import BindError, ConfigError, InputError, PieceCompileError
-from piecework.runtime import torch_compat
 from piecework.runtime.compile import ModeModule, UnstitchedModule
 from piecework.runtime.decorators import stitched_of
 from piecework.runtime.model_tag import set_on_compilation_complete
@@ -276,16 +275,6 @@ def test_the_setting_ends_with_the_trace() -> None:
         model = Model(compilation_config=config(shapes="backed_size_oblivious", mode=mode))
         same(model, model, *pair(4))
         assert _config.backed_size_oblivious is before
-
-
-def test_a_torch_without_the_setting_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_compat, "size_oblivious_tracing", lambda: None)
-    with pytest.raises(ConfigError, match="without fixing sizes 0 and 1"):
-        piecework.compile(Model(), pair(4), config=config(shapes="backed_size_oblivious"))
-
-
-def test_the_private_setting_is_there_in_this_torch() -> None:
-    assert torch_compat.size_oblivious_tracing() is not None
 
 
 # --- guards ------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import weakref
 import pytest
 import torch
 
-from piecework.runtime import torch_compat
 from piecework.runtime.graphs.device.weak_ref import weak_ref_tensor, weak_ref_tensors
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -24,10 +23,7 @@ DTYPES = sorted(
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("public", [False, True], ids=["private", "public"])
-def test_every_dtype(device, dtype, public, monkeypatch):
-    if public:
-        monkeypatch.delattr(torch._C, "_construct_storage_from_data_pointer")
+def test_every_dtype(device, dtype):
     raw = torch.arange(4 * 3 * 16, dtype=torch.uint8, device=device)
     tensor = raw.view(dtype) if dtype.itemsize else raw
     tensor = tensor[: 4 * 3].view(4, 3)[1:, ::2]
@@ -75,11 +71,6 @@ def test_lazily_turned_views(make):
     weak = weak_ref_tensor(tensor)
     assert torch.equal(weak, tensor)
     assert (weak.is_conj(), weak.is_neg()) == (tensor.is_conj(), tensor.is_neg())
-
-
-def test_negative_view_without_the_private_one(monkeypatch):
-    monkeypatch.delattr(torch, "_neg_view")
-    assert torch_compat.negative_view(torch.tensor([1.0, -2.0])).tolist() == [-1.0, 2.0]
 
 
 def test_empty_tensors_keep_shape_and_strides():

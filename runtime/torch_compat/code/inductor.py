@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 
@@ -57,18 +54,13 @@ def compile_fx(
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     context = torch._guards.TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
-    options: dict[str, object] = {"config_patches": config_patches}
-    if "ignore_shape_env" in inspect.signature(compile_one).parameters:
-        options["ignore_shape_env"] = True
     with torch._guards.tracing(context):
-        return compile_one(copy.deepcopy(graph), example_inputs, **options)
-
-
-def has_standalone_compile() -> bool:
-    """Whether this torch compiles a graph into an artifact of its own."""
-    if "torch._inductor" in sys.modules:
-        return hasattr(torch._inductor, "standalone_compile")
-    return Path(torch.__file__).with_name("_inductor").joinpath("standalone_compile.py").is_file()
+        return compile_one(
+            copy.deepcopy(graph),
+            example_inputs,
+            config_patches=config_patches,
+            ignore_shape_env=True,
+        )
 
 
 def has_inductor_option(name: str) -> bool:
@@ -83,11 +75,9 @@ def has_inductor_option(name: str) -> bool:
 
 
 def inductor_key() -> str:
-    """A digest of the installed Inductor's sources; torch's version where there is none."""
-    try:
-        from torch._inductor.codecache import torch_key
-    except ImportError:
-        return str(torch.__version__)
+    """A digest of the installed Inductor's sources."""
+    from torch._inductor.codecache import torch_key
+
     return torch_key().hex()
 
 
@@ -109,9 +99,7 @@ def as_inductor_graph_pass(
 
 def auto_functionalized_ops() -> tuple[object, ...]:
     """The higher-order operators that stand for a call of a mutating operator in a functional graph."""
-    higher_order = torch.ops.higher_order
-    names = ("auto_functionalized", "auto_functionalized_v2")
-    return tuple(getattr(higher_order, n) for n in names if hasattr(higher_order, n))
+    return torch.ops.higher_order.auto_functionalized, torch.ops.higher_order.auto_functionalized_v2
 
 
 def is_opaque_to_inductor(op: torch._ops.OpOverload) -> bool:
@@ -121,60 +109,42 @@ def is_opaque_to_inductor(op: torch._ops.OpOverload) -> bool:
     implicit = torch._C.DispatchKey.CompositeImplicitAutograd
     if op.has_kernel_for_dispatch_key(implicit):
         return False
-    try:
-        from torch._inductor.decomposition import decompositions
-        from torch._inductor.lowering import fallbacks, lowerings
-    except ImportError:
-        return False
+    from torch._higher_order_ops.effects import has_effects
+    from torch._inductor.decomposition import decompositions
+    from torch._inductor.lowering import fallbacks, lowerings
+
     if op in decompositions or (op in lowerings and op not in fallbacks):
         return False
-    if _is_decomposed_by_rule(op):
-        return False
-    try:
-        from torch._higher_order_ops.effects import has_effects
-    except ImportError:
-        return False
-    needs = inspect.signature(has_effects).parameters
-    return not (has_effects(op) if len(needs) == 1 else has_effects(op, (), {}))
+    return not (_is_decomposed_by_rule(op) or has_effects(op))
 
 
 def _is_decomposed_by_rule(op: torch._ops.OpOverload) -> bool:
     """Whether tracing replaces ``op`` by its body, as it does with ``torch.library.triton_op``."""
-    try:
-        from torch._library.simple_registry import singleton
-        from torch._subclasses.functional_tensor import FunctionalTensorMode
-    except ImportError:
-        return True
+    from torch._library.simple_registry import singleton
+    from torch._subclasses.functional_tensor import FunctionalTensorMode
+
     known = singleton.find(op._schema.name)
     return known.torch_dispatch_rules.find(FunctionalTensorMode) is not None
 
 
 @contextlib.contextmanager
 def partition_wrapper(
-    wrap: Callable[[Callable[..., object], int, int], Callable[..., object]] | None,
-) -> Iterator[bool]:
+    wrap: Callable[[Callable[..., object], int, int], Callable[..., object]],
+) -> Iterator[None]:
     """While active, Inductor gives each partition of compiled or loaded code to ``wrap(function, index, count)``.
 
-    What was set before is there again afterwards, also when the compilation raised. Yields whether this torch has
-    such a hook; without one nothing is wrapped.
+    What was set before is there again afterwards, also when the compilation raised.
     """
-    from torch._inductor import utils as inductor_utils
+    from torch._inductor import utils
 
-    holder = getattr(inductor_utils, "_unstable_customized_partition_wrapper", None)
-    install = getattr(inductor_utils, "set_customized_partition_wrappers", None)
-    if holder is None or install is None:
-        yield False
-        return
-    before = holder.wrapper
-    install(
-        None
-        if wrap is None
-        else lambda function, place: wrap(function, place.partition_index, place.num_partitions)
+    before = utils._unstable_customized_partition_wrapper.wrapper
+    utils.set_customized_partition_wrappers(
+        lambda function, place: wrap(function, place.partition_index, place.num_partitions)
     )
     try:
-        yield True
+        yield
     finally:
-        install(before)
+        utils.set_customized_partition_wrappers(before)
 
 
 def without_compile_threads() -> contextlib.AbstractContextManager[object]:

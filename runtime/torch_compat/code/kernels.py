@@ -7,20 +7,19 @@ import types
 from collections.abc import Callable, Sized
 
 import torch
+from torch._library.custom_ops import OPDEFS
 
 from piecework.code_objects import cells_of
 
 
-def registered_kernels() -> Sized | None:
-    """A collection that grows when ``torch.library`` registers a kernel; None where there is none to look at."""
-    found = getattr(torch.library, "_impls", None)
-    return found if isinstance(found, Sized) else None
+def registered_kernels() -> Sized:
+    """A collection that grows when ``torch.library`` registers a kernel."""
+    return torch.library._impls
 
 
 def kernel_table(name: str) -> str:
-    """The dispatcher's table of operator ``ns::op.overload``, as text to compare; "" where torch can't show it."""
-    dump = getattr(torch._C, "_dispatch_dump", None)
-    return "" if dump is None else str(dump(name))
+    """The dispatcher's table of operator ``ns::op.overload``, as text to compare."""
+    return torch._C._dispatch_dump(name)
 
 
 def custom_op_kernel(name: str, device_type: str) -> Callable[..., object] | None:
@@ -28,11 +27,10 @@ def custom_op_kernel(name: str, device_type: str) -> Callable[..., object] | Non
 
     It is looked up afresh, so that two results tell whether the kernel was replaced or disabled meanwhile.
     """
-    definitions = getattr(getattr(torch, "_library", None), "custom_ops", None)
-    definition = getattr(definitions, "OPDEFS", {}).get(name)
-    kernels = getattr(definition, "_backend_fns", None)
-    if not kernels or not hasattr(definition, "_disabled_kernel"):
+    definition = OPDEFS.get(name)
+    if definition is None or not definition._backend_fns:
         return None
+    kernels = definition._backend_fns
     key = device_type if device_type in kernels else None
     if key in definition._disabled_kernel:
         return definition._init_fn

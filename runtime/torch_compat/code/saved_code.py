@@ -155,10 +155,8 @@ def graphs_to_bytes(
     Args:
         value: what is written, with ``graphs`` in it.
     """
-    try:
-        from torch.fx._graph_pickler import GraphPickler, Options
-    except ImportError:
-        return None
+    from torch.fx._graph_pickler import GraphPickler, Options
+
     nodes = _nodes(graphs)
     kept = [node.meta for node in nodes]
     memory: dict[int, int] = {}

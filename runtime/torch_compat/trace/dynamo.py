@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import sys
 import threading
@@ -14,20 +13,16 @@ from typing import Literal
 
 import torch
 import torch.fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 
 def mark_unbacked(tensor: torch.Tensor, dim: int, *, shape_id: str | None = None) -> None:
     """Declare dimension ``dim`` of an example input unbacked: captured for every size, zero and one included.
 
     Args:
-        shape_id: dimensions with one id become one symbol; where torch can't say so, they stay two symbols and the
-            captured graph checks at run time that they are equal.
+        shape_id: dimensions with one id become one symbol.
     """
-    mark = torch._dynamo.decorators.mark_unbacked
-    if shape_id is not None and "shape_id" in inspect.signature(mark).parameters:
-        mark(tensor, dim, shape_id=shape_id)
-    else:
-        mark(tensor, dim)
+    torch._dynamo.decorators.mark_unbacked(tensor, dim, shape_id=shape_id)
 
 
 def marked_dims(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -83,12 +78,6 @@ def unmark_dynamic(tensor: torch.Tensor) -> tuple[int, ...]:
     return found
 
 
-def recurrent_layers_traced() -> Mapping[str, bool]:
-    """Settings under which Dynamo traces a recurrent layer as one call; empty where it always does, or never."""
-    name = "allow_rnn"
-    return {name: True} if hasattr(torch._dynamo.config, name) else {}
-
-
 def traced_inputs() -> dict[str, object]:
     """The fake tensor or symbol that stands for each input of the trace that is running, by Dynamo's name of where it came from.
 
@@ -98,8 +87,7 @@ def traced_inputs() -> dict[str, object]:
     env = getattr(getattr(context, "fake_mode", None), "shape_env", None)
     found = {}
     for each in getattr(env, "tracked_fakes", None) or ():
-        name = each.source.name
-        found[str(name() if callable(name) else name)] = each.fake
+        found[str(each.source.name)] = each.fake
     return found
 
 
@@ -111,8 +99,7 @@ def tracing_context() -> object:
 def placeholder_source(node: torch.fx.Node) -> str:
     """Dynamo's name of where a graph input comes from, such as ``L['x'].size()[0]``; "" when unknown."""
     source = getattr(node.meta.get("grapharg"), "source", None)
-    name = getattr(source, "name", "")
-    return name() if callable(name) else str(name)
+    return str(getattr(source, "name", ""))
 
 
 def dynamo_failure(error: BaseException) -> bool:
@@ -129,8 +116,7 @@ def backend_failure(error: BaseException) -> Exception | None:
 
 def asks_for_restart(error: BaseException) -> bool:
     """Whether ``error`` is how a compiler asks Dynamo to trace again (with a number fixed, for one)."""
-    restart = getattr(torch._dynamo.exc, "RestartAnalysis", None)
-    return restart is not None and isinstance(error, restart)
+    return isinstance(error, torch._dynamo.exc.RestartAnalysis)
 
 
 def data_dependent(error: BaseException) -> bool:
@@ -165,11 +151,9 @@ def keep_out_of_traces(function: types.FunctionType, reason: str) -> None:
     """
     marks = {"_torchdynamo_disable": True, "_torchdynamo_disable_msg": reason}
     function.__dict__.update(marks)
-    frames = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
-    names = ("_FrameAction", "_FrameExecStrategy", "set_code_exec_strategy")
-    if all(hasattr(frames, name) for name in names):
-        skip = frames._FrameAction.SKIP
-        frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+    frames = torch._C._dynamo.eval_frame
+    skip = frames._FrameAction.SKIP
+    frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
 
 
 def original_of(model: Callable[..., object]) -> Callable[..., object]:
@@ -182,14 +166,10 @@ def original_of(model: Callable[..., object]) -> Callable[..., object]:
     return getattr(model, "_torchdynamo_orig_callable", model)
 
 
-def size_oblivious_tracing() -> contextlib.AbstractContextManager[object] | None:
-    """A context in which backed dimensions are traced without fixing sizes 0 and 1; None where torch has none."""
-    try:
-        from torch.fx.experimental import _config
-    except ImportError:
-        return None
-    if not hasattr(_config, "backed_size_oblivious"):
-        return None
+def size_oblivious_tracing() -> contextlib.AbstractContextManager[object]:
+    """A context in which backed dimensions are traced without fixing sizes 0 and 1."""
+    from torch.fx.experimental import _config
+
     return _config.patch(backed_size_oblivious=True)
 
 
@@ -216,27 +196,16 @@ _REPORTING = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_s
 
 
 def one_trace_at_a_time() -> contextlib.AbstractContextManager[object]:
-    """Dynamo's own lock: while it is held, no other thread traces.
-
-    Raises:
-        AttributeError: this torch has none.
-    """
+    """Dynamo's own lock: while it is held, no other thread traces."""
     from torch._dynamo import convert_frame
 
     return convert_frame.compile_lock
 
 
 def own_symbol_per_dimension() -> contextlib.AbstractContextManager[object]:
-    """A context in which backed dimensions that happen to be equal in the example are not taken for one.
+    """A context in which backed dimensions that happen to be equal in the example are not taken for one."""
+    from torch.fx.experimental import _config
 
-    Nothing where torch can't be told.
-    """
-    try:
-        from torch.fx.experimental import _config
-    except ImportError:
-        return contextlib.nullcontext()
-    if not hasattr(_config, "use_duck_shape"):
-        return contextlib.nullcontext()
     return _config.patch(use_duck_shape=False)
 
 
@@ -273,14 +242,9 @@ def watching_operators(
 
 
 def trace_artifact(name: str, text: Callable[[], str]) -> None:
-    """Add a named text to torch's structured trace (``TORCH_TRACE``); nothing where there is no such trace."""
-    trace = getattr(torch._logging, "trace_structured", None)
-    if trace is not None:
-        trace(
-            "artifact",
-            metadata_fn=lambda: {"name": name, "encoding": "string"},
-            payload_fn=text,
-        )
+    """Add a named text to torch's structured trace (``TORCH_TRACE``)."""
+    about = {"name": name, "encoding": "string"}
+    torch._logging.trace_structured("artifact", metadata_fn=lambda: about, payload_fn=text)
 
 
 def timed_scope(name: str) -> contextlib.AbstractContextManager[object]:
@@ -292,9 +256,5 @@ def timed_scope(name: str) -> contextlib.AbstractContextManager[object]:
 def graph_module(
     root: torch.nn.Module | Mapping[str, object], graph: torch.fx.Graph, name: str = "GraphModule"
 ) -> torch.fx.GraphModule:
-    """A GraphModule that makes Python of its graph when it is first run or read, where torch has such."""
-    try:
-        from torch.fx._lazy_graph_module import _LazyGraphModule as kind
-    except ImportError:
-        kind = torch.fx.GraphModule  # type: ignore[assignment, misc]
-    return kind(root, graph, name)  # type: ignore[arg-type]
+    """A GraphModule that makes Python of its graph when it is first run or read."""
+    return _LazyGraphModule(root, graph, name)  # type: ignore[arg-type]

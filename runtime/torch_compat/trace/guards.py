@@ -181,9 +181,8 @@ _ITEMS = {"GetItemSource", "ListGetItemSource", "DictGetItemSource", "DictSubcla
 
 
 def source_name(source: Any) -> str:
-    """Dynamo's name of a source; a method in older torch."""
-    name = getattr(source, "name", "")
-    return str(name() if callable(name) else name)
+    """Dynamo's name of a source."""
+    return str(getattr(source, "name", ""))
 
 
 #: Whether Dynamo guards the plain values that it reads of a class itself (``Settings.rate``). Seen to be so in 2.13, and not in 2.11.
@@ -192,7 +191,7 @@ GUARDS_CLASS_VALUES = torch.__version__ >= "2.13"
 
 def guard_settings() -> Mapping[str, object]:
     """Settings of Dynamo that let it leave nothing unguarded that it can guard."""
-    wished = {
+    return {
         "guard_nn_modules": True,
         "skip_nnmodule_hook_guards": False,
         "skip_guards_on_constant_func_defaults": False,
@@ -203,7 +202,6 @@ def guard_settings() -> Mapping[str, object]:
         "_unsafe_skip_fsdp_module_guards": False,
         "caching_precompile": False,  # it drops guards that compare identities
     }
-    return {key: value for key, value in wished.items() if hasattr(torch._dynamo.config, key)}
 
 
 def kept_guards(code: types.CodeType) -> Any:

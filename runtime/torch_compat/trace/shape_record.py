@@ -126,8 +126,7 @@ def _of_symbol(symbol: object, now: KnownSizes, before: KnownSizes) -> list[Any]
 
 
 def _hints(env: Any) -> dict[Any, Any]:
-    found = getattr(env, "backed_var_to_val", None)
-    return dict(getattr(env, "var_to_val", {}) if found is None else found)
+    return dict(getattr(env, "backed_var_to_val", {}))
 
 
 def _is_condition(value: object) -> bool:

@@ -131,9 +131,7 @@ def symbol_hints(size: object) -> dict[str, int]:
     """The symbols in a size and what the example inputs had for them; 2 where nothing is known."""
     if not isinstance(size, torch.SymInt):
         return {}
-    env = size.node.shape_env
-    known = getattr(env, "backed_var_to_val", None)
-    known = getattr(env, "var_to_val", {}) if known is None else known
+    known = size.node.shape_env.backed_var_to_val
     return {str(s): int(known.get(s, 2)) for s in size.node.expr.free_symbols}
 
 

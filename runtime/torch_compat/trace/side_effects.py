@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import operator
 import os
-import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+
+from piecework.runtime.torch_compat.trace.guards import source_name
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _MISSING = object()
@@ -33,12 +34,6 @@ class Write:
     place: str
     line: str = ""
     store: tuple[torch.nn.Module, str, object] | None = None
-
-
-def no_replay() -> Mapping[str, bool]:
-    """Settings of Dynamo's under which a traced call leaves the user's objects alone; empty where it has none."""
-    name = "replay_side_effects"
-    return {name: False} if hasattr(torch._dynamo.config, name) else {}
 
 
 def writes_of_trace(same: SameTensor) -> list[Write]:
@@ -63,7 +58,7 @@ def writes_of_trace(same: SameTensor) -> list[Write]:
             if not _modes_as_before(var):
                 found.append(Write("the torch function modes that are entered", line))
             continue
-        place = _source(var)
+        place = source_name(var.source)
         target = objects.get(number, _MISSING)
         stored = effects.store_attr_mutations.get(var)
         for name, value in (stored or {}).items():
@@ -203,11 +198,6 @@ def _key(key: object) -> object:
     if var.is_python_constant():
         return var.as_python_constant()
     return getattr(var, "value", key)
-
-
-def _source(var) -> str:  # type: ignore[no-untyped-def]
-    name = getattr(var.source, "name", "")
-    return str(name() if isinstance(name, types.MethodType) else name)
 
 
 def _line(effects, var) -> str:  # type: ignore[no-untyped-def]

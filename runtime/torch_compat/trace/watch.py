@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.multiprocessing.reductions
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Before = Callable[[torch._ops.OpOverload, tuple[object, ...], dict[str, object]], None]
@@ -57,13 +57,8 @@ def written_operands(
 
 
 def storage_mark(tensor: torch.Tensor) -> object:
-    """Keeps the `storage_id` of ``tensor`` from being used again while the mark lives; the memory itself may be freed.
-
-    Where this torch has no such reference, the storage itself is held.
-    """
-    storage = tensor.untyped_storage()
-    weak = getattr(torch.multiprocessing.reductions, "StorageWeakRef", None)
-    return storage if weak is None else weak(storage)
+    """Keeps the `storage_id` of ``tensor`` from being used again while the mark lives; the memory itself may be freed."""
+    return StorageWeakRef(tensor.untyped_storage())
 
 
 def places_guard(tensors: list[torch.Tensor]) -> tuple[Callable[[], bool], bool]:
