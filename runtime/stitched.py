@@ -28,13 +28,13 @@ from piecework.errors import (
     tell,
 )
 from piecework.runtime import torch_compat
+from piecework.runtime.analysis.doubts import tell_of_gradients, tell_of_training
 from piecework.runtime.artifact.load import Artifact
 from piecework.runtime.artifact.made_with import made_with, require_made_so
 from piecework.runtime.artifact.store import Place
 from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.bind.refit import refit
-from piecework.runtime.call.doubts import tell_of_gradients, tell_of_training
 from piecework.runtime.call.edited import EditedSource
 from piecework.runtime.call.entry import OPAQUE
 from piecework.runtime.call.shared_module import SharedModule, model_name, require_model

@@ -24,7 +24,7 @@ from piecework.codegen.graph.structure import Structure, input_signature, struct
 from piecework.codegen.split.split import SplittingOp as SplittingOpLike
 from piecework.codegen.split.split import SplittingOps
 from piecework.codegen.split.splitting import operator_name, recurrent_layers
-from piecework.errors import CaptureError, ConfigError, SplitError, tell
+from piecework.errors import CaptureError, ConfigError, SplitError, did_you_mean, tell
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.writes import held_by_source, mutations_in, refuse_mutations
 from piecework.runtime.batch.mode import CUDAGraphMode
@@ -352,9 +352,10 @@ def require_registered(splitting_ops: Sequence[SplittingOpLike] | None) -> None:
     names = () if splitting_ops is None else SplittingOps(splitting_ops).declared
     unknown = [name for name in names if "::" in name and not _is_registered(name)]
     if unknown:
+        near = did_you_mean(unknown[0], registry.names())
         raise SplitError(
             f"splitting op {unknown[0]} is not registered with torch",
-            hint="check its spelling, and import the module that defines it first",
+            hint=near or "check its spelling, and import the module that defines it first",
         )
 
 

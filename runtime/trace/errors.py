@@ -21,6 +21,7 @@ _OWN_FAULT = "call the model itself with the example arguments: it has to run wi
 _ONE_DEVICE = "move the model and its arguments to one device"
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_PYTHON = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
 
 
 def own_error(error: BaseException) -> PieceworkError | None:
@@ -83,6 +84,9 @@ def _raised_by_model(error: BaseException, text: str) -> str | None:
     found = re.search(r"Developer debug context: raised exception (\w+)\((.*)\)$", text, re.M)
     if found is not None:
         return f"{found[1]}: {_unquoted(found[2])}".removesuffix(": ")
+    found = re.search(r"Developer debug context: TypeError <.+?>: (.+)$", text, re.M)
+    if found is not None and text.startswith("TypeError when making fake tensor call"):
+        return f"TypeError: {found[1].replace('immutable_list', 'list')}"
     found = re.search(r"\): got (\w+)\((.*)\)$", text, re.M)
     if found is not None and "with fake tensors" in text:
         return f"{found[1]}: {_unquoted(found[2])}"
@@ -103,7 +107,7 @@ def _unquoted(text: str) -> str:
 def _user_line(text: str) -> tuple[str | None, str]:
     """``model.py:41 in forward`` of the innermost of the user's lines in a traceback, and that line's code.
 
-    Lines of torch's own modules count only if there are no others.
+    Lines of torch's own modules, and of Python's, count only if there are no others.
     """
     lines = text.splitlines()
     frames = [
@@ -114,8 +118,13 @@ def _user_line(text: str) -> tuple[str | None, str]:
     ]
     if not frames:
         return None, ""
-    own = [each for each in frames if not each[1][1].startswith(_TORCH)]
+    own = [each for each in frames if not _of_a_library(each[1][1])]
     number, found = (own or frames)[-1]
     code = lines[number + 1].strip() if number + 1 < len(lines) else ""
     inside = f" in {found[3]}" if found[3] else ""
     return f"{os.path.basename(found[1])}:{found[2]}{inside}", code
+
+
+def _of_a_library(path: str) -> bool:
+    """Whether a file is torch's or Python's own; models of installed packages are the user's."""
+    return path.startswith(_TORCH) or (path.startswith(_PYTHON) and "-packages" not in path)
