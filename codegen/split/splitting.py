@@ -49,7 +49,7 @@ class SplittingOps:
                 )
             elif callable(op):
                 self._targets.append(op)
-                self.declared.append(getattr(op, "__qualname__", repr(op)))
+                self.declared.append(_written(op))
             else:
                 raise SplitError(f"splitting op {op!r} is neither a name nor an operator")
 
@@ -66,7 +66,7 @@ class SplittingOps:
         for node in graph.nodes:
             if node.op == "call_function":
                 present |= names_of(node)
-                present.add(getattr(node.target, "__qualname__", None))
+                present.add(_written(node.target))
         return [name for name in self.declared if name not in present]
 
 
@@ -82,6 +82,18 @@ def _listed(ops: object) -> Iterable[SplittingOp]:
         f"splitting ops must be a list; got {ops!s:.80}",
         hint="pass a list of them; [] cuts nowhere",
     )
+
+
+def _written(function: object) -> str:
+    """A function as code writes it: ``torch.sin``, or its own name."""
+    name = str(getattr(function, "__qualname__", repr(function)))
+    short = name.rpartition(".")[2]
+    return f"torch.{short}" if getattr(torch, short, None) is function else name
+
+
+def methods_called(graph: torch.fx.Graph) -> set[str]:
+    """The methods of tensors that ``graph`` calls, which no splitting op is."""
+    return {str(node.target) for node in graph.nodes if node.op == "call_method"}
 
 
 def operator_name(target: object) -> str | None:

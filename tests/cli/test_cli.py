@@ -80,7 +80,7 @@ def test_compile_show_run(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     result = compiled(folder)
     assert result.exit_code == 0, result.output
-    assert "2 pieces, 2 unique, between 1 splitting submodules" in result.output
+    assert "2 pieces, 2 unique, between 1 splitting submodule" in result.output
     names = ["artifact", "graph.py", "manifest.json", "stitched.py"]
     assert sorted(p.name for p in folder.iterdir()) == names
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

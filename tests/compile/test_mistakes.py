@@ -300,6 +300,14 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         "not in the graph: aten::cos",
         "check the spelling",
     ),
+    (
+        lambda: compiled(
+            lambda x: x.topk(2), splitting_ops=[torch.topk], config=config(strict=True)
+        ),
+        SplitError,
+        "not in the graph: torch.topk",
+        "write torch.topk(x, …) there in place of x.topk(…)",
+    ),
     # --- forwards that can't be traced
     (
         lambda: compiled(calls_fakeless),
