@@ -18,6 +18,9 @@ _REMEDY = (
     "with PIECEWORK_FULL_TRACEBACK=1 Dynamo's whole explanation is shown"
 )
 _OWN_FAULT = "call the model itself with the example arguments: it has to run with them"
+_MARKED = re.compile(
+    r"You marked L\['k?w?args'\]\[(.+?)\]\.size\(\)\[(\d+)\] as dynamic but your code specialized it to be a constant \((\d+)\)"
+)
 _ONE_DEVICE = "move the model and its arguments to one device"
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
@@ -66,6 +69,13 @@ def capture_error(error: BaseException) -> CaptureError:
     reason = text.splitlines()[0] if text else type(error).__name__
     if not torch_compat.dynamo_failure(error):
         reason = f"{type(error).__name__}: {reason}"
+    marked = _MARKED.search(text)
+    if marked is not None:
+        return CaptureError(
+            f"dimension {marked[2]} of argument {marked[1]} is marked as dynamic, and the model's code fixes it to {marked[3]}",
+            where=line,
+            hint="leave the mark out, or change what fixes the size",
+        )
     violated = re.search(r"^\s*- (.+?\.)(?:\s|$)", text, re.MULTILINE)
     if "Constraints violated" in reason and violated is not None:
         reason = violated[1].rstrip(".")

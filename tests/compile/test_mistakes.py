@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import piecework
 from piecework import CompilationConfig
@@ -105,6 +106,17 @@ def logs():
     except CaptureError as error:
         assert "in forward" in str(error.where)
         raise
+
+
+def marked() -> torch.Tensor:
+    x = X.clone()
+    torch._dynamo.mark_dynamic(x, 1)
+    return x
+
+
+def faked() -> torch.Tensor:
+    with FakeTensorMode() as mode:
+        return mode.from_tensor(X)
 
 
 async def later(x):
@@ -349,7 +361,14 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         "call the model itself",
     ),
     (lambda: compiled(returns_an_object), CaptureError, "returns a Result", "register_pytree_node"),
+    (
+        lambda: compiled(None, marked()),
+        CaptureError,
+        "dimension 1 of argument 0 is marked as dynamic, and the model's code fixes it to 8",
+        "leave the mark out",
+    ),
     # --- calls
+    (lambda: stitched()(faked()), InputError, "a FakeTensor", "trace the model itself"),
     (lambda: stitched()(torch.randn(4, 9)), InputError, "x has size 9 in dimension 1", ""),
     (
         lambda: stitched()(X.double()),
@@ -426,6 +445,18 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         BindError,
         "nothing is captured",
         "call capture(sizes) first",
+    ),
+    (
+        lambda: stitched().capture([4], progress=False).coverage(-1),
+        ConfigError,
+        "positive whole number; got -1",
+        "",
+    ),
+    (
+        lambda: stitched().capture([4], progress=False).coverage("8"),
+        ConfigError,
+        "positive whole number; got '8'",
+        "",
     ),
     (lambda: stitched().coverage(), BindError, "nothing is captured", "capture"),
     (
@@ -712,6 +743,20 @@ def test_whole_numbers_of_other_libraries_are_sizes() -> None:
         module = stitched().capture(sizes, progress=False)
         assert module.static_graphs.sizes == (2, 4)
         assert all(type(size) is int for size in module.static_graphs.sizes)
+
+
+def test_the_short_form_names_the_sizes_that_are_captured() -> None:
+    module = stitched().capture([2, 4], progress=False)
+    assert "captured for 2, 4" in repr(module)
+    module.sleep()
+    assert "captured" not in repr(module)
+    assert "captured" not in repr(stitched().capture([4], memory_budget=0, progress=False))
+
+
+def test_torch_logs_no_traceback_beside_a_typed_error(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(CaptureError):
+        compiled(None, marked())
+    assert "Error while creating guard" not in caplog.text
 
 
 def test_nothing_is_said_where_nothing_is_wrong() -> None:
