@@ -94,6 +94,8 @@ def parse_sizes(text: str, option: str = "--sizes") -> list[int]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not all(part.isdecimal() and int(part) for part in parts):
         raise UsageError(
-            f"{text!r} is no list of batch sizes", where=option, hint="write it like 1,2,4,8"
+            f"{text!r} is no list of batch sizes",
+            where=option,
+            hint="write positive whole numbers, like 1,2,4,8",
         )
     return [int(part) for part in parts]

@@ -358,10 +358,12 @@ def require_registered(splitting_ops: Sequence[SplittingOpLike] | None) -> None:
     names = () if splitting_ops is None else SplittingOps(splitting_ops).declared
     unknown = [name for name in names if "::" in name and not _is_registered(name)]
     if unknown:
-        near = did_you_mean(unknown[0], registry.names())
+        near = did_you_mean(unknown[0], registry.names()).replace(
+            "?", "? If not, check its spelling"
+        )
         raise SplitError(
             f"splitting op {unknown[0]} is not registered with torch",
-            hint=near or "check its spelling, and import the module that defines it first",
+            hint=(near or "check its spelling,") + " and import the module that defines it first",
         )
 
 
