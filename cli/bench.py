@@ -50,6 +50,10 @@ def bench(
             raise UsageError(
                 f"no benchmark is named to hand {context.args[0]} on to", hint="name one of them"
             )
+        if out is not None:
+            from piecework.runtime.bundle import require_writable
+
+            require_writable(out)
         arguments = [*([] if out is None else ["--out", str(out)]), *context.args]
         codes = set()
         for each in _all() if name == "all" else (name,):

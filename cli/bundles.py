@@ -53,6 +53,10 @@ def compile_command(
         out = console()
         bundle.check_output(output)
         config = configuration(config_file, overrides, backend=backend, dump=dump)
+        if dump is not None and output.absolute() in (dump.absolute(), *dump.absolute().parents):
+            raise UsageError(
+                "--dump names the folder of -o", hint="name another one for the stages"
+            )
         loaded = run_step(out, as_json, f"Loading {model}", lambda: load_model(model, seed=seed))
         text = f"Compiling with {config.backend}"
         stitched = run_compile_step(out, as_json, text, lambda: loaded.stitch(config))
@@ -128,7 +132,7 @@ def run(
             "same_source": generated == code,
             "edited": changes,
             "tokens": None if ours.tokens is None else ours.tokens.tolist(),
-            "tokens_equal": result.tokens_equal,
+            "tokens_equal": None if ours.tokens is None else result.tokens_equal,
             "relative_difference": result.difference,
             "agree": result.agree,
         }

@@ -10,6 +10,7 @@ import typer
 from piecework.cli.bundles import AsJson, FolderArgument, reload_model, run_step, warm_or_compiled
 from piecework.cli.console import console, typed_errors
 from piecework.cli.options import ConfigFile, DumpFolder, Overrides, configuration
+from piecework.errors import UsageError
 
 
 def coverage(
@@ -47,6 +48,8 @@ def coverage(
         from piecework.runtime.graphs.serve.report import calls_json, calls_table
 
         chosen = parse_sizes(sizes)
+        if not chosen:
+            raise UsageError("there is no batch size to capture", where="--sizes")
         CUDAGraphMode.parse(mode)
         AddressPolicy.parse(policy)
         out = console()
@@ -82,17 +85,17 @@ def coverage(
         out.print(memory.table())
 
 
-def parse_sizes(text: str) -> list[int]:
-    """The numbers of ``--sizes``.
+def parse_sizes(text: str, option: str = "--sizes") -> list[int]:
+    """The numbers of an option that takes batch sizes.
 
     Raises:
         UsageError: it is something else.
     """
-    from piecework.errors import UsageError
-
-    try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError as error:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() and int(part) for part in parts):
         raise UsageError(
-            f"{text!r} is no list of batch sizes", where="--sizes", hint="write it like 1,2,4,8"
-        ) from error
+            f"{text!r} is no list of batch sizes",
+            where=option,
+            hint="write positive whole numbers, like 1,2,4,8",
+        )
+    return [int(part) for part in parts]

@@ -235,7 +235,8 @@ def report(
             run_suite(tests, update=False, quiet=True)
             pages = [proposed(golden, shown(golden)) for golden in proposals(tests)]
             write_page(output, pages)
-            _say(f"{len(pages)} goldens differ; page: {shown(output)}")
+            differ = "1 golden differs" if len(pages) == 1 else f"{len(pages)} goldens differ"
+            _say(f"{differ}; page: {shown(output)}")
             raise typer.Exit(DIFFERS if pages else DONE)
         with _progress() as step:
             run = check_cases(

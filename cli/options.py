@@ -55,9 +55,13 @@ def configuration(
 
     Raises:
         ConfigError: a field is wrong, the file can't be read, or there is no such compiler.
+        UsageError: ``dump`` can't be written to.
     """
+    from piecework.runtime.bundle import require_writable
     from piecework.runtime.compilers import make_compiler
 
+    if dump is not None:
+        require_writable(dump)
     config = read_configuration(file, overrides, base)
     changes = {"backend": backend, "debug_dump_path": dump}
     config = config.replace(**{name: value for name, value in changes.items() if value is not None})

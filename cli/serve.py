@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from piecework.runtime.bundle import Manifest
 
 
+_WHAT_IS_SERVED = "give the local Hugging Face folder of a causal LM, or what compile made of one"
+
+
 def serve(
     model: Annotated[
         str,
@@ -78,7 +81,7 @@ def serve(
             tokenizer_of,
         )
 
-        sizes = "auto" if capture == "auto" else parse_sizes(capture) or None
+        sizes = "auto" if capture == "auto" else parse_sizes(capture, "--capture") or None
         limits = {"num_blocks": cb_num_blocks, "max_batch_tokens": cb_max_batch_tokens}
         if not continuous_batching and any(limits.values()):
             raise UsageError("--cb-… options are for --continuous-batching")
@@ -124,9 +127,11 @@ def _weights(folder: Path, manifest: Manifest | None) -> Path:
         UsageError: it was made from a config alone, or by a factory.
     """
     found = folder if manifest is None else Path(manifest.model)
+    if manifest is None and not folder.exists() and ":" not in str(folder):
+        raise UsageError(f"there is no folder {str(folder)!r}", hint=_WHAT_IS_SERVED)
     if not found.is_dir():
         raise UsageError(
             f"{str(folder)!r} is of no model that has a tokenizer",
-            hint="give the local Hugging Face folder of a causal LM, or what compile made of one",
+            hint=_WHAT_IS_SERVED,
         )
     return found

@@ -40,6 +40,13 @@ def load_model(spec: str, *, seed: int = 0) -> LoadedModel:
         UsageError: there is no such thing, or it can't be loaded; says which.
     """
     path = Path(spec)
+    file, _, factory = spec.partition(":")
+    if file.endswith(".py") or (factory and os.sep in file):
+        module = file.removesuffix(".py").replace(os.sep, ".").strip(".")
+        raise UsageError(
+            f"{spec!r} names a file, and a factory is named by its module",
+            hint=f"write {module}:{factory or 'factory'}, where factory() returns (module, example_inputs)",
+        )
     if path.exists():
         for each in integrations():
             loaded = each.load(path, seed)

@@ -84,11 +84,12 @@ def from_factory(spec: str, seed: int) -> LoadedModel:
     try:
         factory = getattr(importlib.import_module(module_name), factory_name)
         made = factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _no_model(spec, module_name, error) from error
     if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0])):
+        kind = f"{type(made).__name__} of {len(made)}" if isinstance(made, tuple) else None
         raise UsageError(
-            f"factory {spec!r} must return (module, example_inputs)",
+            f"factory {spec!r} must return (module, example_inputs); it returned a {kind or type(made).__name__}",
             hint="example_inputs is a tuple of positional arguments",
         )
     module, example = made
@@ -96,7 +97,7 @@ def from_factory(spec: str, seed: int) -> LoadedModel:
     return LoadedModel(type(module).__name__, module, args, Plain())
 
 
-def _no_model(spec: str, module_name: str, error: Exception) -> UsageError:
+def _no_model(spec: str, module_name: str, error: BaseException) -> UsageError:
     """What is wrong with a factory: it is not there, or its code fails, which its own traceback tells."""
     inner = traceback.extract_tb(error.__traceback__)[1:]  # from where the user's code begins
     while inner and inner[0].filename.startswith(("<frozen importlib", importlib.__file__)):

@@ -122,8 +122,10 @@ class Integration(Protocol):
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, in one line."""
-    lines = str(error).strip().splitlines()
+    """What a library's error says, in one line: its first one, and what follows a colon at its end."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    while len(lines) > 1 and lines[0].endswith(":"):
+        lines[:2] = [f"{lines[0]} {lines[1]}"]
     return lines[0] if lines else type(error).__name__
 
 

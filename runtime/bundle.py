@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -65,9 +65,27 @@ def check_output(directory: Path) -> None:
     parent = directory.absolute().parent
     if not parent.is_dir():
         raise UsageError(f"there is no folder {str(parent)!r} to write into")
-    for place in (parent, directory):
-        if place.exists() and not os.access(place, os.W_OK):
-            raise UsageError(f"folder {str(place)!r} is not writable")
+    require_writable(directory)
+
+
+def require_writable(directory: Path) -> None:
+    """Raise `UsageError` unless ``directory`` is a folder that files can be made in, or can be made; nothing is left behind."""
+    made: list[Path] = []
+    try:
+        for each in reversed((directory.absolute(), *directory.absolute().parents)):
+            if not each.exists():
+                each.mkdir()
+                made.append(each)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UsageError(
+            f"can't write folder {str(directory)!r}: {reason}", hint="name another one"
+        ) from error
+    finally:
+        for each in reversed(made):
+            each.rmdir()
 
 
 def save(
@@ -122,7 +140,7 @@ def read_manifest(directory: Path) -> Manifest:
     if not path.is_file():
         raise UsageError(
             f"{str(directory)!r} is not a folder made by piecework compile",
-            hint=f"it has no {MANIFEST}",
+            hint=f"it has no {MANIFEST}; piecework compile MODEL -o DIR makes such a folder",
         )
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))

@@ -98,7 +98,7 @@ def support_torch_compile(
         what it inherits. A decorated module inside another that is being compiled becomes part of that one.
 
     Raises:
-        ConfigError: not a module class; a name that is no parameter of ``forward``; nothing declared and nothing annotated.
+        ConfigError: not a module class; no forward; a name that is no parameter of ``forward``; nothing declared and nothing annotated.
 
     Example:
         >>> @piecework.support_torch_compile(dynamic_arg_dims={"x": 0})
@@ -110,6 +110,11 @@ def support_torch_compile(
 
     def decorate(kind: ModuleClass) -> ModuleClass:
         _require_module_class(kind, "support_torch_compile")
+        if kind.forward is torch.nn.Module.forward:
+            raise ConfigError(
+                f"{kind.__qualname__} has no forward to compile",
+                hint="define forward, and decorate the class that does",
+            )
         # Found wrong here, the declaration is an error at import and not at the first request.
         dims_of(kind.forward, dynamic_arg_dims, mark_unbacked_dims, owner=kind)
         support = Support(_own(dynamic_arg_dims), _own(mark_unbacked_dims), enable_if)

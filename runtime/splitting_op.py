@@ -5,12 +5,13 @@ The function is the implementation; nothing is compiled or captured here.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, Literal, ParamSpec, TypeVar, get_args
 
 import torch
 
-from piecework.errors import SplitError
+from piecework.errors import SplitError, did_you_mean
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -38,6 +39,7 @@ class SplittingOp(Generic[P, R]):
         self.implementation = function
         namespace, _, short = name.partition("::")
         self._library = torch.library.Library(namespace, "FRAGMENT")
+        _require_parameters(function, mutates_args, name)
         schema = _schema_of(function, mutates_args, name)
         self._library.define(f"{short}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         self._library.impl(short, function, "CompositeExplicitAutograd")
@@ -59,19 +61,36 @@ class SplittingOp(Generic[P, R]):
         )
 
     def register_fake(self, fake: Callable[P, R]) -> Callable[P, R]:
-        """Set the function that tells shapes and dtypes of the results while tracing; may be used as a decorator."""
+        """Set the function that tells shapes and dtypes of the results while tracing; may be used as a decorator.
+
+        Raises:
+            SplitError: the function does not take the operator's arguments.
+        """
+        _require_same_arguments(fake, self.overload, "fake implementation")
         torch.library.register_fake(
             self.splitting_op_name, fake, lib=self._library, allow_override=True
         )
         return fake
 
     def register_kernel(self, device_type: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-        """Set the implementation for one device type, ``"cpu"`` or ``"cuda"``; may be used as a decorator."""
+        """Set the implementation for one device type, ``"cpu"`` or ``"cuda"``; may be used as a decorator.
+
+        Raises:
+            SplitError: torch knows no such device, or the function does not take the operator's arguments.
+        """
+        try:
+            kind = torch.device(device_type).type
+        except (RuntimeError, TypeError) as error:
+            raise SplitError(
+                f"torch knows no device {device_type!r}",
+                where=self.splitting_op_name,
+                hint='say "cpu" or "cuda"',
+            ) from error
 
         def register(function: Callable[P, R]) -> Callable[P, R]:
-            key = torch.device(device_type).type.upper()
-            self._library.impl(self.splitting_op_name.partition("::")[2], function, key)
-            self._by_device[torch.device(device_type).type] = function
+            _require_same_arguments(function, self.overload, "kernel")
+            self._library.impl(self.splitting_op_name.partition("::")[2], function, kind.upper())
+            self._by_device[kind] = function
             return function
 
         return register
@@ -217,10 +236,21 @@ def _name_of(
         name = op
     found = str(op if name is None else name)
     _require_name(found)
+    namespace, _, short = found.partition("::")
+    if not hasattr(getattr(torch.ops, namespace), short):
+        raise SplitError(
+            f"there is no operator {found!a}",
+            hint="check its spelling, and import the module that defines it first",
+        )
     return found
 
 
-def _require_name(name: str) -> None:
+def _require_name(name: object) -> None:
+    if not isinstance(name, str):
+        raise SplitError(
+            f"a splitting op needs a name; got {name!s:.80}",
+            hint='write @piecework.splitting_op("namespace::name")',
+        )
     parts = name.split("::")
     if len(parts) != 2 or not all(part.isidentifier() for part in parts):
         raise SplitError(f"operator name {name!a} is not of the form 'namespace::name'")
@@ -258,6 +288,12 @@ def splitting_op(
         ...     out.copy_(query @ key.mT)
     """
     _require_name(name)
+    if isinstance(mutates_args, str):
+        raise SplitError(
+            f"mutates_args must be a list of parameters' names; got the text {mutates_args!a}",
+            where=name,
+            hint=f"pass ({mutates_args!a},)",
+        )
 
     def register(function: Callable[P, R]) -> SplittingOp[P, R]:
         op = registry.add(name, function, tuple(mutates_args))
@@ -272,8 +308,49 @@ def _schema_of(function: Callable[..., object], mutates_args: tuple[str, ...], n
     try:
         return torch.library.infer_schema(function, mutates_args=mutates_args)
     except (ValueError, TypeError) as error:
+        reason = str(error).removeprefix("infer_schema(func): ").partition("Got func with")[0]
+        reason, _, types = reason.partition("The valid types are")
         raise SplitError(
-            f"no operator schema for {name}: {error}",
+            f"no operator schema for {name}: {reason.strip(' .')}",
             where=_identity(function),
-            hint="annotate every parameter and the result with types that torch.library knows",
+            hint="annotate every parameter and the result with types that torch.library knows"
+            + (": Tensor, list[Tensor], int, float, bool, str, …, optional ones" if types else ""),
         ) from error
+
+
+def _require_parameters(
+    function: Callable[..., object], mutates_args: Iterable[str], name: str
+) -> None:
+    """Refuse a method, and parameters to write to that the function does not have."""
+    parameters = list(inspect.signature(function).parameters)
+    if parameters[:1] == ["self"]:
+        raise SplitError(
+            f"a splitting op is made of a function, and {function.__name__} is a method",
+            where=name,
+            hint="decorate a function outside of the class, and call it in the method with the tensors that it needs",
+        )
+    for each in mutates_args:
+        if each not in parameters:
+            raise SplitError(
+                f"mutates_args names {each!r}, and {function.__name__} has no such parameter",
+                where=name,
+                hint=did_you_mean(each, parameters) or f"parameters: {', '.join(parameters)}",
+            )
+
+
+def _require_same_arguments(
+    function: Callable[..., object], overload: torch._ops.OpOverload, what: str
+) -> None:
+    """Refuse a function that can't be called with what its operator is called with."""
+    arguments = overload._schema.arguments
+    by_name = {each.name: None for each in arguments if each.kwarg_only}
+    try:
+        inspect.signature(function).bind(*[None] * (len(arguments) - len(by_name)), **by_name)
+    except TypeError as error:
+        raise SplitError(
+            f"this {what} does not take the operator's arguments: {error}",
+            where=str(overload._schema.name),
+            hint=f"the operator is {overload._schema}",
+        ) from error
+    except ValueError:  # a builtin says nothing of its arguments
+        return

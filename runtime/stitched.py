@@ -22,19 +22,20 @@ from piecework.codegen.stitch.source import collector_paused
 from piecework.errors import (
     ArtifactError,
     BindError,
+    ConfigError,
     InputError,
     StaticGraphError,
     short_errors,
     tell,
 )
 from piecework.runtime import torch_compat
+from piecework.runtime.analysis.doubts import tell_of_gradients, tell_of_training
 from piecework.runtime.artifact.load import Artifact
 from piecework.runtime.artifact.made_with import made_with, require_made_so
 from piecework.runtime.artifact.store import Place
 from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.bind.refit import refit
-from piecework.runtime.call.doubts import tell_of_gradients, tell_of_training
 from piecework.runtime.call.edited import EditedSource
 from piecework.runtime.call.entry import OPAQUE
 from piecework.runtime.call.shared_module import SharedModule, model_name, require_model
@@ -111,7 +112,7 @@ class StitchedModule(SharedModule):
 
     # --- use -------------------------------------------------------------------------------------
 
-    def __call__(self, *args: object, **kwargs: object) -> object:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         """Run the model. Shapes may differ from the example's in dynamic dimensions only.
 
         Under a grad mode that is on, it runs with it off. Under a dispatch or function mode, or after a splitting op was
@@ -134,7 +135,7 @@ class StitchedModule(SharedModule):
             raise told from error
         return self._serve_otherwise(refused, args, kwargs)
 
-    def forward(self, *args: object, **kwargs: object) -> object:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         """As calling the module."""
         return self(*args, **kwargs)
 
@@ -468,7 +469,21 @@ class StitchedModule(SharedModule):
         return self._graphs.dispatch(num_tokens, uniform_decode, **kind)
 
     def coverage(self, max_num_batched_tokens: int | None = None) -> list[CoverageRow]:
-        """How each batch size runs: captured, padded or uncaptured, and why."""
+        """How each batch size runs: captured, padded or uncaptured, and why.
+
+        Args:
+            max_num_batched_tokens: the largest batch to list; by default one more than the largest captured size.
+
+        Raises:
+            BindError: nothing is captured.
+            ConfigError: ``max_num_batched_tokens`` is no positive whole number.
+        """
+        largest = max_num_batched_tokens
+        if largest is not None and not (isinstance(largest, int) and largest > 0):
+            raise ConfigError(
+                f"the largest batch to list must be a positive whole number; got {largest!r}",
+                where="max_num_batched_tokens",
+            )
         rows = [row for each in self._graphs.all() for row in each.coverage(max_num_batched_tokens)]
         return sorted(rows, key=lambda row: row.first)
 

@@ -112,7 +112,9 @@ def _wrapped(note: str) -> str:
     """A note below a signature, on as many lines as it takes; the template has the first ``#``."""
     if len(note) <= LINE_LENGTH - 6:
         return note
-    return "\n    #   ".join(textwrap.wrap(note, LINE_LENGTH - 8, break_long_words=False))
+    whole = note.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")  # an item is not cut
+    lines = textwrap.wrap(whole, LINE_LENGTH - 8, break_long_words=False)
+    return "\n    #   ".join(lines).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def with_depth(body: Sequence[ir.Stmt]) -> Iterator[tuple[ir.Stmt, int]]:

@@ -65,6 +65,8 @@ def check_op(
         >>> check_op("mylib::attention").problems
         ('it has no fake implementation, so that graphs with it can not be traced',)
     """
+    if isinstance(args, torch.Tensor):
+        raise SplitError("args must be a tuple of arguments; got a Tensor", hint="pass (x,)")
     overload = _overload(op)
     schema = overload._schema
     mutates = tuple(each.name for each in schema.arguments if writes_to(each))

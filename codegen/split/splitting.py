@@ -6,7 +6,7 @@ Nothing is cut here, and no operator is run.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 import torch.fx
@@ -27,11 +27,7 @@ class SplittingOps:
         self._names: set[str] = set()
         self._targets: list[object] = []
         self.declared: list[str] = []
-        if isinstance(ops, str):  # whose characters would be taken for operators
-            raise SplitError(
-                f"splitting ops must be a list; got the text {ops!a}", hint=f"pass [{ops!a}]"
-            )
-        for op in ops:
+        for op in _listed(ops):
             op = getattr(op, "splitting_op_name", op)  # the handle of `piecework.splitting_op`
             if isinstance(op, str):
                 if op.count("::") != 1 or not all(op.split("::")):
@@ -47,9 +43,14 @@ class SplittingOps:
             elif isinstance(op, OpOverloadPacket):
                 self._names.add(op._qualified_op_name)
                 self.declared.append(op._qualified_op_name)
+            elif isinstance(op, type) and issubclass(op, torch.nn.Module):
+                raise SplitError(
+                    f"splitting op {op.__qualname__} is a class of modules; a graph is cut at the operators that forwards call",
+                    hint="name the operator that does its work, or make it one with piecework.splitting_op",
+                )
             elif callable(op):
                 self._targets.append(op)
-                self.declared.append(getattr(op, "__qualname__", repr(op)))
+                self.declared.append(_written(op))
             else:
                 raise SplitError(f"splitting op {op!r} is neither a name nor an operator")
 
@@ -66,8 +67,34 @@ class SplittingOps:
         for node in graph.nodes:
             if node.op == "call_function":
                 present |= names_of(node)
-                present.add(getattr(node.target, "__qualname__", None))
+                present.add(_written(node.target))
         return [name for name in self.declared if name not in present]
+
+
+def _listed(ops: object) -> Iterable[SplittingOp]:
+    """``ops``, if it is a list of operators: a text, a packet or a dict can be gone through too, and holds none."""
+    if isinstance(ops, str):
+        raise SplitError(
+            f"splitting ops must be a list; got the text {ops!a}", hint=f"pass [{ops!a}]"
+        )
+    if isinstance(ops, Iterable) and not isinstance(ops, (OpOverloadPacket, Mapping)):
+        return ops
+    raise SplitError(
+        f"splitting ops must be a list; got {ops!s:.80}",
+        hint="pass a list of them; [] cuts nowhere",
+    )
+
+
+def _written(function: object) -> str:
+    """A function as code writes it: ``torch.sin``, or its own name."""
+    name = str(getattr(function, "__qualname__", repr(function)))
+    short = name.rpartition(".")[2]
+    return f"torch.{short}" if getattr(torch, short, None) is function else name
+
+
+def methods_called(graph: torch.fx.Graph) -> set[str]:
+    """The methods of tensors that ``graph`` calls, which no splitting op is."""
+    return {str(node.target) for node in graph.nodes if node.op == "call_method"}
 
 
 def operator_name(target: object) -> str | None:

@@ -5,12 +5,14 @@ Many changes that are alike are one line: a layer's weights came or went, or all
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 
 from piecework.golden.compare.changes import Change
 
 # From this many alike changes on, they are one line.
 _MANY = 4
+_NUMBERS = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 def weight_changes(
@@ -43,14 +45,26 @@ def _renamed(
 
 
 def _listed(kind: str, weights: Mapping[str, str]) -> Iterator[Change]:
-    """Weights that came or went, those of one layer together."""
+    """Weights that came or went, those of one layer together, or those at one place of many layers."""
     layers: dict[str, list[str]] = {}
+    rest: list[str] = []
     for name, text in weights.items():
         layers.setdefault(_layer(_path(text, name)), []).append(name)
     for layer, names in layers.items():
         if layer and len(names) >= _MANY:
             message = f"{len(names)} bound weights of {layer}"
             message += " are gone" if kind == "removed" else ""
+            yield Change("signature", kind, message, subjects=tuple(_sides(kind, n) for n in names))
+            continue
+        rest += names
+    places: dict[tuple[str, str], list[str]] = {}
+    for name in rest:
+        value, _, path = weights[name].partition(" = ")
+        places.setdefault((_NUMBERS.sub("*", path), value), []).append(name)
+    for (place, value), names in places.items():
+        if place and len(names) >= _MANY:
+            message = f"{len(names)} bound weights {place} "
+            message += "are gone" if kind == "removed" else f"= {value}"
             yield Change("signature", kind, message, subjects=tuple(_sides(kind, n) for n in names))
             continue
         for name in names:

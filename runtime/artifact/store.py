@@ -85,6 +85,10 @@ def store_of(place: Place) -> Store:
     return Directory(Path(os.path.abspath(path))) if local else Archive(place, system, path)
 
 
+_FSSPEC_LACKS = "pip install fsspec, and what it needs for such URLs"
+_FSSPEC_KNOWS = "check the URL; fsspec.available_protocols() lists what it may begin with"
+
+
 def _file_system(url: str) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs
@@ -94,7 +98,7 @@ def _file_system(url: str) -> tuple[Any, str]:
         raise ArtifactError(
             f"the URL can't be opened: {error}",
             where=url,
-            hint="pip install fsspec, and what it needs for such URLs",
+            hint=_FSSPEC_LACKS if isinstance(error, ImportError) else _FSSPEC_KNOWS,
         ) from error
 
 

@@ -6,8 +6,10 @@ It never reads a configuration object and never changes what it is given, so tha
 from __future__ import annotations
 
 import math
+import operator
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from piecework.errors import ConfigError
 
@@ -116,7 +118,7 @@ def require_positive_sizes(sizes: Iterable[int]) -> tuple[int, ...]:
     Raises:
         ConfigError: some are no positive whole numbers; all of them are named.
     """
-    given = list(sizes)
+    given = [_plain(size) for size in sizes]
     if problems := _size_problems(given, None):
         raise ConfigError("; ".join(problems), where="cudagraph_capture_sizes")
     return tuple(sorted(set(given)))
@@ -205,6 +207,14 @@ def padded_sizes(sizes: Iterable[int], maximum: int | None = None) -> tuple[int 
         maximum = ordered[-1] if ordered else 0
     positions = (bisect_left(ordered, count) for count in range(maximum + 1))
     return tuple(ordered[at] if at < len(ordered) else None for at in positions)
+
+
+def _plain(size: Any) -> Any:
+    """A whole number of another library (numpy's, a tensor) as Python's; anything else as it is."""
+    try:
+        return size if isinstance(size, bool) else operator.index(size)
+    except TypeError:
+        return size
 
 
 def _is_integer(value: object) -> bool:

@@ -329,7 +329,11 @@ def _class(leaf: int, label: str, value: object, kind: type | None) -> Iterator[
     elif type(value) not in _PLAIN:
         yield InputError(
             f"argument {label} is a {now}, a tensor subclass; compiled pieces take plain tensors",
-            hint="convert it to a plain tensor, or call the model itself",
+            hint=(
+                "something traces this call, as torch.export does: trace the model itself"
+                if now == "FakeTensor"
+                else "convert it to a plain tensor, or call the model itself"
+            ),
         )
     elif kind is not None and type(value) is not kind:
         message = f"argument {label} is a {now}; the model was traced with a {kind.__qualname__}"

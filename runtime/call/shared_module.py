@@ -5,6 +5,8 @@ What compiled code would go past is refused: hooks, moves and conversions, new m
 
 from __future__ import annotations
 
+import inspect
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -105,7 +107,7 @@ def require_model(model: object) -> None:
     """Refuse what can't be called as a model, or is stitched already.
 
     Raises:
-        ConfigError: it is no callable, a class, or a stitched module.
+        ConfigError: it is no callable, a class, a stitched module, TorchScript, an exported program, or a coroutine's or generator's function.
     """
     if isinstance(model, type):
         raise ConfigError(
@@ -115,7 +117,35 @@ def require_model(model: object) -> None:
     if isinstance(model, SharedModule):
         raise ConfigError("the model is stitched already", hint="call it, or compile its .model")
     if not callable(model):
-        raise ConfigError(f"a model must be callable; got a {type(model).__qualname__}")
+        raise ConfigError(
+            f"a model must be callable; got a {type(model).__qualname__}",
+            hint=_instead_of(model),
+        )
+    if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+        raise ConfigError(
+            "the model is TorchScript, which has no Python code to capture",
+            hint="pass the model that it was made of",
+        )
+    if isinstance(model, torch.export.ExportedProgram):
+        raise ConfigError(
+            "an exported program is no model to call",
+            hint="pass its .module(), or the model itself",
+        )
+    called = model.forward if isinstance(model, torch.nn.Module) else model
+    if inspect.iscoroutinefunction(called) or inspect.isgeneratorfunction(called):
+        raise ConfigError(
+            f"{model_name(model)} returns a coroutine or a generator, not the result of a forward",
+            hint="pass a function that returns tensors",
+        )
+
+
+def _instead_of(value: object) -> str:
+    """What to pass in place of something that is no model."""
+    if isinstance(value, Mapping):
+        return "load the weights into a model, and pass that"
+    if isinstance(value, (str, os.PathLike)):
+        return "pass the model itself; piecework.load(path, model) takes what was saved"
+    return "pass a torch.nn.Module or a function"
 
 
 def model_name(model: Callable[..., object]) -> str:

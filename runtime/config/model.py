@@ -5,6 +5,7 @@ It knows no field of piecework, and it never reads the environment or a file.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, get_args
@@ -128,8 +129,14 @@ class FrozenModel(BaseModel):
         if isinstance(given, Mapping):
             return cls.from_data(given)
         raise ConfigError(
-            f"{argument} must be a {cls.__name__} or a dict of its fields; got a {type(given).__qualname__}",
+            f"{argument} must be a {cls.__name__} or a dict of its fields; got "
+            + (
+                f"the class {given.__name__}"
+                if isinstance(given, type)
+                else f"a {type(given).__qualname__}"
+            ),
             where=where,
+            hint=_instead_of(given, cls),
         )
 
     def replace(self, **changes: Any) -> Self:
@@ -141,6 +148,14 @@ class FrozenModel(BaseModel):
         # Not model_copy(update=…): pydantic would take the changes unchecked.
         current = {name: getattr(self, name) for name in type(self).model_fields}
         return type(self)(**{**current, **changes})
+
+
+def _instead_of(given: object, cls: type) -> str:
+    if isinstance(given, type):
+        return f"pass an instance: {given.__name__}(...)"
+    if isinstance(given, (str, os.PathLike)):
+        return "read the file first, as with json or tomllib, and pass what is in it"
+    return f"pass {cls.__name__}(...), or a dict of what differs from the defaults"
 
 
 def hash_roles(model: type[FrozenModel]) -> dict[str, HashRole | None]:

@@ -112,7 +112,11 @@ def _headline(page: Page, compiled: int, unique: int) -> str:
         return "not split yet"
     total = len(page.rows)
     done = f"{unique} different" if compiled == total else f"{compiled} of them compiled"
-    return f"{total} pieces, {done}, between {outside} splitting submodules"
+    pieces, cuts = (
+        f"{n} {noun}{'' if n == 1 else 's'}"
+        for n, noun in ((total, "piece"), (outside, "splitting submodule"))
+    )
+    return f"{pieces}, {done}, between {cuts}"
 
 
 def _coloured(code: str) -> list[Markup]:

@@ -14,6 +14,7 @@ from piecework.codegen import SplitItem
 from piecework.codegen.split.split import SplittingOp as SplittingOpLike
 from piecework.codegen.split.split import SplittingOps
 from piecework.errors import BindError, ConfigError
+from piecework.runtime.analysis.doubts import tell_of_gradients
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.ranges import Range, RangeTable
 from piecework.runtime.cache.artifacts import StandaloneCompiledArtifacts
@@ -223,6 +224,7 @@ def piecework_dynamo_backend(
     Raises:
         PieceworkError: as `PieceworkBackend`; Dynamo wraps it in ``BackendCompilerFailed``.
         ConfigError: the options hold a mode in which piecework compiles nothing, or a ``cudagraph_mode``; or ``mode`` is given.
+        CaptureError: with ``strict``, an argument requires grad.
     """
     if mode is not None:
         raise ConfigError(
@@ -245,6 +247,8 @@ def piecework_dynamo_backend(
             where="cudagraph_mode",
             hint="piecework.compile(model, …).capture(sizes) captures",
         )
+    arguments = [each for each in example_inputs if not isinstance(each, torch.nn.Parameter)]
+    tell_of_gradients(arguments, {}, config.strict)
     whole = config.mode is CompilationMode.DYNAMO_TRACE_ONCE and config.splitting_ops is None
     tag = current_model_tag()
     prefix = tag.tag if model_tag_is_set() else ""

@@ -23,8 +23,8 @@ from piecework.codegen.graph.origin import SymbolNames, value_of
 from piecework.codegen.graph.structure import Structure, input_signature, structure_of
 from piecework.codegen.split.split import SplittingOp as SplittingOpLike
 from piecework.codegen.split.split import SplittingOps
-from piecework.codegen.split.splitting import operator_name, recurrent_layers
-from piecework.errors import CaptureError, ConfigError, SplitError, tell
+from piecework.codegen.split.splitting import methods_called, operator_name, recurrent_layers
+from piecework.errors import CaptureError, ConfigError, SplitError, did_you_mean, tell
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.writes import held_by_source, mutations_in, refuse_mutations
 from piecework.runtime.batch.mode import CUDAGraphMode
@@ -236,11 +236,17 @@ class Compilation:
         require_registered(ops)
         missing = SplittingOps(ops).missing_from(self.graph.graph)
         if missing and self.trace is not Trace.ANOTHER:
+            methods = methods_called(self.graph.graph)
+            named = {name.rpartition("::")[2].rpartition(".")[2] for name in missing}
+            called = sorted(named & methods)
+            hint = "check the spelling, or leave them out; a graph calls what the model's code calls (torch.sin, not aten::sin)"
+            if called:
+                hint = f"the model's code calls it as a method of a tensor: write torch.{called[0]}(x, …) there in place of x.{called[0]}(…), and name torch.{called[0]}"
             tell(
                 SplitError(
                     f"splitting ops that are named and not in the graph: {', '.join(missing)}",
                     where=self.name,
-                    hint="check the spelling, or leave them out; a graph calls what the model's code calls (torch.sin, not aten::sin)",
+                    hint=hint,
                 ),
                 strict=self.config.strict,
             )
@@ -352,9 +358,12 @@ def require_registered(splitting_ops: Sequence[SplittingOpLike] | None) -> None:
     names = () if splitting_ops is None else SplittingOps(splitting_ops).declared
     unknown = [name for name in names if "::" in name and not _is_registered(name)]
     if unknown:
+        near = did_you_mean(unknown[0], registry.names()).replace(
+            "?", "? If not, check its spelling"
+        )
         raise SplitError(
             f"splitting op {unknown[0]} is not registered with torch",
-            hint="check its spelling, and import the module that defines it first",
+            hint=(near or "check its spelling,") + " and import the module that defines it first",
         )
 
 

@@ -85,17 +85,18 @@ class Report:
         return sum(self.phases.values())
 
     def __str__(self) -> str:
-        cut = f"between {self.splitting} splitting submodules"
+        cut = f"between {counted(self.splitting, 'splitting submodule')}"
         if self.pieces > 1 and not self.splitting:
             cut = "cut between repeated blocks"
         lines = [
-            f"{self.model}: {self.pieces} pieces, {self.unique} unique, {cut}",
+            f"{self.model}: {counted(self.pieces, 'piece')}, {self.unique} unique, {cut}",
             f"compiler {self.compiler}, {self.seconds:.2f} s: "
             + ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self.phases.items()),
         ]
         if len(self.ranges) > 1:
             lines += [
-                f"batch {r.batches}: {r.compiles} compiles, {r.seconds:.2f} s" for r in self.ranges
+                f"batch {r.batches}: {counted(r.compiles, 'compile')}, {r.seconds:.2f} s"
+                for r in self.ranges
             ]
         if self.layers:
             lines.append(self.layers)
@@ -134,3 +135,8 @@ def differences(structures: Sequence[tuple[str, Structure]]) -> tuple[Difference
 
 def _mismatches(left: Sequence[str], right: Sequence[str]) -> int:
     return sum(a != b for a, b in zip(left, right, strict=True))
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 piece``, ``2 pieces``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -104,11 +104,12 @@ def _nothing_dynamic(
 ) -> ConfigError:
     listed = ", ".join(parameters) or "none"
     bare = [name for name in parameters if name not in reading.annotated]
-    reason = f"; {', '.join(bare)} have no annotation" if bare else ""
+    has = "has" if len(bare) == 1 else "have"
+    reason = f"; {', '.join(bare)} {has} no annotation" if bare else ""
     return ConfigError(
         f"no parameter is annotated as a tensor, so nothing is dynamic; parameters: {listed}{reason}",
         where=where,
-        hint="annotate tensor parameters with torch.Tensor, or pass dynamic_arg_dims={'x': 0}",
+        hint=f"annotate tensor parameters with torch.Tensor, or pass dynamic_arg_dims={{{next(iter(bare or parameters), 'x')!r}: 0}}",
     )
 
 

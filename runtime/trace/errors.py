@@ -18,9 +18,13 @@ _REMEDY = (
     "with PIECEWORK_FULL_TRACEBACK=1 Dynamo's whole explanation is shown"
 )
 _OWN_FAULT = "call the model itself with the example arguments: it has to run with them"
+_MARKED = re.compile(
+    r"You marked L\['k?w?args'\]\[(.+?)\]\.size\(\)\[(\d+)\] as dynamic but your code specialized it to be a constant \((\d+)\)"
+)
 _ONE_DEVICE = "move the model and its arguments to one device"
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_PYTHON = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
 
 
 def own_error(error: BaseException) -> PieceworkError | None:
@@ -72,6 +76,13 @@ def capture_error(error: BaseException) -> CaptureError:
     reason = text.splitlines()[0] if text else type(error).__name__
     if not torch_compat.dynamo_failure(error):
         reason = f"{type(error).__name__}: {reason}"
+    marked = _MARKED.search(text)
+    if marked is not None:
+        return CaptureError(
+            f"dimension {marked[2]} of argument {marked[1]} is marked as dynamic, and the model's code fixes it to {marked[3]}",
+            where=line,
+            hint="leave the mark out, or change what fixes the size",
+        )
     violated = re.search(r"^\s*- (.+?\.)(?:\s|$)", text, re.MULTILINE)
     if "Constraints violated" in reason and violated is not None:
         reason = violated[1].rstrip(".")
@@ -90,6 +101,9 @@ def _raised_by_model(error: BaseException, text: str) -> str | None:
     found = re.search(r"Developer debug context: raised exception (\w+)\((.*)\)$", text, re.M)
     if found is not None:
         return f"{found[1]}: {_unquoted(found[2])}".removesuffix(": ")
+    found = re.search(r"Developer debug context: TypeError <.+?>: (.+)$", text, re.M)
+    if found is not None and text.startswith("TypeError when making fake tensor call"):
+        return f"TypeError: {found[1].replace('immutable_list', 'list')}"
     found = re.search(r"\): got (\w+)\((.*)\)$", text, re.M)
     if found is not None and "with fake tensors" in text:
         return f"{found[1]}: {_unquoted(found[2])}"
@@ -110,7 +124,7 @@ def _unquoted(text: str) -> str:
 def _user_line(text: str) -> tuple[str | None, str]:
     """``model.py:41 in forward`` of the innermost of the user's lines in a traceback, and that line's code.
 
-    Lines of torch's own modules count only if there are no others.
+    Lines of torch's own modules, and of Python's, count only if there are no others.
     """
     lines = text.splitlines()
     frames = [
@@ -121,8 +135,13 @@ def _user_line(text: str) -> tuple[str | None, str]:
     ]
     if not frames:
         return None, ""
-    own = [each for each in frames if not each[1][1].startswith(_TORCH)]
+    own = [each for each in frames if not _of_a_library(each[1][1])]
     number, found = (own or frames)[-1]
     code = lines[number + 1].strip() if number + 1 < len(lines) else ""
     inside = f" in {found[3]}" if found[3] else ""
     return f"{os.path.basename(found[1])}:{found[2]}{inside}", code
+
+
+def _of_a_library(path: str) -> bool:
+    """Whether a file is torch's or Python's own; models of installed packages are the user's."""
+    return path.startswith(_TORCH) or (path.startswith(_PYTHON) and "-packages" not in path)

@@ -27,7 +27,8 @@ def summary(traces: Traces) -> str:
         return f"{name}, not compiled yet"
     program = made[0].program
     cuts = sum(item.is_splitting_graph for item in program.items)
-    captured = sorted({n for each in made if each.static for n in each.static.sizes})
+    kept = [key for each in made if each.static for key in each.static.graphs.bytes_by_descriptor()]
+    captured = sorted({shape.num_tokens for _, shape in kept})
     parts = (
         name,
         _count(len(program.backends), "piece", unique_pieces(program.backends)),

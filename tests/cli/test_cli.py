@@ -48,6 +48,18 @@ def nonsense() -> int:
     return 3
 
 
+def alone() -> nn.Module:
+    return Small()
+
+
+def three() -> tuple[object, ...]:
+    return (*small(), {})
+
+
+def leaves() -> object:
+    sys.exit(0)
+
+
 def crashes() -> object:
     return _deep_inside()
 
@@ -68,7 +80,7 @@ def test_compile_show_run(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     result = compiled(folder)
     assert result.exit_code == 0, result.output
-    assert "2 pieces, 2 unique, between 1 splitting submodules" in result.output
+    assert "2 pieces, 2 unique, between 1 splitting submodule" in result.output
     names = ["artifact", "graph.py", "manifest.json", "stitched.py"]
     assert sorted(p.name for p in folder.iterdir()) == names
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -135,7 +147,13 @@ def test_demo_says_that_tokens_are_equal(tmp_path: Path) -> None:
         ("no/such/model", "there is no model at 'no/such/model'"),
         ("no_such_module:factory", "there is no factory"),
         ("cli_factories:nothing", "there is no factory"),
-        ("cli_factories:nonsense", "must return (module, example_inputs)"),
+        ("cli_factories:nonsense", "must return (module, example_inputs); it returned a int"),
+        ("cli_factories:alone", "it returned a Small"),
+        ("cli_factories:three", "it returned a tuple of 3"),
+        ("cli_factories:leaves", "fails with SystemExit: 0 (test_cli.py:"),
+        ("cli_factories.py", "write cli_factories:factory"),
+        ("cli_factories.py:small", "write cli_factories:small"),
+        ("./cli_factories:small", "write cli_factories:small"),
         ("cli_factories:crashes", "fails with RuntimeError: no weights today (test_cli.py:"),
         ("cli_factories:breaks", "can't be captured as one graph"),
     ],
@@ -157,6 +175,13 @@ def test_a_bad_config_is_misuse(tmp_path: Path, text: str) -> None:
     assert result.exit_code == 2, result.output
     assert "UsageError" in result.output
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_bad_field_of_a_config_is_named_with_its_reason(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text('{"model_type": "llama", "hidden_size": "x"}')
+    said = compiled(tmp_path / "out", str(config)).output
+    assert "field 'hidden_size'" in said and "expected int, got str" in said
 
 
 def test_an_output_that_is_not_empty_is_kept(tmp_path: Path) -> None:
@@ -290,7 +315,40 @@ def test_settings_are_checked_before_any_work(
     assert "no weights today" not in result.output
 
 
-@pytest.mark.parametrize("options", [["--mode", "FAST"], ["--policy", "guess"], ["--sizes", "x"]])
+@pytest.mark.parametrize("dump", ["file", "file/below", "out", "out/stages"])
+def test_a_folder_for_stages_is_checked_before_any_work(tmp_path: Path, dump: str) -> None:
+    (tmp_path / "file").write_text("")
+    options = ["-o", tmp_path / "out", "--dump", tmp_path / dump]
+    result = invoke("compile", "cli_factories:crashes", *options)
+    assert result.exit_code == 2 and "UsageError" in result.output
+    assert "no weights today" not in result.output
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_for_results_is_checked_before_a_benchmark_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = invoke("bench", "stitching", "--out", tmp_path / "file")
+    assert result.exit_code == 2 and "can't write folder" in result.output
+    assert "stitching:" not in result.output
+
+
+def test_serve_names_what_is_wrong(tmp_path: Path) -> None:
+    missing = invoke("serve", tmp_path / "nothing")
+    assert missing.exit_code == 2 and "there is no folder" in missing.output
+    sizes = invoke("serve", tmp_path / "nothing", "--capture", "1,x")
+    assert sizes.exit_code == 2 and "(--capture)" in sizes.output
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--mode", "FAST"],
+        ["--policy", "guess"],
+        ["--sizes", "x"],
+        ["--sizes", "0"],
+        ["--sizes", ","],
+    ],
+)
 def test_what_coverage_captures_is_checked_before_any_work(tmp_path: Path, options) -> None:  # type: ignore[no-untyped-def]
     result = invoke("coverage", tmp_path / "nothing", "--sizes", "1,2", *options)
     assert result.exit_code == 2 and "made by piecework compile" not in result.output

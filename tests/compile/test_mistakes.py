@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
 import traceback
 import warnings
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import piecework
 from piecework import CompilationConfig
@@ -36,6 +38,9 @@ class Model(nn.Module):
         super().__init__()
         self.layer = nn.Linear(8, 8)
         self.drop = nn.Dropout()
+
+    def method(self, x: torch.Tensor) -> torch.Tensor:
+        return x
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.drop(torch.sin(self.layer(x)))
@@ -91,6 +96,54 @@ def raises(x):
     raise ValueError("not today")
 
 
+def logs():
+    def forward(x):
+        logging.getLogger("mistakes").warning("hi")
+        return x * 2
+
+    try:
+        compiled(forward)
+    except CaptureError as error:
+        assert "in forward" in str(error.where)
+        raise
+
+
+def marked() -> torch.Tensor:
+    x = X.clone()
+    torch._dynamo.mark_dynamic(x, 1)
+    return x
+
+
+def faked() -> torch.Tensor:
+    with FakeTensorMode() as mode:
+        return mode.from_tensor(X)
+
+
+async def later(x):
+    return x
+
+
+def in_parts(x):
+    yield x
+
+
+def plain(self, states):
+    return states * 2
+
+
+def halves_into(x: torch.Tensor, out: torch.Tensor) -> None:
+    out.copy_(x / 2)
+
+
+def takes_a_dict(x: dict) -> torch.Tensor:
+    return x["x"]
+
+
+@piecework.splitting_op("mistakes::halve")
+def halve(x: torch.Tensor) -> torch.Tensor:
+    return x / 2
+
+
 class Result:
     pass
 
@@ -109,7 +162,29 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         "Model is a class, not a model",
         "pass an instance: Model(...)",
     ),
-    (lambda: compiled(3), ConfigError, "a model must be callable; got a int", ""),
+    (lambda: compiled(3), ConfigError, "a model must be callable; got a int", "torch.nn.Module"),
+    (
+        lambda: compiled(Model().state_dict()),
+        ConfigError,
+        "must be callable; got a OrderedDict",
+        "load the weights into a model",
+    ),
+    (
+        lambda: piecework.load(Model(), "model.artifact"),
+        ConfigError,
+        "must be callable; got a str",
+        "piecework.load(path, model)",
+    ),
+    (lambda: compiled(torch.jit.script(nn.Linear(8, 8))), ConfigError, "TorchScript", "made of"),
+    (lambda: compiled(torch.jit.trace(nn.Linear(8, 8), X)), ConfigError, "TorchScript", "made of"),
+    (
+        lambda: compiled(torch.export.export(nn.Linear(8, 8), (X,))),
+        ConfigError,
+        "an exported program is no model",
+        ".module()",
+    ),
+    (lambda: compiled(later), ConfigError, "later returns a coroutine or a generator", "tensors"),
+    (lambda: compiled(in_parts), ConfigError, "in_parts returns a coroutine", "tensors"),
     (
         lambda: piecework.compile(stitched(), (X,)),
         ConfigError,
@@ -136,6 +211,9 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         "forward takes",
     ),
     (lambda: compiled(None, torch.randn(4, 9)), CaptureError, "", "call the model itself"),
+    (lambda: compiled(None, [X]), CaptureError, "must be Tensor, not list", "call the model"),
+    (lambda: compiled(None, None), CaptureError, "must be Tensor, not NoneType", "call the model"),
+    (lambda: compiled(None, "x"), CaptureError, "must be Tensor, not str", "call the model"),
     # --- configuration
     (
         lambda: config(spliting_ops=[]),
@@ -159,7 +237,14 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
     (lambda: config(cudagraph_mode="PIECWISE"), ConfigError, "use one of NONE, PIECEWISE", ""),
     (lambda: config(compile_workers=0), ConfigError, "compile_workers", ""),
     (lambda: compiled(config={"backnd": "eager"}), ConfigError, "did you mean backend?", ""),
-    (lambda: compiled(config=3), ConfigError, "must be a CompilationConfig or a dict", ""),
+    (lambda: compiled(config=3), ConfigError, "must be a CompilationConfig or a dict", "a dict of"),
+    (lambda: compiled(config="c.json"), ConfigError, "got a str", "read the file first"),
+    (
+        lambda: compiled(config=CompilationConfig),
+        ConfigError,
+        "got the class CompilationConfig",
+        "pass an instance: CompilationConfig(...)",
+    ),
     (
         lambda: compiled(config=config().replace(backend="indutor")),
         ConfigError,
@@ -188,6 +273,32 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         "not of the form 'ns::op'",
         "torch.ops.ns.op",
     ),
+    (
+        lambda: compiled(splitting_ops=torch.ops.aten.sin),
+        SplitError,
+        "must be a list; got aten.sin",
+        "pass a list",
+    ),
+    (lambda: compiled(splitting_ops={"aten::sin": 1}), SplitError, "must be a list", "a list"),
+    (lambda: compiled(splitting_ops=[nn.Linear]), SplitError, "Linear is a class of modules", ""),
+    (
+        lambda: compiled(splitting_ops=["mistakes::halv"]),
+        SplitError,
+        "mistakes::halv is not registered",
+        "did you mean mistakes::halve?",
+    ),
+    (
+        lambda: piecework.split_graph(torch.fx.symbolic_trace(Model()), None),
+        SplitError,
+        "must be a list; got None",
+        "[] cuts nowhere",
+    ),
+    (
+        lambda: piecework.check_op("mistakes::halve", X),
+        SplitError,
+        "must be a tuple of arguments",
+        "pass (x,)",
+    ),
     (lambda: compiled(splitting_ops=[None]), SplitError, "neither a name nor an operator", ""),
     (
         lambda: compiled(splitting_ops=["mylib::attention"]),
@@ -200,6 +311,14 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         SplitError,
         "not in the graph: aten::cos",
         "check the spelling",
+    ),
+    (
+        lambda: compiled(
+            lambda x: x.topk(2), splitting_ops=[torch.topk], config=config(strict=True)
+        ),
+        SplitError,
+        "not in the graph: torch.topk",
+        "write torch.topk(x, …) there in place of x.topk(…)",
     ),
     # --- forwards that can't be traced
     (
@@ -214,6 +333,7 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         "no fake implementation",
         "register_fake",
     ),
+    (logs, CaptureError, "test_mistakes.py:", "splitting_op"),
     (lambda: compiled(branches), CaptureError, "Data-dependent branching", "splitting_op"),
     (lambda: compiled(prints), CaptureError, "`print`", "splitting_op"),
     (
@@ -241,7 +361,14 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         "call the model itself",
     ),
     (lambda: compiled(returns_an_object), CaptureError, "returns a Result", "register_pytree_node"),
+    (
+        lambda: compiled(None, marked()),
+        CaptureError,
+        "dimension 1 of argument 0 is marked as dynamic, and the model's code fixes it to 8",
+        "leave the mark out",
+    ),
     # --- calls
+    (lambda: stitched()(faked()), InputError, "a FakeTensor", "trace the model itself"),
     (lambda: stitched()(torch.randn(4, 9)), InputError, "x has size 9 in dimension 1", ""),
     (
         lambda: stitched()(X.double()),
@@ -318,6 +445,18 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         BindError,
         "nothing is captured",
         "call capture(sizes) first",
+    ),
+    (
+        lambda: stitched().capture([4], progress=False).coverage(-1),
+        ConfigError,
+        "positive whole number; got -1",
+        "",
+    ),
+    (
+        lambda: stitched().capture([4], progress=False).coverage("8"),
+        ConfigError,
+        "positive whole number; got '8'",
+        "",
     ),
     (lambda: stitched().coverage(), BindError, "nothing is captured", "capture"),
     (
@@ -405,6 +544,12 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
     (lambda: stitched().measure([0]), ConfigError, "positive whole numbers, not 0", ""),
     # --- artifacts, weights, operators
     (lambda: stitched().save(3), ConfigError, "at a path or a URL; got 3", ""),
+    (
+        lambda: stitched().save("nothing://model"),
+        ArtifactError,
+        "Protocol not known: nothing",
+        "available_protocols",
+    ),
     (lambda: stitched().save(""), ConfigError, "at a path or a URL; got ''", ""),
     (lambda: compiled(artifact=3), ConfigError, "at a path or a URL; got 3", ""),
     (lambda: stitched().refit(3), ConfigError, "got a int", "state_dict()"),
@@ -430,10 +575,82 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         "decorate the function",
     ),
     (
+        lambda: piecework.splitting_op(writes_sizes),
+        SplitError,
+        "a splitting op needs a name",
+        '@piecework.splitting_op("namespace::name")',
+    ),
+    (
+        lambda: piecework.splitting_op("mistakes::mix", mutates_args="out"),
+        SplitError,
+        "got the text 'out'",
+        "pass ('out',)",
+    ),
+    (
+        lambda: piecework.splitting_op("mistakes::mix", mutates_args=["oit"])(halves_into),
+        SplitError,
+        "mutates_args names 'oit', and halves_into has no such parameter",
+        "did you mean out?",
+    ),
+    (
+        lambda: piecework.splitting_op("mistakes::mix")(Model.method),
+        SplitError,
+        "method is a method",
+        "outside of the class",
+    ),
+    (
+        lambda: piecework.splitting_op("mistakes::mix")(takes_a_dict),
+        SplitError,
+        "Parameter x has unsupported type",
+        "Tensor, list[Tensor], int",
+    ),
+    (
+        lambda: halve.register_kernel("cudaa"),
+        SplitError,
+        "torch knows no device 'cudaa'",
+        'say "cpu"',
+    ),
+    (
+        lambda: halve.register_kernel("cpu")(lambda: None),
+        SplitError,
+        "this kernel does not take the operator's arguments",
+        "mistakes::halve(Tensor x",
+    ),
+    (
+        lambda: halve.register_fake(lambda a, b: a),
+        SplitError,
+        "this fake implementation does not take the operator's arguments",
+        "mistakes::halve(Tensor x",
+    ),
+    (
+        lambda: piecework.declare_rows("mistakes::halv", "independent"),
+        SplitError,
+        "there is no operator 'mistakes::halv'",
+        "check its spelling",
+    ),
+    (
+        lambda: piecework.declare_full_graphs("mistakes::halv", "always"),
+        SplitError,
+        "there is no operator 'mistakes::halv'",
+        "import the module",
+    ),
+    (
         lambda: piecework.declare_rows("aten::sin", "maybe"),
         SplitError,
         "rows='maybe' of aten::sin is not known",
         "'independent'",
+    ),
+    (
+        lambda: piecework.support_torch_compile(type("Bare", (nn.Module,), {})),
+        ConfigError,
+        "Bare has no forward",
+        "define forward",
+    ),
+    (
+        lambda: piecework.support_torch_compile(type("Plain", (nn.Module,), {"forward": plain})),
+        ConfigError,
+        "states has no annotation",
+        "dynamic_arg_dims={'states': 0}",
     ),
     (
         lambda: piecework.support_torch_compile(branches),
@@ -508,6 +725,38 @@ def test_what_was_silent_is_warned_of_where_the_user_wrote_it(make, text: str) -
     (one,) = [each for each in said if issubclass(each.category, UserWarning)]
     assert text in str(one.message)
     assert Path(one.filename) == Path(__file__)
+
+
+def test_gradients_that_end_in_torch_compile_are_told_of_too() -> None:
+    run = torch.compile(Model().eval(), backend="piecework", options={"backend": "eager"})
+    with pytest.warns(UserWarning, match="an argument requires grad"):
+        assert run(X.clone().requires_grad_()).grad_fn is None
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="an argument")
+        run(X)  # its weights require grad, which means nothing
+
+
+def test_whole_numbers_of_other_libraries_are_sizes() -> None:
+    np = pytest.importorskip("numpy")
+    for sizes in (np.array([2, 4]), torch.tensor([4, 2]), (np.int32(2), 4)):
+        module = stitched().capture(sizes, progress=False)
+        assert module.static_graphs.sizes == (2, 4)
+        assert all(type(size) is int for size in module.static_graphs.sizes)
+
+
+def test_the_short_form_names_the_sizes_that_are_captured() -> None:
+    module = stitched().capture([2, 4], progress=False)
+    assert "captured for 2, 4" in repr(module)
+    module.sleep()
+    assert "captured" not in repr(module)
+    assert "captured" not in repr(stitched().capture([4], memory_budget=0, progress=False))
+
+
+def test_torch_logs_no_traceback_beside_a_typed_error(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(CaptureError):
+        compiled(None, marked())
+    assert "Error while creating guard" not in caplog.text
 
 
 def test_nothing_is_said_where_nothing_is_wrong() -> None:

@@ -1,5 +1,6 @@
 """Every statement of a diff of two real revisions is true: in, a 6-layer and a 32-layer model and a change to it; out, each statement held against both graphs."""
 
+import re
 from dataclasses import replace
 from functools import cache
 
@@ -9,6 +10,7 @@ from revisions import REVISIONS, Model, compiled, layouts, plain, revision
 
 import piecework
 from piecework.golden.compare.diff import SourceDiff, compare_sources
+from piecework.golden.show.diff_text import summary_lines
 from piecework.golden.text.texts import text_of
 
 # The others, and all of the larger model but three, run at night.
@@ -92,3 +94,27 @@ def test_what_is_false_or_unsaid_is_noticed() -> None:
             except (AssertionError, KeyError, StopIteration):
                 continue
             pytest.fail(f"not noticed: {change}, now {set(other.changes) - set(diff.changes)}")
+
+
+@pytest.mark.parametrize("kind", ["bias", "arguments swapped", "splitting op added", "op added"])
+def test_what_happens_in_each_of_many_layers_is_said_in_few_lines(kind: str) -> None:
+    """The list has every change; a summary says those of one kind once, with their number."""
+    everywhere = {
+        "bias": {"bias": True},
+        "arguments swapped": {"swapped": True},
+        "splitting op added": {"reduced": True},
+        "op added": {"scaled": True},
+    }[kind]
+    after = compiled(Model([replace(each, **everywhere) for each in layouts(32)]))
+    found = _diff(_before(32), after)
+    lines = [line.plain for line in summary_lines(found)]
+    assert len(lines) < 25, "\n".join(lines)
+    said = [int(number) for line in lines for number in re.findall(r"and (\d+) more", line)]
+    assert sum(said) + len(lines) > len(found.changes)
+
+
+def test_a_number_that_is_a_value_is_no_number_of_a_name() -> None:
+    """Changes of several values are told apart, however alike they are."""
+    scales = [replace(each, scale=0.25 if at % 2 else 0.75) for at, each in enumerate(layouts(6))]
+    lines = [line.plain for line in summary_lines(_diff(_before(6), compiled(Model(scales))))]
+    assert sum("0.25" in line for line in lines) == 1 and sum("0.75" in line for line in lines) == 1

@@ -45,6 +45,7 @@ try:
 except InputError as error:
     print(error.hint)
 again = piecework.load("model.artifact", Model())
+print(again(torch.randn(4, 8)).shape, torch.nn.functional.relu(again(torch.randn(4, 8))))
 print(again.profile(torch.randn(4, 8)))
 """
 WRONG = """

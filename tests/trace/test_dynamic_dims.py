@@ -275,7 +275,7 @@ def test_nothing_to_infer_is_an_error_that_says_why() -> None:
     def forward(self: object, x, n: int) -> None: ...  # type: ignore[no-untyped-def]
 
     with pytest.raises(
-        ConfigError, match=r"nothing is dynamic; parameters: x, n; x have no annotation"
+        ConfigError, match=r"nothing is dynamic; parameters: x, n; x has no annotation"
     ):
         dims_of(forward)
 

@@ -191,8 +191,12 @@ def quiet_trial() -> Iterator[None]:
             each.removeFilter(passes)
 
 
-# Where torch reports an operator that has no answer for a symbolic size.
-_REPORTING = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
+# Where torch reports an operator that has no answer for a symbolic size, and a mark that the code contradicts.
+_REPORTING = (
+    "torch._subclasses.fake_tensor",
+    "torch.fx.experimental.symbolic_shapes",
+    "torch._guards",
+)
 
 
 def one_trace_at_a_time() -> contextlib.AbstractContextManager[object]:
