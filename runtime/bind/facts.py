@@ -389,8 +389,7 @@ def _held_by(function: types.FunctionType, names: frozenset[str]) -> list[object
     for name in sorted(names & OF_FUNCTIONS):
         value = getattr(function, name, None)
         if isinstance(value, dict):
-            found.update({f"{name}[{key!r}]": each for key, each in value.items()})
-            found[name] = len(value)
+            found[name] = tuple(f"{key}: {each!r}" for key, each in value.items())
         else:
             found[name] = value
     for name, value in function.__dict__.items():
