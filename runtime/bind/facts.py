@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import enum
+import os
 import sys
 import types
 from collections import OrderedDict
@@ -260,7 +261,8 @@ class Fact:
         place: where.
         kind: Dynamo's kind of guard; ``"requires_grad"`` or ``"tensor type"`` of a tensor, ``"answer"`` of a function of torch,
             which of some ``"keys"`` a dictionary has, or which of some ``"names"`` lead somewhere in an object; what a ``"function"`` holds
-            under names, which classes are ``"registered"`` with an abstract one, the ``"text"`` of an object.
+            under names, which classes are ``"registered"`` with an abstract one, the ``"text"`` of an object; variables of the
+            ``"environment"``.
         about: the attribute or key that it asks for.
         expected: what was found.
         other: the place that must lead to the same object.
@@ -313,6 +315,10 @@ class Fact:
                 return f"function {path} has other attributes than {then}, which the model's code asks functions for"
             case "registered":
                 return f"other classes are registered with {path} than {then}"
+            case "environment":
+                pairs = zip(self.expected[::2], self.expected[1::2], seen[1::2], strict=True)  # type: ignore[index]
+                other = next(name for name, was, is_now in pairs if was != is_now)
+                return f"the environment variable {other} was set otherwise {then}, which its code asks for"
             case "text":
                 return f"str({path}) gave {shown(self.expected)} {then} and gives {shown(seen)} now"
             case "TENSOR_MATCH":
@@ -352,6 +358,8 @@ def _seen(kind: str, now: Any, about: Any) -> object:
             return found if about is None else found & about
         case "text":
             return str(now)
+        case "environment":
+            return [each for name in sorted(about) for each in (name, os.environ.get(name))]
         case "answer":
             return ANSWERS[id(now)]() if id(now) in ANSWERS else MISSING
         case "CLOSURE_MATCH":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dis
+import os
 import sys
 import types
 from collections import deque
@@ -84,11 +85,16 @@ class Unguarded:
             text for each in every if "hasattr" in each.co_names for text in _texts(each)
         )
         self._kinds = frozenset(_class_names(values))
+        every_text = frozenset().union(texts, *map(_texts, every))
+        self._texts = frozenset(text for text in every_text if text.isidentifier())
         self._seen: set[int] = set()
 
     def facts(self, value: object, place: Place) -> Iterator[Fact]:
         """About what lies at a place."""
-        if type(value) is types.FunctionType:
+        if value is os.getenv:
+            about = self._texts
+            yield Fact(place, "environment", about, expected("environment", value, about))
+        elif type(value) is types.FunctionType:
             yield from self._function(value, place)
         elif isinstance(value, abc.ABCMeta):
             # With those of Python, libraries register classes of theirs as they are imported.
