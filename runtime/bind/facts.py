@@ -82,7 +82,7 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 OF_FUNCTIONS = frozenset(
     (
         *("__name__", "__qualname__", "__doc__", "__module__"),
-        *("__annotations__", "__defaults__", "__kwdefaults__", "__type_params__"),
+        *("__annotations__", "__defaults__", "__kwdefaults__"),
     )
 )
 #: In place of names, of all that a function holds.

@@ -21,16 +21,25 @@ from piecework.errors import CaptureError
 from piecework.runtime.bind.asked import models_code
 from piecework.runtime.bind.class_watch import function_of
 from piecework.runtime.bind.facts import (
+    CALLS,
     EVERY_NAME,
     MISSING,
     OF_FUNCTIONS,
     Fact,
     class_name,
     expected,
+    is_value,
 )
 from piecework.runtime.torch_compat import Guarded, Place
 
-_INSPECTS = frozenset(("signature", "getdoc", "getfullargspec", "get_annotations", "wraps"))
+_SIGNATURE = frozenset(("__defaults__", "__kwdefaults__"))
+_ANNOTATIONS = frozenset(("annotation", "return_annotation", "get_annotations"))
+_INSPECTS = {
+    "signature": _SIGNATURE,
+    "getfullargspec": _SIGNATURE,
+    "getdoc": frozenset(("__doc__",)),
+    "wraps": OF_FUNCTIONS,
+}
 _ASKS = frozenset(("getattr", "hasattr"))
 _LISTS = frozenset(("vars", "dir", "__dict__"))
 _PRINTS = ("str", "repr")
@@ -39,18 +48,12 @@ _CHECKS = frozenset(("isinstance", "issubclass"))
 _CHECKED_BY = ("__instancecheck__", "__subclasscheck__")
 # Whose answers are looked at here, or say no more than the bases of a class do.
 _TRUSTED = ("abc", "builtins", "enum", "typing", "typing_extensions", "pydantic", "torch")
-# Dynamo makes texts of these item by item.
+# Dynamo makes texts of these item by item, or they are others' to look at.
 _TAKEN_APART = (
-    list,
-    tuple,
-    dict,
-    set,
-    frozenset,
-    range,
-    type,
-    types.FunctionType,
-    types.ModuleType,
+    *(list, tuple, dict, set, frozenset, types.FunctionType, types.MethodType, types.ModuleType),
+    *(types.CodeType, types.CellType, types.MappingProxyType),
 )
+_TABLES = (*CALLS, "_parameters", "_buffers", "_modules", "__dict__")
 
 
 class Unguarded:
@@ -77,10 +80,15 @@ class Unguarded:
         asked = asked.union(texts, tried) if asking else set(tried)
         if not (names | asked).isdisjoint(_LISTS) or any(map(_computes, asking)):
             asked.add(EVERY_NAME)
-        inspected = not names.isdisjoint(_INSPECTS)
         read = set().union(*map(_not_of_classes, every))
-        self._of_functions = frozenset(asked | (OF_FUNCTIONS if inspected else read & OF_FUNCTIONS))
-        self._printed = frozenset().union(*map(_printed, every))
+        if not names.isdisjoint(_ANNOTATIONS):
+            read.add("__annotations__")
+        self._of_functions = frozenset(asked | (read & OF_FUNCTIONS))
+        self._inspected = {
+            name: frozenset().union(*(_given_to((name,), each) for each in every))
+            for name in _INSPECTS
+        }
+        self._printed = frozenset().union(*(_given_to(_PRINTS, each) for each in every))
         self.of_modules = frozenset(
             text for each in every if "hasattr" in each.co_names for text in _texts(each)
         )
@@ -91,6 +99,8 @@ class Unguarded:
 
     def facts(self, value: object, place: Place) -> Iterator[Fact]:
         """About what lies at a place."""
+        if any(each.kind in ("key", "at") for each in place.path()):
+            return  # an entry of a table, which is found by its number there
         if value is os.getenv:
             about = self._texts
             yield Fact(place, "environment", about, expected("environment", value, about))
@@ -116,16 +126,23 @@ class Unguarded:
 
     def _function(self, function: types.FunctionType, place: Place) -> Iterator[Fact]:
         of_torch = (function.__module__ or "").partition(".")[0] == "torch"
-        if of_torch or not self._of_functions or id(function) in self._seen:
+        if of_torch or id(function) in self._seen:
             return
         self._seen.add(id(function))
         about = self._of_functions
+        for name, given in self._inspected.items():
+            if "" in given or function.__name__ in given:
+                about |= _INSPECTS[name]
         yield Fact(place, "function", about, expected("function", function, about))
 
     def _is_printed(self, value: object, place: Place) -> bool:
         """Whether code may have made a text of it, by a ``__repr__`` that nobody traced."""
         kind = type(value)
         if not self._printed or kind in _TAKEN_APART or isinstance(value, (torch.Tensor, type)):
+            return False
+        if is_value(value) or _root(kind) == "torch" or place.key in _TABLES:
+            return False
+        if str(place.key).startswith("_global_"):  # hooks of every module
             return False
         if kind.__str__ is not object.__str__ or kind.__repr__ is object.__repr__:
             return False
@@ -160,7 +177,7 @@ def misanswered(guards: Iterable[Guarded], code: Iterable[types.CodeType]) -> Ca
 def _bounded_text(guards: Iterable[Guarded], code: Iterable[types.CodeType]) -> CaptureError | None:
     for each in guards:
         bounded = isinstance(each.value, deque) and each.value.maxlen is not None
-        if bounded and any(map(_printed, models_code(code))):
+        if bounded and any(_given_to(_PRINTS, one) for one in models_code(code)):
             return CaptureError(
                 "forward makes a text, and the text of a deque would lack its maxlen",
                 where=each.place.name,
@@ -229,6 +246,7 @@ def _steps(code: types.CodeType) -> list[dis.Instruction]:
     return [each for each in dis.get_instructions(code) if each.opname not in _NOTHING]
 
 
+_LOADS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL", "LOAD_NAME")
 _NOTHING = ("CACHE", "PRECALL", "PUSH_NULL", "EXTENDED_ARG", "RESUME")
 
 
@@ -254,13 +272,14 @@ def _is_class(before: list[dis.Instruction]) -> bool:
     return called and any(each.argval == "type" for each in before)
 
 
-def _printed(code: types.CodeType) -> set[str]:
-    """The last names of what code makes texts of by ``str`` or ``repr``; "" for what it has in a variable of its own."""
+def _given_to(functions: Iterable[str], code: types.CodeType) -> set[str]:
+    """The last names of what code gives to functions that it calls by name; "" for what it has in a variable of its own."""
     found: set[str] = set()
     steps = _steps(code)
     for number, step in enumerate(steps):
         # The bit says that it is called; ``isinstance(x, str)`` names it as well.
-        if step.opname == "LOAD_GLOBAL" and step.argval in _PRINTS and (step.arg or 0) & 1:
+        called = step.opname != "LOAD_GLOBAL" or (step.arg or 0) & 1
+        if step.opname in _LOADS and called and step.argval in functions:
             found.add(_argument(steps[number + 1 :]))
     return found
 
@@ -268,8 +287,9 @@ def _printed(code: types.CodeType) -> set[str]:
 def _argument(steps: list[dis.Instruction]) -> str:
     last = ""
     for step in steps:
+        if step.argval == "type":  # ``str(type(x))``
+            return "type"
         if step.opname.startswith("CALL"):
             return last
-        named = step.opname in ("LOAD_ATTR", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF")
-        last = str(step.argval) if named else ""
+        last = str(step.argval) if step.opname in _LOADS else ""
     return last
