@@ -83,7 +83,7 @@ def asks_strides(code: Iterable[types.CodeType]) -> bool:
     """Whether the model's code may call a tensor's ``stride``: a layer's, which is no method, does not count."""
     return any(
         step.argval == "stride" and (step.opname == "LOAD_METHOD" or _loads_method(step))
-        for each in _models(code)
+        for each in models_code(code)
         for step in dis.get_instructions(each)
     )
 
@@ -95,7 +95,7 @@ def _loads_method(step: dis.Instruction) -> bool:
 
 def compares_identity(code: Iterable[types.CodeType]) -> bool:
     """Whether the model's code may ask if two things are one object; with a constant, such as None, it asks for no more than a value."""
-    for each in _models(code):
+    for each in models_code(code):
         steps = [step for step in dis.get_instructions(each) if step.opname != "CACHE"]
         if "id" in each.co_names or "is_" in each.co_names or "is_not" in each.co_names:
             return True
@@ -106,15 +106,16 @@ def compares_identity(code: Iterable[types.CodeType]) -> bool:
 
 def texts_in(code: Iterable[types.CodeType]) -> frozenset[str]:
     """The texts in the model's code, with which it may ask a dictionary."""
-    return frozenset().union(*map(_texts, _models(code)))
+    return frozenset().union(*map(_texts, models_code(code)))
 
 
 def models_names(code: Iterable[types.CodeType]) -> frozenset[str]:
     """The names and texts in the model's code, by which it may ask an object for something."""
-    return texts_in(code).union(*(each.co_names for each in _models(code)))
+    return texts_in(code).union(*(each.co_names for each in models_code(code)))
 
 
-def _models(code: Iterable[types.CodeType]) -> list[types.CodeType]:
+def models_code(code: Iterable[types.CodeType]) -> list[types.CodeType]:
+    """The model's own code among some, and all code in it."""
     return [each for each in with_inner_code(list(code)) if _is_models(each)]
 
 
@@ -142,7 +143,7 @@ def asks_grad_mode(code: Iterable[types.CodeType]) -> bool:
     return any(
         name == torch.is_grad_enabled.__name__
         and _CHECKPOINTING not in "".join(names[max(0, n - 3) : n + 3])
-        for each in _models(code)
+        for each in models_code(code)
         for names in (_names_in_order(each),)
         for n, name in enumerate(names)
     )

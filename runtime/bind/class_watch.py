@@ -13,7 +13,7 @@ import torch
 
 from piecework.code_objects import HEAP_TYPE
 from piecework.runtime import torch_compat
-from piecework.runtime.bind.asked import is_torchs, may_ask, names_in
+from piecework.runtime.bind.asked import is_torchs, may_ask, models_names, names_in
 from piecework.runtime.bind.places import Step
 
 _STATE = ("__code__", "__defaults__", "__kwdefaults__")
@@ -36,6 +36,7 @@ class ClassWatch:
         asked: tuple[frozenset[str] | None] | None = None,
     ) -> None:
         self.asked = names_in(code) if asked is None else asked[0]
+        self._listed = "dir" in models_names(code)
         self._names = {each: _resolved(each) for each in classes if each.__flags__ & HEAP_TYPE}
         self._orders = {kind: kind.__mro__ for kind in self._names}
         self._functions = {
@@ -84,7 +85,8 @@ class ClassWatch:
                     continue
                 if _makes_modules(name, before, now):
                     continue
-                if _differ(before.get(name), now.get(name)):
+                listed = self._listed and (name in before) is not (name in now) and name[:2] != "__"
+                if listed or _differ(before.get(name), now.get(name)):
                     return f"{kind.__qualname__}.{name} was replaced since the model was traced"
         for function, state in self._functions.values():
             if any(a is not b for a, b in zip(_state(function), state, strict=True)):

@@ -6,7 +6,9 @@ them, by exact type and value, the way the trace looked it up. Which guards of a
 
 from __future__ import annotations
 
+import abc
 import enum
+import os
 import sys
 import types
 from collections import OrderedDict
@@ -76,6 +78,15 @@ CALLS = (
     "_backward_pre_hooks",
 )
 _TABLES = ("_parameters", "_buffers", "_modules")
+#: What a function has that can be set, beside its code and its own attributes.
+OF_FUNCTIONS = frozenset(
+    (
+        *("__name__", "__qualname__", "__doc__", "__module__"),
+        *("__annotations__", "__defaults__", "__kwdefaults__"),
+    )
+)
+#: In place of names, of all that a function holds.
+EVERY_NAME = "*"
 
 
 def is_value(value: object) -> bool:
@@ -92,6 +103,11 @@ def has_own_metaclass(kind: type) -> bool:
     made_by = type(kind)
     known = ("abc", "enum", "typing", "torch")
     return bool(made_by.__flags__ & HEAP_TYPE) and made_by.__module__.partition(".")[0] not in known
+
+
+def is_users(kind: type) -> bool:
+    """Whether a class is made by Python code, and not by torch's."""
+    return bool(kind.__flags__ & HEAP_TYPE) and kind.__module__.partition(".")[0] != "torch"
 
 
 def is_fixed(value: object) -> bool:
@@ -244,7 +260,9 @@ class Fact:
     Attributes:
         place: where.
         kind: Dynamo's kind of guard; ``"requires_grad"`` or ``"tensor type"`` of a tensor, ``"answer"`` of a function of torch,
-            which of some ``"keys"`` a dictionary has, or which of some ``"names"`` lead somewhere in an object.
+            which of some ``"keys"`` a dictionary has, or which of some ``"names"`` lead somewhere in an object; what a ``"function"`` holds
+            under names, which classes are ``"registered"`` with an abstract one, the ``"text"`` of an object; variables of the
+            ``"environment"``.
         about: the attribute or key that it asks for.
         expected: what was found.
         other: the place that must lead to the same object.
@@ -293,6 +311,16 @@ class Fact:
                 return f"{other!r} was {was}in {path or 'the model'} {then}, and is {is_now}now, and the code goes on without it"
             case "answer":
                 return f"{path}, which the model's code asks, answered {shown(self.expected)} {then} and answers {shown(seen)} now"
+            case "function":
+                return f"function {path} has other attributes than {then}, which the model's code asks functions for"
+            case "registered":
+                return f"other classes are registered with {path} than {then}"
+            case "environment":
+                pairs = zip(self.expected[::2], self.expected[1::2], seen[1::2], strict=True)  # type: ignore[index]
+                other = next(name for name, was, is_now in pairs if was != is_now)
+                return f"the environment variable {other} was set otherwise {then}, which its code asks for"
+            case "text":
+                return f"str({path}) gave {shown(self.expected)} {then} and gives {shown(seen)} now"
             case "TENSOR_MATCH":
                 return f"tensor {path} was {shown(self.expected)} {then} and is {shown(seen)} now"
             case "SEQUENCE_LENGTH" | "EMPTY_NN_MODULE_HOOKS_DICT":
@@ -323,6 +351,15 @@ def _seen(kind: str, now: Any, about: Any) -> object:
             return frozenset(key for key in held if type(key) is not str or key in about)
         case "names":
             return about & _names_of(now)
+        case "function":
+            return _held_by(now, about) if type(now) is types.FunctionType else MISSING
+        case "registered":
+            found = registered_with(now) if isinstance(now, abc.ABCMeta) else frozenset()
+            return found if about is None else found & about
+        case "text":
+            return str(now)
+        case "environment":
+            return [each for name in sorted(about) for each in (name, os.environ.get(name))]
         case "answer":
             return ANSWERS[id(now)]() if id(now) in ANSWERS else MISSING
         case "CLOSURE_MATCH":
@@ -352,6 +389,44 @@ def _names_of(value: Any) -> set[str]:
     kind = value if isinstance(value, type) else type(value)
     tables = [held[table] for table in _TABLES if isinstance(held.get(table), dict)]
     return set(held).union(*tables, *map(vars, kind.__mro__))
+
+
+def _held_by(function: types.FunctionType, names: frozenset[str]) -> list[object]:
+    """What a function has under some names, each name before what it has."""
+    found: dict[str, object] = {}
+    for name in sorted(names & OF_FUNCTIONS):
+        value = getattr(function, name, None)
+        if isinstance(value, dict):
+            found[name] = tuple(f"{key}: {each!r}" for key, each in value.items())
+        else:
+            found[name] = value
+    for name, value in function.__dict__.items():
+        of_torch = name.startswith("_torchdynamo")
+        if name in names or (EVERY_NAME in names and not of_torch):
+            found[name] = value
+    pairs = ((name, each if is_fixed(each) else _Identity(each)) for name, each in found.items())
+    return [each for pair in pairs for each in pair]
+
+
+def registered_with(kind: abc.ABCMeta) -> frozenset[str]:
+    """The names of classes that were registered with an abstract class, with those under it, or with those that were."""
+    found: set[str] = set()
+    seen: set[type] = set()
+    pending: list[type] = [kind]
+    while pending:
+        each = pending.pop()
+        if each in seen or not isinstance(each, abc.ABCMeta):
+            continue
+        seen.add(each)
+        registered = [one for ref in abc._get_dump(each)[0] if (one := ref()) is not None]  # type: ignore[attr-defined]
+        found.update(map(class_name, registered))
+        pending += [*registered, *type.__subclasses__(each)]
+    return frozenset(found)
+
+
+def class_name(kind: type) -> str:
+    """A class's name with its module's."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def keys_of(value: dict[Any, Any]) -> list[object]:

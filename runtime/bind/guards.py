@@ -41,6 +41,7 @@ from piecework.runtime.bind.facts import (
     is_value,
     place_text,
 )
+from piecework.runtime.bind.unguarded import Unguarded, protocol_names
 from piecework.runtime.torch_compat import Guarded, Place
 
 #: Guards on the process and on sizes: nothing is lost without them, for the reason given.
@@ -181,6 +182,10 @@ class _Sorter:
         self._tried = tried_in(code)
         self._texts = texts_in(code)
         self._identity = compares_identity(code)
+        looked = [values.at(each.place) for each in guards]
+        self._tried |= protocol_names(looked)
+        read = [each.value for each in guards if each.known and type(each.value) is str]
+        self._unguarded = Unguarded(code, read, self._tried, looked)
         told = [each for each in guards if each.kind not in ELSEWHERE]
         for each in told:
             self._sort(each)
@@ -209,6 +214,9 @@ class _Sorter:
                 self.bins.facts.append(Fact(guard.place, "answer", None, seen))
             for each in guard.place.path():
                 self._attributes_of(each, facts)
+            if guard.kind == "NOT_PRESENT_IN_GENERIC_DICT":
+                value = self._values.at(guard.place)
+                facts += self._unguarded.of_method(value, str(guard.about), guard.place)
 
     def _is_one_value(self, guard: Guarded) -> bool:
         """Whether a guard that two places lead to one object says no more than that both hold one value; Dynamo looked at it in one of them."""
@@ -248,10 +256,13 @@ class _Sorter:
             return
         self._noted.add(place)
         self._methods_of(value, place, facts)
+        facts += self._unguarded.facts(value, place)
         named = isinstance(value, type) or _is_complete(value)
-        if self._tried and (named or type(value).__flags__ & HEAP_TYPE):
-            seen = expected("names", value, self._tried)
-            facts.append(Fact(place, "names", self._tried, seen))
+        tried = self._tried
+        if type(value) is types.ModuleType:
+            tried |= self._unguarded.of_modules
+        if tried and (named or type(value).__flags__ & HEAP_TYPE):
+            facts.append(Fact(place, "names", tried, expected("names", value, tried)))
         if isinstance(value, type):
             if not torch_compat.GUARDS_CLASS_VALUES:
                 self._values_of(value, place, facts)

@@ -6,7 +6,9 @@ of objects. What cannot change needs nothing; for everything else the fact itsel
 
 from __future__ import annotations
 
+import abc
 import copy
+import enum
 import operator
 import types
 from collections import deque
@@ -19,9 +21,11 @@ from piecework.runtime.bind.facts import (
     CONSTANT_KINDS,
     IDENTITY_KINDS,
     MISSING,
+    OF_FUNCTIONS,
     Fact,
     Values,
     has_own_metaclass,
+    is_users,
     is_value,
     place_text,
 )
@@ -30,7 +34,7 @@ from piecework.runtime.torch_compat import Place
 
 THERE = object()
 _TABLES = ("_parameters", "_buffers", "_modules")
-_FUNCTION_STATE = ("__code__", "__defaults__", "__kwdefaults__", "__closure__", "__globals__")
+_FUNCTION_STATE = frozenset(vars(types.FunctionType))
 _PLAIN = (bool, int, float, complex, str, bytes)
 # What never changes once it is made, or leads only to what a look-up of its own goes into.
 _FIXED = (
@@ -55,6 +59,13 @@ _FIXED = (
     staticmethod,
     classmethod,
 )
+# Of these, `_everything` looks at nothing more.
+_LEAVES = (
+    *_PLAIN,
+    *(type(None), type(...), range, slice, torch.Size, torch.dtype, torch.device),
+    *(types.FunctionType, types.BuiltinFunctionType, types.ModuleType),
+)
+_MUCH = 1000
 
 
 class Touch:
@@ -227,6 +238,8 @@ class Touch:
         value, kind, place = self._values.at(fact.place), fact.kind, fact.place
         if isinstance(value, type) and has_own_metaclass(value):
             self._class(type(value))
+        if kind in IDENTITY_KINDS and isinstance(value, type) and is_users(value):
+            self._class(value)
         if value is MISSING or kind in IDENTITY_KINDS or kind == "DUPLICATE_INPUT":
             return True
         if kind in CONSTANT_KINDS:
@@ -255,6 +268,13 @@ class Touch:
                 return self._own_attribute(value, str(fact.about), place)
             case "names":
                 return self._names(value, fact.about, place)  # type: ignore[arg-type]
+            case "function":
+                return self._function(value, fact.about, place)  # type: ignore[arg-type]
+            case "registered":
+                self._add(abc.ABCMeta, None, place, "token")
+                return True
+            case "text":
+                return self._everything(value, place)
             case "requires_grad":
                 self._add(value, "requires_grad", place, "attribute")
                 return True
@@ -278,6 +298,38 @@ class Touch:
             return False
         self._add(value, None, place, "keys")
         return True
+
+    def _function(self, function: object, names: frozenset[str], place: Place) -> bool:
+        for name in names & OF_FUNCTIONS:
+            self._add(function, name, place, "attribute")
+            held = getattr(function, name, None)
+            if isinstance(held, dict):
+                self._keys(held, place)
+        return not names - OF_FUNCTIONS or self._keys(getattr(function, "__dict__", None), place)
+
+    def _everything(self, value: object, place: Place) -> bool:
+        """Watch all that can be reached from an object; False if that can't be, or is much."""
+        seen: dict[int, object] = {}
+        pending = [value]
+        while pending and len(seen) < _MUCH:
+            each = pending.pop()
+            if id(each) in seen or type(each) in _LEAVES or isinstance(each, (type, enum.Enum)):
+                continue
+            seen[id(each)] = each
+            if isinstance(each, (dict, list, deque, set)):
+                pending += each.values() if isinstance(each, dict) else each
+                pending += each.keys() if isinstance(each, dict) else ()
+                if not self._contents(each, place):
+                    return False
+            elif isinstance(each, (tuple, frozenset)):
+                pending += each
+            elif type(getattr(each, "__dict__", None)) is not dict or hasattr(each, "__slots__"):
+                return False
+            if type(getattr(each, "__dict__", None)) is dict:
+                pending.append(each.__dict__)
+                self._add(each, "__dict__", place, "attribute")
+                self._class_of(each, place)
+        return not pending
 
     # --- objects and classes ------------------------------------------------------------------------------
 

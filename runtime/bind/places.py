@@ -5,6 +5,7 @@ It reads attributes and items and changes nothing; it knows no tensor by its val
 
 from __future__ import annotations
 
+import abc
 import ast
 import operator
 import sys
@@ -16,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-Kind = Literal["entry", "attribute", "item", "keys", "items", "members", "type", "class"]
+Kind = Literal["entry", "attribute", "item", "keys", "items", "members", "type", "class", "token"]
 Key = tuple[Literal["attribute", "item"], object]
 
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -30,7 +31,7 @@ class Step:
     Attributes:
         kind: ``"entry"`` of a dictionary (an instance's attributes are one), an ``"attribute"`` that is no entry, a computed ``"item"``;
             the ``"keys"`` of a dictionary with what they hold, in order; the ``"items"`` of a list, the ``"members"`` of a set, the
-            ``"type"`` of an object, or what a ``"class"`` holds.
+            ``"type"`` of an object, what a ``"class"`` holds, or the ``"token"`` that is another whenever a class is registered with an abstract one.
         path: what errors call it.
     """
 
@@ -58,10 +59,11 @@ class Step:
         now = self.now()
         if self.kind in _WHOLE:
             return len(now) == len(self.value) and all(map(operator.is_, now, self.value))  # type: ignore[arg-type, call-overload]
-        return now == self.value if self.kind == "members" else now is self.value
+        return now == self.value if self.kind in _EQUAL else now is self.value
 
 
 _WHOLE = ("keys", "items", "class")
+_EQUAL = ("members", "token")
 
 
 def _found(owner: Any, key: object, kind: str) -> object:
@@ -82,6 +84,8 @@ def _found(owner: Any, key: object, kind: str) -> object:
             return frozenset(owner)
         case "type":
             return type(owner)
+        case "token":
+            return abc.get_cache_token()
         case _:
             return (*owner.__dict__, *owner.__dict__.values())
 

@@ -22,6 +22,7 @@ from piecework.runtime.bind.facts import CONSTANT_KINDS, Fact, Values, expected,
 from piecework.runtime.bind.guards import Bins, misread, sort_guards
 from piecework.runtime.bind.observable import Touch
 from piecework.runtime.bind.places import Step
+from piecework.runtime.bind.unguarded import misanswered
 from piecework.runtime.torch_compat import Guarded, GuardReader, Place
 
 _ROOMS = os.path.dirname(os.path.dirname(__file__))
@@ -87,6 +88,7 @@ class TraceGuards:
                 hint="let __getattribute__ find what the class holds, or leave the attribute out of the class",
             )
         self._failed = self._failed or self._of_other_modules(known, values)
+        self._failed = self._failed or misanswered(known, self._code)
         if layers is not None:
             try:
                 layers.complete(self._bins, known)

@@ -23,6 +23,7 @@ from piecework.runtime.bind.asked import asks_strides
 from piecework.runtime.bind.places import readable, traced
 from piecework.runtime.bind.reachable import modules_of, tensors_of
 from piecework.runtime.bind.traced_state import TracedState, TraceGuards
+from piecework.runtime.bind.unguarded import refuse_function_names
 from piecework.runtime.bind.weights import BoundWeights, Weight
 from piecework.runtime.counters import counters
 from piecework.runtime.regions.marks import Marks
@@ -219,6 +220,7 @@ class Tracer:
             refuse_place_in_autograd(leaves, names)
             refuse_views()
             refuse_offsets(leaves, names)
+            refuse_function_names(torch_compat.traced_code())
             refuse_globals(model, leaves, names)
             numbers_of(leaves, trace.fakes)  # the trace must serve its own example
             if check is not None:

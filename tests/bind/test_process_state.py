@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -113,3 +114,32 @@ def test_a_setting_that_nobody_asks_for_may_change(setting: str) -> None:
     stitched = piecework.compile(model, (x,), config=EAGER)
     WRITE[setting](not READ[setting]())
     assert torch.equal(stitched(x), model(x))
+
+
+VARIABLES: dict[str, Callable[[], object]] = {
+    "item": lambda: os.environ["PIECEWORK_TRIED"] != "1",
+    "get": lambda: os.environ.get("PIECEWORK_TRIED", "1") != "1",
+    "in": lambda: "PIECEWORK_OTHER" in os.environ,
+    "getenv": lambda: os.getenv("PIECEWORK_TRIED", "1") != "1",
+    "getenv of nothing": lambda: os.getenv("PIECEWORK_OTHER") is not None,
+    "getenv with a default": lambda: os.getenv("PIECEWORK_OTHER", "1") != "1",
+}
+
+
+@pytest.mark.parametrize("way", VARIABLES)
+def test_a_variable_of_the_environment_that_the_code_asks_for_is_watched(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIECEWORK_TRIED", "1")
+    monkeypatch.delenv("PIECEWORK_OTHER", raising=False)
+    model, x = Asking(VARIABLES[way]).eval(), torch.randn(3)
+    try:
+        stitched = piecework.compile(model, (x,), config=EAGER)
+    except CaptureError:
+        return
+    assert torch.equal(stitched(x), x - 1)
+    for name in ("PIECEWORK_TRIED", "PIECEWORK_OTHER"):
+        monkeypatch.setenv(name, "2")
+    assert torch.equal(model(x), x + 1)
+    with pytest.raises(InputError, match="when the model was traced"):
+        stitched(x)
