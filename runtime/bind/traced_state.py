@@ -97,9 +97,7 @@ class TraceGuards:
         left = set(map(id, self._bins.left))
         return [id(each) in left for each in guards]
 
-    def _of_other_modules(
-        self, guards: Sequence[Guarded], values: Values
-    ) -> CaptureError | None:
+    def _of_other_modules(self, guards: Sequence[Guarded], values: Values) -> CaptureError | None:
         """What is wrong if Dynamo guarded the globals of some function in a module that is not the function's own."""
         looked = [values.at(place) for guard in guards for place in guard.place.path()]
         function = torch_compat.guarded_elsewhere(looked, self._code)
