@@ -15,6 +15,8 @@ from piecework.errors import ConfigError
 
 # Beyond this many tokens a forward is bound by the device, not by launching kernels.
 WORTH_CAPTURING = 512
+# A batch is told its graph by a table with an entry for every size.
+LARGEST = 1 << 24
 
 
 def default_max_capture_size(
@@ -228,6 +230,11 @@ def _size_problems(given: list[int], max_num_batched_tokens: int | None) -> list
     if wrong:
         problems.append(
             f"capture sizes must be positive whole numbers, not {', '.join(map(repr, wrong))}"
+        )
+    beyond = [size for size in given if _is_integer(size) and size > LARGEST]
+    if beyond:
+        problems.append(
+            f"capture sizes may be at most {LARGEST:,}, not {', '.join(map(str, beyond))}"
         )
     if max_num_batched_tokens is not None:
         fine = [size for size in given if _is_integer(size)]

@@ -469,6 +469,7 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
     (lambda: stitched().capture([]), ConfigError, "no batch size to capture", ""),
     (lambda: stitched().capture([0]), ConfigError, "positive whole numbers, not 0", ""),
     (lambda: stitched().capture([-1]), ConfigError, "positive whole numbers, not -1", ""),
+    (lambda: stitched().capture([10**9]), ConfigError, "at most 16,777,216, not 1000000000", ""),
     (lambda: stitched().capture([1.5]), ConfigError, "positive whole numbers, not 1.5", ""),
     (lambda: stitched().capture([True]), ConfigError, "positive whole numbers, not True", ""),
     (lambda: stitched().capture([4, "8"]), ConfigError, "positive whole numbers, not '8'", ""),

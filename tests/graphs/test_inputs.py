@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from piecework.errors import ConfigError, InputError
+from piecework.errors import ConfigError, InputError, StaticGraphError
 from piecework.runtime.graphs.memory.addresses import AddressBook, ValueOrigin
 from piecework.runtime.graphs.stage.copy_inputs import make_copy_and_call
 from piecework.runtime.graphs.stage.inputs import InputSpec, StaticInputs
@@ -188,6 +188,12 @@ def test_wrong_buffers():
 
 
 # --- make_copy_and_call ----------------------------------------------------------------------------
+
+
+def test_buffers_that_no_memory_holds():
+    with pytest.raises(StaticGraphError, match="no memory for its static buffer") as raised:
+        StaticInputs.allocate({"x": torch.zeros(1, 2**20)}, maximum=2**40)
+    assert raised.value.where == "input x" and raised.value.hint == "capture smaller sizes"
 
 
 def test_copy_and_call_passes_views_of_the_buffers():

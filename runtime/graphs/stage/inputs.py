@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from piecework.errors import ConfigError, InputError
+from piecework.errors import ConfigError, InputError, StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.graphs.memory.addresses import AddressBook
 from piecework.runtime.graphs.stage.one_launch import OneLaunch
@@ -121,6 +121,7 @@ class StaticInputs:
 
         Raises:
             ConfigError: a spec names no example, or does not fit it.
+            StaticGraphError: there is no memory for the buffers.
         """
         declared = {spec.name: spec for spec in specs or ()}
         unknown = sorted(set(declared) - set(examples))
@@ -137,7 +138,7 @@ class StaticInputs:
             shape[dimension_of(spec, example)] = maximum
             where = example.device if device is None else device
             with torch.inference_mode(False):
-                buffers.append(torch.zeros(shape, dtype=example.dtype, device=where))
+                buffers.append(_buffer(spec.name, shape, example.dtype, where))
         return cls(chosen, buffers, kernel, poison, copies, keeps_tails)
 
     def register(self, book: AddressBook) -> None:
@@ -315,3 +316,16 @@ def require_in_place(name: str, tensor: torch.Tensor, static: torch.Tensor) -> N
             hint="pass the tensor that capture(static=...) was given; or, without cudagraph_copy_inputs, views of "
             "static_graphs.static_inputs(size), or set it",
         )
+
+
+def _buffer(
+    name: str, shape: list[int], dtype: torch.dtype, device: torch.device | str
+) -> torch.Tensor:
+    try:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    except RuntimeError as error:
+        raise StaticGraphError(
+            f"there is no memory for its static buffer, {shape} of {dtype}",
+            where=f"input {name}",
+            hint="capture smaller sizes",
+        ) from error
