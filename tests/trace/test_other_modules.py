@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections.abc
 import importlib.util
 import itertools
 import sys
@@ -142,6 +143,32 @@ def test_code_in_a_dictionary_that_names_no_module_is_watched() -> None:
     scope["RATE"] = 9
     with pytest.raises(InputError):
         stitched(x)
+
+
+class Table(collections.abc.Mapping):
+    """Its ``get`` is of a module that says another name than its own."""
+
+    def __getitem__(self, key: str) -> float:
+        return {"rate": 3.0}[key]
+
+    def __iter__(self):
+        return iter(("rate",))
+
+    def __len__(self) -> int:
+        return 1
+
+
+def test_a_module_of_pythons_under_another_name_is_known() -> None:
+    table = Table()
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return x * table.get("rate") + len(table)
+
+    code = {collections.abc.Mapping.get.__code__}
+    assert torch_compat.guarded_elsewhere([Table, table], code) is None
+    x = torch.randn(3, 4)
+    stitched = piecework.compile(forward, (x,), config=EAGER)
+    torch.testing.assert_close(stitched(x), forward(x))
 
 
 def test_looking_for_other_modules_runs_nothing_of_the_users() -> None:

@@ -48,7 +48,12 @@ def _is_imported(scope: dict[str, object]) -> bool:
     name = scope.get("__name__")
     if not isinstance(name, str) or name.startswith("namedtuple_") or "torch_package" in name:
         return True
-    return getattr(sys.modules.get(name), "__dict__", None) is scope
+    if getattr(sys.modules.get(name), "__dict__", None) is scope:
+        return True
+    # Some of Python's own have another name than they are imported by; Dynamo guards nothing of these.
+    known = getattr(scope.get("__spec__"), "name", "")
+    of_python = known.partition(".")[0] in sys.stdlib_module_names
+    return of_python and getattr(sys.modules.get(known), "__dict__", None) is scope
 
 
 def _functions(values: Iterable[object]) -> Iterator[types.FunctionType]:
