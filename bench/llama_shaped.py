@@ -38,10 +38,10 @@ def light_attention() -> Attention:
 @cache
 def custom_op_attention() -> Attention:
     """The operator as ``torch.library.custom_op`` registers it."""
-    piecework.declare_rows(OPERATOR_NAMES["custom_op"], "independent")
-    return torch.library.custom_op(OPERATOR_NAMES["custom_op"], mutates_args=("out",))(
-        attention_body
-    )
+    name = OPERATOR_NAMES["custom_op"]
+    made = torch.library.custom_op(name, mutates_args=("out",))(attention_body)
+    piecework.declare_rows(name, "independent")
+    return made
 
 
 REGISTRATIONS = {"custom_op": custom_op_attention, "light": light_attention}

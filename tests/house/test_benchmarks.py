@@ -1,0 +1,26 @@
+"""Benchmarks run, and their contenders return what the model returns: each at its smallest, in a process of its own. Times are not looked at."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+SMALLEST = {
+    "stitching": "stitching.run([3], rounds=2)",
+    "emission": "emission.run([40], rounds=1)",
+    "host_overhead": "host_overhead.run([2], [4], rounds=2, stock=False, levers=False, seconds=0.1)",
+    "decode_step": "decode_step.run([2], [1], rounds=2, stock=False, seconds=0.1)",
+}
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("name", SMALLEST)
+def test_a_benchmark_runs(name: str, tmp_path) -> None:
+    code = f"from piecework.bench import {name}; result = {SMALLEST[name]}; print(sorted({{row.contender for row in result.rows}}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert ("piecework" in done.stdout and "limit" in done.stdout) or name == "emission"
