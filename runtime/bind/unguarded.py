@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import abc
 import dis
+import enum
 import os
 import sys
 import types
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
 
 import torch
 
-from piecework.code_objects import with_inner_code
+from piecework.code_objects import HEAP_TYPE, with_inner_code
 from piecework.errors import CaptureError
 from piecework.runtime.bind.asked import models_code
 from piecework.runtime.bind.class_watch import function_of
@@ -45,6 +46,10 @@ _LISTS = frozenset(("vars", "dir", "__dict__"))
 _PRINTS = ("str", "repr")
 _JOINS = frozenset(("format", "join"))
 _CHECKS = frozenset(("isinstance", "issubclass"))
+# Dynamo's own account of how an object is copied, and what can make it another.
+_COPIES = "reduce_ex_user_defined_object"
+_OF_COPIES = ("__reduce_ex__", "__reduce__", "__getstate__", "__getnewargs__", "__getnewargs_ex__")
+_COPIED_BY_THEMSELVES = (OrderedDict, defaultdict, deque)
 _CHECKED_BY = ("__instancecheck__", "__subclasscheck__")
 # Whose answers are looked at here, or say no more than the bases of a class do.
 _TRUSTED = ("abc", "builtins", "enum", "typing", "typing_extensions", "pydantic", "torch")
@@ -171,7 +176,7 @@ _OF_VALUES = (
 def misanswered(guards: Iterable[Guarded], code: Iterable[types.CodeType]) -> CaptureError | None:
     """The error for what Dynamo answers by itself, and otherwise than Python would; None if code asks for no such thing."""
     known = [each for each in guards if each.known]
-    return _own_check(known, code) or _bounded_text(known, code)
+    return _own_check(known, code) or _bounded_text(known, code) or _own_copy(known, code)
 
 
 def _bounded_text(guards: Iterable[Guarded], code: Iterable[types.CodeType]) -> CaptureError | None:
@@ -184,6 +189,35 @@ def _bounded_text(guards: Iterable[Guarded], code: Iterable[types.CodeType]) -> 
                 hint="make a text of list(...) of it, or do that outside forward",
             )
     return None
+
+
+def _own_copy(guards: Iterable[Guarded], code: Iterable[types.CodeType]) -> CaptureError | None:
+    """An object that copies otherwise than by its class and its dictionary, where the trace copied some object by these two."""
+    if not any(each.co_name == _COPIES for each in code):
+        return None
+    for each in guards:
+        kind = each.value if isinstance(each.value, type) else type(each.value)
+        of_modules = each.place.key in _TABLES or str(each.place.key).startswith("_global_")
+        if not of_modules and (kind in _COPIED_BY_THEMSELVES or not _copies_plainly(kind)):
+            return CaptureError(
+                f"forward copies objects, and one of {kind.__qualname__}, which says itself what is copied, would be copied by its attributes alone",
+                where=each.place.name,
+                hint="make the copy by the class or a method of the object's own, or outside forward",
+            )
+    return None
+
+
+def _copies_plainly(kind: type) -> bool:
+    """Whether an object of this class is all that its dictionary holds, or is none that anybody copies by taking it apart."""
+    if not kind.__flags__ & HEAP_TYPE or issubclass(kind, enum.Enum) or _root(kind) == "torch":
+        return True
+    *own, base = kind.__mro__
+    return (
+        base is object
+        and all(each.__flags__ & HEAP_TYPE for each in own)
+        and not any(each.__dict__.get("__slots__") for each in own)
+        and all(getattr(kind, name, None) is getattr(object, name, None) for name in _OF_COPIES)
+    )
 
 
 def _own_check(guards: Iterable[Guarded], code: Iterable[types.CodeType]) -> CaptureError | None:
