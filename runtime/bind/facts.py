@@ -354,8 +354,8 @@ def _seen(kind: str, now: Any, about: Any) -> object:
         case "function":
             return _held_by(now, about) if type(now) is types.FunctionType else MISSING
         case "registered":
-            found = registered_with(now) if isinstance(now, abc.ABCMeta) else frozenset()
-            return found if about is None else found & about
+            found = registered_with(now) if isinstance(now, abc.ABCMeta) else ()
+            return found if about is None else tuple(each for each in found if each in about)
         case "text":
             return str(now)
         case "environment":
@@ -408,9 +408,9 @@ def _held_by(function: types.FunctionType, names: frozenset[str]) -> list[object
     return [each for pair in pairs for each in pair]
 
 
-def registered_with(kind: abc.ABCMeta) -> frozenset[str]:
-    """The names of classes that were registered with an abstract class, with those under it, or with those that were."""
-    found: set[str] = set()
+def registered_with(kind: abc.ABCMeta) -> tuple[str, ...]:
+    """The names of classes that were registered with an abstract class, with those under it, or with those that were; a name of several as often."""
+    found: list[str] = []
     seen: set[type] = set()
     pending: list[type] = [kind]
     while pending:
@@ -419,9 +419,9 @@ def registered_with(kind: abc.ABCMeta) -> frozenset[str]:
             continue
         seen.add(each)
         registered = [one for ref in abc._get_dump(each)[0] if (one := ref()) is not None]  # type: ignore[attr-defined]
-        found.update(map(class_name, registered))
+        found += map(class_name, registered)
         pending += [*registered, *type.__subclasses__(each)]
-    return frozenset(found)
+    return tuple(sorted(found))
 
 
 def class_name(kind: type) -> str:

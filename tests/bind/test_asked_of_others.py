@@ -208,7 +208,8 @@ ASKS = {
 def test_a_class_that_is_registered_with_an_abstract_one_is_noticed(
     ask: str, through: abc.ABCMeta
 ) -> None:
-    kind = type("Fresh", (Plain,), {})
+    namesake, kind = type("Fresh", (Plain,), {}), type("Fresh", (Plain,), {})
+    Base.register(namesake)
     model = Asking(ASKS[ask], kind(), Base if through is Derived else through)
     stitched = piecework.compile(model, (X,), config=EAGER)
     other = type("Other", (), {})
