@@ -44,6 +44,7 @@ from piecework.runtime.bind.facts import (
 from piecework.runtime.bind.unguarded import Unguarded, protocol_names
 from piecework.runtime.torch_compat import Guarded, Place
 
+_SAID_OF_CLASSES = ("__name__", "__doc__", "__module__")
 #: Guards on the process and on sizes: nothing is lost without them, for the reason given.
 ELSEWHERE = {
     "SHAPE_ENV": "sizes and integers of arguments are compared by the emitted check_inputs",
@@ -353,8 +354,14 @@ class _Sorter:
         for base in kind.__mro__:
             if base.__flags__ & HEAP_TYPE and base.__module__.partition(".")[0] != "torch":
                 found = {**vars(base), **found}
+        found |= {name: getattr(kind, name, None) for name in _SAID_OF_CLASSES}
         for name, value in found.items():
-            if not name.startswith("__") and may_ask(self._read, name) and _is_plain(value):
+            said = name in _SAID_OF_CLASSES
+            if (
+                (said or not name.startswith("__"))
+                and may_ask(self._read, name)
+                and _is_plain(value)
+            ):
                 here = Place(place, "attribute", name, f"{place.name}.{name}")
                 facts.append(
                     Fact(here, "CONSTANT_MATCH", None, expected("CONSTANT_MATCH", value, None))

@@ -19,6 +19,7 @@ import torch
 
 from piecework.code_objects import HEAP_TYPE, with_inner_code
 from piecework.errors import CaptureError
+from piecework.runtime import torch_compat
 from piecework.runtime.bind.asked import models_code
 from piecework.runtime.bind.class_watch import function_of
 from piecework.runtime.bind.facts import (
@@ -46,6 +47,8 @@ _LISTS = frozenset(("vars", "dir", "__dict__"))
 _PRINTS = ("str", "repr")
 _JOINS = frozenset(("format", "join"))
 _CHECKS = frozenset(("isinstance", "issubclass"))
+# Of these older torch makes the text of a dict.
+_NAMED_IN_TEXTS = () if torch_compat.GUARDS_CLASS_VALUES else (OrderedDict, defaultdict)
 # Dynamo's own account of how an object is copied, and what can make it another.
 _COPIES = "reduce_ex_user_defined_object"
 _OF_COPIES = ("__reduce_ex__", "__reduce__", "__getstate__", "__getnewargs__", "__getnewargs_ex__")
@@ -180,15 +183,26 @@ def misanswered(guards: Iterable[Guarded], code: Iterable[types.CodeType]) -> Ca
 
 
 def _bounded_text(guards: Iterable[Guarded], code: Iterable[types.CodeType]) -> CaptureError | None:
+    if not any(_given_to(_PRINTS, each) for each in models_code(code)):
+        return None
     for each in guards:
-        bounded = isinstance(each.value, deque) and each.value.maxlen is not None
-        if bounded and any(_given_to(_PRINTS, one) for one in models_code(code)):
+        lacks = ""
+        if isinstance(each.value, deque) and each.value.maxlen is not None:
+            lacks = "that of a deque would lack its maxlen"
+        elif type(each.value) in _NAMED_IN_TEXTS and not _of_every_module(each.place):
+            lacks = f"that of a {type(each.value).__name__} would be a dict's"
+        if lacks:
             return CaptureError(
-                "forward makes a text, and the text of a deque would lack its maxlen",
+                f"forward makes a text, and {lacks}",
                 where=each.place.name,
                 hint="make a text of list(...) of it, or do that outside forward",
             )
     return None
+
+
+def _of_every_module(place: Place) -> bool:
+    """Whether it is one of the dictionaries that each module has, or that hold for all."""
+    return place.key in _TABLES or str(place.key).startswith("_global_")
 
 
 def _own_copy(guards: Iterable[Guarded], code: Iterable[types.CodeType]) -> CaptureError | None:
@@ -197,8 +211,9 @@ def _own_copy(guards: Iterable[Guarded], code: Iterable[types.CodeType]) -> Capt
         return None
     for each in guards:
         kind = each.value if isinstance(each.value, type) else type(each.value)
-        of_modules = each.place.key in _TABLES or str(each.place.key).startswith("_global_")
-        if not of_modules and (kind in _COPIED_BY_THEMSELVES or not _copies_plainly(kind)):
+        if not _of_every_module(each.place) and (
+            kind in _COPIED_BY_THEMSELVES or not _copies_plainly(kind)
+        ):
             return CaptureError(
                 f"forward copies objects, and one of {kind.__qualname__}, which says itself what is copied, would be copied by its attributes alone",
                 where=each.place.name,
