@@ -26,10 +26,10 @@ def import_guards() -> threading.Thread:
     return found
 
 
-def dict_versions(dicts: Sequence[object]) -> list[int] | None:
-    """A number per dictionary, larger after each write to it; None where torch can't tell."""
+def dict_versions(dicts: Sequence[object]) -> list[tuple[int, bool]] | None:
+    """A number per dictionary, larger after each write to it but perhaps its filling, and whether it holds anything; None where torch can't tell."""
     number = getattr(_guards(), "dict_version", None)
-    return None if number is None else [number(each) for each in dicts]
+    return None if number is None else [(number(each), bool(each)) for each in dicts]
 
 
 def dict_guard(dicts: Sequence[object]) -> Callable[[], bool] | None:
@@ -38,7 +38,11 @@ def dict_guard(dicts: Sequence[object]) -> Callable[[], bool] | None:
     These are Dynamo's guards of dictionaries: the first call visits each of them, later calls compare their numbers, which
     takes about a nanosecond each (since CPython 3.12, a write raises one flag instead, and a call reads the flag).
     """
-    return _dict_guard(dicts) if _has_dict_guards() else None
+    if not _has_dict_guards():
+        return None
+    unwritten = _dict_guard(dicts)
+    empty = [] if _sees_filling() else [each for each in dicts if type(each) is dict and not each]
+    return (lambda: unwritten() and not any(empty)) if empty else unwritten
 
 
 # torch looks through the guards of a list one after the other whenever it adds one.
@@ -80,6 +84,15 @@ def _dict_guard(dicts: Sequence[object]) -> Callable[[], bool]:
     start, check = [owner], root.check
     check(start)  # it notes the dictionaries in its first call
     return functools.partial(check, start)
+
+
+@functools.cache
+def _sees_filling() -> bool:
+    """Whether the guards see ``update`` of an empty dictionary; with CPython 3.12 they don't."""
+    held: dict[str, int] = {}
+    unwritten = _dict_guard([held])
+    held.update(a=1)
+    return not unwritten()
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from torch import nn
 
 import piecework
 from piecework.errors import InputError
+from piecework.runtime import torch_compat
 
 
 class Options:
@@ -316,3 +317,23 @@ def test_code_that_compares_objects_keeps_them_one() -> None:
     model.second = ["a", "b"]
     with pytest.raises(InputError, match="one object"):
         stitched(x)
+
+
+FILLINGS = {
+    "update": lambda held: held.update({"a": 1}),
+    "update by keywords": lambda held: held.update(a=1),
+    "union": lambda held: held.__ior__({"a": 1}),
+    "item": lambda held: held.__setitem__("a", 1),
+    "default": lambda held: held.setdefault("a", 1),
+}
+
+
+@pytest.mark.parametrize("kind", [dict, collections.OrderedDict])
+@pytest.mark.parametrize("name", FILLINGS)
+def test_that_an_empty_dictionary_is_filled_is_seen(name: str, kind: type) -> None:
+    held = kind()
+    unwritten = torch_compat.dict_guard([held, {"b": 2}])
+    assert unwritten is not None and unwritten() and unwritten()
+    numbers = torch_compat.dict_versions([held])
+    FILLINGS[name](held)
+    assert not unwritten() and torch_compat.dict_versions([held]) != numbers
