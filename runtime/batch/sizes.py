@@ -231,13 +231,13 @@ def _size_problems(given: list[int], max_num_batched_tokens: int | None) -> list
         problems.append(
             f"capture sizes must be positive whole numbers, not {', '.join(map(repr, wrong))}"
         )
-    beyond = [size for size in given if _is_integer(size) and size > LARGEST]
-    if beyond:
+    fine = [size for size in given if _is_integer(size)]
+    huge = [size for size in fine if size > LARGEST]
+    if huge:
         problems.append(
-            f"capture sizes may be at most {LARGEST:,}, not {', '.join(map(str, beyond))}"
+            f"capture sizes may be at most {LARGEST:,}, not {', '.join(map(str, huge))}"
         )
     if max_num_batched_tokens is not None:
-        fine = [size for size in given if _is_integer(size)]
         beyond = sorted({size for size in fine if size > max_num_batched_tokens})
         if beyond:
             problems.append(

@@ -110,6 +110,14 @@ def is_users(kind: type) -> bool:
     return bool(kind.__flags__ & HEAP_TYPE) and kind.__module__.partition(".")[0] != "torch"
 
 
+def is_its_dictionary(kind: type) -> bool:
+    """Whether all that an object of this class holds is in its dictionary: only Python code makes the class and its bases, and none has slots."""
+    *own, base = kind.__mro__
+    return base is object and all(
+        each.__flags__ & HEAP_TYPE and not each.__dict__.get("__slots__") for each in own
+    )
+
+
 def is_fixed(value: object) -> bool:
     """Whether it is a value that nobody can change."""
     items = value if type(value) in _SEQUENCES else ()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -38,6 +38,7 @@ from piecework.runtime.bind.facts import (
     Values,
     expected,
     has_own_metaclass,
+    is_users,
     is_value,
     place_text,
 )
@@ -112,17 +113,23 @@ def misread(guards: Iterable[Guarded], values: Values) -> str:
 
     Behind a ``__getattribute__`` that raises, Dynamo looks in the class, as Python does not.
     """
+    for place in every_place(guards):
+        owner = _owner_of_class(place)
+        base = MISSING if owner is None else values.at(owner)
+        if base is not MISSING and _only_plainly_there(base, str(place.key)):
+            return place_text(Place(owner, "attribute", place.key, ""))
+    return ""
+
+
+def every_place(guards: Iterable[Guarded]) -> Iterator[Place]:
+    """Each place that guards are about, and each on the way to one, once."""
     seen: set[Place] = set()
     for guard in guards:
         place: Place | None = guard.place
         while place is not None and place not in seen:
             seen.add(place)
-            owner = _owner_of_class(place)
-            base = MISSING if owner is None else values.at(owner)
-            if base is not MISSING and _only_plainly_there(base, str(place.key)):
-                return place_text(Place(owner, "attribute", place.key, ""))
+            yield place
             place = place.base
-    return ""
 
 
 def _owner_of_class(place: Place) -> Place | None:
@@ -352,16 +359,12 @@ class _Sorter:
             return  # an entry of a table, which is found by its number there
         found: dict[str, object] = {}
         for base in kind.__mro__:
-            if base.__flags__ & HEAP_TYPE and base.__module__.partition(".")[0] != "torch":
+            if is_users(base):
                 found = {**vars(base), **found}
+        found = {name: value for name, value in found.items() if not name.startswith("__")}
         found |= {name: getattr(kind, name, None) for name in _SAID_OF_CLASSES}
         for name, value in found.items():
-            said = name in _SAID_OF_CLASSES
-            if (
-                (said or not name.startswith("__"))
-                and may_ask(self._read, name)
-                and _is_plain(value)
-            ):
+            if may_ask(self._read, name) and _is_plain(value):
                 here = Place(place, "attribute", name, f"{place.name}.{name}")
                 facts.append(
                     Fact(here, "CONSTANT_MATCH", None, expected("CONSTANT_MATCH", value, None))

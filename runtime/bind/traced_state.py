@@ -19,7 +19,7 @@ from piecework.errors import CaptureError, InputError
 from piecework.runtime import torch_compat
 from piecework.runtime.bind.class_watch import ClassWatch
 from piecework.runtime.bind.facts import CONSTANT_KINDS, Fact, Values, expected, place_text
-from piecework.runtime.bind.guards import Bins, misread, sort_guards
+from piecework.runtime.bind.guards import Bins, every_place, misread, sort_guards
 from piecework.runtime.bind.observable import Touch
 from piecework.runtime.bind.places import Step
 from piecework.runtime.bind.unguarded import misanswered
@@ -99,7 +99,7 @@ class TraceGuards:
 
     def _of_other_modules(self, guards: Sequence[Guarded], values: Values) -> CaptureError | None:
         """What is wrong if Dynamo guarded the globals of some function in a module that is not the function's own."""
-        looked = [values.at(place) for guard in guards for place in guard.place.path()]
+        looked = map(values.at, every_place(guards))
         function = torch_compat.guarded_elsewhere(looked, self._code)
         if function is None:
             return None

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from piecework.code_objects import HEAP_TYPE, with_inner_code
+from piecework.code_objects import with_inner_code
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
 from piecework.runtime.bind.asked import models_code
@@ -30,6 +30,8 @@ from piecework.runtime.bind.facts import (
     Fact,
     class_name,
     expected,
+    is_its_dictionary,
+    is_users,
     is_value,
 )
 from piecework.runtime.torch_compat import Guarded, Place
@@ -148,9 +150,7 @@ class Unguarded:
         kind = type(value)
         if not self._printed or kind in _TAKEN_APART or isinstance(value, (torch.Tensor, type)):
             return False
-        if is_value(value) or _root(kind) == "torch" or place.key in _TABLES:
-            return False
-        if str(place.key).startswith("_global_"):  # hooks of every module
+        if is_value(value) or _root(kind) == "torch" or _of_every_module(place):
             return False
         if kind.__str__ is not object.__str__ or kind.__repr__ is object.__repr__:
             return False
@@ -224,14 +224,10 @@ def _own_copy(guards: Iterable[Guarded], code: Iterable[types.CodeType]) -> Capt
 
 def _copies_plainly(kind: type) -> bool:
     """Whether an object of this class is all that its dictionary holds, or is none that anybody copies by taking it apart."""
-    if not kind.__flags__ & HEAP_TYPE or issubclass(kind, enum.Enum) or _root(kind) == "torch":
+    if not is_users(kind) or issubclass(kind, enum.Enum):
         return True
-    *own, base = kind.__mro__
-    return (
-        base is object
-        and all(each.__flags__ & HEAP_TYPE for each in own)
-        and not any(each.__dict__.get("__slots__") for each in own)
-        and all(getattr(kind, name, None) is getattr(object, name, None) for name in _OF_COPIES)
+    return is_its_dictionary(kind) and all(
+        getattr(kind, name, None) is getattr(object, name, None) for name in _OF_COPIES
     )
 
 

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from piecework.code_objects import HEAP_TYPE
-from piecework.runtime.bind.facts import is_fixed, same
+from piecework.runtime.bind.facts import is_fixed, is_its_dictionary, same
 
 Path = tuple[object, ...]
 
@@ -195,13 +194,10 @@ def _facts(tensor: torch.Tensor) -> tuple[object, ...]:
 
 
 def is_plain(kind: type) -> bool:
-    """Whether all that an object of this class holds is in its dictionary."""
-    *own, base = kind.__mro__
-    return base is object and all(
-        each.__flags__ & HEAP_TYPE
-        and not each.__dict__.get("__slots__")
-        and each.__module__ not in ("builtins", "torch._C")
-        for each in own
+    """Whether all that an object of this class holds is in its dictionary, and the class is nobody's in C."""
+    own = kind.__mro__[:-1]
+    return is_its_dictionary(kind) and not any(
+        each.__module__ in ("builtins", "torch._C") for each in own
     )
 
 
