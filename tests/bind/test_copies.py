@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import importlib.util
 
 import pytest
 import torch
@@ -99,6 +100,12 @@ READS = {
 }
 
 
+copies_are_traced = pytest.mark.skipif(
+    importlib.util.find_spec("torch._dynamo.polyfills.copy") is None,
+    reason="Dynamo of this torch refuses every copy",
+)
+
+
 @pytest.mark.parametrize("make", [copy.copy, copy.deepcopy])
 @pytest.mark.parametrize("name", OBJECTS)
 def test_a_copy_in_a_forward_is_pythons_or_refused(name: str, make) -> None:
@@ -115,6 +122,7 @@ def test_a_copy_in_a_forward_is_pythons_or_refused(name: str, make) -> None:
         assert torch.equal(stitched(x), forward(x)), what
 
 
+@copies_are_traced
 def test_copies_that_are_refused_say_of_what() -> None:
     counter = OBJECTS["counter"]
     with pytest.raises(CaptureError, match="forward copies objects, and one of Counter") as raised:
@@ -122,6 +130,7 @@ def test_copies_that_are_refused_say_of_what() -> None:
     assert "a method of the object's own" in raised.value.hint
 
 
+@copies_are_traced
 @pytest.mark.parametrize("name", ["plain", "record", "restored", "copied"])
 def test_plain_objects_are_copied(name: str) -> None:
     held, x = OBJECTS[name], torch.randn(3, 4)
