@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
+from piecework.collector import collector_paused
+
 
 def homes(path: str) -> dict[str, str]:
     """The names that the file imports for type checkers alone, each with the module that has it."""
@@ -31,11 +33,12 @@ def face(
     found = homes(path)
 
     def load(name: str) -> object:
-        if name in rooms:
-            return import_module(f"{package}.{name}")
-        if name not in found:
+        if name not in rooms and name not in found:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(found[name]), name)
+        with collector_paused():
+            if name in rooms:
+                return import_module(f"{package}.{name}")
+            return getattr(import_module(found[name]), name)
 
     def names() -> list[str]:
         return sorted({*vars(sys.modules[package]), *found, *rooms})

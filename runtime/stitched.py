@@ -18,7 +18,7 @@ import torch.fx
 from piecework.codegen import StitchedSource
 from piecework.codegen.entry.emit import EntrySource
 from piecework.codegen.split.split import SplittingOp as SplittingOpLike
-from piecework.codegen.stitch.source import collector_paused
+from piecework.collector import collector_paused
 from piecework.errors import (
     ArtifactError,
     BindError,

@@ -6,9 +6,7 @@ Emission is deterministic: the same graph gives the same bytes in every process.
 from __future__ import annotations
 
 import ast
-import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch.fx
@@ -19,6 +17,7 @@ from piecework.codegen.plan.render import const_rows, line_map, render, table_ro
 from piecework.codegen.proof.trace import Linkage
 from piecework.codegen.proof.verify import Proof, verify_text
 from piecework.codegen.stitch.lower import LowerOptions, lower
+from piecework.collector import collector_paused
 from piecework.errors import EmitError
 
 
@@ -102,22 +101,6 @@ def render_stitched(module: ir.Module) -> str:
     banner = ["", *module.banner] if module.banner else []
     header = [*banner, *table_rows("__vllm_submods__", submods), *const_rows(module)]
     return str(render(module, "stitching source", header))
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Hold back Python's cyclic garbage collector, for emission and for captures.
-
-    Emission allocates a great many small objects that live until its end and are no garbage; each full collection
-    meanwhile walks all of torch as well, which makes the time grow faster than the graph (measured: 3× at 10,000 nodes).
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def verify(

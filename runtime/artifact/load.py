@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from piecework.codegen import LowerOptions, StitchedSource
 from piecework.codegen.entry.emit import EntrySource
-from piecework.codegen.stitch.source import collector_paused
+from piecework.collector import collector_paused
 from piecework.errors import ArtifactError, BindError, CaptureError, Unidentifiable
 from piecework.runtime.artifact import surroundings
 from piecework.runtime.artifact.facts import established

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import TimeElapsedColumn
-
-from piecework.runtime.observe.step_bar import StepBar
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class CompileProgress:
@@ -27,6 +26,11 @@ class CompileProgress:
     """
 
     def __init__(self, console: Console) -> None:
+        # Bars are drawn by the command line; a service that loads an artifact does without rich.
+        from rich.progress import TimeElapsedColumn
+
+        from piecework.runtime.observe.step_bar import StepBar
+
         # A thread that redraws would be in the way of forked workers.
         self._bar = StepBar(console, "compiling", TimeElapsedColumn(), auto_refresh=False)
 

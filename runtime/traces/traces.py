@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch.utils import _pytree as pytree
 
+from piecework.collector import seldom_full_collections
 from piecework.errors import BindError, InputError, PieceworkError, full_tracebacks
 from piecework.runtime import torch_compat
 from piecework.runtime.call.execution import Changes
@@ -22,7 +23,6 @@ from piecework.runtime.pieces.backend import PieceworkBackend
 from piecework.runtime.pieces.compilation import Trace
 from piecework.runtime.pieces.ranks import require_agreement
 from piecework.runtime.trace.example_sizes import AllDimensions, KeptMarks, SizePolicy, shapes_of
-from piecework.runtime.traces.collector import seldom_full_collections
 from piecework.runtime.traces.traced_model import TracedModel, trace_model
 
 if TYPE_CHECKING:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -10,8 +12,8 @@ import torch
 from models import EAGER
 
 import piecework
+from piecework.collector import seldom_full_collections
 from piecework.errors import PieceworkError
-from piecework.runtime.traces.collector import seldom_full_collections
 
 
 @pytest.fixture(autouse=True)
@@ -66,3 +68,23 @@ def test_what_somebody_sets_meanwhile_stays() -> None:
     with seldom_full_collections():
         gc.set_threshold(700, 10, 3)
     assert gc.get_threshold() == (700, 10, 3)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_what_a_package_hands_on_is_imported_without_collections(enabled: bool) -> None:
+    """In a new process, since each module is imported once; the collector is as it was afterwards."""
+    script = f"""
+import gc, torch, piecework
+{"" if enabled else "gc.disable()"}
+gc.collect()
+before = [each["collections"] for each in gc.get_stats()]
+piecework.compile
+assert [each["collections"] for each in gc.get_stats()][1:] == before[1:]
+assert gc.isenabled() is {enabled}
+try:
+    piecework.compil
+except AttributeError:
+    pass
+assert gc.isenabled() is {enabled}
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -62,6 +62,7 @@ ORDER = (
     "runtime.torch_compat",
     "errors",
     "faces",
+    "collector",
     "code_objects",
 )
 # Faces hand names on from everywhere, by a table that is read when a name is asked for; for type checkers they import them.

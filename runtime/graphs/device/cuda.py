@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from piecework.codegen.stitch.source import collector_paused
+from piecework.collector import collector_paused
 from piecework.errors import StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.graphs.device.contract import StaticGraph
