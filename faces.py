@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
-from piecework.collector import collector_paused
+from piecework.collector import lasting
 
 
 def homes(path: str) -> dict[str, str]:
@@ -35,7 +35,7 @@ def face(
     def load(name: str) -> object:
         if name not in rooms and name not in found:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        with collector_paused():
+        with lasting():
             if name in rooms:
                 return import_module(f"{package}.{name}")
             return getattr(import_module(found[name]), name)
