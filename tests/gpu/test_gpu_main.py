@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
@@ -27,6 +28,7 @@ from piecework.errors import ArtifactError
 from piecework.examples import engine
 from piecework.integrations.transformers import how_served, stitch, stitched_module, unstitch
 from piecework.integrations.transformers.request.dry import dry_request
+from piecework.runtime import torch_compat
 
 pytestmark = [pytest.mark.gpu, needs_device]
 SIZES = [1, 2, 4, 8]
@@ -172,6 +174,26 @@ def test_calls_on_several_streams_come_one_after_the_other():
             results.append(stitched(*each))
     torch.cuda.synchronize()
     torch.testing.assert_close(results, expected, rtol=1e-3, atol=1e-3)
+
+
+@needs_cuda
+def test_kernels_inside_graphs_carry_layer_and_emitted_line(tmp_path):
+    if torch_compat.why_kernels_unmarked():
+        pytest.skip(torch_compat.why_kernels_unmarked())
+    model, stitched = stitched_decoder(EAGER)
+    stitched.capture(SIZES, mode="FULL_AND_PIECEWISE", progress=False)
+    assert stitched.static_graphs.report.unmarked == ""
+    assert_alike(stitched, model, SIZES)
+    given = batch_of(3)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        stitched(*given)
+        torch.cuda.synchronize()
+    profile.export_chrome_trace(str(tmp_path / "trace"), **torch_compat.marks_for_trace())
+    events = json.loads((tmp_path / "trace").read_text())["traceEvents"]
+    kernels = [each["args"] for each in events if each.get("cat") == "kernel"]
+    inside = [each for each in kernels if each.get("graph node id")]
+    assert inside and all(int(each["line"]) > 0 for each in inside)
+    assert {f"layers.{n}" for n in range(3)} <= {each["layer"][:8] for each in inside}
 
 
 @needs_cuda

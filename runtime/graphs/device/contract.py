@@ -121,7 +121,14 @@ class GraphPlatform(Protocol):
 
     def new_pool(self) -> GraphPool: ...
 
-    def new_graph(self, pool: GraphPool) -> StaticGraph: ...
+    def new_graph(self, pool: GraphPool, *, marked: bool = False) -> StaticGraph:
+        """A graph; ``marked``: its kernels carry the statement that they were captured for (`marks`), where ``unmarked`` is ""."""
+        ...
+
+    @property
+    def unmarked(self) -> str:
+        """Why kernels inside graphs can't carry what they stand for; "" where they can."""
+        ...
 
     def is_capturing(self) -> bool:
         """Whether what this thread does now is being captured, by whomever; a replay would be an error."""

@@ -40,11 +40,12 @@ class CpuGraphPlatform:
     """Static graphs on the CPU."""
 
     device = torch.device("cpu")
+    unmarked = "graphs on the CPU hold no kernels"
 
     def new_pool(self) -> CpuGraphPool:
         return CpuGraphPool()
 
-    def new_graph(self, pool: CpuGraphPool) -> CpuStaticGraph:
+    def new_graph(self, pool: CpuGraphPool, *, marked: bool = False) -> CpuStaticGraph:
         return CpuStaticGraph(pool)
 
     def is_capturing(self) -> bool:

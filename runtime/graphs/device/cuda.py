@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -15,6 +15,7 @@ from piecework.codegen.stitch.source import collector_paused
 from piecework.errors import StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.graphs.device.contract import StaticGraph
+from piecework.runtime.graphs.device.marks import marked_as_the_statement
 from piecework.runtime.graphs.device.weak_ref import weak_ref_tensors
 
 
@@ -45,8 +46,12 @@ class CudaGraphPlatform:
     def new_pool(self) -> CudaGraphPool:
         return CudaGraphPool(self.device)
 
-    def new_graph(self, pool: CudaGraphPool) -> CudaStaticGraph:
-        return CudaStaticGraph(pool)
+    def new_graph(self, pool: CudaGraphPool, *, marked: bool = False) -> CudaStaticGraph:
+        return CudaStaticGraph(pool, marked=marked)
+
+    @property
+    def unmarked(self) -> str:
+        return torch_compat.why_kernels_unmarked()
 
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
@@ -178,7 +183,16 @@ class CudaGraphPool:
 
 
 class CudaStaticGraph(StaticGraph[CudaGraphPool, "torch.cuda.CUDAGraph"]):
-    """One ``torch.cuda.CUDAGraph``."""
+    """One ``torch.cuda.CUDAGraph``.
+
+    Args:
+        pool: where it is captured.
+        marked: its kernels carry the statement that they were captured for, in traces.
+    """
+
+    def __init__(self, pool: CudaGraphPool, *, marked: bool = False) -> None:
+        super().__init__(pool)
+        self._marked = marked
 
     def _record(
         self,
@@ -200,12 +214,14 @@ class CudaStaticGraph(StaticGraph[CudaGraphPool, "torch.cuda.CUDAGraph"]):
             collector_paused(),  # what it destroys may call CUDA in ways a capture forbids
         ):
             try:
-                # Other threads may allocate meanwhile; only what this thread does is held to the capture's rules.
-                graph.capture_begin(pool=self._pool.handle, capture_error_mode="thread_local")
-                self._pool.probe()
-                output = runnable(*args, **kwargs)
-                output = weak_ref_tensors(output) if weak else output
-                graph.capture_end()
+                with torch_compat.kernels_marked(graph) if self._marked else nullcontext():
+                    # Other threads may allocate meanwhile; only what this thread does is held to the capture's rules.
+                    graph.capture_begin(pool=self._pool.handle, capture_error_mode="thread_local")
+                    self._pool.probe()
+                    with marked_as_the_statement():
+                        output = runnable(*args, **kwargs)
+                    output = weak_ref_tensors(output) if weak else output
+                    graph.capture_end()
                 self._pool.require_own()
             except BaseException as error:
                 try:

@@ -1,0 +1,360 @@
+"""Kernels inside graphs carry layer and emitted line: through `fake_cuda`'s recorder, and on torch 2.15 through its own, over a fake of the CUDA runtime."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import types
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from fake_cuda import Driver, FakeCuda, FakeRecorder, NewerGraph
+from torch import nn
+
+import piecework
+from piecework.runtime import torch_compat
+from piecework.runtime.graphs.device.cuda import CudaGraphPlatform
+from piecework.runtime.graphs.memory import owner
+from piecework.runtime.observe.profile import write_trace
+
+DEVICE = torch.device("cuda", 0)
+EAGER = piecework.CompilationConfig(backend="eager")
+HOOKS = ("register_capture_start_hook", "register_capture_end_hook")
+REAL = all(hasattr(torch.cuda.CUDAGraph, name) for name in HOOKS)
+newer = pytest.mark.skipif(not REAL, reason="torch before 2.15 marks no kernels")
+
+
+def recorded() -> dict[int, list[dict]]:
+    """Node of a graph → what torch's recorder knows of it."""
+    return dict(importlib.import_module("torch.cuda._graph_annotations").get_kernel_annotations())
+
+
+class Failing:
+    size = 0
+
+
+@piecework.splitting_op("kernel_marks::mix", rows="independent")
+def mix(x: torch.Tensor, layer: str) -> torch.Tensor:
+    if x.shape[0] == Failing.size and torch.cuda.is_current_stream_capturing():
+        torch.cuda.synchronize()
+    return x * 2
+
+
+@mix.register_fake
+def _(x: torch.Tensor, layer: str) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+class Layer(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.enter, self.leave = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.ops.kernel_marks.mix(self.enter(x), self.name)
+        return x + self.leave(torch.ops.kernel_marks.mix(y, self.name))
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(f"layers.{number}") for number in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class SplitDriver(Driver):
+    """``torch._C._CUDAGraph`` of torch 2.15, which is told of each step of a capture's end."""
+
+    def __new__(cls, keep_graph: bool = False):
+        return object.__new__(cls)
+
+    def __init__(self, keep_graph: bool = False) -> None:
+        super().__init__(keep_graph)
+        self.exec_id: int | None = None
+
+    def capture_end_pre(self) -> None:
+        Driver.capture_end(self)
+
+    def instantiate(self) -> None:
+        self.exec_id = self.cuda.next_id()
+
+    def capture_end_post(self) -> None:
+        assert self.exec_id is not None, "replayed before it is instantiated"
+
+    def raw_cuda_graph_exec(self) -> int:
+        return self.exec_id
+
+    @property
+    def _has_graph_exec(self) -> bool:
+        return self.exec_id is not None
+
+    def reset(self) -> None:
+        super().reset()
+        self.exec_id = None
+
+
+class Runtime:
+    """What torch's recorder asks of ``cuda.bindings``: a graph is a chain of nodes, in the order of their capture."""
+
+    def __init__(self, cuda: FakeCuda, runtime, driver) -> None:
+        self.cuda = cuda
+        self.cudaError_t = runtime.cudaError_t
+        self.cudaStreamCaptureStatus = runtime.cudaStreamCaptureStatus
+        self.CUgraphNodeType = driver.CUgraphNodeType
+        self.done, self.found = runtime.cudaError_t.cudaSuccess, driver.CUresult.CUDA_SUCCESS
+
+    def cudaStreamGetCaptureInfo(self, stream: int):
+        graph = self.cuda.capturing
+        if graph is None or graph.stream.cuda_stream != stream:
+            return self.done, self.cudaStreamCaptureStatus(0), 0, 0, [], [], 0
+        last = [graph.number << 32 | len(graph.work) - 1] if graph.work else []
+        return self.done, self.cudaStreamCaptureStatus(1), 0, graph.number, last, [], len(last)
+
+    def cudaGraphGetId(self, graph: int):
+        return self.done, graph
+
+    def cudaGraphExecGetId(self, graph: int):
+        return self.done, graph
+
+    def cudaGraphGetRootNodes(self, graph: int, pNumRootNodes: int = 0):
+        roots = [graph << 32] if self.cuda.capturing.work else []
+        return self.done, roots, len(roots)
+
+    def cudaGraphNodeGetDependentNodes(self, node: int, pNumDependentNodes: int = 0):
+        last = (node & 0xFFFFFFFF) + 1 == len(self.cuda.capturing.work)
+        after = [] if last else [node + 1]
+        return self.done, after, [], len(after)
+
+    def cudaGraphNodeGetToolsId(self, node: int):
+        return (self.done, node) if node else (self.cudaError_t.cudaErrorInvalidValue, None)
+
+    def cuGraphNodeGetType(self, node: int):
+        return self.found, self.CUgraphNodeType.CU_GRAPH_NODE_TYPE_KERNEL
+
+
+class RealRecorder(FakeCuda):
+    """The fake, below the graphs and the recorder of torch 2.15 as they are."""
+
+    def __init__(self) -> None:
+        super().__init__(newer=True)
+
+    def graph_class(self) -> type:
+        driver = type("_CUDAGraph", (SplitDriver,), {"cuda": self})
+        return over(torch.cuda.CUDAGraph, driver)
+
+    def install_recorder(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        real = importlib.import_module("torch.cuda._graph_annotations")
+        bindings = Runtime(self, real._cuda_runtime, real._cuda_driver)
+        monkeypatch.setattr(real, "_cuda_runtime", bindings)
+        monkeypatch.setattr(real, "_cuda_driver", bindings)
+        monkeypatch.setattr(real, "_tools_id_available", None)
+        monkeypatch.setattr(real, "_ANNOTATABLE_TYPES", None)
+
+
+def over(made: type, base: type) -> type:
+    """A copy of the class ``made`` whose base is ``base``; ``super()`` in its methods goes there."""
+    body = {k: v for k, v in vars(made).items() if k not in ("__dict__", "__weakref__")}
+    found = type(made.__name__, (base,), {})
+    for name, value in body.items():
+        function = value.__func__ if isinstance(value, staticmethod) else value
+        if isinstance(function, types.FunctionType) and function.__closure__ is not None:
+            cells = tuple(
+                types.CellType(found if name == "__class__" else cell.cell_contents)
+                for name, cell in zip(
+                    function.__code__.co_freevars, function.__closure__, strict=True
+                )
+            )
+            code, namespace = function.__code__, function.__globals__
+            again = types.FunctionType(code, namespace, name, function.__defaults__, cells)
+            again.__kwdefaults__ = function.__kwdefaults__
+            value = staticmethod(again) if isinstance(value, staticmethod) else again
+        setattr(found, name, value)
+    return found
+
+
+class Stitched:
+    """A model that the CUDA platform captures, under the fake; compiled before, since Dynamo would ask a real device."""
+
+    def __init__(self) -> None:
+        self.model = Layers()
+        self.stitched = piecework.compile(self.model, (torch.randn(8, 4),), config=EAGER)
+
+    def under(self, fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Stitched:
+        monkeypatch.setattr(owner, "platform_for", lambda device: CudaGraphPlatform(DEVICE))
+        fake.install(monkeypatch)
+        self.fake = fake
+        return self
+
+    def capture(self, sizes, **options):
+        self.stitched.capture(sizes, progress=False, estimate=False, **options)
+        return self.stitched.static_graphs
+
+    def graphs(self) -> dict[tuple[str, int], object]:
+        """The graphs that are replayed, by piece and size."""
+        captures = self.stitched.static_graphs.captures
+        return {
+            (wrapper.name, descriptor.num_tokens): entry.call.graph.require_captured()
+            for wrapper in (*captures._wrapped[0], captures._whole[0])
+            for descriptor, entry in wrapper.concrete_cudagraph_entries.items()
+            if entry.call is not None
+        }
+
+    def marks(self, graph) -> list[dict]:
+        """What each node of ``graph`` carries where it is replayed, in order."""
+        told = recorded()
+        return [told[graph.exec_id << 32 | node][0] for node in range(len(graph.work))]
+
+    def statement(self, line: int) -> str:
+        return self.stitched.source.code.splitlines()[line - 1]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Stitched:
+    return Stitched()
+
+
+@pytest.fixture(params=["fake", pytest.param("torch", marks=newer)])
+def on(compiled, monkeypatch, request) -> Iterator[Stitched]:
+    """The model under a fake of CUDA, with a fake of torch's recorder or with its own."""
+    monkeypatch.setattr(Failing, "size", 0)
+    fake = FakeCuda(newer=True) if request.param == "fake" else RealRecorder()
+    yield compiled.under(fake, monkeypatch)
+    compiled.stitched.sleep()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL", "FULL_AND_PIECEWISE"])
+def test_every_kernel_of_a_graph_carries_layer_and_line(on, mode):
+    static = on.capture([2, 4], mode=mode)
+    assert static.report.unmarked == ""
+    graphs = on.graphs()
+    whole = {size: graph for (name, size), graph in graphs.items() if "whole" in name}
+    pieces = {key: graph for key, graph in graphs.items() if "whole" not in key[0]}
+    assert sorted(whole) == ([2, 4] if "FULL" in mode else [])
+    assert len(pieces) == (0 if mode == "FULL" else 2 * len(on.stitched.source.submod_names))
+    for (name, size), graph in pieces.items():
+        marks = on.marks(graph)
+        assert {each["graph"] for each in marks} == {f"PIECEWISE tokens={size}"}
+        [line] = {each["line"] for each in marks}
+        index = on.stitched.source.submod_names.index(name)
+        assert f"__vllm_submods__[{index}](" in on.statement(line)
+        [(said, layer)] = {(each["name"], each["layer"]) for each in marks}
+        assert said == f"{name} {layer}" and "layers." in layer
+    for size, graph in whole.items():
+        marks = on.marks(graph)
+        [told] = {each["graph"] for each in marks}
+        assert told.startswith(f"FULL tokens={size} ")
+        assert all("layers." in each["layer"] for each in marks)
+        mixes = [each for each in marks if "mix" in each["name"]]
+        assert all("mix(" in on.statement(each["line"]) for each in mixes)
+        assert [each["layer"] for each in mixes] == [f"layers.{n // 2}" for n in range(4)]
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(on.stitched(x), on.model(x))
+
+
+def test_nothing_is_recorded_after_the_capture_and_what_is_given_up_leaves_no_marks(on):
+    static = on.capture([2, 4], mode="FULL_AND_PIECEWISE")
+    before = recorded()
+    recorder = importlib.import_module("torch.cuda._graph_annotations")
+    outer = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.Stream(DEVICE)), torch.no_grad():
+        outer.capture_begin(pool=torch.cuda.graph_pool_handle())
+        with recorder.mark_kernels("theirs"):
+            on.stitched(torch.randn(3, 4))
+        recorder.resolve_pending_annotations()
+        outer.capture_end()
+    assert before and recorded() == before
+    static.release()
+    assert not recorded()
+
+
+@torch.no_grad()
+def test_a_capture_that_fails_leaves_no_marks_to_others(on, monkeypatch):
+    monkeypatch.setattr(Failing, "size", 4)
+    static = on.capture([2, 4, 8], mode="FULL", on_failure="uncaptured")
+    assert [o.descriptor.num_tokens for o in static.report.outcomes if o.error] == [4]
+    graphs = on.graphs()
+    assert {size for _, size in graphs} == {2, 8}
+    marks = recorded()
+    assert {key >> 32 for key in marks} == {graph.exec_id for graph in graphs.values()}
+    for (_, size), graph in graphs.items():
+        assert {each["graph"] for each in on.marks(graph)} == {f"FULL tokens={size} reqs={size}"}
+
+
+def test_an_edited_source_marks_lines_without_layers(on):
+    text = "# of my own\n" + on.stitched.source.code
+    on.stitched.use_edited(text)
+    try:
+        on.capture([2])
+        marks = [mark for graph in on.graphs().values() for mark in on.marks(graph)]
+    finally:
+        on.stitched.use_edited(on.stitched.source.code)
+    lines = text.splitlines()
+    assert marks and {each["layer"] for each in marks} == {""}
+    assert all("__vllm_submods__[" in lines[each["line"] - 1] for each in marks)
+
+
+@pytest.mark.parametrize("lacks", ["torch", "driver", "asked"])
+@torch.no_grad()
+def test_where_it_can_not_be_the_report_says_why(compiled, monkeypatch, lacks):
+    fake = FakeCuda(newer=lacks != "torch")
+    fake.recorder.unable = lacks == "driver"
+    on = compiled.under(fake, monkeypatch)
+    static = on.capture([2, 4], **({"mark_kernels": False} if lacks == "asked" else {}))
+    says = {"torch": "2.15 can", "driver": "driver of CUDA 13.1", "asked": "mark_kernels is off"}
+    assert says[lacks] in static.report.unmarked
+    assert says[lacks] in str(static.report.table().caption)
+    assert not fake.recorder.kept
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(on.stitched(x), on.model(x))
+    on.stitched.sleep()
+
+
+def test_graphs_on_the_cpu_have_no_kernels_to_mark(compiled):
+    static = compiled.capture([2])
+    assert static.report.unmarked == "graphs on the CPU hold no kernels"
+
+
+def test_a_trace_is_told_of_the_marks(on, monkeypatch, tmp_path):
+    on.capture([2])
+    given = {}
+
+    def export(self, path, **options):
+        given.update(options)
+        Path(path).write_text("{}")
+
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", export)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    write_trace(tmp_path / "trace.json", lambda: None, nullcontext())
+    marks = recorded()
+    assert marks and dict(given["cuda_graph_annotations"]) == marks
+
+
+# --- torch 2.15 itself -----------------------------------------------------------------------------------
+
+
+@newer
+def test_torch_has_what_the_fake_stands_for():
+    real = importlib.import_module("torch.cuda._graph_annotations")
+    for name in torch_compat.RECORDER:
+        ours, theirs = getattr(FakeRecorder, name), getattr(real, name)
+        parameters = list(inspect.signature(ours).parameters.values())[1:]
+        expected = list(inspect.signature(theirs).parameters.values())
+        assert [(p.name, p.kind, p.default) for p in parameters] == [
+            (p.name, p.kind, p.default) for p in expected
+        ], name
+    for name in HOOKS:
+        ours, theirs = getattr(NewerGraph, name), getattr(torch.cuda.CUDAGraph, name)
+        assert list(inspect.signature(ours).parameters) == list(
+            inspect.signature(theirs).parameters
+        )
+    export = inspect.signature(torch.profiler.profile.export_chrome_trace).parameters
+    assert "cuda_graph_annotations" in export
