@@ -97,6 +97,26 @@ def test_a_tensor_that_the_caller_keeps_is_used_in_place():
         torch.testing.assert_close(cache, expected, rtol=1e-3, atol=1e-3)
 
 
+class Noisy(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.rand_like(x)
+
+
+@torch.no_grad()
+def test_random_numbers_are_new_in_each_replay_and_follow_the_seed():
+    x = torch.zeros(4, HIDDEN, device=DEVICE)
+    stitched = piecework.compile(Noisy(), (x,), config=EAGER)
+    stitched.capture([4], progress=False)
+    one, other = stitched(x), stitched(x)
+    assert not torch.equal(one, other) and one.min() >= 0 and one.max() <= 1
+    seeded = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        seeded.append([stitched(x), stitched(x)])
+    assert torch.equal(seeded[0][0], seeded[1][0]) and torch.equal(seeded[0][1], seeded[1][1])
+    assert {row.mode for row in stitched.call_report()} == {"PIECEWISE"}
+
+
 @needs_cuda
 def test_reduce_overhead_elsewhere_and_an_empty_cache_leave_the_graphs_right():
     """Inductor's own graphs clear the workspaces of cuBLAS; what they free must not be what our graphs use."""

@@ -310,6 +310,29 @@ def test_a_new_pool_is_not_given_the_workspace_of_the_old_one(cuda):
     assert cuda.workspaces[made.pool.stream] == made.pool.handle != old
 
 
+@torch.no_grad()
+def test_pools_that_share_a_stream_take_a_workspace_each(cuda):
+    """torch has few streams; the workspace of one stream may lie in the pool of the model that captured on it last."""
+    matrix, descriptors = torch.ones(4, 4), [BatchDescriptor(4), BatchDescriptor(2)]
+    owners, wrappers = [], []
+    for _ in range(2):
+        cuda.handed_out = 0
+        owners.append(StaticGraphs(CudaGraphPlatform(DEVICE), lazy=True))
+        owners[-1].addresses.register_persistent("matrix", matrix)
+        made = CUDAGraphWrapper(
+            lambda x: x @ x, None, CUDAGraphMode.FULL, graphs=owners[-1], name="product"
+        )
+        wrappers.append(made)
+    assert owners[0].pool.stream is owners[1].pool.stream
+    for descriptor in descriptors:
+        for graphs, wrapper in zip(owners, wrappers, strict=True):
+            with set_forward_context(
+                cudagraph_runtime_mode=CUDAGraphMode.FULL, batch_descriptor=descriptor
+            ):
+                wrapper(matrix)
+            assert cuda.workspaces[graphs.pool.stream] == graphs.pool.handle
+
+
 # --- captures of others --------------------------------------------------------------------------------
 
 
@@ -408,6 +431,18 @@ def test_a_pool_of_the_callers_that_takes_the_memory_of_captures_is_refused(cuda
     monkeypatch.setattr(cuda, "users_pool", None)
     assert made.capture(lambda x: x + 1)[0].captured
     assert sum(cuda.references.values()) == 2 and not cuda.recording and not cuda.segments
+
+
+def test_other_threads_may_allocate_and_nothing_is_collected_while_something_is_captured(cuda):
+    made, collects = Capturing(), []
+
+    def runs(x):
+        cuda.malloc_in_another_thread()
+        collects.append(gc.isenabled())
+        return x + 1
+
+    assert gc.isenabled() and made.capture(runs)[0].captured
+    assert collects == [False] and gc.isenabled()
 
 
 def test_captures_do_not_nest(cuda):

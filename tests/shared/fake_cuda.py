@@ -73,7 +73,7 @@ class Driver:
         cuda.generator_captures = True
         if cuda.current is cuda.default:
             raise RuntimeError("CUDA graphs must be captured on a non-default stream.")
-        self.pool_id, self.stream = pool, cuda.current
+        self.pool_id, self.stream, self.mode = pool, cuda.current, capture_error_mode
         cuda.begin_allocate(pool, self)
         self.allocated = self.routed = True
         if cuda.capturing is not None:
@@ -398,6 +398,12 @@ class FakeCuda:
         address = 4096 * self.handles
         self.segments[address] = pool
         return address
+
+    def malloc_in_another_thread(self) -> None:
+        """What an allocation elsewhere does that needs new memory of the device."""
+        if self.capturing is not None and self.capturing.mode == "global":
+            self.capturing.invalid = True
+            raise RuntimeError(FORBIDDEN)
 
     def snapshot(self) -> list[dict[str, object]]:
         told = {"device": 0, "total_size": 4096}

@@ -108,6 +108,10 @@ class GraphPool(Protocol):
         """Bytes held for outputs (and, on CUDA, for intermediates and the graphs themselves)."""
         ...
 
+    def make_ready(self) -> None:
+        """Told before a capture that others may have captured before: since the last one, or since the phase began."""
+        ...
+
     def clear(self) -> None:
         """Give the memory back; every graph of the pool must have been reset."""
         ...

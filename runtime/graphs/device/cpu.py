@@ -72,6 +72,9 @@ class CpuGraphPool:
     def nbytes(self) -> int:
         return sum(block.nbytes for block in self._blocks)
 
+    def make_ready(self) -> None:
+        """Nothing: pools on the CPU share nothing."""
+
     def clear(self) -> None:
         self._blocks.clear()
         self._free.clear()

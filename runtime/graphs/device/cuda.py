@@ -147,6 +147,10 @@ class CudaGraphPool:
         """What the captures so far took from the device, graphs and driver memory included."""
         return self._measured
 
+    def make_ready(self) -> None:
+        # Another pool may have this stream, which then has a workspace there.
+        torch_compat.clear_cublas_workspaces()
+
     def clear(self) -> None:
         self._anchor.reset()
         torch_compat.clear_cublas_workspaces()

@@ -108,7 +108,7 @@ class StaticGraphs:
         self.unmarked = self.platform.unmarked if mark_kernels else "mark_kernels is off"
         self.records: list[CaptureRecord] = []
         self._on_capture = on_capture
-        self._open = lazy
+        self._open, self._in_phase = lazy, False
         self._in_use: set[tuple[CUDAGraphMode, BatchDescriptor]] = set()
         self._busy_with: str | None = None
         self._holders: weakref.WeakSet[GraphHolder] = weakref.WeakSet()
@@ -122,12 +122,13 @@ class StaticGraphs:
     @contextmanager
     def capturing(self) -> Iterator[None]:
         """The capture phase; afterwards capturing is closed, even where it was lazy before."""
-        self._open = True
+        self.pool.make_ready()
+        self._open = self._in_phase = True
         try:
             yield
             self.platform.synchronize()
         finally:
-            self._open = False
+            self._open = self._in_phase = False
 
     def others_capture(self) -> bool:
         """Whether somebody else captures what this thread does now: nothing can be replayed or captured here."""
@@ -195,6 +196,8 @@ class StaticGraphs:
                     where=where,
                     hint="nest FULL outside PIECEWISE, and let the context's mode pick one",
                 )
+            if not self._in_phase:
+                self.pool.make_ready()
             self._busy_with = name
             before = self.pool.nbytes
             try:
