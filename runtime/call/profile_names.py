@@ -20,7 +20,7 @@ from piecework.codegen.stitch.bind import filename_of
 Piece = Callable[..., object]
 Layer = Callable[[FrameType], str]
 Span = Callable[[int, str], AbstractContextManager[object]]
-_SPAN = "__piecework_span__"
+SPAN = "__piecework_span__"
 
 
 @contextmanager
@@ -92,15 +92,21 @@ def layer_by_line(code: str, lines: Mapping[int, ir.Origin]) -> Layer:
 def by_statement(function: FunctionType, span: Span) -> FunctionType:
     """A copy of an emitted function in which each statement, of functions that it calls too, runs inside ``span(line, what it calls)``."""
     filename = function.__code__.co_filename
-    tree = ast.parse("".join(linecache.getlines(filename)))
-    for each in tree.body:
-        if isinstance(each, ast.FunctionDef):
-            each.body = _inside_spans(each.body)
-    scope = {**function.__globals__, _SPAN: span}
-    exec(compile(ast.fix_missing_locations(tree), filename, "exec", dont_inherit=True), scope)
+    tree = in_spans("".join(linecache.getlines(filename)))
+    scope = {**function.__globals__, SPAN: span}
+    exec(compile(tree, filename, "exec", dont_inherit=True), scope)
     made: FunctionType = scope[function.__name__]
     made.__kwdefaults__ = function.__kwdefaults__
     return made
+
+
+def in_spans(text: str) -> ast.Module:
+    """An emitted module, each statement of its functions inside a call of `SPAN`."""
+    tree = ast.parse(text)
+    for each in tree.body:
+        if isinstance(each, ast.FunctionDef):
+            each.body = _inside_spans(each.body)
+    return ast.fix_missing_locations(tree)
 
 
 def _inside_spans(body: list[ast.stmt]) -> list[ast.stmt]:
@@ -111,7 +117,7 @@ def _inside_spans(body: list[ast.stmt]) -> list[ast.stmt]:
         elif isinstance(each, (ast.Assign, ast.Expr, ast.Return)):
             called = ast.unparse(each.value.func) if isinstance(each.value, ast.Call) else ""
             told: list[ast.expr] = [ast.Constant(each.lineno), ast.Constant(called)]
-            items = [ast.withitem(ast.Call(ast.Name(_SPAN, ast.Load()), told, []))]
+            items = [ast.withitem(ast.Call(ast.Name(SPAN, ast.Load()), told, []))]
             each = ast.copy_location(ast.With(items, [each]), each)
         found.append(each)
     return found
