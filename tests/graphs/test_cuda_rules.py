@@ -311,25 +311,26 @@ def test_a_new_pool_is_not_given_the_workspace_of_the_old_one(cuda):
 
 
 @torch.no_grad()
-def test_pools_that_share_a_stream_take_a_workspace_each(cuda):
+@pytest.mark.parametrize("lazy", [True, False])
+def test_pools_that_share_a_stream_take_a_workspace_each(cuda, lazy):
     """torch has few streams; the workspace of one stream may lie in the pool of the model that captured on it last."""
-    matrix, descriptors = torch.ones(4, 4), [BatchDescriptor(4), BatchDescriptor(2)]
-    owners, wrappers = [], []
+    matrix, full = torch.ones(4, 4), CUDAGraphMode.FULL
+    made = []
     for _ in range(2):
         cuda.handed_out = 0
-        owners.append(StaticGraphs(CudaGraphPlatform(DEVICE), lazy=True))
-        owners[-1].addresses.register_persistent("matrix", matrix)
-        made = CUDAGraphWrapper(
-            lambda x: x @ x, None, CUDAGraphMode.FULL, graphs=owners[-1], name="product"
-        )
-        wrappers.append(made)
-    assert owners[0].pool.stream is owners[1].pool.stream
-    for descriptor in descriptors:
-        for graphs, wrapper in zip(owners, wrappers, strict=True):
-            with set_forward_context(
-                cudagraph_runtime_mode=CUDAGraphMode.FULL, batch_descriptor=descriptor
-            ):
-                wrapper(matrix)
+        graphs = StaticGraphs(CudaGraphPlatform(DEVICE), lazy=lazy)
+        graphs.addresses.register_persistent("matrix", matrix)
+        product = CUDAGraphWrapper(lambda x: x @ x, None, full, graphs=graphs, name="product")
+        made.append((graphs, product))
+    assert made[0][0].pool.stream is made[1][0].pool.stream
+    for descriptor in (BatchDescriptor(4), BatchDescriptor(2)):
+        for graphs, product in made:
+            if lazy:
+                context = {"cudagraph_runtime_mode": full, "batch_descriptor": descriptor}
+                with set_forward_context(**context):
+                    product(matrix)
+            else:
+                capture_graphs(lambda _, p=product: p(matrix), [(full, [descriptor])], graphs)
             assert cuda.workspaces[graphs.pool.stream] == graphs.pool.handle
 
 
