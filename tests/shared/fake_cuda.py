@@ -17,6 +17,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from piecework.runtime.graphs.device.cuda import CudaGraphPlatform
+
 LOST = "CUDA error: an illegal memory access was encountered"
 INVALID = "CUDA error: operation failed due to a previous error during capture"
 FORBIDDEN = "CUDA error: operation not permitted when stream is capturing"
@@ -330,6 +332,8 @@ class FakeCuda:
         for name, value in values.items():
             monkeypatch.setattr(torch.cuda, name, value)
         self.install_recorder(monkeypatch)
+        # Tensors lie on the CPU here.
+        monkeypatch.setattr(CudaGraphPlatform, "computes_on", lambda self, device: True)
         private: dict[str, Callable[..., object]] = {
             "_cuda_endAllocateToPool": self.end_allocate,
             "_cuda_releasePool": self.release,

@@ -134,6 +134,10 @@ class GraphPlatform(Protocol):
         """Why kernels inside graphs can't carry what they stand for; "" where they can."""
         ...
 
+    def computes_on(self, device: torch.device) -> bool:
+        """Whether a graph records work on tensors of ``device``; on others it would be done once, at the capture."""
+        ...
+
     def is_capturing(self) -> bool:
         """Whether what this thread does now is being captured, by whomever; a replay would be an error."""
         ...

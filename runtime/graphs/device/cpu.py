@@ -48,6 +48,9 @@ class CpuGraphPlatform:
     def new_graph(self, pool: CpuGraphPool, *, marked: bool = False) -> CpuStaticGraph:
         return CpuStaticGraph(pool)
 
+    def computes_on(self, device: torch.device) -> bool:
+        return device.type == "cpu"
+
     def is_capturing(self) -> bool:
         return _CAPTURING.get()
 

@@ -53,6 +53,9 @@ class CudaGraphPlatform:
     def unmarked(self) -> str:
         return torch_compat.why_kernels_unmarked()
 
+    def computes_on(self, device: torch.device) -> bool:
+        return device == self.device
+
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
