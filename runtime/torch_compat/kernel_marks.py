@@ -34,7 +34,14 @@ def why_kernels_unmarked() -> str:
     recorder = _recorder()
     if recorder is None:
         return f"torch {torch.__version__} can't mark kernels inside graphs (2.15 can)"
-    if not recorder.is_available():
+    try:
+        able = recorder.is_available()
+    except (
+        ImportError,
+        RuntimeError,
+    ) as error:  # bindings of an unknown kind, or without their library
+        return f"torch can't tell whether kernels inside graphs can be marked: {error}"
+    if not able:
         return "kernels inside graphs are marked with cuda-bindings 13.1 and a driver of CUDA 13.1, or newer ones"
     return ""
 

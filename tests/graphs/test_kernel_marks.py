@@ -306,14 +306,17 @@ def test_an_edited_source_marks_lines_without_layers(on):
     assert all("__vllm_submods__[" in lines[each["line"] - 1] for each in marks)
 
 
-@pytest.mark.parametrize("lacks", ["torch", "driver", "asked"])
+@pytest.mark.parametrize("lacks", ["torch", "driver", "bindings", "asked"])
 @torch.no_grad()
 def test_where_it_can_not_be_the_report_says_why(compiled, monkeypatch, lacks):
     fake = FakeCuda(newer=lacks != "torch")
     fake.recorder.unable = lacks == "driver"
+    if lacks == "bindings":
+        fake.recorder.unable = ImportError("no package metadata of cuda-bindings")
     on = compiled.under(fake, monkeypatch)
     static = on.capture([2, 4], **({"mark_kernels": False} if lacks == "asked" else {}))
     says = {"torch": "2.15 can", "driver": "driver of CUDA 13.1", "asked": "mark_kernels is off"}
+    says["bindings"] = "no package metadata"
     assert says[lacks] in static.report.unmarked
     assert says[lacks] in str(static.report.table().caption)
     assert not fake.recorder.kept

@@ -209,14 +209,15 @@ class FakeRecorder:
 
     Attributes:
         enabled: ``mark_kernels`` does something.
-        unable: what it stands on is missing.
+        unable: what it stands on is missing; or what asking for it raises.
         pending: marks of blocks that ended, with the nodes captured in them, which the end of a capture has to resolve.
         kept: id of a graph → its nodes' marks; under the id of a capture nothing that is replayed is found.
     """
 
     def __init__(self, cuda: FakeCuda) -> None:
         self.cuda = cuda
-        self.enabled = self.unable = False
+        self.enabled = False
+        self.unable: bool | Exception = False
         self.pending: list[tuple[dict, int, list[int]]] = []
         self.kept: dict[int, dict[int, dict]] = {}
 
@@ -230,6 +231,8 @@ class FakeRecorder:
         assert key_by in ("exec", "source")
 
     def is_available(self) -> bool:
+        if isinstance(self.unable, Exception):
+            raise self.unable
         return torch.cuda.is_available() and not self.unable
 
     def maybe_stamp_capture_root(self, torch_cuda_graph: NewerGraph) -> None:
