@@ -9,6 +9,7 @@ import pytest
 import torch
 from fake_cuda import FORBIDDEN, LOST, FakeCuda, Watch
 from torch import nn
+from torchs_graph import RealGraphs, newer
 
 import piecework
 from piecework.errors import StaticGraphError
@@ -27,9 +28,9 @@ DEVICE = torch.device("cuda", 0)
 EAGER = piecework.CompilationConfig(backend="eager")
 
 
-@pytest.fixture(params=[False, True], ids=["2.11", "2.15"])
+@pytest.fixture(params=["2.11", "2.15", pytest.param("2.15 as it is", marks=newer)])
 def cuda(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> FakeCuda:
-    fake = FakeCuda(newer=request.param)
+    fake = RealGraphs() if "is" in request.param else FakeCuda(newer=request.param == "2.15")
     fake.install(monkeypatch)
     return fake
 
