@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
+import time
 
 import pytest
 import torch
@@ -445,6 +447,28 @@ def test_other_threads_may_allocate_and_nothing_is_collected_while_something_is_
 
     assert gc.isenabled() and made.capture(runs)[0].captured
     assert collects == [False] and gc.isenabled()
+
+
+def test_captures_of_several_threads_take_turns(cuda):
+    """torch takes one capture in a process; who waits for the device meanwhile makes it invalid."""
+    one, other = Capturing(), Capturing()
+    inside, found = threading.Event(), []
+
+    def slow(x):
+        inside.set()
+        time.sleep(0.2)
+        return x + 1
+
+    def in_another_thread():
+        inside.wait(10)
+        CudaGraphPlatform(DEVICE).synchronize()
+        found.append(other.capture(lambda x: x * 3)[0].captured)
+
+    thread = threading.Thread(target=in_another_thread)
+    thread.start()
+    graph, _ = one.capture(slow)
+    thread.join()
+    assert graph.captured and found == [True]
 
 
 def test_captures_do_not_nest(cuda):

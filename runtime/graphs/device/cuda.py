@@ -5,6 +5,7 @@ It never patches torch or the garbage collector: it drives ``torch.cuda.CUDAGrap
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -17,6 +18,9 @@ from piecework.runtime import torch_compat
 from piecework.runtime.graphs.device.contract import StaticGraph
 from piecework.runtime.graphs.device.marks import marked_as_the_statement
 from piecework.runtime.graphs.device.weak_ref import weak_ref_tensors
+
+# torch takes one capture in a process, and whoever waits for a device meanwhile makes the capture on it invalid.
+_TURN = threading.RLock()
 
 
 class CudaGraphPlatform:
@@ -63,10 +67,12 @@ class CudaGraphPlatform:
         return _CallOrder(self.device)
 
     def release_cached_memory(self) -> None:
-        torch.cuda.empty_cache()
+        with _TURN:
+            torch.cuda.empty_cache()
 
     def synchronize(self) -> None:
-        torch.cuda.synchronize(self.device)
+        with _TURN:
+            torch.cuda.synchronize(self.device)
 
 
 class _CallOrder:
@@ -111,7 +117,7 @@ class CudaGraphPool:
         with torch.cuda.device(self.device):
             self.handle = torch.cuda.graph_pool_handle()
         self._anchor = torch.cuda.CUDAGraph()
-        with _on_stream(self.stream), warnings.catch_warnings():
+        with _TURN, _on_stream(self.stream), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*CUDA Graph is empty.*")
             self._anchor.capture_begin(pool=self.handle, capture_error_mode="thread_local")
             self._anchor.capture_end()
@@ -157,7 +163,7 @@ class CudaGraphPool:
     def clear(self) -> None:
         self._anchor.reset()
         torch_compat.clear_cublas_workspaces()
-        with torch.cuda.device(self.device):
+        with _TURN, torch.cuda.device(self.device):
             torch.cuda.empty_cache()
         self._measured = 0
         self._open()
@@ -202,6 +208,16 @@ class CudaStaticGraph(StaticGraph[CudaGraphPool, "torch.cuda.CUDAGraph"]):
         self._marked = marked
 
     def _record(
+        self,
+        runnable: Callable[..., object],
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
+        weak: bool,
+    ) -> tuple[torch.cuda.CUDAGraph, object]:
+        with _TURN:
+            return self._record_alone(runnable, args, kwargs, weak)
+
+    def _record_alone(
         self,
         runnable: Callable[..., object],
         args: tuple[object, ...],
