@@ -1,13 +1,15 @@
 """Pieces and operators by name in a profile. In: a stitched function's lists of pieces. Out: the same lists, each piece inside a named profiler range while asked for.
 
-The emitted source is not changed, and nothing is paid outside the ``with`` block.
+The emitted source is not changed, and nothing is paid outside the ``with`` block. For captures there is a copy that tells which statement runs.
 """
 
 from __future__ import annotations
 
+import ast
+import linecache
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType, FunctionType
 
 import torch
@@ -17,6 +19,8 @@ from piecework.codegen.stitch.bind import filename_of
 
 Piece = Callable[..., object]
 Layer = Callable[[FrameType], str]
+Span = Callable[[int, str], AbstractContextManager[object]]
+SPAN = "__piecework_span__"
 
 
 @contextmanager
@@ -83,6 +87,40 @@ def layer_by_line(code: str, lines: Mapping[int, ir.Origin]) -> Layer:
         return found
 
     return layer
+
+
+def by_statement(function: FunctionType, span: Span) -> FunctionType:
+    """A copy of an emitted function in which each statement, of functions that it calls too, runs inside ``span(line, what it calls)``."""
+    filename = function.__code__.co_filename
+    tree = in_spans("".join(linecache.getlines(filename)))
+    scope = {**function.__globals__, SPAN: span}
+    exec(compile(tree, filename, "exec", dont_inherit=True), scope)
+    made: FunctionType = scope[function.__name__]
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
+def in_spans(text: str) -> ast.Module:
+    """An emitted module, each statement of its functions inside a call of `SPAN`."""
+    tree = ast.parse(text)
+    for each in tree.body:
+        if isinstance(each, ast.FunctionDef):
+            each.body = _inside_spans(each.body)
+    return ast.fix_missing_locations(tree)
+
+
+def _inside_spans(body: list[ast.stmt]) -> list[ast.stmt]:
+    found: list[ast.stmt] = []
+    for each in body:
+        if isinstance(each, ast.Try):
+            each.body, each.finalbody = _inside_spans(each.body), _inside_spans(each.finalbody)
+        elif isinstance(each, (ast.Assign, ast.Expr, ast.Return)):
+            called = ast.unparse(each.value.func) if isinstance(each.value, ast.Call) else ""
+            told: list[ast.expr] = [ast.Constant(each.lineno), ast.Constant(called)]
+            items = [ast.withitem(ast.Call(ast.Name(SPAN, ast.Load()), told, []))]
+            each = ast.copy_location(ast.With(items, [each]), each)
+        found.append(each)
+    return found
 
 
 def _named(function: Piece, label: str, layer: Layer | None = None) -> Piece:

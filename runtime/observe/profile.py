@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from piecework.errors import UsageError
+from piecework.runtime import torch_compat
 
 _KERNEL = re.compile(r"^\s+(?:cpp_fused\w*|cpp_\w*|triton_\w+\.run)\(", re.MULTILINE)
 _EXTERNAL = re.compile(
@@ -171,7 +172,7 @@ def write_trace(
     try:
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=path.absolute().parent) as folder:
             written = Path(folder) / path.name
-            profiler.export_chrome_trace(str(written))
+            profiler.export_chrome_trace(str(written), **torch_compat.marks_for_trace())
             written.replace(path)
     except OSError as error:
         raise UsageError(f"can't write {str(path)!r}: {error.strerror}") from error

@@ -14,6 +14,7 @@ from piecework.runtime.torch_compat.code.saved_code import *
 from piecework.runtime.torch_compat.code.vector_isa import *
 from piecework.runtime.torch_compat.dictionaries import *
 from piecework.runtime.torch_compat.distributed import *
+from piecework.runtime.torch_compat.kernel_marks import *
 from piecework.runtime.torch_compat.modes import *
 from piecework.runtime.torch_compat.operators import *
 from piecework.runtime.torch_compat.switches import *

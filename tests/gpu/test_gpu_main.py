@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
@@ -27,6 +28,7 @@ from piecework.errors import ArtifactError
 from piecework.examples import engine
 from piecework.integrations.transformers import how_served, stitch, stitched_module, unstitch
 from piecework.integrations.transformers.request.dry import dry_request
+from piecework.runtime import torch_compat
 
 pytestmark = [pytest.mark.gpu, needs_device]
 SIZES = [1, 2, 4, 8]
@@ -93,6 +95,26 @@ def test_a_tensor_that_the_caller_keeps_is_used_in_place():
         x = torch.randn(size, HIDDEN, device=DEVICE)
         torch.testing.assert_close(stitched(x, cache), model(x, expected), rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(cache, expected, rtol=1e-3, atol=1e-3)
+
+
+class Noisy(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.rand_like(x)
+
+
+@torch.no_grad()
+def test_random_numbers_are_new_in_each_replay_and_follow_the_seed():
+    x = torch.zeros(4, HIDDEN, device=DEVICE)
+    stitched = piecework.compile(Noisy(), (x,), config=EAGER)
+    stitched.capture([4], progress=False)
+    one, other = stitched(x), stitched(x)
+    assert not torch.equal(one, other) and one.min() >= 0 and one.max() <= 1
+    seeded = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        seeded.append([stitched(x), stitched(x)])
+    assert torch.equal(seeded[0][0], seeded[1][0]) and torch.equal(seeded[0][1], seeded[1][1])
+    assert {row.mode for row in stitched.call_report()} == {"PIECEWISE"}
 
 
 @needs_cuda
@@ -172,6 +194,26 @@ def test_calls_on_several_streams_come_one_after_the_other():
             results.append(stitched(*each))
     torch.cuda.synchronize()
     torch.testing.assert_close(results, expected, rtol=1e-3, atol=1e-3)
+
+
+@needs_cuda
+def test_kernels_inside_graphs_carry_layer_and_emitted_line(tmp_path):
+    if torch_compat.why_kernels_unmarked():
+        pytest.skip(torch_compat.why_kernels_unmarked())
+    model, stitched = stitched_decoder(EAGER)
+    stitched.capture(SIZES, mode="FULL_AND_PIECEWISE", progress=False)
+    assert stitched.static_graphs.report.unmarked == ""
+    assert_alike(stitched, model, SIZES)
+    given = batch_of(3)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        stitched(*given)
+        torch.cuda.synchronize()
+    profile.export_chrome_trace(str(tmp_path / "trace"), **torch_compat.marks_for_trace())
+    events = json.loads((tmp_path / "trace").read_text())["traceEvents"]
+    kernels = [each["args"] for each in events if each.get("cat") == "kernel"]
+    inside = [each for each in kernels if each.get("graph node id")]
+    assert inside and all(int(each["line"]) > 0 for each in inside)
+    assert {f"layers.{n}" for n in range(3)} <= {each["layer"][:8] for each in inside}
 
 
 @needs_cuda

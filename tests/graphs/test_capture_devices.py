@@ -8,9 +8,16 @@ from torch._subclasses import FakeTensorMode
 
 import piecework
 from piecework.errors import StaticGraphError
+from piecework.runtime.batch.descriptor import BatchDescriptor
+from piecework.runtime.batch.forward_context import set_forward_context
+from piecework.runtime.batch.mode import CUDAGraphMode
+from piecework.runtime.graphs.device.cuda import CudaGraphPlatform
+from piecework.runtime.graphs.memory.owner import StaticGraphs
+from piecework.runtime.graphs.memory.wrapper import CUDAGraphWrapper
 from piecework.runtime.graphs.plan.devices import capture_device
 
 CPU = torch.device("cpu")
+FULL = CUDAGraphMode.FULL
 
 
 def split(**devices: str) -> torch.fx.GraphModule:
@@ -96,3 +103,26 @@ def test_and_off_whatever_the_environment_says():
 
     options = InductorOptions(piecework.CompilationConfig()).for_range(None)
     assert options["triton.cudagraphs"] is False
+
+
+def test_an_argument_on_another_device_is_refused_where_one_callable_is_captured():
+    """What is done with it would be done at the capture and never again; a number of it would be frozen."""
+    graphs = StaticGraphs("cpu", lazy=True)
+    add = CUDAGraphWrapper(lambda x, y: x + 1, None, FULL, graphs=graphs, name="add")
+    context = {"cudagraph_runtime_mode": FULL, "batch_descriptor": BatchDescriptor(4)}
+    with (
+        set_forward_context(**context),
+        pytest.raises(StaticGraphError, match="argument 1 is on meta, and the graph on cpu"),
+    ):
+        add(torch.ones(4), torch.ones((), device="meta"))
+    assert not graphs.records
+
+
+@pytest.mark.parametrize(
+    ("device", "computed"), [("cuda:1", True), ("cuda:0", False), ("cpu", False)]
+)
+def test_a_gpus_graphs_take_what_is_on_that_gpu(monkeypatch, device, computed):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
+    platform = CudaGraphPlatform(torch.device("cuda", 1))
+    assert platform.computes_on(torch.device(device)) is computed

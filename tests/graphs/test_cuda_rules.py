@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
+import time
 
 import pytest
 import torch
 from fake_cuda import FORBIDDEN, LOST, FakeCuda, Watch
 from torch import nn
+from torchs_graph import RealGraphs, newer
 
 import piecework
 from piecework.errors import StaticGraphError
@@ -27,9 +30,9 @@ DEVICE = torch.device("cuda", 0)
 EAGER = piecework.CompilationConfig(backend="eager")
 
 
-@pytest.fixture(params=[False, True], ids=["2.11", "2.15"])
+@pytest.fixture(params=["2.11", "2.15", pytest.param("2.15 as it is", marks=newer)])
 def cuda(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> FakeCuda:
-    fake = FakeCuda(newer=request.param)
+    fake = RealGraphs() if "is" in request.param else FakeCuda(newer=request.param == "2.15")
     fake.install(monkeypatch)
     return fake
 
@@ -310,6 +313,30 @@ def test_a_new_pool_is_not_given_the_workspace_of_the_old_one(cuda):
     assert cuda.workspaces[made.pool.stream] == made.pool.handle != old
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("lazy", [True, False])
+def test_pools_that_share_a_stream_take_a_workspace_each(cuda, lazy):
+    """torch has few streams; the workspace of one stream may lie in the pool of the model that captured on it last."""
+    matrix, full = torch.ones(4, 4), CUDAGraphMode.FULL
+    made = []
+    for _ in range(2):
+        cuda.handed_out = 0
+        graphs = StaticGraphs(CudaGraphPlatform(DEVICE), lazy=lazy)
+        graphs.addresses.register_persistent("matrix", matrix)
+        product = CUDAGraphWrapper(lambda x: x @ x, None, full, graphs=graphs, name="product")
+        made.append((graphs, product))
+    assert made[0][0].pool.stream is made[1][0].pool.stream
+    for descriptor in (BatchDescriptor(4), BatchDescriptor(2)):
+        for graphs, product in made:
+            if lazy:
+                context = {"cudagraph_runtime_mode": full, "batch_descriptor": descriptor}
+                with set_forward_context(**context):
+                    product(matrix)
+            else:
+                capture_graphs(lambda _, p=product: p(matrix), [(full, [descriptor])], graphs)
+            assert cuda.workspaces[graphs.pool.stream] == graphs.pool.handle
+
+
 # --- captures of others --------------------------------------------------------------------------------
 
 
@@ -408,6 +435,40 @@ def test_a_pool_of_the_callers_that_takes_the_memory_of_captures_is_refused(cuda
     monkeypatch.setattr(cuda, "users_pool", None)
     assert made.capture(lambda x: x + 1)[0].captured
     assert sum(cuda.references.values()) == 2 and not cuda.recording and not cuda.segments
+
+
+def test_other_threads_may_allocate_and_nothing_is_collected_while_something_is_captured(cuda):
+    made, collects = Capturing(), []
+
+    def runs(x):
+        cuda.malloc_in_another_thread()
+        collects.append(gc.isenabled())
+        return x + 1
+
+    assert gc.isenabled() and made.capture(runs)[0].captured
+    assert collects == [False] and gc.isenabled()
+
+
+def test_captures_of_several_threads_take_turns(cuda):
+    """torch takes one capture in a process; who waits for the device meanwhile makes it invalid."""
+    one, other = Capturing(), Capturing()
+    inside, found = threading.Event(), []
+
+    def slow(x):
+        inside.set()
+        time.sleep(0.2)
+        return x + 1
+
+    def in_another_thread():
+        inside.wait(10)
+        CudaGraphPlatform(DEVICE).synchronize()
+        found.append(other.capture(lambda x: x * 3)[0].captured)
+
+    thread = threading.Thread(target=in_another_thread)
+    thread.start()
+    graph, _ = one.capture(slow)
+    thread.join()
+    assert graph.captured and found == [True]
 
 
 def test_captures_do_not_nest(cuda):

@@ -7,6 +7,7 @@ make a capture invalid, cuBLAS workspaces, a device that is lost.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from piecework.runtime.graphs.device.cuda import CudaGraphPlatform
 
 LOST = "CUDA error: an illegal memory access was encountered"
 INVALID = "CUDA error: operation failed due to a previous error during capture"
@@ -40,7 +43,7 @@ class FakeStream:
 class Watch(TorchDispatchMode):
     """Sees every operation: where its workspace is, whether it is forbidden, and what a replay has to do again."""
 
-    def __init__(self, cuda: FakeCuda, graph: _Driver | None = None) -> None:
+    def __init__(self, cuda: FakeCuda, graph: Driver | None = None) -> None:
         super().__init__()
         self.cuda, self.graph = cuda, graph
 
@@ -54,13 +57,14 @@ class Watch(TorchDispatchMode):
         return self.graph.record(func, args, kwargs or {})
 
 
-class _Driver:
+class Driver:
     """``torch._C._CUDAGraph``."""
 
     cuda: FakeCuda
 
     def __init__(self, keep_graph: bool = False) -> None:
         self.ended, self.pool_id, self.stream = False, None, None
+        self.number = self.cuda.next_id()
         self.work: list[tuple] = []
         self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.invalid = self.allocated = self.routed = False
@@ -71,7 +75,7 @@ class _Driver:
         cuda.generator_captures = True
         if cuda.current is cuda.default:
             raise RuntimeError("CUDA graphs must be captured on a non-default stream.")
-        self.pool_id, self.stream = pool, cuda.current
+        self.pool_id, self.stream, self.mode = pool, cuda.current, capture_error_mode
         cuda.begin_allocate(pool, self)
         self.allocated = self.routed = True
         if cuda.capturing is not None:
@@ -155,6 +159,123 @@ class _Driver:
         self.reset()
 
 
+class NewerGraph(Driver):
+    """``torch.cuda.CUDAGraph`` of torch 2.15, which calls hooks and gives marks the ids of what is replayed."""
+
+    def __init__(self, keep_graph: bool = False) -> None:
+        super().__init__(keep_graph)
+        self._capture_graph_id: int | None = None
+        self._recorded_exec_ids: set[int] = set()
+        self.exec_id: int | None = None
+        self.started: list[Callable] = []
+        self.over: list[Callable] = []
+
+    @property
+    def _has_graph_exec(self) -> bool:
+        return self.ended
+
+    def register_capture_start_hook(self, hook: Callable) -> None:
+        self.started.append(hook)
+
+    def register_capture_end_hook(self, hook: Callable) -> None:
+        self.over.append(hook)
+
+    def capture_begin(self, pool, capture_error_mode="global") -> None:
+        super().capture_begin(pool, capture_error_mode)
+        for hook in self.started:
+            hook(self)
+
+    def capture_end(self) -> None:
+        super().capture_end()
+        self.ended = False
+        for hook in self.over:
+            hook(self)
+        self.ended = True
+        self.exec_id = self.cuda.next_id()
+        recorded = self.cuda.recorder.kept
+        if self._capture_graph_id is not None and self._capture_graph_id in recorded:
+            recorded[self.exec_id] = recorded.pop(self._capture_graph_id)
+            self._recorded_exec_ids.add(self.exec_id)
+
+    def reset(self) -> None:
+        for each in self._recorded_exec_ids:
+            self.cuda.recorder.kept.pop(each, None)
+        self._recorded_exec_ids, self._capture_graph_id = set(), None
+        super().reset()
+
+
+class FakeRecorder:
+    """``torch.cuda._graph_annotations`` of torch 2.15: marks on what captures record.
+
+    Attributes:
+        enabled: ``mark_kernels`` does something.
+        unable: what it stands on is missing; or what asking for it raises.
+        pending: marks of blocks that ended, with the nodes captured in them, which the end of a capture has to resolve.
+        kept: id of a graph → its nodes' marks; under the id of a capture nothing that is replayed is found.
+    """
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda = cuda
+        self.enabled = False
+        self.unable: bool | Exception = False
+        self.pending: list[tuple[dict, int, list[int]]] = []
+        self.kept: dict[int, dict[int, dict]] = {}
+
+    def _set_annotations_enabled(self, enabled: bool) -> None:
+        self.enabled = enabled
+
+    def _set_annotation_backend(self, backend: str) -> None:
+        assert backend in ("edge_walk", "cupti")
+
+    def _set_annotation_key_by(self, key_by: str) -> None:
+        assert key_by in ("exec", "source")
+
+    def is_available(self) -> bool:
+        if isinstance(self.unable, Exception):
+            raise self.unable
+        return torch.cuda.is_available() and not self.unable
+
+    def maybe_stamp_capture_root(self, torch_cuda_graph: NewerGraph) -> None:
+        if not self.enabled or self.unable or self.captured_here() is None:
+            return
+        torch_cuda_graph._capture_graph_id = torch_cuda_graph.number
+        torch_cuda_graph._recorded_exec_ids.add(torch_cuda_graph.number)
+
+    def captured_here(self) -> Driver | None:
+        graph = self.cuda.capturing
+        return graph if graph is not None and graph.stream is self.cuda.current else None
+
+    @contextmanager
+    def mark_kernels(self, annotation: str | dict, *, backward: bool = True) -> Iterator[None]:
+        graph = self.captured_here()
+        if not self.enabled or self.unable or graph is None:
+            yield
+            return
+        first = len(graph.work)
+        yield
+        nodes = list(range(first, len(graph.work)))
+        self.pending.append((annotation, graph.number, nodes))
+
+    def resolve_pending_annotations(self) -> None:
+        for annotation, graph, nodes in self.pending:
+            for node in nodes:
+                known = self.kept.setdefault(graph, {}).setdefault(node, {})
+                known.update({k: v for k, v in annotation.items() if k not in known})
+        self.pending.clear()
+
+    def take_body_graph_ids(self) -> set[int]:
+        return set()
+
+    def discard_capture_annotations(self, torch_cuda_graph: NewerGraph) -> None:
+        self.pending.clear()
+        if not torch_cuda_graph._has_graph_exec:
+            for each in torch_cuda_graph._recorded_exec_ids:
+                self.kept.pop(each, None)
+
+    def get_kernel_annotations(self) -> dict[int, list]:
+        return {g << 32 | n: [told] for g, nodes in self.kept.items() for n, told in nodes.items()}
+
+
 class FakeCuda:
     """What torch keeps per process and device.
 
@@ -167,7 +288,8 @@ class FakeCuda:
         workspaces: stream → the pool where cuBLAS's workspace for it is; None for ordinary memory.
         generator_captures: the random generators take it that a capture is going on.
         replays: how many there were.
-        newer: captures end as in torch 2.15, which tells its allocators whatever became of them; else as in 2.11 to 2.13.
+        newer: captures end as in torch 2.15, which tells its allocators whatever became of them and can mark kernels; else as in 2.11 to 2.13.
+        recorder: marks on kernels, where it is newer.
         lost: an error ended the use of the device.
     """
 
@@ -182,16 +304,16 @@ class FakeCuda:
         self.users_pool: object = None
         self.segments: dict[int, object] = {}
         self.recording: set[object] = set()
-        self.pinned_recording: dict[object, weakref.ref[_Driver]] = {}
+        self.pinned_recording: dict[object, weakref.ref[Driver]] = {}
         self.workspaces: dict[FakeStream, object] = {}
-        self.capturing: _Driver | None = None
+        self.capturing: Driver | None = None
         self.generator_captures = False
         self.used = 0
         self.replays = 0
+        self.ids = 0
+        self.recorder = FakeRecorder(self)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        driver = type("_CUDAGraph", (_Driver,), {"cuda": self})
-        graph = type("CUDAGraph", (driver,), {})
         values: dict[str, object] = {
             "is_available": lambda: True,
             "current_device": lambda: 0,
@@ -206,12 +328,15 @@ class FakeCuda:
             "memory_snapshot": lambda include_traces=True: self.snapshot(),
             "mem_get_info": lambda device=None: (_TOTAL - self.used, _TOTAL),
             "graph_pool_handle": self.next_handle,
-            "CUDAGraph": graph,
+            "CUDAGraph": self.graph_class(),
             "is_current_stream_capturing": lambda: self.capturing is not None,
             "get_allocator_backend": lambda: "native",
         }
         for name, value in values.items():
             monkeypatch.setattr(torch.cuda, name, value)
+        self.install_recorder(monkeypatch)
+        # Tensors lie on the CPU here.
+        monkeypatch.setattr(CudaGraphPlatform, "computes_on", lambda self, device: True)
         private: dict[str, Callable[..., object]] = {
             "_cuda_endAllocateToPool": self.end_allocate,
             "_cuda_releasePool": self.release,
@@ -224,6 +349,18 @@ class FakeCuda:
     def next_stream(self) -> FakeStream:
         self.handed_out += 1
         return self.streams[self.handed_out % len(self.streams)]
+
+    def graph_class(self) -> type:
+        """``torch.cuda.CUDAGraph``, over ``torch._C._CUDAGraph``."""
+        driver = type("_CUDAGraph", (NewerGraph if self.newer else Driver,), {"cuda": self})
+        return type("CUDAGraph", (driver,), {})
+
+    def install_recorder(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "torch.cuda._graph_annotations", self.recorder)
+
+    def next_id(self) -> int:
+        self.ids += 1
+        return self.ids
 
     def next_handle(self) -> tuple[int, int]:
         self.handles += 1
@@ -269,6 +406,12 @@ class FakeCuda:
         self.segments[address] = pool
         return address
 
+    def malloc_in_another_thread(self) -> None:
+        """What an allocation elsewhere does that needs new memory of the device."""
+        if self.capturing is not None and self.capturing.mode == "global":
+            self.capturing.invalid = True
+            raise RuntimeError(FORBIDDEN)
+
     def snapshot(self) -> list[dict[str, object]]:
         told = {"device": 0, "total_size": 4096}
         return [
@@ -285,7 +428,7 @@ class FakeCuda:
         where = None if self.capturing is None else self.capturing.pool_id
         self.workspaces.setdefault(self.current, where)
 
-    def begin_allocate(self, pool: object, graph: _Driver) -> None:
+    def begin_allocate(self, pool: object, graph: Driver) -> None:
         gone = [each for each, asked in self.pinned_recording.items() if asked() is None]
         assert not gone, "the allocator of pinned memory asks a graph that was destroyed"
         self.references[pool] = self.references.get(pool, 0) + 1

@@ -108,6 +108,10 @@ class GraphPool(Protocol):
         """Bytes held for outputs (and, on CUDA, for intermediates and the graphs themselves)."""
         ...
 
+    def make_ready(self) -> None:
+        """Told before a capture that others may have captured before: since the last one, or since the phase began."""
+        ...
+
     def clear(self) -> None:
         """Give the memory back; every graph of the pool must have been reset."""
         ...
@@ -121,7 +125,18 @@ class GraphPlatform(Protocol):
 
     def new_pool(self) -> GraphPool: ...
 
-    def new_graph(self, pool: GraphPool) -> StaticGraph: ...
+    def new_graph(self, pool: GraphPool, *, marked: bool = False) -> StaticGraph:
+        """A graph; ``marked``: its kernels carry the statement that they were captured for (`marks`), where ``unmarked`` is ""."""
+        ...
+
+    @property
+    def unmarked(self) -> str:
+        """Why kernels inside graphs can't carry what they stand for; "" where they can."""
+        ...
+
+    def computes_on(self, device: torch.device) -> bool:
+        """Whether a graph records work on tensors of ``device``; on others it would be done once, at the capture."""
+        ...
 
     def is_capturing(self) -> bool:
         """Whether what this thread does now is being captured, by whomever; a replay would be an error."""

@@ -40,12 +40,16 @@ class CpuGraphPlatform:
     """Static graphs on the CPU."""
 
     device = torch.device("cpu")
+    unmarked = "graphs on the CPU hold no kernels"
 
     def new_pool(self) -> CpuGraphPool:
         return CpuGraphPool()
 
-    def new_graph(self, pool: CpuGraphPool) -> CpuStaticGraph:
+    def new_graph(self, pool: CpuGraphPool, *, marked: bool = False) -> CpuStaticGraph:
         return CpuStaticGraph(pool)
+
+    def computes_on(self, device: torch.device) -> bool:
+        return device.type == "cpu"
 
     def is_capturing(self) -> bool:
         return _CAPTURING.get()
@@ -70,6 +74,9 @@ class CpuGraphPool:
     @property
     def nbytes(self) -> int:
         return sum(block.nbytes for block in self._blocks)
+
+    def make_ready(self) -> None:
+        """Nothing: pools on the CPU share nothing."""
 
     def clear(self) -> None:
         self._blocks.clear()

@@ -5,9 +5,10 @@ It never patches torch or the garbage collector: it drives ``torch.cuda.CUDAGrap
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -15,7 +16,11 @@ from piecework.collector import collector_paused
 from piecework.errors import StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.graphs.device.contract import StaticGraph
+from piecework.runtime.graphs.device.marks import marked_as_the_statement
 from piecework.runtime.graphs.device.weak_ref import weak_ref_tensors
+
+# torch takes one capture in a process, and whoever waits for a device meanwhile makes the capture on it invalid.
+_TURN = threading.RLock()
 
 
 class CudaGraphPlatform:
@@ -45,8 +50,15 @@ class CudaGraphPlatform:
     def new_pool(self) -> CudaGraphPool:
         return CudaGraphPool(self.device)
 
-    def new_graph(self, pool: CudaGraphPool) -> CudaStaticGraph:
-        return CudaStaticGraph(pool)
+    def new_graph(self, pool: CudaGraphPool, *, marked: bool = False) -> CudaStaticGraph:
+        return CudaStaticGraph(pool, marked=marked)
+
+    @property
+    def unmarked(self) -> str:
+        return torch_compat.why_kernels_unmarked()
+
+    def computes_on(self, device: torch.device) -> bool:
+        return device == self.device
 
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
@@ -55,10 +67,12 @@ class CudaGraphPlatform:
         return _CallOrder(self.device)
 
     def release_cached_memory(self) -> None:
-        torch.cuda.empty_cache()
+        with _TURN:
+            torch.cuda.empty_cache()
 
     def synchronize(self) -> None:
-        torch.cuda.synchronize(self.device)
+        with _TURN:
+            torch.cuda.synchronize(self.device)
 
 
 class _CallOrder:
@@ -103,7 +117,7 @@ class CudaGraphPool:
         with torch.cuda.device(self.device):
             self.handle = torch.cuda.graph_pool_handle()
         self._anchor = torch.cuda.CUDAGraph()
-        with _on_stream(self.stream), warnings.catch_warnings():
+        with _TURN, _on_stream(self.stream), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*CUDA Graph is empty.*")
             self._anchor.capture_begin(pool=self.handle, capture_error_mode="thread_local")
             self._anchor.capture_end()
@@ -142,10 +156,14 @@ class CudaGraphPool:
         """What the captures so far took from the device, graphs and driver memory included."""
         return self._measured
 
+    def make_ready(self) -> None:
+        # Another pool may have this stream, which then has a workspace there.
+        torch_compat.clear_cublas_workspaces()
+
     def clear(self) -> None:
         self._anchor.reset()
         torch_compat.clear_cublas_workspaces()
-        with torch.cuda.device(self.device):
+        with _TURN, torch.cuda.device(self.device):
             torch.cuda.empty_cache()
         self._measured = 0
         self._open()
@@ -178,9 +196,28 @@ class CudaGraphPool:
 
 
 class CudaStaticGraph(StaticGraph[CudaGraphPool, "torch.cuda.CUDAGraph"]):
-    """One ``torch.cuda.CUDAGraph``."""
+    """One ``torch.cuda.CUDAGraph``.
+
+    Args:
+        pool: where it is captured.
+        marked: its kernels carry the statement that they were captured for, in traces.
+    """
+
+    def __init__(self, pool: CudaGraphPool, *, marked: bool = False) -> None:
+        super().__init__(pool)
+        self._marked = marked
 
     def _record(
+        self,
+        runnable: Callable[..., object],
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
+        weak: bool,
+    ) -> tuple[torch.cuda.CUDAGraph, object]:
+        with _TURN:
+            return self._record_alone(runnable, args, kwargs, weak)
+
+    def _record_alone(
         self,
         runnable: Callable[..., object],
         args: tuple[object, ...],
@@ -200,12 +237,14 @@ class CudaStaticGraph(StaticGraph[CudaGraphPool, "torch.cuda.CUDAGraph"]):
             collector_paused(),  # what it destroys may call CUDA in ways a capture forbids
         ):
             try:
-                # Other threads may allocate meanwhile; only what this thread does is held to the capture's rules.
-                graph.capture_begin(pool=self._pool.handle, capture_error_mode="thread_local")
-                self._pool.probe()
-                output = runnable(*args, **kwargs)
-                output = weak_ref_tensors(output) if weak else output
-                graph.capture_end()
+                with torch_compat.kernels_marked(graph) if self._marked else nullcontext():
+                    # Other threads may allocate meanwhile; only what this thread does is held to the capture's rules.
+                    graph.capture_begin(pool=self._pool.handle, capture_error_mode="thread_local")
+                    self._pool.probe()
+                    with marked_as_the_statement():
+                        output = runnable(*args, **kwargs)
+                    output = weak_ref_tensors(output) if weak else output
+                    graph.capture_end()
                 self._pool.require_own()
             except BaseException as error:
                 try:

@@ -142,7 +142,7 @@ class CapturedCall:
         computes on real values.
 
         Raises:
-            StaticGraphError: capturing is closed, the callable failed, or a fresh input is refused.
+            StaticGraphError: capturing is closed, the callable failed, an input is on another device, or a fresh one is refused.
         """
         graphs.require_open(request.mode, request.where)
         graphs.require_unused(request.mode, request.descriptor, request.where)
@@ -256,6 +256,13 @@ def _slots(
         if not isinstance(leaf, torch.Tensor):
             slots.append(InputSlot(None, None, None, leaf))
             continue
+        if not graphs.platform.computes_on(leaf.device):
+            raise StaticGraphError(
+                f"argument {index} is on {leaf.device}, and the graph on {graphs.platform.device}: what is done with it would be "
+                "done once, at the capture",
+                where=request.where,
+                hint="give the callable tensors of one device, or run it uncaptured",
+            )
         origin = book.classify(leaf, descriptor)
         if origin is ValueOrigin.FRESH and isinstance(leaf, torch.nn.Parameter):
             # Parameters live as long as their module; the book holds this one from now on.

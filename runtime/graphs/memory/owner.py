@@ -62,12 +62,14 @@ class StaticGraphs:
         lazy: allow captures at any time, until capturing is closed; otherwise only inside ``capturing()``.
         check_addresses: check the inputs of every replay, not only of the first (debugging).
         on_capture: called with the record of each capture, for counters and progress.
+        mark_kernels: let kernels inside graphs carry the statement that they were captured for (`device.marks`), where that can be.
         memory_of: another owner on this device, whose pool this one uses; one of them captures or runs at a time, and what one returned
             may be overwritten by the other. The pool is given back when none of them has a capture.
 
     Attributes:
         users: who is running graphs of this memory, under 0; empty if nobody is.
         call_order: see `GraphPlatform.call_order`; one for all who use this memory.
+        unmarked: why kernels inside graphs don't carry what they stand for; "" where they do.
 
     Example:
         >>> graphs = StaticGraphs("cpu")
@@ -83,6 +85,7 @@ class StaticGraphs:
         address_policy: AddressPolicy | str = AddressPolicy.COPY,
         lazy: bool = False,
         check_addresses: bool = False,
+        mark_kernels: bool = False,
         on_capture: Callable[[CaptureRecord], None] | None = None,
         memory_of: StaticGraphs | None = None,
     ) -> None:
@@ -102,9 +105,10 @@ class StaticGraphs:
         self.addresses = AddressBook()
         self.address_policy = AddressPolicy.parse(address_policy)
         self.check_addresses = check_addresses
+        self.unmarked = self.platform.unmarked if mark_kernels else "mark_kernels is off"
         self.records: list[CaptureRecord] = []
         self._on_capture = on_capture
-        self._open = lazy
+        self._open, self._in_phase = lazy, False
         self._in_use: set[tuple[CUDAGraphMode, BatchDescriptor]] = set()
         self._busy_with: str | None = None
         self._holders: weakref.WeakSet[GraphHolder] = weakref.WeakSet()
@@ -118,12 +122,13 @@ class StaticGraphs:
     @contextmanager
     def capturing(self) -> Iterator[None]:
         """The capture phase; afterwards capturing is closed, even where it was lazy before."""
-        self._open = True
+        self.pool.make_ready()
+        self._open = self._in_phase = True
         try:
             yield
             self.platform.synchronize()
         finally:
-            self._open = False
+            self._open = self._in_phase = False
 
     def others_capture(self) -> bool:
         """Whether somebody else captures what this thread does now: nothing can be replayed or captured here."""
@@ -191,10 +196,12 @@ class StaticGraphs:
                     where=where,
                     hint="nest FULL outside PIECEWISE, and let the context's mode pick one",
                 )
+            if not self._in_phase:
+                self.pool.make_ready()
             self._busy_with = name
             before = self.pool.nbytes
             try:
-                yield self.platform.new_graph(self.pool)
+                yield self.platform.new_graph(self.pool, marked=not self.unmarked)
             finally:
                 self._busy_with = None
             added = self.pool.nbytes - before

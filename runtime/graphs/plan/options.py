@@ -90,6 +90,7 @@ _KINDS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     "context_for": _CALL,
     "put_back": _SWITCH,
     "check_addresses": _SWITCH,
+    "mark_kernels": _SWITCH,
 }
 
 
@@ -132,6 +133,8 @@ class CaptureOptions:
         put_back: copy what splitting ops write in runs on dummy inputs, and put it back after each; turn it off where the copies
             take too much memory and nothing is in those buffers yet.
         check_addresses: serve through pieces that check every address instead of through replay source (debugging).
+        mark_kernels: let kernels inside CUDA graphs carry layer and emitted line in traces, where torch and CUDA can; costs time while
+            capturing, and none in calls.
     """
 
     mode: CUDAGraphMode | str | None = None
@@ -157,6 +160,7 @@ class CaptureOptions:
     context_for: ContextFor | None = None
     put_back: bool = True
     check_addresses: bool = False
+    mark_kernels: bool = True
 
     @classmethod
     def given(cls, options: Mapping[str, object]) -> CaptureOptions:

@@ -111,12 +111,14 @@ class CaptureReport:
         skipped: descriptors that were not reached.
         interrupted: the phase was stopped by Ctrl-C.
         nbytes: what the captures hold.
+        unmarked: why kernels inside the graphs don't carry what they stand for; "" where they do.
     """
 
     outcomes: tuple[CaptureOutcome, ...]
     skipped: tuple[Key, ...]
     interrupted: bool
     nbytes: int
+    unmarked: str = ""
 
     @property
     def captured(self) -> tuple[Key, ...]:
@@ -128,7 +130,8 @@ class CaptureReport:
 
     def table(self) -> Table:
         """The report for a terminal."""
-        table = Table(title="Captured graphs", title_justify="left")
+        caption = f"kernels carry no layer: {self.unmarked}" if self.unmarked else None
+        table = Table(title="Captured graphs", title_justify="left", caption=caption)
         for heading in ("mode", "graph", "pieces", "seconds", "memory", "note"):
             right = heading in ("pieces", "seconds", "memory")
             table.add_column(heading, justify="right" if right else "left")
@@ -229,7 +232,7 @@ def capture_graphs(
     interrupted = isinstance(stop, KeyboardInterrupt)
     if stop is not None and (raise_interrupt or not interrupted):
         raise stop
-    return CaptureReport(tuple(outcomes), skipped, interrupted, graphs.nbytes)
+    return CaptureReport(tuple(outcomes), skipped, interrupted, graphs.nbytes, graphs.unmarked)
 
 
 @dataclass(frozen=True, slots=True)

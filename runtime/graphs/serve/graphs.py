@@ -6,14 +6,17 @@ It says what one capture is; when captures happen, and which of them serves a ca
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from types import FunctionType
 
 import torch
 import torch.fx
 
 from piecework.codegen.graph.origin import value_of
+from piecework.codegen.plan.ir import Origin
+from piecework.codegen.stitch.bind import filename_of
 from piecework.errors import StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.writes import mutations_in, written_inputs
@@ -27,8 +30,10 @@ from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.bind.weights import Weight
 from piecework.runtime.call.entry import Entry
 from piecework.runtime.call.execution import by_path_of
+from piecework.runtime.call.profile_names import by_statement
 from piecework.runtime.compilers.partitions import partitions_taken_by
 from piecework.runtime.counters import counters
+from piecework.runtime.graphs.device.marks import kernels_of
 from piecework.runtime.graphs.memory.addresses import ValueOrigin
 from piecework.runtime.graphs.memory.captured_call import CapturedCall
 from piecework.runtime.graphs.memory.owner import CaptureRecord, StaticGraphs
@@ -86,7 +91,8 @@ class CapturedGraphs:
         self.sizes, self.dispatcher, self.lowered = plan.sizes, plan.dispatcher, plan.lowered
         self._parameters = self._check_numbers()
         # The weights and the function of one execution; a change retires these graphs instead of reaching them.
-        self.forward: Callable[..., object] = entry.execution_fn
+        self.forward = entry.execution_fn
+        self._telling: FunctionType | None = None
         self.counting = False
         self._inputs = {
             tuple(values.items()): CapturedInputs(
@@ -104,6 +110,7 @@ class CapturedGraphs:
             self._device(),
             address_policy=options.address_policy,
             check_addresses=options.check_addresses,
+            mark_kernels=options.mark_kernels,
             on_capture=self._count,
             memory_of=options.memory_of,
         )
@@ -223,13 +230,24 @@ class CapturedGraphs:
     def _wrap_whole(self, number: int) -> CUDAGraphWrapper:
         """The whole forward of one batch range, splitting ops included; the pieces' own wrappers stand aside in it."""
         return CUDAGraphWrapper(
-            partial(self.forward, __vllm_submods__=self._as_called(self._wrapped[number])),
+            partial(self._to_capture, __vllm_submods__=self._as_called(self._wrapped[number])),
             None,
             _FULL,
             CUDAGraphOptions(weak_ref_output=True),
             graphs=self.graphs,
             name="the whole forward" + (f" of range {number}" if number else ""),
         )
+
+    def _to_capture(self, *flat: object, **submods: object) -> object:
+        """The forward; while it is captured, each statement of it tells what its kernels stand for."""
+        if self.graphs.unmarked or not self.graphs.is_open:
+            return self.forward(*flat, **submods)
+        if self._telling is None:
+            source, filename = self._program.source, self.forward.__code__.co_filename
+            lines = source.lines if filename == filename_of(source.code) else {}
+            names = {f"__vllm_submods__[{n}]": name for n, name in enumerate(source.submod_names)}
+            self._telling = by_statement(self.forward, partial(_statement, lines, names))
+        return self._telling(*flat, **submods)
 
     def _written_weights(self) -> list[torch.Tensor]:
         """The model's tensors that the graph writes, by the schemas of its operators."""
@@ -396,6 +414,17 @@ class CapturedGraphs:
                 return self._run(flat, number)
 
         return run
+
+
+def _statement(
+    lines: Mapping[int, Origin], pieces: Mapping[str, str], line: int, called: str
+) -> AbstractContextManager[None]:
+    """What kernels are told that are captured at a line of the stitching source."""
+    layer = lines.get(line, Origin()).module.replace("…", "...")  # a profiler's names are ASCII
+    context = current_forward_context() or ForwardContext()
+    batch, mode = context.batch_descriptor, context.cudagraph_runtime_mode
+    graph = f"{mode.name} {batch.describe()}" if batch is not None else mode.name
+    return kernels_of(pieces.get(called, called), layer, line, graph)
 
 
 def _captured(wrapper: Callable[..., object], descriptor: BatchDescriptor) -> CapturedCall:

@@ -1,0 +1,98 @@
+"""Marks on the kernels inside CUDA graphs. In: a graph that is about to be captured, and what kernels stand for. Out: kernels that carry it in traces, where torch and CUDA have that.
+
+Only ``torch.cuda.graph`` switches it on by a public way; that empties the cache before each capture, and ends a capture that failed with an
+error of its own. What it calls of torch's recorder is called here, in its order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+#: What ``torch.cuda.graph`` and `mark_kernels` need of torch's recorder.
+RECORDER = (
+    "_set_annotations_enabled",
+    "_set_annotation_backend",
+    "_set_annotation_key_by",
+    "maybe_stamp_capture_root",
+    "resolve_pending_annotations",
+    "take_body_graph_ids",
+    "discard_capture_annotations",
+    "mark_kernels",
+    "get_kernel_annotations",
+    "is_available",
+)
+
+
+def why_kernels_unmarked() -> str:
+    """Why kernels inside graphs can't be marked; "" where they can."""
+    recorder = _recorder()
+    if recorder is None:
+        return f"torch {torch.__version__} can't mark kernels inside graphs (2.15 can)"
+    try:
+        able = recorder.is_available()
+    except (
+        ImportError,
+        RuntimeError,
+    ) as error:  # bindings of an unknown kind, or without their library
+        return f"torch can't tell whether kernels inside graphs can be marked: {error}"
+    if not able:
+        return "kernels inside graphs are marked with cuda-bindings 13.1 and a driver of CUDA 13.1, or newer ones"
+    return ""
+
+
+@contextlib.contextmanager
+def kernels_marked(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+    """Record marks for ``graph``, which is captured in the block from begin to end; nothing is kept of one that fails."""
+    recorder = _recorder()
+    assert recorder is not None
+
+    def ended(
+        graph: Any,
+    ) -> None:  # before it is instantiated, which gives marks the ids of what is replayed
+        recorder.resolve_pending_annotations()
+        graph._recorded_exec_ids |= recorder.take_body_graph_ids()
+
+    graph.register_capture_start_hook(recorder.maybe_stamp_capture_root)
+    graph.register_capture_end_hook(ended)
+    recorder._set_annotation_key_by("exec")
+    recorder._set_annotation_backend("edge_walk")
+    recorder._set_annotations_enabled(True)
+    try:
+        yield
+    except BaseException:
+        recorder.discard_capture_annotations(graph)
+        raise
+    finally:
+        recorder._set_annotations_enabled(False)
+
+
+def mark_kernels(what: Mapping[str, object]) -> AbstractContextManager[None]:
+    """Mark what the current stream captures in the block; nothing happens while nobody records.
+
+    Where blocks nest, the inner one's values come first.
+    """
+    recorder = _recorder()
+    if recorder is None or not what:
+        return nullcontext()
+    return recorder.mark_kernels(dict(what), backward=False)  # type: ignore[no-any-return]
+
+
+def marks_for_trace() -> dict[str, Any]:
+    """What ``torch.profiler.profile.export_chrome_trace`` has to be told, so that kernels carry their marks in the file."""
+    recorder = _recorder()
+    marks = {} if recorder is None else recorder.get_kernel_annotations()
+    return {"cuda_graph_annotations": marks} if marks else {}
+
+
+def _recorder() -> Any:
+    """The module of torch that records; None where it can't be driven without ``torch.cuda.graph``."""
+    if not hasattr(torch.cuda.CUDAGraph, "register_capture_start_hook"):
+        return None
+    found = importlib.import_module("torch.cuda._graph_annotations")
+    return found if all(hasattr(found, name) for name in RECORDER) else None
