@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import pickle
 import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,6 +141,25 @@ def takes_a_dict(x: dict) -> torch.Tensor:
     return x["x"]
 
 
+@dataclasses.dataclass
+class Held:
+    x: torch.Tensor = dataclasses.field(default_factory=lambda: X)
+
+
+def reads_what_is_held(held):
+    return held.x * 2
+
+
+def closed_over(shape: tuple[int, ...]) -> nn.Module:
+    table = torch.ones(shape)
+
+    class Closed(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ table
+
+    return Closed()
+
+
 @piecework.splitting_op("mistakes::halve")
 def halve(x: torch.Tensor) -> torch.Tensor:
     return x / 2
@@ -214,6 +235,27 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
     (lambda: compiled(None, [X]), CaptureError, "must be Tensor, not list", "call the model"),
     (lambda: compiled(None, None), CaptureError, "must be Tensor, not NoneType", "call the model"),
     (lambda: compiled(None, "x"), CaptureError, "must be Tensor, not str", "call the model"),
+    (
+        lambda: compiled(reads_what_is_held, Held()),
+        CaptureError,
+        "argument held is a Held, a class that torch's pytree does not know",
+        "torch.utils._pytree.register_dataclass(Held)",
+    ),
+    (
+        lambda: compiled(reads_what_is_held, SimpleNamespace(x=X)),
+        CaptureError,
+        "argument held is a SimpleNamespace",
+        "register_pytree_node",
+    ),
+    *(
+        (
+            lambda shape=shape: compiled(closed_over(shape)),
+            CaptureError,
+            ".__closure__[0].cell_contents can't be looked up again",
+            "hold it as a parameter, a buffer",
+        )
+        for shape in [(8,), (8, 8), (8, 5)]
+    ),
     # --- configuration
     (
         lambda: config(spliting_ops=[]),
