@@ -210,7 +210,7 @@ class StitchedModule(SharedModule):
     def _prepare(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         self._traces.settle_sizes(args, kwargs)
         tell_of_training(self.model, self.config.strict)
-        tell_of_gradients(args, kwargs, self.config.strict)
+        tell_of_gradients((*args, *kwargs.values()), self.config.strict)
         self._traces.add(args, kwargs)
         captures = self.config.cudagraph_mode is not CUDAGraphMode.NONE
         self._serve_by(self._first_call if captures else self.traces[0].call)

@@ -165,6 +165,10 @@ def halve(x: torch.Tensor) -> torch.Tensor:
     return x / 2
 
 
+def named_and_more(*xs, **named):
+    return xs[0] * xs[1] * named["y"]
+
+
 class Result:
     pass
 
@@ -715,6 +719,12 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         "train the model itself",
     ),
     (
+        lambda: compiled(config=config(strict=True))(X.clone().requires_grad_()),
+        CaptureError,
+        "backward() ends there",
+        "train the model itself",
+    ),
+    (
         lambda: compiled(config=config(strict=True, cudagraph_mode="PIECEWISE"))(X),
         StaticGraphError,
         "nothing is captured",
@@ -759,15 +769,38 @@ def test_the_whole_traceback_is_there_for_who_asks(monkeypatch: pytest.MonkeyPat
             lambda: compiled(None, X.clone().requires_grad_()),
             "an argument requires grad, and what is compiled records no gradients",
         ),
+        *(
+            (lambda call=call: call(X.clone().requires_grad_()), "an argument requires grad")
+            for call in (
+                lambda x: stitched()(x),
+                lambda x: piecework.compile(named_and_more, (X, X), {"y": X}, config=config())(
+                    X, X, y=x
+                ),
+                lambda x: compiled(lambda xs: xs[0] * xs[1]["y"], (X, {"y": X + 1}))((X, {"y": x})),
+                lambda x: stitched().capture([4], progress=False)(x),
+            )
+        ),
     ],
 )
 def test_what_was_silent_is_warned_of_where_the_user_wrote_it(make, text: str) -> None:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         make()
-    (one,) = [each for each in said if issubclass(each.category, UserWarning)]
-    assert text in str(one.message)
-    assert Path(one.filename) == Path(__file__)
+    told = {
+        (str(each.message), each.filename)
+        for each in said
+        if issubclass(each.category, UserWarning)
+    }
+    ((message, filename),) = told
+    assert text in message
+    assert Path(filename) == Path(__file__)
+
+
+def test_gradients_that_nobody_records_are_no_matter() -> None:
+    module = stitched()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        assert not module(X.clone().requires_grad_()).requires_grad
 
 
 def test_gradients_that_end_in_torch_compile_are_told_of_too() -> None:
