@@ -461,6 +461,15 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         "new can't be set",
         "set it on .model",
     ),
+    *(
+        (
+            lambda name=name: setattr(stitched(), name, Model().eval()),
+            BindError,
+            f"{name} can't be set on a stitched module",
+            "compile the model again",
+        )
+        for name in ("model", "forward", "config", "runtime_config", "as_it_is")
+    ),
     (
         lambda: copy.deepcopy(stitched()),
         BindError,
@@ -811,6 +820,17 @@ def test_gradients_that_end_in_torch_compile_are_told_of_too() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="an argument")
         run(X)  # its weights require grad, which means nothing
+
+
+def test_what_only_the_model_has_is_said_so() -> None:
+    with pytest.raises(AttributeError, match=r"no attribute 'method'; its model has: \.model\.m"):
+        stitched().method(X)
+    with pytest.raises(AttributeError, match=r"no attribute 'nothing'$"):
+        _ = stitched().nothing
+    assert not hasattr(stitched(), "method") and hasattr(stitched(), "layer")
+    module = stitched()
+    module.note = 3
+    assert module.note == 3 and copy.copy(module.__dict__)["note"] == 3
 
 
 def test_whole_numbers_of_other_libraries_are_sizes() -> None:
