@@ -775,6 +775,10 @@ def test_the_whole_traceback_is_there_for_who_asks(monkeypatch: pytest.MonkeyPat
         (lambda: compiled(Model()), "in training mode, and its drop (Dropout) goes by that"),
         (lambda: compiled(config=config(cudagraph_mode="PIECEWISE"))(X), "nothing is captured"),
         (
+            lambda: compiled(config=config(cudagraph_capture_sizes=[2, 4]))(X),
+            "nothing is captured, and the configuration says cudagraph_capture_sizes=[2, 4]",
+        ),
+        (
             lambda: compiled(None, X.clone().requires_grad_()),
             "an argument requires grad, and what is compiled records no gradients",
         ),
@@ -861,6 +865,9 @@ def test_nothing_is_said_where_nothing_is_wrong() -> None:
         compiled(nn.Linear(8, 8))  # in training mode, and nothing in it goes by that
         module = compiled(config=config(cudagraph_mode="PIECEWISE"))
         module.capture([4], progress=False)
+        assert module(X).shape == X.shape
+        module = compiled(config=config(cudagraph_capture_sizes=[2, 4]))
+        assert module.capture(progress=False).static_graphs.sizes == (2, 4)
         assert module(X).shape == X.shape
 
 
