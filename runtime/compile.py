@@ -389,7 +389,7 @@ class UnstitchedModule(StitchedModule):
 
     def __init__(self, model: Callable[..., object], config: CompilationConfig) -> None:
         super().__init__(model)  # its backend stays empty
-        self.config = config
+        vars(self)["config"] = config
         self._traces.missing = partial(_nothing_stitched, config)
         self._marks: list[dict[str, object]] = []
         self._serve_by(model if config.mode is CompilationMode.NONE else self._compile_and_call)

@@ -182,7 +182,7 @@ class StitchedModule(SharedModule):
         if not any(each.static for each in self.traces):
             tell(
                 StaticGraphError(
-                    f"nothing is captured, and the configuration says cudagraph_mode={self.config.cudagraph_mode.name}",
+                    f"nothing is captured, and the configuration says {self._asks_for_captures()}",
                     where=self._traces.backend.prefix,
                     hint="call capture(sizes) on the stitched module before it serves",
                 ),
@@ -210,10 +210,18 @@ class StitchedModule(SharedModule):
     def _prepare(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         self._traces.settle_sizes(args, kwargs)
         tell_of_training(self.model, self.config.strict)
-        tell_of_gradients(args, kwargs, self.config.strict)
+        tell_of_gradients((*args, *kwargs.values()), self.config.strict)
         self._traces.add(args, kwargs)
-        captures = self.config.cudagraph_mode is not CUDAGraphMode.NONE
-        self._serve_by(self._first_call if captures else self.traces[0].call)
+        self._serve_by(self._first_call if self._asks_for_captures() else self.traces[0].call)
+
+    def _asks_for_captures(self) -> str:
+        """What of the configuration means that something is captured, as text; "" for nothing."""
+        config = self.config
+        if config.cudagraph_mode is not CUDAGraphMode.NONE:
+            return f"cudagraph_mode={config.cudagraph_mode.name}"
+        if config.cudagraph_capture_sizes and not config.compile_sizes:  # which may stand for them
+            return f"cudagraph_capture_sizes={list(config.cudagraph_capture_sizes)}"
+        return ""
 
     @short_errors
     def rebind(self) -> None:

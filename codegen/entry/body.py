@@ -108,10 +108,14 @@ class _Entry:
         own, users = self.steps.parameters, [each.name for each in plan.parameters]
         in_stance = ir.Return(self._call(say("entry_in_stance"), own, users))
         yield ir.If(say("dynamo._stance is not stance"), (in_stance,))
-        recording: ir.Stmt = ir.With(say("torch.no_grad()"), (ir.Return(again),))
+        told = ir.Call(say("tell_of_gradients"), ir.Arguments(own))
+        recording: tuple[ir.Stmt, ...] = (
+            ir.Assign((), False, told),
+            ir.With(say("torch.no_grad()"), (ir.Return(again),)),
+        )
         if plan.asks_grad_mode:
-            recording = ir.Assign((), False, say("explain_grad_mode()"))
-        yield ir.If(say("torch.is_grad_enabled()"), (recording,))
+            recording = (ir.Assign((), False, say("explain_grad_mode()")),)
+        yield ir.If(say("torch.is_grad_enabled()"), recording)
         with_care = ir.Return(self._call(say("entry_with_care"), own, users))
         yield ir.If(say(_MODES), (with_care,))
         if handed is not None:

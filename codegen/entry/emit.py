@@ -43,7 +43,7 @@ class EntrySource:
 PROVIDED = (
     *("bound", "submods_for", "dynamo", "stance", "same_kernels", "flatten", "memory_apart"),
     *("entry_in_stance", "entry_with_care", "explain_inputs", "explain_weights"),
-    "explain_grad_mode",
+    *("explain_grad_mode", "tell_of_gradients"),
     *("arguments_as_traced", "autocast_enabled", "dispatch_modes", "function_modes", "transforms"),
 )
 

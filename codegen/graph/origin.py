@@ -76,33 +76,32 @@ def dotted_path(source: str) -> str:
 
 def source_line(node: torch.fx.Node, *, line_numbers: bool = True) -> str:
     """``file.py:41``, the innermost user frame recorded for ``node``; "" when unknown."""
-    trace = node.meta.get("stack_trace")
-    if not isinstance(trace, str):
+    frame = _user_frame(node)
+    if frame is None:
         return ""
-    frames = _FRAME.findall(trace)
-    if not frames:
-        return ""
-    # The call inside piecework itself says nothing about the model.
-    file, line = next((f for f in reversed(frames) if not f[0].startswith(_OWN_FRAMES)), frames[-1])
-    name = _comment_safe(os.path.basename(file))
-    return f"{name}:{line}" if line_numbers else name
+    name = _comment_safe(os.path.basename(frame["file"]))
+    return f"{name}:{frame['line']}" if line_numbers else name
 
 
 def source_code(node: torch.fx.Node) -> str:
     """What stands on the line that `source_line` names, if it is a whole statement and nothing but ASCII; else ""."""
-    trace = node.meta.get("stack_trace")
-    frames = list(_FRAME.finditer(trace)) if isinstance(trace, str) else []
-    if not frames:
+    frame = _user_frame(node)
+    if frame is None:
         return ""
-    chosen = next(
-        (f for f in reversed(frames) if not f["file"].startswith(_OWN_FRAMES)), frames[-1]
-    )
-    code = chosen.string[chosen.end() :].partition("\n")[2].partition("\n")[0].strip()
+    code = frame.string[frame.end() :].partition("\n")[2].partition("\n")[0].strip()
     try:
         ast.parse(code)
     except (SyntaxError, ValueError):
         return ""
     return code if code.isascii() and code.isprintable() and not _FRAME.match(code) else ""
+
+
+def _user_frame(node: torch.fx.Node) -> re.Match[str] | None:
+    """The innermost frame that was recorded for ``node``; a call inside piecework itself says nothing about the model."""
+    trace = node.meta.get("stack_trace")
+    frames = _FRAME.finditer(trace) if isinstance(trace, str) else iter(())
+    users = [each for each in frames if not each["file"].startswith(_OWN_FRAMES)]
+    return users[-1] if users else None
 
 
 def node_where(node: torch.fx.Node) -> str:

@@ -220,6 +220,16 @@ def attribute_of(gm: torch.nn.Module, target: str) -> object:
     return value
 
 
+def new_placeholder(graph: torch.fx.Graph, name: str) -> torch.fx.Node:
+    """A placeholder of ``graph`` whose parameter is called as its node is.
+
+    Where they differ (fx calls the node of ``X`` ``x``), fx's code for the graph begins with ``x = X``, over a parameter ``x``.
+    """
+    node = graph.create_node("placeholder", name, name=name)
+    node.target = node.name
+    return node
+
+
 def input_signature(node: torch.fx.Node) -> str:
     """What a compiler may specialise on: dtype, device, shape, stride, offset, and whether it is a parameter.
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch.fx
 
+from piecework.codegen.graph.structure import new_placeholder
 from piecework.codegen.stitch.lower import LowerOptions
 from piecework.codegen.stitch.source import StitchedSource, generate_source
 
@@ -29,7 +30,7 @@ def whole_forward(
     """
     parameters = [parameter.name for parameter in source.module.entry.parameters]
     graph = torch.fx.Graph()
-    inputs = [graph.placeholder(name) for name in parameters]
+    inputs = [new_placeholder(graph, name) for name in parameters]
     call = graph.call_module(WHOLE, tuple(inputs))
     results = [_element(graph, call, index, each) for index, each in enumerate(_outputs(split_gm))]
     graph.output(tuple(results))

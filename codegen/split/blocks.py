@@ -14,7 +14,12 @@ import torch
 import torch.fx
 
 from piecework.codegen.graph.origin import dotted_path
-from piecework.codegen.graph.structure import attribute_of, input_signature, structure_of
+from piecework.codegen.graph.structure import (
+    attribute_of,
+    input_signature,
+    new_placeholder,
+    structure_of,
+)
 from piecework.codegen.split.regions import Regions
 from piecework.errors import SplitError
 
@@ -134,7 +139,7 @@ def _alone(call: _Call, gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
     for node in call.nodes:
         for source in node.all_input_nodes:
             if source not in inside:
-                inside[source] = graph.placeholder(source.name)
+                inside[source] = new_placeholder(graph, source.name)
                 inside[source].meta.update(source.meta)
         inside[node] = graph.node_copy(node, lambda n: inside[n])
         if node.op == "call_module":

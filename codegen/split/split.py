@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from piecework.codegen.graph.origin import node_where, value_of
 from piecework.codegen.graph.schemas import overloads_of
-from piecework.codegen.graph.structure import attribute_of
+from piecework.codegen.graph.structure import attribute_of, new_placeholder
 from piecework.codegen.split.blocks import block_starts
 from piecework.codegen.split.piece_sizes import Asserted, PieceSizes
 from piecework.codegen.split.regions import Regions
@@ -236,13 +236,16 @@ def _is_view(node: torch.fx.Node) -> bool:
 
 
 def _memory(value: object) -> set[StorageWeakRef] | None:
-    """Where the tensors of ``value`` lie; None if it holds anything else, or nothing."""
+    """Where the tensors of ``value`` lie; None if it holds anything else, or nothing, or a tensor without memory of its own."""
     values = value if isinstance(value, (tuple, list)) else (value,)
     if not values or not all(isinstance(each, torch.Tensor) for each in values):
         return None
     if any(each.layout is not torch.strided for each in values):
         return None
-    return {StorageWeakRef(each.untyped_storage()) for each in values}  # type: ignore[no-untyped-call]
+    try:
+        return {StorageWeakRef(each.untyped_storage()) for each in values}  # type: ignore[no-untyped-call]
+    except NotImplementedError:  # a tensor of a torch.func level
+        return None
 
 
 def _merge_idle(partitions: Sequence[_Partition]) -> list[_Partition]:
@@ -381,7 +384,7 @@ def _build_piece(
     inside: dict[torch.fx.Node, torch.fx.Node] = {}
     attributes: dict[str, object] = {}
     for source in reads.inputs:
-        inside[source] = graph.placeholder(source.name)
+        inside[source] = new_placeholder(graph, source.name)
         inside[source].meta.update(source.meta)
     for source in reads.attributes:
         inside[source] = graph.node_copy(source)

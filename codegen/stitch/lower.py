@@ -189,6 +189,12 @@ class _Lowering:
                 symbol = self.state.symbols(size)
                 if symbol.isidentifier():
                     told.setdefault(symbol, f"{symbol} = {name.id}.shape[{dim}]")
+        for node, name in names_of.items():
+            value = value_of(node)
+            if isinstance(name, ir.Name) and isinstance(value, torch.SymInt):
+                same = self.state.symbols(value)  # the trace found two sizes to be one
+                if same in told and same != name.id:
+                    told.setdefault(name.id, f"{name.id} = {same}")
         return f"sizes: {', '.join(told.values())}" if told else ""
 
     def _lower_shared(self, inlined: Inlined) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -24,22 +24,27 @@ def tell_of_training(model: object, strict: bool) -> None:
     if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         problem = CaptureError(
-            f"the model is in training mode, and its {names[0]}{more} goes by that: dropout stays random in what is compiled",
+            f"the model is in training mode, and its {names[0]}{more} goes by that: what is compiled stays so, with random dropout and norms of each batch",
             hint="call model.eval() before compiling",
         )
         tell(problem, strict=strict)
 
 
-def tell_of_gradients(args: Sequence[object], kwargs: Mapping[str, object], strict: bool) -> None:
-    """Say that results carry no gradients, if an argument of the trace asks for them. Weights always do, and mean nothing."""
-    leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
-    asking = any(isinstance(each, torch.Tensor) and each.requires_grad for each in leaves)
-    if asking and torch.is_grad_enabled():
+def tell_of_gradients(values: Sequence[object], strict: bool) -> None:
+    """Say that results carry no gradients, if an argument asks for them. Weights always do, and mean nothing."""
+    if any(map(_requires_grad, values)) and torch.is_grad_enabled():
         problem = CaptureError(
             "an argument requires grad, and what is compiled records no gradients: its results have no grad_fn, and backward() ends there",
             hint="train the model itself; for inference pass detached tensors, or call under torch.no_grad()",
         )
         tell(problem, strict=strict)
+
+
+def _requires_grad(value: object) -> bool:
+    """Whether ``value`` is a tensor that requires grad, or a container that holds one."""
+    if isinstance(value, torch.Tensor):
+        return value.requires_grad
+    return any(isinstance(x, torch.Tensor) and x.requires_grad for x in pytree.tree_leaves(value))
 
 
 @cache

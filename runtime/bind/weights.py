@@ -393,11 +393,16 @@ def _ways_to(weight: Weight, names: Sequence[Way], model: object) -> tuple[Way, 
     wanted = [*names, *(() if taken is None else (taken,))]
     ways = tuple(way for way in wanted if way.tensor() is weight.tensor)
     if not ways:
-        raise CaptureError(
-            f"weight {weight.path} can't be looked up again, so nobody could tell that it was replaced",
-            hint="hold it as a parameter, a buffer, or in an attribute, list or dictionary of the model",
-        )
+        raise out_of_reach(weight.path)
     return ways
+
+
+def out_of_reach(path: str) -> CaptureError:
+    """What to raise for a weight of the trace that nobody finds again."""
+    return CaptureError(
+        f"weight {path} can't be looked up again, so nobody could tell that it was replaced",
+        hint="hold it as a parameter, a buffer, or in an attribute, list or dictionary of the model",
+    )
 
 
 def _stride(tensor: torch.Tensor) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from piecework.codegen.entry.emit import FUNCTION_NAME, EntrySource
 from piecework.codegen.stitch.bind import execute_source
 from piecework.errors import InputError, StaticGraphError
 from piecework.runtime import torch_compat
+from piecework.runtime.analysis.doubts import tell_of_gradients
 from piecework.runtime.bind.weights import BoundWeights
 from piecework.runtime.call.argument_memory import ArgumentMemory
 from piecework.runtime.call.edited import EditedSource
@@ -213,6 +214,7 @@ class Entry:
             "explain_inputs": self._explain_inputs,
             "explain_weights": self._explain_weights,
             "explain_grad_mode": self._explain_grad_mode,
+            "tell_of_gradients": self._tell_of_gradients,
             "arguments_as_traced": lambda *values: self._argument_refusal(values) is None,
             "memory_apart": torch_compat.memory_apart,
             "flatten": torch_compat.flatten_tree,
@@ -265,6 +267,9 @@ class Entry:
                 hint="call it under torch.no_grad(): a stitched model serves inference",
             )
         )
+
+    def _tell_of_gradients(self, *values: object) -> None:
+        tell_of_gradients(values, self._program.config.strict)
 
     def _outdated(self, error: InputError) -> InputError:
         """``error`` as one of a call that nothing has run for yet."""

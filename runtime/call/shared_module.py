@@ -34,8 +34,13 @@ class SharedModule(torch.nn.Module):
         """Set an attribute of this object; members of the model are set on the model.
 
         Raises:
-            BindError: it is a parameter, buffer or submodule, which compiled code would not see.
+            BindError: it is a parameter, buffer or submodule, which compiled code would not see; or what this object is made of.
         """
+        if name == "forward" or (name in _MADE_OF and name in vars(self)):
+            raise BindError(
+                f"{name} can't be set on a stitched module: what is compiled would go on without it",
+                hint="compile the model again",
+            )
         members = (self._parameters, self._buffers, self._modules)
         held = isinstance(value, (torch.nn.Parameter, torch.nn.Module)) and name not in _OWN
         if held or any(name in each for each in members):
@@ -47,6 +52,22 @@ class SharedModule(torch.nn.Module):
 
     def __delattr__(self, name: str) -> None:
         object.__delattr__(self, name)
+
+    def __getattr__(self, name: str) -> Any:
+        """Members of the model; what else the model has is named.
+
+        Raises:
+            AttributeError: there is none; a method of the model is reached by ``model``, and runs uncompiled.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            pass
+        model = vars(self).get("model")
+        also = (
+            f"; its model has: .model.{name}, which runs as it is" if hasattr(model, name) else ""
+        )
+        raise AttributeError(f"a stitched module has no attribute {name!r}{also}")
 
     @property
     def training(self) -> bool:  # type: ignore[override]
@@ -174,6 +195,9 @@ for _name in (
     *("register_buffer", "register_parameter", "register_module", "add_module"),
 ):
     setattr(SharedModule, _name, _refused(_name))
+
+# Attributes that calls have read already.
+_MADE_OF = frozenset({"model", "config", "runtime_config", "as_it_is", "kept"})
 
 # Attributes of a stitched module that may be modules.
 _OWN = frozenset({"model", "as_it_is", "_call"})

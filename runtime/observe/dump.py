@@ -21,6 +21,7 @@ import torch.fx
 from piecework.codegen import SplitItem, StitchedSource
 from piecework.codegen.graph.origin import SymbolNames, origin_of_piece
 from piecework.codegen.graph.structure import Structure
+from piecework.codegen.graph.targets import function_path
 from piecework.errors import ConfigError
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range
@@ -327,10 +328,22 @@ def _operators(item: SplitItem) -> str:
         return ""
     names: dict[str, None] = {}
     for node in item.graph.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
         if node.op == "call_function":
-            names[schema.name if schema is not None else str(node.target)] = None
+            names[_operator_name(node.target)] = None
     return ", ".join(names)
+
+
+def _operator_name(target: object) -> str:
+    """``ns::op``, a function's own name, or what stands for an object without one."""
+    schema = getattr(target, "_schema", None)
+    if schema is not None:
+        return str(schema.name)
+    path = function_path(target)
+    return (
+        path.path.rpartition(".")[2]
+        if path is not None
+        else str(getattr(target, "__name__", target))
+    )
 
 
 def _node(item: SplitItem) -> str:

@@ -248,7 +248,7 @@ def piecework_dynamo_backend(
             hint="piecework.compile(model, …).capture(sizes) captures",
         )
     arguments = [each for each in example_inputs if not isinstance(each, torch.nn.Parameter)]
-    tell_of_gradients(arguments, {}, config.strict)
+    tell_of_gradients(arguments, config.strict)
     whole = config.mode is CompilationMode.DYNAMO_TRACE_ONCE and config.splitting_ops is None
     tag = current_model_tag()
     prefix = tag.tag if model_tag_is_set() else ""

@@ -20,7 +20,7 @@ from torch._ops import OpOverload
 
 from piecework.codegen.graph.origin import value_of
 from piecework.codegen.graph.schemas import overloads_of
-from piecework.codegen.graph.structure import input_signature, structure_of
+from piecework.codegen.graph.structure import input_signature, new_placeholder, structure_of
 from piecework.codegen.split.split import SplitItem
 from piecework.runtime import torch_compat
 
@@ -170,7 +170,7 @@ def _take_names_as_inputs(
             attribute = _attribute_for(split_gm, hole.text)
             fake = mode.from_tensor(getattr(split_gm, attribute), static_shapes=True)
             with piece.graph.inserting_after(last):
-                last = piece.graph.placeholder(f"{hole.argument}_{number}_as_bytes")
+                last = new_placeholder(piece.graph, f"{hole.argument}_{number}_as_bytes")
             last.meta["example_value"] = fake
             with split_gm.graph.inserting_before(call):
                 passed = split_gm.graph.get_attr(attribute)

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
 from piecework.runtime.bind.places import readable
-from piecework.runtime.bind.weights import Weight
+from piecework.runtime.bind.weights import Weight, out_of_reach
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +146,8 @@ def trace_back(
             found.append(Argument(leaf, names[leaf]))
         elif isinstance(example, torch.Tensor):
             source = torch_compat.placeholder_source(node)
+            if id(example) not in held:
+                _refuse_unknown_holder(source, leaves, names, sources)
             path, tensor = held.get(id(example), (readable(source), example))
             found.append(Weight(path, tensor, source))
         else:
@@ -163,6 +165,19 @@ def trace_back(
         if found[index] is None:
             found[index] = _size_or_int(node, sizes, leaves, names, sources, next(free))
     return tuple(g for g in found if g is not None)
+
+
+def _refuse_unknown_holder(
+    source: str, leaves: Sequence[object], names: Sequence[str], sources: Mapping[str, int]
+) -> None:
+    """Refuse a tensor that lies in an argument of a class whose content nobody can list: in a call it could not be found again."""
+    for place, leaf in sources.items():
+        if source.startswith((f"{place}.", f"{place}[")):
+            kind = type(leaves[leaf]).__qualname__.rpartition("<locals>.")[2]
+            raise CaptureError(
+                f"argument {names[leaf]} is a {kind}, a class that torch's pytree does not know, and the model reads a tensor of it",
+                hint=f"register it: torch.utils._pytree.register_dataclass({kind}) for a dataclass, else register_pytree_node; or pass its tensors",
+            )
 
 
 def _sizes(tensors: Sequence[tuple[int, torch.fx.Node]]) -> dict[str, tuple[int, int]]:
@@ -194,6 +209,8 @@ def _size_or_int(
     read = _SIZE_SOURCE.fullmatch(source)
     if read is not None and read["tensor"] in sources:  # a size that the trace fixed to a number
         return Size(sources[read["tensor"]], int(read["dim"]), name)
+    if read is not None:  # the model's own weights have sizes that are numbers
+        raise out_of_reach(readable(read["tensor"]))
     read = _LAYOUT_SOURCE.fullmatch(source)
     if read is not None and read["tensor"] in sources:
         dim = None if read["dim"] is None else int(read["dim"])

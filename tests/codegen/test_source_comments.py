@@ -130,3 +130,35 @@ def test_the_users_line_stands_above_an_operator_that_runs_live() -> None:
 
     code = piecework.compile(Model(), (torch.randn(3, 4),), config=EAGER).source.code
     assert re.search(r"# test_source_comments\.py:\d+  mix\(x \* 2, out\)\n    mix\(", code)
+
+
+class Recurrent(nn.Module):
+    """Its two arguments turn out to have one batch size when it was traced half-way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTM(4, 3, batch_first=True)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        y, _ = self.cell(x)
+        mask = torch.arange(x.size(1))[None] < lengths[:, None]
+        return y.masked_fill(~mask[..., None], 0).sum(1) / lengths[:, None]
+
+
+def test_a_size_that_is_another_s_is_in_the_legend() -> None:
+    stitched = piecework.compile(
+        Recurrent().eval(), (torch.randn(4, 5, 4), torch.ones(4)), config=EAGER
+    )
+    (signature,) = re.findall(r"def execution_fn\(([^*]*), \*", stitched.source.code)
+    legend = legend_of(stitched.source.code)
+    assert set(legend) == set(signature.split(", ")) - {"x", "lengths"}
+    assert set(legend.values()) <= {"x.shape[0]", "x.shape[1]", "lengths.shape[0]", *legend}
+
+
+@pytest.mark.filterwarnings("ignore:splitting ops that are named")
+@pytest.mark.parametrize("cut", [[], [nn.functional.relu]])
+def test_no_comment_names_a_line_of_piecework_itself(cut: list[object]) -> None:
+    """A layer of torch's own that the example calls straight has no line of the user's."""
+    for model in (nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))):
+        stitched = piecework.compile(model, (torch.randn(3, 4),), config=EAGER, splitting_ops=cut)
+        assert ".py" not in stitched.source.code

@@ -743,3 +743,28 @@ def test_a_hundred_thousand_nodes_split_in_seconds() -> None:
     _, items = split_graph(gm, [CUT])
     assert len(items) == 4_001
     assert time.process_time() - start < 60
+
+
+CALLED_ALIKE = [
+    *(("X", "x"), ("x", "X"), ("A", "a", "A_1", "a_1"), ("layerNorm", "layer_norm", "LayerNorm")),
+    *(("input", "Input"), ("x_1", "X", "x"), ("wQ", "w_q", "WQ", "w_Q"), ("T", "t", "T_1")),
+]
+
+
+@pytest.mark.parametrize("names", CALLED_ALIKE)
+def test_a_piece_computes_the_same_by_its_code_as_node_by_node(names: tuple[str, ...]) -> None:
+    """fx writes a node of `X` as `x`, and its code for a graph begins with `x = X` then, over a parameter `x`."""
+    graph = torch.fx.Graph()
+    inputs = [graph.create_node("placeholder", f"L_{name}_", name=name) for name in names]
+    cut = graph.call_function(CUT, (inputs[0],))
+    read = [graph.call_function(torch.mul, (each, cut)) for each in inputs]
+    graph.output(tuple(read))
+    gm = torch.fx.GraphModule(torch.nn.Module(), graph)
+    values = [torch.full((2, 6), float(number)) for number in range(2, 2 + len(names))]
+    FakeTensorProp(gm).propagate(*values)
+    split_gm, items = split_graph(gm, [CUT])
+    for item in items:
+        placeholders = item.graph.graph.find_nodes(op="placeholder")
+        assert [node.target for node in placeholders] == [node.name for node in placeholders]
+    expected = torch.fx.Interpreter(gm).run(*values)
+    torch.testing.assert_close(split_gm(*values), expected)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import pickle
 import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,9 +141,32 @@ def takes_a_dict(x: dict) -> torch.Tensor:
     return x["x"]
 
 
+@dataclasses.dataclass
+class Held:
+    x: torch.Tensor = dataclasses.field(default_factory=lambda: X)
+
+
+def reads_what_is_held(held):
+    return held.x * 2
+
+
+def closed_over(shape: tuple[int, ...]) -> nn.Module:
+    table = torch.ones(shape)
+
+    class Closed(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ table
+
+    return Closed()
+
+
 @piecework.splitting_op("mistakes::halve")
 def halve(x: torch.Tensor) -> torch.Tensor:
     return x / 2
+
+
+def named_and_more(*xs, **named):
+    return xs[0] * xs[1] * named["y"]
 
 
 class Result:
@@ -214,6 +239,27 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
     (lambda: compiled(None, [X]), CaptureError, "must be Tensor, not list", "call the model"),
     (lambda: compiled(None, None), CaptureError, "must be Tensor, not NoneType", "call the model"),
     (lambda: compiled(None, "x"), CaptureError, "must be Tensor, not str", "call the model"),
+    (
+        lambda: compiled(reads_what_is_held, Held()),
+        CaptureError,
+        "argument held is a Held, a class that torch's pytree does not know",
+        "torch.utils._pytree.register_dataclass(Held)",
+    ),
+    (
+        lambda: compiled(reads_what_is_held, SimpleNamespace(x=X)),
+        CaptureError,
+        "argument held is a SimpleNamespace",
+        "register_pytree_node",
+    ),
+    *(
+        (
+            lambda shape=shape: compiled(closed_over(shape)),
+            CaptureError,
+            ".__closure__[0].cell_contents can't be looked up again",
+            "hold it as a parameter, a buffer",
+        )
+        for shape in [(8,), (8, 8), (8, 5)]
+    ),
     # --- configuration
     (
         lambda: config(spliting_ops=[]),
@@ -414,6 +460,15 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         BindError,
         "new can't be set",
         "set it on .model",
+    ),
+    *(
+        (
+            lambda name=name: setattr(stitched(), name, Model().eval()),
+            BindError,
+            f"{name} can't be set on a stitched module",
+            "compile the model again",
+        )
+        for name in ("model", "forward", "config", "runtime_config", "as_it_is")
     ),
     (
         lambda: copy.deepcopy(stitched()),
@@ -673,6 +728,12 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         "train the model itself",
     ),
     (
+        lambda: compiled(config=config(strict=True))(X.clone().requires_grad_()),
+        CaptureError,
+        "backward() ends there",
+        "train the model itself",
+    ),
+    (
         lambda: compiled(config=config(strict=True, cudagraph_mode="PIECEWISE"))(X),
         StaticGraphError,
         "nothing is captured",
@@ -714,8 +775,23 @@ def test_the_whole_traceback_is_there_for_who_asks(monkeypatch: pytest.MonkeyPat
         (lambda: compiled(Model()), "in training mode, and its drop (Dropout) goes by that"),
         (lambda: compiled(config=config(cudagraph_mode="PIECEWISE"))(X), "nothing is captured"),
         (
+            lambda: compiled(config=config(cudagraph_capture_sizes=[2, 4]))(X),
+            "nothing is captured, and the configuration says cudagraph_capture_sizes=[2, 4]",
+        ),
+        (
             lambda: compiled(None, X.clone().requires_grad_()),
             "an argument requires grad, and what is compiled records no gradients",
+        ),
+        *(
+            (lambda call=call: call(X.clone().requires_grad_()), "an argument requires grad")
+            for call in (
+                lambda x: stitched()(x),
+                lambda x: piecework.compile(named_and_more, (X, X), {"y": X}, config=config())(
+                    X, X, y=x
+                ),
+                lambda x: compiled(lambda xs: xs[0] * xs[1]["y"], (X, {"y": X + 1}))((X, {"y": x})),
+                lambda x: stitched().capture([4], progress=False)(x),
+            )
         ),
     ],
 )
@@ -723,9 +799,21 @@ def test_what_was_silent_is_warned_of_where_the_user_wrote_it(make, text: str) -
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         make()
-    (one,) = [each for each in said if issubclass(each.category, UserWarning)]
-    assert text in str(one.message)
-    assert Path(one.filename) == Path(__file__)
+    told = {
+        (str(each.message), each.filename)
+        for each in said
+        if issubclass(each.category, UserWarning)
+    }
+    ((message, filename),) = told
+    assert text in message
+    assert Path(filename) == Path(__file__)
+
+
+def test_gradients_that_nobody_records_are_no_matter() -> None:
+    module = stitched()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        assert not module(X.clone().requires_grad_()).requires_grad
 
 
 def test_gradients_that_end_in_torch_compile_are_told_of_too() -> None:
@@ -736,6 +824,17 @@ def test_gradients_that_end_in_torch_compile_are_told_of_too() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="an argument")
         run(X)  # its weights require grad, which means nothing
+
+
+def test_what_only_the_model_has_is_said_so() -> None:
+    with pytest.raises(AttributeError, match=r"no attribute 'method'; its model has: \.model\.m"):
+        stitched().method(X)
+    with pytest.raises(AttributeError, match=r"no attribute 'nothing'$"):
+        _ = stitched().nothing
+    assert not hasattr(stitched(), "method") and hasattr(stitched(), "layer")
+    module = stitched()
+    module.note = 3
+    assert module.note == 3 and copy.copy(module.__dict__)["note"] == 3
 
 
 def test_whole_numbers_of_other_libraries_are_sizes() -> None:
@@ -766,6 +865,9 @@ def test_nothing_is_said_where_nothing_is_wrong() -> None:
         compiled(nn.Linear(8, 8))  # in training mode, and nothing in it goes by that
         module = compiled(config=config(cudagraph_mode="PIECEWISE"))
         module.capture([4], progress=False)
+        assert module(X).shape == X.shape
+        module = compiled(config=config(cudagraph_capture_sizes=[2, 4]))
+        assert module.capture(progress=False).static_graphs.sizes == (2, 4)
         assert module(X).shape == X.shape
 
 

@@ -300,3 +300,34 @@ def test_encoders_of_transformers(family: str) -> None:
             torch.testing.assert_close(stitched(x[:rows]).last_hidden_state, want)
     report = stitched.report()
     assert report.pieces >= 5 and report.unique < report.pieces
+
+
+UNDER_TORCH_FUNC: dict[str, Callable[..., torch.Tensor]] = {
+    "grad": lambda model, x: torch.func.grad(model)(x),
+    "vjp": lambda model, x: torch.func.vjp(model, x)[1](torch.ones(()))[0],
+    "vmap of grad": lambda model, x: torch.func.vmap(torch.func.grad(model))(x),
+    "jacrev": lambda model, x: torch.func.vmap(torch.func.jacrev(model))(x),
+    "beside a plain call": lambda model, x: torch.func.grad(model)(x) + model(x),
+}
+
+
+@pytest.mark.parametrize("way", UNDER_TORCH_FUNC)
+def test_blocks_that_are_called_inside_torch_func_are_not_cut_at(way: str) -> None:
+    """Values there have no memory of their own to compare."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stack = Stack(blocks_of(3))
+
+        def energy(self, x: torch.Tensor) -> torch.Tensor:
+            return self.stack(x).sum()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return UNDER_TORCH_FUNC[way](self.energy, x)
+
+    model = Model().eval().requires_grad_(False)
+    stitched = piecework.compile(model, (torch.randn(4, 8),), config=EAGER)
+    for rows in (4, 6):
+        x = torch.randn(rows, 8)
+        torch.testing.assert_close(stitched(x), model(x))

@@ -432,3 +432,23 @@ def test_an_operator_that_torch_does_not_know_is_refused_before_the_trace_and_on
 
     with pytest.warns(UserWarning, match="not in the graph: traces_later::op"):
         assert torch.equal(stitched(torch.ones(4)), torch.full((4,), 2.0))
+
+
+@pytest.mark.parametrize("held", ["X", "x_1", "Input", "layerNorm"])
+@pytest.mark.parametrize("passed", ["x", "X_1", "layer_norm"])
+def test_weights_and_arguments_may_be_called_alike_but_for_case(held: str, passed: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer(held, torch.randn(3, 4))
+
+    scope: dict[str, object] = {}
+    exec(
+        f"def forward(self, {passed}): return self.{held} + 1, {passed} @ self.{held}.mT", scope
+    )  # an argument called as the test wants
+    Model.forward = scope["forward"]  # type: ignore[assignment]
+    model = Model()
+    stitched = piecework.compile(model, (torch.randn(5, 4),), config={"backend": "eager"})
+    for rows in (5, 2):
+        x = torch.randn(rows, 4)
+        torch.testing.assert_close(stitched(x), model(x))

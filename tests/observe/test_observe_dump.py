@@ -410,3 +410,23 @@ def test_a_backend_says_its_rank(tmp_path: Path) -> None:
     compiled = torch.compile(Model(1), backend=backend, dynamic=True)
     compiled(torch.randn(4, 8))
     assert (tmp_path / "rank_2" / "model" / "04_stitched.py").is_file()
+
+
+@pytest.mark.parametrize(
+    "op",
+    [nn.functional.interpolate, torch.roll, torch.cat, nn.functional.softmax, torch.ops.aten.sin],
+)
+def test_an_operator_that_is_a_function_has_its_name_on_the_page(
+    tmp_path: Path, op: object
+) -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        y = torch.ops.aten.sin(torch.cat([x, torch.roll(x + 1, 1)]) * 2) + 1
+        y = nn.functional.softmax(nn.functional.interpolate(y * 2, scale_factor=2.0) * 3, -1)
+        return y + 1
+
+    config = CompilationConfig(backend="eager", debug_dump_path=str(tmp_path))
+    piecework.compile(model, (torch.randn(4, 3, 8),), splitting_ops=[op], config=config)
+    (page,) = tmp_path.rglob("index.html")
+    text = page.read_text()
+    assert str(getattr(op, "__name__", op)).rpartition(".")[2] in text
+    assert "&lt;function" not in text and "&lt;built-in" not in text and " at 0x" not in text

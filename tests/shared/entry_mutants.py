@@ -60,8 +60,10 @@ def _edits(tree: ast.Module, node: ast.AST) -> Iterator[str]:
             yield from _changed(node, "args", [*args, ast.Constant(1)])
             del func
         case ast.Tuple(elts=elements, ctx=ast.Store()):
-            if any(_is_read(tree, each) for each in elements):
-                yield from _lists(elements)
+            read = [_is_read(tree, each) for each in elements]
+            if any(read):
+                idle = {_swapped(at) for at in range(len(read) - 1) if not any(read[at : at + 2])}
+                yield from (what for what in _lists(elements) if what not in idle)
         case ast.Tuple(elts=elements) | ast.List(elts=elements) | ast.Set(elts=elements):
             yield from _lists(elements)
         case ast.Dict(keys=keys, values=values):
@@ -129,11 +131,21 @@ def _lists(items: MutableSequence[ast.AST]) -> Iterator[str]:
 
 def _swaps(items: MutableSequence[ast.AST]) -> Iterator[str]:
     for place in range(len(items) - 1):
-        if ast.dump(items[place]) == ast.dump(items[place + 1]):
+        pair = items[place], items[place + 1]
+        if ast.dump(pair[0]) == ast.dump(pair[1]) or any(map(_is_mapping, pair)):
             continue
         items[place], items[place + 1] = items[place + 1], items[place]
-        yield f"{place} and {place + 1} swapped"
+        yield _swapped(place)
         items[place], items[place + 1] = items[place + 1], items[place]
+
+
+def _swapped(place: int) -> str:
+    return f"{place} and {place + 1} swapped"
+
+
+def _is_mapping(item: ast.AST) -> bool:
+    """Whether ``item`` is a ``**more`` of a call: it says the same before a named argument and after it."""
+    return isinstance(item, ast.keyword) and item.arg is None
 
 
 def _other_values(value: object) -> list[object]:

@@ -29,6 +29,7 @@ def entry(x):
     if dynamo._stance is not stance:
         return entry_in_stance(x)
     if torch.is_grad_enabled():
+        tell_of_gradients(x)
         with torch.no_grad():
             return entry(x)
     if (
