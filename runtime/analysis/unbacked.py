@@ -6,6 +6,7 @@ is in the table and marked plain, every value has the batch in one dimension alo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 import torch
@@ -18,6 +19,7 @@ from piecework.runtime.analysis.rows.rule import Rule
 from piecework.runtime.analysis.rows.table import is_random
 from piecework.runtime.analysis.rows.verdict import rows_of
 from piecework.runtime.analysis.state import Batch, Mixes, Rows, symbols_in
+from piecework.runtime.analysis.writes import copies_by_layout, last_writes, memory_of
 
 
 def admits_unbacked(
@@ -59,6 +61,35 @@ def admits_unbacked(
         or verdict.refused
         or (None if rows_in_one else _of_what_leaves(graph, held))
     )
+
+
+def written_copies(graph: torch.fx.GraphModule) -> str | None:
+    """Why a whole graph, with the operators that it is cut at, can't serve a size of 1 as it serves others; None if it can.
+
+    There what ``contiguous`` or ``reshape`` copies is in order already and is not copied, and a write to either is a write to both.
+    """
+    written = last_writes(graph)
+    if not written:
+        return None
+    used: dict[int, float] = {}
+    nodes = list(graph.graph.nodes)
+    for number, node in enumerate(nodes):
+        for each in (node, *node.all_input_nodes):
+            key = memory_of(value_of(each))
+            if key is not None:  # who calls has arguments and results
+                outlives = each.op == "placeholder" or node.op == "output"
+                used[key] = math.inf if outlives else max(number, used.get(key, 0))
+    for number, node in enumerate(nodes):
+        own = memory_of(value_of(node))
+        taken = {memory_of(value_of(each)) for each in node.all_input_nodes} - {None}
+        if own is None or own in taken or not taken:
+            continue
+        pairs = [(own, each) for each in taken] + [(each, own) for each in taken]
+        if any(
+            written.get(a, -1) > number and used[b] > number for a, b in pairs
+        ) and copies_by_layout(graph, node):
+            return f"{node.name} is no copy where the batch is one row, and it or what it is a copy of is written to"
+    return None
 
 
 def _of_what_leaves(graph: torch.fx.GraphModule, held: Batch) -> str | None:

@@ -98,6 +98,31 @@ def unwritten_outputs(piece: torch.fx.GraphModule) -> frozenset[int]:
     return frozenset(n for n, e in enumerate(places) if e is not None and int(e) not in written)
 
 
+def last_writes(graph: torch.fx.GraphModule) -> dict[int, int]:
+    """Memory of a graph's values → the number of the last node that writes there, for what is written."""
+    values = (value_of(node) for node in graph.graph.nodes)
+    memory = {key: str(key) for value in values if (key := memory_of(value)) is not None}
+    looks, found = _Looks(), {}
+    for number, node in enumerate(graph.graph.nodes):
+        found.update({int(path): number for _, path in looks.writes(graph, node, memory)})
+    return found
+
+
+def copies_by_layout(graph: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
+    """Whether a node copies what it takes only where that does not lie in memory in a certain order, as ``contiguous`` and ``reshape`` do; True where it can't be told."""
+    orders: list[object] = []
+
+    def note(op: torch._ops.OpOverload, _: object, kwargs: dict[str, object]) -> None:
+        if op is torch.ops.aten.clone.default:
+            orders.append(kwargs.get("memory_format"))
+
+    try:
+        _run(graph, node, note)
+    except Exception:  # noqa: BLE001 - user code and torch raise anything
+        return True
+    return any(each not in (None, torch.preserve_format) for each in orders)
+
+
 def operators_of(piece: torch.fx.GraphModule) -> Iterator[torch._ops.OpOverload]:
     """The operators that a graph and the graphs in it reach, found by running each node by itself on fake tensors.
 
@@ -267,10 +292,15 @@ def _observed(
     return notes.seen
 
 
+def memory_of(value: object) -> int | None:
+    """Which memory a strided tensor lies in; None for anything else."""
+    strided = isinstance(value, torch.Tensor) and value.layout == torch.strided
+    return torch_compat.storage_id(value) if strided else None  # type: ignore[arg-type]
+
+
 def _path(value: object, memory: Mapping[int, str]) -> str | None:
-    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
-        return None
-    return memory.get(torch_compat.storage_id(value))
+    key = memory_of(value)
+    return None if key is None else memory.get(key)
 
 
 def _attribute(module: torch.nn.Module, path: str) -> object:
