@@ -68,28 +68,28 @@ def written_copies(graph: torch.fx.GraphModule) -> str | None:
 
     There what ``contiguous`` or ``reshape`` copies is in order already and is not copied, and a write to either is a write to both.
     """
-    written = last_writes(graph)
+    copies = list(copies_by_layout(graph))
+    written = last_writes(graph, {key for _, own, taken in copies for key in (own, *taken)})
     if not written:
         return None
+    used, nodes = _last_uses(graph), list(graph.graph.nodes)
+    for number, own, taken in copies:
+        pairs = [pair for each in taken for pair in ((own, each), (each, own))]
+        if any(written.get(one, -1) > number and used[other] > number for one, other in pairs):
+            return f"{nodes[number].name} is no copy where the batch is one row, and it or what it is a copy of is written to"
+    return None
+
+
+def _last_uses(graph: torch.fx.GraphModule) -> dict[int, float]:
+    """Memory → the number of the last node that has to do with it; infinity where it is an argument's or a result's, which outlive the graph."""
     used: dict[int, float] = {}
-    nodes = list(graph.graph.nodes)
-    for number, node in enumerate(nodes):
+    for number, node in enumerate(graph.graph.nodes):
         for each in (node, *node.all_input_nodes):
             key = memory_of(value_of(each))
-            if key is not None:  # who calls has arguments and results
+            if key is not None:
                 outlives = each.op == "placeholder" or node.op == "output"
                 used[key] = math.inf if outlives else max(number, used.get(key, 0))
-    for number, node in enumerate(nodes):
-        own = memory_of(value_of(node))
-        taken = {memory_of(value_of(each)) for each in node.all_input_nodes} - {None}
-        if own is None or own in taken or not taken:
-            continue
-        pairs = [(own, each) for each in taken] + [(each, own) for each in taken]
-        if any(
-            written.get(a, -1) > number and used[b] > number for a, b in pairs
-        ) and copies_by_layout(graph, node):
-            return f"{node.name} is no copy where the batch is one row, and it or what it is a copy of is written to"
-    return None
+    return used
 
 
 def _of_what_leaves(graph: torch.fx.GraphModule, held: Batch) -> str | None:
