@@ -45,6 +45,11 @@ class SharedModule(torch.nn.Module):
             )
         object.__setattr__(self, name, value)
 
+    def __getattr__(self, name: str) -> Any:
+        """A member of the model; or the error of a property that has nothing to give yet, which Python has dropped."""
+        made = getattr(type(self), name, None)
+        return made.__get__(self) if isinstance(made, property) else super().__getattr__(name)
+
     def __delattr__(self, name: str) -> None:
         object.__delattr__(self, name)
 
