@@ -57,6 +57,10 @@ class BindError(PieceworkError):
     """Callables, constants or weights do not fit the emitted source."""
 
 
+class NotThereError(BindError, AttributeError):
+    """A stitched module has no such thing yet: it is not compiled, or not captured; ``hasattr`` answers no."""
+
+
 class InputError(PieceworkError):
     """An input at run time breaks what the trace assumed of it.
 

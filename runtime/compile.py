@@ -17,7 +17,7 @@ import torch.fx
 from torch.utils import _pytree as pytree
 
 from piecework.codegen.split.split import SplittingOp as SplittingOpLike
-from piecework.errors import ArtifactError, BindError, ConfigError, short_errors
+from piecework.errors import ArtifactError, ConfigError, NotThereError, short_errors
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.load import Artifact
 from piecework.runtime.artifact.store import Place, store_of
@@ -351,7 +351,7 @@ class ModeModule(StitchedModule):
         """
         guards = self.traces[0].guards if self.traces else None
         if guards is None:
-            raise BindError(
+            raise NotThereError(
                 "no shape guards are kept",
                 where="dynamic_shapes_config.evaluate_guards",
                 hint="set it, and compile the model",
@@ -432,8 +432,8 @@ class UnstitchedModule(StitchedModule):
         return f"StitchedModule({type(self.model).__name__}, mode {self.config.mode}: not stitched)"
 
 
-def _nothing_stitched(config: CompilationConfig, what: str) -> BindError:
-    return BindError(
+def _nothing_stitched(config: CompilationConfig, what: str) -> NotThereError:
+    return NotThereError(
         f"mode {config.mode} stitches nothing, so there is no {what}",
         where="mode",
         hint="use DYNAMO_TRACE_ONCE or PIECEWORK_COMPILE",

@@ -6,6 +6,7 @@ is in the table and marked plain, every value has the batch in one dimension alo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 import torch
@@ -18,6 +19,7 @@ from piecework.runtime.analysis.rows.rule import Rule
 from piecework.runtime.analysis.rows.table import is_random
 from piecework.runtime.analysis.rows.verdict import rows_of
 from piecework.runtime.analysis.state import Batch, Mixes, Rows, symbols_in
+from piecework.runtime.analysis.writes import copies_by_layout, last_writes, memory_of
 
 
 def admits_unbacked(
@@ -59,6 +61,35 @@ def admits_unbacked(
         or verdict.refused
         or (None if rows_in_one else _of_what_leaves(graph, held))
     )
+
+
+def written_copies(graph: torch.fx.GraphModule) -> str | None:
+    """Why a whole graph, with the operators that it is cut at, can't serve a size of 1 as it serves others; None if it can.
+
+    There what ``contiguous`` or ``reshape`` copies is in order already and is not copied, and a write to either is a write to both.
+    """
+    copies = list(copies_by_layout(graph))
+    written = last_writes(graph, {key for _, own, taken in copies for key in (own, *taken)})
+    if not written:
+        return None
+    used, nodes = _last_uses(graph), list(graph.graph.nodes)
+    for number, own, taken in copies:
+        pairs = [pair for each in taken for pair in ((own, each), (each, own))]
+        if any(written.get(one, -1) > number and used[other] > number for one, other in pairs):
+            return f"{nodes[number].name} is no copy where the batch is one row, and it or what it is a copy of is written to"
+    return None
+
+
+def _last_uses(graph: torch.fx.GraphModule) -> dict[int, float]:
+    """Memory → the number of the last node that has to do with it; infinity where it is an argument's or a result's, which outlive the graph."""
+    used: dict[int, float] = {}
+    for number, node in enumerate(graph.graph.nodes):
+        for each in (node, *node.all_input_nodes):
+            key = memory_of(value_of(each))
+            if key is not None:
+                outlives = each.op == "placeholder" or node.op == "output"
+                used[key] = math.inf if outlives else max(number, used.get(key, 0))
+    return used
 
 
 def _of_what_leaves(graph: torch.fx.GraphModule, held: Batch) -> str | None:

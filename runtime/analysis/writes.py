@@ -6,12 +6,13 @@ What an operator writes is read from its schema, and what it writes to from the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.fx
+from torch.utils import _pytree as pytree
 
 from piecework.codegen.graph.origin import SymbolNames, origin_of, value_of
 from piecework.codegen.graph.schemas import writes_to
@@ -96,6 +97,71 @@ def unwritten_outputs(piece: torch.fx.GraphModule) -> frozenset[int]:
     outputs = returned if isinstance(returned, (list, tuple)) else [returned]
     places = [_path(value_of(e), memory) if isinstance(e, torch.fx.Node) else None for e in outputs]
     return frozenset(n for n, e in enumerate(places) if e is not None and int(e) not in written)
+
+
+def last_writes(graph: torch.fx.GraphModule, places: Iterable[int]) -> dict[int, int]:
+    """Which of some memory a graph writes to → the number of the last node that does."""
+    memory = {key: str(key) for key in places}
+    looks, found = _Looks(), {}
+    for number, node in enumerate(graph.graph.nodes):
+        found.update({int(path): number for _, path in looks.writes(graph, node, memory)})
+    return found
+
+
+def written_later(graph: torch.fx.GraphModule, targets: Collection[object]) -> frozenset[object]:
+    """Those of some operators that are called on memory, or give some, that a later node of the graph writes to."""
+    calls: list[tuple[int, object, set[int]]] = []
+    for number, node in enumerate(graph.graph.nodes):
+        if node.op == "call_function" and node.target in targets:
+            values = pytree.tree_leaves([value_of(each) for each in (node, *node.all_input_nodes)])
+            places = {memory_of(each) for each in values} - {None}
+            calls.append((number, node.target, places))  # type: ignore[arg-type]
+    written = last_writes(graph, {key for _, _, places in calls for key in places})
+    return frozenset(
+        target
+        for number, target, places in calls
+        if any(written.get(key, -1) > number for key in places)
+    )
+
+
+def copies_by_layout(graph: torch.fx.GraphModule) -> Iterator[tuple[int, int, frozenset[int]]]:
+    """Nodes that copy what they take only where that does not lie in memory in a certain order, as ``contiguous`` and ``reshape`` do.
+
+    Yields:
+        The node's number, the memory of its result, and that of what it takes. A node that can't be run by itself is one of them.
+    """
+    known: dict[tuple[object, ...], bool] = {}
+    for number, node in enumerate(graph.graph.nodes):
+        own = memory_of(value_of(node))
+        if node.op not in ("call_function", "call_method") or own is None:
+            continue
+        taken = {memory_of(value_of(each)) for each in node.all_input_nodes} - {None}
+        if own in taken or not taken:
+            continue
+        literals = torch.fx.node.map_aggregate((node.args, node.kwargs), _literal)  # type: ignore[arg-type]
+        like = (node.op, node.target, repr(literals))
+        if like not in known:
+            known[like] = _clones_in_order(graph, node)
+        if known[like]:
+            yield number, own, frozenset(each for each in taken if each is not None)
+
+
+def _literal(argument: object) -> object:
+    return None if isinstance(argument, torch.fx.Node) else argument
+
+
+def _clones_in_order(graph: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
+    orders: list[object] = []
+
+    def note(op: torch._ops.OpOverload, _: object, kwargs: dict[str, object]) -> None:
+        if op is torch.ops.aten.clone.default:
+            orders.append(kwargs.get("memory_format"))
+
+    try:
+        _run(graph, node, note)
+    except Exception:  # noqa: BLE001 - user code and torch raise anything
+        return True
+    return any(each not in (None, torch.preserve_format) for each in orders)
 
 
 def operators_of(piece: torch.fx.GraphModule) -> Iterator[torch._ops.OpOverload]:
@@ -267,10 +333,15 @@ def _observed(
     return notes.seen
 
 
+def memory_of(value: object) -> int | None:
+    """Which memory a strided tensor lies in; None for anything else."""
+    strided = isinstance(value, torch.Tensor) and value.layout == torch.strided
+    return torch_compat.storage_id(value) if strided else None  # type: ignore[arg-type]
+
+
 def _path(value: object, memory: Mapping[int, str]) -> str | None:
-    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
-        return None
-    return memory.get(torch_compat.storage_id(value))
+    key = memory_of(value)
+    return None if key is None else memory.get(key)
 
 
 def _attribute(module: torch.nn.Module, path: str) -> object:

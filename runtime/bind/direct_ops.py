@@ -5,12 +5,15 @@ An operator whose function is not known, or is not alone in what it does, is lef
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from piecework.codegen.split.splitting import operator_name
+from piecework.errors import SplitError
 from piecework.runtime import torch_compat
 from piecework.runtime.splitting_op import registry
 
@@ -41,24 +44,35 @@ class DirectOps:
     _count: int = 0
 
     @classmethod
-    def of(cls, calls: Iterable[tuple[object, str | None]]) -> DirectOps:
-        """Look up each (operator, device type of its tensors); unknown ones are left out."""
+    def of(
+        cls,
+        calls: Iterable[tuple[object, str | None]],
+        apart: Callable[[object], bool] = lambda _: True,
+    ) -> DirectOps:
+        """Look up each (operator, device type of its tensors); unknown ones are left out.
+
+        Args:
+            apart: whether it matters that what an operator returns lies in memory of its own; then each call is looked at.
+        """
         found = cls()
         for target, device in calls:
             if device is not None and target not in found.implementations:
-                found._add(target, device)
+                found._add(target, device, apart)
         found._count = len(found._kernels)
         return found
 
-    def _add(self, target: object, device: str) -> None:
+    def _add(self, target: object, device: str, apart: Callable[[object], bool]) -> None:
         look_up = _look_up(target, device)
         found = None if look_up is None else look_up()
         if look_up is None or found is None:
             return
         name = _full_name(target)
         self.calls[target] = device
-        known = registry.find(target) is not None
-        self.implementations[target] = found if known else torch_compat.custom_op_function(found)
+        known = registry.find(target)
+        function = torch_compat.custom_op_function(found) if known is None else found
+        overload: Any = target if known is None else known.overload
+        looks = bool(overload._schema.returns) and apart(target)
+        self.implementations[target] = _with_own_results(function, name) if looks else function
         self._rows.append(_Row(look_up, found, name, torch_compat.kernel_table(name)))
 
     def unchanged(self) -> bool:
@@ -78,6 +92,22 @@ class DirectOps:
             return False
         self._count = len(self._kernels)
         return True
+
+
+def _with_own_results(function: Implementation, name: str) -> Implementation:
+    """The function, refused where it hands back what it was given: compiled pieces take results for memory of their own."""
+
+    @functools.wraps(function)
+    def called(*args: object, **kwargs: object) -> object:
+        result = function(*args, **kwargs)
+        if torch_compat.shares_memory(args, kwargs, result):
+            raise SplitError(
+                f"splitting op {name} returned an argument, a view of one, or one result twice, and the model writes to it",
+                hint="return a clone()",
+            )
+        return result
+
+    return called
 
 
 def _look_up(target: object, device: str) -> Callable[[], Implementation | None] | None:

@@ -22,9 +22,11 @@ from piecework.runtime.bind.facts import CONSTANT_KINDS, Fact, Values, expected,
 from piecework.runtime.bind.guards import Bins, every_place, misread, sort_guards
 from piecework.runtime.bind.observable import Touch
 from piecework.runtime.bind.places import Step
+from piecework.runtime.bind.reachable import leads_to
 from piecework.runtime.bind.unguarded import misanswered
 from piecework.runtime.torch_compat import Guarded, GuardReader, Place
 
+_PACKAGE = __name__.partition(".")[0]
 _ROOMS = os.path.dirname(os.path.dirname(__file__))
 # What calls the model, and packs its result; what stands on layers that share a trace.
 _OWN = tuple(os.path.join(_ROOMS, room) + os.sep for room in ("bind", "regions"))
@@ -264,10 +266,16 @@ class TracedState:
         return self.classes.difference() or self._hooks_of_all() or self._left_failing()
 
     def _holds(self, fact: Fact, values: Values) -> bool:
-        # A model whose forward was replaced runs the graph from there, behind its own hooks.
-        if fact.of_call and self._own_forward() is not self._forward:
-            return True
-        return fact.holds(values)
+        # A model whose forward was replaced by one that runs the graph runs it behind its own hooks.
+        return fact.holds(values) or (fact.of_call and self._is_run_by_forward())
+
+    def _is_run_by_forward(self) -> bool:
+        forward = self._own_forward()
+        return forward is not self._forward and leads_to(forward, self._stands_for_model)
+
+    def _stands_for_model(self, value: object) -> bool:
+        ours = type(value).__module__.partition(".")[0] == _PACKAGE
+        return ours and getattr(value, "__dict__", {}).get("model") is self._model
 
     def _own_forward(self) -> object:
         model = self._model

@@ -57,8 +57,12 @@ class SharedModule(torch.nn.Module):
         """Members of the model; what else the model has is named.
 
         Raises:
+            NotThereError: a property has nothing to give yet.
             AttributeError: there is none; a method of the model is reached by ``model``, and runs uncompiled.
         """
+        made = getattr(type(self), name, None)
+        if isinstance(made, property):
+            return made.__get__(self)  # raises again what Python has dropped
         try:
             return super().__getattr__(name)
         except AttributeError:

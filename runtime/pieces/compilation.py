@@ -6,6 +6,7 @@ It runs nothing on real data.
 from __future__ import annotations
 
 import enum
+import functools
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +27,12 @@ from piecework.codegen.split.split import SplittingOps
 from piecework.codegen.split.splitting import methods_called, operator_name, recurrent_layers
 from piecework.errors import CaptureError, ConfigError, SplitError, did_you_mean, tell
 from piecework.runtime import torch_compat
-from piecework.runtime.analysis.writes import held_by_source, mutations_in, refuse_mutations
+from piecework.runtime.analysis.writes import (
+    held_by_source,
+    mutations_in,
+    refuse_mutations,
+    written_later,
+)
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.ranges import Range, RangeTable
 from piecework.runtime.bind.direct_ops import DirectOps
@@ -148,7 +154,7 @@ class Compilation:
         direct = DirectOps()
         with timed(self.phases, "emit"):
             if self.config.stitching_config.direct_splitting_ops:
-                direct = _direct_ops(items)
+                direct = _direct_ops(items, self.graph)
             options = self._lower_options(names, items, bound, direct, SplittingOps(ops))
             source = generate_source(split_gm, options)
         trace.artifact("stitched_source", lambda: str(source))
@@ -338,15 +344,17 @@ def _admitted(
     return found
 
 
-def _direct_ops(items: Sequence[SplitItem]) -> DirectOps:
+def _direct_ops(items: Sequence[SplitItem], graph: torch.fx.GraphModule) -> DirectOps:
     """Implementations that the stitched code may call past the dispatcher, by operator."""
-    return DirectOps.of(
+    calls = [
         (node.target, _device_of(node))
         for item in items
         if item.is_splitting_graph
         for node in item.graph.graph.nodes
         if node.op == "call_function"
-    )
+    ]
+    written = functools.cache(lambda: written_later(graph, {target for target, _ in calls}))
+    return DirectOps.of(calls, lambda target: target in written())
 
 
 def require_registered(splitting_ops: Sequence[SplittingOpLike] | None) -> None:

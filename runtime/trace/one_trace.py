@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from piecework.codegen.entry.plan import Parameter
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
+from piecework.runtime.analysis.as_eager import as_eager
 from piecework.runtime.bind.asked import asks_strides
 from piecework.runtime.bind.places import readable, traced
 from piecework.runtime.bind.reachable import modules_of, tensors_of
@@ -211,6 +212,7 @@ class Tracer:
                 gm, example_inputs = shared.write_out(
                     gm, example_inputs, guards.reader, guards.values()
                 )
+            as_eager(gm.graph)
             trace.graph = gm
             refuse_writes(gm, example_inputs, _argument_names(model, args, kwargs))
             trace.inputs = trace_back(gm, example_inputs, leaves, names, sources, held)

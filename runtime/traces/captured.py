@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from piecework.errors import BindError, ConfigError, RankError
+from piecework.errors import ConfigError, NotThereError, RankError
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.mode import CUDAGraphMode
@@ -49,8 +49,8 @@ class CapturedTraces:
             raise self._nothing()
         return found
 
-    def _nothing(self) -> BindError:
-        return BindError(
+    def _nothing(self) -> NotThereError:
+        return NotThereError(
             "nothing is captured",
             where=None if self._traces.made else torch_compat.compiler_off(),
             hint="call capture(sizes) first" if self.again is None else "call wake_up()",

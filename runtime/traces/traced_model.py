@@ -29,7 +29,7 @@ from piecework.runtime.call.profile_names import layer_by_line, named_pieces
 from piecework.runtime.identity.settings import settings_factors
 from piecework.runtime.observe.dump import generated_sources
 from piecework.runtime.pieces.backend import PieceworkBackend
-from piecework.runtime.pieces.compilation import Admits, Trace, require_registered
+from piecework.runtime.pieces.compilation import Admits, NotAdmitted, Trace, require_registered
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.example_sizes import KeptMarks, SizePolicy
 from piecework.runtime.trace.inputs import GraphInput
@@ -298,7 +298,8 @@ def trace_model(
             if isinstance(source, Weight)
         }
         fakes = list(map(value_of, placeholders))
-        backend.prepare(graph, bound, None if as_marked else _admission(fakes, rows_in_one))
+        admits = None if as_marked else _admission(graph, fakes, rows_in_one)
+        backend.prepare(graph, bound, admits)
 
     require_registered(backend.declared_ops)  # before a trace that may take long
     start = time.perf_counter()
@@ -329,13 +330,22 @@ def _settings() -> dict[str, str] | None:
         return None
 
 
-def _admission(inputs: Sequence[object], rows_in_one: bool) -> Admits | None:
-    """What may be compiled of a graph with these fake inputs; None for one whose sizes all have numbers behind them."""
+def _admission(
+    graph: torch.fx.GraphModule, inputs: Sequence[object], rows_in_one: bool
+) -> Admits | None:
+    """What may be compiled of a graph with these fake inputs; None for one whose sizes all have numbers behind them.
+
+    Raises:
+        NotAdmitted: nothing may.
+    """
     symbols = torch_compat.unbacked_symbols(inputs)
     if not symbols:
         return None
-    from piecework.runtime.analysis.unbacked import admits_unbacked
+    from piecework.runtime.analysis.unbacked import admits_unbacked, written_copies
 
+    reason = written_copies(graph)
+    if reason is not None:
+        raise NotAdmitted(reason)
     return partial(admits_unbacked, symbols=symbols, rows_in_one=rows_in_one)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from torch.utils import _pytree as pytree
 
 from piecework.collector import seldom_full_collections
-from piecework.errors import BindError, InputError, PieceworkError, full_tracebacks
+from piecework.errors import InputError, NotThereError, PieceworkError, full_tracebacks
 from piecework.runtime import torch_compat
 from piecework.runtime.call.execution import Changes
 from piecework.runtime.call.failures import add_piece_note
@@ -34,16 +34,16 @@ MAX_TRACES = 8
 _log = logging.getLogger(__name__)
 
 
-def not_yet(what: str) -> BindError:
+def not_yet(what: str) -> NotThereError:
     """Why there is no ``what`` before the first trace."""
     switch = torch_compat.compiler_off()
     if switch is not None:
-        return BindError(
+        return NotThereError(
             f"there is no {what}: torch's compiler is switched off, and the model runs as it is",
             where=switch,
             hint="switch it on again, and compile the model or call it",
         )
-    return BindError(
+    return NotThereError(
         f"there is no {what} yet: the model is compiled at its first call",
         hint="pass example arguments to piecework.compile, or call the module once",
     )
@@ -92,7 +92,7 @@ class Traces:
         self.lock = threading.RLock()
         self.changes = Changes()
         self.on_trace: Callable[[TracedModel], object] | None = None
-        self.missing: Callable[[str], BindError] = not_yet
+        self.missing: Callable[[str], NotThereError] = not_yet
 
     def require(self, what: str) -> tuple[TracedModel, ...]:
         """The traces; raises `BindError` if there is none, and so no ``what``."""

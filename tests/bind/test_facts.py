@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 
 import pytest
 import torch
@@ -127,6 +128,51 @@ def test_a_model_may_run_its_stitched_self_behind_its_own_hooks() -> None:
         InputError, match="module model has another forward, or other forward hooks"
     ):
         stitched(x)
+
+
+def _bound(function):
+    return lambda model, stitched: types.MethodType(function, model)
+
+
+def _keeping_its_name(model, stitched):
+    return functools.wraps(model.forward)(lambda x: stitched(x))
+
+
+RUN_IT = {
+    "a function": lambda model, stitched: lambda x: stitched(x),
+    "a wrapper with its name": _keeping_its_name,
+    "a partial": lambda model, stitched: functools.partial(stitched),
+    "a method": _bound(lambda self, x: self.run_by(x)),
+    "a default": lambda model, stitched: lambda x, run=stitched: run(x),
+}
+RUN_OTHER = {
+    "a function": lambda model, stitched: lambda x: x * 2,
+    "a method": _bound(lambda self, x: self.linear(x)),
+    "another stitched model's": lambda model, stitched: functools.partial(compiled(Model().eval())),
+}
+
+
+@pytest.mark.parametrize("kind", RUN_IT)
+def test_a_forward_that_runs_the_graph_may_stand_in_the_models_place(kind: str) -> None:
+    model = Model().eval()
+    stitched, x = compiled(model), torch.randn(5, 3)
+    expected = model(x)
+    vars(model)["run_by"] = stitched if kind == "a method" else None
+    model.forward = RUN_IT[kind](model, stitched)
+    torch.testing.assert_close(stitched(x), expected)
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("kind", RUN_OTHER)
+def test_any_other_forward_is_not_what_was_traced(kind: str) -> None:
+    model = Model().eval()
+    stitched, x = compiled(model), torch.randn(5, 3)
+    expected = stitched(x)
+    model.forward = RUN_OTHER[kind](model, stitched)
+    with pytest.raises(InputError, match="module model has another forward"):
+        stitched(x)
+    stitched.accept_settings()
+    torch.testing.assert_close(stitched(x), expected)
 
 
 def test_hooks_that_come_and_go_at_every_call_are_seen_each_time() -> None:

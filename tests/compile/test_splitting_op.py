@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models import EAGER
 
 import piecework
 from piecework.errors import SplitError
@@ -95,3 +96,54 @@ def test_mutates_args_must_name_parameters() -> None:
         @piecework.splitting_op("splitting_op_test::wrong_out", mutates_args=("nothing",))
         def wrong(x: torch.Tensor) -> None:
             pass
+
+
+HANDS_BACK = {
+    "an argument": lambda x: x,
+    "a view": lambda x: x[:, :6],
+    "a view of one row": lambda x: x[:, :2].contiguous(),
+    "an argument, of one row": lambda x: x if len(x) == 1 else x.clone(),
+}
+
+
+@pytest.mark.parametrize("by", ["piecework", "torch"])
+@pytest.mark.parametrize("what", HANDS_BACK)
+def test_what_hands_an_argument_back_is_refused_where_it_is_written_to(what: str, by: str) -> None:
+    name = f"splitting_op_test::hands_back_{list(HANDS_BACK).index(what)}_{by}"
+
+    def hand_back(x: torch.Tensor) -> torch.Tensor:
+        return HANDS_BACK[what](x)
+
+    define = (
+        piecework.splitting_op(name)
+        if by == "piecework"
+        else torch.library.custom_op(name, mutates_args=())
+    )
+    op = define(hand_back)
+    op.register_fake(lambda x: x.new_empty(x.shape[0], hand_back(x).shape[1]))
+
+    def written(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = x * 2
+        given = op(hidden)
+        given.add_(1)
+        return hidden, given
+
+    def read(x: torch.Tensor) -> torch.Tensor:
+        return op(x * 2) + 1
+
+    x = torch.randn(4, 6)
+    stitched, only_read = (
+        piecework.compile(each, (x,), config=EAGER, splitting_ops=[name])
+        for each in (written, read)
+    )
+    for count in (4, 3, 1):
+        x = torch.randn(count, 6)
+        if "one row" in what and count > 1:
+            torch.testing.assert_close(stitched(x), written(x))
+            continue
+        with pytest.raises(
+            SplitError, match=r"returned an argument, .* and the model writes to it"
+        ):
+            stitched(x)
+        if by == "piecework":  # torch's own refuse that by themselves
+            torch.testing.assert_close(only_read(x), read(x))

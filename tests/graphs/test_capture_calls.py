@@ -10,6 +10,7 @@ from models import EAGER, fresh
 from rich.console import Console
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import piecework
@@ -182,3 +183,50 @@ def test_a_call_from_inside_a_splitting_op_leaves_the_graphs_alone() -> None:
     finally:
         INNER.clear()
     assert counted(captured)[BUSY] == 1
+
+
+LAYER = nn.Linear(4, 4)
+
+
+def written_twice(x):
+    hidden = LAYER(x)
+    hidden.add_(1)
+    return hidden, hidden.relu_(), hidden * 2
+
+
+ITSELF = {
+    "written": lambda x: (x.add_(1), LAYER(x)),
+    "as it came": lambda x: (x.contiguous(), LAYER(x)),
+    "one value twice": written_twice,
+    "in a list": lambda x: [LAYER(x), {"x": x.float()}, x.mul_(2)],
+    "into a buffer": lambda x: (
+        torch.add(x, 1, out=(out := torch.empty_like(x))),
+        out,
+        LAYER(out),
+    ),
+}
+
+
+def which(values) -> list[int]:
+    """For each tensor, the number of the first that is the same object."""
+    first: dict[int, int] = {}
+    return [first.setdefault(id(each), number) for number, each in enumerate(values)]
+
+
+@pytest.mark.parametrize("clone", [True, False])
+@pytest.mark.parametrize("name", ITSELF)
+def test_results_that_are_one_tensor_or_an_argument_are_so_from_graphs(name: str, clone) -> None:
+    model = ITSELF[name]
+    stitched = piecework.compile(model, (torch.randn(4, 4),), config=EAGER)
+    stitched.capture([2, 4], progress=False, estimate=False, clone_outputs=clone)
+    for count in (4, 3, 2, 1):
+        x = torch.randn(count, 4)
+        mine, theirs = x.clone(), x.clone()
+        with torch.no_grad():
+            found, expected = stitched(mine), model(theirs)
+        found, expected = (
+            [y, *pytree.tree_leaves(z)] for y, z in ((mine, found), (theirs, expected))
+        )
+        assert which(found) == which(expected)
+        torch.testing.assert_close(found, expected)
+    assert counted(stitched).keys() == {"its size is captured", "padded to the next captured size"}

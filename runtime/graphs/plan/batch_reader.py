@@ -6,7 +6,7 @@ It refuses what a captured graph can't serve at another size than its own; it ru
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +21,7 @@ from piecework.runtime.analysis.writes import held_by_source, mutations_in, refu
 from piecework.runtime.bind.weights import Weight
 from piecework.runtime.graphs.plan.batch_shape import BatchShape, OtherSize, ResultRule, StagedInput
 from piecework.runtime.pieces.program import Program
-from piecework.runtime.trace.inputs import Argument, Layout, Size
+from piecework.runtime.trace.inputs import Argument, GraphInput, Layout, Size
 from piecework.runtime.trace.one_trace import Capture
 
 
@@ -99,16 +99,10 @@ class _Reader:
 
     def read(self) -> BatchShape:
         self._refuse_writes_to_weights()
-        bound = {row.path for row in self.source.module.bound}
         names = tuple(parameter.name for parameter in self.source.module.entry.parameters)
         written = self._written()
         staged, sizes, numbers, weights = [], [], {}, {}
-        passed = (
-            pair
-            for pair in self.pairs
-            if not (isinstance(pair[1], Weight) and pair[1].path in bound)
-        )
-        for position, (node, each) in enumerate(passed):
+        for position, (node, each) in enumerate(self._passed()):
             fake, name = value_of(node), names[position]
             if isinstance(each, Weight):
                 weights[position] = each.path
@@ -153,6 +147,13 @@ class _Reader:
             symbol="" if batch is None else batch.name,
             example=self._example(),
         )
+
+    def _passed(self) -> Iterator[tuple[torch.fx.Node, GraphInput]]:
+        """The placeholders that are arguments of ``execution_fn``, in order."""
+        bound = {row.path for row in self.source.module.bound}
+        for node, each in self.pairs:
+            if not (isinstance(each, Weight) and each.path in bound):
+                yield node, each
 
     def _example(self) -> int | None:
         sizes = (
@@ -285,9 +286,15 @@ class _Reader:
         outputs = returned if isinstance(returned, (list, tuple)) else [returned]
         reasons = self.verdict.results or (self.verdict.refused,) * len(outputs)
         rules, mixes = [], [self.verdict.refused]
+        arguments = {id(value_of(node)): number for number, (node, _) in enumerate(self._passed())}
+        earlier: dict[int, int] = {}
         for index, node in enumerate(outputs):
             value = value_of(node) if isinstance(node, torch.fx.Node) else node
             rule = self._rule(value)
+            if rule is not None and isinstance(value, torch.Tensor):
+                same = earlier.setdefault(id(value), index)
+                known = None if same == index else same
+                rule = replace(rule, argument=arguments.get(id(value)), earlier=known)
             reason = "its size is computed from the batch size" if rule is None else reasons[index]
             rules.append(rule or ResultRule())
             if reason is not None and not (rule is not None and rule.is_count):

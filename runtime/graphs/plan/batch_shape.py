@@ -74,10 +74,14 @@ class ResultRule:
     Attributes:
         dims: dimensions to trim to the batch size; none for a result that does not depend on it.
         is_count: it is the batch size itself.
+        argument: position of the argument that it is; None for a tensor of its own.
+        earlier: number of an earlier result that it is.
     """
 
     dims: tuple[int, ...] = ()
     is_count: bool = False
+    argument: int | None = None
+    earlier: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,6 +94,11 @@ class CapturedModel:
         several = sum(not rule.is_count for rule in self.shape.results) > 1
         on_gpu = self.graphs.platform.device.type != "cpu"
         self._copies_together = on_gpu and several and options.clone_outputs
+        self._same = [
+            (number, rule)
+            for number, rule in enumerate(self.shape.results)
+            if rule.argument is not None or rule.earlier is not None
+        ]
         self._order, self._join = self.graphs.call_order, options.join
         self._raises = FailurePolicy.parse(options.on_failure).raises
         self._calls = Calls(self.shape, self.dispatcher, self._ready, options)
@@ -357,7 +362,7 @@ class CapturedModel:
                 outputs = call(inputs)
                 if bring_back is not None:
                     bring_back(inputs, count)  # type: ignore[arg-type]
-                return self._trimmed(outputs, count, step.padded)
+                return self._trimmed(outputs, flat, count, step.padded)
         finally:
             try:
                 if user[0] is mine:
@@ -369,10 +374,10 @@ class CapturedModel:
         self._calls.busy.calls += 1
         return self._forward(*flat, **submods)
 
-    def _trimmed(self, outputs: object, count: int, padded: int) -> object:
+    def _trimmed(self, outputs: object, flat: Sequence[object], count: int, padded: int) -> object:
         assert isinstance(outputs, (tuple, list))
         clone = self.options.clone_outputs and not self._copies_together
-        trimmed = []
+        trimmed: list[object] = []
         for output, rule in zip(outputs, self.shape.results, strict=True):
             if isinstance(output, torch.Tensor):
                 if count != padded:
@@ -382,7 +387,11 @@ class CapturedModel:
             elif rule.is_count:
                 output = count
             trimmed.append(output)
-        return tuple(_copied(trimmed) if self._copies_together else trimmed)
+        trimmed = _copied(trimmed) if self._copies_together else trimmed
+        for number, rule in self._same:
+            same = trimmed[rule.earlier] if rule.argument is None else flat[rule.argument]  # type: ignore[index]
+            trimmed[number] = same
+        return tuple(trimmed)
 
     # --- what it says ------------------------------------------------------------------------------
 
