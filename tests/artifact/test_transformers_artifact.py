@@ -240,7 +240,7 @@ def test_a_loaded_model_is_saved_again(artifact: Path, tmp_path: Path) -> None:
 
 WHOLE: dict[str, dict[str, object]] = {
     "bloom": {"n_layer": 1, "n_head": 4},
-    "gptj": {"rotary_dim": 4},
+    "gptj": {"n_layer": 2, "n_head": 4, "rotary_dim": 4},
     "mamba": {"state_size": 8, "num_hidden_layers": 2},
 }
 
