@@ -307,6 +307,19 @@ def test_families_that_are_served_whole(family: str, tmp_path: Path) -> None:
     assert how_served(model).as_it_is.keys() == as_it_is.keys()
 
 
+@pytest.mark.nightly
+def test_sizes_that_no_saved_trace_serves_are_traced(tmp_path: Path) -> None:
+    save(stitch(build("mistral", seed=1), config=EAGER, way="whole"), tmp_path / "artifact")
+    model = build("mistral")
+    expected = [tokens_of(model, *each) for each in REQUESTS]
+    load(tmp_path / "artifact", model)
+    assert how_served(model).way == "whole"
+    before = [len(each.traces) for each in how_served(model).modules.values()]
+    found = [tokens_of(model, *each) for each in REQUESTS]  # some fill their windows
+    assert all(map(torch.equal, found, expected)) and not how_served(model).as_it_is
+    assert sum(len(each.traces) for each in how_served(model).modules.values()) > sum(before)
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -379,7 +392,7 @@ def run(
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.inductor)])
-@pytest.mark.parametrize(("family", "modules"), [("llama", 1), ("bloom", 5)])
+@pytest.mark.parametrize(("family", "modules"), [("llama", 1), ("bloom", 7)])
 def test_another_process_needs_no_compiler_and_no_cache(
     family: str, modules: int, backend: str, tmp_path: Path
 ) -> None:
