@@ -68,7 +68,7 @@ def compile_command(
             config=config,
             config_text=loaded.config_text if not Path(model).is_dir() else None,
         )
-        unsaved = _save_artifact(output, stitched)
+        unsaved = _save_artifact(output, loaded, stitched)
         if unsaved and not as_json:
             out.print(f"run will compile again: {unsaved}", markup=False)
         if as_json:
@@ -230,13 +230,13 @@ def reload_model(directory: Path, manifest: Manifest) -> LoadedModel:
     )
 
 
-def _save_artifact(directory: Path, stitched: StitchedModule) -> str:
+def _save_artifact(directory: Path, loaded: LoadedModel, stitched: StitchedModule) -> str:
     """Write what was compiled beside the rest; says why it could not be, else ""."""
     from piecework.errors import ArtifactError
     from piecework.runtime import bundle
 
     try:
-        stitched.save(directory / bundle.ARTIFACT)
+        loaded.save(stitched, directory / bundle.ARTIFACT)
     except ArtifactError as error:
         return str(error)
     return ""

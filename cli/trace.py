@@ -21,6 +21,7 @@ from piecework.cli.options import Backend, ConfigFile, Overrides, configuration
 
 if TYPE_CHECKING:
     from collections import Counter
+    from collections.abc import Sequence
 
     from rich.console import Console
 
@@ -75,10 +76,12 @@ def trace(
             as_json,
             "Tracing",
             lambda: write_trace(
-                output, lambda: loaded.run(tokens, stitched), stitched.named_pieces()
+                output,
+                lambda: loaded.run(tokens, stitched),
+                [each.named_pieces() for each in loaded.modules(stitched)],
             ),
         )
-        named = _named(stitched, found)
+        named = _named(loaded.modules(stitched), found)
         if as_json:
             print(json.dumps({"trace": str(output), "ranges": named}))
             return
@@ -112,9 +115,11 @@ def _stitched(
     return loaded, run_compile_step(out, quiet, text, lambda: loaded.stitch(config))
 
 
-def _named(stitched: StitchedModule, found: Counter[str]) -> dict[str, int]:
+def _named(modules: Sequence[StitchedModule], found: Counter[str]) -> dict[str, int]:
     """The ranges of ``found`` that are named after pieces, replays and operators of the model, in the order of their stages."""
-    stages = dict.fromkeys(name for each in stitched.traces for name in each.stages())
+    stages = dict.fromkeys(
+        name for made in modules for each in made.traces for name in each.stages()
+    )
     return {
         key: found[key]
         for stage in stages

@@ -32,6 +32,12 @@ class Plain:
             loaded.module, loaded.example_args, loaded.example_kwargs, config=config
         )
 
+    def save(self, loaded: LoadedModel, stitched: StitchedModule, artifact: Path) -> None:
+        stitched.save(artifact)
+
+    def modules(self, loaded: LoadedModel, stitched: StitchedModule) -> Sequence[StitchedModule]:
+        return (stitched,)
+
     def warm(self, loaded: LoadedModel, artifact: Path) -> StitchedModule:
         return load(artifact, loaded.module)
 

@@ -51,6 +51,14 @@ class LoadedModel:
         """The same by what ``StitchedModule.save`` wrote; see `Integration.warm`."""
         return self.integration.warm(self, artifact)
 
+    def save(self, stitched: StitchedModule, artifact: Path) -> None:
+        """Write what `warm` takes; see `Integration.save`."""
+        self.integration.save(self, stitched, artifact)
+
+    def modules(self, stitched: StitchedModule) -> Sequence[StitchedModule]:
+        """What serves the model by now; see `Integration.modules`."""
+        return self.integration.modules(self, stitched)
+
     @torch.no_grad()
     def run(self, new_tokens: int, stitched: StitchedModule | None = None) -> Outcome:
         """Run the model on its example arguments; see `Integration.run`."""
@@ -96,6 +104,18 @@ class Integration(Protocol):
         Raises:
             PieceworkError: it can't be, with the reason.
         """
+        ...
+
+    def save(self, loaded: LoadedModel, stitched: StitchedModule, artifact: Path) -> None:
+        """Write what serves the model.
+
+        Raises:
+            ArtifactError: something can't be told again in another process, or the directory can't be written.
+        """
+        ...
+
+    def modules(self, loaded: LoadedModel, stitched: StitchedModule) -> Sequence[StitchedModule]:
+        """The stitched modules that serve calls of the model by now, ``stitched`` among them."""
         ...
 
     def warm(self, loaded: LoadedModel, artifact: Path) -> StitchedModule:

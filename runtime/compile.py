@@ -129,7 +129,6 @@ def load(
     require_model(model)
     found = Artifact.open(store_of(path), key_file)
     facts = found.folder.facts
-    config, runtime, ops = facts["config"], facts["runtime config"], facts["splitting ops"]
     kept = facts.get("kept")
     if kept is not None:
         raise ArtifactError(
@@ -137,6 +136,7 @@ def load(
             where=str(path),
             hint=f"{kept['load']}(path, model) loads it",  # type: ignore[index]
         )
+    config, runtime, ops = facts["config"], facts["runtime config"], facts["splitting ops"]
     made = ModeModule(
         torch_compat.original_of(model),
         splitting_ops=ops,  # type: ignore[arg-type]
@@ -173,7 +173,8 @@ def _load_or_compile(
         return
     made.forget()
     made.prepare(*args, **kwargs)
-    keep(made, path, key_file)
+    if made.traces:
+        keep(partial(made.save, path, key_file=key_file), path)
 
 
 def require_stitching(config: CompilationConfig | None) -> None:
@@ -201,13 +202,12 @@ def take_if_it_fits(
     return True
 
 
-def keep(made: StitchedModule, path: Place, key_file: str | os.PathLike[str] | None) -> None:
-    """Save what was compiled, if anything was; a warning says why it can't be."""
-    if made.traces:
-        try:
-            made.save(path, key_file=key_file)
-        except ArtifactError as error:
-            _log.warning("the compiled model is not saved to %s: %s", path, error)
+def keep(save: Callable[[], None], path: Place) -> None:
+    """Save what was compiled to ``path``; a warning says why it can't be."""
+    try:
+        save()
+    except ArtifactError as error:
+        _log.warning("the compiled model is not saved to %s: %s", path, error)
 
 
 def compile_with_mode(

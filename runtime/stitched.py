@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,7 @@ from piecework.runtime.traces.traced_model import TracedModel
 from piecework.runtime.traces.traces import Traces, inside
 
 if TYPE_CHECKING:
+    from piecework.runtime.artifact.save import Part
     from piecework.runtime.batch.coverage import CoverageRow
     from piecework.runtime.call.shadow import Shadow
     from piecework.runtime.graphs.plan.phase import CaptureWatcher
@@ -71,7 +72,8 @@ class StitchedModule(SharedModule):
         config: the configuration.
         runtime_config: the program's limits; None if they are not known.
         as_it_is: what a call runs while torch's compiler is switched off: the model, unless something stands around it.
-        kept: what another process needs to know to make ``around`` again, as JSON data; None if that can't be told.
+        kept: what another process needs to know to make ``around`` again, as JSON data; None if that can't be told. Its "load" names what loads an artifact,
+            and "save" what saves it, where other modules serve the same model.
     """
 
     def __init__(
@@ -314,6 +316,25 @@ class StitchedModule(SharedModule):
         """
         from piecework.runtime.artifact.save import save
 
+        if self._together is not None:
+            raise ArtifactError(
+                "it serves a part of a model's calls, and others serve the rest",
+                where=self._traces.backend.prefix,
+                hint=f"{self._together}(model, path) saves all of them",
+            )
+        with self.saved() as part:
+            save(path, part, key_file=key_file)
+
+    @contextmanager
+    def saved(self) -> Iterator[Part]:
+        """What an artifact holds of this module, which does not change in the block.
+
+        Raises:
+            ArtifactError: nothing says in another process how it was made.
+            BindError: the model is not compiled yet.
+        """
+        from piecework.runtime.artifact.save import Part
+
         self._traces.require("artifact")
         if self._around is not nullcontext and self.kept is None:
             raise ArtifactError(
@@ -322,9 +343,15 @@ class StitchedModule(SharedModule):
                 hint="compile it in each process: compiled pieces come from the cache",
             )
         with self._traces.changes.one("save()"), self._traces.lock:
-            self._traces.add_one()
+            if self._together is None:
+                self._traces.add_one()
             with collector_paused():
-                save(path, self.model, self.traces, self._made_with(), key_file=key_file)
+                yield Part(self.model, self.traces, self._made_with())
+
+    @property
+    def _together(self) -> object:
+        """What saves this module and others that serve the same model; None for one that serves it alone."""
+        return None if self.kept is None else self.kept.get("save")
 
     def _made_with(self) -> dict[str, object]:
         ops, sizes = self._splitting_ops, self._traces.sizes

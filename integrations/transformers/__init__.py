@@ -6,6 +6,7 @@ It never patches transformers or changes the model's weights; ``unstitch`` gives
 from piecework.integrations.transformers.stitcher import (
     how_served,
     load,
+    save,
     sleep,
     stitch,
     stitched_module,
@@ -13,4 +14,13 @@ from piecework.integrations.transformers.stitcher import (
     wake_up,
 )
 
-__all__ = ["how_served", "load", "sleep", "stitch", "stitched_module", "unstitch", "wake_up"]
+__all__ = [
+    "how_served",
+    "load",
+    "save",
+    "sleep",
+    "stitch",
+    "stitched_module",
+    "unstitch",
+    "wake_up",
+]

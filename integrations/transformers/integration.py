@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -67,6 +67,16 @@ class CausalLM:
 
         stitch(loaded.module, config=config)
         return stitched_module(loaded.module)
+
+    def save(self, loaded: LoadedModel, stitched: StitchedModule, artifact: Path) -> None:
+        from piecework.integrations.transformers import save
+
+        save(loaded.module, artifact)
+
+    def modules(self, loaded: LoadedModel, stitched: StitchedModule) -> Sequence[StitchedModule]:
+        from piecework.integrations.transformers import how_served
+
+        return tuple(how_served(loaded.module).modules.values())
 
     def warm(self, loaded: LoadedModel, artifact: Path) -> StitchedModule:
         from piecework.integrations.transformers import load, stitched_module

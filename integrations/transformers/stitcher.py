@@ -11,6 +11,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypeVar
 
 import torch
@@ -19,12 +20,11 @@ from transformers.modeling_utils import PreTrainedModel
 
 from piecework.errors import CaptureError, ConfigError, StaticGraphError, UsageError, short_errors
 from piecework.integrations.transformers.flat.admission import forget_layers
-from piecework.integrations.transformers.flat.keeping import serving_of
 from piecework.integrations.transformers.flat.way import FlatWay
 from piecework.integrations.transformers.head import HeadForward, can_be_captured
 from piecework.integrations.transformers.request.dry import dry_request
 from piecework.integrations.transformers.way import Way
-from piecework.integrations.transformers.ways import Served, chosen_way, served
+from piecework.integrations.transformers.ways import Served, chosen_way, served, way_of
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.load import Artifact
 from piecework.runtime.artifact.store import Place, store_of
@@ -73,7 +73,7 @@ def stitch(
             ``max_num_seqs`` sequences takes. The mode is the configuration's ``cudagraph_mode``, FULL_AND_PIECEWISE if that is NONE. `how_served`
             counts the steps of static caches that ran outside these graphs.
         max_num_seqs: the most sequences of a decode step that is captured whole; by default the largest number in ``capture``.
-        artifact: a directory or URL that ``stitched_module(model).save`` writes. If what lies there fits the model, the configuration and this process, it
+        artifact: a directory or URL that `save` writes. If what lies there fits the model, the configuration and this process, it
             is loaded, and nothing is run, traced or compiled; else the model is compiled and saved there, and a warning says why.
         key_file: a secret that signs and verifies the artifact; see ``StitchedModule.save``.
         way: "flat" or "whole": that way, or a refusal. By default the first of them that serves the model.
@@ -96,24 +96,27 @@ def stitch(
     whole = _whole_steps(chosen, sizes, max_cache_len, max_num_seqs)
     decoder = _unstitched(model)
 
-    def take(found: Artifact) -> None:
-        _take(found, model, decoder, chosen)
+    taken: Way | None = None
 
-    loaded = False
+    def take(found: Artifact) -> None:
+        nonlocal taken
+        taken = way_of(found, model, decoder, chosen, way)
+
     if artifact is not None:
         require_stitching(chosen)
-        loaded = take_if_it_fits(artifact, key_file, take)
-    if not loaded:
+        take_if_it_fits(artifact, key_file, take)
+    loaded = taken is not None
+    if taken is None:
         taken = chosen_way(model, decoder, chosen, way)
-        if sizes is not None and taken.name != FlatWay.name:
-            raise StaticGraphError(
-                "a decoder that is served whole is not captured: its graphs would hold the memory of one cache",
-                where=type(decoder).__name__,
-                hint="leave capture out",
-            )
-        if artifact is not None and taken.modules():
-            keep(taken.entry("input_ids"), artifact, key_file)
-        _serve_by(taken, model)
+    if sizes is not None and taken.name != FlatWay.name:
+        raise StaticGraphError(
+            "a decoder that is served whole is not captured: its graphs would hold the memory of one cache",
+            where=type(decoder).__name__,
+            hint="leave capture out",
+        )
+    if artifact is not None and not loaded and taken.modules():
+        keep(partial(taken.save, artifact, key_file), artifact)
+    _serve_by(taken, model)
     try:
         if sizes is not None:
             _capture(model, sizes, whole, measured=capture == AUTO, config=chosen)
@@ -232,8 +235,25 @@ def _capture(
 
 
 @short_errors
+def save(model: nn.Module, path: Place, *, key_file: str | os.PathLike[str] | None = None) -> None:
+    """Write what a stitched model is served by, for `load` in another process: of a decoder that is served whole every kind of call that came so far.
+
+    Args:
+        path, key_file: as of ``StitchedModule.save``.
+
+    Raises:
+        ArtifactError: something can't be told again in another process, which is named; or the directory can't be written.
+        UsageError: the model is not stitched.
+
+    Example:
+        >>> save(stitch(model), "bloom.artifact")
+    """
+    _required(_decoder_of(model)).way.save(path, key_file)
+
+
+@short_errors
 def load(path: Place, model: Model, *, key_file: str | os.PathLike[str] | None = None) -> Model:
-    """Stitch the decoder of a causal LM in place by what ``stitched_module(model).save(path)`` wrote: nothing is run, traced or compiled.
+    """Stitch the decoder of a causal LM in place by what `save` wrote: nothing is run, traced or compiled.
 
     Args:
         path, key_file: as in ``piecework.load``.
@@ -245,33 +265,14 @@ def load(path: Place, model: Model, *, key_file: str | os.PathLike[str] | None =
         UsageError: the model is stitched already.
 
     Example:
-        >>> stitched_module(stitch(model)).save("llama.artifact")
+        >>> save(stitch(model), "llama.artifact")
         >>> load("llama.artifact", other).generate(input_ids)  # in another process
     """
     decoder = _unstitched(model)
     found = Artifact.open(store_of(path), key_file)
     config = CompilationConfig.given(found.folder.facts["config"], "config")
-    _take(found, model, decoder, config)
+    _serve_by(way_of(found, model, decoder, config), model)
     return model
-
-
-def _take(
-    found: Artifact, model: nn.Module, decoder: nn.Module, config: CompilationConfig | None
-) -> None:
-    """Serve ``decoder`` by an artifact.
-
-    Raises:
-        ArtifactError: it does not fit; the model is left as it was.
-    """
-    forward = decoder.forward
-    try:
-        serving = serving_of(found.folder.facts.get("kept"), model, decoder, forward, "input_ids")
-        way = FlatWay(model, serving, forward, config)
-        way.take("input_ids", found)
-    except BaseException:
-        forget_layers(decoder)
-        raise
-    _serve_by(way, model)
 
 
 def unstitch(model: Model) -> Model:

@@ -5,6 +5,7 @@ There are two: `FlatWay` and `WholeWay`.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from typing import Protocol
@@ -13,6 +14,7 @@ from torch import nn
 
 from piecework.errors import CaptureError
 from piecework.integrations.transformers.own.probe import Forward
+from piecework.runtime.artifact.store import Place
 from piecework.runtime.stitched import StitchedModule
 
 
@@ -50,3 +52,6 @@ class Way(Protocol):
 
     def modules(self) -> dict[str, StitchedModule]:
         """Those that are compiled, by the calls that they serve."""
+
+    def save(self, place: Place, key_file: str | os.PathLike[str] | None) -> None:
+        """Write an artifact of what is compiled; raises `ArtifactError` where something can't be told again in another process."""

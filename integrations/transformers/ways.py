@@ -10,15 +10,17 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from piecework.errors import CaptureError, ConfigError
+from piecework.errors import ArtifactError, CaptureError, ConfigError
 from piecework.integrations.transformers.flat.admission import admit, forget_layers
 from piecework.integrations.transformers.flat.way import FlatWay
+from piecework.integrations.transformers.own.outside import LOADER
 from piecework.integrations.transformers.own.probe import Forward
 from piecework.integrations.transformers.own.refusals import refuse_model
 from piecework.integrations.transformers.way import Way
 from piecework.integrations.transformers.whole.admission import admit_whole
 from piecework.integrations.transformers.whole.way import WholeWay
 from piecework.runtime import torch_compat
+from piecework.runtime.artifact.load import Artifact
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
 
@@ -59,6 +61,36 @@ def chosen_way(
         ) from error
     way.not_flat = refused
     return way
+
+
+def way_of(
+    found: Artifact,
+    model: nn.Module,
+    decoder: nn.Module,
+    config: CompilationConfig | None,
+    wanted: str | None = None,
+) -> Way:
+    """The way that an artifact is of, for a model like the one that was saved.
+
+    Args:
+        wanted: the name of the one way that is allowed; None for any.
+
+    Raises:
+        ArtifactError: it is of something else, or does not fit; the model is left as it was.
+        CaptureError: the model is not fit, such as one in training mode.
+    """
+    kept = found.folder.facts.get("kept")
+    name = kept.get("way") if isinstance(kept, dict) and kept.get("load") == LOADER else None
+    ways = {each.name: each.of_artifact for each in (FlatWay, WholeWay)}
+    if name not in ways:
+        raise ArtifactError(
+            "the artifact is of no decoder of transformers",
+            where=type(model).__name__,
+            hint="piecework.load(path, model) loads what piecework.compile made",
+        )
+    if wanted not in (None, name):
+        raise ArtifactError(f"the artifact is of the {name} way, and {wanted!r} is wanted")
+    return ways[name](found, model, decoder, config)
 
 
 def _said(error: CaptureError) -> str:

@@ -21,6 +21,8 @@ from piecework.runtime.cache.safety import signing_key
 
 FORMAT = 1
 SIGNATURE = "manifest.hmac"
+#: What the manifest says of each of several modules that were saved together.
+PARTS = "parts"
 _LIMIT = 4 << 30
 _KEY_BYTES = 16
 _NAME = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}/){0,2}[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
@@ -61,6 +63,24 @@ class Folder:
     def text(self, name: str) -> str:
         """The same as text."""
         return self.read(name).decode("utf-8")
+
+    def parts(self) -> tuple[Folder, ...]:
+        """The same as one artifact for each module that was saved in it with others."""
+        rows = self.facts.get(PARTS)
+        shared = {name: value for name, value in self.facts.items() if name != PARTS}
+        return tuple(
+            Folder(
+                f"{self.name}/{part_folder(number)}",
+                {**shared, **row},
+                {name.removeprefix(part_folder(number)): data for name, data in self.files.items()},
+            )
+            for number, row in enumerate(rows if isinstance(rows, list) else ())
+        )
+
+
+def part_folder(number: int) -> str:
+    """Where the files of a module lie that was saved with others."""
+    return f"part_{number}/"
 
 
 def key_of(file: str | os.PathLike[str] | None) -> bytes | None:

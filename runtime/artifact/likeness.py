@@ -176,8 +176,10 @@ def is_torchs_function(value: object) -> bool:
     return isinstance(value, types.FunctionType) and is_torchs(value.__code__)
 
 
-# What Python itself keeps there, and nobody looks up to run it.
-_DERIVED = frozenset({"__dict__", "__weakref__", "__annotate__", "__annotate_func__"})
+# What Python itself keeps there, and nobody looks up to run it; of slots once an instance was copied.
+_DERIVED = frozenset(
+    {"__dict__", "__weakref__", "__annotate__", "__annotate_func__", "__slotnames__"}
+)
 
 
 def _member(value: Any) -> str:

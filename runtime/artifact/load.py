@@ -95,6 +95,11 @@ class Artifact:
         surroundings.require_same_settings(_texts(folder, "torch settings"), settings)
         return cls(folder, time.perf_counter() - start)
 
+    def parts(self) -> tuple[Artifact, ...]:
+        """One for each module, of an artifact of several that were saved together."""
+        found = self.folder.parts()
+        return tuple(Artifact(each, self.seconds / len(found)) for each in found)
+
     def traces(
         self,
         model: Callable[..., object],

@@ -1,4 +1,4 @@
-"""Stitched models to directories. In: the traces of a stitched model. Out: an artifact, written whole or not at all.
+"""Stitched models to directories. In: the traces of a stitched model, or of several that serve one model together. Out: an artifact, written whole or not at all.
 
 What can't be told again in another process is refused by name. No weight is written.
 """
@@ -9,7 +9,7 @@ import json
 import os
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from piecework.runtime import torch_compat
 from piecework.runtime.analysis.writes import mutations_in
 from piecework.runtime.artifact import surroundings
 from piecework.runtime.artifact.facts import SavedState, codes_of, saved_state
-from piecework.runtime.artifact.folder import key_of, write_folder
+from piecework.runtime.artifact.folder import PARTS, key_of, part_folder, write_folder
 from piecework.runtime.artifact.form import (
     CAREFUL,
     EDITED,
@@ -50,37 +50,94 @@ from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.inputs import Argument, Layout, Size
 from piecework.runtime.traces.traced_model import TracedModel
 
+Graph = torch.fx.GraphModule
 
-def save(
-    place: Place,
-    model: Any,
-    traces: Sequence[TracedModel],
-    settings: Mapping[str, object],
-    *,
-    key_file: str | os.PathLike[str] | None = None,
-) -> None:
-    """Write the traces of ``model`` to a directory or URL, in place of an artifact that is there.
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stitched module that is saved, alone or with others.
+
+    Attributes:
+        model: what it was made of.
+        traces: its traces.
+        settings: what the manifest says of how they were made, as JSON data.
+    """
+
+    model: Any
+    traces: Sequence[TracedModel]
+    settings: Mapping[str, object]
+
+
+def save(place: Place, part: Part, *, key_file: str | os.PathLike[str] | None = None) -> None:
+    """Write a stitched module to a directory or URL, in place of an artifact that is there.
 
     Args:
-        settings: what the manifest says of how they were made, as JSON data.
         key_file: the secret that signs the manifest; `piecework.runtime.artifact.folder.key_of`.
 
     Raises:
         ArtifactError: something can't be told again in another process, or the directory can't be written.
     """
     store, key = store_of(place), key_of(key_file)
+    files: dict[str, bytes] = {}
+    graphs: list[Graph] = []
+    facts = _facts(part, files, "", graphs)
+    write_folder(store, files, _as_json({**facts, **_surroundings(part.traces, graphs)}), key)
+
+
+def save_together(
+    place: Place,
+    parts: Sequence[Part],
+    settings: Mapping[str, object],
+    values: Mapping[str, object],
+    *,
+    key_file: str | os.PathLike[str] | None = None,
+) -> None:
+    """The same of several modules that serve one model: their pieces are written once.
+
+    Args:
+        settings: what the manifest says of all of them.
+        values: further values by the names of their files, as `to_bytes` takes them.
+    """
+    store, key = store_of(place), key_of(key_file)
+    files = {name: to_bytes(value, name) for name, value in values.items()}
+    graphs: list[Graph] = []
+    rows = [_facts(each, files, part_folder(i), graphs) for i, each in enumerate(parts)]
+    traces = [trace for part in parts for trace in part.traces]
+    facts = {**settings, **_surroundings(traces, graphs), PARTS: rows}
+    write_folder(store, files, _as_json(facts), key)
+
+
+def _as_json(facts: Mapping[str, object]) -> dict[str, object]:
+    data: dict[str, object] = json.loads(json.dumps(facts))
+    return data
+
+
+def _surroundings(traces: Sequence[TracedModel], graphs: Sequence[Graph]) -> dict[str, object]:
+    """What the manifest says of the process."""
     if any(each.settings != traces[0].settings for each in traces):
         raise ArtifactError(
             "torch was set otherwise for one trace of the model than for another",
             where="torch's settings",
             hint="compile the model again, and call it with every kind of size under the same settings",
         )
-    files: dict[str, bytes] = {}
-    rows, graphs = [], []
-    for number, trace in enumerate(traces):
+    return {
+        "versions": surroundings.versions(),
+        "machine": surroundings.machine(*graphs),
+        "processes": surroundings.processes(),
+        "environment": environment_factors(),
+        "torch settings": traces[0].settings,
+    }
+
+
+def _facts(
+    part: Part, files: dict[str, bytes], prefix: str, graphs: list[Graph]
+) -> dict[str, object]:
+    """What the manifest says of a module, whose files are added to ``files``, and its graphs to ``graphs``."""
+    rows, own = [], []
+    for number, trace in enumerate(part.traces):
         _require_savable(trace)
         _code_with_places(trace)
-        folder = f"trace_{number}"
+        folder = f"{prefix}trace_{number}"
         saved = _saved(trace, files, folder)
         program = trace.program
         files[f"{folder}/{STATE}"] = to_bytes(saved, "what the trace took for given")
@@ -92,29 +149,24 @@ def save(
         if pickled is not None:
             files[f"{folder}/{GRAPHS}"] = pickled
         rows.append(_row(saved, trace, pickled is not None))
-        graphs.append(program.graph)
-        graphs += [backend.graph for backend in program.backends.values() if backend.graph]
-        graphs += [item.graph for item in program.items]
-    states = [trace.entry.weights.state for trace in traces]
-    facts: dict[str, object] = {
-        **settings,
-        "versions": surroundings.versions(),
-        "machine": surroundings.machine(*graphs),
-        "processes": surroundings.processes(),
-        "environment": environment_factors(),
-        "torch settings": traces[0].settings,
-        "modules": surroundings.tree(modules_of(model)),
+        own.append(program.graph)
+        own += [backend.graph for backend in program.backends.values() if backend.graph]
+        own += [item.graph for item in program.items]
+    graphs += own
+    states = [trace.entry.weights.state for trace in part.traces]
+    return {
+        **part.settings,
+        "modules": surroundings.tree(modules_of(part.model)),
         "sources": surroundings.sources(
             {each for state in states for each in state.code},
             [
-                *{type(each) for _, root in modules_of(model) for each in root.modules()},
+                *{type(each) for _, root in modules_of(part.model) for each in root.modules()},
                 *{each for state in states for each in state.classes.classes},
             ],
         ),
-        "operators": surroundings.operators(graphs),
+        "operators": surroundings.operators(own),
         "traces": rows,
     }
-    write_folder(store, files, json.loads(json.dumps(facts)), key)
 
 
 def _require_savable(trace: TracedModel) -> None:

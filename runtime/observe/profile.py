@@ -9,8 +9,8 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,7 +110,7 @@ def profile_calls(
     """Run ``call`` ``calls`` times plainly and as often under torch's profiler.
 
     Args:
-        named: puts each stage of a call inside a profiler range of its name.
+        named: put each stage of a call inside a profiler range of its name.
         stages: name of each stage → the code that was generated for it, as far as that is known.
     """
     call()
@@ -155,7 +155,7 @@ def require_writable(path: Path) -> None:
 
 
 def write_trace(
-    path: Path, call: Callable[[], object], named: AbstractContextManager[object]
+    path: Path, call: Callable[[], object], named: Iterable[AbstractContextManager[object]]
 ) -> Counter[str]:
     """Run ``call`` under torch's profiler and write what it saw as a trace in Chrome's format, which Perfetto opens.
 
@@ -170,8 +170,11 @@ def write_trace(
         UsageError: the file can't be written.
     """
     require_writable(path)
-    with named, torch.profiler.profile(activities=_activities()) as profiler:
-        call()
+    with ExitStack() as stack:
+        for each in named:
+            stack.enter_context(each)
+        with torch.profiler.profile(activities=_activities()) as profiler:
+            call()
     try:
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=path.absolute().parent) as folder:
             written = Path(folder) / path.name

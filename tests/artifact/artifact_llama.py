@@ -1,4 +1,4 @@
-"""A small Llama of transformers, stitched and saved in one process and loaded in another. In: save or load, a compiler, a folder. Out: one line of JSON."""
+"""A small model of transformers, stitched and saved in one process and loaded in another. In: save or load, a compiler, a folder, a family. Out: one line of JSON."""
 
 from __future__ import annotations
 
@@ -8,16 +8,25 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 import piecework
-from piecework.integrations.transformers import stitch
+from piecework.integrations.transformers import save, stitch
 
 REQUESTS = ((1, 1), (1, 2), (2, 5), (3, 9), (1, 40))
 
 
-def build() -> LlamaForCausalLM:
+def build(family: str) -> PreTrainedModel:
     torch.manual_seed(0)
+    if family == "bloom":  # which is served whole
+        sizes = {"vocab_size": 97, "hidden_size": 32, "n_layer": 3, "n_head": 4}
+        return BloomForCausalLM(BloomConfig(**sizes, eos_token_id=None, pad_token_id=0)).eval()
     config = LlamaConfig(
         vocab_size=97,
         hidden_size=32,
@@ -31,7 +40,7 @@ def build() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def tokens_of(model: LlamaForCausalLM) -> list[list[list[int]]]:
+def tokens_of(model: PreTrainedModel) -> list[list[list[int]]]:
     found = []
     for batch, length in REQUESTS:
         ids = torch.randint(1, 97, (batch, length), generator=torch.Generator().manual_seed(length))
@@ -41,14 +50,16 @@ def tokens_of(model: LlamaForCausalLM) -> list[list[list[int]]]:
     return found
 
 
-def main(what: str, backend: str, folder: str) -> dict[str, object]:
-    model = build()
+def main(what: str, backend: str, folder: str, family: str) -> dict[str, object]:
+    model = build(family)
     if what == "save":
         expected = tokens_of(model)
         Path(folder, "expected.json").write_text(json.dumps(expected))
     expected = json.loads(Path(folder, "expected.json").read_text())
     stitch(model, config={"backend": backend}, artifact=Path(folder, "artifact"))
     equal = tokens_of(model) == expected
+    if what == "save":
+        save(model, Path(folder, "artifact"))  # all kinds of calls that came
     return {
         "equal": equal,
         "counters": {k: v for k, v in piecework.counters.snapshot().items() if v},

@@ -7,7 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,22 @@ from small_llms import GEMMA, WINDOW
 from small_llms import build as built
 from torch import nn
 
-from piecework.errors import ArtifactError, CaptureError, ConfigError, PieceworkError, UsageError
-from piecework.integrations.transformers import load, stitch, stitched_module, unstitch
+from piecework.errors import (
+    ArtifactError,
+    CaptureError,
+    ConfigError,
+    PieceworkError,
+    StaticGraphError,
+    UsageError,
+)
+from piecework.integrations.transformers import (
+    how_served,
+    load,
+    save,
+    stitch,
+    stitched_module,
+    unstitch,
+)
 from piecework.runtime.compile import load as load_module
 from piecework.runtime.counters import counters
 
@@ -221,15 +236,150 @@ def test_a_loaded_model_is_saved_again(artifact: Path, tmp_path: Path) -> None:
         tokens_of(model, 2, 5)
 
 
+# --- served whole -------------------------------------------------------------------------------------
+
+WHOLE: dict[str, dict[str, object]] = {
+    "bloom": {"n_layer": 1, "n_head": 4},
+    "gptj": {"n_layer": 2, "n_head": 4, "rotary_dim": 4},
+    "mamba": {"state_size": 8, "num_hidden_layers": 2},
+}
+
+
+def whole(family: str = "bloom", seed: int = 0, **fields: object) -> nn.Module:
+    torch.manual_seed(seed)
+    config = transformers.CONFIG_MAPPING[family](
+        **{"vocab_size": 97, "hidden_size": 32, "eos_token_id": None, "pad_token_id": 0},
+        **{**WHOLE[family], **fields},
+    )
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(scope="module")
+def whole_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One of a decoder that is served whole, for several sequences and for one."""
+    path = tmp_path_factory.mktemp("bloom") / "artifact"
+    model = stitch(whole(seed=1), config=EAGER)
+    tokens_of(model, 1, 3)
+    save(model, path)
+    return path
+
+
+@contextmanager
+def nothing_traced() -> Iterator[None]:
+    names = ("num_graphs_seen", "num_backend_compilations", "num_eager_compiles")
+    with counters.expect(**dict.fromkeys(names, 0)):
+        yield
+
+
+def test_every_kind_of_call_of_a_decoder_that_is_served_whole_is_loaded(
+    whole_artifact: Path,
+) -> None:
+    model = whole()
+    requests = [each for each in REQUESTS if each[1] > 1]
+    expected = [tokens_of(model, *each) for each in requests]
+    with nothing_traced():
+        assert load(whole_artifact, model) is model
+        found = [tokens_of(model, *each) for each in requests]
+    assert all(map(torch.equal, found, expected))
+    served = how_served(model)
+    assert served.way == "whole" and "position_ids" in served.not_flat and len(served.modules) == 4
+    with torch.no_grad():
+        given = {"input_ids": torch.tensor([[5]]), "use_cache": False}  # a kind that nobody saved
+        alone = model(**given).logits
+        assert len(how_served(model).modules) == 5
+        torch.testing.assert_close(alone, unstitch(model)(**given).logits)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("family", [each for each in WHOLE if each != "bloom"])
+def test_families_that_are_served_whole(family: str, tmp_path: Path) -> None:
+    model = stitch(whole(family, seed=1), config=EAGER)
+    for each in REQUESTS:
+        tokens_of(model, *each)
+    as_it_is = how_served(model).as_it_is
+    save(model, tmp_path / "artifact")
+    model = whole(family)
+    expected = [tokens_of(model, *each) for each in REQUESTS]
+    with nothing_traced():
+        load(tmp_path / "artifact", model)
+        found = [tokens_of(model, *each) for each in REQUESTS]
+    assert all(map(torch.equal, found, expected))
+    assert how_served(model).as_it_is.keys() == as_it_is.keys()
+
+
+@pytest.mark.nightly
+def test_sizes_that_no_saved_trace_serves_are_traced(tmp_path: Path) -> None:
+    save(stitch(build("mistral", seed=1), config=EAGER, way="whole"), tmp_path / "artifact")
+    model = build("mistral")
+    expected = [tokens_of(model, *each) for each in REQUESTS]
+    load(tmp_path / "artifact", model)
+    assert how_served(model).way == "whole"
+    before = [len(each.traces) for each in how_served(model).modules.values()]
+    found = [tokens_of(model, *each) for each in REQUESTS]  # some fill their windows
+    assert all(map(torch.equal, found, expected)) and not how_served(model).as_it_is
+    assert sum(len(each.traces) for each in how_served(model).modules.values()) > sum(before)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: whole(n_layer=2), "n_layer"),
+        (lambda: whole(layer_norm_epsilon=1e-3), "layer_norm_epsilon"),
+        (lambda: whole().double(), "dtype"),
+        (lambda: build(), "attention"),
+    ],
+)
+def test_another_model_is_not_served_whole(
+    whole_artifact: Path, make: Callable[[], nn.Module], said: str
+) -> None:
+    model = make()
+    with pytest.raises(ArtifactError, match=said):
+        load(whole_artifact, model)
+    with pytest.raises(UsageError, match="not stitched"):
+        unstitch(model)
+
+
+def test_what_is_served_whole_is_saved_whole(whole_artifact: Path, tmp_path: Path) -> None:
+    model = load(whole_artifact, whole())
+    with pytest.raises(ArtifactError, match="others serve the rest") as found:
+        stitched_module(model).save(tmp_path / "a")
+    assert "integrations.transformers.save(model, path)" in str(found.value.hint)
+    save(model, tmp_path / "again")
+    expected = tokens_of(model, 2, 5)
+    assert torch.equal(tokens_of(load(tmp_path / "again", whole()), 2, 5), expected)
+    with pytest.raises(ArtifactError, match=r"transformers\.load"):
+        load_module(whole_artifact, whole())
+
+
+def test_one_line_serves_whole(tmp_path: Path, warned: list[str]) -> None:
+    path = tmp_path / "artifact"
+    expected = tokens_of(whole(), 2, 5)
+    stitch(whole(seed=3), config=EAGER, artifact=path)
+    with nothing_traced():
+        model = stitch(whole(), config=EAGER, artifact=path)
+        assert torch.equal(tokens_of(model, 2, 5), expected)
+    with pytest.raises(StaticGraphError, match="whole"):
+        stitch(whole(), config=EAGER, artifact=path, capture=[1])
+    assert not warned
+    with pytest.raises(CaptureError, match="position_ids"):
+        stitch(whole(), config=EAGER, artifact=path, way="flat")
+    assert "the whole way" in warned.pop()
+    (path / "part_1" / "trace_0" / "entry.py").write_text("raise SystemExit")
+    stitch(whole(), config=EAGER, artifact=path)
+    assert "part_1/trace_0/entry.py" in warned.pop()
+
+
 # --- another process ----------------------------------------------------------------------------------
 
 
-def run(what: str, backend: str, tmp_path: Path, **environment: str) -> dict[str, object]:
+def run(
+    what: str, backend: str, tmp_path: Path, family: str, **environment: str
+) -> dict[str, object]:
     script = tmp_path / SCRIPT.name
     if not script.exists():
         shutil.copy(SCRIPT, script)
     done = subprocess.run(
-        [sys.executable, str(script), what, backend, str(tmp_path)],
+        [sys.executable, str(script), what, backend, str(tmp_path), family],
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
@@ -242,22 +392,26 @@ def run(what: str, backend: str, tmp_path: Path, **environment: str) -> dict[str
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.inductor)])
-def test_another_process_needs_no_compiler_and_no_cache(backend: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "modules"), [("llama", 1), ("bloom", 7)])
+def test_another_process_needs_no_compiler_and_no_cache(
+    family: str, modules: int, backend: str, tmp_path: Path
+) -> None:
     for name in ("first", "empty", "nothing"):
         (tmp_path / name).mkdir()
     first = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "first")}
-    assert run("save", backend, tmp_path, **first)["equal"]
+    assert run("save", backend, tmp_path, family, **first)["equal"]
     found = run(
         "load",
         backend,
         tmp_path,
+        family,
         PATH=str(tmp_path / "nothing"),
         CXX="",
         TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "empty"),
         TRITON_CACHE_DIR=str(tmp_path / "empty"),
         PIECEWORK_DISABLE_CACHE="1",
     )
-    assert found["equal"] and found["counters"] == {"num_models_seen": 1}
+    assert found["equal"] and found["counters"] == {"num_models_seen": modules}
     assert found["inductor"] == found["cached"] == []
 
 

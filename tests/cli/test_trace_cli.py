@@ -85,6 +85,19 @@ def test_a_compiled_folder_is_traced_without_compiling(tmp_path: Path) -> None:
     assert sum(name.startswith("submod_") for name in found) == 3
 
 
+def test_every_kind_of_call_of_a_decoder_that_is_served_whole_is_named(tmp_path: Path) -> None:
+    config, folder, file = tmp_path / "bloom.json", tmp_path / "out", tmp_path / "trace.json"
+    sizes = {"vocab_size": 97, "hidden_size": 32, "n_layer": 1, "n_head": 4}
+    config.write_text(json.dumps({"model_type": "bloom", **sizes}))
+    made = invoke("compile", config, "-o", folder, "--backend", "eager")
+    assert made.exit_code == 0 and "compile again" not in made.output, made.output
+    assert (folder / "artifact" / "part_1").is_dir()
+    result = invoke("trace", folder, "-o", file, "--tokens", 3, "--json")
+    assert result.exit_code == 0, result.output
+    ranges = json.loads(result.stdout)["ranges"]
+    assert sum(count for name, count in ranges.items() if name.startswith("submod_0 ")) == 3
+
+
 @pytest.mark.parametrize(
     ("output", "options", "says"),
     [

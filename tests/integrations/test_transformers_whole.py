@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from torch import nn
 
 from piecework.bench.causal_lms import families, try_family
 from piecework.errors import (
-    ArtifactError,
     CaptureError,
     ConfigError,
     InputError,
@@ -144,6 +142,19 @@ def test_every_length_is_served_by_the_same_traces(pair: Pair) -> None:
 
 def test_a_prompt_of_one_token(pair: Pair) -> None:
     pair.generate(IDS[:2, :1])
+
+
+@pytest.mark.nightly
+def test_a_mask_for_each_type_of_layer() -> None:
+    fields = {**LLAMA, "full_attn_idxs": [1]}
+    model = Pair(build("lfm2", **fields))
+    mask = torch.ones_like(IDS[:2])
+    mask[1, :2] = 0
+    model.generate(IDS[:2], attention_mask=mask, cache_implementation="static", max_new_tokens=3)
+    assert not how_served(model.stitched).as_it_is
+    strange = {"full_attention": None, "conv": [mask]}
+    with torch.no_grad(), pytest.raises(InputError, match="attention_mask"):
+        model.stitched(IDS[:2], attention_mask=strange)
 
 
 # --- caches ------------------------------------------------------------------------------------------
@@ -385,15 +396,13 @@ def test_another_attention_implementation() -> None:
     assert not how_served(model.stitched).as_it_is
 
 
-def test_no_static_graphs_no_artifact_and_no_such_way(pair: Pair, tmp_path: Path) -> None:
+def test_no_static_graphs_and_no_such_way(pair: Pair) -> None:
     model = build()
     with pytest.raises(StaticGraphError, match="whole"):
         stitch(model, config=EAGER_PIECES, capture=[1, 2])
     assert "forward" not in vars(model.transformer)
     with pytest.raises(StaticGraphError):
         stitched_module(pair.stitched, "decode").capture([2, 4], progress=False)
-    with pytest.raises(ArtifactError, match="another process"):
-        stitched_module(pair.stitched).save(tmp_path / "bloom.artifact")
     with pytest.raises(ConfigError, match="no way"):
         stitch(model, way="round")  # type: ignore[arg-type]
 

@@ -5,6 +5,7 @@ What a forward needs beside that function is `Serving`'s business.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter
 from collections.abc import Mapping
@@ -14,14 +15,19 @@ import torch
 from torch import nn
 
 from piecework.errors import CaptureError, UsageError
+from piecework.integrations.transformers.flat.admission import forget_layers
 from piecework.integrations.transformers.flat.forward import ENTRIES, compile_forward, flattened
-from piecework.integrations.transformers.flat.keeping import kept_of
+from piecework.integrations.transformers.flat.keeping import kept_of, serving_of
 from piecework.integrations.transformers.flat.serving import Serving
 from piecework.integrations.transformers.own.probe import Forward
 from piecework.integrations.transformers.request.static_decode import StaticDecode, static_decode
 from piecework.runtime.artifact.load import Artifact
+from piecework.runtime.artifact.store import Place
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
+
+# What is saved takes its tokens so.
+_SAVED = "input_ids"
 
 
 class FlatWay:
@@ -92,16 +98,31 @@ class FlatWay:
     def modules(self) -> dict[str, StitchedModule]:
         return dict(self._entries)
 
-    def take(self, name: str, found: Artifact) -> None:
-        """Serve tokens that come as ``name`` by an artifact.
+    def save(self, place: Place, key_file: str | os.PathLike[str] | None) -> None:
+        """Write what serves token ids; embeddings are compiled anew."""
+        self.entry(_SAVED).save(place, key_file=key_file)
+
+    @classmethod
+    def of_artifact(
+        cls, found: Artifact, model: nn.Module, decoder: nn.Module, config: CompilationConfig | None
+    ) -> FlatWay:
+        """The way that `save` wrote, for a model like the one that it was admitted for.
 
         Raises:
-            ArtifactError: it does not fit.
+            ArtifactError: it does not fit; the decoder is left as it was.
+            CaptureError: the model is not fit, such as one in training mode.
         """
-        made = self._flattened(name)
-        made.require_made_so(found, (), {})
-        made.take(found)
-        self._entries[name] = made
+        kept, forward = found.folder.facts["kept"], decoder.forward
+        try:
+            way = cls(model, serving_of(kept, model, decoder, forward), forward, config)  # type: ignore[arg-type]
+            made = way._flattened(_SAVED)
+            made.require_made_so(found, (), {})
+            made.take(found)
+        except BaseException:
+            forget_layers(decoder)
+            raise
+        way._entries[_SAVED] = made
+        return way
 
     def _flattened(self, name: str) -> StitchedModule:
         for rope in self.serving.ropes:

@@ -35,7 +35,7 @@ def refuse_model(decoder: nn.Module) -> None:
         raise CaptureError(
             "encoder-decoder models attend to another sequence's states, which a stitched decoder does not carry",
             where=where,
-            hint="leave this model unstitched",
+            hint="piecework.compile(model.get_encoder(), args) stitches the encoder; give generate() its result as encoder_outputs",
         )
     _refuse_looping_experts(decoder)
 

@@ -176,7 +176,7 @@ def current_request() -> RequestState:
         raise InputError(
             "piecework::attention ran outside the forward of a stitched model",
             where="piecework::attention",
-            hint="call the model that stitch() returned",
+            hint="call the model that stitch() returned; its capture and measure take context_for=piecework.integrations.transformers.request.dry.dry_request",
         )
     return state
 

@@ -25,8 +25,8 @@ from piecework.integrations.transformers.own.probe import (
     narrow_windows,
     require_finite,
 )
-from piecework.integrations.transformers.whole.forward import CallKind, WholeForward
-from piecework.integrations.transformers.whole.way import UNROLLED, Habits, WholeWay
+from piecework.integrations.transformers.whole.forward import CallKind, Habits, WholeForward
+from piecework.integrations.transformers.whole.way import UNROLLED, WholeWay
 from piecework.runtime import torch_compat
 from piecework.runtime.config.compilation import CompilationConfig
 
@@ -52,7 +52,7 @@ def admit_whole(
         with as_refusal(decoder, "as it is"):
             calls = _generations(model, decoder, forward)
             habits = _habits(decoder, forward, calls)
-        way = WholeWay(decoder, forward, habits, config)
+        way = WholeWay(model, decoder, forward, habits, config)
         with narrow_windows(decoder), as_refusal(decoder, "around tensors of its cache"):
             for given in _generations(model, decoder, forward):
                 _require_same_uncompiled(way, given)

@@ -21,6 +21,10 @@ from piecework.runtime.trace.example_sizes import AllDimensions
 
 Fields = dict[str, object]
 Held = list[dict[str, object]]
+#: Arguments of a call: tensors by name, and tables of them, such as a mask for each type of layer.
+Given = dict[str, torch.Tensor | dict[str, torch.Tensor | None]]
+#: Dtype and number of dimensions of a tensor; of a table those of its entries, by their keys.
+Form = tuple[torch.dtype, int] | tuple[tuple[str, tuple[torch.dtype, int] | None], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +32,14 @@ class CallKind:
     """What calls have in common that one trace, or traces that differ in sizes alone, can serve.
 
     Attributes:
-        tensors: the tensor arguments: name, dtype, number of dimensions.
+        tensors: the tensor arguments and tables of such, by name.
         flags: the others.
         cache: the form of the cache; None without one.
         one: whether there is one sequence, and one token of each. Such calls come in numbers, and have traces of their own.
         implementation: the attention function's name.
     """
 
-    tensors: tuple[tuple[str, torch.dtype, int], ...]
+    tensors: tuple[tuple[str, Form], ...]
     flags: tuple[tuple[str, object], ...]
     cache: CacheForm | None
     one: tuple[bool, bool]
@@ -43,7 +47,7 @@ class CallKind:
 
     def describe(self) -> str:
         """In words, for reports."""
-        names = ", ".join(name for name, *_ in self.tensors)
+        names = ", ".join(name for name, _ in self.tensors)
         one_sequence, one_token = self.one
         rows = "one sequence" if one_sequence else "sequences"
         tokens = "one token each" if one_token else "tokens"
@@ -55,6 +59,23 @@ class CallKind:
     def is_step(self) -> bool:
         """Whether a call is one more token of sequences whose past is in a cache."""
         return self.one[1] and self.cache is not None and self.cache.is_filled
+
+
+@dataclass(frozen=True, slots=True)
+class Habits:
+    """What running a decoder showed.
+
+    Attributes:
+        cache_name: the argument and the field that a KV cache is; None if it takes none.
+        makes_cache: whether it makes one where none is given.
+        counts: attributes of the cache's layers, integers that grow.
+        output_class: what its forward returns.
+    """
+
+    cache_name: str | None
+    makes_cache: bool
+    counts: frozenset[str]
+    output_class: type
 
 
 class WholeForward(nn.Module):
@@ -85,11 +106,9 @@ class WholeForward(nn.Module):
         self._flags = dict(kind.flags)
         self._form = kind.cache
         self._cache_name = cache_name
-        self._held = tuple(held)
+        self.held = tuple(held)
 
-    def forward(
-        self, given: dict[str, torch.Tensor], leaves: Sequence[torch.Tensor]
-    ) -> tuple[Fields, bool, Held]:
+    def forward(self, given: Given, leaves: Sequence[torch.Tensor]) -> tuple[Fields, bool, Held]:
         """The fields of the output beside its cache, whether that is one of them, and what it holds."""
         arguments = {**given, **self._flags, "return_dict": True}
         cache = None
@@ -107,7 +126,7 @@ class WholeForward(nn.Module):
                 returned = True
             else:
                 fields[name] = value
-        return fields, returned, [] if cache is None else held_by(cache, self._held)
+        return fields, returned, [] if cache is None else held_by(cache, self.held)
 
 
 class CallDimensions(AllDimensions):
@@ -121,12 +140,6 @@ class CallDimensions(AllDimensions):
         """Nothing: with the batch alone dynamic, each length would be compiled anew."""
 
 
-@contextmanager
-def _in_place() -> Iterator[None]:
-    """Nothing is set for the trace; that there is a context at all says that no artifact can make the module again."""
-    yield
-
-
 def wholly(
     decoder: nn.Module,
     forward: Callable[..., object],
@@ -134,14 +147,20 @@ def wholly(
     cache_name: str | None,
     held: Sequence[str],
     config: CompilationConfig | None,
+    kept: Mapping[str, object],
 ) -> StitchedModule:
-    """The decoder's forward for calls of ``kind``, to be captured and stitched at its first call."""
+    """The decoder's forward for calls of ``kind``, to be captured and stitched at its first call, or taken from an artifact.
+
+    Args:
+        kept: what another process needs to know of the decoder.
+        The others are those of `WholeForward`.
+    """
     # The class's name labels the model in the emitted banner and in the report.
     named = type(type(decoder).__name__, (WholeForward,), {})
     return compile_with_mode(
         named(decoder, forward, kind, cache_name, held),
         config=config,
         sizes=CallDimensions(),
-        around=_in_place,
+        kept=kept,
         deferred=True,
     )

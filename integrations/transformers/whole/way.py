@@ -8,24 +8,35 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from piecework.errors import CaptureError, InputError, PieceworkError, UsageError
+from piecework.errors import ArtifactError, CaptureError, InputError, PieceworkError, UsageError
 from piecework.integrations.transformers.own.cache_state import TakenApart, put_back, take_apart
+from piecework.integrations.transformers.own.outside import require_same_outside
 from piecework.integrations.transformers.own.probe import Forward, embedding_of
-from piecework.integrations.transformers.own.refusals import INERT, refuse_call, tokens_of
+from piecework.integrations.transformers.own.refusals import (
+    INERT,
+    refuse_call,
+    refuse_model,
+    tokens_of,
+)
 from piecework.integrations.transformers.own.sameness import require_same_cache, require_same_output
 from piecework.integrations.transformers.own.settings import RECORDED, ConfigReader, Settings
-from piecework.integrations.transformers.whole.forward import CallKind, wholly
+from piecework.integrations.transformers.whole.forward import CallKind, Form, Given, Habits, wholly
+from piecework.integrations.transformers.whole.keeping import KINDS, KeptKind, KeptWay, kept_of
 from piecework.runtime import torch_compat
+from piecework.runtime.artifact.load import Artifact
+from piecework.runtime.artifact.store import Place
+from piecework.runtime.artifact.values import from_bytes
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
 
@@ -43,23 +54,6 @@ MAX_KINDS = 32
 _SETTLED = ("use_cache", *INERT, *RECORDED)
 
 Run = Callable[..., tuple[dict[str, object], bool, list[dict[str, object]]]]
-
-
-@dataclass(frozen=True, slots=True)
-class Habits:
-    """What running a decoder showed.
-
-    Attributes:
-        cache_name: the argument and the field that a KV cache is; None if it takes none.
-        makes_cache: whether it makes one where none is given.
-        counts: attributes of the cache's layers, integers that grow.
-        output_class: what its forward returns.
-    """
-
-    cache_name: str | None
-    makes_cache: bool
-    counts: frozenset[str]
-    output_class: type
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +75,7 @@ class Call:
     """One forward: its kind, its tensors by name, and its cache, taken apart."""
 
     kind: CallKind
-    tensors: dict[str, torch.Tensor]
+    tensors: Given
     cache: Cache | None
     taken: TakenApart | None
 
@@ -100,6 +94,7 @@ class WholeWay:
     """A decoder served whole; see `piecework.integrations.transformers.way.Way`.
 
     Args:
+        model: what was stitched.
         decoder: the module whose forward is replaced.
         forward: that forward, bound.
         habits: what running it showed.
@@ -114,11 +109,13 @@ class WholeWay:
 
     def __init__(
         self,
+        model: nn.Module,
         decoder: nn.Module,
         forward: Forward,
         habits: Habits,
         config: CompilationConfig | None,
     ) -> None:
+        self._model = model
         self.decoder = decoder
         self.forward = forward
         self.habits = habits
@@ -174,12 +171,16 @@ class WholeWay:
             InputError: it asks for what a stitched decoder can't give.
         """
         cache_name = self.habits.cache_name
-        tensors: dict[str, torch.Tensor] = {}
+        tensors: Given = {}
         flags: dict[str, bool] = {}
         strange = []
         for name, value in sorted(given.items()):
             if isinstance(value, torch.Tensor) and name in self._accepted and name != cache_name:
                 tensors[name] = value.contiguous()
+            elif isinstance(value, dict) and name in self._accepted and _is_table(value):
+                tensors[name] = {
+                    key: None if each is None else each.contiguous() for key, each in value.items()
+                }
             elif isinstance(value, bool) and name in self._accepted and name not in _SETTLED:
                 flags[name] = value
             elif value is not None and name not in (cache_name, *_SETTLED):
@@ -195,7 +196,7 @@ class WholeWay:
             cache = DynamicCache(config=self.decoder.config)
         taken = None if cache is None else take_apart(cache, self.habits.counts)  # type: ignore[arg-type]
         kind = CallKind(
-            tensors=tuple((name, each.dtype, each.ndim) for name, each in tensors.items()),
+            tensors=tuple((name, _form(each)) for name, each in tensors.items()),
             flags=tuple(sorted(flags.items())),
             cache=None if taken is None else taken.form,
             one=(tokens.shape[0] == 1, tokens.shape[1] == 1),
@@ -252,11 +253,17 @@ class WholeWay:
         Raises:
             CaptureError: it can't be captured, or gives another result; the other errors of ``piecework.compile``.
         """
-        own, name = self.own_result(given), self.habits.cache_name
-        stitched = wholly(self.decoder, self.forward, kind, name, own.held, self._config)
+        own = self.own_result(given)
+        stitched = self._wholly(kind, own.held, kept_of(self._model, self.decoder))
         self.require_same(stitched, given, own, compiled=True)
         self._kinds[kind] = stitched
         return stitched
+
+    def _wholly(
+        self, kind: CallKind, held: Sequence[str], kept: Mapping[str, object]
+    ) -> StitchedModule:
+        name = self.habits.cache_name
+        return wholly(self.decoder, self.forward, kind, name, held, self._config, kept)
 
     def own_result(self, given: Mapping[str, object]) -> OwnResult:
         """What the model's own forward gives. ``given`` is left as it is."""
@@ -298,6 +305,68 @@ class WholeWay:
                 hint="leave this model unstitched",
             )
 
+    # --- artifacts -------------------------------------------------------------------------------
+
+    def save(self, place: Place, key_file: str | os.PathLike[str] | None) -> None:
+        """Write what serves every kind of call that came so far.
+
+        Raises:
+            ArtifactError: as `StitchedModule.save`.
+        """
+        from piecework.runtime.artifact.save import save_together
+
+        with self._compiling, ExitStack() as stack:
+            kinds, parts = [], []
+            for kind, made in self._kinds.items():
+                if isinstance(made, str):
+                    kinds.append(KeptKind(kind, (), made))
+                else:
+                    kinds.append(KeptKind(kind, made.model.held, None))
+                    parts.append(stack.enter_context(made.saved()))
+            if not parts:
+                raise ArtifactError(
+                    "nothing is compiled", where=type(self.decoder).__name__, hint="call it first"
+                )
+            refused = self.not_flat
+            not_flat = None if refused is None else (refused.message, refused.where, refused.hint)
+            found = KeptWay(self.habits, kinds, frozenset(self._unrolled), not_flat)
+            values, settings = {KINDS: found.values()}, parts[0].settings  # alike in all parts
+            save_together(place, parts, settings, values, key_file=key_file)
+
+    @classmethod
+    def of_artifact(
+        cls,
+        found: Artifact,
+        model: nn.Module,
+        decoder: nn.Module,
+        config: CompilationConfig | None,
+    ) -> WholeWay:
+        """The way that `save` wrote, for a model like the one that it was admitted for.
+
+        Raises:
+            ArtifactError: it does not fit.
+            CaptureError: the model is not fit, such as one in training mode.
+        """
+        refuse_model(decoder)
+        folder, kept = found.folder, kept_of(model, decoder)
+        require_same_outside(folder.facts["kept"]["of"], kept["of"])  # type: ignore[index, arg-type]
+        was = KeptWay.of_values(from_bytes(folder.read(KINDS), KINDS))
+        way = cls(model, decoder, decoder.forward, was.habits, config)
+        way._unrolled = set(was.unrolled)
+        if was.not_flat is not None:
+            message, where, hint = was.not_flat
+            way.not_flat = CaptureError(message, where=where, hint=hint)
+        parts = iter(found.parts())
+        for each in was.kinds:
+            if each.why is not None:
+                way._kinds[each.kind] = each.why
+                continue
+            part, made = next(parts), way._wholly(each.kind, each.held, kept)
+            made.require_made_so(part, (), {})
+            made.take(part)
+            way._kinds[each.kind] = made
+        return way
+
     def entry(self, name: str) -> StitchedModule:
         """The stitched module behind ``input_ids``: the first kind of call that was compiled; behind ``decode``: the first of one token with a past."""
         for kind, made in list(self._kinds.items()):
@@ -319,3 +388,16 @@ class WholeWay:
                 name = kind.describe()
                 found[name if name not in found else f"{name} ({len(found)})"] = made
         return found
+
+
+def _is_table(value: Mapping[object, object]) -> bool:
+    return all(
+        isinstance(key, str) and (each is None or isinstance(each, torch.Tensor))
+        for key, each in value.items()
+    )
+
+
+def _form(value: torch.Tensor | Mapping[str, torch.Tensor | None]) -> Form:
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.ndim
+    return tuple((key, None if each is None else _form(each)) for key, each in value.items())
