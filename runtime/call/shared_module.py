@@ -67,11 +67,11 @@ class SharedModule(torch.nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             pass
-        model = vars(self).get("model")
-        also = (
-            f"; its model has: .model.{name}, which runs as it is" if hasattr(model, name) else ""
-        )
-        raise AttributeError(f"a stitched module has no attribute {name!r}{also}")
+        if hasattr(vars(self).get("model"), name):
+            raise AttributeError(
+                f"a stitched module has no attribute {name!r}; its model has: .model.{name}, which runs as it is"
+            )
+        raise AttributeError(f"a stitched module has no attribute {name!r}")
 
     @property
     def training(self) -> bool:  # type: ignore[override]
