@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
@@ -35,10 +36,11 @@ def face(
     def load(name: str) -> object:
         if name not in rooms and name not in found:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        with lasting():
-            if name in rooms:
-                return import_module(f"{package}.{name}")
-            return getattr(import_module(found[name]), name)
+        module = f"{package}.{name}" if name in rooms else found[name]
+        # Modules stay, and this is asked for each use of a name: once they are there, nothing is to be counted among what stays.
+        with nullcontext() if module in sys.modules else lasting():
+            loaded = import_module(module)
+        return loaded if name in rooms else getattr(loaded, name)
 
     def names() -> list[str]:
         return sorted({*vars(sys.modules[package]), *found, *rooms})
