@@ -21,8 +21,7 @@ def as_eager(graph: torch.fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in _DROPOUTS:
             _hand_back(node)
-    for node in list(graph.nodes):
-        if node.op in ("call_function", "call_method"):
+        elif node.op in ("call_function", "call_method"):
             _spell_out(node)
 
 

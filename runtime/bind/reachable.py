@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import torch
@@ -69,9 +70,9 @@ def leads_to(start: object, is_it: Callable[[object], bool]) -> bool:
     Where that is much, not all of it is looked at.
     """
     seen: dict[int, object] = {}
-    pending = [start]
+    pending = deque([start])
     while pending and len(seen) < _MUCH:
-        each = pending.pop(0)
+        each = pending.popleft()
         if is_it(each):
             return True
         if id(each) not in seen and not isinstance(each, (type, types.ModuleType, torch.Tensor)):

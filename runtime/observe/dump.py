@@ -22,6 +22,7 @@ from piecework.codegen import SplitItem, StitchedSource
 from piecework.codegen.graph.origin import SymbolNames, origin_of_piece
 from piecework.codegen.graph.structure import Structure
 from piecework.codegen.graph.targets import function_path
+from piecework.codegen.split.splitting import operator_name
 from piecework.errors import ConfigError
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range
@@ -335,15 +336,13 @@ def _operators(item: SplitItem) -> str:
 
 def _operator_name(target: object) -> str:
     """``ns::op``, a function's own name, or what stands for an object without one."""
-    schema = getattr(target, "_schema", None)
-    if schema is not None:
-        return str(schema.name)
+    name = operator_name(target)
+    if name is not None:
+        return name
     path = function_path(target)
-    return (
-        path.path.rpartition(".")[2]
-        if path is not None
-        else str(getattr(target, "__name__", target))
-    )
+    if path is not None:
+        return path.path.rpartition(".")[2]
+    return str(getattr(target, "__name__", target))
 
 
 def _node(item: SplitItem) -> str:

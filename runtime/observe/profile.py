@@ -110,7 +110,7 @@ def profile_calls(
     """Run ``call`` ``calls`` times plainly and as often under torch's profiler.
 
     Args:
-        named: put each stage of a call inside a profiler range of its name.
+        named: puts each stage of a call inside a profiler range of its name.
         stages: name of each stage → the code that was generated for it, as far as that is known.
     """
     call()

@@ -36,10 +36,8 @@ def why_kernels_unmarked() -> str:
         return f"torch {torch.__version__} can't mark kernels inside graphs (2.15 can)"
     try:
         able = recorder.is_available()
-    except (
-        ImportError,
-        RuntimeError,
-    ) as error:  # bindings of an unknown kind, or without their library
+    except (ImportError, RuntimeError) as error:
+        # Bindings of an unknown kind, or without their library.
         return f"torch can't tell whether kernels inside graphs can be marked: {error}"
     if not able:
         return "kernels inside graphs are marked with cuda-bindings 13.1 and a driver of CUDA 13.1, or newer ones"
@@ -52,9 +50,8 @@ def kernels_marked(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
     recorder = _recorder()
     assert recorder is not None
 
-    def ended(
-        graph: Any,
-    ) -> None:  # before it is instantiated, which gives marks the ids of what is replayed
+    def ended(graph: Any) -> None:
+        # Before it is instantiated, which gives marks the ids of what is replayed.
         recorder.resolve_pending_annotations()
         graph._recorded_exec_ids |= recorder.take_body_graph_ids()
 

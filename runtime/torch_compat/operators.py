@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch._library.custom_ops import OPDEFS
 from torch._library.simple_registry import singleton
 from torch._ops import OpOverload
-from torch.utils import _pytree as pytree
 
 from piecework.code_objects import cells_of
 from piecework.runtime.torch_compat.code.kernels import custom_op_function
@@ -77,19 +76,4 @@ def _unwrapped(fake: Callable[..., object] | None) -> Callable[..., object] | No
 def shares_memory(args: tuple[object, ...], kwargs: dict[str, object], result: object) -> bool:
     """Whether what an operator returned lies in memory of its arguments, or of another of its results; lists are looked into, tuples in arguments too."""
     results = result if isinstance(result, tuple) else (result,)
-    if _SHARING is not None:
-        return bool(_SHARING(args, kwargs, results))
-    seen = {each.untyped_storage()._cdata for each in _tensors((args, kwargs))}
-    for each in _tensors(results):
-        key = each.untyped_storage()._cdata
-        if key in seen:
-            return True
-        seen.add(key)
-    return False
-
-
-_SHARING = getattr(torch._C, "_any_output_is_alias_to_input_or_output", None)
-
-
-def _tensors(values: object) -> Iterator[torch.Tensor]:
-    return (each for each in pytree.tree_leaves(values) if isinstance(each, torch.Tensor))
+    return bool(torch._C._any_output_is_alias_to_input_or_output(args, kwargs, results))

@@ -85,7 +85,7 @@ def serving_of(
 
 def _outside(model: nn.Module, decoder: nn.Module) -> dict[str, object]:
     ropes = [[each.layer_type, each.buffer] for each in changing_ropes(decoder)]
-    return as_json({**outside(model, decoder), "changing ropes": ropes})
+    return {**outside(model, decoder), "changing ropes": ropes}
 
 
 def _layer(

@@ -29,7 +29,7 @@ def outside(model: nn.Module, decoder: nn.Module) -> dict[str, object]:
     """What an admission depends on, other than what the traces compare."""
     config = {k: v for k, v in decoder.config.to_dict().items() if k not in _NO_EFFECT}
     kinds = [type(model), type(decoder)]
-    found = {
+    return {
         "transformers": transformers.__version__,
         "the integration": tree_digest(Path(__file__).parents[1]),
         "class": [f"{each.__module__}.{each.__qualname__}" for each in kinds],
@@ -38,7 +38,6 @@ def outside(model: nn.Module, decoder: nn.Module) -> dict[str, object]:
         "experts": getattr(decoder.config, "_experts_implementation", None),
         **{f"config.{name}": value for name, value in config.items()},
     }
-    return as_json(found)
 
 
 def as_json(found: Mapping[str, object]) -> dict[str, object]:
@@ -49,10 +48,11 @@ def as_json(found: Mapping[str, object]) -> dict[str, object]:
 
 def require_same_outside(before: Mapping[str, object], now: Mapping[str, object]) -> None:
     """Raise `ArtifactError` at the first difference from what `outside` said when the model was saved."""
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
+    found = as_json(now)
+    for name in sorted(before.keys() | found.keys()):
+        if before.get(name) != found.get(name):
             raise ArtifactError(
-                f"{name} was {_shown(before.get(name))} when the model was saved and is {_shown(now.get(name))} now",
+                f"{name} was {_shown(before.get(name))} when the model was saved and is {_shown(found.get(name))} now",
                 hint=AGAIN,
             )
 

@@ -214,23 +214,9 @@ class CudaStaticGraph(StaticGraph[CudaGraphPool, "torch.cuda.CUDAGraph"]):
         kwargs: Mapping[str, object],
         weak: bool,
     ) -> tuple[torch.cuda.CUDAGraph, object]:
-        with _TURN:
-            return self._record_alone(runnable, args, kwargs, weak)
-
-    def _record_alone(
-        self,
-        runnable: Callable[..., object],
-        args: tuple[object, ...],
-        kwargs: Mapping[str, object],
-        weak: bool,
-    ) -> tuple[torch.cuda.CUDAGraph, object]:
-        if torch.cuda.is_current_stream_capturing():
-            raise StaticGraphError(
-                "a CUDA graph is being captured already", hint="captures can't be nested"
-            )
         graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize(self._pool.device)
         with (
+            _alone_on(self._pool.device),
             self._pool.measured(),
             _on_stream(self._pool.capture_stream()),
             torch.no_grad(),
@@ -266,6 +252,18 @@ class CudaStaticGraph(StaticGraph[CudaGraphPool, "torch.cuda.CUDAGraph"]):
         if self._held is not None:
             self._held.reset()
         super().reset()
+
+
+@contextmanager
+def _alone_on(device: torch.device) -> Iterator[None]:
+    """Run the block when no other thread captures or waits for a device here, and ``device`` has nothing left to do."""
+    with _TURN:
+        if torch.cuda.is_current_stream_capturing():
+            raise StaticGraphError(
+                "a CUDA graph is being captured already", hint="captures can't be nested"
+            )
+        torch.cuda.synchronize(device)
+        yield
 
 
 @contextmanager
