@@ -24,6 +24,8 @@ from piecework.bench.compile_time import build
 from piecework.bench.measure.result import Result, Row, Target, machine
 
 DEPTHS = (8, 32, 80)
+# As tables and plots name them.
+_COLD, _LOAD = "piecework, cold", "piecework.load"
 
 
 def measure_here(contender: str, depth: int, folder: str) -> dict[str, object]:
@@ -101,31 +103,31 @@ def run(depths: Sequence[int] = DEPTHS) -> Result:
     for depth in depths:
         with tempfile.TemporaryDirectory(prefix="piecework-bench-") as name:
             folder = Path(name)
-            found = {"cold": measure("cold", depth, folder, "first")}
+            found = {_COLD: measure("cold", depth, folder, "first")}
             measure("stock", depth, folder, "filled")
             found["stock, caches filled"] = measure("stock", depth, folder, "filled")
             found["stock, caches saved"] = measure("saved caches", depth, folder, "saved")
             measure("package", depth, folder, "packaged")
             found["AOTInductor"] = measure("aot", depth, folder, "empty")
-            found["load"] = measure("load", depth, folder, "empty")
+            found[_LOAD] = measure("load", depth, folder, "empty")
         seconds = {key: float(str(each["seconds"])) for key, each in found.items()}
         for contender, each in found.items():
             parts = each["parts"]
             assert isinstance(parts, dict)
             note = ", ".join(f"{part} {took:.3f}" for part, took in parts.items())
-            ratio = seconds[contender] / seconds["cold"]
+            ratio = seconds[contender] / seconds[_COLD]
             text = f"{note}; processor {float(str(each['processor'])):.2f}"
             rows.append(
                 Row({"layers": depth}, contender, seconds[contender], {"cold": ratio}, text)
             )
         if depth >= 32:
             targets += [
-                Target("B5", f"{depth} layers, seconds", 1.0, seconds["load"]),
+                Target("B5", f"{depth} layers, seconds", 1.0, seconds[_LOAD]),
                 Target(
                     "B5",
                     f"{depth} layers, of a cold start",
                     0.05,
-                    seconds["load"] / seconds["cold"],
+                    seconds[_LOAD] / seconds[_COLD],
                 ),
             ]
     return Result("Warm start against depth", tuple(rows), tuple(targets), machine(), unit="s")

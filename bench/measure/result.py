@@ -183,7 +183,7 @@ def _processor() -> str:
 
 _COLUMNS = 3  # panels beside each other
 _OURS, _LIMIT, _OTHERS = "#d9480f", "#495057", "#adb5bd"
-_LINES = ("#1971c2", "#2f9e44", "#9c36b5", "#e8590c", "#868e96", "#0b7285")
+_LINES = ("#1971c2", "#2f9e44", "#9c36b5", "#868e96", "#0b7285")
 
 
 def _plot(result: Result, path: Path) -> bool:
@@ -247,7 +247,7 @@ def _lines(result: Result, pyplot: Any) -> Any:
     for name in contenders:
         rows = [row for row in result.rows if row.contender == name]
         colour = _OURS if name.startswith("piecework") else next(others)
-        style = "-" if name == "piecework" or not name.startswith("piecework") else "--"
+        style = "--" if name.startswith("piecework,") else "-"  # a variant of ours
         axes.plot(
             [row.setting[key] for row in rows],
             [row.seconds * _SCALE[result.unit] for row in rows],
