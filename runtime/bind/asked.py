@@ -1,4 +1,4 @@
-"""What code may look up. In: the code that a trace went through. Out: whose code it is, and the names that it may ask an object for; and what torch's own functions answer about the process."""
+"""What code may look up. In: the code that a trace went through. Out: whose code it is, and the names that it may ask an object for; and what functions answer about the process."""
 
 from __future__ import annotations
 
@@ -36,13 +36,15 @@ _ANSWERED: dict[object, Callable[[], object]] = {
     torch.get_autocast_dtype: _autocast_dtypes,
     torch.get_autocast_gpu_dtype: _autocast_dtypes,
     torch.is_autocast_cache_enabled: torch.is_autocast_cache_enabled,
+    sys.getrecursionlimit: sys.getrecursionlimit,
+    sys.get_int_max_str_digits: sys.get_int_max_str_digits,
     **{
         getattr(torch.distributed, name): _ranks
         for name in ("is_initialized", "get_rank", "get_world_size")
         if hasattr(torch.distributed, name)
     },
 }
-#: By identity, functions of torch whose answer Dynamo takes for constant and nobody else compares → what they answer from.
+#: By identity, functions whose answer Dynamo takes for constant and nobody else compares → what they answer from.
 ANSWERS = {id(function): read for function, read in _ANSWERED.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,6 +13,8 @@ from models import EAGER
 import piecework
 from piecework.errors import CaptureError, InputError
 
+_FRAMES, _DIGITS = sys.getrecursionlimit(), sys.get_int_max_str_digits()
+
 READ: dict[str, Callable[[], object]] = {
     "deterministic": lambda: torch.are_deterministic_algorithms_enabled(),
     "filled": lambda: torch.utils.deterministic.fill_uninitialized_memory,
@@ -20,6 +23,8 @@ READ: dict[str, Callable[[], object]] = {
     "tf32": lambda: torch.backends.cuda.matmul.allow_tf32,
     "autocast dtype": lambda: torch.get_autocast_dtype("cpu") == torch.float16,
     "autocast cache": lambda: torch.is_autocast_cache_enabled(),
+    "recursion": lambda: sys.getrecursionlimit() > _FRAMES,
+    "digits": lambda: sys.get_int_max_str_digits() > _DIGITS,
 }
 
 
@@ -39,6 +44,8 @@ WRITE: dict[str, Callable[[bool], object]] = {
         "cpu", torch.float16 if on else torch.bfloat16
     ),
     "autocast cache": torch.set_autocast_cache_enabled,
+    "recursion": lambda on: sys.setrecursionlimit(9000 if on else _FRAMES),
+    "digits": lambda on: sys.set_int_max_str_digits(9000 if on else _DIGITS),
 }
 
 
