@@ -19,6 +19,7 @@ from piecework.runtime.torch_compat.modes import *
 from piecework.runtime.torch_compat.operators import *
 from piecework.runtime.torch_compat.switches import *
 from piecework.runtime.torch_compat.tensors import *
+from piecework.runtime.torch_compat.trace.computed import *
 from piecework.runtime.torch_compat.trace.dynamo import *
 from piecework.runtime.torch_compat.trace.guards import *
 from piecework.runtime.torch_compat.trace.modules import *

@@ -55,6 +55,7 @@ from piecework.runtime.trace.shared import RepeatedLayers, SharedLayers
 from piecework.runtime.trace.side_effects import HINT, Snapshot, Unsettled, refuse_writes
 from piecework.runtime.trace.untold import (
     PLACE_IN_AUTOGRAD,
+    OrderOfSets,
     refuse_globals,
     refuse_offsets,
     refuse_place_in_autograd,
@@ -117,6 +118,7 @@ class _Trace:
     asks_grad: bool = True
     asks_strides: bool = True
     standing_in: list[object] = field(default_factory=list)
+    order_of_sets: OrderOfSets | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +218,7 @@ class Tracer:
             trace.graph = gm
             refuse_writes(gm, example_inputs, _argument_names(model, args, kwargs))
             trace.inputs = trace_back(gm, example_inputs, leaves, names, sources, held)
+            trace.order_of_sets = OrderOfSets.of(gm, trace.inputs, leaves)
             trace.fakes = _fakes(leaves, sources)
             trace.asks_grad = bool(torch_compat.trace_names("requires_grad", *PLACE_IN_AUTOGRAD))
             trace.asks_strides = asks_strides(torch_compat.traced_code())
@@ -261,6 +264,12 @@ class Tracer:
         results = tuple(
             result_leaf(leaf, trace.standing_in, leaves, held) for leaf in result_leaves
         )
+        if trace.order_of_sets is not None:
+            call = partial(model, *args, **kwargs)
+            try:
+                trace.order_of_sets.require_pythons(call, out_spec, results, leaves)
+            finally:
+                before.restore()
         found = _found(trace.inputs, results, held)
         found += _only_looked_at(model, state, {id(each.tensor) for each in found}, held)
         own = held.keys() | {id(tensor) for _, tensor in state.tensors}
