@@ -98,7 +98,7 @@ def try_family(family: str, backend: str) -> Found:
 def _model(family: str, level: int) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
-    model = small_model(AutoModelForCausalLM, small_config(family, level), 0)
+    model = small_model(AutoModelForCausalLM.from_config, small_config(family, level), 0)
     model.generation_config.eos_token_id = None  # type: ignore[union-attr]
     return model
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from piecework.bench.lists.catalogue import LISTS, rows_of
+from piecework.bench.lists.catalogue import LISTS, OTHERS, rows_of
 from piecework.bench.lists.isolated import (
     RowResult,
     Task,
@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--page", type=Path, default=None, help="Markdown file to write")
     parser.add_argument(
-        "--list", action="append", choices=list(LISTS), help="only this list; may be repeated"
+        "--list", action="append", choices=[*LISTS, *OTHERS], help="only this list; may be repeated"
     )
     parser.add_argument(
         "--only", default="", help="only models whose name this regular expression finds"

@@ -5,7 +5,7 @@ A list whose package isn't installed says so.
 
 from __future__ import annotations
 
-from piecework.bench.lists.families import encoders, families
+from piecework.bench.lists.families import encoders, families, heads
 from piecework.bench.lists.plain import plain_models
 from piecework.bench.lists.sample import Row
 from piecework.bench.lists.torch_modules import torch_modules
@@ -16,8 +16,11 @@ LISTS = {
     "transformers": (families, "small models of transformers' families; needs transformers"),
     "plain torch": (plain_models, "models written by hand"),
 }
-#: Lists with a benchmark and a page of their own.
-OTHERS = {"encoders": (encoders, "encoders of transformers' families; needs transformers")}
+#: Lists that are run where they are asked for.
+OTHERS = {
+    "encoders": (encoders, "encoders of transformers' families; needs transformers"),
+    "heads": (heads, "every class of transformers' registries of tasks; needs transformers"),
+}
 
 
 def rows_of(source: str) -> list[Row]:

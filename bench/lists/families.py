@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +33,8 @@ from piecework.integrations.protocol import Call
 from piecework.integrations.seeded import add_noise
 
 LARGEST = 60_000_000  # parameters
+
+Make = Callable[[str, int], torch.nn.Module]
 
 #: Kind → the registries of transformers that tell it, by name; a family counts for the first one that has it.
 KINDS = {
@@ -74,6 +78,26 @@ def families() -> list[Row]:
     return [Row("transformers", name, _samples_of(name), kind) for name, kind in found.items()]
 
 
+def heads() -> list[Row]:
+    """A row per class in the registries of tasks, as users make it: with its head, and with the caches that it returns by itself.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    from transformers.models.auto import modeling_auto
+
+    found: dict[str, tuple[str, str]] = {}
+    for registry in sorted(vars(modeling_auto)):
+        told = re.fullmatch(r"MODEL_FOR_(\w+)_MAPPING_NAMES", registry)
+        for family, names in getattr(modeling_auto, registry).items() if told else ():
+            for name in (names,) if isinstance(names, str) else names:
+                found.setdefault(name, (family, told[1]))  # type: ignore[index]
+    return [
+        Row("heads", name, _samples_of(family, partial(_with_head, name)), task)
+        for name, (family, task) in found.items()
+    ]
+
+
 def encoders() -> list[Row]:
     """The families of `families` that are no time series; of one that generates text, its encoder. Calls differ in lengths and masks beside rows.
 
@@ -97,9 +121,9 @@ def is_encoder_family(family: str) -> bool:
         return False
 
 
-def _samples_of(family: str) -> Callable[[int], Sequence[Sample]]:
+def _samples_of(family: str, make: Make | None = None) -> Callable[[int], Sequence[Sample]]:
     def samples(_: int) -> Sequence[Sample]:
-        model, ways = build(family)
+        model, ways = build(family, make=make)
         return [Sample("", lambda: copy.deepcopy(model), lambda n: ways(Size(n)))]
 
     return samples
@@ -119,12 +143,15 @@ def _encoder_of(family: str) -> Callable[[int], Sequence[Sample]]:
 
 
 def build(
-    family: str, part: Callable[[torch.nn.Module], torch.nn.Module] = lambda model: model
+    family: str,
+    part: Callable[[torch.nn.Module], torch.nn.Module] = lambda model: model,
+    make: Make | None = None,
 ) -> tuple[torch.nn.Module, Ways]:
     """A small model of ``family`` with seeded weights, and ways to call it.
 
     Args:
         part: what is called of a model.
+        make: makes one from the family and a level of `LEVELS`; its `AutoModel` if None.
 
     Raises:
         ValueError: no small config with these arguments runs; the message has the last reason.
@@ -133,7 +160,7 @@ def build(
     for level in range(len(LEVELS)):
         with quiet():
             try:
-                model = part(_model(family, level))
+                model = part((make or _model)(family, level))
                 return model, first_that_runs(model, candidates(model))
             except Exception as error:  # noqa: BLE001 - a config or arguments that it doesn't take
                 reason = error
@@ -158,21 +185,21 @@ def small_config(family: str, level: int) -> Any:
     return config
 
 
-def small_model(auto: Any, config: Any, seed: int) -> torch.nn.Module:
+def small_model(make: Callable[..., Any], config: Any, seed: int) -> torch.nn.Module:
     """A model of ``config`` with seeded weights.
 
     Args:
-        auto: transformers' class that makes it, such as ``AutoModel``.
+        make: transformers' function that makes it, such as ``AutoModel.from_config``.
 
     Raises:
         ValueError: it is not small.
     """
     with torch.device("meta"):
-        size = sum(each.numel() for each in auto.from_config(config).parameters())
+        size = sum(each.numel() for each in make(config).parameters())
     if size > LARGEST:
         raise ValueError(f"{size / 1e6:.0f} million parameters")
     torch.manual_seed(seed)
-    made: torch.nn.Module = auto.from_config(config, dtype=torch.float32)
+    made: torch.nn.Module = make(config, dtype=torch.float32)
     return made.eval()
 
 
@@ -181,6 +208,20 @@ def _model(family: str, level: int) -> torch.nn.Module:
 
     config = small_config(family, level)
     without_caches(config)
-    model = small_model(AutoModel, config, SEED)
+    model = small_model(AutoModel.from_config, config, SEED)
+    add_noise(model, SEED)
+    return model
+
+
+def _with_head(name: str, family: str, level: int) -> torch.nn.Module:
+    import transformers
+
+    config = small_config(family, level)
+    text = config.get_text_config()
+    if (
+        getattr(text, "pad_token_id", 0) is None
+    ):  # several rows are classified by where padding begins
+        text.pad_token_id = 0
+    model = small_model(getattr(transformers, name)._from_config, config, SEED)
     add_noise(model, SEED)
     return model

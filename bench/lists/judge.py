@@ -88,7 +88,7 @@ def _tree_difference(
 def _leaf_difference(got: object, wanted: object, stock: object, with_strides: bool) -> str:
     if type(got) is not type(wanted):
         return f"{type(got).__name__} instead of {type(wanted).__name__}"
-    if is_dataclass(wanted) and not isinstance(wanted, type):
+    if _is_its_attributes(wanted):
         return _tree_difference(vars(got), vars(wanted), None, (), "field")
     if not isinstance(wanted, torch.Tensor):
         same = got == wanted or (got != got and wanted != wanted)
@@ -106,6 +106,13 @@ def _leaf_difference(got: object, wanted: object, stock: object, with_strides: b
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return " ".join(lines[:3])[:200]
     return ""
+
+
+def _is_its_attributes(value: object) -> bool:
+    """Whether two such values are compared by their attributes: of a dataclass, or of a class that says nothing of what is equal."""
+    if isinstance(value, (type, torch.nn.Module)) or not hasattr(value, "__dict__"):
+        return False
+    return is_dataclass(value) or type(value).__eq__ is object.__eq__
 
 
 def _distance(got: object, wanted: torch.Tensor, otherwise: float) -> float:

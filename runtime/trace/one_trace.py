@@ -47,6 +47,7 @@ from piecework.runtime.trace.results import (
     FromWeight,
     ResultLeaf,
     opened,
+    refuse_kept,
     result_leaf,
     sizes_from_graph,
     stand_ins,
@@ -259,7 +260,10 @@ class Tracer:
         if shared is not None:
             self.layers.note(shared)
         counters.num_graphs_seen += 1
-        result_leaves, out_spec = pytree.tree_flatten(opened(result))
+        tree, made = opened(result)
+        del result
+        refuse_kept(made)
+        result_leaves, out_spec = pytree.tree_flatten(tree)
         assumptions = _assumptions(trace, leaves, names)
         results = tuple(
             result_leaf(leaf, trace.standing_in, leaves, held) for leaf in result_leaves

@@ -5,11 +5,16 @@ Nothing is computed: each output of the graph is stood in for by an object that 
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import enum
+import inspect
 import math
+import types
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -18,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
+from piecework.runtime.bind.facts import is_its_dictionary, is_users
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +72,14 @@ _VIEWS = ("T", "mT", "H", "mH", "real", "imag", "data")
 _PLAIN = (torch.Tensor, float, str, bool, type(None))
 
 
-def sizes_from_graph(result):  # type: ignore[no-untyped-def]
+def sizes_from_graph(result, opens=True):  # type: ignore[no-untyped-def]
     """``result`` with every integer computed, so that the graph returns it; traced by Dynamo, behind the model's forward.
 
     Dynamo reads an integer that it knows a place for (an argument, ``x.shape``) at that place while the model is traced,
     which would give the example's number for good. A sum with 0 is a value of the graph's own; an integer that the trace fixed stays one.
+
+    Args:
+        opens: whether an instance may become an `_Instance`; not where it would be written into an object of the user's.
     """
     kind = type(result)
     if kind is int:
@@ -80,21 +89,25 @@ def sizes_from_graph(result):  # type: ignore[no-untyped-def]
     if kind is torch.Size:
         return torch.Size([sizes_from_graph(each) for each in result])
     if kind is tuple:
-        return tuple([sizes_from_graph(each) for each in result])
+        return tuple([sizes_from_graph(each, opens) for each in result])
     if kind is list:
-        return [sizes_from_graph(each) for each in result]
+        return [sizes_from_graph(each, opens) for each in result]
     if kind is dict:
-        return {key: sizes_from_graph(each) for key, each in result.items()}
+        return {key: sizes_from_graph(each, opens) for key, each in result.items()}
     # Asked with getattr: Dynamo in torch 2.11 knows no hasattr of classes.
     if issubclass(kind, tuple) and getattr(kind, "_fields", None) is not None:
-        return kind(*[sizes_from_graph(each) for each in result])
+        return kind(*[sizes_from_graph(each, opens) for each in result])
     if kind in pytree.SUPPORTED_NODES:
-        return pytree.tree_map(sizes_from_graph, result, is_leaf=_is_size)
+        return pytree.tree_map(partial(sizes_from_graph, opens=opens), result, is_leaf=_is_size)
     if getattr(kind, "__dataclass_fields__", None) is not None:  # an instance that the model made
         for name in kind.__dataclass_fields__:
             value = getattr(result, name)
             if type(value) not in _PLAIN:
-                object.__setattr__(result, name, sizes_from_graph(value))
+                object.__setattr__(result, name, sizes_from_graph(value, opens=False))
+    elif opens and _is_plain(kind):
+        names = list(vars(result))
+        values = [sizes_from_graph(getattr(result, name)) for name in names]
+        return _Instance(kind, tuple(names), values, result)
     return result
 
 
@@ -106,26 +119,100 @@ def _is_size(value):  # type: ignore[no-untyped-def]
 
 
 class _Instance:
-    """In place of an instance of a dataclass that pytree doesn't know: its attributes, which pytree sees into."""
+    """In place of an instance of a dataclass that pytree doesn't know, or of a class without a state beside its attributes: these, which pytree sees into.
 
-    def __init__(self, kind: type, names: tuple[str, ...], values: list[object]) -> None:
+    Attributes:
+        made: the instance itself, which the trace may hold beside them.
+    """
+
+    def __init__(
+        self, kind: type, names: tuple[str, ...], values: list[object], made: object = None
+    ) -> None:
         self.kind = kind
         self.names = names
         self.values = values
+        self.made = made
 
 
-def opened(result: object) -> object:
-    """``result`` with instances of dataclasses made visible to pytree; what pytree knows already is left as it is."""
+#: Methods by which an instance would notice how it is made, or say itself what it holds.
+_OWN_WAYS = ("__getattribute__", "__setattr__", "__delattr__", "__del__")
+
+
+@torch.compiler.assume_constant_result
+def _is_plain(kind: type) -> bool:
+    """Whether an instance of ``kind`` is what its dictionary holds, and Dynamo can list that. Asked while Dynamo traces."""
+    return (
+        torch_compat.lists_attributes()
+        and type(kind) in (type, abc.ABCMeta)
+        and is_users(kind)
+        and is_its_dictionary(kind)
+        and all(_of_class(kind, name) is _of_class(_Instance, name) for name in _OWN_WAYS)
+        and type(_of_class(kind, "__dict__")) is types.GetSetDescriptorType
+    )
+
+
+def _of_class(kind: type, name: str) -> object:
+    return inspect.getattr_static(kind, name, None)
+
+
+def opened(result: object) -> tuple[object, list[weakref.ref[object]]]:
+    """``result`` with instances of users' classes made visible to pytree; what pytree knows already is left as it is.
+
+    Returns:
+        it, and the instances that are in it no longer; see `refuse_kept`.
+
+    Raises:
+        CaptureError: one of them is there twice, or an attribute of it is hidden by its class.
+    """
+    found: dict[int, weakref.ref[object]] = {}
+    return _all_opened(result, found), list(found.values())
+
+
+def refuse_kept(made: Iterable[weakref.ref[object]]) -> None:
+    """Refuse instances that live on once nobody has the result: the model has them for longer, so they are not each call's own.
+
+    Raises:
+        CaptureError: one does.
+    """
+    for each in made:
+        kept = each()
+        if kept is not None:
+            raise CaptureError(
+                f"the model returns a {type(kept).__qualname__} that forward did not make, or that refers to itself",
+                hint="return what forward makes, or tensors and numbers alone",
+            )
+
+
+def _all_opened(tree: object, found: dict[int, weakref.ref[object]]) -> object:
     # pytree would make a tuple of a torch.Size
-    return pytree.tree_map(_opened, result, is_leaf=_is_size)
+    return pytree.tree_map(partial(_opened, found), tree, is_leaf=_is_shut)
 
 
-def _opened(leaf: object) -> object:
+def _is_shut(value: object) -> bool:
+    return _is_size(value) or type(value) is _Instance
+
+
+def _opened(found: dict[int, weakref.ref[object]], leaf: object) -> object:
+    if type(leaf) is _Instance:
+        _note(leaf, found)
+        values = [_all_opened(each, found) for each in leaf.values]
+        return _Instance(leaf.kind, leaf.names, values)
     if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
         return leaf
     fields = [each.name for each in dataclasses.fields(leaf) if hasattr(leaf, each.name)]
     names = tuple(dict.fromkeys([*fields, *getattr(leaf, "__dict__", ())]))
-    return _Instance(type(leaf), names, [opened(getattr(leaf, name)) for name in names])
+    return _Instance(type(leaf), names, [_all_opened(getattr(leaf, name), found) for name in names])
+
+
+def _note(instance: _Instance, found: dict[int, weakref.ref[object]]) -> None:
+    kind = instance.kind
+    hides = any(hasattr(type(_of_class(kind, name)), "__set__") for name in instance.names)
+    if hides or id(instance.made) in found:
+        raise CaptureError(
+            f"the model returns one {kind.__qualname__} twice, or one with an attribute that its class hides",
+            hint="return it once, or tensors and numbers alone",
+        )
+    found[id(instance.made)] = weakref.ref(instance.made)
 
 
 def _instance(values: Iterable[object], context: tuple[type, tuple[str, ...]]) -> object:
@@ -234,7 +321,7 @@ def result_leaf(
         if found is not None:
             return found
     elif leaf is None or isinstance(
-        leaf, (int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device)
+        leaf, (int, float, complex, str, bytes, enum.Enum, type, torch.dtype, torch.device)
     ):
         return Fixed(leaf)
     raise CaptureError(

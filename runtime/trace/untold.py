@@ -30,6 +30,7 @@ from piecework.runtime.trace.results import (
     FromWeight,
     ResultLeaf,
     opened,
+    sizes_from_graph,
 )
 
 #: What of a tensor that records gradients a trace can't tell: it sees a leaf, whatever there is.
@@ -153,7 +154,7 @@ class OrderOfSets:
             CaptureError: it does, or it can't be seen whether it does.
         """
         with _seen(), _nothing_remembered(), torch_compat.computed(self.known, self.numbers) as run:
-            found, own_spec = pytree.tree_flatten(opened(call()))
+            found, own_spec = pytree.tree_flatten(opened(sizes_from_graph(call()))[0])
         mine = [self._of(each, leaves) for each in results]
         pythons = [run.of(each) if isinstance(each, torch.Tensor) else each for each in found]
         if (own_spec, pythons, run.writes()) != (spec, mine, self.run.writes()):

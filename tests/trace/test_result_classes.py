@@ -1,7 +1,9 @@
-"""Results of unusual kinds: in, forwards that return dataclasses, or views that tensors have as attributes; out, equal ones at every call, sizes included."""
+"""Results of unusual kinds: in, forwards that return dataclasses, instances of other classes, or views that tensors have as attributes; out, equal ones at every call, sizes included."""
 
 from __future__ import annotations
 
+import abc
+import collections
 import enum
 from dataclasses import dataclass, field
 
@@ -10,6 +12,8 @@ import torch
 from models import EAGER
 
 import piecework
+from piecework.errors import CaptureError
+from piecework.runtime import torch_compat
 
 
 class Kind(enum.Enum):
@@ -80,8 +84,14 @@ def same(got: object, expected: object) -> None:
     elif isinstance(expected, dict):
         assert list(got) == list(expected)
         same(list(got.values()), list(expected.values()))
-    elif hasattr(expected, "__dataclass_fields__"):
-        names = [*expected.__dataclass_fields__, *getattr(expected, "__dict__", {})]
+    elif hasattr(expected, "__dataclass_fields__") or isinstance(
+        expected, (Layer, Cache, collections.UserDict)
+    ):
+        names = [
+            *getattr(expected, "__dataclass_fields__", ()),
+            *getattr(expected, "__dict__", ()),
+        ]
+        assert list(getattr(got, "__dict__", ())) == list(getattr(expected, "__dict__", ()))
         for name in names:
             same(getattr(got, name), getattr(expected, name))
     else:
@@ -91,6 +101,137 @@ def same(got: object, expected: object) -> None:
 def test_methods_of_a_returned_dataclass_work() -> None:
     stitched = piecework.compile(lambda x: Scores(x * 2), (torch.randn(4, 3),), config=EAGER)
     assert stitched(torch.ones(2, 3)).total == 12
+
+
+# --- instances of plain classes -----------------------------------------------------------------------
+
+
+class Filled(abc.ABC):
+    @abc.abstractmethod
+    def fill(self, x: torch.Tensor) -> Filled: ...
+
+
+class Layer(Filled):
+    """What a model keeps for its next call; it has an attribute only once it was filled."""
+
+    def __init__(self) -> None:
+        self.keys: torch.Tensor | None = None
+        self.length = 0
+
+    def fill(self, x: torch.Tensor) -> Layer:
+        self.keys, self.dtype = x * 2, x.dtype
+        self.length += x.shape[0]
+        return self
+
+
+class Cache:
+    def __init__(self, *layers: Layer) -> None:
+        self.layers = list(layers)
+        self.kind = Layer
+        self.shape: object = None
+
+
+def _with_shape(x: torch.Tensor) -> Cache:
+    made = Cache(Layer().fill(x))
+    made.shape = {"whole": x.shape, "rows": x.size(0) + 1}
+    return made
+
+
+HELD = Cache(Layer())
+INSTANCES = {
+    "alone": lambda x: Layer().fill(x),
+    "nested": lambda x: Cache(Layer().fill(x), Layer(), Layer().fill(x + 1)),
+    "sizes inside": _with_shape,
+    "beside others": lambda x: {"a": [Layer().fill(x), x], "b": Scores(x, x.shape[0])},
+    "user dict": lambda x: collections.UserDict(keys=x * 2, rows=x.shape[0]),
+}
+lists_attributes = pytest.mark.skipif(
+    not torch_compat.lists_attributes(), reason="Dynamo of this torch lists no attributes"
+)
+
+
+@lists_attributes
+@pytest.mark.parametrize("name", INSTANCES)
+def test_an_instance_of_a_plain_class_is_returned(name: str) -> None:
+    forward = INSTANCES[name]
+    stitched = piecework.compile(forward, (torch.randn(4, 3),), config=EAGER)
+    for rows in (4, 2, 7, 1):
+        x = torch.randn(rows, 3)
+        got, expected = stitched(x), forward(x)
+        same(got, expected)
+        assert stitched(x) is not got
+
+
+class Slots:
+    __slots__ = ("first",)
+
+    def __init__(self, first: torch.Tensor) -> None:
+        self.first = first
+
+
+class Hidden:
+    def __init__(self, x: torch.Tensor) -> None:
+        self.__dict__["first"] = x
+
+    @property
+    def first(self) -> int:
+        return 1
+
+
+class Watched:
+    def __init__(self, x: torch.Tensor) -> None:
+        self.first = x
+
+    def __setattr__(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+
+class Ring:
+    def __init__(self, x: torch.Tensor) -> None:
+        self.first, self.me = x, self
+
+
+COUNTED: list[object] = []
+
+
+class Counted:
+    def __init__(self, x: torch.Tensor) -> None:
+        self.first = x
+        COUNTED.append(self)
+
+
+def _twice(x: torch.Tensor) -> list[Layer]:
+    made = Layer().fill(x)
+    return [made, made]
+
+
+REFUSED = {
+    "held by a global": lambda x: (x * 2, HELD),
+    "held, in a dataclass": lambda x: (x * 2, Scores(x, names=[HELD])),
+    "twice": _twice,
+    "with slots": lambda x: Slots(x),
+    "with a hidden attribute": lambda x: Hidden(x),
+    "with a way to set": lambda x: Watched(x),
+    "that refers to itself": lambda x: Ring(x),
+    "that is kept elsewhere": lambda x: Counted(x),
+    "an exception": lambda x: ValueError("x"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_instance_that_is_more_than_its_attributes_is_refused(name: str) -> None:
+    forward, before = REFUSED[name], dict(vars(HELD))
+    with pytest.raises(CaptureError):
+        piecework.compile(forward, (torch.randn(4, 3),), config=EAGER)
+    assert vars(HELD) == before and type(HELD.layers[0]) is Layer and not COUNTED
+
+
+@lists_attributes
+def test_what_refuses_an_instance_says_which() -> None:
+    with pytest.raises(CaptureError, match="returns a Cache that forward did not make"):
+        piecework.compile(REFUSED["held by a global"], (torch.randn(4, 3),), config=EAGER)
+    with pytest.raises(CaptureError, match="returns one Layer twice"):
+        piecework.compile(_twice, (torch.randn(4, 3),), config=EAGER)
 
 
 VIEWS = {

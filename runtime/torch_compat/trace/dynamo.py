@@ -119,6 +119,11 @@ def asks_for_restart(error: BaseException) -> bool:
     return isinstance(error, torch._dynamo.exc.RestartAnalysis)
 
 
+def lists_attributes() -> bool:
+    """Whether Dynamo can trace ``vars`` of an instance that the traced code made (from torch 2.12 on)."""
+    return hasattr(torch._dynamo.variables, "DunderDictVariable")
+
+
 def data_dependent(error: BaseException) -> bool:
     """Whether ``error`` comes from a decision on a size that the trace was not told."""
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
