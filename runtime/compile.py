@@ -83,23 +83,17 @@ def compile(
         >>> print(stitched.source.code)
         >>> stitched(torch.randn(7, 64))
     """
-    if artifact is None:
-        return compile_with_mode(
-            model,
-            example_args,
-            example_kwargs,
-            splitting_ops=splitting_ops,
-            config=config,
-            runtime_config=runtime_config,
-        )
+    examples = (example_args, example_kwargs)
     made = compile_with_mode(
         model,
+        *(examples if artifact is None else ()),
         splitting_ops=splitting_ops,
         config=config,
         runtime_config=runtime_config,
-        deferred=True,
+        deferred=artifact is not None,
     )
-    _load_or_compile(made, artifact, key_file, (example_args, example_kwargs or {}))
+    if artifact is not None:
+        _load_or_compile(made, artifact, key_file, (example_args, example_kwargs or {}))
     return made
 
 
@@ -377,7 +371,7 @@ def tracing_shapes(kind: DynamicShapesType, arguments: object) -> Iterator[None]
 
 
 def _make_unbacked(tensors: Sequence[torch.Tensor]) -> None:
-    marked = any(torch_compat.marked_dims(tensor) for tensor in tensors)
+    marked = any(torch_compat.marks_of(tensor) for tensor in tensors)
     for tensor in tensors:
         first = (0,) if tensor.dim() else ()
         for dim in torch_compat.unmark_dynamic(tensor) if marked else first:
@@ -444,7 +438,7 @@ def _stock(
     model: Callable[..., object], config: CompilationConfig, tensors: Sequence[torch.Tensor]
 ) -> Callable[..., object]:
     """``torch.compile`` of ``model`` with the configured backend; all dimensions are dynamic unless some are marked."""
-    marked = any(torch_compat.marked_dims(tensor) for tensor in tensors)
+    marked = any(torch_compat.marks_of(tensor) for tensor in tensors)
     options = dict(config.inductor_compile_config) if config.backend == "inductor" else {}
     # Dynamo caches by code object; one of its own keeps models independent of each other.
     entry = types.FunctionType(

@@ -6,12 +6,13 @@ Both belong to the running thread or task and end with the ``with`` block; nothi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 from piecework.errors import ConfigError
+from piecework.scope import set_for
 
 DEFAULT_TAG = "backbone"
 TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
@@ -42,8 +43,7 @@ _ON_COMPLETE: ContextVar[Callable[[], object] | None] = ContextVar(
 )
 
 
-@contextmanager
-def set_model_tag(tag: str, is_encoder: bool = False) -> Iterator[ModelTag]:
+def set_model_tag(tag: str, is_encoder: bool = False) -> AbstractContextManager[ModelTag]:
     """Tag every model that is made or compiled in the block; the outer tag is back afterwards.
 
     Args:
@@ -63,9 +63,7 @@ def set_model_tag(tag: str, is_encoder: bool = False) -> Iterator[ModelTag]:
             where="set_model_tag",
             hint="use up to 100 letters, digits, '_', '.' and '-', a letter, a digit or '_' first",
         )
-    made = ModelTag(tag, is_encoder)
-    with use_model_tag(made):
-        yield made
+    return set_for(_TAG, ModelTag(tag, is_encoder))
 
 
 def current_model_tag() -> ModelTag:
@@ -78,18 +76,14 @@ def model_tag_is_set() -> bool:
     return _TAG.get() is not None
 
 
-@contextmanager
-def use_model_tag(tag: ModelTag) -> Iterator[None]:
+def use_model_tag(tag: ModelTag) -> AbstractContextManager[object]:
     """Make a tag that was kept current again, for a model that is compiled later than it was made."""
-    token = _TAG.set(tag)
-    try:
-        yield
-    finally:
-        _TAG.reset(token)
+    return set_for(_TAG, tag)
 
 
-@contextmanager
-def set_on_compilation_complete(callback: Callable[[], object]) -> Iterator[None]:
+def set_on_compilation_complete(
+    callback: Callable[[], object],
+) -> AbstractContextManager[object]:
     """Have ``callback()`` called each time that a model was compiled in the block, after its last piece.
 
     What the callback raises leaves the call that compiled; the model is compiled nevertheless.
@@ -106,11 +100,7 @@ def set_on_compilation_complete(callback: Callable[[], object]) -> Iterator[None
             f"a callback must be callable; got a {type(callback).__qualname__}",
             where="set_on_compilation_complete",
         )
-    token = _ON_COMPLETE.set(callback)
-    try:
-        yield
-    finally:
-        _ON_COMPLETE.reset(token)
+    return set_for(_ON_COMPLETE, callback)
 
 
 def compilation_complete() -> None:

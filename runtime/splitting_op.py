@@ -186,10 +186,10 @@ def _identity(function: Callable[..., object]) -> str:
 registry = SplittingOpRegistry()
 
 
-def declare_rows(
-    op: str | torch._ops.OpOverload | torch._ops.OpOverloadPacket | SplittingOp[..., object],
-    rows: RowsOf | None,
-) -> None:
+AnyOp = str | torch._ops.OpOverload | torch._ops.OpOverloadPacket | SplittingOp[..., object]
+
+
+def declare_rows(op: AnyOp, rows: RowsOf | None) -> None:
     """Say what an operator that piecework did not register does with the rows of a batch, so that batches may be padded around it.
 
     Args:
@@ -205,10 +205,7 @@ def declare_rows(
     registry.declare(_name_of(op), rows)
 
 
-def declare_full_graphs(
-    op: str | torch._ops.OpOverload | torch._ops.OpOverloadPacket | SplittingOp[..., object],
-    graphs: GraphsOf | None,
-) -> None:
+def declare_full_graphs(op: AnyOp, graphs: GraphsOf | None) -> None:
     """Say which whole forwards may be one static graph with an operator inside that piecework did not register.
 
     Args:
@@ -224,9 +221,7 @@ def declare_full_graphs(
     registry.declare_graphs(_name_of(op), graphs)
 
 
-def _name_of(
-    op: str | torch._ops.OpOverload | torch._ops.OpOverloadPacket | SplittingOp[..., object],
-) -> str:
+def _name_of(op: AnyOp) -> str:
     name = getattr(op, "splitting_op_name", None) or getattr(op, "_qualname", None)
     if isinstance(op, torch._ops.OpOverload):
         name = op._schema.name

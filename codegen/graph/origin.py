@@ -9,7 +9,7 @@ import ast
 import itertools
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.fx
@@ -50,6 +50,24 @@ class SymbolNames:
         if isinstance(size, int) and not isinstance(size, torch.SymInt):
             return str(size)
         return re.sub(r"\b[usz]\d+\b", lambda found: self._name(found.group()), str(size))
+
+
+def graph_of(gm: torch.fx.GraphModule, name: str) -> torch.fx.GraphModule:
+    """The graph that a call of submodule ``name`` runs."""
+    found = gm.get_submodule(name)
+    assert isinstance(found, torch.fx.GraphModule)
+    return found
+
+
+def nodes_of(gm: torch.fx.GraphModule, names: Iterable[str]) -> Iterator[tuple[str, torch.fx.Node]]:
+    """Every node of the submodules ``names``, each with the name of its submodule."""
+    return ((name, node) for name in names for node in graph_of(gm, name).graph.nodes)
+
+
+def results_of(graph: torch.fx.Graph) -> list[object]:
+    """What ``graph`` returns; a single value is a list of one."""
+    returned = graph.output_node().args[0]
+    return list(returned) if isinstance(returned, (list, tuple)) else [returned]
 
 
 def value_of(node: torch.fx.Node) -> object:
@@ -128,8 +146,7 @@ def origin_of_piece(
     paths = [path for path in map(module_path, nodes) if path]
     ends = list(dict.fromkeys((paths[0], paths[-1]))) if paths else []
     lines = [] if len(nodes) != 1 else [source_line(nodes[0], line_numbers=line_numbers)]
-    returned = piece.graph.output_node().args[0]
-    outputs = returned if isinstance(returned, (list, tuple)) else [returned]
+    outputs = results_of(piece.graph)
     return ir.Origin(
         module=" … ".join(ends),
         source=lines[0] if lines else "",

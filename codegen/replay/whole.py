@@ -6,10 +6,10 @@ A full graph replays the whole forward, so its replay source is that of a graph 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 
 import torch.fx
 
+from piecework.codegen.graph.origin import results_of
 from piecework.codegen.graph.structure import new_placeholder
 from piecework.codegen.stitch.lower import LowerOptions
 from piecework.codegen.stitch.source import StitchedSource, generate_source
@@ -32,7 +32,8 @@ def whole_forward(
     graph = torch.fx.Graph()
     inputs = [new_placeholder(graph, name) for name in parameters]
     call = graph.call_module(WHOLE, tuple(inputs))
-    results = [_element(graph, call, index, each) for index, each in enumerate(_outputs(split_gm))]
+    outputs = enumerate(results_of(split_gm.graph))
+    results = [_element(graph, call, index, each) for index, each in outputs]
     graph.output(tuple(results))
     whole_gm = torch.fx.GraphModule({WHOLE: split_gm}, graph)
     return whole_gm, generate_source(whole_gm, LowerOptions(submods=(WHOLE,), emit_del=False))
@@ -43,8 +44,3 @@ def _element(
 ) -> torch.fx.Node:
     name = output.name if isinstance(output, torch.fx.Node) else None
     return graph.create_node("call_function", operator.getitem, (call, index), name=name)
-
-
-def _outputs(split_gm: torch.fx.GraphModule) -> Sequence[object]:
-    returned = split_gm.graph.output_node().args[0]
-    return returned if isinstance(returned, (list, tuple)) else [returned]

@@ -107,8 +107,8 @@ def symbols_in(value: object) -> Iterator[str]:
     if isinstance(value, (list, tuple)):
         for each in value:
             yield from symbols_in(each)
-    elif isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        yield from torch_compat.free_symbols(value)
+    else:
+        yield from torch_compat.symbols_in(value)
 
 
 def tensors_in(value: object) -> Iterator[torch.Tensor]:

@@ -14,9 +14,9 @@ import torch
 import torch.fx
 from torch.utils import _pytree as pytree
 
-from piecework.codegen.graph.origin import SymbolNames, origin_of, value_of
+from piecework.codegen.graph.origin import SymbolNames, graph_of, origin_of, results_of, value_of
 from piecework.codegen.graph.schemas import writes_to
-from piecework.codegen.graph.structure import call_text
+from piecework.codegen.graph.structure import attribute_of, call_text
 from piecework.codegen.split.split import allocates
 from piecework.errors import StaticGraphError
 from piecework.runtime import torch_compat
@@ -58,14 +58,13 @@ def mutations_in(
     """
     memory: dict[int, str] = {}
     for node in split_gm.graph.find_nodes(op="placeholder"):
-        value = value_of(node)
-        if node.name in held and isinstance(value, torch.Tensor):
-            memory[torch_compat.storage_id(value)] = held[node.name]
+        key = memory_of(value_of(node))
+        if node.name in held and key is not None:
+            memory[key] = held[node.name]
     found: list[Mutation] = []
     looks = _Looks()
     for name in pieces:
-        piece = split_gm.get_submodule(name)
-        assert isinstance(piece, torch.fx.GraphModule)
+        piece = graph_of(split_gm, name)
         for node in piece.graph.nodes:
             for op, path in looks.writes(piece, node, memory):
                 found.append(Mutation(path, name, node.name, op, _where(node)))
@@ -87,14 +86,13 @@ def unwritten_outputs(piece: torch.fx.GraphModule) -> frozenset[int]:
     """Which outputs of a graph, by number, lie in memory that it allocates and does not write: they hold anything."""
     first: dict[int, torch.fx.Node] = {}  # memory → the node that brings it
     for node in piece.graph.nodes:
-        value = value_of(node)
-        if isinstance(value, torch.Tensor) and value.layout == torch.strided:
-            first.setdefault(torch_compat.storage_id(value), node)
+        key = memory_of(value_of(node))
+        if key is not None:
+            first.setdefault(key, node)
     memory, looks = {key: str(key) for key, node in first.items() if allocates(node)}, _Looks()
     writes = (looks.writes(piece, node, memory) for node in piece.graph.nodes)
     written = {int(path) for found in writes for _, path in found}
-    returned = piece.graph.output_node().args[0]
-    outputs = returned if isinstance(returned, (list, tuple)) else [returned]
+    outputs = results_of(piece.graph)
     places = [_path(value_of(e), memory) if isinstance(e, torch.fx.Node) else None for e in outputs]
     return frozenset(n for n, e in enumerate(places) if e is not None and int(e) not in written)
 
@@ -183,9 +181,9 @@ def _inputs_by_memory(piece: torch.fx.GraphModule) -> dict[int, list[int]]:
     """Memory → the placeholders, by number, that lie in it."""
     found: dict[int, list[int]] = {}
     for number, node in enumerate(piece.graph.find_nodes(op="placeholder")):
-        value = value_of(node)
-        if isinstance(value, torch.Tensor) and value.layout == torch.strided:
-            found.setdefault(torch_compat.storage_id(value), []).append(number)
+        key = memory_of(value_of(node))
+        if key is not None:
+            found.setdefault(key, []).append(number)
     return found
 
 
@@ -198,15 +196,10 @@ def _written(piece: torch.fx.GraphModule, inputs: Mapping[int, list[int]]) -> fr
 
 def held_by_source(graph: torch.fx.GraphModule) -> dict[str, str]:
     """Placeholders that are parameters or buffers of a module, by what Dynamo calls them; for graphs from ``torch.compile``."""
-    sources = {
-        node.name: torch_compat.placeholder_source(node)
-        for node in graph.graph.find_nodes(op="placeholder")
-    }
-    return {
-        name: source
-        for name, source in sources.items()
-        if "._buffers[" in source or "._parameters[" in source
-    }
+    nodes = graph.graph.find_nodes(op="placeholder")
+    sources = {node.name: torch_compat.placeholder_source(node) for node in nodes}
+    held = ("._buffers[", "._parameters[")
+    return {name: text for name, text in sources.items() if any(each in text for each in held)}
 
 
 def refuse_mutations(found: Sequence[Mutation]) -> None:
@@ -271,7 +264,7 @@ class _Looks:
         for each in node.all_input_nodes:
             if each.op != "get_attr":
                 continue
-            body = _attribute(module, str(each.target))
+            body = attribute_of(module, str(each.target))
             if isinstance(body, torch.fx.GraphModule):
                 inner = {**memory, **_memory_of_operands(body, node, memory)}
                 for step in body.graph.nodes:
@@ -325,12 +318,19 @@ def _observed(
     paths: Sequence[str],
 ) -> list[tuple[str, str]]:
     """What a node is seen to write to when it runs on fake values; what can't be run again may write to all that it takes."""
-    notes = _Notes(memory)
+    seen: list[tuple[str, str]] = []
+
+    def note(op: torch._ops.OpOverload, args: tuple[object, ...], given: dict[str, object]) -> None:
+        for written in torch_compat.written_operands(op, args, given):
+            path = _path(written, memory)
+            if path is not None:
+                seen.append((str(op), path))
+
     try:
-        _run(module, node, notes)
+        _run(module, node, note)
     except Exception:  # noqa: BLE001 - user code and torch raise anything
         return [(str(node.target), path) for path in paths]
-    return notes.seen
+    return seen
 
 
 def memory_of(value: object) -> int | None:
@@ -344,13 +344,6 @@ def _path(value: object, memory: Mapping[int, str]) -> str | None:
     return None if key is None else memory.get(key)
 
 
-def _attribute(module: torch.nn.Module, path: str) -> object:
-    value: object = module
-    for part in path.split("."):
-        value = getattr(value, part, None)
-    return value
-
-
 def _memory_of_operands(
     body: torch.fx.GraphModule, node: torch.fx.Node, memory: Mapping[int, str]
 ) -> dict[int, str]:
@@ -362,9 +355,9 @@ def _memory_of_operands(
     count = len(placeholders)
     inner: dict[int, str] = {}
     for placeholder, operand in zip(placeholders, operands[len(operands) - count :], strict=False):
-        path, value = _path(value_of(operand), memory), value_of(placeholder)
-        if path is not None and isinstance(value, torch.Tensor):
-            inner[torch_compat.storage_id(value)] = path
+        path, key = _path(value_of(operand), memory), memory_of(value_of(placeholder))
+        if path is not None and key is not None:
+            inner[key] = path
     return inner
 
 
@@ -373,22 +366,6 @@ def _fake(argument: object) -> object:
 
 
 # --- one node on fake tensors ----------------------------------------------------------------------
-
-
-class _Notes:
-    """Notes which operators write to held memory, by their schemas."""
-
-    def __init__(self, memory: Mapping[int, str]) -> None:
-        self._memory = memory
-        self.seen: list[tuple[str, str]] = []
-
-    def __call__(
-        self, op: torch._ops.OpOverload, args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> None:
-        for written in torch_compat.written_operands(op, args, kwargs):
-            path = _path(written, self._memory)
-            if path is not None:
-                self.seen.append((str(op), path))
 
 
 def _run(module: torch.fx.GraphModule, node: torch.fx.Node, notes: Callable[..., None]) -> None:
@@ -415,6 +392,6 @@ def _stand_in(module: torch.fx.GraphModule) -> Callable[[Any], Any]:
             # The same memory, so that writes are recognised; another tensor, so that a write that changes
             # sizes or strides leaves the recorded value alone.
             return value.data
-        return _attribute(module, str(argument.target)) if argument.op == "get_attr" else value
+        return attribute_of(module, str(argument.target)) if argument.op == "get_attr" else value
 
     return of

@@ -16,6 +16,7 @@ import torch
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 from piecework.runtime.bind.asked import is_torchs
+from piecework.runtime.bind.facts import class_name
 
 _PLAIN = (int, bool, str, bytes, type(None), type(...), type(NotImplemented), range)
 _TORCHS = (torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -33,10 +34,6 @@ A_VALUE = "a value"
 
 class Unlike(Exception):
     """A value that means something in its own process only."""
-
-
-def class_name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def likeness(value: Any, inside: tuple[int, ...] = ()) -> str:

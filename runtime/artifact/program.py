@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import cache
 
-import torch.fx
-
 from piecework.codegen import SplitItem
 from piecework.codegen.entry.plan import Symbol
+from piecework.codegen.graph.origin import graph_of
 from piecework.codegen.graph.structure import input_signature, structure_of
 from piecework.errors import ArtifactError
 from piecework.runtime import torch_compat
@@ -54,10 +53,8 @@ def graphs_reader(
                 f"the graphs can't be read: {error}", where=where, hint=hint
             ) from error
         for name, backend in backends.items():
-            piece = split_gm.get_submodule(name)
-            assert isinstance(piece, torch.fx.GraphModule)
-            backend.graph = piece
-            backend.structure = structure_of(piece, describe_input=input_signature)
+            backend.graph = graph_of(split_gm, name)
+            backend.structure = structure_of(backend.graph, describe_input=input_signature)
         items = (SplitItem(*row, split_gm.get_submodule(row[0])) for row in rows)
         return Graphs(graph, split_gm, tuple(items))
 

@@ -56,6 +56,13 @@ class Range:
         return f"[{self.start}, {'…' if self.is_open_ended() else self.end}]"
 
 
+def file_name(stem: str, served: Range | None) -> str:
+    """A piece, or what belongs to one, with its batch range as a name for files, such as ``submod_4_1_16``."""
+    if served is None:
+        return stem
+    return f"{stem}_{served.start}_{'up' if served.is_open_ended() else served.end}"
+
+
 def derive_ranges(
     endpoints: Iterable[int], max_size: int | None, *, open_ended: bool = False
 ) -> tuple[Range, ...]:

@@ -284,6 +284,11 @@ class Fact:
     other: Place | None = None
     of_call: bool = False
 
+    @classmethod
+    def of(cls, place: Place, kind: str, value: object, about: object = None) -> Fact:
+        """The fact that ``value`` is at ``place``."""
+        return cls(place, kind, about, expected(kind, value, about))
+
     def holds(self, values: Values) -> bool:
         """Whether the graph is still right about it."""
         now = values.at(self.place)

@@ -209,7 +209,9 @@ class _Sorter:
         if guard.kind == "DICT_KEYS_MATCH" and self._is_asked_by_name(guard.place):
             return  # `_keys_of` says which names it was asked for
         if not on_argument and self._is_one_value(guard):
-            self.bins.facts += self._equal(guard)
+            value = self._values.at(guard.place)
+            for place in _places(guard):
+                self.bins.facts.append(Fact.of(place, "CONSTANT_MATCH", value))
             return
         fact = self._fact(guard)
         if fact is None:
@@ -218,8 +220,7 @@ class _Sorter:
             facts = self.bins.argument_facts if on_argument else self.bins.facts
             facts.append(fact)
             if guard.known and id(guard.value) in ANSWERS:
-                seen = expected("answer", guard.value, None)
-                self.bins.facts.append(Fact(guard.place, "answer", None, seen))
+                self.bins.facts.append(Fact.of(guard.place, "answer", guard.value))
             for each in guard.place.path():
                 self._attributes_of(each, facts)
             if guard.kind == "NOT_PRESENT_IN_GENERIC_DICT":
@@ -233,11 +234,6 @@ class _Sorter:
         values = [self._values.at(place) for place in _places(guard)]
         known = all(each.kind != "unknown" for place in _places(guard) for each in place.path())
         return known and values[0] is values[1] and type(values[0]) is list and is_value(values[0])
-
-    def _equal(self, guard: Guarded) -> list[Fact]:
-        value = self._values.at(guard.place)
-        kind = "CONSTANT_MATCH"
-        return [Fact(place, kind, None, expected(kind, value, None)) for place in _places(guard)]
 
     def _is_emitted(self, guard: Guarded) -> bool:
         """Whether ``check_inputs`` compares what this guards."""
@@ -270,7 +266,7 @@ class _Sorter:
         if type(value) is types.ModuleType:
             tried |= self._unguarded.of_modules
         if tried and (named or type(value).__flags__ & HEAP_TYPE):
-            facts.append(Fact(place, "names", tried, expected("names", value, tried)))
+            facts.append(Fact.of(place, "names", value, tried))
         if isinstance(value, type):
             if not torch_compat.GUARDS_CLASS_VALUES:
                 self._values_of(value, place, facts)
@@ -285,9 +281,7 @@ class _Sorter:
             facts.append(Fact(place, "NOT_PRESENT_IN_GENERIC_DICT", name, False))
         if hasattr(value, "__getattr__") and not isinstance(value, torch.nn.Module):
             held = Place(place, "attribute", "__dict__", f"{place.name}.__dict__")
-            facts.append(
-                Fact(held, "DICT_KEYS_MATCH", None, expected("DICT_KEYS_MATCH", own, None))
-            )
+            facts.append(Fact.of(held, "DICT_KEYS_MATCH", own))
 
     def _methods_of(self, value: object, place: Place, facts: list[Fact]) -> None:
         """Note methods of built-in classes that an object or a container holds, such as ``torch.Tensor.relu``: Dynamo guards none."""
@@ -299,8 +293,7 @@ class _Sorter:
         for key, each in list(held.items()) if isinstance(held, dict) else ():
             if isinstance(each.func if type(each) is partial else each, _METHODS):
                 name = f"{place.name}[{key!r}]" if kind == "item" else f"{place.name}.{key}"
-                seen = expected("ID_MATCH", each, None)
-                facts.append(Fact(Place(place, kind, key, name), "ID_MATCH", None, seen))
+                facts.append(Fact.of(Place(place, kind, key, name), "ID_MATCH", each))
 
     def _keys_of(self, guards: Sequence[Guarded]) -> None:
         """Note the keys of dictionaries whose order counts, of which Dynamo says no more than the type, or which may have been asked in vain."""
@@ -329,14 +322,13 @@ class _Sorter:
                 continue
             facts = self.bins.argument_facts if is_argument(place) else self.bins.facts
             if self._is_asked_by_name(place):
-                facts.append(Fact(place, "keys", asked, expected("keys", value, asked)))
+                facts.append(Fact.of(place, "keys", value, asked))
                 continue
             alone = told.get(name) == {"TYPE_MATCH"} or self._as_a_whole(value, read.get(name))
             if name in (self._ordered or ()) or alone:
-                seen = expected("DICT_KEYS_MATCH", value, None)
-                facts.append(Fact(place, "DICT_KEYS_MATCH", None, seen))
+                facts.append(Fact.of(place, "DICT_KEYS_MATCH", value))
             elif self._tried and all(map(is_value, value)):
-                facts.append(Fact(place, "keys", tried, expected("keys", value, tried)))
+                facts.append(Fact.of(place, "keys", value, tried))
 
     def _is_asked_by_name(self, place: Place) -> bool:
         """Whether it is a table of transformers' implementations (of attention, of masks), which others register theirs in."""
@@ -366,9 +358,7 @@ class _Sorter:
         for name, value in found.items():
             if may_ask(self._read, name) and _is_plain(value):
                 here = Place(place, "attribute", name, f"{place.name}.{name}")
-                facts.append(
-                    Fact(here, "CONSTANT_MATCH", None, expected("CONSTANT_MATCH", value, None))
-                )
+                facts.append(Fact.of(here, "CONSTANT_MATCH", value))
 
     def _tensor(self, guard: Guarded, on_argument: bool) -> None:
         tensor = self._values.at(guard.place)
@@ -381,8 +371,7 @@ class _Sorter:
             return
         for kind, wanted in (("requires_grad", self._gradients), ("tensor type", self._types)):
             if wanted:
-                seen = expected(kind, tensor, None)
-                self.bins.facts.append(Fact(guard.place, kind, None, seen))
+                self.bins.facts.append(Fact.of(guard.place, kind, tensor))
         self.bins.tensors.append((guard.place, tensor))
 
     def _fact(self, guard: Guarded) -> Fact | None:

@@ -18,7 +18,7 @@ from piecework.codegen.entry.plan import Parameter
 from piecework.errors import CaptureError, InputError
 from piecework.runtime import torch_compat
 from piecework.runtime.bind.class_watch import ClassWatch
-from piecework.runtime.bind.facts import CONSTANT_KINDS, Fact, Values, expected, place_text
+from piecework.runtime.bind.facts import CONSTANT_KINDS, Fact, Values, place_text
 from piecework.runtime.bind.guards import Bins, every_place, misread, sort_guards
 from piecework.runtime.bind.observable import Touch
 from piecework.runtime.bind.places import Step
@@ -296,8 +296,7 @@ class TracedState:
 
     def watch_tensor(self, place: Place, tensor: torch.Tensor) -> None:
         """Compare a tensor of the model by kind: nothing else can tell that it was replaced."""
-        fact = Fact(place, "TENSOR_MATCH", None, expected("TENSOR_MATCH", tensor, None))
-        self.bins.facts.append(fact)
+        self.bins.facts.append(Fact.of(place, "TENSOR_MATCH", tensor))
         self._touched = None
         self.watched.append(place)
 

@@ -29,7 +29,6 @@ from piecework.runtime.bind.facts import (
     OF_FUNCTIONS,
     Fact,
     class_name,
-    expected,
     is_its_dictionary,
     is_users,
     is_value,
@@ -112,16 +111,15 @@ class Unguarded:
         if any(each.kind in ("key", "at") for each in place.path()):
             return  # an entry of a table, which is found by its number there
         if value is os.getenv:
-            about = self._texts
-            yield Fact(place, "environment", about, expected("environment", value, about))
+            yield Fact.of(place, "environment", value, self._texts)
         elif type(value) is types.FunctionType:
             yield from self._function(value, place)
         elif isinstance(value, abc.ABCMeta):
             # With those of Python, libraries register classes of theirs as they are imported.
             about = self._kinds if _root(value) in sys.stdlib_module_names else None
-            yield Fact(place, "registered", about, expected("registered", value, about))
+            yield Fact.of(place, "registered", value, about)
         elif self._is_printed(value, place):
-            yield Fact(place, "text", None, expected("text", value, None))
+            yield Fact.of(place, "text", value)
 
     def of_method(self, owner: object, name: str, place: Place) -> Iterator[Fact]:
         """About the function that a class has under a name which code looked up in an object."""
@@ -143,7 +141,7 @@ class Unguarded:
         for name, given in self._inspected.items():
             if "" in given or function.__name__ in given:
                 about |= _INSPECTS[name]
-        yield Fact(place, "function", about, expected("function", function, about))
+        yield Fact.of(place, "function", function, about)
 
     def _is_printed(self, value: object, place: Place) -> bool:
         """Whether code may have made a text of it, by a ``__repr__`` that nobody traced."""

@@ -20,6 +20,7 @@ from piecework.codegen.entry.plan import (
     Packed,
     Passed,
 )
+from piecework.codegen.graph.origin import results_of
 from piecework.runtime import torch_compat
 from piecework.runtime.bind.weights import Weight
 from piecework.runtime.call.argument_memory import GivenTensor, Written, given_tensors
@@ -141,8 +142,7 @@ def _batch(captured: Capture, program: Program) -> Passed | None:
 
 
 def _output_names(captured: Capture) -> tuple[str, ...]:
-    returned = captured.graph.graph.output_node().args[0]
-    outputs = list(returned) if isinstance(returned, (list, tuple)) else [returned]
+    outputs = results_of(captured.graph.graph)
     return tuple(each.name if isinstance(each, torch.fx.Node) else "unused" for each in outputs)
 
 

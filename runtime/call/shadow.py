@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.fx
 
-from piecework.codegen.graph.origin import node_where, value_of
+from piecework.codegen.graph.origin import graph_of, node_where, results_of, value_of
 from piecework.codegen.graph.schemas import every_node, shows_nothing
 from piecework.codegen.split.splitting import SplittingOps
 from piecework.errors import BindError, ConfigError
@@ -173,8 +173,7 @@ class ShadowedPieces:
         inside = program.config.use_inductor_graph_partition
         why_not: dict[str, str] = {}
         for name in self._names:
-            graph = split_gm.get_submodule(name)
-            assert isinstance(graph, torch.fx.GraphModule)
+            graph = graph_of(split_gm, name)
             _, structure = program.backends[name].compiled_of()
             known = facts.get(structure.key)
             if known is None:
@@ -260,8 +259,7 @@ class _Reference:
     def __init__(self, name: str, modules: str, graph: torch.fx.GraphModule, facts: _Facts) -> None:
         self._name, self._modules, self._facts = name, modules, facts
         self._run = uncompiled(graph)
-        returned = graph.graph.output_node().args[0]
-        self._outputs = returned if isinstance(returned, (tuple, list)) else (returned,)
+        self._outputs = results_of(graph.graph)
         self._inputs = graph.graph.find_nodes(op="placeholder")
 
     def run(self, args: Sequence[object]) -> _Expected:

@@ -5,10 +5,12 @@ Nothing is captured here, and without a taker a partition runs as Inductor wrote
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Protocol
+
+from piecework.scope import set_for
 
 
 class Partition:
@@ -57,11 +59,6 @@ def wrap_partition(function: Callable[..., object], index: int, count: int) -> P
     return function if isinstance(function, Partition) else Partition(function, index, count)
 
 
-@contextmanager
-def partitions_taken_by(taker: PartitionTaker) -> Iterator[None]:
+def partitions_taken_by(taker: PartitionTaker) -> AbstractContextManager[object]:
     """For the block, partitions that run in this context are run by ``taker``."""
-    token = _TAKER.set(taker)
-    try:
-        yield
-    finally:
-        _TAKER.reset(token)
+    return set_for(_TAKER, taker)

@@ -23,7 +23,7 @@ from piecework.codegen.graph.origin import value_of
 from piecework.codegen.split.splitting import operator_name
 from piecework.errors import PieceworkError
 from piecework.runtime import torch_compat
-from piecework.runtime.batch.ranges import Range
+from piecework.runtime.batch.ranges import Range, file_name
 from piecework.runtime.compilers.interface import CompilerInterface
 from piecework.runtime.config.compilation import CompilationConfig
 
@@ -82,14 +82,6 @@ def _write_beside(folder: Path, stem: str, text: str) -> Path:
     finally:
         Path(temporary).unlink(missing_ok=True)
     raise AssertionError("there is always a next number")
-
-
-def file_name(submod_name: str, compile_range: Range | None) -> str:
-    """A piece and its batch range as a name for files, such as ``submod_4_1_16``."""
-    if compile_range is None:
-        return submod_name
-    end = "up" if compile_range.is_open_ended() else str(compile_range.end)
-    return f"{submod_name}_{compile_range.start}_{end}"
 
 
 # --- the text ----------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from piecework.codegen.graph.targets import function_path
 from piecework.codegen.split.splitting import operator_name
 from piecework.errors import ConfigError
 from piecework.runtime import torch_compat
-from piecework.runtime.batch.ranges import Range
+from piecework.runtime.batch.ranges import Range, file_name
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.config.text import to_json
 from piecework.runtime.observe.dump_page import Page, PieceRow, RangeCell, Step, render_page
@@ -194,8 +194,7 @@ class Dump:
         for compile_range, entry in backend.entries.items():
             code = ""
             if not same_as and not entry.reused:
-                part = "" if compile_range is None else f"_{_range_part(compile_range)}"
-                code = f"pieces/{_file_name(name)}/inductor_output{part}.py"
+                code = f"pieces/{_file_name(name)}/{file_name('inductor_output', compile_range)}.py"
                 code = code if self._write_inductor_output(code, entry) else ""
             cells.append(
                 RangeCell(
@@ -292,11 +291,6 @@ def _batches(compile_range: Range | None) -> str:
     if compile_range is None:
         return "all"
     return str(compile_range.start if compile_range.is_single_size() else compile_range)
-
-
-def _range_part(compile_range: Range) -> str:
-    end = "up" if compile_range.is_open_ended() else str(compile_range.end)
-    return f"{compile_range.start}_{end}"
 
 
 def _rank() -> int:

@@ -5,12 +5,12 @@ It never outlives the ``with`` block that set it, and it never reaches another t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 from piecework.runtime.batch.ranges import Range
+from piecework.scope import set_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,20 +30,16 @@ class PassContext:
 _CURRENT: ContextVar[PassContext | None] = ContextVar("piecework_pass_context", default=None)
 
 
-@contextmanager
-def pass_context(compile_range: Range | None, facts: str = "") -> Iterator[PassContext]:
+def pass_context(
+    compile_range: Range | None, facts: str = ""
+) -> AbstractContextManager[PassContext]:
     """Tell the passes that run inside which batch range is compiled, and under which facts.
 
     Example:
         >>> with pass_context(Range(1, 16)):
         ...     manager(graph)
     """
-    context = PassContext(compile_range, facts)
-    token = _CURRENT.set(context)
-    try:
-        yield context
-    finally:
-        _CURRENT.reset(token)
+    return set_for(_CURRENT, PassContext(compile_range, facts))
 
 
 def get_pass_context() -> PassContext:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch.fx
 
+from piecework.codegen.graph.origin import results_of
 from piecework.errors import PieceCompileError, Unidentifiable
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range
@@ -131,7 +132,7 @@ class PostGradPassManager:
         compile_range = get_pass_context().compile_range
         for each in self.applicable(compile_range):
             start = time.perf_counter()
-            results = _results(graph)
+            results = len(results_of(graph))
             try:
                 matches = each(graph)
             except Exception as error:
@@ -139,9 +140,9 @@ class PostGradPassManager:
                     f"pass {each.name} failed: {type(error).__name__}: {error}",
                     hint="leave it out of inductor_passes, or switch it off in pass_config",
                 ) from error
-            if _results(graph) != results:
+            if len(results_of(graph)) != results:
                 raise PieceCompileError(
-                    f"pass {each.name} left a graph with {_results(graph)} results in place of {results}",
+                    f"pass {each.name} left a graph with {len(results_of(graph))} results in place of {results}",
                     hint="a pass may change how results are computed, and not how many there are",
                 )
             seconds = time.perf_counter() - start
@@ -193,9 +194,3 @@ class PostGradPassManager:
         alone = PostGradPassManager([each])
         alone._runs = self._runs
         return torch_compat.as_inductor_graph_pass(alone, alone.uuid_for_inductor)
-
-
-def _results(graph: torch.fx.Graph) -> int:
-    """How many results a graph has."""
-    returned = graph.output_node().args[0]
-    return len(returned) if isinstance(returned, (list, tuple)) else 1

@@ -20,7 +20,7 @@ import torch.fx
 from torch.overrides import resolve_name
 
 from piecework.codegen import LowerOptions, SplitItem, generate_source, split_graph
-from piecework.codegen.graph.origin import SymbolNames, value_of
+from piecework.codegen.graph.origin import SymbolNames, graph_of, value_of
 from piecework.codegen.graph.structure import Structure, input_signature, structure_of
 from piecework.codegen.split.split import SplittingOp as SplittingOpLike
 from piecework.codegen.split.split import SplittingOps
@@ -334,8 +334,7 @@ def _admitted(
     found: dict[str, Structure] = {}
     seen: set[str] = set()
     for name in names:
-        piece = split_gm.get_submodule(name)
-        assert isinstance(piece, torch.fx.GraphModule)
+        piece = graph_of(split_gm, name)
         found[name] = structure_of(piece, describe_input=input_signature)
         reason = None if found[name].key in seen else admits(piece)
         seen.add(found[name].key)

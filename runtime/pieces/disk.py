@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 import torch.fx
 
-from piecework.codegen.graph.origin import value_of
+from piecework.codegen.graph.origin import graph_of, value_of
 from piecework.codegen.graph.structure import Structure
 from piecework.errors import CacheError, Unidentifiable
 from piecework.runtime import torch_compat
@@ -189,9 +189,8 @@ def _different(graph: torch.fx.GraphModule, pieces: Mapping[str, Structure]) -> 
     for name, structure in pieces.items():
         names.setdefault(structure.key, []).append(name)
     for like in names.values():
-        piece = graph.get_submodule(like[0])
-        assert isinstance(piece, torch.fx.GraphModule)
-        yield f"# {', '.join(like)}\n{piece.print_readable(print_output=False)}"
+        text = graph_of(graph, like[0]).print_readable(print_output=False)
+        yield f"# {', '.join(like)}\n{text}"
 
 
 class _OtherSizes(Exception):

@@ -18,9 +18,9 @@ from piecework.codegen.graph.origin import SymbolNames, origin_of_piece, value_o
 from piecework.codegen.graph.structure import Structure, structure_of
 from piecework.errors import ConfigError, PieceCompileError, PieceworkError
 from piecework.runtime import torch_compat
-from piecework.runtime.batch.ranges import Range
+from piecework.runtime.batch.ranges import Range, file_name
 from piecework.runtime.compilers import CompiledPiece, CompilerInterface, make_compiler
-from piecework.runtime.compilers.reproducer import file_name, keep_reproducer
+from piecework.runtime.compilers.reproducer import keep_reproducer
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.counters import counters
 from piecework.runtime.observe import trace
@@ -50,14 +50,6 @@ class RangeEntry:
         return self.compiled.runnable
 
 
-@dataclass(frozen=True, slots=True)
-class _Done:
-    """A compiled piece; its graph is kept so that no object that a key tells apart by its address goes away."""
-
-    compiled: CompiledPiece
-    graph: torch.fx.GraphModule
-
-
 @dataclass
 class CompilerManager:
     """Compiles pieces through one compiler and keeps what it compiled, by content.
@@ -73,7 +65,10 @@ class CompilerManager:
     progress: CompileProgress | None = field(default_factory=current_progress)
     _ahead: dict[tuple[str, Range | None], RangeEntry] = field(default_factory=dict)
     _elsewhere: dict[tuple[str, Range | None], JobResult] = field(default_factory=dict)
-    _done: dict[tuple[object, ...], _Done] = field(default_factory=dict)
+    # With their graphs: no object that a key tells apart by its address may go away.
+    _done: dict[tuple[object, ...], tuple[CompiledPiece, torch.fx.GraphModule]] = field(
+        default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         self.cache: PieceCache | None = None
@@ -244,7 +239,7 @@ class CompilerManager:
         done = self._done.get(slot)
         if done is not None:
             _log.info("%s: the program of an earlier piece", submod_name)
-            return RangeEntry(compile_range, done.compiled, 0.0, reused=True)
+            return RangeEntry(compile_range, done[0], 0.0, reused=True)
         start = time.perf_counter()
         cached = False
 
@@ -292,7 +287,7 @@ class CompilerManager:
             seconds,
         )
         self.seconds += seconds
-        self._done[slot] = _Done(compiled, graph)
+        self._done[slot] = compiled, graph
         return RangeEntry(compile_range, compiled, seconds, reused=False, cached=cached)
 
     def _failure(

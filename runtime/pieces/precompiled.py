@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch.fx
 
+from piecework.codegen.graph.origin import graph_of
 from piecework.codegen.graph.structure import Structure, input_signature, structure_of
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range
@@ -45,8 +46,7 @@ def different_pieces(
     """
     found: dict[tuple[str, Range | None], Request] = {}
     for name in submod_names:
-        graph = split_gm.get_submodule(name)
-        assert isinstance(graph, torch.fx.GraphModule)
+        graph = graph_of(split_gm, name)
         structure = structure_of(graph, describe_input=input_signature)
         for compile_range in compile_ranges:
             inputs = tuple(inputs_for(graph, compile_range, batch_symbol))

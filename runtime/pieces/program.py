@@ -15,7 +15,7 @@ import torch
 import torch.fx
 
 from piecework.codegen import SplitItem, StitchedSource, generate_source
-from piecework.codegen.graph.origin import SymbolNames, origin_of_piece
+from piecework.codegen.graph.origin import SymbolNames, graph_of, origin_of_piece
 from piecework.codegen.graph.schemas import every_node
 from piecework.codegen.stitch.bind import compile_execution_fn
 from piecework.runtime import torch_compat
@@ -194,8 +194,7 @@ class Program:
 
     def _as_written(self) -> dict[str, Callable[..., object]]:
         """The graph of each piece as a function, by name."""
-        graphs = {name: self.split_gm.get_submodule(name) for name in self.backends}
-        return {name: uncompiled(each) for name, each in graphs.items()}  # type: ignore[arg-type]
+        return {name: uncompiled(graph_of(self.split_gm, name)) for name in self.backends}
 
     def asks_for_default_device(self) -> bool:
         """Whether a graph makes tensors on the device that is the process's default.

@@ -5,10 +5,11 @@ It never decides anything: compilation is the same without it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
+
+from piecework.scope import set_for
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,11 +55,6 @@ def current_progress() -> CompileProgress | None:
     return _SHOWN.get()
 
 
-@contextmanager
-def show_progress(progress: CompileProgress) -> Iterator[None]:
+def show_progress(progress: CompileProgress) -> AbstractContextManager[object]:
     """For the block, ``progress`` is told of the pieces of every model that is compiled in this context."""
-    token = _SHOWN.set(progress)
-    try:
-        yield
-    finally:
-        _SHOWN.reset(token)
+    return set_for(_SHOWN, progress)

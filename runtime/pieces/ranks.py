@@ -18,7 +18,7 @@ import torch.fx
 from torch._ops import OpOverload
 
 from piecework.codegen import SplitItem
-from piecework.codegen.graph.origin import value_of
+from piecework.codegen.graph.origin import graph_of, value_of
 from piecework.errors import PieceworkError, RankError
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import RangeTable
@@ -49,11 +49,11 @@ def together(
     order, groups = [ranges], {}
     splitting = {item.submod_name for item in items if item.is_splitting_graph}
     for node in split_gm.graph.find_nodes(op="call_module", sort=True):
-        piece = split_gm.get_submodule(str(node.target))
-        assert isinstance(piece, torch.fx.GraphModule)
         if node.target not in splitting:
             order.append("a piece")
-        for each in _calls(piece):
+        for each in graph_of(split_gm, str(node.target)).graph.nodes:
+            if each.op != "call_function":
+                continue
             operator = torch_compat.collective_of(each.target)
             if operator is not None:
                 group, text = _collective(each, operator)
@@ -62,12 +62,6 @@ def together(
             elif node.target in splitting:
                 order.append(str(each.target))
     return Together(tuple(order), tuple((name, tuple(rows)) for name, rows in groups.items()))
-
-
-def _calls(graph: torch.fx.GraphModule) -> Iterator[torch.fx.Node]:
-    for node in graph.graph.nodes:
-        if node.op == "call_function":
-            yield node
 
 
 def _collective(node: torch.fx.Node, operator: OpOverload) -> tuple[str, str]:

@@ -8,6 +8,7 @@ operator. What is not understood is refused.
 from __future__ import annotations
 
 import dis
+import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -86,12 +87,14 @@ def slots_of(
     for each in with_inner_code(code):
         texts = {text for text in each.co_consts if type(text) is str}
         if names & texts or _matches(each, names):
-            raise Refused(f"{_place(each)} may ask for {min(names)} by its name", names)
+            raise Refused(f"{each.co_qualname} may ask for {min(names)} by its name", names)
         used = set(each.co_names)
         # How objects of other classes find their attributes says nothing of the layers'.
         free = _is_fixed(each) or (each.co_name in _LOOK_UPS and each not in own)
         if not free and used & _COMPUTES:
-            raise Refused(f"{_place(each)} looks attributes up by names that it computes", names)
+            raise Refused(
+                f"{each.co_qualname} looks attributes up by names that it computes", names
+            )
         if names & used or ("getattr" in used and not free):
             for slot, name in _Reader(names, each, resolve, owners.get(each, [])).read().items():
                 if found.setdefault(slot, name) != name:
@@ -110,10 +113,6 @@ def _matches(code: types.CodeType, names: frozenset[str]) -> bool:
 def _is_fixed(code: types.CodeType) -> bool:
     """Whether code is torch's own, and not what stands in a trace for a function written in C."""
     return is_torchs(code) and "polyfills" not in code.co_filename
-
-
-def _place(code: types.CodeType) -> str:
-    return code.co_qualname
 
 
 @dataclass(slots=True)
@@ -218,7 +217,7 @@ class _Reader:
     def _elsewhere(self, how: str) -> Refused:
         text = ", ".join(sorted(self.names))
         return Refused(
-            f"{_place(self.code)} does more with {text} than hand it to an operator ({how})",
+            f"{self.code.co_qualname} does more with {text} than hand it to an operator ({how})",
             self.names,
         )
 
@@ -259,7 +258,7 @@ class _Reader:
         looks_up = callee == _Expr("global", key="getattr") and not _is_fixed(self.code)
         if looks_up and (len(args) < 2 or args[1].kind != "const"):
             raise Refused(
-                f"{_place(self.code)} looks attributes up by names that it computes", self.names
+                f"{self.code.co_qualname} looks attributes up by names that it computes", self.names
             )
         given = [(index, each) for index, each in enumerate(args)]
         for key, each in [*given, *named.items()]:
@@ -305,11 +304,5 @@ def _operator(value: object) -> OpOverload | None:
     return value if isinstance(value, OpOverload) else None
 
 
-def _flags() -> tuple[bool, bool]:
-    """Whether loads of attributes come in a form for methods, and calls with spread arguments always have keywords."""
-    import sys
-
-    return sys.version_info >= (3, 12), sys.version_info >= (3, 14)
-
-
-_METHOD_FORM, _ALWAYS_KEYWORDS = _flags()
+#: Whether loads of attributes come in a form for methods, and calls with spread arguments always have keywords.
+_METHOD_FORM, _ALWAYS_KEYWORDS = sys.version_info >= (3, 12), sys.version_info >= (3, 14)

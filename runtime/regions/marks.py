@@ -276,15 +276,11 @@ def same_kinds(one: object, other: object) -> bool:
             isinstance(other, tuple) and len(one) == len(other) and all(map(same_kinds, one, other))
         )
     if type(one) in _SIZES and type(other) in _SIZES:
-        return bool(_number(one) == _number(other))
+        return bool(torch_compat.plain_expr(one) == torch_compat.plain_expr(other))
     return type(one) is type(other) and one == other
 
 
 _SIZES = (int, torch.SymInt)
-
-
-def _number(value: object) -> object:
-    return value.node.expr if isinstance(value, torch.SymInt) else value
 
 
 def _around() -> tuple[object, ...]:

@@ -18,7 +18,7 @@ function_modes = torch._C._len_torch_function_stack
 
 def autocast_state() -> tuple[tuple[str, torch.dtype], ...]:
     """The device types for which autocast is on, with their dtypes."""
-    kinds = [kind for kind in ("cpu", "cuda", "xpu") if kind != "xpu" or hasattr(torch, "xpu")]
+    kinds = ("cpu", "cuda", "xpu")
     return tuple((k, torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k))
 
 

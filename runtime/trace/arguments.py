@@ -8,11 +8,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch.utils import _pytree as pytree
 
 from piecework.codegen.entry.plan import Assumption, FixedValue, Items, Leaf, Node, Parameter, Tree
 from piecework.codegen.plan.literals import is_inline_literal
+from piecework.runtime.trace.inputs import signature_of
 
 Assume = Callable[[int, object], Assumption]
 
@@ -37,7 +37,7 @@ def parameters_of(
         args, kwargs: the example call; leaves are counted over ``(args, kwargs)`` as pytree flattens them.
         assume: leaf number and example value → assumption.
     """
-    signature = _signature(model)
+    signature = signature_of(model) or _ANY_ARGUMENTS
     try:
         given = signature.bind(*args, **kwargs).arguments
     except TypeError:
@@ -74,14 +74,6 @@ def _any_arguments(*args: object, **kwargs: object) -> None:
 
 
 _ANY_ARGUMENTS = inspect.signature(_any_arguments)
-
-
-def _signature(model: Callable[..., object]) -> inspect.Signature:
-    function = model.forward if isinstance(model, torch.nn.Module) else model
-    try:
-        return inspect.signature(function)
-    except (TypeError, ValueError):
-        return _ANY_ARGUMENTS
 
 
 class _Numbering:

@@ -64,15 +64,14 @@ def dims_of(
     """
     where = f"{owner.__qualname__}.forward" if owner is not None else forward.__qualname__
     parameters = _parameters_of(forward, owner)
+    reading = read_annotations(forward, owner)
     if dynamic is None:
-        reading = read_annotations(forward, owner)
         chosen: dict[str, tuple[int, ...]] = {
             name: (0,) for name in parameters if reading.counts(name)
         }
         if not chosen and not unbacked:
             raise _nothing_dynamic(where, parameters, reading)
     else:
-        reading = read_annotations(forward, owner)
         chosen = _declared(dynamic, parameters, where, "dynamic_arg_dims")
         if not chosen and not unbacked:
             raise ConfigError(

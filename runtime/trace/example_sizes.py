@@ -30,11 +30,8 @@ class SizePolicy(Protocol):
         rows_in_one: the batch is the second dimension of ``[1, rows, …]``; see `piecework.runtime.analysis.unbacked`.
     """
 
-    @property
-    def dynamic(self) -> bool | None: ...
-
-    @property
-    def rows_in_one(self) -> bool: ...
+    dynamic: bool | None = None
+    rows_in_one: bool = False
 
     def every_size(self, args: Args, kwargs: Kwargs) -> AbstractContextManager[int]:
         """Marks for a trace that serves 0, 1 and every other size at once; yields how many there are."""
@@ -47,13 +44,13 @@ class SizePolicy(Protocol):
 
     def narrower(self, args: Args, kwargs: Kwargs) -> SizePolicy | None:
         """What to try where these arguments' model can't be compiled with all that may differ; None if nothing is left out by it."""
+        return None
 
 
-class AllDimensions:
+class AllDimensions(SizePolicy):
     """Every dimension is dynamic; the first of each tensor is one that a batch has."""
 
-    dynamic: bool | None = True
-    rows_in_one = False
+    dynamic = True
 
     @contextmanager
     def every_size(self, args: Args, kwargs: Kwargs) -> Iterator[int]:
@@ -80,7 +77,7 @@ class AllDimensions:
 class FirstDimensions(AllDimensions):
     """The first dimension of each tensor is dynamic, the others are as in the example."""
 
-    dynamic: bool | None = None
+    dynamic = None
 
     @contextmanager
     def larger_sizes(self, args: Args, kwargs: Kwargs) -> Iterator[None]:
@@ -100,16 +97,13 @@ def _tensors(args: Args, kwargs: Kwargs) -> list[torch.Tensor]:
     return [leaf for leaf in leaves if type(leaf) is torch.Tensor and leaf.dim()]
 
 
-class DeclaredDimensions:
+class DeclaredDimensions(SizePolicy):
     """The dimensions that a decorator declares, or reads off annotations.
 
     Args:
         dims: what is dynamic, by parameter.
         forward: whose parameters these are.
     """
-
-    dynamic: bool | None = None
-    rows_in_one = False
 
     def __init__(self, dims: DynamicDims, forward: Callable[..., object]) -> None:
         self._dims = dims
@@ -140,19 +134,13 @@ class DeclaredDimensions:
     def may_differ(self, leaf: int, dim: int) -> bool:
         return dim in self._found.get(leaf, ())
 
-    def narrower(self, args: Args, kwargs: Kwargs) -> SizePolicy | None:
-        return None
 
-
-class KeptMarks:
+class KeptMarks(SizePolicy):
     """The dimensions that somebody marked on the first example's tensors; later examples get the same marks.
 
     Args:
         leaves: the flattened arguments of the first example.
     """
-
-    dynamic: bool | None = None
-    rows_in_one = False
 
     def __init__(self, leaves: Sequence[object]) -> None:
         self._marks = {index: torch_compat.marks_of(leaf) for index, leaf in enumerate(leaves)}
@@ -171,16 +159,13 @@ class KeptMarks:
         tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
         with unmarked_afterwards(list(tensors.values())):
             for index, tensor in tensors.items():
-                if not torch_compat.marked_dims(tensor):
+                if not torch_compat.marks_of(tensor):
                     for mark in self._marks.get(index, ()):
                         mark.put_on(tensor)
             yield
 
     def may_differ(self, leaf: int, dim: int) -> bool:
         return any(mark.dim == dim and mark.kind != "static" for mark in self._marks.get(leaf, ()))
-
-    def narrower(self, args: Args, kwargs: Kwargs) -> SizePolicy | None:
-        return None
 
 
 def shapes_of(args: Args, kwargs: Kwargs, weights: Collection[int]) -> tuple[object, ...]:

@@ -56,26 +56,30 @@ class UnreachableInput(CaptureError):
 
 _SIZE_SOURCE = re.compile(r"(?P<tensor>.+)\.size\(\)\[(?P<dim>\d+)\]")
 _LAYOUT_SOURCE = re.compile(r"(?P<tensor>.+)\.(?:stride\(\)\[(?P<dim>\d+)\]|storage_offset\(\))")
-_MARKS = ("_dynamo_dynamic_indices", "_dynamo_unbacked_indices", "_dynamo_static_indices")
 
 
 def dynamic_wish(leaves: Sequence[object], wish: bool | None) -> bool | None:
     """What ``torch.compile`` is told: all dimensions are dynamic, unless some are marked or the caller has a wish."""
     if wish is not None:
         return wish
-    marked = any(getattr(leaf, mark, None) for leaf in leaves for mark in _MARKS)
-    return None if marked else True
+    return None if any(map(torch_compat.marks_of, leaves)) else True
+
+
+def signature_of(model: Callable[..., object]) -> inspect.Signature | None:
+    """What a model takes; None where there is none to read, as of a callable written in C."""
+    function = model.forward if isinstance(model, torch.nn.Module) else model
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
 
 
 def leaf_names(
     model: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
 ) -> tuple[str, ...]:
     """A name for each flattened argument: the parameter's, with a path into containers."""
-    function = model.forward if isinstance(model, torch.nn.Module) else model
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):
-        parameters = []
+    signature = signature_of(model)
+    parameters = [] if signature is None else list(signature.parameters.values())
     plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     positional = [p.name for p in parameters if p.kind in plain]
     rest = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_POSITIONAL), "args")

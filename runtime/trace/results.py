@@ -21,6 +21,7 @@ import torch
 import torch.fx
 from torch.utils import _pytree as pytree
 
+from piecework.codegen.graph.origin import results_of
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
 from piecework.runtime.bind.facts import is_its_dictionary, is_users
@@ -274,9 +275,7 @@ class _StandInScalar:
 
 def stand_ins(gm: torch.fx.GraphModule) -> list[object]:
     """One distinguishable object per graph output, for Dynamo's code that packs the result."""
-    returned = gm.graph.output_node().args[0]
-    outputs = list(returned) if isinstance(returned, (list, tuple)) else [returned]
-    return [_stand_in(index, node) for index, node in enumerate(outputs)]
+    return [_stand_in(index, node) for index, node in enumerate(results_of(gm.graph))]
 
 
 def _stand_in(index: int, node: object) -> object:

@@ -5,8 +5,7 @@ It is a debugging aid: it walks symbolic expressions, and it never retraces anyt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.fx
@@ -16,13 +15,6 @@ from piecework.codegen.graph.origin import value_of
 from piecework.errors import InputError
 from piecework.runtime import torch_compat
 from piecework.runtime.trace.inputs import Argument, GraphInput
-
-
-@dataclass(frozen=True, slots=True)
-class _Guard:
-    text: str
-    origin: str
-    holds: Callable[[Mapping[str, int]], bool | None]
 
 
 class ShapeGuards:
@@ -43,12 +35,12 @@ class ShapeGuards:
             if isinstance(source, Argument)
         }
         sizes = [size for _, fake in self._fakes.values() for size in _sizes(fake)]
-        self._guards = [_Guard(*row) for row in torch_compat.recorded_guards(sizes)]
+        self._guards = torch_compat.recorded_guards(sizes)
 
     @property
     def texts(self) -> tuple[str, ...]:
         """The recorded guards and ranges, as expressions over torch's symbols."""
-        return tuple(guard.text for guard in self._guards)
+        return tuple(text for text, _, _ in self._guards)
 
     def check(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
         """Evaluate every guard for the sizes of these arguments.
@@ -65,12 +57,12 @@ class ShapeGuards:
                     values.setdefault(symbol, actual)
         for leaf, (name, fake) in self._fakes.items():
             self._check_sizes(name, fake, leaves[leaf], values)
-        for guard in self._guards:
-            if guard.holds(values) is False:
+        for text, origin, holds in self._guards:
+            if holds(values) is False:
                 shown = ", ".join(f"{symbol} = {value}" for symbol, value in values.items())
                 raise InputError(
-                    f"the trace assumed {guard.text}, and {shown}",
-                    where=guard.origin or "a range that the trace recorded",
+                    f"the trace assumed {text}, and {shown}",
+                    where=origin or "a range that the trace recorded",
                     hint="compile the model again for such sizes, or declare the dimension unbacked",
                 )
 

@@ -5,7 +5,6 @@ Which trace is tried after which is settled here; `piecework.runtime.trace.one_t
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,7 +17,7 @@ from piecework.errors import CaptureError, PieceCompileError
 from piecework.runtime import torch_compat
 from piecework.runtime.bind.reachable import tensors_of
 from piecework.runtime.trace.example_sizes import SizePolicy, with_other_batch
-from piecework.runtime.trace.inputs import GraphInput, dynamic_wish, require_traceable
+from piecework.runtime.trace.inputs import GraphInput, dynamic_wish, require_traceable, signature_of
 from piecework.runtime.trace.one_trace import Capture, Check, GraphCompiler, Tracer, numbers_of
 from piecework.runtime.trace.shared import RepeatedLayers
 
@@ -178,11 +177,7 @@ def _require_fitting(
     model: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
 ) -> None:
     """Raise if the example arguments don't fit the model's signature, or hold something that can't be traced."""
-    function = model.forward if isinstance(model, torch.nn.Module) else model
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # a callable written in C may have none to read
-        signature = None
+    signature = signature_of(model)
     if signature is not None:
         try:
             signature.bind(*args, **kwargs)

@@ -63,6 +63,7 @@ ORDER = (
     "errors",
     "faces",
     "collector",
+    "scope",
     "code_objects",
 )
 # Faces hand names on from everywhere, by a table that is read when a name is asked for; for type checkers they import them.

@@ -20,6 +20,7 @@ from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
 from piecework.runtime.torch_compat import mark_unbacked
 from piecework.runtime.trace.dynamic_dims import unmarked_afterwards
+from piecework.runtime.trace.example_sizes import SizePolicy
 
 # What stands for the number of tokens when a forward is traced; any number above one does.
 _TRACED_ROWS = 6
@@ -86,13 +87,12 @@ def example_inputs(decoder: nn.Module, entry: str) -> dict[str, torch.Tensor]:
     return {entry: tokens, "position_ids": position_ids}
 
 
-class TokenDimension:
+class TokenDimension(SizePolicy):
     """Which dimension of a flattened forward's arguments is dynamic: the tokens', the second of each.
 
     What leaves a piece goes to the attention operator, which takes it in any order in memory.
     """
 
-    dynamic: bool | None = None
     rows_in_one = True
 
     @contextmanager
@@ -112,9 +112,6 @@ class TokenDimension:
 
     def may_differ(self, leaf: int, dim: int) -> bool:
         return dim == 1
-
-    def narrower(self, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-        """Nothing: tokens are the one dimension that is dynamic."""
 
 
 def flattened(

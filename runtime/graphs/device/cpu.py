@@ -28,6 +28,7 @@ from piecework.runtime.graphs.device.weak_ref import (
     weak_ref_tensors,
 )
 from piecework.runtime.torch_compat import flatten_tree, unflatten_tree
+from piecework.scope import set_for
 
 # All bits set is NaN in every floating type and -1 in the integers: whoever reads it too early sees it.
 POISON_BYTE = 0xFF
@@ -118,45 +119,27 @@ class CpuGraphPool:
             self._free.append(block)
 
 
-@dataclass(frozen=True, slots=True)
-class _OutputCopy:
-    """How one fresh output storage reaches its static memory on replay."""
-
-    leaf: int
-    window: torch.Tensor
+_Layout = tuple[object, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """What must not change between capture and replay about one output tensor."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    storage_nbytes: int
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> _Layout:
-        return cls(
-            tensor.dtype,
-            tuple(tensor.shape),
-            tensor.stride(),
-            int(tensor.storage_offset()),
-            tensor.untyped_storage().nbytes(),
-        )
+def _layout(leaf: object) -> _Layout | None:
+    """What must not change between capture and replay about one output; None for one that is no tensor."""
+    if not isinstance(leaf, torch.Tensor):
+        return None
+    nbytes = leaf.untyped_storage().nbytes()
+    return (leaf.dtype, leaf.shape, leaf.stride(), leaf.storage_offset(), nbytes)
 
 
 @dataclass(frozen=True, slots=True)
 class _Recording:
-    """Everything that a replay uses, frozen at capture."""
+    """Everything that a replay uses, frozen at capture; ``copies``: output → where the bytes of its storage go."""
 
     runnable: Callable[..., object]
     args: tuple[object, ...]
     kwargs: Mapping[str, object]
     context: ForwardContext | None
     layouts: tuple[_Layout | None, ...]
-    copies: tuple[_OutputCopy, ...]
+    copies: Mapping[int, torch.Tensor]
 
 
 class CpuStaticGraph(StaticGraph[CpuGraphPool, _Recording]):
@@ -174,7 +157,7 @@ class CpuStaticGraph(StaticGraph[CpuGraphPool, _Recording]):
         weak: bool,
     ) -> tuple[_Recording, object]:
         inputs = _storages(flatten_tree((args, kwargs))[0])
-        with torch.no_grad(), _contents_kept(inputs), _capturing():
+        with torch.no_grad(), _contents_kept(inputs), set_for(_CAPTURING, True):
             output = runnable(*args, **kwargs)
             leaves, spec = flatten_tree(output)
         static, layouts, copies = self._make_static(leaves, {s.data_ptr() for s in inputs})
@@ -193,11 +176,15 @@ class CpuStaticGraph(StaticGraph[CpuGraphPool, _Recording]):
         contextvars.copy_context().run(self._run_again, self.require_captured())
 
     def _run_again(self, recording: _Recording) -> None:
-        with torch.no_grad(), override_forward_context(recording.context), _capturing():
+        with (
+            torch.no_grad(),
+            override_forward_context(recording.context),
+            set_for(_CAPTURING, True),
+        ):
             leaves, _ = flatten_tree(recording.runnable(*recording.args, **recording.kwargs))
             self._check_layouts(leaves, recording.layouts)
-            for copy in recording.copies:
-                copy.window.copy_(_bytes_of(leaves[copy.leaf].untyped_storage()))
+            for leaf, window in recording.copies.items():
+                window.copy_(_bytes_of(leaves[leaf].untyped_storage()))
 
     def replay_function(self) -> Callable[[], None]:
         self.require_captured()
@@ -221,39 +208,33 @@ class CpuStaticGraph(StaticGraph[CpuGraphPool, _Recording]):
 
     def _make_static(
         self, leaves: list[object], input_pointers: set[int]
-    ) -> tuple[list[object], tuple[_Layout | None, ...], tuple[_OutputCopy, ...]]:
+    ) -> tuple[list[object], tuple[_Layout | None, ...], dict[int, torch.Tensor]]:
         """Give every fresh output storage a block of the pool; outputs that alias an input stay where they are."""
         static: list[object] = []
-        layouts: list[_Layout | None] = []
-        copies: list[_OutputCopy] = []
+        copies: dict[int, torch.Tensor] = {}
         blocks: dict[int, torch.UntypedStorage] = {}
         for index, leaf in enumerate(leaves):
             if not isinstance(leaf, torch.Tensor):
                 static.append(leaf)
-                layouts.append(None)
                 continue
             if not owns_plain_memory(leaf) or leaf.device.type != "cpu":
                 raise StaticGraphError(
                     f"output {index} is a {leaf.layout} {type(leaf).__name__} on {leaf.device}, not plain CPU memory",
                     hint="return dense tensors, or run this piece uncaptured",
                 )
-            layouts.append(_Layout.of(leaf))
             pointer, nbytes = leaf.untyped_storage().data_ptr(), leaf.untyped_storage().nbytes()
             if nbytes == 0 or pointer in input_pointers:
                 static.append(leaf.detach())
                 continue
             if pointer not in blocks:
-                blocks[pointer], window = self._pool.take(nbytes)
-                copies.append(_OutputCopy(index, window))
+                blocks[pointer], copies[index] = self._pool.take(nbytes)
             with torch.inference_mode(False):
                 static.append(view_of_storage(blocks[pointer], like=leaf))
-        return static, tuple(layouts), tuple(copies)
+        return static, tuple(map(_layout, leaves)), copies
 
     @staticmethod
     def _check_layouts(leaves: list[object], layouts: tuple[_Layout | None, ...]) -> None:
-        found = tuple(
-            _Layout.of(leaf) if isinstance(leaf, torch.Tensor) else None for leaf in leaves
-        )
+        found = tuple(map(_layout, leaves))
         if found != layouts:
             index = next(
                 (i for i, (a, b) in enumerate(zip(found, layouts, strict=False)) if a != b),
@@ -263,15 +244,6 @@ class CpuStaticGraph(StaticGraph[CpuGraphPool, _Recording]):
                 f"output {index} came out with another layout than at capture",
                 hint="a captured callable must not depend on the values of its inputs for shapes",
             )
-
-
-@contextmanager
-def _capturing() -> Iterator[None]:
-    token = _CAPTURING.set(True)
-    try:
-        yield
-    finally:
-        _CAPTURING.reset(token)
 
 
 def _storages(leaves: list[object]) -> list[torch.UntypedStorage]:

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
 
 from piecework.runtime import torch_compat
+from piecework.scope import set_for
 
 _NONE: Mapping[str, object] = MappingProxyType({})
 _STATEMENT: contextvars.ContextVar[Mapping[str, object]] = contextvars.ContextVar(
@@ -31,12 +32,8 @@ def kernels_of(what: str, layer: str, line: int, graph: str) -> Iterator[None]:
     layer = str(_STATEMENT.get().get("layer") or layer)
     name = f"{what} {layer}".strip()
     statement = {"name": name, "layer": layer, "line": line, "graph": graph}
-    before = _STATEMENT.set(statement)
-    try:
-        with torch_compat.mark_kernels(statement):
-            yield
-    finally:
-        _STATEMENT.reset(before)
+    with set_for(_STATEMENT, statement), torch_compat.mark_kernels(statement):
+        yield
 
 
 def marked_as_the_statement() -> AbstractContextManager[None]:

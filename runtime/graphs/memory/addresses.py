@@ -116,12 +116,6 @@ class _Region:
     keep: torch.UntypedStorage | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Weight:
-    placement: Placement
-    tensor: torch.Tensor
-
-
 @dataclass(eq=False)
 class AddressBook:
     """Which memory stays where it is: weights and buffers for good, captured outputs per descriptor.
@@ -134,7 +128,7 @@ class AddressBook:
         ('weight', 'fresh tensor')
     """
 
-    _weights: dict[str, _Weight] = field(default_factory=dict)
+    _weights: dict[str, tuple[Placement, torch.Tensor]] = field(default_factory=dict)
     _weight_regions: dict[int, _Region] = field(default_factory=dict)
     _buffers: dict[int, _Region] = field(default_factory=dict)
     _captured: dict[BatchDescriptor, dict[int, _Region]] = field(default_factory=dict)
@@ -142,10 +136,10 @@ class AddressBook:
     def register_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Vouch for named weights; a later call with the same names replaces them."""
         for name, weight in weights.items():
-            self._weights[name] = _Weight(Placement.of(weight), weight.detach())
+            self._weights[name] = Placement.of(weight), weight.detach()
         self._weight_regions = {}
-        for name, known in self._weights.items():
-            self._enter(self._weight_regions, name, known.tensor, ValueOrigin.WEIGHT, keep=True)
+        for name, (_, tensor) in self._weights.items():
+            self._enter(self._weight_regions, name, tensor, ValueOrigin.WEIGHT, keep=True)
 
     def register_persistent(
         self, name: str, tensor: torch.Tensor, origin: ValueOrigin = ValueOrigin.PERSISTENT
@@ -190,11 +184,9 @@ class AddressBook:
     def changed_weights(self, weights: Mapping[str, torch.Tensor]) -> list[WeightChange]:
         """Which registered weights are missing from ``weights``, moved, or laid out differently."""
         changes = []
-        for name, before in self._weights.items():
-            if name not in weights:
-                changes.append(WeightChange(name, "is gone"))
-                continue
-            difference = before.placement.differs(Placement.of(weights[name]))
+        for name, (before, _) in self._weights.items():
+            held = weights.get(name)
+            difference = "is gone" if held is None else before.differs(Placement.of(held))
             if difference is not None:
                 changes.append(WeightChange(name, difference))
         return changes

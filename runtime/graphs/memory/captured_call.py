@@ -228,15 +228,13 @@ class CapturedCall:
             )
         for index, (slot, leaf) in enumerate(zip(self.slots, leaves, strict=True)):
             difference = slot.mismatch(leaf)
-            moved = difference is not None and slot.placement is not None
-            if index in self._staged and moved and _same_layout(slot, leaf):
+            if difference is None or (index in self._staged and _same_layout(slot, leaf)):
                 continue
-            if difference is not None:
-                raise StaticGraphError(
-                    f"{slot.describe(index)} {difference}; a replay would read stale memory",
-                    where=self.request.where,
-                    hint="write new values in place, register the buffer, or capture again",
-                )
+            raise StaticGraphError(
+                f"{slot.describe(index)} {difference}; a replay would read stale memory",
+                where=self.request.where,
+                hint="write new values in place, register the buffer, or capture again",
+            )
 
     def reset(self) -> None:
         """Give the graph up."""

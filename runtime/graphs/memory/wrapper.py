@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
@@ -17,21 +16,12 @@ from piecework.errors import ConfigError, StaticGraphError
 from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.forward_context import ForwardContext, current_forward_context
 from piecework.runtime.batch.mode import CUDAGraphMode
+from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.graphs.memory.captured_call import CapturedCall, CaptureRequest
 from piecework.runtime.graphs.memory.owner import GraphHolder, StaticGraphs
 from piecework.runtime.torch_compat import flatten_tree
 
 _log = logging.getLogger(__name__)
-
-
-class GraphSettings(Protocol):
-    """What the wrapper reads of a compilation configuration."""
-
-    @property
-    def cudagraph_mode(self) -> CUDAGraphMode: ...
-
-    @property
-    def cudagraph_num_of_warmups(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +87,7 @@ class CUDAGraphWrapper(GraphHolder):
     """
 
     runnable: Callable[..., object]
-    config: GraphSettings | None
+    config: CompilationConfig | None
     runtime_mode: CUDAGraphMode
     cudagraph_options: CUDAGraphOptions = field(default_factory=CUDAGraphOptions)
     graphs: StaticGraphs | None = None
@@ -205,7 +195,7 @@ def wrap_piece(
     is_last: bool,
     graphs: StaticGraphs,
     name: str,
-    config: GraphSettings | None = None,
+    config: CompilationConfig | None = None,
     mutated_args: frozenset[int] = frozenset(),
 ) -> CUDAGraphWrapper:
     """A PIECEWISE wrapper: only the first piece collects garbage, only the last one lets go of its output inside the capture."""
@@ -220,7 +210,7 @@ def wrap_piece(
 
 def wrap_with_cudagraph_if_needed(
     piecewise_backend: Callable[..., object],
-    config: GraphSettings,
+    config: CompilationConfig,
     is_first_graph: bool,
     is_last_graph: bool,
     *,

@@ -13,7 +13,7 @@ import torch
 import torch.fx
 
 from piecework.codegen.entry.plan import Symbol
-from piecework.codegen.graph.origin import value_of
+from piecework.codegen.graph.origin import results_of, value_of
 from piecework.errors import ConfigError, StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.rows.verdict import rows_of
@@ -62,15 +62,25 @@ def batch_shape(
     Raises:
         StaticGraphError: something writes to a weight inside a piece, or an input can't be held in a static buffer.
     """
-    if fixed is not None:
-        return _Reader(captured, program, "", same, fixed).read()
-    if program.batch.symbol is None:
+    symbol = "" if fixed is not None else program.batch.symbol
+    if symbol is None:
         raise StaticGraphError(
             "no input has a dynamic batch dimension, so there is nothing to capture sizes of",
             where="capture",
             hint="mark the batch dimension with torch._dynamo.mark_dynamic and compile again",
         )
-    return _Reader(captured, program, program.batch.symbol, same).read()
+    return _Reader(captured, program, symbol, same, fixed).read()
+
+
+def passed_inputs(
+    captured: Capture, program: Program
+) -> Iterator[tuple[torch.fx.Node, GraphInput]]:
+    """The placeholders that are arguments of ``execution_fn``, in order: all but the weights that its source holds."""
+    bound = {row.path for row in program.source.module.bound}
+    nodes = program.split_gm.graph.find_nodes(op="placeholder")
+    for node, each in zip(nodes, captured.inputs, strict=True):
+        if not (isinstance(each, Weight) and each.path in bound):
+            yield node, each
 
 
 class _Reader:
@@ -82,27 +92,28 @@ class _Reader:
         program: Program,
         symbol: str,
         same: Collection[str],
-        fixed: FixedBatch | None = None,
+        fixed: FixedBatch | None,
     ) -> None:
-        source, split_gm, graph = program.source, program.split_gm, program.graph
+        source, split_gm = program.source, program.split_gm
         self.captured, self.symbol, self.same = captured, symbol, frozenset(same)
         self.fixed = fixed
-        self.split_gm, self.source, self.graph = split_gm, source, graph
+        self.split_gm, self.source = split_gm, source
         self.every = [item.submod_name for item in program.items]
         nodes = split_gm.graph.find_nodes(op="placeholder")
         self.pairs = list(zip(nodes, captured.inputs, strict=True))
+        self.passed = list(passed_inputs(captured, program))
         self.known = {each.name: each for each in captured.assumptions.symbols()}
         self.others: dict[str, OtherSize] = {}
         self.equal: dict[str, OtherSize] = {}
         self.symbols = ({symbol} if fixed is None else set()) | self._same_symbols()
-        self.verdict = rows_of(graph, self.symbols)
+        self.verdict = rows_of(program.graph, self.symbols)
 
     def read(self) -> BatchShape:
         self._refuse_writes_to_weights()
         names = tuple(parameter.name for parameter in self.source.module.entry.parameters)
         written = self._written()
         staged, sizes, numbers, weights = [], [], {}, {}
-        for position, (node, each) in enumerate(self._passed()):
+        for position, (node, each) in enumerate(self.passed):
             fake, name = value_of(node), names[position]
             if isinstance(each, Weight):
                 weights[position] = each.path
@@ -147,13 +158,6 @@ class _Reader:
             symbol="" if batch is None else batch.name,
             example=self._example(),
         )
-
-    def _passed(self) -> Iterator[tuple[torch.fx.Node, GraphInput]]:
-        """The placeholders that are arguments of ``execution_fn``, in order."""
-        bound = {row.path for row in self.source.module.bound}
-        for node, each in self.pairs:
-            if not (isinstance(each, Weight) and each.path in bound):
-                yield node, each
 
     def _example(self) -> int | None:
         sizes = (
@@ -282,11 +286,10 @@ class _Reader:
     # --- results -----------------------------------------------------------------------------------
 
     def _results(self, written: frozenset[str]) -> tuple[tuple[ResultRule, ...], str | None]:
-        returned = self.split_gm.graph.output_node().args[0]
-        outputs = returned if isinstance(returned, (list, tuple)) else [returned]
+        outputs = results_of(self.split_gm.graph)
         reasons = self.verdict.results or (self.verdict.refused,) * len(outputs)
         rules, mixes = [], [self.verdict.refused]
-        arguments = {id(value_of(node)): number for number, (node, _) in enumerate(self._passed())}
+        arguments = {id(value_of(node)): number for number, (node, _) in enumerate(self.passed)}
         earlier: dict[int, int] = {}
         for index, node in enumerate(outputs):
             value = value_of(node) if isinstance(node, torch.fx.Node) else node

@@ -38,6 +38,23 @@ class StagedInput:
     order: tuple[int, ...] | None = None
     written: bool = False
 
+    @property
+    def in_memory(self) -> tuple[int, ...]:
+        """Its dimensions, from the outermost in memory to the innermost."""
+        return tuple(range(self.fake.dim())) if self.order is None else self.order
+
+    def sizes(self, count: int, others: Mapping[str, int]) -> list[int]:
+        """The sizes of a batch of ``count`` with these other sizes, in the order in memory."""
+        known = {self.dim: count, **{dim: others[label] for dim, label in self.others.items()}}
+        shape = [known[d] if d in known else int(n) for d, n in enumerate(self.fake.shape)]
+        return [shape[dim] for dim in self.in_memory]
+
+    def as_traced(self, memory: torch.Tensor) -> torch.Tensor:
+        """A tensor with dimensions as in memory, as the trace has it."""
+        if self.order is None:
+            return memory
+        return memory.permute([self.order.index(dim) for dim in range(memory.dim())])
+
 
 @dataclass(frozen=True, slots=True)
 class OtherSize:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 import torch.fx
 
-from piecework.codegen.graph.origin import value_of
+from piecework.codegen.graph.origin import nodes_of, value_of
 from piecework.errors import StaticGraphError
 from piecework.runtime import torch_compat
 
@@ -26,13 +26,10 @@ def capture_device(
         StaticGraphError: there are several; the message names one value on each of two.
     """
     found: dict[torch.device, str] = {}
-    for name in captured:
-        piece = split_gm.get_submodule(name)
-        assert isinstance(piece, torch.fx.GraphModule)
-        for node in piece.graph.nodes:
-            for value in torch_compat.flatten_tree(value_of(node))[0]:
-                if isinstance(value, torch.Tensor) and not _is_literal(node, value):
-                    found.setdefault(value.device, f"{node.name} of {name}")
+    for name, node in nodes_of(split_gm, captured):
+        for value in torch_compat.flatten_tree(value_of(node))[0]:
+            if isinstance(value, torch.Tensor) and not _is_literal(node, value):
+                found.setdefault(value.device, f"{node.name} of {name}")
     if len(found) < 2:
         return next(iter(found), default)
     (one, here), (other, there) = list(found.items())[:2]

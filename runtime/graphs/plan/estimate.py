@@ -13,11 +13,11 @@ from rich.table import Table
 
 from piecework.errors import StaticGraphError
 from piecework.runtime.batch.descriptor import BatchDescriptor
+from piecework.runtime.batch.dispatcher import CudagraphDispatcher
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.graphs.memory.owner import StaticGraphs
 from piecework.runtime.graphs.plan.phase import (
     ContextFor,
-    DispatchKeys,
     Forward,
     Key,
     capture_graphs,
@@ -257,7 +257,7 @@ def padding_of(sizes: Iterable[int]) -> int:
 
 
 def fit_budget(
-    estimate: MemoryEstimate, dispatcher: DispatchKeys, budget_bytes: int
+    estimate: MemoryEstimate, dispatcher: CudagraphDispatcher, budget_bytes: int
 ) -> tuple[Key, ...]:
     """Give up the descriptors that do not fit ``budget_bytes``, and return them."""
     planned: dict[Kind, list[int]] = {}

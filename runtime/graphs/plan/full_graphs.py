@@ -11,6 +11,7 @@ from typing import get_args
 import torch
 import torch.fx
 
+from piecework.codegen.graph.origin import nodes_of
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.splitting_op import GraphsOf, registry
 
@@ -20,12 +21,9 @@ _ORDER: tuple[GraphsOf, ...] = get_args(GraphsOf)
 def full_graphs_of(split_gm: torch.fx.GraphModule, between: Iterable[str]) -> dict[str, GraphsOf]:
     """What the operators in the submodules ``between`` say, by their names."""
     found: dict[str, GraphsOf] = {}
-    for name in between:
-        inner = split_gm.get_submodule(name)
-        assert isinstance(inner, torch.fx.GraphModule)
-        for node in inner.graph.nodes:
-            if isinstance(node.target, torch._ops.OpOverload):
-                found[node.target._schema.name] = registry.graphs_of(node.target)
+    for _, node in nodes_of(split_gm, between):
+        if isinstance(node.target, torch._ops.OpOverload):
+            found[node.target._schema.name] = registry.graphs_of(node.target)
     return found
 
 

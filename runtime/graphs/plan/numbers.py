@@ -10,7 +10,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 import torch.fx
 
-from piecework.codegen.graph.origin import SymbolNames, origin_of, value_of
+from piecework.codegen.graph.origin import (
+    SymbolNames,
+    graph_of,
+    nodes_of,
+    origin_of,
+    results_of,
+    value_of,
+)
 from piecework.errors import StaticGraphError
 from piecework.runtime import torch_compat
 
@@ -23,27 +30,20 @@ def require_sizes_only(split_gm: torch.fx.GraphModule, captured: Iterable[str]) 
     Raises:
         StaticGraphError: one has; operator and line are named.
     """
-    known = set(_symbols_of_inputs(split_gm))
-    for name in captured:
-        piece = split_gm.get_submodule(name)
-        assert isinstance(piece, torch.fx.GraphModule)
-        for node in piece.graph.nodes:
-            unknown = sorted(set(_symbols(value_of(node))) - known)
-            if unknown and node.op != "output":
-                origin = origin_of(node, SymbolNames(), line_numbers=True)
-                where = ", ".join(part for part in (origin.module, origin.source) if part)
-                raise StaticGraphError(
-                    f"{node.name} in {name} depends on {unknown[0]}, which is read from data or made by an operator; a captured "
-                    "graph would keep the value that it had at the capture",
-                    where=where or f"node {node.name}",
-                    hint="make the size an argument of the model, keep the data-dependent part inside a splitting op, or run "
-                    "it uncaptured",
-                )
-
-
-def _symbols_of_inputs(split_gm: torch.fx.GraphModule) -> Iterator[str]:
-    for node in split_gm.graph.find_nodes(op="placeholder"):
-        yield from _symbols(value_of(node))
+    inputs = split_gm.graph.find_nodes(op="placeholder")
+    known = {symbol for node in inputs for symbol in _symbols(value_of(node))}
+    for name, node in nodes_of(split_gm, captured):
+        unknown = sorted(set(_symbols(value_of(node))) - known)
+        if unknown and node.op != "output":
+            origin = origin_of(node, SymbolNames(), line_numbers=True)
+            where = ", ".join(part for part in (origin.module, origin.source) if part)
+            raise StaticGraphError(
+                f"{node.name} in {name} depends on {unknown[0]}, which is read from data or made by an operator; a captured "
+                "graph would keep the value that it had at the capture",
+                where=where or f"node {node.name}",
+                hint="make the size an argument of the model, keep the data-dependent part inside a splitting op, or run "
+                "it uncaptured",
+            )
 
 
 def _symbols(value: object) -> Iterator[str]:
@@ -91,9 +91,6 @@ def _value(split_gm: torch.fx.GraphModule, node: torch.fx.Node) -> object:
     call, index = node.args
     if not isinstance(call, torch.fx.Node) or call.op != "call_module" or type(index) is not int:
         return value
-    inner = split_gm.get_submodule(str(call.target))
-    assert isinstance(inner, torch.fx.GraphModule)
-    returned = inner.graph.output_node().args[0]
-    results = returned if isinstance(returned, (tuple, list)) else [returned]
+    results = results_of(graph_of(split_gm, str(call.target)).graph)
     result = results[index] if index < len(results) else None
     return value_of(result) if isinstance(result, torch.fx.Node) else result

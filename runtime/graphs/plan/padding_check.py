@@ -132,30 +132,22 @@ def _front(value: object, dims: Sequence[int], count: int) -> object:
 
 def _random(each: StagedInput, others: Mapping[str, int], count: int) -> torch.Tensor:
     """Random data; whole numbers are 0 and 1, which point at something wherever anything does."""
-    sizes = {**{dim: others[label] for dim, label in each.others.items()}}
-    if each.dim is not None:
-        sizes[each.dim] = count
-    shape = [sizes[d] if d in sizes else int(n) for d, n in enumerate(each.fake.shape)]
-    order = tuple(range(len(shape))) if each.order is None else each.order
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn([shape[dim] for dim in order], generator=generator)
+    drawn = torch.randn(each.sizes(count, others), generator=generator)
     dtype = each.fake.dtype
     if not (dtype.is_floating_point or dtype.is_complex):
         drawn = drawn > 0
-    drawn = drawn.to(each.fake.device, dtype)
-    return drawn.permute([order.index(dim) for dim in range(len(shape))])
+    return each.as_traced(drawn.to(each.fake.device, dtype))
 
 
 def _with_tail(rows: torch.Tensor, each: StagedInput, more: int, fill: Number) -> torch.Tensor:
     """The rows with ``more`` behind them, in the layout of the trace."""
     if each.dim is None:
         return rows.clone(memory_format=torch.preserve_format)
-    order = tuple(range(rows.dim())) if each.order is None else each.order
-    dim = order.index(each.dim)
-    plain = rows.permute(order)
+    dim = each.in_memory.index(each.dim)
+    plain = rows.permute(each.in_memory)
     shape = list(plain.shape)
     shape[dim] = more
     if fill is _POISON and not (plain.is_floating_point() or plain.is_complex()):
         fill = 1
-    joined = torch.cat([plain, plain.new_full(shape, fill)], dim)
-    return joined.permute([order.index(d) for d in range(rows.dim())])
+    return each.as_traced(torch.cat([plain, plain.new_full(shape, fill)], dim))

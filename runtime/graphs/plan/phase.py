@@ -17,6 +17,7 @@ from rich.table import Table
 
 from piecework.errors import ConfigError, PieceworkError, StaticGraphError
 from piecework.runtime.batch.descriptor import BatchDescriptor
+from piecework.runtime.batch.dispatcher import CudagraphDispatcher
 from piecework.runtime.batch.forward_context import set_forward_context
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.graphs.memory.owner import StaticGraphs
@@ -57,12 +58,6 @@ class FailurePolicy(enum.Enum):
                 return False
             case _:
                 assert_never(self)
-
-
-class DispatchKeys(Protocol):
-    """Who must learn that a key will never be captured."""
-
-    def give_up(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None: ...
 
 
 class CaptureWatcher(Protocol):
@@ -157,7 +152,7 @@ def capture_graphs(
     *,
     warmups: int = 0,
     context_for: ContextFor | None = None,
-    dispatcher: DispatchKeys | None = None,
+    dispatcher: CudagraphDispatcher | None = None,
     on_failure: FailurePolicy | str = FailurePolicy.RAISE,
     raise_interrupt: bool = True,
     watcher: CaptureWatcher | None = None,
@@ -317,7 +312,7 @@ def plain_context(
     return set_forward_context(cudagraph_runtime_mode=mode, batch_descriptor=descriptor)
 
 
-def _give_up(dispatcher: DispatchKeys | None, keys: Iterable[Key]) -> None:
+def _give_up(dispatcher: CudagraphDispatcher | None, keys: Iterable[Key]) -> None:
     if dispatcher is not None:
         for mode, descriptor in keys:
             dispatcher.give_up(mode, descriptor)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from piecework.errors import BindError
+from piecework.runtime import torch_compat
 from piecework.runtime.graphs.memory.addresses import Placement, ValueOrigin
 from piecework.runtime.graphs.memory.owner import StaticGraphs
 from piecework.runtime.graphs.plan.batch_shape import BatchShape, StagedInput
@@ -85,15 +86,15 @@ class CapturedInputs:
                 raise BindError(
                     f"no argument {name!r} that keeps its memory", where="static", hint=hint
                 )
-            wanted = _example(self._staged[numbers[name]], others)
-            order = self._staged[numbers[name]].order
-            memory = tensor if order is None else tensor.permute(order)
+            argument = self._staged[numbers[name]]
+            wanted = _example(argument, others)
+            memory = tensor if argument.order is None else tensor.permute(argument.order)
             if not Placement.of(wanted).same_layout(Placement.of(memory)) or (
                 wanted.device != tensor.device
             ):
                 raise BindError(
                     f"{name} is {Placement.of(tensor).describe()} on {tensor.device}, and was traced as "
-                    f"{Placement.of(_as_traced(wanted, self._staged[numbers[name]])).describe()} on {wanted.device}",
+                    f"{Placement.of(argument.as_traced(wanted)).describe()} on {wanted.device}",
                     where="static",
                 )
             found[numbers[name]] = memory
@@ -116,7 +117,7 @@ class CapturedInputs:
     def views(self, padded: int) -> tuple[torch.Tensor, ...]:
         """The static tensors of graphs captured for ``padded``, in the order of ``shape.staged``."""
         held = {**dict(zip(self._numbers, self._static.views(padded), strict=True)), **self._fixed}
-        return tuple(_as_traced(held[n], each) for n, each in enumerate(self._staged))
+        return tuple(each.as_traced(held[n]) for n, each in enumerate(self._staged))
 
     def by_name(self, padded: int) -> dict[str, torch.Tensor]:
         """The same static tensors by their parameter's name, for a caller who may write to them."""
@@ -164,7 +165,7 @@ class CapturedInputs:
 
     def shares_what_is_written(self, inputs: Tensors) -> bool:
         """Whether a tensor that is written to shares memory with another argument, which static buffers don't."""
-        spans = [_span(tensor) for tensor in inputs]
+        spans = list(map(torch_compat.memory_span, inputs))
         return any(
             _overlap(spans[n], span)
             for n in self._written
@@ -173,36 +174,17 @@ class CapturedInputs:
         )
 
 
-def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """First and last byte of a dense tensor."""
-    start = tensor.data_ptr()
-    return start, start + tensor.numel() * tensor.element_size()
-
-
 def _overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
     return max(one[0], other[0]) < min(one[1], other[1])
 
 
 def _example(each: StagedInput, others: Mapping[str, int]) -> torch.Tensor:
     """A tensor of one row, laid out in memory as traced, dimensions in that order."""
-    sizes = {each.dim: 1, **{dim: others[label] for dim, label in each.others.items()}}
-    shape = [sizes[d] if d in sizes else int(n) for d, n in enumerate(each.fake.shape)]
-    if each.order is not None:
-        shape = [shape[dim] for dim in each.order]
     with torch.inference_mode(False):
-        return torch.zeros(shape, dtype=each.fake.dtype, device=each.fake.device)
+        return torch.zeros(each.sizes(1, others), dtype=each.fake.dtype, device=each.fake.device)
 
 
 def _spec(each: StagedInput, pads: Mapping[str, Number]) -> InputSpec:
-    return InputSpec(each.name, _dim_in_memory(each), pads.get(each.name, 0), each.written)
-
-
-def _dim_in_memory(each: StagedInput) -> int:
-    order = range(each.fake.dim()) if each.order is None else each.order
-    return order.index(each.dim)
-
-
-def _as_traced(buffer: torch.Tensor, each: StagedInput) -> torch.Tensor:
-    if each.order is None:
-        return buffer
-    return buffer.permute([each.order.index(dim) for dim in range(buffer.dim())])
+    assert each.dim is not None
+    dim = each.in_memory.index(each.dim)
+    return InputSpec(each.name, dim, pads.get(each.name, 0), each.written)

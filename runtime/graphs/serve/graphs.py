@@ -38,7 +38,7 @@ from piecework.runtime.graphs.memory.addresses import ValueOrigin
 from piecework.runtime.graphs.memory.captured_call import CapturedCall
 from piecework.runtime.graphs.memory.owner import CaptureRecord, StaticGraphs
 from piecework.runtime.graphs.memory.wrapper import CUDAGraphOptions, CUDAGraphWrapper, wrap_piece
-from piecework.runtime.graphs.plan.batch_reader import FixedBatch, batch_shape
+from piecework.runtime.graphs.plan.batch_reader import FixedBatch, batch_shape, passed_inputs
 from piecework.runtime.graphs.plan.devices import capture_device
 from piecework.runtime.graphs.plan.full_graphs import full_graphs_of
 from piecework.runtime.graphs.plan.numbers import require_sizes_only, sizes_of
@@ -89,7 +89,8 @@ class CapturedGraphs:
         said = full_graphs_of(program.split_gm, between)
         plan = plan_capture(self.shape, program.config, sizes, options, said)
         self.sizes, self.dispatcher, self.lowered = plan.sizes, plan.dispatcher, plan.lowered
-        self._parameters = self._check_numbers()
+        require_sizes_only(program.split_gm, self._captured_names())
+        self._parameters = [node for node, _ in passed_inputs(entry.captured, program)]
         # The weights and the function of one execution; a change retires these graphs instead of reaching them.
         self.forward = entry.execution_fn
         self._telling: FunctionType | None = None
@@ -148,15 +149,6 @@ class CapturedGraphs:
                     hint="it makes them for GPUs only; without that option the graph is cut before Inductor, and its pieces "
                     "are captured on any device",
                 )
-
-    def _check_numbers(self) -> list[torch.fx.Node]:
-        """Refuse numbers that captured code reads from data; the inputs of the graph that are passed per call."""
-        source, split_gm = self._program.source, self._program.split_gm
-        require_sizes_only(split_gm, self._captured_names())
-        bound = {row.path for row in source.module.bound}
-        nodes = split_gm.graph.find_nodes(op="placeholder")
-        pairs = zip(nodes, self._entry.captured.inputs, strict=True)
-        return [n for n, each in pairs if not (isinstance(each, Weight) and each.path in bound)]
 
     def _device(self) -> torch.device:
         """Where captured code computes; Inductor's own partitions leave out what is elsewhere."""
@@ -388,13 +380,11 @@ class CapturedGraphs:
         number, others = self._range_of(size), self.others(descriptor)
         views, stage = inputs.views(size), inputs.stager(size)
         symbols = sizes_of(self._parameters, self._flat(views, descriptor))
-        if mode is _FULL:
-            call = _captured(self._whole[number], descriptor)
-            made = self._maker.of_whole(call, views, stage, others, symbols)
-        else:
-            calls = [_captured(each, descriptor) for each in self._wrapped[number]]
-            pieces = self._program.submod_lists[number]
-            made = self._maker.of_pieces(calls, pieces, views, stage, others, symbols)
+        whole = mode is _FULL
+        wrapped = [self._whole[number]] if whole else self._wrapped[number]
+        calls = [_captured(each, descriptor) for each in wrapped]
+        pieces = () if whole else self._program.submod_lists[number]
+        made = self._maker.make(calls, pieces, views, stage, others, symbols, whole=whole)
         self.replays[mode, descriptor] = made
         return made.call
 

@@ -5,13 +5,14 @@ It decides by what it measured alone, and changes nothing.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from rich.table import Table
+
+from piecework.collector import collector_paused
 
 #: A way is not used that took so much more time than another, as a part of that.
 SLACK = 0.02
@@ -80,11 +81,9 @@ def measured(
 ) -> MeasuredSize:
     """Time each way in turn until ``seconds`` are over, after one call of each; garbage collection is off meanwhile."""
     found: dict[str, list[float]] = {name: [] for name in ways}
-    was_enabled = gc.isenabled()
     for call in ways.values():
         call()
-    gc.disable()
-    try:
+    with collector_paused():
         end, order = clock() + seconds, list(ways)
         while clock() < end or len(found[order[0]]) < 3:
             for name in order:
@@ -94,9 +93,6 @@ def measured(
                 _wait(device)
                 found[name].append(clock() - start)
             order.reverse()
-    finally:
-        if was_enabled:
-            gc.enable()
     return MeasuredSize(size, {name: _undisturbed(times) for name, times in found.items()})
 
 

@@ -23,7 +23,7 @@ from piecework.codegen.stitch.source import StitchedSource
 from piecework.runtime.call.profile_names import layer_by_line, named_globals
 from piecework.runtime.graphs.memory.captured_call import CapturedCall
 from piecework.runtime.graphs.plan.batch_shape import BatchShape
-from piecework.runtime.graphs.plan.numbers import Numbers, numbers_of
+from piecework.runtime.graphs.plan.numbers import numbers_of
 from piecework.runtime.graphs.serve.replay_facts import bind_replay, replay_facts
 from piecework.runtime.pieces.program import Program
 
@@ -73,13 +73,12 @@ class ReplayMaker:
         weights: Mapping[str, torch.Tensor],
         policy: str,
     ) -> None:
-        source, split_gm = program.source, program.split_gm
         self._shape, self._weights, self._policy = shape, weights, policy
         self._banner = f"model: {program.name}"
-        self._pieces = (split_gm, source)
+        self._pieces = (program.split_gm, program.source)
         self._whole: tuple[torch.fx.GraphModule, StitchedSource] | None = None
 
-    def of_pieces(
+    def make(
         self,
         calls: Sequence[CapturedCall],
         uncaptured: Sequence[Callable[..., object]],
@@ -87,11 +86,13 @@ class ReplayMaker:
         stage: Callable[[Sequence[torch.Tensor]], object],
         others: Mapping[str, int],
         sizes: Mapping[str, int],
+        *,
+        whole: bool,
     ) -> Replay:
-        """The replay of captured pieces, with the splitting ops between them.
+        """The replay of captured pieces, with the splitting ops between them; or of the whole forward, captured as one graph.
 
         Args:
-            calls: one per piece.
+            calls: one per piece, or that of the whole forward.
             uncaptured: the pieces themselves, for those that the address policy left uncaptured.
             views: the static inputs that the pieces read.
             stage: fills them.
@@ -101,35 +102,10 @@ class ReplayMaker:
         Raises:
             EmitError: the text did not prove to do what the graph does on the memory that was captured.
         """
-        known = numbers_of(self._pieces[0], sizes)
-        return self._make(*self._pieces, calls, uncaptured, views, stage, others, known)
-
-    def of_whole(
-        self,
-        call: CapturedCall,
-        views: Sequence[torch.Tensor],
-        stage: Callable[[Sequence[torch.Tensor]], object],
-        others: Mapping[str, int],
-        sizes: Mapping[str, int],
-    ) -> Replay:
-        """The replay of the whole forward, captured as one graph; as ``of_pieces``."""
-        if self._whole is None:
+        if whole and self._whole is None:
             self._whole = whole_forward(*self._pieces)
-        known = numbers_of(self._whole[0], sizes)
-        return self._make(*self._whole, [call], [], views, stage, others, known)
-
-    def _make(
-        self,
-        split_gm: torch.fx.GraphModule,
-        source: StitchedSource,
-        calls: Sequence[CapturedCall],
-        uncaptured: Sequence[Callable[..., object]],
-        views: Sequence[torch.Tensor],
-        stage: Callable[[Sequence[torch.Tensor]], object],
-        others: Mapping[str, int],
-        known: Numbers,
-    ) -> Replay:
-        weights = self._weights_in(source)
+        split_gm, source = self._whole if whole and self._whole is not None else self._pieces
+        known, weights = numbers_of(split_gm, sizes), self._weights_in(source)
         facts = replay_facts(
             source, self._shape, views, calls, weights, others, known, self._policy, self._banner
         )

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.fx
 
-from piecework.codegen.graph.origin import value_of
+from piecework.codegen.graph.origin import nodes_of, value_of
 from piecework.codegen.graph.schemas import shows_nothing
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.forward_context import (
@@ -194,10 +194,7 @@ def _body_of(op: torch._ops.OpOverload, args: tuple[object, ...]) -> Callable[..
 def acting_unseen(split_gm: torch.fx.GraphModule, pieces: list[str]) -> tuple[str, ...]:
     """Operators between the pieces that return nothing and declare no write: whatever they do, their schema does not tell."""
     found: dict[str, None] = {}
-    for name in pieces:
-        piece = split_gm.get_submodule(name)
-        assert isinstance(piece, torch.fx.GraphModule)
-        for node in piece.graph.nodes:
-            if shows_nothing(node.target) and value_of(node) is None:
-                found[str(node.target)] = None
+    for _, node in nodes_of(split_gm, pieces):
+        if shows_nothing(node.target) and value_of(node) is None:
+            found[str(node.target)] = None
     return tuple(found)

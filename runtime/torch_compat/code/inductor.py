@@ -67,11 +67,7 @@ def has_inductor_option(name: str) -> bool:
     """Whether the installed Inductor has the option ``name``, such as ``max_autotune`` or ``cpp.threads``."""
     import torch._inductor.config as inductor_config
 
-    try:
-        getattr(inductor_config, name)
-    except AttributeError:
-        return False
-    return True
+    return hasattr(inductor_config, name)
 
 
 def inductor_key() -> str:

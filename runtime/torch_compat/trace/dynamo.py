@@ -9,7 +9,7 @@ import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.fx
@@ -25,17 +25,14 @@ def mark_unbacked(tensor: torch.Tensor, dim: int, *, shape_id: str | None = None
     torch._dynamo.decorators.mark_unbacked(tensor, dim, shape_id=shape_id)
 
 
-def marked_dims(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Dimensions of an example input that are marked dynamic, unbacked or static."""
-    names = ("_dynamo_dynamic_indices", "_dynamo_unbacked_indices", "_dynamo_static_indices")
-    return tuple(sorted({dim for name in names for dim in getattr(tensor, name, None) or ()}))
+Kind = Literal["dynamic", "unbacked", "static"]
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
     """One mark of Dynamo's on a dimension of an example; ``low`` and ``high`` bound a dynamic one."""
 
-    kind: Literal["dynamic", "unbacked", "static"]
+    kind: Kind
     dim: int
     low: int | None = None
     high: int | None = None
@@ -57,16 +54,14 @@ def marks_of(value: object) -> tuple[Mark, ...]:
     if not isinstance(value, torch.Tensor):
         return ()
     ranges = {each.dim: each for each in getattr(value, "_dynamo_dynamic_range", None) or ()}
+    kinds: tuple[Kind, ...] = get_args(Kind)
     found = []
-    for dim in sorted(getattr(value, "_dynamo_dynamic_indices", None) or ()):
-        bounds = ranges.get(dim)
-        found.append(
-            Mark("dynamic", dim, getattr(bounds, "min", None), getattr(bounds, "max", None))
-        )
-    for dim in sorted(getattr(value, "_dynamo_unbacked_indices", None) or ()):
-        found.append(Mark("unbacked", dim))
-    for dim in sorted(getattr(value, "_dynamo_static_indices", None) or ()):
-        found.append(Mark("static", dim))
+    for kind in kinds:
+        for dim in sorted(getattr(value, f"_dynamo_{kind}_indices", None) or ()):
+            bounds = ranges.get(dim) if kind == "dynamic" else None
+            found.append(
+                Mark(kind, dim, getattr(bounds, "min", None), getattr(bounds, "max", None))
+            )
     return tuple(found)
 
 

@@ -243,7 +243,7 @@ def trace_names(*names: str) -> list[str]:
 
 def ordered_places() -> frozenset[str] | None:
     """Dynamo's names of the dictionaries whose order the trace that is running depends on; None where torch doesn't say."""
-    sources = getattr(_running_output(), "guard_on_key_order", None)
+    sources = getattr(running_output(), "guard_on_key_order", None)
     if sources is None:
         return None
     return frozenset(source_name(source) for source in sources)
@@ -255,12 +255,12 @@ def leave_guards_untimed() -> None:
     It would see whether they hold, which is looked at in each call, and how long they take with the processor's caches emptied: for a log
     alone, it writes 32 MB each time.
     """
-    output = _running_output()
+    output = running_output()
     if hasattr(output, "skip_guards_check"):
         output.skip_guards_check = True
 
 
-def _running_output() -> Any:
+def running_output() -> Any:
     """Dynamo's record of the trace that is running; None where torch doesn't show it."""
     from torch._dynamo import symbolic_convert
 

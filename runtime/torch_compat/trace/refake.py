@@ -6,14 +6,14 @@ fixed on the way is told.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from piecework.runtime.torch_compat.tensors import storage_id
+from piecework.runtime.torch_compat.trace.dynamo import quiet_trial
 from piecework.runtime.torch_compat.trace.shapes import recorded_guards, symbol_hints
 
 _TRIED = (5040, 2520, 1680, 840, 720, 360, 240, 120, 60, 24, 12, 9, 7, 6, 5, 4, 3, 2, 1)
@@ -24,12 +24,6 @@ def size_expr(size: object) -> Any:
     import sympy
 
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.sympify(size)
-
-
-def free_symbols(value: torch.SymInt | torch.SymFloat | torch.SymBool) -> tuple[str, ...]:
-    """The symbols in a symbolic number or condition."""
-    found = getattr(value.node.expr, "free_symbols", ())
-    return tuple(sorted(str(symbol) for symbol in found))
 
 
 class Refaked:
@@ -148,26 +142,9 @@ class Refaked:
             def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
                 return run(func, args, kwargs or {}, lambda: func(*args, **(kwargs or {})))
 
-        with ExitStack() as stack:
-            stack.enter_context(_quiet("torch._subclasses.fake_tensor"))
-            for each in (self.mode, torch.no_grad(), enable_python_dispatcher(), Watch()):
-                stack.enter_context(each)
+        # What torch reports is caught and told elsewhere.
+        with quiet_trial(), self.mode, torch.no_grad(), enable_python_dispatcher(), Watch():
             yield
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Keep a logger of torch's from reporting what is caught and told elsewhere."""
-    logger = logging.getLogger(name)
-    logger.addFilter(_nothing)
-    try:
-        yield
-    finally:
-        logger.removeFilter(_nothing)
-
-
-def _nothing(record: logging.LogRecord) -> bool:
-    return False
 
 
 def _sizes(value: object) -> list[object]:

@@ -10,21 +10,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-
-def shape_env_of(values: Iterable[object]) -> Any:
-    """The environment of the symbols in ``values`` (sizes and fake tensors); None where there is none."""
-    for value in values:
-        mode = getattr(value, "fake_mode", None)
-        if mode is not None and mode.shape_env is not None:
-            return mode.shape_env
-        sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
-        for size in sizes:
-            if isinstance(size, torch.SymInt):
-                return size.node.shape_env
-    return None
-
 
 @dataclass(frozen=True, slots=True)
 class KnownSizes:

@@ -9,6 +9,21 @@ from typing import Any
 import torch
 
 
+def shape_env_of(values: Iterable[object]) -> Any:
+    """The environment of the symbols in ``values`` (sizes and fake tensors); None where there is none."""
+    for value in values:
+        mode = getattr(value, "fake_mode", None)
+        if mode is not None and mode.shape_env is not None:
+            return mode.shape_env
+        sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
+        for size in sizes:
+            symbolic = isinstance(size, (torch.SymInt, torch.SymFloat))
+            env = getattr(size.node, "shape_env", None) if symbolic else None
+            if env is not None:
+                return env
+    return None
+
+
 def symbol_of(size: object) -> str | None:
     """The expression of a size that is still symbolic; None for a number, also one that the trace fixed."""
     if not isinstance(size, torch.SymInt):
@@ -61,16 +76,7 @@ def asserted_symbols(values: Iterable[object]) -> frozenset[object]:
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
     sizes = [v for v in values if isinstance(v, (torch.Tensor, torch.SymInt))]
-    every = (
-        size
-        for value in sizes
-        for size in (value.shape if isinstance(value, torch.Tensor) else (value,))
-    )
-    envs = (
-        getattr(each.node, "shape_env", None) for each in every if isinstance(each, torch.SymInt)
-    )
-    env = next((each for each in envs if each is not None), None)
-    deferred = getattr(env, "deferred_runtime_asserts", None)
+    deferred = getattr(shape_env_of(sizes), "deferred_runtime_asserts", None)
     if not deferred:
         return frozenset()
     asserted = [
@@ -89,7 +95,8 @@ def symbols_in(value: object) -> tuple[str, ...]:
     """The symbols in an integer, float or truth value of a trace; none in anything else."""
     if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return ()
-    return tuple(sorted(str(symbol) for symbol in value.node.expr.free_symbols))
+    found = getattr(value.node.expr, "free_symbols", ())
+    return tuple(sorted(str(symbol) for symbol in found))
 
 
 def number_at(value: object, sizes: Mapping[str, int]) -> bool | int | float | None:
@@ -223,13 +230,14 @@ def is_traced_contiguous(fake: torch.Tensor) -> bool:
     """Whether the strides that the trace recorded are those of a contiguous tensor for every size."""
     expected: object = 1
     for size, stride in reversed(list(zip(fake.shape, fake.stride(), strict=True))):
-        if _expr(stride) != expected and _expr(size) != 1:
+        if plain_expr(stride) != expected and plain_expr(size) != 1:
             return False
-        expected = expected * _expr(size)  # type: ignore[operator]
+        expected = expected * plain_expr(size)  # type: ignore[operator]
     return True
 
 
-def _expr(size: object) -> object:
+def plain_expr(size: object) -> object:
+    """A size as an expression, without its world of symbols; a number as it is."""
     return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
@@ -241,7 +249,7 @@ def guards_on(
     Also those that torch leaves to be asserted when the graph runs, where the inputs' sizes decide them. What follows
     from the ranges of ``ranged`` symbols, which somebody else checks, is left out.
     """
-    env = next((e for e in map(_env_of, sizes) if e is not None), None)
+    env = shape_env_of(sizes)
     found: dict[object, None] = {}
     asserted = getattr(env, "deferred_runtime_asserts", {}).values()
     for guard in (*getattr(env, "guards", ()), *(each for every in asserted for each in every)):
@@ -252,11 +260,6 @@ def guards_on(
         if not (symbols.issubset(ranged) and _follows_from_ranges(env, expr)):
             found[expr] = None
     return tuple(found)
-
-
-def _env_of(value: object) -> Any:
-    symbolic = isinstance(value, (torch.SymInt, torch.SymFloat))
-    return value.node.shape_env if symbolic else None
 
 
 def _follows_from_ranges(env: object, expr: object) -> bool:
@@ -276,7 +279,7 @@ def recorded_guards(
 
     A test takes values by symbol and returns None if one that it needs is missing (a size that the data decides).
     """
-    env = next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
+    env = shape_env_of(sizes)
     found: list[tuple[str, str, Callable[[Mapping[str, int]], bool | None]]] = []
     for guard in getattr(env, "guards", ()):
         expr = env.replace(guard.expr)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from piecework.runtime.torch_compat.trace.guards import source_name
+from piecework.runtime.torch_compat.trace.guards import running_output, source_name
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _MISSING = object()
@@ -91,21 +91,14 @@ _EXISTING = ("AttributeMutationExisting", "ValueMutationExisting")
 
 def _effects():  # type: ignore[no-untyped-def]
     """Dynamo's record; None where it is kept elsewhere or has another form."""
-    try:
-        from torch._dynamo.symbolic_convert import InstructionTranslator
-
-        effects = InstructionTranslator.current_tx().output.side_effects
-    except (ImportError, AttributeError):
-        return None
+    effects = getattr(running_output(), "side_effects", None)
     wanted = ("keepalive", "id_to_variable", "store_attr_mutations", "is_modified", "tensor_hooks")
     return effects if all(hasattr(effects, name) for name in wanted) else None
 
 
 def _modes_as_before(var) -> bool:  # type: ignore[no-untyped-def]
     """Whether each torch function mode that the trace entered was left again, and no other one."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    before = InstructionTranslator.current_tx().output.torch_function_mode_stack
+    before = running_output().torch_function_mode_stack
     now = [getattr(each, "value", _MISSING) for each in var.symbolic_stack]
     return len(now) == len(before) and all(map(operator.is_, now, before))
 
