@@ -53,6 +53,7 @@ from piecework.runtime.pieces.program import (
     timed,
     unique_pieces,
 )
+from piecework.runtime.pieces.report import counted
 from piecework.runtime.splitting_op import registry
 
 Admits = Callable[[torch.fx.GraphModule], str | None]
@@ -268,14 +269,15 @@ class Compilation:
     ) -> LowerOptions:
         levers = self.config.stitching_config
         unique = unique_pieces(self.backends)
-        splitting = sum(item.is_splitting_graph for item in items)
         cuts = [each.graph.graph for each in items if each.is_splitting_graph]
-        called = (node.target for graph in cuts for node in graph.nodes if is_cut(node))
+        calling = [called for cut in cuts if (called := list(filter(is_cut, cut.nodes)))]
+        called = {node.target for nodes in calling for node in nodes}
         ops = sorted({operator_name(op) or resolve_name(op) or _name_of(op) for op in called})
+        where = f" ({counted(len(calling), 'submodule')})" if ops else ""
         banner = (
             f"model: {self.name}",
             f"pieces: {len(self.backends)}, unique: {unique}, compiler: {self.compiler_manager.compiler.name}",
-            f"splitting ops: {', '.join(ops) or 'none'} ({splitting} submodules)",
+            f"splitting ops: {', '.join(ops) or 'none'}{where}",
         )
         return LowerOptions(
             submods=pieces,

@@ -240,7 +240,7 @@ def test_a_header_names_splitting_ops_that_are_functions(op: object, name: str) 
 
     stitched = piecework.compile(model, (torch.randn(4, 8),), splitting_ops=[op], config=EAGER)  # type: ignore[list-item]
     [line] = [each for each in stitched.source.code.splitlines() if "splitting ops: " in each]
-    assert line.endswith(f"{name} (1 submodules)")
+    assert line.endswith(f"{name} (1 submodule)")
 
 
 @pytest.mark.inductor
