@@ -408,10 +408,10 @@ def _build_piece(
 
 
 def _says_only_what_is_called(nodes: Sequence[torch.fx.Node]) -> bool:
-    """True for one call whose result has the name that FX makes of the function, and not one of the user's variables."""
+    """True for one call of a function whose result has the name that FX makes of that, and not one of the user's variables."""
     node, *more = nodes
-    called = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return not more and node.name.rstrip("_0123456789") == called.partition(".")[0]
+    name = getattr(node.target, "__name__", "").partition(".")[0]
+    return node.op == "call_function" and not more and node.name.rstrip("_0123456789") == name
 
 
 def _unpack_call(
