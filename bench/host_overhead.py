@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,25 +86,44 @@ def run(
     rows: list[Row] = []
     targets: list[Target] = []
     effort = Effort(rounds, seconds)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            for registration in registrations:
-                for depth in layers:
-                    found = _depth(depth, batches, registration, effort, stock, report)
-                    rows += found
-                    targets += _targets(found, registration, depth)
-                if levers:
-                    rows += _levers(16, 4, registration, effort, report)
-    finally:
-        torch.set_num_threads(threads)
+    with _one_thread(), torch.no_grad():
+        for registration in registrations:
+            for depth in layers:
+                found = _depth(depth, batches, registration, effort, stock, report)
+                rows += found
+                targets += _targets(found, registration, depth)
+            if levers:
+                rows += _levers(16, 4, registration, effort, report)
     notes = (
         f"at most {rounds} interleaved rounds and {seconds:g} s per setting, one thread, no_grad",
         "processor time, µs of the fastest round, ratios of the fastest tenth",
     )
     headline = next((row.setting for row in rows if row.setting == _HEADLINE), None)
     return Result("Host overhead", tuple(rows), tuple(targets), machine(), notes, headline=headline)
+
+
+def side_by_side(
+    names: Sequence[str], depth: int, batch: int, registration: str, effort: Effort
+) -> dict[str, Timing]:
+    """What some contenders take in one setting, by name.
+
+    Raises:
+        PieceworkError: a contender returns something else than the model.
+    """
+    with _one_thread(), torch.no_grad():
+        torch.compiler.reset()
+        calls = calls_for(depth, registration, stock="stock" in names)
+        return _timings({name: calls[name] for name in names}, batch, effort)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 _HEADLINE: dict[str, object] = {"op": "custom_op", "layers": 32, "batch": 4}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import statistics
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from piecework.cli.console import DIFFERS, compile_step, console, show_source, step, typed_errors
 from piecework.cli.options import Backend, ConfigFile, DumpFolder, Overrides, configuration
+
+if TYPE_CHECKING:
+    from piecework.bench.measure.timing import Timing
 
 
 def demo(
@@ -46,12 +50,10 @@ def demo(
         with step(out, "Building an 8-layer Llama with seeded random weights"):
             model = load_model(spec)
         with step(out, f"Generating {tokens} tokens eagerly"):
-            model.run(2)  # the first call of anything is slow
             eager = model.run(tokens)
         with compile_step(out, f"Capturing, splitting and compiling with {config.backend}"):
             stitched = model.stitch(config)
         with step(out, f"Generating {tokens} tokens with the stitched model"):
-            model.run(2, stitched)
             ours = model.run(tokens, stitched)
         show_source(out, stitched.source.code)
         out.print(str(stitched.report()), markup=False)
@@ -62,16 +64,12 @@ def demo(
         result = compare(eager, ours)
         out.print(f"tokens: {' '.join(map(str, ours.tokens.tolist()))}", markup=False)
         out.print(result.text(ours), markup=False)
-        out.print(
-            f"{tokens} tokens: eager {eager.seconds:.2f} s, stitched {ours.seconds:.2f} s",
-            markup=False,
-        )
         if config.backend == "inductor" if host_time is None else host_time:
             with step(
                 out, "Compiling 16 layers with torch.compile and with piecework, to time them"
             ):
-                rows = _host_times()
-            _show_host_times(out, rows)
+                timings = _host_times()
+            _show_host_times(out, timings)
     if not result.agree:
         raise typer.Exit(DIFFERS)
 
@@ -84,22 +82,30 @@ _CALLED = {
 }
 
 
-def _host_times() -> dict[str, float]:
-    """µs of a call of a model that computes next to nothing, by who runs it; results are compared first."""
-    from piecework.bench.host_overhead import run
+def _host_times() -> dict[str, Timing]:
+    """What a call of a model that computes next to nothing takes, by who runs it; results are compared first."""
+    from piecework.bench.host_overhead import Effort, side_by_side
 
-    result = run([16], [4], ["custom_op"], rounds=100, seconds=5, levers=False)
-    found = {row.contender: row.seconds * 1e6 for row in result.rows}
-    return {label: found[name] for name, label in _CALLED.items()}
+    return side_by_side(tuple(_CALLED), 16, 4, "custom_op", Effort(rounds=200, seconds=5))
 
 
-def _show_host_times(out: Console, times: dict[str, float]) -> None:
-    out.print("one call of 16 layers of width 64, batch 4, one thread, host time:")
-    longest = max(times.values())
-    for name, time in times.items():
-        bar = "█" * max(1, round(40 * time / longest))
-        out.print(f"{name:>13} {time:6.0f} µs {bar}", markup=False, highlight=False)
-    faster = times["torch.compile"] / times["piecework"]
+def _show_host_times(out: Console, timings: dict[str, Timing]) -> None:
+    from piecework.bench.measure.timing import quotients
+
     out.print(
-        f'piecework is {faster:.2f} times as fast as torch.compile; "by hand" is the same kernels called in a straight line, without a check'
+        "one call of 16 layers of width 64, batch 4, one thread: host time,"
+        f" the median of {len(timings['eager'].rounds)} interleaved rounds (where half of them lie)",
+        markup=False,
+    )
+    times = {name: statistics.quantiles(timing.rounds.values()) for name, timing in timings.items()}
+    longest = max(median for _, median, _ in times.values())
+    for name, (low, median, high) in times.items():
+        bar = "█" * max(1, round(40 * median / longest))
+        line = f"{_CALLED[name]:>13} {median * 1e6:6.0f} µs ({low * 1e6:.0f} to {high * 1e6:.0f}) {bar}"
+        out.print(line, markup=False, highlight=False)
+    low, median, high = statistics.quantiles(quotients(timings["stock"], timings["piecework"]))
+    out.print(
+        f"torch.compile took {median:.2f} times as long as piecework (half of the rounds: {low:.2f} to {high:.2f});"
+        ' "by hand" is the same kernels called in a straight line, without a check',
+        markup=False,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,12 +43,11 @@ class Plain:
     def run(
         self, loaded: LoadedModel, new_tokens: int, stitched: StitchedModule | None = None
     ) -> Outcome:
-        start = time.perf_counter()
         model = stitched or loaded.module
         calls = ((loaded.example_args, loaded.example_kwargs), *loaded.more_calls)
         result = [model(*args, **kwargs) for args, kwargs in calls]
         values = tuple(x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor))
-        return Outcome(None, values, time.perf_counter() - start)
+        return Outcome(None, values)
 
     def dry_context(self) -> None:
         return None

@@ -72,12 +72,10 @@ class Outcome:
     Attributes:
         tokens: generated token ids ``[new]``; None for a model that generates none.
         values: what is compared: the logits ``[new, vocabulary]`` that chose the tokens, or the model's tensors.
-        seconds: wall time.
     """
 
     tokens: torch.Tensor | None
     values: tuple[torch.Tensor, ...]
-    seconds: float
 
 
 class Integration(Protocol):

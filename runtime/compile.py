@@ -313,6 +313,11 @@ def _require_arguments(args: object, kwargs: object) -> None:
             f"example_kwargs must be a dict of arguments by name; got a {type(kwargs).__qualname__}",
             where="example_kwargs",
         )
+    for name in kwargs or ():
+        if not isinstance(name, str):
+            raise ConfigError(
+                f"the name of an argument must be text; got {name!r}", where="example_kwargs"
+            )
 
 
 def _require_no_cuts(

@@ -160,8 +160,13 @@ def _own(dims: DimsByName | None) -> DimsByName | None:
 
 def _require_module_class(cls: object, decorator: str) -> None:
     if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
+        what = (
+            f"an object of {type(cls).__qualname__}"
+            if isinstance(cls, torch.nn.Module)
+            else repr(cls)
+        )
         raise ConfigError(
-            f"{decorator} decorates classes of torch.nn.Module; got {cls!r}",
+            f"{decorator} decorates classes of torch.nn.Module; got {what}",
             hint="use piecework.compile for a function or an instance",
         )
 

@@ -49,6 +49,12 @@ def ratio(timing: Timing, reference: Timing) -> float:
     return _undisturbed(timing) / _undisturbed(reference)
 
 
+def quotients(timing: Timing, reference: Timing) -> list[float]:
+    """How many times as long as ``reference``, in each round that both took part in: what disturbs one of a round disturbs both."""
+    both = timing.rounds.keys() & reference.rounds.keys()
+    return [timing.rounds[each] / reference.rounds[each] for each in sorted(both)]
+
+
 def _undisturbed(timing: Timing) -> float:
     ordered = sorted(timing.rounds.values())
     return statistics.fmean(ordered[: max(1, len(ordered) // 10)])

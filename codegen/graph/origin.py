@@ -9,7 +9,7 @@ import ast
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.fx
@@ -22,6 +22,7 @@ _SUBSCRIPT = re.compile(r"\[['\"]?([^'\"\[\]]+)['\"]?\]")
 _ROOT = re.compile(r"^(L\['\w+'\]|L__\w+___|G\['\w+'\])\.?")
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 _OWN_FRAMES = tuple(os.path.join(_PACKAGE, room) for room in ("runtime", "integrations"))
+_LONGEST_SIZE = 48
 _UNSAFE = re.compile(r"[^\w.\-:<>/ \[\]]")
 
 
@@ -49,7 +50,19 @@ class SymbolNames:
     def __call__(self, size: object) -> str:
         if isinstance(size, int) and not isinstance(size, torch.SymInt):
             return str(size)
-        return re.sub(r"\b[usz]\d+\b", lambda found: self._name(found.group()), str(size))
+        text = tidy(str(size)) if isinstance(size, torch.SymInt) else str(size)
+        return re.sub(r"\b[usz]\d+\b", lambda found: self._name(found.group()), text)
+
+
+def tidy(size: str) -> str:
+    """A computed size without the brackets that sympy writes for care: ``4*(s0//16)``; "…" where that would fill a line."""
+    try:
+        text = ast.unparse(ast.parse(size, mode="eval"))
+    except (SyntaxError, ValueError):
+        text = size
+    for sign in ("*", "//"):
+        text = text.replace(f" {sign} ", sign)
+    return text if len(text) <= _LONGEST_SIZE else "…"
 
 
 def graph_of(gm: torch.fx.GraphModule, name: str) -> torch.fx.GraphModule:
@@ -141,17 +154,21 @@ def origin_of(node: torch.fx.Node, symbols: SymbolNames, *, line_numbers: bool) 
 def origin_of_piece(
     piece: torch.fx.GraphModule, symbols: SymbolNames, *, line_numbers: bool
 ) -> ir.Origin:
-    """Origin of a whole submodule: its first and last module path, and the shapes that it returns."""
+    """Origin of a whole submodule: its first and last module path, or line where it runs no module, and the shapes that it returns."""
     nodes = [n for n in piece.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
     paths = [path for path in map(module_path, nodes) if path]
-    ends = list(dict.fromkeys((paths[0], paths[-1]))) if paths else []
-    lines = [] if len(nodes) != 1 else [source_line(nodes[0], line_numbers=line_numbers)]
+    told = nodes if len(nodes) == 1 or not paths else []
+    lines = [line for node in told if (line := source_line(node, line_numbers=line_numbers))]
     outputs = results_of(piece.graph)
     return ir.Origin(
-        module=" … ".join(ends),
-        source=lines[0] if lines else "",
+        module=_from_to(paths),
+        source=_from_to(lines),
         shapes=shapes_of([n for n in outputs if isinstance(n, torch.fx.Node)], symbols),
     )
+
+
+def _from_to(places: Sequence[str]) -> str:
+    return " … ".join(dict.fromkeys((places[0], places[-1]))) if places else ""
 
 
 def shapes_of(nodes: Iterable[torch.fx.Node], symbols: SymbolNames) -> str:

@@ -180,7 +180,7 @@ def _comment_lines(stmt: ir.Stmt, indent: int) -> list[str]:
         grown = f"{lines[-1]}, {shape}"
         if len(lines) == 1 or len(grown) >= width:  # a comma may follow
             lines[-1] += "," if len(lines) > 1 else ""
-            lines.append(f"  -> {shape}")
+            lines.append(f"  {'->' if len(lines) == 1 else '  '} {shape}")
         else:
             lines[-1] = grown
     return lines

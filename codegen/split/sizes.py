@@ -43,16 +43,27 @@ def _reads_whole_shape(node: torch.fx.Node) -> bool:
 
 
 def decompose_sizes(graph: torch.fx.Graph) -> None:
-    """Replace each whole-shape read by one read per dimension, and each shape that is put together by its sizes, in place."""
+    """Replace each whole-shape read by one read per dimension that is used, and each shape that is put together by its sizes, in place."""
+    known = {None, *map(_symbol, map(value_of, graph.find_nodes(op="placeholder")))}
     for node in list(graph.nodes):
         if _reads_whole_shape(node):
             rank = _rank(node)
             if rank is not None:
-                _rewrite_users(graph, node, _reads_of(graph, node, rank))
+                sizes = _reads_of(graph, node, rank)
+                _rewrite_users(graph, node, sizes)
+                for read in (each for each in sizes if isinstance(each, torch.fx.Node)):
+                    # Pieces may need a size that only the data decides, and find it by its read.
+                    if not read.users and _symbol(value_of(read)) in known:
+                        graph.erase_node(read)
         elif node.op == "call_function" and node.target is torch.Size and not node.kwargs:
             parts = node.args[0] if node.args else ()
             if isinstance(parts, (list, tuple)):
                 _rewrite_users(graph, node, cast(list[torch.fx.Node | int], list(parts)))
+
+
+def _symbol(size: object) -> object:
+    """The symbol that a size is; None if it is a number or computed."""
+    return size.node.expr if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol else None
 
 
 def _rank(node: torch.fx.Node) -> int | None:
@@ -77,8 +88,9 @@ def _reads_of(graph: torch.fx.Graph, node: torch.fx.Node, rank: int) -> list[tor
                 if isinstance(shape, torch.Tensor)
                 else cast(Sequence[object], whole)[dim] if whole is not None else None
             )
-            if type(size) is int:
-                sizes.append(size)
+            fixed = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
+            if type(fixed) is int:
+                sizes.append(fixed)
                 continue
             read = graph.call_function(torch.ops.aten.sym_size.int, (tensor, dim))
             read.meta = {k: v for k, v in node.meta.items() if k not in ("example_value", "val")}

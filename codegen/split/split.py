@@ -407,6 +407,13 @@ def _build_piece(
     return module(attributes, graph, name)
 
 
+def _says_only_what_is_called(nodes: Sequence[torch.fx.Node]) -> bool:
+    """True for one call of a function whose result has the name that FX makes of that, and not one of the user's variables."""
+    node, *more = nodes
+    name = getattr(node.target, "__name__", "").partition(".")[0]
+    return node.op == "call_function" and not more and node.name.rstrip("_0123456789") == name
+
+
 def _unpack_call(
     stitching: torch.fx.Graph,
     call: torch.fx.Node,
@@ -417,6 +424,8 @@ def _unpack_call(
     """Bind what ``call`` returns to the nodes that it stands for."""
     if partition.splitting and len(outputs) == 1:
         call.meta.update(outputs[0].meta)
+        if not _says_only_what_is_called(partition.nodes):
+            call._rename(outputs[0].name)
         values[outputs[0]] = call
         return
     call.meta["example_value"] = tuple(value_of(node) for node in outputs)

@@ -33,7 +33,11 @@ class SplittingOps:
                 if op.count("::") != 1 or not all(op.split("::")):
                     raise SplitError(
                         f"splitting op {op!a} is not of the form 'ns::op' or 'ns::op.overload'",
-                        hint="name it as in torch.ops.ns.op, or pass the operator itself",
+                        hint=(
+                            f"pass the function itself, without quotes: [{op}]"
+                            if op.startswith("torch.")
+                            else "name it as in torch.ops.ns.op, or pass the operator itself"
+                        ),
                     )
                 self._names.add(op)
                 self.declared.append(op)
@@ -46,6 +50,11 @@ class SplittingOps:
             elif isinstance(op, type) and issubclass(op, torch.nn.Module):
                 raise SplitError(
                     f"splitting op {op.__qualname__} is a class of modules; a graph is cut at the operators that forwards call",
+                    hint="name the operator that does its work, or make it one with piecework.splitting_op",
+                )
+            elif isinstance(op, torch.nn.Module):
+                raise SplitError(
+                    f"splitting op {type(op).__qualname__} is a module of a model; a graph is cut at the operators that forwards call",
                     hint="name the operator that does its work, or make it one with piecework.splitting_op",
                 )
             elif callable(op):

@@ -40,6 +40,11 @@ def compile_execution_fn(
         BindError: a submodule has no callable, or one is not callable.
         EmitError: the code is not Python or defines no ``execution_fn``.
     """
+    if not isinstance(code, str):
+        raise EmitError(
+            f"stitching source must be text; got a {type(code).__qualname__}",
+            hint="pass what generate_execution_code returned",
+        )
     missing = [name for name in submod_names if name not in submod_callables]
     if missing:
         raise BindError(

@@ -6,7 +6,6 @@ Nothing is downloaded; random weights and the example prompt are seeded.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -87,7 +86,6 @@ class CausalLM:
         self, loaded: LoadedModel, new_tokens: int, stitched: StitchedModule | None = None
     ) -> Outcome:
         """Generate greedily with the model's own ``generate()``."""
-        start = time.perf_counter()
         (prompt,) = loaded.example_args
         out = loaded.module.generate(  # type: ignore[attr-defined]
             prompt,
@@ -98,9 +96,8 @@ class CausalLM:
             output_logits=True,
             return_dict_in_generate=True,
         )
-        seconds = time.perf_counter() - start
         logits = torch.stack([step[0] for step in out.logits])
-        return Outcome(out.sequences[0, prompt.shape[1] :], (logits,), seconds)  # type: ignore[attr-defined]
+        return Outcome(out.sequences[0, prompt.shape[1] :], (logits,))  # type: ignore[attr-defined]
 
     def dry_context(self) -> Callable[..., AbstractContextManager[object]]:
         from piecework.integrations.transformers.request.dry import dry_request

@@ -38,6 +38,12 @@ def refit(
         old = held.get(name)
         if old is None:
             raise BindError("the model has no such weight", where=name)
+        if new.is_meta and not old.is_meta:
+            raise BindError(
+                "the new weight is on the meta device, which holds no data",
+                where=name,
+                hint="load it where it has data, on the CPU for one",
+            )
         difference = unfit(old, new)
         if difference:
             raise BindError(

@@ -53,6 +53,7 @@ from piecework.runtime.pieces.program import (
     timed,
     unique_pieces,
 )
+from piecework.runtime.pieces.report import counted
 from piecework.runtime.splitting_op import registry
 
 Admits = Callable[[torch.fx.GraphModule], str | None]
@@ -131,7 +132,7 @@ class Compilation:
             len(graph.graph.nodes),
             self.batch.symbol or "fixed",
             len(names),
-            ", ".join(map(str, ops)) or "nothing",
+            ", ".join(map(_op_name, ops)) or "nothing",
         )
         structures = {} if admits is None else _admitted(split_gm, names, admits)
         trace.artifact("config", lambda: config_text(self.config))
@@ -268,14 +269,15 @@ class Compilation:
     ) -> LowerOptions:
         levers = self.config.stitching_config
         unique = unique_pieces(self.backends)
-        splitting = sum(item.is_splitting_graph for item in items)
         cuts = [each.graph.graph for each in items if each.is_splitting_graph]
-        called = (node.target for graph in cuts for node in graph.nodes if is_cut(node))
-        ops = sorted({operator_name(op) or resolve_name(op) or _name_of(op) for op in called})
+        calling = [called for cut in cuts if (called := list(filter(is_cut, cut.nodes)))]
+        called = {node.target for nodes in calling for node in nodes}
+        ops = sorted(set(map(_op_name, called)))
+        where = f" ({counted(len(calling), 'submodule')})" if ops else ""
         banner = (
             f"model: {self.name}",
             f"pieces: {len(self.backends)}, unique: {unique}, compiler: {self.compiler_manager.compiler.name}",
-            f"splitting ops: {', '.join(ops) or 'none'} ({splitting} submodules)",
+            f"splitting ops: {', '.join(ops) or 'none'}{where}",
         )
         return LowerOptions(
             submods=pieces,
@@ -407,5 +409,7 @@ def _batch_of(graph: torch.fx.GraphModule) -> Batch:
     return Batch()
 
 
-def _name_of(function: object) -> str:
-    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
+def _op_name(op: object) -> str:
+    """How a splitting op is said: ``ns::op``, the path of a function that torch knows, or where a function is from."""
+    known = op if isinstance(op, str) else operator_name(op) or resolve_name(op)
+    return known or f"{getattr(op, '__module__', '')}.{getattr(op, '__qualname__', op)}"

@@ -12,7 +12,7 @@ from torch import nn
 
 import piecework
 from piecework.codegen import LowerOptions, generate_source
-from piecework.codegen.graph.origin import SymbolNames, source_code
+from piecework.codegen.graph.origin import SymbolNames, source_code, tidy
 
 
 class Clashing(nn.Module):
@@ -72,6 +72,47 @@ def test_names_of_symbols_avoid_what_is_taken() -> None:
     ]
 
 
+class Windowed(nn.Module):
+    """Reads whole shapes, of which it uses some sizes, and computes others; two operators of torch run live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, height, width, channels = x.shape
+        rolled = torch.roll(self.layer(x), (-(height // 2), -(width // 2)), (1, 2))
+        back = torch.roll(rolled.view(batch, height * width // 2, 2, channels), 1, 1)
+        return back.reshape(batch, height // 2, 2, width // 2, 2, channels)
+
+
+def test_a_size_is_read_where_it_is_used_and_said_without_needless_brackets() -> None:
+    model, x = Windowed().eval(), torch.randn(2, 8, 12, 8)
+    stitched = piecework.compile(model, (x,), splitting_ops=[torch.roll], config=EAGER)
+    graphs = [module.graph for module in stitched.split_gm.children()]
+    reads = [node for graph in graphs for node in graph.nodes if "sym_size" in str(node.target)]
+    assert all(node.users for node in reads)
+    code = stitched.source.code
+    assert "rolled = roll(linear, (neg, neg_1), (1, 2))" in code and "submod_1" not in code
+    assert "f32[s0, s1//2, 2, " in code and "int s1//2, int -(s1//2), int s2//2, " in code
+    torch.testing.assert_close(stitched(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shown"),
+    [
+        ("(s0//4)", "s0//4"),
+        ("2*(((s0 - 1)//2)) + 2", "2*((s0 - 1)//2) + 2"),
+        ("(s0//(4*((s0//16))))", "s0//(4*(s0//16))"),
+        ("Mod(s0, 4)", "Mod(s0, 4)"),
+        (" + ".join(f"((s0//{k}))" for k in range(2, 40)), "…"),
+        ("s0 if", "s0 if"),
+    ],
+)
+def test_computed_sizes_are_said_without_needless_brackets(sizes: str, shown: str) -> None:
+    assert tidy(sizes) == shown
+
+
 def many_outputs(count: int) -> torch.fx.GraphModule:
     """A stitching graph whose piece returns ``count`` tensors."""
     piece, outer = torch.fx.Graph(), torch.fx.Graph()
@@ -96,7 +137,8 @@ def test_shapes_are_on_as_many_lines_as_they_take(count: int) -> None:
     said = [line.strip("# ") for line in code.splitlines() if line.startswith("    #")]
     assert "layers.0.attention" in said[0]
     assert sum(line.count("f32[3, 4]") for line in said) == count
-    assert all(line.startswith("->") for line in said[1:])
+    assert all(line.startswith("->") for line in said[1:2])
+    assert all(line.startswith("f32[3, 4]") for line in said[2:])
 
 
 @pytest.mark.parametrize(

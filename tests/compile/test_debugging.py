@@ -240,7 +240,7 @@ def test_a_header_names_splitting_ops_that_are_functions(op: object, name: str) 
 
     stitched = piecework.compile(model, (torch.randn(4, 8),), splitting_ops=[op], config=EAGER)  # type: ignore[list-item]
     [line] = [each for each in stitched.source.code.splitlines() if "splitting ops: " in each]
-    assert line.endswith(f"{name} (1 submodules)")
+    assert line.endswith(f"{name} (1 submodule)")
 
 
 @pytest.mark.inductor
@@ -248,3 +248,21 @@ def test_a_profile_counts_the_kernels_and_library_calls_of_inductors_code() -> N
     layer = nn.Sequential(nn.Linear(8, 8), nn.GELU()).eval()
     (row,) = piecework.compile(layer, (torch.randn(4, 8),)).profile(torch.randn(4, 8)).rows
     assert (row.kernels, row.external) == (1, 1)
+
+
+def test_the_log_names_what_was_cut_at_and_each_capture_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Sigmoid(), torch.nn.Linear(4, 4))
+    with caplog.at_level("DEBUG", logger="piecework"):
+        stitched = piecework.compile(
+            model, (torch.randn(3, 4),), splitting_ops=[torch.sigmoid], config=EAGER
+        )
+        stitched.capture([2, 4], progress=False)
+    told = [each.getMessage() for each in caplog.records if each.name.startswith("piecework")]
+    (traced,) = [text for text in told if "cut at" in text]
+    assert traced.endswith("; 2 pieces, cut at torch.sigmoid")
+    captures = [text for text in told if "captured" in text]
+    assert [text.partition(",")[0] for text in captures] == [
+        f"capture: PIECEWISE tokens={size}: captured" for size in (4, 2)
+    ]

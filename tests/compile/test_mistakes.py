@@ -229,6 +229,12 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
     # --- example arguments
     (lambda: piecework.compile(Model(), X), ConfigError, "got a Tensor", "(x,)"),
     (lambda: piecework.compile(Model(), (X,), X), ConfigError, "got a Tensor", ""),
+    (
+        lambda: piecework.compile(Model().eval(), (X,), {1: X}),
+        ConfigError,
+        "the name of an argument must be text; got 1",
+        "",
+    ),
     (lambda: compiled(None, X, X), CaptureError, "too many positional arguments", "forward takes"),
     (
         lambda: piecework.compile(Model().eval(), (), {"y": X}),
@@ -328,6 +334,18 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
     ),
     (lambda: compiled(splitting_ops={"aten::sin": 1}), SplitError, "must be a list", "a list"),
     (lambda: compiled(splitting_ops=[nn.Linear]), SplitError, "Linear is a class of modules", ""),
+    (
+        lambda: compiled(splitting_ops=[nn.Linear(8, 8)]),
+        SplitError,
+        "splitting op Linear is a module of a model",
+        "piecework.splitting_op",
+    ),
+    (
+        lambda: compiled(splitting_ops=["torch.sin"]),
+        SplitError,
+        "'torch.sin' is not of the form",
+        "without quotes: [torch.sin]",
+    ),
     (
         lambda: compiled(splitting_ops=["mistakes::halv"]),
         SplitError,
@@ -584,6 +602,12 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
     (lambda: stitched().capture([4], lora_counts=(-1,)), ConfigError, "ascend from 1", ""),
     (lambda: stitched().capture([4], memory_of=3), ConfigError, "static_graphs.graphs", ""),
     (lambda: stitched().capture([4], pads={"z": 0}), BindError, "no padded input 'z'", "inputs: x"),
+    (
+        lambda: stitched().capture([4], static=torch.zeros(9, 9)),
+        ConfigError,
+        "static must be a dict of tensors; got tensor([[",
+        "",
+    ),
     (lambda: stitched().capture([4], pads={"x": "0"}), ConfigError, "a dict of numbers", ""),
     (
         lambda: stitched().capture([4], static={"cache": X}),
@@ -617,6 +641,18 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         BindError,
         "torch.float32[8], the new one torch.float32[4, 8]",
         "compile the model again",
+    ),
+    (
+        lambda: stitched().refit({"layer.bias": torch.empty(8, device="meta")}),
+        BindError,
+        "on the meta device, which holds no data",
+        "load it where it has data",
+    ),
+    (
+        lambda: piecework.compile_execution_fn(None, {}, []),
+        EmitError,
+        "stitching source must be text; got a NoneType",
+        "generate_execution_code",
     ),
     (lambda: piecework.splitting_op("mix"), SplitError, "not of the form 'namespace::name'", ""),
     (
@@ -708,6 +744,12 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         ConfigError,
         "states has no annotation",
         "dynamic_arg_dims={'states': 0}",
+    ),
+    (
+        lambda: piecework.support_torch_compile(Model()),
+        ConfigError,
+        "decorates classes of torch.nn.Module; got an object of Model",
+        "piecework.compile",
     ),
     (
         lambda: piecework.support_torch_compile(branches),

@@ -22,7 +22,7 @@ def execution_fn(s0, input_ids, position_ids, *, __vllm_submods__):
     # sizes: s0 = input_ids.shape[1]
     # model.embed_tokens … model.layers.0.self_attn
     #   -> f32[1, s0, 16], f32[1, s0, 8], f32[1, s0, 8], f32[1, 1, s0, 8], f32[1, 2, s0, 8],
-    #   -> f32[1, 1, s0, 8], f32[1, s0, 2, 8]
+    #      f32[1, 1, s0, 8], f32[1, s0, 2, 8]
     inputs_embeds, cos_2, sin_2, value_states, q_embed, k_embed, out = __vllm_submods__[0](
         s0,
         position_ids,

@@ -34,17 +34,17 @@ def replay(inputs):
     # layers.0.enter … layers.0  reads persistent buffer: x; 2 weights
     replay_0()
     # layers.0  -> f32[s0, 8]
-    submod_1_1 = submod_1(left, right, out, "layers.0")
+    fresh_default = submod_1(left, right, out, "layers.0")
     # fresh tensor: address policy 'copy' stages it for submod_2
-    submod_2_in_1.copy_(submod_1_1)
-    # layers.0.leave … layers.1  reads staged: submod_1_1; persistent buffer: x; 4 weights
+    submod_2_in_1.copy_(fresh_default)
+    # layers.0.leave … layers.1  reads staged: fresh_default; persistent buffer: x; 4 weights
     replay_1()
-    del submod_1_1
+    del fresh_default
     # layers.1  -> f32[s0, 8]
-    submod_3 = submod_1(left_1, right_1, out_1, "layers.1")
+    fresh_default_1 = submod_1(left_1, right_1, out_1, "layers.1")
     # fresh tensor: address policy 'copy' stages it for submod_4
-    submod_4_in_1.copy_(submod_3)
-    # layers.1.leave … layers.1  reads staged: submod_3; output of an earlier captured piece: x_2; 2 weights
+    submod_4_in_1.copy_(fresh_default_1)
+    # layers.1.leave … layers.1  reads staged: fresh_default_1; output of an earlier captured piece: x_2; 2 weights
     replay_2()
-    del submod_3
+    del fresh_default_1
     return (x_1,)

@@ -37,22 +37,22 @@ def replay(inputs):
     # layers.0.enter … layers.0  reads persistent buffer: x; 2 weights
     replay_0()
     # layers.0  -> f32[s0, 8]
-    submod_1_1 = submod_1(left, right, out, "layers.0")
+    fresh_default = submod_1(left, right, out, "layers.0")
     # layers.0.leave … layers.1: runs uncaptured: argument 1 (fresh tensor) enters it
     x_2, left_1, right_1, out_1 = submod_2(
         s0,
-        submod_1_1,
+        fresh_default,
         layers_0_leave_weight,
         layers_0_leave_bias,
         x,
         layers_1_enter_weight,
         layers_1_enter_bias,
     )
-    del submod_1_1
+    del fresh_default
     # layers.1  -> f32[s0, 8]
-    submod_3 = submod_1(left_1, right_1, out_1, "layers.1")
+    fresh_default_1 = submod_1(left_1, right_1, out_1, "layers.1")
     del left_1, right_1, out_1
     # layers.1.leave … layers.1: runs uncaptured: argument 1 (fresh tensor) enters it
-    (x_1,) = submod_4(s0, submod_3, layers_1_leave_weight, layers_1_leave_bias, x_2)
-    del x_2, submod_3
+    (x_1,) = submod_4(s0, fresh_default_1, layers_1_leave_weight, layers_1_leave_bias, x_2)
+    del x_2, fresh_default_1
     return (x_1,)

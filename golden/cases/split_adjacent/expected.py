@@ -21,12 +21,12 @@ def submod_1(sin, dim):
 
 def execution_fn(x, *, __vllm_submods__):
     (sin,) = __vllm_submods__[0](x)
-    submod_1_1 = submod_1(sin, 0)
+    cumsum_default_1 = submod_1(sin, 0)
     del sin
-    add, sin_1 = __vllm_submods__[1](x, submod_1_1)
-    del submod_1_1
-    submod_3 = submod_1(sin_1, 1)
+    add, sin_1 = __vllm_submods__[1](x, cumsum_default_1)
+    del cumsum_default_1
+    cumsum_default_3 = submod_1(sin_1, 1)
     del sin_1
-    (add_1,) = __vllm_submods__[2](add, submod_3)
-    del add, submod_3
+    (add_1,) = __vllm_submods__[2](add, cumsum_default_3)
+    del add, cumsum_default_3
     return (add_1,)

@@ -130,6 +130,11 @@ class StaticGraphs:
         finally:
             self._open = self._in_phase = False
 
+    @property
+    def in_phase(self) -> bool:
+        """Whether a capture phase is on, which says itself what it captured."""
+        return self._in_phase
+
     def others_capture(self) -> bool:
         """Whether somebody else captures what this thread does now: nothing can be replayed or captured here."""
         return self._busy_with is None and self.platform.is_capturing()

@@ -161,7 +161,7 @@ class CUDAGraphWrapper(GraphHolder):
             mutated_args=options.mutated_args,
         )
         entry.call, output = CapturedCall.make(self.runnable, args, kwargs, request, graphs)
-        if options.debug_log_enable:
+        if options.debug_log_enable and not graphs.in_phase:
             _log.debug("captured %s", request.where)
         return output
 

@@ -6,6 +6,7 @@ It captures nothing, and changes neither the configuration nor the model.
 from __future__ import annotations
 
 import itertools
+import reprlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
@@ -182,7 +183,8 @@ class CaptureOptions:
         for name, (says, fits) in _KINDS.items():
             value = getattr(self, name)
             if not fits(value):
-                raise ConfigError(f"{name} must be {says}; got {value!r}", where="capture")
+                got = reprlib.repr(value)  # a tensor would fill the screen
+                raise ConfigError(f"{name} must be {says}; got {got}", where="capture")
 
     @property
     def same_as_batch(self) -> frozenset[str]:

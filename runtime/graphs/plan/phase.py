@@ -96,6 +96,12 @@ class CaptureOutcome:
     def captured(self) -> bool:
         return self.error is None
 
+    @property
+    def text(self) -> str:
+        """``PIECEWISE tokens=4: captured, 0.03 s``, or why it was not."""
+        result = "captured" if self.captured else f"not captured: {self.error}"
+        return f"{self.mode.name} {self.descriptor.describe()}: {result}, {self.seconds:.2f} s"
+
 
 @dataclass(frozen=True, slots=True)
 class CaptureReport:

@@ -28,10 +28,8 @@ class CaptureProgress:
 
     def finished(self, outcome: CaptureOutcome, held_bytes: int) -> None:
         what = f"{outcome.mode.name} {outcome.descriptor.describe()}"
-        result = "captured" if outcome.captured else f"not captured: {outcome.error}"
         memory = format_bytes(held_bytes)
-        line = f"{what}: {result}, {outcome.seconds:.2f} s, {memory} held"
-        self._bar.finished(what, line, memory=memory)
+        self._bar.finished(what, f"{outcome.text}, {memory} held", memory=memory)
 
     def ended(self) -> None:
         self._bar.ended()

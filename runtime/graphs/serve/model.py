@@ -173,6 +173,8 @@ class CapturedModel:
         finally:
             self.captures.counting = False
             self._make_ready(list(self.graphs.bytes_by_descriptor()))
+        for each in self.report.outcomes:
+            _log.info("capture: %s", each.text)
         self._keep_in_common()
 
     # Processes that run a model together must pad a batch to the same size, or their collectives get different shapes.
