@@ -26,9 +26,12 @@ else:
     # What runs before a change is merged draws the same examples each time; the nightly runs draw new ones.
     settings.register_profile("merge", derandomize=True, database=None, **timeless)
     settings.register_profile("nightly", print_blob=True, **timeless)
-# Texts are laid out for 80 columns without colours, whatever a terminal or a service says of itself.
-os.environ["COLUMNS"] = "80"
-for said in ("LINES", "FORCE_COLOR", "NO_COLOR", "PY_COLORS", "TTY_COMPATIBLE", "GITHUB_ACTIONS"):
+# Texts are laid out for 80 columns of a plain terminal, whatever the terminal or the service around the tests says of itself.
+os.environ.update(COLUMNS="80", TERM="xterm")
+for said in (
+    *("LINES", "COLORTERM", "FORCE_COLOR", "NO_COLOR", "PY_COLORS"),
+    *("TTY_COMPATIBLE", "TTY_INTERACTIVE", "GITHUB_ACTIONS"),
+):
     os.environ.pop(said, None)
 torch.manual_seed(0)  # for the tensors that test modules make as they are imported
 # pytest listens to each logger that does not propagate, and torch writes out all it traces for whoever listens to this one.
