@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -16,13 +17,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 try:
-    from hypothesis import settings
+    from hypothesis import HealthCheck, settings
 except ImportError:  # a bare machine with a GPU runs tests/gpu, which draw nothing
     settings = None
 else:
+    # How long an example takes says how busy the machine is.
+    timeless = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
     # What runs before a change is merged draws the same examples each time; the nightly runs draw new ones.
-    settings.register_profile("merge", derandomize=True, database=None)
-    settings.register_profile("nightly", print_blob=True)
+    settings.register_profile("merge", derandomize=True, database=None, **timeless)
+    settings.register_profile("nightly", print_blob=True, **timeless)
+# Texts are laid out for 80 columns of a plain terminal, whatever the terminal or the service around the tests says of itself.
+os.environ.update(COLUMNS="80", TERM="xterm")
+for said in (
+    *("LINES", "COLORTERM", "FORCE_COLOR", "NO_COLOR", "PY_COLORS"),
+    *("TTY_COMPATIBLE", "TTY_INTERACTIVE", "GITHUB_ACTIONS"),
+):
+    os.environ.pop(said, None)
 torch.manual_seed(0)  # for the tensors that test modules make as they are imported
 # pytest listens to each logger that does not propagate, and torch writes out all it traces for whoever listens to this one.
 logging.getLogger("torch.__trace").propagate = True
@@ -30,8 +40,15 @@ logging.getLogger("torch.__trace").propagate = True
 
 def pytest_configure(config: pytest.Config) -> None:
     nightly = "nightly" in (config.getoption("markexpr") or "")
-    if settings is not None:
-        settings.load_profile("nightly" if nightly else "merge")
+    if settings is None:
+        return
+    settings.load_profile("nightly" if nightly else "merge")
+    if not nightly:
+        # It also draws constants out of the modules that are imported so far: another order of tests, other examples.
+        with contextlib.suppress(ImportError):  # older releases do not
+            from hypothesis.internal.conjecture import providers
+
+            providers._get_local_constants = providers.Constants
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by the marks

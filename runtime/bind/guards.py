@@ -291,7 +291,8 @@ class _Sorter:
         elif not isinstance(value, dict):
             kind, held = "attribute", getattr(value, "__dict__", None)
         for key, each in list(held.items()) if isinstance(held, dict) else ():
-            if isinstance(each.func if type(each) is partial else each, _METHODS):
+            # What else lies there is not asked for its class: torch.distributed has something that warns then.
+            if issubclass(type(each.func if type(each) is partial else each), _METHODS):
                 name = f"{place.name}[{key!r}]" if kind == "item" else f"{place.name}.{key}"
                 facts.append(Fact.of(Place(place, kind, key, name), "ID_MATCH", each))
 

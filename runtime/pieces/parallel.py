@@ -102,11 +102,11 @@ def run_in_workers(
 class _Worker:
     """A forked process and the pipe that it writes its result to."""
 
-    def __init__(self, job: Job, pid: int, pipe: int) -> None:
+    def __init__(self, job: Job, pid: int, pipe: int, start: float) -> None:
         self.job = job
         self.pid = pid
         self.pipe = pipe
-        self._start = time.perf_counter()
+        self._start = start
         self._data = b""
         self._killed = False
 
@@ -116,11 +116,12 @@ class _Worker:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()  # else the worker would write what is waiting here a second time
+        start = time.perf_counter()
         pid = os.fork()
         if pid == 0:
             _work(job, write_end, [read_end, *inherited])
         os.close(write_end)
-        return cls(job, pid, read_end)
+        return cls(job, pid, read_end, start)
 
     def read(self) -> bool:
         """Take what the worker has written; false at its end."""

@@ -76,7 +76,7 @@ def main(what: str, artifact: str, weights: str) -> dict[str, object]:
         "dynamo": "torch._dynamo" in sys.modules,
         "refused": refusal(stitched, given[2], model),
     }
-    end = time.monotonic() + 120
+    end = time.monotonic() + 500
     while "GuardManagerType" not in vars(sys.modules.get("torch._dynamo.guards", object)):
         equal.append(torch.equal(stitched(given[2]), results[2]))
         assert time.monotonic() < end, "nobody imports what makes calls cheap"

@@ -337,3 +337,22 @@ def test_that_an_empty_dictionary_is_filled_is_seen(name: str, kind: type) -> No
     numbers = torch_compat.dict_versions([held])
     FILLINGS[name](held)
     assert not unwritten() and torch_compat.dict_versions([held]) != numbers
+
+
+class NotAsked:
+    @property
+    def __class__(self):
+        raise AssertionError("asked for its class")
+
+
+def test_what_lies_beside_a_method_is_not_asked_for_its_class(monkeypatch) -> None:
+    module = types.ModuleType("unguarded_beside")
+    module.beside, module.turn = NotAsked(), torch.Tensor.neg
+    monkeypatch.setitem(globals(), "unguarded_beside", module)
+    x = torch.randn(4, 8)
+    model = lambda x: unguarded_beside.turn(x)  # noqa: E731, F821
+    stitched = piecework.compile(model, (x,), config=EAGER)
+    assert torch.equal(stitched(x), -x)
+    module.turn = torch.Tensor.abs
+    with pytest.raises(InputError, match="turn"):
+        stitched(x)

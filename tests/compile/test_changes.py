@@ -104,7 +104,9 @@ def calling(stitched: piecework.StitchedModule, threads: int = 3) -> Iterator[li
     stop = threading.Event()
 
     def run() -> None:
-        while not stop.is_set():
+        over = False
+        while not over:
+            over = stop.is_set()  # each of them calls at least once, and once after all changes
             try:
                 results.append(stitched(X))
             except InputError as error:  # between a replaced weight and its rebind
@@ -121,7 +123,8 @@ def calling(stitched: piecework.StitchedModule, threads: int = 3) -> Iterator[li
     finally:
         stop.set()
         for worker in workers:
-            worker.join(20)
+            worker.join(120)
+    assert not any(worker.is_alive() for worker in workers)
 
 
 def assert_old_or_new(results: list[object], *factors: int) -> None:
@@ -175,13 +178,13 @@ def test_a_call_keeps_its_graphs_until_it_returns(mode: str) -> None:
 
     def wait() -> None:
         entered.set()
-        assert go_on.wait(20)
+        assert go_on.wait(120)
 
     inside.append(wait)
     results: list[object] = []
     worker = threading.Thread(target=lambda: results.append(stitched(X)))
     worker.start()
-    assert entered.wait(20)
+    assert entered.wait(120)
     model.set_weights(scaled(2))
     stitched.rebind()
     assert torch.equal(stitched(X), X * NEW), "calls after the rebind have the new weights"
@@ -189,7 +192,7 @@ def test_a_call_keeps_its_graphs_until_it_returns(mode: str) -> None:
     assert torch.equal(stitched(X), X * NEW)
     assert graphs.nbytes > 0, "the call that is in them still needs them"
     go_on.set()
-    worker.join(20)
+    worker.join(120)
     assert_old_or_new(results, 1)
     assert graphs.nbytes == 0 and not graphs.records
 
@@ -222,7 +225,7 @@ def test_captures_and_rebinds_of_several_threads_take_turns(mode: str) -> None:
         for worker in workers:
             worker.start()
         for worker in workers:
-            worker.join(30)
+            worker.join(120)
     assert not failures
     assert_old_or_new(results, 1)
 

@@ -273,7 +273,7 @@ def test_the_variables_hold_for_a_whole_program(name, tmp_path, monkeypatch):
             env={**os.environ, name: "1"},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
         )
 
     child = run("-c", CHILD)

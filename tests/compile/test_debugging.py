@@ -217,11 +217,18 @@ print(first.rows[0].microseconds, second.rows[0].microseconds)
 
 
 def test_the_first_profile_of_a_process_does_not_count_what_the_profiler_sets_up() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FIRST_PROFILE], capture_output=True, text=True, check=True
-    )
-    first, second = map(float, done.stdout.split())
-    assert first < 20 * second, "it was 800 times as much"
+    times = []
+    for _ in range(
+        4
+    ):  # others on a busy machine may have the processor meanwhile, but not each time
+        done = subprocess.run(
+            [sys.executable, "-c", FIRST_PROFILE], capture_output=True, text=True, check=True
+        )
+        first, second = map(float, done.stdout.split())
+        times.append((first, second))
+        if first < 20 * second:
+            return
+    pytest.fail(f"it was 800 times as much; {times}")
 
 
 @pytest.mark.parametrize(

@@ -391,7 +391,7 @@ def test_the_kernel_equals_the_reference_in_the_interpreter():
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.stdout.strip() == "equal", done.stderr
@@ -474,7 +474,7 @@ def test_tritons_own_launcher_takes_the_addresses():
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -520,7 +520,7 @@ def test_the_kernel_compiles_for_gpus():
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.stdout.strip() == "compiled", done.stderr

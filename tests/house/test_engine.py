@@ -252,7 +252,7 @@ def test_attention_in_triton_is_what_the_definition_says_in_the_interpreter() ->
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "equal\n"

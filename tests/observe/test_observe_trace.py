@@ -68,7 +68,7 @@ def traced(folder: Path, backend: str) -> tuple[list[tuple[str, str]], str]:
         },
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -130,7 +130,7 @@ def test_a_failing_a_dying_and_a_hanging_worker_are_reported_and_the_rest_runs()
         Job("hangs", lambda: time.sleep(600)),
         Job("works", lambda: None),
     ]
-    results = {r.name: r.error for r in run_in_workers(jobs, 3, hangs_after_s=1.0)}
+    results = {r.name: r.error for r in run_in_workers(jobs, 3, hangs_after_s=5.0)}
     assert results == {
         "fails": "ValueError: not\x00this\n“one”",
         "dies": "the worker ended early (signal 9)",

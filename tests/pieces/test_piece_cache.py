@@ -215,7 +215,7 @@ def test_what_has_no_stable_form_switches_the_cache_off_with_a_warning(
     caplog.clear()
     with inductor_patch("post_grad_custom_pre_pass", reads_outside):
         assert not opened().enabled
-    assert len(caplog.records) == 1
+    assert len([each for each in caplog.records if each.name.startswith("piecework")]) == 1
 
 
 @pytest.mark.inductor
