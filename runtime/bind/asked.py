@@ -106,25 +106,6 @@ def compares_identity(code: Iterable[types.CodeType]) -> bool:
     return False
 
 
-def makes_sets(code: Iterable[types.CodeType]) -> bool:
-    """Whether the model's code may make a set, other than one that is only asked whether it holds something."""
-    return any(_makes_set(each) for each in models_code(code))
-
-
-def _makes_set(code: types.CodeType) -> bool:
-    if not _MAKE_SETS.isdisjoint(code.co_names):
-        return True
-    steps = [step for step in dis.get_instructions(code) if step.opname != "CACHE"]
-    if _VIEWS.isdisjoint(code.co_names):
-        of_views = False
-    else:
-        of_views = any(step.argrepr.rstrip("=") in ("&", "|", "-", "^") for step in steps)
-    constants = (
-        type(a.argval) is frozenset and b.opname != "CONTAINS_OP" for a, b in pairwise(steps)
-    )
-    return of_views or any(constants) or any(step.opname in _SET_STEPS for step in steps)
-
-
 def texts_in(code: Iterable[types.CodeType]) -> frozenset[str]:
     """The texts in the model's code, with which it may ask a dictionary."""
     return frozenset().union(*map(_texts, models_code(code)))
@@ -208,14 +189,6 @@ _OF_VALUES = frozenset(
 )
 _PYTHONS = os.path.dirname(os.__file__) + os.sep
 _OURS = str(Path(__file__).parents[1]) + os.sep
-_MAKE_SETS = frozenset(
-    (
-        *("set", "frozenset", "union", "intersection", "difference", "symmetric_difference"),
-        *("discard", "intersection_update", "difference_update", "symmetric_difference_update"),
-    )
-)
-_SET_STEPS = ("BUILD_SET", "SET_ADD", "SET_UPDATE")
-_VIEWS = frozenset(("keys", "items"))
 _COMPUTES = frozenset(
     ("getattr", "hasattr", "attrgetter", "methodcaller", "vars", "dir", "eval", "exec", "__dict__")
 )

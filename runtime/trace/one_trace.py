@@ -46,6 +46,7 @@ from piecework.runtime.trace.results import (
     FromAttribute,
     FromWeight,
     ResultLeaf,
+    let_dynamo_ask,
     opened,
     refuse_kept,
     result_leaf,
@@ -363,6 +364,7 @@ def _run_dynamo(
     }
     own_symbols = torch_compat.own_symbol_per_dimension()
     torch_compat.forget_imports()
+    let_dynamo_ask()
     try:
         with torch.no_grad(), torch._dynamo.config.patch(settings), own_symbols:
             return torch_compat.in_default_stance(lambda: compiled(*args, **kwargs))

@@ -139,7 +139,6 @@ class _Instance:
 _OWN_WAYS = ("__getattribute__", "__setattr__", "__delattr__", "__del__")
 
 
-@torch.compiler.assume_constant_result
 def _is_plain(kind: type) -> bool:
     """Whether an instance of ``kind`` is what its dictionary holds, and Dynamo can list that. Asked while Dynamo traces."""
     return (
@@ -150,6 +149,11 @@ def _is_plain(kind: type) -> bool:
         and all(_of_class(kind, name) is _of_class(_Instance, name) for name in _OWN_WAYS)
         and type(_of_class(kind, "__dict__")) is types.GetSetDescriptorType
     )
+
+
+def let_dynamo_ask() -> None:
+    """Let Dynamo ask `_is_plain` as it traces, and not look into it; whoever traces has Dynamo imported."""
+    torch.compiler.assume_constant_result(_is_plain)
 
 
 def _of_class(kind: type, name: str) -> object:

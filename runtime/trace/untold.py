@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 from piecework.code_objects import global_names, with_inner_code
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
-from piecework.runtime.bind.asked import makes_sets, models_names
+from piecework.runtime.bind.asked import models_names
+from piecework.runtime.bind.made_sets import goes_through_sets
 from piecework.runtime.bind.reachable import modules_of
 from piecework.runtime.bind.weights import Weight
 from piecework.runtime.trace.inputs import Argument, GraphInput, Layout, Size
@@ -120,13 +121,13 @@ class OrderOfSets:
     def of(
         cls, gm: torch.fx.GraphModule, inputs: Sequence[GraphInput], leaves: Sequence[object]
     ) -> OrderOfSets | None:
-        """Of the trace that is running; None if its code makes no sets.
+        """Of the trace that is running; None if its code goes through no sets that it makes.
 
         Args:
             inputs: the graph's.
             leaves: the flattened arguments.
         """
-        if not makes_sets(torch_compat.traced_code()):
+        if not goes_through_sets(torch_compat.traced_code()):
             return None
         given = [_given(each, leaves) for each in inputs]
         every = [each for each in (*leaves, *given) if isinstance(each, torch.Tensor)]

@@ -120,13 +120,17 @@ def proved(stitched, facts: ReplayFacts, change: Callable[[str], str] = str):
     [
         ("    replay_1()\n", "", "stages or brings back an operand|differs from the graph"),
         ("    replay_0()\n", "    replay_0()\n    replay_0()\n", "differs from the graph"),
-        ("    submod_2_in_1.copy_(submod_1_1)\n", "", r"operands \[1\] are not staged before it"),
         (
-            "submod_2_in_1.copy_(submod_1_1)",
+            "    submod_2_in_1.copy_(fresh_default)\n",
+            "",
+            r"operands \[1\] are not staged before it",
+        ),
+        (
+            "submod_2_in_1.copy_(fresh_default)",
             "submod_2_in_1.copy_(left)",
             "are not staged before it",
         ),
-        ("submod_2_in_1.copy_(submod_1_1)", "submod_4_in_1.copy_(submod_1_1)", "not staged"),
+        ("submod_2_in_1.copy_(fresh_default)", "submod_4_in_1.copy_(submod_1_1)", "not staged"),
         ('submod_1(left, right, out, "', 'submod_1(right, left, out, "', "another argument 0"),
         ('"layers.0")', '"layers.1")', "another argument"),
         ("    stage(inputs)\n", "", "not staged first"),
@@ -147,8 +151,8 @@ def proved(stitched, facts: ReplayFacts, change: Callable[[str], str] = str):
         ("def replay(inputs):", "@print\ndef replay(inputs):", "decorators are"),
         ("stage(inputs)", "stage(inputs, more=print())", "something else than the inputs"),
         (
-            "submod_2_in_1.copy_(submod_1_1)",
-            "submod_2_in_1.copy_(submod_1_1, more=print())",
+            "submod_2_in_1.copy_(fresh_default)",
+            "submod_2_in_1.copy_(fresh_default, more=print())",
             "not staged",
         ),
         ("s0 = 4\n", "s0 = True\n", "s0 is 4 in this capture"),

@@ -171,7 +171,7 @@ def named_and_more(*xs, **named):
 
 
 class Result:
-    pass
+    __slots__ = ("x",)
 
 
 def returns_an_object(x):
