@@ -99,7 +99,7 @@ def sizes_from_graph(result, opens=True):  # type: ignore[no-untyped-def]
     if issubclass(kind, tuple) and getattr(kind, "_fields", None) is not None:
         return kind(*[sizes_from_graph(each, opens) for each in result])
     if kind in pytree.SUPPORTED_NODES:
-        return pytree.tree_map(partial(sizes_from_graph, opens=opens), result, is_leaf=_is_size)
+        return pytree.tree_map(lambda each: sizes_from_graph(each, opens), result, is_leaf=_is_size)
     if getattr(kind, "__dataclass_fields__", None) is not None:  # an instance that the model made
         for name in kind.__dataclass_fields__:
             value = getattr(result, name)
