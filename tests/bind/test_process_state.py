@@ -13,8 +13,6 @@ from models import EAGER
 import piecework
 from piecework.errors import CaptureError, InputError
 
-_FRAMES, _DIGITS = sys.getrecursionlimit(), sys.get_int_max_str_digits()
-
 READ: dict[str, Callable[[], object]] = {
     "deterministic": lambda: torch.are_deterministic_algorithms_enabled(),
     "filled": lambda: torch.utils.deterministic.fill_uninitialized_memory,
@@ -23,8 +21,8 @@ READ: dict[str, Callable[[], object]] = {
     "tf32": lambda: torch.backends.cuda.matmul.allow_tf32,
     "autocast dtype": lambda: torch.get_autocast_dtype("cpu") == torch.float16,
     "autocast cache": lambda: torch.is_autocast_cache_enabled(),
-    "recursion": lambda: sys.getrecursionlimit() > _FRAMES,
-    "digits": lambda: sys.get_int_max_str_digits() > _DIGITS,
+    "recursion": lambda: sys.getrecursionlimit() > 8500,
+    "digits": lambda: sys.get_int_max_str_digits() > 8500,
 }
 
 
@@ -44,8 +42,8 @@ WRITE: dict[str, Callable[[bool], object]] = {
         "cpu", torch.float16 if on else torch.bfloat16
     ),
     "autocast cache": torch.set_autocast_cache_enabled,
-    "recursion": lambda on: sys.setrecursionlimit(9000 if on else _FRAMES),
-    "digits": lambda on: sys.set_int_max_str_digits(9000 if on else _DIGITS),
+    "recursion": lambda on: sys.setrecursionlimit(9000 if on else 8000),
+    "digits": lambda on: sys.set_int_max_str_digits(9000 if on else 8000),
 }
 
 
@@ -99,9 +97,13 @@ def test_code_that_asks_what_a_tensor_is_a_view_of_is_refused() -> None:
 
 @pytest.fixture(params=sorted(READ))
 def setting(request: pytest.FixtureRequest) -> Iterator[str]:
+    frames, digits = sys.getrecursionlimit(), sys.get_int_max_str_digits()
     before = bool(READ[request.param]())
+    WRITE[request.param](before)  # other tests and libraries set limits too
     yield request.param
     WRITE[request.param](before)
+    sys.setrecursionlimit(frames)
+    sys.set_int_max_str_digits(digits)
 
 
 def test_a_setting_of_torch_that_the_code_asks_for_is_watched(setting: str) -> None:
