@@ -218,9 +218,8 @@ def _with_head(name: str, family: str, level: int) -> torch.nn.Module:
 
     config = small_config(family, level)
     text = config.get_text_config()
-    if (
-        getattr(text, "pad_token_id", 0) is None
-    ):  # several rows are classified by where padding begins
+    if getattr(text, "pad_token_id", 0) is None:
+        # Several rows are classified by where padding begins.
         text.pad_token_id = 0
     model = small_model(getattr(transformers, name)._from_config, config, SEED)
     add_noise(model, SEED)

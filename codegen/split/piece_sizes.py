@@ -12,6 +12,7 @@ import torch
 import torch.fx
 
 from piecework.codegen.graph.origin import value_of
+from piecework.codegen.split.sizes import symbol_of
 
 #: Values of a piece → the symbols that what was asserted of them mentions.
 Asserted = Callable[[Iterable[object]], Collection[object]]
@@ -37,11 +38,11 @@ class PieceSizes:
         self._given: dict[object, torch.fx.Node] = {}  # symbol → the placeholder that is its value
         self._computed: dict[object, torch.fx.Node] = {}  # symbol → the node that computes it
         for node in graph.nodes:
-            value = value_of(node)
-            if isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
+            symbol = symbol_of(value_of(node))
+            if symbol is not None:
                 found = self._given if node.op == "placeholder" else self._computed
                 if node.op == "placeholder" or node in number_of:
-                    found.setdefault(value.node.expr, node)
+                    found.setdefault(symbol, node)
 
     def of(
         self, number: int, inputs: Collection[torch.fx.Node], members: Iterable[torch.fx.Node]
@@ -75,8 +76,4 @@ class PieceSizes:
         sizes: list[object] = []
         for value in values:
             sizes += value.shape if isinstance(value, torch.Tensor) else [value]
-        return {
-            size.node.expr
-            for size in sizes
-            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol
-        }
+        return {symbol for symbol in map(symbol_of, sizes) if symbol is not None}

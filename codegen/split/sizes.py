@@ -44,7 +44,7 @@ def _reads_whole_shape(node: torch.fx.Node) -> bool:
 
 def decompose_sizes(graph: torch.fx.Graph) -> None:
     """Replace each whole-shape read by one read per dimension that is used, and each shape that is put together by its sizes, in place."""
-    known = {None, *map(_symbol, map(value_of, graph.find_nodes(op="placeholder")))}
+    known = {None, *map(symbol_of, map(value_of, graph.find_nodes(op="placeholder")))}
     for node in list(graph.nodes):
         if _reads_whole_shape(node):
             rank = _rank(node)
@@ -53,7 +53,7 @@ def decompose_sizes(graph: torch.fx.Graph) -> None:
                 _rewrite_users(graph, node, sizes)
                 for read in (each for each in sizes if isinstance(each, torch.fx.Node)):
                     # Pieces may need a size that only the data decides, and find it by its read.
-                    if not read.users and _symbol(value_of(read)) in known:
+                    if not read.users and symbol_of(value_of(read)) in known:
                         graph.erase_node(read)
         elif node.op == "call_function" and node.target is torch.Size and not node.kwargs:
             parts = node.args[0] if node.args else ()
@@ -61,7 +61,7 @@ def decompose_sizes(graph: torch.fx.Graph) -> None:
                 _rewrite_users(graph, node, cast(list[torch.fx.Node | int], list(parts)))
 
 
-def _symbol(size: object) -> object:
+def symbol_of(size: object) -> object:
     """The symbol that a size is; None if it is a number or computed."""
     return size.node.expr if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol else None
 

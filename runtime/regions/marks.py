@@ -57,11 +57,11 @@ class Recorded:
     _before: int = 0
 
     def begin(self, given: object) -> None:
-        self.done, self._before = False, len(torch_compat.traced_code())
+        self.done, self._before = False, len(torch_compat.traced_calls())
         self.given, self.around, self.before = given, _around(), kinds_of(given)
 
     def end(self, result: object) -> None:
-        self.code = tuple(torch_compat.traced_code()[self._before :])
+        self.code = tuple(torch_compat.traced_calls()[self._before :])
         self.result, self.done = result, True
 
 

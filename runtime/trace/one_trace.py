@@ -220,7 +220,6 @@ class Tracer:
             trace.graph = gm
             refuse_writes(gm, example_inputs, _argument_names(model, args, kwargs))
             trace.inputs = trace_back(gm, example_inputs, leaves, names, sources, held)
-            trace.order_of_sets = OrderOfSets.of(gm, trace.inputs, leaves)
             trace.fakes = _fakes(leaves, sources)
             trace.asks_grad = bool(torch_compat.trace_names("requires_grad", *PLACE_IN_AUTOGRAD))
             trace.asks_strides = asks_strides(torch_compat.traced_code())
@@ -232,6 +231,7 @@ class Tracer:
             numbers_of(leaves, trace.fakes)  # the trace must serve its own example
             if check is not None:
                 check(gm, trace.fakes)
+            trace.order_of_sets = OrderOfSets.of(gm, trace.inputs, leaves)
             rename(gm, trace.inputs)
             self.compile_graph(gm, trace.inputs)
             trace.standing_in = stand_ins(gm)

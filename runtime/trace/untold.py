@@ -1,4 +1,4 @@
-"""What Dynamo takes for granted of arguments and guards nothing for. In: the arguments of a trace that is running. Out: nothing, or the `CaptureError` that refuses them."""
+"""What Dynamo takes for granted and guards nothing for. In: a trace that is running, its arguments and its result. Out: nothing, or the `CaptureError` that refuses them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, assert_never
+from typing import Any
 
 import torch
 import torch.fx
@@ -22,7 +22,7 @@ from piecework.runtime.bind.asked import models_names
 from piecework.runtime.bind.made_sets import goes_through_sets
 from piecework.runtime.bind.reachable import modules_of
 from piecework.runtime.bind.weights import Weight
-from piecework.runtime.trace.inputs import Argument, GraphInput, Layout, Size
+from piecework.runtime.trace.inputs import Argument, GraphInput, Size
 from piecework.runtime.trace.results import (
     Fixed,
     FromArgument,
@@ -89,7 +89,7 @@ def refuse_globals(
     Dynamo takes the two for one then, and does not look whether they are in the next call.
     """
     given = {id(leaf): n for n, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
-    code = dict.fromkeys(torch_compat.traced_code()) if given else {}
+    code = torch_compat.traced_code() if given else []
     for scope, each in scopes(model, code):
         named = set(each.co_names)
         for name in named & scope.keys():
@@ -181,18 +181,15 @@ class OrderOfSets:
 
 def _given(source: GraphInput, leaves: Sequence[object]) -> object:
     """What the graph is given by the example."""
-    match source:
-        case Weight(tensor=tensor):
-            return tensor
-        case Argument(leaf=leaf):
-            return leaves[leaf]
-        case Size(leaf=leaf, dim=dim):
-            return leaves[leaf].shape[dim]  # type: ignore[attr-defined]
-        case Layout(leaf=leaf, dim=None):
-            return leaves[leaf].storage_offset()  # type: ignore[attr-defined]
-        case Layout(leaf=leaf, dim=dim):
-            return leaves[leaf].stride(dim)  # type: ignore[attr-defined]
-    assert_never(source)
+    if isinstance(source, Weight):
+        return source.tensor
+    leaf = leaves[source.leaf]
+    if isinstance(source, Argument):
+        return leaf
+    assert isinstance(leaf, torch.Tensor)
+    if isinstance(source, Size):
+        return leaf.shape[source.dim]
+    return leaf.storage_offset() if source.dim is None else leaf.stride(source.dim)
 
 
 @contextlib.contextmanager

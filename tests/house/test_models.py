@@ -64,11 +64,19 @@ def test_models_cut_and_captured(tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
-def test_families(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("source", "only"),
+    [
+        ("transformers", "^(bert|convnext)$"),
+        # With the caches that they return.
+        ("heads", "^(LlamaForCausalLM|MistralForSequenceClassification)$"),
+    ],
+)
+def test_families(source: str, only: str, tmp_path: Path) -> None:
     found = run(
         tmp_path,
-        *("--list", "transformers", "--backend", "eager", "--together", "--no-cut"),
-        *("--only", "^(bert|convnext)$"),
+        *("--list", source, "--backend", "eager", "--together", "--no-cut"),
+        *("--only", only),
     )
     assert found == {name: BOTH for name in found}
     assert len(found) == 2
@@ -86,17 +94,6 @@ def test_classes_of_the_registries_of_tasks(tmp_path: Path) -> None:
     assert len(tried) > 100
     assert not [name for name, each in tried.items() if each.get("piecework") == "wrong"]
     assert sum(each.get("piecework") == "equal" for each in tried.values()) >= 0.8 * len(tried)
-
-
-@pytest.mark.nightly
-def test_a_decoder_returns_its_cache(tmp_path: Path) -> None:
-    found = run(
-        tmp_path,
-        *("--list", "heads", "--backend", "eager", "--together", "--no-cut"),
-        *("--only", "^(LlamaForCausalLM|MistralForSequenceClassification)$"),
-    )
-    assert found == {name: BOTH for name in found}
-    assert len(found) == 2
 
 
 @pytest.mark.inductor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import collections
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -65,7 +66,11 @@ FORWARDS = {
 
 @pytest.mark.parametrize("name", FORWARDS)
 def test_dataclass_is_returned(name: str) -> None:
-    forward = FORWARDS[name]
+    returned_as_made(FORWARDS[name])
+
+
+def returned_as_made(forward: Callable[[torch.Tensor], object]) -> None:
+    """A stitched ``forward`` returns what it returns itself, made anew in each call."""
     stitched = piecework.compile(forward, (torch.randn(4, 3),), config=EAGER)
     for rows in (4, 2, 7, 1):
         x = torch.randn(rows, 3)
@@ -153,13 +158,7 @@ lists_attributes = pytest.mark.skipif(
 @lists_attributes
 @pytest.mark.parametrize("name", INSTANCES)
 def test_an_instance_of_a_plain_class_is_returned(name: str) -> None:
-    forward = INSTANCES[name]
-    stitched = piecework.compile(forward, (torch.randn(4, 3),), config=EAGER)
-    for rows in (4, 2, 7, 1):
-        x = torch.randn(rows, 3)
-        got, expected = stitched(x), forward(x)
-        same(got, expected)
-        assert stitched(x) is not got
+    returned_as_made(INSTANCES[name])
 
 
 class Slots:

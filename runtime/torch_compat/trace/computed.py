@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from piecework.runtime.torch_compat.tensors import storage_id
+from piecework.runtime.torch_compat.trace.watch import written_operands
 
 _SAME = frozenset(
     (
@@ -58,15 +59,15 @@ class Computed(TorchDispatchMode):
         )
         number = self._number("call", str(func), repr(given))
         result = func(*args, **kwargs)
-        lent = _lent(func, args, kwargs)
+        written = list(written_operands(func, args, kwargs))
+        owners = {storage_id(each): each for each in (args[:1] if func in _SAME else written)}
         for index, each in enumerate(_tensors(result)):
-            owners = [tensor for info, tensor in lent if info.is_write or func in _SAME]
-            owner = next((t for t in owners if storage_id(t) == storage_id(each)), None)
+            owner = owners.get(storage_id(each))
             made = (
                 self._number("result", number, index) if owner is None else self._made[id(owner)][1]
             )
             self._made.setdefault(id(each), (each, made))
-        for index, each in enumerate(t for info, t in lent if info.is_write):
+        for index, each in enumerate(written):
             self._written[storage_id(each)] = self._number("written", number, index)
         return result
 
@@ -115,20 +116,6 @@ def computed(
             yield run
     finally:
         compiler._is_compiling_flag = before
-
-
-def _lent(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[tuple[Any, torch.Tensor]]:
-    """The tensors that a call may write to or return views of, each with what its schema says of that."""
-    arguments = func._schema.arguments
-    given = dict(zip((each.name for each in arguments), args, strict=False)) | kwargs
-    return [
-        (each.alias_info, tensor)
-        for each in arguments
-        if each.alias_info is not None
-        for tensor in _tensors(given.get(each.name))
-    ]
 
 
 def _tensors(value: object) -> list[torch.Tensor]:

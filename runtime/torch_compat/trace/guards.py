@@ -220,7 +220,12 @@ def failing_guard(manager: Any, values: Mapping[str, object]) -> str:
 
 
 def traced_code() -> list[types.CodeType]:
-    """The code that the trace that is running went through."""
+    """The code that the trace that is running went through, once each."""
+    return list(dict.fromkeys(traced_calls()))
+
+
+def traced_calls() -> list[types.CodeType]:
+    """The code of each call that the trace that is running went through, in order."""
     return list(getattr(torch._guards.TracingContext.try_get(), "traced_code", None) or ())
 
 
