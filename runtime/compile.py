@@ -27,9 +27,9 @@ from piecework.runtime.config.groups import CompilationMode, DynamicShapesType, 
 from piecework.runtime.model_tag import compilation_complete
 from piecework.runtime.splitting_op import registry
 from piecework.runtime.stitched import StitchedModule
-from piecework.runtime.trace.dynamic_dims import set_mark, unmarked_afterwards
-from piecework.runtime.trace.example_sizes import SizePolicy
-from piecework.runtime.trace.shape_guards import ShapeGuards
+from piecework.runtime.trace.sizes.dynamic_dims import set_mark, unmarked_afterwards
+from piecework.runtime.trace.sizes.example_sizes import SizePolicy
+from piecework.runtime.trace.sizes.shape_guards import ShapeGuards
 from piecework.runtime.traces.traces import inside
 
 _log = logging.getLogger(__name__)

@@ -45,8 +45,8 @@ from piecework.runtime.model_tag import current_model_tag
 from piecework.runtime.pieces.backend import PieceworkBackend
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.pieces.report import Piece, Report
-from piecework.runtime.trace.example_sizes import SizePolicy
 from piecework.runtime.trace.one_trace import Capture
+from piecework.runtime.trace.sizes.example_sizes import SizePolicy
 from piecework.runtime.traces import observed
 from piecework.runtime.traces.captured import CapturedTraces
 from piecework.runtime.traces.traced_model import TracedModel

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from piecework.codegen.split.split import SplittingOp, SplittingOps
 from piecework.errors import ArtifactError
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
-from piecework.runtime.trace.example_sizes import SizePolicy
+from piecework.runtime.trace.sizes.example_sizes import SizePolicy
 
 
 def made_with(

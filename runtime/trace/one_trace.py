@@ -9,7 +9,7 @@ import contextlib
 import logging
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -30,8 +30,7 @@ from piecework.runtime.counters import counters
 from piecework.runtime.regions.marks import Marks
 from piecework.runtime.trace.arguments import parameters_of
 from piecework.runtime.trace.assumptions import Assumptions
-from piecework.runtime.trace.dynamic_dims import unmarked_afterwards
-from piecework.runtime.trace.errors import capture_error, own_error
+from piecework.runtime.trace.dynamo import call_idle, call_model, returning, run_dynamo
 from piecework.runtime.trace.inputs import (
     Argument,
     GraphInput,
@@ -46,15 +45,14 @@ from piecework.runtime.trace.results import (
     FromAttribute,
     FromWeight,
     ResultLeaf,
-    let_dynamo_ask,
     opened,
     refuse_kept,
     result_leaf,
-    sizes_from_graph,
     stand_ins,
 )
 from piecework.runtime.trace.shared import RepeatedLayers, SharedLayers
 from piecework.runtime.trace.side_effects import HINT, Snapshot, Unsettled, refuse_writes
+from piecework.runtime.trace.sizes.dynamic_dims import unmarked_afterwards
 from piecework.runtime.trace.untold import (
     PLACE_IN_AUTOGRAD,
     OrderOfSets,
@@ -110,19 +108,6 @@ class Capture:
         return replace(self, weights=weights, inputs=inputs, result=())
 
 
-@dataclass(slots=True)
-class _Trace:
-    """What the backend saw while Dynamo traced."""
-
-    graph: torch.fx.GraphModule | None = None
-    inputs: tuple[GraphInput, ...] = ()
-    fakes: dict[int, object] = field(default_factory=dict)
-    asks_grad: bool = True
-    asks_strides: bool = True
-    standing_in: list[object] = field(default_factory=list)
-    order_of_sets: OrderOfSets | None = None
-
-
 @dataclass(frozen=True, slots=True)
 class Tracer:
     """Makes traces of one model.
@@ -151,11 +136,12 @@ class Tracer:
         def once() -> Capture:
             while True:
                 marks = self.layers.marks(self.model)
-                traced = partial(self._trace, args, kwargs, dynamic, check, marks)
+                example = _Example.of(self.model, args, kwargs)
+                traced = partial(_Trace, self, example, dynamic, check, marks)
                 try:
-                    return traced({})
+                    return traced({}).capture()
                 except UnreachableInput:  # then it is a constant like any other that the trace read
-                    return traced({"specialize_int": True})
+                    return traced({"specialize_int": True}).capture()
                 except Exception as error:
                     if marks is None or not self.layers.gave_up(marks, error):
                         raise
@@ -175,128 +161,213 @@ class Tracer:
                 raise error.refusal() from None
             raise
 
-    def _trace(
+
+@dataclass(frozen=True, slots=True)
+class _Example:
+    """The arguments of a trace, flattened and named.
+
+    Attributes:
+        leaves, names: the flattened arguments, and what a user calls each.
+        sources: what Dynamo calls a flattened argument, with its number.
+        whole: Dynamo's names of whole arguments, with the model's.
+        held: the model's tensors by identity, each with its path.
+    """
+
+    model: Callable[..., object]
+    args: Sequence[object]
+    kwargs: Mapping[str, object]
+    leaves: Sequence[object]
+    names: Sequence[str]
+    sources: Mapping[str, int]
+    whole: Mapping[str, str]
+    held: Mapping[int, tuple[str, torch.Tensor]]
+
+    @classmethod
+    def of(
+        cls, model: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
+    ) -> _Example:
+        nothing = ([None] * len(args), dict.fromkeys(kwargs))
+        whole = zip(leaf_sources(*nothing), leaf_names(model, *nothing), strict=True)
+        return cls(
+            model,
+            args,
+            kwargs,
+            pytree.tree_leaves((tuple(args), dict(kwargs))),
+            leaf_names(model, args, kwargs),
+            {source: i for i, source in enumerate(leaf_sources(args, kwargs))},
+            dict(whole),
+            tensors_of(model),
+        )
+
+
+class _Trace:
+    """One run of Dynamo: what it is given, and what the backend saw of it."""
+
+    def __init__(
         self,
-        args: Sequence[object],
-        kwargs: Mapping[str, object],
+        tracer: Tracer,
+        example: _Example,
         dynamic: bool | None,
         check: Check | None,
         marks: Marks | None,
         settings: Mapping[str, object],
-    ) -> Capture:
-        model = self.model
-        leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
-        names = leaf_names(model, args, kwargs)
-        sources = {source: i for i, source in enumerate(leaf_sources(args, kwargs))}
-        held = tensors_of(model)
-        trace = _Trace()
-        shared = None if marks is None else SharedLayers(model, marks)
+    ) -> None:
+        self.tracer, self.example = tracer, example
+        self.dynamic, self.check, self.settings = dynamic, check, settings
+        self.marks = marks
+        self.shared = None if marks is None else SharedLayers(example.model, marks)
+        self.graph: torch.fx.GraphModule | None = None
+        self.inputs: tuple[GraphInput, ...] = ()
+        self.fakes: dict[int, object] = {}
+        self.asks_grad = self.asks_strides = True
+        self.standing_in: list[object] = []
+        self.order_of_sets: OrderOfSets | None = None
 
-        def run(traced: types.FunctionType) -> tuple[object, TracedState]:
-            # Dynamo caches by code object, and puts what it compiles into the function's globals: with copies of its own, captures
-            # are independent of each other, and nothing outlives them.
-            code = traced.__code__.replace()
-            function = types.FunctionType(code, dict(traced.__globals__), "piecework_capture")
-            guards = TraceGuards(model, args, kwargs, function.__globals__, shared)
-            called = partial(backend, guards)
-            try:
-                with contextlib.nullcontext() if marks is None else marks.put_on():
-                    result = _run_dynamo(
-                        function, (model, *args), kwargs, called, guards, dynamic, settings
-                    )
-                return result, guards.state(code, _argument_names(model, args, kwargs))
-            finally:
-                guards.give_back()
+    def capture(self) -> Capture:
+        """Run Dynamo, and say what came of it.
 
-        def backend(
-            guards: TraceGuards, gm: torch.fx.GraphModule, example_inputs: list[object]
-        ) -> Callable[..., object]:
-            guards.look_inside()
-            if shared is not None:
-                gm, example_inputs = shared.write_out(
-                    gm, example_inputs, guards.reader, guards.values()
-                )
-            as_eager(gm.graph)
-            trace.graph = gm
-            refuse_writes(gm, example_inputs, _argument_names(model, args, kwargs))
-            trace.inputs = trace_back(gm, example_inputs, leaves, names, sources, held)
-            trace.fakes = _fakes(leaves, sources)
-            trace.asks_grad = bool(torch_compat.trace_names("requires_grad", *PLACE_IN_AUTOGRAD))
-            trace.asks_strides = asks_strides(torch_compat.traced_code())
-            refuse_place_in_autograd(leaves, names)
-            refuse_views()
-            refuse_offsets(leaves, names)
-            refuse_function_names(torch_compat.traced_code())
-            refuse_globals(model, leaves, names)
-            numbers_of(leaves, trace.fakes)  # the trace must serve its own example
-            if check is not None:
-                check(gm, trace.fakes)
-            trace.order_of_sets = OrderOfSets.of(gm, trace.inputs, leaves)
-            rename(gm, trace.inputs)
-            self.compile_graph(gm, trace.inputs)
-            trace.standing_in = stand_ins(gm)
-            return _returning(trace.standing_in)
-
-        before = Snapshot([*modules_of(model), ("args", list(args)), ("kwargs", dict(kwargs))])
-        weights = [tensor for _, tensor in held.values()]
+        Raises:
+            CaptureError: see `piecework.runtime.trace.tracing.capture`.
+        """
+        given = self.example
+        state_of_python = [*modules_of(given.model), ("args", list(given.args))]
+        before = Snapshot([*state_of_python, ("kwargs", dict(given.kwargs))])
         try:
-            with unmarked_afterwards(weights):
-                for weight in weights:
-                    # Dynamo takes those of a module that it saw changed for arguments.
-                    torch._dynamo.mark_static(weight)
-                result, state = run(_call_model)
-                if trace.graph is None:
-                    result, state = run(_call_idle)
-                    result = result[0]  # type: ignore[index]
+            result, state = self._run_marked()
         finally:
             changed = before.restore()
-        graph = trace.graph
-        assert graph is not None
         if changed is not None:
             raise CaptureError(
                 "forward changes Python state, which a captured graph would not do",
                 where=changed,
                 hint=HINT,
             )
-        if shared is not None:
-            self.layers.note(shared)
+        if self.shared is not None:
+            self.tracer.layers.note(self.shared)
         counters.num_graphs_seen += 1
         tree, made = opened(result)
         del result
         refuse_kept(made)
         result_leaves, out_spec = pytree.tree_flatten(tree)
-        assumptions = _assumptions(trace, leaves, names)
         results = tuple(
-            result_leaf(leaf, trace.standing_in, leaves, held) for leaf in result_leaves
+            result_leaf(leaf, self.standing_in, given.leaves, given.held) for leaf in result_leaves
         )
-        if trace.order_of_sets is not None:
-            call = partial(model, *args, **kwargs)
+        if self.order_of_sets is not None:
+            call = partial(given.model, *given.args, **given.kwargs)
             try:
-                trace.order_of_sets.require_pythons(call, out_spec, results, leaves)
+                self.order_of_sets.require_pythons(call, out_spec, results, given.leaves)
             finally:
                 before.restore()
-        found = _found(trace.inputs, results, held)
-        found += _only_looked_at(model, state, {id(each.tensor) for each in found}, held)
-        own = held.keys() | {id(tensor) for _, tensor in state.tensors}
+        return self._captured(state, results, out_spec)
+
+    def _run_marked(self) -> tuple[object, TracedState]:
+        """The result of the traced call, and what it rests on; weights are static while it runs."""
+        weights = [tensor for _, tensor in self.example.held.values()]
+        with unmarked_afterwards(weights):
+            for weight in weights:
+                # Dynamo takes those of a module that it saw changed for arguments.
+                torch._dynamo.mark_static(weight)
+            result, state = self._run(call_model)
+            if self.graph is None:
+                result, state = self._run(call_idle)
+                result = result[0]  # type: ignore[index]
+        return result, state
+
+    def _run(self, traced: types.FunctionType) -> tuple[object, TracedState]:
+        # Dynamo caches by code object, and puts what it compiles into the function's globals: with copies of its own, captures
+        # are independent of each other, and nothing outlives them.
+        given = self.example
+        code = traced.__code__.replace()
+        function = types.FunctionType(code, dict(traced.__globals__), "piecework_capture")
+        guards = TraceGuards(
+            given.model, given.args, given.kwargs, function.__globals__, self.shared
+        )
+        try:
+            with contextlib.nullcontext() if self.marks is None else self.marks.put_on():
+                result = run_dynamo(
+                    function,
+                    (given.model, *given.args),
+                    given.kwargs,
+                    partial(self._backend, guards),
+                    guards.reader.choose,
+                    self.dynamic,
+                    self.settings,
+                )
+            return result, guards.state(code, given.whole)
+        finally:
+            guards.give_back()
+
+    def _backend(
+        self, guards: TraceGuards, gm: torch.fx.GraphModule, example_inputs: list[object]
+    ) -> Callable[..., object]:
+        guards.look_inside()
+        if self.shared is not None:
+            gm, example_inputs = self.shared.write_out(
+                gm, example_inputs, guards.reader, guards.values()
+            )
+        as_eager(gm.graph)
+        self.graph = gm
+        self._look(gm, example_inputs)
+        rename(gm, self.inputs)
+        self.tracer.compile_graph(gm, self.inputs)
+        self.standing_in = stand_ins(gm)
+        return returning(self.standing_in)
+
+    def _look(self, gm: torch.fx.GraphModule, example_inputs: list[object]) -> None:
+        """Note where the graph's inputs come from, and refuse what it would do otherwise than the model."""
+        given, leaves, names = self.example, self.example.leaves, self.example.names
+        refuse_writes(gm, example_inputs, given.whole)
+        self.inputs = trace_back(gm, example_inputs, leaves, names, given.sources, given.held)
+        self.fakes = _fakes(leaves, given.sources)
+        self.asks_grad = bool(torch_compat.trace_names("requires_grad", *PLACE_IN_AUTOGRAD))
+        self.asks_strides = asks_strides(torch_compat.traced_code())
+        refuse_place_in_autograd(leaves, names)
+        refuse_views()
+        refuse_offsets(leaves, names)
+        refuse_function_names(torch_compat.traced_code())
+        refuse_globals(given.model, leaves, names)
+        numbers_of(leaves, self.fakes)  # the trace must serve its own example
+        if self.check is not None:
+            self.check(gm, self.fakes)
+        self.order_of_sets = OrderOfSets.of(gm, self.inputs, leaves)
+
+    def _captured(
+        self, state: TracedState, results: tuple[ResultLeaf, ...], out_spec: pytree.TreeSpec
+    ) -> Capture:
+        given, graph = self.example, self.graph
+        assert graph is not None
+        assumptions = self._assumptions(graph)
+        found = _found(self.inputs, results, given.held)
+        known = {id(each.tensor) for each in found}
+        found += _only_looked_at(given.model, state, known, given.held)
+        own = given.held.keys() | {id(tensor) for _, tensor in state.tensors}
         state.tensors.clear()  # who rebinds replaces them
         return Capture(
             traced=lambda: graph,
-            inputs=trace.inputs,
-            parameters=parameters_of(model, args, kwargs, assumptions.assume),
+            inputs=self.inputs,
+            parameters=parameters_of(given.model, given.args, given.kwargs, assumptions.assume),
             assumptions=assumptions,
-            weights=BoundWeights.of(model, modules_of(model), found, state),
+            weights=BoundWeights.of(given.model, modules_of(given.model), found, state),
             out_spec=out_spec,
             result=results,
-            weights_given=frozenset(i for i, leaf in enumerate(leaves) if id(leaf) in own),
+            weights_given=frozenset(i for i, leaf in enumerate(given.leaves) if id(leaf) in own),
         )
 
-
-def _argument_names(
-    model: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
-) -> dict[str, str]:
-    """Dynamo's names of whole arguments → the model's."""
-    whole = leaf_names(model, [None] * len(args), dict.fromkeys(kwargs))
-    return dict(zip(leaf_sources([None] * len(args), dict.fromkeys(kwargs)), whole, strict=True))
+    def _assumptions(self, graph: torch.fx.GraphModule) -> Assumptions:
+        placeholders = graph.graph.find_nodes(op="placeholder")
+        fakes = dict(self.fakes)
+        wished: dict[str, str] = {}
+        for node, source in zip(placeholders, self.inputs, strict=True):
+            value = node.meta["example_value"]
+            if isinstance(source, Argument):
+                fakes[source.leaf] = value
+            symbol = torch_compat.symbol_of(value)
+            if isinstance(source, Size) and symbol is not None:
+                wished[symbol] = source.name
+        given = self.example
+        return Assumptions(
+            fakes, wished, given.leaves, given.names, self.asks_grad, self.asks_strides
+        )
 
 
 def _found(
@@ -334,80 +405,6 @@ def _only_looked_at(
     return list(found.values())
 
 
-def _run_dynamo(
-    function: types.FunctionType,
-    args: Sequence[object],
-    kwargs: Mapping[str, object],
-    backend: Callable[..., object],
-    guards: TraceGuards,
-    dynamic: bool | None,
-    extra: Mapping[str, object],
-) -> object:
-    lent = _Lent(backend)
-    compiled = torch.compile(
-        function,
-        backend=lent,
-        fullgraph=True,
-        dynamic=dynamic,
-        options={"guard_filter_fn": guards.reader.choose},
-    )
-    settings = {
-        # What Dynamo remembers of sizes that other captures had must not decide which dimensions of this one are dynamic.
-        "automatic_dynamic_shapes": False,
-        "specialize_float": True,
-        # An argument may be a parameter; weights are marked one by one.
-        "force_parameter_static_shapes": False,
-        "replay_side_effects": False,  # a traced call leaves the user's objects alone
-        "allow_rnn": True,  # a recurrent layer is one call
-        **torch_compat.guard_settings(),
-        **extra,
-    }
-    own_symbols = torch_compat.own_symbol_per_dimension()
-    torch_compat.forget_imports()
-    let_dynamo_ask()
-    try:
-        with torch.no_grad(), torch._dynamo.config.patch(settings), own_symbols:
-            return torch_compat.in_default_stance(lambda: compiled(*args, **kwargs))
-    except Exception as error:
-        own = own_error(error)
-        if own is not None:
-            raise own from own.__cause__ or error
-        inner = torch_compat.backend_failure(error)
-        if inner is not None:
-            raise inner from None
-        raise capture_error(error) from error
-    finally:
-        lent.give_back()
-
-
-def _returning(values: list[object]) -> Callable[..., object]:
-    """A function that returns ``values``; it holds nothing else, since Dynamo keeps it for a while."""
-    return lambda *_: list(values)
-
-
-class _Lent:
-    """A backend for one call: torch keeps every backend that it was ever given, and must not keep a model with it."""
-
-    def __init__(self, backend: Callable[..., object]) -> None:
-        self._backend: Callable[..., object] | None = backend
-
-    def __call__(self, gm: torch.fx.GraphModule, example_inputs: list[object]) -> object:
-        assert self._backend is not None
-        return self._backend(gm, example_inputs)
-
-    def give_back(self) -> None:
-        self._backend = None
-
-
-def _call_model(model, *args, **kwargs):  # type: ignore[no-untyped-def]
-    return sizes_from_graph(model(*args, **kwargs))
-
-
-def _call_idle(model, *args, **kwargs):  # type: ignore[no-untyped-def]
-    """The same with an operator that nobody needs: Dynamo asks no backend about a model that computes nothing."""
-    return sizes_from_graph(model(*args, **kwargs)), torch.zeros(())
-
-
 def _fakes(leaves: Sequence[object], sources: Mapping[str, int]) -> dict[int, object]:
     """What stands for each flattened argument in the trace that is running, whether the graph reads it or not."""
     found = {
@@ -420,21 +417,6 @@ def _fakes(leaves: Sequence[object], sources: Mapping[str, int]) -> dict[int, ob
         if isinstance(leaf, torch.Tensor) and id(leaf) in by_id:
             found.setdefault(index, by_id[id(leaf)])
     return found
-
-
-def _assumptions(trace: _Trace, leaves: Sequence[object], names: Sequence[str]) -> Assumptions:
-    assert trace.graph is not None
-    placeholders = trace.graph.graph.find_nodes(op="placeholder")
-    fakes = dict(trace.fakes)
-    wished: dict[str, str] = {}
-    for node, source in zip(placeholders, trace.inputs, strict=True):
-        value = node.meta["example_value"]
-        if isinstance(source, Argument):
-            fakes[source.leaf] = value
-        symbol = torch_compat.symbol_of(value)
-        if isinstance(source, Size) and symbol is not None:
-            wished[symbol] = source.name
-    return Assumptions(fakes, wished, leaves, names, trace.asks_grad, trace.asks_strides)
 
 
 def numbers_of(leaves: Sequence[object], fakes: Mapping[int, object]) -> dict[str, int]:

@@ -16,10 +16,10 @@ from torch.utils import _pytree as pytree
 from piecework.errors import CaptureError, PieceCompileError
 from piecework.runtime import torch_compat
 from piecework.runtime.bind.reachable import tensors_of
-from piecework.runtime.trace.example_sizes import SizePolicy, with_other_batch
 from piecework.runtime.trace.inputs import GraphInput, dynamic_wish, require_traceable, signature_of
 from piecework.runtime.trace.one_trace import Capture, Check, GraphCompiler, Tracer, numbers_of
 from piecework.runtime.trace.shared import RepeatedLayers
+from piecework.runtime.trace.sizes.example_sizes import SizePolicy, with_other_batch
 
 _log = logging.getLogger(__name__)
 

@@ -31,10 +31,10 @@ from piecework.runtime.observe.dump import generated_sources
 from piecework.runtime.pieces.backend import PieceworkBackend
 from piecework.runtime.pieces.compilation import Admits, NotAdmitted, Trace, require_registered
 from piecework.runtime.pieces.program import Program
-from piecework.runtime.trace.example_sizes import KeptMarks, SizePolicy
 from piecework.runtime.trace.inputs import GraphInput
-from piecework.runtime.trace.shape_guards import ShapeGuards
 from piecework.runtime.trace.shared import RepeatedLayers
+from piecework.runtime.trace.sizes.example_sizes import KeptMarks, SizePolicy
+from piecework.runtime.trace.sizes.shape_guards import ShapeGuards
 from piecework.runtime.trace.tracing import capture
 
 if TYPE_CHECKING:

@@ -22,7 +22,12 @@ from piecework.runtime.config.groups import DynamicShapesType, RuntimeConfig
 from piecework.runtime.pieces.backend import PieceworkBackend
 from piecework.runtime.pieces.compilation import Trace
 from piecework.runtime.pieces.ranks import require_agreement
-from piecework.runtime.trace.example_sizes import AllDimensions, KeptMarks, SizePolicy, shapes_of
+from piecework.runtime.trace.sizes.example_sizes import (
+    AllDimensions,
+    KeptMarks,
+    SizePolicy,
+    shapes_of,
+)
 from piecework.runtime.traces.traced_model import TracedModel, trace_model
 
 if TYPE_CHECKING:

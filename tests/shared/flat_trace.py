@@ -10,9 +10,9 @@ from torch.utils import _pytree as pytree
 
 from piecework.codegen.graph.origin import module_path, source_line, value_of
 from piecework.runtime.torch_compat import storage_id
-from piecework.runtime.trace.example_sizes import SizePolicy
 from piecework.runtime.trace.one_trace import Capture
 from piecework.runtime.trace.shared import RepeatedLayers
+from piecework.runtime.trace.sizes.example_sizes import SizePolicy
 from piecework.runtime.trace.tracing import capture
 
 Wish = str | tuple[str, ...]

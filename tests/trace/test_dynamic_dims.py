@@ -26,8 +26,8 @@ from torch import nn
 
 from piecework.errors import ConfigError, InputError
 from piecework.runtime.config.groups import DynamicShapesType
-from piecework.runtime.trace.annotations import read_annotations
-from piecework.runtime.trace.dynamic_dims import dims_of, marked
+from piecework.runtime.trace.sizes.annotations import read_annotations
+from piecework.runtime.trace.sizes.dynamic_dims import dims_of, marked
 
 if TYPE_CHECKING:
     from nowhere import Hidden

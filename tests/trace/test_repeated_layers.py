@@ -14,7 +14,7 @@ from torch import nn
 import piecework
 from piecework.bench import compile_time, llama_shaped
 from piecework.errors import BindError, CaptureError, ConfigError, InputError
-from piecework.runtime.trace.example_sizes import AllDimensions
+from piecework.runtime.trace.sizes.example_sizes import AllDimensions
 
 FOUND = piecework.CompilationConfig(backend="eager", repeated_layers="found")
 X = torch.randn(4, 8)

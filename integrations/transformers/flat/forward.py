@@ -19,8 +19,8 @@ from piecework.runtime.compile import compile_with_mode
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
 from piecework.runtime.torch_compat import mark_unbacked
-from piecework.runtime.trace.dynamic_dims import unmarked_afterwards
-from piecework.runtime.trace.example_sizes import SizePolicy
+from piecework.runtime.trace.sizes.dynamic_dims import unmarked_afterwards
+from piecework.runtime.trace.sizes.example_sizes import SizePolicy
 
 # What stands for the number of tokens when a forward is traced; any number above one does.
 _TRACED_ROWS = 6

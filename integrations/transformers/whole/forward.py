@@ -17,7 +17,7 @@ from piecework.integrations.transformers.own.cache_state import CacheForm, held_
 from piecework.runtime.compile import compile_with_mode
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
-from piecework.runtime.trace.example_sizes import AllDimensions
+from piecework.runtime.trace.sizes.example_sizes import AllDimensions
 
 Fields = dict[str, object]
 Held = list[dict[str, object]]

@@ -15,8 +15,8 @@ import torch
 from piecework.errors import ConfigError, InputError
 from piecework.runtime import torch_compat
 from piecework.runtime.config.groups import DynamicShapesType
-from piecework.runtime.trace.annotations import Reading, read_annotations, register_containers
 from piecework.runtime.trace.inputs import leaves_of
+from piecework.runtime.trace.sizes.annotations import Reading, read_annotations, register_containers
 
 Dims = int | Sequence[int]
 DimsByName = Mapping[str, Dims]

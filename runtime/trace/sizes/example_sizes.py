@@ -15,7 +15,12 @@ from torch.utils import _pytree as pytree
 
 from piecework.runtime import torch_compat
 from piecework.runtime.config.groups import DynamicShapesType
-from piecework.runtime.trace.dynamic_dims import DynamicDims, marked, set_mark, unmarked_afterwards
+from piecework.runtime.trace.sizes.dynamic_dims import (
+    DynamicDims,
+    marked,
+    set_mark,
+    unmarked_afterwards,
+)
 
 Args = Sequence[object]
 Kwargs = Mapping[str, object]
