@@ -19,7 +19,7 @@ import torch
 import torch.fx
 from torch.overrides import resolve_name
 
-from piecework.codegen import LowerOptions, SplitItem, generate_source, split_graph
+from piecework.codegen import LowerOptions, SplitItem, StitchedSource, generate_source, split_graph
 from piecework.codegen.graph.origin import SymbolNames, graph_of, value_of
 from piecework.codegen.graph.structure import Structure, input_signature, structure_of
 from piecework.codegen.split.split import SplittingOp as SplittingOpLike
@@ -114,48 +114,18 @@ class Compilation:
         _check_custom_ops(self.config, graph)
         self.batch = _batch_of(graph)
         self.range_table = self._fitting_ranges()
-        with timed(self.phases, "split"):
-            ops = [*self._splitting_ops(), *recurrent_layers(graph.graph)]
-            split_gm, items = split_graph(
-                graph,
-                ops,
-                asserted=torch_compat.asserted_symbols,
-                blocks=self._blocks(),
-                module=torch_compat.graph_module,
-            )
-            if manager.may_share_names():
-                share_layer_names(split_gm, items)
+        ops = [*self._splitting_ops(), *recurrent_layers(graph.graph)]
+        split_gm, items = self._split(ops)
         names = [i.submod_name for i in items if not i.is_splitting_graph]
-        _log.info(
-            "%s: traced %d nodes, batch size %s; %d pieces, cut at %s",
-            self.name,
-            len(graph.graph.nodes),
-            self.batch.symbol or "fixed",
-            len(names),
-            ", ".join(map(_op_name, ops)) or "nothing",
-        )
         structures = {} if admits is None else _admitted(split_gm, names, admits)
-        trace.artifact("config", lambda: config_text(self.config))
-        trace.artifact("split_graph", lambda: split_gm.print_readable(print_output=False))
-        self.dump.split(split_gm, items)
-        counters.num_piecewise_graphs_seen += len(items)
+        self._show_split(split_gm, items)
         if self.config.cudagraph_mode is not CUDAGraphMode.NONE:
             refuse_mutations(mutations_in(split_gm, names, bound or held_by_source(graph)))
         with timed(self.phases, "compile"):
-            inputs = list(map(value_of, split_gm.graph.find_nodes(op="placeholder")))
-            manager.initialize_cache(
-                graph, inputs, tag=self.tag, runtime_config=self.runtime_config
-            )
-            interpreter = PiecewiseCompileInterpreter(
-                split_gm, names, self.config, self, structures
-            )
-            self.backends = interpreter.backends  # filled as it runs: a failure leaves what is made
-            with self._compiled_ahead(split_gm, names):
-                interpreter.run(*inputs)
-        direct = DirectOps()
+            self._compile(split_gm, names, structures)
         with timed(self.phases, "emit"):
-            if self.config.stitching_config.direct_splitting_ops:
-                direct = _direct_ops(items, self.graph)
+            levers = self.config.stitching_config
+            direct = _direct_ops(items, graph) if levers.direct_splitting_ops else DirectOps()
             options = self._lower_options(names, items, bound, direct, SplittingOps(ops))
             source = generate_source(split_gm, options)
         trace.artifact("stitched_source", lambda: str(source))
@@ -163,11 +133,66 @@ class Compilation:
         if manager.cache is not None:
             pieces = {name: each.compiled_of()[1] for name, each in self.backends.items()}
             manager.cache.write_texts(split_gm, pieces, source.code)
+        return self._program(split_gm, items, direct, source)
+
+    def _split(
+        self, ops: Sequence[SplittingOpLike]
+    ) -> tuple[torch.fx.GraphModule, list[SplitItem]]:
+        with timed(self.phases, "split"):
+            split_gm, items = split_graph(
+                self.graph,
+                ops,
+                asserted=torch_compat.asserted_symbols,
+                blocks=self._blocks(),
+                module=torch_compat.graph_module,
+            )
+            if self.compiler_manager.may_share_names():
+                share_layer_names(split_gm, items)
+        _log.info(
+            "%s: traced %d nodes, batch size %s; %d pieces, cut at %s",
+            self.name,
+            len(self.graph.graph.nodes),
+            self.batch.symbol or "fixed",
+            sum(not each.is_splitting_graph for each in items),
+            ", ".join(map(_op_name, ops)) or "nothing",
+        )
+        return split_gm, items
+
+    def _show_split(self, split_gm: torch.fx.GraphModule, items: Sequence[SplitItem]) -> None:
+        trace.artifact("config", lambda: config_text(self.config))
+        trace.artifact("split_graph", lambda: split_gm.print_readable(print_output=False))
+        self.dump.split(split_gm, items)
+        counters.num_piecewise_graphs_seen += len(items)
+
+    def _compile(
+        self,
+        split_gm: torch.fx.GraphModule,
+        names: Sequence[str],
+        structures: Mapping[str, Structure],
+    ) -> None:
+        """Fill ``backends`` with the pieces' compiled forms."""
+        inputs = list(map(value_of, split_gm.graph.find_nodes(op="placeholder")))
+        self.compiler_manager.initialize_cache(
+            self.graph, inputs, tag=self.tag, runtime_config=self.runtime_config
+        )
+        interpreter = PiecewiseCompileInterpreter(split_gm, names, self.config, self, structures)
+        self.backends = interpreter.backends  # filled as it runs: a failure leaves what is made
+        with self._compiled_ahead(split_gm, names):
+            interpreter.run(*inputs)
+
+    def _program(
+        self,
+        split_gm: torch.fx.GraphModule,
+        items: Sequence[SplitItem],
+        direct: DirectOps,
+        source: StitchedSource,
+    ) -> Program:
+        manager = self.compiler_manager
         passes = manager.passes if self.config.pass_config.report_matches else None
         return Program(
             name=self.name,
             config=self.config,
-            graphs=partial(Graphs, graph, split_gm, tuple(items)),
+            graphs=partial(Graphs, self.graph, split_gm, tuple(items)),
             backends=self.backends,
             source=source,
             range_table=self.range_table,
@@ -271,8 +296,8 @@ class Compilation:
         unique = unique_pieces(self.backends)
         cuts = [each.graph.graph for each in items if each.is_splitting_graph]
         calling = [called for cut in cuts if (called := list(filter(is_cut, cut.nodes)))]
-        called = {node.target for nodes in calling for node in nodes}
-        ops = sorted(set(map(_op_name, called)))
+        targets = {node.target for nodes in calling for node in nodes}
+        ops = sorted(set(map(_op_name, targets)))
         where = f" ({counted(len(calling), 'submodule')})" if ops else ""
         banner = (
             f"model: {self.name}",
