@@ -275,6 +275,40 @@ def test_results_of_one_dtype_are_copied_together_and_are_the_callers_own(on_cud
         torch.testing.assert_close(results, expected)
 
 
+class Unsigned(nn.Module):
+    """Takes and returns what a GPU copies only one by one, beside what it copies together."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        z = torch.ops.cuda_rules.mix(x.to(torch.float32) + y.to(torch.float32))
+        return z, z + 1, (z > 3).to(torch.uint32), (z > 4).to(torch.uint32)
+
+
+@torch.no_grad()
+def test_what_a_gpu_copies_only_one_by_one_is_served(on_cuda):
+    model = Unsigned()
+    given = [torch.arange(8).to(torch.uint16) for _ in range(2)]
+    stitched = piecework.compile(model, tuple(given), config=EAGER)
+    on_cuda.install(on_cuda.monkeypatch)
+    stitched.capture([2, 4], check_padding=False, progress=False)
+    for n in (2, 3, 4):
+        batch = [each[:n].clone() for each in given]
+        assert all(map(torch.equal, stitched(*batch), model(*batch)))
+    assert {row.mode for row in stitched.call_report()} == {"PIECEWISE"}
+
+
+def test_the_workspace_of_a_capture_that_failed_is_used_by_no_later_one(cuda):
+    """It lies in memory that nobody keeps any more."""
+    made, matrix = Capturing(), torch.ones(4, 4)
+
+    def product_and_error(x):
+        torch.cuda.synchronize() if (matrix @ matrix).numel() else None
+
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        made.capture(product_and_error)
+    made.capture(lambda x: matrix @ matrix)
+    assert cuda.workspaces[made.pool.stream] == made.pool.handle
+
+
 # --- workspaces of cuBLAS ------------------------------------------------------------------------------
 
 

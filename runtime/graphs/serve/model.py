@@ -467,9 +467,10 @@ def _copied(values: list[object]) -> list[object]:
     """The values, each tensor copied: plain ones of one dtype in one launch."""
     copied, groups = list(values), defaultdict[torch.dtype, list[int]](list)
     for number, value in enumerate(values):
-        if type(value) is torch.Tensor and value.layout is torch.strided:
-            copied[number] = torch.empty_like(value)
-            groups[value.dtype].append(number)
+        plain = type(value) is torch.Tensor and value.layout is torch.strided
+        if plain and value.dtype in torch_compat.COPIED_TOGETHER:  # type: ignore[attr-defined]
+            copied[number] = torch.empty_like(value)  # type: ignore[call-overload]
+            groups[value.dtype].append(number)  # type: ignore[attr-defined]
         elif isinstance(value, torch.Tensor):
             copied[number] = value.clone()
     for numbers in groups.values():
