@@ -25,6 +25,7 @@ from piecework.runtime.graphs.memory import owner
 from piecework.runtime.graphs.memory.owner import StaticGraphs
 from piecework.runtime.graphs.memory.wrapper import CUDAGraphWrapper
 from piecework.runtime.graphs.plan.phase import capture_graphs
+from piecework.runtime.graphs.serve import model as served
 
 DEVICE = torch.device("cuda", 0)
 EAGER = piecework.CompilationConfig(backend="eager")
@@ -273,6 +274,41 @@ def test_results_of_one_dtype_are_copied_together_and_are_the_callers_own(on_cud
     for results, expected in kept:
         assert [t.stride() for t in results] == [t.clone().stride() for t in expected]
         torch.testing.assert_close(results, expected)
+
+
+class Looks(nn.Module):
+    """Rows of a table by whole numbers that it is given, or that it makes of floats."""
+
+    def __init__(self, rows: int, *, of_floats: bool, how: str) -> None:
+        super().__init__()
+        self.table = nn.Embedding(rows, 4)
+        self.of_floats, self.how = of_floats, how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        at = (x * 0).long() if self.of_floats else x
+        if self.how == "embedding":
+            return torch.ops.cuda_rules.mix(self.table(at)) + 1
+        table = self.table.weight
+        found = table[at] if self.how == "getitem" else torch.index_select(table, 0, at)
+        return torch.ops.cuda_rules.mix(found) + 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["embedding", "getitem", "index_select"])
+@pytest.mark.parametrize(("rows", "of_floats"), [(1, False), (5, False), (5, True)])
+def test_a_gpu_is_not_given_made_up_data_that_may_point_beyond_a_table(
+    on_cuda, monkeypatch, rows, of_floats, how
+):
+    """There it is an assertion on the device, after which the process can do nothing more with it."""
+    tried = []
+    monkeypatch.setattr(served, "padding_difference", lambda *given: tried.append(given))
+    model = Looks(rows, of_floats=of_floats, how=how)
+    x = torch.zeros(8) if of_floats else torch.zeros(8, dtype=torch.int64)
+    stitched = piecework.compile(model, (x,), config=EAGER)
+    on_cuda.install(on_cuda.monkeypatch)
+    stitched.capture([2, 4], progress=False)
+    assert bool(tried) == (rows > 1 and not of_floats)
+    torch.testing.assert_close(stitched(x[:3]), model(x[:3]))
 
 
 class Unsigned(nn.Module):
