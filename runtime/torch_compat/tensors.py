@@ -11,6 +11,15 @@ import torch
 
 #: Copies each source into the target at its place, on a GPU in one launch where dtypes are the same: ``(targets, sources, non_blocking)``.
 copy_each: Callable[[list[torch.Tensor], list[torch.Tensor], bool], None] = torch._foreach_copy_
+#: The dtypes that it takes on a GPU; of others it raises there, and on no CPU.
+COPIED_TOGETHER = frozenset(
+    {
+        *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+        *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+        *(torch.complex64, torch.complex128),
+        *(torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
+    }
+)
 
 
 def storage_at(pointer: int, device: torch.device, nbytes: int) -> torch.UntypedStorage:

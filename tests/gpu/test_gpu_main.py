@@ -97,6 +97,25 @@ def test_a_tensor_that_the_caller_keeps_is_used_in_place():
         torch.testing.assert_close(cache, expected, rtol=1e-3, atol=1e-3)
 
 
+class Unsigned(torch.nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        z = x.to(torch.float32) + y.to(torch.float32)
+        return z, z + 1, (z > 3).to(torch.uint32), (z > 4).to(torch.uint32)
+
+
+@torch.no_grad()
+def test_what_a_gpu_copies_only_one_by_one_is_served():
+    model = Unsigned()
+    given = [torch.arange(8).to(DEVICE, torch.uint16) for _ in range(2)]
+    stitched = piecework.compile(model, tuple(given), config=EAGER)
+    stitched.capture([2, 4], progress=False)
+    for size in (2, 3, 4):
+        batch = [each[:size].clone() for each in given]
+        for found, expected in zip(stitched(*batch), model(*batch), strict=True):
+            assert found.tolist() == expected.tolist()
+    assert {row.mode for row in stitched.call_report()} == {"PIECEWISE"}
+
+
 class Noisy(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + torch.rand_like(x)

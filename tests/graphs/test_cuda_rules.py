@@ -25,6 +25,7 @@ from piecework.runtime.graphs.memory import owner
 from piecework.runtime.graphs.memory.owner import StaticGraphs
 from piecework.runtime.graphs.memory.wrapper import CUDAGraphWrapper
 from piecework.runtime.graphs.plan.phase import capture_graphs
+from piecework.runtime.graphs.serve import model as served
 
 DEVICE = torch.device("cuda", 0)
 EAGER = piecework.CompilationConfig(backend="eager")
@@ -273,6 +274,75 @@ def test_results_of_one_dtype_are_copied_together_and_are_the_callers_own(on_cud
     for results, expected in kept:
         assert [t.stride() for t in results] == [t.clone().stride() for t in expected]
         torch.testing.assert_close(results, expected)
+
+
+class Looks(nn.Module):
+    """Rows of a table by whole numbers that it is given, or that it makes of floats."""
+
+    def __init__(self, rows: int, *, of_floats: bool, how: str) -> None:
+        super().__init__()
+        self.table = nn.Embedding(rows, 4)
+        self.of_floats, self.how = of_floats, how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        at = (x * 0).long() if self.of_floats else x
+        if self.how == "embedding":
+            return torch.ops.cuda_rules.mix(self.table(at)) + 1
+        table = self.table.weight
+        found = table[at] if self.how == "getitem" else torch.index_select(table, 0, at)
+        return torch.ops.cuda_rules.mix(found) + 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["embedding", "getitem", "index_select"])
+@pytest.mark.parametrize(("rows", "of_floats"), [(1, False), (5, False), (5, True)])
+def test_a_gpu_is_not_given_made_up_data_that_may_point_beyond_a_table(
+    on_cuda, monkeypatch, rows, of_floats, how
+):
+    """There it is an assertion on the device, after which the process can do nothing more with it."""
+    tried = []
+    monkeypatch.setattr(served, "padding_difference", lambda *given: tried.append(given))
+    model = Looks(rows, of_floats=of_floats, how=how)
+    x = torch.zeros(8) if of_floats else torch.zeros(8, dtype=torch.int64)
+    stitched = piecework.compile(model, (x,), config=EAGER)
+    on_cuda.install(on_cuda.monkeypatch)
+    stitched.capture([2, 4], progress=False)
+    assert bool(tried) == (rows > 1 and not of_floats)
+    torch.testing.assert_close(stitched(x[:3]), model(x[:3]))
+
+
+class Unsigned(nn.Module):
+    """Takes and returns what a GPU copies only one by one, beside what it copies together."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        z = torch.ops.cuda_rules.mix(x.to(torch.float32) + y.to(torch.float32))
+        return z, z + 1, (z > 3).to(torch.uint32), (z > 4).to(torch.uint32)
+
+
+@torch.no_grad()
+def test_what_a_gpu_copies_only_one_by_one_is_served(on_cuda):
+    model = Unsigned()
+    given = [torch.arange(8).to(torch.uint16) for _ in range(2)]
+    stitched = piecework.compile(model, tuple(given), config=EAGER)
+    on_cuda.install(on_cuda.monkeypatch)
+    stitched.capture([2, 4], check_padding=False, progress=False)
+    for n in (2, 3, 4):
+        batch = [each[:n].clone() for each in given]
+        assert all(map(torch.equal, stitched(*batch), model(*batch)))
+    assert {row.mode for row in stitched.call_report()} == {"PIECEWISE"}
+
+
+def test_the_workspace_of_a_capture_that_failed_is_used_by_no_later_one(cuda):
+    """It lies in memory that nobody keeps any more."""
+    made, matrix = Capturing(), torch.ones(4, 4)
+
+    def product_and_error(x):
+        torch.cuda.synchronize() if (matrix @ matrix).numel() else None
+
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        made.capture(product_and_error)
+    made.capture(lambda x: matrix @ matrix)
+    assert cuda.workspaces[made.pool.stream] == made.pool.handle
 
 
 # --- workspaces of cuBLAS ------------------------------------------------------------------------------

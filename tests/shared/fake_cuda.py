@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from piecework.runtime import torch_compat
 from piecework.runtime.graphs.device.cuda import CudaGraphPlatform
 
 LOST = "CUDA error: an illegal memory access was encountered"
@@ -24,7 +25,16 @@ INVALID = "CUDA error: operation failed due to a previous error during capture"
 FORBIDDEN = "CUDA error: operation not permitted when stream is capturing"
 _PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
 _LAUNCH_NOTHING = ("aten::set_", "aten::empty", "aten::detach", "aten::view", "aten::as_strided")
+_NOT_TOGETHER = ("uint16", "uint32", "uint64", "complex32", "float8_e8m0fnu", "float4_e2m1fn_x2")
 _TOTAL = 1 << 40
+
+
+def copy_each(targets: list[torch.Tensor], sources: list[torch.Tensor], waits: bool) -> None:
+    """``torch._foreach_copy_`` as libtorch_cuda of 2.11 and of 2.15 has it: compiled for sixteen dtypes."""
+    dtype = str(targets[0].dtype).removeprefix("torch.")
+    if dtype in _NOT_TOGETHER:
+        raise NotImplementedError(f'"foreach_tensor_copy" not implemented for {dtype!r}')
+    torch._foreach_copy_(targets, sources, waits)
 
 
 class FakeStream:
@@ -335,6 +345,7 @@ class FakeCuda:
         for name, value in values.items():
             monkeypatch.setattr(torch.cuda, name, value)
         self.install_recorder(monkeypatch)
+        monkeypatch.setattr(torch_compat, "copy_each", copy_each)
         # Tensors lie on the CPU here.
         monkeypatch.setattr(CudaGraphPlatform, "computes_on", lambda self, device: True)
         private: dict[str, Callable[..., object]] = {

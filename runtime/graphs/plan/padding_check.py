@@ -8,16 +8,93 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
+import torch.fx
 
+from piecework.codegen.graph.origin import nodes_of, value_of
+from piecework.runtime import torch_compat
 from piecework.runtime.graphs.plan.batch_shape import BatchShape, StagedInput
 from piecework.runtime.graphs.stage.slots import Number
 
 _log = logging.getLogger(__name__)
 _POISON = math.nan
 Run = Callable[[Sequence[torch.Tensor], int], Sequence[object]]
+
+# By the last part of their names, whether called as functions or as methods.
+_INDEXING = frozenset(
+    {
+        *(
+            "getitem",
+            "setitem",
+            "index_select",
+            "gather",
+            "take",
+            "take_along_dim",
+            "embedding_bag",
+        ),
+        *("index_add", "index_copy", "index_fill", "index_put", "index_reduce", "one_hot"),
+        *("scatter", "scatter_add", "scatter_reduce", "masked_scatter"),
+    }
+)
+_EMBEDDING = "embedding"
+# Whole numbers that point at something whatever the floats are, or that do not come from them.
+_POINT_INSIDE = frozenset(
+    {
+        *("argmax", "argmin", "argsort", "topk", "sort", "max", "min", "searchsorted", "bucketize"),
+        *("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"),
+    }
+)
+
+
+def may_point_beyond(split_gm: torch.fx.GraphModule, names: Iterable[str]) -> str | None:
+    """The value of the submodules ``names`` for which made-up data may point beyond a table; None if there is none.
+
+    A CPU raises there; on a GPU it ends the process's use of the device. What is drawn are zeros and ones, so a table of two rows
+    is safe; whole numbers that are made of floats can be any.
+    """
+    for name, node in nodes_of(split_gm, names):
+        called = _called(node)
+        given = [t for each in node.all_input_nodes for t in _tensors(each)]
+        made = [t for t in _tensors(node) if _is_whole(t)]
+        from_floats = made and any(each.is_floating_point() for each in given)
+        if from_floats and called not in _POINT_INSIDE | _INDEXING | {_EMBEDDING}:
+            return f"{node.name} of {name} makes whole numbers of floats"
+        if any(map(_is_small, _indexed(node, called, given))):
+            return f"{node.name} of {name} may index a single row"
+    return None
+
+
+def _indexed(node: torch.fx.Node, called: str, given: Sequence[torch.Tensor]) -> Sequence[object]:
+    """The sizes that whole numbers among the operands may point beyond."""
+    if called == _EMBEDDING:
+        return [each.shape[0] for each in given if each.is_floating_point()]
+    table = value_of(node.args[0]) if node.args and isinstance(node.args[0], torch.fx.Node) else 0
+    if called not in _INDEXING or not isinstance(table, torch.Tensor):
+        return []
+    if not any(map(_is_whole, given[1:])) and called != "one_hot":
+        return []
+    dim = node.args[1] if len(node.args) > 1 else None
+    return [table.shape[dim]] if type(dim) is int and dim < table.dim() else list(table.shape)
+
+
+def _called(node: torch.fx.Node) -> str:
+    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return str(target).partition(".")[0].rstrip("_") if node.op.startswith("call_") else ""
+
+
+def _tensors(node: torch.fx.Node) -> list[torch.Tensor]:
+    return [t for t in torch_compat.flatten_tree(value_of(node))[0] if isinstance(t, torch.Tensor)]
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    inexact = tensor.is_floating_point() or tensor.is_complex()
+    return not inexact and tensor.dtype is not torch.bool
+
+
+def _is_small(size: object) -> bool:
+    return type(size) is not int or size < 2
 
 
 def padding_difference(

@@ -34,7 +34,7 @@ from piecework.runtime.graphs.plan.estimate import (
     kind_of,
 )
 from piecework.runtime.graphs.plan.options import CaptureOptions
-from piecework.runtime.graphs.plan.padding_check import padding_difference
+from piecework.runtime.graphs.plan.padding_check import may_point_beyond, padding_difference
 from piecework.runtime.graphs.plan.phase import (
     CaptureReport,
     CaptureWatcher,
@@ -208,7 +208,7 @@ class CapturedModel:
     def _settle_padding(self) -> None:
         """Say why nothing is padded, if so; else try it once on random data, and believe what comes out."""
         reason = self.shape.mixes
-        if reason is None and self.options.check_padding and not self.shape.by_context:
+        if reason is None and self._tries_padding():
             groups = [group for _, group in self.dispatcher.get_capture_descs()]
             smallest = min((each for group in groups for each in group), key=lambda d: d.num_tokens)
             others = self.captures.others(smallest)
@@ -222,6 +222,16 @@ class CapturedModel:
             _log.warning(
                 "capture: only batches of a captured size are replayed: %s%s", reason, hint
             )
+
+    def _tries_padding(self) -> bool:
+        if not self.options.check_padding or self.shape.by_context:
+            return False
+        every = [item.submod_name for item in self._program.items]
+        on_gpu = self.graphs.platform.device.type != "cpu"
+        beyond = may_point_beyond(self._program.split_gm, every) if on_gpu else None
+        if beyond is not None:
+            _log.info("capture: padding was not tried on a GPU (%s)", beyond)
+        return beyond is None
 
     def _affordable(self, budget: int | None) -> Callable[[Key], bool] | None:
         """Whether a capture still fits the budget, in view of what the captures before it took."""
@@ -467,9 +477,10 @@ def _copied(values: list[object]) -> list[object]:
     """The values, each tensor copied: plain ones of one dtype in one launch."""
     copied, groups = list(values), defaultdict[torch.dtype, list[int]](list)
     for number, value in enumerate(values):
-        if type(value) is torch.Tensor and value.layout is torch.strided:
-            copied[number] = torch.empty_like(value)
-            groups[value.dtype].append(number)
+        plain = type(value) is torch.Tensor and value.layout is torch.strided
+        if plain and value.dtype in torch_compat.COPIED_TOGETHER:  # type: ignore[attr-defined]
+            copied[number] = torch.empty_like(value)  # type: ignore[call-overload]
+            groups[value.dtype].append(number)  # type: ignore[attr-defined]
         elif isinstance(value, torch.Tensor):
             copied[number] = value.clone()
     for numbers in groups.values():

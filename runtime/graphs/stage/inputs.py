@@ -32,7 +32,7 @@ class _Plan:
 
     Attributes:
         count: the size of the batch, where all inputs have the same.
-        groups: positions of inputs of one dtype on one device, with their heads.
+        groups: positions of inputs of one dtype on one device, with their heads; one alone where a GPU doesn't copy them together.
         tails: what is filled in each step.
         kept_tails: what is filled unless it holds its padding already: rows ``count`` to ``padded`` of its buffer.
         waits: batches come from another device, so their copies are done when they are staged: whoever has pinned memory may
@@ -289,13 +289,14 @@ class StaticInputs:
             else self._plan(padded, full).static
         )
         heads: list[torch.Tensor] = []
-        groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        groups: dict[tuple[object, ...], list[int]] = {}
         tails: list[_Fill] = []
         kept: list[_Fill] = []
         count = counts[0] if len(set(counts)) == 1 else None
         for number, (slot, view, own) in enumerate(zip(self._slots, static, counts, strict=True)):
             heads.append(view.narrow(slot.dim, 0, own))
-            groups.setdefault((view.dtype, view.device), []).append(number)
+            alone = () if view.dtype in torch_compat.COPIED_TOGETHER else (number,)
+            groups.setdefault((view.dtype, view.device, *alone), []).append(number)
             # Only where nothing lies before the dynamic dimension is a row at one place for all sizes.
             keeps = self.keeps_tails and count is not None and slot.outer == 1
             if padded > own:
