@@ -89,6 +89,34 @@ def test_generation_equals_eager(pair: Pair, how: dict[str, object]) -> None:
     pair.check_generation(**how)
 
 
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_a_prompt_of_one_token(pair: Pair, cache: str | None) -> None:
+    """Its first forward looks like a decode step, of a cache that has no tensors yet."""
+    how = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache}
+    for ids in (pair.ids[:, 8:], pair.ids[:1, 8:]):
+        assert torch.equal(pair.stitched.generate(ids, **how), pair.eager.generate(ids, **how))
+
+
+class Nowhere(transformers.generation.BaseStreamer):
+    """Takes tokens and leaves them."""
+
+    def put(self, value: torch.Tensor) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+
+def test_what_generate_hands_on_without_using_it(pair: Pair) -> None:
+    beams = {"num_beams": 2, "do_sample": True, "streamer": Nowhere(), "max_new_tokens": 5}
+    beams["assistant_model"] = pair.eager
+    ours, theirs = (
+        [torch.manual_seed(3), each.generate(pair.ids, **beams)][1]
+        for each in (pair.stitched, pair.eager)
+    )
+    assert torch.equal(ours, theirs)
+
+
 def test_generation_under_inference_mode(pair: Pair) -> None:
     with torch.inference_mode():
         pair.check_generation()

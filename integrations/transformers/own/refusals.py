@@ -13,10 +13,10 @@ from torch import nn
 from piecework.errors import CaptureError, InputError
 from piecework.integrations.transformers.own.settings import RECORDED, Settings
 
-#: Without meaning inside the decoder: for the output, the head or the loss, or for generate(), which hands its tokenizers on.
+#: Without meaning inside the decoder: for the output, the head or the loss, or for generate(), which hands on what its way of decoding does not take.
 INERT = (
     *("return_dict", "cache_position", "logits_to_keep", "num_items_in_batch"),
-    *("tokenizer", "assistant_tokenizer"),
+    *("tokenizer", "assistant_tokenizer", "assistant_model", "streamer"),
 )
 
 
