@@ -137,6 +137,7 @@ def test_mask_forms(pair: Pair) -> None:
 
 def test_given_positions_and_packed_sequences(pair: Pair) -> None:
     pair.check_logits(input_ids=pair.ids, position_ids=torch.arange(5, 14).unsqueeze(0))
+    pair.check_logits(input_ids=pair.ids, position_ids=torch.arange(5.0, 14.0).unsqueeze(0))
     packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
     pair.check_logits(input_ids=pair.ids, position_ids=packed, use_cache=False)
 
@@ -278,13 +279,17 @@ def test_unstitch_restores_the_model() -> None:
         ({"is_causal": False}, "is_causal"),
         ({"position_ids": torch.zeros(3, 2, 9, dtype=torch.long)}, "position_ids"),
         ({"past_key_values": ((torch.zeros(1), torch.zeros(1)),)}, "past_key_values"),
+        ({"position_ids": torch.arange(9)[None] / 2}, "between tokens"),
+        ({"position_ids": [[*range(9)]]}, "position_ids is a list"),
         ({"inputs_embeds": torch.zeros(2, 9, 32)}, "exactly one"),
+        ({"input_ids": torch.ones(2, 9)}, "must be integers"),
+        ({"input_ids": [[1, 2, 3]]}, "input_ids is a list"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_requests_that_cannot_be_served(pair: Pair, given: dict[str, object], named: str) -> None:
     with torch.no_grad(), pytest.raises(InputError, match=named) as caught:
-        pair.stitched.model(pair.ids, **given)
+        pair.stitched.model(**{"input_ids": pair.ids, **given})
     assert caught.value.where
 
 
