@@ -87,9 +87,16 @@ class Generation(GenerationState):
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> BaseGenerateManager:
         """transformers' manager of a model's requests."""
-        if use_cb and not self.is_cb_alive():
+        if use_cb and self._worker_ended():
             self.shutdown()
         return super().get_manager(model_id, use_cb=use_cb)
+
+    def _worker_ended(self) -> bool:
+        # A worker fails its requests before it says that it failed, and waits for ever for those that come between.
+        worker = None if self._cb_manager is None else self._cb_manager._cb
+        return worker is not None and bool(
+            worker.background_thread_status.can_accept_new_requests()
+        )
 
     def shutdown(self) -> None:
         """End what runs."""
