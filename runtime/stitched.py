@@ -523,9 +523,8 @@ class StitchedModule(SharedModule):
         return sorted(rows, key=lambda row: row.first)
 
     def call_report(self) -> list[CallRow]:
-        """What the calls since `capture` ran as, how many, and why."""
-        rows = [row for each in self._graphs.all() for row in each.calls()]
-        return sorted(rows, key=lambda row: -row.calls)
+        """What the calls since `capture` ran as, how many, and why; all of them where nothing is captured."""
+        return sorted(self._graphs.calls(), key=lambda row: -row.calls)
 
     def memory_report(self) -> MemoryReport:
         """What the static graphs were expected to take, and take."""

@@ -1,6 +1,7 @@
 """A stitched model behind transformers' own OpenAI-style server. In: what makes the model, its name, where to listen. Out: a uvicorn server.
 
 It answers no request itself: routes, generation, streams and cancels are those of ``transformers serve``, which loads models by itself and has no place to stitch them.
+What it can't serve is refused before (`openai_requests`).
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoTokenizer, ContinuousBatchingConfig, PreTrainedModel
 from transformers.cli.serving.model_manager import ModelManager, TimedModel
-from transformers.cli.serving.utils import GenerationState
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from piecework.errors import UsageError
+from piecework.errors import InputError, UsageError
 from piecework.integrations.protocol import first_line, require_packages
+from piecework.integrations.transformers.openai_requests import Checked, Generation, bad_request
 from piecework.integrations.transformers.stitcher import stitched_module
 
 if TYPE_CHECKING:
@@ -33,14 +34,14 @@ class StitchedModels(ModelManager):
     Args:
         name: what requests call it.
         make: the stitched model and its tokenizer; called again if a client has the server unload its models (``POST /reset``).
-        state: the server's generation threads, which end with the models.
+        state: what generates, which ends with the models.
     """
 
     def __init__(
         self,
         name: str,
         make: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
-        state: GenerationState,
+        state: Generation,
     ) -> None:
         super().__init__(model_timeout=_NEVER)
         self.force_model = name
@@ -133,7 +134,10 @@ def make_server(
     """
     require_packages(_PACKAGES, "serve")
     import uvicorn
+    from fastapi import Request, Response
+    from fastapi.exception_handlers import http_exception_handler
     from fastapi.responses import PlainTextResponse
+    from jinja2 import TemplateError
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.completion import CompletionHandler
     from transformers.cli.serving.response import ResponseHandler
@@ -141,17 +145,31 @@ def make_server(
     from transformers.cli.serving.systemone import SystemOneHandler
     from transformers.cli.serving.transcription import TranscriptionHandler
 
-    state = GenerationState(continuous_batching=batching is not None, cb_config=batching)
+    class Chat(Checked, ChatCompletionHandler):
+        needed = "messages"
+
+    class Completion(Checked, CompletionHandler):
+        needed = "prompt"
+
+    class Responses(Checked, ResponseHandler):
+        needed = "input"
+
+    async def refused(request: Request, error: Exception) -> Response:
+        return await http_exception_handler(request, bad_request(str(error)))
+
+    state = Generation(batching)
     models = StitchedModels(name, make, state)
     models.load_model_and_processor(models.process_model_name(name))
     app = build_server(
         models,
-        ChatCompletionHandler(models, state),
-        completion_handler=CompletionHandler(models, state),
-        response_handler=ResponseHandler(models, state),
+        Chat(models, state),
+        completion_handler=Completion(models, state),
+        response_handler=Responses(models, state),
         transcription_handler=TranscriptionHandler(models, state),
         systemone_handler=SystemOneHandler(models, state),
         generation_state=state,
     )
+    for kind in (InputError, TemplateError):  # by the model, and by its chat template
+        app.add_exception_handler(kind, refused)
     app.get("/metrics", response_class=PlainTextResponse)(models.metrics)
     return uvicorn.Server(uvicorn.Config(app, log_level="info"))

@@ -32,6 +32,7 @@ from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.sizes import default_capture_sizes
 from piecework.runtime.compile import keep, require_stitching, take_if_it_fits
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
+from piecework.runtime.graphs.serve.measured import Measurement
 from piecework.runtime.stitched import StitchedModule
 
 _log = logging.getLogger(__name__)
@@ -224,7 +225,7 @@ def _capture(
         limits = RuntimeConfig(max_num_batched_tokens=max(sizes), max_num_seqs=whole.max_num_seqs)
         options = {"mode": whole.mode, "context_for": static.context_for, "runtime": limits}
     if measured:
-        sizes = entry.measure(sizes, **options).worth_capturing
+        sizes = _worth(entry.measure(sizes, **options))
     else:
         entry.capture(sizes, progress=False, **options)
     head = model.get_output_embeddings()  # type: ignore[operator]
@@ -232,6 +233,16 @@ def _capture(
         forward = HeadForward(head, config)
         forward.stitched.capture(sizes, progress=False)
         head.forward = forward
+
+
+def _worth(found: Measurement) -> tuple[int, ...]:
+    """The sizes whose graphs were kept; the others are logged."""
+    kept = found.worth_capturing
+    others = [row for row in found.rows if row.size not in kept]
+    if others:
+        times = ", ".join(f"{row.size} ({row.best})" for row in others)
+        _log.warning("capture='auto' leaves out sizes that run faster in another way: %s", times)
+    return kept
 
 
 @short_errors

@@ -162,8 +162,11 @@ def _clones_in_order(graph: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
     return any(each not in (None, torch.preserve_format) for each in orders)
 
 
-def operators_of(piece: torch.fx.GraphModule) -> Iterator[torch._ops.OpOverload]:
-    """The operators that a graph and the graphs in it reach, found by running each node by itself on fake tensors.
+OperatorCall = tuple[torch._ops.OpOverload, Sequence[object], Mapping[str, object]]
+
+
+def operator_calls(piece: torch.fx.GraphModule) -> Iterator[OperatorCall]:
+    """The operators that a graph and the graphs in it reach, with their arguments, found by running each node by itself on fake tensors.
 
     A node that can't be run by itself is left out.
     """
@@ -171,9 +174,9 @@ def operators_of(piece: torch.fx.GraphModule) -> Iterator[torch._ops.OpOverload]
         for node in graph.graph.nodes:
             if node.op not in ("call_function", "call_method"):
                 continue
-            seen: list[torch._ops.OpOverload] = []
+            seen: list[OperatorCall] = []
             with contextlib.suppress(Exception):  # user code and torch raise anything
-                _run(graph, node, lambda op, *_, seen=seen: seen.append(op))
+                _run(graph, node, lambda *call, seen=seen: seen.append(call))
             yield from seen
 
 

@@ -19,7 +19,7 @@ from piecework.codegen.split.splitting import SplittingOps
 from piecework.errors import BindError, ConfigError
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.rows.table import is_random
-from piecework.runtime.analysis.writes import operators_of, unwritten_outputs, written_inputs
+from piecework.runtime.analysis.writes import operator_calls, unwritten_outputs, written_inputs
 from piecework.runtime.compilers.eager import uncompiled
 from piecework.runtime.identity.piece_operators import SELF_CONTAINED
 from piecework.runtime.pieces.program import Program
@@ -240,7 +240,7 @@ class _Facts:
         values = map(value_of, nodes)
         dtypes = frozenset(value.dtype for value in values if isinstance(value, torch.Tensor))
         why = next(filter(None, (_why_once(node, splitting_ops) for node in nodes)), "")
-        random = () if why else filter(is_random, operators_of(graph))
+        random = () if why else (op for op, *given in operator_calls(graph) if _draws(op, *given))
         why = next((f"{op} draws random numbers" for op in random), why)
         return cls(why, written_inputs(graph), unwritten_outputs(graph), dtypes)
 
@@ -316,6 +316,15 @@ def _why_once(node: torch.fx.Node, splitting_ops: SplittingOps) -> str:
     if shows_nothing(target) and not torch_compat.is_torch_operator(target):
         return f"{target} declares neither a result nor a write"
     return ""
+
+
+def _draws(op: torch._ops.OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
+    """Whether a call draws random numbers; attention does so for its dropout alone."""
+    if not is_random(op):
+        return False
+    names = [each.name for each in op._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return "dropout_p" not in names or given.get("dropout_p", 0.0) != 0.0
 
 
 def _apart(args: Sequence[object], written: frozenset[int]) -> list[object]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from piecework.runtime.graphs.plan.phase import CaptureWatcher
     from piecework.runtime.graphs.serve.measured import Measurement
     from piecework.runtime.graphs.serve.model import CapturedModel
-    from piecework.runtime.graphs.serve.report import MemoryReport
+    from piecework.runtime.graphs.serve.report import CallRow, MemoryReport
 
 
 class CapturedTraces:
@@ -31,12 +31,14 @@ class CapturedTraces:
 
     Attributes:
         again: captures what the last `capture` did; None if there was none.
+        none_was_worth: the last that was asked for was measured, and no graph of it was kept.
     """
 
     def __init__(self, traces: Traces, runtime_config: RuntimeConfig | None) -> None:
         self._traces = traces
         self._runtime_config = runtime_config
         self.again: Callable[[], object] | None = None
+        self.none_was_worth = False
 
     def all(self) -> list[CapturedModel]:
         """The static graphs of each trace that has some, one at least.
@@ -49,7 +51,24 @@ class CapturedTraces:
             raise self._nothing()
         return found
 
+    def calls(self) -> list[CallRow]:
+        """What calls ran as: those of traces that have static graphs, or of all where none has.
+
+        Raises:
+            BindError: nothing is compiled.
+        """
+        made = self._traces.made
+        if not made:
+            raise self._nothing()
+        captured = [each for each in made if each.static is not None]
+        return [row for each in captured or made for row in each.calls()]
+
     def _nothing(self) -> NotThereError:
+        if self.none_was_worth:
+            return NotThereError(
+                "nothing is captured: of the sizes that were measured, each was slower from a graph",
+                hint="capture(sizes) captures them nevertheless",
+            )
         return NotThereError(
             "nothing is captured",
             where=None if self._traces.made else torch_compat.compiler_off(),
@@ -86,6 +105,7 @@ class CapturedTraces:
         wish = CaptureOptions.given(options)
         wanted = None if sizes is None else list(sizes)
         with self._traces.changes.one("capture()"):
+            self.none_was_worth = False
             self.again = partial(
                 self.capture,
                 sizes,
@@ -151,6 +171,7 @@ class CapturedTraces:
             self.again = None
             if worth:
                 self.capture(worth, **options)
+            self.none_was_worth = not worth
         return found
 
     def _device(self) -> str:

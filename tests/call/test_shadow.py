@@ -200,6 +200,23 @@ def test_random_numbers_stay_the_caller_s() -> None:
     assert "not compared: submod_0, aten." in str(found)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_attention_draws_random_numbers_for_its_dropout_alone(dropout: float) -> None:
+    class Attends(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = super().forward(x)[None, None]
+            return nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=dropout)
+
+    stitched = piecework.compile(Attends(8, 8).eval(), (X,), config={"backend": "eager"})
+    if dropout:
+        with pytest.raises(BindError, match="draws random numbers"), stitched.shadow():
+            pass
+        return
+    with stitched.shadow() as found:
+        stitched(X)
+    assert found.compared and not found.left_out and found.first is None
+
+
 def test_a_splitting_op_inside_a_piece_is_never_run_twice() -> None:
     config = {"backend": "eager", "mode": "DYNAMO_TRACE_ONCE"}
     stitched = piecework.compile(layers(), (X,), config=config)

@@ -9,10 +9,12 @@ import pytest
 import torch
 from small_llms import build
 
-from piecework.errors import ConfigError, StaticGraphError
+from piecework.errors import BindError, ConfigError, StaticGraphError
 from piecework.integrations.transformers import stitch, stitched_module, unstitch
+from piecework.integrations.transformers.request.dry import dry_request
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.counters import counters
+from piecework.runtime.graphs.serve.measured import MeasuredSize
 from piecework.runtime.stitched import StitchedModule
 
 transformers = pytest.importorskip("transformers")
@@ -79,6 +81,33 @@ def test_auto_keeps_what_was_measured_to_be_worth_it(monkeypatch: pytest.MonkeyP
     assert torch.equal(generated(model, 2), generated(build(), 2))
     worth = [each for each in stitched_module(model).traces if each.static is not None]
     assert ("forward" in vars(model.lm_head)) == bool(worth)
+
+
+def test_auto_that_keeps_nothing_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def judge(size: int, ways: object, device: object, *, seconds: float) -> MeasuredSize:
+        return MeasuredSize(size, {"stitched": 1.0, "captured": 2.0})
+
+    monkeypatch.setattr("piecework.runtime.graphs.serve.measured.measured", judge)
+    monkeypatch.setattr("piecework.integrations.transformers.stitcher.AUTO_MAXIMUM", 2)
+    model = stitch(build(), config=EAGER_PIECES, capture="auto")
+    assert (
+        "leaves out sizes that run faster in another way: 1 (stitched), 2 (stitched)" in caplog.text
+    )
+    generated(model, 2)
+    stitched = stitched_module(model)
+    [row] = stitched.call_report()
+    assert (row.mode, row.reason) == ("NONE", "nothing is captured") and row.calls >= 8
+    for ask in (stitched.coverage, stitched.wake_up):
+        with pytest.raises(BindError, match="each was slower from a graph"):
+            ask()
+    stitched.capture([2], context_for=dry_request, progress=False)
+    generated(model, 2)
+    assert any(row.graph for row in stitched.call_report())
+    stitched.sleep()
+    with pytest.raises(BindError, match=r"wake_up\(\)"):
+        stitched.coverage()
 
 
 @pytest.mark.parametrize("cache", ["static", None])

@@ -89,6 +89,34 @@ def test_generation_equals_eager(pair: Pair, how: dict[str, object]) -> None:
     pair.check_generation(**how)
 
 
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_a_prompt_of_one_token(pair: Pair, cache: str | None) -> None:
+    """Its first forward looks like a decode step, of a cache that has no tensors yet."""
+    how = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache}
+    for ids in (pair.ids[:, 8:], pair.ids[:1, 8:]):
+        assert torch.equal(pair.stitched.generate(ids, **how), pair.eager.generate(ids, **how))
+
+
+class Nowhere(transformers.generation.BaseStreamer):
+    """Takes tokens and leaves them."""
+
+    def put(self, value: torch.Tensor) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+
+def test_what_generate_hands_on_without_using_it(pair: Pair) -> None:
+    beams = {"num_beams": 2, "do_sample": True, "streamer": Nowhere(), "max_new_tokens": 5}
+    beams["assistant_model"] = pair.eager
+    ours, theirs = (
+        [torch.manual_seed(3), each.generate(pair.ids, **beams)][1]
+        for each in (pair.stitched, pair.eager)
+    )
+    assert torch.equal(ours, theirs)
+
+
 def test_generation_under_inference_mode(pair: Pair) -> None:
     with torch.inference_mode():
         pair.check_generation()
@@ -109,6 +137,7 @@ def test_mask_forms(pair: Pair) -> None:
 
 def test_given_positions_and_packed_sequences(pair: Pair) -> None:
     pair.check_logits(input_ids=pair.ids, position_ids=torch.arange(5, 14).unsqueeze(0))
+    pair.check_logits(input_ids=pair.ids, position_ids=torch.arange(5.0, 14.0).unsqueeze(0))
     packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
     pair.check_logits(input_ids=pair.ids, position_ids=packed, use_cache=False)
 
@@ -250,13 +279,17 @@ def test_unstitch_restores_the_model() -> None:
         ({"is_causal": False}, "is_causal"),
         ({"position_ids": torch.zeros(3, 2, 9, dtype=torch.long)}, "position_ids"),
         ({"past_key_values": ((torch.zeros(1), torch.zeros(1)),)}, "past_key_values"),
+        ({"position_ids": torch.arange(9)[None] / 2}, "between tokens"),
+        ({"position_ids": [[*range(9)]]}, "position_ids is a list"),
         ({"inputs_embeds": torch.zeros(2, 9, 32)}, "exactly one"),
+        ({"input_ids": torch.ones(2, 9)}, "must be integers"),
+        ({"input_ids": [[1, 2, 3]]}, "input_ids is a list"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_requests_that_cannot_be_served(pair: Pair, given: dict[str, object], named: str) -> None:
     with torch.no_grad(), pytest.raises(InputError, match=named) as caught:
-        pair.stitched.model(pair.ids, **given)
+        pair.stitched.model(**{"input_ids": pair.ids, **given})
     assert caught.value.where
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import re
 import shutil
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 import weakref
 from collections.abc import Callable, Iterator
@@ -226,6 +228,97 @@ def test_a_stream_that_the_client_leaves_is_not_computed_on(running: Running, fo
     while last != (last := running.steps()):  # what is computed meanwhile is over
         time.sleep(0.2)
     assert last - before < LONG
+
+
+BAD = {
+    "completions": [
+        *({"max_tokens": each} for each in (-5, 0, 2.5, "many", True)),
+        *({"prompt": each} for each in ("", "   ", ["w5"], None, 5)),
+        *({"n": 2}, {"logprobs": 2}, {"echo": True}, {"temperature": -1}, {"top_p": 7}),
+        *({"stop": 3}, {"stop": [""]}, {"seed": 2**70}, {"frequency_penalty": -1}),
+        *({"generation_config": each} for each in ("nope", '{"output_hidden_states": true}')),
+    ],
+    "chat/completions": [
+        *({"messages": each} for each in ([], "w5", [5], [{"content": "w5"}], None)),
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+        {"messages": [{"role": "user", "content": 5}]},
+        *({"logit_bias": {"x": 1}}, {"tools": 5}, {"response_format": {"type": "json_object"}}),
+    ],
+    "responses": [{"input": 5}, {"input": [5]}, {"max_output_tokens": -1}, {"top_logprobs": 2}],
+}
+GOOD = {
+    "completions": {"prompt": PROMPT, "max_tokens": 4},
+    "chat/completions": {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 4},
+    "responses": {"input": PROMPT, "max_output_tokens": 4},
+}
+
+
+def answer_to(running: Running, route: str, body: dict[str, object] | bytes) -> tuple[int, str]:
+    """Status and text."""
+    given = body if isinstance(body, bytes) else json.dumps(body).encode()
+    try:
+        return 200, fetch(f"{running.url}/v1/{route}", given)
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+@pytest.mark.parametrize("route", BAD)
+def test_what_a_request_can_not_have_is_told(running: Running, folder: Path, route: str) -> None:
+    good = {"model": NAME, "temperature": 0, "stream": False, **GOOD[route]}
+    assert answer_to(running, route, good)[0] == 200
+    for stream in (False, True):
+        for bad in BAD[route]:
+            status, said = answer_to(running, route, {**good, "stream": stream, **bad})
+            if stream and "output_hidden_states" in str(bad) and status == 200:
+                assert "output_hidden_states is asked for" in said  # begun before the model saw it
+                continue
+            assert status in (400, 422) and "detail" in json.loads(said), (bad, status, said)
+    for body in (b"", b"{", b"[]", b"null", b"\xff"):
+        assert answer_to(running, route, body)[0] in (400, 422)
+    assert complete(running, PROMPT, 9) == expected(folder, PROMPT, 9)
+
+
+def test_stop_and_biases_one_by_one(folder: Path) -> None:
+    with serving(folder) as running:
+        words = expected(folder, PROMPT, 9).split()
+        answer = running.client().completions.create(
+            model=NAME, prompt=PROMPT, max_tokens=9, temperature=0, stop=[words[2]]
+        )
+        assert answer.choices[0].text.split() == words[: words.index(words[2]) + 1]
+        answer = running.client().chat.completions.create(
+            model=NAME, logit_bias={"40": 100}, **GOOD["chat/completions"]
+        )
+        assert answer.choices[0].message.content.split() == [WORDS[40]] * 4
+
+
+def test_together_one_request_ends_no_other(folder: Path) -> None:
+    """Neither one that chooses tokens otherwise, nor one that the cache has no room for, nor an error in the worker."""
+    pages = transformers.ContinuousBatchingConfig(**{**TOGETHER, "num_blocks": 8})
+    room = 8 * 8
+    asked = {"model": NAME, "prompt": PROMPT, "max_tokens": 5}
+    with serving(folder, pages) as running:
+        assert complete(running, PROMPT, 9) == expected(folder, PROMPT, 9)
+        for differing in ({"stop": "w5"}, {"frequency_penalty": 0.5}):
+            assert answer_to(running, "completions", {**asked, **differing})[0] == 400
+        assert (
+            answer_to(running, "completions", asked)[0] == 200
+        )  # greedy, in another way of saying
+        long = " ".join(["w5"] * room)
+        status, said = answer_to(running, "completions", {**asked, "prompt": long})
+        assert status == 400 and f"has room for {room}" in said
+        fits = " ".join(["w5"] * (room - 2))
+        answer = running.client().completions.create(**{**asked, "prompt": fits}, temperature=0)
+        assert answer.choices[0].text == expected(folder, fits, 2)
+        assert answer.choices[0].finish_reason == "length"
+
+        def fail(*_: object) -> None:
+            raise RuntimeError("no memory")
+
+        hook = running.model().register_forward_pre_hook(fail)
+        status, _ = answer_to(running, "completions", asked)
+        assert status in (500, 503)  # before or after the worker says that it failed
+        hook.remove()
+        assert complete(running, PROMPT, 9) == expected(folder, PROMPT, 9)
 
 
 def test_metrics_are_answered(running: Running) -> None:

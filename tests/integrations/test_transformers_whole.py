@@ -298,6 +298,7 @@ REFUSED = {
     "attentions": ({"output_attentions": True}, "output_attentions"),
     "hidden states": ({"output_hidden_states": True}, "output_hidden_states"),
     "something unknown": ({"head_bias": 1.0}, "head_bias"),
+    "no token ids": ({"input_ids": torch.ones(2, 3)}, "must be integers"),
     "a cache of another class": ({"past_key_values": Strange()}, "Strange"),
     "caches of two": (
         {
@@ -313,7 +314,7 @@ REFUSED = {
 @pytest.mark.parametrize(("given", "reason"), REFUSED.values(), ids=REFUSED.keys())
 def test_calls_that_are_refused(pair: Pair, given: dict[str, object], reason: str) -> None:
     with torch.no_grad(), pytest.raises(InputError, match=reason):
-        pair.stitched.transformer(IDS, **given)
+        pair.stitched.transformer(**{"input_ids": IDS, **given})
 
 
 def test_training_gradients_and_autocast(pair: Pair) -> None:

@@ -216,7 +216,12 @@ class Serving:
         return cache
 
     @staticmethod
-    def _checked_positions(position_ids: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+    def _checked_positions(position_ids: object, batch: int, length: int) -> torch.Tensor:
+        if not isinstance(position_ids, torch.Tensor):
+            raise InputError(
+                f"position_ids is a {type(position_ids).__name__}, not a tensor",
+                where="position_ids",
+            )
         if (
             position_ids.ndim != 2
             or position_ids.shape[1] != length
@@ -226,7 +231,13 @@ class Serving:
                 f"position_ids has shape {tuple(position_ids.shape)}; expected [{batch}, {length}]",
                 where="position_ids",
             )
-        position_ids = position_ids.long()
+        given, position_ids = position_ids, position_ids.long()
+        if given.is_floating_point() and not torch.equal(given, position_ids.to(given.dtype)):
+            raise InputError(
+                "position_ids lie between tokens, and the stitched forward takes integers",
+                where="position_ids",
+                hint="unstitch(model) for this call",
+            )
         return position_ids if len(position_ids) == batch else position_ids.expand(batch, length)
 
 

@@ -13,10 +13,10 @@ from torch import nn
 from piecework.errors import CaptureError, InputError
 from piecework.integrations.transformers.own.settings import RECORDED, Settings
 
-#: Without meaning inside the decoder: for the output, the head or the loss, or for generate(), which hands its tokenizers on.
+#: Without meaning inside the decoder: for the output, the head or the loss, or for generate(), which hands on what its way of decoding does not take.
 INERT = (
     *("return_dict", "cache_position", "logits_to_keep", "num_items_in_batch"),
-    *("tokenizer", "assistant_tokenizer"),
+    *("tokenizer", "assistant_tokenizer", "assistant_model", "streamer"),
 )
 
 
@@ -95,7 +95,7 @@ def tokens_of(
         dtype, device: of the decoder's embeddings when it was stitched.
 
     Raises:
-        InputError: there are none or two, they are empty, gradients or autocast are on, or the model was moved or cast.
+        InputError: there are none or two, they are empty or no ids, gradients or autocast are on, or the model was moved or cast.
     """
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     if (ids is None) == (embeds is None):
@@ -109,11 +109,15 @@ def tokens_of(
         )
     entry, tokens = ("input_ids", ids) if embeds is None else ("inputs_embeds", embeds)
     ranks = 2 if embeds is None else 3
+    if not isinstance(tokens, torch.Tensor):
+        raise InputError(f"{entry} is a {type(tokens).__name__}, not a tensor", where=entry)
     if tokens.ndim != ranks or 0 in tokens.shape:
         raise InputError(
             f"{entry} has shape {tuple(tokens.shape)}; expected {ranks} dimensions, none of them empty",
             where=entry,
         )
+    if embeds is None and (tokens.is_floating_point() or tokens.dtype is torch.bool):
+        raise InputError(f"input_ids are {tokens.dtype}, and must be integers", where=entry)
     if torch.is_grad_enabled() and (
         tokens.requires_grad or any(p.requires_grad for p in decoder.parameters())
     ):

@@ -88,14 +88,14 @@ class FixedRows:
 
     def __init__(self, layer: StaticLayer) -> None:
         self._layer = layer
-        self._keys = self._values = None
+        self._keys = self._values = self._places = None
 
     def append(
         self, key: torch.Tensor, value: torch.Tensor, indices: dict[int, torch.Tensor]
     ) -> Pair | None:
         """As `GrowingRows.append`; keys and values are of the layer's whole length."""
         layer = self._layer
-        if layer.keys is not self._keys or layer.values is not self._values:
+        if self._places is None or layer.keys is not self._keys or layer.values is not self._values:
             held = (layer.keys, layer.values)
             if not all(map(_continues, (key, value), held)) or not all(map(_writable, held)):
                 return None
