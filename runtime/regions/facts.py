@@ -5,7 +5,7 @@ A layer that was not traced is compared with the one that was, fact by fact, bef
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -139,16 +139,21 @@ class LayerPlaces:
             made = Place(made, each.kind, each.key, name)
         return made
 
-    def reads(self, group: Group, alike: Alike, guards: Iterable[Guarded]) -> Iterator[Read]:
-        """What the trace read and the other layer has otherwise.
+    def reads(self, group: Group, alike: Alike, guards: Iterable[Guarded]) -> list[Read]:
+        """What the trace read and the other layer has otherwise; with what else it read by these names, which is the same there.
 
         Args:
             guards: those in the first layer.
         """
+        equal, differing = [], []
         for guard in guards:
             place = guard.place
             one, other = self.values.at(place), self.values.at(self.moved(group, alike, place))
-            if type(one) not in (int, str) or same(one, other):
+            if type(one) not in (int, str):
+                continue
+            read = Read(str(place.key), one, other)
+            if same(one, other):
+                equal.append(read)
                 continue
             owner = None if place.base is None else self.values.at(place.base)
             held = getattr(owner, "__dict__", None)
@@ -162,7 +167,9 @@ class LayerPlaces:
                 raise Refused(
                     f"{place.name} differs between layers and is no attribute of a plain object"
                 )
-            yield Read(str(place.key), one, other)
+            differing.append(read)
+        names = {each.name for each in differing}
+        return [*differing, *(each for each in equal if each.name in names)]
 
     def of(self, group: Group, place: Place) -> bool:
         """Whether it is in the first layer of a group."""

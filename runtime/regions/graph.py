@@ -7,6 +7,7 @@ trace would have it but for the numbers at the end of its nodes' names; where it
 from __future__ import annotations
 
 import operator
+import os
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -18,15 +19,17 @@ import torch.fx
 from torch.fx.node import base_types
 from torch.utils import _pytree as pytree
 
-from piecework.runtime import torch_compat
+from piecework.runtime import splitting_op, torch_compat
 from piecework.runtime.bind.facts import same
 from piecework.runtime.regions.alike import Alike
 from piecework.runtime.regions.facts import LayerPlaces, Read
 from piecework.runtime.regions.found import Group
-from piecework.runtime.regions.literals import Slot
+from piecework.runtime.regions.literals import Origin, Slot
 from piecework.runtime.regions.marks import FILE, Mark, Marks, Refused, kinds_of, same_kinds
 
 _FRAME = re.compile(r'  File "([^"\n]+)", line \d+, in [^\n]*\n(?:    [^\n]*\n?)*')
+_LINE = re.compile(r'^\s*File "([^"\n]+)", line (\d+), in ', re.MULTILINE)
+_CALLS = (os.path.dirname(torch.__file__) + os.sep, splitting_op.__file__)
 _MARKED = ".forward.__self__"
 
 
@@ -60,8 +63,7 @@ class FlatGraph:
     marks: Marks
     places: LayerPlaces
     called: set[int] = field(default_factory=set)
-    _templates: dict[int, _Template] = field(default_factory=dict)
-    _calls: list[tuple[torch.fx.Node, Mark]] = field(default_factory=list)
+    _calls: list[tuple[torch.fx.Node, Mark, _Template]] = field(default_factory=list)
     _by_tensor: dict[int, torch.fx.Node] = field(default_factory=dict)
     _tensor_of: dict[torch.fx.Node, object] = field(default_factory=dict)
 
@@ -76,10 +78,11 @@ class FlatGraph:
     @property
     def calls(self) -> list[Mark]:
         """The calls of layers that were not traced."""
-        return [mark for _, mark in self._calls]
+        return [mark for _, mark, _ in self._calls]
 
     def _find(self) -> None:
-        """Find the marks in the graph."""
+        """Find the marks in the graph; a call stands beside the last one of its group's first layer, which it was compared with."""
+        last: dict[int, _Template] = {}
         open_: dict[int, tuple[torch.fx.Node, list[torch.fx.Node]]] = {}
         for node in self.gm.graph.nodes:
             mark = self._mark_of(node)
@@ -90,12 +93,13 @@ class FlatGraph:
                 open_[id(mark.group)] = node, []
             elif mark.kind == "leave":
                 enter, nodes = open_.pop(id(mark.group))
-                made = _Template(mark.group, enter, node, nodes)
-                self._templates.setdefault(id(mark.group), made)
+                last[id(mark.group)] = _Template(mark.group, enter, node, nodes)
             else:
                 if open_:
                     raise Refused("a layer is called inside of another")
-                self._calls.append((node, mark))
+                if id(mark.group) not in last:
+                    raise Refused("a layer is called whose kind was not traced")
+                self._calls.append((node, mark, last[id(mark.group)]))
                 self.called.add(id(mark.alike.second))  # type: ignore[union-attr]
         if open_:
             raise Refused("a layer is called inside of itself")
@@ -106,7 +110,7 @@ class FlatGraph:
         return self.marks.by_function.get(node.target)
 
     def write_out(
-        self, slots: Mapping[Slot, str], reads: Callable[[Group, Alike], Sequence[Read]]
+        self, slots: Mapping[Slot, Origin], reads: Callable[[Group, Alike], Sequence[Read]]
     ) -> None:
         """Replace each call by the nodes of its layer, and take the marks out.
 
@@ -117,23 +121,20 @@ class FlatGraph:
         Raises:
             Refused: a graph can't be shown to be the one that a flat trace would have.
         """
-        for template in self._templates.values():
-            if any(mark.group is template.group for _, mark in self._calls):
-                self._require_plain(template)
+        for template in {id(each): each for _, _, each in self._calls}.values():
+            self._require_plain(template)
         for node in self.gm.graph.nodes:
             _without_mark(node)
         cursor = _Cursor(self.gm.graph)
-        calls = dict(self._calls)
+        calls = {node: (mark, template) for node, mark, template in self._calls}
         for node in list(self.gm.graph.nodes):
-            mark = calls.get(node)
             if node.op == "placeholder":
                 continue
-            if mark is None:
+            if node not in calls:
                 cursor.after(node)
             else:
-                own = self._templates.get(id(mark.group))
-                if own is None or mark.alike is None:
-                    raise Refused("a layer is called whose kind was not traced")
+                mark, own = calls[node]
+                assert mark.alike is not None
                 found = list(reads(mark.group, mark.alike))
                 try:
                     _Copy(self, own, node, mark.alike, cursor, slots, found).make()
@@ -181,6 +182,14 @@ class FlatGraph:
         value = self._tensor_of.get(node)  # type: ignore[call-overload]
         names = value.__dict__ if isinstance(value, torch.Tensor) else ()
         return any(not ("_dynamo_" in name or name == "_specialize_on") for name in names)
+
+    def stands_for(self, old: torch.fx.Node, new: object, alike: Alike) -> bool:
+        """Whether a layer is given what the first one is given, as far as layers hold it: of its own what is the first one's own there."""
+        one, other = self._tensor_of.get(old), self._tensor_of.get(new)  # type: ignore[call-overload]
+        owned = self.places.owned()
+        if owned.get(id(one)) is None and owned.get(id(other)) is None:
+            return True
+        return id(one) in alike.pairs and alike.counterpart(one) is other
 
     def placeholder(
         self, old: torch.fx.Node, alike: Alike, cursor: _Cursor, mode: Any
@@ -236,13 +245,16 @@ class _Copy:
     call: torch.fx.Node
     alike: Alike
     cursor: _Cursor
-    slots: Mapping[Slot, str]
+    slots: Mapping[Slot, Origin]
     reads: Sequence[Read]
     _env: dict[torch.fx.Node, Any] = field(default_factory=dict)
     _results: dict[torch.fx.Node, Any] = field(default_factory=dict)
 
     def make(self) -> None:
         template, call = self.template, self.call
+        for node in (template.enter, call):
+            if not _is_called(node, type(self.alike.first)):
+                raise Refused("its forward is called past the call of its module")
         self._match(
             (template.enter.args, dict(template.enter.kwargs)), (call.args, dict(call.kwargs))
         )
@@ -281,6 +293,8 @@ class _Copy:
                     self.flat.has_attributes(old) or self.flat.has_attributes(new)
                 ):
                     raise Refused("an argument of it is a tensor that has attributes")
+                if not self.flat.stands_for(old, new, self.alike):
+                    raise Refused("it is given a tensor that a layer holds")
             elif not same(old, new):
                 raise Refused(f"it is given {new!r} where the first layer is given {old!r}")
 
@@ -324,12 +338,20 @@ class _Copy:
         args, kwargs = list(node.args), dict(node.kwargs)
         for place, value in (*enumerate(args), *kwargs.items()):
             argument = op._schema.arguments[place].name if isinstance(place, int) else place
-            name = self.slots.get((op._schema.name, argument))
+            origin = self.slots.get((op._schema.name, argument))
+            name = None if origin is None else origin.name
             found = [each for each in self.reads if each.name == name and same(each.first, value)]
-            if name is None or not found:
+            if origin is None or not found:
                 continue
+            if not origin.made_at(*_line_of(node)):
+                raise Refused(
+                    f"argument {argument} of {op} has several origins", frozenset({origin.name})
+                )
             if not all(same(each.second, found[0].second) for each in found):
-                raise Refused(f"attributes {name} differ in more than one way", frozenset({name}))
+                raise Refused(
+                    f"attributes {origin.name} differ in more than one way",
+                    frozenset({origin.name}),
+                )
             changed = True
             if isinstance(place, int):
                 args[place] = found[0].second
@@ -388,6 +410,19 @@ def _is_number(node: torch.fx.Node) -> bool:
 
 def _value(node: object) -> Any:
     return node.meta.get("example_value") if isinstance(node, torch.fx.Node) else node
+
+
+def _is_called(node: torch.fx.Node, kind: type) -> bool:
+    """Whether a mark stands in a call of a module of this class, so that what the layer computes is known to be its."""
+    stack = [where for _, where in (node.meta.get("nn_module_stack") or {}).values()]
+    return bool(stack) and stack[-1] in (kind, f"{kind.__module__}.{kind.__qualname__}")
+
+
+def _line_of(node: torch.fx.Node) -> tuple[str, int]:
+    """The user's line that called an operator."""
+    found = _LINE.findall(str(node.meta.get("stack_trace")))
+    users = [(file, int(line)) for file, line in found if not file.startswith(_CALLS)]
+    return users[-1] if users else ("", 0)
 
 
 def _require_literal(value: object) -> None:

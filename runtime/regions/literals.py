@@ -25,6 +25,25 @@ from piecework.runtime.splitting_op import SplittingOp
 Resolve = Callable[[types.CodeType, str], object]
 #: An argument of an operator: the operator's name and the argument's.
 Slot = tuple[str, str]
+#: A file, and the first and last line of a call in it.
+Lines = tuple[str, int, int]
+
+
+@dataclass(slots=True)
+class Origin:
+    """Where an argument of an operator comes from.
+
+    Attributes:
+        name: the attribute that is handed to it.
+        lines: the calls that do.
+    """
+
+    name: str
+    lines: set[Lines] = field(default_factory=set)
+
+    def made_at(self, file: str, line: int) -> bool:
+        """Whether one of the calls stands there."""
+        return any(each[0] == file and each[1] <= line <= each[2] for each in self.lines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +67,7 @@ _NOTHING = {
 # Instructions that take so many values and leave one of which nothing is known.
 _TAKES = {
     **dict.fromkeys(("BINARY_OP", "BINARY_SUBSCR", "COMPARE_OP", "IS_OP", "CONTAINS_OP"), 2),
+    "BINARY_SLICE": 3,
     **dict.fromkeys(("UNARY_NEGATIVE", "UNARY_NOT", "UNARY_INVERT", "GET_ITER", "TO_BOOL"), 1),
 }
 _OF_GLOBALS = {
@@ -68,8 +88,8 @@ def slots_of(
     resolve: Resolve,
     owners: Mapping[types.CodeType, list[torch.nn.Module]],
     kinds: Iterable[type],
-) -> dict[Slot, str]:
-    """Which operators' arguments get attributes of these names, by which name.
+) -> dict[Slot, Origin]:
+    """Which operators' arguments get attributes of these names, by which name, and where.
 
     Args:
         names: attributes.
@@ -81,7 +101,7 @@ def slots_of(
     Raises:
         Refused: an attribute of a name may go elsewhere.
     """
-    found: dict[Slot, str] = {}
+    found: dict[Slot, Origin] = {}
     look_ups = (getattr(kind, name, None) for kind in kinds for name in _LOOK_UPS)
     own = {getattr(each, "__code__", None) for each in look_ups}
     for each in with_inner_code(code):
@@ -96,10 +116,38 @@ def slots_of(
                 f"{each.co_qualname} looks attributes up by names that it computes", names
             )
         if names & used or ("getattr" in used and not free):
-            for slot, name in _Reader(names, each, resolve, owners.get(each, [])).read().items():
-                if found.setdefault(slot, name) != name:
-                    raise Refused(f"argument {slot[1]} of {slot[0]} has several origins", names)
+            for slot, origin in _Reader(names, each, resolve, owners.get(each, [])).read().items():
+                known = found.setdefault(slot, Origin(origin.name))
+                if known.name != origin.name:
+                    raise _several(slot, names)
+                known.lines |= origin.lines
+    _require_alone(names, found, code, resolve, owners)
     return found
+
+
+def _require_alone(
+    names: frozenset[str],
+    found: Mapping[Slot, Origin],
+    code: Iterable[types.CodeType],
+    resolve: Resolve,
+    owners: Mapping[types.CodeType, list[torch.nn.Module]],
+) -> None:
+    """Raise if an operator may get another value for the same argument on a line that hands it an attribute: the graph tells calls apart by their lines."""
+    files = {file for origin in found.values() for file, _, _ in origin.lines}
+    for each in with_inner_code(code):
+        if each.co_filename not in files:
+            continue
+        reader = _Reader(names, each, resolve, owners.get(each, []))
+        reader.read()
+        for schema, given, (file, first, last) in reader.calls:
+            for slot, origin in found.items():
+                here = any(f == file and a <= last and first <= b for f, a, b in origin.lines)
+                if here and schema in (None, slot[0]) and slot[1] not in given:
+                    raise _several(slot, names)
+
+
+def _several(slot: Slot, names: frozenset[str]) -> Refused:
+    return Refused(f"argument {slot[1]} of {slot[0]} has several origins", names)
 
 
 def _matches(code: types.CodeType, names: frozenset[str]) -> bool:
@@ -121,12 +169,18 @@ class _Reader:
     code: types.CodeType
     resolve: Resolve
     owners: list[torch.nn.Module]
-    found: dict[Slot, str] = field(default_factory=dict)
+    found: dict[Slot, Origin] = field(default_factory=dict)
+    calls: list[tuple[str | None, frozenset[str], Lines]] = field(default_factory=list)
+    _at: Lines = ("", 0, 0)
     _stack: list[_Expr] = field(default_factory=list)
     _keywords: tuple[str, ...] = ()
 
-    def read(self) -> dict[Slot, str]:
+    def read(self) -> dict[Slot, Origin]:
+        """Go through the code. ``calls`` then lists those of operators, and of what may be one: the operator or None, the arguments that attributes of these names go to, and the lines."""
         for instruction in dis.get_instructions(self.code):
+            if instruction.positions is not None and instruction.positions.lineno is not None:
+                first = instruction.positions.lineno
+                self._at = self.code.co_filename, first, instruction.positions.end_lineno or first
             if instruction.is_jump_target:
                 self._forget("where code joins")
             self._step(instruction)
@@ -188,6 +242,9 @@ class _Reader:
             self._push(_Expr("local", key=value[1]))
         elif name == "STORE_FAST_STORE_FAST":
             self._take(2, "kept in a variable")
+        elif name == "BUILD_SLICE":
+            self._take(arg, "computed with")
+            self._push(_UNKNOWN)
         elif name in _TAKES:
             self._take(_TAKES[name], "computed with")
             self._push(_UNKNOWN)
@@ -260,18 +317,24 @@ class _Reader:
             raise Refused(
                 f"{self.code.co_qualname} looks attributes up by names that it computes", self.names
             )
+        op = _operator(self._object(callee))
+        handed: set[str] = set()
         given = [(index, each) for index, each in enumerate(args)]
         for key, each in [*given, *named.items()]:
             if each.kind == "loaded":
-                op = _operator(self._object(callee))
                 if op is None:
                     raise self._elsewhere("it is an argument of a call that is no operator's")
                 schema = op._schema
                 argument = schema.arguments[key].name if isinstance(key, int) else str(key)
-                if self.found.setdefault((schema.name, argument), each.key) != each.key:
+                origin = self.found.setdefault((schema.name, argument), Origin(each.key))
+                if origin.name != each.key:
                     raise self._elsewhere("one argument has several origins")
+                origin.lines.add(self._at)
+                handed.add(argument)
             elif each.holds_loaded():
                 raise self._elsewhere("inside of an argument")
+        if op is not None or callee.kind in ("local", "?"):
+            self.calls.append((op and op._schema.name, frozenset(handed), self._at))
 
     def _object(self, expr: _Expr) -> object:
         """What an expression is while the trace runs; None if that is not known."""

@@ -52,16 +52,18 @@ class Recorded:
     around: tuple[object, ...] = ()
     result: object = None
     code: tuple[types.CodeType, ...] = ()
+    written: torch_compat.Written | None = None
     done: bool = False
     served: bool = False
     _before: int = 0
 
     def begin(self, given: object) -> None:
         self.done, self._before = False, len(torch_compat.traced_calls())
+        self.written = torch_compat.written_so_far()
         self.given, self.around, self.before = given, _around(), kinds_of(given)
 
     def end(self, result: object) -> None:
-        self.code = tuple(torch_compat.traced_calls()[self._before :])
+        self.code += tuple(torch_compat.traced_calls()[self._before :])
         self.result, self.done = result, True
 
 
@@ -123,13 +125,13 @@ class Marks:
         self, group: Group, record: Recorded
     ) -> tuple[Callable[..., object], Callable[..., object]]:
         def enter(*args: object, **kwargs: object) -> torch.Tensor:
-            self._require_bare_tensors()
             record.begin((args, kwargs))
+            self._require_written(record)
             return torch.empty(())
 
         def leave(result: object) -> torch.Tensor:
             given = record.given
-            self._require_bare_tensors()
+            self._require_written(record)
             if not same_kinds(record.before, kinds_of(given)) or record.around != _around():
                 self._refuse("it changes the kind of an argument, or what is around it")
             if not _is_plain(result, (torch.Tensor,)):
@@ -149,11 +151,11 @@ class Marks:
     def _call(self, group: Group, alike: Alike, record: Recorded) -> Callable[..., object]:
         def call(*args: object, **kwargs: object) -> object:
             given = args, kwargs
-            self._require_bare_tensors()
             # A layer is odd if another was served before: else the first one is.
             odd = alike.second if record.served else group.first
             if not record.done:
                 self._refuse("another layer of its kind is called before the first one", odd)
+            self._require_written(record)
             if not _is_plain((args, tuple(kwargs.values())), _ARGUMENTS):
                 self._refuse("it is given something else than tensors, numbers, texts and None")
             if not same_kinds(kinds_of(given), record.before) or _around() != record.around:
@@ -178,9 +180,11 @@ class Marks:
         self.by_function[torch._dynamo.allow_in_graph(call)] = Mark("call", group, alike)
         return call
 
-    def _require_bare_tensors(self) -> None:
-        if torch_compat.tensors_given_attributes():
-            self._refuse("attributes of tensors were set, which layers might ask for")
+    def _require_written(self, record: Recorded) -> None:
+        """Refuse if code found other things written now than the first layer did when it began."""
+        now = torch_compat.written_so_far()
+        if now is None or not now.is_as(record.written):
+            self._refuse("attributes or objects were written, which layers might ask for")
 
     def _refuse(self, why: str, apart: torch.nn.Module | None = None) -> NoReturn:
         self.refused = self.refused or Refused(why, apart=apart)

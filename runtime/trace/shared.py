@@ -10,28 +10,26 @@ import copy
 import dis
 import logging
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.fx
 
 from piecework.runtime import torch_compat
-from piecework.runtime.bind.asked import is_torchs
 from piecework.runtime.bind.facts import Values
 from piecework.runtime.bind.guards import Bins
 from piecework.runtime.regions.facts import LayerPlaces, Read, say_of_all
 from piecework.runtime.regions.found import Group, repeated_layers
 from piecework.runtime.regions.graph import FlatGraph
-from piecework.runtime.regions.literals import Slot, slots_of
+from piecework.runtime.regions.hidden import require_apart
+from piecework.runtime.regions.literals import Origin, Slot, slots_of
 from piecework.runtime.regions.marks import FILE, Marks, Refused
 from piecework.runtime.torch_compat import Guarded, GuardReader
 from piecework.runtime.trace.untold import scopes
 
 _log = logging.getLogger(__name__)
 _ATTEMPTS = 3
-# What tells objects apart by where they lie, or a mark from the function that it stands for.
-_TELLS_APART = {"id", "hash", "signature", "getfullargspec", "getsource"}
 
 
 @dataclass(slots=True)
@@ -126,7 +124,7 @@ class SharedLayers:
         code = list(dict.fromkeys(each for each in inside if each.co_filename != FILE))
         found = list(scopes(self.model, code))
         places = LayerPlaces(self.marks.groups, values)
-        self._require_hidden(found, places.owned())
+        require_apart(self.marks.groups, places.owned(), found)
         self._require_unwritten(code)
         guards = [g for g in map(places.unmarked, reader.so_far()) if g is not None]
         places.note(guards)
@@ -153,11 +151,11 @@ class SharedLayers:
         names: frozenset[str],
         code: Iterable[types.CodeType],
         found: Iterable[tuple[object, types.CodeType]],
-    ) -> dict[Slot, str]:
+    ) -> dict[Slot, Origin]:
         groups = self.marks.groups
         kinds = {type(each) for group in groups for each in group.others[0].own()}
         forwards = _forwards(groups)
-        slots: dict[Slot, str] = {}
+        slots: dict[Slot, Origin] = {}
         for name in sorted(names):
             known = slots_of(frozenset({name}), code, _Names(found), forwards, kinds)
             for slot in slots.keys() & known.keys():
@@ -166,22 +164,6 @@ class SharedLayers:
                 )
             slots |= known
         return slots
-
-    def _require_hidden(
-        self,
-        found: Iterable[tuple[object, types.CodeType]],
-        owned: Iterable[int],
-    ) -> None:
-        """Raise if traced code may tell layers apart by what no guard shows: a global that leads to one, or its address."""
-        own = set(owned)
-        for scope, each in found:
-            if is_torchs(each):
-                continue
-            if _TELLS_APART & set(each.co_names):
-                raise Refused(f"{each.co_qualname} may tell layers apart that are alike")
-            for name in each.co_names:
-                if name in scope and _leads_to(scope[name], own, 3):  # type: ignore[operator, index]
-                    raise Refused(f"global {name} leads to a layer")
 
     def _require_unwritten(self, code: Iterable[types.CodeType]) -> None:
         """Raise if a layer's code writes what layers have otherwise: that it wrote nothing new is known of the first alone."""
@@ -242,14 +224,3 @@ def _forwards(groups: Iterable[Group]) -> dict[types.CodeType, list[torch.nn.Mod
             if isinstance(function, types.FunctionType):
                 found.setdefault(function.__code__, []).append(module)
     return found
-
-
-def _leads_to(value: object, owned: set[int], depth: int) -> bool:
-    if id(value) in owned:
-        return True
-    if not depth or type(value) not in (list, tuple, dict, set):
-        return False
-    inner: Iterator[object] = iter(value)  # type: ignore[call-overload]
-    if isinstance(value, dict):
-        inner = iter([*value, *value.values()])
-    return any(_leads_to(each, owned, depth - 1) for each in inner)

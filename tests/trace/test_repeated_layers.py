@@ -299,7 +299,7 @@ REFUSED = {
     "a pattern": (Matched, "looks attributes up by names that it computes"),
     "a closure": (Closed, "is no attribute of a plain object"),
     "a bound argument": (Bound, "is no attribute of a plain object"),
-    "attributes of tensors": (Tagging, "attributes of tensors were set"),
+    "attributes of tensors": (Tagging, "attributes or objects were written"),
     "a size by number": (Growing, "depends on a layer's name or number"),
     "returns its input": (Returning, "returns one of its arguments"),
     "sizes by data": (Counting, "depends on data"),
