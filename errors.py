@@ -6,12 +6,13 @@ Nothing here imports torch, so that any layer may raise these.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import sys
 import traceback
 import types
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import ParamSpec, TypeVar
@@ -152,16 +153,26 @@ def tell(problem: PieceworkError, *, strict: bool) -> None:
     warnings.warn(str(problem), stacklevel=level)
 
 
-def short_errors(function: Callable[P, R]) -> Callable[P, R]:
+def short_errors(
+    function: Callable[P, R], elsewhere: Callable[[str, Collection[str]], str] | None = None
+) -> Callable[P, R]:
     """``function``, whose typed errors leave it without what lies behind them: piecework's own frames, and Dynamo's.
 
     An error of the user's own code that one follows from stays with it. With ``PIECEWORK_FULL_TRACEBACK=1`` everything stays.
+    Arguments that the function does not take are a `ConfigError`.
+
+    Args:
+        elsewhere: where an argument of such a name goes, of those that the function has; "" if nobody knows.
     """
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
+        except TypeError as error:
+            if error.__traceback__ is None or error.__traceback__.tb_next is not None:
+                raise  # from inside
+            raise _misfit(function, error, kwargs, elsewhere) from None
         except PieceworkError as error:
             if full_tracebacks():
                 raise
@@ -170,6 +181,26 @@ def short_errors(function: Callable[P, R]) -> Callable[P, R]:
             raise error.with_traceback(None)  # noqa: B904  # its cause is settled
 
     return run
+
+
+def _misfit(
+    function: Callable[..., object],
+    error: TypeError,
+    named: Iterable[str],
+    elsewhere: Callable[[str, Collection[str]], str] | None,
+) -> ConfigError:
+    """What Python says of arguments that ``function`` does not take, with where they go."""
+    parameters = [name for name in inspect.signature(function).parameters if name != "self"]
+    unknown = [name for name in named if name not in parameters]
+    hints = {
+        (elsewhere(name, parameters) if elsewhere is not None else "")
+        or did_you_mean(name, parameters)
+        for name in unknown
+    } - {""}
+    takes = f"it takes {', '.join(parameters)}" if parameters else "it takes no arguments"
+    return ConfigError(
+        str(error), where=function.__qualname__, hint="; ".join(sorted(hints)) or takes
+    )
 
 
 def full_tracebacks() -> bool:

@@ -42,7 +42,7 @@ def compile_command(
     config_file: ConfigFile = None,
     overrides: Overrides = None,
     dump: DumpFolder = None,
-    seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Seed of random weights.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Compile MODEL piecewise and write its source, graph, report and, where it can be saved, what was compiled to a folder."""

@@ -46,7 +46,7 @@ def trace(
     backend: Backend = None,
     config_file: ConfigFile = None,
     overrides: Overrides = None,
-    seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Seed of random weights.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Run MODEL once to warm up and once under torch's profiler, and write a trace that Perfetto opens.

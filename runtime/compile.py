@@ -23,6 +23,7 @@ from piecework.runtime.artifact.load import Artifact
 from piecework.runtime.artifact.store import Place, store_of
 from piecework.runtime.call.shared_module import require_model
 from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.config.elsewhere import where_it_goes
 from piecework.runtime.config.groups import CompilationMode, DynamicShapesType, RuntimeConfig
 from piecework.runtime.model_tag import compilation_complete
 from piecework.runtime.splitting_op import registry
@@ -37,7 +38,7 @@ _log = logging.getLogger(__name__)
 _UNSTITCHED = (CompilationMode.NONE, CompilationMode.STOCK_TORCH_COMPILE)
 
 
-@short_errors
+@partial(short_errors, elsewhere=where_it_goes)
 def compile(
     model: Callable[..., object],
     example_args: Sequence[object] = (),

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 
+from piecework.errors import ConfigError, did_you_mean
+
 
 @dataclass(slots=True)
 class CompilationCounter:
@@ -49,7 +51,7 @@ class CompilationCounter:
         """Check that the block changes the named counters by exactly the given amounts.
 
         Raises:
-            KeyError: a name is not a counter.
+            ConfigError: a name is not a counter.
             AssertionError: a counter changed by another amount; all of them are listed.
 
         Example:
@@ -59,7 +61,12 @@ class CompilationCounter:
         known = {field.name for field in fields(self)}
         unknown = sorted(set(deltas) - known)
         if unknown:
-            raise KeyError(f"no counter named {', '.join(unknown)}; there are {', '.join(known)}")
+            near = did_you_mean(unknown[0], known)
+            raise ConfigError(
+                f"no counter named {', '.join(unknown)}",
+                where="expect",
+                hint=near or f"there are {', '.join(sorted(known))}",
+            )
         before = self.snapshot()
         yield
         after = self.snapshot()

@@ -16,7 +16,7 @@ from typing import TypeVar, overload
 
 import torch
 
-from piecework.errors import ConfigError
+from piecework.errors import ConfigError, short_errors
 from piecework.runtime import torch_compat
 from piecework.runtime.call.failures import add_piece_note
 from piecework.runtime.compile import UnstitchedModule, compile_with_mode
@@ -72,6 +72,7 @@ def support_torch_compile(
 ) -> Callable[[ModuleClass], ModuleClass]: ...
 
 
+@short_errors
 def support_torch_compile(
     cls: ModuleClass | None = None,
     *,
@@ -127,6 +128,7 @@ def support_torch_compile(
     return decorate if cls is None else decorate(cls)
 
 
+@short_errors
 def ignore_torch_compile(cls: ModuleClass) -> ModuleClass:
     """Run instances of a class as they are, although a base class was decorated with `support_torch_compile`.
 

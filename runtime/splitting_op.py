@@ -11,7 +11,7 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar, get_args
 
 import torch
 
-from piecework.errors import SplitError, did_you_mean
+from piecework.errors import SplitError, did_you_mean, short_errors
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -189,6 +189,7 @@ registry = SplittingOpRegistry()
 AnyOp = str | torch._ops.OpOverload | torch._ops.OpOverloadPacket | SplittingOp[..., object]
 
 
+@short_errors
 def declare_rows(op: AnyOp, rows: RowsOf | None) -> None:
     """Say what an operator that piecework did not register does with the rows of a batch, so that batches may be padded around it.
 
@@ -205,6 +206,7 @@ def declare_rows(op: AnyOp, rows: RowsOf | None) -> None:
     registry.declare(_name_of(op), rows)
 
 
+@short_errors
 def declare_full_graphs(op: AnyOp, graphs: GraphsOf | None) -> None:
     """Say which whole forwards may be one static graph with an operator inside that piecework did not register.
 
@@ -251,6 +253,7 @@ def _require_name(name: object) -> None:
         raise SplitError(f"operator name {name!a} is not of the form 'namespace::name'")
 
 
+@short_errors
 def splitting_op(
     name: str,
     *,

@@ -131,7 +131,7 @@ class StitchedModule(SharedModule):
             # Its traceback would keep the frames of this call alive, and so what it was called with.
             refused = error.with_traceback(None)
         except Exception as error:
-            told = self._traces.told(error)
+            told = self._traces.told(error, args, kwargs)
             if told is error:
                 raise
             raise told from error

@@ -106,6 +106,13 @@ def methods_called(graph: torch.fx.Graph) -> set[str]:
     return {str(node.target) for node in graph.nodes if node.op == "call_method"}
 
 
+def functions_called(graph: torch.fx.Graph) -> dict[str, str]:
+    """The functions of Python that ``graph`` calls: their own names, and how code writes them."""
+    called = (node.target for node in graph.nodes if node.op == "call_function")
+    plain = (each for each in called if operator_name(each) is None)
+    return {_written(each).rpartition(".")[2]: _written(each) for each in plain}
+
+
 def operator_name(target: object) -> str | None:
     """``ns::op`` of an operator or a packet of overloads; None for any other callable."""
     if isinstance(target, OpOverload):

@@ -32,6 +32,7 @@ from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.sizes import default_capture_sizes
 from piecework.runtime.compile import keep, require_stitching, take_if_it_fits
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
+from piecework.runtime.config.elsewhere import where_it_goes
 from piecework.runtime.graphs.serve.measured import Measurement
 from piecework.runtime.stitched import StitchedModule
 
@@ -43,7 +44,7 @@ AUTO = "auto"
 AUTO_MAXIMUM = 64
 
 
-@short_errors
+@partial(short_errors, elsewhere=where_it_goes)
 def stitch(
     model: Model,
     *,

@@ -22,7 +22,12 @@ from piecework.runtime.batch.keys import (
     uniform_descriptor,
 )
 from piecework.runtime.batch.mode import CUDAGraphMode
-from piecework.runtime.batch.sizes import decode_sizes, padded_sizes, require_positive_sizes
+from piecework.runtime.batch.sizes import (
+    decode_sizes,
+    padded_sizes,
+    require_positive_sizes,
+    require_whole_number,
+)
 
 #: Axes whose captured values are the most that a batch may have.
 BOUNDS = frozenset({"max_query_len"})
@@ -215,8 +220,7 @@ class CudagraphDispatcher:
             InputError: no tokens, an undeclared axis, or NONE is left out and nothing else fits.
             StaticGraphError: ``strict``, and the batch falls back to NONE although its mode promises a graph.
         """
-        if num_tokens < 1:
-            raise InputError(f"a batch has {num_tokens} tokens", where="dispatch")
+        require_whole_number(num_tokens)
         allowed = frozenset((CUDAGraphMode.NONE, *CAPTURING)) - kind.invalid_modes
         extra = self._extra(dict(kind.axes))
         query_len = kind.query_len or self.uniform_decode_query_len

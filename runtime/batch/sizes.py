@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from piecework.errors import ConfigError
+from piecework.errors import ConfigError, InputError
 
 # Beyond this many tokens a forward is bound by the device, not by launching kernels.
 WORTH_CAPTURING = 512
@@ -245,6 +245,17 @@ def _size_problems(given: list[int], max_num_batched_tokens: int | None) -> list
                 f"{max_num_batched_tokens}"
             )
     return problems
+
+
+def require_whole_number(num_tokens: object) -> None:
+    """Raise `InputError` if no batch has so many tokens."""
+    whole = hasattr(type(num_tokens), "__index__") and not isinstance(num_tokens, bool)
+    if not (whole and num_tokens > 0):  # type: ignore[operator]
+        raise InputError(
+            f"a batch has a positive whole number of tokens; got {num_tokens!r}",
+            where="dispatch",
+            hint="pass the size of the batch, unpadded",
+        )
 
 
 def sizes_to_capture(sizes: object) -> tuple[int, ...] | None:

@@ -303,6 +303,13 @@ class Entry:
         Raises:
             InputError: a ``torch.func`` transform is active, or autocast is not as it was in the trace.
         """
+        if torch_compat.jit_tracing():
+            raise self._outdated(
+                InputError(
+                    "torch.jit.trace records this call, and would keep what compiled pieces give as constants",
+                    hint="trace the model itself; stitched.save keeps what is compiled for another process",
+                )
+            )
         if torch_compat.transforms():
             raise self._outdated(
                 InputError(

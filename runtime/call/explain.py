@@ -23,6 +23,7 @@ _DYNAMIC = (
     "as math.log(x.shape[0]) does: mark the dimension with torch._dynamo.mark_dynamic and compile again, and it is served, "
     "or torch says what fixes it"
 )
+_AS_EXAMPLE = "pass what the example had there, or compile the model with an example like this call"
 _SAME_ARGUMENTS = "pass the same arguments by position and by name"
 _ANOTHER_VALUE = "compile the model again for another value"
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -166,7 +167,8 @@ class _Search:
                 label, given = self.leaves[leaf]
                 if type(given) is not int:
                     now = type(given).__qualname__
-                    yield InputError(f"argument {label} must be an int, not a {now}")
+                    message = f"argument {label} must be an int, not a {now}"
+                    yield InputError(message, hint=_AS_EXAMPLE)
             case checks.IntegerIs(leaf, size):
                 given = self.leaves[leaf][1]
                 yield from self._number(f"is {given}", (leaf, None), size, given)  # type: ignore[arg-type]
@@ -191,7 +193,8 @@ class _Search:
             case checks.KindIs(_, label, kind):
                 if type(value) is not kind:
                     now = type(value).__qualname__
-                    yield InputError(f"argument {label} must be a {kind.__name__}, not a {now}")
+                    message = f"argument {label} must be a {kind.__name__}, not a {now}"
+                    yield InputError(message, hint=_AS_EXAMPLE)
             case checks.KeysAre(_, label, kind, keys):
                 there = tuple(value) if kind is dict else tuple(range(len(value)))  # type: ignore[arg-type]
                 if set(there) != set(keys):
@@ -325,7 +328,11 @@ class _Search:
 def _class(leaf: int, label: str, value: object, kind: type | None) -> Iterator[InputError]:
     now = type(value).__qualname__
     if not isinstance(value, torch.Tensor):
-        yield InputError(f"argument {label} must be a tensor, not a {now}")
+        made = now in ("ndarray", "list", "int", "float", "bool")
+        yield InputError(
+            f"argument {label} must be a tensor, not a {now}",
+            hint=f"pass torch.as_tensor({label})" if made else _AS_EXAMPLE,
+        )
     elif type(value) not in _PLAIN:
         yield InputError(
             f"argument {label} is a {now}, a tensor subclass; compiled pieces take plain tensors",
@@ -351,17 +358,24 @@ def _memory(
     match check:
         case checks.DtypeIs(_, expected):
             what, now = "dtype", value.dtype
+            instead = f"{label}.to({expected})"
         case checks.Strided():
             what, now, expected = "layout", value.layout, torch.strided
+            instead = f"{label}.to_dense()"
         case checks.DeviceIs(_, device):
             same = _same_device(device, value.device)
             what, now, expected = "device", value.device, value.device if same else device
+            instead = f"{label}.to({str(device)!r})"
         case checks.RankIs(_, expected):
             what, now = "rank", value.dim()
+            instead = f"{label} with {expected} dimensions"
         case _:
             assert_never(check)
     if now != expected:
-        yield InputError(f"argument {label} has {what} {now}; the model was traced with {expected}")
+        yield InputError(
+            f"argument {label} has {what} {now}; the model was traced with {expected}",
+            hint=f"pass {instead}, or compile the model with an example like this call",
+        )
 
 
 def _lazy(

@@ -116,6 +116,17 @@ class SharedModule(torch.nn.Module):
             hint="move or convert the model, and compile it again",
         )
 
+    def __prepare_scriptable__(self) -> object:
+        """Refused: what ``torch.jit.script`` asks a module for.
+
+        Raises:
+            BindError: always.
+        """
+        raise BindError(
+            "a stitched module can't be scripted: it runs compiled code, which TorchScript can't read",
+            hint="script the model itself; stitched.save keeps what is compiled for another process",
+        )
+
     def __reduce_ex__(self, protocol: object) -> object:
         """Refused: compiled pieces belong to this process, and a copy would share the weights of ``model``.
 

@@ -68,7 +68,16 @@ class FrozenModel(BaseModel):
         protected_namespaces=(),  # older pydantic warns about a field named model_name
     )
 
-    def __init__(self, **data: Any) -> None:
+    def __init__(self, *positional: object, **data: Any) -> None:
+        if positional:
+            raise ConfigError(
+                f"the fields of {type(self).__name__} are given by name; got {positional[0]!r:.80}",
+                hint=(
+                    f"write {type(self).__name__}(backend='eager'), with the names of fields"
+                    if "backend" in type(self).model_fields
+                    else f"write {next(iter(type(self).model_fields))}=..., with the names of fields"
+                ),
+            )
         try:
             super().__init__(**data)
         except ValidationError as error:

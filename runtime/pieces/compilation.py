@@ -24,7 +24,12 @@ from piecework.codegen.graph.origin import SymbolNames, graph_of, value_of
 from piecework.codegen.graph.structure import Structure, input_signature, structure_of
 from piecework.codegen.split.split import SplittingOp as SplittingOpLike
 from piecework.codegen.split.split import SplittingOps
-from piecework.codegen.split.splitting import methods_called, operator_name, recurrent_layers
+from piecework.codegen.split.splitting import (
+    functions_called,
+    methods_called,
+    operator_name,
+    recurrent_layers,
+)
 from piecework.errors import CaptureError, ConfigError, SplitError, did_you_mean, tell
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.writes import (
@@ -269,10 +274,14 @@ class Compilation:
         missing = SplittingOps(ops).missing_from(self.graph.graph)
         if missing and self.trace is not Trace.ANOTHER:
             methods = methods_called(self.graph.graph)
-            named = {name.rpartition("::")[2].rpartition(".")[2] for name in missing}
+            named = set(map(_short_name, missing))
             called = sorted(named & methods)
+            functions = functions_called(self.graph.graph)
+            written = [functions[name] for name in sorted(named) if name in functions]
             hint = "check the spelling, or leave them out; a graph calls what the model's code calls (torch.sin, not aten::sin)"
-            if called:
+            if written:
+                hint = f"the model's code calls {', '.join(written)}: name that function, without quotes, as in splitting_ops=[{written[0]}]"
+            elif called:
                 hint = f"the model's code calls it as a method of a tensor: write torch.{called[0]}(x, …) there in place of x.{called[0]}(…), and name torch.{called[0]}"
             tell(
                 SplitError(
@@ -432,6 +441,12 @@ def _batch_of(graph: torch.fx.GraphModule) -> Batch:
             if symbol is not None and symbol.isidentifier():
                 return Batch(symbol, (index, dim if isinstance(value, torch.Tensor) else None))
     return Batch()
+
+
+def _short_name(name: str) -> str:
+    """``sin`` of ``aten::sin``, ``aten::sin.default``, ``torch.sin`` and ``TensorBase.sin``."""
+    namespace, _, op = name.rpartition("::")
+    return op.partition(".")[0] if namespace else op.rpartition(".")[2]
 
 
 def _op_name(op: object) -> str:

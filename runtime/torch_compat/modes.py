@@ -28,8 +28,12 @@ def autocast_off() -> AbstractContextManager[object]:
 
 
 def transforms() -> object:
-    """Whether a transform of ``torch.func`` (vmap, grad and the like) or forward-mode differentiation is active."""
-    return _interpreter() or _forward_ad._current_level >= 0
+    """Whether a transform of ``torch.func`` (vmap, grad and the like), forward-mode differentiation or ``torch.jit.trace`` is active."""
+    return _interpreter() or _forward_ad._current_level >= 0 or jit_tracing()
+
+
+#: Whether ``torch.jit.trace`` records this thread: it would keep what compiled pieces give as constants.
+jit_tracing = torch._C._is_tracing
 
 
 _interpreter, _forward_ad = torch._C._functorch.peek_interpreter_stack, torch.autograd.forward_ad

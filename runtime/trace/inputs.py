@@ -109,15 +109,31 @@ def require_traceable(
     for name, value in zip(names, [*args, *kwargs.values()], strict=True):
         for suffix, each in leaves_of(value, is_leaf=lambda x: bool(_instead_of(x))):
             if _instead_of(each):
-                kind = f"{type(each).__module__}.{type(each).__qualname__}"
                 raise CaptureError(
-                    f"argument {name}{suffix} is a {kind}, which can't be traced",
+                    f"argument {name}{suffix} is a {_kind_of(each)}, which can't be traced",
                     hint="pass " + _instead_of(each).format(f"{name}{suffix}"),
                 )
 
 
+def _kind_of(value: object) -> str:
+    if type(value) is torch.Tensor:
+        if value.is_nested:
+            return "nested tensor"
+        return "quantized tensor" if value.is_quantized else f"tensor of layout {value.layout}"
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
 def _instead_of(value: object) -> str:
     """What to pass in place of ``value``, with {} for its name; "" if it can be traced."""
+    if isinstance(value, torch.Tensor):
+        if value.is_nested:
+            return "a padded tensor, {}.to_padded_tensor(0)"
+        plain = type(value) in (torch.Tensor, torch.nn.Parameter)
+        if not plain and type(value).__qualname__ != "FakeTensor":  # which stands for a plain one
+            return "a plain torch.Tensor with its values: a call takes no subclass"
+        if value.is_quantized:
+            return "{}.dequantize()"
+        return "" if value.layout is torch.strided else "{}.to_dense()"
     if type(value) is torch.Size:
         return "tuple({})"
     if type(value).__module__ == "numpy" and hasattr(value, "__array__"):

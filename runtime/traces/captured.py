@@ -14,7 +14,7 @@ from piecework.errors import ConfigError, NotThereError, RankError
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.mode import CUDAGraphMode
-from piecework.runtime.batch.sizes import sizes_to_capture
+from piecework.runtime.batch.sizes import require_whole_number, sizes_to_capture
 from piecework.runtime.config.groups import RuntimeConfig
 from piecework.runtime.pieces.ranks import runs_alone
 from piecework.runtime.traces.traces import Traces
@@ -181,6 +181,7 @@ class CapturedTraces:
     def dispatch(
         self, num_tokens: int, uniform_decode: bool, **kind: Any
     ) -> tuple[CUDAGraphMode, BatchDescriptor]:
+        require_whole_number(num_tokens)
         for each in self._traces.made:
             if each.static is not None and each.static.serves(num_tokens):
                 return each.static.dispatcher.dispatch(num_tokens, uniform_decode, **kind)

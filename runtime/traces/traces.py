@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
+import torch
 from torch.utils import _pytree as pytree
 
 from piecework.collector import seldom_full_collections
@@ -155,10 +156,18 @@ class Traces:
                     return self._as_it_is(*args, **kwargs), None
                 raise refused
 
-    def told(self, error: Exception) -> Exception:
+    def told(
+        self, error: Exception, args: Sequence[object], kwargs: Mapping[str, object]
+    ) -> Exception:
         """``error`` of a call with what piecework knows of where it came from."""
         if torch_compat.stance_name() == torch_compat.FORCE_EAGER:
             return error
+        # The emitted checks ask for sizes, and torch itself refuses those of nested tensors.
+        if self.made and any(map(_is_nested, pytree.tree_leaves((args, kwargs)))):
+            return InputError(
+                "an argument is a nested tensor; compiled pieces take plain tensors",
+                hint="pass a padded tensor, as to_padded_tensor makes, or call the model itself",
+            )
         for each in self.made:
             changed = each.entry.weights.change()
             if changed is not None and not isinstance(error, PieceworkError):
@@ -318,3 +327,7 @@ def inside(
             return call(*args, **kwargs)
 
     return run
+
+
+def _is_nested(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_nested

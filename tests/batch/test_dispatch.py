@@ -267,7 +267,7 @@ def test_strict():
 
 @pytest.mark.parametrize("tokens", [0, -1])
 def test_no_tokens(tokens):
-    with pytest.raises(InputError, match=f"a batch has {tokens} tokens"):
+    with pytest.raises(InputError, match=f"tokens; got {tokens}"):
         dispatcher(PIECEWISE).dispatch(tokens)
 
 

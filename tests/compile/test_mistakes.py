@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import logging
 import pickle
 import traceback
@@ -30,6 +31,7 @@ from piecework.errors import (
     PieceworkError,
     SplitError,
     StaticGraphError,
+    short_errors,
 )
 
 X = torch.randn(4, 8)
@@ -168,6 +170,18 @@ def halve(x: torch.Tensor) -> torch.Tensor:
 
 def named_and_more(*xs, **named):
     return xs[0] * xs[1] * named["y"]
+
+
+class Mine(torch.Tensor):
+    pass
+
+
+def nested(layout: torch.layout = torch.strided) -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.randn(8), torch.randn(8)], layout=layout)
+
+
+def strict_cut(op: object) -> object:
+    return compiled(splitting_ops=[op], config=config(strict=True))
 
 
 class Result:
@@ -757,6 +771,107 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         "decorates classes of torch.nn.Module",
         "piecework.compile",
     ),
+    # --- arguments that belong elsewhere
+    *(
+        (
+            lambda name=name: piecework.compile(Model().eval(), (X,), **{name: 1}),
+            ConfigError,
+            f"compile() got an unexpected keyword argument '{name}'",
+            hint,
+        )
+        for name, hint in (
+            ("mode", "config={'inductor_compile_config': {'max_autotune': True}}"),
+            ("options", "config={'inductor_compile_config': {...}}"),
+            ("fullgraph", "captured whole"),
+            ("dynamic", "mark_dynamic"),
+            ("disable", "TORCH_COMPILE_DISABLE=1"),
+            ("backend", "config={'backend': ...}"),
+            ("compile_sizes", "config={'compile_sizes': ...}"),
+            ("max_num_seqs", "runtime_config={'max_num_seqs': ...}"),
+            ("spliting_ops", "did you mean splitting_ops?"),
+            ("example_inputs", "did you mean example_args?"),
+            ("x", "it takes model, example_args, example_kwargs"),
+        )
+    ),
+    (piecework.compile, ConfigError, "missing 1 required positional argument: 'model'", "it takes"),
+    (
+        lambda: piecework.compile(Model(), (X,), None, ["aten::sin"]),
+        ConfigError,
+        "positional arguments but 4 were given",
+        "splitting_ops, config",
+    ),
+    (lambda: piecework.load("x", Model(), strict=True), ConfigError, "'strict'", "it takes path"),
+    (lambda: stitched().save("x", keyfile="k"), ConfigError, "'keyfile'", "did you mean key_file?"),
+    (lambda: CompilationConfig("eager"), ConfigError, "given by name; got 'eager'", "backend="),
+    (
+        lambda: piecework.counters.expect(num_inductor_compile=3).__enter__(),
+        ConfigError,
+        "no counter named num_inductor_compile",
+        "did you mean num_inductor_compiles?",
+    ),
+    *(
+        (lambda op=op: strict_cut(op), SplitError, "not in the graph", "name that function")
+        for op in (torch.Tensor.sin, "aten::sin", "aten::sin.default", torch.ops.aten.sin)
+    ),
+    # --- tensors of other kinds
+    (lambda: compiled(None, nested()), CaptureError, "is a nested tensor", "to_padded_tensor(0)"),
+    (
+        lambda: compiled(lambda x: x["a"][0] + 1, {"a": [nested()]}),
+        CaptureError,
+        "argument x['a'][0] is a nested tensor",
+        "x['a'][0].to_padded_tensor(0)",
+    ),
+    (
+        lambda: compiled(None, nested(torch.jagged)),
+        CaptureError,
+        "NestedTensor, which can't be traced",
+        "padded",
+    ),
+    (
+        lambda: piecework.compile(Model().eval(), config=config())(nested()),
+        CaptureError,
+        "is a nested tensor",
+        "padded",
+    ),
+    (lambda: stitched()(nested()), InputError, "is a nested tensor", "padded"),
+    (lambda: compiled(None, X.to_sparse()), CaptureError, "torch.sparse_coo", "to_dense()"),
+    (lambda: compiled(None, X.to_sparse_csr()), CaptureError, "torch.sparse_csr", "to_dense()"),
+    (
+        lambda: compiled(None, torch.quantize_per_tensor(X, 0.1, 0, torch.quint8)),
+        CaptureError,
+        "is a quantized tensor",
+        "dequantize()",
+    ),
+    (lambda: compiled(None, X.as_subclass(Mine)), CaptureError, "Mine, which can't", "no subclass"),
+    (lambda: stitched()(X.to_sparse()), InputError, "layout torch.sparse_coo", "x.to_dense()"),
+    (lambda: stitched()(X.double()), InputError, "dtype torch.float64", "x.to(torch.float32)"),
+    (lambda: stitched()(X.to("meta")), InputError, "device meta", "x.to('cpu')"),
+    (lambda: stitched()(X[0]), InputError, "rank 1", "pass x with 2 dimensions"),
+    (lambda: stitched()(X.tolist()), InputError, "not a list", "torch.as_tensor(x)"),
+    (lambda: stitched()(X.numpy()), InputError, "not a ndarray", "torch.as_tensor(x)"),
+    # --- what else takes a module
+    (lambda: torch.jit.script(stitched()), BindError, "can't be scripted", "script the model"),
+    (
+        lambda: torch.jit.script(nn.Sequential(stitched())),
+        BindError,
+        "can't be scripted",
+        "stitched.save",
+    ),
+    # --- what a batch runs as
+    *(
+        (
+            lambda ask=ask, size=size: ask(stitched().capture([4], progress=False), size),
+            InputError,
+            f"a positive whole number of tokens; got {size!r}",
+            "the size of the batch",
+        )
+        for ask in (
+            lambda module, size: module.dispatch(size),
+            lambda module, size: module.static_graphs.source_for(size),
+        )
+        for size in ("x", None, 0, -1, 1.5, True)
+    ),
+    (lambda: stitched().dispatch("x"), InputError, "tokens; got 'x'", "the size of the batch"),
     # --- what would be silent
     (
         lambda: compiled(Model(), config=config(strict=True)),
@@ -798,6 +913,44 @@ def test_a_mistake_is_a_short_typed_error_with_a_remedy(number: int) -> None:
     shown = "".join(traceback.format_exception(error)).splitlines()
     assert len(shown) < SHORT
     assert not any("torch/_dynamo" in line for line in shown)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("around", [lambda module: module, nn.Sequential])
+@pytest.mark.parametrize("check", [True, False])
+def test_no_trace_of_torchscript_keeps_what_pieces_give(around, check: bool) -> None:
+    with pytest.raises(
+        InputError, match=r"torch\.jit\.trace records.*Hint: trace the model itself"
+    ):
+        torch.jit.trace(around(stitched()), X, check_trace=check)
+    module = stitched()
+    with pytest.raises(InputError, match=r"torch\.jit\.trace records"):
+        torch.jit.trace(lambda x: module(x) * 2, X, check_trace=check)
+    assert module(X).shape == X.shape
+
+
+PUBLIC = [
+    each
+    for name in piecework.__all__
+    if inspect.isfunction(each := getattr(piecework, name))
+    and not each.__module__.startswith("piecework.codegen")
+]
+
+
+@pytest.mark.parametrize("function", PUBLIC, ids=lambda each: each.__name__)
+def test_no_public_function_of_the_runtime_leaves_an_unknown_argument_to_python(function) -> None:
+    with pytest.raises(
+        ConfigError, match=r"unexpected keyword argument 'nonsense'.*Hint: it takes"
+    ):
+        function(nonsense=1)
+
+
+def test_a_type_error_from_inside_is_none_of_the_arguments() -> None:
+    def broken(left: int) -> int:
+        return left + ""
+
+    with pytest.raises(TypeError, match="unsupported operand"):
+        short_errors(broken)(1)
 
 
 @pytest.mark.filterwarnings("ignore")

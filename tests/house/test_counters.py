@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from piecework.errors import ConfigError
 from piecework.runtime.counters import CompilationCounter
 
 
@@ -26,7 +27,7 @@ def test_every_wrong_change_is_listed() -> None:
 def test_an_unknown_counter_is_refused_before_the_block_runs() -> None:
     ran = []
     with (
-        pytest.raises(KeyError, match="num_nothing"),
+        pytest.raises(ConfigError, match="num_nothing"),
         CompilationCounter().expect(num_nothing=1),
     ):
         ran.append(1)
