@@ -24,7 +24,7 @@ _DYNAMIC = (
     "or torch says what fixes it"
 )
 _AS_EXAMPLE = "pass what the example had there, or compile the model with an example like this call"
-_SAME_ARGUMENTS = "pass the same arguments by position and by name"
+_SAME_ARGUMENTS = "pass the same arguments by position and by name, or compile the model with an example like this call"
 _ANOTHER_VALUE = "compile the model again for another value"
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 Place = tuple[int, int | None]
