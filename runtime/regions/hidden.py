@@ -14,18 +14,24 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch._ops import OpOverload, OpOverloadPacket
 
 from piecework.code_objects import HEAP_TYPE, cells_of, global_names
 from piecework.runtime.bind.asked import is_torchs
 from piecework.runtime.bind.facts import MARK, is_fixed
 from piecework.runtime.regions.found import Group
 from piecework.runtime.regions.marks import Refused
+from piecework.runtime.splitting_op import SplittingOp
 
 # What tells objects apart by where they lie, or a mark from the function that it stands for.
 _TELLS_APART = {"id", "hash", "signature", "getfullargspec", "getsource"}
 _MUCH = 200_000
 _PLAIN = (str, bool, int, float, "str", "bool", "int", "float")
-_NOWHERE = (types.ModuleType, types.CodeType, types.FrameType, types.BuiltinFunctionType)
+# Python modules, and what no trace looks into.
+_NOWHERE = (
+    *(types.ModuleType, types.CodeType, types.FrameType, types.BuiltinFunctionType),
+    *(SplittingOp, OpOverload, OpOverloadPacket, torch.library.CustomOpDef),
+)
 
 Scopes = Iterable[tuple[Mapping[str, object], types.CodeType]]
 

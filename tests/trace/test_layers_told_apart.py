@@ -368,6 +368,7 @@ def by_forward() -> Stack:
     return stack(Layer, Forward)
 
 
+GIVEN = (by_given_method, by_given_function, by_given_property, by_given_bound)
 TOLD_APART: dict[Callable[[], Stack], str] = {
     **dict.fromkeys((by_parent, by_parents_part, by_last, by_sibling), "leads to another one"),
     **dict.fromkeys((by_class, by_weak_reference), "leads to another one"),
@@ -381,8 +382,7 @@ TOLD_APART: dict[Callable[[], Stack], str] = {
     **dict.fromkeys((by_constant, by_constant_beside), "has several origins"),
     by_the_other_branch: "has several origins",
     by_part_of_that_name: "differ in more than one way",
-    **dict.fromkeys((by_given_method, by_given_function), "takes for given"),
-    **dict.fromkeys((by_given_property, by_given_bound), "takes for given"),
+    **dict.fromkeys(GIVEN, "takes for given"),
     by_forward: "past the call of its module",
 }
 
@@ -390,6 +390,8 @@ TOLD_APART: dict[Callable[[], Stack], str] = {
 @pytest.mark.sample(5)
 @pytest.mark.parametrize("make", TOLD_APART, ids=lambda make: make.__name__)
 def test_layers_that_are_told_apart_are_traced_one_by_one(make: Callable[[], Stack]) -> None:
+    if make in GIVEN and torch.__version__ < "2.12":
+        pytest.skip("this torch's Dynamo asks no function about a module")
     model = make().eval().requires_grad_(False)
     says = require_one_graph(model, (X.clone(),))
     assert says.startswith("every layer was traced: ")
