@@ -35,10 +35,12 @@ class Origin:
 
     Attributes:
         name: the attribute that is handed to it.
+        index: of the argument in the operator's schema.
         lines: the calls that do.
     """
 
     name: str
+    index: int
     lines: set[Lines] = field(default_factory=set)
 
     def made_at(self, file: str, line: int) -> bool:
@@ -79,7 +81,37 @@ _OF_GLOBALS = {
     "IMPORT_FROM",
 }
 _COMPUTES = {"vars", "dir", "eval", "exec", "__dict__", "__getattribute__", "attrgetter", "locals"}
+# What calls an operator from lines of its own, if at all.
+_WITH_LINES = (types.FunctionType, types.BuiltinFunctionType, torch.nn.Module, type)
 _LOOK_UPS = ("__getattribute__", "__getattr__")
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A call of an operator, or of what may be one.
+
+    Attributes:
+        operator: its name; None where it is not known.
+        handed: the arguments that get attributes.
+        count: of positional arguments; None where that is not known.
+        named: its keywords; None where they are not known.
+        at: where it stands.
+    """
+
+    operator: str | None
+    handed: frozenset[str]
+    count: int | None
+    named: frozenset[str] | None
+    at: Lines
+
+    def may_give(self, slot: Slot, origin: Origin) -> bool:
+        """Whether it may give an argument something else, on a line that hands it an attribute."""
+        file, first, last = self.at
+        here = any(f == file and a <= last and first <= b for f, a, b in origin.lines)
+        if not here or self.operator not in (None, slot[0]) or slot[1] in self.handed:
+            return False
+        by_name = self.named is None or slot[1] in self.named
+        return by_name or self.count is None or self.count > origin.index
 
 
 def slots_of(
@@ -117,7 +149,7 @@ def slots_of(
             )
         if names & used or ("getattr" in used and not free):
             for slot, origin in _Reader(names, each, resolve, owners.get(each, [])).read().items():
-                known = found.setdefault(slot, Origin(origin.name))
+                known = found.setdefault(slot, Origin(origin.name, origin.index))
                 if known.name != origin.name:
                     raise _several(slot, names)
                 known.lines |= origin.lines
@@ -139,10 +171,9 @@ def _require_alone(
             continue
         reader = _Reader(names, each, resolve, owners.get(each, []))
         reader.read()
-        for schema, given, (file, first, last) in reader.calls:
+        for call in reader.calls:
             for slot, origin in found.items():
-                here = any(f == file and a <= last and first <= b for f, a, b in origin.lines)
-                if here and schema in (None, slot[0]) and slot[1] not in given:
+                if call.may_give(slot, origin):
                     raise _several(slot, names)
 
 
@@ -170,13 +201,13 @@ class _Reader:
     resolve: Resolve
     owners: list[torch.nn.Module]
     found: dict[Slot, Origin] = field(default_factory=dict)
-    calls: list[tuple[str | None, frozenset[str], Lines]] = field(default_factory=list)
+    calls: list[_Call] = field(default_factory=list)
     _at: Lines = ("", 0, 0)
     _stack: list[_Expr] = field(default_factory=list)
     _keywords: tuple[str, ...] = ()
 
     def read(self) -> dict[Slot, Origin]:
-        """Go through the code. ``calls`` then lists those of operators, and of what may be one: the operator or None, the arguments that attributes of these names go to, and the lines."""
+        """Go through the code. ``calls`` then lists those of operators, and of what may be one."""
         for instruction in dis.get_instructions(self.code):
             if instruction.positions is not None and instruction.positions.lineno is not None:
                 first = instruction.positions.lineno
@@ -308,10 +339,12 @@ class _Reader:
         if args.holds_loaded() and args.kind != "tuple":
             raise self._elsewhere("in a list of arguments")
         callee = next((each for each in self._pop(2) if each is not _NULL), _UNKNOWN)
-        self._called(callee, list(args.items), named)
+        self._called(callee, list(args.items), named, spread=True)
         self._push(_UNKNOWN)
 
-    def _called(self, callee: _Expr, args: list[_Expr], named: Mapping[str, _Expr]) -> None:
+    def _called(
+        self, callee: _Expr, args: list[_Expr], named: Mapping[str, _Expr], spread: bool = False
+    ) -> None:
         looks_up = callee == _Expr("global", key="getattr") and not _is_fixed(self.code)
         if looks_up and (len(args) < 2 or args[1].kind != "const"):
             raise Refused(
@@ -325,16 +358,22 @@ class _Reader:
                 if op is None:
                     raise self._elsewhere("it is an argument of a call that is no operator's")
                 schema = op._schema
-                argument = schema.arguments[key].name if isinstance(key, int) else str(key)
-                origin = self.found.setdefault((schema.name, argument), Origin(each.key))
+                all_names = [argument.name for argument in schema.arguments]
+                argument = all_names[key] if isinstance(key, int) else str(key)
+                made = Origin(each.key, all_names.index(argument))
+                origin = self.found.setdefault((schema.name, argument), made)
                 if origin.name != each.key:
                     raise self._elsewhere("one argument has several origins")
                 origin.lines.add(self._at)
                 handed.add(argument)
             elif each.holds_loaded():
                 raise self._elsewhere("inside of an argument")
-        if op is not None or callee.kind in ("local", "?"):
-            self.calls.append((op and op._schema.name, frozenset(handed), self._at))
+        called = self._object(callee)
+        if op is not None or not isinstance(called, _WITH_LINES):
+            keywords = None if spread and not named else frozenset(named)
+            count = None if spread or (called is not None and op is None) else len(args)
+            made_by = None if op is None else op._schema.name
+            self.calls.append(_Call(made_by, frozenset(handed), count, keywords, self._at))
 
     def _object(self, expr: _Expr) -> object:
         """What an expression is while the trace runs; None if that is not known."""

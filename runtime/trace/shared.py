@@ -68,7 +68,8 @@ class RepeatedLayers:
         named = None if isinstance(self.wish, str) else self.wish
         groups = repeated_layers(model, named, self._equal, self._apart)
         if not groups:
-            self.refused = self._why
+            named_none = f"no module {' or '.join(named)} holds two that are alike" if named else ""
+            self.refused = self._why or named_none
             return None
         return Marks(groups)
 

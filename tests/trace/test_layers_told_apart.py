@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 import weakref
 from collections.abc import Callable
@@ -22,6 +23,9 @@ LEVEL = 0
 @piecework.splitting_op("told_apart::mix", mutates_args=("out",))
 def mix(x: torch.Tensor, out: torch.Tensor, window: int) -> None:
     out.copy_(x * (window + 1))
+
+
+mix_first = functools.partial(mix, window=0)
 
 
 class Layer(nn.Module):
@@ -279,12 +283,22 @@ def by_constant_beside() -> Stack:
     return stack(Beside)
 
 
+def by_constant_in_a_partial() -> Stack:
+    class Beside(Layer):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            one, two = torch.empty_like(x), torch.empty_like(x)
+            mix(self.a(x), one, self.index), mix_first(self.b(x), two)
+            return one + two
+
+    return stack(Beside)
+
+
 def by_part_of_that_name() -> Stack:
     class Inner(nn.Linear):
         index = 0
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            mix(super().forward(x), out := torch.empty_like(x), self.index)
+            mix(x @ self.weight, out := torch.empty_like(x), self.index)
             return out
 
     class Outer(Layer):
@@ -380,6 +394,7 @@ TOLD_APART: dict[Callable[[], Stack], str] = {
     given_its_own_once: "that a layer holds",
     given_its_own_view: "share memory otherwise",
     **dict.fromkeys((by_constant, by_constant_beside), "has several origins"),
+    by_constant_in_a_partial: "has several origins",
     by_the_other_branch: "has several origins",
     by_part_of_that_name: "differ in more than one way",
     **dict.fromkeys(GIVEN, "takes for given"),
