@@ -29,6 +29,7 @@ from piecework.runtime.bind.weights import BoundWeights, Weight
 from piecework.runtime.counters import counters
 from piecework.runtime.regions.marks import Marks
 from piecework.runtime.trace.arguments import parameters_of
+from piecework.runtime.trace.as_python import AsPython
 from piecework.runtime.trace.assumptions import Assumptions
 from piecework.runtime.trace.dynamo import call_idle, call_model, returning, run_dynamo
 from piecework.runtime.trace.inputs import (
@@ -55,7 +56,6 @@ from piecework.runtime.trace.side_effects import HINT, Snapshot, Unsettled, refu
 from piecework.runtime.trace.sizes.dynamic_dims import unmarked_afterwards
 from piecework.runtime.trace.untold import (
     PLACE_IN_AUTOGRAD,
-    OrderOfSets,
     refuse_globals,
     refuse_offsets,
     refuse_place_in_autograd,
@@ -221,7 +221,7 @@ class _Trace:
         self.fakes: dict[int, object] = {}
         self.asks_grad = self.asks_strides = True
         self.standing_in: list[object] = []
-        self.order_of_sets: OrderOfSets | None = None
+        self.as_python: AsPython | None = None
 
     def capture(self) -> Capture:
         """Run Dynamo, and say what came of it.
@@ -252,10 +252,10 @@ class _Trace:
         results = tuple(
             result_leaf(leaf, self.standing_in, given.leaves, given.held) for leaf in result_leaves
         )
-        if self.order_of_sets is not None:
+        if self.as_python is not None:
             call = partial(given.model, *given.args, **given.kwargs)
             try:
-                self.order_of_sets.require_pythons(call, out_spec, results, given.leaves)
+                self.as_python.require(call, out_spec, results, given.leaves)
             finally:
                 before.restore()
         return self._captured(state, results, out_spec)
@@ -329,7 +329,8 @@ class _Trace:
         numbers_of(leaves, self.fakes)  # the trace must serve its own example
         if self.check is not None:
             self.check(gm, self.fakes)
-        self.order_of_sets = OrderOfSets.of(gm, self.inputs, leaves)
+        served = self.shared is not None and self.shared.served
+        self.as_python = AsPython.of(gm, self.inputs, leaves, served)
 
     def _captured(
         self, state: TracedState, results: tuple[ResultLeaf, ...], out_spec: pytree.TreeSpec

@@ -177,6 +177,11 @@ class SharedLayers:
                         f"{each.co_qualname} writes {step.argval}", frozenset({step.argval})
                     )
 
+    @property
+    def served(self) -> bool:
+        """Whether the graph has layers that the trace did not go through."""
+        return bool(self._called)
+
     def text(self) -> str:
         """How many layers the trace did not go through."""
         layers = sum(len(list(group.layers())) for group in self.marks.groups)

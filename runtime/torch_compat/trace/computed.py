@@ -53,16 +53,13 @@ class Computed(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
-        args, kwargs = pytree.tree_map_only(torch.Tensor, self._faked, (args, kwargs or {}))
-        given = pytree.tree_map_only(
-            torch.Tensor, lambda each: ("tensor", self.of(each)), (args, kwargs)
-        )
-        number = self._number("call", str(func), repr(given))
+        (args, kwargs), key = self._given((args, kwargs or {}))
+        number = self._number("call", func, key)
         result = func(*args, **kwargs)
-        written = list(written_operands(func, args, kwargs))
+        written = list(written_operands(func, args, kwargs)) if func._schema.is_mutable else []
         owners = {storage_id(each): each for each in (args[:1] if func in _SAME else written)}
         for index, each in enumerate(_tensors(result)):
-            owner = owners.get(storage_id(each))
+            owner = owners.get(storage_id(each)) if owners else None
             made = (
                 self._number("result", number, index) if owner is None else self._made[id(owner)][1]
             )
@@ -84,6 +81,19 @@ class Computed(TorchDispatchMode):
             for key, (_, fake) in self._fake.items()
             if key in self._position and storage_id(fake) in self._written
         }
+
+    def _given(self, value: Any) -> tuple[Any, object]:
+        """An operator's arguments with fake tensors, and what they are: the same for two runs where they were computed alike."""
+        if isinstance(value, torch.Tensor):
+            fake = self._faked(value)
+            return fake, self.of(fake)
+        if isinstance(value, (tuple, list)):
+            pairs = [self._given(each) for each in value]
+            return type(value)(each for each, _ in pairs), tuple(key for _, key in pairs)
+        if isinstance(value, dict):
+            inner, keys = self._given(list(value.values()))
+            return dict(zip(value, inner, strict=True)), (tuple(value), keys)
+        return value, repr(value)
 
     def _faked(self, tensor: torch.Tensor) -> torch.Tensor:
         """What stands for a tensor: an operator that is given none but real ones would be run."""
@@ -119,6 +129,8 @@ def computed(
 
 
 def _tensors(value: object) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
     return [each for each in pytree.tree_leaves(value) if isinstance(each, torch.Tensor)]
 
 
