@@ -117,7 +117,7 @@ class CompilationConfig(FrozenModel):
         Literal["found", "off"] | tuple[str, ...],
         ignored("layers that share a trace have the graph that a trace of each has"),
     ] = Field(
-        "off",
+        "found",
         description="Which layers share one trace where they are alike: `found` (lists of at least 4 of one kind), the dotted "
         "names of the modules that hold them (2 are enough there), or `off`.",
     )

@@ -24,7 +24,7 @@ from piecework.runtime.identity.values import canonical
 # A base without conflicts under any single change below, and one other value for each field.
 BASE = {"splitting_ops": ["a::b"], "cudagraph_mode": "FULL", "cudagraph_capture_sizes": [1, 4]}
 OTHER = {
-    "repeated_layers": "found",
+    "repeated_layers": "off",
     "repeated_blocks": "off",
     "strict": True,
     "mode": 2,

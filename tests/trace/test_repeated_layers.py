@@ -484,6 +484,11 @@ def test_equal_pieces_are_one_program_still() -> None:
     assert shared.report().pieces == flat.report().pieces
 
 
+def test_layers_are_found_by_default() -> None:
+    stitched = piecework.compile(stack(plain(5)), (X,), config={"backend": "eager"})
+    assert str(stitched.report().layers) == "one trace served 4 of 5 repeated layers"
+
+
 def test_wish_is_checked() -> None:
     with pytest.raises(ConfigError, match="repeated_layers"):
         piecework.CompilationConfig(repeated_layers="sometimes")
