@@ -13,6 +13,8 @@ from flat_trace import require_one_graph
 from torch import nn
 
 import piecework
+from piecework.runtime.regions.marks import Marks
+from piecework.runtime.trace import shared
 
 FOUND = piecework.CompilationConfig(backend="eager", repeated_layers="found")
 X = torch.randn(4, 8)
@@ -402,6 +404,13 @@ TOLD_APART: dict[Callable[[], Stack], str] = {
 }
 
 
+THE_MODEL_TELLS = (
+    *(by_parent, by_parents_part, by_last, by_sibling, by_class, by_global),
+    *(by_attribute, by_list, by_fresh_list, by_global_list, by_global_number, by_first_come),
+    *(by_given_method, by_given_function, by_given_property),
+)
+
+
 @pytest.mark.sample(5)
 @pytest.mark.parametrize("make", TOLD_APART, ids=lambda make: make.__name__)
 def test_layers_that_are_told_apart_are_traced_one_by_one(make: Callable[[], Stack]) -> None:
@@ -413,6 +422,21 @@ def test_layers_that_are_told_apart_are_traced_one_by_one(make: Callable[[], Sta
     assert TOLD_APART[make] in says
     stitched = piecework.compile(model, (X.clone(),), config=FOUND)
     torch.testing.assert_close(stitched(X[:3].clone()), model(X[:3].clone()))
+
+
+@pytest.mark.sample(3)
+@pytest.mark.parametrize("make", THE_MODEL_TELLS, ids=lambda make: make.__name__)
+def test_what_was_not_seen_of_layers_the_model_itself_tells(
+    make: Callable[[], Stack], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared, "require_apart", lambda *_: None)
+    monkeypatch.setattr(shared.SharedLayers, "_require_unwritten", lambda *_: None)
+    monkeypatch.setattr(Marks, "_require_written", lambda *_: None)
+    if make in GIVEN and torch.__version__ < "2.12":
+        pytest.skip("this torch's Dynamo asks no function about a module")
+    model = make().eval().requires_grad_(False)
+    says = require_one_graph(model, (X.clone(),))
+    assert says == "every layer was traced: layers that look alike compute something else"
 
 
 # --- what does not tell them apart ----------------------------------------------------------------------
