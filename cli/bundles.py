@@ -164,7 +164,7 @@ def verify(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Capture a folder's model again and prove that the folder's source means its graph; nothing is compiled.
+    """Capture a folder's model again, prove that the folder's source means its graph, and compare what the pieces compute with what the source says of them; nothing is compiled.
 
     A file of torch.compiler.precompile is read and judged, never executed: edits, names that this torch lacks, vectors of another
     CPU, another model; what can't be told is said. Exit code 1 if something is wrong; the difference is named.
@@ -179,6 +179,7 @@ def verify(
         if cache is not None or model is not None:
             raise UsageError("--cache and --model are for a file of torch.compiler.precompile")
         from piecework.codegen.stitch.source import verify as prove
+        from piecework.golden.compare.tables import read_tables
         from piecework.runtime import bundle
         from piecework.runtime.config.compilation import CompilationConfig
 
@@ -194,13 +195,23 @@ def verify(
             report = {"proved": False, "difference": str(error)}
         else:
             report = {"proved": True, "events": proof.events, "statements": proof.statements}
+        known, now = (
+            read_tables(text.splitlines()).digests for text in (code, stitched.source.code)
+        )
+        changed = [name for name in now if known.get(name, now[name]) != now[name]]
+        report |= {"changed_pieces": changed, "unknown_pieces": [n for n in now if n not in known]}
         if as_json:
             print(json.dumps(report))
-        elif report["proved"]:
-            out.print(f"proved: {report['events']} calls in {report['statements']} statements")
         else:
-            out.print(f"not proved: {report['difference']}", markup=False)
-    if not report["proved"]:
+            if report["proved"]:
+                out.print(f"proved: {report['events']} calls in {report['statements']} statements")
+            else:
+                out.print(f"not proved: {report['difference']}", markup=False)
+            if changed:
+                out.print(f"the model computes something else now in {', '.join(changed)}")
+            if report["unknown_pieces"]:
+                out.print("what pieces computed can't be told: the source has no digests of them")
+    if changed or not report["proved"]:
         raise typer.Exit(DIFFERS)
 
 
@@ -254,16 +265,17 @@ def warm_or_compiled(
     from piecework.errors import ArtifactError
     from piecework.runtime import bundle
 
-    other_settings = manifest.made_otherwise(config)
-    if other_settings or (directory / bundle.ARTIFACT).is_dir():
+    if manifest.made_otherwise(config):
         why = "other settings"
+    elif not (directory / bundle.ARTIFACT).is_dir():
+        why = "the folder has no artifact"
+    else:
         try:
-            if not other_settings:
-                return loaded.warm(directory / bundle.ARTIFACT)
+            return loaded.warm(directory / bundle.ARTIFACT)
         except ArtifactError as error:
             why = str(error)
-        if not quiet:
-            out.print(f"compiling again: {why}", markup=False)
+    if not quiet:
+        out.print(f"compiling again: {why}", markup=False)
     return run_compile_step(out, quiet, "Compiling", lambda: loaded.stitch(config))
 
 

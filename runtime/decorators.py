@@ -9,10 +9,10 @@ import functools
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TypeVar, overload
+from typing import Literal, TypeVar, overload
 
 import torch
 
@@ -45,6 +45,7 @@ _SUPPORT = "_piecework_support"  # on classes
 _STATE = "_piecework_state"  # on instances
 _CONFIG = "compilation_config"
 _RUNTIME = "runtime_config"
+_LAYERS = "repeated_layers"
 _SETTINGS: dict[str, type[FrozenModel]] = {_CONFIG: CompilationConfig, _RUNTIME: RuntimeConfig}
 
 
@@ -55,6 +56,7 @@ class Support:
     dynamic_arg_dims: DimsByName | None = None
     mark_unbacked_dims: DimsByName | None = None
     enable_if: EnableIf | None = None
+    repeated_layers: Literal["found", "off"] | tuple[str, ...] | None = None
     ignored: bool = False
 
 
@@ -69,6 +71,7 @@ def support_torch_compile(
     dynamic_arg_dims: DimsByName | None = None,
     mark_unbacked_dims: DimsByName | None = None,
     enable_if: EnableIf | None = None,
+    repeated_layers: Literal["found", "off"] | Sequence[str] | None = None,
 ) -> Callable[[ModuleClass], ModuleClass]: ...
 
 
@@ -79,6 +82,7 @@ def support_torch_compile(
     dynamic_arg_dims: DimsByName | None = None,
     mark_unbacked_dims: DimsByName | None = None,
     enable_if: EnableIf | None = None,
+    repeated_layers: Literal["found", "off"] | Sequence[str] | None = None,
 ) -> ModuleClass | Callable[[ModuleClass], ModuleClass]:
     """Let instances of a module class compile themselves at their first call.
 
@@ -93,6 +97,8 @@ def support_torch_compile(
             tensors.
         mark_unbacked_dims: the same for dimensions that must serve 0, 1 and every other size alike.
         enable_if: told the configuration at the first call; False runs the instance as it is.
+        repeated_layers: which layers of an instance share a trace where they are alike, for configurations that don't say
+            (`CompilationConfig.repeated_layers`): dotted names of the modules that hold them, as a rule.
 
     Returns:
         The class itself. A subclass inherits the support, and infers from its own ``forward``; decorating it again replaces
@@ -108,6 +114,9 @@ def support_torch_compile(
     """
     if enable_if is not None and not callable(enable_if):
         raise ConfigError("enable_if must be callable with a configuration", where="enable_if")
+    layers = None
+    if repeated_layers is not None:
+        layers = CompilationConfig.from_data({_LAYERS: repeated_layers}).repeated_layers
 
     def decorate(kind: ModuleClass) -> ModuleClass:
         _require_module_class(kind, "support_torch_compile")
@@ -118,7 +127,7 @@ def support_torch_compile(
             )
         # Found wrong here, the declaration is an error at import and not at the first request.
         dims_of(kind.forward, dynamic_arg_dims, mark_unbacked_dims, owner=kind)
-        support = Support(_own(dynamic_arg_dims), _own(mark_unbacked_dims), enable_if)
+        support = Support(_own(dynamic_arg_dims), _own(mark_unbacked_dims), enable_if, layers)
         setattr(kind, _SUPPORT, support)
         _take_config_keyword(kind)
         if not hasattr(kind.__call__, _SUPPORT):
@@ -289,6 +298,8 @@ def _compile(
     """Fill ``state``; on an exception, and while torch's compiler is off, it is as before, and the next call tries again."""
     config = _given(model, _CONFIG, CompilationConfig) or CompilationConfig()
     support: Support = getattr(type(model), _SUPPORT)
+    if support.repeated_layers is not None and _LAYERS not in config.model_fields_set:
+        config = config.replace(repeated_layers=support.repeated_layers)
     plain = _without_decorator(model, original)
     if (
         support.ignored

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -244,6 +245,39 @@ def test_an_edited_source_runs_when_asked_and_says_how_it_differs(tmp_path: Path
 
     source.write_text("def execution_fn(: broken")
     assert invoke("run", folder, "--edited").exit_code == 2
+
+
+def test_verify_tells_what_the_model_computes_otherwise_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "their_model.py").write_text(
+        "import torch\n"
+        "class Model(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return torch.relu(x) * 2\n"
+        "def make():\n"
+        "    return Model().eval(), (torch.ones(4, 3),)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = tmp_path / "out"
+    compiled(folder, "their_model:make")
+    assert invoke("verify", folder).exit_code == 0
+    shutil.rmtree(folder / "artifact")
+    assert "compiling again: the folder has no artifact" in invoke("run", folder).output
+
+    import their_model
+
+    monkeypatch.setattr(their_model.Model, "forward", lambda self, x: torch.tanh(x) * 2)
+    result = invoke("verify", folder)
+    assert result.exit_code == 1
+    assert "proved" in result.output
+    assert "the model computes something else now in submod_0" in result.output
+    source = folder / "stitched.py"
+    lines = [line for line in source.read_text().splitlines() if "submod_0  " not in line]
+    source.write_text("\n".join(lines) + "\n")
+    result = invoke("verify", folder)
+    assert result.exit_code == 0
+    assert "what pieces computed can't be told" in result.output
 
 
 @pytest.mark.parametrize("manifest", ["", "{}", "[]", '{"format": 99}'])

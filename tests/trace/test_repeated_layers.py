@@ -12,6 +12,7 @@ from flat_trace import require_one_graph, traced
 from torch import nn
 
 import piecework
+from piecework.runtime import stitched_of
 from piecework.bench import compile_time, llama_shaped
 from piecework.errors import BindError, CaptureError, ConfigError, InputError
 from piecework.runtime.trace.sizes.example_sizes import AllDimensions
@@ -487,6 +488,34 @@ def test_equal_pieces_are_one_program_still() -> None:
 def test_layers_are_found_by_default() -> None:
     stitched = piecework.compile(stack(plain(5)), (X,), config={"backend": "eager"})
     assert str(stitched.report().layers) == "one trace served 4 of 5 repeated layers"
+
+
+def decorated(wish: object) -> torch.nn.Module:
+    @piecework.support_torch_compile(repeated_layers=wish)
+    class Decorated(Stack):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    return Decorated(plain(3)).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({}, "one trace served 2 of 3 repeated layers"),
+        ({"repeated_layers": "found"}, ""),  # three are too few there
+    ],
+)
+def test_a_class_says_which_layers_share_a_trace(config: dict[str, object], text: str) -> None:
+    model = decorated(("layers",))
+    model.compilation_config = {"backend": "eager", **config}
+    torch.testing.assert_close(model(X), stack(model.layers)(X))
+    assert stitched_of(model).report().layers == text
+
+
+def test_a_class_says_it_wrongly() -> None:
+    with pytest.raises(ConfigError, match="repeated_layers"):
+        decorated("sometimes")
 
 
 def test_wish_is_checked() -> None:
