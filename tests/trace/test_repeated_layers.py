@@ -12,9 +12,9 @@ from flat_trace import require_one_graph, traced
 from torch import nn
 
 import piecework
-from piecework.runtime import stitched_of
 from piecework.bench import compile_time, llama_shaped
 from piecework.errors import BindError, CaptureError, ConfigError, InputError
+from piecework.runtime import stitched_of
 from piecework.runtime.trace.sizes.example_sizes import AllDimensions
 
 FOUND = piecework.CompilationConfig(backend="eager", repeated_layers="found")
