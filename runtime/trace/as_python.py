@@ -11,7 +11,7 @@ import functools
 import gc
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,7 @@ class AsPython:
         gm: torch.fx.GraphModule,
         inputs: Sequence[GraphInput],
         leaves: Sequence[object],
+        held: Iterable[torch.Tensor],
         layers_served: bool,
     ) -> AsPython | None:
         """Of the trace that is running; None if there is no need to compare.
@@ -70,6 +71,7 @@ class AsPython:
         Args:
             inputs: the graph's.
             leaves: the flattened arguments.
+            held: the model's tensors, whether the graph reads them or not.
             layers_served: layers were not traced because another one was.
         """
         if layers_served:
@@ -79,7 +81,7 @@ class AsPython:
         else:
             return None
         given = [_given(each, leaves) for each in inputs]
-        every = [each for each in (*leaves, *given) if isinstance(each, torch.Tensor)]
+        every = [each for each in (*leaves, *given, *held) if isinstance(each, torch.Tensor)]
         numbers: dict[tuple[object, ...], int] = {}
         with _seen(refuse), torch_compat.computed(every, numbers) as run:
             outputs = torch.fx.Interpreter(gm).run(*given)

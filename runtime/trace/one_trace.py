@@ -330,7 +330,8 @@ class _Trace:
         if self.check is not None:
             self.check(gm, self.fakes)
         served = self.shared is not None and self.shared.served
-        self.as_python = AsPython.of(gm, self.inputs, leaves, served)
+        held = [tensor for _, tensor in given.held.values()]
+        self.as_python = AsPython.of(gm, self.inputs, leaves, held, served)
 
     def _captured(
         self, state: TracedState, results: tuple[ResultLeaf, ...], out_spec: pytree.TreeSpec

@@ -123,6 +123,14 @@ class Viewing(Part):
         return self.a(x)[:, :8].view(-1, 8)
 
 
+class Wasteful(Part):
+    """It multiplies by a weight for nothing, and makes a tensor of numbers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.b(x)
+        return self.a(x) * torch.tensor([1.0, -0.0, float("nan"), 2.0] * 2) + torch.rand_like(x) * 0
+
+
 class Casting(Part):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -161,6 +169,7 @@ SHARED: dict[str, tuple[Callable[[], list[nn.Module]], str]] = {
     "in place": (of(InPlace), "one trace served 4 of 5 repeated layers"),
     "a view": (of(Viewing), "one trace served 4 of 5 repeated layers"),
     "autocast": (of(Casting), "one trace served 4 of 5 repeated layers"),
+    "for nothing": (of(Wasteful), "one trace served 4 of 5 repeated layers"),
     "settings of each": (of(Configured), "one trace served 4 of 5 repeated layers"),
 }
 
