@@ -98,7 +98,7 @@ def compile(
     return made
 
 
-@short_errors
+@partial(short_errors, elsewhere=where_it_goes)
 def load(
     path: Place,
     model: Callable[..., object],

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar, overload
 
 import torch
@@ -21,6 +22,7 @@ from piecework.runtime import torch_compat
 from piecework.runtime.call.failures import add_piece_note
 from piecework.runtime.compile import UnstitchedModule, compile_with_mode
 from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.config.elsewhere import where_it_goes
 from piecework.runtime.config.groups import CompilationMode, DynamicShapesType, RuntimeConfig
 from piecework.runtime.config.model import FrozenModel
 from piecework.runtime.model_tag import (
@@ -72,7 +74,7 @@ def support_torch_compile(
 ) -> Callable[[ModuleClass], ModuleClass]: ...
 
 
-@short_errors
+@partial(short_errors, elsewhere=where_it_goes)
 def support_torch_compile(
     cls: ModuleClass | None = None,
     *,
@@ -142,6 +144,7 @@ def ignore_torch_compile(cls: ModuleClass) -> ModuleClass:
     return cls
 
 
+@short_errors
 def stitched_of(model: torch.nn.Module) -> StitchedModule | None:
     """What an instance of a decorated class was compiled to: its source, pieces and report.
 

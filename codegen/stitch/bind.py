@@ -13,9 +13,10 @@ from types import FunctionType
 
 from piecework.codegen.graph.targets import ENTRY_NAME
 from piecework.codegen.plan.formatting import numbered
-from piecework.errors import BindError, EmitError
+from piecework.errors import BindError, EmitError, short_errors
 
 
+@short_errors
 def compile_execution_fn(
     code: str,
     submod_callables: Mapping[str, Callable[..., object]],

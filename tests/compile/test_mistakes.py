@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 import logging
 import pickle
 import traceback
@@ -800,7 +799,7 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         "positional arguments but 4 were given",
         "splitting_ops, config",
     ),
-    (lambda: piecework.load("x", Model(), strict=True), ConfigError, "'strict'", "it takes path"),
+    (lambda: piecework.load("x", Model(), remap=True), ConfigError, "'remap'", "it takes path"),
     (lambda: stitched().save("x", keyfile="k"), ConfigError, "'keyfile'", "did you mean key_file?"),
     (lambda: CompilationConfig("eager"), ConfigError, "given by name; got 'eager'", "backend="),
     (
@@ -927,22 +926,6 @@ def test_no_trace_of_torchscript_keeps_what_pieces_give(around, check: bool) -> 
     with pytest.raises(InputError, match=r"torch\.jit\.trace records"):
         torch.jit.trace(lambda x: module(x) * 2, X, check_trace=check)
     assert module(X).shape == X.shape
-
-
-PUBLIC = [
-    each
-    for name in piecework.__all__
-    if inspect.isfunction(each := getattr(piecework, name))
-    and not each.__module__.startswith("piecework.codegen")
-]
-
-
-@pytest.mark.parametrize("function", PUBLIC, ids=lambda each: each.__name__)
-def test_no_public_function_of_the_runtime_leaves_an_unknown_argument_to_python(function) -> None:
-    with pytest.raises(
-        ConfigError, match=r"unexpected keyword argument 'nonsense'.*Hint: it takes"
-    ):
-        function(nonsense=1)
 
 
 def test_a_type_error_from_inside_is_none_of_the_arguments() -> None:

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from piecework.codegen.replay.plan import ReplaySource
-from piecework.errors import PieceworkError, StaticGraphError
+from piecework.errors import PieceworkError, StaticGraphError, short_errors
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.coverage import CoverageRow, coverage
 from piecework.runtime.batch.descriptor import BatchKind
@@ -407,6 +407,7 @@ class CapturedModel:
 
     # --- what it says ------------------------------------------------------------------------------
 
+    @short_errors
     def coverage(self, max_num_batched_tokens: int | None = None) -> list[CoverageRow]:
         """How each batch size runs now, by default up to one more than the largest captured size."""
         low = self.shape.low  # smaller batches are refused where arguments are checked
@@ -452,6 +453,7 @@ class CapturedModel:
         replays = [each for key in self.replays for each in _replay_names(key, labels)]
         return [STAGE, *replays] if replays else []
 
+    @short_errors
     def source_for(self, size: int, kind: BatchKind | None = None) -> ReplaySource:
         """The replay source that serves a batch of ``size``.
 
