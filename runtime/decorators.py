@@ -109,7 +109,11 @@ def support_torch_compile(
         >>> Model(compilation_config=piecework.CompilationConfig(mode="PIECEWORK_COMPILE"))(x)
     """
     if enable_if is not None and not callable(enable_if):
-        raise ConfigError("enable_if must be callable with a configuration", where="enable_if")
+        raise ConfigError(
+            "enable_if must be callable with a configuration",
+            where="enable_if",
+            hint="write a function: enable_if=lambda config: config.backend == 'inductor'",
+        )
 
     def decorate(kind: ModuleClass) -> ModuleClass:
         _require_module_class(kind, "support_torch_compile")

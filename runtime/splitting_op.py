@@ -252,7 +252,14 @@ def _require_name(name: object) -> None:
         )
     parts = name.split("::")
     if len(parts) != 2 or not all(part.isidentifier() for part in parts):
-        raise SplitError(f"operator name {name!a} is not of the form 'namespace::name'")
+        raise SplitError(
+            f"operator name {name!a} is not of the form 'namespace::name'",
+            hint=(
+                f"write 'mylib::{parts[-1]}'"
+                if parts[-1].isidentifier()
+                else "both are names as Python's are: 'mylib::attention'"
+            ),
+        )
 
 
 # What torch.library.custom_op, and vLLM's function for it, take as arguments.

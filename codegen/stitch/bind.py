@@ -56,7 +56,10 @@ def compile_execution_fn(
     submods = [submod_callables[name] for name in submod_names]
     for name, submod in zip(submod_names, submods, strict=True):
         if not callable(submod):
-            raise BindError(f"submodule {name!a} is bound to something that can't be called")
+            raise BindError(
+                f"submodule {name!a} is bound to something that can't be called",
+                hint="pass the submodule itself, or what it was compiled to",
+            )
     function = execute_source(code, {"__vllm_consts__": list(consts or ()), **(bound or {})})
     function.__kwdefaults__ = {**(function.__kwdefaults__ or {}), "__vllm_submods__": submods}
     return function
@@ -92,7 +95,10 @@ def execute_source(
         ) from error
     function = scope.get(name)
     if not isinstance(function, FunctionType):
-        raise EmitError(f"stitching source defines no function {name}")
+        raise EmitError(
+            f"stitching source defines no function {name}",
+            hint="keep the function's name; generate_execution_code writes it",
+        )
     _show_in_tracebacks(filename, code, function)
     return function
 

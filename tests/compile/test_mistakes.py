@@ -230,7 +230,12 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         "stitched already",
         "compile its .model",
     ),
-    (lambda: compiled(nn.Sequential(stitched())), CaptureError, "calls a stitched module", ""),
+    (
+        lambda: compiled(nn.Sequential(stitched())),
+        CaptureError,
+        "calls a stitched module",
+        ".model",
+    ),
     (lambda: piecework.load("/nowhere", Model), ConfigError, "is a class", "pass an instance"),
     (
         lambda: piecework.load("/nowhere", Model()),
@@ -377,7 +382,12 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         "must be a tuple of arguments",
         "pass (x,)",
     ),
-    (lambda: compiled(splitting_ops=[None]), SplitError, "neither a name nor an operator", ""),
+    (
+        lambda: compiled(splitting_ops=[None]),
+        SplitError,
+        "neither a name nor an operator",
+        "torch.sin",
+    ),
     (
         lambda: compiled(splitting_ops=["mylib::attention"]),
         SplitError,
@@ -524,8 +534,20 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
     ),
     (lambda: stitched().shape_guards, NotThereError, "no shape guards", ""),
     (lambda: stitched().use_edited("x = ("), EmitError, "is not Python", ""),
-    (lambda: stitched().use_edited(""), EmitError, "defines no function execution_fn", ""),
-    (lambda: stitched().use_edited(None), EmitError, "must be text; got a NoneType", ""),
+    (lambda: stitched().use_edited(""), EmitError, "defines no function execution_fn", "keep the"),
+    (lambda: stitched().use_edited(None), EmitError, "must be text; got a NoneType", "source.code"),
+    (
+        lambda: stitched().use_edited(stitched().source.code.replace("return", "nothing; return")),
+        EmitError,
+        "reads the name 'nothing', which nothing defines",
+        "import or define it",
+    ),
+    (
+        lambda: stitched().capture([4], progress=False).static_graphs.source_for(64),
+        StaticGraphError,
+        "size 64 runs uncaptured",
+        "coverage()",
+    ),
     # --- capture
     (
         lambda: stitched().static_graphs,
@@ -647,8 +669,26 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
     (lambda: stitched().save(""), ConfigError, "at a path or a URL; got ''", ""),
     (lambda: compiled(artifact=3), ConfigError, "at a path or a URL; got 3", ""),
     (lambda: stitched().refit(3), ConfigError, "got a int", "state_dict()"),
-    (lambda: stitched().refit({"head.weight": X}), BindError, "no such weight (head.weight)", ""),
+    (
+        lambda: stitched().refit({"classifier": X}),
+        BindError,
+        "no such weight (classifier)",
+        "state_dict()",
+    ),
+    (
+        lambda: stitched().refit({"layer.wieght": X}),
+        BindError,
+        "no such weight (layer.wieght)",
+        "did you mean layer.weight?",
+    ),
+    (
+        lambda: compiled(lambda x: x * 2).refit({"x": X}),
+        BindError,
+        "a function has no weights by name",
+        "in place",
+    ),
     (lambda: stitched().refit({"layer.bias": 3}), BindError, "must be a tensor; got a int", ""),
+    (lambda: compiled(config={"backend": "math.pi"}), ConfigError, "not a class", "MyCompiler"),
     (
         lambda: stitched().refit({"layer.bias": X}),
         BindError,
@@ -667,7 +707,26 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         "stitching source must be text; got a NoneType",
         "generate_execution_code",
     ),
-    (lambda: piecework.splitting_op("mix"), SplitError, "not of the form 'namespace::name'", ""),
+    (
+        lambda: piecework.splitting_op("mix"),
+        SplitError,
+        "not of the form 'namespace",
+        "'mylib::mix'",
+    ),
+    (lambda: piecework.splitting_op("my-lib::mix"), SplitError, "'my-lib::mix'", "'mylib::mix'"),
+    (lambda: piecework.splitting_op("a::b-c"), SplitError, "'a::b-c'", "as Python's are"),
+    (
+        lambda: piecework.support_torch_compile(Model, enable_if=True),
+        ConfigError,
+        "enable_if must be callable",
+        "enable_if=lambda config:",
+    ),
+    (
+        lambda: piecework.support_torch_compile(Model, dynamic_arg_dims={"x": "0"}),
+        ConfigError,
+        "a dimension or a list of them",
+        "{'x': 0}",
+    ),
     (
         lambda: piecework.splitting_op("mistakes::mix")(lambda x: x),
         SplitError,

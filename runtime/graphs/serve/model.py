@@ -467,11 +467,15 @@ class CapturedModel:
             raise StaticGraphError(
                 "there is no replay source: Inductor cut this model, and its code calls the replays",
                 where="use_inductor_graph_partition",
+                hint="without use_inductor_graph_partition piecework cuts the model, and writes it",
             )
         found = self.dispatcher.explain(size, kind or BatchKind(), strict=False)
         replay = self.replays.get((found.mode, found.descriptor))
         if replay is None:
-            raise StaticGraphError(f"size {size} runs uncaptured: {found.reason.value}")
+            raise StaticGraphError(
+                f"size {size} runs uncaptured: {found.reason.value}",
+                hint="coverage() says of each size what it runs as",
+            )
         return replay.source
 
 
