@@ -51,7 +51,7 @@ from piecework.runtime.trace.sizes.example_sizes import SizePolicy
 from piecework.runtime.traces import observed
 from piecework.runtime.traces.captured import CapturedTraces
 from piecework.runtime.traces.traced_model import TracedModel
-from piecework.runtime.traces.traces import Traces, inside
+from piecework.runtime.traces.traces import Traces, inside, seen_into
 
 if TYPE_CHECKING:
     from piecework.runtime.artifact.save import Part
@@ -141,6 +141,8 @@ class StitchedModule(SharedModule):
 
     def forward(self, *args: object, **kwargs: object) -> Any:
         """As calling the module."""
+        if not isinstance(args, tuple):  # torch.fx.symbolic_trace gives one proxy for all of them
+            raise seen_into()
         return self(*args, **kwargs)
 
     @short_errors
@@ -174,6 +176,8 @@ class StitchedModule(SharedModule):
     def _prepare_and_call(self, *args: object, **kwargs: object) -> object:
         if self._traces.switched_off():
             return self.as_it_is(*args, **kwargs)
+        if torch_compat.traced_by_others():
+            raise seen_into()
         with self._traces.lock:
             if not self.traces:  # another thread may have been first
                 traced, by_name = (args, kwargs) if self._example is None else self._example

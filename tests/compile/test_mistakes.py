@@ -15,7 +15,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import piecework
 from piecework import CompilationConfig
@@ -985,6 +987,60 @@ def test_no_trace_of_torchscript_keeps_what_pieces_give(around, check: bool) -> 
     with pytest.raises(InputError, match=r"torch\.jit\.trace records"):
         torch.jit.trace(lambda x: module(x) * 2, X, check_trace=check)
     assert module(X).shape == X.shape
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("around", [lambda module: module, nn.Sequential])
+@pytest.mark.parametrize(
+    "trace",
+    [
+        torch.fx.symbolic_trace,
+        lambda module: make_fx(module)(X),
+        lambda module: torch.export.export(module, (X,)),
+    ],
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        stitched,
+        lambda: stitched().capture([4], progress=False),
+        lambda: piecework.compile(Model().eval(), config=config()),
+    ],
+    ids=["stitched", "captured", "not yet compiled"],
+)
+def test_what_traces_a_stitched_module_is_told_to_trace_the_model(make, trace, around) -> None:
+    module = make()
+    with pytest.raises(
+        InputError, match=r"torch\.fx traces this call.*Hint: trace the model itself"
+    ):
+        trace(around(module))
+    assert torch.equal(module(X), module.model(X))
+    assert torch.equal(torch.compile(around(module), backend="eager")(X), module(X))
+
+
+def test_operators_around_a_stitched_function_are_traced_into_it() -> None:
+    traced = make_fx(compiled(lambda x: x * 2))(X)
+    assert torch.equal(traced(X + 1), (X + 1) * 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"options": {"backnd": "eager"}}, "did you mean backend?"),
+        ({"options": {"mode": "fast"}}, "no compilation mode 'fast'"),
+        ({"options": {"splitting_ops": ["mylib::nope"]}}, "import the module that defines it"),
+        ({"mode": "max-autotune"}, "inductor_compile_config takes Inductor's own"),
+    ],
+)
+def test_wrong_options_of_the_backend_are_told_through_torch(options, said: str) -> None:
+    torch._dynamo.reset()
+    with pytest.raises(BackendCompilerFailed) as caught:
+        torch.compile(nn.Linear(8, 8).eval(), backend="piecework", **options)(X)
+    assert said in str(caught.value)
+    inner = caught.value.inner_exception
+    assert isinstance(inner, PieceworkError)
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "/runtime/" not in shown
 
 
 def test_a_type_error_from_inside_is_none_of_the_arguments() -> None:
