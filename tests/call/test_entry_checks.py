@@ -421,7 +421,7 @@ def test_a_model_may_take_nothing() -> None:
 class Held:
     x: torch.Tensor
     more: list[object]
-    times: int = 3
+    scale: float = 3.0
 
 
 Pair = collections.namedtuple("Pair", "x y")
@@ -436,13 +436,13 @@ torch.utils._pytree.register_dataclass(Held)
             r"argument i\['h'\]\[0\]\.x has dtype",
         ),
         (lambda x: {"h": [Held(x, [{"k": x.double()}])]}, r"\]\.more\[0\]\['k'\] has dtype"),
-        (lambda x: {"h": [Held(x, [{"k": x + 1}], 4)]}, r"argument i\['h'\]\[0\]\.times was 3"),
+        (lambda x: {"h": [Held(x, [{"k": x + 1}], 4.0)]}, r"argument i\['h'\]\[0\]\.scale was 3"),
     ],
 )
 def test_what_an_object_holds_is_called_by_its_fields(make, said: str) -> None:  # type: ignore[no-untyped-def]
     def function(i: dict[str, list[Held]]) -> torch.Tensor:
         held = i["h"][0]
-        return held.x + held.more[0]["k"] * held.times  # type: ignore[index,operator]
+        return held.x + held.more[0]["k"] * held.scale  # type: ignore[index,operator]
 
     x = torch.randn(4, 3)
     stitched = compiled(function, {"h": [Held(x, [{"k": x + 1}])]})
