@@ -19,6 +19,7 @@ from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Kind = TypeVar("Kind", bound=type)
 
 
 class PieceworkError(Exception):
@@ -170,9 +171,11 @@ def short_errors(
         try:
             return function(*args, **kwargs)
         except TypeError as error:
-            if error.__traceback__ is None or error.__traceback__.tb_next is not None:
-                raise  # from inside
-            raise _misfit(function, error, kwargs, elsewhere) from None
+            try:
+                inspect.signature(function).bind(*args, **kwargs)
+            except TypeError:
+                raise _misfit(function, error, kwargs, elsewhere) from None
+            raise  # from inside
         except PieceworkError as error:
             if full_tracebacks():
                 raise
@@ -181,6 +184,15 @@ def short_errors(
             raise error.with_traceback(None)  # noqa: B904  # its cause is settled
 
     return run
+
+
+def short_methods(kind: Kind) -> Kind:
+    """A class whose ``__init__`` and public methods have `short_errors`; not ``forward``, a module's other way of being called."""
+    for name, each in list(vars(kind).items()):
+        public = name == "__init__" or not (name.startswith("_") or name == "forward")
+        if public and inspect.isfunction(each):
+            setattr(kind, name, short_errors(each))
+    return kind
 
 
 def _misfit(

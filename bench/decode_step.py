@@ -138,7 +138,13 @@ def run(
         f"at most {rounds} interleaved rounds and {seconds:g} s per setting, one thread, no_grad",
         f"processor time of one of {STEPS} steps behind {PROMPT} tokens, with its share of going back to them",
     )
-    return Result("B12: a decode step", tuple(rows), tuple(targets), machine(), notes)
+    return Result(
+        "A decode step of transformers, from tokens to logits",
+        tuple(rows),
+        tuple(targets),
+        machine(),
+        notes,
+    )
 
 
 def contenders(

@@ -187,7 +187,7 @@ def run(nodes: Sequence[int] = NODES, rounds: int = 3) -> Result:
         "emission is what generate_source takes, with checks and proof; the phases are timed again on their own",
         "verify is the cost of the proof (row C11) once the text is parsed, which the line map needs anyway",
     )
-    title = "B6: emission against nodes"
+    title = "Emission against nodes"
     return Result(title, tuple(rows), tuple(targets), machine(), notes, unit="s")
 
 

@@ -164,7 +164,7 @@ def run(pieces: Sequence[int] = PIECES, *, rounds: int = 400) -> Result:
     notes = (
         f"{WEIGHTS} weights a piece; {rounds} interleaved rounds, garbage collection off; processor time of the thread",
     )
-    return Result("B1: the stitching alone", tuple(rows), tuple(targets), machine(), notes)
+    return Result("The stitching alone", tuple(rows), tuple(targets), machine(), notes)
 
 
 def _measure(pieces: int, rounds: int) -> tuple[dict[str, Timing], str]:

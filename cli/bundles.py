@@ -177,7 +177,10 @@ def verify(
                 raise typer.Exit(DIFFERS)
             return
         if cache is not None or model is not None:
-            raise UsageError("--cache and --model are for a file of torch.compiler.precompile")
+            raise UsageError(
+                "--cache and --model are for a file of torch.compiler.precompile",
+                hint="leave them out for a folder of `piecework compile`",
+            )
         from piecework.codegen.stitch.source import verify as prove
         from piecework.golden.compare.tables import read_tables
         from piecework.runtime import bundle

@@ -107,7 +107,11 @@ def explain(
             chosen = keys[0] if key is None else _find(keys, key)
             current, others = chosen.factors, tuple(other for other in keys if other != chosen)
         else:
-            raise CacheError("the cache has no readable key", where=str(_root(cache_dir)))
+            raise CacheError(
+                "the cache has no readable key",
+                where=str(_root(cache_dir)),
+                hint="compile a model first, or name another cache with --cache-dir",
+            )
         if to is not None:
             others = (_find(keys, to),)
         explanation = compare(current, others, is_saved=factors is None)
@@ -222,7 +226,11 @@ def _root(cache_dir: Path | None) -> Path:
     if cache_dir is None:
         return default_root()
     if not cache_dir.is_dir():
-        raise CacheError("there is no such cache directory", where=str(cache_dir))
+        raise CacheError(
+            "there is no such cache directory",
+            where=str(cache_dir),
+            hint="leave --cache-dir out for the usual one, or name the one that was compiled with",
+        )
     return cache_dir
 
 

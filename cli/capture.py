@@ -49,7 +49,9 @@ def coverage(
 
         chosen = parse_sizes(sizes)
         if not chosen:
-            raise UsageError("there is no batch size to capture", where="--sizes")
+            raise UsageError(
+                "there is no batch size to capture", where="--sizes", hint="write them like 1,2,4"
+            )
         CUDAGraphMode.parse(mode)
         AddressPolicy.parse(policy)
         out = console()

@@ -122,7 +122,13 @@ def check(
             ConfigError("there is nothing to check", hint="name a file, or give -O.field=value")
         )
     if file is not None and not file.is_file():
-        _misuse(ConfigError("there is no such file", where=str(file)))
+        _misuse(
+            ConfigError(
+                "there is no such file",
+                where=str(file),
+                hint="`piecework config show -O.field=value > piecework.toml` makes one",
+            )
+        )
     try:
         below = read_data(file) if file is not None else {}
         config = CompilationConfig.from_data(merge(CompilationConfig, below, changes))

@@ -116,7 +116,8 @@ def review(
     with typed_errors():
         if snapshot.in_ci():
             raise UsageError(
-                "nothing is reviewed in continuous integration (the variable CI is set)"
+                "nothing is reviewed in continuous integration (the variable CI is set)",
+                hint="review where you can look and answer; `piecework golden check` runs anywhere",
             )
         if accept or reject:
             for path in accept or ():
@@ -228,7 +229,8 @@ def report(
         if tests is not None:
             if snapshot.in_ci():
                 raise UsageError(
-                    "tests leave no proposals to show in continuous integration (the variable CI is set)"
+                    "tests leave no proposals to show in continuous integration (the variable CI is set)",
+                    hint="make the report where you work, without the variable",
                 )
             from piecework.golden.suite import proposals, run_suite
 
@@ -351,7 +353,11 @@ def _golden_place(place: Path) -> Path:
     if not place.exists() and proposal_of(place).is_file():
         return proposal_of(place)
     if not place.exists():
-        raise UsageError("there is no such file or folder", where=str(place))
+        raise UsageError(
+            "there is no such file or folder",
+            where=str(place),
+            hint="name a golden, or a folder with a stitched.py or expected.py",
+        )
     return proposal_of(place) if place.is_file() and place.suffix != ".new" else place
 
 
@@ -375,4 +381,8 @@ def _read(path: Path) -> str:
         reason = error.strerror or type(error).__name__
         raise UsageError(f"this source cannot be read: {reason}", where=str(path)) from error
     except UnicodeDecodeError as error:
-        raise UsageError("this source is not text", where=str(path)) from error
+        raise UsageError(
+            "this source is not text",
+            where=str(path),
+            hint="name emitted source, such as a stitched.py",
+        ) from error

@@ -25,7 +25,9 @@ def verify_file(path: Path, cache: Path | None, model: str | None, as_json: bool
     loaded = None if model is None else load_model(model)
     module = None if loaded is None else loaded.module
     if module is not None and not isinstance(module, torch.nn.Module):
-        raise UsageError(f"{model} is no torch.nn.Module")
+        raise UsageError(
+            f"{model} is no torch.nn.Module", hint="give the model that the file was made of"
+        )
     result = judge(found, cache=kept, model=module, vector_bits=vector_bits())
     if loaded is not None and isinstance(module, torch.nn.Module) and not result.problems:
         now = captured_now(found, module, loaded.example_args, result)

@@ -84,7 +84,10 @@ def serve(
         sizes = "auto" if capture == "auto" else parse_sizes(capture, "--capture") or None
         limits = {"num_blocks": cb_num_blocks, "max_batch_tokens": cb_max_batch_tokens}
         if not continuous_batching and any(limits.values()):
-            raise UsageError("--cb-… options are for --continuous-batching")
+            raise UsageError(
+                "--cb-… options are for --continuous-batching",
+                hint="add --continuous-batching, or leave them out",
+            )
         folder = Path(model)
         manifest = bundle.read_manifest(folder) if (folder / bundle.MANIFEST).is_file() else None
         config = configuration(

@@ -61,7 +61,11 @@ def load(golden: Path, problems: Sequence[str] = ()) -> Proposal:
     """
     proposal = snapshot.proposal_of(golden)
     if not proposal.is_file():
-        raise UsageError("there is no proposal for this golden", where=str(golden))
+        raise UsageError(
+            "there is no proposal for this golden",
+            where=str(golden),
+            hint="`piecework golden check`, or the test, leaves one where the text differs",
+        )
     before = golden.read_text(encoding="utf-8") if golden.is_file() else ""
     return Proposal(golden, before, proposal.read_text(encoding="utf-8"), tuple(problems))
 

@@ -53,7 +53,10 @@ def load_model(spec: str, *, seed: int = 0) -> LoadedModel:
             if loaded is not None:
                 return loaded
         if path.is_dir():
-            raise UsageError(f"folder {str(path)!r} has no config.json")
+            raise UsageError(
+                f"folder {str(path)!r} has no config.json",
+                hint="give a folder that save_pretrained wrote, or module:factory for a model of your own",
+            )
     elif ":" in spec and not any(sep in spec for sep in (os.sep, "\\")):
         return from_factory(spec, seed)
     raise UsageError(

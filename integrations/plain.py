@@ -108,7 +108,10 @@ def _no_model(spec: str, module_name: str, error: BaseException) -> UsageError:
         inner = inner[1:]
     missing = isinstance(error, ModuleNotFoundError) and error.name is not None
     if not inner and (missing or isinstance(error, (AttributeError, ValueError))):
-        return UsageError(f"there is no factory {spec!r}: {first_line(error)}")
+        return UsageError(
+            f"there is no factory {spec!r}: {first_line(error)}",
+            hint="write module:function, of a module in the working directory or an installed one",
+        )
     failure = UsageError(
         f"the factory {spec!r} fails with {type(error).__name__}: {first_line(error)}",
         where=(

@@ -159,7 +159,10 @@ def with_weights(made: Any, path: Path, **options: object) -> torch.nn.Module:
     try:
         model: torch.nn.Module = made.from_pretrained(path, local_files_only=True, **options)
     except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"can't load the model in {str(path)!r}: {first_line(error)}") from error
+        raise UsageError(
+            f"can't load the model in {str(path)!r}: {first_line(error)}",
+            hint="give its config.json to run it with random weights, or load it yourself and use module:factory",
+        ) from error
     return model
 
 

@@ -40,7 +40,8 @@ def with_seeded_weights(
         model = make()
     except Exception as error:  # a config that doesn't fit its model fails in its layers
         raise UsageError(
-            f"no {name} can be made of {str(file)!r}: {type(error).__name__}: {first_line(error)}"
+            f"no {name} can be made of {str(file)!r}: {type(error).__name__}: {first_line(error)}",
+            hint="its fields do not fit together, or the class makes no model of a config alone: use module:factory",
         ) from error
     add_noise(model, seed)
     return model

@@ -64,7 +64,7 @@ def check_output(directory: Path) -> None:
             )
     parent = directory.absolute().parent
     if not parent.is_dir():
-        raise UsageError(f"there is no folder {str(parent)!r} to write into")
+        raise UsageError(f"there is no folder {str(parent)!r} to write into", hint="make it first")
     require_writable(directory)
 
 
@@ -146,7 +146,11 @@ def read_manifest(directory: Path) -> Manifest:
         fields = json.loads(path.read_text(encoding="utf-8"))
         manifest = Manifest(**fields)
     except (OSError, ValueError, TypeError) as error:
-        raise ArtifactError(f"the manifest is damaged: {error}", where=path.name) from error
+        raise ArtifactError(
+            f"the manifest is damaged: {error}",
+            where=path.name,
+            hint="compile the model again, into a new folder",
+        ) from error
     if manifest.format != FORMAT:
         raise ArtifactError(
             f"the folder has format {manifest.format!r}; this version reads {FORMAT}",
@@ -165,7 +169,11 @@ def read_source(directory: Path, manifest: Manifest, *, edited: bool = False) ->
     try:
         code = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"can't read the source: {error}", where=path.name) from error
+        raise ArtifactError(
+            f"can't read the source: {error}",
+            where=path.name,
+            hint="compile the model again, into a new folder",
+        ) from error
     if not edited and hashlib.sha256(code.encode()).hexdigest() != manifest.source_sha256:
         raise ArtifactError(
             "the source is not the one that was generated",

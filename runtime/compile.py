@@ -98,7 +98,7 @@ def compile(
     return made
 
 
-@short_errors
+@partial(short_errors, elsewhere=where_it_goes)
 def load(
     path: Place,
     model: Callable[..., object],
@@ -162,7 +162,10 @@ def _load_or_compile(
         made.require_made_so(found, args, kwargs)
         made.take(found)
         if not made.accepts(*args, **kwargs):
-            raise ArtifactError("no trace in it serves the example arguments")
+            raise ArtifactError(
+                "no trace in it serves the example arguments",
+                hint="it was saved for arguments of other kinds or sizes",
+            )
 
     if take_if_it_fits(path, key_file, take):
         return
@@ -290,7 +293,11 @@ def _require_dtype(model: Callable[..., object], name: str) -> None:
         return
     wanted = getattr(torch, name, None)
     if not isinstance(wanted, torch.dtype):
-        raise ConfigError(f"torch has no dtype {name!r}", where="dtype")
+        raise ConfigError(
+            f"torch has no dtype {name!r}",
+            where="dtype",
+            hint="name one as torch does: float32, bfloat16, float16",
+        )
     held = model.state_dict().values() if isinstance(model, torch.nn.Module) else ()
     floating = (t.dtype for t in held if isinstance(t, torch.Tensor) and t.is_floating_point())
     found = sorted(set(map(str, floating)))

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 
-from piecework.errors import ConfigError, did_you_mean
+from piecework.errors import ConfigError, did_you_mean, short_methods
 
 
+@short_methods
 @dataclass(slots=True)
 class CompilationCounter:
     """Counts since the process started.

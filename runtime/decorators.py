@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypeVar, overload
 
 import torch
@@ -21,6 +22,7 @@ from piecework.runtime import torch_compat
 from piecework.runtime.call.failures import add_piece_note
 from piecework.runtime.compile import UnstitchedModule, compile_with_mode
 from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.config.elsewhere import where_it_goes
 from piecework.runtime.config.groups import CompilationMode, DynamicShapesType, RuntimeConfig
 from piecework.runtime.config.model import FrozenModel
 from piecework.runtime.model_tag import (
@@ -75,7 +77,7 @@ def support_torch_compile(
 ) -> Callable[[ModuleClass], ModuleClass]: ...
 
 
-@short_errors
+@partial(short_errors, elsewhere=where_it_goes)
 def support_torch_compile(
     cls: ModuleClass | None = None,
     *,
@@ -113,7 +115,11 @@ def support_torch_compile(
         >>> Model(compilation_config=piecework.CompilationConfig(mode="PIECEWORK_COMPILE"))(x)
     """
     if enable_if is not None and not callable(enable_if):
-        raise ConfigError("enable_if must be callable with a configuration", where="enable_if")
+        raise ConfigError(
+            "enable_if must be callable with a configuration",
+            where="enable_if",
+            hint="write a function: enable_if=lambda config: config.backend == 'inductor'",
+        )
     layers = None
     if repeated_layers is not None:
         layers = CompilationConfig.from_data({_LAYERS: repeated_layers}).repeated_layers
@@ -151,6 +157,7 @@ def ignore_torch_compile(cls: ModuleClass) -> ModuleClass:
     return cls
 
 
+@short_errors
 def stitched_of(model: torch.nn.Module) -> StitchedModule | None:
     """What an instance of a decorated class was compiled to: its source, pieces and report.
 

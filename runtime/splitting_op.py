@@ -6,12 +6,13 @@ The function is the implementation; nothing is compiled or captured here.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from typing import Any, Generic, Literal, ParamSpec, TypeVar, get_args
 
 import torch
 
-from piecework.errors import SplitError, did_you_mean, short_errors
+from piecework.errors import SplitError, did_you_mean, short_errors, short_methods
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,6 +26,7 @@ GraphsOf = Literal["never", "single_token_decode", "uniform_decode", "always"]
 HOW_TO_DECLARE = "say splitting_op(..., rows=...), or piecework.declare_rows(op, ...)"
 
 
+@short_methods
 class SplittingOp(Generic[P, R]):
     """A registered splitting operator; calling it calls the operator through the dispatcher.
 
@@ -250,10 +252,33 @@ def _require_name(name: object) -> None:
         )
     parts = name.split("::")
     if len(parts) != 2 or not all(part.isidentifier() for part in parts):
-        raise SplitError(f"operator name {name!a} is not of the form 'namespace::name'")
+        raise SplitError(
+            f"operator name {name!a} is not of the form 'namespace::name'",
+            hint=(
+                f"write 'mylib::{parts[-1]}'"
+                if parts[-1].isidentifier()
+                else "both are names as Python's are: 'mylib::attention'"
+            ),
+        )
 
 
-@short_errors
+# What torch.library.custom_op, and vLLM's function for it, take as arguments.
+_OF_CUSTOM_OP = {
+    **dict.fromkeys(
+        ("device_types", "dispatch_key"), "@op.register_kernel('cuda') gives a device's own kernel"
+    ),
+    **dict.fromkeys(("fake", "fake_impl"), "@op.register_fake decorates it"),
+    **dict.fromkeys(("fn", "op_func"), "the function is what is decorated"),
+    "schema": "leave it out: it is made of the function's annotations",
+    "op_name": "it is the first argument: 'namespace::name'",
+}
+
+
+def _of_custom_op(name: str, parameters: Collection[str]) -> str:
+    return _OF_CUSTOM_OP.get(name, "")
+
+
+@partial(short_errors, elsewhere=_of_custom_op)
 def splitting_op(
     name: str,
     *,

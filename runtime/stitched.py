@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from piecework.errors import (
     InputError,
     StaticGraphError,
     short_errors,
+    short_methods,
     tell,
 )
 from piecework.runtime import torch_compat
@@ -50,7 +51,7 @@ from piecework.runtime.trace.sizes.example_sizes import SizePolicy
 from piecework.runtime.traces import observed
 from piecework.runtime.traces.captured import CapturedTraces
 from piecework.runtime.traces.traced_model import TracedModel
-from piecework.runtime.traces.traces import Traces, inside
+from piecework.runtime.traces.traces import Traces, inside, seen_into
 
 if TYPE_CHECKING:
     from piecework.runtime.artifact.save import Part
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from piecework.runtime.observe.profile import Profile
 
 
+@short_methods
 class StitchedModule(SharedModule):
     """A compiled model; see `compile`.
 
@@ -139,6 +141,8 @@ class StitchedModule(SharedModule):
 
     def forward(self, *args: object, **kwargs: object) -> Any:
         """As calling the module."""
+        if not isinstance(args, tuple):  # torch.fx.symbolic_trace gives one proxy for all of them
+            raise seen_into()
         return self(*args, **kwargs)
 
     @short_errors
@@ -172,6 +176,8 @@ class StitchedModule(SharedModule):
     def _prepare_and_call(self, *args: object, **kwargs: object) -> object:
         if self._traces.switched_off():
             return self.as_it_is(*args, **kwargs)
+        if torch_compat.traced_by_others():
+            raise seen_into()
         with self._traces.lock:
             if not self.traces:  # another thread may have been first
                 traced, by_name = (args, kwargs) if self._example is None else self._example
@@ -193,7 +199,6 @@ class StitchedModule(SharedModule):
         self._serve_by(first.call)
         return first.call(*args, **kwargs)
 
-    @short_errors
     def prepare(self, *args: object, **kwargs: object) -> None:
         """Capture, compile and stitch now, tracing with these arguments.
 
@@ -225,7 +230,6 @@ class StitchedModule(SharedModule):
             return f"cudagraph_capture_sizes={list(config.cudagraph_capture_sizes)}"
         return ""
 
-    @short_errors
     def rebind(self) -> None:
         """Hold the weights that the model has now: call it after replacing a parameter or a submodule.
 
@@ -243,7 +247,6 @@ class StitchedModule(SharedModule):
         """
         self._traces.rebind()
 
-    @short_errors
     def refit(self, state: Mapping[str, torch.Tensor]) -> None:
         """Copy new values into the model's weights, where they lie: pieces and static graphs go on with them, nothing is bound or captured anew.
 
@@ -275,7 +278,6 @@ class StitchedModule(SharedModule):
         """
         self._traces.accept_settings()
 
-    @short_errors
     def use_edited(self, code: str) -> EditedSource:
         """Run an edited version of the stitching source from now on.
 
@@ -294,7 +296,6 @@ class StitchedModule(SharedModule):
             self._serve_by(first.call)
         return edited
 
-    @short_errors
     def save(self, path: Place, *, key_file: str | os.PathLike[str] | None = None) -> None:
         """Write what was compiled to a directory or URL, for ``piecework.load(path, model)`` in another process.
 
@@ -387,7 +388,6 @@ class StitchedModule(SharedModule):
         self._graphs.again = None
         self._serve_by(self._prepare_and_call)
 
-    @short_errors
     def capture(
         self,
         sizes: Iterable[int] | None = None,
@@ -445,7 +445,6 @@ class StitchedModule(SharedModule):
         """
         self._graphs.sleep()
 
-    @short_errors
     def wake_up(self) -> None:
         """Capture again what the last `capture` did, after `sleep`, or after a `rebind` that gave the graphs up.
 
@@ -455,7 +454,6 @@ class StitchedModule(SharedModule):
         """
         self._graphs.wake_up()
 
-    @short_errors
     def measure(
         self, sizes: Iterable[int] | None = None, *, seconds: float = 0.3, **options: object
     ) -> Measurement:
@@ -486,12 +484,22 @@ class StitchedModule(SharedModule):
         return self._graphs.all()[0]
 
     def dispatch(
-        self, num_tokens: int, uniform_decode: bool = False, **kind: Any
+        self,
+        num_tokens: int,
+        uniform_decode: bool = False,
+        has_lora: bool = False,
+        num_active_loras: int = 0,
+        *,
+        valid_modes: Collection[CUDAGraphMode] | None = None,
+        invalid_modes: Collection[CUDAGraphMode] | None = None,
+        axes: Mapping[str, Hashable] | None = None,
+        query_len: int | None = None,
     ) -> tuple[CUDAGraphMode, BatchDescriptor]:
         """What a batch runs as now, for an engine that pads state of its own to the captured size and says both in the forward context.
 
         Args:
-            num_tokens, uniform_decode, kind: as for `CudagraphDispatcher.dispatch`; asked is the trace that serves this size.
+            num_tokens: the batch's own size.
+            The others are those of `CudagraphDispatcher.dispatch`; asked is the trace that serves this size.
 
         Returns:
             Mode and descriptor; NONE and the batch's own size where nothing is captured.
@@ -501,7 +509,16 @@ class StitchedModule(SharedModule):
             >>> with set_forward_context(metadata_for(shape), cudagraph_runtime_mode=mode, batch_descriptor=shape):
             ...     stitched(x)
         """
-        return self._graphs.dispatch(num_tokens, uniform_decode, **kind)
+        return self._graphs.dispatch(
+            num_tokens,
+            uniform_decode,
+            has_lora,
+            num_active_loras,
+            valid_modes=valid_modes,
+            invalid_modes=invalid_modes,
+            axes=axes,
+            query_len=query_len,
+        )
 
     def coverage(self, max_num_batched_tokens: int | None = None) -> list[CoverageRow]:
         """How each batch size runs: captured, padded or uncaptured, and why.
@@ -556,7 +573,6 @@ class StitchedModule(SharedModule):
         """
         return observed.named_pieces(self._traces)
 
-    @short_errors
     def profile(self, *args: object, profiled_calls: int = 20, **kwargs: object) -> Profile:
         """Where a forward spends its time: a row for each piece and each operator that is called straight, by torch's profiler.
 

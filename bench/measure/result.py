@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ class Target:
         return self.measured <= self.bound if self.at_most else self.measured >= self.bound
 
 
+Setting = tuple[tuple[str, object], ...]
 _SCALE = {"µs a call": 1e6, "s": 1.0}
 
 
@@ -195,7 +197,7 @@ def _plot(result: Result, path: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    settings = list(dict.fromkeys(tuple(row.setting.items()) for row in result.rows))
+    settings = _in_order(dict.fromkeys(tuple(row.setting.items()) for row in result.rows))
     if len(settings) > 2 and all(
         len(each) == 1 and isinstance(each[0][1], int) for each in settings
     ):
@@ -211,7 +213,20 @@ def _plot(result: Result, path: Path) -> bool:
     return True
 
 
-def _panels(result: Result, settings: list[tuple[tuple[str, object], ...]], pyplot: Any) -> Any:
+def _in_order(settings: Iterable[Setting]) -> list[Setting]:
+    """``settings`` with ascending numbers, those with more words behind the others; words stay in the order in which it was measured."""
+    given = list(settings)
+    values = dict.fromkeys(value for each in given for _, value in each)
+    first = {value: n for n, value in enumerate(values)}
+
+    def rank(setting: Setting) -> list[float]:
+        words = sum(not isinstance(value, (int, float)) for _, value in setting)
+        return [words, *(n if isinstance(n, (int, float)) else first[n] for _, n in setting)]
+
+    return sorted(given, key=rank)
+
+
+def _panels(result: Result, settings: list[Setting], pyplot: Any) -> Any:
     columns = min(_COLUMNS, len(settings))
     count = -(-len(settings) // columns)
     most = max(sum(tuple(r.setting.items()) == each for r in result.rows) for each in settings)

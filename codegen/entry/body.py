@@ -81,7 +81,9 @@ class _Entry:
         pairs = zip(names, self.plan.parameters, strict=True)
         return tuple(
             ir.Parameter(
-                name.id, p.kind, p.default and self.value(p.default.value, f"default_{p.name}")
+                name.id,
+                p.kind,
+                None if p.default is None else self.value(p.default.value, f"default_{p.name}"),
             )
             for name, p in pairs
         )

@@ -116,7 +116,8 @@ class Expressions:
         value = frame.values.get(name)
         if name in frame.last_use and value is not None:  # most are of this kind
             frame.last_use[name] = frame.statement
-            return value  # a statement never binds __vllm_submods__ itself
+            # A statement never binds __vllm_submods__ itself.
+            return value  # type: ignore[return-value]
         if name in frame.locals:
             if value is None:
                 raise self.error(node, f"{name!a} is used before it is defined or after its del")

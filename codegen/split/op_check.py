@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 
 from piecework.codegen.graph.schemas import overloads_of, shows_nothing, writes_to
 from piecework.codegen.split.splitting import SplittingOp
-from piecework.errors import SplitError
+from piecework.errors import SplitError, short_errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,7 @@ class OpReport:
         return styles.get((bool(self.mutates), bool(self.returns)), "none")
 
 
+@short_errors
 def check_op(
     op: SplittingOp,
     args: Sequence[object] | None = None,

@@ -24,7 +24,7 @@ from piecework.codegen.split.piece_sizes import Asserted, PieceSizes
 from piecework.codegen.split.regions import Regions
 from piecework.codegen.split.sizes import decompose_sizes, is_size_read
 from piecework.codegen.split.splitting import SplittingOp, SplittingOps, check_cuts, names_of
-from piecework.errors import SplitError
+from piecework.errors import SplitError, short_errors
 
 MakeModule = Callable[[dict[str, object], torch.fx.Graph, str], torch.fx.GraphModule]
 
@@ -46,6 +46,7 @@ class SplitItem:
     graph: torch.fx.GraphModule
 
 
+@short_errors
 def split_graph(
     graph: torch.fx.GraphModule,
     splitting_ops: Iterable[SplittingOp],

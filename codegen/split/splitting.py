@@ -61,7 +61,10 @@ class SplittingOps:
                 self._targets.append(op)
                 self.declared.append(_written(op))
             else:
-                raise SplitError(f"splitting op {op!r} is neither a name nor an operator")
+                raise SplitError(
+                    f"splitting op {op!r} is neither a name nor an operator",
+                    hint="write 'ns::op', torch.ops.ns.op, or a function that the model calls, such as torch.sin",
+                )
 
     def __call__(self, node: torch.fx.Node) -> bool:
         if node.op != "call_function":

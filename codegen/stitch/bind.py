@@ -13,9 +13,10 @@ from types import FunctionType
 
 from piecework.codegen.graph.targets import ENTRY_NAME
 from piecework.codegen.plan.formatting import numbered
-from piecework.errors import BindError, EmitError
+from piecework.errors import BindError, EmitError, short_errors
 
 
+@short_errors
 def compile_execution_fn(
     code: str,
     submod_callables: Mapping[str, Callable[..., object]],
@@ -55,7 +56,10 @@ def compile_execution_fn(
     submods = [submod_callables[name] for name in submod_names]
     for name, submod in zip(submod_names, submods, strict=True):
         if not callable(submod):
-            raise BindError(f"submodule {name!a} is bound to something that can't be called")
+            raise BindError(
+                f"submodule {name!a} is bound to something that can't be called",
+                hint="pass the submodule itself, or what it was compiled to",
+            )
     function = execute_source(code, {"__vllm_consts__": list(consts or ()), **(bound or {})})
     function.__kwdefaults__ = {**(function.__kwdefaults__ or {}), "__vllm_submods__": submods}
     return function
@@ -91,7 +95,10 @@ def execute_source(
         ) from error
     function = scope.get(name)
     if not isinstance(function, FunctionType):
-        raise EmitError(f"stitching source defines no function {name}")
+        raise EmitError(
+            f"stitching source defines no function {name}",
+            hint="keep the function's name; generate_execution_code writes it",
+        )
     _show_in_tracebacks(filename, code, function)
     return function
 

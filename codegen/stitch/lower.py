@@ -7,7 +7,7 @@ source line. Nothing is executed and the graph is not changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.fx
@@ -22,9 +22,10 @@ from piecework.codegen.plan.names import NameTable
 from piecework.codegen.split.regions import has_regions, regions_in
 from piecework.codegen.stitch.inline import Inlined, InlinePlan, plan_inlining
 from piecework.codegen.stitch.lower_node import ModuleState, NodeLowering, Scope
-from piecework.errors import UnsupportedNode
+from piecework.errors import UnsupportedNode, short_methods
 
 
+@short_methods
 @dataclass(frozen=True, slots=True)
 class LowerOptions:
     """What may differ between two emissions of one graph.
@@ -47,6 +48,16 @@ class LowerOptions:
     line_numbers: bool = True
     banner: tuple[str, ...] = ()
     digests: Mapping[str, str] = field(default_factory=dict)
+
+
+def option_goes(name: str, parameters: Collection[str]) -> str:
+    """Where a function with these parameters wants an option of lowering; "" for what is none."""
+    if name not in {each.name for each in fields(LowerOptions)}:
+        return ""
+    how = f"LowerOptions({name}=...)"
+    if "options" in parameters:
+        return f"it is one of the options: options={how}"
+    return f"generate_source(split_gm, {how}) of piecework.codegen takes it"
 
 
 def lower(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch.fx
 
@@ -16,9 +17,11 @@ from piecework.codegen.plan.check import check_ir
 from piecework.codegen.plan.render import const_rows, line_map, render, table_rows
 from piecework.codegen.proof.trace import Linkage
 from piecework.codegen.proof.verify import Proof, verify_text
-from piecework.codegen.stitch.lower import LowerOptions, lower
+from piecework.codegen.stitch.lower import LowerOptions, lower, option_goes
 from piecework.collector import collector_paused
-from piecework.errors import EmitError
+from piecework.errors import EmitError, short_errors
+
+_short_errors = partial(short_errors, elsewhere=option_goes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,7 @@ class StitchedSource:
         return self.code
 
 
+@_short_errors
 def generate_source(
     split_gm: torch.fx.GraphModule, options: LowerOptions | None = None
 ) -> StitchedSource:
@@ -103,6 +107,7 @@ def render_stitched(module: ir.Module) -> str:
     return str(render(module, "stitching source", header))
 
 
+@_short_errors
 def verify(
     source: StitchedSource | str,
     split_gm: torch.fx.GraphModule,
@@ -158,6 +163,7 @@ def verify(
     )
 
 
+@_short_errors
 def generate_execution_code(
     split_gm: torch.fx.GraphModule,
 ) -> tuple[str, list[str], list[object]]:

@@ -51,7 +51,10 @@ class CausalLM:
         try:
             module = transformers.AutoModelForCausalLM.from_config(config)
         except (ValueError, KeyError) as error:
-            raise UsageError(f"{str(path)!r} is not a causal LM: {first_line(error)}") from error
+            raise UsageError(
+                f"{str(path)!r} is not a causal LM: {first_line(error)}",
+                hint="for another kind of model write module:factory",
+            ) from error
         return self._loaded(module, text, seed)
 
     def _loaded(self, module: torch.nn.Module, config_text: str, seed: int) -> LoadedModel:

@@ -112,7 +112,10 @@ def bound_socket(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except (OSError, OverflowError) as error:
         listener.close()
-        raise UsageError(f"can't listen at {host}, port {port}: {error}") from error
+        raise UsageError(
+            f"can't listen at {host}, port {port}: {error}",
+            hint="give another --port; 0 takes a free one",
+        ) from error
     return listener
 
 

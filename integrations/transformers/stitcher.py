@@ -263,7 +263,7 @@ def save(model: nn.Module, path: Place, *, key_file: str | os.PathLike[str] | No
     _required(_decoder_of(model)).way.save(path, key_file)
 
 
-@short_errors
+@partial(short_errors, elsewhere=where_it_goes)
 def load(path: Place, model: Model, *, key_file: str | os.PathLike[str] | None = None) -> Model:
     """Stitch the decoder of a causal LM in place by what `save` wrote: nothing is run, traced or compiled.
 
@@ -287,6 +287,7 @@ def load(path: Place, model: Model, *, key_file: str | os.PathLike[str] | None =
     return model
 
 
+@short_errors
 def unstitch(model: Model) -> Model:
     """Give a stitched model its own forward back, and return it.
 
@@ -308,6 +309,7 @@ def unstitch(model: Model) -> Model:
     return model
 
 
+@short_errors
 def stitched_module(model: nn.Module, entry: str = "input_ids") -> StitchedModule:
     """The stitched module behind a stitched model, with its ``.source``, ``.pieces`` and ``.report()``.
 
@@ -322,6 +324,7 @@ def stitched_module(model: nn.Module, entry: str = "input_ids") -> StitchedModul
     return _required(_decoder_of(model)).way.entry(entry)
 
 
+@short_errors
 def how_served(model: nn.Module) -> Served:
     """Which way a stitched model is served, why, by which stitched modules, and what its own forward served instead.
 
@@ -334,6 +337,7 @@ def how_served(model: nn.Module) -> Served:
     return served(_required(_decoder_of(model)).way)
 
 
+@short_errors
 def sleep(model: nn.Module) -> None:
     """Give the static graphs of a stitched model and their memory back, the head's too; calls run uncaptured until `wake_up`.
 
@@ -347,6 +351,7 @@ def sleep(model: nn.Module) -> None:
         way.serving.static.release()
 
 
+@short_errors
 def wake_up(model: nn.Module) -> None:
     """Capture again what was captured of a stitched model before `sleep`, or before its weights were rebound.
 

@@ -89,7 +89,10 @@ def way_of(
             hint="piecework.load(path, model) loads what piecework.compile made",
         )
     if wanted not in (None, name):
-        raise ArtifactError(f"the artifact is of the {name} way, and {wanted!r} is wanted")
+        raise ArtifactError(
+            f"the artifact is of the {name} way, and {wanted!r} is wanted",
+            hint=f"leave way out, say way={name!r}, or save it anew",
+        )
     return ways[name](found, model, decoder, config)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from piecework.errors import BindError, ConfigError
+from piecework.errors import BindError, ConfigError, did_you_mean
 from piecework.runtime import torch_compat
 from piecework.runtime.bind.reachable import own_tensors
 from piecework.runtime.bind.weights import unfit
@@ -22,7 +22,11 @@ def refit(
         BindError: as `StitchedModule.refit`.
     """
     if not isinstance(model, torch.nn.Module):
-        raise BindError("a function has no weights by name", where="refit")
+        raise BindError(
+            "a function has no weights by name",
+            where="refit",
+            hint="write to the tensors that it uses, in place",
+        )
     if not isinstance(state, Mapping):
         raise ConfigError(
             f"new weights come as a dict of tensors; got a {type(state).__qualname__}",
@@ -37,7 +41,11 @@ def refit(
             )
         old = held.get(name)
         if old is None:
-            raise BindError("the model has no such weight", where=name)
+            raise BindError(
+                "the model has no such weight",
+                where=name,
+                hint=did_you_mean(name, held) or "names are those of model.state_dict()",
+            )
         if new.is_meta and not old.is_meta:
             raise BindError(
                 "the new weight is on the meta device, which holds no data",
@@ -52,7 +60,9 @@ def refit(
         first = tied.setdefault(id(old), name)
         if new is not state[first] and not torch.equal(new, state[first]):
             raise BindError(
-                f"it and {first} are one weight, and their new values differ", where=name
+                f"it and {first} are one weight, and their new values differ",
+                where=name,
+                hint="give one of them",
             )
     own = {torch_compat.storage_id(each) for each in held.values()}
 

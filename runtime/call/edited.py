@@ -51,7 +51,10 @@ def check_edited(source: StitchedSource, split_gm: torch.fx.GraphModule, code: s
             nothing defines, or an index outside ``__vllm_submods__`` or ``__vllm_consts__``.
     """
     if not isinstance(code, str):
-        raise EmitError(f"the edited source must be text; got a {type(code).__qualname__}")
+        raise EmitError(
+            f"the edited source must be text; got a {type(code).__qualname__}",
+            hint="pass the text, such as stitched.source.code with a change",
+        )
     try:
         tree = parse_text(code, "the edited source")
         compiled = compile(tree, "<edited>", "exec", dont_inherit=True)
@@ -71,7 +74,10 @@ def check_edited(source: StitchedSource, split_gm: torch.fx.GraphModule, code: s
 def _entry_of(tree: ast.Module) -> ast.FunctionDef:
     found = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == ENTRY_NAME]
     if not found:
-        raise EmitError(f"the edited source defines no function {ENTRY_NAME}")
+        raise EmitError(
+            f"the edited source defines no function {ENTRY_NAME}",
+            hint="edit all of stitched.source.code, and keep the function's name",
+        )
     return found[-1]
 
 
@@ -95,7 +101,10 @@ def _check_names(compiled: types.CodeType, tree: ast.Module, source: StitchedSou
     code = with_inner_code([compiled])
     for name in sorted(set().union(*map(global_names, code))):
         if name not in defined:
-            raise EmitError(f"the edited source reads the name {name!a}, which nothing defines")
+            raise EmitError(
+                f"the edited source reads the name {name!a}, which nothing defines",
+                hint="import or define it in the text",
+            )
 
 
 def _stored_globals(tree: ast.Module) -> Iterator[str]:

@@ -124,7 +124,9 @@ class Shadow:
         if self.left_out and not self._able:
             name, why = next(iter(self.left_out.items()))
             raise BindError(
-                f"no piece can be run a second time beside itself: {name}, {why}", where="shadow"
+                f"no piece can be run a second time beside itself: {name}, {why}",
+                where="shadow",
+                hint="compare the whole model with its eager form instead",
             )
 
     def is_due(self) -> bool:

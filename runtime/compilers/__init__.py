@@ -52,6 +52,7 @@ def make_compiler(config: CompilationConfig) -> CompilerInterface:
         raise ConfigError(
             f"compiler {config.backend!a} is a {type(found).__qualname__}, not a class",
             where="backend",
+            hint=_CHOICES,
         )
     try:
         compiler = found()

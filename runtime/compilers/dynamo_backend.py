@@ -31,7 +31,11 @@ class DynamoBackendAdaptor:
     def __init__(self, backend: str | Callable[..., object]) -> None:
         known = torch_compat.dynamo_backend(backend) if isinstance(backend, str) else backend
         if not callable(known):
-            raise ConfigError(f"backend {backend!r} can't be called", where="backend")
+            raise ConfigError(
+                f"backend {backend!r} can't be called",
+                where="backend",
+                hint="name a function that takes a graph and its inputs, as torch.compile(backend=...) does",
+            )
         self._backend = known
         self.name = backend if isinstance(backend, str) else str(getattr(known, "__name__", known))
 
@@ -49,6 +53,7 @@ class DynamoBackendAdaptor:
         compiled = self._backend(copy.deepcopy(graph), list(example_inputs))
         if not callable(compiled):
             raise PieceCompileError(
-                f"backend {self.name} returned a {type(compiled).__qualname__}, which can't be called"
+                f"backend {self.name} returned a {type(compiled).__qualname__}, which can't be called",
+                hint="a backend returns a function, such as the graph that it was given",
             )
         return CompiledPiece(compiled)

@@ -102,6 +102,7 @@ class InductorOptions:
             raise ConfigError(
                 f"use_inductor_graph_partition sets {taken} itself",
                 where=f"inductor_compile_config.{taken}",
+                hint="leave one of the two out",
             )
         if partitioned and (self._always | self._single_size).get("cpp_wrapper"):
             raise ConfigError(

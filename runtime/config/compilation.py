@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field
 
-from piecework.errors import ConfigError
+from piecework.errors import ConfigError, short_methods
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.ranges import Range, RangeTable, derive_ranges
 from piecework.runtime.batch.sizes import padded_sizes
@@ -58,6 +58,7 @@ _A_BATCH_RANGE = "each compiled form is kept under its own batch range"
 _A_CAPTURE_SIZE = "captured graphs are not cached, and the code is the same for every size"
 
 
+@short_methods
 class CompilationConfig(FrozenModel):
     """Everything that decides how a model is captured, split, compiled, stitched and replayed.
 

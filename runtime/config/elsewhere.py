@@ -22,12 +22,15 @@ _OF_TORCH_COMPILE = {
 
 def where_it_goes(name: str, parameters: Collection[str]) -> str:
     """Where a function with these parameters wants an argument that it has no parameter for; "" if that is not known."""
+    groups = {"config": CompilationConfig, "runtime_config": RuntimeConfig}
+    of_configuration = name in groups or any(name in each.model_fields for each in groups.values())
     if "config" in parameters and name in _OF_TORCH_COMPILE:
         return _OF_TORCH_COMPILE[name]
-    for where, fields in (
-        ("config", CompilationConfig.model_fields),
-        ("runtime_config", RuntimeConfig.model_fields),
-    ):
-        if where in parameters and name in fields:
+    if "dynamic_arg_dims" in parameters and (of_configuration or name in _OF_TORCH_COMPILE):
+        return "a configuration belongs to the instances: Model(..., compilation_config={...})"
+    if "path" in parameters and of_configuration:
+        return "leave it out: an artifact holds what it was compiled with"
+    for where, group in groups.items():
+        if where in parameters and name in group.model_fields:
             return f"it is a field of the configuration: {where}={{{name!r}: ...}}"
     return ""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
-from piecework.errors import ConfigError
+from piecework.errors import ConfigError, short_methods
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.config.model import KEY, Conflict, FrozenModel, ignored
 from piecework.runtime.config.values import QueryLens
@@ -172,6 +172,7 @@ class PassConfig(FrozenModel):
     )
 
 
+@short_methods
 class RuntimeConfig(FrozenModel):
     """What the parts read of the program around the model: batch limits, ranks, dtype, name."""
 

@@ -21,6 +21,8 @@ from piecework.runtime.identity.frozen_map import FrozenMap
 Model = TypeVar("Model", bound=FrozenModel)
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+# After a text that is no configuration.
+_WRITTEN = "`piecework config show` prints one as TOML, with --format json as JSON"
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -96,9 +98,9 @@ def parse_json(text: str, *, where: str) -> dict[str, Any]:
     try:
         data = json.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"no valid JSON: {error}", where=where) from None
+        raise ConfigError(f"no valid JSON: {error}", where=where, hint=_WRITTEN) from None
     if not isinstance(data, dict):
-        raise ConfigError("a configuration is a JSON object of fields", where=where)
+        raise ConfigError("a configuration is a JSON object of fields", where=where, hint=_WRITTEN)
     return data
 
 
@@ -148,7 +150,7 @@ def parse_toml(text: str, *, where: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"no valid TOML: {error}", where=where) from None
+        raise ConfigError(f"no valid TOML: {error}", where=where, hint=_WRITTEN) from None
 
 
 def _toml_key(key: str) -> str:

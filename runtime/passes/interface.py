@@ -135,7 +135,11 @@ def as_inductor_pass(value: object, *, where: str) -> InductorPass:
             ) from error
         return value if isinstance(value, InductorPass) else as_inductor_pass(value, where=where)
     if not callable(value):
-        raise ConfigError(f"a pass must be callable, not a {type(value).__qualname__}", where=where)
+        raise ConfigError(
+            f"a pass must be callable, not a {type(value).__qualname__}",
+            where=where,
+            hint="give a function of a graph, an InductorPass, or the qualified name of one",
+        )
     return CallableInductorPass(value)
 
 

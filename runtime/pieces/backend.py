@@ -13,7 +13,7 @@ import torch.fx
 from piecework.codegen import SplitItem
 from piecework.codegen.split.split import SplittingOp as SplittingOpLike
 from piecework.codegen.split.split import SplittingOps
-from piecework.errors import BindError, ConfigError
+from piecework.errors import BindError, ConfigError, short_errors
 from piecework.runtime.analysis.doubts import tell_of_gradients
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.ranges import Range, RangeTable
@@ -207,6 +207,7 @@ class PieceworkBackend:
         return self.config.replace(splitting_ops=tuple(SplittingOps(self.declared_ops).declared))
 
 
+@short_errors
 def piecework_dynamo_backend(
     graph: torch.fx.GraphModule,
     example_inputs: Sequence[object],

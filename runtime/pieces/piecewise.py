@@ -166,7 +166,10 @@ class PiecewiseBackend:
             if entry.compile_range is None or size in entry.compile_range:
                 return entry.runnable(*args)
         ranges = ", ".join(str(r) for r in self.entries)
-        raise InputError(f"batch size {size} is outside every compiled range: {ranges}")
+        raise InputError(
+            f"batch size {size} is outside every compiled range: {ranges}",
+            hint="raise max_num_batched_tokens, where the last range ends",
+        )
 
 
 def get_fake_args_from_graph(graph: torch.fx.GraphModule) -> list[object]:

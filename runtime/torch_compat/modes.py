@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 import torch
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext, _device_constructors
 
@@ -34,6 +35,11 @@ def transforms() -> object:
 
 #: Whether ``torch.jit.trace`` records this thread: it would keep what compiled pieces give as constants.
 jit_tracing = torch._C._is_tracing
+
+
+def traced_by_others() -> bool:
+    """Whether ``torch.fx.symbolic_trace``, ``make_fx`` or ``torch.export`` traces what runs."""
+    return is_fx_symbolic_tracing() or torch.compiler.is_compiling()
 
 
 _interpreter, _forward_ad = torch._C._functorch.peek_interpreter_stack, torch.autograd.forward_ad

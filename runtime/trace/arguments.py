@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from piecework.codegen.entry.plan import Assumption, FixedValue, Items, Leaf, Node, Parameter, Tree
 from piecework.codegen.plan.literals import is_inline_literal
-from piecework.runtime.trace.inputs import signature_of
+from piecework.runtime.trace.inputs import leaves_of, signature_of
 
 Assume = Callable[[int, object], Assumption]
 
@@ -113,11 +113,12 @@ class _Numbering:
         return Items(kind, label, keys, tuple(children)), index
 
     def _other(self, value: object, label: str, index: int) -> tuple[Node, int]:
-        leaves, structure = pytree.tree_flatten(value)
+        structure = pytree.tree_structure(value)
         if structure.is_leaf():
             return Leaf(index, label, self._assume(index, value)), index + 1
+        leaves = leaves_of(value)
         children = tuple(
-            Leaf(index + i, f"{label} (leaf {i})", self._assume(index + i, leaf))
-            for i, leaf in enumerate(leaves)
+            Leaf(index + i, label + suffix, self._assume(index + i, leaf))
+            for i, (suffix, leaf) in enumerate(leaves)
         )
         return Tree(label, structure, children), index + len(leaves)

@@ -65,7 +65,11 @@ def capture_error(error: BaseException) -> CaptureError:
         return CaptureError(f"the model's own forward raises {raised}", where=line, hint=hint)
     opaque = re.search(r"\(reason: (.+)\)$", text, re.MULTILINE)
     if text.startswith("Skip inlining") and opaque is not None:
-        return CaptureError(f"the model can't be captured as one graph: {opaque[1]}", where=line)
+        return CaptureError(
+            f"the model can't be captured as one graph: {opaque[1]}",
+            where=line,
+            hint="put its .model there",
+        )
     unknown = re.match(r"ModuleNotFoundError: No module named '(.+)'", text)
     if unknown is not None:
         return CaptureError(

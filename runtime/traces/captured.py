@@ -179,12 +179,12 @@ class CapturedTraces:
         return next((graphs.platform.device.type for graphs in held), "cpu")
 
     def dispatch(
-        self, num_tokens: int, uniform_decode: bool, **kind: Any
+        self, num_tokens: int, *kind: Any, **named: Any
     ) -> tuple[CUDAGraphMode, BatchDescriptor]:
         require_whole_number(num_tokens)
         for each in self._traces.made:
             if each.static is not None and each.static.serves(num_tokens):
-                return each.static.dispatcher.dispatch(num_tokens, uniform_decode, **kind)
+                return each.static.dispatcher.dispatch(num_tokens, *kind, **named)
         return CUDAGraphMode.NONE, BatchDescriptor(num_tokens)
 
     def memory_report(self) -> MemoryReport:

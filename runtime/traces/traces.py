@@ -120,6 +120,8 @@ class Traces:
         self, error: InputError, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> tuple[object, TracedModel | None]:
         """The result of a call that was refused, by another trace, which is given with it, or of the model as it is; else raise what was refused."""
+        if torch_compat.traced_by_others():
+            raise seen_into()
         refusing = next((each for each in self.made if each.refused(error)), None)
         if refusing is not None:
             return self._serve_by_another({refusing: error}, args, kwargs)
@@ -327,6 +329,14 @@ def inside(
             return call(*args, **kwargs)
 
     return run
+
+
+def seen_into() -> InputError:
+    """The refusal of a call that something traces."""
+    return InputError(
+        "torch.fx traces this call, as symbolic_trace, make_fx and torch.export do, and sees nothing of what is compiled",
+        hint="trace the model itself; stitched.split_gm is its graph, and stitched.save keeps what is compiled for another process",
+    )
 
 
 def _is_nested(value: object) -> bool:

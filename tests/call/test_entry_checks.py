@@ -415,3 +415,43 @@ def test_a_model_may_take_nothing() -> None:
     model.scale = torch.nn.Parameter(torch.ones(3))
     model.forward = lambda: model.scale * 2
     torch.testing.assert_close(compiled(model)(), model.scale * 2)
+
+
+@dataclasses.dataclass
+class Held:
+    x: torch.Tensor
+    more: list[object]
+    scale: float = 3.0
+
+
+Pair = collections.namedtuple("Pair", "x y")
+torch.utils._pytree.register_dataclass(Held)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            lambda x: {"h": [Held(x.double(), [{"k": x + 1}])]},
+            r"argument i\['h'\]\[0\]\.x has dtype",
+        ),
+        (lambda x: {"h": [Held(x, [{"k": x.double()}])]}, r"\]\.more\[0\]\['k'\] has dtype"),
+        (lambda x: {"h": [Held(x, [{"k": x + 1}], 4.0)]}, r"argument i\['h'\]\[0\]\.scale was 3"),
+    ],
+)
+def test_what_an_object_holds_is_called_by_its_fields(make, said: str) -> None:  # type: ignore[no-untyped-def]
+    def function(i: dict[str, list[Held]]) -> torch.Tensor:
+        held = i["h"][0]
+        return held.x + held.more[0]["k"] * held.scale  # type: ignore[index,operator]
+
+    x = torch.randn(4, 3)
+    stitched = compiled(function, {"h": [Held(x, [{"k": x + 1}])]})
+    with pytest.raises(InputError, match=said):
+        stitched(make(x))
+
+
+def test_what_a_named_tuple_holds_is_called_by_its_names() -> None:
+    x = torch.randn(4, 3)
+    stitched = compiled(lambda i: i.x + i.y, Pair(x, x + 1))
+    with pytest.raises(InputError, match=r"argument i\.y has dtype"):
+        stitched(Pair(x, x.double()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 import logging
 import pickle
 import traceback
@@ -16,7 +15,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import piecework
 from piecework import CompilationConfig
@@ -231,7 +232,12 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         "stitched already",
         "compile its .model",
     ),
-    (lambda: compiled(nn.Sequential(stitched())), CaptureError, "calls a stitched module", ""),
+    (
+        lambda: compiled(nn.Sequential(stitched())),
+        CaptureError,
+        "calls a stitched module",
+        ".model",
+    ),
     (lambda: piecework.load("/nowhere", Model), ConfigError, "is a class", "pass an instance"),
     (
         lambda: piecework.load("/nowhere", Model()),
@@ -378,7 +384,12 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         "must be a tuple of arguments",
         "pass (x,)",
     ),
-    (lambda: compiled(splitting_ops=[None]), SplitError, "neither a name nor an operator", ""),
+    (
+        lambda: compiled(splitting_ops=[None]),
+        SplitError,
+        "neither a name nor an operator",
+        "torch.sin",
+    ),
     (
         lambda: compiled(splitting_ops=["mylib::attention"]),
         SplitError,
@@ -525,8 +536,20 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
     ),
     (lambda: stitched().shape_guards, NotThereError, "no shape guards", ""),
     (lambda: stitched().use_edited("x = ("), EmitError, "is not Python", ""),
-    (lambda: stitched().use_edited(""), EmitError, "defines no function execution_fn", ""),
-    (lambda: stitched().use_edited(None), EmitError, "must be text; got a NoneType", ""),
+    (lambda: stitched().use_edited(""), EmitError, "defines no function execution_fn", "keep the"),
+    (lambda: stitched().use_edited(None), EmitError, "must be text; got a NoneType", "source.code"),
+    (
+        lambda: stitched().use_edited(stitched().source.code.replace("return", "nothing; return")),
+        EmitError,
+        "reads the name 'nothing', which nothing defines",
+        "import or define it",
+    ),
+    (
+        lambda: stitched().capture([4], progress=False).static_graphs.source_for(64),
+        StaticGraphError,
+        "size 64 runs uncaptured",
+        "coverage()",
+    ),
     # --- capture
     (
         lambda: stitched().static_graphs,
@@ -648,8 +671,26 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
     (lambda: stitched().save(""), ConfigError, "at a path or a URL; got ''", ""),
     (lambda: compiled(artifact=3), ConfigError, "at a path or a URL; got 3", ""),
     (lambda: stitched().refit(3), ConfigError, "got a int", "state_dict()"),
-    (lambda: stitched().refit({"head.weight": X}), BindError, "no such weight (head.weight)", ""),
+    (
+        lambda: stitched().refit({"classifier": X}),
+        BindError,
+        "no such weight (classifier)",
+        "state_dict()",
+    ),
+    (
+        lambda: stitched().refit({"layer.wieght": X}),
+        BindError,
+        "no such weight (layer.wieght)",
+        "did you mean layer.weight?",
+    ),
+    (
+        lambda: compiled(lambda x: x * 2).refit({"x": X}),
+        BindError,
+        "a function has no weights by name",
+        "in place",
+    ),
     (lambda: stitched().refit({"layer.bias": 3}), BindError, "must be a tensor; got a int", ""),
+    (lambda: compiled(config={"backend": "math.pi"}), ConfigError, "not a class", "MyCompiler"),
     (
         lambda: stitched().refit({"layer.bias": X}),
         BindError,
@@ -668,7 +709,26 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         "stitching source must be text; got a NoneType",
         "generate_execution_code",
     ),
-    (lambda: piecework.splitting_op("mix"), SplitError, "not of the form 'namespace::name'", ""),
+    (
+        lambda: piecework.splitting_op("mix"),
+        SplitError,
+        "not of the form 'namespace",
+        "'mylib::mix'",
+    ),
+    (lambda: piecework.splitting_op("my-lib::mix"), SplitError, "'my-lib::mix'", "'mylib::mix'"),
+    (lambda: piecework.splitting_op("a::b-c"), SplitError, "'a::b-c'", "as Python's are"),
+    (
+        lambda: piecework.support_torch_compile(Model, enable_if=True),
+        ConfigError,
+        "enable_if must be callable",
+        "enable_if=lambda config:",
+    ),
+    (
+        lambda: piecework.support_torch_compile(Model, dynamic_arg_dims={"x": "0"}),
+        ConfigError,
+        "a dimension or a list of them",
+        "{'x': 0}",
+    ),
     (
         lambda: piecework.splitting_op("mistakes::mix")(lambda x: x),
         SplitError,
@@ -800,7 +860,7 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         "positional arguments but 4 were given",
         "splitting_ops, config",
     ),
-    (lambda: piecework.load("x", Model(), strict=True), ConfigError, "'strict'", "it takes path"),
+    (lambda: piecework.load("x", Model(), remap=True), ConfigError, "'remap'", "it takes path"),
     (lambda: stitched().save("x", keyfile="k"), ConfigError, "'keyfile'", "did you mean key_file?"),
     (lambda: CompilationConfig("eager"), ConfigError, "given by name; got 'eager'", "backend="),
     (
@@ -929,20 +989,58 @@ def test_no_trace_of_torchscript_keeps_what_pieces_give(around, check: bool) -> 
     assert module(X).shape == X.shape
 
 
-PUBLIC = [
-    each
-    for name in piecework.__all__
-    if inspect.isfunction(each := getattr(piecework, name))
-    and not each.__module__.startswith("piecework.codegen")
-]
-
-
-@pytest.mark.parametrize("function", PUBLIC, ids=lambda each: each.__name__)
-def test_no_public_function_of_the_runtime_leaves_an_unknown_argument_to_python(function) -> None:
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("around", [lambda module: module, nn.Sequential])
+@pytest.mark.parametrize(
+    "trace",
+    [
+        torch.fx.symbolic_trace,
+        lambda module: make_fx(module)(X),
+        lambda module: torch.export.export(module, (X,)),
+    ],
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        stitched,
+        lambda: stitched().capture([4], progress=False),
+        lambda: piecework.compile(Model().eval(), config=config()),
+    ],
+    ids=["stitched", "captured", "not yet compiled"],
+)
+def test_what_traces_a_stitched_module_is_told_to_trace_the_model(make, trace, around) -> None:
+    module = make()
     with pytest.raises(
-        ConfigError, match=r"unexpected keyword argument 'nonsense'.*Hint: it takes"
+        InputError, match=r"torch\.fx traces this call.*Hint: trace the model itself"
     ):
-        function(nonsense=1)
+        trace(around(module))
+    assert torch.equal(module(X), module.model(X))
+    assert torch.equal(torch.compile(around(module), backend="eager")(X), module(X))
+
+
+def test_operators_around_a_stitched_function_are_traced_into_it() -> None:
+    traced = make_fx(compiled(lambda x: x * 2))(X)
+    assert torch.equal(traced(X + 1), (X + 1) * 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"options": {"backnd": "eager"}}, "did you mean backend?"),
+        ({"options": {"mode": "fast"}}, "no compilation mode 'fast'"),
+        ({"options": {"splitting_ops": ["mylib::nope"]}}, "import the module that defines it"),
+        ({"mode": "max-autotune"}, "inductor_compile_config takes Inductor's own"),
+    ],
+)
+def test_wrong_options_of_the_backend_are_told_through_torch(options, said: str) -> None:
+    torch._dynamo.reset()
+    with pytest.raises(BackendCompilerFailed) as caught:
+        torch.compile(nn.Linear(8, 8).eval(), backend="piecework", **options)(X)
+    assert said in str(caught.value)
+    inner = caught.value.inner_exception
+    assert isinstance(inner, PieceworkError)
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "/runtime/" not in shown
 
 
 def test_a_type_error_from_inside_is_none_of_the_arguments() -> None:

@@ -99,7 +99,11 @@ def tokens_of(
     """
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     if (ids is None) == (embeds is None):
-        raise InputError("give exactly one of input_ids and inputs_embeds", where="input_ids")
+        raise InputError(
+            "give exactly one of input_ids and inputs_embeds",
+            where="input_ids",
+            hint="as in model(input_ids)",
+        )
     weight = decoder.get_input_embeddings().weight
     if weight.dtype != dtype or weight.device != device:
         raise InputError(
@@ -110,14 +114,23 @@ def tokens_of(
     entry, tokens = ("input_ids", ids) if embeds is None else ("inputs_embeds", embeds)
     ranks = 2 if embeds is None else 3
     if not isinstance(tokens, torch.Tensor):
-        raise InputError(f"{entry} is a {type(tokens).__name__}, not a tensor", where=entry)
+        raise InputError(
+            f"{entry} is a {type(tokens).__name__}, not a tensor",
+            where=entry,
+            hint="""tokenizer(text, return_tensors="pt") gives tensors""",
+        )
     if tokens.ndim != ranks or 0 in tokens.shape:
         raise InputError(
             f"{entry} has shape {tuple(tokens.shape)}; expected {ranks} dimensions, none of them empty",
             where=entry,
+            hint="the first dimension is the batch, the second the tokens: unsqueeze(0) for one sequence",
         )
     if embeds is None and (tokens.is_floating_point() or tokens.dtype is torch.bool):
-        raise InputError(f"input_ids are {tokens.dtype}, and must be integers", where=entry)
+        raise InputError(
+            f"input_ids are {tokens.dtype}, and must be integers",
+            where=entry,
+            hint="pass what the tokenizer gave; embeddings are inputs_embeds",
+        )
     if torch.is_grad_enabled() and (
         tokens.requires_grad or any(p.requires_grad for p in decoder.parameters())
     ):

@@ -96,6 +96,7 @@ class StaticGraphs:
             raise StaticGraphError(
                 f"the graphs whose memory is to be used are on {memory_of.platform.device}",
                 where=str(self.platform.device),
+                hint="leave memory_of out",
             )
         shared = _SharedPool(self.platform) if memory_of is None else memory_of._shared
         shared.owners.add(self)

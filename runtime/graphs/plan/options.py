@@ -257,7 +257,11 @@ def plan_capture(
     chosen = _sizes(shape, config, mode, sizes, others, options.runtime)
     clash = sorted(set(values) & set(options.axes))
     if clash:
-        raise ConfigError(f"axis {clash[0]!r} is a size of the model", where="axes")
+        raise ConfigError(
+            f"axis {clash[0]!r} is a size of the model",
+            where="axes",
+            hint="name sizes of the model in other_sizes, and axes of your own otherwise",
+        )
     lora = LoraCases(
         (runtime is not None and runtime.enable_lora) or bool(options.lora_counts),
         config.cudagraph_specialize_lora,

@@ -96,6 +96,7 @@ class CapturedInputs:
                     f"{name} is {Placement.of(tensor).describe()} on {tensor.device}, and was traced as "
                     f"{Placement.of(argument.as_traced(wanted)).describe()} on {wanted.device}",
                     where="static",
+                    hint="pass one that lies in memory as the example's argument does",
                 )
             found[numbers[name]] = memory
         return found

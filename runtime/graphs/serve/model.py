@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from piecework.codegen.replay.plan import ReplaySource
-from piecework.errors import PieceworkError, StaticGraphError
+from piecework.errors import PieceworkError, StaticGraphError, short_errors
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.coverage import CoverageRow, coverage
 from piecework.runtime.batch.descriptor import BatchKind
@@ -407,6 +407,7 @@ class CapturedModel:
 
     # --- what it says ------------------------------------------------------------------------------
 
+    @short_errors
     def coverage(self, max_num_batched_tokens: int | None = None) -> list[CoverageRow]:
         """How each batch size runs now, by default up to one more than the largest captured size."""
         low = self.shape.low  # smaller batches are refused where arguments are checked
@@ -452,6 +453,7 @@ class CapturedModel:
         replays = [each for key in self.replays for each in _replay_names(key, labels)]
         return [STAGE, *replays] if replays else []
 
+    @short_errors
     def source_for(self, size: int, kind: BatchKind | None = None) -> ReplaySource:
         """The replay source that serves a batch of ``size``.
 
@@ -465,11 +467,15 @@ class CapturedModel:
             raise StaticGraphError(
                 "there is no replay source: Inductor cut this model, and its code calls the replays",
                 where="use_inductor_graph_partition",
+                hint="without use_inductor_graph_partition piecework cuts the model, and writes it",
             )
         found = self.dispatcher.explain(size, kind or BatchKind(), strict=False)
         replay = self.replays.get((found.mode, found.descriptor))
         if replay is None:
-            raise StaticGraphError(f"size {size} runs uncaptured: {found.reason.value}")
+            raise StaticGraphError(
+                f"size {size} runs uncaptured: {found.reason.value}",
+                hint="coverage() says of each size what it runs as",
+            )
         return replay.source
 
 

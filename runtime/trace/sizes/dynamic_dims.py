@@ -138,6 +138,7 @@ def _as_dims(value: object, name: str, where: str, argument: str) -> tuple[int, 
         raise ConfigError(
             f"{argument}[{name!r}] must be a dimension or a list of them; got {value!r}",
             where=where,
+            hint=f"{argument}={{{name!r}: 0}} is the first one",
         )
     if len(set(dims)) != len(dims):
         raise ConfigError(f"{argument}[{name!r}] repeats a dimension: {value!r}", where=where)
@@ -231,6 +232,7 @@ def _marks(dims: DynamicDims, arguments: Mapping[str, object], all_unbacked: boo
                     f"parameter {name} is declared dynamic, and the first call passes "
                     f"a {type(argument).__qualname__} without tensors",
                     where=dims.where,
+                    hint="declare the parameters that tensors come in",
                 )
             for label, tensor in tensors:
                 for dim in _in_range(dims.where, label, tensor, wanted, must):
