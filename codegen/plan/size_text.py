@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from piecework.codegen.plan import ir
+from piecework.codegen.plan.one_line import expr_text
 from piecework.errors import EmitError
-
-# How tightly a text binds, from the loosest.
-(_TEST, _OR, _AND, _NOT, _COMPARE, _BITOR, _BITXOR, _BITAND, _SHIFT, _ADD, _MUL, _SIGN, _POWER, _ATOM) = range(14)  # fmt: skip
 
 #: What texts may name besides the symbols: builtins, and the module that the emitted text imports.
 FUNCTIONS = frozenset({"abs", "float", "int", "max", "min", "round"})
@@ -24,9 +23,6 @@ MODULES: Mapping[str, object] = MappingProxyType({"math": math})
 RESERVED = FUNCTIONS | MODULES.keys()
 
 _NAMESPACE = {"__builtins__": {name: getattr(builtins, name) for name in FUNCTIONS}, **MODULES}
-
-# A text and how tightly it binds.
-_Text = tuple[str, int]
 
 
 def size_text(expr: object, names: Mapping[str, str]) -> str:
@@ -39,8 +35,9 @@ def size_text(expr: object, names: Mapping[str, str]) -> str:
         >>> size_text(expr, {"s77": "s0"})  # FloorDiv(s77, 2) + 1
         's0 // 2 + 1'
     """
-    text, level = _Printer(names).text(expr)
-    return _within(text, level, _OR)
+    found = _Reader(names).read(expr)
+    text = expr_text(found)
+    return f"({text})" if isinstance(found, ir.Operation) and found.sign == "if" else text
 
 
 def checked_text(text: str) -> str:
@@ -88,154 +85,134 @@ def symbols_in(text: str) -> frozenset[str]:
     return frozenset(names - RESERVED)
 
 
-class _Printer:
-    """Writes one expression."""
+class _Reader:
+    """Makes one of torch's expressions an expression of a plan."""
 
     def __init__(self, names: Mapping[str, str]) -> None:
         self.names = names
 
-    def text(self, expr: Any) -> _Text:
+    def read(self, expr: Any) -> ir.Expr:
         kind = type(expr).__name__
-        write = _WRITE.get(kind)
-        if write is not None:
-            return write(self, expr)
+        read = _READ.get(kind)
+        if read is not None:
+            return read(self, expr)
         if kind in _CALLS:
-            arguments = ", ".join(self.part(each, _TEST) for each in expr.args)
-            return f"{_CALLS[kind]}({arguments})", _ATOM
-        if kind in _OPERATORS:
-            sign, level = _OPERATORS[kind]
-            left, right = expr.args
-            # Signs group to the left; a comparison beside another one would be a chain.
-            first = level + (level == _COMPARE)
-            return f"{self.part(left, first)} {sign} {self.part(right, level + 1)}", level
+            return _call(_CALLS[kind], *map(self.read, expr.args))
+        if kind in _SIGNS:
+            return _operation(_SIGNS[kind], *map(self.read, expr.args))
         raise EmitError(
             f"a size is computed with {kind}, which has no source form: {expr}",
             hint="compute it inside a splitting op, or pass it as an argument",
         )
 
-    def part(self, expr: object, level: int) -> str:
-        """``expr`` where something binds as tightly as ``level``."""
-        return _within(*self.text(expr), level)
-
-    # --- single kinds ------------------------------------------------------------------------------
-
-    def symbol(self, expr: Any) -> _Text:
+    def symbol(self, expr: Any) -> ir.Expr:
         name = self.names.get(str(expr))
         if name is None:
             raise EmitError(
                 f"a size depends on {expr}, which no argument tells",
                 hint="pass the size as an argument, or the tensor that has it",
             )
-        return name, _ATOM
+        return ir.Name(name)
 
-    def number(self, expr: Any) -> _Text:
-        return _signed(str(int(expr)))
+    def number(self, expr: Any) -> ir.Expr:
+        return _number(int(expr))
 
-    def rational(self, expr: Any) -> _Text:
-        return f"{expr.p} / {expr.q}", _MUL
+    def rational(self, expr: Any) -> ir.Expr:
+        return _operation("/", _number(int(expr.p)), _number(int(expr.q)))
 
-    def real(self, expr: Any) -> _Text:
+    def real(self, expr: Any) -> ir.Expr:
         value = float(expr)
         if not math.isfinite(value):
             raise EmitError(f"a size is compared with {value}, which has no literal")
-        return _signed(repr(value))
+        return _number(value)
 
-    def truth(self, expr: Any) -> _Text:
-        return str(bool(expr)), _ATOM
+    def truth(self, expr: Any) -> ir.Expr:
+        return ir.Literal(bool(expr))
 
-    def sum(self, expr: Any) -> _Text:
+    def sum(self, expr: Any) -> ir.Expr:
         first, *others = expr.as_ordered_terms()
-        text = self.part(first, _ADD)
+        found = self.read(first)
         for each in others:
-            if each.as_coeff_Mul()[0].is_negative:
-                text += f" - {self.part(-each, _ADD + 1)}"
-            else:
-                text += f" + {self.part(each, _ADD)}"
-        return text, _ADD
+            negative = each.as_coeff_Mul()[0].is_negative
+            found = _operation(
+                "-" if negative else "+", found, self.read(-each if negative else each)
+            )
+        return found
 
-    def product(self, expr: Any) -> _Text:
+    def product(self, expr: Any) -> ir.Expr:
         """Factors over divisors; what is an integer is divided as integers are."""
-        above: list[object] = []
-        below: list[object] = []
+        above: list[ir.Expr] = []
+        below: list[ir.Expr] = []
         negative = False
         for factor in expr.as_ordered_factors():  # -2 comes as two factors, -1 and 2
             if factor.is_Rational:
                 negative ^= bool(factor.p < 0)
-                above += [abs(factor.p)] if abs(factor.p) != 1 else []
-                below += [factor.q] if factor.q != 1 else []
+                above += [_number(abs(int(factor.p)))] if abs(factor.p) != 1 else []
+                below += [_number(int(factor.q))] if factor.q != 1 else []
             elif factor.is_Pow and factor.exp.is_Integer and factor.exp < 0:
-                below.append(factor.base**-factor.exp)
+                below.append(self.read(factor.base**-factor.exp))
             else:
-                above.append(factor)
-        text = " * ".join([self.operand(each) for each in above]) or "1"
-        divide = "//" if expr.is_integer else "/"
-        for each in below:
-            text = f"{text} {divide} {self.operand(each)}"
-        if not negative:
-            return text, _MUL
+                above.append(self.read(factor))
         # Before a quotient the sign would belong to the first factor, which // would round with.
-        return (f"-({text})", _SIGN) if below else (f"-{text}", _MUL)
+        if negative and above and not below:
+            above[0] = _operation("-", above[0])
+        found = _operation("*", *above) if len(above) > 1 else (*above, ir.Literal(1))[0]
+        if not below:
+            return found
+        found = _operation("//" if expr.is_integer else "/", found, *below)
+        return _operation("-", found) if negative else found
 
-    def operand(self, each: object) -> str:
-        return str(each) if isinstance(each, int) else self.part(each, _SIGN)
+    def identity(self, expr: Any) -> ir.Expr:
+        return self.read(expr.args[0])
 
-    def power(self, expr: Any) -> _Text:
-        base, exponent = expr.args
-        return f"{self.part(base, _ATOM)} ** {self.part(exponent, _SIGN)}", _POWER
-
-    def identity(self, expr: Any) -> _Text:
-        return self.text(expr.args[0])
-
-    def up(self, expr: Any) -> _Text:
+    def up(self, expr: Any) -> ir.Expr:
         """The quotient, rounded up."""
-        left, right = expr.args
-        return f"-(-{self.part(left, _ATOM)} // {self.part(right, _SIGN)})", _SIGN
+        left, right = map(self.read, expr.args)
+        return _operation("-", _operation("//", _operation("-", left), right))
 
-    def modular(self, expr: Any) -> _Text:
-        base, divisor, modulus = expr.args
-        quotient = f"{self.part(base, _MUL)} // {self.part(divisor, _SIGN)}"
-        return f"{quotient} % {self.part(modulus, _SIGN)}", _MUL
+    def modular(self, expr: Any) -> ir.Expr:
+        base, divisor, modulus = map(self.read, expr.args)
+        return _operation("%", _operation("//", base, divisor), modulus)
 
-    def truncated(self, expr: Any) -> _Text:
-        return f"float(math.trunc({self.part(expr.args[0], _TEST)}))", _ATOM
+    def truncated(self, expr: Any) -> ir.Expr:
+        return _call("float", _call("math.trunc", self.read(expr.args[0])))
 
-    def logic(self, expr: Any) -> _Text:
-        word, level = {"And": ("and", _AND), "Or": ("or", _OR)}[type(expr).__name__]
-        parts = sorted(expr.args, key=str)
-        return f" {word} ".join(self.part(each, level + 1) for each in parts), level
+    def logic(self, expr: Any) -> ir.Expr:
+        word = {"And": "and", "Or": "or"}[type(expr).__name__]
+        return _operation(word, *map(self.read, sorted(expr.args, key=str)))
 
-    def negation(self, expr: Any) -> _Text:
-        return f"not {self.part(expr.args[0], _NOT)}", _NOT
-
-    def choice(self, expr: Any) -> _Text:
-        test, yes, no = expr.args
-        return f"{self.part(yes, _OR)} if {self.part(test, _OR)} else {self.part(no, _TEST)}", _TEST
+    def choice(self, expr: Any) -> ir.Expr:
+        test, yes, no = map(self.read, expr.args)
+        return _operation("if", yes, test, no)
 
 
-def _within(text: str, level: int, wanted: int) -> str:
-    return text if level >= wanted else f"({text})"
+def _number(value: float) -> ir.Expr:
+    found = ir.Literal(abs(value))
+    return _operation("-", found) if value < 0 else found
 
 
-def _signed(text: str) -> _Text:
-    return text, _SIGN if text.startswith("-") else _ATOM
+def _operation(sign: str, *operands: ir.Expr) -> ir.Expr:
+    return ir.Operation(sign, operands)
 
 
-_WRITE: dict[str, Callable[[_Printer, Any], _Text]] = {
-    "Symbol": _Printer.symbol,
-    **dict.fromkeys(("Integer", "Zero", "One", "NegativeOne"), _Printer.number),
-    **dict.fromkeys(("Rational", "Half"), _Printer.rational),
-    "Float": _Printer.real,
-    **dict.fromkeys(("BooleanTrue", "BooleanFalse"), _Printer.truth),
-    "Add": _Printer.sum,
-    "Mul": _Printer.product,
-    **dict.fromkeys(("Pow", "PowByNatural", "FloatPow"), _Printer.power),
-    "Identity": _Printer.identity,
-    "CeilDiv": _Printer.up,
-    "ModularIndexing": _Printer.modular,
-    "TruncToFloat": _Printer.truncated,
-    **dict.fromkeys(("And", "Or"), _Printer.logic),
-    "Not": _Printer.negation,
-    "Where": _Printer.choice,
+def _call(function: str, *arguments: ir.Expr) -> ir.Expr:
+    return ir.Call(ir.Global(function), ir.Arguments(arguments, ()))
+
+
+_READ: dict[str, Callable[[_Reader, Any], ir.Expr]] = {
+    "Symbol": _Reader.symbol,
+    **dict.fromkeys(("Integer", "Zero", "One", "NegativeOne"), _Reader.number),
+    **dict.fromkeys(("Rational", "Half"), _Reader.rational),
+    "Float": _Reader.real,
+    **dict.fromkeys(("BooleanTrue", "BooleanFalse"), _Reader.truth),
+    "Add": _Reader.sum,
+    "Mul": _Reader.product,
+    "Identity": _Reader.identity,
+    "CeilDiv": _Reader.up,
+    "ModularIndexing": _Reader.modular,
+    "TruncToFloat": _Reader.truncated,
+    **dict.fromkeys(("And", "Or"), _Reader.logic),
+    "Where": _Reader.choice,
 }
 # What is written as a call, with the arguments as they are.
 _CALLS = {
@@ -261,19 +238,22 @@ _DOMAIN = {
     **dict.fromkeys(("log", "log2"), "{} > 0"),
     **dict.fromkeys(("asin", "acos"), "-1 <= {} <= 1"),
 }
-_OPERATORS = {
-    **dict.fromkeys(("FloorDiv", "CleanDiv"), ("//", _MUL)),
-    **dict.fromkeys(("Mod", "PythonMod"), ("%", _MUL)),
-    **dict.fromkeys(("IntTrueDiv", "FloatTrueDiv"), ("/", _MUL)),
-    "LShift": ("<<", _SHIFT),
-    "RShift": (">>", _SHIFT),
-    "BitwiseFn_bitwise_and": ("&", _BITAND),
-    "BitwiseFn_bitwise_or": ("|", _BITOR),
-    "BitwiseFn_bitwise_xor": ("^", _BITXOR),
-    **dict.fromkeys(("Equality", "Eq"), ("==", _COMPARE)),
-    **dict.fromkeys(("Unequality", "Ne"), ("!=", _COMPARE)),
-    **dict.fromkeys(("StrictLessThan", "Lt"), ("<", _COMPARE)),
-    **dict.fromkeys(("LessThan", "Le"), ("<=", _COMPARE)),
-    **dict.fromkeys(("StrictGreaterThan", "Gt"), (">", _COMPARE)),
-    **dict.fromkeys(("GreaterThan", "Ge"), (">=", _COMPARE)),
+# What is written with a sign before or between its operands.
+_SIGNS = {
+    **dict.fromkeys(("FloorDiv", "CleanDiv"), "//"),
+    **dict.fromkeys(("Mod", "PythonMod"), "%"),
+    **dict.fromkeys(("IntTrueDiv", "FloatTrueDiv"), "/"),
+    **dict.fromkeys(("Pow", "PowByNatural", "FloatPow"), "**"),
+    "LShift": "<<",
+    "RShift": ">>",
+    "BitwiseFn_bitwise_and": "&",
+    "BitwiseFn_bitwise_or": "|",
+    "BitwiseFn_bitwise_xor": "^",
+    **dict.fromkeys(("Equality", "Eq"), "=="),
+    **dict.fromkeys(("Unequality", "Ne"), "!="),
+    **dict.fromkeys(("StrictLessThan", "Lt"), "<"),
+    **dict.fromkeys(("LessThan", "Le"), "<="),
+    **dict.fromkeys(("StrictGreaterThan", "Gt"), ">"),
+    **dict.fromkeys(("GreaterThan", "Ge"), ">="),
+    "Not": "not",
 }

@@ -11,7 +11,7 @@ import importlib
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,23 +38,14 @@ _OTHER = "compile the model again; with artifact=path this happens by itself"
 
 @dataclass(frozen=True, slots=True)
 class SavedFact:
-    """A fact: its place and what must be there, as a likeness and for people."""
+    """A fact with the likeness of what it compares, and that for people.
 
-    place: Place
-    kind: str
-    about: object
-    like: str
-    text: str
-    other: Place | None
-    of_call: bool
-
-
-@dataclass(frozen=True, slots=True)
-class SavedArgumentFact:
-    """A fact about arguments, which are not there when it is loaded: with what it compares, and the likeness of that."""
+    One about the model is kept without what it compares, which is looked up anew; arguments are not there when it is loaded.
+    """
 
     fact: Fact
     like: str
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +65,7 @@ class SavedState:
     """
 
     facts: tuple[SavedFact, ...]
-    argument_facts: tuple[SavedArgumentFact, ...]
+    argument_facts: tuple[SavedFact, ...]
     starts: Mapping[str, tuple[str, str]]
     classes: Mapping[str, tuple[str, ...]]
     tables: Mapping[str, Mapping[str, str]]
@@ -113,12 +104,11 @@ def saved_state(state: TracedState) -> SavedState:
             hint="keep what the model computes with in attributes that are numbers, strings or tensors",
         )
     facts = {_key(each): _saved(each) for each in state.bins.facts}
+    kept = (replace(each, fact=replace(each.fact, expected=None)) for each in facts.values())
     asked = state.classes.asked
     return SavedState(
-        facts=tuple(facts.values()),
-        argument_facts=tuple(
-            SavedArgumentFact(each, _saved(each).like) for each in state.bins.argument_facts
-        ),
+        facts=tuple(kept),
+        argument_facts=tuple(map(_saved, state.bins.argument_facts)),
         starts={name: _start(name, each) for name, each in state.starts["global"].items()},
         classes=_orders(state.classes.classes),
         tables=_tables(state.classes.classes),
@@ -152,9 +142,7 @@ def _saved(fact: Fact) -> SavedFact:
             where=fact.kind,
             hint="keep what the model computes with in attributes that are numbers, strings, functions or tensors",
         ) from error
-    return SavedFact(
-        fact.place, fact.kind, fact.about, like, shown(fact.expected), fact.other, fact.of_call
-    )
+    return SavedFact(fact, like, shown(fact.expected))
 
 
 def likeness_of(seen: object) -> str:
@@ -262,7 +250,7 @@ def established(saved: SavedState, model: object) -> TracedState:
         "global": {name: _started(*each) for name, each in saved.starts.items()},
     }
     for each in saved.facts:
-        first = each.place.path()[0]
+        first = each.fact.place.path()[0]
         if first.kind == "import":
             _started("module", str(first.key))
     values = Values(starts)
@@ -299,33 +287,31 @@ def _started(kind: str, name: str) -> object:
 
 
 def _established(saved: SavedFact, values: Values) -> Fact:
-    now = values.at(saved.place)
-    if saved.other is not None:
-        fact = Fact(saved.place, saved.kind, saved.about, None, saved.other, saved.of_call)
+    fact = saved.fact
+    where, now = _text(fact.place), values.at(fact.place)
+    if fact.other is not None:
         if now is MISSING or not fact.holds(values):
-            raise _changed(f"{_text(saved.place)} and {_text(saved.other)} were one object")
+            raise _changed(f"{where} and {_text(fact.other)} were one object")
         return fact
     if now is MISSING:
-        raise _changed(f"{_text(saved.place)} was {saved.text} and is not there")
+        raise _changed(f"{where} was {saved.text} and is not there")
     try:
-        seen = expected(saved.kind, now, saved.about)
+        seen = expected(fact.kind, now, fact.about)
         alike = likeness_of(seen) == saved.like
     except (Unlike, AttributeError, TypeError):
         alike, seen = False, now
     if not alike:
-        detail = f".{saved.about}" if isinstance(saved.about, str) else ""
+        detail = f".{fact.about}" if isinstance(fact.about, str) else ""
         was, is_now = saved.text, shown(seen)
-        raise _changed(
-            f"{_text(saved.place)}{detail} was {was} and is {is_now if is_now != was else 'another'}"
-        )
-    return Fact(saved.place, saved.kind, saved.about, seen, None, saved.of_call)
+        raise _changed(f"{where}{detail} was {was} and is {is_now if is_now != was else 'another'}")
+    return replace(fact, expected=seen)
 
 
-def _of_argument(saved: SavedArgumentFact) -> Fact:
+def _of_argument(saved: SavedFact) -> Fact:
     """The fact, if the classes and functions in it are alike here."""
     fact = saved.fact
     if fact.other is None and likeness_of(fact.expected) != saved.like:
-        raise _changed(f"argument {_text(fact.place)} was {shown(fact.expected)}, which is another")
+        raise _changed(f"argument {_text(fact.place)} was {saved.text}, which is another")
     return fact
 
 

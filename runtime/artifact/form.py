@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from piecework.codegen.entry.plan import EntryPlan
-from piecework.codegen.plan import ir
-from piecework.codegen.proof.verify import Proof
+from piecework.codegen.stitch.source import StitchedSource
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.facts import SavedState
 from piecework.runtime.batch.ranges import Range
-from piecework.runtime.call.argument_memory import GivenTensor
+from piecework.runtime.call.edited import EditedSource
+from piecework.runtime.call.entry_plan import MadeEntry
 from piecework.runtime.pieces.program import Batch
 from piecework.runtime.pieces.ranks import Together
 from piecework.runtime.pieces.report import Report
@@ -66,15 +65,14 @@ class SavedTrace:
     """One trace.
 
     Attributes:
+        source, made, edited: without their texts, which lie in files of their own, and without implementations of operators.
+        careful_consts: of the stitching source without shortcuts.
         memory: which weights shared memory, where the graph writes to some: a number per weight.
         forms: submodule → range → its form.
         sizes: submodule → which of its inputs are sizes.
         direct: operators called past the dispatcher → device type.
-        consts, careful_consts: of the stitching source, and of the one without shortcuts.
-        entry_consts: of the entry's text.
         symbols: torch's symbol → how it is called.
         together: what processes that run it together must agree on.
-        edited: the first difference of an edited source from the graph; None for none.
     """
 
     name: str
@@ -83,20 +81,12 @@ class SavedTrace:
     rows: tuple[tuple[str, str, str, float, bool], ...]
     ranges: tuple[Range, ...] | None
     batch: Batch
-    module: ir.Module
-    lines: Mapping[int, ir.Origin]
-    bound: Mapping[str, str]
-    proof: Proof | None
+    source: StitchedSource
     direct: Mapping[object, str]
-    consts: tuple[object, ...]
     careful_consts: tuple[object, ...]
     forms: Mapping[str, Mapping[Range | None, SavedForm]]
     sizes: Mapping[str, tuple[int, ...]]
-    plan: EntryPlan
-    entry_consts: Mapping[str, object]
-    strict: frozenset[str]
-    given: tuple[GivenTensor, ...]
-    autocast: tuple[tuple[str, torch.dtype], ...]
+    made: MadeEntry
     inputs: tuple[WeightInput | Argument | Size | Layout, ...]
     weights: tuple[SavedWeight, ...]
     memory: tuple[int, ...] | None
@@ -104,8 +94,7 @@ class SavedTrace:
     symbols: Mapping[str, str]
     as_marked: bool
     rows_in_one: bool
-    edited_proof: Proof | None
-    edited_difference: str | None
+    edited: EditedSource | None
     together: Together
 
 

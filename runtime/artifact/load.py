@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from piecework.codegen import LowerOptions, StitchedSource
-from piecework.codegen.entry.emit import EntrySource
 from piecework.collector import collector_paused
 from piecework.errors import ArtifactError, BindError, CaptureError, Unidentifiable
 from piecework.runtime.artifact import surroundings
@@ -44,8 +42,7 @@ from piecework.runtime.bind.direct_ops import DirectOps
 from piecework.runtime.bind.places import traced
 from piecework.runtime.bind.reachable import modules_of, own_tensors
 from piecework.runtime.bind.weights import BoundWeights, Traced, Weight
-from piecework.runtime.call.edited import EditedSource
-from piecework.runtime.call.entry import Entry, MadeEntry
+from piecework.runtime.call.entry import Entry
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.identity.settings import settings_factors
 from piecework.runtime.observe.dump import Dump
@@ -162,21 +159,19 @@ def _trace(
         weights = _weights(saved, model)
     with timed(phases, "pieces"):
         program = _program(folder, name, saved, loader, config, texts, phases)
+    plan, source = saved.made.plan, replace(saved.made.source, code=texts[ENTRY])
     captured = Capture(
         traced=lambda: program.graph,
         inputs=tuple(_inputs(saved, weights)),
-        parameters=saved.plan.parameters,
-        assumptions=LoadedAssumptions(saved.plan.symbols, saved.plan.guards, saved.symbols),
+        parameters=plan.parameters,
+        assumptions=LoadedAssumptions(plan.symbols, plan.guards, saved.symbols),
         weights=weights,
         out_spec=pytree.tree_structure(None),
         result=(),
     )
-    source = EntrySource(texts[ENTRY], saved.entry_consts)
-    made = MadeEntry(saved.plan, source, saved.strict, saved.autocast, saved.given)
-    entry = Entry(captured, program, as_it_is, made)
-    if f"{name}/{EDITED}" in folder.files:
-        code = folder.text(f"{name}/{EDITED}")
-        entry.edit(EditedSource(code, saved.edited_proof, saved.edited_difference))
+    entry = Entry(captured, program, as_it_is, replace(saved.made, source=source))
+    if saved.edited is not None:
+        entry.edit(replace(saved.edited, code=folder.text(f"{name}/{EDITED}")))
     settings = dict(_texts(folder, "torch settings"))
     backend = new_backend()
     backend.adopt(program)
@@ -205,24 +200,12 @@ def _program(
                 where=str(op),
                 hint="import the module that registers it as it was registered when the model was saved",
             )
-    source = StitchedSource(
-        code=texts[STITCHED],
-        submod_names=saved.module.submod_names,
-        consts=tuple(
-            direct.implementations[each.op] if isinstance(each, DirectConst) else each
-            for each in saved.consts
-        ),
-        lines=dict(saved.lines),
-        module=saved.module,
-        options=LowerOptions(
-            submods=tuple(saved.forms),
-            bound=saved.bound,
-            direct=direct.implementations,
-            emit_del=config.stitching_config.emit_del,
-            banner=saved.module.banner,
-        ),
-        proof=saved.proof,
+    consts = (
+        direct.implementations[each.op] if isinstance(each, DirectConst) else each
+        for each in saved.source.consts
     )
+    options = replace(saved.source.options, direct=direct.implementations)
+    source = replace(saved.source, code=texts[STITCHED], consts=tuple(consts), options=options)
     table = None
     if saved.ranges is not None:
         wide = [each for each in saved.ranges if not each.is_single_size()]

@@ -44,6 +44,7 @@ from piecework.runtime.artifact.values import MAX_TENSOR, to_bytes
 from piecework.runtime.bind.reachable import modules_of, tensors_of
 from piecework.runtime.bind.weights import Weight
 from piecework.runtime.cache.collect import environment_factors
+from piecework.runtime.call.edited import EditedSource
 from piecework.runtime.compilers.eager import EagerAdaptor
 from piecework.runtime.compilers.inductor import InductorStandaloneAdaptor
 from piecework.runtime.pieces.program import Program
@@ -148,7 +149,7 @@ def _facts(
         pickled = _graphs(program)
         if pickled is not None:
             files[f"{folder}/{GRAPHS}"] = pickled
-        rows.append(_row(saved, trace, pickled is not None))
+        rows.append(_row(saved, pickled is not None))
         own.append(program.graph)
         own += [backend.graph for backend in program.backends.values() if backend.graph]
         own += [item.graph for item in program.items]
@@ -213,7 +214,7 @@ def _require_savable(trace: TracedModel) -> None:
 def _saved(trace: TracedModel, files: dict[str, bytes], folder: str) -> SavedTrace:
     program, entry, captured = trace.program, trace.entry, trace.entry.captured
     split_gm = program.split_gm  # of a loaded program the graphs are read now
-    source, plan = program.source, entry.made.plan
+    source = program.source
     direct = {id(f): op for op, f in program.direct_ops.implementations.items()}
     careful = source
     if source.options.direct:
@@ -229,22 +230,20 @@ def _saved(trace: TracedModel, files: dict[str, bytes], folder: str) -> SavedTra
         rows=tuple((p.name, p.key, p.modules, p.seconds, p.reused) for p in program.pieces()),
         ranges=None if program.range_table is None else program.range_table.entries,
         batch=program.batch,
-        module=source.module,
-        lines=dict(source.lines),
-        bound=dict(source.options.bound),
-        proof=source.proof,
-        direct=dict(program.direct_ops.calls),
-        consts=tuple(
-            DirectConst(direct[id(each)]) if id(each) in direct else each for each in source.consts
+        source=replace(
+            source,
+            code="",
+            consts=tuple(
+                DirectConst(direct[id(each)]) if id(each) in direct else each
+                for each in source.consts
+            ),
+            options=replace(source.options, direct={}),
         ),
+        direct=dict(program.direct_ops.calls),
         careful_consts=tuple(careful.consts),
         forms=dict(_forms(program, files)),
         sizes={name: each.sym_shape_indices for name, each in program.backends.items()},
-        plan=plan,
-        entry_consts=dict(entry.source.consts),
-        strict=entry.made.strict,
-        given=entry.made.given,
-        autocast=entry.made.autocast,
+        made=replace(entry.made, source=replace(entry.source, code="")),
         inputs=tuple(_inputs(captured.inputs, indices)),
         weights=_weights(trace),
         memory=_memory(trace),
@@ -252,8 +251,7 @@ def _saved(trace: TracedModel, files: dict[str, bytes], folder: str) -> SavedTra
         symbols=captured.assumptions.names(),
         as_marked=trace.as_marked,
         rows_in_one=trace.rows_in_one,
-        edited_proof=None if edited is None else edited.proof,
-        edited_difference=None if edited is None else edited.difference,
+        edited=None if edited is None else replace(edited, code=""),
         together=program.together(),
     )
 
@@ -391,9 +389,9 @@ def _graphs(program: Program) -> bytes | None:
     return torch_compat.graphs_to_bytes((*graphs, items), graphs)
 
 
-def _row(saved: SavedTrace, trace: TracedModel, graphs: bool) -> dict[str, object]:
+def _row(saved: SavedTrace, graphs: bool) -> dict[str, object]:
     """A trace as people read it."""
-    plan = saved.plan
+    plan = saved.made.plan
     return {
         "signature": [f"{p.kind}{p.name}" for p in plan.parameters],
         "symbols": [[each.name, each.low, each.high] for each in plan.symbols],
@@ -416,14 +414,14 @@ def _row(saved: SavedTrace, trace: TracedModel, graphs: bool) -> dict[str, objec
             }
             for w in saved.weights
         ],
-        "edited": _edited_text(saved, trace),
+        "edited": _edited_text(saved.edited),
         "graphs": graphs,
     }
 
 
-def _edited_text(saved: SavedTrace, trace: TracedModel) -> str | None:
-    if trace.entry.edited is None:
+def _edited_text(edited: EditedSource | None) -> str | None:
+    if edited is None:
         return None
-    if saved.edited_difference is not None:
-        return f"differs from the graph: {saved.edited_difference}"
+    if edited.difference is not None:
+        return f"differs from the graph: {edited.difference}"
     return "proved to mean the graph"

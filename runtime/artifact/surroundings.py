@@ -71,61 +71,48 @@ def processes() -> dict[str, int]:
 
 def require_same_environment(saved: Mapping[str, str]) -> None:
     """Raise `ArtifactError` where a variable that decides what is compiled is set otherwise."""
-    now = environment_factors()
-    for name in sorted(saved.keys() | now.keys()):
-        if saved.get(name) != now.get(name):
-            raise ArtifactError(
-                f"{name} was {saved.get(name, 'not set')} when the model was saved and is {now.get(name, 'not set')} now",
-                where="environment",
-                hint=_RECOMPILE,
-            )
+    text = "{name} was {before} when the model was saved and is {here} now"
+    _require_same(saved, environment_factors(), text, "environment")
 
 
 def require_same_versions(saved: Mapping[str, str]) -> None:
     """Raise `ArtifactError` for another torch, Python or piecework."""
-    now = versions()
+    text = "the artifact was made with {name} {before}, and here is {here}"
+    _require_same(saved, versions(), text, "versions")
+
+
+def _require_same(
+    saved: Mapping[str, str], now: Mapping[str, str], text: str, where: str | None = None
+) -> None:
     for name in sorted(saved.keys() | now.keys()):
-        if saved.get(name) != now.get(name):
+        before, here = saved.get(name, "not set"), now.get(name, "not set")
+        if before != here:
             raise ArtifactError(
-                f"the artifact was made with {name} {saved.get(name)}, and here is {now.get(name)}",
-                where="versions",
-                hint=_RECOMPILE,
+                text.format(name=name, before=before, here=here), where=where, hint=_RECOMPILE
             )
 
 
 def require_machine(saved: Mapping[str, str]) -> None:
     """Raise `ArtifactError` for a machine that lacks an instruction, or has another accelerator."""
     now = host_factors() | ({"cuda": _gpus()} if "cuda" in saved else {})
-    for name in sorted(saved.keys() | now.keys()):
-        before, here = saved.get(name, ""), now.get(name, "")
-        if name == "cpu_features":
-            missing = sorted(set(before.split()) - set(here.split()))
-            if missing:
-                raise ArtifactError(
-                    f"the artifact's code uses instructions that this CPU lacks: {', '.join(missing)}",
-                    where="cpu_features",
-                    hint=_RECOMPILE,
-                )
-        elif before != here and name != "cuda":
-            raise ArtifactError(
-                f"the artifact was made for {name} {before}, and here is {here}", hint=_RECOMPILE
-            )
-        elif not set(before.split()) <= set(here.split()):
-            raise ArtifactError(
-                f"the artifact was made for CUDA {before}, and here is {here or 'none'}",
-                hint=_RECOMPILE,
-            )
+    plain, lists = dict(saved), dict(now)
+    for name, text in (
+        ("cpu_features", "the artifact's code uses instructions that this CPU lacks: {lacks}"),
+        ("cuda", "the artifact was made for CUDA {before}, and here is {here}"),
+    ):
+        before, here = plain.pop(name, ""), lists.pop(name, "")
+        lacks = sorted(set(before.split()) - set(here.split()))
+        if lacks:
+            said = text.format(before=before, here=here or "none", lacks=", ".join(lacks))
+            raise ArtifactError(said, where=name, hint=_RECOMPILE)
+    _require_same(plain, lists, "the artifact was made for {name} {before}, and here is {here}")
 
 
 def require_same_settings(saved: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Raise `ArtifactError` where torch was set otherwise when the model was compiled."""
-    for name in sorted((saved.keys() | now.keys()) - set(_OF_CALLS)):
-        if saved.get(name) != now.get(name):
-            raise ArtifactError(
-                f"torch's setting {name} was {saved.get(name, 'not set')} when the model was compiled "
-                f"and is {now.get(name, 'not set')} now",
-                hint=_RECOMPILE,
-            )
+    text = "torch's setting {name} was {before} when the model was compiled and is {here} now"
+    before, here = ({k: v for k, v in each.items() if k not in _OF_CALLS} for each in (saved, now))
+    _require_same(before, here, text)
 
 
 # --- sources -----------------------------------------------------------------------------------------

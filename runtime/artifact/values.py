@@ -22,7 +22,10 @@ from piecework.errors import ArtifactError
 #: Modules whose dataclasses are plans: frozen, without behaviour.
 _OURS = (
     *("piecework.codegen.plan.ir", "piecework.codegen.entry.checks"),
-    *("piecework.codegen.entry.plan", "piecework.codegen.proof.verify"),
+    *("piecework.codegen.entry.emit", "piecework.codegen.entry.plan"),
+    *("piecework.codegen.proof.verify", "piecework.codegen.stitch.lower"),
+    *("piecework.codegen.stitch.source", "piecework.runtime.call.edited"),
+    *("piecework.runtime.call.entry_plan",),
     *("piecework.runtime.artifact.", "piecework.runtime.batch.ranges"),
     *("piecework.runtime.bind.facts", "piecework.runtime.call.argument_memory"),
     *("piecework.runtime.pieces.program", "piecework.runtime.pieces.ranks"),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -69,53 +68,31 @@ def derive_ranges(
     """Cut 1 to ``max_size`` after each endpoint: ``[1, e0] [e0+1, e1] … [en+1, max_size]``.
 
     Args:
-        endpoints: last sizes of the ranges, in any order; ``max_size`` may be among them.
-        max_size: the largest batch; may be None when the last range is open-ended.
+        endpoints: last sizes of the ranges, each once, in any order; ``max_size`` may be among them.
+        max_size: the largest batch; None if it is not known, and the last range is open-ended.
         open_ended: the last range has no upper limit (encoders: their batches have no bound).
 
     Raises:
-        ConfigError: an endpoint is not a positive integer, is given twice or lies beyond the
-            largest batch (its range would be empty). All of them are named.
+        ConfigError: endpoints lie beyond the largest batch (their ranges would be empty); all of them are named.
 
     Example:
         >>> [str(each) for each in derive_ranges([16], 256)]
         ['[1, 16]', '[17, 256]']
     """
     given = list(endpoints)
-    limit = None if open_ended else max_size
-    wrong = _endpoint_problems(given, limit)
-    if max_size is None and not open_ended:
-        wrong.append("the largest batch is not known")
-    elif max_size is not None and max_size < 1:
-        wrong.append(f"the largest batch is {max_size}")
-    if wrong:
-        raise ConfigError(
-            "; ".join(wrong),
-            where="compile_ranges_endpoints",
-            hint="give each endpoint once, between 1 and max_num_batched_tokens",
-        )
+    if max_size is not None and not open_ended:
+        beyond = [end for end in given if end > max_size]
+        if beyond or max_size < 1:
+            raise ConfigError(
+                f"no batch reaches {', '.join(map(str, beyond)) or 1}; the largest batch is {max_size}",
+                where="compile_ranges_endpoints",
+                hint="give each endpoint once, between 1 and max_num_batched_tokens",
+            )
     # With an open end the largest batch is no cut, whether or not it was written as an endpoint.
     cuts = sorted(end for end in given if end != max_size)
     last = OPEN_END if open_ended or max_size is None else max_size
     starts = [1, *(end + 1 for end in cuts)]
     return tuple(Range(start, end) for start, end in zip(starts, [*cuts, last], strict=True))
-
-
-def _endpoint_problems(endpoints: list[int], limit: int | None) -> list[str]:
-    def listed(values: Iterable[object]) -> str:
-        return ", ".join(map(repr, values))
-
-    problems = []
-    # A bool is an int to Python, and never an endpoint.
-    whole = [each for each in endpoints if type(each) is int]
-    unfit = [each for each in endpoints if type(each) is not int or each < 1]
-    if unfit:
-        problems.append(f"endpoints must be positive whole numbers, not {listed(unfit)}")
-    if twice := sorted(each for each, times in Counter(whole).items() if times > 1):
-        problems.append(f"endpoints given more than once: {listed(twice)}")
-    if limit is not None and (beyond := sorted({each for each in whole if each > limit})):
-        problems.append(f"no batch reaches {listed(beyond)}; the largest batch is {limit}")
-    return problems
 
 
 class RangeTable:

@@ -63,7 +63,7 @@ def _steps(maximum: int) -> list[int]:
 
 
 def resolve_capture_sizes(
-    sizes: Iterable[int] | None,
+    sizes: Sequence[int] | None,
     max_size: int | None,
     *,
     max_num_seqs: int,
@@ -73,37 +73,27 @@ def resolve_capture_sizes(
     """The sizes to capture, ascending, from what the user gave and what the engine can reach.
 
     Args:
-        sizes: the user's list, or None for the default steps; an empty list captures nothing.
+        sizes: the user's list, ascending, or None for the default steps; an empty list captures nothing.
         max_size: the user's ``max_cudagraph_capture_size``, or None. Alone it truncates the default steps.
         max_num_seqs: most requests in a batch.
         max_num_batched_tokens: most tokens in a batch.
         decode_query_lens: query tokens of one request in a decode batch, each way that there is.
 
     Raises:
-        ConfigError: a size is not a positive integer or can't be reached, or the list and the maximum disagree; all of it is
-            said at once.
+        ConfigError: sizes can't be reached; all of them are named.
 
     Example:
-        >>> resolve_capture_sizes([8, 1, 8], None, max_num_seqs=8, max_num_batched_tokens=64)
-        (1, 8)
+        >>> resolve_capture_sizes(None, 8, max_num_seqs=8, max_num_batched_tokens=64)
+        (1, 2, 4, 8)
     """
-    given = None if sizes is None else list(sizes)
-    problems = [] if given is None else _size_problems(given, max_num_batched_tokens)
-    if max_size is not None and (not _is_integer(max_size) or max_size < 0):
-        problems.append(
-            f"the largest capture size is {max_size!r}, not a whole number of tokens (0 captures nothing)"
-        )
-    elif given is not None and max_size is not None:
-        largest = max(filter(_is_integer, given), default=0)
-        if max_size != largest:
-            problems.append(
-                f"max_cudagraph_capture_size is {max_size}, but the largest of cudagraph_capture_sizes is {largest}; "
-                "give only one of the two"
+    if sizes is not None:
+        if beyond := [size for size in sizes if size > max_num_batched_tokens]:
+            raise ConfigError(
+                f"no batch reaches {', '.join(map(str, beyond))} tokens; a batch holds at most "
+                f"{max_num_batched_tokens}",
+                where="cudagraph_capture_sizes",
             )
-    if problems:
-        raise ConfigError("; ".join(problems), where="cudagraph_capture_sizes")
-    if given is not None:
-        return tuple(sorted(set(given)))
+        return tuple(sizes)
     if max_size is None:
         widest = max(decode_query_lens)
         max_size = default_max_capture_size(max_num_seqs, max_num_batched_tokens, widest)
@@ -118,11 +108,16 @@ def require_positive_sizes(sizes: Iterable[int]) -> tuple[int, ...]:
     """``sizes`` ascending, each once.
 
     Raises:
-        ConfigError: some are no positive whole numbers; all of them are named.
+        ConfigError: some are no positive whole numbers, or too large; all of them are named.
     """
     given = [_plain(size) for size in sizes]
-    if problems := _size_problems(given, None):
-        raise ConfigError("; ".join(problems), where="cudagraph_capture_sizes")
+    wrong = [size for size in given if type(size) is not int or not 1 <= size <= LARGEST]
+    if wrong:
+        raise ConfigError(
+            f"capture sizes must be positive whole numbers, not {', '.join(map(repr, wrong))}; "
+            f"they may be at most {LARGEST:,}",
+            where="cudagraph_capture_sizes",
+        )
     return tuple(sorted(set(given)))
 
 
@@ -217,34 +212,6 @@ def _plain(size: Any) -> Any:
         return size if isinstance(size, bool) else operator.index(size)
     except TypeError:
         return size
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _size_problems(given: list[int], max_num_batched_tokens: int | None) -> list[str]:
-    """What is wrong with capture sizes, each kind of fault with all that have it."""
-    problems = []
-    wrong = [size for size in given if not _is_integer(size) or size < 1]
-    if wrong:
-        problems.append(
-            f"capture sizes must be positive whole numbers, not {', '.join(map(repr, wrong))}"
-        )
-    fine = [size for size in given if _is_integer(size)]
-    huge = [size for size in fine if size > LARGEST]
-    if huge:
-        problems.append(
-            f"capture sizes may be at most {LARGEST:,}, not {', '.join(map(str, huge))}"
-        )
-    if max_num_batched_tokens is not None:
-        beyond = sorted({size for size in fine if size > max_num_batched_tokens})
-        if beyond:
-            problems.append(
-                f"no batch reaches {', '.join(map(str, beyond))} tokens; a batch holds at most "
-                f"{max_num_batched_tokens}"
-            )
-    return problems
 
 
 def require_whole_number(num_tokens: object) -> None:

@@ -51,33 +51,21 @@ _CPU_FEATURE = re.compile(
 _CPUINFO = Path("/proc/cpuinfo")
 
 
-def environment_factors(
-    environ: Mapping[str, str] | None = None, *, also: Iterable[str] = ()
-) -> dict[str, str]:
-    """Return the variables of the allow-list that are set, sorted; `also` adds names of the caller's own."""
+def environment_factors(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the variables of the allow-list that are set, sorted."""
     env = os.environ if environ is None else environ
-    extra = frozenset(also)
-    return {name: env[name] for name in sorted(env) if name in extra or _counts(name)}
+    return {name: env[name] for name in sorted(env) if _counts(name)}
 
 
-def source_factors(
-    files: Iterable[str | os.PathLike[str]] = (),
-    texts: Mapping[str, str] | None = None,
-    package_roots: Iterable[str | os.PathLike[str]] = (),
-) -> dict[str, str]:
-    """Return the SHA-256 of each source by a name that does not depend on where it lies.
+def source_factors(files: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
+    """Return the SHA-256 of each traced source file by a name relative to the directory that holds its outermost package.
 
-    Args:
-        files: traced source files. One called ``<...>`` (a notebook cell, generated code) is looked up in
-            linecache, since there is no file.
-        texts: more sources, by a name of the caller's choice.
-        package_roots: directories that names are relative to. A file under none of them is named relative to the
-            directory that holds its outermost package (the last one upwards with an ``__init__.py``).
+    That is the last one upwards with an ``__init__.py``. A file called ``<...>`` (a notebook cell, generated code) is looked up
+    in linecache, since there is none.
 
     Raises:
         CacheError: a source cannot be read, so that a change of it would go unseen.
     """
-    roots = [Path(os.path.realpath(root)) for root in package_roots]
     found: set[tuple[str, str]] = set()
     for file in files:
         name = os.fspath(file)
@@ -85,8 +73,7 @@ def source_factors(
             found.add(("<dynamic>", sha256(_dynamic_source(name))))
         else:
             path = Path(os.path.realpath(name))
-            found.add((_portable_name(path, roots), sha256(_read_source(path))))
-    found |= {(name, sha256(text.encode())) for name, text in (texts or {}).items()}
+            found.add((_portable_name(path), sha256(_read_source(path))))
     named: dict[str, str] = {}
     # Two different files may get one name (scripts of equal name in two folders); both count.
     for name, digest in sorted(found):
@@ -99,16 +86,16 @@ def source_factors(
     return named
 
 
-def tree_digest(
-    directory: str | os.PathLike[str], suffixes: tuple[str, ...] = (".py", ".jinja")
-) -> str:
+def tree_digest(directory: str | os.PathLike[str]) -> str:
     """Return one SHA-256 over every source file below `directory`, by relative path and content.
 
     Fit for a package whose every change may change what it emits (piecework's own code generation).
     """
     root = Path(directory)
     digest = hashlib.sha256()
-    paths = [path for path in root.rglob("*") if path.suffix in suffixes and path.is_file()]
+    paths = [
+        path for path in root.rglob("*") if path.suffix in (".py", ".jinja") and path.is_file()
+    ]
     for path in sorted(paths, key=lambda path: path.relative_to(root).as_posix()):
         digest.update(f"{path.relative_to(root).as_posix()}\n".encode())
         digest.update(sha256(_read_source(path)).encode())
@@ -150,10 +137,7 @@ def _counts(name: str) -> bool:
     return name.startswith(ENVIRONMENT_PREFIXES) and _NO_EFFECT.fullmatch(name) is None
 
 
-def _portable_name(path: Path, roots: list[Path]) -> str:
-    holding = [root for root in roots if path.is_relative_to(root)]
-    if holding:
-        return path.relative_to(max(holding, key=lambda root: len(root.parts))).as_posix()
+def _portable_name(path: Path) -> str:
     top = path.parent
     while (top / "__init__.py").is_file() and top != top.parent:
         top = top.parent

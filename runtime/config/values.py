@@ -19,6 +19,7 @@ from pydantic import (
     WithJsonSchema,
 )
 
+from piecework.runtime.batch.sizes import LARGEST
 from piecework.runtime.config.qualified_name import QUALIFIED_NAME, qualified_name
 from piecework.runtime.identity.frozen_map import FrozenMap, thaw
 
@@ -111,8 +112,9 @@ def has_op(names: Iterable[str], op: str) -> bool:
 
 
 PositiveInt = Annotated[int, Field(strict=True, gt=0)]
+CaptureSize = Annotated[int, Field(strict=True, gt=0, le=LARGEST)]
 CaptureSizes = Annotated[
-    tuple[PositiveInt, ...], BeforeValidator(_as_list), AfterValidator(_sorted_unique)
+    tuple[CaptureSize, ...], BeforeValidator(_as_list), AfterValidator(_sorted_unique)
 ]
 QueryLens = Annotated[
     tuple[PositiveInt, ...], BeforeValidator(_as_list), AfterValidator(_sorted_unique)

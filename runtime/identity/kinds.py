@@ -97,25 +97,22 @@ def _set(reader: Reader, value: set[object]) -> Any:
     return reader.once(value, "set", lambda: reader.unordered(value))
 
 
-def _deque(reader: Reader, value: collections.deque[object]) -> Any:
-    return reader.once(
-        value, "deque", lambda: [reader.read(value.maxlen), [reader.read(each) for each in value]]
-    )
+def _taken_apart(reader: Reader, value: Any) -> Any:
+    """A value of Python's own that says itself, for ``pickle``, what it is made of."""
+    return {type(value).__name__: _parts(reader, value)}
 
 
-def _partial(reader: Reader, value: functools.partial[object]) -> Any:
-    parts = [value.func, value.args, dict(value.keywords), dict(vars(value))]
-    return reader.once(value, "partial", lambda: [reader.read(each) for each in parts])
+def _mutable(reader: Reader, value: Any) -> Any:
+    return reader.once(value, type(value).__name__, lambda: _parts(reader, value))
 
 
-def _of_operator(reader: Reader, value: Any) -> Any:
-    return {type(value).__name__: [reader.read(each) for each in value.__reduce__()[1]]}
-
-
-def _methodcaller(reader: Reader, value: Any) -> Any:
-    made, arguments = value.__reduce__()[:2]
-    keywords = made.keywords if isinstance(made, functools.partial) else {}
-    return {"methodcaller": [reader.read(tuple(arguments)), reader.read(dict(keywords))]}
+def _parts(reader: Reader, value: Any) -> list[Any]:
+    """What makes it, of which arguments, what is set then, and the items."""
+    made, arguments, *rest = value.__reduce_ex__(4)
+    return [
+        reader.read(list(each) if hasattr(each, "__next__") else each)
+        for each in (made, arguments, *rest)
+    ]
 
 
 def _bound(reader: Reader, value: types.MethodType) -> Any:
@@ -206,8 +203,11 @@ KINDS: tuple[tuple[Callable[[Any], bool], Read], ...] = (
     (exactly(list), _list),
     (exactly(dict, collections.OrderedDict, collections.defaultdict, collections.Counter), _dict),
     (exactly(set), _set),
+    (exactly(collections.deque, functools.partial, bytearray, array.array), _mutable),
+    (exactly(re.Pattern), lambda r, v: {"pattern": [r.read(v.pattern), int(v.flags)]}),
+    (exactly(slice, decimal.Decimal, fractions.Fraction, _NAMED_FIELD), _taken_apart),
+    (exactly(operator.itemgetter, operator.attrgetter, operator.methodcaller), _taken_apart),
     (exactly(frozenset), lambda r, v: {"frozenset": r.unordered(v)}),
-    (exactly(collections.deque), _deque),
     (exactly(FrozenMap), _frozen_map),
     (exactly(types.FunctionType), code_reader.read_function),
     (exactly(types.CodeType), code_reader.read_code),
@@ -216,27 +216,12 @@ KINDS: tuple[tuple[Callable[[Any], bool], Read], ...] = (
     (exactly(types.MethodDescriptorType, types.WrapperDescriptorType), _descriptor),
     (exactly(types.ClassMethodDescriptorType, types.MemberDescriptorType), _descriptor),
     (exactly(types.GetSetDescriptorType), _descriptor),
-    (exactly(functools.partial), _partial),
     (exactly(staticmethod, classmethod, functools.cached_property), _wrapped),
     (exactly(type(functools.lru_cache(len))), _wrapped),
     (exactly(property), _property),
-    (exactly(operator.itemgetter, operator.attrgetter, _NAMED_FIELD), _of_operator),
-    (exactly(operator.methodcaller), _methodcaller),
     (exactly(types.MappingProxyType), lambda r, v: {"proxy": r.pairs(v.items())}),
     (exactly(types.CellType), lambda r, v: {"cell": code_reader.read_cell(r, v)}),
-    (exactly(slice), lambda r, v: {"slice": [r.read(each) for each in (v.start, v.stop, v.step)]}),
-    (exactly(bytearray), lambda r, v: r.once(v, "bytearray", lambda: v.hex())),
-    (
-        exactly(array.array),
-        lambda r, v: r.once(v, "array", lambda: [v.typecode, v.tobytes().hex()]),
-    ),
-    (exactly(re.Pattern), lambda r, v: {"pattern": [r.read(v.pattern), int(v.flags)]}),
     (an(pathlib.PurePath), lambda r, v: {"path": [type(v).__name__, str(v)]}),
-    (exactly(decimal.Decimal), lambda r, v: {"decimal": str(v)}),
-    (
-        exactly(fractions.Fraction),
-        lambda r, v: {"fraction": [r.read(v.numerator), r.read(v.denominator)]},
-    ),
     (exactly(logging.Logger, logging.RootLogger), lambda r, v: {"logger": v.name}),
     (exactly(dataclasses.Field), _field),
     (exactly(*_SENTINELS), _sentinel),

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from piecework import CompilationConfig
 from piecework.errors import ConfigError
 from piecework.runtime.batch.sizes import (
     adjust_sizes_for_spec_decode,
@@ -55,8 +56,8 @@ def test_default_sizes_of_512():
 @pytest.mark.parametrize(
     ("sizes", "maximum", "expected"),
     [
-        ([8, 1, 8, 2], None, (1, 2, 8)),
-        ([8, 1], 8, (1, 8)),
+        ((1, 2, 8), None, (1, 2, 8)),
+        ((1, 8), 8, (1, 8)),
         ([], None, ()),
         ([], 0, ()),
         (None, 6, (1, 2, 4, 6)),
@@ -92,35 +93,16 @@ def test_the_largest_decode_batch_is_met_exactly_if_it_is_worth_it(seqs, lens):
     assert len(found) <= 51 + 35 * len(lens)
 
 
-def test_all_faults_of_a_list_are_told_at_once():
-    with pytest.raises(
-        ConfigError, match=r"not 0, 'a'; no batch reaches 9000.*the largest .* 9000"
-    ):
-        resolve_capture_sizes([0, "a", 9000], 5, **LIMITS)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "maximum", "message"),
-    [
-        ([1, 8], 16, "max_cudagraph_capture_size is 16, but the largest .* is 8"),
-        ([1, 8], 4, "is 4, but the largest"),
-        ([], 4, "is 4, but the largest .* is 0"),
-        ([0, 1], None, "positive whole numbers, not 0"),
-        ([1, -3, 2.0, True], None, "not -3, 2.0, True"),
-        ([1, 9000, 10000], None, "no batch reaches 9000, 10000 tokens; a batch holds at most 8192"),
-        (None, -1, "largest capture size is -1"),
-        (None, 2.5, "largest capture size is 2.5"),
-    ],
-)
-def test_wrong_choices(sizes, maximum, message):
+def test_every_size_that_no_batch_reaches_is_named():
+    message = "no batch reaches 9000, 10000 tokens; a batch holds at most 8192"
     with pytest.raises(ConfigError, match=message):
-        resolve_capture_sizes(sizes, maximum, **LIMITS)
+        resolve_capture_sizes((1, 9000, 10000), None, **LIMITS)
 
 
-def test_the_users_list_is_not_changed():
-    sizes = [8, 1, 8]
-    resolve_capture_sizes(sizes, None, **LIMITS)
-    assert sizes == [8, 1, 8]
+@pytest.mark.parametrize("mode", ["NONE", "FULL"])
+def test_a_size_beyond_any_batch_is_refused_before_a_table_is_made_of_it(mode):
+    with pytest.raises(ConfigError, match="less than or equal to 16777216"):
+        CompilationConfig(cudagraph_mode=mode, cudagraph_capture_sizes=[10**12])
 
 
 @pytest.mark.parametrize(
