@@ -13,7 +13,7 @@ from piecework.integrations.encoders.arguments import VOCABULARY
 
 WIDTH = 32
 HEADS = 4
-LAYERS = 6  # as many as share a trace, of two kinds that take turns
+LAYERS = 2
 IMAGE = 32
 PATCH = 8
 NARROWEST = 16  # of the widths of several stages
