@@ -61,7 +61,9 @@ class Computed(TorchDispatchMode):
         result = func(*args, **kwargs)
         written = list(written_operands(func, args, kwargs))
         owners = {storage_id(each): each for each in (args[:1] if func in _SAME else written)}
-        for index, each in enumerate(_tensors(result)):
+        for index, each in enumerate(pytree.tree_leaves(result)):
+            if not isinstance(each, torch.Tensor):
+                continue
             owner = owners.get(storage_id(each))
             made = (
                 self._number("result", number, index) if owner is None else self._made[id(owner)][1]
@@ -116,10 +118,6 @@ def computed(
             yield run
     finally:
         compiler._is_compiling_flag = before
-
-
-def _tensors(value: object) -> list[torch.Tensor]:
-    return [each for each in pytree.tree_leaves(value) if isinstance(each, torch.Tensor)]
 
 
 def _contents(tensor: torch.Tensor) -> tuple[object, ...]:
