@@ -192,24 +192,14 @@ def _program(
     texts: Mapping[str, str],
     phases: dict[str, float],
 ) -> Program:
-    direct = DirectOps.of(saved.direct.items())
-    for op in saved.direct:
-        if op not in direct.implementations:
-            raise ArtifactError(
-                f"operator {op} has no implementation of its own here",
-                where=str(op),
-                hint="import the module that registers it as it was registered when the model was saved",
-            )
+    direct = _direct_ops(saved)
     consts = (
         direct.implementations[each.op] if isinstance(each, DirectConst) else each
         for each in saved.source.consts
     )
     options = replace(saved.source.options, direct=direct.implementations)
     source = replace(saved.source, code=texts[STITCHED], consts=tuple(consts), options=options)
-    table = None
-    if saved.ranges is not None:
-        wide = [each for each in saved.ranges if not each.is_single_size()]
-        table = RangeTable(wide, [e.start for e in saved.ranges if e.is_single_size()])
+    table = None if saved.ranges is None else RangeTable.of(saved.ranges)
     backends = {
         each: _backend(each, number, saved, loader, config)
         for number, each in enumerate(saved.forms)
@@ -243,6 +233,19 @@ def _program(
         ),
         kept=Kept(careful, tuple(pieces), saved.together, saved.report),
     )
+
+
+def _direct_ops(saved: SavedTrace) -> DirectOps:
+    """The operators that the source calls by their implementations, which must be registered here too."""
+    direct = DirectOps.of(saved.direct.items())
+    for op in saved.direct:
+        if op not in direct.implementations:
+            raise ArtifactError(
+                f"operator {op} has no implementation of its own here",
+                where=str(op),
+                hint="import the module that registers it as it was registered when the model was saved",
+            )
+    return direct
 
 
 def _backend(

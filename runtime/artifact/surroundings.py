@@ -11,7 +11,7 @@ import os
 import sys
 import sysconfig
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -71,48 +71,63 @@ def processes() -> dict[str, int]:
 
 def require_same_environment(saved: Mapping[str, str]) -> None:
     """Raise `ArtifactError` where a variable that decides what is compiled is set otherwise."""
-    text = "{name} was {before} when the model was saved and is {here} now"
-    _require_same(saved, environment_factors(), text, "environment")
+    for name, before, here in _differences(saved, environment_factors()):
+        raise ArtifactError(
+            f"{name} was {before} when the model was saved and is {here} now",
+            where="environment",
+            hint=_RECOMPILE,
+        )
 
 
 def require_same_versions(saved: Mapping[str, str]) -> None:
     """Raise `ArtifactError` for another torch, Python or piecework."""
-    text = "the artifact was made with {name} {before}, and here is {here}"
-    _require_same(saved, versions(), text, "versions")
+    for name, before, here in _differences(saved, versions()):
+        raise ArtifactError(
+            f"the artifact was made with {name} {before}, and here is {here}",
+            where="versions",
+            hint=_RECOMPILE,
+        )
 
 
-def _require_same(
-    saved: Mapping[str, str], now: Mapping[str, str], text: str, where: str | None = None
-) -> None:
+def _differences(
+    saved: Mapping[str, str], now: Mapping[str, str]
+) -> Iterator[tuple[str, str, str]]:
+    """What is not as it was: its name, what it was and what it is."""
     for name in sorted(saved.keys() | now.keys()):
-        before, here = saved.get(name, "not set"), now.get(name, "not set")
-        if before != here:
-            raise ArtifactError(
-                text.format(name=name, before=before, here=here), where=where, hint=_RECOMPILE
-            )
+        if saved.get(name) != now.get(name):
+            yield name, saved.get(name, "not set"), now.get(name, "not set")
 
 
 def require_machine(saved: Mapping[str, str]) -> None:
     """Raise `ArtifactError` for a machine that lacks an instruction, or has another accelerator."""
     now = host_factors() | ({"cuda": _gpus()} if "cuda" in saved else {})
-    plain, lists = dict(saved), dict(now)
-    for name, text in (
-        ("cpu_features", "the artifact's code uses instructions that this CPU lacks: {lacks}"),
-        ("cuda", "the artifact was made for CUDA {before}, and here is {here}"),
-    ):
-        before, here = plain.pop(name, ""), lists.pop(name, "")
-        lacks = sorted(set(before.split()) - set(here.split()))
+    for name, before, here in _differences(saved, now):
+        if name not in ("cpu_features", "cuda"):
+            raise ArtifactError(
+                f"the artifact was made for {name} {before}, and here is {here}", hint=_RECOMPILE
+            )
+        lacks = sorted(set(saved.get(name, "").split()) - set(now.get(name, "").split()))
+        if lacks and name == "cuda":
+            raise ArtifactError(
+                f"the artifact was made for CUDA {before}, and here is {here or 'none'}",
+                hint=_RECOMPILE,
+            )
         if lacks:
-            said = text.format(before=before, here=here or "none", lacks=", ".join(lacks))
-            raise ArtifactError(said, where=name, hint=_RECOMPILE)
-    _require_same(plain, lists, "the artifact was made for {name} {before}, and here is {here}")
+            raise ArtifactError(
+                f"the artifact's code uses instructions that this CPU lacks: {', '.join(lacks)}",
+                where="cpu_features",
+                hint=_RECOMPILE,
+            )
 
 
 def require_same_settings(saved: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Raise `ArtifactError` where torch was set otherwise when the model was compiled."""
-    text = "torch's setting {name} was {before} when the model was compiled and is {here} now"
-    before, here = ({k: v for k, v in each.items() if k not in _OF_CALLS} for each in (saved, now))
-    _require_same(before, here, text)
+    for name, before, here in _differences(saved, now):
+        if name not in _OF_CALLS:
+            raise ArtifactError(
+                f"torch's setting {name} was {before} when the model was compiled and is {here} now",
+                hint=_RECOMPILE,
+            )
 
 
 # --- sources -----------------------------------------------------------------------------------------

@@ -6,13 +6,13 @@ It never runs or captures anything.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rich.table import Table
 
 from piecework.errors import StaticGraphError
-from piecework.runtime.batch.descriptor import Axes, BatchDescriptor, BatchKind
+from piecework.runtime.batch.descriptor import BatchDescriptor, BatchKind
 from piecework.runtime.batch.dispatcher import CudagraphDispatcher, Reason
 from piecework.runtime.batch.mode import CUDAGraphMode
 
@@ -24,40 +24,33 @@ class CoverageRow:
     Attributes:
         first: the smallest size, in tokens.
         last: the largest size.
-        decode: whether these are uniform decode batches.
-        has_lora: whether adapters are active.
-        num_active_loras: how many.
-        axes: values of the extra axes.
+        batch: what kind of batch these are.
         mode: what they run in.
         descriptor: the graph they share; None when they run uncaptured.
         padding: most tokens that any of them is padded by.
         reason: why.
         is_fallback: they run uncaptured although the mode promises a graph.
-        query_len: tokens of each request, for decode batches; else 0.
     """
 
     first: int
     last: int
-    decode: bool
-    has_lora: bool
-    num_active_loras: int
-    axes: tuple[tuple[str, Hashable], ...]
+    batch: BatchKind
     mode: CUDAGraphMode
     descriptor: BatchDescriptor | None
     padding: int
     reason: Reason
     is_fallback: bool
-    query_len: int = 0
 
     @property
     def kind(self) -> str:
         """The kind of batch, in words."""
-        parts = ["decode" if self.decode else "mixed"]
-        if self.query_len > 1:
-            parts.append(f"{self.query_len} a request")
-        if self.has_lora:
-            parts.append(f"{self.num_active_loras or 'any'} adapters")
-        parts += [f"{name}={value}" for name, value in self.axes]
+        batch = self.batch
+        parts = ["decode" if batch.uniform_decode else "mixed"]
+        if (batch.query_len or 0) > 1:
+            parts.append(f"{batch.query_len} a request")
+        if batch.has_lora:
+            parts.append(f"{batch.num_active_loras or 'any'} adapters")
+        parts += [f"{name}={value}" for name, value in batch.axes]
         return ", ".join(parts)
 
 
@@ -82,7 +75,8 @@ def coverage(dispatcher: CudagraphDispatcher, max_num_batched_tokens: int) -> li
     for step, lora, axes in itertools.product(decodes, loras, cases.every_axes()):
         largest = min(max_num_batched_tokens, cases.max_num_seqs * step)
         sizes = range(step, largest + 1, step) if step else range(1, max_num_batched_tokens + 1)
-        rows += _merged(_row(dispatcher, size, step, lora, axes) for size in sizes)
+        batch = BatchKind(step > 0, *lora, axes, query_len=step or None)
+        rows += _merged(_row(dispatcher, size, batch) for size in sizes)
     return rows
 
 
@@ -133,30 +127,18 @@ def coverage_json(rows: Sequence[CoverageRow]) -> list[Mapping[str, object]]:
     ]
 
 
-def _row(
-    dispatcher: CudagraphDispatcher,
-    size: int,
-    query_len: int,
-    lora: tuple[bool, int],
-    axes: Axes,
-) -> CoverageRow:
-    decode = query_len > 0
-    kind = BatchKind(decode, *lora, axes, query_len=query_len or None)
-    found = dispatcher.explain(size, kind, strict=False)
+def _row(dispatcher: CudagraphDispatcher, size: int, batch: BatchKind) -> CoverageRow:
+    found = dispatcher.explain(size, batch, strict=False)
     captured = found.mode is not CUDAGraphMode.NONE
     return CoverageRow(
         first=size,
         last=size,
-        decode=decode,
-        has_lora=lora[0],
-        num_active_loras=lora[1],
-        axes=axes,
+        batch=batch,
         mode=found.mode,
         descriptor=found.descriptor if captured else None,
         padding=found.padding,
         reason=found.reason,
         is_fallback=found.is_fallback,
-        query_len=query_len,
     )
 
 

@@ -125,6 +125,13 @@ class RangeTable:
         self._starts = [each.start for each in wide]
         self._wide = len(exact)
 
+    @classmethod
+    def of(cls, entries: Iterable[Range]) -> RangeTable:
+        """The table of some table's ``entries``."""
+        kept = tuple(entries)
+        single = (each.start for each in kept if each.is_single_size())
+        return cls((each for each in kept if not each.is_single_size()), single)
+
     def index(self, size: int) -> int:
         """The position in ``entries`` of what serves ``size``, in O(log ranges).
 
@@ -149,13 +156,11 @@ class RangeTable:
 
     def within(self, low: int | None, high: int | None) -> RangeTable:
         """The entries that serve some batch from ``low`` to ``high``; None is no bound."""
-        kept = [
+        return RangeTable.of(
             each
             for each in self.entries
             if (high is None or each.start <= high) and (low is None or each.end >= low)
-        ]
-        single = {each.start for each in kept if each.is_single_size()}
-        return RangeTable([each for each in kept if not each.is_single_size()], single)
+        )
 
     def require_reachable(self, low: int | None, high: int | None) -> None:
         """Check that each entry serves some batch from ``low`` to ``high``; None is no bound.

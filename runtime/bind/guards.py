@@ -441,11 +441,8 @@ def _is_plain(value: object) -> bool:
 
 def _one(value: object, guarded: object) -> bool:
     """Whether a look-up found what Dynamo's did; some objects are made anew by each look-up."""
-    return value is guarded or (type(value) is type(guarded) and is_value(value)) or _fresh(value)
-
-
-def _fresh(value: object) -> bool:
-    return isinstance(value, (types.MethodType, types.MappingProxyType))
+    fresh = isinstance(value, (types.MethodType, types.MappingProxyType))
+    return value is guarded or (type(value) is type(guarded) and is_value(value)) or fresh
 
 
 def _is_registry(value: object) -> bool:

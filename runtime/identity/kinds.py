@@ -72,10 +72,6 @@ def _enum(reader: Reader, value: enum.Enum) -> Any:
     return {"enum": [reader.read(kind), value.name, reader.read(value.value), reader.pairs(own)]}
 
 
-def _list(reader: Reader, value: list[object]) -> Any:
-    return reader.once(value, "list", lambda: [reader.read(each) for each in value])
-
-
 def _dict(reader: Reader, value: dict[object, object]) -> Any:
     """Dicts in their order, which whoever iterates over one sees."""
     tag = type(value).__name__
@@ -88,35 +84,13 @@ def _dict(reader: Reader, value: dict[object, object]) -> Any:
     return reader.once(value, tag, content)
 
 
-def _frozen_map(reader: Reader, value: FrozenMap) -> Any:
-    """Options by name; their order means nothing."""
-    return {"options": [[key, reader.read(each)] for key, each in sorted(value.items())]}
-
-
-def _set(reader: Reader, value: set[object]) -> Any:
-    return reader.once(value, "set", lambda: reader.unordered(value))
-
-
-def _taken_apart(reader: Reader, value: Any) -> Any:
-    """A value of Python's own that says itself, for ``pickle``, what it is made of."""
-    return {type(value).__name__: _parts(reader, value)}
-
-
-def _mutable(reader: Reader, value: Any) -> Any:
-    return reader.once(value, type(value).__name__, lambda: _parts(reader, value))
-
-
 def _parts(reader: Reader, value: Any) -> list[Any]:
-    """What makes it, of which arguments, what is set then, and the items."""
+    """What a value of Python's own says, for ``pickle``, that it is made of: what makes it, of which arguments, what is set then, and the items."""
     made, arguments, *rest = value.__reduce_ex__(4)
     return [
         reader.read(list(each) if hasattr(each, "__next__") else each)
         for each in (made, arguments, *rest)
     ]
-
-
-def _bound(reader: Reader, value: types.MethodType) -> Any:
-    return {"method": [reader.read(value.__func__), reader.read(value.__self__)]}
 
 
 def _builtin(reader: Reader, value: Any) -> Any:
@@ -127,10 +101,6 @@ def _builtin(reader: Reader, value: Any) -> Any:
     if name is None:
         raise reader.unknown(f"{value.__qualname__}() looks at what has no stable form")
     return {"builtin": name}
-
-
-def _descriptor(reader: Reader, value: Any) -> Any:
-    return {"descriptor": [value.__name__, reader.read(value.__objclass__)]}
 
 
 def _module(reader: Reader, value: types.ModuleType) -> Any:
@@ -153,10 +123,6 @@ def _wrapped(reader: Reader, value: Any) -> Any:
     return {type(value).__name__: [reader.read(inner), reader.pairs(options.items())]}
 
 
-def _property(reader: Reader, value: property) -> Any:
-    return {"property": [reader.read(each) for each in (value.fget, value.fset, value.fdel)]}
-
-
 def _field(reader: Reader, value: Any) -> Any:
     names = ("name", "default", "default_factory", "init", "repr", "hash", "compare", "kw_only")
     metadata = reader.pairs(dict(value.metadata).items())
@@ -171,10 +137,6 @@ def _type_form(reader: Reader, value: Any) -> Any:
             raise reader.unknown(f"a {type(value).__qualname__} has no stable form")
         return {"form": [type(value).__qualname__, repr(value)]}
     return {"form": [type(value).__qualname__, reader.read(origin), reader.read(arguments)]}
-
-
-def _sentinel(reader: Reader, value: Any) -> Any:
-    return {"sentinel": type(value).__qualname__}
 
 
 _NAMED_FIELD = type(vars(collections.namedtuple("_One", "x"))["x"])
@@ -200,31 +162,48 @@ _FORMS = (
 #: Who reads what; the first that fits.
 KINDS: tuple[tuple[Callable[[Any], bool], Read], ...] = (
     (an(enum.Enum), _enum),
-    (exactly(list), _list),
+    (exactly(list), lambda r, v: r.once(v, "list", lambda: [r.read(each) for each in v])),
     (exactly(dict, collections.OrderedDict, collections.defaultdict, collections.Counter), _dict),
-    (exactly(set), _set),
-    (exactly(collections.deque, functools.partial, bytearray, array.array), _mutable),
+    (exactly(set), lambda r, v: r.once(v, "set", lambda: r.unordered(v))),
+    (
+        exactly(collections.deque, functools.partial, bytearray, array.array),
+        lambda r, v: r.once(v, type(v).__name__, lambda: _parts(r, v)),
+    ),
     (exactly(re.Pattern), lambda r, v: {"pattern": [r.read(v.pattern), int(v.flags)]}),
-    (exactly(slice, decimal.Decimal, fractions.Fraction, _NAMED_FIELD), _taken_apart),
-    (exactly(operator.itemgetter, operator.attrgetter, operator.methodcaller), _taken_apart),
+    (
+        exactly(
+            *(slice, decimal.Decimal, fractions.Fraction, _NAMED_FIELD),
+            *(operator.itemgetter, operator.attrgetter, operator.methodcaller),
+        ),
+        lambda r, v: {type(v).__name__: _parts(r, v)},
+    ),
     (exactly(frozenset), lambda r, v: {"frozenset": r.unordered(v)}),
-    (exactly(FrozenMap), _frozen_map),
+    # Options by name; their order means nothing.
+    (exactly(FrozenMap), lambda r, v: {"options": r.pairs(sorted(v.items()))}),
     (exactly(types.FunctionType), code_reader.read_function),
     (exactly(types.CodeType), code_reader.read_code),
-    (exactly(types.MethodType), _bound),
+    (exactly(types.MethodType), lambda r, v: {"method": [r.read(v.__func__), r.read(v.__self__)]}),
     (exactly(types.BuiltinFunctionType, types.MethodWrapperType), _builtin),
-    (exactly(types.MethodDescriptorType, types.WrapperDescriptorType), _descriptor),
-    (exactly(types.ClassMethodDescriptorType, types.MemberDescriptorType), _descriptor),
-    (exactly(types.GetSetDescriptorType), _descriptor),
+    (
+        exactly(
+            *(types.MethodDescriptorType, types.WrapperDescriptorType),
+            *(types.ClassMethodDescriptorType, types.MemberDescriptorType),
+            types.GetSetDescriptorType,
+        ),
+        lambda r, v: {"descriptor": [v.__name__, r.read(v.__objclass__)]},
+    ),
     (exactly(staticmethod, classmethod, functools.cached_property), _wrapped),
     (exactly(type(functools.lru_cache(len))), _wrapped),
-    (exactly(property), _property),
+    (
+        exactly(property),
+        lambda r, v: {"property": [r.read(v.fget), r.read(v.fset), r.read(v.fdel)]},
+    ),
     (exactly(types.MappingProxyType), lambda r, v: {"proxy": r.pairs(v.items())}),
     (exactly(types.CellType), lambda r, v: {"cell": code_reader.read_cell(r, v)}),
     (an(pathlib.PurePath), lambda r, v: {"path": [type(v).__name__, str(v)]}),
     (exactly(logging.Logger, logging.RootLogger), lambda r, v: {"logger": v.name}),
     (exactly(dataclasses.Field), _field),
-    (exactly(*_SENTINELS), _sentinel),
+    (exactly(*_SENTINELS), lambda r, v: {"sentinel": type(v).__qualname__}),
     (_of_torch, _torch),
     (an(types.ModuleType), _module),
     (an(type), code_reader.read_class),

@@ -254,12 +254,13 @@ def _factors(
 ) -> KeyFactors | None:
     """Everything that decides the code of a graph's pieces; None, with a warning, if a part of it can't be told."""
     try:
+        limits = {} if runtime is None else factors_of(runtime)
         return KeyFactors.collect(
             config={
                 **config.hash_factors(),
                 "compiler": compiler_hash(),
                 **settings_factors(),
-                **({} if runtime is None else _limits(runtime)),
+                **{f"runtime.{name}": text for name, text in limits.items()},
             },
             versions={
                 **installed_versions(("torch", "triton", "piecework")),
@@ -276,10 +277,6 @@ def _factors(
     except (CacheError, Unidentifiable) as error:
         _log.warning("compile cache: %s; this model is compiled without it", error)
         return None
-
-
-def _limits(runtime: RuntimeConfig) -> dict[str, str]:
-    return {f"runtime.{name}": text for name, text in factors_of(runtime).items()}
 
 
 def keeps_pieces(config: CompilationConfig) -> bool:

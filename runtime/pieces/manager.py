@@ -241,32 +241,11 @@ class CompilerManager:
             _log.info("%s: the program of an earlier piece", submod_name)
             return RangeEntry(compile_range, done[0], 0.0, reused=True)
         start = time.perf_counter()
-        cached = False
-
-        def compile_now() -> CompiledPiece:
-            counters.num_backend_compilations += 1
-            trace.artifact(
-                "piece_start", lambda: f"{submod_name} for batch {compile_range or 'all'}"
-            )
-            trace.artifact(
-                file_name(submod_name, compile_range),
-                lambda: graph.print_readable(print_output=False),
-            )
-            return self._compile_checked(graph, example_inputs, compile_range)
-
         try:
             with torch.no_grad():
-                if self.cache is None:
-                    compiled = compile_now()
-                else:
-                    compiled, cached = self.cache.get_or_compile(
-                        graph,
-                        structure,
-                        compile_range,
-                        compile_now,
-                        self.to_bytes,
-                        lambda data: self._from_bytes(data, graph),
-                    )
+                compiled, cached = self._loaded_or_compiled(
+                    graph, example_inputs, compile_range, structure, submod_name
+                )
         except Exception as error:
             own = isinstance(error, PieceworkError) and not isinstance(error, PieceCompileError)
             if own or torch_compat.asks_for_restart(error):
@@ -279,16 +258,43 @@ class CompilerManager:
         elif self.progress is not None:
             name = submod_name + ("" if compile_range is None else f" {compile_range}")
             self.progress.finished(name, seconds, "from the cache" if cached else "")
-        _log.info(
-            "%s for batch %s: %s, %.2f s",
-            submod_name,
-            compile_range or "all",
-            "from the cache" if cached else f"compiled by {self.compiler.name}",
-            seconds,
-        )
+        how = "from the cache" if cached else f"compiled by {self.compiler.name}"
+        _log.info("%s for batch %s: %s, %.2f s", submod_name, compile_range or "all", how, seconds)
         self.seconds += seconds
         self._done[slot] = compiled, graph
         return RangeEntry(compile_range, compiled, seconds, reused=False, cached=cached)
+
+    def _loaded_or_compiled(
+        self,
+        graph: torch.fx.GraphModule,
+        example_inputs: Sequence[object],
+        compile_range: Range | None,
+        structure: Structure,
+        submod_name: str,
+    ) -> tuple[CompiledPiece, bool]:
+        """The compiled piece, and whether the cache had it."""
+
+        def compile_now() -> CompiledPiece:
+            counters.num_backend_compilations += 1
+            trace.artifact(
+                "piece_start", lambda: f"{submod_name} for batch {compile_range or 'all'}"
+            )
+            trace.artifact(
+                file_name(submod_name, compile_range),
+                lambda: graph.print_readable(print_output=False),
+            )
+            return self._compile_checked(graph, example_inputs, compile_range)
+
+        if self.cache is None:
+            return compile_now(), False
+        return self.cache.get_or_compile(
+            graph,
+            structure,
+            compile_range,
+            compile_now,
+            self.to_bytes,
+            lambda data: self._from_bytes(data, graph),
+        )
 
     def _failure(
         self,

@@ -1182,3 +1182,9 @@ def test_a_partial_function_is_its_function_and_arguments() -> None:
     for unlike in (functools.partial([].append), functools.partial(max, object()), marked):
         with pytest.raises(Unlike):
             likeness(unlike)
+
+
+def test_what_was_set_to_the_words_for_unset_was_set():
+    saved = {**surroundings.versions(), "made up": "not set"}
+    with pytest.raises(ArtifactError, match="with made up not set, and here is not set"):
+        surroundings.require_same_versions(saved)

@@ -359,15 +359,16 @@ def test_every_batch_gets_a_large_enough_captured_key_or_a_reason(
 def test_coverage_says_what_dispatch_does_for_every_size(d, maximum):
     rows = coverage(d, maximum)
     mixed = [
-        r for r in rows if not r.decode and not r.has_lora and all(v is False for _, v in r.axes)
+        r
+        for r in rows
+        if not (r.batch.uniform_decode or r.batch.has_lora or any(v for _, v in r.batch.axes))
     ]
     assert mixed[0].first == 1
     assert mixed[-1].last == maximum
     assert all(b.first == a.last + 1 for a, b in itertools.pairwise(mixed))
     for row in rows:
         for tokens in {row.first, row.last}:
-            kind = BatchKind(row.decode, row.has_lora, row.num_active_loras, row.axes)
-            found = d.explain(tokens, kind)
+            found = d.explain(tokens, row.batch)
             assert found.mode is row.mode
             assert found.padding <= row.padding
             if row.descriptor is not None:

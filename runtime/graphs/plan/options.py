@@ -34,17 +34,8 @@ from piecework.runtime.graphs.plan.phase import ContextFor, FailurePolicy
 from piecework.runtime.graphs.stage.slots import Number
 from piecework.runtime.splitting_op import GraphsOf
 
-
-def _is_call(value: object) -> bool:
-    return value is None or callable(value)
-
-
-def _is_switch(value: object) -> bool:
-    return type(value) is bool
-
-
-_CALL = ("a function, or None", _is_call)
-_SWITCH = ("True or False", _is_switch)
+_CALL = ("a function, or None", lambda value: value is None or callable(value))
+_SWITCH = ("True or False", lambda value: type(value) is bool)
 # What each option must be; those that are not here are checked where they are read, against the model.
 _KINDS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     "runtime": (

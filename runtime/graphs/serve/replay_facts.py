@@ -89,7 +89,8 @@ def _piece(call: CapturedCall) -> PieceFacts:
         if leaf in buffer_of:
             reads.append(Staged(buffer_of[leaf]))
         elif slot.placement is not None and slot.origin is not None:
-            reads.append(InPlace(slot.placement, _owner(slot.origin)))
+            weight = slot.origin is ValueOrigin.WEIGHT
+            reads.append(InPlace(slot.placement, "weight" if weight else slot.origin.value))
         else:
             reads.append(Frozen(slot.value))
     buffers = tuple(
@@ -97,10 +98,6 @@ def _piece(call: CapturedCall) -> PieceFacts:
         for copy in call.copies
     )
     return PieceFacts(tuple(reads), buffers, _places_of(call.output))
-
-
-def _owner(origin: ValueOrigin) -> str:
-    return "weight" if origin is ValueOrigin.WEIGHT else origin.value
 
 
 def _places_of(output: object) -> Hashable:
