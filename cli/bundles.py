@@ -184,6 +184,7 @@ def verify(
         from piecework.codegen.stitch.source import verify as prove
         from piecework.runtime import bundle
         from piecework.runtime.config.compilation import CompilationConfig
+        from piecework.runtime.pieces.report import counted
 
         out = console()
         manifest = bundle.read_manifest(directory)
@@ -200,7 +201,8 @@ def verify(
         if as_json:
             print(json.dumps(report))
         elif report["proved"]:
-            out.print(f"proved: {report['events']} calls in {report['statements']} statements")
+            calls = counted(proof.events, "call")
+            out.print(f"proved: {calls} in {counted(proof.statements, 'statement')}")
         else:
             out.print(f"not proved: {report['difference']}", markup=False)
     if not report["proved"]:

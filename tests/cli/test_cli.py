@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 import piecework
 from piecework.cli import app
+from piecework.cli.console import short_warnings
 
 sys.modules.setdefault("cli_factories", sys.modules[__name__])
 
@@ -258,6 +260,14 @@ def test_a_damaged_manifest_is_misuse(tmp_path: Path, manifest: str) -> None:
 def test_a_folder_of_another_kind_is_misuse(tmp_path: Path) -> None:
     result = invoke("run", tmp_path)
     assert result.exit_code == 2 and "is not a folder made by piecework compile" in result.output
+
+
+def test_a_warning_of_the_commands_own_names_no_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "script.py", raising=False)
+    short_warnings()
+    assert warnings.formatwarning("mind", UserWarning, "script.py", 6) == "warning: mind\n"
+    assert "other.py:6: UserWarning" in warnings.formatwarning("mind", UserWarning, "other.py", 6)
 
 
 def test_a_crash_in_the_factory_shows_its_own_traceback_and_no_other(tmp_path: Path) -> None:

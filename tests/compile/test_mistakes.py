@@ -936,7 +936,7 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
     (
         lambda: compiled(Model(), config=config(strict=True)),
         CaptureError,
-        "in training mode, and its drop (Dropout)",
+        "in training mode, and its module drop (Dropout)",
         "model.eval()",
     ),
     (
@@ -1066,7 +1066,7 @@ def test_the_whole_traceback_is_there_for_who_asks(monkeypatch: pytest.MonkeyPat
             lambda: compiled(config=config(splitting_ops=["aten::cos"])),
             "not in the graph: aten::cos",
         ),
-        (lambda: compiled(Model()), "in training mode, and its drop (Dropout) goes by that"),
+        (lambda: compiled(Model()), "in training mode, and its module drop (Dropout) goes by that"),
         (lambda: compiled(config=config(cudagraph_mode="PIECEWISE"))(X), "nothing is captured"),
         (
             lambda: compiled(config=config(cudagraph_capture_sizes=[2, 4]))(X),
