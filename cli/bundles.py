@@ -140,7 +140,10 @@ def run(
             print(json.dumps(report))
         else:
             if not edited:
-                out.print(f"source {'as in the folder' if report['same_source'] else 'DIFFERENT'}")
+                otherwise = manifest.made_otherwise(config)
+                why = ": the folder was made with other settings" if otherwise else ""
+                same = report["same_source"]
+                out.print(f"source {'as in the folder' if same else f'DIFFERENT{why}'}")
             if ours.tokens is not None:
                 out.print(f"tokens: {' '.join(map(str, ours.tokens.tolist()))}")
             out.print(result.text(ours), markup=False)

@@ -305,7 +305,9 @@ def test_settings_come_from_a_file_and_from_options(tmp_path: Path) -> None:
     assert ran.exit_code == 0 and "source as in the folder" in ran.output, ran.output
     assert "results (float32[4, 8]) differ by 0.0e+00 relative" in ran.output
     other = invoke("run", folder, "-O.stitching_config.emit_del=true")
-    assert other.exit_code == 1 and "source DIFFERENT" in other.output
+    assert (
+        other.exit_code == 1 and "source DIFFERENT: the folder was made with other" in other.output
+    )
     with_others = "-O.stitching_config.emit_del=true"
     for options, again in (((), False), ((with_others,), True)):
         covered = invoke("coverage", folder, "--sizes", "4", *options)
