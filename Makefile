@@ -31,7 +31,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/black --check --quiet .
 	ln -sfn '$(CURDIR)' $(VENV)/piecework
-	MYPYPATH=$(VENV) $(BIN)/mypy --strict --package piecework.codegen
+	$(BIN)/mypy --strict --package piecework.codegen
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -15,6 +15,7 @@ from piecework.cli.bundles import compile_command, run, show, verify
 from piecework.cli.cache import cache_app
 from piecework.cli.capture import coverage
 from piecework.cli.config import config_app
+from piecework.cli.console import short_warnings
 from piecework.cli.demo import demo
 from piecework.cli.golden import golden_app
 from piecework.cli.serve import serve
@@ -66,4 +67,5 @@ app.add_typer(config_app)
 
 def main() -> None:
     """Entry point of the ``piecework`` script."""
+    short_warnings()
     app()

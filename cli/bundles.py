@@ -140,7 +140,10 @@ def run(
             print(json.dumps(report))
         else:
             if not edited:
-                out.print(f"source {'as in the folder' if report['same_source'] else 'DIFFERENT'}")
+                otherwise = manifest.made_otherwise(config)
+                why = ": the folder was made with other settings" if otherwise else ""
+                same = report["same_source"]
+                out.print(f"source {'as in the folder' if same else f'DIFFERENT{why}'}")
             if ours.tokens is not None:
                 out.print(f"tokens: {' '.join(map(str, ours.tokens.tolist()))}")
             out.print(result.text(ours), markup=False)
@@ -185,6 +188,7 @@ def verify(
         from piecework.golden.compare.tables import read_tables
         from piecework.runtime import bundle
         from piecework.runtime.config.compilation import CompilationConfig
+        from piecework.runtime.pieces.report import counted
 
         out = console()
         manifest = bundle.read_manifest(directory)
@@ -207,7 +211,8 @@ def verify(
             print(json.dumps(report))
         else:
             if report["proved"]:
-                out.print(f"proved: {report['events']} calls in {report['statements']} statements")
+                calls = counted(proof.events, "call")
+                out.print(f"proved: {calls} in {counted(proof.statements, 'statement')}")
             else:
                 out.print(f"not proved: {report['difference']}", markup=False)
             if changed:

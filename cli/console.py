@@ -6,6 +6,7 @@ Errors of piecework become one message and exit code 2; other exceptions are def
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -35,6 +36,24 @@ def typed_errors() -> Iterator[None]:
             err.print(note, markup=False)
         err.print(f"{type(error).__name__}: {error}", style="red", markup=False)
         raise typer.Exit(MISUSE) from error
+
+
+def short_warnings() -> None:
+    """Show what is warned of on the command's own behalf without the line of the script that called, which is no user's."""
+    usual, script = warnings.formatwarning, getattr(sys.modules["__main__"], "__file__", None)
+
+    def shown(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
+        if filename == script:
+            return f"warning: {message}\n"
+        return usual(message, category, filename, lineno, line)
+
+    warnings.formatwarning = shown
 
 
 @contextmanager

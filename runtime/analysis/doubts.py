@@ -24,7 +24,7 @@ def tell_of_training(model: object, strict: bool) -> None:
     if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         problem = CaptureError(
-            f"the model is in training mode, and its {names[0]}{more} goes by that: what is compiled stays so, with random dropout and norms of each batch",
+            f"the model is in training mode, and its module {names[0]}{more} goes by that: what is compiled stays so, with random dropout and norms of each batch",
             hint="call model.eval() before compiling",
         )
         tell(problem, strict=strict)

@@ -114,11 +114,12 @@ def _add_roles(model: type[FrozenModel], schema: dict[str, Any]) -> None:
 def markdown_table(model: type[FrozenModel]) -> str:
     """The fields of ``model`` as a Markdown table."""
     lines = [
-        "| field | type | default | part of the cache key | meaning |",
-        "|---|---|---|---|---|",
+        "| field | meaning | type; default | in the cache key |",
+        "|---|---|---|---|",
     ]
     for row in field_rows(model):
-        cells = (f"`{row.name}`", row.type, f"`{row.default}`", row.role, row.description)
+        kind = f"{row.type}; `{row.default}`"
+        cells = (f"`{row.name}`", row.description, kind, row.role)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "".join(f"{line}\n" for line in lines)
 

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 import piecework
 from piecework.cli import app
+from piecework.cli.console import short_warnings
 
 sys.modules.setdefault("cli_factories", sys.modules[__name__])
 
@@ -294,6 +296,14 @@ def test_a_folder_of_another_kind_is_misuse(tmp_path: Path) -> None:
     assert result.exit_code == 2 and "is not a folder made by piecework compile" in result.output
 
 
+def test_a_warning_of_the_commands_own_names_no_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "script.py", raising=False)
+    short_warnings()
+    assert warnings.formatwarning("mind", UserWarning, "script.py", 6) == "warning: mind\n"
+    assert "other.py:6: UserWarning" in warnings.formatwarning("mind", UserWarning, "other.py", 6)
+
+
 def test_a_crash_in_the_factory_shows_its_own_traceback_and_no_other(tmp_path: Path) -> None:
     result = compiled(tmp_path / "out", "cli_factories:crashes")
     shown = result.output
@@ -329,7 +339,9 @@ def test_settings_come_from_a_file_and_from_options(tmp_path: Path) -> None:
     assert ran.exit_code == 0 and "source as in the folder" in ran.output, ran.output
     assert "results (float32[4, 8]) differ by 0.0e+00 relative" in ran.output
     other = invoke("run", folder, "-O.stitching_config.emit_del=true")
-    assert other.exit_code == 1 and "source DIFFERENT" in other.output
+    assert (
+        other.exit_code == 1 and "source DIFFERENT: the folder was made with other" in other.output
+    )
     with_others = "-O.stitching_config.emit_del=true"
     for options, again in (((), False), ((with_others,), True)):
         covered = invoke("coverage", folder, "--sizes", "4", *options)
