@@ -25,6 +25,7 @@ from piecework.integrations.transformers.own.probe import (
     narrow_windows,
     require_finite,
 )
+from piecework.integrations.transformers.own.sameness import require_same_output
 from piecework.integrations.transformers.whole.forward import CallKind, Habits, WholeForward
 from piecework.integrations.transformers.whole.way import UNROLLED, WholeWay
 from piecework.runtime import torch_compat
@@ -53,6 +54,8 @@ def admit_whole(
             calls = _generations(model, decoder, forward)
             habits = _habits(decoder, forward, calls)
         way = WholeWay(model, decoder, forward, habits, config)
+        with as_refusal(decoder, "as it is"):
+            _require_stateless(way, calls)
         with narrow_windows(decoder), as_refusal(decoder, "around tensors of its cache"):
             for given in _generations(model, decoder, forward):
                 _require_same_uncompiled(way, given)
@@ -60,6 +63,20 @@ def admit_whole(
             with as_refusal(decoder, "compiled whole"):
                 _compile(way, calls)
     return way
+
+
+def _require_stateless(way: WholeWay, calls: Sequence[Given]) -> None:
+    """Refuse a forward whose results depend on earlier calls otherwise than through its cache."""
+    for given in calls:
+        first, again = way.own_result(given), way.own_result(given)
+        try:
+            require_same_output(again.output, first.output, compiled=False)  # type: ignore[arg-type]
+        except CaptureError as error:
+            raise CaptureError(
+                "called again with the same arguments its forward gives another result: it keeps state in its modules, outside its cache",
+                where=type(way.decoder).__name__,
+                hint=_HINT,
+            ) from error
 
 
 def _require_same_uncompiled(way: WholeWay, given: Given) -> None:
