@@ -1,9 +1,9 @@
-"""transformers' causal LMs, stitched. In: transformers' registry. Out: for each family whether a small model runs, is taken, and generates eager's tokens; as a page of the documentation.
+"""transformers' causal LMs and encoder-decoders, stitched. In: transformers' registries. Out: for each family whether a small model runs, is taken, and generates eager's tokens; as a page of the documentation.
 
 Nothing is timed. Each family has a process of its own. The exit code is 1 if one gives other tokens or fails with an error that
 nobody meant.
 
-Run it with ``piecework bench causal_lms``, or ``python -m piecework.bench.causal_lms``.
+Run it with ``piecework bench causal_lms``, with ``--encoder-decoders`` for those, or ``python -m piecework.bench.causal_lms``.
 """
 
 from __future__ import annotations
@@ -57,8 +57,23 @@ def families() -> list[str]:
     return sorted(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def try_family(family: str, backend: str) -> Found:
-    """Generate with a small model as it is and stitched; greedy tokens and the scores of each must be equal."""
+def encoder_decoders() -> list[str]:
+    """The families of transformers' registry of sequence-to-sequence models that are encoder-decoders."""
+    from transformers import AutoConfig
+    from transformers.models.auto import modeling_auto
+
+    names = sorted(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
+    # A model of two others has no config of its own.
+    found = (AutoConfig.for_model(name) for name in names if name != "encoder-decoder")
+    return [each.model_type for each in found if each.is_encoder_decoder]
+
+
+def try_family(family: str, backend: str, pair: bool = False) -> Found:
+    """Generate with a small model as it is and stitched; greedy tokens and the scores of each must be equal.
+
+    Args:
+        pair: take the encoder-decoder of a family that may have a causal LM too.
+    """
     from piecework.integrations.transformers import how_served, stitch, stitched_module
     from piecework.runtime.config.compilation import CompilationConfig
 
@@ -66,7 +81,7 @@ def try_family(family: str, backend: str) -> Found:
     for level in range(len(LEVELS)):
         with quiet():
             try:
-                model = _model(family, level)
+                model = (_pair if pair else _model)(family, level)
                 want = _generated(model)
                 break
             except Exception as error:  # noqa: BLE001 - a config that doesn't fit its model
@@ -103,6 +118,19 @@ def _model(family: str, level: int) -> torch.nn.Module:
     return model
 
 
+def _pair(family: str, level: int) -> torch.nn.Module:
+    from transformers import AutoModelForSeq2SeqLM
+
+    config = small_config(family, level)
+    if getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = 2
+    model = small_model(AutoModelForSeq2SeqLM.from_config, config, 0)
+    how = model.generation_config
+    how.eos_token_id = how.forced_eos_token_id = how.forced_bos_token_id = None  # type: ignore[union-attr]
+    how.num_beams = 1  # type: ignore[union-attr]
+    return model
+
+
 def _generated(model):  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
     ids = torch.randint(3, VOCABULARY - 3, PROMPT)
@@ -123,10 +151,11 @@ def _line(error: BaseException) -> str:
     return re.sub(r" ?\(/[^)]*\)|0x[0-9a-f]+", "", said)[:400]
 
 
-def run(chosen: Sequence[str], backend: str) -> Iterator[Found]:
+def run(chosen: Sequence[str], backend: str, pair: bool) -> Iterator[Found]:
     """Try each family in a process of its own."""
     for family in chosen:
         command = [sys.executable, "-m", __spec__.name, "--one", family, "--backend", backend]
+        command += ["--encoder-decoders"] * pair
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=LIMIT, check=False
@@ -141,7 +170,17 @@ def run(chosen: Sequence[str], backend: str) -> Iterator[Found]:
             yield Found(**json.loads(last))
 
 
-def markdown(found: Sequence[Found], backend: str) -> str:
+_PAGES = {
+    False: ("Causal LMs", "family of transformers' registry", "--page docs/causal-lms.md"),
+    True: (
+        "Encoder-decoders",
+        "encoder-decoder of transformers' registry of sequence-to-sequence models",
+        "--encoder-decoders --page docs/encoder-decoders.md",
+    ),
+}
+
+
+def markdown(found: Sequence[Found], backend: str, pair: bool) -> str:
     """The page of the documentation."""
     counts = Counter(each.status for each in found)
     ways = Counter(each.way for each in found if each.status == "equal")
@@ -149,11 +188,12 @@ def markdown(found: Sequence[Found], backend: str) -> str:
     about = machine()
     import transformers
 
+    title, of, call = _PAGES[pair]
     lines = [
-        "# Causal LMs of transformers",
+        f"# {title} of transformers",
         "",
-        "Each family of transformers' registry, as a small model with seeded weights: `generate` with the model as it is and stitched, greedy, two prompts of",
-        "seven tokens, six tokens more; tokens and scores are compared. `piecework bench causal_lms --page docs/causal-lms.md` writes this page.",
+        f"Each {of}, as a small model with seeded weights: `generate` with the model as it is and stitched, greedy, two prompts of",
+        f"seven tokens, six tokens more; tokens and scores are compared. `piecework bench causal_lms {call}` writes this page.",
         "",
         f"transformers {transformers.__version__}, torch {about['torch']}, pieces compiled by `{backend}`. Of {len(found)} families {run_eagerly} have a small model",
         f"that generates; **{counts['equal']} of these are equal** ({ways['flat']} served flat, {ways['whole']} whole: [the two ways](transformers.md#two-ways)), {counts['refused']} are refused by name,",
@@ -183,16 +223,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=Path,
         help="JSON of an earlier run, whose families that --only leaves out are taken over",
     )
+    parser.add_argument(
+        "--encoder-decoders", action="store_true", help="these in place of causal LMs"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
+    pair = chosen.encoder_decoders
     if chosen.one is not None:
-        print(json.dumps(asdict(try_family(chosen.one, chosen.backend))))
+        print(json.dumps(asdict(try_family(chosen.one, chosen.backend, pair))))
         return 0
-    names = [name for name in families() if re.search(chosen.only, name)]
+    names = [
+        name for name in (encoder_decoders if pair else families)() if re.search(chosen.only, name)
+    ]
     found = []
     kept = [] if chosen.kept is None else json.loads(chosen.kept.read_text())
     kept = [Found(**row) for row in kept if row["family"] not in names]
-    for each in run(names, chosen.backend):
+    for each in run(names, chosen.backend, pair):
         found.append(each)
         print(f"{len(found)}/{len(names)} {each.family}: {each.status} {each.why}", flush=True)
         if chosen.out is not None:
@@ -202,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_atomic(chosen.out / "causal_lms.json", text.encode())
     if chosen.page is not None:
         rows = sorted([*kept, *found], key=lambda each: each.family)
-        write_atomic(chosen.page, markdown(rows, chosen.backend).encode())
+        write_atomic(chosen.page, markdown(rows, chosen.backend, pair).encode())
     return 1 if any(each.status in ("wrong", "failed") for each in found) else 0
 
 

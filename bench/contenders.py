@@ -69,7 +69,7 @@ def prepare(
         splitting_ops=[operator],
         config=config,
     )
-    graph = FlatGraph(stitched)
+    graph = FlatGraph(stitched, example.shape[0])
     interpreter = torch.fx.Interpreter(graph.split_gm)
     calls: dict[str, Call] = {
         "eager": model,
@@ -93,12 +93,17 @@ def _traced_once(compiled: Call, example: torch.Tensor, unbacked: bool) -> Call:
 
 
 class FlatGraph:
-    """The stitching graph of a stitched module, with compiled pieces, as the flat contenders call it."""
+    """The stitching graph of a stitched module, with compiled pieces, as the flat contenders call it.
 
-    def __init__(self, stitched: StitchedModule) -> None:
+    Args:
+        batch: that is measured; where batch sizes have compiled forms of their own, its.
+    """
+
+    def __init__(self, stitched: StitchedModule, batch: int) -> None:
         self.stitched = stitched
         self.captured = stitched.captured
-        self.public = stitched.program.callables()
+        table = stitched.program.range_table
+        self.public = stitched.program.callables(None if table is None else table.find(batch))
         self.pieces = {piece.name: piece for piece in stitched.pieces}
         self.split_gm = torch.fx.GraphModule(
             {name: self._module(name) for name in self._targets(stitched.split_gm)},

@@ -199,7 +199,7 @@ def limit(
     """
     batch = ids.shape[0]
     past = PROMPT
-    graph = FlatGraph(stitched_module(stitched))
+    graph = FlatGraph(stitched_module(stitched), batch)
     counter: Iterator[int] = iter(range(eager.config.num_hidden_layers))
     size = {"b": batch, "d": eager.config.head_dim, "h": SHAPE["num_attention_heads"]}
     shared = SHAPE["num_key_value_heads"]

@@ -1,7 +1,7 @@
 """What requests to the server may ask for. In: the body of a request, and what transformers makes of it. Out: nothing, or the answer 400 with what is wrong.
 
-It computes no answer. Without it, transformers' handlers fail half-way in what they can't read (500), and leave out what they don't do; where requests are
-computed together, one that has no tokens, or more than the cache has room for, ends them all.
+It computes no answer. Without it, transformers' handlers fail half-way in what they can't read (500), leave out what they don't do, and compute prompts that the model
+has no positions for; where requests are computed together, one that has no tokens, or more than the cache has room for, ends them all.
 """
 
 from __future__ import annotations
@@ -11,7 +11,12 @@ from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cli.serving.utils import (
     BaseGenerateManager,
     BaseHandler,
@@ -20,6 +25,7 @@ from transformers.cli.serving.utils import (
 )
 
 from piecework.integrations.protocol import first_line
+from piecework.integrations.transformers.own.probe import field_of
 
 # What transformers takes and leaves out, and the value that asks for nothing.
 _NOT_DONE: Mapping[str, object] = {
@@ -34,6 +40,8 @@ _EACH_ITS_OWN = (
     *("bos_token_id", "pad_token_id", "use_cache", "transformers_version", "_from_model_config"),
 )
 _OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
+# What configs call the number of positions, where it bounds a prompt.
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 _INT64 = 2**63
 
 Check = Callable[[object], bool]
@@ -183,18 +191,39 @@ class Checked(BaseHandler):
         return await super()._non_streaming(*args, **kwargs)  # type: ignore[misc]
 
     def _fit(self, args: tuple[object, ...]) -> None:
-        """Refuse a prompt that can't be served; generate no more than the cache has room for, which the answer's ``finish_reason`` tells."""
+        """Refuse a prompt that can't be served; generate no more than there is room for, which the answer's ``finish_reason`` tells."""
+        model = next(each for each in args if isinstance(each, PreTrainedModel))
         inputs = next(each for each in args if isinstance(each, Mapping) and "input_ids" in each)
         config = next(each for each in args if isinstance(each, GenerationConfig))
         ids, room = inputs["input_ids"], self.generation_state.room
         tokens = ids.shape[-1] if isinstance(ids, torch.Tensor) else len(ids)
         if not tokens:
             raise bad_request("the prompt has no tokens")
-        if room is None:
-            return
-        if tokens >= room:
+        if room is not None and tokens >= room:
             raise bad_request(f"the prompt has {tokens} tokens, and the cache has room for {room}")
-        config.max_new_tokens = min(config.max_new_tokens or room, room - tokens)
+        positions = positions_of(model.config)
+        if positions is not None and tokens > positions:
+            raise bad_request(
+                f"the prompt has {tokens} tokens, and the model has positions for {positions}"
+            )
+        # The last token that is generated takes no position: nothing follows it.
+        ends = [*([] if room is None else [room]), *([] if positions is None else [positions + 1])]
+        if ends:
+            config.max_new_tokens = min(config.max_new_tokens or min(ends), min(ends) - tokens)
+
+
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """For how many tokens a model has positions; None where its config names no limit, or frequencies follow the length."""
+    text = config.get_text_config()
+    ropes = getattr(text, "rope_parameters", None) or {}
+    if "dynamic" in {ropes.get("rope_type"), *(_rope_type(each) for each in ropes.values())}:
+        return None
+    found = (field_of(text, name) for name in _POSITIONS)
+    return next((n for n in found if type(n) is int and n > 0), None)
+
+
+def _rope_type(of_layers: object) -> object:
+    return of_layers.get("rope_type") if isinstance(of_layers, dict) else None
 
 
 def bad_request(why: str) -> Exception:

@@ -137,7 +137,7 @@ def make_server(
     """
     require_packages(_PACKAGES, "serve")
     import uvicorn
-    from fastapi import Request, Response
+    from fastapi import HTTPException, Request, Response
     from fastapi.exception_handlers import http_exception_handler
     from fastapi.responses import PlainTextResponse
     from jinja2 import TemplateError
@@ -157,6 +157,10 @@ def make_server(
     class Responses(Checked, ResponseHandler):
         needed = "input"
 
+    class NoTranscriptions(TranscriptionHandler):
+        async def handle_request(self, request: Request) -> Response:
+            raise HTTPException(501, "this server's model reads text, and transcribes nothing")
+
     async def refused(request: Request, error: Exception) -> Response:
         return await http_exception_handler(request, bad_request(str(error)))
 
@@ -168,7 +172,7 @@ def make_server(
         Chat(models, state),
         completion_handler=Completion(models, state),
         response_handler=Responses(models, state),
-        transcription_handler=TranscriptionHandler(models, state),
+        transcription_handler=NoTranscriptions(models, state),
         systemone_handler=SystemOneHandler(models, state),
         generation_state=state,
     )

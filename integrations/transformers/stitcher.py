@@ -25,6 +25,7 @@ from piecework.integrations.transformers.head import HeadForward, can_be_capture
 from piecework.integrations.transformers.request.dry import dry_request
 from piecework.integrations.transformers.way import Way
 from piecework.integrations.transformers.ways import Served, chosen_way, served, way_of
+from piecework.integrations.transformers.whole.pair import PairWay
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.load import Artifact
 from piecework.runtime.artifact.store import Place, store_of
@@ -56,7 +57,7 @@ def stitch(
     key_file: str | os.PathLike[str] | None = None,
     way: Literal["flat", "whole"] | None = None,
 ) -> Model:
-    """Stitch the decoder of a causal LM in place and return the model.
+    """Stitch the decoder of a causal LM, or decoder and encoder of an encoder-decoder, in place and return the model.
 
     The flat way: the decoder is captured with every token of a batch in one row, so that one stitched function serves prefill
     and decode of any batch. Attention stays the model's own implementation (``sdpa`` or ``eager``) behind the splitting
@@ -130,8 +131,15 @@ def stitch(
 
 def _serve_by(way: Way, model: nn.Module) -> None:
     way.decoder.forward = StitchedForward(way)
+    for each in _beside(way):
+        each.decoder.forward = StitchedForward(each)
     # generate() compiles a model for static caches by itself, where this gives it something to compile.
     model.get_compiled_call = _as_it_is(model)
+
+
+def _beside(way: Way) -> Sequence[Way]:
+    """The ways of modules that are stitched beside the decoder: of an encoder."""
+    return way.beside() if isinstance(way, PairWay) else ()
 
 
 def _as_it_is(model: nn.Module) -> Callable[[object], Callable[..., object]]:
@@ -300,11 +308,11 @@ def unstitch(model: Model) -> Model:
     head = model.get_output_embeddings()  # type: ignore[operator]
     if head is not None and isinstance(head.__dict__.get("forward"), HeadForward):
         del head.forward
-    original = stitched.way.forward
-    if inspect.ismethod(original) and original.__func__ is type(decoder).forward:
-        del decoder.forward
-    else:
-        decoder.forward = original
+    for way in (stitched.way, *_beside(stitched.way)):
+        if inspect.ismethod(way.forward) and way.forward.__func__ is type(way.decoder).forward:
+            del way.decoder.forward
+        else:
+            way.decoder.forward = way.forward
     forget_layers(decoder)
     return model
 
@@ -316,7 +324,8 @@ def stitched_module(model: nn.Module, entry: str = "input_ids") -> StitchedModul
     Args:
         model: a stitched model.
         entry: "input_ids", or "inputs_embeds" (compiled now if it was not needed before). Of a decoder that is served whole "input_ids"
-            is what serves prompts, and "decode" what serves one more token of each sequence; `how_served` has them all.
+            is what serves prompts, and "decode" what serves one more token of each sequence; `how_served` has them all. "encoder" is that of
+            an encoder-decoder.
 
     Raises:
         UsageError: the model is not stitched, or there is no such entry.
@@ -424,9 +433,16 @@ def _decoder_of(model: nn.Module) -> nn.Module:
             where=type(model).__name__,
             hint="use piecework.compile(model) with a splitting_op of your own",
         )
-    for candidate in (model.get_decoder(), model.base_model, getattr(model, "model", None)):
+    found = model.get_decoder()
+    for candidate in (found, model.base_model, getattr(model, "model", None)):
         if isinstance(candidate, PreTrainedModel) and candidate.get_output_embeddings() is None:
             return candidate
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise CaptureError(
+            f"its decoder is a {type(found).__name__}, which is no decoder of transformers' without a head",
+            where=type(model).__name__,
+            hint="piecework.compile(model.get_encoder(), args) stitches the encoder; give generate() its result as encoder_outputs",
+        )
     raise CaptureError(
         "no decoder was found below its head",
         where=type(model).__name__,

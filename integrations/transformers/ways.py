@@ -18,6 +18,7 @@ from piecework.integrations.transformers.own.probe import Forward
 from piecework.integrations.transformers.own.refusals import refuse_model
 from piecework.integrations.transformers.way import Way
 from piecework.integrations.transformers.whole.admission import admit_whole
+from piecework.integrations.transformers.whole.pair import PairWay, admit_pair, is_pair
 from piecework.integrations.transformers.whole.way import WholeWay
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.load import Artifact
@@ -43,8 +44,9 @@ def chosen_way(
         raise ConfigError(f"there is no way {wanted!r}", where="way", hint=" or ".join(NAMES))
     forward: Forward = decoder.forward
     refuse_model(decoder)
+    admit_as_whole = admit_pair if is_pair(decoder) else admit_whole
     if wanted == WholeWay.name:
-        return admit_whole(model, decoder, forward, config)
+        return admit_as_whole(model, decoder, forward, config)
     try:
         return _flat_way(model, decoder, forward, config)
     except CaptureError as error:
@@ -52,7 +54,7 @@ def chosen_way(
             raise
         refused = error
     try:
-        way = admit_whole(model, decoder, forward, config)
+        way = admit_as_whole(model, decoder, forward, config)
     except CaptureError as error:
         raise CaptureError(
             f"it can't be served flattened: {_said(refused)}; nor whole: {error.message}",
@@ -81,7 +83,8 @@ def way_of(
     """
     kept = found.folder.facts.get("kept")
     name = kept.get("way") if isinstance(kept, dict) and kept.get("load") == LOADER else None
-    ways = {each.name: each.of_artifact for each in (FlatWay, WholeWay)}
+    whole = PairWay if is_pair(decoder) else WholeWay
+    ways = {each.name: each.of_artifact for each in (FlatWay, whole)}
     if name not in ways:
         raise ArtifactError(
             "the artifact is of no decoder of transformers",

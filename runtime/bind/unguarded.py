@@ -213,9 +213,9 @@ def _own_copy(guards: Iterable[Guarded], code: Iterable[types.CodeType]) -> Capt
             kind in _COPIED_BY_THEMSELVES or not _copies_plainly(kind)
         ):
             return CaptureError(
-                f"forward copies objects, and one of {kind.__qualname__}, which says itself what is copied, would be copied by its attributes alone",
+                f"forward copies objects, and one of {kind.__qualname__}, which says itself what is copied, would be copied by its attributes alone if it is among them, which nobody can tell",
                 where=each.place.name,
-                hint="make the copy by the class or a method of the object's own, or outside forward",
+                hint="make the copy by the class or a method of the object's own, or outside forward; an encoder-decoder of transformers copies its config for a cache: use_cache=False, or stitch(model)",
             )
     return None
 

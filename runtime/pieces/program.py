@@ -217,7 +217,7 @@ class Program:
         """
         return self.submod_lists[0 if self.range_table is None else self.range_table.index(batch)]
 
-    def callables(self, compile_range: Range | None = None) -> dict[str, Callable[..., object]]:
+    def callables(self, compile_range: Range | None) -> dict[str, Callable[..., object]]:
         """The compiler's public form of each piece for one range of batch sizes, by name."""
         return {n: piece.runnable_for(compile_range) for n, piece in self.backends.items()}
 

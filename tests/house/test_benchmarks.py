@@ -6,6 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+import piecework
+from piecework.bench.contenders import FlatGraph
 
 SMALLEST = {
     "stitching": "stitching.run([3], rounds=2)",
@@ -24,3 +28,12 @@ def test_a_benchmark_runs(name: str, tmp_path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert ("piecework" in done.stdout and "limit" in done.stdout) or name == "emission"
+
+
+@pytest.mark.parametrize("batch", [3, 4])
+def test_contenders_take_the_forms_of_their_batch(batch: int) -> None:
+    model, x = torch.nn.Linear(8, 8).requires_grad_(False), torch.randn(batch, 8)
+    config = {"backend": "eager", "compile_sizes": [4], "compile_ranges_endpoints": [16]}
+    stitched = piecework.compile(model, (torch.randn(5, 8),), config=config)
+    graph = FlatGraph(stitched, batch)
+    assert torch.equal(graph.split_gm(*graph.inputs(x))[0], model(x))

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-import piecework
 from piecework.errors import CaptureError, ConfigError, UsageError
 from piecework.integrations.transformers import stitch, stitched_module, unstitch
 from piecework.runtime.config.compilation import CompilationConfig
@@ -151,25 +150,6 @@ def test_recurrent_model() -> None:
 def test_encoder() -> None:
     model = from_config("bert", hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
     refused(model, "KV cache", "flat")
-
-
-def test_an_encoder_decoder_whose_encoder_is_stitched() -> None:
-    ends = {"pad_token_id": 0, "eos_token_id": None, "decoder_start_token_id": 1}
-    sizes = {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2}
-    torch.manual_seed(0)
-    config = transformers.T5Config(**sizes, num_heads=4, **ends)
-    model = transformers.T5ForConditionalGeneration(config).eval()
-    assert "get_encoder" in str(refused(model, "another sequence's states").hint)
-    ids, mask = torch.randint(3, 97, (2, 7)), torch.ones(2, 7, dtype=torch.long)
-    mask[1, 5:] = 0
-    encoder = piecework.compile(
-        model.get_encoder(), (ids,), {"attention_mask": mask}, config=EAGER_PIECES
-    )
-    how = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
-    expected = model.generate(ids, **how)
-    with torch.no_grad():
-        states = encoder(ids, attention_mask=mask)
-    assert torch.equal(model.generate(encoder_outputs=states, **how), expected)
 
 
 def test_experts_in_a_loop() -> None:

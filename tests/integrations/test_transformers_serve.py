@@ -36,6 +36,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
 from piecework.integrations.transformers import openai_server as served_by  # noqa: E402
 from piecework.integrations.transformers import stitch, stitched_module  # noqa: E402
+from piecework.integrations.transformers.openai_requests import positions_of  # noqa: E402
 
 # One word a token; transformers finds out by "abcdef" how the tokens of stop strings are written.
 WORDS = ["<unk>", "<s>", "</s>", "abcdef", *(f"w{n}" for n in range(93))]
@@ -319,6 +320,52 @@ def test_together_one_request_ends_no_other(folder: Path) -> None:
         assert status in (500, 503)  # before or after the worker says that it failed
         hook.remove()
         assert complete(running, PROMPT, 9) == expected(folder, PROMPT, 9)
+
+
+@pytest.mark.parametrize("route", GOOD)
+def test_a_prompt_longer_than_the_positions_is_told(
+    running: Running, folder: Path, route: str
+) -> None:
+    positions = loaded(folder)[0].config.max_position_embeddings
+    field = {"completions": "prompt", "responses": "input"}.get(route, "messages")
+    for stream in (False, True):
+        long: object = " ".join(["w5"] * (positions + 1))
+        long = [{"role": "user", "content": long}] if field == "messages" else long
+        body = {"model": NAME, "temperature": 0, "stream": stream, **GOOD[route], field: long}
+        status, said = answer_to(running, route, body)
+        assert status == 400, said
+        assert re.search(rf"(has room for|has positions for) {positions}\b", said)
+
+
+def test_an_answer_ends_where_the_positions_do(folder: Path) -> None:
+    with serving(folder) as running:
+        positions = loaded(folder)[0].config.max_position_embeddings
+        fits = " ".join(["w5"] * (positions - 1))
+        answer = running.client().completions.create(
+            model=NAME, prompt=fits, max_tokens=9, temperature=0
+        )
+        assert answer.usage.completion_tokens == 2
+        assert answer.choices[0].text == expected(folder, fits, 2)
+        assert answer.choices[0].finish_reason == "length"
+
+
+def test_the_positions_of_configs() -> None:
+    def positions(family: str, **fields: object) -> int | None:
+        return positions_of(transformers.CONFIG_MAPPING[family](**fields))
+
+    assert positions("llama", max_position_embeddings=64) == 64
+    assert positions("gpt2", n_positions=48) == 48
+    assert positions("mpt", max_seq_len=32) == 32
+    assert positions("bloom") is positions("mamba") is None
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    assert positions("llama", max_position_embeddings=64, rope_parameters=dynamic) is None
+
+
+def test_what_no_text_model_does_is_told(running: Running) -> None:
+    status, said = answer_to(running, "audio/transcriptions", b"--x--")
+    assert status == 501 and "reads text" in said
+    status, said = answer_to(running, "systemone", {"model": NAME, "state": "", "questions": {}})
+    assert status in (400, 422), said
 
 
 def test_metrics_are_answered(running: Running) -> None:

@@ -397,6 +397,20 @@ def test_another_attention_implementation() -> None:
     assert not how_served(model.stitched).as_it_is
 
 
+def test_state_in_modules_is_named() -> None:
+    model = build()
+    layer = model.transformer.h[0].mlp
+    own = layer.forward
+
+    def remembers(*args: object) -> torch.Tensor:
+        layer.calls = getattr(layer, "calls", 0) + 1
+        return own(*args) * layer.calls
+
+    layer.forward = remembers
+    with pytest.raises(CaptureError, match="keeps state in its modules, outside its cache"):
+        stitch(model, config=EAGER_PIECES, way="whole")
+
+
 def test_no_static_graphs_and_no_such_way(pair: Pair) -> None:
     model = build()
     with pytest.raises(StaticGraphError, match="whole"):

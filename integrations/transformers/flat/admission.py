@@ -87,6 +87,12 @@ def refuse_at_sight(decoder: nn.Module, forward: Forward) -> None:
         CaptureError: the model is not fit, and why.
     """
     refuse_model(decoder)
+    if getattr(decoder.config, "is_encoder_decoder", False):
+        raise CaptureError(
+            "it attends to an encoder's states, which are no tokens of its own row",
+            where=type(decoder).__name__,
+            hint="stitch(model) may serve it whole",
+        )
     accepted = inspect.signature(forward).parameters
     for name in ("input_ids", "position_ids", "past_key_values"):
         if name not in accepted:

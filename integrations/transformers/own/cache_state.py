@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 
 from piecework.errors import InputError
 
@@ -17,8 +17,12 @@ from piecework.errors import InputError
 _KINDS = (DynamicCache, StaticCache)
 _CONSTANTS = (int, float, bool, str, type(None), torch.dtype, torch.device)
 _LEAF, _COUNT, _TABLE, _VALUE = "leaf", "count", "table", "value"
+#: The kind of a part that is a cache of a pair, by its form.
+CACHE = "cache"
+# What of a pair of caches a forward sets: by layer, whether it holds the encoder's states.
+_FILLED = "is_updated"
 
-#: What an attribute is: a leaf by number, one whose length is a count, a table of others, or a value that is part of the form.
+#: What an attribute is: a leaf by number, one whose length is a count, a table of others, a cache of a pair by its form, or a value that is part of the form.
 Part = tuple[str, object]
 Attributes = tuple[tuple[str, Part], ...]
 
@@ -30,7 +34,7 @@ class CacheForm:
     Attributes:
         kind: the cache's class.
         own: its attributes beside the layers.
-        layers: of each layer its class and its attributes.
+        layers: of each layer its class and its attributes; none of a pair, whose caches are among its attributes.
         is_filled: whether any layer holds states of tokens.
     """
 
@@ -64,20 +68,27 @@ def take_apart(cache: Cache, counts: Set[str]) -> TakenApart:
     Raises:
         InputError: it is a cache of another class, or holds something that is neither a tensor nor a plain value.
     """
-    if type(cache) not in _KINDS:
+    leaves: list[torch.Tensor] = []
+    form = _form(cache, leaves, counts)
+    taken = TakenApart(form, leaves)
+    leaves[:] = [_plain(leaf, taken.lent) for leaf in leaves]
+    return taken
+
+
+def _form(cache: Cache, leaves: list[torch.Tensor], counts: Set[str]) -> CacheForm:
+    if type(cache) not in (*_KINDS, EncoderDecoderCache):
         raise InputError(
             f"past_key_values is a {type(cache).__name__}, which a decoder that is compiled whole does not take",
             where="past_key_values",
             hint="pass a DynamicCache, or unstitch(model) for this call",
         )
-    leaves: list[torch.Tensor] = []
-    layers = tuple((type(each), _attributes(vars(each), leaves, counts)) for each in cache.layers)
+    held = [] if isinstance(cache, EncoderDecoderCache) else cache.layers
+    first = len(leaves)
+    layers = tuple((type(each), _attributes(vars(each), leaves, counts)) for each in held)
     own = {name: value for name, value in vars(cache).items() if name != "layers"}
-    filled = any(leaf.ndim > 1 and leaf.numel() for leaf in leaves)
-    form = CacheForm(type(cache), _attributes(own, leaves, counts), layers, filled)
-    taken = TakenApart(form, leaves)
-    leaves[:] = [_plain(leaf, taken.lent) for leaf in leaves]
-    return taken
+    attributes = _attributes(own, leaves, counts)
+    filled = any(leaf.ndim > 1 and leaf.numel() for leaf in leaves[first:])
+    return CacheForm(type(cache), attributes, layers, filled)
 
 
 def _attributes(
@@ -88,6 +99,8 @@ def _attributes(
 
 def _part(name: str, value: object, leaves: list[torch.Tensor], counts: Set[str]) -> Part:
     kind = type(value)
+    if isinstance(value, Cache):
+        return CACHE, _form(value, leaves, counts)
     if kind is torch.Tensor:
         leaves.append(value)
         return _LEAF, len(leaves) - 1
@@ -130,7 +143,8 @@ def rebuilt(form: CacheForm, leaves: Sequence[torch.Tensor]) -> Cache:
     cache = object.__new__(form.kind)
     for name, part in form.own:
         setattr(cache, name, _value(part, leaves))
-    cache.layers = layers
+    if form.kind is not EncoderDecoderCache:
+        cache.layers = layers
     return cache
 
 
@@ -142,19 +156,31 @@ def _value(part, leaves):  # type: ignore[no-untyped-def]
         return leaves[what].shape[0]
     if kind == _TABLE:
         return {key: _value(inner, leaves) for key, inner in what}
+    if kind == CACHE:
+        return rebuilt(what, leaves)
     return what[0]
 
 
 def held_by(cache: Cache, names: Sequence[str]) -> list[dict[str, object]]:
-    """What each layer of ``cache`` holds; traced by Dynamo, behind the model's forward.
+    """What each layer of ``cache`` holds, and at the end what a pair of caches sets; traced by Dynamo, behind the model's forward.
 
     Args:
         names: all attributes that layers may have; Dynamo of torch 2.11 can't list those of an object.
     """
-    return [
+    held = [
         {name: getattr(layer, name) for name in names if hasattr(layer, name)}
-        for layer in cache.layers
+        for layer in layers_of(cache)
     ]
+    if isinstance(cache, EncoderDecoderCache):
+        held.append({_FILLED: dict(cache.is_updated)})
+    return held
+
+
+def layers_of(cache: object) -> list[object]:
+    """The layers of a cache; of a pair those of the decoder's tokens, then those of the encoder's states."""
+    if isinstance(cache, EncoderDecoderCache):
+        return [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
+    return list(getattr(cache, "layers", ()))
 
 
 def put_back(cache: Cache, taken: TakenApart, held: Sequence[Mapping[str, object]]) -> None:
@@ -164,10 +190,16 @@ def put_back(cache: Cache, taken: TakenApart, held: Sequence[Mapping[str, object
         taken: what it was before.
         held: of the rebuilt one, afterwards.
     """
-    while len(cache.layers) < len(held):
-        cache.layers.append(cache.layer_class_to_replicate())
+    if isinstance(cache, EncoderDecoderCache):
+        *of_layers, own = held
+        cache.is_updated.update(own[_FILLED])  # type: ignore[arg-type]
+        for part in (cache.self_attention_cache, cache.cross_attention_cache):
+            _grow(part, len(of_layers) // 2)  # a layer of the decoder has one in both
+        held = of_layers
+    else:
+        _grow(cache, len(held))
     copied: set[int] = set()
-    for layer, values in zip(cache.layers, held, strict=True):
+    for layer, values in zip(layers_of(cache), held, strict=True):
         for name, value in values.items():
             if type(value) is dict:
                 now = {key: _own(each, taken, copied) for key, each in value.items()}
@@ -176,6 +208,11 @@ def put_back(cache: Cache, taken: TakenApart, held: Sequence[Mapping[str, object
                 own = _own(value, taken, copied)
                 if getattr(layer, name, layer) is not own:
                     setattr(layer, name, own)
+
+
+def _grow(cache: Cache, layers: int) -> None:
+    while len(cache.layers) < layers:
+        cache.layers.append(cache.layer_class_to_replicate())
 
 
 def _own(value: object, taken: TakenApart, copied: set[int]) -> object:

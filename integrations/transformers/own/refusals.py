@@ -31,12 +31,6 @@ def refuse_model(decoder: nn.Module) -> None:
         raise CaptureError(
             "the model is in training mode", where=where, hint="call model.eval() first"
         )
-    if getattr(decoder.config, "is_encoder_decoder", False):
-        raise CaptureError(
-            "encoder-decoder models attend to another sequence's states, which a stitched decoder does not carry",
-            where=where,
-            hint="piecework.compile(model.get_encoder(), args) stitches the encoder; give generate() its result as encoder_outputs",
-        )
     _refuse_looping_experts(decoder)
 
 

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput
 
 from piecework.errors import CaptureError
-from piecework.integrations.transformers.own.cache_state import take_apart
+from piecework.integrations.transformers.own.cache_state import layers_of, take_apart
 from piecework.integrations.transformers.own.probe import (
     Forward,
     as_refusal,
@@ -25,6 +25,7 @@ from piecework.integrations.transformers.own.probe import (
     narrow_windows,
     require_finite,
 )
+from piecework.integrations.transformers.own.sameness import require_same_output
 from piecework.integrations.transformers.whole.forward import CallKind, Habits, WholeForward
 from piecework.integrations.transformers.whole.way import UNROLLED, WholeWay
 from piecework.runtime import torch_compat
@@ -53,6 +54,8 @@ def admit_whole(
             calls = _generations(model, decoder, forward)
             habits = _habits(decoder, forward, calls)
         way = WholeWay(model, decoder, forward, habits, config)
+        with as_refusal(decoder, "as it is"):
+            _require_stateless(way, calls)
         with narrow_windows(decoder), as_refusal(decoder, "around tensors of its cache"):
             for given in _generations(model, decoder, forward):
                 _require_same_uncompiled(way, given)
@@ -60,6 +63,20 @@ def admit_whole(
             with as_refusal(decoder, "compiled whole"):
                 _compile(way, calls)
     return way
+
+
+def _require_stateless(way: WholeWay, calls: Sequence[Given]) -> None:
+    """Refuse a forward whose results depend on earlier calls otherwise than through its cache."""
+    for given in calls:
+        first, again = way.own_result(given), way.own_result(given)
+        try:
+            require_same_output(again.output, first.output, compiled=False)  # type: ignore[arg-type]
+        except CaptureError as error:
+            raise CaptureError(
+                "called again with the same arguments its forward gives another result: it keeps state in its modules, outside its cache",
+                where=type(way.decoder).__name__,
+                hint=_HINT,
+            ) from error
 
 
 def _require_same_uncompiled(way: WholeWay, given: Given) -> None:
@@ -82,8 +99,9 @@ def _compile(way: WholeWay, calls: Sequence[Given]) -> None:
             stitched = way.compile(kind, given)
         else:
             way.require_same(stitched, given, way.own_result(given), compiled=True)
-        # Where layers count tokens, another trace may be for windows that are full, and the third call tells.
-        enough = len(_SIZES) if way.habits.counts else 2
+        # Another trace may be for windows that are full, where layers count tokens, or for the single token that a decoder
+        # beside an encoder begins with: the third call tells.
+        enough = len(_SIZES) if way.habits.counts or way.habits.is_pair else 2
         if seen[kind] == enough and len(stitched.traces) == enough:
             if not way.habits.makes_cache or (kind.cache is not None and kind.cache.is_filled):
                 raise CaptureError(UNROLLED, where=type(way.decoder).__name__, hint=_HINT)
@@ -97,6 +115,12 @@ def _generations(model: nn.Module, decoder: nn.Module, forward: Forward) -> list
             "it has no generate(), by which a decoder that is served whole is tried",
             where=type(model).__name__,
             hint="stitch the model with its head",
+        )
+    if model.main_input_name != "input_ids":
+        raise CaptureError(
+            f"it generates from {model.main_input_name}, and a decoder that is served whole is tried by prompts of tokens",
+            where=type(model).__name__,
+            hint="piecework.compile(model.get_encoder(), args) stitches the encoder; give generate() its result as encoder_outputs",
         )
     calls: list[Given] = []
     names = tuple(inspect.signature(forward).parameters)
@@ -112,7 +136,7 @@ def _generations(model: nn.Module, decoder: nn.Module, forward: Forward) -> list
     before = {name: value for name, value in vars(decoder).items() if name == "forward"}
     decoder.forward = noted
     try:
-        for ids, mask in _prompts(decoder):
+        for ids, mask in _prompts(model):
             model.generate(
                 ids,
                 attention_mask=mask,
@@ -157,22 +181,24 @@ def _habits(decoder: nn.Module, forward: Forward, calls: Sequence[Given]) -> Hab
     held = [_numbers(call.get(name)) for call in calls]
     # From the second call on: in the first there may be nothing yet.
     counts = {what for what, _ in set().union(*(each ^ held[1] for each in held[1:_STEPS]))}
-    return Habits(name, True, frozenset(counts), type(output))
+    return Habits(
+        name, True, frozenset(counts), type(output), isinstance(output[name], EncoderDecoderCache)
+    )
 
 
 def _numbers(cache: object) -> set[tuple[str, tuple[int, int]]]:
     """The integers that a cache's layers hold: name, layer and value."""
     return {
         (name, (index, value))
-        for index, layer in enumerate(getattr(cache, "layers", ()))
+        for index, layer in enumerate(layers_of(cache))
         for name, value in vars(layer).items()
         if type(value) is int
     }
 
 
-def _prompts(decoder: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _prompts(model: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Ids and attention masks of `_SIZES`, the second row padded on the left."""
-    embedding = embedding_of(decoder)
+    embedding = embedding_of(model)
     for batch, length in _SIZES:
         ids = torch.arange(3, 3 + batch * length, device=embedding.device) * 7
         mask = torch.ones(batch, length, dtype=torch.long, device=embedding.device)

@@ -70,12 +70,14 @@ class Habits:
         makes_cache: whether it makes one where none is given.
         counts: attributes of the cache's layers, integers that grow.
         output_class: what its forward returns.
+        is_pair: whether the cache that it makes is one of an encoder-decoder.
     """
 
     cache_name: str | None
     makes_cache: bool
     counts: frozenset[str]
     output_class: type
+    is_pair: bool = False
 
 
 class WholeForward(nn.Module):

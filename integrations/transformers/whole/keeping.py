@@ -6,12 +6,12 @@ It runs nothing: what an admission found out by running the model is taken over 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
 
-from piecework.integrations.transformers.own.cache_state import CacheForm
+from piecework.integrations.transformers.own.cache_state import CACHE, CacheForm
 from piecework.integrations.transformers.own.outside import LOADER, SAVER, as_json, outside
 from piecework.integrations.transformers.whole.forward import CallKind, Habits
 
@@ -54,7 +54,7 @@ class KeptWay:
         """As plain values, which an artifact may hold."""
         habits = self.habits
         return (
-            (habits.cache_name, habits.makes_cache, habits.counts, habits.output_class),
+            _habits_values(habits),
             [(_kind_values(each.kind), each.held, each.why) for each in self.kinds],
             self.unrolled,
             self.not_flat,
@@ -74,13 +74,32 @@ def kept_of(model: nn.Module, decoder: nn.Module) -> dict[str, object]:
     return as_json({"load": LOADER, "save": SAVER, "way": "whole", "of": of})
 
 
+def _habits_values(habits: Habits) -> tuple[object, ...]:
+    return tuple(getattr(habits, each.name) for each in fields(Habits))
+
+
 def _kind_values(kind: CallKind) -> tuple[object, ...]:
-    form = kind.cache
-    cache = None if form is None else (form.kind, form.own, form.layers, form.is_filled)
+    cache = None if kind.cache is None else _form_values(kind.cache)
     return kind.tensors, kind.flags, cache, kind.one, kind.implementation
+
+
+def _form_values(form: CacheForm) -> tuple[object, ...]:
+    own = tuple(
+        (name, (kind, _form_values(what) if isinstance(what, CacheForm) else what))
+        for name, (kind, what) in form.own
+    )
+    return form.kind, own, form.layers, form.is_filled
+
+
+def _form(values: Any) -> CacheForm:
+    cache, own, layers, is_filled = values
+    parts = tuple(
+        (name, (kind, _form(what) if kind == CACHE else what)) for name, (kind, what) in own
+    )
+    return CacheForm(cache, parts, layers, is_filled)
 
 
 def _kind(values: Any) -> CallKind:
     tensors, flags, cache, one, implementation = values
-    form = None if cache is None else CacheForm(*cache)
+    form = None if cache is None else _form(cache)
     return CallKind(tensors, flags, form, one, implementation)

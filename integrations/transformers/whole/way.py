@@ -11,16 +11,21 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from piecework.errors import ArtifactError, CaptureError, InputError, PieceworkError, UsageError
-from piecework.integrations.transformers.own.cache_state import TakenApart, put_back, take_apart
+from piecework.integrations.transformers.own.cache_state import (
+    TakenApart,
+    layers_of,
+    put_back,
+    take_apart,
+)
 from piecework.integrations.transformers.own.outside import require_same_outside
 from piecework.integrations.transformers.own.probe import Forward, embedding_of
 from piecework.integrations.transformers.own.refusals import (
@@ -35,6 +40,7 @@ from piecework.integrations.transformers.whole.forward import CallKind, Form, Gi
 from piecework.integrations.transformers.whole.keeping import KINDS, KeptKind, KeptWay, kept_of
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.load import Artifact
+from piecework.runtime.artifact.save import Part, save_together
 from piecework.runtime.artifact.store import Place
 from piecework.runtime.artifact.values import from_bytes
 from piecework.runtime.config.compilation import CompilationConfig
@@ -66,8 +72,7 @@ class OwnResult:
     @property
     def held(self) -> tuple[str, ...]:
         """The attributes that the layers of the cache have."""
-        layers = getattr(self.cache, "layers", ())
-        return tuple(sorted({name for layer in layers for name in vars(layer)}))
+        return tuple(sorted({name for layer in layers_of(self.cache) for name in vars(layer)}))
 
 
 @dataclass(slots=True)
@@ -193,7 +198,13 @@ class WholeWay:
             flags["use_cache"] = use_cache
         cache = None if cache_name is None else given.get(cache_name)
         if cache is None and self.habits.makes_cache and use_cache:
-            cache = DynamicCache(config=self.decoder.config)
+            cache = self._new_cache()
+        if isinstance(cache, EncoderDecoderCache) and not self.habits.is_pair:
+            raise InputError(
+                "past_key_values is an EncoderDecoderCache, and this is no encoder-decoder",
+                where="past_key_values",
+                hint="pass a DynamicCache",
+            )
         taken = None if cache is None else take_apart(cache, self.habits.counts)  # type: ignore[arg-type]
         kind = CallKind(
             tensors=tuple((name, _form(each)) for name, each in tensors.items()),
@@ -203,6 +214,12 @@ class WholeWay:
             implementation=settings.implementation,
         )
         return Call(kind, tensors, cache, taken)  # type: ignore[arg-type]
+
+    def _new_cache(self) -> Cache:
+        config = self.decoder.config
+        if self.habits.is_pair:
+            return EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+        return DynamicCache(config=config)
 
     # --- kinds of calls --------------------------------------------------------------------------
 
@@ -313,25 +330,32 @@ class WholeWay:
         Raises:
             ArtifactError: as `StitchedModule.save`.
         """
-        from piecework.runtime.artifact.save import save_together
-
-        with self._compiling, ExitStack() as stack:
-            kinds, parts = [], []
-            for kind, made in self._kinds.items():
-                if isinstance(made, str):
-                    kinds.append(KeptKind(kind, (), made))
-                else:
-                    kinds.append(KeptKind(kind, made.model.held, None))
-                    parts.append(stack.enter_context(made.saved()))
-            if not parts:
-                raise ArtifactError(
-                    "nothing is compiled", where=type(self.decoder).__name__, hint="call it first"
-                )
-            refused = self.not_flat
-            not_flat = None if refused is None else (refused.message, refused.where, refused.hint)
-            found = KeptWay(self.habits, kinds, frozenset(self._unrolled), not_flat)
+        with ExitStack() as stack:
+            found, parts = self.kept(stack)
             values, settings = {KINDS: found.values()}, parts[0].settings  # alike in all parts
             save_together(place, parts, settings, values, key_file=key_file)
+
+    def kept(self, stack: ExitStack) -> tuple[KeptWay, list[Part]]:
+        """What an artifact says of the kinds of calls that came so far, and their modules, which are held still until ``stack`` ends.
+
+        Raises:
+            ArtifactError: there is none, or as `StitchedModule.save`.
+        """
+        stack.enter_context(self._compiling)
+        kinds, parts = [], []
+        for kind, made in self._kinds.items():
+            if isinstance(made, str):
+                kinds.append(KeptKind(kind, (), made))
+            else:
+                kinds.append(KeptKind(kind, made.model.held, None))
+                parts.append(stack.enter_context(made.saved()))
+        if not parts:
+            raise ArtifactError(
+                "nothing is compiled", where=type(self.decoder).__name__, hint="call it first"
+            )
+        refused = self.not_flat
+        not_flat = None if refused is None else (refused.message, refused.where, refused.hint)
+        return KeptWay(self.habits, kinds, frozenset(self._unrolled), not_flat), parts
 
     @classmethod
     def of_artifact(
@@ -347,21 +371,40 @@ class WholeWay:
             ArtifactError: it does not fit.
             CaptureError: the model is not fit, such as one in training mode.
         """
+        was = KeptWay.of_values(from_bytes(found.folder.read(KINDS), KINDS))
+        return cls.of_kept(was, iter(found.parts()), model, decoder, config)
+
+    @classmethod
+    def of_kept(
+        cls,
+        was: KeptWay,
+        parts: Iterator[Artifact],
+        model: nn.Module,
+        decoder: nn.Module,
+        config: CompilationConfig | None,
+    ) -> WholeWay:
+        """The way of which `kept` said ``was``.
+
+        Args:
+            parts: its modules; those that follow are left.
+
+        Raises:
+            ArtifactError: it does not fit.
+            CaptureError: the model is not fit, such as one in training mode.
+        """
         refuse_model(decoder)
-        folder, kept = found.folder, kept_of(model, decoder)
-        require_same_outside(folder.facts["kept"]["of"], kept["of"])  # type: ignore[index, arg-type]
-        was = KeptWay.of_values(from_bytes(folder.read(KINDS), KINDS))
+        kept = kept_of(model, decoder)
         way = cls(model, decoder, decoder.forward, was.habits, config)
         way._unrolled = set(was.unrolled)
         if was.not_flat is not None:
             message, where, hint = was.not_flat
             way.not_flat = CaptureError(message, where=where, hint=hint)
-        parts = iter(found.parts())
         for each in was.kinds:
             if each.why is not None:
                 way._kinds[each.kind] = each.why
                 continue
             part, made = next(parts), way._wholly(each.kind, each.held, kept)
+            require_same_outside(part.folder.facts["kept"]["of"], kept["of"])  # type: ignore[index, arg-type]
             made.require_made_so(part, (), {})
             made.take(part)
             way._kinds[each.kind] = made
