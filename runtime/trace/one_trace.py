@@ -330,7 +330,7 @@ class _Trace:
         if self.check is not None:
             self.check(gm, self.fakes)
         served = self.shared is not None and self.shared.served
-        self.as_python = AsPython.of(gm, self.inputs, leaves, served)
+        self.as_python = AsPython.of(gm, self.inputs, leaves, served, given.model)
 
     def _captured(
         self, state: TracedState, results: tuple[ResultLeaf, ...], out_spec: pytree.TreeSpec
