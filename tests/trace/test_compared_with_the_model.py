@@ -102,6 +102,8 @@ def state_of_torch() -> tuple[object, ...]:
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ENTERED)
 def test_what_a_graph_enters_is_left_where_it_cannot_be_run(name: str) -> None:
+    if torch.__version__ < "2.12" and name in ("grad", "jvp"):
+        pytest.skip("this torch's Dynamo counts nothing inside of a transform")
     model, before = ends_with(ENTERED[name]), state_of_torch()
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         assert "can't be seen without data: aten.nonzero" in report_of(model)
