@@ -291,3 +291,94 @@ def test_large_constants_are_no_text() -> None:
     with torch_compat.computed([], numbers):
         large + 1
     assert sum(map(sys.getsizeof, numbers)) < 10_000
+
+
+# --- graphs that compute something else -----------------------------------------------------------------
+
+
+def plainly(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    one, two = layer.a(x).chunk(2, -1)
+    return torch.cat([torch.softmax(one @ two.T, -1) @ two, one], -1) + layer.b(x) * 0.5
+
+
+def by_views(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    row, column = (base := layer.a(x))[0], base[:, 1]
+    base.add_(layer.b.bias)
+    row.mul_(2)
+    column.copy_(row[:4])
+    return base * 0.5 + row
+
+
+def by_several(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    values, order = torch.sort(layer.a(x))
+    each = torch._foreach_add([values, layer.b(x)], [x, values])
+    return each[0] - x.gather(1, order) * each[1]
+
+
+def by_chance(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return layer.a(x) * torch.rand(8) + torch.rand(8) - layer.b(x)
+
+
+def changed(graph: torch.fx.Graph, chosen: random.Random) -> bool:
+    """Give one node another operand of the same kind, computed before."""
+    nodes = [n for n in graph.nodes if n.op in ("call_function", "call_method")]
+    node = chosen.choice([n for n in nodes if n.all_input_nodes])
+    old = chosen.choice(node.all_input_nodes)
+    kinds = {n: kind_of(n.meta.get("example_value")) for n in graph.nodes if n < node}
+    others = [n for n, kind in kinds.items() if kind == kinds[old] and kind and n is not old]
+    if others:
+        node.replace_input_with(old, chosen.choice(others))
+    return bool(others)
+
+
+def kind_of(value: object) -> tuple[object, ...]:
+    is_tensor = isinstance(value, torch.Tensor)
+    return (value.dtype, tuple(map(int, value.shape))) if is_tensor else ()
+
+
+def computed_by(gm: torch.fx.GraphModule, given: list[torch.Tensor]) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    own = [each.clone() for each in given]
+    return [*gm(*own), *own]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("body", [plainly, by_views, by_several, by_chance])
+def test_a_graph_that_computes_something_else_is_told(
+    body: Callable[[nn.Module, torch.Tensor], torch.Tensor],
+) -> None:
+    class Made(Layer):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return body(self, x)
+
+    model = nn.Sequential(*(Made() for _ in range(4))).eval().requires_grad_(False)
+    graphs: list[torch.fx.GraphModule] = []
+    found: list[list[torch.Tensor]] = []
+
+    def keep(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
+        graphs.append(gm), found.append(inputs)
+        return gm
+
+    torch.compile(model, backend=keep, fullgraph=True, dynamic=False)(X)
+    (gm,), (given,) = graphs, found
+    chosen, told = random.Random(0), 0
+    expected = computed_by(gm, given)
+    for _ in range(60):
+        other = torch.fx.GraphModule(gm, torch.fx.Graph())
+        other.graph.graph_copy(gm.graph, copies := {})
+        output = next(n for n in gm.graph.nodes if n.op == "output")
+        other.graph.output(torch.fx.map_arg(output.args[0], copies.__getitem__))
+        if not changed(other.graph, chosen):
+            continue
+        other.recompile()
+        numbers: dict[tuple[object, ...], int] = {}
+        runs = []
+        for each in (gm, other):
+            with torch_compat.computed(given, numbers) as run:
+                outputs = torch_compat.outputs_of(each, given)
+            runs.append((list(map(run.of, outputs)), run.writes(), run.effects()))
+        pairs = zip(computed_by(other, given), expected, strict=True)
+        if not all(torch.equal(one, two) for one, two in pairs):
+            told += 1
+            assert runs[0] != runs[1]
+    assert told > 10
