@@ -6,7 +6,7 @@ import dis
 import os
 import sys
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -119,6 +119,21 @@ def models_names(code: Iterable[types.CodeType]) -> frozenset[str]:
 def models_code(code: Iterable[types.CodeType]) -> list[types.CodeType]:
     """The model's own code among some, and all code in it."""
     return [each for each in with_inner_code(list(code)) if _is_models(each)]
+
+
+def asks_dynamo(code: Iterable[tuple[Mapping[str, object], types.CodeType]]) -> bool:
+    """Whether the model's code may ask if it is Dynamo that goes through it, which no other run of it answers as a trace does.
+
+    Args:
+        code: with its global names.
+    """
+    asked = torch.compiler.is_dynamo_compiling
+    return any(
+        asked.__name__ in each.co_names
+        or any(scope[name] is asked for name in scope.keys() & set(each.co_names))
+        for scope, each in code
+        if _is_models(each)
+    )
 
 
 def tried_in(code: Iterable[types.CodeType]) -> frozenset[str]:

@@ -48,6 +48,13 @@ def storage_id(value: torch.Tensor) -> int:
     return int(_unwrapped(value).untyped_storage()._cdata)
 
 
+def is_fake(value: object) -> bool:
+    """Whether a value is a tensor that has no data, of a trace."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(value, FakeTensor)
+
+
 def storage_users(tensor: torch.Tensor) -> int:
     """How many tensors lie in the memory of this one, itself among them."""
     return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import random
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +22,8 @@ from torch.utils import _pytree as pytree
 
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
+from piecework.runtime.bind.asked import asks_dynamo
+from piecework.runtime.bind.facts import same
 from piecework.runtime.bind.made_sets import goes_through_sets
 from piecework.runtime.bind.weights import Weight
 from piecework.runtime.regions.marks import Refused
@@ -35,8 +38,11 @@ from piecework.runtime.trace.results import (
     opened,
     sizes_from_graph,
 )
+from piecework.runtime.trace.untold import scopes
 
 _REMEMBERS = type(functools.cache(len))
+_MUCH = 20_000
+_NOWHERE = (type, types.ModuleType, types.CodeType, types.BuiltinFunctionType)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +71,7 @@ class AsPython:
         leaves: Sequence[object],
         held: Iterable[torch.Tensor],
         layers_served: bool,
+        model: Callable[..., object],
     ) -> AsPython | None:
         """Of the trace that is running; None if there is no need to compare.
 
@@ -73,6 +80,7 @@ class AsPython:
             leaves: the flattened arguments.
             held: the model's tensors, whether the graph reads them or not.
             layers_served: layers were not traced because another one was.
+            model: what is traced.
         """
         if layers_served:
             refuse = _refuse_layers
@@ -80,11 +88,13 @@ class AsPython:
             refuse = _refuse_sets
         else:
             return None
+        if asks_dynamo(scopes(model, torch_compat.traced_code())):
+            raise refuse(CaptureError("it asks torch.compiler.is_dynamo_compiling"))
         given = [_given(each, leaves) for each in inputs]
         every = [each for each in (*leaves, *given, *held) if isinstance(each, torch.Tensor)]
         numbers: dict[tuple[object, ...], int] = {}
         with _seen(refuse), torch_compat.computed(every, numbers) as run:
-            outputs = torch.fx.Interpreter(gm).run(*given)
+            outputs = torch_compat.outputs_of(gm, given)
         return cls(refuse, every, outputs, run, numbers)
 
     def require(
@@ -107,32 +117,44 @@ class AsPython:
             Refused: layers that one trace served compute something else; another trace may do.
         """
         fake = torch_compat.computed(self.known, self.numbers)
-        with _seen(self.refuse), _nothing_remembered(), fake as run:
+        with _seen(self.refuse), _nothing_remembered(), _nothing_drawn(), fake as run:
             found, own_spec = pytree.tree_flatten(opened(sizes_from_graph(call()))[0])
-        mine = [self._of(each, leaves) for each in results]
-        pythons = [run.of(each) if isinstance(each, torch.Tensor) else each for each in found]
-        if (own_spec, pythons, run.writes()) != (spec, mine, self.run.writes()):
+        done = [(each.writes(), each.effects()) for each in (run, self.run)]
+        if (own_spec, done[0]) != (spec, done[1]):
             raise self.refuse(None)
+        for value, leaf in zip(found, results, strict=True):
+            if not _alike(_known(run, value), _known(self.run, self._value(leaf, leaves))):
+                raise self.refuse(None)
 
-    def _of(self, leaf: ResultLeaf, leaves: Sequence[object]) -> object:
+    def _value(self, leaf: ResultLeaf, leaves: Sequence[object]) -> object:
         match leaf:
             case FromGraph(index=index):
-                value = self.outputs[index]
+                return self.outputs[index]
             case FromArgument(leaf=index):
-                value = leaves[index]
+                return leaves[index]
             case FromWeight(tensor=tensor):
-                value = tensor
+                return tensor
             case FromAttribute(of=of, name=name):
-                value = getattr(of.tensor if isinstance(of, FromWeight) else leaves[of.leaf], name)
+                return getattr(of.tensor if isinstance(of, FromWeight) else leaves[of.leaf], name)
             case Fixed(value=value):
-                pass
-        return self.run.of(value) if isinstance(value, torch.Tensor) else value
+                return value
+
+
+def _known(run: torch_compat.Computed, value: object) -> tuple[object, object]:
+    """What is known of a result: a tensor's number is no other number."""
+    if isinstance(value, torch.Tensor):
+        return torch.Tensor, run.of(value)
+    return type(value), value
+
+
+def _alike(one: tuple[object, object], other: tuple[object, object]) -> bool:
+    return same(one, other) or (one[0] not in (float, complex) and one == other)
 
 
 def _refuse_sets(why: Exception | None) -> CaptureError:
     if why is not None:
         return CaptureError(
-            f"forward makes a set, and whether the order in it matters can't be seen without data: {why}",
+            f"forward makes a set, and whether the order in it matters can't be seen without data: {_short(why)}",
             hint="make the set outside forward, or a list or a dict in its place",
         )
     return CaptureError(
@@ -143,8 +165,13 @@ def _refuse_sets(why: Exception | None) -> CaptureError:
 
 def _refuse_layers(why: Exception | None) -> Refused:
     if why is not None:
-        return Refused(f"what the layers compute can't be seen without data: {why}")
+        return Refused(f"what the layers compute can't be seen without data: {_short(why)}")
     return Refused("layers that look alike compute something else")
+
+
+def _short(why: Exception) -> str:
+    """What an error says, without where torch was."""
+    return str(why).partition("\n")[0] or type(why).__name__
 
 
 def _given(source: GraphInput, leaves: Sequence[object]) -> object:
@@ -170,15 +197,50 @@ def _seen(refuse: Callable[[Exception | None], Exception]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _nothing_remembered() -> Iterator[None]:
-    """Empty the caches of functions that remember more after the block than before: what they remember is fake."""
+    """Empty the caches of functions that remember a fake tensor after the block; what they remember of a call that made none is what any call would leave."""
     caches = list(_remembering())
     before = [each.cache_info().misses for each in caches]
     try:
         yield
     finally:
         for each, misses in zip(caches, before, strict=True):
-            if each.cache_info().misses != misses:
+            if each.cache_info().misses != misses and _may_hold_fakes(each):
                 each.cache_clear()
+
+
+@contextlib.contextmanager
+def _nothing_drawn() -> Iterator[None]:
+    """Put back what Python and numpy draw from, and the default dtype: what code sets and does not set back because it fails."""
+    numpys = getattr(sys.modules.get("numpy"), "random", None)
+    drawn, dtype = random.getstate(), torch.get_default_dtype()
+    numpys_drawn = None if numpys is None else numpys.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(drawn)
+        torch.set_default_dtype(dtype)
+        if numpys is not None:
+            numpys.set_state(numpys_drawn)
+
+
+def _may_hold_fakes(cache: Any) -> bool:
+    """Whether what a function remembers leads to a fake tensor, or to more than can be looked at."""
+    pending = [each for each in gc.get_referents(cache) if each is not cache.__wrapped__]
+    seen: set[int] = set()
+    while pending:
+        each = pending.pop()
+        if torch_compat.is_fake(each):
+            return True
+        if id(each) in seen or isinstance(each, _NOWHERE):
+            continue
+        seen.add(id(each))
+        if len(seen) > _MUCH:
+            return True
+        if isinstance(each, types.FunctionType):
+            pending += [each.__closure__, each.__defaults__, each.__kwdefaults__, each.__dict__]
+        else:
+            pending += gc.get_referents(each)
+    return False
 
 
 def _remembering() -> Iterator[Any]:

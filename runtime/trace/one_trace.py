@@ -331,7 +331,7 @@ class _Trace:
             self.check(gm, self.fakes)
         served = self.shared is not None and self.shared.served
         held = [tensor for _, tensor in given.held.values()]
-        self.as_python = AsPython.of(gm, self.inputs, leaves, held, served)
+        self.as_python = AsPython.of(gm, self.inputs, leaves, held, served, given.model)
 
     def _captured(
         self, state: TracedState, results: tuple[ResultLeaf, ...], out_spec: pytree.TreeSpec

@@ -15,7 +15,6 @@ Definition = tuple[str, int, int, str]
 
 # Called by what is no code of ours.
 CALLED_FROM_OUTSIDE = {
-    "run_node": "torch.fx.Interpreter",
     "model_post_init": "pydantic",
     "compile_again": "the script that a reproducer writes",
     "persistent_id": "pickle",

@@ -1,21 +1,25 @@
 """What is computed, without computing it. In: runs of code on a model's own tensors, with fake results. Out: for each result and each tensor written to a number, the same for two runs where it is computed alike.
 
-Nothing is computed or written: torch makes fake tensors of the real ones. Two runs are alike whatever order they call operators in, as long as each operator is given the same; which random number a
-sampling operator would draw is not looked at.
+Nothing is computed or written: torch makes fake tensors of the real ones. Two runs are alike whatever order they call operators in, as long as each operator is given the same, and those that give
+nothing back are called in one order. An operator that draws random numbers gives others each time; in which order several such operators draw is not looked at.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from piecework.runtime.torch_compat.tensors import storage_id
+from piecework.runtime.torch_compat.tensors import is_fake, storage_id
+from piecework.runtime.torch_compat.trace.dynamo import one_trace_at_a_time
 from piecework.runtime.torch_compat.trace.watch import written_operands
 
 _SAME = frozenset(
@@ -25,6 +29,8 @@ _SAME = frozenset(
         torch.ops.aten.lift_fresh.default,
     )
 )
+#: The operators of these write and draw what their schemas and tags say; others may do more.
+_TORCHS = ("aten", "prim", "prims", "profiler")
 
 
 class Computed(TorchDispatchMode):
@@ -46,6 +52,9 @@ class Computed(TorchDispatchMode):
         self._fake: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._made: dict[int, tuple[torch.Tensor, int]] = {}
         self._written: dict[int, int] = {}
+        self._drawn: Counter[int] = Counter()
+        self._others: Counter[int] = Counter()
+        self._in_order: list[int] = []
 
     def __torch_dispatch__(
         self,
@@ -55,7 +64,7 @@ class Computed(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> object:
         (args, kwargs), key = self._given((args, kwargs or {}))
-        number = self._number("call", func, key)
+        number = self._call(func, key)
         result = func(*args, **kwargs)
         written = list(written_operands(func, args, kwargs)) if func._schema.is_mutable else []
         owners = {storage_id(each): each for each in (args[:1] if func in _SAME else written)}
@@ -68,6 +77,18 @@ class Computed(TorchDispatchMode):
         for index, each in enumerate(written):
             self._written[storage_id(each)] = self._number("written", number, index)
         return result
+
+    def _call(self, func: Any, key: object) -> int:
+        """What a call of an operator is, and note of it what none of its results need show."""
+        number = self._number("call", func, key)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self._drawn[number] += 1
+            number = self._number("draw", number, self._drawn[number])
+        if func.namespace not in _TORCHS:
+            self._others[number] += 1
+            if not func._schema.returns and not func._schema.is_mutable:
+                self._in_order.append(number)
+        return number
 
     def of(self, tensor: torch.Tensor) -> int:
         """What a tensor holds now."""
@@ -82,6 +103,10 @@ class Computed(TorchDispatchMode):
             for key, (_, fake) in self._fake.items()
             if key in self._position and storage_id(fake) in self._written
         }
+
+    def effects(self) -> object:
+        """The calls of operators that are not torch's, and the order of those that are called for what they do elsewhere."""
+        return self._others, self._in_order
 
     def _given(self, value: Any) -> tuple[Any, object]:
         """An operator's arguments with fake tensors, and what they are: the same for two runs where they were computed alike."""
@@ -116,17 +141,43 @@ class Computed(TorchDispatchMode):
 def computed(
     known: Iterable[torch.Tensor], numbers: dict[tuple[object, ...], int]
 ) -> Iterator[Computed]:
-    """Run the block with fake results, and note what is computed of ``known``; code that asks whether it is compiled is told that it is, as it is by Dynamo."""
+    """Run the block with fake results, and note what is computed of ``known``; code that asks whether it is compiled is told that it is, as it is by Dynamo, whose lock is held."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     compiler: Any = torch.compiler
-    before = compiler._is_compiling_flag
-    compiler._is_compiling_flag = True
-    try:
-        with torch.no_grad(), FakeTensorMode() as fakes, Computed(fakes, known, numbers) as run:
-            yield run
-    finally:
-        compiler._is_compiling_flag = before
+    with one_trace_at_a_time():
+        before = compiler._is_compiling_flag
+        compiler._is_compiling_flag = True
+        try:
+            with torch.no_grad(), FakeTensorMode() as fakes, Computed(fakes, known, numbers) as run:
+                yield run
+        finally:
+            compiler._is_compiling_flag = before
+
+
+def outputs_of(gm: torch.fx.GraphModule, given: Iterable[object]) -> Any:
+    """What a graph gives. Where an operator fails, all that does not need its result is run nevertheless: what a graph enters (autocast, a level of ``torch.func``) it leaves again."""
+    run = _ToItsEnd(gm)
+    outputs = run.run(*given)
+    if run.failure is not None:
+        raise run.failure
+    return outputs
+
+
+class _ToItsEnd(torch.fx.Interpreter):
+    failure: Exception | None = None
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        if any(self.env[each] is _FAILED for each in n.all_input_nodes):
+            return _FAILED
+        try:
+            return super().run_node(n)
+        except Exception as error:  # noqa: BLE001 - raised at the end
+            self.failure = self.failure or error
+            return _FAILED
+
+
+_FAILED = object()
 
 
 def _tensors(value: object) -> list[torch.Tensor]:
@@ -136,7 +187,9 @@ def _tensors(value: object) -> list[torch.Tensor]:
 
 
 def _contents(tensor: torch.Tensor) -> tuple[object, ...]:
-    kind = tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride()
+    if is_fake(tensor):
+        raise TypeError("a fake tensor was made past the dispatcher")
     with torch.utils._python_dispatch._disable_current_modes():
-        plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        return *kind, hashlib.sha256(plain.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+        plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        digest = hashlib.sha256(ctypes.string_at(plain.data_ptr(), plain.nbytes)).digest()
+    return tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride(), digest
