@@ -176,7 +176,7 @@ class StitchedModule(SharedModule):
     def _prepare_and_call(self, *args: object, **kwargs: object) -> object:
         if self._traces.switched_off():
             return self.as_it_is(*args, **kwargs)
-        if torch_compat.traced_by_others():
+        if torch_compat.traced_by_others((args, kwargs)):
             raise seen_into()
         with self._traces.lock:
             if not self.traces:  # another thread may have been first

@@ -5,9 +5,13 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 import torch
-from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+import torch.fx
 from torch.overrides import _get_current_function_mode_stack
+from torch.utils import _pytree as pytree
 from torch.utils._device import DeviceContext, _device_constructors
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from piecework.runtime.torch_compat.tensors import is_fake
 
 #: Whether autocast is on for any device type.
 autocast_enabled = torch._C._is_any_autocast_enabled
@@ -37,9 +41,19 @@ def transforms() -> object:
 jit_tracing = torch._C._is_tracing
 
 
-def traced_by_others() -> bool:
-    """Whether ``torch.fx.symbolic_trace``, ``make_fx`` or ``torch.export`` traces what runs."""
-    return is_fx_symbolic_tracing() or torch.compiler.is_compiling()
+def traced_by_others(given: object) -> bool:
+    """Whether ``torch.fx.symbolic_trace``, ``make_fx`` or ``torch.export`` traces a call in this thread; what others trace is none of its business.
+
+    Args:
+        given: the arguments.
+    """
+    modes = {type(each).__name__ for each in _get_current_dispatch_mode_stack()}
+    if "ProxyTorchDispatchMode" in modes:
+        return True
+    leaves = pytree.tree_leaves(given)
+    return any(isinstance(each, torch.fx.Proxy) for each in leaves) or (
+        "FakeTensorMode" in modes and any(map(is_fake, leaves))
+    )
 
 
 _interpreter, _forward_ad = torch._C._functorch.peek_interpreter_stack, torch.autograd.forward_ad

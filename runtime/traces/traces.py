@@ -120,7 +120,7 @@ class Traces:
         self, error: InputError, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> tuple[object, TracedModel | None]:
         """The result of a call that was refused, by another trace, which is given with it, or of the model as it is; else raise what was refused."""
-        if torch_compat.traced_by_others():
+        if torch_compat.traced_by_others((args, kwargs)):
             raise seen_into()
         refusing = next((each for each in self.made if each.refused(error)), None)
         if refusing is not None:
