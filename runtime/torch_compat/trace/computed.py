@@ -7,6 +7,7 @@ nothing back are called in one order. An operator that draws random numbers give
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,7 @@ import torch.fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from piecework.runtime.torch_compat.tensors import is_fake, storage_id
+from piecework.runtime.torch_compat.tensors import MemoryLike, is_fake, storage_id, traits_of
 from piecework.runtime.torch_compat.trace.dynamo import one_trace_at_a_time
 from piecework.runtime.torch_compat.trace.watch import written_operands
 
@@ -52,6 +53,8 @@ class Computed(TorchDispatchMode):
         self._fake: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._made: dict[int, tuple[torch.Tensor, int]] = {}
         self._written: dict[int, int] = {}
+        self._kind: dict[int, int | None] = {}
+        self._like: dict[tuple[object, ...], tuple[list[torch.Tensor], Any]] = {}
         self._drawn: Counter[int] = Counter()
         self._others: Counter[int] = Counter()
         self._in_order: list[int] = []
@@ -63,9 +66,10 @@ class Computed(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
-        (args, kwargs), key = self._given((args, kwargs or {}))
-        number = self._call(func, key)
-        result = func(*args, **kwargs)
+        given: list[torch.Tensor] = []
+        (args, kwargs), form = self._given((args, kwargs or {}), given)
+        number = self._call(func, (form, *map(self.of, given)))
+        result = self._result(func, args, kwargs, form, given)
         written = list(written_operands(func, args, kwargs)) if func._schema.is_mutable else []
         owners = {storage_id(each): each for each in (args[:1] if func in _SAME else written)}
         for index, each in enumerate(_tensors(result)):
@@ -77,6 +81,41 @@ class Computed(TorchDispatchMode):
         for index, each in enumerate(written):
             self._written[storage_id(each)] = self._number("written", number, index)
         return result
+
+    def _result(
+        self, func: Any, args: Any, kwargs: Any, form: object, given: list[torch.Tensor]
+    ) -> Any:
+        """What an operator gives. On the like of what it was given before it is the like of what it gave then, which takes a fraction of asking torch."""
+        if _changes_kinds(func):
+            self._like.clear()
+            self._kind.clear()
+        kinds = tuple(map(self._kind_of, given)) if given and _is_told_by_kinds(func) else (None,)
+        if None in kinds:
+            return func(*args, **kwargs)
+        key = func, form, kinds, torch.get_default_dtype()
+        before, gave = self._like.get(key, ((), None))
+        memory = MemoryLike()
+        if gave is not None and all(map(memory.is_like, before, given)):
+            is_one = isinstance(gave, torch.Tensor)
+            result = (
+                memory.tensor(gave)
+                if is_one
+                else pytree.tree_map_only(torch.Tensor, memory.tensor, gave)
+            )
+            for old, new in zip(_tensors(gave), _tensors(result), strict=True):
+                self._kind[id(new)] = self._kind_of(old)
+            return result
+        result = func(*args, **kwargs)
+        if None not in map(self._kind_of, _tensors(result)):
+            self._like[key] = given, result
+        return result
+
+    def _kind_of(self, fake: torch.Tensor) -> int | None:
+        """A number for what code can ask of a fake tensor; None where there could be more to ask."""
+        if id(fake) not in self._kind:
+            traits = traits_of(fake)
+            self._kind[id(fake)] = None if traits is None else self._number("kind", traits)
+        return self._kind[id(fake)]
 
     def _call(self, func: Any, key: object) -> int:
         """What a call of an operator is, and note of it what none of its results need show."""
@@ -108,16 +147,16 @@ class Computed(TorchDispatchMode):
         """The calls of operators that are not torch's, and the order of those that are called for what they do elsewhere."""
         return self._others, self._in_order
 
-    def _given(self, value: Any) -> tuple[Any, object]:
-        """An operator's arguments with fake tensors, and what they are: the same for two runs where they were computed alike."""
+    def _given(self, value: Any, tensors: list[torch.Tensor]) -> tuple[Any, object]:
+        """An operator's arguments with fake tensors, and what they are but for these, which are added to ``tensors``."""
         if isinstance(value, torch.Tensor):
-            fake = self._faked(value)
-            return fake, self.of(fake)
-        if isinstance(value, (tuple, list)):
-            pairs = [self._given(each) for each in value]
-            return type(value)(each for each, _ in pairs), tuple(key for _, key in pairs)
-        if isinstance(value, dict):
-            inner, keys = self._given(list(value.values()))
+            tensors.append(self._faked(value))
+            return tensors[-1], torch.Tensor
+        if isinstance(value, (tuple, list)) and value:
+            pairs = [self._given(each, tensors) for each in value]
+            return type(value)([each for each, _ in pairs]), tuple([key for _, key in pairs])
+        if isinstance(value, dict) and value:
+            inner, keys = self._given(list(value.values()), tensors)
             return dict(zip(value, inner, strict=True)), (tuple(value), keys)
         return value, repr(value)
 
@@ -178,6 +217,23 @@ class _ToItsEnd(torch.fx.Interpreter):
 
 
 _FAILED = object()
+
+
+@functools.cache
+def _changes_kinds(func: Any) -> bool:
+    """Whether an operator changes what code can ask of a tensor that it is given."""
+    return torch.Tag.inplace_view in func.tags
+
+
+@functools.cache
+def _is_told_by_kinds(func: Any) -> bool:
+    """Whether the kinds of an operator's results follow from those of its arguments."""
+    unknown = torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output
+    return (
+        func.namespace in _TORCHS
+        and not func._schema.is_mutable
+        and not any(each in func.tags for each in unknown)
+    )
 
 
 def _tensors(value: object) -> list[torch.Tensor]:
