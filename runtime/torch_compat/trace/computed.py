@@ -106,7 +106,8 @@ class Computed(TorchDispatchMode):
                 self._kind[id(new)] = self._kind_of(old)
             return result
         result = func(*args, **kwargs)
-        if None not in map(self._kind_of, _tensors(result)):
+        lazy = any(each.is_conj() or each.is_neg() for each in _tensors(result))
+        if not lazy and None not in map(self._kind_of, _tensors(result)):
             self._like[key] = given, result
         return result
 
@@ -221,8 +222,8 @@ _FAILED = object()
 
 @functools.cache
 def _changes_kinds(func: Any) -> bool:
-    """Whether an operator changes what code can ask of a tensor that it is given."""
-    return torch.Tag.inplace_view in func.tags
+    """Whether an operator may change what code can ask of a tensor that it is given: its sizes."""
+    return torch.Tag.inplace_view in func.tags or any(a.is_out for a in func._schema.arguments)
 
 
 @functools.cache
