@@ -38,7 +38,6 @@ from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.bind.refit import refit
 from piecework.runtime.call.edited import EditedSource
-from piecework.runtime.call.entry import OPAQUE
 from piecework.runtime.call.shared_module import SharedModule, model_name, require_model
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.counters import counters
@@ -46,6 +45,7 @@ from piecework.runtime.model_tag import current_model_tag
 from piecework.runtime.pieces.backend import PieceworkBackend
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.pieces.report import Piece, Report
+from piecework.runtime.trace.errors import OPAQUE
 from piecework.runtime.trace.one_trace import Capture
 from piecework.runtime.trace.sizes.example_sizes import SizePolicy
 from piecework.runtime.traces import observed

@@ -27,9 +27,8 @@ from piecework.runtime.call.entry_plan import MadeEntry, made_entry
 from piecework.runtime.call.execution import Execution, Graphs, by_path_of, is_running
 from piecework.runtime.call.explain import input_error
 from piecework.runtime.pieces.program import Program
+from piecework.runtime.trace.errors import OPAQUE
 from piecework.runtime.trace.one_trace import Capture
-
-OPAQUE = "it calls a stitched module, which is compiled already; leave that call out, or allow graph breaks"
 
 
 class Entry:

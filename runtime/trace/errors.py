@@ -13,6 +13,8 @@ import torch
 from piecework.errors import CaptureError, PieceworkError
 from piecework.runtime import torch_compat
 
+#: Why no trace goes through a stitched module.
+OPAQUE = "it calls a stitched module, which is compiled already; leave that call out, or allow graph breaks"
 _REMEDY = (
     "move the Python construct out of forward or behind a piecework.splitting_op; "
     "with PIECEWORK_FULL_TRACEBACK=1 Dynamo's whole explanation is shown"
@@ -68,7 +70,11 @@ def capture_error(error: BaseException) -> CaptureError:
         return CaptureError(
             f"the model can't be captured as one graph: {opaque[1]}",
             where=line,
-            hint="put its .model there",
+            hint=(
+                "put its .model there"
+                if opaque[1] == OPAQUE
+                else "leave torch.compiler.disable out there, or put the call behind a piecework.splitting_op"
+            ),
         )
     unknown = re.match(r"ModuleNotFoundError: No module named '(.+)'", text)
     if unknown is not None:

@@ -169,6 +169,12 @@ def halve(x: torch.Tensor) -> torch.Tensor:
     return x / 2
 
 
+class KeptEager(nn.Module):
+    @torch.compiler.disable(reason="the team keeps this eager")
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+
 def named_and_more(*xs, **named):
     return xs[0] * xs[1] * named["y"]
 
@@ -237,6 +243,12 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         CaptureError,
         "calls a stitched module",
         ".model",
+    ),
+    (
+        lambda: compiled(nn.Sequential(KeptEager())),
+        CaptureError,
+        "the team keeps this eager",
+        "leave torch.compiler.disable out there",
     ),
     (lambda: piecework.load("/nowhere", Model), ConfigError, "is a class", "pass an instance"),
     (
