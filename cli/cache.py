@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -16,16 +17,9 @@ from rich.table import Table
 
 from piecework.cli.console import DIFFERS, console, typed_errors
 from piecework.errors import CacheError, UsageError
-from piecework.runtime.cache.collector import CollectionReport, collect_garbage
-from piecework.runtime.cache.explanation import (
-    Explanation,
-    SavedKey,
-    compare,
-    read_factors_file,
-    saved_keys,
-)
-from piecework.runtime.cache.safety import default_root, signing_key
-from piecework.runtime.cache.survey import EntrySummary, list_entries, verify_cache
+from piecework.runtime.store import upkeep
+from piecework.runtime.store.factors import KeyFactors
+from piecework.runtime.store.files import default_root, signing_key
 
 cache_app = typer.Typer(
     name="cache",
@@ -53,7 +47,7 @@ def list_command(cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
     """List the entries, the one used last first. Exit code 0, also for an empty cache."""
     with typed_errors():
         root = _root(cache_dir)
-        entries = list_entries(root)
+        entries = upkeep.list_entries(root)
     if as_json:
         total = sum(entry.bytes for entry in entries)
         _print_json(
@@ -100,26 +94,36 @@ def explain(
     with typed_errors():
         if key is not None and factors is not None:
             raise UsageError("a key and --factors exclude each other", hint="give one of them")
-        keys = saved_keys(_root(cache_dir))
+        keys = {name: each.factors for name, each in upkeep.saved_keys(_root(cache_dir)).items()}
         if factors is not None:
-            current, others = read_factors_file(factors), keys
+            current = _read_factors(factors)
         elif keys:
-            chosen = keys[0] if key is None else _find(keys, key)
-            current, others = chosen.factors, tuple(other for other in keys if other != chosen)
+            current = next(iter(keys.values())) if key is None else _find(keys, key)
         else:
             raise CacheError(
                 "the cache has no readable key",
                 where=str(_root(cache_dir)),
                 hint="compile a model first, or name another cache with --cache-dir",
             )
-        if to is not None:
-            others = (_find(keys, to),)
-        explanation = compare(current, others, is_saved=factors is None)
+        others = [each for each in keys.values() if factors is not None or each != current]
+        found = upkeep.nearest(current, others if to is None else [_find(keys, to)])
+    differences = () if found is None else found[1]
+    nearest = None if found is None else found[0].hash
     if as_json:
-        _print_json(_explanation_data(explanation))
+        rows = [
+            {"group": d.group, "name": d.name, "cached": d.cached, "current": d.current}
+            for d in differences
+        ]
+        _print_json({"current": current.hash, "nearest": nearest, "differences": rows})
+    elif nearest is None:
+        typer.echo(f"{current.hash[:12]}: there is no other key to compare it with")
+    elif not differences:
+        typer.echo(f"{current.hash[:12]} is in the cache")
     else:
-        typer.echo(str(explanation))
-    if not explanation.found:
+        typer.echo(f"the nearest key is {nearest[:12]}; from that one to {current.hash[:12]}:")
+        for each in differences:
+            typer.echo(f"  {each}")
+    if nearest is None or differences:
         raise typer.Exit(DIFFERS)
 
 
@@ -137,22 +141,10 @@ def verify(
     """Check every byte of every entry against its manifest. Exit code 1 if something is damaged; nothing is changed."""
     with typed_errors():
         root = _root(cache_dir)
-        result = verify_cache(root, _read_key(hmac_key_file))
+        result = upkeep.verify(root, _read_key(hmac_key_file))
     if as_json:
-        findings = [
-            {"entry": finding.entry, "file": finding.file, "reason": finding.reason}
-            for finding in result.findings
-        ]
-        _print_json(
-            {
-                "root": str(root),
-                "entries": result.entries,
-                "artifacts": result.artifacts,
-                "bytes": result.bytes,
-                "unchecked_signatures": result.unchecked_signatures,
-                "findings": findings,
-            }
-        )
+        findings = [each._asdict() for each in result.findings]
+        _print_json({"root": str(root), **result._asdict(), "findings": findings})
     else:
         for finding in result.findings:
             typer.echo(str(finding))
@@ -160,8 +152,6 @@ def verify(
             f"{root}: {result.entries} entries, {result.artifacts} artifacts, "
             f"{_size(result.bytes)}, {len(result.findings)} damaged"
         )
-        if result.unchecked_signatures:
-            typer.echo(f"{result.unchecked_signatures} signatures not checked: no --hmac-key-file")
     if result.findings:
         raise typer.Exit(DIFFERS)
 
@@ -184,14 +174,14 @@ def gc(
     """
     with typed_errors():
         root = _root(cache_dir)
-        report = collect_garbage(
+        report = upkeep.collect(
             root,
             max_bytes=None if max_size is None else parse_size(max_size),
             max_age_s=None if max_age is None else parse_age(max_age),
             dry_run=dry_run,
         )
     if as_json:
-        _print_json({"root": str(root)} | _report_data(report))
+        _print_json({"root": str(root), "dry_run": dry_run, **report._asdict()})
         return
     verb = "would remove" if dry_run else "removed"
     for name in report.removed:
@@ -234,12 +224,19 @@ def _root(cache_dir: Path | None) -> Path:
     return cache_dir
 
 
-def _find(keys: tuple[SavedKey, ...], beginning: str) -> SavedKey:
-    matching = [key for key in keys if beginning and key.hash.startswith(beginning)]
+def _find(keys: Mapping[str, KeyFactors], beginning: str) -> KeyFactors:
+    matching = [key for key in keys if beginning and key.startswith(beginning)]
     if len(matching) != 1:
         problem = "several keys begin" if matching else "no key in the cache begins"
         raise UsageError(f"{problem} with {beginning!r}", hint="`piecework cache ls` lists them")
-    return matching[0]
+    return keys[matching[0]]
+
+
+def _read_factors(path: Path) -> KeyFactors:
+    try:
+        return KeyFactors.from_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise CacheError(f"cannot be read: {error.strerror}", where=str(path)) from error
 
 
 def _read_key(path: Path | None) -> bytes | None:
@@ -251,7 +248,7 @@ def _read_key(path: Path | None) -> bytes | None:
         raise UsageError(f"the key cannot be read: {error.strerror}", where=str(path)) from error
 
 
-def _entry_data(entry: EntrySummary) -> dict[str, object]:
+def _entry_data(entry: upkeep.EntrySummary) -> dict[str, object]:
     identity = entry.identity
     return {
         "key": identity.key,
@@ -261,34 +258,6 @@ def _entry_data(entry: EntrySummary) -> dict[str, object]:
         "artifacts": entry.artifacts,
         "bytes": entry.bytes,
         "last_used": entry.last_used,
-    }
-
-
-def _explanation_data(explanation: Explanation) -> dict[str, object]:
-    differences = [
-        {"group": d.group, "name": d.name, "cached": d.cached, "current": d.current}
-        for d in explanation.differences
-    ]
-    return {
-        "current": explanation.current,
-        "is_saved": explanation.is_saved,
-        "found": explanation.found,
-        "nearest": None if explanation.nearest is None else explanation.nearest.hash,
-        "keys_seen": explanation.keys_seen,
-        "differences": differences,
-    }
-
-
-def _report_data(report: CollectionReport) -> dict[str, object]:
-    return {
-        "dry_run": report.dry_run,
-        "removed": list(report.removed),
-        "busy": list(report.busy),
-        "removed_bytes": report.removed_bytes,
-        "leftover_files": report.leftover_files,
-        "leftover_bytes": report.leftover_bytes,
-        "kept_entries": report.kept_entries,
-        "kept_bytes": report.kept_bytes,
     }
 
 

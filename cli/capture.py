@@ -58,6 +58,7 @@ def coverage(
         manifest = bundle.read_manifest(directory)
         config = configuration(config_file, overrides, dump=dump, base=manifest.config)
         loaded = reload_model(directory, manifest)
+        context = loaded.integration.dry_context()
         stitched = warm_or_compiled(directory, manifest, loaded, config, out, as_json)
         run_step(
             out,
@@ -69,7 +70,10 @@ def coverage(
                 memory_budget=budget,
                 progress=False,
                 address_policy=policy,
-                context_for=loaded.integration.dry_context(),
+                context_for=context,
+                pad=(
+                    None if context is None else True
+                ),  # what an integration serves by requests, it pads
                 other_sizes=loaded.other_sizes,
             ),
         )

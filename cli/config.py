@@ -20,8 +20,15 @@ from piecework.runtime.batch.ranges import Range
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.config.docs import field_rows, json_schema, markdown_table, update_page
 from piecework.runtime.config.model import FrozenModel
-from piecework.runtime.config.overrides import merge, parse_overrides, to_overrides
-from piecework.runtime.config.text import read_data, to_data, to_json, to_toml
+from piecework.runtime.config.text import (
+    merge,
+    parse_overrides,
+    read_data,
+    to_data,
+    to_json,
+    to_overrides,
+    to_toml,
+)
 
 config_app = typer.Typer(
     name="config",
@@ -92,7 +99,7 @@ def schema(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Describe every field: type, default, meaning, and whether it is part of the cache key."""
+    """Describe every field: default, meaning, and whether it is part of the cache key."""
     model = RuntimeConfig if runtime else CompilationConfig
     if update is not None:
         _update(update)
@@ -191,18 +198,18 @@ def _print_fields(model: type[FrozenModel]) -> None:
     """A table on a terminal, one line a field elsewhere."""
     console = Console()
     rows = [
-        (row.name, row.type, row.default, row.role, row.description.replace("`", ""))
+        (row.name, row.default, row.role, row.description.replace("`", ""))
         for row in field_rows(model)
     ]
     if not console.is_terminal:
-        for name, kind, default, role, meaning in rows:
-            typer.echo(f"{name} ({kind}; default {default}; in cache key: {role}): {meaning}")
+        for name, default, role, meaning in rows:
+            typer.echo(f"{name} (default {default}; in cache key: {role}): {meaning}")
         return
     table = Table(box=None, pad_edge=False)
     for title in ("field", "default", "in cache key", "meaning"):
         table.add_column(title, overflow="fold")
-    for name, _, default, role, meaning in rows:
-        table.add_row(*map(Text, (name, default, role, meaning)))
+    for row in rows:
+        table.add_row(*map(Text, row))
     console.print(table)
 
 

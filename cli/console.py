@@ -82,7 +82,7 @@ def compile_step(out: Console, text: str) -> Iterator[None]:
 @contextmanager
 def compile_progress(spinner: Status | None = None) -> Iterator[None]:
     """Show a bar of compiled pieces on standard error if that is a terminal, and no ``spinner`` meanwhile; nothing elsewhere."""
-    from piecework.runtime.pieces.progress import CompileProgress, show_progress
+    from piecework.runtime.observe.progress import CompileProgress, show_progress
 
     screen = Console(stderr=True)
     if not screen.is_terminal:
@@ -90,7 +90,7 @@ def compile_progress(spinner: Status | None = None) -> Iterator[None]:
         return
 
     class Alone(CompileProgress):
-        def started(self, total: int) -> None:
+        def started(self, total: int, **fields: str) -> None:
             if spinner is not None:
                 spinner.stop()
             super().started(total)

@@ -176,16 +176,13 @@ def diff(
     context: Annotated[int, typer.Option("--context", min=0, help="Equal lines to show.")] = 3,
     summary: Annotated[bool, typer.Option("--summary", help="Leave out the text.")] = False,
 ) -> None:
-    """Say what changed between two emitted sources, or two files of torch.compiler.precompile: the meaning first, then the text.
+    """Say what changed between two emitted sources: the meaning first, then the text.
 
     Exit code 0 if they are the same text, 1 if they differ.
     """
-    from piecework.cli.precompiled import diff_files
     from piecework.golden.compare.diff import compare_sources
 
     with typed_errors():
-        if (same := diff_files(before, after, as_json)) is not None:
-            raise typer.Exit(DONE if same else DIFFERS)
         left, right = _source_file(before), _source_file(after)
         found = compare_sources(
             _read(left),

@@ -25,7 +25,7 @@ Overrides = Annotated[
     typer.Option(
         "-O",
         metavar=".FIELD=VALUE",
-        help="Set a field: -O.mode=0, -O3, -O.pass_config.clean_up=false.",
+        help="Set a field: -O.mode=0, -O3, -O.stitching_config.emit_del=false.",
     ),
 ]
 Backend = Annotated[
@@ -74,8 +74,7 @@ def read_configuration(
 ) -> CompilationConfig:
     """``base``, with the fields of ``file`` over it, and ``-O`` options over both."""
     from piecework.runtime.config.compilation import CompilationConfig
-    from piecework.runtime.config.overrides import merge, parse_overrides
-    from piecework.runtime.config.text import read_data
+    from piecework.runtime.config.text import merge, parse_overrides, read_data
 
     fields: Mapping[str, Any] = dict(base or {})
     if file is not None:

@@ -8,19 +8,28 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from piecework.cli.bundles import reload_model, run_compile_step, run_step
+from piecework.cli.bundles import reload_model, run_compile_step, run_step, warm_or_compiled
 from piecework.cli.capture import parse_sizes
 from piecework.cli.console import console, typed_errors
 from piecework.cli.options import Backend, ConfigFile, Overrides, configuration
 from piecework.errors import UsageError
+from piecework.integrations.named import require_model
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from piecework.integrations.protocol import LoadedModel
     from piecework.runtime.bundle import Manifest
+    from piecework.runtime.config.compilation import CompilationConfig
+    from piecework.runtime.stitched import StitchedModule
 
 
-_WHAT_IS_SERVED = "give the local Hugging Face folder of a causal LM, or what compile made of one"
+_WHAT_IS_SERVED = (
+    "give the local Hugging Face folder of a causal LM or an encoder, or what compile made of one"
+)
 
 
 def serve(
@@ -62,24 +71,30 @@ def serve(
     config_file: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
-    """Answer chat and completion requests from a stitched model, streamed too: the server is that of `transformers serve`.
+    """Answer chat and completion requests from a stitched causal LM, by the server of
+    `transformers serve`, or embedding requests from a stitched encoder.
 
-    The model is loaded and compiled, or loaded from an artifact, before the first request. GET /metrics is what ran, for Prometheus.
+    The model is loaded and compiled, or loaded from an artifact, before the first request. GET
+    /metrics is what ran, for Prometheus.
     """
     with typed_errors():
+        require_model(model)
         from piecework.integrations.loading import load_model
         from piecework.integrations.protocol import require_packages
         from piecework.runtime import bundle
 
-        require_packages(("transformers",), "serve")
+        require_packages(("transformers", "fastapi", "uvicorn", "openai"), "serve")
         from transformers import ContinuousBatchingConfig
 
+        from piecework.integrations.encoders.embeddings import Embedder, make_embedding_server
+        from piecework.integrations.encoders.integration import Encoder
         from piecework.integrations.transformers import stitch
         from piecework.integrations.transformers.openai_server import (
             bound_socket,
             make_server,
             tokenizer_of,
         )
+        from piecework.runtime.counters import counters
 
         sizes = "auto" if capture == "auto" else parse_sizes(capture, "--capture") or None
         limits = {"num_blocks": cb_num_blocks, "max_batch_tokens": cb_max_batch_tokens}
@@ -96,31 +111,71 @@ def serve(
         if artifact is None and manifest and not manifest.made_otherwise(config):
             artifact = str(folder / bundle.ARTIFACT)
         out = console()
+        tokenizer = tokenizer_of(_weights(folder, manifest))
+
+        def load() -> LoadedModel:
+            return reload_model(folder, manifest) if manifest else load_model(model)
+
+        batching = ContinuousBatchingConfig(**limits) if continuous_batching else None
+        waiting: list[LoadedModel] = []
 
         def make() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-            tokenizer = tokenizer_of(_weights(folder, manifest))
-            loaded = run_step(
-                out,
-                False,
-                f"Loading {model}",
-                lambda: reload_model(folder, manifest) if manifest else load_model(model),
-            )
+            loaded = waiting.pop() if waiting else run_step(out, False, f"Loading {model}", load)
             module = loaded.module.to(device)  # type: ignore[attr-defined]
+            traced = counters.num_graphs_seen
             run_compile_step(
                 out,
                 False,
                 f"Stitching with {config.backend}",
                 lambda: stitch(module, config=config, capture=sizes, artifact=artifact),
             )
+            if artifact is not None:
+                loaded_it = counters.num_graphs_seen == traced
+                out.print(
+                    f"{'loaded from' if loaded_it else 'compiled and saved to'} {artifact}",
+                    markup=False,
+                )
             return module, tokenizer
 
         with bound_socket(host, port) as listener:
-            batching = ContinuousBatchingConfig(**limits) if continuous_batching else None
-            server = make_server(name or model, make, batching=batching)
+            waiting.append(run_step(out, False, f"Loading {model}", load))
+            if isinstance(waiting[0].integration, Encoder):
+                asked = {"--capture": sizes, "--artifact": artifact and not manifest}
+                _refuse_for_encoders(asked | {"--continuous-batching": continuous_batching})
+                stitched = _stitched_encoder(waiting[0], folder, manifest, config, device, out)
+                server = make_embedding_server(
+                    name or model, Embedder(stitched, tokenizer, waiting[0])
+                )
+            else:
+                server = make_server(name or model, make, batching=batching)
             address = f"http://{host}:{listener.getsockname()[1]}/v1"
             out.print(f"{name or model} at {address}", markup=False)
             with suppress(KeyboardInterrupt):
                 server.run(sockets=[listener])
+
+
+def _refuse_for_encoders(asked: Mapping[str, object]) -> None:
+    for option, given in asked.items():
+        if given:
+            raise UsageError(
+                f"{option} is for models that generate",
+                hint="an encoder answers /v1/embeddings as it is compiled",
+            )
+
+
+def _stitched_encoder(
+    loaded: LoadedModel,
+    folder: Path,
+    manifest: Manifest | None,
+    config: CompilationConfig,
+    device: str,
+    out: Console,
+) -> StitchedModule:
+    loaded.module.to(device)  # type: ignore[attr-defined]
+    if manifest is not None:
+        return warm_or_compiled(folder, manifest, loaded, config, out, False)
+    text = f"Compiling with {config.backend}"
+    return run_compile_step(out, False, text, lambda: loaded.stitch(config))
 
 
 def _weights(folder: Path, manifest: Manifest | None) -> Path:

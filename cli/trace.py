@@ -18,6 +18,7 @@ from piecework.cli.bundles import (
 from piecework.cli.capture import parse_sizes
 from piecework.cli.console import console, typed_errors
 from piecework.cli.options import Backend, ConfigFile, Overrides, configuration
+from piecework.integrations.named import require_model
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -55,6 +56,7 @@ def trace(
     file in https://ui.perfetto.dev or chrome://tracing; both read it in the browser.
     """
     with typed_errors():
+        require_model(model)
         from piecework.runtime.observe.profile import require_writable, write_trace
 
         require_writable(output)
@@ -68,7 +70,9 @@ def trace(
                 out,
                 as_json,
                 text,
-                lambda: stitched.capture(chosen, progress=False, context_for=around),
+                lambda: stitched.capture(
+                    chosen, progress=False, context_for=around, pad=None if around is None else True
+                ),
             )
         run_step(out, as_json, "Warming up", lambda: loaded.run(tokens, stitched))
         found = run_step(

@@ -1,6 +1,6 @@
 """Code generation: a graph in, readable stitching source out. Pure: no environment, no files, no device, no global state."""
 
-from piecework.codegen.proof.verify import Proof
+from piecework.codegen.proof.prove import Proof
 from piecework.codegen.split.op_check import OpReport, check_op
 from piecework.codegen.split.split import SplitItem, split_graph
 from piecework.codegen.stitch.bind import compile_execution_fn

@@ -225,7 +225,7 @@ class Engine:
             most = {"max_num_batched_tokens": limits.tokens, "max_num_seqs": limits.requests}
             self.forward = piecework.compile(model, example, config=config, runtime_config=most)
             self.forward.capture(  # one graph where all requests decode, else one for each piece
-                sizes, mode="FULL_AND_PIECEWISE", context_for=self.context, put_back=False
+                sizes, mode="FULL_AND_PIECEWISE", context_for=self.context, pad=True, put_back=False
             )
             self.cache.zero_()  # runs on dummy data wrote to slot 0, and nobody put it back
             self.dispatch = self.forward.dispatch

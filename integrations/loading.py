@@ -6,7 +6,6 @@ It knows no kind of model: the integrations that there are say which of them a p
 from __future__ import annotations
 
 import importlib
-import os
 import pkgutil
 from collections.abc import Iterator
 from importlib.metadata import entry_points
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import piecework.integrations
 from piecework.errors import UsageError
+from piecework.integrations.named import require_model
 from piecework.integrations.plain import from_factory
 from piecework.integrations.protocol import Integration, LoadedModel
 
@@ -39,27 +39,19 @@ def load_model(spec: str, *, seed: int = 0) -> LoadedModel:
     Raises:
         UsageError: there is no such thing, or it can't be loaded; says which.
     """
+    require_model(spec)
     path = Path(spec)
-    file, _, factory = spec.partition(":")
-    if file.endswith(".py") or (factory and os.sep in file):
-        module = file.removesuffix(".py").replace(os.sep, ".").strip(".")
-        raise UsageError(
-            f"{spec!r} names a file, and a factory is named by its module",
-            hint=f"write {module}:{factory or 'factory'}, where factory() returns (module, example_inputs)",
-        )
-    if path.exists():
-        for each in integrations():
-            loaded = each.load(path, seed)
-            if loaded is not None:
-                return loaded
-        if path.is_dir():
-            raise UsageError(
-                f"folder {str(path)!r} has no config.json",
-                hint="give a folder that save_pretrained wrote, or module:factory for a model of your own",
-            )
-    elif ":" in spec and not any(sep in spec for sep in (os.sep, "\\")):
+    if not path.exists():
         return from_factory(spec, seed)
+    for each in integrations():
+        loaded = each.load(path, seed)
+        if loaded is not None:
+            return loaded
     raise UsageError(
-        f"there is no model at {spec!r}",
-        hint="give a local model folder, a config.json, or module:factory",
+        (
+            f"folder {str(path)!r} has no config.json"
+            if path.is_dir()
+            else f"no model is described by {str(path)!r}"
+        ),
+        hint="give a folder that save_pretrained wrote, or module:factory for a model of your own",
     )

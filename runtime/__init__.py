@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from piecework.runtime.batch.forward_context import set_forward_context as set_forward_context
     from piecework.runtime.batch.mode import CUDAGraphMode as CUDAGraphMode
     from piecework.runtime.batch.ranges import Range as Range
-    from piecework.runtime.cache.artifacts import (
-        StandaloneCompiledArtifacts as StandaloneCompiledArtifacts,
-    )
     from piecework.runtime.compilers import CompilerInterface as CompilerInterface
     from piecework.runtime.compilers import EagerAdaptor as EagerAdaptor
     from piecework.runtime.compilers import InductorAdaptor as InductorAdaptor
@@ -61,6 +58,7 @@ if TYPE_CHECKING:
     from piecework.runtime.passes import PostGradPassManager as PostGradPassManager
     from piecework.runtime.passes import pass_context as pass_context
     from piecework.runtime.pieces.backend import PieceworkBackend as PieceworkBackend
+    from piecework.runtime.pieces.dynamo import backend_of as backend_of
     from piecework.runtime.pieces.manager import CompilerManager as CompilerManager
     from piecework.runtime.pieces.manager import RangeEntry as RangeEntry
     from piecework.runtime.pieces.piecewise import PiecewiseBackend as PiecewiseBackend
@@ -74,5 +72,8 @@ if TYPE_CHECKING:
     from piecework.runtime.splitting_op import declare_full_graphs as declare_full_graphs
     from piecework.runtime.splitting_op import declare_rows as declare_rows
     from piecework.runtime.stitched import StitchedModule as StitchedModule
+    from piecework.runtime.store.artifacts import (
+        StandaloneCompiledArtifacts as StandaloneCompiledArtifacts,
+    )
 
 __all__, __getattr__, __dir__ = face(__name__, __file__)

@@ -1,11 +1,12 @@
 """What `piecework compile` leaves behind. In: a stitched module. Out: a folder with its source, graph, report and manifest, or what such a folder says.
 
-A folder appears whole or not at all. What was compiled lies in an artifact inside it, where it can be saved (`piecework.runtime.artifact`); else running it compiles again.
+The manifest is written last, so that a folder is whole or none. What was compiled lies in an artifact inside it, where it can be saved (`piecework.runtime.artifact`); else running it compiles again.
 In both cases the source must be the same.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import tempfile
@@ -15,9 +16,9 @@ from pathlib import Path
 import torch
 
 from piecework.errors import ArtifactError, UsageError
-from piecework.runtime.cache.atomic import directory_in_place
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
+from piecework.runtime.store.files import write_atomic
 
 FORMAT = 1
 MANIFEST, SOURCE, GRAPH, MODEL_CONFIG = "manifest.json", "stitched.py", "graph.py", "config.json"
@@ -97,7 +98,7 @@ def save(
     config: CompilationConfig,
     config_text: str | None = None,
 ) -> Manifest:
-    """Write the folder; everything is written beside it first and moved into place at the end.
+    """Write the folder.
 
     Raises:
         UsageError: the folder is not empty or can't be written.
@@ -116,15 +117,17 @@ def save(
     files = {
         SOURCE: code,
         GRAPH: stitched.split_gm.print_readable(print_output=False),
+        **({} if config_text is None else {MODEL_CONFIG: config_text}),
         MANIFEST: json.dumps(asdict(manifest), indent=2) + "\n",
     }
-    if config_text is not None:
-        files[MODEL_CONFIG] = config_text
     try:
-        with directory_in_place(directory.absolute()) as staging:
-            for name, text in files.items():
-                (staging / name).write_text(text, encoding="utf-8")
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            write_atomic(directory / name, text.encode(), 0o644)
     except OSError as error:
+        for name in files:
+            with contextlib.suppress(OSError):
+                (directory / name).unlink()
         raise UsageError(f"can't write folder {str(directory)!r}: {error.strerror}") from error
     return manifest
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 
@@ -20,7 +20,7 @@ from piecework.codegen.split.split import SplittingOp as SplittingOpLike
 from piecework.errors import ArtifactError, ConfigError, NotThereError, short_errors
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.load import Artifact
-from piecework.runtime.artifact.store import Place, store_of
+from piecework.runtime.batch.sizes import require_positive_sizes
 from piecework.runtime.call.shared_module import require_model
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.config.elsewhere import where_it_goes
@@ -28,6 +28,7 @@ from piecework.runtime.config.groups import CompilationMode, DynamicShapesType, 
 from piecework.runtime.model_tag import compilation_complete
 from piecework.runtime.splitting_op import registry
 from piecework.runtime.stitched import StitchedModule
+from piecework.runtime.store.folder import Place, directory_of, has_artifact
 from piecework.runtime.trace.sizes.dynamic_dims import set_mark, unmarked_afterwards
 from piecework.runtime.trace.sizes.example_sizes import SizePolicy
 from piecework.runtime.trace.sizes.shape_guards import ShapeGuards
@@ -47,6 +48,7 @@ def compile(
     splitting_ops: Sequence[SplittingOpLike] | None = None,
     config: CompilationConfig | Mapping[str, object] | None = None,
     runtime_config: RuntimeConfig | Mapping[str, object] | None = None,
+    sizes: Iterable[int] = (),
     artifact: Place | None = None,
     key_file: str | os.PathLike[str] | None = None,
 ) -> StitchedModule:
@@ -62,7 +64,9 @@ def compile(
         runtime_config: the program's limits, a `RuntimeConfig` or a dict of its fields: the last batch range ends at its largest
             batch, `StitchedModule.capture` goes by it, and its ranks are part of the cache's path. Without it the last range is
             open-ended, and the rank is 0.
-        artifact: a directory or URL that ``StitchedModule.save`` writes. If what lies there fits the model, these arguments and this process, it is loaded and
+        sizes: batch sizes whose traces are made now, where the first one does not serve them, and not when a call waits for
+            them. Needs example arguments.
+        artifact: a directory that ``StitchedModule.save`` writes. If what lies there fits the model, these arguments and this process, it is loaded and
             nothing is traced or compiled; else the model is compiled and saved there, and a warning says why. Needs example arguments.
         key_file: a secret that signs and verifies the artifact; see ``StitchedModule.save``.
 
@@ -95,6 +99,8 @@ def compile(
     )
     if artifact is not None:
         _load_or_compile(made, artifact, key_file, (example_args, example_kwargs or {}))
+    if wanted := require_positive_sizes(sizes):
+        made.trace_ahead(wanted)
     return made
 
 
@@ -108,7 +114,7 @@ def load(
     """What ``StitchedModule.save`` wrote, for a model of this process: nothing is traced, compiled or run.
 
     Args:
-        path: the directory, or a URL that fsspec knows.
+        path: the directory.
         model: a model like the saved one: the same code, structure and settings, weights of the same names, shapes, dtypes, strides and devices. Their
             values are its own.
         key_file: a file with the secret that the artifact must be signed with; by default the one that ``PIECEWORK_CACHE_KEY_FILE`` names, if any.
@@ -122,7 +128,7 @@ def load(
         >>> stitched(torch.randn(7, 64))
     """
     require_model(model)
-    found = Artifact.open(store_of(path), key_file)
+    found = Artifact.open(path, key_file)
     facts = found.folder.facts
     kept = facts.get("kept")
     if kept is not None:
@@ -190,10 +196,9 @@ def take_if_it_fits(
 ) -> bool:
     """Give an artifact to ``take``, which raises `ArtifactError` for one that does not fit; False where none does, and a warning says why."""
     try:
-        store = store_of(path)
-        if not store.exists():
+        if not has_artifact(directory_of(path)):
             return False
-        take(Artifact.open(store, key_file))
+        take(Artifact.open(path, key_file))
     except ArtifactError as error:
         _log.warning("the artifact %s does not fit, the model is compiled again: %s", path, error)
         return False

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeVar, overload
+from typing import TypeVar, overload
 
 import torch
 
@@ -58,7 +58,7 @@ class Support:
     dynamic_arg_dims: DimsByName | None = None
     mark_unbacked_dims: DimsByName | None = None
     enable_if: EnableIf | None = None
-    repeated_layers: Literal["found", "off"] | tuple[str, ...] | None = None
+    repeated_layers: tuple[str, ...] | None = None
     ignored: bool = False
 
 
@@ -73,7 +73,7 @@ def support_torch_compile(
     dynamic_arg_dims: DimsByName | None = None,
     mark_unbacked_dims: DimsByName | None = None,
     enable_if: EnableIf | None = None,
-    repeated_layers: Literal["found", "off"] | Sequence[str] | None = None,
+    repeated_layers: Sequence[str] | None = None,
 ) -> Callable[[ModuleClass], ModuleClass]: ...
 
 
@@ -84,7 +84,7 @@ def support_torch_compile(
     dynamic_arg_dims: DimsByName | None = None,
     mark_unbacked_dims: DimsByName | None = None,
     enable_if: EnableIf | None = None,
-    repeated_layers: Literal["found", "off"] | Sequence[str] | None = None,
+    repeated_layers: Sequence[str] | None = None,
 ) -> ModuleClass | Callable[[ModuleClass], ModuleClass]:
     """Let instances of a module class compile themselves at their first call.
 
@@ -99,8 +99,8 @@ def support_torch_compile(
             tensors.
         mark_unbacked_dims: the same for dimensions that must serve 0, 1 and every other size alike.
         enable_if: told the configuration at the first call; False runs the instance as it is.
-        repeated_layers: which layers of an instance share a trace where they are alike, for configurations that don't say
-            (`CompilationConfig.repeated_layers`): dotted names of the modules that hold them, as a rule.
+        repeated_layers: dotted names of the modules whose children share a trace where they are alike, for configurations
+            that don't say (`CompilationConfig.repeated_layers`).
 
     Returns:
         The class itself. A subclass inherits the support, and infers from its own ``forward``; decorating it again replaces

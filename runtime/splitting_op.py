@@ -126,6 +126,7 @@ class SplittingOpRegistry:
         self._ops: dict[str, SplittingOp[..., object]] = {}
         self._rows: dict[str, RowsOf] = {}
         self._graphs: dict[str, GraphsOf] = {}
+        self._functions: dict[str, Callable[..., object]] = {}
 
     def add(
         self, name: str, function: Callable[P, R], mutates_args: tuple[str, ...]
@@ -166,6 +167,18 @@ class SplittingOpRegistry:
     def graphs_of(self, op: torch._ops.OpOverload) -> GraphsOf:
         """Which whole forwards may be captured with ``op`` inside; any, if it was not said."""
         return self._graphs.get(op._schema.name, "always")
+
+    def declare_function(self, name: str, function: Callable[..., object]) -> None:
+        """Note which Python function an operator of another library runs, for every device; who says so vouches for it."""
+        self._functions[name] = function
+
+    def function_of(self, target: object) -> Callable[..., object] | None:
+        """The function that `declare_function` noted of the operator of a graph node."""
+        if isinstance(target, torch._ops.OpOverload):
+            return self._functions.get(target._schema.name)
+        if isinstance(target, torch._ops.OpOverloadPacket):
+            return self._functions.get(target._qualified_op_name)
+        return None
 
     def find(self, target: object) -> SplittingOp[..., object] | None:
         """The registered operator that a graph node's target is, if any."""

@@ -31,12 +31,10 @@ from piecework.errors import (
 )
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.doubts import tell_of_gradients, tell_of_training
+from piecework.runtime.artifact.fit import made_with, require_made_so
 from piecework.runtime.artifact.load import Artifact
-from piecework.runtime.artifact.made_with import made_with, require_made_so
-from piecework.runtime.artifact.store import Place
 from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.mode import CUDAGraphMode
-from piecework.runtime.bind.refit import refit
 from piecework.runtime.call.edited import EditedSource
 from piecework.runtime.call.shared_module import SharedModule, model_name, require_model
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
@@ -45,17 +43,19 @@ from piecework.runtime.model_tag import current_model_tag
 from piecework.runtime.pieces.backend import PieceworkBackend
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.pieces.report import Piece, Report
+from piecework.runtime.store.folder import Place
 from piecework.runtime.trace.errors import OPAQUE
-from piecework.runtime.trace.one_trace import Capture
+from piecework.runtime.trace.one_trace import ModelTrace
 from piecework.runtime.trace.sizes.example_sizes import SizePolicy
 from piecework.runtime.traces import observed
 from piecework.runtime.traces.captured import CapturedTraces
 from piecework.runtime.traces.traced_model import TracedModel
 from piecework.runtime.traces.traces import Traces, inside, seen_into
+from piecework.runtime.watch.weights import refit
 
 if TYPE_CHECKING:
     from piecework.runtime.artifact.save import Part
-    from piecework.runtime.batch.coverage import CoverageRow
+    from piecework.runtime.batch.coverage import Coverage
     from piecework.runtime.call.shadow import Shadow
     from piecework.runtime.graphs.plan.phase import CaptureWatcher
     from piecework.runtime.graphs.serve.measured import Measurement
@@ -150,7 +150,7 @@ class StitchedModule(SharedModule):
         self, error: InputError, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> object:
         result, served = self._traces.serve_refused(error, args, kwargs)
-        if served is not None:
+        if served is not None and self._traces.comes_first(served):
             self._serve_by(served.call)
         return result
 
@@ -172,6 +172,12 @@ class StitchedModule(SharedModule):
     def _serve_by(self, call: Callable[..., object]) -> None:
         """Let calls run ``call`` from now on; what a trace serves them by is its `Entry`'s business."""
         vars(self)["_call"] = call  # may be a module, and may happen often: not by __setattr__
+
+    def _serve_by_captured(self) -> None:
+        """Let a trace that has static graphs come first, where the one of the last call has none."""
+        captured = [each.call for each in self.traces if each.static is not None]
+        if captured and vars(self)["_call"] not in captured:
+            self._serve_by(captured[0])
 
     def _prepare_and_call(self, *args: object, **kwargs: object) -> object:
         if self._traces.switched_off():
@@ -198,6 +204,16 @@ class StitchedModule(SharedModule):
             )
         self._serve_by(first.call)
         return first.call(*args, **kwargs)
+
+    def trace_ahead(self, sizes: Sequence[int]) -> None:
+        """Make the traces that batches of these sizes need, before a call waits for them.
+
+        Raises:
+            BindError: nothing is compiled yet.
+            PieceworkError: the model can't be traced for one of them.
+        """
+        self._traces.require("trace to make others beside")
+        self._traces.add_ahead(sizes)
 
     def prepare(self, *args: object, **kwargs: object) -> None:
         """Capture, compile and stitch now, tracing with these arguments.
@@ -234,7 +250,7 @@ class StitchedModule(SharedModule):
         """Hold the weights that the model has now: call it after replacing a parameter or a submodule.
 
         A call notices weights that were replaced, moved or converted, and raises `InputError`; see
-        `piecework.runtime.bind.weights` for how. Values changed in place (``load_state_dict``, an optimizer's step) are seen
+        `piecework.runtime.watch.weights` for how. Values changed in place (``load_state_dict``, an optimizer's step) are seen
         without this.
 
         Raises:
@@ -297,13 +313,13 @@ class StitchedModule(SharedModule):
         return edited
 
     def save(self, path: Place, *, key_file: str | os.PathLike[str] | None = None) -> None:
-        """Write what was compiled to a directory or URL, for ``piecework.load(path, model)`` in another process.
+        """Write what was compiled to a directory, for ``piecework.load(path, model)`` in another process.
 
         Every trace that there is goes with it, and the one that serves a batch of one, which is made now if no trace does. No weight is written; an edited
         source is, marked as edited. An artifact that is there is replaced.
 
         Args:
-            path: the directory; or a URL that fsspec knows, such as ``s3://bucket/model``, where it is one object.
+            path: the directory.
             key_file: a file with a secret (16 bytes or more) that signs the artifact; by default the one that
                 ``PIECEWORK_CACHE_KEY_FILE`` names, if any.
 
@@ -426,6 +442,7 @@ class StitchedModule(SharedModule):
         self._graphs.capture(
             sizes, memory_budget=memory_budget, progress=progress, estimate=estimate, **options
         )
+        self._serve_by_captured()
         return self
 
     @property
@@ -453,6 +470,7 @@ class StitchedModule(SharedModule):
             StaticGraphError: as `capture`.
         """
         self._graphs.wake_up()
+        self._serve_by_captured()
 
     def measure(
         self, sizes: Iterable[int] | None = None, *, seconds: float = 0.3, **options: object
@@ -473,7 +491,9 @@ class StitchedModule(SharedModule):
         Example:
             >>> rich.print(stitched.measure([1, 2, 4, 8]).table())
         """
-        return self._graphs.measure(sizes, seconds, options)
+        found = self._graphs.measure(sizes, seconds, options)
+        self._serve_by_captured()
+        return found
 
     @property
     def static_graphs(self) -> CapturedModel:
@@ -520,8 +540,8 @@ class StitchedModule(SharedModule):
             query_len=query_len,
         )
 
-    def coverage(self, max_num_batched_tokens: int | None = None) -> list[CoverageRow]:
-        """How each batch size runs: captured, padded or uncaptured, and why.
+    def coverage(self, max_num_batched_tokens: int | None = None) -> Coverage:
+        """How each batch size runs: captured, padded or uncaptured, and why; a list of rows that prints as a table.
 
         Args:
             max_num_batched_tokens: the largest batch to list; by default one more than the largest captured size.
@@ -536,8 +556,7 @@ class StitchedModule(SharedModule):
                 f"the largest batch to list must be a positive whole number; got {largest!r}",
                 where="max_num_batched_tokens",
             )
-        rows = [row for each in self._graphs.all() for row in each.coverage(max_num_batched_tokens)]
-        return sorted(rows, key=lambda row: row.first)
+        return self._graphs.coverage(largest)
 
     def call_report(self) -> list[CallRow]:
         """What the calls since `capture` ran as, how many, and why; all of them where nothing is captured."""
@@ -649,7 +668,7 @@ class StitchedModule(SharedModule):
         return self.traces[0].backend if self.traces else self._traces.backend
 
     @property
-    def captured(self) -> Capture:
+    def captured(self) -> ModelTrace:
         """What the trace gave."""
         return self._traces.require("capture")[0].entry.captured
 

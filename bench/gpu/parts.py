@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import cProfile
+import importlib.util
 import pstats
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -233,11 +236,106 @@ def step_targets(
 
 def transformers_decode(scale: Scale, rows: Rows) -> None:
     """Tokens of a Llama by ``generate``: seconds a token, beside transformers' own static cache, which compiles with ``reduce-overhead``."""
-    import transformers
-
     from piecework.integrations.transformers import stitch as stitch_llama
     from piecework.integrations.transformers import stitched_module, unstitch
     from piecework.integrations.transformers.request.dry import dry_request
+
+    model, config = _llama(scale)
+    dynamic: dict[str, object] = {}
+    static: dict[str, object] = {"cache_implementation": "static"}
+    uncompiled = {**static, "disable_compile": True}
+    for batch in scale.batches:
+        if not scale.in_time:
+            rows.note(f"no time left for batch {batch}")
+            break
+        setting: dict[str, object] = {"batch": batch, "layers": config.num_hidden_layers}
+        ids = torch.randint(1, config.vocab_size, (batch, 16), device=scale.device)
+        generation = _Generation(model, ids, scale, rows, setting)
+        generation.time("transformers, dynamic cache", dynamic)
+        with rows.attempt(setting, "stitch and capture"):
+            stitch_llama(model, config=piecework.CompilationConfig(backend=scale.compiler))
+            captured = stitched_module(model)
+            captured.capture(
+                [batch], context_for=dry_request, pad=True, progress=False, estimate=False
+            )
+            generation.time("piecework, dynamic cache", dynamic)
+            generation.time("piecework, static cache", uncompiled)
+            served = {row.mode: row.calls for row in captured.call_report()}
+            rows.note(f"batch {batch}: calls by mode: {served}")
+        unstitch(model)
+        compiled = static if scale.device == "cuda" else uncompiled
+        generation.time("transformers, static cache", compiled)
+
+
+def whole_steps(scale: Scale, rows: Rows) -> None:
+    """Seconds a token of a Llama at batch 1, each decode step one graph, beside transformers' static cache: what most callers ask first."""
+    from piecework.integrations.transformers import stitch as stitch_llama
+    from piecework.integrations.transformers import stitched_module, unstitch
+
+    model, config = _llama(scale)
+    setting: dict[str, object] = {"batch": 1, "layers": config.num_hidden_layers}
+    ids = torch.randint(1, config.vocab_size, (1, 16), device=scale.device)
+    generation = _Generation(model, ids, scale, rows, setting)
+    generation.time("transformers, dynamic cache", {})
+    static: dict[str, object] = {"cache_implementation": "static"}
+    uncompiled = {**static, "disable_compile": True}
+    length = 16 + scale.tokens + 1
+    with rows.attempt(setting, "stitch and capture"):
+        stitch_llama(
+            model,
+            config=piecework.CompilationConfig(backend=scale.compiler),
+            capture=[1],
+            max_cache_len=length,
+        )
+        generation.time("piecework, whole steps", uncompiled)
+        served = {row.mode: row.calls for row in stitched_module(model).call_report()}
+        rows.note(f"calls by mode: {served}")
+    unstitch(model)
+    generation.time("transformers, static cache", static if scale.device == "cuda" else uncompiled)
+
+
+def vllm_decode(scale: Scale, rows: Rows) -> None:
+    """Seconds a token in a vLLM engine with FULL_AND_PIECEWISE: piecework beside its own compiler; only where vLLM is installed."""
+    if importlib.util.find_spec("vllm") is None or scale.device != "cuda":
+        rows.note("vLLM is not installed, or there is no GPU")
+        return
+    import vllm
+
+    model, _ = _llama(scale)
+    tokens: dict[str, object] = {}
+    with tempfile.TemporaryDirectory() as place:
+        model.save_pretrained(place)
+        del model
+        for backend in ("piecework", "inductor"):
+            with rows.attempt({"batch": 1}, f"vLLM, {backend}"):
+                engine = vllm.LLM(
+                    place,
+                    skip_tokenizer_init=True,
+                    max_model_len=256,
+                    gpu_memory_utilization=0.4,
+                    compilation_config={
+                        "backend": backend,
+                        "cudagraph_mode": "FULL_AND_PIECEWISE",
+                    },
+                )
+                options = vllm.SamplingParams(
+                    max_tokens=scale.tokens, temperature=0, detokenize=False, ignore_eos=True
+                )
+                given = [{"prompt_token_ids": list(range(1, 17))}]
+                engine.generate(given, options, use_tqdm=False)
+                start = time.perf_counter()
+                [done] = engine.generate(given, options, use_tqdm=False)
+                seconds = (time.perf_counter() - start) / scale.tokens
+                tokens[backend] = list(done.outputs[0].token_ids)
+                alike = tokens[backend] == next(iter(tokens.values()))
+                note = f"a token; tokens as the first: {alike}"
+                rows.add([Row({"batch": 1}, f"vLLM, {backend}", seconds, note=note)])
+                del engine
+
+
+def _llama(scale: Scale) -> tuple[Any, Any]:
+    """A Llama of random weights that never ends a sequence, and its config."""
+    import transformers
 
     dtype = torch.bfloat16 if scale.device == "cuda" else torch.float32
     torch.manual_seed(0)
@@ -245,25 +343,7 @@ def transformers_decode(scale: Scale, rows: Rows) -> None:
         config = transformers.LlamaConfig(max_position_embeddings=1024, **scale.llama)
         model = transformers.LlamaForCausalLM(config).to(dtype).eval()
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
-    dynamic: dict[str, object] = {}
-    static: dict[str, object] = {"cache_implementation": "static"}
-    uncompiled = {**static, "disable_compile": True}
-    for batch in scale.batches:
-        setting: dict[str, object] = {"batch": batch, "layers": config.num_hidden_layers}
-        ids = torch.randint(1, config.vocab_size, (batch, 16), device=scale.device)
-        generation = _Generation(model, ids, scale, rows, setting)
-        compiled = static if scale.device == "cuda" else uncompiled
-        generation.time("transformers, static cache", compiled)
-        generation.time("transformers, dynamic cache", dynamic)
-        with rows.attempt(setting, "stitch and capture"):
-            stitch_llama(model, config=piecework.CompilationConfig(backend=scale.compiler))
-            captured = stitched_module(model)
-            captured.capture([batch], context_for=dry_request, progress=False, estimate=False)
-            generation.time("piecework, dynamic cache", dynamic)
-            generation.time("piecework, static cache", uncompiled)
-            served = {row.mode: row.calls for row in captured.call_report()}
-            rows.note(f"batch {batch}: calls by mode: {served}")
-        unstitch(model)
+    return model, config
 
 
 class _Generation:
@@ -365,11 +445,13 @@ def _seconds_in(profiled: cProfile.Profile, function: str) -> float:
 
 #: What answers most comes first.
 PARTS: Mapping[str, Callable[[Scale, Rows], None]] = {
+    "whole": whole_steps,
     "staging": staging,
     "inductor": inductor,
     "steps": steps,
     "transformers": transformers_decode,
     "profile": profile,
     "capture": capture,
+    "vllm": vllm_decode,
     "deep": deep_steps,
 }

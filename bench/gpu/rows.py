@@ -142,12 +142,25 @@ class Rows:
         """Whatever fails in the block becomes a row of this contender that says why."""
         try:
             yield
-        except Exception as error:  # noqa: BLE001 - one contender must not hide the others
+        except Exception as error:
             traceback.print_exc()
             sys.stderr.flush()
             self.failed = True
             why = f"{type(error).__name__}: {error}"[:500]
             self.add([Row(dict(setting), contender, math.nan, note=f"failed: {why}")])
+            if is_lost():
+                raise SystemExit(f"{self.part}: the device is lost: {why}") from error
+
+
+def is_lost() -> bool:
+    """Whether this process can do nothing more with the device; the next part runs in another one."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _readable(seconds: float) -> str:

@@ -9,12 +9,14 @@ from piecework.bench.lists.families import encoders, families, heads
 from piecework.bench.lists.plain import plain_models
 from piecework.bench.lists.sample import Row
 from piecework.bench.lists.torch_modules import torch_modules
+from piecework.bench.lists.tutorials import tutorials
 from piecework.errors import UsageError
 
 LISTS = {
     "module_db": (torch_modules, "torch's own list of modules; needs expecttest"),
     "transformers": (families, "small models of transformers' families; needs transformers"),
     "plain torch": (plain_models, "models written by hand"),
+    "tutorials": (tutorials, "models of PyTorch's tutorials that need no download"),
 }
 #: Lists that are run where they are asked for.
 OTHERS = {

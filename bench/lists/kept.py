@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from piecework.bench.lists.isolated import RowResult, Task
 from piecework.bench.measure.result import machine
-from piecework.runtime.cache.atomic import write_atomic
+from piecework.runtime.store.files import write_atomic
 
 
 def keep_results(

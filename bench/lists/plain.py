@@ -52,12 +52,18 @@ def plain_models() -> list[Row]:
 
 
 def _row(name: str, make: Model, arguments: Arguments) -> Row:
+    return model_row("plain torch", name, make, arguments)
+
+
+def model_row(source: str, name: str, make: Model, arguments: Arguments) -> Row:
+    """The row of a model that is made and called with seeded numbers."""
+
     def samples(_: int) -> list[Sample]:
         torch.manual_seed(SEED)
         model = make().eval()
         return [Sample("", lambda: copy.deepcopy(model), lambda n: _call(arguments, n))]
 
-    return Row("plain torch", name, samples)
+    return Row(source, name, samples)
 
 
 def _call(arguments: Arguments, n: int) -> Call:

@@ -1,13 +1,13 @@
-"""What an entry checks of a call, as one table. In: an `EntryPlan`. Out: its bindings and checks, in the order in which a call meets them.
+"""What an entry checks of a call, as one table: each assumption with the Python that tests it, in the order in which a call meets them.
 
-The emitted test (`steps`, which `emit` writes and `proof` reads), the explanation of a refusal and the check of captured sizes are readings of
-this table, each with a `match` over all kinds. Nothing here is source text, and nothing of a call is looked at but sizes (`holds`).
+The emitted ``check_inputs`` is the table as text; the explanation of a refused call runs it one check at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import EllipsisType, NoneType
 from typing import assert_never
 
 import torch
@@ -26,7 +26,10 @@ from piecework.codegen.entry.plan import (
     UnusedTensor,
     WatchedObject,
 )
-from piecework.codegen.plan.size_text import evaluate
+from piecework.codegen.plan.literals import is_inline_literal, literal_text
+from piecework.codegen.plan.names import NameTable
+from piecework.codegen.plan.one_line import targets_text, tuple_text
+from piecework.codegen.plan.size_text import checked_text, renamed
 
 # --- where a value is ----------------------------------------------------------------------------
 
@@ -48,7 +51,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Flat:
-    """A leaf of a container that `TakeTree` flattened."""
+    """A leaf of a container that is flattened."""
 
     of: Where
     number: int
@@ -56,264 +59,54 @@ class Flat:
 
 Where = Whole | Part | Flat
 
-# --- bindings ------------------------------------------------------------------------------------
+
+def value_at(
+    where: Where, values: Sequence[object], flatten: Callable[[object], tuple[list[object], object]]
+) -> object:
+    """What a call has there; ``values`` are those of its parameters."""
+    match where:
+        case Whole(parameter):
+            return values[parameter]
+        case Part(of, key):
+            return value_at(of, values, flatten)[key]  # type: ignore[index]
+        case Flat(of, number):
+            return flatten(value_at(of, values, flatten))[0][number]
+        case _:
+            assert_never(where)
+
+
+# --- the table -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class TakeLeaf:
-    """Flattened argument ``leaf`` is what is there; all that follows calls it by its number."""
+class Check:
+    """One assumption.
 
-    leaf: int
-    label: str
-    where: Where
+    Attributes:
+        kind: which; errors are told by it.
+        text: the condition.
+        leaf: the flattened argument that it is about; None for several, or a container.
+        name: what the text calls what is looked at.
+        label: what errors call it.
+        expected: what the trace had there.
+        dim: the dimension, for a size or a stride.
+    """
 
-
-@dataclass(frozen=True, slots=True)
-class TakeTree:
-    """A container is flattened to its leaves and its structure."""
-
-    where: Where
-
-
-@dataclass(frozen=True, slots=True)
-class TakeShape:
-    """A tensor's sizes: one name per dimension, the symbol that is found there, or None for a size that is only compared."""
-
-    leaf: int
-    symbols: tuple[str | None, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class TakeItem:
-    """The value of a single number is a symbol."""
-
-    leaf: int
-    symbol: str
+    kind: str
+    text: str
+    leaf: int | None = None
+    name: str = ""
+    label: str = ""
+    expected: object = None
+    dim: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class TakeInteger:
-    """An integer argument is a symbol."""
-
-    leaf: int
-    symbol: str
-
-
-Binding = TakeLeaf | TakeTree | TakeShape | TakeItem | TakeInteger
-
-# --- checks of containers ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class KindIs:
-    """A list, tuple or dict, by exact type."""
-
-    where: Where
-    label: str
-    kind: type
-
-
-@dataclass(frozen=True, slots=True)
-class KeysAre:
-    """As many elements, and of a dict these keys."""
-
-    where: Where
-    label: str
-    kind: type
-    keys: tuple[object, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class StructureIs:
-    """What `TakeTree` found is of this structure."""
-
-    where: Where
-    label: str
-    structure: object
-
-
-# --- checks of one flattened argument ------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class ClassIs:
-    """A tensor of this class; None for any plain one."""
-
-    leaf: int
-    kind: type | None
-
-
-@dataclass(frozen=True, slots=True)
-class DtypeIs:
-    leaf: int
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True, slots=True)
-class Strided:
-    """The layout is that of plain memory."""
-
-    leaf: int
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceIs:
-    leaf: int
-    device: torch.device
-
-
-@dataclass(frozen=True, slots=True)
-class RankIs:
-    leaf: int
-    rank: int
-
-
-@dataclass(frozen=True, slots=True)
-class Contiguous:
-    leaf: int
-
-
-@dataclass(frozen=True, slots=True)
-class NotNegated:
-    leaf: int
-
-
-@dataclass(frozen=True, slots=True)
-class NotConjugated:
-    leaf: int
-
-
-@dataclass(frozen=True, slots=True)
-class GradIs:
-    leaf: int
-    requires_grad: bool
-
-
-@dataclass(frozen=True, slots=True)
-class ShapeIs:
-    """All sizes are numbers."""
-
-    leaf: int
-    sizes: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class SizeIs:
-    """A size that `TakeShape` gave no symbol: a number, a symbol that is known, or an expression over those."""
-
-    leaf: int
-    dim: int
-    size: Size
-
-
-@dataclass(frozen=True, slots=True)
-class StrideIs:
-    leaf: int
-    dim: int
-    size: Size
-
-
-@dataclass(frozen=True, slots=True)
-class ItemIs:
-    """The value of a single number: a constant, or an expression over symbols."""
-
-    leaf: int
-    value: float | str
-
-
-@dataclass(frozen=True, slots=True)
-class IsInteger:
-    leaf: int
-
-
-@dataclass(frozen=True, slots=True)
-class IntegerIs:
-    """An integer argument that is an expression over symbols, or a symbol that was found before."""
-
-    leaf: int
-    size: str
-
-
-@dataclass(frozen=True, slots=True)
-class ValueIs:
-    """A Python value, by type and equality; the very object is good enough, and needed of a tensor or an array."""
-
-    leaf: int
-    value: object
-
-    @property
-    def is_object(self) -> bool:
-        """Whether it must be this object: equality of tensors and arrays is no yes or no."""
-        return isinstance(self.value, torch.Tensor) or bool(getattr(self.value, "shape", ()))
-
-
-# --- checks of symbols ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class InRange:
-    """A symbol's smallest and largest value; one of them may be None."""
-
-    symbol: str
-    low: int | None
-    high: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Relation:
-    """A condition over symbols, as a text of `size_text`."""
+class Bind:
+    """A statement that gives names to values of the call; ``leaf`` is the argument that it is about."""
 
     text: str
-
-
-# --- checks of several arguments -----------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class SameAs:
-    leaf: int
-    other: int
-    other_label: str
-
-
-@dataclass(frozen=True, slots=True)
-class Distinct:
-    """No two of them are one object."""
-
-    leaves: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Apart:
-    """What is written shares no memory with the others."""
-
-    leaf: int
-    others: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class AsTraced:
-    """Whatever else the trace read of the arguments is as it was."""
-
-
-ContainerCheck = KindIs | KeysAre | StructureIs
-TensorCheck = (
-    ClassIs
-    | DtypeIs
-    | Strided
-    | DeviceIs
-    | RankIs
-    | Contiguous
-    | NotNegated
-    | NotConjugated
-    | GradIs
-    | ShapeIs
-)
-NumberCheck = SizeIs | StrideIs | ItemIs | IntegerIs
-PythonCheck = IsInteger | ValueIs
-SymbolCheck = InRange | Relation
-TogetherCheck = SameAs | Distinct | Apart | AsTraced
-Check = ContainerCheck | TensorCheck | NumberCheck | PythonCheck | SymbolCheck | TogetherCheck
+    leaf: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,153 +116,276 @@ class Require:
     about: str
     checks: tuple[Check, ...]
 
-
-Step = Binding | Require
-
-
-def entry_table(plan: EntryPlan) -> tuple[Step, ...]:
-    """Everything that ``plan`` assumes of a call: each value is bound and looked at before what is in it."""
-    return tuple(_Table(plan).steps())
+    @property
+    def leaf(self) -> int | None:
+        return self.checks[0].leaf
 
 
-def holds(check: SymbolCheck, values: Mapping[str, int]) -> bool:
-    """Whether numbers for the symbols keep a check."""
-    match check:
-        case InRange(symbol, low, high):
-            value = values[symbol]
-            return (low is None or value >= low) and (high is None or value <= high)
-        case Relation(text):
-            return bool(evaluate(text, values))
-        case _:
-            assert_never(check)
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Gives out the names of one entry, and holds what its text mentions that has no literal."""
+
+    table: NameTable
+    consts: dict[str, object]
+
+    def claim(self, wish: str) -> str:
+        return str(self.table.claim(wish))
+
+    def value(self, value: object, wish: str = "value") -> str:
+        if is_inline_literal(value):
+            return literal_text(value)
+        known = (name for name, each in self.consts.items() if each is value)
+        name = next(known, None) or self.claim(wish)
+        self.consts[name] = value
+        return name
 
 
-class _Table:
-    """What was met so far: symbols that are known, tensors, and what can be checked only in the end."""
+class EntryTable:
+    """The steps of ``check_inputs``.
 
-    def __init__(self, plan: EntryPlan) -> None:
-        self.plan = plan
-        self.sized = {symbol.name for symbol in plan.symbols}
-        self.labels: dict[int, str] = {}
-        self.known: set[str] = set()
-        self.tensors: list[int] = []
-        self.same: list[Require] = []
-        self.late: list[Check] = []  # over symbols that are all known in the end
+    Args:
+        plan: what is assumed.
+        names: gives out names.
+        parameters: what the parameters are called.
 
-    def steps(self) -> Iterator[Step]:
-        plan = self.plan
-        for number, parameter in enumerate(plan.parameters):
-            yield from self._node(parameter.node, Whole(number))
-        bounded = (s for s in plan.symbols if s.name in self.known)
-        ranges = (InRange(s.name, s.low, s.high) for s in bounded if (s.low, s.high) != (None,) * 2)
-        yield from _require("sizes that the trace allows", *ranges)
-        relations = (Relation(guard) for guard in plan.guards)
-        yield from _require("relations that the trace relied on", *self.late, *relations)
-        yield from self.same
-        if len(self.tensors) > 1:
-            about = "two tensors" if len(self.tensors) == 2 else f"{len(self.tensors)} tensors"
-            yield Require(about, (Distinct(tuple(self.tensors)),))
+    Attributes:
+        steps: bindings and checks, each value bound and looked at before what is in it.
+        leaves: flattened argument → what it is called.
+        symbols: symbol → what it is called.
+        origin: symbol → the label of the argument that tells it, and where in it: its number and a dimension.
+        unpacked: names that are no parameters.
+    """
+
+    def __init__(self, plan: EntryPlan, names: Names, parameters: Sequence[str]) -> None:
+        self.plan, self.names, self.parameters = plan, names, tuple(parameters)
+        self.leaves: dict[int, str] = {}
+        self.symbols: dict[str, str] = {}
+        self.origin: dict[str, tuple[str, tuple[int, int | None]]] = {}
+        self.unpacked: list[str] = []
+        self._sized = {symbol.name for symbol in plan.symbols}
+        self._labels: dict[int, str] = {}
+        self._tensors: list[int] = []
+        self._same: list[Require] = []
+        self._late: list[Callable[[], Check]] = []  # over symbols that are all known in the end
+        self.steps = tuple(self._steps())
+
+    def _steps(self) -> Iterator[Bind | Require]:
+        plan, leaves, labels = self.plan, self.leaves, self._labels
+        for parameter, name in zip(plan.parameters, self.parameters, strict=True):
+            yield from self._node(parameter.node, name)
+        bounds = [
+            s for s in plan.symbols if s.name in self.symbols and (s.low, s.high) != (None,) * 2
+        ]
+        yield from _require(
+            "sizes that the trace allows",
+            *(
+                Check("range", range_text(self.symbols[s.name], s.low, s.high), expected=s)
+                for s in bounds
+            ),
+        )
+        late = [make() for make in self._late]
+        relations = (Check("relation", self._relation(text), expected=text) for text in plan.guards)
+        yield from _require("relations that the trace relied on", *late, *relations)
+        yield from self._same
+        if len(self._tensors) > 1:
+            several = [leaves[each] for each in self._tensors]
+            about = f"{len(several)} tensors" if len(several) > 2 else "two tensors"
+            text = f"{several[0]} is not {several[1]}"
+            if len(several) > 2:
+                text = f"len({{{', '.join(f'id({each})' for each in several)}}}) == {len(several)}"
+            yield Require(about, (Check("distinct", text, expected=tuple(self._tensors)),))
         for written, others in plan.apart:
-            about = f"{self.labels[written]}: written, so no other argument may share its memory"
-            yield Require(about, (Apart(written, others),))
+            about = f"{labels[written]}: written, so no other argument may share its memory"
+            text = f"memory_apart({', '.join(leaves[each] for each in (written, *others))})"
+            yield Require(
+                about, (Check("apart", text, written, leaves[written], labels[written], others),)
+            )
         if plan.watches_arguments:
-            yield Require("what else the trace read of the arguments", (AsTraced(),))
+            text = f"arguments_as_traced({', '.join(self.parameters)})"
+            yield Require("what else the trace read of the arguments", (Check("traced", text),))
 
-    def _node(self, node: Node, where: Where) -> Iterator[Step]:
+    def label(self, leaf: int) -> str:
+        return self._labels[leaf]
+
+    def _node(self, node: Node, place: str) -> Iterator[Bind | Require]:
+        value = self.names.value
         match node:
             case Leaf():
-                yield from self._leaf(node, where)
+                yield from self._leaf(node, place)
             case Items(kind, label, keys, children):
-                about = f"{label}: a {kind.__name__} of {len(keys)}"
-                yield from _require(
-                    about, KindIs(where, label, kind), KeysAre(where, label, kind, keys)
+                length = f"len({place}) == {len(keys)}"
+                inside = [f"{value(key)} in {place}" for key in keys if kind is dict]
+                yield Require(
+                    f"{label}: a {kind.__name__} of {len(keys)}",
+                    (
+                        Check(
+                            "kind", f"type({place}) is {kind.__name__}", None, place, label, kind
+                        ),
+                        Check("keys", " and ".join([length, *inside]), None, place, label, keys),
+                    ),
                 )
                 for key, child in zip(keys, children, strict=True):
-                    yield from self._node(child, Part(where, key))
+                    yield from self._node(child, f"{place}[{value(key)}]")
             case Tree(label, structure, children):
-                yield TakeTree(where)
-                yield from _require(
-                    f"{label}: of the traced structure", StructureIs(where, label, structure)
-                )
+                leaves, spec = self.names.claim("leaves"), self.names.claim("structure")
+                yield Bind(f"{leaves}, {spec} = flatten({place})")
+                expected = value(structure, "expected_structure")
+                check = Check("structure", f"{spec} == {expected}", None, place, label)
+                yield Require(f"{label}: of the traced structure", (check,))
                 for number, child in enumerate(children):
-                    yield from self._leaf(child, Flat(where, number))
+                    yield from self._leaf(child, f"{leaves}[{number}]")
             case _:
                 assert_never(node)
 
-    def _leaf(self, leaf: Leaf, where: Where) -> Iterator[Step]:
+    def _leaf(self, leaf: Leaf, place: str) -> Iterator[Bind | Require]:
         index, label = leaf.index, leaf.label
-        self.labels[index] = label
-        yield TakeLeaf(index, label, where)
+        self._labels[index] = label
+        self.leaves[index] = name = place
+        if place not in self.parameters:
+            self.leaves[index] = name = self._unpack(label)
+            yield Bind(f"{name} = {place}", index)
         match leaf.assumption:
             case TensorInput():
-                yield from self._tensor(index, label, leaf.assumption)
+                yield from self._tensor(index, name, label, leaf.assumption)
             case UnusedTensor(dtype, device, rank):
-                self.tensors.append(index)
-                checks = (ClassIs(index, None), *_kind(index, dtype, device, rank))
+                self._tensors.append(index)
+                plain = f"type({name}) is torch.Tensor or type({name}) is torch.nn.Parameter"
+                checks = (
+                    Check("class", plain, index, name, label),
+                    *_memory(index, name, label, dtype, device, rank),
+                )
                 yield Require(f"{label}: not read by the model", checks)
             case SameObject(other, other_label):
-                about = f"{label}: the same tensor as {other_label}"
-                self.same.append(Require(about, (SameAs(index, other, other_label),)))
+                same = Check(
+                    "same", f"{name} is {self.leaves[other]}", index, name, label, other_label
+                )
+                self._same.append(Require(f"{label}: the same tensor as {other_label}", (same,)))
             case IntegerInput(symbol):
-                yield from self._integer(index, label, symbol)
+                check = Check("int", f"type({name}) is int", index, name, label)
+                yield Require(f"{label}: an integer", (check,))
+                if not self._is_told(symbol, name, index, None):
+                    self._compare_late("integer", index, name, symbol)
             case FixedValue(value):
-                yield Require(f"{label}: fixed by the trace", (ValueIs(index, value),))
+                check = Check(
+                    "value", self._is_value(name, value, label), index, name, label, value
+                )
+                yield Require(f"{label}: fixed by the trace", (check,))
             case WatchedObject():
                 pass
             case _:
                 assert_never(leaf.assumption)
 
-    def _integer(self, index: int, label: str, symbol: str) -> Iterator[Step]:
-        yield Require(f"{label}: an integer", (IsInteger(index),))
-        if symbol.isidentifier() and symbol not in self.known:
-            self.known.add(symbol)
-            yield TakeInteger(index, symbol)
-        else:
-            self.late.append(IntegerIs(index, symbol))
+    def _is_value(self, name: str, value: object, label: str) -> str:
+        """A Python value, by type and equality; the very object is good enough, and needed of a tensor or an array."""
+        known = self.names.value(value, f"traced_{label}")
+        if is_object(value) or isinstance(value, (bool, NoneType, EllipsisType)):
+            return f"{name} is {known}"
+        if type(value) is float and not abs(value) > 0:
+            # Two NaNs are unequal and the two zeros equal, where the model's code may tell zeros apart.
+            return f"type({name}) is float and repr({name}) == {self.names.value(repr(value))}"
+        if is_inline_literal(value):
+            return f"type({name}) is {type(value).__name__} and {name} == {known}"
+        return f"({name} is {known} or (type({name}) is type({known}) and {name} == {known}))"
 
-    def _tensor(self, index: int, label: str, tensor: TensorInput) -> Iterator[Step]:
-        self.tensors.append(index)
-        checks = [*_tensor_checks(index, tensor)]
+    def _tensor(
+        self, index: int, name: str, label: str, tensor: TensorInput
+    ) -> Iterator[Bind | Require]:
+        self._tensors.append(index)
+        checks = [*_tensor_checks(index, name, label, tensor)]
         layout = "contiguous" if tensor.strides is None else "strided as traced"
         short = f"{str(tensor.dtype).removeprefix('torch.')}[{', '.join(map(str, tensor.sizes))}]"
         about = f"{label}: {short} on {tensor.device}, {layout}"
-        numbers = tuple(size for size in tensor.sizes if isinstance(size, int))
-        if numbers and len(numbers) == len(tensor.sizes):
-            yield Require(about, (*checks, ShapeIs(index, numbers)))
+        if tensor.sizes and all(isinstance(size, int) for size in tensor.sizes):
+            text = f"{name}.shape == {tuple_text([*map(str, tensor.sizes)])}"
+            yield Require(about, (*checks, Check("shape", text, index, name, label, tensor.sizes)))
         else:
             yield Require(about, tuple(checks))
-            yield from self._sizes(index, tensor.sizes)
-        yield from self._item(index, label, tensor.item)
+            yield from self._sizes(index, name, label, tensor.sizes)
+        yield from self._item(index, name, label, tensor.item)
         for dim, stride in enumerate(tensor.strides or ()):
-            self.late.append(StrideIs(index, dim, stride))
+            self._compare_late("stride", index, f"{name}.stride({dim})", stride, dim)
 
-    def _sizes(self, index: int, sizes: Sequence[Size]) -> Iterator[Step]:
+    def _sizes(
+        self, index: int, name: str, label: str, sizes: Sequence[Size]
+    ) -> Iterator[Bind | Require]:
         """A symbol that is met for the first time is taken from the shape; all else is compared, at once or in the end."""
-        taken: list[str | None] = []
+        taken: list[str] = []
         now: list[Check] = []
         for dim, size in enumerate(sizes):
-            if isinstance(size, str) and size in self.sized and size not in self.known:
-                self.known.add(size)
-                taken.append(size)
+            if isinstance(size, str) and size in self._sized and size not in self.symbols:
+                taken.append(self._unpack(size))
+                self.symbols[size], self.origin[size] = taken[-1], (label, (index, dim))
                 continue
-            taken.append(None)
-            at_once = isinstance(size, int) or size in self.known
-            (now if at_once else self.late).append(SizeIs(index, dim, size))
+            taken.append(self.names.claim(f"{label}_{dim}"))
+            if isinstance(size, int) or size in self.symbols:
+                now.append(self._compared("size", index, taken[-1], size, dim))
+            else:
+                self._compare_late("size", index, taken[-1], size, dim)
         if taken:
-            yield TakeShape(index, tuple(taken))
+            yield Bind(f"{targets_text(tuple(taken), True)}{name}.shape", index)
         yield from _require("", *now)
 
-    def _item(self, index: int, label: str, item: float | str | None) -> Iterator[Step]:
+    def _item(
+        self, index: int, name: str, label: str, item: float | str | None
+    ) -> Iterator[Bind | Require]:
         """The value of a single number, where the trace looked at it."""
         if item is None:
             return
         if not isinstance(item, str):
-            yield Require(f"{label}: its value", (ItemIs(index, item),))
-        elif item.isidentifier() and item not in self.known:
-            self.known.add(item)
-            yield TakeItem(index, item)
+            yield Require(
+                f"{label}: its value", (self._compared("item", index, f"{name}.item()", item),)
+            )
+        elif item.isidentifier() and item not in self.symbols:
+            self._is_told(item, self._unpack(item), index, None)
+            yield Bind(f"{self.symbols[item]} = {name}.item()", index)
         else:
-            self.late.append(ItemIs(index, item))
+            self._compare_late("item", index, f"{name}.item()", item)
+
+    def _is_told(self, symbol: str, name: str, leaf: int, dim: int | None) -> bool:
+        """Take ``name`` for ``symbol``, if it is one and not known yet."""
+        if not symbol.isidentifier() or symbol in self.symbols:
+            return False
+        self.symbols[symbol], self.origin[symbol] = name, (self._labels[leaf], (leaf, dim))
+        return True
+
+    def _unpack(self, wish: str) -> str:
+        self.unpacked.append(self.names.claim(wish))
+        return self.unpacked[-1]
+
+    # --- numbers ---------------------------------------------------------------------------------
+
+    def _compare_late(
+        self, kind: str, leaf: int, name: str, size: Size | float, dim: int | None = None
+    ) -> None:
+        self._late.append(lambda: self._compared(kind, leaf, name, size, dim))
+
+    def _compared(
+        self, kind: str, leaf: int, name: str, size: Size | float, dim: int | None = None
+    ) -> Check:
+        """What ``name`` says is ``size``: a number, a symbol that is known, or an expression over those."""
+        text = f"{name} == {self.names.value(size)}"
+        if isinstance(size, str):
+            text = self._relation(f"{_VALUE} == {size}").replace(_VALUE, name)
+        return Check(kind, text, leaf, name, self._labels[leaf], size, dim)
+
+    def _relation(self, text: str) -> str:
+        """A relation over symbols; it does not hold where it has no value."""
+        return renamed(checked_text(text), self.symbols)
+
+
+_VALUE = "__value__"  # no symbol's name
+
+
+def range_text(name: str, low: int | None, high: int | None) -> str:
+    """That a number is within its smallest and largest value; None where there is no bound."""
+    if low is None:
+        return f"{name} <= {high}"
+    return f"{name} >= {low}" if high is None else f"{low} <= {name} <= {high}"
+
+
+def is_object(value: object) -> bool:
+    """Whether a fixed value must be this object: equality of tensors and arrays is no yes or no."""
+    return isinstance(value, torch.Tensor) or bool(getattr(value, "shape", ()))
 
 
 def _require(about: str, *checks: Check) -> Iterator[Require]:
@@ -477,19 +393,34 @@ def _require(about: str, *checks: Check) -> Iterator[Require]:
         yield Require(about, checks)
 
 
-def _kind(leaf: int, dtype: torch.dtype, device: torch.device, rank: int) -> tuple[Check, ...]:
-    return DtypeIs(leaf, dtype), Strided(leaf), DeviceIs(leaf, device), RankIs(leaf, rank)
+def _memory(
+    leaf: int, name: str, label: str, dtype: torch.dtype, device: torch.device, rank: int
+) -> tuple[Check, ...]:
+    where = f"{name}.device == torch.device({literal_text(str(device))})"
+    if device.type == "cpu":
+        where = f"{name}.is_cpu"
+    elif device.type == "cuda":
+        where = f"{name}.is_cuda and {name}.get_device() == {device.index or 0}"
+    return (
+        Check("dtype", f"{name}.dtype is {dtype}", leaf, name, label, dtype),
+        Check("layout", f"{name}.layout is torch.strided", leaf, name, label, torch.strided),
+        Check("device", where, leaf, name, label, device),
+        Check("rank", f"{name}.dim() == {rank}", leaf, name, label, rank),
+    )
 
 
-def _tensor_checks(leaf: int, tensor: TensorInput) -> Iterator[Check]:
+def _tensor_checks(leaf: int, name: str, label: str, tensor: TensorInput) -> Iterator[Check]:
     """What doesn't need a size. Integers are never negated or conjugated lazily, and never require gradients."""
-    yield ClassIs(leaf, tensor.kind)
-    yield from _kind(leaf, tensor.dtype, tensor.device, len(tensor.sizes))
+    about = (leaf, name, label)
+    kind = "Tensor" if tensor.kind is torch.Tensor else "nn.Parameter"
+    yield Check("class", f"type({name}) is torch.{kind}", *about, tensor.kind)
+    yield from _memory(*about, tensor.dtype, tensor.device, len(tensor.sizes))
     if tensor.strides is None:
-        yield Contiguous(leaf)
+        yield Check("contiguous", f"{name}.is_contiguous()", *about)
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
-        yield NotNegated(leaf)
+        yield Check("lazy", f"not {name}.is_neg()", *about)
         if tensor.requires_grad is not None:
-            yield GradIs(leaf, tensor.requires_grad)
+            text = f"{'' if tensor.requires_grad else 'not '}{name}.requires_grad"
+            yield Check("grad", text, *about, tensor.requires_grad)
     if tensor.dtype.is_complex:
-        yield NotConjugated(leaf)
+        yield Check("lazy", f"not {name}.is_conj()", *about)

@@ -1,26 +1,55 @@
-"""The function that users call, as source. In: what a trace assumed of its arguments and how its result is packed. Out: an `EntrySource` with `check_inputs` and the entry.
+"""Writes the function that users call: ``check_inputs`` and the entry, of what a trace assumed of its arguments and how its result is packed.
 
 It decides nothing about the model: everything it writes was handed to it; nothing is executed here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import assert_never
 
-from piecework.codegen.entry.body import CHECKS_NAME, FUNCTION_NAME, HELD, entry_functions
-from piecework.codegen.entry.plan import EntryPlan, reads_weights
-from piecework.codegen.entry.proof import prove_entry
-from piecework.codegen.entry.steps import Steps
-from piecework.codegen.plan import ir
-from piecework.codegen.plan.check import check_ir
-from piecework.codegen.plan.literals import is_inline_literal
-from piecework.codegen.plan.names import BUILTINS, NameTable
+from piecework.codegen.entry.checks import Bind, EntryTable, Names
+from piecework.codegen.entry.plan import (
+    EntryPlan,
+    FromCall,
+    FromConst,
+    FromItems,
+    FromLeaf,
+    FromNumber,
+    FromOffset,
+    FromOutput,
+    FromSize,
+    FromSymbol,
+    FromWeights,
+    Packed,
+    Passed,
+    leaves_of,
+    reads_weights,
+)
+from piecework.codegen.plan.ir import Function, Module, Origin, Parameter, Statement
+from piecework.codegen.plan.names import BUILTINS, SUBMODS, NameTable
+from piecework.codegen.plan.one_line import targets_text, tuple_text
 from piecework.codegen.plan.render import render
 from piecework.codegen.plan.size_text import MODULES, RESERVED
 
+FUNCTION_NAME = "entry"
+CHECKS_NAME = "check_inputs"
+#: What ``bound`` holds, in order: a call takes all of it in one step, so that it never mixes two bindings.
+HELD = ("execution_fn", "weights_as_bound", "fetch_weights", "count_call")
+_MODES = "autocast_enabled() or dispatch_modes() or function_modes() or transforms() or not same_kernels()"
+
 #: Builtins that checks call or name, which no parameter may hide.
 _USED = ("bytes", "complex", "dict", "id", "len", "list", "repr", "str", "tuple", "type")
+
+#: What the runtime puts into the entry's module, beside its constants.
+PROVIDED = (
+    *("bound", "submods_for", "dynamo", "stance", "same_kernels", "flatten", "memory_apart"),
+    *("entry_in_stance", "entry_with_care", "explain_inputs", "explain_weights"),
+    *("explain_grad_mode", "tell_of_gradients"),
+    *("arguments_as_traced", "autocast_enabled", "dispatch_modes", "function_modes", "transforms"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,84 +68,183 @@ class EntrySource:
         return self.code
 
 
-#: What the runtime puts into the entry's module, beside its constants.
-PROVIDED = (
-    *("bound", "submods_for", "dynamo", "stance", "same_kernels", "flatten", "memory_apart"),
-    *("entry_in_stance", "entry_with_care", "explain_inputs", "explain_weights"),
-    *("explain_grad_mode", "tell_of_gradients"),
-    *("arguments_as_traced", "autocast_enabled", "dispatch_modes", "function_modes", "transforms"),
-)
-
-
 def generate_entry(plan: EntryPlan) -> EntrySource:
     """Write ``plan`` as Python source.
 
     The module must be executed with the names of `PROVIDED` in its namespace, beside ``consts``.
 
     Raises:
-        EmitError: the text is not Python, or does not say what ``plan`` says (a defect of piecework).
+        EmitError: the text is not Python (a defect of piecework).
     """
-    lowering = _Lowering(plan)
-    module = lowering.module()
-    check_ir(module, 0, FUNCTION_NAME)
-    code = render(module, "entry", plan.banner)
-    prove_entry(code, plan, PROVIDED, lowering.consts)
-    return EntrySource(code, lowering.consts)
+    entry = _Entry(plan)
+    *functions, last = entry.functions()
+    text = " ".join(stmt.text for each in (*functions, last) for stmt in each.body)
+    used = {name for name in MODULES if re.search(rf"\b{name}\.", text)}
+    module = Module(tuple(sorted({"torch", *used})), last, tuple(functions))
+    return EntrySource(render(module, "entry", plan.banner), entry.names.consts)
 
 
-class _Lowering:
-    """The plan of one entry's text. It is its own `Words`: names are written as they are, values in place or under a name."""
+def entry_table(plan: EntryPlan) -> EntryTable:
+    """The table that the entry of ``plan`` is written from, with the same names."""
+    return _Entry(plan).table
+
+
+class _Entry:
+    """The functions of one entry."""
 
     def __init__(self, plan: EntryPlan) -> None:
         self.plan = plan
         reserved = {*PROVIDED, *HELD, *_USED, *RESERVED, "torch", CHECKS_NAME, FUNCTION_NAME}
         if reads_weights(plan):
             reserved.add("weights")
-        self.names = NameTable(frozenset(reserved), builtins=frozenset())
-        self.own = {p.name: self.names.claim(p.name) for p in plan.parameters}
+        self.names = Names(NameTable(frozenset(reserved), builtins=frozenset()), {})
+        self.own = tuple(self.names.claim(each.name) for each in plan.parameters)
         # A parameter may have a builtin's name, which callers use; nothing else does.
         for name in BUILTINS:
-            self.names.reserve(name)
-        self.consts: dict[str, object] = {}
-        self.imports = {"torch"}
-        self.parameters = tuple(map(ir.Name, self.own.values()))
-        self.steps = Steps(self, self.parameters, lambda wish: ir.Name(self.names.claim(wish)))
+            self.names.table.reserve(name)
+        self.table = EntryTable(plan, self.names, self.own)
 
-    # --- words -----------------------------------------------------------------------------------
-
-    def name(self, name: str) -> ir.Expr:
-        self.imports |= {name} & MODULES.keys()
-        return ir.Global(name)
-
-    def attribute(self, value: ir.Expr, name: str) -> ir.Expr:
-        if isinstance(value, ir.Global) and value.path.partition(".")[0] in self.imports:
-            return ir.Global(f"{value.path}.{name}")
-        return ir.Attribute(value, name)
-
-    def value(self, value: object, wish: str = "") -> ir.Expr:
-        if is_inline_literal(value):
-            return ir.Literal(value)
-        known = (name for name, each in self.consts.items() if each is value)
-        name = next(known, None) or self.names.claim(wish)
-        self.consts[name] = value
-        return ir.Global(name)
-
-    # --- the module ------------------------------------------------------------------------------
-
-    def module(self) -> ir.Module:
-        users = tuple(map(ir.Name, self.own))
+    def functions(self) -> Iterator[Function]:
+        """``check_inputs`` if there is anything to check or to unpack, the entry, and one more where its parameters were renamed."""
+        users = tuple(each.name for each in self.plan.parameters)
         name = FUNCTION_NAME
-        if users != self.parameters:
+        if users != self.own:
             name = self.names.claim("entry_with_other_names")
-        *functions, entry = entry_functions(
-            self.plan,
-            self.steps,
-            lambda name, new: ir.Name(self.names.claim(name) if new else name),
-            name=name,
-            keywords=tuple(self.own.values()),
-            users=users,
-        )
-        provided = (*PROVIDED, *self.consts)
-        return ir.Module(
-            tuple(sorted(self.imports)), (), tuple(functions), entry, (), (), provided=provided
-        )
+        handed = self._handed()
+        checks = tuple(self._check_statements(handed))
+        if checks:
+            yield Function(CHECKS_NAME, tuple(map(Parameter, self.own)), checks)
+        body = tuple(self._statements(name, users, handed if checks else None))
+        yield Function(name, self._signature(self.own), body)
+        if name != FUNCTION_NAME:
+            again = Statement(f"return {self._call(name, users, self.own)}", "return")
+            yield Function(FUNCTION_NAME, self._signature(users), (again,))
+
+    def _signature(self, names: Sequence[str]) -> tuple[Parameter, ...]:
+        defaults = [
+            None if p.default is None else self.names.value(p.default.value, f"default_{p.name}")
+            for p in self.plan.parameters
+        ]
+        kinds = [each.kind for each in self.plan.parameters]
+        return tuple(map(Parameter, names, kinds, defaults))
+
+    def _call(self, function: str, values: Sequence[str], keywords: Sequence[str]) -> str:
+        """A call of ``function`` with the parameters' ``values``; its keyword parameters are called ``keywords``."""
+        parts = []
+        for parameter, value, keyword in zip(self.plan.parameters, values, keywords, strict=True):
+            stars = parameter.kind if parameter.kind in ("*", "**") else ""
+            parts.append(f"{keyword}={value}" if parameter.kind == "k" else f"{stars}{value}")
+        return f"{function}({', '.join(parts)})"
+
+    # --- check_inputs ----------------------------------------------------------------------------
+
+    def _handed(self) -> tuple[str, ...]:
+        """What the checks hand back: names that the entry uses and has no parameters for."""
+        plan, table = self.plan, self.table
+        passed = plan.passed if plan.batch is None else (*plan.passed, plan.batch)
+        used = {self._origin(each) for each in passed}
+        used |= {table.leaves[leaf] for leaf in leaves_of(plan.result)}
+        return tuple(name for name in table.unpacked if name in used)
+
+    def _origin(self, value: Passed) -> str | None:
+        match value:
+            case FromLeaf(leaf) | FromSize(leaf) | FromOffset(leaf):
+                return self.table.leaves[leaf]
+            case FromSymbol(name):
+                return self.table.symbols[name]
+            case FromNumber() | FromWeights():
+                return None
+            case _:
+                assert_never(value)
+
+    def _check_statements(self, handed: Sequence[str]) -> Iterator[Statement]:
+        refused = f"explain_inputs({', '.join(self.own)})"
+        for step in self.table.steps:
+            if isinstance(step, Bind):
+                yield Statement(step.text)
+            elif self.plan.checks:
+                test = " and ".join(each.text for each in step.checks)
+                if len(step.checks) > 1 or " " in test:
+                    conditions = [_grouped(each.text) for each in step.checks]
+                    test = f"({' and '.join(conditions)})"
+                yield Statement(f"if not {test}:\n    {refused}", origin=Origin(module=step.about))
+        if handed:
+            one = handed[0] if len(handed) == 1 else tuple_text(handed)
+            yield Statement(f"return {one}", "return")
+
+    # --- the entry -------------------------------------------------------------------------------
+
+    def _statements(
+        self, name: str, users: Sequence[str], handed: Sequence[str] | None
+    ) -> Iterator[Statement]:
+        """The entry's statements; ``name`` is the function that they are in, ``handed`` what the checks hand on, None without any."""
+        plan, own = self.plan, self.own
+        every = ", ".join(own)
+        in_stance = self._call("entry_in_stance", own, users)
+        yield Statement(f"if dynamo._stance is not stance:\n    return {in_stance}")
+        recording = f"tell_of_gradients({every})\n    with torch.no_grad():\n        return {self._call(name, own, own)}"
+        if plan.asks_grad_mode:
+            recording = "explain_grad_mode()"
+        yield Statement(f"if torch.is_grad_enabled():\n    {recording}")
+        yield Statement(f"if {_MODES}:\n    return {self._call('entry_with_care', own, users)}")
+        if handed is not None:
+            targets = targets_text(tuple(handed), len(handed) > 1)
+            yield Statement(f"{targets}{CHECKS_NAME}({every})")
+        note = Origin(module="for all of this call, whatever is bound meanwhile")
+        yield Statement(f"{', '.join(HELD)} = bound", origin=note)
+        if plan.binds and plan.checks:
+            yield Statement("if not weights_as_bound():\n    explain_weights()")
+        if reads_weights(plan):
+            yield Statement("weights = fetch_weights()")
+        passed = [*map(self._passed, plan.passed)]
+        if plan.batch is not None:
+            passed.append(f"{SUBMODS}=submods_for({self._passed(plan.batch)})")
+        self.outputs = tuple(map(self.names.claim, plan.outputs))
+        yield Statement("count_call()")
+        run = f"execution_fn({', '.join(passed)})"
+        yield Statement(targets_text(self.outputs, True) + run)
+        yield Statement(f"return {self._packed(plan.result)}", "return")
+
+    def _passed(self, value: Passed) -> str:
+        match value:
+            case FromLeaf(leaf):
+                return self.table.leaves[leaf]
+            case FromSymbol(name):
+                return self.table.symbols[name]
+            case FromSize(leaf, dim):
+                return f"{self.table.leaves[leaf]}.size({dim})"
+            case FromOffset(leaf):
+                return f"{self.table.leaves[leaf]}.storage_offset()"
+            case FromNumber(number):
+                return self.names.value(number)
+            case FromWeights(index):
+                return f"weights[{index}]"
+            case _:
+                assert_never(value)
+
+    def _packed(self, packed: Packed) -> str:
+        match packed:
+            case FromLeaf() | FromWeights():
+                return self._passed(packed)
+            case FromOutput(index):
+                return self.outputs[index]
+            case FromConst(value):
+                return self.names.value(value, "fixed")
+            case FromItems(kind, keys, children):
+                items = [*map(self._packed, children)]
+                if kind is dict:
+                    named = [self.names.value(key, "key") for key in keys]
+                    pairs = zip(named, items, strict=True)
+                    return f"{{{', '.join(f'{key}: {item}' for key, item in pairs)}}}"
+                return f"[{', '.join(items)}]" if kind is list else tuple_text(items)
+            case FromCall(rebuild, context, type_name, children):
+                function = self.names.value(rebuild, f"rebuild_{type_name}")
+                about = self.names.value(context, f"context_{type_name}")
+                return f"{function}([{', '.join(map(self._packed, children))}], {about})"
+            case _:
+                assert_never(packed)
+
+
+def _grouped(text: str) -> str:
+    """A condition beside others that have to hold too."""
+    return f"({text})" if " or " in text and not text.startswith("(") else text

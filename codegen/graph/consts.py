@@ -1,4 +1,4 @@
-"""Literals and constants of emitted source. In: Python values found in node arguments. Out: `Literal` or `Const` expressions and the consts table.
+"""Literals and constants of emitted source. In: Python values found in node arguments. Out: their text, and the consts table.
 
 A value is written inline only if its exact type has a literal that evaluates back to it; nothing is ever written by a
 user-defined ``repr``, and an FX node never becomes a constant.
@@ -17,7 +17,9 @@ import torch.fx
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from piecework.codegen.plan import ir
-from piecework.codegen.plan.literals import is_inline_literal
+from piecework.codegen.plan.literals import is_inline_literal, literal_text
+from piecework.codegen.plan.names import CONSTS
+from piecework.codegen.plan.one_line import tuple_text
 from piecework.errors import UnsupportedNode
 
 # CPython refuses 200 nested brackets; some are left for the statement around the argument.
@@ -38,14 +40,15 @@ class ConstTable:
         self._index: dict[int, int] = {}
         self._specs: list[ir.ConstSpec] = []
 
-    def add(self, value: object, *, attribute: str | None = None) -> ir.Const:
+    def add(self, value: object, *, attribute: str | None = None) -> str:
+        """How ``value`` is written from now on."""
         found = self._index.get(id(value))
         if found is None:
             found = len(self._values)
             self._values.append(value)  # keeps the value alive, so its id stays its own
             self._index[id(value)] = found
             self._specs.append(ir.ConstSpec(found, describe(value), attribute))
-        return ir.Const(found)
+        return f"{CONSTS}[{found}]"
 
     @property
     def values(self) -> list[object]:
@@ -56,72 +59,82 @@ class ConstTable:
         return tuple(self._specs)
 
 
-def to_expr(
+def to_text(
     value: object,
-    refer: Callable[[torch.fx.Node], ir.Expr],
+    refer: Callable[[torch.fx.Node], str],
     consts: ConstTable,
-    where: str,
-    literal: Callable[[object], ir.Expr] = ir.Literal,
-) -> ir.Expr:
-    """Turn a node argument into an expression; nodes in any nesting become what ``refer`` gives.
+    where: Callable[[], str],
+    literal: Callable[[object], str] = literal_text,
+    *,
+    index: bool = False,
+) -> str:
+    """Write a node argument as Python; nodes in any nesting become what ``refer`` gives.
 
-    Inline literals are passed to ``literal``, in order of evaluation.
+    Inline literals are passed to ``literal``, in order of evaluation; an ``index`` has slices as brackets write them.
 
     Raises:
         UnsupportedNode: an FX node hides inside an object that FX itself does not look into.
     """
 
-    def convert(item: object, depth: int = 0) -> ir.Expr:
+    def convert(item: object, depth: int = 0) -> str:
         kind = type(item)
         if depth > MAX_NESTING:
             raise UnsupportedNode(
                 f"an argument is nested more than {MAX_NESTING} levels deep, which Python's parser may refuse",
-                where=where,
+                where=where(),
                 hint="flatten the container",
             )
         if isinstance(item, torch.fx.Node):
             return refer(item)
         inner = depth + 1
         if kind in LIST_TYPES:
-            return ir.ListExpr(tuple(convert(each, inner) for each in item))  # type: ignore[attr-defined]
+            return f"[{', '.join(convert(each, inner) for each in item)}]"  # type: ignore[attr-defined]
         if kind is tuple:
-            return ir.TupleExpr(tuple(convert(each, inner) for each in item))  # type: ignore[attr-defined]
+            return tuple_text([convert(each, inner) for each in item])  # type: ignore[attr-defined]
         if kind in DICT_TYPES:
             pairs = item.items()  # type: ignore[attr-defined]
             if any(type(key) is not str and holds_node(key) for key, _ in pairs):
                 raise UnsupportedNode(
                     "an FX node is the key of a dict, where FX does not look for nodes",
-                    where=where,
+                    where=where(),
                     hint="build the dict in a function that the graph calls",
                 )
-            return ir.DictExpr(
-                tuple((convert(key, inner), convert(each, inner)) for key, each in pairs)
-            )
+            shown = (f"{convert(key, inner)}: {convert(each, inner)}" for key, each in pairs)
+            return f"{{{', '.join(shown)}}}"
         if kind is slice:
             parts = (item.start, item.stop, item.step)  # type: ignore[attr-defined]
-            start, stop, step = (convert(part, inner) for part in parts)
-            return ir.SliceExpr(start, stop, step)
+            return f"slice({', '.join(convert(part, inner) for part in parts)})"
         if is_inline_literal(item):
             return literal(item)
         hidden = _first_inside(item, _TRACED)
         if isinstance(hidden, _SIZES):
             raise UnsupportedNode(
                 f"the size {hidden} of the trace is an argument; it would be that of the traced example for ever",
-                where=where,
+                where=where(),
                 hint="pass the node that computes it (torch.ops.aten.sym_size.int)",
             )
         if hidden is not None and isinstance(item, tuple) and hasattr(item, "_fields"):
-            items = tuple(convert(each, inner) for each in item)
-            return ir.Call(consts.add(kind), ir.Arguments(items))
+            function = consts.add(kind)
+            return f"{function}({', '.join(convert(each, inner) for each in item)})"
         if hidden is not None:
             raise UnsupportedNode(
                 f"a {kind.__name__} that contains an FX node can't be written as source",
-                where=where,
+                where=where(),
                 hint="pass lists, tuples, dicts or slices of nodes",
             )
         return consts.add(item)
 
-    return convert(value)
+    def cut(item: object) -> str:
+        if type(item) is not slice:
+            return convert(item)
+        start, stop, step = (
+            "" if part is None else convert(part, 1) for part in (item.start, item.stop, item.step)
+        )
+        return f"{start}:{stop}" + (f":{step}" if step else "")
+
+    if index and type(value) is tuple and len(value) > 1:
+        return ", ".join(map(cut, value))
+    return cut(value) if index else convert(value)
 
 
 def holds_node(value: object) -> bool:

@@ -36,13 +36,18 @@ class Hole:
 class Structure:
     """``key`` identifies the program; ``lines`` are its readable form, one per node; ``holes`` what was left open.
 
-    ``portable`` is True when the key means the same in another process: nothing in it was told apart by identity.
+    ``local`` is what of it only this process can tell, "" where the key means the same in another one.
     """
 
     key: str
     lines: tuple[str, ...]
     holes: tuple[Hole, ...]
-    portable: bool = True
+    local: str = ""
+
+    @property
+    def portable(self) -> bool:
+        """Whether nothing in the key was told apart by identity."""
+        return not self.local
 
 
 def structure_of(
@@ -63,7 +68,7 @@ def structure_of(
         writer.write(node, describe_input)
     text = "\n".join(writer.lines)
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    return Structure(digest, tuple(writer.lines), tuple(writer.holes), writer.portable)
+    return Structure(digest, tuple(writer.lines), tuple(writer.holes), writer.local)
 
 
 def call_text(gm: torch.fx.GraphModule, node: torch.fx.Node) -> str:
@@ -80,7 +85,7 @@ class _Writer:
         self.open_literals = open_literals
         self.lines: list[str] = []
         self.holes: list[Hole] = []
-        self.portable = True
+        self.local = ""
         self._number: dict[torch.fx.Node, int] = {}
         self._memory: dict[StorageWeakRef, int] = {}
         self._ordinal = 0
@@ -146,7 +151,8 @@ class _Writer:
             if path is None:
                 return self._object(node.target)
             # A function of the user's own may have another body in another process.
-            self.portable &= path.module in (None, "operator", "math") or path.root == "torch"
+            if path.module not in (None, "operator", "math") and path.root != "torch":
+                self.local = self.local or f"it calls the Python function {path.path}"
             return str(path.path)
         if node.op == "call_method":
             return ascii(node.target)
@@ -158,14 +164,15 @@ class _Writer:
         value = attribute_of(self.gm, target)
         if isinstance(value, torch.fx.GraphModule):
             inner = structure_of(value, describe_input=input_signature)
-            self.portable &= inner.portable
+            self.local = self.local or inner.local
             return f"graph {inner.key}"
         return self._object(value)
 
     def _object(self, value: object) -> str:
         # Identity within this process: equal keys must mean the same object.
-        self.portable = False
-        return f"{type(value).__qualname__}@{id(value):x}"
+        kind = type(value).__qualname__
+        self.local = self.local or f"it holds {getattr(value, '__qualname__', None) or f'a {kind}'}"
+        return f"{kind}@{id(value):x}"
 
     def _value(self, value: object, node: int, argument: str) -> str:
         if isinstance(value, torch.fx.Node):

@@ -103,6 +103,8 @@ def _candidates(target: object) -> list[tuple[str | None, str]]:
         if public != owner and public in sys.modules:
             found.append((public, f"{public}.{qualname}"))
         found.append((owner, f"{owner}.{qualname}"))
+        if name != qualname:  # pybind's functions all have one qualname
+            found.append((owner, f"{owner}.{name}"))
     return found
 
 

@@ -11,9 +11,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import EllipsisType, NoneType
-from typing import Any
-
-from piecework.codegen.plan.ir import Literal
+from typing import Any, NamedTuple
 
 # int -> str conversion is limited by CPython (4300 digits by default); larger integers go to consts.
 _MAX_INLINE_BITS = 4096
@@ -27,13 +25,17 @@ class Kind:
         text: the literal as ASCII source in black's spelling.
         same: whether two values of the kind can't be told apart, the sign of a zero included; NaN is never the same.
         fits: whether a value has a literal that evaluates back to it.
-        closed: it may stand before a dot or a bracket without parentheses.
     """
 
     text: Callable[[Any], str] = ascii
     same: Callable[[Any, Any], bool] = lambda left, right: bool(left == right)
     fits: Callable[[Any], bool] = lambda _: True
-    closed: bool = True
+
+
+class Read(NamedTuple):
+    """A literal that was read from a text."""
+
+    value: object
 
 
 def is_inline_literal(value: object) -> bool:
@@ -44,12 +46,7 @@ def is_inline_literal(value: object) -> bool:
 
 def literal_text(value: object) -> str:
     """A literal as ASCII source in black's spelling; ``...`` for Ellipsis. What has none is shown as it shows itself, for errors."""
-    return kind_of(value).text(value)
-
-
-def kind_of(value: object) -> Kind:
-    """The row of ``value``; that of values without a literal is a plain one."""
-    return KINDS.get(type(value), _PLAIN)
+    return KINDS.get(type(value), _PLAIN).text(value)
 
 
 def same_literal(left: object, right: object) -> bool:
@@ -61,20 +58,20 @@ def same_literal(left: object, right: object) -> bool:
     return kind is not None and kind.same(left, right)
 
 
-def read_literal(node: ast.expr) -> Literal | None:
+def read_literal(node: ast.expr) -> Read | None:
     """The literal that an expression is, with its sign and both parts of a complex number; None for anything else."""
     match node:
         case ast.Constant(value=value):
-            return Literal(value)
+            return Read(value)
         case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=number)):
             # bool has a minus too, and what comes out is no bool
-            return Literal(-number) if type(number) in (int, float, complex) else None  # type: ignore[operator]
+            return Read(-number) if type(number) in (int, float, complex) else None  # type: ignore[operator]
         case ast.BinOp(left=left, op=ast.Add() | ast.Sub() as sign, right=ast.Constant(value=part)):
             real = read_literal(left)
             if real is None or type(real.value) not in (int, float) or type(part) is not complex:
                 return None
             whole: Any = real.value
-            return Literal(whole + part if isinstance(sign, ast.Add) else whole - part)
+            return Read(whole + part if isinstance(sign, ast.Add) else whole - part)
     return None
 
 
@@ -114,13 +111,12 @@ _PLAIN = Kind()
 KINDS: Mapping[type, Kind] = {
     NoneType: Kind(),
     bool: Kind(),
-    int: Kind(fits=lambda value: value.bit_length() <= _MAX_INLINE_BITS, closed=False),
-    float: Kind(_float_text, _same_bits, math.isfinite, closed=False),
+    int: Kind(fits=lambda value: value.bit_length() <= _MAX_INLINE_BITS),
+    float: Kind(_float_text, _same_bits, math.isfinite),
     complex: Kind(
         _complex_text,
         lambda left, right: _same_bits(left.real, right.real) and _same_bits(left.imag, right.imag),
         _complex_survives_repr,
-        closed=False,
     ),
     str: Kind(_quoted),
     bytes: Kind(_quoted),

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 
 from piecework.codegen.plan import ir
 from piecework.codegen.plan.formatting import LINE_LENGTH, format_source, format_statements
-from piecework.codegen.plan.one_line import expr_text, signature_text, stmt_text
+from piecework.codegen.plan.one_line import signature_text
 
 if TYPE_CHECKING:
     import jinja2
 
 FORMAT_VERSION = 1
+_UNCOMMENTED = ("del", "return", "try", "finally")
 
 # What switches black off, or tells it or a type checker something, when it is all of a comment.
 _DIRECTIVE = re.compile(r"\b(fmt|yapf|type|noqa|pragma|pylint|isort)\s*:")
@@ -57,10 +58,10 @@ def render(
     """
     every = (*module.functions, module.entry)
     said = [
-        (stmt_text(stmt.call if isinstance(stmt, ir.Finally) else stmt), depth)
+        (stmt.text, depth)
         for function in every
         for stmt, depth in with_depth(function.body)
-        if not isinstance(stmt, ir.Try)
+        if stmt.kind != "try"
     ]
     texts = iter(format_statements(said))
     text: str = (
@@ -117,31 +118,31 @@ def _wrapped(note: str) -> str:
     return "\n    #   ".join(lines).replace("\N{NO-BREAK SPACE}", " ")
 
 
-def with_depth(body: Sequence[ir.Stmt]) -> Iterator[tuple[ir.Stmt, int]]:
+def with_depth(body: Sequence[ir.Statement]) -> Iterator[tuple[ir.Statement, int]]:
     """Each statement, and the number of blocks around it: ``try:`` stands where its region was entered, the call of its ``finally:`` inside."""
     depth = 0
     for stmt in body:
         yield stmt, depth
-        depth += isinstance(stmt, ir.Try) - isinstance(stmt, ir.Finally)
+        depth += (stmt.kind == "try") - (stmt.kind == "finally")
 
 
-def _lines_of(body: Sequence[ir.Stmt], texts: Iterator[str]) -> Iterator[dict[str, str]]:
+def _lines_of(body: Sequence[ir.Statement], texts: Iterator[str]) -> Iterator[dict[str, str]]:
     """The comment and the code of each statement, indented by the blocks around it."""
-    before: ir.Stmt | None = None
+    before = ""
     for stmt, depth in with_depth(body):
-        text = "try:" if isinstance(stmt, ir.Try) else next(texts)
+        text = "try:" if stmt.kind == "try" else next(texts)
         pad = " " * (4 * depth)
         comment = f"\n{pad}    ".join(f"# {each}" for each in _comment_lines(stmt, 4 + len(pad)))
         code = pad + text.replace("\n", f"\n{pad}")
-        if isinstance(stmt, ir.Finally):
-            empty = f"{pad}pass\n" if isinstance(before, ir.Try) else ""
+        if stmt.kind == "finally":
+            empty = f"{pad}pass\n" if before == "try" else ""
             code = f"{empty}{pad[4:]}finally:\n{code}"
         yield {"comment": f"{pad}{comment}" if comment else "", "code": code}
-        before = stmt
+        before = stmt.kind
 
 
 def _alias(alias: ir.Alias) -> str:
-    text = f"{alias.name} = {expr_text(alias.value)}"
+    text = f"{alias.name} = {alias.value}"
     return text if len(text) <= LINE_LENGTH else format_source(f"{text}\n").removesuffix("\n")
 
 
@@ -151,9 +152,9 @@ def _comment(text: str, *, made_here: bool = False) -> str:
     return _DIRECTIVE.sub(r"\1 -", line).rstrip()
 
 
-def comment_text(stmt: ir.Stmt) -> str:
+def comment_text(stmt: ir.Statement) -> str:
     """``layers.0.self_attn  modeling.py:41  -> f32[1, s0, 64]``, as far as known."""
-    if isinstance(stmt, (ir.Delete, ir.Return, ir.Try, ir.Finally)):
+    if stmt.kind in _UNCOMMENTED:
         return ""
     origin = stmt.origin
     shapes = f"-> {origin.shapes}" if origin.shapes else ""
@@ -164,10 +165,10 @@ def comment_text(stmt: ir.Stmt) -> str:
     return _comment(text, made_here=True)
 
 
-def _comment_lines(stmt: ir.Stmt, indent: int) -> list[str]:
+def _comment_lines(stmt: ir.Statement, indent: int) -> list[str]:
     """`comment_text` in lines that fit: without the user's code where that is too long, shapes below in as many as it takes."""
     text, width = comment_text(stmt), LINE_LENGTH - indent - len("# ")
-    if len(text) <= width or isinstance(stmt, (ir.Delete, ir.Return, ir.Try, ir.Finally)):
+    if len(text) <= width or stmt.kind in _UNCOMMENTED:
         return [text] if text else []
     origin = stmt.origin
     if origin.code:
@@ -195,13 +196,11 @@ def line_map(module: ir.Module, tree: ast.Module) -> dict[int, ir.Origin]:
     functions = [*module.functions, module.entry]
     defined = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     for function, node in zip(functions, defined, strict=True):
-        said = [stmt for stmt in function.body if not isinstance(stmt, ir.Try)]
+        said = [stmt for stmt in function.body if stmt.kind != "try"]
         for stmt, written in zip(said, flat_statements(node.body), strict=True):
-            if isinstance(stmt, (ir.Delete, ir.Try)):
-                continue
-            origin = stmt.call.origin if isinstance(stmt, ir.Finally) else stmt.origin
-            for line in range(written.lineno, (written.end_lineno or written.lineno) + 1):
-                lines[line] = origin
+            if stmt.kind != "del":
+                end = (written.end_lineno or written.lineno) + 1
+                lines.update(dict.fromkeys(range(written.lineno, end), stmt.origin))
     return lines
 
 

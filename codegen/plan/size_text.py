@@ -9,12 +9,11 @@ from __future__ import annotations
 import ast
 import builtins
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from piecework.codegen.plan import ir
-from piecework.codegen.plan.one_line import expr_text
 from piecework.errors import EmitError
 
 #: What texts may name besides the symbols: builtins, and the module that the emitted text imports.
@@ -36,14 +35,20 @@ def size_text(expr: object, names: Mapping[str, str]) -> str:
         's0 // 2 + 1'
     """
     found = _Reader(names).read(expr)
-    text = expr_text(found)
-    return f"({text})" if isinstance(found, ir.Operation) and found.sign == "if" else text
+    text = ast.unparse(found)
+    return f"({text})" if isinstance(found, ast.IfExp) else text
 
 
 def checked_text(text: str) -> str:
     """A relation made here as one that is False, instead of failing, where it would divide by zero or leave a function's domain."""
     conditions = dict.fromkeys(_domain(ast.parse(text, mode="eval").body))
     return " and ".join([*conditions, f"({text})" if " or " in text and conditions else text])
+
+
+def renamed(text: str, names: Mapping[str, str]) -> str:
+    """``text`` with other names for its symbols."""
+    pattern = r"(?<![\w.])[A-Za-z_]\w*"
+    return re.sub(pattern, lambda found: names.get(found.group(), found.group()), text)
 
 
 def _domain(node: ast.AST) -> Iterator[str]:
@@ -86,12 +91,12 @@ def symbols_in(text: str) -> frozenset[str]:
 
 
 class _Reader:
-    """Makes one of torch's expressions an expression of a plan."""
+    """Makes one of torch's expressions one of Python's."""
 
     def __init__(self, names: Mapping[str, str]) -> None:
         self.names = names
 
-    def read(self, expr: Any) -> ir.Expr:
+    def read(self, expr: Any) -> ast.expr:
         kind = type(expr).__name__
         read = _READ.get(kind)
         if read is not None:
@@ -105,31 +110,31 @@ class _Reader:
             hint="compute it inside a splitting op, or pass it as an argument",
         )
 
-    def symbol(self, expr: Any) -> ir.Expr:
+    def symbol(self, expr: Any) -> ast.expr:
         name = self.names.get(str(expr))
         if name is None:
             raise EmitError(
                 f"a size depends on {expr}, which no argument tells",
                 hint="pass the size as an argument, or the tensor that has it",
             )
-        return ir.Name(name)
+        return ast.Name(name)
 
-    def number(self, expr: Any) -> ir.Expr:
+    def number(self, expr: Any) -> ast.expr:
         return _number(int(expr))
 
-    def rational(self, expr: Any) -> ir.Expr:
+    def rational(self, expr: Any) -> ast.expr:
         return _operation("/", _number(int(expr.p)), _number(int(expr.q)))
 
-    def real(self, expr: Any) -> ir.Expr:
+    def real(self, expr: Any) -> ast.expr:
         value = float(expr)
         if not math.isfinite(value):
             raise EmitError(f"a size is compared with {value}, which has no literal")
         return _number(value)
 
-    def truth(self, expr: Any) -> ir.Expr:
-        return ir.Literal(bool(expr))
+    def truth(self, expr: Any) -> ast.expr:
+        return ast.Constant(bool(expr))
 
-    def sum(self, expr: Any) -> ir.Expr:
+    def sum(self, expr: Any) -> ast.expr:
         first, *others = expr.as_ordered_terms()
         found = self.read(first)
         for each in others:
@@ -139,10 +144,10 @@ class _Reader:
             )
         return found
 
-    def product(self, expr: Any) -> ir.Expr:
+    def product(self, expr: Any) -> ast.expr:
         """Factors over divisors; what is an integer is divided as integers are."""
-        above: list[ir.Expr] = []
-        below: list[ir.Expr] = []
+        above: list[ast.expr] = []
+        below: list[ast.expr] = []
         negative = False
         for factor in expr.as_ordered_factors():  # -2 comes as two factors, -1 and 2
             if factor.is_Rational:
@@ -156,50 +161,76 @@ class _Reader:
         # Before a quotient the sign would belong to the first factor, which // would round with.
         if negative and above and not below:
             above[0] = _operation("-", above[0])
-        found = _operation("*", *above) if len(above) > 1 else (*above, ir.Literal(1))[0]
+        found = _operation("*", *above) if len(above) > 1 else (*above, ast.Constant(1))[0]
         if not below:
             return found
         found = _operation("//" if expr.is_integer else "/", found, *below)
         return _operation("-", found) if negative else found
 
-    def identity(self, expr: Any) -> ir.Expr:
+    def identity(self, expr: Any) -> ast.expr:
         return self.read(expr.args[0])
 
-    def up(self, expr: Any) -> ir.Expr:
+    def up(self, expr: Any) -> ast.expr:
         """The quotient, rounded up."""
         left, right = map(self.read, expr.args)
         return _operation("-", _operation("//", _operation("-", left), right))
 
-    def modular(self, expr: Any) -> ir.Expr:
+    def modular(self, expr: Any) -> ast.expr:
         base, divisor, modulus = map(self.read, expr.args)
         return _operation("%", _operation("//", base, divisor), modulus)
 
-    def truncated(self, expr: Any) -> ir.Expr:
+    def truncated(self, expr: Any) -> ast.expr:
         return _call("float", _call("math.trunc", self.read(expr.args[0])))
 
-    def logic(self, expr: Any) -> ir.Expr:
+    def logic(self, expr: Any) -> ast.expr:
         word = {"And": "and", "Or": "or"}[type(expr).__name__]
         return _operation(word, *map(self.read, sorted(expr.args, key=str)))
 
-    def choice(self, expr: Any) -> ir.Expr:
+    def choice(self, expr: Any) -> ast.expr:
         test, yes, no = map(self.read, expr.args)
         return _operation("if", yes, test, no)
 
 
-def _number(value: float) -> ir.Expr:
-    found = ir.Literal(abs(value))
+def _number(value: float) -> ast.expr:
+    found = ast.Constant(abs(value))
     return _operation("-", found) if value < 0 else found
 
 
-def _operation(sign: str, *operands: ir.Expr) -> ir.Expr:
-    return ir.Operation(sign, operands)
+def _operation(sign: str, *operands: ast.expr) -> ast.expr:
+    """Operands with a sign before or between them; of ``if``, the value, the test and the other value."""
+    first, *rest = operands
+    kind = _KINDS[sign]
+    if sign == "if":
+        return ast.IfExp(rest[0], first, rest[1])
+    if issubclass(kind, ast.boolop):
+        return ast.BoolOp(kind(), list(operands))
+    if issubclass(kind, ast.cmpop):
+        return ast.Compare(first, [kind()], rest)
+    if not rest:
+        return ast.UnaryOp(ast.Not() if sign == "not" else ast.USub(), first)
+    assert issubclass(kind, ast.operator)
+    for each in rest:
+        first = ast.BinOp(first, kind(), each)
+    return first
 
 
-def _call(function: str, *arguments: ir.Expr) -> ir.Expr:
-    return ir.Call(ir.Global(function), ir.Arguments(arguments, ()))
+_KINDS: dict[str, type[ast.AST]] = {
+    **{"if": ast.IfExp, "and": ast.And, "or": ast.Or, "not": ast.Not},
+    **{"==": ast.Eq, "!=": ast.NotEq, "<": ast.Lt, "<=": ast.LtE, ">": ast.Gt, ">=": ast.GtE},
+    **{"+": ast.Add, "-": ast.Sub, "*": ast.Mult, "/": ast.Div, "//": ast.FloorDiv, "%": ast.Mod},
+    **{"**": ast.Pow, "<<": ast.LShift, ">>": ast.RShift},
+    **{"&": ast.BitAnd, "|": ast.BitOr, "^": ast.BitXor},
+}
 
 
-_READ: dict[str, Callable[[_Reader, Any], ir.Expr]] = {
+def _call(function: str, *arguments: ast.expr) -> ast.expr:
+    path: ast.expr = ast.Name(function.split(".", maxsplit=1)[0])
+    for part in function.split(".")[1:]:
+        path = ast.Attribute(path, part)
+    return ast.Call(path, list(arguments), [])
+
+
+_READ: dict[str, Callable[[_Reader, Any], ast.expr]] = {
     "Symbol": _Reader.symbol,
     **dict.fromkeys(("Integer", "Zero", "One", "NegativeOne"), _Reader.number),
     **dict.fromkeys(("Rational", "Half"), _Reader.rational),

@@ -12,10 +12,10 @@ from typing import assert_never
 import torch.fx
 
 from piecework.codegen.plan import ir
-from piecework.codegen.plan.check import check_ir
 from piecework.codegen.plan.literals import is_inline_literal, literal_text
-from piecework.codegen.plan.liveness import definitions, uses
-from piecework.codegen.plan.names import NameTable
+from piecework.codegen.plan.liveness import deletion
+from piecework.codegen.plan.names import NameTable, is_identifier
+from piecework.codegen.plan.one_line import call_text, targets_text
 from piecework.codegen.plan.render import const_rows, render, table_rows
 from piecework.codegen.replay.plan import (
     Buffer,
@@ -53,9 +53,8 @@ def generate_replay(
     """
     plan = _Planner(source, facts)
     module = plan.module()
-    check_ir(module, len(source.consts), REPLAY_NAME)
     text = _render(module, plan, facts)
-    emitted = ReplaySource(text, plan.held, source.consts, module)
+    emitted = ReplaySource(text, plan.held, plan.outputs, source.consts, module)
     return emitted, verify_replay(emitted, source, split_gm, facts)
 
 
@@ -74,7 +73,7 @@ class _Planner:
         taken |= {function.name for function in stitched.functions}
         taken |= {parameter.name for parameter in stitched.entry.parameters}
         for stmt in stitched.entry.body:
-            taken |= set(definitions(stmt))
+            taken |= set(stmt.targets)
         taken |= {module.partition(".")[0] for module in stitched.imports}
         self.names = NameTable(frozenset(taken))
         self.held: dict[str, Held] = {}
@@ -84,74 +83,77 @@ class _Planner:
         self.numbers: dict[str, object] = (
             {}
         )  # results of pieces that follow from the captured sizes
+        self.outputs: dict[str, HeldOutput] = {}  # and whose they are
         self.live: set[str] = set()
 
     def module(self) -> ir.Module:
         stitched = self.source.module
         body = list(self._body(stitched.entry.body))
-        used = {name for stmt in body for name in uses(stmt)}
+        used = {name for stmt in body for name in stmt.uses}
         self.numbers = {name: number for name, number in self.numbers.items() if name in used}
         for name in [*self.facts.staged, *self.facts.places]:
             if name in used:
                 self.held[name] = HeldInput(name)
-        entry = ir.Function(REPLAY_NAME, (ir.Parameter(self.inputs),), tuple(body), False)
-        provided = tuple(dict.fromkeys([*self.held, *self.facts.sizes, *self.numbers]))
-        return replace(stitched, entry=entry, submod_names=(), bound=(), provided=provided)
+        entry = ir.Function(REPLAY_NAME, (ir.Parameter(self.inputs),), tuple(body))
+        return replace(stitched, entry=entry, submod_names=(), bound=())
 
-    def _body(self, body: tuple[ir.Stmt, ...]) -> Iterator[ir.Stmt]:
+    def _body(self, body: tuple[ir.Statement, ...]) -> Iterator[ir.Statement]:
         if self.facts.staged:
             self.held[self.stage] = HeldStage()
             what = ", ".join(self.facts.staged)
             note = f"inputs: {what}, padded to {self.facts.tokens}"
-            yield _call(self.stage, (ir.Name(self.inputs),), note)
+            yield _call(self.stage, (self.inputs,), note)
         for stmt in body:
-            match stmt:
-                case ir.CallSubmod():
-                    yield from self._piece(stmt)
-                case ir.CallInlined(passes_submods=True):
-                    raise EmitError(
-                        f"function {stmt.function} calls pieces itself, which has no replay form",
-                        where=stmt.origin.source or stmt.function,
-                        hint="inline the nested graph, or run it uncaptured",
-                    )
-                case ir.Delete(names):
-                    kept = tuple(name for name in names if name in self.live)
-                    if kept:
-                        yield ir.Delete(kept)
-                case _:
-                    self.live.update(definitions(stmt))
-                    yield stmt
+            if stmt.piece is not None:
+                yield from self._piece(stmt, stmt.piece)
+            elif stmt.kind == "nested":
+                raise EmitError(
+                    f"a function of the text calls pieces itself, which has no replay form: {stmt.text[:80]}",
+                    where=stmt.origin.source or stmt.text.partition("(")[0],
+                    hint="inline the nested graph, or run it uncaptured",
+                )
+            elif stmt.kind == "del":
+                kept = tuple(name for name in stmt.targets if name in self.live)
+                if kept:
+                    yield deletion(kept)
+            else:
+                self.live.update(stmt.targets)
+                yield stmt
 
-    def _piece(self, stmt: ir.CallSubmod) -> Iterator[ir.Stmt]:
-        index, facts = stmt.index, self.facts.pieces[stmt.index]
+    def _piece(self, stmt: ir.Statement, piece: ir.PieceCall) -> Iterator[ir.Statement]:
+        index, facts = piece.index, self.facts.pieces[piece.index]
         submod = self.source.submod_names[index]
         if facts.eager_reason is not None:
             name = self.names.claim(submod)
             self.held[name] = HeldReplay(index)
             self.live.update(stmt.targets)
             note = f"{stmt.origin.module}: runs uncaptured: {facts.eager_reason}"
-            call = ir.Call(ir.Global(name), stmt.arguments)
-            yield ir.Assign(stmt.targets, stmt.unpack, call, _noted(note.removeprefix(": ")))
+            text = targets_text(stmt.targets, stmt.unpack) + call_text(name, piece.arguments)
+            yield replace(stmt, text=text, origin=_noted(note.removeprefix(": ")), piece=None)
             return
-        leaves = leaves_of(stmt.arguments, submod)
+        leaves = piece.leaves
+        if leaves is None:
+            why = "a piece takes a container or a keyword, which has no replay form"
+            raise EmitError(why, where=submod)
         for number, buffer in enumerate(facts.buffers):
             yield self._fill(index, number, buffer, leaves)
         replay = self.names.claim(f"replay_{index}")
         self.held[replay] = HeldReplay(index)
-        yield _call(replay, (), _reads(stmt, facts, leaves))
+        yield _call(replay, (), _reads(stmt, piece, facts, leaves))
         for number, buffer in enumerate(facts.buffers):
             if buffer.writes_back:
                 yield self._bring_back(index, number, buffer, leaves)
         for element, target in enumerate(stmt.targets):
             output = facts.output(element if stmt.unpack else None)
+            held = HeldOutput(index, element if stmt.unpack else None)
             if isinstance(output, Frozen) and is_inline_literal(output.value):
-                self.numbers[target] = output.value
+                self.numbers[target], self.outputs[target] = output.value, held
             else:
-                self.held[target] = HeldOutput(index, element if stmt.unpack else None)
+                self.held[target] = held
 
     def _fill(
-        self, index: int, number: int, buffer: Buffer, leaves: tuple[ir.Expr, ...]
-    ) -> ir.Stmt:
+        self, index: int, number: int, buffer: Buffer, leaves: tuple[str, ...]
+    ) -> ir.Statement:
         submod = self.source.submod_names[index]
         if self.facts.policy != "copy":
             raise EmitError(
@@ -161,7 +163,7 @@ class _Planner:
         note = f"fresh tensor: address policy {self.facts.policy!r} stages it for {submod}"
         if buffer.plain:
             name = self.names.claim(f"{submod}_in_{buffer.leaves[0]}")
-            target = _copy(ir.Name(name), values[0], note)
+            target = _copy(name, values[0], note)
         else:
             name = self.names.claim(f"stage_{submod}_in_{buffer.leaves[0]}")
             target = _call(name, values, note)
@@ -170,55 +172,34 @@ class _Planner:
         return target
 
     def _bring_back(
-        self, index: int, number: int, buffer: Buffer, leaves: tuple[ir.Expr, ...]
-    ) -> ir.Stmt:
+        self, index: int, number: int, buffer: Buffer, leaves: tuple[str, ...]
+    ) -> ir.Statement:
         submod = self.source.submod_names[index]
         values = tuple(leaves[leaf] for leaf in buffer.leaves)
         note = f"{submod} changed it in place"
         if buffer.plain:
-            return _copy(values[0], ir.Name(self.buffers[index, number]), note)
+            return _copy(values[0], self.buffers[index, number], note)
         name = self.names.claim(f"bring_back_{submod}_in_{buffer.leaves[0]}")
         self.held[name] = HeldBack(index, number)
         return _call(name, values, note)
 
 
-def leaves_of(arguments: ir.Arguments, submod: str) -> tuple[ir.Expr, ...]:
-    """The leaves of a piece's arguments, in the order in which a capture flattens them.
-
-    Raises:
-        EmitError: an argument is a container of another kind than list or tuple, or is passed by keyword.
-    """
-    if arguments.kwargs:
-        raise EmitError("a piece is called with keywords, which has no replay form", where=submod)
-
-    def walk(expr: ir.Expr) -> Iterator[ir.Expr]:
-        match expr:
-            case ir.TupleExpr(items) | ir.ListExpr(items):
-                for item in items:
-                    yield from walk(item)
-            case ir.Name() | ir.Literal() | ir.Const() | ir.Global():
-                yield expr
-            case _:
-                raise EmitError(
-                    f"a piece takes a {type(expr).__name__}, which has no replay form", where=submod
-                )
-
-    return tuple(leaf for arg in arguments.args for leaf in walk(arg))
-
-
-def _reads(stmt: ir.CallSubmod, facts: PieceFacts, leaves: tuple[ir.Expr, ...]) -> str:
+def _reads(
+    stmt: ir.Statement, piece: ir.PieceCall, facts: PieceFacts, leaves: tuple[str, ...]
+) -> str:
     """What the replay reads, and who keeps it in place, for the comment above it."""
     if len(facts.reads) != len(leaves):
         raise EmitError(
-            f"piece {stmt.index} was captured with {len(facts.reads)} arguments, the graph passes {len(leaves)}"
+            f"piece {piece.index} was captured with {len(facts.reads)} arguments, the graph passes {len(leaves)}"
         )
     owners: dict[str, list[str]] = {}
     for leaf, read in zip(leaves, facts.reads, strict=True):
+        named = leaf in stmt.uses
         match read:
-            case InPlace(owner=owner) if isinstance(leaf, ir.Name):
-                owners.setdefault(owner, []).append(leaf.id)
+            case InPlace(owner=owner) if named:
+                owners.setdefault(owner, []).append(leaf)
             case Staged():
-                owners.setdefault("staged", []).append(getattr(leaf, "id", "a constant"))
+                owners.setdefault("staged", []).append(leaf if named else "a constant")
             case InPlace() | Frozen():
                 pass
             case _:
@@ -226,17 +207,18 @@ def _reads(stmt: ir.CallSubmod, facts: PieceFacts, leaves: tuple[ir.Expr, ...]) 
     shown = [f"{owner}: {', '.join(names)}" for owner, names in owners.items() if owner != "weight"]
     weights = len(owners.get("weight", ()))
     shown += [f"{weights} weight{'s' * (weights != 1)}"] if weights else []
-    head = stmt.origin.module or f"piece {stmt.index}"
+    head = stmt.origin.module or f"piece {piece.index}"
     return f"{head}  reads {'; '.join(shown) or 'nothing'}"
 
 
-def _call(name: str, args: tuple[ir.Expr, ...], note: str) -> ir.Stmt:
-    return ir.Assign((), False, ir.Call(ir.Global(name), ir.Arguments(args)), _noted(note))
+def _call(name: str, args: tuple[str, ...], note: str) -> ir.Statement:
+    used = tuple(filter(is_identifier, args))
+    return ir.Statement(call_text(name, ", ".join(args)), uses=used, origin=_noted(note))
 
 
-def _copy(into: ir.Expr, value: ir.Expr, note: str) -> ir.Stmt:
-    call = ir.Call(ir.Attribute(into, "copy_"), ir.Arguments((value,)))
-    return ir.Assign((), False, call, _noted(note))
+def _copy(into: str, value: str, note: str) -> ir.Statement:
+    used = tuple(filter(is_identifier, (into, value)))
+    return ir.Statement(f"{into}.copy_({value})", uses=used, origin=_noted(note))
 
 
 def _noted(note: str) -> ir.Origin:

@@ -173,12 +173,14 @@ class ReplaySource:
     Attributes:
         code: the Python text, exactly what is executed.
         held: name in the text → what it must be bound to.
+        numbers: name of a number in the text → the result of a piece that it is.
         consts: the values of ``__vllm_consts__``.
         module: the plan that the text was rendered from; its entry is the replay function.
     """
 
     code: str
     held: Mapping[str, Held]
+    numbers: Mapping[str, HeldOutput]
     consts: tuple[object, ...] = field(repr=False)
     module: ir.Module = field(repr=False)
 

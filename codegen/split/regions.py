@@ -7,7 +7,7 @@ its own, and emitted text closes in ``finally``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -95,30 +95,24 @@ _EXITS = {key: kind for kind in _KINDS for key in kind.exits}
 _NAMES = frozenset(name for _, name in (*_ENTERS, *_EXITS))
 
 
-def entered_by(target: object) -> Kind | None:
-    """The kind of region that calling ``target`` opens (for a setting: that it sets)."""
-    return _ENTERS.get(_key(target))
+def _kind_of(node: torch.fx.Node) -> Kind | None:
+    """The kind of region that calling ``node`` opens, closes or sets."""
+    name = getattr(node.target, "__name__", None) if node.op == "call_function" else None
+    if type(name) is not str or (name := name.partition(".")[0]) not in _NAMES:
+        return None  # an overload is called op.overload
+    key = (getattr(node.target, "__module__", None), name)
+    return _ENTERS.get(key) or _EXITS.get(key)  # type: ignore[arg-type]
 
 
-def left_by(target: object) -> Kind | None:
-    """The kind of region that calling ``target`` closes (for a setting: that it sets)."""
-    return _EXITS.get(_key(target))
-
-
-def _key(target: object) -> Key:
-    name = getattr(target, "__name__", None)
-    if type(name) is not str:
-        return ("", "")
-    name = name.partition(".")[0]  # an overload is called op.overload
-    if name not in _NAMES:
-        return ("", "")
-    module = getattr(target, "__module__", None)
-    return (module, name) if type(module) is str else ("", "")
+def _opens(kind: Kind, node: torch.fx.Node) -> bool:
+    name = str(getattr(node.target, "__name__", "")).partition(".")[0]
+    return (getattr(node.target, "__module__", ""), name) in kind.enters
 
 
 def has_regions(graph: torch.fx.Graph) -> bool:
     """True if a node of ``graph`` opens a region or sets something."""
-    return any(n.op == "call_function" and entered_by(n.target) is not None for n in graph.nodes)
+    kinds = ((each, _kind_of(each)) for each in graph.nodes)
+    return any(kind is not None and _opens(kind, each) for each, kind in kinds)
 
 
 def regions_in(graph: torch.fx.Graph) -> dict[torch.fx.Node, torch.fx.Node]:
@@ -131,29 +125,21 @@ def regions_in(graph: torch.fx.Graph) -> dict[torch.fx.Node, torch.fx.Node]:
     finals = _final_settings(graph)
     stack: list[tuple[Kind, torch.fx.Node]] = []
     for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        kind = entered_by(node.target) or left_by(node.target)
+        kind = _kind_of(node)
         if kind is None:
             continue
         is_open = any(each is kind for each, _ in stack)
         if kind.is_setting and is_open and not _same_call(node, finals[kind]):
             continue  # set again inside the region
-        opens = not is_open if kind.is_setting else entered_by(node.target) is kind
-        if opens:
+        if not is_open if kind.is_setting else _opens(kind, node):
             stack.append((kind, node))
             continue
-        if (
-            not stack
-            or stack[-1][0] is not kind
-            or (kind.passes and node.args[:1] != (stack[-1][1],))
-        ):
+        last, entered = stack.pop() if stack else (None, node)
+        if last is not kind or (kind.passes and node.args[:1] != (entered,)):
             raise _unbalanced(kind, node, "is closed where it is not the last one opened")
-        entered = stack.pop()[1]
         if node.users or any(entered < each for each in node.all_input_nodes):
-            raise _unbalanced(
-                kind, node, "is closed with a value that is made inside of it, or for its result"
-            )
+            why = "is closed with a value that is made inside of it, or for its result"
+            raise _unbalanced(kind, node, why)
         found[entered] = node
     if stack:
         raise _unbalanced(*stack[-1], "is opened and not closed")
@@ -170,28 +156,14 @@ def _unbalanced(kind: Kind, node: torch.fx.Node, what: str) -> UnsupportedNode:
 
 def _final_settings(graph: torch.fx.Graph) -> dict[Kind, torch.fx.Node]:
     """Setting → the node that sets it last, which is what it was before."""
-    found: dict[Kind, torch.fx.Node] = {}
-    for node in graph.nodes:
-        kind = entered_by(node.target) if node.op == "call_function" else None
-        if kind is not None and kind.is_setting:
-            found[kind] = node
-    return found
+    kinds = ((_kind_of(node), node) for node in graph.nodes)
+    return {kind: node for kind, node in kinds if kind is not None and kind.is_setting}
 
 
-def _same_call(left: object, right: object) -> bool:
+def _same_call(left: torch.fx.Node, right: torch.fx.Node) -> bool:
     """Two nodes that call the same with the same constants."""
-    if isinstance(left, torch.fx.Node) and isinstance(right, torch.fx.Node):
-        return left is right or (
-            left.op == right.op == "call_function"
-            and left.target is right.target
-            and _same_call(left.args, right.args)
-            and _same_call(left.kwargs, right.kwargs)
-        )
-    if isinstance(left, (tuple, list)) and isinstance(right, (tuple, list)):
-        return len(left) == len(right) and all(map(_same_call, left, right))
-    if isinstance(left, Mapping) and isinstance(right, Mapping):
-        return list(left) == list(right) and all(map(_same_call, left.values(), right.values()))
-    return type(left) is type(right) and bool(left == right)
+    calls = [(each.target, each.args, dict(each.kwargs)) for each in (left, right)]
+    return left is right or repr(calls[0]) == repr(calls[1])
 
 
 # --- across cuts ---------------------------------------------------------------------------------
@@ -233,15 +205,12 @@ class Regions:
         finals = _final_settings(graph)
         open_now: list[_Region] = []
         for node in graph.nodes:
-            kind = None
-            if node.op == "call_function":
-                kind = entered_by(node.target) or left_by(node.target)
-            if kind is None:
+            kind = _kind_of(node)
+            if kind is None or kind.whole:
                 self._around[node] = tuple(open_now)
-            elif kind.is_setting:
-                self._set(kind, node, finals[kind], open_now)
-            else:
-                self._enter_or_leave(kind, node, open_now)
+            if kind is not None:
+                change = self._set if kind.is_setting else self._enter_or_leave
+                change(kind, node, finals.get(kind, node), open_now)
         for region in open_now:
             # Set again to what it was set back to before: nothing follows that would run in it.
             again = region.enter is region.leave and region.kind in self._set_before
@@ -262,19 +231,17 @@ class Regions:
             self._set_before.add(kind)
         self.borders.add(node)
 
-    def _enter_or_leave(self, kind: Kind, node: torch.fx.Node, open_now: list[_Region]) -> None:
-        if entered_by(node.target) is kind:
+    def _enter_or_leave(
+        self, kind: Kind, node: torch.fx.Node, _: torch.fx.Node, open_now: list[_Region]
+    ) -> None:
+        if _opens(kind, node):
             open_now.append(_Region(kind, node))
-            (self._around if kind.whole else {})[node] = tuple(open_now)
+            self._around[node] = tuple(open_now)
         else:
-            mine = [
-                each
-                for each in open_now
-                if each.kind is kind and (not kind.passes or node.args[:1] == (each.enter,))
-            ]
+            mine = [each for each in open_now if each.kind is kind]
+            mine = [each for each in mine if not kind.passes or node.args[:1] == (each.enter,)]
             if not mine:
                 raise _left_open(kind, node)
-            (self._around if kind.whole else {})[node] = tuple(open_now)
             mine[-1].leave = node
             open_now.remove(mine[-1])
         if not kind.whole:

@@ -250,37 +250,74 @@ def _memory(value: object) -> set[StorageWeakRef] | None:
 
 
 def _merge_idle(partitions: Sequence[_Partition]) -> list[_Partition]:
-    """Move partitions with nothing to launch into a neighbour.
+    """Put nodes that launch nothing where no piece is compiled or captured for them alone.
 
-    The last piece before takes them if their inputs exist by then. Else a splitting submodule beside them does: it is not
-    compiled, and running there keeps the order. Views are a submodule that is not compiled by themselves, so that they stay
-    views of what they view, and the operators beside them are called as if they were not there.
+    Views of what another partition made are a submodule that is not compiled, so that they stay views of that. Allocations, with the views of
+    them, move into the last compiled piece if their inputs exist by then, and are a piece of their own if not: whoever replays the pieces after
+    them relies on memory that a piece keeps, and a splitting submodule's is another one at each call. Sizes go wherever they can.
     """
     kept: list[_Partition] = []
     position: dict[torch.fx.Node, int] = {}  # of the partition that holds a node, in `kept`
     last_piece = -1
     waiting: list[torch.fx.Node] = []  # idle nodes before the first partition
-    for partition in partitions:
+    several = len(partitions) > 1
+    for partition in (part for each in partitions for part in _runs(each, several)):
         idle = not partition.splitting and all(map(_is_idle, partition.nodes))
-        if idle and len(partitions) > 1 and any(map(_is_view, partition.nodes)):
+        here = set(partition.nodes)
+        if idle and several and any(_views_another(node, here) for node in partition.nodes):
             partition.splitting, idle = True, False
+        allocation = idle and any(map(allocates, partition.nodes))
         if not idle:
-            partition.nodes[:0] = waiting
+            if partition.splitting and any(map(allocates, waiting)):
+                position.update(dict.fromkeys(waiting, len(kept)))
+                kept.append(_Partition(False, waiting))
+                last_piece = len(kept) - 1
+            else:
+                partition.nodes[:0] = waiting
             waiting = []
-            kept.append(partition)
-            last_piece = last_piece if partition.splitting else len(kept) - 1
         elif not kept:
-            waiting = partition.nodes
+            waiting += partition.nodes
             continue
         else:
             sources = (source for node in partition.nodes for source in node.all_input_nodes)
             ready = max((position.get(source, -1) for source in sources), default=-1)
             index = last_piece if last_piece >= max(ready, 0) else len(kept) - 1
-            kept[index].nodes.extend(partition.nodes)
-            position.update(dict.fromkeys(partition.nodes, index))
-            continue
+            if not (allocation and kept[index].splitting):
+                kept[index].nodes.extend(partition.nodes)
+                position.update(dict.fromkeys(partition.nodes, index))
+                continue
+        kept.append(partition)
+        last_piece = last_piece if partition.splitting else len(kept) - 1
         position.update(dict.fromkeys(partition.nodes, len(kept) - 1))
     return kept or [p for p in partitions if p.nodes]
+
+
+def _views_another(node: torch.fx.Node, here: set[torch.fx.Node]) -> bool:
+    """True for a view of memory that none of the nodes ``here`` allocated."""
+    while _is_view(node):
+        source = node.args[0]
+        assert isinstance(source, torch.fx.Node)
+        if source not in here:
+            return True
+        node = source
+    return False
+
+
+def _runs(partition: _Partition, several: bool) -> list[_Partition]:
+    """``partition``, or if it launches nothing, its runs of views of other memory, and of all else."""
+    if partition.splitting or not several or not all(map(_is_idle, partition.nodes)):
+        return [partition]
+    here = set(partition.nodes)
+    runs: list[_Partition] = []
+    viewing = False
+    for node in partition.nodes:
+        views = _views_another(node, here)
+        own = is_size_read(node) or not (views or allocates(node))
+        if not runs or (views != viewing and not own):
+            runs.append(_Partition(False))
+            viewing = views
+        runs[-1].nodes.append(node)
+    return runs
 
 
 # --- building ------------------------------------------------------------------------------------

@@ -7,13 +7,14 @@ source line. Nothing is executed and the graph is not changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 
 import torch
 import torch.fx
 from torch.fx.graph import CodeGen
 
-from piecework.codegen.graph.consts import short_type, to_expr
+from piecework.codegen.graph.consts import short_type, to_text
 from piecework.codegen.graph.origin import node_where, value_of
 from piecework.codegen.graph.targets import ENTRY_NAME
 from piecework.codegen.plan import ir
@@ -127,8 +128,14 @@ class _Lowering:
         return roots
 
     def _claim_aliases(self) -> None:
-        """One module-level name per operator that is called straight from a splitting submodule."""
-        for node in self.plan.direct_calls:
+        """One module-level name per operator that is called straight from a splitting submodule, or past the dispatcher."""
+        inside = (node for gm in self.plan.graphs for node in gm.graph.nodes)
+        past = [
+            node
+            for node in inside
+            if node.op == "call_function" and self._implementation(node.target) is not None
+        ]
+        for node in (*self.plan.direct_calls, *past):
             if id(node.target) in self.state.alias_of:
                 continue
             implementation = self._implementation(node.target)
@@ -137,7 +144,7 @@ class _Lowering:
                 short.partition(".")[0] if isinstance(short, str) else "op"
             )
             if implementation is not None:
-                value: ir.Expr = self.state.consts.add(implementation)
+                value = self.state.consts.add(implementation)
                 note = f"{node.target}: its own implementation, past the dispatcher"
             else:
                 value, note = self.state.function(node), ""
@@ -168,44 +175,43 @@ class _Lowering:
     ) -> tuple[NameTable, Scope, tuple[ir.Parameter, ...]]:
         """What the entry starts with; a size that is a parameter has its name in comments too, and no other value's."""
         names = NameTable(self.module_names.names())
-        scope: Scope = {node: ir.Name(name) for node, name, _ in bound}
+        scope: Scope = {node: name for node, name, _ in bound}
         parameters = self._parameters(self.gm, names, scope, skip=frozenset(scope))
         sizes = {
-            str(value): name.id
+            str(value): name
             for node, name in reversed(scope.items())
-            if isinstance(value := value_of(node), torch.SymInt) and isinstance(name, ir.Name)
+            if isinstance(value := value_of(node), torch.SymInt)
         }
-        taken = {name.id for name in scope.values() if isinstance(name, ir.Name)}
-        self.state.symbols.know(sizes, taken | {node.name for node in self.gm.graph.nodes})
+        taken = {*scope.values(), *(node.name for node in self.gm.graph.nodes)}
+        self.state.symbols.know(sizes, taken)
         return names, scope, parameters
 
     def _lower_entry(
         self, names: NameTable, scope: Scope, parameters: tuple[ir.Parameter, ...]
     ) -> ir.Function:
         own = {parameter.name for parameter in parameters}
-        values = {node: name for node, name in scope.items() if isinstance(name, ir.Name)}
-        legend = self._legend({node: name for node, name in values.items() if name.id in own})
-        borrowed = frozenset(name.id for name in values.values() if name.id not in own)
+        legend = self._legend({node: name for node, name in scope.items() if name in own})
+        borrowed = frozenset(name for name in scope.values() if name not in own)
         body = self._lower_graph(self.gm, names, scope, prefix="")
         return self._finish(ENTRY_NAME, parameters, body, borrowed, True, legend)
 
-    def _legend(self, names_of: Mapping[torch.fx.Node, ir.Expr]) -> str:
+    def _legend(self, names_of: Mapping[torch.fx.Node, str]) -> str:
         """Where each size in the comments can be read: ``sizes: s0 = tokens.shape[0]``."""
         told: dict[str, str] = {}
         for node, name in names_of.items():
             value = value_of(node)
-            if not (isinstance(name, ir.Name) and isinstance(value, torch.Tensor)):
+            if not isinstance(value, torch.Tensor):
                 continue
             for dim, size in enumerate(value.shape):
                 symbol = self.state.symbols(size)
                 if symbol.isidentifier():
-                    told.setdefault(symbol, f"{symbol} = {name.id}.shape[{dim}]")
+                    told.setdefault(symbol, f"{symbol} = {name}.shape[{dim}]")
         for node, name in names_of.items():
             value = value_of(node)
-            if isinstance(name, ir.Name) and isinstance(value, torch.SymInt):
+            if isinstance(value, torch.SymInt):
                 same = self.state.symbols(value)  # the trace found two sizes to be one
-                if same in told and same != name.id:
-                    told.setdefault(name.id, f"{name.id} = {same}")
+                if same in told and same != name:
+                    told.setdefault(name, f"{name} = {same}")
         return f"sizes: {', '.join(told.values())}" if told else ""
 
     def _lower_shared(self, inlined: Inlined) -> None:
@@ -219,7 +225,9 @@ class _Lowering:
             lifted[literal.node, literal.ordinal] = names.claim(literal.name)
             parameters.append(ir.Parameter(lifted[literal.node, literal.ordinal]))
         body = self._lower_graph(gm, names, scope, prefix=inlined.target, lifted=lifted)
-        takes = self.state.takes_submods[name] = any(_needs_submods(stmt) for stmt in body)
+        takes = self.state.takes_submods[name] = any(
+            stmt.piece or stmt.kind == "nested" for stmt in body
+        )
         count = len(inlined.members)
         note = f"shared by {count} submodules" if count > 1 else ""
         self.functions.append(self._finish(name, tuple(parameters), body, frozenset(), takes, note))
@@ -228,7 +236,7 @@ class _Lowering:
         self,
         name: str,
         parameters: tuple[ir.Parameter, ...],
-        body: list[ir.Stmt],
+        body: list[ir.Statement],
         borrowed: frozenset[str],
         takes_submods: bool,
         note: str,
@@ -254,7 +262,8 @@ class _Lowering:
             name = names.claim(node.name)
             default = None
             if node.args and not prefix and gm is self.gm:
-                default = to_expr(node.args[0], self._no_node, self.state.consts, node_where(node))
+                where = partial(node_where, node)
+                default = to_text(node.args[0], self._no_node, self.state.consts, where)
             parameter = ir.Parameter(name, prefix, default)
             problem = _misplaced(parameter, parameters)
             if problem is not None:
@@ -263,12 +272,12 @@ class _Lowering:
                     where=node_where(node),
                     hint="reorder the placeholders",
                 )
-            scope[node] = ir.Name(name)
+            scope[node] = name
             parameters.append(parameter)
         return tuple(parameters)
 
     @staticmethod
-    def _no_node(node: torch.fx.Node) -> ir.Expr:
+    def _no_node(node: torch.fx.Node) -> str:
         raise UnsupportedNode("the default of a placeholder is a node", where=node_where(node))
 
     # --- statements ----------------------------------------------------------------------------
@@ -281,8 +290,8 @@ class _Lowering:
         *,
         prefix: str,
         lifted: Mapping[tuple[int, int], str] | None = None,
-    ) -> list[ir.Stmt]:
-        body: list[ir.Stmt] = []
+    ) -> list[ir.Statement]:
+        body: list[ir.Statement] = []
         regions = regions_in(gm.graph) if has_regions(gm.graph) else {}
         closing = set(regions.values())
         for number, node in enumerate(gm.graph.nodes):
@@ -290,16 +299,13 @@ class _Lowering:
                 continue
             lower_node = NodeLowering(self.state, gm, names, scope, prefix, lifted or {}, number)
             stmt = lower_node.statement(node)
-            if node in closing:
-                assert isinstance(stmt, ir.Assign)
-                stmt = ir.Finally(stmt)
             if stmt is not None:
-                body.append(stmt)
+                body.append(replace(stmt, kind="finally") if node in closing else stmt)
             if node in regions:
-                body.append(ir.Try())
-            if isinstance(stmt, ir.Return):
+                body.append(ir.Statement("try:", "try"))
+            if node.op == "output":
                 return body  # nodes after the output never run
-        body.append(ir.Return(ir.Literal(None), ir.Origin()))
+        body.append(ir.Statement("return None", "return"))
         return body
 
 
@@ -313,9 +319,3 @@ def _misplaced(parameter: ir.Parameter, before: list[ir.Parameter]) -> str | Non
     if not parameter.kind and parameter.default is None and before and before[-1].default:
         return "without a default follows one with a default"
     return None
-
-
-def _needs_submods(stmt: ir.Stmt) -> bool:
-    return isinstance(stmt, ir.CallSubmod) or (
-        isinstance(stmt, ir.CallInlined) and stmt.passes_submods
-    )

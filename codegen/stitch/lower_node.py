@@ -1,4 +1,4 @@
-"""From one node to one statement. In: an FX node, what is known of the nodes before it, and what its module's functions share. Out: an `ir.Stmt`.
+"""From one node to one statement. In: an FX node, what is known of the nodes before it, and what its module's functions share. Out: an `ir.Statement`.
 
 What cannot be written is an `UnsupportedNode` that names the node and its source line. Nothing is executed and the graph is not changed.
 """
@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 import torch.fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
-from piecework.codegen.graph.consts import LIST_TYPES, ConstTable, describe, to_expr
+from piecework.codegen.graph.consts import LIST_TYPES, ConstTable, describe, to_text
 from piecework.codegen.graph.origin import (
     SymbolNames,
     node_where,
@@ -23,8 +26,15 @@ from piecework.codegen.graph.origin import (
 from piecework.codegen.graph.structure import attribute_of, is_liftable
 from piecework.codegen.graph.targets import INFIX, PREFIX, FunctionPath, function_path, sign_of
 from piecework.codegen.plan import ir
-from piecework.codegen.plan.literals import is_inline_literal
-from piecework.codegen.plan.names import NameTable, is_identifier
+from piecework.codegen.plan.literals import is_inline_literal, literal_text
+from piecework.codegen.plan.names import SUBMODS, NameTable, is_identifier
+from piecework.codegen.plan.one_line import (
+    arguments_text,
+    attribute_text,
+    call_text,
+    operand,
+    targets_text,
+)
 from piecework.codegen.stitch.inline import InlinePlan, bind_call, is_plain, returned_value
 from piecework.errors import UnsupportedNode
 
@@ -32,7 +42,7 @@ _SEQUENCES = (*LIST_TYPES, tuple)
 _OPS = (OpOverload, OpOverloadPacket, HigherOrderOperator)
 
 # What a graph's nodes stand for while it is lowered: a local, a constant, or the caller's expression.
-Scope = dict[torch.fx.Node, ir.Expr]
+Scope = dict[torch.fx.Node, str]
 
 
 class ModuleState:
@@ -57,17 +67,17 @@ class ModuleState:
             self._paths[id(target)] = function_path(target)
         return self._paths[id(target)]
 
-    def function(self, node: torch.fx.Node) -> ir.Expr:
+    def function(self, node: torch.fx.Node) -> str:
         """How the function that ``node`` calls is written; notes the import that it needs."""
         alias = self.alias_of.get(id(node.target))
         if alias is not None:
-            return ir.Global(alias)
+            return alias
         path = self.path_of(node.target)
         if path is None:
             return self.consts.add(node.target)
         if path.module is not None:
             self.imports.add(path.module)
-        return ir.Global(path.path)
+        return str(path.path)
 
     def submod(self, target: str) -> int:
         """The place of a submodule in ``__vllm_submods__``."""
@@ -95,8 +105,10 @@ class NodeLowering:
         self.lifted = lifted
         self.number = number
         self.ordinal = 0
+        self.uses: list[str] = []
+        self.behind: dict[torch.fx.Node, list[str]] = {}  # the names in what a node stands for
 
-    def statement(self, node: torch.fx.Node) -> ir.Stmt | None:
+    def statement(self, node: torch.fx.Node) -> ir.Statement | None:
         """The statement that ``node`` becomes; None if it becomes an operand of others."""
         match node.op:
             case "get_attr":
@@ -109,11 +121,12 @@ class NodeLowering:
             case "call_module":
                 return self._call_module(node)
             case "output":
-                return ir.Return(self._expr(node.args[0], node), self._origin(node))
+                text = f"return {self._text(node.args[0], node)}"
+                return ir.Statement(text, "return", uses=self._used(), origin=self._origin(node))
             case _:
                 raise UnsupportedNode(f"node kind {node.op!a}", where=node_where(node))
 
-    def _attribute(self, node: torch.fx.Node) -> ir.Expr:
+    def _attribute(self, node: torch.fx.Node) -> str:
         target = str(node.target)
         try:
             value = attribute_of(self.gm, target)
@@ -132,55 +145,53 @@ class NodeLowering:
         path = f"{self.prefix}.{target}" if self.prefix else target
         return self.module.consts.add(value, attribute=path)
 
-    def _call_function(self, node: torch.fx.Node) -> ir.Stmt:
+    def _call_function(self, node: torch.fx.Node) -> ir.Statement:
         if not callable(node.target):
             raise UnsupportedNode(
                 f"call_function of {describe(node.target)}, which is not callable",
                 where=node_where(node),
             )
-        if node.kwargs or not any(isinstance(arg, torch.fx.Node) for arg in node.args):
-            return self._plain_call(node)
-        return self._with_sign(node) or self._plain_call(node)
+        text = None
+        if not node.kwargs and any(isinstance(arg, torch.fx.Node) for arg in node.args):
+            text = self._with_sign(node)
+        if text is None:
+            text = call_text(self.module.function(node), self._arguments(node))
+            targets, unpack = self._targets(node)
+        else:
+            name = self._target(node)
+            targets, unpack = () if name is None else (name,), False
+        return self._statement(text, targets, unpack, self._origin(node))
 
-    def _with_sign(self, node: torch.fx.Node) -> ir.Stmt | None:
+    def _with_sign(self, node: torch.fx.Node) -> str | None:
         """``x[i]``, ``x.a``, ``x + y`` and ``-x`` for the functions that mean just that.
 
         Only where an operand is a value: ``-(1)`` would read back as a literal, ``(1)[x]`` draws a warning.
         """
         args, target = node.args, node.target
         on_value = isinstance(args[0], torch.fx.Node)
-        sign = sign_of(INFIX if len(args) == 2 else PREFIX, target) if len(args) <= 2 else None
-        value: ir.Expr
         if len(args) == 2 and target is operator.getitem and on_value:
-            value = ir.Item(self._expr(args[0], node), self._expr(args[1], node))
-        elif len(args) == 2 and target is getattr and on_value and type(args[1]) is str:
+            value = operand(self._text(args[0], node), receiver=True)
+            return f"{value}[{self._text(args[1], node, index=True)}]"
+        if len(args) == 2 and target is getattr and on_value and type(args[1]) is str:
             if not is_identifier(args[1]):
                 return None
-            value = ir.Attribute(self._expr(args[0], node), args[1])
-        elif sign is not None:
-            value = ir.Operation(sign, tuple([self._expr(arg, node) for arg in args]))
-        else:
+            return attribute_text(self._text(args[0], node), args[1])
+        sign = sign_of(INFIX if len(args) == 2 else PREFIX, target) if len(args) <= 2 else None
+        if sign is None:
             return None
-        target_name = self._target(node)
-        targets = () if target_name is None else (target_name,)
-        return ir.Assign(targets, False, value, self._origin(node))
+        texts = [operand(self._text(arg, node)) for arg in args]
+        if len(texts) == 1:
+            return f"{sign}{' ' if sign == 'not' else ''}{texts[0]}"
+        return f"{texts[0]} {sign} {texts[1]}"
 
-    def _plain_call(self, node: torch.fx.Node) -> ir.Stmt:
-        function = self.module.function(node)
-        arguments = self._arguments(node)
-        targets, unpack = self._targets(node)
-        return ir.Assign(targets, unpack, ir.Call(function, arguments), self._origin(node))
-
-    def _call_method(self, node: torch.fx.Node) -> ir.Stmt:
+    def _call_method(self, node: torch.fx.Node) -> ir.Statement:
         if not node.args or type(node.target) is not str:
             raise UnsupportedNode("call_method without a receiver", where=node_where(node))
-        receiver = self._expr(node.args[0], node)
-        arguments = self._arguments(node, skip=1)
-        targets, unpack = self._targets(node)
-        call = ir.Call(ir.Attribute(receiver, node.target), arguments)
-        return ir.Assign(targets, unpack, call, self._origin(node))
+        receiver = attribute_text(self._text(node.args[0], node), node.target)
+        text = call_text(receiver, self._arguments(node, skip=1))
+        return self._statement(text, *self._targets(node), self._origin(node))
 
-    def _call_module(self, node: torch.fx.Node) -> ir.Stmt:
+    def _call_module(self, node: torch.fx.Node) -> ir.Statement:
         path = f"{self.prefix}.{node.target}" if self.prefix else str(node.target)
         inlined = self.module.plan.by_target.get(path)
         if inlined is None:
@@ -193,76 +204,113 @@ class NodeLowering:
                 ) from error
             index = self.module.submod(path)
             arguments = self._arguments(node)
-            targets, unpack = self._targets(node, callee)
-            return ir.CallSubmod(targets, unpack, index, arguments, self._origin(node, callee))
+            piece = ir.PieceCall(index, arguments, self._leaves(node))
+            text = call_text(f"{SUBMODS}[{index}]", arguments)
+            return self._statement(
+                text, *self._targets(node, callee), self._origin(node, callee), piece
+            )
         callee = inlined.graph_of[path]
         if inlined.direct_call:
             return self._call_direct(node, callee, path)
         # Positional only: parameters may have got other names than their placeholders.
-        given = tuple(self._expr(value, node) for _, value in bind_call(node, callee))
-        lifted = tuple(ir.Literal(value) for value in inlined.lifted_values[path])
-        targets, unpack = self._targets(node, callee)
+        given = [self._text(value, node) for _, value in bind_call(node, callee)]
+        given += [literal_text(value) for value in inlined.lifted_values[path]]
         name = self.module.function_names[inlined.key]
         passes = self.module.takes_submods[name]
-        return ir.CallInlined(
-            targets,
-            unpack,
-            name,
-            ir.Arguments((*given, *lifted)),
-            passes,
-            self._origin(node, callee),
-        )
+        text = call_text(name, ", ".join([*given, *[f"{SUBMODS}={SUBMODS}"] * passes]))
+        made = self._statement(text, *self._targets(node, callee), self._origin(node, callee))
+        return replace(made, kind="nested") if passes else made
 
-    def _call_direct(self, node: torch.fx.Node, callee: torch.fx.GraphModule, path: str) -> ir.Stmt:
+    def _call_direct(
+        self, node: torch.fx.Node, callee: torch.fx.GraphModule, path: str
+    ) -> ir.Statement:
         """Write the one call that ``callee`` consists of in place of a call of ``callee``."""
-        scope: Scope = {inner: self._expr(v, node) for inner, v in bind_call(node, callee)}
+        scope: Scope = {}
         inside = NodeLowering(self.module, callee, self.names, scope, path, {}, self.number)
+        before = self.uses
+        for inner, value in bind_call(node, callee):
+            self.uses = inside.behind[inner] = []
+            scope[inner] = self._text(value, node)
+        self.uses = before
         for inner in callee.graph.find_nodes(op="get_attr"):
             scope[inner] = inside._attribute(inner)
         (call,) = (n for n in callee.graph.nodes if n.op == "call_function")
-        arguments = inside._arguments(call)
+        text = call_text(self.module.function(call), inside._arguments(call))
+        self.uses += inside.uses
         if returned_value(callee.graph) is None:
             targets: tuple[str, ...] = ()
             unpack = False
-            self.scope[node] = ir.Literal(None)
+            self.scope[node] = "None"
         else:
             targets, unpack = self._targets(node, callee)
         origin = origin_of(call, self.module.symbols, line_numbers=self.module.line_numbers)
-        function = self.module.function(call)
-        return ir.Assign(targets, unpack, ir.Call(function, arguments), origin)
+        return self._statement(text, targets, unpack, origin)
+
+    def _statement(
+        self,
+        text: str,
+        targets: tuple[str, ...],
+        unpack: bool,
+        origin: ir.Origin,
+        piece: ir.PieceCall | None = None,
+    ) -> ir.Statement:
+        text = targets_text(targets, unpack) + text
+        return ir.Statement(text, "", targets, unpack, self._used(), origin, piece)
+
+    def _used(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.uses))
 
     # --- operands and targets --------------------------------------------------------------------
 
-    def _expr(self, value: object, node: torch.fx.Node) -> ir.Expr:
-        literal = self._literal if self.lifted else ir.Literal
-        return to_expr(value, self._refer, self.module.consts, node_where(node), literal)
+    def _text(self, value: object, node: torch.fx.Node, *, index: bool = False) -> str:
+        literal = self._literal if self.lifted else literal_text
+        return to_text(
+            value, self._refer, self.module.consts, partial(node_where, node), literal, index=index
+        )
 
-    def _literal(self, value: object) -> ir.Expr:
+    def _literal(self, value: object) -> str:
         """The literal itself, or the parameter that it was lifted to; counts as `structure_of` counts."""
         if not is_liftable(value):
-            return ir.Literal(value)
+            return literal_text(value)
         lifted = self.lifted.get((self.number, self.ordinal))
         self.ordinal += 1
-        return ir.Literal(value) if lifted is None else ir.Name(lifted)
+        return literal_text(value) if lifted is None else lifted
 
-    def _refer(self, node: torch.fx.Node) -> ir.Expr:
-        try:
-            return self.scope[node]
-        except KeyError:
-            raise UnsupportedNode(
-                "a node is used before it is defined", where=node_where(node)
-            ) from None
+    def _refer(self, node: torch.fx.Node) -> str:
+        text = self.scope.get(node)
+        if text is None:
+            raise UnsupportedNode("a node is used before it is defined", where=node_where(node))
+        if node in self.behind:
+            self.uses += self.behind[node]
+        elif is_identifier(text):
+            self.uses.append(text)
+        return text
 
-    def _arguments(self, node: torch.fx.Node, skip: int = 0) -> ir.Arguments:
-        args = tuple(self._expr(arg, node) for arg in node.args[skip:])
-        kwargs = tuple((key, self._expr(value, node)) for key, value in node.kwargs.items())
-        return ir.Arguments(args, kwargs)
+    def _arguments(self, node: torch.fx.Node, skip: int = 0) -> str:
+        args = [self._text(arg, node) for arg in node.args[skip:]]
+        return arguments_text(args, [(k, self._text(v, node)) for k, v in node.kwargs.items()])
+
+    def _leaves(self, node: torch.fx.Node) -> tuple[str, ...] | None:
+        """The arguments of a piece's call in the order in which a capture flattens them."""
+        found: list[str] = []
+        ordinal = self.ordinal
+        pending: list[Any] = [*reversed(node.args)]
+        while pending:
+            each = pending.pop()
+            if type(each) in _SEQUENCES:
+                pending += reversed(each)
+            elif isinstance(each, (dict, slice)):
+                return None
+            else:
+                found.append(self._text(each, node))
+        self.ordinal = ordinal  # they were counted already
+        return None if node.kwargs else tuple(found)
 
     def _target(self, node: torch.fx.Node) -> str | None:
         if not node.users:
             return None
         name = str(self.names.claim(node.name))
-        self.scope[node] = ir.Name(name)
+        self.scope[node] = name
         return name
 
     def _targets(self, node: torch.fx.Node, callee: object = None) -> tuple[tuple[str, ...], bool]:
@@ -280,7 +328,7 @@ class NodeLowering:
             assert isinstance(index, int)
             if index not in by_index:
                 by_index[index] = self.names.claim(user.name)
-            self.scope[user] = ir.Name(by_index[index])
+            self.scope[user] = by_index[index]
         unused = [i for i in range(arity) if i not in by_index]
         for index in unused:
             by_index[index] = self.names.claim("unused")

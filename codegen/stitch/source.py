@@ -13,10 +13,9 @@ from functools import partial
 import torch.fx
 
 from piecework.codegen.plan import ir
-from piecework.codegen.plan.check import check_ir
 from piecework.codegen.plan.render import const_rows, line_map, render, table_rows
-from piecework.codegen.proof.trace import Linkage
-from piecework.codegen.proof.verify import Proof, verify_text
+from piecework.codegen.proof.graph_run import Linkage
+from piecework.codegen.proof.prove import Proof, prove
 from piecework.codegen.stitch.lower import LowerOptions, lower, option_goes
 from piecework.collector import collector_paused
 from piecework.errors import EmitError, short_errors
@@ -75,11 +74,10 @@ def _require_graph(split_gm: object) -> None:
 
 def _generate(split_gm: torch.fx.GraphModule, options: LowerOptions) -> StitchedSource:
     module, consts = lower(split_gm, options)
-    check_ir(module, len(consts))
     code = render_stitched(module)
     tree = ast.parse(code)
     linked = linkage_of(module, options, consts)
-    proof = verify_text(code, split_gm, linked, lifetimes=options.emit_del, tree=tree)
+    proof = prove(code, split_gm, linked, lifetimes=options.emit_del, tree=tree)
     return StitchedSource(
         code=code,
         submod_names=module.submod_names,
@@ -155,7 +153,7 @@ def verify(
         linked = replace(linked, submod_names=tuple(submod_names))
     if consts is not None:
         linked = replace(linked, consts=tuple(consts))
-    return verify_text(
+    return prove(
         code if edited is None else edited,
         split_gm,
         linked,

@@ -24,13 +24,17 @@ Pairs = list[tuple[int, int]]
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What a statement is recognised by: ``reads`` and ``binds`` are texts, free of indices that merely count."""
+    """What a statement is recognised by: ``reads`` and ``binds`` are texts, free of indices that merely count.
+
+    ``digest`` is what a piece computes, "" where that is not known.
+    """
 
     kind: str
     callee: str
     reads: tuple[str, ...]
     binds: tuple[str, ...]
     module: str
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +84,7 @@ def _align_gap(before: Sequence[Mark], after: Sequence[Mark]) -> Pairs:
 
 
 def _coarse(mark: Mark) -> Hashable:
-    return (mark.kind, mark.callee, len(mark.reads), len(mark.binds), mark.module)
+    return (mark.kind, mark.callee, len(mark.reads), len(mark.binds), mark.module, mark.digest)
 
 
 def _best_alignment(before: Sequence[Mark], after: Sequence[Mark]) -> Pairs:
@@ -111,13 +115,19 @@ def _best_alignment(before: Sequence[Mark], after: Sequence[Mark]) -> Pairs:
 def similarity(before: Mark, after: Mark) -> float:
     """0 for statements that cannot be the same one; more the more they share.
 
-    The module path outweighs the values: an operator put in early shifts the names of all later values by one.
+    What a piece computes outweighs all else, so that the last piece stays the last one when a layer
+    comes before it. The module path outweighs the values: an operator put in early shifts the names
+    of all later values by one.
     """
-    if before.kind != after.kind or not _may_be_one_layer(before.module, after.module):
+    if before.kind != after.kind:
         return 0.0
     if before.kind == "return":
         return 12.0
+    same = bool(before.digest) and before.digest == after.digest
+    if not same and not _may_be_one_layer(before.module, after.module):
+        return 0.0
     score = 1.0 if before.callee == after.callee else 0.0
+    score += 12.0 if same else 0.0
     score += 3.0 * _share(before.binds, after.binds) + 1.5 * _share(before.reads, after.reads)
     if before.module and before.module == after.module:
         score += 6.0

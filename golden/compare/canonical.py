@@ -70,7 +70,8 @@ class Canon:
         mark = mark_of(step, self.arguments)
         binds = tuple(self.name(each) for each in mark.binds)
         callee = self.callee(step) if mark.callee else ""
-        return Mark(mark.kind, callee, mark.reads, binds, mark.module)
+        digest = self.digests.get(step.callee, "") if mark.kind == "piece" else ""
+        return Mark(mark.kind, callee, mark.reads, binds, mark.module, digest)
 
 
 class _Rewrite(ast.NodeTransformer):

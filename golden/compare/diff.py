@@ -19,7 +19,7 @@ from piecework.golden.compare.follow import renamed_weights
 from piecework.golden.compare.function_diff import FunctionDiff, compare_functions
 from piecework.golden.compare.outline import FunctionOutline, Outline, Step, outline_of
 from piecework.golden.compare.piece_code import Calls, calls_by_piece, difference
-from piecework.golden.compare.weights_diff import weight_changes
+from piecework.golden.compare.weights_diff import layer_of, weight_changes
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +47,18 @@ class SourceDiff:
 
     @property
     def headline(self) -> str:
-        """One line: ``2 pieces merged, 1 argument changed``."""
+        """One line: ``layer layers.3 came; signature: 1, pieces: 1``."""
         if self.same_text:
             return "identical"
         if self.same_meaning:
             words = [GROUPS[key].lower() for key in self.by_group()]
             return f"same meaning; {' and '.join(words)} differ"
         counts = Counter(c.group for c in self.changes if c.group not in COSMETIC)
-        return ", ".join(f"{GROUPS[key].lower()}: {counts[key]}" for key in GROUPS if counts[key])
+        found = (layer_of(change) for change in self.changes)
+        layers = [f"layer {layer} {became}; " for layer, became in filter(None, found)]
+        named = "".join(layers) if len(layers) < 3 else f"{len(layers)} layers came or went; "
+        groups = (f"{GROUPS[key].lower()}: {counts[key]}" for key in GROUPS if counts[key])
+        return named + ", ".join(groups)
 
     def unified(self, before: str = "before", after: str = "after", context: int = 3) -> str:
         """The textual difference in the unified format."""

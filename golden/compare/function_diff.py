@@ -235,12 +235,13 @@ class _FunctionComparison:
                 names = tuple(zip(written, new, strict=True))
                 yield self._change(group, "moved", message, before, after, names)
                 return
-            for number, (left, right) in enumerate(zip(written, new, strict=True)):
-                if old[number] != right:
-                    place = "" if after.kind == "return" else f" argument {number}"
-                    other = " (another value)" if left == right else ""
-                    message = f"{who}:{place} {left} → {right}{other}"
-                    yield self._change(group, "changed", message, before, after, ((left, right),))
+            changed = [
+                (number, left, right)
+                for number, (left, right) in enumerate(zip(written, new, strict=True))
+                if old[number] != right
+            ]
+            names = tuple((left, right) for _, left, right in changed)
+            yield self._change(group, "changed", _replaced(who, changed), before, after, names)
             return
         kept, added = Counter(old) & Counter(new), Counter(new) - Counter(old)
         removed = []
@@ -338,6 +339,18 @@ def _values(names: tuple[str, ...], unpack: bool) -> str:
 def _listed(steps: list[Step]) -> str:
     names = [step.callee for step in steps]
     return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _replaced(who: str, changed: list[tuple[int, str, str]]) -> str:
+    """What ``who`` takes, or the result is, in other places: ``(place, before, after)``."""
+    shown = [
+        f"{left} → {right}" + " (another value)" * (left == right) for _, left, right in changed
+    ]
+    if len(changed) > 1:
+        more = f" and {len(shown) - 3} more" if shown[3:] else ""
+        return f"{who}: {len(changed)} arguments are others: {', '.join(shown[:3])}{more}"
+    place = "" if who == "the result" else f", argument {changed[0][0]}"
+    return f"{who}{place}: {shown[0]}"
 
 
 def _count(number: int, noun: str) -> str:

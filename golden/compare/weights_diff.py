@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from piecework.golden.compare.changes import Change
 
 # From this many alike changes on, they are one line.
-_MANY = 4
+_MANY = 2
+_OF_A_LAYER = re.compile(r"\d+ bound weights of (\S+)(?: are gone)?")
 _NUMBERS = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
@@ -28,6 +29,14 @@ def weight_changes(
     yield from _listed("removed", gone)
     yield from _changed({n: (before[n], after[n]) for n in before if n in after})
     yield from _listed("added", new)
+
+
+def layer_of(change: Change) -> tuple[str, str] | None:
+    """The layer whose weights all came or went by a change, and which of it."""
+    found = _OF_A_LAYER.fullmatch(change.message)
+    if change.group != "signature" or found is None:
+        return None
+    return found[1], "came" if change.kind == "added" else "is gone"
 
 
 def _renamed(

@@ -31,11 +31,5 @@ def _function(function: ir.Function) -> ir.Function:
     return replace(function, body=tuple(_statement(stmt) for stmt in function.body))
 
 
-def _statement(stmt: ir.Stmt) -> ir.Stmt:
-    if isinstance(stmt, (ir.Delete, ir.Try)):
-        return stmt
-    if isinstance(stmt, ir.Finally):
-        call = _statement(stmt.call)
-        assert isinstance(call, ir.Assign)
-        return ir.Finally(call)
+def _statement(stmt: ir.Statement) -> ir.Statement:
     return replace(stmt, origin=replace(stmt.origin, source=_LINE.sub("", stmt.origin.source)))

@@ -25,6 +25,7 @@ from transformers.cli.serving.utils import (
 )
 
 from piecework.integrations.protocol import first_line
+from piecework.integrations.transformers.openai_answers import CutAtStop
 from piecework.integrations.transformers.own.probe import field_of
 
 # What transformers takes and leaves out, and the value that asks for nothing.
@@ -97,7 +98,7 @@ class Generation(GenerationState):
         """transformers' manager of a model's requests."""
         if use_cb and self._worker_ended():
             self.shutdown()
-        return super().get_manager(model_id, use_cb=use_cb)
+        return CutAtStop(super().get_manager(model_id, use_cb=use_cb))  # type: ignore[return-value]
 
     def _worker_ended(self) -> bool:
         # A worker fails its requests before it says that it failed, and waits for ever for those that come between.
@@ -121,13 +122,13 @@ class Checked(BaseHandler):
     def _validate_request(self, body: dict[str, object]) -> None:
         super()._validate_request(body)
         if body.get(self.needed) is None:
-            raise bad_request(f"{self.needed} is missing")
+            raise bad_request(f"{self.needed} is missing", self.needed)
         for name, unasked in _NOT_DONE.items():
             if body.get(name) is not None and body[name] != unasked:
-                raise bad_request(f"{name} is {body[name]!r}, which this server does not do")
+                raise bad_request(f"{name} is {body[name]!r}, which this server does not do", name)
         for name, (what, holds) in _VALUES.items():
             if body.get(name) is not None and not holds(body[name]):
-                raise bad_request(f"{name} is {body[name]!r}, not {what}")
+                raise bad_request(f"{name} is {body[name]!r}, not {what}", name)
 
     @classmethod
     def _normalize_input(cls, body: dict[str, object]) -> list[dict[str, object]]:
@@ -148,9 +149,11 @@ class Checked(BaseHandler):
             other = sorted(set(kinds).difference(_TEXTS))
             found = super().get_processor_inputs_from_messages(messages, modality)
         if not found:
-            raise bad_request(f"{cls.needed} is empty")
+            raise bad_request(f"{cls.needed} is empty", cls.needed)
         if other:
-            raise bad_request(f"{cls.needed} has {', '.join(other)}, and the model reads text")
+            raise bad_request(
+                f"{cls.needed} has {', '.join(other)}, and the model reads text", cls.needed
+            )
         return found
 
     def _build_generation_config(
@@ -170,7 +173,7 @@ class Checked(BaseHandler):
 
     def _require_alike(self, made: GenerationConfig) -> None:
         if made.stop_strings:
-            raise bad_request("stop is not done where requests are computed together")
+            raise bad_request("stop is not done where requests are computed together", "stop")
         other = _EACH_ITS_OWN if made.do_sample else (*_EACH_ITS_OWN, *_OF_SAMPLING)
         asked = {name: v for name, v in made.to_dict().items() if v and name not in other}
         first = self.generation_state.sampling
@@ -207,9 +210,10 @@ class Checked(BaseHandler):
                 f"the prompt has {tokens} tokens, and the model has positions for {positions}"
             )
         # The last token that is generated takes no position: nothing follows it.
-        ends = [*([] if room is None else [room]), *([] if positions is None else [positions + 1])]
-        if ends:
-            config.max_new_tokens = min(config.max_new_tokens or min(ends), min(ends) - tokens)
+        last = None if positions is None else positions + 1
+        end = min((each for each in (room, last) if each is not None), default=None)
+        if end is not None:
+            config.max_new_tokens = min(config.max_new_tokens or end, end - tokens)
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:
@@ -226,11 +230,11 @@ def _rope_type(of_layers: object) -> object:
     return of_layers.get("rope_type") if isinstance(of_layers, dict) else None
 
 
-def bad_request(why: str) -> Exception:
-    """The answer 400."""
+def bad_request(why: str, param: str | None = None) -> Exception:
+    """The answer 400; ``param`` is the part of the request that is wrong."""
     from fastapi import HTTPException
 
-    return HTTPException(400, why)
+    return HTTPException(400, {"message": why, "param": param})  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from piecework.errors import InputError, UsageError
 from piecework.integrations.protocol import first_line, require_packages
+from piecework.integrations.transformers.openai_answers import answer_errors, joined
 from piecework.integrations.transformers.openai_requests import Checked, Generation, bad_request
 from piecework.integrations.transformers.stitcher import stitched_module
 
@@ -138,9 +139,9 @@ def make_server(
     require_packages(_PACKAGES, "serve")
     import uvicorn
     from fastapi import HTTPException, Request, Response
-    from fastapi.exception_handlers import http_exception_handler
-    from fastapi.responses import PlainTextResponse
+    from fastapi.responses import JSONResponse, PlainTextResponse
     from jinja2 import TemplateError
+    from starlette.exceptions import HTTPException as AnyHTTPException
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.completion import CompletionHandler
     from transformers.cli.serving.response import ResponseHandler
@@ -154,15 +155,33 @@ def make_server(
     class Completion(Checked, CompletionHandler):
         needed = "prompt"
 
+        async def handle_request(self, body: dict[str, object], request_id: str) -> Response:
+            prompts = body.get("prompt")
+            if not isinstance(prompts, list):
+                return await super().handle_request(body, request_id)
+            if not prompts or not all(isinstance(each, str) for each in prompts):
+                raise bad_request("prompt is neither a text nor a list of texts", "prompt")
+            if body.get("stream") and len(prompts) > 1:
+                raise bad_request("a stream answers one prompt", "stream")
+            answers = [
+                await super(Completion, self).handle_request({**body, "prompt": each}, request_id)
+                for each in prompts
+            ]
+            return answers[0] if body.get("stream") else JSONResponse(joined(answers))
+
     class Responses(Checked, ResponseHandler):
         needed = "input"
+
+        async def handle_request(self, body: dict[str, object], request_id: str) -> Response:
+            # OpenAI's own answers whole unless a stream is asked for.
+            return await super().handle_request({"stream": False, **body}, request_id)
 
     class NoTranscriptions(TranscriptionHandler):
         async def handle_request(self, request: Request) -> Response:
             raise HTTPException(501, "this server's model reads text, and transcribes nothing")
 
     async def refused(request: Request, error: Exception) -> Response:
-        return await http_exception_handler(request, bad_request(str(error)))
+        return await app.exception_handlers[AnyHTTPException](request, bad_request(str(error)))
 
     state = Generation(batching)
     models = StitchedModels(name, make, state)
@@ -176,6 +195,7 @@ def make_server(
         systemone_handler=SystemOneHandler(models, state),
         generation_state=state,
     )
+    answer_errors(app)
     for kind in (InputError, TemplateError):  # by the model, and by its chat template
         app.add_exception_handler(kind, refused)
     app.get("/metrics", response_class=PlainTextResponse)(models.metrics)

@@ -22,13 +22,13 @@ from piecework.errors import CaptureError, ConfigError, StaticGraphError, UsageE
 from piecework.integrations.transformers.flat.admission import forget_layers
 from piecework.integrations.transformers.flat.way import FlatWay
 from piecework.integrations.transformers.head import HeadForward, can_be_captured
+from piecework.integrations.transformers.own.probe import is_encoder_decoder
 from piecework.integrations.transformers.request.dry import dry_request
 from piecework.integrations.transformers.way import Way
 from piecework.integrations.transformers.ways import Served, chosen_way, served, way_of
 from piecework.integrations.transformers.whole.pair import PairWay
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.load import Artifact
-from piecework.runtime.artifact.store import Place, store_of
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.sizes import default_capture_sizes
 from piecework.runtime.compile import keep, require_stitching, take_if_it_fits
@@ -36,6 +36,7 @@ from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfi
 from piecework.runtime.config.elsewhere import where_it_goes
 from piecework.runtime.graphs.serve.measured import Measurement
 from piecework.runtime.stitched import StitchedModule
+from piecework.runtime.store.folder import Place
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def stitch(
             ``max_num_seqs`` sequences takes. The mode is the configuration's ``cudagraph_mode``, FULL_AND_PIECEWISE if that is NONE. `how_served`
             counts the steps of static caches that ran outside these graphs.
         max_num_seqs: the most sequences of a decode step that is captured whole; by default the largest number in ``capture``.
-        artifact: a directory or URL that `save` writes. If what lies there fits the model, the configuration and this process, it
+        artifact: a directory that `save` writes. If what lies there fits the model, the configuration and this process, it
             is loaded, and nothing is run, traced or compiled; else the model is compiled and saved there, and a warning says why.
         key_file: a secret that signs and verifies the artifact; see ``StitchedModule.save``.
         way: "flat" or "whole": that way, or a refusal. By default the first of them that serves the model.
@@ -227,12 +228,14 @@ def _capture(
         _log.warning(
             "static graphs on a CPU are a stand-in for testing, and slower than running uncaptured"
         )
+    # Tokens meet in attention alone, which reads the request.
     options: dict[str, object] = {"mode": CUDAGraphMode.PIECEWISE, "context_for": dry_request}
+    options["pad"] = True
     way = _required(_decoder_of(model)).way
     if whole is not None and entry.traces and isinstance(way, FlatWay):
         static = way.static_decode(whole.max_num_seqs, whole.max_cache_len)
         limits = RuntimeConfig(max_num_batched_tokens=max(sizes), max_num_seqs=whole.max_num_seqs)
-        options = {"mode": whole.mode, "context_for": static.context_for, "runtime": limits}
+        options |= {"mode": whole.mode, "context_for": static.context_for, "runtime": limits}
     if measured:
         sizes = _worth(entry.measure(sizes, **options))
     else:
@@ -289,7 +292,7 @@ def load(path: Place, model: Model, *, key_file: str | os.PathLike[str] | None =
         >>> load("llama.artifact", other).generate(input_ids)  # in another process
     """
     decoder = _unstitched(model)
-    found = Artifact.open(store_of(path), key_file)
+    found = Artifact.open(path, key_file)
     config = CompilationConfig.given(found.folder.facts["config"], "config")
     _serve_by(way_of(found, model, decoder, config), model)
     return model
@@ -437,7 +440,7 @@ def _decoder_of(model: nn.Module) -> nn.Module:
     for candidate in (found, model.base_model, getattr(model, "model", None)):
         if isinstance(candidate, PreTrainedModel) and candidate.get_output_embeddings() is None:
             return candidate
-    if getattr(model.config, "is_encoder_decoder", False):
+    if is_encoder_decoder(model):
         raise CaptureError(
             f"its decoder is a {type(found).__name__}, which is no decoder of transformers' without a head",
             where=type(model).__name__,

@@ -14,8 +14,8 @@ from torch import nn
 
 from piecework.errors import CaptureError
 from piecework.integrations.transformers.own.probe import Forward
-from piecework.runtime.artifact.store import Place
 from piecework.runtime.stitched import StitchedModule
+from piecework.runtime.store.folder import Place
 
 
 class Way(Protocol):

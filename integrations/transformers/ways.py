@@ -14,11 +14,11 @@ from piecework.errors import ArtifactError, CaptureError, ConfigError
 from piecework.integrations.transformers.flat.admission import admit, forget_layers
 from piecework.integrations.transformers.flat.way import FlatWay
 from piecework.integrations.transformers.own.outside import LOADER
-from piecework.integrations.transformers.own.probe import Forward
+from piecework.integrations.transformers.own.probe import Forward, is_encoder_decoder
 from piecework.integrations.transformers.own.refusals import refuse_model
 from piecework.integrations.transformers.way import Way
 from piecework.integrations.transformers.whole.admission import admit_whole
-from piecework.integrations.transformers.whole.pair import PairWay, admit_pair, is_pair
+from piecework.integrations.transformers.whole.pair import PairWay, admit_pair
 from piecework.integrations.transformers.whole.way import WholeWay
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.load import Artifact
@@ -44,7 +44,7 @@ def chosen_way(
         raise ConfigError(f"there is no way {wanted!r}", where="way", hint=" or ".join(NAMES))
     forward: Forward = decoder.forward
     refuse_model(decoder)
-    admit_as_whole = admit_pair if is_pair(decoder) else admit_whole
+    admit_as_whole = admit_pair if is_encoder_decoder(decoder) else admit_whole
     if wanted == WholeWay.name:
         return admit_as_whole(model, decoder, forward, config)
     try:
@@ -83,7 +83,7 @@ def way_of(
     """
     kept = found.folder.facts.get("kept")
     name = kept.get("way") if isinstance(kept, dict) and kept.get("load") == LOADER else None
-    whole = PairWay if is_pair(decoder) else WholeWay
+    whole = PairWay if is_encoder_decoder(decoder) else WholeWay
     ways = {each.name: each.of_artifact for each in (FlatWay, whole)}
     if name not in ways:
         raise ArtifactError(

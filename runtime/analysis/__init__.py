@@ -1,1 +1,1 @@
-"""What a traced graph does to its memory, to its state and to the rows of its batch. Entry points: `rows.verdict.rows_of` (padding), `unbacked.admits_unbacked` (symbolic batch sizes), `writes`."""
+"""What a traced graph does to its memory. Entry points: `unbacked.EverySize` (one compiled form for every size), `writes`."""

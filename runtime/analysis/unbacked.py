@@ -1,66 +1,226 @@
-"""Whether a graph may be compiled with a batch size that has no number behind it. In: a traced graph, whole or a piece. Out: why not, or None.
+"""Whether one compiled form serves every size of a batch. In: a piece that was traced with a size that no number stands behind, and what it was compiled to. Out: why it may not serve 0 and 1 as it serves others, or None.
 
-Compilers lose copies, strides and checks on such sizes in more operators than anybody listed, so this is an allow-list: every operator
-is in the table and marked plain, every value has the batch in one dimension alone, no index or number is made of it, and no stride of what enters or leaves.
+It is tried: the piece's graph runs on made data with 3, 1 and 0 rows, each value must have the shape that was traced, and the compiled
+form must give equal values, shapes and strides. Splitting ops and the model's Python are not run; a piece that draws random numbers,
+convolves, or runs a graph of its own is not tried.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.fx
 from torch._ops import HigherOrderOperator
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from piecework.codegen.graph.origin import value_of
-from piecework.runtime.analysis.rows.call import Call, computes, is_own
-from piecework.runtime.analysis.rows.rule import Rule
-from piecework.runtime.analysis.rows.table import is_random
-from piecework.runtime.analysis.rows.verdict import rows_of
-from piecework.runtime.analysis.state import Batch, Mixes, Rows, symbols_in
-from piecework.runtime.analysis.writes import copies_by_layout, last_writes, memory_of
+from piecework.errors import InputError
+from piecework.runtime import torch_compat
+from piecework.runtime.analysis.writes import (
+    computes,
+    copies_by_layout,
+    last_writes,
+    memory_of,
+    unwritten_outputs,
+)
+
+SIZES = (3, 1, 0)
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+Compiled = Callable[..., object]
 
 
-def admits_unbacked(
-    graph: torch.fx.GraphModule,
-    symbols: Collection[str],
-    *,
-    outside: Collection[str] = (),
-    rows_in_one: bool = False,
-) -> str | None:
-    """Why ``graph`` may not be compiled with the sizes ``symbols`` unbacked; None if it may.
+class _Unlike(Exception):
+    """What a run shows to be otherwise than it was traced."""
+
+
+@dataclass
+class EverySize:
+    """The try of one trace's pieces.
 
     Args:
-        graph: with fake values in its nodes, as a Dynamo backend gets it, or a piece of it.
-        symbols: torch's names of the batch size, such as ``{"s0"}``; other symbols stay as they are.
-        outside: operators that the graph is cut at, ``"namespace::name"``; they are not compiled, and may be anything.
+        symbols: torch's names of the batch size, such as ``{"u0"}``; other symbols have the example's numbers.
         rows_in_one: values are ``[1, rows, …]``, so that the batch size is in the stride of the first dimension, which nothing reads; and
             whatever a piece's results are handed to takes them in any order in memory.
-
-    Example:
-        >>> reason = admits_unbacked(graph, {"s0"}, outside=("my::attention",))
-        >>> reason is None or "max" in reason
-        True
     """
-    held = Batch(symbols)
-    for node in graph.graph.nodes:
-        value = value_of(node)
-        if node.op == "placeholder" and isinstance(value, torch.Tensor):
-            said = _of_value(value, held) or _of_strides(value, held, rows_in_one)
-            if said is not None:
-                return f"argument {node.name} {said}"
-        if isinstance(node.target, HigherOrderOperator):
-            return f"{node.target.name()} runs a graph of its own"
-        if node.op == "call_function" and not computes(node.target):
-            return f"{node.name} is no operator: it changes what those after it mean"
-    names = frozenset(outside)
-    verdict = rows_of(graph, symbols, lambda *call: _of_call(names, *call), outside=names)
-    return (
-        next(iter(verdict.complaints), None)
-        or verdict.refused
-        or (None if rows_in_one else _of_what_leaves(graph, held))
-    )
+
+    symbols: Collection[str]
+    rows_in_one: bool = False
+    _runs: dict[str, list[_Run]] = field(default_factory=dict)
+
+    def refusal(
+        self, name: str, piece: torch.fx.GraphModule, weights: Mapping[str, torch.Tensor]
+    ) -> str | None:
+        """Why ``piece`` need not be compiled for every size; asked before it is.
+
+        Args:
+            name: of the piece.
+            weights: the model's own tensors among its inputs, by placeholder.
+        """
+        said = self._never_tried(piece)
+        if said is not None:
+            return said
+        try:
+            with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+                self._runs[name] = [*self._runs_of(piece, weights)]
+        except _Unlike as unlike:
+            return str(unlike)
+        except Exception as error:  # noqa: BLE001  (an operator has no answer for so many rows)
+            return f"it does not run with {', '.join(map(str, SIZES))} rows: {_first_line(error)}"
+        return None
+
+    def _runs_of(
+        self, piece: torch.fx.GraphModule, weights: Mapping[str, torch.Tensor]
+    ) -> Iterator[_Run]:
+        for rows in SIZES:
+            try:
+                yield _Run.of(piece, self._sizes(piece, rows), weights)
+            except RuntimeError:
+                if rows:
+                    raise
+                # The model's own operators refuse a batch of no rows, eagerly and in each call too.
+
+    def difference(self, compiled: Mapping[str, Compiled]) -> str | None:
+        """What a compiled piece does otherwise than its graph; asked once all are compiled."""
+        runs = [(name, run) for name, found in self._runs.items() for run in found]
+        self._runs.clear()
+        for name, run in runs:
+            try:
+                run.require_alike(compiled[name], self.rows_in_one)
+            except _Unlike as unlike:
+                return f"{name}: {unlike}"
+            except InputError:
+                continue  # outside the compiled ranges: a call of that size is refused too
+            except Exception as error:  # noqa: BLE001
+                return f"{name}: what it was compiled to does not run: {_first_line(error)}"
+        return None
+
+    def _sizes(self, piece: torch.fx.GraphModule, rows: int) -> dict[str, int]:
+        values = [value_of(node) for node in piece.graph.nodes]
+        found: dict[str, int] = {}
+        for value in values:
+            for size in value.shape if isinstance(value, torch.Tensor) else (value,):
+                if isinstance(size, torch.SymInt):
+                    found.update(torch_compat.symbol_hints(size))
+        return {**found, **dict.fromkeys(self.symbols, rows)}
+
+    def _never_tried(self, piece: torch.fx.GraphModule) -> str | None:
+        for node in piece.graph.nodes:
+            name = getattr(node.target, "__name__", str(node.target))
+            if isinstance(node.target, HigherOrderOperator):
+                return f"{node.target.name()} runs a graph of its own"
+            if node.op == "call_function" and not computes(node.target):
+                return f"{node.name} is no operator: it changes what those after it mean"
+            if "conv" in name:
+                return "the compiler chooses the layout of a convolution"
+            tensors = [node] if node.op == "placeholder" else []
+            tensors += node.all_input_nodes if node.op == "output" and not self.rows_in_one else []
+            for each in tensors:
+                if self._in_stride(value_of(each)):
+                    return f"{each.name} has a stride that is made of the batch size"
+        return None
+
+    def _in_stride(self, value: object) -> bool:
+        if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+            return False
+        pairs = zip(value.shape, value.stride(), strict=True)
+        steps = [
+            n for size, n in pairs if not (self.rows_in_one and type(size) is int and size == 1)
+        ]
+        return any(set(torch_compat.symbols_of(each)) & set(self.symbols) for each in steps)
+
+
+@dataclass
+class _Run:
+    """One run of a piece's graph.
+
+    Attributes:
+        given: what it was given, as it was before.
+        expected: what it gave.
+        after: what it left in what it was given.
+    unwritten: numbers of results whose memory nothing wrote to.
+    """
+
+    given: list[object]
+    expected: list[object]
+    after: list[object]
+    unwritten: Collection[int]
+
+    @classmethod
+    def of(
+        cls,
+        piece: torch.fx.GraphModule,
+        sizes: Mapping[str, int],
+        weights: Mapping[str, torch.Tensor],
+    ) -> _Run:
+        inputs = piece.graph.find_nodes(op="placeholder")
+        keys = {memory_of(value_of(node)) for node in inputs if node.name in weights} - {None}
+        written = last_writes(piece, keys)  # type: ignore[arg-type]
+        given: list[object] = []
+        for node in inputs:
+            own = weights.get(node.name)
+            if own is None or memory_of(value_of(node)) in written:
+                given.append(_made(value_of(node), sizes))
+            else:
+                given.append(own)
+        after = [
+            _copy(each) if node.name not in weights else each
+            for node, each in zip(inputs, given, strict=True)
+        ]
+        with _NothingDrawn():
+            expected = _AsTraced(piece, sizes).run(*after)
+        return cls(given, pytree.tree_leaves(expected), after, unwritten_outputs(piece))
+
+    def require_alike(self, compiled: Compiled, any_order: bool) -> None:
+        """Run the compiled form on the same data.
+
+        Raises:
+            _Unlike: it gives something else.
+        """
+        ours = [
+            mine if theirs is mine else _copy(mine)
+            for mine, theirs in zip(self.given, self.after, strict=True)
+        ]
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+            found = pytree.tree_leaves(compiled(*ours))
+        if len(found) != len(self.expected):
+            raise _Unlike("it gives another number of results")
+        for number, (one, other) in enumerate(zip(found, self.expected, strict=True)):
+            _require_equal(one, other, any_order, number not in self.unwritten)
+        for one, other in zip(ours, self.after, strict=True):
+            _require_equal(one, other, any_order)
+        if _sharing(found, ours) != _sharing(self.expected, self.after):
+            raise _Unlike("its results share memory in another way")
+
+
+class _AsTraced(torch.fx.Interpreter):
+    """Runs a piece's graph, and compares the shape of each value with what was traced."""
+
+    def __init__(self, piece: torch.fx.GraphModule, sizes: Mapping[str, int]) -> None:
+        super().__init__(piece)
+        self.extra_traceback = False
+        self._sizes = sizes
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        value = super().run_node(n)
+        traced = value_of(n)
+        if isinstance(value, torch.Tensor) and isinstance(traced, torch.Tensor):
+            shape = [torch_compat.size_value(size, self._sizes) for size in traced.shape]
+            if list(value.shape) != shape:
+                raise _Unlike(f"{n.name} has shape {list(value.shape)} and was traced as {shape}")
+        return value
+
+
+class _NothingDrawn(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise _Unlike(f"{func} draws random numbers")
+        return func(*args, **(kwargs or {}))
 
 
 def written_copies(graph: torch.fx.GraphModule) -> str | None:
@@ -92,87 +252,70 @@ def _last_uses(graph: torch.fx.GraphModule) -> dict[int, float]:
     return used
 
 
-def _of_what_leaves(graph: torch.fx.GraphModule, held: Batch) -> str | None:
-    """What is wrong with a result. Inside, a compiler's order in memory is its own; what leaves must have the order that was traced,
-    and Inductor sees to that for strides without such a size alone.
-    """
-    for node in graph.graph.output_node().all_input_nodes:
-        value = value_of(node)
-        said = _of_strides(value, held, False) if isinstance(value, torch.Tensor) else None
-        if said is not None:
-            return f"result {node.name} {said}"
-    return None
+def _made(fake: Any, sizes: Mapping[str, int]) -> object:
+    """Data for an input: zeros where numbers may be indices, else fractions that roots and logarithms take."""
+    if not isinstance(fake, torch.Tensor):
+        return torch_compat.size_value(fake, sizes) if isinstance(fake, torch.SymInt) else fake
+    shape, strides, offset = (
+        [torch_compat.size_value(each, sizes) or 0 for each in group]
+        for group in (fake.shape, fake.stride(), (fake.storage_offset(),))
+    )
+    reach = offset[0] + 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True) if n)
+    memory = torch.zeros(reach, dtype=fake.dtype, device=fake.device)
+    if fake.dtype.is_floating_point or fake.dtype.is_complex:
+        steps = torch.arange(reach, device=fake.device) % 97
+        memory.copy_(0.25 + steps / 128)
+    elif fake.dtype is torch.bool:
+        memory.fill_(True)
+    return memory.as_strided(shape, strides, offset[0])
 
 
-def _of_call(
-    outside: frozenset[str], call: Call, rule: Rule | None, answers: Sequence[Rows]
-) -> str | None:
-    """What is wrong with one operator."""
-    if call.op._schema.name in outside:
-        return _of_results(call)
-    if is_own(call.op):
-        return "is not torch's own"
-    tensors = (*call.inputs(), *call.results, *call.written)
-    if not any(map(call.batch.held_by, tensors)) and not is_random(call.op):
-        return _of_numbers(call, frozenset())
-    if is_random(call.op) or rule is None or not rule.plain:
-        return "is not known to be compiled right where the batch size has no number behind it"
-    mixed = next((each.mixed for each in answers if each.mixed is not None), None)
-    if mixed is not None:
-        return f"mixes rows: {mixed}"
-    return _of_numbers(call, rule.sizes) or _of_results(call)
+def _copy(value: object) -> object:
+    if not isinstance(value, torch.Tensor):
+        return value
+    memory = torch.empty(0, dtype=value.dtype, device=value.device)
+    memory.set_(value.untyped_storage().clone())
+    return memory.as_strided(value.shape, value.stride(), value.storage_offset())
 
 
-def _of_numbers(call: Call, sizes: frozenset[str]) -> str | None:
-    """Symbolic numbers that are no sizes, and dimensions that go by what a symbol happens to be."""
-    if call.name == "_local_scalar_dense":
-        return "makes a number of data"
-    if call.name == "squeeze" and "dim" not in call.args and call.batch.held_by(call.results):
-        return "drops dimensions that happen to be one"
-    if call.name == "expand" and _count(call, call.results[0]) > _count(call, call.tensor("self")):
-        return "lists one element as often as the batch has rows"
-    for name, value in call.args.items():
-        if name in sizes and call.name != "slice":
-            continue
-        listed = value if isinstance(value, (list, tuple)) else [value]
-        for each in listed:
-            if not isinstance(each, torch.Tensor) and any(True for _ in symbols_in(each)):
-                return f"takes a symbolic {name}"
-    return None
+def _require_equal(one: object, other: object, any_order: bool, values: bool = True) -> None:
+    if one is other:
+        return
+    if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)):
+        if one != other:
+            raise _Unlike(f"it gives {one!r} for {other!r}")
+        return
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        raise _Unlike(f"it gives {_kind(one)} for {_kind(other)}")
+    matters = one.numel() and not any_order and min(one.shape, default=1) > 1
+    if matters and one.stride() != other.stride():
+        raise _Unlike(f"it gives strides {one.stride()} for {other.stride()}")
+    tolerance = _TOLERANCE.get(other.dtype, 1e-4 if other.is_complex() else 0.0)
+    if not values:
+        return
+    wide = torch.complex128 if other.is_complex() else torch.float64
+    margins = {"rtol": tolerance, "atol": tolerance * _largest(other)}
+    if not torch.allclose(one.to(wide), other.to(wide), equal_nan=True, **margins):
+        raise _Unlike("it computes something else")
 
 
-def _count(call: Call, tensor: torch.Tensor) -> int:
-    return len(call.batch.dims_of(tensor))
+def _largest(tensor: torch.Tensor) -> float:
+    if not tensor.numel():
+        return 0.0
+    found = float(tensor.abs().double().nan_to_num(0, 0, 0).max())
+    return max(found, 1e-3)
 
 
-def _of_results(call: Call) -> str | None:
-    for each in call.results:
-        said = _of_value(each, call.batch)
-        if said is not None:
-            return f"gives a value that {said}"
-    return None
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
 
 
-def _of_value(value: torch.Tensor, batch: Batch) -> str | None:
-    """The batch in one dimension, alone or times whole numbers."""
-    try:
-        rows = batch.plain_rows(value)
-    except Mixes as reason:
-        return f"has {reason}"
-    if len(rows.dims) > 1:
-        return "has the batch size in several dimensions"
-    if value.layout != torch.strided:
-        return f"has layout {value.layout}"
-    if batch.held_by(value.storage_offset()):
-        return "begins in memory where the batch size says"
-    return None
+def _sharing(results: Sequence[object], given: Sequence[object]) -> list[list[int]]:
+    """For each result, the first of results and inputs that lie in each memory."""
+    tensors = [each for each in (*given, *results) if isinstance(each, torch.Tensor)]
+    keys = [each.untyped_storage()._cdata if each.numel() else None for each in tensors]
+    return [[i for i, other in enumerate(keys) if key is not None and other == key] for key in keys]
 
 
-def _of_strides(value: torch.Tensor, batch: Batch, rows_in_one: bool) -> str | None:
-    """The batch in no stride that matters."""
-    pairs = list(zip(value.shape, value.stride(), strict=True))
-    if rows_in_one:
-        pairs = [each for each in pairs if not (type(each[0]) is int and each[0] == 1)]
-    if batch.held_by(tuple(step for _, step in pairs)):
-        return "has a stride that is made of the batch size"
-    return None
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.fx
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils import _pytree as pytree
 
 from piecework.codegen.graph.origin import SymbolNames, graph_of, origin_of, results_of, value_of
@@ -20,7 +21,6 @@ from piecework.codegen.graph.structure import attribute_of, call_text
 from piecework.codegen.split.split import allocates
 from piecework.errors import StaticGraphError
 from piecework.runtime import torch_compat
-from piecework.runtime.analysis.rows.call import computes
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +229,33 @@ def refuse_mutations(found: Sequence[Mutation]) -> None:
 def _where(node: torch.fx.Node) -> str:
     origin = origin_of(node, SymbolNames(), line_numbers=True)
     return ", ".join(part for part in (origin.module, origin.source) if part)
+
+
+def computes(target: object) -> bool:
+    """Whether a function computes values of its arguments, as torch's own functions and Python's operators do. One from elsewhere may change
+    how the operators after it run (a level of ``torch.func``, a mode), and what the dispatcher showed of them is not what is compiled.
+    """
+    if isinstance(target, (OpOverload, OpOverloadPacket)):
+        return True
+    module = getattr(target, "__module__", None)
+    return module in _COMPUTING or (module, getattr(target, "__name__", None)) in _SETTING
+
+
+_COMPUTING = frozenset(
+    (
+        *("_operator", "builtins", "math", "torch", "torch.functional", "torch.nn.functional"),
+        *("torch._C._nn", "torch._C._linalg", "torch._C._fft", "torch._C._special"),
+    )
+)
+# No operators either, but what the dispatcher shows after them is what is compiled.
+_SETTING = frozenset(
+    (
+        ("torch._C", "_log_api_usage_once"),
+        ("torch._C", "_set_grad_enabled"),
+        ("torch.amp.autocast_mode", "_enter_autocast"),
+        ("torch.amp.autocast_mode", "_exit_autocast"),
+    )
+)
 
 
 class _Looks:

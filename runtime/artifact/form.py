@@ -61,17 +61,16 @@ class SavedForm:
 
 
 @dataclass(frozen=True, slots=True)
-class SavedTrace:
-    """One trace.
+class SavedProgram:
+    """A compiled program, without a model.
 
     Attributes:
-        source, made, edited: without their texts, which lie in files of their own, and without implementations of operators.
+        rows: of the report: name, key, modules, seconds and whether it was reused, per piece.
+        source: without its text, which lies in a file of its own, and without implementations of operators.
+        direct: operators called past the dispatcher → device type.
         careful_consts: of the stitching source without shortcuts.
-        memory: which weights shared memory, where the graph writes to some: a number per weight.
         forms: submodule → range → its form.
         sizes: submodule → which of its inputs are sizes.
-        direct: operators called past the dispatcher → device type.
-        symbols: torch's symbol → how it is called.
         together: what processes that run it together must agree on.
     """
 
@@ -86,6 +85,20 @@ class SavedTrace:
     careful_consts: tuple[object, ...]
     forms: Mapping[str, Mapping[Range | None, SavedForm]]
     sizes: Mapping[str, tuple[int, ...]]
+    together: Together
+
+
+@dataclass(frozen=True, slots=True)
+class SavedTrace:
+    """One trace: a program, bound to a model.
+
+    Attributes:
+        made, edited: without their texts.
+        memory: which weights shared memory, where the graph writes to some: a number per weight.
+        symbols: torch's symbol → how it is called.
+    """
+
+    program: SavedProgram
     made: MadeEntry
     inputs: tuple[WeightInput | Argument | Size | Layout, ...]
     weights: tuple[SavedWeight, ...]
@@ -95,7 +108,6 @@ class SavedTrace:
     as_marked: bool
     rows_in_one: bool
     edited: EditedSource | None
-    together: Together
 
 
 def partition(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,41 +14,42 @@ from typing import Any
 import torch
 import torch.fx
 
-from piecework.code_objects import HEAP_TYPE, with_inner_code
-from piecework.codegen.stitch.source import generate_source
 from piecework.errors import ArtifactError
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.writes import mutations_in
-from piecework.runtime.artifact import surroundings
-from piecework.runtime.artifact.facts import SavedState, codes_of, saved_state
-from piecework.runtime.artifact.folder import PARTS, key_of, part_folder, write_folder
+from piecework.runtime.artifact.facts import saved_state
+from piecework.runtime.artifact.fit import files_of, operators, tree
 from piecework.runtime.artifact.form import (
-    CAREFUL,
     EDITED,
     ENTRY,
     GRAPHS,
     STATE,
-    STITCHED,
-    DirectConst,
-    SavedForm,
     SavedTrace,
     SavedWeight,
     WeightInput,
     partition,
 )
-from piecework.runtime.artifact.likeness import code_digest
-from piecework.runtime.artifact.pieces import piece_files
-from piecework.runtime.artifact.store import Place, store_of
+from piecework.runtime.artifact.program import saved_program
 from piecework.runtime.artifact.values import MAX_TENSOR, to_bytes
-from piecework.runtime.bind.reachable import modules_of, tensors_of
-from piecework.runtime.bind.weights import Weight
-from piecework.runtime.cache.collect import environment_factors
 from piecework.runtime.call.edited import EditedSource
 from piecework.runtime.compilers.eager import EagerAdaptor
 from piecework.runtime.compilers.inductor import InductorStandaloneAdaptor
 from piecework.runtime.pieces.program import Program
+from piecework.runtime.store.folder import (
+    PARTS,
+    Place,
+    directory_of,
+    key_of,
+    part_folder,
+    write_folder,
+)
+from piecework.runtime.store.surroundings import is_foreign, processes, source_factors, surroundings
 from piecework.runtime.trace.inputs import Argument, Layout, Size
 from piecework.runtime.traces.traced_model import TracedModel
+from piecework.runtime.watch.reachable import modules_of, tensors_of
+from piecework.runtime.watch.state import SavedState
+from piecework.runtime.watch.values import code_digest
+from piecework.runtime.watch.weights import Weight
 
 Graph = torch.fx.GraphModule
 
@@ -70,19 +70,19 @@ class Part:
 
 
 def save(place: Place, part: Part, *, key_file: str | os.PathLike[str] | None = None) -> None:
-    """Write a stitched module to a directory or URL, in place of an artifact that is there.
+    """Write a stitched module to a directory, in place of an artifact that is there.
 
     Args:
-        key_file: the secret that signs the manifest; `piecework.runtime.artifact.folder.key_of`.
+        key_file: the secret that signs the manifest; `piecework.runtime.store.folder.key_of`.
 
     Raises:
         ArtifactError: something can't be told again in another process, or the directory can't be written.
     """
-    store, key = store_of(place), key_of(key_file)
+    path, key = directory_of(place), key_of(key_file)
     files: dict[str, bytes] = {}
     graphs: list[Graph] = []
     facts = _facts(part, files, "", graphs)
-    write_folder(store, files, _as_json({**facts, **_surroundings(part.traces, graphs)}), key)
+    write_folder(path, files, _as_json({**facts, **_surroundings(part.traces, graphs)}), key)
 
 
 def save_together(
@@ -99,13 +99,13 @@ def save_together(
         settings: what the manifest says of all of them.
         values: further values by the names of their files, as `to_bytes` takes them.
     """
-    store, key = store_of(place), key_of(key_file)
+    path, key = directory_of(place), key_of(key_file)
     files = {name: to_bytes(value, name) for name, value in values.items()}
     graphs: list[Graph] = []
     rows = [_facts(each, files, part_folder(i), graphs) for i, each in enumerate(parts)]
     traces = [trace for part in parts for trace in part.traces]
     facts = {**settings, **_surroundings(traces, graphs), PARTS: rows}
-    write_folder(store, files, _as_json(facts), key)
+    write_folder(path, files, _as_json(facts), key)
 
 
 def _as_json(facts: Mapping[str, object]) -> dict[str, object]:
@@ -121,13 +121,9 @@ def _surroundings(traces: Sequence[TracedModel], graphs: Sequence[Graph]) -> dic
             where="torch's settings",
             hint="compile the model again, and call it with every kind of size under the same settings",
         )
-    return {
-        "versions": surroundings.versions(),
-        "machine": surroundings.machine(*graphs),
-        "processes": surroundings.processes(),
-        "environment": environment_factors(),
-        "torch settings": traces[0].settings,
-    }
+    settings = traces[0].settings
+    assert settings is not None
+    return {"surroundings": surroundings(*graphs, settings=settings), "processes": processes()}
 
 
 def _facts(
@@ -142,7 +138,6 @@ def _facts(
         saved = _saved(trace, files, folder)
         program = trace.program
         files[f"{folder}/{STATE}"] = to_bytes(saved, "what the trace took for given")
-        files[f"{folder}/{STITCHED}"] = program.source.code.encode()
         files[f"{folder}/{ENTRY}"] = trace.entry.source.code.encode()
         if trace.entry.edited is not None:
             files[f"{folder}/{EDITED}"] = trace.entry.edited.code.encode()
@@ -155,17 +150,14 @@ def _facts(
         own += [item.graph for item in program.items]
     graphs += own
     states = [trace.entry.weights.state for trace in part.traces]
+    traced = {each.co_filename for state in states for each in state.code}
+    classes = {type(each) for _, root in modules_of(part.model) for each in root.modules()}
+    classes.update(each for state in states for each in state.classes.classes)
     return {
         **part.settings,
-        "modules": surroundings.tree(modules_of(part.model)),
-        "sources": surroundings.sources(
-            {each for state in states for each in state.code},
-            [
-                *{type(each) for _, root in modules_of(part.model) for each in root.modules()},
-                *{each for state in states for each in state.classes.classes},
-            ],
-        ),
-        "operators": surroundings.operators(own),
+        "modules": tree(modules_of(part.model)),
+        "sources": source_factors(filter(os.path.isfile, {*traced, *files_of(classes)})),
+        "operators": operators(own),
         "traces": rows,
     }
 
@@ -213,36 +205,13 @@ def _require_savable(trace: TracedModel) -> None:
 
 def _saved(trace: TracedModel, files: dict[str, bytes], folder: str) -> SavedTrace:
     program, entry, captured = trace.program, trace.entry, trace.entry.captured
-    split_gm = program.split_gm  # of a loaded program the graphs are read now
-    source = program.source
-    direct = {id(f): op for op, f in program.direct_ops.implementations.items()}
-    careful = source
-    if source.options.direct:
-        careful = generate_source(split_gm, replace(source.options, direct={}))
-    files[f"{folder}/{CAREFUL}"] = careful.code.encode()
-    _require_no_weights((*source.consts, *careful.consts), trace)
+    program.split_gm  # noqa: B018 - of a loaded program the graphs are read now
+    saved = saved_program(program, files, f"{folder}/")
+    _require_no_weights((*saved.source.consts, *saved.careful_consts), trace)
     indices = {each.path: i for i, each in enumerate(entry.weights.traced)}
     edited = entry.edited
     return SavedTrace(
-        name=program.name,
-        compiler=program.compiler,
-        report=program.report(),
-        rows=tuple((p.name, p.key, p.modules, p.seconds, p.reused) for p in program.pieces()),
-        ranges=None if program.range_table is None else program.range_table.entries,
-        batch=program.batch,
-        source=replace(
-            source,
-            code="",
-            consts=tuple(
-                DirectConst(direct[id(each)]) if id(each) in direct else each
-                for each in source.consts
-            ),
-            options=replace(source.options, direct={}),
-        ),
-        direct=dict(program.direct_ops.calls),
-        careful_consts=tuple(careful.consts),
-        forms=dict(_forms(program, files)),
-        sizes={name: each.sym_shape_indices for name, each in program.backends.items()},
+        program=saved,
         made=replace(entry.made, source=replace(entry.source, code="")),
         inputs=tuple(_inputs(captured.inputs, indices)),
         weights=_weights(trace),
@@ -252,7 +221,6 @@ def _saved(trace: TracedModel, files: dict[str, bytes], folder: str) -> SavedTra
         as_marked=trace.as_marked,
         rows_in_one=trace.rows_in_one,
         edited=None if edited is None else replace(edited, code=""),
-        together=program.together(),
     )
 
 
@@ -275,35 +243,6 @@ def _inputs(
         else:
             assert isinstance(each, (Argument, Size, Layout))
             yield each
-
-
-def _forms(program: Program, files: dict[str, bytes]) -> Iterator[tuple[str, dict[Any, SavedForm]]]:
-    made: dict[int, SavedForm] = {}
-    for name, backend in program.backends.items():
-        assert backend.graph is not None
-        forms: dict[Any, SavedForm] = {}
-        for compile_range, entry in backend.entries.items():
-            if id(entry.compiled) not in made:
-                surroundings.require_portable(backend.graph, backend.structure, name)
-                _require_no_attributes(backend.graph, name)
-                found = piece_files(backend.graph, entry.compiled, name)
-                files.update(found.files)
-                count = len(backend.graph.graph.find_nodes(op="placeholder"))
-                made[id(entry.compiled)] = SavedForm(
-                    found.name, count, found.strict, found.inductor
-                )
-            forms[compile_range] = made[id(entry.compiled)]
-        yield name, forms
-
-
-def _require_no_attributes(graph: torch.fx.GraphModule, name: str) -> None:
-    for node in graph.graph.find_nodes(op="get_attr"):
-        if not isinstance(getattr(graph, str(node.target), None), torch.fx.GraphModule):
-            raise ArtifactError(
-                f"{name} can't be saved: it holds the constant {node.target}, and an artifact holds no tensors",
-                where=name,
-                hint="register it as a buffer of the model",
-            )
 
 
 def _require_no_weights(consts: Sequence[object], trace: TracedModel) -> None:
@@ -348,30 +287,14 @@ def _memory(trace: TracedModel) -> tuple[int, ...] | None:
 
 
 def _code_with_places(trace: TracedModel) -> None:
-    """Raise unless all code that the trace went through is found again: in a class or a fact, or in a file.
-
-    Code that was made by running text is in no file.
-    """
+    """Raise if the trace went through code that is in no file and no method, which nobody could compare."""
     state = trace.entry.weights.state
-    loose = [
-        each
-        for each in state.code
-        if not os.path.isfile(each.co_filename) and surroundings.is_foreign(each.co_filename)
-    ]
-    if not loose:
-        return
-    owners = {kind for each in state.classes.classes for kind in each.__mro__}
-    code: list[types.CodeType] = []
-    for fact in state.bins.facts:
-        seen = getattr(fact.expected, "value", fact.expected)
-        if isinstance(seen, type) and seen.__flags__ & HEAP_TYPE:
-            owners.add(seen)
-        own = seen if isinstance(seen, types.CodeType) else getattr(seen, "__code__", None)
-        code += [own] if isinstance(own, types.CodeType) else []
-    code += [each for owner in owners for each in codes_of(owner)]
-    known = set(map(code_digest, with_inner_code(code)))
-    for each in loose:
-        if code_digest(each) not in known:
+    told = {text.split()[-1] for text in state.classes.digests().values()}
+    told.update(each.text.split()[-1] for each in state.plain.values if each.text)
+    for each in state.code:
+        in_file = os.path.isfile(each.co_filename) or not is_foreign(each.co_filename)
+        of_python = "__create_fn__" in each.co_qualname or "_tuple_new" in each.co_names
+        if not (in_file or of_python or code_digest(each) in told):
             raise ArtifactError(
                 f"the trace went through {each.co_qualname}, whose source is in no file",
                 where=each.co_filename,
@@ -391,18 +314,20 @@ def _graphs(program: Program) -> bytes | None:
 
 def _row(saved: SavedTrace, graphs: bool) -> dict[str, object]:
     """A trace as people read it."""
-    plan = saved.made.plan
+    plan, program = saved.made.plan, saved.program
     return {
         "signature": [f"{p.kind}{p.name}" for p in plan.parameters],
         "symbols": [[each.name, each.low, each.high] for each in plan.symbols],
         "guards": list(plan.guards),
         "batch": {
-            "symbol": saved.batch.symbol,
-            "ranges": None if saved.ranges is None else [[r.start, r.end] for r in saved.ranges],
+            "symbol": program.batch.symbol,
+            "ranges": (
+                None if program.ranges is None else [[r.start, r.end] for r in program.ranges]
+            ),
         },
         "pieces": {
             name: {str(r or "all"): form.file for r, form in forms.items()}
-            for name, forms in saved.forms.items()
+            for name, forms in program.forms.items()
         },
         "weights": [
             {

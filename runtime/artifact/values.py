@@ -5,8 +5,10 @@ It is an allow-list: what is not known to mean the same in another process is re
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import functools
+import importlib
 import io
 import pickle
 import types
@@ -19,20 +21,6 @@ from torch.utils import _pytree as pytree
 from piecework.codegen.graph.targets import function_path
 from piecework.errors import ArtifactError
 
-#: Modules whose dataclasses are plans: frozen, without behaviour.
-_OURS = (
-    *("piecework.codegen.plan.ir", "piecework.codegen.entry.checks"),
-    *("piecework.codegen.entry.emit", "piecework.codegen.entry.plan"),
-    *("piecework.codegen.proof.verify", "piecework.codegen.stitch.lower"),
-    *("piecework.codegen.stitch.source", "piecework.runtime.call.edited"),
-    *("piecework.runtime.call.entry_plan",),
-    *("piecework.runtime.artifact.", "piecework.runtime.batch.ranges"),
-    *("piecework.runtime.bind.facts", "piecework.runtime.call.argument_memory"),
-    *("piecework.runtime.pieces.program", "piecework.runtime.pieces.ranks"),
-    *("piecework.runtime.pieces.report", "piecework.runtime.passes.manager"),
-    *("piecework.runtime.torch_compat.trace.guards", "piecework.runtime.trace.inputs"),
-    *("piecework.runtime.trace.results",),
-)
 _TORCHS = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
 # Containers, whose parts are asked in turn; a partial function is one of a function and arguments.
 _BUILTIN = (
@@ -71,10 +59,10 @@ class _Pickler(pickle.Pickler):
             return NotImplemented  # by its name, which must lead to the very same object
         if kind in _TORCHS or kind in _BUILTIN or isinstance(value, enum.Enum):
             return NotImplemented
-        if kind is pytree.TreeSpec or issubclass(kind, pytree.TreeSpec):
+        if issubclass(kind, pytree.TreeSpec):
             return NotImplemented
-        if kind.__module__.startswith(_OURS) and not callable(value):
-            return NotImplemented
+        if kind.__module__.startswith("piecework.") and dataclasses.is_dataclass(kind):
+            return NotImplemented  # a plan; its parts are asked in turn
         raise ArtifactError(
             f"a {kind.__module__}.{kind.__qualname__} can't be saved: nothing says that it means the same in another process",
             where=self._where,
@@ -112,7 +100,7 @@ class _Unpickler(pickle.Unpickler):
             return operator_named(what)
         if kind == "tensor":
             return _tensor_of(*what)
-        return __import__("importlib").import_module(what)
+        return importlib.import_module(what)
 
 
 def from_bytes(data: bytes, where: str) -> object:
@@ -153,8 +141,6 @@ def operator_named(name: str) -> object:
 
 
 def _resolve(module: str, path: str) -> object:
-    import importlib
-
     value: Any = importlib.import_module(module)
     for part in path.split(".")[1 if module != "builtins" else 0 :]:
         value = getattr(value, part)

@@ -1,7 +1,4 @@
-"""What happens to every batch size: in, a dispatcher and a maximum; out, rows that tell mode, descriptor, padding and reason.
-
-It never runs or captures anything.
-"""
+"""What every batch size runs as, as rows: mode, graph, padding and reason."""
 
 from __future__ import annotations
 
@@ -54,6 +51,31 @@ class CoverageRow:
         return ", ".join(parts)
 
 
+class Coverage(list[CoverageRow]):
+    """Rows of a coverage table, which prints as one; ``note`` says what the rows leave open, as why nothing is padded."""
+
+    def __init__(self, rows: Iterable[CoverageRow], note: str = "") -> None:
+        super().__init__(rows)
+        self.note = note
+
+    def __repr__(self) -> str:
+        cells = [("batch", "tokens", "mode", "graph", "padding", "why"), *map(_cells, self)]
+        return "\n".join([aligned(cells), *([self.note] if self.note else [])])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text, each column as wide as its widest cell.
+
+    Example:
+        >>> print(aligned([("size", "mode"), ("1", "FULL")]))
+        size  mode
+        1     FULL
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    pairs = (zip(row, widths, strict=True) for row in rows)
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in row).rstrip() for row in pairs)
+
+
 def coverage(dispatcher: CudagraphDispatcher, max_num_batched_tokens: int) -> list[CoverageRow]:
     """One row per run of batch sizes that are treated alike, for every kind of batch; together they cover all.
 
@@ -103,11 +125,16 @@ def coverage_table(rows: Sequence[CoverageRow]) -> Table:
     for heading in ("batch", "tokens", "mode", "graph", "padding", "why"):
         table.add_column(heading, justify="right" if heading in ("tokens", "padding") else "left")
     for row in rows:
-        graph = "-" if row.descriptor is None else row.descriptor.describe()
-        padding = f"≤ {row.padding}" if row.padding else "0"
-        why = f"[yellow]{row.reason.value}[/]" if row.is_fallback else row.reason.value
-        table.add_row(row.kind, _span(row), row.mode.name, graph, padding, why)
+        *cells, why = _cells(row)
+        table.add_row(*cells, f"[yellow]{why}[/]" if row.is_fallback else why)
+    table.caption = getattr(rows, "note", "") or None
     return table
+
+
+def _cells(row: CoverageRow) -> tuple[str, ...]:
+    graph = "-" if row.descriptor is None else row.descriptor.describe()
+    padding = f"≤ {row.padding}" if row.padding else "0"
+    return row.kind, _span(row), row.mode.name, graph, padding, row.reason.value
 
 
 def coverage_json(rows: Sequence[CoverageRow]) -> list[Mapping[str, object]]:

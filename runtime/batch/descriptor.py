@@ -1,7 +1,4 @@
-"""What a batch is, and the key of one captured batch shape: in, what a batch looks like; out, frozen, hashable values.
-
-It never pads or rounds: the dispatcher chooses which descriptor a batch runs as.
-"""
+"""What a batch is, and the key of one captured batch shape."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Which captured graph runs a batch: in, the batch's size and kind; out, a mode and a descriptor, with the reason.
-
-It never captures, never rounds down, and never changes what it is asked with.
-"""
+"""Tells which captured graph runs a batch, if any, and why."""
 
 from __future__ import annotations
 
@@ -46,6 +43,7 @@ class Reason(enum.Enum):
     NOT_EXACT = "rows are not known to stay apart, so nothing is padded"
     UNDECLARED = "an operator does not say what it does with rows, so nothing is padded around it"
     CHECKED = "a padded run at the capture gave other rows, so nothing is padded"
+    UNPADDED = "pad=False, so nothing is padded"
     AXIS = "nothing is captured for this value of an axis"
     FACTOR = "the next captured size is more than max_padding_factor times as large"
 

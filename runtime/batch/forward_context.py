@@ -1,7 +1,4 @@
-"""What one forward runs as: in, the mode, descriptor and request state of a step; out, the same to whoever runs inside it.
-
-It never outlives the ``with`` block that set it, and it never reaches another thread.
-"""
+"""What one forward runs as, for whoever runs inside it; never beyond its ``with`` block."""
 
 from __future__ import annotations
 

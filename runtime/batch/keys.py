@@ -1,7 +1,4 @@
-"""What is captured: in, a mode, sizes and cases; out, the keys of every graph, and their order.
-
-It never answers for one batch: that is the dispatcher's work.
-"""
+"""What is captured: the keys of every graph, for sizes, adapters and further axes."""
 
 from __future__ import annotations
 

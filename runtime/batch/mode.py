@@ -1,7 +1,4 @@
-"""How a forward runs: in, a mode's name; out, the run-time mode of each kind of batch (none, piecewise, full).
-
-It never decides anything about one batch: that is the dispatcher's work.
-"""
+"""The modes of static graphs, and which of them each kind of batch runs in."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Which compiled version serves a batch: in, endpoints, sizes and a batch size; out, the inclusive range it falls in.
-
-It never compiles anything, and it never reads a configuration object.
-"""
+"""Ranges of batch sizes, and which compiled version serves a batch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Which batch sizes are captured: in, limits and wishes as plain integers; out, a sorted tuple of sizes or a padding table.
-
-It never reads a configuration object and never changes what it is given, so that the configuration can call it.
-"""
+"""Which batch sizes are captured, from limits and wishes as plain integers."""
 
 from __future__ import annotations
 

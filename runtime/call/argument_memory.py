@@ -29,10 +29,10 @@ from piecework.codegen.graph.origin import value_of
 from piecework.errors import InputError
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.writes import mutations_in
-from piecework.runtime.bind.weights import BoundWeights, Weight
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.inputs import Argument, GraphInput
-from piecework.runtime.trace.one_trace import Capture
+from piecework.runtime.trace.one_trace import ModelTrace
+from piecework.runtime.watch.weights import BoundWeights, Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Written:
     in_weights: tuple[str, ...]
 
     @classmethod
-    def by(cls, captured: Capture, program: Program) -> Written:
+    def by(cls, captured: ModelTrace, program: Program) -> Written:
         placeholders = program.split_gm.graph.find_nodes(op="placeholder")
         pairs = list(zip(placeholders, captured.inputs, strict=True))
         tensors = {n.name: each for n, each in pairs if isinstance(value_of(n), torch.Tensor)}
@@ -100,7 +100,7 @@ class ArgumentMemory:
             found = [_Spans([tensors[n] for n in each.apart]) for each in self._given]
             self._spans[weights] = found
         for each, spans in zip(self._given, found, strict=True):
-            tensor = _value(each.where, values)
+            tensor = checks.value_at(each.where, values, torch_compat.flatten_tree)
             assert isinstance(tensor, torch.Tensor)
             for number in each.others:
                 if tensor is weights.tensors[number]:
@@ -119,13 +119,13 @@ class ArgumentMemory:
         return None
 
 
-def given_tensors(captured: Capture, written: Written) -> tuple[GivenTensor, ...]:
+def given_tensors(captured: ModelTrace, written: Written) -> tuple[GivenTensor, ...]:
     """The arguments of a trace that could be tensors of the model, or share memory with one in a wrong way."""
     given = _all_given(captured, written)
     return tuple(each for each in given if each.others or each.elsewhere or each.apart)
 
 
-def _all_given(captured: Capture, written: Written) -> Iterator[GivenTensor]:
+def _all_given(captured: ModelTrace, written: Written) -> Iterator[GivenTensor]:
     weights = captured.weights
     plain = [n for n, each in enumerate(weights.tensors) if each.layout is torch.strided]
     numbers = {weights.traced[n].path: n for n in plain}
@@ -174,18 +174,6 @@ def _could_be(assumption: Assumption, tensor: torch.Tensor) -> bool:
         case _:
             return False
     return fits and (tensor.dtype, tensor.device, tensor.dim()) == (dtype, device, rank)
-
-
-def _value(where: checks.Where, values: Sequence[object]) -> object:
-    match where:
-        case checks.Whole(parameter):
-            return values[parameter]
-        case checks.Part(of, key):
-            return _value(of, values)[key]  # type: ignore[index]
-        case checks.Flat(of, number):
-            return torch_compat.flatten_tree(_value(of, values))[0][number]
-        case _:
-            assert_never(where)
 
 
 def _one_object(label: str, path: str) -> InputError:

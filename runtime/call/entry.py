@@ -1,4 +1,4 @@
-"""From a capture to the function that users call. In: a `Capture`, its `Program` and the bound weights. Out: an `Entry`, whose source is emitted and run as it is.
+"""From a capture to the function that users call. In: a `ModelTrace`, its `Program` and the bound weights. Out: an `Entry`, whose source is emitted and run as it is.
 
 Per call it does nothing itself: the emitted source does, and what is here runs once, or when something is wrong.
 """
@@ -20,7 +20,6 @@ from piecework.codegen.stitch.bind import execute_source
 from piecework.errors import InputError, StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.doubts import tell_of_gradients
-from piecework.runtime.bind.weights import BoundWeights
 from piecework.runtime.call.argument_memory import ArgumentMemory
 from piecework.runtime.call.edited import EditedSource
 from piecework.runtime.call.entry_plan import MadeEntry, made_entry
@@ -28,7 +27,8 @@ from piecework.runtime.call.execution import Execution, Graphs, by_path_of, is_r
 from piecework.runtime.call.explain import input_error
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.errors import OPAQUE
-from piecework.runtime.trace.one_trace import Capture
+from piecework.runtime.trace.one_trace import ModelTrace
+from piecework.runtime.watch.weights import BoundWeights
 
 
 class Entry:
@@ -51,7 +51,7 @@ class Entry:
 
     def __init__(
         self,
-        captured: Capture,
+        captured: ModelTrace,
         program: Program,
         as_it_is: Callable[..., object],
         made: MadeEntry | None = None,
@@ -110,6 +110,11 @@ class Entry:
             )
 
     # --- changes: each publishes another execution, and calls that run keep theirs --------------------
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether static graphs serve calls."""
+        return self._now.graphs is not None
 
     def rebound(self) -> Execution:
         """An execution with the weights that the model has now; it serves once it is published.

@@ -1,4 +1,4 @@
-"""What an entry says. In: a `Capture` and its `Program`. Out: a `MadeEntry`: the plan of what a call checks, passes and returns, and the text that was emitted of it."""
+"""What an entry says. In: a `ModelTrace` and its `Program`. Out: a `MadeEntry`: the plan of what a call checks, passes and returns, and the text that was emitted of it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ from piecework.codegen.entry.plan import (
 )
 from piecework.codegen.graph.origin import results_of
 from piecework.runtime import torch_compat
-from piecework.runtime.bind.weights import Weight
 from piecework.runtime.call.argument_memory import GivenTensor, Written, given_tensors
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.inputs import Argument, Layout, Size
-from piecework.runtime.trace.one_trace import Capture
+from piecework.runtime.trace.one_trace import ModelTrace
 from piecework.runtime.trace.results import (
     Fixed,
     FromArgument,
@@ -35,6 +34,7 @@ from piecework.runtime.trace.results import (
     FromWeight,
     ResultLeaf,
 )
+from piecework.runtime.watch.weights import Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class MadeEntry:
     given: tuple[GivenTensor, ...]
 
 
-def made_entry(captured: Capture, program: Program) -> MadeEntry:
+def made_entry(captured: ModelTrace, program: Program) -> MadeEntry:
     written = Written.by(captured, program)
     given = given_tensors(captured, written)
     state = captured.weights.state
@@ -67,7 +67,7 @@ def made_entry(captured: Capture, program: Program) -> MadeEntry:
 
 
 def _plan_entry(
-    captured: Capture, program: Program, written: Written, watches_arguments: bool
+    captured: ModelTrace, program: Program, written: Written, watches_arguments: bool
 ) -> EntryPlan:
     """Say what the entry must check, pass and return."""
     levers, state = program.config.stitching_config, captured.weights.state
@@ -105,11 +105,11 @@ def _plan_entry(
         binds=bool(bound) or not weights,
         watches_arguments=watches_arguments,
         checks=levers.check_inputs,
-        asks_grad_mode=state.bins.asks_grad_mode,
+        asks_grad_mode=state.asks_grad_mode,
     )
 
 
-def _strict_weights(captured: Capture, program: Program) -> frozenset[str]:
+def _strict_weights(captured: ModelTrace, program: Program) -> frozenset[str]:
     """Weights that every reader compares by itself, by path; see `CompiledPiece.strict_inputs`."""
     placeholders = program.split_gm.graph.find_nodes(op="placeholder")
     return frozenset(
@@ -128,7 +128,7 @@ def _is_strict(user: torch.fx.Node, weight: torch.fx.Node, program: Program) -> 
     return all(places <= entry.compiled.strict_inputs for entry in piece.entries.values())
 
 
-def _batch(captured: Capture, program: Program) -> Passed | None:
+def _batch(captured: ModelTrace, program: Program) -> Passed | None:
     if program.range_table is None or program.batch.symbol is None:
         return None
     index, dim = program.batch.input
@@ -141,7 +141,7 @@ def _batch(captured: Capture, program: Program) -> Passed | None:
             return None
 
 
-def _output_names(captured: Capture) -> tuple[str, ...]:
+def _output_names(captured: ModelTrace) -> tuple[str, ...]:
     outputs = results_of(captured.graph.graph)
     return tuple(each.name if isinstance(each, torch.fx.Node) else "unused" for each in outputs)
 

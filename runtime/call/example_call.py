@@ -23,8 +23,8 @@ from piecework.codegen.entry.plan import (
     Tree,
     UnusedTensor,
 )
+from piecework.codegen.plan.size_text import evaluate
 from piecework.runtime import torch_compat
-from piecework.runtime.call.explain import evaluate
 
 
 def example_call(

@@ -18,8 +18,8 @@ from typing import Protocol
 import torch
 
 from piecework.errors import BindError
-from piecework.runtime.bind.weights import BoundWeights
 from piecework.runtime.call.edited import EditedSource
+from piecework.runtime.watch.weights import BoundWeights
 
 
 class Graphs(Protocol):

@@ -1,6 +1,7 @@
-"""Eager beside stitched. In: the pieces of a stitching function, while it is called. Out: the call's own results, and which piece does not give what its uncompiled graph gives on the same inputs.
+"""Shadow mode: each piece's uncompiled graph run beside it, to find the first piece that is wrong.
 
-What a caller gets is what the stitched pieces computed. No piece is run twice that may keep state, draw random numbers, or wait for another process.
+A caller gets what the stitched pieces computed. No piece is run twice that may keep state, draw
+random numbers, or wait for another process.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from piecework.codegen.graph.schemas import every_node, shows_nothing
 from piecework.codegen.split.splitting import SplittingOps
 from piecework.errors import BindError, ConfigError
 from piecework.runtime import torch_compat
-from piecework.runtime.analysis.rows.table import is_random
 from piecework.runtime.analysis.writes import operator_calls, unwritten_outputs, written_inputs
 from piecework.runtime.compilers.eager import uncompiled
-from piecework.runtime.identity.piece_operators import SELF_CONTAINED
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.splitting_op import registry
+from piecework.runtime.store.piece_operators import SELF_CONTAINED
 
-#: Least precise dtype in a piece → what its outputs may differ by: relative to the largest value of an output, and beside that.
+#: Least precise dtype in a piece → by what its outputs may differ: relative to the largest value of
+#: an output, and beside that.
 TOLERANCES = {
     torch.float64: (1e-7, 1e-7),
     torch.float32: (1e-4, 1e-5),
@@ -43,7 +44,7 @@ class PieceDifference:
     Attributes:
         piece: its submodule in ``split_gm``.
         modules: the module paths that it holds, ``first … last``.
-        output: which of its outputs, or of the inputs that it writes, with the node of the graph and the model's line.
+        output: which output, or input that it writes, with the graph's node and the model's line.
         how: what is different, in words.
         error: the largest absolute error; infinite where shape, dtype or kind differ.
         allowed: the largest one that is not a difference.
@@ -322,7 +323,7 @@ def _why_once(node: torch.fx.Node, splitting_ops: SplittingOps) -> str:
 
 def _draws(op: torch._ops.OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
     """Whether a call draws random numbers; attention does so for its dropout alone."""
-    if not is_random(op):
+    if torch.Tag.nondeterministic_seeded not in op.tags:
         return False
     names = [each.name for each in op._schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -360,7 +361,7 @@ def _named(output: object) -> str:
 def _different(
     right: object, given: object, rtol: float, atol: float
 ) -> tuple[str, float, float] | None:
-    """How ``given`` differs, its largest error, and the largest that is allowed; None if it does not differ."""
+    """How ``given`` differs, its largest error, and the one that is allowed; None if it is alike."""
     if not isinstance(right, torch.Tensor) or not isinstance(given, torch.Tensor):
         same = type(right) is type(given) and right == given
         return None if same else (f"is {given!r}, and the graph gives {right!r}", math.inf, 0.0)
@@ -374,13 +375,12 @@ def _different(
         return None
     wide = torch.complex128 if right.is_complex() else torch.float64
     right, given = right.detach().to(wide), given.detach().to(wide)
-    finite = right.isfinite() & given.isfinite()
-    alike = (right == given) | (right.isnan() & given.isnan())
-    errors = (given - right).abs().masked_fill(~finite, math.inf).masked_fill(alike, 0.0)
-    largest = right.abs().masked_fill(~right.isfinite(), 0.0).max().item()
-    error, allowed = errors.max().item(), atol + rtol * largest
-    if error <= allowed:
+    largest = right.abs().nan_to_num(0.0, 0.0, 0.0).max().item()
+    allowed = atol + rtol * largest
+    wrong = ~torch.isclose(given, right, rtol=0.0, atol=allowed, equal_nan=True)
+    if not wrong.any():
         return None
+    error = (given - right)[wrong].abs().nan_to_num(math.inf).max().item()
     how = (
         f"is off by up to {error:.1e}, where {allowed:.1e} is allowed (largest value {largest:.1e})"
     )

@@ -1,4 +1,4 @@
-"""Compilers of pieces behind one interface. In: a configuration. Out: the compiler that its ``backend`` names."""
+"""The compilers of pieces, and the one that a configuration's ``backend`` names."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Torch backends as piece compilers. In: a graph, and a configuration whose ``backend`` is a Dynamo backend. Out: what that backend makes of the graph.
-
-It is used where the graph is compiled whole, and it adds nothing to what the backend does.
-"""
+"""Any torch.compile backend as a compiler of pieces, where the graph is compiled whole."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range
 from piecework.runtime.compilers.interface import CompiledPiece
 from piecework.runtime.config.compilation import CompilationConfig
-from piecework.runtime.identity.values import digest_of
+from piecework.runtime.store.digest import digest_of
 
 
 class DynamoBackendAdaptor:

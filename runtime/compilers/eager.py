@@ -1,7 +1,4 @@
-"""The compiler that compiles nothing. In: a piece. Out: the piece's own generated forward.
-
-Useful for tests and for looking at the stitching alone.
-"""
+"""The compiler that compiles nothing: it runs a piece's own generated forward."""
 
 from __future__ import annotations
 

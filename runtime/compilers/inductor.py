@@ -1,13 +1,10 @@
-"""Inductor as a compiler of pieces. In: a piece and fake inputs. Out: compiled code, as an artifact of its own where torch makes one.
-
-The piece given is copied by Inductor and stays as it was.
-"""
+"""Inductor as a compiler of pieces, by ``standalone_compile`` or by ``compile_fx``."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -22,13 +19,12 @@ from piecework.runtime.compilers.eager import left_uncompiled
 from piecework.runtime.compilers.inductor_options import InductorOptions
 from piecework.runtime.compilers.interface import CompiledPiece
 from piecework.runtime.compilers.partitions import wrap_partition
-from piecework.runtime.compilers.vector_isa import await_search, start_search, takes_cpu_tensors
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.counters import counters
-from piecework.runtime.identity.piece_operators import operator_facts
-from piecework.runtime.identity.settings import settings_factors
-from piecework.runtime.identity.values import digest_of, text_of
 from piecework.runtime.passes import PostGradPassManager, pass_context
+from piecework.runtime.store.digest import digest_of, text_of
+from piecework.runtime.store.piece_operators import operator_facts
+from piecework.runtime.store.surroundings import settings_factors
 
 _log = logging.getLogger(__name__)
 
@@ -62,11 +58,6 @@ class _Inductor:
     def passes(self) -> PostGradPassManager:
         """The passes that run on every piece; their report says what matched."""
         return self.options.passes
-
-    def get_ready(self, values: Iterable[object]) -> None:
-        """Begin, in the background, what code for the CPU will need; returns at once."""
-        if takes_cpu_tensors(values):
-            start_search()
 
     def compute_hash(self, config: CompilationConfig) -> str:
         options = digest_of(InductorOptions(config).identity(), "inductor_compile_config")
@@ -131,7 +122,6 @@ class InductorStandaloneAdaptor(_Inductor):
             return left_uncompiled(graph)
         _require_sizes(graph, example_inputs)
         counters.num_inductor_compiles += 1
-        await_search(example_inputs)
         single = compile_range is not None and compile_range.is_single_size()
         if single and not _has_symbols(example_inputs):
             shapes = "from_example_inputs"
@@ -188,7 +178,6 @@ class InductorAdaptor(_Inductor):
             return left_uncompiled(graph)
         _require_sizes(graph, example_inputs)
         counters.num_inductor_compiles += 1
-        await_search(example_inputs)
         facts = self.facts_for(graph) or ""
         with self.partitions_wrapped(), pass_context(compile_range, facts):
             compiled = torch_compat.compile_fx(
@@ -208,7 +197,7 @@ def _require_sizes(graph: torch.fx.GraphModule, inputs: Sequence[object]) -> Non
         CaptureError: the trace asserted something of a value that is no argument and no size of one.
     """
     values = [*inputs, *map(value_of, graph.graph.nodes)]
-    given = {symbol for value in inputs for symbol in torch_compat.raw_symbols(value)}
+    given = {symbol for value in inputs for symbol in torch_compat.free_sizes(value)}
     missing = sorted(map(str, torch_compat.asserted_symbols(values) - given))
     if missing:
         raise CaptureError(

@@ -1,7 +1,4 @@
-"""What Inductor is told for one piece. In: a configuration and a batch range. Out: Inductor's options, complete.
-
-It never changes Inductor's own configuration; the options are handed to one compilation.
-"""
+"""Inductor's options for one piece and batch range; its own configuration stays as it is."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from piecework.errors import ConfigError
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range
 from piecework.runtime.config.compilation import CompilationConfig
-from piecework.runtime.identity.frozen_map import thaw
+from piecework.runtime.config.frozen_map import thaw
 from piecework.runtime.passes import PostGradPassManager
 from piecework.runtime.splitting_op import registry
 

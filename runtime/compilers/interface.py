@@ -1,7 +1,4 @@
-"""What a compiler of pieces must offer. In: the graph of one piece and fake inputs. Out: a callable and, if it can be kept, its bytes.
-
-A compiler sees one piece at a time and knows nothing of the stitching graph.
-"""
+"""What a compiler of pieces must offer."""
 
 from __future__ import annotations
 
@@ -40,8 +37,7 @@ class CompilerInterface(Protocol):
     A compiler may also have ``to_bytes(piece) -> bytes | None`` and ``from_bytes(data, graph) -> CompiledPiece``; then
     what it makes is kept in the compile cache. One that runs graph passes has ``passes``, a `PostGradPassManager`. One with
     ``calls_custom_ops_as_they_are = True`` may be given operators that stand for others, so that pieces which differ only
-    in a layer's name are one program (`piecework.runtime.pieces.layer_names`). ``get_ready(values)`` is called with the example inputs
-    before the model is traced, to begin what can run beside that.
+    in a layer's name are one program (`piecework.runtime.pieces.layer_names`).
 
     Attributes:
         name: what ``CompilationConfig.backend`` calls it.

@@ -1,7 +1,4 @@
-"""The partitions of code that Inductor cut itself. In: a partition's function. Out: the same function, which a captured model can take over.
-
-Nothing is captured here, and without a taker a partition runs as Inductor wrote it.
-"""
+"""The partitions of code that Inductor cut itself, which a captured model can take over."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Everything that can be set. In: names and values from code, files and command lines. Out: one frozen `compilation.CompilationConfig`."""
+"""Everything that can be set, in one frozen `compilation.CompilationConfig`."""

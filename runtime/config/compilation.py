@@ -1,7 +1,4 @@
-"""What is compiled and how: in, options by name; out, one frozen, validated CompilationConfig.
-
-It never changes after it is made: what settles an open choice returns a new configuration.
-"""
+"""Everything that decides how a model is compiled, as one frozen, validated configuration."""
 
 from __future__ import annotations
 
@@ -16,7 +13,6 @@ from piecework.errors import ConfigError, short_methods
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.ranges import Range, RangeTable, derive_ranges
 from piecework.runtime.batch.sizes import padded_sizes
-from piecework.runtime.config import hash as config_hash
 from piecework.runtime.config import resolve as config_resolve
 from piecework.runtime.config.groups import (
     CompilationMode,
@@ -28,7 +24,16 @@ from piecework.runtime.config.groups import (
     RuntimeConfig,
     StitchingConfig,
 )
-from piecework.runtime.config.model import KEY, KEY_AS_SET, Conflict, FrozenModel, ignored
+from piecework.runtime.config.model import (
+    KEY,
+    KEY_AS_SET,
+    Conflict,
+    FrozenModel,
+    digest,
+    factors_of,
+    ignored,
+)
+from piecework.runtime.config.qualified_name import import_qualified
 from piecework.runtime.config.values import (
     BackendName,
     CaptureSizes,
@@ -115,12 +120,12 @@ class CompilationConfig(FrozenModel):
         "is every op registered with `piecework.splitting_op`; an empty list cuts nowhere.",
     )
     repeated_layers: Annotated[
-        Literal["found", "off"] | tuple[str, ...],
+        tuple[str, ...],
         ignored("layers that share a trace have the graph that a trace of each has"),
     ] = Field(
-        "found",
-        description="Which layers share one trace where they are alike: `found` (lists of at least 4 of one kind), the dotted "
-        "names of the modules that hold them (2 are enough there), or `off`.",
+        (),
+        description="Which layers share one trace where torch finds them alike: dotted names of the modules whose children "
+        "they are. By default each layer is traced.",
     )
     repeated_blocks: Annotated[Literal["found", "off"] | tuple[str, ...], KEY] = Field(
         "found",
@@ -221,6 +226,8 @@ class CompilationConfig(FrozenModel):
     def conflicts(self) -> Iterable[Conflict]:
         return config_resolve.conflicts_of(self)
 
+    # --- choices settled; each returns a copy ----------------------------------------------------
+
     def resolve(
         self,
         runtime: RuntimeConfig,
@@ -228,12 +235,12 @@ class CompilationConfig(FrozenModel):
         registered_splitting_ops: Iterable[str] | None = None,
         attention_ops: Iterable[str] = (),
     ) -> CompilationConfig:
-        """A new configuration for ``runtime`` with nothing left open; resolving it again changes nothing.
+        """A copy for ``runtime`` with nothing left open; resolving it again changes nothing.
 
         Args:
             runtime: batch limits and ranks.
-            registered_splitting_ops: what ``splitting_ops=None`` stands for. If None, the ops are not
-                known yet (no model is imported), and only ``splitting_ops`` stays open.
+            registered_splitting_ops: what ``splitting_ops=None`` stands for. If None, the ops are
+                not known yet (no model is imported), and only ``splitting_ops`` stays open.
             attention_ops: which splitting ops are attention (for ``fuse_attn_quant``).
 
         Raises:
@@ -246,8 +253,8 @@ class CompilationConfig(FrozenModel):
     ) -> CompilationConfig:
         """A copy with explicit ``splitting_ops``: the registered ones where nothing was chosen.
 
-        Modes 1 and 2 cut nowhere unless told to. Where no op is left to cut at, a ``cudagraph_mode``
-        that needs pieces falls back to ``without_piecewise()``, and a warning is logged.
+        Modes 1 and 2 cut nowhere unless told to. Where no op is left to cut at, a
+        ``cudagraph_mode`` that needs pieces becomes its ``without_piecewise()``, with a warning.
         """
         return config_resolve.with_splitting_ops(self, registered, attention_ops)
 
@@ -262,20 +269,16 @@ class CompilationConfig(FrozenModel):
         return config_resolve.with_attention_inside(self, registered, attention_ops)
 
     def post_init_cudagraph_sizes(self, runtime: RuntimeConfig) -> CompilationConfig:
-        """A copy with explicit capture sizes (none if nothing is captured) and ``compile_sizes``.
-
-        Raises:
-            ConfigError: a size can't be reached in ``runtime``.
-        """
+        """A copy with explicit capture sizes (none if nothing is captured) and ``compile_sizes``."""
         return config_resolve.with_compile_sizes(config_resolve.with_capture_sizes(self, runtime))
 
     def adjust_cudagraph_sizes_for_spec_decode(
         self, uniform_decode_query_len: int, tensor_parallel_size: int = 1
     ) -> CompilationConfig:
-        """A copy whose capture sizes are multiples of the query length of a decode batch, all of them.
+        """A copy whose capture sizes are all multiples of the query length of a decode batch.
 
-        With ``pass_config.enable_sp`` they are multiples of ``tensor_parallel_size`` too. ``resolve()`` leaves the sizes of
-        other batches as they are: the dispatcher rounds for decode batches only, so this is for who captures nothing else.
+        With ``pass_config.enable_sp`` they are multiples of ``tensor_parallel_size`` too.
+        ``resolve()`` leaves sizes as they are: the dispatcher rounds, for decode batches only.
 
         Raises:
             ConfigError: the sizes are not chosen yet, or no multiple fits under the maximum.
@@ -284,13 +287,11 @@ class CompilationConfig(FrozenModel):
             self, uniform_decode_query_len, tensor_parallel_size
         )
 
+    # --- what follows from it --------------------------------------------------------------------
+
     @property
     def bs_to_padded_graph_size(self) -> tuple[int | None, ...]:
-        """Entry ``n`` is the captured size that serves ``n`` tokens; empty if nothing is captured.
-
-        Raises:
-            ConfigError: the sizes are not chosen yet.
-        """
+        """Entry ``n`` is the captured size that serves ``n`` tokens; empty if nothing is captured."""
         if self.cudagraph_capture_sizes is None:
             raise self._open("cudagraph_capture_sizes")
         return padded_sizes(self.cudagraph_capture_sizes) if self.cudagraph_capture_sizes else ()
@@ -301,8 +302,7 @@ class CompilationConfig(FrozenModel):
         """The ranges that are compiled, ascending, without the single sizes.
 
         Args:
-            max_size: the largest batch; if None it is not known, and the last range is open-ended.
-            is_encoder: the last range is open-ended in any case.
+            max_size: the largest batch; None, or ``is_encoder``, leaves the last range open-ended.
 
         Raises:
             ConfigError: an endpoint lies beyond the largest batch.
@@ -312,7 +312,7 @@ class CompilationConfig(FrozenModel):
         )
 
     def range_table(self, max_size: int | None = None, *, is_encoder: bool = False) -> RangeTable:
-        """Ranges and single sizes with one look-up; arguments and errors as ``get_compile_ranges``."""
+        """Ranges and single sizes with one look-up; arguments as ``get_compile_ranges``."""
         ranges = self.get_compile_ranges(max_size, is_encoder=is_encoder)
         sizes = config_resolve.with_compile_sizes(self).compile_sizes
         return RangeTable(ranges, (size for size in sizes if isinstance(size, int)))
@@ -333,17 +333,14 @@ class CompilationConfig(FrozenModel):
     def custom_op_log_check(
         self, in_model: Iterable[str], known: Iterable[str] = ()
     ) -> tuple[str, ...]:
-        """Log which of the model's custom ops are enabled, and return (and log) the rules without effect.
+        """Log which of the model's custom ops are enabled; warn of, and return, idle rules.
 
         Args:
             in_model: custom ops that the model has.
-            known: every custom op that is registered, to tell a typing error from an absent op.
+            known: every registered custom op, to tell a typing error from an absent op.
         """
         present, registered = set(in_model), set(known)
-        _log.debug(
-            "custom ops: %s",
-            {op: self.is_custom_op_enabled(op) for op in sorted(present)},
-        )
+        _log.debug("custom ops: %s", {op: self.is_custom_op_enabled(op) for op in sorted(present)})
         idle = [rule for rule in self.custom_ops if rule[0] in "+-" and rule[1:] not in present]
         notes = tuple(
             f"custom op rule {rule!r} has no effect: "
@@ -355,11 +352,7 @@ class CompilationConfig(FrozenModel):
         return notes
 
     def splitting_ops_contain_attention(self, attention_ops: Iterable[str]) -> bool:
-        """Whether the graph is cut at every one of ``attention_ops`` (and there is one).
-
-        Raises:
-            ConfigError: ``splitting_ops`` is still open.
-        """
+        """Whether the graph is cut at every one of ``attention_ops`` (and there is one)."""
         if self.splitting_ops is None:
             raise self._open("splitting_ops")
         attention = list(attention_ops)
@@ -376,36 +369,26 @@ class CompilationConfig(FrozenModel):
     def init_backend(
         self, runtime: RuntimeConfig | None = None, *, prefix: str = "", is_encoder: bool = False
     ) -> str | Callable[..., Any]:
-        """What Dynamo is given as its backend in this mode.
-
-        Modes 1 and 2: the name of a torch backend, or the object that a qualified name points to.
-        Mode 3: a ``PieceworkBackend``, resolved against ``runtime`` and the registered splitting ops
-        if ``runtime`` is given.
-
-        Raises:
-            ConfigError: the mode is NONE, or the name can't be imported.
-        """
-        # The field's name for it. The one import against the order of the rooms; nothing else here knows what a backend is.
-        from piecework.runtime.pieces.dynamo import backend_of
-
-        return backend_of(self, runtime, prefix=prefix, is_encoder=is_encoder)
+        """What Dynamo is given as its backend in this mode: `piecework.runtime.backend_of`."""
+        backend_of = import_qualified("piecework.runtime:backend_of", where="backend")
+        return backend_of(self, runtime, prefix=prefix, is_encoder=is_encoder)  # type: ignore[no-any-return]
 
     def hash_factors(self) -> dict[str, str]:
-        """What is hashed, as text by dotted name: the fields whose role is KEY, in canonical form.
+        """What is hashed, as canonical text by dotted name: the fields whose role is KEY.
 
         Raises:
-            ConfigError: an option or a pass has no stable form (an object, a pass that is missing), or
-                ``compile_sizes`` refers to capture sizes that are not chosen yet.
+            ConfigError: an option or a pass has no stable form (an object, a pass that is missing),
+                or ``compile_sizes`` refers to capture sizes that are not chosen yet.
         """
         base = self.custom_op_base()
         mark = "-" if base == "all" else "+"
         rules = sorted(op for op in self.custom_ops if op[0] == mark)
         settled = config_resolve.with_compile_sizes(self)
-        return config_hash.factors_of(settled) | {"custom_ops": ",".join([base, *rules])}
+        return factors_of(settled) | {"custom_ops": ",".join([base, *rules])}
 
     def compute_hash(self) -> str:
-        """SHA-256 of what decides the compiled and emitted code; equal over processes and machines."""
-        return config_hash.digest(self.hash_factors())
+        """SHA-256 of what decides compiled and emitted code; equal in all processes and machines."""
+        return digest(self.hash_factors())
 
     def _open(self, field: str) -> ConfigError:
         return ConfigError(f"{field} is not settled yet", where=field, hint="call resolve() first")

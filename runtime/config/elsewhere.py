@@ -1,7 +1,4 @@
-"""Where an argument goes that a function does not take. In: its name. Out: a hint, for who comes from ``torch.compile`` or has a field of a configuration.
-
-It decides nothing: a refusal has happened.
-"""
+"""Hints for arguments that a function does not take, for whoever comes from ``torch.compile``."""
 
 from __future__ import annotations
 

@@ -1,12 +1,9 @@
-"""The nested groups and enumerations of the configuration: in, a name, number or mapping; out, a frozen value.
-
-It never looks at two groups together: conflicts between groups belong to `piecework.runtime.config.compilation`.
-"""
+"""The groups and enumerations of the configuration."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
@@ -56,28 +53,23 @@ class DynamicShapesType(enum.StrEnum):
     BACKED_SIZE_OBLIVIOUS = "backed_size_oblivious"
 
 
-def _mode(value: Any) -> CompilationMode:
-    try:
-        return CompilationMode.parse(value)
-    except ConfigError as error:
-        raise ValueError(error.message) from None
+def _parsed_by(parse: Callable[[Any], enum.Enum]) -> BeforeValidator:
+    def validate(value: Any) -> enum.Enum:
+        try:
+            return parse(value)
+        except ConfigError as error:
+            raise ValueError("; ".join(filter(None, (error.message, error.hint)))) from None
+
+    return BeforeValidator(validate)
 
 
-def _cudagraph_mode(value: Any) -> CUDAGraphMode:
-    try:
-        return CUDAGraphMode.parse(value)
-    except ConfigError as error:
-        raise ValueError(f"{error.message}; {error.hint}") from None
-
-
-def _name(value: enum.Enum) -> str:
-    return value.name
+_BY_NAME = PlainSerializer(lambda value: value.name, when_used="json")
 
 
 ModeField = Annotated[
     CompilationMode,
-    BeforeValidator(_mode),
-    PlainSerializer(_name, when_used="json"),
+    _parsed_by(CompilationMode.parse),
+    _BY_NAME,
     WithJsonSchema(
         {
             "anyOf": [
@@ -89,8 +81,8 @@ ModeField = Annotated[
 ]
 CUDAGraphModeField = Annotated[
     CUDAGraphMode,
-    BeforeValidator(_cudagraph_mode),
-    PlainSerializer(_name, when_used="json"),
+    _parsed_by(CUDAGraphMode.parse),
+    _BY_NAME,
     WithJsonSchema({"type": "string", "enum": list(CUDAGraphMode.__members__)}),
 ]
 
@@ -142,22 +134,12 @@ class DynamicShapesConfig(FrozenModel):
 
 
 class PassConfig(FrozenModel):
-    """Which graph passes run on a piece after Inductor's own."""
+    """What a user's passes need of the compilation; the passes themselves are `inductor_passes`."""
 
     if TYPE_CHECKING:  # fields take more than what they hold: a list, a name
 
         def __init__(self, **fields: Any) -> None: ...
 
-    eliminate_noops: Flag = Field(
-        True,
-        description="Remove reshapes, slices and slice_scatters that change nothing, and shorten chains of views.",
-    )
-    defunctionalize: Flag = Field(
-        True, description="Turn auto-functionalised custom ops back into their in-place form."
-    )
-    clean_up: Flag = Field(
-        True, description="Remove dead nodes and sort the graph after the other passes."
-    )
     fuse_attn_quant: Flag = Field(
         False,
         description="A user pass fuses attention with what follows, so attention stays in the graph.",

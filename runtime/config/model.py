@@ -1,12 +1,10 @@
-"""The base of every configuration model: in, keyword data; out, a frozen object or one error with every problem.
-
-It knows no field of piecework, and it never reads the environment or a file.
-"""
+"""The base of every configuration: a frozen pydantic model whose errors list all problems at once."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, get_args
 
@@ -14,6 +12,9 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from piecework.errors import ConfigError, ConfigProblem, did_you_mean
+from piecework.runtime.config.frozen_map import FrozenMap
+from piecework.runtime.config.qualified_name import import_qualified
+from piecework.runtime.store.digest import canonical, text_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +71,11 @@ class FrozenModel(BaseModel):
 
     def __init__(self, *positional: object, **data: Any) -> None:
         if positional:
+            fields = type(self).model_fields
+            example = "backend" if "backend" in fields else next(iter(fields))
             raise ConfigError(
                 f"the fields of {type(self).__name__} are given by name; got {positional[0]!r:.80}",
-                hint=(
-                    f"write {type(self).__name__}(backend='eager'), with the names of fields"
-                    if "backend" in type(self).model_fields
-                    else f"write {next(iter(type(self).model_fields))}=..., with the names of fields"
-                ),
+                hint=f"write {type(self).__name__}({example}=...), with the names of fields",
             )
         try:
             super().__init__(**data)
@@ -88,17 +87,14 @@ class FrozenModel(BaseModel):
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise self._frozen(name)
-
-    def __delattr__(self, name: str) -> None:
-        raise self._frozen(name)
-
-    def _frozen(self, name: str) -> ConfigError:
-        return ConfigError(
+        raise ConfigError(
             "a configuration is frozen",
             where=f"{type(self).__name__}.{name}",
             hint=f"make a changed copy with .replace({name}=…)",
         )
+
+    def __delattr__(self, name: str) -> None:
+        setattr(self, name, None)
 
     def conflicts(self) -> Iterable[Conflict]:
         """Fields that are valid alone and not together; none by default."""
@@ -119,11 +115,7 @@ class FrozenModel(BaseModel):
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Self:
-        """The model that ``data`` describes (a parsed JSON or TOML object).
-
-        Raises:
-            ConfigError: one or more fields are unknown, wrong or in conflict; all are listed.
-        """
+        """The model that ``data`` describes (a parsed JSON or TOML object); all its errors are one."""
         return cls(**dict(data))
 
     @classmethod
@@ -137,34 +129,22 @@ class FrozenModel(BaseModel):
             return given
         if isinstance(given, Mapping):
             return cls.from_data(given)
+        kind = f"a {type(given).__qualname__}"
+        hint = f"pass {cls.__name__}(...), or a dict of what differs from the defaults"
+        if isinstance(given, type):
+            kind, hint = f"the class {given.__name__}", f"pass an instance: {given.__name__}(...)"
+        elif isinstance(given, (str, os.PathLike)):
+            hint = "read the file first, as with json or tomllib, and pass what is in it"
         raise ConfigError(
-            f"{argument} must be a {cls.__name__} or a dict of its fields; got "
-            + (
-                f"the class {given.__name__}"
-                if isinstance(given, type)
-                else f"a {type(given).__qualname__}"
-            ),
+            f"{argument} must be a {cls.__name__} or a dict of its fields; got {kind}",
             where=where,
-            hint=_instead_of(given, cls),
+            hint=hint,
         )
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with ``changes``, validated again as a whole.
-
-        Raises:
-            ConfigError: the copy would not be valid.
-        """
-        # Not model_copy(update=…): pydantic would take the changes unchecked.
+        """A copy with ``changes``, validated again as a whole (pydantic's own copy checks nothing)."""
         current = {name: getattr(self, name) for name in type(self).model_fields}
         return type(self)(**{**current, **changes})
-
-
-def _instead_of(given: object, cls: type) -> str:
-    if isinstance(given, type):
-        return f"pass an instance: {given.__name__}(...)"
-    if isinstance(given, (str, os.PathLike)):
-        return "read the file first, as with json or tomllib, and pass what is in it"
-    return f"pass {cls.__name__}(...), or a dict of what differs from the defaults"
 
 
 def hash_roles(model: type[FrozenModel]) -> dict[str, HashRole | None]:
@@ -175,81 +155,76 @@ def hash_roles(model: type[FrozenModel]) -> dict[str, HashRole | None]:
     }
 
 
-def nested_model(annotation: Any) -> type[FrozenModel] | None:
-    """The FrozenModel that an annotation names, also inside a union, or None."""
-    if isinstance(annotation, type) and issubclass(annotation, FrozenModel):
-        return annotation
-    for part in get_args(annotation):
-        if (found := nested_model(part)) is not None:
-            return found
-    return None
+def nested_model(model: type[FrozenModel] | None, name: str) -> type[FrozenModel] | None:
+    """The group that a field of ``model`` holds, or None."""
+    field = None if model is None else model.model_fields.get(name)
+    parts = [] if field is None else [field.annotation, *get_args(field.annotation)]
+    groups = (p for p in parts if isinstance(p, type) and issubclass(p, FrozenModel))
+    return next(groups, None)
 
 
 def other_names(model: type[FrozenModel]) -> dict[str, str]:
     """Accepted aliases and the field that each one names."""
-    names: dict[str, str] = {}
-    for name, field in model.model_fields.items():
-        if isinstance(field.validation_alias, AliasChoices):
-            names.update({str(alias): name for alias in field.validation_alias.choices})
-    return {alias: name for alias, name in names.items() if alias != name}
+    return {
+        str(alias): name
+        for name, field in model.model_fields.items()
+        if isinstance(field.validation_alias, AliasChoices)
+        for alias in field.validation_alias.choices
+        if alias != name
+    }
 
 
-def _problems(model: type[FrozenModel], error: ValidationError) -> list[ConfigProblem]:
-    found: list[ConfigProblem] = []
-    for detail in error.errors(include_url=False):
-        cause = detail.get("ctx", {}).get("error")
-        where = ".".join(str(part) for part in detail["loc"])
-        if isinstance(cause, ConflictsFound):
-            prefix = f"{where}." if where else ""
-            found += [
-                ConfigProblem(", ".join(prefix + name for name in each.fields), each.message)
-                for each in cause.conflicts
-            ]
+# --- the cache's key -----------------------------------------------------------------------------
+
+
+def factors_of(model: FrozenModel) -> dict[str, str]:
+    """Each field whose role is KEY as canonical JSON, by dotted name; groups one level down.
+
+    A value counts with its exact type and a pass by what it does.
+
+    Raises:
+        ConfigError: a field declares no role.
+        Unidentifiable: a value has no stable form.
+    """
+    factors: dict[str, str] = {}
+    for name, role in hash_roles(type(model)).items():
+        if role is None:
+            raise ConfigError(
+                "the field does not say whether it is part of the cache key",
+                where=f"{type(model).__name__}.{name}",
+                hint="annotate it with KEY or ignored(reason)",
+            )
+        value = getattr(model, name)
+        if not role.in_key:
+            continue
+        if isinstance(value, FrozenModel):
+            factors |= {f"{name}.{key}": text for key, text in factors_of(value).items()}
+        elif isinstance(value, FrozenMap):
+            for key, each in sorted(value.items()):
+                where = f"{name}.{key}"
+                if name == "inductor_passes" and isinstance(each, str):
+                    each = import_qualified(each, where=where)
+                factors[where] = _short(text_of(canonical(each, where)))
         else:
-            found.append(ConfigProblem(where, _sentence(model, detail, cause)))
-    return found
+            if role.unordered and isinstance(value, tuple):
+                value = tuple(sorted(set(value)))
+            factors[name] = _short(text_of(canonical(value, name)))
+    return factors
 
 
-def _sentence(model: type[FrozenModel], detail: ErrorDetails, cause: object) -> str:
-    """One problem in words, with the near misses of an unknown name."""
-    if detail["type"] == "extra_forbidden":
-        name = str(detail["loc"][-1])
-        if len(detail["loc"]) == 1 and name in (aliases := other_names(model)):
-            return f"is another name of {aliases[name]}, which is given too"
-        owner: type[FrozenModel] | None = model
-        for part in detail["loc"][:-1]:
-            field = None if owner is None else owner.model_fields.get(str(part))
-            owner = None if field is None else nested_model(field.annotation)
-        known = [] if owner is None else [*owner.model_fields, *other_names(owner)]
-        hint = did_you_mean(name, known)
-        return f"is not a field of this configuration{hint and f'; {hint}'}"
-    if cause is not None:
-        return str(cause)
-    shown = repr(detail["input"])
-    return f"{detail['msg'][0].lower()}{detail['msg'][1:]}, got {shown[:80]}"
+def _short(text: str) -> str:
+    """``text`` if people can read it, else its digest, which no such text begins like."""
+    if len(text) <= 200:
+        return text
+    return f"sha256:{hashlib.sha256(text.encode('ascii')).hexdigest()}"
 
 
-def _config_error(
-    model: type[FrozenModel], error: ValidationError, data: Mapping[str, Any]
-) -> ConfigError:
-    """The error for ``data``, with the conflicts among the fields that were valid alone."""
-    problems = _problems(model, error)
-    bad = {str(detail["loc"][0]) for detail in error.errors() if detail["loc"]}
-    if bad:
-        aliases = other_names(model)
-        bad_fields = {aliases.get(name, name) for name in bad}
-        rest = {
-            key: value for key, value in data.items() if aliases.get(key, key) not in bad_fields
-        }
-        try:
-            model(**rest)
-        except ConfigError as more:
-            problems += [
-                problem
-                for problem in more.problems
-                if not bad_fields & set(problem.field.split(", "))
-            ]
-    return report(model.__name__, problems)
+def digest(factors: Mapping[str, str]) -> str:
+    """SHA-256 (hex) of named texts, independent of their order."""
+    return hashlib.sha256(text_of(dict(factors)).encode()).hexdigest()
+
+
+# --- errors --------------------------------------------------------------------------------------
 
 
 def report(subject: str, problems: Sequence[ConfigProblem]) -> ConfigError:
@@ -261,3 +236,48 @@ def report(subject: str, problems: Sequence[ConfigProblem]) -> ConfigError:
         hint="`piecework config schema` describes every field",
         problems=tuple(problems),
     )
+
+
+def _config_error(
+    model: type[FrozenModel], error: ValidationError, data: Mapping[str, Any]
+) -> ConfigError:
+    """The error for ``data``, with the conflicts among the fields that were valid alone."""
+    problems = list(_problems(model, error))
+    aliases = other_names(model)
+    locations = [str(each["loc"][0]) for each in error.errors() if each["loc"]]
+    bad = {aliases.get(name, name) for name in locations}
+    if bad:
+        try:
+            model(**{key: each for key, each in data.items() if aliases.get(key, key) not in bad})
+        except ConfigError as more:
+            problems += [each for each in more.problems if not bad & set(each.field.split(", "))]
+    return report(model.__name__, problems)
+
+
+def _problems(model: type[FrozenModel], error: ValidationError) -> Iterator[ConfigProblem]:
+    for detail in error.errors(include_url=False):
+        cause = detail.get("ctx", {}).get("error")
+        where = ".".join(map(str, detail["loc"]))
+        if isinstance(cause, ConflictsFound):
+            prefix = f"{where}." if where else ""
+            for each in cause.conflicts:
+                yield ConfigProblem(", ".join(prefix + name for name in each.fields), each.message)
+        elif cause is not None:
+            yield ConfigProblem(where, str(cause))
+        else:
+            yield ConfigProblem(where, _sentence(model, detail))
+
+
+def _sentence(model: type[FrozenModel], detail: ErrorDetails) -> str:
+    """One problem in words, with the near misses of an unknown name."""
+    if detail["type"] != "extra_forbidden":
+        return f"{detail['msg'][0].lower()}{detail['msg'][1:]}, got {detail['input']!r:.80}"
+    *path, name = map(str, detail["loc"])
+    if not path and name in other_names(model):
+        return f"is another name of {other_names(model)[name]}, which is given too"
+    owner: type[FrozenModel] | None = model
+    for part in path:
+        owner = nested_model(owner, part)
+    known = [] if owner is None else [*owner.model_fields, *other_names(owner)]
+    hint = did_you_mean(name, known)
+    return f"is not a field of this configuration{hint and f'; {hint}'}"

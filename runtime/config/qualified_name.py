@@ -1,7 +1,4 @@
-"""Python objects by name: in, a callable or ``module:name``; out, the other one.
-
-It never runs anything but the import of the module that is named.
-"""
+"""Python objects by name: a callable as ``module:name``, and back."""
 
 from __future__ import annotations
 

@@ -1,12 +1,9 @@
-"""What a configuration means in one program: in, a CompilationConfig and a RuntimeConfig; out, a new one with nothing left open.
-
-It never changes what it is given, and it reads neither the environment nor a registry: what exists is passed in.
-"""
+"""What a configuration means in one program: its conflicts, and a copy with nothing left open."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from piecework.errors import ConfigError, ConfigProblem
@@ -25,18 +22,21 @@ if TYPE_CHECKING:
     from piecework.runtime.config.compilation import CompilationConfig
 
 _log = logging.getLogger(__name__)
+_WHOLE = (CompilationMode.STOCK_TORCH_COMPILE, CompilationMode.DYNAMO_TRACE_ONCE)
 
 WITHOUT_EFFECT: Mapping[str, tuple[object, str]] = {
     "compile_cache_save_format": (
         "unpacked",
-        "the cache keeps an artifact as one file with a checksum; set debug_dump_path to look into what was compiled",
+        "the cache keeps an artifact as one file with a checksum; set debug_dump_path to look into "
+        "what was compiled",
     ),
     "compile_mm_encoder": (
         True,
-        "an encoder is a model of its own here; compile it by itself, under set_model_tag(name, is_encoder=True)",
+        "an encoder is a model of its own here; compile it by itself, under "
+        "set_model_tag(name, is_encoder=True)",
     ),
 }
-"""Values that the field knows and that nothing here would go by: the field, the value, and what to do instead."""
+"""Values that the field knows and nothing here would go by: the value, and what to do instead."""
 
 
 def conflicts_of(config: CompilationConfig) -> Iterator[Conflict]:
@@ -45,36 +45,35 @@ def conflicts_of(config: CompilationConfig) -> Iterator[Conflict]:
         if getattr(config, name) == value:
             yield Conflict((name,), f"{value!r} would have no effect: {reason}")
     mode, captures = config.mode, config.cudagraph_mode
-    if config.use_inductor_graph_partition:
-        if config.backend != "inductor":
-            yield Conflict(
-                ("use_inductor_graph_partition", "backend"),
-                f"only Inductor partitions a graph, and the backend is {config.backend!r}",
-            )
-        if mode is CompilationMode.NONE:
-            yield Conflict(
-                ("use_inductor_graph_partition", "mode"),
-                "mode NONE compiles nothing, so Inductor has nothing to partition",
-            )
+    partition = config.use_inductor_graph_partition
+    if partition and config.backend != "inductor":
+        yield Conflict(
+            ("use_inductor_graph_partition", "backend"),
+            f"only Inductor partitions a graph, and the backend is {config.backend!r}",
+        )
+    if partition and mode is CompilationMode.NONE:
+        yield Conflict(
+            ("use_inductor_graph_partition", "mode"),
+            "mode NONE compiles nothing, so Inductor has nothing to partition",
+        )
     if mode is CompilationMode.NONE and captures is not CUDAGraphMode.NONE:
         yield Conflict(
             ("cudagraph_mode", "mode"),
-            f"mode NONE traces nothing, so there is nothing that {captures} could capture; use PIECEWORK_COMPILE, with "
-            "backend 'eager' to compile nothing",
+            f"mode NONE traces nothing, so there is nothing that {captures} could capture; use "
+            "PIECEWORK_COMPILE, with backend 'eager' to compile nothing",
         )
-    if captures.requires_piecewise_compilation():
-        if mode in (CompilationMode.STOCK_TORCH_COMPILE, CompilationMode.DYNAMO_TRACE_ONCE):
-            yield Conflict(
-                ("cudagraph_mode", "mode"),
-                f"{captures} captures pieces, and mode {mode} makes none; use PIECEWORK_COMPILE, "
-                f"or cudagraph_mode {captures.without_piecewise()}",
-            )
-        if config.splitting_ops == ():
-            yield Conflict(
-                ("cudagraph_mode", "splitting_ops"),
-                f"{captures} captures the pieces between splitting ops, and splitting_ops is "
-                "empty; use FULL to capture the whole graph",
-            )
+    if captures.requires_piecewise_compilation() and mode in _WHOLE:
+        yield Conflict(
+            ("cudagraph_mode", "mode"),
+            f"{captures} captures pieces, and mode {mode} makes none; use PIECEWORK_COMPILE, "
+            f"or cudagraph_mode {captures.without_piecewise()}",
+        )
+    if captures.requires_piecewise_compilation() and config.splitting_ops == ():
+        yield Conflict(
+            ("cudagraph_mode", "splitting_ops"),
+            f"{captures} captures the pieces between splitting ops, and splitting_ops is "
+            "empty; use FULL to capture the whole graph",
+        )
     yield from _size_conflicts(config)
 
 
@@ -110,32 +109,37 @@ def _size_conflicts(config: CompilationConfig) -> Iterator[Conflict]:
         if idle:
             yield Conflict(
                 ("compile_sizes", "cudagraph_capture_sizes"),
-                f"no batch runs in {', '.join(idle)}; compile captured sizes, or sizes above {max(sizes)}",
+                f"no batch runs in {', '.join(idle)}; compile captured sizes, or sizes above "
+                f"{max(sizes)}",
             )
+
+
+# --- splitting ops -------------------------------------------------------------------------------
 
 
 def with_splitting_ops(
     config: CompilationConfig, registered: Iterable[str], attention_ops: Iterable[str]
 ) -> CompilationConfig:
-    """``config`` with explicit splitting ops; see ``CompilationConfig.set_splitting_ops_for_v1``."""
-    if config.mode in (CompilationMode.STOCK_TORCH_COMPILE, CompilationMode.DYNAMO_TRACE_ONCE):
+    """``config`` with explicit splitting ops: the registered ones where nothing was chosen."""
+    if config.mode in _WHOLE:
         # These modes hand the whole graph to one compiler; a list given by hand is kept as it is.
         return config if config.splitting_ops is not None else config.replace(splitting_ops=())
     if config.pass_config.fuse_attn_quant and not config.use_inductor_graph_partition:
         return with_attention_inside(config, registered, attention_ops)
     if config.splitting_ops is not None:
         return config
-    return _split_at(config, sorted(set(registered)), "no splitting op is registered")
+    return _split_at(config, registered, "no splitting op is registered")
 
 
 def with_attention_inside(
     config: CompilationConfig, registered: Iterable[str], attention_ops: Iterable[str]
 ) -> CompilationConfig:
-    """``config`` cut nowhere at attention; see ``CompilationConfig.set_splitting_ops_for_attn_fusion``."""
+    """``config`` cut nowhere at attention, so that a pass can fuse it."""
+    where = "pass_config.fuse_attn_quant"
     if not config.pass_config.fuse_attn_quant:
         raise ConfigError(
             "attention stays in the graph only for a pass that fuses it",
-            where="pass_config.fuse_attn_quant",
+            where=where,
             hint="set pass_config.fuse_attn_quant, or leave the splitting ops as they are",
         )
     attention = sorted(set(attention_ops))
@@ -143,7 +147,8 @@ def with_attention_inside(
         cut = [op for op in attention if has_op(config.splitting_ops, op)]
         if cut:
             raise ConfigError(
-                f"fuse_attn_quant needs attention inside the pieces, and the graph is cut at {', '.join(cut)}",
+                "fuse_attn_quant needs attention inside the pieces, and the graph is cut at "
+                + ", ".join(cut),
                 where="splitting_ops",
                 hint="remove it from splitting_ops, or use use_inductor_graph_partition",
             )
@@ -151,29 +156,33 @@ def with_attention_inside(
     if not attention:
         raise ConfigError(
             "fuse_attn_quant needs to know which splitting ops are attention",
-            where="pass_config.fuse_attn_quant",
+            where=where,
             hint="pass attention_ops, or list the other ops in splitting_ops",
         )
-    remaining = sorted(op for op in set(registered) if not has_op(attention, op))
+    remaining = (op for op in registered if not has_op(attention, op))
     return _split_at(config, remaining, "fuse_attn_quant keeps attention in the graph")
 
 
-def _split_at(config: CompilationConfig, ops: Sequence[str], why_none: str) -> CompilationConfig:
-    """``config`` cut at ``ops``; with none of them, pieces are no longer captured, which is logged."""
-    if ops or not config.cudagraph_mode.requires_piecewise_compilation():
-        return config.replace(splitting_ops=tuple(ops))
-    fallback = config.cudagraph_mode.without_piecewise()
-    _log.warning(
-        "%s, so there are no pieces to capture: cudagraph_mode %s becomes %s",
-        why_none,
-        config.cudagraph_mode,
-        fallback,
-    )
-    return config.replace(splitting_ops=(), cudagraph_mode=fallback)
+def _split_at(config: CompilationConfig, ops: Iterable[str], why_none: str) -> CompilationConfig:
+    """``config`` cut at ``ops``; with none of them no pieces are captured, which is logged."""
+    chosen, captures = tuple(sorted(set(ops))), config.cudagraph_mode
+    if not chosen and captures.requires_piecewise_compilation():
+        fallback = captures.without_piecewise()
+        _log.warning(
+            "%s, so there are no pieces to capture: cudagraph_mode %s becomes %s",
+            why_none,
+            captures,
+            fallback,
+        )
+        captures = fallback
+    return config.replace(splitting_ops=chosen, cudagraph_mode=captures)
+
+
+# --- sizes ---------------------------------------------------------------------------------------
 
 
 def with_capture_sizes(config: CompilationConfig, runtime: RuntimeConfig) -> CompilationConfig:
-    """``config`` with explicit sizes; see ``CompilationConfig.post_init_cudagraph_sizes``."""
+    """``config`` with explicit capture sizes: none if nothing is captured."""
     captured: tuple[int, ...] = ()
     if config.cudagraph_mode is not CUDAGraphMode.NONE:
         captured = resolve_capture_sizes(
@@ -197,11 +206,7 @@ def _ranks_that_cut(config: CompilationConfig, runtime: RuntimeConfig) -> int:
 
 
 def _whole_shares(sizes: tuple[int, ...], ranks: int) -> tuple[int, ...]:
-    """The sizes of which every rank gets the same share; others are left out, which is logged.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """The sizes of which every rank gets the same share; others are left out, which is logged."""
     kept = tuple(size for size in sizes if size % ranks == 0)
     if sizes and not kept:
         raise ConfigError(
@@ -216,7 +221,7 @@ def _whole_shares(sizes: tuple[int, ...], ranks: int) -> tuple[int, ...]:
 
 
 def with_compile_sizes(config: CompilationConfig) -> CompilationConfig:
-    """``config`` in which a reference to the capture sizes in ``compile_sizes`` is replaced by them."""
+    """``config`` with the capture sizes in place of a reference to them in ``compile_sizes``."""
     if CAPTURE_SIZES not in config.compile_sizes:
         return config
     if config.cudagraph_capture_sizes is None:
@@ -232,7 +237,7 @@ def with_compile_sizes(config: CompilationConfig) -> CompilationConfig:
 def with_spec_decode_sizes(
     config: CompilationConfig, query_len: int, tensor_parallel_size: int
 ) -> CompilationConfig:
-    """``config`` with fitting sizes; see ``CompilationConfig.adjust_cudagraph_sizes_for_spec_decode``."""
+    """``config`` whose capture sizes are multiples of the query length of a decode batch."""
     sizes, largest = config.cudagraph_capture_sizes, config.max_cudagraph_capture_size
     if sizes is None or largest is None:
         raise ConfigError(
@@ -251,29 +256,20 @@ def with_spec_decode_sizes(
     )
 
 
-def with_decode_sizes(config: CompilationConfig, runtime: RuntimeConfig) -> CompilationConfig:
-    """``config`` itself, after a check that decode batches of every query length have a size to be captured in."""
+def _require_decode_sizes(config: CompilationConfig, runtime: RuntimeConfig) -> CompilationConfig:
+    """``config`` itself, if decode batches of every query length have a size to be captured in."""
     captures, sizes = config.cudagraph_mode, config.cudagraph_capture_sizes
     if sizes and captures.separate_routine() and captures.decode_mode() is CUDAGraphMode.FULL:
+        ranks = _ranks_that_cut(config, runtime)
         for query_len in runtime.query_lens:
             adjust_sizes_for_spec_decode(
-                sizes,
-                query_len,
-                max_size=max(sizes),
-                tensor_parallel_size=_ranks_that_cut(config, runtime),
+                sizes, query_len, max_size=max(sizes), tensor_parallel_size=ranks
             )
     return config
 
 
-def with_ranges(config: CompilationConfig, runtime: RuntimeConfig) -> CompilationConfig:
-    """``config`` with the endpoints that cut something: the largest batch itself does not."""
-    largest = runtime.max_num_batched_tokens
-    ranges = derive_ranges(config.compile_ranges_endpoints, largest)
-    return config.replace(compile_ranges_endpoints=tuple(each.end for each in ranges[:-1]))
-
-
-def with_reachable_sizes(config: CompilationConfig, runtime: RuntimeConfig) -> CompilationConfig:
-    """``config`` itself, after a check that a batch can be as large as each compile size."""
+def _require_reachable(config: CompilationConfig, runtime: RuntimeConfig) -> CompilationConfig:
+    """``config`` itself, if a batch can be as large as each compile size."""
     largest = runtime.max_num_batched_tokens
     beyond = [size for size in config.compile_sizes if isinstance(size, int) and size > largest]
     if beyond:
@@ -285,41 +281,40 @@ def with_reachable_sizes(config: CompilationConfig, runtime: RuntimeConfig) -> C
     return config
 
 
+def _with_ranges(config: CompilationConfig, runtime: RuntimeConfig) -> CompilationConfig:
+    """``config`` with the endpoints that cut something: the largest batch itself does not."""
+    ranges = derive_ranges(config.compile_ranges_endpoints, runtime.max_num_batched_tokens)
+    return config.replace(compile_ranges_endpoints=tuple(each.end for each in ranges[:-1]))
+
+
 def resolve(
     config: CompilationConfig,
     runtime: RuntimeConfig,
     registered: Iterable[str] | None,
     attention_ops: Iterable[str],
 ) -> CompilationConfig:
-    """Every step on a copy; see ``CompilationConfig.resolve``. Problems of all steps are one error."""
+    """A copy of ``config`` with nothing left open; the problems of all steps are one error."""
     problems: list[ConfigProblem] = []
-
-    def step(
-        current: CompilationConfig, change: Callable[[CompilationConfig], CompilationConfig]
-    ) -> CompilationConfig:
-        try:
-            return change(current)
-        except ConfigError as error:
-            problems.extend(
-                error.problems or (ConfigProblem(error.where or "", _with_hint(error)),)
-            )
-            return current
-
+    steps: list[Callable[[CompilationConfig], CompilationConfig]] = [
+        lambda each: (
+            each if registered is None else with_splitting_ops(each, registered, attention_ops)
+        ),
+        lambda each: with_capture_sizes(each, runtime),
+        lambda each: _require_decode_sizes(each, runtime),
+        # Where the sizes could not be chosen, that is the problem.
+        lambda each: each if each.cudagraph_capture_sizes is None else with_compile_sizes(each),
+        lambda each: _require_reachable(each, runtime),
+        lambda each: _with_ranges(each, runtime),
+    ]
     done = config
-    if registered is not None:
-        done = step(done, lambda each: with_splitting_ops(each, registered, attention_ops))
-    done = step(done, lambda each: with_capture_sizes(each, runtime))
-    done = step(done, lambda each: with_decode_sizes(each, runtime))
-    if done.cudagraph_capture_sizes is not None:  # else the step that chooses them has failed
-        done = step(done, with_compile_sizes)
-    done = step(done, lambda each: with_reachable_sizes(each, runtime))
-    done = step(done, lambda each: with_ranges(each, runtime))
+    for step in steps:
+        try:
+            done = step(done)
+        except ConfigError as error:
+            text = error.message if error.hint is None else f"{error.message} ({error.hint})"
+            problems.extend(error.problems or (ConfigProblem(error.where or "", text),))
     if problems:
         raise report(type(config).__name__, problems)
     if {"all", "none"}.isdisjoint(done.custom_ops):
         done = done.replace(custom_ops=(done.custom_op_base(), *done.custom_ops))
     return done
-
-
-def _with_hint(error: ConfigError) -> str:
-    return error.message if error.hint is None else f"{error.message} ({error.hint})"

@@ -1,13 +1,11 @@
-"""The value types of configuration fields: in, what a person or a file wrote; out, one canonical, immutable value.
-
-It never looks at two fields together, and it never imports what a name points to.
-"""
+"""The value types of configuration fields: what a person or a file wrote becomes one immutable value."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from pydantic import (
@@ -19,12 +17,14 @@ from pydantic import (
     WithJsonSchema,
 )
 
+from piecework.errors import ConfigError
 from piecework.runtime.batch.sizes import LARGEST
+from piecework.runtime.config.frozen_map import FrozenMap
 from piecework.runtime.config.qualified_name import QUALIFIED_NAME, qualified_name
-from piecework.runtime.identity.frozen_map import FrozenMap, thaw
 
 CAPTURE_SIZES = "cudagraph_capture_sizes"
 _OP_NAME = re.compile(r"[A-Za-z_]\w*::[A-Za-z_]\w*(\.[A-Za-z_]\w*)?")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def _as_list(value: Any) -> Any:
@@ -101,8 +101,32 @@ def _backend(value: str) -> str:
     raise ValueError(f"must be a compiler's name or a qualified name, not {value!r}")
 
 
-def _plain_passes(value: Mapping[str, str | Callable[..., Any]]) -> dict[str, str]:
-    return {name: qualified_name(each) for name, each in value.items()}
+def _plain_passes(value: Mapping[str, Any]) -> dict[str, str]:
+    named: dict[str, str] = {}
+    for slot, each in value.items():
+        try:
+            named[slot] = qualified_name(each)
+        except ValueError as error:
+            hint = "name an importable function"
+            raise ConfigError(str(error), where=f".{slot}", hint=hint) from None
+    return named
+
+
+def _plain(value: Any, where: str = "") -> Any:
+    """An option's value as JSON data that reads back as an equal value."""
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _plain(each, f"{where}.{key}") for key, each in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(each, where) for each in value]
+    text = isinstance(value, str) and not _SURROGATE.search(value)
+    number = isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value))
+    if value is None or text or number:
+        return value
+    raise ConfigError(
+        f"{value!r} can't be written to a file and read back",
+        where=where,
+        hint="use strings, finite numbers, booleans, lists and tables",
+    )
 
 
 def has_op(names: Iterable[str], op: str) -> bool:
@@ -139,7 +163,11 @@ OpName = Annotated[
 ]
 OpNames = Annotated[tuple[OpName, ...], BeforeValidator(_as_list)]
 CustomOps = Annotated[tuple[str, ...], BeforeValidator(_as_list), AfterValidator(_custom_ops)]
-Options = Annotated[Mapping[str, Any], AfterValidator(FrozenMap), PlainSerializer(thaw)]
+Options = Annotated[
+    Mapping[str, Any],
+    AfterValidator(FrozenMap),
+    PlainSerializer(lambda value: _plain(value), when_used="json"),
+]
 Passes = Annotated[
     Mapping[str, Any],
     AfterValidator(_passes),

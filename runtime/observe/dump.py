@@ -1,6 +1,6 @@
-"""The stages of one compilation as files (``debug_dump_path``). In: what the backend makes, as it makes it. Out: numbered files and a page that links them.
+"""The stages of one compilation as numbered files (``debug_dump_path``), and a page that links them.
 
-Nothing here changes what is compiled, and a dump that can't go on says so once and stops; without a path nothing is done at all.
+A dump changes nothing of what is compiled; one that can't go on says so once and stops.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ import itertools
 import json
 import logging
 import os
+import pprint
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
@@ -28,8 +30,7 @@ from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range, file_name
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.config.text import to_json
-from piecework.runtime.observe.dump_page import Page, PieceRow, RangeCell, Step, render_page
-from piecework.runtime.observe.plan_text import plan_text
+from piecework.runtime.observe.dump_page import Page, RangeCell, Step, render_page
 
 _log = logging.getLogger(__name__)
 
@@ -89,15 +90,14 @@ class Dump:
     def __init__(self, folder: Path | None, model: str = "") -> None:
         self.folder = folder
         self.model = model
-        self._steps: tuple[Step, ...] = ()
-        self._rows: dict[str, PieceRow] = {}
+        self._steps: dict[str, Step] = {}
         self._source: StitchedSource | None = None
 
     @classmethod
     def open(
         cls, config: CompilationConfig, name: str, *, rank: int | None = None, dp_rank: int = 0
     ) -> Dump:
-        """Make the folder of one compilation, ``rank_<r>/<name>`` or the next free ``rank_<r>/<name>_<n>``, and begin.
+        """Make the folder of one compilation: ``rank_<r>/<name>``, or the next free ``<name>_<n>``.
 
         Args:
             config: its ``debug_dump_path`` says where; None dumps nothing.
@@ -134,23 +134,21 @@ class Dump:
         if self.folder is None:
             return
         self._write("02_split.py", _readable(split_gm))
-        self._steps = tuple(
-            Step(i.submod_name, _operators(i), _modules(i.graph), _node(i)) for i in items
-        )
         for item in items:
-            if not item.is_splitting_graph:
-                path = f"pieces/{_file_name(item.submod_name)}/graph.py"
-                self._write(path, _readable(item.graph))
-                self._rows[item.submod_name] = PieceRow(
-                    item.submod_name, "", _modules(item.graph), path
-                )
+            name, modules = item.submod_name, _modules(item.graph)
+            if item.is_splitting_graph:
+                self._steps[name] = Step(name, modules, _operators(item), _node(item))
+                continue
+            path = f"pieces/{_file_name(name)}/graph.py"
+            self._write(path, _readable(item.graph))
+            self._steps[name] = Step(name, modules, graph=path)
 
     def stitched(self, source: StitchedSource) -> None:
         """Write the plan of the emitted source, and the source exactly as it runs."""
         if self.folder is None:
             return
         self._source = source
-        self._write("03_plan.txt", plan_text(source.module))
+        self._write("03_plan.txt", pprint.pformat(source.module, width=120))
         self._write("04_stitched.py", source.code)
 
     def discard(self) -> None:
@@ -187,36 +185,21 @@ class Dump:
     # --- parts -----------------------------------------------------------------------------------
 
     def _piece(self, name: str, backend: CompiledPiece, same_as: str) -> None:
-        row = self._rows.get(name)
-        if row is None or row.key or backend.structure is None:
+        step = self._steps.get(name)
+        if step is None or step.key or backend.structure is None:
             return  # not of this compilation, or written before
-        cells = []
+        step.key, step.same_as = backend.structure.key, same_as
         for compile_range, entry in backend.entries.items():
-            code = ""
-            if not same_as and not entry.reused:
-                code = f"pieces/{_file_name(name)}/{file_name('inductor_output', compile_range)}.py"
-                code = code if self._write_inductor_output(code, entry) else ""
-            cells.append(
-                RangeCell(
-                    batches=_batches(compile_range),
-                    seconds=entry.seconds,
-                    origin=(
-                        same_as or ("reused" if entry.reused else "cache")
-                        if entry.reused or entry.cached
-                        else "compiled"
-                    ),
-                    code=code,
+            batches = "all" if compile_range is None else str(compile_range)
+            cell = RangeCell(batches, entry.seconds, "cache" if entry.cached else "compiled")
+            if same_as or entry.reused:
+                cell.origin = same_as or "reused"
+            elif texts := generated_sources(entry.compiled):
+                cell.code = (
+                    f"pieces/{_file_name(name)}/{file_name('inductor_output', compile_range)}.py"
                 )
-            )
-        self._rows[name] = PieceRow(
-            name, backend.structure.key, row.modules, row.graph, tuple(cells), same_as
-        )
-
-    def _write_inductor_output(self, path: str, entry: FormOfRange) -> bool:
-        texts = generated_sources(entry.compiled)
-        if texts:
-            self._write(path, "\n\n".join(texts))
-        return bool(texts)
+                self._write(cell.code, "\n\n".join(texts))
+            step.ranges.append(cell)
 
     def _times(self, phases: Mapping[str, float], failure: str) -> str:
         data = {
@@ -224,19 +207,7 @@ class Dump:
             "torch": torch.__version__,
             "error": failure or None,
             "phases": dict(phases),
-            "pieces": [
-                {
-                    "name": row.name,
-                    "key": row.key or None,
-                    "modules": row.modules,
-                    "same_as": row.same_as or None,
-                    "ranges": [
-                        {"batches": c.batches, "seconds": c.seconds, "from": c.origin}
-                        for c in row.ranges
-                    ],
-                }
-                for row in self._rows.values()
-            ],
+            "pieces": [asdict(step) for step in self._steps.values() if step.graph],
         }
         return json.dumps(data, indent=2) + "\n"
 
@@ -247,10 +218,9 @@ class Dump:
             place=f"{folder.parent.name}/{folder.name}",
             versions=f"torch {torch.__version__}",
             failure=failure,
-            stages=tuple(name for name in stages if name != "index.html"),
-            phases=dict(phases),
-            steps=self._steps,
-            rows=tuple(self._rows.values()),
+            stages=[name for name in stages if name != "index.html"],
+            phases=phases,
+            steps=list(self._steps.values()),
             source=self._source,
         )
 
@@ -287,12 +257,6 @@ def _file_name(name: str) -> str:
     return _NOT_IN_A_NAME.sub("_", name)[:_LONGEST_NAME].strip("._") or "model"
 
 
-def _batches(compile_range: Range | None) -> str:
-    if compile_range is None:
-        return "all"
-    return str(compile_range.start if compile_range.is_single_size() else compile_range)
-
-
 def _rank() -> int:
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized():
@@ -301,7 +265,7 @@ def _rank() -> int:
 
 
 def config_text(config: CompilationConfig) -> str:
-    """``config`` as JSON; what can't be read back by another process, such as a local function, is shown by its repr."""
+    """``config`` as JSON; what no other process could read back is shown by its repr."""
     try:
         return to_json(config)
     except ConfigError as error:

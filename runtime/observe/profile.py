@@ -1,6 +1,6 @@
-"""Where a forward spends its time. In: something to call and the names of its stages. Out: a table of them, or a trace file, by torch's profiler.
+"""Where a forward spends its time, as a table or a trace file, by torch's profiler.
 
-The profiler's own cost is in every row; compare rows with each other, not with a call outside of it.
+The profiler's own cost is in every row; compare rows with each other.
 """
 
 from __future__ import annotations

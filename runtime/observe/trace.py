@@ -1,7 +1,4 @@
-"""Torch's structured trace. In: what a compilation passes through. Out: artifacts and timed scopes that tlparse shows, when tracing is on.
-
-Texts are made only if somebody traces; nothing here changes what is compiled.
-"""
+"""Artifacts and timed scopes in torch's structured trace, made only if somebody traces."""
 
 from __future__ import annotations
 

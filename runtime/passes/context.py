@@ -1,7 +1,4 @@
-"""What a pass may know of the compilation around it. In: the batch range that is compiled now. Out: the same, to whoever runs inside.
-
-It never outlives the ``with`` block that set it, and it never reaches another thread.
-"""
+"""What a pass may know of the compilation that it runs in."""
 
 from __future__ import annotations
 
@@ -26,7 +23,6 @@ class PassContext:
     facts: str = ""
 
 
-# A ContextVar is a constant key; the value belongs to the running thread or task.
 _CURRENT: ContextVar[PassContext | None] = ContextVar("piecework_pass_context", default=None)
 
 

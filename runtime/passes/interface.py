@@ -1,6 +1,6 @@
-"""What a graph pass is. In: an Inductor graph. Out: the same graph, changed, and how often the pass matched.
+"""What a graph pass is: it changes an Inductor graph in place and says how often it matched.
 
-A pass is identified by its code and its state, never by its name or place in memory.
+Compiled code is reused only if the same passes made it, so a pass is identified by its code and state.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.fx
 from piecework.errors import ConfigError
 from piecework.runtime.batch.ranges import Range
 from piecework.runtime.config.qualified_name import import_qualified
-from piecework.runtime.identity.values import digest_of
+from piecework.runtime.store.digest import digest_of
 
 PassFunction = Callable[[torch.fx.Graph], int | None]
 
@@ -21,8 +21,8 @@ PassFunction = Callable[[torch.fx.Graph], int | None]
 class InductorPass:
     """Base of passes with settings; a plain function will do for the others (`as_inductor_pass`).
 
-    A pass changes the graph in place and returns how often it matched, or None if it does not count. It keeps no
-    results on itself: its attributes are settings, and they are part of its identity.
+    A pass changes the graph in place and returns how often it matched, or None if it does not count.
+    Its attributes are settings and part of its identity, so it keeps no results on itself.
 
     Example:
         >>> class Swap(InductorPass):
@@ -49,22 +49,24 @@ class InductorPass:
         return True
 
     def state(self) -> Mapping[str, object]:
-        """The settings that decide what the pass does: every attribute, unless a subclass says otherwise."""
-        slots = (name for cls in type(self).__mro__ for name in _slots_of(cls))
+        """The settings that decide what the pass does: every attribute, unless a subclass differs."""
+        declared = (cls.__dict__.get("__slots__", ()) for cls in type(self).__mro__)
+        slots = (name for each in declared for name in ([each] if isinstance(each, str) else each))
         found = {name: getattr(self, name) for name in slots if hasattr(self, name)}
         return found | getattr(self, "__dict__", {})
 
     def uuid(self) -> str:
-        """SHA-256 over the class (its code, its attributes, and all that they reach) and `state`.
+        """SHA-256 over the class (its code, and all that this reaches) and `state`.
 
         Raises:
-            Unidentifiable: an attribute has no stable form, or the code reads what can't be seen; define ``uuid`` then.
+            Unidentifiable: an attribute has no stable form, or the code reads what can't be seen;
+                define ``uuid`` then.
         """
         return digest_of((type(self), dict(self.state())), f"pass {self.name}")
 
     @staticmethod
     def hash_source(*sources: object) -> str:
-        """SHA-256 over functions and classes by their code, other objects by their class's, and texts as they are."""
+        """SHA-256 over code: of functions and classes, of other objects' classes, and of texts."""
         known = (str, type, types.FunctionType, types.MethodType)
         return digest_of(
             [each if isinstance(each, known) else type(each) for each in sources], "hash_source"
@@ -81,11 +83,8 @@ class CallableInductorPass(InductorPass):
 
     Args:
         function: takes the graph; may return a number of matches.
-        uuid: its identity: a text, or what one can be made of; by default the function's source and what it uses.
+        uuid: its identity, a text or what one can be made of; by default what the function does.
         name: what reports call it; the function's name by default.
-
-    Raises:
-        Unidentifiable: from `uuid`, if the function reads what can't be seen and has no ``uuid()`` of its own.
     """
 
     def __init__(
@@ -111,7 +110,7 @@ class CallableInductorPass(InductorPass):
 
 
 def as_inductor_pass(value: object, *, where: str) -> InductorPass:
-    """The pass that a configuration means: a pass, a pass class, a function, or a qualified name of one.
+    """The pass that a configuration means: a pass, its class, a function, or the name of one.
 
     Args:
         value: as given in ``CompilationConfig.inductor_passes``.
@@ -141,8 +140,3 @@ def as_inductor_pass(value: object, *, where: str) -> InductorPass:
             hint="give a function of a graph, an InductorPass, or the qualified name of one",
         )
     return CallableInductorPass(value)
-
-
-def _slots_of(cls: type) -> tuple[str, ...]:
-    slots = cls.__dict__.get("__slots__", ())
-    return (slots,) if isinstance(slots, str) else tuple(slots)

@@ -1,7 +1,4 @@
-"""The passes that run on a piece inside Inductor. In: a configuration. Out: one pass that runs them all, and a report of what they matched.
-
-It decides which passes run and in what order; it never changes a graph itself.
-"""
+"""Runs a user's passes inside Inductor, for the batch ranges that they are for, and reports what they matched."""
 
 from __future__ import annotations
 
@@ -16,12 +13,9 @@ from piecework.errors import PieceCompileError, Unidentifiable
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range
 from piecework.runtime.config.compilation import CompilationConfig
-from piecework.runtime.identity.values import digest_of
-from piecework.runtime.passes.cleanup import CleanUpPass
 from piecework.runtime.passes.context import get_pass_context
-from piecework.runtime.passes.defunctionalize import DefunctionalizationPass
 from piecework.runtime.passes.interface import InductorPass, as_inductor_pass
-from piecework.runtime.passes.noop import NoOpEliminationPass
+from piecework.runtime.store.digest import digest_of
 
 #: Inductor's option that the manager goes into; user passes for it run inside the manager.
 POST_GRAD_SLOT = "post_grad_custom_post_pass"
@@ -93,7 +87,7 @@ class PostGradPassManager:
         passes: in order of execution.
 
     Example:
-        >>> manager = PostGradPassManager([NoOpEliminationPass(), CleanUpPass()])
+        >>> manager = PostGradPassManager([Swap(aten.sin, aten.cos)])
         >>> with pass_context(Range(1, 16)):
         ...     manager(graph)
         >>> print(manager.report())
@@ -105,23 +99,14 @@ class PostGradPassManager:
 
     @classmethod
     def from_config(cls, config: CompilationConfig) -> PostGradPassManager:
-        """No-op elimination, the user's passes for this slot, de-functionalisation, clean-up: what ``config`` wants of it.
-
-        User passes see a functional graph without no-ops; what writes in place comes after them.
+        """The user's pass for Inductor's last slot, if there is one.
 
         Raises:
-            ConfigError: a user pass can't be imported or called.
+            ConfigError: the pass can't be imported or called.
         """
-        wish = config.pass_config
-        passes: list[InductorPass] = [NoOpEliminationPass()] if wish.eliminate_noops else []
-        if POST_GRAD_SLOT in config.inductor_passes:
-            where = f"inductor_passes.{POST_GRAD_SLOT}"
-            passes.append(as_inductor_pass(config.inductor_passes[POST_GRAD_SLOT], where=where))
-        if wish.defunctionalize:
-            passes.append(DefunctionalizationPass())
-        if wish.clean_up:
-            passes.append(CleanUpPass())
-        return cls(passes)
+        given = config.inductor_passes.get(POST_GRAD_SLOT)
+        where = f"inductor_passes.{POST_GRAD_SLOT}"
+        return cls([] if given is None else [as_inductor_pass(given, where=where)])
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         """Run the passes that apply to the current `pass_context`.
@@ -138,11 +123,12 @@ class PostGradPassManager:
             except Exception as error:
                 raise PieceCompileError(
                     f"pass {each.name} failed: {type(error).__name__}: {error}",
-                    hint="leave it out of inductor_passes, or switch it off in pass_config",
+                    hint="leave it out of inductor_passes",
                 ) from error
             if len(results_of(graph)) != results:
                 raise PieceCompileError(
-                    f"pass {each.name} left a graph with {len(results_of(graph))} results in place of {results}",
+                    f"pass {each.name} left a graph with {len(results_of(graph))} results "
+                    f"in place of {results}",
                     hint="a pass may change how results are computed, and not how many there are",
                 )
             seconds = time.perf_counter() - start
@@ -153,10 +139,10 @@ class PostGradPassManager:
         return tuple(p for p in self.passes if p.is_applicable_for_range(compile_range))
 
     def uuid(self) -> str:
-        """SHA-256 over the passes that run now and what they may read: the batch range, and the facts of the trace.
+        """SHA-256 over the passes that run now and what they may read: batch range and facts of the trace.
 
-        Inductor keeps code under it. Code that was made under other facts would bring its own along: a guard that this trace
-        does not have.
+        Inductor keeps code under it. Code made under other facts would bring a guard along that
+        this trace does not have.
 
         Raises:
             Unidentifiable: a pass has no stable form.

@@ -1,1 +1,1 @@
-"""From a graph to compiled pieces. In: a flat graph and a configuration. Out: each different piece compiled once per batch range, and the stitching source. Entry point: `backend.PieceworkBackend`."""
+"""Pieces: compiled once each, per batch range, and put together as a `program.Program`."""

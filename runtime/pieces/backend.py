@@ -1,10 +1,8 @@
-"""From one traced graph to a `Program`. In: a flat graph (Dynamo's, or any other) and a configuration. Out: split, compiled and stitched, ready to be bound.
-
-It runs nothing on real data.
-"""
+"""From one traced graph to a `Program`: the Dynamo backend, and what it makes."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -15,18 +13,25 @@ from piecework.codegen.split.split import SplittingOp as SplittingOpLike
 from piecework.codegen.split.split import SplittingOps
 from piecework.errors import BindError, ConfigError, short_errors
 from piecework.runtime.analysis.doubts import tell_of_gradients
+from piecework.runtime.analysis.tried import NotAdmitted, TriedPieces
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.ranges import Range, RangeTable
-from piecework.runtime.cache.artifacts import StandaloneCompiledArtifacts
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.config.groups import CompilationMode
 from piecework.runtime.counters import counters
 from piecework.runtime.model_tag import current_model_tag, model_tag_is_set
 from piecework.runtime.observe.dump import Dump
 from piecework.runtime.passes import PostGradPassManager
-from piecework.runtime.pieces.compilation import Admits, Compilation, NotAdmitted, Trace
+from piecework.runtime.pieces.bound_call import (
+    BoundCall,
+    bound_names,
+    modules_traced,
+    name_inputs,
+)
+from piecework.runtime.pieces.compilation import Compilation, Trace
 from piecework.runtime.pieces.manager import CompilerManager
 from piecework.runtime.pieces.program import Program, ranges_of
+from piecework.runtime.store.artifacts import StandaloneCompiledArtifacts
 
 
 class PieceworkBackend:
@@ -44,6 +49,7 @@ class PieceworkBackend:
     Attributes:
         compiler_manager: compiles pieces, equal ones once.
         range_table: batch ranges and single sizes that were asked for; None when one compiled form serves every batch.
+        batch_of_first: where the first trace of the model has its batch size; see `Program.batch_place`.
         used: a graph was given to it, whatever became of it.
     """
 
@@ -62,6 +68,7 @@ class PieceworkBackend:
         self.prefix = prefix
         self.is_encoder = is_encoder
         self.trace = trace
+        self.batch_of_first: tuple[str, int] | None = None
         self.tag = current_model_tag().tag
         self.declared_ops = (
             splitting_ops if splitting_ops is not None else self.config.splitting_ops
@@ -128,22 +135,23 @@ class PieceworkBackend:
     def __call__(
         self, graph: torch.fx.GraphModule, example_inputs: Sequence[object]
     ) -> Callable[..., object]:
-        """Compile ``graph`` for Dynamo: the result takes the graph's inputs, weights included."""
+        """Compile ``graph`` for Dynamo: the result takes the graph's inputs, weights included.
+
+        The weights are bound by the first call, and let go when the model that they belong to dies.
+        """
         counters.num_graphs_seen += 1
-        program = self.prepare(graph)
-        function = program.bind()
-        if program.range_table is None:
-            return _without_grad(function)
-        size, submods_for = program.batch.size, program.submods_for
-        return _without_grad(
-            lambda *args: function(*args, __vllm_submods__=submods_for(size(args)))
-        )
+        paths, models = name_inputs(graph), modules_traced(graph)
+        program = self.prepare(graph, bound_names(graph, paths) if models else None)
+        call = BoundCall(program, paths)
+        for each in models:
+            weakref.finalize(each, call.release)
+        return _without_grad(call)
 
     def prepare(
         self,
         graph: torch.fx.GraphModule,
         bound: Mapping[str, str] | None = None,
-        admits: Admits | None = None,
+        tried: TriedPieces | None = None,
     ) -> Program:
         """Split ``graph``, compile its pieces and emit the source.
 
@@ -152,10 +160,10 @@ class PieceworkBackend:
         Args:
             graph: flat placeholders with fake values, and a flat tuple of outputs.
             bound: placeholder name → weight path, for weights to hold as module-level names.
-            admits: why a piece may not be compiled; None if it may. Asked for each different piece, before any is compiled.
+            tried: the try of a trace that would serve every size.
 
         Raises:
-            NotAdmitted: ``admits`` gave a reason; nothing was compiled, and no dump is left.
+            NotAdmitted: it would not; no dump is left.
             SplitError: a splitting op is unknown.
             StaticGraphError: pieces are to be captured, and one writes to the model's own tensors.
             PieceCompileError: a compiler failed.
@@ -177,9 +185,10 @@ class PieceworkBackend:
             runtime,
             self.tag,
             self.trace,
+            self.batch_of_first,
         )
         try:
-            self._program = making.run(bound or {}, admits)
+            self._program = making.run(bound or {}, tried)
         except NotAdmitted:
             dump.discard()
             raise

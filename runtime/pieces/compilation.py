@@ -1,7 +1,4 @@
-"""One traced graph on its way to a `Program`. In: a flat graph and what its backend was told. Out: split, compiled and stitched, ready to be bound.
-
-It runs nothing on real data.
-"""
+"""The steps from one traced graph to a `Program`: split, compile, emit."""
 
 from __future__ import annotations
 
@@ -9,8 +6,7 @@ import enum
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, assert_never
@@ -20,8 +16,8 @@ import torch.fx
 from torch.overrides import resolve_name
 
 from piecework.codegen import LowerOptions, SplitItem, StitchedSource, generate_source, split_graph
-from piecework.codegen.graph.origin import SymbolNames, graph_of, value_of
-from piecework.codegen.graph.structure import Structure, input_signature, structure_of
+from piecework.codegen.graph.origin import SymbolNames, value_of
+from piecework.codegen.graph.structure import Structure
 from piecework.codegen.split.split import SplittingOp as SplittingOpLike
 from piecework.codegen.split.split import SplittingOps
 from piecework.codegen.split.splitting import (
@@ -30,8 +26,9 @@ from piecework.codegen.split.splitting import (
     operator_name,
     recurrent_layers,
 )
-from piecework.errors import CaptureError, ConfigError, SplitError, did_you_mean, tell
+from piecework.errors import ConfigError, SplitError, did_you_mean, tell
 from piecework.runtime import torch_compat
+from piecework.runtime.analysis.tried import TriedPieces
 from piecework.runtime.analysis.writes import (
     held_by_source,
     mutations_in,
@@ -40,15 +37,14 @@ from piecework.runtime.analysis.writes import (
 )
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.ranges import Range, RangeTable
-from piecework.runtime.bind.direct_ops import DirectOps
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.counters import counters
 from piecework.runtime.observe import trace
 from piecework.runtime.observe.dump import Dump, config_text
 from piecework.runtime.pieces.layer_names import share_layer_names
 from piecework.runtime.pieces.manager import CompilerManager
+from piecework.runtime.pieces.parallel import compile_ahead, different_pieces
 from piecework.runtime.pieces.piecewise import PiecewiseBackend, PiecewiseCompileInterpreter
-from piecework.runtime.pieces.precompiled import compile_ahead, different_pieces
 from piecework.runtime.pieces.program import (
     Batch,
     Graphs,
@@ -60,15 +56,10 @@ from piecework.runtime.pieces.program import (
 )
 from piecework.runtime.pieces.report import counted
 from piecework.runtime.splitting_op import registry
-
-Admits = Callable[[torch.fx.GraphModule], str | None]
+from piecework.runtime.watch.direct_ops import DirectOps
 
 _TORCHS_OWN = ("aten", "prim", "prims")
 _log = logging.getLogger(__name__)
-
-
-class NotAdmitted(CaptureError):
-    """A piece may not be compiled as it was traced; the caller traces it in another way."""
 
 
 class Trace(enum.Enum):
@@ -89,6 +80,7 @@ class Compilation:
         splitting_ops: where to cut; None: at every operator that is registered for it.
         range_table: batch ranges and single sizes that were asked for; then those among them that the trace serves.
         trace: which of the model's traces this is.
+        batch_of_first: the input that the first trace has its batch size in, and its dimension.
     """
 
     graph: torch.fx.GraphModule
@@ -101,6 +93,7 @@ class Compilation:
     runtime_config: RuntimeConfig | None
     tag: str
     trace: Trace
+    batch_of_first: tuple[str, int] | None = None
     phases: dict[str, float] = field(default_factory=dict)
     backends: dict[str, PiecewiseBackend] = field(default_factory=dict)
     batch: Batch = field(default_factory=Batch)
@@ -113,21 +106,23 @@ class Compilation:
     def compile_ranges(self) -> tuple[Range | None, ...]:
         return ranges_of(self.range_table)
 
-    def run(self, bound: Mapping[str, str], admits: Admits | None) -> Program:
+    def run(self, bound: Mapping[str, str], tried: TriedPieces | None) -> Program:
         graph, manager = self.graph, self.compiler_manager
         self.dump.captured(graph)
         _check_custom_ops(self.config, graph)
-        self.batch = _batch_of(graph)
+        self.batch = _batch_of(graph, self.batch_of_first)
         self.range_table = self._fitting_ranges()
         ops = [*self._splitting_ops(), *recurrent_layers(graph.graph)]
         split_gm, items = self._split(ops)
         names = [i.submod_name for i in items if not i.is_splitting_graph]
-        structures = {} if admits is None else _admitted(split_gm, names, admits)
+        structures = {} if tried is None else tried.before(split_gm, names)
         self._show_split(split_gm, items)
         if self.config.cudagraph_mode is not CUDAGraphMode.NONE:
             refuse_mutations(mutations_in(split_gm, names, bound or held_by_source(graph)))
         with timed(self.phases, "compile"):
             self._compile(split_gm, names, structures)
+        if tried is not None:
+            tried.after(self.backends)
         with timed(self.phases, "emit"):
             levers = self.config.stitching_config
             direct = _direct_ops(items, graph) if levers.direct_splitting_ops else DirectOps()
@@ -144,6 +139,7 @@ class Compilation:
         self, ops: Sequence[SplittingOpLike]
     ) -> tuple[torch.fx.GraphModule, list[SplitItem]]:
         with timed(self.phases, "split"):
+            torch_compat.settle_asserts(map(value_of, self.graph.graph.nodes))
             split_gm, items = split_graph(
                 self.graph,
                 ops,
@@ -173,17 +169,31 @@ class Compilation:
         self,
         split_gm: torch.fx.GraphModule,
         names: Sequence[str],
-        structures: Mapping[str, Structure],
+        structures: dict[str, Structure],
     ) -> None:
         """Fill ``backends`` with the pieces' compiled forms."""
         inputs = list(map(value_of, split_gm.graph.find_nodes(op="placeholder")))
         self.compiler_manager.initialize_cache(
             self.graph, inputs, tag=self.tag, runtime_config=self.runtime_config
         )
+        manager, progress = self.compiler_manager, self.compiler_manager.progress
+        requests = different_pieces(
+            split_gm, names, self.compile_ranges, self.batch.symbol, structures
+        )
         interpreter = PiecewiseCompileInterpreter(split_gm, names, self.config, self, structures)
         self.backends = interpreter.backends  # filled as it runs: a failure leaves what is made
-        with self._compiled_ahead(split_gm, names):
+        try:
+            if progress is not None:
+                progress.note(
+                    f"{self.name}: traced; {counted(len(requests), 'compilation')} for "
+                    f"{counted(len(names), 'piece')}"
+                )
+                progress.started(len(requests))
+            compile_ahead(manager, requests)
             interpreter.run(*inputs)
+        finally:
+            if progress is not None:
+                progress.ended()
 
     def _program(
         self,
@@ -227,7 +237,7 @@ class Compilation:
                 hint="mark the batch dimension with torch._dynamo.mark_dynamic",
             )
         if self.batch.symbol is None:
-            return None
+            return self._own_size()
         low, high = _bounds_of(self.graph, self.batch)
         match which:
             case Trace.ONLY:
@@ -241,24 +251,14 @@ class Compilation:
         table.require_reachable(low, high)
         return table
 
-    @contextmanager
-    def _compiled_ahead(
-        self, split_gm: torch.fx.GraphModule, names: Sequence[str]
-    ) -> Iterator[None]:
-        """Show progress and use workers while the pieces are compiled, as far as somebody asked for that."""
-        manager = self.compiler_manager
-        if manager.progress is None and manager.config.compile_workers == 1:
-            yield
-            return
-        ahead = different_pieces(split_gm, names, self.compile_ranges, self.batch.symbol)
-        if manager.progress is not None:
-            manager.progress.started(len(ahead))
-        try:
-            compile_ahead(manager, ahead)
-            yield
-        finally:
-            if manager.progress is not None:
-                manager.progress.ended()
+    def _own_size(self) -> RangeTable | None:
+        """The one size that a trace without a batch symbol serves, where the first trace tells it."""
+        index, dim = self.batch.input
+        value = value_of(self.graph.graph.find_nodes(op="placeholder")[index])
+        if self.batch_of_first is None or dim is None or not isinstance(value, torch.Tensor):
+            return None
+        size = value.shape[dim]
+        return RangeTable([Range(size, size)]) if type(size) is int and size else None
 
     def _blocks(self) -> Literal["found", "off"] | Sequence[str]:
         if self.config.use_inductor_graph_partition or self.splitting_ops == ():
@@ -359,26 +359,6 @@ def _check_custom_ops(config: CompilationConfig, graph: torch.fx.GraphModule) ->
         )
 
 
-def _admitted(
-    split_gm: torch.fx.GraphModule, names: Sequence[str], admits: Admits
-) -> dict[str, Structure]:
-    """What each piece is, once all are known to be admitted.
-
-    Raises:
-        NotAdmitted: one is not.
-    """
-    found: dict[str, Structure] = {}
-    seen: set[str] = set()
-    for name in names:
-        piece = graph_of(split_gm, name)
-        found[name] = structure_of(piece, describe_input=input_signature)
-        reason = None if found[name].key in seen else admits(piece)
-        seen.add(found[name].key)
-        if reason is not None:
-            raise NotAdmitted(f"{name}: {reason}")
-    return found
-
-
 def _direct_ops(items: Sequence[SplitItem], graph: torch.fx.GraphModule) -> DirectOps:
     """Implementations that the stitched code may call past the dispatcher, by operator."""
     calls = [
@@ -432,15 +412,18 @@ def _bounds_of(graph: torch.fx.GraphModule, batch: Batch) -> tuple[int | None, i
     return torch_compat.symbol_range(value if dim is None else value.shape[dim])
 
 
-def _batch_of(graph: torch.fx.GraphModule) -> Batch:
+def _batch_of(graph: torch.fx.GraphModule, place: tuple[str, int] | None) -> Batch:
+    """The first dynamic size of an input; with a ``place``, the size there, dynamic or not."""
     for index, node in enumerate(graph.graph.find_nodes(op="placeholder")):
         value = value_of(node)
-        sizes = tuple(value.shape) if isinstance(value, torch.Tensor) else (value,)
-        for dim, size in enumerate(sizes):
+        tensor = isinstance(value, torch.Tensor)
+        for dim, size in enumerate(value.shape if tensor else (value,)):
+            here = index, dim if tensor else None
             symbol = torch_compat.symbol_of(size)
-            if symbol is not None and symbol.isidentifier():
-                return Batch(symbol, (index, dim if isinstance(value, torch.Tensor) else None))
-    return Batch()
+            known = symbol if symbol is not None and symbol.isidentifier() else None
+            if (node.name, here[1]) == place or (place is None and known is not None):
+                return Batch(known, here)
+    return Batch() if place is None else _batch_of(graph, None)
 
 
 def _short_name(name: str) -> str:

@@ -1,7 +1,4 @@
-"""What Dynamo calls for a configuration: in, a mode and a backend's name; out, a torch backend's name, an object or a PieceworkBackend.
-
-It never compiles anything itself.
-"""
+"""What Dynamo calls for a configuration, in each mode."""
 
 from __future__ import annotations
 

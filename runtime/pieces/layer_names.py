@@ -1,11 +1,9 @@
-"""Pieces that differ only in a name. In: a stitching graph. Out: the same graph, where such pieces take the name as an input and are one program.
+"""Makes pieces that differ only in a layer's name one program, which takes the name as an input.
 
-Layers often hand their own name to an operator (``"layers.3"``), which makes equal layers unequal programs. Here the operator
-is replaced by one that reads the name from a tensor; results never change, and a piece without an equal is left as it is.
-
-Why it is sound. The replacement calls the original operator with the string that the tensor holds, so the program computes the
-same. What tracing derived from the name (shapes of results) is compared node by node before pieces are changed. Only operators
-that a compiler calls as they are qualify: none with a decomposition, a lowering or an effect of its own.
+Layers often hand their own name to an operator (``"layers.3"``), which makes equal layers unequal
+programs. Here the operator is replaced by one that reads the name from a tensor and calls the
+original one. What tracing derived from the name (shapes of results) is compared node by node
+first, and only operators qualify that a compiler calls as they are.
 """
 
 from __future__ import annotations

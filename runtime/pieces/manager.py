@@ -1,7 +1,4 @@
-"""Compiling one piece for one batch range. In: a piece and fake inputs. Out: its compiled form, from this compilation, from disk, or new.
-
-It calls the compiler, keeps it to its interface, and turns its failures into errors that name the piece.
-"""
+"""Compiles pieces through one compiler, equal ones once, and finds them in the cache."""
 
 from __future__ import annotations
 
@@ -20,16 +17,23 @@ from piecework.errors import ConfigError, PieceCompileError, PieceworkError
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range, file_name
 from piecework.runtime.compilers import CompiledPiece, CompilerInterface, make_compiler
-from piecework.runtime.compilers.reproducer import keep_reproducer
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.counters import counters
 from piecework.runtime.observe import trace
+from piecework.runtime.observe.progress import CompileProgress, current_progress
 from piecework.runtime.passes import PostGradPassManager
-from piecework.runtime.pieces.disk import PieceCache, keeps_pieces, open_piece_cache
-from piecework.runtime.pieces.parallel import JobResult
-from piecework.runtime.pieces.progress import CompileProgress, current_progress
+from piecework.runtime.pieces.disk import PieceCache, open_piece_cache
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """How a worker's compilation went; ``error`` is "" for success."""
+
+    name: str
+    seconds: float
+    error: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,7 @@ class CompilerManager:
     Attributes:
         config: the resolved configuration.
         seconds: time spent in the compiler.
-        progress: told of each compilation, if there is one; that of `show_progress` by default.
+        progress: told of each compilation; that of `show_progress` by default. None shows nothing.
     """
 
     config: CompilationConfig
@@ -81,16 +85,6 @@ class CompilerManager:
             ConfigError: the configuration names none, or options that it does not know.
         """
         return make_compiler(self.config)
-
-    def get_ready(self, values: Iterable[object]) -> None:
-        """Let the compiler begin what can run while the model is being traced, unless the cache may have it all.
-
-        Args:
-            values: the example inputs, tensors and anything else.
-        """
-        begin = getattr(self.compiler, "get_ready", None)
-        if begin is not None and not keeps_pieces(self.config):
-            begin(values)
 
     def initialize_cache(
         self,
@@ -148,7 +142,7 @@ class CompilerManager:
         """Note that a worker has put a piece into the caches, where `compile` will find it."""
         self._elsewhere[structure.key, compile_range] = result
         if self.progress is not None and not result.error:
-            self.progress.finished(result.name, result.seconds, "in a worker")
+            self.progress.compiled(result.name, result.seconds, "in a worker")
 
     def may_share_names(self) -> bool:
         """Whether pieces may be made equal by handing them names as inputs (`share_layer_names`).
@@ -242,7 +236,8 @@ class CompilerManager:
             return RangeEntry(compile_range, done[0], 0.0, reused=True)
         start = time.perf_counter()
         try:
-            with torch.no_grad():
+            # Code is the same in inference mode, which Dynamo leaves while it compiles.
+            with torch.inference_mode(False), torch.no_grad():
                 compiled, cached = self._loaded_or_compiled(
                     graph, example_inputs, compile_range, structure, submod_name
                 )
@@ -250,14 +245,14 @@ class CompilerManager:
             own = isinstance(error, PieceworkError) and not isinstance(error, PieceCompileError)
             if own or torch_compat.asks_for_restart(error):
                 raise
-            raise self._failure(graph, example_inputs, compile_range, submod_name, error) from error
+            raise self._failure(graph, compile_range, submod_name, error) from error
         seconds = time.perf_counter() - start
         worker = self._elsewhere.pop((structure.key, compile_range), None)
         if worker is not None and not worker.error:
             seconds += worker.seconds
         elif self.progress is not None:
             name = submod_name + ("" if compile_range is None else f" {compile_range}")
-            self.progress.finished(name, seconds, "from the cache" if cached else "")
+            self.progress.compiled(name, seconds, "from the cache" if cached else "")
         how = "from the cache" if cached else f"compiled by {self.compiler.name}"
         _log.info("%s for batch %s: %s, %.2f s", submod_name, compile_range or "all", how, seconds)
         self.seconds += seconds
@@ -299,38 +294,32 @@ class CompilerManager:
     def _failure(
         self,
         graph: torch.fx.GraphModule,
-        example_inputs: Sequence[object],
         compile_range: Range | None,
         submod_name: str,
         error: Exception,
     ) -> PieceCompileError:
-        """The error for a piece that did not compile; its graph is kept as a file that compiles it again."""
+        """The error for a piece that did not compile."""
         modules = origin_of_piece(graph, SymbolNames(), line_numbers=True).module
-        try:
-            path = keep_reproducer(
-                graph,
-                example_inputs,
-                self.config,
-                compile_range,
-                submod_name=submod_name,
-                error=error,
-            )
-            kept = f"python {path} compiles it again"
-        except OSError as problem:
-            kept = f"its graph could not be kept ({problem})"
         sizes = "" if compile_range is None else f" for batches {compile_range}"
         own = _own_failure(error)
+        said = _first_line(error) if own is None else own.message
         hint = (
-            "CompilationConfig(backend='eager') runs the piece uncompiled, to tell a compiler's fault from the model's"
-            if own is None
-            else own.hint
+            "CompilationConfig(backend='eager') runs the piece uncompiled, to tell a compiler's "
+            "fault from the model's; with TORCHDYNAMO_REPRO_AFTER=aot torch writes a script of it"
         )
-        reason = _first_line(error) if own is None else own.message
+        if "InvalidCxxCompiler" in said:
+            hint = _NO_COMPILER
         return PieceCompileError(
-            f"{self.compiler.name} failed on {submod_name}{sizes}: {reason}",
+            f"{self.compiler.name} failed on {submod_name}{sizes}: {said}",
             where=modules or submod_name,
-            hint=f"{kept}; {hint}",
+            hint=hint if own is None else own.hint,
         )
+
+
+_NO_COMPILER = (
+    "Inductor needs a C++ compiler on a CPU: install g++ (build-essential), or name another one "
+    "in the environment variable CXX; CompilationConfig(backend='eager') needs none"
+)
 
 
 def _slot(

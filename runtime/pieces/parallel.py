@@ -1,163 +1,206 @@
-"""Compiling different pieces at the same time. In: jobs, and what compiles one. Out: their results in the caches on disk, and how long each took.
+"""Different pieces compiled at the same time, in forked workers, so that the cache has them when they are reached.
 
-Nothing that a worker made is trusted or used directly: the caller compiles every piece again afterwards and finds it in the cache.
-A worker that fails, hangs or is killed costs time and nothing else.
+Nothing that a worker made is used directly: the caller compiles every piece again afterwards and
+finds it in the cache. A worker that fails, hangs or is killed costs time and nothing else.
 
-Why processes, and why forked. Inductor keeps its graph, its options and its counters in the process, so threads can't share it.
-A fresh process would have to import the user's modules to know its operators, and fake tensors and symbols can't be sent to it. A
-forked one has all of it. CUDA does not survive a fork, so nothing is forked once CUDA is in use; Inductor's own workers compile the
-kernels of a piece in parallel there.
+Why processes, and why forked: Inductor keeps its graph, options and counters in the process, so
+threads can't share it, and a fresh process would not know the user's operators. CUDA does not
+survive a fork, so nothing is forked once CUDA is in use.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import selectors
-import signal
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 
 import torch
+import torch.fx
+
+from piecework.codegen.graph.origin import graph_of
+from piecework.codegen.graph.structure import Structure, input_signature, structure_of
+from piecework.runtime import torch_compat
+from piecework.runtime.batch.ranges import Range
+from piecework.runtime.pieces.manager import CompilerManager, JobResult, RangeEntry
+from piecework.runtime.pieces.piecewise import inputs_for
 
 _HANGS_AFTER_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """One compilation: what progress calls it, and what to run, in a worker, to get it into the cache."""
+class Request:
+    """One compilation that lies ahead: a piece that differs from those before it, for one range."""
 
-    name: str
-    run: Callable[[], object]
+    submod_name: str
+    graph: torch.fx.GraphModule
+    inputs: tuple[object, ...]
+    compile_range: Range | None
+    structure: Structure
+
+    @property
+    def name(self) -> str:
+        return self.submod_name + ("" if self.compile_range is None else f" {self.compile_range}")
 
 
-@dataclass(frozen=True, slots=True)
-class JobResult:
-    """How a job went. ``error`` is "" for success; ``seconds`` are the worker's, by the clock."""
+def different_pieces(
+    split_gm: torch.fx.GraphModule,
+    submod_names: Sequence[str],
+    compile_ranges: Sequence[Range | None],
+    batch_symbol: str | None,
+    structures: dict[str, Structure],
+) -> list[Request]:
+    """What must be compiled: each different piece once per range, in order of first use.
 
-    name: str
-    seconds: float
-    error: str = ""
+    A piece whose inputs were not recorded by tracing is left out; it is compiled when it is reached.
+    ``structures`` holds those of the pieces that are known, and of all of them afterwards.
+    """
+    found: dict[tuple[str, Range | None], Request] = {}
+    for name in submod_names:
+        graph = graph_of(split_gm, name)
+        if name not in structures:
+            structures[name] = structure_of(graph, describe_input=input_signature)
+        structure = structures[name]
+        for compile_range in compile_ranges:
+            inputs = tuple(inputs_for(graph, compile_range, batch_symbol))
+            if all(each is not None for each in inputs):
+                request = Request(name, graph, inputs, compile_range, structure)
+                found.setdefault((structure.key, compile_range), request)
+    return list(found.values())
+
+
+def compile_ahead(manager: CompilerManager, requests: Sequence[Request]) -> None:
+    """Compile what is not in the cache yet in workers, as ``compile_workers`` allows.
+
+    The first one is compiled here: what Inductor prepares once per process (its patterns, the
+    compiler's precompiled headers) is then there before the workers are forked.
+    """
+    if manager.config.compile_workers == 1:
+        return
+    missing = [
+        each
+        for each in requests
+        if not manager.is_kept(each.graph, each.structure, each.compile_range)
+    ]
+    workers = min(manager.config.compile_workers, len(missing) - 1)
+    if why_not(workers):
+        return
+    first, *rest = missing
+    manager.compiled_ahead(first.structure, _compile(manager, first))
+    by_name = {each.name: each for each in rest}
+
+    def job(request: Request) -> Callable[[], object]:
+        def run() -> None:
+            manager.progress = None  # in the worker; the terminal is the parent's
+            with torch_compat.without_compile_threads():
+                _compile(manager, request)
+
+        return run
+
+    def finished(result: JobResult) -> None:
+        request = by_name[result.name]
+        manager.compiled_elsewhere(request.structure, request.compile_range, result)
+
+    run_in_workers({each.name: job(each) for each in rest}, workers, finished)
+
+
+def _compile(manager: CompilerManager, request: Request) -> RangeEntry:
+    return manager.compile(
+        request.graph,
+        request.inputs,
+        request.compile_range,
+        structure=request.structure,
+        submod_name=request.submod_name,
+    )
 
 
 def why_not(workers: int) -> str:
     """Why pieces are compiled one after another; "" if they can be compiled at the same time."""
     if workers < 2:
         return "one worker"
-    if not hasattr(os, "fork") or sys.platform == "win32":
+    if "fork" not in multiprocessing.get_all_start_methods():
         return "this system can't fork"
     if torch.cuda.is_initialized():
         return "CUDA is in use, and it does not survive a fork"
     return ""
 
 
+@dataclass(slots=True)
+class _Worker:
+    name: str
+    process: BaseProcess
+    pipe: Connection
+    start: float
+
+
 def run_in_workers(
-    jobs: Sequence[Job],
+    jobs: dict[str, Callable[[], object]],
     workers: int,
-    finished: Callable[[JobResult], None] | None = None,
+    finished: Callable[[JobResult], None],
     *,
     hangs_after_s: float = _HANGS_AFTER_SECONDS,
-) -> list[JobResult]:
+) -> None:
     """Run each job in a forked process of its own, at most ``workers`` at a time, in order.
 
     Args:
-        jobs: what to run.
+        jobs: what to run, by name.
         workers: how many at a time.
         finished: called in this process as each one ends.
-        hangs_after_s: a worker that takes longer is killed.
-
-    Returns:
-        The results, in the order in which they came. If this is interrupted, no worker is left behind.
+        hangs_after_s: a worker that takes longer is killed. If this call is interrupted, all are.
     """
-    waiting = list(reversed(jobs))
-    running: dict[int, _Worker] = {}
-    results: list[JobResult] = []
-    with selectors.DefaultSelector() as selector:
-        try:
-            while waiting or running:
-                while waiting and len(running) < workers:
-                    worker = _Worker.start(waiting.pop(), inherited=running)
-                    running[worker.pipe] = worker
-                    selector.register(worker.pipe, selectors.EVENT_READ)
-                for key, _ in selector.select(timeout=1.0):
-                    worker = running[key.fd]
-                    if worker.read():
-                        continue
-                    selector.unregister(worker.pipe)
-                    del running[worker.pipe]
-                    results.append(worker.finish())
-                    if finished is not None:
-                        finished(results[-1])
-                for worker in running.values():
-                    worker.kill_after(hangs_after_s)
-        finally:
-            for worker in running.values():
-                worker.kill_after(0.0)
-                worker.finish()
-    return results
-
-
-class _Worker:
-    """A forked process and the pipe that it writes its result to."""
-
-    def __init__(self, job: Job, pid: int, pipe: int, start: float) -> None:
-        self.job = job
-        self.pid = pid
-        self.pipe = pipe
-        self._start = start
-        self._data = b""
-        self._killed = False
-
-    @classmethod
-    def start(cls, job: Job, inherited: dict[int, _Worker]) -> _Worker:
-        read_end, write_end = os.pipe()
-        for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
-                stream.flush()  # else the worker would write what is waiting here a second time
-        start = time.perf_counter()
-        pid = os.fork()
-        if pid == 0:
-            _work(job, write_end, [read_end, *inherited])
-        os.close(write_end)
-        return cls(job, pid, read_end, start)
-
-    def read(self) -> bool:
-        """Take what the worker has written; false at its end."""
-        part = os.read(self.pipe, 1 << 16)
-        self._data += part
-        return bool(part)
-
-    def kill_after(self, seconds: float) -> None:
-        if not self._killed and time.perf_counter() - self._start >= seconds:
-            os.kill(self.pid, signal.SIGKILL)
-            self._killed = True
-
-    def finish(self) -> JobResult:
-        os.close(self.pipe)
-        _, status = os.waitpid(self.pid, 0)
-        seconds = time.perf_counter() - self._start
-        try:
-            error = json.loads(self._data)["error"]
-        except (ValueError, KeyError, TypeError):
-            code = os.waitstatus_to_exitcode(status)
-            error = f"the worker ended early ({'signal' if code < 0 else 'exit code'} {abs(code)})"
-        return JobResult(self.job.name, seconds, error)
-
-
-def _work(job: Job, pipe: int, inherited: Sequence[int]) -> None:
-    """The life of a worker; it never returns, and runs none of the parent's exit handlers."""
-    code = 1
+    waiting = list(reversed(jobs.items()))
+    running: list[_Worker] = []
     try:
-        for other in inherited:
-            os.close(other)
-        error = ""
-        try:
-            job.run()
-        except Exception as problem:  # noqa: BLE001 - the parent meets it again itself
-            error = f"{type(problem).__name__}: {problem}"
-        os.write(pipe, json.dumps({"error": error[:4000]}).encode("ascii"))
-        code = 0
+        while waiting or running:
+            while waiting and len(running) < workers:
+                running.append(_start(*waiting.pop()))
+            wait([each.process.sentinel for each in running], timeout=1.0)
+            for each in list(running):
+                if time.perf_counter() - each.start > hangs_after_s:
+                    each.process.kill()
+                    each.process.join()
+                if not each.process.is_alive():
+                    running.remove(each)
+                    finished(_result(each))
     finally:
-        os._exit(code)
+        for each in running:
+            each.process.kill()
+            each.process.join()
+
+
+def _start(name: str, job: Callable[[], object]) -> _Worker:
+    context = multiprocessing.get_context("fork")
+    pipe, theirs = context.Pipe(duplex=False)
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()  # else the worker would write what is waiting here a second time
+    process = context.Process(target=_work, args=(job, theirs), name=name)
+    start = time.perf_counter()
+    process.start()
+    theirs.close()
+    return _Worker(name, process, pipe, start)
+
+
+def _work(job: Callable[[], object], pipe: Connection) -> None:
+    try:
+        job()
+    except Exception as problem:  # noqa: BLE001 - the parent meets it again itself
+        pipe.send(f"{type(problem).__name__}: {problem}"[:4000])
+    else:
+        pipe.send("")
+
+
+def _result(worker: _Worker) -> JobResult:
+    seconds = time.perf_counter() - worker.start
+    worker.process.join()
+    try:
+        error = worker.pipe.recv()
+    except EOFError:
+        code = worker.process.exitcode or 0
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        error = f"the worker ended early ({how})"
+    worker.pipe.close()
+    return JobResult(worker.name, seconds, error)

@@ -1,7 +1,4 @@
-"""Pieces and their compiled forms. In: the submodules of a stitching graph. Out: one `PiecewiseBackend` each, equal ones compiled once.
-
-A piece is compiled before it is ever called; nothing here decides per call more than the range of the batch.
-"""
+"""A piece and its compiled form per batch range."""
 
 from __future__ import annotations
 

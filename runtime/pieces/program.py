@@ -1,7 +1,4 @@
-"""Everything that one compilation made. In: what its stages gave. Out: a `Program`, frozen, that is bound to weights, served, captured, reported and dumped.
-
-It runs nothing on real data.
-"""
+"""Everything that one compilation made, frozen: bound to weights, served, captured, reported."""
 
 from __future__ import annotations
 
@@ -15,12 +12,11 @@ import torch
 import torch.fx
 
 from piecework.codegen import SplitItem, StitchedSource, generate_source
-from piecework.codegen.graph.origin import SymbolNames, graph_of, origin_of_piece
+from piecework.codegen.graph.origin import SymbolNames, graph_of, origin_of_piece, value_of
 from piecework.codegen.graph.schemas import every_node
 from piecework.codegen.stitch.bind import compile_execution_fn
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range, RangeTable
-from piecework.runtime.bind.direct_ops import DirectOps
 from piecework.runtime.compilers.eager import uncompiled
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.observe import trace
@@ -29,6 +25,7 @@ from piecework.runtime.passes import PassReport
 from piecework.runtime.pieces.piecewise import PiecewiseBackend
 from piecework.runtime.pieces.ranks import Together, together
 from piecework.runtime.pieces.report import Piece, RangeRow, Report, differences
+from piecework.runtime.watch.direct_ops import DirectOps
 
 Callables = Sequence[Callable[..., object]]
 
@@ -133,6 +130,17 @@ class Program:
     @property
     def compile_ranges(self) -> tuple[Range | None, ...]:
         return ranges_of(self.range_table)
+
+    def batch_place(self) -> tuple[str, int] | None:
+        """The first tensor input that has the batch size, and its dimension; None where none has."""
+        if self.batch.symbol is None or self.kept is not None:
+            return None
+        for node in self.graph.graph.find_nodes(op="placeholder"):
+            sizes = getattr(value_of(node), "shape", ())
+            for dim, size in enumerate(sizes):
+                if torch_compat.symbol_of(size) == self.batch.symbol:
+                    return node.name, dim
+        return None
 
     # --- binding ---------------------------------------------------------------------------------
 

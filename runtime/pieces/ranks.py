@@ -1,7 +1,7 @@
-"""Processes that run one model together. In: a stitching graph. Out: what it does together with other processes; and an error on each of them where they would do different things.
+"""Compares what processes will do that run one model together, before anything runs.
 
-Processes that wait for each other in different orders hang. What each will do is compared before anything runs, through the store that they found each other by, in
-bounded time.
+Processes that wait for each other in different orders hang. They compare through the store that
+they found each other by, in bounded time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What a compilation did. In: pieces, phases and their times. Out: a `Report` to print or to read.
-
-It only looks: making a report changes nothing.
-"""
+"""What a compilation did, in numbers."""
 
 from __future__ import annotations
 

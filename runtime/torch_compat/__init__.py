@@ -11,7 +11,6 @@ from piecework.runtime.torch_compat.code.artifact import *
 from piecework.runtime.torch_compat.code.inductor import *
 from piecework.runtime.torch_compat.code.kernels import *
 from piecework.runtime.torch_compat.code.saved_code import *
-from piecework.runtime.torch_compat.code.vector_isa import *
 from piecework.runtime.torch_compat.dictionaries import *
 from piecework.runtime.torch_compat.distributed import *
 from piecework.runtime.torch_compat.kernel_marks import *
@@ -19,11 +18,10 @@ from piecework.runtime.torch_compat.modes import *
 from piecework.runtime.torch_compat.operators import *
 from piecework.runtime.torch_compat.switches import *
 from piecework.runtime.torch_compat.tensors import *
-from piecework.runtime.torch_compat.trace.computed import *
 from piecework.runtime.torch_compat.trace.dynamo import *
 from piecework.runtime.torch_compat.trace.guards import *
 from piecework.runtime.torch_compat.trace.modules import *
-from piecework.runtime.torch_compat.trace.refake import *
+from piecework.runtime.torch_compat.trace.regions import *
 from piecework.runtime.torch_compat.trace.shape_record import *
 from piecework.runtime.torch_compat.trace.shapes import *
 from piecework.runtime.torch_compat.trace.side_effects import *

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -106,6 +108,139 @@ def _has_dict_guards() -> bool:
         return before and not unwritten() and not unwritten()
     except (AttributeError, ImportError, TypeError, RuntimeError):
         return False
+
+
+class IdentityGuard:
+    """A test that objects have the classes, and attributes the values, that they have now; it holds none of these but by weak references.
+
+    Args:
+        objects: those whose class is compared.
+        attributes: owner, name, and what is there; they must not be computed at each access. The caller sees to it that no value goes.
+
+    Attributes:
+        check: the test; in Python until `use_guards` was called.
+    """
+
+    def __init__(
+        self, objects: Iterable[object], attributes: Iterable[tuple[object, str, object]]
+    ) -> None:
+        kinds = {id(each): each for each in objects}.values()
+        self._kinds = [(_weakly(each), id(type(each))) for each in kinds]
+        self._rows = [(_weakly(each), name, id(value)) for each, name, value in attributes]
+        self.check: Callable[[], bool] = self._compare if self else _true
+        self._by_guards = False
+        self.use_guards()
+
+    def __bool__(self) -> bool:
+        return bool(self._kinds or self._rows)
+
+    def use_guards(self) -> None:
+        """Compare in one call into torch, once its guards are imported."""
+        if self and not self._by_guards and guards_ready() and _has_identity_guards():
+            self._by_guards = True
+            if self._compare():
+                self.check = self._guarded()
+
+    def _compare(self) -> bool:
+        return all(id(type(_there(owner))) == kind for owner, kind in self._kinds) and all(
+            id(getattr(_there(owner), name, None)) == value for owner, name, value in self._rows
+        )
+
+    def _guarded(self) -> Callable[[], bool]:
+        from torch._dynamo.guards import GuardManagerType
+
+        kind = GuardManagerType.GUARD_MANAGER
+        owner = Owner([*(each[0] for each in self._kinds), *(each[0] for each in self._rows)])
+        root = _guards().RootGuardManager()
+        _, managers = owner.managers(root)
+        objects = [
+            (
+                manager.weakref_call_manager("", _there(each[0]), kind)
+                if type(each[0]) is weakref.ref
+                else manager
+            )
+            for each, manager in zip([*self._kinds, *self._rows], managers, strict=True)
+        ]
+        count = len(self._kinds)
+        for (_, number), at_object in zip(self._kinds, objects[:count], strict=True):
+            at_object.add_type_match_guard(number, [""], None)
+        for (held, name, number), at_object in zip(self._rows, objects[count:], strict=True):
+            value = getattr(_there(held), name, None)
+            at_value = at_object.getattr_manager(name, "", value, kind)
+            at_value.add_id_match_guard(number, [""], None)
+        return functools.partial(root.check, [owner])
+
+
+def _weakly(value: object) -> object:
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return value
+
+
+def _there(held: object) -> object:
+    return held() if type(held) is weakref.ref else held  # type: ignore[operator]
+
+
+@functools.cache
+def _has_identity_guards() -> bool:
+    """Whether the guards exist and do what is wanted of them, tried on objects of our own."""
+
+    class One:
+        x = 1
+
+    class Two(One):
+        x = 2
+
+    first, second, value = One(), One(), One()
+    second.y = value  # type: ignore[attr-defined]
+    try:
+        guard = IdentityGuard.__new__(IdentityGuard)
+        guard._kinds = [(_weakly(first), id(One))]
+        guard._rows = [(_weakly(second), "y", id(value))]
+        same = guard._guarded()
+        if not (same() and same()):
+            return False
+        first.__class__ = Two
+        if same():
+            return False
+        first.__class__ = One
+        second.y = None  # type: ignore[attr-defined]
+        if same():
+            return False
+        second.y = value  # type: ignore[attr-defined]
+        if not same():
+            return False
+        del first
+        return not same()
+    except (AttributeError, ImportError, TypeError, RuntimeError):
+        return False
+
+
+def _true() -> bool:
+    return True
+
+
+def global_state() -> dict[str, object]:
+    """What Dynamo's guard on torch's global state compares, by name."""
+    told = getattr(GlobalStateGuard(), "__getstate__", None)
+    try:
+        found = json.loads(told()) if told is not None else None  # type: ignore[misc]
+    except (TypeError, ValueError):
+        found = None
+    if not isinstance(found, dict):  # torch was built without it
+        found = {
+            "allow_bf16_reduce": torch._C._get_cublas_allow_bf16_reduced_precision_reduction(),
+            "allow_fp16_reduce": torch._C._get_cublas_allow_fp16_reduced_precision_reduction(),
+            "allow_tf32": torch._C._get_cublas_allow_tf32(),
+            "deterministic_algorithms": torch._C._get_deterministic_algorithms(),
+        }
+    # torch numbers dtypes, from one version to another otherwise.
+    return {**found, "default_dtype": str(torch.get_default_dtype())}
+
+
+#: Tells by ``check()`` whether torch's global state is what it was when this was made.
+GlobalStateGuard: Callable[[], Any] = torch._C._dynamo.guards.GlobalStateGuard
 
 
 def _guards() -> Any:

@@ -63,7 +63,6 @@ def torch_settings() -> dict[str, object]:
         "default dtype": torch.get_default_dtype(),
         "default device": torch.get_default_device(),
         "autocast": _autocast(),
-        "inference mode": torch.is_inference_mode_enabled(),
         "deterministic": [
             torch.are_deterministic_algorithms_enabled(),
             torch.is_deterministic_algorithms_warn_only_enabled(),

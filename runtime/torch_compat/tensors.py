@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from piecework.errors import StaticGraphError
+
 #: Copies each source into the target at its place, on a GPU in one launch where dtypes are the same: ``(targets, sources, non_blocking)``.
 copy_each: Callable[[list[torch.Tensor], list[torch.Tensor], bool], None] = torch._foreach_copy_
 #: The dtypes that it takes on a GPU; of others it raises there, and on no CPU.
@@ -153,25 +155,45 @@ def _tensor_guards(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | Non
         return None
 
 
-def abandon_capture(graph: torch.cuda.CUDAGraph, device: torch.device, pool: object) -> None:
+def abandon_capture(
+    graph: torch.cuda.CUDAGraph, device: torch.device, pool: object, *, begun: bool
+) -> None:
     """End a capture that failed: its stream, which is the current one, leaves capture mode, and the allocator lets go of ``pool`` for it.
 
-    Where an operation made a capture invalid, ``capture_end`` of older torch raises before it tells the allocators, so it is done by
-    hand: else the pool would go on recording, and the graph's reference to it never be given back. The allocator of pinned memory can't
-    be told. It keeps asking this graph whether it captures, so the graph is kept for good; and it refuses to record to ``pool`` again, so
-    the next capture needs another one. Newer torch does all of it in ``capture_end`` and ``reset``, which therefore come first: a reference
-    that was given back twice would free the memory of the graphs that were captured before.
+    What torch leaves to be done depends on how far its ``capture_end`` gets with an invalid capture:
+
+    - 2.11, 2.12: it tells no allocator, so the pool goes on recording and keeps the graph's reference. Both are ended by hand. The
+      allocator of pinned memory can't be told and keeps asking this graph whether it captures, so the graph is kept for good; and it
+      refuses to record to ``pool`` again, so the next capture needs another one.
+    - 2.13: it tells both, and ``reset`` gives the reference back only if the capture ended. That is done by hand.
+    - 2.14 and newer, whose ``capture_end`` is in two parts: ``reset`` does all of it. A reference given back twice would free the
+      memory of graphs that were captured before.
+
+    Args:
+        begun: ``capture_begin`` returned, so the graph has a reference to the pool.
     """
     # The error to report is the one that made the capture fail; what is raised here only follows from it.
     with contextlib.suppress(RuntimeError):
         graph.capture_end()
+    ended = _has_ended(graph)
     graph.reset()
     try:
         torch._C._cuda_endAllocateToPool(device.index, pool)  # type: ignore[attr-defined]
-    except RuntimeError:
-        return  # it records no longer: capture_begin did not get that far, or torch told it
+    except RuntimeError:  # it records no longer
+        if begun and not ended and not hasattr(type(graph), "capture_end_pre"):
+            torch._C._cuda_releasePool(device.index, pool)  # type: ignore[attr-defined]
+        return
     torch._C._cuda_releasePool(device.index, pool)  # type: ignore[attr-defined]
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(graph))
+
+
+def _has_ended(graph: torch.cuda.CUDAGraph) -> bool:
+    """Whether the capture of ``graph`` was valid, whatever became of the graph; it says its pool then."""
+    try:
+        graph.pool()
+    except RuntimeError:
+        return False
+    return True
 
 
 def stream_number(device: torch.device) -> int:
@@ -182,15 +204,31 @@ def stream_number(device: torch.device) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream)
 
 
-def clear_cublas_workspaces() -> None:
-    """Let go of the workspaces that torch keeps for each cuBLAS handle and stream; the next product takes another.
+def own_stream(device: torch.device) -> torch.cuda.Stream:
+    """A new stream that torch never hands out, and that waits for no other by itself, as torch's own.
 
-    torch does it by itself around the graphs of ``mode="reduce-overhead"``, so a graph must not rely on one that lies outside its
-    own pool.
+    ``torch.cuda.Stream`` gives one of a set of 32, in turn, to whoever asks. The stream is never destroyed: what torch keeps for a stream
+    it finds by its number, which another stream could have later.
+
+    Raises:
+        StaticGraphError: the driver makes none.
     """
-    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
-    if clear is not None:
-        clear()
+    made, non_blocking = ctypes.c_void_p(), 1
+    with torch.cuda.device(device):
+        torch.cuda.mem_get_info(
+            device
+        )  # whatever it says: the driver knows this thread's device then
+        try:
+            code = ctypes.CDLL("libcuda.so.1").cuStreamCreate(ctypes.byref(made), non_blocking)
+        except OSError as error:
+            code = error
+    if code != 0 or made.value is None:
+        raise StaticGraphError(
+            f"the CUDA driver made no stream to capture on: {code}",
+            where=str(device),
+            hint="use cudagraph_mode NONE",
+        )
+    return torch.cuda.ExternalStream(made.value, device)
 
 
 def traits_of(value: object) -> tuple[object, ...] | None:

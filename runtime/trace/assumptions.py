@@ -28,7 +28,7 @@ from piecework.codegen.entry.plan import (
 )
 from piecework.codegen.plan.size_text import RESERVED, size_text, symbols_in
 from piecework.runtime import torch_compat
-from piecework.runtime.bind.facts import is_fixed
+from piecework.runtime.watch.values import is_fixed
 
 
 class Assumptions:

@@ -55,6 +55,7 @@ def run_dynamo(
         "replay_side_effects": False,  # a traced call leaves the user's objects alone
         "allow_rnn": True,  # a recurrent layer is one call
         **torch_compat.guard_settings(),
+        **torch_compat.region_settings(),
         **extra,
     }
     own_symbols = torch_compat.own_symbol_per_dimension()

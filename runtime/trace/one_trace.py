@@ -1,4 +1,4 @@
-"""One trace. In: a callable, example arguments, and what to do with its graph. Out: a `Capture`: the graph, where each of its inputs comes from, and how its outputs make the result.
+"""One trace. In: a callable and example arguments. Out: an `OpenTrace`, whose graph is to be compiled, and then a `ModelTrace`: the graph, where each of its inputs comes from, and how its outputs make the result.
 
 The model is traced by Dynamo and never run on data; its weights and its state are left as they were.
 """
@@ -6,9 +6,9 @@ The model is traced by Dynamo and never run on data; its weights and its state a
 from __future__ import annotations
 
 import contextlib
-import logging
 import types
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -20,16 +20,8 @@ from piecework.codegen.entry.plan import Parameter
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.as_eager import as_eager
-from piecework.runtime.bind.asked import asks_strides
-from piecework.runtime.bind.places import readable, traced
-from piecework.runtime.bind.reachable import modules_of, tensors_of
-from piecework.runtime.bind.traced_state import TracedState, TraceGuards
-from piecework.runtime.bind.unguarded import refuse_function_names
-from piecework.runtime.bind.weights import BoundWeights, Weight
 from piecework.runtime.counters import counters
-from piecework.runtime.regions.marks import Marks
 from piecework.runtime.trace.arguments import parameters_of
-from piecework.runtime.trace.as_python import AsPython
 from piecework.runtime.trace.assumptions import Assumptions
 from piecework.runtime.trace.dynamo import call_idle, call_model, returning, run_dynamo
 from piecework.runtime.trace.inputs import (
@@ -39,9 +31,11 @@ from piecework.runtime.trace.inputs import (
     UnreachableInput,
     leaf_names,
     leaf_sources,
+    refuse_texts_of_numbers,
     rename,
     trace_back,
 )
+from piecework.runtime.trace.layers import RepeatedLayers
 from piecework.runtime.trace.results import (
     FromAttribute,
     FromWeight,
@@ -51,8 +45,7 @@ from piecework.runtime.trace.results import (
     result_leaf,
     stand_ins,
 )
-from piecework.runtime.trace.shared import RepeatedLayers, SharedLayers
-from piecework.runtime.trace.side_effects import HINT, Snapshot, Unsettled, refuse_writes
+from piecework.runtime.trace.side_effects import HINT, Snapshot, refuse_writes
 from piecework.runtime.trace.sizes.dynamic_dims import unmarked_afterwards
 from piecework.runtime.trace.untold import (
     PLACE_IN_AUTOGRAD,
@@ -61,17 +54,19 @@ from piecework.runtime.trace.untold import (
     refuse_place_in_autograd,
     refuse_views,
 )
+from piecework.runtime.watch.code import asks_strides
+from piecework.runtime.watch.places import readable, traced
+from piecework.runtime.watch.reachable import modules_of, tensors_of
+from piecework.runtime.watch.state import TracedState, TraceGuards
+from piecework.runtime.watch.weights import BoundWeights, Weight
 
-GraphCompiler = Callable[[torch.fx.GraphModule, tuple[GraphInput, ...]], None]
 Check = Callable[[torch.fx.GraphModule, Mapping[int, object]], None]
 """Raises if a graph with these fake arguments won't do."""
 
-_log = logging.getLogger(__name__)
-
 
 @dataclass(slots=True)
-class Capture:
-    """One captured graph.
+class ModelTrace:
+    """What one trace of a model gave.
 
     Attributes:
         traced: gives the graph.
@@ -98,7 +93,7 @@ class Capture:
         """Flat placeholders (named after weights, parameters and sizes) and a flat tuple of outputs."""
         return self.traced()
 
-    def with_weights(self, weights: BoundWeights) -> Capture:
+    def with_weights(self, weights: BoundWeights) -> ModelTrace:
         """The same with another binding; nothing of it holds a tensor of the old one."""
         now = {w.path: t for w, t in zip(weights.traced, weights.tensors, strict=True)}
         inputs = tuple(
@@ -109,57 +104,48 @@ class Capture:
 
 
 @dataclass(frozen=True, slots=True)
-class Tracer:
-    """Makes traces of one model.
+class Attempt:
+    """One way to trace a model.
 
     Attributes:
-        model: a module or function; weights are the tensors that it holds.
-        compile_graph: called with a trace's graph and where its inputs come from, while Dynamo's tracing context is open.
-        layers: which layers may share one trace.
+        args, kwargs: the example call.
+        dynamic: what ``torch.compile`` is told of dimensions that are not marked.
+        marks: entered for the trace; puts marks on the example's dimensions.
+        check: raises if what was traced won't do.
+        every_size: a trace that would serve sizes 0 and 1 with all others.
     """
 
-    model: Callable[..., object]
-    compile_graph: GraphCompiler
-    layers: RepeatedLayers
+    args: Sequence[object]
+    kwargs: Mapping[str, object]
+    dynamic: bool | None
+    marks: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
+    check: Check | None = None
+    every_size: bool = False
 
-    def once(
-        self,
-        args: Sequence[object],
-        kwargs: Mapping[str, object],
-        dynamic: bool | None,
-        check: Check | None = None,
-        *,
-        settle: bool = False,
-    ) -> Capture:
-        """Trace once: with one trace for layers that are alike, where that can be shown to be right, and after what a first call sets."""
 
-        def once() -> Capture:
-            while True:
-                marks = self.layers.marks(self.model)
-                example = _Example.of(self.model, args, kwargs)
-                traced = partial(_Trace, self, example, dynamic, check, marks)
+def trace_once(model: Callable[..., object], attempt: Attempt, layers: RepeatedLayers) -> OpenTrace:
+    """Run Dynamo on ``model`` in one way; layers that are alike once, where torch lets that be done.
+
+    Raises:
+        Unsettled: all that the forward writes are plain attributes of modules, set to constants.
+        CaptureError: a graph break, no tensor operation, state that the forward changes in Python, an error of the model's
+            own, or an input or output that cannot be traced back.
+    """
+    with attempt.marks():
+        while True:
+            example = _Example.of(model, attempt.args, attempt.kwargs)
+            given = example, attempt.dynamic, layers
+            try:
                 try:
-                    return traced({}).capture()
+                    made = OpenTrace(*given, {}).run()
                 except UnreachableInput:  # then it is a constant like any other that the trace read
-                    return traced({"specialize_int": True}).capture()
-                except Exception as error:
-                    if marks is None or not self.layers.gave_up(marks, error):
-                        raise
-
-        try:
-            return once()
-        except Unsettled as error:
-            if not settle:
-                raise error.refusal() from None
-            put_back = error.settle()
-            _log.info("set as a first call does, and traced again: %s", error)
-        try:
-            return once()
-        except BaseException as error:
-            put_back()
-            if isinstance(error, Unsettled):
-                raise error.refusal() from None
-            raise
+                    made = OpenTrace(*given, {"specialize_int": True}).run()
+                if attempt.check is not None:
+                    attempt.check(made.graph, made.fakes)
+                return made
+            except Exception as error:
+                if not layers.gave_up(error):
+                    raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,40 +186,38 @@ class _Example:
         )
 
 
-class _Trace:
-    """One run of Dynamo: what it is given, and what the backend saw of it."""
+class OpenTrace:
+    """One run of Dynamo, until its graph is compiled: compilers may still decide on sizes.
+
+    Attributes:
+        graph: flat placeholders (named after weights, parameters and sizes) and a flat tuple of outputs.
+        inputs: where each placeholder comes from.
+        fakes: what stands for each flattened argument.
+    """
+
+    graph: torch.fx.GraphModule
+    inputs: tuple[GraphInput, ...]
 
     def __init__(
         self,
-        tracer: Tracer,
         example: _Example,
         dynamic: bool | None,
-        check: Check | None,
-        marks: Marks | None,
+        layers: RepeatedLayers,
         settings: Mapping[str, object],
     ) -> None:
-        self.tracer, self.example = tracer, example
-        self.dynamic, self.check, self.settings = dynamic, check, settings
-        self.marks = marks
-        self.shared = None if marks is None else SharedLayers(example.model, marks)
-        self.graph: torch.fx.GraphModule | None = None
-        self.inputs: tuple[GraphInput, ...] = ()
+        self._example, self._dynamic, self._layers = example, dynamic, layers
+        self._settings = settings
         self.fakes: dict[int, object] = {}
-        self.asks_grad = self.asks_strides = True
-        self.standing_in: list[object] = []
-        self.as_python: AsPython | None = None
+        self._asks_grad = self._asks_strides = True
+        self._standing_in: list[object] = []
 
-    def capture(self) -> Capture:
-        """Run Dynamo, and say what came of it.
-
-        Raises:
-            CaptureError: see `piecework.runtime.trace.tracing.capture`.
-        """
-        given = self.example
+    def run(self) -> OpenTrace:
+        """Run Dynamo. Raises as `trace_once`."""
+        given = self._example
         state_of_python = [*modules_of(given.model), ("args", list(given.args))]
         before = Snapshot([*state_of_python, ("kwargs", dict(given.kwargs))])
         try:
-            result, state = self._run_marked()
+            result, self._state = self._run_marked()
         finally:
             changed = before.restore()
         if changed is not None:
@@ -242,33 +226,36 @@ class _Trace:
                 where=changed,
                 hint=HINT,
             )
-        if self.shared is not None:
-            self.tracer.layers.note(self.shared)
         counters.num_graphs_seen += 1
         tree, made = opened(result)
         del result
         refuse_kept(made)
-        result_leaves, out_spec = pytree.tree_flatten(tree)
-        results = tuple(
-            result_leaf(leaf, self.standing_in, given.leaves, given.held) for leaf in result_leaves
+        result_leaves, self._out_spec = pytree.tree_flatten(tree)
+        self._results = tuple(
+            result_leaf(leaf, self._standing_in, given.leaves, given.held) for leaf in result_leaves
         )
-        if self.as_python is not None:
-            call = partial(given.model, *given.args, **given.kwargs)
-            try:
-                self.as_python.require(call, out_spec, results, given.leaves)
-            finally:
-                before.restore()
-        return self._captured(state, results, out_spec)
+        return self
+
+    def compiling(self) -> AbstractContextManager[None]:
+        """The context in which its graph is compiled: Dynamo's, opened again."""
+        return self._context.opened()
+
+    def weight_paths(self) -> dict[str, str]:
+        """Placeholder → path of the weight that it is."""
+        placeholders = self.graph.graph.find_nodes(op="placeholder")
+        pairs = zip(placeholders, self.inputs, strict=True)
+        return {node.name: source.path for node, source in pairs if isinstance(source, Weight)}
 
     def _run_marked(self) -> tuple[object, TracedState]:
         """The result of the traced call, and what it rests on; weights are static while it runs."""
-        weights = [tensor for _, tensor in self.example.held.values()]
+        held = (tensor for _, tensor in self._example.held.values())
+        weights = [each for each in held if not torch.nn.parameter.is_lazy(each)]
         with unmarked_afterwards(weights):
             for weight in weights:
                 # Dynamo takes those of a module that it saw changed for arguments.
                 torch._dynamo.mark_static(weight)
             result, state = self._run(call_model)
-            if self.graph is None:
+            if not hasattr(self, "graph"):
                 result, state = self._run(call_idle)
                 result = result[0]  # type: ignore[index]
         return result, state
@@ -276,22 +263,20 @@ class _Trace:
     def _run(self, traced: types.FunctionType) -> tuple[object, TracedState]:
         # Dynamo caches by code object, and puts what it compiles into the function's globals: with copies of its own, captures
         # are independent of each other, and nothing outlives them.
-        given = self.example
+        given = self._example
         code = traced.__code__.replace()
         function = types.FunctionType(code, dict(traced.__globals__), "piecework_capture")
-        guards = TraceGuards(
-            given.model, given.args, given.kwargs, function.__globals__, self.shared
-        )
+        guards = TraceGuards(given.model, given.args, given.kwargs, function.__globals__)
         try:
-            with contextlib.nullcontext() if self.marks is None else self.marks.put_on():
+            with self._layers.marked(given.model):
                 result = run_dynamo(
                     function,
                     (given.model, *given.args),
                     given.kwargs,
                     partial(self._backend, guards),
                     guards.reader.choose,
-                    self.dynamic,
-                    self.settings,
+                    self._dynamic,
+                    self._settings,
                 )
             return result, guards.state(code, given.whole)
         finally:
@@ -301,56 +286,47 @@ class _Trace:
         self, guards: TraceGuards, gm: torch.fx.GraphModule, example_inputs: list[object]
     ) -> Callable[..., object]:
         guards.look_inside()
-        if self.shared is not None:
-            gm, example_inputs = self.shared.write_out(
-                gm, example_inputs, guards.reader, guards.values()
-            )
+        gm = self._layers.write_out(gm)
         as_eager(gm.graph)
         self.graph = gm
         self._look(gm, example_inputs)
         rename(gm, self.inputs)
-        self.tracer.compile_graph(gm, self.inputs)
-        self.standing_in = stand_ins(gm)
-        return returning(self.standing_in)
+        self._context = torch_compat.TraceContext.running()
+        self._standing_in = stand_ins(gm)
+        return returning(self._standing_in)
 
     def _look(self, gm: torch.fx.GraphModule, example_inputs: list[object]) -> None:
         """Note where the graph's inputs come from, and refuse what it would do otherwise than the model."""
-        given, leaves, names = self.example, self.example.leaves, self.example.names
+        given, leaves, names = self._example, self._example.leaves, self._example.names
         refuse_writes(gm, example_inputs, given.whole)
         self.inputs = trace_back(gm, example_inputs, leaves, names, given.sources, given.held)
         self.fakes = _fakes(leaves, given.sources)
-        self.asks_grad = bool(torch_compat.trace_names("requires_grad", *PLACE_IN_AUTOGRAD))
-        self.asks_strides = asks_strides(torch_compat.traced_code())
+        if "specialize_int" not in self._settings and int in map(type, leaves):
+            refuse_texts_of_numbers(torch_compat.traced_code())
+        self._asks_grad = bool(torch_compat.trace_names("requires_grad", *PLACE_IN_AUTOGRAD))
+        self._asks_strides = asks_strides(torch_compat.traced_code())
         refuse_place_in_autograd(leaves, names)
         refuse_views()
         refuse_offsets(leaves, names)
-        refuse_function_names(torch_compat.traced_code())
         refuse_globals(given.model, leaves, names)
         numbers_of(leaves, self.fakes)  # the trace must serve its own example
-        if self.check is not None:
-            self.check(gm, self.fakes)
-        served = self.shared is not None and self.shared.served
-        held = [tensor for _, tensor in given.held.values()]
-        self.as_python = AsPython.of(gm, self.inputs, leaves, held, served, given.model)
 
-    def _captured(
-        self, state: TracedState, results: tuple[ResultLeaf, ...], out_spec: pytree.TreeSpec
-    ) -> Capture:
-        given, graph = self.example, self.graph
-        assert graph is not None
+    def closed(self) -> ModelTrace:
+        """What it gave, once its graph is compiled."""
+        given, graph, state, results = self._example, self.graph, self._state, self._results
         assumptions = self._assumptions(graph)
         found = _found(self.inputs, results, given.held)
         known = {id(each.tensor) for each in found}
         found += _only_looked_at(given.model, state, known, given.held)
         own = given.held.keys() | {id(tensor) for _, tensor in state.tensors}
         state.tensors.clear()  # who rebinds replaces them
-        return Capture(
+        return ModelTrace(
             traced=lambda: graph,
             inputs=self.inputs,
             parameters=parameters_of(given.model, given.args, given.kwargs, assumptions.assume),
             assumptions=assumptions,
             weights=BoundWeights.of(given.model, modules_of(given.model), found, state),
-            out_spec=out_spec,
+            out_spec=self._out_spec,
             result=results,
             weights_given=frozenset(i for i, leaf in enumerate(given.leaves) if id(leaf) in own),
         )
@@ -366,9 +342,9 @@ class _Trace:
             symbol = torch_compat.symbol_of(value)
             if isinstance(source, Size) and symbol is not None:
                 wished[symbol] = source.name
-        given = self.example
+        given = self._example
         return Assumptions(
-            fakes, wished, given.leaves, given.names, self.asks_grad, self.asks_strides
+            fakes, wished, given.leaves, given.names, self._asks_grad, self._asks_strides
         )
 
 
@@ -402,8 +378,6 @@ def _only_looked_at(
         if id(tensor) in held or (way is not None and way.tensor() is tensor):
             path = held.get(id(tensor), (readable(place.name), tensor))[0]
             found.setdefault(id(tensor), Weight(path, tensor, place.name))
-        else:
-            state.watch_tensor(place, tensor)
     return list(found.values())
 
 

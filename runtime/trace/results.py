@@ -21,10 +21,10 @@ import torch
 import torch.fx
 from torch.utils import _pytree as pytree
 
+from piecework.code_objects import HEAP_TYPE
 from piecework.codegen.graph.origin import results_of
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
-from piecework.runtime.bind.facts import is_its_dictionary, is_users
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ _PLAIN = (torch.Tensor, float, str, bool, type(None))
 
 
 def sizes_from_graph(result, opens=True):  # type: ignore[no-untyped-def]
-    """``result`` with every integer computed, so that the graph returns it; traced by Dynamo, behind the model's forward.
+    """``result`` with every integer and every text computed, so that the graph returns it; traced by Dynamo, behind the model's forward.
 
     Dynamo reads an integer that it knows a place for (an argument, ``x.shape``) at that place while the model is traced,
     which would give the example's number for good. A sum with 0 is a value of the graph's own; an integer that the trace fixed stays one.
@@ -85,6 +85,8 @@ def sizes_from_graph(result, opens=True):  # type: ignore[no-untyped-def]
     kind = type(result)
     if kind is int:
         return result + 0
+    if kind is str:  # one made of an integer alone has the integer's place
+        return result + ""
     if kind in _PLAIN:
         return result
     if kind is torch.Size:
@@ -139,13 +141,26 @@ class _Instance:
 _OWN_WAYS = ("__getattribute__", "__setattr__", "__delattr__", "__del__")
 
 
+def _is_users(kind: type) -> bool:
+    """Whether a class is made by Python code, and not by torch's."""
+    return bool(kind.__flags__ & HEAP_TYPE) and kind.__module__.partition(".")[0] != "torch"
+
+
+def _is_its_dictionary(kind: type) -> bool:
+    """Whether all that an object of this class holds is in its dictionary: only Python code makes the class and its bases, and none has slots."""
+    *own, base = kind.__mro__
+    return base is object and all(
+        each.__flags__ & HEAP_TYPE and not each.__dict__.get("__slots__") for each in own
+    )
+
+
 def _is_plain(kind: type) -> bool:
     """Whether an instance of ``kind`` is what its dictionary holds, and Dynamo can list that. Asked while Dynamo traces."""
     return (
         torch_compat.lists_attributes()
         and type(kind) in (type, abc.ABCMeta)
-        and is_users(kind)
-        and is_its_dictionary(kind)
+        and _is_users(kind)
+        and _is_its_dictionary(kind)
         and all(_of_class(kind, name) is _of_class(_Instance, name) for name in _OWN_WAYS)
         and type(_of_class(kind, "__dict__")) is types.GetSetDescriptorType
     )

@@ -6,16 +6,23 @@ are part of the graph, and fine.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.fx
 
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
-from piecework.runtime.bind.places import readable
+from piecework.runtime.watch.places import readable
+
+if TYPE_CHECKING:
+    from piecework.runtime.trace.one_trace import OpenTrace
+
+_log = logging.getLogger(__name__)
 
 HINT = (
     "write tensors in place (copy_, add_, +=, an index), return what is new, or keep state behind a splitting op: "
@@ -42,6 +49,37 @@ class Unsettled(CaptureError):
                 attributes[name] = value
 
         return put_back
+
+
+class Settled:
+    """Sets what the first call of a model would set, and traces what the next one does.
+
+    Args:
+        wanted: whether to set it; else such a model is refused.
+    """
+
+    def __init__(self, wanted: bool) -> None:
+        self._wanted = wanted
+        self._done: list[Callable[[], None]] = []
+
+    def trace(self, run: Callable[[], OpenTrace]) -> OpenTrace:
+        """What ``run`` gives, or gives once attributes of modules are set as a call sets them."""
+        try:
+            return run()
+        except Unsettled as error:
+            if not self._wanted:
+                raise error.refusal() from None
+            self._done.append(error.settle())
+            _log.info("set as a first call does, and traced again: %s", error)
+        try:
+            return run()
+        except Unsettled as error:
+            raise error.refusal() from None
+
+    def put_back(self) -> None:
+        """Let the model be as it was."""
+        while self._done:
+            self._done.pop()()
 
 
 def refuse_writes(

@@ -1,142 +1,95 @@
-"""From a model to one graph. In: a callable and example arguments. Out: a `Capture`, of a trace that serves as many sizes as can be had.
+"""Which trace of a model is tried after which. In: a callable and example arguments. Out: attempts, the one that would serve most sizes first.
 
-Which trace is tried after which is settled here; `piecework.runtime.trace.one_trace` makes each of them.
+`piecework.runtime.trace.one_trace` makes each of them.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
 import torch.fx
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils import _pytree as pytree
 
-from piecework.errors import CaptureError, PieceCompileError
+from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
-from piecework.runtime.bind.reachable import tensors_of
-from piecework.runtime.trace.inputs import GraphInput, dynamic_wish, require_traceable, signature_of
-from piecework.runtime.trace.one_trace import Capture, Check, GraphCompiler, Tracer, numbers_of
-from piecework.runtime.trace.shared import RepeatedLayers
+from piecework.runtime.trace.inputs import dynamic_wish, require_traceable, signature_of
+from piecework.runtime.trace.one_trace import Attempt, numbers_of
 from piecework.runtime.trace.sizes.example_sizes import SizePolicy, with_other_batch
+from piecework.runtime.watch.reachable import tensors_of
 
 _log = logging.getLogger(__name__)
 
 
-def capture(
+def attempts(
     model: Callable[..., object],
     args: Sequence[object],
     kwargs: Mapping[str, object],
-    compile_graph: GraphCompiler,
-    *,
-    dynamic: bool | None = None,
-    sizes: SizePolicy | None = None,
-    repeated: RepeatedLayers | None = None,
-    settle: bool = False,
-) -> Capture:
-    """Trace ``model`` and hand its graph to ``compile_graph`` while Dynamo's tracing context is open.
+    sizes: SizePolicy | None,
+    failures: Sequence[Exception],
+) -> Iterator[Attempt]:
+    """The ways in which ``model`` is traced, one after another until what one of them gives is compiled.
+
+    A trace for every size comes first; where it fails, or can't be compiled, one for sizes of 2 and more (or the example's 0 or 1). No
+    size is fixed because the example's happens to equal another number. Where neither will do, fewer dimensions are dynamic,
+    if the policy has a narrower one.
 
     Args:
-        model: a module or function; weights are the tensors that it holds.
         args, kwargs: example arguments; any pytree of tensors, numbers and None.
-        compile_graph: called with the graph and where its inputs come from; again if what it made of the first graph can't be used.
-        dynamic: without ``sizes``: which dimensions become symbols. None takes all dimensions of the tensor arguments unless some are
-            marked (``torch._dynamo.mark_dynamic``, ``mark_unbacked``, ``mark_static``), then only those.
-        sizes: which dimensions are dynamic. A trace that serves every size at once comes first; where it fails, or ``compile_graph``
-            raises a `CaptureError` of it or a compiler asks for a size's number, one that serves sizes of 2 and more (or the example's 0 or 1). No size is fixed
-            because the example's happens to equal another number. Where neither can be traced and compiled, fewer dimensions are
-            dynamic, if the policy has a narrower one.
-        repeated: which layers may share one trace; None: each is traced.
-        settle: where all that the forward writes are plain attributes of modules, set to constants, set them as the first call
-            would, and trace what the next one does.
+        sizes: which dimensions are dynamic. None: all of the tensor arguments, unless some are marked
+            (``torch._dynamo.mark_dynamic``, ``mark_unbacked``, ``mark_static``), then those.
+        failures: why attempts failed; whoever makes them adds to it.
 
     Raises:
-        CaptureError: a graph break, no tensor operation, state that the forward changes in Python, an error of the model's
-            own, or an input or output that cannot be traced back.
+        CaptureError: the example arguments don't fit the model's signature, or hold something that can't be traced.
     """
     _require_fitting(model, args, kwargs)
-    layers = RepeatedLayers() if repeated is None else repeated
-    tracer = Tracer(model, compile_graph, layers)
     if sizes is None:
         leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
-        wish = dynamic_wish(leaves, dynamic)
-        return tracer.once(args, kwargs, wish, settle=settle)
-    wide = False
-
-    def compile_noting(graph: torch.fx.GraphModule, inputs: tuple[GraphInput, ...]) -> None:
-        nonlocal wide
-        wide = wide or _has_other_sizes(graph)
-        compile_graph(graph, inputs)
-
-    try:
-        return _capture_freely(Tracer(model, compile_noting, layers), args, kwargs, sizes, settle)
-    except (CaptureError, PieceCompileError) as error:
-        narrower = sizes.narrower(args, kwargs)
-        if narrower is None or (isinstance(error, PieceCompileError) and not wide):
-            raise
-        _log.info("tried again with the batch alone dynamic: %s", error)
-        try:
-            return _capture_freely(tracer, args, kwargs, narrower, settle)
-        except (CaptureError, PieceCompileError) as again:
-            _log.info("not traced with the batch alone dynamic: %s", again)
-            raise error from error.__cause__
+        yield Attempt(args, kwargs, dynamic_wish(leaves, None))
+        return
+    yield from _of_policy(model, args, kwargs, sizes, failures)
+    narrower = sizes.narrower(args, kwargs)
+    if narrower is not None:
+        _log.info("tried again with the batch alone dynamic: %s", failures[-1])
+        yield from _of_policy(model, args, kwargs, narrower, failures)
 
 
-def _has_other_sizes(graph: torch.fx.GraphModule) -> bool:
-    """Whether a size of an input that is no first dimension is a symbol."""
-    values = (node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder"))
-    sizes = (size for v in values if isinstance(v, torch.Tensor) for size in v.shape[1:])
-    return any(torch_compat.symbols_of(size) for size in sizes)
-
-
-def _capture_freely(
-    tracer: Tracer,
+def _of_policy(
+    model: Callable[..., object],
     args: Sequence[object],
     kwargs: Mapping[str, object],
     sizes: SizePolicy,
-    settle: bool,
-) -> Capture:
-    """Trace for every size at once, else for sizes of 2 and more, of other example sizes where these would be fixed."""
-    try:
-        with sizes.every_size(args, kwargs) as marked:
-            if marked:
-                return tracer.once(args, kwargs, sizes.dynamic, settle=settle)
-    except CaptureError as error:
-        _log.info("not traced for every size at once: %s", error)
-    except PieceCompileError as error:
-        if not torch_compat.data_dependent(error):
-            raise
-        _log.info("not compiled for every size at once: %s", error)
-    once = partial(_capture_larger, tracer, sizes)
-    try:
-        return once(args, kwargs, partial(_require_free_batch, sizes), settle=settle)
-    except _FixedBatch as fixed:
-        weights = {size for _, tensor in tensors_of(tracer.model).values() for size in tensor.shape}
-        others = with_other_batch(args, kwargs, fixed.sizes, avoid=weights)
+    failures: Sequence[Exception],
+) -> Iterator[Attempt]:
+    """For every size at once, then for sizes of 2 and more, of other example sizes where the example's would be fixed."""
+    dynamic = sizes.dynamic
+    with sizes.every_size(args, kwargs) as marked:
+        pass
+    if marked:
+        yield Attempt(
+            args, kwargs, dynamic, partial(sizes.every_size, args, kwargs), every_size=True
+        )
+        _log.info("not for every size at once: %s", failures[-1])
+    larger = partial(sizes.larger_sizes, args, kwargs)
+    yield Attempt(args, kwargs, dynamic, larger, partial(_require_free_batch, sizes))
+    fixed = failures[-1]
+    if not isinstance(fixed, FixedBatch):
+        return
+    weights = {size for _, tensor in tensors_of(model).values() for size in tensor.shape}
+    others = with_other_batch(args, kwargs, fixed.sizes, avoid=weights)
     if others is not None:
-        try:
-            leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
-            return once(*others, partial(_require_free_and_serving, sizes, leaves))
-        except CaptureError as error:
-            _log.info("the batch size is fixed: %s", error)
-    return once(args, kwargs, settle=settle)
+        leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
+        check = partial(_require_free_and_serving, sizes, leaves)
+        yield Attempt(*others, dynamic, partial(sizes.larger_sizes, *others), check)
+        _log.info("the batch size is fixed: %s", failures[-1])
+    yield Attempt(args, kwargs, dynamic, larger)
 
 
-def _capture_larger(
-    tracer: Tracer,
-    sizes: SizePolicy,
-    args: Sequence[object],
-    kwargs: Mapping[str, object],
-    check: Check | None = None,
-    *,
-    settle: bool = False,
-) -> Capture:
-    with sizes.larger_sizes(args, kwargs):
-        return tracer.once(args, kwargs, sizes.dynamic, check, settle=settle)
-
-
-class _FixedBatch(CaptureError):
+class FixedBatch(CaptureError):
     """A trace that fixed the first dimension of an argument, which the example's size may have caused."""
 
     def __init__(self, sizes: frozenset[int]) -> None:
@@ -154,7 +107,7 @@ def _require_free_batch(
     ]
     fixed = frozenset(int(n) for n in sizes if torch_compat.symbol_of(n) is None and n > 1)
     if fixed:
-        raise _FixedBatch(fixed)
+        raise FixedBatch(fixed)
 
 
 def _require_free_and_serving(
@@ -187,4 +140,11 @@ def _require_fitting(
                 where=f"signature {signature}",
                 hint="pass what the model's forward takes",
             ) from error
+    for name, module in model.named_modules() if isinstance(model, torch.nn.Module) else ():
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+            raise CaptureError(
+                f"{type(module).__name__} has no weights before its first call",
+                where=name,
+                hint="call the model once with the example arguments, then compile it",
+            )
     require_traceable(model, args, kwargs)

@@ -13,8 +13,8 @@ import torch.fx
 from piecework.code_objects import global_names, with_inner_code
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
-from piecework.runtime.bind.asked import models_names
-from piecework.runtime.bind.reachable import modules_of
+from piecework.runtime.watch.code import models_names
+from piecework.runtime.watch.reachable import modules_of
 
 #: What of a tensor that records gradients a trace can't tell: it sees a leaf, whatever there is.
 PLACE_IN_AUTOGRAD = ("is_leaf", "grad_fn", "retains_grad", "_grad_fn", "_backward_hooks")

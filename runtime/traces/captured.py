@@ -20,6 +20,8 @@ from piecework.runtime.pieces.ranks import runs_alone
 from piecework.runtime.traces.traces import Traces
 
 if TYPE_CHECKING:
+    from piecework.runtime.batch.coverage import Coverage
+    from piecework.runtime.graphs.plan.options import CaptureOptions
     from piecework.runtime.graphs.plan.phase import CaptureWatcher
     from piecework.runtime.graphs.serve.measured import Measurement
     from piecework.runtime.graphs.serve.model import CapturedModel
@@ -88,7 +90,7 @@ class CapturedTraces:
 
         if not self._traces.made and self._traces.switched_off():
             return
-        first, *_ = self._traces.require("graph to capture")
+        self._traces.require("graph to capture")
         sizes = sizes_to_capture(sizes)
         if memory_budget is not None and (type(memory_budget) is not int or memory_budget < 0):
             raise ConfigError(
@@ -106,7 +108,7 @@ class CapturedTraces:
         wanted = None if sizes is None else list(sizes)
         with self._traces.changes.one("capture()"):
             self.none_was_worth = False
-            self.again = partial(
+            before, self.again = self.again, partial(
                 self.capture,
                 sizes,
                 memory_budget=memory_budget,
@@ -114,22 +116,39 @@ class CapturedTraces:
                 estimate=False,
                 **options,
             )
-            single = self._traces.of_one(wanted, wish)
-            if single is not None:
-                captured = single.capture_graphs(
-                    [1],
-                    wish,
-                    memory_budget=memory_budget,
-                    progress=progress,
-                    estimate=estimate,
-                    fixed=first.batch_of_one(),
-                )
-                wanted = None if wanted is None else [size for size in wanted if size != 1]
-                memory_budget = memory_budget and memory_budget - captured.graphs.nbytes
-            if wanted != []:
-                first.capture_graphs(
-                    wanted, wish, memory_budget=memory_budget, progress=progress, estimate=estimate
-                )
+            try:
+                self._capture(wanted, wish, memory_budget, progress, estimate)
+            except BaseException:
+                if not any(each.static for each in self._traces.made):
+                    self.again = before  # nothing is captured, and would not be by trying again
+                raise
+
+    def _capture(
+        self,
+        wanted: list[int] | None,
+        wish: CaptureOptions,
+        memory_budget: int | None,
+        progress: bool | CaptureWatcher,
+        estimate: bool,
+    ) -> None:
+        """Capture the trace of one row, if there is one, and that of the other sizes."""
+        first, *_ = self._traces.made
+        single = self._traces.of_one(wanted, wish)
+        if single is not None:
+            captured = single.capture_graphs(
+                [1],
+                wish,
+                memory_budget=memory_budget,
+                progress=progress,
+                estimate=estimate,
+                fixed=first.batch_of_one(),
+            )
+            wanted = None if wanted is None else [size for size in wanted if size != 1]
+            memory_budget = memory_budget and memory_budget - captured.graphs.nbytes
+        if wanted != []:
+            first.capture_graphs(
+                wanted, wish, memory_budget=memory_budget, progress=progress, estimate=estimate
+            )
 
     def sleep(self) -> None:
         with self._traces.changes.one("sleep()"), self._traces.lock:
@@ -186,6 +205,15 @@ class CapturedTraces:
             if each.static is not None and each.static.serves(num_tokens):
                 return each.static.dispatcher.dispatch(num_tokens, *kind, **named)
         return CUDAGraphMode.NONE, BatchDescriptor(num_tokens)
+
+    def coverage(self, largest: int | None) -> Coverage:
+        from piecework.runtime.batch.coverage import Coverage
+
+        captured = self.all()
+        rows = [row for each in captured for row in each.coverage(largest)]
+        why = next((each.unpadded for each in captured if each.unpadded), None)
+        note = f"not padded: {why}" if why else ""
+        return Coverage(sorted(rows, key=lambda row: row.first), note)
 
     def memory_report(self) -> MemoryReport:
         first, *others = (each.memory_report() for each in self.all())

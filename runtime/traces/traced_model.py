@@ -15,27 +15,35 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.fx
-from torch.utils import _pytree as pytree
 
 from piecework.codegen.graph.origin import value_of
 from piecework.codegen.split.splitting import SplittingOps
-from piecework.errors import InputError, StaticGraphError, Unidentifiable
+from piecework.errors import (
+    CaptureError,
+    InputError,
+    PieceCompileError,
+    StaticGraphError,
+    Unidentifiable,
+)
 from piecework.runtime import torch_compat
-from piecework.runtime.bind.weights import Weight
+from piecework.runtime.analysis.tried import NotAdmitted, TriedPieces
+from piecework.runtime.analysis.unbacked import EverySize, written_copies
 from piecework.runtime.call.edited import EditedSource, check_edited
 from piecework.runtime.call.entry import Entry
 from piecework.runtime.call.example_call import example_call
 from piecework.runtime.call.profile_names import layer_by_line, named_pieces
-from piecework.runtime.identity.settings import settings_factors
 from piecework.runtime.observe.dump import generated_sources
 from piecework.runtime.pieces.backend import PieceworkBackend
-from piecework.runtime.pieces.compilation import Admits, NotAdmitted, Trace, require_registered
+from piecework.runtime.pieces.compilation import Trace, require_registered
 from piecework.runtime.pieces.program import Program
-from piecework.runtime.trace.inputs import GraphInput
-from piecework.runtime.trace.shared import RepeatedLayers
+from piecework.runtime.store.surroundings import settings_factors
+from piecework.runtime.trace.layers import RepeatedLayers
+from piecework.runtime.trace.one_trace import OpenTrace, trace_once
+from piecework.runtime.trace.side_effects import Settled
 from piecework.runtime.trace.sizes.example_sizes import KeptMarks, SizePolicy
 from piecework.runtime.trace.sizes.shape_guards import ShapeGuards
-from piecework.runtime.trace.tracing import capture
+from piecework.runtime.trace.tracing import FixedBatch, attempts
+from piecework.runtime.watch.weights import Weight
 
 if TYPE_CHECKING:
     from piecework.runtime.batch.descriptor import BatchDescriptor
@@ -157,6 +165,7 @@ class TracedModel:
         """Run an edited version of the stitching source from now on."""
         edited = check_edited(self.program.source, self.program.split_gm, code)
         self.entry.edit(edited)
+        self.forget_given_up()
         return edited
 
     def capture_graphs(
@@ -185,13 +194,17 @@ class TracedModel:
         self.entry.release()
         if self.static is not None:
             self.static.release()  # of a change that was stopped half-way
+        self.static = None
         # Kept before it captures, so that a stop leaves what was captured usable.
         self.static = CapturedModel(self.entry, self.program, sizes, options, fixed)
         # In a context of its own: whatever stops it, no forward context stays behind in this thread.
-        contextvars.copy_context().run(
-            self.static.capture, memory_budget=memory_budget, progress=progress, estimate=estimate
-        )
-        return self.static
+        made = self.static
+        how = {"memory_budget": memory_budget, "progress": progress, "estimate": estimate}
+        try:
+            contextvars.copy_context().run(made.capture, **how)
+        finally:
+            self.forget_given_up()
+        return made
 
     def call_of_one(self, options: CaptureOptions) -> Call | None:
         """A call with a batch of one, which this trace does not serve; None if it does, or has no batch at all."""
@@ -204,6 +217,13 @@ class TracedModel:
 
         shape = batch_shape(self.entry.captured, self.program, options.same_as_batch)
         return None if shape.low < 2 else self._call_of(1, shape, options)
+
+    def call_of(self, size: int, options: CaptureOptions) -> Call:
+        """A call with a batch of ``size``, zeros in all tensors."""
+        from piecework.runtime.graphs.plan.batch_reader import batch_shape
+
+        shape = batch_shape(self.entry.captured, self.program, options.same_as_batch)
+        return self._call_of(size, shape, options)
 
     def _call_of(self, size: int, shape: BatchShape, options: CaptureOptions) -> Call:
         """A call with a batch of ``size``, zeros in all tensors, and the first captured value of every other size."""
@@ -252,6 +272,11 @@ class TracedModel:
         with torch.no_grad(), self.static.captures.context_for(mode, descriptor):
             call(*args, **kwargs)
 
+    def forget_given_up(self) -> None:
+        """Let go of static graphs that serve no more: they hold the weights that they were captured with."""
+        if not self.entry.has_graphs:
+            self.static = None
+
     def give_up_graphs(self) -> None:
         """Serve every call uncaptured again."""
         self.entry.release()
@@ -284,38 +309,57 @@ def trace_model(
         PieceworkError: as ``piecework.compile``.
     """
     backend, settings = new_backend(), _settings()
-    as_marked = sizes is None or isinstance(sizes, KeptMarks)
-    rows_in_one = sizes is not None and sizes.rows_in_one
-
-    def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[GraphInput]) -> None:
-        nonlocal backend
-        if backend.used:  # what was made of an earlier trace is not
-            backend = new_backend()
-        placeholders = graph.graph.find_nodes(op="placeholder")
-        bound = {
-            node.name: source.path
-            for node, source in zip(placeholders, inputs, strict=True)
-            if isinstance(source, Weight)
-        }
-        fakes = list(map(value_of, placeholders))
-        admits = None if as_marked else _admission(graph, fakes, rows_in_one)
-        backend.prepare(graph, bound, admits)
-
     require_registered(backend.declared_ops)  # before a trace that may take long
     start = time.perf_counter()
-    backend.compiler_manager.get_ready(pytree.tree_leaves((args, kwargs)))
+    if backend.compiler_manager.progress is not None:
+        backend.compiler_manager.progress.begin()
     layers = RepeatedLayers(backend.config.repeated_layers)
-    settle = backend.trace is not Trace.ANOTHER
-    captured = capture(
-        model, args, kwargs, compile_graph, sizes=sizes, repeated=layers, settle=settle
-    )
-    made = backend.program
-    tracing = time.perf_counter() - start - sum(made.phases.values())
-    program = replace(made, phases={"capture": tracing, **made.phases}, layers=layers.text())
-    entry = Entry(captured, program, as_it_is)
+    as_marked = sizes is None or isinstance(sizes, KeptMarks)
+    rows_in_one = sizes is not None and sizes.rows_in_one
+    settled = Settled(backend.trace is not Trace.ANOTHER)
+    failures: list[CaptureError | PieceCompileError] = []
+    for attempt in attempts(model, args, kwargs, sizes, failures):
+        try:
+            traced = settled.trace(partial(trace_once, model, attempt, layers))
+            if backend.used:  # what was made of an earlier trace is not
+                backend = new_backend()
+            with traced.compiling():
+                tried = None if as_marked else _tried(traced, rows_in_one)
+                made = backend.prepare(traced.graph, traced.weight_paths(), tried)
+        except (CaptureError, PieceCompileError) as error:
+            failures.append(error.with_traceback(None))
+            continue
+        except BaseException:
+            settled.put_back()
+            raise
+        tracing = time.perf_counter() - start - sum(made.phases.values())
+        program = replace(made, phases={"capture": tracing, **made.phases}, layers=layers.text)
+        entry = Entry(traced.closed(), program, as_it_is)
+        return _served(model, as_it_is, backend, program, entry, settings, as_marked, rows_in_one)
+    settled.put_back()
+    raise _clearest(failures)
+
+
+def _clearest(failures: Sequence[CaptureError | PieceCompileError]) -> Exception:
+    """The failure that says best why a model can't be compiled: that of the first attempt that was meant to be made in any case."""
+    plain = [each for each in failures if not isinstance(each, (FixedBatch, NotAdmitted))]
+    last = [each for each in plain if not torch_compat.data_dependent(each)]
+    return (last or plain or list(failures))[0]
+
+
+def _served(
+    model: Callable[..., object],
+    as_it_is: Callable[..., object],
+    backend: PieceworkBackend,
+    program: Program,
+    entry: Entry,
+    settings: dict[str, str] | None,
+    as_marked: bool,
+    rows_in_one: bool,
+) -> TracedModel:
     guards = None
     if program.config.dynamic_shapes_config.evaluate_guards:
-        guards = ShapeGuards(captured.graph, captured.inputs)
+        guards = ShapeGuards(entry.captured.graph, entry.captured.inputs)
     if backend.compiler_manager.cache is not None:
         backend.compiler_manager.cache.write_entry(entry.source.code)
     return TracedModel(
@@ -330,23 +374,23 @@ def _settings() -> dict[str, str] | None:
         return None
 
 
-def _admission(
-    graph: torch.fx.GraphModule, inputs: Sequence[object], rows_in_one: bool
-) -> Admits | None:
-    """What may be compiled of a graph with these fake inputs; None for one whose sizes all have numbers behind them.
+def _tried(traced: OpenTrace, rows_in_one: bool) -> TriedPieces | None:
+    """The try of a trace that would serve every size; None for one whose sizes all have numbers behind them.
 
     Raises:
-        NotAdmitted: nothing may.
+        NotAdmitted: it would not.
     """
-    symbols = torch_compat.unbacked_symbols(inputs)
+    graph = traced.graph
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    symbols = torch_compat.unbacked_symbols(map(value_of, placeholders))
     if not symbols:
         return None
-    from piecework.runtime.analysis.unbacked import admits_unbacked, written_copies
-
     reason = written_copies(graph)
     if reason is not None:
         raise NotAdmitted(reason)
-    return partial(admits_unbacked, symbols=symbols, rows_in_one=rows_in_one)
+    pairs = zip(placeholders, traced.inputs, strict=True)
+    weights = {node.name: each.tensor for node, each in pairs if isinstance(each, Weight)}
+    return TriedPieces(EverySize(symbols, rows_in_one), weights)
 
 
 def _guarded(guards: ShapeGuards, entry: Entry) -> Callable[..., object]:

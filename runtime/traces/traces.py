@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from piecework.runtime import torch_compat
 from piecework.runtime.call.execution import Changes
 from piecework.runtime.call.failures import add_piece_note
 from piecework.runtime.config.groups import DynamicShapesType, RuntimeConfig
+from piecework.runtime.observe.progress import warn_of_another
 from piecework.runtime.pieces.backend import PieceworkBackend
 from piecework.runtime.pieces.compilation import Trace
 from piecework.runtime.pieces.ranks import require_agreement
@@ -129,6 +131,10 @@ class Traces:
             return self._as_it_is(*args, **kwargs), None
         raise error
 
+    def comes_first(self, trace: TracedModel) -> bool:
+        """Whether calls may try ``trace`` first: one without static graphs may serve a captured size too, uncaptured."""
+        return trace.static is not None or all(each.static is None for each in self.made)
+
     def _outdated(self, error: InputError) -> bool:
         """Whether a call failed before anything ran, and runs as it is since torch's compiler is switched off."""
         return any(each.is_outdated(error) for each in self.made) and self.switched_off()
@@ -141,7 +147,9 @@ class Traces:
     ) -> tuple[object, TracedModel | None]:
         """Serve a call that one trace refused by another; by one that is made now, if its sizes are why."""
         while True:
-            for each in (trace for trace in self.made if trace not in refusals):
+            for each in sorted(self.made, key=self.comes_first, reverse=True):
+                if each in refusals:
+                    continue
                 try:
                     return each.call(*args, **kwargs), each
                 except InputError as error:
@@ -186,6 +194,7 @@ class Traces:
             ready = [each.entry.rebound() for each in self.made]  # all of them, or none
             for each, execution in zip(self.made, ready, strict=True):
                 each.entry.publish(execution)
+                each.forget_given_up()
 
     def accept_settings(self) -> None:
         """Take what the model holds in Python now for as good as what it held in the traces."""
@@ -230,6 +239,7 @@ class Traces:
         def make() -> PieceworkBackend:
             backend = shown.pop() if shown else self._new_backend()
             backend.trace = trace
+            backend.batch_of_first = self.made[0].program.batch_place() if self.made else None
             return backend
 
         return make
@@ -252,12 +262,31 @@ class Traces:
                 return False
             self._hopeless.add(shapes)  # unless it gets a trace now
             _log.info("tracing the model again: %s", refused)
+            start = time.perf_counter()
             try:
                 self.add(args, kwargs)
             except PieceworkError as error:
                 refused.add_note(f"A trace for these sizes is not to be had: {error}")
                 raise refused from error
+            warn_of_another(
+                "the model was traced and compiled",
+                refused.message,
+                time.perf_counter() - start,
+                "piecework.compile(..., sizes=[...]) makes such traces ahead",
+            )
             return True
+
+    def add_ahead(self, batches: Sequence[int]) -> None:
+        """Make the traces that batches of these sizes need, where none serves them yet."""
+        from piecework.runtime.graphs.plan.options import CaptureOptions
+
+        options = CaptureOptions(runtime=self._runtime_config)
+        for batch in batches:
+            call = self.made[0].call_of(batch, options)
+            with self.lock:
+                if self.sizes is None or any(each.entry.accepts(*call) for each in self.made):
+                    continue
+                self.add(*call)
 
     def of_one(self, sizes: Sequence[int] | None, options: CaptureOptions) -> TracedModel | None:
         """The trace that serves a batch of one, if it is to be captured and the first trace does not serve it."""

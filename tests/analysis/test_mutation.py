@@ -191,7 +191,7 @@ def test_the_dynamo_backend_refuses_it_too() -> None:
     options = {"backend": "eager", "cudagraph_mode": "PIECEWISE"}
     backend = PieceworkBackend(CompilationConfig(**options))
     compiled = torch.compile(model, backend=backend, fullgraph=True)
-    with pytest.raises(Exception, match=r"writes to .*_buffers\['state'\]"):
+    with pytest.raises(Exception, match=r"writes to .*state"):
         compiled(torch.randn(4, 8))
     clean = Model(lambda module, y: module.state.sum())
     backend = PieceworkBackend(CompilationConfig(**options))

@@ -106,7 +106,7 @@ def test_a_loaded_family_generates_the_tokens_of_eager_and_traces_nothing(
     for name in ("num_graphs_seen", "num_backend_compilations", "num_eager_compiles"):
         assert getattr(counters, name) == before[name]
     assert all(map(torch.equal, found, expected))
-    assert (path / "trace_0" / "stitched.py").read_text() == stitched_module(model).source.code
+    assert next(path.glob("trace_0/stitched.*")).read_text() == stitched_module(model).source.code
     unstitch(model)
     assert torch.equal(tokens_of(model, *REQUESTS[1]), expected[1])
 
@@ -144,7 +144,7 @@ def test_one_line_loads_what_fits_and_compiles_and_saves_what_does_not(
         and "compile_ranges_endpoints" in warned.pop()
     )
     assert not traced(build(num_hidden_layers=2), config=ranged) and not warned
-    (path / "trace_0" / "entry.py").write_text("raise SystemExit")
+    next(path.glob("trace_0/entry.*")).write_text("raise SystemExit")
     assert traced(build(num_hidden_layers=1)) and "entry.py" in warned.pop()
     assert not traced(build(num_hidden_layers=1)) and not warned
 
@@ -155,7 +155,7 @@ def test_static_graphs_are_captured_of_a_loaded_model(artifact: Path) -> None:
     model = build(seed=5)
     expected = tokens_of(model, 2, 5)
     stitched = stitched_module(load(artifact, model))
-    stitched.capture([1, 2, 4], context_for=dry_request, progress=False)
+    stitched.capture([1, 2, 4], context_for=dry_request, pad=True, progress=False)
     assert torch.equal(tokens_of(model, 2, 5), expected)
     assert any(each.calls for each in stitched.call_report())
 
@@ -364,7 +364,7 @@ def test_one_line_serves_whole(tmp_path: Path, warned: list[str]) -> None:
     with pytest.raises(CaptureError, match="position_ids"):
         stitch(whole(), config=EAGER, artifact=path, way="flat")
     assert "the whole way" in warned.pop()
-    (path / "part_1" / "trace_0" / "entry.py").write_text("raise SystemExit")
+    next(path.glob("part_1/trace_0/entry.*")).write_text("raise SystemExit")
     stitch(whole(), config=EAGER, artifact=path)
     assert "part_1/trace_0/entry.py" in warned.pop()
 
@@ -413,13 +413,3 @@ def test_another_process_needs_no_compiler_and_no_cache(
     )
     assert found["equal"] and found["counters"] == {"num_models_seen": modules}
     assert found["inductor"] == found["cached"] == []
-
-
-def test_a_model_whose_layers_share_a_trace_is_saved_and_loaded(tmp_path: Path) -> None:
-    config = {**EAGER, "repeated_layers": "found"}
-    kept = stitched_module(stitch(build(num_hidden_layers=5), config=config))
-    assert "one trace served 4 of 5 repeated layers" in str(kept.report())
-    kept.save(tmp_path / "artifact")
-    loaded = load(tmp_path / "artifact", build(num_hidden_layers=5))
-    expected = tokens_of(build(num_hidden_layers=5), 2, 5)
-    assert torch.equal(tokens_of(loaded, 2, 5), expected)

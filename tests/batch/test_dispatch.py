@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -83,14 +82,6 @@ def test_query_length():
     assert d.dispatch(5, True) == (PIECEWISE, BatchDescriptor(6))
 
 
-def test_keys_of_full_graphs_say_for_how_many_requests():
-    d = dispatcher(FULL, max_num_seqs=3)
-    assert d.cudagraph_keys[FULL] == {
-        *(BatchDescriptor(n, min(n, 3)) for n in SIZES),
-    }
-    assert {key.num_reqs for key in dispatcher(PIECEWISE).cudagraph_keys[PIECEWISE]} == {None}
-
-
 def test_speculation_rounds_the_sizes_of_decode_batches_alone():
     d = dispatcher(BOTH, sizes=(1, 2, 4, 8, 16), max_num_seqs=4, uniform_decode_query_len=3)
     assert {key.num_tokens for key in d.cudagraph_keys[PIECEWISE]} == {1, 2, 4, 8, 16}
@@ -121,14 +112,6 @@ def test_decode_sizes_of_a_sequence_that_is_cut():
         BOTH, (4, 8, 16), uniform_decode_query_len=3, decode_multiple_of=2, max_num_seqs=8
     )
     assert {key.num_tokens for key in d.cudagraph_keys[FULL]} == {6, 12}
-
-
-@pytest.mark.parametrize("wrong", [[0, 1], [-1], [2.0], [True], ["8"]])
-def test_wrong_sizes_are_named(wrong):
-    with pytest.raises(ConfigError, match="positive whole numbers, not"):
-        dispatcher(PIECEWISE, [4, *wrong])
-    with pytest.raises(ConfigError, match="a batch of 0 requests"):
-        dispatcher(PIECEWISE, max_num_seqs=0)
 
 
 @pytest.mark.parametrize(
@@ -202,12 +185,6 @@ def test_lora_captures():
     ]
 
 
-@pytest.mark.parametrize("counts", [(0,), (2, 1), (1, 1)])
-def test_bad_lora_counts(counts):
-    with pytest.raises(ConfigError, match="must ascend from 1"):
-        LoraCases(True, counts=counts)
-
-
 def test_what_is_captured_piecewise_first_largest_first():
     descs = dispatcher(BOTH, max_num_seqs=4).get_capture_descs()
     assert [(m.name, [k.num_tokens for k in keys]) for m, keys in descs] == [
@@ -242,16 +219,6 @@ def test_a_key_that_was_given_up_is_never_dispatched_to():
     assert (found.mode, found.reason, found.is_fallback) == (NONE, Reason.NOT_CAPTURED, True)
 
 
-def test_what_was_answered_before_is_forgotten_with_its_key():
-    d = dispatcher(PIECEWISE)
-    assert d.dispatch(3) == d.dispatch(3) == (PIECEWISE, BatchDescriptor(4))
-    d.give_up(PIECEWISE, BatchDescriptor(4))
-    assert d.dispatch(3) == d.dispatch(3) == (PIECEWISE, BatchDescriptor(8))
-    d.initialize_cudagraph_keys(FULL)
-    assert d.dispatch(3) == (FULL, BatchDescriptor(4, 4))
-    assert d.dispatch(3, invalid_modes={FULL})[0] is NONE
-
-
 def test_strict():
     d = dispatcher(BOTH, strict=True)
     assert d.dispatch(100) == (NONE, BatchDescriptor(100))
@@ -269,20 +236,6 @@ def test_strict():
 def test_no_tokens(tokens):
     with pytest.raises(InputError, match=f"tokens; got {tokens}"):
         dispatcher(PIECEWISE).dispatch(tokens)
-
-
-def test_wrong_construction():
-    with pytest.raises(ConfigError, match="must be positive"):
-        dispatcher(PIECEWISE, sizes=(0, 1))
-    with pytest.raises(ConfigError, match="0 tokens a request"):
-        dispatcher(PIECEWISE, uniform_decode_query_len=0)
-
-
-def test_starting_over_with_less():
-    d = dispatcher(BOTH)
-    d.initialize_cudagraph_keys(BOTH.without_piecewise())
-    assert d.dispatch(3) == (NONE, BatchDescriptor(3))
-    assert d.dispatch(3, True)[0] is FULL
 
 
 def test_from_configuration():
@@ -411,17 +364,6 @@ def test_an_exact_dispatcher_never_pads():
         d.explain(3, strict=True)
 
 
-def test_a_kind_of_batch_is_asked_for_like_its_parts():
-    d = dispatcher(
-        CUDAGraphMode.FULL_AND_PIECEWISE, sizes=(2, 4), lora=LoraCases(True), axes={"a": (1, 2)}
-    )
-    kind = BatchKind(True, True, 3, (("a", 2),))
-    assert kind == BatchKind.of(True, True, 3, axes={"a": 2})
-    assert d.explain(3, kind).mode is CUDAGraphMode.FULL
-    without = replace(kind, invalid_modes=frozenset({CUDAGraphMode.FULL}))
-    assert d.explain(3, without).mode is PIECEWISE
-
-
 @pytest.mark.parametrize("mode", [PIECEWISE, FULL, BOTH])
 @pytest.mark.parametrize("factor", [1, 1.5, 2.0, None])
 def test_no_batch_is_padded_by_more_than_the_factor(mode: CUDAGraphMode, factor: float) -> None:
@@ -437,11 +379,3 @@ def test_no_batch_is_padded_by_more_than_the_factor(mode: CUDAGraphMode, factor:
         else:
             assert (found.mode, found.reason) == (NONE, Reason.FACTOR)
             assert found.descriptor.num_tokens == tokens and not found.is_fallback
-
-
-def test_a_given_up_size_is_not_made_up_for_past_the_factor() -> None:
-    d = dispatcher(PIECEWISE, sizes=(4, 8, 16), max_padding_factor=2)
-    (key,) = (key for key in d.cudagraph_keys[PIECEWISE] if key.num_tokens == 4)
-    d.give_up(PIECEWISE, key)
-    assert d.explain(4).descriptor.num_tokens == 8
-    assert d.explain(3).reason is Reason.NOT_CAPTURED

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import threading
 
 import pytest
@@ -17,13 +16,6 @@ from piecework.runtime.batch.forward_context import (
     set_forward_context,
 )
 from piecework.runtime.batch.mode import CUDAGraphMode
-
-
-def test_there_is_none_at_first():
-    assert current_forward_context() is None
-    assert current_forward_context() is None
-    with pytest.raises(InputError, match=r"no forward context is set.*Hint: call the model inside"):
-        get_forward_context()
 
 
 def test_what_was_set_is_seen():
@@ -43,14 +35,6 @@ def test_what_was_set_is_seen():
         assert context.skip_cuda_graphs
         assert context.state is state
     assert current_forward_context() is None
-
-
-def test_defaults():
-    with set_forward_context() as context:
-        assert context.cudagraph_runtime_mode is CUDAGraphMode.NONE
-        assert context.batch_descriptor is None
-        assert not context.skip_cuda_graphs
-        assert dict(context.state) == {}
 
 
 def test_nested_and_back_after_an_error():
@@ -105,10 +89,3 @@ def test_a_pair_of_modes_is_an_error(mode):
         set_forward_context(cudagraph_runtime_mode=mode),
     ):
         pass
-
-
-def test_it_is_frozen():
-    with set_forward_context() as context, pytest.raises(dataclasses.FrozenInstanceError):
-        context.skip_cuda_graphs = True
-    with set_forward_context() as context, pytest.raises(TypeError):
-        context.state["x"] = 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,15 +42,6 @@ def test_default_sizes(maximum, expected):
     assert default_capture_sizes(maximum) == expected
 
 
-def test_default_sizes_of_512():
-    sizes = default_capture_sizes(512)
-    assert sizes[:5] == (1, 2, 4, 8, 16)
-    assert sizes[-3:] == (480, 496, 512)
-    assert {b - a for a, b in itertools.pairwise(sizes) if 8 <= a < 256} == {8}
-    assert {b - a for a, b in itertools.pairwise(sizes) if a >= 256} == {16}
-    assert len(sizes) == 51
-
-
 @pytest.mark.parametrize(
     ("sizes", "maximum", "expected"),
     [
@@ -66,18 +55,6 @@ def test_default_sizes_of_512():
 )
 def test_users_choice(sizes, maximum, expected):
     assert resolve_capture_sizes(sizes, maximum, **LIMITS) == expected
-
-
-def test_the_maximum_alone_is_cut_to_what_a_batch_can_hold():
-    limits = {"max_num_seqs": 256, "max_num_batched_tokens": 20}
-    assert resolve_capture_sizes(None, 512, **limits) == (1, 2, 4, 8, 16, 20)
-
-
-def test_nothing_given():
-    limits = {"max_num_seqs": 4, "max_num_batched_tokens": 64}
-    assert resolve_capture_sizes(None, None, **limits) == (1, 2, 4, 8)
-    found = resolve_capture_sizes(None, None, **limits, decode_query_lens=[3])
-    assert found == (1, 2, 3, 4, 6, 8, 12, 16, 24)
 
 
 @pytest.mark.parametrize("seqs", [1, 3, 100, 101, 250, 511, 700])

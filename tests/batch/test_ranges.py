@@ -54,11 +54,6 @@ def test_an_encoder_has_an_open_last_range(endpoints):
     assert ranges[-1].is_open_ended()
 
 
-def test_an_encoder_may_cut_beyond_the_largest_batch_and_needs_none():
-    assert pairs(derive_ranges([512], 256, open_ended=True)) == [(1, 512), (513, OPEN_END)]
-    assert pairs(derive_ranges([], None, open_ended=True)) == [(1, OPEN_END)]
-
-
 def test_every_endpoint_beyond_the_largest_batch_is_named():
     with pytest.raises(ConfigError, match="no batch reaches 100, 65; the largest") as caught:
         derive_ranges([4, 100, 65], 64)
@@ -84,13 +79,6 @@ def test_a_size_outside_every_range_lists_them(size):
     assert "[8, 8], [1, 16], [17, 64]" in str(caught.value)
 
 
-def test_a_gap_is_outside_and_an_empty_table_says_so():
-    with pytest.raises(InputError):
-        RangeTable([Range(1, 4), Range(8, 9)]).find(6)
-    with pytest.raises(InputError, match="there is none"):
-        RangeTable([]).find(1)
-
-
 def test_overlapping_ranges_are_an_error():
     with pytest.raises(ConfigError, match=r"\[1, 8\] and \[8, 9\] overlap"):
         RangeTable([Range(8, 9), Range(1, 8)])
@@ -107,11 +95,6 @@ def test_lookup_agrees_with_a_scan_and_ranges_cover_every_size(data):
     for size in range(1, largest + 1):
         (around,) = [each for each in ranges if size in each]
         assert table.find(size) == (Range(size, size) if size in sizes else around)
-
-
-@pytest.mark.parametrize(("low", "high"), [(None, None), (0, None), (1, 64), (8, 17), (4, 20)])
-def test_entries_that_some_batch_reaches(low: int | None, high: int | None) -> None:
-    RangeTable(derive_ranges([16], None, open_ended=True), [8]).require_reachable(low, high)
 
 
 @pytest.mark.parametrize(

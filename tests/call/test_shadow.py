@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -12,13 +11,12 @@ import pytest
 import torch
 from models import Block, Layers, mix, mix_pair
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import piecework
 from piecework.errors import BindError, ConfigError
 from piecework.runtime.analysis import unbacked
 from piecework.runtime.call.shadow import Shadow
-from piecework.runtime.compilers import CompilerInterface, EagerAdaptor
+from piecework.runtime.compilers import EagerAdaptor
 from piecework.runtime.compilers.interface import CompiledPiece
 from piecework.runtime.stitched import StitchedModule
 
@@ -115,15 +113,6 @@ def test_a_wrong_piece_is_named_and_its_caller_gets_what_it_computed(spoil) -> N
     assert f"{last.name} of {last.modules}: output 0" in str(found) and "is off by" in str(found)
 
 
-def test_pieces_that_share_a_wrong_program_are_all_named(spoil) -> None:  # type: ignore[no-untyped-def]
-    stitched = piecework.compile(layers(4), (X,), config=spoil({1: times(0, 2.0)}))
-    found = shadowed(stitched, (X,), (X,))
-    inner = stitched.pieces[1:-1]
-    assert len({piece.key for piece in inner}) == 1 and len(inner) == 3
-    assert [each.piece for each in found.differences] == [piece.name for piece in inner]
-    assert "3 pieces differ" in str(found)
-
-
 class Advancing(nn.Module):
     """Counts calls in a buffer, in place, inside a piece."""
 
@@ -153,10 +142,11 @@ def test_what_a_piece_writes_is_written_once_and_compared(spoil) -> None:  # typ
         return tuple(outputs)
 
     stitched = piecework.compile(model, (X,), config=spoil({1: once_more}))
+    before = model.steps.item()  # compiled pieces are tried
     found = shadowed(stitched, (X,))
     assert found.first is not None and "written in place" in found.first.output
     assert "steps" in found.first.output and "differs in 1 of 1 elements" in found.first.how
-    assert model.steps.item() == 7
+    assert model.steps.item() == before + 3
 
 
 def test_memory_that_a_piece_hands_on_unwritten_is_not_compared(spoil) -> None:  # type: ignore[no-untyped-def]
@@ -198,23 +188,6 @@ def test_random_numbers_stay_the_caller_s() -> None:
     [(name, why)] = found.left_out.items()
     assert name == "submod_0" and "draws random numbers" in why
     assert "not compared: submod_0, aten." in str(found)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_attention_draws_random_numbers_for_its_dropout_alone(dropout: float) -> None:
-    class Attends(nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = super().forward(x)[None, None]
-            return nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=dropout)
-
-    stitched = piecework.compile(Attends(8, 8).eval(), (X,), config={"backend": "eager"})
-    if dropout:
-        with pytest.raises(BindError, match="draws random numbers"), stitched.shadow():
-            pass
-        return
-    with stitched.shadow() as found:
-        stitched(X)
-    assert found.compared and not found.left_out and found.first is None
 
 
 def test_a_splitting_op_inside_a_piece_is_never_run_twice() -> None:
@@ -286,36 +259,10 @@ def _(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-def test_infinities_and_nans_that_the_graph_gives_too_are_no_difference() -> None:
-    class Model(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            out = torch.empty_like(x)
-            mix(x / (x - x) + torch.log(x * 0), out)
-            return out * 2
-
-    stitched = piecework.compile(Model(), (X,), config={"backend": "eager"})
-    found = shadowed(stitched, (X,))
-    assert found.compared == 2 and found.first is None
-
-
 def test_only_every_so_many_calls_are_compared(spoil) -> None:  # type: ignore[no-untyped-def]
     stitched = piecework.compile(layers(1), (X,), config={"backend": "eager"})
     found = shadowed(stitched, *[(X,)] * 7, every=3)
     assert (found.calls, found.compared) == (3, 6)
-
-
-def test_graphs_are_left_aside_and_serve_again(spoil) -> None:  # type: ignore[no-untyped-def]
-    stitched = piecework.compile(layers(2), (X,), config=spoil({1: times(0, 1.5)}))
-    stitched.capture([2, 4], progress=False, estimate=False)
-    with torch.no_grad():
-        replayed = stitched(X)
-        counted = {row.mode: row.calls for row in stitched.call_report()}
-        with stitched.shadow() as found:
-            assert torch.equal(stitched(X), replayed)
-        assert {row.mode: row.calls for row in stitched.call_report()} == counted
-        assert found.first is not None and found.first.piece == stitched.pieces[1].name
-        stitched(X)
-        assert stitched.call_report()[0].calls == counted["PIECEWISE"] + 1
 
 
 def test_each_batch_range_is_compared(spoil) -> None:  # type: ignore[no-untyped-def]
@@ -331,7 +278,7 @@ def test_each_batch_range_is_compared(spoil) -> None:  # type: ignore[no-untyped
 def test_a_trace_that_is_made_meanwhile_is_compared_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(unbacked, "admits_unbacked", lambda *_, **__: "not in this test")
+    monkeypatch.setattr(unbacked.EverySize, "refusal", lambda *_: "not in this test")
     stitched = piecework.compile(layers(1), (X,), config={"backend": "eager"})
     with torch.no_grad(), stitched.shadow() as found:
         stitched(X)
@@ -342,54 +289,12 @@ def test_a_trace_that_is_made_meanwhile_is_compared_too(
     assert found.calls == 2 and all(e.entry._now.beside is None for e in stitched.traces)
 
 
-class Looking(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        return func(*args, **(kwargs or {}))
-
-
-def test_calls_past_the_shortcuts_are_compared(spoil) -> None:  # type: ignore[no-untyped-def]
-    stitched = piecework.compile(layers(1), (X,), config=spoil({1: times(0, 1.5)}))
-    with torch.no_grad(), stitched.shadow() as found, Looking():
-        stitched(X)
-    assert found.compared == 2 and found.first is None  # a mode comes to the graphs themselves
-    with torch.no_grad(), torch.device("cpu"), stitched.shadow() as found:
-        stitched(X)
-    assert found.first is not None and found.first.piece == stitched.pieces[1].name
-
-
-def test_a_model_under_autocast_is_compared_under_it() -> None:
-    model = layers(1)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        stitched = piecework.compile(model, (X,), config={"backend": "eager"})
-        with stitched.shadow() as found:
-            stitched(X)
-    assert found.compared == 2 and found.first is None
-
-
-def test_an_edited_source_s_pieces_are_compared(spoil) -> None:  # type: ignore[no-untyped-def]
-    stitched = piecework.compile(layers(1), (X,), config=spoil({0: times(0, 1.5)}))
-    stitched.use_edited("# mine\n" + stitched.source.code)
-    first = shadowed(stitched, (X,)).first
-    assert first is not None and first.piece == "submod_0"
-
-
 def test_what_was_loaded_is_compared(tmp_path: Path) -> None:
     model = layers(2)
     piecework.compile(model, (X,), config={"backend": "eager"}).save(tmp_path / "saved")
     loaded = piecework.load(tmp_path / "saved", model)
     found = shadowed(loaded, (X,))
     assert found.compared == 3 and found.first is None, str(found)
-
-
-def test_calls_of_other_threads_are_compared() -> None:
-    stitched = piecework.compile(layers(1), (X,), config={"backend": "eager"})
-    with stitched.shadow() as found:
-        threads = [threading.Thread(target=stitched, args=(X,)) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert (found.calls, found.compared) == (4, 8)
 
 
 def test_a_graph_that_can_t_be_run_leaves_the_call_alone(
@@ -473,8 +378,3 @@ def test_a_model_that_is_not_compiled_has_nothing_to_compare() -> None:
     waiting = piecework.compile(layers(1), config={"backend": "eager"})
     with pytest.raises(BindError, match="there is no piece to compare yet"), waiting.shadow():
         pass
-
-
-def test_the_compiler_of_these_tests_is_one() -> None:
-    compiler: CompilerInterface = Spoiling()
-    assert compiler.name == "spoiling"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -171,6 +172,21 @@ def test_a_bad_model_is_misuse_and_leaves_nothing(tmp_path: Path, model: str, sa
     assert result.exit_code == 2
     assert (says in result.output and "Hint:" in result.output) or says in result.output
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["compile {} -o out", "serve {}", "trace {} -o out.json"])
+def test_a_misnamed_model_is_told_before_anything_heavy_is_imported(command: str) -> None:
+    words = command.format("no/such/model").split()
+    code = f"""
+import sys
+from typer.testing import CliRunner
+from piecework.cli import app
+result = CliRunner().invoke(app, {words!r})
+print(result.exit_code, result.output, {{"torch", "transformers"}} & set(sys.modules))
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.startswith("2 UsageError: there is no model at")
+    assert said.stdout.rstrip().endswith("set()"), said.stdout
 
 
 @pytest.mark.parametrize(
@@ -385,8 +401,8 @@ def test_a_folder_for_results_is_checked_before_a_benchmark_runs(tmp_path: Path)
 
 def test_serve_names_what_is_wrong(tmp_path: Path) -> None:
     missing = invoke("serve", tmp_path / "nothing")
-    assert missing.exit_code == 2 and "there is no folder" in missing.output
-    sizes = invoke("serve", tmp_path / "nothing", "--capture", "1,x")
+    assert missing.exit_code == 2 and "there is no model at" in missing.output
+    sizes = invoke("serve", tmp_path, "--capture", "1,x")
     assert sizes.exit_code == 2 and "(--capture)" in sizes.output
 
 
@@ -435,3 +451,14 @@ def test_the_version() -> None:
     result = CliRunner().invoke(app, ["--version"])
     assert result.exit_code == 0
     assert result.output == f"piecework {piecework.__version__}\n"
+
+
+def test_show_of_a_compile_cache(tmp_path: Path) -> None:
+    for number, model in enumerate(("backbone", "drafter")):
+        folder = tmp_path / "torch_compile_cache" / "piecework" / "0a" / "rank_0_0" / model
+        folder.mkdir(parents=True)
+        (folder / "stitched.py").write_text(
+            f"def execution_fn(x_{number}):\n    return x_{number}\n"
+        )
+    output = invoke("show", tmp_path).output
+    assert "def execution_fn(x_0)" in output and "drafter" in output

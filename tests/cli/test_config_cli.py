@@ -13,10 +13,9 @@ from typer.testing import CliRunner
 from piecework.cli.config import config_app
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.config.docs import json_schema, markdown_table
-from piecework.runtime.config.overrides import parse_overrides
-from piecework.runtime.config.text import from_json, from_toml
+from piecework.runtime.config.text import from_json, from_toml, parse_overrides
 
-GOOD = 'mode = 0\n[pass_config]\nclean_up = false\n[inductor_compile_config]\n"a.b" = 1\n'
+GOOD = 'mode = 0\n[stitching_config]\nemit_del = false\n[inductor_compile_config]\n"a.b" = 1\n'
 
 
 def run(*arguments):
@@ -35,7 +34,7 @@ def test_show_prints_toml_that_reads_back(good):
     assert result.exit_code == 0
     config = from_toml(CompilationConfig, result.stdout)
     assert config.mode == 3 and config.compile_sizes == (1, 8)
-    assert not config.pass_config.clean_up
+    assert not config.stitching_config.emit_del
 
 
 @pytest.mark.parametrize("form", ["json", "toml", "options"])
@@ -104,7 +103,7 @@ def test_check_of_a_good_file(good):
 
 def test_check_lists_all_problems(tmp_path):
     path = tmp_path / "bad.toml"
-    path.write_text('mode = 9\nunknown = 1\n[pass_config]\nclean_up = "perhaps"\n')
+    path.write_text('mode = 9\nunknown = 1\n[stitching_config]\nemit_del = "perhaps"\n')
     result = run("check", path)
     assert result.exit_code == 1
     assert "3 problems" in result.stderr and not result.stdout
@@ -115,7 +114,7 @@ def test_check_lists_all_problems(tmp_path):
     assert {each["field"] for each in report["problems"]} == {
         "mode",
         "unknown",
-        "pass_config.clean_up",
+        "stitching_config.emit_del",
     }
 
 
@@ -144,7 +143,7 @@ def test_schema_in_each_form(tmp_path):
     assert run("schema", "--markdown").stdout == markdown_table(CompilationConfig)
     lines = run("schema").stdout.splitlines()
     assert lines[0].startswith("mode (") and any(
-        line.startswith("pass_config.clean_up (bool; default true; in cache key: yes)")
+        line.startswith("stitching_config.emit_del (default true; in cache key: yes)")
         for line in lines
     )
     assert run("schema", "--runtime").stdout.startswith("max_num_batched_tokens (")

@@ -255,23 +255,19 @@ def test_an_edit_that_changes_nothing_is_proved() -> None:
         ("y = f'{x}'", "JoinedStr is not part"),
         ("y = (z := x)", "NamedExpr is not part"),
         ("y = unknown", "'unknown' is not defined"),
-        ("y = __vllm_submods__", "is used other than to call its entries"),
-        ("y = __vllm_submods__[0]", "is used other than to call its entries"),
-        ("y = __vllm_submods__[7](x)", "there is no submodule 7"),
-        ("y = __vllm_consts__[7]", "there is no constant 7"),
-        ("y = __vllm_consts__", "'__vllm_consts__' is not defined"),
-        ("y = execution_fn", "used other than to be called"),
-        ("execution_fn(x)", "gets too few arguments"),
-        ("y = x(1)", "a computed value is called"),
+        ("y = __vllm_submods__[7](x)", "there is no __vllm_submods__"),
+        ("y = __vllm_consts__[7]", "there is no __vllm_consts__"),
+        ("execution_fn(x)", "called with other keywords"),
+        ("y = x(1)", "a call of something else"),
         ("y = torch.no_such_function(x)", "'no_such_function' is not found"),
-        ("return x", "Return is not part of emitted functions"),
-        ("del y", "deleted but not defined"),
-        ("a, a = torch.sin(x)", "only distinct names"),
-        ("a, b = (x,)", "1 elements are unpacked to 2 names"),
+        ("return x", "must end with its only return"),
+        ("del y", "deleted and not defined"),
+        ("a, a = torch.sin(x)", "only names are assigned to"),
+        ("a, b = (x,)", "not known to have 2 elements"),
         ("y = print(*x)", "Starred is not part"),
         ("y = print(**x)", "something other than a dict in place"),
         ("y = {**x}", "is not part of emitted expressions"),
-        ("y = 1 < x < 2", "this comparison is not part"),
+        ("y = 1 < x < 2", "Compare is not part"),
         ("y = x and x", "BoolOp is not part"),
         ("y: int = x", "AnnAssign is not part"),
         ("print(torch.sin(x))", "something else"),
@@ -290,14 +286,14 @@ def test_text_outside_of_the_language_is_refused(text: str, message: str) -> Non
     ("text", "message"),
     [
         ("import torch as t", "import ... as"),
-        ("import no_such_module_anywhere", "import failed"),
+        ("import no_such_module_anywhere", "No module named"),
         ("from torch import sin", "ImportFrom is not part"),
         ("print('hello')", "Expr is not part of emitted modules"),
         ("class A: pass", "ClassDef is not part"),
-        ("alias = torch.sin(1)", "only paths and constants"),
+        ("alias = torch.sin(1)", "Call is not part of emitted modules"),
         ("@print\ndef f(x): return x", "decorators"),
-        ("def f(x, /): return x", "positional-only"),
-        ("def f(x, *, y): return x", "the only keyword-only parameter"),
+        ("def f(x, /): return x", "not plain"),
+        ("def f(x, *, y): return x", "not plain"),
         ("if True: pass", "If is not part of emitted modules"),
     ],
 )
@@ -322,7 +318,7 @@ def test_text_that_is_not_python_or_has_no_entry_is_refused() -> None:
 def test_a_function_that_calls_itself_is_refused() -> None:
     gm = sample()
     code = "import torch\ndef f(x):\n    return f(x)\ndef execution_fn(x, *, __vllm_submods__):\n    return f(x)\n"
-    with pytest.raises(EmitError, match="f calls itself"):
+    with pytest.raises(EmitError, match="call each other too deeply"):
         verify(code, gm)
 
 
@@ -341,7 +337,7 @@ def test_values_that_live_too_long_are_refused_unless_the_text_was_edited() -> N
     gm = sample()
     source = generate_source(gm)
     longer = source.code.replace("    del sin\n", "")
-    with pytest.raises(EmitError, match="'sin' is not deleted right after its last use"):
+    with pytest.raises(EmitError, match="'sin' is not deleted after its last use"):
         verify(longer, gm)
     assert verify(longer, gm, LowerOptions(emit_del=False)).events == 2
 

@@ -552,7 +552,7 @@ def test_a_tuple_may_be_used_as_a_whole_and_unpacked_elsewhere(kind: type) -> No
     unpacked = source.code.replace("inner_1 = inner(x)", "getitem_1, getitem = inner(x)")
     unpacked = re.sub(r"\n    (getitem\w* = inner_1|del inner_1).*", "", unpacked)
     if kind is list:
-        with pytest.raises(EmitError, match="uses as a whole"):
+        with pytest.raises(EmitError, match="not known to have 2"):
             verify(source, gm, edited=unpacked)
 
 
@@ -791,3 +791,20 @@ def test_equal_layers_with_subgraphs_of_their_own_share_a_function() -> None:
     consts[at] = branch(torch.tan)
     with pytest.raises(EmitError, match="differs from the graph"):
         verify(source, gm, consts=consts)
+
+
+def test_a_value_that_a_written_out_submodule_does_not_read_dies_before_it() -> None:
+    inner = torch.fx.Graph()
+    x = inner.placeholder("x")
+    inner.placeholder("unused")
+    inner.output(inner.call_function(torch.sin, (x,)))
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    first = graph.call_function(torch.relu, (x,))
+    graph.output(graph.call_module("inner", (x, first)))
+    called = torch.fx.GraphModule(torch.nn.Module(), inner)
+    gm = torch.fx.GraphModule({"inner": called}, graph)
+    lines = [each.strip() for each in generate_source(gm).code.splitlines()]
+    (died,) = (n for n, line in enumerate(lines) if line == "del relu")
+    (called_at,) = (n for n, line in enumerate(lines) if "= sin(x)" in line)
+    assert died < called_at

@@ -6,6 +6,8 @@ import operator
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -499,11 +501,142 @@ def test_leading_and_lonely_allocations_stay_valid() -> None:
 
     gm = graph_of(leading)
     split_gm, items = split_graph(gm, [FILL])
-    assert pieces(items) == ["cut"]
+    assert pieces(items) == ["piece", "cut"]
     run_all_ways(gm, split_gm, torch.randn(4, 6))
     only_sizes = graph_of(lambda g, x: (g.call_method("size", (x, 0)),))
     _, items = split_graph(only_sizes, [FILL])
     assert pieces(items) == ["piece"]
+
+
+class Replayed:
+    """A piece under a wrapper that replays memory and checks no addresses: it reads what it was captured with, and gives the same memory again."""
+
+    def __init__(self, piece: torch.fx.GraphModule) -> None:
+        self.piece = piece
+        self.captured: tuple[object, ...] | None = None
+        self.given: tuple[torch.Tensor, ...] = ()
+
+    def __call__(self, *inputs: object) -> tuple[torch.Tensor, ...]:
+        if self.captured is None:
+            self.captured, self.given = inputs, self.piece(*inputs)
+            return self.given
+        for kept, now in zip(self.given, self.piece(*self.captured), strict=True):
+            if isinstance(kept, torch.Tensor):
+                kept.copy_(now)
+        return self.given
+
+
+def _between_two_cuts(x: torch.Tensor) -> torch.Tensor:
+    y = torch.ops.test_split.cut(x.sin())
+    out = torch.empty_like(y)
+    torch.ops.test_split.fill(y, out)
+    return out * 2
+
+
+def _before_everything(x: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(x)
+    torch.ops.test_split.fill(x, out)
+    return out * 2
+
+
+def _with_a_view(x: torch.Tensor) -> torch.Tensor:
+    y = torch.ops.test_split.cut(x.sin())
+    out = torch.empty_like(y)
+    flat = out.view(-1)
+    torch.ops.test_split.fill(y.view(-1), flat)
+    return out * 2 + flat.view(out.shape)
+
+
+def _two_buffers(x: torch.Tensor) -> torch.Tensor:
+    y = torch.ops.test_split.cut(x.sin())
+    rows = y.size(0)
+    one, two = y.new_empty(rows, 6), torch.empty(rows, 6)
+    torch.ops.test_split.fill(y, one)
+    torch.ops.test_split.fill(one, two)
+    return one * 2 - two
+
+
+def _several_outputs(x: torch.Tensor) -> torch.Tensor:
+    left, right = torch.ops.test_split.pair(x.sin())
+    out = torch.empty_like(right)
+    torch.ops.test_split.fill(left, out)
+    torch.ops.test_split.fill(right[:2], out[:2])
+    return out.exp()
+
+
+def _sizes_of_its_own_buffer(x: torch.Tensor) -> torch.Tensor:
+    y = torch.ops.test_split.cut(x.sin())
+    out = torch.empty_like(y)
+    same = y.view(out.size(0) * 2, 3)
+    torch.ops.test_split.fill(same, out.view(-1, 3))
+    return out + 1
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        _between_two_cuts,
+        _before_everything,
+        _with_a_view,
+        _two_buffers,
+        _several_outputs,
+        _sizes_of_its_own_buffer,
+    ],
+)
+def test_what_replays_memory_around_pieces_reads_what_was_written(
+    function: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    gm = symbolic_graph_of(function)
+    split_gm, items = split_graph(gm, [f"test_split::{op}" for op in ("cut", "fill", "pair")])
+    for item in items:
+        allocated = [n for n in item.graph.graph.nodes if "empty" in str(n.target)]
+        assert not (item.is_splitting_graph and allocated)
+    wrapped = {
+        item.submod_name: item.graph if item.is_splitting_graph else Replayed(item.graph)
+        for item in items
+    }
+    source = generate_source(split_gm, LowerOptions(submods=list(wrapped)))
+    forward = compile_execution_fn(source.code, wrapped, source.submod_names)
+    x = torch.zeros(4, 6)
+    sizes = gm.graph.find_nodes(op="placeholder")
+    given = [x if isinstance(n.meta["example_value"], torch.Tensor) else 4 for n in sizes]
+    for seed in range(3):
+        x.copy_(torch.randn(4, 6, generator=torch.Generator().manual_seed(seed)))
+        torch.testing.assert_close(forward(*given)[0], function(x))
+
+
+def test_no_call_of_a_splitting_op_is_dropped_merged_or_moved() -> None:
+    """Also of one that is registered as pure, and writes all the same: only its order, and a result that nobody reads, tell of it."""
+
+    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+        y = g.call_function(torch.sin, (x,))
+        first = g.call_function(CUT, (y,))
+        g.call_function(CUT, (y,))  # the same once more, for what it does
+        z = g.call_function(torch.cos, (y,))
+        g.call_function(CUT, (y,))
+        return (g.call_function(torch.add, (z, first)),)
+
+    gm = graph_of(build)
+    split_gm, items = split_graph(gm, [CUT])
+    assert pieces(items) == ["piece", "cut", "piece", "cut", "piece"]
+    for options in (LowerOptions(), LowerOptions(submods=["submod_0", "submod_2", "submod_4"])):
+        calls: list[str] = []
+        code = generate_source(split_gm, options)
+        names = {
+            name: partial(_called, calls, name, split_gm.get_submodule(name))
+            for name in code.submod_names
+        }
+        seen = partial(_called, calls, "cut", torch.ops.test_split.cut.default)
+        direct = generate_source(split_gm, replace(options, direct={CUT: seen}))
+        function = compile_execution_fn(direct.code, names, direct.submod_names, direct.consts)
+        function(torch.randn(4, 6))
+        cuts = "".join("c" if name == "cut" else "p" for name in calls)
+        assert cuts == ("ccc" if options.submods is None else "pccpcp")
+
+
+def _called(calls: list[str], name: str, function: Callable[..., object], *args: object) -> object:
+    calls.append(name)
+    return function(*args)
 
 
 def count_calls(value: int) -> int:

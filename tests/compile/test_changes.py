@@ -15,7 +15,7 @@ from models import EAGER
 from torch import nn
 
 import piecework
-from piecework.errors import BindError, InputError, PieceworkError, StaticGraphError
+from piecework.errors import BindError, InputError, NotThereError, PieceworkError, StaticGraphError
 
 MODES = [None, "PIECEWISE", "FULL"]
 LAYERS = 4
@@ -440,6 +440,9 @@ def test_a_change_keeps_what_the_one_before_it_set(first: str, second: str) -> N
     if second == "capture" and first == "edit to another meaning":
         with pytest.raises(StaticGraphError, match="means something else than the graph"):
             change(second, model, stitched)
+    elif second == "release" and first in ("edit", "edit to another meaning", "rebind"):
+        with pytest.raises(NotThereError, match="nothing is captured"):  # the graphs went before
+            change(second, model, stitched)
     else:
         change(second, model, stitched)
 
@@ -464,7 +467,8 @@ def test_a_change_keeps_what_the_one_before_it_set(first: str, second: str) -> N
         elif each == "capture":
             serves = each == first or first != "edit to another meaning"
     assert replays(stitched) - before == serves
-    assert (stitched.static_graphs.graphs.nbytes > 0) == serves, "what serves no more is given back"
+    held = sum(each.static.graphs.nbytes for each in stitched.traces if each.static is not None)
+    assert (held > 0) == serves, "what serves no more is given back"
 
 
 def replays(stitched: piecework.StitchedModule) -> int:

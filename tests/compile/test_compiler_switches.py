@@ -218,7 +218,7 @@ def test_a_compilation_that_was_asked_for_happens_in_every_other_stance(name):
             assert torch.equal(stitched(x), model(x)) and not stitched(x).requires_grad
             assert torch.equal(stitched(x[:2]), model(x[:2]))
             stitched.capture([4], progress=False)
-            assert torch.equal(stitched(x), model(x))
+            torch.testing.assert_close(stitched(x), model(x).detach())  # padded to four rows
 
 
 def test_a_forced_backend_is_for_torch_compile():

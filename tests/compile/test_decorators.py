@@ -531,8 +531,23 @@ def test_state_dict_and_parameters_are_untouched() -> None:
     same(model, torch.randn(3, 8))
 
 
-def test_another_mode_than_the_trace_is_refused() -> None:
-    model = Model().eval()
+def test_another_mode_than_the_trace_is_refused_where_the_model_asks_for_it() -> None:
+    @support_torch_compile
+    class Dropping(nn.Module):
+        compilation_config = EAGER
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.dropout(self.linear(x), training=self.training)
+
+    indifferent = Model().eval()
+    same(indifferent, torch.randn(4, 8))
+    same(indifferent.train(), torch.randn(4, 8))
+
+    model = Dropping().eval()
     same(model, torch.randn(4, 8))
     model.train()
     with pytest.raises(InputError, match="training"):

@@ -307,9 +307,9 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         "",
     ),
     (
-        lambda: config(pass_config={"eliminate_nops": True}),
+        lambda: config(pass_config={"enable_ps": True}),
         ConfigError,
-        "did you mean eliminate_noops?",
+        "did you mean enable_sp?",
         "",
     ),
     (
@@ -435,9 +435,9 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         "no fake implementation",
         "register_fake",
     ),
-    (logs, CaptureError, "test_mistakes.py:", "splitting_op"),
+    (logs, CaptureError, "test_mistakes.py:", "torch.compiler.is_compiling()"),
     (lambda: compiled(branches), CaptureError, "Data-dependent branching", "splitting_op"),
-    (lambda: compiled(prints), CaptureError, "`print`", "splitting_op"),
+    (lambda: compiled(prints), CaptureError, "`print`", "torch.compiler.is_compiling()"),
     (
         lambda: compiled(writes_sizes),
         CaptureError,
@@ -485,8 +485,8 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
     (
         lambda: stitched().train()(X),
         InputError,
-        "traced with training=False and has True now",
-        "call eval()",
+        "drop.training was False when the model was traced",
+        "put it back",
     ),
     # --- the stitched module as a module
     (
@@ -673,15 +673,15 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
     (lambda: stitched().measure([4], seconds=-1), ConfigError, "a positive number; got -1", ""),
     (lambda: stitched().measure([0]), ConfigError, "positive whole numbers, not 0", ""),
     # --- artifacts, weights, operators
-    (lambda: stitched().save(3), ConfigError, "at a path or a URL; got 3", ""),
+    (lambda: stitched().save(3), ConfigError, "in a directory; got 3", ""),
     (
         lambda: stitched().save("nothing://model"),
         ArtifactError,
-        "Protocol not known: nothing",
-        "available_protocols",
+        "this is a URL (nothing://model)",
+        "copy the directory",
     ),
-    (lambda: stitched().save(""), ConfigError, "at a path or a URL; got ''", ""),
-    (lambda: compiled(artifact=3), ConfigError, "at a path or a URL; got 3", ""),
+    (lambda: stitched().save(""), ConfigError, "in a directory; got ''", ""),
+    (lambda: compiled(artifact=3), ConfigError, "in a directory; got 3", ""),
     (lambda: stitched().refit(3), ConfigError, "got a int", "state_dict()"),
     (
         lambda: stitched().refit({"classifier": X}),

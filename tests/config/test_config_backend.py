@@ -30,13 +30,6 @@ def test_whole_graph_modes_use_a_torch_backend_by_name(mode):
     assert compiled(torch.ones(2)).tolist() == [2.0, 2.0]
 
 
-@pytest.mark.parametrize("name", ["operator.itemgetter", "operator:itemgetter"])
-def test_whole_graph_modes_use_a_qualified_name(name):
-    import operator
-
-    assert CompilationConfig(mode=1, backend=name).init_backend() is operator.itemgetter
-
-
 @pytest.mark.parametrize(
     ("name", "said"),
     [

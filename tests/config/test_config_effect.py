@@ -132,13 +132,6 @@ def test_inputs_that_are_not_copied_lie_in_the_buffers() -> None:
     assert made(torch.randn(5, 4), torch.ones(1)).shape == (5, 4)  # no graph serves it
 
 
-def test_inputs_are_copied_by_default() -> None:
-    made = captured()
-    x, scale = torch.randn(4, 4), torch.full((1,), 2.0)
-    torch.testing.assert_close(made(x, scale), made.model(x, scale))
-    assert made.static_graphs.static_inputs(4)["x"].equal(x)
-
-
 def test_torch_compile_refuses_what_it_can_not_capture() -> None:
     compiled = torch.compile(
         nn.Linear(4, 4),
@@ -169,12 +162,6 @@ def test_a_dtype_that_no_weight_has_is_refused(dtype: str, message: str) -> None
         compile_as(dtype)
     compile_as("float32")
     compile_as("")
-
-
-def test_the_models_name_is_the_backends() -> None:
-    config = CompilationConfig(backend="eager")
-    assert config.init_backend(RuntimeConfig(model_name="served")).prefix == "served"
-    assert config.init_backend(RuntimeConfig(model_name="served"), prefix="mine").prefix == "mine"
 
 
 def test_attention_stays_inside_only_where_it_is_known() -> None:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from piecework.errors import ConfigError, InputError
-from piecework.runtime.batch.ranges import OPEN_END, Range
+from piecework.errors import ConfigError
+from piecework.runtime.batch.ranges import OPEN_END
 from piecework.runtime.config.compilation import CompilationConfig, CUDAGraphMode, RuntimeConfig
 
 SMALL = RuntimeConfig(max_num_batched_tokens=64, max_num_seqs=4)
@@ -87,18 +87,6 @@ def test_problems_of_all_steps_are_one_error():
     ]
 
 
-def test_nothing_is_captured_in_mode_none(caplog):
-    config = CompilationConfig(
-        cudagraph_capture_sizes=[1, 2], compile_sizes=["cudagraph_capture_sizes"]
-    )
-    with caplog.at_level(logging.WARNING):
-        resolved = config.resolve(SMALL)
-    assert resolved.cudagraph_capture_sizes == () and resolved.max_cudagraph_capture_size == 0
-    assert resolved.compile_sizes == ()
-    assert "captures nothing" in caplog.text
-    assert resolved.bs_to_padded_graph_size == ()
-
-
 @pytest.mark.parametrize(
     ("before", "after"), [("PIECEWISE", "NONE"), ("FULL_AND_PIECEWISE", "FULL_DECODE_ONLY")]
 )
@@ -109,12 +97,6 @@ def test_without_ops_to_cut_at_pieces_are_not_captured(before, after, caplog):
     assert resolved.splitting_ops == ()
     assert resolved.cudagraph_mode is CUDAGraphMode[after]
     assert f"cudagraph_mode {before} becomes {after}" in caplog.text
-
-
-def test_full_capture_needs_no_splitting_op(caplog):
-    resolved = CompilationConfig(cudagraph_mode="FULL").resolve(SMALL, registered_splitting_ops=[])
-    assert resolved.cudagraph_mode is CUDAGraphMode.FULL
-    assert not caplog.records
 
 
 @pytest.mark.parametrize("mode", [1, 2])
@@ -216,31 +198,6 @@ def test_speculative_decoding_rounds_the_sizes():
     )
 
 
-@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE", "FULL_AND_PIECEWISE"])
-def test_speculation_leaves_the_sizes_of_other_batches_as_they_are(mode):
-    config = CompilationConfig(
-        cudagraph_mode=mode,
-        cudagraph_capture_sizes=[1, 8],
-        compile_sizes=["cudagraph_capture_sizes"],
-    )
-    resolved = config.resolve(SMALL.replace(uniform_decode_query_len=4))
-    assert resolved.cudagraph_capture_sizes == (1, 8)
-    assert resolved.compile_sizes == resolved.cudagraph_capture_sizes
-
-
-def test_the_default_sizes_meet_decode_batches_of_every_width():
-    config = CompilationConfig(cudagraph_mode="FULL_AND_PIECEWISE")
-    runtime = SMALL.replace(uniform_decode_query_len=5, further_decode_query_lens=[2])
-    assert SMALL.max_num_seqs == 4
-    assert config.resolve(runtime).cudagraph_capture_sizes == (
-        *(1, 2, 4, 5, 8, 10, 16, 20, 24, 32, 40),
-    )
-    with pytest.raises(ConfigError, match="6 is more than 5, the widest"):
-        runtime.replace(further_decode_query_lens=[6])
-    with pytest.raises(ConfigError, match="65 tokens does not fit in 64"):
-        SMALL.replace(uniform_decode_query_len=65)
-
-
 def test_a_query_length_that_no_size_holds_is_an_error():
     config = CompilationConfig(cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes=[2])
     config.resolve(SMALL.replace(uniform_decode_query_len=2))
@@ -261,25 +218,6 @@ def test_a_cut_sequence_keeps_the_sizes_that_all_ranks_share(caplog):
         config.replace(cudagraph_capture_sizes=[1, 3]).resolve(runtime)
 
 
-def test_ranges_without_the_largest_batch():
-    config = CompilationConfig()
-    assert pairs(config.get_compile_ranges(8)) == [(1, 8)]
-    assert pairs(config.get_compile_ranges()) == [(1, OPEN_END)]
-    assert pairs(config.get_compile_ranges(is_encoder=True)) == [(1, OPEN_END)]
-    with pytest.raises(ConfigError, match="no batch reaches 16"):
-        CompilationConfig(compile_ranges_endpoints=[16]).get_compile_ranges(8)
-
-
-def test_range_table_has_sizes_and_ranges():
-    table = CompilationConfig(compile_sizes=[1, 8], compile_ranges_endpoints=[16, 256]).range_table(
-        512
-    )
-    assert pairs(table.entries) == [(1, 1), (8, 8), (1, 16), (17, 256), (257, 512)]
-    assert table.find(8) == Range(8, 8) and table.find(300) == Range(257, 512)
-    with pytest.raises(InputError):
-        table.find(513)
-
-
 @pytest.mark.parametrize(
     ("fields", "base"),
     [
@@ -296,13 +234,6 @@ def test_custom_op_base(fields, base):
     assert config.is_custom_op_enabled("silu") is (base == "all")
     resolved = config.resolve(SMALL)
     assert base in resolved.custom_ops and resolved.is_custom_op_enabled("silu") is (base == "all")
-
-
-def test_custom_op_rules():
-    some = CompilationConfig(custom_ops=["none", "+silu"])
-    assert some.is_custom_op_enabled("silu") and not some.is_custom_op_enabled("norm")
-    most = CompilationConfig(custom_ops=["all", "-silu"])
-    assert not most.is_custom_op_enabled("silu") and most.is_custom_op_enabled("norm")
 
 
 def test_custom_op_log_check_names_rules_without_effect(caplog):

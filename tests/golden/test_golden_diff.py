@@ -136,11 +136,11 @@ def test_a_piece_that_only_went_is_removed_and_one_that_came_is_added() -> None:
 @pytest.mark.parametrize(
     ("replacements", "group", "message"),
     [
-        ([("attn(q, out, 1)", "attn(q, out, 7)")], "arguments", "~ attn: argument 2 1 → 7"),
+        ([("attn(q, out, 1)", "attn(q, out, 7)")], "arguments", "~ attn, argument 2: 1 → 7"),
         ([("[1](out, x, w)", "[1](x, out, w)")], "arguments", "↕ submod_2: the same arguments in another order: x, out, w"),
         ([("[1](out, x, w)", "[1](out, x)")], "arguments", "~ submod_2 no longer takes w"),
-        ([("attn(q, out, 1)", "attn(q, out, layer=1)")], "arguments", "~ attn: argument 2 1 → layer=1"),
-        ([("__vllm_consts__[0])", "__vllm_consts__[1])")], "arguments", "~ submod_4: argument 2 __vllm_consts__[device cpu] → __vllm_consts__[dtype float16]"),
+        ([("attn(q, out, 1)", "attn(q, out, layer=1)")], "arguments", "~ attn, argument 2: 1 → layer=1"),
+        ([("__vllm_consts__[0])", "__vllm_consts__[1])")], "arguments", "~ submod_4, argument 2: __vllm_consts__[device cpu] → __vllm_consts__[dtype float16]"),
         ([("device cpu", "device cuda:0")], "constants", "- device cpu is gone"),
         ([("device cpu", "device cuda:0")], "constants", "+ device cuda:0"),
         ([("    del q\n", "")], "liveness", "- q is no longer deleted"),
@@ -181,7 +181,7 @@ def test_functions_are_followed_through_a_new_name() -> None:
 def test_a_change_inside_of_a_function_names_the_function() -> None:
     (change,) = (c for c in changed(("chunk(2)", "chunk(3)")).changes)
     assert (change.function, change.group) == ("rotate", "arguments")
-    assert change.message == ".chunk (gives half): argument 1 2 → 3"
+    assert change.message == ".chunk (gives half), argument 1: 2 → 3"
     assert (change.before_line, change.after_line) == (19, 19)
 
 
@@ -326,7 +326,7 @@ def test_long_sources_are_compared_quickly_enough_to_align_them_all() -> None:
         )
 
     diff = compare_sources(source(0), source(5))
-    assert said(diff, "arguments") == ["~ submod_500: argument 1 0 → 5"]
+    assert said(diff, "arguments") == ["~ submod_500, argument 1: 0 → 5"]
     assert len(diff.changes) == 1 and len(diff.entry.pairs) == 1001
 
 

@@ -85,7 +85,7 @@ def test_a_mismatch_says_what_changed_in_meaning_and_in_text(pytester: pytest.Py
         [
             "the emitted source differs from __stitched__/test_own/test_model.py",
             "arguments: 1",
-            "*[[]0[]]: argument 1 1 → 22*",
+            "*[[]0[]], argument 1: 1 → 22*",
             "-    y = __vllm_submods__[[]0[]](x, 1)",
             "+    y = __vllm_submods__[[]0[]](x, 22)",
             "To accept it: pytest test_own.py::test_model --piecework-update",
@@ -349,7 +349,7 @@ def test_model(stitched_golden):
     text = result.stdout.str()
     assert text.index("BETWEEN") < text.index("= goldens that differ =")
     section = text[text.index("= goldens that differ =") :]
-    assert "argument 1 1 → 5" in section and "argument 1 -1 → -5" in section
+    assert "argument 1: 1 → 5" in section and "argument 1: -1 → -5" in section
     assert "To accept: pytest test_own.py::test_model --piecework-update" in section
     _run(pytester, "--piecework-update")
     result = _run(pytester)

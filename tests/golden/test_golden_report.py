@@ -259,7 +259,7 @@ def test_diff_on_plain_files(tmp_path: Path) -> None:
     html = tmp_path / "page.html"
     differs = runner.invoke(golden_app, ["diff", str(old), str(new), "--html", str(html)])
     assert differs.exit_code == 1
-    assert differs.output.index("attn: argument 2 0 → 7") < differs.output.index("@@")
+    assert differs.output.index("attn, argument 2: 0 → 7") < differs.output.index("@@")
     assert html.read_text().startswith("<!DOCTYPE html>")
     short = runner.invoke(golden_app, ["diff", str(old), str(new), "--summary"])
     assert "@@" not in short.output and "arguments: 1" in short.output

@@ -99,7 +99,7 @@ def test_the_end_of_input_skips_everything(tmp_path: Path) -> None:
 def test_meaning_is_shown_before_text_and_help_and_details_ask_again(tmp_path: Path) -> None:
     goldens = propose(tmp_path, ["a"])
     _, shown = answers(goldens, "?", "nonsense", "d", "a")
-    meaning = next(i for i, line in enumerate(shown) if "argument 1 1 → 2" in line)
+    meaning = next(i for i, line in enumerate(shown) if "argument 1: 1 → 2" in line)
     text = next(i for i, line in enumerate(shown) if line.startswith("+    y"))
     assert meaning < text < shown.index("  A  accept this and all that follow")
     assert "  " + TWO.splitlines()[0] in shown
@@ -198,7 +198,7 @@ def test_in_a_real_terminal(tmp_path: Path) -> None:
     assert process.wait(timeout=600) == 1
     os.close(ours)
     assert "\x1b[" in output, "styled in a terminal"
-    assert "[3/3]" in output and "argument 1 1 → 2" in output
+    assert "[3/3]" in output and "argument 1: 1 → 2" in output
     assert [said(g) for g in goldens] == [(TWO, False), (ONE, False), (ONE, True)]
 
 

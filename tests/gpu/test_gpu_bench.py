@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -143,6 +144,28 @@ def test_a_failing_part_does_not_hide_the_others(monkeypatch, capsys):
     captured = capsys.readouterr()
     assert "no driver" in captured.err
     assert "plain copies" in captured.out
+
+
+def test_the_limits_of_all_parts_fit_into_the_time():
+    script = runpy.run_path(str(Path(gpu.__file__).resolve().parents[1] / "on_gpu.py"))
+    limits = script["LIMITS"]
+    assert sum(limits.values()) <= script["SECONDS"] <= 600
+    assert next(iter(limits)) == "tests:smoke" and limits["tests:smoke"] <= 60
+    parts = {each for each in {**limits, **script["MORE"]} if not each.startswith("tests:")}
+    assert parts - {"sanitizer"} == set(PARTS)
+
+
+def test_a_lost_device_ends_the_part(monkeypatch, tmp_path):
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    rows = Rows("here", tmp_path)
+    with monkeypatch.context() as here:  # undone before the folder's own look at the device
+        here.setattr(torch.cuda, "is_available", lambda: True)
+        here.setattr(torch.cuda, "synchronize", lost)
+        with pytest.raises(SystemExit, match="the device is lost"), rows.attempt({}, "breaks"):
+            lost()
+    assert "illegal memory access" in lines(tmp_path)[0]["note"]
 
 
 def test_one_command_from_a_plain_checkout(tmp_path):

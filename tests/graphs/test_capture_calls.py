@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import piecework
 from piecework.runtime.batch.forward_context import set_forward_context
-from piecework.runtime.graphs.plan.phase import frozen_garbage
 from piecework.runtime.graphs.serve.report import calls_json, calls_table
 
 
@@ -27,12 +26,6 @@ class Dispatch(TorchDispatchMode):
 class Function(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return function(*args, **(kwargs or {}))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def imports_are_no_garbage():
-    with frozen_garbage():
-        yield
 
 
 @pytest.fixture

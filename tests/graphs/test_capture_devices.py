@@ -68,11 +68,13 @@ def test_a_model_on_the_cpu_does_not_start_cuda(monkeypatch, tmp_path):
 
     model = torch.nn.Linear(4, 4)
     with monkeypatch.context() as patched:
-        patched.setattr("piecework.runtime.pieces.disk.torch.cuda.is_available", lambda: True)
+        patched.setattr(
+            "piecework.runtime.store.surroundings.torch.cuda.is_available", lambda: True
+        )
         patched.setattr(torch.cuda, "get_device_capability", start)
-        from piecework.runtime.pieces import disk
+        from piecework.runtime.store import surroundings
 
-        found = disk.accelerators(torch.fx.symbolic_trace(model))
+        found = surroundings.accelerators(torch.fx.symbolic_trace(model))
     assert found == {}
     stitched = piecework.compile(
         model, (torch.randn(3, 4),), config=piecework.CompilationConfig(backend="eager")
@@ -82,13 +84,13 @@ def test_a_model_on_the_cpu_does_not_start_cuda(monkeypatch, tmp_path):
 
 
 def test_the_key_of_compiled_pieces_has_the_gpus_of_the_model_and_no_others(monkeypatch):
-    from piecework.runtime.pieces import disk
+    from piecework.runtime.store import surroundings
 
     capabilities = {0: (9, 0), 1: (8, 6)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: capabilities[d.index])
-    assert disk.accelerators(split(a="cuda:1").a)["cuda"].endswith("sm_86")
-    assert disk.accelerators(split(a="cuda:1 cuda:0").a)["cuda"].endswith("sm_86 sm_90")
-    assert disk.accelerators(split(a="cpu").a) == {}
+    assert surroundings.accelerators(split(a="cuda:1").a)["cuda"].endswith("sm_86")
+    assert surroundings.accelerators(split(a="cuda:1 cuda:0").a)["cuda"].endswith("sm_86 sm_90")
+    assert surroundings.accelerators(split(a="cpu").a) == {}
 
 
 @pytest.mark.parametrize("field", ["inductor_compile_config", "single_size_inductor_config"])

@@ -13,7 +13,6 @@ from torch import nn
 import piecework
 from piecework.errors import ConfigError, InputError, StaticGraphError
 from piecework.runtime.graphs import BatchKind, CUDAGraphMode
-from piecework.runtime.graphs.plan.phase import frozen_garbage
 
 MODES = ["PIECEWISE", "FULL"]
 
@@ -51,12 +50,6 @@ def reasons(stitched) -> dict[str, int]:
     return dict(found)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def imports_are_no_garbage():
-    with frozen_garbage():
-        yield
-
-
 # --- results ---------------------------------------------------------------------------------------
 
 
@@ -80,7 +73,7 @@ def test_results_that_do_not_depend_on_the_batch_are_returned_as_they_are(mode: 
     stitched = capture(model, (torch.randn(5, 8), torch.ones(3)), [2, 4], mode=mode)
     for n in range(1, 6):
         same(stitched, model, torch.randn(n, 8), torch.randn(3))
-    assert stitched.static_graphs.shape.mixes is None
+    assert stitched.static_graphs.unpadded is None
     served = {"its size is captured": 2, "padded to the next captured size": 2}
     assert reasons(stitched).items() >= served.items()
 
@@ -92,7 +85,7 @@ def test_a_result_that_takes_all_rows_is_replayed_for_captured_sizes_only(mode: 
         return y, y.sum(), (y * 2).mean(0)
 
     stitched = capture(model, (torch.randn(5, 8),), [2, 4], mode=mode)
-    assert "result 1: sum (test_capture_shapes.py" in str(stitched.static_graphs.shape.mixes)
+    assert "sum (test_capture_shapes.py" in str(stitched.static_graphs.unpadded)
     for n in (1, 2, 3, 4, 5):
         same(stitched, model, torch.randn(n, 8))
     assert reasons(stitched) == {
@@ -110,26 +103,6 @@ def test_strict_refuses_what_can_not_be_padded() -> None:
     stitched(torch.randn(4, 8))
     with pytest.raises(StaticGraphError, match="nothing is padded"):
         stitched(torch.randn(3, 8))
-
-
-def test_the_batch_size_as_a_number_is_never_padded() -> None:
-    def model(x):
-        return fresh(x) / x.shape[0]
-
-    stitched = capture(model, (torch.randn(5, 8),), [2, 4])
-    assert "uses the batch size as a number" in str(stitched.static_graphs.shape.mixes)
-    for n in range(1, 6):
-        same(stitched, model, torch.randn(n, 8))
-
-
-def test_a_result_of_twice_the_batch_is_never_padded() -> None:
-    def model(x):
-        return torch.cat([x, fresh(x)])
-
-    stitched = capture(model, (torch.randn(5, 8),), [2, 4])
-    assert "computed from the batch size" in str(stitched.static_graphs.shape.mixes)
-    for n in range(1, 6):
-        same(stitched, model, torch.randn(n, 8))
 
 
 # --- several dynamic sizes, and numbers ------------------------------------------------------------

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import piecework
 from piecework.errors import ConfigError, StaticGraphError
+from piecework.runtime.batch.dispatcher import Reason
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.graphs import BatchKind, CUDAGraphMode
 from piecework.runtime.graphs.plan.batch_shape import BatchShape, ResultRule, StagedInput
@@ -18,7 +19,7 @@ NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMo
 STEPS = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
 
 
-def shape(low: int = 1, high: int | None = None, mixes: str | None = None) -> BatchShape:
+def shape(low: int = 1, high: int | None = None) -> BatchShape:
     x = StagedInput(0, "x", torch.zeros(1), 0, {})
     return BatchShape(
         ("x",),
@@ -29,9 +30,7 @@ def shape(low: int = 1, high: int | None = None, mixes: str | None = None) -> Ba
         (),
         {},
         (ResultRule((0,)),),
-        mixes,
-        False,
-        False,
+        frozenset({"s0"}),
         low,
         high,
         (),
@@ -143,7 +142,7 @@ def test_every_batch_has_a_graph_of_at_least_its_size_or_a_reason(
     try:
         made = plan(
             sizes,
-            shape(mixes="a sum" if exact else None),
+            shape(),
             mode=mode,
             runtime=runtime,
             lora_counts=loras,
@@ -151,6 +150,7 @@ def test_every_batch_has_a_graph_of_at_least_its_size_or_a_reason(
     except ConfigError as error:
         assert "multiple of" in str(error)
         return
+    made.dispatcher.exact = Reason.NOT_EXACT if exact else None
     kind = BatchKind(uniform, active > 0, active)
     keys = {m: set(found) for m, found in made.dispatcher.cudagraph_keys.items()}
     found = made.dispatcher.explain(tokens, kind)

@@ -13,21 +13,14 @@ import torch
 from models import EAGER
 
 import piecework
-from piecework.errors import EmitError, StaticGraphError
+from piecework.errors import BindError, EmitError, StaticGraphError
 from piecework.runtime.batch.forward_context import get_forward_context, set_forward_context
 from piecework.runtime.graphs import BatchKind, CUDAGraphMode, FailurePolicy
-from piecework.runtime.graphs.plan.phase import frozen_garbage
 from piecework.runtime.graphs.serve import model as captured
 from piecework.runtime.graphs.serve import replay as captured_replay
 
 SIZES = [1, 2, 4, 8]
 FULL, PIECEWISE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
-
-
-@pytest.fixture(autouse=True, scope="module")
-def imports_are_no_garbage():
-    with frozen_garbage():
-        yield
 
 
 # --- a Llama of transformers -----------------------------------------------------------------------
@@ -60,7 +53,13 @@ def capture(llama, sizes=SIZES, **options):
     from piecework.integrations.transformers.request.dry import dry_request
 
     stitched = stitched_module(llama[0])
-    wish = {"progress": False, "estimate": False, "poison": True, "context_for": dry_request}
+    wish = {
+        "progress": False,
+        "estimate": False,
+        "poison": True,
+        "context_for": dry_request,
+        "pad": True,
+    }
     return stitched.capture(sizes, **{**wish, **options})
 
 
@@ -94,7 +93,7 @@ class StopAfter:
 
 def test_a_llama_is_never_padded_needlessly_and_every_prompt_is_right(llama) -> None:
     stitched = capture(llama)
-    assert stitched.static_graphs.shape.mixes is None
+    assert stitched.static_graphs.unpadded is None
     require_right(llama)
     assert {row.mode for row in stitched.call_report()} == {"PIECEWISE", "NONE"}
     [uncaptured] = [row for row in stitched.call_report() if row.mode == "NONE"]
@@ -265,7 +264,8 @@ def test_ctrl_c_in_the_estimate_leaves_the_model_as_it_was() -> None:
     model, stitched = small()
     with pytest.raises(KeyboardInterrupt):
         stitched.capture([1, 2, 4], context_for=stops_at(PIECEWISE, 2), progress=False)
-    assert stitched.static_graphs.replays == {} and stitched.memory_report().total == 0
+    with pytest.raises(BindError, match="nothing is captured"):
+        stitched.memory_report()
     served(stitched, model)
 
 

@@ -6,21 +6,29 @@ import contextlib
 import gc
 import threading
 import time
+from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 import torch
-from fake_cuda import FORBIDDEN, LOST, FakeCuda, Watch
+from fake_cuda import FORBIDDEN, GRAPH, LOST, SEGMENT, STEP, FakeCuda, Watch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchs_graph import RealGraphs, newer
 
 import piecework
 from piecework.errors import StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.descriptor import BatchDescriptor
-from piecework.runtime.batch.forward_context import set_forward_context
+from piecework.runtime.batch.forward_context import current_forward_context, set_forward_context
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.graphs.device.cpu import CpuGraphPool, CpuStaticGraph
-from piecework.runtime.graphs.device.cuda import CudaGraphPlatform, CudaGraphPool, CudaStaticGraph
+from piecework.runtime.graphs.device.cuda import (
+    CudaGraphPlatform,
+    CudaGraphPool,
+    CudaStaticGraph,
+    _CallOrder,
+)
 from piecework.runtime.graphs.memory import owner
 from piecework.runtime.graphs.memory.owner import StaticGraphs
 from piecework.runtime.graphs.memory.wrapper import CUDAGraphWrapper
@@ -31,9 +39,9 @@ DEVICE = torch.device("cuda", 0)
 EAGER = piecework.CompilationConfig(backend="eager")
 
 
-@pytest.fixture(params=["2.11", "2.15", pytest.param("2.15 as it is", marks=newer)])
+@pytest.fixture(params=["2.11", "2.13", "2.15", pytest.param("2.15 as it is", marks=newer)])
 def cuda(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> FakeCuda:
-    fake = RealGraphs() if "is" in request.param else FakeCuda(newer=request.param == "2.15")
+    fake = RealGraphs() if "is" in request.param else FakeCuda(request.param)
     fake.install(monkeypatch)
     return fake
 
@@ -92,8 +100,20 @@ def test_after_an_invalid_capture_the_next_one_works_and_nothing_leaks(cuda, fai
     before.replay(), after.replay()
     assert (first.tolist(), second.tolist()) == ([2.0] * 4, [5.0] * 4)
     # One reference for each graph, and one for the empty one that opens a pool.
-    assert sum(cuda.references.values()) == 3 and not cuda.segments
+    assert sum(cuda.references.values()) == 3 and not cuda.probes
     cuda.random_number()
+
+
+def test_what_cannot_be_instantiated_gives_its_reference_back_once(cuda):
+    """torch has ended that capture, so it releases the pool by itself; once more would free the other graphs' memory."""
+    made = Capturing()
+    before, first = made.capture(lambda x: x + 1)
+    cuda.cannot_instantiate = True
+    with pytest.raises(RuntimeError, match="out of memory"):
+        made.capture(lambda x: x * 3)
+    before.replay()
+    assert first.tolist() == [2.0] * 4 and sum(cuda.references.values()) == 2
+    assert made.capture(lambda x: x + 1)[0].captured
 
 
 def test_what_the_callable_raises_is_what_is_reported(cuda):
@@ -101,7 +121,7 @@ def test_what_the_callable_raises_is_what_is_reported(cuda):
     with pytest.raises(ValueError, match="no such layer"):
         made.capture(raises)
     assert made.capture(lambda x: x + 1)[0].captured
-    assert sum(cuda.references.values()) == 2 and not cuda.segments
+    assert sum(cuda.references.values()) == 2 and not cuda.probes
 
 
 def test_a_device_that_is_lost_does_not_hide_what_lost_it(cuda):
@@ -202,6 +222,52 @@ def test_a_size_that_fails_leaves_the_others_captured(on_cuda, monkeypatch, mode
     assert on_cuda.replays and not on_cuda.recording
 
 
+class Cache:
+    """State that an operator reaches by itself, and its kernel, which a GPU loads when it is first launched."""
+
+    seen: ClassVar[list[tuple[bool, bool]]] = []
+    rows = torch.zeros(8, 4)
+
+
+@piecework.splitting_op("cuda_rules::keep", rows="context")
+def keep(x: torch.Tensor) -> torch.Tensor:
+    context, capturing = current_forward_context(), torch.cuda.is_current_stream_capturing()
+    dry = context is not None and context.dry
+    if not dry:
+        if not any(not each for each, _ in Cache.seen) and capturing:
+            torch.cuda.synchronize()  # loading a kernel is not allowed in a capture
+        Cache.rows[: x.shape[0]].copy_(x)
+    Cache.seen.append((dry, capturing))
+    return x + Cache.rows[: x.shape[0]]
+
+
+keep.register_fake(torch.empty_like)
+
+
+class Keeps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.ops.cuda_rules.keep(self.first(x)))
+
+
+@torch.no_grad()
+def test_before_a_whole_forward_is_captured_it_runs_as_it_will_be_and_leaves_no_trace(on_cuda):
+    Cache.seen.clear()
+    before = Cache.rows.fill_(5).clone()
+    model, x = Keeps(), torch.randn(8, 4)
+    stitched = piecework.compile(model, (x,), config=EAGER)
+    on_cuda.install(on_cuda.monkeypatch)
+    stitched.capture([4], mode="FULL", progress=False, estimate=False)
+    assert Cache.seen == [(True, False), (False, False), (False, True)]
+    assert torch.equal(Cache.rows, before)
+    served = stitched(x[:4])
+    assert torch.equal(Cache.rows[:4], model.first(x[:4])), "and calls write"
+    torch.testing.assert_close(served, model(x[:4]))
+
+
 @torch.no_grad()
 def test_a_model_serves_through_the_platform_as_it_runs_eagerly(on_cuda):
     model = Blocks()
@@ -244,6 +310,104 @@ def test_so_do_calls_of_models_that_share_memory(on_cuda):
             torch.testing.assert_close(stitched(x), model(x))
 
 
+class Meanwhile:
+    """What happens in another thread whenever the operator below runs."""
+
+    call: ClassVar[Callable[[], object] | None] = None
+
+
+@piecework.splitting_op("cuda_rules::wait", rows="independent")
+def wait(x: torch.Tensor) -> torch.Tensor:
+    if Meanwhile.call is not None and not torch.cuda.is_current_stream_capturing():
+        thread = threading.Thread(target=Meanwhile.call)
+        thread.start()
+        thread.join(20)
+    return x * 2
+
+
+wait.register_fake(torch.empty_like)
+
+
+class Waits(Blocks):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.ops.cuda_rules.wait(self.first(x)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL"])
+def test_while_one_model_is_captured_the_others_of_its_memory_run_uncaptured(
+    on_cuda, monkeypatch, mode
+):
+    """In the estimate, in the phase, and in the replay of each that follows."""
+    target, draft, x, results = Blocks(), Waits(), torch.randn(4, 4), []
+    first = piecework.compile(target, (torch.randn(8, 4),), config=EAGER)
+    second = on_cuda.stitch(draft)
+    first.capture([4], progress=False)
+    monkeypatch.setattr(Meanwhile, "call", lambda: results.append(first(x)))
+    second.capture([2, 4], mode=mode, memory_of=first.static_graphs.graphs, progress=False)
+    monkeypatch.setattr(Meanwhile, "call", None)
+    assert len(results) > 6
+    [row] = first.call_report()
+    assert (row.mode, row.calls) == ("NONE", len(results)) and "another call" in row.reason
+    for stitched, model in ((first, target), (second, draft)):
+        torch.testing.assert_close(stitched(x), model(x))
+    torch.testing.assert_close(results, [target(x)] * len(results))
+    assert {row.mode for row in first.call_report()} == {"NONE", "PIECEWISE"}
+
+
+@torch.no_grad()
+def test_a_capture_waits_for_the_call_that_has_the_memory_and_not_for_ever(on_cuda, monkeypatch):
+    stitched = on_cuda.stitch(Blocks())
+    graphs = stitched.capture([4], progress=False).static_graphs.graphs
+    graphs.users[0] = object()
+    threading.Timer(0.1, graphs.users.clear).start()
+    with graphs.alone():
+        assert graphs.users
+    graphs.users[0] = object()
+    monkeypatch.setattr(owner, "_PATIENCE", 0.05)
+    with pytest.raises(StaticGraphError, match="does not return"), graphs.capturing():
+        pass
+    assert not graphs.is_open
+
+
+def test_memory_is_not_given_back_while_another_thread_captures_into_it():
+    graphs, order = StaticGraphs("cpu", lazy=True), []
+    other = threading.Thread(target=lambda: (graphs.clear_all_graphs(), order.append("cleared")))
+    with graphs.one_capture("it", CUDAGraphMode.FULL, BatchDescriptor(4)) as graph:
+        other.start()
+        graph.capture(lambda x: x + 1, (torch.ones(4),), {})
+        time.sleep(0.1)
+        order.append("captured")
+    other.join(10)
+    assert order == ["captured", "cleared"]
+
+
+def test_the_order_of_calls_is_one_for_all_threads(monkeypatch):
+    """Two that come at once must not both wait for the same call before them, and one of them be forgotten."""
+    here, waits = threading.local(), []
+
+    class Stream:
+        def wait_stream(self, other):
+            time.sleep(0.1)
+            waits.append((self, other))
+
+    monkeypatch.setattr(torch_compat, "stream_number", lambda device: id(here.stream))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here.stream)
+    order = _CallOrder(DEVICE)
+
+    def call(stream):
+        here.stream = stream
+        order()
+
+    call(first := Stream())
+    threads = [threading.Thread(target=call, args=(Stream(),)) for _ in range(3)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(10)
+    assert [before for _, before in waits] == [first, *(after for after, _ in waits[:-1])]
+
+
 class Several(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -279,18 +443,61 @@ def test_results_of_one_dtype_are_copied_together_and_are_the_callers_own(on_cud
 class Looks(nn.Module):
     """Rows of a table by whole numbers that it is given, or that it makes of floats."""
 
-    def __init__(self, rows: int, *, of_floats: bool, how: str) -> None:
+    def __init__(self, rows: int, *, of_floats: bool, how: str, outputs: int = 1) -> None:
         super().__init__()
         self.table = nn.Embedding(rows, 4)
-        self.of_floats, self.how = of_floats, how
+        self.of_floats, self.how, self.outputs = of_floats, how, outputs
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        found = self.look(x)
+        return found if self.outputs == 1 else (found, found * 2)
+
+    def look(self, x: torch.Tensor) -> torch.Tensor:
         at = (x * 0).long() if self.of_floats else x
         if self.how == "embedding":
             return torch.ops.cuda_rules.mix(self.table(at)) + 1
         table = self.table.weight
         found = table[at] if self.how == "getitem" else torch.index_select(table, 0, at)
         return torch.ops.cuda_rules.mix(found) + 1
+
+
+class Launched(TorchDispatchMode):
+    """What copied or filled outside of captures, and which dtype: on a GPU each loads its kernel when it is first launched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[str, torch.dtype]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        moves = any(word in str(func) for word in ("copy", "clone", "fill", "zero"))
+        given = args[0][0] if args and isinstance(args[0], list) else next(iter(args), None)
+        if (
+            moves
+            and isinstance(given, torch.Tensor)
+            and not torch.cuda.is_current_stream_capturing()
+        ):
+            self.seen.add((str(func), given.dtype))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_the_first_served_call_launches_nothing_for_the_first_time(on_cuda, outputs):
+    model = Looks(5, of_floats=False, how="embedding", outputs=outputs)
+    stitched = piecework.compile(model, (torch.zeros(8, dtype=torch.int64),), config=EAGER)
+    on_cuda.install(on_cuda.monkeypatch)
+    with Launched() as before:
+        stitched.capture([4], progress=False, estimate=False, put_back=False)
+    served, launched = stitched.static_graphs, Launched()
+    [step] = served._ready.values()
+    for rows in (4, 3):  # the second fills what the first left
+        x = torch.arange(rows)
+        with launched:
+            results = served._trimmed(step.call([x]), [x], rows, 4)
+        expected = model(x)
+        torch.testing.assert_close(results[0], expected[0] if outputs == 2 else expected)
+    assert {("aten.copy_.default", torch.int64)} < launched.seen
+    assert not launched.seen - before.seen
 
 
 @torch.no_grad()
@@ -301,7 +508,7 @@ def test_a_gpu_is_not_given_made_up_data_that_may_point_beyond_a_table(
 ):
     """There it is an assertion on the device, after which the process can do nothing more with it."""
     tried = []
-    monkeypatch.setattr(served, "padding_difference", lambda *given: tried.append(given))
+    monkeypatch.setattr(served, "padded_difference", lambda *given: tried.append(given))
     model = Looks(rows, of_floats=of_floats, how=how)
     x = torch.zeros(8) if of_floats else torch.zeros(8, dtype=torch.int64)
     stitched = piecework.compile(model, (x,), config=EAGER)
@@ -325,7 +532,7 @@ def test_what_a_gpu_copies_only_one_by_one_is_served(on_cuda):
     given = [torch.arange(8).to(torch.uint16) for _ in range(2)]
     stitched = piecework.compile(model, tuple(given), config=EAGER)
     on_cuda.install(on_cuda.monkeypatch)
-    stitched.capture([2, 4], check_padding=False, progress=False)
+    stitched.capture([2, 4], pad=True, progress=False)
     for n in (2, 3, 4):
         batch = [each[:n].clone() for each in given]
         assert all(map(torch.equal, stitched(*batch), model(*batch)))
@@ -360,16 +567,6 @@ def test_the_workspace_that_graphs_use_lies_in_their_pool(on_cuda, occupied):
     assert on_cuda.workspaces[on_cuda.default] is None, "it was warmed up on the caller's stream"
 
 
-def test_also_where_the_caller_works_on_the_stream_of_the_pool(on_cuda):
-    stitched = on_cuda.stitch(Blocks())
-    with Watch(on_cuda), on_cuda.on(on_cuda.streams[1]):
-        on_cuda.handed_out = 0
-        stitched.capture([4, 8], warmups=1, progress=False)
-    pool = stitched.static_graphs.graphs.pool
-    assert pool.stream is on_cuda.streams[1]
-    assert on_cuda.workspaces[pool.stream] == pool.handle
-
-
 def test_a_new_pool_is_not_given_the_workspace_of_the_old_one(cuda):
     made = Capturing()
     matrix = torch.ones(4, 4)
@@ -378,33 +575,65 @@ def test_a_new_pool_is_not_given_the_workspace_of_the_old_one(cuda):
     assert cuda.workspaces[made.pool.stream] == old
     graph.reset()
     made.pool.clear()
-    assert cuda.held == {made.pool.handle}, "the workspace keeps the old memory"
+    # Older torch keeps a workspace until somebody lets go of all of them.
+    assert cuda.held == ({made.pool.handle} if cuda.newer else {made.pool.handle, old})
     made.capture(lambda x: matrix @ matrix)
     assert cuda.workspaces[made.pool.stream] == made.pool.handle != old
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("lazy", [True, False])
-def test_pools_that_share_a_stream_take_a_workspace_each(cuda, lazy):
-    """torch has few streams; the workspace of one stream may lie in the pool of the model that captured on it last."""
-    matrix, full = torch.ones(4, 4), CUDAGraphMode.FULL
-    made = []
-    for _ in range(2):
-        cuda.handed_out = 0
-        graphs = StaticGraphs(CudaGraphPlatform(DEVICE), lazy=lazy)
-        graphs.addresses.register_persistent("matrix", matrix)
-        product = CUDAGraphWrapper(lambda x: x @ x, None, full, graphs=graphs, name="product")
-        made.append((graphs, product))
-    assert made[0][0].pool.stream is made[1][0].pool.stream
-    for descriptor in (BatchDescriptor(4), BatchDescriptor(2)):
-        for graphs, product in made:
-            if lazy:
-                context = {"cudagraph_runtime_mode": full, "batch_descriptor": descriptor}
-                with set_forward_context(**context):
-                    product(matrix)
-            else:
-                capture_graphs(lambda _, p=product: p(matrix), [(full, [descriptor])], graphs)
-            assert cuda.workspaces[graphs.pool.stream] == graphs.pool.handle
+def test_workspaces_of_others_stay_and_nobody_else_uses_that_of_a_pool(on_cuda):
+    """Graphs of others may hold theirs; and what torch hands out to others must not be the stream whose workspace replays write to."""
+    stitched, matrix = on_cuda.stitch(Blocks()), torch.ones(4, 4)
+    theirs = {stream: object() for stream in (on_cuda.default, *on_cuda.streams)}
+    on_cuda.workspaces.update(theirs)
+    with Watch(on_cuda):
+        stitched.capture([4, 8], progress=False)
+        pool = stitched.static_graphs.graphs.pool.handle
+        for _ in on_cuda.streams:
+            with on_cuda.on(torch.cuda.Stream(DEVICE)):
+                matrix @ matrix
+        assert [stream for stream, at in on_cuda.workspaces.items() if at == pool] == [
+            on_cuda.own[-1]
+        ]
+        stitched.static_graphs.release()
+    assert all(on_cuda.workspaces[stream] is place for stream, place in theirs.items())
+
+
+def test_without_a_driver_there_is_no_stream_to_capture_on(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    if not torch.cuda.is_available():
+        with pytest.raises(StaticGraphError, match="made no stream to capture on: libcuda"):
+            torch_compat.own_stream(DEVICE)
+
+
+# --- what captures take --------------------------------------------------------------------------------
+
+
+class Deep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(torch.ops.cuda_rules.mix(x + 1))
+        return x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_AND_PIECEWISE"])
+def test_the_estimate_is_near_though_the_device_tells_in_coarse_steps(on_cuda, mode):
+    """A segment holds some sizes, and a step of what is free some graphs."""
+    stitched = on_cuda.stitch(Deep())
+    sizes = [*range(1, 9), *range(16, 129, 8)]
+    stitched.capture(sizes, mode=mode, progress=False)
+    graphs = stitched.static_graphs.graphs
+    taken = SEGMENT * len(on_cuda.segments[graphs.pool.handle]) + GRAPH * len(graphs.records)
+    report = stitched.memory_report()
+    assert report.estimate.total == pytest.approx(taken, rel=0.1)
+    assert graphs.nbytes == pytest.approx(taken, abs=2 * STEP)
 
 
 # --- captures of others --------------------------------------------------------------------------------
@@ -504,7 +733,7 @@ def test_a_pool_of_the_callers_that_takes_the_memory_of_captures_is_refused(cuda
         made.capture(lambda x: x + 1)
     monkeypatch.setattr(cuda, "users_pool", None)
     assert made.capture(lambda x: x + 1)[0].captured
-    assert sum(cuda.references.values()) == 2 and not cuda.recording and not cuda.segments
+    assert sum(cuda.references.values()) == 2 and not cuda.recording and not cuda.probes
 
 
 def test_other_threads_may_allocate_and_nothing_is_collected_while_something_is_captured(cuda):

@@ -10,7 +10,7 @@ from models import EAGER
 from torch import nn
 
 import piecework
-from piecework.errors import StaticGraphError
+from piecework.errors import BindError, StaticGraphError
 from piecework.runtime.batch.forward_context import get_forward_context, set_forward_context
 
 hidden = torch.zeros(8, 6)  # state that an operator reaches by itself
@@ -229,7 +229,8 @@ def test_setting_data_after_a_capture_is_noticed(mode: str) -> None:
             stitched(x)
         stitched.rebind()  # the graphs are given up
         torch.testing.assert_close(stitched(x), model(x))
-        assert not stitched.static_graphs.graphs.records
+        with pytest.raises(BindError, match="nothing is captured"):
+            stitched.coverage()
         stitched.capture([2, 4], check_addresses=True, **options)
         torch.testing.assert_close(stitched(x), model(x))
         model.leave.weight.data.copy_(torch.randn(6, 6))  # in place is fine

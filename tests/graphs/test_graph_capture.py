@@ -34,13 +34,6 @@ NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMo
 BOTH = CUDAGraphMode.FULL_AND_PIECEWISE
 
 
-@pytest.fixture(autouse=True, scope="module")
-def imports_are_no_garbage():
-    """Captures collect garbage; without this each would walk through all of torch."""
-    with frozen_garbage():
-        yield
-
-
 class Model:
     """Three pieces around two splitting ops that return fresh tensors; serves batches of up to ``largest`` rows."""
 
@@ -446,7 +439,6 @@ def test_an_unknown_policy_is_refused_where_it_is_given():
         capture_graphs(print, [], StaticGraphs("cpu"), on_failure="ignore")
     assert "'raise', 'uncaptured'" in str(caught.value)
     assert FailurePolicy.parse("uncaptured") is FailurePolicy.UNCAPTURED
-    assert [each.raises for each in FailurePolicy] == [True, False]
 
 
 def test_a_policy_that_nothing_knows_of_does_not_copy():

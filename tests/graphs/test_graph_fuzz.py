@@ -18,17 +18,10 @@ from piecework.runtime.graphs.memory.wrapper import (
     CUDAGraphWrapper,
     wrap_with_cudagraph_if_needed,
 )
-from piecework.runtime.graphs.plan.phase import capture_graphs, frozen_garbage
+from piecework.runtime.graphs.plan.phase import capture_graphs
 from piecework.runtime.graphs.stage.inputs import StaticInputs
 
 HIDDEN = 4
-
-
-@pytest.fixture(autouse=True, scope="module")
-def imports_are_no_garbage():
-    """Captures collect garbage; without this each would walk through all of torch."""
-    with frozen_garbage():
-        yield
 
 
 # Pieces take and return rows independently, so padding rows can never matter.

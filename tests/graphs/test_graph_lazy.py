@@ -13,15 +13,7 @@ from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.forward_context import set_forward_context
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.graphs.memory.owner import StaticGraphs
-from piecework.runtime.graphs.plan.phase import frozen_garbage
 from piecework.runtime.graphs.serve.lazy import CUDAPiecewiseBackend
-
-
-@pytest.fixture(autouse=True, scope="module")
-def imports_are_no_garbage():
-    """Captures collect garbage; without this each would walk through all of torch."""
-    with frozen_garbage():
-        yield
 
 
 class Compiler:

@@ -19,16 +19,8 @@ from piecework.runtime.graphs.memory.wrapper import (
     CUDAGraphWrapper,
     wrap_with_cudagraph_if_needed,
 )
-from piecework.runtime.graphs.plan.phase import frozen_garbage
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
-
-
-@pytest.fixture(autouse=True, scope="module")
-def imports_are_no_garbage():
-    """Captures collect garbage; without this each would walk through all of torch."""
-    with frozen_garbage():
-        yield
 
 
 class Counted:
@@ -355,3 +347,10 @@ def test_another_thread_without_a_context_runs_uncaptured(graphs, x):
         thread.start()
         thread.join()
     assert results[0].data_ptr() != static.data_ptr()
+
+
+def test_what_is_wrapped_can_be_asked_for_and_a_mode_must_be_given() -> None:
+    wrapped = CUDAGraphWrapper(len, None, FULL)
+    assert wrapped.unwrap() is len
+    with pytest.raises(ConfigError, match="PIECEWISE or FULL, not None"):
+        CUDAGraphWrapper(len, None, None)  # type: ignore[arg-type]

@@ -115,7 +115,7 @@ def compiled() -> Stitched:
 def on(compiled, monkeypatch, request) -> Iterator[Stitched]:
     """The model under a fake of CUDA, with a fake of torch's recorder or with its own."""
     monkeypatch.setattr(Failing, "size", 0)
-    fake = FakeCuda(newer=True) if request.param == "fake" else RealGraphs()
+    fake = FakeCuda("2.15") if request.param == "fake" else RealGraphs()
     yield compiled.under(fake, monkeypatch)
     compiled.stitched.sleep()
 
@@ -195,7 +195,7 @@ def test_an_edited_source_marks_lines_without_layers(on):
 @pytest.mark.parametrize("lacks", ["torch", "driver", "bindings", "asked"])
 @torch.no_grad()
 def test_where_it_can_not_be_the_report_says_why(compiled, monkeypatch, lacks):
-    fake = FakeCuda(newer=lacks != "torch")
+    fake = FakeCuda("2.13" if lacks == "torch" else "2.15")
     fake.recorder.unable = lacks == "driver"
     if lacks == "bindings":
         fake.recorder.unable = ImportError("no package metadata of cuda-bindings")

@@ -16,11 +16,12 @@ Definition = tuple[str, int, int, str]
 # Called by what is no code of ours.
 CALLED_FROM_OUTSIDE = {
     "model_post_init": "pydantic",
-    "compile_again": "the script that a reproducer writes",
+    "run_node": "torch.fx.Interpreter",
     "persistent_id": "pickle",
     "persistent_load": "pickle",
     "reducer_override": "pickle",
     "_load_from_state_dict": "torch.nn.Module",
+    "_apply": "torch.nn.Module",
     "_repr_html_": "notebooks",
 }
 # Names of the field (FEATURES.md, NAMES.md) that users call and no page shows.
@@ -39,8 +40,11 @@ OF_THE_FIELD = {
     "size_bytes",
     "splitting_ops_contain_attention",
     "submodule_names",
+    "collect_standalone_compile_artifacts",
+    "load_all",
     "ConcreteSizeEntry",
     "CUDAPiecewiseBackend",
+    "StandaloneCompiledArtifacts",
     "make_copy_and_call",
 }
 

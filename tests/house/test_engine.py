@@ -139,7 +139,12 @@ def test_captured_sizes_are_used(served: Engine) -> None:
     require_coverage(served.forward.coverage(LIMITS.tokens))
     served.scheduler = Scheduler(LIMITS)
     served.forward.capture(
-        SIZES, mode="FULL_AND_PIECEWISE", context_for=served.context, put_back=False, progress=False
+        SIZES,
+        mode="FULL_AND_PIECEWISE",
+        context_for=served.context,
+        pad=True,
+        put_back=False,
+        progress=False,
     )
     for length in (5, 3, 1):  # 9 tokens in the first step; then two requests decode, then one
         served.scheduler.add(Request([7] * length, 6))

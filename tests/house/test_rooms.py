@@ -15,7 +15,6 @@ ORDER = (
     "cli",
     "bench",
     "golden",
-    "golden.precompiled",
     "golden.show",
     "golden.text",
     "golden.compare",
@@ -45,17 +44,15 @@ ORDER = (
     "runtime.pieces",
     "runtime.compilers",
     "runtime.trace",
-    "runtime.regions",
     "runtime.passes",
     "runtime.observe",
     "runtime.config",
-    "runtime.identity",
-    "runtime.bind",
+    "runtime.store",
+    "runtime.watch",
     "runtime.analysis",
     "codegen",
     "templates",
     "runtime.batch",
-    "runtime.cache",
     "runtime.splitting_op",
     "runtime.model_tag",
     "runtime.counters",
@@ -64,15 +61,11 @@ ORDER = (
     "faces",
     "collector",
     "scope",
+    "closeness",
     "code_objects",
 )
 # Faces hand names on from everywhere, by a table that is read when a name is asked for; for type checkers they import them.
 FACES = {"__init__.py", "runtime/__init__.py", "runtime/graphs/__init__.py"}
-# Imports against the order, each with its reason.
-AGAINST = {
-    # CompilationConfig.init_backend is the field's method: it hands on to the room that makes backends.
-    ("runtime.config.compilation", "runtime.pieces.dynamo"),
-}
 FLAT = 8  # files of runtime/ itself
 FULL = 14  # files of any other folder
 
@@ -149,7 +142,7 @@ def test_imports_go_down(module: str) -> None:
         return
     floor = ORDER.index(room_of(module))
     for other in imports_of(path):
-        if (module, other) in AGAINST or room_of(other) == room_of(module):
+        if room_of(other) == room_of(module):
             continue
         assert ORDER.index(room_of(other)) > floor, f"{module} imports {other}, which is above it"
 
@@ -157,7 +150,7 @@ def test_imports_go_down(module: str) -> None:
 def test_modules_make_no_circle() -> None:
     """Inside a room too, lazy imports counted; imports for type checkers alone are not there when a program runs."""
     graph = {
-        name: {o for o in imports_of(path, types=False) if (name, o) not in AGAINST and o != name}
+        name: {o for o in imports_of(path, types=False) if o != name}
         for name, path in modules().items()
         if str(path.relative_to(ROOT)) not in FACES
     }
@@ -178,11 +171,6 @@ def test_modules_make_no_circle() -> None:
 def test_the_order_names_no_room_that_is_gone() -> None:
     rooms = {room_of(name) for name in modules()}
     assert set(ORDER) - rooms <= {"templates"}
-
-
-def test_exceptions_are_still_needed() -> None:
-    for module, other in AGAINST:
-        assert other in imports_of(modules()[module])
 
 
 def test_folders_are_not_too_full() -> None:

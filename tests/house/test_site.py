@@ -34,7 +34,7 @@ NOT_RUN = {
 NEEDS = {"weights.md": "peft"}
 
 # What a page's snippets print among other things.
-SHOWN = {"static-graphs.md": "What runs captured"}
+SHOWN = {"static-graphs.md": "static graphs hold"}
 
 
 def as_written(config: CompilationConfig) -> CompilerInterface:

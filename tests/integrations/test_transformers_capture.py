@@ -102,7 +102,7 @@ def test_auto_that_keeps_nothing_says_so(
     for ask in (stitched.coverage, stitched.wake_up):
         with pytest.raises(BindError, match="each was slower from a graph"):
             ask()
-    stitched.capture([2], context_for=dry_request, progress=False)
+    stitched.capture([2], context_for=dry_request, pad=True, progress=False)
     generated(model, 2)
     assert any(row.graph for row in stitched.call_report())
     stitched.sleep()

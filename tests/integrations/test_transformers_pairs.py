@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_llms import scatter
 from torch import nn
 
 from piecework.bench.causal_lms import encoder_decoders, try_family
@@ -42,12 +43,9 @@ CONFIGS = {
 def build(family: str) -> nn.Module:
     torch.manual_seed(0)
     config = transformers.CONFIG_MAPPING[family](**ENDS, **CONFIGS[family])
-    made = transformers.AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for weight in made.parameters():
-            if weight.dim() > 1:
-                weight.copy_(torch.randn(weight.shape) * 0.3)
-    return made
+    return scatter(
+        transformers.AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32).eval()
+    )
 
 
 NIGHTLY = pytest.mark.nightly

@@ -421,7 +421,9 @@ def test_what_an_engine_says_of_the_batch_reaches_the_dispatcher() -> None:
     model = stitch(build("llama"), config=EAGER_PIECES)
     entry = stitched_module(model)
     ids = torch.tensor([[5, 6, 7, 8]])
-    entry.capture([4], context_for=dry_request, lora_counts=(1,), progress=False, estimate=False)
+    entry.capture(
+        [4], context_for=dry_request, pad=True, lora_counts=(1,), progress=False, estimate=False
+    )
     with torch.no_grad():
         with set_forward_context(batch=BatchKind(has_lora=True, num_active_loras=1)):
             model(ids)

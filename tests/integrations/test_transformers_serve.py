@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import re
@@ -34,8 +35,12 @@ from piecework.runtime.counters import counters
 transformers = pytest.importorskip("transformers")
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
+from piecework.integrations.transformers import (  # noqa: E402
+    openai_answers,
+    stitch,
+    stitched_module,
+)
 from piecework.integrations.transformers import openai_server as served_by  # noqa: E402
-from piecework.integrations.transformers import stitch, stitched_module  # noqa: E402
 from piecework.integrations.transformers.openai_requests import positions_of  # noqa: E402
 
 # One word a token; transformers finds out by "abcdef" how the tokens of stop strings are written.
@@ -211,7 +216,7 @@ def test_a_wrong_name_is_refused(running: Running, folder: Path) -> None:
 
     with pytest.raises(openai.BadRequestError) as refused:
         running.client().completions.create(model="other", prompt=PROMPT)
-    assert "requested 'other'" in refused.value.response.json()["detail"]
+    assert "requested 'other'" in refused.value.message and refused.value.code == "invalid_value"
     assert "no other model" in fetch(f"{running.url}/load_model", b'{"model": "other"}')
     assert [each.id for each in running.client().models.list()] == [NAME]
     assert complete(running, PROMPT, 3) == expected(folder, PROMPT, 3)
@@ -234,7 +239,7 @@ def test_a_stream_that_the_client_leaves_is_not_computed_on(running: Running, fo
 BAD = {
     "completions": [
         *({"max_tokens": each} for each in (-5, 0, 2.5, "many", True)),
-        *({"prompt": each} for each in ("", "   ", ["w5"], None, 5)),
+        *({"prompt": each} for each in ("", "   ", [], [5, 6], ["w5", ""], None, 5)),
         *({"n": 2}, {"logprobs": 2}, {"echo": True}, {"temperature": -1}, {"top_p": 7}),
         *({"stop": 3}, {"stop": [""]}, {"seed": 2**70}, {"frequency_penalty": -1}),
         *({"generation_config": each} for each in ("nope", '{"output_hidden_states": true}')),
@@ -273,10 +278,47 @@ def test_what_a_request_can_not_have_is_told(running: Running, folder: Path, rou
             if stream and "output_hidden_states" in str(bad) and status == 200:
                 assert "output_hidden_states is asked for" in said  # begun before the model saw it
                 continue
-            assert status in (400, 422) and "detail" in json.loads(said), (bad, status, said)
+            assert status in (400, 422), (bad, status, said)
+            error = json.loads(said)["error"]
+            assert error["message"] and error["type"] == "invalid_request_error"
+            assert error["param"] in (None, *bad, *good), error
     for body in (b"", b"{", b"[]", b"null", b"\xff"):
         assert answer_to(running, route, body)[0] in (400, 422)
     assert complete(running, PROMPT, 9) == expected(folder, PROMPT, 9)
+
+
+def test_several_prompts_are_answered_in_order(running: Running, folder: Path) -> None:
+    prompts = [PROMPT, "w9", "w1 w2"]
+    answer = running.client().completions.create(
+        model=NAME, prompt=prompts, max_tokens=6, temperature=0
+    )
+    assert [each.index for each in answer.choices] == [0, 1, 2]
+    assert [each.text for each in answer.choices] == [expected(folder, p, 6) for p in prompts]
+    assert answer.usage.prompt_tokens == 6 and answer.usage.completion_tokens == 18
+
+
+def test_a_response_is_whole_unless_a_stream_is_asked_for(running: Running, folder: Path) -> None:
+    answer = running.client().responses.create(model=NAME, **GOOD["responses"])
+    assert answer.object == "response" and len(answer.output_text.split()) == 4
+
+
+@pytest.mark.parametrize("cut", range(1, 12))
+def test_a_stop_is_found_however_a_text_is_cut_into_parts(cut: int) -> None:
+    text, stops = "one two, two three. END of it", ["two three", "END"]
+    queue: asyncio.Queue[object] = asyncio.Queue()
+    for start in range(0, len(text), cut):
+        queue.put_nowait(text[start : start + cut])
+    queue.put_nowait(None)
+    parts = []
+    ours = openai_answers.UpToStop(queue, stops)
+    while (part := ours.get_nowait()) is not None:
+        parts.append(part)
+    assert "".join(parts) == "one two, "
+    queue.put_nowait("on")
+    queue.put_nowait("e t")
+    queue.put_nowait(None)
+    unstopped = openai_answers.UpToStop(queue, stops)
+    assert [unstopped.get_nowait() for _ in range(4)] == ["on", "e ", "t", None]
 
 
 def test_stop_and_biases_one_by_one(folder: Path) -> None:
@@ -285,7 +327,9 @@ def test_stop_and_biases_one_by_one(folder: Path) -> None:
         answer = running.client().completions.create(
             model=NAME, prompt=PROMPT, max_tokens=9, temperature=0, stop=[words[2]]
         )
-        assert answer.choices[0].text.split() == words[: words.index(words[2]) + 1]
+        assert answer.choices[0].text.split() == words[: words.index(words[2])]
+        streamed = complete(running, PROMPT, 9, stream=True, stop=[words[2]])
+        assert streamed.split() == words[: words.index(words[2])]
         answer = running.client().chat.completions.create(
             model=NAME, logit_bias={"40": 100}, **GOOD["chat/completions"]
         )

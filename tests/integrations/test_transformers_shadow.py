@@ -102,7 +102,7 @@ def test_the_wrong_piece_is_named_while_generate_runs(
 ) -> None:
     module = stitched_module(wrong)
     if captured:
-        module.capture([2, 12], context_for=dry_request, progress=False, estimate=False)
+        module.capture([2, 12], context_for=dry_request, pad=True, progress=False, estimate=False)
     alone = generated(wrong)
     with module.shadow() as found:
         tokens = generated(wrong)

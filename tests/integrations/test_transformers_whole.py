@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from small_llms import scatter
 from torch import nn
 
 from piecework.bench.causal_lms import families, try_family
@@ -36,12 +37,9 @@ def build(family: str = "bloom", **fields: object) -> nn.Module:
     config = transformers.CONFIG_MAPPING[family](
         **{"vocab_size": 97, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0} | settings
     )
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.copy_(torch.randn(weight.shape) * 0.3)
-    return model
+    return scatter(
+        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    )
 
 
 class Pair:

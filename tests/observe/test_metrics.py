@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from models import EAGER, Block, Layers, mix_pair
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import piecework
 from piecework.errors import BindError, ConfigError, InputError
@@ -99,11 +98,9 @@ def test_the_process_and_the_compilation_are_counted(compiled: StitchedModule) -
     assert phases["split"] == sum(each.program.phases["split"] for each in compiled.traces)
 
 
-def test_a_model_before_its_first_call_has_no_steps() -> None:
-    waiting = piecework.compile(torch.nn.Linear(8, 8), config=EAGER)
-    found = parsed(waiting.metrics(name="waiting").prometheus())
-    assert by_label(found["piecework_traces"], "model") == {"waiting": 0}
-    assert "piecework_steps_total" not in found and "piecework_graph_bytes" not in found
+def counted(stitched: StitchedModule) -> dict[tuple[str, str, str], int]:
+    [of_model] = stitched.metrics().models
+    return {(row.mode, row.graph, row.reason): row.calls for row in of_model.calls}
 
 
 def test_calls_of_a_model_that_nothing_is_captured_of_are_counted() -> None:
@@ -122,24 +119,6 @@ def test_calls_of_a_model_that_nothing_is_captured_of_are_counted() -> None:
     stitched.sleep()
     stitched(torch.randn(2, 8))
     assert counted(stitched) == {nothing: 1}
-
-
-def counted(stitched: StitchedModule) -> dict[tuple[str, str, str], int]:
-    [of_model] = stitched.metrics().models
-    return {(row.mode, row.graph, row.reason): row.calls for row in of_model.calls}
-
-
-def test_calls_past_every_shortcut_are_counted_without_a_capture() -> None:
-    stitched = piecework.compile(torch.nn.Linear(8, 8).eval(), (torch.randn(4, 8),), config=EAGER)
-
-    class Mode(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            return func(*args, **(kwargs or {}))
-
-    with torch.no_grad(), Mode():
-        stitched(torch.randn(4, 8))
-    [row] = stitched.metrics().models[0].calls
-    assert (row.mode, row.calls) == ("NONE", 1) and "dispatch mode" in row.reason
 
 
 def test_times_of_pieces_are_there_when_asked_for(captured: StitchedModule) -> None:

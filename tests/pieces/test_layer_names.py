@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from models import mix
 from torch import nn
 
@@ -16,7 +14,7 @@ from piecework.codegen import split_graph
 from piecework.codegen.graph.structure import input_signature, structure_of
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.pieces import layer_names
-from piecework.runtime.pieces.layer_names import name_of, name_tensor, share_layer_names
+from piecework.runtime.pieces.layer_names import name_tensor, share_layer_names
 from piecework.runtime.pieces.manager import CompilerManager
 
 CALLED: list[str] = []
@@ -100,9 +98,9 @@ def test_equal_layers_become_one_program_and_keep_their_names() -> None:
     model = Layers(names)
     split_gm, items, graph = split(model)
     placeholders = graph.graph.find_nodes(op="placeholder")
-    assert len(set(keys(items))) == len(names)
+    assert len(set(keys(items))) == len(names) + 1  # the first one only allocates
     used = share_layer_names(split_gm, items)
-    assert len(set(keys(items))) == 2  # the last one allocates no buffer for a next
+    assert len(set(keys(items))) == 3  # the last one allocates no buffer for a next
     assert [(each.original, each.arguments) for each in used] == [
         ("names_test::note.default", ("layer", "kind"))
     ]
@@ -124,21 +122,13 @@ def test_equal_layers_become_one_program_and_keep_their_names() -> None:
 def test_a_name_that_decides_a_shape_is_not_shared() -> None:
     for names in (["narrow", "wide", "narrow too", "x"], ["wide", "narrow", "narrow too", "x"]):
         split_gm, items, _ = split(Layers(names, widen))
-        before = keys(items)
+        before = keys(items)[1:]  # the first one only allocates
         share_layer_names(split_gm, items)
-        after = dict(zip(names, keys(items), strict=True))
+        after = dict(zip(names, keys(items)[1:], strict=True))
         assert len(set(before)) == 4
         assert (
             after["narrow"] == after["narrow too"] != after["wide"] == before[names.index("wide")]
         )
-
-
-def test_pieces_without_an_equal_and_equal_strings_stay_as_they_are() -> None:
-    for names in (["only"], ["same", "same", "same"]):
-        split_gm, items, _ = split(Layers(names))
-        before = [item.graph.code for item in items]
-        assert share_layer_names(split_gm, items) == ()
-        assert [item.graph.code for item in items] == before
 
 
 def test_torchs_own_string_arguments_are_left_alone() -> None:
@@ -176,12 +166,6 @@ def test_the_operators_schema_and_fake_follow_the_original() -> None:
     assert fake.shape == (2, 4) and len(CALLED) == 1
 
 
-@given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=200))
-@settings(deadline=None, max_examples=80)
-def test_names_round_trip(text: str) -> None:
-    assert name_of(name_tensor(text)) == text
-
-
 def test_a_users_pass_keeps_the_operators_it_looks_for() -> None:
     config = CompilationConfig(inductor_passes={"post_grad_custom_post_pass": "builtins:len"})
     assert CompilerManager(CompilationConfig()).may_share_names()
@@ -194,8 +178,8 @@ def test_any_number_of_named_layers_costs_a_constant_number_of_compiles() -> Non
     model, x = Layers([f"layers.{i}" for i in range(12)]), torch.randn(3, 4)
     config = CompilationConfig(compile_sizes=[5], compile_ranges_endpoints=[16])
     stitched = piecework.compile(model, (x,), config=config)
-    # Those before each layer, the last one.
-    assert stitched.report().unique == 2
+    # The first allocates a buffer, each layer one for the next, the last one none.
+    assert stitched.report().unique == 3
     for batch in (5, 3, 40):
         x = torch.randn(batch, 4)
         CALLED.clear()

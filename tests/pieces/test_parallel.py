@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,10 +22,10 @@ from piecework.errors import PieceCompileError
 from piecework.runtime.batch.ranges import Range
 from piecework.runtime.compilers import CompiledPiece
 from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.observe.progress import CompileProgress
 from piecework.runtime.pieces import parallel
-from piecework.runtime.pieces.parallel import Job, JobResult, run_in_workers
-from piecework.runtime.pieces.precompiled import compile_ahead, different_pieces
-from piecework.runtime.pieces.progress import CompileProgress
+from piecework.runtime.pieces.manager import JobResult
+from piecework.runtime.pieces.parallel import different_pieces, run_in_workers
 
 HERE = "parallel_under_test"
 sys.modules.setdefault(HERE, sys.modules[__name__])
@@ -94,18 +95,18 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CompilationConfig
 
 
 def test_jobs_run_in_processes_of_their_own_at_most_n_at_a_time(tmp_path: Path) -> None:
-    def job(number: int) -> Job:
+    def job(number: int) -> Callable[[], None]:
         def run() -> None:
             (tmp_path / f"{number}.start").write_text(repr(time.monotonic()))
             time.sleep(0.05)
             (tmp_path / f"{number}.end").write_text(f"{time.monotonic()!r} {os.getpid()}")
 
-        return Job(str(number), run)
+        return run
 
     seen: list[JobResult] = []
-    results = run_in_workers([job(n) for n in range(6)], 2, seen.append)
-    assert results == seen and sorted(r.name for r in results) == [str(n) for n in range(6)]
-    assert not any(r.error for r in results) and all(r.seconds >= 0.05 for r in results)
+    run_in_workers({str(n): job(n) for n in range(6)}, 2, seen.append)
+    assert sorted(r.name for r in seen) == [str(n) for n in range(6)]
+    assert not any(r.error for r in seen) and all(r.seconds >= 0.05 for r in seen)
     starts = [float((tmp_path / f"{n}.start").read_text()) for n in range(6)]
     ends = [(tmp_path / f"{n}.end").read_text().split() for n in range(6)]
     assert len({pid for _, pid in ends} | {str(os.getpid())}) == 7
@@ -123,15 +124,16 @@ def test_a_failing_a_dying_and_a_hanging_worker_are_reported_and_the_rest_runs()
     def leave() -> None:
         os._exit(3)
 
-    jobs = [
-        Job("fails", fail),
-        Job("dies", die),
-        Job("leaves", leave),
-        Job("hangs", lambda: time.sleep(600)),
-        Job("works", lambda: None),
-    ]
-    results = {r.name: r.error for r in run_in_workers(jobs, 3, hangs_after_s=5.0)}
-    assert results == {
+    jobs = {
+        "fails": fail,
+        "dies": die,
+        "leaves": leave,
+        "hangs": lambda: time.sleep(600),
+        "works": lambda: None,
+    }
+    seen: list[JobResult] = []
+    run_in_workers(jobs, 3, seen.append, hangs_after_s=5.0)
+    assert {r.name: r.error for r in seen} == {
         "fails": "ValueError: not\x00this\n“one”",
         "dies": "the worker ended early (signal 9)",
         "leaves": "the worker ended early (exit code 3)",
@@ -148,7 +150,7 @@ def test_an_interrupt_leaves_no_worker_behind(tmp_path: Path) -> None:
     def interrupt(_: JobResult) -> None:
         raise KeyboardInterrupt
 
-    jobs = [Job("quick", lambda: time.sleep(0.2)), Job("one", linger), Job("two", linger)]
+    jobs = {"quick": lambda: time.sleep(0.2), "one": linger, "two": linger}
     with pytest.raises(KeyboardInterrupt):
         run_in_workers(jobs, 3, interrupt)
     for file in tmp_path.iterdir():
@@ -161,8 +163,6 @@ def test_why_not_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parallel.why_not(1) == "one worker"
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     assert "CUDA" in parallel.why_not(2)
-    monkeypatch.delattr(os, "fork")
-    assert "fork" in parallel.why_not(2)
 
 
 # --- pieces ------------------------------------------------------------------------------------------
@@ -214,7 +214,8 @@ def test_progress_shows_each_piece_with_its_time(config: CompilationConfig) -> N
     manager = stitched.backend.compiler_manager
     manager.progress = CompileProgress(Console(file=text, width=200))
     stitched.prepare(x)
-    lines = text.getvalue().splitlines()
+    first, *lines = text.getvalue().splitlines()
+    assert first == "Model: traced; 10 compilations for 5 pieces"
     assert [line.partition("]")[0] for line in lines] == [f"[{n}/10" for n in range(1, 11)]
     assert sum(line.endswith(" s in a worker") for line in lines) == 9
     assert lines[0].startswith("[1/10] submod_0 [1, 16]: ")
@@ -227,16 +228,9 @@ def test_different_pieces_come_once_per_range() -> None:
     names = [node.target for node in split.graph.find_nodes(op="call_module")]
     pieces = [name for name in names if "mix" not in split.get_submodule(name).code]
     ranges = [Range(1, 16), Range(17, 32)]
-    found = different_pieces(split, [*pieces, *pieces], ranges, None)
+    found = different_pieces(split, [*pieces, *pieces], ranges, None, {})
     assert [each.name for each in found[:2]] == ["submod_0 [1, 16]", "submod_0 [17, 32]"]
     assert len(found) == 10
-
-
-def test_one_worker_compiles_nothing_ahead(config: CompilationConfig) -> None:
-    stitched = piecework.StitchedModule(Model(), config=config.replace(compile_workers=1))
-    compile_ahead(stitched.backend.compiler_manager, [])
-    stitched.prepare(torch.randn(4, 4))
-    assert {pid for pid, _, _ in Logging.lines()} == {str(os.getpid())}
 
 
 @pytest.mark.inductor

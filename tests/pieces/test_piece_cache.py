@@ -17,11 +17,13 @@ import pytest
 import torch
 
 import piecework
+from piecework.codegen.graph.structure import structure_of
 from piecework.errors import CacheError
-from piecework.runtime.cache import list_entries
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.pieces.backend import PieceworkBackend
 from piecework.runtime.pieces.disk import PieceCache
+from piecework.runtime.store.entry import INDEX_NAME
+from piecework.runtime.store.upkeep import list_entries
 
 MODEL = Path(__file__).with_name("piece_cache_model.py").read_text()
 
@@ -73,9 +75,9 @@ def test_a_second_process_compiles_nothing_and_a_changed_source_file_does(
 
 def key(**fields: object) -> str:
     """The key under which a graph would be kept."""
-    directory = opened(**fields).entry.directory
-    assert directory is not None
-    return directory.parent.parent.name
+    entry = opened(**fields).entry
+    assert entry is not None
+    return entry.identity.key
 
 
 def opened(stack_trace: str = "", **fields: object) -> PieceCache:
@@ -121,13 +123,14 @@ def test_settings_of_torch_that_change_code_are_in_the_key() -> None:
     assert len({base, *keys}) == len(keys) + 1
     with inductor_config.patch({"compile_threads": 3, "trace.enabled": True}):
         assert key() == base
+    with torch.inference_mode():  # which is left while a piece is compiled
+        assert key() == base
     assert key() == base
 
 
 SETTINGS = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "autocast to float16": lambda: torch.autocast("cpu", torch.float16),
-    "inference mode": torch.inference_mode,
     "default device": lambda: torch.device("meta"),
     "mkldnn": lambda: torch.backends.mkldnn.flags(enabled=False),
     "cudnn": lambda: torch.backends.cudnn.flags(enabled=True, benchmark=True),
@@ -208,13 +211,13 @@ def test_what_has_no_stable_form_switches_the_cache_off_with_a_warning(
         os.environ.get("ANYTHING")
 
     cache = opened(inductor_passes={"post_grad_custom_post_pass": reads_outside})
-    assert not cache.enabled
+    assert cache.entry is None
     (record,) = (each for each in caplog.records if each.name.startswith("piecework"))
     assert "inductor_passes.post_grad_custom_post_pass" in record.getMessage()
     assert "uuid()" in record.getMessage()
     caplog.clear()
     with inductor_patch("post_grad_custom_pre_pass", reads_outside):
-        assert not opened().enabled
+        assert opened().entry is None
     assert len([each for each in caplog.records if each.name.startswith("piecework")]) == 1
 
 
@@ -264,7 +267,10 @@ sys.path.insert(0, sys.argv[1])
 import piecework, passes
 if len(sys.argv) > 2:
     exec(sys.argv[2])
-config = piecework.CompilationConfig(inductor_passes={"post_grad_custom_post_pass": passes.Scaled()})
+config = piecework.CompilationConfig(
+    inductor_passes={"post_grad_custom_post_pass": passes.Scaled()},
+    dynamic_shapes_config={"type": "backed"},  # a pass that changes results would fail the try of every size
+)
 x = torch.ones(4, 8)
 print(json.dumps([piecework.compile(torch.relu, (x,), config=config)(x)[0, 0].item(),
                   piecework.counters.num_inductor_compiles]))
@@ -335,7 +341,7 @@ def test_a_source_that_can_not_be_read_switches_the_cache_off_with_a_warning(
     """Its changes would go unseen; compiling goes on all the same."""
     name = file if file.startswith("<") else str(tmp_path / file)
     cache = opened(f'  File "{name}", line 3, in forward\n    return x + 1\n')
-    assert not cache.enabled
+    assert cache.entry is None
     (record,) = (each for each in caplog.records if each.name.startswith("piecework"))
     assert name in record.getMessage() and "without it" in record.getMessage()
 
@@ -431,8 +437,8 @@ def test_a_key_file_signs_what_is_kept(tmp_path: Path, monkeypatch: pytest.Monke
     def signature(name: str) -> object:
         entry = opened(cache_dir=tmp_path / "cache").entry
         before = entry.get(name)
-        assert entry.put(name, b"bytes") and entry.directory is not None
-        return before, json.loads((entry.directory / "manifest.json").read_text())["hmac"]
+        assert entry.put(name, b"bytes")
+        return before, json.loads((entry.directory / INDEX_NAME).read_text()).get("signature")
 
     secret, other = tmp_path / "secret", tmp_path / "other"
     secret.write_bytes(b"s" * 32)
@@ -450,8 +456,57 @@ def test_a_key_file_signs_what_is_kept(tmp_path: Path, monkeypatch: pytest.Monke
         opened(cache_dir=tmp_path / "cache")
 
 
-def test_piecework_itself_is_in_the_key() -> None:
-    from piecework.runtime.pieces import disk
+def traced(model: torch.nn.Module) -> torch.fx.GraphModule:
+    """What Dynamo makes of a model, with the values of its inputs."""
+    found: list[torch.fx.GraphModule] = []
 
-    assert all((disk._PACKAGE / room / "__init__.py").is_file() for room in ("codegen", "runtime"))
-    assert any((disk._PACKAGE / "templates").iterdir())
+    def keep(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        found.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(model, backend=keep, fullgraph=True)(torch.ones(4, 8))
+    return found[0]
+
+
+def python_function(x: torch.Tensor) -> torch.Tensor:
+    return x + 1
+
+
+class Reading(torch.nn.Module):
+    """What engines' norms do: the tensor behind a parameter, and modes switched inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.nn.functional.gelu(x) * self.weight.data
+
+
+def test_a_piece_that_calls_functions_of_torchs_c_is_kept(warned: list[str]) -> None:
+    graph = traced(Reading())
+    assert any("get_data_attr" in str(node.target) for node in graph.graph.nodes)
+    structure, cache = structure_of(graph), opened()
+    for expected in (False, True):
+        found = cache.get_or_compile(
+            graph, structure, None, lambda: b"bytes", lambda data: data, lambda data: data
+        )
+        assert found == (b"bytes", expected)
+    assert warned == []
+
+
+def test_a_piece_that_can_not_be_kept_is_said_once_with_its_reason(warned: list[str]) -> None:
+    graph, cache = torch.fx.symbolic_trace(torch.nn.Identity()), opened()
+    (given,) = graph.graph.find_nodes(op="placeholder")
+    with graph.graph.inserting_after(given):
+        graph.graph.call_function(python_function, (given,))
+    for _ in range(2):
+        found = cache.get_or_compile(
+            graph, structure_of(graph), None, lambda: b"bytes", lambda data: data, bytes
+        )
+        assert found == (b"bytes", False)
+    (warning,) = warned
+    assert "not kept in the compile cache: it calls the Python function" in warning
+    assert "python_function" in warning

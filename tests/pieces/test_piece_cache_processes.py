@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from piecework.runtime.cache import verify_cache
+from piecework.runtime.store.upkeep import verify
 
 MODEL = Path(__file__).with_name("piece_cache_model.py")
 UNIQUE = 3  # different pieces of the model
@@ -166,7 +166,7 @@ def test_killed_while_it_compiles_and_saves_then_loaded(server: Server, tmp_path
         kill.with_compiler = case % 2 == 0
         killed += server.run(cache, width, kill).code == -signal.SIGKILL
 
-        listed = verify_cache(cache) if cache.exists() else None
+        listed = verify(cache) if cache.exists() else None
         assert listed is None or listed.findings == ()
         after = server.run(cache, width)
         left = 0 if listed is None else listed.artifacts
@@ -180,7 +180,7 @@ def test_killed_while_it_compiles_and_saves_then_loaded(server: Server, tmp_path
         assert again.result["num_compiled_artifacts_loaded"] == UNIQUE
         assert again.result["num_inductor_compiles"] == 0
         assert again.result["error"] < 1e-5
-        assert verify_cache(cache).findings == ()
+        assert verify(cache).findings == ()
         assert not [path for path in cache.rglob("*") if path.name.startswith(".tmp-")]
         assert not (cache / ".quarantine").exists()
     print(f"span {span.seconds:.1f} s, {killed} killed, artifacts left: {survivors}")

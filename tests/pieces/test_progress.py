@@ -14,8 +14,12 @@ import torch
 from rich.console import Console
 
 import piecework
-from piecework.runtime.observe.step_bar import StepBar
-from piecework.runtime.pieces.progress import CompileProgress, current_progress, show_progress
+from piecework.runtime.observe.progress import (
+    CompileProgress,
+    StepBar,
+    current_progress,
+    show_progress,
+)
 
 
 def test_plain_lines_where_there_is_no_terminal() -> None:
@@ -53,10 +57,44 @@ def test_every_model_of_a_block_is_shown_and_none_after_it() -> None:
         piecework.compile(torch.nn.Linear(4, 4), (torch.randn(2, 4),), config=config)
         piecework.compile(torch.nn.Linear(8, 4), (torch.randn(2, 8),), config=config)
     assert [line.partition(":")[0] for line in text.getvalue().splitlines()] == [
+        "Linear",
         "[1/1] submod_0",
+        "Linear",
         "[1/1] submod_0",
     ]
-    assert current_progress() is None
+    assert current_progress() is not current_progress()
+
+
+def test_what_is_short_is_not_shown_and_what_is_long_is_told_from_its_beginning() -> None:
+    text = io.StringIO()
+    bar = StepBar(Console(file=text), "doing", patience=60.0)
+    bar.started(2)
+    bar.note("traced")
+    bar.finished("one", "one")
+    assert text.getvalue() == ""
+    bar._shown_from = 0.0  # the minute is over
+    bar.finished("two", "two")
+    bar.ended()
+    assert text.getvalue().splitlines() == ["traced", "[1/2] one", "[2/2] two"]
+
+
+class Branching(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * 2 if x.shape[0] > 1 else x) + 1
+
+
+def test_a_trace_that_a_call_waits_for_is_a_warning_and_can_be_made_ahead(caplog) -> None:  # type: ignore[no-untyped-def]
+    model, x, one = Branching(), torch.randn(3, 4), torch.randn(1, 4)
+    config = piecework.CompilationConfig(backend="eager")
+    late = piecework.compile(model, (x,), config=config)
+    torch.testing.assert_close(late(one), model(one))
+    (warning,) = [each.getMessage() for each in caplog.records if "again" in each.getMessage()]
+    assert "x has size 1" in warning and "sizes=[...]" in warning
+    caplog.clear()
+    ahead = piecework.compile(model, (x,), config=config, sizes=[1, 3])
+    assert len(ahead.traces) == 2
+    torch.testing.assert_close(ahead(one), model(one))
+    assert not [each for each in caplog.records if "again" in each.getMessage()]
 
 
 MODEL = """
@@ -67,7 +105,7 @@ def make():
 """
 
 
-def test_the_command_line_shows_a_bar_on_a_terminal_and_nothing_elsewhere(tmp_path: Path) -> None:
+def test_the_command_line_shows_a_bar_on_a_terminal_and_lines_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "progress_model.py").write_text(MODEL)
     command = [sys.executable, "-m", "piecework", "compile", "progress_model:make", "--backend"]
 
@@ -87,4 +125,7 @@ def test_the_command_line_shows_a_bar_on_a_terminal_and_nothing_elsewhere(tmp_pa
     assert b"compiling submod_0" in seen and b"1/1" in seen
     with (tmp_path / "plain").open("w") as plain, start(2, plain.fileno()) as process:
         pass
-    assert process.returncode == 0 and (tmp_path / "plain").read_text() == ""
+    assert process.returncode == 0
+    # Lines if it took long, and no bar.
+    said = (tmp_path / "plain").read_text()
+    assert "\x1b" not in said and said.count("\n") in (0, 2)

@@ -22,11 +22,14 @@ from piecework.runtime.graphs.device.cuda import CudaGraphPlatform
 
 LOST = "CUDA error: an illegal memory access was encountered"
 INVALID = "CUDA error: operation failed due to a previous error during capture"
+NO_MEMORY = "CUDA error: out of memory"
 FORBIDDEN = "CUDA error: operation not permitted when stream is capturing"
 _PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
 _LAUNCH_NOTHING = ("aten::set_", "aten::empty", "aten::detach", "aten::view", "aten::as_strided")
 _NOT_TOGETHER = ("uint16", "uint32", "uint64", "complex32", "float8_e8m0fnu", "float4_e2m1fn_x2")
 _TOTAL = 1 << 40
+# A segment of the allocator's, what a graph takes of the driver, and the steps in which the device tells what is free.
+SEGMENT, GRAPH, STEP = 512, 3000, 36000
 
 
 def copy_each(targets: list[torch.Tensor], sources: list[torch.Tensor], waits: bool) -> None:
@@ -76,6 +79,7 @@ class Driver:
         self.ended, self.pool_id, self.stream = False, None, None
         self.number = self.cuda.next_id()
         self.work: list[tuple] = []
+        self.nbytes = 0
         self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.invalid = self.allocated = self.routed = False
 
@@ -106,7 +110,7 @@ class Driver:
         result = func(*args, **kwargs)
         outs = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
         self.work.append((func, args, kwargs, outs))
-        self.cuda.used += sum(t.untyped_storage().nbytes() for t in outs)
+        self.nbytes += sum(t.untyped_storage().nbytes() for t in outs if not t._is_view())
         return result
 
     def capture_end(self) -> None:
@@ -115,7 +119,7 @@ class Driver:
             raise RuntimeError("Capture must end on the same stream it began on.")
         self.watch.__exit__(None, None, None)
         cuda.capturing = None
-        if self.invalid and not cuda.newer:
+        if self.invalid and cuda.like == "2.11":
             raise RuntimeError(INVALID)  # before the allocator is told, as AT_CUDA_CHECK does
         self.end_routing()
         if self.invalid:
@@ -128,6 +132,16 @@ class Driver:
                 if not func._schema.is_mutable and out.is_floating_point() and not out._is_view():
                     out.fill_(float("nan"))
         self.ended = True
+        cuda.take(self.pool_id, self.nbytes)
+        cuda.driver += GRAPH
+        if cuda.cannot_instantiate:
+            cuda.cannot_instantiate = False
+            raise RuntimeError(NO_MEMORY)
+
+    def pool(self) -> object:
+        if not self.ended:
+            raise RuntimeError("Called CUDAGraph::pool() without a preceding successful capture.")
+        return self.pool_id
 
     def end_routing(self) -> None:
         self.cuda.end_allocate(0, self.pool_id)
@@ -159,9 +173,7 @@ class Driver:
             self.cuda.release(0, self.pool_id)
             self.allocated = False
         if self.ended:
-            self.cuda.used -= sum(
-                t.untyped_storage().nbytes() for *_, outs in self.work for t in outs
-            )
+            self.cuda.driver -= GRAPH
             self.ended = False
         self.work = []
 
@@ -196,6 +208,9 @@ class NewerGraph(Driver):
             hook(self)
 
     def capture_end(self) -> None:
+        self.capture_end_pre()
+
+    def capture_end_pre(self) -> None:
         super().capture_end()
         self.ended = False
         for hook in self.over:
@@ -293,18 +308,25 @@ class FakeCuda:
         references: pool → graphs that use it.
         held: pools with memory of the device.
         users_pool: the pool of ``torch.cuda.use_mem_pool``, which comes before that of a capture inside it.
-        segments: address → the pool that it was taken from.
+        segments: pool → addresses of what was taken from the device for it.
+        taken: pool → bytes that were allocated there.
+        driver: bytes that the driver took for graphs.
+        probes: addresses that were allocated by hand.
+        own: streams that torch does not hand out.
         recording, pinned_recording: pools that the allocators record to; that of pinned memory asks the graph whether it captures.
         workspaces: stream → the pool where cuBLAS's workspace for it is; None for ordinary memory.
         generator_captures: the random generators take it that a capture is going on.
         replays: how many there were.
-        newer: captures end as in torch 2.15, which tells its allocators whatever became of them and can mark kernels; else as in 2.11 to 2.13.
+        like: captures end as in that torch. 2.11 tells its allocators of those that were valid; 2.13 of all, and keeps its reference to the
+            pool of an invalid one; 2.15 gives that back too, and can mark kernels.
+        cannot_instantiate: the next capture is valid, and no graph can be made of it.
         recorder: marks on kernels, where it is newer.
         lost: an error ended the use of the device.
     """
 
-    def __init__(self, *, newer: bool = False) -> None:
-        self.newer, self.lost = newer, False
+    def __init__(self, like: str = "2.11") -> None:
+        self.like, self.newer, self.lost = like, like == "2.15", False
+        self.cannot_instantiate = False
         self.default = self.current = FakeStream(self, 0)
         self.streams = [FakeStream(self, number) for number in range(1, 5)]
         self.handed_out = 0
@@ -312,13 +334,16 @@ class FakeCuda:
         self.references: dict[object, int] = {}
         self.held: set[object] = set()
         self.users_pool: object = None
-        self.segments: dict[int, object] = {}
+        self.segments: dict[object, list[int]] = {}
+        self.probes: set[int] = set()
+        self.own: list[FakeStream] = []
         self.recording: set[object] = set()
         self.pinned_recording: dict[object, weakref.ref[Driver]] = {}
         self.workspaces: dict[FakeStream, object] = {}
         self.capturing: Driver | None = None
         self.generator_captures = False
-        self.used = 0
+        self.taken: dict[object, int] = {}
+        self.driver = 0
         self.replays = 0
         self.ids = 0
         self.recorder = FakeRecorder(self)
@@ -334,9 +359,10 @@ class FakeCuda:
             "synchronize": lambda device=None: self.synchronize(),
             "empty_cache": self.empty_cache,
             "caching_allocator_alloc": self.allocate,
-            "caching_allocator_delete": self.segments.pop,
-            "memory_snapshot": lambda include_traces=True: self.snapshot(),
-            "mem_get_info": lambda device=None: (_TOTAL - self.used, _TOTAL),
+            "caching_allocator_delete": self.probes.remove,
+            "memory_snapshot": self.snapshot,
+            "memory_reserved": lambda device=None: self.reserved(),
+            "mem_get_info": lambda device=None: self.mem_get_info(),
             "graph_pool_handle": self.next_handle,
             "CUDAGraph": self.graph_class(),
             "is_current_stream_capturing": lambda: self.capturing is not None,
@@ -346,6 +372,7 @@ class FakeCuda:
             monkeypatch.setattr(torch.cuda, name, value)
         self.install_recorder(monkeypatch)
         monkeypatch.setattr(torch_compat, "copy_each", copy_each)
+        monkeypatch.setattr(torch_compat, "own_stream", lambda device: self.own_stream())
         # Tensors lie on the CPU here.
         monkeypatch.setattr(CudaGraphPlatform, "computes_on", lambda self, device: True)
         private: dict[str, Callable[..., object]] = {
@@ -390,15 +417,18 @@ class FakeCuda:
             raise RuntimeError(LOST)
 
     def count_replay(self) -> None:
-        """A replay on the current stream; those of other streams that it did not wait for run at the same time."""
-        for each in self.streams_used():
-            unordered = each.before[each.number] - self.current.before[each.number]
-            assert unordered == 0, f"{unordered} replays of stream {each.number} run beside this"
+        self.require_ordered()
         self.replays += 1
         self.current.before[self.current.number] += 1
 
+    def require_ordered(self) -> None:
+        """What is queued on the current stream now comes after every replay; those of streams that it did not wait for run beside it."""
+        for each in self.streams_used():
+            unordered = each.before[each.number] - self.current.before[each.number]
+            assert unordered == 0, f"{unordered} replays of stream {each.number} run beside this"
+
     def streams_used(self) -> list[FakeStream]:
-        return [self.default, *self.streams]
+        return [self.default, *self.streams, *self.own]
 
     def synchronize(self) -> None:
         self.require_alive()
@@ -411,11 +441,30 @@ class FakeCuda:
 
     def allocate(self, size: int, device: torch.device, stream: FakeStream) -> int:
         captured = self.capturing is not None and self.capturing.stream is stream
-        pool = self.users_pool or (self.capturing.pool_id if captured else (0, 0))
-        self.handles += 1
-        address = 4096 * self.handles
-        self.segments[address] = pool
+        address = self.take(
+            self.users_pool or (self.capturing.pool_id if captured else (0, 0)), size
+        )
+        self.probes.add(address)
         return address
+
+    def take(self, pool: object, nbytes: int) -> int:
+        """The address of bytes in a pool, whose segments hold them."""
+        at = self.taken.get(pool, 0)
+        self.taken[pool] = at + nbytes
+        segments = self.segments.setdefault(pool, [])
+        while SEGMENT * len(segments) <= at + nbytes:
+            segments.append(SEGMENT * self.next_id())
+        return segments[at // SEGMENT] + at % SEGMENT
+
+    def reserved(self) -> int:
+        return SEGMENT * sum(map(len, self.segments.values()))
+
+    def mem_get_info(self) -> tuple[int, int]:
+        return (_TOTAL - self.reserved() - self.driver) // STEP * STEP, _TOTAL
+
+    def own_stream(self) -> FakeStream:
+        self.own.append(FakeStream(self, 100 + len(self.own)))
+        return self.own[-1]
 
     def malloc_in_another_thread(self) -> None:
         """What an allocation elsewhere does that needs new memory of the device."""
@@ -423,17 +472,23 @@ class FakeCuda:
             self.capturing.invalid = True
             raise RuntimeError(FORBIDDEN)
 
-    def snapshot(self) -> list[dict[str, object]]:
-        told = {"device": 0, "total_size": 4096}
+    def snapshot(
+        self, mempool_id: object = None, include_traces: bool = True
+    ) -> list[dict[str, object]]:
+        told = {"device": 0, "total_size": SEGMENT}
         return [
             {**told, "address": address, "segment_pool_id": pool}
-            for address, pool in self.segments.items()
+            for pool, addresses in self.segments.items()
+            for address in addresses
+            if mempool_id in (None, pool)
         ]
 
     def empty_cache(self) -> None:
         """Pools that no graph uses go back to the device, unless something lies in them still."""
         used = {pool for pool, count in self.references.items() if count}
         self.held &= used | {*self.workspaces.values()}
+        for pool in [each for each in self.segments if each not in self.held]:
+            del self.segments[pool], self.taken[pool]
 
     def take_workspace(self) -> None:
         where = None if self.capturing is None else self.capturing.pool_id

@@ -7,13 +7,24 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from padded_runs import Case
 
 Values = list[Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A function, what it is called with, and which of these carry the batch in dimension 0."""
+
+    function: Callable[..., Any]
+    arguments: tuple[torch.Tensor, ...]
+    batched: tuple[int, ...]
+
+
 Step = Callable[[Values], Any]
 
 _GENERATOR = torch.Generator().manual_seed(0)

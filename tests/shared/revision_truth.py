@@ -227,12 +227,13 @@ class Judge:
         return len(self.diff.changes)
 
     def pairing(self) -> None:
-        """Calls are paired with calls of their kind, and in one layer where weights say which."""
+        """Calls are paired with calls of their kind: what computes the same, or in one layer where weights say which."""
         for i, j in self.partner.items():
             one, other = self.before.calls[i], self.after.calls[j]
             assert one.is_piece == other.is_piece
             layers = [self._layers(one, "before"), self._layers(other, "after")]
-            assert not all(layers) or layers[0] & layers[1], f"{one.name} of {layers}"
+            same = one.is_piece and one.work == other.work
+            assert same or not all(layers) or layers[0] & layers[1], f"{one.name} of {layers}"
 
     def _layers(self, call: Call, side: str) -> set[str]:
         names = [
@@ -338,13 +339,11 @@ class Judge:
             assert not gone and not new and len(one.operands) == len(other.operands), change
             return
         if len(one.operands) == len(other.operands):
-            assert any(
-                self._text(a, 0) == left
-                and self._text(b, 1) == right
-                and not self.corresponds(a, b)
-                for a, b in zip(one.operands, other.operands, strict=True)
-                for left, right in change.subjects
-            ), change
+            pairs = zip(one.operands, other.operands, strict=True)
+            other_now = [
+                (self._text(a, 0), self._text(b, 1)) for a, b in pairs if not self.corresponds(a, b)
+            ]
+            assert sorted(change.subjects) == sorted(other_now), change
             return
         assert sorted(left for left, _ in change.subjects if left) == sorted(gone), (change, gone)
         assert sorted(right for _, right in change.subjects if right) == sorted(new), (change, new)
@@ -379,6 +378,10 @@ class Judge:
                 [n.name for n in t.inputs if n.name not in b]
                 for t, b in zip((self.before, self.after), bound, strict=True)
             ]
+            if change.kind in ("added", "removed"):
+                there = [words[1] in side for side in names]
+                assert there == [change.kind == "removed", change.kind == "added"], change
+                return
             assert names[0].index(words[1]) == names[1].index(words[-1]), change
         elif "the result" in change.message:
             assert len(self.before.returned) != len(self.after.returned) or any(
@@ -488,7 +491,8 @@ class Judge:
                     not self.corresponds(a, b)
                     for a, b in zip(one.operands, other.operands, strict=True)
                 ]
-                assert len(said_here) == sum(other_now), (one.name, said_here)
+                said_of = sum(len(c.subjects) for c in said_here)
+                assert said_of == sum(other_now), (one.name, said_here)
             assert (line in lines) != same or not self._differ_said(one, other), (
                 one.name,
                 other.name,

@@ -201,7 +201,7 @@ def compiled(model: nn.Module, splitting_ops: list[str] | None = None) -> piecew
         model.eval(),
         example,
         splitting_ops=splitting_ops,
-        config={"backend": "eager", "repeated_layers": "found"},
+        config={"backend": "eager", "repeated_layers": ["layers"]},
     )
 
 

@@ -62,3 +62,12 @@ def build(
             if weight.ndim == 1:
                 weight.add_(norms)
     return model
+
+
+def scatter(model: torch.nn.Module) -> torch.nn.Module:
+    """``model`` with normal weights of 0.3, drawn from torch's own generator, where they have two dimensions or more."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.copy_(torch.randn(weight.shape) * 0.3)
+    return model

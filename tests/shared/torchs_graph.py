@@ -89,7 +89,7 @@ class RealGraphs(FakeCuda):
     """The fake, below the graphs and the recorder of torch 2.15 as they are."""
 
     def __init__(self) -> None:
-        super().__init__(newer=True)
+        super().__init__("2.15")
 
     def graph_class(self) -> type:
         driver = type("_CUDAGraph", (SplitDriver,), {"cuda": self})

@@ -308,3 +308,22 @@ def test_a_mode_that_is_left_again_is_no_change(way: str) -> None:
 def test_a_mode_that_stays_entered_is_refused() -> None:
     with pytest.raises(CaptureError, match="torch function modes that are entered"):
         piecework.compile(Moded("never"), (torch.randn(4, 3),), config={"backend": "eager"})
+
+
+def test_weights_that_a_first_call_makes() -> None:
+    model = torch.nn.Sequential(torch.nn.LazyLinear(3), torch.nn.ReLU())
+    x = torch.randn(4, 8)
+    with pytest.raises(CaptureError, match="no weights before its first call"):
+        piecework.compile(model, (x,), config=EAGER)
+    expected = model(x)
+    torch.testing.assert_close(piecework.compile(model, (x,), config=EAGER)(x), expected)
+
+
+def test_a_parameter_that_is_never_made_nor_used() -> None:
+    class Model(torch.nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(8, 3)
+            self.unused = torch.nn.UninitializedParameter()
+
+    model, x = Model(), torch.randn(4, 8)
+    torch.testing.assert_close(piecework.compile(model, (x,), config=EAGER)(x), model(x))

@@ -13,8 +13,17 @@
 #   left, right, out: output of submod_0
 #   x_2, left_1, right_1, out_1: output of submod_2
 #   x_1: output of submod_4
+#
+# __vllm_consts__:
+#   [0] function mix
+#   [1] function fresh
 
 import torch
+
+# replay_golden.mix.default: its own implementation, past the dispatcher
+mix = __vllm_consts__[0]
+# replay_golden.fresh.default: its own implementation, past the dispatcher
+fresh = __vllm_consts__[1]
 
 s0 = 8
 
@@ -22,9 +31,9 @@ s0 = 8
 def submod_1(left, right, out, layer):
     # shared by 2 submodules
     # layers.0  graph.py  mix(left, right, out, self.name)
-    torch.ops.replay_golden.mix.default(left, right, out, layer)
+    mix(left, right, out, layer)
     # layers.0  graph.py  return x + self.leave(fresh(out))  -> f32[s0, 8]
-    fresh_default = torch.ops.replay_golden.fresh.default(out)
+    fresh_default = fresh(out)
     return fresh_default
 
 

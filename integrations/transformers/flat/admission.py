@@ -25,6 +25,7 @@ from piecework.integrations.transformers.own.probe import (
     distance,
     embedding_of,
     field_of,
+    is_encoder_decoder,
     narrow_windows,
     one_more,
     probe_tokens,
@@ -87,7 +88,7 @@ def refuse_at_sight(decoder: nn.Module, forward: Forward) -> None:
         CaptureError: the model is not fit, and why.
     """
     refuse_model(decoder)
-    if getattr(decoder.config, "is_encoder_decoder", False):
+    if is_encoder_decoder(decoder):
         raise CaptureError(
             "it attends to an encoder's states, which are no tokens of its own row",
             where=type(decoder).__name__,

@@ -22,9 +22,9 @@ from piecework.integrations.transformers.flat.serving import Serving
 from piecework.integrations.transformers.own.probe import Forward
 from piecework.integrations.transformers.request.static_decode import StaticDecode, static_decode
 from piecework.runtime.artifact.load import Artifact
-from piecework.runtime.artifact.store import Place
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
+from piecework.runtime.store.folder import Place
 
 # What is saved takes its tokens so.
 _SAVED = "input_ids"

@@ -13,8 +13,8 @@ import transformers
 from torch import nn
 
 from piecework.errors import ArtifactError
-from piecework.runtime.artifact.surroundings import sources
-from piecework.runtime.cache.collect import tree_digest
+from piecework.runtime.artifact.fit import files_of
+from piecework.runtime.store.surroundings import source_factors, tree_digest
 
 #: Fields of a configuration that say where a model came from or are read in each call, and the dtype, which the weights are compared by.
 _NO_EFFECT = (
@@ -33,7 +33,7 @@ def outside(model: nn.Module, decoder: nn.Module) -> dict[str, object]:
         "transformers": transformers.__version__,
         "the integration": tree_digest(Path(__file__).parents[1]),
         "class": [f"{each.__module__}.{each.__qualname__}" for each in kinds],
-        "source": sources((), kinds),
+        "source": source_factors(files_of(kinds)),
         "attention": decoder.config._attn_implementation,
         "experts": getattr(decoder.config, "_experts_implementation", None),
         **{f"config.{name}": value for name, value in config.items()},

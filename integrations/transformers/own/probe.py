@@ -108,3 +108,8 @@ def field_of(config: PreTrainedConfig, name: str) -> object:
         return getattr(config, name, None)
     except RuntimeError:  # raised for a field of the layers that is asked of the whole
         return None
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model, or the decoder in it, reads an encoder's states."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))

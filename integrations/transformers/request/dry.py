@@ -28,7 +28,7 @@ def dry_request(
     """The context of a run on dummy tokens; the ``context_for`` of a capture.
 
     Example:
-        >>> stitched_module(model).capture([1, 2, 4], context_for=dry_request)
+        >>> stitched_module(model).capture([1, 2, 4], context_for=dry_request, pad=True)
         >>> model.generate(ids)  # decoding steps replay
 
     Raises:

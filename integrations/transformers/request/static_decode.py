@@ -44,6 +44,7 @@ from piecework.runtime.batch.forward_context import (
     set_forward_context,
 )
 from piecework.runtime.batch.mode import CUDAGraphMode
+from piecework.runtime.graphs.device.platforms import platform_for
 from piecework.runtime.stitched import StitchedModule
 
 
@@ -85,6 +86,12 @@ class StaticDecode:
         self.outside: Counter[str] = Counter()
         self.step: StaticStep | None = None
         self._moving = threading.Lock()
+        self._order = platform_for(device).call_order()
+
+    def _wait(self) -> None:
+        """Come after the step before, on the device too: masks, caches and counts are copied here before the call that reads them waits."""
+        if self._order is not None:
+            self._order()
 
     # --- capture -----------------------------------------------------------------------------------
 
@@ -97,6 +104,7 @@ class StaticDecode:
             with dry_request(mode, descriptor) as context:
                 yield context
             return
+        self._wait()
         rows = descriptor.num_tokens
         state = RequestState(
             layers=self._layers,
@@ -107,10 +115,14 @@ class StaticDecode:
             cache=None,
             position_ids=torch.zeros(rows, 1, dtype=torch.long),
             paged={},
-            step=self._memory(),
+            step=(step := self._memory()),
         )
         scope = set_forward_context(cudagraph_runtime_mode=mode, batch_descriptor=descriptor)
-        with scope as context, request_context(state, in_full_graphs=True):
+        with (
+            step.counts_of_nothing(),
+            scope as context,
+            request_context(state, in_full_graphs=True),
+        ):
             yield context
 
     def _memory(self) -> StaticStep:
@@ -146,6 +158,7 @@ class StaticDecode:
         step = self.step
         if step is None:
             return None
+        self._wait()
         why = "" if step.holds(cache, batch) else self._moved_in(step, cache, batch)
         why = why or step.put_masks(masks, batch, cache.layers[0].max_cache_len)
         if why:
@@ -261,6 +274,18 @@ class StaticStep:
         """Each layer has one token more; after the step."""
         self._counts.add_(1)
         self._most, self._version = self._most + 1, self._counts._version
+
+    @contextmanager
+    def counts_of_nothing(self) -> Iterator[None]:
+        """Let runs on dummy tokens in the block store them at the first place: the cache that lies here may be full."""
+        with torch.inference_mode(False), torch.no_grad():
+            before = self._counts.clone()
+            self._counts.zero_()
+        try:
+            yield
+        finally:
+            with torch.inference_mode(False), torch.no_grad():
+                self._counts.copy_(before)
 
     def put_masks(self, masks: LayerMasks, batch: int, room: int) -> str:
         """Copy the masks of a request, [batch or 1, 1, 1, room], into place; why not, if they are of another form."""

@@ -114,7 +114,8 @@ def _generations(model: nn.Module, decoder: nn.Module, forward: Forward) -> list
         raise CaptureError(
             "it has no generate(), by which a decoder that is served whole is tried",
             where=type(model).__name__,
-            hint="stitch the model with its head",
+            hint="stitch is for models that generate: compile an encoder by "
+            "piecework.compile(model, args), and stitch a decoder with its head",
         )
     if model.main_input_name != "input_ids":
         raise CaptureError(

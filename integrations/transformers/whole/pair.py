@@ -21,10 +21,10 @@ from piecework.integrations.transformers.whole.keeping import KINDS, KeptWay
 from piecework.integrations.transformers.whole.way import WholeWay
 from piecework.runtime.artifact.load import Artifact
 from piecework.runtime.artifact.save import save_together
-from piecework.runtime.artifact.store import Place
 from piecework.runtime.artifact.values import from_bytes
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
+from piecework.runtime.store.folder import Place
 
 ENCODER = "encoder"
 _KINDS = f"{ENCODER}_{KINDS}"
@@ -179,8 +179,3 @@ def encoder_of(model: nn.Module, decoder: nn.Module) -> PreTrainedModel | None:
     if found is decoder or found is model or not isinstance(found, PreTrainedModel):
         return None
     return found
-
-
-def is_pair(decoder: nn.Module) -> bool:
-    """Whether a decoder reads an encoder's states."""
-    return bool(getattr(decoder.config, "is_encoder_decoder", False))

@@ -41,10 +41,10 @@ from piecework.integrations.transformers.whole.keeping import KINDS, KeptKind, K
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.load import Artifact
 from piecework.runtime.artifact.save import Part, save_together
-from piecework.runtime.artifact.store import Place
 from piecework.runtime.artifact.values import from_bytes
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
+from piecework.runtime.store.folder import Place
 
 _log = logging.getLogger(__name__)
 

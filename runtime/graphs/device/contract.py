@@ -108,8 +108,9 @@ class GraphPool(Protocol):
         """Bytes held for outputs (and, on CUDA, for intermediates and the graphs themselves)."""
         ...
 
-    def make_ready(self) -> None:
-        """Told before a capture that others may have captured before: since the last one, or since the phase began."""
+    @property
+    def driver_bytes(self) -> int:
+        """Of these, what the driver took for the graphs themselves: much the same for each batch size, and told in coarse steps."""
         ...
 
     def clear(self) -> None:

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -67,17 +68,15 @@ class CpuGraphPlatform:
 
 @dataclass(eq=False)
 class CpuGraphPool:
-    """Blocks of output memory; one is free again when the last tensor over it is gone, as in CUDA's private pools."""
+    """Blocks of output memory, and no driver's; one is free again when the last tensor over it is gone, as in CUDA's private pools."""
 
     _blocks: list[torch.Tensor] = field(default_factory=list)
     _free: list[torch.Tensor] = field(default_factory=list)
+    driver_bytes: ClassVar[int] = 0
 
     @property
     def nbytes(self) -> int:
         return sum(block.nbytes for block in self._blocks)
-
-    def make_ready(self) -> None:
-        """Nothing: pools on the CPU share nothing."""
 
     def clear(self) -> None:
         self._blocks.clear()

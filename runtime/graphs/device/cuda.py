@@ -79,41 +79,43 @@ class _CallOrder:
     """Lets a call wait for the one before, which may be queued on another stream: both use the same memory."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._device, self._lock = device, threading.Lock()
         self._number: int | None = None
         self._stream: torch.cuda.Stream | None = None
 
     def __call__(self) -> None:
         number = torch_compat.stream_number(self._device)
-        if number == self._number:
-            return
-        stream = torch.cuda.current_stream(self._device)
-        if self._stream is not None:
-            stream.wait_stream(self._stream)
-        self._number, self._stream = number, stream
+        with self._lock:
+            if number == self._number:
+                return
+            stream = torch.cuda.current_stream(self._device)
+            if self._stream is not None:
+                stream.wait_stream(self._stream)
+            self._number, self._stream = number, stream
 
 
 class CudaGraphPool:
-    """A private memory pool with the one stream that all captures into it use, and nothing else.
+    """A private memory pool with one stream, which all captures into it use, and nothing else does.
 
     Blocks of the caching allocator belong to a stream, so captures share memory only on the same one. An empty
     graph belongs to the pool from the start: the allocator gives a pool up for good once its last graph is gone,
     and a discarded first capture must not end it.
 
     cuBLAS has a workspace for each stream, which torch takes at the first product there and keeps for all later ones. It must lie
-    in the pool: elsewhere, whoever clears the workspaces or the cache would free it under the graphs. So nothing is warmed up on
-    this stream, and what streams of torch's small set of them had before is let go of first.
+    in the pool: elsewhere, whoever clears the workspaces or the cache would free it under the graphs. And nobody else may use it: products
+    beside a replay would write into it. Both hold because the stream is none of those that torch hands out and nothing runs on it
+    uncaptured. The other way, to clear the workspaces before and after captures, is for the whole process: graphs of others whose workspace
+    lies in ordinary memory would replay into memory that was freed.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        with torch.cuda.device(device):
-            self.stream = torch.cuda.Stream(device)
-        self._measured = 0
+        self._abandoned_bytes = self._segment_bytes = self._driver_bytes = 0
         self._open()
 
     def _open(self) -> None:
-        torch_compat.clear_cublas_workspaces()
+        # New memory has a stream of its own, since the workspace of the old one lies in the old memory.
+        self.stream = torch_compat.own_stream(self.device)
         with torch.cuda.device(self.device):
             self.handle = torch.cuda.graph_pool_handle()
         self._anchor = torch.cuda.CUDAGraph()
@@ -141,58 +143,63 @@ class CudaGraphPool:
             torch.cuda.caching_allocator_delete(probe)
 
     def _look_for(self, address: int) -> None:
-        for each in torch.cuda.memory_snapshot(include_traces=False):
-            here = each["device"] == self.device.index
-            inside = each["address"] <= address < each["address"] + each["total_size"]
-            if here and inside and tuple(each["segment_pool_id"]) != tuple(self.handle):
-                raise StaticGraphError(
-                    "the memory of captures would lie in another pool, which gives it to others while graphs use it",
-                    where=str(self.device),
-                    hint="capture outside of torch.cuda.use_mem_pool",
-                )
+        for start, nbytes in self._segments():
+            if start <= address < start + nbytes:
+                return
+        raise StaticGraphError(
+            "the memory of captures would lie in another pool, which gives it to others while graphs use it",
+            where=str(self.device),
+            hint="capture outside of torch.cuda.use_mem_pool",
+        )
+
+    def _segments(self) -> list[tuple[int, int]]:
+        """Address and bytes of what torch's allocator took from the device for this pool."""
+        found = torch.cuda.memory_snapshot(self.handle, include_traces=False)
+        here = [each for each in found if each["device"] == self.device.index]
+        return [(each["address"], each["total_size"]) for each in here]
 
     @property
     def nbytes(self) -> int:
         """What the captures so far took from the device, graphs and driver memory included."""
-        return self._measured
+        return self._abandoned_bytes + self._segment_bytes + self.driver_bytes
 
-    def make_ready(self) -> None:
-        # Another pool may have this stream, which then has a workspace there.
-        torch_compat.clear_cublas_workspaces()
+    @property
+    def driver_bytes(self) -> int:
+        """Of these, what the driver took for the graphs themselves; the device tells it in coarse steps."""
+        return max(0, self._driver_bytes)
 
     def clear(self) -> None:
         self._anchor.reset()
-        torch_compat.clear_cublas_workspaces()
         with _TURN, torch.cuda.device(self.device):
             torch.cuda.empty_cache()
-        self._measured = 0
+        self._abandoned_bytes = self._segment_bytes = self._driver_bytes = 0
         self._open()
 
-    def abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+    def abandon(self, graph: torch.cuda.CUDAGraph, *, begun: bool) -> None:
         """End a capture that failed, and go on in memory of its own; what was captured before keeps the old one alive.
 
         The first capture there, which is empty, also tells torch's random generators that capturing is over.
         """
         with torch.cuda.stream(self.stream):  # what failed may have left another one
-            torch_compat.abandon_capture(graph, self.device, self.handle)
+            torch_compat.abandon_capture(graph, self.device, self.handle, begun=begun)
         self._drop_probe()
         self._anchor.reset()
+        self._abandoned_bytes += self._segment_bytes
+        self._segment_bytes = 0
         self._open()
-
-    def capture_stream(self) -> torch.cuda.Stream:
-        """The pool's stream, ready for a capture."""
-        if torch.cuda.current_stream(self.device) == self.stream:
-            # The caller works on this very stream, and cuBLAS has a workspace of the caller's for it.
-            torch_compat.clear_cublas_workspaces()
-        return self.stream
 
     @contextmanager
     def measured(self) -> Iterator[None]:
-        """Add what the block takes from the device's free memory, if it succeeds."""
-        before, _ = torch.cuda.mem_get_info(self.device)
+        """Count what the block takes, if it succeeds."""
+        before = self._beside_torch()
         yield
-        after, _ = torch.cuda.mem_get_info(self.device)
-        self._measured += max(0, before - after)
+        self._driver_bytes += self._beside_torch() - before
+        self._segment_bytes = sum(nbytes for _, nbytes in self._segments())
+
+    def _beside_torch(self) -> int:
+        """What is taken of the device by others than torch's allocator."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        return int(total - free - torch.cuda.memory_reserved(self.device))
 
 
 class CudaStaticGraph(StaticGraph[CudaGraphPool, "torch.cuda.CUDAGraph"]):
@@ -214,11 +221,11 @@ class CudaStaticGraph(StaticGraph[CudaGraphPool, "torch.cuda.CUDAGraph"]):
         kwargs: Mapping[str, object],
         weak: bool,
     ) -> tuple[torch.cuda.CUDAGraph, object]:
-        graph = torch.cuda.CUDAGraph()
+        graph, begun = torch.cuda.CUDAGraph(), False
         with (
             _alone_on(self._pool.device),
             self._pool.measured(),
-            _on_stream(self._pool.capture_stream()),
+            _on_stream(self._pool.stream),
             torch.no_grad(),
             collector_paused(),  # what it destroys may call CUDA in ways a capture forbids
         ):
@@ -226,6 +233,7 @@ class CudaStaticGraph(StaticGraph[CudaGraphPool, "torch.cuda.CUDAGraph"]):
                 with torch_compat.kernels_marked(graph) if self._marked else nullcontext():
                     # Other threads may allocate meanwhile; only what this thread does is held to the capture's rules.
                     graph.capture_begin(pool=self._pool.handle, capture_error_mode="thread_local")
+                    begun = True
                     self._pool.probe()
                     with marked_as_the_statement():
                         output = runnable(*args, **kwargs)
@@ -234,7 +242,7 @@ class CudaStaticGraph(StaticGraph[CudaGraphPool, "torch.cuda.CUDAGraph"]):
                 self._pool.require_own()
             except BaseException as error:
                 try:
-                    self._pool.abandon(graph)
+                    self._pool.abandon(graph, begun=begun)
                 except RuntimeError as second:
                     # The device is lost; what lost it is the error to report.
                     error.add_note(f"After that, nothing can be captured on the device: {second}")

@@ -6,6 +6,7 @@ It never captures on its own: it says when capturing is allowed, and forgets wha
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -20,6 +21,9 @@ from piecework.runtime.graphs.device.contract import GraphPlatform, GraphPool, S
 from piecework.runtime.graphs.device.platforms import platform_for
 from piecework.runtime.graphs.memory.addresses import AddressBook, AddressPolicy
 
+# How long a capture waits for a call to leave the memory, in seconds.
+_PATIENCE = 60.0
+
 
 @dataclass(frozen=True, slots=True)
 class CaptureRecord:
@@ -32,6 +36,7 @@ class CaptureRecord:
         nbytes: what it added to the pool.
         staged_bytes: static buffers for fresh inputs, outside the pool; what a larger shape of the piece has is not counted again.
         eager_reason: why this piece runs uncaptured in this shape, if the address policy said so.
+        driver_bytes: how much of ``nbytes`` the driver took, for the graph itself.
     """
 
     name: str
@@ -40,6 +45,7 @@ class CaptureRecord:
     nbytes: int
     staged_bytes: int = 0
     eager_reason: str | None = None
+    driver_bytes: int = 0
 
 
 class _SharedPool:
@@ -51,6 +57,7 @@ class _SharedPool:
         self.owners: weakref.WeakSet[StaticGraphs] = weakref.WeakSet()
         self.users: dict[int, object] = {}
         self.lock = threading.RLock()
+        self.alone: int | None = None
 
 
 class StaticGraphs:
@@ -123,13 +130,42 @@ class StaticGraphs:
     @contextmanager
     def capturing(self) -> Iterator[None]:
         """The capture phase; afterwards capturing is closed, even where it was lazy before."""
-        self.pool.make_ready()
-        self._open = self._in_phase = True
-        try:
+        with self.alone():
+            self._open = self._in_phase = True
+            try:
+                yield
+                self.platform.synchronize()
+            finally:
+                self._open = self._in_phase = False
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Have this memory to oneself for the block: calls that come meanwhile, of every model that uses it, run uncaptured.
+
+        Raises:
+            StaticGraphError: a call that has it does not return, since the block would be a part of that call, say.
+        """
+        shared, me, mine = self._shared, threading.get_ident(), object()
+        if shared.alone == me:
             yield
-            self.platform.synchronize()
+            return
+        give_up = time.monotonic() + _PATIENCE
+        try:
+            while self.users.setdefault(0, mine) is not mine:
+                if time.monotonic() > give_up:
+                    raise StaticGraphError(
+                        "a call uses the memory that is to be captured into, and does not return",
+                        where=str(self.platform.device),
+                        hint="capture outside of calls of the model",
+                    )
+                time.sleep(0.001)
+            shared.alone = me
+            with self.capture_lock:
+                yield
         finally:
-            self._open = self._in_phase = False
+            if self.users.get(0) is mine:
+                shared.alone = None
+                del self.users[0]
 
     @property
     def in_phase(self) -> bool:
@@ -202,16 +238,17 @@ class StaticGraphs:
                     where=where,
                     hint="nest FULL outside PIECEWISE, and let the context's mode pick one",
                 )
-            if not self._in_phase:
-                self.pool.make_ready()
             self._busy_with = name
-            before = self.pool.nbytes
+            before, driver = self.pool.nbytes, self.pool.driver_bytes
             try:
                 yield self.platform.new_graph(self.pool, marked=not self.unmarked)
             finally:
                 self._busy_with = None
             added = self.pool.nbytes - before
-            record = CaptureRecord(name, mode, descriptor, added, staged_bytes)
+            record = CaptureRecord(
+                *(name, mode, descriptor, added, staged_bytes),
+                driver_bytes=self.pool.driver_bytes - driver,
+            )
             self.records.append(record)
             if self._on_capture is not None:
                 self._on_capture(record)
@@ -265,9 +302,8 @@ class StaticGraphs:
     def clear_all_graphs(self) -> None:
         """Forget every capture and give the pool's memory back; weights and buffers stay registered."""
         self.platform.synchronize()
-        with (
-            ExitStack() as every
-        ):  # a graph that can't be reset keeps no other one, and is told at the end
+        # A graph that can't be reset keeps no other one, and is told at the end.
+        with self.capture_lock, ExitStack() as every:
             every.callback(self._forget)
             for holder in list(self._holders):
                 every.callback(holder.clear_graphs)

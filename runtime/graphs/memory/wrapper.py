@@ -99,7 +99,7 @@ class CUDAGraphWrapper(GraphHolder):
     def __post_init__(self) -> None:
         if self.runtime_mode not in (CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL):
             raise ConfigError(
-                f"a wrapper captures in mode PIECEWISE or FULL, not {self.runtime_mode.name}",
+                f"a wrapper captures in mode PIECEWISE or FULL, not {getattr(self.runtime_mode, 'name', self.runtime_mode)}",
                 where=self.name,
                 hint="don't wrap what is never captured",
             )
@@ -126,6 +126,10 @@ class CUDAGraphWrapper(GraphHolder):
             call.replay()
             return call.output
         return call(self.runnable, args, kwargs)
+
+    def unwrap(self) -> Callable[..., object]:
+        """What is wrapped."""
+        return self.runnable
 
     def _count_warmup(self, context: ForwardContext) -> None:
         """An uncaptured run of a shape, while the capture phase is open, is a warm-up of it."""

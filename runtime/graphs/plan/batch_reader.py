@@ -16,13 +16,12 @@ from piecework.codegen.entry.plan import Symbol
 from piecework.codegen.graph.origin import results_of, value_of
 from piecework.errors import ConfigError, StaticGraphError
 from piecework.runtime import torch_compat
-from piecework.runtime.analysis.rows.verdict import rows_of
 from piecework.runtime.analysis.writes import held_by_source, mutations_in, refuse_mutations
-from piecework.runtime.bind.weights import Weight
 from piecework.runtime.graphs.plan.batch_shape import BatchShape, OtherSize, ResultRule, StagedInput
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.inputs import Argument, GraphInput, Layout, Size
-from piecework.runtime.trace.one_trace import Capture
+from piecework.runtime.trace.one_trace import ModelTrace
+from piecework.runtime.watch.weights import Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +32,7 @@ class FixedBatch:
     dims: Mapping[int, int]
 
 
-def batch_dims(captured: Capture, program: Program) -> dict[int, int]:
+def batch_dims(captured: ModelTrace, program: Program) -> dict[int, int]:
     """The batch dimension of each flattened argument that has one."""
     found = {}
     for node, each in zip(
@@ -48,7 +47,7 @@ def batch_dims(captured: Capture, program: Program) -> dict[int, int]:
 
 
 def batch_shape(
-    captured: Capture,
+    captured: ModelTrace,
     program: Program,
     same: Collection[str] = (),
     fixed: FixedBatch | None = None,
@@ -73,7 +72,7 @@ def batch_shape(
 
 
 def passed_inputs(
-    captured: Capture, program: Program
+    captured: ModelTrace, program: Program
 ) -> Iterator[tuple[torch.fx.Node, GraphInput]]:
     """The placeholders that are arguments of ``execution_fn``, in order: all but the weights that its source holds."""
     bound = {row.path for row in program.source.module.bound}
@@ -88,7 +87,7 @@ class _Reader:
 
     def __init__(
         self,
-        captured: Capture,
+        captured: ModelTrace,
         program: Program,
         symbol: str,
         same: Collection[str],
@@ -106,7 +105,6 @@ class _Reader:
         self.others: dict[str, OtherSize] = {}
         self.equal: dict[str, OtherSize] = {}
         self.symbols = ({symbol} if fixed is None else set()) | self._same_symbols()
-        self.verdict = rows_of(program.graph, self.symbols)
 
     def read(self) -> BatchShape:
         self._refuse_writes_to_weights()
@@ -139,7 +137,6 @@ class _Reader:
                 where="capture",
                 hint="there is nothing to replay; don't capture this model",
             )
-        rules, mixes = self._results(written)
         return BatchShape(
             names=names,
             staged=tuple(staged),
@@ -148,10 +145,8 @@ class _Reader:
             others=tuple(self.others.values()),
             equal=tuple(self.equal.values()),
             weights=weights,
-            results=rules,
-            mixes=mixes,
-            undeclared=self.verdict.undeclared,
-            by_context=self.verdict.by_context,
+            results=self._results(),
+            symbols=frozenset(self.symbols),
             low=max(1, (batch.low if batch is not None else None) or 1),
             high=None if batch is None else batch.high,
             guards=self.captured.assumptions.guards(),
@@ -285,41 +280,29 @@ class _Reader:
 
     # --- results -----------------------------------------------------------------------------------
 
-    def _results(self, written: frozenset[str]) -> tuple[tuple[ResultRule, ...], str | None]:
-        outputs = results_of(self.split_gm.graph)
-        reasons = self.verdict.results or (self.verdict.refused,) * len(outputs)
-        rules, mixes = [], [self.verdict.refused]
+    def _results(self) -> tuple[ResultRule, ...]:
+        rules = []
         arguments = {id(value_of(node)): number for number, (node, _) in enumerate(self.passed)}
         earlier: dict[int, int] = {}
-        for index, node in enumerate(outputs):
+        for index, node in enumerate(results_of(self.split_gm.graph)):
             value = value_of(node) if isinstance(node, torch.fx.Node) else node
             rule = self._rule(value)
-            if rule is not None and isinstance(value, torch.Tensor):
+            if not rule.computed and isinstance(value, torch.Tensor):
                 same = earlier.setdefault(id(value), index)
                 known = None if same == index else same
                 rule = replace(rule, argument=arguments.get(id(value)), earlier=known)
-            reason = "its size is computed from the batch size" if rule is None else reasons[index]
-            rules.append(rule or ResultRule())
-            if reason is not None and not (rule is not None and rule.is_count):
-                mixes.append(f"result {index}: {reason}")
-        said = self.verdict.written
-        mixes += [
-            f"argument {name}, which is written to: {reason}"
-            for name in sorted(written | said.keys())
-            if (reason := said.get(name, "nobody knows what is written")) is not None
-        ]
-        return tuple(rules), next((each for each in mixes if each is not None), None)
+            rules.append(rule)
+        return tuple(rules)
 
-    def _rule(self, value: object) -> ResultRule | None:
-        """None where only a batch of the captured size has this result."""
+    def _rule(self, value: object) -> ResultRule:
         if isinstance(value, torch.Tensor):
             sizes = list(value.shape)
             dims = [d for d, n in enumerate(sizes) if torch_compat.symbol_of(n) in self.symbols]
             held = [d for d, size in enumerate(sizes) if self._holds_batch(size)]
-            return ResultRule(tuple(dims)) if held == dims else None
+            return ResultRule(tuple(dims)) if held == dims else ResultRule(computed=True)
         if torch_compat.symbol_of(value) in self.symbols:
             return ResultRule(is_count=True)
-        return None if self._holds_batch(value) else ResultRule()
+        return ResultRule(computed=self._holds_batch(value))
 
     def _holds_batch(self, size: object) -> bool:
         return not self.symbols.isdisjoint(torch_compat.symbols_of(size))
@@ -337,8 +320,7 @@ class _Reader:
         arguments = {
             node.name: node.name for node, each in self.pairs if isinstance(each, Argument)
         }
-        inside = {write.path for write in mutations_in(self.split_gm, self.every, arguments)}
-        return frozenset(inside | (self.verdict.written.keys() & arguments.keys()))
+        return frozenset(each.path for each in mutations_in(self.split_gm, self.every, arguments))
 
 
 def _memory_order(fake: torch.Tensor, name: str) -> tuple[int, ...] | None:

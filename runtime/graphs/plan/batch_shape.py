@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.fx
 
-from piecework.codegen.entry.checks import InRange, Relation, holds
-from piecework.codegen.plan.size_text import symbols_in
+from piecework.codegen.entry.checks import range_text
+from piecework.codegen.plan.size_text import evaluate, symbols_in
 from piecework.errors import ConfigError
 
 
@@ -93,12 +93,14 @@ class ResultRule:
         is_count: it is the batch size itself.
         argument: position of the argument that it is; None for a tensor of its own.
         earlier: number of an earlier result that it is.
+        computed: its size is computed from the batch size, so that only a batch of the captured size has it.
     """
 
     dims: tuple[int, ...] = ()
     is_count: bool = False
     argument: int | None = None
     earlier: int | None = None
+    computed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +116,7 @@ class BatchShape:
         equal: sizes that were declared to equal the batch size; a call in which one doesn't is not served from graphs.
         weights: position → path, for weights that are passed per call.
         results: one rule per result.
-        mixes: why no batch can be padded, if so: a result would change with the padding, or nobody knows that it would not.
-        undeclared: that is so as an operator does not say what it does with rows.
-        by_context: operators read the batch's real size from the forward context.
+        symbols: what the trace calls the batch size; none where it has it as a number.
         low, high: batch sizes that the trace allows; None where there is no bound.
         guards: further conditions on sizes, as Python text over the symbols.
         symbol: what they call the batch size.
@@ -131,9 +131,7 @@ class BatchShape:
     equal: tuple[OtherSize, ...]
     weights: Mapping[int, str]
     results: tuple[ResultRule, ...]
-    mixes: str | None
-    undeclared: bool
-    by_context: bool
+    symbols: frozenset[str]
     low: int
     high: int | None
     guards: tuple[str, ...]
@@ -147,17 +145,18 @@ class BatchShape:
     def refusal(self, size: int, others: Mapping[str, int]) -> str | None:
         """Why no batch of ``size`` is served with these other sizes, or None."""
         values = {self.symbol: size, **{each.symbol: size for each in self.equal}}
-        bounds = [("sizes", InRange(self.symbol, self.low, self.high))]
+        bounds = [("sizes", self.symbol, self.low, self.high)]
         for other in self.others:
             values[other.symbol] = others[other.label]
-            bounds.append((other.label, InRange(other.symbol, other.low, other.high)))
-        for what, bound in bounds:
-            if not holds(bound, values):
-                most = "" if bound.high is None else f" to {bound.high}"
-                return f"the trace allows {what} from {bound.low or 0}{most}"
+            bounds.append((other.label, other.symbol, other.low, other.high))
+        for what, symbol, low, high in bounds:
+            bounded = symbol and (low is not None or high is not None)
+            if bounded and not evaluate(range_text(symbol, low, high), values):
+                most = "" if high is None else f" to {high}"
+                return f"the trace allows {what} from {low or 0}{most}"
         for guard in self.guards:
             # What depends on a number's value is for each call to check.
-            if symbols_in(guard) <= values.keys() and not holds(Relation(guard), values):
+            if symbols_in(guard) <= values.keys() and not evaluate(guard, values):
                 return f"the trace requires {guard}"
         return None
 

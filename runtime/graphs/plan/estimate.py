@@ -9,8 +9,6 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from rich.table import Table
-
 from piecework.errors import StaticGraphError
 from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.dispatcher import CudagraphDispatcher
@@ -23,6 +21,7 @@ from piecework.runtime.graphs.plan.phase import (
     capture_graphs,
     format_bytes,
 )
+from piecework.runtime.observe.tables import Table
 
 Kind = tuple[CUDAGraphMode, BatchDescriptor]
 
@@ -38,26 +37,34 @@ class MemoryModel:
         bytes_per_token: what the pool takes for each token of the largest size.
         steps: (size, bytes) of the measured steps, ascending.
         fixed_bytes: what the pool takes whatever the size.
+        each: what the driver takes for the graphs of a size, whatever the size.
     """
 
     bytes_per_token: float
     steps: tuple[tuple[int, int], ...] = ()
     fixed_bytes: float = 0.0
+    each: float = 0.0
 
     @classmethod
-    def fit(cls, measured: Mapping[int, int], alone: tuple[int, int] | None = None) -> MemoryModel:
+    def fit(
+        cls,
+        measured: Mapping[int, int],
+        alone: tuple[int, int] | None = None,
+        each: float = 0.0,
+    ) -> MemoryModel:
         """The model of measured sizes.
 
         Args:
             measured: bytes by size, captured largest first.
             alone: another size with its bytes when captured alone; tells the fixed part from the one per token.
+            each: what the driver takes for each size; not in ``measured``.
 
         Raises:
             StaticGraphError: nothing was measured.
 
         Example:
             >>> MemoryModel.fit({8: 900, 4: 100, 1: 100}, alone=(1, 200))
-            MemoryModel(bytes_per_token=100.0, steps=((1, 100), (4, 100)), fixed_bytes=0.0)
+            MemoryModel(bytes_per_token=100.0, steps=((1, 100), (4, 100)), fixed_bytes=0.0, each=0.0)
         """
         if not measured:
             raise StaticGraphError("no size was measured", where="memory estimate")
@@ -65,12 +72,12 @@ class MemoryModel:
         steps = tuple(sorted((size, n) for size, n in measured.items() if size != largest))
         pool = max(0, measured[largest] - (_interpolate(steps, largest) if steps else 0))
         if alone is None or alone[0] == largest:
-            return cls(pool / largest, steps)
+            return cls(pool / largest, steps, each=each)
         size, nbytes = alone
         small = min(pool, max(0, nbytes - (_interpolate(steps, size) if steps else 0)))
         slope = (pool - small) / (largest - size)
         fixed = max(0.0, small - slope * size)
-        return cls((pool - fixed) / largest, steps, fixed)
+        return cls((pool - fixed) / largest, steps, fixed, each)
 
     def pool(self, largest: int) -> float:
         """What the pool takes where ``largest`` is the largest size."""
@@ -78,7 +85,7 @@ class MemoryModel:
 
     def step(self, size: int) -> int:
         """What ``size`` adds where a larger one is captured."""
-        return _interpolate(self.steps, size) if self.steps else 0
+        return round(self.each) + (_interpolate(self.steps, size) if self.steps else 0)
 
 
 def cost_of(chosen: Mapping[Kind, Collection[int]], models: Mapping[Kind, MemoryModel]) -> int:
@@ -164,20 +171,32 @@ def estimate_memory(
     for kind, group in planned.items():
         probes = [group[at] for at in sorted({0, len(group) // 2, len(group) - 1})]
         found: list[dict[Key, int]] = []
+        driver: list[int] = []
         for plan in ([probes[-1]], probes):
             try:
                 todo = [(kind[0], plan)]
                 capture_graphs(forward, todo, graphs, warmups=warmups, context_for=context_for)
-                found.append(dict(graphs.bytes_by_descriptor()))
+                driver.append(sum(record.driver_bytes for record in graphs.records))
+                found.append(_without_driver(graphs))
             finally:
                 graphs.clear_all_graphs()
                 graphs.allow_capturing(was_open)
         [(smallest, alone)], together = found[0].items(), found[1]
         measured |= together
         models[kind] = MemoryModel.fit(
-            {d.num_tokens: n for (_, d), n in together.items()}, (smallest[1].num_tokens, alone)
+            {d.num_tokens: n for (_, d), n in together.items()},
+            (smallest[1].num_tokens, alone),
+            sum(driver) / (1 + len(probes)),
         )
     return MemoryEstimate(_rows(planned, models), frozenset(measured), models)
+
+
+def _without_driver(graphs: StaticGraphs) -> dict[Key, int]:
+    """What each descriptor added, but for what the driver took: that is told in coarse steps, so it is averaged over all of them."""
+    left = dict(graphs.bytes_by_descriptor())
+    for record in graphs.records:
+        left[record.mode, record.descriptor] -= record.driver_bytes
+    return left
 
 
 def _rows(
@@ -212,14 +231,20 @@ def choose_within_budget(
     """
     chosen = _largest_that_fit(sizes, models, budget_bytes)
     left = {(k, s) for k, own in chosen.items() for s in sizes[k] if s < own[0]}
+
+    def worth(each: tuple[Kind, int]) -> tuple[float, int]:
+        kind, size = each
+        saved = padding_of(chosen[kind]) - padding_of([*chosen[kind], size])
+        return saved / max(1, models[kind].step(size)), size
+
     while left:
         spent = cost_of(chosen, models)
         affordable = [(k, s) for k, s in left if spent + models[k].step(s) <= budget_bytes]
         if not affordable:
             break
-        kind, size = max(affordable, key=lambda each: (_saving(each, chosen, models), each[1]))
-        chosen[kind].append(size)
-        left.discard((kind, size))
+        best = max(affordable, key=worth)
+        chosen[best[0]].append(best[1])
+        left.discard(best)
     return {kind: tuple(sorted(own)) for kind, own in chosen.items()}
 
 
@@ -230,30 +255,18 @@ def _largest_that_fit(
     while kinds:
         for cap in sorted({size for kind in kinds for size in sizes[kind]}, reverse=True):
             below = {kind: [size for size in sizes[kind] if size <= cap] for kind in kinds}
-            if all(below.values()):
-                first = {kind: [max(own)] for kind, own in below.items()}
-                if cost_of(first, models) <= budget_bytes:
-                    return first
+            first = {kind: [max(own, default=0)] for kind, own in below.items()}
+            if all(below.values()) and cost_of(first, models) <= budget_bytes:
+                return first
         kinds.pop()
     return {}
-
-
-def _saving(
-    each: tuple[Kind, int], chosen: Mapping[Kind, list[int]], models: Mapping[Kind, MemoryModel]
-) -> float:
-    kind, size = each
-    saved = padding_of(chosen[kind]) - padding_of([*chosen[kind], size])
-    return saved / max(1, models[kind].step(size))
 
 
 def padding_of(sizes: Iterable[int]) -> int:
     """Tokens of padding when each batch size up to the largest of ``sizes`` runs once."""
     ordered = sorted(set(sizes))
-    return sum(
-        size - count
-        for before, size in zip([0, *ordered], ordered, strict=False)
-        for count in range(before + 1, size + 1)
-    )
+    gaps = (size - before for before, size in zip([0, *ordered], ordered, strict=False))
+    return sum(gap * (gap - 1) // 2 for gap in gaps)
 
 
 def fit_budget(

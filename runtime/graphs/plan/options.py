@@ -11,13 +11,13 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from piecework.errors import ConfigError, StaticGraphError, did_you_mean
 from piecework.runtime.batch.descriptor import BatchKind
-from piecework.runtime.batch.dispatcher import CudagraphDispatcher, Reason
+from piecework.runtime.batch.dispatcher import CudagraphDispatcher
 from piecework.runtime.batch.keys import LoraCases
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.sizes import (
@@ -34,55 +34,53 @@ from piecework.runtime.graphs.plan.phase import ContextFor, FailurePolicy
 from piecework.runtime.graphs.stage.slots import Number
 from piecework.runtime.splitting_op import GraphsOf
 
-_CALL = ("a function, or None", lambda value: value is None or callable(value))
-_SWITCH = ("True or False", lambda value: type(value) is bool)
+_SWITCHES = (
+    "raise_interrupt",
+    "clone_outputs",
+    "strict",
+    "poison",
+    "put_back",
+    "check_addresses",
+    "mark_kernels",
+)
+_CALLS = ("kind_of", "join", "around", "context_for")
+
+
+def _is_mapping(value: object, fits: Callable[[Any], bool] = lambda each: True) -> bool:
+    return isinstance(value, Mapping) and all(map(fits, value.values()))
+
+
 # What each option must be; those that are not here are checked where they are read, against the model.
-_KINDS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
+_KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(_SWITCHES, ("True or False", lambda value: type(value) is bool)),
+    **dict.fromkeys(_CALLS, ("a function, or None", lambda v: v is None or callable(v))),
+    "pad": ("True, False or None", lambda value: value is None or type(value) is bool),
     "runtime": (
         "a RuntimeConfig, or None",
         lambda value: value is None or isinstance(value, RuntimeConfig),
     ),
     "axes": (
         "a dict of lists of values",
-        lambda value: isinstance(value, Mapping)
-        and all(isinstance(each, Sequence) and type(each) is not str for each in value.values()),
+        lambda v: _is_mapping(v, lambda e: isinstance(e, Sequence) and type(e) is not str),
     ),
-    "other_sizes": ("a dict of lists of sizes", lambda value: isinstance(value, Mapping)),
-    "kind_of": _CALL,
+    "other_sizes": ("a dict of lists of sizes", _is_mapping),
     "warmups": (
         "a number of runs, or None",
         lambda value: value is None or (type(value) is int and value >= 0),
     ),
     "max_padding_factor": (
         "a number of at least 1, or None",
-        lambda value: value is None
-        or (type(value) in (int, float) and 1 <= value < float("inf")),  # type: ignore[operator]
+        lambda v: v is None or (type(v) in (int, float) and 1 <= v < float("inf")),
     ),
-    "raise_interrupt": _SWITCH,
-    "clone_outputs": _SWITCH,
-    "strict": _SWITCH,
-    "join": _CALL,
-    "around": _CALL,
     "memory_of": (
         "the static_graphs.graphs of a captured model, or None",
         lambda value: value is None or isinstance(value, StaticGraphs),
     ),
-    "pads": (
-        "a dict of numbers",
-        lambda value: isinstance(value, Mapping)
-        and all(isinstance(each, (bool, int, float, complex)) for each in value.values()),
-    ),
+    "pads": ("a dict of numbers", lambda v: _is_mapping(v, lambda e: isinstance(e, Number))),
     "static": (
         "a dict of tensors",
-        lambda value: isinstance(value, Mapping)
-        and all(isinstance(each, torch.Tensor) for each in value.values()),
+        lambda v: _is_mapping(v, lambda e: isinstance(e, torch.Tensor)),
     ),
-    "poison": _SWITCH,
-    "check_padding": _SWITCH,
-    "context_for": _CALL,
-    "put_back": _SWITCH,
-    "check_addresses": _SWITCH,
-    "mark_kernels": _SWITCH,
 }
 
 
@@ -119,8 +117,9 @@ class CaptureOptions:
         static: arguments without the batch size that calls pass in the same memory each time, such as a KV cache: by parameter name,
             the tensor itself. It is neither copied nor copied back; a call that passes another one is an error.
         poison: pad floating inputs with NaN, to find out what reads beyond the batch (debugging).
-        check_padding: run one small batch on random data alone, padded, and padded with NaN before anything is captured; where rows
-            differ, nothing is padded. It costs three uncaptured forwards.
+        pad: True says that rows of a batch are independent, so that it may be padded to the next captured size; where a try at the
+            capture finds another result, that is an error. False pads nothing. None pads what shows no sign of mixing rows, and
+            where the try holds. The try runs a small batch of random data alone and padded, eight uncaptured forwards.
         context_for: makes the forward context of runs on dummy inputs.
         put_back: copy what splitting ops write in runs on dummy inputs, and put it back after each; turn it off where the copies
             take too much memory and nothing is in those buffers yet.
@@ -148,7 +147,7 @@ class CaptureOptions:
     pads: Mapping[str, Number] = field(default_factory=dict)
     static: Mapping[str, torch.Tensor] = field(default_factory=dict)
     poison: bool = False
-    check_padding: bool = True
+    pad: bool | None = None
     context_for: ContextFor | None = None
     put_back: bool = True
     check_addresses: bool = False
@@ -253,25 +252,17 @@ def plan_capture(
             where="axes",
             hint="name sizes of the model in other_sizes, and axes of your own otherwise",
         )
-    lora = LoraCases(
-        (runtime is not None and runtime.enable_lora) or bool(options.lora_counts),
-        config.cudagraph_specialize_lora,
-        tuple(options.lora_counts),
-    )
+    adapters = (runtime is not None and runtime.enable_lora) or bool(options.lora_counts)
+    parallel = runtime is not None and config.pass_config.enable_sp
     dispatcher = CudagraphDispatcher(
         mode,
         chosen,
         max_num_seqs=max(chosen) if runtime is None else runtime.max_num_seqs,
         uniform_decode_query_len=lens,
-        decode_multiple_of=(
-            runtime.tensor_parallel_size
-            if runtime is not None and config.pass_config.enable_sp
-            else 1
-        ),
-        lora=lora,
+        decode_multiple_of=runtime.tensor_parallel_size if parallel else 1,
+        lora=LoraCases(adapters, config.cudagraph_specialize_lora, tuple(options.lora_counts)),
         axes={**options.axes, **values},
         strict=options.strict,
-        exact=_never_padded(shape),
         max_padding_factor=options.max_padding_factor,
     )
     for key in list(dispatcher.cudagraph_keys[CUDAGraphMode.FULL]):
@@ -283,12 +274,6 @@ def plan_capture(
         if key.num_tokens not in chosen and _refused(shape, key.num_tokens, others):
             dispatcher.give_up(CUDAGraphMode.FULL, key)
     return CapturePlan(mode, chosen, others, dispatcher, lowered)
-
-
-def _never_padded(shape: BatchShape) -> Reason | None:
-    if shape.mixes is None:
-        return None
-    return Reason.UNDECLARED if shape.undeclared else Reason.NOT_EXACT
 
 
 def _refused(shape: BatchShape, size: int, others: Sequence[Mapping[str, int]]) -> bool:

@@ -11,9 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol, assert_never
-
-from rich.table import Table
+from typing import Protocol
 
 from piecework.errors import ConfigError, PieceworkError, StaticGraphError
 from piecework.runtime.batch.descriptor import BatchDescriptor
@@ -21,6 +19,7 @@ from piecework.runtime.batch.dispatcher import CudagraphDispatcher
 from piecework.runtime.batch.forward_context import set_forward_context
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.graphs.memory.owner import StaticGraphs
+from piecework.runtime.observe.tables import Table
 
 Key = tuple[CUDAGraphMode, BatchDescriptor]
 Forward = Callable[[BatchDescriptor], object]
@@ -47,17 +46,6 @@ class FailurePolicy(enum.Enum):
             raise ConfigError(
                 f"no failure policy {value!r}", where="on_failure", hint=f"use one of {names}"
             ) from None
-
-    @property
-    def raises(self) -> bool:
-        """Whether a failed capture ends all of it."""
-        match self:
-            case FailurePolicy.RAISE:
-                return True
-            case FailurePolicy.UNCAPTURED:
-                return False
-            case _:
-                assert_never(self)
 
 
 class CaptureWatcher(Protocol):
@@ -221,7 +209,7 @@ def capture_graphs(
                     watcher.finished(outcome, graphs.nbytes)
                 if outcome.error is not None:
                     _give_up(dispatcher, [(mode, descriptor)])
-                    if on_failure.raises:
+                    if on_failure is FailurePolicy.RAISE:
                         raise outcome.error
     except (PieceworkError, KeyboardInterrupt) as error:
         stop = error

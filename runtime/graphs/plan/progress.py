@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import TextColumn, TimeRemainingColumn
 
 from piecework.runtime.graphs.plan.phase import CaptureOutcome, format_bytes
-from piecework.runtime.observe.step_bar import StepBar
+from piecework.runtime.observe.progress import StepBar
 
 
 class CaptureProgress:

@@ -150,6 +150,16 @@ class CapturedInputs:
 
         return stage_all
 
+    def stage_once(self, padded: int) -> None:
+        """Stage what lies there, a row short where there are several: a GPU loads a kernel at its first launch, which no served call need wait for."""
+        given = []
+        for number, view in enumerate(self.views(padded)):
+            dim = self._staged[number].dim
+            rows = view if dim is None else view.narrow(dim, 0, max(1, padded - 1))
+            rows = rows.clone() if self._copies else rows  # uncopied inputs lie there already
+            given.append(view if number in self._kept else rows)
+        self.stager(padded)(given)
+
     def bringer(self, padded: int) -> Callable[[Tensors, int], None] | None:
         """What copies written arguments of a batch back into the call's tensors; None if there are none."""
         if not (self._written and self._copies):

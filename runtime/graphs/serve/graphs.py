@@ -27,7 +27,6 @@ from piecework.runtime.batch.forward_context import (
     override_forward_context,
 )
 from piecework.runtime.batch.mode import CUDAGraphMode
-from piecework.runtime.bind.weights import Weight
 from piecework.runtime.call.entry import Entry
 from piecework.runtime.call.execution import by_path_of
 from piecework.runtime.call.profile_names import by_statement
@@ -50,6 +49,7 @@ from piecework.runtime.graphs.serve.partitioned import Partitions
 from piecework.runtime.graphs.serve.replay import Replay, ReplayMaker
 from piecework.runtime.graphs.serve.writes import DryWrites
 from piecework.runtime.pieces.program import Program
+from piecework.runtime.watch.weights import Weight
 
 _FULL = CUDAGraphMode.FULL
 
@@ -66,6 +66,7 @@ class CapturedGraphs:
         options: how it was captured.
         replays: mode and descriptor → its replay.
         weights: path → tensor, of the execution that was captured.
+        written_weights: paths of the weights that the graph writes to.
         forward: the stitching function of that execution.
         dry_writes: puts back what runs on dummy inputs write.
         partitions: what is captured where Inductor cut the model itself; None where its pieces were cut before.
@@ -127,7 +128,8 @@ class CapturedGraphs:
         self._writes: dict[tuple[str, tuple[int, ...]], frozenset[int]] = {}
         weights = list(self.weights.values())
         kept = [each for inputs in self._inputs.values() for each in inputs.written_outside]
-        known = self._written_weights()
+        self.written_weights = self._written_weights()
+        known = [self.weights[path] for path in self.written_weights]
         self.dry_writes = DryWrites(self._is_own, [*weights, *kept], [*known, *kept], always=kept)
         self._wrapped = [self._wrap(submods, n) for n, submods in enumerate(program.submod_lists)]
         self._whole = [self._wrap_whole(number) for number in range(len(program.submod_lists))]
@@ -241,15 +243,14 @@ class CapturedGraphs:
             self._telling = by_statement(self.forward, partial(_statement, lines, names))
         return self._telling(*flat, **submods)
 
-    def _written_weights(self) -> list[torch.Tensor]:
-        """The model's tensors that the graph writes, by the schemas of its operators."""
+    def _written_weights(self) -> tuple[str, ...]:
+        """The paths of the model's tensors that the graph writes, by the schemas of its operators."""
         split_gm = self._program.split_gm
         nodes = split_gm.graph.find_nodes(op="placeholder")
         pairs = zip(nodes, self._entry.captured.inputs, strict=True)
         held = {node.name: each.path for node, each in pairs if isinstance(each, Weight)}
         every = [item.submod_name for item in self._program.items]
-        paths = dict.fromkeys(write.path for write in mutations_in(split_gm, every, held))
-        return [self.weights[path] for path in paths]
+        return tuple(dict.fromkeys(write.path for write in mutations_in(split_gm, every, held)))
 
     def _as_called(
         self, pieces: Sequence[Callable[..., object]]
@@ -295,24 +296,41 @@ class CapturedGraphs:
             self.graphs.call_order()
         if self.options.join is not None:
             self.options.join()
-        with torch.no_grad(), self._without_traces():
-            return self._run(self._flat(views, descriptor), self._range_of(size))
-
-    @contextmanager
-    def _without_traces(self) -> Iterator[None]:
-        """Put back what a run on dummy inputs writes, and tell splitting ops that it is one."""
+        flat, number = self._flat(views, descriptor), self._range_of(size)
         context = current_forward_context()
         full = context is not None and context.cudagraph_runtime_mode is _FULL
-        # What is captured must not be dry; and nothing can be copied while a GPU captures.
-        dry = context if context is None or full else replace(context, dry=True)
+        # Nothing can be copied while a GPU captures, and its replays run no Python.
+        blind = full and self.graphs.platform.device.type != "cpu"
+        with torch.no_grad():
+            if blind and self.graphs.is_open:
+                self._run_as_captured(flat, number, context)
+            with self._without_traces(context if full else _dry(context), watched=not blind):
+                return self._run(flat, number)
+
+    def _run_as_captured(
+        self, flat: Sequence[object], number: int, context: ForwardContext | None
+    ) -> None:
+        """Run a whole forward uncaptured, splitting operators as in its capture, which follows.
+
+        What an operator does for the first time where it isn't dry (load a kernel, tune it) would make the capture invalid; and what
+        it writes is seen here, to be put back after the capture's own replay.
+        """
+        assert context is not None
+        real = replace(context, cudagraph_runtime_mode=CUDAGraphMode.NONE, dry=False)
+        with self._without_traces(real):
+            self._run(flat, number)
+
+    @contextmanager
+    def _without_traces(
+        self, context: ForwardContext | None, *, watched: bool = True
+    ) -> Iterator[None]:
+        """A run on dummy inputs in ``context``; what it writes is put back."""
         # Splitting ops that run inside Inductor's code can't be looked at.
-        watched = self.partitions is None and not (
-            full and self.graphs.platform.device.type == "cuda"
-        )
+        watched = watched and self.partitions is None
         with ExitStack() as stack:
             if self.options.put_back:
                 stack.enter_context(self.dry_writes.put_back(watched=watched))
-            stack.enter_context(override_forward_context(dry))
+            stack.enter_context(override_forward_context(context))
             yield
 
     def _run(self, flat: Sequence[object], number: int) -> object:
@@ -328,7 +346,7 @@ class CapturedGraphs:
         submods = self._as_called(self._program.submod_lists[self._range_of(size)])
         flat = self._flat(tensors, descriptor)
         scope = self.context_for(CUDAGraphMode.NONE, descriptor)
-        with scope, torch.no_grad(), self._without_traces():
+        with scope, torch.no_grad(), self._without_traces(_dry(current_forward_context())):
             results = self.forward(*flat, __vllm_submods__=submods)
             found = results if isinstance(results, (tuple, list)) else (results,)
             # Copies: a result may lie in memory that is put back.
@@ -366,8 +384,10 @@ class CapturedGraphs:
             PieceworkError: an address is not what was captured, or the source did not prove.
         """
         with self.context_for(mode, descriptor):
-            self.dummy(descriptor)
+            results = self.dummy(descriptor)
         inputs, padded = self.inputs_of(descriptor), descriptor.num_tokens
+        inputs.stage_once(padded)
+        _copy_once(results)
         # Inductor's own code calls the replays of its partitions, so nothing is emitted for them.
         emits = self.partitions is None or mode is _FULL
         call = self._emit(mode, descriptor) if emits else None
@@ -404,6 +424,20 @@ class CapturedGraphs:
                 return self._run(flat, number)
 
         return run
+
+
+def _copy_once(results: object) -> None:
+    """Copy results as a served call does, so that the kernels for it are loaded."""
+    for each in torch_compat.flatten_tree(results)[0]:
+        if isinstance(each, torch.Tensor):
+            copy = each.clone()
+            if each.dtype in torch_compat.COPIED_TOGETHER:
+                torch_compat.copy_each([copy], [each], True)
+
+
+def _dry(context: ForwardContext | None) -> ForwardContext | None:
+    """``context``, telling splitting operators that they run on dummy inputs; a whole forward that is captured must not say so."""
+    return context and replace(context, dry=True)
 
 
 def _statement(

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from rich.table import Table
 
 from piecework.collector import collector_paused
+from piecework.runtime.observe.tables import Table
 
 #: A way is not used that took so much more time than another, as a part of that.
 SLACK = 0.02

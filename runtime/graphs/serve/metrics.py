@@ -14,6 +14,15 @@ from piecework.runtime.observe.profile import StageRow
 #: What an HTTP answer with the text says of itself.
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _Labels = tuple[tuple[str, str], ...]
+_FAMILIES = {
+    "steps_total": "Calls, by what they ran as and why.",
+    "padding_rows_total": "Rows that calls were padded by.",
+    "graph_bytes": "Memory that a static graph added.",
+    "traces": "Traces that serve the model.",
+    "compile_seconds_total": "Time that compiling took, by phase.",
+    "stage_seconds": "Host time of one profiled forward, by stage.",
+    "stage_device_seconds": "Device time of one profiled forward, by stage.",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,75 +70,43 @@ class Metrics:
 
         Models of one name are one: their values are added up.
         """
-        families = [*self._families(), *_process_families(self.process)]
-        return "".join(each.text() for each in families if each.samples)
+        samples: dict[str, dict[_Labels, float]] = {}
+        for name, labels, value in self._samples():
+            family = samples.setdefault(name, {})
+            family[labels] = family.get(labels, 0) + value
+        order = [*_FAMILIES, *(name for name in samples if name not in _FAMILIES)]
+        return "".join(_text_of_family(name, samples[name]) for name in order if name in samples)
 
-    def _families(self) -> Iterator[_Family]:
-        steps = _Family("piecework_steps_total", "counter", "Calls, by what they ran as and why.")
-        padding = _Family(
-            "piecework_padding_rows_total",
-            "counter",
-            "Rows that calls were padded by.",
-        )
-        held = _Family("piecework_graph_bytes", "gauge", "Memory that a static graph added.")
-        traces = _Family("piecework_traces", "gauge", "Traces that serve the model.")
-        phases = _Family(
-            "piecework_compile_seconds_total", "counter", "Time that compiling took, by phase."
-        )
-        host = _Family(
-            "piecework_stage_seconds", "gauge", "Host time of one profiled forward, by stage."
-        )
-        device = _Family(
-            "piecework_stage_device_seconds",
-            "gauge",
-            "Device time of one profiled forward, by stage.",
-        )
+    def _samples(self) -> Iterator[tuple[str, _Labels, float]]:
         for each in self.models:
             model = ("model", each.name)
             for row in each.calls:
                 labels = (model, ("mode", row.mode), ("graph", row.graph), ("reason", row.reason))
-                steps.add(labels, row.calls)
-                padding.add(labels, row.padding)
+                yield "steps_total", labels, row.calls
+                yield "padding_rows_total", labels, row.padding
             for (mode, graph), size in each.graph_bytes.items():
-                held.add((model, ("mode", mode), ("graph", graph)), size)
-            traces.add((model,), each.traces)
+                yield "graph_bytes", (model, ("mode", mode), ("graph", graph)), size
+            yield "traces", (model,), each.traces
             for phase, seconds in each.phase_seconds.items():
-                phases.add((model, ("phase", phase)), seconds)
+                yield "compile_seconds_total", (model, ("phase", phase)), seconds
             for stage in each.stages:
                 here = (model, ("stage", stage.name))
-                host.add(here, stage.microseconds / 1e6)
-                device.add(here, stage.device_microseconds / 1e6)
-        return iter((steps, padding, held, traces, phases, host, device))
+                yield "stage_seconds", here, stage.microseconds / 1e6
+                yield "stage_device_seconds", here, stage.device_microseconds / 1e6
+        for name, count in self.process.items():
+            yield f"{name.removeprefix('num_')}_total", (), count
 
 
-class _Family:
+def _text_of_family(name: str, samples: Mapping[_Labels, float]) -> str:
     """One metric with all its samples, which the format wants in one place."""
-
-    def __init__(self, name: str, kind: str, description: str) -> None:
-        self._name, self._kind, self._description = name, kind, description
-        self.samples: dict[_Labels, float] = {}
-
-    def add(self, labels: _Labels, value: float) -> None:
-        self.samples[labels] = self.samples.get(labels, 0) + value
-
-    def text(self) -> str:
-        lines = [
-            f"# HELP {self._name} {self._description}",
-            f"# TYPE {self._name} {self._kind}",
-            *(f"{self._name}{_text_of(labels)} {value}" for labels, value in self.samples.items()),
-        ]
-        return "\n".join(lines) + "\n"
-
-
-def _process_families(counts: Mapping[str, int]) -> Iterator[_Family]:
-    for name, count in counts.items():
-        family = _Family(
-            f"piecework_{name.removeprefix('num_')}_total",
-            "counter",
-            f"piecework.counters.{name} of this process.",
-        )
-        family.add((), count)
-        yield family
+    kind = "counter" if name.endswith("_total") else "gauge"
+    counter = "A counter of this process, as in piecework.counters."
+    lines = [
+        f"# HELP piecework_{name} {_FAMILIES.get(name, counter)}",
+        f"# TYPE piecework_{name} {kind}",
+        *(f"piecework_{name}{_text_of(labels)} {value}" for labels, value in samples.items()),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _text_of(labels: _Labels) -> str:

@@ -22,7 +22,6 @@ from piecework.runtime.batch.coverage import CoverageRow, coverage
 from piecework.runtime.batch.descriptor import BatchKind
 from piecework.runtime.batch.dispatcher import Reason
 from piecework.runtime.batch.mode import CUDAGraphMode
-from piecework.runtime.bind.weights import BoundWeights
 from piecework.runtime.call.entry import Entry
 from piecework.runtime.call.execution import by_path_of
 from piecework.runtime.graphs.device.weak_ref import plain_parts
@@ -34,7 +33,14 @@ from piecework.runtime.graphs.plan.estimate import (
     kind_of,
 )
 from piecework.runtime.graphs.plan.options import CaptureOptions
-from piecework.runtime.graphs.plan.padding_check import may_point_beyond, padding_difference
+from piecework.runtime.graphs.plan.padding import (
+    NotPadded,
+    may_point_beyond,
+    mixing,
+    never_padded,
+    padded_difference,
+    reads_context,
+)
 from piecework.runtime.graphs.plan.phase import (
     CaptureReport,
     CaptureWatcher,
@@ -51,6 +57,7 @@ from piecework.runtime.graphs.serve.writes import acting_unseen
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.pieces.ranks import in_common, require_agreement
 from piecework.runtime.splitting_op import HOW_TO_DECLARE
+from piecework.runtime.watch.weights import BoundWeights
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +67,7 @@ class CapturedModel:
 
     Attributes:
         captures: what is captured; its parts that users read are attributes here too.
+        unpadded: why no batch is padded to a captured size; None if batches are.
         report: what the last capture phase did; None if it was stopped.
         failures: descriptors whose checked replay failed, with the reason.
     """
@@ -78,6 +86,7 @@ class CapturedModel:
         self.dispatcher, self.replays = captures.dispatcher, captures.replays
         self.static_inputs, self.pieces_for = captures.static_inputs, captures.pieces_for
         self._weights, self._forward = captures.weights, captures.forward
+        self.unpadded: str | None = None
         self.report: CaptureReport | None = None
         self.estimate: MemoryEstimate | None = None
         self.dropped: tuple[Key, ...] = ()
@@ -100,7 +109,7 @@ class CapturedModel:
             if rule.argument is not None or rule.earlier is not None
         ]
         self._order, self._join = self.graphs.call_order, options.join
-        self._raises = FailurePolicy.parse(options.on_failure).raises
+        self._raises = FailurePolicy.parse(options.on_failure) is FailurePolicy.RAISE
         self._calls = Calls(self.shape, self.dispatcher, self._ready, options)
 
     # --- capture -----------------------------------------------------------------------------------
@@ -120,9 +129,12 @@ class CapturedModel:
                     "capture: less than a whole forward is captured: %s", self.captures.lowered
                 )
             self._tell_of_unseen()
-            self._capture(memory_budget, progress, estimate)
+            with self.graphs.alone():
+                self._capture(memory_budget, progress, estimate)
         finally:
             self.captures.dry_writes.forget()
+            if self._retired:
+                self._free()
 
     def _tell_of_unseen(self) -> None:
         """Warn of operators of which nobody can tell what they do to whom."""
@@ -206,32 +218,67 @@ class CapturedModel:
         ]
 
     def _settle_padding(self) -> None:
-        """Say why nothing is padded, if so; else try it once on random data, and believe what comes out."""
-        reason = self.shape.mixes
-        if reason is None and self._tries_padding():
-            groups = [group for _, group in self.dispatcher.get_capture_descs()]
-            smallest = min((each for group in groups for each in group), key=lambda d: d.num_tokens)
-            others = self.captures.others(smallest)
-            run = partial(self.captures.run_uncaptured, smallest)
-            reason = padding_difference(self.shape, self.sizes, others, self.options.pads, run)
-            if not self._in_common([] if reason else ["rows stay apart"]):
-                reason = reason or "on another rank a padded run gave other rows"
-                self.dispatcher.exact = Reason.CHECKED
-        if reason is not None:
-            hint = "; " + HOW_TO_DECLARE if self.shape.undeclared else ""
+        """Find out whether batches may be padded, and have the dispatcher pad none where they may not.
+
+        Raises:
+            StaticGraphError: ``pad=True``, and a padded batch would give another result.
+        """
+        found = self._not_padded()
+        agreed = self._in_common([] if found else ["rows are independent"])
+        if found is None and not agreed:
+            text = "on another rank a padded run gave other rows"
+            found = NotPadded(Reason.CHECKED, text)
+        if found is None:
+            return
+        if self.options.pad:
+            raise StaticGraphError(
+                f"pad=True, and rows are not independent: {found.text}",
+                where="capture",
+                hint="leave pad out, and only batches of a captured size are replayed",
+            )
+        self.unpadded, self.dispatcher.exact = found.text, found.reason
+        if self.options.pad is None:
+            hint = "; " + HOW_TO_DECLARE if found.reason is Reason.UNDECLARED else ""
             _log.warning(
-                "capture: only batches of a captured size are replayed: %s%s", reason, hint
+                "capture: only batches of a captured size are replayed: %s%s", found.text, hint
             )
 
-    def _tries_padding(self) -> bool:
-        if not self.options.check_padding or self.shape.by_context:
-            return False
-        every = [item.submod_name for item in self._program.items]
+    def _not_padded(self) -> NotPadded | None:
+        """Why no batch is padded, if so."""
+        pad, split_gm = self.options.pad, self._program.split_gm
+        if pad is False:
+            return NotPadded(Reason.UNPADDED, Reason.UNPADDED.value)
+        computed = never_padded(self.shape)
+        if computed is not None:
+            return NotPadded(Reason.NOT_EXACT, computed)
+        if pad is None:
+            shown = mixing(split_gm, self.shape, self.captures.written_weights)
+            if shown is not None:
+                return shown
+        elif reads_context(split_gm):
+            return None  # nothing can be tried, and the caller said so
         on_gpu = self.graphs.platform.device.type != "cpu"
-        beyond = may_point_beyond(self._program.split_gm, every) if on_gpu else None
-        if beyond is not None:
-            _log.info("capture: padding was not tried on a GPU (%s)", beyond)
-        return beyond is None
+        why = may_point_beyond(split_gm) if on_gpu else None
+        if why is None:
+            try:
+                found = self._try_padding()
+            except Exception as error:  # noqa: BLE001 - a user's model, on data that it may refuse
+                why = f"{type(error).__name__}: {error}"
+            else:
+                text = f"{found} is another one in a padded run"
+                return None if found is None else NotPadded(Reason.CHECKED, text)
+        _log.info("capture: padding was not tried: %s", why)
+        text = f"padding could not be tried ({why}); pad=True says that rows are independent"
+        return None if pad else NotPadded(Reason.NOT_EXACT, text)
+
+    def _try_padding(self) -> str | None:
+        planned = [descriptor for _, descriptor in self._planned()]
+        if not planned:
+            return None
+        smallest = min(planned, key=lambda each: each.num_tokens)
+        others = self.captures.others(smallest)
+        run = partial(self.captures.run_uncaptured, smallest)
+        return padded_difference(self.shape, self.sizes, others, self.options.pads, run)
 
     def _affordable(self, budget: int | None) -> Callable[[Key], bool] | None:
         """Whether a capture still fits the budget, in view of what the captures before it took."""

@@ -5,16 +5,16 @@ It measures nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from rich.table import Table
-
+from piecework.runtime.batch.coverage import aligned
 from piecework.runtime.graphs.plan.estimate import MemoryEstimate
 from piecework.runtime.graphs.plan.phase import Key, format_bytes
+from piecework.runtime.observe.tables import Table
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class MemoryReport:
     """What captures take.
 
@@ -32,40 +32,47 @@ class MemoryReport:
     def total(self) -> int:
         return sum(self.held.values())
 
+    def __repr__(self) -> str:
+        heading = ("mode", "graph", "expected", "held", "note")
+        return (
+            f"static graphs hold {format_bytes(self.total)}\n{aligned([heading, *self._cells()])}"
+        )
+
     def table(self) -> Table:
         """The report for a terminal: expected and held memory of each shape."""
-        expected = {} if self.estimate is None else dict(self.estimate.rows)
         table = Table(title=f"Static graphs hold {format_bytes(self.total)}", title_justify="left")
         for heading in ("mode", "graph", "expected", "held", "note"):
             right = heading in ("expected", "held")
             table.add_column(heading, justify="right" if right else "left")
-        for key in dict.fromkeys([*expected, *self.held]):
-            table.add_row(
-                key[0].name,
-                key[1].describe(),
-                format_bytes(expected[key]) if key in expected else "",
-                format_bytes(self.held[key]) if key in self.held else "",
-                "dropped for the budget" if key in self.dropped else "",
-            )
+        for row in self._cells():
+            table.add_row(*row)
         return table
 
     def as_json(self) -> dict[str, object]:
         """The report as plain values."""
+        graphs = [
+            {
+                "mode": key[0].name,
+                "tokens": key[1].num_tokens,
+                "graph": key[1].describe(),
+                "expected": expected,
+                "held": held,
+                "dropped": key in self.dropped,
+            }
+            for key, expected, held in self._rows()
+        ]
+        return {"total": self.total, "graphs": graphs}
+
+    def _rows(self) -> Iterator[tuple[Key, int | None, int | None]]:
         expected = {} if self.estimate is None else dict(self.estimate.rows)
-        return {
-            "total": self.total,
-            "graphs": [
-                {
-                    "mode": mode.name,
-                    "tokens": descriptor.num_tokens,
-                    "graph": descriptor.describe(),
-                    "expected": expected.get((mode, descriptor)),
-                    "held": self.held.get((mode, descriptor)),
-                    "dropped": (mode, descriptor) in self.dropped,
-                }
-                for mode, descriptor in dict.fromkeys([*expected, *self.held])
-            ],
-        }
+        for key in dict.fromkeys([*expected, *self.held]):
+            yield key, expected.get(key), self.held.get(key)
+
+    def _cells(self) -> Iterator[tuple[str, ...]]:
+        for key, *sizes in self._rows():
+            note = "dropped for the budget" if key in self.dropped else ""
+            texts = ["" if size is None else format_bytes(size) for size in sizes]
+            yield (key[0].name, key[1].describe(), *texts, note)
 
 
 @dataclass(frozen=True, slots=True)

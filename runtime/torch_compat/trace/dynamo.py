@@ -97,6 +97,17 @@ def placeholder_source(node: torch.fx.Node) -> str:
     return str(getattr(source, "name", ""))
 
 
+def placeholder_sources(graph: torch.fx.GraphModule) -> list[str]:
+    """`placeholder_source` of each input of ``graph``; where Dynamo dropped it, as for AOT compile, by the tensor."""
+    nodes = graph.graph.find_nodes(op="placeholder")
+    found = [placeholder_source(node) for node in nodes]
+    values = [node.meta.get("example_value") for node in nodes]
+    mode = torch._guards.detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)])
+    known = getattr(getattr(mode, "shape_env", None), "tracked_fakes", None) or ()
+    tensors = {id(each.fake): each.source.name for each in known}
+    return [source or str(tensors.get(id(v), "")) for source, v in zip(found, values, strict=True)]
+
+
 def dynamo_failure(error: BaseException) -> bool:
     """Whether Dynamo raised ``error`` because it could not capture the code."""
     return isinstance(error, torch._dynamo.exc.TorchDynamoException)
@@ -262,3 +273,32 @@ def graph_module(
 ) -> torch.fx.GraphModule:
     """A GraphModule that makes Python of its graph when it is first run or read."""
     return _LazyGraphModule(root, graph, name)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class TraceContext:
+    """Dynamo's context of one trace, kept for what is done with its graph afterwards."""
+
+    _tracing: object
+    _compiling: object
+
+    @classmethod
+    def running(cls) -> TraceContext:
+        """That of the trace whose backend runs."""
+        return cls(torch._guards.TracingContext.try_get(), torch._guards.CompileContext.try_get())
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Be in the context for the block, which no other thread's trace shares; decisions on sizes are recorded again."""
+        guards = torch._guards
+        env = getattr(getattr(self._tracing, "fake_mode", None), "shape_env", None)
+        frozen = getattr(env, "frozen", False)
+        with contextlib.ExitStack() as stack:
+            for each in (one_trace_at_a_time(), own_symbol_per_dimension(), torch.no_grad()):
+                stack.enter_context(each)
+            stack.enter_context(guards.compile_context(self._compiling))  # type: ignore[arg-type]
+            stack.enter_context(guards.tracing(self._tracing))  # type: ignore[arg-type]
+            if env is not None:
+                env.frozen = False
+                stack.callback(setattr, env, "frozen", frozen)
+            yield

@@ -5,16 +5,14 @@ It says what a guard is about, and never what that means for a captured graph.
 
 from __future__ import annotations
 
-import functools
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from piecework.code_objects import with_inner_code
-from piecework.runtime.torch_compat.dictionaries import Owner, guards_ready
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,8 +22,8 @@ class Place:
     Attributes:
         base: the place that is looked into; None for the start.
         kind: ``"local"`` and ``"global"`` (starts: variables of the traced function), ``"import"`` (a module by name), ``"attribute"``,
-            ``"item"``, ``"key"`` (the key of a dictionary at a position), ``"at"`` (its value there), ``"type"``, ``"class dict"``, or
-            ``"unknown"``.
+            ``"item"``, ``"key"`` (the key of a dictionary at a position), ``"at"`` (its value there), ``"type"``, ``"class dict"``,
+            ``"referent"`` (what a weak reference points to), or ``"unknown"``.
         key: a name, an index or a key.
         name: what Dynamo calls it.
     """
@@ -65,6 +63,10 @@ class Guarded:
     known: bool
     value: object
 
+    def without_value(self) -> Guarded:
+        """The same, holding nothing of what was there."""
+        return Guarded(self.place, self.kind, self.about, self.other, False, None)
+
 
 class GuardReader:
     """Reads the guards of one trace; give `choose` to ``torch.compile`` as ``options["guard_filter_fn"]``.
@@ -79,17 +81,6 @@ class GuardReader:
 
     def choose(self, entries: Sequence[Any]) -> list[bool]:
         return list(self._wanted([self._guarded(entry) for entry in entries]))
-
-    def so_far(self) -> list[Guarded]:
-        """What the trace that is running has guarded by now; what was there is not told."""
-        context = getattr(torch._guards.TracingContext.try_get(), "guards_context", None)
-        found = []
-        for guard in getattr(context, "dynamo_guards", None) or ():
-            about = types.SimpleNamespace(
-                orig_guard=guard, guard_type=guard.create_fn_name(), has_value=False, value=None
-            )
-            found.append(self._guarded(about))
-        return found
 
     def give_back(self) -> None:
         """Forget everything: torch keeps the function that it was given."""
@@ -152,6 +143,8 @@ class GuardReader:
             return Place(held, "type", None, name)
         if kind == "TypeDictSource":
             return Place(held, "class dict", None, name)
+        if kind == "WeakRefCallSource":
+            return Place(held, "referent", None, name)
         return Place(held, "unknown", None, name)
 
 
@@ -185,10 +178,6 @@ def source_name(source: Any) -> str:
     return str(getattr(source, "name", ""))
 
 
-#: Whether Dynamo guards the plain values that it reads of a class itself (``Settings.rate``). Seen to be so in 2.13, and not in 2.11.
-GUARDS_CLASS_VALUES = torch.__version__ >= "2.13"
-
-
 def guard_settings() -> Mapping[str, object]:
     """Settings of Dynamo that let it leave nothing unguarded that it can guard."""
     return {
@@ -205,17 +194,25 @@ def guard_settings() -> Mapping[str, object]:
 
 
 def kept_guards(code: types.CodeType) -> Any:
-    """Dynamo's check of the guards that were wanted in the trace of ``code``; None if there is none.
+    """Dynamo's guards of the trace of ``code`` that were wanted; None if this torch doesn't show them.
 
-    What comes back has ``check(locals)`` and ``check_verbose(locals)``.
+    What comes back has ``check(variables)`` and ``check_verbose(variables)``, and is held by nobody else once the code is gone.
     """
     entries = torch._dynamo.eval_frame._debug_get_cache_entry_list(code)
-    return getattr(entries[0], "guard_manager", None) if entries else None
+    manager = getattr(entries[0], "guard_manager", None) if entries else None
+    root = getattr(manager, "root", manager)
+    return root if hasattr(root, "clone_manager") else None
 
 
-def failing_guard(manager: Any, values: Mapping[str, object]) -> str:
+def guards_where(root: Any, wanted: Callable[[str], bool]) -> Any:
+    """Those of some guards that are on places of these names, each place with those on its way; None if there are none."""
+    above = {root.get_source(), "G"}  # what holds the variables, and the globals
+    return root.clone_manager(lambda at: (name := at.get_source()) in above or wanted(name))
+
+
+def failing_guard(root: Any, values: Mapping[str, object]) -> str:
     """The text of the first of Dynamo's guards that does not hold; "" if all do."""
-    info = manager.check_verbose(dict(values))
+    info = root.check_verbose(dict(values))
     return "" if info.result else str((info.verbose_code_parts or ["a guard"])[0])
 
 
@@ -276,81 +273,15 @@ def running_output() -> Any:
         return None
 
 
+def traced_locals() -> dict[str, object]:
+    """What Dynamo's names ``L['x']`` stand for in the trace whose backend is being called; {} where torch doesn't show it."""
+    root = getattr(running_output(), "root_tx", None)
+    return dict(getattr(root, "f_locals", None) or {})
+
+
 def class_dict(kind: type) -> dict[str, object] | None:
     """The dictionary behind ``kind.__dict__``; None where it can't be reached."""
     import gc
 
     found = [each for each in gc.get_referents(kind.__dict__) if type(each) is dict]
     return found[0] if len(found) == 1 and found[0].keys() == kind.__dict__.keys() else None
-
-
-def identity_guard(
-    classes: Iterable[object], attributes: Iterable[tuple[object, str, object]]
-) -> Callable[[], bool]:
-    """A function that is true while each object has the class that it has now, and each attribute is the same object.
-
-    Args:
-        classes: objects whose class is compared.
-        attributes: owner, name, and what is there; all are kept alive. They must not be computed at each access.
-    """
-    kinds = list({id(each): each for each in classes}.values())
-    rows = list(attributes)
-    if not (kinds or rows):
-        return _true
-    if guards_ready() and _has_identity_guards():
-        return _identity_guard(kinds, rows)
-    expected = [type(each) for each in kinds]
-    return lambda: [*map(type, kinds)] == expected and all(
-        getattr(owner, name, _true) is value for owner, name, value in rows
-    )
-
-
-def _identity_guard(
-    kinds: Sequence[object], rows: Sequence[tuple[object, str, object]]
-) -> Callable[[], bool]:
-    from torch._dynamo.guards import GuardManagerType
-
-    owner = Owner([*kinds, *(row[0] for row in rows)])
-    start = [owner, [type(each) for each in kinds], [row[2] for row in rows]]
-    root = torch._C._dynamo.guards.RootGuardManager()
-    _, managers = owner.managers(root)
-    for each, at_object in zip(kinds, managers[: len(kinds)], strict=True):
-        at_object.add_type_match_guard(id(type(each)), [""], None)
-    kind = GuardManagerType.GUARD_MANAGER
-    for (_, name, value), at_object in zip(rows, managers[len(kinds) :], strict=True):
-        at_value = at_object.getattr_manager(name, "", value, kind)
-        at_value.add_id_match_guard(id(value), [""], None)
-    return functools.partial(root.check, start)
-
-
-@functools.cache
-def _has_identity_guards() -> bool:
-    """Whether the guards exist and do what is wanted of them, tried on objects of our own."""
-
-    class One:
-        x = 1
-
-    class Two(One):
-        x = 2
-
-    first, second = One(), One()
-    second.y = first  # type: ignore[attr-defined]
-    try:
-        same = _identity_guard([first], [(second, "y", first)])
-        if not (same() and same()):
-            return False
-        first.__class__ = Two
-        if same():
-            return False
-        first.__class__ = One
-        second.y = None  # type: ignore[attr-defined]
-        if same():
-            return False
-        del second.y  # type: ignore[attr-defined]
-        return not same()
-    except (AttributeError, ImportError, TypeError, RuntimeError):
-        return False
-
-
-def _true() -> bool:
-    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,15 +58,20 @@ def unbacked_symbols(values: Iterable[object]) -> frozenset[str]:
     return frozenset(found)
 
 
-def raw_symbols(value: object) -> frozenset[object]:
-    """The symbols in a size or in a tensor's sizes, those that the trace has fixed since included."""
+def free_sizes(value: object) -> frozenset[object]:
+    """The symbols in a size or in a tensor's sizes."""
     sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
-    found: set[object] = set()
-    for size in sizes:
-        if isinstance(size, torch.SymInt):
-            found |= size.node.expr.free_symbols
-            found |= getattr(getattr(size.node, "_expr", None), "free_symbols", set())
-    return frozenset(found)
+    symbolic = (size.node.expr for size in sizes if isinstance(size, torch.SymInt))
+    return frozenset().union(*(expr.free_symbols for expr in symbolic))
+
+
+def settle_asserts(values: Iterable[object]) -> None:
+    """Write into what a trace asserts the sizes that it has fixed since: a piece's code would check them by a symbol that nobody passes."""
+    env = shape_env_of(values)
+    deferred = getattr(env, "deferred_runtime_asserts", None) or {}
+    for symbol, asserts in deferred.items():
+        settled = [replace(each, expr=env.replace(each.expr)) for each in asserts]
+        deferred[symbol] = [each for each in settled if each.expr != True]  # noqa: E712 - sympy's
 
 
 def asserted_symbols(values: Iterable[object]) -> frozenset[object]:
@@ -204,26 +210,6 @@ def _size_with(value: object, symbol: str, size: int) -> object:
     if replaced == expr:
         return value
     return value.node.shape_env.create_symintnode(replaced, hint=None)
-
-
-def statically_equal(left: object, right: object) -> bool:
-    """Whether two sizes are equal for every value of their symbols; adds no guard."""
-    if isinstance(left, int) and isinstance(right, int):
-        return left == right
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return bool(statically_known_true(left == right))
-
-
-def known_non_negative(size: object) -> bool:
-    """Whether a size is 0 or more for every value of its symbols; adds no guard."""
-    if isinstance(size, int):
-        return size >= 0
-    if not isinstance(size, torch.SymInt):
-        return False
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return bool(statically_known_true(size >= 0))
 
 
 def is_traced_contiguous(fake: torch.Tensor) -> bool:

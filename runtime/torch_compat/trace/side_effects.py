@@ -76,66 +76,6 @@ def writes_of_trace(same: SameTensor) -> list[Write]:
     return found
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Written:
-    """What code that the running trace went through, up to some point, wrote to objects that were there before; what was written back counts."""
-
-    form: object
-    kept: list[object]
-
-    def is_as(self, other: Written | None) -> bool:
-        """Whether code would find the same written."""
-        return other is not None and self.form == other.form
-
-
-def written_so_far() -> Written | None:
-    """What is written now; None where that can't be compared: attributes and hooks of tensors, objects that the trace made, or where torch doesn't say."""
-    from torch._dynamo.variables.tensor import TensorVariable
-
-    effects = _effects()
-    if effects is None or effects.tensor_hooks:
-        return None
-    if any(isinstance(var, TensorVariable) for var in effects.store_attr_mutations):
-        return None
-    kept: list[object] = []
-    found: list[object] = []
-    for var in list(effects.id_to_variable.values()):
-        if type(var.mutation_type).__name__ not in _EXISTING or not effects.is_modified(var):
-            continue
-        if hasattr(var, "symbolic_stack"):
-            return None
-        kept.append(var)
-        stored = effects.store_attr_mutations.get(var) or {}
-        inner = getattr(var, "_base_vt", None)
-        items = _form(inner or var, kept, _DEEP) if inner is not None or not stored else ()
-        forms = [(name, _form(value, kept, _DEEP)) for name, value in stored.items()]
-        if items is None or any(form is None for _, form in forms):
-            return None
-        found.append((id(var), items, tuple(forms)))
-    return Written(found, kept)
-
-
-_DEEP = 4
-
-
-def _form(var, kept: list[object], depth: int) -> object:  # type: ignore[no-untyped-def]
-    """What a value of the trace is; None for an object that the trace made, which may change."""
-    from torch._dynamo.variables import ConstantVariable, TensorVariable
-
-    var = getattr(var, "unwrap", lambda: var)()
-    kept.append(var)
-    if isinstance(var, ConstantVariable):
-        return type(var.value), repr(var.value)
-    if isinstance(var, TensorVariable):
-        return "tensor", id(var)
-    items = getattr(var, "items", None)
-    if isinstance(items, (list, tuple, dict)):
-        flat = [y for x in items.items() for y in x] if isinstance(items, dict) else items
-        forms = [_form(getattr(each, "vt", each), kept, depth - 1) for each in flat if depth]
-        return None if not depth or None in forms else (type(var), tuple(forms))
-    return ("object", id(var)) if getattr(var, "source", None) is not None else None
-
-
 _EXISTING = ("AttributeMutationExisting", "ValueMutationExisting")
 
 

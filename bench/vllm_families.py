@@ -1,0 +1,286 @@
+"""Families that a vLLM engine serves on piecework: in, nothing; out, a table of tokens, log-probabilities, pieces and times beside eager's and vLLM's own compiler's.
+
+python -m piecework.bench.vllm_families run families.jsonl [NAME …]   # appends a line for each family
+python -m piecework.bench.vllm_families table families.jsonl docs/vllm.md
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "HF_HUB_OFFLINE": "1",
+}
+SMALL: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_GPT = {"n_embd": 64, "n_layer": 4, "n_head": 2, "n_positions": 512, "n_inner": 128}
+_HEADS = {"num_key_value_heads": 2}
+_EXPERTS = {
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+}
+#: transformers' configuration class without "Config" → what differs from `SMALL`.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Qwen2": {},
+    "Qwen3": {},
+    "Mistral": {},
+    "Gemma": {},
+    "Gemma2": {"query_pre_attn_scalar": 32, "sliding_window": 64},
+    "Phi": {**_HEADS, "partial_rotary_factor": 0.5},
+    "Phi3": {"rope_scaling": None, "original_max_position_embeddings": 512},
+    "GPT2": _GPT,
+    "GPTNeoX": {**_HEADS, "rotary_pct": 0.5},
+    "GPTJ": {**_GPT, "rotary_dim": 16},
+    "OPT": {"ffn_dim": 128, "word_embed_proj_dim": 64},
+    "Bloom": {"n_layer": 4, "n_head": 2},
+    "Falcon": {"multi_query": True, "alibi": False, "new_decoder_architecture": False},
+    "Granite": {},
+    "Cohere": {},
+    "Cohere2": {"sliding_window": 64},
+    "StableLm": {},
+    "Starcoder2": {"sliding_window": None},
+    "Olmo": {},
+    "Olmo2": {},
+    "Olmo3": {"sliding_window": 64},
+    "Glm": {"partial_rotary_factor": 0.5},
+    "Glm4": {"partial_rotary_factor": 0.5},
+    "Nemotron": {},
+    "SmolLM3": {},
+    "Arcee": {},
+    "Ernie4_5": {},
+    "SeedOss": {},
+    "Helium": {},
+    "Exaone4": {"sliding_window": 64, "sliding_window_pattern": 4},
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "Qwen2Moe": _EXPERTS,
+    "Qwen3Moe": _EXPERTS,
+    "Olmoe": _EXPERTS,
+    "GraniteMoe": _EXPERTS,
+    "GPTBigCode": _GPT,
+    "Mpt": {"d_model": 64, "n_heads": 2, "n_layers": 4, "max_seq_len": 512, "expansion_ratio": 2},
+    "Persimmon": _HEADS,
+    "Apertus": {},
+    "HunYuanDenseV1": {},
+    "Phimoe": _EXPERTS,
+}
+BATCH, ALONE = [3, 17, 40, 90], [29]
+
+
+def checkpoint(family: str, folder: Path) -> Path:
+    """A small model of a family with random weights, as `save_pretrained` writes it."""
+    import torch
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(**{**SMALL, **FAMILIES[family]})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    path = folder / family
+    model.save_pretrained(path)
+    return path
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``function`` gives in a process of its own, which starts with vLLM imported; raises what it raised, as text."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+
+    def run() -> None:
+        try:
+            theirs.send((function(*arguments), ""))
+        except Exception as error:  # noqa: BLE001 - it is a row of the table
+            theirs.send((None, f"{type(error).__name__}: {error}"[:300]))
+
+    process = context.Process(target=run)
+    process.start()
+    theirs.close()
+    try:
+        found, problem = ours.recv()
+    except EOFError:
+        found, problem = None, "the process died"
+    process.join()
+    if problem:
+        raise RuntimeError(problem)
+    return found
+
+
+def measured(path: Path, compilation: dict[str, Any]) -> dict[str, Any]:
+    """One engine: what it generates, and how long it took."""
+    import vllm
+    from vllm.compilation.counter import compilation_counter
+
+    before = compilation_counter.clone()
+    start = time.perf_counter()
+    engine = vllm.LLM(
+        str(path),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_model_len=256,
+        max_num_seqs=8,
+        max_num_batched_tokens=64,
+        enable_chunked_prefill=True,
+        disable_log_stats=True,
+        compilation_config=compilation,
+    )
+    found: dict[str, Any] = {"seconds": time.perf_counter() - start}
+    config = engine.llm_engine.vllm_config.compilation_config
+    found["backend"], found["mode"] = config.backend, int(config.mode)
+    found["compile seconds"] = config.compilation_time
+    after = compilation_counter.clone()
+    found["counters"] = {
+        name: value - getattr(before, name)
+        for name, value in vars(after).items()
+        if value != getattr(before, name)
+    }
+    found["tokens"], found["logprobs"] = [], []
+    options = vllm.SamplingParams(
+        max_tokens=12, temperature=0, detokenize=False, ignore_eos=True, logprobs=1
+    )
+    for lengths in (BATCH, ALONE):
+        given = [prompt(i, n) for i, n in enumerate(lengths)]
+        for each in engine.generate(given, options, use_tqdm=False):
+            out = each.outputs[0]
+            found["tokens"].append(list(out.token_ids))
+            pairs = zip(out.logprobs, out.token_ids, strict=True)
+            found["logprobs"].append([row[token].logprob for row, token in pairs])
+    found["forward ms"] = _forward(engine)
+    return found
+
+
+def prompt(number: int, length: int) -> dict[str, list[int]]:
+    """Tokens that are the same in every process."""
+    return {"prompt_token_ids": [1] + [(7 * number + 13 * j) % 500 + 5 for j in range(length - 1)]}
+
+
+def _forward(engine: Any) -> float:
+    """The fastest tenth of the forwards of a decode step of one request, in milliseconds."""
+    import vllm
+
+    worker = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    runner, log = worker.model_runner, []
+    forward = runner._model_forward
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        result = forward(*args, **kwargs)
+        log.append(time.perf_counter() - start)
+        return result
+
+    runner._model_forward = timed
+    options = vllm.SamplingParams(max_tokens=60, temperature=0, detokenize=False, ignore_eos=True)
+    engine.generate([prompt(0, 4)], options, use_tqdm=False)
+    runner._model_forward = forward
+    return 1e3 * sorted(log)[len(log) // 10]
+
+
+def row(family: str) -> dict[str, Any]:
+    """A family: eager, piecework without and with what it kept, and vLLM's own compiler."""
+    found: dict[str, Any] = {"family": family}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["VLLM_CACHE_ROOT"] = f"{folder}/cache"
+        try:
+            path = apart(checkpoint, family, Path(folder))
+            found["eager"] = apart(measured, path, {"mode": 0})
+        except RuntimeError as error:
+            return {**found, "not served": str(error)}
+        ours = {"backend": "piecework"}
+        for name, options in (("cold", ours), ("warm", ours), ("default", {})):
+            try:
+                found[name] = apart(measured, path, options)
+            except RuntimeError as error:
+                found[name] = {"error": str(error)}
+    return found
+
+
+# --- the table ---------------------------------------------------------------------------------------
+
+_START, _END = "<!-- families: generated -->", "<!-- end -->"
+
+
+def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """The table as Markdown."""
+    yield "| family | tokens | log-probabilities within | pieces | unique | start cold, warm, default (s) | compile warm (s) | forward, default (ms) |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for each in sorted(rows, key=lambda r: r["family"].lower()):
+        if "not served" not in each:
+            yield _line(each)
+
+
+def _line(found: dict[str, Any]) -> str:
+    eager, cold, warm, default = (found[name] for name in ("eager", "cold", "warm", "default"))
+    if "error" in cold:
+        return f"| {found['family']} | refused: {cold['error']} | | | | | | |"
+    runs = [each for each in (cold, warm) if "error" not in each]
+    equal = all(each["tokens"] == eager["tokens"] for each in runs) and len(runs) == 2
+    apart = max(
+        abs(a - b)
+        for each in runs
+        for ours, theirs in zip(each["logprobs"], eager["logprobs"], strict=True)
+        for a, b in zip(ours, theirs, strict=True)
+    )
+    counted = cold["counters"]
+    warmly = warm.get("counters", {})
+    again = warmly.get("num_graphs_seen", 0) or warmly.get("num_backend_compilations", 0)
+    starts = ", ".join(
+        f"{each['seconds']:.1f}" if "seconds" in each else "–" for each in (cold, warm, default)
+    )
+    compiled = (
+        f"{warm['compile seconds']:.2f}" if not again and "seconds" in warm else "compiled again"
+    )
+    forward = ", ".join(
+        f"{each['forward ms']:.2f}" if "forward ms" in each else "–" for each in (cold, default)
+    )
+    return (
+        f"| {found['family']} | {'equal' if equal else 'DIFFERENT'} | {apart:.0e} "
+        f"| {counted.get('num_piecewise_capturable_graphs_seen', 0)} | {counted.get('num_inductor_compiles', 0)} "
+        f"| {starts} | {compiled} | {forward} |"
+    )
+
+
+def main(arguments: list[str]) -> None:
+    what, lines, *rest = arguments
+    if what == "table":
+        rows = [json.loads(line) for line in Path(lines).read_text().splitlines()]
+        page = Path(rest[0])
+        head, _, tail = page.read_text().partition(_START)
+        text = "\n".join(table(rows))
+        page.write_text(f"{head}{_START}\n\n{text}\n\n{_END}{tail.partition(_END)[2]}")
+        return
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import transformers  # noqa: F401 - before processes part
+    import vllm.entrypoints.llm  # noqa: F401
+
+    for family in rest or FAMILIES:
+        with open(lines, "a") as out:
+            out.write(json.dumps(row(family)) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,58 @@
+"""When two runs of one computation gave the same. In: two values. Out: whether they are equal up to what another kernel may change.
+
+Another batch size, thread count or compiler takes other kernels, which add in another order, so floating values are compared by a
+tolerance of their dtype, relative to the largest value beside them. Whole numbers and truth values must be equal.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# Of the largest value: a few roundings of the dtype over many layers. Products of float32 may be rounded to ten bits (TF32).
+_TOLERANCE = {
+    torch.float64: 1e-6,
+    torch.complex128: 1e-6,
+    torch.float32: 1e-3,
+    torch.complex64: 1e-3,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
+_COARSEST = 0.25  # of what has fewer bits than these
+_SMALLEST = 1e-3  # values below are compared as if the largest beside them were this
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """How far values of ``dtype`` may be apart, as a part of the largest; 0 for whole numbers.
+
+    Example:
+        >>> tolerance_of(torch.float32), tolerance_of(torch.int64)
+        (0.001, 0.0)
+    """
+    inexact = dtype.is_floating_point or dtype.is_complex
+    return _TOLERANCE.get(dtype, _COARSEST) if inexact else 0.0
+
+
+def same_values(one: object, other: object) -> bool:
+    """Whether two results are equal, tensors up to the tolerance of their dtype; nothing is said of strides.
+
+    Example:
+        >>> same_values(torch.ones(2), torch.ones(2) + 1e-5), same_values(torch.ones(2), torch.zeros(2))
+        (True, False)
+    """
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return type(one) is type(other) and bool(one == other)
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    tolerance = tolerance_of(one.dtype)
+    if tolerance == 0.0:
+        return torch.equal(one, other)
+    wide = torch.complex128 if one.is_complex() else torch.float64
+    one, other = one.detach().to(wide), other.detach().to(wide)
+    finite = torch.isfinite(one)
+    if not torch.equal(finite, torch.isfinite(other)):
+        return False
+    rest, apart = one[~finite], (one - other)[finite].abs()
+    if not torch.equal(rest.isnan(), other[~finite].isnan()):
+        return False
+    largest = float(one[finite].abs().max()) if apart.numel() else 0.0
+    return not apart.numel() or float(apart.max()) <= tolerance * max(largest, _SMALLEST)

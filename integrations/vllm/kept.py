@@ -1,0 +1,78 @@
+"""What vLLM's AOT compile keeps of a compiled graph, and how another process goes on from there without a trace or a compile."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch._dynamo.aot_compile import SerializableCallable
+
+from piecework.integrations.vllm.engine import called, declare_functions, settings
+from piecework.runtime.artifact.program import program_from_bytes, program_to_bytes
+from piecework.runtime.pieces.program import Program
+
+_log = logging.getLogger("vllm.piecework")
+
+
+class Served(SerializableCallable):
+    """A compiled graph as vLLM holds it.
+
+    Args:
+        program: what was compiled, or its bytes until `finalize_loading`.
+        paths: of each input of the graph the path of the weight that it is, or None.
+        prefix: what vLLM calls the model.
+        is_encoder: whether it is an encoder.
+        call: what runs.
+    """
+
+    def __init__(
+        self,
+        program: Program | bytes,
+        paths: Sequence[str | None],
+        prefix: str,
+        is_encoder: bool,
+        call: Callable[..., object] | None = None,
+    ) -> None:
+        self.program, self.paths = program, tuple(paths)
+        self.prefix, self.is_encoder = prefix, is_encoder
+        if call is not None:
+            self._run = call
+
+    def __call__(self, *args: object) -> object:
+        return self._run(*args)
+
+    def _run(self, *args: object) -> object:
+        raise RuntimeError("finalize_loading was not called")
+
+    @classmethod
+    def serialize_compile_artifacts(cls, compiled_fn: Served) -> bytes:
+        """What the engine keeps: texts, kernels and plan, with their digest; no graph, no weight.
+
+        Raises:
+            ArtifactError: something can't be told again in another process; vLLM says so and starts without it next time.
+        """
+        kept = compiled_fn.program
+        data = kept if isinstance(kept, bytes) else program_to_bytes(kept)
+        return pickle.dumps((data, compiled_fn.paths, compiled_fn.prefix, compiled_fn.is_encoder))
+
+    @classmethod
+    def deserialize_compile_artifacts(cls, data: bytes) -> Served:
+        return cls(*pickle.loads(data))
+
+    def finalize_loading(self, vllm_config: Any) -> None:
+        """Bind the pieces, inside of this process's static-graph wrappers. Nothing is traced, split or compiled.
+
+        Raises:
+            ArtifactError: it was changed, or made by or for something else; vLLM then compiles again, and says why.
+        """
+        if not isinstance(self.program, bytes):
+            return
+        start = time.perf_counter()
+        config, _ = settings(vllm_config, self.is_encoder)
+        declare_functions()
+        self.program = program_from_bytes(self.program, config)
+        self._run = called(self.program, self.paths, vllm_config)  # type: ignore[method-assign]
+        _log.info("[%s] loaded in %.2f s", self.prefix, time.perf_counter() - start)

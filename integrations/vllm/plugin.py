@@ -1,0 +1,170 @@
+"""The entry point ``vllm.general_plugins``: ``{"backend": "piecework"}``, or VLLM_PIECEWORK=1, makes piecework the compiler of an engine.
+
+vLLM knows two compilers by name and takes every other one for one of these; so three of its methods are wrapped, once a process.
+They do what they did for all engines that don't ask for piecework.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from piecework.errors import ConfigError
+
+#: vLLM's versions that the tests ran with.
+VERSIONS = ("0.32.0",)
+NAME = "piecework"
+_MARK = "__piecework__"
+_log = logging.getLogger("vllm.piecework")
+
+
+def register() -> None:
+    """Make vLLM know the backend ``piecework``; it may be called again and again."""
+    from vllm.config import CompilationConfig, VllmConfig
+    from vllm.platforms import current_platform
+
+    _wrap(CompilationConfig, "__post_init__", _accepting)
+    _wrap(CompilationConfig, "init_backend", _choosing)
+    _wrap(VllmConfig, "__post_init__", _settling)
+    _wrap(type(current_platform), "check_and_update_config", _keeping_mode)
+
+
+def version() -> str:
+    """vLLM's version, as its package says it."""
+    from importlib.metadata import packages_distributions, version
+
+    names = packages_distributions().get("vllm", ["vllm"])
+    return version(names[0]).partition("+")[0]
+
+
+def require_known_version() -> None:
+    """Raise `ConfigError` unless this vLLM is one that piecework ran with."""
+    if version() not in VERSIONS:
+        raise ConfigError(
+            f"piecework was not run with vLLM {version()}",
+            where="backend",
+            hint=f"it was with {', '.join(VERSIONS)}; leave the backend to vLLM, or install that version",
+        )
+
+
+def _wrap(owner: type, name: str, wrapper: Callable[[Callable[..., Any]], Any]) -> None:
+    held = owner.__dict__.get(name, getattr(owner, name))
+    function = held.__func__ if isinstance(held, classmethod) else held
+    function = getattr(function, "__func__", function)
+    if hasattr(function, _MARK):
+        return
+    wrapped = functools.wraps(function)(wrapper(function))
+    setattr(wrapped, _MARK, True)
+    setattr(owner, name, classmethod(wrapped) if _is_classmethod(owner, name) else wrapped)
+
+
+def _is_classmethod(owner: type, name: str) -> bool:
+    return any(isinstance(each.__dict__.get(name), classmethod) for each in owner.__mro__)
+
+
+def wanted(config: Any) -> bool:
+    """Whether a compilation configuration of vLLM's is for piecework, by its own word or the environment's."""
+    by_variable = os.environ.get("VLLM_PIECEWORK", "") not in ("", "0")
+    return config.backend == NAME or (by_variable and config.backend in ("", "inductor"))
+
+
+@contextmanager
+def _as_inductor(config: Any) -> Iterator[None]:
+    """What vLLM settles by its compiler's name (fusion instead of custom ops, priorities, ranges) is settled as for Inductor."""
+    config.backend = "inductor"
+    try:
+        yield
+    finally:
+        config.backend = NAME
+
+
+def _accepting(original: Callable[..., None]) -> Callable[..., None]:
+    """vLLM's own check refuses a third compiler in its mode 3."""
+
+    def post_init(self: Any) -> None:
+        if self.backend != NAME:
+            return original(self)
+        with _as_inductor(self):
+            return original(self)
+
+    return post_init
+
+
+def _settling(original: Callable[..., None]) -> Callable[..., None]:
+    def post_init(self: Any) -> None:
+        from vllm.config import CompilationMode
+
+        config = self.compilation_config
+        if not wanted(config):
+            return original(self)
+        require_known_version()
+        if config.mode == CompilationMode.STOCK_TORCH_COMPILE:
+            raise ConfigError(
+                "vLLM's mode 1 calls a backend without the engine's configuration",
+                where="mode",
+                hint="leave the mode out",
+            )
+        if config.use_inductor_graph_partition:
+            raise ConfigError(
+                "piecework cuts the graph itself, before Inductor",
+                where="use_inductor_graph_partition",
+                hint="leave it out",
+            )
+        if config.mode == CompilationMode.DYNAMO_TRACE_ONCE:
+            config.mode = CompilationMode.VLLM_COMPILE  # one trace too, and with its static graphs
+        with _as_inductor(config):
+            config._piecework = True
+            original(self)
+        if config.mode == CompilationMode.NONE:
+            _log.info("piecework: vLLM compiles nothing here (enforce_eager, LoRA on the CPU, …)")
+            return None
+        if config.mode != CompilationMode.VLLM_COMPILE:
+            raise ConfigError(
+                f"vLLM changed the mode to {config.mode}, in which it asks for another compiler",
+                where="mode",
+            )
+        _log.info(
+            "piecework compiles this engine: %d splitting ops, cudagraph_mode %s, custom_ops %s",
+            len(config.splitting_ops or ()),
+            config.cudagraph_mode.name,
+            ",".join(config.custom_ops),
+        )
+
+    return post_init
+
+
+def _keeping_mode(original: Callable[..., None]) -> Callable[..., None]:
+    """A platform may leave vLLM's own compiler for plain Inductor, as the CPU's does; not where it is piecework's turn."""
+
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        from vllm.config import CompilationMode
+
+        config = vllm_config.compilation_config
+        if not getattr(config, "_piecework", False):
+            return original(cls, vllm_config)
+        before = config.mode
+        sizes = config.cudagraph_capture_sizes
+        original(cls, vllm_config)
+        if before == CompilationMode.VLLM_COMPILE != config.mode != CompilationMode.NONE:
+            config.mode = before
+        if cls.support_static_graph_mode():
+            config.cudagraph_capture_sizes = sizes
+
+    return check_and_update_config
+
+
+def _choosing(original: Callable[..., Any]) -> Callable[..., Any]:
+    def init_backend(
+        self: Any, vllm_config: Any, prefix: str = "", is_encoder: bool = False
+    ) -> Any:
+        if self.backend != NAME:
+            return original(self, vllm_config, prefix=prefix, is_encoder=is_encoder)
+        from piecework.integrations.vllm.backend import EngineBackend
+
+        return EngineBackend(vllm_config, prefix, is_encoder)
+
+    return init_backend

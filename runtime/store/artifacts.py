@@ -1,0 +1,101 @@
+"""Compiled pieces by submodule and range. In: bytes for each (submodule, range). Out: the same bytes, each kept once, loaded in parallel.
+
+It never unpickles or executes: a loader that the caller gives does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from piecework.errors import ArtifactError
+from piecework.runtime.store.files import sha256
+
+
+class StandaloneCompiledArtifacts:
+    """(submodule, range) -> SHA-256 -> bytes, and what a loader made of the bytes.
+
+    Example:
+        >>> artifacts = backend.collect_standalone_compile_artifacts()
+        >>> artifacts.load_all(my_loader)
+        >>> artifacts.get_loaded("submod_0", "[1, 16]")
+    """
+
+    def __init__(self) -> None:
+        self._digests: dict[tuple[str, str], str] = {}
+        self._data: dict[str, bytes] = {}
+        self._loaded: dict[str, object] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        """The bytes without what was loaded from them, which is another process's to load."""
+        return {**vars(self), "_loaded": {}}
+
+    def insert(self, submod_name: str, range_name: str, data: bytes) -> str:
+        """Keep `data` for a submodule and range, and forget what it replaces; return its SHA-256."""
+        if not isinstance(data, bytes):
+            where = f"{submod_name}, {range_name}: {type(data).__name__}"
+            raise ArtifactError("an artifact must be bytes", where=where)
+        digest = self._digests[submod_name, range_name] = sha256(data)
+        self._data.setdefault(digest, data)
+        for unused in self._data.keys() - self._digests.values():
+            del self._data[unused]
+            self._loaded.pop(unused, None)
+        return digest
+
+    def get(self, submod_name: str, range_name: str) -> bytes:
+        """The bytes; `ArtifactError` that lists what there is if there are none."""
+        return self._data[self._digest(submod_name, range_name)]
+
+    def get_loaded(self, submod_name: str, range_name: str) -> object:
+        """What `load_all` made of the bytes; `ArtifactError` before it ran."""
+        digest = self._digest(submod_name, range_name)
+        if digest not in self._loaded:
+            where, hint = f"{submod_name}, {range_name}", "call load_all(loader) first"
+            raise ArtifactError("the artifact is not loaded yet", where=where, hint=hint)
+        return self._loaded[digest]
+
+    def load_all(self, loader: Callable[[bytes], object], max_workers: int | None = None) -> None:
+        """Run `loader` once on each distinct artifact that is not loaded yet, in parallel threads.
+
+        The first failure is raised as `ArtifactError` naming its submodules; what did load stays loaded.
+        """
+        waiting = [digest for digest in self._data if digest not in self._loaded]
+        with ThreadPoolExecutor(max_workers, thread_name_prefix="piecework-load") as pool:
+            made = {digest: pool.submit(loader, self._data[digest]) for digest in waiting}
+        failed = {digest: error for digest, each in made.items() if (error := each.exception())}
+        self._loaded |= {digest: made[digest].result() for digest in made.keys() - failed.keys()}
+        for digest, error in failed.items():
+            named = (" ".join(each) for each, found in self._digests.items() if found == digest)
+            raise ArtifactError(
+                f"an artifact could not be loaded: {type(error).__name__}: {error}",
+                where=", ".join(named),
+                hint="compile again; the bytes are intact but do not suit this torch or machine",
+            ) from error
+
+    def size_bytes(self) -> int:
+        """Bytes kept, each distinct artifact counted once."""
+        return sum(len(data) for data in self._data.values())
+
+    def num_artifacts(self) -> int:
+        """Distinct artifacts."""
+        return len(self._data)
+
+    def num_entries(self) -> int:
+        """(submodule, range) pairs."""
+        return len(self._digests)
+
+    def submodule_names(self) -> tuple[str, ...]:
+        """The submodules, in the order of their first insertion."""
+        return tuple(dict.fromkeys(submod for submod, _ in self._digests))
+
+    def _digest(self, submod_name: str, range_name: str) -> str:
+        digest = self._digests.get((submod_name, range_name))
+        if digest is None:
+            ranges = ", ".join(each for submod, each in self._digests if submod == submod_name)
+            known = f"submodules: {', '.join(self.submodule_names()) or 'none'}"
+            raise ArtifactError(
+                "there is no such artifact",
+                where=f"{submod_name}, {range_name}",
+                hint=f"ranges of {submod_name}: {ranges}" if ranges else known,
+            )
+        return digest

@@ -1,0 +1,350 @@
+"""A saved program's files. In: bytes by name, and what the manifest says beside. Out: the same in a directory, or in one ``bytes``; verified when they are read.
+
+It knows nothing of what the files hold. A file's name in the directory tells its content too, so that nothing is overwritten: a new manifest takes the place of the old one
+in one step, and then the files that it does not list go. No byte is given out before its digest agrees with the manifest, and the manifest's with itself, and with the key where
+there is one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from piecework.errors import ArtifactError, CacheError, ConfigError
+from piecework.runtime.store.entry import MIN_KEY_BYTES
+from piecework.runtime.store.files import (
+    FULL_DISK,
+    LOCKS_DIRECTORY,
+    LockTimeout,
+    UnsafeFile,
+    check_directory,
+    locked,
+    read_regular,
+    signing_key,
+    sync_directory,
+    write_atomic,
+)
+from piecework.runtime.store.manifest import (
+    MAX_MANIFEST_BYTES,
+    Damaged,
+    Record,
+    decode,
+    encode,
+    read_recorded,
+    record_of,
+    records_of,
+)
+
+Place = str | os.PathLike[str]
+FORMAT = 2
+KIND = "piecework artifact"
+MANIFEST = "manifest.json"
+#: What the manifest says of each of several modules that were saved together.
+PARTS = "parts"
+_NAME = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}/){0,2}[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+_AGAIN = "save the model again"
+_TRIES = 5
+_LOCK_SECONDS = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """An artifact that was verified.
+
+    Attributes:
+        name: where it is, for errors.
+        facts: what the manifest says besides the files.
+        files: file name → its bytes, exactly those that were saved. They are held, so that nothing that happens to the directory later matters.
+    """
+
+    name: str
+    facts: Mapping[str, object]
+    files: Mapping[str, bytes]
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file.
+
+        Raises:
+            ArtifactError: the manifest lists none of that name.
+        """
+        data = self.files.get(name)
+        if data is None:
+            raise ArtifactError(
+                "the manifest lists no such file", where=f"{self.name}/{name}", hint=_AGAIN
+            )
+        return data
+
+    def text(self, name: str) -> str:
+        """The same as text."""
+        return self.read(name).decode("utf-8")
+
+    def parts(self) -> tuple[Folder, ...]:
+        """The same as one artifact for each module that was saved in it with others."""
+        rows = self.facts.get(PARTS)
+        shared = {name: value for name, value in self.facts.items() if name != PARTS}
+        return tuple(
+            Folder(
+                f"{self.name}/{part_folder(number)}",
+                {**shared, **row},
+                {name.removeprefix(part_folder(number)): data for name, data in self.files.items()},
+            )
+            for number, row in enumerate(rows if isinstance(rows, list) else ())
+        )
+
+
+def part_folder(number: int) -> str:
+    """Where the files of a module lie that was saved with others."""
+    return f"part_{number}/"
+
+
+def directory_of(place: Place) -> Path:
+    """The directory that ``place`` names.
+
+    Raises:
+        ConfigError: it names none.
+        ArtifactError: it is a URL.
+    """
+    if not isinstance(place, (str, os.PathLike)) or not os.fspath(place):
+        raise ConfigError(f"an artifact lies in a directory; got {place!r}")
+    if "://" in os.fspath(place):
+        raise ArtifactError(
+            "an artifact lies in a directory, and this is a URL",
+            where=str(place),
+            hint="copy the directory to or from there, with its own tools or fsspec's",
+        )
+    return Path(os.path.abspath(place))
+
+
+def key_of(file: str | os.PathLike[str] | None) -> bytes | None:
+    """The secret in ``file``, else in the file that ``PIECEWORK_CACHE_KEY_FILE`` names; None where there is neither.
+
+    Raises:
+        ArtifactError: it can't be read, or is too short to be a secret.
+    """
+    try:
+        key = signing_key() if file is None else Path(file).read_bytes()
+    except (OSError, CacheError) as error:
+        raise ArtifactError(
+            f"the key that signs artifacts can't be read: {getattr(error, 'strerror', None) or error}",
+            where=None if file is None else str(file),
+            hint="key_file names a file that holds the secret as raw bytes",
+        ) from error
+    if key is not None and len(key) < MIN_KEY_BYTES:
+        raise ArtifactError(
+            f"the key that signs artifacts has {len(key)} bytes",
+            hint=f"a secret has {MIN_KEY_BYTES} bytes or more",
+        )
+    return key
+
+
+# --- a directory -------------------------------------------------------------------------------------
+
+
+def has_artifact(path: Path) -> bool:
+    """Whether there is an artifact, sound or not."""
+    return os.path.lexists(path / MANIFEST)
+
+
+def write_folder(
+    path: Path, files: Mapping[str, bytes], facts: Mapping[str, object], key: bytes | None
+) -> None:
+    """Write an artifact, in place of one that is there. A process that is killed leaves the old one, or none where there was none.
+
+    Raises:
+        ArtifactError: there is something else, or it can't be written.
+    """
+    try:
+        _require_free(path)
+        path.mkdir(parents=True, exist_ok=True, mode=0o755)
+        with locked(path, "save", _LOCK_SECONDS):
+            manifest, records = _manifest(files, facts, key)
+            places = {_place(path, name, records[name]): data for name, data in files.items()}
+            for place, data in places.items():
+                place.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+                write_atomic(place, data, 0o644)
+            write_atomic(path / MANIFEST, manifest, 0o644)
+            sync_directory(path)
+            _remove_others(path, {path / MANIFEST, *places})
+    except (OSError, CacheError, LockTimeout, UnsafeFile) as error:
+        full = isinstance(error, OSError) and error.errno in FULL_DISK
+        raise ArtifactError(
+            "the artifact can't be written: "
+            + ("the disk is full" if full else str(getattr(error, "strerror", None) or error)),
+            where=str(path),
+            hint=(
+                "free some space, or name a directory on another disk"
+                if full
+                else "name a directory that can be made, or replaced, by this user"
+            ),
+        ) from error
+
+
+def _manifest(
+    files: Mapping[str, bytes], facts: Mapping[str, object], key: bytes | None
+) -> tuple[bytes, dict[str, Record]]:
+    records = {name: record_of(data) for name, data in files.items()}
+    whole = {**facts, "kind": KIND, "format": FORMAT, "files": records}
+    return encode(whole, key), records
+
+
+def _place(path: Path, name: str, record: Record) -> Path:
+    """Where a file lies: its name with a part of its digest in it."""
+    pure = PurePosixPath(name)
+    return path / pure.with_name(f"{pure.stem}.{record.digest[:16]}{pure.suffix}")
+
+
+def _require_free(path: Path) -> None:
+    """Raise `ArtifactError` if something else than an artifact is there. A save that was killed leaves a lock's directory."""
+    if not os.path.lexists(path):
+        return
+    if path.is_dir() and not path.is_symlink():
+        if not os.listdir(path) or (path / LOCKS_DIRECTORY).is_dir():
+            return
+        with contextlib.suppress(OSError, UnsafeFile):
+            if f'"{KIND}"'.encode() in read_regular(path / MANIFEST, MAX_MANIFEST_BYTES):
+                return
+    raise ArtifactError(
+        "there is something else than an artifact",
+        where=str(path),
+        hint="name a new directory, or remove what is there",
+    )
+
+
+def _remove_others(path: Path, kept: set[Path]) -> None:
+    for folder, _, names in os.walk(path, topdown=False):
+        for each in (Path(folder, name) for name in names):
+            if each not in kept and each.parent.name != LOCKS_DIRECTORY:
+                with contextlib.suppress(OSError):
+                    each.unlink()
+        with contextlib.suppress(OSError):  # only an empty one goes
+            os.rmdir(folder)
+
+
+def open_folder(path: Path, key: bytes | None, tries: int = _TRIES) -> Folder:
+    """Verify an artifact's manifest, and then every file that it lists.
+
+    Args:
+        key: what it must be signed with; None takes an unsigned one, and does not look at a signature.
+        tries: how often it is read again if another artifact took its place meanwhile.
+
+    Raises:
+        ArtifactError: there is none, it is damaged, of another format, unsigned or signed with another key, or may have been written by another user.
+    """
+    if not path.is_dir():
+        raise ArtifactError(
+            "there is no artifact here", where=str(path), hint="stitched.save(path) makes one"
+        )
+    try:
+        check_directory(Path(os.path.realpath(path)))
+    except CacheError as error:
+        raise ArtifactError(error.message, where=error.where, hint=error.hint) from error
+    raw = _read_manifest(path)
+
+    def read(name: str, record: Record) -> bytes:
+        return read_recorded(_place(path, name, record), record, name)
+
+    try:
+        return _verified(str(path), raw, key, read)
+    except ArtifactError:
+        if not tries or _read_manifest(path) == raw:
+            raise
+    return open_folder(path, key, tries - 1)
+
+
+def _read_manifest(path: Path) -> bytes:
+    try:
+        return read_regular(path / MANIFEST, MAX_MANIFEST_BYTES)
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            "a file of the artifact is missing",
+            where=str(path / MANIFEST),
+            hint=f"copy the directory whole, or {_AGAIN}",
+        ) from error
+    except (OSError, UnsafeFile) as error:
+        raise _unreadable(str(path / MANIFEST), error) from error
+
+
+def _unreadable(where: str, error: Exception) -> ArtifactError:
+    return ArtifactError(
+        f"a file of the artifact can't be read: {getattr(error, 'strerror', None) or error}",
+        where=where,
+        hint="its files are plain files of this user or of root, which others can't write",
+    )
+
+
+def _verified(
+    name: str, raw: bytes, key: bytes | None, read: Callable[[str, Record], bytes]
+) -> Folder:
+    try:
+        facts = decode(raw, None, MANIFEST)
+        if facts.pop("kind", None) != KIND:
+            raise ArtifactError(
+                "this is no artifact of piecework.load",
+                where=name,
+                hint="what piecework compile makes holds one in its folder 'artifact'",
+            )
+        version = facts.pop("format", None)
+        if version != FORMAT:
+            raise ArtifactError(
+                f"the artifact has format {version!r}; this version of piecework reads {FORMAT}",
+                where=name,
+                hint=_AGAIN,
+            )
+        _require_signed(name, raw, key)
+        records = records_of(facts, "files", MANIFEST)
+        del facts["files"]
+        for each in records:
+            if not _NAME.fullmatch(each):
+                raise Damaged(f"it names a file outside the artifact, {each!r}", MANIFEST)
+        files = {each: read(each, record) for each, record in records.items()}
+    except Damaged as damage:
+        raise ArtifactError(
+            f"the artifact is damaged: {damage.reason}",
+            where=f"{name}/{damage.file}",
+            hint=f"{_AGAIN}, or copy it whole; an edited source is saved by use_edited() and save()",
+        ) from damage
+    except OSError as error:
+        raise _unreadable(name, error) from error
+    return Folder(name, facts, files)
+
+
+def _require_signed(name: str, raw: bytes, key: bytes | None) -> None:
+    if key is None:
+        return
+    try:
+        decode(raw, key, MANIFEST)
+    except Damaged as error:
+        raise ArtifactError(
+            "the artifact is not signed with the key that was given",
+            where=name,
+            hint="save it with the same key; whoever lacks the key could have written it",
+        ) from error
+
+
+# --- one bytes ---------------------------------------------------------------------------------------
+
+
+def packed(files: Mapping[str, bytes], facts: Mapping[str, object], key: bytes | None) -> bytes:
+    """An artifact as one ``bytes``: the length of the manifest, the manifest, and the files in its order."""
+    manifest, records = _manifest(files, facts, key)
+    return b"".join([len(manifest).to_bytes(8, "big"), manifest, *map(files.get, sorted(records))])  # type: ignore[arg-type]
+
+
+def unpacked(data: bytes, key: bytes | None) -> Folder:
+    """What `packed` made, verified as `open_folder` does; raises as it does."""
+    start = 8 + int.from_bytes(data[:8], "big")
+    position = start
+
+    def read(name: str, record: Record) -> bytes:
+        nonlocal position
+        found = data[position : position + record.size]
+        position += record.size
+        if record_of(found) != record:
+            raise Damaged("its SHA-256 is not the one that was saved", name)
+        return found
+
+    return _verified("<bytes>", data[8:start], key, read)

@@ -1,0 +1,336 @@
+"""Looking after a whole cache. In: a cache directory. Out: its entries, why a key misses, what is damaged, and, of the collector, less of it.
+
+Only `collect` removes anything. It never takes an entry that somebody is changing, and whoever has one open that is removed compiles again. No link is followed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import stat
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from piecework.errors import CacheError
+from piecework.runtime.model_tag import TAG
+from piecework.runtime.store.entry import (
+    ARTIFACTS_DIRECTORY,
+    INDEX_NAME,
+    QUARANTINE_DIRECTORY,
+    CacheEntry,
+    Identity,
+)
+from piecework.runtime.store.factors import (
+    FACTORS_NAME,
+    MAX_FACTORS_BYTES,
+    Difference,
+    KeyFactors,
+)
+from piecework.runtime.store.files import (
+    LOCKS_DIRECTORY,
+    TEMPORARY_PREFIX,
+    LockTimeout,
+    UnsafeFile,
+    check_directory,
+    read_regular,
+    resolve_root,
+    sha256,
+)
+from piecework.runtime.store.manifest import Damaged
+
+# A lock that nobody has taken for so long is nobody's.
+LOCK_AGE_SECONDS = 7 * 24 * 3600.0
+_KEY = re.compile(r"[0-9a-f]{32}")
+_RANK = re.compile(r"rank_([0-9]{1,7})_([0-9]{1,7})")
+
+
+class EntrySummary(NamedTuple):
+    """One entry: who it is, its size on disk, its artifact files, and when it was used (seconds since the epoch)."""
+
+    identity: Identity
+    bytes: int
+    artifacts: int
+    last_used: float
+
+
+class Finding(NamedTuple):
+    """Something damaged: in which entry, in which file, and what is wrong."""
+
+    entry: str
+    file: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.entry}: {self.file}: {self.reason}"
+
+
+class Verification(NamedTuple):
+    """What `verify` looked at and found."""
+
+    entries: int
+    artifacts: int
+    bytes: int
+    findings: tuple[Finding, ...]
+
+
+class CollectionReport(NamedTuple):
+    """What `collect` removed (or would remove), and what stays. Sizes in bytes."""
+
+    removed: tuple[str, ...]
+    busy: tuple[str, ...]
+    removed_bytes: int
+    leftover_files: int
+    leftover_bytes: int
+    kept_entries: int
+    kept_bytes: int
+
+
+# --- what there is -----------------------------------------------------------------------------------
+
+
+def list_entries(root: str | os.PathLike[str]) -> tuple[EntrySummary, ...]:
+    """All entries, the one used last first."""
+    real = resolve_root(root)
+    found = [_summary(real, identity) for identity in _identities(real)]
+    return tuple(sorted(found, key=lambda entry: (-entry.last_used, str(entry.identity))))
+
+
+def _summary(real: Path, identity: Identity) -> EntrySummary:
+    directory = real.joinpath(*identity.parts)
+    sizes = _file_sizes(directory)
+    artifacts = sum(1 for path in sizes if path.parent.name == ARTIFACTS_DIRECTORY)
+    try:
+        last_used = os.lstat(directory / INDEX_NAME).st_mtime
+    except OSError:
+        last_used = 0.0
+    return EntrySummary(identity, sum(sizes.values()), artifacts, last_used)
+
+
+def _identities(real: Path) -> Iterator[Identity]:
+    """The entries below a resolved root, by the names of their directories."""
+    for key in _directories(real):
+        for rank in _directories(key) if _KEY.fullmatch(key.name) else ():
+            numbers = _RANK.fullmatch(rank.name)
+            for tag in _directories(rank) if numbers else ():
+                if numbers and TAG.fullmatch(tag.name):
+                    yield Identity(key.name, int(numbers[1]), int(numbers[2]), tag.name)
+
+
+def _directories(path: Path) -> list[Path]:
+    try:
+        with os.scandir(path) as found:
+            names = [item.name for item in found if item.is_dir(follow_symlinks=False)]
+    except OSError:
+        return []
+    return [path / name for name in sorted(names)]
+
+
+def _file_sizes(directory: Path) -> dict[Path, int]:
+    """Every plain file below ``directory`` with its size."""
+    sizes: dict[Path, int] = {}
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            path = Path(folder, name)
+            with contextlib.suppress(OSError):
+                info = os.lstat(path)
+                if stat.S_ISREG(info.st_mode):
+                    sizes[path] = info.st_size
+    return sizes
+
+
+# --- why a key misses --------------------------------------------------------------------------------
+
+
+class SavedKey(NamedTuple):
+    """A key that the cache has entries for, and when one of them was last used (seconds since the epoch)."""
+
+    factors: KeyFactors
+    last_used: float
+
+
+def saved_keys(root: str | os.PathLike[str]) -> dict[str, SavedKey]:
+    """Every readable key in the cache by its hash, the one used last first. Damaged ones are left to `verify`."""
+    real = resolve_root(root)
+    found: dict[str, SavedKey] = {}
+    for entry in list_entries(real):
+        if entry.identity.key not in found:
+            path = real.joinpath(*entry.identity.parts) / FACTORS_NAME
+            with contextlib.suppress(OSError, UnsafeFile, CacheError):
+                factors = KeyFactors.from_json(read_regular(path, MAX_FACTORS_BYTES))
+                if factors.hash == entry.identity.key:
+                    found[factors.hash] = SavedKey(factors, entry.last_used)
+    return found
+
+
+def nearest(
+    current: KeyFactors, keys: Iterable[KeyFactors]
+) -> tuple[KeyFactors, tuple[Difference, ...]] | None:
+    """The key with the fewest differences, of equals the first, and what they are; None where there is no key."""
+    compared = [(key, current.differences(key)) for key in keys]
+    return min(compared, key=lambda pair: len(pair[1]), default=None)
+
+
+# --- what is damaged ---------------------------------------------------------------------------------
+
+
+def verify(root: str | os.PathLike[str], hmac_key: bytes | None = None) -> Verification:
+    """Check every byte of every entry against its index; with ``hmac_key`` indices of signed entries must carry its signature."""
+    real = resolve_root(root)
+    findings: list[Finding] = []
+    entries = artifacts = size = 0
+    for identity in _identities(real):
+        entries += 1
+        for file, found in _checked(real, identity, hmac_key):
+            if isinstance(found, int):
+                artifacts += 1
+                size += found
+            else:
+                findings.append(Finding(str(identity), file, found))
+    return Verification(entries, artifacts, size, tuple(findings))
+
+
+def _checked(
+    real: Path, identity: Identity, hmac_key: bytes | None
+) -> Iterator[tuple[str, int | str]]:
+    """Each artifact of an entry with its size; and each file that is damaged, with what is wrong."""
+    directory = real.joinpath(*identity.parts)
+    signed = False
+    if not (directory / INDEX_NAME).exists():
+        return  # a writer was killed before it kept anything
+    try:
+        raw = read_regular(directory / FACTORS_NAME, MAX_FACTORS_BYTES)
+        if not sha256(raw).startswith(identity.key):
+            yield FACTORS_NAME, "its hash is not the name of the entry's directory"
+        signed = bool(KeyFactors.from_json(raw).groups.get("signing"))
+    except (OSError, UnsafeFile, CacheError) as error:
+        yield FACTORS_NAME, str(error)
+    entry = CacheEntry(real, identity, hmac_key=hmac_key if signed else None)
+    try:
+        entry.check_directories()
+        records = entry.records()
+    except Damaged as damage:
+        yield damage.file, damage.reason
+        return
+    except (OSError, CacheError) as error:
+        yield ".", str(error)
+        return
+    for record in dict.fromkeys(records.values()):
+        try:
+            yield "", len(entry.read(record))
+        except Damaged as damage:
+            yield damage.file, damage.reason
+        except OSError as error:
+            yield f"{ARTIFACTS_DIRECTORY}/{record.digest}.bin", str(error)
+
+
+# --- less of it --------------------------------------------------------------------------------------
+
+
+def collect(
+    root: str | os.PathLike[str],
+    *,
+    max_bytes: int | None = None,
+    max_age_s: float | None = None,
+    dry_run: bool = False,
+) -> CollectionReport:
+    """Remove entries unused for longer than ``max_age_s``, then the longest unused until ``max_bytes`` are left.
+
+    Also removes what only takes space: artifacts that no index names, files of killed writers, locks that nobody uses, and what has been in quarantine for
+    longer than ``max_age_s`` (all of it when no age is given).
+
+    Raises:
+        CacheError: the directory is unsafe, or cannot be changed.
+    """
+    try:
+        real = resolve_root(root)
+        now = time.time()
+        entries = list_entries(real)
+        chosen = _choose(entries, now, max_bytes, max_age_s)
+        removed = [each for each in chosen if dry_run or _remove_entry(real, each.identity)]
+        kept = [each for each in entries if each not in removed]
+        inside = [_sweep_entry(real, each.identity, dry_run) for each in kept]
+        aside = _sweep_aside(real, now, max_age_s, dry_run)
+    except OSError as error:
+        raise CacheError(
+            f"the cache cannot be cleaned up: {error}",
+            where=os.fspath(root),
+            hint="is it read-only, or full of what another user wrote?",
+        ) from error
+    return CollectionReport(
+        removed=tuple(str(each.identity) for each in removed),
+        busy=tuple(str(each.identity) for each in chosen if each not in removed),
+        removed_bytes=sum(each.bytes for each in removed),
+        leftover_files=len(aside) + sum(map(len, inside)),
+        leftover_bytes=sum(aside) + sum(map(sum, inside)),
+        kept_entries=len(kept),
+        kept_bytes=sum(each.bytes for each in kept) - sum(map(sum, inside)),
+    )
+
+
+def _choose(
+    entries: tuple[EntrySummary, ...], now: float, max_bytes: int | None, max_age_s: float | None
+) -> list[EntrySummary]:
+    """``entries`` come with the one used last first; what is beyond the size goes, once the old ones are gone."""
+    chosen: list[EntrySummary] = []
+    total, is_full = 0, False
+    for entry in entries:
+        is_old = max_age_s is not None and now - entry.last_used > max_age_s
+        is_full = is_full or (
+            not is_old and max_bytes is not None and total + entry.bytes > max_bytes
+        )
+        if is_old or is_full:
+            chosen.append(entry)
+        else:
+            total += entry.bytes
+    return chosen
+
+
+def _remove_entry(real: Path, identity: Identity) -> bool:
+    entry = CacheEntry(real, identity)
+    try:
+        with entry.changing(0.0):
+            (entry.directory / INDEX_NAME).unlink(missing_ok=True)  # with it the entry is gone
+            shutil.rmtree(entry.directory, ignore_errors=True)
+    except (LockTimeout, UnsafeFile):
+        return False
+    for parent in entry.directory.parents[:2]:
+        with contextlib.suppress(OSError):  # other ranks or tags are still in it
+            os.rmdir(parent)
+    return True
+
+
+def _sweep_entry(real: Path, identity: Identity, dry_run: bool) -> list[int]:
+    """Remove the files of one entry that its index does not need; their sizes. An entry in use, or damaged, is left alone."""
+    entry = CacheEntry(real, identity)
+    try:
+        with entry.changing(0.0):
+            needed = {record.digest for record in entry.records().values()}
+            found = {
+                path: size
+                for path, size in _file_sizes(entry.directory).items()
+                if path.name.startswith(TEMPORARY_PREFIX)
+                or (path.parent.name == ARTIFACTS_DIRECTORY and path.stem not in needed)
+            }
+            for path in () if dry_run else found:
+                path.unlink(missing_ok=True)
+    except (LockTimeout, UnsafeFile, Damaged):
+        return []
+    return list(found.values())
+
+
+def _sweep_aside(real: Path, now: float, max_age_s: float | None, dry_run: bool) -> list[int]:
+    """Remove old quarantined files, and locks that nobody uses; their sizes."""
+    sizes: list[int] = []
+    quarantined = -1.0 if max_age_s is None else max_age_s
+    for name, age in ((QUARANTINE_DIRECTORY, quarantined), (LOCKS_DIRECTORY, LOCK_AGE_SECONDS)):
+        boxes = sorted((real / name).iterdir()) if check_directory(real / name) else []
+        for box in boxes:
+            if now - os.lstat(box).st_mtime > age:
+                sizes += _file_sizes(box).values() if box.is_dir() else [0]
+                if not dry_run:
+                    shutil.rmtree(box) if box.is_dir() else box.unlink(missing_ok=True)
+    return sizes

@@ -1,0 +1,131 @@
+"""Splitting ops called past the dispatcher. In: the operators of a graph. Out: their Python functions, and whether these are still what the dispatcher would call.
+
+An operator whose function is not known, or is not alone in what it does, is left to the dispatcher.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sized
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from piecework.codegen.split.splitting import operator_name
+from piecework.errors import SplitError
+from piecework.runtime import torch_compat
+from piecework.runtime.splitting_op import registry
+
+Implementation = Callable[..., object]
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    look_up: Callable[[], Implementation | None]
+    found: Implementation
+    name: str
+    table: str
+
+
+@dataclass(slots=True)
+class DirectOps:
+    """The operators that stitched code calls by their own functions.
+
+    Attributes:
+        implementations: operator (as graphs hold it) → function.
+        calls: operator → the device type that the function is for.
+    """
+
+    implementations: dict[object, Implementation] = field(default_factory=dict)
+    calls: dict[object, str] = field(default_factory=dict)
+    _rows: list[_Row] = field(default_factory=list)
+    _kernels: Sized = field(default_factory=torch_compat.registered_kernels)
+    _count: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        calls: Iterable[tuple[object, str | None]],
+        apart: Callable[[object], bool] = lambda _: True,
+    ) -> DirectOps:
+        """Look up each (operator, device type of its tensors); unknown ones are left out.
+
+        Args:
+            apart: whether it matters that what an operator returns lies in memory of its own; then each call is looked at.
+        """
+        found = cls()
+        for target, device in calls:
+            if device is not None and target not in found.implementations:
+                found._add(target, device, apart)
+        found._count = len(found._kernels)
+        return found
+
+    def _add(self, target: object, device: str, apart: Callable[[object], bool]) -> None:
+        look_up = _look_up(target, device)
+        found = None if look_up is None else look_up()
+        if look_up is None or found is None:
+            return
+        name = _full_name(target)
+        self.calls[target] = device
+        known = registry.find(target)
+        alone = known is not None or found is registry.function_of(target)
+        function = found if alone else torch_compat.custom_op_function(found)
+        overload: Any = target if known is None else known.overload
+        if isinstance(overload, torch._ops.OpOverloadPacket):
+            overload = overload.default
+        looks = bool(overload._schema.returns) and apart(target)
+        self.implementations[target] = _with_own_results(function, name) if looks else function
+        self._rows.append(_Row(look_up, found, name, torch_compat.kernel_table(name)))
+
+    def unchanged(self) -> bool:
+        """Whether each function is still the one that the dispatcher would reach.
+
+        Kernels that `register_kernel` or ``torch.library`` adds later are noticed at once; one that replaces a kernel
+        under the very same dispatch key through a raw ``torch.library.Library`` is noticed with the next new one.
+        """
+        for row in self._rows:
+            if row.look_up() is not row.found:
+                return False
+        return len(self._kernels) == self._count or self._unchanged_tables()
+
+    def _unchanged_tables(self) -> bool:
+        """The slow look, after some kernel of some operator was registered or removed."""
+        if any(torch_compat.kernel_table(row.name) != row.table for row in self._rows):
+            return False
+        self._count = len(self._kernels)
+        return True
+
+
+def _with_own_results(function: Implementation, name: str) -> Implementation:
+    """The function, refused where it hands back what it was given: compiled pieces take results for memory of their own."""
+
+    @functools.wraps(function)
+    def called(*args: object, **kwargs: object) -> object:
+        result = function(*args, **kwargs)
+        if torch_compat.shares_memory(args, kwargs, result):
+            raise SplitError(
+                f"splitting op {name} returned an argument, a view of one, or one result twice, and the model writes to it",
+                hint="return a clone()",
+            )
+        return result
+
+    return called
+
+
+def _look_up(target: object, device: str) -> Callable[[], Implementation | None] | None:
+    op = registry.find(target)
+    if op is not None:
+        return lambda: op.implementation_for(device)
+    if registry.function_of(target) is not None:
+        return lambda: registry.function_of(target)
+    if isinstance(target, torch._ops.OpOverload):
+        name = target._schema.name
+        return lambda: torch_compat.custom_op_kernel(name, device)
+    return None
+
+
+def _full_name(target: object) -> str:
+    name = operator_name(target) or str(target)
+    overload = target._schema.overload_name if isinstance(target, torch._ops.OpOverload) else ""
+    return f"{name}.{overload}" if overload else name

@@ -1,0 +1,227 @@
+"""Whether what a trace relied on still holds, asked only after something was written.
+
+Where the model was traced, Dynamo's own guards are asked; of a program that was loaded, the plain values that they were told as.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from piecework.runtime import torch_compat
+from piecework.runtime.torch_compat import Guarded, Place
+from piecework.runtime.watch.places import LookUps, place_text
+from piecework.runtime.watch.values import OBJECTS, Places, PlainValue, difference
+
+Variables = Mapping[str, object]
+ONE_OBJECT = "were one object"
+_BY_IDENTITY = {*OBJECTS, "TYPE_MATCH"}
+
+
+class Judge(Protocol):
+    """Says what of some guards does not hold.
+
+    Attributes:
+        guards: what it looks at.
+    """
+
+    guards: Sequence[Guarded]
+
+    def difference(self, variables: Variables) -> str:
+        """What doesn't hold of these variables of the traced function; "" if all does."""
+
+    def about(self, guards: Sequence[Guarded]) -> Judge:
+        """One that looks at these, and at little else if it can."""
+
+    def less_failing(self, variables: Variables) -> Judge:
+        """One that doesn't look at what fails now."""
+
+
+class NoJudge:
+    """Of a trace that relied on nothing."""
+
+    guards: Sequence[Guarded] = ()
+
+    def difference(self, variables: Variables) -> str:
+        return ""
+
+    def about(self, guards: Sequence[Guarded]) -> Judge:
+        return self
+
+    def less_failing(self, variables: Variables) -> Judge:
+        return self
+
+
+class DynamoJudge:
+    """Dynamo's own guards.
+
+    Args:
+        root: those of them that are asked, as torch checks them; None if there are none.
+        guards: what they are about, with what was there; that is held weakly.
+        names: Dynamo's names of arguments → their own.
+        scope: the globals that places start in.
+    """
+
+    def __init__(
+        self,
+        root: Any,
+        guards: Sequence[Guarded],
+        names: Mapping[str, str],
+        scope: Mapping[str, object],
+    ) -> None:
+        self._root, self._names, self._scope = root, names, scope
+        self.guards = [each.without_value() for each in guards]
+        # torch compares identities by number, and the number of an object that is gone can be another's.
+        self._alive = [
+            (each.place, held)
+            for each in guards
+            if each.known and each.kind in _BY_IDENTITY
+            for held in (_weakly(type(each.value) if each.kind == "TYPE_MATCH" else each.value),)
+            if held is not None
+        ]
+
+    def difference(self, variables: Variables) -> str:
+        for place, held in self._alive:
+            if held() is None:
+                return f"{place_text(place, self._names)} is another than when the model was traced"
+        return self._apart(variables) or self._failing(variables)
+
+    def _apart(self, variables: Variables) -> str:
+        """Which two places that led to one object lead to two now."""
+        now = LookUps({"local": variables, "global": self._scope})
+        for each in self.guards:
+            if each.other is not None and now.at(each.place) is not now.at(each.other):
+                texts = (place_text(p, self._names) or "model" for p in (each.place, each.other))
+                return (
+                    f"{' and '.join(texts)} {ONE_OBJECT} when the model was traced and are two now"
+                )
+        return ""
+
+    def _failing(self, variables: Variables) -> str:
+        if self._root is None:
+            return ""
+        # The trace was made outside inference mode, and a guard on a tensor knows that.
+        with torch.inference_mode(False), torch.no_grad():
+            text = torch_compat.failing_guard(self._root, variables)
+        return self._readable(text) if text else ""
+
+    def about(self, guards: Sequence[Guarded]) -> Judge:
+        return self  # torch's tree has inner nodes that no guard's name tells of
+
+    def less_failing(self, variables: Variables) -> Judge:
+        found: Judge = self
+        dropped: set[str] = set()
+        while isinstance(found, DynamoJudge) and (text := found._text(variables)):
+            names = [place.name for each in found.guards for place in _on_the_ways(each)]
+            failing = max((name for name in names if name and name in text), key=len, default="")
+            if not failing or failing in dropped:
+                return found
+            dropped.add(failing)
+            root = torch_compat.guards_where(found._root, lambda name: name not in dropped)
+            left = {id(g) for g in found.guards if failing not in {p.name for p in _on_the_ways(g)}}
+            found = found._part(root, left)
+        return found
+
+    def _text(self, variables: Variables) -> str:
+        return "" if self._root is None else torch_compat.failing_guard(self._root, variables)
+
+    def _part(self, root: Any, left: set[int]) -> Judge:
+        guards = [each for each in self.guards if id(each) in left]
+        part = DynamoJudge(root, guards, self._names, self._scope)
+        places = {place for each in part.guards for place in _on_the_ways(each)}
+        part._alive = [(place, held) for place, held in self._alive if place in places]
+        return part
+
+    def _readable(self, text: str) -> str:
+        """A guard's text as a person would write it: ``rate was 2.0 when the model was traced (return x * self.rate, model.py:12)``."""
+        text, _, comment = text.partition("#")
+        for name, own in sorted(self._names.items(), key=lambda pair: -len(pair[0])):
+            text = text.replace(name, own)
+        for pattern, told in _PLAINER:
+            text = pattern.sub(told, text)
+        where = comment.partition("(HINT")[0].strip()
+        line, _, at = where.partition("# ")
+        about = f"{line.strip()}, {at.strip().rpartition('/')[2]}" if at else line.strip()
+        path, is_value, value = text.strip().partition(" == ")
+        told = (
+            f"{path} was {value} when the model was traced and is another now"
+            if is_value and " " not in path
+            else f"what held when the model was traced holds no longer: {text.strip()}"
+        )
+        return f"{told} ({about})" if about else told
+
+
+_PLAINER = (
+    (re.compile(r"L\['model'\]\."), ""),
+    (re.compile(r"L\['model'\]"), "model"),
+    (re.compile(r"G\['__import_([A-Za-z0-9_]+)'\]"), lambda m: m[1].replace("_dot_", ".")),
+    (re.compile(r"G\['(\w+)'\]"), r"\1"),
+    (re.compile(r"(?:\b|\.)_(?:parameters|buffers|modules)\['(\w+)'\]"), r".\1"),
+    (re.compile(r"(?<![\w\]])\.(?=\w)"), ""),
+    (re.compile(r"___(?=\w)"), ""),
+)
+
+
+def _weakly(value: object) -> weakref.ref[object] | None:
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return None
+
+
+def _on_the_ways(guard: Guarded) -> list[Place]:
+    ends = [guard.place] if guard.other is None else [guard.place, guard.other]
+    return [place for end in ends for place in end.path()]
+
+
+class ValueJudge:
+    """The plain values of a program that was loaded, and the identities that were there when it was.
+
+    Args:
+        values: what the trace read.
+        variables: of now, with the model.
+        names: Dynamo's names of arguments → their own.
+    """
+
+    def __init__(
+        self, values: Iterable[PlainValue], variables: Variables, names: Mapping[str, str]
+    ) -> None:
+        self._places, self._names = Places(), names
+        self._rows = {}
+        now = LookUps({"local": variables})
+        self.guards: list[Guarded] = []
+        for value in values:
+            place = self._places.of(value.path)
+            other = self._places.of(value.other) if value.other else None
+            guard = Guarded(place, value.kind, value.about, other, False, None)
+            held = _weakly(now.at(place)) if value.kind in OBJECTS else None
+            self.guards.append(guard)
+            self._rows[id(guard)] = (value, held)
+
+    def difference(self, variables: Variables) -> str:
+        now = LookUps({"local": variables})
+        return next(filter(None, (self._failing(guard, now) for guard in self.guards)), "")
+
+    def about(self, guards: Sequence[Guarded]) -> Judge:
+        return self._part(guards)
+
+    def less_failing(self, variables: Variables) -> Judge:
+        now = LookUps({"local": variables})
+        return self._part([each for each in self.guards if not self._failing(each, now)])
+
+    def _part(self, guards: Sequence[Guarded]) -> Judge:
+        part = ValueJudge((), {}, self._names)
+        part.guards = list(guards)
+        part._rows, part._places = self._rows, self._places
+        return part
+
+    def _failing(self, guard: Guarded, now: LookUps) -> str:
+        value, held = self._rows[id(guard)]
+        text = difference(value, guard.place, self._places, now)
+        if not text and held is not None and held() is not now.at(guard.place):
+            return f"{place_text(guard.place, self._names)} is another than when it was loaded"
+        return text

@@ -1,0 +1,422 @@
+"""What a trace took from Python: the guards that Dynamo keeps, what to watch for writes, and the check of arguments that ``check_inputs`` leaves to it.
+
+It holds no argument of the example call, and of the model's objects none but the model itself and classes.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from piecework.codegen.entry.plan import Parameter
+from piecework.errors import CaptureError, InputError
+from piecework.runtime import torch_compat
+from piecework.runtime.torch_compat import Guarded, GuardReader, Place
+from piecework.runtime.watch.class_watch import ClassWatch, digest_of, function_of
+from piecework.runtime.watch.code import asks_autocast, asks_grad_mode
+from piecework.runtime.watch.guards import CALLS, GuardSorter, SortedGuards, every_place
+from piecework.runtime.watch.judge import ONE_OBJECT, DynamoJudge, Judge, NoJudge, ValueJudge
+from piecework.runtime.watch.places import LookUps, Step, place_text, traced
+from piecework.runtime.watch.process import ModuleHooks, ProcessState, module_hooks
+from piecework.runtime.watch.reachable import leads_to, tensors_of
+from piecework.runtime.watch.steps import Steps
+from piecework.runtime.watch.values import (
+    PlainValue,
+    PlainValues,
+    agreeing,
+    class_name,
+    differences,
+    plain_values,
+)
+
+_PACKAGE = __name__.partition(".")[0]
+_ASKS_TENSORS = ("requires_grad", "is_leaf", "grad_fn", "retains_grad", "__class__")
+
+
+class TraceGuards:
+    """Collects the guards of one trace.
+
+    Args:
+        model, args, kwargs: what is traced.
+        variables: the globals of the function that is traced.
+    """
+
+    def __init__(
+        self,
+        model: object,
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+        variables: Mapping[str, object],
+    ) -> None:
+        self._model = model
+        self._starts = {
+            "local": {"model": model, "args": tuple(args), "kwargs": dict(kwargs)},
+            "global": variables,
+        }
+        self._code: frozenset[types.CodeType] = frozenset()
+        self._ordered: frozenset[str] | None = None
+        self._asks_tensors = False
+        self._sorted: SortedGuards | None = None
+        self._plain = PlainValues()
+        self.reader = GuardReader(self._sort)
+
+    def look_inside(self) -> None:
+        """Note what only the running trace knows; for its backend to call."""
+        self._code = frozenset(torch_compat.traced_code())
+        self._ordered = torch_compat.ordered_places()
+        self._asks_tensors = bool(torch_compat.trace_names(*_ASKS_TENSORS))
+        torch_compat.leave_guards_untimed()
+
+    def _sort(self, guards: Sequence[Guarded]) -> list[bool]:
+        now, local = LookUps(self._starts), self._starts["local"]
+        held = tensors_of(self._model) if callable(self._model) else {}
+
+        def is_weight(place: Place, tensor: torch.Tensor) -> bool:
+            way = None if id(tensor) in held else traced(place.name, self._model)
+            return id(tensor) in held or (way is not None and way.tensor() is tensor)
+
+        arguments = (local["args"], local["kwargs"])
+        sorter = GuardSorter(now, arguments, self._ordered, is_weight, self._asks_tensors)
+        found = self._sorted = sorter.sort(guards)
+        self._plain = plain_values((*found.on_model, *found.on_arguments), now)
+        kept = found.kept
+        return [id(each) in kept for each in guards]
+
+    def state(self, code: types.CodeType, names: Mapping[str, str]) -> TracedState:
+        """What the trace of ``code`` took from Python.
+
+        Args:
+            names: Dynamo's names of arguments → their own.
+
+        Raises:
+            CaptureError: this torch does not show its guards.
+        """
+        found, root = self._sorted, torch_compat.kept_guards(code)
+        if found is None or (root is None and found.kept):
+            raise CaptureError(
+                "this torch does not show what its trace relied on, so nobody could tell that it changed",
+                hint="use a version of torch that piecework was run with",
+            )
+        names = dict(names)
+        local: Any = self._starts["local"]
+        on_model: Judge = NoJudge()
+        on_arguments: Judge = NoJudge()
+        scope = self._globals(found)
+        if found.on_model:
+            part = None if root is None else torch_compat.guards_where(root, _is_no_argument)
+            on_model = DynamoJudge(part, found.on_model, names, scope)
+        if found.on_arguments:
+            part = None if root is None else torch_compat.guards_where(root, _is_no_models)
+            on_arguments = DynamoJudge(part, found.on_arguments, names, scope)
+        return TracedState(
+            _model=local["model"],
+            judge=on_model,
+            arguments=on_arguments,
+            starts={"local": {"model": local["model"]}, "global": scope},
+            code=self._code,
+            names=names,
+            places=(len(local["args"]), tuple(local["kwargs"])),
+            plain=self._plain,
+            tensors=found.tensors,
+            watched=found.watched,
+            asks_grad_mode=found.asks_grad_mode or asks_grad_mode(self._code),
+            process=ProcessState(asks_autocast=asks_autocast(self._code)),
+        )
+
+    def _globals(self, found: SortedGuards) -> dict[str, object]:
+        """Those that guards are about: the others lead to what Dynamo made."""
+        held = self._starts["global"]
+        guards = (*found.on_model, *found.on_arguments)
+        starts = {str(place.key) for place in every_place(guards) if place.base is None}
+        return {name: held[name] for name in starts if name in held}
+
+    def give_back(self) -> None:
+        """Forget the example; torch keeps the reader's function."""
+        self.reader.give_back()
+        self._starts, self._model = {}, None
+
+
+def _is_no_argument(name: str) -> bool:
+    return not name.startswith(("L['args']", "L['kwargs']"))
+
+
+def _is_no_models(name: str) -> bool:
+    return not name.startswith(("L['model']", "G["))
+
+
+@dataclass(frozen=True, slots=True)
+class SavedState:
+    """A `TracedState` without objects of its process: texts and numbers alone.
+
+    Attributes:
+        values: what the trace read.
+        methods: the methods that it went through, by class and name, with digests.
+        names, places, asks_grad_mode: as in `TracedState`.
+        process: torch's global state.
+    """
+
+    values: tuple[PlainValue, ...]
+    methods: Mapping[str, str]
+    names: Mapping[str, str]
+    places: tuple[int, tuple[str, ...]]
+    asks_grad_mode: bool
+    process: Mapping[str, Any]
+
+    def differences(self, model: object) -> list[str]:
+        """What is not so for a model of this process; empty if all is."""
+        found = list(differences(model, self.values))
+        found += filter(None, [ProcessState(**self.process).difference(), *self._of_classes(model)])
+        hooks = ModuleHooks().present()
+        return found + ([f"torch.nn.modules.module has {hooks}"] if hooks else [])
+
+    def _of_classes(self, model: object) -> Iterable[str]:
+        for kind in _classes(ValueJudge(self.values, {"model": model}, self.names), model):
+            for name, was in self._methods_of(kind):
+                if digest_of(kind, name) != was:
+                    yield f"{class_name(kind)}.{name} has other code than when the model was saved"
+
+    def _methods_of(self, kind: type) -> Iterable[tuple[str, str]]:
+        prefix = f"{class_name(kind)}."
+        for name, digest in self.methods.items():
+            if name.rpartition(".")[0] + "." == prefix:
+                yield name.removeprefix(prefix), digest
+
+
+def _classes(judge: Judge, model: object) -> tuple[type, ...]:
+    steps = Steps(judge.guards, LookUps({"local": {"model": model}}), ())
+    return tuple(steps.classes)
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class TracedState:
+    """The Python that a captured graph has built in.
+
+    Attributes:
+        judge: says what of the model is not as the trace relied on it.
+        arguments: says so of arguments, of what ``check_inputs`` leaves to it.
+        starts: where places begin: kind and name → object.
+        code: what was traced.
+        names: Dynamo's names of arguments → their own.
+        places: how many arguments were positional, and the order of the others.
+        plain: what another process can compare.
+        tensors: the model's tensors that the trace looked at, by place, whether the graph reads them or not; none once it is over.
+        watched: places of those that are no weights: of a closure, a class.
+        asks_grad_mode: the model's code asks whether gradients are recorded.
+        process: torch's global state.
+        classes: the methods that were traced.
+    """
+
+    _model: object
+    judge: Judge
+    arguments: Judge
+    starts: Mapping[str, Mapping[str, object]]
+    code: frozenset[types.CodeType]
+    names: Mapping[str, str]
+    places: tuple[int, tuple[str, ...]]
+    plain: PlainValues
+    process: ProcessState
+    tensors: list[tuple[Place, torch.Tensor]] = field(default_factory=list)
+    watched: list[Place] = field(default_factory=list)
+    asks_grad_mode: bool = False
+    classes: ClassWatch = field(init=False)
+    _hooks: ModuleHooks = field(default_factory=ModuleHooks)
+    _call: tuple[object, ...] = field(init=False)
+    _first: Steps | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._call = self._own_call()
+        self._first = self._steps()
+        self.classes = ClassWatch(self._first.classes, self.code)
+
+    # --- another process ------------------------------------------------------------------------------
+
+    def saved(self) -> SavedState:
+        """What another process has to compare; see `PlainValues.untold` for what it can't."""
+        process = self.process.as_json()
+        return SavedState(
+            tuple(self.plain.values),
+            self.classes.digests(),
+            dict(self.names),
+            self.places,
+            self.asks_grad_mode,
+            process,
+        )
+
+    @classmethod
+    def loaded(cls, saved: SavedState, model: object) -> TracedState:
+        """``saved`` for a model of this process, of which `SavedState.differences` finds none."""
+        variables = {"model": model}
+        values = [each for each in saved.values if not each.of_arguments]
+        judge = ValueJudge(values, variables, saved.names)
+        given = [each for each in saved.values if each.of_arguments]
+        code = frozenset(
+            function.__code__
+            for kind in _classes(judge, model)
+            for name, _ in saved._methods_of(kind)
+            if (function := function_of(_static(kind, name))) is not None
+        )
+        return cls(
+            _model=model,
+            judge=judge,
+            arguments=ValueJudge(given, {}, saved.names) if given else NoJudge(),
+            starts={"local": variables},
+            code=code,
+            names=saved.names,
+            places=saved.places,
+            plain=PlainValues(list(saved.values)),
+            asks_grad_mode=saved.asks_grad_mode,
+            process=ProcessState(**saved.process),
+        )
+
+    # --- the model's side -----------------------------------------------------------------------------
+
+    def look(self) -> tuple[list[Step], Callable[[], bool] | None]:
+        """How to see that anything changed.
+
+        Returns:
+            The look-ups that tell, while none is touched, that everything holds but what the second says in every call;
+            None if nothing must be asked.
+        """
+        # What was noted first serves once as it is: what changed since is seen as a change.
+        steps, self._first = self._first or self._steps(), None
+        found = [*steps.found.values(), *self.classes.steps(), *module_hooks(), *self._call_steps()]
+        if not steps.blind:
+            return found, None
+        return found, partial(_holds, self.judge.about(steps.blind), self.starts["local"])
+
+    def _steps(self) -> Steps:
+        return Steps(self.judge.guards, LookUps(self.starts), self.watched)
+
+    def holds(self) -> bool:
+        """Whether the graph is right about the model as it is now."""
+        return not self.difference()
+
+    def difference(self) -> str:
+        """The first thing that the graph is wrong about; "" if there is none."""
+        return (
+            self.process.difference()
+            or self._of_call()
+            or self.classes.difference()
+            or self._hooks.difference()
+            or self.judge.difference(self.starts["local"])
+        )
+
+    def global_hooks(self) -> str:
+        """Which of torch's hooks for every module there are; "" if there are none."""
+        return self._hooks.present()
+
+    def accepted(self) -> TracedState:
+        """The same, less what does not hold now."""
+        now = PlainValues(agreeing(self._model, self.plain.values), list(self.plain.untold))
+        other = replace(self, judge=self.judge.less_failing(self.starts["local"]), plain=now)
+        other.classes, other._hooks = self.classes, self._hooks
+        return other
+
+    def watched_now(self) -> dict[str, object]:
+        """What is now where the trace found tensors that are no weights, by how errors call the place."""
+        now = LookUps(self.starts)
+        return {place_text(place, self.names): now.at(place) for place in self.watched}
+
+    # --- how the model itself is called -----------------------------------------------------------------
+
+    def _own_call(self) -> tuple[object, ...]:
+        """The model's own forward and hooks, told by identity but for the forward."""
+        if not isinstance(self._model, torch.nn.Module):
+            return ()
+        held = self._model.__dict__
+        hooks = (held.get(name) or {} for name in CALLS[1:])
+        return (held.get("forward"), *(tuple(map(id, each.values())) for each in hooks))
+
+    def _call_steps(self) -> list[Step]:
+        if not isinstance(self._model, torch.nn.Module):
+            return []
+        held = self._model.__dict__
+        steps = [Step.of(held, name, name, holder=self._model) for name in CALLS]
+        tables = (held.get(name) for name in CALLS[1:])
+        return steps + [
+            Step.of(each, None, "hooks", "keys") for each in tables if isinstance(each, dict)
+        ]
+
+    def _of_call(self) -> str:
+        now = self._own_call()
+        # A model whose forward was replaced by one that runs the graph runs it behind its own hooks.
+        if now == self._call or (
+            now[0] is not self._call[0] and leads_to(now[0], self._stands_for_model)
+        ):
+            return ""
+        return "module model has another forward, or other forward hooks, than when the model was traced"
+
+    def _stands_for_model(self, value: object) -> bool:
+        ours = type(value).__module__.partition(".")[0] == _PACKAGE
+        return ours and getattr(value, "__dict__", {}).get("model") is self._model
+
+    # --- arguments --------------------------------------------------------------------------------------
+
+    def argument_check(self, parameters: Sequence[Parameter]) -> ArgumentCheck | None:
+        """The check of what ``check_inputs`` leaves to it; None if it leaves nothing."""
+        keyed = [p for p in parameters if p.kind == "**" and getattr(p.node, "keys", ())]
+        return ArgumentCheck(self, parameters) if self.arguments.guards or keyed else None
+
+    def argument_refusal(
+        self, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> InputError | None:
+        """The first thing that the graph is wrong about in these arguments; None if there is none."""
+        local = {**self.starts["local"], "args": args, "kwargs": kwargs}
+        text = self.arguments.difference(local)
+        if not text:
+            return None
+        refusal = _refusal(text)
+        if ONE_OBJECT in text:  # which of them are one object, another trace can have otherwise
+            refusal.places = frozenset()
+        return refusal
+
+
+def _holds(judge: Judge, variables: Mapping[str, object]) -> bool:
+    return not judge.difference(variables)
+
+
+def _static(kind: type, name: str) -> object:
+    return next((each.__dict__[name] for each in kind.__mro__ if name in each.__dict__), None)
+
+
+def _refusal(text: str) -> InputError:
+    hint = "compare them with the example arguments, or compile the model again"
+    return InputError(f"the arguments differ from the traced ones: {text}", hint=hint)
+
+
+class ArgumentCheck:
+    """Whether arguments are as the trace saw them, beyond what the emitted check compares.
+
+    It takes one value per parameter of the model.
+    """
+
+    def __init__(self, state: TracedState, parameters: Sequence[Parameter]) -> None:
+        self._state = state
+        count, self._keys = state.places
+        self._count = count
+        self._parameters = [(p.name, p.kind) for p in parameters]
+        self._orders = {p.name: tuple(p.node.keys) for p in parameters if p.kind == "**"}  # type: ignore[union-attr]
+
+    def refusal(self, values: Sequence[object]) -> InputError | None:
+        """What is different; None if nothing is."""
+        args: list[object] = []
+        kwargs: dict[str, object] = {}
+        for (name, kind), value in zip(self._parameters, values, strict=True):
+            if kind == "*":
+                args += value  # type: ignore[arg-type]
+            elif kind == "**":
+                if tuple(value) != self._orders[name]:  # type: ignore[arg-type]
+                    order = ", ".join(self._orders[name])
+                    return _refusal(f"{order} were passed in this order when the model was traced")
+                kwargs.update(value)  # type: ignore[call-overload]
+            elif kind != "k" and len(args) < self._count:
+                args.append(value)
+            else:
+                kwargs[name] = value
+        ordered = {key: kwargs[key] for key in self._keys if key in kwargs}
+        return self._state.argument_refusal(tuple(args), ordered)

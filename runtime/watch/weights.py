@@ -1,0 +1,447 @@
+"""The weights of a trace: whether the model still holds them, as they were traced, and what it holds now.
+
+A binding is stale once a name no longer leads to the bound tensor, or the tensor itself is of another kind. Both are looked at in every call, and completely:
+
+- The names: every dictionary on the way from the model to a weight (`piecework.runtime.watch.dict_watch`), so it does not matter who writes: an assignment,
+  ``load_state_dict(assign=True)``, ``.to()``, ``torch.func.functional_call``, or anybody who writes ``module._parameters[...]``. What lies in lists or behind
+  computed attributes is looked up.
+- The tensors: dtype, device, sizes and strides in one call into torch. Weights that only matrix products of ATen read are left out: the products refuse another
+  dtype or device, compiled code compares sizes and strides, and `explain` then tells which weight it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from piecework.codegen.graph.subclasses import taken_apart
+from piecework.errors import BindError, CaptureError, ConfigError, InputError, did_you_mean
+from piecework.runtime import torch_compat
+from piecework.runtime.watch.dict_watch import DictWatch
+from piecework.runtime.watch.places import Step, Way, named, traced
+from piecework.runtime.watch.reachable import own_tensors
+from piecework.runtime.watch.state import TracedState
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """A weight as the trace saw it.
+
+    Attributes:
+        kind: its class.
+        settings, inner: of a subclass around other tensors, what it says of itself, and those tensors by name.
+    """
+
+    path: str
+    dtype: torch.dtype
+    layout: torch.layout
+    device: torch.device
+    shape: torch.Size
+    stride: tuple[int, ...]
+    kind: type = torch.Tensor
+    settings: object = None
+    inner: tuple[Traced, ...] = ()
+
+    @classmethod
+    def of(cls, path: str, tensor: torch.Tensor) -> Traced:
+        stride = _stride(tensor)
+        kind, (settings, inner) = type(tensor), _made_of(tensor)
+        traced = tuple(cls.of(name, each) for name, each in inner.items())
+        return cls(
+            path,
+            tensor.dtype,
+            tensor.layout,
+            tensor.device,
+            tensor.shape,
+            stride,
+            torch.Tensor if kind in _PLAIN else kind,
+            settings,
+            traced,
+        )
+
+    def difference(self, tensor: object) -> str:
+        """How ``tensor`` differs from what was traced; "" if it does not."""
+        if not isinstance(tensor, torch.Tensor):
+            return f"is a {type(tensor).__qualname__} now"
+        if (torch.Tensor if type(tensor) in _PLAIN else type(tensor)) is not self.kind:
+            return f"is a {type(tensor).__qualname__} now; the trace had a {self.kind.__qualname__}"
+        for what, expected, actual in (
+            ("dtype", self.dtype, tensor.dtype),
+            ("layout", self.layout, tensor.layout),
+            ("device", self.device, tensor.device),
+            ("shape", tuple(self.shape), tuple(tensor.shape)),
+            ("stride", self.stride, _stride(tensor)),
+        ):
+            if expected != actual:
+                return f"has {what} {actual}; the trace had {expected}"
+        settings, inner = _made_of(tensor)
+        if settings != self.settings or [each.path for each in self.inner] != list(inner):
+            return f"is made as {settings} of {', '.join(inner)} now; the trace had it otherwise"
+        for each in self.inner:
+            difference = each.difference(inner[each.path])
+            if difference:
+                return f"holds a tensor {each.path} that {difference}"
+        return "is a lazily negated or conjugated view now" if torch_compat.is_lazy(tensor) else ""
+
+
+def _made_of(tensor: torch.Tensor) -> tuple[object, dict[str, torch.Tensor]]:
+    """What a tensor subclass says of itself, and the tensors that it holds; nothing for a plain tensor."""
+    inner, settings = taken_apart(tensor) or ({}, None)
+    return copy.deepcopy(settings), inner
+
+
+_TRIES = 16
+_FIXED = "the graph has it as it was traced: put it back, or compile the model again"
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A tensor that is held by the model: a parameter, a buffer or another one found on it; an input of the graph, or only returned.
+
+    Attributes:
+        path: what piecework calls it.
+        tensor: the weight.
+        source: what Dynamo calls it, which tells how the model's code reached it; "" if it has a name of its own.
+    """
+
+    path: str
+    tensor: torch.Tensor
+    source: str = ""
+
+
+@dataclass(eq=False)
+class BoundWeights:
+    """The weights that emitted code holds, and how to find them again in the model.
+
+    Attributes:
+        traced: the weights as traced, in order of the graph's inputs, and then those that are only returned.
+        tensors: the bound tensors, in the same order.
+        sources: path → what Dynamo calls the weight; see `Weight.source`.
+        unchanged: whether the model still holds them, as they were traced; for every call.
+    """
+
+    traced: tuple[Traced, ...]
+    tensors: list[torch.Tensor]
+    _roots: Sequence[tuple[str, torch.nn.Module]]
+    _ways: tuple[tuple[Way, ...], ...]
+    state: TracedState
+    sources: Mapping[str, str] = field(default_factory=dict)
+    _strict: frozenset[str] = frozenset()
+    unchanged: Callable[[], bool] = field(default=lambda: True, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        model: object,
+        roots: Sequence[tuple[str, torch.nn.Module]],
+        weights: Sequence[Weight],
+        state: TracedState,
+    ) -> BoundWeights:
+        """Find each of ``weights`` in ``model``, and by all its names under ``roots``, with the prefixes of their paths.
+
+        Args:
+            state: what else the trace took for given; a call watches it like the weights.
+
+        Raises:
+            CaptureError: there is no way to look a weight up again.
+        """
+        names = _names(roots)
+        ways = tuple(_ways_to(each, names.get(id(each.tensor), ()), model) for each in weights)
+        found = cls(
+            tuple(Traced.of(each.path, each.tensor) for each in weights),
+            [each.tensor for each in weights],
+            roots,
+            ways,
+            state,
+            {each.path: each.source for each in weights},
+        )
+        found.unchanged = found._check()
+        return found
+
+    def names(self) -> list[frozenset[str]]:
+        """All names of each weight: tied ones have several."""
+        return [frozenset(way.path for way in ways) for ways in self._ways]
+
+    def _steps(self) -> list[Step]:
+        """The look-ups of now that lead to weights."""
+        steps: dict[tuple[int, object], Step] = {}
+        for step in (s for ways in self._ways for way in ways for s in way.walk()):
+            if type(step.owner) is not tuple:  # what never changes
+                steps.setdefault((id(step.owner), step.key), step)
+        return list(steps.values())
+
+    def _check(self) -> Callable[[], bool]:
+        """The check of every call; see the module's docstring."""
+        loose = [
+            t for w, t in zip(self.traced, self.tensors, strict=True) if w.path not in self._strict
+        ]
+        metadata = torch_compat.metadata_guard(loose)
+        thorough = torch_compat.metadata_guard(self.tensors)
+        same_process = self.state.process.same()
+        # What is noted first is as the trace found it: what changed since is seen as a change.
+        others, always = self.state.look()
+        watch: DictWatch | None = DictWatch([*self._steps(), *others])
+        del others
+        if not self._held_still():
+            watch = None
+
+        def unchanged() -> bool:
+            nonlocal watch, always
+            if not same_process() or (always is not None and not always()):
+                return False
+            known = watch
+            if known is not None and (
+                (known.untouched() and metadata()) or (known.compare() and thorough())
+            ):
+                return True
+            watch = known = None  # so that what the model dropped can go before anybody looks
+            if not (self._held_still() and self.state.holds()):
+                return False
+            others, always = self.state.look()
+            watch = DictWatch([*self._steps(), *others])
+            return thorough()
+
+        return unchanged
+
+    def _held_still(self) -> bool:
+        """Whether each name of a weight leads to it."""
+        pairs = zip(self._ways, self.tensors, strict=True)
+        return all(way.tensor() is tensor for ways, tensor in pairs for way in ways)
+
+    def accepted(self) -> BoundWeights:
+        """The same, less what is not as it was: the caller had set it for the trace alone."""
+        return self._with(state=self.state.accepted())
+
+    def _with(self, **changes: object) -> BoundWeights:
+        """Another binding, with a check of its own: calls may still use this one."""
+        other = replace(self, **changes)  # type: ignore[arg-type]
+        other.unchanged = other._check()
+        return other
+
+    def trust(self, paths: frozenset[str]) -> None:
+        """Leave weights out of the per-call comparison that nothing reads but operators which compare by themselves."""
+        self._strict = paths
+        self.unchanged = self._check()
+
+    def identities(self) -> set[int]:
+        """Ids of the model's tensors that the trace looked at, wherever they are."""
+        return {*map(id, self.tensors), *map(id, self.state.watched_now().values())}
+
+    def held(self) -> list[torch.Tensor]:
+        """The weights as bound, for a stitched function that holds others of them; it has compared before."""
+        return self.tensors
+
+    def fetch(self) -> list[torch.Tensor]:
+        """The weights of now, for a stitched function that takes them in every call."""
+        return self.tensors if self.unchanged() else self.current()
+
+    # --- the weights of now ------------------------------------------------------------------------
+
+    def current(self) -> list[torch.Tensor]:
+        """The weights that the model holds now.
+
+        Raises:
+            BindError: one is missing, or differs from the trace in more than its values.
+        """
+        found = []
+        for weight, ways in zip(self.traced, self._ways, strict=True):
+            tensor = ways[0].tensor()
+            if tensor is None:
+                raise BindError(
+                    f"weight {weight.path} is no longer there",
+                    hint="put it back, or compile the model again",
+                )
+            if ways[0].tensor() is not tensor:
+                raise BindError(
+                    f"weight {weight.path} is computed at each access now",
+                    hint="compile the model again: the computation belongs into the graph",
+                )
+            difference = weight.difference(tensor)
+            if difference:
+                raise BindError(
+                    f"weight {weight.path} {difference}",
+                    hint="compiled pieces are made for one dtype, device and shape: compile the model again",
+                )
+            assert isinstance(tensor, torch.Tensor)
+            self._require_same(weight.path, tensor, ways[1:])
+            found.append(tensor)
+        return found
+
+    @staticmethod
+    def _require_same(path: str, tensor: torch.Tensor, others: Sequence[Way]) -> None:
+        """Raise if two names of one traced tensor have become two tensors: the graph reads only one of them."""
+        for way in others:
+            if way.tensor() is not tensor:
+                raise BindError(
+                    f"{way.path} and {path} were one tensor when the model was traced and are two now",
+                    hint="tie them again (most models have tie_weights()), or compile the model again",
+                )
+
+    def rebound(self) -> BoundWeights:
+        """What the model holds now, as another binding.
+
+        Raises:
+            BindError: as `current`; or another thread keeps replacing weights.
+        """
+        found = self.current()
+        for _ in range(_TRIES):
+            changed = self.state.difference()
+            if changed:
+                raise BindError(changed, hint=_FIXED)
+            other = self._with(tensors=found)
+            # The check was made after the weights were read: between the two another thread may have replaced some.
+            found, before = self.current(), found
+            if all(map(operator.is_, found, before)):
+                return other
+        raise BindError(
+            "weights were replaced by another thread all the while",
+            where="rebind",
+            hint="rebind when all weights are in place",
+        )
+
+    def explain(self) -> InputError:
+        """What changed, for a call that found something changed."""
+        return self.change() or InputError(
+            "the weights changed since they were bound", hint="call rebind() on the stitched module"
+        )
+
+    def change(self) -> InputError | None:
+        """The first thing that is not as it was bound, if any."""
+        for ways, tensor in zip(self._ways, self.tensors, strict=True):
+            for way in ways:
+                if way.tensor() is not tensor:
+                    return _replaced(way.path)
+        changed = self.state.difference()
+        if changed:
+            return InputError(changed, hint=_FIXED)
+        for weight, tensor in zip(self.traced, self.tensors, strict=True):
+            difference = weight.difference(tensor)
+            if difference:
+                return InputError(
+                    f"weight {weight.path} {difference}",
+                    hint="compiled pieces are made for one dtype, device and shape: compile the model again",
+                )
+        return None
+
+
+def unfit(old: torch.Tensor, new: torch.Tensor) -> str:
+    """Why the values of ``new`` can't be copied to where ``old`` lies; "" if they can."""
+    for what, held, given in (
+        ("", f"{old.dtype}{list(old.shape)}", f"{new.dtype}{list(new.shape)}"),
+        ("made as ", *(_made_of(each)[0] for each in (old, new))),
+    ):
+        if held != given:
+            return f"the weight is {what}{held}, the new one {given}"
+    (_, mine), (_, theirs) = _made_of(old), _made_of(new)
+    if mine.keys() != theirs.keys():
+        return f"the weight is a {type(old).__qualname__}, the new one a {type(new).__qualname__}"
+    return next(filter(None, (unfit(each, theirs[name]) for name, each in mine.items())), "")
+
+
+def _replaced(path: str) -> InputError:
+    return InputError(
+        f"{path} was replaced since the weights were bound",
+        hint="call rebind() on the stitched module after loading, replacing or moving weights",
+    )
+
+
+def _names(roots: Sequence[tuple[str, torch.nn.Module]]) -> dict[int, list[Way]]:
+    """Every name of every parameter and buffer, by identity: a tied weight has several."""
+    ways: dict[int, list[Way]] = {}
+    for prefix, root in roots:
+        for path, tensor in own_tensors(root):
+            ways.setdefault(id(tensor), []).append(named(root, path, prefix))
+    return ways
+
+
+def _ways_to(weight: Weight, names: Sequence[Way], model: object) -> tuple[Way, ...]:
+    """The ways that lead to ``weight``: its names, and the one that the model's code took."""
+    taken = traced(weight.source, model)
+    wanted = [*names, *(() if taken is None else (taken,))]
+    ways = tuple(way for way in wanted if way.tensor() is weight.tensor)
+    if not ways:
+        raise out_of_reach(weight.path)
+    return ways
+
+
+def out_of_reach(path: str) -> CaptureError:
+    """What to raise for a weight of the trace that nobody finds again."""
+    return CaptureError(
+        f"weight {path} can't be looked up again, so nobody could tell that it was replaced",
+        hint="hold it as a parameter, a buffer, or in an attribute, list or dictionary of the model",
+    )
+
+
+def _stride(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tensor.stride() if tensor.layout is torch.strided else ()
+
+
+def refit(
+    model: object, state: Mapping[str, torch.Tensor]
+) -> Callable[[], list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Check ``state``; what is returned gives each weight with its new value, to be copied in this order while nobody calls.
+
+    Raises:
+        ConfigError: ``state`` is no mapping.
+        BindError: as `StitchedModule.refit`.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise BindError(
+            "a function has no weights by name",
+            where="refit",
+            hint="write to the tensors that it uses, in place",
+        )
+    if not isinstance(state, Mapping):
+        raise ConfigError(
+            f"new weights come as a dict of tensors; got a {type(state).__qualname__}",
+            hint="pass trained.state_dict()",
+        )
+    held = dict(own_tensors(model))
+    tied: dict[int, str] = {}
+    for name, new in state.items():
+        if not isinstance(new, torch.Tensor):
+            raise BindError(
+                f"the new weight must be a tensor; got a {type(new).__qualname__}", where=name
+            )
+        old = held.get(name)
+        if old is None:
+            raise BindError(
+                "the model has no such weight",
+                where=name,
+                hint=did_you_mean(name, held) or "names are those of model.state_dict()",
+            )
+        if new.is_meta and not old.is_meta:
+            raise BindError(
+                "the new weight is on the meta device, which holds no data",
+                where=name,
+                hint="load it where it has data, on the CPU for one",
+            )
+        difference = unfit(old, new)
+        if difference:
+            raise BindError(
+                difference, where=name, hint="compile the model again for weights of another kind"
+            )
+        first = tied.setdefault(id(old), name)
+        if new is not state[first] and not torch.equal(new, state[first]):
+            raise BindError(
+                f"it and {first} are one weight, and their new values differ",
+                where=name,
+                hint="give one of them",
+            )
+    own = {torch_compat.storage_id(each) for each in held.values()}
+
+    def copies() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        found = []
+        for name, new in state.items():
+            place = torch_compat.storage_id(new)
+            # A value that is another weight of the model may be written before it is read.
+            of_another = place in own and place != torch_compat.storage_id(held[name])
+            found.append((held[name], new.clone() if of_another else new))
+        return found
+
+    return copies

@@ -1,0 +1,22 @@
+"""Compiling, capturing and printing draw nothing from the caller's random numbers, not even by a first import."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+CHILD = """
+import random, torch, piecework
+model, x = torch.nn.Linear(8, 4), torch.randn(3, 8)
+before = random.getstate(), torch.get_rng_state()
+stitched = piecework.compile(model, (x,), config=piecework.CompilationConfig(backend="eager"))
+stitched.capture([1, 2, 4])
+print(stitched.coverage(8), stitched.report(), stitched.measure([1, 2]))
+assert random.getstate() == before[0], "Python's"
+assert torch.equal(torch.get_rng_state(), before[1]), "torch's"
+"""
+
+
+def test_random_numbers_go_on_where_they_were() -> None:
+    done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,62 @@
+"""Random functions under padding: whatever is padded gives what the function itself gives."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from models import EAGER
+from random_rows import random_case
+
+import piecework
+from piecework.closeness import same_values
+from piecework.errors import PieceworkError
+
+NIGHTLY = int(os.environ.get("PIECEWORK_ROWS_CASES", "20000"))
+
+
+def wrong(seeds: range) -> tuple[list[str], int]:
+    """What padding changes; and how many functions were padded."""
+    found, padded = [], 0
+    for seed in seeds:
+        case, names = random_case(seed)
+        fresh = [each.clone() for each in case.arguments]
+        for number in case.batched:
+            torch._dynamo.mark_dynamic(fresh[number], 0)
+        try:
+            made = piecework.compile(case.function, fresh, config=EAGER)
+            made.capture([4, 8], progress=False, estimate=False)
+        except (PieceworkError, RuntimeError, IndexError, ValueError):
+            continue  # not traced, or nothing to capture
+        if made.static_graphs.unpadded is not None:
+            continue
+        padded += 1
+        for rows in (3, 6, 7):
+            call = [
+                torch.cat([each, each.flip(0) * 3])[:rows] if n in case.batched else each
+                for n, each in enumerate(case.arguments)
+            ]
+            call[1] = call[1] % 8
+            try:
+                expected = case.function(*[each.clone() for each in call])
+            except (RuntimeError, IndexError, ValueError):
+                continue  # eager refuses another batch size
+            if not same_values(expected, made(*[each.clone() for each in call])):
+                found.append(f"seed {seed}, {rows} rows: {' → '.join(names)}")
+    return found, padded
+
+
+def test_thirty_random_functions() -> None:
+    found, padded = wrong(range(30))
+    assert found == []
+    assert padded > 5  # it does not refuse everything
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("part", range(20))
+def test_twenty_thousand_random_functions(part: int) -> None:
+    count = NIGHTLY // 20
+    found, padded = wrong(range(part * count, (part + 1) * count))
+    assert found == []
+    assert padded > count // 20

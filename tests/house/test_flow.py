@@ -1,0 +1,70 @@
+"""How far it is from ``compile()`` to emitted text, and how many files a small model goes through; the ceilings only fall."""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+
+import torch
+from torch import nn
+
+import piecework
+
+ROOT = os.path.dirname(piecework.__file__) + os.sep
+DEPTH, FILES = 13, 116
+
+
+@piecework.splitting_op("flow::mix")
+def mix(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+mix.register_fake(torch.empty_like)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return mix(x + torch.relu(self.up(x)))
+
+
+def _file(frame: types.FrameType) -> str:
+    """Which of the package's files a frame runs; "" for another's."""
+    name = frame.f_code.co_filename
+    ours = name.startswith(ROOT) and not name.startswith((f"{ROOT}tests", f"{ROOT}.venv"))
+    return name.removeprefix(ROOT) if ours else ""
+
+
+def test_the_way_of_a_small_model() -> None:
+    files: set[str] = set()
+    depths: list[int] = []
+
+    def watch(frame: types.FrameType, event: str, _: object) -> None:
+        name = _file(frame)
+        if event != "call" or not name:
+            return
+        files.add(name)
+        if frame.f_code.co_name == "generate_source":
+            stack = 0
+            each: types.FrameType | None = frame
+            while each is not None:
+                stack += bool(_file(each))
+                each = each.f_back
+            depths.append(stack)
+
+    def way() -> None:
+        model, x = nn.Sequential(Layer(), Layer()).eval(), torch.randn(4, 8)
+        piecework.compile(model, (x,), config={"backend": "eager"})(x)
+
+    way()  # what is imported on the way is no part of it
+    sys.setprofile(watch)
+    try:
+        way()
+    finally:
+        sys.setprofile(None)
+    assert max(depths) <= DEPTH
+    assert len(files) <= FILES, sorted(files)

@@ -1,0 +1,501 @@
+"""What makes two Python values the same: equal content has one identity in every process, and different behaviour never shares one."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import enum
+import functools
+import importlib
+import json
+import math
+import operator
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import threading
+import types
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from piecework.errors import Unidentifiable
+from piecework.runtime.store.digest import canonical, text_of
+
+
+def identity(value: object) -> str:
+    return text_of(canonical(value, "test"))
+
+
+def assert_all_differ(values: list[object]) -> None:
+    found = {identity(each): each for each in values}
+    assert len(found) == len(values)
+
+
+# --- data --------------------------------------------------------------------------------------------
+
+
+class Level(enum.Enum):
+    LOW = 1
+    HIGH = 2
+
+
+class Other(enum.Enum):
+    LOW = 1
+    HIGH = 2
+
+
+class Text(str):
+    __slots__ = ()
+
+
+class Words(enum.StrEnum):
+    HIGH = "high"
+
+
+Pair = collections.namedtuple("Pair", "x y")
+
+
+def test_values_that_python_takes_for_equal_are_told_apart() -> None:
+    assert_all_differ([True, 1, 1.0, 1 + 0j, "1", b"1", Level.LOW, Other.LOW])
+    assert_all_differ([0.0, -0.0, 0, False, None, "", b"", (), [], {}, set(), frozenset(), "None"])
+    assert_all_differ([math.nan, -math.nan, math.inf, -math.inf, "nan", "Infinity"])
+    assert_all_differ(
+        [{1: "a"}, {"1": "a"}, {1.0: "a"}, {True: "a"}, {"a": 1}, [(1, "a")], [[1, "a"]]]
+    )
+    assert_all_differ(
+        [(1, 2), [1, 2], {1, 2}, frozenset({1, 2}), range(1, 3), Pair(1, 2), slice(1, 2)]
+    )
+    assert_all_differ([{"a": 1, "b": 2}, {"b": 2, "a": 1}])  # who iterates over it sees the order
+    assert_all_differ([{"a": 1}, collections.OrderedDict(a=1), collections.Counter(a=1)])
+    assert_all_differ([collections.defaultdict(int, a=1), collections.defaultdict(list, a=1)])
+    assert_all_differ(["high", Text("high"), Words.HIGH, Level.HIGH, "HIGH", "Level.HIGH"])
+    assert_all_differ(["😀", "\ud83d\ude00", 10**30, str(10**30), 2**63, -(2**63)])
+    assert_all_differ([{"set": []}, set(), {"float": "nan"}, {"seen": 0}, {"list": []}, []])
+    assert_all_differ([re.compile("a"), re.compile("a", re.I), re.compile(b"a"), "a", Path("a")])
+    one = [1]
+    assert_all_differ(
+        [[one, one], [one, [1]]]
+    )  # appending to the first changes the second, or does not
+
+
+def test_a_container_that_holds_itself_has_an_identity() -> None:
+    def ring(size: int) -> list[object]:
+        first: list[object] = []
+        last = first
+        for _ in range(size):
+            last.append([])
+            last = last[0]  # type: ignore[assignment]
+        last.append(first)
+        return first
+
+    assert identity(ring(2)) == identity(ring(2)) != identity(ring(3))
+
+
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.characters(categories=["Cs"])
+    | st.binary()
+    | st.complex_numbers()
+    | st.sampled_from([*Level, *Other, *Words, Text("a"), ..., NotImplemented])
+)
+HASHABLE = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3).map(tuple) | st.frozensets(inner, max_size=3)
+)
+DATA = st.recursive(
+    HASHABLE,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.lists(inner, max_size=4).map(tuple)
+        | st.dictionaries(HASHABLE, inner, max_size=4)
+        | st.dictionaries(st.text(), inner, max_size=4).map(collections.OrderedDict)
+        | st.sets(HASHABLE, max_size=4)
+        | st.builds(Pair, inner, inner)
+        | st.lists(inner, max_size=3).map(collections.deque)
+    ),
+    max_leaves=12,
+)
+
+
+def same(left: object, right: object) -> bool:
+    """Whether two values are the same to the last type: what an identity must say."""
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, (set, frozenset)):
+        rest = list(right)  # type: ignore[call-overload]
+        for each in left:
+            found = next((i for i, other in enumerate(rest) if same(each, other)), None)
+            if found is None:
+                return False
+            del rest[found]
+        return not rest
+    if isinstance(left, dict):
+        return same(list(left.items()), list(right.items()))  # type: ignore[attr-defined]
+    if isinstance(left, (list, tuple, collections.deque)):
+        return len(left) == len(right) and all(map(same, left, right))  # type: ignore[arg-type]
+    if isinstance(left, complex):
+        return same((left.real, left.imag), (right.real, right.imag))  # type: ignore[attr-defined]
+    if isinstance(left, float):
+        return left.hex() == right.hex() and math.copysign(1, left) == math.copysign(1, right)  # type: ignore[attr-defined]
+    return left is right if isinstance(left, enum.Enum) else left == right
+
+
+@settings(deadline=None, max_examples=200)
+@given(DATA, DATA)
+def test_two_values_share_an_identity_exactly_if_they_are_the_same(
+    left: object, right: object
+) -> None:
+    assert (identity(left) == identity(right)) is same(left, right)
+
+
+@settings(deadline=None, max_examples=100)
+@given(DATA)
+def test_a_wrapped_value_is_another_value(value: object) -> None:
+    assert_all_differ([value, [value], (value,), {"set": value}, identity(value)])
+
+
+# --- code --------------------------------------------------------------------------------------------
+
+TEMPLATE = """
+import enum, functools, helpers
+from helpers import scale as imported
+from helpers import Config
+LIMITS = {limits}
+TABLE = {table}
+class Level(enum.Enum):
+    LOW, HIGH = 1, {high}
+    def doubled(self):
+        return self.value * {factor}
+class Base:
+    rate = {rate}
+    def step(self):
+        return {step}
+class Pass(Base):
+    def __init__(self, level):
+        self.level = level
+    def __call__(self, graph):
+        def inner():
+            return [each + {nested} for each in LIMITS]
+        return inner(), self.step(), self.level.doubled(), imported(1), helpers.offset({offset}), Config.size
+    @property
+    def wide(self):
+        return {property}
+    @staticmethod
+    def fixed():
+        return TABLE
+    class Inner:
+        depth = {depth}
+first, second = lambda g: g + {left}, lambda g: g - {right}
+def default(g, by={default}, *, also={kwdefault}):
+    return g + by + also
+def marked(g):
+    return marked.limit
+marked.limit = {attribute}
+def local(g):
+    from helpers import scale
+    return scale(g)
+def module(g):
+    import helpers
+    def inner():
+        return helpers.scale(g)
+    return inner()
+def missing(g):
+    try:
+        return NOT_THERE
+    except NameError:
+        return g
+{extra}
+"""
+HELPERS = """
+import deeper
+SCALE = {scale}
+def scale(x):
+    return deeper.twice(x) * SCALE
+def offset(x):
+    return x + OFFSETS[0]
+OFFSETS = {offsets}
+class Config:
+    size = {size}
+"""
+DEEPER = """
+def twice(x):
+    return x * {twice}
+"""
+VALUES = {
+    "limits": "(1, 2)",
+    "table": "{1: b'a'}",
+    "high": "2",
+    "factor": "2",
+    "rate": "1",
+    "step": "self.rate",
+    "nested": "1",
+    "offset": "1",
+    "property": "1",
+    "depth": "1",
+    "left": "1",
+    "right": "1",
+    "default": "1",
+    "kwdefault": "1",
+    "attribute": "1",
+    "extra": "",
+    "scale": "2",
+    "offsets": "[1]",
+    "size": "1",
+    "twice": "2",
+}
+NAMES = ("template", "helpers", "deeper")
+# What is edited, and which of the template's values must change their identity with it.
+EDITS = {
+    ("limits", "(1, 3)"): {"Pass"},
+    ("table", "{1: b'b'}"): {"Pass"},
+    ("high", "5"): {"Pass"},
+    ("rate", "True"): {"Pass"},
+    ("step", "self.rate + 1"): {"Pass"},
+    ("nested", "2"): {"Pass"},
+    ("offset", "2"): {"Pass"},
+    ("property", "2"): {"Pass"},
+    ("depth", "2"): {"Pass"},
+    ("left", "2"): {"first"},
+    ("default", "2"): {"default"},
+    ("kwdefault", "'1'"): {"default"},
+    ("attribute", "2"): {"marked"},
+    ("extra", "NOT_THERE = 1"): {"missing"},
+    ("scale", "3"): {"Pass", "local", "module"},
+    ("offsets", "[2]"): {"Pass"},
+    ("twice", "3"): {"Pass", "local", "module"},
+    ("extra", "# a comment"): set(),
+    ("extra", "UNRELATED = 1"): set(),
+}
+
+
+def load(folder: Path, **changes: str) -> types.ModuleType:
+    """The template with changes, as it would be imported in a new process."""
+    folder.mkdir(parents=True)
+    values = {**VALUES, **changes}
+    for name, text in zip(NAMES, (TEMPLATE, HELPERS, DEEPER), strict=True):
+        used = {k: v for k, v in values.items() if f"{{{k}}}" in text}
+        for key, value in used.items():
+            text = text.replace(f"{{{key}}}", value)
+        (folder / f"{name}.py").write_text(text)
+    for name in NAMES:
+        sys.modules.pop(name, None)
+    importlib.invalidate_caches()
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module("template")
+    finally:
+        sys.path.remove(str(folder))
+
+
+def identities(module: types.ModuleType) -> dict[str, str]:
+    values = {
+        "Pass": module.Pass(module.Level.HIGH),
+        **{
+            name: getattr(module, name)
+            for name in ("first", "second", "default", "marked", "local", "module")
+        },
+        "missing": module.missing,
+    }
+    return {name: identity(value) for name, value in values.items()}
+
+
+@pytest.mark.parametrize(
+    ("edit", "changed"),
+    EDITS.items(),
+    ids=lambda each: "-".join(each if isinstance(each, tuple) else sorted(each)),
+)
+def test_an_edit_changes_the_identity_of_what_reaches_it_and_of_nothing_else(
+    tmp_path: Path, edit: tuple[str, str], changed: set[str]
+) -> None:
+    base = identities(load(tmp_path / "base"))
+    assert identities(load(tmp_path / "moved")) == base
+    other = identities(load(tmp_path / "edited", **dict([edit])))
+    assert {name for name in base if other[name] != base[name]} == changed
+
+
+def test_what_is_changed_at_run_time_counts(tmp_path: Path) -> None:
+    module = load(tmp_path / "base")
+    value = module.Pass(module.Level.HIGH)
+    before = identity(value)
+    steps = [
+        lambda: setattr(module.Base, "rate", 2),
+        lambda: setattr(module.Pass, "added", 1),
+        lambda: setattr(module, "LIMITS", (1,)),
+        lambda: module.TABLE.update({2: b"b"}),
+        lambda: setattr(sys.modules["helpers"], "SCALE", 9),
+        lambda: sys.modules["helpers"].OFFSETS.append(9),
+        lambda: setattr(sys.modules["deeper"], "twice", lambda x: x),
+        lambda: setattr(module, "imported", len),
+        lambda: setattr(value, "level", module.Level.LOW),
+        lambda: setattr(value, "more", 1),
+        lambda: setattr(module.Pass.step, "note", 1),
+    ]
+    seen = {before}
+    for step in steps:
+        step()
+        seen.add(identity(value))
+    assert len(seen) == len(steps) + 1
+
+
+IN_A_PROCESS = """
+import json, sys
+sys.path[:0] = json.loads(sys.argv[1])
+import template
+from piecework.runtime.store.digest import digest_of
+values = [template.Pass(template.Level.HIGH), template.first, {"a", "b", (1, 2.5), frozenset({"x", "y"})}, template.Level]
+print(json.dumps([digest_of(each, "x") for each in values]))
+"""
+
+
+def test_every_process_and_hash_seed_has_the_same_identity(tmp_path: Path) -> None:
+    found = []
+    for seed in ("0", "1"):
+        folder = tmp_path / seed
+        load(folder)
+        done = subprocess.run(
+            [sys.executable, "-c", IN_A_PROCESS, json.dumps([str(folder)])],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONDONTWRITEBYTECODE": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found.append(json.loads(done.stdout))
+        (folder / "template.py").touch()
+    assert found[0] == found[1]
+
+
+def test_callables_count_with_their_kind_and_state() -> None:
+    class Holder:
+        def __init__(self, state: object) -> None:
+            self.state = state
+
+        def run(self, graph: object) -> object:
+            return self.state
+
+        def other(self, graph: object) -> object:
+            return self.state
+
+        __call__ = run
+
+    def plain(graph: object, factor: int = 1) -> int:
+        return factor
+
+    a, b = lambda g: g + 1, lambda g: g - 1
+    made = [Holder(1), Holder(2), Holder(1).run, Holder(2).run, Holder(1).other, Holder.run]
+    made += [plain, functools.lru_cache(plain), functools.lru_cache(8)(plain), a, b, len, abs]
+    for args in ((), (1,), (True,)):
+        made.append(functools.partial(plain, *args))
+    made += [functools.partial(plain, factor=1), operator.itemgetter(1), operator.itemgetter("1")]
+    made += [operator.attrgetter("a"), operator.methodcaller("a"), operator.methodcaller("a", 1)]
+    made += [operator.methodcaller("a", x=1), str.upper, str.lower, "a".upper, "b".upper]
+    assert_all_differ([*made, [].append, dict.fromkeys])
+
+
+def test_classes_made_by_one_function_count_by_what_they_hold() -> None:
+    def make(value: object) -> type:
+        class Made:
+            setting = value
+
+            def run(self) -> object:
+                return value
+
+        return Made
+
+    assert identity(make(1)) == identity(make(1)) != identity(make(True))
+    assert identity(make(1)()) != identity(make(2)())
+
+
+@dataclasses.dataclass
+class Setting:
+    size: int
+    names: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slotted:
+    size: object
+
+
+def test_dataclasses_and_slots_count_by_their_fields() -> None:
+    assert identity(Setting(1)) == identity(Setting(1))
+    assert identity(Slotted(1)) == identity(Slotted(1))
+    assert_all_differ(
+        [Setting(1), Setting(2), Setting(1, ["a"]), Slotted(1), Slotted(True), Slotted(None)]
+    )
+
+
+def reads_the_environment(graph: object) -> object:
+    return os.environ["HOME"]
+
+
+def runs_text(graph: object) -> object:
+    return eval("graph")
+
+
+def imports_what_is_not_there_yet(graph: object) -> object:
+    import surely_not_imported_yet  # type: ignore[import-not-found]
+
+    return surely_not_imported_yet.value
+
+
+this_module = sys.modules[__name__]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        object(),
+        threading.Lock(),
+        (i for i in ()),
+        reads_the_environment,
+        runs_text,
+        imports_what_is_not_there_yet,
+        this_module,
+        [object()],
+        {1: threading.Lock()},
+        functools.partial(runs_text),
+        types.SimpleNamespace(x=object()),
+        memoryview(b""),
+    ],
+    ids=lambda each: getattr(each, "__name__", type(each).__name__),
+)
+def test_what_is_not_known_has_no_identity(value: object) -> None:
+    with pytest.raises(Unidentifiable) as caught:
+        identity(value)
+    assert caught.value.where == "test" and caught.value.hint
+
+
+def test_an_object_speaks_for_itself_with_a_uuid() -> None:
+    class Named:
+        def __init__(self, name: object) -> None:
+            self.name, self.lock = name, threading.Lock()
+
+        def uuid(self) -> object:
+            return self.name
+
+    assert identity(Named("a")) == identity(Named("a"))
+    assert_all_differ([Named("a"), Named("b"), Named(b"a"), "a"])
+    with pytest.raises(Unidentifiable, match="None"):
+        identity(Named(None))
+
+
+def test_functions_of_libraries_count_by_name_and_a_patched_one_by_content(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert "python" in identity(math.floor)
+    assert "json" in identity(json.dumps)
+
+    def uses(graph: object) -> object:
+        return math.floor(1.5), textwrap.dedent("")
+
+    before = identity(uses)
+    monkeypatch.setattr(textwrap, "dedent", lambda text: "patched")
+    assert identity(uses) != before

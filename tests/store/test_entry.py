@@ -1,0 +1,396 @@
+"""One entry of the cache: get, put, compile once, texts, signatures; and damage of every file: quarantine, one warning, right bytes."""
+
+import ast
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from piecework.runtime.store.entry import INDEX_NAME, CacheEntry, open_entry
+from piecework.runtime.store.factors import KeyFactors, content_key
+from piecework.runtime.store.files import cache_disabled
+from piecework.runtime.store.manifest import decode, encode
+from piecework.runtime.store.upkeep import verify
+
+FACTORS = KeyFactors({"config": {"dtype": "bf16"}, "versions": {"torch": "2.13.0"}})
+OTHER = KeyFactors({"config": {"dtype": "fp32"}, "versions": {"torch": "2.13.0"}})
+SECRET = b"sixteen or more bytes of it"
+PAYLOADS = {f"piece {n}": random.Random(n).randbytes(300 + 211 * n) for n in range(4)}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def must_not_compile() -> bytes:
+    raise AssertionError("compiled although it was saved")
+
+
+def fill(entry: CacheEntry) -> list[bool]:
+    """Use the entry as a run would; return which pieces had to be compiled."""
+    compiled = []
+    for name, data in PAYLOADS.items():
+        result = entry.get_or_compile(name, lambda data=data: data)
+        assert (result.data, result.saved) == (data, True)
+        compiled.append(result.compiled)
+    assert entry.write_texts({"stitched.py": "x = 1\n"})
+    return compiled
+
+
+# --- use ---------------------------------------------------------------------------------------------
+
+
+def test_layout(root: Path) -> None:
+    before = os.umask(0)
+    try:
+        entry = open_entry(root, FACTORS, rank=3, dp_rank=1, tag="draft")
+        assert not root.exists()  # opening writes nothing
+        assert entry.put("a", b"data")
+        entry.write_texts({"stitched.py": "s", "computation_graph.py": "ü\r\n"})
+    finally:
+        os.umask(before)
+    assert entry.directory == root / FACTORS.hash / "rank_3_1" / "draft"
+    assert {path.name for path in entry.directory.iterdir()} == {
+        *("artifacts", "cache_key_factors.json", "computation_graph.py"),
+        *("piecework_compile_cache.py", "stitched.py"),
+    }
+    factors = (entry.directory / "cache_key_factors.json").read_bytes()
+    assert KeyFactors.from_json(factors) == FACTORS
+    assert (entry.directory / "computation_graph.py").read_bytes() == "ü\r\n".encode()
+    index = (entry.directory / INDEX_NAME).read_text()
+    assert ast.literal_eval(index) == json.loads(index)  # it is a Python literal as well
+    for path in (root, *root.rglob("*")):
+        assert path.stat().st_mode & 0o077 == 0, path
+
+
+def test_what_is_put_is_got_and_equal_bytes_are_kept_once(root: Path) -> None:
+    entry = open_entry(root, FACTORS)
+    assert entry.get("a") is None and entry.names() == ()
+    for name, data in (("a", b"one"), ("a", b"two"), ("b", b"two"), ("empty", b"")):
+        assert entry.put(name, data)
+        assert open_entry(root, FACTORS).get(name) == data
+    assert entry.names() == ("a", "b", "empty")
+    assert len(list((entry.directory / "artifacts").iterdir())) == 3
+    first = entry.get_or_compile("c", lambda: b"data")
+    assert first == (b"data", True, True)
+    assert entry.get_or_compile("c", must_not_compile) == (b"data", False, True)
+
+
+def test_keys_ranks_and_tags_share_nothing(root: Path) -> None:
+    places = [
+        {"factors": FACTORS},
+        {"factors": OTHER},
+        {"factors": FACTORS, "rank": 1},
+        {"factors": FACTORS, "dp_rank": 1},
+        {"factors": FACTORS, "tag": "draft"},
+    ]
+    for index, place in enumerate(places):
+        assert open_entry(root, **place).put("a", str(index).encode())
+    for index, place in enumerate(places):
+        assert open_entry(root, **place).get("a") == str(index).encode()
+
+
+def test_failed_compile_is_not_saved_and_can_be_tried_again(root: Path) -> None:
+    entry = open_entry(root, FACTORS)
+
+    def fail() -> bytes:
+        raise RuntimeError("no such instruction")
+
+    with pytest.raises(RuntimeError, match="no such instruction"):
+        entry.get_or_compile("a", fail)
+    assert entry.get("a") is None
+    assert entry.get_or_compile("a", lambda: b"data").saved
+    # Another artifact may be asked for meanwhile.
+    nested = entry.get_or_compile("c", lambda: b"a" + entry.get_or_compile("b", lambda: b"b").data)
+    assert nested.data == b"ab"
+
+
+def test_threads_compile_once(root: Path) -> None:
+    entry = open_entry(root, FACTORS)
+    compiled: list[int] = []
+    results: list[bytes] = []
+    together = threading.Barrier(6)
+
+    def compile_slowly() -> bytes:
+        compiled.append(1)
+        time.sleep(0.05)
+        return b"data"
+
+    def work() -> None:
+        together.wait()
+        results.append(entry.get_or_compile("a", compile_slowly).data)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (results, len(compiled)) == ([b"data"] * 6, 1)
+
+
+def test_who_waited_too_long_compiles_for_itself(root: Path, warned: list[str]) -> None:
+    holder = open_entry(root, FACTORS)
+    waiter = open_entry(root, FACTORS, lock_timeout_s=0.05)
+    results = []
+
+    def compile_and_let_the_other_wait() -> bytes:
+        results.append(waiter.get_or_compile("a", lambda: b"data"))
+        return b"data"
+
+    assert holder.get_or_compile("a", compile_and_let_the_other_wait).data == b"data"
+    assert results[0].compiled and len(warned) == 1
+    assert verify(root).findings == ()
+
+
+def test_rejected_artifact_is_compiled_again(root: Path, warned: list[str]) -> None:
+    entry = open_entry(root, FACTORS)
+    for name, data in (("a", b"unfit"), ("same bytes", b"unfit"), ("b", b"fit")):
+        entry.put(name, data)
+    entry.reject("a", "the loader refused it")
+    entry.reject("never saved", "the loader refused it")
+    (warning,) = warned
+    assert "the loader refused it" in warning
+    assert entry.names() == ("b",)
+    assert entry.get_or_compile("a", lambda: b"new").compiled
+    assert open_entry(root, FACTORS).get("a") == b"new"
+
+
+def test_equal_texts_are_not_written_again(root: Path) -> None:
+    entry = open_entry(root, FACTORS)
+    assert entry.write_texts({"stitched.py": "x"})
+    before = {path: path.stat().st_mtime_ns for path in entry.directory.rglob("*")}
+    assert open_entry(root, FACTORS).write_texts({"stitched.py": "x"})
+    assert {path: path.stat().st_mtime_ns for path in entry.directory.rglob("*")} == before
+
+
+def test_directory_removed_meanwhile(root: Path) -> None:
+    entry = open_entry(root, FACTORS)
+    entry.put("a", b"data")
+    root.rename(root.with_name("gone"))
+    assert entry.get("a") is None
+    assert entry.get_or_compile("a", lambda: b"again").saved
+    assert entry.get("a") == b"again"
+
+
+@pytest.mark.parametrize(("value", "off"), [("", 0), ("0", 0), (" no ", 0), ("1", 1), ("yes", 1)])
+def test_disable_switch(value: str, off: bool) -> None:
+    assert cache_disabled({"PIECEWORK_DISABLE_CACHE": value}) is bool(off)
+
+
+def test_looking_into_a_cache_does_not_import_torch() -> None:
+    script = (
+        "import sys, types, pathlib\n"
+        "for name, path in (('piecework', '.'), ('piecework.runtime', 'runtime')):\n"
+        "    module = types.ModuleType(name)\n"
+        "    module.__path__ = [path]\n"
+        "    sys.modules[name] = module\n"
+        "import piecework.runtime.store.upkeep\n"
+        "sys.exit('torch' in sys.modules)\n"
+    )
+    package = Path(__file__).resolve().parents[2]
+    assert subprocess.run([sys.executable, "-c", script], cwd=package, check=False).returncode == 0
+
+
+# --- signatures --------------------------------------------------------------------------------------
+
+
+def test_signed_entry(root: Path, warned: list[str]) -> None:
+    assert open_entry(root, FACTORS, hmac_key=SECRET).put("a", b"signed")
+    # Unsigned entries and those of other keys are elsewhere, so that nobody disturbs anybody.
+    assert open_entry(root, FACTORS).get("a") is None
+    assert open_entry(root, FACTORS, hmac_key=SECRET + b"2").get("a") is None
+    assert open_entry(root, FACTORS).put("a", b"unsigned")
+    assert open_entry(root, FACTORS, hmac_key=SECRET).get("a") == b"signed"
+    assert warned == []
+    assert verify(root).findings == verify(root, SECRET).findings == ()
+    assert len(verify(root, b"a wrong key of enough bytes").findings) == 1
+
+
+def test_forged_entry_is_refused(root: Path, warned: list[str]) -> None:
+    """Whoever can write the directory, but has no key, plants an entry that is right in all but the signature."""
+    forger = open_entry(root, FACTORS.signed_with(SECRET))
+    forger.put("a", b"planted")
+    entry = open_entry(root, FACTORS, hmac_key=SECRET)
+    assert entry.directory == forger.directory
+    assert entry.get_or_compile("a", lambda: b"compiled").data == b"compiled"
+    (warning,) = warned
+    assert "signature" in warning
+
+
+# --- damage ------------------------------------------------------------------------------------------
+
+DAMAGES: dict[str, Callable[[bytes, int], bytes]] = {
+    "flip": lambda data, at: data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :],
+    "cut": lambda data, at: data[:at],
+    "zero": lambda data, at: data[:at] + bytes(min(20, len(data) - at)) + data[at + 20 :],
+    "lose": lambda data, at: data[:at] + data[at + 9 :],
+    "grow": lambda data, at: data[:at] + b"\0" + data[at:],
+    "empty": lambda data, at: b"",
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("saved") / "cache"
+    assert all(fill(open_entry(root, FACTORS)))
+    return root
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize("file", [INDEX_NAME, "artifact"])
+def test_damage_costs_a_compile(
+    saved: Path, tmp_path: Path, warned: list[str], kind: str, file: str
+) -> None:
+    for at in range(0, 290, 41):
+        root = tmp_path / f"case {at}"
+        shutil.copytree(saved, root)
+        target = next(root.rglob("*.bin" if file == "artifact" else file))
+        before = target.read_bytes()
+        target.write_bytes(DAMAGES[kind](before, at))
+        assert target.read_bytes() != before
+        assert verify(root).findings
+        assert sum(fill(open_entry(root, FACTORS))) == (1 if file == "artifact" else len(PAYLOADS))
+        assert len(warned) == 1, warned
+        shelved = [path.name for path in (root / ".quarantine").rglob("*") if path.is_file()]
+        assert shelved == [target.name]
+        # The next process finds everything whole again.
+        assert not any(fill(open_entry(root, FACTORS)))
+        assert verify(root).findings == ()
+        assert len(warned) == 1
+        warned.clear()
+
+
+@pytest.mark.parametrize("kind", ["directory", "fifo", "link", "writable", "gone"])
+@pytest.mark.parametrize("file", [INDEX_NAME, "artifact"])
+def test_something_else_in_a_files_place(
+    saved: Path, tmp_path: Path, warned: list[str], kind: str, file: str
+) -> None:
+    """A pipe does not make it wait, a link is not followed, what others may write is not read."""
+    root, outside = tmp_path / "cache", tmp_path / "outside"
+    shutil.copytree(saved, root)
+    target = next(root.rglob("*.bin" if file == "artifact" else file))
+    outside.write_bytes(target.read_bytes())
+    if kind == "writable":
+        target.chmod(0o666)
+    else:
+        target.unlink()
+    if kind == "directory":
+        target.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(target)
+    elif kind == "link":
+        target.symlink_to(outside)
+    before = outside.read_bytes()
+    fill(open_entry(root, FACTORS))
+    assert len(warned) == (0 if (kind, file) == ("gone", INDEX_NAME) else 1), warned
+    assert outside.read_bytes() == before and not target.is_symlink()
+    assert not any(fill(open_entry(root, FACTORS)))
+
+
+HOSTILE = {
+    "call": b"__import__('os').environ.__setitem__('RAN', '1')",
+    "deep": b"[" * 1_000_000,
+    "huge integer": b'{"format": ' + b"9" * 100_000 + b"}",
+    "NaN": b'{"format": NaN}',
+    "list": b"[]",
+    "surrogate": b'{"checksum": "\\ud800"}',
+    "UTF-16": '{"format": 1}'.encode("utf-16"),
+    "another entry": encode({"format": 2, "entry": "x", "pieces": {}}, None),
+    "no pieces": encode({"format": 2, "entry": f"{FACTORS.hash}/rank_0_0/backbone"}, None),
+    "no digest": encode(
+        {"format": 2, "entry": f"{FACTORS.hash}/rank_0_0/backbone", "pieces": {"a": ["../x", 1]}},
+        None,
+    ),
+    "negative": encode(
+        {
+            "format": 2,
+            "entry": f"{FACTORS.hash}/rank_0_0/backbone",
+            "pieces": {"a": ["0" * 64, -1]},
+        },
+        None,
+    ),
+    "foreign artifact of a huge size": encode(
+        {
+            "format": 2,
+            "entry": f"{FACTORS.hash}/rank_0_0/backbone",
+            "pieces": {"piece 0": ["0" * 64, 10**14]},
+        },
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("raw", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_index(saved: Path, tmp_path: Path, warned: list[str], raw: bytes) -> None:
+    root = tmp_path / "cache"
+    shutil.copytree(saved, root)
+    next(root.rglob(INDEX_NAME)).write_bytes(raw)
+    assert all(fill(open_entry(root, FACTORS)))
+    assert len(warned) == 1 and "RAN" not in os.environ
+
+
+def test_entry_copied_to_another_key_rank_or_tag_is_refused(
+    saved: Path, tmp_path: Path, warned: list[str]
+) -> None:
+    root = tmp_path / "cache"
+    shutil.copytree(saved, root)
+    entry = root / FACTORS.hash
+    for place in (f"{OTHER.hash}/rank_0_0/backbone", f"{FACTORS.hash}/rank_1_0/backbone"):
+        shutil.copytree(entry / "rank_0_0" / "backbone", root / place)
+    shutil.copytree(entry / "rank_0_0" / "backbone", entry / "rank_0_0" / "draft")
+    assert open_entry(root, OTHER).get("piece 0") is None
+    assert open_entry(root, FACTORS, rank=1).get("piece 0") is None
+    assert open_entry(root, FACTORS, tag="draft").get("piece 0") is None
+    assert open_entry(root, FACTORS).get("piece 0") == PAYLOADS["piece 0"]
+    assert len(warned) == 3
+
+
+def test_only_one_of_many_readers_warns(saved: Path, tmp_path: Path, warned: list[str]) -> None:
+    root = tmp_path / "cache"
+    shutil.copytree(saved, root)
+    entries = [open_entry(root, FACTORS) for _ in range(4)]
+    for path in root.rglob("*.bin"):
+        path.write_bytes(b"x")
+    for entry in entries:
+        fill(entry)
+    assert len(warned) == 1, warned
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.dictionaries(st.text(), st.integers() | st.text() | st.lists(st.integers()), min_size=1),
+    st.data(),
+)
+def test_any_changed_byte_of_a_manifest_is_seen(
+    facts: dict[str, object], data: st.DataObject
+) -> None:
+    facts = {f"x{name}": value for name, value in facts.items()}
+    key = data.draw(st.sampled_from([None, SECRET]))
+    raw = encode(facts, key)
+    assert decode(raw, key, "m") == facts
+    at = data.draw(st.integers(0, len(raw) - 1))
+    changed = raw[:at] + bytes([raw[at] ^ data.draw(st.integers(1, 255))]) + raw[at + 1 :]
+    with pytest.raises(Exception, match="m: it"):
+        decode(changed, key, "m")
+
+
+@given(st.lists(st.text() | st.binary()), st.lists(st.text() | st.binary()))
+def test_content_key_tells_all_parts_apart(
+    one: list[str | bytes], other: list[str | bytes]
+) -> None:
+    def typed(parts: list[str | bytes]) -> list[tuple[type, str | bytes]]:
+        return [(type(part), part) for part in parts]
+
+    assert (content_key(*one) == content_key(*other)) == (typed(one) == typed(other))
+    assert content_key("ab", "c") != content_key("a", "bc")

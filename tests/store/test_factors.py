@@ -1,0 +1,230 @@
+"""The key: what changes it, what must not, and how a difference is told."""
+
+import linecache
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from piecework.errors import CacheError
+from piecework.runtime.store.factors import GROUPS, KeyFactors
+from piecework.runtime.store.surroundings import (
+    environment_factors,
+    host_factors,
+    source_factors,
+    tree_digest,
+    versions,
+)
+
+TEXT = st.text(max_size=12)
+TABLE = st.dictionaries(TEXT, TEXT, max_size=4)
+KEYS = st.builds(KeyFactors, st.dictionaries(st.sampled_from(GROUPS), TABLE))
+
+
+@settings(deadline=None)
+@given(KEYS, KEYS)
+def test_hash_is_equal_exactly_when_the_factors_are(one: KeyFactors, other: KeyFactors) -> None:
+    assert (one.hash == other.hash) == (one.differences(other) == ())
+    assert KeyFactors.from_json(one.to_json()).to_json() == one.to_json()
+    shuffled = KeyFactors({group: one.groups[group] for group in reversed(one.groups)})
+    assert shuffled.hash == one.hash
+
+
+@settings(deadline=None)
+@given(KEYS, st.sampled_from(GROUPS), TEXT, TEXT, TEXT)
+def test_every_single_change_is_seen_and_named(
+    key: KeyFactors, group: str, name: str, old: str, new: str
+) -> None:
+    """No stale hit: a changed, added or removed factor changes the hash, and is the one difference."""
+
+    def having(value: str | None) -> KeyFactors:
+        rest = {k: v for k, v in key.groups.get(group, {}).items() if k != name}
+        return KeyFactors({**key.groups, group: rest | ({} if value is None else {name: value})})
+
+    for before, after in ((old, old + new + "x"), (old, None), (None, new)):
+        (difference,) = having(after).differences(having(before))
+        assert (difference.group, difference.name) == (group, name)
+        assert (difference.cached, difference.current) == (before, after)
+        assert having(after).hash != having(before).hash
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("bf16", "fp32", "config: x: bf16 -> fp32"),
+        ("a" * 64, "b" * 64, "config: x has changed"),  # nobody can read two digests
+        ("a" * 8, "b" * 8, "config: x: aaaaaaaa -> bbbbbbbb"),
+        (None, "on", "config: x is new (on)"),
+        ("bf16", None, "config: x is gone (was bf16)"),
+    ],
+)
+def test_a_difference_in_words(before: str | None, after: str | None, said: str) -> None:
+    old, new = (
+        KeyFactors({"config": {} if each is None else {"x": each}}) for each in (before, after)
+    )
+    assert [str(each) for each in new.differences(old)] == [said]
+
+
+def test_hash_does_not_depend_on_the_process() -> None:
+    script = (
+        "from piecework.runtime.store.factors import KeyFactors\n"
+        "print(KeyFactors({'config': {'b': '1', 'a': '2'}, 'versions': {'torch': '2.13'}}).hash)"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    here = KeyFactors({"versions": {"torch": "2.13"}, "config": {"a": "2", "b": "1"}})
+    assert done.stdout.strip() == here.hash
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        *(b"", b"[]", b"[" * 100_000, b'{"format": 1, "factors": {}}', b'{"format": 2}'),
+        *(b'{"format": 2, "factors": []}', b'{"format": 2, "factors": {"config": []}}'),
+        b'{"format": 2, "factors": {"config": {"x": 1}}}',
+        b'{"format": 2, "factors": {"nonsense": {"x": "1"}}}',
+        '{"format": 2, "factors": {"config": {"ü": "1"}}}'.encode(),
+    ],
+)
+def test_not_a_file_of_factors(raw: bytes) -> None:
+    with pytest.raises(CacheError):
+        KeyFactors.from_json(raw)
+
+
+# --- environment -------------------------------------------------------------------------------
+
+
+def test_environment_allow_list() -> None:
+    environ = {
+        "PATH": "/bin",
+        "HOME": "/home/somebody",
+        "TORCHINDUCTOR_MAX_AUTOTUNE": "1",
+        "TORCHINDUCTOR_SOMETHING_NEW": "1",
+        "TORCHINDUCTOR_CACHE_DIR": "/tmp/x",
+        "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        "TORCHINDUCTOR_CUTLASS_DIR": "/opt/cutlass",
+        "TORCHINDUCTOR_WORKER_START": "fork",
+        "TRITON_CACHE_DIR": "/tmp/y",
+        "TRITON_DEFAULT_FP_FUSION": "0",
+        "MY_KERNELS": "fast",
+    }
+    assert environment_factors(environ) == {
+        "TORCHINDUCTOR_MAX_AUTOTUNE": "1",
+        "TORCHINDUCTOR_SOMETHING_NEW": "1",
+        "TRITON_DEFAULT_FP_FUSION": "0",
+    }
+
+
+def test_environment_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_FREEZING", "1")
+    assert environment_factors()["TORCHINDUCTOR_FREEZING"] == "1"
+    monkeypatch.delenv("TORCHINDUCTOR_FREEZING")
+    assert "TORCHINDUCTOR_FREEZING" not in environment_factors()
+
+
+# --- sources -------------------------------------------------------------------------------------
+
+
+def tree_of(top: Path) -> list[Path]:
+    package = top / "models" / "llama"
+    package.mkdir(parents=True)
+    (top / "models" / "__init__.py").write_text("")
+    (package / "__init__.py").write_text("")
+    (package / "layers.py").write_text("class Layer: ...\n")
+    (top / "script.py").write_text("print()\n")
+    return [package / "layers.py", top / "script.py"]
+
+
+def test_moving_the_sources_changes_nothing(tmp_path: Path) -> None:
+    files = tree_of(tmp_path / "here")
+    before = source_factors(files)
+    assert list(before) == ["models.llama.layers", "script"]
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    moved = [tmp_path / "there" / file.relative_to(tmp_path / "here") for file in files]
+    assert source_factors(moved) == before
+    # Over a link, in another order, twice: the same.
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    linked = [tmp_path / "link" / file.relative_to(tmp_path / "here") for file in files]
+    assert source_factors([*reversed(linked), *moved]) == before
+
+
+def test_changing_renaming_or_adding_a_source_is_seen(tmp_path: Path) -> None:
+    files = tree_of(tmp_path)
+    before = source_factors(files)
+    files[0].write_text("class Layer: pass\n")
+    changed = source_factors(files)
+    assert changed["models.llama.layers"] != before["models.llama.layers"]
+    assert changed["script"] == before["script"]
+    other = files[0].rename(files[0].with_name("renamed.py"))
+    assert set(source_factors([other, files[1]])) == {"models.llama.renamed", "script"}
+    assert source_factors(files[1:]) == {"script": before["script"]}
+
+
+def test_two_sources_of_one_name_both_count(tmp_path: Path) -> None:
+    for folder, text in (("a", "1"), ("b", "2"), ("c", "1")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "script.py").write_text(text)
+    files = [tmp_path / folder / "script.py" for folder in ("a", "b")]
+    named = source_factors(files)
+    assert list(named) == ["script", "script#2"]
+    assert source_factors(reversed(files)) == named
+    assert len(source_factors([*files, tmp_path / "c" / "script.py"])) == 2
+    files[1].write_text("3")
+    assert source_factors(files) != named
+
+
+def test_dynamic_sources() -> None:
+    def enter(name: str, text: str) -> None:
+        linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+
+    enter("<cell 1>", "x = 1\n")
+    enter("<cell 2>", "x = 2\n")
+    one = source_factors(["<cell 1>"])
+    assert one != source_factors(["<cell 2>"])
+    enter("<cell 3>", "x = 1\n")
+    assert source_factors(["<cell 3>"]) == one  # the number of a cell is not its content
+    with pytest.raises(CacheError, match="no source"):
+        source_factors(["<nowhere>"])
+
+
+def test_unreadable_source(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="would go unseen") as caught:
+        source_factors([tmp_path / "gone.py"])
+    assert caught.value.where == str(tmp_path / "gone.py")
+
+
+def test_tree_digest(tmp_path: Path) -> None:
+    tree_of(tmp_path / "here")
+    before = tree_digest(tmp_path / "here")
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    assert tree_digest(tmp_path / "there") == before
+    (tmp_path / "there" / "notes.txt").write_text("not a source")
+    assert tree_digest(tmp_path / "there") == before
+    (tmp_path / "there" / "script.py").rename(tmp_path / "there" / "renamed.py")
+    assert tree_digest(tmp_path / "there") != before
+
+
+# --- versions and machine ------------------------------------------------------------------------
+
+
+def test_versions() -> None:
+    found = versions()
+    assert found["torch"].startswith(torch.__version__) and found["python"]
+    assert len(found["piecework sources"]) == 64
+
+
+def test_host_factors(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("model name : X\nflags\t\t: fpu vme avx2 avx512f tsc amx_tile retpoline\n")
+    assert host_factors(cpuinfo)["cpu_features"] == "amx_tile avx2 avx512f"
+    cpuinfo.write_text("Features : fp asimd sve2 atomics\n")
+    assert host_factors(cpuinfo)["cpu_features"] == "asimd sve2"
+    assert "cpu" in host_factors(tmp_path / "none")

@@ -1,0 +1,325 @@
+"""Directories that cannot be trusted, cannot be written or are full. Real mounts, limits and permissions; no doubles."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from piecework.errors import CacheError
+from piecework.runtime.store.entry import open_entry
+from piecework.runtime.store.factors import KeyFactors
+from piecework.runtime.store.files import default_root, resolve_root
+from piecework.runtime.store.upkeep import verify
+
+CHILD = Path(__file__).with_name("store_child.py")
+FACTORS = KeyFactors({"config": {"dtype": "bf16"}})
+IS_ROOT = os.geteuid() == 0
+COUNT = 3
+
+
+def run_child(*arguments: object, prefix: tuple[str, ...] = ()) -> dict[str, object]:
+    done = subprocess.run(
+        [*prefix, sys.executable, str(CHILD), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+def run_mounted(script: str, *arguments: object) -> dict[str, object]:
+    """Run a child behind `script` in a mount namespace of its own; skip where that is not permitted."""
+    if not IS_ROOT or shutil.which("unshare") is None:
+        pytest.skip("mounting needs root and unshare")
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this machine permits no mount namespace")
+    command = ["unshare", "-m", "sh", "-c", script + ' && exec "$@"', "sh"]
+    return run_child(*arguments, prefix=tuple(command))
+
+
+def assert_no_leftovers(root: Path) -> None:
+    assert [path for path in root.rglob("*") if path.name.startswith(".tmp-")] == []
+
+
+# --- read-only ---------------------------------------------------------------------------------
+
+
+def test_read_only_mount_is_used_without_saving(tmp_path: Path) -> None:
+    root = tmp_path / "cache"
+    open_entry(root, FACTORS).get_or_compile("piece 0", lambda: b"saved before")
+    run_child("use", root, 1)  # replaces nothing: "piece 0" is there
+    script = f"mount --bind {root} {root} && mount -o remount,ro,bind {root}"
+    # "piece 0" holds other bytes than the child expects, which shows that they came from the cache.
+    outcome = run_mounted(script, "use", root, COUNT)
+    assert outcome["compiled"] == [False, True, True]
+    assert outcome["saved"] == [True, False, False]
+    assert outcome["right"] is False
+    assert outcome["texts_saved"] is False
+    (warning,) = outcome["warnings"]  # type: ignore[misc]
+    assert "read-only" in warning
+
+
+def test_damage_on_a_read_only_mount_is_ignored(tmp_path: Path) -> None:
+    root = tmp_path / "cache"
+    assert run_child("use", root, COUNT)["right"] is True
+    for path in root.rglob("*.bin"):
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+    script = f"mount --bind {root} {root} && mount -o remount,ro,bind {root}"
+    outcome = run_mounted(script, "use", root, COUNT)
+    assert outcome["right"] is True
+    assert outcome["compiled"] == [True] * COUNT
+    assert len(outcome["warnings"]) == 2  # type: ignore[arg-type]  # damaged, and read-only
+
+
+@pytest.fixture
+def open_directory() -> Iterator[Path]:
+    """A directory that every user can reach, unlike pytest's own."""
+    path = Path(tempfile.mkdtemp(prefix="piecework-cache-"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+def test_directory_of_root_is_read_by_others_without_saving(open_directory: Path) -> None:
+    """A cache that root has made for all: permissions, and not a mount, forbid to save."""
+    if not IS_ROOT:
+        pytest.skip("only root can give up its rights")
+    root = open_directory / "cache"
+    run_child("use", root, COUNT - 1)
+    for path in (root, *root.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    outcome = run_child("use_as_nobody", root, COUNT)
+    assert outcome["right"] is True
+    assert outcome["compiled"] == [False, False, True]
+    (warning,) = outcome["warnings"]  # type: ignore[misc]
+    assert "read-only" in warning
+
+
+# --- full --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size_k", [4, 40, 64, 132])
+def test_full_disk(tmp_path: Path, size_k: int) -> None:
+    """A tmpfs that is full before, while or after the first artifact is written."""
+    disk, copy = tmp_path / "disk", tmp_path / "copy"
+    disk.mkdir()
+    # The mount vanishes with the child, which therefore leaves a copy of what it wrote.
+    script = f"mount -t tmpfs -o size={size_k}k,mode=0700 tmpfs {disk}"
+    keep = f'trap "cp -a {disk} {copy}" EXIT; "$@"'
+    command = ("unshare", "-m", "sh", "-c", f"{script} && {keep}", "sh")
+    run_mounted("true", "use", tmp_path / "probe", 0)  # skips where mounting is not permitted
+    outcome = run_child("use", disk / "cache", COUNT, prefix=command)
+    assert outcome["right"] is True
+    assert not all(outcome["saved"]) or not outcome["texts_saved"]  # type: ignore[arg-type]
+    (warning,) = outcome["warnings"]  # type: ignore[misc]
+    assert "no space left" in warning
+    assert_no_leftovers(copy)
+    root = copy / "cache"
+    assert verify(root).findings == ()
+    again = run_child("use", root, COUNT)
+    assert again["right"] is True
+    assert again["warnings"] == []
+    assert again["compiled"] == [not saved for saved in outcome["saved"]]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("limit", [0, 300, 20_000, 35_000])
+def test_files_may_not_grow(tmp_path: Path, limit: int) -> None:
+    """The kernel refuses a write half-way through a file (EFBIG); what was written of it is gone again."""
+    root = tmp_path / "cache"
+    outcome = run_child("use_with_small_files", root, COUNT, limit)
+    assert outcome["right"] is True
+    assert outcome["saved"] != [True] * COUNT
+    assert len(outcome["warnings"]) == 1  # type: ignore[arg-type]
+    assert_no_leftovers(root)
+    assert verify(root).findings == ()
+    assert run_child("use", root, COUNT)["warnings"] == []
+
+
+def test_artifact_is_removed_again_if_the_manifest_does_not_fit(tmp_path: Path) -> None:
+    root = tmp_path / "cache"
+    assert run_child("put_small", root, 200) == {"saved": False}
+    assert list(root.rglob("*.bin")) == []
+    assert run_child("put_small", root, 3000) == {"saved": True}
+    assert len(list(root.rglob("*.bin"))) == 1
+
+
+# --- directories that others control -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o1777])
+def test_root_that_others_can_write_is_refused(tmp_path: Path, mode: int) -> None:
+    root = tmp_path / "cache"
+    root.mkdir()
+    root.chmod(mode)
+    with pytest.raises(CacheError, match="others can write") as caught:
+        open_entry(root, FACTORS)
+    assert caught.value.where == str(root)
+    assert "chmod go-w" in str(caught.value)
+    assert list(root.iterdir()) == []
+
+
+def test_directories_inside_that_others_can_write_are_refused(tmp_path: Path) -> None:
+    root = tmp_path / "cache"
+    open_entry(root, FACTORS).put("a", b"data")
+    open_entry(root, FACTORS).get("a")
+    for path in [path for path in root.rglob("*") if path.is_dir()]:
+        path.chmod(0o777)
+        with pytest.raises(CacheError, match="others can write"):
+            open_entry(root, FACTORS)
+        path.chmod(0o700)
+    assert open_entry(root, FACTORS).get("a") == b"data"
+
+
+def test_parent_in_which_others_can_exchange_the_cache_is_refused(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    with pytest.raises(CacheError, match="others can exchange it"):
+        open_entry(shared / "deep" / "cache", FACTORS)
+    assert list(shared.iterdir()) == []
+    shared.chmod(0o1777)  # like /tmp: nobody can rename what is not theirs
+    assert open_entry(shared / "deep" / "cache", FACTORS).put("a", b"data")
+
+
+def test_directory_of_another_user_is_refused(tmp_path: Path) -> None:
+    if not IS_ROOT:
+        pytest.skip("only root can give files away")
+    root = tmp_path / "cache"
+    open_entry(root, FACTORS).put("a", b"data")
+    os.chown(root, 65534, -1)
+    with pytest.raises(CacheError, match="belongs to another user"):
+        open_entry(root, FACTORS)
+    os.chown(root, 0, -1)
+    os.chown(tmp_path, 65534, -1)
+    with pytest.raises(CacheError, match="in a directory of another user"):
+        open_entry(root, FACTORS)
+    os.chown(tmp_path, 0, -1)
+    assert open_entry(root, FACTORS).get("a") == b"data"
+
+
+# --- links -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_link_out_of_the_tree_is_refused(tmp_path: Path, depth: int) -> None:
+    """Each directory of an entry in turn is a link to a perfectly good one elsewhere."""
+    root = tmp_path / "cache"
+    entry = open_entry(root, FACTORS)
+    entry.put("a", b"data")
+    parts = (*entry.directory.relative_to(root).parts, "artifacts")
+    inside = root.joinpath(*parts[:depth])
+    outside = tmp_path / "outside"
+    inside.rename(outside)
+    inside.symlink_to(outside)
+    before = sorted(path.relative_to(outside) for path in outside.rglob("*"))
+    with pytest.raises(CacheError, match="a link stands") as caught:
+        open_entry(root, FACTORS)
+    assert caught.value.where == str(inside)
+    assert verify(root).artifacts == 0
+    assert sorted(path.relative_to(outside) for path in outside.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", [".locks", ".quarantine"])
+def test_own_directories_may_not_be_links(tmp_path: Path, name: str) -> None:
+    root, outside = tmp_path / "cache", tmp_path / "outside"
+    root.mkdir(0o700)
+    outside.mkdir()
+    (root / name).symlink_to(outside)
+    with pytest.raises(CacheError, match="a link stands"):
+        open_entry(root, FACTORS)
+    assert list(outside.iterdir()) == []
+
+
+def test_lock_that_is_a_link_truncates_nothing(tmp_path: Path) -> None:
+    root, victim = tmp_path / "cache", tmp_path / "victim"
+    entry = open_entry(root, FACTORS)
+    entry.get_or_compile("a", lambda: b"data")
+    victim.write_bytes(b"precious")
+    for lock in (root / ".locks").iterdir():
+        lock.unlink()
+        lock.symlink_to(victim)
+    result = open_entry(root, FACTORS).get_or_compile("b", lambda: b"more")
+    assert (result.data, result.saved) == (b"more", False)
+    assert victim.read_bytes() == b"precious"
+
+
+def test_root_may_be_our_own_link(tmp_path: Path) -> None:
+    """A link that leads to the cache is the user's choice; what it leads to is checked."""
+    real, link = tmp_path / "real", tmp_path / "link"
+    link.symlink_to(real)
+    real.mkdir(0o700)
+    assert open_entry(link, FACTORS).put("a", b"data")
+    assert open_entry(real, FACTORS).get("a") == b"data"
+    real.chmod(0o777)
+    with pytest.raises(CacheError, match="others can write"):
+        open_entry(link, FACTORS)
+
+
+def test_link_of_another_user_is_refused(tmp_path: Path) -> None:
+    if not IS_ROOT:
+        pytest.skip("only root can give links away")
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.mkdir(0o700)
+    link.symlink_to(real)
+    os.chown(link, 65534, -1, follow_symlinks=False)
+    with pytest.raises(CacheError, match="another user's link"):
+        open_entry(link / "cache", FACTORS)
+
+
+# --- impossible places and names -----------------------------------------------------------------
+
+
+def test_root_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CacheError, match="a file stands"):
+        open_entry(tmp_path / "file", FACTORS)
+    with pytest.raises(CacheError):
+        open_entry(tmp_path / "file" / "below", FACTORS)
+
+
+@pytest.mark.parametrize("tag", ["", "..", "../x", "a/b", "-x", "a\n", "é", "x" * 101])
+def test_impossible_tags(tmp_path: Path, tag: str) -> None:
+    with pytest.raises(CacheError, match="a tag must be"):
+        open_entry(tmp_path, FACTORS, tag=tag)
+
+
+@pytest.mark.parametrize("rank", [-1, True, 1.0, 10**7])
+def test_impossible_ranks(tmp_path: Path, rank: object) -> None:
+    with pytest.raises(CacheError, match="a rank must be"):
+        open_entry(tmp_path, FACTORS, rank=rank)  # type: ignore[arg-type]
+    with pytest.raises(CacheError, match="a rank must be"):
+        open_entry(tmp_path, FACTORS, dp_rank=rank)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("key", [b"", b"short", "a string of enough length", bytearray(32)])
+def test_impossible_hmac_keys(tmp_path: Path, key: bytes) -> None:
+    with pytest.raises(CacheError, match="HMAC key"):
+        open_entry(tmp_path / "cache", FACTORS, hmac_key=key)
+
+
+def test_default_root() -> None:
+    home = Path.home()
+    assert default_root({}) == home / ".cache" / "piecework"
+    assert default_root({"XDG_CACHE_HOME": "/x"}) == Path("/x/piecework")
+    assert default_root({"XDG_CACHE_HOME": "relative"}) == home / ".cache" / "piecework"
+    both = {"XDG_CACHE_HOME": "/x", "PIECEWORK_CACHE_DIR": "/y"}
+    assert default_root(both) == Path("/y")
+    assert default_root({"PIECEWORK_CACHE_DIR": "", "XDG_CACHE_HOME": ""}) == (
+        home / ".cache" / "piecework"
+    )
+
+
+def test_root_with_a_tilde_and_a_relative_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert resolve_root("~/cache") == tmp_path / "cache"
+    assert resolve_root("cache") == tmp_path / "cache"

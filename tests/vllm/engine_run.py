@@ -1,0 +1,169 @@
+"""An engine in a process of its own: in, what to run as JSON; out, tokens, counters and times as JSON.
+
+python engine_run.py '{"model": "…", "compilation_config": {…}, "engine": {…}, "prompts": [3, 7], "graphs": false}' out.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import types
+from collections import Counter
+from typing import Any
+
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+ENGINE = {
+    "skip_tokenizer_init": True,
+    "dtype": "float32",
+    "max_model_len": 256,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 64,
+    "enable_chunked_prefill": True,
+    "disable_log_stats": True,
+}
+
+
+def prompt(number: int, length: int) -> dict[str, list[int]]:
+    """Tokens that are the same in every process."""
+    return {"prompt_token_ids": [1] + [(7 * number + 13 * j) % 500 + 5 for j in range(length - 1)]}
+
+
+def stand_in_graphs() -> Counter[str]:
+    """Static graphs on the CPU: as CUDA's, a replay reads and writes the memory of the capture alone."""
+    import torch
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import get_forward_context, is_forward_context_available
+    from vllm.platforms.cpu import CpuPlatform
+
+    seen: Counter[str] = Counter()
+
+    def addresses(values: Any) -> list[int]:
+        return [each.data_ptr() for each in values if isinstance(each, torch.Tensor)]
+
+    class StandIn:
+        def __init__(
+            self,
+            runnable: Any,
+            vllm_config: Any,
+            runtime_mode: Any,
+            cudagraph_options: Any = None,
+        ) -> None:
+            self.runnable, self.mode, self.options = runnable, runtime_mode, cudagraph_options
+            self.captured: dict[Any, Any] = {}
+            seen["wrapped"] += 1
+            seen["first"] += cudagraph_options.debug_log_enable
+            seen["last"] += cudagraph_options.weak_ref_output
+
+        def __call__(self, *args: Any) -> Any:
+            context = get_forward_context() if is_forward_context_available() else None
+            mode = CUDAGraphMode.NONE if context is None else context.cudagraph_runtime_mode
+            if mode == CUDAGraphMode.NONE or mode != self.mode:
+                seen["live"] += 1
+                return self.runnable(*args)
+            key = context.batch_descriptor
+            if key not in self.captured:
+                self.captured[key] = args, self.runnable(*args)
+                seen["captures"] += 1
+                seen[f"captured {key.num_tokens}"] += 1
+                return self.captured[key][1]
+            held, out = self.captured[key]
+            seen["replays"] += 1
+            seen["addresses changed"] += addresses(args) != addresses(held)
+            for kept, new in zip(out, self.runnable(*held), strict=True):
+                if isinstance(kept, torch.Tensor) and kept.data_ptr() != new.data_ptr():
+                    kept.copy_(new)
+            return out
+
+    module = types.ModuleType("piecework_stand_in")
+    module.StandIn = StandIn  # type: ignore[attr-defined]
+    sys.modules[module.__name__] = module
+    CpuPlatform.support_static_graph_mode = classmethod(lambda cls: True)
+    CpuPlatform.get_static_graph_wrapper_cls = classmethod(lambda cls: "piecework_stand_in.StandIn")
+    return seen
+
+
+def run(what: dict[str, Any]) -> dict[str, Any]:
+    graphs = stand_in_graphs() if what.get("graphs") else None
+    from vllm import LLM, SamplingParams
+    from vllm.compilation.counter import compilation_counter
+
+    start = time.perf_counter()
+    llm = LLM(
+        what["model"],
+        **{**ENGINE, **what.get("engine", {})},
+        compilation_config=what.get("compilation_config", {}),
+    )
+    seconds = time.perf_counter() - start
+    options = SamplingParams(
+        max_tokens=what.get("tokens", 8),
+        temperature=0,
+        detokenize=False,
+        ignore_eos=True,
+        logprobs=1,
+    )
+    found: dict[str, Any] = {"tokens": {}, "logprobs": {}}
+    for lengths in what.get("prompts", [[1], [16], [200], [1, 3, 16, 40, 90, 120, 2, 7]]):
+        given = [prompt(i, n) for i, n in enumerate(lengths)]
+        outputs = [each.outputs[0] for each in llm.generate(given, options, use_tqdm=False)]
+        name = ",".join(map(str, lengths))
+        found["tokens"][name] = [list(each.token_ids) for each in outputs]
+        found["logprobs"][name] = [
+            [row[token].logprob for row, token in zip(each.logprobs, each.token_ids, strict=True)]
+            for each in outputs
+        ]
+    config = llm.llm_engine.vllm_config.compilation_config
+    return {
+        **found,
+        "seconds": seconds,
+        "compile seconds": config.compilation_time,
+        "mode": str(config.mode),
+        "backend": config.backend,
+        "custom_ops": config.custom_ops,
+        "counters": {name: value for name, value in vars(compilation_counter).items() if value},
+        "graphs": dict(graphs or {}),
+        **measured(llm, what.get("measure", [])),
+    }
+
+
+def measured(llm: Any, sizes: list[int]) -> dict[str, Any]:
+    """Milliseconds of a decode step's forward for each batch size: the median, and the fastest tenth."""
+    if not sizes:
+        return {}
+    from vllm import SamplingParams
+
+    core = llm.llm_engine.engine_core.engine_core
+    runner = core.model_executor.driver_worker.worker.model_runner
+    forward, log = runner._model_forward, []
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        result = forward(*args, **kwargs)
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        log.append((0 if ids is None else len(ids), time.perf_counter() - start))
+        return result
+
+    runner._model_forward = timed
+    options = SamplingParams(max_tokens=150, temperature=0, detokenize=False, ignore_eos=True)
+    found = {}
+    for size in sizes:
+        log.clear()
+        llm.generate([prompt(i, 4) for i in range(size)], options, use_tqdm=False)
+        each = sorted(1e3 * seconds for rows, seconds in log if rows == size)
+        found[str(size)] = [each[len(each) // 2], each[len(each) // 10]]
+    runner._model_forward = forward
+    return {"forward ms": found}
+
+
+if __name__ == "__main__":
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    with open(sys.argv[2], "w") as out:
+        json.dump(run(json.loads(sys.argv[1])), out, indent=1)

@@ -1,0 +1,134 @@
+"""An engine on piecework: its tokens, what it keeps, what it makes of damage."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+OURS = {"backend": "piecework"}
+
+
+def same(found: dict[str, Any], eager: dict[str, Any]) -> None:
+    assert found["exit"] == 0, found["log"][-5000:]
+    assert found["tokens"] == eager["tokens"]
+    rows = itertools.chain.from_iterable(
+        zip(found["logprobs"][name], eager["logprobs"][name], strict=True)
+        for name in eager["logprobs"]
+    )
+    for ours, theirs in rows:
+        assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def cold(engine: Any, cache: Path) -> dict[str, Any]:
+    """The first start, of whoever asks for it."""
+    return engine(cache=cache, compilation_config=OURS)
+
+
+def test_cold(cold, eager):
+    same(cold, eager)
+    assert cold["backend"] == "piecework" and cold["custom_ops"] == ["none"]
+    counters = cold["counters"]
+    assert counters["num_graphs_seen"] == 1
+    assert counters["num_piecewise_graphs_seen"] == 9
+    assert counters["num_piecewise_capturable_graphs_seen"] == 5
+    assert counters["num_inductor_compiles"] == 3  # the first, the middle ones, the last
+    assert counters["num_aot_artifacts_saved"] == 1
+
+
+def test_warm_without_a_trace_or_a_compile(cold, engine, cache, eager):
+    warm = engine(cache=cache, compilation_config=OURS)
+    same(warm, eager)
+    assert warm["counters"] == {"num_models_seen": 1, "num_aot_artifacts_loaded": 1}
+
+
+def test_the_source_is_in_the_cache_folder(cold, cache):
+    (source,) = cache.rglob("stitched.py")
+    code = source.read_text()
+    assert "layers.0.input_layernorm.weight" in code and "l_self_modules" not in code
+    assert "past the dispatcher" in code
+
+
+def test_damage_is_compiled_again(cold, engine, cache, eager):
+    (model,) = (each for each in cache.rglob("torch_aot_compile/*/*/model"))
+    data = bytearray(model.read_bytes())
+    at = data.index(b"piecework program") + 4000
+    data[at] ^= 255
+    model.write_bytes(bytes(data))
+    again = engine(cache=cache, compilation_config=OURS)
+    same(again, eager)
+    assert "Compiling model again due to a load failure" in again["log"]
+    assert again["counters"]["num_compiled_artifacts_loaded"] == 3  # the pieces were kept elsewhere
+
+
+def test_by_the_environment(engine, cache, eager):
+    found = engine(cache=cache, environ={"VLLM_PIECEWORK": "1", "VLLM_USE_AOT_COMPILE": "0"})
+    same(found, eager)
+    assert found["backend"] == "piecework"
+    assert found["counters"].get("num_inductor_compiles", 0) == 0  # one cache for both ways
+
+
+def test_static_graphs_of_the_engines_own_wrapper(engine, tmp_path, eager):
+    """Each captured size is replayed, from the addresses that it was captured with."""
+    sizes = [1, 2, 4, 8, 16, 32]
+    found = engine(
+        cache=tmp_path,
+        graphs=True,
+        compilation_config={
+            **OURS,
+            "cudagraph_mode": "PIECEWISE",
+            "cudagraph_capture_sizes": sizes,
+        },
+        prompts=[[1], [16], [200], [1, 3, 16, 40, 90, 120, 2, 7], [2], [5, 5], [30], [32]],
+    )
+    assert found["exit"] == 0, found["log"][-5000:]
+    for name, tokens in eager["tokens"].items():
+        assert found["tokens"][name] == tokens
+    graphs = found["graphs"]
+    assert {size for size in sizes if graphs.get(f"captured {size}")} == set(sizes)
+    assert graphs["addresses changed"] == 0 < graphs["replays"]
+    assert (graphs["wrapped"], graphs["first"], graphs["last"]) == (5, 1, 1)
+
+
+def test_options_and_dumps(engine, tmp_path, eager):
+    found = engine(
+        cache=tmp_path / "cache",
+        compilation_config={**OURS, "compile_ranges_endpoints": [8]},
+        engine={
+            "additional_config": {
+                "piecework": {"backend": "eager", "debug_dump_path": str(tmp_path / "out")}
+            }
+        },
+    )
+    same(found, eager)
+    assert found["counters"]["num_backend_compilations"] == 10  # two ranges
+    assert list((tmp_path / "out").rglob("*stitched*"))
+
+
+def test_eager_is_left_alone(engine, tmp_path, eager):
+    found = engine(
+        cache=tmp_path, compilation_config=OURS, engine={"enforce_eager": True}, prompts=[[16]]
+    )
+    assert found["exit"] == 0, found["log"][-3000:]
+    assert found["tokens"]["16"] == eager["tokens"]["16"]
+    assert "num_graphs_seen" not in found["counters"]
+
+
+def test_tensor_parallel(engine, tmp_path, eager):
+    """Two ranks, in processes of the engine's."""
+    found = engine(
+        cache=tmp_path,
+        compilation_config=OURS,
+        engine={"tensor_parallel_size": 2},
+        environ={"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+    )
+    assert found["exit"] == 0, found["log"][-5000:]
+    assert found["tokens"] == eager["tokens"]

@@ -1,0 +1,162 @@
+"""Models whose code asks torch about the process: the stitched model gives what the model gives, or refuses."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from models import EAGER
+
+import piecework
+from piecework.errors import CaptureError, InputError
+from piecework.runtime import torch_compat
+
+READ: dict[str, Callable[[], object]] = {
+    "deterministic": lambda: torch.are_deterministic_algorithms_enabled(),
+    "filled": lambda: torch.utils.deterministic.fill_uninitialized_memory,
+    "benchmark": lambda: torch.backends.cudnn.benchmark,
+    "mkldnn": lambda: torch.backends.mkldnn.enabled,
+    "tf32": lambda: torch.backends.cuda.matmul.allow_tf32,
+    "autocast dtype": lambda: torch.get_autocast_dtype("cpu") == torch.float16,
+    "autocast cache": lambda: torch.is_autocast_cache_enabled(),
+    "recursion": lambda: sys.getrecursionlimit() > 8500,
+    "digits": lambda: sys.get_int_max_str_digits() > 8500,
+}
+
+
+def set_backend(backend: object, name: str, on: bool) -> None:
+    """Set one of torch's flags, also where torch's own test lists were imported, which forbid it."""
+    with getattr(torch.backends, "__allow_nonbracketed_mutation")():
+        setattr(backend, name, on)
+
+
+WRITE: dict[str, Callable[[bool], object]] = {
+    "deterministic": torch.use_deterministic_algorithms,
+    "filled": lambda on: setattr(torch.utils.deterministic, "fill_uninitialized_memory", on),
+    "benchmark": lambda on: set_backend(torch.backends.cudnn, "benchmark", on),
+    "mkldnn": lambda on: set_backend(torch.backends.mkldnn, "enabled", on),
+    "tf32": lambda on: setattr(torch.backends.cuda.matmul, "allow_tf32", on),
+    "autocast dtype": lambda on: torch.set_autocast_dtype(
+        "cpu", torch.float16 if on else torch.bfloat16
+    ),
+    "autocast cache": torch.set_autocast_cache_enabled,
+    "recursion": lambda on: sys.setrecursionlimit(9000 if on else 8000),
+    "digits": lambda on: sys.set_int_max_str_digits(9000 if on else 8000),
+}
+
+
+class Asking(torch.nn.Module):
+    """Adds one where the process is set so."""
+
+    def __init__(self, read: Callable[[], object]) -> None:
+        super().__init__()
+        self.read = read
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if self.read() else x - 1
+
+
+@pytest.mark.parametrize("ask", [torch.is_grad_enabled, lambda: torch.is_grad_enabled()])
+def test_code_that_asks_for_the_grad_mode_is_served_where_it_is_as_in_the_trace(
+    ask: Callable[[], object],
+) -> None:
+    model, x = Asking(ask).eval(), torch.randn(3)
+    stitched = piecework.compile(model, (x,), config=EAGER)
+    with pytest.raises(InputError, match="no_grad"):
+        stitched(x)
+    with torch.no_grad():
+        assert torch.equal(stitched(x), model(x))
+
+
+class Checkpointing(torch.nn.Module):
+    gradient_checkpointing = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return torch.utils.checkpoint.checkpoint(torch.sin, x)
+        return torch.sin(x)
+
+
+def test_code_that_asks_whether_to_checkpoint_is_served_in_any_grad_mode() -> None:
+    model, x = Checkpointing().eval(), torch.randn(3)
+    stitched = piecework.compile(model, (x,), config=EAGER)
+    assert torch.equal(stitched(x), model(x))
+
+
+class Viewing(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if x._base is None else x - 1
+
+
+def test_code_that_asks_what_a_tensor_is_a_view_of_is_refused() -> None:
+    with pytest.raises(CaptureError, match="_base"):
+        piecework.compile(Viewing(), (torch.randn(3),), config=EAGER)
+
+
+@pytest.fixture(params=sorted(READ))
+def setting(request: pytest.FixtureRequest) -> Iterator[str]:
+    frames, digits = sys.getrecursionlimit(), sys.get_int_max_str_digits()
+    before = bool(READ[request.param]())
+    WRITE[request.param](before)  # other tests and libraries set limits too
+    yield request.param
+    WRITE[request.param](before)
+    sys.setrecursionlimit(frames)
+    sys.set_int_max_str_digits(digits)
+
+
+def test_a_setting_that_the_code_asks_for_is_watched_where_stock_watches_it(setting: str) -> None:
+    model, x = Asking(READ[setting]).eval(), torch.randn(3)
+    was = bool(READ[setting]())
+    torch.compiler.reset()
+    stock = torch.compile(model, backend="eager", fullgraph=True)
+    stitched = piecework.compile(model, (x,), config=EAGER)
+    with torch.no_grad():
+        assert torch.equal(stock(x), stitched(x))
+        WRITE[setting](not was)
+        assert bool(READ[setting]()) is not was
+        if torch.equal(stock(x), model(x)):
+            with pytest.raises(InputError, match="when the model was traced"):
+                stitched(x)
+        WRITE[setting](was)
+        assert torch.equal(stitched(x), model(x))
+
+
+GLOBAL: dict[str, Callable[[bool], object]] = {
+    "default_dtype": lambda on: torch.set_default_dtype(torch.float64 if on else torch.float32),
+    "deterministic_algorithms": torch.use_deterministic_algorithms,
+    "deterministic_algorithms_warn_only": lambda on: torch.use_deterministic_algorithms(
+        torch.are_deterministic_algorithms_enabled(), warn_only=on
+    ),
+    "allow_tf32": lambda on: setattr(torch.backends.cuda.matmul, "allow_tf32", on),
+    "allow_fp16_reduce": lambda on: setattr(
+        torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", not on
+    ),
+    "allow_bf16_reduce": lambda on: setattr(
+        torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", not on
+    ),
+}
+#: The entry looks at these, or they change no result.
+ELSEWHERE = {
+    *("grad_mode", "autocast_state", "num_threads"),
+    *("torch_function", "torch_function_all_disabled"),
+}
+
+
+def test_every_part_of_torchs_global_state_is_looked_at() -> None:
+    assert GLOBAL.keys() | ELSEWHERE == torch_compat.global_state().keys()
+
+
+@pytest.mark.parametrize("name", GLOBAL)
+def test_global_state_that_torchs_own_guard_compares_is_watched(name: str) -> None:
+    model, x = torch.nn.Linear(3, 3).eval(), torch.randn(2, 3)
+    stitched = piecework.compile(model, (x,), config=EAGER)
+    right = stitched(x)
+    GLOBAL[name](True)
+    try:
+        with pytest.raises(InputError, match=f"torch's {name} was .* when the model was traced"):
+            stitched(x)
+    finally:
+        GLOBAL[name](False)
+    assert torch.equal(stitched(x), right)

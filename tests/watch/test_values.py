@@ -1,0 +1,135 @@
+"""Plain values that a trace read: told as text, compared with another model, carried as JSON."""
+
+from __future__ import annotations
+
+import enum
+import json
+import weakref
+
+import pytest
+import torch
+from models import EAGER
+from torch import nn
+
+import piecework
+from piecework.runtime.watch.values import (
+    PlainValue,
+    Untellable,
+    as_json,
+    differences,
+    from_json,
+    plain_text,
+)
+
+SCALE = 2.0
+
+
+class Level(enum.Enum):
+    LOW = 1
+    HIGH = 2
+
+
+class Options:
+    def __init__(self) -> None:
+        self.rate, self.sizes, self.table = 2.0, [1, 2], {"a": 1}
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.options, self.level, self.act = Options(), Level.LOW, torch.relu
+
+    def forward(self, x):
+        x = self.act(self.linear(x)) * self.options.rate * SCALE
+        if self.level is Level.LOW and hasattr(self, "linear") and not hasattr(self, "gate"):
+            x = x + len(self.options.sizes) + self.options.sizes[1]
+        for name, value in self.options.table.items():
+            x = x * value + len(name)
+        return x
+
+
+def read_by(model: nn.Module) -> tuple[PlainValue, ...]:
+    stitched = piecework.compile(model, (torch.randn(3, 4),), config=EAGER)
+    state = stitched.captured.weights.state
+    assert not state.plain.untold
+    return tuple(state.plain.values)
+
+
+@pytest.fixture(scope="module")
+def values() -> tuple[PlainValue, ...]:
+    return read_by(Model().eval())
+
+
+def test_another_model_of_the_same_kind_has_no_difference(values) -> None:
+    assert values and not differences(Model().eval(), values)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda m: setattr(m.options, "rate", 3.0), "options.rate was 2.0 and is 3.0 now"),
+        (lambda m: setattr(m.options, "rate", 2), "options.rate was 2.0 and is 2 now"),
+        (lambda m: m.options.sizes.append(3), "options.sizes was 2 items and is 3 items now"),
+        (lambda m: setattr(m, "level", Level.HIGH), "Level.LOW"),
+        (lambda m: setattr(m, "act", torch.tanh), "act was builtin"),
+        (lambda m: m.options.table.update(b=1), "options.table"),
+        (lambda m: setattr(m, "gate", nn.Linear(4, 4)), "gate"),
+        (lambda m: delattr(m.options, "rate"), "options.rate was 2.0 and is not there"),
+        (lambda m: setattr(m, "linear", nn.Identity()), "torch.nn.modules.linear.Identity"),
+        (lambda m: m.linear.register_forward_hook(print), "_forward_hooks"),
+    ],
+)
+def test_what_the_trace_read_and_is_another_now_is_told(values, change, told) -> None:
+    other = Model().eval()
+    change(other)
+    assert told in " ".join(differences(other, values))
+
+
+def test_a_global_that_the_trace_read_is_compared(values, monkeypatch) -> None:
+    monkeypatch.setattr(f"{__name__}.SCALE", 3.0)
+    assert any("SCALE was 2.0 and is 3.0 now" in text for text in differences(Model(), values))
+
+
+def test_values_survive_json(values) -> None:
+    assert from_json(json.loads(json.dumps(as_json(values)))) == values
+
+
+def test_what_another_process_could_not_look_up_is_said_to_be_untold() -> None:
+    class Weak(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.ref = weakref.ref(self.linear)
+
+        def forward(self, x):
+            return x if self.ref() is None else x + 1
+
+    stitched = piecework.compile(Weak(), (torch.randn(3, 4),), config=EAGER)
+    untold = stitched.captured.weights.state.plain.untold
+    assert untold and all("ref" in text for text in untold), untold
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (1, True),
+        (1, 1.0),
+        (0.0, -0.0),
+        ((1,), [1]),
+        ("1", 1),
+        (torch.float32, torch.float16),
+        ({1, 2}, {1, 3}),
+        (slice(1, 2), slice(1, 3)),
+        (Level.LOW, Level.HIGH),
+        (None, 0),
+    ],
+)
+def test_values_that_differ_to_any_code_have_two_texts(one, other) -> None:
+    assert plain_text(one) != plain_text(other)
+    assert plain_text(one) == plain_text(one)
+
+
+def test_an_object_of_the_users_has_no_text() -> None:
+    with pytest.raises(Untellable, match="identity alone"):
+        plain_text(Options())
