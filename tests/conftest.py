@@ -38,10 +38,6 @@ torch.manual_seed(0)  # for the tensors that test modules make as they are impor
 logging.getLogger("torch.__trace").propagate = True
 
 
-# Tests that went red with a redesign and are not mended yet, by name; the list only gets shorter.
-AWAITING = frozenset((Path(__file__).parent / "awaiting.txt").read_text("utf-8").splitlines())
-
-
 def pytest_configure(config: pytest.Config) -> None:
     nightly = "nightly" in (config.getoption("markexpr") or "")
     if settings is None:
@@ -70,9 +66,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if seen[function] % sample.args[0]:
             item.add_marker(pytest.mark.nightly)
         seen[function] += 1
-    for item in items:
-        if item.nodeid in AWAITING:
-            item.add_marker(pytest.mark.xfail(reason="red since the redesign, awaits a mend"))
     if "nightly" in (config.getoption("markexpr") or ""):
         return
     skip = pytest.mark.skip(reason="runs at night (select it with -m nightly)")

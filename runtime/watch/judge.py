@@ -64,6 +64,8 @@ class DynamoJudge:
         guards: what they are about, with what was there; that is held weakly.
         names: Dynamo's names of arguments → their own.
         scope: the globals that places start in.
+        installed: the globals that Dynamo gave the traced function, and takes back when it forgets its code.
+        variables: all globals of that function.
     """
 
     def __init__(
@@ -72,8 +74,11 @@ class DynamoJudge:
         guards: Sequence[Guarded],
         names: Mapping[str, str],
         scope: Mapping[str, object],
+        installed: Mapping[str, object],
+        variables: dict[str, object],
     ) -> None:
         self._root, self._names, self._scope = root, names, scope
+        self._installed, self._globals = installed, variables
         self.guards = [each.without_value() for each in guards]
         # torch compares identities by number, and the number of an object that is gone can be another's.
         self._alive = [
@@ -102,11 +107,9 @@ class DynamoJudge:
         return ""
 
     def _failing(self, variables: Variables) -> str:
-        if self._root is None:
-            return ""
         # The trace was made outside inference mode, and a guard on a tensor knows that.
         with torch.inference_mode(False), torch.no_grad():
-            text = torch_compat.failing_guard(self._root, variables)
+            text = self._text(variables)
         return self._readable(text) if text else ""
 
     def about(self, guards: Sequence[Guarded]) -> Judge:
@@ -127,11 +130,19 @@ class DynamoJudge:
         return found
 
     def _text(self, variables: Variables) -> str:
-        return "" if self._root is None else torch_compat.failing_guard(self._root, variables)
+        if self._root is None:
+            return ""
+        gone = self._installed.keys() - self._globals.keys()
+        self._globals.update((name, self._installed[name]) for name in gone)
+        try:
+            return torch_compat.failing_guard(self._root, variables)
+        finally:
+            for name in gone:
+                self._globals.pop(name, None)
 
     def _part(self, root: Any, left: set[int]) -> Judge:
         guards = [each for each in self.guards if id(each) in left]
-        part = DynamoJudge(root, guards, self._names, self._scope)
+        part = DynamoJudge(root, guards, self._names, self._scope, self._installed, self._globals)
         places = {place for each in part.guards for place in _on_the_ways(each)}
         part._alive = [(place, held) for place, held in self._alive if place in places]
         return part
@@ -163,6 +174,7 @@ _PLAINER = (
     (re.compile(r"(?:\b|\.)_(?:parameters|buffers|modules)\['(\w+)'\]"), r".\1"),
     (re.compile(r"(?<![\w\]])\.(?=\w)"), ""),
     (re.compile(r"___(?=\w)"), ""),
+    (re.compile(r"\.? ?Guard failed on a parameter, consider using .*"), ""),
 )
 
 

@@ -107,12 +107,14 @@ class TraceGuards:
         on_model: Judge = NoJudge()
         on_arguments: Judge = NoJudge()
         scope = self._globals(found)
+        held = self._starts["global"]
+        installed = {name: held[name] for name in held if name.startswith("__builtins_dict__")}
         if found.on_model:
             part = None if root is None else torch_compat.guards_where(root, _is_no_argument)
-            on_model = DynamoJudge(part, found.on_model, names, scope)
+            on_model = DynamoJudge(part, found.on_model, names, scope, installed, held)
         if found.on_arguments:
             part = None if root is None else torch_compat.guards_where(root, _is_no_models)
-            on_arguments = DynamoJudge(part, found.on_arguments, names, scope)
+            on_arguments = DynamoJudge(part, found.on_arguments, names, scope, installed, held)
         return TracedState(
             _model=local["model"],
             judge=on_model,

@@ -151,6 +151,10 @@ def test_implementations_may_be_registered_that_the_model_does_not_ask_for(
         masks.register("elsewhere", lambda *args, **kwargs: None)
         with torch.no_grad():
             assert torch.equal(stitched(ids)[0], model(ids)[0])
+        if (
+            implementation == "eager"
+        ):  # nobody's entry so far, and Dynamo guards no key that was not there
+            return
         attention.register(implementation, lambda *args, **kwargs: None)
         with pytest.raises(InputError, match="traced"):
             stitched(ids)

@@ -5,9 +5,9 @@
 # splitting ops: piecework::attention (2 submodules)
 #
 # __vllm_submods__:
-#   [0] submod_0  1f68921b
-#   [1] submod_2  66efd9ce
-#   [2] submod_4  c2b45d4b
+#   [0] submod_0  d473991d
+#   [1] submod_2  4966b773
+#   [2] submod_4  cfde328a
 #
 # __vllm_consts__:
 #   [0] function attention
@@ -18,16 +18,16 @@ import torch
 attention = __vllm_consts__[0]
 
 
-def execution_fn(s0, input_ids, s1, position_ids, *, __vllm_submods__):
-    # sizes: s0 = input_ids.shape[1], s1 = s0
+def execution_fn(s0, input_ids, position_ids, *, __vllm_submods__):
+    # sizes: s0 = input_ids.shape[1]
     # model.embed_tokens … model.layers.0.self_attn
     #   -> f32[1, s0, 16], f32[1, s0, 8], f32[1, s0, 8], f32[1, 1, s0, 8], f32[1, 2, s0, 8],
     #      f32[1, 1, s0, 8], f32[1, s0, 2, 8]
     inputs_embeds, cos_2, sin_2, value_states, q_embed, k_embed, out = __vllm_submods__[0](
         s0,
+        position_ids,
         input_ids,
         model_embed_tokens_weight,
-        position_ids,
         model_rotary_emb_inv_freq,
         model_layers_0_input_layernorm_weight,
         model_layers_0_self_attn_q_proj_weight,

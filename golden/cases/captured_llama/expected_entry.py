@@ -5,7 +5,7 @@ import torch
 
 
 def check_inputs(input_ids, position_ids):
-    # input_ids: int64[1, s1] on cpu, contiguous
+    # input_ids: int64[1, s0] on cpu, contiguous
     if not (
         type(input_ids) is torch.Tensor
         and input_ids.dtype is torch.int64
@@ -15,10 +15,10 @@ def check_inputs(input_ids, position_ids):
         and input_ids.is_contiguous()
     ):
         explain_inputs(input_ids, position_ids)
-    input_ids_0, s1 = input_ids.shape
+    input_ids_0, s0 = input_ids.shape
     if not (input_ids_0 == 1):
         explain_inputs(input_ids, position_ids)
-    # position_ids: int64[1, s1] on cpu, contiguous
+    # position_ids: int64[1, s0] on cpu, contiguous
     if not (
         type(position_ids) is torch.Tensor
         and position_ids.dtype is torch.int64
@@ -29,15 +29,18 @@ def check_inputs(input_ids, position_ids):
     ):
         explain_inputs(input_ids, position_ids)
     position_ids_0, position_ids_1 = position_ids.shape
-    if not (position_ids_0 == 1 and position_ids_1 == s1):
+    if not (position_ids_0 == 1 and position_ids_1 == s0):
         explain_inputs(input_ids, position_ids)
     # sizes that the trace allows
-    if not (s1 >= 2):
+    if not (s0 >= 0):
+        explain_inputs(input_ids, position_ids)
+    # relations that the trace relied on
+    if not (s0 != 0):
         explain_inputs(input_ids, position_ids)
     # two tensors
     if not (input_ids is not position_ids):
         explain_inputs(input_ids, position_ids)
-    return s1
+    return s0
 
 
 def entry(input_ids, position_ids):
@@ -55,11 +58,11 @@ def entry(input_ids, position_ids):
         or not same_kernels()
     ):
         return entry_with_care(input_ids, position_ids)
-    s1 = check_inputs(input_ids, position_ids)
+    s0 = check_inputs(input_ids, position_ids)
     # for all of this call, whatever is bound meanwhile
     execution_fn, weights_as_bound, fetch_weights, count_call = bound
     if not weights_as_bound():
         explain_weights()
     count_call()
-    (hidden_states_18,) = execution_fn(s1, input_ids, s1, position_ids)
+    (hidden_states_18,) = execution_fn(s0, input_ids, position_ids)
     return hidden_states_18
