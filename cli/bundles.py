@@ -13,7 +13,7 @@ import typer
 from piecework.cli.console import DIFFERS, compile_step, console, show_source, step, typed_errors
 from piecework.cli.options import Backend, ConfigFile, DumpFolder, Overrides, configuration
 from piecework.errors import EmitError, UsageError
-from piecework.integrations.named import require_model
+from piecework.integrations.loading import require_model
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -134,7 +134,7 @@ def run(
     source (without --edited) or the results differ.
     """
     with typed_errors():
-        from piecework.integrations.comparing import compare
+        from piecework.integrations.protocol import compare
         from piecework.runtime import bundle
 
         out = console()

@@ -58,7 +58,7 @@ def coverage(
         manifest = bundle.read_manifest(directory)
         config = configuration(config_file, overrides, dump=dump, base=manifest.config)
         loaded = reload_model(directory, manifest)
-        context = loaded.integration.dry_context()
+        context = loaded.dry_context()
         stitched = warm_or_compiled(directory, manifest, loaded, config, out, as_json)
         run_step(
             out,

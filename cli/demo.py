@@ -37,8 +37,8 @@ def demo(
 
     Exit code 1 if tokens differ or logits differ by more than 1e-4 relative.
     """
-    from piecework.integrations.comparing import compare
     from piecework.integrations.loading import load_model
+    from piecework.integrations.protocol import compare
     from piecework.runtime import bundle
 
     out = console()

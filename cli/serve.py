@@ -13,7 +13,7 @@ from piecework.cli.capture import parse_sizes
 from piecework.cli.console import console, typed_errors
 from piecework.cli.options import Backend, ConfigFile, Overrides, configuration
 from piecework.errors import UsageError
-from piecework.integrations.named import require_model
+from piecework.integrations.loading import require_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,8 +87,8 @@ def serve(
         from transformers import ContinuousBatchingConfig
 
         from piecework.integrations.encoders.embeddings import Embedder, make_embedding_server
-        from piecework.integrations.encoders.integration import Encoder
         from piecework.integrations.transformers import stitch
+        from piecework.integrations.transformers.integration import CausalLM
         from piecework.integrations.transformers.openai_server import (
             bound_socket,
             make_server,
@@ -139,7 +139,7 @@ def serve(
 
         with bound_socket(host, port) as listener:
             waiting.append(run_step(out, False, f"Loading {model}", load))
-            if isinstance(waiting[0].integration, Encoder):
+            if not isinstance(waiting[0], CausalLM):
                 asked = {"--capture": sizes, "--artifact": artifact and not manifest}
                 _refuse_for_encoders(asked | {"--continuous-batching": continuous_batching})
                 stitched = _stitched_encoder(waiting[0], folder, manifest, config, device, out)

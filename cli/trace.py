@@ -18,7 +18,7 @@ from piecework.cli.bundles import (
 from piecework.cli.capture import parse_sizes
 from piecework.cli.console import console, typed_errors
 from piecework.cli.options import Backend, ConfigFile, Overrides, configuration
-from piecework.integrations.named import require_model
+from piecework.integrations.loading import require_model
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -65,7 +65,7 @@ def trace(
         loaded, stitched = _stitched(model, seed, backend, config_file, overrides, out, as_json)
         if chosen:
             text = f"Capturing for {', '.join(map(str, chosen))}"
-            around = loaded.integration.dry_context()
+            around = loaded.dry_context()
             run_step(
                 out,
                 as_json,

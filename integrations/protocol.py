@@ -1,4 +1,9 @@
-"""What an integration is. In: nothing; this is the vocabulary of `loading`, `comparing` and the command line. Out: `Integration`, `LoadedModel` and `Outcome`."""
+"""A model and what to call it with, how two runs of it compare, and what integrations need to load one.
+
+An integration is a function ``load(path, seed)`` that gives a `LoadedModel` of a local folder or file, or None for one of another kind. A package of
+`piecework.integrations` with a module ``integration`` that has one is found by itself, as is what another distribution names in the
+entry points ``piecework.integrations``.
+"""
 
 from __future__ import annotations
 
@@ -7,62 +12,21 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
+from torch.utils import _pytree as pytree
 
 from piecework.errors import UsageError
+from piecework.runtime.compile import compile as compile_model
+from piecework.runtime.compile import load
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
 
 #: Positional and keyword arguments.
 Call = tuple[tuple[object, ...], dict[str, object]]
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """A model and what to call it with.
-
-    Attributes:
-        name: for reports.
-        module: the model.
-        example_args: positional example arguments.
-        integration: knows how models of this kind are stitched and run.
-        config_text: the model's ``config.json``, if it has one.
-        example_kwargs: keyword arguments beside ``example_args``.
-        more_calls: of other sizes and masks, which a run makes too.
-        other_sizes: what `capture` has to know of sizes beside the batch size.
-    """
-
-    name: str
-    module: Callable[..., object]
-    example_args: tuple[object, ...]
-    integration: Integration
-    config_text: str | None = None
-    example_kwargs: Mapping[str, object] = field(default_factory=dict)
-    more_calls: Sequence[Call] = ()
-    other_sizes: Mapping[str, Literal["batch"]] = field(default_factory=dict)
-
-    def stitch(self, config: CompilationConfig) -> StitchedModule:
-        """The stitched form of the model; some kinds are stitched in place."""
-        return self.integration.stitch(self, config)
-
-    def warm(self, artifact: Path) -> StitchedModule:
-        """The same by what ``StitchedModule.save`` wrote; see `Integration.warm`."""
-        return self.integration.warm(self, artifact)
-
-    def save(self, stitched: StitchedModule, artifact: Path) -> None:
-        """Write what `warm` takes; see `Integration.save`."""
-        self.integration.save(self, stitched, artifact)
-
-    def modules(self, stitched: StitchedModule) -> Sequence[StitchedModule]:
-        """What serves the model by now; see `Integration.modules`."""
-        return self.integration.modules(self, stitched)
-
-    @torch.no_grad()
-    def run(self, new_tokens: int, stitched: StitchedModule | None = None) -> Outcome:
-        """Run the model on its example arguments; see `Integration.run`."""
-        return self.integration.run(self, new_tokens, stitched)
+#: Largest accepted difference of two runs, relative to the largest value (float32, another order of summation).
+TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,65 +42,107 @@ class Outcome:
     values: tuple[torch.Tensor, ...]
 
 
-class Integration(Protocol):
-    """One kind of model: how it is loaded, stitched and run.
+@dataclass
+class LoadedModel:
+    """A model and what to call it with; a kind that is stitched or run in another way overrides what differs.
 
-    A package of `piecework.integrations` with a module ``integration`` that holds one as ``INTEGRATION`` is found by itself, as is
-    what another distribution names in the entry points ``piecework.integrations``.
+    Attributes:
+        name: for reports.
+        module: the model.
+        example_args, example_kwargs: of the call that it is traced with.
+        config_text: the model's ``config.json``, if it has one.
+        more_calls: of other sizes and masks, which a run makes too.
+        other_sizes: what `capture` has to know of sizes beside the batch size.
     """
 
-    def load(self, path: Path, seed: int) -> LoadedModel | None:
-        """The model of a local folder or file; None if it is of another kind.
+    name: str
+    module: Callable[..., object]
+    example_args: tuple[object, ...]
+    example_kwargs: Mapping[str, object] = field(default_factory=dict)
+    config_text: str | None = None
+    more_calls: Sequence[Call] = ()
+    other_sizes: Mapping[str, Literal["batch"]] = field(default_factory=dict)
 
-        Args:
-            seed: of random weights and of the example arguments.
+    @classmethod
+    def of_calls(
+        cls, model: torch.nn.Module, calls: Sequence[Call], config_text: str
+    ) -> LoadedModel:
+        """A model that is traced with the first of ``calls``, in which tensors have equal first sizes only if both are the batch's."""
+        (args, kwargs), *more = calls
+        rows = {k: v.size(0) for k, v in kwargs.items() if isinstance(v, torch.Tensor) and v.dim()}
+        first, *others = rows
+        batch: dict[str, Literal["batch"]] = {
+            f"{name}.0": "batch" for name in others if rows[name] == rows[first]
+        }
+        return cls(type(model).__name__, model, args, kwargs, config_text, more, batch)
 
-        Raises:
-            UsageError: it is of this kind, and can't be loaded.
-        """
-        ...
+    def stitch(self, config: CompilationConfig) -> StitchedModule:
+        """The stitched form of the model; some kinds are stitched in place."""
+        return compile_model(self.module, self.example_args, self.example_kwargs, config=config)
 
-    def stitch(self, loaded: LoadedModel, config: CompilationConfig) -> StitchedModule:
-        """Stitch the model.
+    def save(self, stitched: StitchedModule, artifact: Path) -> None:
+        """Write what `warm` takes."""
+        stitched.save(artifact)
 
-        Raises:
-            PieceworkError: it can't be, with the reason.
-        """
-        ...
+    def warm(self, artifact: Path) -> StitchedModule:
+        """The stitched form by an artifact of a like model; raises `ArtifactError` where it does not fit."""
+        return load(artifact, self.module)
 
-    def save(self, loaded: LoadedModel, stitched: StitchedModule, artifact: Path) -> None:
-        """Write what serves the model.
-
-        Raises:
-            ArtifactError: something can't be told again in another process, or the directory can't be written.
-        """
-        ...
-
-    def modules(self, loaded: LoadedModel, stitched: StitchedModule) -> Sequence[StitchedModule]:
+    def modules(self, stitched: StitchedModule) -> Sequence[StitchedModule]:
         """The stitched modules that serve calls of the model by now, ``stitched`` among them."""
-        ...
+        return (stitched,)
 
-    def warm(self, loaded: LoadedModel, artifact: Path) -> StitchedModule:
-        """Stitch the model by an artifact of a like one.
-
-        Raises:
-            ArtifactError: it does not fit.
-        """
-        ...
-
-    def run(
-        self, loaded: LoadedModel, new_tokens: int, stitched: StitchedModule | None = None
-    ) -> Outcome:
-        """Run the model on its example arguments: generate ``new_tokens`` tokens, or call it once.
-
-        Args:
-            stitched: the stitched form, to call in place of a model that is not stitched in place.
-        """
-        ...
+    def run(self, new_tokens: int, stitched: StitchedModule | None = None) -> Outcome:
+        """Run the model, or its stitched form, on its example arguments: generate so many tokens, or make its calls."""
+        model = stitched or self.module
+        calls = ((self.example_args, self.example_kwargs), *self.more_calls)
+        with torch.no_grad():
+            result = [model(*args, **kwargs) for args, kwargs in calls]
+        values = tuple(x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor))
+        return Outcome(None, values)
 
     def dry_context(self) -> Callable[..., AbstractContextManager[object]] | None:
-        """What runs on dummy inputs need around them while static graphs are captured (``context_for`` of ``capture``); None for nothing."""
-        ...
+        """What runs on dummy inputs need around them while static graphs are captured (``context_for`` of ``capture``)."""
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Whether two runs agree: the same tokens, and values within `TOLERANCE`, relative to the largest value."""
+
+    tokens_equal: bool
+    difference: float
+
+    @property
+    def agree(self) -> bool:
+        return self.tokens_equal and self.difference <= TOLERANCE
+
+    def text(self, outcome: Outcome) -> str:
+        """What was compared of ``outcome``, and how it came out."""
+        shapes = [f"{str(v.dtype).removeprefix('torch.')}{list(v.shape)}" for v in outcome.values]
+        shown = ", ".join(shapes[:3]) + (f" and {len(shapes) - 3} more" if len(shapes) > 3 else "")
+        what, tokens = f"results ({shown})", ""
+        if outcome.tokens is not None:
+            what, tokens = "logits", f"tokens {'equal' if self.tokens_equal else 'DIFFER'}; "
+        verdict = "they agree" if self.agree else "they DISAGREE"
+        return f"{tokens}{what} differ by {self.difference:.1e} relative (limit {TOLERANCE:.0e}): {verdict}"
+
+
+def compare(reference: Outcome, other: Outcome) -> Comparison:
+    """Compare two runs of the same model on the same arguments."""
+    tokens_equal = (reference.tokens is None) == (other.tokens is None) and (
+        reference.tokens is None or torch.equal(reference.tokens, other.tokens)
+    )
+    worst = 0.0
+    for expected, actual in zip(reference.values, other.values, strict=True):
+        if expected.shape != actual.shape or expected.dtype != actual.dtype:
+            return Comparison(tokens_equal, float("inf"))
+        if expected.numel() == 0:
+            continue
+        largest = expected.double().abs().max().item() or 1.0
+        difference = (expected.double() - actual.double()).abs().max().item() / largest
+        worst = max(worst, difference if difference == difference else float("inf"))
+    return Comparison(tokens_equal, worst)
 
 
 def first_line(error: BaseException) -> str:
@@ -148,14 +154,7 @@ def first_line(error: BaseException) -> str:
 
 
 def with_weights(made: Any, path: Path, **options: object) -> torch.nn.Module:
-    """The model of a folder.
-
-    Args:
-        made: a class of Hugging Face's with ``from_pretrained``, which gets ``options``.
-
-    Raises:
-        UsageError: it can't be loaded.
-    """
+    """The model of a folder, by ``from_pretrained`` of a class of Hugging Face's; raises `UsageError` where it can't be loaded."""
     try:
         model: torch.nn.Module = made.from_pretrained(path, local_files_only=True, **options)
     except (OSError, ValueError, KeyError) as error:
@@ -163,6 +162,32 @@ def with_weights(made: Any, path: Path, **options: object) -> torch.nn.Module:
             f"can't load the model in {str(path)!r}: {first_line(error)}",
             hint="give its config.json to run it with random weights, or load it yourself and use module:factory",
         ) from error
+    return model
+
+
+@torch.no_grad()
+def add_noise(model: torch.nn.Module, seed: int) -> None:
+    """Add seeded normal noise of 0.02 to each parameter: models are often made with blocks that add nothing, of which any two runs agree."""
+    generator = torch.Generator().manual_seed(seed)
+    for weight in model.parameters():
+        if weight.is_floating_point():
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.add_(noise.to(weight.dtype) * 0.02)
+
+
+def with_seeded_weights(
+    make: Callable[[], torch.nn.Module], name: str, file: Path, seed: int
+) -> torch.nn.Module:
+    """What ``make`` makes of a config, with `add_noise`; raises `UsageError` where it can't be made."""
+    torch.manual_seed(seed)
+    try:
+        model = make()
+    except Exception as error:  # a config that doesn't fit its model fails in its layers
+        raise UsageError(
+            f"no {name} can be made of {str(file)!r}: {type(error).__name__}: {first_line(error)}",
+            hint="its fields do not fit together, or the class makes no model of a config alone: use module:factory",
+        ) from error
+    add_noise(model, seed)
     return model
 
 

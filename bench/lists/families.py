@@ -29,8 +29,7 @@ from piecework.integrations.encoders.arguments import (
 )
 from piecework.integrations.encoders.integration import called_part, without_caches
 from piecework.integrations.encoders.kinds import is_encoder
-from piecework.integrations.protocol import Call
-from piecework.integrations.seeded import add_noise
+from piecework.integrations.protocol import Call, add_noise
 
 LARGEST = 60_000_000  # parameters
 

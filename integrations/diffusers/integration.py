@@ -13,33 +13,34 @@ import torch
 from piecework.errors import UsageError
 from piecework.integrations.diffusers.arguments import candidates
 from piecework.integrations.encoders.integration import config_fields, example_calls
-from piecework.integrations.plain import Plain, loaded_from
-from piecework.integrations.protocol import LoadedModel, require_packages, with_weights
-from piecework.integrations.seeded import with_seeded_weights
+from piecework.integrations.protocol import (
+    LoadedModel,
+    require_packages,
+    with_seeded_weights,
+    with_weights,
+)
 
 
-class DiffusionTransformer(Plain):
-    """A transformer of diffusers; see `piecework.integrations.protocol.Integration`."""
+def load(path: Path, seed: int) -> LoadedModel | None:
+    """The transformer of a local folder or ``config.json``; None for what has no ``_class_name``.
 
-    def load(self, path: Path, seed: int) -> LoadedModel | None:
-        file = path / "config.json" if path.is_dir() else path
-        fields = config_fields(file)
-        name = fields.get("_class_name")
-        if not isinstance(name, str):
-            return None
-        require_packages(("diffusers",), "diffusers")
-        made = _class(name, file)
-        weights = path.is_dir() and any(path.glob("*.safetensors"))
-        if weights:
-            model = with_weights(made, path)
-        else:
-            model = with_seeded_weights(lambda: made.from_config(fields), name, file, seed)
-        model.eval().requires_grad_(False)
-        calls = example_calls(model, file, candidates(model))
-        return loaded_from(model, calls, self, file.read_text())
-
-
-INTEGRATION = DiffusionTransformer()
+    Raises:
+        UsageError: it can't be loaded.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    fields = config_fields(file)
+    name = fields.get("_class_name")
+    if not isinstance(name, str):
+        return None
+    require_packages(("diffusers",), "diffusers")
+    made = _class(name, file)
+    if path.is_dir() and any(path.glob("*.safetensors")):
+        model = with_weights(made, path)
+    else:
+        model = with_seeded_weights(lambda: made.from_config(fields), name, file, seed)
+    model.eval().requires_grad_(False)
+    calls = example_calls(model, file, candidates(model))
+    return LoadedModel.of_calls(model, calls, file.read_text())
 
 
 def _class(name: str, file: Path) -> Any:

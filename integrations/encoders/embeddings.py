@@ -1,29 +1,22 @@
-"""An encoder behind ``/v1/embeddings``, as OpenAI's clients ask for it.
-
-A text's embedding is the mean of its tokens' last hidden states. It loads and compiles nothing.
-"""
+"""An encoder behind ``/v1/embeddings``, as OpenAI's clients ask for it: of each text the mean of its tokens' last hidden states."""
 
 from __future__ import annotations
 
 import base64
 import threading
-from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from piecework.errors import UsageError
 from piecework.integrations.protocol import require_packages
-from piecework.integrations.transformers.openai_answers import answer_errors
-from piecework.integrations.transformers.openai_requests import bad_request, positions_of
+from piecework.integrations.transformers.openai_server import answer_errors
 
 if TYPE_CHECKING:
     import uvicorn
 
     from piecework.integrations.protocol import LoadedModel
     from piecework.runtime.stitched import StitchedModule
-
-_FORMATS = ("float", "base64")
 
 
 class Embedder:
@@ -47,7 +40,7 @@ class Embedder:
                 hint="give the folder of an encoder of texts",
             )
         self.stitched, self.tokenizer = stitched, tokenizer
-        self.longest = positions_of(loaded.module.config)  # type: ignore[attr-defined]
+        self.longest = getattr(loaded.module.config, "max_position_embeddings", None)  # type: ignore[attr-defined]
         self._names, self._turn = tuple(names), threading.Lock()
 
     @torch.no_grad()
@@ -67,69 +60,67 @@ class Embedder:
         return (states.float() * weights).sum(1) / weights.sum(1).clamp(min=1), int(counts.sum())
 
 
-def make_embedding_server(name: str, embed: Callable[..., Any]) -> uvicorn.Server:
-    """The server of an `Embedder`; ``run(sockets=…)`` serves until a signal.
-
-    Args:
-        name: what requests call the model.
-        embed: texts to vectors and a number of tokens.
+def make_embedding_server(name: str, embed: Embedder) -> uvicorn.Server:
+    """The server of an encoder that requests call ``name``; ``run(sockets=…)`` serves until a signal.
 
     Raises:
         UsageError: fastapi or uvicorn is missing.
     """
     require_packages(("fastapi", "uvicorn"), "serve")
     import uvicorn
-    from fastapi import FastAPI
+    from fastapi import FastAPI, HTTPException
     from fastapi.responses import PlainTextResponse
 
     app = FastAPI()
     answer_errors(app)
 
+    @app.post("/v1/embeddings")
     def embeddings(body: dict[str, object]) -> dict[str, object]:
-        if body.get("model", name) != name:
-            raise bad_request(f"this server has {name!r} and no other model", "model")
-        form = body.get("encoding_format") or "float"
-        if form not in _FORMATS:
-            raise bad_request(
-                f"encoding_format is {form!r}, not float or base64", "encoding_format"
-            )
-        if body.get("dimensions") is not None:
-            raise bad_request("this model's embeddings have one size", "dimensions")
-        given = body.get("input")
-        texts = [given] if isinstance(given, str) else given
-        if not isinstance(texts, list) or not texts or not all(_is_text(each) for each in texts):
-            raise bad_request("input is neither a text nor a list of texts", "input")
+        wrong = _wrong(body, name)
+        if wrong:
+            raise HTTPException(400, wrong)
+        given = body["input"]
         try:
-            vectors, tokens = embed(texts)
+            vectors, tokens = embed([given] if isinstance(given, str) else given)  # type: ignore[arg-type]
         except ValueError as error:
-            raise bad_request(str(error), "input") from error
+            raise HTTPException(400, f"input: {error}") from error
+        as_bytes = body.get("encoding_format") == "base64"
         rows = [
-            {"object": "embedding", "index": n, "embedding": _encoded(vector, form)}
+            {"object": "embedding", "index": n, "embedding": _encoded(vector, as_bytes)}
             for n, vector in enumerate(vectors)
         ]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return {"object": "list", "data": rows, "model": name, "usage": usage}
 
-    def models() -> Mapping[str, object]:
+    @app.get("/v1/models")
+    def models() -> dict[str, object]:
         row = {"id": name, "object": "model", "created": 0, "owned_by": "piecework"}
         return {"object": "list", "data": [row]}
 
-    app.post("/v1/embeddings")(embeddings)
-    app.get("/v1/models")(models)
+    @app.get("/metrics", response_class=PlainTextResponse)
+    def metrics() -> str:
+        return embed.stitched.metrics(name=name).prometheus()
+
     app.get("/health")(lambda: {"status": "ok"})
-    if isinstance(embed, Embedder):
-        metrics = embed.stitched.metrics
-        app.get("/metrics", response_class=PlainTextResponse)(
-            lambda: metrics(name=name).prometheus()
-        )
     return uvicorn.Server(uvicorn.Config(app, log_level="info"))
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value)
+def _wrong(body: dict[str, object], name: str) -> str:
+    """Which part of a request can't be answered; empty if all can."""
+    if body.get("model", name) != name:
+        return f"model: this server has {name!r} and no other model"
+    if body.get("encoding_format") not in (None, "float", "base64"):
+        return f"encoding_format: {body['encoding_format']!r} is not float or base64"
+    if body.get("dimensions") is not None:
+        return "dimensions: this model's embeddings have one size"
+    given = body.get("input")
+    texts = given if isinstance(given, list) else [given]
+    if not texts or not all(isinstance(each, str) and each for each in texts):
+        return "input: it is neither a text nor a list of texts"
+    return ""
 
 
-def _encoded(vector: torch.Tensor, form: object) -> object:
-    if form == "float":
+def _encoded(vector: torch.Tensor, as_bytes: bool) -> object:
+    if not as_bytes:
         return vector.tolist()
-    return base64.b64encode(vector.cpu().numpy().tobytes()).decode("ascii")
+    return base64.b64encode(vector.numpy().tobytes()).decode("ascii")

@@ -22,38 +22,41 @@ from piecework.integrations.encoders.arguments import (
     first_that_runs,
 )
 from piecework.integrations.encoders.kinds import has_decoder, is_encoder
-from piecework.integrations.plain import Plain, loaded_from
 from piecework.integrations.protocol import (
     Call,
     LoadedModel,
     first_line,
     require_packages,
+    with_seeded_weights,
     with_weights,
 )
-from piecework.integrations.seeded import with_seeded_weights
 
 
-class Encoder(Plain):
-    """A model of transformers that is called once; see `piecework.integrations.protocol.Integration`."""
+def load(path: Path, seed: int) -> LoadedModel | None:
+    """The model of a local folder or ``config.json``; None for a causal LM, and for what is no model of transformers.
 
-    def load(self, path: Path, seed: int) -> LoadedModel | None:
-        file = path / "config.json" if path.is_dir() else path
-        fields = config_fields(file)
-        if not isinstance(fields.get("model_type"), str):
-            return None
-        require_packages(("transformers",), "transformers")
-        config = _config(file, fields)
-        if not is_encoder(config, fields.get("architectures") or (), str(file)):
-            return None
-        without_caches(config)
-        weights = path.is_dir() and any(any(path.glob(kind)) for kind in ("*.safetensors", "*.bin"))
-        made = _with_weights(path, config) if weights else _with_random_weights(file, config, seed)
-        model = called_part(made).eval().requires_grad_(False)
-        calls = example_calls(model, file, candidates(model))
-        return loaded_from(model, calls, self, file.read_text())
+    Raises:
+        UsageError: it can't be loaded.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    fields = config_fields(file)
+    if not isinstance(fields.get("model_type"), str):
+        return None
+    require_packages(("transformers",), "transformers")
+    config = _config(file, fields)
+    if not is_encoder(config, fields.get("architectures") or (), str(file)):
+        return None
+    without_caches(config)
+    import transformers
 
-
-INTEGRATION = Encoder()
+    if path.is_dir() and any(any(path.glob(kind)) for kind in ("*.safetensors", "*.bin")):
+        made = with_weights(transformers.AutoModel, path, config=config)
+    else:
+        make = partial(transformers.AutoModel.from_config, config, dtype=torch.float32)
+        made = with_seeded_weights(make, config.model_type, file, seed)
+    model = called_part(made).eval().requires_grad_(False)
+    calls = example_calls(model, file, candidates(model))
+    return LoadedModel.of_calls(model, calls, file.read_text())
 
 
 def config_fields(file: Path) -> dict[str, Any]:
@@ -123,16 +126,3 @@ def _config(file: Path, fields: dict[str, Any]) -> Any:
             f"{str(file)!r} is not a model config: {first_line(error)}",
             hint="it must be the config.json of a transformers model, with its model_type",
         ) from error
-
-
-def _with_weights(path: Path, config: Any) -> torch.nn.Module:
-    import transformers
-
-    return with_weights(transformers.AutoModel, path, config=config)
-
-
-def _with_random_weights(file: Path, config: Any, seed: int) -> torch.nn.Module:
-    import transformers
-
-    make = partial(transformers.AutoModel.from_config, config, dtype=torch.float32)
-    return with_seeded_weights(make, config.model_type, file, seed)

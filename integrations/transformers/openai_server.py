@@ -1,7 +1,6 @@
-"""A stitched model behind transformers' own OpenAI-style server. In: what makes the model, its name, where to listen. Out: a uvicorn server.
+"""A stitched model behind transformers' own OpenAI-style server.
 
-It answers no request itself: routes, generation, streams and cancels are those of ``transformers serve``, which loads models by itself and has no place to stitch them.
-What it can't serve is refused before (`openai_requests`).
+Routes, generation, streams, cancels and refusals are those of ``transformers serve``; the hook is its manager of models, which has one, stitched before it serves.
 """
 
 from __future__ import annotations
@@ -14,36 +13,31 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoTokenizer, ContinuousBatchingConfig, PreTrainedModel
 from transformers.cli.serving.model_manager import ModelManager, TimedModel
+from transformers.cli.serving.utils import GenerationState
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from piecework.errors import InputError, UsageError
 from piecework.integrations.protocol import first_line, require_packages
-from piecework.integrations.transformers.openai_answers import answer_errors, joined
-from piecework.integrations.transformers.openai_requests import Checked, Generation, bad_request
 from piecework.integrations.transformers.stitcher import stitched_module
 
 if TYPE_CHECKING:
     import uvicorn
+    from fastapi import FastAPI
 
-_PACKAGES = ("fastapi", "uvicorn", "openai")
+Make = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 _NEVER = -1
 
 
 class StitchedModels(ModelManager):
-    """The models of transformers' server: one, stitched before it serves, and no other.
+    """The models of transformers' server: one, and no other.
 
     Args:
         name: what requests call it.
-        make: the stitched model and its tokenizer; called again if a client has the server unload its models (``POST /reset``).
+        make: the stitched model and its tokenizer; called again after ``POST /reset``.
         state: what generates, which ends with the models.
     """
 
-    def __init__(
-        self,
-        name: str,
-        make: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
-        state: Generation,
-    ) -> None:
+    def __init__(self, name: str, make: Make, state: GenerationState) -> None:
         super().__init__(model_timeout=_NEVER)
         self.force_model = name
         self._make, self._state = make, state
@@ -86,12 +80,23 @@ class StitchedModels(ModelManager):
         return "".join(each.prometheus() for each in found)
 
 
-def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's folder.
+def answer_errors(app: FastAPI) -> None:
+    """Have what an application refuses answered in the form that OpenAI's clients read."""
+    from fastapi.responses import JSONResponse
+    from starlette.exceptions import HTTPException
 
-    Raises:
-        UsageError: there is none, or it can't be read.
-    """
+    async def refused(_request: object, error: Exception) -> JSONResponse:
+        status = getattr(error, "status_code", 400)
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        said = {"message": getattr(error, "detail", str(error)), "type": kind}
+        return JSONResponse({"error": said | {"param": None, "code": None}}, status)
+
+    for kind in (HTTPException, InputError):
+        app.add_exception_handler(kind, refused)
+
+
+def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's folder; raises `UsageError` where there is none that can be read."""
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -102,11 +107,7 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """A socket at an address, held but not listening yet; port 0 takes a free one.
-
-    Raises:
-        UsageError: the address can't be had.
-    """
+    """A socket that is held but not listening yet, port 0 taking a free one; raises `UsageError` where the address can't be had."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -121,10 +122,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 
 def make_server(
-    name: str,
-    make: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
-    *,
-    batching: ContinuousBatchingConfig | None = None,
+    name: str, make: Make, *, batching: ContinuousBatchingConfig | None = None
 ) -> uvicorn.Server:
     """The server of a model, which is made now; ``run(sockets=[bound_socket(…)])`` serves until a signal or ``should_exit``.
 
@@ -136,12 +134,9 @@ def make_server(
     Raises:
         UsageError: fastapi, uvicorn or openai is missing.
     """
-    require_packages(_PACKAGES, "serve")
+    require_packages(("fastapi", "uvicorn", "openai"), "serve")
     import uvicorn
-    from fastapi import HTTPException, Request, Response
-    from fastapi.responses import JSONResponse, PlainTextResponse
-    from jinja2 import TemplateError
-    from starlette.exceptions import HTTPException as AnyHTTPException
+    from fastapi.responses import PlainTextResponse
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.completion import CompletionHandler
     from transformers.cli.serving.response import ResponseHandler
@@ -149,54 +144,19 @@ def make_server(
     from transformers.cli.serving.systemone import SystemOneHandler
     from transformers.cli.serving.transcription import TranscriptionHandler
 
-    class Chat(Checked, ChatCompletionHandler):
-        needed = "messages"
-
-    class Completion(Checked, CompletionHandler):
-        needed = "prompt"
-
-        async def handle_request(self, body: dict[str, object], request_id: str) -> Response:
-            prompts = body.get("prompt")
-            if not isinstance(prompts, list):
-                return await super().handle_request(body, request_id)
-            if not prompts or not all(isinstance(each, str) for each in prompts):
-                raise bad_request("prompt is neither a text nor a list of texts", "prompt")
-            if body.get("stream") and len(prompts) > 1:
-                raise bad_request("a stream answers one prompt", "stream")
-            answers = [
-                await super(Completion, self).handle_request({**body, "prompt": each}, request_id)
-                for each in prompts
-            ]
-            return answers[0] if body.get("stream") else JSONResponse(joined(answers))
-
-    class Responses(Checked, ResponseHandler):
-        needed = "input"
-
-        async def handle_request(self, body: dict[str, object], request_id: str) -> Response:
-            # OpenAI's own answers whole unless a stream is asked for.
-            return await super().handle_request({"stream": False, **body}, request_id)
-
-    class NoTranscriptions(TranscriptionHandler):
-        async def handle_request(self, request: Request) -> Response:
-            raise HTTPException(501, "this server's model reads text, and transcribes nothing")
-
-    async def refused(request: Request, error: Exception) -> Response:
-        return await app.exception_handlers[AnyHTTPException](request, bad_request(str(error)))
-
-    state = Generation(batching)
+    state = GenerationState(continuous_batching=batching is not None, cb_config=batching)
     models = StitchedModels(name, make, state)
     models.load_model_and_processor(models.process_model_name(name))
     app = build_server(
         models,
-        Chat(models, state),
-        completion_handler=Completion(models, state),
-        response_handler=Responses(models, state),
-        transcription_handler=NoTranscriptions(models, state),
+        ChatCompletionHandler(models, state),
+        completion_handler=CompletionHandler(models, state),
+        response_handler=ResponseHandler(models, state),
+        transcription_handler=TranscriptionHandler(models, state),
         systemone_handler=SystemOneHandler(models, state),
         generation_state=state,
     )
+
     answer_errors(app)
-    for kind in (InputError, TemplateError):  # by the model, and by its chat template
-        app.add_exception_handler(kind, refused)
     app.get("/metrics", response_class=PlainTextResponse)(models.metrics)
     return uvicorn.Server(uvicorn.Config(app, log_level="info"))

@@ -10,9 +10,8 @@ import pytest
 
 from piecework.errors import UsageError
 from piecework.integrations import protocol
-from piecework.integrations.comparing import compare
 from piecework.integrations.loading import load_model
-from piecework.integrations.protocol import LoadedModel
+from piecework.integrations.protocol import LoadedModel, compare
 from piecework.runtime.config.compilation import CompilationConfig
 
 LATENTS = {

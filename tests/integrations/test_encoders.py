@@ -12,10 +12,9 @@ import torch
 
 import piecework
 from piecework.errors import InputError, UsageError
-from piecework.integrations.comparing import compare
 from piecework.integrations.encoders.arguments import SIZES, padding_mask
 from piecework.integrations.loading import load_model
-from piecework.integrations.protocol import LoadedModel
+from piecework.integrations.protocol import LoadedModel, compare
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
 
@@ -131,37 +130,36 @@ def test_an_example_mask_of_ones_decides_nothing(tmp_path: Path) -> None:
     calls = [each for each in model.more_calls if each[1]["attention_mask"].shape[0] > 1]  # type: ignore[attr-defined]
     example["input_ids"] = calls[0][1]["input_ids"]
     example["attention_mask"] = torch.ones_like(example["input_ids"])  # type: ignore[arg-type]
-    other = LoadedModel("", model.module, (), model.integration, "", example, calls)
+    other = LoadedModel("", model.module, (), example, "", calls)
     assert len(stitched_like_eager(other).traces) == 1
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_implementations_may_be_registered_that_the_model_does_not_ask_for(
-    implementation: str,
+def test_another_attention_by_the_models_name_is_noticed_where_torch_notices(
+    implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Eager attention is what a modeling file falls back to: torch guards no key that a table lacks, and stays as it was traced."""
     model = transformers.BertModel(
         transformers.BertConfig(**TEXT, attn_implementation=implementation)
     )
     ids = torch.randint(1, 60, (2, 5))
-    attention, masks = transformers.AttentionInterface, transformers.AttentionMaskInterface
+    attention = transformers.AttentionInterface
     stitched = piecework.compile(model.eval(), (ids,), config=EAGER)
-    tables = [dict(attention._global_mapping), dict(masks._global_mapping)]
-    try:
-        attention.register("elsewhere", lambda *args, **kwargs: None)
-        masks.register("elsewhere", lambda *args, **kwargs: None)
-        with torch.no_grad():
-            assert torch.equal(stitched(ids)[0], model(ids)[0])
-        if (
-            implementation == "eager"
-        ):  # nobody's entry so far, and Dynamo guards no key that was not there
-            return
-        attention.register(implementation, lambda *args, **kwargs: None)
-        with pytest.raises(InputError, match="traced"):
-            stitched(ids)
-    finally:
-        for each, table in zip((attention, masks), tables, strict=True):
-            each._global_mapping.clear()
-            each._global_mapping.update(table)
+    stock = torch.compile(model, backend="eager")
+
+    def other(_module: object, _query: object, _key: object, value: torch.Tensor, *_: object, **__: object):  # type: ignore[no-untyped-def]  # fmt: skip
+        return value.transpose(1, 2).contiguous(), None
+
+    with torch.no_grad():
+        before = stock(ids)[0]
+        monkeypatch.setitem(attention._global_mapping, "elsewhere", other)
+        torch.testing.assert_close(stitched(ids)[0], before)
+        monkeypatch.setitem(attention._global_mapping, implementation, other)
+        if torch.equal(stock(ids)[0], before):
+            torch.testing.assert_close(stitched(ids)[0], before)
+        else:
+            with pytest.raises(InputError, match="traced"):
+                stitched(ids)
 
 
 def test_attention_as_a_splitting_op(tmp_path: Path) -> None:

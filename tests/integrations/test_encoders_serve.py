@@ -102,4 +102,4 @@ def test_what_can_not_be_embedded_is_told(
     client, _ = served
     with pytest.raises(openai.BadRequestError) as refused:
         client.embeddings.create(**{"model": "bert", **asked})
-    assert refused.value.param == param and refused.value.type == "invalid_request_error"
+    assert f"{param}:" in refused.value.message
