@@ -184,7 +184,7 @@ def verify(
     """
     with typed_errors():
         from piecework.codegen.stitch.source import verify as prove
-        from piecework.golden.compare.tables import read_tables
+        from piecework.golden.outline import read_tables
         from piecework.runtime import bundle
         from piecework.runtime.config.compilation import CompilationConfig
         from piecework.runtime.pieces.report import counted
@@ -288,12 +288,11 @@ def warm_or_compiled(
 
 def _use_edited(stitched: StitchedModule, code: str) -> dict[str, object]:
     """Put the edited text in place; returns how it differs from the generated one, as JSON and as lines."""
-    from piecework.golden.compare.diff import compare_sources
-    from piecework.golden.show.diff_text import summary_lines
+    from piecework.golden.show import difference
 
     generated = stitched.source.code
     edited = stitched.use_edited(code)
-    diff = compare_sources(generated, code, before_name="generated", after_name="edited")
     meaning = "proved to mean the graph" if edited.proof else f"not the graph: {edited.difference}"
-    lines = [*(line.plain for line in summary_lines(diff)), f"edited source: {meaning}"]
+    changes = difference(generated, code, ("generated", "edited"), text=False)
+    lines = [*(line.plain for line in changes), f"edited source: {meaning}"]
     return {"proved": edited.proof is not None, "difference": edited.difference, "lines": lines}

@@ -47,8 +47,8 @@ def check(
     Nothing is accepted. Where CI is set nothing is written; elsewhere each difference is left beside its golden as a .new file. Where the
     goldens are those of tests, the tests with the fixture stitched_golden are run (NAMES are then files or test ids).
     """
+    from piecework.golden import snapshot
     from piecework.golden.check import check_cases
-    from piecework.golden.text import snapshot
 
     with typed_errors():
         tests = _tests(names, root)
@@ -74,8 +74,8 @@ def update(
 
     Exit code 1 if a golden changed, so that a run that should change nothing shows it. A text that fails another check is not written.
     """
+    from piecework.golden import snapshot
     from piecework.golden.check import update_cases
-    from piecework.golden.text import snapshot
 
     with typed_errors():
         if snapshot.in_ci():
@@ -110,8 +110,8 @@ def review(
 
     Cases are checked first, so that the proposals are up to date. Without a terminal the commands are printed instead.
     """
+    from piecework.golden import snapshot
     from piecework.golden.check import accept_golden, shown
-    from piecework.golden.text import snapshot
 
     with typed_errors():
         if snapshot.in_ci():
@@ -133,7 +133,7 @@ def review(
 def _review(places: Sequence[Path] | None, root: Path | None) -> None:
     from piecework.golden.check import check_cases, default_root, shown
     from piecework.golden.review import commands, load, review
-    from piecework.golden.text.snapshot import pending
+    from piecework.golden.snapshot import pending
 
     _import_from_here()
     cases = root or (None if places else default_root())
@@ -180,7 +180,7 @@ def diff(
 
     Exit code 0 if they are the same text, 1 if they differ.
     """
-    from piecework.golden.compare.diff import compare_sources
+    from piecework.golden.diff import compare_sources
 
     with typed_errors():
         left, right = _source_file(before), _source_file(after)
@@ -192,7 +192,7 @@ def diff(
             graphs=(_graph_beside(left), _graph_beside(right)),
         )
         if html is not None:
-            from piecework.golden.report import Entry, write_page
+            from piecework.golden.page import Entry, write_page
 
             write_page(html, [Entry(str(after), str(before), str(after), found)])
     if as_json:
@@ -217,9 +217,9 @@ def report(
 
     No golden or proposal of a case is written; tests leave their proposals. Exit code 1 if any differs.
     """
-    from piecework.golden.check import check_cases, shown
-    from piecework.golden.report import entries_of, proposed, write_page
-    from piecework.golden.text import snapshot
+    from piecework.golden import snapshot
+    from piecework.golden.check import check_cases, run_suite, shown, suite_proposals
+    from piecework.golden.page import entry_of, write_page
 
     with typed_errors():
         tests = _tests(names, root)
@@ -229,10 +229,9 @@ def report(
                     "tests leave no proposals to show in continuous integration (the variable CI is set)",
                     hint="make the report where you work, without the variable",
                 )
-            from piecework.golden.suite import proposals, run_suite
-
             run_suite(tests, update=False, quiet=True)
-            pages = [proposed(golden, shown(golden)) for golden in proposals(tests)]
+            goldens = suite_proposals(tests)
+            pages = [entry_of(snapshot.proposed(golden), shown(golden)) for golden in goldens]
             write_page(output, pages)
             differ = "1 golden differs" if len(pages) == 1 else f"{len(pages)} goldens differ"
             _say(f"{differ}; page: {shown(output)}")
@@ -241,7 +240,8 @@ def report(
             run = check_cases(
                 _root(root), names or (), propose=False, two_seeds=False, progress=step
             )
-        entries = entries_of(run)
+        found = [(r.comparison, r.name) for r in run.changed]
+        entries = [entry_of(comparison, name) for comparison, name in found if comparison]
         write_page(output, entries)
     _say(f"{len(entries)} of {len(run.results)} goldens differ; page: {shown(output)}")
     raise typer.Exit(DONE if run.passed else DIFFERS)
@@ -252,7 +252,7 @@ def report(
 
 def _report_run(run: object, as_json: bool) -> None:
     from piecework.golden.check import CheckRun
-    from piecework.golden.run_text import run_as_json, run_lines
+    from piecework.golden.review import run_as_json, run_lines
 
     assert isinstance(run, CheckRun)
     if as_json:
@@ -264,8 +264,8 @@ def _report_run(run: object, as_json: bool) -> None:
 
 
 def _show_diff(found: object, before: str, after: str, context: int, summary: bool) -> None:
-    from piecework.golden.compare.diff import SourceDiff
-    from piecework.golden.show.diff_text import summary_lines, unified_lines
+    from piecework.golden.diff import SourceDiff
+    from piecework.golden.show import summary_lines, unified_lines
 
     assert isinstance(found, SourceDiff)
     out = console()
@@ -297,8 +297,7 @@ def _progress() -> Iterator[object]:
 
 def _tests(names: Sequence[str] | None, root: Path | None) -> Sequence[Path] | None:
     """The tests whose goldens a command is about; None if it is about cases."""
-    from piecework.golden.check import default_root
-    from piecework.golden.suite import suite_under
+    from piecework.golden.check import default_root, suite_under
 
     _import_from_here()
     if root is not None or default_root() is not None:
@@ -308,12 +307,11 @@ def _tests(names: Sequence[str] | None, root: Path | None) -> Sequence[Path] | N
 
 
 def _run_tests(tests: Sequence[Path], as_json: bool, write: bool = False) -> int:
-    from piecework.golden.check import shown
-    from piecework.golden.suite import proposals, run_suite
+    from piecework.golden.check import run_suite, shown, suite_proposals
 
     passed = run_suite(tests, update=write, quiet=as_json)
     if as_json:
-        left = [] if write else [shown(golden) for golden in proposals(tests)]
+        left = [] if write else [shown(golden) for golden in suite_proposals(tests)]
         print(json.dumps({"passed": passed, "proposed": left}, indent=2))
     return DONE if passed else DIFFERS
 
@@ -345,7 +343,7 @@ def _root(root: Path | None) -> Path:
 
 
 def _golden_place(place: Path) -> Path:
-    from piecework.golden.text.snapshot import proposal_of
+    from piecework.golden.snapshot import proposal_of
 
     if not place.exists() and proposal_of(place).is_file():
         return proposal_of(place)

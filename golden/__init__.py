@@ -1,5 +1,5 @@
 """Golden snapshots of emitted source: check, update, review, compare, report. Nothing is imported until it is used.
 
 The modules, in order of use: `cases` (what a case emits), `check` (the four checks), `snapshot` (files), `diff` (what changed),
-`review` (one by one in a terminal), `report` (a page), `plugin` (the pytest fixture).
+`show` and `page` (how that looks), `review` (one by one in a terminal), `plugin` (the pytest fixture).
 """

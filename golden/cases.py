@@ -1,20 +1,17 @@
-"""Golden cases on disk. In: a folder of cases. Out: what each case emits, its graph and its inputs.
+"""Golden cases on disk: what each emits, its graph and its inputs. Nothing is compared or written here.
 
-A case is a folder with a ``graph.py``; its goldens lie beside it. Nothing is compared or written here.
-
-``graph.py`` defines either ``build() -> torch.fx.GraphModule`` (a stitching graph) with, optionally, ``options() -> LowerOptions``;
-or ``stitched() -> StitchedModule`` for a captured model. ``inputs()`` gives a list of argument tuples: for the graph's
-placeholders, weights included, in the first form; for the model in the second. A captured case may also define
-``around(stitched, call)``, a context to run a call in, and ``TEXT_MADE_WITH``, the versions that its golden was made with: Dynamo's
-names drift between releases, so under others the text is not compared and the other checks are.
-
-A case may emit texts of other kinds than stitching source. A captured one always emits its entry; ``texts(stitched)`` (``texts()`` in a case
-that has neither ``build`` nor ``stitched``) gives more by kind, such as the replay source of a captured size.
+A case is a folder with a ``graph.py``; its goldens lie beside it. ``graph.py`` defines either ``build()``, a stitching graph,
+with, optionally, ``options() -> LowerOptions``; or ``stitched()``, what `piecework.compile` returns. ``inputs()`` gives a list of
+argument tuples: for the graph's placeholders, weights included, in the first form; for the model in the second. A captured
+case may also define ``around(stitched, call)``, a context to run a call in, and ``TEXT_MADE_WITH``, the versions that its
+golden was made with: Dynamo's names drift, so under others the text is not compared. It always emits its entry;
+``texts(stitched)`` (``texts()`` in a case that has neither) gives more texts by kind, such as a replay source.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -30,10 +27,12 @@ import torch
 import torch.fx
 
 from piecework.codegen import LowerOptions, StitchedSource, generate_source
+from piecework.codegen.graph.origin import value_of
+from piecework.codegen.graph.structure import attribute_of
 from piecework.errors import UsageError
-from piecework.golden.captured import graph_arguments
-from piecework.golden.text.snapshot import NEW_SUFFIX
-from piecework.golden.text.texts import STITCHED, EmittedText, text_of
+from piecework.golden.snapshot import NEW_SUFFIX
+from piecework.golden.texts import STITCHED, EmittedText, text_of
+from piecework.runtime.stitched import StitchedModule
 
 GRAPH_FILE = "graph.py"
 ENTRY = "entry"
@@ -59,25 +58,25 @@ class Case:
             PieceworkError: the graph cannot be emitted.
         """
         module = import_graph(self)
+        where = f"{self.name}/{GRAPH_FILE}"
         torch.manual_seed(0)
         texts = getattr(module, "texts", None)
+        loaded = None
+        sources: dict[str, object] = {}
         if hasattr(module, "stitched"):
             stitched = module.stitched()
-            loaded = self._captured(stitched, module)
+            loaded = self._captured(stitched, module, where)
             sources = {ENTRY: stitched.entry_source, **(texts(stitched) if texts else {})}
-            return CaseTexts(loaded, self._more(sources), loaded.compared)
-        if hasattr(module, "build"):
-            return CaseTexts(self._built(module))
-        if texts is None:
+        elif hasattr(module, "build"):
+            loaded = self._built(module)
+        elif texts is not None:
+            sources = texts()
+        else:
             raise UsageError(
                 "a case must define build(), stitched() or texts()",
-                where=f"{self.name}/{GRAPH_FILE}",
+                where=where,
                 hint="build() returns the stitching graph, a torch.fx.GraphModule",
             )
-        return CaseTexts(None, self._more(texts()))
-
-    def _more(self, sources: Mapping[str, object]) -> dict[str, EmittedText]:
-        where = f"{self.name}/{GRAPH_FILE}"
         for kind in sources:
             if kind == STITCHED or kind_of(self.golden(kind)) != kind:
                 raise UsageError(
@@ -85,23 +84,20 @@ class Case:
                     where=where,
                     hint="use lower-case letters, digits and underscores, such as replay_8",
                 )
-        return {kind: text_of(source, where) for kind, source in sources.items()}
+        more = {kind: text_of(source, where) for kind, source in sources.items()}
+        return CaseTexts(loaded, more, _made_with_installed(getattr(module, "TEXT_MADE_WITH", {})))
 
     def _built(self, module: ModuleType) -> LoadedCase:
         gm = module.build()
         options = module.options() if hasattr(module, "options") else LowerOptions()
-        bound = tuple(node.name for node in _placeholders(gm) if node.name in options.bound)
+        names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
+        bound = tuple(name for name in names if name in options.bound)
         source = generate_source(gm, options)
         return LoadedCase(self, gm, source, source.code, bound, _inputs(module))
 
-    def _captured(self, stitched: object, module: ModuleType) -> LoadedCase:
-        from piecework.runtime.stitched import StitchedModule
-
+    def _captured(self, stitched: object, module: ModuleType, where: str) -> LoadedCase:
         if not isinstance(stitched, StitchedModule):
-            raise UsageError(
-                "stitched() must return what piecework.compile returns",
-                where=f"{self.name}/{GRAPH_FILE}",
-            )
+            raise UsageError("stitched() must return what piecework.compile returns", where=where)
         source = stitched.source
         calls = _inputs(module)
         around = getattr(module, "around", None)
@@ -111,31 +107,10 @@ class Case:
             source,
             text_of(source, self.name).code,
             bound=tuple(row.name for row in source.module.bound),
-            inputs=[graph_arguments(stitched, call, f"{self.name}/{GRAPH_FILE}") for call in calls],
+            inputs=[_graph_arguments(stitched, call, where) for call in calls],
             contexts=[partial(_as_stitched, around, stitched, call) for call in calls],
-            compared=_made_with_installed(getattr(module, "TEXT_MADE_WITH", {})),
             calls=[partial(stitched, *call) for call in calls],
         )
-
-
-@dataclass(frozen=True, slots=True)
-class CaseTexts:
-    """All texts of a case: its stitching source with what is needed to run it, and those of other kinds.
-
-    ``compared`` is False if the goldens were made with other versions, so that the texts say nothing here.
-    """
-
-    stitched: LoadedCase | None
-    more: Mapping[str, EmittedText] = field(default_factory=dict)
-    compared: bool = True
-
-    @property
-    def by_kind(self) -> dict[str, EmittedText]:
-        """Every text, stitching source first."""
-        if self.stitched is None:
-            return dict(self.more)
-        names = tuple(row.name for row in self.stitched.source.module.bound)
-        return {STITCHED: EmittedText(self.stitched.code, names), **self.more}
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +124,6 @@ class LoadedCase:
         bound: placeholders that the source holds as module-level names, in the order of its bound names.
         inputs: argument tuples for the placeholders of ``gm``.
         contexts: for each of them, what makes the context to run it in; empty if none is needed.
-        compared: False if the golden was made with other versions, so that its text says nothing here.
         calls: for each of them, the same call of the captured model; empty if none was captured.
     """
 
@@ -160,12 +134,28 @@ class LoadedCase:
     bound: tuple[str, ...]
     inputs: Sequence[tuple[object, ...]]
     contexts: Sequence[Callable[[], AbstractContextManager[None]]] = ()
-    compared: bool = True
     calls: Sequence[Callable[[], object]] = ()
 
     def context(self, number: int) -> AbstractContextManager[None]:
         """The context for ``inputs[number]``."""
         return self.contexts[number]() if self.contexts else nullcontext()
+
+
+@dataclass(frozen=True, slots=True)
+class CaseTexts:
+    """All texts of a case; ``compared`` is False if the goldens were made with other versions."""
+
+    stitched: LoadedCase | None
+    more: Mapping[str, EmittedText] = field(default_factory=dict)
+    compared: bool = True
+
+    @property
+    def by_kind(self) -> dict[str, EmittedText]:
+        """Every text, stitching source first."""
+        if self.stitched is None:
+            return dict(self.more)
+        names = tuple(row.name for row in self.stitched.source.module.bound)
+        return {STITCHED: EmittedText(self.stitched.code, names), **self.more}
 
 
 def discover(root: Path) -> list[Case]:
@@ -184,14 +174,28 @@ def discover(root: Path) -> list[Case]:
     return [Case(directory.name, directory) for directory in found]
 
 
+def select(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
+    """The cases named; all without names.
+
+    Raises:
+        UsageError: a name is no case.
+    """
+    known = {case.name: case for case in cases}
+    for name in names:
+        if name not in known:
+            close = ", ".join(sorted(known)[:8])
+            raise UsageError(f"there is no golden case {name!a}", hint=f"cases are {close} …")
+    return [known[name] for name in names] if names else list(cases)
+
+
 def kind_of(golden: Path) -> str | None:
     """The kind of text that a golden (or ``.new``) of a case holds, by its name; None if that is no golden's."""
     found = _GOLDEN.fullmatch(golden.name.removesuffix(NEW_SUFFIX))
     return None if found is None else found.group(1) or STITCHED
 
 
-def unreferenced(root: Path, produced: Mapping[str, Collection[str]] | None = None) -> list[Path]:
-    """Goldens that no case produces: folders without a graph, goldens outside of a case or by another name.
+def unreferenced(root: Path, produced: Mapping[str, Collection[str]]) -> list[Path]:
+    """Goldens that no case produces: folders without a graph, goldens outside of a case or of a kind that it does not emit.
 
     Args:
         root: the folder of cases.
@@ -206,7 +210,7 @@ def unreferenced(root: Path, produced: Mapping[str, Collection[str]] | None = No
         elif not (path / GRAPH_FILE).is_file():
             found.append(path)
         else:
-            kinds = (produced or {}).get(path.name)
+            kinds = produced.get(path.name)
             for golden in sorted(path.glob("expected*")):
                 kind = kind_of(golden)
                 if kind is None or (kinds is not None and kind not in kinds):
@@ -214,18 +218,7 @@ def unreferenced(root: Path, produced: Mapping[str, Collection[str]] | None = No
     return found
 
 
-def select(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
-    """The cases named; all without names.
-
-    Raises:
-        UsageError: a name is no case.
-    """
-    known = {case.name: case for case in cases}
-    for name in names:
-        if name not in known:
-            close = ", ".join(sorted(known)[:8])
-            raise UsageError(f"there is no golden case {name!a}", hint=f"cases are {close} …")
-    return [known[name] for name in names] if names else list(cases)
+# --- loading -------------------------------------------------------------------------------------------
 
 
 class _FromSource(SourceFileLoader):
@@ -249,12 +242,11 @@ def import_graph(case: Case) -> ModuleType:
         return known
     loader = _FromSource(full_name, str(path))
     spec = importlib.util.spec_from_file_location(full_name, path, loader=loader)
-    if spec is None or spec.loader is None:
-        raise UsageError("a case cannot be imported", where=str(path))
+    assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[full_name] = module
     try:
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
     except BaseException:
         del sys.modules[full_name]
         raise
@@ -285,10 +277,39 @@ def _made_with_installed(versions: Mapping[str, str]) -> bool:
     return True
 
 
-def _placeholders(gm: torch.fx.GraphModule) -> list[torch.fx.Node]:
-    return list(gm.graph.find_nodes(op="placeholder"))
-
-
 def _inputs(module: ModuleType) -> list[tuple[object, ...]]:
     inputs: Callable[[], list[tuple[object, ...]]] | None = getattr(module, "inputs", None)
     return [] if inputs is None else inputs()
+
+
+def _graph_arguments(
+    stitched: StitchedModule, call: Sequence[object], where: str
+) -> tuple[object, ...]:
+    """What ``stitched.split_gm`` takes when the model is called with ``call``: weights, arguments, and sizes of arguments."""
+    model = stitched.model
+    forward = model.forward if isinstance(model, torch.nn.Module) else model
+    given = dict(inspect.signature(forward).bind(*call).arguments)
+    placeholders = {
+        node.name: value_of(node) for node in stitched.split_gm.graph.find_nodes(op="placeholder")
+    }
+    weights = {row.name: row.path for row in stitched.source.module.bound}
+    sizes: dict[str, int] = {}
+    for name, value in given.items():
+        fake = placeholders.get(name)
+        if isinstance(fake, torch.Tensor) and isinstance(value, torch.Tensor):
+            sizes |= {str(s): n for s, n in zip(fake.shape, value.shape, strict=True)}
+    values: list[object] = []
+    for name, fake in placeholders.items():
+        if name in weights and isinstance(model, torch.nn.Module):
+            values.append(attribute_of(model, weights[name]))
+        elif name in given:
+            values.append(given[name])
+        elif isinstance(fake, torch.SymInt) and str(fake) in sizes:
+            values.append(sizes[str(fake)])
+        else:
+            raise UsageError(
+                f"placeholder {name!a} is neither a weight, an argument nor the size of one",
+                where=where,
+                hint="give the model's arguments by position, one tensor each, from inputs()",
+            )
+    return tuple(values)

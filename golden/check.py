@@ -1,18 +1,23 @@
-"""The four checks of a golden case. In: a folder of cases. Out: a `CaseResult` for each of their texts, and goldens that no case refers to.
+"""The four checks of a golden case, and pytest runs of a suite's goldens.
 
-A text is equal, has no undefined name, does what `torch.fx.Interpreter` does, and is the same under two hash seeds. `check_cases` writes
-proposals only where it is told to; goldens are written by `update_cases` alone, and only texts that passed the other checks.
+A text is equal, has no undefined name, does what `torch.fx.Interpreter` does, and is the same under two hash seeds. `check_cases`
+writes proposals only where it is told to; goldens are written by `update_cases` alone, and only texts that passed the other checks.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from piecework.errors import UsageError
+from piecework.errors import EmitError, UsageError
+from piecework.golden import snapshot
 from piecework.golden.cases import (
     ENTRY,
     GRAPH_FILE,
@@ -24,14 +29,13 @@ from piecework.golden.cases import (
     unreferenced,
 )
 from piecework.golden.execute import call_differences, differences
-from piecework.golden.seeds import emit_in_other_process
-from piecework.golden.suite import suite_under
-from piecework.golden.text import snapshot
-from piecework.golden.text.scope import undefined_names
-from piecework.golden.text.snapshot import Comparison, State
-from piecework.golden.text.texts import STITCHED, EmittedText
+from piecework.golden.plugin import ONLY, OPTION
+from piecework.golden.snapshot import Comparison, State
+from piecework.golden.texts import STITCHED, EmittedText, undefined_names
 
-Progress = Callable[[str], None]
+_SEEDS = ("1", "2")
+_FIXTURE = b"stitched_golden"
+_TEST_FILE = re.compile(r"test_.*\.py|.*_test\.py|conftest\.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +71,11 @@ class CaseResult:
         return self.comparison is not None and self.comparison.state in quiet
 
     @property
-    def passed(self) -> bool:
-        return self.same and not self.problems
-
-    @property
     def status(self) -> str:
-        """Same, changed, new, not compared, or broken."""
+        """Same, changed, new, not compared, broken, or updated."""
         if self.problems or self.comparison is None:
             return "broken"
-        state = self.comparison.state
-        return "new" if state is State.MISSING else state.value
+        return "updated" if self.written else self.comparison.state.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +85,11 @@ class CheckRun:
     root: Path
     results: tuple[CaseResult, ...]
     unreferenced: tuple[Path, ...] = ()
-    proposed: bool = field(default=False)
+    proposed: bool = False
 
     @property
     def passed(self) -> bool:
-        return all(result.passed for result in self.results) and not self.unreferenced
+        return not self.unreferenced and all(r.same and not r.problems for r in self.results)
 
     @property
     def changed(self) -> tuple[CaseResult, ...]:
@@ -108,7 +107,7 @@ def check_cases(
     *,
     propose: bool,
     two_seeds: bool = True,
-    progress: Progress | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> CheckRun:
     """Check cases; leave a ``.new`` beside goldens that differ if ``propose`` is true.
 
@@ -123,7 +122,7 @@ def check_cases(
         UsageError: ``root`` is no folder, or a name is no case.
     """
     cases = select(discover(root), names)
-    if not cases and not names and not unreferenced(root):
+    if not cases and not names and not unreferenced(root, {}):
         raise UsageError(
             "there are no golden cases here",
             where=str(root),
@@ -131,18 +130,16 @@ def check_cases(
         )
     elsewhere = emit_in_other_process(root, [case.name for case in cases]) if two_seeds else None
     results: list[CaseResult] = []
+    emitted: dict[str, set[str]] = {}
     for case in cases:
         if progress is not None:
             progress(case.name)
-        found = check_case(case, None if elsewhere is None else elsewhere[case.name])
-        for result in found:
-            if propose and result.comparison is not None:
-                snapshot.propose(result.comparison)
-        results += found
-    emitted: dict[str, set[str]] = {}
-    for result in results:
-        if result.comparison is not None:
-            emitted.setdefault(result.case.name, set()).add(result.kind)
+        for result in check_case(case, None if elsewhere is None else elsewhere[case.name]):
+            results.append(result)
+            if result.comparison is not None:
+                emitted.setdefault(case.name, set()).add(result.kind)
+                if propose:
+                    snapshot.propose(result.comparison)
     strays = () if names else tuple(unreferenced(root, emitted))
     return CheckRun(root, tuple(results), strays, propose)
 
@@ -163,9 +160,8 @@ def check_case(
         problems = _problems_of(loaded, kind, text)
         if texts_elsewhere is not None and texts_elsewhere.get(kind) != text.code:
             there = texts_elsewhere.get(kind) or next(iter(texts_elsewhere.values()), "nothing")
-            problems.append(
-                f"differs under another hash seed: {_first_difference(text.code, there)}"
-            )
+            where = _first_difference(text.code, there)
+            problems.append(f"differs under another hash seed: {where}")
         comparison = snapshot.compare(case.golden(kind), text.code)
         if not loaded.compared and comparison.state is State.CHANGED:
             comparison = replace(comparison, state=State.NOT_COMPARED)
@@ -176,7 +172,7 @@ def check_case(
 def _problems_of(loaded: CaseTexts, kind: str, text: EmittedText) -> list[str]:
     """What is wrong with a text by itself: undefined names, or other results than its graph's."""
     try:
-        problems = undefined_names(text.code, text.provided)
+        problems = undefined_names(text)
     except SyntaxError as error:
         return [f"does not parse: {error}"]
     if loaded.stitched is not None and kind == STITCHED:
@@ -191,7 +187,7 @@ def update_cases(
     names: Sequence[str] = (),
     *,
     two_seeds: bool = True,
-    progress: Progress | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> CheckRun:
     """Check, then write every golden that differs and whose text passed the other checks.
 
@@ -201,7 +197,7 @@ def update_cases(
     results: list[CaseResult] = []
     for result in run.results:
         if result.comparison is not None and not result.same and not result.problems:
-            snapshot.accept(result.comparison.path)
+            snapshot.accept(result.golden)
             result = replace(result, written=True)
         results.append(result)
     return replace(run, results=tuple(results))
@@ -213,25 +209,24 @@ def accept_golden(golden: Path) -> None:
     Raises:
         UsageError: there is no proposal, its text is wrong, or it is not what the case emits now.
     """
-    if not (golden.parent / GRAPH_FILE).is_file():
-        snapshot.accept(golden)
-        return
+    if (golden.parent / GRAPH_FILE).is_file():
+        _require_right(golden)
+    snapshot.accept(golden)
+
+
+def _require_right(golden: Path) -> None:
     where = shown(golden)
-    kind = kind_of(golden)
     results = check_case(Case(golden.parent.name, golden.parent))
-    result = next((each for each in results if each.kind == kind), None)
+    result = next((each for each in results if each.kind == kind_of(golden)), None)
     if result is None:
         raise UsageError("the case emits no such text", where=where)
     if result.problems or result.comparison is None:
-        raise UsageError(
-            f"the text is wrong and was not accepted: {result.problems[0]}", where=where
-        )
+        problem = f"the text is wrong and was not accepted: {result.problems[0]}"
+        raise UsageError(problem, where=where)
     proposal = snapshot.proposal_of(golden)
     if proposal.is_file() and proposal.read_text(encoding="utf-8") != result.comparison.after:
-        raise UsageError(
-            "the proposal is out of date", where=where, hint="run piecework golden check again"
-        )
-    snapshot.accept(golden)
+        hint = "run piecework golden check again"
+        raise UsageError("the proposal is out of date", where=where, hint=hint)
 
 
 def update_command(names: Sequence[str], root: Path) -> str:
@@ -262,10 +257,94 @@ def shown(path: Path) -> str:
         return os.fspath(path)
 
 
+# --- another hash seed ---------------------------------------------------------------------------------
+
+
+def emit_in_other_process(root: Path, names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Emit cases in a process whose hash seed is not this one's: case → kind → text, an error's text where one can't be emitted.
+
+    Raises:
+        EmitError: the process failed as a whole.
+    """
+    seed = next(seed for seed in _SEEDS if seed != os.environ.get("PYTHONHASHSEED"))
+    done = subprocess.run(
+        [sys.executable, "-m", "piecework.golden.check", str(root), *names],
+        env={**os.environ, "PYTHONHASHSEED": seed},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+    )
+    if done.returncode != 0:
+        tail = "\n".join(done.stderr.strip().splitlines()[-5:])
+        raise EmitError(f"emitting under hash seed {seed} failed:\n{tail}", where=str(root))
+    # Whatever a model prints while it is captured comes before the last line.
+    found: dict[str, dict[str, str]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _emit_all(root: str, *names: str) -> None:
+    texts: dict[str, dict[str, str]] = {}
+    for case in select(discover(Path(root)), names):
+        try:
+            by_kind = case.load().by_kind
+            texts[case.name] = {kind: text.code for kind, text in by_kind.items()}
+        except Exception as error:  # noqa: BLE001 - told per case, and compared like a text
+            texts[case.name] = {STITCHED: f"{type(error).__name__}: {error}"}
+    print(json.dumps(texts))
+
+
 def _first_difference(here: str, there: str) -> str:
-    for number, (left, right) in enumerate(
-        zip(here.splitlines(), there.splitlines(), strict=False), 1
-    ):
+    ours, theirs = here.splitlines(), there.splitlines()
+    for number, (left, right) in enumerate(zip(ours, theirs, strict=False), 1):
         if left != right:
             return f"line {number} is {left.strip()!a} here and {right.strip()!a} there"
-    return f"{len(here.splitlines())} lines here, {len(there.splitlines())} there: {there[:200]!a}"
+    return f"{len(ours)} lines here, {len(theirs)} there: {there[:200]!a}"
+
+
+# --- goldens of tests ----------------------------------------------------------------------------------
+
+
+def suite_under(place: Path) -> list[Path]:
+    """Test files that speak of the fixture; the whole folder of a ``conftest.py`` that does."""
+    found: list[Path] = []
+    for folder, files in snapshot.folders(place):
+        tests = [folder / name for name in files if _TEST_FILE.fullmatch(name)]
+        speak = [path for path in tests if _FIXTURE in path.read_bytes()]
+        found += [folder] if folder / "conftest.py" in speak else speak
+    return [path for path in found if not any(other in path.parents for other in found)]
+
+
+def run_suite(tests: Iterable[str | os.PathLike[str]], *, update: bool, quiet: bool) -> bool:
+    """Run the tests that use the fixture in a process of its own; True if they all passed. ``quiet`` keeps pytest's output back.
+
+    Raises:
+        UsageError: none of ``tests`` uses the fixture, or pytest could not run them.
+    """
+    # What torch logs while it traces says nothing of a golden.
+    options = [ONLY, "-q", "--tb=short", "--show-capture=no", *([OPTION] if update else [])]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *map(os.fspath, tests)],
+        stdout=subprocess.PIPE if quiet else None,
+        stderr=subprocess.STDOUT if quiet else None,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 5:
+        hint = "name test files, or cases with --root"
+        raise UsageError("no test here uses stitched_golden", hint=hint)
+    if done.returncode > 1:
+        tail = "\n".join((done.stdout or "").splitlines()[-20:])
+        problem = f"pytest could not run the tests (exit code {done.returncode})\n{tail}"
+        raise UsageError(problem.rstrip())
+    return done.returncode == 0
+
+
+def suite_proposals(tests: Sequence[Path]) -> list[Path]:
+    """Goldens of these tests that have a proposal."""
+    places = {path if path.is_dir() else path.parent / snapshot.STORE_NAME for path in tests}
+    return snapshot.pending(places)
+
+
+if __name__ == "__main__":
+    _emit_all(*sys.argv[1:])

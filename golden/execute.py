@@ -1,7 +1,7 @@
-"""Does the emitted function do what the graph does? In: a loaded case. Out: one sentence for each difference to `torch.fx.Interpreter`.
+"""Says where the emitted function does something else than `torch.fx.Interpreter` of its graph, by running both.
 
-Results are compared exactly (type, dtype, shape, stride, bits), and so are aliasing and every change made to arguments and to the
-graph's own tensors. Other state of the graph's modules is not watched.
+Results are compared exactly (type, dtype, shape, strides, bits), and so are aliasing and every change made to arguments
+and to the graph's own tensors. Other state of the graph's modules is not watched.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
+from typing import NamedTuple
 
 import torch
 import torch.fx
@@ -23,10 +24,10 @@ from piecework.codegen.stitch.inline import is_plain
 from piecework.golden.cases import LoadedCase
 
 _SEED = 20
+_PLAIN: dict[type, type] = {immutable_list: list, immutable_dict: dict}
 
 
-@dataclass(frozen=True, slots=True)
-class _Outcome:
+class _Outcome(NamedTuple):
     """What one run left behind; ``aliases`` says of each tensor which earlier one shares its memory or is itself."""
 
     result: object
@@ -36,11 +37,7 @@ class _Outcome:
 
 
 class Interpreter(torch.fx.Interpreter):
-    """`torch.fx.Interpreter` all the way down: graphs that are called are interpreted too.
-
-    What FX writes as source for a called graph differs in places (``operator.setitem`` yields its first operand, ``operator.iadd`` of a
-    number changes its operand), and some graphs it can't write at all.
-    """
+    """`torch.fx.Interpreter` all the way down: what FX writes as source for a called graph differs in places."""
 
     def __init__(self, gm: torch.fx.GraphModule) -> None:
         super().__init__(gm)
@@ -71,47 +68,46 @@ def run_module(module: object, /, *args: object, **kwargs: object) -> object:
 
 def differences(loaded: LoadedCase) -> list[str]:
     """Run every input through both; an input that the interpreter itself cannot run is a difference too."""
-    problems: list[str] = []
     if not loaded.inputs:
         return ["inputs() gives nothing to run"]
+    problems: list[str] = []
+    sides = {
+        "the interpreter": Interpreter(loaded.gm).run,
+        "the emitted function": _emitted(loaded),
+    }
     for number, arguments in enumerate(loaded.inputs):
-        where = f"inputs[{number}]"
-        try:
-            with loaded.context(number):
-                expected = _run(loaded.gm, Interpreter(loaded.gm).run, arguments)
-        except Exception as error:  # noqa: BLE001 - whatever an operator raises is the finding
-            problems.append(f"{where}: the interpreter fails: {_one_line(error)}")
-            continue
-        try:
-            with loaded.context(number):
-                actual = _run(loaded.gm, _emitted(loaded), arguments)
-        except Exception as error:  # noqa: BLE001
-            problems.append(f"{where}: the emitted function fails: {_one_line(error)}")
-            continue
-        problems += [f"{where}: {text}" for text in _compare(expected, actual)]
+        outcomes = []
+        for side, function in sides.items():
+            try:
+                with loaded.context(number):
+                    outcomes.append(_run(loaded.gm, function, arguments))
+            except Exception as error:  # noqa: BLE001 - whatever an operator raises is the finding
+                problems.append(f"inputs[{number}]: {side} fails: {_one_line(error)}")
+                break
+        else:
+            problems += [f"inputs[{number}]: {text}" for text in _compare(*outcomes)]
     return problems
 
 
 def call_differences(loaded: LoadedCase) -> list[str]:
     """Call the captured model with every input: each tensor that it returns must be one that the graph returns.
 
-    Its entry may have chosen another way through, such as the replay of a captured size with padding, so values may differ by rounding.
+    Its entry may have chosen another way through, such as a replay with padding, so values may differ by rounding.
     """
     problems: list[str] = []
     for number, (arguments, call) in enumerate(zip(loaded.inputs, loaded.calls, strict=True)):
-        where = f"inputs[{number}]"
         try:
             with loaded.context(number):
                 graph = _run(loaded.gm, Interpreter(loaded.gm).run, arguments)
             with loaded.context(number):
                 result = call()
         except Exception as error:  # noqa: BLE001 - whatever is raised is the finding
-            problems.append(f"{where}: the call fails: {_one_line(error)}")
+            problems.append(f"inputs[{number}]: the call fails: {_one_line(error)}")
             continue
-        made = [tensor for _, tensor in _named(graph.result, "")]
-        for name, tensor in _named(result, "result"):
+        made = [tensor for _, tensor in _tensors(graph.result, "")]
+        for name, tensor in _tensors(result, "result"):
             if not any(_close(tensor, each) for each in made):
-                problems.append(f"{where}: {name} is none of what the graph returns")
+                problems.append(f"inputs[{number}]: {name} is none of what the graph returns")
     return problems
 
 
@@ -164,15 +160,11 @@ def _tensors_of(gm: torch.fx.GraphModule) -> Iterator[tuple[str, torch.Tensor]]:
     yield from gm.named_parameters()
     yield from gm.named_buffers()
     for path, module in gm.named_modules():
-        if not isinstance(module, torch.fx.GraphModule):
-            continue
-        for node in module.graph.find_nodes(op="get_attr"):
-            value = attribute_of(module, str(node.target))
+        nodes = module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ()
+        for node in nodes:
+            value = attribute_of(module, str(node.target)) if node.op == "get_attr" else None
             if isinstance(value, torch.Tensor):
                 yield f"{path}.{node.target}" if path else str(node.target), value
-
-
-# --- comparison ------------------------------------------------------------------------------------
 
 
 def _compare(expected: _Outcome, actual: _Outcome) -> Iterator[str]:
@@ -182,59 +174,74 @@ def _compare(expected: _Outcome, actual: _Outcome) -> Iterator[str]:
     for name, alias in expected.aliases.items():
         found = actual.aliases.get(name)
         if found is not None and found != alias:
-            yield f"{name} aliases {_alias_text(found)} and should alias {_alias_text(alias)}"
+            is_, should = (
+                f"the memory of {storage} at {offset} (the object of {same})"
+                for storage, same, offset in (found, alias)
+            )
+            yield f"{name} aliases {is_} and should alias {should}"
 
 
 def _unequal(expected: object, actual: object, where: str) -> Iterator[str]:
-    kind, kind_now = _kind(expected), _kind(actual)
-    if kind is not kind_now:
-        yield f"{where} is a {kind_now.__qualname__} and should be a {kind.__qualname__}"
-    elif isinstance(expected, torch.Tensor):
-        assert isinstance(actual, torch.Tensor)
-        yield from _unequal_tensors(expected, actual, where)
-    elif isinstance(expected, (list, tuple)):
-        assert isinstance(actual, (list, tuple))
-        if len(expected) != len(actual):
-            yield f"{where} has {len(actual)} elements and should have {len(expected)}"
-            return
-        for index, (left, right) in enumerate(zip(expected, actual, strict=True)):
-            yield from _unequal(left, right, f"{where}[{index}]")
-    elif isinstance(expected, dict):
-        assert isinstance(actual, dict)
-        if list(expected) != list(actual):
-            yield f"{where} has the keys {list(actual)!a} and should have {list(expected)!a}"
-            return
-        for key in expected:
-            yield from _unequal(expected[key], actual[key], f"{where}[{key!a}]")
-    elif not _same_value(expected, actual):
-        yield f"{where} is {actual!a} and should be {expected!a}"
+    pairs = zip_longest(_leaves(expected, where), _leaves(actual, where))
+    for (name, left), (_, right) in pairs:
+        why = _why_unequal(left, right)
+        if why:
+            yield f"{name} {why}"
+            if isinstance(left, _Container):
+                return  # what is in it does not stand side by side
 
 
-def _kind(value: object) -> type:
-    """The type, with FX's immutable containers as the plain ones that they stand for."""
-    if type(value) is immutable_list:
-        return list
-    return dict if type(value) is immutable_dict else type(value)
+class _Container(NamedTuple):
+    kind: type
+    keys: tuple[object, ...]
 
 
-def _same_value(expected: object, actual: object) -> bool:
-    if isinstance(expected, float) and isinstance(actual, float) and math.isnan(expected):
-        return math.isnan(actual)
+def _leaves(value: object, name: str) -> Iterator[tuple[str, object]]:
+    """Every list, tuple and dict, by type and keys, then what is in it; FX's containers as those that they stand for."""
+    kind = _PLAIN.get(type(value), type(value))
+    if isinstance(value, (list, tuple)):
+        yield name, _Container(kind, tuple(range(len(value))))
+        for index, each in enumerate(value):
+            yield from _leaves(each, f"{name}[{index}]")
+    elif isinstance(value, dict):
+        yield name, _Container(kind, tuple(value))
+        for key, each in value.items():
+            yield from _leaves(each, f"{name}[{key!a}]")
+    else:
+        yield name, value
+
+
+def _tensors(value: object, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    for at, each in _leaves(value, name):
+        if isinstance(each, torch.Tensor):
+            yield at, each
+
+
+def _why_unequal(expected: object, actual: object) -> str:
+    kinds = [
+        each.kind if isinstance(each, _Container) else type(each) for each in (expected, actual)
+    ]
+    if kinds[0] is not kinds[1]:
+        return f"is a {kinds[1].__qualname__} and should be a {kinds[0].__qualname__}"
+    if isinstance(expected, _Container) and isinstance(actual, _Container):
+        if expected.keys != actual.keys:
+            return f"has the keys {list(actual.keys)!a} and should have {list(expected.keys)!a}"
+        return ""
+    if isinstance(expected, torch.Tensor) and isinstance(actual, torch.Tensor):
+        for what in ("dtype", "device", "layout", "shape", "requires_grad"):
+            left, right = getattr(expected, what), getattr(actual, what)
+            if left != right:
+                return f"has {what} {right} and should have {left}"
+        if expected.layout == torch.strided and expected.stride() != actual.stride():
+            return f"has strides {actual.stride()} and should have {expected.stride()}"
+        return "" if _equal_bits(expected, actual) else "has other values"
     if isinstance(expected, float) and isinstance(actual, float):
-        return expected == actual and math.copysign(1, expected) == math.copysign(1, actual)
-    return expected is actual or bool(expected == actual)
-
-
-def _unequal_tensors(expected: torch.Tensor, actual: torch.Tensor, where: str) -> Iterator[str]:
-    for what in ("dtype", "device", "layout", "shape", "requires_grad"):
-        left, right = getattr(expected, what), getattr(actual, what)
-        if left != right:
-            yield f"{where} has {what} {right} and should have {left}"
-            return
-    if expected.layout == torch.strided and expected.stride() != actual.stride():
-        yield f"{where} has strides {actual.stride()} and should have {expected.stride()}"
-    elif not _equal_bits(expected, actual):
-        yield f"{where} has other values"
+        nan = math.isnan(expected) and math.isnan(actual)
+        signs = math.copysign(1, expected) == math.copysign(1, actual)
+        same = nan or (expected == actual and signs)
+    else:
+        same = expected is actual or bool(expected == actual)
+    return "" if same else f"is {actual!a} and should be {expected!a}"
 
 
 def _equal_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -249,9 +256,6 @@ def _equal_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     return torch.equal(left, right)
 
 
-# --- aliasing --------------------------------------------------------------------------------------
-
-
 def _aliases(
     result: object, arguments: object, state: dict[str, torch.Tensor]
 ) -> dict[str, tuple[str, str, int]]:
@@ -260,29 +264,12 @@ def _aliases(
     objects: dict[int, str] = {}
     found: dict[str, tuple[str, str, int]] = {}
     groups = (("state", state), ("arguments", arguments), ("result", result))
-    for name, tensor in [pair for group, value in groups for pair in _named(value, group)]:
-        if tensor.layout != torch.strided:
-            continue
-        storage = storages.setdefault(tensor.untyped_storage()._cdata, name)
-        same = objects.setdefault(id(tensor), name)
-        found[name] = (storage, same, int(tensor.storage_offset()))
+    for name, tensor in [pair for group, value in groups for pair in _tensors(value, group)]:
+        if tensor.layout == torch.strided:
+            storage = storages.setdefault(tensor.untyped_storage()._cdata, name)
+            same = objects.setdefault(id(tensor), name)
+            found[name] = (storage, same, int(tensor.storage_offset()))
     return found
-
-
-def _named(value: object, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(value, torch.Tensor):
-        yield name, value
-    elif isinstance(value, (list, tuple)):
-        for index, each in enumerate(value):
-            yield from _named(each, f"{name}[{index}]")
-    elif isinstance(value, dict):
-        for key, each in value.items():
-            yield from _named(each, f"{name}[{key!a}]")
-
-
-def _alias_text(alias: tuple[str, str, int]) -> str:
-    storage, same, offset = alias
-    return f"the memory of {storage} at {offset} (the object of {same})"
 
 
 def _one_line(error: Exception) -> str:

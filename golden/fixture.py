@@ -1,10 +1,13 @@
-"""The value of the fixture `stitched_golden`. In: something that was stitched, in a test. Out: nothing, or a failure that says what changed.
+"""The value of the fixture `stitched_golden`, and which goldens the tests of a session asked for.
 
-A golden is written only if the run asks for it, and the test that wrote one fails once.
+A golden is written only if the run asks for it, and the test that wrote one fails once. One is called unreferenced only if every
+test that could use it was found and ran to its end. Nothing heavy is imported before a source is compared.
 """
 
 from __future__ import annotations
 
+import hashlib
+import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,25 +15,87 @@ from pathlib import Path
 import pytest
 
 from piecework.errors import UsageError
-from piecework.golden.compare.diff import compare_sources
-from piecework.golden.references import References, golden_path
-from piecework.golden.show.diff_text import summary_lines, unified_lines
-from piecework.golden.text import snapshot
-from piecework.golden.text.scope import undefined_names
-from piecework.golden.text.snapshot import Comparison, State
+from piecework.golden import snapshot
+from piecework.golden.snapshot import STORE_NAME, Comparison, State
+
+_UNSAFE = re.compile(r"[^\w.\-]+", re.ASCII)
+_LONGEST = 100
+_PARAMETERS = re.compile(r"([\w.]{1,80})\[(\w(?:[\w.\-]{0,60}\w)?)\]", re.ASCII)
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """Why a test fails, and the same in a few lines."""
+def golden_path(test_file: Path, test_name: str, name: str | None = None) -> Path:
+    """Where the golden of a test lies: ``__stitched__/<test file>/<test name>.py``, with ``--<name>`` if it has several."""
+    stem = safe_name(test_name) + (f"--{safe_name(name)}" if name is not None else "")
+    return test_file.parent / STORE_NAME / test_file.stem / f"{stem}.py"
 
-    text: str
-    summary: str
+
+def safe_name(name: str) -> str:
+    """``name`` as a file name: the parameters of a test after a dash, and a digest where two names could look the same."""
+    if found := _PARAMETERS.fullmatch(name):
+        return "-".join(found.groups())
+    safe = _UNSAFE.sub("-", name)[:_LONGEST]
+    if safe == name:
+        return safe
+    return f"{safe.strip('-.')}-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+
+
+@dataclass(slots=True)
+class References:
+    """What one pytest session knows; the sessions of several workers are merged.
+
+    Attributes:
+        tests: test file → names of the tests found in it.
+        passed: test file → names of tests that ran to their end.
+        partial: files of which only some tests were asked for.
+        used: golden that was compared → the test that used it first.
+    """
+
+    tests: dict[str, set[str]] = field(default_factory=dict)
+    passed: dict[str, set[str]] = field(default_factory=dict)
+    partial: set[str] = field(default_factory=set)
+    used: dict[str, str] = field(default_factory=dict)
+
+    def as_data(self) -> tuple[object, ...]:
+        """Plain data, for the way from a worker."""
+        both = ({file: [*names] for file, names in d.items()} for d in (self.tests, self.passed))
+        return (*both, [*self.partial], self.used)
+
+    def merge(self, data: tuple[dict[str, list[str]], dict[str, list[str]], list[str], dict[str, str]]) -> None:  # fmt: skip
+        """Take over what `as_data` gave in another process."""
+        *both, partial, used = data
+        for mine, theirs in zip((self.tests, self.passed), both, strict=True):
+            for file, names in theirs.items():
+                mine.setdefault(file, set()).update(names)
+        self.partial.update(partial)
+        self.used.update(used)
+
+    def unreferenced(self) -> list[Path]:
+        """Goldens beside the collected files that no test asks for."""
+        found: set[Path] = set()
+        for folder in {Path(file).parent for file in self.tests}:
+            for store in sorted((folder / STORE_NAME).glob("*/")):
+                found.update(self._strays(folder / f"{store.name}.py", store))
+        return sorted(found)
+
+    def _strays(self, test_file: Path, store: Path) -> list[Path]:
+        goldens = sorted(store.glob("*.py"))
+        file = str(test_file)
+        if not test_file.is_file():
+            return goldens  # the test file is gone
+        if file not in self.tests or file in self.partial:
+            return []
+        waiting = [safe_name(name) for name in self.tests[file] - self.passed.get(file, set())]
+        return [
+            golden
+            for golden in goldens
+            if str(golden) not in self.used
+            and not any(golden.stem == s or golden.stem.startswith(f"{s}--") for s in waiting)
+        ]
 
 
 @dataclass(slots=True)
 class StitchedGolden:
-    """Compares emitted sources with the goldens of one test. Where it has a list, what was ``found`` is for the test's end to say."""
+    """Compares emitted sources with the goldens of one test; what ``differs``, as a text and a summary, is said at its end."""
 
     test_file: Path
     test_name: str
@@ -39,10 +104,10 @@ class StitchedGolden:
     update: bool
     references: References
     compared: set[Path] = field(default_factory=set)
-    found: list[Difference] | None = None
+    differs: list[tuple[str, str]] = field(default_factory=list)
 
     def __call__(self, stitched: object, *, name: str | None = None) -> None:
-        """Compare ``stitched`` with its golden; fail the test if they differ.
+        """Compare ``stitched`` with its golden; the test fails at its end if they differ.
 
         Args:
             stitched: what `piecework.compile` returned, its source, that of its entry or of a replay, a stitching graph, or text.
@@ -53,65 +118,51 @@ class StitchedGolden:
         """
         __tracebackhide__ = True
         # Only now is torch needed; somebody who stitched something has it loaded.
-        from piecework.golden.text.texts import text_of
+        from piecework.golden.texts import text_of, undefined_names
 
         emitted = text_of(stitched, "stitched_golden")
         golden = golden_path(self.test_file, self.test_name, name)
-        self._claim(golden)
-        try:
-            problems = undefined_names(emitted.code, emitted.provided)
-        except SyntaxError as error:
-            problems = [f"it does not parse: {error}"]
-        comparison = snapshot.compare(golden, emitted.code)
+        owner = self.references.used.setdefault(str(golden), self.node_id)
+        if owner != self.node_id or golden in self.compared:
+            hint = "give each a name: stitched_golden(source, name='prefill')"
+            raise UsageError("two sources have one golden", where=self._shown(golden), hint=hint)
+        self.compared.add(golden)
+        problems = undefined_names(emitted)
         if problems:
             pytest.fail("the emitted source is wrong: " + "; ".join(problems), pytrace=False)
-        if comparison.state is State.SAME:
-            if not snapshot.in_ci():
-                snapshot.propose(comparison)  # removes a proposal that is out of date
-            return
-        found = self._settle(comparison)
-        if self.found is None:
-            pytest.fail(found.text, pytrace=False)
-        self.found.append(found)
+        comparison = snapshot.compare(golden, emitted.code)
+        if comparison.state is not State.SAME:
+            self._settle(comparison)
+        elif not snapshot.in_ci():
+            snapshot.propose(comparison)  # removes a proposal that is out of date
 
-    def _claim(self, golden: Path) -> None:
-        owner = self.references.use(golden, self.node_id)
-        if owner != self.node_id or golden in self.compared:
-            raise UsageError(
-                "two sources have one golden",
-                where=self._shown(golden),
-                hint="give each a name: stitched_golden(source, name='prefill')",
-            )
-        self.compared.add(golden)
+    def _settle(self, comparison: Comparison) -> None:
+        """Write what may be written, and note why the test fails."""
+        from piecework.golden.show import difference
 
-    def _settle(self, comparison: Comparison) -> Difference:
-        """Write what may be written; returns why the test fails."""
         golden = self._shown(comparison.path)
-        summary, text = self._explanation(comparison)
-        lines = [*summary, *text]
+        lines = [f"there is no golden yet: {golden}"]
+        summary = lines
+        if comparison.state is not State.MISSING:
+            lines = [f"the emitted source differs from {golden}"]
+            before, after, names = comparison.before, comparison.after, (golden, "emitted")
+            summary, lines = (
+                lines + [line.plain for line in difference(before, after, names, text=text)]
+                for text in (False, True)
+            )
         if self.update:
             snapshot.write(comparison.path, comparison.after)
             comparison.proposal.unlink(missing_ok=True)
             written = f"{golden} was written; run again, and review and commit it."
-            return Difference("\n".join([*lines, written]), "\n".join([*summary, written]))
-        if not snapshot.in_ci():
-            snapshot.propose(comparison)
-            lines.append(f"The emitted source lies beside it: {self._shown(comparison.proposal)}")
-        lines.append(f"To accept it: pytest {shlex.quote(self.node_id)} --piecework-update")
-        return Difference("\n".join(lines), "\n".join(summary))
-
-    def _explanation(self, comparison: Comparison) -> tuple[list[str], list[str]]:
-        """What changed in meaning, and in text."""
-        golden = self._shown(comparison.path)
-        if comparison.state is State.MISSING:
-            return [f"there is no golden yet: {golden}"], []
-        head = f"the emitted source differs from {golden}"
-        try:
-            diff = compare_sources(comparison.before, comparison.after)
-        except UsageError:
-            return [head, "the golden is not Python; it would be replaced as a whole"], []
-        text = [line.plain for line in unified_lines(diff, golden, "emitted")]
-        return [head, *(line.plain for line in summary_lines(diff))], text
+            lines, summary = [*lines, written], [*summary, written]
+        else:
+            if not snapshot.in_ci():
+                snapshot.propose(comparison)
+                beside = self._shown(comparison.proposal)
+                lines = [*lines, f"The emitted source lies beside it: {beside}"]
+            command = f"pytest {shlex.quote(self.node_id)} --piecework-update"
+            lines = [*lines, f"To accept it: {command}"]
+        self.differs.append(("\n".join(lines), "\n".join(summary)))
 
     def _shown(self, path: Path) -> str:
         return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)

@@ -1,6 +1,6 @@
-"""The pytest plugin. In: tests that ask for `stitched_golden`. Out: emitted sources compared with goldens that lie beside the tests.
+"""The pytest plugin: tests that ask for `stitched_golden` compare emitted sources with goldens that lie beside them.
 
-Every pytest run with piecework installed loads this module, so it imports nothing but pytest until a test uses the fixture. In
+Every pytest run with piecework installed loads this module, so it imports nothing heavy until a test uses the fixture. In
 continuous integration it never writes.
 """
 
@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from piecework.golden.fixture import StitchedGolden
-    from piecework.golden.references import References
+    from piecework.golden.fixture import References, StitchedGolden
 
 OPTION = "--piecework-update"
 ONLY = "--piecework-only"
@@ -36,8 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    from piecework.golden.references import References
-    from piecework.golden.text.snapshot import in_ci
+    from piecework.golden.fixture import References
+    from piecework.golden.snapshot import in_ci
 
     if config.getoption(OPTION) and in_ci():
         raise pytest.UsageError(
@@ -71,7 +70,6 @@ def stitched_golden(request: pytest.FixtureRequest) -> StitchedGolden:
         root=request.config.rootpath,
         update=bool(request.config.getoption(OPTION)),
         references=request.config.stash[_KEY],
-        found=[],
     )
     return golden
 
@@ -81,8 +79,8 @@ def pytest_runtest_call(item: pytest.Item):  # type: ignore[no-untyped-def]
     """A golden that differs fails its test when the test is over, so that one run sees, and updates, all of its goldens."""
     result = yield
     golden = item.stash.get(_GOLDEN, None)
-    if golden is not None and golden.found:
-        pytest.fail("\n\n".join(each.text for each in golden.found), pytrace=False)
+    if golden is not None and golden.differs:
+        pytest.fail("\n\n".join(text for text, _ in golden.differs), pytrace=False)
     return result
 
 
@@ -100,15 +98,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     partial = any("::" in argument for argument in config.args)
     references = config.stash[_KEY]
     for item in items:
-        references.collected(item.path, _test_name(item), partial)
+        references.tests.setdefault(str(item.path), set()).add(_test_name(item))
+        references.partial.update([str(item.path)] if partial else [])
     if config.getoption(ONLY):
-        others = [item for item in items if not _uses(item)]
-        config.hook.pytest_deselected(items=others)
-        items[:] = [item for item in items if _uses(item)]
-
-
-def _uses(item: pytest.Item) -> bool:
-    return "stitched_golden" in getattr(item, "fixturenames", ())
+        ours = [i for i in items if "stitched_golden" in getattr(i, "fixturenames", ())]
+        config.hook.pytest_deselected(items=[item for item in items if item not in {*ours}])
+        items[:] = ours
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -117,11 +112,12 @@ def pytest_runtest_makereport(item: pytest.Item):  # type: ignore[no-untyped-def
     outcome = yield
     report = outcome.get_result()
     if report.when == "call" and report.passed:
-        item.config.stash[_KEY].ran(item.path, _test_name(item))
+        passed = item.config.stash[_KEY].passed
+        passed.setdefault(str(item.path), set()).add(_test_name(item))
     golden = item.stash.get(_GOLDEN, None)
     if report.when == "call" and golden is not None:
         # Plain data: under xdist the report goes from a worker to the terminal.
-        report.piecework_goldens = [each.summary for each in golden.found]
+        report.piecework_goldens = [summary for _, summary in golden.differs]
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,11 +1,9 @@
-"""Review of proposed goldens, one by one. In: proposals, a way to show and a way to ask. Out: which were accepted, rejected and skipped.
-
-Each is shown with its semantic difference first. Without somebody to ask, `commands` says what to type. Files are only touched by an answer.
-"""
+"""What a person reads and answers in a terminal: a check's result with what to type next, and proposals one by one."""
 
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +11,11 @@ from pathlib import Path
 from rich.text import Text
 
 from piecework.errors import UsageError
-from piecework.golden.compare.diff import SourceDiff, compare_sources
-from piecework.golden.show.diff_text import summary_lines, unified_lines
-from piecework.golden.show.visible import visible
-from piecework.golden.text import snapshot
+from piecework.golden import snapshot
+from piecework.golden.check import CaseResult, CheckRun, shown, update_command
+from piecework.golden.diff import compare_sources
+from piecework.golden.show import difference, visible
+from piecework.golden.snapshot import Comparison, State
 
 Show = Callable[[Text], None]
 Ask = Callable[[str], str]
@@ -32,16 +31,19 @@ CHOICES = {
     "?": "this help",
 }
 PROMPT = "(a)ccept (r)eject (s)kip (d)etails, capitals for all, ? for help: "
+_NAMED = 8  # more cases than this are accepted without naming each
 
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
     """A golden (maybe not there yet) and the text proposed for it; ``problems`` forbid accepting it."""
 
-    golden: Path
-    before: str
-    after: str
+    comparison: Comparison
     problems: tuple[str, ...] = ()
+
+    @property
+    def golden(self) -> Path:
+        return self.comparison.path
 
 
 @dataclass(slots=True)
@@ -59,15 +61,7 @@ def load(golden: Path, problems: Sequence[str] = ()) -> Proposal:
     Raises:
         UsageError: there is no proposal for it.
     """
-    proposal = snapshot.proposal_of(golden)
-    if not proposal.is_file():
-        raise UsageError(
-            "there is no proposal for this golden",
-            where=str(golden),
-            hint="`piecework golden check`, or the test, leaves one where the text differs",
-        )
-    before = golden.read_text(encoding="utf-8") if golden.is_file() else ""
-    return Proposal(golden, before, proposal.read_text(encoding="utf-8"), tuple(problems))
+    return Proposal(snapshot.proposed(golden), tuple(problems))
 
 
 def review(
@@ -85,7 +79,7 @@ def review(
     answer_for_all = ""
     for number, proposal in enumerate(proposals, 1):
         show(Text(f"[{number}/{len(proposals)}] {name(proposal.golden)}", style="bold reverse"))
-        for line in describe(proposal):
+        for line in _described(proposal):
             show(line)
         answer = answer_for_all or _answer(proposal, show, ask)
         if answer.isupper():
@@ -94,32 +88,21 @@ def review(
     return outcome
 
 
-def describe(proposal: Proposal) -> Iterator[Text]:
-    """Problems, then the semantic difference, then the textual one."""
+def _described(proposal: Proposal) -> Iterator[Text]:
+    """Problems, then what changed in meaning, then in text."""
     for problem in proposal.problems:
         yield Text(f"  ! {problem}", style="bold red")
-    if not proposal.before:
+    compared = proposal.comparison
+    if compared.before:
+        names = proposal.golden.name, compared.proposal.name
+        yield from difference(compared.before, compared.after, names)
+    else:
         yield Text("new golden", style="bold")
         yield from _whole(proposal)
-        return
-    diff = _diff(proposal)
-    if diff is None:
-        yield Text("the golden is not Python; it would be replaced as a whole", style="bold")
-        return
-    yield from summary_lines(diff)
-    yield Text("")
-    yield from unified_lines(diff, proposal.golden.name, f"{proposal.golden.name}.new")
 
 
 def _whole(proposal: Proposal) -> Iterator[Text]:
-    yield from (Text(f"  {line}") for line in visible(proposal.after).splitlines())
-
-
-def _diff(proposal: Proposal) -> SourceDiff | None:
-    try:
-        return compare_sources(proposal.before, proposal.after)
-    except UsageError:
-        return None
+    yield from (Text(f"  {line}") for line in visible(proposal.comparison.after).splitlines())
 
 
 def _answer(proposal: Proposal, show: Show, ask: Ask) -> str:
@@ -142,9 +125,8 @@ def _answer(proposal: Proposal, show: Show, ask: Ask) -> str:
 
 def _decide(proposal: Proposal, answer: str, outcome: Outcome, show: Show) -> None:
     if answer == "a" and proposal.problems:
-        show(
-            Text("not accepted: the text is wrong, see above; it stays proposed", style="bold red")
-        )
+        text = "not accepted: the text is wrong, see above; it stays proposed"
+        show(Text(text, style="bold red"))
         outcome.skipped.append(proposal.golden)
     elif answer == "a":
         snapshot.accept(proposal.golden)
@@ -160,10 +142,80 @@ def commands(proposals: Sequence[Proposal], name: Callable[[Path], str] = str) -
     """What to type to see and accept each without a terminal; a proposal with problems has them in place of that."""
     for proposal in proposals:
         golden = shlex.quote(name(proposal.golden))
-        if proposal.before:
-            new = shlex.quote(name(snapshot.proposal_of(proposal.golden)))
+        if proposal.comparison.before:
+            new = shlex.quote(name(proposal.comparison.proposal))
             yield f"piecework golden diff {golden} {new}"
         if proposal.problems:
             yield f"# {golden} can't be accepted: {proposal.problems[0]}"
         else:
             yield f"piecework golden review --accept {golden}"
+
+
+# --- a check's result ----------------------------------------------------------------------------------
+
+
+def run_lines(run: CheckRun) -> Iterator[Text]:
+    """What a check or an update found, ending with the commands that accept it."""
+    for result in run.results:
+        if result.status in ("same", "not compared"):
+            continue
+        yield Text(f"{result.name}: {result.status}", style="bold")
+        for problem in result.problems:
+            yield Text(f"  ! {problem}", style="bold red")
+        found = result.comparison
+        if found is not None and found.state is State.CHANGED:
+            names = ("golden", "emitted")
+            lines = difference(found.before, found.after, names, text=not result.written)
+            yield from (Text("  ").append_text(line) for line in lines)
+    for path in run.unreferenced:
+        yield Text(f"{shown(path)}: no case refers to it", style="bold")
+    counts = Counter(result.status for result in run.results)
+    if run.unreferenced:
+        counts["unreferenced"] = len(run.unreferenced)
+    words = ", ".join(f"{number} {word}" for word, number in counts.items())
+    yield Text(f"{len(run.results)} {'text' if len(run.results) == 1 else 'texts'}: {words}")
+    yield from _next_steps(run)
+
+
+def _next_steps(run: CheckRun) -> Iterator[Text]:
+    left = [r for r in run.changed if not r.written]
+    if run.proposed and left:
+        yield Text("Proposals lie beside the goldens; to go through them: piecework golden review")
+    for path in run.unreferenced:
+        yield Text(f"To remove what no case refers to: git rm -r {shown(path)}")
+    if run.broken:
+        yield Text("Broken cases are not accepted; repair what they report.")
+    accepted = [r for r in left if not r.problems]
+    if accepted:
+        everything = len(accepted) > _NAMED and len(accepted) == len(left)
+        names = [] if everything else list(dict.fromkeys(r.case.name for r in accepted))
+        yield Text(f"To accept: {update_command(names, run.root)}")
+
+
+def run_as_json(run: CheckRun) -> dict[str, object]:
+    """The run as plain data."""
+    return {
+        "passed": run.passed,
+        "root": str(run.root),
+        "unreferenced": [str(path) for path in run.unreferenced],
+        "cases": [_case_as_json(result, run) for result in run.results],
+    }
+
+
+def _case_as_json(result: CaseResult, run: CheckRun) -> dict[str, object]:
+    entry: dict[str, object] = {
+        "name": result.case.name,
+        "kind": result.kind,
+        "status": result.status,
+        "problems": list(result.problems),
+        "golden": str(result.golden),
+    }
+    comparison = result.comparison
+    if comparison is not None and not result.same and not result.problems:
+        entry["accept"] = update_command([result.case.name], run.root)
+    if comparison is not None and comparison.state is State.CHANGED:
+        try:
+            entry["diff"] = compare_sources(comparison.before, comparison.after).as_json()
+        except UsageError as error:
+            entry["diff"] = {"error": str(error)}
+    return entry

@@ -12,16 +12,16 @@ from typer.testing import CliRunner
 
 from piecework.cli.golden import golden_app
 from piecework.errors import UsageError
+from piecework.golden import snapshot
 from piecework.golden.cases import discover
 from piecework.golden.check import (
     CheckRun,
     accept_golden,
     check_case,
     check_cases,
+    emit_in_other_process,
     update_cases,
 )
-from piecework.golden.seeds import emit_in_other_process
-from piecework.golden.text import snapshot
 
 GRAPH = """
 import operator
@@ -233,7 +233,7 @@ def test_unreferenced_goldens_fail(make_case: MakeCase, tmp_path: Path) -> None:
     for stray in strays:
         stray.write_text("")
     run = check(tmp_path)
-    assert all(result.passed for result in run.results) and not run.passed
+    assert all(result.status == "same" for result in run.results) and not run.passed
     assert sorted(run.unreferenced) == sorted([strays[0].parent, *strays[1:]])
     assert check(tmp_path, "golden_g").passed, "only looked for when everything is checked"
 
@@ -292,7 +292,7 @@ def test_a_captured_case_runs_with_weights_sizes_and_arguments(
 ) -> None:
     version = ".".join(torch.__version__.split(".")[:2])
     directory = make_case("golden_m", CAPTURED % (version, "(torch.randn(5, 2),)"))
-    assert statuses(update(tmp_path)) == {"golden_m": "new"}
+    assert statuses(update(tmp_path)) == {"golden_m": "updated"}
     assert check(tmp_path).passed
     golden = directory / "expected.py"
     assert ".py:" not in golden.read_text() and "graph.py" in golden.read_text()

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from piecework.cli.golden import golden_app
 from piecework.errors import UsageError
+from piecework.golden import snapshot
 from piecework.golden.review import Outcome, commands, load, review
-from piecework.golden.text import snapshot
 
 SOURCE = (
     "def execution_fn(x, *, __vllm_submods__):\n    y = __vllm_submods__[0](x, {})\n    return y\n"

@@ -4,18 +4,15 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 import piecework
 from piecework.cli.golden import golden_app
-from piecework.golden import suite
-from piecework.golden.compare.piece_code import calls_by_piece, difference
-from piecework.golden.suite import suite_under
+from piecework.golden import check
+from piecework.golden.check import suite_under
 
 SOURCE = """# __vllm_submods__:
 #   [0] submod_0  {digest}
@@ -85,10 +82,10 @@ def test_a_repository_with_goldens_of_tests_alone(
     _model(tmp_path, "bbbb")
     code, output = run("report", "-o", "page.html")
     assert (code, output) == (1, "2 goldens differ; page: page.html\n")
-    assert "submod_0 computes something else: aaaa → bbbb" in (tmp_path / "page.html").read_text()
+    assert "submod_0 computes something else" in (tmp_path / "page.html").read_text()
     code, output = run("check", "tests/test_acme.py::test_source")
     section = output[output.index("= goldens that differ =") :]
-    assert section.count("submod_0 computes something else: aaaa → bbbb") == 2
+    assert section.count("submod_0 computes something else") == 2
     assert "To accept: pytest tests/test_acme.py::test_source --piecework-update" in section
     assert "+++" in output and "LOGLOG" not in output and "+++" not in section
 
@@ -126,8 +123,6 @@ def test_cases_import_packages_of_the_working_folder(tmp_path: Path) -> None:
 def test_an_empty_folder_has_nothing_to_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from piecework.golden import check
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(check, "__file__", str(tmp_path / "site" / "golden" / "check.py"))
     assert check.default_root() is None
@@ -156,26 +151,11 @@ def test_diff_of_folders_says_what_a_piece_calls_now(tmp_path: Path) -> None:
         (tmp_path / name / "manifest.json").write_text("{}")
     places = [str(tmp_path / name) for name in ("before", "after")]
     found = CliRunner().invoke(golden_app, ["diff", *places, "--summary"])
-    words = "submod_0 computes something else: before → after (torch.relu in place of torch._C._nn.gelu)"
+    words = "submod_0 computes something else (torch.relu in place of torch._C._nn.gelu)"
     assert found.exit_code == 1 and words in found.output
     (tmp_path / "after" / "graph.py").write_text("not a graph (")
     found = CliRunner().invoke(golden_app, ["diff", *places, "--summary"])
-    assert "before → after  (" in found.output, "without a graph it says that much"
-
-
-def test_calls_are_read_from_what_a_compiled_model_prints() -> None:
-    class Model(torch.nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.nn.functional.silu(super().forward(x)).sum(-1) * 2
-
-    config = {"backend": "eager", "splitting_ops": []}
-    stitched = piecework.compile(Model(4, 4).eval(), (torch.zeros(3, 4),), config=config)
-    calls = calls_by_piece(stitched.split_gm.print_readable(print_output=False))["submod_0"]
-    names = {"torch._C._nn.linear", "torch.nn.functional.silu", ".sum", "mult"}
-    assert names <= set(calls), calls
-    assert difference(calls, calls) == ""
-    assert difference(calls, calls + Counter({"torch.sin": 2})) == "2 torch.sin more"
-    assert difference(calls + Counter({".cos": 1}), calls) == ".cos less"
+    assert "computes something else  (" in found.output, "without a graph it says that much"
 
 
 def test_tests_with_goldens_are_found_where_somebody_keeps_them(tmp_path: Path) -> None:
@@ -203,7 +183,7 @@ def test_a_check_of_tests_as_json_names_what_was_proposed(
             golden.with_name("test_source.py.new").write_text(SOURCE)
         return passed
 
-    monkeypatch.setattr(suite, "run_suite", run_suite)
+    monkeypatch.setattr(check, "run_suite", run_suite)
     result = CliRunner().invoke(golden_app, ["check", "--json"])
     proposed = [] if passed else ["tests/__stitched__/test_acme/test_source.py"]
     assert json.loads(result.output) == {"passed": passed, "proposed": proposed}

@@ -1,6 +1,6 @@
-"""One golden file and its proposal. In: a path and the text it should have. Out: whether they agree; a proposal lies beside as ``.new``.
+"""One golden file and its proposal, which lies beside it as ``.new``.
 
-In continuous integration nothing is written; elsewhere a golden changes only by `accept` or `write`. Nothing here knows what the text means.
+In continuous integration nothing is written; elsewhere a golden changes only by `accept` or `write`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class State(Enum):
 
     SAME = "same"
     CHANGED = "changed"
-    MISSING = "missing"
+    MISSING = "new"
     NOT_COMPARED = "not compared"
 
 
@@ -46,6 +46,11 @@ def proposal_of(golden: Path) -> Path:
     return golden.with_name(golden.name + NEW_SUFFIX)
 
 
+def golden_of(proposal: Path) -> Path:
+    """The golden that ``proposal`` is for; a path without the suffix is the golden itself."""
+    return proposal.with_name(proposal.name.removesuffix(NEW_SUFFIX))
+
+
 def in_ci(environment: Mapping[str, str] = os.environ) -> bool:
     """True where nothing may be written: the variable CI is set, as every CI service does."""
     return environment.get("CI", "").strip().lower() not in ("", "0", "false", "no")
@@ -62,17 +67,21 @@ def compare(path: Path, text: str) -> Comparison:
     return Comparison(path, State.SAME if before == text else State.CHANGED, before, text)
 
 
-def propose(comparison: Comparison) -> Path | None:
-    """Leave the emitted text beside a golden that differs; remove a proposal that is out of date.
-
-    Returns:
-        The proposal, or None if there is nothing to propose.
-    """
+def propose(comparison: Comparison) -> None:
+    """Leave the emitted text beside a golden that differs; remove a proposal that is out of date."""
     if comparison.state in (State.SAME, State.NOT_COMPARED):
         comparison.proposal.unlink(missing_ok=True)
-        return None
-    write(comparison.proposal, comparison.after)
-    return comparison.proposal
+    else:
+        write(comparison.proposal, comparison.after)
+
+
+def proposed(golden: Path) -> Comparison:
+    """A golden and its proposal.
+
+    Raises:
+        UsageError: there is no proposal.
+    """
+    return compare(golden, _existing(golden).read_text(encoding="utf-8"))
 
 
 def write(path: Path, text: str) -> None:
@@ -87,21 +96,12 @@ def write(path: Path, text: str) -> None:
 
 
 def accept(golden: Path) -> None:
-    """Make the proposal for ``golden`` the golden.
-
-    Raises:
-        UsageError: there is no proposal.
-    """
-    proposal = _existing(golden)
-    proposal.replace(golden)
+    """Make the proposal for ``golden`` the golden; a `UsageError` if there is none."""
+    _existing(golden).replace(golden)
 
 
 def reject(golden: Path) -> None:
-    """Delete the proposal for ``golden``.
-
-    Raises:
-        UsageError: there is no proposal.
-    """
+    """Delete the proposal for ``golden``; a `UsageError` if there is none."""
     _existing(golden).unlink()
 
 
@@ -109,17 +109,16 @@ def _existing(golden: Path) -> Path:
     proposal = proposal_of(golden)
     if not proposal.is_file():
         raise UsageError(
-            "there is no proposal to accept or reject",
-            where=str(proposal),
-            hint="run the check again; it leaves one for each golden that differs",
+            "there is no proposal for this golden",
+            where=str(golden),
+            hint="`piecework golden check`, or the test, leaves one where the text differs",
         )
     return proposal
 
 
 def pending(places: Iterable[Path]) -> list[Path]:
     """Goldens with a proposal under ``places``: of cases, and of tests in folders named ``__stitched__``."""
-    found = {golden for place in places for golden in _pending_under(place)}
-    return sorted(found)
+    return sorted({golden for place in places for golden in _pending_under(place)})
 
 
 def _pending_under(place: Path) -> Iterator[Path]:
@@ -136,14 +135,6 @@ def _pending_under(place: Path) -> Iterator[Path]:
 def folders(place: Path) -> Iterator[tuple[Path, list[str]]]:
     """``place`` and the folders below it that are somebody's own, each with the names of its files."""
     for folder, subfolders, files in os.walk(place):
-        subfolders[:] = sorted(
-            name for name in subfolders if not name.startswith(".") and name not in _SKIPPED
-        )
+        own = (name for name in subfolders if not name.startswith(".") and name not in _SKIPPED)
+        subfolders[:] = sorted(own)
         yield Path(folder), files
-
-
-def golden_of(proposal: Path) -> Path:
-    """The golden that ``proposal`` is for; a path without the suffix is the golden itself."""
-    if proposal.suffix == NEW_SUFFIX:
-        return proposal.with_name(proposal.name[: -len(NEW_SUFFIX)])
-    return proposal
