@@ -45,7 +45,7 @@ def coverage(
         from piecework.runtime.batch.coverage import coverage_json, coverage_table
         from piecework.runtime.batch.mode import CUDAGraphMode
         from piecework.runtime.graphs.memory.addresses import AddressPolicy
-        from piecework.runtime.graphs.serve.report import calls_json, calls_table
+        from piecework.runtime.graphs.serve.report import calls_json, calls_text
 
         chosen = parse_sizes(sizes)
         if not chosen:
@@ -87,8 +87,8 @@ def coverage(
             return
         out.print(coverage_table(rows))
         if tokens:
-            out.print(calls_table(calls))
-        out.print(memory.table())
+            out.print(calls_text(calls), markup=False, highlight=False, soft_wrap=True)
+        out.print(str(memory), markup=False, highlight=False, soft_wrap=True)
 
 
 def parse_sizes(text: str, option: str = "--sizes") -> list[int]:

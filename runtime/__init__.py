@@ -46,9 +46,9 @@ if TYPE_CHECKING:
     from piecework.runtime.graphs.plan.options import CaptureOptions as CaptureOptions
     from piecework.runtime.graphs.serve.lazy import ConcreteSizeEntry as ConcreteSizeEntry
     from piecework.runtime.graphs.serve.lazy import CUDAPiecewiseBackend as CUDAPiecewiseBackend
-    from piecework.runtime.graphs.stage.copy_inputs import make_copy_and_call as make_copy_and_call
     from piecework.runtime.graphs.stage.inputs import InputSpec as InputSpec
     from piecework.runtime.graphs.stage.inputs import StaticInputs as StaticInputs
+    from piecework.runtime.graphs.stage.inputs import make_copy_and_call as make_copy_and_call
     from piecework.runtime.model_tag import set_model_tag as set_model_tag
     from piecework.runtime.model_tag import (
         set_on_compilation_complete as set_on_compilation_complete,

@@ -489,7 +489,7 @@ class StitchedModule(SharedModule):
             StaticGraphError: as `capture`.
 
         Example:
-            >>> rich.print(stitched.measure([1, 2, 4, 8]).table())
+            >>> print(stitched.measure([1, 2, 4, 8]))
         """
         found = self._graphs.measure(sizes, seconds, options)
         self._serve_by_captured()

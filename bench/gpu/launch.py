@@ -103,12 +103,7 @@ def ways(inputs: int, driver: ctypes.CDLL) -> dict[str, Callable[[], object]]:
         for buffer, tensor in zip(buffers, tensors, strict=True):
             buffer.copy_(tensor, non_blocking=True)
 
-    def looked_at() -> None:
-        _, launch = kernel._launcher._launches[0]  # type: ignore[union-attr]
-        launch._compiled = None
-        kernel.stage_alike(tensors, 40, 37)
-
-    looked_at()
+    kernel.stage_alike(tensors, 40, 37)
     before = driver.fake_launches()
     kernel.stage_alike(tensors, 40, 37)
     seen = [driver.fake_launches() - before, driver.fake_grid(0), driver.fake_grid(1)]
@@ -118,8 +113,7 @@ def ways(inputs: int, driver: ctypes.CDLL) -> dict[str, Callable[[], object]]:
         "plain copies": plain,
         "a copy and a fill each": lambda: each.stage(tensors, 40),
         "together, tails kept": lambda: together.stage_alike(tensors, 40, 37),
-        "one kernel, arguments looked at": looked_at,
-        "one kernel, by addresses": lambda: kernel.stage_alike(tensors, 40, 37),
+        "one kernel": lambda: kernel.stage_alike(tensors, 40, 37),
     }
 
 

@@ -11,10 +11,9 @@ from piecework.errors import StaticGraphError
 from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.forward_context import set_forward_context
 from piecework.runtime.batch.mode import CUDAGraphMode
-from piecework.runtime.graphs.device.cuda import CudaGraphPlatform
 from piecework.runtime.graphs.memory.owner import StaticGraphs
 from piecework.runtime.graphs.memory.wrapper import CUDAGraphWrapper
-from piecework.runtime.graphs.plan.devices import capture_device
+from piecework.runtime.graphs.plan.captured_values import capture_device
 
 CPU = torch.device("cpu")
 FULL = CUDAGraphMode.FULL
@@ -52,16 +51,6 @@ def test_several_devices_are_refused_with_a_value_on_each(names):
     assert f"of {names[0]} is on" in str(caught.value) and "cuda:1" in str(caught.value)
 
 
-def test_a_number_in_the_model_has_no_device_of_its_own():
-    gm = split(submod_0="cuda:0")
-    piece = gm.submod_0
-    piece.register_buffer("two", torch.tensor(2.0))
-    with piece.graph.inserting_before(piece.graph.output_node()):
-        node = piece.graph.get_attr("two")
-    node.meta["example_value"] = piece.two
-    assert capture_device(gm, ["submod_0"], CPU).type == "cuda"
-
-
 def test_a_model_on_the_cpu_does_not_start_cuda(monkeypatch, tmp_path):
     def start(*args):
         raise AssertionError("this starts CUDA")
@@ -93,20 +82,6 @@ def test_the_key_of_compiled_pieces_has_the_gpus_of_the_model_and_no_others(monk
     assert surroundings.accelerators(split(a="cpu").a) == {}
 
 
-@pytest.mark.parametrize("field", ["inductor_compile_config", "single_size_inductor_config"])
-def test_graphs_of_inductors_own_inside_pieces_are_refused(field):
-    config = piecework.CompilationConfig(**{field: {"triton.cudagraphs": True}})
-    with pytest.raises(piecework.PieceworkError, match="can't hold CUDA graphs of Inductor's"):
-        piecework.compile(torch.nn.ReLU(), (torch.randn(3, 4),), config=config)
-
-
-def test_and_off_whatever_the_environment_says():
-    from piecework.runtime.compilers.inductor_options import InductorOptions
-
-    options = InductorOptions(piecework.CompilationConfig()).for_range(None)
-    assert options["triton.cudagraphs"] is False
-
-
 def test_an_argument_on_another_device_is_refused_where_one_callable_is_captured():
     """What is done with it would be done at the capture and never again; a number of it would be frozen."""
     graphs = StaticGraphs("cpu", lazy=True)
@@ -120,11 +95,15 @@ def test_an_argument_on_another_device_is_refused_where_one_callable_is_captured
     assert not graphs.records
 
 
-@pytest.mark.parametrize(
-    ("device", "computed"), [("cuda:1", True), ("cuda:0", False), ("cpu", False)]
-)
-def test_a_gpus_graphs_take_what_is_on_that_gpu(monkeypatch, device, computed):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
-    platform = CudaGraphPlatform(torch.device("cuda", 1))
-    assert platform.computes_on(torch.device(device)) is computed
+@pytest.mark.parametrize("field", ["inductor_compile_config", "single_size_inductor_config"])
+def test_graphs_of_inductors_own_inside_pieces_are_refused(field):
+    config = piecework.CompilationConfig(**{field: {"triton.cudagraphs": True}})
+    with pytest.raises(piecework.PieceworkError, match="can't hold CUDA graphs of Inductor's"):
+        piecework.compile(torch.nn.ReLU(), (torch.randn(3, 4),), config=config)
+
+
+def test_and_off_whatever_the_environment_says():
+    from piecework.runtime.compilers.inductor_options import InductorOptions
+
+    options = InductorOptions(piecework.CompilationConfig()).for_range(None)
+    assert options["triton.cudagraphs"] is False

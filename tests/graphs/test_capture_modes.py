@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import piecework
-from piecework.codegen.replay.proof import verify_replay
-from piecework.errors import ConfigError, EmitError, StaticGraphError
+from piecework.errors import ConfigError, StaticGraphError
 from piecework.runtime.batch.forward_context import current_forward_context, set_forward_context
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.graphs import BatchDescriptor, BatchKind, CUDAGraphMode, FailurePolicy
-from piecework.runtime.graphs.serve import replay as captured_replay
 
 EAGER = CompilationConfig(backend="eager")
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
@@ -133,39 +130,12 @@ def test_every_size_of_every_kind_equals_the_model(mode: str) -> None:
     assert counts.get("FULL", 0) == 8 * [plain, plain, decode].count(FULL)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_the_mode_comes_from_the_configuration(mode: str) -> None:
-    _, stitched = compiled(cudagraph_mode=mode, cudagraph_capture_sizes=[2])
-    stitched.capture(progress=False)
-    assert stitched.static_graphs.dispatcher.cudagraph_mode is CUDAGraphMode.parse(mode)
-    assert stitched.static_graphs.sizes == (2,)
-
-
 def test_a_mode_that_captures_nothing_or_does_not_exist_is_refused() -> None:
     _, stitched = compiled()
     with pytest.raises(ConfigError, match="captures nothing"):
         stitched.capture([2], mode="NONE")
     with pytest.raises(ConfigError, match=r"no CUDA graph mode 'HALF'.*FULL_AND_PIECEWISE"):
         stitched.capture([2], mode="HALF")
-
-
-def test_a_full_graph_runs_no_python_of_the_model() -> None:
-    model, stitched = captured(mode="FULL")
-    expected = model(*(args := batch(3)))
-    runs: list[str] = []
-    whole = stitched.static_graphs.captures._whole[0]
-    whole.runnable = lambda *args: runs.append("model")
-    torch.testing.assert_close(stitched(*args), expected)
-    assert runs == []
-
-
-def test_a_full_graph_freezes_what_a_splitting_op_reads_of_its_context() -> None:
-    """As on a GPU: the op is inside the graph; its state has to live in memory that is written in place."""
-    _, stitched = captured([4], op=adapted, mode="FULL")
-    args = batch(4)
-    before = stitched(*args)
-    with set_forward_context(batch=BatchKind(num_active_loras=9)):
-        torch.testing.assert_close(stitched(*args), before)
 
 
 def test_an_op_that_can_not_be_captured_fails_by_policy() -> None:
@@ -257,14 +227,6 @@ def test_dispatch_asks_the_trace_that_serves_a_size() -> None:
     assert stitched.dispatch(1)[0] is stitched.dispatch(4)[0] is NONE
 
 
-def test_a_batch_may_leave_modes_out() -> None:
-    model, stitched = captured([4], mode="FULL_AND_PIECEWISE")
-    args = batch(3)
-    kind = BatchKind(uniform_decode=True, invalid_modes=frozenset({FULL}))
-    torch.testing.assert_close(served(stitched, args, kind), model(*args))
-    assert [row.mode for row in stitched.call_report()] == ["PIECEWISE"]
-
-
 # --- adapters, decode batches, speculation, further axes -------------------------------------------
 
 
@@ -291,19 +253,6 @@ def test_adapters_have_graphs_of_their_own(mode: str, specialize: bool) -> None:
     }
 
 
-def test_in_a_full_graph_adapters_are_those_of_its_key() -> None:
-    """The op adds what its key says; two actives run in the graph for three, as kernels launched for three would."""
-    _, stitched = captured([2], op=adapted, mode="FULL", lora_counts=(1, 3))
-    args = batch(2)
-    results = {}
-    for loras in (0, 1, 2, 3):
-        kind = BatchKind(has_lora=loras > 0, num_active_loras=loras)
-        results[loras] = served(stitched, args, kind)[0]
-    weight = stitched.model.second.weight.sum(1)
-    for loras, launched in ((1, 1), (2, 3), (3, 3)):
-        torch.testing.assert_close(results[loras] - results[0], (launched * weight).expand(2, 8))
-
-
 def test_limits_choose_sizes_and_decode_batches() -> None:
     model, stitched = compiled()
     runtime = RuntimeConfig(
@@ -324,14 +273,6 @@ def test_limits_choose_sizes_and_decode_batches() -> None:
     assert {graph for mode, graph in rows if mode == "FULL"} == {
         f"tokens={n} reqs={n // 3} uniform" for n in (3, 6, 9)
     }
-
-
-def test_sizes_that_the_program_never_reaches_are_refused() -> None:
-    _, stitched = compiled()
-    with pytest.raises(ConfigError, match="no batch reaches 64 tokens"):
-        stitched.capture(
-            [64], runtime=RuntimeConfig(max_num_batched_tokens=32, max_num_seqs=8), progress=False
-        )
 
 
 def test_declared_axes_have_graphs_of_their_own() -> None:
@@ -359,37 +300,3 @@ def test_the_text_of_a_full_graph_is_stage_replay_return() -> None:
     assert body[:2] == ["stage(inputs)", "replay_0()"]
     assert re.fullmatch(r"return \(\w+, \w+\)", body[2]) and len(body) == 3
     assert "__vllm_submods__" not in code
-
-
-def test_the_proof_of_a_full_graph() -> None:
-    kept = []
-    real = captured_replay.generate_replay
-
-    def keep(source, split_gm, facts):
-        kept.append((source, split_gm, facts))
-        return real(source, split_gm, facts)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(captured_replay, "generate_replay", keep)
-        _, stitched = captured([4], mode="FULL")
-    [(source, split_gm, facts)] = kept
-    replay = next(iter(stitched.static_graphs.replays.values()))
-    assert replay.proof.replays == 1
-    assert replay.proof.operands == len(facts.pieces[0].reads) and replay.proof.vouched == 0
-    text = replay.source.code
-    names = re.search(r"return \((\w+), (\w+)\)", text)
-    assert names is not None
-    for before, after, why in (
-        ("    replay_0()\n", "", "ends before this node"),
-        (
-            "    replay_0()\n",
-            "    replay_0()\n    replay_0()\n",
-            "does something that the graph does not",
-        ),
-        ("    stage(inputs)\n", "", "not staged first"),
-        (names[0], f"return ({names[2]}, {names[1]})", "returns something else"),
-    ):
-        edited = replace(replay.source, code=text.replace(before, after, 1))
-        assert edited.code != text
-        with pytest.raises(EmitError, match=why):
-            verify_replay(edited, source, split_gm, facts)

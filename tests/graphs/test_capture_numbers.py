@@ -154,28 +154,3 @@ def test_a_number_that_an_operator_makes_is_refused() -> None:
     for _ in range(2):
         x = torch.randn(4, 6)
         torch.testing.assert_close(stitched(x), forward(x))
-
-
-def test_hints_lead_to_a_capture_of_every_size() -> None:
-    """From another dynamic size to a static one, to a batch that serves 1 as well."""
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(x) * x.shape[1]
-
-    def compile_with(*marks: tuple[Callable[..., None], int]) -> piecework.StitchedModule:
-        x = torch.randn(4, 6)
-        for mark, dim in marks:
-            mark(x, dim)
-        return piecework.compile(forward, (x,), splitting_ops=[], config=EAGER)
-
-    dynamic, static = torch._dynamo.mark_dynamic, torch._dynamo.mark_static
-    with pytest.raises(
-        StaticGraphError, match=r"mark the batch dimension with torch\._dynamo\.mark_dynamic"
-    ):
-        compile_with((static, 0), (static, 1)).capture([1, 2], progress=False)
-    stitched = compile_with((dynamic, 0), (static, 1))
-    stitched.capture([1, 2], progress=False, estimate=False)
-    for batch in (1, 2):
-        x = torch.randn(batch, 6)
-        torch.testing.assert_close(stitched(x), forward(x))
-    assert {row.mode for row in stitched.call_report()} == {"PIECEWISE"}

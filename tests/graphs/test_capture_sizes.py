@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import piecework
 from piecework.errors import ConfigError, StaticGraphError
 from piecework.runtime.batch.dispatcher import Reason
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
@@ -117,10 +116,6 @@ def test_what_can_not_be_captured_is_said(call, error, why: str) -> None:
         call()
 
 
-def test_default_steps_leave_out_what_the_trace_excludes() -> None:
-    assert plan(None, shape(3, 40)).sizes == (4, 8, 16, 24, 32, 40)
-
-
 MODES = ["PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"]
 
 
@@ -172,11 +167,3 @@ def test_every_batch_has_a_graph_of_at_least_its_size_or_a_reason(
     if descriptor.uniform:
         assert uniform and descriptor.num_tokens == descriptor.num_reqs * query_len
         assert descriptor.num_reqs <= 16
-
-
-def test_an_option_that_does_not_exist_is_refused() -> None:
-    model = piecework.compile(
-        lambda x: x * 2, (torch.randn(4, 2),), config=CompilationConfig(backend="eager")
-    )
-    with pytest.raises(ConfigError, match="no option 'colour'"):
-        model.capture([2], colour="red")

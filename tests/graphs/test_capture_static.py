@@ -78,16 +78,6 @@ def test_another_tensor_is_an_error_and_nothing_is_written(captured):
     assert torch.equal(other, before) and torch.equal(cache, before)
 
 
-@torch.no_grad()
-def test_sizes_that_no_graph_covers_take_any_tensor(captured):
-    model, stitched, _ = captured
-    other = torch.rand(3, 4)
-    expected = other.clone()
-    x = torch.randn(7, 4)
-    torch.testing.assert_close(stitched(x, other), model(x, expected))
-    torch.testing.assert_close(other, expected)
-
-
 @pytest.mark.parametrize(
     ("static", "message"),
     [

@@ -145,39 +145,6 @@ def test_a_failed_and_a_stopped_capture_leave_no_trace_either() -> None:
     assert torch.equal(model.cache, before[0]) and torch.equal(hidden, before[1])
 
 
-def test_a_cache_of_inference_tensors_is_put_back() -> None:
-    with torch.inference_mode():
-        model = Model()
-        before = model.cache.clone()
-        stitched = compiled(model)
-        stitched.capture([2, 4], progress=False, estimate=False)
-        assert torch.equal(model.cache, before)
-
-
-def test_state_behind_numpy_is_put_back_where_torch_writes_it() -> None:
-    """Each run makes new tensors over the same memory: what was made in this run is not the same as what lies in it."""
-    array = hidden.numpy()
-
-    class Wraps(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = torch.relu(x)
-            for _ in range(4):
-                y = wrapped(y * 2) + 1
-            return y
-
-    memory.append(array)
-    before = hidden.clone()
-    compiled(Wraps()).capture([2, 4], progress=False, warmups=2)
-    assert torch.equal(hidden, before)
-
-
-def test_it_can_be_left_out() -> None:
-    model = Model()
-    before = model.cache.clone()
-    compiled(model).capture([4], progress=False, estimate=False, put_back=False)
-    assert not torch.equal(model.cache, before)
-
-
 class Acts(nn.Module):
     def __init__(self) -> None:
         super().__init__()

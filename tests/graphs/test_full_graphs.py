@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 
 import pytest
@@ -10,13 +9,12 @@ import torch
 from torch import nn
 
 import piecework
-from piecework.errors import SplitError, StaticGraphError
+from piecework.errors import StaticGraphError
 from piecework.runtime.batch.descriptor import BatchKind
 from piecework.runtime.batch.forward_context import set_forward_context
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.config.compilation import RuntimeConfig
-from piecework.runtime.graphs.plan.full_graphs import negotiated
-from piecework.runtime.splitting_op import registry
+from piecework.runtime.graphs.plan.options import negotiated
 
 EAGER = piecework.CompilationConfig(backend="eager")
 FULL, PIECEWISE, NONE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE, CUDAGraphMode.NONE
@@ -76,11 +74,6 @@ def test_a_mode_is_lowered_to_what_every_operator_can_be_captured_in(
     assert negotiated(FULL, {}, lens) == (FULL, lens, "")
 
 
-def test_decode_lengths_that_an_operator_cannot_be_captured_in_are_left_out():
-    mode, lens, why = negotiated(BOTH, {"b": "single_token_decode"}, (1, 3, 5))
-    assert (mode, lens) == (BOTH, (1,)) and "single_token_decode only" in why
-
-
 @pytest.mark.parametrize(
     ("said", "asked", "served"),
     [
@@ -138,16 +131,6 @@ def test_drafts_of_several_widths_have_graphs_where_they_can(says):
         assert modes == ({"FULL": 3} if said is None else {"FULL": 1, "PIECEWISE": 2})
 
 
-@pytest.mark.parametrize("op", [attend, "full_graphs::attend", torch.ops.full_graphs.attend])
-def test_what_an_operator_says_can_be_said_from_outside(op, says):
-    piecework.declare_full_graphs(op, "never")
-    assert registry.graphs_of(torch.ops.full_graphs.attend.default) == "never"
-    with pytest.raises(SplitError, match="full_graphs='sometimes'"):
-        piecework.declare_full_graphs(op, "sometimes")
-    with pytest.raises(SplitError, match="namespace::name"):
-        piecework.declare_full_graphs("attend", "never")
-
-
 # --- one pool for several models ------------------------------------------------------------------------
 
 
@@ -174,36 +157,6 @@ def test_models_that_share_memory_take_less_and_stay_right():
     assert {row.mode for row in two.call_report()} == {"PIECEWISE"}
     two.static_graphs.release()
     assert not pool.nbytes
-
-
-@torch.no_grad()
-def test_one_of_them_runs_at_a_time():
-    (_, one), (draft, two) = stitch(), stitch()
-    one.capture([2], progress=False, estimate=False)
-    two.capture([2], progress=False, estimate=False, memory_of=one.static_graphs.graphs)
-    one.static_graphs.graphs.users[0] = "a call in another thread"
-    x = torch.randn(2, 4)
-    found = []
-    thread = threading.Thread(target=lambda: found.append(two(x)))
-    thread.start()
-    thread.join()
-    torch.testing.assert_close(found[0], draft(x))
-    [row] = two.call_report()
-    assert (row.mode, row.reason[:12]) == ("NONE", "another call")
-
-
-def test_memory_of_another_device_is_refused():
-    _, one = stitch()
-    one.capture([2], progress=False, estimate=False)
-    graphs = one.static_graphs.graphs
-
-    class Elsewhere:
-        device = torch.device("cuda", 1)
-
-    from piecework.runtime.graphs.memory.owner import StaticGraphs
-
-    with pytest.raises(StaticGraphError, match="are on cpu"):
-        StaticGraphs(Elsewhere(), memory_of=graphs)
 
 
 # --- other streams ----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.forward_context import set_forward_context
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.graphs.device.weak_ref import view_of_storage
-from piecework.runtime.graphs.memory.addresses import AddressBook, AddressPolicy, ValueOrigin
+from piecework.runtime.graphs.memory.addresses import AddressBook, ValueOrigin
 from piecework.runtime.graphs.memory.captured_call import CapturedCall, CaptureRequest
 from piecework.runtime.graphs.memory.owner import StaticGraphs
 from piecework.runtime.graphs.memory.wrapper import CUDAGraphWrapper
@@ -26,9 +26,9 @@ def request(**options):
 def captured(runnable, *args, graphs=None, policy="copy", **options):
     """A captured call with nothing vouched for, and the owner."""
     graphs = graphs or StaticGraphs("cpu", address_policy=policy)
-    graphs.allow_capturing(True)
+    graphs.is_open = True
     call, _ = CapturedCall.make(runnable, args, {}, request(**options), graphs)
-    graphs.allow_capturing(False)
+    graphs.is_open = False
     return call
 
 
@@ -77,20 +77,15 @@ def test_tied_weights_and_weights_that_are_replaced():
     book = AddressBook()
     one, two = torch.ones(4), torch.ones(4)
     book.register_weights({"embed": one, "head": one, "norm": two})
-    assert book.changed_weights({"embed": one, "head": one, "norm": two}) == []
+    assert book.changed_weights({"embed": one, "head": one, "norm": two}) == {}
     book.register_weights({"embed": two})
     assert book.name_of(one) == "head"
-    assert book.changed_weights({"embed": two, "head": one, "norm": two}) == []
+    assert book.changed_weights({"embed": two, "head": one, "norm": two}) == {}
 
 
 def test_a_sparse_buffer_is_refused():
     with pytest.raises(StaticGraphError, match=r"must be dense memory.*\(ids\)"):
         AddressBook().register_persistent("ids", torch.eye(2).to_sparse())
-
-
-@pytest.mark.parametrize("value", ["refuse", "REFUSE", AddressPolicy.REFUSE])
-def test_policy_names(value):
-    assert AddressPolicy.parse(value) is AddressPolicy.REFUSE
 
 
 def test_a_bad_policy_lists_the_names():
@@ -170,16 +165,6 @@ def test_a_splitting_op_with_an_out_buffer_needs_no_policy(policy):
     assert all(r.staged_bytes == 0 and r.eager_reason is None for r in model.graphs.records)
 
 
-@pytest.mark.parametrize("policy", ["copy", "refuse", "eager"])
-def test_a_splitting_op_that_works_in_place_needs_no_policy(policy):
-    model = Stitched(policy, lambda x: x.mul_(2))
-    with model.graphs.capturing():
-        model()
-    model.ids.fill_(2)
-    assert model().tolist() == [60.0] * 4
-    assert all(r.staged_bytes == 0 and r.eager_reason is None for r in model.graphs.records)
-
-
 # --- the first replay checks -----------------------------------------------------------------------
 
 
@@ -188,16 +173,6 @@ def vouched(*tensors):
     for index, tensor in enumerate(tensors):
         graphs.addresses.register_persistent(f"buffer {index}", tensor)
     return graphs
-
-
-def test_a_moved_buffer_is_caught_at_the_first_replay():
-    x = torch.zeros(4)
-    call = captured(lambda x: x + 1, x, graphs=vouched(x))
-    with pytest.raises(StaticGraphError) as error:
-        call(None, (x.clone(),), {})
-    text = str(error.value)
-    assert "argument 0 (persistent buffer 'buffer 0') is at another address" in text
-    assert "submod_2, PIECEWISE tokens=4" in text
 
 
 @pytest.mark.parametrize(
@@ -238,13 +213,6 @@ def test_python_values_are_part_of_the_capture(first, second, same):
             call(None, (x, second), {})
 
 
-def test_another_number_of_arguments_is_caught():
-    x = torch.zeros(2)
-    call = captured(lambda x: x + 1, x, graphs=vouched(x))
-    with pytest.raises(StaticGraphError, match="captured with 1 arguments, called with 2"):
-        call(None, (x, x), {})
-
-
 def test_only_the_first_replay_checks_unless_told_otherwise():
     x, other = torch.zeros(2), torch.full((2,), 5.0)
     for always in (False, True):
@@ -274,16 +242,16 @@ def test_weights_replaced_after_capture():
     with torch.no_grad():
         layer.weight.fill_(1)
     book = graphs.addresses
-    assert book.changed_weights(dict(layer.named_parameters())) == []
+    assert book.changed_weights(dict(layer.named_parameters())) == {}
     torch.testing.assert_close(call(None, (x, layer.weight), {}), torch.full((1, 2), 2.0))
 
     layer.weight = torch.nn.Parameter(torch.zeros(2, 2))
-    (moved,) = book.changed_weights(dict(layer.named_parameters()))
-    assert moved.name == "weight" and moved.what.startswith("is at another")
+    moved = book.changed_weights(dict(layer.named_parameters()))
+    assert moved["weight"].startswith("is at another")
     layer.weight = torch.nn.Parameter(torch.zeros(3, 2))
-    (other,) = book.changed_weights(dict(layer.named_parameters()))
-    assert other.what.startswith("was torch.float32 [2, 2]")
-    assert [each.what for each in book.changed_weights({})] == ["is gone"]
+    other = book.changed_weights(dict(layer.named_parameters()))
+    assert other["weight"].startswith("was torch.float32 [2, 2]")
+    assert book.changed_weights({}) == {"weight": "is gone"}
 
 
 def test_a_parameter_nobody_registered_is_a_weight():
@@ -341,19 +309,6 @@ def test_staged_inputs_are_seen_as_they_are(layout):
         assert strides == [t.stride() for t in now]
 
 
-def test_static_inputs_are_the_stand_ins():
-    kept, fresh = torch.zeros(2), torch.zeros(2)
-    graphs = StaticGraphs("cpu")
-    graphs.addresses.register_persistent("kept", kept)
-    call = captured(lambda a, b: a + b, kept, fresh, graphs=graphs)
-    (stand_in,) = [member for copy in call.copies for member in copy.members]
-    assert stand_in.leaf == 1
-    stand_in.static.fill_(3)
-    call.replay()
-    assert call.output.tolist() == [3.0, 3.0]
-    assert fresh.tolist() == [0.0, 0.0]
-
-
 def test_aliasing_inputs_alias_in_the_graph():
     base = torch.zeros(6)
 
@@ -397,11 +352,6 @@ def test_changes_of_a_staged_input_are_brought_back_where_declared():
     assert y.tolist() == [6.0, 5.0] * 4
 
 
-def test_a_sparse_input_can_not_be_staged():
-    with pytest.raises(StaticGraphError, match="argument 0 is not dense memory"):
-        captured(lambda x: x, torch.eye(2).to_sparse())
-
-
 def test_none_and_nested_arguments():
     x, y = torch.ones(2), torch.ones(2)
     graphs = StaticGraphs("cpu", lazy=True)
@@ -415,11 +365,3 @@ def test_none_and_nested_arguments():
     with pytest.raises(StaticGraphError, match="argument 1 was None, is a tensor"):
         call(None, ({"x": x}, y), {"extra": [y, 3]})
     assert call(None, ({"x": x * 4}, None), {"extra": [y * 2, 3]}).tolist() == [6.0, 6.0]
-
-
-def test_a_call_that_was_reset_runs_its_callable():
-    x = torch.zeros(2)
-    call = captured(lambda x: x + 1, x, graphs=vouched(x))
-    call.reset()
-    assert call(lambda x: x + 7, (x,), {}).tolist() == [7.0, 7.0]
-    assert call.eager_reason == "the graph was reset"

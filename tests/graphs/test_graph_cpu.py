@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 
@@ -35,37 +33,11 @@ def test_a_block_is_poisoned_again_when_it_changes_hands():
     assert weak.isnan().all()
 
 
-def test_a_view_keeps_the_block():
-    pool = CpuGraphPool()
-    x = torch.ones(64)
-    out = CpuStaticGraph(pool).capture(lambda x: x + 1, (x,), {})
-    view = out[1:2].view(1, 1)
-    address = out.data_ptr()
-    del out
-    gc.collect()
-    other = CpuStaticGraph(pool).capture(lambda x: x + 1, (x,), {})
-    assert other.data_ptr() != address
-    del view
-    again = CpuStaticGraph(pool).capture(lambda x: x + 1, (x,), {})
-    assert again.data_ptr() == address
-
-
 def test_smaller_captures_reuse_larger_blocks():
     pool = CpuGraphPool()
     for size in (64, 32, 16, 8):
         CpuStaticGraph(pool).capture(lambda x: x + 1, (torch.ones(size),), {}, weak_output=True)
     assert pool.nbytes == 64 * 4
-
-
-def test_a_cleared_pool_does_not_take_old_blocks_back():
-    pool = CpuGraphPool()
-    out = CpuStaticGraph(pool).capture(lambda x: x + 1, (torch.ones(4),), {})
-    pool.clear()
-    assert pool.nbytes == 0
-    del out
-    assert pool.nbytes == 0
-    CpuStaticGraph(pool).capture(lambda x: x + 1, (torch.ones(4),), {})
-    assert pool.nbytes == 64
 
 
 def test_shapes_that_depend_on_values_are_an_error_on_replay():
@@ -86,12 +58,6 @@ def test_a_sparse_output_is_an_error():
 def test_a_device_without_static_graphs_is_an_error():
     with pytest.raises(StaticGraphError, match="no static graphs on 'meta' devices"):
         platform_for("meta")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_cuda_without_cuda_is_an_error():
-    with pytest.raises(StaticGraphError, match="CUDA is not available"):
-        platform_for("cuda:0")
 
 
 def test_memory_of_an_earlier_output_goes_to_later_captures_though_a_graph_reads_it():

@@ -10,7 +10,6 @@ import torch.fx
 
 from piecework.errors import InputError, StaticGraphError
 from piecework.runtime.batch.descriptor import BatchDescriptor
-from piecework.runtime.batch.forward_context import set_forward_context
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.graphs.memory.owner import StaticGraphs
 from piecework.runtime.graphs.serve.lazy import CUDAPiecewiseBackend
@@ -74,21 +73,6 @@ def make():
     return make
 
 
-def test_the_first_call_runs_the_general_graph(make):
-    case = make(compile_sizes=[4], capture_sizes=[4])
-    case.run(4)
-    assert case.log == ["general"]
-    assert case.graphs.records == []
-
-
-def test_unknown_sizes_run_the_general_graph(make):
-    case = make(compile_sizes=[4], capture_sizes=[8])
-    case.run(4)
-    for n in (1, 5, 16):
-        assert case.run(n).tolist() == [1.0] * n
-    assert case.log == ["general"] * 4
-
-
 def test_a_compile_size_is_compiled_on_its_first_hit(make):
     case = make(compile_sizes=[4, 2])
     case.run(1)
@@ -131,37 +115,6 @@ def test_a_size_that_is_both_is_compiled_then_captured(make):
     assert len(case.graphs.records) == 1
 
 
-def test_skipping_graphs_in_the_context(make):
-    case = make(compile_sizes=[4], capture_sizes=[4])
-    case.run(1)
-    with set_forward_context(skip_cuda_graphs=True):
-        case.run(4)
-        assert case.log == ["general", "compile 4", "size 4"]
-        assert case.graphs.records == []
-    static = case.run(4)
-    with set_forward_context(skip_cuda_graphs=True):
-        assert case.run(4).data_ptr() != static.data_ptr()
-
-
-@pytest.mark.parametrize("mode", [CUDAGraphMode.NONE, CUDAGraphMode.FULL])
-def test_modes_without_pieces_capture_none(make, mode):
-    case = make(capture_sizes=[4], mode=mode)
-    for _ in range(3):
-        case.run(4)
-    assert case.log == ["general"] * 3
-
-
-def test_moved_inputs_are_caught_in_debug(make):
-    case = make(capture_sizes=[4], check=True)
-    case.run(1)
-    case.run(4)
-    case.run(4)
-    other = torch.zeros(4)
-    case.graphs.addresses.register_persistent("other", other)
-    with pytest.raises(StaticGraphError, match="is at another address"):
-        case.piece(other, 4)
-
-
 def test_a_closed_phase_is_an_error(make):
     case = make(lazy=False, capture_sizes=[4])
     case.run(4)
@@ -169,16 +122,6 @@ def test_a_closed_phase_is_an_error(make):
         StaticGraphError, match=r"outside the capture phase \(piece 0, PIECEWISE tokens=4\)"
     ):
         case.run(4)
-
-
-@pytest.mark.parametrize(("index", "weak"), [(0, False), (1, True)])
-def test_the_last_piece_lets_go_of_its_output(make, index, weak):
-    case = make(capture_sizes=[4], index=index, total=2)
-    case.run(4)
-    output = case.run(4)
-    free = case.graphs.pool._free
-    assert (len(free) == 1) is weak
-    assert output.tolist() == [1.0] * 4
 
 
 def test_clearing_starts_the_captures_over(make):
@@ -193,17 +136,6 @@ def test_clearing_starts_the_captures_over(make):
     assert all(entry.call is None for entry in case.piece.concrete_size_entries.values())
     assert case.run(4).tolist() == case.run(4).tolist()
     assert len(case.graphs.records) == 1
-
-
-def test_a_piece_without_a_size_runs_its_general_graph():
-    graphs, log = StaticGraphs("cpu", lazy=True), []
-    graph = torch.fx.symbolic_trace(lambda x: x + 1)
-    piece = CUDAPiecewiseBackend(
-        graph, settings([4], [4]), graphs, 0, 1, [], lambda x: log.append("general"), Compiler(log)
-    )
-    for _ in range(3):
-        piece(torch.zeros(3))
-    assert log == ["general"] * 3 and graphs.records == []
 
 
 def test_a_size_that_is_no_number_is_an_error(make):

@@ -73,23 +73,11 @@ def test_lazily_turned_views(make):
     assert (weak.is_conj(), weak.is_neg()) == (tensor.is_conj(), tensor.is_neg())
 
 
-def test_empty_tensors_keep_shape_and_strides():
-    tensor = torch.empty(3, 0, 5)
-    weak = weak_ref_tensor(tensor)
-    assert (weak.shape, weak.stride()) == (tensor.shape, tensor.stride())
-
-
 def test_what_has_no_plain_memory_stays():
     sparse = torch.eye(2).to_sparse()
     meta = torch.empty(3, device="meta")
     assert weak_ref_tensor(sparse) is sparse
     assert weak_ref_tensor(meta) is meta
-
-
-def test_a_parameter_becomes_a_plain_tensor():
-    weak = weak_ref_tensor(torch.nn.Parameter(torch.ones(2)))
-    assert type(weak) is torch.Tensor
-    assert not weak.requires_grad
 
 
 def test_trees_keep_their_containers():

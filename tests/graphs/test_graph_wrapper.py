@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import threading
 from types import SimpleNamespace
 
 import pytest
@@ -117,36 +116,13 @@ def test_warm_ups_come_first(graphs, x):
         assert len(graphs.records) == 1
 
 
-def test_uncaptured_runs_of_the_capture_phase_are_warm_ups(graphs, x):
-    wrapper = CUDAGraphWrapper(Counted(), settings(warmups=1), PIECEWISE, graphs=graphs)
-    with context(NONE, 4):
-        wrapper(x)
-    with graphs.capturing():
-        with context(PIECEWISE, 4):
-            wrapper(x)
-        assert graphs.records == []
-        with context(NONE, 2):
-            wrapper(x[:2])
-        with context(PIECEWISE, 2):
-            wrapper(x[:2])
-    assert [record.descriptor.num_tokens for record in graphs.records] == [2]
-
-
 def test_capturing_outside_the_phase_is_an_error(graphs, x):
     wrapper = CUDAGraphWrapper(Counted(), None, PIECEWISE, graphs=graphs, name="submod_3")
     with context(PIECEWISE, 4), pytest.raises(StaticGraphError) as error:
         wrapper(x)
-    assert "PIECEWISE capture outside the capture phase (submod_3, PIECEWISE tokens=4)" in str(
-        error.value
-    )
+    assert "capture outside the capture phase (submod_3, PIECEWISE tokens=4)" in str(error.value)
     with context(NONE, 4):
         assert wrapper(x).tolist() == [1.0] * 4
-
-
-def test_warm_up_does_not_hide_a_closed_phase(graphs, x):
-    wrapper = CUDAGraphWrapper(Counted(), settings(warmups=3), PIECEWISE, graphs=graphs)
-    with context(PIECEWISE, 4), pytest.raises(StaticGraphError, match="outside the capture phase"):
-        wrapper(x)
 
 
 def test_a_mode_without_a_descriptor_is_an_error(graphs, x):
@@ -175,17 +151,6 @@ def test_full_outside_piecewise_nest_and_the_context_picks(graphs, x):
         assert is_static(outer, out, 4) is (mode is FULL)
 
 
-def test_the_same_mode_nested_is_an_error(graphs, x):
-    inner = CUDAGraphWrapper(Counted(), None, FULL, graphs=graphs, name="inner")
-    outer = CUDAGraphWrapper(lambda x: inner(x), None, FULL, graphs=graphs, name="outer")
-    with (
-        graphs.capturing(),
-        context(FULL, 4),
-        pytest.raises(StaticGraphError, match="a capture inside the capture of outer"),
-    ):
-        outer(x)
-
-
 def test_composite_and_none_modes_can_not_wrap(graphs):
     for mode in (NONE, CUDAGraphMode.FULL_AND_PIECEWISE):
         with pytest.raises(ConfigError, match=f"not {mode.name}"):
@@ -209,19 +174,6 @@ def test_a_failing_piece_is_named_and_can_be_captured_later(graphs, x):
         broken[0] = False
         assert wrapper(x).tolist() == [1.0] * 4
     assert len(graphs.records) == 1
-
-
-def test_interrupting_a_capture_leaves_the_wrapper_as_it_was(graphs, x):
-    def interrupted(x):
-        raise KeyboardInterrupt
-
-    wrapper = CUDAGraphWrapper(interrupted, None, PIECEWISE, graphs=graphs)
-    with graphs.capturing(), context(PIECEWISE, 4), pytest.raises(KeyboardInterrupt):
-        wrapper(x)
-    assert not graphs.is_open
-    wrapper.runnable = Counted()
-    with graphs.capturing(), context(PIECEWISE, 4):
-        assert wrapper(x).tolist() == [1.0] * 4
 
 
 @pytest.mark.parametrize("weak", [False, True])
@@ -256,15 +208,6 @@ def test_only_who_should_collects_garbage(graphs, x, monkeypatch):
         last(middle(first(x)))
     assert collections == [1]
     assert len(graphs.records) == 3
-
-
-@pytest.mark.parametrize("mode", [NONE, FULL, CUDAGraphMode.FULL_DECODE_ONLY])
-def test_pieces_are_not_wrapped_where_the_mode_captures_none(graphs, mode):
-    runnable = Counted()
-    assert (
-        wrap_with_cudagraph_if_needed(runnable, settings(mode=mode), True, True, graphs=graphs)
-        is runnable
-    )
 
 
 def test_an_owner_by_default(x):
@@ -319,34 +262,6 @@ def test_discard_and_clear(graphs, x):
     assert (graphs.records, graphs.nbytes) == ([], 0)
     with context(PIECEWISE, 2), pytest.raises(StaticGraphError, match="outside the capture phase"):
         wrapper(x[:2])
-
-
-def test_owners_do_not_keep_wrappers_alive(graphs):
-    CUDAGraphWrapper(Counted(), None, PIECEWISE, graphs=graphs)
-    gc.collect()
-    assert len(graphs._holders) == 0
-
-
-def test_captures_are_told(x):
-    told = []
-    graphs = StaticGraphs("cpu", on_capture=told.append)
-    graphs.addresses.register_persistent("x", x)
-    wrapper = CUDAGraphWrapper(Counted(), None, PIECEWISE, graphs=graphs, name="submod_0")
-    with graphs.capturing(), context(PIECEWISE, 4):
-        wrapper(x)
-    assert [(record.name, record.nbytes) for record in told] == [("submod_0", 64)]
-    assert graphs.bytes_by_descriptor() == {(PIECEWISE, BatchDescriptor(4)): 64}
-
-
-def test_another_thread_without_a_context_runs_uncaptured(graphs, x):
-    wrapper = CUDAGraphWrapper(Counted(), None, PIECEWISE, graphs=graphs)
-    with graphs.capturing(), context(PIECEWISE, 4):
-        static = wrapper(x)
-        results = []
-        thread = threading.Thread(target=lambda: results.append(wrapper(x)))
-        thread.start()
-        thread.join()
-    assert results[0].data_ptr() != static.data_ptr()
 
 
 def test_what_is_wrapped_can_be_asked_for_and_a_mode_must_be_given() -> None:

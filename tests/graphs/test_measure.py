@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import piecework
-from piecework.errors import BindError
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.graphs.serve.measured import MeasuredSize, Measurement, measured
 
@@ -87,16 +86,3 @@ def test_graphs_are_kept_where_they_were_faster(
     assert [row.mode for row in stitched.call_report()] == [
         "PIECEWISE" if faster == "captured" else "NONE"
     ]
-
-
-def test_stand_ins_on_the_cpu_are_measured_for_what_they_are() -> None:
-    stitched = compiled()
-    found = stitched.measure([1, 2], seconds=0.05)
-    assert {row.size for row in found.rows} == {1, 2}
-    assert all(min(row.seconds.values()) > 0 for row in found.rows)
-    assert "stand-in" in str(found.table().caption)
-    x = torch.randn(2, 8)
-    torch.testing.assert_close(stitched(x), stitched.model(x))
-    if not found.worth_capturing:
-        with pytest.raises(BindError, match="nothing is captured"):
-            stitched.coverage()

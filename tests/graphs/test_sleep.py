@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import piecework
-from piecework.errors import BindError, ConfigError, InputError
+from piecework.errors import BindError, InputError
 from piecework.runtime.counters import counters
 
 EAGER = piecework.CompilationConfig(backend="eager")
@@ -98,37 +98,6 @@ def test_asleep_it_says_so_and_a_second_sleep_does_nothing() -> None:
     check(model, stitched)
 
 
-def test_a_capture_that_fails_is_not_what_waking_up_would_do() -> None:
-    model, stitched = build()
-
-    def fails(sizes: list[int], **options: object) -> None:
-        with pytest.raises((ConfigError, BindError)):
-            stitched.capture(sizes, progress=False, **options)
-
-    fails([4], pads={"nobody": 1})
-    with pytest.raises(BindError, match=r"nothing is captured.*capture\(sizes\)"):
-        stitched.coverage()
-    stitched.capture([1, 4], progress=False)
-    fails([4], pads={"nobody": 1})
-    with pytest.raises(BindError, match=r"nothing is captured.*wake_up\(\)"):
-        stitched.coverage()
-    stitched.wake_up()
-    check(model, stitched)
-    assert modes(stitched) == {"PIECEWISE": 3, "NONE": 1}
-
-
-def test_what_is_said_prints_as_tables() -> None:
-    _, stitched = build()
-    stitched.capture([1, 4], progress=False, pad=False)
-    shown, memory = repr(stitched.coverage()).splitlines(), repr(stitched.memory_report())
-    assert shown[0].split() == ["batch", "tokens", "mode", "graph", "padding", "why"]
-    assert shown[1].split()[:3] == ["mixed", "1", "PIECEWISE"] and shown[-1].startswith(
-        "not padded"
-    )
-    assert shown[1].index("PIECEWISE") == shown[0].index("mode")
-    assert memory.splitlines()[1].split() == ["mode", "graph", "expected", "held", "note"]
-
-
 def test_what_changed_meanwhile_is_what_is_captured() -> None:
     model, stitched = build()
     stitched.capture([1, 4], progress=False)
@@ -157,16 +126,6 @@ def test_a_rebind_gives_graphs_up_and_waking_up_captures_the_new_weights() -> No
     stitched.wake_up()
     check(model, stitched)
     assert modes(stitched) == {"PIECEWISE": 3, "NONE": 1}
-
-
-def test_measured_sizes_are_captured_again_as_they_were_kept() -> None:
-    _, stitched = build()
-    kept = stitched.measure([1, 4], seconds=0.001).worth_capturing
-    assert stitched.was_captured == bool(kept)
-    stitched.sleep()
-    if kept:
-        stitched.wake_up()
-        assert stitched.static_graphs.sizes == kept
 
 
 def test_calls_of_other_threads_go_on_through_sleep_and_wake() -> None:

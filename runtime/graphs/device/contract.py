@@ -1,6 +1,6 @@
-"""What a static graph is: in, a callable and its inputs, once; out, a replay that reads and writes the same memory every time.
+"""What a static graph is on every device: captured once, then replayed on the same memory.
 
-This module only states the contract; ``cuda`` and ``cpu`` keep it, and ``platforms`` picks one by device.
+``cuda`` and ``cpu`` keep this contract, and ``platforms`` picks one by device.
 """
 
 from __future__ import annotations
@@ -19,13 +19,11 @@ T = TypeVar("T")
 class StaticGraph(Generic[P, T]):
     """One captured callable, or none yet.
 
-    The contract, the same on every device:
-
-    - ``capture`` runs the callable's Python once. Nothing of what it computes may be relied on: outputs and
-      mutated inputs hold what they should only after the first ``replay``.
-    - ``replay`` reads the tensors given at capture at their addresses then, writes the output tensors made
+    - ``capture`` runs the callable's Python once. Outputs and mutated inputs hold what they should
+      only after the first ``replay``.
+    - ``replay`` reads the tensors given at capture at their addresses then, writes the outputs made
       at capture, and changes inputs in place where the callable does. Python values are frozen.
-    - Outputs are overwritten by the next replay, and, once nobody holds them strongly, by later captures
+    - Outputs are overwritten by the next replay, and, once nobody holds them, by later captures
       from the same pool.
     """
 
@@ -49,11 +47,8 @@ class StaticGraph(Generic[P, T]):
         """Capture ``runnable(*args, **kwargs)`` and return its output, any pytree.
 
         Args:
-            runnable: what to capture.
-            args: its positional arguments, any pytrees.
-            kwargs: its keyword arguments.
-            weak_output: let go of the output inside the capture, so that the next capture may reuse its memory;
-                what is returned then owns nothing.
+            weak_output: let go of the output inside the capture, so that the next one may reuse its
+                memory; what is returned then owns nothing.
 
         Raises:
             StaticGraphError: the output can't be static memory, or this graph is captured already.
@@ -75,22 +70,14 @@ class StaticGraph(Generic[P, T]):
 
     def replay(self) -> None:
         """Do the captured work again on the memory as it is now."""
-        raise NotImplementedError
+        self.replay_function()()
 
     def replay_function(self) -> Callable[[], None]:
-        """The quickest callable that replays, for callers that bind it once; invalid after ``reset``.
-
-        Raises:
-            StaticGraphError: nothing was captured.
-        """
+        """The quickest callable that replays, to be bound once; invalid after ``reset``."""
         raise NotImplementedError
 
     def require_captured(self) -> T:
-        """What was captured.
-
-        Raises:
-            StaticGraphError: nothing was.
-        """
+        """What was captured; a `StaticGraphError` if nothing was."""
         if self._held is None:
             raise StaticGraphError("nothing was captured", hint="call capture() first")
         return self._held
@@ -110,7 +97,7 @@ class GraphPool(Protocol):
 
     @property
     def driver_bytes(self) -> int:
-        """Of these, what the driver took for the graphs themselves: much the same for each batch size, and told in coarse steps."""
+        """Of these, what the driver took for graphs: told in coarse steps."""
         ...
 
     def clear(self) -> None:
@@ -124,27 +111,27 @@ class GraphPlatform(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def new_pool(self) -> GraphPool: ...
-
-    def new_graph(self, pool: GraphPool, *, marked: bool = False) -> StaticGraph:
-        """A graph; ``marked``: its kernels carry the statement that they were captured for (`marks`), where ``unmarked`` is ""."""
-        ...
-
     @property
     def unmarked(self) -> str:
         """Why kernels inside graphs can't carry what they stand for; "" where they can."""
         ...
 
+    def new_pool(self) -> GraphPool: ...
+
+    def new_graph(self, pool: GraphPool, *, marked: bool = False) -> StaticGraph:
+        """A graph; ``marked``: its kernels carry the statement that they were captured for."""
+        ...
+
     def computes_on(self, device: torch.device) -> bool:
-        """Whether a graph records work on tensors of ``device``; on others it would be done once, at the capture."""
+        """Whether a graph records work on ``device``; elsewhere it is done once, at the capture."""
         ...
 
     def is_capturing(self) -> bool:
-        """Whether what this thread does now is being captured, by whomever; a replay would be an error."""
+        """Whether somebody captures what this thread does now; a replay would be an error."""
         ...
 
     def call_order(self) -> Callable[[], None] | None:
-        """What each call does before it uses the graphs, so that it comes after the one before on the device too; None if that is so anyway."""
+        """Lets a call that uses the graphs come after the one before on the device, if need be."""
         ...
 
     def release_cached_memory(self) -> None:

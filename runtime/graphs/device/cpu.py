@@ -1,6 +1,7 @@
-"""Static graphs without a GPU: in, a callable and its inputs; out, the same contract as a CUDA graph, kept by re-running it.
+"""Static graphs without a GPU: the contract of a CUDA graph, kept by running the callable again.
 
-It never adapts to moved inputs or changed contexts: it fails in the ways a CUDA graph fails, so that tests find them.
+It never adapts to moved inputs or changed contexts: it fails in the ways a CUDA graph fails, so that
+tests find them.
 """
 
 from __future__ import annotations
@@ -8,10 +9,9 @@ from __future__ import annotations
 import contextvars
 import ctypes
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import NamedTuple
 
 import torch
 
@@ -31,15 +31,15 @@ from piecework.runtime.graphs.device.weak_ref import (
 from piecework.runtime.torch_compat import flatten_tree, unflatten_tree
 from piecework.scope import set_for
 
-# All bits set is NaN in every floating type and -1 in the integers: whoever reads it too early sees it.
+# All bits set is NaN in every floating type and -1 in the integers: who reads too early sees it.
 POISON_BYTE = 0xFF
 _ALIGNMENT = 64
-# While a callable is captured, and while it is run again in place of its replay: what it did then, it does now.
+# Set while a callable is captured, and while it is run again in place of its replay.
 _CAPTURING: contextvars.ContextVar[bool] = contextvars.ContextVar("capturing", default=False)
 
 
 class CpuGraphPlatform:
-    """Static graphs on the CPU."""
+    """Static graphs on the CPU, where work is done when a call returns."""
 
     device = torch.device("cpu")
     unmarked = "graphs on the CPU hold no kernels"
@@ -57,22 +57,23 @@ class CpuGraphPlatform:
         return _CAPTURING.get()
 
     def call_order(self) -> None:
-        """Nothing: a call is done when it returns."""
+        return None
 
     def release_cached_memory(self) -> None:
-        """Nothing: the CPU allocator keeps no pool of its own."""
+        pass
 
     def synchronize(self) -> None:
-        """Nothing: work on the CPU is done when the call returns."""
+        pass
 
 
-@dataclass(eq=False)
 class CpuGraphPool:
-    """Blocks of output memory, and no driver's; one is free again when the last tensor over it is gone, as in CUDA's private pools."""
+    """Blocks of output memory; one is free again when the last tensor over it is gone, as on CUDA."""
 
-    _blocks: list[torch.Tensor] = field(default_factory=list)
-    _free: list[torch.Tensor] = field(default_factory=list)
-    driver_bytes: ClassVar[int] = 0
+    driver_bytes = 0
+
+    def __init__(self) -> None:
+        self._blocks: list[torch.Tensor] = []
+        self._free: list[torch.Tensor] = []
 
     @property
     def nbytes(self) -> int:
@@ -85,67 +86,44 @@ class CpuGraphPool:
     def owns(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` lies in a block, which stays until the pool is cleared."""
         start = tensor.untyped_storage().data_ptr()
-        return any(
-            block.data_ptr() <= start < block.data_ptr() + block.nbytes for block in self._blocks
-        )
+        return any(b.data_ptr() <= start < b.data_ptr() + b.nbytes for b in self._blocks)
 
     def take(self, nbytes: int) -> tuple[torch.UntypedStorage, torch.Tensor]:
-        """A poisoned storage of ``nbytes``, and the same bytes as a tensor that stays usable after it is freed."""
-        block = self._smallest_free(nbytes)
-        if block is None:
-            rounded = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-            with torch.inference_mode(False):
-                block = torch.empty(rounded, dtype=torch.uint8)
-            self._blocks.append(block)
-        window = block[:nbytes]
-        window.fill_(POISON_BYTE)
-        lease = (ctypes.c_char * nbytes).from_address(block.data_ptr())
-        weakref.finalize(lease, self._give_back, block).atexit = False
+        """A poisoned storage, and its bytes as a tensor that stays usable after it is freed."""
+        fitting = [n for n, block in enumerate(self._free) if block.nbytes >= nbytes]
         with torch.inference_mode(False):
-            storage = torch.frombuffer(lease, dtype=torch.uint8).untyped_storage()
-        return storage, window
-
-    def _smallest_free(self, nbytes: int) -> torch.Tensor | None:
-        fitting = [block for block in self._free if block.nbytes >= nbytes]
-        if not fitting:
-            return None
-        best = min(fitting, key=lambda block: block.nbytes)
-        self._free = [block for block in self._free if block is not best]
-        return best
+            if fitting:
+                block = self._free.pop(min(fitting, key=lambda n: self._free[n].nbytes))
+            else:
+                block = torch.empty(-(-nbytes // _ALIGNMENT) * _ALIGNMENT, dtype=torch.uint8)
+                self._blocks.append(block)
+            window = block[:nbytes].fill_(POISON_BYTE)
+            lease = (ctypes.c_char * nbytes).from_address(block.data_ptr())
+            weakref.finalize(lease, self._give_back, block).atexit = False
+            return torch.frombuffer(lease, dtype=torch.uint8).untyped_storage(), window
 
     def _give_back(self, block: torch.Tensor) -> None:
         if any(block is mine for mine in self._blocks):
             self._free.append(block)
 
 
-_Layout = tuple[object, ...]
-
-
-def _layout(leaf: object) -> _Layout | None:
-    """What must not change between capture and replay about one output; None for one that is no tensor."""
-    if not isinstance(leaf, torch.Tensor):
-        return None
-    nbytes = leaf.untyped_storage().nbytes()
-    return (leaf.dtype, leaf.shape, leaf.stride(), leaf.storage_offset(), nbytes)
-
-
-@dataclass(frozen=True, slots=True)
-class _Recording:
-    """Everything that a replay uses, frozen at capture; ``copies``: output → where the bytes of its storage go."""
+class _Recording(NamedTuple):
+    """What a replay uses; ``copies``: output → where the bytes of its storage go."""
 
     runnable: Callable[..., object]
     args: tuple[object, ...]
     kwargs: Mapping[str, object]
     context: ForwardContext | None
-    layouts: tuple[_Layout | None, ...]
+    layouts: list[object]
     copies: Mapping[int, torch.Tensor]
 
 
 class CpuStaticGraph(StaticGraph[CpuGraphPool, _Recording]):
-    """A callable re-run on the inputs of its capture, its results written to the outputs of its capture.
+    """A callable re-run on the inputs of its capture, its results copied to the outputs of then.
 
-    Inputs outside the pool are held strongly, where a CUDA graph would read freed memory: the error is the same (stale
-    values), the process survives it. Inputs in the pool are not: their memory goes to later captures. The forward context is frozen too, as what Python read from it would be on CUDA.
+    Inputs outside the pool are held, where a CUDA graph would read freed memory: the error is the
+    same (stale values), the process survives it. Inputs in the pool are not: their memory goes to
+    later captures. The forward context is frozen, as what Python read from it is on CUDA.
     """
 
     def _record(
@@ -155,116 +133,98 @@ class CpuStaticGraph(StaticGraph[CpuGraphPool, _Recording]):
         kwargs: Mapping[str, object],
         weak: bool,
     ) -> tuple[_Recording, object]:
-        inputs = _storages(flatten_tree((args, kwargs))[0])
-        with torch.no_grad(), _contents_kept(inputs), set_for(_CAPTURING, True):
+        given, spec = flatten_tree((args, kwargs))
+        inputs = _storages(given)
+        with torch.no_grad(), _contents_kept(inputs.values()), set_for(_CAPTURING, True):
             output = runnable(*args, **kwargs)
-            leaves, spec = flatten_tree(output)
-        static, layouts, copies = self._make_static(leaves, {s.data_ptr() for s in inputs})
-        held_args, held_kwargs = self._unowned((args, kwargs))
-        context = current_forward_context()
-        held = _Recording(runnable, held_args, held_kwargs, context, layouts, copies)
-        result = unflatten_tree(static, spec)
+            leaves, output_spec = flatten_tree(output)
+        static, copies = self._make_static(leaves, inputs)
+        held = unflatten_tree([weak_ref_tensors(x) if self._pooled(x) else x for x in given], spec)
+        layouts = list(map(_layout, leaves))
+        held = _Recording(runnable, *held, current_forward_context(), layouts, copies)  # type: ignore[misc]
+        result = unflatten_tree(static, output_spec)
         return held, weak_ref_tensors(result) if weak else result
 
-    def replay(self) -> None:
+    def replay_function(self) -> Callable[[], None]:
+        self.require_captured()
+        return self._replay
+
+    def _replay(self) -> None:
         if _CAPTURING.get():
             raise StaticGraphError(
                 "a replay while something is captured", hint="run the callable itself there"
             )
-        # In a copy of the context variables: an interrupt can't leave the capture's forward context to the caller.
+        # In a copy of the context: an interrupt can't leave the capture's forward context behind.
         contextvars.copy_context().run(self._run_again, self.require_captured())
 
-    def _run_again(self, recording: _Recording) -> None:
-        with (
-            torch.no_grad(),
-            override_forward_context(recording.context),
-            set_for(_CAPTURING, True),
-        ):
-            leaves, _ = flatten_tree(recording.runnable(*recording.args, **recording.kwargs))
-            self._check_layouts(leaves, recording.layouts)
-            for leaf, window in recording.copies.items():
-                window.copy_(_bytes_of(leaves[leaf].untyped_storage()))
+    def _run_again(self, held: _Recording) -> None:
+        with torch.no_grad(), override_forward_context(held.context), set_for(_CAPTURING, True):
+            leaves, _ = flatten_tree(held.runnable(*held.args, **held.kwargs))
+            found = list(map(_layout, leaves))
+            if found != held.layouts:
+                pairs = enumerate(zip(found, held.layouts, strict=False))
+                index = next((n for n, (now, then) in pairs if now != then), 0)
+                raise StaticGraphError(
+                    f"output {index} came out with another layout than at capture",
+                    hint="shapes must not depend on the values of a captured callable's inputs",
+                )
+            for index, window in held.copies.items():
+                window.copy_(_bytes_of(leaves[index].untyped_storage()))
 
-    def replay_function(self) -> Callable[[], None]:
-        self.require_captured()
-        return self.replay
-
-    def _unowned(self, inputs: object) -> tuple[tuple[object, ...], Mapping[str, object]]:
-        """``inputs`` with weak references to what lies in the pool: a later capture may use that memory, as on CUDA."""
-        leaves, spec = flatten_tree(inputs)
-        held = [
-            (
-                weak_ref_tensors(leaf)
-                if isinstance(leaf, torch.Tensor) and self._is_pooled(leaf)
-                else leaf
-            )
-            for leaf in leaves
-        ]
-        return unflatten_tree(held, spec)  # type: ignore[return-value]
-
-    def _is_pooled(self, tensor: torch.Tensor) -> bool:
-        return owns_plain_memory(tensor) and tensor.numel() > 0 and self._pool.owns(tensor)
+    def _pooled(self, leaf: object) -> bool:
+        plain = isinstance(leaf, torch.Tensor) and owns_plain_memory(leaf) and leaf.numel() > 0
+        return plain and self._pool.owns(leaf)  # type: ignore[arg-type]
 
     def _make_static(
-        self, leaves: list[object], input_pointers: set[int]
-    ) -> tuple[list[object], tuple[_Layout | None, ...], dict[int, torch.Tensor]]:
-        """Give every fresh output storage a block of the pool; outputs that alias an input stay where they are."""
-        static: list[object] = []
+        self, leaves: list[object], inputs: Mapping[int, torch.UntypedStorage]
+    ) -> tuple[list[object], dict[int, torch.Tensor]]:
+        """Give every new output storage a block; outputs that alias an input stay where they are."""
+        static = list(leaves)
         copies: dict[int, torch.Tensor] = {}
         blocks: dict[int, torch.UntypedStorage] = {}
         for index, leaf in enumerate(leaves):
             if not isinstance(leaf, torch.Tensor):
-                static.append(leaf)
                 continue
             if not owns_plain_memory(leaf) or leaf.device.type != "cpu":
                 raise StaticGraphError(
-                    f"output {index} is a {leaf.layout} {type(leaf).__name__} on {leaf.device}, not plain CPU memory",
+                    f"output {index} is a {leaf.layout} {type(leaf).__name__} on {leaf.device}, "
+                    "not plain CPU memory",
                     hint="return dense tensors, or run this piece uncaptured",
                 )
-            pointer, nbytes = leaf.untyped_storage().data_ptr(), leaf.untyped_storage().nbytes()
-            if nbytes == 0 or pointer in input_pointers:
-                static.append(leaf.detach())
+            storage = leaf.untyped_storage()
+            pointer = storage.data_ptr()
+            if not storage.nbytes() or pointer in inputs:
+                static[index] = leaf.detach()
                 continue
             if pointer not in blocks:
-                blocks[pointer], copies[index] = self._pool.take(nbytes)
-            with torch.inference_mode(False):
-                static.append(view_of_storage(blocks[pointer], like=leaf))
-        return static, tuple(map(_layout, leaves)), copies
-
-    @staticmethod
-    def _check_layouts(leaves: list[object], layouts: tuple[_Layout | None, ...]) -> None:
-        found = tuple(map(_layout, leaves))
-        if found != layouts:
-            index = next(
-                (i for i, (a, b) in enumerate(zip(found, layouts, strict=False)) if a != b),
-                min(len(found), len(layouts)),
-            )
-            raise StaticGraphError(
-                f"output {index} came out with another layout than at capture",
-                hint="a captured callable must not depend on the values of its inputs for shapes",
-            )
+                blocks[pointer], copies[index] = self._pool.take(storage.nbytes())
+            static[index] = view_of_storage(blocks[pointer], like=leaf)
+        return static, copies
 
 
-def _storages(leaves: list[object]) -> list[torch.UntypedStorage]:
-    """The distinct storages of the tensors among ``leaves``, without the empty ones."""
-    found: dict[int, torch.UntypedStorage] = {}
-    for leaf in leaves:
-        for part in plain_parts(leaf) if isinstance(leaf, torch.Tensor) else ():
-            storage = part.untyped_storage()
-            if storage.nbytes() and part.device.type == "cpu":
-                found.setdefault(storage.data_ptr(), storage)
-    return list(found.values())
+def _layout(leaf: object) -> object:
+    """What must not change between capture and replay about one output."""
+    if not isinstance(leaf, torch.Tensor):
+        return None
+    size = leaf.untyped_storage().nbytes()
+    return leaf.dtype, leaf.shape, leaf.stride(), leaf.storage_offset(), size
+
+
+def _storages(leaves: list[object]) -> dict[int, torch.UntypedStorage]:
+    """The storages of the tensors among ``leaves`` by address, without the empty ones."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    parts = [p.untyped_storage() for x in tensors for p in plain_parts(x) if p.device.type == "cpu"]
+    return {storage.data_ptr(): storage for storage in parts if storage.nbytes()}
 
 
 @contextmanager
-def _contents_kept(storages: list[torch.UntypedStorage]) -> Iterator[None]:
+def _contents_kept(storages: Iterable[torch.UntypedStorage]) -> Iterator[None]:
     """Undo in-place changes of ``storages``: capturing on CUDA computes nothing, so it must not here."""
-    saved = [_bytes_of(storage).clone() for storage in storages]
+    saved = [(now := _bytes_of(storage), now.clone()) for storage in storages]
     try:
         yield
     finally:
-        for storage, before in zip(storages, saved, strict=True):
-            now = _bytes_of(storage)
+        for now, before in saved:
             if not torch.equal(now, before):
                 now.copy_(before)
 

@@ -1,7 +1,4 @@
-"""Static graphs on a GPU: in, a callable and its inputs; out, a CUDA graph over one owner's private pool and stream.
-
-It never patches torch or the garbage collector: it drives ``torch.cuda.CUDAGraph`` itself, so collecting is the caller's choice.
-"""
+"""Static graphs on a GPU: ``torch.cuda.CUDAGraph`` over one owner's private pool and stream."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from piecework.runtime.graphs.device.contract import StaticGraph
 from piecework.runtime.graphs.device.marks import marked_as_the_statement
 from piecework.runtime.graphs.device.weak_ref import weak_ref_tensors
 
-# torch takes one capture in a process, and whoever waits for a device meanwhile makes the capture on it invalid.
+# torch takes one capture in a process, and who waits for a device meanwhile makes it invalid.
 _TURN = threading.RLock()
 
 
@@ -40,9 +37,9 @@ class CudaGraphPlatform:
         backend = torch.cuda.get_allocator_backend()
         if backend != "native":
             raise StaticGraphError(
-                f"torch's allocator is {backend}, under which what a graph lets go of becomes a part of the graph",
+                f"torch's allocator is {backend}, whose freed memory becomes a part of the graph",
                 where=str(device),
-                hint="leave backend:cudaMallocAsync out of PYTORCH_ALLOC_CONF, or use cudagraph_mode NONE",
+                hint="leave backend:cudaMallocAsync out of PYTORCH_ALLOC_CONF",
             )
         index = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", index)
@@ -76,7 +73,7 @@ class CudaGraphPlatform:
 
 
 class _CallOrder:
-    """Lets a call wait for the one before, which may be queued on another stream: both use the same memory."""
+    """Lets a call wait for the one before, queued on another stream: both use the same memory."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._lock = device, threading.Lock()
@@ -97,15 +94,14 @@ class _CallOrder:
 class CudaGraphPool:
     """A private memory pool with one stream, which all captures into it use, and nothing else does.
 
-    Blocks of the caching allocator belong to a stream, so captures share memory only on the same one. An empty
-    graph belongs to the pool from the start: the allocator gives a pool up for good once its last graph is gone,
-    and a discarded first capture must not end it.
+    Blocks of the caching allocator belong to a stream, so captures share memory only on the same
+    one. An empty graph belongs to the pool from the start: the allocator gives a pool up for good
+    once its last graph is gone, and a discarded first capture must not end it.
 
-    cuBLAS has a workspace for each stream, which torch takes at the first product there and keeps for all later ones. It must lie
-    in the pool: elsewhere, whoever clears the workspaces or the cache would free it under the graphs. And nobody else may use it: products
-    beside a replay would write into it. Both hold because the stream is none of those that torch hands out and nothing runs on it
-    uncaptured. The other way, to clear the workspaces before and after captures, is for the whole process: graphs of others whose workspace
-    lies in ordinary memory would replay into memory that was freed.
+    cuBLAS keeps a workspace for each stream, taken at the first product there. It must lie in the
+    pool, or who clears workspaces or the cache would free it under the graphs; and nobody else may
+    use it. Both hold because torch hands this stream to nobody and nothing runs on it uncaptured.
+    Clearing workspaces instead would be for the whole process, graphs of others included.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -131,9 +127,15 @@ class CudaGraphPool:
             self._probe = int(torch.cuda.caching_allocator_alloc(512, self.device, self.stream))
 
     def require_own(self) -> None:
-        """Refuse to capture where memory that a capture takes is not this pool's: what a graph lets go of would become somebody else's."""
+        """Refuse where a capture takes its memory from another pool, which gives it to others."""
         if self._probe is not None:
-            self._look_for(self._probe)
+            if not any(at <= self._probe < at + nbytes for at, nbytes in self._segments()):
+                raise StaticGraphError(
+                    "the memory of captures would lie in another pool, which gives it to others "
+                    "while graphs use it",
+                    where=str(self.device),
+                    hint="capture outside of torch.cuda.use_mem_pool",
+                )
             self._drop_probe()
         self._is_own = True
 
@@ -141,16 +143,6 @@ class CudaGraphPool:
         probe, self._probe = self._probe, None
         if probe is not None:
             torch.cuda.caching_allocator_delete(probe)
-
-    def _look_for(self, address: int) -> None:
-        for start, nbytes in self._segments():
-            if start <= address < start + nbytes:
-                return
-        raise StaticGraphError(
-            "the memory of captures would lie in another pool, which gives it to others while graphs use it",
-            where=str(self.device),
-            hint="capture outside of torch.cuda.use_mem_pool",
-        )
 
     def _segments(self) -> list[tuple[int, int]]:
         """Address and bytes of what torch's allocator took from the device for this pool."""
@@ -160,12 +152,12 @@ class CudaGraphPool:
 
     @property
     def nbytes(self) -> int:
-        """What the captures so far took from the device, graphs and driver memory included."""
+        """What the captures so far took from the device, graphs included."""
         return self._abandoned_bytes + self._segment_bytes + self.driver_bytes
 
     @property
     def driver_bytes(self) -> int:
-        """Of these, what the driver took for the graphs themselves; the device tells it in coarse steps."""
+        """Of these, what the driver took for graphs, which the device tells in coarse steps."""
         return max(0, self._driver_bytes)
 
     def clear(self) -> None:
@@ -176,9 +168,9 @@ class CudaGraphPool:
         self._open()
 
     def abandon(self, graph: torch.cuda.CUDAGraph, *, begun: bool) -> None:
-        """End a capture that failed, and go on in memory of its own; what was captured before keeps the old one alive.
+        """End a capture that failed, and go on in new memory; earlier graphs keep the old one alive.
 
-        The first capture there, which is empty, also tells torch's random generators that capturing is over.
+        The empty capture there also tells torch's random generators that capturing is over.
         """
         with torch.cuda.stream(self.stream):  # what failed may have left another one
             torch_compat.abandon_capture(graph, self.device, self.handle, begun=begun)
@@ -203,12 +195,7 @@ class CudaGraphPool:
 
 
 class CudaStaticGraph(StaticGraph[CudaGraphPool, "torch.cuda.CUDAGraph"]):
-    """One ``torch.cuda.CUDAGraph``.
-
-    Args:
-        pool: where it is captured.
-        marked: its kernels carry the statement that they were captured for, in traces.
-    """
+    """One ``torch.cuda.CUDAGraph``; ``marked``: its kernels carry their statement in traces."""
 
     def __init__(self, pool: CudaGraphPool, *, marked: bool = False) -> None:
         super().__init__(pool)
@@ -231,7 +218,7 @@ class CudaStaticGraph(StaticGraph[CudaGraphPool, "torch.cuda.CUDAGraph"]):
         ):
             try:
                 with torch_compat.kernels_marked(graph) if self._marked else nullcontext():
-                    # Other threads may allocate meanwhile; only what this thread does is held to the capture's rules.
+                    # Other threads may allocate meanwhile: the rules are for this thread alone.
                     graph.capture_begin(pool=self._pool.handle, capture_error_mode="thread_local")
                     begun = True
                     self._pool.probe()
@@ -249,9 +236,6 @@ class CudaStaticGraph(StaticGraph[CudaGraphPool, "torch.cuda.CUDAGraph"]):
                 raise
         return graph, output
 
-    def replay(self) -> None:
-        self.require_captured().replay()
-
     def replay_function(self) -> Callable[[], None]:
         # The base class's method is the driver call itself; the Python one only adds debugging.
         return super(torch.cuda.CUDAGraph, self.require_captured()).replay
@@ -264,7 +248,7 @@ class CudaStaticGraph(StaticGraph[CudaGraphPool, "torch.cuda.CUDAGraph"]):
 
 @contextmanager
 def _alone_on(device: torch.device) -> Iterator[None]:
-    """Run the block when no other thread captures or waits for a device here, and ``device`` has nothing left to do."""
+    """Run the block when nobody else captures or waits here, and ``device`` has nothing to do."""
     with _TURN:
         if torch.cuda.is_current_stream_capturing():
             raise StaticGraphError(
@@ -276,7 +260,7 @@ def _alone_on(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
-    """Run the block on ``stream``, ordered after what was queued before and before what is queued after."""
+    """Run the block on ``stream``, after what was queued before and before what comes after."""
     outer = torch.cuda.current_stream(stream.device)
     if outer == stream:
         yield

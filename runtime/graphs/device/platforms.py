@@ -1,7 +1,4 @@
-"""Which static graphs a device has: in, a device; out, the platform that captures on it.
-
-It never falls back from one device to another.
-"""
+"""Which static graphs a device has."""
 
 from __future__ import annotations
 
@@ -14,20 +11,14 @@ from piecework.runtime.graphs.device.cuda import CudaGraphPlatform
 
 
 def platform_for(device: torch.device | str) -> GraphPlatform:
-    """The platform that captures on ``device``.
-
-    Raises:
-        StaticGraphError: neither a CPU nor a CUDA device, or CUDA isn't available.
-    """
+    """The platform that captures on ``device``; a `StaticGraphError` where none does."""
     device = torch.device(device)
-    match device.type:
-        case "cpu":
-            return CpuGraphPlatform()
-        case "cuda":
-            return CudaGraphPlatform(device)
-        case _:
-            raise StaticGraphError(
-                f"no static graphs on {device.type!r} devices",
-                where=str(device),
-                hint="use cudagraph_mode NONE, or a CPU or CUDA device",
-            )
+    if device.type == "cpu":
+        return CpuGraphPlatform()
+    if device.type == "cuda":
+        return CudaGraphPlatform(device)
+    raise StaticGraphError(
+        f"no static graphs on {device.type!r} devices",
+        where=str(device),
+        hint="use cudagraph_mode NONE, or a CPU or CUDA device",
+    )

@@ -1,7 +1,4 @@
-"""Weak references to tensors: in, any pytree of tensors; out, the same tree over the same memory without owning it.
-
-It never keeps memory alive: whoever reads a weak reference answers for the memory still being there.
-"""
+"""Weak references to tensors: the same memory without owning it; who reads one answers for it."""
 
 from __future__ import annotations
 
@@ -17,10 +14,10 @@ from piecework.runtime.torch_compat import (
 
 
 def weak_ref_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory, dtype, shape, strides and offset, in a tensor that does not keep the memory alive.
+    """The same memory in a tensor that does not keep it alive.
 
-    A tensor without plain memory (sparse, a subclass with inner tensors, on the meta device) is returned as it
-    is, a strong reference; a tensor without elements has no memory and becomes a new one.
+    A tensor without plain memory (sparse, a subclass, on the meta device) is returned as it is; one
+    without elements becomes a new one.
 
     Example:
         >>> t = torch.arange(3)
@@ -40,10 +37,7 @@ def weak_ref_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def weak_ref_tensors(tree: object) -> object:
-    """``weak_ref_tensor`` of every tensor in ``tree``; other leaves and the containers stay.
-
-    Tensors that shared a storage still overlap, but each has a storage object of its own.
-    """
+    """``weak_ref_tensor`` of every tensor in ``tree``; other leaves and the containers stay."""
     leaves, spec = flatten_tree(tree)
     weak = [weak_ref_tensor(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     return unflatten_tree(weak, spec)
@@ -60,7 +54,7 @@ def owns_plain_memory(tensor: torch.Tensor) -> bool:
 
 
 def plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors of plain memory that ``tensor`` consists of: itself, or what a subclass holds; none where that can't be told."""
+    """Itself, or the plain tensors that a subclass holds; none where that can't be told."""
     apart = taken_apart(tensor)
     if apart is None:
         return [tensor] if owns_plain_memory(tensor) else []
@@ -71,15 +65,10 @@ def plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 def view_of_storage(
     storage: torch.UntypedStorage, *, like: torch.Tensor, byte_shift: int = 0
 ) -> torch.Tensor:
-    """A tensor with the shape, strides, dtype and lazy conjugation of ``like`` over ``storage``.
+    """A tensor like ``like`` over ``storage``, ``byte_shift`` bytes earlier in it.
 
-    It is never an inference tensor, whatever ``like`` is and wherever it is made: graphs that were captured under
-    ``torch.inference_mode`` are replayed outside of it too, and operators write into their results there.
-
-    Args:
-        storage: where the elements are.
-        like: gives everything but the memory.
-        byte_shift: how many bytes earlier the elements lie than in the storage of ``like``.
+    It is never an inference tensor: graphs that were captured under ``torch.inference_mode`` are
+    replayed outside of it too, and operators write into their results there.
     """
     offset = like.storage_offset() - byte_shift // like.element_size()
     with torch.inference_mode(False):

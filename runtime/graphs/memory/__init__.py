@@ -1,1 +1,1 @@
-"""Memory behind static graphs: one owner per model, addresses, stand-ins for tensors that move, the wrapper that captures a callable per batch shape."""
+"""Memory behind static graphs: its owner, its addresses, and callables captured per batch shape."""

@@ -1,13 +1,13 @@
-"""Where the inputs of a captured piece live: in, tensors; out, whether each may be read at its address again, and what to do if not.
+"""Where the inputs of a captured piece live, and whether they may be read there again.
 
-It never copies or captures anything; a tensor nobody vouched for is fresh.
+A tensor that nobody vouched for is fresh: the address policy says what becomes of it.
 """
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -29,7 +29,8 @@ class ValueOrigin(enum.Enum):
 class AddressPolicy(enum.Enum):
     """What becomes of a fresh tensor that enters a captured piece.
 
-    COPY stages it into a static buffer, REFUSE makes the capture an error, EAGER runs that piece uncaptured.
+    COPY stages it into a static buffer, REFUSE makes the capture an error, EAGER runs that piece
+    uncaptured.
     """
 
     COPY = "copy"
@@ -38,15 +39,9 @@ class AddressPolicy(enum.Enum):
 
     @classmethod
     def parse(cls, value: AddressPolicy | str) -> AddressPolicy:
-        """The policy of that name.
-
-        Raises:
-            ConfigError: there is none.
-        """
-        if isinstance(value, cls):
-            return value
+        """The policy of that name; a `ConfigError` that lists the names if there is none."""
         try:
-            return cls(str(value).lower())
+            return cls(value.lower() if isinstance(value, str) else value)
         except ValueError:
             names = ", ".join(policy.value for policy in cls)
             raise ConfigError(
@@ -56,10 +51,9 @@ class AddressPolicy(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where one tensor is and how it is laid out; equal placements mean a replay reads the right memory.
+    """Where one tensor is and how it is laid out; equal ones mean a replay reads the right memory.
 
-    A tensor without elements has no address. ``turned`` tells lazy conjugation and negation, ``parts`` where the tensors of a
-    subclass are.
+    ``turned`` tells lazy conjugation and negation, ``parts`` where the tensors of a subclass are.
     """
 
     address: int
@@ -71,12 +65,12 @@ class Placement:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Placement:
-        if not owns_plain_memory(tensor) or tensor.numel() == 0:
-            parts = () if owns_plain_memory(tensor) else plain_parts(tensor)
-            inner = tuple(map(cls.of, parts))
-            return cls(0, tensor.dtype, tuple(tensor.shape), (), parts=inner)
+        shape, plain = tuple(tensor.shape), owns_plain_memory(tensor)
+        if not plain or tensor.numel() == 0:  # no address of its own
+            parts = () if plain else tuple(map(cls.of, plain_parts(tensor)))
+            return cls(0, tensor.dtype, shape, (), parts=parts)
         turned = (tensor.is_conj(), tensor.is_neg())
-        return cls(tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), turned)
+        return cls(tensor.data_ptr(), tensor.dtype, shape, tensor.stride(), turned)
 
     def same_layout(self, other: Placement) -> bool:
         """Whether only the address differs, if anything does."""
@@ -93,17 +87,8 @@ class Placement:
     def describe(self) -> str:
         """The layout, in words."""
         bits = [word for word, on in zip(("conjugated", "negated"), self.turned, strict=True) if on]
-        return " ".join(
-            [*bits, f"{self.dtype} {list(self.shape)} with strides {list(self.stride)}"]
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class WeightChange:
-    """One weight that is no longer what was captured."""
-
-    name: str
-    what: str
+        layout = f"{self.dtype} {list(self.shape)} with strides {list(self.stride)}"
+        return " ".join([*bits, layout])
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +101,6 @@ class _Region:
     keep: torch.UntypedStorage | None
 
 
-@dataclass(eq=False)
 class AddressBook:
     """Which memory stays where it is: weights and buffers for good, captured outputs per descriptor.
 
@@ -128,10 +112,11 @@ class AddressBook:
         ('weight', 'fresh tensor')
     """
 
-    _weights: dict[str, tuple[Placement, torch.Tensor]] = field(default_factory=dict)
-    _weight_regions: dict[int, _Region] = field(default_factory=dict)
-    _buffers: dict[int, _Region] = field(default_factory=dict)
-    _captured: dict[BatchDescriptor, dict[int, _Region]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._weights: dict[str, tuple[Placement, torch.Tensor]] = {}
+        self._weight_regions: dict[int, _Region] = {}
+        self._buffers: dict[int, _Region] = {}
+        self._captured: dict[BatchDescriptor, dict[int, _Region]] = {}
 
     def register_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Vouch for named weights; a later call with the same names replaces them."""
@@ -139,18 +124,18 @@ class AddressBook:
             self._weights[name] = Placement.of(weight), weight.detach()
         self._weight_regions = {}
         for name, (_, tensor) in self._weights.items():
-            self._enter(self._weight_regions, name, tensor, ValueOrigin.WEIGHT, keep=True)
+            _enter(self._weight_regions, name, tensor, ValueOrigin.WEIGHT)
 
     def register_persistent(
         self, name: str, tensor: torch.Tensor, origin: ValueOrigin = ValueOrigin.PERSISTENT
     ) -> None:
-        """Vouch for a buffer that is allocated once and written in place (``OUT_BUFFER``: by splitting ops)."""
+        """Vouch for a buffer that is allocated once (``OUT_BUFFER``: splitting ops write to it)."""
         if not plain_parts(tensor):
+            kind = f"{tensor.layout} {type(tensor).__name__}"
             raise StaticGraphError(
-                f"a persistent buffer must be dense memory, not {tensor.layout} {type(tensor).__name__}",
-                where=name,
+                f"a persistent buffer must be dense memory, not {kind}", where=name
             )
-        self._enter(self._buffers, name, tensor, origin, keep=True)
+        _enter(self._buffers, name, tensor, origin)
 
     def register_captured(
         self, name: str, tensors: list[torch.Tensor], descriptor: BatchDescriptor
@@ -158,10 +143,10 @@ class AddressBook:
         """Vouch for the outputs of a piece captured for ``descriptor``, until it is forgotten."""
         regions = self._captured.setdefault(descriptor, {})
         for tensor in tensors:
-            self._enter(regions, name, tensor, ValueOrigin.CAPTURED, keep=False)
+            _enter(regions, name, tensor, ValueOrigin.CAPTURED, keep=False)
 
     def forget_captured(self, descriptor: BatchDescriptor | None = None) -> None:
-        """The outputs captured for ``descriptor`` (all of them by default) are no longer vouched for."""
+        """Vouch no longer for the outputs captured for ``descriptor``, or for any."""
         if descriptor is None:
             self._captured.clear()
         else:
@@ -181,14 +166,14 @@ class AddressBook:
         region = self._find(tensor, descriptor)
         return None if region is None else region.name
 
-    def changed_weights(self, weights: Mapping[str, torch.Tensor]) -> list[WeightChange]:
-        """Which registered weights are missing from ``weights``, moved, or laid out differently."""
-        changes = []
+    def changed_weights(self, weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
+        """Which registered weights are missing, moved or laid out differently: name → how."""
+        changes = {}
         for name, (before, _) in self._weights.items():
             held = weights.get(name)
             difference = "is gone" if held is None else before.differs(Placement.of(held))
             if difference is not None:
-                changes.append(WeightChange(name, difference))
+                changes[name] = difference
         return changes
 
     def _find(self, tensor: torch.Tensor, descriptor: BatchDescriptor | None) -> _Region | None:
@@ -202,25 +187,19 @@ class AddressBook:
         region = self._weight_regions.get(start) or self._buffers.get(start) or captured.get(start)
         return region if region is not None and start + storage.nbytes() <= region.end else None
 
-    @staticmethod
-    def _enter(
-        regions: dict[int, _Region],
-        name: str,
-        tensor: torch.Tensor,
-        origin: ValueOrigin,
-        *,
-        keep: bool,
-    ) -> None:
-        if not owns_plain_memory(tensor):
-            for part in plain_parts(tensor):
-                AddressBook._enter(regions, name, part, origin, keep=keep)
-            return
-        if tensor.untyped_storage().nbytes() == 0:
-            return
-        storage = tensor.untyped_storage()
-        start = storage.data_ptr()
-        end = start + storage.nbytes()
+
+def _enter(
+    regions: dict[int, _Region],
+    name: str,
+    tensor: torch.Tensor,
+    origin: ValueOrigin,
+    *,
+    keep: bool = True,
+) -> None:
+    """Note where ``tensor`` lies; of tensors that share memory the first name stands for it."""
+    for part in plain_parts(tensor):
+        storage = part.untyped_storage()
+        start, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
         known = regions.get(start)
-        # Tied weights share memory: the first name stands for it.
-        if known is None or known.end < end:
+        if start < end and (known is None or known.end < end):
             regions[start] = _Region(name, origin, end, storage if keep else None)

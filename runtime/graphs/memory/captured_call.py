@@ -1,16 +1,15 @@
-"""One callable captured for one batch shape: in, the callable and its arguments; out, an object that replays it safely.
+"""One callable captured for one batch shape, and replayed safely.
 
-It never decides when to capture: wrappers do. It never trusts an address that nobody vouched for.
+Wrappers decide when to capture. No address is trusted that nobody vouched for.
 """
 
 from __future__ import annotations
 
-import functools
 import gc
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import assert_never
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -35,13 +34,9 @@ class CaptureRequest:
     """What is captured, for whom.
 
     Attributes:
-        name: the piece, for errors and reports.
-        mode: PIECEWISE or FULL.
-        descriptor: the batch shape.
         collect_garbage: collect and hand back cached memory first (once per descriptor is enough).
         weak_output: let go of the output inside the capture (the last piece of a forward).
-        mutated_args: leaves of the arguments that the callable changes in place; where such a one is staged,
-            the new contents are copied back after a replay.
+        mutated_args: leaves of the arguments that the callable changes in place.
     """
 
     name: str
@@ -58,13 +53,13 @@ class CaptureRequest:
 
 @dataclass(frozen=True, slots=True)
 class InputSlot:
-    """One leaf of the captured arguments.
+    """One leaf of the captured arguments: a tensor at its place, or a frozen Python value.
 
     Attributes:
-        origin: who owns a tensor's memory; None for a Python value, which is frozen into the graph.
+        origin: who owns a tensor's memory; None for a Python value.
         name: the registered name of that memory, if any.
         placement: what a replay expects; None for a Python value.
-        value: the frozen Python value; None for a tensor.
+        value: the Python value; None for a tensor.
     """
 
     origin: ValueOrigin | None
@@ -78,18 +73,18 @@ class InputSlot:
         kind = self.origin.value if self.name is None else f"{self.origin.value} {self.name!r}"
         return f"argument {index} ({kind})"
 
-    def mismatch(self, leaf: object) -> str | None:
-        """Why ``leaf`` can't take this slot, or None."""
-        if self.placement is not None:
-            if not isinstance(leaf, torch.Tensor):
-                return f"was a tensor, is a {type(leaf).__name__}"
-            return self.placement.differs(Placement.of(leaf))
-        if isinstance(leaf, torch.Tensor):
-            return f"was {self.value!r}, is a tensor"
-        same = self.value is leaf or (
-            type(self.value) is type(leaf) and type(leaf) in _SCALARS and self.value == leaf
-        )
-        return None if same else f"was {self.value!r}, is {leaf!r}"
+    def mismatch(self, leaf: object, *, staged: bool) -> str | None:
+        """Why ``leaf`` can't take this slot, or None; a ``staged`` one may lie elsewhere."""
+        if self.placement is None:
+            alike = type(self.value) is type(leaf) and type(leaf) in _SCALARS
+            if self.value is leaf or (alike and self.value == leaf):
+                return None
+            found = "a tensor" if isinstance(leaf, torch.Tensor) else repr(leaf)
+            return f"was {self.value!r}, is {found}"
+        if not isinstance(leaf, torch.Tensor):
+            return f"was a tensor, is a {type(leaf).__name__}"
+        now = Placement.of(leaf)
+        return None if staged and self.placement.same_layout(now) else self.placement.differs(now)
 
 
 def _nothing_captured() -> None:
@@ -101,16 +96,16 @@ class CapturedCall:
     """A captured callable with its inputs' slots, or the reason why it runs uncaptured.
 
     Attributes:
-        request: what was captured.
         graph: the static graph; None where the policy chose to run eagerly.
         output: the static output, weakly referenced.
         slots: the leaves of the arguments.
         copies: fresh inputs that are staged before each replay.
         eager_reason: why nothing was captured, if so.
         checked: the arguments of a replay were checked once.
-        trusted: the arguments were checked and nothing has to be copied: a replay may skip looking at them.
+        trusted: checked, and nothing has to be copied: a replay may skip looking at the arguments.
         replay: the graph's own replay, bound once; for a trusted call it is all there is to do.
         on_first_replay: told once, when the call is replayed after its capture.
+        flat: the arguments are their own leaves.
     """
 
     request: CaptureRequest
@@ -124,8 +119,7 @@ class CapturedCall:
     always_check: bool = False
     replay: Callable[[], None] = _nothing_captured
     on_first_replay: Callable[[], None] = _nothing_captured
-    _staged: frozenset[int] = field(default=frozenset())
-    _flat: bool = False
+    flat: bool = False
 
     @classmethod
     def make(
@@ -138,42 +132,37 @@ class CapturedCall:
     ) -> tuple[CapturedCall, object]:
         """Capture, replay once, and return the call with its output held strongly.
 
-        The replay makes the output of the capturing call right, so that what follows it in the same forward
-        computes on real values.
+        The replay makes the output right, so that what follows in the same forward computes on real
+        values.
 
         Raises:
-            StaticGraphError: capturing is closed, the callable failed, an input is on another device, or a fresh one is refused.
+            StaticGraphError: capturing is closed, the callable failed, an input is on another
+                device, or a fresh one is refused.
         """
-        graphs.require_open(request.mode, request.where)
+        graphs.require_open(request.where)
         graphs.require_unused(request.mode, request.descriptor, request.where)
         leaves, spec = flatten_tree((args, dict(kwargs)))
-        slots = _slots(leaves, request, graphs)
+        slots = tuple(_slot(n, leaf, request, graphs) for n, leaf in enumerate(leaves))
         fresh = [i for i, slot in enumerate(slots) if slot.origin is ValueOrigin.FRESH]
-        if fresh:
+        if fresh and graphs.address_policy is not AddressPolicy.COPY:
             what = slots[fresh[0]].describe(fresh[0])
-            match graphs.address_policy:
-                case AddressPolicy.COPY:
-                    pass  # below
-                case AddressPolicy.EAGER:
-                    reason = f"{what} enters it"
-                    graphs.note_eager(request.name, request.mode, request.descriptor, reason)
-                    return cls(request, None, None, slots, (), reason), runnable(*args, **kwargs)
-                case AddressPolicy.REFUSE:
-                    raise _refusal(what, request)
-                case _:
-                    assert_never(graphs.address_policy)
-        added = 0
-
-        def memory(number: int, nbytes: int, device: torch.device) -> torch.Tensor:
-            nonlocal added
-            found, new = graphs.staging_memory((request.name, id(runnable)), number, nbytes, device)
-            added += new
-            return found
-
+            if graphs.address_policy is AddressPolicy.REFUSE:
+                raise StaticGraphError(
+                    f"{what} enters a captured piece, and nothing keeps its address",
+                    where=request.where,
+                    hint="let the splitting op write into an out-buffer, or use address policy "
+                    "'copy' or 'eager'",
+                )
+            reason = f"{what} enters it"
+            graphs.note_eager(request.name, request.mode, request.descriptor, reason)
+            return cls(request, None, None, slots, (), reason), runnable(*args, **kwargs)
+        memory = partial(graphs.staging_memory, (request.name, id(runnable)))
+        before = graphs.staging_bytes
         copies, staged = stage_fresh(leaves, fresh, request.mutated_args, memory)
         static_args, static_kwargs = unflatten_tree(staged, spec)
         for copy in copies:
             copy.stage(leaves)
+        added = graphs.staging_bytes - before
         graph, output = _record(runnable, static_args, static_kwargs, request, graphs, added)
         call = cls(
             request,
@@ -183,9 +172,8 @@ class CapturedCall:
             copies,
             always_check=graphs.check_addresses,
             replay=graph.replay_function(),
-            on_first_replay=functools.partial(graphs.mark_in_use, request.mode, request.descriptor),
-            _staged=frozenset(fresh),
-            _flat=not kwargs and len(leaves) == len(args) and all(map(operator.is_, leaves, args)),
+            on_first_replay=partial(graphs.mark_in_use, request.mode, request.descriptor),
+            flat=not kwargs and len(leaves) == len(args) and all(map(operator.is_, leaves, args)),
         )
         call._replay(leaves)
         tensors = [leaf for leaf in flatten_tree(call.output)[0] if isinstance(leaf, torch.Tensor)]
@@ -198,8 +186,7 @@ class CapturedCall:
         """Replay for these arguments, or run ``runnable`` where the policy said so."""
         if self.graph is None:
             return runnable(*args, **kwargs)
-        # What staging reads are positions; without containers the arguments are their own leaves.
-        leaves = args if self._flat and self.checked else flatten_tree((args, dict(kwargs)))[0]
+        leaves = args if self.flat and self.checked else flatten_tree((args, dict(kwargs)))[0]
         if self.always_check or not self.checked:
             self.check(leaves)
             self.checked = True
@@ -216,25 +203,20 @@ class CapturedCall:
             copy.bring_back(leaves)
 
     def check(self, leaves: Sequence[object]) -> None:
-        """Check that ``leaves`` are what was captured.
-
-        Raises:
-            StaticGraphError: one is not; the message says which, and whose memory it was.
-        """
+        """Raise a `StaticGraphError` that says which argument is not what was captured, if any."""
         if len(leaves) != len(self.slots):
             raise StaticGraphError(
                 f"captured with {len(self.slots)} arguments, called with {len(leaves)}",
                 where=self.request.where,
             )
         for index, (slot, leaf) in enumerate(zip(self.slots, leaves, strict=True)):
-            difference = slot.mismatch(leaf)
-            if difference is None or (index in self._staged and _same_layout(slot, leaf)):
-                continue
-            raise StaticGraphError(
-                f"{slot.describe(index)} {difference}; a replay would read stale memory",
-                where=self.request.where,
-                hint="write new values in place, register the buffer, or capture again",
-            )
+            difference = slot.mismatch(leaf, staged=slot.origin is ValueOrigin.FRESH)
+            if difference is not None:
+                raise StaticGraphError(
+                    f"{slot.describe(index)} {difference}; a replay would read stale memory",
+                    where=self.request.where,
+                    hint="write new values in place, register the buffer, or capture again",
+                )
 
     def reset(self) -> None:
         """Give the graph up."""
@@ -245,40 +227,25 @@ class CapturedCall:
         self.eager_reason = "the graph was reset"
 
 
-def _slots(
-    leaves: list[object], request: CaptureRequest, graphs: StaticGraphs
-) -> tuple[InputSlot, ...]:
+def _slot(index: int, leaf: object, request: CaptureRequest, graphs: StaticGraphs) -> InputSlot:
     book, descriptor = graphs.addresses, request.descriptor
-    slots = []
-    for index, leaf in enumerate(leaves):
-        if not isinstance(leaf, torch.Tensor):
-            slots.append(InputSlot(None, None, None, leaf))
-            continue
-        if not graphs.platform.computes_on(leaf.device):
-            raise StaticGraphError(
-                f"argument {index} is on {leaf.device}, and the graph on {graphs.platform.device}: what is done with it would be "
-                "done once, at the capture",
-                where=request.where,
-                hint="give the callable tensors of one device, or run it uncaptured",
-            )
-        origin = book.classify(leaf, descriptor)
-        if origin is ValueOrigin.FRESH and isinstance(leaf, torch.nn.Parameter):
-            # Parameters live as long as their module; the book holds this one from now on.
-            origin = ValueOrigin.WEIGHT
-            book.register_persistent(f"parameter {index}", leaf, origin)
-        if leaf.numel() == 0:
-            # Nothing is read from it, so it does no harm wherever it is.
-            origin = ValueOrigin.PERSISTENT
-        slots.append(InputSlot(origin, book.name_of(leaf, descriptor), Placement.of(leaf), None))
-    return tuple(slots)
-
-
-def _refusal(what: str, request: CaptureRequest) -> StaticGraphError:
-    return StaticGraphError(
-        f"{what} enters a captured piece, and nothing keeps its address",
-        where=request.where,
-        hint="let the splitting op write into an out-buffer, or use address policy 'copy' or 'eager'",
-    )
+    if not isinstance(leaf, torch.Tensor):
+        return InputSlot(None, None, None, leaf)
+    if not graphs.platform.computes_on(leaf.device):
+        raise StaticGraphError(
+            f"argument {index} is on {leaf.device}, and the graph on {graphs.platform.device}: "
+            "what is done with it would be done once, at the capture",
+            where=request.where,
+            hint="give the callable tensors of one device, or run it uncaptured",
+        )
+    origin = book.classify(leaf, descriptor)
+    if origin is ValueOrigin.FRESH and isinstance(leaf, torch.nn.Parameter):
+        # Parameters live as long as their module; the book holds this one from now on.
+        origin = ValueOrigin.WEIGHT
+        book.register_persistent(f"parameter {index}", leaf, origin)
+    if leaf.numel() == 0:
+        origin = ValueOrigin.PERSISTENT  # nothing is read from it, wherever it is
+    return InputSlot(origin, book.name_of(leaf, descriptor), Placement.of(leaf), None)
 
 
 def _record(
@@ -289,8 +256,8 @@ def _record(
     graphs: StaticGraphs,
     staged_bytes: int,
 ) -> tuple[StaticGraph, object]:
-    key = (request.name, request.mode, request.descriptor)
     named = torch.profiler.record_function(f"capture {request.where}")
+    key = (request.name, request.mode, request.descriptor)
     with named, graphs.one_capture(*key, staged_bytes=staged_bytes) as graph:
         if request.collect_garbage:
             gc.collect()
@@ -306,9 +273,3 @@ def _record(
                 hint="run this batch shape uncaptured to see whether the piece itself fails",
             ) from error
     return graph, output
-
-
-def _same_layout(slot: InputSlot, leaf: object) -> bool:
-    if slot.placement is None or not isinstance(leaf, torch.Tensor):
-        return False
-    return slot.placement.same_layout(Placement.of(leaf))

@@ -1,33 +1,31 @@
-"""Static stand-ins for tensors that move: in, the arguments of a capture; out, buffers that replays read instead.
-
-It never stages a tensor that somebody vouched for, and it never changes how tensors overlap or are laid out.
-"""
+"""Static stand-ins for tensors that move: buffers that replays read instead of a call's arguments."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from piecework.errors import StaticGraphError
 from piecework.runtime.graphs.device.weak_ref import owns_plain_memory, view_of_storage
+from piecework.runtime.graphs.memory.addresses import Placement
 
 # An offset in bytes that every element size divides.
 _GRAIN = 16
+Memory = Callable[[int, int, torch.device], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class StagedMember:
-    """One argument leaf of a buffer: its static view, and where it lies in the bytes that are copied."""
+    """One argument leaf of a buffer: its static view, and where it lies in what is copied."""
 
     leaf: int
     static: torch.Tensor
     shift: int
 
     def source(self, leaves: Sequence[object]) -> torch.Tensor:
-        """The argument as it is now, checked to be laid out as at capture (``copy_`` would broadcast)."""
+        """The argument as it is now, laid out as at capture (``copy_`` would broadcast)."""
         now = leaves[self.leaf]
         static = self.static
         if (
@@ -39,10 +37,9 @@ class StagedMember:
             and now.is_neg() == static.is_neg()
         ):
             return now
-        what = f"{now.dtype} {list(now.shape)}" if isinstance(now, torch.Tensor) else repr(now)
+        what = Placement.of(now).describe() if isinstance(now, torch.Tensor) else repr(now)
         raise StaticGraphError(
-            f"argument {self.leaf} was captured as {static.dtype} {list(static.shape)} with strides "
-            f"{list(static.stride())}, and is {what} now",
+            f"argument {self.leaf} was captured as {Placement.of(static).describe()}, and is {what} now",
             hint="pad inputs to the captured shape before calling",
         )
 
@@ -53,9 +50,8 @@ class StagedCopy:
 
     Attributes:
         members: the leaves, each with what replays read in its place.
-        window: the bytes to copy, where they must be copied as bytes (overlap, several views); None for one
-            plain tensor.
-        writes_back: the piece changes it in place, so the caller's tensor is updated after a replay.
+        window: what is copied as bytes (overlap, several views); None for one plain tensor.
+        writes_back: the piece changes it, so the caller's tensor is updated after a replay.
     """
 
     members: tuple[StagedMember, ...]
@@ -63,11 +59,7 @@ class StagedCopy:
     writes_back: bool
 
     def stage(self, leaves: Sequence[object]) -> None:
-        """Copy the arguments' present contents into the static buffer.
-
-        Raises:
-            StaticGraphError: they are not laid out, or don't overlap, as at capture.
-        """
+        """Copy the arguments' present contents into the buffer."""
         if self.window is None:
             self.members[0].static.copy_(self.members[0].source(leaves))
         else:
@@ -84,94 +76,64 @@ class StagedCopy:
 
     def _outside(self, leaves: Sequence[object], window: torch.Tensor) -> torch.Tensor:
         """The callers' bytes that correspond to the window."""
-        found = set()
+        found = {}
         for member in self.members:
             now = member.source(leaves)
             start = now.storage_offset() * now.element_size() - member.shift
-            found.add((now.untyped_storage().data_ptr(), start))
+            storage = now.untyped_storage()
+            found[storage.data_ptr(), start] = storage
         if len(found) != 1:
             names = ", ".join(str(member.leaf) for member in self.members)
             raise StaticGraphError(
                 f"arguments {names} shared memory at capture and don't in the same way now",
                 hint="pass views of one tensor as at capture, or clone them before the piece",
             )
-        _, start = found.pop()
-        storage = self.members[0].source(leaves).untyped_storage()
+        [((_, start), storage)] = found.items()
         view = torch.empty(0, dtype=torch.uint8, device=window.device)
         return view.set_(storage, start, (window.numel(),), (1,))
 
 
-Memory = Callable[[int, int, torch.device], torch.Tensor]
-
-
 def stage_fresh(
-    leaves: list[object],
-    fresh: Iterable[int],
-    mutated: frozenset[int] = frozenset(),
-    memory: Memory | None = None,
+    leaves: list[object], fresh: Iterable[int], mutated: frozenset[int], memory: Memory
 ) -> tuple[tuple[StagedCopy, ...], list[object]]:
     """Static buffers for the leaves at ``fresh``, and the leaves with those in their place.
 
     Leaves that share a storage get one buffer, so that they alias in the graph as they do outside.
 
     Args:
-        memory: gives the bytes of a buffer, from its number, its size and its device; new ones by default.
-
-    Raises:
-        StaticGraphError: a fresh leaf is not dense memory.
+        mutated: leaves that the callable changes.
+        memory: gives the bytes of a buffer, from its number, its size and its device.
     """
     groups: dict[int, list[tuple[int, torch.Tensor]]] = {}
     for index in fresh:
         leaf = leaves[index]
         if not isinstance(leaf, torch.Tensor) or not owns_plain_memory(leaf):
             raise StaticGraphError(
-                f"argument {index} is not dense memory, so it can't be copied into a static buffer",
+                f"argument {index} is not dense memory, so it can't be in a static buffer",
                 hint="run this piece uncaptured",
             )
         groups.setdefault(leaf.untyped_storage().data_ptr(), []).append((index, leaf))
     staged = list(leaves)
     copies = []
-    for members in groups.values():
-        writes_back = any(index in mutated for index, _ in members)
-        copies.append(
-            _stage_group(members, staged, writes_back, partial(memory or _new, len(copies)))
-        )
+    for number, group in enumerate(groups.values()):
+        plain = len(group) == 1 and _is_plain(group[0][1])
+        extents = [_extent(tensor) for _, tensor in group]
+        begin, end = min(e[0] for e in extents), max(e[1] for e in extents)
+        origin = begin if plain else begin // _GRAIN * _GRAIN
+        held = memory(number, end - origin, group[0][1].device)
+        members = []
+        for (index, tensor), (first, _) in zip(group, extents, strict=True):
+            view = view_of_storage(held.untyped_storage(), like=tensor, byte_shift=origin)
+            members.append(StagedMember(index, view, first - begin))
+            staged[index] = view
+        window = None if plain else held[begin - origin : end - origin]
+        writes_back = any(index in mutated for index, _ in group)
+        copies.append(StagedCopy(tuple(members), window, writes_back))
     return tuple(copies), staged
 
 
-def _new(number: int, nbytes: int, device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):
-        return torch.empty(nbytes, dtype=torch.uint8, device=device)
-
-
-def _stage_group(
-    group: list[tuple[int, torch.Tensor]],
-    staged: list[object],
-    writes_back: bool,
-    memory_for: Callable[[int, torch.device], torch.Tensor],
-) -> StagedCopy:
-    index, first = group[0]
-    if len(group) == 1 and _is_plain(first):
-        storage = memory_for(first.nbytes, first.device).untyped_storage()
-        before = int(first.storage_offset()) * first.element_size()
-        static = view_of_storage(storage, like=first, byte_shift=before)
-        staged[index] = static
-        return StagedCopy((StagedMember(index, static, 0),), None, writes_back)
-    extents = [_extent(tensor) for _, tensor in group]
-    begin, end = min(e[0] for e in extents), max(e[1] for e in extents)
-    aligned = begin // _GRAIN * _GRAIN
-    members = []
-    with torch.inference_mode(False):
-        memory = memory_for(end - aligned, first.device)
-        for (index, tensor), (own_begin, _) in zip(group, extents, strict=True):
-            view = view_of_storage(memory.untyped_storage(), like=tensor, byte_shift=aligned)
-            members.append(StagedMember(index, view, own_begin - begin))
-            staged[index] = view
-    return StagedCopy(tuple(members), memory[begin - aligned : end - aligned], writes_back)
-
-
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether each element has its own place and the tensor has no gaps, so that ``copy_`` moves all of it."""
+    """Whether ``copy_`` moves all of it: no gaps, and each element has a place of its own."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 1:

@@ -1,7 +1,4 @@
-"""Everything static that one compiled model owns: in, a device; out, its pool, its address book, its captures and their cost.
-
-It never captures on its own: it says when capturing is allowed, and forgets what is no longer valid.
-"""
+"""Everything static that one compiled model owns: its pool, its address book, its captures."""
 
 from __future__ import annotations
 
@@ -30,11 +27,8 @@ class CaptureRecord:
     """One capture that happened.
 
     Attributes:
-        name: the piece, or the whole model.
-        mode: PIECEWISE or FULL.
-        descriptor: the batch shape.
         nbytes: what it added to the pool.
-        staged_bytes: static buffers for fresh inputs, outside the pool; what a larger shape of the piece has is not counted again.
+        staged_bytes: new static buffers for fresh inputs, outside the pool.
         eager_reason: why this piece runs uncaptured in this shape, if the address policy said so.
         driver_bytes: how much of ``nbytes`` the driver took, for the graph itself.
     """
@@ -42,7 +36,7 @@ class CaptureRecord:
     name: str
     mode: CUDAGraphMode
     descriptor: BatchDescriptor
-    nbytes: int
+    nbytes: int = 0
     staged_bytes: int = 0
     eager_reason: str | None = None
     driver_bytes: int = 0
@@ -66,17 +60,19 @@ class StaticGraphs:
     Args:
         platform: where graphs are captured, or a device to look it up by.
         address_policy: what becomes of fresh tensors that enter a captured piece.
-        lazy: allow captures at any time, until capturing is closed; otherwise only inside ``capturing()``.
+        lazy: allow captures at any time, until capturing is closed.
         check_addresses: check the inputs of every replay, not only of the first (debugging).
-        on_capture: called with the record of each capture, for counters and progress.
-        mark_kernels: let kernels inside graphs carry the statement that they were captured for (`device.marks`), where that can be.
-        memory_of: another owner on this device, whose pool this one uses; one of them captures or runs at a time, and what one returned
-            may be overwritten by the other. The pool is given back when none of them has a capture.
+        mark_kernels: let kernels inside graphs carry the statement that they were captured for.
+        on_capture: called with the record of each capture.
+        memory_of: another owner on this device, whose pool this one uses; one of them captures or
+            runs at a time, and what one returned may be overwritten by the other.
 
     Attributes:
         users: who is running graphs of this memory, under 0; empty if nobody is.
         call_order: see `GraphPlatform.call_order`; one for all who use this memory.
         unmarked: why kernels inside graphs don't carry what they stand for; "" where they do.
+        in_phase: a capture phase is on, which says itself what it captured.
+        staging_bytes: what was allocated for fresh inputs since the graphs were last given up.
 
     Example:
         >>> graphs = StaticGraphs("cpu")
@@ -115,35 +111,31 @@ class StaticGraphs:
         self.check_addresses = check_addresses
         self.unmarked = self.platform.unmarked if mark_kernels else "mark_kernels is off"
         self.records: list[CaptureRecord] = []
+        self.is_open, self.in_phase = lazy, False
+        self.staging_bytes = 0
         self._on_capture = on_capture
-        self._open, self._in_phase = lazy, False
         self._in_use: set[tuple[CUDAGraphMode, BatchDescriptor]] = set()
         self._busy_with: str | None = None
         self._holders: weakref.WeakSet[GraphHolder] = weakref.WeakSet()
         self._staging: dict[tuple[object, int], torch.Tensor] = {}
 
-    @property
-    def is_open(self) -> bool:
-        """Whether capturing is allowed now."""
-        return self._open
-
     @contextmanager
     def capturing(self) -> Iterator[None]:
         """The capture phase; afterwards capturing is closed, even where it was lazy before."""
         with self.alone():
-            self._open = self._in_phase = True
+            self.is_open = self.in_phase = True
             try:
                 yield
                 self.platform.synchronize()
             finally:
-                self._open = self._in_phase = False
+                self.is_open = self.in_phase = False
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Have this memory to oneself for the block: calls that come meanwhile, of every model that uses it, run uncaptured.
+        """Have this memory to oneself: calls that come meanwhile, of any model, run uncaptured.
 
         Raises:
-            StaticGraphError: a call that has it does not return, since the block would be a part of that call, say.
+            StaticGraphError: a call that has it does not return, as the block is part of it, say.
         """
         shared, me, mine = self._shared, threading.get_ident(), object()
         if shared.alone == me:
@@ -167,30 +159,18 @@ class StaticGraphs:
                 shared.alone = None
                 del self.users[0]
 
-    @property
-    def in_phase(self) -> bool:
-        """Whether a capture phase is on, which says itself what it captured."""
-        return self._in_phase
-
     def others_capture(self) -> bool:
-        """Whether somebody else captures what this thread does now: nothing can be replayed or captured here."""
+        """Whether somebody else captures what this thread does: it can't replay or capture here."""
         return self._busy_with is None and self.platform.is_capturing()
 
-    def allow_capturing(self, allowed: bool) -> None:
-        """Allow captures at any time, or close a lazy capture phase."""
-        self._open = allowed
-
-    def require_open(self, mode: CUDAGraphMode, where: str) -> None:
-        """Check that capturing is allowed now.
-
-        Raises:
-            StaticGraphError: the capture phase is closed.
-        """
-        if not self._open:
+    def require_open(self, where: str) -> None:
+        """Raise a `StaticGraphError` where the capture phase is closed."""
+        if not self.is_open:
             raise StaticGraphError(
-                f"{mode.name} capture outside the capture phase",
+                "capture outside the capture phase",
                 where=where,
-                hint="capture this batch shape before serving, or dispatch it to a captured one or to NONE",
+                hint="capture this batch shape before serving, or dispatch it to a captured one "
+                "or to NONE",
             )
 
     def mark_in_use(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
@@ -198,14 +178,10 @@ class StaticGraphs:
         self._in_use.add((mode, descriptor))
 
     def require_unused(self, mode: CUDAGraphMode, descriptor: BatchDescriptor, where: str) -> None:
-        """Check that all pieces of a shape are captured in the same forward.
+        """Refuse, and forget, a shape whose pieces are not all captured in the same forward.
 
-        Later the pool counts the outputs of the earlier pieces as free, and would let a new capture write
-        over what this forward still reads.
-
-        Raises:
-            StaticGraphError: they are not; what was captured for the shape is forgotten, so that the next
-                forward can capture all of it.
+        Later the pool counts the outputs of the earlier pieces as free, and would let a new capture
+        write over what this forward still reads.
         """
         if (mode, descriptor) in self._in_use:
             self.platform.synchronize()
@@ -224,14 +200,10 @@ class StaticGraphs:
     def one_capture(
         self, name: str, mode: CUDAGraphMode, descriptor: BatchDescriptor, *, staged_bytes: int = 0
     ) -> Iterator[StaticGraph]:
-        """A new graph to capture into, measured and recorded; captures never nest or overlap.
-
-        Raises:
-            StaticGraphError: the capture phase is closed, or another capture is going on.
-        """
+        """A new graph to capture into, measured and recorded; captures never nest or overlap."""
         where = f"{name}, {mode.name} {descriptor.describe()}"
         with self.capture_lock:
-            self.require_open(mode, where)
+            self.require_open(where)
             if self._busy_with is not None:
                 raise StaticGraphError(
                     f"a capture inside the capture of {self._busy_with}",
@@ -244,9 +216,10 @@ class StaticGraphs:
                 yield self.platform.new_graph(self.pool, marked=not self.unmarked)
             finally:
                 self._busy_with = None
-            added = self.pool.nbytes - before
             record = CaptureRecord(
-                *(name, mode, descriptor, added, staged_bytes),
+                *(name, mode, descriptor),
+                nbytes=self.pool.nbytes - before,
+                staged_bytes=staged_bytes,
                 driver_bytes=self.pool.driver_bytes - driver,
             )
             self.records.append(record)
@@ -255,25 +228,26 @@ class StaticGraphs:
 
     def staging_memory(
         self, piece: object, number: int, nbytes: int, device: torch.device
-    ) -> tuple[torch.Tensor, int]:
-        """Bytes for static buffer ``number`` of a piece, and how many of them are new.
+    ) -> torch.Tensor:
+        """Bytes for static buffer ``number`` of a piece.
 
-        All batch shapes of a piece share them: one of them runs at a time, and its buffers are filled right before. The largest is
-        captured first, so the others take the head of what it has.
+        All batch shapes of a piece share them: one of them runs at a time, and its buffers are
+        filled right before. The largest is captured first, so the others take the head of it.
         """
         known = self._staging.get((piece, number))
         if known is not None and known.nbytes >= nbytes and known.device == device:
-            return known, 0
+            return known
         with torch.inference_mode(False):
             found = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self._staging[piece, number] = found
-        return found, nbytes
+        self.staging_bytes += nbytes
+        return found
 
     def note_eager(
         self, name: str, mode: CUDAGraphMode, descriptor: BatchDescriptor, reason: str
     ) -> None:
         """Record that a piece runs uncaptured in this shape."""
-        self.records.append(CaptureRecord(name, mode, descriptor, 0, 0, reason))
+        self.records.append(CaptureRecord(name, mode, descriptor, eager_reason=reason))
 
     @property
     def nbytes(self) -> int:
@@ -289,10 +263,7 @@ class StaticGraphs:
         return totals
 
     def discard(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
-        """Forget what was captured for one descriptor, in every piece.
-
-        An interrupted or failed capture leaves some pieces captured and others not; none of it is of use.
-        """
+        """Forget what was captured for one descriptor, in every piece: part of it is of no use."""
         for holder in list(self._holders):
             holder.discard(mode, descriptor)
         self._in_use.discard((mode, descriptor))
@@ -300,7 +271,7 @@ class StaticGraphs:
         self.records = [r for r in self.records if (r.mode, r.descriptor) != (mode, descriptor)]
 
     def clear_all_graphs(self) -> None:
-        """Forget every capture and give the pool's memory back; weights and buffers stay registered."""
+        """Forget every capture and give the pool's memory back, unless others use it."""
         self.platform.synchronize()
         # A graph that can't be reset keeps no other one, and is told at the end.
         with self.capture_lock, ExitStack() as every:
@@ -311,6 +282,7 @@ class StaticGraphs:
     def _forget(self) -> None:
         self._in_use.clear()
         self._staging.clear()
+        self.staging_bytes = 0
         self.addresses.forget_captured()
         self.records.clear()
         if not any(owner.records for owner in self._shared.owners):

@@ -1,7 +1,4 @@
-"""A callable that is captured per batch shape: in, the forward context's mode and descriptor; out, a capture, a replay or a plain run.
-
-It never picks the mode or the descriptor: the dispatcher does, and the context carries them.
-"""
+"""A callable that is captured per batch shape: the forward context's mode and descriptor decide."""
 
 from __future__ import annotations
 
@@ -30,9 +27,9 @@ class CUDAGraphOptions:
 
     Attributes:
         debug_log_enable: log each capture of this wrapper.
-        gc_disable: don't collect garbage before capturing; only the first piece of a forward needs to.
-        weak_ref_output: let go of the output inside the capture; right for the last piece, whose output
-            no other piece reads.
+        gc_disable: don't collect garbage first; only the first piece of a forward needs to.
+        weak_ref_output: let go of the output inside the capture; right for the last piece, whose
+            output no other piece reads.
         mutated_args: leaves of the arguments that the callable changes in place.
     """
 
@@ -60,16 +57,16 @@ class CUDAGraphEntry:
 class CUDAGraphWrapper(GraphHolder):
     """Runs ``runnable`` as a static graph whenever the context's mode is this wrapper's mode.
 
-    Without a context, on another mode, when the context skips graphs, or while somebody else captures, it runs ``runnable``. Wrappers nest:
-    a FULL one around a model whose pieces have PIECEWISE ones; the context's mode selects which of them acts.
+    Without a context, on another mode, when the context skips graphs, or while somebody else
+    captures, it runs ``runnable``. Wrappers nest: a FULL one around pieces with PIECEWISE ones.
 
     Args:
         runnable: any callable over tensors; its output may be any pytree.
         config: gives ``cudagraph_num_of_warmups``; None means no warm-up.
         runtime_mode: PIECEWISE or FULL.
         cudagraph_options: how to capture.
-        graphs: the owner of pool and capture phase; by default a private, lazy one on the device of the first
-            tensor argument.
+        graphs: the owner of pool and capture phase; by default a private, lazy one on the device of
+            the first tensor argument.
         name: what errors and reports call it.
 
     Example:
@@ -99,7 +96,7 @@ class CUDAGraphWrapper(GraphHolder):
     def __post_init__(self) -> None:
         if self.runtime_mode not in (CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL):
             raise ConfigError(
-                f"a wrapper captures in mode PIECEWISE or FULL, not {getattr(self.runtime_mode, 'name', self.runtime_mode)}",
+                f"a wrapper captures in mode PIECEWISE or FULL, not {self.runtime_mode}",
                 where=self.name,
                 hint="don't wrap what is never captured",
             )
@@ -114,7 +111,7 @@ class CUDAGraphWrapper(GraphHolder):
             or context.skip_cuda_graphs
         ):
             if context is not None and context.batch_descriptor is not None:
-                self._count_warmup(context)
+                self._count_warmup(context.batch_descriptor)
             return self.runnable(*args, **kwargs)
         entry = self.concrete_cudagraph_entries.get(context.batch_descriptor)
         call = None if entry is None else entry.call
@@ -131,10 +128,10 @@ class CUDAGraphWrapper(GraphHolder):
         """What is wrapped."""
         return self.runnable
 
-    def _count_warmup(self, context: ForwardContext) -> None:
+    def _count_warmup(self, descriptor: BatchDescriptor) -> None:
         """An uncaptured run of a shape, while the capture phase is open, is a warm-up of it."""
         if self.graphs is not None and self.graphs.is_open:
-            self._entry(context.batch_descriptor).num_finished_warmup += 1
+            self._entry(descriptor).num_finished_warmup += 1
 
     def _entry(self, descriptor: BatchDescriptor) -> CUDAGraphEntry:
         return self.concrete_cudagraph_entries.setdefault(descriptor, CUDAGraphEntry(descriptor))
@@ -149,13 +146,17 @@ class CUDAGraphWrapper(GraphHolder):
                 where=self.name,
                 hint="pass batch_descriptor to set_forward_context, as the dispatcher returned it",
             )
-        graphs = self._owner(args, kwargs)
+        if self.graphs is None:
+            leaves, _ = flatten_tree((args, kwargs))
+            devices = (leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor))
+            self.graphs = StaticGraphs(next(devices, torch.device("cpu")), lazy=True)
+            self.graphs.register(self)
+        graphs, options = self.graphs, self.cudagraph_options
         warmups = 0 if self.config is None else self.config.cudagraph_num_of_warmups
         entry = self._entry(descriptor)
         if graphs.is_open and entry.num_finished_warmup < warmups:
             entry.num_finished_warmup += 1
             return self.runnable(*args, **kwargs)
-        options = self.cudagraph_options
         request = CaptureRequest(
             self.name,
             self.runtime_mode,
@@ -168,17 +169,6 @@ class CUDAGraphWrapper(GraphHolder):
         if options.debug_log_enable and not graphs.in_phase:
             _log.debug("captured %s", request.where)
         return output
-
-    def _owner(self, args: tuple[object, ...], kwargs: dict[str, object]) -> StaticGraphs:
-        if self.graphs is None:
-            leaves, _ = flatten_tree((args, kwargs))
-            device = next(
-                (leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)),
-                torch.device("cpu"),
-            )
-            self.graphs = StaticGraphs(device, lazy=True)
-            self.graphs.register(self)
-        return self.graphs
 
     def discard(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
         if mode is self.runtime_mode:
@@ -202,13 +192,8 @@ def wrap_piece(
     config: CompilationConfig | None = None,
     mutated_args: frozenset[int] = frozenset(),
 ) -> CUDAGraphWrapper:
-    """A PIECEWISE wrapper: only the first piece collects garbage, only the last one lets go of its output inside the capture."""
-    options = CUDAGraphOptions(
-        debug_log_enable=is_first,
-        gc_disable=not is_first,
-        weak_ref_output=is_last,
-        mutated_args=mutated_args,
-    )
+    """A PIECEWISE wrapper: the first piece collects garbage, the last lets go of its output."""
+    options = CUDAGraphOptions(is_first, not is_first, is_last, mutated_args)
     return CUDAGraphWrapper(piece, config, CUDAGraphMode.PIECEWISE, options, graphs, name)
 
 
@@ -222,7 +207,7 @@ def wrap_with_cudagraph_if_needed(
     name: str = "piece",
     mutated_args: frozenset[int] = frozenset(),
 ) -> Callable[..., object]:
-    """The piece itself, or a PIECEWISE wrapper around it where the configured mode captures pieces."""
+    """The piece itself, or a PIECEWISE wrapper around it where the mode captures pieces."""
     if not config.cudagraph_mode.requires_piecewise_compilation():
         return piecewise_backend
     return wrap_piece(

@@ -1,1 +1,1 @@
-"""What will be captured: options, how the graph depends on its batch size, numbers per size, estimates, the capture phase."""
+"""What will be captured: options, the batch shape, refusals, estimates, the capture phase."""

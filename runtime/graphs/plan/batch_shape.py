@@ -1,7 +1,4 @@
-"""How a stitched graph depends on its batch size. In: nothing; this is the vocabulary of `batch_reader`, which finds it out.
-
-A shape says which inputs are staged along which dimension, which numbers are frozen, how results are trimmed, and which sizes can be served.
-"""
+"""How a stitched graph depends on its batch size: what is staged, frozen, trimmed and served."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ import torch.fx
 
 from piecework.codegen.entry.checks import range_text
 from piecework.codegen.plan.size_text import evaluate, symbols_in
-from piecework.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +22,6 @@ class StagedInput:
         fake: what it was traced as.
         dim: its batch dimension; None if it has none.
         others: its dimensions with another symbol, each with that symbol's label.
-        order: its dimensions from the outermost in memory to the innermost; None for a contiguous tensor.
         written: the graph writes to it.
     """
 
@@ -35,38 +30,25 @@ class StagedInput:
     fake: torch.Tensor
     dim: int | None
     others: Mapping[int, str]
-    order: tuple[int, ...] | None = None
     written: bool = False
 
-    @property
-    def in_memory(self) -> tuple[int, ...]:
-        """Its dimensions, from the outermost in memory to the innermost."""
-        return tuple(range(self.fake.dim())) if self.order is None else self.order
-
     def sizes(self, count: int, others: Mapping[str, int]) -> list[int]:
-        """The sizes of a batch of ``count`` with these other sizes, in the order in memory."""
+        """Its shape in a batch of ``count`` with these other sizes."""
         known = {self.dim: count, **{dim: others[label] for dim, label in self.others.items()}}
-        shape = [known[d] if d in known else int(n) for d, n in enumerate(self.fake.shape)]
-        return [shape[dim] for dim in self.in_memory]
-
-    def as_traced(self, memory: torch.Tensor) -> torch.Tensor:
-        """A tensor with dimensions as in memory, as the trace has it."""
-        if self.order is None:
-            return memory
-        return memory.permute([self.order.index(dim) for dim in range(memory.dim())])
+        return [known[d] if d in known else int(n) for d, n in enumerate(self.fake.shape)]
 
 
 @dataclass(frozen=True, slots=True)
 class OtherSize:
-    """A dynamic size, or an integer argument, beside the batch size; a captured graph has it fixed.
+    """A dynamic size, or an integer argument, beside the batch size; a captured graph fixes it.
 
     Attributes:
-        label: how it is named: ``x.1`` is dimension 1 of argument ``x``, ``n`` an integer argument.
+        label: ``x.1`` is dimension 1 of argument ``x``, ``n`` an integer argument.
         labels: all its names, where several dimensions are equal.
         symbol: what guards call it.
         position, dim: where a call has it; ``dim`` is None for a number.
         low, high: values that the trace allows; None where there is no bound.
-        example: what the example had, which is captured if nothing else is asked for; None if the trace was not told.
+        example: what the example had, captured if nothing else is asked for; None if unknown.
     """
 
     label: str
@@ -74,8 +56,8 @@ class OtherSize:
     symbol: str
     position: int
     dim: int | None
-    low: int | None
-    high: int | None
+    low: int | None = None
+    high: int | None = None
     example: int | None = None
 
     def of(self, flat: Sequence[object]) -> int:
@@ -89,11 +71,11 @@ class ResultRule:
     """How one result of a padded replay becomes the result of the batch.
 
     Attributes:
-        dims: dimensions to trim to the batch size; none for a result that does not depend on it.
+        dims: dimensions to trim to the batch size.
         is_count: it is the batch size itself.
         argument: position of the argument that it is; None for a tensor of its own.
         earlier: number of an earlier result that it is.
-        computed: its size is computed from the batch size, so that only a batch of the captured size has it.
+        computed: its size is computed from the batch size: only the captured size has it.
     """
 
     dims: tuple[int, ...] = ()
@@ -113,14 +95,14 @@ class BatchShape:
         sizes: positions of arguments that are the batch size.
         numbers: position → label, for arguments that are another size.
         others: the other sizes.
-        equal: sizes that were declared to equal the batch size; a call in which one doesn't is not served from graphs.
+        equal: sizes declared to equal the batch size; a call in which one doesn't runs uncaptured.
         weights: position → path, for weights that are passed per call.
         results: one rule per result.
         symbols: what the trace calls the batch size; none where it has it as a number.
         low, high: batch sizes that the trace allows; None where there is no bound.
         guards: further conditions on sizes, as Python text over the symbols.
         symbol: what they call the batch size.
-        example: the batch size of the example; None if the trace was not told, or has it as a number.
+        example: the batch size of the example, if that is known.
     """
 
     names: tuple[str, ...]
@@ -159,24 +141,3 @@ class BatchShape:
             if symbols_in(guard) <= values.keys() and not evaluate(guard, values):
                 return f"the trace requires {guard}"
         return None
-
-
-def require_sizes(
-    shape: BatchShape, sizes: Sequence[int], others: Sequence[Mapping[str, int]]
-) -> None:
-    """Check that every size can be captured, with every combination of other sizes.
-
-    Raises:
-        ConfigError: one can't; the message says why.
-    """
-    for size in sizes:
-        for values in others:
-            why = shape.refusal(size, values)
-            if why is not None:
-                told = "".join(f" with {label}={value}" for label, value in values.items())
-                one = "for size 1 too, mark the batch dimension with torch._dynamo.decorators.mark_unbacked and compile again"
-                raise ConfigError(
-                    f"size {size}{told} can't be captured: {why}",
-                    where="capture sizes",
-                    hint=one if size == 1 else "capture sizes that the trace allows",
-                )

@@ -1,12 +1,8 @@
-"""What captures will take: in, a few measured sizes; out, an estimate for all of them, and the sizes that fit a budget.
-
-It never keeps what it captured to measure, and it never captures more than a few sizes.
-"""
+"""What captures will take, told from a few measured sizes, and the sizes that fit a budget."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from piecework.errors import StaticGraphError
@@ -21,7 +17,6 @@ from piecework.runtime.graphs.plan.phase import (
     capture_graphs,
     format_bytes,
 )
-from piecework.runtime.observe.tables import Table
 
 Kind = tuple[CUDAGraphMode, BatchDescriptor]
 
@@ -30,75 +25,61 @@ Kind = tuple[CUDAGraphMode, BatchDescriptor]
 class MemoryModel:
     """What capturing sizes of one kind of batch takes, largest first, into an empty pool.
 
-    The largest size pays for the pool, a fixed part and one per token; each size pays a step of its own (graph
-    objects, outputs that can't share), interpolated between the measured ones.
-
     Attributes:
-        bytes_per_token: what the pool takes for each token of the largest size.
-        steps: (size, bytes) of the measured steps, ascending.
-        fixed_bytes: what the pool takes whatever the size.
-        each: what the driver takes for the graphs of a size, whatever the size.
+        per_token: what the pool takes for each token of the largest size.
+        fixed: what the pool takes whatever the size.
+        steps: (size, bytes) that measured sizes add where a larger one is captured, ascending.
+        each: what the driver takes for the graphs of any size.
     """
 
-    bytes_per_token: float
+    per_token: float
+    fixed: float = 0.0
     steps: tuple[tuple[int, int], ...] = ()
-    fixed_bytes: float = 0.0
     each: float = 0.0
 
     @classmethod
     def fit(
-        cls,
-        measured: Mapping[int, int],
-        alone: tuple[int, int] | None = None,
-        each: float = 0.0,
+        cls, together: Mapping[int, int], alone: tuple[int, int], each: float = 0.0
     ) -> MemoryModel:
         """The model of measured sizes.
 
         Args:
-            measured: bytes by size, captured largest first.
-            alone: another size with its bytes when captured alone; tells the fixed part from the one per token.
-            each: what the driver takes for each size; not in ``measured``.
-
-        Raises:
-            StaticGraphError: nothing was measured.
+            together: bytes by size, captured largest first, without what the driver took.
+            alone: the smallest size with its bytes when captured alone; tells the fixed part.
+            each: what the driver takes for each size.
 
         Example:
-            >>> MemoryModel.fit({8: 900, 4: 100, 1: 100}, alone=(1, 200))
-            MemoryModel(bytes_per_token=100.0, steps=((1, 100), (4, 100)), fixed_bytes=0.0, each=0.0)
+            >>> MemoryModel.fit({8: 1050, 2: 50}, alone=(2, 450))
+            MemoryModel(per_token=100.0, fixed=200.0, steps=((2, 50),), each=0.0)
         """
-        if not measured:
-            raise StaticGraphError("no size was measured", where="memory estimate")
-        largest = max(measured)
-        steps = tuple(sorted((size, n) for size, n in measured.items() if size != largest))
-        pool = max(0, measured[largest] - (_interpolate(steps, largest) if steps else 0))
-        if alone is None or alone[0] == largest:
-            return cls(pool / largest, steps, each=each)
+        largest = max(together)
+        steps = tuple(sorted((size, n) for size, n in together.items() if size != largest))
+        pool = max(0, together[largest] - _interpolated(steps, largest))
         size, nbytes = alone
-        small = min(pool, max(0, nbytes - (_interpolate(steps, size) if steps else 0)))
+        if size == largest:
+            return cls(pool / largest, 0.0, steps, each)
+        small = min(pool, max(0, nbytes - _interpolated(steps, size)))
         slope = (pool - small) / (largest - size)
         fixed = max(0.0, small - slope * size)
-        return cls((pool - fixed) / largest, steps, fixed, each)
-
-    def pool(self, largest: int) -> float:
-        """What the pool takes where ``largest`` is the largest size."""
-        return self.fixed_bytes + self.bytes_per_token * largest
+        return cls((pool - fixed) / largest, fixed, steps, each)
 
     def step(self, size: int) -> int:
         """What ``size`` adds where a larger one is captured."""
-        return round(self.each) + (_interpolate(self.steps, size) if self.steps else 0)
+        return round(self.each) + _interpolated(self.steps, size)
 
 
-def cost_of(chosen: Mapping[Kind, Collection[int]], models: Mapping[Kind, MemoryModel]) -> int:
-    """What these sizes take together: the kinds share one pool, so only the most demanding pays for it.
+def _interpolated(points: Sequence[tuple[int, int]], at: int) -> int:
+    """The value at ``at`` on the line through at most two points, never below zero."""
+    if len(points) < 2:
+        return points[0][1] if points else 0
+    (x0, y0), (x1, y1) = points
+    return max(0, round(y0 + (y1 - y0) * (at - x0) / (x1 - x0)))
 
-    Example:
-        >>> kind = (CUDAGraphMode.FULL, BatchDescriptor(0))
-        >>> cost_of({kind: [8, 2]}, {kind: MemoryModel.fit({8: 900, 4: 100, 1: 100})})
-        1000
-    """
-    pool = max(
-        (models[kind].pool(max(sizes)) for kind, sizes in chosen.items() if sizes), default=0
-    )
+
+def cost_of(chosen: Mapping[Kind, Sequence[int]], models: Mapping[Kind, MemoryModel]) -> int:
+    """What these sizes take together: the kinds share one pool, which the most demanding pays."""
+    largest = [(models[kind], max(sizes)) for kind, sizes in chosen.items() if sizes]
+    pool = max((model.fixed + model.per_token * size for model, size in largest), default=0)
     return round(pool + sum(models[k].step(size) for k, sizes in chosen.items() for size in sizes))
 
 
@@ -120,17 +101,9 @@ class MemoryEstimate:
     def total(self) -> int:
         return sum(nbytes for _, nbytes in self.rows)
 
-    def table(self) -> Table:
-        """The estimate for a terminal."""
-        table = Table(title=f"Captures will take {format_bytes(self.total)}", title_justify="left")
-        table.add_column("mode")
-        table.add_column("graph")
-        table.add_column("memory", justify="right")
-        table.add_column("known by")
-        for (mode, descriptor), nbytes in self.rows:
-            how = "measured" if (mode, descriptor) in self.measured else "interpolated"
-            table.add_row(mode.name, descriptor.describe(), format_bytes(nbytes), how)
-        return table
+    def __str__(self) -> str:
+        measured = f"{len(self.measured)} of {len(self.rows)} sizes were measured"
+        return f"captures will take {format_bytes(self.total)} ({measured})"
 
 
 def estimate_memory(
@@ -141,16 +114,9 @@ def estimate_memory(
     warmups: int = 0,
     context_for: ContextFor | None = None,
 ) -> MemoryEstimate:
-    """Capture the smallest size of each kind, then its largest, middle and smallest, and tell what all will take.
+    """Capture the smallest size of each kind, then its largest, middle and smallest, and tell.
 
-    What was captured is forgotten again.
-
-    Args:
-        forward: as for ``capture_graphs``.
-        descs: what is planned, as the dispatcher lists it.
-        graphs: the owner; it must hold no captures yet, and holds none afterwards.
-        warmups: uncaptured runs before each capture.
-        context_for: as for ``capture_graphs``.
+    What was captured is forgotten again; arguments are those of ``capture_graphs``.
 
     Raises:
         StaticGraphError: there are captures already, or measuring failed.
@@ -162,138 +128,83 @@ def estimate_memory(
             hint="estimate first, or call clear_all_graphs()",
         )
     was_open = graphs.is_open
-    measured: dict[Key, int] = {}
+    measured: set[Key] = set()
+    models: dict[Kind, MemoryModel] = {}
     planned: dict[Kind, list[BatchDescriptor]] = {}
     for mode, group in descs:
         for descriptor in sorted(group, key=lambda d: -d.num_tokens):
             planned.setdefault(kind_of(mode, descriptor), []).append(descriptor)
-    models = {}
     for kind, group in planned.items():
         probes = [group[at] for at in sorted({0, len(group) // 2, len(group) - 1})]
-        found: list[dict[Key, int]] = []
-        driver: list[int] = []
+        found: list[dict[int, int]] = []
+        driver = 0  # it is told in coarse steps, so it is averaged over all that is captured
         for plan in ([probes[-1]], probes):
             try:
                 todo = [(kind[0], plan)]
                 capture_graphs(forward, todo, graphs, warmups=warmups, context_for=context_for)
-                driver.append(sum(record.driver_bytes for record in graphs.records))
-                found.append(_without_driver(graphs))
+                found.append(dict.fromkeys((each.num_tokens for each in plan), 0))
+                for record in graphs.records:
+                    driver += record.driver_bytes
+                    own = record.nbytes - record.driver_bytes + record.staged_bytes
+                    found[-1][record.descriptor.num_tokens] += own
             finally:
                 graphs.clear_all_graphs()
-                graphs.allow_capturing(was_open)
-        [(smallest, alone)], together = found[0].items(), found[1]
-        measured |= together
-        models[kind] = MemoryModel.fit(
-            {d.num_tokens: n for (_, d), n in together.items()},
-            (smallest[1].num_tokens, alone),
-            sum(driver) / (1 + len(probes)),
-        )
-    return MemoryEstimate(_rows(planned, models), frozenset(measured), models)
-
-
-def _without_driver(graphs: StaticGraphs) -> dict[Key, int]:
-    """What each descriptor added, but for what the driver took: that is told in coarse steps, so it is averaged over all of them."""
-    left = dict(graphs.bytes_by_descriptor())
-    for record in graphs.records:
-        left[record.mode, record.descriptor] -= record.driver_bytes
-    return left
-
-
-def _rows(
-    planned: Mapping[Kind, Sequence[BatchDescriptor]], models: Mapping[Kind, MemoryModel]
-) -> tuple[tuple[Key, int], ...]:
-    """Each descriptor with what it adds to those before it."""
+                graphs.is_open = was_open
+        [alone] = found[0].items()
+        measured.update((kind[0], each) for each in probes)
+        models[kind] = MemoryModel.fit(found[1], alone, driver / (1 + len(probes)))
     rows: list[tuple[Key, int]] = []
-    before: dict[Kind, list[int]] = {}
+    chosen: dict[Kind, list[int]] = {}
     spent = 0
     for kind, group in planned.items():
         for descriptor in group:
-            before.setdefault(kind, []).append(descriptor.num_tokens)
-            total = cost_of(before, models)
-            rows.append(((kind[0], descriptor), total - spent))
-            spent = total
-    return tuple(rows)
-
-
-def choose_within_budget(
-    sizes: Mapping[Kind, Collection[int]], models: Mapping[Kind, MemoryModel], budget_bytes: int
-) -> dict[Kind, tuple[int, ...]]:
-    """The sizes of each kind to capture with at most ``budget_bytes``.
-
-    First the largest size that every kind can have; where not even the smallest fits, the last kind goes. Then,
-    one by one, whatever saves most padding per byte.
-
-    Example:
-        >>> kind = (CUDAGraphMode.FULL, BatchDescriptor(0))
-        >>> models = {kind: MemoryModel(10.0, ((1, 100), (4, 100)))}
-        >>> choose_within_budget({kind: [1, 2, 4, 8]}, models, 300)[kind]
-        (4, 8)
-    """
-    chosen = _largest_that_fit(sizes, models, budget_bytes)
-    left = {(k, s) for k, own in chosen.items() for s in sizes[k] if s < own[0]}
-
-    def worth(each: tuple[Kind, int]) -> tuple[float, int]:
-        kind, size = each
-        saved = padding_of(chosen[kind]) - padding_of([*chosen[kind], size])
-        return saved / max(1, models[kind].step(size)), size
-
-    while left:
-        spent = cost_of(chosen, models)
-        affordable = [(k, s) for k, s in left if spent + models[k].step(s) <= budget_bytes]
-        if not affordable:
-            break
-        best = max(affordable, key=worth)
-        chosen[best[0]].append(best[1])
-        left.discard(best)
-    return {kind: tuple(sorted(own)) for kind, own in chosen.items()}
-
-
-def _largest_that_fit(
-    sizes: Mapping[Kind, Collection[int]], models: Mapping[Kind, MemoryModel], budget_bytes: int
-) -> dict[Kind, list[int]]:
-    kinds = [kind for kind, own in sizes.items() if own]
-    while kinds:
-        for cap in sorted({size for kind in kinds for size in sizes[kind]}, reverse=True):
-            below = {kind: [size for size in sizes[kind] if size <= cap] for kind in kinds}
-            first = {kind: [max(own, default=0)] for kind, own in below.items()}
-            if all(below.values()) and cost_of(first, models) <= budget_bytes:
-                return first
-        kinds.pop()
-    return {}
-
-
-def padding_of(sizes: Iterable[int]) -> int:
-    """Tokens of padding when each batch size up to the largest of ``sizes`` runs once."""
-    ordered = sorted(set(sizes))
-    gaps = (size - before for before, size in zip([0, *ordered], ordered, strict=False))
-    return sum(gap * (gap - 1) // 2 for gap in gaps)
+            chosen.setdefault(kind, []).append(descriptor.num_tokens)
+            spent, before = cost_of(chosen, models), spent
+            rows.append(((kind[0], descriptor), spent - before))
+    return MemoryEstimate(tuple(rows), frozenset(measured), models)
 
 
 def fit_budget(
     estimate: MemoryEstimate, dispatcher: CudagraphDispatcher, budget_bytes: int
 ) -> tuple[Key, ...]:
-    """Give up the descriptors that do not fit ``budget_bytes``, and return them."""
-    planned: dict[Kind, list[int]] = {}
+    """Give up the descriptors that do not fit ``budget_bytes``, and return them.
+
+    The largest sizes go while they alone take more; then, one by one, what saves least padding for
+    its bytes.
+    """
+    models, chosen = estimate.models, dict[Kind, list[int]]()
     for key, _ in estimate.rows:
-        planned.setdefault(kind_of(*key), []).append(key[1].num_tokens)
-    chosen = choose_within_budget(planned, estimate.models, budget_bytes)
-    dropped = [
-        key for key, _ in estimate.rows if key[1].num_tokens not in chosen.get(kind_of(*key), ())
-    ]
-    for mode, descriptor in dropped:
-        dispatcher.give_up(mode, descriptor)
+        chosen.setdefault(kind_of(*key), []).append(key[1].num_tokens)
+
+    def worth(kind: Kind, size: int) -> float:
+        less = [each for each in chosen[kind] if each != size]
+        return (_padding(less) - _padding(chosen[kind])) / max(1, models[kind].step(size))
+
+    while chosen and cost_of(chosen, models) > budget_bytes:
+        tops = {kind: [max(sizes)] for kind, sizes in chosen.items()}
+        if cost_of(tops, models) > budget_bytes:
+            largest = max(size for [size] in tops.values())
+            kind = next(kind for kind in reversed(tops) if tops[kind] == [largest])
+            chosen[kind].remove(largest)
+        else:
+            rest = [(kind, n) for kind, sizes in chosen.items() for n in sizes if [n] != tops[kind]]
+            kind, size = min(rest, key=lambda each: worth(*each))
+            chosen[kind].remove(size)
+        chosen = {kind: sizes for kind, sizes in chosen.items() if sizes}
+    keys = (key for key, _ in estimate.rows)
+    dropped = [k for k in keys if k[1].num_tokens not in chosen.get(kind_of(*k), ())]
+    for key in dropped:
+        dispatcher.give_up(*key)
     return tuple(dropped)
+
+
+def _padding(sizes: Iterable[int]) -> int:
+    """Tokens of padding when each batch size up to the largest of ``sizes`` runs once."""
+    ordered = sorted(sizes)
+    gaps = (size - before for before, size in zip([0, *ordered], ordered, strict=False))
+    return sum(gap * (gap - 1) // 2 for gap in gaps)
 
 
 def kind_of(mode: CUDAGraphMode, descriptor: BatchDescriptor) -> Kind:
     """The kind of a descriptor: what it is besides its size."""
     return mode, replace(descriptor, num_tokens=0, num_reqs=None)
-
-
-def _interpolate(points: Sequence[tuple[int, int]], at: int) -> int:
-    """The value at ``at`` on the line through the nearest points, never below zero."""
-    if len(points) == 1:
-        return points[0][1]
-    right = min(max(bisect_left(points, (at,)), 1), len(points) - 1)
-    (x0, y0), (x1, y1) = points[right - 1], points[right]
-    return max(0, round(y0 + (y1 - y0) * (at - x0) / (x1 - x0)))

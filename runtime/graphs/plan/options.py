@@ -1,7 +1,4 @@
-"""What is captured of a model, and how. In: a configuration, sizes and options. Out: a plan with nothing left open.
-
-It captures nothing, and changes neither the configuration nor the model.
-"""
+"""What is captured of a model, and how: the options, and the plan that they make of sizes."""
 
 from __future__ import annotations
 
@@ -11,10 +8,12 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+import torch.fx
 
+from piecework.codegen.graph.origin import nodes_of
 from piecework.errors import ConfigError, StaticGraphError, did_you_mean
 from piecework.runtime.batch.descriptor import BatchKind
 from piecework.runtime.batch.dispatcher import CudagraphDispatcher
@@ -28,59 +27,54 @@ from piecework.runtime.batch.sizes import (
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.graphs.memory.addresses import AddressPolicy
 from piecework.runtime.graphs.memory.owner import StaticGraphs
-from piecework.runtime.graphs.plan.batch_shape import BatchShape, OtherSize, require_sizes
-from piecework.runtime.graphs.plan.full_graphs import negotiated
+from piecework.runtime.graphs.plan.batch_shape import BatchShape
 from piecework.runtime.graphs.plan.phase import ContextFor, FailurePolicy
 from piecework.runtime.graphs.stage.slots import Number
-from piecework.runtime.splitting_op import GraphsOf
+from piecework.runtime.splitting_op import GraphsOf, registry
 
-_SWITCHES = (
-    "raise_interrupt",
-    "clone_outputs",
-    "strict",
-    "poison",
-    "put_back",
-    "check_addresses",
-    "mark_kernels",
-)
-_CALLS = ("kind_of", "join", "around", "context_for")
+_ORDER: tuple[GraphsOf, ...] = get_args(GraphsOf)
 
 
-def _is_mapping(value: object, fits: Callable[[Any], bool] = lambda each: True) -> bool:
-    return isinstance(value, Mapping) and all(map(fits, value.values()))
+def _maybe(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or fits(value)
 
 
-# What each option must be; those that are not here are checked where they are read, against the model.
+def _mapping_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, Mapping) and all(map(fits, value.values()))
+
+
+def _is_a(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kinds)
+
+
+# What each option must be; those that are not here are checked where they are read.
 _KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(_SWITCHES, ("True or False", lambda value: type(value) is bool)),
-    **dict.fromkeys(_CALLS, ("a function, or None", lambda v: v is None or callable(v))),
-    "pad": ("True, False or None", lambda value: value is None or type(value) is bool),
-    "runtime": (
-        "a RuntimeConfig, or None",
-        lambda value: value is None or isinstance(value, RuntimeConfig),
+    **dict.fromkeys(
+        ("raise_interrupt", "clone_outputs", "strict", "poison", "put_back", "check_addresses"),
+        ("True or False", lambda value: type(value) is bool),
     ),
+    "mark_kernels": ("True or False", lambda value: type(value) is bool),
+    **dict.fromkeys(
+        ("kind_of", "join", "around", "context_for"), ("a function, or None", _maybe(callable))
+    ),
+    "pad": ("True, False or None", _maybe(lambda value: type(value) is bool)),
+    "runtime": ("a RuntimeConfig, or None", _maybe(_is_a(RuntimeConfig))),
     "axes": (
         "a dict of lists of values",
-        lambda v: _is_mapping(v, lambda e: isinstance(e, Sequence) and type(e) is not str),
+        _mapping_of(lambda each: isinstance(each, Sequence) and type(each) is not str),
     ),
-    "other_sizes": ("a dict of lists of sizes", _is_mapping),
-    "warmups": (
-        "a number of runs, or None",
-        lambda value: value is None or (type(value) is int and value >= 0),
-    ),
+    "other_sizes": ("a dict of lists of sizes", _is_a(Mapping)),
+    "warmups": ("a number of runs, or None", _maybe(lambda v: type(v) is int and v >= 0)),
     "max_padding_factor": (
         "a number of at least 1, or None",
-        lambda v: v is None or (type(v) in (int, float) and 1 <= v < float("inf")),
+        _maybe(lambda v: type(v) in (int, float) and 1 <= v < float("inf")),
     ),
     "memory_of": (
         "the static_graphs.graphs of a captured model, or None",
-        lambda value: value is None or isinstance(value, StaticGraphs),
+        _maybe(_is_a(StaticGraphs)),
     ),
-    "pads": ("a dict of numbers", lambda v: _is_mapping(v, lambda e: isinstance(e, Number))),
-    "static": (
-        "a dict of tensors",
-        lambda v: _is_mapping(v, lambda e: isinstance(e, torch.Tensor)),
-    ),
+    "pads": ("a dict of numbers", _mapping_of(_is_a(bool, int, float, complex))),
+    "static": ("a dict of tensors", _mapping_of(_is_a(torch.Tensor))),
 }
 
 
@@ -89,43 +83,41 @@ class CaptureOptions:
     """How a stitched model is captured.
 
     Attributes:
-        mode: what is captured: the pieces, the whole forward, or both; by default the configuration's ``cudagraph_mode``, and
-            PIECEWISE where that is NONE.
-        runtime: the program's limits: largest batch, most requests, query length of a decode batch, adapters. Sizes are
-            resolved against it as by ``CompilationConfig.resolve``.
-        lora_counts: numbers of active adapters to capture for; none means one graph for any number.
+        mode: the pieces, the whole forward, or both; by default the configuration's
+            ``cudagraph_mode``, and PIECEWISE where that is NONE.
+        runtime: the program's limits, against which sizes are resolved.
+        lora_counts: numbers of active adapters to capture for; none: one graph for any number.
         axes: further axes of the descriptor, each with the values to capture.
-        other_sizes: for each dynamic size beside the batch size (``x.1``: dimension 1 of argument ``x``; ``n``: an integer
-            argument), the values to capture; or ``"batch"``, where it always equals the batch size and the trace did not see it.
-        kind_of: tells from the call's tensor arguments, by name, what kind of batch it is; by default the forward context's
-            ``batch`` tells.
+        other_sizes: values to capture of each dynamic size beside the batch size (``x.1``:
+            dimension 1 of argument ``x``; ``n``: an integer argument); or ``"batch"``, where it
+            always equals the batch size and the trace did not see it.
+        kind_of: tells from the call's tensor arguments, by name, what kind of batch it is; by
+            default the forward context's ``batch`` tells.
         address_policy: what becomes of fresh tensors that enter a captured piece.
-        warmups: uncaptured runs before each capture; by default the configuration's, and at least one on CUDA.
+        warmups: uncaptured runs before each capture; the configuration's, one on CUDA at least.
         on_failure: what a failed capture does.
-        raise_interrupt: raise ``KeyboardInterrupt`` again after Ctrl-C; what was captured serves either way.
-        max_padding_factor: a batch that would be padded to more than so many times its size runs uncaptured; None: it is padded to
-            the next captured size, however large.
+        raise_interrupt: raise ``KeyboardInterrupt`` again after Ctrl-C.
+        max_padding_factor: run a batch uncaptured that would be padded to more than so many times
+            its size; None: pad it to the next captured size, however large.
         clone_outputs: return copies; otherwise the next call overwrites what this one returned.
-        strict: a batch that falls back to running uncaptured although its size was to be captured is an error; so is a mode that an
-            operator can't be captured in, which is lowered otherwise.
-        join: called before each capture and each call that is served from graphs: lets the current stream wait for work that the
-            model queued on others.
-        around: opened around all captures, and around those of the estimate: the capture context of a communicator, which registers
-            the buffers that its graphs use when it is left.
-        memory_of: the ``static_graphs.graphs`` of another captured model: both use one pool, and one of them runs at a time.
+        strict: a batch that falls back to running uncaptured, and a mode that has to be lowered,
+            are errors.
+        join: called before each capture and each served call: lets the current stream wait for work
+            that the model queued on others.
+        around: opened around all captures: the capture context of a communicator.
+        memory_of: the ``static_graphs.graphs`` of another captured model: both use one pool, and
+            one of them runs at a time.
         pads: what fills the tail of each padded input, by its parameter's name; 0 by default.
-        static: arguments without the batch size that calls pass in the same memory each time, such as a KV cache: by parameter name,
-            the tensor itself. It is neither copied nor copied back; a call that passes another one is an error.
+        static: arguments without the batch size that calls pass in the same memory each time, such
+            as a KV cache, by parameter name; neither copied nor copied back.
         poison: pad floating inputs with NaN, to find out what reads beyond the batch (debugging).
-        pad: True says that rows of a batch are independent, so that it may be padded to the next captured size; where a try at the
-            capture finds another result, that is an error. False pads nothing. None pads what shows no sign of mixing rows, and
-            where the try holds. The try runs a small batch of random data alone and padded, eight uncaptured forwards.
+        pad: True says that rows are independent, so that a batch may be padded; where a try finds
+            another result, that is an error. False pads nothing. None pads what shows no
+            sign of mixing rows, where the try holds. The try makes eight small uncaptured forwards.
         context_for: makes the forward context of runs on dummy inputs.
-        put_back: copy what splitting ops write in runs on dummy inputs, and put it back after each; turn it off where the copies
-            take too much memory and nothing is in those buffers yet.
-        check_addresses: serve through pieces that check every address instead of through replay source (debugging).
-        mark_kernels: let kernels inside CUDA graphs carry layer and emitted line in traces, where torch and CUDA can; costs time while
-            capturing, and none in calls.
+        put_back: copy what splitting ops write in runs on dummy inputs, and put it back.
+        check_addresses: serve through pieces that check every address (debugging).
+        mark_kernels: let kernels inside CUDA graphs carry layer and emitted line in traces.
     """
 
     mode: CUDAGraphMode | str | None = None
@@ -155,11 +147,7 @@ class CaptureOptions:
 
     @classmethod
     def given(cls, options: Mapping[str, object]) -> CaptureOptions:
-        """The options that a caller gave by name.
-
-        Raises:
-            ConfigError: there is no such option.
-        """
+        """The options that a caller gave by name; a `ConfigError` where there is no such option."""
         known = [each.name for each in fields(cls)]
         for name in options:
             if name not in known:
@@ -178,35 +166,25 @@ class CaptureOptions:
 
     @property
     def same_as_batch(self) -> frozenset[str]:
-        """Labels of the sizes that were declared to equal the batch size.
-
-        Raises:
-            ConfigError: a size is declared as another word.
-        """
+        """Labels of the sizes that were declared to equal the batch size."""
         words = {k: v for k, v in self.other_sizes.items() if isinstance(v, str)}
-        wrong = sorted(label for label, word in words.items() if word != "batch")
-        if wrong:
-            raise ConfigError(
-                f"{wrong[0]} is {words[wrong[0]]!r}",
-                where="other_sizes",
-                hint="give the values to capture, or 'batch'",
-            )
+        for label, word in words.items():
+            if word != "batch":
+                raise ConfigError(
+                    f"{label} is {word!r}",
+                    where="other_sizes",
+                    hint="give the values to capture, or 'batch'",
+                )
         return frozenset(words)
 
 
-@dataclass(frozen=True, slots=True)
-class CapturePlan:
+class CapturePlan(NamedTuple):
     """What is captured.
 
-    Attributes:
-        mode: what decode and mixed batches use.
-        sizes: batch sizes, ascending.
-        others: combinations of other sizes, by label; one empty one if there are none.
-        dispatcher: which batch runs as what.
-        lowered: why that is less than the mode that was asked for; "" if it isn't.
+    ``others`` are combinations of other sizes by label, one empty one if there are none;
+    ``lowered`` says why that is less than the mode that was asked for, "" if it isn't.
     """
 
-    mode: CUDAGraphMode
     sizes: tuple[int, ...]
     others: tuple[Mapping[str, int], ...]
     dispatcher: CudagraphDispatcher
@@ -231,7 +209,12 @@ def plan_capture(
     """
     runtime = options.runtime
     lens = (1,) if runtime is None else tuple(runtime.query_lens)
-    asked = _mode(config, options)
+    asked = config.cudagraph_mode if options.mode is None else CUDAGraphMode.parse(options.mode)
+    if asked is CUDAGraphMode.NONE:
+        if options.mode is not None:
+            hint = "don't call capture()"
+            raise ConfigError("mode NONE captures nothing", where="mode", hint=hint)
+        asked = CUDAGraphMode.PIECEWISE
     mode, able, lowered = negotiated(asked, said, lens)
     if lowered and (options.strict or mode is CUDAGraphMode.NONE):
         raise StaticGraphError(
@@ -241,14 +224,12 @@ def plan_capture(
         )
     given = {label: v for label, v in options.other_sizes.items() if not isinstance(v, str)}
     values = _other_values(shape, given)
-    others = tuple(
-        dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())
-    )
-    chosen = _sizes(shape, config, mode, sizes, others, options.runtime)
-    clash = sorted(set(values) & set(options.axes))
-    if clash:
+    every = itertools.product(*values.values())
+    others = tuple(dict(zip(values, each, strict=True)) for each in every)
+    chosen = _sizes(shape, config, mode, sizes, others, runtime)
+    for clash in sorted(set(values) & set(options.axes)):
         raise ConfigError(
-            f"axis {clash[0]!r} is a size of the model",
+            f"axis {clash!r} is a size of the model",
             where="axes",
             hint="name sizes of the model in other_sizes, and axes of your own otherwise",
         )
@@ -266,28 +247,66 @@ def plan_capture(
         max_padding_factor=options.max_padding_factor,
     )
     for key in list(dispatcher.cudagraph_keys[CUDAGraphMode.FULL]):
-        # A batch that doesn't say how wide its requests are has the widest, so those widths stay known to the dispatcher.
-        if key.uniform and key.num_tokens // (key.num_reqs or 1) not in able:
+        # A batch that doesn't say how wide its requests are has the widest, so those widths stay
+        # known to the dispatcher. Decode sizes that follow from the others may be out of reach.
+        too_wide = key.uniform and key.num_tokens // (key.num_reqs or 1) not in able
+        reachable = key.num_tokens in chosen or _refused(shape, key.num_tokens, others) is None
+        if too_wide or not reachable:
             dispatcher.give_up(CUDAGraphMode.FULL, key)
-            continue
-        # Decode sizes that follow from the others; what was asked for by name is an error where it can't be.
-        if key.num_tokens not in chosen and _refused(shape, key.num_tokens, others):
-            dispatcher.give_up(CUDAGraphMode.FULL, key)
-    return CapturePlan(mode, chosen, others, dispatcher, lowered)
+    return CapturePlan(chosen, others, dispatcher, lowered)
 
 
-def _refused(shape: BatchShape, size: int, others: Sequence[Mapping[str, int]]) -> bool:
-    return any(shape.refusal(size, each) is not None for each in others)
+def full_graphs_of(split_gm: torch.fx.GraphModule, between: Iterable[str]) -> dict[str, GraphsOf]:
+    """Which whole forwards the operators in the submodules ``between`` say they can be in."""
+    operators = (node.target for _, node in nodes_of(split_gm, between))
+    found = [each for each in operators if isinstance(each, torch._ops.OpOverload)]
+    return {each._schema.name: registry.graphs_of(each) for each in found}
 
 
-def _mode(config: CompilationConfig, options: CaptureOptions) -> CUDAGraphMode:
-    if options.mode is None:
-        unset = config.cudagraph_mode is CUDAGraphMode.NONE
-        return CUDAGraphMode.PIECEWISE if unset else config.cudagraph_mode
-    mode = CUDAGraphMode.parse(options.mode)
-    if mode is CUDAGraphMode.NONE:
-        raise ConfigError("mode NONE captures nothing", where="mode", hint="don't call capture()")
-    return mode
+def negotiated(
+    mode: CUDAGraphMode, said: Mapping[str, GraphsOf], query_lens: Sequence[int]
+) -> tuple[CUDAGraphMode, tuple[int, ...], str]:
+    """The most of ``mode`` that every operator can be captured in.
+
+    Args:
+        said: operator → which whole forwards may be captured with it inside.
+        query_lens: tokens of each request in a decode batch, where drafts differ in width.
+
+    Returns:
+        The mode; the query lengths that decode graphs can have; and why these are less than asked.
+
+    Example:
+        >>> said = {"my::attention": "single_token_decode"}
+        >>> mode, lens, why = negotiated(CUDAGraphMode.FULL, said, (1, 4))
+        >>> mode.name, lens, why
+        ('FULL_AND_PIECEWISE', (1,), 'my::attention can be captured whole for single_token_decode only')
+    """
+    lens = tuple(query_lens)
+    weakest = min(said, key=lambda name: _ORDER.index(said[name]), default="")
+    if not mode.has_mode(CUDAGraphMode.FULL) or said.get(weakest, "always") == "always":
+        return mode, lens, ""
+    why = f"{weakest} can be captured whole for {said[weakest]} only"
+    able: tuple[int, ...] = ()
+    if said[weakest] == "uniform_decode":
+        able = lens
+    elif said[weakest] == "single_token_decode":
+        able = tuple(n for n in lens if n == 1)
+    mixed = mode.mixed_mode()
+    if not able:
+        if said[weakest] == "never":
+            why = f"{weakest} can't be captured in a whole forward"
+        return (CUDAGraphMode.PIECEWISE if mixed is CUDAGraphMode.FULL else mixed), lens, why
+    if mixed is CUDAGraphMode.FULL:
+        return CUDAGraphMode.FULL_AND_PIECEWISE, able, why
+    return mode, able, "" if able == lens else why
+
+
+def _refused(
+    shape: BatchShape, size: int, others: Sequence[Mapping[str, int]]
+) -> tuple[Mapping[str, int], str] | None:
+    """With which other sizes the trace serves no batch of ``size``, and why; None if with all."""
+    whys = ((each, shape.refusal(size, each)) for each in others)
+    return next(((each, why) for each, why in whys if why is not None), None)
 
 
 def _sizes(
@@ -311,55 +330,58 @@ def _sizes(
         wanted = asked.resolve(runtime).cudagraph_capture_sizes
     elif named is None:
         wanted = default_capture_sizes(config.max_cudagraph_capture_size or WORTH_CAPTURING)
-    found = tuple(wanted or ())
-    if named is not None:
-        require_sizes(shape, found, others)
-    else:  # steps that nobody asked for one by one
-        found = tuple(n for n in found if not _refused(shape, n, others))
+    found = []
+    for size in wanted or ():
+        refused = _refused(shape, size, others)
+        if refused is None:
+            found.append(size)
+        elif named is not None:  # else a step that nobody asked for
+            told = "".join(f" with {label}={value}" for label, value in refused[0].items())
+            one = (
+                "for size 1 too, mark the batch dimension with "
+                "torch._dynamo.decorators.mark_unbacked and compile again"
+            )
+            raise ConfigError(
+                f"size {size}{told} can't be captured: {refused[1]}",
+                where="capture sizes",
+                hint=one if size == 1 else "capture sizes that the trace allows",
+            )
     if not found:
         raise StaticGraphError("there is no size to capture", where="capture sizes")
-    return found
-
-
-def _marked(other: OtherSize) -> str:
-    """How to fix a dimension; the batch then has to be marked as well, since only marked dimensions are dynamic."""
-    argument, dot, dim = other.label.rpartition(".")
-    if not dot:
-        return ""
-    return (
-        f": torch._dynamo.mark_static({argument}, {dim}), and the batch dimension with "
-        "torch._dynamo.mark_dynamic"
-    )
+    return tuple(found)
 
 
 def _other_values(
     shape: BatchShape, given: Mapping[str, Sequence[int]]
 ) -> dict[str, tuple[int, ...]]:
-    """The values to capture of each other size, by its first label."""
+    """The values to capture of each other size, by its first label: those given, or the example's."""
     first = {label: each.label for each in shape.others for label in each.labels}
-    unknown = sorted(set(given) - set(first))
-    if unknown:
+    for label in sorted(set(given) - set(first)):
         raise ConfigError(
-            f"no dynamic size {unknown[0]!r} beside the batch size",
+            f"no dynamic size {label!r} beside the batch size",
             where="other_sizes",
             hint=f"there are: {', '.join(sorted(first)) or 'none'}",
         )
     found = {first[label]: tuple(dict.fromkeys(values)) for label, values in given.items()}
     for other in shape.others:
-        if other.label not in found and other.example is not None:
-            if other.example == shape.example and other.label.endswith(".0"):
+        where, example = f"input {other.label}", other.example
+        if other.label not in found and example is not None:
+            if example == shape.example and other.label.endswith(".0"):
                 raise StaticGraphError(
-                    "was as large as the batch in the example, and the trace does not say whether it always is",
-                    where=f"input {other.label}",
-                    hint=f"if it is, pass other_sizes={{{other.label!r}: 'batch'}}; if not, the values to capture, such as "
-                    f"other_sizes={{{other.label!r}: [{other.example}]}}",
+                    "was as large as the batch in the example, and may differ from it",
+                    where=where,
+                    hint=f"if it never does, pass other_sizes={{{other.label!r}: 'batch'}}; if it "
+                    f"may, the values to capture, such as other_sizes={{{other.label!r}: "
+                    f"[{example}]}}",
                 )
-            found[other.label] = (other.example,)
+            found[other.label] = (example,)
         if not found.get(other.label):
+            argument, dot, dim = other.label.rpartition(".")
+            static = f": torch._dynamo.mark_static({argument}, {dim})" if dot else ""
             raise StaticGraphError(
                 "is dynamic beside the batch size, and a captured graph fixes it",
-                where=f"input {other.label}",
-                hint=f"pass the values to capture, such as other_sizes={{{other.label!r}: [16]}}, or 'batch' for a size that "
-                f"always equals the batch size; or compile for one value of it{_marked(other)}",
+                where=where,
+                hint=f"pass the values to capture, such as other_sizes={{{other.label!r}: [16]}}, "
+                f"or 'batch' if it always equals that; or compile for one value of it{static}",
             )
     return {each.label: found[each.label] for each in shape.others}

@@ -1,18 +1,18 @@
-"""Whether batches may be padded to the next captured size. In: a program and how its graph depends on the batch size. Out: why not, or None.
+"""Whether batches may be padded to the next captured size, as declared by the caller and tried.
 
-A padded batch computes on rows that are not there, so each row must be computed from its own alone. The caller says so with
-``pad=True``; without a word, it is so if operators of others say so, no operator makes one value of all rows, and a try agrees. Either
-way, a small batch of random data is run alone and with tails that spread (NaN, huge numbers, others), and the rows are compared.
-A try is no proof, and is not taken for one where it can't see: see `mixing`.
+A padded batch computes on rows that are not there, so each row must be computed from its own alone.
+The caller says so with ``pad=True``; without a word, operators of others must say so, none of torch's
+may make one value of all rows, and nothing without rows may be written to. Either way, a small batch
+of random data is run alone and with tails that spread (NaN, huge numbers, others), and compared.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.fx
@@ -25,9 +25,8 @@ from piecework.runtime.graphs.plan.batch_shape import BatchShape, StagedInput
 from piecework.runtime.graphs.stage.slots import Number
 from piecework.runtime.splitting_op import registry
 
-_log = logging.getLogger(__name__)
 Run = Callable[[Sequence[torch.Tensor], int], Sequence[object]]
-# What takes a tensor for its shape, dtype and device alone, whether called as ``zeros_like`` or ``new_zeros``.
+# What takes a tensor for its shape, dtype and device alone, also as ``zeros_like`` or ``new_zeros``.
 _OF_SHAPE = ("empty", "zeros", "ones", "full")
 
 
@@ -43,7 +42,7 @@ class NotPadded:
 
 
 def never_padded(shape: BatchShape) -> str | None:
-    """Which result only a batch of the captured size has, whatever anybody says; None if there is none."""
+    """Which result only a batch of the captured size has, whatever anybody says, if there is one."""
     number = next((n for n, rule in enumerate(shape.results) if rule.computed), None)
     return None if number is None else f"result {number}: its size is computed from the batch size"
 
@@ -51,10 +50,7 @@ def never_padded(shape: BatchShape) -> str | None:
 def mixing(
     split_gm: torch.fx.GraphModule, shape: BatchShape, state: Collection[str]
 ) -> NotPadded | None:
-    """What forbids to pad where nobody said that rows are independent.
-
-    That is an operator of somebody's that does not say what it does with rows; one of torch's that makes a value without rows of
-    values with rows, such as a sum over them; and a write to what has no rows, which would keep rows that are not there.
+    """What forbids to pad where nobody said that rows are independent, as a try may miss it.
 
     Args:
         state: the model's tensors that the graph writes to, by path.
@@ -67,30 +63,29 @@ def mixing(
         if declared != "context" and _loses_rows(node, shape.symbols):
             return NotPadded(Reason.NOT_EXACT, f"{_told(node)} makes one value of all rows")
     if reads_context(split_gm):
-        text = "an operator reads the batch's real size from the forward context, so padding can't be tried: say pad=True"
+        text = "an operator reads the batch's real size from the forward context: say pad=True"
         return NotPadded(Reason.NOT_EXACT, text)
     written = [*state, *(each.name for each in shape.staged if each.written and each.dim is None)]
     if written:
-        return NotPadded(
-            Reason.NOT_EXACT, f"{written[0]} is written to, and would keep rows beyond the batch"
-        )
+        text = f"{written[0]} is written to, and would keep rows beyond the batch"
+        return NotPadded(Reason.NOT_EXACT, text)
     return None
 
 
 def reads_context(split_gm: torch.fx.GraphModule) -> bool:
-    """Whether an operator reads the batch's real size from the forward context, which knows no made-up batch."""
+    """Whether an operator reads the batch's real size from the forward context."""
     return any(_declared(node) == "context" for node in _calls(split_gm))
 
 
 def _calls(split_gm: torch.fx.GraphModule) -> Iterator[torch.fx.Node]:
-    """All calls of functions and methods in the submodules, and in the bodies of higher-order operators."""
+    """All calls of functions and methods in the submodules, and in higher-order operators."""
     for module in split_gm.modules():
         if isinstance(module, torch.fx.GraphModule) and module is not split_gm:
             yield from (n for n in module.graph.nodes if n.op in ("call_function", "call_method"))
 
 
 def _declared(node: torch.fx.Node) -> str | None:
-    """What an operator says of its rows; "" for torch's own, which are looked at instead."""
+    """What an operator says of its rows; "" for torch's own, which the try looks at."""
     target = node.target
     if isinstance(target, torch._ops.OpOverloadPacket):
         target = getattr(target, target.overloads()[0])
@@ -101,19 +96,17 @@ def _declared(node: torch.fx.Node) -> str | None:
 
 def _loses_rows(node: torch.fx.Node, symbols: Collection[str]) -> bool:
     """Whether a tensor without rows is made of the values of one that has rows."""
-    if _name(node).removeprefix("new_").startswith(_OF_SHAPE):
-        return False
     taken = [value_of(each) for each in node.all_input_nodes]
-    if node.target is operator.getitem and not isinstance(taken[0], torch.Tensor):
-        return False  # of results that were looked at
+    if _name(node).removeprefix("new_").startswith(_OF_SHAPE) or (
+        node.target is operator.getitem and not isinstance(taken[0], torch.Tensor)
+    ):
+        return False
+
+    def has_rows(tensor: torch.Tensor) -> bool:
+        return any(not set(torch_compat.symbols_of(n)).isdisjoint(symbols) for n in tensor.shape)
+
     made = _tensors(value_of(node))
-    return any(_has_rows(each, symbols) for each in _tensors(taken)) and not all(
-        _has_rows(each, symbols) for each in made
-    )
-
-
-def _has_rows(tensor: torch.Tensor, symbols: Collection[str]) -> bool:
-    return any(not set(torch_compat.symbols_of(n)).isdisjoint(symbols) for n in tensor.shape)
+    return any(map(has_rows, _tensors(taken))) and not all(map(has_rows, made))
 
 
 def _tensors(value: object) -> list[torch.Tensor]:
@@ -134,15 +127,11 @@ def _told(node: torch.fx.Node) -> str:
 # --- the try -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Data:
-    """What one try is made of; None: random numbers, and whole numbers of 0 and 1, which point at something wherever anything does.
+class _Data(NamedTuple):
+    """What one try is made of; None: random numbers, which are 0 and 1 where they are whole.
 
-    Attributes:
-        whole: whole numbers and truth values of the batch.
-        tail: floating values behind it.
-        whole_tail: whole numbers and truth values behind it.
-        as_served: the tail is what calls are padded with.
+    Whole numbers of the batch; floating values behind it; whole numbers behind it; and whether the
+    tail is what calls are padded with.
     """
 
     whole: int | None
@@ -166,13 +155,13 @@ def padded_difference(
     pads: Mapping[str, Number],
     run: Run,
 ) -> str | None:
-    """Which result of a small batch is another one where the batch is padded; None if none is, or no size is padded to.
+    """Which result of a small batch is another one where the batch is padded, if one is.
 
     Args:
         sizes: the captured sizes.
         others: the other sizes, by label.
         pads: what fills tails, by the input's name; 0 by default.
-        run: runs the model uncaptured on the staged tensors of a batch of a size, and returns its flat results.
+        run: runs the model uncaptured on the tensors of a batch of a size: its flat results.
 
     Raises:
         Exception: whatever the model raises on such data.
@@ -183,31 +172,30 @@ def padded_difference(
     count, padded = chosen
     found: list[str | None] = []
     for data in _TRIES:  # all of them: ranks that run together make as many forwards each
-        rows = [_rows(each, others, count, data) for each in shape.staged]
-        tails = [
-            _with_tail(x, each, padded - count, data, pads)
-            for x, each in zip(rows, shape.staged, strict=True)
-        ]
+        rows = [_drawn(x, x.sizes(count, others), None, data.whole, seed=0) for x in shape.staged]
+        pairs = zip(rows, shape.staged, strict=True)
+        tails = [_with_tail(x, each, padded - count, data, pads) for x, each in pairs]
         alone, beside = run(rows, count), run(tails, padded)
-        found.append(_difference(shape, count, alone, rows, beside, tails))
+        found.append(_difference(shape, count, (alone, rows), (beside, tails)))
     return next((each for each in found if each is not None), None)
 
 
 def _difference(
     shape: BatchShape,
     count: int,
-    alone: Sequence[object],
-    rows: Sequence[torch.Tensor],
-    padded: Sequence[object],
-    tails: Sequence[torch.Tensor],
+    alone: tuple[Sequence[object], Sequence[torch.Tensor]],
+    padded: tuple[Sequence[object], Sequence[torch.Tensor]],
 ) -> str | None:
     for index, rule in enumerate(shape.results):
-        counted = rule.is_count or rule.computed
-        if not counted and not same_values(alone[index], _front(padded[index], rule.dims, count)):
+        if rule.is_count or rule.computed:
+            continue
+        if not same_values(alone[0][index], _front(padded[0][index], rule.dims, count)):
             return f"result {index}"
     for number, each in enumerate(shape.staged):
         dims = () if each.dim is None else (each.dim,)
-        if each.written and not same_values(rows[number], _front(tails[number], dims, count)):
+        if each.written and not same_values(
+            alone[1][number], _front(padded[1][number], dims, count)
+        ):
             return f"argument {each.name}, which is written to,"
     return None
 
@@ -215,7 +203,7 @@ def _difference(
 def _sizes_to_try(
     shape: BatchShape, sizes: Sequence[int], others: Mapping[str, int]
 ) -> tuple[int, int] | None:
-    """A batch, and a captured size of about twice as many rows: what depends on their number then differs most."""
+    """A batch, and a captured size of about twice as many rows: what mixes them differs most."""
     for padded in sorted(sizes, key=lambda size: (size < 3, size)):
         counts = range(max(shape.low, 1), padded)
         for count in sorted(counts, key=lambda n: (n < 2, abs(n - padded // 2))):
@@ -231,24 +219,19 @@ def _front(value: object, dims: Sequence[int], count: int) -> object:
     return value
 
 
-def _rows(each: StagedInput, others: Mapping[str, int], count: int, data: _Data) -> torch.Tensor:
-    return each.as_traced(_drawn(each, each.sizes(count, others), None, data.whole, seed=0))
-
-
 def _with_tail(
     rows: torch.Tensor, each: StagedInput, more: int, data: _Data, pads: Mapping[str, Number]
 ) -> torch.Tensor:
-    """The rows with ``more`` behind them, in the layout of the trace; what the caller pads with is said to be right."""
+    """The rows with ``more`` behind them; what the caller pads with is said to be right."""
     if each.dim is None:
-        return rows.clone(memory_format=torch.preserve_format)
-    dim, plain = each.in_memory.index(each.dim), rows.permute(each.in_memory)
-    shape = list(plain.shape)
-    shape[dim] = more
+        return rows.clone()
+    shape = list(rows.shape)
+    shape[each.dim] = more
     if data.as_served or each.name in pads:
-        tail = plain.new_full(shape, pads.get(each.name, 0))
+        tail = rows.new_full(shape, pads.get(each.name, 0))
     else:
         tail = _drawn(each, shape, data.tail, data.whole_tail, seed=1)
-    return each.as_traced(torch.cat([plain, tail], dim))
+    return torch.cat([rows, tail], each.dim)
 
 
 def _drawn(
@@ -273,8 +256,8 @@ _POINT_INSIDE = (*_OF_SHAPE, "arg", "topk", "sort", "max", "min", "searchsorted"
 def may_point_beyond(split_gm: torch.fx.GraphModule) -> str | None:
     """The operator for which made-up data may point beyond a table; None if there is none.
 
-    A CPU raises there; on a GPU it ends the process's use of the device. What is drawn are zeros and ones, so a table of two rows
-    is safe; whole numbers that are made of floats can be any.
+    A CPU raises there; on a GPU it ends the process's use of the device. Whole numbers that are
+    drawn are 0 and 1, so a table of two rows is safe; those that are made of floats can be any.
     """
     for node in _calls(split_gm):
         name = _name(node)
@@ -284,7 +267,8 @@ def may_point_beyond(split_gm: torch.fx.GraphModule) -> str | None:
         makes = any(map(_is_whole, _tensors(value_of(node)))) and not indexes
         if floats and makes and not name.removeprefix("new_").startswith(_POINT_INSIDE):
             return f"{_told(node)} makes whole numbers of floats"
-        if indexes and any(map(_is_whole, taken)) and any(map(_is_small, floats)):
+        single = any(type(n) is int and n < 2 for each in floats for n in each.shape)
+        if indexes and any(map(_is_whole, taken)) and single:
             return f"{_told(node)} may index a single row"
     return None
 
@@ -292,7 +276,3 @@ def may_point_beyond(split_gm: torch.fx.GraphModule) -> str | None:
 def _is_whole(tensor: torch.Tensor) -> bool:
     inexact = tensor.is_floating_point() or tensor.is_complex()
     return not inexact and tensor.dtype is not torch.bool
-
-
-def _is_small(table: torch.Tensor) -> bool:
-    return any(type(size) is int and size < 2 for size in table.shape)

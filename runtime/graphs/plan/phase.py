@@ -1,6 +1,6 @@
-"""The capture phase: in, what to capture and a way to run one forward; out, captured graphs and a report.
+"""The capture phase: every descriptor captured, largest first, and a report of what became of it.
 
-It never leaves half of a descriptor behind: an interrupted or failed one is forgotten, and given up where batches are dispatched.
+It never leaves half of a descriptor behind: a failed one is forgotten, and no longer dispatched to.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from piecework.errors import ConfigError, PieceworkError, StaticGraphError
+from piecework.runtime.batch.coverage import aligned
 from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.dispatcher import CudagraphDispatcher
 from piecework.runtime.batch.forward_context import set_forward_context
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.graphs.memory.owner import StaticGraphs
-from piecework.runtime.observe.tables import Table
 
 Key = tuple[CUDAGraphMode, BatchDescriptor]
 Forward = Callable[[BatchDescriptor], object]
@@ -34,11 +34,7 @@ class FailurePolicy(enum.Enum):
 
     @classmethod
     def parse(cls, value: FailurePolicy | str) -> FailurePolicy:
-        """The policy with this name.
-
-        Raises:
-            ConfigError: nothing has that name; the message lists the names.
-        """
+        """The policy with this name; a `ConfigError` that lists the names if there is none."""
         try:
             return cls(value)
         except ValueError:
@@ -63,8 +59,6 @@ class CaptureOutcome:
     """What became of one descriptor.
 
     Attributes:
-        mode: PIECEWISE or FULL.
-        descriptor: the batch shape.
         seconds: warm-ups and capture together.
         nbytes: memory that it added.
         pieces: how many pieces were captured.
@@ -88,19 +82,19 @@ class CaptureOutcome:
     def text(self) -> str:
         """``PIECEWISE tokens=4: captured, 0.03 s``, or why it was not."""
         result = "captured" if self.captured else f"not captured: {self.error}"
-        return f"{self.mode.name} {self.descriptor.describe()}: {result}, {self.seconds:.2f} s"
+        return f"{text_of((self.mode, self.descriptor))}: {result}, {self.seconds:.2f} s"
 
 
 @dataclass(frozen=True, slots=True)
 class CaptureReport:
-    """The whole capture phase.
+    """The whole capture phase; ``str`` of it is a table.
 
     Attributes:
         outcomes: one per descriptor, in the order of capture.
         skipped: descriptors that were not reached.
         interrupted: the phase was stopped by Ctrl-C.
         nbytes: what the captures hold.
-        unmarked: why kernels inside the graphs don't carry what they stand for; "" where they do.
+        unmarked: why kernels inside the graphs don't carry what they stand for; "" if they do.
     """
 
     outcomes: tuple[CaptureOutcome, ...]
@@ -117,26 +111,20 @@ class CaptureReport:
     def seconds(self) -> float:
         return sum(outcome.seconds for outcome in self.outcomes)
 
-    def table(self) -> Table:
-        """The report for a terminal."""
-        caption = f"kernels carry no layer: {self.unmarked}" if self.unmarked else None
-        table = Table(title="Captured graphs", title_justify="left", caption=caption)
-        for heading in ("mode", "graph", "pieces", "seconds", "memory", "note"):
-            right = heading in ("pieces", "seconds", "memory")
-            table.add_column(heading, justify="right" if right else "left")
-        for outcome in self.outcomes:
-            note = "; ".join(outcome.eager) if outcome.captured else f"[red]{outcome.error}[/]"
-            table.add_row(
-                outcome.mode.name,
-                outcome.descriptor.describe(),
-                str(outcome.pieces),
-                f"{outcome.seconds:.2f}",
-                format_bytes(outcome.nbytes),
-                note,
-            )
-        for mode, descriptor in self.skipped:
-            table.add_row(mode.name, descriptor.describe(), "0", "", "", "[yellow]not reached[/]")
-        return table
+    def __str__(self) -> str:
+        rows = [("graph", "pieces", "seconds", "memory", "note")]
+        for each in self.outcomes:
+            key, size = (each.mode, each.descriptor), format_bytes(each.nbytes)
+            note = "; ".join(each.eager) if each.captured else str(each.error)
+            rows.append((text_of(key), str(each.pieces), f"{each.seconds:.2f}", size, note))
+        rows += [(text_of(key), "0", "", "", "not reached") for key in self.skipped]
+        caption = f"\nkernels carry no layer: {self.unmarked}" if self.unmarked else ""
+        return aligned(rows) + caption
+
+
+def text_of(key: Key) -> str:
+    """``PIECEWISE tokens=4``."""
+    return f"{key[0].name} {key[1].describe()}"
 
 
 def capture_graphs(
@@ -154,24 +142,24 @@ def capture_graphs(
 ) -> CaptureReport:
     """Capture every descriptor, largest first, and close capturing.
 
-    Each descriptor is run ``warmups`` times uncaptured and then once in its mode; the wrappers inside capture.
+    Each is run ``warmups`` times uncaptured and then once in its mode; the wrappers inside capture.
     Garbage that exists beforehand is frozen, so that the collections between captures are short.
 
     Args:
-        forward: runs the model once on (dummy) inputs of the descriptor's shape, staged as in serving.
+        forward: runs the model once on (dummy) inputs of the descriptor's shape.
         descs: what to capture, as ``CudagraphDispatcher.get_capture_descs()`` returns it.
         graphs: the owner of what the wrappers capture.
         warmups: uncaptured runs before each capture.
-        context_for: makes the forward context of a run; by default one without attention metadata.
+        context_for: makes the forward context of a run; by default one with no metadata.
         dispatcher: told which keys will never be captured.
         on_failure: what a failed capture does.
-        raise_interrupt: raise ``KeyboardInterrupt`` again after cleaning up; otherwise the report tells.
+        raise_interrupt: raise ``KeyboardInterrupt`` again after cleaning up; else the report tells.
         watcher: shows progress.
         affordable: asked before each capture; what it refuses is given up.
 
     Raises:
-        StaticGraphError: a capture failed under ``FailurePolicy.RAISE``; it names piece and descriptor, and
-            everything captured before it stays usable.
+        StaticGraphError: a capture failed under ``FailurePolicy.RAISE``; what was captured before
+            it stays usable.
         KeyboardInterrupt: Ctrl-C, likewise.
 
     Example:
@@ -182,89 +170,93 @@ def capture_graphs(
         >>> graphs.addresses.register_persistent("x", x)
         >>> model = CUDAGraphWrapper(lambda x: x + 1, None, CUDAGraphMode.FULL, graphs=graphs)
         >>> sizes = [BatchDescriptor(4), BatchDescriptor(2)]
-        >>> report = capture_graphs(lambda d: model(x[: d.num_tokens]), [(CUDAGraphMode.FULL, sizes)], graphs)
+        >>> todo = [(CUDAGraphMode.FULL, sizes)]
+        >>> report = capture_graphs(lambda d: model(x[: d.num_tokens]), todo, graphs)
         >>> len(report.captured)
         2
     """
     on_failure = FailurePolicy.parse(on_failure)
-    run = _Run(forward, graphs, warmups, context_for or plain_context)
-    keys = [
-        (mode, each) for mode, group in descs for each in sorted(group, key=lambda d: -d.num_tokens)
-    ]
+    context_for = context_for or plain_context
+    left = [(mode, d) for mode, group in descs for d in sorted(group, key=lambda d: -d.num_tokens)]
     outcomes: list[CaptureOutcome] = []
-    left = list(keys)
     stop: BaseException | None = None
     if watcher is not None:
-        watcher.started(len(keys))
+        watcher.started(len(left))
+
+    def give_up(keys: Iterable[Key]) -> None:
+        for key in keys if dispatcher is not None else ():
+            dispatcher.give_up(*key)  # type: ignore[union-attr]
+
     try:
         with graphs.capturing(), frozen_garbage():
-            for mode, descriptor in keys:
-                if affordable is not None and not affordable((mode, descriptor)):
-                    _give_up(dispatcher, [left.pop(0)])
+            while left:
+                key = left[0]
+                if affordable is not None and not affordable(key):
+                    give_up([left.pop(0)])
                     continue
-                outcome = run.capture(mode, descriptor)
-                left.pop(0)
+                outcome = _capture(key, forward, graphs, warmups, context_for)
                 outcomes.append(outcome)
+                left.pop(0)
                 if watcher is not None:
                     watcher.finished(outcome, graphs.nbytes)
                 if outcome.error is not None:
-                    _give_up(dispatcher, [(mode, descriptor)])
+                    give_up([key])
                     if on_failure is FailurePolicy.RAISE:
                         raise outcome.error
     except (PieceworkError, KeyboardInterrupt) as error:
         stop = error
     finally:
-        skipped = tuple(left)
-        _give_up(dispatcher, skipped)
+        give_up(left)
         if watcher is not None:
             watcher.ended()
     interrupted = isinstance(stop, KeyboardInterrupt)
     if stop is not None and (raise_interrupt or not interrupted):
         raise stop
-    return CaptureReport(tuple(outcomes), skipped, interrupted, graphs.nbytes, graphs.unmarked)
+    return CaptureReport(tuple(outcomes), tuple(left), interrupted, graphs.nbytes, graphs.unmarked)
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """What one descriptor's capture needs, the same for all of them."""
-
-    forward: Forward
-    graphs: StaticGraphs
-    warmups: int
-    context_for: ContextFor
-
-    def capture(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> CaptureOutcome:
-        """Warm up and capture; on any failure forget what was captured of this descriptor."""
-        start = time.perf_counter()
-        first_record = len(self.graphs.records)
-        error = None
-        try:
-            for run_mode in (CUDAGraphMode.NONE,) * self.warmups + (mode,):
-                with self.context_for(run_mode, descriptor):
-                    self.forward(descriptor)
-            self.graphs.platform.synchronize()
-            records = self.graphs.records[first_record:]
-            if not records:
-                raise StaticGraphError(
-                    "the forward captured nothing",
-                    where=f"{mode.name} {descriptor.describe()}",
-                    hint="wrap the model or its pieces for this mode, and warm up as often as they expect",
-                )
-        except Exception as failure:  # noqa: BLE001 - a user's forward; reported, raised by policy
-            self.graphs.discard(mode, descriptor)
-            error, records = _explained(failure, mode, descriptor), []
-        except BaseException:
-            self.graphs.discard(mode, descriptor)
-            raise
-        return CaptureOutcome(
-            mode,
-            descriptor,
-            time.perf_counter() - start,
-            sum(record.nbytes + record.staged_bytes for record in records),
-            sum(record.eager_reason is None for record in records),
-            tuple(f"{r.name}: {r.eager_reason}" for r in records if r.eager_reason is not None),
-            error,
+def _capture(
+    key: Key, forward: Forward, graphs: StaticGraphs, warmups: int, context_for: ContextFor
+) -> CaptureOutcome:
+    """Warm up and capture; on any failure forget what was captured of this descriptor."""
+    mode, descriptor = key
+    start, first = time.perf_counter(), len(graphs.records)
+    error: PieceworkError | None = None
+    try:
+        for run_mode in (CUDAGraphMode.NONE,) * warmups + (mode,):
+            with context_for(run_mode, descriptor):
+                forward(descriptor)
+        graphs.platform.synchronize()
+        if not graphs.records[first:]:
+            raise StaticGraphError(
+                "the forward captured nothing",
+                where=text_of(key),
+                hint="wrap the model or its pieces for this mode, and warm up as they expect",
+            )
+    except PieceworkError as failure:
+        error = failure
+        graphs.discard(*key)
+    except Exception as failure:  # noqa: BLE001 - a user's forward; reported, raised by policy
+        graphs.discard(*key)
+        error = StaticGraphError(
+            f"the forward failed while it was captured: {type(failure).__name__}: {failure}",
+            where=text_of(key),
+            hint="run this batch shape uncaptured to see whether the model itself fails",
         )
+        error.__cause__ = failure
+    except BaseException:
+        graphs.discard(*key)
+        raise
+    records = graphs.records[first:] if error is None else []
+    return CaptureOutcome(
+        mode,
+        descriptor,
+        time.perf_counter() - start,
+        sum(record.nbytes + record.staged_bytes for record in records),
+        sum(record.eager_reason is None for record in records),
+        tuple(f"{r.name}: {r.eager_reason}" for r in records if r.eager_reason is not None),
+        error,
+    )
 
 
 @contextmanager
@@ -304,23 +296,3 @@ def plain_context(
 ) -> AbstractContextManager[object]:
     """A forward context that says no more than mode and descriptor."""
     return set_forward_context(cudagraph_runtime_mode=mode, batch_descriptor=descriptor)
-
-
-def _give_up(dispatcher: CudagraphDispatcher | None, keys: Iterable[Key]) -> None:
-    if dispatcher is not None:
-        for mode, descriptor in keys:
-            dispatcher.give_up(mode, descriptor)
-
-
-def _explained(
-    failure: Exception, mode: CUDAGraphMode, descriptor: BatchDescriptor
-) -> PieceworkError:
-    if isinstance(failure, PieceworkError):
-        return failure
-    error = StaticGraphError(
-        f"the forward failed while it was captured: {type(failure).__name__}: {failure}",
-        where=f"{mode.name} {descriptor.describe()}",
-        hint="run this batch shape uncaptured to see whether the model itself fails",
-    )
-    error.__cause__ = failure
-    return error

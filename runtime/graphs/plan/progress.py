@@ -1,23 +1,16 @@
-"""How a capture phase looks while it runs: in, outcomes; out, a progress bar on a terminal, plain lines elsewhere.
-
-It never decides anything: the capture loop runs the same without it.
-"""
+"""How a capture phase looks while it runs: a bar on a terminal, a line per descriptor elsewhere."""
 
 from __future__ import annotations
 
 from rich.console import Console
 from rich.progress import TextColumn, TimeRemainingColumn
 
-from piecework.runtime.graphs.plan.phase import CaptureOutcome, format_bytes
+from piecework.runtime.graphs.plan.phase import CaptureOutcome, format_bytes, text_of
 from piecework.runtime.observe.progress import StepBar
 
 
 class CaptureProgress:
-    """A bar with the time left and the memory held, or one line per descriptor where there is no terminal.
-
-    Args:
-        console: where to draw.
-    """
+    """A bar with the time left and the memory held, or plain lines where there is no terminal."""
 
     def __init__(self, console: Console) -> None:
         held = TextColumn("{task.fields[memory]}")
@@ -27,8 +20,8 @@ class CaptureProgress:
         self._bar.started(total, memory=format_bytes(0))
 
     def finished(self, outcome: CaptureOutcome, held_bytes: int) -> None:
-        what = f"{outcome.mode.name} {outcome.descriptor.describe()}"
         memory = format_bytes(held_bytes)
+        what = text_of((outcome.mode, outcome.descriptor))
         self._bar.finished(what, f"{outcome.text}, {memory} held", memory=memory)
 
     def ended(self) -> None:

@@ -1,1 +1,1 @@
-"""A model served from static graphs: which capture serves a call, replay source, reports. Entry point: `model.CapturedModel`."""
+"""A captured model at work: what is captured of it, which graph serves a call, what it says."""

@@ -1,7 +1,4 @@
-"""Which graph serves one call. In: a call's flat arguments and the forward context. Out: the step that serves it, counted by what it ran as and why.
-
-It asks the dispatcher once per kind of batch and remembers the answer.
-"""
+"""Which graph serves a call, asked of the dispatcher once per kind of batch; and the counts of calls."""
 
 from __future__ import annotations
 
@@ -18,17 +15,24 @@ from piecework.runtime.graphs.plan.options import CaptureOptions
 from piecework.runtime.graphs.plan.phase import Key
 from piecework.runtime.graphs.serve.report import CallRow
 
+_ALWAYS = {
+    "shared": "an argument that is written to shares memory with another",
+    "busy": "another call is using the graphs, in a thread or around this one",
+    "inside": "somebody else captures this call, and a replay can't be captured",
+    "skipped": "the forward context skips graphs",
+    "told": "the forward context says mode NONE for this descriptor",
+    "empty": "the batch is empty",
+    "unequal": "a size that was declared to equal the batch size doesn't",
+}
+
 
 @dataclass(eq=False, slots=True)
 class Step:
     """How calls of one kind are served.
 
     Attributes:
-        call: takes the tensor arguments and returns the static results; None runs the model uncaptured.
+        call: takes the tensor arguments, returns the static results; None runs uncaptured.
         padded: the captured size.
-        mode: what the graph is.
-        descriptor: which graph.
-        reason: why these calls are served by it.
         bring_back: copies written arguments back, if there are any.
         calls: how many were served.
         count: their batch size, where that is known.
@@ -52,16 +56,8 @@ class Step:
 class Calls:
     """Finds the step of each call.
 
-    Args:
-        shape: where calls have their sizes.
-        dispatcher: which batch runs as what.
-        ready: what serves each captured descriptor.
-        options: ``kind_of`` is read.
-
     Attributes:
-        shared: counts calls that ran uncaptured as a written argument shared memory with another.
-        busy: counts calls that ran uncaptured as another call was using the graphs' memory.
-        inside: counts calls that ran uncaptured as somebody else was capturing them.
+        always: counts calls that run uncaptured whatever their size, by `_ALWAYS`.
     """
 
     def __init__(
@@ -78,15 +74,7 @@ class Calls:
         self._asks = bool(shape.others or shape.equal) or options.kind_of is not None
         self._steps: dict[object, Step] = {}
         self._finished: list[Step] = []
-        self.shared = _uncaptured("an argument that is written to shares memory with another")
-        self.busy = _uncaptured("another call is using the graphs, in a thread or around this one")
-        self.inside = _uncaptured(
-            "somebody else captures this call, and a replay can't be captured"
-        )
-        self._skipped = _uncaptured("the forward context skips graphs")
-        self._told = _uncaptured("the forward context says mode NONE for this descriptor")
-        self._empty = _uncaptured("the batch is empty")
-        self._unequal = _uncaptured("a size that was declared to equal the batch size doesn't")
+        self.always = {name: _uncaptured(reason) for name, reason in _ALWAYS.items()}
 
     def step_for(self, flat: Sequence[object]) -> tuple[Step, int]:
         """What serves a call, and its batch size."""
@@ -100,11 +88,11 @@ class Calls:
 
     def _asked(self, count: int, context: ForwardContext | None, flat: Sequence[object]) -> Step:
         if any(each.of(flat) != count for each in self._shape.equal):
-            return self._unequal
+            return self.always["unequal"]
         kind = PLAIN
         if context is not None:
             if context.skip_cuda_graphs:
-                return self._skipped
+                return self.always["skipped"]
             if context.batch_descriptor is not None:
                 return self._chosen(count, context.cudagraph_runtime_mode, context.batch_descriptor)
             kind = context.batch or kind
@@ -118,13 +106,9 @@ class Calls:
         return self._find(count, kind, key) if step is None else step
 
     def _find(self, count: int, kind: BatchKind, key: object) -> Step:
-        """Ask the dispatcher, and remember the answer.
-
-        Raises:
-            StaticGraphError: ``strict``, and the batch would fall back to running uncaptured.
-        """
+        """Ask the dispatcher, which may be strict, and remember the answer."""
         if count < 1:
-            return self._empty
+            return self.always["empty"]
         found = self._dispatcher.explain(count, kind)
         ready = self._ready.get((found.mode, found.descriptor))
         step = (
@@ -136,13 +120,9 @@ class Calls:
         return step
 
     def _chosen(self, count: int, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> Step:
-        """The step that the caller chose by itself.
-
-        Raises:
-            StaticGraphError: it is not captured, or too small for the batch.
-        """
+        """The step that the caller chose by itself, if it is captured and large enough."""
         if mode is CUDAGraphMode.NONE:
-            return self._told
+            return self.always["told"]
         key = (mode, descriptor, count)
         step = self._steps.get(key)
         if step is not None:
@@ -166,17 +146,8 @@ class Calls:
 
     def rows(self) -> Iterator[CallRow]:
         """The counts so far, one row for each graph and reason."""
-        always = (
-            self.shared,
-            self.busy,
-            self.inside,
-            self._skipped,
-            self._told,
-            self._empty,
-            self._unequal,
-        )
         totals: dict[tuple[str, str, str], tuple[int, int]] = {}
-        for step in (*self._finished, *self._steps.values(), *always):
+        for step in (*self._finished, *self._steps.values(), *self.always.values()):
             graph = "" if step.call is None else step.descriptor.describe()
             key = (step.mode.name, graph, step.reason)
             calls, padding = totals.get(key, (0, 0))

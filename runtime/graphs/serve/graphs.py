@@ -1,6 +1,6 @@
-"""What is captured of one stitched model. In: a compiled entry and a plan. Out: its wrapped pieces, its whole forward, its static inputs, and what serves each captured descriptor.
+"""What is captured of one stitched model: its pieces, its whole forward, its static inputs.
 
-It says what one capture is; when captures happen, and which of them serves a call, is decided elsewhere.
+When captures happen, and which of them serves a call, is decided in `model` and `calls`.
 """
 
 from __future__ import annotations
@@ -38,10 +38,12 @@ from piecework.runtime.graphs.memory.captured_call import CapturedCall
 from piecework.runtime.graphs.memory.owner import CaptureRecord, StaticGraphs
 from piecework.runtime.graphs.memory.wrapper import CUDAGraphOptions, CUDAGraphWrapper, wrap_piece
 from piecework.runtime.graphs.plan.batch_reader import FixedBatch, batch_shape, passed_inputs
-from piecework.runtime.graphs.plan.devices import capture_device
-from piecework.runtime.graphs.plan.full_graphs import full_graphs_of
-from piecework.runtime.graphs.plan.numbers import require_sizes_only, sizes_of
-from piecework.runtime.graphs.plan.options import CaptureOptions, plan_capture
+from piecework.runtime.graphs.plan.captured_values import (
+    capture_device,
+    require_sizes_only,
+    sizes_of,
+)
+from piecework.runtime.graphs.plan.options import CaptureOptions, full_graphs_of, plan_capture
 from piecework.runtime.graphs.plan.phase import Key, plain_context
 from piecework.runtime.graphs.serve.arguments import CapturedInputs
 from piecework.runtime.graphs.serve.calls import Step
@@ -63,17 +65,13 @@ class CapturedGraphs:
         graphs: the owner of what is captured.
         dispatcher: which batch runs as what.
         lowered: why less is captured than the mode that was asked for; "" if it isn't.
-        options: how it was captured.
         replays: mode and descriptor → its replay.
         weights: path → tensor, of the execution that was captured.
         written_weights: paths of the weights that the graph writes to.
         forward: the stitching function of that execution.
         dry_writes: puts back what runs on dummy inputs write.
-        partitions: what is captured where Inductor cut the model itself; None where its pieces were cut before.
+        partitions: what is captured where Inductor cut the model itself, else None.
         counting: captures are counted now.
-
-    Raises:
-        StaticGraphError: there is nothing to capture.
     """
 
     def __init__(
@@ -96,27 +94,23 @@ class CapturedGraphs:
         self.forward = entry.execution_fn
         self._telling: FunctionType | None = None
         self.counting = False
+        copies = program.config.cudagraph_copy_inputs
         self._inputs = {
-            tuple(values.items()): CapturedInputs(
-                self.shape,
-                max(self.sizes),
-                values,
-                options.pads,
-                options.poison,
-                program.config.cudagraph_copy_inputs,
-                options.static,
-            )
-            for values in plan.others
+            tuple(each.items()): CapturedInputs(self.shape, max(self.sizes), each, options, copies)
+            for each in plan.others
         }
+        cut_inside = program.config.use_inductor_graph_partition
+        # Inductor's own partitions leave out what is elsewhere.
+        inside = () if cut_inside else self._captured_names()
+        device = capture_device(program.split_gm, inside, self.shape.dynamic[0].fake.device)
         self.graphs = StaticGraphs(
-            self._device(),
+            device,
             address_policy=options.address_policy,
             check_addresses=options.check_addresses,
             mark_kernels=options.mark_kernels,
             on_capture=self._count,
             memory_of=options.memory_of,
         )
-        cut_inside = program.config.use_inductor_graph_partition
         self.partitions = Partitions(self.graphs) if cut_inside else None
         for inputs in self._inputs.values():
             inputs.register(self.graphs)
@@ -148,17 +142,8 @@ class CapturedGraphs:
                 raise StaticGraphError(
                     "Inductor made no partitions of this model's code",
                     where="use_inductor_graph_partition",
-                    hint="it makes them for GPUs only; without that option the graph is cut before Inductor, and its pieces "
-                    "are captured on any device",
+                    hint="it makes them for GPUs only; without that option the graph is cut before",
                 )
-
-    def _device(self) -> torch.device:
-        """Where captured code computes; Inductor's own partitions leave out what is elsewhere."""
-        inside = self._program.config.use_inductor_graph_partition
-        first = self.shape.dynamic[0].fake.device
-        return capture_device(
-            self._program.split_gm, () if inside else self._captured_names(), first
-        )
 
     def _captured_names(self) -> list[str]:
         """The submodules that are captured: the pieces, and all where a whole forward is."""
@@ -169,14 +154,9 @@ class CapturedGraphs:
     def static_inputs(
         self, size: int, others: Mapping[str, int] | None = None
     ) -> dict[str, torch.Tensor]:
-        """The buffers that graphs of a captured size read, by parameter; a call with views of their rows copies nothing.
+        """The buffers that graphs of a captured size read, by parameter.
 
-        Args:
-            size: the captured size; a batch of fewer rows is the head of it.
-            others: the other sizes by label, where there are any.
-
-        Raises:
-            StaticGraphError: nothing is captured for them.
+        ``others`` are the other sizes by label; a batch of fewer rows is the head of a buffer.
         """
         inputs = {frozenset(key): each for key, each in self._inputs.items()}
         found = inputs.get(frozenset((others or {}).items()))
@@ -212,7 +192,7 @@ class CapturedGraphs:
         ]
 
     def _written_by(self, name: str) -> frozenset[int]:
-        """Which arguments a piece writes to; pieces of one structure whose inputs share memory alike write alike."""
+        """Which arguments a piece writes to; those of one structure that alias alike write alike."""
         piece, structure = self._program.backends[name].compiled_of()
         values = map(value_of, piece.graph.find_nodes(op="placeholder"))
         stores = [torch_compat.storage_id(v) if isinstance(v, torch.Tensor) else -1 for v in values]
@@ -222,7 +202,7 @@ class CapturedGraphs:
         return self._writes[key]
 
     def _wrap_whole(self, number: int) -> CUDAGraphWrapper:
-        """The whole forward of one batch range, splitting ops included; the pieces' own wrappers stand aside in it."""
+        """The whole forward of one batch range; the pieces' own wrappers stand aside in it."""
         return CUDAGraphWrapper(
             partial(self._to_capture, __vllm_submods__=self._as_called(self._wrapped[number])),
             None,
@@ -233,7 +213,7 @@ class CapturedGraphs:
         )
 
     def _to_capture(self, *flat: object, **submods: object) -> object:
-        """The forward; while it is captured, each statement of it tells what its kernels stand for."""
+        """The forward; while it is captured, its statements tell what kernels stand for."""
         if self.graphs.unmarked or not self.graphs.is_open:
             return self.forward(*flat, **submods)
         if self._telling is None:
@@ -289,7 +269,7 @@ class CapturedGraphs:
         return self._inputs[tuple(self.others(descriptor).items())]
 
     def dummy(self, descriptor: BatchDescriptor) -> object:
-        """One forward on the static inputs, whatever they hold; the context's mode says which wrapper acts."""
+        """One forward on the static inputs; the context's mode says which wrapper acts."""
         size = descriptor.num_tokens
         views = self.inputs_of(descriptor).views(size)
         if self.graphs.call_order is not None:
@@ -312,8 +292,8 @@ class CapturedGraphs:
     ) -> None:
         """Run a whole forward uncaptured, splitting operators as in its capture, which follows.
 
-        What an operator does for the first time where it isn't dry (load a kernel, tune it) would make the capture invalid; and what
-        it writes is seen here, to be put back after the capture's own replay.
+        What an operator does for the first time (load a kernel, tune it) would make the capture
+        invalid; and what it writes is seen here, to be put back after the capture's own replay.
         """
         assert context is not None
         real = replace(context, cudagraph_runtime_mode=CUDAGraphMode.NONE, dry=False)
@@ -341,7 +321,7 @@ class CapturedGraphs:
     def run_uncaptured(
         self, like: BatchDescriptor, tensors: Sequence[torch.Tensor], size: int
     ) -> Sequence[object]:
-        """One forward on tensors of a batch of ``size``; the rest of the batch is ``like`` a captured one."""
+        """One forward on tensors of a batch of ``size`` that is otherwise ``like`` a captured one."""
         descriptor = replace(like, num_tokens=size)
         submods = self._as_called(self._program.submod_lists[self._range_of(size)])
         flat = self._flat(tensors, descriptor)
@@ -354,7 +334,7 @@ class CapturedGraphs:
 
     @contextmanager
     def without_traces(self, descriptor: BatchDescriptor) -> Iterator[None]:
-        """Put back, after the block, what runs of a captured size in it write: what one run beforehand is seen to write."""
+        """Put back, after the block, what one run of a captured size beforehand is seen to write."""
         self.run_uncaptured(
             descriptor,
             self.inputs_of(descriptor).views(descriptor.num_tokens),
@@ -378,11 +358,7 @@ class CapturedGraphs:
     # --- what serves it ----------------------------------------------------------------------------
 
     def step_of(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> Step:
-        """What serves a captured descriptor: its replay source, after one replay through the wrappers, which check every address.
-
-        Raises:
-            PieceworkError: an address is not what was captured, or the source did not prove.
-        """
+        """What serves a captured descriptor, after a replay that checks every address."""
         with self.context_for(mode, descriptor):
             results = self.dummy(descriptor)
         inputs, padded = self.inputs_of(descriptor), descriptor.num_tokens
@@ -392,7 +368,7 @@ class CapturedGraphs:
         emits = self.partitions is None or mode is _FULL
         call = self._emit(mode, descriptor) if emits else None
         if call is None or self.options.check_addresses:
-            call = self._checked_call(mode, descriptor)
+            call = self._checked_call(mode, descriptor)  # through the wrappers, which check
         return Step(call, padded, mode, descriptor, bring_back=inputs.bringer(padded))
 
     def _emit(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> Callable[..., object]:
@@ -411,7 +387,6 @@ class CapturedGraphs:
     def _checked_call(
         self, mode: CUDAGraphMode, descriptor: BatchDescriptor
     ) -> Callable[..., object]:
-        """Serves through the wrappers, which check every address where the owner says so."""
         inputs, size = self.inputs_of(descriptor), descriptor.num_tokens
         stage, flat = inputs.stager(size), self._flat(inputs.views(size), descriptor)
         number = self._range_of(size)
@@ -436,7 +411,7 @@ def _copy_once(results: object) -> None:
 
 
 def _dry(context: ForwardContext | None) -> ForwardContext | None:
-    """``context``, telling splitting operators that they run on dummy inputs; a whole forward that is captured must not say so."""
+    """``context``, telling splitting operators that they run on dummy inputs."""
     return context and replace(context, dry=True)
 
 

@@ -1,7 +1,4 @@
-"""One piece, decided per batch size as sizes come: in, calls; out, the general code, a compiled size, or a captured one.
-
-It never compiles or captures a size that nobody listed; a `CUDAGraphWrapper` captures, the backend's manager compiles.
-"""
+"""One piece, decided per batch size as sizes come: its general code, a compiled size, a captured one."""
 
 from __future__ import annotations
 
@@ -53,11 +50,11 @@ class ConcreteSizeEntry(CUDAGraphEntry):
 
 
 class CUDAPiecewiseBackend(CUDAGraphWrapper):
-    """The field's lazy policy of one piece (see docs/static-graphs.md for what captures a whole model).
+    """The field's lazy policy of one piece.
 
-    The first call, and any size that nobody listed, runs the general graph; a compile size is compiled at its first hit; a
-    capture size warms up, is captured, and is replayed from then on, unless the forward context skips graphs. The batch size
-    is the argument at the first of ``sym_shape_indices``; a piece without one runs its general graph.
+    The first call, and any size that nobody listed, runs the general graph; a compile size is
+    compiled at its first hit; a capture size warms up, is captured, and is replayed from then on.
+    The batch size is the argument at the first of ``sym_shape_indices``.
     """
 
     def __init__(

@@ -1,7 +1,4 @@
-"""Whether graphs are worth it. In: ways to serve one batch size, as callables. Out: the time of each in one interleaved run, and the one to use.
-
-It decides by what it measured alone, and changes nothing.
-"""
+"""Whether graphs are worth it: the time of each way to serve a batch size, in one run."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from piecework.collector import collector_paused
-from piecework.runtime.observe.tables import Table
+from piecework.runtime.batch.coverage import aligned
 
 #: A way is not used that took so much more time than another, as a part of that.
 SLACK = 0.02
@@ -21,19 +18,14 @@ EAGER, STITCHED, CAPTURED = "eager", "stitched", "captured"
 
 @dataclass(frozen=True, slots=True)
 class MeasuredSize:
-    """One batch size.
-
-    Attributes:
-        size: the batch size.
-        seconds: way → seconds of a call, in the fastest tenth of its rounds.
-    """
+    """Seconds of a call of one batch size by each way, in the fastest tenth of its rounds."""
 
     size: int
     seconds: Mapping[str, float]
 
     @property
     def best(self) -> str:
-        """The way to use: captured, else stitched, unless another was faster by more than `SLACK`."""
+        """Captured, else stitched, unless another way was faster by more than `SLACK`."""
         fastest = min(self.seconds.values())
         ways = (each for each in (CAPTURED, STITCHED, EAGER) if each in self.seconds)
         return next(each for each in ways if self.seconds[each] <= fastest * (1 + SLACK))
@@ -41,11 +33,9 @@ class MeasuredSize:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What `StitchedModule.measure` found.
+    """What `StitchedModule.measure` found; ``str`` of it is a table.
 
-    Attributes:
-        rows: one for each batch size.
-        device: where it ran; on a CPU, what is captured is a stand-in for testing.
+    ``device`` is where it ran; on a CPU, what is captured is a stand-in for testing.
     """
 
     rows: tuple[MeasuredSize, ...]
@@ -57,18 +47,14 @@ class Measurement:
         slower = {row.size for row in self.rows if row.best != CAPTURED}
         return tuple(sorted({row.size for row in self.rows} - slower))
 
-    def table(self) -> Table:
-        """The rows for a terminal."""
-        table = Table(title="µs a call", title_justify="left")
-        for heading in ("size", EAGER, STITCHED, CAPTURED, "use"):
-            table.add_column(heading, justify="right")
+    def __str__(self) -> str:
+        ways = (EAGER, STITCHED, CAPTURED)
+        cells = [("size", *(f"{each}, µs" for each in ways), "use")]
         for row in self.rows:
-            times = (row.seconds.get(each) for each in (EAGER, STITCHED, CAPTURED))
-            cells = ["-" if each is None else f"{each * 1e6:.0f}" for each in times]
-            table.add_row(str(row.size), *cells, row.best)
-        if self.device == "cpu":
-            table.caption = "static graphs on a CPU are a stand-in for testing"
-        return table
+            times = [f"{row.seconds[w] * 1e6:.0f}" if w in row.seconds else "-" for w in ways]
+            cells.append((str(row.size), *times, row.best))
+        on_cpu = self.device == "cpu"
+        return aligned(cells) + "\nstatic graphs on a CPU are a stand-in for testing" * on_cpu
 
 
 def measured(
@@ -79,7 +65,7 @@ def measured(
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
 ) -> MeasuredSize:
-    """Time each way in turn until ``seconds`` are over, after one call of each; garbage collection is off meanwhile."""
+    """Time each way in turn until ``seconds`` are over, after one call of each."""
     found: dict[str, list[float]] = {name: [] for name in ways}
     for call in ways.values():
         call()
@@ -93,15 +79,11 @@ def measured(
                 _wait(device)
                 found[name].append(clock() - start)
             order.reverse()
-    return MeasuredSize(size, {name: _undisturbed(times) for name, times in found.items()})
+    # Whatever else the machine does only ever adds time: the mean of the fastest tenth.
+    fastest = {n: sorted(times)[: max(1, len(times) // 10)] for n, times in found.items()}
+    return MeasuredSize(size, {n: sum(times) / len(times) for n, times in fastest.items()})
 
 
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _undisturbed(times: list[float]) -> float:
-    """The mean of the fastest tenth: whatever else the machine does only ever adds time."""
-    fastest = sorted(times)[: max(1, len(times) // 10)]
-    return sum(fastest) / len(fastest)

@@ -1,6 +1,6 @@
-"""Metrics. In: what models counted of their calls, what their graphs hold, and the process's counters. Out: plain values, and the same as Prometheus text.
+"""Metrics of models and of the process: plain values, and the same as Prometheus text.
 
-It counts nothing itself and is asked for, so calls pay nothing for it.
+Nothing is counted here, so calls pay nothing for it.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class ModelMetrics:
 
     Attributes:
         name: what tells it from others.
-        calls: what its calls ran as, how many, and by how many rows they were padded; since the last `StitchedModule.capture`, if there was one.
+        calls: what its calls ran as, since the last `StitchedModule.capture` if there was one.
         graph_bytes: mode and graph → memory that the graph added.
-        traces: how many traces serve it; one more means that a call's sizes were traced and compiled meanwhile.
+        traces: how many traces serve it; one more: a call's sizes were compiled meanwhile.
         phase_seconds: phase of compilation → seconds, over all traces.
         stages: where a forward spends its time; empty unless a profile was given.
     """
@@ -66,16 +66,20 @@ class Metrics:
         return Metrics((*self.models, *other.models), latest)
 
     def prometheus(self) -> str:
-        """All of it in Prometheus' text exposition format; times are in seconds.
-
-        Models of one name are one: their values are added up.
-        """
+        """All of it in Prometheus' text exposition format; models of one name are added up."""
         samples: dict[str, dict[_Labels, float]] = {}
         for name, labels, value in self._samples():
             family = samples.setdefault(name, {})
             family[labels] = family.get(labels, 0) + value
-        order = [*_FAMILIES, *(name for name in samples if name not in _FAMILIES)]
-        return "".join(_text_of_family(name, samples[name]) for name in order if name in samples)
+        lines = []
+        for name in sorted(samples, key=lambda name: name not in _FAMILIES):
+            kind = "counter" if name.endswith("_total") else "gauge"
+            told = _FAMILIES.get(name, "A counter of this process, as in piecework.counters.")
+            lines += [f"# HELP piecework_{name} {told}", f"# TYPE piecework_{name} {kind}"]
+            for labels, value in samples[name].items():
+                inner = ",".join(f'{k}="{_escaped(v)}"' for k, v in labels)
+                lines.append(f"piecework_{name}{f'{{{inner}}}' if inner else ''} {value}")
+        return "".join(line + "\n" for line in lines)
 
     def _samples(self) -> Iterator[tuple[str, _Labels, float]]:
         for each in self.models:
@@ -95,22 +99,6 @@ class Metrics:
                 yield "stage_device_seconds", here, stage.device_microseconds / 1e6
         for name, count in self.process.items():
             yield f"{name.removeprefix('num_')}_total", (), count
-
-
-def _text_of_family(name: str, samples: Mapping[_Labels, float]) -> str:
-    """One metric with all its samples, which the format wants in one place."""
-    kind = "counter" if name.endswith("_total") else "gauge"
-    counter = "A counter of this process, as in piecework.counters."
-    lines = [
-        f"# HELP piecework_{name} {_FAMILIES.get(name, counter)}",
-        f"# TYPE piecework_{name} {kind}",
-        *(f"piecework_{name}{_text_of(labels)} {value}" for labels, value in samples.items()),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _text_of(labels: _Labels) -> str:
-    return "{" + ",".join(f'{k}="{_escaped(v)}"' for k, v in labels) + "}" if labels else ""
 
 
 def _escaped(value: str) -> str:

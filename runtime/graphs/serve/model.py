@@ -1,4 +1,4 @@
-"""A stitched model with static graphs. In: a compiled entry and sizes to capture. Out: the same function, served from replays where a batch is captured.
+"""A stitched model with static graphs: captured here, then served from replays where they cover.
 
 It never captures while serving; a batch that no graph covers runs as it ran before.
 """
@@ -47,6 +47,7 @@ from piecework.runtime.graphs.plan.phase import (
     FailurePolicy,
     Key,
     capture_graphs,
+    text_of,
 )
 from piecework.runtime.graphs.plan.progress import CaptureProgress
 from piecework.runtime.graphs.serve.calls import Calls, Step
@@ -66,7 +67,7 @@ class CapturedModel:
     """A stitched model with static graphs; stands where its entry calls ``execution_fn``.
 
     Attributes:
-        captures: what is captured; its parts that users read are attributes here too.
+        captures: what is captured; what users read of it is here too.
         unpadded: why no batch is padded to a captured size; None if batches are.
         report: what the last capture phase did; None if it was stopped.
         failures: descriptors whose checked replay failed, with the reason.
@@ -92,9 +93,9 @@ class CapturedModel:
         self.dropped: tuple[Key, ...] = ()
         self.failures: dict[Key, PieceworkError] = {}
         self._ready: dict[Key, Step] = {}
-        # Inputs, results and what lies between have one place each: one call at a time. Who is in them stands under 0:
-        # taking and leaving are single steps of the interpreter, so that an interrupt never leaves them taken.
-        # Models that share their memory share this too.
+        # Inputs, results and what lies between have one place each: one call at a time, of all
+        # models that share the memory. Who is in them stands under 0: taking and leaving are
+        # single steps of the interpreter, so that an interrupt never leaves them taken.
         self._user = self.graphs.users
         self._in_place = self._watch_weights()
         self._is_capturing = self.graphs.platform.is_capturing
@@ -117,18 +118,19 @@ class CapturedModel:
     def capture(
         self, *, memory_budget: int | None, progress: bool | CaptureWatcher, estimate: bool
     ) -> None:
-        """Capture, largest first, and serve from then on what was captured.
-
-        Raises:
-            StaticGraphError: a capture failed under ``FailurePolicy.RAISE``; what was captured before it serves.
-            KeyboardInterrupt: likewise, on Ctrl-C.
-        """
+        """Capture, largest first, and serve from then on what was captured, also after a stop."""
+        lowered, split_gm = self.captures.lowered, self._program.split_gm
+        between = [i.submod_name for i in self._program.items if i.is_splitting_graph]
         try:
-            if self.captures.lowered:
+            if lowered:
+                _log.warning("capture: less than a whole forward is captured: %s", lowered)
+            for name in acting_unseen(split_gm, between):
                 _log.warning(
-                    "capture: less than a whole forward is captured: %s", self.captures.lowered
+                    "%s declares neither a result nor a write: capturing runs it on dummy inputs, "
+                    "and only what it writes through torch's operators is put back. Let it look "
+                    "at get_forward_context().dry",
+                    name,
                 )
-            self._tell_of_unseen()
             with self.graphs.alone():
                 self._capture(memory_budget, progress, estimate)
         finally:
@@ -136,22 +138,14 @@ class CapturedModel:
             if self._retired:
                 self._free()
 
-    def _tell_of_unseen(self) -> None:
-        """Warn of operators of which nobody can tell what they do to whom."""
-        split_gm = self._program.split_gm
-        between = [i.submod_name for i in self._program.items if i.is_splitting_graph]
-        for name in acting_unseen(split_gm, between):
-            _log.warning(
-                "%s declares neither a result nor a write: capturing runs it on dummy inputs, and only what it writes through "
-                "torch's operators is put back. Let it look at get_forward_context().dry",
-                name,
-            )
-
     def _capture(
         self, memory_budget: int | None, progress: bool | CaptureWatcher, estimate: bool
     ) -> None:
         console = Console(stderr=True)
-        warmups = self._warmups()
+        warmups = self.options.warmups
+        if warmups is None:
+            on_cuda = self.graphs.platform.device.type == "cuda"
+            warmups = max(self._program.config.cudagraph_num_of_warmups, int(on_cuda))
         around = self.options.around or nullcontext
         try:
             self._require_same_plan(memory_budget, estimate, warmups)
@@ -160,7 +154,7 @@ class CapturedModel:
                 with around():
                     self._estimate(warmups, required=memory_budget is not None)
                 if progress is True and self.estimate is not None:
-                    console.print(self.estimate.table())
+                    console.print(str(self.estimate), markup=False, highlight=False)
             if memory_budget is not None and self.estimate is not None:
                 self.dropped = fit_budget(self.estimate, self.dispatcher, memory_budget)
                 self.dropped += self._keep_in_common()
@@ -189,10 +183,10 @@ class CapturedModel:
             _log.info("capture: %s", each.text)
         self._keep_in_common()
 
-    # Processes that run a model together must pad a batch to the same size, or their collectives get different shapes.
+    # Processes that run a model together must pad a batch to the same size, as collectives see it.
 
     def _require_same_plan(self, memory_budget: int | None, estimate: bool, warmups: int) -> None:
-        keys = [_text_of(key) for key in self._planned()]
+        keys = [text_of(key) for key in self._planned()]
         how = f"{warmups} warm-ups" + ", an estimate" * (estimate or memory_budget is not None)
         require_agreement(self._program, self.options.runtime, (how, *keys))
 
@@ -202,14 +196,14 @@ class CapturedModel:
     def _keep_in_common(self) -> tuple[Key, ...]:
         """Give up what not every process has that runs this model with this one, and return it."""
         planned = self._planned()
-        common = self._in_common([_text_of(key) for key in planned])
-        alone = tuple(key for key in planned if _text_of(key) not in common)
+        common = self._in_common([text_of(key) for key in planned])
+        alone = tuple(key for key in planned if text_of(key) not in common)
         for key in alone:
             self._ready.pop(key, None)
             self._give_up(key)
         if alone:
             self._calls.forget()
-            _log.warning("capture: other ranks do not have %s", ", ".join(map(_text_of, alone)))
+            _log.warning("capture: other ranks do not have %s", ", ".join(map(text_of, alone)))
         return alone
 
     def _planned(self) -> list[Key]:
@@ -218,11 +212,7 @@ class CapturedModel:
         ]
 
     def _settle_padding(self) -> None:
-        """Find out whether batches may be padded, and have the dispatcher pad none where they may not.
-
-        Raises:
-            StaticGraphError: ``pad=True``, and a padded batch would give another result.
-        """
+        """Have the dispatcher pad no batch where that isn't declared, or a try says otherwise."""
         found = self._not_padded()
         agreed = self._in_common([] if found else ["rows are independent"])
         if found is None and not agreed:
@@ -289,7 +279,7 @@ class CapturedModel:
         def fits(key: Key) -> bool:
             held = self.graphs.nbytes
             step = estimate.models[kind_of(*key)].step(key[1].num_tokens)
-            text = _text_of(key)
+            text = text_of(key)
             if self._in_common([text] if held == 0 or held + step <= budget else []) >= {text}:
                 return True
             self.dropped = (*self.dropped, key)
@@ -298,7 +288,7 @@ class CapturedModel:
         return fits
 
     def _estimate(self, warmups: int, *, required: bool) -> None:
-        """Measure what capturing takes; a failure there is one of capturing, and follows the policy for those."""
+        """Measure what capturing takes; a failure there follows the policy for captures."""
         descs = self.dispatcher.get_capture_descs()
         try:
             self.estimate = estimate_memory(
@@ -347,7 +337,7 @@ class CapturedModel:
         self._free()
 
     def _free(self) -> None:
-        """Give the memory back, unless a call is in it: that call does it when it leaves. No call gets in any more."""
+        """Give the memory back, unless a call is in it, which then does it when it leaves."""
         mine = object()
         if self._user.setdefault(0, mine) is mine:
             try:
@@ -357,14 +347,14 @@ class CapturedModel:
                 del self._user[0]  # a model that shares the memory runs on
 
     def still_reads(self, weights: BoundWeights) -> bool:
-        """Whether the captured graphs read the memory of these weights, which are the tensors of their capture."""
+        """Whether the captured graphs read the memory of these weights."""
         return not self.graphs.addresses.changed_weights(by_path_of(weights))
 
     def _watch_weights(self) -> Callable[[], bool] | None:
-        """Whether the weights are where the graphs read them, for every call; None where graphs read them by other means.
+        """Whether the weights are where the graphs read them, for every call; None if not needed.
 
-        Graphs on the CPU run on the tensors themselves, so there it is looked at only with ``check_addresses``, or where
-        torch does it quickly.
+        Graphs on the CPU run on the tensors themselves, so there it is looked at only with
+        ``check_addresses``, or where torch does it quickly.
         """
         tensors = [part for each in self._weights.values() for part in plain_parts(each)]
         in_place, quick = torch_compat.places_guard(tensors)
@@ -374,17 +364,9 @@ class CapturedModel:
     def _moved(self) -> StaticGraphError:
         changes = self.graphs.addresses.changed_weights(self._weights)
         return StaticGraphError(
-            f"weight {changes[0].name if changes else ''} was moved after the capture, which reads its old memory",
+            f"weight {next(iter(changes), '')} was moved after the capture, which reads its old place",
             where="weights",
-            hint="load new values in place (param.copy_) instead of setting .data, or rebind and capture again",
-        )
-
-    def _warmups(self) -> int:
-        if self.options.warmups is not None:
-            return self.options.warmups
-        return max(
-            self._program.config.cudagraph_num_of_warmups,
-            int(self.graphs.platform.device.type == "cuda"),
+            hint="load new values in place (param.copy_), or rebind and capture again",
         )
 
     # --- serving -----------------------------------------------------------------------------------
@@ -397,7 +379,7 @@ class CapturedModel:
             step.calls += 1
             return self._forward(*flat, **submods)
         if self._is_capturing():
-            self._calls.inside.calls += 1
+            self._calls.always["inside"].calls += 1
             return self._forward(*flat, **submods)
         for position, path in self.shape.weights.items():
             if flat[position] is not self._weights[path]:
@@ -407,7 +389,7 @@ class CapturedModel:
         inputs = [flat[each.position] for each in self.shape.staged]
         bring_back = step.bring_back
         if bring_back is not None and self.captures.inputs_of(step.descriptor).shares_what_is_written(inputs):  # type: ignore[arg-type]
-            self._calls.shared.calls += 1
+            self._calls.always["shared"].calls += 1
             return self._forward(*flat, **submods)
         mine = object()
         user = self._user
@@ -430,7 +412,7 @@ class CapturedModel:
                 pass
             if self._retired:
                 self._free()
-        self._calls.busy.calls += 1
+        self._calls.always["busy"].calls += 1
         return self._forward(*flat, **submods)
 
     def _trimmed(self, outputs: object, flat: Sequence[object], count: int, padded: int) -> object:
@@ -476,7 +458,7 @@ class CapturedModel:
         return sorted(rows, key=lambda row: (-row.calls, row.mode, row.graph, row.reason))
 
     def count_anew(self) -> None:
-        """Leave out of `calls` what ran so far: it was no call of the user's."""
+        """Leave what ran so far out of `calls`: it was no call of the user's."""
         self._calls = Calls(self.shape, self.dispatcher, self._ready, self.options)
 
     def memory_report(self) -> MemoryReport:
@@ -485,11 +467,7 @@ class CapturedModel:
 
     @contextmanager
     def named_replays(self, labels: Sequence[str], *, by_layer: bool) -> Iterator[None]:
-        """Show replays by name in ``torch.profiler`` for the block; ``labels`` are the pieces', in order.
-
-        Args:
-            by_layer: name the layer that an operator is called for.
-        """
+        """Show replays by name in ``torch.profiler``; ``labels`` are the pieces', in order."""
         with ExitStack() as stack:
             for key, replay in self.replays.items():
                 stack.enter_context(replay.named(_replay_names(key, labels), by_layer=by_layer))
@@ -502,19 +480,12 @@ class CapturedModel:
 
     @short_errors
     def source_for(self, size: int, kind: BatchKind | None = None) -> ReplaySource:
-        """The replay source that serves a batch of ``size``.
-
-        Args:
-            kind: what kind of batch; a plain one by default.
-
-        Raises:
-            StaticGraphError: that batch runs uncaptured, or Inductor's own code calls the replays.
-        """
+        """The replay source that serves a batch of ``size``, a plain one by default."""
         if self.captures.partitions is not None:
             raise StaticGraphError(
                 "there is no replay source: Inductor cut this model, and its code calls the replays",
                 where="use_inductor_graph_partition",
-                hint="without use_inductor_graph_partition piecework cuts the model, and writes it",
+                hint="without that option piecework cuts the model, and writes it",
             )
         found = self.dispatcher.explain(size, kind or BatchKind(), strict=False)
         replay = self.replays.get((found.mode, found.descriptor))
@@ -553,9 +524,4 @@ def _replaced(path: str) -> StaticGraphError:
 def _replay_names(key: Key, labels: Sequence[str]) -> list[str]:
     """What the replays of one captured descriptor are called, by their pieces' names."""
     pieces = ["the whole forward"] if key[0] is CUDAGraphMode.FULL else labels
-    return [f"replay {each}, {_text_of(key)}" for each in pieces]
-
-
-def _text_of(key: Key) -> str:
-    mode, descriptor = key
-    return f"{mode.name} {descriptor.describe()}"
+    return [f"replay {each}, {text_of(key)}" for each in pieces]

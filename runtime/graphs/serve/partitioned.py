@@ -1,7 +1,4 @@
-"""The partitions of a model that Inductor cut itself. In: a partition that runs. Out: a static graph of it per batch descriptor, or a plain run.
-
-What lies between the replays is Inductor's code and not emitted source.
-"""
+"""Static graphs of the partitions that Inductor cut itself; its own code calls the replays."""
 
 from __future__ import annotations
 
@@ -11,18 +8,14 @@ from piecework.runtime.graphs.memory.wrapper import CUDAGraphWrapper, wrap_piece
 
 
 class Partitions:
-    """The partitions that were met so far, each with what captures it.
-
-    Args:
-        graphs: the owner of what is captured.
-    """
+    """The partitions that were met so far, each with what captures it."""
 
     def __init__(self, graphs: StaticGraphs) -> None:
         self._graphs = graphs
         self.wrappers: dict[Partition, CUDAGraphWrapper] = {}
 
     def run_partition(self, partition: Partition, values: tuple[object, ...]) -> object:
-        """What a partition does while its model runs: it captures or replays, as the forward context says."""
+        """Capture, replay or run a partition, as the forward context says."""
         wrapper = self.wrappers.get(partition)
         if wrapper is None:
             wrapper = self.wrappers[partition] = wrap_piece(

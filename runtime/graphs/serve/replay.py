@@ -1,32 +1,48 @@
-"""Replay source of a captured model. In: what was captured for one descriptor. Out: the emitted function, proved and bound, ready to call.
-
-It captures nothing, and what it emits is not used until its proof is done.
-"""
+"""Replay source of a captured model: emitted from what was captured, proved, and bound."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import assert_never
 
 import torch
 import torch.fx
 
 from piecework.codegen.plan.render import line_map
 from piecework.codegen.replay.emit import REPLAY_NAME, generate_replay
-from piecework.codegen.replay.plan import HeldReplay, HeldStage, ReplaySource
+from piecework.codegen.replay.plan import (
+    Buffer,
+    Frozen,
+    Held,
+    HeldBack,
+    HeldBuffer,
+    HeldInput,
+    HeldOutput,
+    HeldReplay,
+    HeldStage,
+    InPlace,
+    PieceFacts,
+    Read,
+    ReplayFacts,
+    ReplaySource,
+    Staged,
+)
 from piecework.codegen.replay.proof import ReplayProof
 from piecework.codegen.replay.whole import whole_forward
 from piecework.codegen.stitch.bind import execute_source
 from piecework.codegen.stitch.source import StitchedSource
 from piecework.runtime.call.profile_names import layer_by_line, named_globals
+from piecework.runtime.graphs.memory.addresses import Placement
 from piecework.runtime.graphs.memory.captured_call import CapturedCall
+from piecework.runtime.graphs.memory.copies import StagedCopy
 from piecework.runtime.graphs.plan.batch_shape import BatchShape
-from piecework.runtime.graphs.plan.numbers import numbers_of
-from piecework.runtime.graphs.serve.replay_facts import bind_replay, replay_facts
+from piecework.runtime.graphs.plan.captured_values import numbers_of
 from piecework.runtime.pieces.program import Program
 
+Stage = Callable[[Sequence[torch.Tensor]], object]
 #: What staging is called in a profile.
 STAGE = "stage inputs"
 
@@ -41,7 +57,7 @@ class Replay:
 
     @contextmanager
     def named(self, labels: Sequence[str], *, by_layer: bool) -> Iterator[None]:
-        """Show staging, replays and operators by name in ``torch.profiler`` for the block; ``labels`` are the replays', in order."""
+        """Show its parts by name in ``torch.profiler``; ``labels`` are the replays', in order."""
         names = {}
         for name, what in self.source.held.items():
             if isinstance(what, HeldReplay):
@@ -83,40 +99,114 @@ class ReplayMaker:
         calls: Sequence[CapturedCall],
         uncaptured: Sequence[Callable[..., object]],
         views: Sequence[torch.Tensor],
-        stage: Callable[[Sequence[torch.Tensor]], object],
+        stage: Stage,
         others: Mapping[str, int],
         sizes: Mapping[str, int],
         *,
         whole: bool,
     ) -> Replay:
-        """The replay of captured pieces, with the splitting ops between them; or of the whole forward, captured as one graph.
+        """The replay of captured pieces with the operators between, or of the whole forward.
 
         Args:
             calls: one per piece, or that of the whole forward.
-            uncaptured: the pieces themselves, for those that the address policy left uncaptured.
+            uncaptured: the pieces themselves, where the address policy left them uncaptured.
             views: the static inputs that the pieces read.
             stage: fills them.
-            others: the sizes beside the batch size.
+            others: the sizes beside the batch size, by label.
             sizes: what each symbol of the trace is.
 
         Raises:
-            EmitError: the text did not prove to do what the graph does on the memory that was captured.
+            EmitError: the text did not prove to do what the graph does on that memory.
         """
         if whole and self._whole is None:
             self._whole = whole_forward(*self._pieces)
         split_gm, source = self._whole if whole and self._whole is not None else self._pieces
-        known, weights = numbers_of(split_gm, sizes), self._weights_in(source)
-        facts = replay_facts(
-            source, self._shape, views, calls, weights, others, known, self._policy, self._banner
+        shape, request = self._shape, calls[0].request
+        size = request.descriptor.num_tokens
+        names = [parameter.name for parameter in source.module.entry.parameters]
+        held = {row.name: self._weights[row.path] for row in source.module.bound}
+        held |= {names[at]: self._weights[path] for at, path in shape.weights.items()}
+        staged = tuple(names[each.position] for each in shape.staged)
+        held |= dict(zip(staged, views, strict=True))
+        numbers = {names[position]: others[label] for position, label in shape.numbers.items()}
+        facts = ReplayFacts(
+            title=f"{request.mode.name} {request.descriptor.describe()}",
+            tokens=size,
+            policy=self._policy,  # type: ignore[arg-type]
+            staged=staged,
+            sizes={**{names[position]: size for position in shape.sizes}, **numbers},
+            places={name: Placement.of(tensor) for name, tensor in held.items()},
+            pieces=tuple(map(_facts_of, calls)),
+            numbers=numbers_of(split_gm, sizes),
+            banner=(self._banner,),
         )
         emitted, proof = generate_replay(source, split_gm, facts)
-        held = {**dict(zip(facts.staged, views, strict=True)), **weights}
-        namespace = bind_replay(emitted, calls, uncaptured, stage, held)
+        namespace = {n: _bound(e, calls, uncaptured, stage, held) for n, e in emitted.held.items()}
+        namespace["__vllm_consts__"] = list(emitted.consts)
         return Replay(emitted, proof, execute_source(emitted.code, namespace, REPLAY_NAME))
 
-    def _weights_in(self, source: StitchedSource) -> dict[str, torch.Tensor]:
-        """Tensors of the names that ``source`` holds or is passed."""
-        names = [parameter.name for parameter in source.module.entry.parameters]
-        found = {row.name: self._weights[row.path] for row in source.module.bound}
-        passed = {names[at]: self._weights[path] for at, path in self._shape.weights.items()}
-        return found | passed
+
+def _facts_of(call: CapturedCall) -> PieceFacts:
+    if call.graph is None:
+        return PieceFacts(eager_reason=call.eager_reason or "it was not captured")
+    buffer_of = {m.leaf: number for number, copy in enumerate(call.copies) for m in copy.members}
+    reads: list[Read] = []
+    for leaf, slot in enumerate(call.slots):
+        if leaf in buffer_of:
+            reads.append(Staged(buffer_of[leaf]))
+        elif slot.placement is not None and slot.origin is not None:
+            reads.append(InPlace(slot.placement, slot.origin.value))
+        else:
+            reads.append(Frozen(slot.value))
+    buffers = tuple(
+        Buffer(tuple(m.leaf for m in copy.members), copy.window is None, copy.writes_back)
+        for copy in call.copies
+    )
+    return PieceFacts(tuple(reads), buffers, _places_of(call.output))
+
+
+def _places_of(output: object) -> Hashable:
+    if isinstance(output, (tuple, list)):
+        return tuple(map(_places_of, output))
+    return Placement.of(output) if isinstance(output, torch.Tensor) else Frozen(output)
+
+
+def _bound(
+    what: Held,
+    calls: Sequence[CapturedCall],
+    uncaptured: Sequence[Callable[..., object]],
+    stage: Stage,
+    held: Mapping[str, torch.Tensor],
+) -> object:
+    """What a name of the emitted text is bound to."""
+    match what:
+        case HeldStage():
+            return stage
+        case HeldInput(name=known):
+            return held[known]
+        case HeldReplay(piece):
+            return uncaptured[piece] if calls[piece].graph is None else calls[piece].replay
+        case HeldOutput(piece, element):
+            output = calls[piece].output
+            return output if element is None else output[element]  # type: ignore[index]
+        case HeldBuffer(piece, buffer):
+            copy = calls[piece].copies[buffer]
+            return copy.members[0].static if copy.window is None else _given(copy, copy.stage)
+        case HeldBack(piece, buffer):
+            copy = calls[piece].copies[buffer]
+            return _given(copy, copy.bring_back)
+        case _:
+            assert_never(what)
+
+
+def _given(copy: StagedCopy, act: Callable[[Sequence[object]], None]) -> Callable[..., None]:
+    """``act`` for the argument leaves of ``copy`` alone; the others are not looked at."""
+    leaves = [member.leaf for member in copy.members]
+
+    def run(*values: object) -> None:
+        found: list[object] = [None] * (max(leaves) + 1)
+        for leaf, value in zip(leaves, values, strict=True):
+            found[leaf] = value
+        act(found)
+
+    return run

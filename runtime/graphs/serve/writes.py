@@ -1,17 +1,15 @@
-"""What runs on dummy inputs write outside their own memory. In: one such run at a time. Out: the same memory as before it.
+"""What runs on dummy inputs write outside the graphs' memory is put back.
 
-Warming up, estimating and capturing run splitting operators for real, and those write: to buffers of the model, or to state that they
-reach by themselves, such as a cache in the forward context. Every operator that reaches the dispatcher says by its schema what it
-writes; that is copied before, and put back after the run. Writes past the dispatcher (a C++ operator that does not declare them, a
-Triton kernel, numpy, Python's own containers) are not seen.
+Warming up, estimating and capturing run splitting operators for real, and those write: to buffers
+of the model, or to a cache in the forward context. Operators say by their schemas what they write;
+that is copied before, and put back after the run. Writes past the dispatcher are not seen.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.fx
@@ -28,23 +26,11 @@ from piecework.runtime.splitting_op import registry
 Placed = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """Memory, and what it held."""
-
-    tensor: torch.Tensor
-    before: torch.Tensor
-
-    def put_back(self) -> None:
-        with torch.inference_mode() if self.tensor.is_inference() else contextlib.nullcontext():
-            self.tensor.copy_(self.before)
-
-
 class DryWrites:
     """Puts back what runs on dummy inputs write.
 
     Args:
-        is_own: whether a tensor lies in the graphs' own memory, which nobody reads before a replay has written it.
+        is_own: whether a tensor lies in the graphs' own memory.
         outside: tensors of the model; what a piece returns of them is not its own.
         known: those of them that the graph says are written.
         always: those of them that captured pieces write to, which are not looked at.
@@ -64,7 +50,7 @@ class DryWrites:
         self._outside = {_address(t) for t in outside if _is_plain(t)}
         self._watch = torch_compat.OperatorWatch(self._before, _body_of, self._after)
         self._active = False
-        self._kept: dict[Placed, _Kept] = {}
+        self._kept: dict[Placed, tuple[torch.Tensor, torch.Tensor]] = {}
         # The marks keep the numbers from being given to other memory, and no memory alive.
         self._born: dict[int, object] = {}
         self._learned: dict[Placed, torch.Tensor] = {}
@@ -78,9 +64,8 @@ class DryWrites:
     def put_back(self, *, watched: bool) -> Iterator[None]:
         """Leave everything as it was after the block.
 
-        Args:
-            watched: look at each operator. Otherwise, as in a CUDA graph's capture and replay, which run no Python or must not copy,
-                what runs before were seen to write is put back.
+        ``watched`` looks at each operator; otherwise, as captures and replays run no Python or must
+        not copy, what runs before were seen to write is put back.
         """
         self._kept, self._born = {}, {}
         try:
@@ -96,12 +81,13 @@ class DryWrites:
                     yield
         finally:
             self._active = False
-            for kept in reversed(self._kept.values()):
-                kept.put_back()
+            for tensor, before in reversed(self._kept.values()):
+                with torch.inference_mode(tensor.is_inference()):
+                    tensor.copy_(before)
             self._kept, self._born = {}, {}
 
     def unwatched(self, piece: Callable[..., object]) -> Callable[..., object]:
-        """``piece`` as a dummy run calls it: captured pieces write to nobody's tensors, and read no dry context."""
+        """``piece`` as a dummy run calls it: it writes to nobody's tensors, and is not dry."""
 
         def run(*args: object) -> object:
             if not self._active:
@@ -143,7 +129,7 @@ class DryWrites:
         placed = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if placed in self._kept:
             return False
-        self._kept[placed] = _Kept(tensor, tensor.clone())
+        self._kept[placed] = (tensor, tensor.clone())
         self._learned.setdefault(placed, tensor)
         return True
 
@@ -156,7 +142,7 @@ class DryWrites:
         self._note_new(args, result)
 
     def _note_new(self, given: object, made: object) -> None:
-        """Remember memory that was made in this run: nobody else has it. What is given to a call may come out of it again."""
+        """Remember memory made in this run, which nobody else has; what was given may come out."""
         old = self._outside | {_address(each) for each in _tensors(given)}
         for each in _tensors(made):
             if _address(each) not in old:
@@ -182,7 +168,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _body_of(op: torch._ops.OpOverload, args: tuple[object, ...]) -> Callable[..., object] | None:
-    """The Python function that a user's operator runs; None for any other, whose schema has to be believed."""
+    """The Python function that a user's operator runs; any other's schema has to be believed."""
     device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), "cpu")
     known = registry.find(op)
     if known is not None:
@@ -192,7 +178,7 @@ def _body_of(op: torch._ops.OpOverload, args: tuple[object, ...]) -> Callable[..
 
 
 def acting_unseen(split_gm: torch.fx.GraphModule, pieces: list[str]) -> tuple[str, ...]:
-    """Operators between the pieces that return nothing and declare no write: whatever they do, their schema does not tell."""
+    """Operators between the pieces that return nothing and declare no write."""
     found: dict[str, None] = {}
     for _, node in nodes_of(split_gm, pieces):
         if shows_nothing(node.target) and value_of(node) is None:

@@ -1,27 +1,24 @@
-"""Inputs of captured graphs: in, tensors of any batch size; out, the same values in persistent buffers, padded to a captured size.
-
-It never moves a buffer once it is allocated, and it never pads with anything but the declared value.
-"""
+"""Inputs of captured graphs: persistent buffers that take batches of any size, padded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from piecework.errors import ConfigError, InputError, StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.graphs.memory.addresses import AddressBook
-from piecework.runtime.graphs.stage.one_launch import OneLaunch
-from piecework.runtime.graphs.stage.slots import InputSpec, Number, Slot, dimension_of, slot_for
+from piecework.runtime.graphs.stage.slots import InputSpec, Number, Slot, dimension_of
 
-__all__ = ["InputSpec", "Kernel", "StaticInputs"]
+__all__ = ["InputSpec", "Kernel", "StaticInputs", "make_copy_and_call"]
 
 Kernel = Literal["auto", "grouped", "reference", "triton"]
 _Fill = tuple[torch.Tensor, Number]
-#: Plans that are kept for combinations of sizes; an engine that stages tokens and requests meets very many.
+#: Plans that are kept; an engine that stages tokens and requests meets very many sizes.
 _MOST_PLANS = 4096
 _TRAITS = ("shape", "dtype", "device")
 
@@ -31,12 +28,14 @@ class _Plan:
     """How batches of one size reach one padded size: views that are made once and used every step.
 
     Attributes:
+        counts: the size of each input.
         count: the size of the batch, where all inputs have the same.
-        groups: positions of inputs of one dtype on one device, with their heads; one alone where a GPU doesn't copy them together.
+        heads: where batches are copied to.
+        groups: positions of inputs of one dtype on one device, with their heads.
         tails: what is filled in each step.
-        kept_tails: what is filled unless it holds its padding already: rows ``count`` to ``padded`` of its buffer.
-        waits: batches come from another device, so their copies are done when they are staged: whoever has pinned memory may
-            write the next batch there at once.
+        kept_tails: what is filled unless it holds its padding already.
+        waits: batches come from another device, so their copies are done when they are staged:
+            pinned memory may be written again at once.
     """
 
     counts: tuple[int, ...]
@@ -57,15 +56,13 @@ class StaticInputs:
     Args:
         specs: one per input.
         buffers: one per input, contiguous, as large as the largest batch.
-        kernel: "grouped" copies inputs of one dtype together, in one launch on a GPU; "reference" copies one by one; "triton"
-            copies and pads everything in one launch of our own, which costs the host more than several copies. "auto" is "grouped".
+        kernel: "grouped" copies inputs of one dtype together, in one launch on a GPU; "reference"
+            one by one; "triton" copies and pads everything in one launch of our own, which costs
+            the host more than several copies. "auto" is "grouped".
         poison: pad floating inputs with NaN, to find out what reads beyond the batch (debugging).
-        copies: copy what is staged; else it must lie in the buffers already, and only their tails are filled.
-        keeps_tails: nobody but ``stage`` writes to the buffers, so that what was padded stays so, and only rows that hold a batch's
-            values are padded again. Inputs that a graph writes to are excepted by their specs.
-
-    Raises:
-        ConfigError: the declarations do not fit the buffers.
+        copies: copy what is staged; else it must lie in the buffers already.
+        keeps_tails: nobody but ``stage`` writes to the buffers, so what was padded stays so, and
+            only rows that hold a batch's values are padded again, but for inputs that are written.
 
     Example:
         >>> inputs = StaticInputs.allocate({"ids": torch.zeros(1, dtype=torch.long)}, maximum=8)
@@ -82,8 +79,8 @@ class StaticInputs:
     _slots: tuple[Slot, ...] = field(init=False)
     _plans: dict[tuple[int, tuple[int, ...]], _Plan] = field(init=False, default_factory=dict)
     _checked: dict[tuple[object, ...], _Plan] = field(init=False, default_factory=dict)
-    _launcher: OneLaunch | None = field(init=False, default=None)
-    # Rows from the first of these numbers to the second hold their padding, in each buffer that keeps it.
+    _launcher: Any = field(init=False, default=None)
+    # Rows from the first of these to the second hold their padding, where a buffer keeps it.
     _clean: tuple[int, int] = field(init=False, default=(0, 0))
 
     def __post_init__(self) -> None:
@@ -93,9 +90,11 @@ class StaticInputs:
                 where="StaticInputs",
             )
         pairs = zip(self.specs, self.buffers, strict=True)
-        self._slots = tuple(slot_for(spec, buffer, self.poison) for spec, buffer in pairs)
+        self._slots = tuple(Slot.make(*pair, poison=self.poison) for pair in pairs)
         if self._slots and self.kernel == "triton":
-            self._launcher = OneLaunch(self._slots)
+            # Triton takes a while to import and is of no use without a GPU (or its interpreter).
+            kernel = importlib.import_module("piecework.runtime.graphs.stage.kernel")
+            self._launcher = kernel.OneLaunch(self._slots)
 
     @classmethod
     def allocate(
@@ -115,13 +114,9 @@ class StaticInputs:
         Args:
             examples: a tensor per input; only dtype, device and the other dimensions are read.
             maximum: the largest captured size.
-            specs: dynamic dimension and padding by name; dimension 0 and 0 for inputs not listed.
+            specs: dynamic dimension and padding by name; 0 and 0 for inputs not listed.
             device: where the buffers are; the examples' own devices by default.
             kernel, poison, copies, keeps_tails: as for the class.
-
-        Raises:
-            ConfigError: a spec names no example, or does not fit it.
-            StaticGraphError: there is no memory for the buffers.
         """
         declared = {spec.name: spec for spec in specs or ()}
         unknown = sorted(set(declared) - set(examples))
@@ -136,9 +131,16 @@ class StaticInputs:
         for spec, example in zip(chosen, examples.values(), strict=True):
             shape = list(example.shape)
             shape[dimension_of(spec, example)] = maximum
-            where = example.device if device is None else device
-            with torch.inference_mode(False):
-                buffers.append(_buffer(spec.name, shape, example.dtype, where))
+            try:
+                with torch.inference_mode(False):
+                    where = example.device if device is None else device
+                    buffers.append(torch.zeros(shape, dtype=example.dtype, device=where))
+            except RuntimeError as error:
+                raise StaticGraphError(
+                    f"there is no memory for its static buffer, {shape} of {example.dtype}",
+                    where=f"input {spec.name}",
+                    hint="capture smaller sizes",
+                ) from error
         return cls(chosen, buffers, kernel, poison, copies, keeps_tails)
 
     def register(self, book: AddressBook) -> None:
@@ -147,44 +149,37 @@ class StaticInputs:
             book.register_persistent(slot.spec.name, slot.buffer)
 
     def views(self, padded: int) -> tuple[torch.Tensor, ...]:
-        """The static tensors that graphs captured for ``padded`` read; the same objects at every call.
-
-        Raises:
-            InputError: a buffer is smaller.
-        """
+        """The static tensors that graphs captured for ``padded`` read; the same at every call."""
         return self._plan(padded, (padded,) * len(self._slots)).static
 
     def batch_size(self, tensors: Sequence[torch.Tensor]) -> int:
-        """The size that ``tensors`` have in their dynamic dimensions.
-
-        Raises:
-            InputError: there are none, one is no tensor of the right rank, or they disagree.
-        """
-        if len(tensors) != len(self._slots) or not tensors:
-            raise InputError(
-                f"{len(tensors)} tensors for {len(self._slots)} staged inputs", where="batch_size"
-            )
-        pairs = list(zip(self._slots, tensors, strict=True))
+        """The size that ``tensors`` have in their dynamic dimensions; an `InputError` if none."""
+        self._require_as_many(tensors, "batch_size")
         sizes = {
-            slot.spec.name: tensor.shape[slot.dim]
-            for slot, tensor in pairs
-            if getattr(tensor, "ndim", None) == slot.buffer.ndim
+            slot.spec.name: (
+                tensor.shape[slot.dim]
+                if getattr(tensor, "ndim", None) == slot.buffer.ndim
+                else "not a tensor of that rank"
+            )
+            for slot, tensor in zip(self._slots, tensors, strict=True)
         }
-        distinct = set(sizes.values())
-        if len(sizes) == len(pairs) and len(distinct) == 1:
-            return distinct.pop()
-        found = ", ".join(
-            f"{slot.spec.name}: {sizes.get(slot.spec.name, 'not a tensor of that rank')}"
-            for slot, _ in pairs
-        )
-        raise InputError(f"the inputs have no common batch size ({found})", where="batch_size")
+        first, *others = {*sizes.values()} or {None}
+        if others or not isinstance(first, int):
+            found = ", ".join(f"{name}: {size}" for name, size in sizes.items())
+            text = f"the inputs have no common batch size ({found})"
+            raise InputError(text, where="batch_size")
+        return first
+
+    def _require_as_many(self, tensors: Sequence[torch.Tensor], where: str) -> None:
+        if len(tensors) != len(self._slots):
+            text = f"{len(tensors)} tensors for {len(self._slots)} staged inputs"
+            raise InputError(text, where=where)
 
     def stage(self, tensors: Sequence[torch.Tensor], padded: int) -> tuple[torch.Tensor, ...]:
         """Copy ``tensors`` into the buffers, pad to ``padded``, and return the static tensors.
 
         Raises:
-            InputError: an input has another dtype or shape, or does not fit; the message says the sizes. Or it lies elsewhere,
-                and nothing is copied.
+            InputError: an input has another dtype or shape, or does not fit; nothing is copied.
         """
         signature = (
             padded,
@@ -198,7 +193,7 @@ class StaticInputs:
     def stage_alike(
         self, tensors: Sequence[torch.Tensor], padded: int, count: int
     ) -> tuple[torch.Tensor, ...]:
-        """``stage`` for tensors that are known to fit, of one batch size: nothing of them is looked at."""
+        """``stage`` for tensors of one batch size that are known to fit."""
         key = (padded, count)
         plan = self._checked.get(key)
         if plan is None:
@@ -212,27 +207,23 @@ class StaticInputs:
         elif self._launcher is not None and self._launcher.fits(tensors, plan.counts):
             self._launcher.launch(tensors, plan.counts[0], plan.padded)
             return plan.static
+        elif self.kernel == "reference":
+            for head, tensor in zip(plan.heads, tensors, strict=True):
+                head.copy_(tensor, non_blocking=not plan.waits)
         else:
-            self._copy(plan, tensors)
+            for positions, heads in plan.groups:
+                if len(positions) == 1:
+                    heads[0].copy_(tensors[positions[0]], non_blocking=not plan.waits)
+                else:
+                    torch_compat.copy_each(heads, [tensors[n] for n in positions], not plan.waits)
         for tail, pad in plan.tails:
             tail.fill_(pad)
         if self.keeps_tails:
             self._pad(plan)
         return plan.static
 
-    def _copy(self, plan: _Plan, tensors: Sequence[torch.Tensor]) -> None:
-        if self.kernel == "reference":
-            for head, tensor in zip(plan.heads, tensors, strict=True):
-                head.copy_(tensor, non_blocking=not plan.waits)
-            return
-        for positions, heads in plan.groups:
-            if len(positions) == 1:
-                heads[0].copy_(tensors[positions[0]], non_blocking=not plan.waits)
-            else:
-                torch_compat.copy_each(heads, [tensors[n] for n in positions], not plan.waits)
-
     def _pad(self, plan: _Plan) -> None:
-        """Fill what keeps its padding, where it holds a larger batch's values or was never filled."""
+        """Fill what keeps its padding, where it holds other values or was never filled."""
         padded, (first, last) = plan.padded, self._clean
         if plan.count is None:
             self._clean = (0, 0)
@@ -253,10 +244,7 @@ class StaticInputs:
 
     def _check(self, tensors: Sequence[torch.Tensor], padded: int) -> _Plan:
         """The plan for tensors of shapes that were not seen before; what fits once fits again."""
-        if len(tensors) != len(self._slots):
-            raise InputError(
-                f"{len(tensors)} tensors for {len(self._slots)} staged inputs", where="stage"
-            )
+        self._require_as_many(tensors, "stage")
         pairs = list(zip(self._slots, tensors, strict=True))
         for slot, tensor in pairs:
             slot.check(tensor, padded)
@@ -268,26 +256,18 @@ class StaticInputs:
         plan = self._plans.get((padded, counts))
         if plan is None:
             if len(self._checked) >= _MOST_PLANS:
-                # Not those whose views graphs were captured on: they are the same objects at every call.
+                # Not those whose views graphs were captured on: they stay the same objects.
                 self._plans = {k: each for k, each in self._plans.items() if {*k[1]} == {k[0]}}
                 self._checked.clear()
             plan = self._plans[padded, counts] = self._make_plan(padded, counts)
         return plan
 
     def _make_plan(self, padded: int, counts: tuple[int, ...]) -> _Plan:
-        for slot in self._slots:
-            if padded > slot.maximum:
-                raise InputError(
-                    f"can't be padded to {padded}; its buffer holds {slot.maximum} in dimension {slot.dim}",
-                    where=f"input {slot.spec.name}",
-                    hint="allocate the buffers for the largest captured size",
-                )
         full = (padded,) * len(self._slots)
-        static = (
-            tuple(slot.view(padded) for slot in self._slots)
-            if counts == full
-            else self._plan(padded, full).static
-        )
+        if counts == full:
+            static = tuple(slot.view(padded) for slot in self._slots)
+        else:
+            static = self._plan(padded, full).static
         heads: list[torch.Tensor] = []
         groups: dict[tuple[object, ...], list[int]] = {}
         tails: list[_Fill] = []
@@ -297,7 +277,7 @@ class StaticInputs:
             heads.append(view.narrow(slot.dim, 0, own))
             alone = () if view.dtype in torch_compat.COPIED_TOGETHER else (number,)
             groups.setdefault((view.dtype, view.device, *alone), []).append(number)
-            # Only where nothing lies before the dynamic dimension is a row at one place for all sizes.
+            # Only where nothing lies before the dynamic dimension is a row at one place.
             keeps = self.keeps_tails and count is not None and slot.outer == 1
             if padded > own:
                 rest = view.narrow(slot.dim, own, padded - own)
@@ -314,19 +294,47 @@ def require_in_place(name: str, tensor: torch.Tensor, static: torch.Tensor) -> N
         raise InputError(
             "does not lie in its static buffer, and is not copied",
             where=f"input {name}",
-            hint="pass the tensor that capture(static=...) was given; or, without cudagraph_copy_inputs, views of "
-            "static_graphs.static_inputs(size), or set it",
+            hint="pass the tensor that capture(static=...) was given; or, without "
+            "cudagraph_copy_inputs, views of static_graphs.static_inputs(size), or set it",
         )
 
 
-def _buffer(
-    name: str, shape: list[int], dtype: torch.dtype, device: torch.device | str
-) -> torch.Tensor:
-    try:
-        return torch.zeros(shape, dtype=dtype, device=device)
-    except RuntimeError as error:
-        raise StaticGraphError(
-            f"there is no memory for its static buffer, {shape} of {dtype}",
-            where=f"input {name}",
-            hint="capture smaller sizes",
-        ) from error
+def make_copy_and_call(
+    sym_tensor_indices: Sequence[int],
+    input_buffers: Sequence[torch.Tensor],
+    callable_fn: Callable[..., object],
+    *,
+    dims: Sequence[int] | None = None,
+    pads: Sequence[Number] | None = None,
+    padded_size: Callable[[int], int] = lambda size: size,
+    size_indices: Sequence[int] = (),
+) -> Callable[..., object]:
+    """A callable that copies its arguments into buffers and calls ``callable_fn`` with those.
+
+    Args:
+        sym_tensor_indices: which arguments are copied, one buffer for each.
+        dims, pads: the dynamic dimension of each, and what fills its tail; 0 by default.
+        padded_size: the captured size for a batch size; without it nothing is padded.
+        size_indices: integer arguments that are the batch size, and become the padded one.
+    """
+    indices, count = tuple(sym_tensor_indices), len(sym_tensor_indices)
+    dims, pads = dims or (0,) * count, pads or (0,) * count
+    if not count == len(dims) == len(pads) == len(input_buffers):
+        raise ConfigError(
+            f"{count} staged arguments, {len(input_buffers)} buffers, {len(dims)} dimensions, "
+            f"{len(pads)} paddings",
+            where="make_copy_and_call",
+        )
+    rows = zip(indices, dims, pads, strict=True)
+    inputs = StaticInputs([InputSpec(f"argument {n}", *row) for n, *row in rows], input_buffers)
+
+    def copy_and_call(*args: object) -> object:
+        if not indices:
+            return callable_fn(*args)
+        tensors = [args[n] if n < len(args) else None for n in indices]
+        padded = padded_size(inputs.batch_size(tensors))  # type: ignore[arg-type]
+        staged = dict(zip(indices, inputs.stage(tensors, padded), strict=True))  # type: ignore[arg-type]
+        staged.update(dict.fromkeys(size_indices, padded))
+        return callable_fn(*(staged.get(n, each) for n, each in enumerate(args)))
+
+    return copy_and_call

@@ -1,26 +1,24 @@
-"""Staging on a GPU: in, tensors and persistent buffers; out, all of them copied and padded by one kernel launch.
+"""Staging on a GPU: all inputs copied and padded by one kernel launch.
 
-It never looks at dtypes: elements are copied as integers of their width, and padding is a bit pattern.
+It never looks at dtypes: elements are copied as integers of their width, padding is a bit pattern.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from piecework.runtime import torch_compat
+from piecework.runtime.graphs.stage.slots import Slot
 
-# Sources are separate parameters, not a tuple: Triton specialises what is in a tuple, and would compile again
-# for each combination of alignments.
+# Sources are separate parameters, not a tuple: Triton specialises what is in a tuple, and would
+# compile again for each combination of alignments.
 SLOTS = 8
 _BLOCK = 1024
-_LARGEST_INT = 2**31 - 1
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _UNSPECIALISED = ["count", "padded", *(f"s{slot}" for slot in range(SLOTS))]
 
 
@@ -59,69 +57,58 @@ def _stage(
             tl.store(targets[i] + at, values, mask=inside)
 
 
-@dataclass(frozen=True, slots=True)
-class Words:
-    """One input as the kernel sees it.
+class OneLaunch:
+    """Fills slots by one launch for each `SLOTS` of them, where the kernel can take the tensors."""
 
-    Attributes:
-        dtype: the integer type of a word.
-        target: the persistent buffer, flat, in words.
-        outer: elements before the dynamic dimension.
-        inner: words after it, for each step of the dynamic dimension.
-        pad: the bit pattern that fills the tail, as a signed integer of the word's width.
-    """
+    def __init__(self, slots: tuple[Slot, ...]) -> None:
+        self._slots = slots
+        self._able = all(slot.buffer.element_size() in _WORDS for slot in slots)
+        firsts = range(0, len(slots), SLOTS) if self._able else ()
+        self._groups = [(n, [_Words(slot) for slot in slots[n : n + SLOTS]]) for n in firsts]
 
-    dtype: torch.dtype
-    target: torch.Tensor
-    outer: int
-    inner: int
-    pad: int
+    def fits(self, tensors: Sequence[torch.Tensor], counts: tuple[int, ...]) -> bool:
+        """Whether these are of one batch size, dense, on the buffers' device, of 64 bits at most."""
+        return (
+            self._able
+            and len(set(counts)) == 1
+            and all(
+                tensor.is_contiguous() and tensor.device == slot.buffer.device
+                for tensor, slot in zip(tensors, self._slots, strict=True)
+            )
+        )
+
+    def launch(self, tensors: Sequence[torch.Tensor], count: int, padded: int) -> None:
+        """Copy the tensors, and pad what is beyond ``count``."""
+        for first, group in self._groups:
+            blocks = -(-max(each.outer * each.inner for each in group) * padded // _BLOCK)
+            if not blocks:
+                continue
+            pairs = zip(tensors[first : first + SLOTS], group, strict=True)
+            words = [tensor.detach().view(each.dtype) for tensor, each in pairs]
+            words += [words[0]] * (SLOTS - len(group))
+            targets = tuple(each.target for each in group)
+            with _device_of(targets[0]):
+                _stage[blocks, len(group)](
+                    *words,
+                    targets,
+                    count,
+                    padded,
+                    OUTER=tuple(each.outer for each in group),
+                    INNER=tuple(each.inner for each in group),
+                    PADS=tuple(each.pad for each in group),
+                    BLOCK=_BLOCK,
+                )
 
 
-class Launch:
-    """Copies sources into the heads of their targets, as (outer, padded, inner), and pads what is beyond ``count``, in one launch.
+class _Words:
+    """A slot as integers of its element's width, flat, and the bit pattern of its padding."""
 
-    The first one goes through Triton's own look at every argument, and compiles. Later ones give what was compiled the addresses: nothing
-    else about the arguments can change.
-
-    Args:
-        words: at most ``SLOTS`` inputs, on one device.
-    """
-
-    def __init__(self, words: Sequence[Words]) -> None:
-        self._dtypes = [each.dtype for each in words]
-        self._targets = tuple(each.target for each in words)
-        self._places = tuple(target.data_ptr() for target in self._targets)
-        self._largest = max(each.outer * each.inner for each in words)
-        self._constants: dict[str, object] = {
-            "OUTER": tuple(each.outer for each in words),
-            "INNER": tuple(each.inner for each in words),
-            "PADS": tuple(each.pad for each in words),
-            "BLOCK": _BLOCK,
-        }
-        self._compiled: Any = None
-
-    def __call__(self, sources: Sequence[torch.Tensor], count: int, padded: int) -> None:
-        """Stage ``sources``, which are contiguous and laid out as (outer, count, inner)."""
-        if self._largest * padded == 0:
-            return
-        blocks = -(-self._largest * padded // _BLOCK)
-        more = SLOTS - len(sources)
-        with _device_of(self._targets[0]):
-            if self._compiled is None or padded > _LARGEST_INT:
-                pairs = zip(sources, self._dtypes, strict=True)
-                words = [source.detach().view(dtype) for source, dtype in pairs]
-                words += [words[0]] * more
-                launch = _stage[blocks, len(sources)]
-                self._compiled = launch(*words, self._targets, count, padded, **self._constants)
-                return
-            made = self._compiled
-            run, kernel, packed = made.run, made.function, made.packed_metadata
-            places = [source.data_ptr() for source in sources]
-            places += [places[0]] * more
-            values = (*places, self._places, count, padded, *self._constants.values())
-            stream = torch_compat.stream_number(self._targets[0].device)
-            run(blocks, len(sources), 1, stream, kernel, packed, None, None, None, *values)
+    def __init__(self, slot: Slot) -> None:
+        self.dtype = _WORDS[slot.buffer.element_size()]
+        self.target = slot.buffer.detach().view(-1).view(self.dtype)
+        self.outer, self.inner = slot.outer, slot.inner
+        pad = torch.tensor([slot.pad], dtype=slot.buffer.dtype)
+        self.pad = int(pad.view(self.dtype).item())
 
 
 def _device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:

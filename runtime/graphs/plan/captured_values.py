@@ -1,7 +1,4 @@
-"""Numbers of a captured graph. In: a stitching graph with the symbols of its trace, and the sizes of one capture. Out: what each of its numbers is then.
-
-A capture freezes numbers, so each must follow from the sizes that the capture is for; one that is read from data is refused. Nothing is run.
-"""
+"""Values inside captured code: their one device, and numbers that must follow from the sizes."""
 
 from __future__ import annotations
 
@@ -24,12 +21,34 @@ from piecework.runtime import torch_compat
 Numbers = Mapping[str, bool | int | float]
 
 
-def require_sizes_only(split_gm: torch.fx.GraphModule, captured: Iterable[str]) -> None:
-    """Check that no captured submodule has a size or number that is read from data, such as ``n.item()`` or the rows of ``nonzero``.
+def capture_device(
+    split_gm: torch.fx.GraphModule, captured: Iterable[str], default: torch.device
+) -> torch.device:
+    """The device of every tensor in the submodules ``captured``; ``default`` if they have none.
+
+    What is elsewhere would be read at the capture, and its value be a part of the graph.
 
     Raises:
-        StaticGraphError: one has; operator and line are named.
+        StaticGraphError: there are several; the message names one value on each of two.
     """
+    found: dict[torch.device, str] = {}
+    for name, node in nodes_of(split_gm, captured):
+        for value in torch_compat.flatten_tree(value_of(node))[0]:
+            # A number written in the model is taken by value, on any device.
+            if isinstance(value, torch.Tensor) and not (node.op == "get_attr" and value.dim() == 0):
+                found.setdefault(value.device, f"{node.name} of {name}")
+    if len(found) < 2:
+        return next(iter(found), default)
+    (one, here), (other, there) = list(found.items())[:2]
+    raise StaticGraphError(
+        f"{here} is on {one}, and {there} is on {other}; a static graph has one device",
+        where="capture",
+        hint="move it to the model's device before the forward, or behind a splitting op",
+    )
+
+
+def require_sizes_only(split_gm: torch.fx.GraphModule, captured: Iterable[str]) -> None:
+    """Refuse captured code with a size or number that is read from data, such as ``n.item()``."""
     inputs = split_gm.graph.find_nodes(op="placeholder")
     known = {symbol for node in inputs for symbol in _symbols(value_of(node))}
     for name, node in nodes_of(split_gm, captured):
@@ -38,11 +57,11 @@ def require_sizes_only(split_gm: torch.fx.GraphModule, captured: Iterable[str]) 
             origin = origin_of(node, SymbolNames(), line_numbers=True)
             where = ", ".join(part for part in (origin.module, origin.source) if part)
             raise StaticGraphError(
-                f"{node.name} in {name} depends on {unknown[0]}, which is read from data or made by an operator; a captured "
-                "graph would keep the value that it had at the capture",
+                f"{node.name} in {name} depends on {unknown[0]}, which is read from data or made "
+                "by an operator; a captured graph would keep the value that it had at the capture",
                 where=where or f"node {node.name}",
-                hint="make the size an argument of the model, keep the data-dependent part inside a splitting op, or run "
-                "it uncaptured",
+                hint="make the size an argument of the model, keep the data-dependent part inside "
+                "a splitting op, or run it uncaptured",
             )
 
 
@@ -74,7 +93,7 @@ def sizes_of(inputs: Sequence[torch.fx.Node], values: Sequence[object]) -> dict[
 
 
 def numbers_of(split_gm: torch.fx.GraphModule, sizes: Mapping[str, int]) -> Numbers:
-    """Node name → number, for every node of a stitching graph that is a number and follows from ``sizes``."""
+    """Node name → number, for the nodes of a stitching graph that follow from ``sizes``."""
     found = {}
     for node in split_gm.graph.nodes:
         number = torch_compat.number_at(_value(split_gm, node), sizes)
@@ -84,7 +103,7 @@ def numbers_of(split_gm: torch.fx.GraphModule, sizes: Mapping[str, int]) -> Numb
 
 
 def _value(split_gm: torch.fx.GraphModule, node: torch.fx.Node) -> object:
-    """What was traced for ``node``; for an element of a submodule's results, what that submodule has there."""
+    """What was traced for ``node``, also where it is an element of a submodule's results."""
     value = value_of(node)
     if value is not None or node.op != "call_function" or len(node.args) != 2:
         return value
