@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
-import pty
-import subprocess
-import sys
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -95,37 +89,3 @@ def test_a_trace_that_a_call_waits_for_is_a_warning_and_can_be_made_ahead(caplog
     assert len(ahead.traces) == 2
     torch.testing.assert_close(ahead(one), model(one))
     assert not [each for each in caplog.records if "again" in each.getMessage()]
-
-
-MODEL = """
-import torch
-
-def make():
-    return torch.nn.Linear(4, 4), (torch.randn(2, 4),)
-"""
-
-
-def test_the_command_line_shows_a_bar_on_a_terminal_and_lines_elsewhere(tmp_path: Path) -> None:
-    (tmp_path / "progress_model.py").write_text(MODEL)
-    command = [sys.executable, "-m", "piecework", "compile", "progress_model:make", "--backend"]
-
-    def start(number: int, stderr: int) -> subprocess.Popen[bytes]:
-        arguments = [*command, "eager", "-o", str(tmp_path / f"out_{number}")]
-        return subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=stderr)
-
-    reader, writer = pty.openpty()
-    with start(1, writer) as process:
-        os.close(writer)
-        seen = b""
-        with contextlib.suppress(OSError):  # how Linux says that nobody writes there any more
-            while part := os.read(reader, 1 << 16):
-                seen += part
-    os.close(reader)
-    assert process.returncode == 0
-    assert b"compiling submod_0" in seen and b"1/1" in seen
-    with (tmp_path / "plain").open("w") as plain, start(2, plain.fileno()) as process:
-        pass
-    assert process.returncode == 0
-    # Lines if it took long, and no bar.
-    said = (tmp_path / "plain").read_text()
-    assert "\x1b" not in said and said.count("\n") in (0, 2)
