@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,27 +39,19 @@ class Linkage:
 
 
 class Token:
-    """A value of which nothing is known but where it comes from, and how many elements it has (``kind``: tuple or list)."""
+    """A value of which nothing is known but where it comes from, and its ``size``, if it is a tuple or list of so many elements."""
 
-    __slots__ = ("_elements", "kind", "name", "picked", "size", "whole")
+    __slots__ = ("_elements", "is_node", "name", "size")
 
-    def __init__(self, name: str, kind: type | None = None, size: int = 0) -> None:
-        self.name, self.kind, self.size = name, kind, size
-        self.whole = False  # the graph uses it otherwise than by picking elements
-        self.picked = True  # a node stands for it
+    def __init__(self, name: str, size: int | None = None, *, is_node: bool = True) -> None:
+        self.name, self.size = name, size
+        self.is_node = is_node  # a node stands for it
         self._elements: dict[int, Token] = {}
 
     def element(self, index: int) -> Token:
         if index not in self._elements:
-            self._elements[index] = each = Token(f"{self.name}[{index}]")
-            each.picked = False
+            self._elements[index] = Token(f"{self.name}[{index}]", is_node=False)
         return self._elements[index]
-
-    def elements(self) -> Iterator[tuple[int | None, Token]]:
-        return ((index, self.element(index)) for index in range(self.size))
-
-    def has(self, index: object) -> bool:
-        return self.kind is not None and type(index) is int and 0 <= index < self.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,42 +70,20 @@ _LISTS = (list, immutable_list)
 _DICTS = (dict, immutable_dict)
 
 
-class Objects:
-    """Lists and dicts of one run: those that were handed on may have been changed since."""
+def picked(value: object, index: object) -> tuple[object, ...]:
+    """The element at ``index`` where picking it is no call; else nothing."""
+    if type(index) is not int:
+        return ()
+    if isinstance(value, Token):
+        return (value.element(index),) if 0 <= index < (value.size or 0) else ()
+    known = type(value) is tuple or type(value) in _LISTS
+    return (value[index],) if known and -len(value) <= index < len(value) else ()  # type: ignore[arg-type, index]
 
-    def __init__(self) -> None:
-        self._handed: dict[int, object] = {}
 
-    def hand_on(self, value: object) -> None:
-        kind = type(value)
-        if kind is Token:
-            value.whole = True  # type: ignore[attr-defined]
-        elif isinstance(value, tuple):
-            for each in value:
-                self.hand_on(each)
-        elif kind in _LISTS or kind in _DICTS:
-            self._handed[id(value)] = value
-            for each in value.values() if isinstance(value, dict) else value:  # type: ignore[attr-defined]
-                self.hand_on(each)
-        elif kind is slice:
-            self.hand_on((value.start, value.stop, value.step))  # type: ignore[attr-defined]
-
-    def picked(self, value: object, index: object) -> tuple[object, ...]:
-        """The element at ``index`` where picking it does nothing; else nothing."""
-        if type(value) is Token:
-            return (value.element(index),) if value.has(index) else ()  # type: ignore[arg-type]
-        sequence = type(value) is tuple or (type(value) in _LISTS and id(value) not in self._handed)
-        if not sequence or type(index) is not int or not -len(value) <= index < len(value):  # type: ignore[arg-type]
-            return ()
-        return (value[index],)  # type: ignore[index]
-
-    @staticmethod
-    def made(target: object, args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
-        """Whether a call only builds a value of its arguments: a slice, a namedtuple."""
-        named = (
-            isinstance(target, type) and issubclass(target, tuple) and hasattr(target, "_fields")
-        )
-        return not kwargs and (target is slice or named)
+def builds(target: object, kwargs: Mapping[str, object]) -> bool:
+    """Whether a call only builds a value of its arguments: a slice, a namedtuple."""
+    named = isinstance(target, type) and issubclass(target, tuple) and hasattr(target, "_fields")
+    return not kwargs and (target is slice or named)
 
 
 class Sameness:
@@ -184,38 +154,23 @@ class GraphRun:
     parameters: list[tuple[torch.fx.Node, Token]] = field(default_factory=list)
     weights: dict[str, Token] = field(default_factory=dict)
     returned: object = None
-    objects: Objects = field(default_factory=Objects)
-    mutable: frozenset[torch.fx.Node] = frozenset()
 
 
 def run_graph(split_gm: torch.fx.GraphModule, linked: Linkage) -> GraphRun:
     """Run ``split_gm`` on tokens."""
-    mutable: frozenset[torch.fx.Node] = frozenset()
-    while True:
-        run = GraphRun(mutable=mutable)
-        for node in split_gm.graph.find_nodes(op="placeholder"):
-            path = linked.bound_placeholders.get(node.name)
-            if path is None:
-                run.parameters.append((node, Token(node.name)))
-            else:
-                run.weights[path] = Token(node.name)
-        passed = dict(run.parameters)
-        tokens = [
-            passed.get(node) or run.weights[linked.bound_placeholders[node.name]]
-            for node in split_gm.graph.find_nodes(op="placeholder")
-        ]
-        try:
-            run.returned = _Interpreter(split_gm, run, linked, "").run(*tokens)
-        except RecursionError as error:
-            raise EmitError("graphs call each other too deeply") from error
-        run.objects.hand_on(run.returned)
-        # A list that is used as a whole may be changed between two picks, so that each pick is a call then.
-        changed = {
-            event.node for event in run.events if event.result.kind is list and event.result.whole
-        }
-        if changed <= mutable:
-            return run
-        mutable |= changed
+    run, tokens = GraphRun(), []
+    for node in split_gm.graph.find_nodes(op="placeholder"):
+        tokens.append(Token(node.name))
+        path = linked.bound_placeholders.get(node.name)
+        if path is None:
+            run.parameters.append((node, tokens[-1]))
+        else:
+            tokens[-1] = run.weights.setdefault(path, tokens[-1])
+    try:
+        run.returned = _Interpreter(split_gm, run, linked, "").run(*tokens)
+    except RecursionError as error:
+        raise EmitError("graphs call each other too deeply") from error
+    return run
 
 
 class _Interpreter:
@@ -268,8 +223,8 @@ class _Interpreter:
             )
         given = [self._operand(value) for _, value in bind_call(node, callee)]
         result = _Interpreter(callee, self.recorded, self.linked, path).run(*given)
-        if type(result) is Token and result.kind is None and node not in self.recorded.mutable:
-            result.kind, result.size = _elements(node, None)
+        if isinstance(result, Token) and result.size is None:
+            result.size = _size(node, None)
         return result
 
     def _operand(self, value: Any) -> Any:
@@ -287,34 +242,24 @@ class _Interpreter:
         kwargs: Mapping[str, Any],
         callee: object = None,
     ) -> object:
-        run = self.recorded
         if target is operator.getitem and len(args) == 2 and not kwargs:
-            picked = run.objects.picked(*args)
-            if picked:
-                if type(args[0]) is Token:
-                    picked[0].name, picked[0].picked = node.name, True  # type: ignore[attr-defined]
-                return picked[0]
-        if run.objects.made(target, args, kwargs):
+            found = picked(*args)
+            if found:
+                if isinstance(args[0], Token) and isinstance(found[0], Token):
+                    found[0].name, found[0].is_node = node.name, True
+                return found[0]
+        if builds(target, kwargs):
             return target(*args)  # type: ignore[operator]
-        picks = target is operator.getitem and len(args) == 2 and type(args[1]) is int
-        for each in (*args, *kwargs.values()):
-            if not (picks and type(each) is Token):
-                run.objects.hand_on(each)
-        kind, size = (None, 0) if node in run.mutable else _elements(node, callee)
-        result = Token(node.name, kind, size)
+        result = Token(node.name, _size(node, callee))
         region = self.regions.get(node, "")
-        run.events.append(Event(target, args, kwargs, result, node, region))
+        self.recorded.events.append(Event(target, args, kwargs, result, node, region))
         return result
 
 
-def _elements(node: torch.fx.Node, callee: object) -> tuple[type | None, int]:
-    """What is known of the elements of a result: of a tuple, or of a list that nobody else holds."""
+def _size(node: torch.fx.Node, callee: object) -> int | None:
+    """How many elements a result has, if it is known to be a tuple or list."""
     value = value_of(node)
     if value is None and isinstance(callee, torch.fx.GraphModule):
         value = returned_value(callee.graph)
         value = value_of(value) if isinstance(value, torch.fx.Node) else value
-    if type(value) is tuple:
-        return tuple, len(value)
-    if type(value) in _LISTS:
-        return list, len(value)  # type: ignore[arg-type]
-    return None, 0
+    return len(value) if type(value) is tuple or type(value) in _LISTS else None  # type: ignore[arg-type]

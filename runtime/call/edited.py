@@ -17,7 +17,7 @@ from piecework.code_objects import global_names, with_inner_code
 from piecework.codegen import StitchedSource
 from piecework.codegen.plan.formatting import numbered
 from piecework.codegen.proof.prove import Proof
-from piecework.codegen.proof.text_run import parse_text
+from piecework.codegen.proof.recording import parse_text
 from piecework.codegen.stitch.lower import ENTRY_NAME
 from piecework.codegen.stitch.source import verify
 from piecework.errors import EmitError
