@@ -68,7 +68,9 @@ def show(
         _misuse(ConfigError(f"no format {form!r}", where="--format", hint="toml, json or options"))
     try:
         config = read_configuration(file, overrides)
-        limits = RuntimeConfig.from_data(parse_overrides(RuntimeConfig, runtime or (), flag="-R"))
+        limits = RuntimeConfig.model_validate(
+            parse_overrides(RuntimeConfig, runtime or (), flag="-R")
+        )
         if resolve or runtime:
             config = config.resolve(limits)
             limits_used: RuntimeConfig | None = limits
@@ -138,8 +140,8 @@ def check(
         )
     try:
         below = read_data(file) if file is not None else {}
-        config = CompilationConfig.from_data(merge(CompilationConfig, below, changes))
-        limits = RuntimeConfig.from_data(limits_data)
+        config = CompilationConfig.model_validate(merge(below, changes))
+        limits = RuntimeConfig.model_validate(limits_data)
         config.resolve(limits)
     except ConfigError as error:
         if as_json:

@@ -78,6 +78,6 @@ def read_configuration(
 
     fields: Mapping[str, Any] = dict(base or {})
     if file is not None:
-        fields = merge(CompilationConfig, fields, read_data(file))
+        fields = merge(fields, read_data(file))
     above = parse_overrides(CompilationConfig, overrides or ())
-    return CompilationConfig.from_data(merge(CompilationConfig, fields, above))
+    return CompilationConfig.model_validate(merge(fields, above))

@@ -122,7 +122,7 @@ def support_torch_compile(
         )
     layers = None
     if repeated_layers is not None:
-        layers = CompilationConfig.from_data({_LAYERS: repeated_layers}).repeated_layers
+        layers = CompilationConfig.model_validate({_LAYERS: repeated_layers}).repeated_layers
 
     def decorate(kind: ModuleClass) -> ModuleClass:
         _require_module_class(kind, "support_torch_compile")

@@ -8,7 +8,7 @@ from piecework.errors import ConfigError
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range
 from piecework.runtime.config.compilation import CompilationConfig
-from piecework.runtime.config.frozen_map import thaw
+from piecework.runtime.config.model import thaw
 from piecework.runtime.passes import PostGradPassManager
 from piecework.runtime.splitting_op import registry
 
@@ -35,9 +35,7 @@ class InductorOptions:
     def __init__(self, config: CompilationConfig) -> None:
         self.config = config
         self.passes = PostGradPassManager.from_config(config)
-        self._always = config.inductor_compile_config.to_dict() | self.passes.inductor_options(  # type: ignore[attr-defined]
-            config
-        )
+        self._always = thaw(config.inductor_compile_config) | self.passes.inductor_options(config)
         self._single_size = {k: thaw(v) for k, v in config.single_size_inductor_config.items()}
         self._check_names()
 

@@ -3,48 +3,41 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field
 
-from piecework.errors import ConfigError, short_methods
+from piecework.errors import ConfigError, ConfigProblem, short_methods
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.ranges import Range, RangeTable, derive_ranges
-from piecework.runtime.batch.sizes import padded_sizes
-from piecework.runtime.config import resolve as config_resolve
+from piecework.runtime.batch.sizes import (
+    adjust_sizes_for_spec_decode,
+    padded_sizes,
+    resolve_capture_sizes,
+)
 from piecework.runtime.config.groups import (
+    BackendName,
     CompilationMode,
+    CompileSizes,
     CUDAGraphModeField,
+    CustomOps,
     DynamicShapesConfig,
     DynamicShapesType,
-    ModeField,
-    PassConfig,
-    RuntimeConfig,
-    StitchingConfig,
-)
-from piecework.runtime.config.model import (
-    KEY,
-    KEY_AS_SET,
-    Conflict,
-    FrozenModel,
-    digest,
-    factors_of,
-    ignored,
-)
-from piecework.runtime.config.qualified_name import import_qualified
-from piecework.runtime.config.values import (
-    BackendName,
-    CaptureSizes,
-    CompileSizes,
-    CustomOps,
     Endpoints,
+    ModeField,
     OpNames,
     Options,
+    PassConfig,
     Passes,
-    has_op,
+    RuntimeConfig,
+    Sizes,
+    StitchingConfig,
 )
+from piecework.runtime.config.model import KEY, FrozenModel, digest, factors_of, ignored, report
+from piecework.runtime.config.qualified_name import import_qualified
 
 __all__ = [
     "CUDAGraphMode",
@@ -57,6 +50,7 @@ __all__ = [
     "StitchingConfig",
 ]
 
+_WHOLE = (CompilationMode.STOCK_TORCH_COMPILE, CompilationMode.DYNAMO_TRACE_ONCE)
 _log = logging.getLogger(__name__)
 _A_PATH = "a path does not change what is compiled"
 _A_BATCH_RANGE = "each compiled form is kept under its own batch range"
@@ -100,21 +94,19 @@ class CompilationConfig(FrozenModel):
     cache_dir: Annotated[Path | None, ignored(_A_PATH)] = Field(
         None, description="The compile cache's folder; None is one in the user's cache folder."
     )
-    compile_cache_save_format: Annotated[
-        Literal["binary", "unpacked"], ignored("both formats hold the same artifacts")
-    ] = Field(
+    compile_cache_save_format: Annotated[Literal["binary"], ignored("there is one format")] = Field(
         "binary",
-        description="`binary`: one checked file an artifact, safe for many processes. The field's `unpacked` is refused: "
+        description="One checked file an artifact. The field's `unpacked` is refused: "
         "`debug_dump_path` writes what can be looked into.",
     )
-    custom_ops: Annotated[CustomOps, KEY_AS_SET] = Field(
+    custom_ops: Annotated[CustomOps, KEY] = Field(
         (),
         description="Which custom ops run as such: `all` or `none`, then `+op` and `-op`. Without a "
         "base, `none` where Inductor compiles and `all` elsewhere. A model asks with "
         "`config.is_custom_op_enabled(op)`; its graph is held to the rules: calling an op that a rule "
         "switches off is an error, `+ns::op` of an op that it does not call a warning.",
     )
-    splitting_ops: Annotated[OpNames | None, KEY_AS_SET] = Field(
+    splitting_ops: Annotated[OpNames | None, KEY] = Field(
         None,
         description="Where the graph is cut: `ns::op` (every overload) or `ns::op.overload`. None "
         "is every op registered with `piecework.splitting_op`; an empty list cuts nowhere.",
@@ -134,7 +126,7 @@ class CompilationConfig(FrozenModel):
         "them (2 are enough there), or `off`. An empty `splitting_ops` cuts nowhere.",
     )
     compile_mm_encoder: Annotated[
-        bool, ignored("it decides whether an encoder is compiled, not how")
+        Literal[False], ignored("it decides whether an encoder is compiled, not how")
     ] = Field(
         False,
         description="Refused if true: an encoder is a model of its own here, compiled by itself under "
@@ -184,7 +176,7 @@ class CompilationConfig(FrozenModel):
     cudagraph_num_of_warmups: Annotated[
         int, ignored("warm-ups run before capture and leave no code behind")
     ] = Field(0, ge=0, strict=True, description="Runs of a batch shape before it is captured.")
-    cudagraph_capture_sizes: Annotated[CaptureSizes | None, ignored(_A_CAPTURE_SIZE)] = Field(
+    cudagraph_capture_sizes: Annotated[Sizes | None, ignored(_A_CAPTURE_SIZE)] = Field(
         None,
         description="Batch sizes to capture. None is 1, 2, 4, then by 8 to 256, then by 16 to the "
         "maximum, and the same steps in requests up to max_num_seqs; an empty list goes with mode "
@@ -223,8 +215,69 @@ class CompilationConfig(FrozenModel):
         StitchingConfig(), description="The levers of the stitched function and its entry."
     )
 
-    def conflicts(self) -> Iterable[Conflict]:
-        return config_resolve.conflicts_of(self)
+    def conflicts(self) -> Iterator[ConfigProblem]:
+        mode, captures = self.mode, self.cudagraph_mode
+        sizes, largest = self.cudagraph_capture_sizes, self.max_cudagraph_capture_size
+        pieces = captures.requires_piecewise_compilation()
+        capturing = captures is not CUDAGraphMode.NONE
+        found = max(sizes or (), default=0)
+        for fields, wrong, message in (
+            (
+                "use_inductor_graph_partition, backend",
+                self.use_inductor_graph_partition and self.backend != "inductor",
+                f"only Inductor partitions a graph, and the backend is {self.backend!r}",
+            ),
+            (
+                "use_inductor_graph_partition, mode",
+                self.use_inductor_graph_partition and mode is CompilationMode.NONE,
+                "mode NONE compiles nothing, so Inductor has nothing to partition",
+            ),
+            (
+                "cudagraph_mode, mode",
+                capturing and mode is CompilationMode.NONE,
+                f"mode NONE traces nothing, so there is nothing that {captures} could capture; "
+                "use PIECEWORK_COMPILE, with backend 'eager' to compile nothing",
+            ),
+            (
+                "cudagraph_mode, mode",
+                pieces and mode in _WHOLE,
+                f"{captures} captures pieces, and mode {mode} makes none; use PIECEWORK_COMPILE, "
+                f"or cudagraph_mode {captures.without_piecewise()}",
+            ),
+            (
+                "cudagraph_mode, splitting_ops",
+                pieces and self.splitting_ops == (),
+                f"{captures} captures the pieces between splitting ops, and splitting_ops is "
+                "empty; use FULL to capture the whole graph",
+            ),
+            (
+                "cudagraph_capture_sizes, max_cudagraph_capture_size",
+                sizes is not None and largest not in (None, found),
+                f"the largest listed size is {found} and the maximum {largest}; "
+                "give only one of the two",
+            ),
+            (
+                "cudagraph_mode, cudagraph_capture_sizes",
+                capturing and sizes == (),
+                f"{captures} captures, and no size is listed; use mode NONE, or leave the list out",
+            ),
+            (
+                "cudagraph_mode, max_cudagraph_capture_size",
+                capturing and largest == 0,
+                f"{captures} captures, and the largest size is 0; use mode NONE",
+            ),
+        ):
+            if wrong:
+                yield ConfigProblem(fields, message)
+        # A batch that may run uncaptured keeps its own size, so that any size is reached.
+        if sizes and captures.mixed_mode() is not CUDAGraphMode.NONE:
+            below = (n for n in self.compile_sizes if isinstance(n, int) and n < found)
+            if idle := ", ".join(str(size) for size in below if size not in sizes):
+                yield ConfigProblem(
+                    "compile_sizes, cudagraph_capture_sizes",
+                    f"no batch runs in {idle}: they are padded; compile captured sizes, or sizes "
+                    f"above {found}",
+                )
 
     # --- choices settled; each returns a copy ----------------------------------------------------
 
@@ -246,7 +299,29 @@ class CompilationConfig(FrozenModel):
         Raises:
             ConfigError: something does not fit ``runtime``; the problems of every step are listed.
         """
-        return config_resolve.resolve(self, runtime, registered_splitting_ops, attention_ops)
+        cls = type(self)
+        steps: list[Callable[[CompilationConfig], CompilationConfig]] = [
+            partial(cls._with_capture_sizes, runtime=runtime),
+            partial(cls._fit_decode_sizes, runtime=runtime),
+            partial(cls._fit_compile_sizes, runtime=runtime),
+            partial(cls._fit_ranges, runtime=runtime),
+        ]
+        if registered_splitting_ops is not None:
+            ops = {"registered": registered_splitting_ops, "attention_ops": attention_ops}
+            steps.insert(0, partial(cls.set_splitting_ops_for_v1, **ops))
+        problems: list[ConfigProblem] = []
+        done = self
+        for step in steps:
+            try:
+                done = step(done)
+            except ConfigError as error:
+                text = error.message if error.hint is None else f"{error.message} ({error.hint})"
+                problems.extend(error.problems or (ConfigProblem(error.where or "", text),))
+        if problems:
+            raise report(cls.__name__, problems)
+        if {"all", "none"}.isdisjoint(done.custom_ops):
+            done = done.replace(custom_ops=(done.custom_op_base(), *done.custom_ops))
+        return done
 
     def set_splitting_ops_for_v1(
         self, registered: Iterable[str], attention_ops: Iterable[str] = ()
@@ -256,7 +331,11 @@ class CompilationConfig(FrozenModel):
         Modes 1 and 2 cut nowhere unless told to. Where no op is left to cut at, a
         ``cudagraph_mode`` that needs pieces becomes its ``without_piecewise()``, with a warning.
         """
-        return config_resolve.with_splitting_ops(self, registered, attention_ops)
+        if self.mode in _WHOLE:
+            return self if self.splitting_ops is not None else self.replace(splitting_ops=())
+        if self.pass_config.fuse_attn_quant and not self.use_inductor_graph_partition:
+            return self.set_splitting_ops_for_attn_fusion(registered, attention_ops)
+        return self if self.splitting_ops is not None else self._split_at(registered)
 
     def set_splitting_ops_for_attn_fusion(
         self, registered: Iterable[str], attention_ops: Iterable[str]
@@ -266,11 +345,84 @@ class CompilationConfig(FrozenModel):
         Raises:
             ConfigError: ``splitting_ops`` names attention, or ``fuse_attn_quant`` is off.
         """
-        return config_resolve.with_attention_inside(self, registered, attention_ops)
+        attention = sorted(set(attention_ops))
+        cut = [op for op in attention if _has_op(self.splitting_ops or (), op)]
+        if not self.pass_config.fuse_attn_quant or (self.splitting_ops is None and not attention):
+            raise ConfigError(
+                "attention stays in the graph only with fuse_attn_quant, and where attention_ops "
+                "or splitting_ops tell which ops it is",
+                where="pass_config.fuse_attn_quant",
+            )
+        if cut:
+            raise ConfigError(
+                "fuse_attn_quant needs attention inside the pieces, and the graph is cut at "
+                + ", ".join(cut),
+                where="splitting_ops",
+                hint="remove it from splitting_ops, or use use_inductor_graph_partition",
+            )
+        if self.splitting_ops is not None:
+            return self
+        return self._split_at(op for op in registered if not _has_op(attention, op))
+
+    def _split_at(self, ops: Iterable[str]) -> CompilationConfig:
+        chosen, captures = tuple(sorted(set(ops))), self.cudagraph_mode
+        if not chosen and captures.requires_piecewise_compilation():
+            fallback = captures.without_piecewise()
+            _log.warning(
+                "there is no op to cut at, so there are no pieces to capture: "
+                "cudagraph_mode %s becomes %s",
+                captures,
+                fallback,
+            )
+            captures = fallback
+        return self.replace(splitting_ops=chosen, cudagraph_mode=captures)
 
     def post_init_cudagraph_sizes(self, runtime: RuntimeConfig) -> CompilationConfig:
         """A copy with explicit capture sizes (none if nothing is captured) and ``compile_sizes``."""
-        return config_resolve.with_compile_sizes(config_resolve.with_capture_sizes(self, runtime))
+        return self._with_capture_sizes(runtime)._with_compile_sizes()
+
+    def _with_capture_sizes(self, runtime: RuntimeConfig) -> CompilationConfig:
+        captured: tuple[int, ...] = ()
+        if self.cudagraph_mode is not CUDAGraphMode.NONE:
+            found = resolve_capture_sizes(
+                self.cudagraph_capture_sizes,
+                self.max_cudagraph_capture_size,
+                max_num_seqs=runtime.max_num_seqs,
+                max_num_batched_tokens=runtime.max_num_batched_tokens,
+                decode_query_lens=runtime.query_lens,
+            )
+            ranks = self._ranks_that_cut(runtime.tensor_parallel_size)
+            captured = tuple(size for size in found if size % ranks == 0)
+            if found and not captured:
+                raise ConfigError(
+                    f"no capture size is a multiple of {ranks}, over which the sequence is cut",
+                    where="cudagraph_capture_sizes",
+                    hint="list multiples, or switch pass_config.enable_sp off",
+                )
+            if dropped := ", ".join(str(size) for size in found if size not in captured):
+                _log.warning(
+                    "capture sizes %s are dropped: the sequence is cut over %s", dropped, ranks
+                )
+        elif self.cudagraph_capture_sizes:
+            _log.warning(
+                "cudagraph_mode NONE captures nothing: cudagraph_capture_sizes are dropped"
+            )
+        return self.replace(
+            cudagraph_capture_sizes=captured, max_cudagraph_capture_size=max(captured, default=0)
+        )
+
+    def _ranks_that_cut(self, tensor_parallel_size: int) -> int:
+        """Over how many ranks the tokens of a batch are cut."""
+        return tensor_parallel_size if self.pass_config.enable_sp else 1
+
+    def _with_compile_sizes(self) -> CompilationConfig:
+        """A copy with the capture sizes in place of a reference to them in ``compile_sizes``."""
+        if "cudagraph_capture_sizes" not in self.compile_sizes:
+            return self
+        if self.cudagraph_capture_sizes is None:
+            raise self._open("cudagraph_capture_sizes")
+        named = [size for size in self.compile_sizes if isinstance(size, int)]
+        return self.replace(compile_sizes=(*named, *self.cudagraph_capture_sizes))
 
     def adjust_cudagraph_sizes_for_spec_decode(
         self, uniform_decode_query_len: int, tensor_parallel_size: int = 1
@@ -283,9 +435,46 @@ class CompilationConfig(FrozenModel):
         Raises:
             ConfigError: the sizes are not chosen yet, or no multiple fits under the maximum.
         """
-        return config_resolve.with_spec_decode_sizes(
-            self, uniform_decode_query_len, tensor_parallel_size
+        sizes, largest = self.cudagraph_capture_sizes, self.max_cudagraph_capture_size
+        if sizes is None or largest is None:
+            raise self._open("cudagraph_capture_sizes")
+        adjusted = adjust_sizes_for_spec_decode(
+            sizes,
+            uniform_decode_query_len,
+            max_size=largest,
+            tensor_parallel_size=self._ranks_that_cut(tensor_parallel_size),
         )
+        return self.replace(
+            cudagraph_capture_sizes=adjusted, max_cudagraph_capture_size=max(adjusted, default=0)
+        )
+
+    def _fit_decode_sizes(self, runtime: RuntimeConfig) -> CompilationConfig:
+        """Itself, if decode batches of every query length have a size to be captured in."""
+        captures = self.cudagraph_mode
+        decode = captures.separate_routine() and captures.decode_mode() is CUDAGraphMode.FULL
+        if decode and self.cudagraph_capture_sizes and self.max_cudagraph_capture_size:
+            for query_len in runtime.query_lens:
+                self.adjust_cudagraph_sizes_for_spec_decode(query_len, runtime.tensor_parallel_size)
+        return self
+
+    def _fit_compile_sizes(self, runtime: RuntimeConfig) -> CompilationConfig:
+        """A copy with its compile sizes settled, each of which a batch can have."""
+        # Where the capture sizes could not be chosen, that is the problem.
+        done = self if self.cudagraph_capture_sizes is None else self._with_compile_sizes()
+        largest = runtime.max_num_batched_tokens
+        beyond = [size for size in done.compile_sizes if isinstance(size, int) and size > largest]
+        if beyond:
+            raise ConfigError(
+                f"no batch reaches {', '.join(map(str, beyond))}; the largest batch is {largest}",
+                where="compile_sizes",
+                hint="remove these sizes, or raise max_num_batched_tokens",
+            )
+        return done
+
+    def _fit_ranges(self, runtime: RuntimeConfig) -> CompilationConfig:
+        """A copy with the endpoints that cut something: the largest batch itself does not."""
+        ranges = derive_ranges(self.compile_ranges_endpoints, runtime.max_num_batched_tokens)
+        return self.replace(compile_ranges_endpoints=tuple(each.end for each in ranges[:-1]))
 
     # --- what follows from it --------------------------------------------------------------------
 
@@ -314,7 +503,7 @@ class CompilationConfig(FrozenModel):
     def range_table(self, max_size: int | None = None, *, is_encoder: bool = False) -> RangeTable:
         """Ranges and single sizes with one look-up; arguments as ``get_compile_ranges``."""
         ranges = self.get_compile_ranges(max_size, is_encoder=is_encoder)
-        sizes = config_resolve.with_compile_sizes(self).compile_sizes
+        sizes = self._with_compile_sizes().compile_sizes
         return RangeTable(ranges, (size for size in sizes if isinstance(size, int)))
 
     def custom_op_base(self) -> Literal["all", "none"]:
@@ -356,7 +545,7 @@ class CompilationConfig(FrozenModel):
         if self.splitting_ops is None:
             raise self._open("splitting_ops")
         attention = list(attention_ops)
-        return bool(attention) and all(has_op(self.splitting_ops, op) for op in attention)
+        return bool(attention) and all(_has_op(self.splitting_ops, op) for op in attention)
 
     def is_attention_compiled_piecewise(self, attention_ops: Iterable[str]) -> bool:
         """Whether attention stays outside the compiled pieces, by either way of cutting."""
@@ -381,10 +570,12 @@ class CompilationConfig(FrozenModel):
                 or ``compile_sizes`` refers to capture sizes that are not chosen yet.
         """
         base = self.custom_op_base()
-        mark = "-" if base == "all" else "+"
-        rules = sorted(op for op in self.custom_ops if op[0] == mark)
-        settled = config_resolve.with_compile_sizes(self)
-        return factors_of(settled) | {"custom_ops": ",".join([base, *rules])}
+        rules = {op for op in self.custom_ops if op[0] == ("-" if base == "all" else "+")}
+        factors = factors_of(self._with_compile_sizes())
+        factors["custom_ops"] = ",".join([base, *sorted(rules)])
+        if self.splitting_ops is not None:  # their order means nothing
+            factors["splitting_ops"] = ",".join(sorted(set(self.splitting_ops)))
+        return factors
 
     def compute_hash(self) -> str:
         """SHA-256 of what decides compiled and emitted code; equal in all processes and machines."""
@@ -392,3 +583,9 @@ class CompilationConfig(FrozenModel):
 
     def _open(self, field: str) -> ConfigError:
         return ConfigError(f"{field} is not settled yet", where=field, hint="call resolve() first")
+
+
+def _has_op(names: Iterable[str], op: str) -> bool:
+    """Whether ``op`` is named, itself or by ``ns::op``, which stands for every overload."""
+    listed = set(names)
+    return op in listed or op.partition(".")[0] in listed

@@ -1,17 +1,126 @@
-"""The groups and enumerations of the configuration."""
+"""The groups and enumerations of the configuration, and what its fields take."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    WithJsonSchema,
+)
 
-from piecework.errors import ConfigError, short_methods
+from piecework.errors import ConfigError, ConfigProblem, short_methods
 from piecework.runtime.batch.mode import CUDAGraphMode
-from piecework.runtime.config.model import KEY, Conflict, FrozenModel, ignored
-from piecework.runtime.config.values import QueryLens
+from piecework.runtime.batch.sizes import LARGEST
+from piecework.runtime.config.model import KEY, FrozenMap, FrozenModel, ignored, thaw
+from piecework.runtime.config.qualified_name import QUALIFIED_NAME, qualified_name
+
+_OP_NAME = re.compile(r"[A-Za-z_]\w*::[A-Za-z_]\w*(\.[A-Za-z_]\w*)?")
+
+# --- what fields take ----------------------------------------------------------------------------
+
+
+def _as_list(value: Any) -> Any:
+    """A comma-separated string or a lone number, as one writes it on a command line, as a list."""
+    if isinstance(value, str):
+        parts = [part.strip() for part in value.split(",") if part.strip()]
+        return [int(part) if part.isdecimal() else part for part in parts]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [value]
+    return value
+
+
+def _sorted_unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Numbers ascending, then names; each once."""
+    return tuple(sorted(set(values), key=lambda each: (isinstance(each, str), each)))
+
+
+def _each_once(values: tuple[int, ...]) -> tuple[int, ...]:
+    twice = sorted({value for value in values if values.count(value) > 1})
+    if twice:
+        raise ValueError(f"given more than once: {', '.join(map(str, twice))}")
+    return tuple(sorted(values))
+
+
+def _op_name(value: Any) -> str:
+    """The name of an op given by name, overload, packet or handle of `piecework.splitting_op`.
+
+    torch prints an overload as ``ns.op.overload`` and a packet as ``ns.op``.
+    """
+    value = getattr(value, "splitting_op_name", value)
+    text = value if isinstance(value, str) else str(value).replace(".", "::", 1)
+    if not _OP_NAME.fullmatch(text):
+        raise ValueError(f"an op is written ns::op or ns::op.overload, not {value!r}")
+    return text
+
+
+def _custom_ops(rules: tuple[str, ...]) -> tuple[str, ...]:
+    """Check ``all``/``none``/``+op``/``-op``; every fault is named."""
+    bases = [rule for rule in rules if rule in ("all", "none")]
+    faults = [
+        f"{rule!r} is not 'all', 'none', '+op' or '-op'"
+        for rule in rules
+        if rule not in bases and not re.fullmatch(r"[+-][\w.:]+", rule)
+    ]
+    if len(bases) > 1:
+        faults.append(f"{' and '.join(map(repr, bases))} are both given")
+    both = sorted({rule[1:] for rule in rules if rule[0] == "+" and f"-{rule[1:]}" in rules})
+    faults += [f"'+{name}' and '-{name}' are both given" for name in both]
+    if faults:
+        raise ValueError("; ".join(faults))
+    return tuple(dict.fromkeys(rules))
+
+
+def _passes(value: Mapping[str, Any]) -> FrozenMap:
+    for name, each in value.items():
+        if not (QUALIFIED_NAME.fullmatch(each) if isinstance(each, str) else callable(each)):
+            raise ValueError(f"{name!r} must be a callable or a qualified name, not {each!r}")
+    return FrozenMap(value)
+
+
+def _passes_by_name(value: Mapping[str, Any]) -> dict[str, str]:
+    return {slot: qualified_name(each) for slot, each in value.items()}
+
+
+def _parsed_by(parse: Callable[[Any], enum.Enum]) -> BeforeValidator:
+    def validate(value: Any) -> enum.Enum:
+        try:
+            return parse(value)
+        except ConfigError as error:
+            raise ValueError("; ".join(filter(None, (error.message, error.hint)))) from None
+
+    return BeforeValidator(validate)
+
+
+_LISTED = BeforeValidator(_as_list)
+PositiveInt = Annotated[int, Field(strict=True, gt=0)]
+Size = Annotated[int, Field(strict=True, gt=0, le=LARGEST)]
+Sizes = Annotated[tuple[Size, ...], _LISTED, AfterValidator(_sorted_unique)]
+Endpoints = Annotated[tuple[PositiveInt, ...], _LISTED, AfterValidator(_each_once)]
+CompileSizes = Annotated[
+    tuple[Size | Literal["cudagraph_capture_sizes"], ...], _LISTED, AfterValidator(_sorted_unique)
+]
+OpName = Annotated[str, BeforeValidator(_op_name)]
+OpNames = Annotated[tuple[OpName, ...], _LISTED]
+CustomOps = Annotated[tuple[str, ...], _LISTED, AfterValidator(_custom_ops)]
+Options = Annotated[
+    Mapping[str, Any], AfterValidator(FrozenMap), PlainSerializer(thaw, when_used="json")
+]
+Passes = Annotated[
+    Mapping[str, Any],
+    AfterValidator(_passes),
+    PlainSerializer(_passes_by_name, when_used="json"),
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": "string"}}),
+]
+BackendName = Annotated[str, Field(pattern=rf"^([A-Za-z_]\w*|{QUALIFIED_NAME.pattern})$")]
+
+# --- modes ---------------------------------------------------------------------------------------
 
 
 class CompilationMode(enum.IntEnum):
@@ -53,16 +162,6 @@ class DynamicShapesType(enum.StrEnum):
     BACKED_SIZE_OBLIVIOUS = "backed_size_oblivious"
 
 
-def _parsed_by(parse: Callable[[Any], enum.Enum]) -> BeforeValidator:
-    def validate(value: Any) -> enum.Enum:
-        try:
-            return parse(value)
-        except ConfigError as error:
-            raise ValueError("; ".join(filter(None, (error.message, error.hint)))) from None
-
-    return BeforeValidator(validate)
-
-
 _BY_NAME = PlainSerializer(lambda value: value.name, when_used="json")
 
 
@@ -91,10 +190,6 @@ Flag = Annotated[bool, KEY]
 
 class StitchingConfig(FrozenModel):
     """The levers of the stitched function and its entry; each one off is slower, never different."""
-
-    if TYPE_CHECKING:  # fields take more than what they hold: a list, a name
-
-        def __init__(self, **fields: Any) -> None: ...
 
     bind_weights: Flag = Field(
         True, description="Bind the weights once instead of fetching and passing them per call."
@@ -136,10 +231,6 @@ class DynamicShapesConfig(FrozenModel):
 class PassConfig(FrozenModel):
     """What a user's passes need of the compilation; the passes themselves are `inductor_passes`."""
 
-    if TYPE_CHECKING:  # fields take more than what they hold: a list, a name
-
-        def __init__(self, **fields: Any) -> None: ...
-
     fuse_attn_quant: Flag = Field(
         False,
         description="A user pass fuses attention with what follows, so attention stays in the graph.",
@@ -171,11 +262,11 @@ class RuntimeConfig(FrozenModel):
     uniform_decode_query_len: Annotated[int, ignored("it only shapes the captured sizes")] = Field(
         1, ge=1, description="Query tokens of a request in a decode batch (1 plus the speculated)."
     )
-    further_decode_query_lens: Annotated[
-        QueryLens, ignored("they only shape the captured sizes")
-    ] = Field(
-        (),
-        description="Narrower query lengths that decode batches have too, where the width of the draft varies.",
+    further_decode_query_lens: Annotated[Sizes, ignored("they only shape the captured sizes")] = (
+        Field(
+            (),
+            description="Narrower query lengths that decode batches have too, where the width of the draft varies.",
+        )
     )
     enable_lora: Annotated[bool, ignored("it only adds captured descriptors")] = Field(
         False, description="Adapters may be active, so captured graphs are kept apart by it."
@@ -209,34 +300,40 @@ class RuntimeConfig(FrozenModel):
         """Every query length of a decode batch, ascending."""
         return tuple(sorted({self.uniform_decode_query_len, *self.further_decode_query_lens}))
 
-    def conflicts(self) -> Iterator[Conflict]:
-        wider = [n for n in self.further_decode_query_lens if n > self.uniform_decode_query_len]
-        if wider:
-            yield Conflict(
-                ("further_decode_query_lens", "uniform_decode_query_len"),
-                f"{', '.join(map(str, wider))} is more than {self.uniform_decode_query_len}, the widest",
-            )
-        if self.uniform_decode_query_len > self.max_num_batched_tokens:
-            yield Conflict(
-                ("uniform_decode_query_len", "max_num_batched_tokens"),
-                f"a request of {self.uniform_decode_query_len} tokens does not fit in "
-                f"{self.max_num_batched_tokens}",
-            )
-        if self.rank >= self.world_size:
-            yield Conflict(("rank", "world_size"), f"rank {self.rank} of {self.world_size}")
-        if self.dp_rank >= self.data_parallel_size:
-            yield Conflict(
-                ("dp_rank", "data_parallel_size"),
+    def conflicts(self) -> Iterator[ConfigProblem]:
+        widest, tokens = self.uniform_decode_query_len, self.max_num_batched_tokens
+        wider = [n for n in self.further_decode_query_lens if n > widest]
+        for fields, wrong, message in (
+            (
+                "further_decode_query_lens, uniform_decode_query_len",
+                bool(wider),
+                f"{', '.join(map(str, wider))} is more than {widest}, the widest",
+            ),
+            (
+                "uniform_decode_query_len, max_num_batched_tokens",
+                widest > tokens,
+                f"a request of {widest} tokens does not fit in {tokens}",
+            ),
+            (
+                "rank, world_size",
+                self.rank >= self.world_size,
+                f"rank {self.rank} of {self.world_size}",
+            ),
+            (
+                "dp_rank, data_parallel_size",
+                self.dp_rank >= self.data_parallel_size,
                 f"replica {self.dp_rank} of {self.data_parallel_size}",
-            )
-        if self.world_size % self.tensor_parallel_size:
-            yield Conflict(
-                ("world_size", "tensor_parallel_size"),
+            ),
+            (
+                "world_size, tensor_parallel_size",
+                bool(self.world_size % self.tensor_parallel_size),
                 f"{self.world_size} ranks are no multiple of {self.tensor_parallel_size}",
-            )
-        if self.max_num_seqs > self.max_num_batched_tokens:
-            yield Conflict(
-                ("max_num_seqs", "max_num_batched_tokens"),
-                f"{self.max_num_seqs} requests of at least one token do not fit in "
-                f"{self.max_num_batched_tokens} tokens",
-            )
+            ),
+            (
+                "max_num_seqs, max_num_batched_tokens",
+                self.max_num_seqs > tokens,
+                f"{self.max_num_seqs} requests of at least one token do not fit in {tokens} tokens",
+            ),
+        ):
+            if wrong:
+                yield ConfigProblem(fields, message)

@@ -1,65 +1,29 @@
-"""The base of every configuration: a frozen pydantic model whose errors list all problems at once."""
+"""The base of every configuration: a frozen pydantic model whose errors list all problems."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Self, get_args
+from typing import Any, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from piecework.errors import ConfigError, ConfigProblem, did_you_mean
-from piecework.runtime.config.frozen_map import FrozenMap
 from piecework.runtime.config.qualified_name import import_qualified
 from piecework.runtime.store.digest import canonical, text_of
 
-
-@dataclass(frozen=True, slots=True)
-class HashRole:
-    """Whether a field is part of the compile cache's key; an ignored one says why it may be.
-
-    Used as metadata: ``mode: Annotated[CompilationMode, KEY]``.
-    """
-
-    in_key: bool
-    reason: str = ""
-    unordered: bool = False
+CACHE_KEY = "x-cache-key"
+# Every field says, also in its JSON schema, whether the compile cache's key has it, or why not.
+KEY: Any = Field(json_schema_extra={CACHE_KEY: True})
 
 
-KEY = HashRole(in_key=True)
-# For a list whose order means nothing: two orders are one key.
-KEY_AS_SET = HashRole(in_key=True, unordered=True)
-
-
-def ignored(reason: str) -> HashRole:
-    """The role of a field that cannot change what is compiled or emitted, with the reason."""
-    return HashRole(in_key=False, reason=reason)
-
-
-@dataclass(frozen=True, slots=True)
-class Conflict:
-    """Two or more fields that cannot hold together, and why."""
-
-    fields: tuple[str, ...]
-    message: str
-
-
-class ConflictsFound(ValueError):
-    """What a model's cross-field check raises inside pydantic: every conflict at once."""
-
-    def __init__(self, conflicts: list[Conflict]) -> None:
-        self.conflicts = tuple(conflicts)
-        super().__init__("; ".join(conflict.message for conflict in conflicts))
+def ignored(reason: str) -> Any:
+    """For a field that cannot change what is compiled or emitted, with the reason."""
+    return Field(json_schema_extra={CACHE_KEY: reason})
 
 
 class FrozenModel(BaseModel):
-    """A frozen pydantic model whose errors are one ConfigError listing every problem.
-
-    Subclasses may override :meth:`conflicts`; pydantic runs it once all fields are valid.
-    """
+    """A frozen pydantic model whose errors are one ConfigError listing every problem."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -69,41 +33,23 @@ class FrozenModel(BaseModel):
         protected_namespaces=(),  # older pydantic warns about a field named model_name
     )
 
-    def __init__(self, *positional: object, **data: Any) -> None:
-        if positional:
-            fields = type(self).model_fields
-            example = "backend" if "backend" in fields else next(iter(fields))
-            raise ConfigError(
-                f"the fields of {type(self).__name__} are given by name; got {positional[0]!r:.80}",
-                hint=f"write {type(self).__name__}({example}=...), with the names of fields",
-            )
+    def __init__(self, **data: Any) -> None:
         try:
             super().__init__(**data)
         except ValidationError as error:
-            raise _config_error(type(self), error, data) from None
+            raise _config_error(type(self), error) from None
 
     # Without this mark pydantic would call __init__ for nested models too, and a nested problem
     # would then leave as an error of its own before the other fields were looked at.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
-    def __setattr__(self, name: str, value: object) -> None:
-        raise ConfigError(
-            "a configuration is frozen",
-            where=f"{type(self).__name__}.{name}",
-            hint=f"make a changed copy with .replace({name}=…)",
-        )
-
-    def __delattr__(self, name: str) -> None:
-        setattr(self, name, None)
-
-    def conflicts(self) -> Iterable[Conflict]:
-        """Fields that are valid alone and not together; none by default."""
+    def conflicts(self) -> Iterable[ConfigProblem]:
+        """What contradicts each other among fields that are valid alone; nothing by default."""
         return ()
 
     def model_post_init(self, context: Any, /) -> None:
-        found = list(self.conflicts())
-        if found:
-            raise ConflictsFound(found)
+        if found := tuple(self.conflicts()):
+            raise report(type(self).__name__, found)
 
     @classmethod
     def model_validate(cls, obj: Any, **options: Any) -> Self:
@@ -111,12 +57,7 @@ class FrozenModel(BaseModel):
         try:
             return super().model_validate(obj, **options)
         except ValidationError as error:
-            raise _config_error(cls, error, obj if isinstance(obj, Mapping) else {}) from None
-
-    @classmethod
-    def from_data(cls, data: Mapping[str, Any]) -> Self:
-        """The model that ``data`` describes (a parsed JSON or TOML object); all its errors are one."""
-        return cls(**dict(data))
+            raise _config_error(cls, error) from None
 
     @classmethod
     def given(cls, given: object, argument: str, where: str | None = None) -> Self:
@@ -125,77 +66,78 @@ class FrozenModel(BaseModel):
         Raises:
             ConfigError: it is neither, or does not describe a model.
         """
-        if isinstance(given, cls):
-            return given
-        if isinstance(given, Mapping):
-            return cls.from_data(given)
-        kind = f"a {type(given).__qualname__}"
-        hint = f"pass {cls.__name__}(...), or a dict of what differs from the defaults"
-        if isinstance(given, type):
-            kind, hint = f"the class {given.__name__}", f"pass an instance: {given.__name__}(...)"
-        elif isinstance(given, (str, os.PathLike)):
-            hint = "read the file first, as with json or tomllib, and pass what is in it"
+        if isinstance(given, (cls, Mapping)):
+            return cls.model_validate(given)
         raise ConfigError(
-            f"{argument} must be a {cls.__name__} or a dict of its fields; got {kind}",
+            f"{argument} must be a {cls.__name__} or a dict of its fields; got {given!r:.80}",
             where=where,
-            hint=hint,
+            hint=f"pass {cls.__name__}(...), or a dict of what differs from the defaults",
         )
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with ``changes``, validated again as a whole (pydantic's own copy checks nothing)."""
-        current = {name: getattr(self, name) for name in type(self).model_fields}
-        return type(self)(**{**current, **changes})
+        """A copy with ``changes``, validated as a whole (pydantic's own copy checks nothing)."""
+        return type(self)(**{**dict(self), **changes})
 
 
-def hash_roles(model: type[FrozenModel]) -> dict[str, HashRole | None]:
-    """Each field's declared role, or None where it declares none (a test fails on that)."""
-    return {
-        name: next((item for item in field.metadata if isinstance(item, HashRole)), None)
-        for name, field in model.model_fields.items()
-    }
+class FrozenMap(Mapping[str, Any]):
+    """A read-only, hashable mapping; the lists and dicts inside are frozen with it."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: Mapping[str, Any]) -> None:
+        self._items = {key: _frozen(value) for key, value in items.items()}
+
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._items.items()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mapping) and self._items == FrozenMap(other)._items
+
+    def __repr__(self) -> str:
+        return repr(self._items)
 
 
-def nested_model(model: type[FrozenModel] | None, name: str) -> type[FrozenModel] | None:
+def _frozen(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return FrozenMap(value)
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+
+
+def thaw(value: Any) -> Any:
+    """``value`` with plain dicts and lists in place of frozen ones."""
+    if isinstance(value, Mapping):
+        return {key: thaw(item) for key, item in value.items()}
+    return list(map(thaw, value)) if isinstance(value, tuple) else value
+
+
+def group_of(model: type[FrozenModel], name: str) -> type[FrozenModel] | None:
     """The group that a field of ``model`` holds, or None."""
-    field = None if model is None else model.model_fields.get(name)
-    parts = [] if field is None else [field.annotation, *get_args(field.annotation)]
-    groups = (p for p in parts if isinstance(p, type) and issubclass(p, FrozenModel))
-    return next(groups, None)
-
-
-def other_names(model: type[FrozenModel]) -> dict[str, str]:
-    """Accepted aliases and the field that each one names."""
-    return {
-        str(alias): name
-        for name, field in model.model_fields.items()
-        if isinstance(field.validation_alias, AliasChoices)
-        for alias in field.validation_alias.choices
-        if alias != name
-    }
-
-
-# --- the cache's key -----------------------------------------------------------------------------
+    field = model.model_fields.get(name)
+    kind = field and field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, FrozenModel) else None
 
 
 def factors_of(model: FrozenModel) -> dict[str, str]:
-    """Each field whose role is KEY as canonical JSON, by dotted name; groups one level down.
+    """Each field of the cache's key as canonical JSON, by dotted name.
 
     A value counts with its exact type and a pass by what it does.
 
     Raises:
-        ConfigError: a field declares no role.
         Unidentifiable: a value has no stable form.
     """
     factors: dict[str, str] = {}
-    for name, role in hash_roles(type(model)).items():
-        if role is None:
-            raise ConfigError(
-                "the field does not say whether it is part of the cache key",
-                where=f"{type(model).__name__}.{name}",
-                hint="annotate it with KEY or ignored(reason)",
-            )
+    for name, field in type(model).model_fields.items():
         value = getattr(model, name)
-        if not role.in_key:
+        if field.json_schema_extra[CACHE_KEY] is not True:  # type: ignore[index]
             continue
         if isinstance(value, FrozenModel):
             factors |= {f"{name}.{key}": text for key, text in factors_of(value).items()}
@@ -204,27 +146,15 @@ def factors_of(model: FrozenModel) -> dict[str, str]:
                 where = f"{name}.{key}"
                 if name == "inductor_passes" and isinstance(each, str):
                     each = import_qualified(each, where=where)
-                factors[where] = _short(text_of(canonical(each, where)))
+                factors[where] = text_of(canonical(each, where))
         else:
-            if role.unordered and isinstance(value, tuple):
-                value = tuple(sorted(set(value)))
-            factors[name] = _short(text_of(canonical(value, name)))
+            factors[name] = text_of(canonical(value, name))
     return factors
-
-
-def _short(text: str) -> str:
-    """``text`` if people can read it, else its digest, which no such text begins like."""
-    if len(text) <= 200:
-        return text
-    return f"sha256:{hashlib.sha256(text.encode('ascii')).hexdigest()}"
 
 
 def digest(factors: Mapping[str, str]) -> str:
     """SHA-256 (hex) of named texts, independent of their order."""
     return hashlib.sha256(text_of(dict(factors)).encode()).hexdigest()
-
-
-# --- errors --------------------------------------------------------------------------------------
 
 
 def report(subject: str, problems: Sequence[ConfigProblem]) -> ConfigError:
@@ -238,46 +168,18 @@ def report(subject: str, problems: Sequence[ConfigProblem]) -> ConfigError:
     )
 
 
-def _config_error(
-    model: type[FrozenModel], error: ValidationError, data: Mapping[str, Any]
-) -> ConfigError:
-    """The error for ``data``, with the conflicts among the fields that were valid alone."""
-    problems = list(_problems(model, error))
-    aliases = other_names(model)
-    locations = [str(each["loc"][0]) for each in error.errors() if each["loc"]]
-    bad = {aliases.get(name, name) for name in locations}
-    if bad:
-        try:
-            model(**{key: each for key, each in data.items() if aliases.get(key, key) not in bad})
-        except ConfigError as more:
-            problems += [each for each in more.problems if not bad & set(each.field.split(", "))]
-    return report(model.__name__, problems)
-
-
-def _problems(model: type[FrozenModel], error: ValidationError) -> Iterator[ConfigProblem]:
+def _config_error(model: type[FrozenModel], error: ValidationError) -> ConfigError:
+    problems = []
     for detail in error.errors(include_url=False):
-        cause = detail.get("ctx", {}).get("error")
-        where = ".".join(map(str, detail["loc"]))
-        if isinstance(cause, ConflictsFound):
-            prefix = f"{where}." if where else ""
-            for each in cause.conflicts:
-                yield ConfigProblem(", ".join(prefix + name for name in each.fields), each.message)
-        elif cause is not None:
-            yield ConfigProblem(where, str(cause))
+        *path, name = map(str, detail["loc"]) if detail["loc"] else ("",)
+        if detail["type"] == "extra_forbidden":
+            owner = group_of(model, path[0]) if path else model
+            known = owner.model_fields if owner is not None else ()
+            hint = did_you_mean(name, known)
+            message = f"is not a field of this configuration{hint and f'; {hint}'}"
+        elif detail["type"] == "value_error":
+            message = str(detail["ctx"]["error"])
         else:
-            yield ConfigProblem(where, _sentence(model, detail))
-
-
-def _sentence(model: type[FrozenModel], detail: ErrorDetails) -> str:
-    """One problem in words, with the near misses of an unknown name."""
-    if detail["type"] != "extra_forbidden":
-        return f"{detail['msg'][0].lower()}{detail['msg'][1:]}, got {detail['input']!r:.80}"
-    *path, name = map(str, detail["loc"])
-    if not path and name in other_names(model):
-        return f"is another name of {other_names(model)[name]}, which is given too"
-    owner: type[FrozenModel] | None = model
-    for part in path:
-        owner = nested_model(owner, part)
-    known = [] if owner is None else [*owner.model_fields, *other_names(owner)]
-    hint = did_you_mean(name, known)
-    return f"is not a field of this configuration{hint and f'; {hint}'}"
+            message = f"{detail['msg'][0].lower()}{detail['msg'][1:]}, got {detail['input']!r:.80}"
+        problems.append(ConfigProblem(".".join([*path, name]), message))
+    return report(model.__name__, problems)

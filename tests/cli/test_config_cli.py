@@ -6,6 +6,7 @@ import json
 import shlex
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from typer.testing import CliRunner
@@ -13,9 +14,13 @@ from typer.testing import CliRunner
 from piecework.cli.config import config_app
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.config.docs import json_schema, markdown_table
-from piecework.runtime.config.text import from_json, from_toml, parse_overrides
+from piecework.runtime.config.text import parse_overrides
 
 GOOD = 'mode = 0\n[stitching_config]\nemit_del = false\n[inductor_compile_config]\n"a.b" = 1\n'
+
+
+def from_toml(text):
+    return CompilationConfig.model_validate(tomllib.loads(text))
 
 
 def run(*arguments):
@@ -32,7 +37,7 @@ def good(tmp_path):
 def test_show_prints_toml_that_reads_back(good):
     result = run("show", good, "-O3", "-O.compile_sizes=1,8")
     assert result.exit_code == 0
-    config = from_toml(CompilationConfig, result.stdout)
+    config = from_toml(result.stdout)
     assert config.mode == 3 and config.compile_sizes == (1, 8)
     assert not config.stitching_config.emit_del
 
@@ -43,13 +48,13 @@ def test_show_in_each_format_means_the_same(good, form):
     assert result.exit_code == 0
     match form:
         case "json":
-            config = from_json(CompilationConfig, result.stdout)
+            config = CompilationConfig.model_validate_json(result.stdout)
         case "toml":
-            config = from_toml(CompilationConfig, result.stdout)
+            config = from_toml(result.stdout)
         case _:
             options = parse_overrides(CompilationConfig, result.stdout.splitlines())
-            config = CompilationConfig.from_data(options)
-    assert config == from_toml(CompilationConfig, GOOD)
+            config = CompilationConfig.model_validate(options)
+    assert config == from_toml(GOOD)
 
 
 def test_show_resolved_as_json():
@@ -61,14 +66,14 @@ def test_show_resolved_as_json():
     assert report["config"]["cudagraph_capture_sizes"] == [1, 2, 4, 8]
     assert report["runtime"]["max_num_seqs"] == 4
     assert report["ranges"] == [[2, 2], [1, 8192]]
-    assert report["hash"] == CompilationConfig.from_data(report["config"]).compute_hash()
+    assert report["hash"] == CompilationConfig.model_validate(report["config"]).compute_hash()
     assert "runtime" not in json.loads(run("show", "--json").stdout)
 
 
 def test_show_resolved_as_text_reads_back():
     result = run("show", "--resolve", "-O.cudagraph_mode=FULL", "--changed")
     assert "# compiled for [1, 8192]" in result.stdout
-    assert from_toml(CompilationConfig, result.stdout).max_cudagraph_capture_size == 512
+    assert from_toml(result.stdout).max_cudagraph_capture_size == 512
 
 
 @pytest.mark.parametrize(

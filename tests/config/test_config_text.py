@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 
 import pytest
 from hypothesis import given, settings
@@ -11,8 +12,6 @@ from hypothesis import strategies as st
 from piecework.errors import ConfigError
 from piecework.runtime.config.compilation import CompilationConfig, CUDAGraphMode
 from piecework.runtime.config.text import (
-    from_json,
-    from_toml,
     merge,
     parse_overrides,
     read_data,
@@ -22,6 +21,7 @@ from piecework.runtime.config.text import (
     to_toml,
 )
 
+read = CompilationConfig.model_validate
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
 scalars = text | numbers | st.booleans()
@@ -90,20 +90,20 @@ def configs(draw, leaves=scalars):
 @settings(deadline=None, max_examples=150)
 @given(configs(leaves=scalars | st.none()), st.booleans())
 def test_json_round_trip(config, only_changed):
-    assert from_json(CompilationConfig, to_json(config, only_changed=only_changed)) == config
+    assert read(json.loads(to_json(config, only_changed=only_changed))) == config
 
 
 @settings(deadline=None, max_examples=150)
 @given(configs(), st.booleans())
 def test_toml_round_trip(config, only_changed):
-    assert from_toml(CompilationConfig, to_toml(config, only_changed=only_changed)) == config
+    assert read(tomllib.loads(to_toml(config, only_changed=only_changed))) == config
 
 
 @settings(deadline=None, max_examples=150)
 @given(configs(leaves=scalars | st.none()))
 def test_option_round_trip(config):
     options = to_overrides(config)
-    assert CompilationConfig.from_data(parse_overrides(CompilationConfig, options)) == config
+    assert read(parse_overrides(CompilationConfig, options)) == config
 
 
 def test_data_is_in_field_order_and_changed_data_is_minimal():
@@ -119,28 +119,28 @@ def test_data_is_in_field_order_and_changed_data_is_minimal():
 def test_a_named_pass_is_written_by_name():
     config = CompilationConfig(inductor_passes={"slot": json.dumps})
     assert to_data(config)["inductor_passes"] == {"slot": "json:dumps"}
-    again = from_json(CompilationConfig, to_json(config))
+    again = read(json.loads(to_json(config)))
     assert again.inductor_passes["slot"] == "json:dumps"
     assert again.compute_hash() == config.compute_hash()
 
 
 @pytest.mark.parametrize(
     "value",
-    [float("inf"), float("nan"), {1, 2}, object(), json.dumps, b"x", "\ud800", [{"a": {3}}]],
+    [object(), json.dumps, [{"a": object()}]],
 )
 def test_what_could_not_be_read_back_is_refused(value):
     config = CompilationConfig(inductor_compile_config={"option": value})
     for write in (to_json, to_toml, to_overrides):
         with pytest.raises(ConfigError, match="can't be written") as caught:
             write(config)
-        assert caught.value.where.startswith("inductor_compile_config.option")
+        assert caught.value.where == "inductor_compile_config"
 
 
 def test_a_pass_without_a_name_is_refused():
     config = CompilationConfig(inductor_passes={"slot": lambda graph: None})
     with pytest.raises(ConfigError, match="no importable name") as caught:
         to_json(config)
-    assert caught.value.where == "inductor_passes.slot"
+    assert caught.value.where == "inductor_passes"
 
 
 def test_toml_has_no_null():
@@ -149,27 +149,15 @@ def test_toml_has_no_null():
         to_toml(config)
 
 
-@pytest.mark.parametrize("bad", ["", "[]", "3", "{", '{"mode": 3, "mode": 0}', "[" * 100_000])
-def test_bad_json(bad):
-    with pytest.raises(ConfigError) as caught:
-        from_json(CompilationConfig, bad, where="file.json")
-    assert caught.value.where == "file.json"
-
-
-@pytest.mark.parametrize("bad", ["mode", "mode = ", "mode = 1\nmode = 2", "a = " + "[" * 100_000])
-def test_bad_toml(bad):
-    with pytest.raises(ConfigError, match="no valid TOML") as caught:
-        from_toml(CompilationConfig, bad, where="file.toml")
-    assert caught.value.where == "file.toml"
-
-
 def test_files_by_suffix(tmp_path):
     (tmp_path / "a.toml").write_text("mode = 0\n[stitching_config]\nemit_del = false\n")
     (tmp_path / "a.json").write_text('{"mode": 0, "stitching_config": {"emit_del": false}}')
     assert read_data(tmp_path / "a.toml") == read_data(tmp_path / "a.json")
     (tmp_path / "a.yaml").write_text("mode: 0")
     (tmp_path / "bad.json").write_bytes(b"\xff\xfe")
-    for name in ("a.yaml", "absent.json", "bad.json"):
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "bad.toml").write_text("mode = ")
+    for name in ("a.yaml", "absent.json", "bad.json", "list.json", "bad.toml"):
         with pytest.raises(ConfigError) as caught:
             read_data(tmp_path / name)
         assert caught.value.where == str(tmp_path / name)
@@ -184,7 +172,7 @@ def test_files_by_suffix(tmp_path):
         (["-O.stitching_config.emit_del=false"], {"stitching_config": {"emit_del": False}}),
         ([".compile_sizes=[1,8]"], {"compile_sizes": [1, 8]}),
         ([".compile_sizes=1,8"], {"compile_sizes": "1,8"}),
-        ([".compile_ranges_split_points=[4]"], {"compile_ranges_endpoints": [4]}),
+        ([".compile_ranges_split_points=[4]"], {"compile_ranges_split_points": [4]}),
         ([".backend=pkg:C=x"], {"backend": "pkg:C=x"}),
         ([".cache_dir="], {"cache_dir": ""}),
         ([".splitting_ops=null"], {"splitting_ops": None}),
@@ -218,32 +206,21 @@ def test_options_as_a_person_would_write_them():
         '-O.cache_dir="12"',
         "-O.compile_sizes=[1,8]",
         "-O.inductor_compile_config.triton.cudagraphs=true",
-        '-O{"inductor_compile_config":{"a = b":"x"}}',
+        '-O{"inductor_compile_config": {"a = b": "x"}}',
         "-O.stitching_config.emit_del=false",
     ]
 
 
-def test_every_bad_option_is_named():
-    with pytest.raises(ConfigError) as caught:
-        parse_overrides(
-            CompilationConfig,
-            ["3", ".mode=2", "mode=1", ".=2", ".a..b=3", ".backend", "{", '{"mode": 1}'],
-        )
-    assert [each.field for each in caught.value.problems] == [
-        "mode",
-        "-Omode=1",
-        "-O.=2",
-        "-O.a..b=3",
-        "-O.backend",
-        "{",
-        "mode",
-    ]
+@pytest.mark.parametrize("bad", ["mode=1", ".=2", ".backend", "{", ".stitching_config.=1"])
+def test_an_option_of_another_form_is_an_error(bad):
+    with pytest.raises(ConfigError, match=r"is not of the form -O\.field=value"):
+        parse_overrides(CompilationConfig, [bad])
 
 
 def test_options_win_over_a_file_and_groups_merge():
     below = {
         "mode": 0,
-        "compile_ranges_split_points": [4],
+        "compile_ranges_endpoints": [4],
         "stitching_config": {"emit_del": False},
         "inductor_compile_config": {"a": 1, "b": {"c": 1}},
     }
@@ -256,14 +233,8 @@ def test_options_win_over_a_file_and_groups_merge():
             '.inductor_compile_config.b={"d":2}',
         ],
     )
-    config = CompilationConfig.from_data(merge(CompilationConfig, below, above))
+    config = read(merge(below, above))
     assert config.mode == 3 and config.compile_ranges_endpoints == (8,)
     assert not config.stitching_config.emit_del and config.pass_config.enable_sp
     assert config.inductor_compile_config == {"a": 1, "b": {"d": 2}}
     assert below["mode"] == 0 and below["stitching_config"] == {"emit_del": False}
-
-
-def test_both_names_of_a_field_in_one_file_are_still_an_error():
-    below = {"compile_ranges_split_points": [4], "compile_ranges_endpoints": [8]}
-    with pytest.raises(ConfigError, match="another name"):
-        CompilationConfig.from_data(merge(CompilationConfig, below, {}))

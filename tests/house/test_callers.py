@@ -36,7 +36,6 @@ OF_THE_FIELD = {
     "num_entries",
     "piecewise_graphs",
     "post_init_cudagraph_sizes",
-    "set_splitting_ops_for_attn_fusion",
     "size_bytes",
     "splitting_ops_contain_attention",
     "submodule_names",
