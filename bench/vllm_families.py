@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 import time
@@ -221,15 +222,16 @@ def row(family: str) -> dict[str, Any]:
 # --- the table ---------------------------------------------------------------------------------------
 
 _START, _END = "<!-- families: generated -->", "<!-- end -->"
+_ROW = re.compile(r"\| (\w+) \| (?=equal|DIFFERENT|refused)")
 
 
-def table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """The table as Markdown."""
+def table(rows: list[dict[str, Any]], before: str = "") -> Iterator[str]:
+    """The table as Markdown; families of the table ``before`` that were not measured now stay in it."""
     yield "| family | tokens | log-probabilities within | pieces | unique | start cold, warm, default (s) | compile warm (s) | forward, default (ms) |"
     yield "|---|---|---|---|---|---|---|---|"
-    for each in sorted(rows, key=lambda r: r["family"].lower()):
-        if "not served" not in each:
-            yield _line(each)
+    lines = {m[1]: line for line in before.splitlines() if (m := _ROW.match(line))}
+    lines.update({each["family"]: _line(each) for each in rows if "not served" not in each})
+    yield from (lines[name] for name in sorted(lines, key=str.lower))
 
 
 def _line(found: dict[str, Any]) -> str:
@@ -246,13 +248,12 @@ def _line(found: dict[str, Any]) -> str:
     )
     counted = cold["counters"]
     warmly = warm.get("counters", {})
-    again = warmly.get("num_graphs_seen", 0) or warmly.get("num_backend_compilations", 0)
     starts = ", ".join(
         f"{each['seconds']:.1f}" if "seconds" in each else "–" for each in (cold, warm, default)
     )
-    compiled = (
-        f"{warm['compile seconds']:.2f}" if not again and "seconds" in warm else "compiled again"
-    )
+    compiled = f"{warm.get('compile seconds', 0):.2f}"
+    if warmly.get("num_graphs_seen"):
+        compiled += f", traced, {warmly.get('num_inductor_compiles', 0)} compiles"
     forward = ", ".join(
         f"{each['forward ms']:.2f}" if "forward ms" in each else "–" for each in (cold, default)
     )
@@ -269,8 +270,9 @@ def main(arguments: list[str]) -> None:
         rows = [json.loads(line) for line in Path(lines).read_text().splitlines()]
         page = Path(rest[0])
         head, _, tail = page.read_text().partition(_START)
-        text = "\n".join(table(rows))
-        page.write_text(f"{head}{_START}\n\n{text}\n\n{_END}{tail.partition(_END)[2]}")
+        before, _, rest_of_page = tail.partition(_END)
+        text = "\n".join(table(rows, before))
+        page.write_text(f"{head}{_START}\n\n{text}\n\n{_END}{rest_of_page}")
         return
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

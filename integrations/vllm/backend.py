@@ -14,10 +14,12 @@ import torch
 import torch.fx
 
 from piecework.integrations.vllm.engine import called, new_backend
+from piecework.integrations.vllm.forward import places
 from piecework.integrations.vllm.kept import Served
 from piecework.runtime.counters import counters
 from piecework.runtime.pieces.bound_call import bound_names, name_inputs
 from piecework.runtime.pieces.program import Program
+from piecework.runtime.torch_compat.settings import aot_settings_unset
 
 _log = logging.getLogger("vllm.piecework")
 
@@ -45,27 +47,23 @@ class EngineBackend:
     def __call__(
         self, graph: torch.fx.GraphModule, example_inputs: Sequence[object], **_: object
     ) -> Any:
-        from vllm.compilation.counter import compilation_counter
-
-        self._log_trace_time()
-        compilation_counter.num_graphs_seen += 1
-        backend = new_backend(graph, self.vllm_config, self.prefix, self.is_encoder)
-        paths = name_inputs(graph)
-        before = _counted()
-        self.program = program = backend.prepare(graph, bound_names(graph, paths))
-        _count(program, before)
-        report = program.report()
-        _log.info(
-            "[%s] %s", self.prefix, report.summary() if hasattr(report, "summary") else report
-        )
-        call = called(program, paths, self.vllm_config)
-        return Served(program, paths, self.prefix, self.is_encoder, call)
-
-    def _log_trace_time(self) -> None:
         from vllm.compilation import monitor
+        from vllm.compilation.counter import compilation_counter
 
         seconds = time.perf_counter() - monitor.torch_compile_start_time
         _log.info("[%s] Dynamo bytecode transform time: %.2f s", self.prefix, seconds)
+        compilation_counter.num_graphs_seen += 1
+        backend = new_backend(graph, self.vllm_config, self.prefix, self.is_encoder)
+        arguments, paths = places(graph), name_inputs(graph)
+        before = _counted()
+        with (
+            aot_settings_unset()
+        ):  # the pieces are the same, and kept as the same, with AOT compile
+            self.program = program = backend.prepare(graph, bound_names(graph, paths))
+        _count(program, before)
+        _log.info("[%s] %s", self.prefix, program.report())
+        call = called(program, paths, self.vllm_config)
+        return Served(program, paths, arguments, self.prefix, self.is_encoder, call)
 
 
 # --- vLLM's counters ---------------------------------------------------------------------------------

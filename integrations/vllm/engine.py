@@ -44,9 +44,7 @@ def new_backend(
     return PieceworkBackend(config, prefix, is_encoder, splitting_ops=ops, runtime_config=runtime)
 
 
-def called(
-    program: Program, paths: Sequence[str | None], vllm_config: Any
-) -> Callable[..., object]:
+def called(program: Program, paths: Sequence[str | None], vllm_config: Any) -> BoundCall:
     """``program`` as vLLM calls it: each piece inside of the platform's static-graph wrapper, where pieces are captured.
 
     Raises:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch._dynamo.aot_compile import SerializableCallable
 
 from piecework.integrations.vllm.engine import called, declare_functions, settings
+from piecework.integrations.vllm.forward import Place
 from piecework.runtime.artifact.program import program_from_bytes, program_to_bytes
+from piecework.runtime.pieces.bound_call import BoundCall
 from piecework.runtime.pieces.program import Program
 
 _log = logging.getLogger("vllm.piecework")
@@ -23,29 +25,31 @@ class Served(SerializableCallable):
     Args:
         program: what was compiled, or its bytes until `finalize_loading`.
         paths: of each input of the graph the path of the weight that it is, or None.
+        places: of each input the argument of the model that it is, or None.
         prefix: what vLLM calls the model.
         is_encoder: whether it is an encoder.
         call: what runs.
+
+    Attributes:
+        run: what a call calls.
     """
 
     def __init__(
         self,
         program: Program | bytes,
         paths: Sequence[str | None],
+        places: Sequence[Place | None],
         prefix: str,
         is_encoder: bool,
-        call: Callable[..., object] | None = None,
+        call: BoundCall | None = None,
     ) -> None:
-        self.program, self.paths = program, tuple(paths)
+        self.program, self.paths, self.places = program, tuple(paths), tuple(places)
         self.prefix, self.is_encoder = prefix, is_encoder
-        if call is not None:
-            self._run = call
+        self.call = self.run = call
 
     def __call__(self, *args: object) -> object:
-        return self._run(*args)
-
-    def _run(self, *args: object) -> object:
-        raise RuntimeError("finalize_loading was not called")
+        assert self.run is not None, "finalize_loading was not called"
+        return self.run(*args)
 
     @classmethod
     def serialize_compile_artifacts(cls, compiled_fn: Served) -> bytes:
@@ -56,7 +60,8 @@ class Served(SerializableCallable):
         """
         kept = compiled_fn.program
         data = kept if isinstance(kept, bytes) else program_to_bytes(kept)
-        return pickle.dumps((data, compiled_fn.paths, compiled_fn.prefix, compiled_fn.is_encoder))
+        fn = compiled_fn
+        return pickle.dumps((data, fn.paths, fn.places, fn.prefix, fn.is_encoder))
 
     @classmethod
     def deserialize_compile_artifacts(cls, data: bytes) -> Served:
@@ -74,5 +79,5 @@ class Served(SerializableCallable):
         config, _ = settings(vllm_config, self.is_encoder)
         declare_functions()
         self.program = program_from_bytes(self.program, config)
-        self._run = called(self.program, self.paths, vllm_config)  # type: ignore[method-assign]
+        self.call = self.run = called(self.program, self.paths, vllm_config)
         _log.info("[%s] loaded in %.2f s", self.prefix, time.perf_counter() - start)

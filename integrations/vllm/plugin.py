@@ -10,10 +10,10 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from piecework.errors import ConfigError
+from piecework.errors import ArtifactError, ConfigError
 
 #: vLLM's versions that the tests ran with.
 VERSIONS = ("0.32.0",)
@@ -51,19 +51,14 @@ def require_known_version() -> None:
         )
 
 
-def _wrap(owner: type, name: str, wrapper: Callable[[Callable[..., Any]], Any]) -> None:
-    held = owner.__dict__.get(name, getattr(owner, name))
-    function = held.__func__ if isinstance(held, classmethod) else held
-    function = getattr(function, "__func__", function)
+def _wrap(owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Any]) -> None:
+    held = getattr(owner, name)
+    function = getattr(held, "__func__", held)
     if hasattr(function, _MARK):
         return
     wrapped = functools.wraps(function)(wrapper(function))
     setattr(wrapped, _MARK, True)
-    setattr(owner, name, classmethod(wrapped) if _is_classmethod(owner, name) else wrapped)
-
-
-def _is_classmethod(owner: type, name: str) -> bool:
-    return any(isinstance(each.__dict__.get(name), classmethod) for each in owner.__mro__)
+    setattr(owner, name, wrapped if held is function else classmethod(wrapped))
 
 
 def wanted(config: Any) -> bool:
@@ -86,22 +81,23 @@ def _accepting(original: Callable[..., None]) -> Callable[..., None]:
     """vLLM's own check refuses a third compiler in its mode 3."""
 
     def post_init(self: Any) -> None:
-        if self.backend != NAME:
-            return original(self)
-        with _as_inductor(self):
-            return original(self)
+        with _as_inductor(self) if self.backend == NAME else nullcontext():
+            original(self)
 
     return post_init
 
 
 def _settling(original: Callable[..., None]) -> Callable[..., None]:
     def post_init(self: Any) -> None:
-        from vllm.config import CompilationMode
-
         config = self.compilation_config
         if not wanted(config):
             return original(self)
+        from vllm.compilation import decorators, wrapper
+        from vllm.config import CompilationMode
+
         require_known_version()
+        _wrap(wrapper.TorchCompileWithNoGuardsWrapper, "aot_compile", _forwarding)
+        _wrap(decorators, "_try_load_aot_compiled_fn", _checking)
         if config.mode == CompilationMode.STOCK_TORCH_COMPILE:
             raise ConfigError(
                 "vLLM's mode 1 calls a backend without the engine's configuration",
@@ -123,10 +119,7 @@ def _settling(original: Callable[..., None]) -> Callable[..., None]:
             _log.info("piecework: vLLM compiles nothing here (enforce_eager, LoRA on the CPU, …)")
             return None
         if config.mode != CompilationMode.VLLM_COMPILE:
-            raise ConfigError(
-                f"vLLM changed the mode to {config.mode}, in which it asks for another compiler",
-                where="mode",
-            )
+            raise ConfigError(f"vLLM made it {config.mode}, for another compiler", where="mode")
         _log.info(
             "piecework compiles this engine: %d splitting ops, cudagraph_mode %s, custom_ops %s",
             len(config.splitting_ops or ()),
@@ -168,3 +161,37 @@ def _choosing(original: Callable[..., Any]) -> Callable[..., Any]:
         return EngineBackend(vllm_config, prefix, is_encoder)
 
     return init_backend
+
+
+def _forwarding(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, *args, **kwargs: _forward(original(self, *args, **kwargs))
+
+
+def _checking(original: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM unpickles what it kept unseen."""
+
+    def try_load(model: Any, path: str) -> Any:
+        from vllm import envs
+
+        from piecework.integrations.vllm.forward import require_sealed
+
+        if model.compilation_config.backend == NAME and os.path.exists(path):
+            try:
+                require_sealed(path)
+            except (ArtifactError, OSError) as error:
+                if envs.VLLM_FORCE_AOT_LOAD:
+                    raise
+                _log.warning("Compiling model again due to a load failure: %s", error)
+                return None
+        return _forward(original(model, path))
+
+    return try_load
+
+
+def _forward(compiled: Any) -> Any:
+    """``compiled`` as a `Forward`, if it is piecework's."""
+    from piecework.integrations.vllm.forward import Forward
+    from piecework.integrations.vllm.kept import Served
+
+    ours = compiled is not None and isinstance(compiled._artifacts.compiled_fn, Served)
+    return Forward(compiled) if ours else compiled

@@ -75,6 +75,9 @@ class BoundCall:
         program: what was compiled; its source holds the weights as names.
         paths: of each input of the graph the path of the weight that it is, or None.
         submod_lists: ``__vllm_submods__`` for each of the program's ranges, where they are not the program's own.
+
+    Attributes:
+        others: the inputs that are no weights, by number.
     """
 
     def __init__(
@@ -90,19 +93,25 @@ class BoundCall:
         held = [self.paths.index(row.path) for row in rows]
         self._names = [row.name for row in rows]
         self._weights_of = _picked(held)
-        self._others_of = _picked([i for i in range(len(paths)) if i not in set(held)])
+        self.others = [i for i in range(len(paths)) if i not in set(held)]
+        self._others_of = _picked(self.others)
         self._bound: tuple[tuple[object, ...], Callable[..., object]] | None = None
 
     def __call__(self, *args: object) -> object:
+        run, others = self.bound_to(args), self._others_of(args)
+        table = self.program.range_table
+        if table is None:
+            return run(*others)
+        return run(
+            *others, __vllm_submods__=self._lists[table.index(self.program.batch.size(args))]
+        )
+
+    def bound_to(self, args: Sequence[object]) -> Callable[..., object]:
+        """The function with the weights of ``args``; it takes those of the inputs that are none."""
         weights, bound = self._weights_of(args), self._bound
         if bound is None or not all(map(is_, weights, bound[0])):
             self._bound = bound = weights, self._bind(dict(zip(self._names, weights, strict=True)))
-        others = self._others_of(args)
-        table = self.program.range_table
-        if table is None:
-            return bound[1](*others)
-        submods = self._lists[table.index(self.program.batch.size(args))]
-        return bound[1](*others, __vllm_submods__=submods)
+        return bound[1]
 
     def release(self) -> None:
         """Let go of the weights; the next call binds those that it is given."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from types import ModuleType
 
 import torch
@@ -185,6 +186,17 @@ def torch_options(*, every: bool = True) -> tuple[dict[str, object], dict[str, o
             if entry is not None and value != entry.default:
                 changed[full] = value
     return found, changed
+
+
+def aot_settings_unset() -> AbstractContextManager[None]:
+    """What Dynamo's AOT compile sets around a backend is at its defaults inside: it is about what torch itself keeps of a whole graph."""
+    from torch._functorch import config
+
+    names = ("strict_autograd_cache", "bypass_autograd_cache_key", "bundled_autograd_cache")
+    more = ("force_non_lazy_backward_lowering", "force_autograd_cache")
+    entries = getattr(config, "_config", {})
+    unset = {name: entries[name].default for name in (*names, *more) if name in entries}
+    return config.patch(unset)  # type: ignore[no-any-return]
 
 
 def _options_of(module: ModuleType) -> dict[str, object]:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,39 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 each.add_marker(pytest.mark.skip(reason="needs vLLM: make test-vllm"))
 
 
-Engine = Callable[..., dict[str, Any]]
+Finish = Callable[..., dict[str, Any]]
+
+
+class Engine:
+    """Runs engines, each in a process of its own: keyword arguments are `engine_run`'s, ``cache`` is vLLM's cache folder."""
+
+    def __init__(self, checkpoint: str, folder: Path) -> None:
+        self.checkpoint, self.folder, self.count = checkpoint, folder, 0
+
+    def __call__(self, **what: Any) -> dict[str, Any]:
+        return self.start(**what)()
+
+    def start(self, *, cache: Path, environ: dict[str, str] | None = None, **what: Any) -> Finish:
+        """Begin; what is returned waits for the end."""
+        self.count += 1
+        out, log = (self.folder / f"{self.count}.{kind}" for kind in ("json", "log"))
+        process = subprocess.Popen(
+            [sys.executable, str(RUN), json.dumps({"model": self.checkpoint, **what}), str(out)],
+            env={**os.environ, "VLLM_CACHE_ROOT": str(cache), **(environ or {})},
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+        )
+
+        def finish(kill_when: Callable[[], bool] | None = None) -> dict[str, Any]:
+            while kill_when is not None and process.poll() is None:
+                if kill_when():
+                    process.kill()
+                time.sleep(0.1)
+            code = process.wait(timeout=900)
+            found = json.loads(out.read_text()) if out.exists() else {}
+            return {**found, "log": log.read_text(), "exit": code}
+
+        return finish
 
 
 @pytest.fixture(scope="session")
@@ -53,22 +86,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def engine(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """Runs an engine in a process of its own: keyword arguments are `engine_run`'s, ``cache`` is vLLM's cache folder."""
-    folder = tmp_path_factory.mktemp("engines")
-
-    def run(*, cache: Path, environ: dict[str, str] | None = None, **what: Any) -> dict[str, Any]:
-        out = folder / f"{len(list(folder.iterdir()))}.json"
-        done = subprocess.run(
-            [sys.executable, str(RUN), json.dumps({"model": checkpoint, **what}), str(out)],
-            env={**os.environ, "VLLM_CACHE_ROOT": str(cache), **(environ or {})},
-            capture_output=True,
-            text=True,
-            timeout=900,
-        )
-        found = json.loads(out.read_text()) if out.exists() else {}
-        return {**found, "log": done.stdout + done.stderr, "exit": done.returncode}
-
-    return run
+    return Engine(checkpoint, tmp_path_factory.mktemp("engines"))
 
 
 @pytest.fixture(scope="session")

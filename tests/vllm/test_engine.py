@@ -60,13 +60,25 @@ def test_the_source_is_in_the_cache_folder(cold, cache):
 def test_damage_is_compiled_again(cold, engine, cache, eager):
     (model,) = (each for each in cache.rglob("torch_aot_compile/*/*/model"))
     data = bytearray(model.read_bytes())
-    at = data.index(b"piecework program") + 4000
-    data[at] ^= 255
+    data[len(data) // 3] ^= 255
     model.write_bytes(bytes(data))
     again = engine(cache=cache, compilation_config=OURS)
     same(again, eager)
     assert "Compiling model again due to a load failure" in again["log"]
     assert again["counters"]["num_compiled_artifacts_loaded"] == 3  # the pieces were kept elsewhere
+
+
+def test_a_killed_start_and_two_at_once(engine, tmp_path, eager):
+    """One cache: one start is killed while it compiles, then two begin together."""
+    kept = tmp_path / "torch_compile_cache" / "piecework"
+    killed = engine.start(cache=tmp_path, compilation_config=OURS)(lambda: kept.exists())
+    assert killed["exit"] == -9
+    starts = [engine.start(cache=tmp_path, compilation_config=OURS) for _ in range(2)]
+    for found in [finish() for finish in starts]:
+        same(found, eager)
+    after = engine(cache=tmp_path, compilation_config=OURS)
+    same(after, eager)
+    assert after["counters"] == {"num_models_seen": 1, "num_aot_artifacts_loaded": 1}
 
 
 def test_by_the_environment(engine, cache, eager):
