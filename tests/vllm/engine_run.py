@@ -39,6 +39,7 @@ def prompt(number: int, length: int) -> dict[str, list[int]]:
 def stand_in_graphs() -> Counter[str]:
     """Static graphs on the CPU: as CUDA's, a replay reads and writes the memory of the capture alone."""
     import torch
+    from vllm.compilation.counter import compilation_counter
     from vllm.config import CUDAGraphMode
     from vllm.forward_context import get_forward_context, is_forward_context_available
     from vllm.platforms.cpu import CpuPlatform
@@ -72,6 +73,7 @@ def stand_in_graphs() -> Counter[str]:
             if key not in self.captured:
                 self.captured[key] = args, self.runnable(*args)
                 seen["captures"] += 1
+                compilation_counter.num_cudagraph_captured += 1
                 seen[f"captured {key.num_tokens}"] += 1
                 return self.captured[key][1]
             held, out = self.captured[key]
