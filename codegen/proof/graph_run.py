@@ -14,7 +14,7 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from piecework.codegen.graph.origin import node_where, value_of
 from piecework.codegen.graph.structure import attribute_of, structure_of
 from piecework.codegen.plan.literals import same_literal
-from piecework.codegen.split.regions import has_regions, regions_in
+from piecework.codegen.split.regions import regions_in
 from piecework.codegen.stitch.inline import bind_call, returned_value
 from piecework.errors import EmitError
 
@@ -181,11 +181,9 @@ class _Interpreter:
     ) -> None:
         self.gm, self.recorded, self.linked, self.prefix = gm, run, linked, prefix
         self.env: dict[torch.fx.Node, object] = {}
-        regions = regions_in(gm.graph) if has_regions(gm.graph) else {}
-        self.regions = {
-            **dict.fromkeys(regions, "opens"),
-            **dict.fromkeys(regions.values(), "closes"),
-        }
+        regions = regions_in(gm.graph)
+        self.regions = {each.leave: "closes" for each in regions}
+        self.regions |= {each.enter: "opens" for each in regions}
 
     def run(self, *given: object) -> object:
         values = iter(given)

@@ -21,7 +21,7 @@ from piecework.codegen.graph.schemas import overloads_of
 from piecework.codegen.graph.structure import attribute_of, new_placeholder
 from piecework.codegen.split.blocks import block_starts
 from piecework.codegen.split.piece_sizes import Asserted, PieceSizes
-from piecework.codegen.split.regions import Regions
+from piecework.codegen.split.regions import Regions, RegionWriter
 from piecework.codegen.split.sizes import decompose_sizes, is_size_read
 from piecework.codegen.split.splitting import SplittingOp, SplittingOps, check_cuts, names_of
 from piecework.errors import SplitError, short_errors
@@ -98,7 +98,7 @@ def split_graph(
     check_cuts(graph, is_splitting, SplittingOps(required), strict)
     work = _copy_of(graph.graph)
     decompose_sizes(work)
-    regions = Regions.of(work)
+    regions = Regions(work)
     regions.refuse_cuts(filter(is_splitting, work.nodes))
     starts: set[torch.fx.Node] = set()
     if blocks != "off" and not any(map(is_splitting, work.nodes)):
@@ -427,7 +427,7 @@ def _build_piece(
     for source in reads.attributes:
         inside[source] = graph.node_copy(source)
         attributes[str(source.target)] = attribute_of(gm, str(source.target))
-    writer = regions.writer(graph, splitting=partition.splitting)
+    writer = RegionWriter(regions, graph, splitting=partition.splitting)
     for node in partition.nodes:
         writer.move_to(node)
         inside[node] = graph.node_copy(node, lambda n: inside[n])

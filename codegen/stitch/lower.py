@@ -20,7 +20,7 @@ from piecework.codegen.graph.targets import ENTRY_NAME
 from piecework.codegen.plan import ir
 from piecework.codegen.plan.liveness import insert_deletes
 from piecework.codegen.plan.names import NameTable
-from piecework.codegen.split.regions import has_regions, regions_in
+from piecework.codegen.split.regions import regions_in
 from piecework.codegen.stitch.inline import Inlined, InlinePlan, plan_inlining
 from piecework.codegen.stitch.lower_node import ModuleState, NodeLowering, Scope
 from piecework.errors import UnsupportedNode, short_methods
@@ -292,8 +292,8 @@ class _Lowering:
         lifted: Mapping[tuple[int, int], str] | None = None,
     ) -> list[ir.Statement]:
         body: list[ir.Statement] = []
-        regions = regions_in(gm.graph) if has_regions(gm.graph) else {}
-        closing = set(regions.values())
+        regions = regions_in(gm.graph)
+        opening, closing = {each.enter for each in regions}, {each.leave for each in regions}
         for number, node in enumerate(gm.graph.nodes):
             if node.op == "placeholder" or node in scope:
                 continue
@@ -301,7 +301,7 @@ class _Lowering:
             stmt = lower_node.statement(node)
             if stmt is not None:
                 body.append(replace(stmt, kind="finally") if node in closing else stmt)
-            if node in regions:
+            if node in opening:
                 body.append(ir.Statement("try:", "try"))
             if node.op == "output":
                 return body  # nodes after the output never run

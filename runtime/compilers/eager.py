@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch.fx
 
-from piecework.codegen.split.regions import has_regions
+from piecework.codegen.split.regions import regions_in
 from piecework.codegen.stitch.bind import compile_execution_fn
 from piecework.codegen.stitch.source import generate_source
 from piecework.runtime.batch.ranges import Range
@@ -58,7 +58,7 @@ def uncompiled(graph: torch.fx.GraphModule) -> Callable[..., object]:
     for each in graph.modules():
         if isinstance(each, torch.fx.GraphModule) and "forward" not in vars(type(each)):
             each.recompile()  # it was read, and nobody had to run it yet
-    if not has_regions(graph.graph):
+    if not regions_in(graph.graph):
         return graph.forward
     source = generate_source(graph)
     submods = {name: graph.get_submodule(name) for name in source.submod_names}

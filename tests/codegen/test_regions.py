@@ -61,22 +61,6 @@ def _fresh() -> Iterator[None]:
     assert state() == before
 
 
-def default_dtype(x: torch.Tensor) -> torch.Tensor:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    y = look(x) + torch.ones(8)
-    y = inner(y)
-    torch.set_default_dtype(before)
-    return look(y) + torch.ones(8)
-
-
-def deterministic(x: torch.Tensor) -> torch.Tensor:
-    torch.use_deterministic_algorithms(True)
-    y = inner(look(x))
-    torch.use_deterministic_algorithms(False)
-    return look(y)
-
-
 def inside(make: Callable[[], object]) -> Callable[[torch.Tensor], torch.Tensor]:
     def model(x: torch.Tensor) -> torch.Tensor:
         x = look(x)
@@ -110,10 +94,6 @@ MODELS = {
     "no_grad": inside(torch.no_grad),
     "set_grad_enabled": inside(lambda: torch.set_grad_enabled(True)),
     "inference_mode": inside(torch.inference_mode),
-    "saved hooks": inside(lambda: torch.autograd.graph.disable_saved_tensors_hooks("not here")),
-    "attention": inside(lambda: sdpa_kernel(SDPBackend.MATH)),
-    "default dtype": default_dtype,
-    "deterministic": deterministic,
     "nested": nested,
 }
 
@@ -257,7 +237,36 @@ def cut_inside(x: torch.Tensor) -> torch.Tensor:
     return torch.vmap(lambda row: look(row) * 2)(x)
 
 
-def test_a_cut_inside_a_transform_is_refused() -> None:
-    with pytest.raises(SplitError, match=r"is called inside torch\.vmap") as caught:
-        compiled(cut_inside, "eager", ("regions_test::look",))
-    assert "call the operator outside of torch.vmap" in str(caught.value)
+def other_attention(x: torch.Tensor) -> torch.Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return look(x) + 1
+
+
+def other_dtype(x: torch.Tensor) -> torch.Tensor:
+    torch.set_default_dtype(torch.float64)
+    y = look(x) + 1
+    torch.set_default_dtype(torch.float32)
+    return y
+
+
+@pytest.mark.parametrize(
+    ("model", "inside"),
+    [(cut_inside, "torch.vmap"), (other_attention, "_sdpa_kernel"), (other_dtype, "_dtype")],
+)
+def test_a_cut_inside_what_is_kept_whole_is_refused(
+    model: Callable[[torch.Tensor], torch.Tensor], inside: str
+) -> None:
+    with pytest.raises(SplitError, match=f"is called inside .*{inside}") as caught:
+        compiled(model, "eager", ("regions_test::look",))
+    assert "call the operator outside of" in str(caught.value)
+
+
+def test_what_is_kept_whole_is_served_where_no_cut_is_inside() -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            y = inner(x)
+        return look(y) + 1
+
+    stitched = compiled(model, "eager", ("regions_test::look",))
+    x = torch.randn(6, 8)
+    torch.testing.assert_close(stitched(x), model(x))
