@@ -1,16 +1,17 @@
-"""What an entry checks, read twice. In: random plans, and calls that keep or break them. Out: the emitted test and the explanation agree on every call."""
+"""What an entry checks, passes and returns: the emitted text and the explanation, held against what random plans mean (`entry_plans.Meaning`)."""
 
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
-from entry_plans import CPU, Odd, broken, plans, values_of
+from entry_plans import CPU, Meaning, Odd, broken, plans, values_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from piecework.codegen.entry.emit import EntrySource, generate_entry
+from piecework.codegen.entry.emit import PROVIDED, EntrySource, generate_entry
 from piecework.codegen.entry.plan import (
     EntryPlan,
     FixedValue,
@@ -66,13 +67,15 @@ def passes(plan: EntryPlan, values: list[object]) -> bool:
 
 @SLOW
 @given(st.data())
-def test_the_test_and_the_explanation_agree_on_every_call(data: st.DataObject) -> None:
+def test_a_call_passes_if_and_only_if_it_is_what_the_plan_means(data: st.DataObject) -> None:
     plan = dataclasses.replace(data.draw(plans()), checks=True, watches_arguments=False)
     values = values_of(plan)
     for place, value in enumerate(values):
         if data.draw(st.booleans()):
             values[place] = data.draw(broken(value))
-    assert passes(plan, values) == (input_error(plan, values, lambda: KEPT) is KEPT)
+    meant = Meaning(plan, values).holds
+    assert passes(plan, values) == meant
+    assert (input_error(plan, values, lambda: KEPT) is KEPT) == meant
 
 
 @SLOW
@@ -82,6 +85,65 @@ def test_a_call_that_is_what_the_plan_says_passes(plan: EntryPlan) -> None:
     values = values_of(plan)
     assert input_error(plan, values, lambda: KEPT) is KEPT
     assert passes(plan, values)
+
+
+def shown(value: object) -> object:
+    """A value, so that two are equal if nothing can tell them apart."""
+    if type(value) in (list, tuple):
+        return type(value), [shown(each) for each in value]  # type: ignore[attr-defined]
+    if type(value) is dict:
+        return dict, [(shown(key), shown(each)) for key, each in value.items()]
+    return (
+        (type(value), repr(value))
+        if isinstance(value, (int, float, complex, str, bytes))
+        else id(value)
+    )
+
+
+@SLOW
+@given(plans())
+def test_an_entry_passes_and_returns_what_the_plan_means(plan: EntryPlan) -> None:
+    plan = dataclasses.replace(plan, apart=())
+    values, called, weights = values_of(plan), [], [object() for _ in range(4)]
+    outputs = [object() for _ in plan.outputs]
+    source = generate_entry(plan)
+
+    def execution_fn(*given: object, **more: object) -> list[object]:
+        called.append((given, more))
+        return outputs
+
+    no = lambda *_: False  # noqa: E731
+    namespace = dict.fromkeys(PROVIDED, no) | {
+        **source.consts,
+        "dynamo": SimpleNamespace(_stance=None),
+        "stance": None,
+        "bound": (execution_fn, lambda: True, lambda: weights, lambda: None),
+        "submods_for": lambda batch: ("submods", batch),
+        "same_kernels": lambda: True,
+        "arguments_as_traced": lambda *_: True,
+        "flatten": torch_compat.flatten_tree,
+    }
+    exec(source.code, namespace)
+    args: list[object] = []
+    named: dict[str, object] = {}
+    for parameter, value in zip(plan.parameters, values, strict=True):
+        match parameter.kind:
+            case "*":
+                args += value  # type: ignore[arg-type]
+            case "**":
+                named |= value  # type: ignore[arg-type]
+            case "k":
+                named[parameter.name] = value
+            case _:
+                args.append(value)
+    with torch.no_grad():
+        returned = namespace["entry"](*args, **named)  # type: ignore[operator]
+    meant = Meaning(plan, values)
+    given = tuple(meant.passed(each, weights) for each in plan.passed)
+    batch = plan.batch and ("submods", meant.passed(plan.batch, weights))
+    more = {} if plan.batch is None else {"__vllm_submods__": batch}
+    assert shown(called) == shown([(given, more)])
+    assert shown(returned) == shown(meant.packed(plan.result, outputs, weights))
 
 
 def _plan(*leaves: tuple[str, object], symbols: tuple[str, ...] = ()) -> EntryPlan:

@@ -1,4 +1,4 @@
-"""Random plans of entries. In: hypothesis. Out: plans with every kind of argument, check, pass and result, and calls that keep or break them."""
+"""Random plans of entries: with every kind of argument, check, pass and result; calls that keep or break them; and what a plan means, said again."""
 
 from __future__ import annotations
 
@@ -10,33 +10,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from piecework.codegen.entry.plan import (
-    EntryPlan,
-    FixedValue,
-    FromCall,
-    FromConst,
-    FromItems,
-    FromLeaf,
-    FromNumber,
-    FromOffset,
-    FromOutput,
-    FromSize,
-    FromSymbol,
-    FromWeights,
-    IntegerInput,
-    Items,
-    Leaf,
-    Node,
-    Packed,
-    Parameter,
-    Passed,
-    SameObject,
-    Symbol,
-    TensorInput,
-    Tree,
-    UnusedTensor,
-    WatchedObject,
-)
+from piecework.codegen.entry import plan as assumed
 from piecework.runtime import torch_compat
 from piecework.runtime.call.example_call import example_call
 
@@ -59,12 +33,12 @@ class _Plan:
     """What was drawn so far."""
 
     draw: st.DrawFn
-    leaves: list[Leaf] = field(default_factory=list)
+    leaves: list[assumed.Leaf] = field(default_factory=list)
     tensors: list[int] = field(default_factory=list)
     first: list[int] = field(default_factory=list)  # tensors that are not another argument again
     known: list[str] = field(default_factory=list)
 
-    def node(self, label: str, depth: int = 0) -> Node:
+    def node(self, label: str, depth: int = 0) -> assumed.Node:
         kinds = ["leaf", "leaf", "leaf", "list", "tuple", "dict", "tree"]
         kind = self.draw(st.sampled_from(kinds if depth < 2 else kinds[:3]))
         count = self.draw(st.integers(0, 3))
@@ -74,43 +48,45 @@ class _Plan:
             keys = [f"k{number}" for number in range(count)]
             _, structure = torch_compat.flatten_tree(collections.OrderedDict.fromkeys(keys, 1))
             leaves = (self.leaf(f"{label}['{key}']", IN_TREES) for key in keys)
-            return Tree(label, structure, tuple(leaves))
+            return assumed.Tree(label, structure, tuple(leaves))
         names = (0, "one", 2.5) if kind == "dict" else range(3)
         keys = tuple(names[:count])
         children = tuple(self.node(f"{label}[{key!r}]", depth + 1) for key in keys)
-        return Items({"list": list, "tuple": tuple, "dict": dict}[kind], label, keys, children)
+        return assumed.Items(
+            {"list": list, "tuple": tuple, "dict": dict}[kind], label, keys, children
+        )
 
-    def leaf(self, label: str, fixed: tuple[object, ...] = FIXED) -> Leaf:
+    def leaf(self, label: str, fixed: tuple[object, ...] = FIXED) -> assumed.Leaf:
         kinds = ["tensor", "tensor", "tensor", "unused", "same", "integer", "fixed", "watched"]
         kind = self.draw(st.sampled_from(kinds))
         index = len(self.leaves)
         match kind:
             case "unused":
-                assumption = UnusedTensor(self.draw(st.sampled_from(DTYPES)), CPU, 2)
+                assumption = assumed.UnusedTensor(self.draw(st.sampled_from(DTYPES)), CPU, 2)
             case "same" if self.first:
                 other = self.draw(st.sampled_from(self.first))
-                assumption = SameObject(other, self.leaves[other].label)
+                assumption = assumed.SameObject(other, self.leaves[other].label)
             case "integer":
                 texts = [*SYMBOLS, *(["s0 * 2", "s1 // 2 + 1"] if self.complete else [])]
-                assumption = IntegerInput(self.draw(st.sampled_from(texts)))
+                assumption = assumed.IntegerInput(self.draw(st.sampled_from(texts)))
                 self.known.append(assumption.symbol)
             case "fixed":
-                assumption = FixedValue(self.draw(st.sampled_from(fixed)))
+                assumption = assumed.FixedValue(self.draw(st.sampled_from(fixed)))
             case "watched":
-                assumption = WatchedObject()
+                assumption = assumed.WatchedObject()
             case _:
                 assumption = self.tensor()
-        if isinstance(assumption, (TensorInput, UnusedTensor)):
+        if isinstance(assumption, (assumed.TensorInput, assumed.UnusedTensor)):
             self.first.append(index)
-            self.tensors += [index] if isinstance(assumption, TensorInput) else []
-        self.leaves.append(Leaf(index, label, assumption))
+            self.tensors += [index] if isinstance(assumption, assumed.TensorInput) else []
+        self.leaves.append(assumed.Leaf(index, label, assumption))
         return self.leaves[-1]
 
     @property
     def complete(self) -> bool:
         return set(SYMBOLS) <= set(self.known)
 
-    def tensor(self) -> TensorInput:
+    def tensor(self) -> assumed.TensorInput:
         computed = ["s0 + 1", "-(-s1 // rows)"] if self.complete else []
         sizes = tuple(self.draw(st.lists(st.sampled_from([*SYMBOLS, 2, 3, *computed]), max_size=3)))
         self.known += [size for size in sizes if size in SYMBOLS]
@@ -126,11 +102,13 @@ class _Plan:
         item = None
         if not sizes and dtype is torch.int64:
             item = self.draw(st.sampled_from([None, 0, *(["s1 - s1"] if self.complete else [])]))
-        return TensorInput(dtype, CPU, sizes, strides, kind if floats else torch.Tensor, grad, item)
+        return assumed.TensorInput(
+            dtype, CPU, sizes, strides, kind if floats else torch.Tensor, grad, item
+        )
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> EntryPlan:
+def plans(draw: st.DrawFn) -> assumed.EntryPlan:
     """A plan whose symbols are all found, or are not mentioned."""
     state = _Plan(draw)
     parameters = _parameters(draw, state)
@@ -138,15 +116,15 @@ def plans(draw: st.DrawFn) -> EntryPlan:
     guards = [text for text in GUARDS if all(n in found or n not in text for n in SYMBOLS)]
     chosen = draw(st.lists(st.sampled_from(guards), unique=True)) if guards else []
     bound = st.sampled_from([(None, None), (2, None), (None, 64), (0, 64)])
-    symbols = tuple(Symbol(name, *draw(bound)) for name in found)
+    symbols = tuple(assumed.Symbol(name, *draw(bound)) for name in found)
     passed = draw(st.lists(st.sampled_from(_passed(state, found)), max_size=4))
     outputs = draw(st.integers(0, 3))
     names = draw(st.lists(st.sampled_from(NAMES), min_size=outputs, max_size=outputs))
-    numbers = [FromSymbol(name) for name in found]
+    numbers = [assumed.FromSymbol(name) for name in found]
     apart = ()
     if len(state.first) > 1 and draw(st.booleans()):
         apart = ((state.first[0], tuple(state.first[1:])),)
-    return EntryPlan(
+    return assumed.EntryPlan(
         banner=("model: random",),
         parameters=parameters,
         symbols=symbols,
@@ -162,7 +140,7 @@ def plans(draw: st.DrawFn) -> EntryPlan:
     )
 
 
-def _parameters(draw: st.DrawFn, state: _Plan) -> tuple[Parameter, ...]:
+def _parameters(draw: st.DrawFn, state: _Plan) -> tuple[assumed.Parameter, ...]:
     count = draw(st.integers(1, 5))
     names = draw(st.lists(st.sampled_from(NAMES), min_size=count, max_size=count, unique=True))
     drawn = draw(st.lists(st.sampled_from(["/", "", "k"]), min_size=count, max_size=count))
@@ -175,25 +153,32 @@ def _parameters(draw: st.DrawFn, state: _Plan) -> tuple[Parameter, ...]:
     made = []
     for name, kind in named:
         if kind == "*":
-            node: Node = Items(tuple, name, (0, 1), (state.leaf("rest[0]"), state.leaf("rest[1]")))
+            node: assumed.Node = assumed.Items(
+                tuple, name, (0, 1), (state.leaf("rest[0]"), state.leaf("rest[1]"))
+            )
         elif kind == "**":
-            node = Items(dict, name, ("bias",), (state.leaf("more['bias']"),))
+            node = assumed.Items(dict, name, ("bias",), (state.leaf("more['bias']"),))
         else:
             node = state.node(name)
         given = kind == "k" and draw(st.booleans())
-        default = FixedValue(draw(st.sampled_from(FIXED))) if given else None
-        made.append(Parameter(name, kind, node, default))
+        default = assumed.FixedValue(draw(st.sampled_from(FIXED))) if given else None
+        made.append(assumed.Parameter(name, kind, node, default))
     return tuple(made)
 
 
-def _passed(state: _Plan, found: list[str]) -> list[Passed]:
-    choices: list[Passed] = [FromNumber(8), FromNumber(-1), FromWeights(0), FromWeights(3)]
-    choices += [FromSymbol(name) for name in found]
-    choices += [FromLeaf(leaf.index) for leaf in state.leaves]
+def _passed(state: _Plan, found: list[str]) -> list[assumed.Passed]:
+    choices: list[assumed.Passed] = [
+        assumed.FromNumber(8),
+        assumed.FromNumber(-1),
+        assumed.FromWeights(0),
+        assumed.FromWeights(3),
+    ]
+    choices += [assumed.FromSymbol(name) for name in found]
+    choices += [assumed.FromLeaf(leaf.index) for leaf in state.leaves]
     for leaf in state.tensors:
-        choices.append(FromOffset(leaf))
+        choices.append(assumed.FromOffset(leaf))
         sizes = state.leaves[leaf].assumption.sizes  # type: ignore[union-attr]
-        choices += [FromSize(leaf, dim) for dim in range(len(sizes))]
+        choices += [assumed.FromSize(leaf, dim) for dim in range(len(sizes))]
     return choices
 
 
@@ -201,18 +186,21 @@ def _rebuild(items: list[object], context: object) -> tuple[object, object]:
     return tuple(items), context
 
 
-def _packed(outputs: int, leaves: list[int]) -> st.SearchStrategy[Packed]:
-    ends: list[Packed] = [FromWeights(1), *(FromConst(value) for value in FIXED)]
-    ends += [FromOutput(number) for number in range(outputs)] * 6
-    ends += [FromLeaf(leaf) for leaf in leaves]
+def _packed(outputs: int, leaves: list[int]) -> st.SearchStrategy[assumed.Packed]:
+    ends: list[assumed.Packed] = [
+        assumed.FromWeights(1),
+        *(assumed.FromConst(value) for value in FIXED),
+    ]
+    ends += [assumed.FromOutput(number) for number in range(outputs)] * 6
+    ends += [assumed.FromLeaf(leaf) for leaf in leaves]
 
-    def grown(inner: st.SearchStrategy[Packed]) -> st.SearchStrategy[Packed]:
+    def grown(inner: st.SearchStrategy[assumed.Packed]) -> st.SearchStrategy[assumed.Packed]:
         children = st.lists(inner, min_size=0, max_size=3).map(tuple)
         return st.one_of(
-            children.map(lambda c: FromItems(tuple, tuple(range(len(c))), c)),
-            children.map(lambda c: FromItems(list, tuple(range(len(c))), c)),
-            children.map(lambda c: FromItems(dict, ("a", (1, 2), Odd)[: len(c)], c)),
-            children.map(lambda c: FromCall(_rebuild, Odd(), "Pair", c)),
+            children.map(lambda c: assumed.FromItems(tuple, tuple(range(len(c))), c)),
+            children.map(lambda c: assumed.FromItems(list, tuple(range(len(c))), c)),
+            children.map(lambda c: assumed.FromItems(dict, ("a", (1, 2), Odd)[: len(c)], c)),
+            children.map(lambda c: assumed.FromCall(_rebuild, Odd(), "Pair", c)),
         )
 
     return st.recursive(st.sampled_from(ends), grown, max_leaves=4)
@@ -221,21 +209,23 @@ def _packed(outputs: int, leaves: list[int]) -> st.SearchStrategy[Packed]:
 # --- calls -------------------------------------------------------------------------------------------
 
 
-def values_of(plan: EntryPlan) -> list[object]:
+def values_of(plan: assumed.EntryPlan) -> list[object]:
     """One value per parameter, as the plan has it."""
-    plain = [Parameter(each.name, "", _without_watched(each.node)) for each in plan.parameters]
+    plain = [
+        assumed.Parameter(each.name, "", _without_watched(each.node)) for each in plan.parameters
+    ]
     return list(example_call(plain, SYMBOLS)[0])
 
 
-def _without_watched(node: Node) -> Node:
+def _without_watched(node: assumed.Node) -> assumed.Node:
     """``node`` with a value for what a plan says nothing about."""
-    if isinstance(node, Leaf):
-        watched = isinstance(node.assumption, WatchedObject)
-        return Leaf(node.index, node.label, FixedValue(Odd())) if watched else node
+    if isinstance(node, assumed.Leaf):
+        watched = isinstance(node.assumption, assumed.WatchedObject)
+        return assumed.Leaf(node.index, node.label, assumed.FixedValue(Odd())) if watched else node
     children = tuple(map(_without_watched, node.children))
-    if isinstance(node, Items):
-        return Items(node.kind, node.label, node.keys, children)
-    return Tree(node.label, node.structure, children)  # type: ignore[arg-type]
+    if isinstance(node, assumed.Items):
+        return assumed.Items(node.kind, node.label, node.keys, children)
+    return assumed.Tree(node.label, node.structure, children)  # type: ignore[arg-type]
 
 
 @st.composite
@@ -288,3 +278,137 @@ def _broken_tensors(value: torch.Tensor) -> list[object]:
         if value.is_floating_point():
             changed += [torch._neg_view(value), value.detach().requires_grad_()]
     return changed
+
+
+# --- what a plan means -------------------------------------------------------------------------------
+
+
+class Meaning:
+    """What a plan says of a call, read off the plan itself: no text that is emitted, and no table of checks.
+
+    Attributes:
+        holds: whether the call is what the plan assumes.
+        leaves, symbols: what it has for each flattened argument and each symbol.
+    """
+
+    def __init__(self, plan: assumed.EntryPlan, values: list[object]) -> None:
+        self.leaves: dict[int, object] = {}
+        self.symbols: dict[str, object] = {}
+        self._leaves: list[assumed.Leaf] = []
+        self._names = {each.name for each in plan.symbols}
+        parameters = zip(plan.parameters, values, strict=True)
+        self.holds = all([self._node(each.node, value) for each, value in parameters])
+        self.holds = self.holds and all(map(self._told, self._leaves))
+        self.holds = self.holds and all(map(self._leaf, self._leaves)) and self._whole(plan)
+
+    def _node(self, node: assumed.Node, value: object) -> bool:
+        if isinstance(node, assumed.Leaf):
+            self.leaves[node.index] = value
+            self._leaves.append(node)
+            return True
+        if isinstance(node, assumed.Tree):
+            parts, structure = torch_compat.flatten_tree(value)
+            pairs = zip(node.children, parts, strict=False)
+            return structure == node.structure and all([self._node(*pair) for pair in pairs])
+        if type(value) is not node.kind or len(value) != len(node.keys):  # type: ignore[arg-type]
+            return False
+        if isinstance(value, dict) and not set(node.keys) <= value.keys():
+            return False
+        pairs = zip(node.children, (value[key] for key in node.keys), strict=True)  # type: ignore[index]
+        return all([self._node(*pair) for pair in pairs])
+
+    def _numbers(self, leaf: assumed.Leaf) -> list[tuple[object, object]]:
+        """Numbers of an argument, each with what the plan says that it is."""
+        value, said = self.leaves[leaf.index], leaf.assumption
+        if isinstance(said, assumed.IntegerInput):
+            return [(said.symbol, value)] if type(value) is int else [("0", 1)]
+        if not isinstance(said, assumed.TensorInput):
+            return []
+        if not isinstance(value, torch.Tensor) or value.dim() != len(said.sizes):
+            return [("0", 1)]
+        if value.device.type != said.device.type or value.layout is not torch.strided:
+            return [("0", 1)]
+        found = [*zip(said.sizes, value.shape, strict=True)]
+        found += zip(said.strides or (), value.stride(), strict=False)
+        return [*found, *([] if said.item is None else [(said.item, value.item())])]
+
+    def _told(self, leaf: assumed.Leaf) -> bool:
+        """Take symbols where a number is just that; two that differ are told apart later."""
+        for text, number in self._numbers(leaf):
+            if text in self._names:
+                self.symbols.setdefault(str(text), number)
+        return True
+
+    def _is(self, text: str) -> bool:
+        try:
+            return bool(eval(text, {"math": math}, dict(self.symbols)))
+        except ArithmeticError:
+            return False
+
+    def _leaf(self, leaf: assumed.Leaf) -> bool:
+        value = self.leaves[leaf.index]
+        match leaf.assumption:
+            case assumed.SameObject(index):
+                return value is self.leaves[index]
+            case assumed.FixedValue(fixed):
+                zero = type(fixed) is float and not abs(fixed) > 0  # or no number at all
+                equal = (lambda: repr(value) == repr(fixed)) if zero else (lambda: value == fixed)
+                return value is fixed or (type(value) is type(fixed) and bool(equal()))
+            case assumed.UnusedTensor(dtype, device, rank):
+                kinds: tuple[type, ...] = (torch.Tensor, torch.nn.Parameter)
+            case assumed.TensorInput(dtype, device, sizes, strides, kind, grad):
+                kinds, rank = (kind,), len(sizes)
+                if type(value) is not kind or (strides is None and not value.is_contiguous()):
+                    return False
+                if value.is_neg() or value.is_conj() or grad not in (None, value.requires_grad):
+                    return False
+            case _:
+                kinds = ()
+        if kinds:
+            about = (value.dtype, value.device.type, value.dim()) if type(value) in kinds else None
+            if about != (dtype, device.type, rank) or value.layout is not torch.strided:
+                return False
+        return all(self._is(f"{number} == ({text})") for text, number in self._numbers(leaf))
+
+    def _whole(self, plan: assumed.EntryPlan) -> bool:
+        for each in plan.symbols:
+            number = self.symbols[each.name]
+            if not (each.low or 0) <= number <= (each.high or math.inf):  # type: ignore[operator]
+                return False
+        kinds = (assumed.TensorInput, assumed.UnusedTensor)
+        tensors = [self.leaves[x.index] for x in self._leaves if isinstance(x.assumption, kinds)]
+        storages = {x.untyped_storage()._cdata for x in tensors}  # type: ignore[attr-defined]
+        several = len(storages) == len(tensors) or not plan.apart
+        return (
+            all(map(self._is, plan.guards)) and len({*map(id, tensors)}) == len(tensors) and several
+        )
+
+    def passed(self, value: assumed.Passed, weights: list[object]) -> object:
+        """What a call hands on for ``value``."""
+        match value:
+            case assumed.FromLeaf(leaf):
+                return self.leaves[leaf]
+            case assumed.FromSymbol(name):
+                return self.symbols[name]
+            case assumed.FromSize(leaf, dim):
+                return self.leaves[leaf].shape[dim]  # type: ignore[attr-defined]
+            case assumed.FromOffset(leaf):
+                return self.leaves[leaf].storage_offset()  # type: ignore[attr-defined]
+            case assumed.FromNumber(number):
+                return number
+        return weights[value.index]
+
+    def packed(self, value: assumed.Packed, outputs: list[object], weights: list[object]) -> object:
+        """What a call returns for ``value``."""
+        match value:
+            case assumed.FromOutput(index):
+                return outputs[index]
+            case assumed.FromConst(const):
+                return const
+            case assumed.FromItems(kind, keys, children):
+                items = [self.packed(each, outputs, weights) for each in children]
+                return dict(zip(keys, items, strict=True)) if kind is dict else kind(items)
+            case assumed.FromCall(rebuild, context, _, children):
+                items = [self.packed(each, outputs, weights) for each in children]
+                return rebuild(items, context)  # type: ignore[operator]
+        return self.passed(value, weights)  # type: ignore[arg-type]
