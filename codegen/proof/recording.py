@@ -206,6 +206,8 @@ class RecordingText:
                 return node
             case ast.Constant():
                 return node
+            case ast.Call() | ast.UnaryOp() | ast.BinOp() if read_literal(node) is not None:
+                return node
             case ast.Call():
                 return self._call(node)
             case ast.Subscript(value, index):
@@ -224,8 +226,6 @@ class RecordingText:
                 if self._is_path(node):
                     return node
                 return _recorded(node, "__attribute__", self._value(value), _constant(node, name))
-            case ast.UnaryOp() | ast.BinOp() if read_literal(node) is not None:
-                return node
             case ast.UnaryOp(sign, operand):
                 return self._sign(node, sign, operand)
             case ast.BinOp(left, sign, right) | ast.Compare(left, [sign], [right]):

@@ -47,14 +47,13 @@ class SplittingOps:
             elif isinstance(op, OpOverloadPacket):
                 self._names.add(op._qualified_op_name)
                 self.declared.append(op._qualified_op_name)
-            elif isinstance(op, type) and issubclass(op, torch.nn.Module):
+            elif isinstance(op, torch.nn.Module) or (
+                isinstance(op, type) and issubclass(op, torch.nn.Module)
+            ):
+                kind = op if isinstance(op, type) else type(op)
+                what = "a class of modules" if isinstance(op, type) else "a module of a model"
                 raise SplitError(
-                    f"splitting op {op.__qualname__} is a class of modules; a graph is cut at the operators that forwards call",
-                    hint="name the operator that does its work, or make it one with piecework.splitting_op",
-                )
-            elif isinstance(op, torch.nn.Module):
-                raise SplitError(
-                    f"splitting op {type(op).__qualname__} is a module of a model; a graph is cut at the operators that forwards call",
+                    f"splitting op {kind.__qualname__} is {what}; a graph is cut at the operators that forwards call",
                     hint="name the operator that does its work, or make it one with piecework.splitting_op",
                 )
             elif callable(op):
@@ -158,16 +157,9 @@ def check_cuts(
     for node, depth in _calls(gm, 0):
         if required(node) and not (depth == 0 and cut(node)):
             inside = "inside the subgraph of a higher-order operator" if depth else "not cut at"
-            problems.append(
-                (
-                    f"{node.target} must stay outside of compiled pieces, but is {inside} ({node_where(node)})",
-                    (
-                        "name it among the splitting ops"
-                        if not depth
-                        else "move it out of the subgraph"
-                    ),
-                )
-            )
+            what = f"{node.target} must stay outside of compiled pieces, but is {inside} ({node_where(node)})"
+            hint = "move it out of the subgraph" if depth else "name it among the splitting ops"
+            problems.append((what, hint))
     if problems and strict:
         raise SplitError("; ".join(text for text, _ in problems), hint=problems[0][1])
     for text, hint in problems:
