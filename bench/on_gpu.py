@@ -54,7 +54,7 @@ STAND_INS = {
         "pathspec/patterns/gitignore/__init__.py": "class GitIgnorePatternError(Exception):\n    pass\n",
     },
 }
-NEEDED = ("torch", "pytest", "jinja2", "pydantic", "black", "rich", "typer", "filelock")
+NEEDED = ("torch", "triton", "pytest", "jinja2", "pydantic", "black", "rich", "typer", "filelock")
 
 
 class Runner:
