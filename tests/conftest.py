@@ -26,6 +26,26 @@ else:
     # What runs before a change is merged draws the same examples each time; the nightly runs draw new ones.
     settings.register_profile("merge", derandomize=True, database=None, **timeless)
     settings.register_profile("nightly", print_blob=True, **timeless)
+# Ten seconds and more, of what a shorter test beside them shows as well; by the beginning of their names.
+LONG = (
+    "tests/analysis/test_every_size.py::test_what_inductor_compiles_is_tried[heads]",
+    "tests/compile/test_inference_mode.py::test_every_combination[True]",
+    "tests/graphs/test_compile_without_device.py::test_every_kernel_compiles[90]",
+    "tests/house/test_benchmarks.py::test_a_benchmark_runs[decode_step]",
+    "tests/house/test_site.py::test_every_snippet_runs_by_itself[transformers]",
+    "tests/integrations/test_diffusers.py::test_a_class[DiTTransformer2DModel]",
+    "tests/integrations/test_transformers_whole.py::test_others[no cache at all]",
+    "tests/integrations/test_transformers_whole.py::test_recurrent_prompts_run_as_they_are",
+    "tests/pieces/test_layer_names.py::test_any_number_of_named_layers_costs",
+    "tests/pieces/test_parallel.py::test_a_failing_a_dying_and_a_hanging_worker",
+    "tests/pieces/test_parallel.py::test_a_piece_that_fails_in_a_worker_fails_as",
+    "tests/pieces/test_piece_cache_damage.py::test_damage_anywhere_costs_at_most_a_compilation[4]",
+    "tests/pieces/test_piece_ranges.py::test_inductor_compiles_sizes_and_ranges",
+    "tests/pieces/test_progress.py::test_the_command_line_shows_a_bar_on_a_terminal",
+    "tests/pieces/test_ranks.py::test_a_rank_that_is_killed",
+    "tests/pieces/test_ranks.py::test_ranks_that_would_do_different_things",
+    "tests/watch/test_rebind.py::test_weights_that_only_products_read",
+)
 # Texts are laid out for 80 columns of a plain terminal, whatever the terminal or the service around the tests says of itself.
 os.environ.update(COLUMNS="80", TERM="xterm")
 for said in (
@@ -59,6 +79,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     seen: Counter[str] = Counter()
     for item in items:
+        if item.nodeid.startswith(LONG):
+            item.add_marker(pytest.mark.nightly)
         sample = item.get_closest_marker("sample")
         if sample is None or item.get_closest_marker("nightly"):
             continue
