@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ import torch
 
 from piecework.bench.lists.families import quiet, small_config, small_model
 from piecework.bench.lists.shrink import LEVELS, VOCABULARY
+from piecework.bench.measure.apart import apart
 from piecework.bench.measure.result import machine
 from piecework.errors import PieceworkError
 from piecework.integrations.protocol import first_line
@@ -154,20 +154,11 @@ def _line(error: BaseException) -> str:
 def run(chosen: Sequence[str], backend: str, pair: bool) -> Iterator[Found]:
     """Try each family in a process of its own."""
     for family in chosen:
-        command = [sys.executable, "-m", __spec__.name, "--one", family, "--backend", backend]
-        command += ["--encoder-decoders"] * pair
+        arguments = [family, "--backend", backend, *["--encoder-decoders"] * pair]
         try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=LIMIT, check=False
-            )
-        except subprocess.TimeoutExpired:
-            yield Found(family, "failed", why=f"not done after {LIMIT:.0f} s")
-            continue
-        last = done.stdout.strip().rpartition("\n")[2]
-        if done.returncode or not last.startswith("{"):
-            yield Found(family, "failed", why=f"its process ended with {done.returncode}")
-        else:
-            yield Found(**json.loads(last))
+            yield Found(**apart("piecework.bench.causal_lms", arguments, limit=LIMIT))
+        except PieceworkError as error:
+            yield Found(family, "failed", why=error.message)
 
 
 _PAGES = {

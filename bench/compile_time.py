@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,6 +16,7 @@ from pathlib import Path
 import torch
 
 import piecework
+from piecework.bench.measure.apart import apart
 from piecework.bench.measure.result import Result, Row, Target, machine
 
 DEPTHS = (4, 8, 16, 32)
@@ -119,28 +118,9 @@ def _stitched(
 def measure(name: str, contender: str, depth: int) -> dict[str, object]:
     """One cold compile in a process of its own."""
     with tempfile.TemporaryDirectory(prefix="piecework-bench-") as folder:
-        environment = {
-            **os.environ,
-            "TORCHINDUCTOR_CACHE_DIR": str(Path(folder, "inductor")),
-            "TRITON_CACHE_DIR": str(Path(folder, "triton")),
-            "PIECEWORK_CACHE_DIR": str(Path(folder, "piecework")),
-        }
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "piecework.bench.compile_time",
-                "--one",
-                name,
-                contender,
-                str(depth),
-            ],
-            capture_output=True,
-            text=True,
-            env=environment,
-            check=True,
-        )
-    return json.loads(done.stdout.splitlines()[-1])
+        module = "piecework.bench.compile_time"
+        found: dict[str, object] = apart(module, [name, contender, str(depth)], Path(folder))
+    return found
 
 
 def run(depths: Sequence[int] = DEPTHS, name: str = "small") -> Result:
@@ -163,46 +143,18 @@ def run(depths: Sequence[int] = DEPTHS, name: str = "small") -> Result:
     def growth(contender: str) -> float:
         return (seconds[contender, last] - seconds[contender, first]) / (last - first)
 
+    different = len(set(map(str, compiles.values())))
+    slope = growth("piecework") / growth("stock")
+    flat = seconds["piecework", last] / seconds["piecework", first]
     targets = [
-        Target(
-            "B4",
-            "different compile counts over all depths",
-            1,
-            len(set(map(str, compiles.values()))),
-        ),
-        Target(
-            "B4",
-            f"growth per layer, of stock's ({first} to {last} layers)",
-            0.10,
-            growth("piecework") / growth("stock"),
-        ),
+        Target("B4", "different compile counts over all depths", 1, different),
+        Target("B4", f"growth per layer, of stock's ({first} to {last} layers)", 0.10, slope),
+        Target("B4", f"{last} layers, of the time of {first}", 1.15, flat),
     ]
-    targets.append(
-        Target(
-            "B4",
-            f"{last} layers, of the time of {first}",
-            1.15,
-            seconds["piecework", last] / seconds["piecework", first],
-        )
-    )
-    if 32 in depths:
-        targets.append(
-            Target(
-                "B4",
-                "32 layers, of stock's time",
-                0.5,
-                seconds["piecework", 32] / seconds["stock", 32],
-            )
-        )
-    if 80 in depths:
-        targets.append(
-            Target(
-                "B4",
-                "80 layers, of stock's time",
-                0.28,
-                seconds["piecework", 80] / seconds["stock", 80],
-            )
-        )
+    for depth, bound in ((32, 0.5), (80, 0.28)):
+        if depth in depths:
+            of_stock = seconds["piecework", depth] / seconds["stock", depth]
+            targets.append(Target("B4", f"{depth} layers, of stock's time", bound, of_stock))
     return Result(
         "Cold compile time against depth", tuple(rows), tuple(targets), machine(), unit="s"
     )

@@ -21,8 +21,7 @@ import torch
 import torch.fx
 
 from piecework.bench.measure.result import Result, Row, Target, machine
-from piecework.codegen import LowerOptions, Proof, generate_source
-from piecework.codegen.plan import ir
+from piecework.codegen import LowerOptions, generate_source
 from piecework.codegen.plan.formatting import format_source
 from piecework.codegen.proof.prove import prove
 from piecework.codegen.stitch.lower import lower
@@ -120,28 +119,13 @@ def phases(gm: torch.fx.GraphModule, options: LowerOptions, *, black: bool) -> d
         module, consts = watch.time("lower", lambda: lower(gm, options))
         code = watch.time("render", lambda: render_stitched(module))
         tree = watch.time("parse", lambda: ast.parse(code))
-        watch.time("verify", lambda: _verify(gm, options, module, consts, code, tree))
+        linked = linkage_of(module, options, consts)
+        watch.time("verify", lambda: prove(code, gm, linked, tree=tree))
     if code != source.code:
         raise PieceworkError("two emissions of one graph differ")
     if black and watch.time("black, of the whole text", lambda: format_source(code)) != code:
         raise PieceworkError("the emitted source is not in black's format")
     return watch.seconds
-
-
-def _verify(
-    gm: torch.fx.GraphModule,
-    options: LowerOptions,
-    module: ir.Module,
-    consts: Sequence[object],
-    code: str,
-    tree: ast.Module,
-) -> Proof:
-    return prove(
-        code,
-        gm,
-        linkage_of(module, options, consts),
-        tree=tree,
-    )
 
 
 def best_phases(
@@ -196,40 +180,6 @@ def _rows(setting: dict[str, object], seconds: dict[str, float]) -> list[Row]:
     ]
 
 
-def plot(result: Result, path: Path) -> bool:
-    """Draw seconds against nodes on two logarithmic axes, where a straight line of slope one is linear."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7.0, 4.5))
-    by_phase: dict[str, list[tuple[int, float]]] = {}
-    for row in result.rows:
-        count, _, unit = str(row.setting["graph"]).partition(" ")
-        if unit == "nodes":
-            by_phase.setdefault(row.contender, []).append((int(count), row.seconds))
-    for name, points in by_phase.items():
-        width = 2.5 if name == "emission" else 1.0
-        axes.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=width)
-    sizes = sorted(count for count, _ in by_phase["emission"])
-    start = dict(by_phase["emission"])[sizes[0]]
-    ideal = [start * count / sizes[0] for count in sizes]
-    axes.plot(sizes, ideal, linestyle=":", color="grey", label="linear")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("nodes")
-    axes.set_ylabel("seconds")
-    axes.set_title(result.title)
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return True
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, and write ``emission.json`` and ``emission.png``; 1 if a target is missed."""
     parser = argparse.ArgumentParser(prog="python -m piecework.bench.emission", description=__doc__)
@@ -238,12 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(arguments)
     result = run(options.nodes, options.rounds)
-    result.print()
-    if options.out is not None:
-        for path in result.save(options.out, "emission"):
-            print(f"wrote {path}")
-        plot(result, options.out / "emission.png")
-    return 0 if result.met else 1
+    return result.finish(options.out, "emission")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +19,7 @@ import torch
 
 import piecework
 from piecework.bench.compile_time import build
+from piecework.bench.measure.apart import apart
 from piecework.bench.measure.result import Result, Row, Target, machine
 
 DEPTHS = (8, 32, 80)
@@ -78,23 +77,11 @@ def measure_here(contender: str, depth: int, folder: str) -> dict[str, object]:
 
 def measure(contender: str, depth: int, folder: Path, caches: str) -> dict[str, object]:
     """One start in a process of its own, with caches below ``folder``."""
-    environment = {
-        **os.environ,
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / caches / "inductor"),
-        "TRITON_CACHE_DIR": str(folder / caches / "triton"),
-        "PIECEWORK_CACHE_DIR": str(folder / caches / "piecework"),
-    }
-    if contender == "load":
-        environment |= {"PATH": str(folder / "nothing"), "CXX": ""}
-    command = ["--one", contender, str(depth), str(folder / f"artifact_{depth}")]
-    done = subprocess.run(
-        [sys.executable, "-m", "piecework.bench.warm_start", *command],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+    no_compiler = {"PATH": str(folder / "nothing"), "CXX": ""} if contender == "load" else {}
+    arguments = [contender, str(depth), str(folder / f"artifact_{depth}")]
+    module = "piecework.bench.warm_start"
+    found: dict[str, object] = apart(module, arguments, folder / caches, **no_compiler)
+    return found
 
 
 def run(depths: Sequence[int] = DEPTHS) -> Result:
@@ -121,15 +108,9 @@ def run(depths: Sequence[int] = DEPTHS) -> Result:
                 Row({"layers": depth}, contender, seconds[contender], {"cold": ratio}, text)
             )
         if depth >= 32:
-            targets += [
-                Target("B5", f"{depth} layers, seconds", 1.0, seconds[_LOAD]),
-                Target(
-                    "B5",
-                    f"{depth} layers, of a cold start",
-                    0.05,
-                    seconds[_LOAD] / seconds[_COLD],
-                ),
-            ]
+            of_cold = seconds[_LOAD] / seconds[_COLD]
+            targets.append(Target("B5", f"{depth} layers, seconds", 1.0, seconds[_LOAD]))
+            targets.append(Target("B5", f"{depth} layers, of a cold start", 0.05, of_cold))
     return Result("Warm start against depth", tuple(rows), tuple(targets), machine(), unit="s")
 
 

@@ -5,20 +5,22 @@ Each row has a process of its own with a time limit: a crash, a hang or a state 
 
 from __future__ import annotations
 
+import json
 import logging
-import multiprocessing
 import os
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
+from dataclasses import asdict, dataclass, field
+
+from pydantic import TypeAdapter
 
 from piecework.bench.lists.trial import Heard, Options, Outcome, Verdict
-
-_MODULES = ["torch", "torch._dynamo", "torch._inductor", "piecework.bench.lists.catalogue"]
 
 
 @dataclass(slots=True)
@@ -56,92 +58,44 @@ def run_rows(tasks: Sequence[Task], *, jobs: int = 1, limit: float = 900.0) -> I
     Args:
         limit: seconds after which a row is stopped; what it had found by then is kept.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_MODULES)
-    waiting = list(reversed(tasks))
-    running: dict[Connection, _Running] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                each = _Running.start(context, waiting.pop())
-                running[each.receiver] = each
-            for receiver in wait(list(running), timeout=1.0):
-                each = running[receiver]  # type: ignore[index]
-                if each.receive():
-                    del running[each.receiver]
-                    yield each.finished()
-            for each in [each for each in running.values() if each.age() > limit]:
-                del running[each.receiver]
-                yield each.stopped(f"stopped after {limit:.0f} s, while {each.doing} ran")
-    finally:
-        for each in running.values():
-            each.kill()
-
-
-class _Running:
-    """A row in its process, and what it has told so far."""
-
-    def __init__(self, task: Task, process: object, receiver: Connection) -> None:
-        self.task = task
-        self.receiver = receiver
-        self.doing = "start"
-        self._process = process
-        self._started = time.monotonic()
-        self._result = RowResult(task.source, task.name, task.kind)
-        self._complete = False
-
-    @classmethod
-    def start(cls, context: object, task: Task) -> _Running:
-        receiver, sender = context.Pipe(duplex=False)  # type: ignore[attr-defined]
-        process = context.Process(target=_work, args=(task, sender), daemon=False)  # type: ignore[attr-defined]
-        process.start()
-        sender.close()
-        return cls(task, process, receiver)
-
-    def age(self) -> float:
-        return time.monotonic() - self._started
-
-    def receive(self) -> bool:
-        """Take one message; True if it was the last."""
+    with ThreadPoolExecutor(jobs) as pool:
         try:
-            message = self.receiver.recv()
-        except EOFError:
-            return True
-        match message:
-            case Outcome():
-                self._result.outcomes.append(message)
-            case ("doing", doing):
-                self.doing = doing
-            case ("problem", problem):
-                self._result.problem = problem
-            case "complete":
-                self._complete = True
-        return False
+            waiting = [pool.submit(_run_apart, task, limit) for task in tasks]
+            yield from (each.result() for each in as_completed(waiting))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    def finished(self) -> RowResult:
-        self._process.join()  # type: ignore[attr-defined]
-        if not self._complete and not self._result.problem:
-            code = self._process.exitcode  # type: ignore[attr-defined]
-            return self._died(f"the process ended with code {code} while {self.doing} ran")
-        self._result.seconds = self.age()
-        return self._result
 
-    def stopped(self, why: str) -> RowResult:
-        self.kill()
-        return self._died(why)
-
-    def _died(self, why: str) -> RowResult:
-        """A contender that crashes or hangs has failed; elsewhere the row wasn't tried to its end."""
-        self._result.problem = why
-        if self.doing in ("stock", "piecework", "split", "captured"):
-            self._result.outcomes.append(Outcome("stopped", {self.doing: Verdict("failed", why)}))
-        self._result.seconds = self.age()
-        return self._result
-
-    def kill(self) -> None:
-        self._process.kill()  # type: ignore[attr-defined]
-        self._process.join()  # type: ignore[attr-defined]
-        self.receiver.close()
+def _run_apart(task: Task, limit: float) -> RowResult:
+    """One row; its process writes a line for all that it does and finds."""
+    start = time.monotonic()
+    result = RowResult(task.source, task.name, task.kind)
+    command = [sys.executable, "-m", "piecework.bench.lists.isolated", json.dumps(asdict(task))]
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.DEVNULL)
+        try:
+            ended = f"the process ended with code {process.wait(limit)}"
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            ended = f"stopped after {limit:.0f} s,"
+        said.seek(0)
+        lines = [json.loads(line) for line in said if line.startswith("[")]
+    doing = "start"
+    for kind, what in lines:
+        if kind == "outcome":
+            result.outcomes.append(TypeAdapter(Outcome).validate_python(what))
+        elif kind == "problem":
+            result.problem = what
+        doing = what if kind == "doing" else doing
+    if ["complete", ""] not in lines and not result.problem:
+        # A contender that crashes or hangs has failed; elsewhere the row wasn't tried to its end.
+        result.problem = f"{ended} while {doing} ran"
+        if doing in ("stock", "piecework", "split", "captured"):
+            verdict = Verdict("failed", result.problem)
+            result.outcomes.append(Outcome("stopped", {doing: verdict}))
+    result.seconds = time.monotonic() - start
+    return result
 
 
 def run_together(tasks: Sequence[Task]) -> Iterator[RowResult]:
@@ -191,21 +145,6 @@ def own_cache() -> Iterator[None]:
                 os.environ["PIECEWORK_CACHE_DIR"] = before
 
 
-def _work(task: Task, sender: Connection) -> None:
-    """Run one row; tells the other side what it does, each outcome, and the end."""
-    import torch
-
-    torch.set_num_threads(1)
-    try:
-        with quiet_libraries():
-            for outcome in _outcomes(task, lambda doing: sender.send(("doing", doing))):
-                sender.send(outcome)
-    except _NotBuilt as error:
-        sender.send(("problem", str(error)))
-        return
-    sender.send("complete")
-
-
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Keep warnings and logs of compilers and libraries out of the report, for the block."""
@@ -217,3 +156,26 @@ def quiet_libraries() -> Iterator[None]:
             yield
         finally:
             logging.disable(before)
+
+
+def _work(task: Task) -> None:
+    """Run one row in this process; says what it does, each outcome, and the end."""
+    import torch
+
+    torch.set_num_threads(1)
+
+    def say(kind: str, what: object) -> None:
+        print(json.dumps([kind, what]), flush=True)
+
+    try:
+        with quiet_libraries():
+            for outcome in _outcomes(task, lambda doing: say("doing", doing)):
+                say("outcome", asdict(outcome))
+    except _NotBuilt as error:
+        say("problem", str(error))
+    else:
+        say("complete", "")
+
+
+if __name__ == "__main__":
+    _work(TypeAdapter(Task).validate_json(sys.argv[1]))

@@ -26,26 +26,14 @@ def plain_models() -> list[Row]:
         _row("U-Net", UNet, _images(3, 32)),
         _row("ResNet by hand", ResNet, _images(3, 32)),
         _row("depthwise separable CNN", Separable, _images(3, 32)),
-        _row("convolutional autoencoder", Autoencoder, _images(1, 28)),
-        _row("GAN generator", Generator, _normal(16)),
-        _row("variational autoencoder", VariationalAutoencoder, _normal(20)),
         _row("MLP", MLP, _normal(20)),
         _row("MLP with batch norm", NormedMLP, _normal(20)),
         _row("recommender with bags", BagRecommender, _bags),
-        _row("two towers", TwoTowers, _pairs),
-        _row("wide and deep", WideAndDeep, _wide),
         _row("LSTM classifier", lambda: Recurrent(nn.LSTM), _words(11)),
-        _row("GRU classifier", lambda: Recurrent(nn.GRU), _words(11)),
-        _row("seq2seq with attention", Seq2Seq, _translations),
-        _row("transformer encoder classifier", TokenClassifier, _words(11)),
         _row("small GPT", SmallGPT, _words(10)),
         _row("attention with a mask", MaskedAttention, _masked),
         _row("mixture of experts", MixtureOfExperts, _normal(16)),
-        _row("graph convolution", GraphConvolution, _graph),
         _row("temporal convolution", TemporalConvolution, _signals),
-        _row("vision transformer by hand", VisionTransformer, _images(3, 32)),
-        _row("siamese network", Siamese, _image_pairs),
-        _row("PixelShuffle upscaler", Upscaler, _images(3, 12)),
         _row("capsule routing", Capsules, _normal(24)),
         _row("physics-informed MLP with Fourier features", FourierMLP, _normal(2)),
     ]
@@ -95,32 +83,9 @@ def _bags(n: int) -> tuple[object, ...]:
     return torch.randint(0, 40, (3 * n,)), torch.arange(n) * 3, torch.randn(n, 6)
 
 
-def _pairs(n: int) -> tuple[object, ...]:
-    return torch.randint(0, 30, (n,)), torch.randint(0, 40, (n, 5))
-
-
-def _wide(n: int) -> tuple[object, ...]:
-    return torch.randint(0, 20, (n, 4)), torch.randn(n, 5)
-
-
-def _translations(n: int) -> tuple[object, ...]:
-    return torch.randint(0, 50, (n, 9)), torch.randint(0, 50, (n, 6))
-
-
 def _masked(n: int) -> tuple[object, ...]:
     lengths = torch.arange(n) % 5 + 3
     return torch.randn(n, 9, 16), torch.arange(9)[None] >= lengths[:, None]
-
-
-def _graph(n: int) -> tuple[object, ...]:
-    """``n`` graphs of five nodes, one after the other, each a ring."""
-    nodes = torch.arange(5 * n)
-    ring = (nodes // 5) * 5 + (nodes + 1) % 5
-    return torch.randn(5 * n, 8), torch.stack([nodes, ring])
-
-
-def _image_pairs(n: int) -> tuple[object, ...]:
-    return torch.randn(n, 1, 20, 20), torch.randn(n, 1, 20, 20)
 
 
 # --- vision ----------------------------------------------------------------------------------------
@@ -224,83 +189,6 @@ class Separable(nn.Module):
         return (x * scale).amax((-1, -2))
 
 
-class Autoencoder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.Sequential(
-            nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 4, 3, 2, 1), nn.Flatten()
-        )
-        self.decoder = nn.Sequential(
-            nn.Unflatten(1, (4, 7, 7)),
-            nn.ConvTranspose2d(4, 8, 3, 2, 1, output_padding=1),
-            nn.ReLU(),
-            nn.ConvTranspose2d(8, 1, 3, 2, 1, output_padding=1),
-            nn.Sigmoid(),
-        )
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        code = self.encoder(x)
-        return self.decoder(code), code
-
-
-class Generator(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.ConvTranspose2d(16, 32, 4, 1, 0, bias=False),
-            nn.BatchNorm2d(32),
-            nn.ReLU(True),
-            nn.ConvTranspose2d(32, 16, 4, 2, 1, bias=False),
-            nn.BatchNorm2d(16),
-            nn.ReLU(True),
-            nn.ConvTranspose2d(16, 3, 4, 2, 1, bias=False),
-            nn.Tanh(),
-        )
-
-    def forward(self, noise: torch.Tensor) -> torch.Tensor:
-        return self.net(noise[:, :, None, None])
-
-
-class VisionTransformer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, 16, 8, 8)
-        self.token = nn.Parameter(torch.randn(1, 1, 16))
-        self.positions = nn.Parameter(torch.randn(1, 17, 16))
-        layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.head = nn.Linear(16, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.patches(x).flatten(2).transpose(1, 2)
-        token = self.token.expand(x.shape[0], -1, -1)
-        x = torch.cat((token, x), dim=1) + self.positions
-        return self.head(self.encoder(x)[:, 0])
-
-
-class Upscaler(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 12, 5, padding=2, padding_mode="reflect")
-        self.shuffle = nn.PixelShuffle(2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        base = F.interpolate(x, scale_factor=2, mode="bicubic", align_corners=False)
-        return torch.clamp(base + self.shuffle(self.conv(x)), 0, 1)
-
-
-class Siamese(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(1, 4, 5), nn.ReLU(), nn.AdaptiveMaxPool2d(4), nn.Flatten(), nn.Linear(64, 8)
-        )
-
-    def forward(self, left: torch.Tensor, right: torch.Tensor) -> dict[str, torch.Tensor]:
-        one, two = self.features(left), self.features(right)
-        return {"distance": F.pairwise_distance(one, two), "cosine": F.cosine_similarity(one, two)}
-
-
 # --- rows of features ------------------------------------------------------------------------------
 
 
@@ -330,20 +218,6 @@ class NormedMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scores = self.fc2(F.leaky_relu(self.bn(self.fc1(x))))
         return scores, scores.argmax(dim=1)
-
-
-class VariationalAutoencoder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.encode = nn.Linear(20, 16)
-        self.mean, self.deviation = nn.Linear(16, 4), nn.Linear(16, 4)
-        self.decode = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 20))
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        hidden = F.elu(self.encode(x))
-        mean, deviation = self.mean(hidden), self.deviation(hidden)
-        drawn = mean + torch.exp(0.5 * deviation) if self.training else mean
-        return self.decode(drawn), mean, deviation
 
 
 class FourierMLP(nn.Module):
@@ -406,32 +280,6 @@ class BagRecommender(nn.Module):
         return torch.sigmoid(self.top(both)).flatten()
 
 
-class TwoTowers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.users = nn.Embedding(30, 8)
-        self.items = nn.Embedding(40, 8, padding_idx=0)
-
-    def forward(self, user: torch.Tensor, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = torch.bmm(self.items(items), self.users(user).unsqueeze(2)).squeeze(2)
-        best = scores.topk(2, dim=1)
-        return best.values, items.gather(1, best.indices)
-
-
-class WideAndDeep(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.tables = nn.ModuleList([nn.Embedding(20, 4) for _ in range(4)])
-        self.wide = nn.Linear(5, 1)
-        self.deep = nn.Linear(21, 1)
-
-    def forward(self, categories: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        found = [table(categories[:, index]) for index, table in enumerate(self.tables)]
-        first = torch.stack(found, dim=1).sum(1)
-        crossed = (first.pow(2) - torch.stack(found, 1).pow(2).sum(1)).sum(1, keepdim=True)
-        return self.wide(numbers) + self.deep(torch.cat([*found, numbers], dim=1)) + crossed
-
-
 # --- sequences -------------------------------------------------------------------------------------
 
 
@@ -445,41 +293,6 @@ class Recurrent(nn.Module):
     def forward(self, words: torch.Tensor) -> torch.Tensor:
         output, _ = self.layer(self.embed(words))
         return self.out(output.mean(dim=1))
-
-
-class Seq2Seq(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.source, self.target = nn.Embedding(50, 12), nn.Embedding(50, 12)
-        self.encoder = nn.GRU(12, 16, batch_first=True)
-        self.cell = nn.GRUCell(28, 16)
-        self.out = nn.Linear(32, 50)
-
-    def forward(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        memory, hidden = self.encoder(self.source(source))
-        state, steps = hidden[-1], []
-        context = torch.zeros_like(state)
-        for step in range(target.size(1)):
-            word = self.target(target[:, step])
-            state = self.cell(torch.cat([word, context], dim=1), state)
-            weights = torch.softmax(torch.bmm(memory, state.unsqueeze(2)).squeeze(2), dim=1)
-            context = torch.bmm(weights.unsqueeze(1), memory).squeeze(1)
-            steps.append(self.out(torch.cat([state, context], dim=1)))
-        return torch.stack(steps, dim=1)
-
-
-class TokenClassifier(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(50, 16)
-        self.register_buffer("positions", torch.randn(32, 16))
-        layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.out = nn.Linear(16, 3)
-
-    def forward(self, words: torch.Tensor) -> torch.Tensor:
-        x = self.embed(words) + self.positions[: words.size(1)]
-        return self.out(self.encoder(x).mean(dim=1))
 
 
 class SmallGPT(nn.Module):
@@ -520,16 +333,3 @@ class TemporalConvolution(nn.Module):
         for index, conv in enumerate(self.convs):
             x = x + F.relu(conv(F.pad(x, (2 ** (index + 1), 0))))
         return x[..., -1]
-
-
-class GraphConvolution(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 3)
-
-    def forward(self, x: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
-        source, target = edges[0], edges[1]
-        degree = torch.zeros(x.size(0)).index_add(0, target, torch.ones_like(target).float())
-        x = torch.zeros(x.size(0), 16).index_add(0, target, self.first(x)[source])
-        x = F.relu(x / degree.clamp(min=1).unsqueeze(1))
-        return self.second(x)

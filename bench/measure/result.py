@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,6 @@ class Target:
         return self.measured <= self.bound if self.at_most else self.measured >= self.bound
 
 
-Setting = tuple[tuple[str, object], ...]
 _SCALE = {"µs a call": 1e6, "s": 1.0}
 
 
@@ -183,9 +181,17 @@ def _processor() -> str:
     return platform.processor() or "unknown"
 
 
+# --- pictures ------------------------------------------------------------------------------------------
+
 _COLUMNS = 3  # panels beside each other
-_OURS, _LIMIT, _OTHERS = "#d9480f", "#495057", "#adb5bd"
-_LINES = ("#1971c2", "#2f9e44", "#9c36b5", "#868e96", "#0b7285")
+_OURS, _OTHERS = "#d9480f", "#868e96"  # read on a light page and on a dark one
+#: What the headline shows, in words that need no page to explain them.
+_PLAIN = {
+    "eager": "eager",
+    "stock": "torch.compile",
+    "piecework": "piecework",
+    "limit": "the same kernels, called by hand",
+}
 
 
 def _plot(result: Result, path: Path) -> bool:
@@ -197,121 +203,61 @@ def _plot(result: Result, path: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    settings = _in_order(dict.fromkeys(tuple(row.setting.items()) for row in result.rows))
-    if len(settings) > 2 and all(
-        len(each) == 1 and isinstance(each[0][1], int) for each in settings
-    ):
-        figure = _lines(result, pyplot)
+    settings: dict[str, list[Row]] = {}
+    for row in result.rows:
+        title = ", ".join(f"{key} {value}" for key, value in row.setting.items())
+        settings.setdefault(title, []).append(row)
+    keys = {key for row in result.rows for key in row.setting}
+    numbers = all(isinstance(value, int) for row in result.rows for value in row.setting.values())
+    if len(settings) > 2 and len(keys) == 1 and numbers:
+        figure, axes = pyplot.subplots(figsize=(6.4, 3.8))
+        _lines(axes, result, *keys)
     else:
-        figure = _panels(result, settings, pyplot)
+        columns = min(_COLUMNS, len(settings))
+        lines = -(-len(settings) // columns)
+        size = (5.0 * columns, (0.55 + 0.26 * max(map(len, settings.values()))) * lines + 0.5)
+        figure, grid = pyplot.subplots(lines, columns, figsize=size, squeeze=False)
+        for axes in grid.flat[len(settings) :]:
+            axes.set_visible(False)
+        for axes, (title, rows) in zip(grid.flat, settings.items(), strict=False):
+            _bars(axes, {row.contender: row for row in rows}, result.unit)
+            axes.set_title(title, fontsize=9, loc="left")
+    figure.suptitle(f"{result.title} ({result.unit})", fontsize=10, x=0.01, ha="left")
+    figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-    if result.headline is not None:
-        figure = _headline(result, pyplot)
+    chosen = {row.contender: row for row in result.rows if row.setting == result.headline}
+    if chosen:
+        figure, axes = pyplot.subplots(figsize=(7.2, 1.7))
+        _bars(axes, {_PLAIN[each]: chosen[each] for each in _PLAIN if each in chosen}, result.unit)
+        figure.tight_layout(pad=0.3)
         figure.savefig(path.with_stem(f"{path.stem}_headline"), dpi=160, transparent=True)
         pyplot.close(figure)
     return True
 
 
-#: What the headline shows, in words that need no page to explain them.
-_PLAIN = {
-    "eager": "eager",
-    "stock": "torch.compile",
-    "piecework": "piecework",
-    "limit": "the same kernels, called by hand",
-}
-_ON_BOTH = "#868e96"  # reads on a light page and on a dark one
-
-
-def _headline(result: Result, pyplot: Any) -> Any:
-    """Four bars of one setting, without a background."""
-    rows = {row.contender: row for row in result.rows if row.setting == result.headline}
-    names = [name for name in _PLAIN if name in rows]
-    values = [rows[name].seconds * _SCALE[result.unit] for name in names]
-    figure, axes = pyplot.subplots(figsize=(7.2, 1.7))
-    colours = [_OURS if name == "piecework" else _ON_BOTH for name in names]
-    bars = axes.barh([_PLAIN[name] for name in names], values, color=colours, height=0.66)
-    labels = [f"{value:,.0f} {result.unit.split()[0]}" for value in values]
-    axes.bar_label(bars, labels, fontsize=9, padding=4, color=_ON_BOTH)
+def _bars(axes: Any, rows: dict[str, Row], unit: str) -> None:
+    """A bar for each name, with its figure behind it."""
+    values = [row.seconds * _SCALE[unit] for row in rows.values()]
+    ours = [row.contender.startswith("piecework") for row in rows.values()]
+    bars = axes.barh([*rows], values, color=[_OURS if each else _OTHERS for each in ours])
+    labels = [f"{each:,.0f}" if each >= 100 else f"{each:.3g}" for each in values]
+    axes.bar_label(bars, labels, fontsize=8, padding=3, color=_OTHERS)
     axes.invert_yaxis()
     axes.set_xlim(0, max(values) * 1.15)
-    axes.tick_params(labelsize=9, colors=_ON_BOTH, length=0)
+    axes.tick_params(labelsize=8, colors=_OTHERS, length=0)
     axes.set_xticks([])
     axes.spines[:].set_visible(False)
-    figure.tight_layout(pad=0.3)
-    return figure
 
 
-def _in_order(settings: Iterable[Setting]) -> list[Setting]:
-    """``settings`` with ascending numbers, those with more words behind the others; words stay in the order in which it was measured."""
-    given = list(settings)
-    values = dict.fromkeys(value for each in given for _, value in each)
-    first = {value: n for n, value in enumerate(values)}
-
-    def rank(setting: Setting) -> list[float]:
-        words = sum(not isinstance(value, (int, float)) for _, value in setting)
-        return [words, *(n if isinstance(n, (int, float)) else first[n] for _, n in setting)]
-
-    return sorted(given, key=rank)
-
-
-def _panels(result: Result, settings: list[Setting], pyplot: Any) -> Any:
-    columns = min(_COLUMNS, len(settings))
-    count = -(-len(settings) // columns)
-    most = max(sum(tuple(r.setting.items()) == each for r in result.rows) for each in settings)
-    size = (5.0 * columns + 0.6, (0.55 + 0.26 * most) * count + 0.5)
-    figure, grid = pyplot.subplots(count, columns, figsize=size, squeeze=False)
-    for axes, setting in zip(grid.flat, settings, strict=False):
-        rows = [row for row in result.rows if tuple(row.setting.items()) == setting]
-        values = [row.seconds * _SCALE[result.unit] for row in rows]
-        names = [row.contender for row in rows]
-        bars = axes.barh(names, values, color=list(map(_colour, names)), height=0.72)
-        axes.bar_label(
-            bars, [f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in values], fontsize=7, padding=2
-        )
-        axes.invert_yaxis()
-        axes.set_xlim(0, max(values) * 1.15)
-        axes.set_title(
-            ", ".join(f"{key} {value}" for key, value in setting), fontsize=9, loc="left"
-        )
-        axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in list(grid.flat)[len(settings) :]:
-        axes.set_visible(False)
-    figure.suptitle(f"{result.title} ({result.unit})", fontsize=10, x=0.01, ha="left")
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.1 / size[1]))
-    return figure
-
-
-def _lines(result: Result, pyplot: Any) -> Any:
-    figure, axes = pyplot.subplots(figsize=(6.4, 3.8))
-    (key,) = result.rows[0].setting
-    contenders = list(dict.fromkeys(row.contender for row in result.rows))
-    others = iter(_LINES * len(contenders))
-    for name in contenders:
+def _lines(axes: Any, result: Result, key: str) -> None:
+    """A line for each contender over the one number that varies."""
+    for name in dict.fromkeys(row.contender for row in result.rows):
         rows = [row for row in result.rows if row.contender == name]
-        colour = _OURS if name.startswith("piecework") else next(others)
-        style = "--" if name.startswith("piecework,") else "-"  # a variant of ours
-        axes.plot(
-            [row.setting[key] for row in rows],
-            [row.seconds * _SCALE[result.unit] for row in rows],
-            style,
-            color=colour,
-            marker="o",
-            markersize=4,
-            label=name,
-        )
+        values = [row.seconds * _SCALE[result.unit] for row in rows]
+        colour = {"color": _OURS} if name == "piecework" else {}
+        axes.plot([row.setting[key] for row in rows], values, marker="o", label=name, **colour)
     axes.set_xlabel(key)
     axes.set_ylabel(result.unit)
     axes.set_ylim(bottom=0)
-    axes.set_title(result.title, fontsize=10, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False)
-    figure.tight_layout()
-    return figure
-
-
-def _colour(contender: str) -> str:
-    if contender.startswith("limit"):
-        return _LIMIT
-    return _OURS if contender.startswith("piecework") else _OTHERS

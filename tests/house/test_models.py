@@ -102,7 +102,7 @@ def test_models_compiled_by_inductor(tmp_path: Path) -> None:
     found = run(
         tmp_path,
         *("--list", "plain torch", "--together", "--no-cut"),
-        *("--only", "^(MLP with batch norm|GAN generator)$"),
+        *("--only", "^(MLP with batch norm|U-Net)$"),
     )
     assert found == {name: BOTH for name in found}
     assert len(found) == 2
