@@ -18,7 +18,7 @@ _TOLERANCE = {
     torch.bfloat16: 5e-2,
 }
 _COARSEST = 0.25  # of what has fewer bits than these
-_SMALLEST = 1e-3  # values below are compared as if the largest beside them were this
+SMALLEST = 1e-3  # values below are compared as if the largest beside them were this
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
@@ -55,4 +55,4 @@ def same_values(one: object, other: object) -> bool:
     if not torch.equal(rest.isnan(), other[~finite].isnan()):
         return False
     largest = float(one[finite].abs().max()) if apart.numel() else 0.0
-    return not apart.numel() or float(apart.max()) <= tolerance * max(largest, _SMALLEST)
+    return not apart.numel() or float(apart.max()) <= tolerance * max(largest, SMALLEST)

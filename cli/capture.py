@@ -42,7 +42,7 @@ def coverage(
     """
     with typed_errors():
         from piecework.runtime import bundle
-        from piecework.runtime.batch.coverage import coverage_json, coverage_table
+        from piecework.runtime.batch.coverage import Coverage, coverage_json
         from piecework.runtime.batch.mode import CUDAGraphMode
         from piecework.runtime.graphs.memory.addresses import AddressPolicy
         from piecework.runtime.graphs.serve.report import calls_json, calls_text
@@ -85,7 +85,7 @@ def coverage(
             said = {"coverage": coverage_json(rows), "calls": calls_json(calls)}
             print(json.dumps({**said, "memory": memory.as_json()}))
             return
-        out.print(coverage_table(rows))
+        out.print(str(Coverage(rows)), markup=False, highlight=False, soft_wrap=True)
         if tokens:
             out.print(calls_text(calls), markup=False, highlight=False, soft_wrap=True)
         out.print(str(memory), markup=False, highlight=False, soft_wrap=True)

@@ -608,17 +608,13 @@ class StitchedModule(SharedModule):
         """
         return observed.profile(self._traces, lambda: self(*args, **kwargs), profiled_calls)
 
-    def shadow(
-        self, *, rtol: float | None = None, atol: float | None = None, every: int = 1
-    ) -> AbstractContextManager[Shadow]:
+    def shadow(self, *, every: int = 1) -> AbstractContextManager[Shadow]:
         """Run the uncompiled graph of each piece beside it for the block, on the same inputs, and compare; calls get what the pieces computed.
 
         Calls run uncaptured meanwhile, whatever is captured: graphs are left as they are and serve again after the block. The model can't
         be changed in the block (`rebind`, `capture`, …).
 
         Args:
-            rtol, atol: what an output may differ by: ``atol + rtol * its largest value``. By default by the least precise dtype in the piece,
-                1e-4 and 1e-5 for float32; integers have to be equal.
             every: compare each call of so many, the first one among them.
 
         Returns:
@@ -627,7 +623,7 @@ class StitchedModule(SharedModule):
 
         Raises:
             BindError: the model is not compiled yet, or no piece of it can be run twice.
-            ConfigError: a tolerance is no number from 0, or ``every`` no positive number.
+            ConfigError: ``every`` is no positive number.
             ArtifactError: the model was loaded from an artifact without graphs.
 
         Example:
@@ -635,7 +631,7 @@ class StitchedModule(SharedModule):
             ...     stitched(x)
             >>> print(found)
         """
-        return observed.shadow(self._traces, rtol, atol, every)
+        return observed.shadow(self._traces, every)
 
     # --- what was made ---------------------------------------------------------------------------
 

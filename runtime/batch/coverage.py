@@ -6,8 +6,6 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from rich.table import Table
-
 from piecework.errors import StaticGraphError
 from piecework.runtime.batch.descriptor import BatchDescriptor, BatchKind
 from piecework.runtime.batch.dispatcher import CudagraphDispatcher, Reason
@@ -98,7 +96,25 @@ def coverage(dispatcher: CudagraphDispatcher, max_num_batched_tokens: int) -> li
         largest = min(max_num_batched_tokens, cases.max_num_seqs * step)
         sizes = range(step, largest + 1, step) if step else range(1, max_num_batched_tokens + 1)
         batch = BatchKind(step > 0, *lora, axes, query_len=step or None)
-        rows += _merged(_row(dispatcher, size, batch) for size in sizes)
+        for size in sizes:
+            found = dispatcher.explain(size, batch, strict=False)
+            captured = found.mode is not CUDAGraphMode.NONE
+            row = CoverageRow(
+                first=size,
+                last=size,
+                batch=batch,
+                mode=found.mode,
+                descriptor=found.descriptor if captured else None,
+                padding=found.padding,
+                reason=found.reason,
+                is_fallback=found.is_fallback,
+            )
+            before = rows[-1] if rows else None
+            if before is not None and _runs_alike(before, row):
+                padding = max(before.padding, row.padding)
+                rows[-1] = replace(before, last=size, padding=padding)
+            else:
+                rows.append(row)
     return rows
 
 
@@ -117,18 +133,6 @@ def require_coverage(rows: Iterable[CoverageRow]) -> None:
             where="coverage",
             hint="capture these sizes, or choose a mode that does not promise them",
         )
-
-
-def coverage_table(rows: Sequence[CoverageRow]) -> Table:
-    """The rows as a table for a terminal."""
-    table = Table(title="What runs captured", title_justify="left")
-    for heading in ("batch", "tokens", "mode", "graph", "padding", "why"):
-        table.add_column(heading, justify="right" if heading in ("tokens", "padding") else "left")
-    for row in rows:
-        *cells, why = _cells(row)
-        table.add_row(*cells, f"[yellow]{why}[/]" if row.is_fallback else why)
-    table.caption = getattr(rows, "note", "") or None
-    return table
 
 
 def _cells(row: CoverageRow) -> tuple[str, ...]:
@@ -154,37 +158,10 @@ def coverage_json(rows: Sequence[CoverageRow]) -> list[Mapping[str, object]]:
     ]
 
 
-def _row(dispatcher: CudagraphDispatcher, size: int, batch: BatchKind) -> CoverageRow:
-    found = dispatcher.explain(size, batch, strict=False)
-    captured = found.mode is not CUDAGraphMode.NONE
-    return CoverageRow(
-        first=size,
-        last=size,
-        batch=batch,
-        mode=found.mode,
-        descriptor=found.descriptor if captured else None,
-        padding=found.padding,
-        reason=found.reason,
-        is_fallback=found.is_fallback,
-    )
-
-
-def _merged(rows: Iterable[CoverageRow]) -> list[CoverageRow]:
-    merged: list[CoverageRow] = []
-    for row in rows:
-        before = merged[-1] if merged else None
-        if before is not None and _runs_alike(before, row):
-            padding = max(before.padding, row.padding)
-            merged[-1] = replace(before, last=row.last, padding=padding)
-        else:
-            merged.append(row)
-    return merged
-
-
 def _runs_alike(one: CoverageRow, other: CoverageRow) -> bool:
     # A size that fits exactly and those padded to it share a graph, so they share a row.
     same_graph = one.descriptor is not None and one.descriptor == other.descriptor
-    return one.mode is other.mode and (
+    return (one.batch, one.mode) == (other.batch, other.mode) and (
         same_graph or (one.descriptor is other.descriptor is None and one.reason is other.reason)
     )
 

@@ -5,9 +5,10 @@ It runs only after an emitted check has failed, so it may take its time; it neve
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -93,35 +94,130 @@ class _Call:
         return {symbol: self.namespace[name] for symbol, name in names if name in self.namespace}
 
     def error(self, check: Check) -> InputError:
-        return self._BY_KIND[check.kind](self, check)
+        """What to say of a check that a call fails."""
+        label, expected = check.label, check.expected
+        now = eval(check.name, self.namespace) if check.name else None
+        place = (-1 if check.leaf is None else check.leaf, check.dim)
+        match check.kind:
+            # --- containers and Python values
+            case "kind" | "int":
+                wanted = "an int" if check.kind == "int" else f"a {_name(expected)}"
+                message = f"argument {label} must be {wanted}, not a {_name(type(now))}"
+                return InputError(message, hint=_AS_EXAMPLE)
+            case "keys":
+                has, had = f"{len(now)} items", f"{len(expected)} items"  # type: ignore[arg-type]
+                if isinstance(now, dict):
+                    has, had = _shown_keys(now), _shown_keys(expected)  # type: ignore[arg-type]
+                message = f"argument {label} has {has}; the trace had {had}"
+                return InputError(message, hint=_SAME_ARGUMENTS)
+            case "structure":
+                message = f"argument {label} has another structure than the one that was traced"
+                return InputError(message, hint=_SAME_ARGUMENTS)
+            case "value":
+                integers = type(now) is int and type(expected) is int
+                special = integers and (now in (0, 1) or expected in (0, 1))
+                return _refusal(
+                    f"argument {label} was {_shown(expected)} when the model was traced and is "
+                    f"{_shown(now)} now",
+                    _ANOTHER_VALUE,
+                    {place} if special or is_object(expected) else None,
+                )
+            # --- one tensor
+            case "class":
+                return self._class(label, now, expected, place)
+            case "dtype" | "layout" | "device" | "rank":
+                now = now.dim() if check.kind == "rank" else getattr(now, check.kind)
+                instead = {
+                    "dtype": f"{label}.to({expected})",
+                    "layout": f"{label}.to_dense()",
+                    "device": f"{label}.to({str(expected)!r})",
+                    "rank": f"{label} with {expected} dimensions",
+                }[check.kind]
+                return InputError(
+                    f"argument {label} has {check.kind} {now}; the model was traced with {expected}",
+                    hint=f"pass {instead}, or compile the model with an example like this call",
+                )
+            case "lazy":
+                return InputError(
+                    f"argument {label} is a lazily negated or conjugated view",
+                    hint=f"pass {label}.resolve_neg() or {label}.resolve_conj()",
+                )
+            case "grad":
+                grad = now.requires_grad
+                return _refusal(
+                    f"argument {label} has requires_grad={grad}; the model was traced with {expected}",
+                    f"pass {label}.detach()" if grad else "compile the model again",
+                    {place},
+                )
+            case "contiguous":
+                return _refusal(
+                    f"argument {label} must be contiguous, and has strides {now.stride()} for shape "
+                    f"{tuple(now.shape)}",
+                    f"pass {label}.contiguous()",
+                    {place},
+                )
+            # --- numbers
+            case "shape":
+                assert isinstance(expected, tuple)
+                dim = next(d for d, size in enumerate(expected) if now.shape[d] != size)
+                what = f"has size {now.shape[dim]} in dimension {dim}"
+                return self._number(label, what, (place[0], dim), expected[dim])
+            case "size":
+                what = f"has size {now} in dimension {check.dim}"
+                return self._number(label, what, place, expected)
+            case "stride":
+                what = f"has stride {now} in dimension {check.dim}"
+                return self._number(label, what, (place[0], None), expected)
+            case "item" if not isinstance(expected, str):
+                message = (
+                    f"argument {label} was {expected} when the model was traced and is {now} now"
+                )
+                return _refusal(message, _ANOTHER_VALUE, {place})
+            case "integer" | "item":
+                return self._number(label, f"is {now}", place, expected)
+            case "range":
+                assert isinstance(expected, Symbol)
+                return self._range(expected)
+            case "relation":
+                origin = self.table.origin.values()
+                names = ", ".join(sorted({label for label, _ in origin}))
+                return _refusal(
+                    f"the sizes {_assigned(self.symbols())} of {names} break {expected}, which the "
+                    "trace relied on",
+                    "compile the model again with example arguments of such sizes",
+                    {place for _, place in origin},
+                )
+            # --- several arguments
+            case "same":
+                return _refusal(
+                    f"argument {label} was the same tensor as {expected} when the model was traced, "
+                    "and is another now",
+                    "trace with two tensors to be free to pass two",
+                    frozenset(),
+                )
+            case "distinct":
+                assert isinstance(expected, tuple)
+                pairs = itertools.combinations(expected, 2)
+                one, two = next((a, b) for a, b in pairs if self.value(a) is self.value(b))
+                one, two = self.table.label(one), self.table.label(two)
+                return _refusal(
+                    f"arguments {one} and {two} are one tensor, and were two when the model was traced",
+                    f"pass {two}.clone(), or trace with one tensor",
+                    frozenset(),
+                )
+            case "apart":
+                assert isinstance(expected, tuple)
+                shares = (x for x in expected if not torch_compat.memory_apart(now, self.value(x)))
+                other = self.table.label(next(shares))
+                return InputError(
+                    f"arguments {label} and {other} share memory, and the model writes to {label}; "
+                    "compiled pieces expect arguments that don't",
+                    hint=f"pass {other}.clone()",
+                )
+        raise AssertionError(check.kind)
 
-    # --- containers ------------------------------------------------------------------------------
-
-    def _kind(self, check: Check) -> InputError:
-        now = type(eval(check.name, self.namespace)).__qualname__
-        expected = check.expected.__name__  # type: ignore[attr-defined]
-        return InputError(
-            f"argument {check.label} must be a {expected}, not a {now}", hint=_AS_EXAMPLE
-        )
-
-    def _keys(self, check: Check) -> InputError:
-        value, keys = eval(check.name, self.namespace), check.expected
-        assert isinstance(keys, tuple)
-        now, expected = f"{len(value)} items", f"{len(keys)} items"
-        if isinstance(value, dict):
-            now, expected = _shown_keys(value), _shown_keys(keys)
-        message = f"argument {check.label} has {now}; the trace had {expected}"
-        return InputError(message, hint=_SAME_ARGUMENTS)
-
-    def _structure(self, check: Check) -> InputError:
-        message = f"argument {check.label} has another structure than the one that was traced"
-        return InputError(message, hint=_SAME_ARGUMENTS)
-
-    # --- one tensor ------------------------------------------------------------------------------
-
-    def _class(self, check: Check) -> InputError:
-        value, label = self.namespace[check.name], check.label
-        now = type(value).__qualname__
+    def _class(self, label: str, value: object, expected: object, place: Place) -> InputError:
+        now = _name(type(value))
         if not isinstance(value, torch.Tensor):
             made = now in ("ndarray", "list", "int", "float", "bool")
             return InputError(
@@ -137,88 +233,13 @@ class _Call:
                     else "convert it to a plain tensor, or call the model itself"
                 ),
             )
-        expected = check.expected.__qualname__  # type: ignore[union-attr]
-        message = f"argument {label} is a {now}; the model was traced with a {expected}"
-        return _refusal(message, None, {_place(check)})
+        message = f"argument {label} is a {now}; the model was traced with a {_name(expected)}"
+        return _refusal(message, None, {place})
 
-    def _memory(self, check: Check, now: object, instead: str) -> InputError:
-        return InputError(
-            f"argument {check.label} has {check.kind} {now}; the model was traced with {check.expected}",
-            hint=f"pass {instead}, or compile the model with an example like this call",
-        )
-
-    def _dtype(self, check: Check) -> InputError:
-        now = self.namespace[check.name].dtype
-        return self._memory(check, now, f"{check.label}.to({check.expected})")
-
-    def _layout(self, check: Check) -> InputError:
-        return self._memory(check, self.namespace[check.name].layout, f"{check.label}.to_dense()")
-
-    def _device(self, check: Check) -> InputError:
-        now = self.namespace[check.name].device
-        return self._memory(check, now, f"{check.label}.to({str(check.expected)!r})")
-
-    def _rank(self, check: Check) -> InputError:
-        now = self.namespace[check.name].dim()
-        return self._memory(check, now, f"{check.label} with {check.expected} dimensions")
-
-    def _lazy(self, check: Check) -> InputError:
-        label = check.label
-        return InputError(
-            f"argument {label} is a lazily negated or conjugated view",
-            hint=f"pass {label}.resolve_neg() or {label}.resolve_conj()",
-        )
-
-    def _grad(self, check: Check) -> InputError:
-        now = self.namespace[check.name].requires_grad
-        return _refusal(
-            f"argument {check.label} has requires_grad={now}; the model was traced with {check.expected}",
-            f"pass {check.label}.detach()" if now else "compile the model again",
-            {_place(check)},
-        )
-
-    def _contiguous(self, check: Check) -> InputError:
-        now = self.namespace[check.name]
-        return _refusal(
-            f"argument {check.label} must be contiguous, and has strides {now.stride()} for shape {tuple(now.shape)}",
-            f"pass {check.label}.contiguous()",
-            {_place(check)},
-        )
-
-    # --- numbers ---------------------------------------------------------------------------------
-
-    def _shape(self, check: Check) -> InputError:
-        now, expected = self.namespace[check.name].shape, check.expected
-        assert isinstance(expected, tuple)
-        dim = next(d for d, size in enumerate(expected) if now[d] != size)
-        what = f"has size {now[dim]} in dimension {dim}"
-        return self._number(check, what, (_place(check)[0], dim), expected[dim])
-
-    def _size(self, check: Check) -> InputError:
-        what = f"has size {self.namespace[check.name]} in dimension {check.dim}"
-        return self._number(check, what, _place(check), check.expected)
-
-    def _stride(self, check: Check) -> InputError:
-        what = f"has stride {eval(check.name, self.namespace)} in dimension {check.dim}"
-        return self._number(check, what, (_place(check)[0], None), check.expected)
-
-    def _integer(self, check: Check) -> InputError:
-        return self._number(
-            check, f"is {self.namespace[check.name]}", _place(check), check.expected
-        )
-
-    def _item(self, check: Check) -> InputError:
-        now = eval(check.name, self.namespace)
-        if isinstance(check.expected, str):
-            return self._number(check, f"is {now}", _place(check), check.expected)
-        message = f"argument {check.label} was {check.expected} when the model was traced and is {now} now"
-        return _refusal(message, _ANOTHER_VALUE, {_place(check)})
-
-    def _number(self, check: Check, what: str, place: Place, expected: object) -> InputError:
-        what = f"argument {check.label} {what}"
+    def _number(self, label: str, what: str, place: Place, expected: object) -> InputError:
+        symbols, what = self.symbols(), f"argument {label} {what}"
         if not isinstance(expected, str):
             return _refusal(f"{what}, which the trace fixed to {expected}", _DYNAMIC, {place})
-        symbols = self.symbols()
         if expected in symbols:
             there = " in the same dimension" if "dimension" in what else ""
             other = self.table.origin[expected][0]
@@ -230,9 +251,7 @@ class _Call:
         message = f"{what}; the trace expects {expected} with {_assigned(symbols)}"
         return _refusal(message, _DYNAMIC, {place})
 
-    def _range(self, check: Check) -> InputError:
-        symbol = check.expected
-        assert isinstance(symbol, Symbol)
+    def _range(self, symbol: Symbol) -> InputError:
         label, place = self.table.origin[symbol.name]
         value = self.symbols()[symbol.name]
         if symbol.low is not None and value < symbol.low:
@@ -248,100 +267,9 @@ class _Call:
             {place},
         )
 
-    def _relation(self, check: Check) -> InputError:
-        origin = self.table.origin.values()
-        names = ", ".join(sorted({label for label, _ in origin}))
-        return _refusal(
-            f"the sizes {_assigned(self.symbols())} of {names} break {check.expected}, which the trace relied on",
-            "compile the model again with example arguments of such sizes",
-            {place for _, place in origin},
-        )
 
-    # --- Python values ---------------------------------------------------------------------------
-
-    def _int(self, check: Check) -> InputError:
-        now = type(self.namespace[check.name]).__qualname__
-        return InputError(f"argument {check.label} must be an int, not a {now}", hint=_AS_EXAMPLE)
-
-    def _value(self, check: Check) -> InputError:
-        value, expected = self.namespace[check.name], check.expected
-        integers = type(value) is int and type(expected) is int
-        special = is_object(expected) or (integers and (value in (0, 1) or expected in (0, 1)))
-        return _refusal(
-            f"argument {check.label} was {_shown(expected)} when the model was traced and is {_shown(value)} now",
-            _ANOTHER_VALUE,
-            {_place(check)} if special else None,
-        )
-
-    # --- several arguments -----------------------------------------------------------------------
-
-    def _same(self, check: Check) -> InputError:
-        return _refusal(
-            f"argument {check.label} was the same tensor as {check.expected} when the model was traced, and is another now",
-            "trace with two tensors to be free to pass two",
-            frozenset(),
-        )
-
-    def _distinct(self, check: Check) -> InputError:
-        assert isinstance(check.expected, tuple)
-        first, label = next(_pairs(check.expected, self.value, lambda left, right: left is right))
-        first, label = self.table.label(first), self.table.label(label)
-        return _refusal(
-            f"arguments {first} and {label} are one tensor, and were two when the model was traced",
-            f"pass {label}.clone(), or trace with one tensor",
-            frozenset(),
-        )
-
-    def _apart(self, check: Check) -> InputError:
-        assert isinstance(check.expected, tuple)
-        target = self.namespace[check.name]
-        each = next(
-            x for x in check.expected if not torch_compat.memory_apart(target, self.value(x))
-        )
-        other = self.table.label(each)
-        return InputError(
-            f"arguments {check.label} and {other} share memory, and the model writes to {check.label}; compiled pieces "
-            f"expect arguments that don't",
-            hint=f"pass {other}.clone()",
-        )
-
-    _BY_KIND: ClassVar[Mapping[str, Callable[[_Call, Check], InputError]]] = {
-        "kind": _kind,
-        "keys": _keys,
-        "structure": _structure,
-        "class": _class,
-        "dtype": _dtype,
-        "layout": _layout,
-        "device": _device,
-        "rank": _rank,
-        "lazy": _lazy,
-        "grad": _grad,
-        "contiguous": _contiguous,
-        "shape": _shape,
-        "size": _size,
-        "stride": _stride,
-        "integer": _integer,
-        "item": _item,
-        "range": _range,
-        "relation": _relation,
-        "int": _int,
-        "value": _value,
-        "same": _same,
-        "distinct": _distinct,
-        "apart": _apart,
-    }
-
-
-def _place(check: Check) -> Place:
-    assert check.leaf is not None
-    return check.leaf, check.dim
-
-
-def _pairs(
-    leaves: Sequence[int], value: Callable[[int], object], alike: Callable[[object, object], bool]
-) -> Iterator[tuple[Any, Any]]:
-    for number, right in enumerate(leaves):
-        yield from ((left, right) for left in leaves[:number] if alike(value(left), value(right)))
+def _name(kind: object) -> str:
+    return str(getattr(kind, "__qualname__", kind))
 
 
 def _refusal(message: str, hint: str | None, places: Collection[Place] | None) -> InputError:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.fx
 
+from piecework.closeness import SMALLEST, tolerance_of
 from piecework.codegen.graph.origin import graph_of, node_where, results_of, value_of
 from piecework.codegen.graph.schemas import every_node, shows_nothing
 from piecework.codegen.split.splitting import SplittingOps
@@ -25,15 +26,6 @@ from piecework.runtime.pieces.program import Program
 from piecework.runtime.splitting_op import registry
 from piecework.runtime.store.piece_operators import SELF_CONTAINED
 
-#: Least precise dtype in a piece → by what its outputs may differ: relative to the largest value of
-#: an output, and beside that.
-TOLERANCES = {
-    torch.float64: (1e-7, 1e-7),
-    torch.float32: (1e-4, 1e-5),
-    torch.float16: (1e-2, 1e-4),
-    torch.bfloat16: (5e-2, 1e-3),
-}
-_COARSEST = (0.25, 1e-2)  # of eight bits and less
 _Piece = Callable[..., object]
 
 
@@ -68,7 +60,6 @@ class Shadow:
     """What `StitchedModule.shadow` found so far; ``str()`` says it.
 
     Args:
-        rtol, atol: what outputs may differ by, in place of `TOLERANCES`.
         every: compare each call of so many, the first one among them.
 
     Attributes:
@@ -77,16 +68,13 @@ class Shadow:
         left_out: piece → why it is not compared.
 
     Raises:
-        ConfigError: a tolerance is no number from 0, or ``every`` no positive whole number.
+        ConfigError: ``every`` is no positive whole number.
     """
 
-    def __init__(self, rtol: float | None, atol: float | None, every: int) -> None:
-        for name, value in (("rtol", rtol), ("atol", atol)):
-            if value is not None and not _is_tolerance(value):
-                raise ConfigError(f"a tolerance is a number from 0; got {value!r}", where=name)
+    def __init__(self, every: int) -> None:
         if type(every) is not int or every < 1:
             raise ConfigError(f"every must be a positive number; got {every!r}", where="every")
-        self._rtol, self._atol, self._every = rtol, atol, every
+        self._every = every
         self._seen = self._able = 0
         self._counting = threading.Lock()
         self._found: dict[str, PieceDifference] = {}
@@ -137,16 +125,6 @@ class Shadow:
             self._seen += 1
             self.calls += due
         return due
-
-    def tolerance(self, dtypes: frozenset[torch.dtype]) -> tuple[float, float]:
-        """What may differ between values that were computed in these dtypes."""
-        real = (each.to_real() if each.is_complex else each for each in dtypes)
-        inexact = [each for each in real if each.is_floating_point]
-        rtol, atol = max((TOLERANCES.get(each, _COARSEST) for each in inexact), default=(0.0, 0.0))
-        return (
-            rtol if self._rtol is None else self._rtol,
-            atol if self._atol is None else self._atol,
-        )
 
     def note(self, difference: PieceDifference | None) -> None:
         """Count a comparison, and keep the piece's first difference."""
@@ -292,9 +270,10 @@ class _Reference:
             (f"input {self._inputs[number].name}, written in place,", before, args[number])
             for number, before in expected.written.items()
         ]
-        rtol, atol = found.tolerance(self._facts.dtypes)
+        # Of the least precise dtype in the piece: its other values come of those.
+        tolerance = max(map(tolerance_of, self._facts.dtypes), default=0.0)
         for what, right, given in pairs:
-            different = _different(right, given, rtol, atol)
+            different = _different(right, given, tolerance)
             if different is not None:
                 return self._made(what, *different, found)
         return None
@@ -358,9 +337,7 @@ def _named(output: object) -> str:
     return f", {node_where(output)}," if isinstance(output, torch.fx.Node) else ""
 
 
-def _different(
-    right: object, given: object, rtol: float, atol: float
-) -> tuple[str, float, float] | None:
+def _different(right: object, given: object, tolerance: float) -> tuple[str, float, float] | None:
     """How ``given`` differs, its largest error, and the one that is allowed; None if it is alike."""
     if not isinstance(right, torch.Tensor) or not isinstance(given, torch.Tensor):
         same = type(right) is type(given) and right == given
@@ -376,7 +353,7 @@ def _different(
     wide = torch.complex128 if right.is_complex() else torch.float64
     right, given = right.detach().to(wide), given.detach().to(wide)
     largest = right.abs().nan_to_num(0.0, 0.0, 0.0).max().item()
-    allowed = atol + rtol * largest
+    allowed = tolerance * max(largest, SMALLEST)
     wrong = ~torch.isclose(given, right, rtol=0.0, atol=allowed, equal_nan=True)
     if not wrong.any():
         return None
@@ -389,7 +366,3 @@ def _different(
 
 def _kind(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} on {tensor.device}"
-
-
-def _is_tolerance(value: object) -> bool:
-    return type(value) in (int, float) and 0 <= value < math.inf  # type: ignore[operator]

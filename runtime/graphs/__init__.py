@@ -11,7 +11,6 @@ from piecework.faces import face
 
 if TYPE_CHECKING:
     from piecework.runtime.batch.coverage import coverage as coverage
-    from piecework.runtime.batch.coverage import coverage_table as coverage_table
     from piecework.runtime.batch.coverage import require_coverage as require_coverage
     from piecework.runtime.batch.descriptor import BatchDescriptor as BatchDescriptor
     from piecework.runtime.batch.descriptor import BatchKind as BatchKind

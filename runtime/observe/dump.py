@@ -15,19 +15,18 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.fx
 
 from piecework.codegen import SplitItem, StitchedSource
 from piecework.codegen.graph.origin import SymbolNames, origin_of_piece
-from piecework.codegen.graph.structure import Structure
 from piecework.codegen.graph.targets import function_path
 from piecework.codegen.split.splitting import operator_name
 from piecework.errors import ConfigError
 from piecework.runtime import torch_compat
-from piecework.runtime.batch.ranges import Range, file_name
+from piecework.runtime.batch.ranges import file_name
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.config.text import to_json
 from piecework.runtime.observe.dump_page import Page, RangeCell, Step, render_page
@@ -38,46 +37,10 @@ _NOT_IN_A_NAME = re.compile(r"[^\w.-]+", re.ASCII)
 _LONGEST_NAME = 80
 
 
-class CompiledForm(Protocol):
-    """What a compiler made of a piece: something to call, and the artifact that it can be kept as."""
-
-    @property
-    def runnable(self) -> object: ...
-
-    @property
-    def artifact(self) -> object | None: ...
-
-
-def generated_sources(compiled: CompiledForm) -> tuple[str, ...]:
+def generated_sources(compiled: Any) -> tuple[str, ...]:
     """The Python that Inductor generated for a compiled form; empty where there is none."""
     held = compiled.runnable if compiled.artifact is None else compiled.artifact
     return torch_compat.inductor_sources(held)
-
-
-class FormOfRange(Protocol):
-    """A piece's compiled form for one range of batch sizes, and where it came from."""
-
-    @property
-    def compiled(self) -> CompiledForm: ...
-
-    @property
-    def seconds(self) -> float: ...
-
-    @property
-    def reused(self) -> bool: ...
-
-    @property
-    def cached(self) -> bool: ...
-
-
-class CompiledPiece(Protocol):
-    """A piece with its compiled forms."""
-
-    @property
-    def structure(self) -> Structure | None: ...
-
-    @property
-    def entries(self) -> Mapping[Range | None, FormOfRange]: ...
 
 
 class Dump:
@@ -159,7 +122,7 @@ class Dump:
 
     def finish(
         self,
-        backends: Mapping[str, CompiledPiece],
+        backends: Mapping[str, Any],
         phases: Mapping[str, float],
         error: BaseException | None = None,
     ) -> None:
@@ -184,7 +147,7 @@ class Dump:
 
     # --- parts -----------------------------------------------------------------------------------
 
-    def _piece(self, name: str, backend: CompiledPiece, same_as: str) -> None:
+    def _piece(self, name: str, backend: Any, same_as: str) -> None:
         step = self._steps.get(name)
         if step is None or step.key or backend.structure is None:
             return  # not of this compilation, or written before

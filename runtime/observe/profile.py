@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from piecework.errors import UsageError
 from piecework.runtime import torch_compat
+from piecework.runtime.batch.coverage import aligned
 
 _KERNEL = re.compile(r"^\s+(?:cpp_fused\w*|cpp_\w*|triton_\w+\.run)\(", re.MULTILINE)
 _EXTERNAL = re.compile(
@@ -52,7 +51,7 @@ class StageRow:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A forward by stages, slowest first; ``str()`` gives the table, `table` one to print.
+    """A forward by stages, slowest first; ``str()`` gives the table.
 
     Attributes:
         rows: pieces and operators.
@@ -64,41 +63,24 @@ class Profile:
     forward_microseconds: float
     calls: int
 
-    def table(self) -> Table:
-        table = Table(
-            title=f"{self.forward_microseconds:.0f} µs a forward without the profiler; {self.calls} profiled"
-        )
-        columns = (
-            "stage",
-            "calls",
-            "µs",
-            "share",
-            "device µs",
-            "bytes",
-            "kernels",
-            "external",
-        )
-        for name in columns:
-            table.add_column(name, justify="left" if name == "stage" else "right")
-        total = sum(row.microseconds for row in self.rows) or 1.0
-        for row in self.rows:
-            counts = ("" if each is None else str(each) for each in (row.kernels, row.external))
-            table.add_row(
-                row.name,
-                f"{row.calls:g}",
-                f"{row.microseconds:.1f}",
-                f"{row.microseconds / total:.0%}",
-                f"{row.device_microseconds:.1f}" if row.device_microseconds else "",
-                f"{row.bytes:.0f}",
-                *counts,
-            )
-        return table
-
     def __str__(self) -> str:
-        console = Console(width=160, no_color=True)
-        with console.capture() as shown:
-            console.print(self.table())
-        return shown.get()
+        total = sum(row.microseconds for row in self.rows) or 1.0
+        cells = [("stage", "calls", "µs", "share", "device µs", "bytes", "kernels", "external")]
+        for row in self.rows:
+            cells.append(
+                (
+                    row.name,
+                    f"{row.calls:g}",
+                    f"{row.microseconds:.1f}",
+                    f"{row.microseconds / total:.0%}",
+                    f"{row.device_microseconds:.1f}" if row.device_microseconds else "",
+                    f"{row.bytes:.0f}",
+                    "" if row.kernels is None else str(row.kernels),
+                    "" if row.external is None else str(row.external),
+                )
+            )
+        head = f"{self.forward_microseconds:.0f} µs a forward without the profiler; "
+        return f"{head}{self.calls} profiled\n{aligned(cells)}"
 
 
 def profile_calls(

@@ -107,11 +107,11 @@ def metrics(traces: Traces, name: str | None, profile: Profile | None) -> Metric
 
 
 @contextmanager
-def shadow(traces: Traces, rtol: float | None, atol: float | None, every: int) -> Iterator[Shadow]:
+def shadow(traces: Traces, every: int) -> Iterator[Shadow]:
     """Run the uncompiled graph of each piece beside it for the block, and compare."""
     from piecework.runtime.call.shadow import Shadow
 
-    found = Shadow(rtol, atol, every)
+    found = Shadow(every)
     traces.require("piece to compare")
     with traces.changes.one("shadow()"), ExitStack() as stack:
         with traces.lock:

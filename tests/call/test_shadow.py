@@ -107,9 +107,7 @@ def test_a_wrong_piece_is_named_and_its_caller_gets_what_it_computed(spoil) -> N
     assert "layers.2" in difference.modules and difference.output.startswith("output 0, node %")
     assert "models.py:" in difference.output  # the model's own line
     assert difference.error == pytest.approx(0.5 * (wrong / 1.5).abs().max().item(), rel=1e-3)
-    assert difference.allowed == pytest.approx(
-        1e-5 + 1e-4 * (wrong / 1.5).abs().max().item(), rel=1e-3
-    )
+    assert difference.allowed == pytest.approx(1e-3 * (wrong / 1.5).abs().max().item(), rel=1e-3)
     assert f"{last.name} of {last.modules}: output 0" in str(found) and "is off by" in str(found)
 
 
@@ -201,9 +199,9 @@ def test_a_splitting_op_inside_a_piece_is_never_run_twice() -> None:
 @pytest.mark.parametrize(
     ("dtype", "factor", "differs"),
     [
-        (torch.float64, 1 + 1e-6, True),
+        (torch.float64, 1 + 1e-5, True),
         (torch.float32, 1 + 1e-6, False),
-        (torch.float32, 1 + 1e-3, True),
+        (torch.float32, 1 + 1e-2, True),
         (torch.bfloat16, 1 + 1e-2, False),
         (torch.bfloat16, 1.5, True),
     ],
@@ -212,9 +210,6 @@ def test_what_may_differ_goes_by_dtype(dtype, factor, differs, spoil) -> None:  
     model, x = layers(1).to(dtype), X.to(dtype)
     stitched = piecework.compile(model, (x,), config=spoil({1: times(0, factor)}))
     assert (shadowed(stitched, (x,)).first is not None) == differs
-    assert shadowed(stitched, (x,), rtol=1.0).first is None
-    strict = shadowed(stitched, (x,), rtol=0, atol=0).first
-    assert strict is not None and strict.allowed == 0
 
 
 def to_nan(outputs: list[object]) -> object:
@@ -359,10 +354,6 @@ def test_the_model_is_not_changed_meanwhile(
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ({"rtol": -1.0}, r"a tolerance is a number from 0; got -1.0 \(rtol\)"),
-        ({"atol": float("nan")}, r"got nan \(atol\)"),
-        ({"atol": True}, "got True"),
-        ({"rtol": "1e-3"}, "got '1e-3'"),
         ({"every": 0}, "every must be a positive number; got 0"),
         ({"every": 1.5}, "got 1.5"),
     ],

@@ -141,14 +141,6 @@ def test_an_edit_that_changes_the_meaning_runs_and_says_so() -> None:
             "its callers pass",
         ),
         (
-            lambda code: code.replace("__vllm_submods__[0]", "__vllm_submods__[99]"),
-            "not one of the",
-        ),
-        (
-            lambda code: code.replace("return (mul,)", "return (undefined_name,)"),
-            "which nothing defines",
-        ),
-        (
             lambda code: code.replace(
                 "return (mul,)", "return (" + "(" * 10_000 + "mul" + ")" * 10_001
             ),

@@ -130,7 +130,7 @@ def test_an_option_that_means_nothing_is_named(name: str) -> None:
         (lambda: piecework.splitting_op("a::b", mutate_args=()), "did you mean mutates_args?"),
         (lambda: stitched().dispatch(3, uniform=True), "did you mean uniform_decode?"),
         (lambda: stitched().dispatch(), "it takes num_tokens"),
-        (lambda: stitched().shadow(tol=1), "did you mean rtol?"),
+        (lambda: stitched().shadow(evry=1), "did you mean every?"),
         (
             lambda: stitched()
             .capture([4], progress=False)
