@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from piecework.runtime.passes import PostGradPassManager as PostGradPassManager
     from piecework.runtime.passes import pass_context as pass_context
     from piecework.runtime.pieces.backend import PieceworkBackend as PieceworkBackend
-    from piecework.runtime.pieces.dynamo import backend_of as backend_of
+    from piecework.runtime.pieces.backend import backend_of as backend_of
     from piecework.runtime.pieces.manager import CompilerManager as CompilerManager
     from piecework.runtime.pieces.manager import RangeEntry as RangeEntry
     from piecework.runtime.pieces.piecewise import PiecewiseBackend as PiecewiseBackend

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from piecework.runtime.passes.context import PassContext, get_pass_context, pass_context
 from piecework.runtime.passes.interface import (
     CallableInductorPass,
     InductorPass,
+    PassContext,
     as_inductor_pass,
+    get_pass_context,
+    pass_context,
 )
-from piecework.runtime.passes.manager import PassReport, PassRow, PassRun, PostGradPassManager
+from piecework.runtime.passes.manager import PassReport, PassRun, PostGradPassManager
 
 __all__ = [
     "CallableInductorPass",
     "InductorPass",
     "PassContext",
     "PassReport",
-    "PassRow",
     "PassRun",
     "PostGradPassManager",
     "as_inductor_pass",

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch.fx
 
@@ -14,6 +17,7 @@ from piecework.errors import ConfigError
 from piecework.runtime.batch.ranges import Range
 from piecework.runtime.config.qualified_name import import_qualified
 from piecework.runtime.store.digest import digest_of
+from piecework.scope import set_for
 
 PassFunction = Callable[[torch.fx.Graph], int | None]
 
@@ -140,3 +144,36 @@ def as_inductor_pass(value: object, *, where: str) -> InductorPass:
             hint="give a function of a graph, an InductorPass, or the qualified name of one",
         )
     return CallableInductorPass(value)
+
+
+@dataclass(frozen=True, slots=True)
+class PassContext:
+    """What a pass may read while it runs.
+
+    Attributes:
+        compile_range: the batch sizes of the code that is made; None means all of them.
+        facts: what the trace knows of its symbols, as text.
+    """
+
+    compile_range: Range | None = None
+    facts: str = ""
+
+
+_CURRENT: ContextVar[PassContext | None] = ContextVar("piecework_pass_context", default=None)
+
+
+def pass_context(
+    compile_range: Range | None, facts: str = ""
+) -> AbstractContextManager[PassContext]:
+    """Tell the passes that run inside which batch range is compiled, and under which facts.
+
+    Example:
+        >>> with pass_context(Range(1, 16)):
+        ...     manager(graph)
+    """
+    return set_for(_CURRENT, PassContext(compile_range, facts))
+
+
+def get_pass_context() -> PassContext:
+    """The context of the innermost `pass_context`; one for all batch sizes outside of any."""
+    return _CURRENT.get() or PassContext()

@@ -13,8 +13,7 @@ from piecework.errors import PieceCompileError, Unidentifiable
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range
 from piecework.runtime.config.compilation import CompilationConfig
-from piecework.runtime.passes.context import get_pass_context
-from piecework.runtime.passes.interface import InductorPass, as_inductor_pass
+from piecework.runtime.passes.interface import InductorPass, as_inductor_pass, get_pass_context
 from piecework.runtime.store.digest import digest_of
 
 #: Inductor's option that the manager goes into; user passes for it run inside the manager.
@@ -39,16 +38,6 @@ class PassRun:
 
 
 @dataclass(frozen=True, slots=True)
-class PassRow:
-    """One pass over all graphs; ``matches`` is None for a pass that does not count."""
-
-    name: str
-    graphs: int
-    matches: int | None
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
 class PassReport:
     """What the passes did; ``str()`` gives one line per pass.
 
@@ -57,27 +46,19 @@ class PassReport:
 
     runs: tuple[PassRun, ...]
 
-    def rows(self) -> tuple[PassRow, ...]:
-        """The runs added up per pass, in order of first use."""
-        found = []
-        for name in dict.fromkeys(run.name for run in self.runs):
-            runs = [run for run in self.runs if run.name == name]
-            counts = [run.matches for run in runs if run.matches is not None]
-            matches = sum(counts) if counts else None
-            found.append(PassRow(name, len(runs), matches, sum(run.seconds for run in runs)))
-        return tuple(found)
-
     def matches(self, name: str) -> int:
         """How often the pass called ``name`` matched; 0 if it never ran."""
         return sum(run.matches or 0 for run in self.runs if run.name == name)
 
     def __str__(self) -> str:
-        return "\n".join(
-            f"pass {row.name}: "
-            + ("matches not counted" if row.matches is None else f"{row.matches} matches")
-            + f" in {row.graphs} graphs, {row.seconds:.3f} s"
-            for row in self.rows()
-        )
+        lines = []
+        for name in dict.fromkeys(run.name for run in self.runs):
+            runs = [run for run in self.runs if run.name == name]
+            counts = any(run.matches is not None for run in runs)
+            matches = f"{self.matches(name)} matches" if counts else "matches not counted"
+            seconds = sum(run.seconds for run in runs)
+            lines.append(f"pass {name}: {matches} in {len(runs)} graphs, {seconds:.3f} s")
+        return "\n".join(lines)
 
 
 class PostGradPassManager:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.fx
@@ -18,6 +19,7 @@ from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.ranges import Range, RangeTable
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.config.groups import CompilationMode
+from piecework.runtime.config.qualified_name import import_qualified
 from piecework.runtime.counters import counters
 from piecework.runtime.model_tag import current_model_tag, model_tag_is_set
 from piecework.runtime.observe.dump import Dump
@@ -31,6 +33,7 @@ from piecework.runtime.pieces.bound_call import (
 from piecework.runtime.pieces.compilation import Compilation, Trace
 from piecework.runtime.pieces.manager import CompilerManager
 from piecework.runtime.pieces.program import Program, ranges_of
+from piecework.runtime.splitting_op import registry
 from piecework.runtime.store.artifacts import StandaloneCompiledArtifacts
 
 
@@ -214,6 +217,36 @@ class PieceworkBackend:
         if not self.config.use_inductor_graph_partition or self.declared_ops is None:
             return self.config
         return self.config.replace(splitting_ops=tuple(SplittingOps(self.declared_ops).declared))
+
+
+def backend_of(
+    config: CompilationConfig,
+    runtime: RuntimeConfig | None = None,
+    *,
+    prefix: str = "",
+    is_encoder: bool = False,
+) -> str | Callable[..., Any]:
+    """The backend of ``config``; see ``CompilationConfig.init_backend``."""
+    if config.mode is CompilationMode.NONE:
+        raise ConfigError(
+            "mode NONE compiles nothing, so it has no backend",
+            where="mode",
+            hint="choose PIECEWORK_COMPILE, or run the model as it is",
+        )
+    if config.mode is CompilationMode.PIECEWORK_COMPILE:
+        if runtime is not None:
+            config = config.resolve(runtime, registered_splitting_ops=registry.names())
+        name = prefix or ("" if runtime is None else runtime.model_name)
+        return PieceworkBackend(config, name, is_encoder, runtime_config=runtime)
+    if config.backend in torch.compiler.list_backends(exclude_tags=()):
+        return config.backend
+    if config.backend.isidentifier():
+        raise ConfigError(
+            f"torch has no backend {config.backend!r}",
+            where="backend",
+            hint="use one of " + ", ".join(torch.compiler.list_backends()),
+        )
+    return import_qualified(config.backend, where="backend")
 
 
 @short_errors

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 
 import torch
@@ -128,14 +128,6 @@ def why_not(workers: int) -> str:
     return ""
 
 
-@dataclass(slots=True)
-class _Worker:
-    name: str
-    process: BaseProcess
-    pipe: Connection
-    start: float
-
-
 def run_in_workers(
     jobs: dict[str, Callable[[], object]],
     workers: int,
@@ -151,56 +143,35 @@ def run_in_workers(
         finished: called in this process as each one ends.
         hangs_after_s: a worker that takes longer is killed. If this call is interrupted, all are.
     """
+    fork = multiprocessing.get_context("fork")
     waiting = list(reversed(jobs.items()))
-    running: list[_Worker] = []
+    running: dict[BaseProcess, float] = {}
     try:
         while waiting or running:
             while waiting and len(running) < workers:
-                running.append(_start(*waiting.pop()))
-            wait([each.process.sentinel for each in running], timeout=1.0)
-            for each in list(running):
-                if time.perf_counter() - each.start > hangs_after_s:
-                    each.process.kill()
-                    each.process.join()
-                if not each.process.is_alive():
-                    running.remove(each)
-                    finished(_result(each))
+                name, job = waiting.pop()
+                for stream in filter(None, (sys.stdout, sys.stderr)):
+                    stream.flush()  # else the worker would write what waits here a second time
+                process = fork.Process(target=_work, args=(job,), name=name)
+                running[process] = time.perf_counter()
+                process.start()
+            wait([each.sentinel for each in running], timeout=1.0)
+            for each, start in list(running.items()):
+                seconds = time.perf_counter() - start
+                if seconds > hangs_after_s:
+                    each.kill()
+                    each.join()
+                if not each.is_alive():
+                    del running[each]
+                    finished(JobResult(each.name, seconds, each.exitcode == 0))
     finally:
         for each in running:
-            each.process.kill()
-            each.process.join()
+            each.kill()
+            each.join()
 
 
-def _start(name: str, job: Callable[[], object]) -> _Worker:
-    context = multiprocessing.get_context("fork")
-    pipe, theirs = context.Pipe(duplex=False)
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.flush()  # else the worker would write what is waiting here a second time
-    process = context.Process(target=_work, args=(job, theirs), name=name)
-    start = time.perf_counter()
-    process.start()
-    theirs.close()
-    return _Worker(name, process, pipe, start)
-
-
-def _work(job: Callable[[], object], pipe: Connection) -> None:
+def _work(job: Callable[[], object]) -> None:
     try:
         job()
-    except Exception as problem:  # noqa: BLE001 - the parent meets it again itself
-        pipe.send(f"{type(problem).__name__}: {problem}"[:4000])
-    else:
-        pipe.send("")
-
-
-def _result(worker: _Worker) -> JobResult:
-    seconds = time.perf_counter() - worker.start
-    worker.process.join()
-    try:
-        error = worker.pipe.recv()
-    except EOFError:
-        code = worker.process.exitcode or 0
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        error = f"the worker ended early ({how})"
-    worker.pipe.close()
-    return JobResult(worker.name, seconds, error)
+    except Exception:  # noqa: BLE001 - the parent meets it again itself
+        sys.exit(1)
