@@ -1,7 +1,8 @@
-"""When two runs of one computation gave the same. In: two values. Out: whether they are equal up to what another kernel may change.
+"""Whether two runs of one computation gave the same, up to what another kernel may change.
 
-Another batch size, thread count or compiler takes other kernels, which add in another order, so floating values are compared by a
-tolerance of their dtype, relative to the largest value beside them. Whole numbers and truth values must be equal.
+Another batch size, thread count or compiler takes other kernels, which add in another order, so
+floating values are compared by a tolerance of their dtype, relative to the largest value beside
+them. Whole numbers and truth values must be equal.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Whether arguments are apart from the tensors of the model. In: what a trace saw, and a call's arguments. Out: nothing, or the `InputError` that refuses the call.
+"""Refuses arguments that are, or share written memory with, tensors of the model.
 
-Code that was traced may ask ``mask is self.mask``, and compiled pieces put off writes: what was another tensor in the trace has to be another in
-each call, and what a piece writes may share no memory with what it reads.
+Code that was traced may ask ``mask is self.mask``, and compiled pieces put off writes: what was
+another tensor in the trace has to be another in each call.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""From a capture to the function that users call. In: a `ModelTrace`, its `Program` and the bound weights. Out: an `Entry`, whose source is emitted and run as it is.
+"""The function that users call: a trace's emitted entry, bound to its program and weights.
 
-Per call it does nothing itself: the emitted source does, and what is here runs once, or when something is wrong.
+Per call nothing here runs: the emitted source does, and this where it changes or something is wrong.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an entry says. In: a `ModelTrace` and its `Program`. Out: a `MadeEntry`: the plan of what a call checks, passes and returns, and the text that was emitted of it."""
+"""Decides what the entry of a trace checks, passes and returns, and has its text emitted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A call that a trace would accept, made of what the trace assumed. In: parameters and numbers for symbols. Out: arguments, to trace again with other sizes.
+"""Makes a call that a trace would accept, to trace again with other sizes.
 
 Tensors are zeros: they are traced by shape and dtype, and nothing is run on them.
 """

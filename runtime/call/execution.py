@@ -1,7 +1,7 @@
-"""What the calls of one compiled model use. In: weights, an emitted function, an edit of it, static graphs. Out: an `Execution`, frozen, one at a time; and turns for those who change it.
+"""What the calls of one model use, as one frozen value, and turns for those who change it.
 
-A call reads the published execution once and keeps it until it returns, so a change never reaches a call that is half-way
-through: a change makes another execution and publishes it by one assignment. Nothing here waits for calls.
+A call keeps the execution that it read until it returns; a change makes another and publishes it by
+one assignment, so it never reaches a call that is half-way through. Nothing here waits for calls.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Where a failure happened in the model. In: an exception that passed through stitched code. Out: the same exception, with a note that names the piece.
-
-It only adds a note: type, message and traceback stay as they are.
-"""
+"""Adds a note to an exception that passed through stitched code: where in the model it was."""
 
 from __future__ import annotations
 

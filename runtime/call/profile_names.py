@@ -1,6 +1,6 @@
-"""Pieces and operators by name in a profile. In: a stitched function's lists of pieces. Out: the same lists, each piece inside a named profiler range while asked for.
+"""Runs pieces and operators inside named profiler ranges, for the length of a block.
 
-The emitted source is not changed, and nothing is paid outside the ``with`` block. For captures there is a copy that tells which statement runs.
+The emitted source is not changed. Captures get a copy of it that tells which statement runs.
 """
 
 from __future__ import annotations

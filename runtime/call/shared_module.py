@@ -1,4 +1,4 @@
-"""A module among modules. In: a model. Out: the base of what stands for it, a ``torch.nn.Module`` with the model's own members.
+"""A ``torch.nn.Module`` with the members of a model, which is what stands for the model.
 
 What compiled code would go past is refused: hooks, moves and conversions, new members, copies.
 """

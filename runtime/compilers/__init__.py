@@ -48,19 +48,14 @@ def make_compiler(config: CompilationConfig) -> CompilerInterface:
     found = import_qualified(config.backend, where="backend")
     if traced_whole and not isinstance(found, type):
         return DynamoBackendAdaptor(found)
-    if not callable(found):
-        raise ConfigError(
-            f"compiler {config.backend!a} is a {type(found).__qualname__}, not a class",
-            where="backend",
-            hint=_CHOICES,
-        )
     try:
         compiler = found()
     except Exception as error:
         raise ConfigError(
-            f"compiler {config.backend!a} can't be made: {type(error).__name__}: {error}",
+            f"compiler {config.backend!a} can't be made without arguments: "
+            f"{type(error).__name__}: {error}",
             where="backend",
-            hint="it is called without arguments",
+            hint=_CHOICES,
         ) from error
     missing = [m for m in ("compile", "compute_hash") if not callable(getattr(compiler, m, None))]
     missing += [] if isinstance(getattr(compiler, "name", None), str) else ["name"]

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import torch.fx
 
-from piecework.errors import ConfigError, PieceCompileError
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range
 from piecework.runtime.compilers.interface import CompiledPiece
@@ -20,21 +19,12 @@ class DynamoBackendAdaptor:
 
     Args:
         backend: the name of a backend that torch knows, or the backend itself.
-
-    Raises:
-        ConfigError: it can't be called.
     """
 
     def __init__(self, backend: str | Callable[..., object]) -> None:
-        known = torch_compat.dynamo_backend(backend) if isinstance(backend, str) else backend
-        if not callable(known):
-            raise ConfigError(
-                f"backend {backend!r} can't be called",
-                where="backend",
-                hint="name a function that takes a graph and its inputs, as torch.compile(backend=...) does",
-            )
-        self._backend = known
-        self.name = backend if isinstance(backend, str) else str(getattr(known, "__name__", known))
+        by_name = isinstance(backend, str)
+        self._backend = torch_compat.dynamo_backend(backend) if by_name else backend
+        self.name = backend if by_name else str(getattr(backend, "__name__", backend))
 
     def compute_hash(self, config: CompilationConfig) -> str:
         return digest_of(self._backend, "backend")
@@ -47,10 +37,4 @@ class DynamoBackendAdaptor:
         compile_range: Range | None,
     ) -> CompiledPiece:
         # A backend may rewrite the graph that it is given, and equal pieces are compared by theirs.
-        compiled = self._backend(copy.deepcopy(graph), list(example_inputs))
-        if not callable(compiled):
-            raise PieceCompileError(
-                f"backend {self.name} returned a {type(compiled).__qualname__}, which can't be called",
-                hint="a backend returns a function, such as the graph that it was given",
-            )
-        return CompiledPiece(compiled)
+        return CompiledPiece(self._backend(copy.deepcopy(graph), list(example_inputs)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from piecework.errors import ConfigError
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range
@@ -85,27 +83,29 @@ class InductorOptions:
                     where=f"{field}.{unknown[0]}",
                     hint="torch._inductor.list_options() lists them",
                 )
-        if (self._always | self._single_size).get("triton.cudagraphs"):
-            raise ConfigError(
-                "a piece can't hold CUDA graphs of Inductor's: they would be replayed inside the captures of piecework",
-                where="inductor_compile_config.triton.cudagraphs",
-                hint="leave it out, and call StitchedModule.capture",
-            )
-        partitioned = self.config.use_inductor_graph_partition
-        taken = self._named(("graph_partition", "custom_should_partition_ops"))
-        if partitioned and taken:
-            raise ConfigError(
-                f"use_inductor_graph_partition sets {taken} itself",
-                where=f"inductor_compile_config.{taken}",
-                hint="leave one of the two out",
-            )
-        if partitioned and (self._always | self._single_size).get("cpp_wrapper"):
-            raise ConfigError(
+        given, partitioned = (
+            self._always | self._single_size,
+            self.config.use_inductor_graph_partition,
+        )
+        own = "use_inductor_graph_partition sets it itself"
+        for name, clashes, why in (
+            (
+                "triton.cudagraphs",
+                given.get("triton.cudagraphs"),
+                "a piece can't hold CUDA graphs of Inductor's: capture makes them",
+            ),
+            ("graph_partition", partitioned and "graph_partition" in given, own),
+            (
+                "custom_should_partition_ops",
+                partitioned and "custom_should_partition_ops" in given,
+                own,
+            ),
+            (
+                "cpp_wrapper",
+                partitioned and given.get("cpp_wrapper"),
                 "Inductor does not partition code with a C++ wrapper",
-                where="inductor_compile_config.cpp_wrapper",
-                hint="leave cpp_wrapper or use_inductor_graph_partition out",
-            )
-
-    def _named(self, names: Sequence[str]) -> str | None:
-        given = self.config.inductor_compile_config, self.config.single_size_inductor_config
-        return next((name for name in names if any(name in each for each in given)), None)
+            ),
+        ):
+            if clashes:
+                where = f"inductor_compile_config.{name}"
+                raise ConfigError(why, where=where, hint="leave the option out")

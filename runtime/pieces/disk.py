@@ -1,8 +1,4 @@
-"""Compiled pieces kept on disk. In: a piece's content and a way to compile it. Out: its compiled form, from the cache or compiled once.
-
-A piece is found by its content (operators, operands, shapes, what is known of its symbols), never by its place in a model; bytes
-are verified by the cache before they are given out.
-"""
+"""Compiled pieces kept on disk, found by their content and never by their place in a model."""
 
 from __future__ import annotations
 

@@ -696,7 +696,7 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         "in place",
     ),
     (lambda: stitched().refit({"layer.bias": 3}), BindError, "must be a tensor; got a int", ""),
-    (lambda: compiled(config={"backend": "math.pi"}), ConfigError, "not a class", "MyCompiler"),
+    (lambda: compiled(config={"backend": "math.pi"}), ConfigError, "can't be made", "MyCompiler"),
     (
         lambda: stitched().refit({"layer.bias": X}),
         BindError,

@@ -103,7 +103,7 @@ def test_a_compiler_of_ones_own_by_qualified_name(picky: CompilationConfig, name
     [
         ("indutcor", "no compiler 'indutcor'"),
         ("nowhere_at_all:Compiler", "can't be imported"),
-        (f"{HERE}:HERE", "is a str, not a class"),
+        (f"{HERE}:HERE", "can't be made without arguments: TypeError"),
         ("builtins:object", "has no compile, compute_hash, name"),
         (f"{HERE}:NoName", "has no name"),
     ],
