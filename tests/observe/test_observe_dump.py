@@ -21,7 +21,6 @@ import piecework
 from piecework.errors import ConfigError, PieceCompileError
 from piecework.runtime.compilers import CompiledPiece
 from piecework.runtime.config.compilation import CompilationConfig
-from piecework.runtime.config.text import from_json
 from piecework.runtime.counters import counters
 from piecework.runtime.model_tag import set_model_tag
 from piecework.runtime.observe.dump import Dump
@@ -133,7 +132,7 @@ def test_every_stage_is_a_file(tmp_path: Path) -> None:
     assert "name='execution_fn'" in (folder / "03_plan.txt").read_text()
     for piece in stitched.pieces:
         ast.parse((folder / "pieces" / piece.name / "graph.py").read_text())
-    read = from_json(CompilationConfig, (folder / "00_config.json").read_text())
+    read = CompilationConfig.model_validate_json((folder / "00_config.json").read_text())
     assert read == stitched.config
     captured, split = ((folder / f).read_text() for f in ("01_captured.py", "02_split.py"))
     assert "torch.ops.observe_dump.mix" in captured and "submod_0" not in captured
