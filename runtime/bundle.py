@@ -1,7 +1,7 @@
-"""What `piecework compile` leaves behind. In: a stitched module. Out: a folder with its source, graph, report and manifest, or what such a folder says.
+"""What `piecework compile` leaves behind: a folder with the source, graph, report and manifest of a stitched module.
 
-The manifest is written last, so that a folder is whole or none. What was compiled lies in an artifact inside it, where it can be saved (`piecework.runtime.artifact`); else running it compiles again.
-In both cases the source must be the same.
+The manifest is written last, so that a folder is whole or none. What was compiled lies in an artifact inside it, where it
+can be saved; else running it compiles again. In both cases the source must be the same.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import tempfile
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -70,23 +70,12 @@ def check_output(directory: Path) -> None:
 
 
 def require_writable(directory: Path) -> None:
-    """Raise `UsageError` unless ``directory`` is a folder that files can be made in, or can be made; nothing is left behind."""
-    made: list[Path] = []
-    try:
-        for each in reversed((directory.absolute(), *directory.absolute().parents)):
-            if not each.exists():
-                each.mkdir()
-                made.append(each)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise UsageError(
-            f"can't write folder {str(directory)!r}: {reason}", hint="name another one"
-        ) from error
-    finally:
-        for each in reversed(made):
-            each.rmdir()
+    """Raise `UsageError` unless ``directory`` is a folder that files can be made in, or can be made."""
+    places = (directory.absolute(), *directory.absolute().parents)
+    there = next(each for each in places if each.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        why = "it is not permitted" if there.is_dir() else f"{str(there)!r} is a file"
+        raise UsageError(f"can't write folder {str(directory)!r}: {why}", hint="name another one")
 
 
 def save(

@@ -1,4 +1,4 @@
-"""What is kept of one trace. In: nothing; this is the vocabulary of `save` and `load`. All classes are frozen and hold no object of a process."""
+"""What is kept of one trace: the vocabulary of `save` and `load`. All classes are frozen and hold no object of a process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 
 from piecework.codegen.stitch.source import StitchedSource
 from piecework.runtime import torch_compat
-from piecework.runtime.artifact.facts import SavedState
 from piecework.runtime.batch.ranges import Range
 from piecework.runtime.call.edited import EditedSource
 from piecework.runtime.call.entry_plan import MadeEntry
@@ -17,6 +16,7 @@ from piecework.runtime.pieces.program import Batch
 from piecework.runtime.pieces.ranks import Together
 from piecework.runtime.pieces.report import Report
 from piecework.runtime.trace.inputs import Argument, Layout, Size
+from piecework.runtime.watch.state import SavedState
 
 STITCHED, ENTRY, CAREFUL, EDITED = "stitched.py", "entry.py", "careful.py", "edited.py"
 STATE, GRAPHS = "state.pickle", "graphs.pickle"

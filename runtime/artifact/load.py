@@ -17,7 +17,6 @@ from torch.utils import _pytree as pytree
 
 from piecework.collector import collector_paused
 from piecework.errors import ArtifactError, BindError, CaptureError
-from piecework.runtime.artifact.facts import established
 from piecework.runtime.artifact.fit import require_same_operators, require_same_tree, tree
 from piecework.runtime.artifact.form import (
     EDITED,
@@ -41,7 +40,8 @@ from piecework.runtime.artifact.values import from_bytes
 from piecework.runtime.call.entry import Entry
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.pieces.program import timed
-from piecework.runtime.store.folder import Folder, Place, directory_of, key_of, open_folder
+from piecework.runtime.store.files import signing_key
+from piecework.runtime.store.folder import Folder, Place, directory_of, open_folder
 from piecework.runtime.store.surroundings import (
     processes,
     require_same_sources,
@@ -50,9 +50,11 @@ from piecework.runtime.trace.one_trace import ModelTrace
 from piecework.runtime.traces.traced_model import NewBackend, TracedModel
 from piecework.runtime.watch.places import traced
 from piecework.runtime.watch.reachable import modules_of, own_tensors
+from piecework.runtime.watch.state import TracedState
+from piecework.runtime.watch.values import import_starts
 from piecework.runtime.watch.weights import BoundWeights, Traced, Weight
 
-_HINT = "load it with the model that it was saved of, or compile the model again"
+_HINT = "load it with the model that it was saved of, or compile again: with artifact=path this happens by itself"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ class Artifact:
             ArtifactError: it is damaged, not to be trusted, or was made for something else; nothing of it was unpickled, loaded or executed.
         """
         start = time.perf_counter()
-        folder = open_folder(directory_of(place), key_of(key_file))
+        folder = open_folder(directory_of(place), signing_key(key_file))
         if folder.facts.get("processes") != processes():
             raise ArtifactError(
                 f"the artifact was made by process {folder.facts.get('processes')}, and this is {processes()}",
@@ -186,7 +188,15 @@ def _weights(saved: SavedTrace, model: Callable[..., object]) -> BoundWeights:
                 where="the weights' signature",
                 hint="load the weights as they were when the model was saved, or compile the model again",
             )
-    state = established(saved.state, model)
+    try:
+        import_starts(saved.state.values)
+    except ImportError as error:
+        raise ArtifactError(f"what the trace began at is not here: {error}", hint=_HINT) from error
+    changed = saved.state.differences(model)
+    if changed:
+        why = f"the model is not the one that was saved: when it was traced, {changed[0]}"
+        raise ArtifactError(why, hint=_HINT)
+    state = TracedState.loaded(saved.state, model)
     try:
         weights = BoundWeights.of(model, roots, found, state)
     except (BindError, CaptureError) as error:

@@ -1,4 +1,4 @@
-"""Compiled pieces as text and shared objects. In: a piece and its compiled form. Out: the Python that runs, its kernels and its constants; and a callable again.
+"""Compiled pieces as text and shared objects: the Python that runs, its kernels and its constants, and a callable again.
 
 Text is Inductor's own, less what it needs to compile; every name in it is on an allow-list. Loading compiles nothing.
 """
@@ -9,9 +9,10 @@ import ast
 import builtins
 import hashlib
 import math
+import re
 import textwrap
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -85,8 +86,7 @@ def piece_files(graph: torch.fx.GraphModule, compiled: CompiledPiece, name: str)
     digest = hashlib.sha256(code.encode() + repr(sorted(files)).encode()).hexdigest()[:16]
     text = f"pieces/{digest}.py"
     named = {key.replace("{piece}", digest): data for key, data in files.items()}
-    readable = graph.print_readable(print_output=False)
-    found = {text: code.encode(), f"pieces/{digest}.graph.txt": readable.encode(), **named}
+    found = {text: code.encode(), **named}
     return PieceFiles(text, found, compiled.strict_inputs, compiled.artifact is not None)
 
 
@@ -114,7 +114,6 @@ def _generated(
     if text is None:
         raise _refused(name, "the text of its code is not what runs", hint)
     lines, files = ["import math", "import types", "", "import torch", ""], {}
-    sources = _kernel_sources(tree)
     code = with_inner_code([found.function.__code__])
     for each in sorted(set().union(*map(global_names, code))):
         value = found.values.get(each, getattr(builtins, each, None))
@@ -128,7 +127,6 @@ def _generated(
                 ) from error
             digest = hashlib.sha256(data).hexdigest()[:32]
             files[f"{KERNELS}/{digest}.so"] = data
-            files[f"{KERNELS}/{digest}.cpp"] = sources.get(each, "").encode()
             lines.append(f'{each} = kernel("{digest}")')
         elif each == "extern_kernels":
             lines.append(f"extern_kernels = types.SimpleNamespace({_externals(text, value, name)})")
@@ -168,40 +166,16 @@ def _plain(consts: tuple[object, ...]) -> list[object]:
     return [_content(each) if isinstance(each, types.CodeType) else each for each in consts]
 
 
-def _kernel_sources(tree: ast.Module) -> dict[str, str]:
-    """The C++ of each kernel, for people."""
-    found: dict[str, str] = {}
-    for each in tree.body:
-        if isinstance(each, ast.Assign) and isinstance(each.value, ast.Call) and each.value.args:
-            last, target = each.value.args[-1], each.targets[0]
-            if isinstance(target, ast.Name) and isinstance(last, ast.Constant):
-                found[target.id] = str(last.value)
-    return found
-
-
 def _externals(text: str, owner: object, name: str) -> str:
     """The kernels of ATen's that the code calls, by their public names."""
     parts = []
-    for each in sorted(set(_attributes(text, "extern_kernels"))):
+    for each in sorted(set(re.findall(r"\bextern_kernels\.(\w+)", text))):
         path = function_path(getattr(owner, each, None))
         if path is None or path.root != "torch":
-            raise _refused(
-                name,
-                f"its code calls extern_kernels.{each}, which is Python of Inductor's",
-                "switch max_autotune off",
-            )
+            why = f"its code calls extern_kernels.{each}, which is Python of Inductor's"
+            raise _refused(name, why, "switch max_autotune off")
         parts.append(f"{each}={path.path}")
     return ", ".join(parts)
-
-
-def _attributes(text: str, owner: str) -> Iterator[str]:
-    for each in ast.walk(ast.parse(text)):
-        if (
-            isinstance(each, ast.Attribute)
-            and isinstance(each.value, ast.Name)
-            and each.value.id == owner
-        ):
-            yield each.attr
 
 
 def _value_of(path: str) -> object:
@@ -243,25 +217,42 @@ class PieceLoader:
     ) -> CompiledPiece:
         """The piece whose text is called ``name``."""
         if name not in self._made:
-            stem = name.removesuffix(".py")
-            files = [name, f"{stem}.graph.txt"]
+            held: dict[str, bytes] = {}
+
+            def read(file: str) -> bytes:
+                held[file] = self.read(file)
+                return held[file]
+
+            code = read(name).decode()
             if inductor:
-                found = self._inductor(name, inputs, strict, files)
+                found = self._inductor(name, code, inputs, strict, read)
             else:
-                found = self._plain(name, f"{stem}.consts", strict)
-                files.append(f"{stem}.consts")
-            held = {each: self.read(each) for each in files}
+                consts = from_bytes(read(f"{name.removesuffix('.py')}.consts"), name)
+                assert isinstance(consts, tuple)
+                function = compile_execution_fn(code, {}, (), consts)
+                found = CompiledPiece(function, strict_inputs=strict)
             self._made[name] = replace(found, artifact=PieceFiles(name, held, strict, inductor))
         return self._made[name]
 
     def _inductor(
-        self, name: str, inputs: int, strict: frozenset[int], files: list[str]
+        self,
+        name: str,
+        code: str,
+        inputs: int,
+        strict: frozenset[int],
+        read: Callable[[str], bytes],
     ) -> CompiledPiece:
         def kernel(digest: str) -> Callable[..., object]:
-            files.extend((f"{KERNELS}/{digest}.so", f"{KERNELS}/{digest}.cpp"))
-            return self._kernel(digest)
+            file = f"{KERNELS}/{digest}.so"
+            try:
+                return torch_compat.load_kernel(read(file), digest)
+            except (ImportError, OSError, AttributeError) as error:
+                raise ArtifactError(
+                    f"a kernel can't be loaded: {error}",
+                    where=file,
+                    hint="the system needs the libraries that it was linked with, such as libgomp; or compile here",
+                ) from error
 
-        code = self.read(name).decode()
         try:
             function = execute_source(code, {"kernel": kernel}, _FUNCTION)
         except PieceworkError as error:
@@ -272,23 +263,6 @@ class PieceLoader:
         call = types.MethodType(function, self) if takes_self else function
         direct = positional(call, inputs)
         return CompiledPiece(_without_autocast(direct), None, direct, "", strict)
-
-    def _kernel(self, digest: str) -> Callable[..., object]:
-        name = f"{KERNELS}/{digest}.so"
-        try:
-            return torch_compat.load_kernel(self.read(name), digest)
-        except (ImportError, OSError, AttributeError) as error:
-            raise ArtifactError(
-                f"a kernel can't be loaded: {error}",
-                where=name,
-                hint="the system needs the libraries that it was linked with, such as libgomp; or compile the model here",
-            ) from error
-
-    def _plain(self, name: str, consts_name: str, strict: frozenset[int]) -> CompiledPiece:
-        consts = from_bytes(self.read(consts_name), name)
-        assert isinstance(consts, tuple)
-        code = self.read(name).decode()
-        return CompiledPiece(compile_execution_fn(code, {}, (), consts), strict_inputs=strict)
 
 
 def _without_autocast(function: Callable[..., object]) -> Callable[..., object]:

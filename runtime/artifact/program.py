@@ -38,7 +38,8 @@ from piecework.runtime.pieces.manager import RangeEntry
 from piecework.runtime.pieces.piecewise import PiecewiseBackend
 from piecework.runtime.pieces.program import Graphs, Kept, Program, called_forms
 from piecework.runtime.pieces.report import Piece
-from piecework.runtime.store.folder import Folder, key_of, packed, unpacked
+from piecework.runtime.store.files import signing_key
+from piecework.runtime.store.folder import Folder, packed, unpacked
 from piecework.runtime.store.surroundings import (
     Factors,
     require_same_surroundings,
@@ -263,7 +264,7 @@ def program_to_bytes(program: Program) -> bytes:
         "surroundings": surroundings(*graphs, settings=settings_factors(every=False)),
         "operators": operators(graphs),
     }
-    return packed(files, facts, key_of(None))
+    return packed(files, facts, signing_key())
 
 
 def program_from_bytes(data: bytes, config: CompilationConfig) -> Program:
@@ -274,7 +275,7 @@ def program_from_bytes(data: bytes, config: CompilationConfig) -> Program:
             executed or loaded then.
     """
     start = time.perf_counter()
-    found = unpacked(data, key_of(None))
+    found = unpacked(data, signing_key())
     require_fit(found)
     require_same_operators(texts_of(found, "operators"))
     saved = from_bytes(found.read(STATE), STATE)

@@ -17,7 +17,6 @@ import torch.fx
 from piecework.errors import ArtifactError
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.writes import mutations_in
-from piecework.runtime.artifact.facts import saved_state
 from piecework.runtime.artifact.fit import files_of, operators, tree
 from piecework.runtime.artifact.form import (
     EDITED,
@@ -35,11 +34,11 @@ from piecework.runtime.call.edited import EditedSource
 from piecework.runtime.compilers.eager import EagerAdaptor
 from piecework.runtime.compilers.inductor import InductorStandaloneAdaptor
 from piecework.runtime.pieces.program import Program
+from piecework.runtime.store.files import signing_key
 from piecework.runtime.store.folder import (
     PARTS,
     Place,
     directory_of,
-    key_of,
     part_folder,
     write_folder,
 )
@@ -73,12 +72,12 @@ def save(place: Place, part: Part, *, key_file: str | os.PathLike[str] | None = 
     """Write a stitched module to a directory, in place of an artifact that is there.
 
     Args:
-        key_file: the secret that signs the manifest; `piecework.runtime.store.folder.key_of`.
+        key_file: the secret that signs the manifest; `piecework.runtime.store.files.signing_key`.
 
     Raises:
         ArtifactError: something can't be told again in another process, or the directory can't be written.
     """
-    path, key = directory_of(place), key_of(key_file)
+    path, key = directory_of(place), signing_key(key_file)
     files: dict[str, bytes] = {}
     graphs: list[Graph] = []
     facts = _facts(part, files, "", graphs)
@@ -99,7 +98,7 @@ def save_together(
         settings: what the manifest says of all of them.
         values: further values by the names of their files, as `to_bytes` takes them.
     """
-    path, key = directory_of(place), key_of(key_file)
+    path, key = directory_of(place), signing_key(key_file)
     files = {name: to_bytes(value, name) for name, value in values.items()}
     graphs: list[Graph] = []
     rows = [_facts(each, files, part_folder(i), graphs) for i, each in enumerate(parts)]
@@ -144,7 +143,7 @@ def _facts(
         pickled = _graphs(program)
         if pickled is not None:
             files[f"{folder}/{GRAPHS}"] = pickled
-        rows.append(_row(saved, pickled is not None))
+        rows.append({"edited": _edited_text(trace.entry.edited), "graphs": pickled is not None})
         own.append(program.graph)
         own += [backend.graph for backend in program.backends.values() if backend.graph]
         own += [item.graph for item in program.items]
@@ -164,40 +163,38 @@ def _facts(
 
 def _require_savable(trace: TracedModel) -> None:
     config, compiler = trace.program.config, trace.backend.compiler_manager.compiler
-    if type(compiler) not in (EagerAdaptor, InductorStandaloneAdaptor):
-        raise ArtifactError(
-            f"what compiler {trace.program.compiler!r} makes can't be saved",
-            where="backend",
-            hint="use inductor or eager",
-        )
-    for name, on in (
-        ("dynamic_shapes_config.evaluate_guards", config.dynamic_shapes_config.evaluate_guards),
-        ("use_inductor_graph_partition", config.use_inductor_graph_partition),
+    inner = next((each for each in trace.entry.weights.traced if each.inner), None)
+    for wrong, where, hint in (
+        (
+            type(compiler) not in (EagerAdaptor, InductorStandaloneAdaptor),
+            f"compiler {trace.program.compiler!r}",
+            "use inductor or eager",
+        ),
+        (
+            config.dynamic_shapes_config.evaluate_guards,
+            "dynamic_shapes_config.evaluate_guards",
+            "leave it out",
+        ),
+        (config.use_inductor_graph_partition, "use_inductor_graph_partition", "leave it out"),
+        (
+            not config.stitching_config.check_inputs,
+            "stitching_config.check_inputs=False",
+            "leave it on",
+        ),
+        (
+            trace.settings is None,
+            "settings of torch that have no stable form",
+            "see the warning of the compile cache",
+        ),
+        (
+            inner is not None,
+            f"weight {inner and inner.path}, of which no other process can tell whether it has the same",
+            "compile the model in each process, or hold quantised weights as plain tensors",
+        ),
     ):
-        if on:
-            raise ArtifactError(
-                f"a model that was compiled with {name} can't be saved",
-                where=name,
-                hint="leave it out",
-            )
-    if not config.stitching_config.check_inputs:
-        raise ArtifactError(
-            "a model that does not check its inputs can't be saved",
-            where="stitching_config.check_inputs",
-            hint="leave it on",
-        )
-    if trace.settings is None:
-        raise ArtifactError(
-            "torch was set to something that has no stable form when the model was compiled",
-            where="torch's settings",
-            hint="see the warning of the compile cache",
-        )
-    made_of = next((each for each in trace.entry.weights.traced if each.inner), None)
-    if made_of is not None:
-        raise ArtifactError(
-            f"weight {made_of.path} is a {made_of.kind.__qualname__}, and an artifact can't tell whether another process has the same",
-            hint="compile the model in each process, or hold quantised weights as plain tensors",
-        )
+        if wrong:
+            why = f"a model that was compiled with {where} can't be saved"
+            raise ArtifactError(why, where=where, hint=hint)
 
 
 # --- one trace ---------------------------------------------------------------------------------------
@@ -225,13 +222,25 @@ def _saved(trace: TracedModel, files: dict[str, bytes], folder: str) -> SavedTra
 
 
 def _state(trace: TracedModel) -> SavedState:
-    changed = trace.entry.weights.change()
+    """What the trace read, where it still holds and another process can compare it."""
+    weights, state = trace.entry.weights, trace.entry.weights.state
+    changed = weights.change()
+    hooks = state.global_hooks()
     if changed is not None:
-        raise ArtifactError(
-            f"the model is not as it is bound: {changed.message}",
-            hint=changed.hint or "call rebind() first",
-        )
-    return saved_state(trace.entry.weights.state)
+        why = f"the model is not as it is bound: {changed.message}"
+        hint = changed.hint or "call rebind() first"
+    elif moved := state.difference():
+        why = f"the model is not as it was traced: {moved}"
+        hint = "put it back, or compile the model again, and save then"
+    elif hooks:
+        why = f"torch.nn.modules.module has {hooks}, which belong to this process"
+        hint = "remove the hooks, compile the model again, and save then"
+    elif state.plain.untold:
+        why = f"the trace relies on {state.plain.untold[0]}, which only this process can compare"
+        hint = "keep what the model computes with in attributes that are numbers, texts, functions or tensors"
+    else:
+        return state.saved()
+    raise ArtifactError(why, hint=hint)
 
 
 def _inputs(
@@ -310,38 +319,6 @@ def _graphs(program: Program) -> bytes | None:
     items = tuple((i.submod_name, i.graph_id, i.is_splitting_graph) for i in program.items)
     graphs = program.graph, program.split_gm
     return torch_compat.graphs_to_bytes((*graphs, items), graphs)
-
-
-def _row(saved: SavedTrace, graphs: bool) -> dict[str, object]:
-    """A trace as people read it."""
-    plan, program = saved.made.plan, saved.program
-    return {
-        "signature": [f"{p.kind}{p.name}" for p in plan.parameters],
-        "symbols": [[each.name, each.low, each.high] for each in plan.symbols],
-        "guards": list(plan.guards),
-        "batch": {
-            "symbol": program.batch.symbol,
-            "ranges": (
-                None if program.ranges is None else [[r.start, r.end] for r in program.ranges]
-            ),
-        },
-        "pieces": {
-            name: {str(r or "all"): form.file for r, form in forms.items()}
-            for name, forms in program.forms.items()
-        },
-        "weights": [
-            {
-                "name": w.path,
-                "dtype": str(w.dtype),
-                "shape": list(w.shape),
-                "stride": list(w.stride),
-                "device": str(w.device),
-            }
-            for w in saved.weights
-        ],
-        "edited": _edited_text(saved.edited),
-        "graphs": graphs,
-    }
 
 
 def _edited_text(edited: EditedSource | None) -> str | None:

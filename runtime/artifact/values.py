@@ -1,6 +1,6 @@
-"""Values that an artifact may hold. In: plans, facts and constants of a compilation. Out: bytes, and the same values in another process.
+"""The values that an artifact may hold, as bytes: an allow-list of what means the same in another process.
 
-It is an allow-list: what is not known to mean the same in another process is refused when it is saved. Bytes are verified before they come here.
+Bytes are verified before they come here.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from torch.utils import _pytree as pytree
 from piecework.codegen.graph.targets import function_path
 from piecework.errors import ArtifactError
 
-_TORCHS = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
-# Containers, whose parts are asked in turn; a partial function is one of a function and arguments.
-_BUILTIN = (
-    *(complex, slice, range, type(...), frozenset),
-    *(types.MappingProxyType, functools.partial),
+#: What pickle writes as it is; of containers the parts are asked in turn.
+_KINDS = (
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
+    *(complex, slice, range, type(...), frozenset, types.MappingProxyType, functools.partial),
 )
 MAX_TENSOR = 1 << 16
 _HINT = (
@@ -49,20 +48,18 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, value: Any) -> Any:
         kind = type(value)
-        if isinstance(value, type) or kind in (types.FunctionType, types.BuiltinFunctionType):
-            if kind is types.BuiltinFunctionType and not isinstance(
-                value.__self__, types.ModuleType
-            ):
-                path = function_path(value)
-                if path is not None:
-                    return _resolve, (path.module or "builtins", path.path)
-            return NotImplemented  # by its name, which must lead to the very same object
-        if kind in _TORCHS or kind in _BUILTIN or isinstance(value, enum.Enum):
-            return NotImplemented
-        if issubclass(kind, pytree.TreeSpec):
-            return NotImplemented
-        if kind.__module__.startswith("piecework.") and dataclasses.is_dataclass(kind):
-            return NotImplemented  # a plan; its parts are asked in turn
+        owner = getattr(value, "__self__", None)
+        if kind is types.BuiltinFunctionType and not isinstance(owner, types.ModuleType):
+            path = function_path(value)
+            return (
+                NotImplemented
+                if path is None
+                else (_resolve, (path.module or "builtins", path.path))
+            )
+        by_name = isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType))
+        plan = kind.__module__.startswith("piecework.") and dataclasses.is_dataclass(kind)
+        if by_name or plan or kind in _KINDS or isinstance(value, (enum.Enum, pytree.TreeSpec)):
+            return NotImplemented  # as pickle does; parts are asked in turn
         raise ArtifactError(
             f"a {kind.__module__}.{kind.__qualname__} can't be saved: nothing says that it means the same in another process",
             where=self._where,
@@ -150,20 +147,15 @@ def _resolve(module: str, path: str) -> object:
 def _tensor_parts(tensor: torch.Tensor, where: str) -> tuple[Any, ...]:
     """A small tensor of the graph's own, such as a name as bytes."""
     plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided
-    if not (plain and tensor.device.type == "cpu" and tensor.is_contiguous()):
-        raise _no_weights(tensor, where)
-    if tensor.requires_grad or tensor.nbytes > MAX_TENSOR:
-        raise _no_weights(tensor, where)
-    raw = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0)
-    return bytes(raw.tolist()) if tensor.numel() else b"", tensor.dtype, tuple(tensor.shape)
-
-
-def _no_weights(tensor: torch.Tensor, where: str) -> ArtifactError:
-    return ArtifactError(
-        f"the graph holds a tensor of its own ({tuple(tensor.shape)}, {tensor.dtype}), and an artifact holds no weights",
-        where=where,
-        hint="register it as a buffer of the model",
-    )
+    here = plain and tensor.device.type == "cpu" and tensor.is_contiguous()
+    if not here or tensor.requires_grad or tensor.nbytes > MAX_TENSOR:
+        raise ArtifactError(
+            f"the graph holds a tensor of its own ({tuple(tensor.shape)}, {tensor.dtype}), and an artifact holds no weights",
+            where=where,
+            hint="register it as a buffer of the model",
+        )
+    raw = bytes(tensor.reshape(-1).view(torch.uint8).tolist()) if tensor.numel() else b""
+    return raw, tensor.dtype, tuple(tensor.shape)
 
 
 def _tensor_of(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

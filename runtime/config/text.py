@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -83,6 +82,8 @@ def read_data(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file can't be read, has another suffix, or is not what its suffix says.
     """
+    import tomllib  # few configurations are files
+
     parse = {".json": json.loads, ".toml": tomllib.loads}.get(path.suffix.lower())
     if parse is None:
         raise ConfigError(

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 
 from piecework.codegen import StitchedSource
 from piecework.codegen.plan.render import environment
-from piecework.runtime.observe.highlight import line_html, token_styles
 
 _SAYS = {
     "00_config.json": "the configuration",
@@ -74,6 +73,9 @@ class Page:
 
 def render_page(page: Page) -> str:
     """``page`` as HTML that needs no other file to be read."""
+    # It brings a lexer, which a process that dumps nothing needs not load.
+    from piecework.runtime.observe.highlight import line_html, token_styles
+
     pieces = [step for step in page.steps if step.graph]
     keys = list(dict.fromkeys(piece.key for piece in pieces if piece.key))
     numbers = {key: number for number, key in enumerate(keys, 1)}

@@ -1,8 +1,8 @@
-"""One entry of the cache. In: names, bytes, and a way to compile what is missing. Out: verified bytes by name, each compiled once.
+"""A compilation's pieces on disk: each compiled once by all processes, and given out only if every byte is right.
 
-Layout: ``<root>/<hash>/rank_<rank>_<dp_rank>/<tag>/`` with the index ``piecework_compile_cache.py``, the bytes ``artifacts/<sha256>.bin`` and texts for
-people. Bytes are there before the index names them, and the index is replaced in one step, so that a reader needs no lock and a killed writer leaves a sound
-entry. It never raises because the disk is full, read-only or damaged: it warns once of each, and compiles.
+An entry is ``<root>/<hash>/rank_<rank>_<dp_rank>/<tag>/`` with an index, ``artifacts/<sha256>.bin`` and texts for people.
+Bytes are there before the index names them, and the index is replaced in one step: a reader needs no lock, and a killed
+writer leaves a sound entry. A disk that is full, read-only or damaged costs a warning and a compilation.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from piecework.errors import CacheError
-from piecework.runtime.model_tag import TAG
 from piecework.runtime.store.factors import FACTORS_NAME, KeyFactors
 from piecework.runtime.store.files import (
     FULL_DISK,
@@ -36,11 +35,10 @@ from piecework.runtime.store.files import (
     write_atomic,
 )
 from piecework.runtime.store.manifest import (
-    MAX_MANIFEST_BYTES,
     Damaged,
     Record,
-    decode,
     encode,
+    read_manifest,
     read_recorded,
     record_of,
     records_of,
@@ -53,12 +51,11 @@ INDEX_NAME = "piecework_compile_cache.py"
 ARTIFACTS_DIRECTORY = "artifacts"
 QUARANTINE_DIRECTORY = ".quarantine"
 FORMAT = 2
-MIN_KEY_BYTES = 16
 COMPILE_LOCK_SECONDS = 3600.0
 _CHANGE_LOCK_SECONDS = 60.0
 _TOUCH_SECONDS = 3600.0
-_MAX_RANK = 10**6
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+_TROUBLE = (OSError, LockTimeout, CacheError, UnsafeFile)
 
 
 class CacheResult(NamedTuple):
@@ -101,39 +98,27 @@ def open_entry(
     Args:
         root: the cache directory; None for `default_root`.
         rank, dp_rank: this process's.
-        tag: which model of the process (``backbone``, ``eagle_head``); letters, digits, ``_ . -``.
-        hmac_key: sign the index with this secret, and accept none that it did not sign (16 bytes or more).
+        tag: which model of the process.
+        hmac_key: sign the index with this secret, and accept none that it did not sign.
         lock_timeout_s: how long to wait for another process that compiles the same artifact.
 
     Raises:
-        CacheError: an impossible tag, rank or key, or a directory that others can write, that is somebody else's, or a link.
+        CacheError: a directory that others can write, that is somebody else's, or a link.
 
     Example:
         >>> entry = open_entry(None, KeyFactors({"versions": {"torch": "2.13.0"}}))
         >>> entry.get_or_compile(content_key(graph_text, "1-16"), compile_to_bytes).data
     """
-    for value, name in ((rank, "rank"), (dp_rank, "dp_rank")):
-        if type(value) is not int or not 0 <= value <= _MAX_RANK:
-            raise CacheError(
-                f"a rank must be an integer from 0 to {_MAX_RANK}, not {value!r}", where=name
-            )
-    if not isinstance(tag, str) or TAG.fullmatch(tag) is None:
-        raise CacheError(
-            "a tag must be 1 to 100 letters, digits, `_`, `.` or `-`, and not start with `.` or `-`",
-            where=ascii(tag)[:80],
-        )
     if hmac_key is not None:
-        if not isinstance(hmac_key, bytes) or len(hmac_key) < MIN_KEY_BYTES:
-            raise CacheError(
-                f"the cache's HMAC key must be bytes, at least {MIN_KEY_BYTES} of them",
-                where="hmac_key",
-            )
         factors = factors.signed_with(hmac_key)
     real = resolve_root(default_root() if root is None else root)
     identity = Identity(factors.hash, rank, dp_rank, tag)
     entry = CacheEntry(real, identity, factors.to_json(), hmac_key, lock_timeout_s)
     entry.check_directories()
-    entry.touch()
+    index = entry.directory / INDEX_NAME
+    with contextlib.suppress(OSError):  # the collector sees that it is in use
+        if time.time() - index.stat().st_mtime > _TOUCH_SECONDS:
+            os.utime(index)
     return entry
 
 
@@ -173,14 +158,11 @@ class CacheEntry:
         return self._settled(read)
 
     def records(self) -> dict[str, Record]:
-        """What the index lists: name → digest and size; nothing where there is none. Raises `Damaged`."""
+        """What the index lists; nothing where there is none. Raises `Damaged`."""
         try:
-            raw = read_regular(self.directory / INDEX_NAME, MAX_MANIFEST_BYTES)
+            facts = read_manifest(self.directory / INDEX_NAME, self._key)
         except FileNotFoundError:
             return {}
-        except UnsafeFile as error:
-            raise Damaged(str(error), INDEX_NAME) from error
-        facts = decode(raw, self._key, INDEX_NAME)
         if facts.get("format") != FORMAT or facts.get("entry") != str(self.identity):
             raise Damaged("it was made for another entry, or in another format", INDEX_NAME)
         return records_of(facts, "pieces", INDEX_NAME)
@@ -191,7 +173,7 @@ class CacheEntry:
         return read_recorded(self.directory / file, record, file)
 
     def _settled(self, read: Callable[[], T]) -> T | None:
-        """Run ``read``; what looks damaged is looked at again under the lock, and put into quarantine if it still does."""
+        """Run ``read``; what looks damaged is looked at again under the lock, and moved away if it still does."""
         try:
             return read()
         except Damaged as error:
@@ -206,13 +188,12 @@ class CacheEntry:
                 except Damaged as error:
                     damage = error
                     self._quarantine(damage)
-        except (OSError, LockTimeout, UnsafeFile, CacheError):
-            ignored = "it cannot be moved aside and is ignored, compiling instead"
-            self._warn("damage", f"{damage}; {ignored}")
+        except _TROUBLE:
+            self._warn("damage", f"{damage}; it can't be moved aside and is ignored, compiling")
         return None
 
     def _quarantine(self, damage: Damaged) -> None:
-        """Move what is damaged out of the way, and have the index forget it; the caller holds the lock."""
+        """Move what is damaged away, and have the index forget it; the caller holds the lock."""
         source = self.directory / damage.file
         where = "it is gone"
         if os.path.lexists(source):
@@ -222,8 +203,7 @@ class CacheEntry:
                 box = tempfile.mkdtemp(prefix=f"{self.identity.key[:12]}-", dir=shelf)
                 where = f"moved to {box}"
                 os.rename(source, Path(box) / source.name)
-            except OSError:
-                # A full disk may refuse the new directory; what is damaged must still not be found again.
+            except OSError:  # a full disk may refuse the new directory
                 os.unlink(source)
                 where = "deleted"
         self._warn("damage", f"{damage}; {where}, compiling again")
@@ -235,23 +215,30 @@ class CacheEntry:
     # --- writing -------------------------------------------------------------------------------------
 
     def put(self, name: str, data: bytes) -> bool:
-        """Save ``data`` under ``name``, in place of what was there. Returns whether it is saved."""
+        """Save ``data`` under ``name``, in place of what was there; whether it is saved."""
         return self._change({name: data}, {})
 
     def write_texts(self, texts: Mapping[str, str]) -> bool:
-        """Save texts for people beside the artifacts, which nothing reads. Returns whether they are saved."""
+        """Save texts for people beside the artifacts, which nothing reads; whether they are saved."""
         return self._change({}, {name: text.encode() for name, text in texts.items()})
 
     def get_or_compile(self, name: str, compile_fn: Callable[[], bytes]) -> CacheResult:
-        """The bytes of ``name``; if there are none, exactly one of all processes and threads compiles them.
+        """The bytes of ``name``; if there are none, one of all processes and threads compiles them.
 
-        The others wait for it and load. An exception of ``compile_fn`` goes to its caller, nothing is saved, and the next in the
-        line tries. Where saving is impossible each one compiles for itself.
+        The others wait for it and load. An exception of ``compile_fn`` goes to its caller, nothing is saved, and the
+        next in the line tries. Where saving is impossible each one compiles for itself.
         """
         if (data := self.get(name)) is not None:
             return CacheResult(data, compiled=False, saved=True)
         with contextlib.ExitStack() as stack:
-            if self._wait_for_turn(stack, name) and (data := self.get(name)) is not None:
+            if not self._read_only:
+                what = f"{self.identity}\nartifact\n{name}"
+                try:
+                    stack.enter_context(locked(self.root, what, self._lock_timeout_s))
+                    data = self.get(name)
+                except _TROUBLE as error:
+                    self._cannot_save(error)
+            if data is not None:
                 return CacheResult(data, compiled=False, saved=True)
             data = compile_fn()
             return CacheResult(data, compiled=True, saved=self.put(name, data))
@@ -277,47 +264,34 @@ class CacheEntry:
                 except Damaged as damage:
                     self._quarantine(damage)
                     records = {}
-                make_directory(self.directory / ARTIFACTS_DIRECTORY, inside=self.root)
-                self._sweep()
+                folder = self.directory / ARTIFACTS_DIRECTORY
+                make_directory(folder, inside=self.root)
+                for path in (
+                    each
+                    for at in (self.directory, folder)
+                    for each in at.glob(f"{TEMPORARY_PREFIX}*")
+                ):
+                    path.unlink(missing_ok=True)  # of killed writers
                 for name, data in {FACTORS_NAME: self._factors_json, **texts}.items():
                     self._write(name, data)
+                for name, data in added.items():
+                    records[name] = record_of(data)
+                    self._write(f"{ARTIFACTS_DIRECTORY}/{records[name].digest}.bin", data)
                 if added:
-                    self._add(records, added)
+                    sync_directory(folder)
+                    self._write_index(records)
                 return True
-        except (OSError, LockTimeout, CacheError, Damaged, UnsafeFile) as error:
+        except (*_TROUBLE, Damaged) as error:
             self._cannot_save(error)
             return False
 
-    def _sweep(self) -> None:
-        """Remove what killed writers left; the caller holds the lock."""
-        for folder in (self.directory, self.directory / ARTIFACTS_DIRECTORY):
-            for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
-                path.unlink(missing_ok=True)
-
-    def _add(self, records: Mapping[str, Record], added: Mapping[str, bytes]) -> None:
-        new = {name: record_of(data) for name, data in added.items()}
-        written: list[Path] = []
-        try:
-            for name, data in added.items():
-                file = f"{ARTIFACTS_DIRECTORY}/{new[name].digest}.bin"
-                if self._write(file, data):
-                    written.append(self.directory / file)
-            sync_directory(self.directory / ARTIFACTS_DIRECTORY)
-            self._write_index({**records, **new})
-        except BaseException:
-            for path in written:
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
-            raise
-
-    def _write(self, file: str, data: bytes) -> bool:
-        """Write a file unless it holds just that; returns whether it was written."""
+    def _write(self, file: str, data: bytes) -> None:
+        """Write a file unless it holds just that."""
         path = self.directory / file
         with contextlib.suppress(OSError, UnsafeFile):
             if read_regular(path, len(data)) == data:
-                return False
+                return
         write_atomic(path, data)
-        return True
 
     def _write_index(self, records: Mapping[str, Record]) -> None:
         facts = {"format": FORMAT, "entry": str(self.identity), "pieces": records}
@@ -334,18 +308,6 @@ class CacheEntry:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         return locked(self.root, f"{self.identity}\nfiles", timeout_s)
 
-    def _wait_for_turn(self, stack: contextlib.ExitStack, name: str) -> bool:
-        """Take the lock for compiling ``name``; False where there can be none."""
-        if self._read_only:
-            return False
-        what = f"{self.identity}\nartifact\n{name}"
-        try:
-            stack.enter_context(locked(self.root, what, self._lock_timeout_s))
-        except (OSError, LockTimeout, CacheError, UnsafeFile) as error:
-            self._cannot_save(error)
-            return False
-        return True
-
     def check_directories(self) -> None:
         """Raise `CacheError` if a directory of the entry is a link, somebody else's, or writable by others."""
         level = self.root
@@ -355,22 +317,12 @@ class CacheEntry:
         for own in (LOCKS_DIRECTORY, QUARANTINE_DIRECTORY):
             check_directory(self.root / own)
 
-    def touch(self) -> None:
-        """Note that the entry is in use, for the collector."""
-        index = self.directory / INDEX_NAME
-        with contextlib.suppress(OSError):
-            if time.time() - index.stat().st_mtime > _TOUCH_SECONDS:
-                os.utime(index)
-
     def _cannot_save(self, error: Exception) -> None:
         code = error.errno if isinstance(error, OSError) else None
-        if code in _READ_ONLY:
-            self._read_only = True
-            self._warn("save", f"it is read-only ({error}); going on without saving")
-        elif code in FULL_DISK:
-            self._warn("save", f"there is no space left ({error}); going on without saving")
-        else:
-            self._warn("save", f"it cannot be written ({error}); going on without saving")
+        self._read_only = self._read_only or code in _READ_ONLY
+        why = "it is read-only" if code in _READ_ONLY else "it cannot be written"
+        why = "there is no space left" if code in FULL_DISK else why
+        self._warn("save", f"{why} ({error}); going on without saving")
 
     def _warn(self, kind: str, text: str) -> None:
         """Warn of each kind of trouble once; the rest is there for whoever listens at INFO."""

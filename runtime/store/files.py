@@ -1,6 +1,6 @@
-"""Files and directories of ours. In: a path. Out: bytes that only we or root can have written; or a file that is there whole, or not at all.
+"""Files that only we or root can have written, and that are there whole or not at all.
 
-Nothing is repaired: no permission is changed, no link is followed inside a store, and what is unsafe is refused.
+Nothing is repaired: no permission is changed, no link inside a store is followed, and what is unsafe is refused.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from piecework.errors import CacheError
 
 DIRECTORY_MODE = 0o700
 FILE_MODE = 0o600
+MIN_KEY_BYTES = 16
 TEMPORARY_PREFIX = ".tmp-"
 LOCKS_DIRECTORY = ".locks"
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -76,22 +77,25 @@ def cache_disabled(environ: Mapping[str, str] | None = None) -> bool:
     return value.strip().lower() not in ("", "0", "false", "no", "off")
 
 
-def signing_key(environ: Mapping[str, str] | None = None) -> bytes | None:
-    """The secret in the file that ``PIECEWORK_CACHE_KEY_FILE`` names; None where it is unset or empty.
+def signing_key(file: str | os.PathLike[str] | None = None) -> bytes | None:
+    """The secret in ``file``, else in the one that ``PIECEWORK_CACHE_KEY_FILE`` names; None where there is neither.
 
     Raises:
-        CacheError: the file can't be read.
+        CacheError: it can't be read, or is too short to be a secret.
     """
-    env = os.environ if environ is None else environ
-    path = env.get("PIECEWORK_CACHE_KEY_FILE", "")
+    path = file or os.environ.get("PIECEWORK_CACHE_KEY_FILE", "")
     try:
-        return Path(path).read_bytes() if path else None
+        key = Path(path).read_bytes() if path else None
     except OSError as error:
+        why = f"the key that signs what is kept can't be read: {error.strerror}"
         raise CacheError(
-            f"the key that signs the cache can't be read: {error.strerror}",
-            where=path,
-            hint="PIECEWORK_CACHE_KEY_FILE names a file that holds the secret as raw bytes",
+            why, where=str(path), hint="the file holds a secret as raw bytes"
         ) from error
+    if key is not None and len(key) < MIN_KEY_BYTES:
+        why = f"the key that signs what is kept has {len(key)} bytes"
+        hint = f"a secret has {MIN_KEY_BYTES} bytes or more"
+        raise CacheError(why, where=str(path), hint=hint)
+    return key
 
 
 # --- whose a directory is ----------------------------------------------------------------------------
@@ -131,32 +135,19 @@ def check_directory(path: Path) -> bool:
     info = _stat(path)
     if info is None:
         return False
-    owner = f"the directory belongs to another user (uid {info.st_uid})"
-    writable = (
-        f"others can write into the directory (mode {stat.S_IMODE(info.st_mode):04o}), "
-        "and what lies in it is executed"
-    )
-    for wrong, why, hint in (
-        (
-            stat.S_ISLNK(info.st_mode),
-            "a link stands where a directory should be",
-            "remove the link; none is followed here",
-        ),
-        (
-            not stat.S_ISDIR(info.st_mode),
-            "a file stands where a directory should be",
-            "remove the file",
-        ),
-        (not is_trusted_owner(info.st_uid), owner, _CHOOSE),
-        (
-            others_can_write(info),
-            writable,
-            f"run `chmod go-w {path}` if its content can be trusted, else remove it",
-        ),
-    ):
-        if wrong:
-            raise CacheError(why, where=str(path), hint=hint)
-    return True
+    mode = f"mode {stat.S_IMODE(info.st_mode):04o}"
+    if stat.S_ISLNK(info.st_mode):
+        why, hint = "a link stands where a directory should be", "remove the link"
+    elif not stat.S_ISDIR(info.st_mode):
+        why, hint = "a file stands where a directory should be", "remove the file"
+    elif not is_trusted_owner(info.st_uid):
+        why, hint = f"the directory belongs to another user (uid {info.st_uid})", _CHOOSE
+    elif others_can_write(info):
+        why = f"others can write into the directory ({mode}), and what lies in it is executed"
+        hint = f"run `chmod go-w {path}` if its content can be trusted, else remove it"
+    else:
+        return True
+    raise CacheError(why, where=str(path), hint=hint)
 
 
 def make_directory(path: Path, inside: Path) -> None:

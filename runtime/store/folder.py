@@ -1,8 +1,7 @@
-"""A saved program's files. In: bytes by name, and what the manifest says beside. Out: the same in a directory, or in one ``bytes``; verified when they are read.
+"""A saved program's files: a directory, or one ``bytes``, of which every byte is verified before it is given out.
 
-It knows nothing of what the files hold. A file's name in the directory tells its content too, so that nothing is overwritten: a new manifest takes the place of the old one
-in one step, and then the files that it does not list go. No byte is given out before its digest agrees with the manifest, and the manifest's with itself, and with the key where
-there is one.
+A file's name in the directory tells its content too, so that nothing is overwritten: a new manifest takes the place of
+the old one in one step, and then the files that it does not list go.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from piecework.errors import ArtifactError, CacheError, ConfigError
-from piecework.runtime.store.entry import MIN_KEY_BYTES
 from piecework.runtime.store.files import (
     FULL_DISK,
     LOCKS_DIRECTORY,
@@ -24,7 +22,6 @@ from piecework.runtime.store.files import (
     check_directory,
     locked,
     read_regular,
-    signing_key,
     sync_directory,
     write_atomic,
 )
@@ -119,28 +116,6 @@ def directory_of(place: Place) -> Path:
     return Path(os.path.abspath(place))
 
 
-def key_of(file: str | os.PathLike[str] | None) -> bytes | None:
-    """The secret in ``file``, else in the file that ``PIECEWORK_CACHE_KEY_FILE`` names; None where there is neither.
-
-    Raises:
-        ArtifactError: it can't be read, or is too short to be a secret.
-    """
-    try:
-        key = signing_key() if file is None else Path(file).read_bytes()
-    except (OSError, CacheError) as error:
-        raise ArtifactError(
-            f"the key that signs artifacts can't be read: {getattr(error, 'strerror', None) or error}",
-            where=None if file is None else str(file),
-            hint="key_file names a file that holds the secret as raw bytes",
-        ) from error
-    if key is not None and len(key) < MIN_KEY_BYTES:
-        raise ArtifactError(
-            f"the key that signs artifacts has {len(key)} bytes",
-            hint=f"a secret has {MIN_KEY_BYTES} bytes or more",
-        )
-    return key
-
-
 # --- a directory -------------------------------------------------------------------------------------
 
 
@@ -171,15 +146,10 @@ def write_folder(
             _remove_others(path, {path / MANIFEST, *places})
     except (OSError, CacheError, LockTimeout, UnsafeFile) as error:
         full = isinstance(error, OSError) and error.errno in FULL_DISK
+        why = "the disk is full" if full else str(getattr(error, "strerror", None) or error)
+        hint = "free some space, or name a directory that this user can make, or replace"
         raise ArtifactError(
-            "the artifact can't be written: "
-            + ("the disk is full" if full else str(getattr(error, "strerror", None) or error)),
-            where=str(path),
-            hint=(
-                "free some space, or name a directory on another disk"
-                if full
-                else "name a directory that can be made, or replaced, by this user"
-            ),
+            f"the artifact can't be written: {why}", where=str(path), hint=hint
         ) from error
 
 
@@ -232,97 +202,65 @@ def open_folder(path: Path, key: bytes | None, tries: int = _TRIES) -> Folder:
         tries: how often it is read again if another artifact took its place meanwhile.
 
     Raises:
-        ArtifactError: there is none, it is damaged, of another format, unsigned or signed with another key, or may have been written by another user.
+        ArtifactError: there is none, it is damaged, of another format, not signed with the key, or others could write it.
     """
     if not path.is_dir():
         raise ArtifactError(
             "there is no artifact here", where=str(path), hint="stitched.save(path) makes one"
         )
+    raw = b""
     try:
         check_directory(Path(os.path.realpath(path)))
-    except CacheError as error:
-        raise ArtifactError(error.message, where=error.where, hint=error.hint) from error
-    raw = _read_manifest(path)
-
-    def read(name: str, record: Record) -> bytes:
-        return read_recorded(_place(path, name, record), record, name)
-
-    try:
-        return _verified(str(path), raw, key, read)
-    except ArtifactError:
-        if not tries or _read_manifest(path) == raw:
-            raise
-    return open_folder(path, key, tries - 1)
-
-
-def _read_manifest(path: Path) -> bytes:
-    try:
-        return read_regular(path / MANIFEST, MAX_MANIFEST_BYTES)
-    except FileNotFoundError as error:
-        raise ArtifactError(
-            "a file of the artifact is missing",
-            where=str(path / MANIFEST),
-            hint=f"copy the directory whole, or {_AGAIN}",
-        ) from error
-    except (OSError, UnsafeFile) as error:
-        raise _unreadable(str(path / MANIFEST), error) from error
+        raw = read_regular(path / MANIFEST, MAX_MANIFEST_BYTES)
+        return _verified(
+            str(path),
+            raw,
+            key,
+            lambda name, each: read_recorded(_place(path, name, each), each, name),
+        )
+    except (OSError, UnsafeFile, CacheError, Damaged) as error:
+        with contextlib.suppress(OSError, UnsafeFile):
+            if tries and read_regular(path / MANIFEST, MAX_MANIFEST_BYTES) != raw:
+                return open_folder(path, key, tries - 1)
+        missing = isinstance(error, FileNotFoundError)
+        raise _damaged(path, f"{MANIFEST} is missing" if missing else str(error)) from error
 
 
-def _unreadable(where: str, error: Exception) -> ArtifactError:
+def _damaged(where: object, reason: str) -> ArtifactError:
     return ArtifactError(
-        f"a file of the artifact can't be read: {getattr(error, 'strerror', None) or error}",
-        where=where,
-        hint="its files are plain files of this user or of root, which others can't write",
+        f"the artifact is damaged or not to be trusted: {reason}",
+        where=str(where),
+        hint=f"copy the directory whole, or {_AGAIN}; its files belong to this user or root alone, and an "
+        "edited source is saved by use_edited() and save()",
     )
 
 
 def _verified(
     name: str, raw: bytes, key: bytes | None, read: Callable[[str, Record], bytes]
 ) -> Folder:
-    try:
-        facts = decode(raw, None, MANIFEST)
-        if facts.pop("kind", None) != KIND:
-            raise ArtifactError(
-                "this is no artifact of piecework.load",
-                where=name,
-                hint="what piecework compile makes holds one in its folder 'artifact'",
-            )
-        version = facts.pop("format", None)
-        if version != FORMAT:
-            raise ArtifactError(
-                f"the artifact has format {version!r}; this version of piecework reads {FORMAT}",
-                where=name,
-                hint=_AGAIN,
-            )
-        _require_signed(name, raw, key)
-        records = records_of(facts, "files", MANIFEST)
-        del facts["files"]
-        for each in records:
-            if not _NAME.fullmatch(each):
-                raise Damaged(f"it names a file outside the artifact, {each!r}", MANIFEST)
-        files = {each: read(each, record) for each, record in records.items()}
-    except Damaged as damage:
+    facts = decode(raw, None, MANIFEST)
+    found = facts.pop("kind", None), facts.pop("format", None)
+    if found != (KIND, FORMAT):
         raise ArtifactError(
-            f"the artifact is damaged: {damage.reason}",
-            where=f"{name}/{damage.file}",
-            hint=f"{_AGAIN}, or copy it whole; an edited source is saved by use_edited() and save()",
-        ) from damage
-    except OSError as error:
-        raise _unreadable(name, error) from error
-    return Folder(name, facts, files)
-
-
-def _require_signed(name: str, raw: bytes, key: bytes | None) -> None:
-    if key is None:
-        return
-    try:
-        decode(raw, key, MANIFEST)
-    except Damaged as error:
-        raise ArtifactError(
-            "the artifact is not signed with the key that was given",
+            f"this is no artifact of format {FORMAT}; it is {found[0]!r} of format {found[1]!r}",
             where=name,
-            hint="save it with the same key; whoever lacks the key could have written it",
-        ) from error
+            hint=f"{_AGAIN}; what piecework compile makes holds one in its folder 'artifact'",
+        )
+    if key is not None:
+        try:
+            decode(raw, key, MANIFEST)
+        except Damaged as error:
+            raise ArtifactError(
+                "the artifact is not signed with the key that was given",
+                where=name,
+                hint="save it with the same key; whoever lacks the key could have written it",
+            ) from error
+    records = records_of(facts, "files", MANIFEST)
+    del facts["files"]
+    for each in records:
+        if not _NAME.fullmatch(each):
+            raise Damaged(f"it names a file outside the artifact, {each!r}", MANIFEST)
+    return Folder(name, facts, {each: read(each, record) for each, record in records.items()})
 
 
 # --- one bytes ---------------------------------------------------------------------------------------
@@ -347,4 +285,7 @@ def unpacked(data: bytes, key: bytes | None) -> Folder:
             raise Damaged("its SHA-256 is not the one that was saved", name)
         return found
 
-    return _verified("<bytes>", data[8:start], key, read)
+    try:
+        return _verified("<bytes>", data[8:start], key, read)
+    except Damaged as error:
+        raise _damaged("<bytes>", str(error)) from error

@@ -1,6 +1,7 @@
-"""What belongs to something that is kept, and with which digest. In: plain data. Out: JSON with its own checksum and, given a key, a signature; and the data back.
+"""The one form of manifests: JSON that lists files with their digests, with its own checksum and, given a key, a signature.
 
-One form for a cache entry, where the file is its index, and for a saved program. Of texts, integers, lists and dicts alone it is a Python literal too.
+It is the index of a cache entry, and the manifest of a saved program. Of texts, integers, lists and dicts alone it is a
+Python literal too.
 """
 
 from __future__ import annotations
@@ -78,6 +79,14 @@ def decode(raw: bytes, key: bytes | None, file: str) -> dict[str, object]:
     except (ValueError, RecursionError) as error:  # of who can seal it
         raise Damaged(f"it is no manifest ({type(error).__name__})", file) from error
     return {name: each for name, each in facts.items() if name not in ("checksum", "signature")}
+
+
+def read_manifest(path: Path, key: bytes | None) -> dict[str, object]:
+    """What a file holds that `encode` wrote; raises `FileNotFoundError` where there is none, else as `decode` does."""
+    try:
+        return decode(read_regular(path, MAX_MANIFEST_BYTES), key, path.name)
+    except UnsafeFile as error:
+        raise Damaged(str(error), path.name) from error
 
 
 def records_of(facts: Mapping[str, object], field: str, file: str) -> dict[str, Record]:

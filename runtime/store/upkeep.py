@@ -1,6 +1,7 @@
-"""Looking after a whole cache. In: a cache directory. Out: its entries, why a key misses, what is damaged, and, of the collector, less of it.
+"""Looking after a whole cache: its entries, why a key misses, what is damaged, and less of it.
 
-Only `collect` removes anything. It never takes an entry that somebody is changing, and whoever has one open that is removed compiles again. No link is followed.
+Only `collect` removes anything. It never takes an entry that somebody is changing, and whoever has one open that is
+removed compiles again. No link is followed.
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from piecework.errors import CacheError
-from piecework.runtime.model_tag import TAG
 from piecework.runtime.store.entry import (
     ARTIFACTS_DIRECTORY,
     INDEX_NAME,
@@ -40,7 +40,7 @@ from piecework.runtime.store.files import (
     resolve_root,
     sha256,
 )
-from piecework.runtime.store.manifest import Damaged
+from piecework.runtime.store.manifest import Damaged, Record
 
 # A lock that nobody has taken for so long is nobody's.
 LOCK_AGE_SECONDS = 7 * 24 * 3600.0
@@ -116,7 +116,7 @@ def _identities(real: Path) -> Iterator[Identity]:
         for rank in _directories(key) if _KEY.fullmatch(key.name) else ():
             numbers = _RANK.fullmatch(rank.name)
             for tag in _directories(rank) if numbers else ():
-                if numbers and TAG.fullmatch(tag.name):
+                if numbers:
                     yield Identity(key.name, int(numbers[1]), int(numbers[2]), tag.name)
 
 
@@ -181,50 +181,47 @@ def verify(root: str | os.PathLike[str], hmac_key: bytes | None = None) -> Verif
     """Check every byte of every entry against its index; with ``hmac_key`` indices of signed entries must carry its signature."""
     real = resolve_root(root)
     findings: list[Finding] = []
-    entries = artifacts = size = 0
-    for identity in _identities(real):
-        entries += 1
-        for file, found in _checked(real, identity, hmac_key):
-            if isinstance(found, int):
-                artifacts += 1
-                size += found
-            else:
-                findings.append(Finding(str(identity), file, found))
-    return Verification(entries, artifacts, size, tuple(findings))
+    sizes: list[int] = []
+    identities = list(_identities(real))
+    for identity in identities:
+        for file, check in _checks(real, identity, hmac_key):
+            try:
+                sizes += check()
+            except Damaged as damage:
+                findings.append(Finding(str(identity), damage.file, damage.reason))
+            except (OSError, UnsafeFile, CacheError) as error:
+                findings.append(Finding(str(identity), file, str(error)))
+    return Verification(len(identities), len(sizes), sum(sizes), tuple(findings))
 
 
-def _checked(
+def _checks(
     real: Path, identity: Identity, hmac_key: bytes | None
-) -> Iterator[tuple[str, int | str]]:
-    """Each artifact of an entry with its size; and each file that is damaged, with what is wrong."""
+) -> Iterator[tuple[str, Callable[[], list[int]]]]:
+    """What there is to check of an entry, by the file that it is about; each gives the sizes of the artifacts that it found right."""
     directory = real.joinpath(*identity.parts)
-    signed = False
     if not (directory / INDEX_NAME).exists():
         return  # a writer was killed before it kept anything
-    try:
+    signed = []
+
+    def factors() -> list[int]:
         raw = read_regular(directory / FACTORS_NAME, MAX_FACTORS_BYTES)
+        signed.extend(KeyFactors.from_json(raw).groups.get("signing", ()))
         if not sha256(raw).startswith(identity.key):
-            yield FACTORS_NAME, "its hash is not the name of the entry's directory"
-        signed = bool(KeyFactors.from_json(raw).groups.get("signing"))
-    except (OSError, UnsafeFile, CacheError) as error:
-        yield FACTORS_NAME, str(error)
+            raise CacheError("its hash is not the name of the entry's directory")
+        return []
+
+    yield FACTORS_NAME, factors
     entry = CacheEntry(real, identity, hmac_key=hmac_key if signed else None)
-    try:
+    records: list[Record] = []
+
+    def index() -> list[int]:
         entry.check_directories()
-        records = entry.records()
-    except Damaged as damage:
-        yield damage.file, damage.reason
-        return
-    except (OSError, CacheError) as error:
-        yield ".", str(error)
-        return
-    for record in dict.fromkeys(records.values()):
-        try:
-            yield "", len(entry.read(record))
-        except Damaged as damage:
-            yield damage.file, damage.reason
-        except OSError as error:
-            yield f"{ARTIFACTS_DIRECTORY}/{record.digest}.bin", str(error)
+        records.extend(dict.fromkeys(entry.records().values()))
+        return []
+
+    yield INDEX_NAME, index
+    for record in records:
+        yield f"{ARTIFACTS_DIRECTORY}/{record.digest}.bin", lambda r=record: [len(entry.read(r))]  # type: ignore[misc]
 
 
 # --- less of it --------------------------------------------------------------------------------------

@@ -685,17 +685,19 @@ def _require_equal(ours: object, theirs: object, where: str) -> None:
 
 
 @pytest.mark.sample(2)
-@pytest.mark.parametrize("start", range(0, 20, 10))
-def test_random_python_state_is_equal_to_eager_or_refused(start: int, tmp_path: Path) -> None:
-    found = [python_state(number, tmp_path) for number in range(start, start + 10)]
-    assert found.count("served") >= 4, found
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("start", range(1000, 2000, 50))
-def test_a_thousand_random_models_are_equal_to_eager_or_refused(start: int, tmp_path: Path) -> None:
-    found = [python_state(number, tmp_path) for number in range(start, start + 50)]
-    assert found.count("served") >= 20, found
+@pytest.mark.parametrize(
+    ("start", "count"),
+    [
+        (0, 10),
+        (10, 10),
+        *(pytest.param(n, 50, marks=pytest.mark.nightly) for n in range(1000, 2000, 50)),
+    ],
+)
+def test_random_python_state_is_equal_to_eager_or_refused(
+    start: int, count: int, tmp_path: Path
+) -> None:
+    found = [python_state(number, tmp_path) for number in range(start, start + count)]
+    assert found.count("served") >= 0.4 * count, found
 
 
 # --- where and by what it was made ----------------------------------------------------------------------

@@ -134,13 +134,6 @@ def use_with_small_files(root: str, count: int, limit: int) -> dict[str, object]
     return use(root, count)
 
 
-def put_small(root: str, limit: int) -> dict[str, object]:
-    """Save one artifact that fits under the limit although the manifest after it may not."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    return {"saved": open_entry(root, FACTORS).put("a", b"x" * (limit // 2))}
-
-
 def use_as_nobody(root: str, count: int) -> dict[str, object]:
     """Like `use` after giving up root: permissions then count, also those of Python's own files."""
     import filelock  # noqa: F401
@@ -185,7 +178,6 @@ def main() -> int:
         "use": lambda: use(root, int(rest[0])),
         "use_with_small_files": lambda: use_with_small_files(root, int(rest[0]), int(rest[1])),
         "churn": lambda: churn(root, int(rest[0]), int(rest[1])),
-        "put_small": lambda: put_small(root, int(rest[0])),
         "use_as_nobody": lambda: use_as_nobody(root, int(rest[0])),
     }
     print(json.dumps(functions[mode]()))

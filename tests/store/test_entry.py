@@ -103,17 +103,10 @@ def test_keys_ranks_and_tags_share_nothing(root: Path) -> None:
 
 def test_failed_compile_is_not_saved_and_can_be_tried_again(root: Path) -> None:
     entry = open_entry(root, FACTORS)
-
-    def fail() -> bytes:
-        raise RuntimeError("no such instruction")
-
-    with pytest.raises(RuntimeError, match="no such instruction"):
-        entry.get_or_compile("a", fail)
+    with pytest.raises(ZeroDivisionError):
+        entry.get_or_compile("a", lambda: bytes(1 // 0))
     assert entry.get("a") is None
     assert entry.get_or_compile("a", lambda: b"data").saved
-    # Another artifact may be asked for meanwhile.
-    nested = entry.get_or_compile("c", lambda: b"a" + entry.get_or_compile("b", lambda: b"b").data)
-    assert nested.data == b"ab"
 
 
 def test_threads_compile_once(root: Path) -> None:
@@ -164,23 +157,6 @@ def test_rejected_artifact_is_compiled_again(root: Path, warned: list[str]) -> N
     assert entry.names() == ("b",)
     assert entry.get_or_compile("a", lambda: b"new").compiled
     assert open_entry(root, FACTORS).get("a") == b"new"
-
-
-def test_equal_texts_are_not_written_again(root: Path) -> None:
-    entry = open_entry(root, FACTORS)
-    assert entry.write_texts({"stitched.py": "x"})
-    before = {path: path.stat().st_mtime_ns for path in entry.directory.rglob("*")}
-    assert open_entry(root, FACTORS).write_texts({"stitched.py": "x"})
-    assert {path: path.stat().st_mtime_ns for path in entry.directory.rglob("*")} == before
-
-
-def test_directory_removed_meanwhile(root: Path) -> None:
-    entry = open_entry(root, FACTORS)
-    entry.put("a", b"data")
-    root.rename(root.with_name("gone"))
-    assert entry.get("a") is None
-    assert entry.get_or_compile("a", lambda: b"again").saved
-    assert entry.get("a") == b"again"
 
 
 @pytest.mark.parametrize(("value", "off"), [("", 0), ("0", 0), (" no ", 0), ("1", 1), ("yes", 1)])
@@ -354,17 +330,6 @@ def test_entry_copied_to_another_key_rank_or_tag_is_refused(
     assert open_entry(root, FACTORS, tag="draft").get("piece 0") is None
     assert open_entry(root, FACTORS).get("piece 0") == PAYLOADS["piece 0"]
     assert len(warned) == 3
-
-
-def test_only_one_of_many_readers_warns(saved: Path, tmp_path: Path, warned: list[str]) -> None:
-    root = tmp_path / "cache"
-    shutil.copytree(saved, root)
-    entries = [open_entry(root, FACTORS) for _ in range(4)]
-    for path in root.rglob("*.bin"):
-        path.write_bytes(b"x")
-    for entry in entries:
-        fill(entry)
-    assert len(warned) == 1, warned
 
 
 @settings(deadline=None, max_examples=50)

@@ -14,15 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from piecework.errors import ArtifactError, ConfigError
+from piecework.errors import ArtifactError, CacheError, ConfigError
 from piecework.runtime.store import folder as folders
+from piecework.runtime.store.files import signing_key
 from piecework.runtime.store.folder import (
     FORMAT,
-    KIND,
     MANIFEST,
     directory_of,
     has_artifact,
-    key_of,
     open_folder,
     packed,
     unpacked,
@@ -209,14 +208,14 @@ def test_a_key_signs_and_verifies(
     assert "not signed" in refusal(signed, SECRET)
     file = tmp_path / "secret"
     file.write_bytes(SECRET)
-    assert key_of(file) == SECRET and key_of(None) is None
+    assert signing_key(file) == SECRET and signing_key() is None
     monkeypatch.setenv("PIECEWORK_CACHE_KEY_FILE", str(file))
-    assert key_of(None) == SECRET
+    assert signing_key() == SECRET
     file.write_bytes(b"short")
-    with pytest.raises(ArtifactError, match="5 bytes"):
-        key_of(file)
-    with pytest.raises(ArtifactError, match="can't be read"):
-        key_of(tmp_path / "none")
+    with pytest.raises(CacheError, match="5 bytes"):
+        signing_key(file)
+    with pytest.raises(CacheError, match="can't be read"):
+        signing_key(tmp_path / "none")
 
 
 # --- writing -----------------------------------------------------------------------------------------
@@ -314,9 +313,3 @@ def test_an_artifact_that_is_replaced_while_it_is_read_is_read_again(
 
     monkeypatch.setattr(folders, "read_recorded", late)
     assert number_in(path) == 1
-
-
-def test_what_another_program_wrote_is_no_artifact(path: Path) -> None:
-    (path / MANIFEST).write_bytes(encode({"kind": "a bundle", "format": 1}, None))
-    assert "no artifact" in refusal(path)
-    assert KIND == "piecework artifact"  # what older manifests are told by

@@ -73,15 +73,6 @@ def test_by_size_the_longest_unused_goes(root: Path) -> None:
     assert keys(root) == []
 
 
-def test_by_size_nothing_older_than_a_removed_one_stays(root: Path) -> None:
-    """A small old entry does not survive a large newer one: the order of use decides."""
-    make(root, "new", 1, size=1000)
-    make(root, "large", 2, size=90_000)
-    make(root, "small", 3, size=1000)
-    collect(root, max_bytes=20_000)
-    assert keys(root) == [factors("new").hash]
-
-
 def test_dry_run_changes_nothing(root: Path) -> None:
     make(root, "old", 50)
     make(root, "new", 1)
@@ -89,14 +80,6 @@ def test_dry_run_changes_nothing(root: Path) -> None:
     report = collect(root, max_age_s=10 * DAY, max_bytes=0, dry_run=True)
     assert len(report.removed) == 2
     assert sorted(root.rglob("*")) == before
-
-
-def test_use_makes_an_entry_young_again(root: Path) -> None:
-    make(root, "used", 50)
-    make(root, "unused", 50)
-    assert open_entry(root, factors("used"), tag="m").get("a") is not None
-    collect(root, max_age_s=10 * DAY)
-    assert keys(root) == [factors("used").hash]
 
 
 def test_entry_in_use_stays(root: Path) -> None:
@@ -107,14 +90,6 @@ def test_entry_in_use_stays(root: Path) -> None:
     assert report.busy == (str(identity),)
     assert report.removed == ()
     assert keys(root) == [identity.key]
-
-
-def test_whoever_has_it_open_compiles_again(root: Path) -> None:
-    entry = make(root, "open", 50)
-    collect(root, max_age_s=DAY)
-    assert entry.get("a") is None
-    assert entry.get_or_compile("a", lambda: b"again").saved
-    assert entry.get("a") == b"again"
 
 
 def test_other_tags_and_ranks_of_a_key_stay(root: Path) -> None:
