@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
+import pkgutil
 import re
 from collections.abc import Callable
 from typing import Any
@@ -39,14 +38,9 @@ def import_qualified(name: str, *, where: str) -> Any:
     Raises:
         ConfigError: the module can't be imported or has no such name.
     """
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        module, _, attribute = name.rpartition(".")
     try:
-        if not module or not attribute:
-            raise ImportError("it names no module")
-        return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
-    except (ImportError, AttributeError) as error:
+        return pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"{name!r} can't be imported: {error}",
             where=where,
