@@ -39,7 +39,6 @@ LONG = (
     "tests/pieces/test_layer_names.py::test_any_number_of_named_layers_costs",
     "tests/pieces/test_parallel.py::test_a_failing_a_dying_and_a_hanging_worker",
     "tests/pieces/test_parallel.py::test_a_piece_that_fails_in_a_worker_fails_as",
-    "tests/pieces/test_piece_cache_damage.py::test_damage_anywhere_costs_at_most_a_compilation[4]",
     "tests/pieces/test_piece_ranges.py::test_inductor_compiles_sizes_and_ranges",
     "tests/pieces/test_progress.py::test_the_command_line_shows_a_bar_on_a_terminal",
     "tests/pieces/test_ranks.py::test_a_rank_that_is_killed",

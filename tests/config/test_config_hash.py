@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 import subprocess
@@ -192,43 +191,3 @@ def test_a_pass_counts_by_its_source_and_what_it_uses(tmp_path):
     assert hash_of(pass_from(tmp_path, "elsewhere")) == base
     assert hash_of(pass_from(tmp_path, "unrelated", unrelated=1)) == base
     assert hash_of(pass_from(tmp_path, "constant", factor=2)) != base
-
-
-def test_a_pass_counts_by_its_state():
-    def make(state, default=0):
-        def a_pass(graph, extra=default):
-            return state, extra
-
-        return a_pass
-
-    def plain(graph, factor):
-        return factor
-
-    hashes = [
-        hash_of(each)
-        for each in (
-            make(1),
-            make(2),
-            make(1, default=1),
-            plain,
-            functools.partial(plain, factor=1),
-            functools.partial(plain, factor=2),
-        )
-    ]
-    assert len(set(hashes)) == len(hashes)
-    assert hash_of(make(1)) == hashes[0]
-    assert hash_of(functools.partial(plain, factor=1)) == hashes[4]
-
-
-def test_a_pass_may_name_itself():
-    class Pass:
-        def __init__(self, identity):
-            self.identity = identity
-
-        def __call__(self, graph):
-            return graph
-
-        def uuid(self):
-            return self.identity
-
-    assert hash_of(Pass("a")) == hash_of(Pass("a")) != hash_of(Pass("b"))

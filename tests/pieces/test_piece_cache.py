@@ -240,67 +240,6 @@ def test_a_pass_without_a_stable_form_compiles_and_is_kept_nowhere(own_compile_c
     assert not list(own_compile_cache.rglob("*.bin"))
 
 
-PASSES = """
-import torch
-from factors import Scale, table
-
-class Scaled:
-    scale = Scale.{member}
-
-    def __call__(self, graph):
-        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default):
-            with graph.inserting_after(node):
-                made = graph.call_function(torch.ops.aten.mul.Tensor, (node, self.scale.value * table["by"]))
-            made.meta.update(node.meta)
-            node.replace_all_uses_with(made)
-            made.args = (node, made.args[1])
-"""
-FACTORS = """
-import enum
-class Scale(enum.Enum):
-    LOW, HIGH = 1, {high}
-table = {{"by": {by}}}
-"""
-SCRIPT = """
-import sys, json, torch
-sys.path.insert(0, sys.argv[1])
-import piecework, passes
-if len(sys.argv) > 2:
-    exec(sys.argv[2])
-config = piecework.CompilationConfig(
-    inductor_passes={"post_grad_custom_post_pass": passes.Scaled()},
-    dynamic_shapes_config={"type": "backed"},  # a pass that changes results would fail the try of every size
-)
-x = torch.ones(4, 8)
-print(json.dumps([piecework.compile(torch.relu, (x,), config=config)(x)[0, 0].item(),
-                  piecework.counters.num_inductor_compiles]))
-"""
-
-
-@pytest.mark.inductor
-@pytest.mark.nightly
-def test_a_pass_that_was_edited_between_two_processes_runs_as_it_is_now(tmp_path: Path) -> None:
-    def run_with(at_run_time: str = "", **edits: object) -> list[float]:
-        values = {"member": "HIGH", "high": 2, "by": 10, **edits}
-        (tmp_path / "passes.py").write_text(PASSES.format(**values))
-        (tmp_path / "factors.py").write_text(FACTORS.format(**values))
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, str(tmp_path), at_run_time],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")},
-            check=True,
-        )
-        return json.loads(done.stdout.splitlines()[-1])
-
-    assert run_with() == [20, 1]
-    assert run_with() == [20, 0]
-    assert run_with(high=5) == [50, 1]  # the value of an enumeration in another module
-    assert run_with(by=11) == [22, 1]  # an item of a module-level dict in another module
-    assert run_with("passes.Scaled.scale = passes.Scale.LOW") == [10, 1]  # a class attribute
-    assert run_with(member="LOW") == [10, 0]  # the same, however it came to be
-
-
 def _global_pass(graph: torch.fx.Graph) -> None:
     graph.lint()
 
