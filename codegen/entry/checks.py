@@ -31,52 +31,6 @@ from piecework.codegen.plan.names import NameTable
 from piecework.codegen.plan.one_line import targets_text, tuple_text
 from piecework.codegen.plan.size_text import checked_text, renamed
 
-# --- where a value is ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Whole:
-    """What a parameter, by its number, was given."""
-
-    parameter: int
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """An element of a list, tuple or dict."""
-
-    of: Where
-    key: object
-
-
-@dataclass(frozen=True, slots=True)
-class Flat:
-    """A leaf of a container that is flattened."""
-
-    of: Where
-    number: int
-
-
-Where = Whole | Part | Flat
-
-
-def value_at(
-    where: Where, values: Sequence[object], flatten: Callable[[object], tuple[list[object], object]]
-) -> object:
-    """What a call has there; ``values`` are those of its parameters."""
-    match where:
-        case Whole(parameter):
-            return values[parameter]
-        case Part(of, key):
-            return value_at(of, values, flatten)[key]  # type: ignore[index]
-        case Flat(of, number):
-            return flatten(value_at(of, values, flatten))[0][number]
-        case _:
-            assert_never(where)
-
-
-# --- the table -----------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True, slots=True)
 class Check:

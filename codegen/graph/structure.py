@@ -17,7 +17,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from piecework.codegen.graph.consts import DICT_TYPES, LIST_TYPES, holds_node
 from piecework.codegen.graph.origin import value_of
-from piecework.codegen.graph.subclasses import taken_apart
 from piecework.codegen.graph.targets import function_path
 from piecework.codegen.plan.literals import is_inline_literal
 
@@ -267,3 +266,12 @@ def _signature(value: torch.Tensor) -> str:
             isinstance(value, torch.nn.Parameter),
         )
     )
+
+
+def taken_apart(tensor: object) -> tuple[dict[str, torch.Tensor], object] | None:
+    """The tensors that a subclass is made of, by name, and its settings, as torch's compiler takes it apart; None for a plain tensor."""
+    flatten = getattr(type(tensor), "__tensor_flatten__", None)
+    if flatten is None:
+        return None
+    names, settings = flatten(tensor)
+    return {name: getattr(tensor, name) for name in names}, settings

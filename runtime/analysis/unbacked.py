@@ -1,4 +1,4 @@
-"""Whether one compiled form serves every size of a batch. In: a piece that was traced with a size that no number stands behind, and what it was compiled to. Out: why it may not serve 0 and 1 as it serves others, or None.
+"""Whether one compiled form serves every size of a batch: tries pieces that were traced with a size that no number stands behind.
 
 It is tried: the piece's graph runs on made data with 3, 1 and 0 rows, each value must have the shape that was traced, and the compiled
 form must give equal values, shapes and strides. Splitting ops and the model's Python are not run; a piece that draws random numbers,
@@ -19,8 +19,9 @@ from torch._ops import HigherOrderOperator
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from piecework.codegen.graph.origin import value_of
-from piecework.errors import InputError
+from piecework.codegen.graph.origin import graph_of, value_of
+from piecework.codegen.graph.structure import Structure, input_signature, structure_of
+from piecework.errors import CaptureError, InputError
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.writes import (
     computes,
@@ -39,29 +40,56 @@ class _Unlike(Exception):
     """What a run shows to be otherwise than it was traced."""
 
 
+class NotAdmitted(CaptureError):
+    """A trace may not serve every size; the caller makes one for larger sizes."""
+
+
 @dataclass
 class EverySize:
-    """The try of one trace's pieces.
+    """The try of one trace's pieces, each different one once.
 
     Args:
         symbols: torch's names of the batch size, such as ``{"u0"}``; other symbols have the example's numbers.
+        weights: the model's own tensors, by the graph's placeholder.
         rows_in_one: values are ``[1, rows, …]``, so that the batch size is in the stride of the first dimension, which nothing reads; and
             whatever a piece's results are handed to takes them in any order in memory.
     """
 
     symbols: Collection[str]
+    weights: Mapping[str, torch.Tensor]
     rows_in_one: bool = False
     _runs: dict[str, list[_Run]] = field(default_factory=dict)
+
+    def before(self, split_gm: torch.fx.GraphModule, names: Sequence[str]) -> dict[str, Structure]:
+        """What each piece is, once all are known to run with every size; before any is compiled.
+
+        Raises:
+            NotAdmitted: one does not.
+        """
+        found: dict[str, Structure] = {}
+        seen: set[str] = set()
+        calls = {str(n.target): n for n in split_gm.graph.find_nodes(op="call_module")}
+        for name in names:
+            piece = graph_of(split_gm, name)
+            found[name] = structure_of(piece, describe_input=input_signature)
+            if found[name].key in seen:
+                continue
+            seen.add(found[name].key)
+            pairs = zip(piece.graph.find_nodes(op="placeholder"), calls[name].args, strict=True)
+            weights = {
+                own.name: self.weights[given.name]
+                for own, given in pairs
+                if isinstance(given, torch.fx.Node) and given.name in self.weights
+            }
+            reason = self.refusal(name, piece, weights)
+            if reason is not None:
+                raise NotAdmitted(f"{name}: {reason}")
+        return found
 
     def refusal(
         self, name: str, piece: torch.fx.GraphModule, weights: Mapping[str, torch.Tensor]
     ) -> str | None:
-        """Why ``piece`` need not be compiled for every size; asked before it is.
-
-        Args:
-            name: of the piece.
-            weights: the model's own tensors among its inputs, by placeholder.
-        """
+        """Why ``piece`` need not be compiled for every size; ``weights``: the model's own tensors among its inputs, by placeholder."""
         said = self._never_tried(piece)
         if said is not None:
             return said
@@ -85,20 +113,24 @@ class EverySize:
                     raise
                 # The model's own operators refuse a batch of no rows, eagerly and in each call too.
 
-    def difference(self, compiled: Mapping[str, Compiled]) -> str | None:
-        """What a compiled piece does otherwise than its graph; asked once all are compiled."""
+    def after(self, compiled: Mapping[str, Compiled]) -> None:
+        """Compare what the pieces were compiled to with their graphs.
+
+        Raises:
+            NotAdmitted: one does something else.
+        """
         runs = [(name, run) for name, found in self._runs.items() for run in found]
         self._runs.clear()
         for name, run in runs:
             try:
                 run.require_alike(compiled[name], self.rows_in_one)
             except _Unlike as unlike:
-                return f"{name}: {unlike}"
+                raise NotAdmitted(f"{name}: {unlike}") from None
             except InputError:
                 continue  # outside the compiled ranges: a call of that size is refused too
-            except Exception as error:  # noqa: BLE001
-                return f"{name}: what it was compiled to does not run: {_first_line(error)}"
-        return None
+            except Exception as error:
+                why = f"what it was compiled to does not run: {_first_line(error)}"
+                raise NotAdmitted(f"{name}: {why}") from error
 
     def _sizes(self, piece: torch.fx.GraphModule, rows: int) -> dict[str, int]:
         values = [value_of(node) for node in piece.graph.nodes]

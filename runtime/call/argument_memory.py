@@ -10,12 +10,11 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import assert_never
+from typing import Any, assert_never
 from weakref import WeakKeyDictionary
 
 import torch
 
-from piecework.codegen.entry import checks
 from piecework.codegen.entry.plan import (
     Assumption,
     Items,
@@ -66,15 +65,23 @@ def _sorted(inputs: dict[str, GraphInput]) -> tuple[tuple[int, ...], tuple[str, 
 
 
 @dataclass(frozen=True, slots=True)
+class Flat:
+    """A leaf of a container that is flattened."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class GivenTensor:
     """A tensor argument, and the weights, by number, that it must not be, or not share memory with.
 
     Attributes:
+        where: its parameter's number and the keys inside of that; `Flat` for a leaf of a container that is flattened.
         elsewhere: it must be none of the tensors, either, that the trace found in closures and classes.
     """
 
     label: str
-    where: checks.Where
+    where: tuple[object, ...]
     others: tuple[int, ...]
     elsewhere: bool
     apart: tuple[int, ...]
@@ -100,7 +107,7 @@ class ArgumentMemory:
             found = [_Spans([tensors[n] for n in each.apart]) for each in self._given]
             self._spans[weights] = found
         for each, spans in zip(self._given, found, strict=True):
-            tensor = checks.value_at(each.where, values, torch_compat.flatten_tree)
+            tensor = _value_at(each.where, values)
             assert isinstance(tensor, torch.Tensor)
             for number in each.others:
                 if tensor is weights.tensors[number]:
@@ -130,7 +137,7 @@ def _all_given(captured: ModelTrace, written: Written) -> Iterator[GivenTensor]:
     plain = [n for n, each in enumerate(weights.tensors) if each.layout is torch.strided]
     numbers = {weights.traced[n].path: n for n in plain}
     for number, parameter in enumerate(captured.parameters):
-        for leaf, where in _leaves(parameter.node, checks.Whole(number)):
+        for leaf, where in _leaves(parameter.node, (number,)):
             if not isinstance(leaf.assumption, (TensorInput, UnusedTensor)):
                 continue
             others = [n for n in plain if _could_be(leaf.assumption, weights.tensors[n])]
@@ -145,18 +152,25 @@ def _all_given(captured: ModelTrace, written: Written) -> Iterator[GivenTensor]:
             yield GivenTensor(leaf.label, where, tuple(others), elsewhere, tuple(apart), is_written)
 
 
-def _leaves(node: Node, where: checks.Where) -> Iterator[tuple[Leaf, checks.Where]]:
+def _leaves(node: Node, where: tuple[object, ...]) -> Iterator[tuple[Leaf, tuple[object, ...]]]:
     """The flattened arguments of a parameter, each with where a call has it."""
     match node:
         case Leaf():
             yield node, where
         case Items(keys=keys, children=children):
             for key, child in zip(keys, children, strict=True):
-                yield from _leaves(child, checks.Part(where, key))
+                yield from _leaves(child, (*where, key))
         case Tree(children=children):
-            yield from ((leaf, checks.Flat(where, n)) for n, leaf in enumerate(children))
+            yield from ((leaf, (*where, Flat(n))) for n, leaf in enumerate(children))
         case _:
             assert_never(node)
+
+
+def _value_at(where: Sequence[object], value: Any) -> object:
+    for key in where:
+        flat = isinstance(key, Flat)
+        value = torch_compat.flatten_tree(value)[0][key.number] if flat else value[key]
+    return value
 
 
 def _could_be(assumption: Assumption, tensor: torch.Tensor) -> bool:

@@ -14,7 +14,7 @@ from piecework.codegen.split.split import SplittingOp as SplittingOpLike
 from piecework.codegen.split.split import SplittingOps
 from piecework.errors import BindError, ConfigError, short_errors
 from piecework.runtime.analysis.doubts import tell_of_gradients
-from piecework.runtime.analysis.tried import NotAdmitted, TriedPieces
+from piecework.runtime.analysis.unbacked import EverySize, NotAdmitted
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.ranges import Range, RangeTable
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
@@ -154,7 +154,7 @@ class PieceworkBackend:
         self,
         graph: torch.fx.GraphModule,
         bound: Mapping[str, str] | None = None,
-        tried: TriedPieces | None = None,
+        tried: EverySize | None = None,
     ) -> Program:
         """Split ``graph``, compile its pieces and emit the source.
 

@@ -28,7 +28,7 @@ from piecework.codegen.split.splitting import (
 )
 from piecework.errors import ConfigError, SplitError, did_you_mean, tell
 from piecework.runtime import torch_compat
-from piecework.runtime.analysis.tried import TriedPieces
+from piecework.runtime.analysis.unbacked import EverySize
 from piecework.runtime.analysis.writes import (
     held_by_source,
     mutations_in,
@@ -106,7 +106,7 @@ class Compilation:
     def compile_ranges(self) -> tuple[Range | None, ...]:
         return ranges_of(self.range_table)
 
-    def run(self, bound: Mapping[str, str], tried: TriedPieces | None) -> Program:
+    def run(self, bound: Mapping[str, str], tried: EverySize | None) -> Program:
         graph, manager = self.graph, self.compiler_manager
         self.dump.captured(graph)
         _check_custom_ops(self.config, graph)

@@ -26,8 +26,7 @@ from piecework.errors import (
     Unidentifiable,
 )
 from piecework.runtime import torch_compat
-from piecework.runtime.analysis.tried import NotAdmitted, TriedPieces
-from piecework.runtime.analysis.unbacked import EverySize, written_copies
+from piecework.runtime.analysis.unbacked import EverySize, NotAdmitted, written_copies
 from piecework.runtime.call.edited import EditedSource, check_edited
 from piecework.runtime.call.entry import Entry
 from piecework.runtime.call.example_call import example_call
@@ -374,7 +373,7 @@ def _settings() -> dict[str, str] | None:
         return None
 
 
-def _tried(traced: OpenTrace, rows_in_one: bool) -> TriedPieces | None:
+def _tried(traced: OpenTrace, rows_in_one: bool) -> EverySize | None:
     """The try of a trace that would serve every size; None for one whose sizes all have numbers behind them.
 
     Raises:
@@ -390,7 +389,7 @@ def _tried(traced: OpenTrace, rows_in_one: bool) -> TriedPieces | None:
         raise NotAdmitted(reason)
     pairs = zip(placeholders, traced.inputs, strict=True)
     weights = {node.name: each.tensor for node, each in pairs if isinstance(each, Weight)}
-    return TriedPieces(EverySize(symbols, rows_in_one), weights)
+    return EverySize(symbols, weights, rows_in_one)
 
 
 def _guarded(guards: ShapeGuards, entry: Entry) -> Callable[..., object]:

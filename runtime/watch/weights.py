@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from piecework.codegen.graph.subclasses import taken_apart
+from piecework.codegen.graph.structure import taken_apart
 from piecework.errors import BindError, CaptureError, ConfigError, InputError, did_you_mean
 from piecework.runtime import torch_compat
 from piecework.runtime.watch.dict_watch import DictWatch

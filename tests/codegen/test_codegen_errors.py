@@ -16,7 +16,7 @@ from piecework.codegen import (
     verify,
 )
 from piecework.codegen.plan.formatting import format_source
-from piecework.errors import BindError, EmitError, PieceworkError, UnsupportedNode
+from piecework.errors import BindError, EmitError, UnsupportedNode
 
 TRACE = '  File "/somewhere/else/model.py", line 41, in forward\n    return f(x)\n'
 
@@ -349,7 +349,3 @@ def test_the_graph_of_another_model_is_not_proved() -> None:
             source,
             raw(lambda g, x: g.call_function(torch.add, (g.call_function(torch.cos, (x,)), x))),
         )
-
-
-def test_every_error_is_of_piecework() -> None:
-    assert issubclass(UnsupportedNode, PieceworkError) and issubclass(EmitError, PieceworkError)

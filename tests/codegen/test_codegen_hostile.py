@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-import pytest
 import torch
 import torch.fx
 from hypothesis import given, settings
@@ -133,11 +132,6 @@ def check(texts: list[str], *, formatted: bool = True) -> None:
     assert differences(loaded) == []
     # Saved to a file, the first two lines may not declare an encoding.
     assert not any("coding" in line for line in source.code.splitlines()[:2])
-
-
-@pytest.mark.parametrize("text", CORPUS, ids=range(len(CORPUS)))
-def test_a_hostile_text_everywhere(text: str) -> None:
-    check([text])
 
 
 def test_all_of_them_at_once() -> None:

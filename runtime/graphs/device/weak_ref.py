@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from piecework.codegen.graph.subclasses import taken_apart
+from piecework.codegen.graph.structure import taken_apart
 from piecework.runtime.torch_compat import (
     flatten_tree,
     negative_view,
