@@ -260,20 +260,6 @@ def test_every_address_can_be_checked_at_every_replay() -> None:
 # --- what can't be captured ------------------------------------------------------------------------
 
 
-def refused(function, *args: torch.Tensor) -> StaticGraphError:
-    stitched = piecework.compile(function, args, config=EAGER)
-    with pytest.raises(StaticGraphError) as raised:
-        stitched.capture([2], progress=False)
-    return raised.value
-
-
-def test_a_second_dynamic_dimension_that_the_trace_was_told_no_size_of_is_refused() -> None:
-    x = torch.randn(4, 3)
-    for dim in (0, 1):
-        torch._dynamo.decorators.mark_unbacked(x, dim)
-    assert "beside the batch size" in str(refused(lambda x: fresh(x) + 1, x))
-
-
 def test_a_size_that_the_trace_excludes_is_refused() -> None:
     linear = nn.Linear(8, 8)
     x = torch.randn(4, 8)
@@ -281,13 +267,6 @@ def test_a_size_that_the_trace_excludes_is_refused() -> None:
     stitched = piecework.compile(lambda x: linear(x), (x,), config=EAGER)
     with pytest.raises(ConfigError, match="size 8 can't be captured"):
         stitched.capture([4, 8], progress=False)
-
-
-def test_an_edited_source_runs_uncaptured() -> None:
-    model, stitched = captured([4])
-    stitched.use_edited(stitched.source.code)
-    equal(stitched, model, 3)
-    assert {row.mode for row in stitched.call_report()} == {"NONE"}
 
 
 # --- the command line ------------------------------------------------------------------------------

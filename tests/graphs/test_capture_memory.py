@@ -36,7 +36,7 @@ def buffers(stitched: piecework.StitchedModule) -> dict[str, set[int]]:
     for wrapper in stitched.static_graphs.pieces_for(1):
         for entry in wrapper.concrete_cudagraph_entries.values():
             for copy in entry.call.copies:
-                storage = copy.members[0].static.untyped_storage()
+                storage = copy.static.untyped_storage()
                 found.setdefault(wrapper.name, set()).add(storage.data_ptr())
     return found
 

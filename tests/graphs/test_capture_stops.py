@@ -1,7 +1,8 @@
-"""Stops, failures and budgets of ``capture``, at the level of a Llama; and replay source that does not depend on the process."""
+"""Stops, failures and budgets of ``capture``: what was captured before serves, the rest runs uncaptured."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -19,149 +20,8 @@ SIZES = [1, 2, 4, 8]
 FULL, PIECEWISE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
 
 
-# --- a Llama of transformers -----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def llama():
-    transformers = pytest.importorskip("transformers")
-    from piecework.integrations.transformers import stitch
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
-    prompts = [torch.randint(0, 64, (1, n)) for n in (1, 2, 3, 5, 8, 9)]
-    with torch.no_grad():
-        expected = [model(prompt).logits for prompt in prompts]
-    stitch(model, config=EAGER)
-    return model, prompts, expected
-
-
-def capture(llama, sizes=SIZES, **options):
-    from piecework.integrations.transformers import stitched_module
-    from piecework.integrations.transformers.request.dry import dry_request
-
-    stitched = stitched_module(llama[0])
-    wish = {
-        "progress": False,
-        "estimate": False,
-        "poison": True,
-        "context_for": dry_request,
-        "pad": True,
-    }
-    return stitched.capture(sizes, **{**wish, **options})
-
-
-def require_right(llama) -> None:
-    """Every prompt gives the logits of the model before it was stitched."""
-    model, prompts, expected = llama
-    with torch.no_grad():
-        for prompt, right in zip(prompts, expected, strict=True):
-            torch.testing.assert_close(model(prompt).logits, right, rtol=1e-4, atol=1e-4)
-
-
 def sizes_of(stitched) -> list[int]:
     return sorted(descriptor.num_tokens for _, descriptor in stitched.static_graphs.replays)
-
-
-class StopAfter:
-    """A watcher that interrupts like Ctrl-C."""
-
-    def __init__(self, count: int) -> None:
-        self.left = count
-
-    def started(self, total: int) -> None: ...
-
-    def finished(self, outcome, held_bytes: int) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
-
-    def ended(self) -> None: ...
-
-
-def capture_of(llama):
-    from piecework.integrations.transformers import stitched_module
-
-    return stitched_module(llama[0])
-
-
-def test_an_interrupt_while_replays_are_proved_leaves_the_rest_uncaptured(
-    llama, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, seen = captured_replay.generate_replay, []
-
-    def stops(source, split_gm, facts):
-        seen.append(facts.tokens)
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        return real(source, split_gm, facts)
-
-    monkeypatch.setattr(captured_replay, "generate_replay", stops)
-    with pytest.raises(KeyboardInterrupt):
-        capture(llama)
-    stitched = capture_of(llama)
-    assert seen == [8, 4, 2] and sizes_of(stitched) == [4, 8]
-    modes = {(row.first, row.last): row.descriptor for row in stitched.coverage(8)}
-    assert {each.num_tokens for each in modes.values() if each is not None} == {4, 8}
-    held = {descriptor.num_tokens for _, descriptor in stitched.memory_report().held}
-    assert held == {4, 8}
-    require_right(llama)
-
-
-@pytest.mark.parametrize("policy", list(FailurePolicy))
-def test_a_replay_that_does_not_prove_is_not_served(
-    llama, policy: FailurePolicy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = captured_replay.generate_replay
-
-    def fails(source, split_gm, facts):
-        if facts.tokens == 4:
-            raise EmitError("no proof", where="tokens=4")
-        return real(source, split_gm, facts)
-
-    monkeypatch.setattr(captured_replay, "generate_replay", fails)
-    if policy is FailurePolicy.RAISE:
-        with pytest.raises(EmitError, match="no proof"):
-            capture(llama, on_failure=policy)
-        assert sizes_of(capture_of(llama)) == [8]
-    else:
-        capture(llama, on_failure=policy)
-        assert sizes_of(capture_of(llama)) == [1, 2, 8]
-        [(key, error)] = capture_of(llama).static_graphs.failures.items()
-        assert key[1].num_tokens == 4 and "no proof" in str(error)
-    require_right(llama)
-
-
-def test_a_budget_chooses_sizes_and_memory_stays_in_it(llama) -> None:
-    stitched = capture(llama, estimate=True)
-    whole = stitched.memory_report()
-    assert whole.estimate is not None
-    assert whole.estimate.total == pytest.approx(whole.total, rel=0.1)
-    for share in (0.9, 0.6):
-        budget = int(whole.total * share)
-        stitched = capture(llama, memory_budget=budget)
-        report = stitched.memory_report()
-        assert 0 < report.total <= budget
-        dropped = {descriptor.num_tokens for _, descriptor in report.dropped}
-        assert dropped and dropped.isdisjoint(sizes_of(stitched))
-        assert sorted(dropped | set(sizes_of(stitched))) == SIZES
-        reasons = {row.reason.name for row in stitched.coverage(8)}
-        assert reasons <= {"EXACT", "PADDED", "NOT_CAPTURED"}
-        require_right(llama)
-    stitched = capture(llama, memory_budget=1)
-    assert sizes_of(stitched) == [] and stitched.memory_report().total == 0
-    require_right(llama)
-
-
-# --- failures that name piece and descriptor --------------------------------------------------------
 
 
 @piecework.splitting_op("capture_stops::fresh", rows="independent")
@@ -256,22 +116,60 @@ def test_ctrl_c_may_return_instead_of_raising() -> None:
     served(stitched, model)
 
 
-# --- the same text in every process ----------------------------------------------------------------
+def test_an_interrupt_while_replays_are_proved_leaves_the_rest_uncaptured(monkeypatch) -> None:
+    real, seen = captured_replay.generate_replay, []
 
-PROGRAM = """
-import sys
-sys.path.insert(0, {folder!r})
-from test_capture_modes import compiled
-_, stitched = compiled()
-stitched.capture([2, 8], mode="FULL_AND_PIECEWISE", lora_counts=(1, 3), axes={{"b": (1, 2), "a": (3,)}},
-                 progress=False, estimate=False)
-for (mode, key), replay in stitched.static_graphs.replays.items():
-    print(mode.name, key.describe())
-    print(replay.source.code)
-    print(sorted((name, repr(what)) for name, what in replay.source.held.items()))
-for row in stitched.coverage(9):
-    print(row.kind, row.first, row.last, row.mode.name, row.descriptor)
-"""
+    def stops(source, split_gm, facts):
+        seen.append(facts.tokens)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return real(source, split_gm, facts)
+
+    monkeypatch.setattr(captured_replay, "generate_replay", stops)
+    model, stitched = small()
+    with pytest.raises(KeyboardInterrupt):
+        stitched.capture(SIZES, progress=False)
+    assert seen == [8, 4, 2] and sizes_of(stitched) == [4, 8]
+    held = {descriptor.num_tokens for _, descriptor in stitched.memory_report().held}
+    assert held == {4, 8}
+    served(stitched, model)
+
+
+@pytest.mark.parametrize("policy", list(FailurePolicy))
+def test_a_replay_that_does_not_prove_is_not_served(policy: FailurePolicy, monkeypatch) -> None:
+    real = captured_replay.generate_replay
+
+    def fails(source, split_gm, facts):
+        if facts.tokens == 4:
+            raise EmitError("no proof", where="tokens=4")
+        return real(source, split_gm, facts)
+
+    monkeypatch.setattr(captured_replay, "generate_replay", fails)
+    model, stitched = small()
+    raises = policy is FailurePolicy.RAISE
+    with pytest.raises(EmitError, match="no proof") if raises else nullcontext():
+        stitched.capture(SIZES, on_failure=policy, progress=False)
+    assert sizes_of(stitched) == ([8] if raises else [1, 2, 8])
+    [(key, error)] = stitched.static_graphs.failures.items()
+    assert key[1].num_tokens == 4 and "no proof" in str(error)
+    served(stitched, model)
+
+
+def test_a_budget_chooses_sizes_and_memory_stays_in_it() -> None:
+    model, stitched = small()
+    whole = stitched.capture(SIZES, progress=False).memory_report()
+    assert whole.estimate is not None
+    assert whole.estimate.total == pytest.approx(whole.total, rel=0.1)
+    for share in (0.9, 0.6):
+        budget = int(whole.total * share)
+        report = stitched.capture(SIZES, memory_budget=budget, progress=False).memory_report()
+        assert 0 < report.total <= budget
+        dropped = {descriptor.num_tokens for _, descriptor in report.dropped}
+        assert sorted(dropped | set(sizes_of(stitched))) == SIZES and dropped
+        served(stitched, model)
+    stitched.capture(SIZES, memory_budget=1, progress=False)
+    assert sizes_of(stitched) == [] and stitched.memory_report().total == 0
+    served(stitched, model)
 
 
 def test_what_turns_out_too_expensive_is_given_up_while_capturing(

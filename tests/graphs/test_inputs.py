@@ -69,18 +69,6 @@ def test_staged_equals_padded(case):
     )
 
 
-def test_a_smaller_batch_leaves_nothing_of_the_larger_one():
-    inputs = StaticInputs.allocate(
-        {"x": torch.zeros(1, 2), "positions": torch.zeros(3, 1, dtype=torch.long)},
-        8,
-        [InputSpec("positions", 1, -1)],
-    )
-    inputs.stage([torch.ones(8, 2), torch.ones(3, 8, dtype=torch.long)], 8)
-    x, positions = inputs.stage([torch.full((3, 2), 5.0), torch.full((3, 3), 6)], 4)
-    assert x.tolist() == [[5.0, 5.0]] * 3 + [[0.0, 0.0]]
-    assert positions.tolist() == [[6, 6, 6, -1]] * 3
-
-
 def test_registered_buffers_are_persistent():
     book = AddressBook()
     inputs = StaticInputs.allocate({"x": torch.zeros(2, 1)}, 8, [InputSpec("x", 1)])
@@ -366,35 +354,6 @@ def test_what_the_kernel_can_not_take_goes_the_other_way():
     assert not wide._launcher.fits([torch.zeros(4, dtype=torch.complex128)], (4,))
     staged = wide.stage([torch.ones(2, dtype=torch.complex128)], 3)
     assert staged[0].tolist() == [1, 1, 0]
-
-
-def test_the_kernel_compiles_for_gpus():
-    pytest.importorskip("triton")
-    program = """
-        import triton
-        from triton.backends.compiler import GPUTarget
-        from piecework.runtime.graphs.stage.kernel import SLOTS, _stage
-
-        words = ["*i32", "*i64", "*u8", "*i16"]
-        signature = {f"s{i}": words[i] if i < 4 else words[0] for i in range(SLOTS)}
-        signature |= {"targets": tuple(words), "count": "i32", "padded": "i32"}
-        constants = {"OUTER": (1, 3, 1, 1), "INNER": (1, 1, 64, 7), "PADS": (0, -1, 255, -(2**15)), "BLOCK": 1024}
-        signature |= dict.fromkeys(constants, "constexpr")
-        source = triton.compiler.ASTSource(_stage, signature=signature, constexprs=constants)
-        for capability in (80, 90):
-            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-            assert compiled.asm["cubin"]
-        print("compiled")
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.stdout.strip() == "compiled", done.stderr
 
 
 def test_inputs_that_are_written_to_are_filled_each_time():

@@ -182,21 +182,6 @@ class CUDAGraphWrapper(GraphHolder):
                 every.callback(self.discard, self.runtime_mode, descriptor)
 
 
-def wrap_piece(
-    piece: Callable[..., object],
-    *,
-    is_first: bool,
-    is_last: bool,
-    graphs: StaticGraphs,
-    name: str,
-    config: CompilationConfig | None = None,
-    mutated_args: frozenset[int] = frozenset(),
-) -> CUDAGraphWrapper:
-    """A PIECEWISE wrapper: the first piece collects garbage, the last lets go of its output."""
-    options = CUDAGraphOptions(is_first, not is_first, is_last, mutated_args)
-    return CUDAGraphWrapper(piece, config, CUDAGraphMode.PIECEWISE, options, graphs, name)
-
-
 def wrap_with_cudagraph_if_needed(
     piecewise_backend: Callable[..., object],
     config: CompilationConfig,
@@ -210,12 +195,6 @@ def wrap_with_cudagraph_if_needed(
     """The piece itself, or a PIECEWISE wrapper around it where the mode captures pieces."""
     if not config.cudagraph_mode.requires_piecewise_compilation():
         return piecewise_backend
-    return wrap_piece(
-        piecewise_backend,
-        is_first=is_first_graph,
-        is_last=is_last_graph,
-        graphs=graphs,
-        name=name,
-        config=config,
-        mutated_args=mutated_args,
-    )
+    options = CUDAGraphOptions(is_first_graph, not is_first_graph, is_last_graph, mutated_args)
+    mode = CUDAGraphMode.PIECEWISE
+    return CUDAGraphWrapper(piecewise_backend, config, mode, options, graphs, name)

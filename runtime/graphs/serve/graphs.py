@@ -14,7 +14,6 @@ from types import FunctionType
 import torch
 import torch.fx
 
-from piecework.codegen.graph.origin import value_of
 from piecework.codegen.plan.ir import Origin
 from piecework.codegen.stitch.bind import filename_of
 from piecework.errors import StaticGraphError
@@ -36,7 +35,7 @@ from piecework.runtime.graphs.device.marks import kernels_of
 from piecework.runtime.graphs.memory.addresses import ValueOrigin
 from piecework.runtime.graphs.memory.captured_call import CapturedCall
 from piecework.runtime.graphs.memory.owner import CaptureRecord, StaticGraphs
-from piecework.runtime.graphs.memory.wrapper import CUDAGraphOptions, CUDAGraphWrapper, wrap_piece
+from piecework.runtime.graphs.memory.wrapper import CUDAGraphOptions, CUDAGraphWrapper
 from piecework.runtime.graphs.plan.batch_reader import FixedBatch, batch_shape, passed_inputs
 from piecework.runtime.graphs.plan.captured_values import (
     capture_device,
@@ -119,7 +118,6 @@ class CapturedGraphs:
         self._maker = ReplayMaker(
             self.shape, program, self.weights, self.graphs.address_policy.value
         )
-        self._writes: dict[tuple[str, tuple[int, ...]], frozenset[int]] = {}
         weights = list(self.weights.values())
         kept = [each for inputs in self._inputs.values() for each in inputs.written_outside]
         self.written_weights = self._written_weights()
@@ -176,30 +174,16 @@ class CapturedGraphs:
         """The pieces of one batch range, each captured by itself."""
         if self.partitions is not None:
             return submods  # they hold splitting ops; only the partitions inside are captured
-        source = self._program.source
-        last = len(submods) - 1
-        written = [self._written_by(name) for name in source.submod_names]
-        return [
-            wrap_piece(
-                submod,
-                is_first=index == 0,
-                is_last=index == last,
-                graphs=self.graphs,
-                name=name + (f" of range {number}" if number else ""),
-                mutated_args=written[index],
+        names, made = self._program.source.submod_names, []
+        for index, (submod, name) in enumerate(zip(submods, names, strict=True)):
+            written = written_inputs(self._program.backends[name].compiled_of()[0])
+            is_first, is_last = index == 0, index == len(submods) - 1
+            options = CUDAGraphOptions(is_first, not is_first, is_last, written)
+            name += f" of range {number}" if number else ""
+            made.append(
+                CUDAGraphWrapper(submod, None, CUDAGraphMode.PIECEWISE, options, self.graphs, name)
             )
-            for index, (submod, name) in enumerate(zip(submods, source.submod_names, strict=True))
-        ]
-
-    def _written_by(self, name: str) -> frozenset[int]:
-        """Which arguments a piece writes to; those of one structure that alias alike write alike."""
-        piece, structure = self._program.backends[name].compiled_of()
-        values = map(value_of, piece.graph.find_nodes(op="placeholder"))
-        stores = [torch_compat.storage_id(v) if isinstance(v, torch.Tensor) else -1 for v in values]
-        key = (structure.key, tuple(map(stores.index, stores)))
-        if key not in self._writes:
-            self._writes[key] = written_inputs(piece)
-        return self._writes[key]
+        return made
 
     def _wrap_whole(self, number: int) -> CUDAGraphWrapper:
         """The whole forward of one batch range; the pieces' own wrappers stand aside in it."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.compilers.partitions import Partition
 from piecework.runtime.graphs.memory.owner import StaticGraphs
-from piecework.runtime.graphs.memory.wrapper import CUDAGraphWrapper, wrap_piece
+from piecework.runtime.graphs.memory.wrapper import CUDAGraphOptions, CUDAGraphWrapper
 
 
 class Partitions:
@@ -18,11 +19,13 @@ class Partitions:
         """Capture, replay or run a partition, as the forward context says."""
         wrapper = self.wrappers.get(partition)
         if wrapper is None:
-            wrapper = self.wrappers[partition] = wrap_piece(
+            first, last = partition.index == 0, partition.index == partition.count - 1
+            wrapper = self.wrappers[partition] = CUDAGraphWrapper(
                 partition.run,
-                is_first=partition.index == 0,
-                is_last=partition.index == partition.count - 1,
-                graphs=self._graphs,
-                name=f"partition {partition.index} of {partition.count}",
+                None,
+                CUDAGraphMode.PIECEWISE,
+                CUDAGraphOptions(first, not first, last),
+                self._graphs,
+                f"partition {partition.index} of {partition.count}",
             )
         return wrapper(*values)

@@ -6,7 +6,6 @@ import ast
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import assert_never
 
 import torch
 import torch.fx
@@ -17,7 +16,6 @@ from piecework.codegen.replay.plan import (
     Buffer,
     Frozen,
     Held,
-    HeldBack,
     HeldBuffer,
     HeldInput,
     HeldOutput,
@@ -37,7 +35,6 @@ from piecework.codegen.stitch.source import StitchedSource
 from piecework.runtime.call.profile_names import layer_by_line, named_globals
 from piecework.runtime.graphs.memory.addresses import Placement
 from piecework.runtime.graphs.memory.captured_call import CapturedCall
-from piecework.runtime.graphs.memory.copies import StagedCopy
 from piecework.runtime.graphs.plan.batch_shape import BatchShape
 from piecework.runtime.graphs.plan.captured_values import numbers_of
 from piecework.runtime.pieces.program import Program
@@ -149,7 +146,7 @@ class ReplayMaker:
 def _facts_of(call: CapturedCall) -> PieceFacts:
     if call.graph is None:
         return PieceFacts(eager_reason=call.eager_reason or "it was not captured")
-    buffer_of = {m.leaf: number for number, copy in enumerate(call.copies) for m in copy.members}
+    buffer_of = {copy.leaf: number for number, copy in enumerate(call.copies)}
     reads: list[Read] = []
     for leaf, slot in enumerate(call.slots):
         if leaf in buffer_of:
@@ -158,10 +155,7 @@ def _facts_of(call: CapturedCall) -> PieceFacts:
             reads.append(InPlace(slot.placement, slot.origin.value))
         else:
             reads.append(Frozen(slot.value))
-    buffers = tuple(
-        Buffer(tuple(m.leaf for m in copy.members), copy.window is None, copy.writes_back)
-        for copy in call.copies
-    )
+    buffers = tuple(Buffer((copy.leaf,), True, copy.writes_back) for copy in call.copies)
     return PieceFacts(tuple(reads), buffers, _places_of(call.output))
 
 
@@ -190,23 +184,6 @@ def _bound(
             output = calls[piece].output
             return output if element is None else output[element]  # type: ignore[index]
         case HeldBuffer(piece, buffer):
-            copy = calls[piece].copies[buffer]
-            return copy.members[0].static if copy.window is None else _given(copy, copy.stage)
-        case HeldBack(piece, buffer):
-            copy = calls[piece].copies[buffer]
-            return _given(copy, copy.bring_back)
+            return calls[piece].copies[buffer].static
         case _:
-            assert_never(what)
-
-
-def _given(copy: StagedCopy, act: Callable[[Sequence[object]], None]) -> Callable[..., None]:
-    """``act`` for the argument leaves of ``copy`` alone; the others are not looked at."""
-    leaves = [member.leaf for member in copy.members]
-
-    def run(*values: object) -> None:
-        found: list[object] = [None] * (max(leaves) + 1)
-        for leaf, value in zip(leaves, values, strict=True):
-            found[leaf] = value
-        act(found)
-
-    return run
+            raise AssertionError(f"nothing is bound to {what}")
