@@ -1,4 +1,4 @@
-"""Static graphs: in, callables and batch shapes; out, captures that are replayed. The names below are loaded on first use.
+"""Static graphs: callables captured per batch shape, and replayed; names load on first use.
 
 Importing this package loads nothing else, so that a configuration can name a mode without torch.
 """

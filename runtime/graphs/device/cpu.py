@@ -1,7 +1,7 @@
 """Static graphs without a GPU: the contract of a CUDA graph, kept by running the callable again.
 
-It never adapts to moved inputs or changed contexts: it fails in the ways a CUDA graph fails, so that
-tests find them.
+It never adapts to moved inputs or changed contexts: it fails in the ways a CUDA graph fails, so
+that tests find them.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class CpuGraphPlatform:
 
 
 class CpuGraphPool:
-    """Blocks of output memory; one is free again when the last tensor over it is gone, as on CUDA."""
+    """Blocks of output memory; one is free again when the last tensor over it is gone."""
 
     driver_bytes = 0
 
@@ -178,7 +178,7 @@ class CpuStaticGraph(StaticGraph[CpuGraphPool, _Recording]):
     def _make_static(
         self, leaves: list[object], inputs: Mapping[int, torch.UntypedStorage]
     ) -> tuple[list[object], dict[int, torch.Tensor]]:
-        """Give every new output storage a block; outputs that alias an input stay where they are."""
+        """Give each new output storage a block; what aliases an input stays where it is."""
         static = list(leaves)
         copies: dict[int, torch.Tensor] = {}
         blocks: dict[int, torch.UntypedStorage] = {}
@@ -219,7 +219,7 @@ def _storages(leaves: list[object]) -> dict[int, torch.UntypedStorage]:
 
 @contextmanager
 def _contents_kept(storages: Iterable[torch.UntypedStorage]) -> Iterator[None]:
-    """Undo in-place changes of ``storages``: capturing on CUDA computes nothing, so it must not here."""
+    """Undo in-place changes of ``storages``: capturing on CUDA computes nothing either."""
     saved = [(now := _bytes_of(storage), now.clone()) for storage in storages]
     try:
         yield

@@ -110,7 +110,7 @@ class CudaGraphPool:
         self._open()
 
     def _open(self) -> None:
-        # New memory has a stream of its own, since the workspace of the old one lies in the old memory.
+        # New memory has a new stream, since the workspace of the old one lies in the old memory.
         self.stream = torch_compat.own_stream(self.device)
         with torch.cuda.device(self.device):
             self.handle = torch.cuda.graph_pool_handle()

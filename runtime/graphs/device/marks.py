@@ -1,4 +1,4 @@
-"""Which statement of emitted source kernels are captured for: they carry its name, layer and line."""
+"""Which statement kernels are captured for: they carry its name, layer and line."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ class _Region:
 
 
 class AddressBook:
-    """Which memory stays where it is: weights and buffers for good, captured outputs per descriptor.
+    """Which memory stays where it is: weights, buffers, and captured outputs per descriptor.
 
     Example:
         >>> book = AddressBook()

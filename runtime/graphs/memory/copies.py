@@ -1,4 +1,4 @@
-"""Static stand-ins for tensors that move: buffers that replays read instead of a call's arguments."""
+"""Static stand-ins for tensors that move: replays read them instead of arguments."""
 
 from __future__ import annotations
 

@@ -266,7 +266,7 @@ class _Reader:
         return not self.symbols.isdisjoint(torch_compat.symbols_of(size))
 
     def _written(self) -> frozenset[str]:
-        """The placeholders of arguments that the graph writes to; weights a piece writes to are refused."""
+        """The arguments that the graph writes to; a piece that writes to weights is refused."""
         split_gm, pieces = self.program.split_gm, self.program.source.submod_names
         held = {node.name: each.path for node, each in self.pairs if isinstance(each, Weight)}
         refuse_mutations(mutations_in(split_gm, pieces, held or held_by_source(split_gm)))

@@ -47,13 +47,10 @@ def _is_a(*kinds: type) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, kinds)
 
 
-# What each option must be; those that are not here are checked where they are read.
+_SWITCH = ("True or False", lambda value: type(value) is bool)
+_ANYTHING = ("anything", lambda value: True)  # checked where it is read
+# What each option must be that is no switch.
 _KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(
-        ("raise_interrupt", "clone_outputs", "strict", "poison", "put_back", "check_addresses"),
-        ("True or False", lambda value: type(value) is bool),
-    ),
-    "mark_kernels": ("True or False", lambda value: type(value) is bool),
     **dict.fromkeys(
         ("kind_of", "join", "around", "context_for"), ("a function, or None", _maybe(callable))
     ),
@@ -158,11 +155,13 @@ class CaptureOptions:
         return cls(**options)  # type: ignore[arg-type]
 
     def __post_init__(self) -> None:
-        for name, (says, fits) in _KINDS.items():
-            value = getattr(self, name)
+        for each in fields(self):
+            value = getattr(self, each.name)
+            rest = _SWITCH if type(each.default) is bool else _ANYTHING
+            says, fits = _KINDS.get(each.name, rest)
             if not fits(value):
                 got = reprlib.repr(value)  # a tensor would fill the screen
-                raise ConfigError(f"{name} must be {says}; got {got}", where="capture")
+                raise ConfigError(f"{each.name} must be {says}; got {got}", where="capture")
 
     @property
     def same_as_batch(self) -> frozenset[str]:
@@ -354,7 +353,7 @@ def _sizes(
 def _other_values(
     shape: BatchShape, given: Mapping[str, Sequence[int]]
 ) -> dict[str, tuple[int, ...]]:
-    """The values to capture of each other size, by its first label: those given, or the example's."""
+    """The values to capture of each other size: those given, or the example's."""
     first = {label: each.label for each in shape.others for label in each.labels}
     for label in sorted(set(given) - set(first)):
         raise ConfigError(

@@ -1,9 +1,9 @@
 """Whether batches may be padded to the next captured size, as declared by the caller and tried.
 
 A padded batch computes on rows that are not there, so each row must be computed from its own alone.
-The caller says so with ``pad=True``; without a word, operators of others must say so, none of torch's
-may make one value of all rows, and nothing without rows may be written to. Either way, a small batch
-of random data is run alone and with tails that spread (NaN, huge numbers, others), and compared.
+The caller says so with ``pad=True``; without a word, operators of others must say so, none of
+torch's may make one value of all rows, and nothing without rows may be written to. Either way, a
+small batch of random data is run alone and with tails that spread (NaN, huge numbers), and compared.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class NotPadded:
 
 
 def never_padded(shape: BatchShape) -> str | None:
-    """Which result only a batch of the captured size has, whatever anybody says, if there is one."""
+    """Which result only a batch of the captured size has, if there is one."""
     number = next((n for n, rule in enumerate(shape.results) if rule.computed), None)
     return None if number is None else f"result {number}: its size is computed from the batch size"
 

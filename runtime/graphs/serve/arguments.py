@@ -1,4 +1,4 @@
-"""The arguments of a captured model in persistent buffers, and what graphs wrote to them brought back."""
+"""The arguments of a captured model in persistent buffers, and what graphs wrote there."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class CapturedInputs:
         return [self._kept[n] for n in self._written if n in self._kept]
 
     def views(self, padded: int) -> tuple[torch.Tensor, ...]:
-        """The static tensors of graphs captured for ``padded``, in the order of ``shape.staged``."""
+        """The static tensors of graphs captured for ``padded``, ordered as ``shape.staged``."""
         held = {**dict(zip(self._numbers, self._static.views(padded), strict=True)), **self._fixed}
         return tuple(held[n] for n in range(len(self._staged)))
 
@@ -134,7 +134,7 @@ class CapturedInputs:
         return stage_all
 
     def stage_once(self, padded: int) -> None:
-        """Stage what lies there, a row short where there are several, so that its kernels are loaded."""
+        """Stage what lies there, a row short if there are several, so that kernels are loaded."""
         given = []
         for number, view in enumerate(self.views(padded)):
             dim = self._staged[number].dim
@@ -144,7 +144,7 @@ class CapturedInputs:
         self.stager(padded)(given)
 
     def bringer(self, padded: int) -> Callable[[Tensors, int], None] | None:
-        """What copies written arguments of a batch back into the call's tensors, if there are any."""
+        """What copies written arguments back into the call's tensors, if there are any."""
         if not (self._written and self._copies):
             return None
         views = self.views(padded)

@@ -1,4 +1,4 @@
-"""Which graph serves a call, asked of the dispatcher once per kind of batch; and the counts of calls."""
+"""Which graph serves a call, asked of the dispatcher once per kind of batch; and counts."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class CapturedGraphs:
         self.sizes, self.dispatcher, self.lowered = plan.sizes, plan.dispatcher, plan.lowered
         require_sizes_only(program.split_gm, self._captured_names())
         self._parameters = [node for node, _ in passed_inputs(entry.captured, program)]
-        # The weights and the function of one execution; a change retires these graphs instead of reaching them.
+        # Of one execution; a change retires these graphs instead of reaching them.
         self.forward = entry.execution_fn
         self._telling: FunctionType | None = None
         self.counting = False
@@ -208,7 +208,7 @@ class CapturedGraphs:
         return self._telling(*flat, **submods)
 
     def _written_weights(self) -> tuple[str, ...]:
-        """The paths of the model's tensors that the graph writes, by the schemas of its operators."""
+        """The model's tensors that the graph writes, by the schemas of its operators."""
         split_gm = self._program.split_gm
         nodes = split_gm.graph.find_nodes(op="placeholder")
         pairs = zip(nodes, self._entry.captured.inputs, strict=True)
@@ -305,7 +305,7 @@ class CapturedGraphs:
     def run_uncaptured(
         self, like: BatchDescriptor, tensors: Sequence[torch.Tensor], size: int
     ) -> Sequence[object]:
-        """One forward on tensors of a batch of ``size`` that is otherwise ``like`` a captured one."""
+        """One forward on tensors of a batch of ``size``, otherwise ``like`` a captured one."""
         descriptor = replace(like, num_tokens=size)
         submods = self._as_called(self._program.submod_lists[self._range_of(size)])
         flat = self._flat(tensors, descriptor)
@@ -318,7 +318,7 @@ class CapturedGraphs:
 
     @contextmanager
     def without_traces(self, descriptor: BatchDescriptor) -> Iterator[None]:
-        """Put back, after the block, what one run of a captured size beforehand is seen to write."""
+        """Put back, after the block, what a run of a captured size beforehand wrote."""
         self.run_uncaptured(
             descriptor,
             self.inputs_of(descriptor).views(descriptor.num_tokens),

@@ -1,4 +1,4 @@
-"""One piece, decided per batch size as sizes come: its general code, a compiled size, a captured one."""
+"""One piece, decided per batch size as sizes come: general code, compiled, or captured."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Code = Callable[..., object]
 
 
 class ConcreteSizeEntry(CUDAGraphEntry):
-    """One listed size: what is captured of it, and its code: the general one until it is compiled."""
+    """One listed size: what is captured of it, and its code, the general one at first."""
 
     def __init__(
         self, runtime_shape: int, need_to_compile: bool, use_cudagraph: bool, runnable: Code

@@ -148,13 +148,26 @@ class CapturedModel:
             warmups = max(self._program.config.cudagraph_num_of_warmups, int(on_cuda))
         around = self.options.around or nullcontext
         try:
-            self._require_same_plan(memory_budget, estimate, warmups)
+            measures = estimate or memory_budget is not None
+            how = f"{warmups} warm-ups" + ", an estimate" * measures
+            keys = map(text_of, self._planned())
+            require_agreement(self._program, self.options.runtime, (how, *keys))
             self._settle_padding()
-            if estimate or memory_budget is not None:
-                with around():
-                    self._estimate(warmups, required=memory_budget is not None)
-                if progress is True and self.estimate is not None:
-                    console.print(str(self.estimate), markup=False, highlight=False)
+            if measures:
+                try:
+                    with around():
+                        self.estimate = estimate_memory(
+                            self.captures.dummy,
+                            self.dispatcher.get_capture_descs(),
+                            self.graphs,
+                            warmups=warmups,
+                            context_for=self.captures.context_for,
+                        )
+                except PieceworkError:
+                    if self._raises or memory_budget is not None:
+                        raise
+            if progress is True and self.estimate is not None:
+                console.print(str(self.estimate), markup=False, highlight=False)
             if memory_budget is not None and self.estimate is not None:
                 self.dropped = fit_budget(self.estimate, self.dispatcher, memory_budget)
                 self.dropped += self._keep_in_common()
@@ -184,11 +197,6 @@ class CapturedModel:
         self._keep_in_common()
 
     # Processes that run a model together must pad a batch to the same size, as collectives see it.
-
-    def _require_same_plan(self, memory_budget: int | None, estimate: bool, warmups: int) -> None:
-        keys = [text_of(key) for key in self._planned()]
-        how = f"{warmups} warm-ups" + ", an estimate" * (estimate or memory_budget is not None)
-        require_agreement(self._program, self.options.runtime, (how, *keys))
 
     def _in_common(self, offers: Sequence[str]) -> frozenset[str]:
         return in_common(self._program, self.options.runtime, offers)
@@ -286,21 +294,6 @@ class CapturedModel:
             return False
 
         return fits
-
-    def _estimate(self, warmups: int, *, required: bool) -> None:
-        """Measure what capturing takes; a failure there follows the policy for captures."""
-        descs = self.dispatcher.get_capture_descs()
-        try:
-            self.estimate = estimate_memory(
-                self.captures.dummy,
-                descs,
-                self.graphs,
-                warmups=warmups,
-                context_for=self.captures.context_for,
-            )
-        except PieceworkError:
-            if self._raises or required:
-                raise
 
     def _make_ready(self, captured: Sequence[Key]) -> None:
         """Check and bind what was captured; what a stop or a failure leaves undone is given up."""
@@ -438,7 +431,7 @@ class CapturedModel:
 
     @short_errors
     def coverage(self, max_num_batched_tokens: int | None = None) -> list[CoverageRow]:
-        """How each batch size runs now, by default up to one more than the largest captured size."""
+        """How each batch size runs now, by default up to one more than is captured."""
         low = self.shape.low  # smaller batches are refused where arguments are checked
         rows = coverage(self.dispatcher, max_num_batched_tokens or max(self.sizes) + 1)
         high = max(row.last for row in rows) if self.shape.high is None else self.shape.high

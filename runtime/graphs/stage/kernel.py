@@ -67,7 +67,7 @@ class OneLaunch:
         self._groups = [(n, [_Words(slot) for slot in slots[n : n + SLOTS]]) for n in firsts]
 
     def fits(self, tensors: Sequence[torch.Tensor], counts: tuple[int, ...]) -> bool:
-        """Whether these are of one batch size, dense, on the buffers' device, of 64 bits at most."""
+        """Whether these are of one batch size, dense, on that device, of 64 bits at most."""
         return (
             self._able
             and len(set(counts)) == 1
