@@ -1,7 +1,4 @@
-"""Compiled pieces by submodule and range. In: bytes for each (submodule, range). Out: the same bytes, each kept once, loaded in parallel.
-
-It never unpickles or executes: a loader that the caller gives does.
-"""
+"""Compiled pieces by submodule and range, each distinct one kept once; a loader that the caller gives loads them in parallel."""
 
 from __future__ import annotations
 
@@ -91,11 +88,9 @@ class StandaloneCompiledArtifacts:
     def _digest(self, submod_name: str, range_name: str) -> str:
         digest = self._digests.get((submod_name, range_name))
         if digest is None:
-            ranges = ", ".join(each for submod, each in self._digests if submod == submod_name)
-            known = f"submodules: {', '.join(self.submodule_names()) or 'none'}"
+            known = ", ".join(map(" ".join, self._digests)) or "none"
+            where = f"{submod_name}, {range_name}"
             raise ArtifactError(
-                "there is no such artifact",
-                where=f"{submod_name}, {range_name}",
-                hint=f"ranges of {submod_name}: {ranges}" if ranges else known,
+                "there is no such artifact", where=where, hint=f"there are: {known}"
             )
         return digest

@@ -13,8 +13,9 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from piecework.errors import CacheError
 from piecework.runtime.store.entry import (
@@ -38,10 +39,10 @@ from piecework.runtime.store.files import (
     check_directory,
     read_regular,
     resolve_root,
-    sha256,
 )
 from piecework.runtime.store.manifest import Damaged, Record
 
+T = TypeVar("T")
 # A lock that nobody has taken for so long is nobody's.
 LOCK_AGE_SECONDS = 7 * 24 * 3600.0
 _KEY = re.compile(r"[0-9a-f]{32}")
@@ -158,12 +159,19 @@ def saved_keys(root: str | os.PathLike[str]) -> dict[str, SavedKey]:
     found: dict[str, SavedKey] = {}
     for entry in list_entries(real):
         if entry.identity.key not in found:
-            path = real.joinpath(*entry.identity.parts) / FACTORS_NAME
             with contextlib.suppress(OSError, UnsafeFile, CacheError):
-                factors = KeyFactors.from_json(read_regular(path, MAX_FACTORS_BYTES))
-                if factors.hash == entry.identity.key:
-                    found[factors.hash] = SavedKey(factors, entry.last_used)
+                factors = _factors(real, entry.identity)
+                found[factors.hash] = SavedKey(factors, entry.last_used)
     return found
+
+
+def _factors(real: Path, identity: Identity) -> KeyFactors:
+    """What an entry's key was made of."""
+    path = real.joinpath(*identity.parts) / FACTORS_NAME
+    factors = KeyFactors.from_json(read_regular(path, MAX_FACTORS_BYTES))
+    if factors.hash != identity.key:
+        raise CacheError("its hash is not the name of the entry's directory")
+    return factors
 
 
 def nearest(
@@ -181,47 +189,41 @@ def verify(root: str | os.PathLike[str], hmac_key: bytes | None = None) -> Verif
     """Check every byte of every entry against its index; with ``hmac_key`` indices of signed entries must carry its signature."""
     real = resolve_root(root)
     findings: list[Finding] = []
-    sizes: list[int] = []
     identities = list(_identities(real))
-    for identity in identities:
-        for file, check in _checks(real, identity, hmac_key):
-            try:
-                sizes += check()
-            except Damaged as damage:
-                findings.append(Finding(str(identity), damage.file, damage.reason))
-            except (OSError, UnsafeFile, CacheError) as error:
-                findings.append(Finding(str(identity), file, str(error)))
+    sizes = [size for each in identities for size in _sizes(real, each, hmac_key, findings)]
     return Verification(len(identities), len(sizes), sum(sizes), tuple(findings))
 
 
-def _checks(
-    real: Path, identity: Identity, hmac_key: bytes | None
-) -> Iterator[tuple[str, Callable[[], list[int]]]]:
-    """What there is to check of an entry, by the file that it is about; each gives the sizes of the artifacts that it found right."""
-    directory = real.joinpath(*identity.parts)
-    if not (directory / INDEX_NAME).exists():
-        return  # a writer was killed before it kept anything
-    signed = []
+def _sizes(
+    real: Path, identity: Identity, hmac_key: bytes | None, findings: list[Finding]
+) -> list[int]:
+    """The sizes of an entry's artifacts that are right; what is damaged is added to ``findings``."""
+    if not (real.joinpath(*identity.parts) / INDEX_NAME).exists():
+        return []  # a writer was killed before it kept anything
 
-    def factors() -> list[int]:
-        raw = read_regular(directory / FACTORS_NAME, MAX_FACTORS_BYTES)
-        signed.extend(KeyFactors.from_json(raw).groups.get("signing", ()))
-        if not sha256(raw).startswith(identity.key):
-            raise CacheError("its hash is not the name of the entry's directory")
-        return []
+    def tried(file: str, read: Callable[[], T]) -> T | None:
+        try:
+            return read()
+        except Damaged as damage:
+            findings.append(Finding(str(identity), damage.file, damage.reason))
+        except (OSError, UnsafeFile, CacheError) as error:
+            findings.append(Finding(str(identity), file, str(error)))
+        return None
 
-    yield FACTORS_NAME, factors
+    factors = tried(FACTORS_NAME, lambda: _factors(real, identity))
+    signed = factors is not None and "signing" in factors.groups
     entry = CacheEntry(real, identity, hmac_key=hmac_key if signed else None)
-    records: list[Record] = []
 
-    def index() -> list[int]:
+    def records() -> set[Record]:
         entry.check_directories()
-        records.extend(dict.fromkeys(entry.records().values()))
-        return []
+        return set(entry.records().values())
 
-    yield INDEX_NAME, index
-    for record in records:
-        yield f"{ARTIFACTS_DIRECTORY}/{record.digest}.bin", lambda r=record: [len(entry.read(r))]  # type: ignore[misc]
+    found = sorted(tried(INDEX_NAME, records) or ())
+    return [
+        each.size
+        for each in found
+        if tried(f"{ARTIFACTS_DIRECTORY}/{each.digest}.bin", partial(entry.read, each)) is not None
+    ]
 
 
 # --- less of it --------------------------------------------------------------------------------------

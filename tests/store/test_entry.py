@@ -277,11 +277,7 @@ def test_something_else_in_a_files_place(
 HOSTILE = {
     "call": b"__import__('os').environ.__setitem__('RAN', '1')",
     "deep": b"[" * 1_000_000,
-    "huge integer": b'{"format": ' + b"9" * 100_000 + b"}",
-    "NaN": b'{"format": NaN}',
-    "list": b"[]",
     "surrogate": b'{"checksum": "\\ud800"}',
-    "UTF-16": '{"format": 1}'.encode("utf-16"),
     "another entry": encode({"format": 2, "entry": "x", "pieces": {}}, None),
     "no pieces": encode({"format": 2, "entry": f"{FACTORS.hash}/rank_0_0/backbone"}, None),
     "no digest": encode(
