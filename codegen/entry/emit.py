@@ -25,7 +25,7 @@ from piecework.codegen.entry.plan import (
     FromWeights,
     Packed,
     Passed,
-    leaves_of,
+    parts_of,
     reads_weights,
 )
 from piecework.codegen.plan.ir import Function, Module, Origin, Parameter, Statement
@@ -143,7 +143,8 @@ class _Entry:
         plan, table = self.plan, self.table
         passed = plan.passed if plan.batch is None else (*plan.passed, plan.batch)
         used = {self._origin(each) for each in passed}
-        used |= {table.leaves[leaf] for leaf in leaves_of(plan.result)}
+        returned = (each for each in parts_of(plan.result) if isinstance(each, FromLeaf))
+        used |= {table.leaves[each.index] for each in returned}
         return tuple(name for name in table.unpacked if name in used)
 
     def _origin(self, value: Passed) -> str | None:

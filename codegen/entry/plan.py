@@ -248,19 +248,13 @@ class EntryPlan:
     asks_grad_mode: bool = False
 
 
-def leaves_of(packed: Packed) -> Iterator[int]:
-    """The flattened arguments that a result holds."""
-    if isinstance(packed, FromLeaf):
-        yield packed.index
+def parts_of(packed: Packed) -> Iterator[Packed]:
+    """A result and what it is packed of."""
+    yield packed
     for child in packed.children if isinstance(packed, (FromItems, FromCall)) else ():
-        yield from leaves_of(child)
+        yield from parts_of(child)
 
 
 def reads_weights(plan: EntryPlan) -> bool:
     """Whether a weight is passed or returned that is fetched for every call."""
-
-    def returns(packed: Packed) -> bool:
-        children = packed.children if isinstance(packed, (FromItems, FromCall)) else ()
-        return isinstance(packed, FromWeights) or any(map(returns, children))
-
-    return any(isinstance(each, FromWeights) for each in plan.passed) or returns(plan.result)
+    return any(isinstance(each, FromWeights) for each in (*plan.passed, *parts_of(plan.result)))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.fx
@@ -133,8 +133,7 @@ def _rewrite_user(
             again = graph.node_copy(node)
         user.replace_input_with(node, again)
         return
-    user.args = cast(tuple[Argument, ...], _substitute(user.args, node, tuple(sizes)))
-    user.kwargs = cast(dict[str, Argument], _substitute(user.kwargs, node, tuple(sizes)))
+    _swap(user, node, tuple(sizes))
 
 
 def _takes_sizes(user: torch.fx.Node, node: torch.fx.Node) -> bool:
@@ -154,31 +153,15 @@ def _takes_sizes(user: torch.fx.Node, node: torch.fx.Node) -> bool:
 def _replace_with(graph: torch.fx.Graph, user: torch.fx.Node, size: torch.fx.Node | int) -> None:
     """Put ``size`` wherever ``user`` was used."""
     for each in list(user.users):
-        each.args = cast(tuple[Argument, ...], _swap(each.args, user, size))
-        each.kwargs = {k: cast(Argument, _swap(v, user, size)) for k, v in each.kwargs.items()}
+        _swap(each, user, size)
     graph.erase_node(user)
 
 
-def _swap(value: object, old: torch.fx.Node, new: object) -> Any:
-    return torch.fx.node.map_arg(cast(Any, value), lambda n: cast(Any, new) if n is old else n)
+def _swap(user: torch.fx.Node, old: torch.fx.Node, new: Argument) -> None:
+    """Put ``new`` wherever ``user`` takes ``old``, in any nesting."""
+    user.args = torch.fx.node.map_arg(user.args, lambda n: new if n is old else n)
+    user.kwargs = torch.fx.node.map_arg(user.kwargs, lambda n: new if n is old else n)
 
 
 def _has_node(index: slice) -> bool:
     return any(isinstance(p, torch.fx.Node) for p in (index.start, index.stop, index.step))
-
-
-def _substitute(value: object, node: torch.fx.Node, sizes: tuple[object, ...]) -> object:
-    """``value`` with ``sizes`` wherever ``node`` stood; containers keep their types."""
-    if value is node:
-        return sizes
-    if isinstance(value, tuple):
-        items = tuple(_substitute(item, node, sizes) for item in value)
-        return cast(Any, type(value))(*items) if hasattr(value, "_fields") else items
-    if isinstance(value, list):
-        return [_substitute(item, node, sizes) for item in value]
-    if isinstance(value, dict):
-        return {key: _substitute(item, node, sizes) for key, item in value.items()}
-    if isinstance(value, slice):
-        parts = (value.start, value.stop, value.step)
-        return slice(*(_substitute(part, node, sizes) for part in parts))
-    return value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -867,15 +866,6 @@ def test_work_grows_with_the_number_of_nodes_and_not_faster(
         split_graph(chain(length), [CUT])
         counts.append(looked)
     assert counts[1] < 4.2 * counts[0]
-
-
-@pytest.mark.nightly
-def test_a_hundred_thousand_nodes_split_in_seconds() -> None:
-    gm = chain(100_000)
-    start = time.process_time()
-    _, items = split_graph(gm, [CUT])
-    assert len(items) == 4_001
-    assert time.process_time() - start < 60
 
 
 CALLED_ALIKE = [
