@@ -35,8 +35,7 @@ def size_text(expr: object, names: Mapping[str, str]) -> str:
         's0 // 2 + 1'
     """
     found = _Reader(names).read(expr)
-    text = ast.unparse(found)
-    return f"({text})" if isinstance(found, ast.IfExp) else text
+    return ast.unparse(found)
 
 
 def checked_text(text: str) -> str:
@@ -175,20 +174,9 @@ class _Reader:
         left, right = map(self.read, expr.args)
         return _operation("-", _operation("//", _operation("-", left), right))
 
-    def modular(self, expr: Any) -> ast.expr:
-        base, divisor, modulus = map(self.read, expr.args)
-        return _operation("%", _operation("//", base, divisor), modulus)
-
-    def truncated(self, expr: Any) -> ast.expr:
-        return _call("float", _call("math.trunc", self.read(expr.args[0])))
-
     def logic(self, expr: Any) -> ast.expr:
         word = {"And": "and", "Or": "or"}[type(expr).__name__]
         return _operation(word, *map(self.read, sorted(expr.args, key=str)))
-
-    def choice(self, expr: Any) -> ast.expr:
-        test, yes, no = map(self.read, expr.args)
-        return _operation("if", yes, test, no)
 
 
 def _number(value: float) -> ast.expr:
@@ -197,11 +185,9 @@ def _number(value: float) -> ast.expr:
 
 
 def _operation(sign: str, *operands: ast.expr) -> ast.expr:
-    """Operands with a sign before or between them; of ``if``, the value, the test and the other value."""
+    """Operands with a sign before or between them."""
     first, *rest = operands
     kind = _KINDS[sign]
-    if sign == "if":
-        return ast.IfExp(rest[0], first, rest[1])
     if issubclass(kind, ast.boolop):
         return ast.BoolOp(kind(), list(operands))
     if issubclass(kind, ast.cmpop):
@@ -215,7 +201,7 @@ def _operation(sign: str, *operands: ast.expr) -> ast.expr:
 
 
 _KINDS: dict[str, type[ast.AST]] = {
-    **{"if": ast.IfExp, "and": ast.And, "or": ast.Or, "not": ast.Not},
+    **{"and": ast.And, "or": ast.Or, "not": ast.Not},
     **{"==": ast.Eq, "!=": ast.NotEq, "<": ast.Lt, "<=": ast.LtE, ">": ast.Gt, ">=": ast.GtE},
     **{"+": ast.Add, "-": ast.Sub, "*": ast.Mult, "/": ast.Div, "//": ast.FloorDiv, "%": ast.Mod},
     **{"**": ast.Pow, "<<": ast.LShift, ">>": ast.RShift},
@@ -240,10 +226,7 @@ _READ: dict[str, Callable[[_Reader, Any], ast.expr]] = {
     "Mul": _Reader.product,
     "Identity": _Reader.identity,
     "CeilDiv": _Reader.up,
-    "ModularIndexing": _Reader.modular,
-    "TruncToFloat": _Reader.truncated,
     **dict.fromkeys(("And", "Or"), _Reader.logic),
-    "Where": _Reader.choice,
 }
 # What is written as a call, with the arguments as they are.
 _CALLS = {
@@ -255,19 +238,12 @@ _CALLS = {
     "Abs": "abs",
     "Max": "max",
     "Min": "min",
-    **{
-        f"OpaqueUnaryFn_{name}": f"math.{name}"
-        for name in (
-            *("sqrt", "cos", "cosh", "sin", "sinh", "tan", "tanh", "asin", "acos", "atan"),
-            *("exp", "log", "asinh", "log2"),
-        )
-    },
+    **{f"OpaqueUnaryFn_{name}": f"math.{name}" for name in ("sqrt", "exp", "log", "log2")},
 }
 # Where some of those have a value at all.
 _DOMAIN = {
     "sqrt": "{} >= 0",
     **dict.fromkeys(("log", "log2"), "{} > 0"),
-    **dict.fromkeys(("asin", "acos"), "-1 <= {} <= 1"),
 }
 # What is written with a sign before or between its operands.
 _SIGNS = {
