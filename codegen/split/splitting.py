@@ -103,18 +103,6 @@ def _written(function: object) -> str:
     return f"torch.{short}" if getattr(torch, short, None) is function else name
 
 
-def methods_called(graph: torch.fx.Graph) -> set[str]:
-    """The methods of tensors that ``graph`` calls, which no splitting op is."""
-    return {str(node.target) for node in graph.nodes if node.op == "call_method"}
-
-
-def functions_called(graph: torch.fx.Graph) -> dict[str, str]:
-    """The functions of Python that ``graph`` calls: their own names, and how code writes them."""
-    called = (node.target for node in graph.nodes if node.op == "call_function")
-    plain = (each for each in called if operator_name(each) is None)
-    return {_written(each).rpartition(".")[2]: _written(each) for each in plain}
-
-
 def operator_name(target: object) -> str | None:
     """``ns::op`` of an operator or a packet of overloads; None for any other callable."""
     if isinstance(target, OpOverload):

@@ -105,18 +105,16 @@ def require_positive_sizes(sizes: Iterable[int]) -> tuple[int, ...]:
     """``sizes`` ascending, each once.
 
     Raises:
-        ConfigError: some are no positive whole numbers, or some are too large; all of these are named.
+        ConfigError: some are no positive whole numbers, or too large; all of these are named.
     """
     given = [_plain(size) for size in sizes]
-    for must, wrong in (
-        ("be positive whole numbers", [n for n in given if type(n) is not int or n < 1]),
-        (f"be at most {LARGEST:,}", [n for n in given if type(n) is int and n > LARGEST]),
-    ):
-        if wrong:
-            raise ConfigError(
-                f"capture sizes must {must}, not {', '.join(map(repr, wrong))}",
-                where="cudagraph_capture_sizes",
-            )
+    wrong = [n for n in given if type(n) is not int or not 0 < n <= LARGEST]
+    if wrong:
+        raise ConfigError(
+            f"capture sizes must be positive whole numbers, not {', '.join(map(repr, wrong))}",
+            where="cudagraph_capture_sizes",
+            hint=f"they go up to {LARGEST:,}",
+        )
     return tuple(sorted(set(given)))
 
 

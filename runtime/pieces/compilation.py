@@ -20,12 +20,7 @@ from piecework.codegen.graph.origin import SymbolNames, value_of
 from piecework.codegen.graph.structure import Structure
 from piecework.codegen.split.split import SplittingOp as SplittingOpLike
 from piecework.codegen.split.split import SplittingOps
-from piecework.codegen.split.splitting import (
-    functions_called,
-    methods_called,
-    operator_name,
-    recurrent_layers,
-)
+from piecework.codegen.split.splitting import operator_name, recurrent_layers
 from piecework.errors import ConfigError, SplitError, did_you_mean, tell
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.unbacked import EverySize
@@ -273,21 +268,12 @@ class Compilation:
         require_registered(ops)
         missing = SplittingOps(ops).missing_from(self.graph.graph)
         if missing and self.trace is not Trace.ANOTHER:
-            methods = methods_called(self.graph.graph)
-            named = set(map(_short_name, missing))
-            called = sorted(named & methods)
-            functions = functions_called(self.graph.graph)
-            written = [functions[name] for name in sorted(named) if name in functions]
-            hint = "check the spelling, or leave them out; a graph calls what the model's code calls (torch.sin, not aten::sin)"
-            if written:
-                hint = f"the model's code calls {', '.join(written)}: name that function, without quotes, as in splitting_ops=[{written[0]}]"
-            elif called:
-                hint = f"the model's code calls it as a method of a tensor: write torch.{called[0]}(x, …) there in place of x.{called[0]}(…), and name torch.{called[0]}"
             tell(
                 SplitError(
                     f"splitting ops that are named and not in the graph: {', '.join(missing)}",
                     where=self.name,
-                    hint=hint,
+                    hint="check the spelling, or leave them out; a graph calls what the model's "
+                    "code calls: torch.sin without quotes, not aten::sin, and no method of a tensor",
                 ),
                 strict=self.config.strict,
             )
@@ -424,12 +410,6 @@ def _batch_of(graph: torch.fx.GraphModule, place: tuple[str, int] | None) -> Bat
             if (node.name, here[1]) == place or (place is None and known is not None):
                 return Batch(known, here)
     return Batch() if place is None else _batch_of(graph, None)
-
-
-def _short_name(name: str) -> str:
-    """``sin`` of ``aten::sin``, ``aten::sin.default``, ``torch.sin`` and ``TensorBase.sin``."""
-    namespace, _, op = name.rpartition("::")
-    return op.partition(".")[0] if namespace else op.rpartition(".")[2]
 
 
 def _op_name(op: object) -> str:

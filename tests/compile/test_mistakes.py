@@ -420,7 +420,7 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         ),
         SplitError,
         "not in the graph: torch.topk",
-        "write torch.topk(x, …) there in place of x.topk(…)",
+        "no method of a tensor",
     ),
     # --- forwards that can't be traced
     (
@@ -586,7 +586,7 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
     (lambda: stitched().capture([]), ConfigError, "no batch size to capture", ""),
     (lambda: stitched().capture([0]), ConfigError, "positive whole numbers, not 0", ""),
     (lambda: stitched().capture([-1]), ConfigError, "positive whole numbers, not -1", ""),
-    (lambda: stitched().capture([10**9]), ConfigError, "at most 16,777,216, not 1000000000", ""),
+    (lambda: stitched().capture([10**9]), ConfigError, "not 1000000000", "up to 16,777,216"),
     (lambda: stitched().capture([1.5]), ConfigError, "positive whole numbers, not 1.5", ""),
     (lambda: stitched().capture([True]), ConfigError, "positive whole numbers, not True", ""),
     (lambda: stitched().capture([4, "8"]), ConfigError, "positive whole numbers, not '8'", ""),
@@ -875,7 +875,7 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         "did you mean num_inductor_compiles?",
     ),
     *(
-        (lambda op=op: strict_cut(op), SplitError, "not in the graph", "name that function")
+        (lambda op=op: strict_cut(op), SplitError, "not in the graph", "without quotes")
         for op in (torch.Tensor.sin, "aten::sin", "aten::sin.default", torch.ops.aten.sin)
     ),
     # --- tensors of other kinds

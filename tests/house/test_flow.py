@@ -12,7 +12,7 @@ from torch import nn
 import piecework
 
 ROOT = os.path.dirname(piecework.__file__) + os.sep
-DEPTH, FILES = 13, 116
+DEPTH, FILES = 13, 113
 
 
 @piecework.splitting_op("flow::mix")
