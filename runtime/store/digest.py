@@ -1,8 +1,8 @@
-"""The digest of Python values and code. In: data, a function, a class, an object, an operator. Out: plain JSON data that is equal in any process exactly where they are.
+"""One digest of Python values and of code: equal in any process where they are equal.
 
-Each value is written with its exact type, so that ``True``, ``1``, ``1.0`` and ``"1"`` differ. Code counts by what it runs (instructions, constants, names) and by
-all that it reaches by name, not by its text, file or place; what an installed library brings counts by the library's version. An object counts by what it
-gives for pickling, or by its method ``uuid()``. What has no stable form is an error.
+Values are written with their exact types, so that ``True``, ``1``, ``1.0`` and ``"1"`` differ. Code counts by what it runs
+and by all that it reaches by name, not by its text or place; what an installed library brings, by the library's version;
+an object by what it gives for pickling, or by its method ``uuid()``. What has no stable form is an error.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ import functools
 import hashlib
 import importlib.util
 import json
-import math
 import os
-import struct
 import sys
 import sysconfig
 import types
@@ -79,7 +77,7 @@ class _Reader:
         if self._read > _MAX_VALUES:
             raise self.unknown("it reaches too much to have a stable form")
         kind = type(value)
-        if value is None or kind is bool:
+        if value is None or kind in (bool, float, int, str):
             return value
         if kind in _PLAIN:
             return _PLAIN[kind](value)
@@ -294,29 +292,8 @@ class _Reader:
 # --- kinds -------------------------------------------------------------------------------------------
 
 
-def _float(value: float) -> Any:
-    return value if math.isfinite(value) else {"float": struct.pack(">d", value).hex()}
-
-
-def _int(value: int) -> Any:
-    return value if -(2**63) <= value < 2**63 else {"int": hex(value)}
-
-
-def _str(value: str) -> Any:
-    try:
-        value.encode()
-    except (
-        UnicodeEncodeError
-    ):  # JSON would write two lone surrogates as the character that they spell
-        return {"str": value.encode("utf-32-be", "surrogatepass").hex()}
-    return value
-
-
 _PLAIN: dict[type, Callable[[Any], Any]] = {
-    float: _float,
-    int: _int,
-    str: _str,
-    complex: lambda value: {"complex": [_float(value.real), _float(value.imag)]},
+    complex: lambda value: {"complex": repr(value)},
     bytes: lambda value: {"bytes": value.hex()},
     type(...): lambda value: {"constant": "..."},
     type(NotImplemented): lambda value: {"constant": "NotImplemented"},
@@ -363,25 +340,16 @@ def _listed(part: Any) -> Any:
     return list(part) if hasattr(part, "__next__") else part
 
 
-# What Python itself puts into a class: derived from the rest, or read on its own.
-_DERIVED = frozenset(
-    {
-        *("__dict__", "__weakref__", "__module__", "__qualname__", "__annotations__", "__doc__"),
-        *("__abstractmethods__", "_abc_impl", "__orig_bases__", "__parameters__", "__hash__"),
-        *("__static_attributes__", "__firstlineno__", "__annotate__", "__annotate_func__"),
-        *("__annotations_cache__", "__dataclass_params__", "__dataclass_fields__"),
-        *("__subclasshook__", "__slotnames__"),
-    }
-)
-
-
 def _body(kind: type, members: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """What a class holds, less what Python itself puts there, and an enumeration's members."""
+    of_enum = issubclass(kind, enum.Enum)
     for name, value in list(vars(kind).items()):
+        pythons = name.startswith("__") or name in ("_abc_impl", *members)
         function = isinstance(value, types.FunctionType)
-        of_enum = issubclass(kind, enum.Enum) and name.startswith("_")
-        if (function and not (of_enum and value.__module__ == "enum")) or (
-            name not in _DERIVED and name not in members and not of_enum
-        ):
+        enums = of_enum and (
+            getattr(value, "__module__", "") == "enum" if function else name[0] == "_"
+        )
+        if (callable(value) or not pythons) and name not in members and not enums:
             yield name, value
 
 
