@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from piecework.runtime.bundle import Manifest
     from piecework.runtime.config.compilation import CompilationConfig
     from piecework.runtime.stitched import StitchedModule
-
-T = TypeVar("T")
 
 ModelArgument = Annotated[
     str,
@@ -52,16 +49,17 @@ def compile_command(
         from piecework.integrations.loading import load_model
         from piecework.runtime import bundle
 
-        out = console()
+        out = console(quiet=as_json)
         bundle.check_output(output)
         config = configuration(config_file, overrides, backend=backend, dump=dump)
         if dump is not None and output.absolute() in (dump.absolute(), *dump.absolute().parents):
             raise UsageError(
                 "--dump names the folder of -o", hint="name another one for the stages"
             )
-        loaded = run_step(out, as_json, f"Loading {model}", lambda: load_model(model, seed=seed))
-        text = f"Compiling with {config.backend}"
-        stitched = run_compile_step(out, as_json, text, lambda: loaded.stitch(config))
+        with step(out, f"Loading {model}"):
+            loaded = load_model(model, seed=seed)
+        with compile_step(out, f"Compiling with {config.backend}"):
+            stitched = loaded.stitch(config)
         manifest = bundle.save(
             output,
             stitched,
@@ -71,7 +69,7 @@ def compile_command(
             config_text=loaded.config_text if not Path(model).is_dir() else None,
         )
         unsaved = _save_artifact(output, loaded, stitched)
-        if unsaved and not as_json:
+        if unsaved:
             out.print(f"run will compile again: {unsaved}", markup=False)
         if as_json:
             print(json.dumps(asdict(manifest)))
@@ -137,18 +135,20 @@ def run(
         from piecework.integrations.protocol import compare
         from piecework.runtime import bundle
 
-        out = console()
+        out = console(quiet=as_json)
         manifest = bundle.read_manifest(directory)
         code = bundle.read_source(directory, manifest, edited=edited)
         config = configuration(config_file, overrides, dump=dump, base=manifest.config)
         loaded = reload_model(directory, manifest)
-        reference = run_step(out, as_json, "Running eagerly", lambda: loaded.run(tokens))
-        stitched = warm_or_compiled(directory, manifest, loaded, config, out, as_json)
+        with step(out, "Running eagerly"):
+            reference = loaded.run(tokens)
+        stitched = warm_or_compiled(directory, manifest, loaded, config, out)
         generated = stitched.source.code
         changes = _use_edited(stitched, code) if edited else None
-        if changes is not None and not as_json:
+        if changes is not None:
             out.print(*changes["lines"], sep="\n", markup=False)
-        ours = run_step(out, as_json, "Running", lambda: loaded.run(tokens, stitched))
+        with step(out, "Running"):
+            ours = loaded.run(tokens, stitched)
         result = compare(reference, ours)
         report = {
             "same_source": generated == code,
@@ -189,12 +189,13 @@ def verify(
         from piecework.runtime.config.compilation import CompilationConfig
         from piecework.runtime.pieces.report import counted
 
-        out = console()
+        out = console(quiet=as_json)
         manifest = bundle.read_manifest(directory)
         code = bundle.read_source(directory, manifest, edited=True)
         config = CompilationConfig(**{**manifest.config, "backend": "eager"})
         loaded = reload_model(directory, manifest)
-        stitched = run_step(out, as_json, "Capturing", lambda: loaded.stitch(config))
+        with step(out, "Capturing"):
+            stitched = loaded.stitch(config)
         try:
             proof = prove(stitched.source, stitched.split_gm, edited=code)
         except EmitError as error:
@@ -220,21 +221,6 @@ def verify(
                 out.print("what pieces computed can't be told: the source has no digests of them")
     if changed or not report["proved"]:
         raise typer.Exit(DIFFERS)
-
-
-def run_step(out: Console, quiet: bool, text: str, work: Callable[[], T]) -> T:
-    if quiet:
-        return work()
-    with step(out, text):
-        return work()
-
-
-def run_compile_step(out: Console, quiet: bool, text: str, work: Callable[[], T]) -> T:
-    """As `run_step`, for a step that compiles."""
-    if quiet:
-        return work()
-    with compile_step(out, text):
-        return work()
 
 
 def reload_model(directory: Path, manifest: Manifest) -> LoadedModel:
@@ -266,7 +252,6 @@ def warm_or_compiled(
     loaded: LoadedModel,
     config: CompilationConfig,
     out: Console,
-    quiet: bool,
 ) -> StitchedModule:
     """The model stitched by the folder's artifact, or compiled again where there is none that fits or other settings are wanted, which is said."""
     from piecework.errors import ArtifactError
@@ -281,9 +266,9 @@ def warm_or_compiled(
             return loaded.warm(directory / bundle.ARTIFACT)
         except ArtifactError as error:
             why = str(error)
-    if not quiet:
-        out.print(f"compiling again: {why}", markup=False)
-    return run_compile_step(out, quiet, "Compiling", lambda: loaded.stitch(config))
+    out.print(f"compiling again: {why}", markup=False)
+    with compile_step(out, "Compiling"):
+        return loaded.stitch(config)
 
 
 def _use_edited(stitched: StitchedModule, code: str) -> dict[str, object]:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from piecework.cli.bundles import AsJson, FolderArgument, reload_model, run_step, warm_or_compiled
-from piecework.cli.console import console, typed_errors
+from piecework.cli.bundles import AsJson, FolderArgument, reload_model, warm_or_compiled
+from piecework.cli.console import console, step, typed_errors
 from piecework.cli.options import ConfigFile, DumpFolder, Overrides, configuration
 from piecework.errors import UsageError
 
@@ -54,31 +54,26 @@ def coverage(
             )
         CUDAGraphMode.parse(mode)
         AddressPolicy.parse(policy)
-        out = console()
+        out = console(quiet=as_json)
         manifest = bundle.read_manifest(directory)
         config = configuration(config_file, overrides, dump=dump, base=manifest.config)
         loaded = reload_model(directory, manifest)
         context = loaded.dry_context()
-        stitched = warm_or_compiled(directory, manifest, loaded, config, out, as_json)
-        run_step(
-            out,
-            as_json,
-            "Capturing",
-            lambda: stitched.capture(
+        stitched = warm_or_compiled(directory, manifest, loaded, config, out)
+        with step(out, "Capturing"):
+            stitched.capture(
                 chosen,
                 mode=mode,
                 memory_budget=budget,
                 progress=False,
                 address_policy=policy,
                 context_for=context,
-                pad=(
-                    None if context is None else True
-                ),  # what an integration serves by requests, it pads
+                pad=None if context is None else True,  # what is served by requests is padded
                 other_sizes=loaded.other_sizes,
-            ),
-        )
+            )
         if tokens:
-            run_step(out, as_json, "Running", lambda: loaded.run(tokens, stitched))
+            with step(out, "Running"):
+                loaded.run(tokens, stitched)
         rows, memory = stitched.coverage(maximum), stitched.memory_report()
         calls = stitched.call_report()
         if as_json:

@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from piecework.cli.options import Overrides, read_configuration
 from piecework.errors import ConfigError
@@ -197,22 +194,9 @@ def _problems(error: ConfigError) -> list[dict[str, str]]:
 
 
 def _print_fields(model: type[FrozenModel]) -> None:
-    """A table on a terminal, one line a field elsewhere."""
-    console = Console()
-    rows = [
-        (row.name, row.default, row.role, row.description.replace("`", ""))
-        for row in field_rows(model)
-    ]
-    if not console.is_terminal:
-        for name, default, role, meaning in rows:
-            typer.echo(f"{name} (default {default}; in cache key: {role}): {meaning}")
-        return
-    table = Table(box=None, pad_edge=False)
-    for title in ("field", "default", "in cache key", "meaning"):
-        table.add_column(title, overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console.print(table)
+    for row in field_rows(model):
+        meaning = row.description.replace("`", "")
+        typer.echo(f"{row.name} (default {row.default}; in cache key: {row.role}): {meaning}")
 
 
 def _print_json(data: object) -> None:

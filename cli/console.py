@@ -20,9 +20,9 @@ from piecework.errors import PieceworkError
 DONE, DIFFERS, MISUSE = 0, 1, 2
 
 
-def console() -> Console:
-    """A console on standard output; it wraps nothing where the output is not a terminal."""
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+def console(*, quiet: bool = False) -> Console:
+    """A console on standard output, or one that prints nothing; it wraps nothing where the output is not a terminal."""
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty(), quiet=quiet)
 
 
 @contextmanager
@@ -69,14 +69,15 @@ def step(out: Console, text: str) -> Iterator[None]:
 
 @contextmanager
 def compile_step(out: Console, text: str) -> Iterator[None]:
-    """Announce a step that compiles: on a terminal a spinner while the model is traced, then, on standard error, the pieces as they are done."""
-    if not out.is_terminal:
-        out.print(text, markup=False)
-        with compile_progress():
-            yield
-        return
-    with out.status(text) as spinner, compile_progress(spinner):
+    """Announce a step that compiles: a spinner while the model is traced, then, on standard error, a bar of pieces as they are done."""
+    if out.quiet:
         yield
+    elif not out.is_terminal:
+        with step(out, text), compile_progress():
+            yield
+    else:
+        with out.status(text) as spinner, compile_progress(spinner):
+            yield
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from piecework.cli.bundles import reload_model, run_compile_step, run_step, warm_or_compiled
+from piecework.cli.bundles import reload_model, warm_or_compiled
 from piecework.cli.capture import parse_sizes
-from piecework.cli.console import console, typed_errors
+from piecework.cli.console import compile_step, console, step, typed_errors
 from piecework.cli.options import Backend, ConfigFile, Overrides, configuration
 from piecework.errors import UsageError
 from piecework.integrations.loading import require_model
@@ -114,21 +114,18 @@ def serve(
         tokenizer = tokenizer_of(_weights(folder, manifest))
 
         def load() -> LoadedModel:
-            return reload_model(folder, manifest) if manifest else load_model(model)
+            with step(out, f"Loading {model}"):
+                return reload_model(folder, manifest) if manifest else load_model(model)
 
         batching = ContinuousBatchingConfig(**limits) if continuous_batching else None
         waiting: list[LoadedModel] = []
 
         def make() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-            loaded = waiting.pop() if waiting else run_step(out, False, f"Loading {model}", load)
+            loaded = waiting.pop() if waiting else load()
             module = loaded.module.to(device)  # type: ignore[attr-defined]
             traced = counters.num_graphs_seen
-            run_compile_step(
-                out,
-                False,
-                f"Stitching with {config.backend}",
-                lambda: stitch(module, config=config, capture=sizes, artifact=artifact),
-            )
+            with compile_step(out, f"Stitching with {config.backend}"):
+                stitch(module, config=config, capture=sizes, artifact=artifact)
             if artifact is not None:
                 loaded_it = counters.num_graphs_seen == traced
                 out.print(
@@ -138,7 +135,7 @@ def serve(
             return module, tokenizer
 
         with bound_socket(host, port) as listener:
-            waiting.append(run_step(out, False, f"Loading {model}", load))
+            waiting.append(load())
             if not isinstance(waiting[0], CausalLM):
                 asked = {"--capture": sizes, "--artifact": artifact and not manifest}
                 _refuse_for_encoders(asked | {"--continuous-batching": continuous_batching})
@@ -173,9 +170,9 @@ def _stitched_encoder(
 ) -> StitchedModule:
     loaded.module.to(device)  # type: ignore[attr-defined]
     if manifest is not None:
-        return warm_or_compiled(folder, manifest, loaded, config, out, False)
-    text = f"Compiling with {config.backend}"
-    return run_compile_step(out, False, text, lambda: loaded.stitch(config))
+        return warm_or_compiled(folder, manifest, loaded, config, out)
+    with compile_step(out, f"Compiling with {config.backend}"):
+        return loaded.stitch(config)
 
 
 def _weights(folder: Path, manifest: Manifest | None) -> Path:

@@ -11,12 +11,10 @@ import typer
 from piecework.cli.bundles import (
     AsJson,
     reload_model,
-    run_compile_step,
-    run_step,
     warm_or_compiled,
 )
 from piecework.cli.capture import parse_sizes
-from piecework.cli.console import console, typed_errors
+from piecework.cli.console import compile_step, console, step, typed_errors
 from piecework.cli.options import Backend, ConfigFile, Overrides, configuration
 from piecework.integrations.loading import require_model
 
@@ -61,30 +59,18 @@ def trace(
 
         require_writable(output)
         chosen = parse_sizes(sizes)
-        out = console()
-        loaded, stitched = _stitched(model, seed, backend, config_file, overrides, out, as_json)
+        out = console(quiet=as_json)
+        loaded, stitched = _stitched(model, seed, backend, config_file, overrides, out)
         if chosen:
-            text = f"Capturing for {', '.join(map(str, chosen))}"
             around = loaded.dry_context()
-            run_step(
-                out,
-                as_json,
-                text,
-                lambda: stitched.capture(
-                    chosen, progress=False, context_for=around, pad=None if around is None else True
-                ),
-            )
-        run_step(out, as_json, "Warming up", lambda: loaded.run(tokens, stitched))
-        found = run_step(
-            out,
-            as_json,
-            "Tracing",
-            lambda: write_trace(
-                output,
-                lambda: loaded.run(tokens, stitched),
-                [each.named_pieces() for each in loaded.modules(stitched)],
-            ),
-        )
+            pad = None if around is None else True
+            with step(out, f"Capturing for {', '.join(map(str, chosen))}"):
+                stitched.capture(chosen, progress=False, context_for=around, pad=pad)
+        with step(out, "Warming up"):
+            loaded.run(tokens, stitched)
+        with step(out, "Tracing"):
+            names = [each.named_pieces() for each in loaded.modules(stitched)]
+            found = write_trace(output, lambda: loaded.run(tokens, stitched), names)
         named = _named(loaded.modules(stitched), found)
         if as_json:
             print(json.dumps({"trace": str(output), "ranges": named}))
@@ -101,7 +87,6 @@ def _stitched(
     config_file: Path | None,
     overrides: list[str] | None,
     out: Console,
-    quiet: bool,
 ) -> tuple[LoadedModel, StitchedModule]:
     """The model and its stitched form; by what was compiled, where ``model`` is a folder of `piecework compile` and nothing else is asked for."""
     from piecework.integrations.loading import load_model
@@ -112,11 +97,12 @@ def _stitched(
         manifest = bundle.read_manifest(folder)
         config = configuration(config_file, overrides, backend=backend, base=manifest.config)
         loaded = reload_model(folder, manifest)
-        return loaded, warm_or_compiled(folder, manifest, loaded, config, out, quiet)
+        return loaded, warm_or_compiled(folder, manifest, loaded, config, out)
     config = configuration(config_file, overrides, backend=backend)
-    loaded = run_step(out, quiet, f"Loading {model}", lambda: load_model(model, seed=seed))
-    text = f"Compiling with {config.backend}"
-    return loaded, run_compile_step(out, quiet, text, lambda: loaded.stitch(config))
+    with step(out, f"Loading {model}"):
+        loaded = load_model(model, seed=seed)
+    with compile_step(out, f"Compiling with {config.backend}"):
+        return loaded, loaded.stitch(config)
 
 
 def _named(modules: Sequence[StitchedModule], found: Counter[str]) -> dict[str, int]:

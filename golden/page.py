@@ -25,7 +25,7 @@ from piecework.runtime.observe.highlight import line_html, token_styles
 
 TEMPLATE = "golden_report.html.jinja"
 
-_WORD = re.compile(r"\w+|\s+|[^\w\s]")
+_WORD = re.compile(r"\d+\.\d+|\w+|\s+|[^\w\s]")
 _CONTEXT = 3
 _ALIKE = 0.45  # of the words of two lines, so that they stand beside each other
 _ROW_MARKS = {"added": "+", "removed": "-", "changed": "~", "joined": "⇉", "same": ""}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.fx
 
@@ -26,7 +26,7 @@ class EditedSource:
         difference: the first difference from the graph, when there is no proof.
     """
 
-    code: str
+    code: str = field(repr=False)
     proof: Proof | None
     difference: str | None
 
