@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from models import EAGER, Block, fresh, mix_pair
 from torch import nn
 from typer.testing import CliRunner
@@ -97,21 +95,6 @@ def test_every_size_gives_the_results_of_the_model_under_poisoned_padding(policy
     assert sizes_of(stitched) == SIZES
     for n in [*range(2, 11), 3, 8, 2]:
         equal(stitched, model, n)
-
-
-@settings(deadline=None, max_examples=10)
-@given(
-    st.sets(st.integers(2, 9), min_size=1, max_size=3),
-    st.lists(st.integers(2, 11), min_size=1, max_size=6),
-)
-def test_any_sizes_serve_any_batches(sizes: set[int], batches: list[int]) -> None:
-    model, stitched = _SHARED
-    stitched.capture(sizes, progress=False, estimate=False, poison=True)
-    for n in batches:
-        equal(stitched, model, n)
-
-
-_SHARED = compiled()
 
 
 def test_replays_run_and_not_the_pieces() -> None:
@@ -227,9 +210,6 @@ def test_rebinding_the_same_weights_keeps_the_graphs() -> None:
     equal(stitched, model, 2)
 
 
-# --- stops and failures ----------------------------------------------------------------------------
-
-
 # --- reports ---------------------------------------------------------------------------------------
 
 
@@ -249,12 +229,6 @@ def test_strict_refuses_a_silent_fall_back() -> None:
     stitched.static_graphs.release()
     with pytest.raises(StaticGraphError, match="not captured"):
         stitched(*batch(3))
-
-
-def test_every_address_can_be_checked_at_every_replay() -> None:
-    model, stitched = captured([4], check_addresses=True)
-    for n in (2, 4, 3):
-        equal(stitched, model, n)
 
 
 # --- what can't be captured ------------------------------------------------------------------------

@@ -95,16 +95,6 @@ def test_outputs_that_overlap_still_overlap(platform, pool, ramp):
     assert turned.tolist() == [[1.0, 3.0], [2.0, 4.0]]
 
 
-def test_inputs_may_be_strided_offset_and_overlapping(platform, pool, ramp):
-    base = ramp(24)
-    a, b, c = base.view(4, 6).t(), base[3:9], base[:1].expand(6)
-    graph, out = captured(platform, pool, lambda a, b, c: a[:, 0] + b + c, a, b, c)
-    base.copy_(ramp(24) * 2)
-    graph.replay()
-    platform.synchronize()
-    assert torch.equal(out, a[:, 0] + b + c)
-
-
 @pytest.mark.parametrize("weak", [False, True])
 def test_outputs_may_be_any_tree(platform, pool, ramp, weak):
     def tree(x):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.fx
 
-from piecework.errors import InputError, StaticGraphError
+from piecework.errors import InputError
 from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.graphs.memory.owner import StaticGraphs
@@ -113,15 +113,6 @@ def test_a_size_that_is_both_is_compiled_then_captured(make):
     assert case.log[:3] == ["general", "compile 4", "size 4"]
     assert "general" not in case.log[1:]
     assert len(case.graphs.records) == 1
-
-
-def test_a_closed_phase_is_an_error(make):
-    case = make(lazy=False, capture_sizes=[4])
-    case.run(4)
-    with pytest.raises(
-        StaticGraphError, match=r"outside the capture phase \(piece 0, PIECEWISE tokens=4\)"
-    ):
-        case.run(4)
 
 
 def test_clearing_starts_the_captures_over(make):
