@@ -217,11 +217,8 @@ def test_a_mode_that_compiles_nothing_has_no_artifact(tmp_path: Path) -> None:
         stitch(build(), config={"mode": "NONE"}, artifact=tmp_path / "a")
 
 
-def test_a_loaded_model_is_saved_again(artifact: Path, tmp_path: Path) -> None:
-    stitched_module(load(artifact, build())).save(tmp_path / "again")
-    model = build(seed=4)
-    expected = tokens_of(model, 2, 5)
-    assert torch.equal(tokens_of(load(tmp_path / "again", model), 2, 5), expected)
+def test_a_loaded_model_notices_another_activation(artifact: Path) -> None:
+    model = load(artifact, build())
     model.model.layers[1].mlp.act_fn = nn.GELU()
     with pytest.raises(PieceworkError):
         tokens_of(model, 2, 5)

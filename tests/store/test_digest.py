@@ -155,12 +155,6 @@ def test_two_values_share_an_identity_exactly_if_they_are_the_same(
     assert (identity(left) == identity(right)) is same(left, right)
 
 
-@settings(deadline=None, max_examples=100)
-@given(DATA)
-def test_a_wrapped_value_is_another_value(value: object) -> None:
-    assert_all_differ([value, [value], (value,), {"set": value}, identity(value)])
-
-
 # --- code --------------------------------------------------------------------------------------------
 
 TEMPLATE = """
