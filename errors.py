@@ -84,7 +84,13 @@ class StaticGraphError(PieceworkError):
 
 
 class PieceCompileError(PieceworkError):
-    """A compiler failed on one piece."""
+    """A compiler failed on one piece.
+
+    Attributes:
+        whatever_is_traced: it would fail on any other trace of the model as well: a pass raised, a compiler is missing.
+    """
+
+    whatever_is_traced: bool = False
 
 
 @dataclass(frozen=True, slots=True)

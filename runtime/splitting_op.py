@@ -6,13 +6,12 @@ The function is the implementation; nothing is compiled or captured here.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable
-from functools import partial
+from collections.abc import Callable, Iterable
 from typing import Any, Generic, Literal, ParamSpec, TypeVar, get_args
 
 import torch
 
-from piecework.errors import SplitError, did_you_mean, short_errors, short_methods
+from piecework.errors import SplitError, short_errors, short_methods
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,6 +33,7 @@ class SplittingOp(Generic[P, R]):
         splitting_op_name: ``ns::name``.
         overload: the operator, as it appears in graphs.
         implementation: the function given to `splitting_op`.
+        by_device: device types → functions given to `register_kernel`.
     """
 
     def __init__(self, name: str, function: Callable[P, R], mutates_args: tuple[str, ...]) -> None:
@@ -41,12 +41,11 @@ class SplittingOp(Generic[P, R]):
         self.implementation = function
         namespace, _, short = name.partition("::")
         self._library = torch.library.Library(namespace, "FRAGMENT")
-        _require_parameters(function, mutates_args, name)
         schema = _schema_of(function, mutates_args, name)
         self._library.define(f"{short}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         self._library.impl(short, function, "CompositeExplicitAutograd")
         self.overload = getattr(getattr(torch.ops, namespace), short).default
-        self._by_device: dict[str, Callable[P, R]] = {}
+        self.by_device: dict[str, Callable[P, R]] = {}
         self.register_fake(self._no_fake if self.overload._schema.returns else _returns_nothing)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -63,12 +62,7 @@ class SplittingOp(Generic[P, R]):
         )
 
     def register_fake(self, fake: Callable[P, R]) -> Callable[P, R]:
-        """Set the function that tells shapes and dtypes of the results while tracing; may be used as a decorator.
-
-        Raises:
-            SplitError: the function does not take the operator's arguments.
-        """
-        _require_same_arguments(fake, self.overload, "fake implementation")
+        """Set the function that tells shapes and dtypes of the results while tracing; may be used as a decorator."""
         torch.library.register_fake(
             self.splitting_op_name, fake, lib=self._library, allow_override=True
         )
@@ -78,7 +72,7 @@ class SplittingOp(Generic[P, R]):
         """Set the implementation for one device type, ``"cpu"`` or ``"cuda"``; may be used as a decorator.
 
         Raises:
-            SplitError: torch knows no such device, or the function does not take the operator's arguments.
+            SplitError: torch knows no such device.
         """
         try:
             kind = torch.device(device_type).type
@@ -90,53 +84,40 @@ class SplittingOp(Generic[P, R]):
             ) from error
 
         def register(function: Callable[P, R]) -> Callable[P, R]:
-            _require_same_arguments(function, self.overload, "kernel")
             self._library.impl(self.splitting_op_name.partition("::")[2], function, kind.upper())
-            self._by_device[kind] = function
+            self.by_device[kind] = function
             return function
 
         return register
 
     def implementation_for(self, device_type: str) -> Callable[P, R]:
         """The Python function that the dispatcher would reach for plain tensors on ``device_type``."""
-        return self._by_device.get(device_type, self.implementation)
+        return self.by_device.get(device_type, self.implementation)
 
     def close(self) -> None:
         """Remove the operator from torch."""
         self._library._destroy()
 
 
-def _note(said: dict[str, Any], name: str, field: str, word: str | None, words: object) -> None:
-    """Keep what an operator says under its name, if it is one of ``words``; None takes back what was said."""
-    if word is None:
-        said.pop(name, None)
-    elif word in get_args(words):
-        said[name] = word
-    else:
-        raise SplitError(
-            f"{field}={word!r} of {name} is not known",
-            hint=f"say one of {', '.join(map(repr, get_args(words)))}, or nothing",
-        )
-
-
 class SplittingOpRegistry:
-    """The operators registered with `splitting_op`, by name; what ``splitting_ops=None`` means."""
+    """The operators registered with `splitting_op`, by name; what ``splitting_ops=None`` means.
+
+    Attributes:
+        functions: names of other libraries' operators → the Python function that each runs, for every
+            device; who puts one there vouches for it.
+    """
 
     def __init__(self) -> None:
         self._ops: dict[str, SplittingOp[..., object]] = {}
         self._rows: dict[str, RowsOf] = {}
         self._graphs: dict[str, GraphsOf] = {}
-        self._functions: dict[str, Callable[..., object]] = {}
+        self.functions: dict[str, Callable[..., object]] = {}
 
     def add(
         self, name: str, function: Callable[P, R], mutates_args: tuple[str, ...]
     ) -> SplittingOp[P, R]:
-        if isinstance(function, type) or not callable(function):
-            raise SplitError(
-                f"a splitting op is made of a function; got {function!r}",
-                where=name,
-                hint="decorate the function that does the work, and let the module call it",
-            )
+        if not inspect.isroutine(function):
+            raise SplitError(f"a splitting op is made of a function; got {function!r}", where=name)
         old = self._ops.get(name)
         if old is not None:
             if _identity(old.implementation) != _identity(function):
@@ -152,7 +133,15 @@ class SplittingOpRegistry:
     def names(self) -> tuple[str, ...]:
         return tuple(self._ops)
 
-    def declare(self, name: str, rows: RowsOf | None) -> None:
+    def find(self, target: object) -> SplittingOp[..., object] | None:
+        """The registered operator that a graph node's target is, if any."""
+        return self._ops.get(qualified_name(target))
+
+    def function_of(self, target: object) -> Callable[..., object] | None:
+        """The function that ``functions`` has for the operator of a graph node."""
+        return self.functions.get(qualified_name(target))
+
+    def declare_rows(self, name: str, rows: RowsOf | None) -> None:
         """Note what an operator says of its rows; None takes back what was said."""
         _note(self._rows, name, "rows", rows, RowsOf)
 
@@ -161,32 +150,33 @@ class SplittingOpRegistry:
         return self._rows.get(op._schema.name)
 
     def declare_graphs(self, name: str, graphs: GraphsOf | None) -> None:
-        """Note which whole forwards may be captured with an operator inside; None takes back what was said."""
+        """Note which whole forwards may be captured with an operator inside; None takes it back."""
         _note(self._graphs, name, "full_graphs", graphs, GraphsOf)
 
     def graphs_of(self, op: torch._ops.OpOverload) -> GraphsOf:
         """Which whole forwards may be captured with ``op`` inside; any, if it was not said."""
         return self._graphs.get(op._schema.name, "always")
 
-    def declare_function(self, name: str, function: Callable[..., object]) -> None:
-        """Note which Python function an operator of another library runs, for every device; who says so vouches for it."""
-        self._functions[name] = function
 
-    def function_of(self, target: object) -> Callable[..., object] | None:
-        """The function that `declare_function` noted of the operator of a graph node."""
-        if isinstance(target, torch._ops.OpOverload):
-            return self._functions.get(target._schema.name)
-        if isinstance(target, torch._ops.OpOverloadPacket):
-            return self._functions.get(target._qualified_op_name)
-        return None
+def qualified_name(op: object) -> str:
+    """``ns::name`` of an operator, however it is held; "" for what is none."""
+    if isinstance(op, torch._ops.OpOverload):
+        return str(op._schema.name)
+    if isinstance(op, torch._ops.OpOverloadPacket):
+        return str(op._qualified_op_name)
+    return str(getattr(op, "splitting_op_name", None) or getattr(op, "_qualname", ""))
 
-    def find(self, target: object) -> SplittingOp[..., object] | None:
-        """The registered operator that a graph node's target is, if any."""
-        if isinstance(target, torch._ops.OpOverload):
-            return self._ops.get(target._schema.name)
-        if isinstance(target, torch._ops.OpOverloadPacket):
-            return self._ops.get(target._qualified_op_name)
-        return None
+
+def _note(said: dict[str, Any], name: str, field: str, word: str | None, words: object) -> None:
+    if word is None:
+        said.pop(name, None)
+    elif word in get_args(words):
+        said[name] = word
+    else:
+        raise SplitError(
+            f"{field}={word!r} of {name} is not known",
+            hint=f"say one of {', '.join(map(repr, get_args(words)))}, or nothing",
+        )
 
 
 def _returns_nothing(*args: object, **kwargs: object) -> None:
@@ -218,7 +208,7 @@ def declare_rows(op: AnyOp, rows: RowsOf | None) -> None:
     Example:
         >>> declare_rows("my::rotate", "independent")
     """
-    registry.declare(_name_of(op), rows)
+    registry.declare_rows(_name_of(op), rows)
 
 
 @short_errors
@@ -239,59 +229,27 @@ def declare_full_graphs(op: AnyOp, graphs: GraphsOf | None) -> None:
 
 
 def _name_of(op: AnyOp) -> str:
-    name = getattr(op, "splitting_op_name", None) or getattr(op, "_qualname", None)
-    if isinstance(op, torch._ops.OpOverload):
-        name = op._schema.name
-    elif isinstance(op, torch._ops.OpOverloadPacket):
-        name = op._qualified_op_name
-    elif isinstance(op, str):
-        name = op
-    found = str(op if name is None else name)
-    _require_name(found)
-    namespace, _, short = found.partition("::")
+    name = op if isinstance(op, str) else qualified_name(op)
+    _require_name(name)
+    namespace, _, short = name.partition("::")
     if not hasattr(getattr(torch.ops, namespace), short):
         raise SplitError(
-            f"there is no operator {found!a}",
+            f"there is no operator {name!a}",
             hint="check its spelling, and import the module that defines it first",
         )
-    return found
+    return name
 
 
 def _require_name(name: object) -> None:
-    if not isinstance(name, str):
-        raise SplitError(
-            f"a splitting op needs a name; got {name!s:.80}",
-            hint='write @piecework.splitting_op("namespace::name")',
-        )
-    parts = name.split("::")
+    parts = name.split("::") if isinstance(name, str) else ()
     if len(parts) != 2 or not all(part.isidentifier() for part in parts):
         raise SplitError(
             f"operator name {name!a} is not of the form 'namespace::name'",
-            hint=(
-                f"write 'mylib::{parts[-1]}'"
-                if parts[-1].isidentifier()
-                else "both are names as Python's are: 'mylib::attention'"
-            ),
+            hint="both are names as Python's are: 'mylib::attention'",
         )
 
 
-# What torch.library.custom_op, and vLLM's function for it, take as arguments.
-_OF_CUSTOM_OP = {
-    **dict.fromkeys(
-        ("device_types", "dispatch_key"), "@op.register_kernel('cuda') gives a device's own kernel"
-    ),
-    **dict.fromkeys(("fake", "fake_impl"), "@op.register_fake decorates it"),
-    **dict.fromkeys(("fn", "op_func"), "the function is what is decorated"),
-    "schema": "leave it out: it is made of the function's annotations",
-    "op_name": "it is the first argument: 'namespace::name'",
-}
-
-
-def _of_custom_op(name: str, parameters: Collection[str]) -> str:
-    return _OF_CUSTOM_OP.get(name, "")
-
-
-@partial(short_errors, elsewhere=_of_custom_op)
+@short_errors
 def splitting_op(
     name: str,
     *,
@@ -324,16 +282,10 @@ def splitting_op(
         ...     out.copy_(query @ key.mT)
     """
     _require_name(name)
-    if isinstance(mutates_args, str):
-        raise SplitError(
-            f"mutates_args must be a list of parameters' names; got the text {mutates_args!a}",
-            where=name,
-            hint=f"pass ({mutates_args!a},)",
-        )
 
     def register(function: Callable[P, R]) -> SplittingOp[P, R]:
         op = registry.add(name, function, tuple(mutates_args))
-        registry.declare(name, rows)
+        registry.declare_rows(name, rows)
         registry.declare_graphs(name, full_graphs)
         return op
 
@@ -352,41 +304,3 @@ def _schema_of(function: Callable[..., object], mutates_args: tuple[str, ...], n
             hint="annotate every parameter and the result with types that torch.library knows"
             + (": Tensor, list[Tensor], int, float, bool, str, …, optional ones" if types else ""),
         ) from error
-
-
-def _require_parameters(
-    function: Callable[..., object], mutates_args: Iterable[str], name: str
-) -> None:
-    """Refuse a method, and parameters to write to that the function does not have."""
-    parameters = list(inspect.signature(function).parameters)
-    if parameters[:1] == ["self"]:
-        raise SplitError(
-            f"a splitting op is made of a function, and {function.__name__} is a method",
-            where=name,
-            hint="decorate a function outside of the class, and call it in the method with the tensors that it needs",
-        )
-    for each in mutates_args:
-        if each not in parameters:
-            raise SplitError(
-                f"mutates_args names {each!r}, and {function.__name__} has no such parameter",
-                where=name,
-                hint=did_you_mean(each, parameters) or f"parameters: {', '.join(parameters)}",
-            )
-
-
-def _require_same_arguments(
-    function: Callable[..., object], overload: torch._ops.OpOverload, what: str
-) -> None:
-    """Refuse a function that can't be called with what its operator is called with."""
-    arguments = overload._schema.arguments
-    by_name = {each.name: None for each in arguments if each.kwarg_only}
-    try:
-        inspect.signature(function).bind(*[None] * (len(arguments) - len(by_name)), **by_name)
-    except TypeError as error:
-        raise SplitError(
-            f"this {what} does not take the operator's arguments: {error}",
-            where=str(overload._schema.name),
-            hint=f"the operator is {overload._schema}",
-        ) from error
-    except ValueError:  # a builtin says nothing of its arguments
-        return

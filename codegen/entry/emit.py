@@ -47,7 +47,7 @@ _USED = ("bytes", "complex", "dict", "id", "len", "list", "repr", "str", "tuple"
 PROVIDED = (
     *("bound", "submods_for", "dynamo", "stance", "same_kernels", "flatten", "memory_apart"),
     *("entry_in_stance", "entry_with_care", "explain_inputs", "explain_weights"),
-    *("explain_grad_mode", "tell_of_gradients"),
+    *("explain_grad_mode", "entry_without_gradients"),
     *("arguments_as_traced", "autocast_enabled", "dispatch_modes", "function_modes", "transforms"),
 )
 
@@ -183,7 +183,7 @@ class _Entry:
         every = ", ".join(own)
         in_stance = self._call("entry_in_stance", own, users)
         yield Statement(f"if dynamo._stance is not stance:\n    return {in_stance}")
-        recording = f"tell_of_gradients({every})\n    with torch.no_grad():\n        return {self._call(name, own, own)}"
+        recording = f"return {self._call('entry_without_gradients', own, users)}"
         if plan.asks_grad_mode:
             recording = "explain_grad_mode()"
         yield Statement(f"if torch.is_grad_enabled():\n    {recording}")

@@ -31,7 +31,7 @@ def declare_functions() -> None:
     for module, name in _FUNCTIONS:
         function = getattr(sys.modules.get(module), name, None)
         if function is not None:
-            registry.declare_function(f"vllm::{name}", function)
+            registry.functions[f"vllm::{name}"] = function
 
 
 def new_backend(

@@ -218,7 +218,7 @@ class Entry:
             "explain_inputs": self._explain_inputs,
             "explain_weights": self._explain_weights,
             "explain_grad_mode": self._explain_grad_mode,
-            "tell_of_gradients": self._tell_of_gradients,
+            "entry_without_gradients": self._without_gradients,
             "arguments_as_traced": lambda *values: self._argument_refusal(values) is None,
             "memory_apart": torch_compat.memory_apart,
             "flatten": torch_compat.flatten_tree,
@@ -272,8 +272,18 @@ class Entry:
             )
         )
 
-    def _tell_of_gradients(self, *values: object) -> None:
-        tell_of_gradients(values, self._program.config.strict)
+    def _without_gradients(self, *args: object, **kwargs: object) -> object:
+        """A call with gradients off; says that results carry none, if an argument asks for them."""
+        for value in (*args, *kwargs.values()):
+            if type(value) is not torch.Tensor or value.requires_grad:
+                tell_of_gradients((*args, *kwargs.values()), self._program.config.strict)
+                break
+        set_grad_enabled = torch_compat.set_grad_enabled
+        set_grad_enabled(False)
+        try:
+            return self.call(*args, **kwargs)
+        finally:
+            set_grad_enabled(True)
 
     def _outdated(self, error: InputError) -> InputError:
         """``error`` as one of a call that nothing has run for yet."""

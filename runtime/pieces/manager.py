@@ -293,11 +293,13 @@ class CompilerManager:
         )
         if "InvalidCxxCompiler" in said:
             hint = _NO_COMPILER
-        return PieceCompileError(
+        failure = PieceCompileError(
             f"{self.compiler.name} failed on {submod_name}{sizes}: {said}",
             where=modules or submod_name,
             hint=hint if own is None else own.hint,
         )
+        failure.whatever_is_traced = own is not None or hint is _NO_COMPILER
+        return failure
 
 
 _NO_COMPILER = (

@@ -20,6 +20,9 @@ dispatch_modes = torch._C._len_torch_dispatch_stack
 #: How many ``TorchFunctionMode`` are active.
 function_modes = torch._C._len_torch_function_stack
 
+#: What ``torch.no_grad`` calls, without its object.
+set_grad_enabled = torch._C._set_grad_enabled
+
 
 def autocast_state() -> tuple[tuple[str, torch.dtype], ...]:
     """The device types for which autocast is on, with their dtypes."""

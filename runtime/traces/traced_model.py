@@ -326,6 +326,9 @@ def trace_model(
                 tried = None if as_marked else _tried(traced, rows_in_one)
                 made = backend.prepare(traced.graph, traced.weight_paths(), tried)
         except (CaptureError, PieceCompileError) as error:
+            if isinstance(error, PieceCompileError) and error.whatever_is_traced:
+                settled.put_back()
+                raise
             failures.append(error.with_traceback(None))
             continue
         except BaseException:

@@ -29,15 +29,11 @@ from piecework.runtime.trace.sizes.example_sizes import (
     AllDimensions,
     KeptMarks,
     SizePolicy,
-    shapes_of,
 )
 from piecework.runtime.traces.traced_model import TracedModel, trace_model
 
 if TYPE_CHECKING:
     from piecework.runtime.graphs.plan.options import CaptureOptions
-
-MAX_TRACES = 8
-"""How many traces one model may have; torch's own limit for a function."""
 
 _log = logging.getLogger(__name__)
 
@@ -93,6 +89,7 @@ class Traces:
         self._around = around
         self._runtime_config = runtime_config
         self._hopeless: set[object] = set()
+        self._by_themselves = 1
         self._said: str | None = None
         self.made: tuple[TracedModel, ...] = ()
         self.backend = new_backend()
@@ -256,9 +253,9 @@ class Traces:
         with self.lock:
             if len(self.made) > tried:  # somebody else's call was first
                 return True
-            weights = [each.entry.weights.identities() for each in self.made]
-            shapes = shapes_of(args, kwargs, set().union(*weights))
-            if shapes in self._hopeless or len(self.made) >= MAX_TRACES:
+            leaves = pytree.tree_leaves((args, kwargs))
+            shapes = tuple(getattr(leaf, "shape", None) for leaf in leaves)
+            if shapes in self._hopeless or self._by_themselves >= sizes.most_traces:
                 return False
             self._hopeless.add(shapes)  # unless it gets a trace now
             _log.info("tracing the model again: %s", refused)
@@ -268,6 +265,7 @@ class Traces:
             except PieceworkError as error:
                 refused.add_note(f"A trace for these sizes is not to be had: {error}")
                 raise refused from error
+            self._by_themselves += 1
             warn_of_another(
                 "the model was traced and compiled",
                 refused.message,

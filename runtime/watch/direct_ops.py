@@ -12,17 +12,19 @@ from typing import Any
 
 import torch
 
-from piecework.codegen.split.splitting import operator_name
 from piecework.errors import SplitError
 from piecework.runtime import torch_compat
-from piecework.runtime.splitting_op import registry
+from piecework.runtime.splitting_op import qualified_name, registry
 
 Implementation = Callable[..., object]
+#: How an operator's function is found, for every call to ask again: dictionaries are asked themselves.
+LookUp = tuple[Callable[..., Implementation | None], tuple[object, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    look_up: Callable[[], Implementation | None]
+    look_up: Callable[..., Implementation | None]
+    args: tuple[object, ...]
     found: Implementation
     name: str
     table: str
@@ -63,10 +65,9 @@ class DirectOps:
 
     def _add(self, target: object, device: str, apart: Callable[[object], bool]) -> None:
         look_up = _look_up(target, device)
-        found = None if look_up is None else look_up()
+        found = None if look_up is None else look_up[0](*look_up[1])
         if look_up is None or found is None:
             return
-        name = _full_name(target)
         self.calls[target] = device
         known = registry.find(target)
         alone = known is not None or found is registry.function_of(target)
@@ -74,9 +75,10 @@ class DirectOps:
         overload: Any = target if known is None else known.overload
         if isinstance(overload, torch._ops.OpOverloadPacket):
             overload = overload.default
-        looks = bool(overload._schema.returns) and apart(target)
+        name, looks = overload.name(), bool(overload._schema.returns) and apart(target)
         self.implementations[target] = _with_own_results(function, name) if looks else function
-        self._rows.append(_Row(look_up, found, name, torch_compat.kernel_table(name)))
+        table = torch_compat.kernel_table(name)
+        self._rows.append(_Row(*look_up, found, name, table))
 
     def unchanged(self) -> bool:
         """Whether each function is still the one that the dispatcher would reach.
@@ -85,7 +87,7 @@ class DirectOps:
         under the very same dispatch key through a raw ``torch.library.Library`` is noticed with the next new one.
         """
         for row in self._rows:
-            if row.look_up() is not row.found:
+            if row.look_up(*row.args) is not row.found:
                 return False
         return len(self._kernels) == self._count or self._unchanged_tables()
 
@@ -113,19 +115,12 @@ def _with_own_results(function: Implementation, name: str) -> Implementation:
     return called
 
 
-def _look_up(target: object, device: str) -> Callable[[], Implementation | None] | None:
+def _look_up(target: object, device: str) -> LookUp | None:
     op = registry.find(target)
     if op is not None:
-        return lambda: op.implementation_for(device)
+        return op.by_device.get, (device, op.implementation)
     if registry.function_of(target) is not None:
-        return lambda: registry.function_of(target)
+        return registry.functions.get, (qualified_name(target),)
     if isinstance(target, torch._ops.OpOverload):
-        name = target._schema.name
-        return lambda: torch_compat.custom_op_kernel(name, device)
+        return torch_compat.custom_op_kernel, (target._schema.name, device)
     return None
-
-
-def _full_name(target: object) -> str:
-    name = operator_name(target) or str(target)
-    overload = target._schema.overload_name if isinstance(target, torch._ops.OpOverload) else ""
-    return f"{name}.{overload}" if overload else name

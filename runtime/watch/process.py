@@ -31,23 +31,19 @@ class ProcessState:
         now = torch_compat.global_state()
         self.state = {**now} if state is None else {**state}
         self._good = [torch_compat.GlobalStateGuard()] if not self.difference() else []
+        self.check: Callable[[], bool] = self._good[0].check if self._good else self.holds
 
-    def same(self) -> Callable[[], bool]:
-        """The check of every call."""
-        good = self._good
-
-        def same() -> bool:
-            for each in good:
-                if each.check():
-                    return True
-            if self.difference():
-                return False
-            if len(good) < _MOST:  # it differs in what the graph is right about all the same
-                good.append(torch_compat.GlobalStateGuard())
-            return True
-
-        first = good[0].check if good else same
-        return lambda: first() or same()
+    def holds(self) -> bool:
+        """Whether the state is as it was in what counts; `check` of every call asks torch first."""
+        for each in self._good:
+            if each.check():
+                self.check = each.check
+                return True
+        if self.difference():
+            return False
+        if len(self._good) < _MOST:  # it differs in what the graph is right about all the same
+            self._good.append(torch_compat.GlobalStateGuard())
+        return True
 
     def difference(self) -> str:
         """What is otherwise than it was; "" if nothing is."""

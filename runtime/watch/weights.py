@@ -182,7 +182,7 @@ class BoundWeights:
         ]
         metadata = torch_compat.metadata_guard(loose)
         thorough = torch_compat.metadata_guard(self.tensors)
-        same_process = self.state.process.same()
+        process = self.state.process
         # What is noted first is as the trace found it: what changed since is seen as a change.
         others, always = self.state.look()
         watch: DictWatch | None = DictWatch([*self._steps(), *others])
@@ -192,7 +192,7 @@ class BoundWeights:
 
         def unchanged() -> bool:
             nonlocal watch, always
-            if not same_process() or (always is not None and not always()):
+            if not (process.check() or process.holds()) or (always is not None and not always()):
                 return False
             known = watch
             if known is not None and (
@@ -227,10 +227,6 @@ class BoundWeights:
         """Leave weights out of the per-call comparison that nothing reads but operators which compare by themselves."""
         self._strict = paths
         self.unchanged = self._check()
-
-    def identities(self) -> set[int]:
-        """Ids of the model's tensors that the trace looked at, wherever they are."""
-        return {*map(id, self.tensors), *map(id, self.state.watched_now().values())}
 
     def held(self) -> list[torch.Tensor]:
         """The weights as bound, for a stitched function that holds others of them; it has compared before."""

@@ -12,7 +12,13 @@ from models import EAGER
 from torch import nn
 
 import piecework
-from piecework.errors import CaptureError, InputError, PieceworkError, SplitError
+from piecework.errors import (
+    CaptureError,
+    InputError,
+    PieceCompileError,
+    PieceworkError,
+    SplitError,
+)
 from piecework.runtime.analysis import unbacked
 
 
@@ -31,6 +37,18 @@ def same(
 ) -> None:
     with torch.no_grad():
         torch.testing.assert_close(stitched(*args, **kwargs), model(*args, **kwargs))
+
+
+def right_or_refused(
+    stitched: Callable[..., object], model: Callable[..., object], *args: object
+) -> bool:
+    """Whether a call was served; right, if it was."""
+    try:
+        found = stitched(*args)
+    except InputError:
+        return False
+    torch.testing.assert_close(found, model(*args))
+    return True
 
 
 class Image(nn.Module):
@@ -187,9 +205,11 @@ def test_an_argument_that_is_only_asked_about_counts(
     example = torch.randn(6, 6)
     stitched = compiled(model, torch.randn(4, 3), example)
     x = torch.randn(5, 3)
-    for other in (example, *others, example):
+    for other in (example, others[0], example):
         same(stitched, model, x, other)
-    same(stitched, model, x, x)
+    for other in (*others, x):
+        right_or_refused(stitched, model, x, other)
+    assert len(stitched.traces) <= 2
 
 
 def test_tensors_in_containers_count_too() -> None:
@@ -258,7 +278,7 @@ def test_text_made_from_a_size_is_that_of_each_call() -> None:
     def model(x: torch.Tensor) -> tuple[torch.Tensor, str, dict[str, torch.Tensor]]:
         return x * 2, f"{x.shape[0]} rows", {f"of {x.shape[0]}": x + 1}
 
-    stitched = compiled(model, torch.randn(4, 3))
+    stitched = piecework.compile(model, (torch.randn(4, 3),), config=EAGER, sizes=[1])
     for batch in (4, 5, 1):
         x = torch.randn(batch, 3)
         _, text, table = stitched(x)
@@ -291,10 +311,39 @@ def test_what_python_computes_from_data_is_right_or_refused(model: Callable[...,
 def test_what_a_trace_can_serve_makes_no_other(nothing_admitted: None) -> None:
     model = nn.Linear(4, 2)
     stitched = compiled(model, torch.randn(4, 4))
-    for batch in (2, 9, 1, 7, 1, 0, 3, 1):
+    for batch in (2, 9, 1, 7, 1, 3, 1):
         same(stitched, model, torch.randn(batch, 4))
-    assert len(stitched.traces) == 3  # more, one, none
+    assert len(stitched.traces) == 2  # more, one
     assert stitched.source is stitched.traces[0].program.source
+
+
+def test_a_third_trace_is_made_on_request_alone(nothing_admitted: None) -> None:
+    model = nn.Linear(4, 2)
+    stitched = compiled(model, torch.randn(4, 4))
+    same(stitched, model, torch.randn(1, 4))
+    for _ in range(2):
+        with pytest.raises(InputError, match="at least 2"):
+            stitched(torch.randn(0, 4))
+    stitched.trace_ahead([0])
+    same(stitched, model, torch.randn(0, 4))
+    asked = piecework.compile(model, (torch.randn(4, 4),), config=EAGER, sizes=[1])
+    for batch in (1, 0, 4):
+        same(asked, model, torch.randn(batch, 4))
+    assert len(asked.traces) == 3
+
+
+@pytest.mark.inductor
+def test_a_pass_that_raises_is_told_at_once() -> None:
+    calls = []
+
+    def broken(graph: torch.fx.Graph) -> None:
+        calls.append(graph)
+        raise RuntimeError("not today")
+
+    config = {"inductor_passes": {"post_grad_custom_post_pass": broken}}
+    with pytest.raises(PieceCompileError, match="not today"):
+        piecework.compile(nn.Linear(4, 2), (torch.randn(4, 4),), config=config)
+    assert len(calls) == 1
 
 
 def test_threads_that_need_a_trace_at_once_make_one(nothing_admitted: None) -> None:

@@ -1,18 +1,20 @@
-"""How far it is from ``compile()`` to emitted text, and how many files a small model goes through; the ceilings only fall."""
+"""How far it is from ``compile()`` to emitted text, and from a call to its run, and how many files a small model goes through."""
 
 from __future__ import annotations
 
 import os
 import sys
 import types
+from collections.abc import Callable
 
+import pytest
 import torch
 from torch import nn
 
 import piecework
 
 ROOT = os.path.dirname(piecework.__file__) + os.sep
-DEPTH, FILES = 13, 113
+DEPTH, FILES, CALLS = 13, 113, 10
 
 
 @piecework.splitting_op("flow::mix")
@@ -30,6 +32,32 @@ class Layer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return mix(x + torch.relu(self.up(x)))
+
+
+def _calls_before_the_text(stitched: Callable[..., object], x: torch.Tensor) -> int:
+    """How many Python functions a call goes through until the stitching function runs."""
+    names: list[str] = []
+
+    def watch(frame: types.FrameType, event: str, _: object) -> None:
+        if event == "call":
+            names.append(frame.f_code.co_name)
+
+    sys.setprofile(watch)
+    try:
+        stitched(x)
+    finally:
+        sys.setprofile(None)
+    return names.index("execution_fn")
+
+
+@pytest.mark.parametrize("recording", [True, False])
+def test_the_way_of_a_call(recording: bool) -> None:
+    model, x = nn.Sequential(Layer(), Layer()).eval(), torch.randn(4, 8)
+    stitched = piecework.compile(model, (x,), config={"backend": "eager"})
+    with torch.set_grad_enabled(recording):
+        for _ in range(4):
+            stitched(x)
+        assert _calls_before_the_text(stitched, x) <= CALLS
 
 
 def _file(frame: types.FrameType) -> str:

@@ -24,8 +24,8 @@ LIBRARY.impl("mix", mix, "CPU")
 LIBRARY.define("slot(Tensor x) -> Tensor")
 LIBRARY.impl("slot", slot, "CPU")
 LIBRARY._register_fake("slot", lambda x: x.new_empty(0))
-registry.declare_function("declared_functions::mix", mix)
-registry.declare_function("declared_functions::slot", slot)
+registry.functions["declared_functions::mix"] = mix
+registry.functions["declared_functions::slot"] = slot
 
 
 def test_the_function_is_called_past_the_dispatcher():

@@ -47,9 +47,7 @@ def entry(input_ids, position_ids):
     if dynamo._stance is not stance:
         return entry_in_stance(input_ids, position_ids)
     if torch.is_grad_enabled():
-        tell_of_gradients(input_ids, position_ids)
-        with torch.no_grad():
-            return entry(input_ids, position_ids)
+        return entry_without_gradients(input_ids, position_ids)
     if (
         autocast_enabled()
         or dispatch_modes()

@@ -29,9 +29,7 @@ def entry(x):
     if dynamo._stance is not stance:
         return entry_in_stance(x)
     if torch.is_grad_enabled():
-        tell_of_gradients(x)
-        with torch.no_grad():
-            return entry(x)
+        return entry_without_gradients(x)
     if (
         autocast_enabled()
         or dispatch_modes()

@@ -85,9 +85,7 @@ def entry(ids, cache, state, dtype, *, flag=True):
     if dynamo._stance is not stance:
         return entry_in_stance(ids, cache, state, dtype, flag=flag)
     if torch.is_grad_enabled():
-        tell_of_gradients(ids, cache, state, dtype, flag)
-        with torch.no_grad():
-            return entry(ids, cache, state, dtype, flag=flag)
+        return entry_without_gradients(ids, cache, state, dtype, flag=flag)
     if (
         autocast_enabled()
         or dispatch_modes()

@@ -134,6 +134,8 @@ class WholeForward(nn.Module):
 class CallDimensions(AllDimensions):
     """Every size of a call may differ; none is traced without a number behind it, for attention is part of the graph."""
 
+    most_traces = 8
+
     @contextmanager
     def every_size(self, args: Sequence[object], kwargs: Mapping[str, object]) -> Iterator[int]:
         yield 0

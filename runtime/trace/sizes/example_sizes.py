@@ -33,10 +33,12 @@ class SizePolicy(Protocol):
     Attributes:
         dynamic: what ``torch.compile`` is told of dimensions that are not marked.
         rows_in_one: the batch is the second dimension of ``[1, rows, …]``; see `piecework.runtime.analysis.unbacked`.
+        most_traces: how many traces calls may get by themselves: the example's, and one for its other sizes.
     """
 
     dynamic: bool | None = None
     rows_in_one: bool = False
+    most_traces: int = 2
 
     def every_size(self, args: Args, kwargs: Kwargs) -> AbstractContextManager[int]:
         """Marks for a trace that serves 0, 1 and every other size at once; yields how many there are."""
@@ -171,25 +173,6 @@ class KeptMarks(SizePolicy):
 
     def may_differ(self, leaf: int, dim: int) -> bool:
         return any(mark.dim == dim and mark.kind != "static" for mark in self._marks.get(leaf, ()))
-
-
-def shapes_of(args: Args, kwargs: Kwargs, weights: Collection[int]) -> tuple[object, ...]:
-    """What of a call's arguments a trace may depend on beside their kinds: sizes, strides, which are one tensor, integers.
-
-    Args:
-        weights: ids of the model's tensors, which an argument may be.
-    """
-    found: list[object] = []
-    seen: dict[int, int] = {}
-    for index, leaf in enumerate(pytree.tree_leaves((tuple(args), dict(kwargs)))):
-        if isinstance(leaf, torch.Tensor):
-            same = seen.setdefault(id(leaf), index)
-            layout = leaf.stride() if leaf.layout is torch.strided else ()
-            own = id(leaf) if id(leaf) in weights else None
-            found.append((type(leaf), leaf.requires_grad, tuple(leaf.shape), layout, same, own))
-        else:
-            found.append(leaf if type(leaf) is int else None)
-    return tuple(found)
 
 
 # --- other examples ----------------------------------------------------------------------------------
